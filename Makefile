@@ -1,0 +1,50 @@
+# Everything stays inside this folder: .venv, caches, runs. Nothing needs root but the Slurm cluster.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format bench slurm-up slurm-down clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## make .venv with everything in it
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "python3 cannot make a virtual environment. On Debian: apt install python3-venv" >&2; exit 2; }
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## train on this machine's own text and write a report
+	$(BIN)/mixtera-hpc demo
+
+test: setup ## run all tests
+	$(BIN)/python -m pytest
+
+check: setup ## lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_layers.py
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure, next to peers and physical limits; tables and JSON in bench/out
+	$(BIN)/python -m bench
+
+slurm-up: ## start a real Slurm cluster of 4 nodes on this machine (Debian, root)
+	slurm/dev-cluster/slurm-up.sh
+
+slurm-down: ## stop it
+	slurm/dev-cluster/slurm-down.sh
+
+clean: ## remove runs and caches, keep .venv
+	rm -rf runs demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out

@@ -1,0 +1,142 @@
+"""How ranks talk: one protocol, and `Local`, the communicator of a single process.
+
+Verbs keep MPI's names. Buffers are contiguous numpy arrays, never pickled objects. Waiting polls and sleeps, so that ranks
+that share cores leave them to those that work and Python signal handlers get to run.
+"""
+
+import time
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DONE", "Communicator", "Local", "Op", "Request", "wait"]
+
+Op = Literal["sum", "max", "min"]
+
+
+class Request(Protocol):
+    """A collective under way."""
+
+    def Test(self) -> bool:
+        """Whether it has completed; drives it forward."""
+        ...
+
+
+@runtime_checkable
+class Communicator(Protocol):
+    """A group of ranks. Every method but `Abort` is collective: all ranks call it, in the same order."""
+
+    rank: int
+    size: int
+    local_rank: int
+    """Position among the ranks of this node."""
+    local_size: int
+    """Ranks of this node."""
+    hostname: str
+
+    def Dup(self) -> "Communicator":
+        """The same ranks with their own ordering of collectives. **Collective.**"""
+        ...
+
+    def Barrier(self) -> None:
+        """Wait until every rank is here. **Collective.**"""
+        ...
+
+    def Bcast(self, buffer: NDArray[Any], root: int = 0) -> None:
+        """Copy root's `buffer` into everybody's. **Collective.**"""
+        ...
+
+    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> Request:
+        """Start a `Bcast`; the buffer belongs to MPI until the request is done. **Collective.**"""
+        ...
+
+    def Allreduce(self, buffer: NDArray[Any], op: Op = "sum") -> NDArray[Any]:
+        """Combine everybody's `buffer` element by element. **Collective.**"""
+        ...
+
+    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> Request:
+        """Start an `Allreduce` into `result`; both belong to MPI until the request is done. **Collective.**"""
+        ...
+
+    def Allgather(self, buffer: NDArray[Any]) -> NDArray[Any]:
+        """Everybody's `buffer`, stacked; shape (size, *buffer.shape). **Collective.**"""
+        ...
+
+    def Allocate_shared(self, array: NDArray[Any] | None) -> NDArray[Any]:
+        """Root's `array` (others give None), read-only on every rank and stored once per node. **Collective.**"""
+        ...
+
+    def Free(self) -> None:
+        """Give back shared memory and duplicates. **Collective.**"""
+        ...
+
+    def Abort(self, code: int) -> None:
+        """End the whole job now; does not return."""
+        ...
+
+
+def wait(request: Request, poll_s: float = 1e-4) -> None:
+    """Poll `request` until it is done, sleeping between polls; starts eagerly and backs off to 1 ms."""
+    for _ in range(10):
+        if request.Test():
+            return
+    while not request.Test():
+        time.sleep(poll_s)
+        poll_s = min(poll_s * 1.1, 1e-3)
+
+
+class _Done:
+    def Test(self) -> bool:
+        return True
+
+
+DONE: Request = _Done()
+"""A request that has completed."""
+
+
+class Local:
+    """A group of one: the same code runs with no MPI installed."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+
+    def __init__(self) -> None:
+        import socket
+
+        self.hostname = socket.gethostname()
+
+    def Dup(self) -> "Local":
+        return Local()
+
+    def Barrier(self) -> None:
+        return None
+
+    def Bcast(self, buffer: NDArray[Any], root: int = 0) -> None:
+        return None
+
+    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> Request:
+        return DONE
+
+    def Allreduce(self, buffer: NDArray[Any], op: Op = "sum") -> NDArray[Any]:
+        return buffer.copy()
+
+    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> Request:
+        result[...] = buffer
+        return DONE
+
+    def Allgather(self, buffer: NDArray[Any]) -> NDArray[Any]:
+        return buffer[None].copy()
+
+    def Allocate_shared(self, array: NDArray[Any] | None) -> NDArray[Any]:
+        shared = np.ascontiguousarray(array).view()
+        shared.flags.writeable = False
+        return shared
+
+    def Free(self) -> None:
+        return None
+
+    def Abort(self, code: int) -> None:
+        raise SystemExit(code)

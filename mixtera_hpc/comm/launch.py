@@ -1,0 +1,68 @@
+"""Which communicator this process should use, and what happens when a rank fails."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from mixtera_hpc.comm.communicator import Communicator, Local
+from mixtera_hpc.errors import MixteraError, SavedAndStopped
+
+__all__ = ["guarded", "open_communicator", "started_by_mpi"]
+
+
+def started_by_mpi() -> bool:
+    """Whether an MPI launcher (mpiexec, srun with several tasks) started this process. Imports nothing."""
+    env = os.environ
+    if "PMI_RANK" in env or "OMPI_COMM_WORLD_RANK" in env or "PMIX_RANK" in env:
+        return True
+    return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1
+
+
+def open_communicator(kind: str = "auto") -> Communicator:
+    """`local`, `mpi`, or with `auto` whichever fits how this process was started. **Collective.**"""
+    if kind == "local" or (kind == "auto" and not started_by_mpi()):
+        return Local()
+    from mixtera_hpc.comm.mpi import Mpi
+
+    return Mpi.world()
+
+
+def guarded(comm: Communicator, body: Callable[[], None]) -> int:
+    """Run `body` and return the process's exit code; a failure of one rank ends all of them, and says which it was.
+
+    An agreed stop (`SavedAndStopped`) is no failure: every rank leaves with 75 by itself. Any other exception while others
+    may sit in a collective would hang them, so the job is aborted at once.
+    """
+    try:
+        body()
+    except SavedAndStopped as stop:
+        if comm.rank == 0:
+            _say(f"{stop}")
+        return stop.exit_code
+    except BaseException as error:
+        code = _report(comm, error)
+        if comm.size > 1:
+            comm.Abort(code)
+        return code
+    return 0
+
+
+def _report(comm: Communicator, error: BaseException) -> int:
+    where = f"[rank {comm.rank} on {comm.hostname}] " if comm.size > 1 else ""
+    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, MixteraError):
+        _say(f"{where}{type(error).__name__}: {error}{notes}")
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        _say(f"{where}interrupted")
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    _say(f"{where}failed:\n{traceback.format_exc()}")
+    return 1
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,180 @@
+"""One pass over a `Config` that lists everything wrong with it. Needs no cluster, no MPI, no index."""
+
+import re
+
+from mixtera_hpc.config.convert import raise_problems
+from mixtera_hpc.config.schema import ClusterConfig, Config, DataPlaneConfig, JobConfig, MixtureConfig, TrainingConfig
+from mixtera_hpc.errors import did_you_mean
+
+__all__ = ["check", "num_ranks", "parse_time", "problems"]
+
+
+def check(config: Config) -> None:
+    """Raise one ConfigError naming every problem of `config`."""
+    raise_problems(problems(config))
+
+
+def problems(config: Config) -> list[str]:
+    """Everything wrong with `config`, one sentence or two each."""
+    return [
+        *_index(config),
+        *_mixture(config.mixture),
+        *_dataplane(config.dataplane, config.mixture),
+        *_training(config.training),
+        *_job(config.job, config.cluster),
+        *_batch_split(config),
+    ]
+
+
+def num_ranks(config: Config) -> int:
+    """Ranks of the whole job."""
+    return config.job.nodes * (config.job.ranks_per_node or config.cluster.ranks_per_node)
+
+
+def parse_time(text: str) -> int | None:
+    """Seconds of a Slurm time `HH:MM:SS` or `D-HH:MM:SS`; None when it is neither."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(g or 0) for g in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _index(config: Config) -> list[str]:
+    found = _at_least("index.block_rows", config.index.block_rows, 1)
+    reserved = {"and", "or", "not", "in", "is", "null", "None", "True", "False"}
+    for name in config.data.properties:
+        if not name.isidentifier() or name in reserved:
+            found.append(
+                f"data.properties.{name} is not a usable name. Use letters, digits and _, and no query keyword."
+            )
+    return found
+
+
+def _mixture(mixture: MixtureConfig) -> list[str]:
+    found = []
+    weights = [d.weight for d in mixture.domains]
+    for i, weight in enumerate(weights):
+        if weight is not None and not 0 <= weight < float("inf"):
+            found.append(f"mixture.domains[{i}].weight is {weight}, expected a number of at least 0.")
+    if mixture.kind == "static":
+        found += _static_weights(mixture, weights)
+    elif any(w is None for w in weights) and any(w is not None for w in weights):
+        found.append("mixture.domains: some have a weight and some have none. Give all of them one, or none.")
+    if mixture.max_epochs is not None and not mixture.max_epochs > 0:
+        found.append(f"mixture.max_epochs is {mixture.max_epochs}, expected more than 0, or null for no limit.")
+    for i, domain in enumerate(mixture.domains):
+        if not domain.key:
+            found.append(f"mixture.domains[{i}].key is empty. Name at least one property, e.g. key: {{language: en}}.")
+    return found
+
+
+def _static_weights(mixture: MixtureConfig, weights: list[float | None]) -> list[str]:
+    if not mixture.domains:
+        return [
+            "mixture.kind=static needs mixture.domains, a list of {key, weight}. Use mixture.kind=natural for the shares of the index."
+        ]
+    missing = [i for i, w in enumerate(weights) if w is None]
+    if missing:
+        return [f"mixture.domains[{missing[0]}] has no weight; mixture.kind=static needs one for every domain."]
+    total = sum(w for w in weights if w is not None)
+    if not total > 0:
+        return ["mixture.domains: all weights are 0. Give at least one domain a weight."]
+    if abs(total - 1) > 1e-6 and not mixture.normalize:
+        return [
+            f"The weights of mixture.domains sum to {total:.6g}, expected 1 within 1e-6. Set mixture.normalize=true to scale them."
+        ]
+    return []
+
+
+def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
+    found = []
+    for name in ("seq_len", "global_batch_size", "chunk_steps", "shuffle_window", "prefetch_batches", "dp_group_size"):
+        found += _at_least(f"dataplane.{name}", getattr(plane, name), 1)
+    found += _at_least("dataplane.feedback_lag", plane.feedback_lag, 2)
+    if plane.chunk_steps * plane.global_batch_size > 1_000_000:
+        found.append(
+            f"dataplane.chunk_steps × dataplane.global_batch_size is {plane.chunk_steps * plane.global_batch_size}, "
+            "at most 1000000 sequences fit in one chunk. Lower dataplane.chunk_steps."
+        )
+    if not 0 <= plane.seed < 2**63:
+        found.append(f"dataplane.seed is {plane.seed}, expected 0 to 2**63 - 1.")
+    if mixture.unit == "tokens" and plane.tokenizer is None:
+        found.append(
+            "dataplane.tokenizer is not set, but mixture.unit=tokens counts tokens. Give a tokenizer.json, or set mixture.unit=samples."
+        )
+    return found
+
+
+def _training(training: TrainingConfig) -> list[str]:
+    found = []
+    for name in (
+        "num_steps",
+        "num_layers",
+        "num_heads",
+        "embedding_dim",
+        "num_threads",
+        "keep_checkpoints",
+        "log_every",
+    ):
+        found += _at_least(f"training.{name}", getattr(training, name), 1)
+    if training.embedding_dim % max(training.num_heads, 1):
+        found.append(
+            f"training.embedding_dim is {training.embedding_dim}, expected a multiple of training.num_heads={training.num_heads}."
+        )
+    return found
+
+
+def _job(job: JobConfig, cluster: ClusterConfig) -> list[str]:
+    found = _at_least("job.nodes", job.nodes, 1) + _at_least("job.max_attempts", job.max_attempts, 1)
+    seconds = parse_time(job.time)
+    if seconds is None:
+        found.append(
+            f"job.time is {job.time!r}, expected HH:MM:SS or D-HH:MM:SS in quotes, e.g. job.time='\"12:30:00\"'."
+        )
+    else:
+        found += _limits(job, cluster, seconds)
+    if cluster.max_nodes is not None and job.nodes > cluster.max_nodes:
+        found.append(f"job.nodes is {job.nodes}, cluster {cluster.name!r} has at most {cluster.max_nodes} per job.")
+    ranks = job.ranks_per_node
+    if ranks is not None and ranks < 1:
+        found += _at_least("job.ranks_per_node", ranks, 1)
+    elif ranks is not None and cluster.gpus_per_node and ranks > cluster.gpus_per_node:
+        found.append(
+            f"job.ranks_per_node is {ranks}, but cluster {cluster.name!r} has {cluster.gpus_per_node} GPUs per node; "
+            f"one rank per GPU is the rule. Set job.ranks_per_node={cluster.gpus_per_node} or fewer."
+        )
+    if cluster.partitions and job.partition is not None and job.partition not in cluster.partitions:
+        found.append(
+            f"job.partition={job.partition} is not one of cluster {cluster.name!r}.{did_you_mean(job.partition, cluster.partitions)}"
+        )
+    return found
+
+
+def _limits(job: JobConfig, cluster: ClusterConfig, seconds: int) -> list[str]:
+    found = []
+    limit = parse_time(cluster.max_time) if cluster.max_time else None
+    if limit is not None and seconds > limit:
+        found.append(f"job.time is {job.time}, cluster {cluster.name!r} allows at most {cluster.max_time}.")
+    if job.signal_lead_s * 3 > seconds:
+        found.append(
+            f"job.signal_lead_s is {job.signal_lead_s}, more than a third of job.time={job.time}. Lower it or ask for more time."
+        )
+    return found
+
+
+def _batch_split(config: Config) -> list[str]:
+    ranks, plane = num_ranks(config), config.dataplane
+    if ranks % plane.dp_group_size:
+        return [f"dataplane.dp_group_size is {plane.dp_group_size}, which does not divide the job's {ranks} ranks."]
+    groups = ranks // plane.dp_group_size
+    if plane.global_batch_size % groups:
+        return [
+            f"dataplane.global_batch_size is {plane.global_batch_size}, which {groups} dp_groups cannot share evenly. "
+            f"Use a multiple of {groups}."
+        ]
+    return []
+
+
+def _at_least(name: str, value: float, minimum: int) -> list[str]:
+    return [] if value >= minimum else [f"{name} is {value}, expected at least {minimum}."]

@@ -1,0 +1,121 @@
+"""Hydra's compose at the edge: overrides in, one frozen `Config` out. Nothing below this file knows OmegaConf."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mixtera_hpc.config.check import check
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import ConfigError, did_you_mean
+
+__all__ = ["compose", "compose_plain", "conf_dir", "from_omegaconf", "load_yaml"]
+
+CONFIG_NAME = "config"
+
+
+def conf_dir() -> Path:
+    """The folder of shipped configs: `conf/` beside the package in a checkout, inside the package in a wheel."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / f"{CONFIG_NAME}.yaml").is_file():
+            return folder
+    raise ConfigError(
+        f"The shipped configs are missing: no {CONFIG_NAME}.yaml in {package / 'conf'}. Reinstall mixtera-hpc."
+    )
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """Compose the primary config with Hydra `overrides` and check it.
+
+    Raises:
+        ConfigError: an override that does not parse, an unknown group, key or value, or any failed check.
+    """
+    config = from_plain(Config, compose_plain(overrides))
+    check(config)
+    return config
+
+
+def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose to nested dicts, resolved but not converted; see `compose`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="mixtera-hpc"):
+        try:
+            return from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*_search_path(), *overrides]))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_explain(error, overrides)) from None
+
+
+def from_omegaconf(node: Any) -> dict[str, Any]:
+    """Resolve a DictConfig into plain dicts, lists and scalars, keeping `???` for the check that names missing keys."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(node, resolve=True)
+    return {str(k): v for k, v in plain.items() if k != "hydra"} if isinstance(plain, dict) else {}
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file written by us (`config.yaml` of a run folder)."""
+    from omegaconf import OmegaConf
+
+    return from_omegaconf(OmegaConf.load(path))
+
+
+def _search_path() -> list[str]:
+    """`MIXTERA_CONF=dir:dir` puts a team's own configs before the shipped ones."""
+    folders = [Path(p).resolve() for p in os.environ.get("MIXTERA_CONF", "").split(":") if p]
+    return [f"hydra.searchpath=[{','.join(f'file://{f}' for f in folders)}]"] if folders else []
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = str(error).strip()
+    if match := re.search(r"Environment variable '(\w+)' not found", text):
+        name = match.group(1)
+        key = re.search(r"full_key: (\S+)", text)
+        where = f"{key.group(1)} needs" if key else "The configuration needs"
+        return f"{where} the environment variable {name}, which is not set.\n  Set {name}, or give {key.group(1) if key else 'the key'}=<value>."
+    if match := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{match.group(1)} is missing. Set it on the command line or in a config file."
+    if match := re.search(r"Key '(\w+)' is not in struct\s+full_key: (\S+)", text):
+        return f"{match.group(2)} is not a known key.{_near_keys(match.group(2))}"
+    if match := re.search(r"Could not override '([\w.]+)'", text):
+        return f"{match.group(1)} is not a known key.{_near_keys(match.group(1))}"
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match.group(1).rpartition("/")
+        return f"{group}={option} does not exist.{did_you_mean(option, _options(group))}"
+    return text + (f"\n  Overrides were: {' '.join(overrides)}" if overrides else "")
+
+
+def _near_keys(key: str) -> str:
+    known = list(_known_keys(Config))
+    leaf = key.rpartition(".")[2]
+    return _same_leaf(leaf, known) or did_you_mean(key, known)
+
+
+def _same_leaf(leaf: str, known: list[str]) -> str:
+    same = [repr(k) for k in known if k.rpartition(".")[2] == leaf]
+    return f" Did you mean {' or '.join(same)}?" if same else ""
+
+
+def _known_keys(cls: Any, path: str = "") -> list[str]:
+    import dataclasses
+    import typing
+
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        full = f"{path}.{name}" if path else name
+        keys.append(full)
+        if dataclasses.is_dataclass(hint):
+            keys += _known_keys(hint, full)
+    return keys
+
+
+def _options(group: str) -> list[str]:
+    folder = conf_dir() / group
+    return sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []

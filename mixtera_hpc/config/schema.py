@@ -1,0 +1,279 @@
+"""Every key a user may write, its type, default and meaning.
+
+Plain frozen dataclasses: Hydra and OmegaConf end at `compose.py`, nothing below ever sees a DictConfig. The sentence under
+a field is its documentation; `mixtera_hpc.config.convert` turns nested dicts into these and lists every problem at once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "DataPlaneConfig",
+    "DomainConfig",
+    "IndexConfig",
+    "JobConfig",
+    "MixtureConfig",
+    "PlanConfig",
+    "PropertyConfig",
+    "QueryConfig",
+    "RunConfig",
+    "TrackConfig",
+    "TrainingConfig",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PropertyConfig:
+    """How one property is found in a row. In YAML a bare string is short for `{path: <string>, kind: category}`."""
+
+    path: str
+    """Dotted path inside the row (`meta.language`)."""
+    kind: Literal["category", "categories", "number"] = "category"
+    """One value, several values, or a float64."""
+
+    @classmethod
+    def from_short(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which files hold the samples, and where in a row the text and the properties are."""
+
+    root: str
+    """Folder that all shard paths are relative to."""
+    include: list[str] = field(default_factory=lambda: ["**/*"])
+    """Globs below `root`; files of unknown format are ignored by `**/*` and refused when a glob names them."""
+    exclude: list[str] = field(default_factory=list)
+    """Globs below `root` left out again."""
+    format: str = "auto"
+    """`auto` (by file name) or the name of a format."""
+    text: str = "text"
+    """Dotted path to the document."""
+    properties: dict[str, PropertyConfig] = field(default_factory=dict)
+    """Name → where it is found and of which kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """The property index file and how it is built."""
+
+    path: str
+    """The HDF5 file."""
+    block_rows: int = 256
+    """Rows of an uncompressed JSONL block, the unit of I/O and shuffling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryConfig:
+    """Which samples take part at all."""
+
+    where: str | None = None
+    """Boolean expression over properties, e.g. `language in ['en', 'de'] and quality >= 0.7 and 'python' in tags`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainConfig:
+    """One component of the mixture."""
+
+    key: dict[str, Any]
+    """Property → value or list of values; a sample belongs to the first domain, in written order, that it matches."""
+    weight: float | None = None
+    """Share of the mixture; for `natural` and `dynamic` it may be left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureConfig:
+    """In which proportion the domains are served."""
+
+    kind: Literal["natural", "static", "dynamic"] = "natural"
+    """Natural shares of the index, fixed weights, or weights learned while training."""
+    unit: Literal["tokens", "samples"] = "tokens"
+    """What is counted: packed sequences of tokens, or samples."""
+    domains: list[DomainConfig] = field(default_factory=list)
+    """The components. Empty: one domain per value of `by`, or a single domain of everything."""
+    by: list[str] = field(default_factory=list)
+    """With no `domains`: the properties whose distinct values make the domains."""
+    normalize: bool = False
+    """Scale weights that do not sum to 1, instead of refusing them."""
+    on_exhausted: Literal["repeat", "redistribute", "stop"] = "repeat"
+    """When a domain has been served `max_epochs` times: with `repeat` and `stop` the data ends, with `redistribute` its share
+    goes to the others in proportion to their weights."""
+    max_epochs: float | None = None
+    """Passes over a domain before it is exhausted. Default: unlimited for `repeat`, 1 for the others."""
+    algorithm: dict[str, Any] = field(default_factory=lambda: {"name": "ado"})
+    """For `dynamic`: the mixing algorithm's `name` and its parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPlaneConfig:
+    """How samples become batches on every rank."""
+
+    tokenizer: str | None = None
+    """A Hugging Face `tokenizer.json`. Needed for `mixture.unit=tokens`."""
+    seq_len: int = 1024
+    """Predicted tokens per sequence; a sequence holds one more."""
+    overlap: bool = True
+    """A sequence begins with the last token of the one before, so that every token is predicted once. False: no token is
+    handed out twice, and every (seq_len + 1)th is never predicted."""
+    global_batch_size: int = 64
+    """Sequences (or samples) of one step over all ranks."""
+    chunk_steps: int = 8
+    """Steps between two decisions about the mixture; one broadcast each."""
+    feedback_lag: int = 2
+    """Statistics of chunk c change the weights from chunk c + feedback_lag on, always."""
+    seed: int = 0
+    """Decides every shuffle."""
+    shuffle: Literal["none", "block", "window"] = "window"
+    """Index order; blocks shuffled; or blocks shuffled and rows shuffled inside windows of `shuffle_window` blocks."""
+    shuffle_window: int = 64
+    """Blocks whose rows are shuffled together."""
+    add_eos: bool = True
+    """End every document with the end-of-text token."""
+    eos_token: str | None = None
+    """The end-of-text token; found in the tokenizer when null."""
+    predict_across_documents: bool = False
+    """Count the loss of the first token of a document as well."""
+    prefetch_batches: int = 4
+    """Batches the reader threads keep ready."""
+    dp_group_size: int = 1
+    """Neighbouring ranks that receive the same batch (tensor, pipeline and context parallel peers)."""
+    comm: Literal["auto", "local", "mpi"] = "auto"
+    """How ranks talk: `auto` uses MPI when the process was started by an MPI launcher."""
+    audit: bool = False
+    """Log a digest of every sequence handed to the trainer, for `trace --verify`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """The reference trainer: a small GPT."""
+
+    num_steps: int = 100
+    """Optimizer steps of the whole run."""
+    num_layers: int = 4
+    num_heads: int = 4
+    embedding_dim: int = 128
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    micro_batch_size: int | None = None
+    """Sequences per forward pass; null takes the rank's whole share at once."""
+    seed: int = 0
+    """Initial weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int = 1
+    """CPU threads of torch per rank."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves only at the end and when asked to stop."""
+    keep_checkpoints: int = 2
+    """Older checkpoints beyond this many are removed."""
+    stop_after: int | None = None
+    """Save and leave with exit code 75 after this step, as if a stop had been requested."""
+    log_every: int = 1
+    """Steps between lines of `metrics/steps.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackConfig:
+    """Where metric events go besides JSONL, which is always written."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Where a run's folder lies."""
+
+    name: str = "run"
+    """Groups runs: the folder is `<root>/<name>/<run_id>`."""
+    root: str = "runs"
+    """Folder of all runs; must be on a file system that all nodes share."""
+    id: str | None = None
+    """Made from the time and the configuration when null."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """What is asked of Slurm."""
+
+    nodes: int = 1
+    ranks_per_node: int | None = None
+    """One rank per GPU; null takes the cluster's."""
+    time: str = "01:00:00"
+    """Time limit as `HH:MM:SS` or `D-HH:MM:SS`, in quotes."""
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    cpus_per_rank: int | None = None
+    mem: str | None = None
+    signal_lead_s: int = 120
+    """Seconds before the time limit at which the job is told to save."""
+    max_attempts: int = 1
+    """Jobs in the chain: an attempt that leaves with 75 is followed by the next, up to this many."""
+    comment: str | None = None
+    exclude: str | None = None
+    dependency: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """What a site's nodes look like and how ranks are started there."""
+
+    name: str = "local"
+    ranks_per_node: int = 1
+    """Default and upper bound of `job.ranks_per_node` where ranks are bound to GPUs."""
+    gpus_per_node: int = 0
+    cpus_per_node: int | None = None
+    max_nodes: int | None = None
+    max_time: str | None = None
+    mem: str | None = None
+    partitions: list[str] = field(default_factory=list)
+    """Valid partitions; empty: not checked."""
+    needs_account: bool = False
+    mpi: str | None = None
+    """Value of `srun --mpi`."""
+    srun_args: list[str] = field(default_factory=list)
+    """Further arguments of srun."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """Further `#SBATCH` parameters."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment of every rank."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines of the batch script before srun."""
+    wrapper: list[str] = field(default_factory=list)
+    """Words between srun and python (numactl, a container's exec)."""
+    python: str | None = None
+    """The interpreter on the compute nodes; null takes the submitting one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """What `mixtera-hpc plan` prints."""
+
+    first_step: int = 0
+    steps: int | None = None
+    """Steps to print; null takes one chunk for `--json` and the whole run for the forecast."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    data: DataConfig
+    index: IndexConfig
+    query: QueryConfig = field(default_factory=QueryConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    dataplane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    job: JobConfig = field(default_factory=JobConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
