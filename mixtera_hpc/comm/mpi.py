@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +86,7 @@ class Mpi:
         window = self._mpi.Win.Allocate_shared(size if self.local_rank == 0 else 0, 1, comm=self._node)
         self._windows.append(window)
         memory, _ = window.Shared_query(0)
-        shared = np.frombuffer(memoryview(memory), np.uint8, size).view(dtype).reshape(shape)
+        shared = np.frombuffer(cast("Any", memory), np.uint8, size).view(dtype).reshape(shape)
         if self.rank == 0:
             shared[...] = array
         if self.local_rank == 0 and self.size > self.local_size:
