@@ -1,0 +1,131 @@
+"""Exact apportionment: which domain gets each slot, so that no prefix is ever a full sequence away from its share.
+
+Give the m-th sequence of a domain with lag l and weight w the window of slots in which serving it keeps the domain's count
+within 1 of its share: not before slot ⌊(m-1-l)/w⌋ + 1, not after slot ⌈(m-l)/w⌉ (the proportionate-fairness windows of Baruah
+et al. 1996, for one processor). Serving the earliest deadline among the released fills every window, so all prefixes are exact.
+
+A chunk is decided in two parts. `advance` finds only how many sequences every domain has had at the end of n slots, in
+O(K log K) whatever n is: everything due by then, and of the sequences whose window is open, those with the earliest
+deadlines, as long as no suffix of the chunk is promised more newly released sequences than fit in it. `order` then runs the
+earliest-deadline rule over exactly those sequences. docs/planner.md has the proof that the two agree: with unchanged
+weights every prefix of every chunk is exact; after a change of weights the boundaries are, whenever that is possible at all.
+
+Shares are integers in units of 2^-40 sequence, so that nothing is ever rounded and every machine gets the same answer.
+"""
+
+import heapq
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["MAX_SLOTS", "UNIT", "advance", "order", "quantise", "slots_until"]
+
+UNIT = 1 << 40
+"""Fixed-point one."""
+MAX_SLOTS = 1 << 21
+"""Slots of one call; keeps every product below 2^62."""
+NEVER = np.int64(1 << 62)
+
+Ints = NDArray[np.int64]
+
+
+def quantise(weights: NDArray[np.float64]) -> Ints:
+    """Non-negative weights as integers that sum to UNIT exactly (largest remainder); shape (K,).
+
+    A positive weight keeps at least 2^-40.
+    """
+    exact = weights / math.fsum(weights.tolist()) * UNIT
+    units = np.floor(exact).astype(np.int64)
+    units[(weights > 0) & (units == 0)] = 1
+    up = np.argsort(units - exact, kind="stable")[: max(UNIT - int(units.sum()), 0)]
+    units[up] += 1
+    units[np.argmax(units)] += UNIT - int(units.sum())
+    return units
+
+
+def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> Ints:
+    """How many sequences each domain gets in the next `num_slots` slots; shape (K,), sums to `num_slots`.
+
+    Args:
+        lag: share due minus sequences served, in UNIT; sums to 0.
+        weight: in UNIT; sums to UNIT.
+        remaining: sequences a domain still has; nobody's share may outgrow it within `num_slots` (see `slots_until`).
+    """
+    share = lag + weight * num_slots
+    due = np.maximum(share, 0) // UNIT
+    rest = num_slots - int(due.sum())
+    if rest > 0:
+        part = share - due * UNIT
+        due[_earliest(part, weight, rest, num_slots, (part > 0) & (due < remaining))] += 1
+    return due
+
+
+def _earliest(part: Ints, weight: Ints, rest: int, num_slots: int, open_window: NDArray[np.bool_]) -> Ints:
+    """The `rest` domains whose open sequence is served before the boundary.
+
+    A set that holds at most ⌈Σ part⌉ of the sequences released in the last L slots, for every L < num_slots, can be served
+    without crowding the end of the chunk. Among such sets the one with the earliest deadlines is found by a sweep over
+    ascending L: the bound grows by at most one per sequence, so each either joins or replaces the latest deadline.
+    """
+    candidates = np.flatnonzero(open_window)
+    part, weight = part[candidates], np.maximum(weight[candidates], 1)
+    age = -(-part // weight)
+    deadline = -(-(UNIT - part) // weight)
+    priority = np.empty(len(candidates), np.int64)
+    priority[np.lexsort((candidates, deadline))] = np.arange(len(candidates))
+    sweep = np.argsort(age, kind="stable")
+    bound = -(-np.cumsum(part[sweep]) // UNIT)
+    joins = np.diff(bound, prepend=0) > 0
+    num_inside = int(np.searchsorted(age[sweep], num_slots))
+    chosen: list[int] = []
+    for key, join in zip((-priority[sweep[:num_inside]]).tolist(), joins[:num_inside].tolist(), strict=True):
+        if join:
+            heapq.heappush(chosen, key)
+        else:
+            heapq.heappushpop(chosen, key)
+    ranked = np.sort(np.concatenate([-np.array(chosen, np.int64), priority[sweep[num_inside:]]]))[:rest]
+    by_priority = np.empty(len(candidates), np.int64)
+    by_priority[priority] = candidates
+    return by_priority[ranked]
+
+
+def slots_until(lag: Ints, weight: Ints, remaining: Ints, horizon: int) -> Ints:
+    """Slots after which each domain's share equals all it has left; `NEVER` if beyond `horizon`. Shape (K,)."""
+    slots = np.full(len(lag), NEVER)
+    near = (remaining <= horizon + 1) & (weight > 0)
+    missing = remaining[near] * UNIT - lag[near]
+    slots[near] = np.maximum(-(-missing // weight[near]), 0)
+    return slots
+
+
+def order(lag: Ints, weight: Ints, counts: Ints) -> NDArray[np.int32]:
+    """The domain of every slot, when domain k is to get `counts[k]` of them; shape (counts.sum(),).
+
+    Earliest deadline first among the released, O(n log K).
+    """
+    num_slots = int(counts.sum())
+    domain = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    nth = np.arange(num_slots) - np.repeat(np.cumsum(counts) - counts, counts)
+    rate = np.maximum(weight, 1)[domain]
+    release = np.clip((nth * UNIT - lag[domain]) // rate, 0, num_slots - 1)
+    deadline = np.clip(-(-((nth + 1) * UNIT - lag[domain]) // rate), 1, num_slots)
+    priority = np.empty(num_slots, np.int64)
+    priority[np.lexsort((nth, domain, deadline))] = np.arange(num_slots)
+    by_release = np.argsort(release, kind="stable")
+    served = _earliest_deadline_first(release[by_release].tolist(), priority[by_release].tolist())
+    by_priority = np.empty(num_slots, np.int32)
+    by_priority[priority] = domain
+    return by_priority[served]
+
+
+def _earliest_deadline_first(release: list[int], priority: list[int]) -> list[int]:
+    """Priorities in the order they are served; when nothing is released, the next to be released is taken early."""
+    waiting: list[int] = []
+    served, taken, total = [], 0, len(release)
+    for slot in range(total):
+        while taken < total and (release[taken] <= slot or not waiting):
+            heapq.heappush(waiting, priority[taken])
+            taken += 1
+        served.append(heapq.heappop(waiting))
+    return served

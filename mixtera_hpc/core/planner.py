@@ -1,0 +1,240 @@
+"""The planner: a pure state machine that decides what every step contains.
+
+`plan(state, weights) → (ChunkPlan, state)`. A plan is 24 bytes per domain whatever the chunk's size: the cursors, lags and
+weights its first slot starts from. `slots` expands it, the same on every rank, to the domain and the position in that
+domain's stream of every sequence. Number of ranks, of nodes and of readers are not among the arguments of anything here.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.apportion import MAX_SLOTS, UNIT, advance, order, quantise, slots_until
+from mixtera_hpc.errors import CommError, MixtureError
+
+__all__ = ["ChunkPlan", "OnExhausted", "Planner", "PlannerState", "Slots"]
+
+OnExhausted = Literal["repeat", "redistribute", "stop"]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerState:
+    """Where a run stands: O(domains) integers, the same size at step 10 and at step 10,000,000."""
+
+    chunk: int
+    """Chunks planned so far."""
+    step: int
+    """Steps planned so far."""
+    cursors: Ints
+    """Sequences each domain has been asked for; shape (K,)."""
+    lags: Ints
+    """Share due minus sequences served, in units of 2^-40 sequence; sums to 0. Shape (K,)."""
+
+    @classmethod
+    def start(cls, num_domains: int) -> "PlannerState":
+        zeros = np.zeros(num_domains, np.int64)
+        return cls(chunk=0, step=0, cursors=zeros, lags=zeros)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkPlan:
+    """The assignment of `num_steps` consecutive steps."""
+
+    chunk: int
+    first_step: int
+    num_steps: int
+    """Fewer than asked, possibly 0, when the data ends in this chunk."""
+    last: bool
+    """Nothing follows: a domain, or all of them, is exhausted."""
+    cursors: Ints
+    """At the first slot; shape (K,)."""
+    lags: Ints
+    """At the first slot."""
+    weights: Ints
+    """In units of 2^-40; sums to 2^40."""
+
+    def to_array(self) -> Ints:
+        """The plan as one int64 buffer of `array_size(K)`, its digest last."""
+        head = np.array([self.chunk, self.first_step, self.num_steps, int(self.last)], np.int64)
+        body = np.concatenate([head, self.cursors, self.lags, self.weights])
+        return np.append(body, _digest(body))
+
+    @classmethod
+    def from_array(cls, buffer: Ints) -> "ChunkPlan":
+        """The inverse of `to_array`.
+
+        Raises:
+            CommError: the digest does not match: the buffer was damaged on its way.
+        """
+        if _digest(buffer[:-1]) != buffer[-1]:
+            raise CommError("A chunk plan arrived damaged: its digest does not match its content.")
+        cursors, lags, weights = buffer[4:-1].reshape(3, -1).copy()
+        chunk, first_step, num_steps, last = (int(n) for n in buffer[:4])
+        return cls(
+            chunk=chunk,
+            first_step=first_step,
+            num_steps=num_steps,
+            last=bool(last),
+            cursors=cursors,
+            lags=lags,
+            weights=weights,
+        )
+
+    @staticmethod
+    def array_size(num_domains: int) -> int:
+        return 5 + 3 * num_domains
+
+    @property
+    def digest(self) -> int:
+        """64-bit digest of the content."""
+        return int(self.to_array()[-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slots:
+    """Every sequence of a chunk, in served order; shape (num_steps * global_batch_size,) each."""
+
+    domain: NDArray[np.int32]
+    ordinal: Ints
+    """Position in the domain's stream, counted in sequences from the start of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Slots under constant weights: from the chunk's start, or from a domain's exhaustion, on."""
+
+    lags: Ints
+    weights: Ints
+    counts: Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planner:
+    """What stays the same during a run."""
+
+    capacity: Ints
+    """Sequences each domain can serve over all its epochs; `UNLIMITED` for endless. Shape (K,)."""
+    global_batch_size: int
+    chunk_steps: int
+    on_exhausted: OnExhausted
+
+    UNLIMITED = 1 << 61
+
+    def plan(self, state: PlannerState, weights: NDArray[np.float64]) -> tuple[ChunkPlan, PlannerState]:
+        """Decide the next chunk.
+
+        Every prefix of the served order keeps every domain within 1 sequence of its share while weights stay the same;
+        over changing weights the same holds at chunk boundaries (docs/planner.md says exactly when). O(K log K) time.
+
+        Args:
+            weights: the wish, non-negative, shape (K,). Exhausted domains are left out under `redistribute`.
+
+        Raises:
+            MixtureError: the weights are negative, not finite or all zero.
+        """
+        num_slots = self.chunk_steps * self.global_batch_size
+        start = self._start(state, weights)
+        segments = self._segments(start, state.cursors, num_slots)
+        served = sum(int(s.counts.sum()) for s in segments)
+        if served < num_slots:
+            num_slots = served - served % self.global_batch_size
+            segments = self._segments(start, state.cursors, num_slots)
+        plan = ChunkPlan(
+            chunk=state.chunk,
+            first_step=state.step,
+            num_steps=num_slots // self.global_batch_size,
+            last=num_slots < self.chunk_steps * self.global_batch_size,
+            cursors=state.cursors,
+            lags=start.lags,
+            weights=start.weights,
+        )
+        return plan, self._after(state, plan, segments)
+
+    def slots(self, plan: ChunkPlan) -> Slots:
+        """Expand a plan to its sequences; O(n log K)."""
+        start = _Segment(plan.lags, plan.weights, np.zeros_like(plan.cursors))
+        segments = self._segments(start, plan.cursors, plan.num_steps * self.global_batch_size)
+        pieces = [order(s.lags, s.weights, s.counts) for s in segments]
+        domain = np.concatenate([np.zeros(0, np.int32), *pieces])
+        return Slots(domain=domain, ordinal=plan.cursors[domain] + _running_count(domain))
+
+    def after(self, plan: ChunkPlan) -> PlannerState:
+        """The state that follows `plan`; what `plan` itself returned."""
+        start = _Segment(plan.lags, plan.weights, np.zeros_like(plan.cursors))
+        segments = self._segments(start, plan.cursors, plan.num_steps * self.global_batch_size)
+        state = PlannerState(chunk=plan.chunk, step=plan.first_step, cursors=plan.cursors, lags=plan.lags)
+        return self._after(state, plan, segments)
+
+    def exhausted(self, state: PlannerState) -> NDArray[np.bool_]:
+        """Which domains have nothing left; shape (K,)."""
+        return state.cursors >= self.capacity
+
+    def _start(self, state: PlannerState, weights: NDArray[np.float64]) -> _Segment:
+        start = _Segment(state.lags, quantise_or_refuse(weights), np.zeros_like(state.cursors))
+        gone = (state.cursors >= self.capacity) & (state.lags >= 0)
+        if self.on_exhausted == "redistribute" and gone.any() and (weights[~gone] > 0).any():
+            return self._retire(start, gone)
+        return start
+
+    def _segments(self, start: _Segment, cursors: Ints, num_slots: int) -> list[_Segment]:
+        """Cut `num_slots` at exhaustions; they cover less when the data ends."""
+        segments: list[_Segment] = []
+        now, remaining = start, self.capacity - cursors
+        while num_slots > 0:
+            until = slots_until(now.lags, now.weights, remaining, num_slots)
+            length = min(num_slots, int(until.min()), MAX_SLOTS)
+            counts = advance(now.lags, now.weights, length, remaining)
+            segments.append(replace(now, counts=counts))
+            remaining = remaining - counts
+            now = replace(now, lags=now.lags + now.weights * length - counts * UNIT)
+            num_slots -= length
+            gone = until <= length
+            if gone.any() and num_slots > 0:
+                if self.on_exhausted != "redistribute" or not (now.weights[~gone] > 0).any():
+                    break
+                now = self._retire(now, gone)
+        return segments
+
+    def _retire(self, now: _Segment, gone: NDArray[np.bool_]) -> _Segment:
+        """Give the share of exhausted domains, and what they were still due, to the others."""
+        weights = quantise(np.where(gone, 0, now.weights).astype(np.float64))
+        due = int(now.lags[gone].sum())
+        extra = np.floor(weights * (due / UNIT)).astype(np.int64)
+        extra[np.argmax(weights)] += due - int(extra.sum())
+        return _Segment(np.where(gone, 0, now.lags) + extra, weights, now.counts)
+
+    def _after(self, state: PlannerState, plan: ChunkPlan, segments: list[_Segment]) -> PlannerState:
+        cursors, lags = plan.cursors, plan.lags
+        for segment in segments:
+            cursors = cursors + segment.counts
+            lags = segment.lags + segment.weights * int(segment.counts.sum()) - segment.counts * UNIT
+        return PlannerState(chunk=state.chunk + 1, step=state.step + plan.num_steps, cursors=cursors, lags=lags)
+
+
+def quantise_or_refuse(weights: NDArray[np.float64]) -> Ints:
+    """`quantise`, refusing weights that are negative, not finite or all zero."""
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        worst = int(np.flatnonzero(~np.isfinite(weights) | (weights < 0))[0])
+        raise MixtureError(f"The weight of domain {worst} is {weights[worst]}; weights are finite and at least 0.")
+    if not weights.sum() > 0:
+        raise MixtureError("All weights of the mixture are 0; give at least one domain a weight.")
+    return quantise(weights)
+
+
+def _running_count(domain: NDArray[np.int32]) -> Ints:
+    """How often each entry's value occurred before it."""
+    by_domain = np.argsort(domain, kind="stable")
+    counts = np.bincount(domain)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    running = np.empty(len(domain), np.int64)
+    running[by_domain] = np.arange(len(domain)) - first
+    return running
+
+
+def _digest(body: Ints) -> np.int64:
+    raw = hashlib.blake2b(np.ascontiguousarray(body, "<i8").tobytes(), digest_size=8).digest()
+    return np.frombuffer(raw, "<i8")[0]
