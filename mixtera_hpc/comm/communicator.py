@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DONE", "Communicator", "Local", "Op", "Request", "wait"]
+__all__ = ["DONE", "Communicator", "Local", "Op", "Request", "bcast_bytes", "wait"]
 
 Op = Literal["sum", "max", "min"]
 
@@ -84,6 +84,15 @@ def wait(request: Request, poll_s: float = 1e-4) -> None:
     while not request.Test():
         time.sleep(poll_s)
         poll_s = min(poll_s * 1.1, 1e-3)
+
+
+def bcast_bytes(comm: Communicator, data: bytes | None) -> bytes:
+    """Root's `data` on every rank; others give None. **Collective.**"""
+    length = np.array([0 if data is None else len(data)], np.int64)
+    comm.Bcast(length)
+    buffer = np.frombuffer(data, np.uint8).copy() if data is not None else np.empty(int(length[0]), np.uint8)
+    comm.Bcast(buffer)
+    return buffer.tobytes()
 
 
 class _Done:
