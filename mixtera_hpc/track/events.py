@@ -1,0 +1,82 @@
+"""What is written down while a run goes on: four streams of events, each a file `metrics/<stream>.jsonl`.
+
+K is the number of domains; lists over domains are in domain_id order. Every event also carries `time` (UTC, ISO 8601) and
+`attempt`, which the tracker adds. A number that does not exist (a loss of no tokens) is null.
+"""
+
+from typing import TypedDict
+
+__all__ = ["STREAMS", "AttemptEvent", "CommEvent", "MixtureEvent", "StepEvent"]
+
+
+class AttemptEvent(TypedDict, total=False):
+    """`attempts.jsonl`: one line when an attempt begins; what the other streams' numbers refer to."""
+
+    step: int
+    """The first step this attempt takes."""
+    num_steps: int
+    """Steps of the whole run."""
+    num_ranks: int
+    num_nodes: int
+    hostname: str
+    """Of rank 0."""
+    device: str
+    """What the trainer computes on, e.g. `cpu` or `NVIDIA GH200 120GB`."""
+    num_parameters: int
+    vocab_size: int
+    seq_len: int
+    global_batch_size: int
+    domains: list[str]
+    """Names of the K domains."""
+
+
+class StepEvent(TypedDict, total=False):
+    """`steps.jsonl`: one line every `training.log_every` steps, covering the `num_steps` steps that end with `step`."""
+
+    step: int
+    """The last step covered, from 0."""
+    num_steps: int
+    loss: float | None
+    """Mean over all counted tokens of the steps covered, nats."""
+    tokens: int
+    """Counted (predicted) tokens of the steps covered, over all ranks."""
+    tokens_per_s: float
+    step_s: float
+    """Wall time of a step on rank 0, mean over the steps covered."""
+    data_wait_s: float
+    """Part of `step_s` that rank 0 waited for its batch."""
+    learning_rate: float
+    num_ranks: int
+    domain_loss: list[float | None]
+    domain_tokens: list[int]
+    domain_sequences: list[int]
+
+
+class MixtureEvent(TypedDict, total=False):
+    """`mixture.jsonl`: one line per chunk, written by the data plane."""
+
+    step: int
+    """The chunk's first step."""
+    chunk: int
+    weights: list[float]
+    """The wish."""
+    proportions: list[float]
+    """What the chunk serves."""
+    cursors: list[int]
+    """Where each domain's stream stands when the chunk begins."""
+    epochs: list[float]
+    """Passes over each domain when the chunk begins; 1.25 is one and a quarter."""
+
+
+class CommEvent(TypedDict, total=False):
+    """`comm.jsonl`: what rank 0 spends on the other ranks, one line per chunk, written by the data plane."""
+
+    step: int
+    chunk: int
+    plan_s: float
+    broadcast_s: float
+    reduce_s: float
+
+
+STREAMS = ("attempts", "steps", "mixture", "comm")
+"""Every stream there is."""

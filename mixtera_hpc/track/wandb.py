@@ -1,0 +1,45 @@
+"""Events as Weights & Biases metrics. Needs the package `wandb`; offline machines set WANDB_MODE=offline."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mixtera_hpc.config.convert import to_plain
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.track.scalars import Flattener
+
+__all__ = ["WeightsAndBiases"]
+
+
+class WeightsAndBiases:
+    """A `Tracker` that continues one W&B run per run folder, however many attempts it takes.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(
+                f"track.wandb=true, but the package wandb cannot be imported ({error}).\n"
+                "  pip install wandb, or set track.wandb=false."
+            ) from None
+        self._run = wandb.init(
+            project=folder.name,
+            id=folder.run_id,
+            name=folder.run_id,
+            dir=str(folder.path),
+            config=to_plain(config),
+            resume="allow",
+        )
+        self._run.define_metric("*", step_metric="step")
+        self._flattener = Flattener()
+
+    def log(self, stream: str, event: Mapping[str, Any]) -> None:
+        self._run.log({"step": int(event.get("step", 0)), **self._flattener.flatten(stream, event)})
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,96 @@
+"""What is written is what is read, whatever happened in between."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.track.read import read_events
+from mixtera_hpc.track.tracker import JsonLines
+
+NOON = datetime(2026, 1, 2, 12, 0, tzinfo=UTC)
+
+
+def write(folder: Path, attempt: int, steps: range) -> None:
+    tracker = JsonLines(folder, attempt, clock=lambda: NOON)
+    for step in steps:
+        tracker.log("steps", {"step": step, "loss": attempt + step / 100})
+    tracker.close()
+
+
+def test_every_event_carries_the_time_and_the_attempt(tmp_path: Path) -> None:
+    write(tmp_path, 3, range(1))
+    line = json.loads((tmp_path / "steps.jsonl").read_text())
+    assert line == {"time": "2026-01-02T12:00:00+00:00", "attempt": 3, "step": 0, "loss": 3.0}
+
+
+def test_arrays_are_lists_and_a_loss_that_does_not_exist_is_null(tmp_path: Path) -> None:
+    tracker = JsonLines(tmp_path, 1)
+    tracker.log("steps", {"step": np.int64(7), "domain_loss": np.array([1.5, np.nan]), "tokens": np.array([3, 4])})
+    tracker.close()
+    (event,) = read_events(tmp_path / "steps.jsonl")
+    assert (event["step"], event["domain_loss"], event["tokens"]) == (7, [1.5, None], [3, 4])
+
+
+def test_an_event_is_in_the_file_before_the_tracker_is_closed(tmp_path: Path) -> None:
+    tracker = JsonLines(tmp_path, 1)
+    tracker.log("comm", {"step": 0, "plan_s": 0.1})
+    assert len(read_events(tmp_path / "comm.jsonl")) == 1
+
+
+def test_a_resumed_attempt_replaces_the_steps_it_did_again(tmp_path: Path) -> None:
+    write(tmp_path, 1, range(10))
+    write(tmp_path, 2, range(6, 12))
+    write(tmp_path, 3, range(9, 11))
+    events = read_events(tmp_path / "steps.jsonl")
+    assert [e["step"] for e in events] == list(range(11))
+    assert [e["attempt"] for e in events] == [1] * 6 + [2] * 3 + [3] * 2
+
+
+def test_an_attempt_that_starts_over_replaces_everything(tmp_path: Path) -> None:
+    write(tmp_path, 1, range(10))
+    write(tmp_path, 2, range(3))
+    assert [e["attempt"] for e in read_events(tmp_path / "steps.jsonl")] == [2, 2, 2]
+    assert len(read_events(tmp_path / "steps.jsonl", every_attempt=True)) == 13
+
+
+@pytest.mark.parametrize("kept", range(1, 60, 7))
+def test_a_file_cut_at_any_byte_loses_at_most_one_event(tmp_path: Path, kept: int) -> None:
+    write(tmp_path, 1, range(4))
+    path = tmp_path / "steps.jsonl"
+    data = path.read_bytes()
+    path.write_bytes(data[:-kept])
+    whole = data[:-kept].count(b"\n")
+    assert [e["step"] for e in read_events(path)] == list(range(whole))
+
+
+def test_appending_after_a_cut_line_does_not_glue_two_events(tmp_path: Path) -> None:
+    write(tmp_path, 1, range(4))
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])
+    write(tmp_path, 2, range(3, 6))
+    assert [(e["attempt"], e["step"]) for e in read_events(path)] == [(1, 0), (1, 1), (1, 2), (2, 3), (2, 4), (2, 5)]
+
+
+def test_a_cut_line_longer_than_the_search_window_is_removed(tmp_path: Path) -> None:
+    write(tmp_path, 1, range(1))
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": ' + b"1" * 200_000)
+    write(tmp_path, 2, range(1, 2))
+    assert [e["step"] for e in read_events(path)] == [0, 1]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    write(tmp_path, 1, range(3))
+    path = tmp_path / "steps.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], b"\0\0\0", *lines[1:]]))
+    with pytest.raises(DataError, match=r"steps\.jsonl line 2 is not a metric event"):
+        read_events(path)
+
+
+def test_a_stream_never_written_has_no_events(tmp_path: Path) -> None:
+    assert read_events(tmp_path / "steps.jsonl") == []
