@@ -3,7 +3,16 @@
 import re
 
 from mixtera_hpc.config.convert import raise_problems
-from mixtera_hpc.config.schema import ClusterConfig, Config, DataPlaneConfig, JobConfig, MixtureConfig, TrainingConfig
+from mixtera_hpc.config.schema import (
+    ClusterConfig,
+    Config,
+    DataPlaneConfig,
+    JobConfig,
+    MixtureConfig,
+    PartitionConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from mixtera_hpc.errors import did_you_mean
 
 __all__ = ["check", "num_ranks", "parse_time", "problems"]
@@ -21,6 +30,7 @@ def problems(config: Config) -> list[str]:
         *_mixture(config.mixture),
         *_dataplane(config.dataplane, config.mixture),
         *_training(config.training),
+        *_run(config.run),
         *_job(config.job, config.cluster),
         *_batch_split(config),
     ]
@@ -118,11 +128,29 @@ def _training(training: TrainingConfig) -> list[str]:
         "log_every",
     ):
         found += _at_least(f"training.{name}", getattr(training, name), 1)
-    if training.embedding_dim % max(training.num_heads, 1):
+    for name in ("micro_batch_size", "stop_after"):
+        if getattr(training, name) is not None:
+            found += _at_least(f"training.{name}", getattr(training, name), 1)
+    for name in ("warmup_steps", "checkpoint_every", "weight_decay"):
+        found += _at_least(f"training.{name}", getattr(training, name), 0)
+    for name in ("learning_rate", "grad_clip"):
+        if not getattr(training, name) > 0:
+            found.append(f"training.{name} is {getattr(training, name)}, expected more than 0.")
+    if training.embedding_dim % max(2 * training.num_heads, 1):
         found.append(
-            f"training.embedding_dim is {training.embedding_dim}, expected a multiple of training.num_heads={training.num_heads}."
+            f"training.embedding_dim is {training.embedding_dim}, expected a multiple of 2 × training.num_heads="
+            f"{training.num_heads}: rotary positions turn pairs of numbers."
         )
     return found
+
+
+def _run(run: RunConfig) -> list[str]:
+    named = {"run.name": run.name, "run.id": run.id}
+    return [
+        f"{key} is {value!r}, which cannot name a folder. Use letters, digits, '.', '_' and '-'."
+        for key, value in named.items()
+        if value is not None and not re.fullmatch(r"\w[\w.-]*", value)
+    ]
 
 
 def _job(job: JobConfig, cluster: ClusterConfig) -> list[str]:
@@ -133,32 +161,66 @@ def _job(job: JobConfig, cluster: ClusterConfig) -> list[str]:
             f"job.time is {job.time!r}, expected HH:MM:SS or D-HH:MM:SS in quotes, e.g. job.time='\"12:30:00\"'."
         )
     else:
-        found += _limits(job, cluster, seconds)
-    if cluster.max_nodes is not None and job.nodes > cluster.max_nodes:
-        found.append(f"job.nodes is {job.nodes}, cluster {cluster.name!r} has at most {cluster.max_nodes} per job.")
-    ranks = job.ranks_per_node
-    if ranks is not None and ranks < 1:
-        found += _at_least("job.ranks_per_node", ranks, 1)
-    elif ranks is not None and cluster.gpus_per_node and ranks > cluster.gpus_per_node:
+        found += _signal_lead(job, seconds) + _limits(job, cluster, seconds)
+    found += _node_shape(job, cluster)
+    partition = job.partition
+    if cluster.partitions and partition is not None and partition not in cluster.partitions:
         found.append(
-            f"job.ranks_per_node is {ranks}, but cluster {cluster.name!r} has {cluster.gpus_per_node} GPUs per node; "
-            f"one rank per GPU is the rule. Set job.ranks_per_node={cluster.gpus_per_node} or fewer."
+            f"job.partition={partition} is not one of cluster {cluster.name!r}."
+            f"{did_you_mean(partition, list(cluster.partitions))}"
         )
-    if cluster.partitions and job.partition is not None and job.partition not in cluster.partitions:
+    if job.container is not None and cluster.container_flag is None:
         found.append(
-            f"job.partition={job.partition} is not one of cluster {cluster.name!r}.{did_you_mean(job.partition, cluster.partitions)}"
+            f"job.container is set, but cluster {cluster.name!r} has no cluster.container_flag. "
+            "Give srun's flag for containers there, or put the container's exec into cluster.wrapper."
         )
     return found
 
 
-def _limits(job: JobConfig, cluster: ClusterConfig, seconds: int) -> list[str]:
+def _node_shape(job: JobConfig, cluster: ClusterConfig) -> list[str]:
+    ranks = job.ranks_per_node if job.ranks_per_node is not None else cluster.ranks_per_node
+    if ranks < 1:
+        return _at_least("job.ranks_per_node", ranks, 1)
     found = []
-    limit = parse_time(cluster.max_time) if cluster.max_time else None
-    if limit is not None and seconds > limit:
-        found.append(f"job.time is {job.time}, cluster {cluster.name!r} allows at most {cluster.max_time}.")
-    if job.signal_lead_s * 3 > seconds:
+    if cluster.gpus_per_node and ranks > cluster.gpus_per_node:
         found.append(
-            f"job.signal_lead_s is {job.signal_lead_s}, more than a third of job.time={job.time}. Lower it or ask for more time."
+            f"job.ranks_per_node is {ranks}, but cluster {cluster.name!r} has {cluster.gpus_per_node} GPUs per node; "
+            f"one rank per GPU is the rule. Set job.ranks_per_node={cluster.gpus_per_node} or fewer."
+        )
+    cores = cluster.cpus_per_node
+    if cores is not None and ranks * (job.cpus_per_rank or 1) > cores:
+        found.append(
+            f"job.ranks_per_node × job.cpus_per_rank is {ranks * (job.cpus_per_rank or 1)}, but a node of cluster "
+            f"{cluster.name!r} has {cores} cores. Lower one of them."
+        )
+    return found
+
+
+def _signal_lead(job: JobConfig, seconds: int) -> list[str]:
+    if job.signal_lead_s * 3 <= seconds:
+        return _at_least("job.signal_lead_s", job.signal_lead_s, 1)
+    return [
+        f"job.signal_lead_s is {job.signal_lead_s}, more than a third of job.time={job.time}. Lower it or ask for more time."
+    ]
+
+
+def _limits(job: JobConfig, cluster: ClusterConfig, seconds: int) -> list[str]:
+    """What the cluster, and the partition where it is stricter, allow."""
+    partition = job.partition or cluster.partition
+    limits = cluster.partitions.get(partition or "", PartitionConfig())
+    where = f"partition {partition} of cluster" if limits != PartitionConfig() else "cluster"
+    found = []
+    max_time = limits.max_time or cluster.max_time
+    limit = parse_time(max_time) if max_time else None
+    if limit is not None and seconds > limit:
+        found.append(f"job.time is {job.time}, {where} {cluster.name!r} allows at most {max_time}.")
+    max_nodes = limits.max_nodes or cluster.max_nodes
+    if max_nodes is not None and job.nodes > max_nodes:
+        found.append(f"job.nodes is {job.nodes}, {where} {cluster.name!r} has at most {max_nodes} per job.")
+    if limits.max_node_minutes is not None and job.nodes * seconds > limits.max_node_minutes * 60:
+        found.append(
+            f"job.nodes × job.time is {job.nodes * seconds / 60:g} node-minutes, {where} {cluster.name!r} allows "
+            f"at most {limits.max_node_minutes}."
         )
     return found
 

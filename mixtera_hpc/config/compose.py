@@ -11,7 +11,7 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["compose", "compose_plain", "conf_dir", "from_omegaconf", "load_yaml"]
+__all__ = ["compose", "compose_plain", "conf_dir", "dump_yaml", "from_omegaconf", "load_config", "load_yaml"]
 
 CONFIG_NAME = "config"
 
@@ -61,10 +61,27 @@ def from_omegaconf(node: Any) -> dict[str, Any]:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file written by us (`config.yaml` of a run folder)."""
-    from omegaconf import OmegaConf
+    """Read a YAML file written by `dump_yaml` (`config.yaml` of a run folder): values as they are, nothing is resolved."""
+    import yaml
 
-    return from_omegaconf(OmegaConf.load(path))
+    plain = yaml.safe_load(path.read_text())
+    return plain if isinstance(plain, dict) else {}
+
+
+def dump_yaml(plain: dict[str, Any]) -> str:
+    """The text `load_yaml` reads back; a `${…}` in it is the shell's, and stays."""
+    import yaml
+
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
+
+
+def load_config(path: Path) -> Config:
+    """The configuration a run was made with.
+
+    Raises:
+        ConfigError: the file was written by another version, or by hand; every problem is named.
+    """
+    return from_plain(Config, load_yaml(path))
 
 
 def _search_path() -> list[str]:

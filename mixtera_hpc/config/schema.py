@@ -16,6 +16,7 @@ __all__ = [
     "IndexConfig",
     "JobConfig",
     "MixtureConfig",
+    "PartitionConfig",
     "PlanConfig",
     "PropertyConfig",
     "QueryConfig",
@@ -201,6 +202,8 @@ class RunConfig:
 class JobConfig:
     """What is asked of Slurm."""
 
+    name: str | None = None
+    """Job name; null takes `run.name`."""
     nodes: int = 1
     ranks_per_node: int | None = None
     """One rank per GPU; null takes the cluster's."""
@@ -208,11 +211,14 @@ class JobConfig:
     """Time limit as `HH:MM:SS` or `D-HH:MM:SS`, in quotes."""
     account: str | None = None
     partition: str | None = None
+    """Null takes the cluster's, or Slurm's default."""
     qos: str | None = None
     constraint: str | None = None
     reservation: str | None = None
     cpus_per_rank: int | None = None
+    """Null divides the cluster's cores by the ranks of a node."""
     mem: str | None = None
+    """Memory of a node in Slurm's units (`460000`, `200G`); null takes the cluster's."""
     signal_lead_s: int = 120
     """Seconds before the time limit at which the job is told to save."""
     max_attempts: int = 1
@@ -220,6 +226,22 @@ class JobConfig:
     comment: str | None = None
     exclude: str | None = None
     dependency: str | None = None
+    container: str | None = None
+    """What the cluster's `container_flag` takes: an environment file, an image or a uenv."""
+    srun_args: list[str] = field(default_factory=list)
+    """Further arguments of srun, after the cluster's."""
+    command: list[str] | None = None
+    """What every rank executes instead of the reference trainer; finds its run in MIXTERA_RUN_FOLDER and MIXTERA_ATTEMPT."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionConfig:
+    """Limits of one partition; null: the cluster's."""
+
+    max_nodes: int | None = None
+    max_time: str | None = None
+    max_node_minutes: int | None = None
+    """Bound of nodes × time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,27 +252,34 @@ class ClusterConfig:
     ranks_per_node: int = 1
     """Default and upper bound of `job.ranks_per_node` where ranks are bound to GPUs."""
     gpus_per_node: int = 0
+    gpu_request: Literal["gpus-per-task", "gpus-per-node", "gres"] = "gpus-per-task"
+    """How GPUs are asked for: one per rank, all of a node, or all of a node as a generic resource."""
     cpus_per_node: int | None = None
+    """Cores of a node that ranks may use."""
     max_nodes: int | None = None
     max_time: str | None = None
     mem: str | None = None
-    partitions: list[str] = field(default_factory=list)
-    """Valid partitions; empty: not checked."""
+    partition: str | None = None
+    """Taken when `job.partition` is null."""
+    partitions: dict[str, PartitionConfig] = field(default_factory=dict)
+    """Valid partitions and their limits; empty: not checked."""
     needs_account: bool = False
     mpi: str | None = None
     """Value of `srun --mpi`."""
     srun_args: list[str] = field(default_factory=list)
     """Further arguments of srun."""
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """Further `#SBATCH` parameters."""
+    """Further `#SBATCH` parameters; true is a bare flag, null takes one of ours away."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment of every rank."""
+    """Environment of every rank, taken literally; write what the shell shall expand into `setup`."""
     setup: list[str] = field(default_factory=list)
     """Shell lines of the batch script before srun."""
     wrapper: list[str] = field(default_factory=list)
     """Words between srun and python (numactl, a container's exec)."""
+    container_flag: str | None = None
+    """The flag of srun that takes `job.container`; null: this cluster has none."""
     python: str | None = None
-    """The interpreter on the compute nodes; null takes the submitting one."""
+    """The interpreter on the compute nodes; null takes the submitting one, or `python` in a container."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
