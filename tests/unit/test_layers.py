@@ -32,7 +32,7 @@ ONLY_IN = {
     "omegaconf": ["config/"],
     "hydra": ["config/", "training/__main__.py", "cli/"],
     "pyarrow": ["formats/", "cli/", "training/"],
-    "torch": ["training/", "dataplane/torch", "cli/doctor.py"],
+    "torch": ["training/", "dataplane/losses.py", "cli/doctor.py"],
     "submitit": ["launch/"],
     "matplotlib": ["report/"],
     "scipy": ["core/mixing/"],

@@ -1,0 +1,199 @@
+"""From positions in a domain's stream to documents.
+
+Price: the first touch of an epoch orders the domain's blocks once, O(blocks); the first touch of a window reads the sample
+columns of its blocks. Both are kept while they are used; windows within a byte budget.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.domains import DomainTable
+from mixtera_hpc.core.order import EpochOrder, Order
+from mixtera_hpc.core.tables import SampleColumns
+from mixtera_hpc.errors import DataError
+
+__all__ = ["Documents", "StreamLayout", "Streams"]
+
+Ints = NDArray[np.int64]
+
+WINDOW_BUDGET_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamLayout:
+    """What streams are made of; the same on every rank."""
+
+    table: DomainTable
+    order: Order
+    num_specials: int
+    """Special tokens added to every document."""
+    in_tokens: bool
+    """Items are tokens; else samples."""
+
+    def sizes(self, domain: int) -> Ints:
+        """Items of `domain` in each of its blocks; shape (num_blocks of the domain,)."""
+        entries = self.entries(domain)
+        rows = self.table.rows[entries].astype(np.int64)
+        return self.table.tokens[entries] + self.num_specials * rows if self.in_tokens else rows
+
+    def entries(self, domain: int) -> slice:
+        """Where `domain`'s blocks lie in the table."""
+        return slice(int(self.table.indptr[domain]), int(self.table.indptr[domain + 1]))
+
+    def epoch_items(self) -> Ints:
+        """Items of one epoch of every domain; shape (K,)."""
+        rows, tokens = self.table.totals()
+        return tokens + self.num_specials * rows if self.in_tokens else rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """Consecutive documents of one domain's stream; n of them, the first and the last possibly in part."""
+
+    block: NDArray[np.int32]
+    """Shape (n,)."""
+    row: NDArray[np.int32]
+    """Row inside the block."""
+    first: Ints
+    """First item of the document that is wanted."""
+    last: Ints
+    """One past the last."""
+    size: Ints
+    """All items the document has."""
+    lengths: Mapping[int, Ints]
+    """Block → bytes of each of its rows on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    block: NDArray[np.int32]
+    row: NDArray[np.int32]
+    starts: Ints
+    """First item of every document, the window's items at the end; shape (n + 1,)."""
+    lengths: Mapping[int, Ints]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.block.nbytes + self.row.nbytes + self.starts.nbytes + sum(a.nbytes for a in self.lengths.values())
+
+
+class Streams:
+    """Looks up any position of any stream. Not thread-safe: one per reading thread."""
+
+    def __init__(
+        self,
+        layout: StreamLayout,
+        read_block: Callable[[int], SampleColumns],
+        domain_of: Callable[[SampleColumns], NDArray[np.int32]],
+    ) -> None:
+        self._layout = layout
+        self._read_block = read_block
+        self._domain_of = domain_of
+        self._epoch_items = layout.epoch_items()
+        self._epochs: OrderedDict[int, tuple[int, EpochOrder]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int, int], _Window] = OrderedDict()
+        self._window_bytes = 0
+
+    def epoch_of(self, domain: int, item: int) -> int:
+        """The epoch that `item` of the stream lies in."""
+        return item // int(self._epoch_items[domain])
+
+    def documents(self, domain: int, start: int, stop: int) -> Documents:
+        """The documents that cover the items [start, stop) of `domain`'s stream, in order.
+
+        Raises:
+            DataError: the samples of a block do not add up to what the index counted for it.
+        """
+        parts = []
+        while start < stop:
+            part, start = self._next_part(domain, start, stop)
+            parts.append(part)
+        return _joined(parts)
+
+    def _next_part(self, domain: int, start: int, stop: int) -> tuple[Documents, int]:
+        """What one window has of [start, stop), and where it ends."""
+        epoch, item = divmod(start, int(self._epoch_items[domain]))
+        order = self._epoch(domain, epoch)
+        number = order.window_at(item)
+        window = self._window(domain, epoch, number, order)
+        begin = item - int(order.starts[number])
+        end = min(begin + stop - start, int(window.starts[-1]))
+        return _slice(window, begin, end), start + end - begin
+
+    def _epoch(self, domain: int, epoch: int) -> EpochOrder:
+        known = self._epochs.get(domain)
+        if known is None or known[0] != epoch:
+            known = epoch, self._layout.order.epoch(domain, epoch, self._layout.sizes(domain))
+            self._epochs[domain] = known
+        return known[1]
+
+    def _window(self, domain: int, epoch: int, number: int, order: EpochOrder) -> _Window:
+        key = (domain, epoch, number)
+        if key in self._windows:
+            self._windows.move_to_end(key)
+            return self._windows[key]
+        window = self._make_window(domain, epoch, number, order)
+        self._windows[key] = window
+        self._window_bytes += window.num_bytes
+        while self._window_bytes > WINDOW_BUDGET_BYTES and len(self._windows) > 1:
+            self._window_bytes -= self._windows.popitem(last=False)[1].num_bytes
+        return window
+
+    def _make_window(self, domain: int, epoch: int, number: int, order: EpochOrder) -> _Window:
+        layout = self._layout
+        blocks = layout.table.block[layout.entries(domain)][order.blocks_of(number)]
+        columns = [self._read_block(int(b)) for b in blocks]
+        rows = [np.flatnonzero(self._domain_of(c) == domain) for c in columns]
+        block = np.repeat(blocks, [len(r) for r in rows])
+        row = np.concatenate(rows).astype(np.int32)
+        items = self._items(columns, rows)
+        expected = int(order.starts[number + 1] - order.starts[number])
+        if int(items.sum()) != expected:
+            raise DataError(
+                f"The samples of {len(blocks)} blocks of domain {domain} hold {int(items.sum())} items, the index counted "
+                f"{expected}: the index file is damaged.\n  Build it again with mixtera-hpc index build."
+            )
+        shuffled = layout.order.rows(domain, epoch, number, len(row))
+        starts = np.concatenate([[0], np.cumsum(items[shuffled])])
+        lengths = {int(b): c.length for b, c in zip(blocks, columns, strict=True)}
+        return _Window(block[shuffled], row[shuffled], starts, lengths)
+
+    def _items(self, columns: list[SampleColumns], rows: list[NDArray[np.intp]]) -> Ints:
+        if not self._layout.in_tokens:
+            return np.ones(sum(len(r) for r in rows), np.int64)
+        tokens = [c.tokens[r].astype(np.int64) for c, r in zip(columns, rows, strict=True)]
+        return np.concatenate(tokens) + self._layout.num_specials
+
+
+def _slice(window: _Window, begin: int, end: int) -> Documents:
+    """The documents of a window that cover its items [begin, end)."""
+    low = int(np.searchsorted(window.starts, begin, side="right")) - 1
+    high = int(np.searchsorted(window.starts, end, side="left"))
+    starts, stops = window.starts[low:high], window.starts[low + 1 : high + 1]
+    block = window.block[low:high]
+    keep = stops > starts
+    return Documents(
+        block=block[keep],
+        row=window.row[low:high][keep],
+        first=np.maximum(begin - starts, 0)[keep],
+        last=(np.minimum(stops, end) - starts)[keep],
+        size=(stops - starts)[keep],
+        lengths={int(b): window.lengths[int(b)] for b in np.unique(block)},
+    )
+
+
+def _joined(parts: list[Documents]) -> Documents:
+    if len(parts) == 1:
+        return parts[0]
+    return Documents(
+        block=np.concatenate([p.block for p in parts]),
+        row=np.concatenate([p.row for p in parts]),
+        first=np.concatenate([p.first for p in parts]),
+        last=np.concatenate([p.last for p in parts]),
+        size=np.concatenate([p.size for p in parts]),
+        lengths={block: lengths for p in parts for block, lengths in p.lengths.items()},
+    )

@@ -1,0 +1,112 @@
+"""Per-domain losses on their way to everybody: one non-blocking integer reduction per step, overlapping the next step.
+
+The same reduction carries what ranks must agree on: requests to stop or save, and the digest of the plan they serve. Price:
+32 bytes per domain and step.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Communicator, Request, wait
+from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, from_buffer
+from mixtera_hpc.errors import CommError
+
+__all__ = ["Agreement", "Feedback", "Notes"]
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notes:
+    """What one rank says beside its losses."""
+
+    stop: bool
+    save: bool
+    digest: int
+    """Of the plan it served the step from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """What all ranks said of one step."""
+
+    statistics: DomainStatistics
+    stop: bool
+    save: bool
+    reduce_s: float
+    """Seconds from posting to completion, on this rank."""
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    step: int
+    buffer: Ints
+    result: Ints
+    request: Request
+    posted_s: float
+
+
+class Feedback:
+    """Reductions of consecutive steps, in order."""
+
+    def __init__(self, comm: Communicator, num_domains: int) -> None:
+        self._comm = comm.Dup()
+        self._num_domains = num_domains
+        self._under_way: deque[_UnderWay] = deque()
+
+    def post(self, step: int, rows: Ints, notes: Notes) -> None:
+        """Start the reduction of `step`. **Collective.**
+
+        Args:
+            rows: this rank's sums, shape (NUM_ROWS, K); see `core.statistics.accumulate`.
+        """
+        tail = [int(notes.stop), int(notes.save), notes.digest & _LOW]
+        buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
+        result = np.empty_like(buffer)
+        request = self._comm.Iallreduce(buffer, result)
+        self._under_way.append(_UnderWay(step, buffer, result, request, time.perf_counter()))
+
+    def poll(self) -> list[Agreement]:
+        """What has completed since the last call."""
+        done = []
+        while self._under_way and self._under_way[0].request.Test():
+            done.append(self._take())
+        return done
+
+    def wait_for(self, step: int) -> list[Agreement]:
+        """Like `poll`, but with everything up to `step` in it. **Collective.**"""
+        done = []
+        while self._under_way and self._under_way[0].step <= step:
+            wait(self._under_way[0].request)
+            done.append(self._take())
+        return done
+
+    def _take(self) -> Agreement:
+        sent = self._under_way.popleft()
+        rows = sent.result[:-3].reshape(NUM_ROWS, self._num_domains)
+        stop, save, digest = (int(n) for n in sent.result[-3:])
+        if digest != self._comm.size * int(sent.buffer[-1]):
+            self._name_the_odd_ones(sent)
+        return Agreement(
+            statistics=from_buffer(sent.step, rows),
+            stop=stop > 0,
+            save=save > 0,
+            reduce_s=time.perf_counter() - sent.posted_s,
+        )
+
+    def _name_the_odd_ones(self, sent: _UnderWay) -> None:
+        """Every rank sees the wrong sum, so every rank is here."""
+        digests = self._comm.Allgather(sent.buffer[-1:])[:, 0]
+        values, counts = np.unique(digests, return_counts=True)
+        odd = np.flatnonzero(digests != values[np.argmax(counts)])
+        raise CommError(
+            f"Ranks {odd.tolist()} served step {sent.step} from another plan than the others: they run different code or "
+            "read different indexes."
+        )
+
+
+_LOW = (1 << 32) - 1

@@ -1,0 +1,179 @@
+"""What was planned and what was consumed, kept on disk.
+
+The journal is one append-only JSONL file per run, written by rank 0: a line when an attempt opens (`open`), one per chunk
+(`chunk`, O(domains) numbers) and one when it closes in order (`close`). The audit, when asked for, is one JSONL file per rank
+and attempt with a digest of every sequence handed to the trainer. Lines are written whole and flushed, so a killed run
+loses at most its last line, which readers skip.
+"""
+
+import bisect
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.errors import DataError
+
+__all__ = ["AttemptRecord", "Audit", "History", "Journal", "read_lines", "sequence_digest"]
+
+
+def sequence_digest(tokens: NDArray[np.integer[Any]]) -> str:
+    """16 hex digits of the tokens of one sequence."""
+    return hashlib.blake2b(np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8).hexdigest()
+
+
+class _Lines:
+    """A JSONL file that is only ever appended to."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = path.open("ab", buffering=0)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(msgspec.json.encode(record) + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Journal(_Lines):
+    """The planner's log; rank 0 only."""
+
+    def __init__(self, path: Path, attempt: int) -> None:
+        super().__init__(path)
+        self._attempt = attempt
+
+    def opened(self, first_step: int, identity: Mapping[str, Any]) -> None:
+        """An attempt begins at `first_step`: what earlier attempts planned from there on does not count."""
+        self.write({"kind": "open", "attempt": self._attempt, "first_step": first_step, "identity": identity})
+
+    def planned(self, plan: ChunkPlan) -> None:
+        self.write(
+            {
+                "kind": "chunk",
+                "attempt": self._attempt,
+                "chunk": plan.chunk,
+                "first_step": plan.first_step,
+                "num_steps": plan.num_steps,
+                "last": plan.last,
+                "cursors": plan.cursors.tolist(),
+                "lags": plan.lags.tolist(),
+                "weights": plan.weights.tolist(),
+                "digest": plan.digest,
+            }
+        )
+
+    def closed(self, next_step: int) -> None:
+        """The attempt ends in order; every step before `next_step` was consumed."""
+        self.write({"kind": "close", "attempt": self._attempt, "next_step": next_step})
+
+
+class Audit(_Lines):
+    """What one rank handed to its trainer."""
+
+    def consumed(self, step: int, positions: NDArray[np.int64], digests: list[str]) -> None:
+        self.write({"step": step, "positions": positions.tolist(), "digests": digests})
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file, without a last line that was cut short.
+
+    Raises:
+        DataError: another line is damaged.
+    """
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            yield msgspec.json.decode(line)
+        except msgspec.DecodeError as error:
+            if number < len(lines) - 1:
+                raise DataError(f"{path} line {number + 1} is damaged: {error}.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """What one attempt planned."""
+
+    number: int
+    first_step: int
+    plans: list[ChunkPlan]
+    """Ascending."""
+    next_step: int | None
+    """Where it closed; None when it was killed."""
+
+
+class History:
+    """The journal of a run, read back: which plan each step was served from in the end."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the journal at `path`.
+
+        Raises:
+            DataError: there is none, or it is damaged.
+        """
+        if not path.is_file():
+            raise DataError(f"{path} does not exist: this run has planned nothing yet.")
+        self.identity: dict[str, Any] = {}
+        self.attempts: list[AttemptRecord] = []
+        for record in read_lines(path):
+            self._add(record)
+
+    def _add(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "open":
+            self.identity = record["identity"]
+            self.attempts.append(AttemptRecord(record["attempt"], record["first_step"], [], None))
+        elif record["kind"] == "chunk":
+            self.attempts[-1].plans.append(_plan(record))
+        elif record["kind"] == "close":
+            last = self.attempts[-1]
+            self.attempts[-1] = AttemptRecord(last.number, last.first_step, last.plans, record["next_step"])
+
+    def attempt_of(self, step: int) -> AttemptRecord:
+        """The attempt whose service of `step` counts: the last that began at or before it."""
+        covering = [a for a in self.attempts if a.first_step <= step]
+        if not covering:
+            raise DataError(f"Step {step} was planned by no attempt.")
+        return covering[-1]
+
+    def plan_of(self, step: int) -> ChunkPlan:
+        """The plan that `step` was served from.
+
+        Raises:
+            DataError: it has not been planned.
+        """
+        plans = self.attempt_of(step).plans
+        at = bisect.bisect_right(plans, step, key=lambda plan: plan.first_step) - 1
+        if at >= 0 and step < plans[at].first_step + plans[at].num_steps:
+            return plans[at]
+        raise DataError(f"Step {step} has not been planned; the journal ends before step {self.end}.")
+
+    @property
+    def end(self) -> int:
+        """One past the last step planned by the last attempt."""
+        if not self.attempts:
+            return 0
+        last = self.attempts[-1]
+        return max((p.first_step + p.num_steps for p in last.plans), default=last.first_step)
+
+
+def _plan(record: dict[str, Any]) -> ChunkPlan:
+    plan = ChunkPlan(
+        chunk=record["chunk"],
+        first_step=record["first_step"],
+        num_steps=record["num_steps"],
+        last=record["last"],
+        cursors=np.array(record["cursors"], np.int64),
+        lags=np.array(record["lags"], np.int64),
+        weights=np.array(record["weights"], np.int64),
+    )
+    if plan.digest != record["digest"]:
+        raise DataError(f"The journal's chunk {plan.chunk} is damaged: its digest does not match.")
+    return plan

@@ -1,0 +1,396 @@
+"""`DataPlane`: the whole public face for a training script.
+
+    with DataPlane.open(config, comm=MPI.COMM_WORLD) as plane:
+        for batch in plane:
+            loss_per_token = train_step(batch)
+            plane.record(batch, loss_per_token)
+            if plane.stop_requested():
+                save(plane.state_dict())
+                break
+
+Everything MPI happens in the caller's thread, inside these methods, and never blocks: requests are tested when a batch is
+asked for. The reading thread fills a bounded queue meanwhile.
+"""
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
+from mixtera_hpc.comm.launch import open_communicator
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.apportion import UNIT
+from mixtera_hpc.core.mixing.algorithm import make_algorithm
+from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, accumulate
+from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
+from mixtera_hpc.dataplane.control import Control
+from mixtera_hpc.dataplane.feedback import Agreement, Feedback, Notes
+from mixtera_hpc.dataplane.journal import Audit, Journal
+from mixtera_hpc.dataplane.losses import sequence_sums
+from mixtera_hpc.dataplane.mixer import DynamicMixer, FixedMixer, Mixer
+from mixtera_hpc.dataplane.plans import PlanFeed
+from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.dataplane.state import PlaneState
+from mixtera_hpc.errors import CommError, ConfigError
+from mixtera_hpc.track.tracker import Silent, Tracker
+
+__all__ = ["Batch", "DataPlane"]
+
+POLL_S = 5e-4
+
+
+class DataPlane:
+    """One rank's view of the data of a run. Every rank makes the same calls in the same order."""
+
+    def __init__(self, source: Source, comm: Communicator, sinks: "Sinks") -> None:
+        """Use `DataPlane.open`."""
+        config = source.config
+        self._source = source
+        self._comm = comm
+        self._sinks = sinks
+        self._share = _share_of(config, comm)
+        self._control = Control(sinks.control, watch_files=comm.rank == 0)
+        self._mixer = _mixer(source)
+        self._feedback = Feedback(comm, source.num_domains)
+        self._plans = PlanFeed(comm, source.planner, self._mixer.weights_of, self._deliver)
+        self._prefetcher = Prefetcher(
+            BatchMaker(source, self._share, config.dataplane.audit), config.dataplane.prefetch_batches
+        )
+        self._recorded: list[tuple[Batch, slice, Callable[[], NDArray[np.float64]]]] = []
+        self._open_step: Batch | None = None
+        self._next_step = 0
+        self._current_chunk = -1
+        self._known_plans: dict[int, ChunkPlan] = {}
+        self._completed: list[DomainStatistics] = []
+        self._first_stop: int | None = None
+        self._saves: set[int] = set()
+        self._started = False
+        self._ended = False
+        self.data_wait_s = 0.0
+        """Seconds that the last batch was waited for."""
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        comm: Any = None,
+        folder: RunFolder | None = None,
+        attempt: int = 1,
+        tracker: Tracker | None = None,
+    ) -> Self:
+        """Open the index and get ready to serve. **Collective.**
+
+        Args:
+            comm: a `Communicator` or an mpi4py communicator; None finds out how this process was started.
+            folder: of the run; without one nothing is journalled.
+            attempt: number of this attempt in the folder.
+            tracker: where metric events go (rank 0).
+
+        Raises:
+            ConfigError: the global batch cannot be shared evenly by the ranks.
+            PropertyIndexError: the index is missing, stale, or of another tokenizer.
+            MixtureError: a domain of the mixture has no samples.
+        """
+        communicator = _communicator(config, comm)
+        source = open_source(config, communicator)
+        return cls(source, communicator, Sinks(folder, attempt, communicator.rank, config, tracker or Silent()))
+
+    @property
+    def domain_names(self) -> list[str]:
+        """What each domain is called, by domain_id."""
+        return self._source.names
+
+    @property
+    def num_domains(self) -> int:
+        return self._source.num_domains
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer; 0 without one."""
+        return self._source.tokenizer.vocab_size if self._source.tokenizer else 0
+
+    @property
+    def local_batch_size(self) -> int:
+        """Sequences in every batch of this rank."""
+        return self._share.size
+
+    @property
+    def next_step(self) -> int:
+        """The step of the next batch."""
+        return self._next_step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(orderly=kind is None or getattr(error, "exit_code", 1) == 75)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches until the data ends; every rank gets the same number. **Collective.**"""
+        while (batch := self._next()) is not None:
+            yield batch
+
+    def record(self, batch: Batch, loss_per_token: Any, rows: slice = slice(None)) -> None:
+        """Add losses of `batch` to its step's statistics.
+
+        Args:
+            loss_per_token: cross-entropy in nats of every predicted token, an array or a tensor on any device, shape
+                (B, T). Tokens outside `batch.loss_mask` do not count. Not kept beyond the call, unless on an accelerator.
+            rows: the sequences of the batch these are, for micro-batches.
+        """
+        if self._open_step is None or batch.step != self._open_step.step:
+            raise ValueError(f"record() was given step {batch.step}, which is not the step being trained on.")
+        self._recorded.append((batch, rows, sequence_sums(loss_per_token, batch.loss_mask[rows])))
+
+    def stop_requested(self) -> bool:
+        """Whether all ranks should save and leave now: the same answer on each. **Collective.**
+
+        A signal or `control/stop` seen during step s makes this true after step s + 1.
+        """
+        self._settle()
+        return self._first_stop is not None and self._first_stop < self._next_step - 1
+
+    def save_requested(self) -> bool:
+        """Whether all ranks should save and go on: the same answer on each. **Collective.**"""
+        self._settle()
+        return self._next_step - 2 in self._saves
+
+    def completed_statistics(self) -> list[DomainStatistics]:
+        """Statistics, summed over all ranks, of the steps that have completed since the last call, in order."""
+        completed, self._completed = self._completed, []
+        return completed
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The state between two steps, on rank 0; None elsewhere. **Collective.**"""
+        self._start()
+        self._close_step()
+        self._absorb(self._feedback.wait_for(self._next_step))
+        if self._comm.rank != 0:
+            return None
+        while not self._known_plans:
+            self._plans.poll(self._current_chunk)
+        plan = self._plan_of(self._next_step)
+        state = PlaneState(next_step=self._next_step, plan=plan, mixer=self._mixer.arrays())
+        return state.to_dict(self._source.identity())
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a saved state, which rank 0 gives (others may give None). Before the first batch. **Collective.**
+
+        Raises:
+            ConfigError: the state belongs to a run with other settings.
+        """
+        if self._started:
+            raise ValueError("load_state_dict() comes before the first batch.")
+        loaded = PlaneState.from_dict(state, self._source.identity()) if state and self._comm.rank == 0 else None
+        next_step, plan = _broadcast_state(self._comm, loaded, self.num_domains)
+        if loaded is not None:
+            self._mixer.load(loaded.mixer)
+        self._next_step = next_step
+        served = next_step >= plan.first_step + plan.num_steps
+        self._current_chunk = plan.chunk if served else plan.chunk - 1
+        self._plans.resume(plan)
+        self._start()
+
+    def close(self, orderly: bool = True) -> None:
+        """Stop the reading thread; with `orderly`, finish what is under way and free what is shared. **Collective.**"""
+        if self._ended:
+            return
+        self._ended = True
+        if orderly and self._started:
+            self._close_step()
+            self._absorb(self._feedback.wait_for(self._next_step))
+            while not self._plans.settled(self._current_chunk):
+                self._plans.poll(self._current_chunk)
+                time.sleep(POLL_S)
+        self._prefetcher.close()
+        self._mixer.close()
+        self._control.close()
+        self._sinks.close(self._next_step if orderly and self._started else None)
+        if orderly:
+            self._comm.Free()
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            self._sinks.opened(self._next_step, self._source)
+
+    def _next(self) -> Batch | None:
+        self._start()
+        self._close_step()
+        began = time.perf_counter()
+        batch = self._await_batch()
+        self.data_wait_s = time.perf_counter() - began
+        if batch is None:
+            return None
+        if batch.chunk != self._current_chunk:
+            self._enter_chunk(batch.chunk)
+        self._open_step = batch
+        self._next_step = batch.step + 1
+        self._sinks.consumed(batch)
+        return batch
+
+    def _await_batch(self) -> Batch | None:
+        while True:
+            self._absorb(self._feedback.poll())
+            self._plans.poll(self._current_chunk)
+            try:
+                return self._prefetcher.get(POLL_S)
+            except queue.Empty:
+                continue
+
+    def _deliver(self, plan: ChunkPlan) -> None:
+        """A plan has arrived, on every rank."""
+        self._known_plans[plan.chunk] = plan
+        self._sinks.planned(plan)
+        self._prefetcher.submit(plan, self._next_step)
+
+    def _enter_chunk(self, chunk: int) -> None:
+        self._current_chunk = chunk
+        self._known_plans = {c: p for c, p in self._known_plans.items() if c >= chunk}
+        plan = self._known_plans[chunk]
+        self._sinks.entered(plan, self._source, self._plans.plan_s, self._plans.broadcast_s)
+
+    def _plan_of(self, step: int) -> ChunkPlan:
+        """The plan `step` lies in, or the last one before it."""
+        plans = sorted(self._known_plans.values(), key=lambda p: p.chunk)
+        return next((p for p in plans if p.first_step <= step < p.first_step + p.num_steps), plans[-1])
+
+    def _close_step(self) -> None:
+        """Start the reduction of the step that was being trained on."""
+        batch, self._open_step = self._open_step, None
+        if batch is None:
+            return
+        stop, save = self._control.poll()
+        rows = self._local_sums(batch)
+        self._feedback.post(batch.step, rows, Notes(stop=stop, save=save, digest=batch.plan_digest))
+
+    def _local_sums(self, batch: Batch) -> NDArray[np.int64]:
+        recorded, self._recorded = self._recorded, []
+        total = np.zeros((NUM_ROWS, self.num_domains), np.int64)
+        num_sequences = 0
+        for _, rows, sums in recorded:
+            mask = batch.loss_mask[rows]
+            num_sequences += len(mask)
+            total += accumulate(batch.domain_ids[rows], sums(), mask.sum(axis=1), self.num_domains)
+        if num_sequences not in (0, self._share.size):
+            raise CommError(
+                f"Rank {self._comm.rank} recorded {num_sequences} of the {self._share.size} sequences of step {batch.step}: "
+                "call record() once for every micro-batch, with its rows."
+            )
+        speaks = self._comm.rank % self._source.config.dataplane.dp_group_size == 0
+        return total if speaks else np.zeros_like(total)
+
+    def _settle(self) -> None:
+        """Close the step and have the agreement of the one before it, on every rank alike."""
+        self._close_step()
+        self._absorb(self._feedback.wait_for(self._next_step - 2))
+
+    def _absorb(self, agreements: list[Agreement]) -> None:
+        for agreement in agreements:
+            step = agreement.statistics.step
+            if agreement.stop and self._first_stop is None:
+                self._first_stop = step
+            if agreement.save:
+                self._saves.add(step)
+            if self._comm.rank == 0:
+                self._mixer.feed(agreement.statistics)
+            self._completed.append(agreement.statistics)
+            self._sinks.reduced(step, agreement.reduce_s)
+
+
+class Sinks:
+    """Where a data plane writes: journal and metrics on rank 0, the audit on every rank. Nowhere without a folder."""
+
+    def __init__(self, folder: RunFolder | None, attempt: int, rank: int, config: Config, tracker: Tracker) -> None:
+        self.control = folder.control if folder else None
+        self._tracker = tracker if rank == 0 else Silent()
+        self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
+        audit = folder.audit(attempt) / f"rank_{rank:05d}.jsonl" if folder and config.dataplane.audit else None
+        self._audit = Audit(audit) if audit and rank % config.dataplane.dp_group_size == 0 else None
+
+    def opened(self, first_step: int, source: Source) -> None:
+        if self._journal:
+            self._journal.opened(first_step, source.identity())
+
+    def planned(self, plan: ChunkPlan) -> None:
+        if self._journal:
+            self._journal.planned(plan)
+
+    def consumed(self, batch: Batch) -> None:
+        if self._audit and batch.digests is not None:
+            self._audit.consumed(batch.step, batch.positions, batch.digests)
+
+    def entered(self, plan: ChunkPlan, source: Source, plan_s: float, broadcast_s: float) -> None:
+        """Tell the metrics what the chunk that begins is made of."""
+        served = plan.cursors / max(int(plan.cursors.sum()), 1)
+        items = np.maximum(source.layout.epoch_items(), 1)
+        event = {
+            "step": plan.first_step,
+            "chunk": plan.chunk,
+            "domains": source.names,
+            "weights": plan.weights / UNIT,
+            "served": served,
+            "cursors": plan.cursors,
+            "epochs": plan.cursors * source.grid.stride / items,
+        }
+        self._tracker.log("mixture", event)
+        self._tracker.log("comm", {"step": plan.first_step, "plan_s": plan_s, "broadcast_s": broadcast_s})
+
+    def reduced(self, step: int, reduce_s: float) -> None:
+        self._tracker.log("comm", {"step": step, "reduce_s": reduce_s})
+
+    def close(self, next_step: int | None) -> None:
+        if self._journal:
+            if next_step is not None:
+                self._journal.closed(next_step)
+            self._journal.close()
+        if self._audit:
+            self._audit.close()
+
+
+def _communicator(config: Config, comm: Any) -> Communicator:
+    if comm is None:
+        return open_communicator(config.dataplane.comm)
+    if isinstance(comm, Communicator):
+        return comm
+    from mixtera_hpc.comm.mpi import Mpi
+
+    return Mpi(comm)
+
+
+def _share_of(config: Config, comm: Communicator) -> Share:
+    plane = config.dataplane
+    groups, left = divmod(comm.size, plane.dp_group_size)
+    if left or plane.global_batch_size % max(groups, 1):
+        raise ConfigError(
+            f"dataplane.global_batch_size={plane.global_batch_size} cannot be shared evenly by {comm.size} ranks in dp_groups "
+            f"of {plane.dp_group_size}.\n  Change the number of ranks, or make it a multiple of {max(groups, 1)}."
+        )
+    return Share.of_rank(comm.rank, comm.size, plane.dp_group_size, plane.global_batch_size)
+
+
+def _mixer(source: Source) -> Mixer:
+    config = source.config
+    if config.mixture.kind != "dynamic":
+        return FixedMixer(source.weights)
+    parameters = dict(config.mixture.algorithm)
+    algorithm = make_algorithm(str(parameters.pop("name", "ado")), parameters)
+    return DynamicMixer(algorithm, source.weights, config.dataplane.chunk_steps, config.dataplane.feedback_lag)
+
+
+def _broadcast_state(comm: Communicator, state: PlaneState | None, num_domains: int) -> tuple[int, ChunkPlan]:
+    facts = msgspec.json.encode(state.next_step) if state else None
+    next_step = int(msgspec.json.decode(bcast_bytes(comm, facts)))
+    buffer = state.plan.to_array() if state else np.zeros(ChunkPlan.array_size(num_domains), np.int64)
+    comm.Bcast(buffer)
+    return next_step, ChunkPlan.from_array(buffer)

@@ -1,0 +1,252 @@
+"""What every rank needs to know of the index, opened once by rank 0 and kept once per node.
+
+Rank 0 opens the index, refuses a stale one, selects the domains and broadcasts: the tables into memory that the ranks of a node
+share, everything small as JSON. The others never read a table from disk; they open the file when they first need the samples
+of a block. Price: one open of the index per run plus one per rank, O(blocks) memory per node.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.domains import DomainTable, Selection
+from mixtera_hpc.core.mixture import start_weights
+from mixtera_hpc.core.order import Order
+from mixtera_hpc.core.planner import Planner
+from mixtera_hpc.core.properties import ComboTable, Kind, Property
+from mixtera_hpc.core.query import parse
+from mixtera_hpc.core.stream import Grid
+from mixtera_hpc.core.tables import BlockTable, SampleColumns
+from mixtera_hpc.dataplane.expand import StreamLayout, Streams
+from mixtera_hpc.errors import PropertyIndexError
+from mixtera_hpc.index.open import PropertyIndex, SampleReader, open_index
+from mixtera_hpc.index.selection import select_domains
+from mixtera_hpc.index.verify import check_fresh
+from mixtera_hpc.tokens.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["Source", "open_source"]
+
+MAX_EPOCHS_DEFAULT = {"repeat": None, "redistribute": 1.0, "stop": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """The small part, as it is broadcast."""
+
+    index_fingerprint: str
+    data_root: str
+    text: str
+    shard_paths: list[str]
+    shard_formats: list[str]
+    properties: list[tuple[str, str, list[str]]]
+    """Name, kind and dictionary."""
+    names: list[str]
+    """Of the domains."""
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The selected data of one run; the same on every rank."""
+
+    config: Config
+    facts: _Facts
+    layout: StreamLayout
+    blocks: BlockTable
+    """Without zones."""
+    combos: ComboTable
+    selection: Selection
+    grid: Grid
+    tokenizer: Tokenizer | None
+    weights: NDArray[np.float64]
+    """The weights a run begins with; shape (K,)."""
+    planner: Planner
+
+    @property
+    def num_domains(self) -> int:
+        return self.layout.table.num_domains
+
+    @property
+    def names(self) -> list[str]:
+        """What each domain is called."""
+        return self.facts.names
+
+    def streams(self) -> Streams:
+        """A view of the streams for one reading thread."""
+        samples = SampleReader(Path(self.config.index.path))
+        first, rows = self.blocks.first_sample, self.blocks.rows
+
+        def read_block(block: int) -> SampleColumns:
+            return samples.read(int(first[block]), int(rows[block]))
+
+        return Streams(self.layout, read_block, lambda columns: self.selection.domain_of(self.combos, columns))
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a state or a journal to belong to this run."""
+        plane = self.config.dataplane
+        return {
+            "index": self.facts.index_fingerprint,
+            "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
+            "where": self.facts.where,
+            "domains": self.facts.names,
+            "unit": self.config.mixture.unit,
+            "on_exhausted": self.config.mixture.on_exhausted,
+            "max_epochs": self.config.mixture.max_epochs,
+            "seq_len": plane.seq_len,
+            "overlap": plane.overlap,
+            "add_eos": plane.add_eos,
+            "global_batch_size": plane.global_batch_size,
+            "chunk_steps": plane.chunk_steps,
+            "feedback_lag": plane.feedback_lag,
+            "seed": plane.seed,
+            "shuffle": plane.shuffle,
+            "shuffle_window": plane.shuffle_window,
+        }
+
+
+def open_source(config: Config, comm: Communicator, *, check: bool = True) -> Source:
+    """Open the index and share it. **Collective.**
+
+    Args:
+        check: refuse an index whose shards have changed on disk.
+
+    Raises:
+        PropertyIndexError: it is missing, damaged, stale, or was built with another tokenizer or without one.
+        MixtureError: a domain key matches nothing, or a wished domain is empty.
+    """
+    tokenizer = _tokenizer(config)
+    facts, arrays = None, {}
+    if comm.rank == 0:
+        index = open_index(config.index.path, config.data.root)
+        try:
+            facts, arrays = _gather(config, index, tokenizer, check)
+        finally:
+            index.close()
+    facts = msgspec.json.decode(bcast_bytes(comm, msgspec.json.encode(facts) if facts else None), type=_Facts)
+    shared = _share(comm, arrays)
+    return _assemble(config, facts, shared, tokenizer)
+
+
+def _tokenizer(config: Config) -> Tokenizer | None:
+    path = config.dataplane.tokenizer
+    return load_tokenizer(Path(path), config.dataplane.eos_token) if path is not None else None
+
+
+def _gather(
+    config: Config, index: PropertyIndex, tokenizer: Tokenizer | None, check: bool
+) -> tuple[_Facts, dict[str, NDArray[Any]]]:
+    """Rank 0's part: what there is to share."""
+    if check:
+        check_fresh(index)
+    _check_tokens(config, index, tokenizer)
+    chosen = select_domains(config, index)
+    tables, table = index.tables, chosen.selection.table
+    facts = _Facts(
+        index_fingerprint=index.fingerprint,
+        data_root=str(index.data_root),
+        text=index.text,
+        shard_paths=list(tables.shards.path),
+        shard_formats=list(tables.shards.format),
+        properties=[(p.name, p.kind.value, list(p.values)) for p in tables.properties.values()],
+        names=list(chosen.names),
+        where=chosen.selection.predicate.text,
+    )
+    arrays = {f"blocks/{name}": getattr(tables.blocks, name) for name in _BLOCK_COLUMNS}
+    arrays |= {f"table/{f.name}": getattr(table, f.name) for f in fields(table)}
+    arrays["combo_domain"] = chosen.selection.combo_domain
+    for name in tables.combos.properties:
+        arrays[f"combos/indptr/{name}"] = tables.combos.indptr[name]
+        arrays[f"combos/codes/{name}"] = tables.combos.codes[name]
+    return facts, arrays
+
+
+def _check_tokens(config: Config, index: PropertyIndex, tokenizer: Tokenizer | None) -> None:
+    if config.mixture.unit != "tokens":
+        return
+    if not index.tables.has_tokens:
+        raise PropertyIndexError(
+            f"{config.index.path} holds no token counts, and mixture.unit=tokens needs them.\n"
+            "  Build it again with dataplane.tokenizer set, or set mixture.unit=samples."
+        )
+    if tokenizer is not None and tokenizer.fingerprint != index.tokenizer_fingerprint:
+        raise PropertyIndexError(
+            f"{config.index.path} was counted with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but dataplane.tokenizer="
+            f"{config.dataplane.tokenizer} is {tokenizer.fingerprint[:12]}.\n"
+            "  Give the tokenizer the index was built with, or build the index again with this one."
+        )
+
+
+_BLOCK_COLUMNS = ("shard", "first_row", "rows", "offset", "length", "tokens", "first_sample")
+
+
+def _share(comm: Communicator, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Every array of rank 0 on every rank, once per node. **Collective.**"""
+    names = msgspec.json.decode(bcast_bytes(comm, msgspec.json.encode(list(arrays)) if comm.rank == 0 else None))
+    return {name: comm.Allocate_shared(arrays.get(name)) for name in names}
+
+
+def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], tokenizer: Tokenizer | None) -> Source:
+    table = DomainTable(**{f.name: arrays[f"table/{f.name}"] for f in fields(DomainTable)})
+    plane, mixture = config.dataplane, config.mixture
+    in_tokens = mixture.unit == "tokens"
+    layout = StreamLayout(
+        table=table,
+        order=Order(seed=plane.seed, shuffle=plane.shuffle, window=plane.shuffle_window),
+        num_specials=int(plane.add_eos) if in_tokens else 0,
+        in_tokens=in_tokens,
+    )
+    grid = Grid.of_tokens(plane.seq_len, plane.overlap) if in_tokens else Grid.of_samples()
+    sizes = layout.epoch_items()
+    given = [d.weight for d in mixture.domains] or [None] * len(facts.names)
+    max_epochs = MAX_EPOCHS_DEFAULT[mixture.on_exhausted] if mixture.max_epochs is None else mixture.max_epochs
+    combos = _combos(facts, arrays)
+    return Source(
+        config=config,
+        facts=facts,
+        layout=layout,
+        blocks=BlockTable(**{name: arrays[f"blocks/{name}"] for name in _BLOCK_COLUMNS}, zones={}),
+        combos=combos,
+        selection=_selection(facts, arrays, table),
+        grid=grid,
+        tokenizer=tokenizer,
+        weights=start_weights(mixture.kind, given, sizes, facts.names),
+        planner=Planner(
+            capacity=grid.capacity(sizes, max_epochs),
+            global_batch_size=plane.global_batch_size,
+            chunk_steps=plane.chunk_steps,
+            on_exhausted=mixture.on_exhausted,
+        ),
+    )
+
+
+def _properties(facts: _Facts) -> dict[str, Property]:
+    return {name: Property(name=name, kind=Kind(kind), values=tuple(values)) for name, kind, values in facts.properties}
+
+
+def _combos(facts: _Facts, arrays: dict[str, NDArray[Any]]) -> ComboTable:
+    categorical = {n: p for n, p in _properties(facts).items() if p.kind is not Kind.NUMBER}
+    return ComboTable(
+        num_combos=len(arrays["combo_domain"]),
+        properties=categorical,
+        indptr={name: arrays[f"combos/indptr/{name}"] for name in categorical},
+        codes={name: arrays[f"combos/codes/{name}"] for name in categorical},
+    )
+
+
+def _selection(facts: _Facts, arrays: dict[str, NDArray[Any]], table: DomainTable) -> Selection:
+    return Selection(
+        table=table,
+        predicate=parse(facts.where, _properties(facts)),
+        combo_domain=arrays["combo_domain"],
+        selected=(0, 0),
+        left_out=(0, 0),
+        overlaps=(),
+        scanned_blocks=0,
+    )

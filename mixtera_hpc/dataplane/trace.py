@@ -1,0 +1,171 @@
+"""Which samples a step consists of, and the proof that a run consumed them: offline, from the index and the journal alone."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.dataplane.batches import BatchMaker, Share
+from mixtera_hpc.dataplane.expand import Documents, Streams
+from mixtera_hpc.dataplane.journal import History, read_lines
+from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.errors import DataError
+
+__all__ = ["Verdict", "planned", "sequences", "traced", "verify"]
+
+Record = dict[str, Any]
+
+
+def planned(source: Source, first_step: int, num_steps: int) -> Iterator[Record]:
+    """The sequences of steps [first_step, first_step + num_steps) of a fresh run, in served order.
+
+    With `mixture.kind=dynamic` these are the sequences its start weights would give.
+    """
+    state, streams = PlannerState.start(source.num_domains), source.streams()
+    while state.step < first_step + num_steps:
+        plan, state = source.planner.plan(state, source.weights)
+        if state.step > first_step or plan.last:
+            yield from sequences(source, streams, plan, range(first_step, first_step + num_steps))
+        if plan.last:
+            return
+
+
+def traced(source: Source, history: History, step: int) -> Iterator[Record]:
+    """The sequences that `step` of a run consists of, in position order."""
+    yield from sequences(source, source.streams(), history.plan_of(step), range(step, step + 1))
+
+
+def sequences(source: Source, streams: Streams, plan: ChunkPlan, steps: range) -> Iterator[Record]:
+    """The sequences of those steps of `plan` that are in `steps`.
+
+    Each has `step`, `position`, `domain_id`, `epoch` (of its first item) and `pieces`: `[shard, row, start, end]` in tokens
+    of the row, special tokens included.
+    """
+    slots, size = source.planner.slots(plan), source.planner.global_batch_size
+    for step in range(max(steps.start, plan.first_step), min(steps.stop, plan.first_step + plan.num_steps)):
+        base = (step - plan.first_step) * size
+        for position in range(size):
+            domain, ordinal = int(slots.domain[base + position]), int(slots.ordinal[base + position])
+            start, stop = source.grid.span(ordinal, 1)
+            yield {
+                "step": step,
+                "position": position,
+                "domain_id": domain,
+                "epoch": streams.epoch_of(domain, start),
+                "pieces": _pieces(source, streams.documents(domain, start, stop)),
+            }
+
+
+def _pieces(source: Source, documents: Documents) -> list[list[Any]]:
+    blocks, paths = source.blocks, source.facts.shard_paths
+    shards = [paths[s] for s in blocks.shard[documents.block].tolist()]
+    rows = (blocks.first_row[documents.block] + documents.row).tolist()
+    return [list(p) for p in zip(shards, rows, documents.first.tolist(), documents.last.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What `verify` found."""
+
+    num_steps: int
+    """Steps proven, from the first of the run on."""
+    num_sequences: int
+    num_attempts: int
+    unfinished_step: int | None
+    """A step that the last attempt was killed in; no part of the proof."""
+
+
+def verify(source: Source, folder: RunFolder, history: History) -> Verdict:
+    """Prove that every planned sequence of every step was consumed exactly once, across all attempts.
+
+    The tokens of every sequence are made again from the plan, the index and the data, and their digests compared with those
+    of what the trainers were handed.
+
+    Raises:
+        DataError: the run was not audited, or a sequence was consumed not at all, twice, or with other tokens; the first
+            such is named.
+    """
+    consumed = _Consumed(folder, history)
+    end, unfinished = _extent(history, consumed, source.planner.global_batch_size)
+    size = source.planner.global_batch_size
+    maker = BatchMaker(source, Share(first=0, size=size), audit=True)
+    step = 0
+    while step < end:
+        plan = history.plan_of(step)
+        for batch in maker.batches(plan, step):
+            if batch.step >= end or history.plan_of(batch.step) is not plan:
+                break
+            consumed.check(batch.step, batch.digests or [])
+            step = batch.step + 1
+    maker.close()
+    return Verdict(
+        num_steps=end, num_sequences=end * size, num_attempts=len(history.attempts), unfinished_step=unfinished
+    )
+
+
+class _Consumed:
+    """The audit logs of a run: by (attempt, step), the digests at each position."""
+
+    def __init__(self, folder: RunFolder, history: History) -> None:
+        self._history = history
+        self._digests: dict[tuple[int, int], dict[int, list[str]]] = {}
+        for attempt in history.attempts:
+            for path in sorted(folder.audit(attempt.number).glob("rank_*.jsonl")):
+                self._add(attempt.number, read_lines(path))
+        if not self._digests:
+            raise DataError(f"{folder.path} has no audit log. Run with dataplane.audit=true to be able to verify.")
+
+    def _add(self, attempt: int, lines: Iterable[Record]) -> None:
+        for line in lines:
+            at = self._digests.setdefault((attempt, line["step"]), {})
+            for position, digest in zip(line["positions"], line["digests"], strict=True):
+                at.setdefault(position, []).append(digest)
+
+    def count(self, step: int) -> int:
+        """Sequences of `step` consumed by the attempt that counts."""
+        return sum(len(d) for d in self._of(step).values())
+
+    def last_step(self, attempt: int) -> int:
+        return max((step for number, step in self._digests if number == attempt), default=-1)
+
+    def check(self, step: int, expected: list[str]) -> None:
+        at, attempt = self._of(step), self._history.attempt_of(step).number
+        for position, digest in enumerate(expected):
+            got = at.get(position, [])
+            if got != [digest]:
+                raise DataError(
+                    f"Step {step} position {position} (attempt {attempt}) {_fault(got, digest)}.\n"
+                    f"  See which samples it has with mixtera-hpc trace RUN --step {step}."
+                )
+
+    def _of(self, step: int) -> dict[int, list[str]]:
+        return self._digests.get((self._history.attempt_of(step).number, step), {})
+
+
+def _fault(got: list[str], digest: str) -> str:
+    if not got:
+        return "was planned and not consumed"
+    if len(got) > 1:
+        return f"was consumed {len(got)} times"
+    return f"was consumed with other tokens: digest {got[0]}, planned {digest}"
+
+
+def _extent(history: History, consumed: _Consumed, size: int) -> tuple[int, int | None]:
+    """One past the last step to prove, and the step the last attempt was killed in."""
+    last = history.attempts[-1]
+    if last.next_step is not None:
+        return last.next_step, None
+    end = max(consumed.last_step(last.number) + 1, last.first_step)
+    unfinished = None
+    while end > last.first_step and consumed.count(end - 1) < size:
+        end -= 1
+        unfinished = end
+    return end, unfinished
+
+
+def positions_of_rank(rank: int, num_ranks: int, dp_group_size: int, size: int) -> range:
+    """Positions in the global batch that `rank` was given."""
+    share = Share.of_rank(rank, num_ranks, dp_group_size, size)
+    return range(share.first, share.first + share.size)
