@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.batches import BatchMaker, Share

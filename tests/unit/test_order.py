@@ -1,0 +1,79 @@
+"""The order of streams: fixed by seed, domain, epoch and window, and by nothing else."""
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.core.order import Order
+from mixtera_hpc.core.planner import Planner
+from mixtera_hpc.core.stream import Grid
+
+SIZES = np.arange(1, 41)
+RECORDED_BLOCKS = [0, 38, 21, 2, 11, 20]
+RECORDED_ROWS = [2, 7, 4, 6, 0, 5, 3, 1]
+
+
+def order(shuffle: str = "window", seed: int = 0, window: int = 8) -> Order:
+    return Order(seed=seed, shuffle=shuffle, window=window)
+
+
+def test_the_order_is_the_one_recorded() -> None:
+    """These numbers must never change: saved runs depend on them."""
+    assert order().epoch(0, 0, SIZES).block_order[:6].tolist() == RECORDED_BLOCKS
+    assert order().rows(3, 2, 1, 8).tolist() == RECORDED_ROWS
+
+
+def test_every_block_occurs_once_per_epoch() -> None:
+    assert sorted(order().epoch(2, 5, SIZES).block_order) == list(range(40))
+
+
+@pytest.mark.parametrize("other", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["seed", "domain", "epoch"])
+def test_another_seed_domain_or_epoch_gives_another_order(other: tuple[int, int, int]) -> None:
+    seed, domain, epoch = other
+    first = order().epoch(0, 0, SIZES).block_order
+    assert not np.array_equal(first, order(seed=seed).epoch(domain, epoch, SIZES).block_order)
+
+
+def test_windows_cover_the_epoch_without_gaps() -> None:
+    epoch = order().epoch(0, 0, SIZES)
+    assert epoch.starts[0] == 0
+    assert epoch.starts[-1] == SIZES.sum()
+    for window in range(len(epoch.starts) - 1):
+        assert SIZES[epoch.blocks_of(window)].sum() == epoch.starts[window + 1] - epoch.starts[window]
+
+
+def test_an_item_is_found_in_its_window() -> None:
+    epoch = order().epoch(0, 0, SIZES)
+    for window, (first, end) in enumerate(zip(epoch.starts[:-1], epoch.starts[1:], strict=True)):
+        assert epoch.window_at(int(first)) == window
+        assert epoch.window_at(int(end) - 1) == window
+
+
+def test_none_keeps_index_order_and_rows() -> None:
+    plain = order("none")
+    assert plain.epoch(0, 3, SIZES).block_order.tolist() == list(range(40))
+    assert plain.rows(0, 3, 0, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_block_shuffles_blocks_and_keeps_rows() -> None:
+    blocks = order("block")
+    assert blocks.epoch(0, 0, SIZES).block_order.tolist() != list(range(40))
+    assert blocks.rows(0, 0, 0, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_domain_without_blocks_has_an_empty_epoch() -> None:
+    assert order().epoch(0, 0, np.zeros(0, np.int64)).starts.tolist() == [0]
+
+
+def test_overlapping_sequences_share_one_token() -> None:
+    grid = Grid.of_tokens(seq_len=10, overlap=True)
+    assert grid.span(0, 1) == (0, 11)
+    assert grid.span(1, 1) == (10, 21)
+    assert grid.span(0, 2) == (0, 21)
+
+
+def test_capacity_counts_only_whole_sequences() -> None:
+    items = np.array([0, 10, 11, 20, 21])
+    assert Grid.of_tokens(10, overlap=True).capacity(items, 1).tolist() == [0, 0, 1, 1, 2]
+    assert Grid.of_tokens(10, overlap=False).capacity(items, 2).tolist() == [0, 1, 2, 3, 3]
+    assert Grid.of_samples().capacity(items, 0.5).tolist() == [0, 5, 5, 10, 10]
+    assert Grid.of_samples().capacity(items, None).tolist() == [0, *[Planner.UNLIMITED] * 4]

@@ -1,0 +1,77 @@
+"""What the planner decides, in cases small enough to write down."""
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.errors import CommError, MixtureError
+
+ENDLESS = Planner.UNLIMITED
+
+
+def planner(*capacity: int, batch: int = 4, steps: int = 2, policy: str = "repeat") -> Planner:
+    return Planner(
+        capacity=np.array(capacity, np.int64), global_batch_size=batch, chunk_steps=steps, on_exhausted=policy
+    )
+
+
+def test_equal_weights_alternate() -> None:
+    machine = planner(ENDLESS, ENDLESS)
+    plan, _ = machine.plan(PlannerState.start(2), np.array([0.5, 0.5]))
+    assert machine.slots(plan).domain.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
+
+
+def test_a_rare_domain_is_never_forgotten() -> None:
+    machine = planner(ENDLESS, ENDLESS, batch=10, steps=1)
+    state, counts = PlannerState.start(2), []
+    for _ in range(100):
+        plan, state = machine.plan(state, np.array([0.999, 0.001]))
+        counts.append(np.count_nonzero(machine.slots(plan).domain == 1))
+    assert sum(counts) == 1
+
+
+def test_a_weight_of_zero_is_never_served() -> None:
+    machine = planner(ENDLESS, ENDLESS, ENDLESS)
+    plan, _ = machine.plan(PlannerState.start(3), np.array([0.5, 0.0, 0.5]))
+    assert 1 not in machine.slots(plan).domain
+
+
+def test_stop_ends_with_the_last_full_step_before_exhaustion() -> None:
+    machine = planner(3, ENDLESS, policy="stop")
+    plan, state = machine.plan(PlannerState.start(2), np.array([0.5, 0.5]))
+    assert (plan.num_steps, plan.last, state.step) == (1, True, 1)
+
+
+def test_redistribute_gives_the_share_to_the_others() -> None:
+    machine = planner(2, ENDLESS, ENDLESS, batch=12, steps=1, policy="redistribute")
+    _, state = machine.plan(PlannerState.start(3), np.array([0.5, 0.25, 0.25]))
+    assert state.cursors.tolist() == [2, 5, 5]
+    following, _ = machine.plan(state, np.array([0.5, 0.25, 0.25]))
+    assert not following.last
+    assert 0 not in machine.slots(following).domain
+
+
+def test_data_that_ended_stays_ended() -> None:
+    machine = planner(4, policy="redistribute")
+    plan, state = machine.plan(PlannerState.start(1), np.array([1.0]))
+    assert plan.last
+    again, _ = machine.plan(state, np.array([1.0]))
+    assert (again.num_steps, again.last) == (0, True)
+
+
+def test_a_plan_costs_24_bytes_per_domain() -> None:
+    assert (ChunkPlan.array_size(1000) - ChunkPlan.array_size(0)) * 8 == 24 * 1000
+
+
+def test_a_damaged_plan_is_refused() -> None:
+    plan, _ = planner(ENDLESS).plan(PlannerState.start(1), np.array([1.0]))
+    buffer = plan.to_array()
+    buffer[5] += 1
+    with pytest.raises(CommError, match="damaged"):
+        ChunkPlan.from_array(buffer)
+
+
+@pytest.mark.parametrize("weights", [[np.nan, 1.0], [-0.1, 1.1], [np.inf, 0.0], [0.0, 0.0]])
+def test_impossible_weights_are_refused(weights: list[float]) -> None:
+    with pytest.raises(MixtureError):
+        planner(ENDLESS, ENDLESS).plan(PlannerState.start(2), np.array(weights))
