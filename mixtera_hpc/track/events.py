@@ -47,6 +47,8 @@ class StepEvent(TypedDict, total=False):
     """Part of `step_s` that rank 0 waited for its batch."""
     learning_rate: float
     num_ranks: int
+    num_nonfinite: int
+    """Sequences whose loss was not finite; they are in no other number but `domain_sequences`."""
     domain_loss: list[float | None]
     domain_tokens: list[int]
     domain_sequences: list[int]
@@ -58,10 +60,12 @@ class MixtureEvent(TypedDict, total=False):
     step: int
     """The chunk's first step."""
     chunk: int
+    domains: list[str]
+    """Names of the K domains."""
     weights: list[float]
     """The wish."""
-    proportions: list[float]
-    """What the chunk serves."""
+    served: list[float]
+    """Share of each domain in everything served before the chunk."""
     cursors: list[int]
     """Where each domain's stream stands when the chunk begins."""
     epochs: list[float]
@@ -69,13 +73,17 @@ class MixtureEvent(TypedDict, total=False):
 
 
 class CommEvent(TypedDict, total=False):
-    """`comm.jsonl`: what rank 0 spends on the other ranks, one line per chunk, written by the data plane."""
+    """`comm.jsonl`: what the ranks' talking takes on rank 0, written by the data plane.
+
+    One line per chunk with `plan_s` and `broadcast_s`, one per step with `reduce_s`.
+    """
 
     step: int
-    chunk: int
     plan_s: float
     broadcast_s: float
+    """From posting to completion; the steps meanwhile go on."""
     reduce_s: float
+    """Likewise."""
 
 
 STREAMS = ("attempts", "steps", "mixture", "comm")
