@@ -7,6 +7,7 @@ loses at most its last line, which readers skip.
 """
 
 import bisect
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,9 +50,18 @@ class Journal(_Lines):
         super().__init__(path)
         self._attempt = attempt
 
-    def opened(self, first_step: int, identity: Mapping[str, Any]) -> None:
+    def opened(self, first_step: int, num_ranks: int, dp_group_size: int, identity: Mapping[str, Any]) -> None:
         """An attempt begins at `first_step`: what earlier attempts planned from there on does not count."""
-        self.write({"kind": "open", "attempt": self._attempt, "first_step": first_step, "identity": identity})
+        self.write(
+            {
+                "kind": "open",
+                "attempt": self._attempt,
+                "first_step": first_step,
+                "num_ranks": num_ranks,
+                "dp_group_size": dp_group_size,
+                "identity": identity,
+            }
+        )
 
     def planned(self, plan: ChunkPlan) -> None:
         self.write(
@@ -98,16 +108,23 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 raise DataError(f"{path} line {number + 1} is damaged: {error}.") from None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptRecord:
     """What one attempt planned."""
 
     number: int
     first_step: int
+    num_ranks: int
+    dp_group_size: int
     plans: list[ChunkPlan]
     """Ascending."""
     next_step: int | None
     """Where it closed; None when it was killed."""
+
+    def rank_of(self, position: int, global_batch_size: int) -> int:
+        """The rank (first of its dp_group) that was given `position` of the global batch."""
+        per_group = global_batch_size // (self.num_ranks // self.dp_group_size)
+        return position // per_group * self.dp_group_size
 
 
 class History:
@@ -129,12 +146,11 @@ class History:
     def _add(self, record: dict[str, Any]) -> None:
         if record["kind"] == "open":
             self.identity = record["identity"]
-            self.attempts.append(AttemptRecord(record["attempt"], record["first_step"], [], None))
+            self.attempts.append(_attempt(record))
         elif record["kind"] == "chunk":
             self.attempts[-1].plans.append(_plan(record))
         elif record["kind"] == "close":
-            last = self.attempts[-1]
-            self.attempts[-1] = AttemptRecord(last.number, last.first_step, last.plans, record["next_step"])
+            self.attempts[-1] = dataclasses.replace(self.attempts[-1], next_step=record["next_step"])
 
     def attempt_of(self, step: int) -> AttemptRecord:
         """The attempt whose service of `step` counts: the last that began at or before it."""
@@ -162,6 +178,17 @@ class History:
             return 0
         last = self.attempts[-1]
         return max((p.first_step + p.num_steps for p in last.plans), default=last.first_step)
+
+
+def _attempt(record: dict[str, Any]) -> AttemptRecord:
+    return AttemptRecord(
+        number=record["attempt"],
+        first_step=record["first_step"],
+        num_ranks=record["num_ranks"],
+        dp_group_size=record["dp_group_size"],
+        plans=[],
+        next_step=None,
+    )
 
 
 def _plan(record: dict[str, Any]) -> ChunkPlan:

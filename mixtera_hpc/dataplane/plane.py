@@ -222,7 +222,7 @@ class DataPlane:
     def _start(self) -> None:
         if not self._started:
             self._started = True
-            self._sinks.opened(self._next_step, self._source)
+            self._sinks.opened(self._next_step, self._comm.size, self._source)
 
     def _next(self) -> Batch | None:
         self._start()
@@ -318,9 +318,9 @@ class Sinks:
         audit = folder.audit(attempt) / f"rank_{rank:05d}.jsonl" if folder and config.dataplane.audit else None
         self._audit = Audit(audit) if audit and rank % config.dataplane.dp_group_size == 0 else None
 
-    def opened(self, first_step: int, source: Source) -> None:
+    def opened(self, first_step: int, num_ranks: int, source: Source) -> None:
         if self._journal:
-            self._journal.opened(first_step, source.identity())
+            self._journal.opened(first_step, num_ranks, source.config.dataplane.dp_group_size, source.identity())
 
     def planned(self, plan: ChunkPlan) -> None:
         if self._journal:

@@ -12,7 +12,7 @@ from mixtera_hpc.dataplane.journal import History, read_lines
 from mixtera_hpc.dataplane.source import Source
 from mixtera_hpc.errors import DataError
 
-__all__ = ["Verdict", "planned", "sequences", "traced", "verify"]
+__all__ = ["Verdict", "audited", "planned", "sequences", "traced", "verify"]
 
 Record = dict[str, Any]
 
@@ -164,7 +164,8 @@ def _extent(history: History, consumed: _Consumed, size: int) -> tuple[int, int 
     return end, unfinished
 
 
-def positions_of_rank(rank: int, num_ranks: int, dp_group_size: int, size: int) -> range:
-    """Positions in the global batch that `rank` was given."""
-    share = Share.of_rank(rank, num_ranks, dp_group_size, size)
-    return range(share.first, share.first + share.size)
+def audited(folder: RunFolder, attempt: int, step: int) -> dict[int, str]:
+    """Position → digest of the sequences of `step` that an attempt consumed; empty when it was not audited."""
+    lines = (line for path in sorted(folder.audit(attempt).glob("rank_*.jsonl")) for line in read_lines(path))
+    found = [line for line in lines if line["step"] == step]
+    return {p: d for line in found for p, d in zip(line["positions"], line["digests"], strict=True)}

@@ -1,0 +1,65 @@
+"""`mixtera-hpc plan`: what a mixture will serve, before anything is submitted."""
+
+import argparse
+import sys
+from typing import Any
+
+__all__ = ["arguments", "run"]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides; plan.first_step and plan.steps choose the steps")
+    parser.add_argument("--json", action="store_true", help="one line per sequence instead of the forecast")
+
+
+def run(args: argparse.Namespace) -> int:
+    from mixtera_hpc.comm.communicator import Local
+    from mixtera_hpc.config.compose import compose
+    from mixtera_hpc.dataplane.source import open_source
+
+    config = compose(args.overrides)
+    source = open_source(config, Local())
+    if args.json:
+        _print_sequences(source)
+    else:
+        _print_forecast(source)
+    return 0
+
+
+def _print_sequences(source: Any) -> None:
+    import msgspec
+
+    from mixtera_hpc.dataplane.trace import planned
+
+    plan = source.config.plan
+    steps = source.config.dataplane.chunk_steps if plan.steps is None else plan.steps
+    for record in planned(source, plan.first_step, steps):
+        sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
+
+
+def _print_forecast(source: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mixtera_hpc.dataplane.forecast import forecast
+
+    plan = source.config.plan
+    expected = forecast(source, plan.steps if plan.steps is not None else source.config.training.num_steps)
+    table = Table(
+        title=f"{expected.num_steps} steps of {source.planner.global_batch_size} sequences", title_justify="left"
+    )
+    for heading in ("domain", "weight", f"has ({expected.unit})", "will be served", "epochs", "runs out at step"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for d in expected.domains:
+        runs_out = "—" if d.runs_out_at_step is None else str(d.runs_out_at_step)
+        table.add_row(d.name, f"{d.weight:.4f}", f"{d.items:,}", f"{d.served:,}", f"{d.epochs:.2f}", runs_out)
+    console = Console()
+    console.print(table)
+    console.print(f"{expected.bytes_per_step / 1e6:.2f} MB read per step over all ranks")
+    if expected.num_steps < expected.steps_asked:
+        console.print(
+            f"[bold]The data ends after step {expected.num_steps - 1}[/bold], {expected.steps_asked} were asked for: raise "
+            "mixture.max_epochs, or set mixture.on_exhausted=redistribute."
+        )
+    if source.config.mixture.kind == "dynamic":
+        console.print("The mixture is learned while training: this is what its start weights would serve.")
