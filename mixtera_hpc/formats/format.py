@@ -1,0 +1,194 @@
+"""One protocol for every kind of data file, and the values that pass through it.
+
+A shard is cut into **units** that can be scanned independently, so that an index build splits below the file and gives the
+same result for any number of workers. A scan reads only what the index needs; an opened shard reads only the rows that a
+plan names. Adding a format is one file with these three methods and one line in `registry.py`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.config.schema import DataConfig
+from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.columns import Categories
+
+MAX_BAD_ROWS = 10
+"""Bad rows of a unit that are named before its scan gives up."""
+
+__all__ = [
+    "Batch",
+    "BlockRef",
+    "Column",
+    "Field",
+    "Fields",
+    "Format",
+    "Ranges",
+    "ShardReader",
+    "Unit",
+    "bad_rows",
+    "shard_changed",
+]
+
+Column = Categories | NDArray[np.float64]
+"""The values of one property: codes into a small list, or numbers with NaN for null."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A byte range of a shard; a row, row group or frame belongs to the unit in which it begins."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """One property and where a row has it."""
+
+    name: str
+    path: str
+    """Dotted path inside the row."""
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fields:
+    """What a scan looks at."""
+
+    text: str
+    """Dotted path to the document; every row must have it."""
+    properties: tuple[Field, ...] = ()
+    documents: bool = False
+    """Whether the texts themselves are wanted, to count tokens."""
+
+    @classmethod
+    def of(cls, data: DataConfig, documents: bool) -> "Fields":
+        """The fields that a configuration names; properties sorted by name."""
+        ordered = sorted(data.properties.items())
+        properties = tuple(Field(name=name, path=spec.path, kind=Kind(spec.kind)) for name, spec in ordered)
+        return cls(text=data.text, properties=properties, documents=documents)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranges:
+    """Blocks of a shard, in order; shape (n,) each."""
+
+    offset: NDArray[np.int64]
+    """First byte inside the shard; for Parquet the row group's number."""
+    length: NDArray[np.int64]
+    """Bytes on disk."""
+    rows: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, ranges: list[tuple[int, int, int]]) -> "Ranges":
+        """From (offset, length, rows) of every block."""
+        table = np.array(ranges, np.int64).reshape(-1, 3)
+        return cls(offset=table[:, 0], length=table[:, 1], rows=table[:, 2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Consecutive rows of a unit, at most some megabytes of them."""
+
+    rows: int
+    blocks: Ranges
+    """The blocks that end with one of these rows; the rows of a long block come in several batches."""
+    columns: Mapping[str, Column]
+    """Per property, shape (rows,)."""
+    lengths: NDArray[np.int64] | None = None
+    """Bytes of every row on disk, shape (rows,), adding up to the blocks'; None where rows have no byte range."""
+    documents: list[str] | None = None
+    """The texts, when `Fields.documents` asked for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRef:
+    """Where one block lies in its shard; the same numbers as in the index."""
+
+    offset: int
+    length: int
+    first_row: int
+    rows: int
+
+
+class ShardReader(Protocol):
+    """Random access to one shard. Every method may be called from several threads at once."""
+
+    def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
+        """The texts of some rows of a block.
+
+        Args:
+            lengths: bytes of every row of the block, shape (block.rows,); not looked at where rows have no byte range.
+            rows: positions inside the block, ascending.
+
+        Raises:
+            DataError: the shard is not what it was when it was indexed.
+        """
+        ...
+
+    def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """The whole rows as dicts; arguments as for `documents`."""
+        ...
+
+    def close(self) -> None:
+        """Give back the file descriptor; harmless when done twice."""
+        ...
+
+
+class Format(Protocol):
+    """One kind of data file. Stateless; what is open belongs to a `ShardReader`."""
+
+    name: str
+
+    def units(self, path: Path, size_bytes: int) -> list[Unit]:
+        """Cut a shard into pieces that can be scanned independently; together they cover every row once."""
+        ...
+
+    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+        """Read the rows of one unit, in order.
+
+        Args:
+            block_rows: rows of a block, where the format is free to choose.
+
+        Raises:
+            DataError: rows that cannot be read, the first ten of the unit named in its notes.
+        """
+        ...
+
+    def open(self, path: Path, text: str, cache: BlockCache) -> ShardReader:
+        """Open a shard for random access.
+
+        Args:
+            text: dotted path to the document.
+            cache: keeps decoded blocks of formats that cannot read single rows; shared by many readers.
+        """
+        ...
+
+
+def bad_rows(path: Path, bad: list[tuple[int, str]]) -> DataError:
+    """The error for rows that cannot be read, given as (row of the shard, problem); at most `MAX_BAD_ROWS` of them."""
+    count = f"at least {len(bad)} rows" if len(bad) >= MAX_BAD_ROWS else f"{len(bad)} row(s)"
+    error = DataError(
+        f"{path} has {count} that cannot be read; every row needs its text where data.text says, and values of the kinds "
+        "that data.properties names.\n  Repair or remove them, or leave the file out with data.exclude."
+    )
+    for row, problem in bad:
+        error.add_note(f"shard={str(path)!r} row={row}: {problem}")
+    return error
+
+
+def shard_changed(path: Path, block: BlockRef, problem: str) -> DataError:
+    """The error of every reader that finds other rows than the index promised."""
+    error = DataError(
+        f"{path} is not what it was when it was indexed: {problem}.\n"
+        "  Run mixtera-hpc index verify, then mixtera-hpc index build."
+    )
+    error.add_note(f"shard={str(path)!r} rows {block.first_row} to {block.first_row + block.rows - 1}")
+    return error

@@ -1,0 +1,185 @@
+"""JSON lines, uncompressed: any row can be read on its own, so a plan costs exactly the bytes it names.
+
+A unit is a byte range of fixed size; a line belongs to the unit in which it begins. A block is a fixed number of lines.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.fields import RowType
+from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, shard_changed
+from mixtera_hpc.formats.lines import Lines, LineScanner, line_ends
+
+__all__ = ["Jsonl"]
+
+UNIT_BYTES = 64 << 20
+PIECE_BYTES = 2 << 20
+"""Read and decoded at once; small enough to stay in a core's cache on its way."""
+MERGE_BYTES = 32 << 10
+"""Wanted rows nearer than this are read together with what lies between them."""
+
+
+class Jsonl:
+    """`Format` of `.jsonl` files."""
+
+    name = "jsonl"
+
+    def units(self, path: Path, size_bytes: int) -> list[Unit]:
+        return [Unit(start, min(start + UNIT_BYTES, size_bytes)) for start in range(0, size_bytes, UNIT_BYTES)]
+
+    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+        scanner = LineScanner(fields, path)
+        with path.open("rb", buffering=0) as file:
+            begin = _first_line(file.fileno(), unit)
+            blocks = _Blocks(begin, block_rows)
+            for offset, data in _pieces(file.fileno(), begin, unit.stop):
+                lines = scanner.lines(data)
+                if not scanner.failed:
+                    ranges, lengths = blocks.add(lines.ends + offset)
+                    yield scanner.batch(lines, ranges, lengths)
+                elif scanner.has_enough:
+                    break
+        scanner.check(_rows_before(path, begin) if scanner.failed else 0)
+        if last := blocks.rest():
+            yield scanner.batch(Lines.none(), Ranges.of([last]), np.zeros(0, np.int64))
+
+    def open(self, path: Path, text: str, cache: BlockCache) -> ShardReader:
+        return _Reader(path, text)
+
+
+class _Blocks:
+    """Cuts the rows of a unit into blocks of equal numbers of rows."""
+
+    def __init__(self, begin: int, block_rows: int) -> None:
+        self._block_rows = block_rows
+        self._start = begin
+        self._end = begin
+        self._rows = 0
+
+    def add(self, ends: NDArray[np.int64]) -> tuple[Ranges, NDArray[np.int64]]:
+        """Take the next rows, given where each ends; returns the blocks now full and the bytes of every row."""
+        lengths = np.diff(ends, prepend=self._end)
+        last = ends[self._block_rows - self._rows - 1 :: self._block_rows]
+        starts = np.concatenate([[self._start], last])
+        table = np.stack([starts[:-1], np.diff(starts), np.full(len(last), self._block_rows)])
+        self._start = int(starts[-1])
+        self._rows = (self._rows + len(ends)) % self._block_rows
+        self._end = int(ends[-1]) if len(ends) else self._end
+        return Ranges(offset=table[0], length=table[1], rows=table[2]), lengths
+
+    def rest(self) -> tuple[int, int, int] | None:
+        """The last block of the unit, when it is not full."""
+        return (self._start, self._end - self._start, self._rows) if self._rows else None
+
+
+def _first_line(fd: int, unit: Unit) -> int:
+    """Where the first line begins that belongs to `unit`; its stop when none does."""
+    if unit.start == 0:
+        return 0
+    position = unit.start - 1
+    while position < unit.stop and (data := os.pread(fd, PIECE_BYTES, position)):
+        found = data.find(b"\n")
+        if found >= 0:
+            return min(position + found + 1, unit.stop)
+        position += len(data)
+    return unit.stop
+
+
+def _pieces(fd: int, begin: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """Buffers of whole lines that begin in [begin, stop), with their offsets."""
+    size = PIECE_BYTES
+    while begin < stop:
+        data = _read_fully(fd, size, begin)
+        at_end = len(data) < size
+        last = data.find(b"\n", max(stop - 1 - begin, 0))
+        cut = len(data) if at_end else data.rfind(b"\n") + 1
+        if last >= 0:
+            cut = last + 1
+        if cut:
+            yield begin, data[:cut]
+            begin += cut
+            size = PIECE_BYTES
+        elif not data:
+            return
+        else:
+            size *= 2
+
+
+def _read_fully(fd: int, size: int, offset: int) -> bytes:
+    """`size` bytes from `offset`, fewer only at the end of the file; network file systems may return less at once."""
+    data = os.pread(fd, size, offset)
+    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def _rows_before(path: Path, offset: int) -> int:
+    """Rows of a shard that begin before a byte; for messages only."""
+    rows = 0
+    with path.open("rb") as file:
+        while file.tell() < offset and (data := b"".join(file.readlines(PIECE_BYTES))):
+            rows += len(line_ends(data[: max(offset - file.tell() + len(data), 0)]))
+    return rows
+
+
+class _Reader:
+    """Reads wanted rows with `pread`; threads share nothing but the descriptor."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path = path
+        self._type = RowType(Fields(text=text))
+        self._decoder = msgspec.json.Decoder(self._type.struct)
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
+        return self._type.documents(self._decode(self._decoder, block, lengths, rows))
+
+    def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        return self._decode(msgspec.json.Decoder(), block, lengths, rows)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _decode(
+        self, decoder: "msgspec.json.Decoder[Any]", block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> list[Any]:
+        stops = block.offset + np.cumsum(lengths)[rows]
+        starts = stops - lengths[rows]
+        decoded: list[Any] = []
+        try:
+            for first, last in _groups(starts, stops):
+                decoded += _read(self._fd, decoder, starts[first:last], stops[first:last])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise shard_changed(self._path, block, f"{error}") from None
+        if len(decoded) != len(rows):
+            raise shard_changed(self._path, block, f"{len(rows)} rows were expected, {len(decoded)} are there")
+        return decoded
+
+
+def _groups(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Slices of rows that are read at once."""
+    gaps = np.flatnonzero(starts[1:] - stops[:-1] > MERGE_BYTES) + 1
+    bounds = [0, *gaps.tolist(), len(starts)] if len(starts) else [0]
+    return itertools.pairwise(bounds)
+
+
+def _read(
+    fd: int, decoder: "msgspec.json.Decoder[Any]", starts: NDArray[np.int64], stops: NDArray[np.int64]
+) -> list[Any]:
+    """Decode rows that lie near each other: neighbours in one call, others one by one out of one buffer."""
+    begin = int(starts[0])
+    data = _read_fully(fd, int(stops[-1]) - begin, begin)
+    if (starts[1:] == stops[:-1]).all():
+        return decoder.decode_lines(data)
+    view = memoryview(data)
+    return [decoder.decode(view[a:b]) for a, b in zip((starts - begin).tolist(), (stops - begin).tolist(), strict=True)]

@@ -1,0 +1,143 @@
+"""JSON lines in memory: where every row ends, what it says, and which rows cannot be read.
+
+A whole buffer of lines is decoded by one call. Only when that fails, or when its rows do not fall on its lines, is the
+buffer looked at line by line to name the culprits. Blank lines are no rows; their bytes count to the row that follows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.formats.fields import RowType
+from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Fields, Ranges, bad_rows
+
+__all__ = ["LineScanner", "Lines", "line_ends"]
+
+NEWLINE, OPEN, CLOSE = b"\n{}"
+SHORTEST_ROW = 5
+"""`{"":0`: a shorter line may be blank, and is looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """The rows of a buffer."""
+
+    rows: list[Any]
+    """Instances of the row type."""
+    ends: NDArray[np.int64]
+    """Where the line of every row ends, newline included; shape (rows,)."""
+
+    @classmethod
+    def none(cls) -> "Lines":
+        """No rows."""
+        return cls([], np.zeros(0, np.int64))
+
+
+def line_ends(data: bytes | memoryview) -> NDArray[np.int64]:
+    """Where every line that is not blank ends, newline included."""
+    ends = _newlines(data)
+    lengths = np.diff(ends, prepend=0)
+    blank = [i for i in np.flatnonzero(lengths <= SHORTEST_ROW) if _is_blank(data, ends[i] - lengths[i], ends[i])]
+    return np.delete(ends, blank) if blank else ends
+
+
+def _newlines(data: bytes | memoryview) -> NDArray[np.int64]:
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == NEWLINE) + 1
+    if len(data) and (not len(ends) or ends[-1] != len(data)):
+        ends = np.append(ends, len(data))
+    return ends
+
+
+def _is_blank(data: bytes | memoryview, start: int, stop: int) -> bool:
+    return not bytes(data[start:stop]).strip()
+
+
+class LineScanner:
+    """Decodes the buffers of one unit and remembers the rows it cannot read."""
+
+    def __init__(self, fields: Fields, path: Path) -> None:
+        self._type = RowType(fields)
+        self._decoder = msgspec.json.Decoder(self._type.struct)
+        self._documents = fields.documents
+        self._path = path
+        self._bad: list[tuple[int, str]] = []
+        self.rows = 0
+        """Rows seen so far in this unit, readable or not."""
+
+    def lines(self, data: bytes) -> Lines:
+        """Decode a buffer of whole lines; a row that cannot be read is missing from it and remembered."""
+        ends = line_ends(data)
+        try:
+            rows = self._decoder.decode_lines(data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            rows = []
+        if len(rows) != len(ends) or not _rows_are_lines(data, ends):
+            return self._line_by_line(data)
+        self.rows += len(rows)
+        return Lines(rows, ends)
+
+    def batch(self, lines: Lines, blocks: Ranges, lengths: NDArray[np.int64] | None) -> Batch:
+        """Columns and texts of decoded rows."""
+        columns: dict[str, Column] = self._type.columns(lines.rows)
+        documents = self._type.documents(lines.rows) if self._documents else None
+        return Batch(rows=len(lines.rows), blocks=blocks, columns=columns, lengths=lengths, documents=documents)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a row could not be read; nothing more of the unit is of use."""
+        return bool(self._bad)
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether so many bad rows were found that more would not help."""
+        return len(self._bad) >= MAX_BAD_ROWS
+
+    def check(self, rows_before: int = 0) -> None:
+        """Raise for the bad rows found.
+
+        Args:
+            rows_before: rows of the shard before this unit.
+
+        Raises:
+            DataError: there are any.
+        """
+        if self._bad:
+            raise bad_rows(self._path, [(rows_before + row, problem) for row, problem in self._bad])
+
+    def _line_by_line(self, data: bytes) -> Lines:
+        rows, ends = [], []
+        for start, stop in _spans(data):
+            try:
+                rows.append(self._decoder.decode(data[start:stop]))
+                ends.append(stop)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                if not self.has_enough:
+                    self._bad.append((self.rows, str(error)))
+            self.rows += 1
+        return Lines(rows, np.array(ends, np.int64))
+
+
+def _rows_are_lines(data: bytes, ends: NDArray[np.int64]) -> bool:
+    """Whether every line begins and ends with a brace: then no row can span lines, and no line hold two halves of rows."""
+    if not len(ends):
+        return True
+    view = np.frombuffer(data, np.uint8)
+    starts = np.concatenate([[0], ends[:-1]])
+    stops = ends - (view[ends - 1] == NEWLINE)
+    unclear = np.flatnonzero((view[starts] != OPEN) | (view[stops - 1] != CLOSE))
+    texts = (data[starts[i] : stops[i]].strip() for i in unclear)
+    return all(text.startswith(b"{") and text.endswith(b"}") for text in texts)
+
+
+def _spans(data: bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of every line that is not blank."""
+    start = 0
+    for stop in _newlines(data).tolist():
+        if not _is_blank(data, start, stop):
+            yield start, stop
+        start = stop

@@ -1,0 +1,53 @@
+"""Which format reads a file: by name, or by how its name ends."""
+
+import importlib
+from functools import cache
+from pathlib import PurePath
+
+from mixtera_hpc.errors import ConfigError, did_you_mean
+from mixtera_hpc.formats.format import Format
+
+__all__ = ["SUFFIXES", "format_of", "load_format"]
+
+_CLASSES = {
+    "jsonl": "mixtera_hpc.formats.jsonl:Jsonl",
+    "jsonl.gz": "mixtera_hpc.formats.jsonl_gz:JsonlGz",
+    "jsonl.zst": "mixtera_hpc.formats.jsonl_zst:JsonlZst",
+    "parquet": "mixtera_hpc.formats.parquet:Parquet",
+}
+"""Loaded when first used: pyarrow alone takes longer than the command's help."""
+
+SUFFIXES: dict[str, str] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonl.gz": "jsonl.gz",
+    ".ndjson.gz": "jsonl.gz",
+    ".json.gz": "jsonl.gz",
+    ".jsonl.zst": "jsonl.zst",
+    ".jsonl.zstd": "jsonl.zst",
+    ".ndjson.zst": "jsonl.zst",
+    ".json.zst": "jsonl.zst",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+"""How a file's name ends, in lower case → the name of its format."""
+
+
+def format_of(path: str) -> str | None:
+    """The name of the format of a file, None when its ending is unknown."""
+    name = PurePath(path).name.lower()
+    return next((fmt for suffix, fmt in SUFFIXES.items() if name.endswith(suffix)), None)
+
+
+@cache
+def load_format(name: str) -> Format:
+    """The format called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _CLASSES:
+        raise ConfigError(f"data.format is {name!r}, which is no format.{did_you_mean(name, ['auto', *_CLASSES])}")
+    module, _, attribute = _CLASSES[name].partition(":")
+    loaded: Format = getattr(importlib.import_module(module), attribute)()
+    return loaded

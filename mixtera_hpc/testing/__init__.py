@@ -1,0 +1,1 @@
+"""Conformance suites, shipped: what every implementation of one of our protocols must do."""
