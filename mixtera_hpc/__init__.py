@@ -3,14 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixtera_hpc.config.compose import compose
     from mixtera_hpc.dataplane.plane import Batch, DataPlane
 
-__all__ = ["Batch", "DataPlane", "__version__"]
+__all__ = ["Batch", "DataPlane", "__version__", "compose"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the data plane only when it is asked for, so that the command line stays fast."""
+    """Import the public names only when they are asked for, so that the command line stays fast."""
+    if name == "compose":
+        from mixtera_hpc.config.compose import compose
+
+        return compose
     if name in ("Batch", "DataPlane"):
         from mixtera_hpc.dataplane import plane
 
