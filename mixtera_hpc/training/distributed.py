@@ -151,7 +151,8 @@ def _own_address(comm: Communicator) -> str:
 
 def _broadcast_endpoint(comm: Communicator, address: str, port: int) -> tuple[str, int]:
     """Rank 0's address and port, on every rank. **Collective.**"""
-    address, _, number = bcast_bytes(comm, f"{address} {port}".encode()).decode().partition(" ")
+    own = f"{address} {port}".encode() if comm.rank == 0 else None
+    address, _, number = bcast_bytes(comm, own).decode().partition(" ")
     return address, int(number)
 
 
