@@ -21,7 +21,7 @@ from mixtera_hpc.formats.lines import Lines, LineScanner, line_ends
 __all__ = ["Jsonl"]
 
 UNIT_BYTES = 64 << 20
-PIECE_BYTES = 2 << 20
+PIECE_BYTES = 1 << 20
 """Read and decoded at once; small enough to stay in a core's cache on its way."""
 MERGE_BYTES = 32 << 10
 """Wanted rows nearer than this are read together with what lies between them."""
@@ -93,24 +93,29 @@ def _first_line(fd: int, unit: Unit) -> int:
     return unit.stop
 
 
-def _pieces(fd: int, begin: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """Buffers of whole lines that begin in [begin, stop), with their offsets."""
-    size = PIECE_BYTES
+def _pieces(fd: int, begin: int, stop: int) -> Iterator[tuple[int, memoryview]]:
+    """Whole lines that begin in [begin, stop), with the offset of the first; valid until the next are asked for."""
+    buffer = bytearray(PIECE_BYTES)
     while begin < stop:
-        data = _read_fully(fd, size, begin)
-        at_end = len(data) < size
-        last = data.find(b"\n", max(stop - 1 - begin, 0))
-        cut = len(data) if at_end else data.rfind(b"\n") + 1
-        if last >= 0:
-            cut = last + 1
-        if cut:
-            yield begin, data[:cut]
-            begin += cut
-            size = PIECE_BYTES
-        elif not data:
+        size = _fill(fd, buffer, begin)
+        if not size:
             return
+        last = buffer.find(b"\n", max(stop - 1 - begin, 0), size)
+        at_end = size < len(buffer)
+        cut = last + 1 or (size if at_end else buffer.rfind(b"\n", 0, size) + 1)
+        if cut:
+            yield begin, memoryview(buffer)[:cut]
+            begin += cut
         else:
-            size *= 2
+            buffer = bytearray(2 * len(buffer))
+
+
+def _fill(fd: int, buffer: bytearray, offset: int) -> int:
+    """Read into `buffer`; fewer bytes than it holds only at the end of the file, though file systems may return less."""
+    view, size = memoryview(buffer), 0
+    while size < len(buffer) and (more := os.preadv(fd, [view[size:]], offset + size)):
+        size += more
+    return size
 
 
 def _read_fully(fd: int, size: int, offset: int) -> bytes:

@@ -18,6 +18,7 @@ from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Fields, Rang
 
 __all__ = ["LineScanner", "Lines", "line_ends"]
 
+Buffer = bytes | memoryview
 NEWLINE, OPEN, CLOSE = b"\n{}"
 SHORTEST_ROW = 5
 """`{"":0`: a shorter line may be blank, and is looked at."""
@@ -38,7 +39,7 @@ class Lines:
         return cls([], np.zeros(0, np.int64))
 
 
-def line_ends(data: bytes | memoryview) -> NDArray[np.int64]:
+def line_ends(data: Buffer) -> NDArray[np.int64]:
     """Where every line that is not blank ends, newline included."""
     ends = _newlines(data)
     lengths = np.diff(ends, prepend=0)
@@ -46,14 +47,14 @@ def line_ends(data: bytes | memoryview) -> NDArray[np.int64]:
     return np.delete(ends, blank) if blank else ends
 
 
-def _newlines(data: bytes | memoryview) -> NDArray[np.int64]:
+def _newlines(data: Buffer) -> NDArray[np.int64]:
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == NEWLINE) + 1
     if len(data) and (not len(ends) or ends[-1] != len(data)):
         ends = np.append(ends, len(data))
     return ends
 
 
-def _is_blank(data: bytes | memoryview, start: int, stop: int) -> bool:
+def _is_blank(data: Buffer, start: int, stop: int) -> bool:
     return not bytes(data[start:stop]).strip()
 
 
@@ -69,7 +70,7 @@ class LineScanner:
         self.rows = 0
         """Rows seen so far in this unit, readable or not."""
 
-    def lines(self, data: bytes) -> Lines:
+    def lines(self, data: Buffer) -> Lines:
         """Decode a buffer of whole lines; a row that cannot be read is missing from it and remembered."""
         ends = line_ends(data)
         try:
@@ -109,7 +110,7 @@ class LineScanner:
         if self._bad:
             raise bad_rows(self._path, [(rows_before + row, problem) for row, problem in self._bad])
 
-    def _line_by_line(self, data: bytes) -> Lines:
+    def _line_by_line(self, data: Buffer) -> Lines:
         rows, ends = [], []
         for start, stop in _spans(data):
             try:
@@ -122,7 +123,7 @@ class LineScanner:
         return Lines(rows, np.array(ends, np.int64))
 
 
-def _rows_are_lines(data: bytes, ends: NDArray[np.int64]) -> bool:
+def _rows_are_lines(data: Buffer, ends: NDArray[np.int64]) -> bool:
     """Whether every line begins and ends with a brace: then no row can span lines, and no line hold two halves of rows."""
     if not len(ends):
         return True
@@ -130,11 +131,11 @@ def _rows_are_lines(data: bytes, ends: NDArray[np.int64]) -> bool:
     starts = np.concatenate([[0], ends[:-1]])
     stops = ends - (view[ends - 1] == NEWLINE)
     unclear = np.flatnonzero((view[starts] != OPEN) | (view[stops - 1] != CLOSE))
-    texts = (data[starts[i] : stops[i]].strip() for i in unclear)
+    texts = (bytes(data[starts[i] : stops[i]]).strip() for i in unclear)
     return all(text.startswith(b"{") and text.endswith(b"}") for text in texts)
 
 
-def _spans(data: bytes) -> Iterator[tuple[int, int]]:
+def _spans(data: Buffer) -> Iterator[tuple[int, int]]:
     """Start and end of every line that is not blank."""
     start = 0
     for stop in _newlines(data).tolist():
