@@ -1,0 +1,177 @@
+"""One protocol over tokenizers, and the two libraries behind it.
+
+`gigatoken` does the work; Hugging Face's `tokenizers` reads what it cannot, and checks it. Neither adds special tokens here:
+where a document ends is the data plane's decision. Calling into gigatoken costs some 30 µs, so documents come in batches.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.errors import ConfigError, did_you_mean
+
+__all__ = ["Gigatoken", "HuggingFace", "Tokenizer", "check_equal", "load_tokenizer"]
+
+Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
+
+_USUAL_EOS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<|eot_id|>",
+    "<eos>",
+    "<|im_end|>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+)
+
+
+class Tokenizer(Protocol):
+    """Text → token ids. May be used by several threads at once."""
+
+    vocab_size: int
+    """One more than the largest id."""
+    eos_id: int | None
+    """The token that ends a document; None when the vocabulary has none that is known as such."""
+    fingerprint: str
+    """Hex digest of the tokenizer's file: token counts of one are worth nothing for another."""
+
+    def encode_batch(self, documents: Sequence[str]) -> Encoded:
+        """Encode documents, adding no special tokens.
+
+        Returns:
+            The tokens of all documents in a row, and offsets of shape (len(documents) + 1,): document i has
+            `tokens[offsets[i]:offsets[i + 1]]`.
+        """
+        ...
+
+
+class Gigatoken:
+    """`Tokenizer` over gigatoken; one thread per call, the GIL released."""
+
+    def __init__(self, definition: bytes, eos_token: str | None = None) -> None:
+        import gigatoken
+
+        self._tokenizer = gigatoken.Tokenizer.from_json(definition)
+        self.vocab_size = int(self._tokenizer.vocab_size)
+        self.eos_id = _eos_id(definition, eos_token)
+        self.fingerprint = _fingerprint(definition)
+
+    def encode_batch(self, documents: Sequence[str]) -> Encoded:
+        layout = self._tokenizer.encode_batch(list(documents), parallel=False).layout
+        offsets = np.asarray(layout.offsets.data, np.int64)
+        return np.asarray(layout.content.data, np.uint32)[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+class HuggingFace:
+    """`Tokenizer` over Hugging Face's `tokenizers`, some fifty times slower."""
+
+    def __init__(self, definition: bytes, eos_token: str | None = None) -> None:
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_buffer(definition)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.eos_id = _eos_id(definition, eos_token)
+        self.fingerprint = _fingerprint(definition)
+
+    def encode_batch(self, documents: Sequence[str]) -> Encoded:
+        ids = [e.ids for e in self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)]
+        offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids], dtype=np.int64)]).astype(np.int64)
+        return np.array([token for i in ids for token in i], np.uint32), offsets
+
+
+def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, or of a folder that has one.
+
+    Args:
+        eos_token: the token that ends a document; found in `tokenizer_config.json` beside it, or among the usual names,
+            when None.
+
+    Raises:
+        ConfigError: there is no such file, no library can read it, or it has no token `eos_token`.
+    """
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    try:
+        definition = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"dataplane.tokenizer is {str(path)!r}, which cannot be read: {error.strerror}.\n"
+            "  Give the path of a Hugging Face tokenizer.json."
+        ) from None
+    eos_token = eos_token or _configured_eos(file.parent)
+    try:
+        return Gigatoken(definition, eos_token)
+    except ConfigError:
+        raise
+    except Exception as first:
+        return _fallback(definition, eos_token, file, first)
+
+
+def check_equal(a: Tokenizer, b: Tokenizer, documents: Sequence[str]) -> None:
+    """Compare two tokenizers on `documents`.
+
+    Raises:
+        ConfigError: they differ; names the first document on which they do.
+    """
+    for document in documents:
+        left, right = a.encode_batch([document])[0], b.encode_batch([document])[0]
+        if not np.array_equal(left, right):
+            raise ConfigError(
+                f"{type(a).__name__} and {type(b).__name__} encode {document[:80]!r} differently: "
+                f"{left[:16].tolist()} and {right[:16].tolist()}."
+            )
+
+
+def _fallback(definition: bytes, eos_token: str | None, file: Path, first: Exception) -> Tokenizer:
+    try:
+        return HuggingFace(definition, eos_token)
+    except ConfigError:
+        raise
+    except Exception as second:
+        reason = str(second).strip().splitlines() or [str(first)]
+        raise ConfigError(
+            f"dataplane.tokenizer is {str(file)!r}, which is no tokenizer.json that can be read: {reason[0]}."
+        ) from None
+
+
+def _fingerprint(definition: bytes) -> str:
+    return hashlib.blake2b(definition, digest_size=16).hexdigest()
+
+
+def _eos_id(definition: bytes, eos_token: str | None) -> int | None:
+    """The id of `eos_token`, or of the first of the usual ones that the vocabulary has."""
+    tokens = _vocabulary(definition)
+    if eos_token is None:
+        return next((tokens[name] for name in _USUAL_EOS if name in tokens), None)
+    if eos_token not in tokens:
+        special = [name for name in tokens if name.startswith(("<", "[")) and name.endswith((">", "]"))]
+        raise ConfigError(
+            f"dataplane.eos_token is {eos_token!r}, which the tokenizer does not have.{did_you_mean(eos_token, special)}"
+        )
+    return tokens[eos_token]
+
+
+def _vocabulary(definition: bytes) -> dict[str, int]:
+    content: dict[str, Any] = json.loads(definition)
+    vocabulary = content.get("model", {}).get("vocab", {})
+    found = {str(k): int(v) for k, v in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    if isinstance(vocabulary, list):
+        found = {str(entry[0]): position for position, entry in enumerate(vocabulary)}
+    return found | {str(t["content"]): int(t["id"]) for t in content.get("added_tokens", [])}
+
+
+def _configured_eos(folder: Path) -> str | None:
+    """The end-of-text token that Hugging Face's `tokenizer_config.json` names."""
+    try:
+        token = json.loads((folder / "tokenizer_config.json").read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(token["content"]) if isinstance(token, dict) and "content" in token else token

@@ -1,0 +1,124 @@
+"""Both tokenizer libraries behind one protocol, on tokenizers trained here."""
+
+import itertools
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import models, pre_tokenizers, processors
+
+from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.tokens.tokenizer import Gigatoken, HuggingFace, Tokenizer, check_equal, load_tokenizer
+from mixtera_hpc.tokens.train import train_bpe
+
+DOCUMENTS = [
+    *(
+        f"The quick brown fox no. {i} doesn't jump; naïve 漢字 🙂\n\n  {'tab' * i}\t<|endoftext|> end"
+        for i in range(60)
+    ),
+    *("", " ", "\x00", "a" * 5000, "é" * 300),
+]
+LIBRARIES = [Gigatoken, HuggingFace]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_bpe(DOCUMENTS[:60], 400, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_tokens_decode_to_the_documents(library: Callable[[bytes], Tokenizer], path: Path) -> None:
+    tokens, offsets = library(path.read_bytes()).encode_batch(DOCUMENTS)
+    decoder = HfTokenizer.from_file(str(path))
+    pieces = [tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+    assert [decoder.decode(p, skip_special_tokens=False) for p in pieces] == DOCUMENTS
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_arrays_have_the_promised_types_and_shapes(library: Callable[[bytes], Tokenizer], path: Path) -> None:
+    tokenizer = library(path.read_bytes())
+    for documents in ([], [""], ["a"], ["", "b", ""]):
+        tokens, offsets = tokenizer.encode_batch(documents)
+        assert tokens.dtype == np.uint32 and offsets.dtype == np.int64
+        assert offsets.shape == (len(documents) + 1,) and offsets[0] == 0 and offsets[-1] == len(tokens)
+
+
+def test_both_libraries_agree(path: Path) -> None:
+    definition = path.read_bytes()
+    check_equal(Gigatoken(definition), HuggingFace(definition), DOCUMENTS)
+
+
+def test_a_difference_between_tokenizers_is_named(path: Path, tmp_path: Path) -> None:
+    other = train_bpe(["entirely different words " * 20], 300, tmp_path / "other.json")
+    with pytest.raises(ConfigError, match=r"The quick brown fox no\. 0"):
+        check_equal(load_tokenizer(path), load_tokenizer(other), DOCUMENTS)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_no_special_token_is_added_and_nothing_is_cut_off(library: Callable[[bytes], Tokenizer], path: Path) -> None:
+    wrapped = HfTokenizer.from_file(str(path))
+    end = ("<|endoftext|>", 0)
+    wrapped.post_processor = processors.TemplateProcessing(single=f"{end[0]} $A {end[0]}", special_tokens=[end])
+    wrapped.enable_truncation(3)
+    tokens, _ = library(wrapped.to_str().encode()).encode_batch(["the quick brown fox jumps"])
+    plain, _ = library(path.read_bytes()).encode_batch(["the quick brown fox jumps"])
+    assert tokens.tolist() == plain.tolist() and len(plain) > 3
+
+
+def test_a_file_gigatoken_cannot_read_falls_back_to_hugging_face(tmp_path: Path) -> None:
+    words = HfTokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(tmp_path / "words.json")
+    assert isinstance(tokenizer, HuggingFace)
+    assert tokenizer.encode_batch(["a c b"])[0].tolist() == [0, 2, 1]
+
+
+def test_a_folder_stands_for_its_tokenizer_json(path: Path) -> None:
+    assert load_tokenizer(path.parent).fingerprint == load_tokenizer(path).fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_file(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy.json").write_bytes(path.read_bytes())
+    (tmp_path / "changed.json").write_bytes(path.read_bytes() + b" ")
+    fingerprint = load_tokenizer(path).fingerprint
+    assert load_tokenizer(tmp_path / "copy.json").fingerprint == fingerprint
+    assert load_tokenizer(tmp_path / "changed.json").fingerprint != fingerprint
+
+
+def test_the_end_of_text_token_is_found_by_usual_name_config_or_order(path: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(path).eos_id == 0
+    assert load_tokenizer(path, eos_token="!").eos_id == json.loads(path.read_text())["model"]["vocab"]["!"]
+    (tmp_path / "tokenizer.json").write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "a"}}')
+    assert load_tokenizer(tmp_path).eos_id == json.loads(path.read_text())["model"]["vocab"]["a"]
+
+
+def test_a_vocabulary_without_a_known_end_of_text_has_none(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(path.read_text().replace("<|endoftext|>", "<|whatever|>"))
+    assert load_tokenizer(tmp_path / "t.json").eos_id is None
+
+
+def test_an_unknown_end_of_text_token_is_refused_with_near_misses(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataplane\.eos_token is '<\|endoftxt\|>'.*Did you mean '<\|endoftext\|>'"):
+        load_tokenizer(path, eos_token="<|endoftxt|>")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"model": 3}', b"\xff\xfe"])
+def test_a_missing_or_broken_file_is_refused_by_name(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "broken.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"dataplane\.tokenizer is '.*broken\.json'"):
+        load_tokenizer(tmp_path / "broken.json")
+
+
+def test_threads_share_a_tokenizer(path: Path) -> None:
+    tokenizer = load_tokenizer(path)
+    expected = tokenizer.encode_batch(DOCUMENTS)[0].tolist()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: tokenizer.encode_batch(DOCUMENTS)[0].tolist(), range(20)))
+    assert results == [expected] * 20

@@ -1,0 +1,39 @@
+"""Training a tokenizer of one's own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.tokens.tokenizer import load_tokenizer
+from mixtera_hpc.tokens.train import train_bpe
+
+DOCUMENTS = [f"some words and {i} numbers, {'xyz' * (i % 5)}" for i in range(200)]
+
+
+def test_training_again_gives_the_same_file(tmp_path: Path) -> None:
+    first = train_bpe(DOCUMENTS, 320, tmp_path / "a.json").read_bytes()
+    program = (
+        "import sys; from mixtera_hpc.tokens.train import train_bpe\n"
+        "train_bpe([f\"some words and {i} numbers, {'xyz' * (i % 5)}\" for i in range(200)], 320, sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "b.json"], check=True, timeout=60)
+    assert (tmp_path / "b.json").read_bytes() == first
+
+
+def test_every_byte_has_a_token_and_frequent_words_one_of_their_own(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(train_bpe(DOCUMENTS, 320, tmp_path / "t.json"))
+    assert tokenizer.vocab_size == 320 and tokenizer.eos_id == 0
+    assert len(tokenizer.encode_batch([" words"])[0]) == 1
+    assert len(tokenizer.encode_batch(["\u0001\u00ff漢"])[0]) == 6
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 257"):
+        train_bpe(DOCUMENTS, 100, tmp_path / "t.json")
+
+
+def test_nothing_but_the_file_is_left_behind(tmp_path: Path) -> None:
+    train_bpe(DOCUMENTS, 260, tmp_path / "sub" / "t.json")
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["t.json"]
