@@ -1,0 +1,129 @@
+"""What is remembered of every loss ever seen: sums in at most 256 bins along log n.
+
+A power law is straight in log n, so its evidence is, too: equally wide bins on that axis hold as much as the whole series,
+and a bin's mean over all its tokens needs no smoothing filter, no filling of gaps and no guess for a domain not yet seen.
+When the bins run out, neighbours merge and all become twice as wide. Price: 16 bytes per domain and bin, so 4 MB at 1,000
+domains, however long the run; a step costs one addition of two arrays.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.mixing.objective import LossPoints
+from mixtera_hpc.core.statistics import DomainStatistics
+
+__all__ = ["MAX_BINS", "LossBin", "LossHistory"]
+
+MAX_BINS = 256
+FIRST_BINS_PER_OCTAVE = 32
+"""256 bins last for a factor of 2^8 in n; each further doubling of the run then costs half of what was there before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossBin:
+    """The steps whose n falls into one interval of log2 n."""
+
+    key: int
+    """The interval: floor(log2(n) · bins per octave)."""
+    num_steps: int
+    log_n_sum: float
+    loss_sum: NDArray[np.float64]
+    """Nats; shape (num_domains,)."""
+    num_tokens: NDArray[np.int64]
+    """Shape (num_domains,)."""
+
+    def __add__(self, other: "LossBin") -> "LossBin":
+        return LossBin(
+            key=self.key,
+            num_steps=self.num_steps + other.num_steps,
+            log_n_sum=self.log_n_sum + other.log_n_sum,
+            loss_sum=self.loss_sum + other.loss_sum,
+            num_tokens=self.num_tokens + other.num_tokens,
+        )
+
+    def halved(self) -> "LossBin":
+        """The same steps in an interval twice as wide."""
+        return LossBin(
+            key=self.key // 2,
+            num_steps=self.num_steps,
+            log_n_sum=self.log_n_sum,
+            loss_sum=self.loss_sum,
+            num_tokens=self.num_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossHistory:
+    """Immutable: `observe` returns a new history that shares all closed bins with the old one."""
+
+    num_domains: int
+    bins: tuple[LossBin, ...] = ()
+    bins_per_octave: int = FIRST_BINS_PER_OCTAVE
+
+    def observe(self, num_seen: int, statistics: DomainStatistics) -> "LossHistory":
+        """Add one step, after which `num_seen` sequences of all domains had been seen; ascending from call to call."""
+        observed = statistics.observed
+        step = LossBin(
+            key=int(np.floor(np.log2(num_seen) * self.bins_per_octave)),
+            num_steps=1,
+            log_n_sum=float(np.log(num_seen)),
+            loss_sum=np.where(observed, statistics.loss_sum, 0.0),
+            num_tokens=np.where(observed, statistics.num_tokens, 0),
+        )
+        return LossHistory(
+            num_domains=self.num_domains,
+            bins=_merged((*self.bins[-1:], step), before=self.bins[:-1]),
+            bins_per_octave=self.bins_per_octave,
+        )._bounded()
+
+    def points(self) -> LossPoints:
+        """Mean losses of all bins, weighted by their tokens."""
+        if not self.bins:
+            empty = np.zeros((self.num_domains, 0))
+            return LossPoints.of(np.zeros(0), empty, empty)
+        tokens = np.stack([b.num_tokens for b in self.bins], axis=1)
+        loss = np.stack([b.loss_sum for b in self.bins], axis=1) / np.maximum(tokens, 1)
+        log_n = np.array([b.log_n_sum / b.num_steps for b in self.bins])
+        return LossPoints.of(log_n, loss, tokens.astype(np.float64))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything as flat arrays, for an npz file."""
+        empty = np.zeros((0, self.num_domains))
+        return {
+            "history_bins_per_octave": np.array(self.bins_per_octave),
+            "history_key": np.array([b.key for b in self.bins], np.int64),
+            "history_num_steps": np.array([b.num_steps for b in self.bins], np.int64),
+            "history_log_n_sum": np.array([b.log_n_sum for b in self.bins], np.float64),
+            "history_loss_sum": np.stack([b.loss_sum for b in self.bins]) if self.bins else empty,
+            "history_num_tokens": np.stack([b.num_tokens for b in self.bins]) if self.bins else empty.astype(np.int64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "LossHistory":
+        columns = [arrays[f"history_{name}"] for name in ("key", "num_steps", "log_n_sum", "loss_sum", "num_tokens")]
+        bins = tuple(
+            LossBin(key=int(k), num_steps=int(s), log_n_sum=float(x), loss_sum=loss, num_tokens=tokens)
+            for k, s, x, loss, tokens in zip(*columns, strict=True)
+        )
+        num_domains = arrays["history_loss_sum"].shape[1]
+        return cls(num_domains=num_domains, bins=bins, bins_per_octave=int(arrays["history_bins_per_octave"]))
+
+    def _bounded(self) -> "LossHistory":
+        if len(self.bins) <= MAX_BINS:
+            return self
+        halved = _merged(tuple(b.halved() for b in self.bins))
+        return LossHistory(
+            num_domains=self.num_domains, bins=halved, bins_per_octave=self.bins_per_octave // 2
+        )._bounded()
+
+
+def _merged(bins: tuple[LossBin, ...], before: tuple[LossBin, ...] = ()) -> tuple[LossBin, ...]:
+    """`before`, then `bins` with those of equal key added up."""
+    groups = itertools.groupby(bins, key=lambda b: b.key)
+    return before + tuple(reduce(LossBin.__add__, group) for _, group in groups)

@@ -1,0 +1,84 @@
+"""What a fitted scaling law is judged by: observed losses, bounds on the law, and a Huber loss on log L.
+
+A law is a row theta = (log beta, alpha, epsilon) of L(n) = epsilon + beta · n^-alpha.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["HUBER_DELTA", "LawBounds", "LossPoints", "Prediction", "objective", "predict"]
+
+HUBER_DELTA = 1e-3
+"""Residuals of log L beyond this count linearly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossPoints:
+    """Observed mean losses of all domains at the same values of n."""
+
+    log_n: NDArray[np.float64]
+    """Log of the sequences seen so far, all domains together; ascending, shape (num_points,)."""
+    log_loss: NDArray[np.float64]
+    """Log of the mean token loss in nats, 0 where `weight` is 0; shape (num_domains, num_points)."""
+    weight: NDArray[np.float64]
+    """How much each point counts, rows of sum 1; 0 where a domain has no observation. Shape (num_domains, num_points)."""
+
+    @classmethod
+    def of(cls, log_n: NDArray[np.float64], loss: NDArray[np.float64], weight: NDArray[np.float64]) -> "LossPoints":
+        """Points from mean losses in nats; those that are not finite and positive get no weight."""
+        usable = np.isfinite(loss) & (loss > 0) & (weight > 0)
+        weight = np.where(usable, weight, 0.0)
+        total = weight.sum(axis=1, keepdims=True)
+        log_loss = np.log(loss, out=np.zeros_like(loss), where=usable)
+        return cls(log_n=log_n, log_loss=log_loss, weight=weight / np.where(total > 0, total, 1.0))
+
+    def take(self, rows: NDArray[np.intp]) -> "LossPoints":
+        return LossPoints(log_n=self.log_n, log_loss=self.log_loss[rows], weight=self.weight[rows])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LawBounds:
+    """The box laws are searched in."""
+
+    max_alpha: float = 0.8
+    max_log_beta: float = 6.5
+    """With n in sequences."""
+    min_epsilon: float = 0.0
+    """Nats."""
+    min_log_beta: float = -60.0
+    """A law this low is flat."""
+
+    @property
+    def low(self) -> NDArray[np.float64]:
+        return np.array([self.min_log_beta, 0.0, self.min_epsilon])
+
+    @property
+    def high(self) -> NDArray[np.float64]:
+        return np.array([self.max_log_beta, self.max_alpha, np.inf])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """What laws predict at the points; shape (num_domains, num_points) each."""
+
+    loss: NDArray[np.float64]
+    reducible: NDArray[np.float64]
+    """beta · n^-alpha, nats."""
+    residual: NDArray[np.float64]
+    """Log of the predicted loss, less log of the observed one."""
+
+
+def predict(theta: NDArray[np.float64], points: LossPoints) -> Prediction:
+    """Evaluate the laws `theta`, shape (num_domains, 3)."""
+    reducible = np.exp(theta[:, :1] - theta[:, 1:2] * points.log_n)
+    loss = theta[:, 2:] + reducible
+    return Prediction(loss, reducible, np.log(loss) - points.log_loss)
+
+
+def objective(residual: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weighted Huber loss divided by its delta, about the mean absolute residual; shape (num_domains,)."""
+    size = np.abs(residual)
+    near = np.minimum(size, HUBER_DELTA)
+    return np.einsum("km,km->k", weight, near * (size - 0.5 * near)) / HUBER_DELTA

@@ -1,0 +1,95 @@
+"""A mixing algorithm's parameters: from what the user wrote to a checked, frozen dataclass."""
+
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
+
+__all__ = ["PATH", "check_origin", "check_prior", "check_range", "options", "parse"]
+
+PATH = "mixture.algorithm"
+"""Where users write these parameters."""
+
+C = TypeVar("C")
+
+
+def parse(config_class: type[C], parameters: Mapping[str, Any]) -> C:
+    """Build `config_class`, a flat dataclass of numbers, choices and tuples of numbers, from a plain mapping.
+
+    Raises:
+        ConfigError: an unknown parameter, with near misses, or a value of the wrong type or out of range.
+    """
+    hints = get_type_hints(config_class)
+    for name in parameters:
+        if name not in hints:
+            raise ConfigError(f"{PATH}.{name} is not a parameter of this algorithm.{options(name, tuple(hints))}")
+    return config_class(**{name: _value(hints[name], value, f"{PATH}.{name}") for name, value in parameters.items()})
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        bounds = f"between {low:g} and {high:g}" if np.isfinite(high) else f"at least {low:g}"
+        raise ConfigError(f"{PATH}.{name} is {value!r}, expected a number {bounds}.")
+
+
+def check_prior(prior: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The starting mixture as float64, or MixtureError unless it is a finite distribution."""
+    prior = np.array(prior, np.float64)
+    if prior.ndim != 1 or not len(prior):
+        raise MixtureError(f"The starting mixture has shape {prior.shape}, expected one weight per domain.")
+    if not (np.isfinite(prior).all() and (prior >= 0).all() and abs(prior.sum() - 1) <= 1e-6):
+        raise MixtureError(
+            f"The starting mixture spans {prior.min():.6g} to {prior.max():.6g} and sums to {prior.sum():.6g}; "
+            f"weights must be finite, at least 0 and sum to 1."
+        )
+    return prior
+
+
+def check_origin(arrays: Mapping[str, NDArray[Any]], origin: str) -> None:
+    """Refuse saved state that another algorithm or variant wrote.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    written_by = str(arrays["origin"]) if "origin" in arrays else "something else"
+    if written_by != origin:
+        raise ConfigError(
+            f"{PATH} is {origin}, but the saved mixing state was written by {written_by}. "
+            f"Restore the old {PATH}, or start a new run."
+        )
+
+
+def options(value: Any, valid: tuple[str, ...]) -> str:
+    """The end of a message about a wrong name: near misses, then every valid one."""
+    near = did_you_mean(str(value), valid)
+    near = near if near.startswith(" Did") else ""
+    return f"{near} Valid: {', '.join(sorted(valid))}."
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{path} is {value!r}.{options(value, get_args(hint))}")
+        return value
+    if isinstance(hint, types.UnionType):
+        inner = [kind for kind in get_args(hint) if kind is not type(None)]
+        return None if value is None else _value(inner[0], value, path)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(
+                f"{path} is {value!r}, expected a list of numbers, one per domain. Write {path}=[{value}]."
+            )
+        return tuple(_value(get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path} is {value!r}, expected {_NAMES[hint]}.")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -1,0 +1,41 @@
+"""The sum over ranks is exact: any partition of the sequences over ranks, in any order, gives the same bits."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixtera_hpc.core.statistics import NUM_ROWS, accumulate, from_buffer
+
+NUM_DOMAINS = 4
+losses = st.floats(0, 2.0**17) | st.sampled_from([np.nan, np.inf, 1e300])
+sequences = st.lists(st.tuples(st.integers(0, NUM_DOMAINS - 1), losses, st.integers(0, 2**20)), max_size=40)
+
+
+def part(rows: list[tuple[int, float, int]]) -> np.ndarray:
+    domains, sums, tokens = (np.array(column) for column in zip(*rows, strict=True)) if rows else (np.zeros(0),) * 3
+    return accumulate(domains.astype(np.int64), sums, tokens.astype(np.int64), NUM_DOMAINS)
+
+
+@given(sequences, st.data())
+def test_any_partition_in_any_order_gives_the_same_bits(
+    rows: list[tuple[int, float, int]], data: st.DataObject
+) -> None:
+    shuffled = data.draw(st.permutations(rows))
+    rank_of = data.draw(st.lists(st.integers(0, 7), min_size=len(rows), max_size=len(rows)))
+    total = np.zeros((NUM_ROWS, NUM_DOMAINS), np.int64)
+    for rank in data.draw(st.permutations(range(8))):
+        total += part([row for row, owner in zip(shuffled, rank_of, strict=True) if owner == rank])
+    assert np.array_equal(total, part(rows))
+    expected, got = from_buffer(0, part(rows)), from_buffer(0, total)
+    assert expected.loss_sum.tobytes() == got.loss_sum.tobytes()
+
+
+@given(sequences)
+def test_every_sequence_is_counted_once(rows: list[tuple[int, float, int]]) -> None:
+    got = from_buffer(0, part(rows))
+    usable = [row for row in rows if np.isfinite(row[1]) and row[1] < 1e300]
+    assert got.num_sequences.sum() == len(rows)
+    assert got.num_nonfinite.sum() == len(rows) - len(usable)
+    assert got.num_tokens.sum() == sum(tokens for _, _, tokens in usable)
+    exact = sum(loss for _, loss, _ in usable)
+    assert abs(got.loss_sum.sum() - exact) <= len(rows) * 2.0**-25 + 1e-12 * exact
