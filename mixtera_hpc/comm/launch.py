@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.errors import MixteraError, SavedAndStopped
@@ -39,12 +40,26 @@ def guarded(comm: Communicator, body: Callable[[], None]) -> int:
     except SavedAndStopped as stop:
         if comm.rank == 0:
             _say(f"{stop}")
-        return stop.exit_code
+        return _leave_saved(comm, stop.exit_code)
     except BaseException as error:
         code = _report(comm, error)
         if comm.size > 1:
             comm.Abort(code)
         return code
+    return 0
+
+
+def _leave_saved(comm: Communicator, code: int) -> int:
+    """Exit code of a saved rank: `code`, or in a batch script that named a file for it, that file and 0.
+
+    Under `srun --kill-on-bad-exit` the first rank to leave with 75 gets those still on their way out killed, and the job
+    their code instead. The script turns the file back into 75.
+    """
+    saved = os.environ.get("MIXTERA_SAVED_FILE")
+    if saved is None:
+        return code
+    if comm.rank == 0:
+        Path(saved).touch()
     return 0
 
 

@@ -62,7 +62,7 @@ def from_omegaconf(node: Any) -> dict[str, Any]:
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file written by `dump_yaml` (`config.yaml` of a run folder): values as they are, nothing is resolved."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     plain = yaml.safe_load(path.read_text())
     return plain if isinstance(plain, dict) else {}

@@ -3,15 +3,17 @@
 <root>/<name>/<run_id>/
   config.yaml  overrides.txt  manifest.json
   journal.jsonl                      what was planned, chunk by chunk
-  attempts/001/{submit.sh,job.json,ranks.json,failure.json,logs/,audit/}
+  attempts/001/{submit.sh,job.json,exit.json,ranks.json,failure.json,logs/,audit/}
+  attempts/001/logs/batch.out rank_00000.{out,err}      beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
   metrics/{steps,mixture,comm}.jsonl
   checkpoints/step_00001000/ LATEST
-  control/{save,stop}                touch to ask for it
+  control/{save,stop}                touch to ask for it; `cancelled` ends the chain of attempts
   report/
 """
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 
 from mixtera_hpc.errors import LaunchError, did_you_mean
 
-__all__ = ["RunFolder", "find_runs", "new_run_id"]
+__all__ = ["RunFolder", "find_runs", "new_run_id", "runs_root"]
 
 
 def new_run_id(config: dict[str, Any], now: datetime | None = None) -> str:
@@ -104,6 +106,11 @@ class RunFolder:
     def attempts(self) -> list[int]:
         """Numbers of the attempts that exist, ascending."""
         return sorted(int(p.name) for p in (self.path / "attempts").glob("[0-9]*") if p.is_dir())
+
+
+def runs_root() -> Path:
+    """Where runs lie when nobody says: $MIXTERA_RUNS, or `runs` below the working folder, like `run.root`."""
+    return Path(os.environ.get("MIXTERA_RUNS", "runs"))
 
 
 def find_runs(root: Path) -> list[RunFolder]:

@@ -1,0 +1,50 @@
+"""`mixtera-hpc resume`: the next attempt of a run, in its folder.
+
+A run that Slurm ran is submitted again. A local run, or any run when an MPI launcher started this process, goes on here:
+`mpiexec -n 8 mixtera-hpc resume RUN` runs this file in every rank.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mixtera_hpc.config.runfolder import RunFolder
+
+__all__ = ["arguments", "run"]
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run_name", metavar="RUN", help="run id, name or folder")
+    parser.add_argument("overrides", nargs="*", help="what changes, e.g. job.nodes=4 training.num_steps=2000")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--here", action="store_true", help="go on in this process, whoever ran it before")
+    where.add_argument("--submit", action="store_true", help="submit it, even if it ran here before")
+    parser.add_argument("--wait", action="store_true", help="follow a submitted run and leave with its exit code")
+    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
+
+
+def run(args: Namespace) -> int:
+    from mixtera_hpc.comm.launch import started_by_mpi
+    from mixtera_hpc.config.runfolder import RunFolder, runs_root
+    from mixtera_hpc.launch.resume import was_submitted
+
+    folder = RunFolder.find(args.run_name, args.root or runs_root())
+    if not args.submit and (args.here or started_by_mpi() or not was_submitted(folder)):
+        from mixtera_hpc.cli.run import run_folder
+
+        return int(run_folder(folder, args.overrides))
+    return _submit(folder, args)
+
+
+def _submit(folder: "RunFolder", args: Namespace) -> int:
+    from mixtera_hpc.cli.submit import follow_submitted, tell
+    from mixtera_hpc.launch.resume import amended_config, check_ended, take_over
+    from mixtera_hpc.launch.submit import submit_attempt
+
+    check_ended(folder)
+    config = amended_config(folder, args.overrides)
+    take_over(folder, config, args.overrides)
+    submitted = submit_attempt(folder, config)
+    tell(submitted)
+    return follow_submitted(submitted) if args.wait else 0

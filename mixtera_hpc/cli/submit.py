@@ -1,0 +1,50 @@
+"""`mixtera-hpc submit`: a configuration becomes a job, or with --dry-run only its script."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mixtera_hpc.launch.submit import Submitted
+
+__all__ = ["arguments", "follow_submitted", "run", "tell"]
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", help="Hydra overrides, e.g. experiment=demo cluster=clariden job.nodes=4"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the script and do nothing")
+    parser.add_argument("--wait", action="store_true", help="follow the run and leave with its exit code")
+
+
+def run(args: Namespace) -> int:
+    from mixtera_hpc.config.compose import compose
+    from mixtera_hpc.launch.submit import missing_account, script_text, submit_run
+
+    config = compose(args.overrides)
+    if args.dry_run:
+        if problem := missing_account(config):
+            print(f"warning: {problem}", file=sys.stderr)
+        sys.stdout.write(script_text(config, args.overrides))
+        return 0
+    submitted = submit_run(config, args.overrides)
+    tell(submitted)
+    return follow_submitted(submitted) if args.wait else 0
+
+
+def tell(submitted: "Submitted") -> None:
+    """Say what was submitted and how to look after it."""
+    print(f"job     {submitted.job_id}" + (f" (attempt {submitted.attempt})" if submitted.attempt > 1 else ""))
+    print(f"folder  {submitted.folder.path}")
+    for verb in ("status", "logs", "cancel"):
+        print(f"  mixtera-hpc {verb} {submitted.folder.path}")
+
+
+def follow_submitted(submitted: "Submitted") -> int:
+    """Print its lines until it has ended; returns what it left with."""
+    from mixtera_hpc.launch.follow import exit_code, follow
+
+    for line in follow(submitted.folder, attempt=submitted.attempt):
+        print(line, flush=True)
+    return exit_code(submitted.folder)

@@ -1,0 +1,141 @@
+"""Continuing a run in its folder: which keys may change, and which make it another run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from mixtera_hpc.config.check import check
+from mixtera_hpc.config.compose import compose_plain, load_yaml
+from mixtera_hpc.config.convert import from_plain, to_plain
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import LaunchError
+from mixtera_hpc.launch.attempts import read_start
+from mixtera_hpc.launch.prepare import replace_config
+from mixtera_hpc.launch.status import run_statuses
+
+__all__ = [
+    "IDENTITY",
+    "amended_config",
+    "check_ended",
+    "check_resume",
+    "recorded_overrides",
+    "take_over",
+    "was_submitted",
+]
+
+IDENTITY = (
+    *("data", "index.path", "query", "mixture"),
+    *(
+        f"dataplane.{name}"
+        for name in (
+            *("seq_len", "overlap", "global_batch_size", "chunk_steps", "feedback_lag", "seed", "shuffle"),
+            *("shuffle_window", "tokenizer", "add_eos", "eos_token", "predict_across_documents"),
+        )
+    ),
+    *("training.num_layers", "training.num_heads", "training.embedding_dim"),
+    *("run.name", "run.root", "run.id"),
+)
+"""What a run is: with any of these changed, the samples or the model of the steps to come would be another run's."""
+
+
+def check_resume(old: Config, new: Config) -> None:
+    """Refuse a changed identity.
+
+    Raises:
+        LaunchError: names every key that differs, with both values.
+    """
+    before, after = dict(_leaves(to_plain(old))), dict(_leaves(to_plain(new)))
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    refused = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in IDENTITY)]
+    if refused:
+        lines = "".join(f"\n  - {key}: {before.get(key)!r} before, {after.get(key)!r} now" for key in refused)
+        raise LaunchError(
+            f"A resumed run keeps what it trains on and what it trains; changed:{lines}\n  Leave "
+            f"{'these' if len(refused) > 1 else 'this'} as {'they were' if len(refused) > 1 else 'it was'}, or start a "
+            "new run with mixtera-hpc submit or run."
+        )
+
+
+def amended_config(folder: RunFolder, overrides: Sequence[str]) -> Config:
+    """The recorded configuration with what `overrides` change, checked; identity fields may not.
+
+    The difference that the overrides make to a composition is laid over the recorded one, so files in `conf/` may have
+    changed since, and it does not matter from which folder one resumes.
+
+    Raises:
+        LaunchError, ConfigError: see `check_resume` and `check`.
+    """
+    recorded = load_yaml(folder.config)
+    old = from_plain(Config, recorded)
+    if not overrides:
+        return old
+    typed = recorded_overrides(folder)
+    new = from_plain(Config, _laid_over(recorded, compose_plain(typed), compose_plain(_merged(typed, overrides))))
+    check_resume(old, new)
+    check(new)
+    return new
+
+
+def take_over(folder: RunFolder, config: Config, overrides: Sequence[str]) -> None:
+    """Record an amended configuration for the attempts to come; one process does it."""
+    if overrides:
+        replace_config(folder, to_plain(config), overrides)
+
+
+def check_ended(folder: RunFolder) -> None:
+    """Refuse to continue a run that has not ended.
+
+    Raises:
+        LaunchError: names the job.
+    """
+    status = run_statuses([folder], datetime.now(UTC))[0]
+    if status.state.active:
+        which = f"job {status.job_id}" if status.job_id else "this machine"
+        raise LaunchError(
+            f"Attempt {status.attempt} of {folder.run_id} is {status.state} as {which}; two attempts would write over "
+            f"each other.\n  End it first: mixtera-hpc cancel {folder.path} --after-save"
+        )
+
+
+def was_submitted(folder: RunFolder) -> bool:
+    """Whether the newest attempt was a Slurm job."""
+    start = read_start(folder, max(folder.attempts(), default=0))
+    return start is not None and start.kind == "slurm"
+
+
+def recorded_overrides(folder: RunFolder) -> list[str]:
+    """What was typed for this run so far, the last word on every key."""
+    lines = folder.overrides.read_text().splitlines() if folder.overrides.is_file() else []
+    return list({_key(line): line for line in lines}.values())
+
+
+def _merged(typed: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """A key given again takes the place of what was given before."""
+    again = {_key(word) for word in overrides}
+    return [*(word for word in typed if _key(word) not in again), *overrides]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _laid_over(recorded: Any, before: Any, after: Any) -> Any:
+    """`recorded` with every leaf replaced that differs between `before` and `after`."""
+    if before == after:
+        return recorded
+    if not all(isinstance(part, Mapping) for part in (recorded, before, after)):
+        return after
+    merged = {key: value for key, value in recorded.items() if key in after or key not in before}
+    for key, value in after.items():
+        if key not in before or before[key] != value:
+            merged[key] = _laid_over(recorded.get(key), before.get(key), value)
+    return merged
+
+
+def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(plain, Mapping) and plain:
+        for key, value in plain.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, plain

@@ -1,0 +1,78 @@
+"""From a checked configuration to a job in Slurm's queue."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import LaunchError
+from mixtera_hpc.launch.attempts import new_attempt, record_start
+from mixtera_hpc.launch.job import Job, render
+from mixtera_hpc.launch.prepare import prepare_run, rooted
+from mixtera_hpc.launch.slurm import require_sbatch, sbatch
+
+__all__ = ["Submitted", "missing_account", "script_text", "submit_attempt", "submit_run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A job in the queue."""
+
+    folder: RunFolder
+    attempt: int
+    job_id: str
+
+
+def submit_run(config: Config, overrides: Sequence[str]) -> Submitted:
+    """Prepare a new run's folder and submit its first attempt.
+
+    Raises:
+        LaunchError: no Slurm here, no account where one is needed, or Slurm refuses.
+    """
+    _check_submittable(config)
+    folder = prepare_run(config, overrides, datetime.now(UTC))
+    try:
+        return submit_attempt(folder, config)
+    except LaunchError:
+        shutil.rmtree(folder.path)
+        raise
+
+
+def submit_attempt(folder: RunFolder, config: Config) -> Submitted:
+    """Submit the next attempt of a run that has a folder."""
+    _check_submittable(config)
+    attempt = new_attempt(folder, config, kind="slurm")
+    script = folder.attempt(attempt) / "submit.sh"
+    script.write_text(render(Job(config=config, folder=folder.path, attempt=attempt)))
+    try:
+        job_id = sbatch(script)
+    except LaunchError:
+        shutil.rmtree(folder.attempt(attempt))
+        raise
+    record_start(folder, attempt, config, job_id=job_id)
+    return Submitted(folder=folder, attempt=attempt, job_id=job_id)
+
+
+def script_text(config: Config, overrides: Sequence[str]) -> str:
+    """The script alone, of a run that makes its folder when it starts. Touches nothing."""
+    return render(Job(config=rooted(config), overrides=overrides))
+
+
+def missing_account(config: Config) -> str | None:
+    """What to do about a cluster that charges an account when none is named; None when all is well."""
+    given = config.job.account or os.environ.get("SBATCH_ACCOUNT") or os.environ.get("SLURM_ACCOUNT")
+    if given or not config.cluster.needs_account:
+        return None
+    return (
+        f"job.account is not set, but cluster {config.cluster.name!r} charges every job to an account.\n  Set "
+        "job.account=<your project>, or export SBATCH_ACCOUNT=<your project>."
+    )
+
+
+def _check_submittable(config: Config) -> None:
+    if problem := missing_account(config):
+        raise LaunchError(problem)
+    require_sbatch()
