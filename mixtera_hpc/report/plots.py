@@ -1,0 +1,143 @@
+"""The plots of a report. Each function draws one figure from a record."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
+
+from mixtera_hpc.report.bands import Band, bands_of, merged_loss, merged_sum
+from mixtera_hpc.report.canvas import Canvas
+from mixtera_hpc.report.load import Floats, Ints, Record
+from mixtera_hpc.report.look import INK, MUTED, PALETTE, SURFACE, color_of
+from mixtera_hpc.report.thin import chosen, means, ranges
+from mixtera_hpc.report.units import short_time
+
+__all__ = ["PLOTS", "data_wait_plot", "loss_plot", "mixture_plot", "talk_plot", "throughput_plot"]
+
+
+def mixture_plot(record: Record, canvas: Canvas) -> Figure | None:
+    """The weights of every chunk, stacked; None when they were not recorded, or there is only one domain."""
+    if not len(record.mixture.step) or len(record.domains) == 1:
+        return None
+    bands = bands_of(record)
+    shares = merged_sum(bands, record.mixture.weights)
+    some = chosen(len(shares))
+    x = np.append(record.mixture.step[some], record.steps.step[-1] + 1)
+    shares = np.vstack([shares[some], shares[-1:]])
+    figure, axes = canvas.axes(record, "weight")
+    colors = [color_of(band.color) for band in bands]
+    axes.stackplot(x, shares.T, colors=colors, edgecolor=SURFACE, linewidth=0.6)
+    axes.set_ylim(0, 1)
+    axes.grid(False)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    middle = np.cumsum(shares[-1]) - shares[-1] / 2
+    names = [f"{share:5.1%}  {band.name}" for band, share in zip(bands, shares[-1], strict=True)]
+    canvas.label(axes, names, middle.tolist(), colors)
+    return figure
+
+
+def loss_plot(record: Record, canvas: Canvas) -> Figure | None:
+    """Mean token loss of every band and of all tokens."""
+    figure, axes = canvas.axes(record, "loss, nats per token")
+    curves = [(band.name, color_of(band.color), *_band_loss(record, band)) for band in bands_of(record)]
+    if len(record.domains) > 1:
+        all_tokens = record.steps.tokens.astype(np.float64)
+        curves.append(("all", INK, *means(record.steps.step, record.steps.loss, all_tokens)))
+    curves = [curve for curve in curves if len(curve[2])]
+    for name, color, x, loss in curves:
+        dashes = (0, (4, 2)) if name == "all" else "-"
+        axes.plot(x, loss, color=color, ls=dashes, **_dot(x))
+    if curves:
+        _leave_out_the_fall(axes, [loss for *_, loss in curves])
+    names = [f"{loss[-1]:.2f}  {name}" for name, _, _, loss in curves]
+    canvas.label(axes, names, [float(loss[-1]) for *_, loss in curves], [color for _, color, *_ in curves])
+    return figure
+
+
+def throughput_plot(record: Record, canvas: Canvas) -> Figure | None:
+    """Tokens per second: the median of neighbouring lines and their range."""
+    figure, axes = canvas.axes(record, "tokens per second, all ranks", labels=False)
+    _median_in_band(axes, record.steps.step, record.steps.tokens_per_s, PALETTE[0])
+    axes.set_ylim(0, max(float(np.percentile(record.steps.tokens_per_s, 99)) * 1.15, 1))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    return figure
+
+
+def data_wait_plot(record: Record, canvas: Canvas) -> Figure | None:
+    """Waiting for a batch as a share of step time, on a logarithmic scale down to 0.001 %."""
+    figure, axes = canvas.axes(record, "waiting for data, share of step time", labels=False)
+    share = np.maximum(record.steps.data_wait_s / np.maximum(record.steps.step_s, 1e-9), 1e-5)
+    _median_in_band(axes, record.steps.step, share, PALETTE[3])
+    axes.set_yscale("log")
+    axes.set_ylim(1e-5, 1)
+    axes.minorticks_off()
+    axes.axhline(1e-3, color=MUTED, lw=0.8, ls=(0, (4, 3)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    return figure
+
+
+def talk_plot(record: Record, canvas: Canvas) -> Figure | None:
+    """Durations of plans, broadcasts and reductions on rank 0; None when none was recorded."""
+    series = {"plan": record.talk.plan, "broadcast": record.talk.broadcast, "reduction": record.talk.reduce}
+    series = {name: pair for name, pair in series.items() if len(pair[0])}
+    if not series:
+        return None
+    figure, axes = canvas.axes(record, "seconds on rank 0, overlapping training")
+    colors = dict(zip(("plan", "broadcast", "reduction"), (PALETTE[4], PALETTE[1], PALETTE[0]), strict=True))
+    axes.set_yscale("log")
+    for name, (x, seconds) in series.items():
+        _median_in_band(axes, x, np.maximum(seconds, 1e-7), colors[name])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_time(value)))
+    axes.minorticks_off()
+    medians = {name: float(np.median(seconds)) for name, (_, seconds) in series.items()}
+    names = [f"{name}  {short_time(median)}" for name, median in medians.items()]
+    canvas.label(axes, names, list(medians.values()), [colors[name] for name in medians])
+    return figure
+
+
+PLOTS: dict[str, tuple[Callable[[Record, Canvas], Figure | None], str, str]] = {
+    "mixture": (
+        mixture_plot,
+        "Mixture",
+        "The weight of every domain, chunk by chunk; percentages are the last chunk's.",
+    ),
+    "loss": (loss_plot, "Loss by domain", "Mean loss per counted token; a dashed line is all domains together."),
+    "throughput": (throughput_plot, "Throughput", "Counted tokens per second over all ranks."),
+    "data_wait": (
+        data_wait_plot,
+        "Waiting for data",
+        "How much of each step rank 0 waited for its batch; dashed is 0.1 %.",
+    ),
+    "communication": (
+        talk_plot,
+        "Communication",
+        "Planning a chunk, broadcasting it and reducing the losses of a step, from posting to completion.",
+    ),
+}
+"""Name of the file → the function, its title, and a sentence that says what is seen."""
+
+
+def _band_loss(record: Record, band: Band) -> tuple[Floats, Floats]:
+    loss_sum, tokens = merged_loss(record, band)
+    return means(record.steps.step, loss_sum / np.maximum(tokens, 1), tokens)
+
+
+def _leave_out_the_fall(axes: Any, curves: list[Floats]) -> None:
+    """The first fortieth of a run falls from the untrained loss; a scale that holds it shows nothing else."""
+    high = max(float(loss[len(loss) // 40 :].max()) for loss in curves)
+    low = min(float(loss.min()) for loss in curves)
+    axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.02 * (high - low) + 1e-3)
+
+
+def _median_in_band(axes: Any, x: Ints, values: Floats, color: str) -> None:
+    """The median of neighbouring lines, and faintly the range of nine tenths of them."""
+    place, low, middle, high = ranges(x, values)
+    axes.fill_between(place, low, high, color=color, alpha=0.22, lw=0)
+    axes.plot(place, middle, color=color, **_dot(place))
+
+
+def _dot(x: Floats) -> dict[str, Any]:
+    """A curve of one point is a dot."""
+    return {"marker": "o", "markersize": 4, "clip_on": False} if len(x) == 1 else {}

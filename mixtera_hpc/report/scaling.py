@@ -1,0 +1,70 @@
+"""How throughput grows with ranks, over several runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mixtera_hpc.report.load import Record
+from mixtera_hpc.report.summary import summarise
+
+__all__ = ["ScalingRow", "scaling_table"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingRow:
+    """One run; compared with the one of fewest ranks."""
+
+    name: str
+    run_id: str
+    nodes: int | None
+    ranks: int
+    global_batch_size: int | None
+    tokens_per_s: float
+    tokens_per_s_per_rank: float
+    speedup: float
+    efficiency: float
+    """Speed-up divided by how many times more ranks there are."""
+    step_p50_s: float
+    step_p95_s: float
+    data_wait_share: float
+    data_wait_p99_share: float
+    broadcast_p50_s: float | None
+    broadcast_p95_s: float | None
+    reduce_p50_s: float | None
+    reduce_p95_s: float | None
+
+
+def scaling_table(records: Sequence[Record]) -> list[ScalingRow]:
+    """One row per run, fewest ranks first; of runs with as few ranks the slowest is the reference."""
+    summaries = [summarise(record) for record in records]
+    batches = {
+        s.run_id: r.config.get("dataplane", {}).get("global_batch_size")
+        for s, r in zip(summaries, records, strict=True)
+    }
+    summaries.sort(key=lambda s: (s.speed.num_ranks, s.speed.tokens_per_s))
+    base = summaries[0].speed
+    rows = []
+    for summary in summaries:
+        speed = summary.speed
+        speedup = speed.tokens_per_s / max(base.tokens_per_s, 1e-9)
+        rows.append(
+            ScalingRow(
+                name=summary.name,
+                run_id=summary.run_id,
+                nodes=speed.num_nodes,
+                ranks=speed.num_ranks,
+                global_batch_size=batches[summary.run_id],
+                tokens_per_s=speed.tokens_per_s,
+                tokens_per_s_per_rank=speed.tokens_per_s / speed.num_ranks,
+                speedup=speedup,
+                efficiency=speedup * base.num_ranks / speed.num_ranks,
+                step_p50_s=speed.step_p50_s,
+                step_p95_s=speed.step_p95_s,
+                data_wait_share=speed.data_wait_share,
+                data_wait_p99_share=speed.data_wait_p99_share,
+                broadcast_p50_s=speed.broadcast_p50_s,
+                broadcast_p95_s=speed.broadcast_p95_s,
+                reduce_p50_s=speed.reduce_p50_s,
+                reduce_p95_s=speed.reduce_p95_s,
+            )
+        )
+    return rows
