@@ -1,0 +1,119 @@
+"""What an index file looks like inside: names, types and the version.
+
+/                 attributes: format, version, data_root, text, tokenizer, fingerprint, num_samples, chunk_rows
+/shards/          path, format, rows, size_bytes, mtime_ns, fingerprint
+/properties/NAME  attribute kind; values
+/combos/NAME      count (values per combo), code; attribute num_combos above them
+/blocks/          shard, rows, offset, length
+/zones/NAME       low, high, has_null
+/histogram/       count (combos per block), combo, rows, tokens
+/samples/         combo, length, tokens, numbers/NAME
+
+Integers are stored in the narrowest unsigned type that holds them. What can be added up from other columns is not stored:
+the first row and tokens of a block, the first sample of a block. Every block begins at a chunk of the sample columns, which
+are as long as blocks usually are: reading a block reads one compressed chunk of each column, at the price of some padding.
+Every byte is under a checksum (metadata by HDF5 itself, columns by Fletcher's), so what was damaged cannot be opened.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.tables import Histogram
+
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "first_rows",
+    "first_samples",
+    "narrow",
+    "narrow_type",
+    "put_column",
+    "put_texts",
+    "read_column",
+    "read_texts",
+    "rows_per_chunk",
+    "tokens_of_blocks",
+    "with_zero",
+]
+
+FORMAT = "mixtera-hpc property index"
+VERSION = 1
+TABLE_CHUNK = 1 << 18
+"""Entries of a chunk of the tables, which are always read whole."""
+MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 16384
+
+
+def narrow_type(maximum: int) -> np.dtype[Any]:
+    """The narrowest unsigned little-endian integer type that holds `maximum`."""
+    return np.dtype(f"<u{next(size for size in (1, 2, 4, 8) if maximum < 1 << (8 * size))}")
+
+
+def narrow(values: NDArray[Any]) -> NDArray[Any]:
+    """Non-negative integers in their narrowest type; other types stay as they are."""
+    if values.dtype.kind not in "iu":
+        return values
+    return values.astype(narrow_type(int(values.max(initial=0))), copy=False)
+
+
+def rows_per_chunk(block_rows: NDArray[np.int64]) -> int:
+    """Rows of a chunk of the sample columns: as many as a block usually has, within bounds."""
+    usual = float(np.median(block_rows)) if len(block_rows) else MIN_CHUNK_ROWS
+    return int(np.clip(usual, MIN_CHUNK_ROWS, MAX_CHUNK_ROWS))
+
+
+def first_samples(block_rows: NDArray[Any], chunk_rows: int) -> NDArray[np.int64]:
+    """Where each block begins in the sample columns, and at last their length; shape (num_blocks + 1,)."""
+    return with_zero(np.cumsum(-(-block_rows.astype(np.int64) // chunk_rows) * chunk_rows))
+
+
+def first_rows(shard: NDArray[Any], block_rows: NDArray[Any]) -> NDArray[np.int64]:
+    """The row inside its shard with which each block begins; shape (num_blocks,)."""
+    starts = np.cumsum(block_rows, dtype=np.int64) - block_rows
+    return np.asarray(starts - starts[np.searchsorted(shard, shard)], np.int64)
+
+
+def tokens_of_blocks(histogram: Histogram) -> NDArray[np.int64]:
+    """Tokens of every block; shape (num_blocks,)."""
+    if not len(histogram.combo):
+        return np.zeros(0, np.int64)
+    return np.asarray(np.add.reduceat(histogram.tokens, histogram.indptr[:-1]), np.int64)
+
+
+def with_zero(ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ends of consecutive ranges → their bounds, 0 first."""
+    return np.concatenate([np.zeros(1, np.int64), ends])
+
+
+def put_column(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
+    """Store one table column, checksummed."""
+    if len(values):
+        chunk = min(len(values), TABLE_CHUNK)
+        group.create_dataset(name, data=values, chunks=(chunk, *values.shape[1:]), fletcher32=True)
+    else:
+        group.create_dataset(name, data=values)
+
+
+def read_column(group: h5py.Group, name: str, dtype: Any) -> NDArray[Any]:
+    """Load a whole column as `dtype`."""
+    values: NDArray[Any] = group[name][...]
+    return values.astype(dtype, copy=False)
+
+
+def put_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
+    """Store texts, which may hold any character, NUL included: their UTF-8 in a row, and where each ends."""
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+    put_column(group, f"{name}_utf8", np.frombuffer(b"".join(encoded), np.uint8))
+    put_column(group, f"{name}_end", narrow(ends))
+
+
+def read_texts(group: h5py.Group, name: str) -> tuple[str, ...]:
+    """The inverse of `put_texts`."""
+    data = group[f"{name}_utf8"][...].tobytes()
+    bounds = with_zero(read_column(group, f"{name}_end", np.int64)).tolist()
+    return tuple(data[a:b].decode() for a, b in pairwise(bounds))
