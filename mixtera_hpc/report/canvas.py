@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from mixtera_hpc.report.load import Floats, Record
 from mixtera_hpc.report.look import INK, MUTED
 
-__all__ = ["MAX_IN_LEGEND", "Canvas"]
+__all__ = ["MAX_IN_LEGEND", "Canvas", "spread"]
 
 MAX_NAME = 27
 MAX_IN_LEGEND = 3
@@ -50,7 +50,7 @@ class Canvas:
         axes.get_ylim()  # Settles the limits, which the transform does not do.
         to_fraction = axes.transData + axes.transAxes.inverted()
         wanted = np.clip([to_fraction.transform((1, height))[1] for height in heights], 0, 1)
-        for name, at, placed, color in zip(names, wanted, _spread(wanted, 0.07), colors, strict=True):
+        for name, at, placed, color in zip(names, wanted, spread(wanted, 0.07), colors, strict=True):
             axes.plot([1, 1.012], [at, placed], transform=axes.transAxes, color=color, lw=1.2, clip_on=False)
             text = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
             axes.text(1.018, placed, text, transform=axes.transAxes, va="center", color=INK)
@@ -70,7 +70,7 @@ class Canvas:
                 axes.annotate(f"attempt {attempt}", **place, color=MUTED, fontsize=7.5)
 
 
-def _spread(wanted: Floats, gap: float) -> Floats:
+def spread(wanted: Floats, gap: float) -> Floats:
     """Positions as near to `wanted` as keeps neighbours `gap` apart; they squeeze together when there is no room."""
     count = len(wanted)
     gap = min(gap, 1 / max(count - 1, 1))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mixtera_hpc.report.load import Record
-from mixtera_hpc.report.summary import summarise
+from mixtera_hpc.report.summary import Speed, Summary, summarise
 
 __all__ = ["ScalingRow", "scaling_table"]
 
@@ -35,36 +35,33 @@ class ScalingRow:
 
 def scaling_table(records: Sequence[Record]) -> list[ScalingRow]:
     """One row per run, fewest ranks first; of runs with as few ranks the slowest is the reference."""
-    summaries = [summarise(record) for record in records]
-    batches = {
-        s.run_id: r.config.get("dataplane", {}).get("global_batch_size")
-        for s, r in zip(summaries, records, strict=True)
-    }
-    summaries.sort(key=lambda s: (s.speed.num_ranks, s.speed.tokens_per_s))
-    base = summaries[0].speed
-    rows = []
-    for summary in summaries:
-        speed = summary.speed
-        speedup = speed.tokens_per_s / max(base.tokens_per_s, 1e-9)
-        rows.append(
-            ScalingRow(
-                name=summary.name,
-                run_id=summary.run_id,
-                nodes=speed.num_nodes,
-                ranks=speed.num_ranks,
-                global_batch_size=batches[summary.run_id],
-                tokens_per_s=speed.tokens_per_s,
-                tokens_per_s_per_rank=speed.tokens_per_s / speed.num_ranks,
-                speedup=speedup,
-                efficiency=speedup * base.num_ranks / speed.num_ranks,
-                step_p50_s=speed.step_p50_s,
-                step_p95_s=speed.step_p95_s,
-                data_wait_share=speed.data_wait_share,
-                data_wait_p99_share=speed.data_wait_p99_share,
-                broadcast_p50_s=speed.broadcast_p50_s,
-                broadcast_p95_s=speed.broadcast_p95_s,
-                reduce_p50_s=speed.reduce_p50_s,
-                reduce_p95_s=speed.reduce_p95_s,
-            )
-        )
-    return rows
+    pairs = [(summarise(record), record) for record in records]
+    pairs.sort(key=lambda pair: (pair[0].speed.num_ranks, pair[0].speed.tokens_per_s))
+    base = pairs[0][0].speed
+    return [
+        _row(summary, base, record.config.get("dataplane", {}).get("global_batch_size")) for summary, record in pairs
+    ]
+
+
+def _row(summary: Summary, base: Speed, global_batch_size: int | None) -> ScalingRow:
+    speed = summary.speed
+    speedup = speed.tokens_per_s / max(base.tokens_per_s, 1e-9)
+    return ScalingRow(
+        name=summary.name,
+        run_id=summary.run_id,
+        nodes=speed.num_nodes,
+        ranks=speed.num_ranks,
+        global_batch_size=global_batch_size,
+        tokens_per_s=speed.tokens_per_s,
+        tokens_per_s_per_rank=speed.tokens_per_s / speed.num_ranks,
+        speedup=speedup,
+        efficiency=speedup * base.num_ranks / speed.num_ranks,
+        step_p50_s=speed.step_p50_s,
+        step_p95_s=speed.step_p95_s,
+        data_wait_share=speed.data_wait_share,
+        data_wait_p99_share=speed.data_wait_p99_share,
+        broadcast_p50_s=speed.broadcast_p50_s,
+        broadcast_p95_s=speed.broadcast_p95_s,
+        reduce_p50_s=speed.reduce_p50_s,
+        reduce_p95_s=speed.reduce_p95_s,
+    )

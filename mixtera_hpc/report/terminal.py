@@ -28,8 +28,9 @@ def report_text(report: Report) -> RenderableType:
         lines += ["", Text(f"{left}; {count(report.forecast.tokens)} tokens in the end.")]
     commands = Table.grid(padding=(0, 3))
     for command, why in next_commands(run, summary):
-        commands.add_row(Text(f"  {command}", no_wrap=True), Text(why, style="dim"))
-    lines += ["", Text.assemble(("Report  ", "bold"), str(report.page)), "", Text("Next", style="bold"), commands, ""]
+        commands.add_row(Text(f"  {command}", no_wrap=True, overflow="ignore"), Text(why, style="dim"))
+    page = Text.assemble(("Report  ", "bold"), str(report.page), no_wrap=True, overflow="ignore")
+    lines += ["", page, "", Text("Next", style="bold"), commands, ""]
     return Group(*lines)
 
 

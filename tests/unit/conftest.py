@@ -1,0 +1,85 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.config.compose import dump_yaml
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.track.tracker import JsonLines
+
+RunMaker = Callable[..., RunFolder]
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> RunMaker:
+    """Makes the folder of a run that recorded `attempts`, (first step, one past the last) each, over domains `names`.
+
+    The folder lies below `root`, by default a new one. Steps take 0.5 s of which 0.05 s are waiting, the first of an attempt 5 s and 4 s. Loss of domain d at step s is
+    10 + d - s / 100; every step counts 100 tokens and 4 sequences per domain. Chunks have 4 steps.
+    """
+
+    def make(
+        names: list[str], attempts: list[tuple[int, int]], *, run_id: str = "20260101-000000-aaaa", **facts: Any
+    ) -> RunFolder:
+        root = facts.pop("root", None) or tmp_path_factory.mktemp("runs")
+        run = RunFolder(root / str(facts.pop("name", "trial")) / run_id)
+        run.metrics.mkdir(parents=True)
+        config = {
+            "training": {"num_steps": facts.pop("num_steps", 20)},
+            "mixture": {"kind": "static", "max_epochs": facts.pop("max_epochs", None)},
+            "dataplane": {"global_batch_size": 8, "seq_len": 32},
+        }
+        run.config.write_text(dump_yaml(config))
+        for number, (first, end) in enumerate(attempts, 1):
+            _record(run, number, names, range(first, end), facts)
+        return run
+
+    return make
+
+
+def _record(run: RunFolder, attempt: int, names: list[str], steps: range, facts: dict[str, Any]) -> None:
+    clock = _ticks()
+    tracker = JsonLines(run.metrics, attempt, clock=lambda: next(clock))
+    ranks, count = facts.get("num_ranks", 2), len(names)
+    about = {"step": steps.start, "num_ranks": ranks, "num_nodes": 1, "domains": names, "num_parameters": 1000}
+    tracker.log("attempts", {**about, "device": "cpu × 1"})
+    for step in steps:
+        if step % 4 == 0 and facts.get("with_mixture", True):
+            weights = np.full(count, 1 / count)
+            epochs = np.arange(1, count + 1) * step / 100
+            tracker.log("mixture", {"step": step, "domains": names, "weights": weights, "epochs": epochs})
+            tracker.log("comm", {"step": step, "plan_s": 1e-4, "broadcast_s": 2e-3})
+        tracker.log("comm", {"step": step, "reduce_s": 3e-3})
+        tracker.log("steps", _step(step, count, facts, begins=step == steps.start))
+    tracker.close()
+
+
+def _step(step: int, count: int, facts: dict[str, Any], begins: bool) -> dict[str, Any]:
+    step_s, wait_s = (5.0, 4.0) if begins else (0.5, 0.05)
+    loss = [10 + d - step / 100 for d in range(count)]
+    return {
+        "step": step,
+        "num_steps": 1,
+        "loss": float(np.mean(loss)),
+        "tokens": 100 * count,
+        "tokens_per_s": facts.get("tokens_per_s", 100 * count / step_s),
+        "step_s": step_s,
+        "data_wait_s": wait_s,
+        "learning_rate": 1e-3,
+        "num_ranks": facts.get("num_ranks", 2),
+        "num_nonfinite": facts.get("num_nonfinite", 0),
+        "domain_loss": loss,
+        "domain_tokens": [100] * count,
+        "domain_sequences": [4] * count,
+    }
+
+
+def _ticks() -> Iterator[datetime]:
+    now = datetime(2026, 1, 2, 12, 0, tzinfo=UTC)
+    while True:
+        yield now
+        now += timedelta(seconds=1)

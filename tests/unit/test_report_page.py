@@ -1,0 +1,125 @@
+"""A page that stands alone, for any number of domains."""
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.text import Annotation
+
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.report.canvas import Canvas
+from mixtera_hpc.report.forecast import forecast
+from mixtera_hpc.report.load import load_record
+from mixtera_hpc.report.look import LIGHT
+from mixtera_hpc.report.page import render_page
+from mixtera_hpc.report.plots import throughput_plot
+from mixtera_hpc.report.summary import summarise
+from mixtera_hpc.report.write import Report, write_report
+
+RunMaker = Callable[..., RunFolder]
+VOID = {"meta", "br", "path", "use", "rect", "circle", "line"}
+
+
+class Balance(HTMLParser):
+    """Checks that elements close in the order they were opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        return None
+
+
+def page_of(report: Report) -> str:
+    return report.page.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", params=[1, 40])
+def report(request: pytest.FixtureRequest, make_run: RunMaker) -> Report:
+    names = [f"source=<b>{i}</b>" for i in range(request.param)]
+    return write_report(make_run(names, [(0, 10), (8, 20)], num_steps=30))
+
+
+def test_the_page_needs_no_network_and_no_other_file(report: Report) -> None:
+    page = page_of(report)
+    links = re.findall(r"""(?:href|src|srcset|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
+    assert links
+    assert [link for link in links if not link.startswith("#")] == []
+    assert "<script" not in page
+    assert "@import" not in page
+
+
+def test_the_page_is_well_formed_and_escapes_names(report: Report) -> None:
+    balance = Balance()
+    balance.feed(page_of(report))
+    assert balance.open == []
+    assert "<b>0</b>" not in page_of(report)
+    assert "&lt;b&gt;0&lt;/b&gt;" in page_of(report)
+
+
+def test_every_colour_of_a_plot_follows_the_page(report: Report) -> None:
+    page = page_of(report)
+    plots = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert not [color for color in LIGHT.values() if color in plots]
+    used = set(re.findall(r"var\(--(\w+)\)", page))
+    for scheme in re.findall(r":root \{ (--surface.*?)\}", page):
+        assert used - {"font", "code"} <= set(re.findall(r"--(\w+):", scheme))
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_every_plot_is_there_twice_and_as_an_image(report: Report) -> None:
+    expected = {"loss", "throughput", "data_wait", "communication"}
+    if len(report.record.domains) > 1:
+        expected.add("mixture")
+    assert {plot.stem for plot in report.plots} == expected
+    assert page_of(report).count("<svg") == 2 * len(expected)
+    for plot in report.plots:
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_small_domains_are_drawn_together_and_listed_alone(report: Report) -> None:
+    names = [band for band in ("31 others",) if band in page_of(report)]
+    assert names == (["31 others"] if len(report.record.domains) == 40 else [])
+    assert all(f"&lt;b&gt;{i}&lt;/b&gt;</td>" in page_of(report) for i in range(len(report.record.domains)))
+
+
+@pytest.mark.parametrize("attempts", [[(0, 20)], [(0, 10), (8, 20)]])
+def test_attempts_are_marked_where_they_resumed(make_run: RunMaker, attempts: list[tuple[int, int]]) -> None:
+    record = load_record(make_run(["en"], attempts))
+    figure = throughput_plot(record, Canvas(wide=True))
+    assert figure is not None
+    marks = [note.xy[0] for note in figure.findobj(Annotation) if note.get_text() == "attempt 2"]
+    assert marks == [8] * (len(attempts) - 1)
+
+
+def test_a_run_that_recorded_steps_only_has_a_page(make_run: RunMaker) -> None:
+    run = make_run(["en", "de"], [(0, 4)], with_mixture=False)
+    (run.metrics / "comm.jsonl").unlink()
+    (run.metrics / "attempts.jsonl").unlink()
+    report = write_report(run)
+    assert {plot.stem for plot in report.plots} == {"loss", "throughput", "data_wait"}
+
+
+def test_what_must_not_be_missed_is_said_first(make_run: RunMaker) -> None:
+    record = load_record(make_run(["en", "de"], [(0, 20)], num_steps=100, max_epochs=1.5, num_nonfinite=2))
+    summary = summarise(record)
+    page = render_page(record, summary, forecast(record, summary), {})
+    assert "40 sequences had a loss that is not finite" in page
+    assert "de reaches mixture.max_epochs=1.5 around step 75" in page
+
+
+def test_the_same_record_gives_the_same_page(make_run: RunMaker, tmp_path: Path) -> None:
+    run = make_run(["en"], [(0, 2)])
+    first, second = (write_report(run, tmp_path / name) for name in "ab")
+    assert first.page.read_bytes() == second.page.read_bytes()
