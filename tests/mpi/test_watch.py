@@ -1,0 +1,73 @@
+"""A rank that dies is named under bare mpiexec, the job ends, and nothing outlives it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+PROGRAM = Path(__file__).with_name("watch_program.py")
+LIMIT_S = 60
+
+pytestmark = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside this python: pip install mpich")
+
+
+def launch(mode: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(MPIEXEC), "-n", "4", sys.executable, str(PROGRAM), mode, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+
+
+def sentinels_of(folder: Path) -> list[str]:
+    """Command lines of processes that still watch over `folder`."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if "sentinel.py" in line and str(folder) in line:
+            lines.append(line)
+    return lines
+
+
+def ends_soon(folder: Path) -> bool:
+    """Whether the sentinel goes away by itself; it may outlive mpiexec by milliseconds."""
+    deadline = time.monotonic() + 5
+    while sentinels_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not sentinels_of(folder)
+
+
+@pytest.mark.parametrize("mode", ["SIGKILL", "exit"])
+def test_a_rank_that_dies_without_a_word_is_named(mode: str, tmp_path: Path) -> None:
+    done = launch(mode, tmp_path)
+
+    assert done.returncode != 0
+    assert done.stderr.count("vanished") == 1
+    assert "[rank 2 on " in done.stderr
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["rank"], failure["step"]) == (2, 4)
+    assert ends_soon(tmp_path)
+
+
+def test_a_rank_that_raises_speaks_for_itself(tmp_path: Path) -> None:
+    done = launch("raise", tmp_path)
+
+    assert done.returncode == 1
+    assert "vanished" not in done.stderr
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["rank"], failure["reason"]) == (2, "ValueError: a shard is torn")
+    assert ends_soon(tmp_path)
+
+
+@pytest.mark.parametrize(("mode", "code"), [("clean", 0), ("saved", 75)])
+def test_an_orderly_end_is_no_news(mode: str, code: int, tmp_path: Path) -> None:
+    done = launch(mode, tmp_path)
+
+    assert done.returncode == code
+    assert "vanished" not in done.stderr
+    assert not (tmp_path / "failure.json").exists()
+    assert ends_soon(tmp_path)

@@ -1,0 +1,48 @@
+"""Run by `mpiexec` as MODE FOLDER: every rank steps under a watch, then rank 2 fails in the way of MODE."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from mixtera_hpc.comm.launch import guarded
+from mixtera_hpc.comm.mpi import Mpi
+from mixtera_hpc.comm.watch import Watch, start_watch
+from mixtera_hpc.errors import SavedAndStopped
+
+FAILING_RANK = 2
+
+
+def fail(mode: str) -> None:
+    if mode == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "exit":
+        os._exit(3)
+    raise ValueError("a shard is torn")
+
+
+def main() -> int:
+    mode, folder = sys.argv[1], Path(sys.argv[2])
+    comm = Mpi.world()
+
+    def steps(watch: Watch) -> None:
+        for step in range(5):
+            comm.Barrier()
+            watch.step(step)
+        if mode == "saved":
+            raise SavedAndStopped("saved at step 5")
+        if mode == "clean":
+            return
+        if comm.rank == FAILING_RANK:
+            fail(mode)
+        comm.Barrier()
+
+    def body() -> None:
+        with start_watch(comm, folder) as watch:
+            steps(watch)
+
+    return guarded(comm, body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""A watch over one process: nothing to start, failures still recorded, the first one kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.comm.watch import start_watch
+from mixtera_hpc.errors import SavedAndStopped
+
+
+def test_a_failure_of_a_single_process_is_recorded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="torn"), start_watch(Local(), tmp_path) as watch:
+        watch.step(7)
+        raise ValueError("a shard is torn\nsecond line")
+
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert failure["step"] == 7
+    assert failure["reason"] == "ValueError: a shard is torn"
+
+
+def test_the_first_failure_is_kept(tmp_path: Path) -> None:
+    watch = start_watch(Local(), tmp_path)
+    watch.failed(ValueError("first"))
+    watch.failed(ValueError("second"))
+
+    assert json.loads((tmp_path / "failure.json").read_text())["reason"] == "ValueError: first"
+
+
+@pytest.mark.parametrize("end", [SavedAndStopped("saved"), SystemExit(0), SystemExit(75)])
+def test_leaving_with_saved_state_is_no_failure(end: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(end)), start_watch(Local(), tmp_path):
+        raise end
+
+    assert not (tmp_path / "failure.json").exists()
