@@ -7,11 +7,19 @@ categorical properties is decided once per combo and never per sample.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ComboTable", "Kind", "Property"]
+__all__ = ["ComboTable", "Kind", "Property", "as_text"]
+
+
+def as_text(value: Any) -> str:
+    """The text of a scalar where a category is expected: `true` and `false` as JSON writes them, all else as Python does."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
 
 
 class Kind(StrEnum):

@@ -9,6 +9,7 @@ Null is a value: it equals only `None`, differs from everything else, and fails 
 """
 
 import ast
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.properties import ComboTable, Kind, Property
+from mixtera_hpc.core.properties import ComboTable, Kind, Property, as_text
 from mixtera_hpc.errors import ConfigError, did_you_mean
+
+MAX_DEPTH = 100
+"""Of nested and, or, not: deeper than anyone writes, shallow enough to be evaluated."""
 
 __all__ = ["Entries", "Mask", "Predicate", "parse"]
 
@@ -78,16 +82,16 @@ def parse(text: str | None, properties: Mapping[str, Property]) -> Predicate:
     Raises:
         ConfigError: it does not parse, uses something outside the language, or names an unknown property or value.
     """
-    if text is None or not text.strip():
+    text = (text or "").replace("\n", " ").strip()
+    if not text:
         return Predicate("", lambda e: _constant(e, True), frozenset())
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        evaluate, numbers = _Parser(text, properties).node(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
         raise ConfigError(
-            f"query.where does not parse{where}: {text!r}.\n  Write e.g. language in ['en', 'de'] and quality >= 0.7."
+            f"query.where does not parse{where}: {text[:200]!r}.\n  Write e.g. language in ['en', 'de'] and quality >= 0.7."
         ) from None
-    evaluate, numbers = _Parser(text, properties).node(tree)
     return Predicate(text, evaluate, numbers)
 
 
@@ -103,14 +107,16 @@ class _Parser:
         self.text = text
         self.properties = properties
 
-    def node(self, tree: ast.expr) -> _Node:
+    def node(self, tree: ast.expr, depth: int = 0) -> _Node:
+        if depth > MAX_DEPTH:
+            raise RecursionError
         match tree:
             case ast.BoolOp(op=ast.And(), values=values):
-                return self._join([self.node(v) for v in values], Mask.__and__)
+                return self._join([self.node(v, depth + 1) for v in values], Mask.__and__)
             case ast.BoolOp(op=ast.Or(), values=values):
-                return self._join([self.node(v) for v in values], Mask.__or__)
+                return self._join([self.node(v, depth + 1) for v in values], Mask.__or__)
             case ast.UnaryOp(op=ast.Not(), operand=operand):
-                inner, numbers = self.node(operand)
+                inner, numbers = self.node(operand, depth + 1)
                 return (lambda e: ~inner(e)), numbers
             case ast.Compare(left=left, ops=ops, comparators=rights):
                 operands = [left, *rights]
@@ -185,7 +191,7 @@ class _Parser:
             return ((lambda e: ~evaluate(e)) if isinstance(op, ast.NotIn) else evaluate), frozenset({prop.name})
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"query.where: {prop.name!r} is a number and cannot be compared with {value!r}.")
-        compare = _null_test(prop.name) if value is None else _range_test(prop.name, op, float(value))
+        compare = _null_test(prop.name) if value is None else _range_test(prop.name, op, _float(value))
         if value is None and not isinstance(op, ast.Eq | ast.NotEq):
             raise ConfigError(f"query.where: {prop.name!r} can only be == or != None.")
         if isinstance(op, ast.NotEq):
@@ -200,10 +206,13 @@ class _Parser:
         return self.properties[name]
 
     def _code(self, prop: Property, value: Any) -> int:
-        if value not in prop.values:
-            near = did_you_mean(str(value), prop.values)
+        if isinstance(value, list):
+            raise ConfigError(f"query.where: {value!r} is a list where one value of {prop.name!r} is expected.")
+        text = as_text(value)
+        if text not in prop.values:
+            near = did_you_mean(text, prop.values)
             raise ConfigError(f"query.where: no sample has {prop.name} = {value!r}.{near}")
-        return prop.values.index(value)
+        return prop.values.index(text)
 
     def _literal(self, tree: ast.expr) -> Any:
         match tree:
@@ -218,7 +227,7 @@ class _Parser:
         raise self._refuse(tree)
 
     def _refuse(self, tree: ast.AST) -> ConfigError:
-        piece = ast.get_source_segment(self.text.strip(), tree) or type(tree).__name__
+        piece = ast.get_source_segment(self.text, tree) or type(tree).__name__
         return ConfigError(
             f"query.where: {piece!r} is not part of the query language.\n"
             "  Use property names, text, numbers, lists, None, and: and or not == != < <= > >= in not in is."
@@ -237,6 +246,13 @@ _MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {
 
 def _one(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else value
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _null_test(name: str) -> Callable[[Entries], Mask]:

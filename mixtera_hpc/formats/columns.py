@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Categories", "as_text", "encode"]
+from mixtera_hpc.core.properties import as_text
+
+__all__ = ["Categories", "encode"]
 
 Values = tuple[str, ...]
 """The values of one row, sorted, each once; empty for null."""
@@ -27,13 +29,6 @@ class Categories:
     """What the codes stand for; no two are equal."""
     code: NDArray[np.int32]
     """Shape (rows,)."""
-
-
-def as_text(value: Any) -> str:
-    """The text of a scalar: `true` and `false` as JSON writes them, everything else as Python does."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return str(value)
 
 
 def encode(column: Sequence[Any]) -> Categories:

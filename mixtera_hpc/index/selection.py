@@ -1,6 +1,5 @@
 """A configuration's query and domains, asked of an index."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +8,9 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domains import DomainKey, Selection, keys_by, select
-from mixtera_hpc.core.mixture import start_weights
+from mixtera_hpc.core.properties import as_text
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.errors import MixtureError
-from mixtera_hpc.formats.columns import as_text
 from mixtera_hpc.index.open import PropertyIndex
 
 __all__ = ["ChosenDomains", "domain_name", "select_domains", "weights_of"]
@@ -53,17 +51,17 @@ def weights_of(config: Config, chosen: ChosenDomains, has_tokens: bool) -> NDArr
     """The weights the mixture begins with, shape (num_domains,); None when nobody knows.
 
     Natural weights are shares of what the mixture counts, without special tokens; where that is tokens and the index has not
-    counted them, there are none.
-
-    Raises:
-        MixtureError: a domain with a weight is empty, or all domains are.
+    counted them, or nothing is selected, there are none. Unlike `core.mixture.start_weights` this accepts empty domains: it
+    is there to show them.
     """
-    rows, tokens = chosen.selection.table.totals()
-    given: Sequence[float | None] = [d.weight for d in config.mixture.domains] or [None] * len(chosen.keys)
-    in_tokens = config.mixture.unit == "tokens" and has_tokens
-    if config.mixture.unit == "tokens" and not has_tokens and None in given:
-        return None
-    return start_weights(config.mixture.kind, given, tokens if in_tokens else rows, chosen.names)
+    given = [d.weight for d in config.mixture.domains]
+    weights = np.array([w for w in given if w is not None])
+    if config.mixture.kind == "natural" or not given or None in given:
+        rows, tokens = chosen.selection.table.totals()
+        weights = (tokens if config.mixture.unit == "tokens" else rows).astype(np.float64)
+        if config.mixture.unit == "tokens" and not has_tokens:
+            return None
+    return weights / weights.sum() if weights.sum() > 0 else None
 
 
 def _keys(config: Config, index: PropertyIndex) -> list[DomainKey]:

@@ -1,0 +1,106 @@
+"""Domains counted from block tables are domains counted sample by sample."""
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixtera_hpc.core.domains import DomainKey, keys_by, select
+from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.core.query import parse
+from mixtera_hpc.testing.tables import Sample, tables_of
+
+KINDS = {"source": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER}
+SOURCES, TAGS = ["a", "b", "c"], ["x", "y", "z"]
+
+samples = st.builds(
+    lambda source, tags, quality, tokens: Sample(
+        categories={"source": frozenset([source] if source else []), "tags": frozenset(tags)},
+        numbers={"quality": quality},
+        tokens=tokens,
+    ),
+    st.sampled_from([None, *SOURCES]),
+    st.lists(st.sampled_from(TAGS), max_size=3),
+    st.sampled_from([None, 0.0, 0.5, 1.0]),
+    st.integers(0, 9),
+)
+all_values = [
+    Sample(categories={"source": frozenset([s]), "tags": frozenset(TAGS)}, numbers={"quality": 0.5}) for s in SOURCES
+]
+corpora = st.lists(st.lists(samples, min_size=1, max_size=8), max_size=5).map(lambda blocks: [all_values, *blocks])
+values = {"source": SOURCES, "tags": TAGS}
+keys = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            n: st.lists(st.sampled_from([None, *v]), min_size=1, max_size=2).map(tuple) for n, v in values.items()
+        },
+    ),
+    min_size=1,
+    max_size=4,
+)
+queries = st.sampled_from([None, "quality >= 0.5", "'x' not in tags", "source != 'a' or quality is None"])
+
+
+def matches(key: DomainKey, sample: Sample) -> bool:
+    return all(
+        bool(sample.categories[name] & {v for v in wanted if v}) or (None in wanted and not sample.categories[name])
+        for name, wanted in key.items()
+    )
+
+
+def passes(query: str | None, sample: Sample) -> bool:
+    quality, source = sample.numbers["quality"], sample.categories["source"]
+    return {
+        None: True,
+        "quality >= 0.5": quality is not None and quality >= 0.5,
+        "'x' not in tags": "x" not in sample.categories["tags"],
+        "source != 'a' or quality is None": source != {"a"} or quality is None,
+    }[query]
+
+
+@given(corpora, keys, queries)
+@settings(max_examples=300, deadline=None)
+def test_counts_equal_those_of_a_walk_over_all_samples(
+    blocks: list[list[Sample]], keys: list[DomainKey], query: str | None
+) -> None:
+    tables, read_block = tables_of(blocks, KINDS)
+    answer = select(tables, parse(query, tables.properties), keys, read_block)
+    rows: Counter[tuple[int, int]] = Counter()
+    tokens: Counter[tuple[int, int]] = Counter()
+    overlaps: Counter[tuple[int, int]] = Counter()
+    selected, left_out = [0, 0], [0, 0]
+    for number, block in enumerate(blocks):
+        domains = []
+        for sample in block:
+            hits = [d for d, key in enumerate(keys) if passes(query, sample) and matches(key, sample)]
+            domains.append(hits[0] if hits else -1)
+            for total in (selected, left_out) if not hits else (selected,):
+                if passes(query, sample):
+                    total[0], total[1] = total[0] + 1, total[1] + sample.tokens
+            if hits:
+                rows[hits[0], number] += 1
+                tokens[hits[0], number] += sample.tokens
+                overlaps.update((hits[0], other) for other in hits[1:])
+        assert answer.domain_of(tables.combos, read_block(number)).tolist() == domains
+    table = answer.table
+    domain = np.repeat(np.arange(len(keys)), np.diff(table.indptr))
+    cells = list(zip(domain.tolist(), table.block.tolist(), strict=True))
+    assert cells == sorted(rows)
+    assert table.rows.tolist() == [rows[c] for c in cells]
+    assert table.tokens.tolist() == [tokens[c] for c in cells]
+    assert list(answer.selected) == selected and list(answer.left_out) == left_out
+    assert answer.overlaps == tuple((a, b, n) for (a, b), n in sorted(overlaps.items()))
+
+
+@given(corpora, st.lists(st.sampled_from(["source", "tags"]), unique=True))
+@settings(max_examples=100, deadline=None)
+def test_keys_by_properties_leave_no_sample_out(blocks: list[list[Sample]], names: list[str]) -> None:
+    tables, read_block = tables_of(blocks, KINDS)
+    keys = keys_by(names, tables.combos)
+    answer = select(tables, parse(None, tables.properties), keys, read_block)
+    assert answer.left_out == (0, 0)
+    assert len({tuple(k.items()) for k in keys}) == len(keys)
+    if "tags" not in names:
+        assert not answer.overlaps and (answer.table.totals()[0] > 0).all()

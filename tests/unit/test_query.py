@@ -1,0 +1,116 @@
+"""The query language: what it accepts, what it refuses, and what it says then."""
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.core.properties import ComboTable, Kind, Property
+from mixtera_hpc.core.query import Entries, parse
+from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.testing.tables import Sample, tables_of
+
+PROPERTIES = {
+    "quality": Property(name="quality", kind=Kind.NUMBER),
+    "language": Property(name="language", kind=Kind.CATEGORY, values=("2020", "de", "en", "true")),
+    "tags": Property(name="tags", kind=Kind.CATEGORIES, values=("python", "spam")),
+}
+
+
+def matching(text: str | None) -> list[int]:
+    """Which of five samples match."""
+
+    def sample(language: str | None, tags: list[str], quality: float | None) -> Sample:
+        known = frozenset([language] if language else [])
+        return Sample(categories={"language": known, "tags": frozenset(tags)}, numbers={"quality": quality})
+
+    block = [
+        sample("en", ["python"], 0.9),
+        sample("de", ["spam", "python"], 0.1),
+        sample(None, [], None),
+        sample("2020", ["spam"], 0.5),
+        sample("true", [], 0.5),
+    ]
+    tables, read = tables_of([block], {n: p.kind for n, p in PROPERTIES.items()})
+    columns = read(0)
+    entries = Entries.of_samples(tables.combos, columns.combo, columns.numbers)
+    return np.flatnonzero(parse(text, tables.properties).evaluate(entries).must).tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, [0, 1, 2, 3, 4]),
+        ("  ", [0, 1, 2, 3, 4]),
+        ("language == 'en'", [0]),
+        ("'en' == language", [0]),
+        ("language != 'en'", [1, 2, 3, 4]),
+        ("language in ['en', 'de']", [0, 1]),
+        ("language not in ('en', 'de')", [2, 3, 4]),
+        ("language in ['en', None]", [0, 2]),
+        ("language == None", [2]),
+        ("language is not None", [0, 1, 3, 4]),
+        ("language == 2020", [3]),
+        ("language == True", [4]),
+        ("'python' in tags", [0, 1]),
+        ("'python' not in tags", [2, 3, 4]),
+        ("None in tags", [2, 4]),
+        ("tags is None", [2, 4]),
+        ("quality >= 0.5", [0, 3, 4]),
+        ("0.1 < quality <= 0.5", [3, 4]),
+        ("not quality >= 0.5", [1, 2]),
+        ("quality is None", [2]),
+        ("quality in [0.1, None]", [1, 2]),
+        ("quality > -1", [0, 1, 3, 4]),
+        ("quality < 1" + "0" * 400, [0, 1, 3, 4]),
+        ("quality > -1" + "0" * 400, [0, 1, 3, 4]),
+        ("language == 'en' or 'spam' in tags and quality > 0.2", [0, 3]),
+        ("language == 'en'\n  or language == 'de'\n", [0, 1]),
+        ("language in []", []),
+    ],
+)
+def test_expression_selects(text: str | None, expected: list[int]) -> None:
+    assert matching(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("langauge == 'en'", r"'langauge', which is not a property of the index\. Did you mean 'language'\?"),
+        ("language == 'eng'", r"no sample has language = 'eng'\. Did you mean 'en'"),
+        ("'pyhton' in tags", r"no sample has tags = 'pyhton'\. Did you mean 'python'\?"),
+        ("tags == 'spam'", r"several values per sample; write 'spam' in tags"),
+        ("tags in ['spam']", r"several values per sample; write 'spam' in tags"),
+        ("'en' in language", r"has one value per sample; write language == 'en'"),
+        ("['a', 'b'] in tags", r"\['a', 'b'\] is a list where one value"),
+        ("language < 'en'", r"category, which has no order"),
+        ("quality == 'high'", r"number and cannot be compared with 'high'"),
+        ("quality > None", r"can only be == or != None"),
+        ("quality == True", r"cannot be compared with True"),
+        ("quality is 3", r"write quality == 3"),
+        ("quality >", r"does not parse"),
+        ("quality = 3", r"does not parse"),
+        ("x\0", r"does not parse"),
+        ("not " * 5000 + "True", r"does not parse"),
+        ("(" * 5000 + "True" + ")" * 5000, r"does not parse"),
+        ("quality", r"'quality' is not part of the query language"),
+        ("__import__('os').system('true')", r"is not part of the query language"),
+        ("quality > (lambda: 1)()", r"is not part of the query language"),
+        ("quality.real > 1", r"is not part of the query language"),
+        ("quality > 1 + 1", r"'1 \+ 1' is not part of the query language"),
+        ("[q for q in tags]", r"is not part of the query language"),
+        ("1", r"'1' is not part of the query language"),
+    ],
+)
+def test_anything_else_is_refused_with_a_reason(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(text, PROPERTIES)
+
+
+def test_only_numbers_that_are_looked_at_are_named() -> None:
+    assert parse("quality > 1 or language == 'en'", PROPERTIES).numbers == {"quality"}
+    assert parse("language == 'en'", PROPERTIES).numbers == frozenset()
+
+
+def test_an_index_without_combos_can_be_asked() -> None:
+    combos = ComboTable(num_combos=0, properties={}, indptr={}, codes={})
+    entries = Entries.of_samples(combos, np.zeros(0, np.int32), {})
+    assert parse("True", {}).evaluate(entries).must.tolist() == []
