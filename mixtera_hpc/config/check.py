@@ -15,12 +15,17 @@ from mixtera_hpc.config.schema import (
 )
 from mixtera_hpc.errors import did_you_mean
 
-__all__ = ["check", "num_ranks", "parse_time", "problems"]
+__all__ = ["check", "check_data", "num_ranks", "parse_time", "problems"]
 
 
 def check(config: Config) -> None:
     """Raise one ConfigError naming every problem of `config`."""
     raise_problems(problems(config))
+
+
+def check_data(config: Config) -> None:
+    """`check` for verbs that look at data and index only: nothing of a run is asked for."""
+    raise_problems([*_index(config), *_mixture(config.mixture)])
 
 
 def problems(config: Config) -> list[str]:

@@ -1,0 +1,86 @@
+"""`mixtera-hpc query`: what a query selects, and how the domains of a mixture share it."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixtera_hpc.core.domains import DomainKey
+
+__all__ = ["arguments", "run"]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. query.where=... mixture.by=[source]")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    from mixtera_hpc.cli.collection import open_collection
+    from mixtera_hpc.index.selection import select_domains, weights_of
+
+    config, index = open_collection(args.overrides)
+    with index:
+        chosen = select_domains(config, index)
+    has_tokens = index.tables.has_tokens
+    answer = _answer(chosen, weights_of(config, chosen, has_tokens), has_tokens)
+    if args.json:
+        print(json.dumps(answer, ensure_ascii=False))
+    else:
+        _print(answer, chosen.names)
+    return 0
+
+
+def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
+    """The fields of `query --json`."""
+    selection = chosen.selection
+    rows, tokens = selection.table.totals()
+
+    def counts(samples: int, tokens: int) -> dict[str, int | None]:
+        return {"samples": int(samples), "tokens": int(tokens) if has_tokens else None}
+
+    shares = [None] * len(chosen.keys) if weights is None else weights.tolist()
+    domains = [
+        {"domain_id": i, "key": _plain(key), **counts(rows[i], tokens[i]), "weight": shares[i]}
+        for i, key in enumerate(chosen.keys)
+    ]
+    return {
+        "selected": counts(*selection.selected),
+        "domains": domains,
+        "left_out": counts(*selection.left_out),
+        "overlaps": [{"domain_id": a, "also_matches": b, "samples": n} for a, b, n in selection.overlaps],
+        "scanned_blocks": selection.scanned_blocks,
+    }
+
+
+def _plain(key: "DomainKey") -> dict[str, Any]:
+    """A key as one writes it: a single value bare, several as a list."""
+    return {name: values[0] if len(values) == 1 else list(values) for name, values in key.items()}
+
+
+def _print(answer: dict[str, Any], names: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="domains", title_justify="left")
+    for heading in ("id", "domain", "samples", "tokens", "weight"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for domain, name in zip(answer["domains"], names, strict=True):
+        weight = "—" if domain["weight"] is None else f"{domain['weight']:.4f}"
+        table.add_row(str(domain["domain_id"]), name, _count(domain["samples"]), _count(domain["tokens"]), weight)
+    console = Console()
+    console.print(table)
+    for what, counts in (("selected", answer["selected"]), ("in no domain", answer["left_out"])):
+        console.print(
+            f"{what}: {_count(counts['samples'])} samples, {_count(counts['tokens'])} tokens", highlight=False
+        )
+    for overlap in answer["overlaps"]:
+        first, other = names[overlap["domain_id"]], names[overlap["also_matches"]]
+        console.print(
+            f"{_count(overlap['samples'])} samples of {first} match {other} too; the first key has them",
+            highlight=False,
+        )
+
+
+def _count(number: int | None) -> str:
+    return "—" if number is None else f"{number:,}"
