@@ -4,7 +4,7 @@ Hand a check an algorithm that is configured to move within `NUM_STEPS` steps, w
 `NUM_STEPS // 4`:
 
     for check in CHECKS:
-        check(make_algorithm("ado", {"warmup": 40, "refit_interval": 20}))
+        check(make_algorithm("ado", {"warmup": 40, "refit_interval": 15}))
 """
 
 import io
@@ -39,7 +39,7 @@ __all__ = [
     "through_npz",
 ]
 
-NUM_STEPS = 100
+NUM_STEPS = 60
 SEQ_LEN = 128
 
 
@@ -124,11 +124,11 @@ def check_weights_move(algorithm: MixingAlgorithm[Any]) -> None:
 def check_state_is_a_value(algorithm: MixingAlgorithm[Any]) -> None:
     """`update` changes neither the state nor the statistics it is given, and repeats itself bit for bit."""
     steps = synthetic_statistics(5)
-    early = run(algorithm, algorithm.start(_prior(5)), steps[:50])
+    early = run(algorithm, algorithm.start(_prior(5)), steps[:45])
     before = _copied(algorithm.state_arrays(early))
-    first = algorithm.state_arrays(run(algorithm, early, steps[50:]))
+    first = algorithm.state_arrays(run(algorithm, early, steps[45:]))
     _assert_same(before, algorithm.state_arrays(early))
-    _assert_same(first, algorithm.state_arrays(run(algorithm, early, synthetic_statistics(5)[50:])))
+    _assert_same(first, algorithm.state_arrays(run(algorithm, early, synthetic_statistics(5)[45:])))
 
 
 def check_resume_equals_no_resume(algorithm: MixingAlgorithm[Any]) -> None:
@@ -174,9 +174,9 @@ def check_nonfinite_losses_are_survived_and_counted(algorithm: MixingAlgorithm[A
     steps = synthetic_statistics(5)
     excluded = absent(steps[30], [1])
     steps[30] = replace(excluded, num_sequences=steps[30].num_sequences, num_nonfinite=np.array([0, 3, 0, 0, 0]))
-    poisoned = steps[60].loss_sum.copy()
+    poisoned = steps[45].loss_sum.copy()
     poisoned[3] = np.nan
-    steps[60] = replace(steps[60], loss_sum=poisoned)
+    steps[45] = replace(steps[45], loss_sum=poisoned)
     state = run(algorithm, algorithm.start(_prior(5)), steps)
     described = algorithm.describe(state)
     assert described["num_nonfinite"][1] == 3
@@ -191,7 +191,7 @@ def check_one_domain(algorithm: MixingAlgorithm[Any]) -> None:
 
 def check_many_domains(algorithm: MixingAlgorithm[Any]) -> None:
     """A thousand domains: still a mixture, still above the floor."""
-    state = run(algorithm, algorithm.start(_prior(1000)), synthetic_statistics(1000, NUM_STEPS // 2))
+    state = run(algorithm, algorithm.start(_prior(1000)), synthetic_statistics(1000, 45))
     assert state.weights.min() >= algorithm.floor(1000) - 1e-15
 
 

@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.core.mixing.algorithm import ALGORITHMS, MixingAlgorithm, make_algorithm
 from mixtera_hpc.testing.mixing import CHECKS
 
-QUICK = {"warmup": 40, "refit_interval": 20}
+QUICK = {"warmup": 40, "refit_interval": 15}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ado": ("ado", QUICK),
     "ado-paper": ("ado", {**QUICK, "variant": "paper"}),

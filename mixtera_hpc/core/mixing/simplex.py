@@ -2,8 +2,11 @@
 
 Raising what is below the floor and dividing by the new sum, as both public ADO codes do, pushes the raised ones below the
 floor again. Here all domains between their bounds are scaled by one common factor, and that factor is solved for: the
-projection in relative entropy, under which free domains keep their ratios. Price: one sort of 2K numbers.
+projection in relative entropy, under which free domains keep their ratios. Price: one sort of 2K numbers and about log2(2K)
+sums of K.
 """
+
+from bisect import bisect_right
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,26 +48,21 @@ def project(
         )
     wish = weights if weights.sum() > 0 else np.ones_like(weights)
     zero = wish == 0
-    if np.where(zero, low, high).sum() < 1:  # The wished ones are full; the others share what remains.
+    if zero.any() and np.where(zero, low, high).sum() < 1:  # The wished ones are full; the others share what remains.
         low, wish = np.where(zero, low, high), zero.astype(np.float64)
     return np.clip(_scale(wish, low, high) * wish, low, high)
 
 
 def _scale(wish: NDArray[np.float64], low: NDArray[np.float64], high: NDArray[np.float64]) -> float:
     """The factor s for which clip(s · wish, low, high) sums to 1."""
-    free = wish > 0
-    wish, fixed = wish[free], float(low[~free].sum())
-    leaves_low, meets_high = low[free] / wish, high[free] / wish
-    at = np.concatenate([leaves_low, meets_high])
-    order = np.argsort(at, kind="stable")
-    # Just after breakpoint i the sum is constant[i] + slope[i] · s.
-    slope = np.cumsum(np.concatenate([wish, -wish])[order])
-    constant = fixed + low[free].sum() + np.cumsum(np.concatenate([-low[free], high[free]])[order])
-    total = constant + slope * at[order]
-    last = int(np.searchsorted(total, 1.0, side="right")) - 1
-    if last < 0 or slope[last] <= 0:
-        return float(at[order[max(last, 0)]])
-    between = (leaves_low <= at[order[last]]) & (meets_high > at[order[last]])
-    above = meets_high <= at[order[last]]
-    taken = fixed + high[free][above].sum() + low[free][leaves_low > at[order[last]]].sum()
-    return float((1.0 - taken) / wish[between].sum())
+    wished = wish > 0
+    fixed, wish, low, high = low[~wished].sum(), wish[wished], low[wished], high[wished]
+    leaves_low, meets_high = low / wish, high / wish
+    breakpoints = np.sort(np.concatenate([leaves_low, meets_high]))
+    first = bisect_right(breakpoints, 1.0 - fixed, key=lambda s: np.clip(s * wish, low, high).sum())
+    at = breakpoints[max(first - 1, 0)]
+    free = (leaves_low <= at) & (at < meets_high)
+    if not free.any():
+        return float(at)
+    bound = low[leaves_low > at].sum() + high[meets_high <= at].sum()
+    return float((1.0 - fixed - bound) / wish[free].sum())

@@ -1,0 +1,155 @@
+"""ADO's rules, one at a time; the faults it must not have are in test_mixing_faults."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.core.mixing.ado import LAW_UNKNOWN, Ado, AdoState
+from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.errors import ConfigError, MixtureError
+from mixtera_hpc.testing.mixing import absent, run, synthetic_statistics
+
+PRIOR = np.array([0.5, 0.3, 0.2])
+WARMUP = 40
+
+
+def ado(**parameters: Any) -> Ado:
+    return Ado(Ado.Config(**{"warmup": WARMUP, "refit_interval": 20, **parameters}))
+
+
+def after(algorithm: Ado, num_steps: int) -> AdoState:
+    return run(algorithm, algorithm.start(PRIOR), synthetic_statistics(3, num_steps))
+
+
+def share(statistics: DomainStatistics) -> np.ndarray:
+    return statistics.num_sequences / statistics.num_sequences.sum()
+
+
+def test_before_the_end_of_the_warmup_nothing_moves() -> None:
+    state = after(ado(), WARMUP)
+    for values in (state.weights, state.credit, state.average):
+        assert values.tolist() == PRIOR.tolist()
+    assert after(ado(), WARMUP + 1).weights.tolist() != PRIOR.tolist()
+
+
+@pytest.mark.parametrize("step", [WARMUP, WARMUP + 7, WARMUP + 20])
+def test_a_step_follows_the_equations(step: int) -> None:
+    """Equations (2) to (5) of arXiv 2410.11820, with realised shares, written out."""
+    algorithm, statistics = ado(), synthetic_statistics(3, step + 1)
+    old = run(algorithm, algorithm.start(PRIOR), statistics[:-1])
+    new, weights = algorithm.update(old, statistics[-1])
+    credit = 0.1 * share(statistics[-1]) + 0.9 * old.credit
+    n = sum(int(s.num_sequences.sum()) for s in statistics)
+    law = algorithm.describe(new)
+    preference = PRIOR * np.sqrt(credit) * law["alpha"] * law["beta"] * n ** (-law["alpha"]) / n
+    preference /= preference.sum()
+    mixture = 0.1 * preference + 0.9 * old.average
+    assert new.credit == pytest.approx(credit, rel=1e-14)
+    assert mixture.min() > 0.01, "the floor must not hide the equations"
+    assert weights == pytest.approx(mixture, rel=1e-12)
+    assert new.average == pytest.approx(preference / (step + 1) + (1 - 1 / (step + 1)) * old.average, rel=1e-12)
+    assert law["speed"] == pytest.approx(law["alpha"] * law["beta"] * n ** (-law["alpha"]) / n, rel=1e-12)
+
+
+def test_laws_are_fitted_at_the_end_of_the_warmup_and_every_interval_after() -> None:
+    algorithm, refits = ado(), []
+    state = algorithm.start(PRIOR)
+    for statistics in synthetic_statistics(3, 100):
+        before = state.laws.theta.tobytes()
+        state, _ = algorithm.update(state, statistics)
+        if state.laws.theta.tobytes() != before:
+            refits.append(statistics.step)
+    assert refits == [40, 60, 80]
+
+
+def test_losses_before_the_first_fitted_step_are_not_remembered() -> None:
+    early = after(ado(first_fitted_step=30), 30)
+    assert not early.history.arrays()["history_key"].size
+    assert after(ado(first_fitted_step=30), 36).history.arrays()["history_num_steps"].sum() == 6
+
+
+def test_without_any_law_the_prior_is_served() -> None:
+    algorithm = ado()
+    state = run(algorithm, algorithm.start(PRIOR), (absent(s, range(3)) for s in synthetic_statistics(3, 80)))
+    assert state.law_status.tolist() == [LAW_UNKNOWN] * 3
+    assert state.weights.tolist() == PRIOR.tolist()
+
+
+def test_paper_credit_follows_the_weights_and_default_credit_the_shares_served() -> None:
+    statistics = synthetic_statistics(3, 60)
+    lopsided = [absent(s, [2]) if s.step >= WARMUP else s for s in statistics]
+    credits = {}
+    for variant in ("default", "paper"):
+        algorithm = ado(variant=variant)
+        credits[variant] = run(algorithm, algorithm.start(PRIOR), lopsided).credit
+    assert credits["default"][2] == pytest.approx(0.2 * 0.9**20)
+    assert credits["paper"][2] > 0.15
+
+
+def test_a_domain_without_a_law_counts_as_of_typical_speed() -> None:
+    algorithm, statistics = ado(), [absent(s, [2]) for s in synthetic_statistics(3, WARMUP + 1)]
+    old = run(algorithm, algorithm.start(PRIOR), statistics[:-1])
+    new, _ = algorithm.update(old, statistics[-1])
+    speed = algorithm.describe(new)["speed"]
+    assert np.isnan(speed).tolist() == [False, False, True]
+    speed[2] = (0.5 * speed[0] + 0.3 * speed[1]) / 0.8
+    preference = PRIOR * np.sqrt(new.credit) * speed
+    preference /= preference.sum()
+    assert (new.average - PRIOR) * (WARMUP + 1) == pytest.approx(preference - PRIOR, abs=1e-9)
+
+
+def test_authors_credit_is_the_spread_of_the_shares_served() -> None:
+    algorithm, statistics = ado(variant="authors", delta_min=0.0), synthetic_statistics(3, WARMUP + 1)
+    state = run(algorithm, algorithm.start(PRIOR), statistics)
+    preference = PRIOR * np.sqrt(state.credit * (1 - state.credit)) * algorithm.describe(state)["speed"]
+    preference /= preference.sum()
+    assert (state.average - PRIOR) * (WARMUP + 1) == pytest.approx(preference - PRIOR, abs=1e-9)
+
+
+def test_authors_credit_moves_during_the_warmup() -> None:
+    state, statistics = after(ado(variant="authors"), 1), synthetic_statistics(3, 1)
+    assert state.credit == pytest.approx(0.1 * share(statistics[0]) + 0.9 * PRIOR)
+    assert state.weights.tolist() == PRIOR.tolist()
+
+
+def test_authors_speed_has_a_smallest_exponent() -> None:
+    algorithm = ado(variant="authors")
+    arrays = algorithm.state_arrays(after(algorithm, 41))
+    arrays["theta"] = np.tile([2.0, 0.01, 1.0], (3, 1))
+    state = algorithm.state_from_arrays(arrays)
+    reducible = np.exp(2.0) * state.num_seen**-0.01
+    assert algorithm.describe(state)["speed"] == pytest.approx(np.full(3, 0.05 * reducible / state.num_seen))
+
+
+def test_mixtera_counts_steps_from_one() -> None:
+    paper, mixtera = (after(ado(variant=v), WARMUP + 1) for v in ("paper", "mixtera"))
+    preference = (paper.average - PRIOR) * (WARMUP + 1) + PRIOR
+    assert mixtera.average == pytest.approx(preference / (WARMUP + 2) + (1 - 1 / (WARMUP + 2)) * PRIOR)
+
+
+def test_floor_is_promised_by_the_variants_that_keep_it() -> None:
+    assert [ado(variant=v).floor(3) for v in ("default", "paper", "authors", "mixtera")] == [0.01, 0.01, 0.0, 0.0]
+
+
+def test_first_fitted_step_is_half_of_the_warmup_unless_given() -> None:
+    assert Ado.Config().first_fitted == 500
+    assert Ado.Config(warmup=20).first_fitted == 10
+    assert Ado.Config(warmup=20, first_fitted_step=3).first_fitted == 3
+
+
+def test_a_warmup_that_ends_before_the_first_fitted_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"first_fitted_step is 500, after the warm-up of 20"):
+        Ado.Config(warmup=20, first_fitted_step=500)
+
+
+@pytest.mark.parametrize("prior", [[0.5, 0.6], [1.5, -0.5], [np.nan, 1.0], []])
+def test_a_prior_that_is_no_mixture_is_refused(prior: list[float]) -> None:
+    with pytest.raises(MixtureError, match="starting mixture"):
+        ado().start(np.array(prior))
+
+
+def test_state_of_another_variant_is_refused() -> None:
+    arrays = ado(variant="paper").state_arrays(after(ado(variant="paper"), 3))
+    with pytest.raises(ConfigError, match=r"is ado variant=default, but .* written by ado variant=paper"):
+        ado().state_from_arrays(arrays)
