@@ -6,7 +6,7 @@ rank's state is a full replica, so a run continues on any number of ranks.
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,18 +19,31 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import CommError, ConfigError, SavedAndStopped
 from mixtera_hpc.track.events import AttemptEvent
-from mixtera_hpc.track.tracker import Tracker, open_tracker
+from mixtera_hpc.track.tracker import Fanout, Tracker, open_tracker
 from mixtera_hpc.training.checkpoint import Checkpoint, checkpoint_path, load_newest, read_checkpoint, write_checkpoint
 from mixtera_hpc.training.distributed import Gradients, Replicas
 from mixtera_hpc.training.model import GPT, build_model
 from mixtera_hpc.training.schedule import learning_rate
 from mixtera_hpc.training.steplog import StepLog, StepTiming
 
-__all__ = ["run_training"]
+__all__ = ["Observer", "run_training"]
 
 
-def run_training(config: Config, comm: Communicator, folder: RunFolder, attempt: int) -> None:
+class Observer(Tracker, Protocol):
+    """Somebody who wants to know how far this rank is."""
+
+    def step(self, number: int) -> None:
+        """`number` steps are done."""
+        ...
+
+
+def run_training(
+    config: Config, comm: Communicator, folder: RunFolder, attempt: int, observer: Observer | None = None
+) -> None:
     """Train from the newest checkpoint of `folder`, or from the start, to `training.num_steps`. **Collective.**
+
+    Args:
+        observer: told of every step on this rank, and on rank 0 of every metric event.
 
     Raises:
         ConfigError: the configuration cannot train, or does not fit the checkpoint.
@@ -40,9 +53,11 @@ def run_training(config: Config, comm: Communicator, folder: RunFolder, attempt:
         raise ConfigError("dataplane.tokenizer is not set; the trainer predicts tokens. Give a tokenizer.json.")
     torch.set_num_threads(config.training.num_threads)
     tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)
+    if observer and comm.rank == 0:
+        tracker = Fanout([tracker, observer])
     replicas = Replicas(comm, config.training.device)
     with DataPlane.open(config, comm=comm, folder=folder, attempt=attempt, tracker=tracker) as plane:
-        trainer = Trainer(Setting(config=config, folder=folder, tracker=tracker), replicas, plane)
+        trainer = Trainer(Setting(config=config, folder=folder, tracker=tracker, observer=observer), replicas, plane)
         trainer.restore()
         stopped = trainer.train()
         replicas.close()
@@ -58,6 +73,7 @@ class Setting:
     config: Config
     folder: RunFolder
     tracker: Tracker
+    observer: Observer | None
 
 
 class Trainer:
@@ -67,6 +83,7 @@ class Trainer:
         config = setting.config
         self._config, self._training, self._folder = config, config.training, setting.folder
         self._tracker, self._replicas, self._plane = setting.tracker, replicas, plane
+        self._observer = setting.observer
         self._model = build_model(config.training, plane.vocab_size, config.dataplane.seq_len).to(replicas.device)
         self._gradients = Gradients(self._model)
         self._optimizer = torch.optim.AdamW(
@@ -109,6 +126,8 @@ class Trainer:
             if batch is None:
                 break
             self._take_step(batch)
+            if self._observer:
+                self._observer.step(self._step)
             stop, save = self._plane.stop_requested(), self._plane.save_requested()
             self._note(batch.step, time.perf_counter() - began)
             if stop or self._step == self._training.stop_after:

@@ -1,0 +1,90 @@
+"""`python -m mixtera_hpc.training`: the reference trainer as a plain Hydra application, for sweeps with any launcher.
+
+    python -m mixtera_hpc.training data.root=/data …
+    python -m mixtera_hpc.training -m hydra/launcher=submitit_slurm dataplane.seed=1,2,3 …
+
+`mixtera-hpc run` and `submit` do the same without Hydra's output folders. Here Hydra's folder of a job remembers the run, so
+a job that Slurm requeues continues where it stopped. What Hydra's launcher cannot do: sweep the number of nodes.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+
+from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.config.compose import conf_dir
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
+
+__all__ = ["main"]
+
+POINTER = "run_folder"
+"""File in Hydra's output folder that holds the path of the run's folder."""
+
+
+@hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
+def main(composed: Any) -> None:
+    """One job, on every rank; leaves the process when it fails, so that no launcher takes it for done."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from mixtera_hpc.comm.launch import guarded, open_communicator
+
+    settings = HydraConfig.get()
+    output, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
+    comm = open_communicator(str(composed.dataplane.comm))
+    code = guarded(comm, lambda: _train(composed, comm, output, overrides))
+    if code:
+        sys.stdout.flush()
+        sys.exit(code)  # Hydra catches exceptions and lets its launchers report success; not this one.
+
+
+def _train(composed: Any, comm: Communicator, output: Path, overrides: Sequence[str]) -> None:
+    from mixtera_hpc.config.check import check
+    from mixtera_hpc.config.compose import from_omegaconf
+    from mixtera_hpc.config.convert import from_plain
+    from mixtera_hpc.training.trainer import run_training
+
+    config = from_plain(Config, from_omegaconf(composed))
+    check(config)
+    folder, attempt = _agreed_attempt(config, comm, output, overrides)
+    run_training(config, comm, folder, attempt)
+
+
+def _agreed_attempt(
+    config: Config, comm: Communicator, output: Path, overrides: Sequence[str]
+) -> tuple[RunFolder, int]:
+    """The run's folder and the number of this attempt, made by rank 0. **Collective.**"""
+    from mixtera_hpc.comm.communicator import bcast_bytes
+
+    made = _make_attempt(config, comm.size, output, overrides) if comm.rank == 0 else None
+    number, _, path = bcast_bytes(comm, made.encode() if made is not None else None).decode().partition(" ")
+    return RunFolder(Path(path)), int(number)
+
+
+def _make_attempt(config: Config, num_ranks: int, output: Path, overrides: Sequence[str]) -> str:
+    """`<attempt> <folder>` of a new run, or of the one this job began before it was requeued."""
+    import os
+    from datetime import UTC, datetime
+
+    from mixtera_hpc.launch.attempts import new_attempt, record_start
+    from mixtera_hpc.launch.prepare import prepare_run
+
+    pointer = output / POINTER
+    if pointer.is_file():
+        folder = RunFolder(Path(pointer.read_text()))
+    else:
+        folder = prepare_run(config, overrides, datetime.now(UTC))
+        pointer.write_text(str(folder.path))
+    job_id = os.environ.get("SLURM_JOB_ID")
+    attempt = new_attempt(folder, config, kind="slurm" if job_id else "local", ranks=num_ranks)
+    if job_id:
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        record_start(folder, attempt, config, job_id=job_id, nodes=nodes, ranks=num_ranks)
+    return f"{attempt} {folder.path}"
+
+
+if __name__ == "__main__":
+    main()
