@@ -106,6 +106,10 @@ class Mpi:
             if comm != self._mpi.COMM_NULL:
                 comm.Free()
 
+    def library(self) -> str:
+        """Name and version of the MPI library."""
+        return str(self._mpi.Get_library_version()).splitlines()[0].strip()
+
     def Abort(self, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -269,7 +269,7 @@ class ClusterConfig:
     srun_args: list[str] = field(default_factory=list)
     """Further arguments of srun."""
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """Further `#SBATCH` parameters; true is a bare flag, null takes one of ours away."""
+    """Further `#SBATCH` parameters, which `job.*` may replace; true is a bare flag, null takes one of ours away."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment of every rank, taken literally; write what the shell shall expand into `setup`."""
     setup: list[str] = field(default_factory=list)

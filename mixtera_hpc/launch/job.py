@@ -22,6 +22,10 @@ __all__ = ["RANKS_WITH_OWN_LOG", "Job", "render"]
 RANKS_WITH_OWN_LOG = 255
 """Beyond this many ranks there is one labelled log per node: shared file systems count inodes."""
 
+_ASKED = (
+    *("account", "partition", "qos", "constraint", "reservation"),
+    *("mem", "comment", "exclude", "dependency"),
+)
 _END = "END_OF_MIXTERA_FILE"
 
 
@@ -56,29 +60,28 @@ def render(job: Job) -> str:
 
 
 def _flags(job: Job) -> dict[str, Any]:
-    """`#SBATCH` parameters; the cluster's own come last and may replace or remove ours."""
+    """`#SBATCH` parameters: ours, over them the cluster's, over those what was asked for."""
     asked, cluster = job.config.job, job.config.cluster
     output = "%x-%j.out" if job.folder is None else f"{_percent(job.folder)}/attempts/{job.attempt:03d}/logs/batch.out"
-    flags: dict[str, Any] = {
+    ours: dict[str, Any] = {
+        "partition": cluster.partition,
+        "mem": cluster.mem,
+        "no_requeue": True,
+        **_gpu_flags(job.config),
+        **{key.replace("-", "_"): value for key, value in cluster.sbatch.items()},
+    }
+    wanted = {name: value for name in _ASKED if (value := getattr(asked, name)) is not None}
+    fixed: dict[str, Any] = {
         "job_name": asked.name or job.config.run.name,
         "nodes": asked.nodes,
         "ntasks_per_node": num_ranks(job.config) // asked.nodes,
         "cpus_per_task": _cpus_per_rank(job.config),
         "time": asked.time,
-        "partition": asked.partition or cluster.partition,
-        "mem": asked.mem or cluster.mem,
         "signal": f"USR2@{asked.signal_lead_s}",
-        "no_requeue": True,
         "open_mode": "append",
         "output": output,
-        **{
-            name: getattr(asked, name)
-            for name in ("account", "qos", "constraint", "reservation", "comment", "exclude", "dependency")
-        },
-        **_gpu_flags(job.config),
-        **{key.replace("-", "_"): value for key, value in cluster.sbatch.items()},
     }
-    return {key: value for key, value in flags.items() if value is not None and value is not False}
+    return {key: v for key, v in {**ours, **wanted, **fixed}.items() if v is not None and v is not False}
 
 
 def _gpu_flags(config: Config) -> dict[str, Any]:

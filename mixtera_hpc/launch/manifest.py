@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["git_diff", "git_state", "manifest", "visible_environment"]
+__all__ = ["PACKAGES", "git_diff", "git_state", "installed_version", "manifest", "visible_environment"]
 
 PACKAGES = (
     *("mixtera-hpc", "numpy", "torch", "mpi4py", "mpich", "h5py", "pyarrow", "gigatoken", "tokenizers"),
@@ -35,7 +35,7 @@ def manifest(container: str | None = None) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
         "git": git_state(),
         "container": _container(container),
         "environment": visible_environment(os.environ),
@@ -73,7 +73,8 @@ def _git(*words: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Version of a distribution; None when it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
