@@ -1,7 +1,7 @@
 """Whatever is wished for, the projection is a mixture within its bounds, and nothing closer exists."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -22,6 +22,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return wish, low, high + missing / size * 1.001
 
 
+@settings(deadline=None)
 @given(problems())
 def test_the_result_is_a_mixture_within_its_bounds(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     wish, low, high = problem
@@ -31,6 +32,7 @@ def test_the_result_is_a_mixture_within_its_bounds(problem: tuple[np.ndarray, np
     assert (got <= high).all()
 
 
+@settings(deadline=None)
 @given(problems())
 def test_domains_between_their_bounds_keep_their_ratios(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     """The optimality condition of the projection: one factor for the free, beyond it for those at a bound."""
@@ -47,6 +49,7 @@ def test_domains_between_their_bounds_keep_their_ratios(problem: tuple[np.ndarra
     assert (scaled >= high * (1 - 1e-9))[loose & (got == high)].all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=300), st.floats(0, 1))
 def test_the_floor_holds_to_the_last_bit(wish: list[float], part: float) -> None:
     floor = part / len(wish)
