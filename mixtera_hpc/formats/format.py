@@ -33,6 +33,7 @@ __all__ = [
     "ShardReader",
     "Unit",
     "bad_rows",
+    "cut",
     "shard_changed",
 ]
 
@@ -145,7 +146,10 @@ class ShardReader(Protocol):
 class Format(Protocol):
     """One kind of data file. Stateless; what is open belongs to a `ShardReader`."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `data.format` calls it."""
+        ...
 
     def units(self, path: Path, size_bytes: int) -> list[Unit]:
         """Cut a shard into pieces that can be scanned independently; together they cover every row once."""
@@ -170,6 +174,11 @@ class Format(Protocol):
             cache: keeps decoded blocks of formats that cannot read single rows; shared by many readers.
         """
         ...
+
+
+def cut(size_bytes: int, unit_bytes: int) -> list[Unit]:
+    """Units of equal size, the last one shorter."""
+    return [Unit(start, min(start + unit_bytes, size_bytes)) for start in range(0, size_bytes, unit_bytes)]
 
 
 def bad_rows(path: Path, bad: list[tuple[int, str]]) -> DataError:

@@ -6,6 +6,7 @@ A unit is a byte range of fixed size; a line belongs to the unit in which it beg
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, shard_changed
+from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, cut, shard_changed
 from mixtera_hpc.formats.lines import Lines, LineScanner, line_ends
 
 __all__ = ["Jsonl"]
@@ -27,20 +28,23 @@ MERGE_BYTES = 32 << 10
 """Wanted rows nearer than this are read together with what lies between them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Jsonl:
     """`Format` of `.jsonl` files."""
 
-    name = "jsonl"
+    name: str = "jsonl"
+    unit_bytes: int = UNIT_BYTES
+    piece_bytes: int = PIECE_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[Unit]:
-        return [Unit(start, min(start + UNIT_BYTES, size_bytes)) for start in range(0, size_bytes, UNIT_BYTES)]
+        return cut(size_bytes, self.unit_bytes)
 
     def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
         scanner = LineScanner(fields, path)
         with path.open("rb", buffering=0) as file:
             begin = _first_line(file.fileno(), unit)
             blocks = _Blocks(begin, block_rows)
-            for offset, data in _pieces(file.fileno(), begin, unit.stop):
+            for offset, data in _pieces(file.fileno(), begin, unit.stop, self.piece_bytes):
                 lines = scanner.lines(data)
                 if not scanner.failed:
                     ranges, lengths = blocks.add(lines.ends + offset)
@@ -93,9 +97,9 @@ def _first_line(fd: int, unit: Unit) -> int:
     return unit.stop
 
 
-def _pieces(fd: int, begin: int, stop: int) -> Iterator[tuple[int, memoryview]]:
+def _pieces(fd: int, begin: int, stop: int, size_bytes: int) -> Iterator[tuple[int, memoryview]]:
     """Whole lines that begin in [begin, stop), with the offset of the first; valid until the next are asked for."""
-    buffer = bytearray(PIECE_BYTES)
+    buffer = bytearray(size_bytes)
     while begin < stop:
         size = _fill(fd, buffer, begin)
         if not size:

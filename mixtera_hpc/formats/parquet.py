@@ -6,6 +6,7 @@ reading one decodes the text column of its row group, and the cache keeps that.
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mixtera_hpc.formats.format import (
     ShardReader,
     Unit,
     bad_rows,
+    cut,
     shard_changed,
 )
 
@@ -39,13 +41,15 @@ UNIT_BYTES = 256 << 20
 BATCH_ROWS = 8192
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parquet:
     """`Format` of `.parquet` files."""
 
-    name = "parquet"
+    name: str = "parquet"
+    unit_bytes: int = UNIT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[Unit]:
-        return [Unit(start, min(start + UNIT_BYTES, size_bytes)) for start in range(0, size_bytes, UNIT_BYTES)]
+        return cut(size_bytes, self.unit_bytes)
 
     def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
         with _open(path) as file:

@@ -69,7 +69,8 @@ def scan(fmt: Format, path: Path, fields: Fields = FIELDS) -> list[Batch]:
 
 def read_blocks(batches: Sequence[Batch]) -> list[tuple[BlockRef, Any]]:
     """Every block of scanned batches, with the lengths of its rows (zeros where the format has none)."""
-    lengths = np.concatenate([np.zeros(b.rows, np.int64) if b.lengths is None else b.lengths for b in batches])
+    per_batch = [np.zeros(b.rows, np.int64) if b.lengths is None else b.lengths for b in batches]
+    lengths = np.concatenate([np.zeros(0, np.int64), *per_batch])
     found, first_row = [], 0
     for batch in batches:
         for offset, length, rows in zip(batch.blocks.offset, batch.blocks.length, batch.blocks.rows, strict=True):

@@ -1,0 +1,64 @@
+"""However a JSONL file is cut into units, pieces and blocks, the same rows come out and can be read again."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.columns import Categories
+from mixtera_hpc.formats.format import Field, Fields
+from mixtera_hpc.formats.jsonl import Jsonl
+from mixtera_hpc.testing.formats import read_blocks
+
+FIELDS = Fields(text="a.text", properties=(Field(name="kind", path="a.kind", kind=Kind.CATEGORY),), documents=True)
+texts = st.one_of(st.text(max_size=12), st.text('x🙂{}"\\', max_size=300))
+rows = st.tuples(texts, st.one_of(st.none(), st.text(max_size=3), st.integers(), st.booleans()))
+ends = st.sampled_from(["\n", "\r\n", "\n\n", "\n  \n\t\n", " \n"])
+
+
+@given(
+    st.lists(st.tuples(rows, ends), max_size=40),
+    st.sampled_from(["", "\n", "\n \n"]),
+    st.booleans(),
+    st.integers(1, 200),
+    st.integers(1, 64),
+    st.integers(1, 9),
+)
+@settings(max_examples=400, deadline=None)
+def test_every_row_comes_out_once_and_reads_back(
+    lines: list[tuple[tuple[str, str | int | bool | None], str]],
+    head: str,
+    ends_with_newline: bool,
+    unit_bytes: int,
+    piece_bytes: int,
+    block_rows: int,
+) -> None:
+    encoded = [json.dumps({"z": [1], "a": {"text": t, "kind": k}}, ensure_ascii=False) + end for (t, k), end in lines]
+    content = (head + "".join(encoded)).encode("utf-8", "strict")
+    content = content if ends_with_newline else content.rstrip()
+    fmt = Jsonl(unit_bytes=unit_bytes, piece_bytes=piece_bytes)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.jsonl"
+        path.write_bytes(content)
+        batches = [b for unit in fmt.units(path, len(content)) for b in fmt.scan(path, unit, FIELDS, block_rows)]
+        expected = [t for (t, _), _ in lines]
+        assert [d for b in batches for d in b.documents or []] == expected
+        assert sum(b.rows for b in batches) == len(expected)
+        kinds = [c.values[i] for b in batches if isinstance(c := b.columns["kind"], Categories) for i in c.code]
+        assert kinds == [
+            () if k is None else ((str(k).lower(),) if isinstance(k, bool) else (str(k),)) for (_, k), _ in lines
+        ]
+        reader = fmt.open(path, "a.text", BlockCache())
+        found = []
+        for block, lengths in read_blocks(batches):
+            assert block.rows <= block_rows and lengths.sum() == block.length
+            found += reader.documents(block, lengths, np.arange(block.rows))
+            last = np.array([block.rows - 1])
+            assert reader.documents(block, lengths, last) == expected[block.first_row + block.rows - 1 :][:1]
+        reader.close()
+        assert found == expected

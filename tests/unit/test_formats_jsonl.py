@@ -1,0 +1,181 @@
+"""JSON lines: what is refused, and what is said about it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.fields import RowType
+from mixtera_hpc.formats.format import BlockRef, Field, Fields
+from mixtera_hpc.formats.jsonl import Jsonl
+from mixtera_hpc.formats.registry import format_of, load_format
+from mixtera_hpc.testing.formats import read_blocks
+
+LANGUAGE = Field(name="language", path="meta.language", kind=Kind.CATEGORY)
+QUALITY = Field(name="quality", path="quality", kind=Kind.NUMBER)
+
+
+def scan(path: Path, *properties: Field, text: str = "text", fmt: Jsonl | None = None) -> list[str]:
+    fmt = fmt or Jsonl()
+    fields = Fields(text=text, properties=properties, documents=True)
+    batches = [b for u in fmt.units(path, path.stat().st_size) for b in fmt.scan(path, u, fields, 4)]
+    return [d for b in batches for d in b.documents or []]
+
+
+def written(folder: Path, *lines: str | bytes) -> Path:
+    path = folder / "shard.jsonl"
+    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{}", "missing required field `text`"),
+        ('{"text": null}', "Expected `str`, got `null` - at `$.text`"),
+        ('{"text": 3}', "Expected `str`, got `int` - at `$.text`"),
+        ('{"text": "x"', "truncated"),
+        ("[1, 2]", "Expected `object`, got `array`"),
+        (b'{"text": "\xff"}', "codec can't decode"),
+        ('{"text": "x"} {"text": "y"}', "trailing characters"),
+        ('{"text": "x"}{', "trailing characters"),
+        ('{"text": "x", "meta": 7}', "Expected `object | null`, got `int` - at `$.meta`"),
+        ('{"text": "x", "meta": {"language": ["en"]}}', "got `array` - at `$.meta.language`"),
+        ('{"text": "x", "quality": "high"}', "Expected `float | null`, got `str` - at `$.quality`"),
+        ('{"text": "x", "quality": true}', "Expected `float | null`, got `bool` - at `$.quality`"),
+        ("[" * 100_000, ""),
+    ],
+)
+def test_a_bad_row_is_named_with_its_problem(line: str | bytes, problem: str, tmp_path: Path) -> None:
+    path = written(tmp_path, '{"text": "good"}', "", line, '{"text": "good"}')
+    with pytest.raises(DataError, match="1 row") as caught:
+        scan(path, LANGUAGE, QUALITY)
+    assert len(caught.value.__notes__) == 1
+    assert f"shard={str(path)!r} row=1: " in caught.value.__notes__[0] and problem in caught.value.__notes__[0]
+
+
+def test_the_first_ten_bad_rows_are_named_and_no_more(tmp_path: Path) -> None:
+    path = written(tmp_path, *['{"text": "x"}' if i % 3 else "oops" for i in range(90)])
+    with pytest.raises(DataError, match="at least 10 rows") as caught:
+        scan(path)
+    assert [note.split("row=")[1].split(":")[0] for note in caught.value.__notes__] == [str(3 * i) for i in range(10)]
+
+
+def test_bad_rows_of_a_later_unit_are_counted_from_the_start_of_the_shard(tmp_path: Path) -> None:
+    path = written(tmp_path, *['{"text": "x"}\n' if i != 41 else "oops" for i in range(60)])
+    with pytest.raises(DataError) as caught:
+        scan(path, fmt=Jsonl(unit_bytes=100, piece_bytes=32))
+    assert "row=41: " in caught.value.__notes__[0]
+
+
+def test_two_rows_on_one_line_and_one_row_on_two_lines_do_not_cancel_out(tmp_path: Path) -> None:
+    path = written(tmp_path, '{"text": "a"}{"text":', '"b"}')
+    with pytest.raises(DataError, match="2 row"):
+        scan(path)
+
+
+def test_a_line_longer_than_a_unit_belongs_to_the_unit_where_it_begins(tmp_path: Path) -> None:
+    texts = ["a" * 10, "b" * 5000, "c"]
+    path = written(tmp_path, *[json.dumps({"text": t}) for t in texts])
+    assert scan(path, fmt=Jsonl(unit_bytes=64, piece_bytes=16)) == texts
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 64, 1000])
+def test_every_size_of_unit_gives_every_row_once(piece_bytes: int, tmp_path: Path) -> None:
+    texts = ["", "b", "long " * 8, "d"]
+    path = written(tmp_path, "", *[json.dumps({"text": t}) for t in texts], " ")
+    for unit_bytes in range(1, path.stat().st_size + 2):
+        assert scan(path, fmt=Jsonl(unit_bytes=unit_bytes, piece_bytes=piece_bytes)) == texts, unit_bytes
+
+
+def test_the_text_may_lie_deep_in_the_row(tmp_path: Path) -> None:
+    path = written(tmp_path, '{"a": {"b": {"text": "deep"}, "text": "shallow"}}')
+    assert scan(path, text="a.b.text") == ["deep"]
+    assert scan(path, text="a.text") == ["shallow"]
+
+
+def test_a_property_below_a_null_parent_is_null(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, '{"text": "x", "meta": null}', '{"text": "x", "meta": {"language": "en"}}', '{"text": "x"}'
+    )
+    fields = Fields(text="text", properties=(LANGUAGE,))
+    (batch, _) = Jsonl().scan(path, Jsonl().units(path, 200)[0], fields, 4)
+    column = batch.columns["language"]
+    assert not isinstance(column, np.ndarray)
+    assert [column.values[c] for c in column.code] == [(), ("en",), ()]
+
+
+def test_only_wanted_rows_are_read_again(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"{i}" * 50_000}) for i in range(8)]
+    path = written(tmp_path, *rows)
+    fields = Fields(text="text")
+    blocks = read_blocks([b for u in Jsonl().units(path, 10**6) for b in Jsonl().scan(path, u, fields, 8)])
+    (block, lengths), *_ = blocks
+    with path.open("r+b") as file:  # Everything but rows 1 and 6 is destroyed: reading it would fail.
+        for row in (0, 2, 3, 4, 5, 7):
+            file.seek(int(lengths[:row].sum()))
+            file.write(b"!" * int(lengths[row]))
+    reader = Jsonl().open(path, "text", BlockCache())
+    assert reader.documents(block, lengths, np.array([1, 6])) == ["1" * 50_000, "6" * 50_000]
+    reader.close()
+
+
+@pytest.mark.parametrize("damage", ["cut", "shift", "emptied"])
+def test_a_shard_that_changed_is_refused_when_read(damage: str, tmp_path: Path) -> None:
+    path = written(tmp_path, *[json.dumps({"text": f"text {i}"}) for i in range(4)])
+    block = BlockRef(offset=0, length=path.stat().st_size, first_row=0, rows=4)
+    lengths = np.full(4, block.length // 4)
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:50], "shift": b"  " + content, "emptied": b""}[damage])
+    reader = Jsonl().open(path, "text", BlockCache())
+    for rows in ([0, 1, 2, 3], [1, 3]):
+        with pytest.raises(DataError, match=r"not what it was when it was indexed(.|\n)*index verify"):
+            reader.documents(block, lengths, np.array(rows))
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["a", "a.b"], "looks inside 'a'"),
+        (["a.b", "a"], "reads 'a' as something else"),
+        (["text"], "reads 'text' as something else"),
+        (["a..b"], "keys with dots between them"),
+        ([""], "keys with dots between them"),
+    ],
+)
+def test_paths_that_contradict_each_other_are_refused(paths: list[str], message: str) -> None:
+    properties = tuple(Field(name=f"p{i}", path=p, kind=Kind.CATEGORY) for i, p in enumerate(paths))
+    with pytest.raises(ConfigError, match=message):
+        RowType(Fields(text="text", properties=properties))
+
+
+def test_two_properties_may_read_the_same_path(tmp_path: Path) -> None:
+    path = written(tmp_path, '{"text": "x", "meta": {"language": "en"}}')
+    twin = Field(name="twin", path="meta.language", kind=Kind.CATEGORY)
+    assert scan(path, LANGUAGE, twin) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.jsonl", "jsonl"),
+        ("A.JSONL", "jsonl"),
+        ("a.json.gz", "jsonl.gz"),
+        ("x/b.jsonl.zst", "jsonl.zst"),
+        ("c.parquet", "parquet"),
+        ("d.json", None),
+        ("jsonl", None),
+    ],
+)
+def test_a_format_is_known_by_the_end_of_the_name(name: str, expected: str | None) -> None:
+    assert format_of(name) == expected
+
+
+def test_an_unknown_format_is_refused_with_near_misses() -> None:
+    with pytest.raises(ConfigError, match=r"data\.format is 'jsnl'.*Did you mean 'jsonl'"):
+        load_format("jsnl")
