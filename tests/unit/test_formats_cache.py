@@ -1,0 +1,59 @@
+"""The cache of decoded blocks."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from mixtera_hpc.formats.cache import BlockCache
+
+
+def test_the_least_recently_used_block_leaves_first() -> None:
+    cache, loads = BlockCache(max_bytes=30), []
+
+    def get(key: str, size: int = 10) -> str:
+        return cache.get(key, lambda: (loads.append(key) or key.upper(), size))
+
+    assert [get(k) for k in "abca"] == ["A", "B", "C", "A"] and loads == ["a", "b", "c"]
+    get("d")
+    assert cache.size_bytes == 30
+    get("a")
+    assert loads == ["a", "b", "c", "d"], "a was used after b, so b had to go"
+    get("b")
+    assert loads == ["a", "b", "c", "d", "b"]
+
+
+def test_a_block_larger_than_the_bound_is_kept_alone() -> None:
+    cache = BlockCache(max_bytes=5)
+    cache.get("small", lambda: (1, 2))
+    cache.get("large", lambda: (2, 100))
+    assert cache.size_bytes == 100
+    cache.get("next", lambda: (3, 3))
+    assert cache.size_bytes == 3
+
+
+def test_a_block_wanted_by_many_threads_is_decoded_once() -> None:
+    cache, loads, together = BlockCache(), [], threading.Barrier(8)
+
+    def load() -> tuple[str, int]:
+        loads.append(1)
+        return "block", 1
+
+    def want(_: int) -> str:
+        together.wait()
+        return cache.get("key", load)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(want, range(8))) == ["block"] * 8
+    assert len(loads) == 1
+
+
+def test_a_block_that_failed_is_tried_again() -> None:
+    cache = BlockCache()
+
+    def fail() -> tuple[str, int]:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        cache.get("key", fail)
+    assert cache.get("key", lambda: ("fine", 1)) == "fine"

@@ -1,0 +1,150 @@
+"""Parquet: types of columns, nesting, statistics, and what is refused."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.columns import Categories
+from mixtera_hpc.formats.format import Field, Fields
+from mixtera_hpc.formats.parquet import Parquet
+from mixtera_hpc.testing.formats import read_blocks, scan
+
+
+def column(path: Path, kind: Kind, name: str = "p") -> list[Any]:
+    """The values of one property in all rows."""
+    fields = Fields(text="text", properties=(Field(name="x", path=name, kind=kind),))
+    found: list[Any] = []
+    for batch in scan(Parquet(), path, fields):
+        values = batch.columns["x"]
+        found += [values.values[c] for c in values.code] if isinstance(values, Categories) else values.tolist()
+    return found
+
+
+def written(folder: Path, values: Any, **more: Any) -> Path:
+    path = folder / "shard.parquet"
+    pq.write_table(pa.table({"text": ["t"] * len(values), "p": values}), path, **more)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.array(["b", None, "a", "b"]), [("b",), (), ("a",), ("b",)]),
+        (pa.array(["b", None, "a"], pa.large_string()), [("b",), (), ("a",)]),
+        (pa.array(["b", None, "b"]).dictionary_encode(), [("b",), (), ("b",)]),
+        (pa.array([1, None, 2020]), [("1",), (), ("2020",)]),
+        (pa.array([True, None, False]), [("true",), (), ("false",)]),
+        (pa.array([0.5, None]), [("0.5",), ()]),
+        (pa.array([datetime.date(2020, 1, 31), None]), [("2020-01-31",), ()]),
+    ],
+)
+def test_scalars_become_categories(values: Any, expected: list[Any], tmp_path: Path) -> None:
+    assert column(written(tmp_path, values), Kind.CATEGORY) == expected
+    assert column(written(tmp_path, values), Kind.CATEGORIES) == expected
+
+
+def test_lists_become_sets_of_categories(tmp_path: Path) -> None:
+    path = written(tmp_path, pa.array([["b", "a", "b"], [], None, ["a", None]]))
+    assert column(path, Kind.CATEGORIES) == [("a", "b"), (), (), ("a",)]
+
+
+@pytest.mark.parametrize("values", [pa.array([1, None, 3]), pa.array([1.0, None, 3.0], pa.float32())])
+def test_numbers_are_float64_and_null_is_nan(values: Any, tmp_path: Path) -> None:
+    assert np.array_equal(column(written(tmp_path, values), Kind.NUMBER), [1.0, np.nan, 3.0], equal_nan=True)
+
+
+def test_structs_are_entered_by_dots_and_a_column_with_dots_comes_first(tmp_path: Path) -> None:
+    path = written(tmp_path, pa.array([{"q": {"r": "in"}}, None, {"q": None}]))
+    assert column(path, Kind.CATEGORY, "p.q.r") == [("in",), (), ()]
+    pq.write_table(pa.table({"text": ["t"], "p": [{"q": "in"}], "p.q": ["flat"]}), path)
+    assert column(path, Kind.CATEGORY, "p.q") == [("flat",)]
+
+
+def test_a_column_that_is_not_there_is_null(tmp_path: Path) -> None:
+    path = written(tmp_path, pa.array(["a", "b"]))
+    assert column(path, Kind.CATEGORY, "other") == [(), ()]
+    assert column(path, Kind.CATEGORY, "p.q") == [(), ()]
+    assert np.isnan(column(path, Kind.NUMBER, "other")).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        (pa.array(["high"]), Kind.NUMBER, "has type string, which cannot be read as the number"),
+        (pa.array([True]), Kind.NUMBER, "has type bool, which cannot be read as the number"),
+        (
+            pa.array([["a"]]),
+            Kind.CATEGORY,
+            r"cannot be read as the category of data\.properties\.x\. Give it kind: categories",
+        ),
+        (pa.array([{"a": 1}]), Kind.CATEGORIES, "cannot be read as the categories"),
+    ],
+)
+def test_a_column_of_another_kind_is_refused(values: Any, kind: Kind, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        column(written(tmp_path, values), kind)
+
+
+def test_row_groups_are_blocks_and_units_share_them(tmp_path: Path) -> None:
+    path = written(tmp_path, pa.array([str(i) for i in range(100)]), row_group_size=7, use_dictionary=False)
+    fields = Fields(text="text", documents=True)
+    fmt = Parquet(unit_bytes=300)
+    assert len(fmt.units(path, path.stat().st_size)) > 5
+    blocks = [(b.offset, b.rows) for b, _ in read_blocks(scan(fmt, path, fields))]
+    assert blocks == [(i, 7) for i in range(14)] + [(14, 2)]
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+def test_rows_without_text_are_named_with_or_without_statistics(statistics: bool, tmp_path: Path) -> None:
+    path = tmp_path / "shard.parquet"
+    texts = [None if i in (3, 8) else "t" for i in range(10)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=4, write_statistics=statistics)
+    with pytest.raises(DataError) as caught:
+        scan(Parquet(), path, Fields(text="text"))
+    assert [note.split("row=")[1].split(":")[0] for note in caught.value.__notes__] == ["3", "8"]
+
+
+def test_a_file_without_the_text_column_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no column 'body', which data\.text names(.|\n)*It has: text, p"):
+        scan(Parquet(), written(tmp_path, pa.array(["a"])), Fields(text="body"))
+
+
+def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"not parquet, but long enough to be looked at")
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        scan(Parquet(), tmp_path / "x.parquet", Fields(text="text"))
+
+
+def test_text_may_be_binary_or_dictionary_and_lie_in_a_struct(tmp_path: Path) -> None:
+    path = tmp_path / "shard.parquet"
+    for text in (pa.array([b"a", "ü".encode()]), pa.array(["a", "ü"]).dictionary_encode()):
+        pq.write_table(pa.table({"doc": pa.StructArray.from_arrays([text], ["text"])}), path)
+        batches = scan(Parquet(), path, Fields(text="doc.text", documents=True))
+        assert [d for b in batches for d in b.documents or []] == ["a", "ü"]
+        reader = Parquet().open(path, "doc.text", BlockCache())
+        ((block, lengths),) = read_blocks(batches)
+        assert reader.documents(block, lengths, np.array([1])) == ["ü"]
+        reader.close()
+
+
+def test_a_file_of_no_rows_has_no_blocks(tmp_path: Path) -> None:
+    path = written(tmp_path, pa.array([], pa.string()))
+    assert read_blocks(scan(Parquet(), path, Fields(text="text"))) == []
+
+
+def test_a_shard_that_changed_is_refused_when_read(tmp_path: Path) -> None:
+    path = written(tmp_path, pa.array(["a", "b"]))
+    ((block, lengths),) = read_blocks(scan(Parquet(), path, Fields(text="text")))
+    written(tmp_path, pa.array(["a", "b", "c"]))
+    reader = Parquet().open(path, "text", BlockCache())
+    with pytest.raises(DataError, match="not what it was when it was indexed"):
+        reader.documents(block, lengths, np.array([0]))
+    reader.close()
