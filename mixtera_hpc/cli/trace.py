@@ -2,34 +2,36 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 __all__ = ["arguments", "run"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="run folder, run id or run name")
+    parser.add_argument("run_name", metavar="RUN", help="run id, name or folder")
     parser.add_argument("--step", type=int, help="the step to list")
     parser.add_argument("--rank", type=int, help="only what this rank was given")
     parser.add_argument(
         "--verify", action="store_true", help="prove that every planned sequence was consumed exactly once"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    parser.add_argument("--root", default=None, help="folder of all runs (default: runs, or $MIXTERA_RUNS)")
+    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from mixtera_hpc.cli.runs import find_run, run_config
     from mixtera_hpc.comm.communicator import Local
+    from mixtera_hpc.config.compose import load_config
+    from mixtera_hpc.config.runfolder import RunFolder, runs_root
     from mixtera_hpc.dataplane.journal import History
     from mixtera_hpc.dataplane.source import open_source
     from mixtera_hpc.errors import ConfigError
 
     if args.step is None and not args.verify:
         raise ConfigError("trace needs --step S, to list a step, or --verify, to prove the whole run.")
-    folder = find_run(args.run, args.root)
+    folder = RunFolder.find(args.run_name, args.root or runs_root())
     history = History(folder.journal)
-    source = open_source(run_config(folder), Local(), check=False)
+    source = open_source(load_config(folder.config), Local(), check=False)
     if args.verify:
         return _verify(source, folder, history, args.json)
     _list(source, folder, history, args)

@@ -1,6 +1,7 @@
 """One pass over a `Config` that lists everything wrong with it. Needs no cluster, no MPI, no index."""
 
 import re
+from typing import Any
 
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.schema import (
@@ -13,7 +14,7 @@ from mixtera_hpc.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from mixtera_hpc.errors import did_you_mean
+from mixtera_hpc.errors import ConfigError, did_you_mean
 
 __all__ = ["check", "check_data", "num_ranks", "parse_time", "problems"]
 
@@ -76,12 +77,26 @@ def _mixture(mixture: MixtureConfig) -> list[str]:
         found += _static_weights(mixture, weights)
     elif any(w is None for w in weights) and any(w is not None for w in weights):
         found.append("mixture.domains: some have a weight and some have none. Give all of them one, or none.")
+    if mixture.kind == "dynamic":
+        found += _algorithm(mixture.algorithm)
     if mixture.max_epochs is not None and not mixture.max_epochs > 0:
         found.append(f"mixture.max_epochs is {mixture.max_epochs}, expected more than 0, or null for no limit.")
     for i, domain in enumerate(mixture.domains):
         if not domain.key:
             found.append(f"mixture.domains[{i}].key is empty. Name at least one property, e.g. key: {{language: en}}.")
     return found
+
+
+def _algorithm(algorithm: dict[str, Any]) -> list[str]:
+    """The algorithm checks its own parameters."""
+    from mixtera_hpc.core.mixing.algorithm import make_algorithm
+
+    parameters = dict(algorithm)
+    try:
+        make_algorithm(str(parameters.pop("name", "ado")), parameters)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _static_weights(mixture: MixtureConfig, weights: list[float | None]) -> list[str]:

@@ -50,7 +50,7 @@ def forecast(source: Source, num_steps: int) -> Forecast:
         unit=source.config.mixture.unit,
         steps_asked=num_steps,
         num_steps=plan.num_steps,
-        bytes_per_step=_bytes_per_item(source) @ served / max(plan.num_steps, 1),
+        bytes_per_step=float(_bytes_per_item(source) @ served) / max(plan.num_steps, 1),
         domains=[
             DomainForecast(
                 name=name,

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.expand import Documents
 from mixtera_hpc.dataplane.source import Source
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import BlockRef, ShardReader
-from mixtera_hpc.formats.registry import open_reader
+from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["DocumentReader", "Span"]
 
@@ -41,6 +42,7 @@ class DocumentReader:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._cache = BlockCache()
         self._last: dict[int, tuple[tuple[int, int], NDArray[np.int32]]] = {}
 
     def span(self, domain: int, documents: Documents) -> Span:
@@ -128,7 +130,7 @@ class DocumentReader:
             return self._readers[shard]
         facts = self._source.facts
         path = Path(facts.data_root) / facts.shard_paths[shard]
-        reader = open_reader(facts.shard_formats[shard], path, facts.text)
+        reader = load_format(facts.shard_formats[shard]).open(path, facts.text, self._cache)
         self._readers[shard] = reader
         if len(self._readers) > MAX_OPEN_SHARDS:
             self._readers.popitem(last=False)[1].close()

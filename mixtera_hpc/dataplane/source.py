@@ -122,16 +122,16 @@ def open_source(config: Config, comm: Communicator, *, check: bool = True) -> So
         MixtureError: a domain key matches nothing, or a wished domain is empty.
     """
     tokenizer = _tokenizer(config)
-    facts, arrays = None, {}
+    facts: _Facts | None = None
+    arrays: dict[str, NDArray[Any]] = {}
     if comm.rank == 0:
         index = open_index(config.index.path, config.data.root)
         try:
             facts, arrays = _gather(config, index, tokenizer, check)
         finally:
             index.close()
-    facts = msgspec.json.decode(bcast_bytes(comm, msgspec.json.encode(facts) if facts else None), type=_Facts)
-    shared = _share(comm, arrays)
-    return _assemble(config, facts, shared, tokenizer)
+    known = msgspec.json.decode(bcast_bytes(comm, msgspec.json.encode(facts) if facts else None), type=_Facts)
+    return _assemble(config, known, _share(comm, arrays), tokenizer)
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:

@@ -130,11 +130,13 @@ class Trainer:
                 self._observer.step(self._step)
             stop, save = self._plane.stop_requested(), self._plane.save_requested()
             self._note(batch.step, time.perf_counter() - began)
-            if stop or self._step == self._training.stop_after:
+            if self._step == self._training.num_steps:
+                break
+            stop = stop or self._step == self._training.stop_after
+            if stop or save or (self._training.checkpoint_every and self._step % self._training.checkpoint_every == 0):
                 self._save()
+            if stop:
                 return self._stop_message()
-            if save or (self._training.checkpoint_every and self._step % self._training.checkpoint_every == 0):
-                self._save()
         self._save()
         return None
 
