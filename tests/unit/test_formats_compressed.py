@@ -68,7 +68,7 @@ def test_a_single_frame_is_a_single_block_however_long(tmp_path: Path) -> None:
     texts = [rng.bytes(500).hex() for _ in range(5000)]
     (tmp_path / "s").write_bytes(zstandard.compress(lines(*texts)))
     batches = scan(tmp_path / "s", "jsonl.zst")
-    assert len(batches) > 2, "a long block comes in several batches"
+    assert len(batches) > 1, "a long block comes in several batches"
     assert blocks_of(tmp_path / "s", "jsonl.zst") == [(0, (tmp_path / "s").stat().st_size, 5000)]
 
 
