@@ -1,4 +1,4 @@
-"""One stream of metric events, to JSONL and the log always, to TensorBoard or W&B when asked.
+"""One stream of metric events, to JSONL always and to TensorBoard or W&B when asked.
 
 Only rank 0 tracks. An event costs one encode and one `write` of a few hundred bytes, no fsync: what a killed process leaves
 behind is complete up to at most its last line.
@@ -13,7 +13,6 @@ import msgspec
 
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.track.progress import Progress
 
 __all__ = ["Fanout", "JsonLines", "Silent", "Tracker", "open_tracker"]
 
@@ -88,7 +87,7 @@ def open_tracker(config: Config, folder: RunFolder | None, *, rank: int, attempt
     """
     if rank != 0 or folder is None:
         return Silent()
-    trackers: list[Tracker] = [JsonLines(folder.metrics, attempt), Progress(config.training.num_steps)]
+    trackers: list[Tracker] = [JsonLines(folder.metrics, attempt)]
     if config.track.tensorboard:
         from mixtera_hpc.track.tensorboard import TensorBoard
 
@@ -97,7 +96,7 @@ def open_tracker(config: Config, folder: RunFolder | None, *, rank: int, attempt
         from mixtera_hpc.track.wandb import WeightsAndBiases
 
         trackers.append(WeightsAndBiases(config, folder))
-    return Fanout(trackers)
+    return trackers[0] if len(trackers) == 1 else Fanout(trackers)
 
 
 def _open_append(path: Path) -> Any:

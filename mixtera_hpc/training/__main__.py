@@ -7,8 +7,12 @@
 a job that Slurm requeues continues where it stopped. What Hydra's launcher cannot do: sweep the number of nodes.
 """
 
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.compose import conf_dir
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import MixteraError
 
 __all__ = ["main"]
 
@@ -42,6 +47,8 @@ def main(composed: Any) -> None:
 
 
 def _train(composed: Any, comm: Communicator, output: Path, overrides: Sequence[str]) -> None:
+    from mixtera_hpc.cli.progress import Progress
+    from mixtera_hpc.comm.watch import start_watch
     from mixtera_hpc.config.check import check
     from mixtera_hpc.config.compose import from_omegaconf
     from mixtera_hpc.config.convert import from_plain
@@ -50,7 +57,25 @@ def _train(composed: Any, comm: Communicator, output: Path, overrides: Sequence[
     config = from_plain(Config, from_omegaconf(composed))
     check(config)
     folder, attempt = _agreed_attempt(config, comm, output, overrides)
-    run_training(config, comm, folder, attempt)
+    with start_watch(comm, folder.attempt(attempt)) as watch, _recorded_end(folder, attempt, comm.rank):
+        run_training(config, comm, folder, attempt, Progress(config.training.num_steps, watch.step))
+
+
+@contextlib.contextmanager
+def _recorded_end(folder: RunFolder, attempt: int, rank: int) -> Iterator[None]:
+    """Let rank 0 write down how the attempt ended."""
+    from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt
+
+    began, code = time.monotonic(), 1
+    try:
+        yield
+        code = 0
+    except MixteraError as error:
+        code = error.exit_code
+        raise
+    finally:
+        if rank == 0:
+            end_attempt(folder, attempt, AttemptEnd(exit_code=code, elapsed_s=int(time.monotonic() - began)))
 
 
 def _agreed_attempt(
@@ -66,9 +91,6 @@ def _agreed_attempt(
 
 def _make_attempt(config: Config, num_ranks: int, output: Path, overrides: Sequence[str]) -> str:
     """`<attempt> <folder>` of a new run, or of the one this job began before it was requeued."""
-    import os
-    from datetime import UTC, datetime
-
     from mixtera_hpc.launch.attempts import new_attempt, record_start
     from mixtera_hpc.launch.prepare import prepare_run
 

@@ -1,0 +1,181 @@
+"""The reference trainer over a real index: what it records, saves and continues from."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import (
+    Config,
+    DataConfig,
+    DataPlaneConfig,
+    IndexConfig,
+    MixtureConfig,
+    PropertyConfig,
+    TrainingConfig,
+)
+from mixtera_hpc.errors import ConfigError, SavedAndStopped
+from mixtera_hpc.index.build import build_index
+from mixtera_hpc.tokens.train import train_bpe
+from mixtera_hpc.track.read import read_events
+from mixtera_hpc.training.checkpoint import load_newest
+from mixtera_hpc.training.trainer import run_training
+
+WORDS = [*"abcdefghijklmnop", "the", "cat", "return", "import", "garden", "(", ")", "=", "."]
+TRAINING = TrainingConfig(num_steps=10, num_layers=1, num_heads=2, embedding_dim=16, warmup_steps=2)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Three domains of 60 documents, indexed; ADO over chunks of 2 steps."""
+    root = tmp_path_factory.mktemp("data")
+    texts = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 60 + i % 7)) for i in range(180)]
+    rows = [json.dumps({"text": text, "kind": "abc"[i % 3]}) for i, text in enumerate(texts)]
+    (root / "part.jsonl").write_text("\n".join(rows) + "\n")
+    made = Config(
+        data=DataConfig(root=str(root), include=["*.jsonl"], properties={"kind": PropertyConfig(path="kind")}),
+        index=IndexConfig(path=str(root / "index.h5"), block_rows=16),
+        mixture=MixtureConfig(kind="dynamic", by=["kind"]),
+        dataplane=DataPlaneConfig(
+            tokenizer=str(train_bpe(texts, 300, root / "tokenizer.json")),
+            seq_len=16,
+            global_batch_size=6,
+            chunk_steps=2,
+        ),
+        training=TRAINING,
+    )
+    build_index(made, Local())
+    return made
+
+
+def with_training(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))
+
+
+def train(config: Config, path: Path, attempt: int = 1) -> RunFolder:
+    run_training(config, Local(), RunFolder(path), attempt)
+    return RunFolder(path)
+
+
+def told(run: RunFolder) -> list[tuple[Any, ...]]:
+    """What must not depend on interruptions."""
+    events = read_events(run.metrics / "steps.jsonl")
+    return [(e["step"], e["loss"], e["domain_loss"], e["domain_tokens"], e["learning_rate"]) for e in events]
+
+
+@pytest.fixture(scope="module")
+def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run without interruption."""
+    return train(config, tmp_path_factory.mktemp("whole"))
+
+
+def test_every_step_is_recorded_with_every_token_counted_once(whole: RunFolder) -> None:
+    events = read_events(whole.metrics / "steps.jsonl")
+    assert [e["step"] for e in events] == list(range(10))
+    for event in events:
+        assert event["tokens"] == sum(event["domain_tokens"])
+        assert sum(event["domain_sequences"]) == 6
+        assert 0.9 * 6 * 16 <= event["tokens"] <= 6 * 16
+    assert events[-1]["loss"] < events[0]["loss"]
+
+
+def test_an_attempt_says_what_it_ran_on(whole: RunFolder) -> None:
+    (event,) = read_events(whole.metrics / "attempts.jsonl")
+    assert (event["step"], event["num_ranks"], event["num_nodes"], event["device"]) == (0, 1, 1, "cpu × 1")
+    assert event["domains"] == ["kind=a", "kind=b", "kind=c"]
+    assert event["num_parameters"] == event["vocab_size"] * 16 + 12 * 16**2 + 3 * 16
+
+
+def test_the_end_is_saved(whole: RunFolder) -> None:
+    found = load_newest(whole.checkpoints)
+    assert found is not None
+    assert found.step == 10
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 9])
+def test_stopped_and_continued_is_as_if_never_stopped(
+    config: Config, whole: RunFolder, tmp_path: Path, stop_after: int
+) -> None:
+    with pytest.raises(SavedAndStopped, match=f"Stopped after {stop_after} of 10 steps"):
+        train(with_training(config, stop_after=stop_after), tmp_path)
+    run = train(config, tmp_path, attempt=2)
+    assert told(run) == told(whole)
+    mine, theirs = load_newest(run.checkpoints), load_newest(whole.checkpoints)
+    assert mine is not None
+    assert theirs is not None
+    assert all(torch.equal(mine.model[name], theirs.model[name]) for name in theirs.model)
+
+
+def test_a_lost_attempt_is_done_again_from_its_last_checkpoint(
+    config: Config, whole: RunFolder, tmp_path: Path
+) -> None:
+    run = train(with_training(config, checkpoint_every=3, keep_checkpoints=9), tmp_path)
+    assert [p.name[-2:] for p in sorted(run.checkpoints.glob("step_*"))] == ["03", "06", "09", "10"]
+    for step in (9, 10):
+        (run.checkpoints / f"step_{step:08d}" / "model.pt").unlink()
+    with pytest.warns(UserWarning) as caught:
+        train(config, tmp_path, attempt=2)
+    assert ["step_00000010" in str(caught[0].message), "step_00000009" in str(caught[1].message)] == [True, True]
+    attempts = [e["attempt"] for e in read_events(run.metrics / "steps.jsonl")]
+    assert attempts == [1] * 6 + [2] * 4
+    assert told(run) == told(whole)
+
+
+def test_micro_batches_change_nothing_but_the_memory_needed(config: Config, whole: RunFolder, tmp_path: Path) -> None:
+    cut = train(with_training(config, micro_batch_size=4), tmp_path)
+    assert [e[1] for e in told(cut)] == pytest.approx([e[1] for e in told(whole)], abs=1e-5)
+    assert [e[3] for e in told(cut)] == [e[3] for e in told(whole)]
+
+
+def test_lines_over_several_steps_add_up_to_the_same_tokens(config: Config, whole: RunFolder, tmp_path: Path) -> None:
+    events = read_events(train(with_training(config, log_every=4), tmp_path).metrics / "steps.jsonl")
+    assert [(e["step"], e["num_steps"]) for e in events] == [(3, 4), (7, 4), (9, 2)]
+    assert sum(e["tokens"] for e in events) == sum(e["tokens"] for e in read_events(whole.metrics / "steps.jsonl"))
+
+
+def test_a_finished_run_has_nothing_to_do(config: Config, tmp_path: Path) -> None:
+    run = train(config, tmp_path)
+    before = told(run)
+    train(config, tmp_path, attempt=2)
+    assert told(run) == before
+
+
+def test_a_stop_at_the_last_step_is_the_end(config: Config, tmp_path: Path) -> None:
+    train(with_training(config, stop_after=10), tmp_path)
+
+
+def test_training_ends_with_the_data(config: Config, tmp_path: Path) -> None:
+    mixture = dataclasses.replace(config.mixture, kind="natural", on_exhausted="stop", max_epochs=0.2)
+    run = train(dataclasses.replace(with_training(config, num_steps=1000), mixture=mixture), tmp_path)
+    found = load_newest(run.checkpoints)
+    assert found is not None
+    assert 0 < found.step < 1000
+    assert len(told(run)) == found.step
+
+
+def test_a_control_file_stops_the_run(config: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.control.mkdir()
+    (run.control / "stop").touch()
+    with pytest.raises(SavedAndStopped):
+        train(config, tmp_path)
+    assert told(train(config, tmp_path, attempt=2))[-1][0] == 9
+
+
+def test_another_model_cannot_continue(config: Config, tmp_path: Path) -> None:
+    train(with_training(config, num_steps=2), tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"training\.num_layers is 2, but the checkpoint of step 2 was written with 1"
+    ):
+        train(with_training(config, num_layers=2), tmp_path, attempt=2)
+
+
+def test_a_trainer_needs_tokens(config: Config, tmp_path: Path) -> None:
+    plane = dataclasses.replace(config.dataplane, tokenizer=None)
+    with pytest.raises(ConfigError, match=r"dataplane\.tokenizer is not set"):
+        train(dataclasses.replace(config, dataplane=plane), tmp_path)
