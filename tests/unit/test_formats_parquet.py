@@ -95,11 +95,11 @@ def test_a_column_of_another_kind_is_refused(values: Any, kind: Kind, message: s
 
 def test_row_groups_are_blocks_and_units_share_them(tmp_path: Path) -> None:
     path = written(tmp_path, pa.array([str(i) for i in range(100)]), row_group_size=7, use_dictionary=False)
-    fields = Fields(text="text", documents=True)
-    fmt = Parquet(unit_bytes=300)
-    assert len(fmt.units(path, path.stat().st_size)) > 5
-    blocks = [(b.offset, b.rows) for b, _ in read_blocks(scan(fmt, path, fields))]
-    assert blocks == [(i, 7) for i in range(14)] + [(14, 2)]
+    fields, footer = Fields(text="text", documents=True), pq.read_metadata(path)
+    begins = [footer.row_group(i).column(0).data_page_offset for i in range(15)]
+    for unit_bytes in (300, 10**9, *begins[:5]):
+        blocks = read_blocks(scan(Parquet(unit_bytes=unit_bytes), path, fields))
+        assert [(b.offset, b.rows) for b, _ in blocks] == [(i, 7) for i in range(14)] + [(14, 2)]
 
 
 @pytest.mark.parametrize("statistics", [True, False])
