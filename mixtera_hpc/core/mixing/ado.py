@@ -237,7 +237,7 @@ class Ado:
         rule, known = self.variant, state.laws.known
         speed = state.laws.speed(state.num_seen, rule.min_alpha)
         measured = state.prior * known
-        typical = (measured @ np.where(known, speed, 0.0)) / max(measured.sum(), np.finfo(np.float64).tiny)
+        typical = (measured * np.where(known, speed, 0.0)).sum() / max(measured.sum(), np.finfo(np.float64).tiny)
         factor = np.sqrt(credit * (1 - credit)) if rule.credit == "spread" else credit**self.config.credit_power
         preference = state.prior * factor * np.where(known, speed, typical)
         total = preference.sum()

@@ -74,7 +74,8 @@ def _derivatives(
         stiff = stiffness * slope
         for j in range(i + 1):
             curvature[:, i, j] = curvature[:, j, i] = np.einsum("km,km->k", stiff, slopes[j])
-    bend = (pull * share) @ np.stack([np.ones_like(points.log_n), -points.log_n, points.log_n**2], axis=1)
+    powers = np.stack([np.ones_like(points.log_n), -points.log_n, points.log_n**2])
+    bend = np.einsum("km,im->ki", pull * share, powers)
     curvature[:, :2, :2] += bend[:, [[0, 1], [1, 2]]]
     return gradient, curvature
 

@@ -4,6 +4,7 @@ The objective is ADO's: a Huber loss on log L, quadratic below a residual of 0.0
 alpha the law is linear in (epsilon, beta), so a grid over alpha turns each reweighted least-squares pass into three matrix
 products, and the best alpha of every domain is found globally; `refinement` then descends to the minimum of the objective
 itself. Price: about 15 passes over a (num_domains, num_points) array, then some twenty more over the rows still moving.
+The products are einsums, not BLAS calls: their bits do not depend on how many threads a node gives the process.
 
 The three numbers are not identifiable from noisy losses; the slope at the current n is. Compare speeds, not parameters.
 Source: arXiv 2410.11820, equation (1).
@@ -106,14 +107,14 @@ class _Grid:
 
     alphas: NDArray[np.float64]
     powers: NDArray[np.float64]
-    """(n_last / n)^alpha; shape (num_points, num_alphas)."""
+    """(n_last / n)^alpha; shape (num_alphas, num_points)."""
     log_n_last: float
     bounds: LawBounds
 
     @classmethod
     def of(cls, points: LossPoints, bounds: LawBounds) -> "_Grid":
         alphas = bounds.max_alpha * np.arange(1, NUM_ALPHAS + 1) / NUM_ALPHAS
-        powers = np.exp(np.outer(points.log_n[-1] - points.log_n, alphas))
+        powers = np.exp(np.outer(alphas, points.log_n[-1] - points.log_n))
         return cls(alphas=alphas, powers=powers, log_n_last=float(points.log_n[-1]), bounds=bounds)
 
     @property
@@ -124,8 +125,9 @@ class _Grid:
 def _least_squares(loss: NDArray[np.float64], weight: NDArray[np.float64], grid: _Grid) -> NDArray[np.float64]:
     """Minimise sum weight · (law - loss)² over the grid's laws, exactly for every alpha; shape (num_domains, 3)."""
     weighted = weight * loss
-    x, xx = weight @ grid.powers, weight @ grid.powers**2
-    xy, one, y = weighted @ grid.powers, weight.sum(axis=1)[:, None], weighted.sum(axis=1)[:, None]
+    pairs = ((weight, grid.powers), (weight, grid.powers**2), (weighted, grid.powers))
+    x, xx, xy = (np.einsum("km,am->ka", values, powers) for values, powers in pairs)
+    one, y = weight.sum(axis=1)[:, None], weighted.sum(axis=1)[:, None]
     epsilon, last = _boxed(_Normal(one, x, xx, y, xy), grid)
     value = epsilon * (epsilon * one - 2 * y) + last * (2 * epsilon * x + last * xx - 2 * xy)
     best = value.argmin(axis=1)
