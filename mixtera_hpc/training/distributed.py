@@ -99,9 +99,10 @@ class Gradients:
         """Begin a step."""
         self._buffer.zero_()
 
-    def count(self, num_tokens: Tensor) -> None:
-        """Say how many more tokens the gradients are the sum over."""
-        self._num_tokens += num_tokens
+    def add(self, loss: Tensor, counted: Tensor) -> None:
+        """Add the gradients of the summed losses of the tokens that count; `loss` and bool `counted` are (B, T)."""
+        loss.masked_fill(~counted, 0.0).sum().backward()
+        self._num_tokens += counted.sum()
 
     def average(self, replicas: Replicas) -> None:
         """Turn this rank's sums into the mean over the global batch's counted tokens. **Collective.**"""

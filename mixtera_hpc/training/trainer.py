@@ -160,8 +160,7 @@ class Trainer:
         device = self._replicas.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = self._model(tokens)
-        loss.masked_fill(~counted, 0.0).sum().backward()
-        self._gradients.count(counted.sum())
+        self._gradients.add(loss, counted)
         self._plane.record(batch, loss.detach(), rows)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:

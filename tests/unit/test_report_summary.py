@@ -77,9 +77,9 @@ def test_a_finished_run_has_nothing_left(make_run: RunMaker) -> None:
 
 
 def test_efficiency_is_measured_against_the_fewest_ranks(make_run: RunMaker) -> None:
-    four = make_run(["en"], [(0, 8)], run_id="b", num_ranks=4, tokens_per_s=300.0)
-    one = make_run(["en"], [(0, 8)], run_id="a", num_ranks=1, tokens_per_s=100.0)
-    first, second = scaling_table([load_record(four), load_record(one)])
+    eight = make_run(["en"], [(0, 8)], run_id="b", num_ranks=8, tokens_per_s=300.0)
+    two = make_run(["en"], [(0, 8)], run_id="a", num_ranks=2, tokens_per_s=100.0)
+    first, second = scaling_table([load_record(eight), load_record(two)])
     assert (first.run_id, first.speedup, first.efficiency) == ("a", 1.0, 1.0)
-    assert (second.ranks, second.speedup, second.efficiency) == (4, pytest.approx(3.0), pytest.approx(0.75))
-    assert second.tokens_per_s_per_rank == pytest.approx(75.0)
+    assert (second.ranks, second.speedup, second.efficiency) == (8, pytest.approx(3.0), pytest.approx(0.75))
+    assert second.tokens_per_s_per_rank == pytest.approx(37.5)

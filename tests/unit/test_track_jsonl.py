@@ -50,6 +50,15 @@ def test_a_resumed_attempt_replaces_the_steps_it_did_again(tmp_path: Path) -> No
     assert [e["attempt"] for e in events] == [1] * 6 + [2] * 3 + [3] * 2
 
 
+def test_an_attempt_that_went_further_back_replaces_those_before_it(tmp_path: Path) -> None:
+    for attempt, steps in enumerate((range(10), range(6, 12), range(3, 5)), 1):
+        write(tmp_path, attempt, steps)
+    assert [(e["attempt"], e["step"]) for e in read_events(tmp_path / "steps.jsonl")] == [
+        *((1, 0), (1, 1), (1, 2)),
+        *((3, 3), (3, 4)),
+    ]
+
+
 def test_an_attempt_that_starts_over_replaces_everything(tmp_path: Path) -> None:
     write(tmp_path, 1, range(10))
     write(tmp_path, 2, range(3))

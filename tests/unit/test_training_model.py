@@ -17,8 +17,8 @@ def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(50, shape, generator=torch.Generator().manual_seed(1))
 
 
-def build(seed: int = 0) -> GPT:
-    return build_model(dataclasses.replace(TINY, seed=seed), vocab_size=50, seq_len=12)
+def build(**changes: int) -> GPT:
+    return build_model(dataclasses.replace(TINY, **changes), vocab_size=50, seq_len=12)
 
 
 def test_initial_weights_depend_on_the_seed_and_nothing_else() -> None:
@@ -46,8 +46,8 @@ def test_a_prediction_sees_no_later_token() -> None:
 
 
 def test_positions_matter() -> None:
-    """Without them, swapping two early tokens would leave later predictions as they were."""
-    model, before = build(), tokens(1, 13)
+    """Without them, one layer would not notice that two early tokens changed places."""
+    model, before = build(num_layers=1), tokens(1, 13)
     before[0, 0], before[0, 1] = 3, 4
     after = before.clone()
     after[0, 0], after[0, 1] = 4, 3
