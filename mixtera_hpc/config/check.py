@@ -246,7 +246,10 @@ def _limits(job: JobConfig, cluster: ClusterConfig, seconds: int) -> list[str]:
 
 
 def _batch_split(config: Config) -> list[str]:
+    """Whether the job's ranks can share a batch. One rank says nothing: mpiexec may start more, and they check again."""
     ranks, plane = num_ranks(config), config.dataplane
+    if ranks == 1:
+        return []
     if ranks % plane.dp_group_size:
         return [f"dataplane.dp_group_size is {plane.dp_group_size}, which does not divide the job's {ranks} ranks."]
     groups = ranks // plane.dp_group_size

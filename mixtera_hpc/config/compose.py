@@ -47,7 +47,7 @@ def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="mixtera-hpc"):
         try:
-            return from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*_search_path(), *overrides]))
+            return from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*_search_path(), *map(_open, overrides)]))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error, overrides)) from None
 
@@ -82,6 +82,16 @@ def load_config(path: Path) -> Config:
         ConfigError: the file was written by another version, or by hand; every problem is named.
     """
     return from_plain(Config, load_yaml(path))
+
+
+OPEN_KEYS = ("data.properties", "mixture.algorithm", "cluster.env", "cluster.sbatch")
+"""Mappings whose keys are the user's: they are set without Hydra's `+`."""
+
+
+def _open(override: str) -> str:
+    key = override.partition("=")[0]
+    inside = any(key == name or key.startswith(f"{name}.") for name in OPEN_KEYS)
+    return f"++{override}" if inside else override
 
 
 def _search_path() -> list[str]:

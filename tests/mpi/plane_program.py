@@ -1,0 +1,56 @@
+"""Serves steps of a data plane on every rank, with losses that depend on the tokens only, and prints what it served.
+
+mpiexec -n N python -m mpi4py plane_program.py FOLDER ATTEMPT STEPS [OVERRIDES…]
+
+With a state saved in FOLDER it goes on from there. Saves its state at the end.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mixtera_hpc.comm.launch import open_communicator
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.dataplane.plane import DataPlane
+
+
+def load(folder: Path) -> dict[str, object] | None:
+    if not (folder / "state.json").exists():
+        return None
+    with np.load(folder / "state.npz", allow_pickle=False) as arrays:
+        return {"json": json.loads((folder / "state.json").read_text()), "arrays": dict(arrays)}
+
+
+def save(folder: Path, state: dict[str, object] | None) -> None:
+    if state is not None:
+        (folder / "state.json").write_text(json.dumps(state["json"]))
+        np.savez(folder / "state.npz", **state["arrays"])
+
+
+def main() -> None:
+    folder, attempt, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    comm = open_communicator()
+    with DataPlane.open(compose(sys.argv[4:]), comm=comm, folder=RunFolder(folder), attempt=attempt) as plane:
+        if (state := load(folder)) is not None:
+            plane.load_state_dict(state if comm.rank == 0 else None)
+        statistics = []
+        for batch in plane:
+            targets = batch.tokens[:, 1:]
+            loss = 1.0 + (targets % 97) / 97 + 5.0 / (1 + batch.domain_ids[:, None] + batch.step)
+            half = len(loss) // 2
+            plane.record(batch, loss[:half], slice(0, half))
+            plane.record(batch, loss[half:], slice(half, None))
+            statistics += plane.completed_statistics()
+            if plane.stop_requested() or batch.step + 1 == steps:
+                break
+        save(folder, plane.state_dict())
+        statistics += plane.completed_statistics()
+        if comm.rank == 0:
+            sums = [[s.step, s.loss_sum.tolist(), s.num_tokens.tolist()] for s in statistics]
+            print(json.dumps({"next_step": plane.next_step, "statistics": sums}))
+
+
+main()

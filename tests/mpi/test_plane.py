@@ -1,0 +1,133 @@
+"""The data plane over real ranks: the same samples, losses and learned mixtures for any number of them, restarts included."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.source import open_source
+from mixtera_hpc.dataplane.trace import verify
+
+PROGRAM = Path(__file__).with_name("plane_program.py")
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+LEARNED = [
+    "mixture=ado",
+    "mixture.by=[source]",
+    "mixture.algorithm={name:ado,warmup:6,refit_interval:6}",
+    "dataplane.seq_len=16",
+    "dataplane.global_batch_size=24",
+    "dataplane.chunk_steps=3",
+    "dataplane.audit=true",
+]
+STEPS = 30
+
+Serve = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def overrides(collection: list[str]) -> list[str]:
+    return [*(o for o in collection if not o.startswith("mixture.by")), *LEARNED]
+
+
+@pytest.fixture(scope="module")
+def serve(overrides: list[str]) -> Serve:
+    def launch(
+        folder: Path, ranks: int, attempt: int = 1, steps: int = STEPS, more: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        words = [sys.executable, "-m", "mpi4py", PROGRAM, folder, str(attempt), str(steps), *overrides, *more]
+        done = subprocess.run([MPIEXEC, "-n", str(ranks), *words], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def alone(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return folder, serve(folder, 1)
+
+
+def weights(folder: Path) -> list[list[int]]:
+    """Of every chunk, by the attempt that counts."""
+    history = History(RunFolder(folder).journal)
+    return [history.plan_of(step).weights.tolist() for step in range(0, STEPS, 3)]
+
+
+def consumed(folder: Path) -> dict[tuple[int, int], str]:
+    """(step, position) → digest, by the attempt that counts."""
+    run = RunFolder(folder)
+    history = History(run.journal)
+    found = {}
+    for attempt in history.attempts:
+        for path in run.audit(attempt.number).glob("*.jsonl"):
+            for line in map(json.loads, path.read_text().splitlines()):
+                if history.attempt_of(line["step"]).number == attempt.number:
+                    found |= {(line["step"], p): d for p, d in zip(line["positions"], line["digests"], strict=True)}
+    return found
+
+
+def test_the_mixture_is_learned(alone: tuple[Path, dict[str, Any]]) -> None:
+    """The other tests compare something that moves."""
+    first, *_, last = weights(alone[0])
+    assert first != last
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_any_number_of_ranks_serves_and_learns_the_same(
+    ranks: int, serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, expected = alone
+    assert serve(tmp_path / "run", ranks) == expected
+    assert weights(tmp_path / "run") == weights(folder)
+    assert consumed(tmp_path / "run") == consumed(folder)
+
+
+@pytest.mark.parametrize(("first", "second", "stop"), [(4, 2, 13), (2, 3, 15), (1, 4, 2)])
+def test_a_restart_with_other_ranks_changes_nothing(
+    first: int, second: int, stop: int, serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, expected = alone
+    begun = serve(tmp_path / "run", first, 1, stop)
+    finished = serve(tmp_path / "run", second, 2)
+    assert begun["next_step"] == stop
+    assert begun["statistics"] + finished["statistics"] == expected["statistics"]
+    assert weights(tmp_path / "run") == weights(folder)
+    assert consumed(tmp_path / "run") == consumed(folder)
+
+
+def test_the_proof_holds_over_both_attempts(serve: Serve, overrides: list[str], tmp_path: Path) -> None:
+    serve(tmp_path / "run", 2, 1, 10)
+    serve(tmp_path / "run", 3, 2, 20)
+    run = RunFolder(tmp_path / "run")
+    verdict = verify(open_source(compose(overrides), Local()), run, History(run.journal))
+    assert (verdict.num_steps, verdict.num_sequences, verdict.num_attempts) == (20, 480, 2)
+
+
+def test_peers_of_a_dp_group_get_the_same_and_are_counted_once(
+    serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    assert serve(tmp_path / "run", 4, more=("dataplane.dp_group_size=2",)) == alone[1]
+    assert consumed(tmp_path / "run") == consumed(alone[0])
+
+
+def test_a_stop_asked_of_one_rank_stops_all_at_the_same_step(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "run" / "control").mkdir(parents=True)
+    (tmp_path / "run" / "control" / "stop").touch()
+    assert serve(tmp_path / "run", 3)["next_step"] == 2
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(serve: Serve, overrides: list[str], tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "mpi4py", PROGRAM, tmp_path / "run", "1", "5", *overrides]
+    done = subprocess.run([MPIEXEC, "-n", "5", *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "cannot be shared evenly by 5 ranks" in done.stderr

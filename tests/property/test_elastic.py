@@ -1,0 +1,144 @@
+"""Promises 2 and 3: what a step contains depends neither on ranks nor on where a run was stopped, and nothing is lost or doubled."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose_plain
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Share
+from mixtera_hpc.dataplane.source import Source, open_source
+
+BATCH = 12
+Settings = dict[str, object]
+
+
+@pytest.fixture(scope="module")
+def plain(collection: list[str]) -> dict[str, object]:
+    return compose_plain([*collection, f"dataplane.global_batch_size={BATCH}", "dataplane.audit=true"])
+
+
+def source_of(plain: dict[str, object], mixture: Settings, plane: Settings) -> Source:
+    changed = {**plain, "mixture": {**plain["mixture"], **mixture}, "dataplane": {**plain["dataplane"], **plane}}
+    return open_source(from_plain(Config, changed), Local())
+
+
+MIXTURES = st.fixed_dictionaries(
+    {
+        "kind": st.just("natural"),
+        "by": st.sampled_from([["source"], [], ["tags"]]),
+        "on_exhausted": st.sampled_from(["repeat", "redistribute", "stop"]),
+        "max_epochs": st.sampled_from([None, 0.5, 1.0, 2.5]),
+        "unit": st.sampled_from(["tokens", "samples"]),
+    }
+)
+PLANES = st.fixed_dictionaries(
+    {
+        "seq_len": st.sampled_from([5, 32, 200]),
+        "overlap": st.booleans(),
+        "add_eos": st.booleans(),
+        "chunk_steps": st.integers(1, 5),
+        "seed": st.integers(0, 3),
+        "shuffle": st.sampled_from(["none", "block", "window"]),
+        "shuffle_window": st.integers(1, 12),
+    }
+)
+
+
+def plans(source: Source, num_chunks: int, state: PlannerState | None = None) -> list[tuple[ChunkPlan, PlannerState]]:
+    state, found = state or PlannerState.start(source.num_domains), []
+    for _ in range(num_chunks):
+        plan, state = source.planner.plan(state, source.weights)
+        found.append((plan, state))
+        if plan.last:
+            break
+    return found
+
+
+def content(batch: Batch) -> list[object]:
+    return list(batch.digests) if batch.digests else [repr(p) for p in batch.payloads or []]
+
+
+def served(
+    source: Source, rank: int, num_ranks: int, group: int, chosen: list[ChunkPlan], first: int = 0
+) -> list[Batch]:
+    maker = BatchMaker(source, Share.of_rank(rank, num_ranks, group, BATCH), audit=True)
+    return [batch for plan in chosen for batch in maker.batches(plan, first)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(MIXTURES, PLANES, st.sampled_from([(2, 1), (3, 1), (4, 2), (12, 1), (6, 3)]), st.integers(0, 12))
+def test_ranks_groups_and_restarts_change_nothing(
+    plain: dict[str, object], mixture: Settings, plane: Settings, shape: tuple[int, int], stop: int
+) -> None:
+    source = source_of(plain, mixture, plane)
+    made = plans(source, 4)
+    whole = {b.step: content(b) for b in served(source, 0, 1, 1, [plan for plan, _ in made])}
+    num_ranks, group = shape
+    parts: dict[int, list[object]] = {}
+    for rank in range(0, num_ranks, group):
+        peers = [served(source, rank + k, num_ranks, group, [p for p, _ in made]) for k in range(group)]
+        for peer in peers[1:]:
+            assert [content(b) for b in peer] == [content(b) for b in peers[0]]
+        for batch in peers[0]:
+            parts.setdefault(batch.step, []).extend(content(batch))
+    assert parts == whole
+    resumed = [p for p, _ in made if p.first_step + p.num_steps > stop]
+    again = served(source, 0, 1, 1, resumed, first=stop)
+    assert {b.step: content(b) for b in again} == {s: c for s, c in whole.items() if s >= stop}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PLANES, st.sampled_from([["source"], []]))
+def test_an_epoch_of_samples_holds_every_sample_once(plain: dict[str, object], plane: Settings, by: list[str]) -> None:
+    mixture = {"by": by, "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
+    source = source_of(plain, mixture, plane)
+    batches = served(source, 0, 1, 1, [plan for plan, _ in plans(source, 1000)])
+    payloads = [p for b in batches for p in b.payloads or []]
+    ids = [p["meta"]["id"] for p in payloads]
+    rows, _ = source.layout.table.totals()
+    assert len(set(ids)) == len(ids) == rows.sum() - rows.sum() % BATCH
+    if by:
+        names = [source.names[d] for b in batches for d in b.domain_ids]
+        assert names == [f"source={p['meta']['source']}" for p in payloads]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PLANES, st.integers(0, 9))
+def test_sequences_of_a_domain_are_its_stream_cut_without_gaps(
+    plain: dict[str, object], plane: Settings, domain: int
+) -> None:
+    """Two epochs of one domain, put together from sequences, hold the tokens of all its documents twice, none lost."""
+    source = source_of(plain, {"max_epochs": 2.0, "on_exhausted": "redistribute"}, plane)
+    grid, items = source.grid, int(source.layout.epoch_items()[domain])
+    capacity = int(source.planner.capacity[domain])
+    if not capacity:
+        return
+    maker = BatchMaker(source, Share(first=0, size=BATCH), audit=False)
+    stream = np.concatenate(
+        [
+            maker._reader.span(domain, maker._streams.documents(domain, *grid.span(k, 1))).tokens[: grid.stride]
+            for k in range(capacity)
+        ]
+    )
+    whole = maker._reader.span(domain, maker._streams.documents(domain, 0, 2 * items)).tokens
+    assert np.array_equal(stream, whole[: len(stream)])
+    assert len(whole) - len(stream) < grid.length + grid.stride
+    assert np.array_equal(np.sort(whole[:items]), np.sort(whole[items:]))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PLANES)
+def test_tokens_count_except_where_a_document_begins(plain: dict[str, object], plane: Settings) -> None:
+    source = source_of(plain, {}, plane)
+    [plan] = [p for p, _ in plans(source, 1)]
+    for batch in islice(BatchMaker(source, Share(first=0, size=BATCH), audit=False).batches(plan, 0), 3):
+        borders = np.diff(batch.document_ids, axis=1) != 0
+        assert np.array_equal(batch.loss_mask, ~borders)
+        assert (np.diff(batch.document_ids, axis=1) >= 0).all()
