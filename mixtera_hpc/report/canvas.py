@@ -65,7 +65,7 @@ class Canvas:
         resumed = record.resumed_at
         for attempt, step in resumed:
             axes.axvline(step, color=MUTED, lw=0.7, zorder=3)
-            if len(resumed) <= (8 if self.wide else 2):
+            if self.wide and len(resumed) <= 8:
                 place = {"xy": (step, 1.02), "xycoords": ("data", "axes fraction"), "ha": "center"}
                 axes.annotate(f"attempt {attempt}", **place, color=MUTED, fontsize=7.5)
 

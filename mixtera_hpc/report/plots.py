@@ -108,7 +108,7 @@ PLOTS: dict[str, tuple[Callable[[Record, Canvas], Figure | None], str, str]] = {
     "data_wait": (
         data_wait_plot,
         "Waiting for data",
-        "How much of each step rank 0 waited for its batch; dashed is 0.1 %.",
+        "How much of each step rank 0 waited for its batch; dashed is a thousandth.",
     ),
     "communication": (
         talk_plot,

@@ -76,7 +76,8 @@ class Replicas:
         address, port = _broadcast_endpoint(comm, address, port)
         if comm.rank != 0:
             self._store = _open_store(address, port, comm)
-        dist.init_process_group(backend, store=self._store, rank=comm.rank, world_size=comm.size)
+        on_gpu = self.device if self.device.type == "cuda" else None
+        dist.init_process_group(backend, store=self._store, rank=comm.rank, world_size=comm.size, device_id=on_gpu)
 
 
 class Gradients:
