@@ -35,7 +35,7 @@ ONLY_IN = {
     "torch": ["training/", "dataplane/losses.py", "cli/doctor.py"],
     "submitit": ["launch/"],
     "matplotlib": ["report/"],
-    "scipy": ["core/mixing/"],
+    "scipy": [],
     "rich": ["cli/", "report/"],
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
