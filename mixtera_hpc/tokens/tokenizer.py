@@ -1,7 +1,7 @@
 """One protocol over tokenizers, and the two libraries behind it.
 
 `gigatoken` does the work; Hugging Face's `tokenizers` reads what it cannot, and checks it. Neither adds special tokens here:
-where a document ends is the data plane's decision. Calling into gigatoken costs some 30 µs, so documents come in batches.
+where a document ends is the data plane's decision. Price: some 3 µs per kB and core.
 """
 
 import hashlib
@@ -51,6 +51,12 @@ class Tokenizer(Protocol):
         ...
 
 
+FEW_DOCUMENTS = 100
+"""Below this many documents one call each is faster: the library's batches cost 0.4 ms before the first token."""
+
+_NO_TOKENS = np.zeros(0, np.uint32)
+
+
 class Gigatoken:
     """`Tokenizer` over gigatoken; one thread per call, the GIL released."""
 
@@ -63,6 +69,9 @@ class Gigatoken:
         self.fingerprint = _fingerprint(definition)
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
+        if len(documents) < FEW_DOCUMENTS:
+            tokens = [self._tokenizer.encode(document) for document in documents]
+            return np.concatenate([_NO_TOKENS, *tokens]), _offsets([len(t) for t in tokens])
         layout = self._tokenizer.encode_batch(list(documents), parallel=False).layout
         offsets = np.asarray(layout.offsets.data, np.int64)
         return np.asarray(layout.content.data, np.uint32)[offsets[0] : offsets[-1]], offsets - offsets[0]
@@ -84,8 +93,13 @@ class HuggingFace:
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         ids = [e.ids for e in self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)]
-        offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids], dtype=np.int64)]).astype(np.int64)
-        return np.array([token for i in ids for token in i], np.uint32), offsets
+        return np.array([token for i in ids for token in i], np.uint32), _offsets([len(i) for i in ids])
+
+
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
