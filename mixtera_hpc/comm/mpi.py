@@ -103,7 +103,7 @@ class Mpi:
         self._windows.clear()
         self._duplicates.clear()
         for comm in (self._leaders, self._node, self._comm):
-            if comm != self._mpi.COMM_NULL:
+            if comm != self._mpi.COMM_NULL:  # Free sets it: freeing twice does no harm.
                 comm.Free()
 
     def library(self) -> str:

@@ -38,7 +38,7 @@ class Agreement:
     stop: bool
     save: bool
     reduce_s: float
-    """Seconds from posting to completion, on this rank."""
+    """Seconds this rank waited for it; 0 when it was done before it was needed."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,6 @@ class _UnderWay:
     buffer: Ints
     result: Ints
     request: Request
-    posted_s: float
 
 
 class Feedback:
@@ -68,24 +67,25 @@ class Feedback:
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
         request = self._comm.Iallreduce(buffer, result)
-        self._under_way.append(_UnderWay(step, buffer, result, request, time.perf_counter()))
+        self._under_way.append(_UnderWay(step, buffer, result, request))
 
     def poll(self) -> list[Agreement]:
         """What has completed since the last call."""
         done = []
         while self._under_way and self._under_way[0].request.Test():
-            done.append(self._take())
+            done.append(self._take(reduce_s=0.0))
         return done
 
     def wait_for(self, step: int) -> list[Agreement]:
         """Like `poll`, but with everything up to `step` in it. **Collective.**"""
         done = []
         while self._under_way and self._under_way[0].step <= step:
+            began = time.perf_counter()
             wait(self._under_way[0].request)
-            done.append(self._take())
+            done.append(self._take(reduce_s=time.perf_counter() - began))
         return done
 
-    def _take(self) -> Agreement:
+    def _take(self, reduce_s: float) -> Agreement:
         sent = self._under_way.popleft()
         rows = sent.result[:-3].reshape(NUM_ROWS, self._num_domains)
         stop, save, digest = (int(n) for n in sent.result[-3:])
@@ -95,7 +95,7 @@ class Feedback:
             statistics=from_buffer(sent.step, rows),
             stop=stop > 0,
             save=save > 0,
-            reduce_s=time.perf_counter() - sent.posted_s,
+            reduce_s=reduce_s,
         )
 
     def _name_the_odd_ones(self, sent: _UnderWay) -> None:

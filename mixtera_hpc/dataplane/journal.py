@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.track.tracker import open_append
 
 __all__ = ["AttemptRecord", "Audit", "History", "Journal", "read_lines", "sequence_digest"]
 
@@ -34,7 +35,7 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = path.open("ab", buffering=0)
+        self._file: IO[bytes] = open_append(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(msgspec.json.encode(record) + b"\n")

@@ -99,7 +99,7 @@ class DataPlane:
             PropertyIndexError: the index is missing, stale, or of another tokenizer.
             MixtureError: a domain of the mixture has no samples.
         """
-        communicator = _communicator(config, comm)
+        communicator = _communicator(config, comm).Dup()
         source = open_source(config, communicator)
         return cls(source, communicator, Sinks(folder, attempt, communicator.rank, config, tracker or Silent()))
 
@@ -157,12 +157,12 @@ class DataPlane:
 
         A signal or `control/stop` seen during step s makes this true after step s + 1.
         """
-        self._settle()
+        self._agree()
         return self._first_stop is not None and self._first_stop < self._next_step - 1
 
     def save_requested(self) -> bool:
         """Whether all ranks should save and go on: the same answer on each. **Collective.**"""
-        self._settle()
+        self._agree()
         return self._next_step - 2 in self._saves
 
     def completed_statistics(self) -> list[DomainStatistics]:
@@ -290,9 +290,8 @@ class DataPlane:
         speaks = self._comm.rank % self._source.config.dataplane.dp_group_size == 0
         return total if speaks else np.zeros_like(total)
 
-    def _settle(self) -> None:
-        """Close the step and have the agreement of the one before it, on every rank alike."""
-        self._close_step()
+    def _agree(self) -> None:
+        """Have what all ranks said of the step before this one, on every rank alike. This step's losses are left alone."""
         self._absorb(self._feedback.wait_for(self._next_step - 2))
 
     def _absorb(self, agreements: list[Agreement]) -> None:

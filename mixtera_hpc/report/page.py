@@ -75,7 +75,7 @@ def _tiles(summary: Summary) -> str:
         ("Throughput", f"{count(speed.tokens_per_s)}/s", f"{count(speed.tokens_per_s / speed.num_ranks)}/s per rank"),
         ("Step", short_time(speed.step_p50_s), f"p95 {short_time(speed.step_p95_s)}"),
         ("Waiting for data", percent(speed.data_wait_share), f"p99 {percent(speed.data_wait_p99_share)}"),
-        ("Loss reduction", short_time(speed.reduce_p50_s), f"p95 {short_time(speed.reduce_p95_s)}"),
+        ("Waiting for reductions", short_time(speed.reduce_p50_s), f"p95 {short_time(speed.reduce_p95_s)}"),
     ]
     cells = "".join(f'<div class="tile"><span>{t}</span><b>{v}</b><span>{n}</span></div>' for t, v, n in tiles)
     return f'<div class="tiles">{cells}</div>'

@@ -80,12 +80,18 @@ def data_wait_plot(record: Record, canvas: Canvas) -> Figure | None:
 
 def talk_plot(record: Record, canvas: Canvas) -> Figure | None:
     """Durations of plans, broadcasts and reductions on rank 0; None when none was recorded."""
-    series = {"plan": record.talk.plan, "broadcast": record.talk.broadcast, "reduction": record.talk.reduce}
+    series = {
+        "plan": record.talk.plan,
+        "broadcast": record.talk.broadcast,
+        "waiting for reductions": record.talk.reduce,
+    }
     series = {name: pair for name, pair in series.items() if len(pair[0])}
     if not series:
         return None
-    figure, axes = canvas.axes(record, "seconds on rank 0, overlapping training")
-    colors = dict(zip(("plan", "broadcast", "reduction"), (PALETTE[4], PALETTE[1], PALETTE[0]), strict=True))
+    figure, axes = canvas.axes(record, "seconds on rank 0")
+    colors = dict(
+        zip(("plan", "broadcast", "waiting for reductions"), (PALETTE[4], PALETTE[1], PALETTE[0]), strict=True)
+    )
     axes.set_yscale("log")
     for name, (x, seconds) in series.items():
         _median_in_band(axes, x, np.maximum(seconds, 1e-7), colors[name])
@@ -113,7 +119,7 @@ PLOTS: dict[str, tuple[Callable[[Record, Canvas], Figure | None], str, str]] = {
     "communication": (
         talk_plot,
         "Communication",
-        "Planning a chunk, broadcasting it and reducing the losses of a step, from posting to completion.",
+        "Planning a chunk and broadcasting it, beside training; and what each step waited for the reduction of losses.",
     ),
 }
 """Name of the file → the function, its title, and a sentence that says what is seen."""

@@ -38,7 +38,7 @@ def scaling_text(rows: Sequence[ScalingRow]) -> RenderableType:
     """One line per run; times are p50 / p95."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     headings = ("run", "nodes", "ranks", "batch", "tokens/s", "per rank", "speed-up", "efficiency")
-    for heading in (*headings, "step", "data wait", "broadcast", "reduction"):
+    for heading in (*headings, "step", "data wait", "broadcast", "wait for reduction"):
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -78,7 +78,7 @@ def _numbers(summary: Summary) -> Table:
         ("step", f"{short_time(speed.step_p50_s)}, p95 {short_time(speed.step_p95_s)}"),
         ("data wait", f"{percent(speed.data_wait_share)} of step time, p99 {percent(speed.data_wait_p99_share)}"),
         ("broadcast", f"{short_time(speed.broadcast_p50_s)}, p95 {short_time(speed.broadcast_p95_s)}"),
-        ("reduction", f"{short_time(speed.reduce_p50_s)}, p95 {short_time(speed.reduce_p95_s)}"),
+        ("waiting for reductions", f"{short_time(speed.reduce_p50_s)}, p95 {short_time(speed.reduce_p95_s)}"),
     ]
     if summary.num_nonfinite:
         rows.append(("not finite", f"the loss of {count(summary.num_nonfinite)} sequences; they are left out"))

@@ -83,7 +83,7 @@ class CommEvent(TypedDict, total=False):
     broadcast_s: float
     """From posting to completion; the steps meanwhile go on."""
     reduce_s: float
-    """Likewise."""
+    """What training waited for the reduction of the step's losses; 0 when it was done before it was needed."""
 
 
 STREAMS = ("attempts", "steps", "mixture", "comm")

@@ -14,7 +14,7 @@ import msgspec
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 
-__all__ = ["Fanout", "JsonLines", "Silent", "Tracker", "open_tracker"]
+__all__ = ["Fanout", "JsonLines", "Silent", "Tracker", "open_append", "open_tracker"]
 
 
 class Tracker(Protocol):
@@ -75,7 +75,7 @@ class JsonLines:
     def _file(self, stream: str) -> Any:
         if stream not in self._files:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._files[stream] = _open_append(self._folder / f"{stream}.jsonl")
+            self._files[stream] = open_append(self._folder / f"{stream}.jsonl")
         return self._files[stream]
 
 
@@ -99,7 +99,7 @@ def open_tracker(config: Config, folder: RunFolder | None, *, rank: int, attempt
     return trackers[0] if len(trackers) == 1 else Fanout(trackers)
 
 
-def _open_append(path: Path) -> Any:
+def open_append(path: Path) -> Any:
     """Open unbuffered at the end, after cutting off what a killed writer left of a line."""
     file = path.open("ab+", buffering=0)
     end = file.seek(0, 2)
