@@ -1,14 +1,20 @@
 """Fixtures that several test files share."""
 
+import functools
+import os
+import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mixtera_hpc.config.compose import dump_yaml
+from mixtera_hpc.config.compose import compose, dump_yaml
 from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
 from mixtera_hpc.track.tracker import JsonLines
 
 RunMaker = Callable[..., RunFolder]
@@ -83,3 +89,34 @@ def _ticks() -> Iterator[datetime]:
     while True:
         yield now
         now += timedelta(seconds=1)
+
+
+composed = functools.cache(lambda *overrides: compose(list(overrides)))
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Config]:
+    """A checked configuration of a run below `tmp_path`, from overrides."""
+
+    def make(*overrides: str) -> Config:
+        config: Config = composed("data.root=/data", "mixture.unit=samples", "run.name=trial", *overrides)
+        root = config.run.root if any(word.startswith("run.root=") for word in overrides) else f"{tmp_path}/runs"
+        return replace(config, run=replace(config.run, root=root))
+
+    return make
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Puts a shell script on PATH under the name of one of Slurm's commands; returns the file its calls are logged in."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def make(name: str, body: str) -> Path:
+        log = folder / f"{name}.calls"
+        (folder / name).write_text(f'#!/bin/bash\necho "$@" >>{shlex.quote(str(log))}\n{body}\n')
+        (folder / name).chmod(0o755)
+        return log
+
+    return make

@@ -1,0 +1,241 @@
+"""The batch script: what it asks of Slurm, that any text survives the shell, and what its shell lines do."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.config.compose import load_config
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.launch.job import Job, render
+
+MakeConfig = Callable[..., Config]
+MakeCommand = Callable[[str, str], Path]
+
+
+def flags(script: str) -> dict[str, str | None]:
+    """`#SBATCH` parameters."""
+    words = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    return {word.partition("=")[0]: word.partition("=")[2] or None for word in words}
+
+
+def srun_line(script: str) -> str:
+    lines = script.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("srun"))
+    return " ".join(lines[start : start + 2])
+
+
+def test_the_same_input_gives_the_same_bytes(make_config: MakeConfig, tmp_path: Path) -> None:
+    texts = {render(Job(config=make_config("cluster=dev"), folder=tmp_path)) for _ in range(2)}
+
+    assert len(texts) == 1
+
+
+def test_resources_are_asked_for_and_repeated_on_srun(make_config: MakeConfig, tmp_path: Path) -> None:
+    script = render(Job(config=make_config("cluster=dev", "job.nodes=4"), folder=tmp_path))
+
+    asked = flags(script)
+    assert (asked["nodes"], asked["ntasks-per-node"], asked["cpus-per-task"]) == ("4", "2", "4")
+    assert asked["signal"] == "USR2@120"
+    assert "no-requeue" in asked
+    assert "wckey" not in asked
+    for word in ("--kill-on-bad-exit=1", "--mpi=pmi2", "--cpus-per-task=4"):
+        assert word in srun_line(script)
+
+
+def test_what_a_job_asks_for_wins_over_its_cluster(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("cluster=perlmutter", "job.qos=debug", "dataplane.global_batch_size=64")
+
+    asked = flags(render(Job(config=config, folder=tmp_path)))
+
+    assert (asked["qos"], asked["constraint"]) == ("debug", "gpu")
+
+
+def test_a_cluster_may_take_one_of_our_parameters_away(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("cluster=dev", "+cluster.sbatch.no-requeue=null", "+cluster.sbatch.requeue=true")
+
+    asked = flags(render(Job(config=config, folder=tmp_path)))
+
+    assert "requeue" in asked
+    assert "no-requeue" not in asked
+
+
+@pytest.mark.parametrize(
+    ("request_kind", "name", "value"),
+    [("gpus-per-task", "gpus-per-task", "1"), ("gpus-per-node", "gpus-per-node", "4"), ("gres", "gres", "gpu:4")],
+)
+def test_gpus_are_asked_for_in_the_words_of_the_site(
+    make_config: MakeConfig, tmp_path: Path, request_kind: str, name: str, value: str
+) -> None:
+    config = make_config("cluster=dev", "cluster.gpus_per_node=4", f"cluster.gpu_request={request_kind}")
+
+    assert flags(render(Job(config=config, folder=tmp_path)))[name] == value
+
+
+def test_many_ranks_share_one_labelled_log_per_node(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("cluster=clariden", "job.nodes=64", "dataplane.global_batch_size=256")
+
+    assert '--label --output="$logs/node_%05n.out"' in srun_line(render(Job(config=config, folder=tmp_path)))
+
+
+def test_a_container_is_named_on_srun_only(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("cluster=clariden", "job.container=/x/mixtera.toml")
+
+    script = render(Job(config=config, folder=tmp_path))
+
+    assert "--environment=/x/mixtera.toml" in srun_line(script)
+    assert "environment" not in flags(script)
+    assert "numactl --membind=0-3 python -u -m mixtera_hpc run" in srun_line(script)
+
+
+NASTY = "a b'c\"d$(touch pwned)`touch pwned`;touch pwned"
+
+
+def test_no_text_of_the_user_reaches_the_shell_unquoted(
+    make_config: MakeConfig, command: MakeCommand, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"{NASTY.replace('/', '')} 100%"
+    config = make_config("cluster=dev", "job.command=[hello]", "+cluster.env={SAID: placeholder}")
+    config = with_text(config)
+    calls = command("srun", f'echo "$SAID" >{tmp_path}/said')
+    script = tmp_path / "script.sh"
+    script.write_text(render(Job(config=config, folder=folder)))
+
+    done = subprocess.run(["bash", str(script)], cwd=tmp_path, capture_output=True, text=True, env=job_environment())
+
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("pwned"))
+    assert (tmp_path / "said").read_text() == NASTY + "\n"
+    assert NASTY in calls.read_text()
+    assert (folder / "attempts/001/exit.json").exists()
+
+
+def with_text(config: Config) -> Config:
+    from dataclasses import replace
+
+    job = replace(config.job, command=["hello", NASTY], srun_args=[NASTY], comment=NASTY)
+    return replace(config, job=job, cluster=replace(config.cluster, env={"SAID": NASTY}))
+
+
+def job_environment() -> dict[str, str]:
+    return {**os.environ, "SLURM_JOB_ID": "4711"}
+
+
+@pytest.fixture
+def attempt(
+    make_config: MakeConfig, command: MakeCommand, tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the first of up to three attempts with an srun whose body is given."""
+    command("sbatch", 'echo "4712;lab"')
+    folder = tmp_path / "run"
+
+    def run(srun: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+        config = make_config("cluster=dev", "job.max_attempts=3", *overrides)
+        command("srun", srun)
+        script = tmp_path / "script.sh"
+        script.write_text(render(Job(config=config, folder=folder)))
+        return subprocess.run(["bash", str(script)], capture_output=True, text=True, env=job_environment())
+
+    return run
+
+
+Attempt = Callable[..., subprocess.CompletedProcess[str]]
+SAVE = 'mkdir -p "$MIXTERA_RUN_FOLDER/checkpoints"; echo step_00000007 >"$MIXTERA_RUN_FOLDER/checkpoints/LATEST"; '
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 137])
+def test_the_exit_code_of_srun_is_the_exit_code_of_the_job(attempt: Attempt, tmp_path: Path, code: int) -> None:
+    done = attempt(f"exit {code}")
+
+    assert done.returncode == code
+    assert json.loads((tmp_path / "run/attempts/001/exit.json").read_text())["exit_code"] == code
+    assert not (tmp_path / "bin/sbatch.calls").exists()
+
+
+@pytest.mark.parametrize("leave", ["exit 75", 'touch "$MIXTERA_SAVED_FILE"'])
+def test_an_attempt_that_saved_submits_the_next(attempt: Attempt, tmp_path: Path, leave: str) -> None:
+    done = attempt(SAVE + leave)
+
+    assert done.returncode == 75
+    call = (tmp_path / "bin/sbatch.calls").read_text()
+    folder = tmp_path / "run"
+    assert "--dependency=afterany:4711" in call
+    assert call.strip().endswith(f"{folder}/attempts/002/submit.sh 2 {folder}")
+    assert json.loads((folder / "attempts/002/job.json").read_text())["job_id"] == "4712"
+
+
+def test_a_rank_that_fails_after_others_saved_is_still_a_failure(attempt: Attempt) -> None:
+    assert attempt(SAVE + 'touch "$MIXTERA_SAVED_FILE"; exit 9').returncode == 9
+
+
+def test_a_link_without_progress_ends_the_chain(attempt: Attempt, tmp_path: Path) -> None:
+    done = attempt("exit 75")
+
+    assert done.returncode == 75
+    assert "no new checkpoint" in done.stdout
+    assert not (tmp_path / "bin/sbatch.calls").exists()
+
+
+def test_the_last_attempt_allowed_ends_the_chain(attempt: Attempt, tmp_path: Path) -> None:
+    done = attempt(SAVE + "exit 75", "job.max_attempts=1")
+
+    assert done.returncode == 75
+    assert "mixtera-hpc resume" in done.stdout
+    assert not (tmp_path / "bin/sbatch.calls").exists()
+
+
+def test_a_cancelled_run_is_not_continued(attempt: Attempt, tmp_path: Path) -> None:
+    done = attempt(SAVE + 'touch "$MIXTERA_RUN_FOLDER/control/cancelled"; exit 75')
+
+    assert done.returncode == 75
+    assert not (tmp_path / "bin/sbatch.calls").exists()
+
+
+def test_a_follow_up_of_a_cancelled_run_does_not_begin(attempt: Attempt, tmp_path: Path) -> None:
+    (tmp_path / "run/control").mkdir(parents=True)
+    (tmp_path / "run/control/cancelled").touch()
+
+    assert attempt("exit 0").returncode == 75
+    assert not (tmp_path / "bin/srun.calls").exists()
+
+
+def test_a_node_that_may_not_submit_says_how_to_continue(
+    attempt: Attempt, command: MakeCommand, tmp_path: Path
+) -> None:
+    command("sbatch", "echo refused >&2; exit 1")
+
+    done = attempt(SAVE + "exit 75")
+
+    assert done.returncode == 75
+    assert "mixtera-hpc resume" in done.stdout
+    assert not (tmp_path / "run/attempts/002").exists()
+
+
+def test_points_of_a_lane_wait_for_their_turn(attempt: Attempt, tmp_path: Path) -> None:
+    attempt(SAVE + "exit 75", "job.dependency=singleton")
+
+    assert "--dependency=singleton" in (tmp_path / "bin/sbatch.calls").read_text()
+
+
+def test_the_first_failing_rank_is_named_in_the_batch_log(attempt: Attempt) -> None:
+    done = attempt('echo "{\\"rank\\": 2}" >"$MIXTERA_RUN_FOLDER/attempts/001/failure.json"; exit 1')
+
+    assert 'First failure: {"rank": 2}' in done.stdout
+
+
+def test_a_script_without_a_folder_makes_its_own(make_config: MakeConfig, command: MakeCommand, tmp_path: Path) -> None:
+    config = make_config("cluster=dev")
+    command("srun", "exit 0")
+    script = render(Job(config=config, overrides=["cluster=dev", "data.root=it's here"]))
+
+    done = subprocess.run(["bash"], input=script, capture_output=True, text=True, env=job_environment())
+
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs/trial").iterdir()
+    assert folder.name.endswith("-4711")
+    assert load_config(folder / "config.yaml") == config
+    assert (folder / "overrides.txt").read_text().splitlines() == ["cluster=dev", "data.root=it's here"]
+    assert f"--folder {folder} --attempt 1" in (tmp_path / "bin/srun.calls").read_text()

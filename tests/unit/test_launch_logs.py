@@ -1,0 +1,85 @@
+"""Log lines of any rank and attempt, wherever they were written."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import pytest
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
+from mixtera_hpc.launch.follow import exit_code, follow
+from mixtera_hpc.launch.logs import Tail, all_lines
+from mixtera_hpc.launch.prepare import prepare_run
+
+
+@pytest.fixture
+def folder(make_config: Callable[..., Config]) -> RunFolder:
+    """Two attempts that ended: one that saved, one that completed."""
+    config = make_config()
+    folder = prepare_run(config, [], datetime.now(UTC))
+    for attempt, code in ((1, 75), (2, 0)):
+        record_start(folder, new_attempt(folder, config, kind="slurm"), config, job_id=f"471{attempt}")
+        logs = folder.logs(attempt)
+        (logs / "batch.out").write_text(f"batch {attempt}\n")
+        for rank in (0, 1):
+            (logs / f"rank_{rank:05d}.out").write_text(f"attempt {attempt}\n")
+            (logs / f"rank_{rank:05d}.err").write_text("")
+        end_attempt(folder, attempt, AttemptEnd(exit_code=code, elapsed_s=1))
+    return folder
+
+
+def test_one_rank_over_all_attempts(folder: RunFolder) -> None:
+    lines = list(all_lines(folder, 1))
+
+    assert [line for line in lines if not line.startswith("---")] == ["[1] attempt 1", "[1] attempt 2"]
+    assert [line.rpartition(" ")[2] for line in lines if line.startswith("---")] == ["4711", "4712"]
+
+
+def test_unasked_one_sees_rank_0_and_the_batch_script(folder: RunFolder) -> None:
+    assert "[batch] batch 1" in list(all_lines(folder, "main"))
+    assert "[1] attempt 1" not in list(all_lines(folder, "main"))
+    assert "[1] attempt 1" in list(all_lines(folder, "all"))
+
+
+def test_labelled_files_of_nodes_read_like_files_of_ranks(folder: RunFolder) -> None:
+    (folder.logs(2) / "node_00000.out").write_text("  3: three\n 12: twelve: and more\n")
+
+    assert Tail(folder.logs(2), 12).lines() == ["[12] twelve: and more"]
+    assert "[3] three" in Tail(folder.logs(2), "all").lines()
+
+
+def test_a_line_is_told_when_it_is_complete(folder: RunFolder) -> None:
+    path = folder.logs(2) / "rank_00000.out"
+    tail = Tail(folder.logs(2), 0)
+    path.write_text("half")
+    assert tail.lines() == []
+
+    with path.open("a") as file:
+        file.write(" and half\nrest")
+    assert tail.lines() == ["[0] half and half"]
+    assert tail.lines(last=True) == ["[0] rest"]
+
+
+def test_following_goes_from_attempt_to_attempt_and_ends_with_the_run(folder: RunFolder) -> None:
+    lines = list(follow(folder, 0))
+
+    assert [line for line in lines if line.startswith("[0]")] == ["[0] attempt 1", "[0] attempt 2"]
+    assert exit_code(folder) == 0
+
+
+@pytest.mark.parametrize(("code", "expected"), [(75, 75), (2, 2), (1, 1), (137, 1)])
+def test_waiting_leaves_with_the_outcome(folder: RunFolder, code: int, expected: int) -> None:
+    end_attempt(folder, 2, AttemptEnd(exit_code=code, elapsed_s=1))
+
+    assert exit_code(folder) == expected
+
+
+def test_a_run_without_logs_says_where_its_output_went(
+    make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepare_run(make_config("run.name=bare"), [], datetime.now(UTC))
+
+    assert main(["logs", str(folder.path)]) == 2
+    assert "terminal" in capsys.readouterr().err
