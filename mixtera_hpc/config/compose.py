@@ -47,7 +47,7 @@ def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="mixtera-hpc"):
         try:
-            return from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*_search_path(), *map(_open, overrides)]))
+            return from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*_search_path(), *map(_typed, overrides)]))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_explain(error, overrides)) from None
 
@@ -88,8 +88,16 @@ OPEN_KEYS = ("data.properties", "mixture.algorithm", "cluster.env", "cluster.sba
 """Mappings whose keys are the user's: they are set without Hydra's `+`."""
 
 
-def _open(override: str) -> str:
-    key = override.partition("=")[0]
+TEXT_KEYS = ("query.where", "job.constraint", "job.comment", "job.time")
+"""Keys whose value is text, whatever it looks like: taken as typed, without a second pair of quotes for Hydra."""
+
+
+def _typed(override: str) -> str:
+    """An override as users write it → as Hydra wants it."""
+    key, _, value = override.partition("=")
+    if key in TEXT_KEYS and value != "null" and not value.startswith(("'", '"', "${")):
+        escaped = value.replace('"', '\\"')
+        return f'{key}="{escaped}"'
     inside = any(key == name or key.startswith(f"{name}.") for name in OPEN_KEYS)
     return f"++{override}" if inside else override
 
@@ -116,7 +124,21 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match.group(1).rpartition("/")
         return f"{group}={option} does not exist.{did_you_mean(option, _options(group))}"
-    return text + (f"\n  Overrides were: {' '.join(overrides)}" if overrides else "")
+    return _unparsable(overrides) or text + (f"\n  Overrides were: {' '.join(overrides)}" if overrides else "")
+
+
+def _unparsable(overrides: Sequence[str]) -> str | None:
+    """What to say of the first override that is not in Hydra's grammar; None when all are."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    for override in overrides:
+        try:
+            OverridesParser.create().parse_override(_typed(override))
+        except HydraException:
+            key, _, value = override.partition("=")
+            return f"{override!r} is not a Hydra override. Put its value in quotes of its own: '{key}=\"{value}\"'"
+    return None
 
 
 def _near_keys(key: str) -> str:

@@ -1,0 +1,51 @@
+"""Commands as a user types them."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+COMMAND = [sys.executable, "-m", "mixtera_hpc"]
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Runs `mixtera-hpc`, under mpiexec when `ranks` are asked for."""
+
+    def call(
+        *words: object, ranks: int = 1, cwd: Path | None = None, rc: int | None = 0
+    ) -> subprocess.CompletedProcess[str]:
+        prefix = [str(MPIEXEC), "-n", str(ranks)] if ranks > 1 else []
+        command = [*prefix, *COMMAND, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=400)
+        if rc is not None:
+            assert done.returncode == rc, f"{done.returncode}: {' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def small(collection: list[str]) -> list[str]:
+    """A run small enough to train in seconds, with a mixture that is learned."""
+    return [
+        *(o for o in collection if not o.startswith("mixture.by")),
+        "mixture=ado",
+        "mixture.by=[source]",
+        "mixture.algorithm.warmup=4",
+        "mixture.algorithm.refit_interval=4",
+        "dataplane.seq_len=32",
+        "dataplane.global_batch_size=12",
+        "dataplane.chunk_steps=2",
+        "dataplane.audit=true",
+        "training.num_layers=1",
+        "training.num_heads=2",
+        "training.embedding_dim=16",
+        "training.num_steps=24",
+        "run.name=small",
+    ]

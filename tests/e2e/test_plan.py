@@ -1,0 +1,77 @@
+"""What `plan` and `query` print: stable, exact, and the same whatever the job looks like."""
+
+import json
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+
+from .conftest import Cli
+
+STEPS = 30
+FIXED = ["mixture=natural", "mixture.by=[source]", "dataplane.global_batch_size=12"]
+
+
+@pytest.fixture(scope="module")
+def words(collection: list[str]) -> list[str]:
+    return [*(o for o in collection if not o.startswith("mixture.by")), *FIXED, "dataplane.seq_len=32"]
+
+
+@pytest.fixture(scope="module")
+def printed(cli: Cli, words: list[str]) -> str:
+    return cli("plan", *words, "--json", f"plan.steps={STEPS}").stdout
+
+
+@pytest.mark.parametrize(
+    "shape", ["job.ranks_per_node=2", "job.nodes=3", "job.ranks_per_node=4 dataplane.prefetch_batches=1"]
+)
+def test_the_plan_is_the_same_for_any_job(shape: str, cli: Cli, words: list[str], printed: str) -> None:
+    assert cli("plan", *words, "--json", f"plan.steps={STEPS}", *shape.split()).stdout == printed
+
+
+@pytest.mark.parametrize("first", [1, 8, 17])
+def test_the_plan_from_any_step_on_is_the_rest_of_the_plan(
+    first: int, cli: Cli, words: list[str], printed: str
+) -> None:
+    rest = cli("plan", *words, "--json", f"plan.first_step={first}", f"plan.steps={STEPS - first}").stdout
+    assert rest == "".join(line for line in printed.splitlines(True) if json.loads(line)["step"] >= first)
+
+
+def test_every_prefix_keeps_every_domain_within_one_sequence(cli: Cli, words: list[str], printed: str) -> None:
+    weights = {d["domain_id"]: d["weight"] for d in json.loads(cli("query", *words, "--json").stdout)["domains"]}
+    sequences = [json.loads(line) for line in printed.splitlines()]
+    assert len(sequences) == STEPS * 12
+    for domain, weight in weights.items():
+        counts = accumulate(int(s["domain_id"] == domain) for s in sequences)
+        assert all(abs(count - weight * length) < 1 + 0.01 * length for length, count in enumerate(counts, 1))
+
+
+def test_sequences_have_the_fields_that_are_promised(printed: str) -> None:
+    first = json.loads(printed.splitlines()[0])
+    assert list(first) == ["step", "position", "domain_id", "epoch", "pieces"]
+    assert sum(end - start for _, _, start, end in first["pieces"]) == 33
+
+
+def test_the_forecast_says_when_data_runs_out(cli: Cli, words: list[str]) -> None:
+    done = cli("plan", *words, "mixture.on_exhausted=stop", "training.num_steps=1000")
+    assert "The data ends after step" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["query.where=sourc == 'ast'"], "Did you mean 'source'"),
+        (["query.where=source == 'asd'"], "Did you mean 'ast'"),
+        (["mixture.by=[sources]"], "Did you mean 'source'"),
+        (["dataplane.shuffel=none"], "Did you mean 'dataplane.shuffle'"),
+        (["mixture=adoo"], "Did you mean 'ado'"),
+        (["index.path=/nowhere/index.h5"], "mixtera-hpc index build"),
+        (["dataplane.tokenizer=/nowhere/tokenizer.json"], "dataplane.tokenizer"),
+    ],
+)
+def test_wrong_input_is_answered_with_what_to_do(
+    wrong: list[str], said: str, cli: Cli, words: list[str], tmp_path: Path
+) -> None:
+    done = cli("plan", *words, *wrong, cwd=tmp_path, rc=2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
