@@ -28,11 +28,14 @@ from mixtera_hpc.core.tables import Histogram
 __all__ = [
     "FORMAT",
     "VERSION",
+    "children",
     "first_rows",
     "first_samples",
+    "get_text",
     "narrow",
     "narrow_type",
     "put_column",
+    "put_text",
     "put_texts",
     "read_column",
     "read_texts",
@@ -102,6 +105,21 @@ def read_column(group: h5py.Group, name: str, dtype: Any) -> NDArray[Any]:
     """Load a whole column as `dtype`."""
     values: NDArray[Any] = group[name][...]
     return values.astype(dtype, copy=False)
+
+
+def children(group: h5py.Group) -> dict[str, Any]:
+    """What is in a group, by name; unlike h5py's `items` it fails on what cannot be opened."""
+    return {name: group[name] for name in group}
+
+
+def put_text(node: h5py.Group, name: str, text: str) -> None:
+    """Store a short text as an attribute, of fixed length: HDF5 has no checksum over those of variable length."""
+    node.attrs[name] = np.void(text.encode() + b"\0")
+
+
+def get_text(node: h5py.Group, name: str) -> str:
+    """The inverse of `put_text`."""
+    return bytes(node.attrs[name])[:-1].decode()
 
 
 def put_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:

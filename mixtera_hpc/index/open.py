@@ -20,8 +20,10 @@ from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import (
     FORMAT,
     VERSION,
+    children,
     first_rows,
     first_samples,
+    get_text,
     read_column,
     read_texts,
     tokens_of_blocks,
@@ -73,9 +75,8 @@ class SampleReader:
     def _open(self) -> None:
         if self._file is None:
             self._file = _open_file(self.path)
-            group = self._file["samples"]
-            self._columns = {name: group[name] for name in ("combo", "length", "tokens") if name in group}
-            self._numbers = {name: group["numbers"][name] for name in group.get("numbers", ())}
+            self._columns = children(self._file["samples"])
+            self._numbers = children(self._columns.pop("numbers"))
 
     def _read(self, spans: Sequence[tuple[int, int]]) -> SampleColumns:
         rows = sum(b - a for a, b in spans)
@@ -97,14 +98,14 @@ class SampleReader:
 class PropertyIndex:
     """An open index. Closing it leaves the tables usable."""
 
-    def __init__(self, path: Path, attributes: Mapping[str, Any], tables: IndexTables, data_root: str | None) -> None:
+    def __init__(self, path: Path, file: h5py.File, data_root: str | None) -> None:
         self.path = path
-        self.tables = tables
-        self.fingerprint: str = attributes["fingerprint"]
+        self.tables = _tables(file)
+        self.fingerprint = get_text(file, "fingerprint")
         """Hex digest of all content; neither the data root nor times of change are in it."""
-        self.tokenizer_fingerprint: str | None = attributes["tokenizer"] or None
-        self.data_root = Path(attributes["data_root"] if data_root is None else data_root)
-        self.text: str = attributes["text"]
+        self.tokenizer_fingerprint = get_text(file, "tokenizer") or None
+        self.data_root = Path(get_text(file, "data_root") if data_root is None else data_root)
+        self.text = get_text(file, "text")
         """Dotted path to the document."""
         self.samples = SampleReader(path)
 
@@ -138,8 +139,7 @@ def open_index(path: str | Path, data_root: str | None = None) -> PropertyIndex:
     path = Path(path)
     with _open_file(path) as file:
         try:
-            attributes = dict(file.attrs)
-            return PropertyIndex(path, attributes, _tables(file, attributes), data_root)
+            return PropertyIndex(path, file, data_root)
         except _DAMAGE as error:
             raise _damaged(path, error) from None
 
@@ -149,7 +149,7 @@ def _open_file(path: Path) -> h5py.File:
         raise _missing(path)
     try:
         file = h5py.File(path, "r", locking=False)
-        found, version = file.attrs.get("format"), file.attrs.get("version")
+        found, version = _format_of(file), file.attrs.get("version")
     except _DAMAGE as error:
         raise _damaged(path, error) from None
     if found != FORMAT or version != VERSION:
@@ -157,6 +157,11 @@ def _open_file(path: Path) -> h5py.File:
         what = "is not a property index" if found != FORMAT else f"is of version {version}, this is version {VERSION}"
         raise PropertyIndexError(f"{path} {what}.\n  Build it with mixtera-hpc index build.")
     return file
+
+
+def _format_of(file: h5py.File) -> str | None:
+    """What the file says it is; None when another program wrote it."""
+    return get_text(file, "format") if "format" in file.attrs else None
 
 
 def _missing(path: Path) -> PropertyIndexError:
@@ -177,20 +182,13 @@ def _damaged(path: Path, error: Exception) -> PropertyIndexError:
     )
 
 
-def _tables(file: h5py.File, attributes: Mapping[str, Any]) -> IndexTables:
-    properties = (
-        {
-            name: Property(name=name, kind=Kind(group.attrs["kind"]), values=read_texts(group, "values"))
-            for name, group in sorted(file["properties"].items())
-        }
-        if "properties" in file
-        else {}
-    )
+def _tables(file: h5py.File) -> IndexTables:
+    properties = {name: _property(name, group) for name, group in sorted(children(file["properties"]).items())}
+    numbers = [name for name, prop in properties.items() if prop.kind is Kind.NUMBER]
     histogram = _histogram(file["histogram"])
-    blocks = _blocks(
-        file, histogram, int(attributes["chunk_rows"]), [n for n, p in properties.items() if p.kind is Kind.NUMBER]
-    )
-    if int(blocks.rows.sum()) != attributes["num_samples"]:
+    blocks = _blocks(file, histogram, int(file.attrs["chunk_rows"]), numbers)
+    num_samples = int(file.attrs["num_samples"])
+    if int(blocks.rows.sum()) != num_samples:
         raise ValueError("blocks and samples do not add up")
     return IndexTables(
         properties=properties,
@@ -198,9 +196,13 @@ def _tables(file: h5py.File, attributes: Mapping[str, Any]) -> IndexTables:
         shards=_shards(file["shards"]),
         blocks=blocks,
         histogram=histogram,
-        num_samples=int(attributes["num_samples"]),
-        has_tokens=bool(attributes["tokenizer"]),
+        num_samples=num_samples,
+        has_tokens=bool(get_text(file, "tokenizer")),
     )
+
+
+def _property(name: str, group: h5py.Group) -> Property:
+    return Property(name=name, kind=Kind(get_text(group, "kind")), values=read_texts(group, "values"))
 
 
 def _shards(group: h5py.Group) -> ShardTable:

@@ -24,6 +24,7 @@ from mixtera_hpc.index.layout import (
     narrow,
     narrow_type,
     put_column,
+    put_text,
     put_texts,
 )
 from mixtera_hpc.index.merge import Merged
@@ -40,6 +41,10 @@ class IndexFacts:
     tokenizer: str | None
     """Fingerprint of the tokenizer that counted."""
 
+    def texts(self) -> dict[str, str]:
+        """The attributes that are text."""
+        return {"format": FORMAT, "data_root": self.data_root, "text": self.text, "tokenizer": self.tokenizer or ""}
+
 
 def write_index(
     path: Path, facts: IndexFacts, shards: ShardTable, merged: Merged, samples: Iterator[dict[str, NDArray[Any]]]
@@ -48,25 +53,20 @@ def write_index(
     with h5py.File(path, "w", libver=("v110", "v110"), track_order=False, locking=False) as file:
         tables = _Tables(file)
         _write_shards(tables, shards)
+        file.require_group("properties")
         for prop in merged.properties.values():
             tables.texts(f"properties/{prop.name}", "values", prop.values)
-            file[f"properties/{prop.name}"].attrs["kind"] = str(prop.kind)
+            put_text(file[f"properties/{prop.name}"], "kind", prop.kind)
         _write_combos(tables, merged)
         _write_blocks(tables, merged)
         _write_samples(tables, merged, samples)
         fingerprint = tables.fingerprint(facts, merged.properties)
-        attributes = {
-            "format": FORMAT,
-            "version": VERSION,
-            "data_root": facts.data_root,
-            "text": facts.text,
-            "tokenizer": facts.tokenizer or "",
-            "num_samples": int(shards.rows.sum()),
-            "chunk_rows": merged.chunk_rows,
-            "fingerprint": fingerprint,
-        }
-        for name, value in attributes.items():
-            file.attrs[name] = value
+        for name, text in facts.texts().items():
+            put_text(file, name, text)
+        put_text(file, "fingerprint", fingerprint)
+        file.attrs["version"] = VERSION
+        file.attrs["num_samples"] = int(shards.rows.sum())
+        file.attrs["chunk_rows"] = merged.chunk_rows
     _sync(path)
     return fingerprint
 
@@ -146,6 +146,7 @@ def _write_samples(tables: _Tables, merged: Merged, samples: Iterator[dict[str, 
     types = {name: narrow_type(largest) for name, largest in merged.maxima.items()}
     types |= {f"numbers/{p.name}": np.dtype("<f8") for p in merged.properties.values() if p.kind is Kind.NUMBER}
     group = tables.file.require_group("samples")
+    group.require_group("numbers")
     for name, dtype in types.items():
         group.create_dataset(
             name, (bounds[-1],), dtype, chunks=(merged.chunk_rows,), shuffle=True, compression=1, fletcher32=True
