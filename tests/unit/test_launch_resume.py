@@ -1,0 +1,161 @@
+"""Continuing a run: what may change, what may not, and where the changes are laid over."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.config.compose import load_config
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import ConfigError, LaunchError
+from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
+from mixtera_hpc.launch.cancel import cancel, cancel_after_save
+from mixtera_hpc.launch.prepare import prepare_run
+from mixtera_hpc.launch.resume import amended_config, check_ended, take_over, was_submitted
+
+MakeConfig = Callable[..., Config]
+MakeCommand = Callable[[str, str], Path]
+TYPED = ["data.root=/data", "mixture.unit=samples", "run.name=trial"]
+
+
+@pytest.fixture
+def folder(make_config: MakeConfig) -> RunFolder:
+    return prepare_run(make_config(), TYPED, datetime.now(UTC))
+
+
+def submitted(folder: RunFolder, config: Config, job_id: str = "4711") -> None:
+    record_start(folder, new_attempt(folder, config, kind="slurm"), config, job_id=job_id)
+
+
+def test_time_nodes_and_length_may_change(folder: RunFolder) -> None:
+    changes = ["job.nodes=4", 'job.time="02:00:00"', "training.num_steps=500", "training.checkpoint_every=9"]
+
+    config = amended_config(folder, changes)
+
+    assert (config.job.nodes, config.job.time, config.training.num_steps) == (4, "02:00:00", 500)
+    assert config.run == load_config(folder.config).run
+
+
+def test_a_change_of_cluster_brings_all_of_it(folder: RunFolder) -> None:
+    config = amended_config(folder, ["cluster=clariden"])
+
+    assert (config.cluster.name, config.cluster.gpus_per_node, config.job.partition) == ("clariden", 4, "normal")
+    assert config.cluster.env["FI_PROVIDER"] == "cxi"
+
+    take_over(folder, config, ["cluster=clariden"])
+    back = amended_config(folder, ["cluster=dev"])
+    assert (back.cluster.name, back.cluster.env) == ("dev", {})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "dataplane.seed=1",
+        "dataplane.global_batch_size=128",
+        "dataplane.shuffle=none",
+        "data.root=/elsewhere",
+        "index.path=/elsewhere.h5",
+        "query.where='a > 1'",
+        "mixture=ado",
+        "training.embedding_dim=256",
+        "run.name=other",
+    ],
+)
+def test_identity_is_kept_and_the_key_named(folder: RunFolder, change: str) -> None:
+    key = {"mixture": "mixture.kind"}.get(change.partition("=")[0], change.partition("=")[0])
+
+    with pytest.raises(LaunchError, match=key.replace(".", r"\.")):
+        amended_config(folder, [change])
+
+
+def test_every_changed_identity_key_is_named_at_once(folder: RunFolder) -> None:
+    with pytest.raises(LaunchError) as caught:
+        amended_config(folder, ["dataplane.seed=1", "training.num_layers=9", "job.nodes=2"])
+
+    assert "dataplane.seed: 0 before, 1 now" in str(caught.value)
+    assert "training.num_layers" in str(caught.value)
+    assert "job.nodes" not in str(caught.value)
+
+
+def test_a_resumed_configuration_is_checked(folder: RunFolder) -> None:
+    with pytest.raises(ConfigError, match=r"job\.time"):
+        amended_config(folder, ["job.time=45000"])
+
+
+def test_the_recorded_value_stands_where_nothing_is_said(folder: RunFolder, make_config: MakeConfig) -> None:
+    """Shipped configs may have changed since; what was recorded counts."""
+    recorded = load_config(folder.config)
+    take_over(folder, replace(recorded, training=replace(recorded.training, learning_rate=0.5)), ["job.nodes=1"])
+
+    assert amended_config(folder, ["job.nodes=2"]).training.learning_rate == 0.5
+
+
+def test_changes_add_up_over_attempts(folder: RunFolder) -> None:
+    for change in ("job.nodes=2", "job.nodes=4", 'job.time="00:20:00"'):
+        take_over(folder, amended_config(folder, [change]), [change])
+
+    config = amended_config(folder, [])
+    assert (config.job.nodes, config.job.time) == (4, "00:20:00")
+
+
+def test_a_run_that_still_runs_is_not_continued(
+    folder: RunFolder, make_config: MakeConfig, command: MakeCommand
+) -> None:
+    submitted(folder, make_config())
+    command("squeue", "echo '4711|RUNNING|None|2|0:10|1:00:00'")
+
+    with pytest.raises(LaunchError, match="job 4711"):
+        check_ended(folder)
+
+    end_attempt(folder, 1, AttemptEnd(exit_code=75, elapsed_s=1))
+    check_ended(folder)
+
+
+def test_where_a_run_continues_is_where_it_ran(folder: RunFolder, make_config: MakeConfig) -> None:
+    assert not was_submitted(folder)
+    submitted(folder, make_config())
+    assert was_submitted(folder)
+    new_attempt(folder, make_config(), kind="local")
+    assert not was_submitted(folder)
+
+
+def test_cancel_ends_the_run_and_what_follows_it(
+    folder: RunFolder, make_config: MakeConfig, command: MakeCommand
+) -> None:
+    submitted(folder, make_config(), "1")
+    end_attempt(folder, 1, AttemptEnd(exit_code=75, elapsed_s=1))
+    submitted(folder, make_config(), "2")
+    submitted(folder, make_config(), "3")
+    command("squeue", "echo '2|RUNNING|None|2|0:10|1:00:00'; echo '3|PENDING|Dependency|2|0:00|1:00:00'")
+    calls = command("scancel", "exit 0")
+
+    assert cancel(folder).ended == ("2", "3")
+
+    assert calls.read_text() == "--quiet 2 3\n"
+    assert (folder.control / "cancelled").exists()
+
+
+def test_cancel_after_save_asks_the_running_and_ends_the_waiting(
+    folder: RunFolder, make_config: MakeConfig, command: MakeCommand
+) -> None:
+    submitted(folder, make_config(), "2")
+    submitted(folder, make_config(), "3")
+    command("squeue", "echo '2|RUNNING|None|2|0:10|1:00:00'; echo '3|PENDING|Dependency|2|0:00|1:00:00'")
+    calls = command("scancel", "exit 0")
+
+    done = cancel_after_save(folder)
+
+    assert (done.ended, done.saving) == (("3",), ("2",))
+    assert calls.read_text() == "--quiet 3\n"
+    assert {path.name for path in folder.control.iterdir()} == {"cancelled", "stop"}
+
+
+def test_cancelling_what_has_ended_says_so(folder: RunFolder, make_config: MakeConfig) -> None:
+    submitted(folder, make_config())
+    end_attempt(folder, 1, AttemptEnd(exit_code=0, elapsed_s=1))
+
+    with pytest.raises(LaunchError, match="waits or runs"):
+        cancel(folder)
