@@ -16,7 +16,7 @@ from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.columns import encode
 from mixtera_hpc.formats.format import Column, Fields
 
-__all__ = ["RowType"]
+__all__ = ["RowType", "check_paths"]
 
 Scalar = bool | int | float | str
 _TYPES: dict[Kind, Any] = {
@@ -53,6 +53,15 @@ class RowType:
             values = _values(rows, _attributes(field.path))
             found[field.name] = np.array(values, np.float64) if field.kind is Kind.NUMBER else encode(values)
         return found
+
+
+def check_paths(fields: Fields) -> None:
+    """Refuse paths that contradict each other.
+
+    Raises:
+        ConfigError: one looks inside what another takes as a value, or both take it as values of different kinds.
+    """
+    RowType(fields)
 
 
 def _values(rows: Sequence[Any], attributes: str) -> list[Any]:

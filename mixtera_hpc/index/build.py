@@ -19,12 +19,13 @@ from mixtera_hpc.comm.communicator import Communicator, Local, bcast_bytes
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.tables import ShardTable
 from mixtera_hpc.errors import DataError, PropertyIndexError
+from mixtera_hpc.formats.fields import check_paths
 from mixtera_hpc.formats.format import Fields, Unit
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.discover import Shard, discover, fingerprint_of_shard
 from mixtera_hpc.index.layout import VERSION
 from mixtera_hpc.index.merge import Merged, merge
-from mixtera_hpc.index.parts import PartLog, PartRecord, building_folder, find_parts, locked
+from mixtera_hpc.index.parts import PartLog, PartRecord, building_folder, find_parts, locked, recover_parts
 from mixtera_hpc.index.scan import ScanJob, scan_unit
 from mixtera_hpc.index.write import IndexFacts, publish, write_index
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
@@ -93,6 +94,7 @@ def build_index(
     comm, began = comm or Local(), time.monotonic()
     tokenizer = load_tokenizer(config.dataplane.tokenizer) if config.dataplane.tokenizer else None
     fields = Fields.of(config.data, documents=tokenizer is not None)
+    check_paths(fields)
     job = ScanJob(root=Path(config.data.root), fields=fields, block_rows=config.index.block_rows, tokenizer=tokenizer)
     path = Path(config.index.path)
     folder = building_folder(path)
@@ -139,7 +141,7 @@ def _resumable(folder: Path, key: str) -> dict[int, PartRecord]:
     """Parts of an earlier attempt at the very same build; others are removed."""
     marker = folder / "key"
     if marker.exists() and marker.read_text() == key:
-        return find_parts(folder, verify=True)
+        return recover_parts(folder)
     for path in folder.glob("*.parts"):
         path.unlink()
     marker.write_text(key)
@@ -174,7 +176,7 @@ def _finish(config: Config, job: ScanJob, plan: _Plan, began: float) -> BuildRep
     """Rank 0's part: merge, write, publish."""
     path = Path(config.index.path)
     folder = building_folder(path)
-    found = find_parts(folder, verify=False)
+    found = find_parts(folder)
     missing = [i for i in range(len(plan.units)) if i not in found]
     if missing:
         raise PropertyIndexError(

@@ -82,7 +82,7 @@ class SampleReader:
         rows = sum(b - a for a, b in spans)
 
         def column(source: Mapping[str, Any], name: str, dtype: Any) -> NDArray[Any]:
-            if name not in source:
+            if name not in source or not spans:
                 return np.zeros(rows, dtype)
             found = [source[name][a:b] for a, b in spans]
             return (found[0] if len(found) == 1 else np.concatenate(found)).astype(dtype, copy=False)

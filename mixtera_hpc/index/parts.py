@@ -22,7 +22,7 @@ from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import narrow
 from mixtera_hpc.index.scan import Combo, UnitPart
 
-__all__ = ["PartLog", "PartRecord", "building_folder", "find_parts", "locked"]
+__all__ = ["PartLog", "PartRecord", "building_folder", "find_parts", "locked", "recover_parts"]
 
 _PREFIX = struct.Struct("<8sIQI")
 _MAGIC = b"mixpart1"
@@ -145,16 +145,25 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def find_parts(folder: Path, *, verify: bool) -> dict[int, PartRecord]:
-    """Every complete record of every log, by unit; what follows a damaged one is not looked at.
+def recover_parts(folder: Path) -> dict[int, PartRecord]:
+    """Every whole record of every log, by unit, after cutting each log where a kill or a crash left it damaged."""
+    found: dict[int, PartRecord] = {}
+    for path in sorted(folder.glob("*.parts")):
+        with path.open("r+b") as file:
+            end = 0
+            while record := _read_record(path, file, verify=True):
+                found.setdefault(record.unit, record)
+                end = file.tell()
+            file.truncate(end)
+    return found
 
-    Args:
-        verify: compare checksums, which reads everything.
-    """
+
+def find_parts(folder: Path) -> dict[int, PartRecord]:
+    """Every record of every log, by unit; logs of earlier attempts have been through `recover_parts`."""
     found: dict[int, PartRecord] = {}
     for path in sorted(folder.glob("*.parts")):
         with path.open("rb") as file:
-            while record := _read_record(path, file, verify):
+            while record := _read_record(path, file, verify=False):
                 found.setdefault(record.unit, record)
     return found
 

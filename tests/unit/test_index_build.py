@@ -1,0 +1,182 @@
+"""Building an index: what is stored, what is refused, what the file costs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
+from mixtera_hpc.index.build import BuildProgress, build_index
+from mixtera_hpc.index.open import open_index
+from mixtera_hpc.tokens.train import train_bpe
+
+PROPERTIES = {"source": "meta.source", "quality": {"path": "meta.quality", "kind": "number"}}
+
+
+def configured(root: Path, **more: Any) -> Config:
+    data = {"root": str(root), "properties": PROPERTIES} | more.pop("data", {})
+    index = {"path": str(root / "index.h5")} | more.pop("index", {})
+    return from_plain(Config, {"data": data, "index": index} | more)
+
+
+def write(path: Path, rows: int, source: str = "C4") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = [{"source": source, "quality": i / rows} for i in range(rows)]
+    lines = [json.dumps({"text": f"text {i}", "title": "same", "meta": meta[i]}) for i in range(rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_rows_become_blocks_of_the_configured_size_per_shard(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 10)
+    write(tmp_path / "b.jsonl", 4)
+    report = build_index(configured(tmp_path, index={"block_rows": 4}))
+    with open_index(report.path) as index:
+        blocks = index.tables.blocks
+        assert blocks.rows.tolist() == [4, 4, 2, 4]
+        assert blocks.shard.tolist() == [0, 0, 0, 1]
+        assert blocks.first_row.tolist() == [0, 4, 8, 0]
+        assert blocks.offset[0] == 0 and blocks.length[:3].sum() == (tmp_path / "a.jsonl").stat().st_size
+        assert [index.read_block(b).length.sum() for b in range(4)] == blocks.length.tolist()
+    assert (report.shards, report.samples, report.blocks, report.tokens) == (2, 14, 4, None)
+
+
+def test_many_domains_line_by_line_cost_no_more_blocks_than_one(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": "t", "meta": {"source": f"s{i % 50}"}}) for i in range(5000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    assert build_index(configured(tmp_path)).blocks == 20
+
+
+def test_without_a_tokenizer_nothing_is_said_of_tokens(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 3)
+    with open_index(build_index(configured(tmp_path)).path) as index:
+        assert not index.tables.has_tokens and index.tokenizer_fingerprint is None
+        assert index.read_block(0).tokens.tolist() == [0, 0, 0]
+
+
+def test_token_counts_are_those_of_the_tokenizer_named(tmp_path: Path) -> None:
+    tokenizer = train_bpe(["text 1 text 2"] * 9, 262, tmp_path / "tokenizer.json")
+    write(tmp_path / "a.jsonl", 3)
+    with open_index(build_index(configured(tmp_path, dataplane={"tokenizer": str(tokenizer)})).path) as index:
+        assert index.tables.has_tokens and index.tokenizer_fingerprint is not None
+        assert (index.read_block(0).tokens > 0).all()
+
+
+def test_a_property_nobody_has_is_reported(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 3)
+    wrong = {"sauce": "meta.sauce", "size": {"path": "size", "kind": "number"}, "source": "meta.source"}
+    assert build_index(configured(tmp_path, data={"properties": wrong})).empty_properties == ("sauce", "size")
+
+
+def test_without_properties_all_samples_are_alike(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 3)
+    with open_index(build_index(configured(tmp_path, data={"properties": {}})).path) as index:
+        assert index.tables.combos.num_combos == 1 and index.tables.properties == {}
+        assert index.read_block(0).combo.tolist() == [0, 0, 0]
+
+
+def test_shards_without_rows_are_listed_but_hold_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", 3)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "c.jsonl").write_text("\n\n \n")
+    with open_index(build_index(configured(tmp_path)).path) as index:
+        assert index.tables.shards.path == ("a.jsonl", "b.jsonl", "c.jsonl")
+        assert index.tables.shards.rows.tolist() == [0, 3, 0]
+        assert index.tables.blocks.shard.tolist() == [1]
+
+
+def test_data_without_any_row_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(DataError, match=r"1 shards below .* hold no rows"):
+        build_index(configured(tmp_path))
+
+
+def test_bad_rows_end_the_build_and_leave_no_index(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 3)
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"no": "text"}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl has 1 row") as caught:
+        build_index(configured(tmp_path))
+    assert "row=1: " in caught.value.__notes__[0]
+    assert not (tmp_path / "index.h5").exists()
+
+
+def test_the_fingerprint_is_of_the_content_only(tmp_path: Path) -> None:
+    def fingerprint(folder: str, source: str = "C4", rows: int = 5, **more: Any) -> str:
+        write(tmp_path / folder / "a.jsonl", rows, source)
+        return build_index(configured(tmp_path / folder, **more)).fingerprint
+
+    first = fingerprint("one")
+    assert fingerprint("one") == first, "another time of change"
+    assert fingerprint("two") == first, "another data root"
+    assert fingerprint("two", index={"path": str(tmp_path / "elsewhere" / "i.h5")}) == first, (
+        "another place of the index"
+    )
+    others = [
+        fingerprint("two", source="C5"),
+        fingerprint("two", rows=6),
+        fingerprint("two", index={"block_rows": 2}),
+        fingerprint("two", data={"properties": {"source": "meta.source"}}),
+        fingerprint("two", data={"text": "title"}),
+    ]
+    assert len({first, *others}) == 6
+
+
+def test_nothing_in_the_file_tells_when_it_was_written(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 3)
+    timed = []
+
+    def look(name: str, node: Any) -> None:
+        if node.id.get_create_plist().get_obj_track_times():
+            timed.append(name)
+
+    with h5py.File(build_index(configured(tmp_path)).path) as file:
+        file.visititems(look)
+        look("/", file["/"])
+    assert timed == []
+
+
+def test_progress_adds_up(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / f"{i}.jsonl", 10)
+    seen: list[BuildProgress] = []
+    report = build_index(configured(tmp_path), progress=seen.append)
+    assert [p.rows for p in seen] == [10, 20, 30]
+    assert seen[-1].bytes_done == seen[-1].bytes_total == report.bytes_read
+
+
+def test_an_index_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 3)
+    (tmp_path / "file").touch()
+    with pytest.raises(PropertyIndexError, match=r"cannot be written to (.|\n)*Set index\.path"):
+        build_index(configured(tmp_path, index={"path": str(tmp_path / "file" / "index.h5")}))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_contradicting_paths_are_refused_whatever_the_format(suffix: str, tmp_path: Path) -> None:
+    write(tmp_path / f"a.{suffix}", 3)
+    with pytest.raises(ConfigError, match=r"data\.properties\.x looks inside 'text'"):
+        build_index(configured(tmp_path, data={"properties": {"x": "text.language"}}))
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 3)
+    with pytest.raises(ConfigError, match=r"dataplane\.tokenizer is .*no\.json"):
+        build_index(configured(tmp_path, dataplane={"tokenizer": str(tmp_path / "no.json")}))
+
+
+def test_an_index_costs_less_than_eight_bytes_per_sample(tmp_path: Path) -> None:
+    rng = np.random.Generator(np.random.Philox(1))
+    lengths, sources = rng.lognormal(6.5, 0.7, 100_000).astype(int), rng.integers(0, 7, 100_000)
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for length, source in zip(lengths.tolist(), sources.tolist(), strict=True):
+            file.write(json.dumps({"text": "ab " * (length // 30), "meta": {"source": f"s{source}"}}) + "\n")
+    tokenizer = train_bpe(["ab ab ab"], 260, tmp_path / "tokenizer.json")
+    config = configured(
+        tmp_path, data={"properties": {"source": "meta.source"}}, dataplane={"tokenizer": str(tokenizer)}
+    )
+    report = build_index(config)
+    assert report.index_bytes / report.samples < 8

@@ -1,0 +1,129 @@
+"""Opening an index, and reading samples without reading tables."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import PropertyIndexError
+from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.open import SampleReader, open_index
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of 1000 samples in blocks of 100, of which the last two shards' are shorter."""
+    root = tmp_path_factory.mktemp("data")
+    for name, rows in (("a", 700), ("b", 250), ("c", 50)):
+        lines = [json.dumps({"text": "x" * i, "c": str(i % 3), "n": i}) for i in range(rows)]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    data = {"root": str(root), "properties": {"c": "c", "n": {"path": "n", "kind": "number"}}}
+    config = {"data": data, "index": {"path": str(root / "index.h5"), "block_rows": 100}}
+    return Path(build_index(from_plain(Config, config)).path)
+
+
+def test_a_reader_reads_blocks_without_the_tables(path: Path) -> None:
+    index, reader = open_index(path), SampleReader(path)
+    blocks = index.tables.blocks
+    for b in range(len(blocks)):
+        columns = reader.read(int(blocks.first_sample[b]), int(blocks.rows[b]))
+        assert columns.numbers["n"].tolist() == list(range(blocks.first_row[b], blocks.first_row[b] + blocks.rows[b]))
+        assert columns.length.sum() == blocks.length[b]
+    reader.close()
+    index.close()
+
+
+def test_columns_have_the_promised_types(path: Path) -> None:
+    with open_index(path) as index:
+        columns = index.read_block(0)
+    types = (columns.combo.dtype, columns.length.dtype, columns.tokens.dtype, columns.numbers["n"].dtype)
+    assert types == (np.int32, np.int64, np.int64, np.float64)
+
+
+def test_several_blocks_come_concatenated(path: Path) -> None:
+    with open_index(path) as index:
+        blocks = index.tables.blocks
+        some = [7, 0, 9]
+        columns = index.samples.read_many(blocks.first_sample[some].tolist(), blocks.rows[some].tolist())
+        parts = [index.read_block(b) for b in some]
+        assert columns.combo.tolist() == [c for p in parts for c in p.combo.tolist()]
+        assert columns.numbers["n"].tolist() == [n for p in parts for n in p.numbers["n"].tolist()]
+        assert len(index.samples.read_many([], []).combo) == 0
+
+
+def test_every_block_begins_a_chunk(path: Path) -> None:
+    with open_index(path) as index, h5py.File(path) as file:
+        assert (index.tables.blocks.first_sample % file["samples/combo"].chunks[0] == 0).all()
+
+
+def test_a_reader_touches_the_file_only_when_asked(path: Path, tmp_path: Path) -> None:
+    reader = SampleReader(tmp_path / "later.h5")
+    with pytest.raises(PropertyIndexError, match="There is no property index"):
+        reader.read(0, 1)
+    shutil.copy(path, tmp_path / "later.h5")
+    assert len(reader.read(0, 10).combo) == 10
+    reader.close()
+    assert len(reader.read(0, 10).combo) == 10, "a closed reader opens again"
+    reader.close()
+
+
+def test_threads_share_a_reader(path: Path) -> None:
+    with open_index(path) as index, ThreadPoolExecutor(8) as pool:
+        firsts = list(pool.map(lambda b: index.read_block(b % 11).numbers["n"][0], range(200)))
+        assert firsts == [index.tables.blocks.first_row[b % 11] for b in range(200)]
+
+
+def test_an_index_stays_open_while_it_is_replaced(path: Path, tmp_path: Path) -> None:
+    copy, other = tmp_path / "index.h5", tmp_path / "other.h5"
+    shutil.copy(path, copy)
+    with open_index(copy) as index:
+        before = index.read_block(3).length.tolist()
+        other.write_bytes(b"something else")
+        other.replace(copy)
+        assert index.read_block(3).length.tolist() == before
+
+
+def test_the_tables_outlive_the_file(path: Path) -> None:
+    with open_index(path) as index:
+        pass
+    assert index.tables.num_samples == 1000
+
+
+def test_the_data_root_can_be_moved(path: Path) -> None:
+    assert open_index(path).data_root == path.parent
+    assert open_index(path, "/elsewhere").data_root == Path("/elsewhere")
+
+
+def test_a_missing_index_says_how_to_build_one(tmp_path: Path) -> None:
+    with pytest.raises(
+        PropertyIndexError, match=r"no property index at (.|\n)*mixtera-hpc index build, or set index\.path"
+    ):
+        open_index(tmp_path / "none.h5")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89HDF\r\n\x1a\n", b"\0" * 5000])
+def test_what_is_no_hdf5_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "i.h5").write_bytes(content)
+    with pytest.raises(PropertyIndexError, match="is damaged or cut short"):
+        open_index(tmp_path / "i.h5")
+
+
+def test_an_hdf5_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "i.h5", "w") as file:
+        file["x"] = 1
+    with pytest.raises(PropertyIndexError, match="is not a property index"):
+        open_index(tmp_path / "i.h5")
+
+
+def test_another_version_is_refused_by_number(path: Path, tmp_path: Path) -> None:
+    shutil.copy(path, tmp_path / "i.h5")
+    with h5py.File(tmp_path / "i.h5", "r+") as file:
+        file.attrs["version"] = 99
+    with pytest.raises(PropertyIndexError, match="is of version 99, this is version 1"):
+        open_index(tmp_path / "i.h5")
