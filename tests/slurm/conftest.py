@@ -1,0 +1,57 @@
+"""The real cluster of `make slurm-up`, for the tests that need one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.launch.slurm import query, scancel
+
+MIXTERA = Path(sys.executable).with_name("mixtera-hpc")
+Mixtera = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def _missing() -> str | None:
+    """Why there is no cluster; None when there is one with two idle nodes or more."""
+    if shutil.which("sinfo") is None:
+        return "no Slurm on this machine; start one with make slurm-up"
+    done = subprocess.run(["sinfo", "-h", "-N", "-p", "normal", "-o", "%t"], capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        return "the Slurm controller does not answer; start it with make slurm-up"
+    usable = [word for word in done.stdout.split() if word in ("idle", "mix", "alloc", "comp")]
+    return None if len(usable) >= 2 else "fewer than two nodes are up; start them with make slurm-up"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("slurm")]
+    if marked and (reason := _missing()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A new folder of runs; at the end none of its jobs is left."""
+    root = tmp_path_factory.mktemp("runs")
+    yield root
+    starts = [json.loads(path.read_text()) for path in root.glob("*/*/attempts/*/job.json")]
+    jobs = [start["job_id"] for start in starts if start["job_id"]]
+    scancel([job for job, info in query(jobs).items() if info.state.active])
+
+
+@pytest.fixture
+def mixtera(runs: Path) -> Mixtera:
+    """The command line, with its runs below `runs`."""
+
+    def call(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "MIXTERA_RUNS": str(runs)}
+        done = subprocess.run([MIXTERA, *words], capture_output=True, text=True, timeout=240, env=environment)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return call

@@ -1,0 +1,69 @@
+"""What cluster tests run instead of the trainer: ranks that step together, save when asked and leave as the trainer does.
+
+stand_in.py STEPS SECONDS_PER_STEP [FAIL_AT_STEP]
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.comm.launch import guarded, open_communicator
+from mixtera_hpc.comm.watch import start_watch
+from mixtera_hpc.errors import SavedAndStopped
+
+FAILING_RANK = 1
+
+
+class StandIn:
+    """One rank's life."""
+
+    def __init__(self, comm: Communicator, folder: Path, attempt: int) -> None:
+        self.comm, self.folder, self.attempt = comm, folder, attempt
+        self.latest = folder / "checkpoints/LATEST"
+        self.asked = False
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, *_: object) -> None:
+        self.asked = True
+
+    def work(self, num_steps: int, step_s: float, fail_at: int) -> None:
+        for name in ("checkpoints", "metrics"):
+            (self.folder / name).mkdir(exist_ok=True)
+        self.comm.Barrier()
+        first = int(self.latest.read_text().split("_")[1]) if self.latest.exists() else 0
+        print(f"rank {self.comm.rank} of {self.comm.size} on {self.comm.hostname} from step {first}")
+        with start_watch(self.comm, self.folder / f"attempts/{self.attempt:03d}") as watch:
+            for step in range(first, num_steps):
+                time.sleep(step_s)
+                if step == fail_at and self.comm.rank == FAILING_RANK:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.end_step(step)
+                watch.step(step)
+
+    def end_step(self, step: int) -> None:
+        if self.comm.rank == 0:
+            with (self.folder / "metrics/steps.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, "tokens_per_s": 1000.0, "time": time.time()}) + "\n")
+            self.asked |= (self.folder / "control/stop").exists()
+        if self.comm.Allreduce(np.array([self.asked], np.int64), "max")[0]:
+            if self.comm.rank == 0:
+                self.latest.write_text(f"step_{step + 1:08d}")
+            raise SavedAndStopped(f"saved after step {step}")
+
+
+def main() -> int:
+    num_steps, step_s, fail_at = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else -1
+    comm = open_communicator()
+    rank = StandIn(comm, Path(os.environ["MIXTERA_RUN_FOLDER"]), int(os.environ["MIXTERA_ATTEMPT"]))
+    return guarded(comm, lambda: rank.work(num_steps, step_s, fail_at))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Jobs on the real cluster: submitted, followed, continued, cancelled, broken. Ranks are a stand-in for the trainer."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Mixtera = Callable[..., subprocess.CompletedProcess[str]]
+STAND_IN = Path(__file__).with_name("stand_in.py")
+LIMIT_S = 90
+
+pytestmark = pytest.mark.slurm
+
+
+def words(num_steps: int, step_s: float, *more: str, fail_at: int = -1) -> list[str]:
+    """Overrides of a run of 2 nodes × 2 ranks."""
+    command = f"job.command=[{sys.executable},-u,{STAND_IN},'{num_steps}','{step_s}','{fail_at}']"
+    return ["cluster=dev", "job.nodes=2", "data.root=/data", "mixture.unit=samples", "run.name=test", command, *more]
+
+
+def status(mixtera: Mixtera) -> dict[str, Any]:
+    return dict(json.loads(mixtera("status", "test", "--json").stdout))
+
+
+def wait_until(mixtera: Mixtera, good: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    deadline = time.monotonic() + LIMIT_S
+    while not good(now := status(mixtera)):
+        assert time.monotonic() < deadline, now
+        time.sleep(0.3)
+    return now
+
+
+def test_a_run_is_submitted_followed_and_completed(mixtera: Mixtera) -> None:
+    done = mixtera("submit", *words(3, 0.1), "--wait")
+
+    assert "rank 0 of 4" in done.stdout
+    now = status(mixtera)
+    assert (now["state"], now["step"], now["nodes"]) == ("COMPLETED", 2, 2)
+    lines = mixtera("logs", "test", "--rank", "all").stdout
+    assert all(f"[{rank}] rank {rank} of 4" in lines for rank in range(4))
+
+
+def test_a_printed_script_runs_as_it_is(mixtera: Mixtera, runs: Path) -> None:
+    script = mixtera("submit", "--dry-run", *words(3, 0.1)).stdout
+    assert not list(runs.iterdir())
+
+    submitted = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, cwd=runs)
+
+    assert submitted.returncode == 0, submitted.stderr
+    wait_for_folder(runs)
+    now = wait_until(mixtera, lambda now: now["state"] == "COMPLETED")
+    assert (now["job_id"], now["step"]) == (submitted.stdout.strip(), 2)
+
+
+def wait_for_folder(runs: Path) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not list(runs.glob("test/*/config.yaml")):
+        assert time.monotonic() < deadline, "the job made no run folder"
+        time.sleep(0.3)
+
+
+def test_a_signal_saves_and_the_next_attempt_goes_on(mixtera: Mixtera) -> None:
+    mixtera("submit", *words(12, 0.3, "job.max_attempts=3"))
+    first = wait_until(mixtera, lambda now: (now["step"] or 0) >= 2)
+    subprocess.run(["scancel", "--signal=USR2", first["job_id"]], check=True)
+
+    now = wait_until(mixtera, lambda now: now["state"] == "COMPLETED")
+
+    assert (now["attempt"], now["step"]) == (2, 11)
+    assert now["job_id"] != first["job_id"]
+    steps = [
+        json.loads(line)["step"] for line in (Path(now["folder"]) / "metrics/steps.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(12))
+
+
+def test_slurm_warns_before_the_time_limit_and_75_is_the_outcome(mixtera: Mixtera) -> None:
+    """Slurm may send its warning up to a minute early; sooner or later it comes before the end."""
+    limits = ['job.time="00:01:00"', "job.signal_lead_s=20"]
+
+    done = mixtera("submit", *words(10_000, 0.2, *limits), "--wait", check=False)
+
+    assert done.returncode == 75
+    assert status(mixtera)["state"] == "SAVED"
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(mixtera: Mixtera) -> None:
+    done = mixtera("submit", *words(100, 0.2, fail_at=2), "--wait", check=False)
+
+    assert done.returncode == 1
+    assert "First failure: {" in done.stdout
+    now = status(mixtera)
+    assert (now["state"], now["reason"].partition(" on ")[0]) == ("FAILED", "rank 1")
+    assert "vanished after step 1" in now["reason"]
+
+
+def test_cancel_ends_a_run_and_its_chain(mixtera: Mixtera) -> None:
+    mixtera("submit", *words(1000, 0.2, "job.max_attempts=5"))
+    wait_until(mixtera, lambda now: (now["step"] or 0) >= 1)
+
+    mixtera("cancel", "test")
+
+    now = wait_until(mixtera, lambda now: now["state"] not in ("PENDING", "RUNNING"))
+    assert (now["state"], now["attempt"]) == ("CANCELLED", 1)
+
+
+def test_a_run_cancelled_after_saving_can_be_resumed_on_fewer_nodes(mixtera: Mixtera) -> None:
+    mixtera("submit", *words(15, 0.2, "job.max_attempts=5"))
+    wait_until(mixtera, lambda now: (now["step"] or 0) >= 1)
+    mixtera("cancel", "test", "--after-save")
+    saved = wait_until(mixtera, lambda now: now["state"] == "SAVED")
+    assert saved["attempt"] == 1
+
+    done = mixtera("resume", "test", "job.nodes=1", "--wait")
+
+    assert "rank 0 of 2 on" in done.stdout
+    now = status(mixtera)
+    assert (now["state"], now["attempt"], now["nodes"], now["step"]) == ("COMPLETED", 2, 1, 14)
+
+
+def test_a_running_run_is_not_resumed(mixtera: Mixtera) -> None:
+    mixtera("submit", *words(1000, 0.2))
+    wait_until(mixtera, lambda now: now["state"] == "RUNNING")
+
+    done = mixtera("resume", "test", check=False)
+
+    assert done.returncode == 2
+    assert "RUNNING as job" in done.stderr
+
+
+def test_a_sweep_over_nodes_gives_every_point_its_own_job(mixtera: Mixtera, runs: Path) -> None:
+    points = [word for word in words(2, 0.1) if word != "job.nodes=2"]
+    sweep = ["sweep", *points, "job.nodes=1,2", "dataplane.seed=0,1", "--max-parallel", "2"]
+
+    mixtera(*sweep)
+
+    lines = wait_for_sweep(mixtera, 4)
+    assert sorted(line["nodes"] for line in lines) == [1, 1, 2, 2]
+    again = mixtera(*sweep)
+    assert "0 of 4 points to submit" in again.stdout
+
+
+def wait_for_sweep(mixtera: Mixtera, num_points: int) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        lines = [json.loads(line) for line in mixtera("status", "--json").stdout.splitlines()]
+        if len(lines) == num_points and all(line["state"] == "COMPLETED" for line in lines):
+            return lines
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.5)
+
+
+def test_what_slurm_refuses_leaves_no_folder(mixtera: Mixtera, runs: Path) -> None:
+    done = mixtera("submit", *words(2, 0.1), "job.constraint=nonsense", check=False)
+
+    assert done.returncode == 2
+    assert "Slurm refused the job" in done.stderr
+    assert not list(runs.glob("*/*/config.yaml"))

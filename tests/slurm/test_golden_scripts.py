@@ -1,0 +1,42 @@
+"""The scripts of all clusters, byte by byte: a new submitit or a changed template shows here before it reaches a cluster."""
+
+import difflib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.config.compose import compose, conf_dir
+from mixtera_hpc.launch.job import Job, render
+
+GOLDEN = Path(__file__).with_name("golden")
+CLUSTERS = sorted(path.stem for path in (conf_dir() / "cluster").glob("*.yaml"))
+ACCEPT = "MIXTERA_ACCEPT=1 python -m pytest tests/slurm/test_golden_scripts.py"
+
+
+def script(cluster: str) -> str:
+    words = ["data.root=/data", "mixture.unit=samples", "run.name=golden", f"cluster={cluster}", "job.nodes=2"]
+    words += ["job.account=project", "job.max_attempts=3", "cluster.python=/opt/venv/bin/python"]
+    return render(Job(config=compose(words), folder=Path("/runs/golden/20261123-161004-7f3a")))
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_the_script_is_the_recorded_one(cluster: str) -> None:
+    path, text = GOLDEN / f"{cluster}.sh", script(cluster)
+    if os.environ.get("MIXTERA_ACCEPT"):
+        path.write_text(text)
+    recorded = path.read_text() if path.exists() else ""
+    diff = "\n".join(difflib.unified_diff(recorded.splitlines(), text.splitlines(), str(path), "rendered", lineterm=""))
+    assert text == recorded, f"{diff}\nIf this is meant, accept it: {ACCEPT}"
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_bash_can_read_the_script(cluster: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=script(cluster), capture_output=True, text=True)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_recorded_script_is_left_over() -> None:
+    assert sorted(path.stem for path in GOLDEN.glob("*.sh")) == CLUSTERS
