@@ -101,9 +101,10 @@ def build_index(
     if comm.rank > 0:
         _scan_share(job, msgspec.json.decode(bcast_bytes(comm, None), type=_Plan), folder, comm, progress)
         return msgspec.json.decode(bcast_bytes(comm, None), type=BuildReport)
+    shards = discover(config.data)
     _make(folder)
     with locked(folder):
-        plan = _plan(config, job, folder)
+        plan = _plan(shards, job, folder)
         bcast_bytes(comm, msgspec.json.encode(plan))
         _scan_share(job, plan, folder, comm, progress)
         report = _finish(config, job, plan, began)
@@ -121,9 +122,8 @@ def _make(folder: Path) -> None:
         ) from None
 
 
-def _plan(config: Config, job: ScanJob, folder: Path) -> _Plan:
-    """Shards, units, and which of them an earlier attempt has finished."""
-    shards = discover(config.data)
+def _plan(shards: list[Shard], job: ScanJob, folder: Path) -> _Plan:
+    """Units, and which of them an earlier attempt has finished."""
     units = [
         (i, unit.start, unit.stop)
         for i, shard in enumerate(shards)

@@ -1,0 +1,135 @@
+"""Which files are shards."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtera_hpc.config.schema import DataConfig
+from mixtera_hpc.errors import ConfigError, DataError, UserError
+from mixtera_hpc.index.discover import discover, fingerprint_of_shard
+
+
+def found(root: Path, **settings: Any) -> list[str]:
+    return [shard.path for shard in discover(DataConfig(root=str(root), **settings))]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    names = [
+        "b/2.jsonl",
+        "b/10.jsonl",
+        "a.jsonl",
+        "b/c/x.parquet",
+        "z.jsonl.zst",
+        "notes.txt",
+        "index.h5",
+        "b/data.json",
+    ]
+    for name in [*names, ".hidden.jsonl", ".cache/y.jsonl", "b/.z/w.jsonl"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+def test_all_data_files_are_found_in_one_order_and_nothing_else(tree: Path) -> None:
+    assert found(tree) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "b/c/x.parquet", "z.jsonl.zst"]
+    assert [s.format for s in discover(DataConfig(root=str(tree)))] == [
+        "jsonl",
+        "jsonl",
+        "jsonl",
+        "parquet",
+        "jsonl.zst",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (["*"], [], ["a.jsonl", "z.jsonl.zst"]),
+        (["b/*"], [], ["b/10.jsonl", "b/2.jsonl"]),
+        (["**/*.jsonl"], [], ["a.jsonl", "b/10.jsonl", "b/2.jsonl"]),
+        (["**/*.jsonl", "a.jsonl", "b/**/*"], [], ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "b/c/x.parquet"]),
+        (["**/*"], ["b/**"], ["a.jsonl", "z.jsonl.zst"]),
+        (["**/*.jsonl"], ["**/1*"], ["a.jsonl", "b/2.jsonl"]),
+        (["[ab].jsonl"], [], ["a.jsonl"]),
+        (["**/*.json*"], ["**/*.json"], ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "z.jsonl.zst"]),
+    ],
+)
+def test_globs_choose(include: list[str], exclude: list[str], expected: list[str], tree: Path) -> None:
+    assert found(tree, include=include, exclude=exclude) == expected
+
+
+def test_a_format_that_is_named_reads_any_file(tree: Path) -> None:
+    (shard,) = discover(DataConfig(root=str(tree), include=["b/*.json"], format="jsonl"))
+    assert (shard.path, shard.format) == ("b/data.json", "jsonl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"include": ["*.txt"]}, r"'\*\.txt', which matches 'notes\.txt', a file of unknown format(.|\n)*\.parquet"),
+        ({"include": ["**/*.json*"]}, r"'b/data\.json', a file of unknown format"),
+        ({"include": ["none/*.jsonl"]}, r"'none/\*\.jsonl', which matches no file below"),
+        ({"include": ["a.jsonl", "/etc/*.jsonl"]}, r"expected a glob below data\.root"),
+        ({"include": ["../*.jsonl"]}, r"expected a glob below data\.root"),
+        ({"exclude": ["/x"]}, r"data\.exclude has '/x', expected a glob below data\.root"),
+        ({"include": ["b/c/*"], "exclude": ["b/c/*"]}, r"No data file below"),
+        ({"format": "jsonlines"}, r"data\.format is 'jsonlines', which is no format"),
+    ],
+)
+def test_a_wrong_choice_is_refused(settings: dict[str, Any], message: str, tree: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        found(tree, **settings)
+
+
+def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for root in ("none", "file"):
+        with pytest.raises(DataError, match=rf"data\.root is '.*{root}', which is not a folder"):
+            found(tmp_path / root)
+
+
+def test_links_to_folders_are_followed_and_twins_refused(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    (other / "o.jsonl").write_text("{}")
+    (tree / "link").symlink_to(other)
+    assert "link/o.jsonl" in found(tree)
+    (tree / "twin").symlink_to(other)
+    with pytest.raises(DataError, match=r"'link/o\.jsonl' and 'twin/o\.jsonl' are the same file"):
+        found(tree)
+    assert found(tree, exclude=["twin/**"]) == found(tree, exclude=["twin/*"])
+
+
+def test_a_loop_of_links_is_refused(tree: Path) -> None:
+    (tree / "b" / "loop").symlink_to(tree)
+    with pytest.raises(DataError, match="are the same file"):
+        found(tree)
+
+
+def test_a_name_that_is_not_utf8_is_refused(tree: Path) -> None:
+    Path(os.fsdecode(bytes(tree) + b"/\xff.jsonl")).write_text("{}")
+    with pytest.raises(DataError, match="is not UTF-8"):
+        found(tree)
+    with pytest.raises(ConfigError):
+        found(tree, include=["**/*.txt"])
+
+
+def test_the_fingerprint_of_a_shard_changes_with_its_ends_and_size(tmp_path: Path) -> None:
+    def fingerprint(content: bytes) -> str:
+        (tmp_path / "s").write_bytes(content)
+        return fingerprint_of_shard(tmp_path / "s", len(content))
+
+    middle = b"x" * (3 << 20)
+    contents = [
+        b"",
+        b"a" + middle + b"b",
+        b"b" + middle + b"b",
+        b"a" + middle + b"a",
+        b"a" + middle + b"xb",
+        b"a",
+        b"b",
+    ]
+    assert len({fingerprint(c) for c in contents}) == len(contents)
+    assert fingerprint(b"a") == fingerprint(b"a")

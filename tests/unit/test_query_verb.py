@@ -1,0 +1,139 @@
+"""`mixtera-hpc query`, as it is typed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.tokens.train import train_bpe
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(list(argv))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 samples: sources C4 (20), Book (8) and null (2), a year, tags, and quality 0.0 to 0.29."""
+    root = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "text": "word " * (i % 3 + 1),
+            "source": "C4" if i < 20 else "Book" if i < 28 else None,
+            "year": 2020 + i % 2,
+            "tags": ["spam"] if i % 5 == 0 else [],
+            "quality": i / 100,
+        }
+        for i in range(30)
+    ]
+    (root / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = train_bpe(["word word"] * 5, 262, root / "tokenizer.json")
+    properties = "{source:source,year:year,tags:{path:tags,kind:categories},quality:{path:quality,kind:number}}"
+    argv = [
+        f"data.root={root}",
+        "index.block_rows=8",
+        f"+data.properties={properties}",
+        f"dataplane.tokenizer={tokenizer}",
+    ]
+    assert main(["index", "build", *argv]) == 0
+    return root / "index.h5"
+
+
+def ask(capsys: pytest.CaptureFixture[str], index: Path, *overrides: str) -> dict[str, Any]:
+    code, out, err = run(capsys, "query", "--json", f"index.path={index}", *overrides)
+    assert code == 0, err
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def test_without_domains_everything_is_one_domain(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = ask(capsys, index)
+    (domain,) = answer["domains"]
+    assert domain["key"] == {} and domain["domain_id"] == 0 and domain["weight"] == 1.0
+    assert domain["samples"] == answer["selected"]["samples"] == 30
+    assert domain["tokens"] == answer["selected"]["tokens"] > 0
+    assert answer["left_out"] == {"samples": 0, "tokens": 0} and answer["overlaps"] == []
+
+
+def test_where_selects(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = ask(capsys, index, "query.where=\"'spam' not in tags and quality >= 0.1\"")
+    assert answer["selected"]["samples"] == 16
+
+
+@pytest.mark.parametrize("unit", ["tokens", "samples"])
+def test_natural_weights_are_shares_of_the_unit(unit: str, index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = ask(capsys, index, "mixture.by=[source]", f"mixture.unit={unit}")
+    assert [d["key"] for d in answer["domains"]] == [{"source": "Book"}, {"source": "C4"}, {"source": None}]
+    assert [d["samples"] for d in answer["domains"]] == [8, 20, 2]
+    total = sum(d[unit] for d in answer["domains"])
+    assert [d["weight"] for d in answer["domains"]] == pytest.approx([d[unit] / total for d in answer["domains"]])
+
+
+def test_static_weights_are_those_configured(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    domains = "mixture.domains=[{key:{source:[C4,Book]},weight:3},{key:{tags:spam},weight:1}]"
+    answer = ask(capsys, index, "mixture=static", "mixture.normalize=true", domains)
+    assert [d["weight"] for d in answer["domains"]] == [0.75, 0.25]
+    assert answer["domains"][0]["key"] == {"source": ["C4", "Book"]}
+    assert [d["samples"] for d in answer["domains"]] == [28, 0]
+    assert answer["overlaps"] == [{"domain_id": 0, "also_matches": 1, "samples": 6}]
+    assert answer["left_out"]["samples"] == 2
+
+
+def test_dynamic_weights_begin_as_given_or_natural(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = "mixture.domains=[{key:{source:C4},weight:0.1},{key:{source:Book},weight:0.9}]"
+    assert [d["weight"] for d in ask(capsys, index, "mixture=ado", given)["domains"]] == [0.1, 0.9]
+    natural = ask(capsys, index, "mixture=ado", "mixture.by=[source]", "mixture.unit=samples")
+    assert [d["weight"] for d in natural["domains"]] == pytest.approx([8 / 30, 20 / 30, 2 / 30])
+
+
+@pytest.mark.parametrize(
+    ("value", "samples"), [("2020", 15), ("'2020'", 15), ("[2020,2021]", 30), ("null", 0), ("[null,2021]", 15)]
+)
+def test_key_values_match_as_text_however_yaml_reads_them(
+    value: str, samples: int, index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = ask(capsys, index, f"mixture.domains=[{{key:{{year:{value}}}}}]")
+    assert answer["domains"][0]["samples"] == samples
+
+
+def test_text_names_domains_overlaps_and_what_is_left_out(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    domains = "mixture.domains=[{key:{source:[C4,null]}},{key:{tags:spam}}]"
+    code, out, _ = run(capsys, "query", f"index.path={index}", domains)
+    assert code == 0
+    assert "source=C4|null" in out and "tags=spam" in out
+    assert "selected: 30 samples" in out and "in no domain: 6 samples" in out
+    assert "4 samples of source=C4|null match tags=spam too" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("query.where=qality>1", "ConfigError: query.where names 'qality'"),
+        ("mixture.by=[sorce]", "MixtureError: A domain key names 'sorce'"),
+        ("mixture.domains=[{key:{source:c4}}]", "MixtureError: A domain key wants source = 'c4'"),
+        ("index.path=/none.h5", "PropertyIndexError: There is no property index at /none.h5"),
+        ("mixture.kind=static", "ConfigError: mixture.kind=static needs mixture.domains"),
+        ("data.rot=x", "ConfigError: data.rot is not a known key"),
+    ],
+)
+def test_mistakes_are_named_and_exit_with_2(
+    override: str, message: str, index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "query", f"index.path={index}", override)
+    assert code == 2 and message in err and out == ""
+
+
+def test_an_index_without_token_counts_shows_none(
+    index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "i.h5"
+    assert run(capsys, "index", "build", f"data.root={index.parent}", f"index.path={path}")[0] == 0
+    (domain,) = ask(capsys, path)["domains"]
+    assert domain["samples"] == 30 and domain["tokens"] is None and domain["weight"] is None
+    assert ask(capsys, path, "mixture.unit=samples")["domains"][0]["weight"] == 1.0
+    assert run(capsys, "query", f"index.path={path}")[0] == 0
