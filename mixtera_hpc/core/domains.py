@@ -6,8 +6,8 @@ those, be looked at.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -112,51 +112,50 @@ def select(
     """
     matches = np.stack([_matches(key, tables.combos) for key in keys])
     combo_domain = np.where(matches.any(axis=0), matches.argmax(axis=0), NO_DOMAIN).astype(np.int32)
-    cells = _decided_cells(tables, predicate)
-    undecided = np.unique(cells.block[cells.mask.can & ~cells.mask.must])
-    keep = cells.mask.must & ~np.isin(cells.block, undecided)
-    parts = [_Counts(cells.block[keep], cells.combo[keep], cells.rows[keep], cells.tokens[keep])]
-    parts += _scan(tables, predicate, undecided, read_block)
-    counts = _Counts(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    cells, mask = _cells(tables, predicate)
+    undecided = np.unique(cells.block[mask.can & ~mask.must])
+    keep = mask.must & ~np.isin(cells.block, undecided) if len(undecided) else mask.must
+    counts = _joined([cells.only(keep), *_scan(tables, predicate, undecided, read_block)])
     return _summarise(counts, combo_domain, matches, predicate, len(undecided))
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Selected rows and tokens per (block, combo) cell."""
+    """Rows and tokens per (block, combo) cell, blocks ascending."""
 
     block: NDArray[np.int32]
     combo: NDArray[np.int32]
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int32]
     tokens: NDArray[np.int64]
 
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        return iter((self.block, self.combo, self.rows, self.tokens))
+    def only(self, keep: NDArray[np.bool_]) -> "_Counts":
+        """Some of the cells; no copy when it is all of them."""
+        if keep.all():
+            return self
+        return _Counts(self.block[keep], self.combo[keep], self.rows[keep], self.tokens[keep])
 
 
-@dataclass(frozen=True, slots=True)
-class _Cells:
-    block: NDArray[np.int32]
-    combo: NDArray[np.int32]
-    rows: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    mask: Mask
+def _joined(parts: Sequence[_Counts]) -> _Counts:
+    if len(parts) == 1:
+        return parts[0]
+    order = np.argsort(np.concatenate([part.block for part in parts]), kind="stable")
+    return _Counts(*(np.concatenate([getattr(p, f.name) for p in parts])[order] for f in fields(_Counts)))
 
 
-def _decided_cells(tables: IndexTables, predicate: Predicate) -> _Cells:
+def _cells(tables: IndexTables, predicate: Predicate) -> tuple[_Counts, Mask]:
+    """Every cell of the histogram, and what the predicate says of it without looking at samples."""
     histogram, zones = tables.histogram, tables.blocks.zones
     block = np.repeat(np.arange(len(tables.blocks), dtype=np.int32), np.diff(histogram.indptr))
+    cells = _Counts(block, histogram.combo, histogram.rows, histogram.tokens)
     if predicate.numbers:
         low = {n: zones[n].low[block] for n in predicate.numbers}
         high = {n: zones[n].high[block] for n in predicate.numbers}
         nulls = {n: zones[n].has_null[block] for n in predicate.numbers}
         entries = Entries(combos=tables.combos, combo=histogram.combo, low=low, high=high, has_null=nulls)
-        mask = predicate.evaluate(entries)
-    else:
-        every = Entries.of_samples(tables.combos, np.arange(tables.combos.num_combos), {})
-        per_combo = predicate.evaluate(every).must[histogram.combo]
-        mask = Mask(per_combo, per_combo)
-    return _Cells(block, histogram.combo, histogram.rows.astype(np.int64), histogram.tokens, mask)
+        return cells, predicate.evaluate(entries)
+    every = Entries.of_samples(tables.combos, np.arange(tables.combos.num_combos), {})
+    per_combo = predicate.evaluate(every).must[histogram.combo]
+    return cells, Mask(per_combo, per_combo)
 
 
 def _scan(
@@ -167,7 +166,7 @@ def _scan(
         columns = read_block(int(block))
         hit = predicate.evaluate(Entries.of_samples(tables.combos, columns.combo, columns.numbers)).must
         combo, position = np.unique(columns.combo[hit], return_inverse=True)
-        rows = np.bincount(position, minlength=len(combo))
+        rows = np.bincount(position, minlength=len(combo)).astype(np.int32)
         tokens = np.zeros(len(combo), np.int64)
         np.add.at(tokens, position, columns.tokens[hit])
         found.append(_Counts(np.full(len(combo), block, np.int32), combo.astype(np.int32), rows, tokens))
@@ -183,8 +182,8 @@ def _summarise(
         table=_domain_table(counts, domain, len(matches)),
         predicate=predicate,
         combo_domain=combo_domain,
-        selected=(int(counts.rows.sum()), int(counts.tokens.sum())),
-        left_out=(int(counts.rows[out].sum()), int(counts.tokens[out].sum())),
+        selected=(int(counts.rows.sum(dtype=np.int64)), int(counts.tokens.sum())),
+        left_out=(int(counts.rows[out].sum(dtype=np.int64)), int(counts.tokens[out].sum())),
         overlaps=_overlaps(counts, combo_domain, matches),
         scanned_blocks=scanned,
     )
@@ -192,30 +191,34 @@ def _summarise(
 
 def _domain_table(counts: _Counts, domain: NDArray[np.int32], num_domains: int) -> DomainTable:
     """Add up the cells of one (domain, block); cells are sorted by domain, then block."""
-    order = np.lexsort((counts.block, domain))
-    order = order[domain[order] != NO_DOMAIN]
+    narrow = domain.astype(np.int16) if num_domains < 1 << 15 else domain  # Stable sorts of 16 bits are radix sorts.
+    order = np.argsort(narrow, kind="stable")[np.count_nonzero(domain == NO_DOMAIN) :]
     domain, block = domain[order], counts.block[order]
-    first = np.flatnonzero(np.r_[True, (np.diff(domain) != 0) | (np.diff(block) != 0)][: len(order)])
+    first = np.flatnonzero(np.r_[True, (domain[1:] != domain[:-1]) | (block[1:] != block[:-1])][: len(order)])
     per_domain = np.bincount(domain[first], minlength=num_domains)
     return DomainTable(
         indptr=np.concatenate([[0], np.cumsum(per_domain)]).astype(np.int64),
         block=block[first],
-        rows=_sum_runs(counts.rows[order], first).astype(np.int32),
+        rows=_sum_runs(counts.rows[order], first),
         tokens=_sum_runs(counts.tokens[order], first),
     )
 
 
-def _sum_runs(values: NDArray[np.int64], first: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.add.reduceat(values, first) if len(first) else np.zeros(0, np.int64)
+def _sum_runs(values: NDArray[Any], first: NDArray[np.int64]) -> NDArray[Any]:
+    """Sums of consecutive runs that begin at `first`; a block's rows fit the type of its cells'."""
+    return np.add.reduceat(values, first, dtype=values.dtype) if len(first) else values[:0]
 
 
 def _overlaps(
     counts: _Counts, combo_domain: NDArray[np.int32], matches: NDArray[np.bool_]
 ) -> tuple[tuple[int, int, int], ...]:
+    several = matches.sum(axis=0) > 1
+    if not several.any():
+        return ()
     per_combo = np.zeros(len(combo_domain), np.int64)
     np.add.at(per_combo, counts.combo, counts.rows)
     found: dict[tuple[int, int], int] = {}
-    for combo in np.flatnonzero((matches.sum(axis=0) > 1) & (per_combo > 0)):
+    for combo in np.flatnonzero(several & (per_combo > 0)):
         first, *later = np.flatnonzero(matches[:, combo])
         for other in later:
             pair = (int(first), int(other))
