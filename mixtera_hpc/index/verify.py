@@ -45,10 +45,11 @@ def check_fresh(index: PropertyIndex) -> None:
     if not changed:
         return
     named = [f"{shard.path} ({shard.problem})" for shard in changed[:NAMED]]
-    more = [f"and {len(changed) - NAMED} more"] if len(changed) > NAMED else []
+    named += [f"and {len(changed) - NAMED} more"] if len(changed) > NAMED else []
+    listed = "".join(f"\n    {line}" for line in named)
     raise PropertyIndexError(
         f"{index.path} is stale: {len(changed)} of {len(index.tables.shards.path)} shards below {index.data_root} are not "
-        f"what was indexed.\n    {chr(10).join(named + more).replace(chr(10), chr(10) + '    ')}\n"
+        f"what was indexed:{listed}\n"
         "  Bring them back, set data.root, or build it again: mixtera-hpc index build with the same settings."
     )
 

@@ -3,8 +3,12 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.tokens.train import train_bpe
@@ -87,13 +91,42 @@ def test_mistakes_are_named_and_exit_with_2(argv: list[str], message: str, capsy
     assert message in capsys.readouterr().err
 
 
-def test_the_slim_pajama_preset_finds_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import zstandard
-
-    shard = tmp_path / "slimpajama" / "train" / "chunk1" / "example_train_0.jsonl.zst"
+@pytest.mark.parametrize(
+    ("preset", "path", "row", "properties"),
+    [
+        (
+            "slim_pajama",
+            "slimpajama/train/chunk1/example_train_0.jsonl.zst",
+            {"text": "x", "meta": {"redpajama_set_name": "RedPajamaC4"}},
+            {"source": ["RedPajamaC4"]},
+        ),
+        ("pile", "pile/train/00.jsonl.zst", {"text": "x", "meta": {"pile_set_name": "ArXiv"}}, {"source": ["ArXiv"]}),
+        (
+            "fineweb",
+            "fineweb/data/CC-MAIN-2020-05/000.parquet",
+            {"text": "x", "dump": "CC-MAIN-2020-05", "language": "en", "language_score": 0.9},
+            {"dump": ["CC-MAIN-2020-05"], "language": ["en"], "language_score": []},
+        ),
+    ],
+)
+def test_presets_find_their_files_and_properties(
+    preset: str,
+    path: str,
+    row: dict[str, Any],
+    properties: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shard = tmp_path / path
     shard.parent.mkdir(parents=True)
-    row = {"text": "x", "meta": {"redpajama_set_name": "RedPajamaC4"}}
-    shard.write_bytes(zstandard.compress(json.dumps(row).encode()))
+    if path.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist([row]), shard)
+    else:
+        shard.write_bytes(zstandard.compress(json.dumps(row).encode()))
     monkeypatch.setenv("SCRATCH", str(tmp_path))
-    assert main(["index", "build", "data=slim_pajama"]) == 0
-    assert (tmp_path / "slimpajama" / "index.h5").exists()
+    assert main(["index", "build", f"data={preset}"]) == 0
+    capsys.readouterr()
+    assert main(["index", "inspect", "--json", f"data={preset}"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {name: p["values"] for name, p in facts["properties"].items()} == properties
