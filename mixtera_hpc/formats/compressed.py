@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, shard_changed
+from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
 from mixtera_hpc.formats.lines import LineScanner, line_ends
 
 __all__ = ["Codec", "CompressedJsonl", "Decompressor"]
@@ -160,7 +160,7 @@ class _Reader:
         self._path, self._cache, self._codec = path, cache, codec
         self._type = RowType(Fields(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         return self._type.documents(self._decode(self._decoder, block, rows))

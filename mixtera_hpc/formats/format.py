@@ -5,6 +5,7 @@ same result for any number of workers. A scan reads only what the index needs; a
 plan names. Adding a format is one file with these three methods and one line in `registry.py`.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "Unit",
     "bad_rows",
     "cut",
+    "open_shard",
     "shard_changed",
 ]
 
@@ -174,6 +176,18 @@ class Format(Protocol):
             cache: keeps decoded blocks of formats that cannot read single rows; shared by many readers.
         """
         ...
+
+
+def open_shard(path: Path) -> int:
+    """A descriptor to read from.
+
+    Raises:
+        DataError: the shard cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened: {error.strerror}.\n  Run mixtera-hpc index verify.") from None
 
 
 def cut(size_bytes: int, unit_bytes: int) -> list[Unit]:

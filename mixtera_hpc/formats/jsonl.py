@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, cut, shard_changed
+from mixtera_hpc.formats.format import (
+    Batch,
+    BlockRef,
+    Fields,
+    Ranges,
+    ShardReader,
+    Unit,
+    cut,
+    open_shard,
+    shard_changed,
+)
 from mixtera_hpc.formats.lines import Lines, LineScanner, line_ends
 
 __all__ = ["Jsonl"]
@@ -146,7 +156,7 @@ class _Reader:
         self._path = path
         self._type = RowType(Fields(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         return self._type.documents(self._decode(self._decoder, block, lengths, rows))

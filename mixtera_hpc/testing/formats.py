@@ -20,6 +20,7 @@ from mixtera_hpc.formats.format import Batch, BlockRef, Field, Fields, Format
 __all__ = [
     "CHECKS",
     "Write",
+    "check_a_missing_shard_is_refused",
     "check_blocks_partition_the_rows",
     "check_documents_read_back",
     "check_missing_text_is_refused",
@@ -157,6 +158,16 @@ def check_missing_text_is_refused(fmt: Format, write: Write, folder: Path) -> No
             raise AssertionError("a row whose text is null was accepted")
 
 
+def check_a_missing_shard_is_refused(fmt: Format, write: Write, folder: Path) -> None:
+    """Opening a file that is not there is the user's affair, not a traceback."""
+    try:
+        fmt.open(folder / "gone", "text", BlockCache())
+    except DataError as error:
+        _same("gone" in str(error), True, f"{error} names the file:")
+    else:
+        raise AssertionError("a missing shard was opened")
+
+
 def check_threads_share_a_reader(fmt: Format, write: Write, folder: Path) -> None:
     """Many threads read different blocks through one reader, with a cache too small for all."""
     rows = rows_of(1000)
@@ -177,6 +188,7 @@ CHECKS = (
     check_documents_read_back,
     check_payloads_read_back,
     check_missing_text_is_refused,
+    check_a_missing_shard_is_refused,
     check_threads_share_a_reader,
 )
 
