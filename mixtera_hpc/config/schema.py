@@ -56,6 +56,9 @@ class DataConfig:
     """Dotted path to the document."""
     properties: dict[str, PropertyConfig] = field(default_factory=dict)
     """Name → where it is found and of which kind."""
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+    """A row that cannot be read ends the build, the first ten named; or it is left out, and counted per shard and reason in
+    the index. `skip` leaves out a whole shard that is damaged, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

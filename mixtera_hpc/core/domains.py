@@ -90,6 +90,7 @@ def keys_by(names: Sequence[str], combos: ComboTable) -> list[DomainKey]:
     found = {
         tuple(choice)
         for combo in range(combos.num_combos)
+        if combo != combos.bad
         for choice in itertools.product(*(combos.values(name, combo) or (None,) for name in names))
     }
     ordered = sorted(found, key=lambda values: tuple((v is None, v or "") for v in values))
@@ -111,6 +112,8 @@ def select(
         MixtureError: a key names an unknown property or value, or a property that is a number.
     """
     matches = np.stack([_matches(key, tables.combos) for key in keys])
+    if tables.combos.bad >= 0:
+        matches[:, tables.combos.bad] = False
     combo_domain = np.where(matches.any(axis=0), matches.argmax(axis=0), NO_DOMAIN).astype(np.int32)
     cells, mask = _cells(tables, predicate)
     undecided = np.unique(cells.block[mask.can & ~mask.must])
@@ -165,6 +168,7 @@ def _scan(
     for block in blocks:
         columns = read_block(int(block))
         hit = predicate.evaluate(Entries.of_samples(tables.combos, columns.combo, columns.numbers)).must
+        hit &= columns.combo != tables.combos.bad
         combo, position = np.unique(columns.combo[hit], return_inverse=True)
         rows = np.bincount(position, minlength=len(combo)).astype(np.int32)
         tokens = np.zeros(len(combo), np.int64)

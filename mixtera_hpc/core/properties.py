@@ -55,6 +55,8 @@ class ComboTable:
     """Per property, shape (num_combos + 1,)."""
     codes: Mapping[str, NDArray[np.int32]]
     """Per property, shape (indptr[-1],)."""
+    bad: int = -1
+    """The combo of rows that cannot be read, without any value: no query selects them. -1 when there are none."""
 
     def any_of(self, name: str, codes: Iterable[int]) -> NDArray[np.bool_]:
         """Which combos have at least one of `codes` in property `name`; shape (num_combos,)."""

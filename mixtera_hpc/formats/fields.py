@@ -42,6 +42,13 @@ class RowType:
         self._fields = fields
         self._text = attrgetter(_attributes(fields.text))
 
+    def blank(self) -> Any:
+        """A row without properties, whose document is empty."""
+        row: Any = ""
+        for key in reversed(self._fields.text.split(".")):
+            row = {key: row}
+        return msgspec.convert(row, self.struct)
+
     def documents(self, rows: Sequence[Any]) -> list[str]:
         """The text of every row."""
         return list(map(self._text, rows))

@@ -70,13 +70,16 @@ class Fields:
     properties: tuple[Field, ...] = ()
     documents: bool = False
     """Whether the texts themselves are wanted, to count tokens."""
+    skip_bad: bool = False
+    """Whether rows that cannot be read are listed in `Batch.bad` instead of ending the scan."""
 
     @classmethod
     def of(cls, data: DataConfig, documents: bool) -> "Fields":
         """The fields that a configuration names; properties sorted by name."""
         ordered = sorted(data.properties.items())
         properties = tuple(Field(name=name, path=spec.path, kind=Kind(spec.kind)) for name, spec in ordered)
-        return cls(text=data.text, properties=properties, documents=documents)
+        skip = data.on_bad_sample == "skip"
+        return cls(text=data.text, properties=properties, documents=documents, skip_bad=skip)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +112,9 @@ class Batch:
     """Bytes of every row on disk, shape (rows,), adding up to the blocks'; None where rows have no byte range."""
     documents: list[str] | None = None
     """The texts, when `Fields.documents` asked for them."""
+    bad: tuple[tuple[int, str], ...] = ()
+    """With `Fields.skip_bad`, the rows that cannot be read: position in the batch, ascending, and the problem. They count as
+    rows everywhere, so that the positions of all others stay right; columns and documents hold anything for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +170,8 @@ class Format(Protocol):
             block_rows: rows of a block, where the format is free to choose.
 
         Raises:
-            DataError: rows that cannot be read, the first ten of the unit named in its notes.
+            DataError: rows that cannot be read, the first ten of the unit named in its notes; with `fields.skip_bad` only
+                what leaves no rows to speak of, such as a damaged frame or footer.
         """
         ...
 
@@ -200,7 +207,8 @@ def bad_rows(path: Path, bad: list[tuple[int, str]]) -> DataError:
     count = f"at least {len(bad)} rows" if len(bad) >= MAX_BAD_ROWS else f"{len(bad)} row(s)"
     error = DataError(
         f"{path} has {count} that cannot be read; every row needs its text where data.text says, and values of the kinds "
-        "that data.properties names.\n  Repair or remove them, or leave the file out with data.exclude."
+        "that data.properties names.\n  Repair or remove them, leave the file out with data.exclude, or leave the rows out "
+        "with data.on_bad_sample=skip."
     )
     for row, problem in bad:
         error.add_note(f"shard={str(path)!r} row={row}: {problem}")

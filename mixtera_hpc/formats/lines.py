@@ -32,6 +32,8 @@ class Lines:
     """Instances of the row type."""
     ends: NDArray[np.int64]
     """Where the line of every row ends, newline included; shape (rows,)."""
+    bad: tuple[tuple[int, str], ...] = ()
+    """Rows that stand for lines that cannot be read, where those are skipped: position and problem."""
 
     @classmethod
     def none(cls) -> "Lines":
@@ -65,13 +67,14 @@ class LineScanner:
         self._type = RowType(fields)
         self._decoder = msgspec.json.Decoder(self._type.struct)
         self._documents = fields.documents
+        self._blank = self._type.blank() if fields.skip_bad else None
         self._path = path
         self._bad: list[tuple[int, str]] = []
         self.rows = 0
         """Rows seen so far in this unit, readable or not."""
 
     def lines(self, data: Buffer) -> Lines:
-        """Decode a buffer of whole lines; a row that cannot be read is missing from it and remembered."""
+        """Decode a buffer of whole lines; a row that cannot be read is blank, or missing from it and remembered."""
         ends = line_ends(data)
         try:
             rows = self._decoder.decode_lines(data)
@@ -86,7 +89,9 @@ class LineScanner:
         """Columns and texts of decoded rows."""
         columns: dict[str, Column] = self._type.columns(lines.rows)
         documents = self._type.documents(lines.rows) if self._documents else None
-        return Batch(rows=len(lines.rows), blocks=blocks, columns=columns, lengths=lengths, documents=documents)
+        return Batch(
+            rows=len(lines.rows), blocks=blocks, columns=columns, lengths=lengths, documents=documents, bad=lines.bad
+        )
 
     @property
     def failed(self) -> bool:
@@ -111,16 +116,20 @@ class LineScanner:
             raise bad_rows(self._path, [(rows_before + row, problem) for row, problem in self._bad])
 
     def _line_by_line(self, data: Buffer) -> Lines:
-        rows, ends = [], []
+        rows, ends, bad = [], [], []
         for start, stop in _spans(data):
             try:
                 rows.append(self._decoder.decode(data[start:stop]))
                 ends.append(stop)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                if not self.has_enough:
+                if self._blank is not None:
+                    bad.append((len(rows), str(error)))
+                    rows.append(self._blank)
+                    ends.append(stop)
+                elif not self.has_enough:
                     self._bad.append((self.rows, str(error)))
             self.rows += 1
-        return Lines(rows, np.array(ends, np.int64))
+        return Lines(rows, np.array(ends, np.int64), tuple(bad))
 
 
 def _rows_are_lines(data: Buffer, ends: NDArray[np.int64]) -> bool:

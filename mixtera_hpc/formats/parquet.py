@@ -93,9 +93,14 @@ class _Columns:
         for rows, table in self._tables(group, metadata):
             seen += rows
             ends = [(group, size, metadata.num_rows)] if seen == metadata.num_rows else []
-            self._check_text(table, self._first_row(group) + seen - rows)
+            without_text = self._without_text(table)
+            if self._fields.skip_bad:
+                yield self._batch(rows, table, Ranges.of(ends), without_text)
+                continue
+            first_row, more = self._first_row(group) + seen - rows, MAX_BAD_ROWS - len(self._bad)
+            self._bad += [(first_row + row, problem) for row, problem in without_text[:more]]
             if not self._bad:
-                yield self._batch(rows, table, Ranges.of(ends))
+                yield self._batch(rows, table, Ranges.of(ends), [])
 
     def check(self) -> None:
         """Raise for rows without text."""
@@ -120,20 +125,24 @@ class _Columns:
     def _first_row(self, group: int) -> int:
         return sum(self._file.metadata.row_group(i).num_rows for i in range(group))
 
-    def _check_text(self, table: Any, first_row: int) -> None:
+    def _without_text(self, table: Any) -> list[tuple[int, str]]:
+        """Rows of `table` whose text is null, and the problem."""
         text = _at(table, self._fields.text)
-        if text is not None and text.null_count:
-            missing = np.flatnonzero(text.is_null().to_numpy(zero_copy_only=False))
-            more = MAX_BAD_ROWS - len(self._bad)
-            self._bad += [(first_row + int(i), f"{self._fields.text!r} is null") for i in missing[:more]]
+        if text is None or not text.null_count:
+            return []
+        missing = np.flatnonzero(text.is_null().to_numpy(zero_copy_only=False))
+        return [(int(i), f"{self._fields.text!r} is null") for i in missing]
 
-    def _batch(self, rows: int, table: Any, blocks: Ranges) -> Batch:
+    def _batch(self, rows: int, table: Any, blocks: Ranges, bad: list[tuple[int, str]]) -> Batch:
         columns: dict[str, Column] = {}
         for field in self._fields.properties:
             values = _at(table, field.path)
             columns[field.name] = _nulls(field, rows) if values is None else _column(values, field, self._path)
         documents = _texts(_at(table, self._fields.text), self._path) if self._fields.documents else None
-        return Batch(rows=rows, blocks=blocks, columns=columns, documents=documents)
+        if documents is not None:
+            for row, _ in bad:
+                documents[row] = ""
+        return Batch(rows=rows, blocks=blocks, columns=columns, documents=documents, bad=tuple(bad))
 
 
 def _type_at(schema: Any, path: str) -> Any:

@@ -72,6 +72,8 @@ def scan_unit(job: ScanJob, shard: Shard, unit: Unit) -> UnitPart:
     try:
         fingerprint = fingerprint_of_shard(path, shard.size_bytes) if unit.start == 0 else ""
         for batch in load_format(shard.format).scan(path, unit, job.fields, job.block_rows):
+            if batch.bad:
+                raise DataError("data.on_bad_sample=skip is not available yet.")
             rows.add(batch)
         status = path.stat()
     except OSError as error:

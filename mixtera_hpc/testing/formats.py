@@ -21,6 +21,7 @@ __all__ = [
     "CHECKS",
     "Write",
     "check_a_missing_shard_is_refused",
+    "check_bad_rows_are_listed_when_they_are_skipped",
     "check_blocks_partition_the_rows",
     "check_documents_read_back",
     "check_missing_text_is_refused",
@@ -158,6 +159,32 @@ def check_missing_text_is_refused(fmt: Format, write: Write, folder: Path) -> No
             raise AssertionError("a row whose text is null was accepted")
 
 
+def check_bad_rows_are_listed_when_they_are_skipped(fmt: Format, write: Write, folder: Path) -> None:
+    """With `skip_bad`, rows without text are listed, and all others read as if they were not there."""
+    rows, bad = rows_of(500), [0, 42, 43, 499]
+    for row in bad:
+        rows[row]["text"] = None
+    write(folder / "shard", rows)
+    for documents in (False, True):
+        fields = Fields(text=FIELDS.text, properties=FIELDS.properties, documents=documents, skip_bad=True)
+        batches = scan(fmt, folder / "shard", fields)
+        starts = np.cumsum([0, *(b.rows for b in batches)]).tolist()
+        found = [start + row for start, batch in zip(starts, batches, strict=False) for row, _ in batch.bad]
+        _same(found, bad, "rows listed as bad")
+        tags = _categories(batches, "tags")
+        _same(
+            [t for i, t in enumerate(tags) if i not in bad],
+            [tuple(sorted(r["tags"])) for r in rows if r["text"] is not None],
+            "tags",
+        )
+    reader = fmt.open(folder / "shard", "text", BlockCache())
+    for block, lengths in read_blocks(batches):
+        wanted = [i for i in range(block.rows) if block.first_row + i not in bad]
+        texts = [rows[block.first_row + i]["text"] for i in wanted]
+        _same(reader.documents(block, lengths, np.array(wanted, np.int64)), texts, "texts of the other rows")
+    reader.close()
+
+
 def check_a_missing_shard_is_refused(fmt: Format, write: Write, folder: Path) -> None:
     """Opening a file that is not there is the user's affair, not a traceback."""
     try:
@@ -188,6 +215,7 @@ CHECKS = (
     check_documents_read_back,
     check_payloads_read_back,
     check_missing_text_is_refused,
+    check_bad_rows_are_listed_when_they_are_skipped,
     check_a_missing_shard_is_refused,
     check_threads_share_a_reader,
 )
