@@ -1,0 +1,64 @@
+"""Where a data plane writes down what it does: the journal and metric events on rank 0, the audit on every rank."""
+
+import numpy as np
+
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.apportion import UNIT
+from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.dataplane.batches import Batch
+from mixtera_hpc.dataplane.journal import Audit, Journal
+from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.track.tracker import Silent, Tracker
+
+__all__ = ["Sinks"]
+
+
+class Sinks:
+    """Where a data plane writes: journal and metrics on rank 0, the audit on every rank. Nowhere without a folder."""
+
+    def __init__(self, folder: RunFolder | None, attempt: int, rank: int, config: Config, tracker: Tracker) -> None:
+        self.control = folder.control if folder else None
+        self._tracker = tracker if rank == 0 else Silent()
+        self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
+        audit = folder.audit(attempt) / f"rank_{rank:05d}.jsonl" if folder and config.dataplane.audit else None
+        self._audit = Audit(audit) if audit and rank % config.dataplane.dp_group_size == 0 else None
+
+    def opened(self, first_step: int, num_ranks: int, source: Source) -> None:
+        if self._journal:
+            self._journal.opened(first_step, num_ranks, source.config.dataplane.dp_group_size, source.identity())
+
+    def planned(self, plan: ChunkPlan) -> None:
+        if self._journal:
+            self._journal.planned(plan)
+
+    def consumed(self, batch: Batch) -> None:
+        if self._audit and batch.digests is not None:
+            self._audit.consumed(batch.step, batch.positions, batch.digests)
+
+    def entered(self, plan: ChunkPlan, source: Source, plan_s: float, broadcast_s: float) -> None:
+        """Tell the metrics what the chunk that begins is made of."""
+        served = plan.cursors / max(int(plan.cursors.sum()), 1)
+        items = np.maximum(source.layout.epoch_items(), 1)
+        event = {
+            "step": plan.first_step,
+            "chunk": plan.chunk,
+            "domains": source.names,
+            "weights": plan.weights / UNIT,
+            "served": served,
+            "cursors": plan.cursors,
+            "epochs": plan.cursors * source.grid.stride / items,
+        }
+        self._tracker.log("mixture", event)
+        self._tracker.log("comm", {"step": plan.first_step, "plan_s": plan_s, "broadcast_s": broadcast_s})
+
+    def reduced(self, step: int, reduce_s: float) -> None:
+        self._tracker.log("comm", {"step": step, "reduce_s": reduce_s})
+
+    def close(self, next_step: int | None) -> None:
+        if self._journal:
+            if next_step is not None:
+                self._journal.closed(next_step)
+            self._journal.close()
+        if self._audit:
+            self._audit.close()
