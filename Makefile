@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench slurm-up slurm-down clean
