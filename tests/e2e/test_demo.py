@@ -17,9 +17,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         (here / name).mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MIXTERA_", "XDG_"))}
     environment |= {"HOME": str(here / "home"), "TMPDIR": str(here / "tmp")}
-    environment |= {
-        "TORCHINDUCTOR_CACHE_DIR": str(here / "work" / ".cache")
-    }  # As `make` does: importing torch makes it.
+    caches = str(here / "work" / ".cache")  # As `make` does: matplotlib and torch keep theirs at home otherwise.
+    environment |= {"MPLCONFIGDIR": caches, "TORCHINDUCTOR_CACHE_DIR": caches}
     done = subprocess.run(
         [sys.executable, "-m", "mixtera_hpc", "demo", "training.num_steps=24"],
         capture_output=True,
