@@ -93,11 +93,11 @@ def _guarded(config: "Config", prepare: "Prepare") -> int:
 
 
 def _train(comm: "Communicator", prepare: "Prepare", places: "list[tuple[RunFolder, int]]") -> None:
-    from mixtera_hpc.cli.progress import Progress
     from mixtera_hpc.comm.communicator import bcast_bytes
     from mixtera_hpc.comm.watch import start_watch
     from mixtera_hpc.config.compose import load_config
     from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.track.progress import Progress
     from mixtera_hpc.training.trainer import run_training
 
     prepared = prepare(comm.size) if comm.rank == 0 else None

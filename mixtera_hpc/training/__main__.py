@@ -47,11 +47,11 @@ def main(composed: Any) -> None:
 
 
 def _train(composed: Any, comm: Communicator, output: Path, overrides: Sequence[str]) -> None:
-    from mixtera_hpc.cli.progress import Progress
     from mixtera_hpc.comm.watch import start_watch
     from mixtera_hpc.config.check import check
     from mixtera_hpc.config.compose import from_omegaconf
     from mixtera_hpc.config.convert import from_plain
+    from mixtera_hpc.track.progress import Progress
     from mixtera_hpc.training.trainer import run_training
 
     config = from_plain(Config, from_omegaconf(composed))
