@@ -61,5 +61,8 @@ def _print_forecast(source: Any) -> None:
             f"[bold]The data ends after step {expected.num_steps - 1}[/bold], {expected.steps_asked} were asked for: raise "
             "mixture.max_epochs, or set mixture.on_exhausted=redistribute."
         )
-    if source.config.mixture.kind == "dynamic":
+    mixture = source.config.mixture
+    if "dynamic" in (mixture.kind, *(stage.kind for stage in mixture.schedule.stages)):
         console.print("The mixture is learned while training: this is what its start weights would serve.")
+    if mixture.kind == "schedule":
+        console.print("The mixture follows a schedule: weights are those of step 0.")

@@ -2,10 +2,7 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mixtera_hpc.core.domains import DomainKey
+from typing import Any
 
 __all__ = ["arguments", "run"]
 
@@ -33,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
     """The fields of `query --json`."""
+    from mixtera_hpc.core.keys import written
+
     selection = chosen.selection
     rows, tokens = selection.table.totals()
 
@@ -41,7 +40,7 @@ def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
 
     shares = [None] * len(chosen.keys) if weights is None else weights.tolist()
     domains = [
-        {"domain_id": i, "key": _plain(key), **counts(rows[i], tokens[i]), "weight": shares[i]}
+        {"domain_id": i, "key": written(key), **counts(rows[i], tokens[i]), "weight": shares[i]}
         for i, key in enumerate(chosen.keys)
     ]
     return {
@@ -51,11 +50,6 @@ def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
         "overlaps": [{"domain_id": a, "also_matches": b, "samples": n} for a, b, n in selection.overlaps],
         "scanned_blocks": selection.scanned_blocks,
     }
-
-
-def _plain(key: "DomainKey") -> dict[str, Any]:
-    """A key as one writes it: a single value bare, several as a list."""
-    return {name: values[0] if len(values) == 1 else list(values) for name, values in key.items()}
 
 
 def _print(answer: dict[str, Any], names: tuple[str, ...]) -> None:

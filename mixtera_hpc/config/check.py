@@ -1,8 +1,8 @@
 """One pass over a `Config` that lists everything wrong with it. Needs no cluster, no MPI, no index."""
 
 import re
-from typing import Any
 
+from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.schema import (
     ClusterConfig,
@@ -14,7 +14,7 @@ from mixtera_hpc.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from mixtera_hpc.errors import ConfigError, did_you_mean
+from mixtera_hpc.errors import did_you_mean
 
 __all__ = ["check", "check_data", "num_ranks", "parse_time", "problems"]
 
@@ -26,14 +26,14 @@ def check(config: Config) -> None:
 
 def check_data(config: Config) -> None:
     """`check` for verbs that look at data and index only: nothing of a run is asked for."""
-    raise_problems([*_index(config), *_mixture(config.mixture)])
+    raise_problems([*_index(config), *mixture_problems(config.mixture)])
 
 
 def problems(config: Config) -> list[str]:
     """Everything wrong with `config`, one sentence or two each."""
     return [
         *_index(config),
-        *_mixture(config.mixture),
+        *mixture_problems(config.mixture),
         *_dataplane(config.dataplane, config.mixture),
         *_training(config.training),
         *_run(config.run),
@@ -67,56 +67,6 @@ def _index(config: Config) -> list[str]:
     return found
 
 
-def _mixture(mixture: MixtureConfig) -> list[str]:
-    found = []
-    weights = [d.weight for d in mixture.domains]
-    for i, weight in enumerate(weights):
-        if weight is not None and not 0 <= weight < float("inf"):
-            found.append(f"mixture.domains[{i}].weight is {weight}, expected a number of at least 0.")
-    if mixture.kind == "static":
-        found += _static_weights(mixture, weights)
-    elif any(w is None for w in weights) and any(w is not None for w in weights):
-        found.append("mixture.domains: some have a weight and some have none. Give all of them one, or none.")
-    if mixture.kind == "dynamic":
-        found += _algorithm(mixture.algorithm)
-    if mixture.max_epochs is not None and not mixture.max_epochs > 0:
-        found.append(f"mixture.max_epochs is {mixture.max_epochs}, expected more than 0, or null for no limit.")
-    for i, domain in enumerate(mixture.domains):
-        if not domain.key:
-            found.append(f"mixture.domains[{i}].key is empty. Name at least one property, e.g. key: {{language: en}}.")
-    return found
-
-
-def _algorithm(algorithm: dict[str, Any]) -> list[str]:
-    """The algorithm checks its own parameters."""
-    from mixtera_hpc.core.mixing.algorithm import make_algorithm
-
-    parameters = dict(algorithm)
-    try:
-        make_algorithm(str(parameters.pop("name", "ado")), parameters)
-    except ConfigError as error:
-        return [str(error)]
-    return []
-
-
-def _static_weights(mixture: MixtureConfig, weights: list[float | None]) -> list[str]:
-    if not mixture.domains:
-        return [
-            "mixture.kind=static needs mixture.domains, a list of {key, weight}. Use mixture.kind=natural for the shares of the index."
-        ]
-    missing = [i for i, w in enumerate(weights) if w is None]
-    if missing:
-        return [f"mixture.domains[{missing[0]}] has no weight; mixture.kind=static needs one for every domain."]
-    total = sum(w for w in weights if w is not None)
-    if not total > 0:
-        return ["mixture.domains: all weights are 0. Give at least one domain a weight."]
-    if abs(total - 1) > 1e-6 and not mixture.normalize:
-        return [
-            f"The weights of mixture.domains sum to {total:.6g}, expected 1 within 1e-6. Set mixture.normalize=true to scale them."
-        ]
-    return []
-
-
 def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     found = []
     for name in ("seq_len", "global_batch_size", "chunk_steps", "shuffle_window", "prefetch_batches", "dp_group_size"):
@@ -126,6 +76,11 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
         found.append(
             f"dataplane.chunk_steps × dataplane.global_batch_size is {plane.chunk_steps * plane.global_batch_size}, "
             "at most 1000000 sequences fit in one chunk. Lower dataplane.chunk_steps."
+        )
+    if mixture.kind == "arbitrary" and plane.shuffle != "none":
+        found.append(
+            f"mixture.kind=arbitrary serves samples in index order, but dataplane.shuffle is {plane.shuffle}. Set "
+            "dataplane.shuffle=none, or mixture.kind=natural."
         )
     if not 0 <= plane.seed < 2**63:
         found.append(f"dataplane.seed is {plane.seed}, expected 0 to 2**63 - 1.")

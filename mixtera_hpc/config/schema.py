@@ -21,6 +21,8 @@ __all__ = [
     "PropertyConfig",
     "QueryConfig",
     "RunConfig",
+    "ScheduleConfig",
+    "StageConfig",
     "TrackConfig",
     "TrainingConfig",
 ]
@@ -81,28 +83,84 @@ class QueryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainConfig:
-    """One component of the mixture."""
+    """One component of the mixture, or a group of them."""
 
-    key: dict[str, Any]
-    """Property → value or list of values; a sample belongs to the first domain, in written order, that it matches."""
+    key: dict[str, Any] = field(default_factory=dict)
+    """Property → value, pattern (`c4*`, `{matches: c4-?}`), null, or a list of these; a sample belongs to the first domain, in
+    written order, that it matches. Inside a group, the group's key counts as well."""
     weight: float | None = None
-    """Share of the mixture; for `natural` and `dynamic` it may be left out."""
+    """Share of the mixture, or of the group. Siblings without weights share by size."""
+    floor: float | None = None
+    """Smallest share of the mixture; null takes `mixture.floor`."""
+    cap: float | None = None
+    """Largest share of the mixture; null takes `mixture.cap`."""
+    max_epochs: float | None = None
+    """Passes over this domain; null takes `mixture.max_epochs`."""
+    domains: list["DomainConfig"] = field(default_factory=list)
+    """The members of a group, for `hierarchical`: their weights are shares of the group's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """A mixture inside a schedule; what it does not say is as in `mixture`."""
+
+    start: float
+    """Where it begins, in `schedule.unit`; the first at 0."""
+    kind: Literal["natural", "static", "hierarchical", "dynamic"] = "static"
+    """Like `mixture.kind`. A dynamic stage sees the losses from the run's first step on."""
+    domains: list[DomainConfig] = field(default_factory=list)
+    """Keys and weights; domains of the mixture that are not named have weight 0. Empty: those of `mixture.domains`."""
+    remainder: DomainConfig | None = None
+    """Like `mixture.remainder`, with `domains`."""
+    normalize: bool = False
+    """Like `mixture.normalize`."""
+    temperature: float | None = None
+    """Like `mixture.temperature`."""
+    unimax_epochs: float | None = None
+    """Like `mixture.unimax_epochs`."""
+    algorithm: dict[str, Any] = field(default_factory=lambda: {"name": "ado"})
+    """Like `mixture.algorithm`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleConfig:
+    """Mixtures that follow each other. The weights of a chunk are those at its first step."""
+
+    unit: Literal["steps", "tokens"] = "steps"
+    """What `stages[].start` counts: steps, or predicted tokens of all ranks together."""
+    shape: Literal["stepwise", "linear", "cosine"] = "stepwise"
+    """From one stage to the next: at once at its start, or gradually between the two starts."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """In order of `start`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureConfig:
     """In which proportion the domains are served."""
 
-    kind: Literal["natural", "static", "dynamic"] = "natural"
-    """Natural shares of the index, fixed weights, or weights learned while training."""
+    kind: Literal["natural", "static", "hierarchical", "schedule", "arbitrary", "dynamic"] = "natural"
+    """Natural shares of the index, fixed weights, weights of groups and their members, mixtures that follow each other, index
+    order without proportions, or weights learned while training."""
     unit: Literal["tokens", "samples"] = "tokens"
     """What is counted: packed sequences of tokens, or samples."""
     domains: list[DomainConfig] = field(default_factory=list)
     """The components. Empty: one domain per value of `by`, or a single domain of everything."""
     by: list[str] = field(default_factory=list)
     """With no `domains`: the properties whose distinct values make the domains."""
+    remainder: DomainConfig | None = None
+    """One more domain, the last, of everything that matches no key: `{weight: 0.1}`."""
     normalize: bool = False
     """Scale weights that do not sum to 1, instead of refusing them."""
+    temperature: float | None = None
+    """For natural weights: size^(1/temperature). 1 is natural; more makes domains more equal."""
+    unimax_epochs: float | None = None
+    """For natural weights: as equal as this many passes over each domain within `training.num_steps` allow (UniMax)."""
+    floor: float | None = None
+    """Smallest share of any domain, whatever `kind` says."""
+    cap: float | None = None
+    """Largest share of any domain, whatever `kind` says."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """For `schedule`: the stages."""
     on_exhausted: Literal["repeat", "redistribute", "stop"] = "repeat"
     """When a domain has been served `max_epochs` times: with `repeat` and `stop` the data ends, with `redistribute` its share
     goes to the others in proportion to their weights."""

@@ -6,22 +6,20 @@ those, be looked at.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.keys import DomainKey, Matches
 from mixtera_hpc.core.properties import ComboTable
 from mixtera_hpc.core.query import Entries, Mask, Predicate
 from mixtera_hpc.core.tables import IndexTables, SampleColumns
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
 __all__ = ["DomainKey", "DomainTable", "Selection", "keys_by", "select"]
-
-DomainKey = Mapping[str, tuple[str | None, ...]]
-"""Property → the values that match; None matches null. An empty key matches everything."""
 
 NO_DOMAIN = -1
 
@@ -234,7 +232,7 @@ def _matches(key: DomainKey, combos: ComboTable) -> NDArray[np.bool_]:
     _check_names(list(key), combos)
     mask = np.ones(combos.num_combos, np.bool_)
     for name, values in key.items():
-        hit = combos.any_of(name, [_code(name, v, combos) for v in values if v is not None])
+        hit = combos.any_of(name, [c for v in values if v is not None for c in _codes(name, v, combos)])
         mask &= (hit | combos.is_null(name)) if None in values else hit
     return mask
 
@@ -248,8 +246,17 @@ def _check_names(names: Sequence[str], combos: ComboTable) -> None:
             )
 
 
-def _code(name: str, value: str, combos: ComboTable) -> int:
+def _codes(name: str, value: str | Matches, combos: ComboTable) -> list[int]:
+    """The values that one entry of a key stands for: itself, or what its pattern matches."""
     values = combos.properties[name].values
-    if value not in values:
-        raise MixtureError(f"A domain key wants {name} = {value!r}, which no sample has.{did_you_mean(value, values)}")
-    return values.index(value)
+    if isinstance(value, str) and value in values:
+        return [values.index(value)]
+    pattern = Matches(value) if isinstance(value, str) and "*" in value else value
+    if not isinstance(pattern, Matches):
+        raise MixtureError(
+            f"A domain key wants {name} = {value!r}, which no sample has.{did_you_mean(pattern, values)}"
+        )
+    if codes := pattern.among(values):
+        return codes
+    near = did_you_mean(pattern.pattern.replace("*", ""), values)
+    raise MixtureError(f"A domain key wants {name} to match {pattern.pattern!r}, which no sample does.{near}")

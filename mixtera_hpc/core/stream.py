@@ -27,6 +27,10 @@ class Grid:
     """Items between the beginnings of neighbours: `length`, or one less when they overlap."""
 
     @classmethod
+    def of_unit(cls, in_tokens: bool, seq_len: int, overlap: bool) -> "Grid":
+        return cls.of_tokens(seq_len, overlap) if in_tokens else cls.of_samples()
+
+    @classmethod
     def of_tokens(cls, seq_len: int, overlap: bool) -> "Grid":
         return cls(length=seq_len + 1, stride=seq_len if overlap else seq_len + 1)
 
@@ -34,12 +38,12 @@ class Grid:
     def of_samples(cls) -> "Grid":
         return cls(length=1, stride=1)
 
-    def capacity(self, epoch_items: Ints, max_epochs: float | None) -> Ints:
-        """Sequences that fit in `max_epochs` passes over domains of `epoch_items` items; shape (K,)."""
-        if max_epochs is None:
-            return np.where(epoch_items > 0, Planner.UNLIMITED, 0)
-        items = np.floor(epoch_items * max_epochs).astype(np.int64)
-        return np.where(items >= self.length, (items - self.length) // self.stride + 1, 0)
+    def capacity(self, epoch_items: Ints, max_epochs: NDArray[np.float64]) -> Ints:
+        """Sequences that fit in `max_epochs` passes over domains of `epoch_items` items; shape (K,) each, `inf` for endless."""
+        endless = np.isinf(max_epochs)
+        items = np.floor(epoch_items * np.where(endless, 0.0, max_epochs)).astype(np.int64)
+        limited = np.where(items >= self.length, (items - self.length) // self.stride + 1, 0)
+        return np.where(endless, np.where(epoch_items > 0, Planner.UNLIMITED, 0), limited)
 
     def span(self, first: int, count: int) -> tuple[int, int]:
         """Items [start, stop) of `count` consecutive sequences from sequence `first` on."""

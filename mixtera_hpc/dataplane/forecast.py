@@ -1,11 +1,11 @@
 """What a mixture will serve over a whole run, without expanding a single step: O(domains) per exhausted domain."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.source import Source
 
@@ -41,36 +41,75 @@ class Forecast:
 
 
 def forecast(source: Source, num_steps: int) -> Forecast:
-    """Plan `num_steps` steps as one chunk: counts at its end do not depend on what happens inside it."""
-    planner = replace(source.planner, chunk_steps=num_steps)
-    plan, after = planner.plan(PlannerState.start(source.num_domains), source.weights)
-    items = source.layout.epoch_items()
-    served = after.cursors * source.grid.stride
+    """Plan `num_steps` steps. Chunks that follow each other with the same weights are planned as one: what is served by
+    their end does not depend on what happens inside."""
+    state, spans = _planned(source, num_steps)
+    items, weights = source.layout.epoch_items(), source.weights
+    served = state.cursors * source.grid.stride
     return Forecast(
         unit=source.config.mixture.unit,
         steps_asked=num_steps,
-        num_steps=plan.num_steps,
-        bytes_per_step=float(_bytes_per_item(source) @ served) / max(plan.num_steps, 1),
+        num_steps=state.step,
+        bytes_per_step=float(_bytes_per_item(source) @ served) / max(state.step, 1),
         domains=[
             DomainForecast(
                 name=name,
-                weight=float(source.weights[d]),
+                weight=float(weights[d]),
                 items=int(items[d]),
                 served=int(served[d]),
                 epochs=float(served[d] / items[d]) if items[d] else 0.0,
-                runs_out_at_step=_runs_out(source, d, int(items[d]), int(served[d]), plan.weights),
+                runs_out_at_step=_runs_out(spans, d, items[d] / source.grid.stride),
             )
             for d, name in enumerate(source.names)
         ],
     )
 
 
-def _runs_out(source: Source, domain: int, items: int, served: int, weights: NDArray[np.int64]) -> int | None:
-    """The step in which the share of `domain` passes one epoch, at its start weight."""
-    if not items or served < items:
-        return None
-    sequences = items / source.grid.stride
-    return int(sequences * UNIT / int(weights[domain]) / source.planner.global_batch_size)
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Steps under the same weights."""
+
+    first_step: int
+    num_steps: int
+    before: NDArray[np.int64]
+    """Sequences served of each domain; shape (K,)."""
+    after: NDArray[np.int64]
+
+
+def _planned(source: Source, num_steps: int) -> tuple[PlannerState, list[_Span]]:
+    state, spans = PlannerState.start(source.num_domains), []
+    for weights, length in _weights(source, num_steps):
+        plan, after = replace(source.planner, chunk_steps=length).plan(state, weights)
+        spans.append(_Span(state.step, plan.num_steps, state.cursors, after.cursors))
+        state = after
+        if plan.last:
+            break
+    return state, spans
+
+
+def _weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[np.float64], int]]:
+    """Weights, and for how many steps they stay."""
+    mixer, chunk_steps = source.mixer(learn=False), source.planner.chunk_steps
+    if source.config.mixture.kind != "schedule":
+        yield source.weights, num_steps
+        return
+    now, length = source.weights, 0
+    for chunk in range(-(-num_steps // chunk_steps)):
+        weights = mixer.weights_of(chunk)
+        if weights is not None and not np.array_equal(weights, now):
+            yield now, length
+            now, length = weights, 0
+        length += min(chunk_steps, num_steps - chunk * chunk_steps)
+    yield now, length
+
+
+def _runs_out(spans: list[_Span], domain: int, epoch: float) -> int | None:
+    """The step in which `domain` has been served an epoch's worth of sequences."""
+    for span in spans:
+        before, after = int(span.before[domain]), int(span.after[domain])
+        if after >= epoch > 0 and after > before:
+            return span.first_step + int((epoch - before) / (after - before) * span.num_steps)
+    return None
 
 
 def _bytes_per_item(source: Source) -> NDArray[np.float64]:

@@ -1,22 +1,47 @@
 """Rank 0's side of the feedback: which weights each chunk gets.
 
 Statistics of chunk c decide the weights of chunk c + `feedback_lag`, always, whether they arrive early or late; so a run is
-reproducible. The mixing algorithm runs in a thread of its own: a refit delays no step.
+reproducible. Mixers nest: a schedule holds one per stage, and bounds go around any. The mixing algorithm runs in a thread of
+its own: a refit delays no step. `dataplane.mixture` makes them from a configuration.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.mixing.algorithm import MixingAlgorithm
+from mixtera_hpc.core.mixing.simplex import project
 from mixtera_hpc.core.statistics import DomainStatistics
 
-__all__ = ["DynamicMixer", "FixedMixer", "Mixer"]
+__all__ = ["BoundedMixer", "DynamicMixer", "FixedMixer", "Mixer", "ScheduledMixer", "Shape", "Stage"]
 
 Weights = NDArray[np.float64]
+Arrays = Mapping[str, NDArray[Any]]
+Shape = Literal["stepwise", "linear", "cosine"]
+
+
+class Mixer(Protocol):
+    """Weights of chunks, asked for in ascending order; used on rank 0."""
+
+    def weights_of(self, chunk: int) -> Weights | None:
+        """The weights of `chunk`, shape (K,), sum 1; None while statistics it depends on are missing or being worked on."""
+
+    def feed(self, statistics: DomainStatistics) -> None:
+        """Hand over one step, in order; returns at once."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The state after every step fed so far, for a checkpoint."""
+
+    def load(self, arrays: Arrays) -> None:
+        """Go on from what `arrays` gave."""
+
+    def close(self) -> None:
+        """End what runs in the background."""
 
 
 class FixedMixer:
@@ -34,7 +59,7 @@ class FixedMixer:
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {}
 
-    def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def load(self, arrays: Arrays) -> None:
         return None
 
     def close(self) -> None:
@@ -44,9 +69,8 @@ class FixedMixer:
 class DynamicMixer:
     """Weights from a mixing algorithm fed with the statistics of every step, in order."""
 
-    def __init__(self, algorithm: MixingAlgorithm, prior: Weights, chunk_steps: int, feedback_lag: int) -> None:
+    def __init__(self, algorithm: MixingAlgorithm[Any], prior: Weights, chunk_steps: int, feedback_lag: int) -> None:
         self._algorithm = algorithm
-        self._prior = prior
         self._chunk_steps = chunk_steps
         self._lag = feedback_lag
         self._state = algorithm.start(prior)
@@ -55,16 +79,14 @@ class DynamicMixer:
         self._pending: list[Future[None]] = []
 
     def weights_of(self, chunk: int) -> Weights | None:
-        """The weights of `chunk`, None while its statistics are missing or being worked on."""
         self._collect(wait=False)
         return self._known.get(chunk)
 
     def feed(self, statistics: DomainStatistics) -> None:
-        """Hand over one step; returns at once."""
         self._pending.append(self._thread.submit(self._update, statistics))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The state after every step fed so far, for a checkpoint; waits for the thread."""
+        """See `Mixer`; waits for the thread."""
         self._collect(wait=True)
         known = sorted(self._known)
         return {
@@ -73,13 +95,10 @@ class DynamicMixer:
             **{f"algorithm/{k}": v for k, v in self._algorithm.state_arrays(self._state).items()},
         }
 
-    def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from what `arrays` gave."""
+    def load(self, arrays: Arrays) -> None:
         chunks = arrays["mixer/chunks"].tolist()
         self._known = dict(zip(chunks, np.array(arrays["mixer/weights"]), strict=True))
-        prefix = "algorithm/"
-        own = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-        self._state = self._algorithm.state_from_arrays(own)
+        self._state = self._algorithm.state_from_arrays(_below("algorithm/", arrays))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -97,4 +116,90 @@ class DynamicMixer:
             self._pending.pop(0).result()
 
 
-Mixer = FixedMixer | DynamicMixer
+class BoundedMixer:
+    """Keeps the weights of another mixer between floors and caps: the nearest mixture in relative entropy."""
+
+    def __init__(self, inner: Mixer, floor: Weights, cap: Weights) -> None:
+        """
+        Args:
+            floor: shape (K,), sum at most 1.
+            cap: shape (K,), sum at least 1.
+        """
+        self._inner = inner
+        self._floor = floor
+        self._cap = cap
+
+    def weights_of(self, chunk: int) -> Weights | None:
+        wish = self._inner.weights_of(chunk)
+        return None if wish is None else project(wish, self._floor, self._cap)
+
+    def feed(self, statistics: DomainStatistics) -> None:
+        self._inner.feed(statistics)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return self._inner.arrays()
+
+    def load(self, arrays: Arrays) -> None:
+        self._inner.load(arrays)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One mixture of a schedule."""
+
+    start: float
+    mixer: Mixer
+
+
+class ScheduledMixer:
+    """Mixers that follow each other. All of them see every step's statistics, those whose turn is still to come too."""
+
+    def __init__(self, stages: Sequence[Stage], shape: Shape, position_of: Callable[[int], float]) -> None:
+        """
+        Args:
+            stages: by ascending start; the first counts from the run's beginning.
+            shape: how one stage becomes the next.
+            position_of: chunk → where its first step lies, in the unit of the starts.
+        """
+        self._stages = tuple(stages)
+        self._shape = shape
+        self._position_of = position_of
+
+    def weights_of(self, chunk: int) -> Weights | None:
+        position = self._position_of(chunk)
+        now = max((i for i, s in enumerate(self._stages) if s.start <= position), default=0)
+        weights = self._stages[now].mixer.weights_of(chunk)
+        share = self._share_of_next(now, position)
+        if weights is None or share == 0.0:
+            return weights
+        following = self._stages[now + 1].mixer.weights_of(chunk)
+        return None if following is None else (1 - share) * weights + share * following
+
+    def feed(self, statistics: DomainStatistics) -> None:
+        for stage in self._stages:
+            stage.mixer.feed(statistics)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {f"stage{i}/{k}": v for i, s in enumerate(self._stages) for k, v in s.mixer.arrays().items()}
+
+    def load(self, arrays: Arrays) -> None:
+        for i, stage in enumerate(self._stages):
+            stage.mixer.load(_below(f"stage{i}/", arrays))
+
+    def close(self) -> None:
+        for stage in self._stages:
+            stage.mixer.close()
+
+    def _share_of_next(self, now: int, position: float) -> float:
+        if self._shape == "stepwise" or now + 1 == len(self._stages):
+            return 0.0
+        start, end = self._stages[now].start, self._stages[now + 1].start
+        gone = min(max((position - start) / (end - start), 0.0), 1.0)
+        return gone if self._shape == "linear" else (1 - math.cos(math.pi * gone)) / 2
+
+
+def _below(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

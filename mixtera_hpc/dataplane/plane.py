@@ -26,14 +26,12 @@ from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.comm.launch import open_communicator
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.mixing.algorithm import make_algorithm
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, accumulate
 from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
 from mixtera_hpc.dataplane.control import Control
 from mixtera_hpc.dataplane.feedback import Agreement, Feedback, Notes
 from mixtera_hpc.dataplane.losses import sequence_sums
-from mixtera_hpc.dataplane.mixer import DynamicMixer, FixedMixer, Mixer
 from mixtera_hpc.dataplane.plans import PlanFeed
 from mixtera_hpc.dataplane.sinks import Sinks
 from mixtera_hpc.dataplane.source import Source, open_source
@@ -57,7 +55,7 @@ class DataPlane:
         self._sinks = sinks
         self._share = _share_of(config, comm)
         self._control = Control(sinks.control, watch_files=comm.rank == 0)
-        self._mixer = _mixer(source)
+        self._mixer = source.mixer()
         self._feedback = Feedback(comm, source.num_domains)
         self._plans = PlanFeed(comm, source.planner, self._mixer.weights_of, self._deliver)
         self._prefetcher = Prefetcher(
@@ -325,15 +323,6 @@ def _share_of(config: Config, comm: Communicator) -> Share:
             f"of {plane.dp_group_size}.\n  Change the number of ranks, or make it a multiple of {max(groups, 1)}."
         )
     return Share.of_rank(comm.rank, comm.size, plane.dp_group_size, plane.global_batch_size)
-
-
-def _mixer(source: Source) -> Mixer:
-    config = source.config
-    if config.mixture.kind != "dynamic":
-        return FixedMixer(source.weights)
-    parameters = dict(config.mixture.algorithm)
-    algorithm = make_algorithm(str(parameters.pop("name", "ado")), parameters)
-    return DynamicMixer(algorithm, source.weights, config.dataplane.chunk_steps, config.dataplane.feedback_lag)
 
 
 def _broadcast_state(comm: Communicator, state: PlaneState | None, num_domains: int) -> tuple[int, ChunkPlan]:

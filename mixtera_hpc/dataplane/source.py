@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.mixture import Stock, leaves
+from mixtera_hpc.config.schema import Config, MixtureConfig
 from mixtera_hpc.core.domains import DomainTable, Selection
-from mixtera_hpc.core.mixture import start_weights
+from mixtera_hpc.core.keys import key_of, written
 from mixtera_hpc.core.order import Order
 from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
@@ -25,6 +26,8 @@ from mixtera_hpc.core.query import parse
 from mixtera_hpc.core.stream import Grid
 from mixtera_hpc.core.tables import BlockTable, SampleColumns
 from mixtera_hpc.dataplane.expand import StreamLayout, Streams
+from mixtera_hpc.dataplane.mixer import Mixer
+from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.open import PropertyIndex, SampleReader, open_index
 from mixtera_hpc.index.selection import select_domains
@@ -32,8 +35,6 @@ from mixtera_hpc.index.verify import check_fresh
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Source", "open_source"]
-
-MAX_EPOCHS_DEFAULT = {"repeat": None, "redistribute": 1.0, "stop": 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,8 @@ class _Facts:
     """Name, kind and dictionary."""
     names: list[str]
     """Of the domains."""
+    keys: list[dict[str, Any]]
+    """Of the domains, as written."""
     where: str
 
 
@@ -65,13 +68,23 @@ class Source:
     selection: Selection
     grid: Grid
     tokenizer: Tokenizer | None
-    weights: NDArray[np.float64]
-    """The weights a run begins with; shape (K,)."""
+    ground: Ground
+    """What mixtures are made over."""
     planner: Planner
 
     @property
     def num_domains(self) -> int:
         return self.layout.table.num_domains
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """The weights a run begins with; shape (K,)."""
+        weights = self.mixer(learn=False).weights_of(0)
+        return np.zeros(self.num_domains) if weights is None else weights
+
+    def mixer(self, *, learn: bool = True) -> Mixer:
+        """What decides the weights of every chunk; see `make_mixer`."""
+        return make_mixer(self.config.mixture, self.ground, learn=learn)
 
     @property
     def names(self) -> list[str]:
@@ -98,7 +111,7 @@ class Source:
             "domains": self.facts.names,
             "unit": self.config.mixture.unit,
             "on_exhausted": self.config.mixture.on_exhausted,
-            "max_epochs": self.config.mixture.max_epochs,
+            "max_epochs": _epoch_limits(self.config.mixture),
             "seq_len": plane.seq_len,
             "overlap": plane.overlap,
             "add_eos": plane.add_eos,
@@ -109,6 +122,12 @@ class Source:
             "shuffle": plane.shuffle,
             "shuffle_window": plane.shuffle_window,
         }
+
+
+def _epoch_limits(mixture: MixtureConfig) -> float | list[float | None] | None:
+    """The limit of all domains, or each one's where some have their own."""
+    own = [leaf.domain.max_epochs for leaf in leaves(mixture)]
+    return mixture.max_epochs if all(e is None for e in own) else [mixture.max_epochs if e is None else e for e in own]
 
 
 def open_source(config: Config, comm: Communicator, *, check: bool = True) -> Source:
@@ -156,6 +175,7 @@ def _gather(
         shard_formats=list(tables.shards.format),
         properties=[(p.name, p.kind.value, list(p.values)) for p in tables.properties.values()],
         names=list(chosen.names),
+        keys=[written(key) for key in chosen.keys],
         where=chosen.selection.predicate.text,
     )
     arrays = {f"blocks/{name}": getattr(tables.blocks, name) for name in _BLOCK_COLUMNS}
@@ -202,27 +222,38 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
         num_specials=int(plane.add_eos) if in_tokens else 0,
         in_tokens=in_tokens,
     )
-    grid = Grid.of_tokens(plane.seq_len, plane.overlap) if in_tokens else Grid.of_samples()
+    grid = Grid.of_unit(in_tokens, plane.seq_len, plane.overlap)
     sizes = layout.epoch_items()
-    given = [d.weight for d in mixture.domains] or [None] * len(facts.names)
-    max_epochs = MAX_EPOCHS_DEFAULT[mixture.on_exhausted] if mixture.max_epochs is None else mixture.max_epochs
-    combos = _combos(facts, arrays)
-    return Source(
+    source = Source(
         config=config,
         facts=facts,
         layout=layout,
         blocks=BlockTable(**{name: arrays[f"blocks/{name}"] for name in _BLOCK_COLUMNS}, zones={}),
-        combos=combos,
+        combos=_combos(facts, arrays),
         selection=_selection(facts, arrays, table),
         grid=grid,
         tokenizer=tokenizer,
-        weights=start_weights(mixture.kind, given, sizes, facts.names),
+        ground=_ground(config, facts, sizes, grid),
         planner=Planner(
-            capacity=grid.capacity(sizes, max_epochs),
+            capacity=grid.capacity(sizes, max_epochs_of(mixture, len(sizes))),
             global_batch_size=plane.global_batch_size,
             chunk_steps=plane.chunk_steps,
             on_exhausted=mixture.on_exhausted,
         ),
+    )
+    source.mixer(learn=False)  # A mixture that cannot be served is refused here, before anything starts.
+    return source
+
+
+def _ground(config: Config, facts: _Facts, sizes: NDArray[np.int64], grid: Grid) -> Ground:
+    plane = config.dataplane
+    items_per_step = plane.global_batch_size * grid.stride
+    keys = tuple(key_of(key) for key in facts.keys)
+    return Ground(
+        stock=Stock(keys=keys, sizes=sizes, budget=config.training.num_steps * items_per_step),
+        names=tuple(facts.names),
+        timeline=Timeline(chunk_steps=plane.chunk_steps, items_per_step=items_per_step),
+        feedback_lag=plane.feedback_lag,
     )
 
 

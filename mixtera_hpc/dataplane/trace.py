@@ -20,11 +20,11 @@ Record = dict[str, Any]
 def planned(source: Source, first_step: int, num_steps: int) -> Iterator[Record]:
     """The sequences of steps [first_step, first_step + num_steps) of a fresh run, in served order.
 
-    With `mixture.kind=dynamic` these are the sequences its start weights would give.
+    Where weights are learned, these are the sequences that the ones it begins with would give.
     """
-    state, streams = PlannerState.start(source.num_domains), source.streams()
-    while state.step < first_step + num_steps:
-        plan, state = source.planner.plan(state, source.weights)
+    state, streams, mixer = PlannerState.start(source.num_domains), source.streams(), source.mixer(learn=False)
+    while state.step < first_step + num_steps and (weights := mixer.weights_of(state.chunk)) is not None:
+        plan, state = source.planner.plan(state, weights)
         if state.step > first_step or plan.last:
             yield from sequences(source, streams, plan, range(first_step, first_step + num_steps))
         if plan.last:

@@ -1,19 +1,21 @@
 """A configuration's query and domains, asked of an index."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.config.mixture import Stock, bounds, leaf_name, leaves, start_weights
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.domains import DomainKey, Selection, keys_by, select
-from mixtera_hpc.core.properties import as_text
+from mixtera_hpc.core.domains import Selection, keys_by, select
+from mixtera_hpc.core.keys import DomainKey, domain_name
+from mixtera_hpc.core.mixing.simplex import project
 from mixtera_hpc.core.query import parse
+from mixtera_hpc.core.stream import Grid
 from mixtera_hpc.errors import MixtureError
 from mixtera_hpc.index.open import PropertyIndex
 
-__all__ = ["ChosenDomains", "domain_name", "select_domains", "weights_of"]
+__all__ = ["ChosenDomains", "select_domains", "weights_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,44 +38,35 @@ def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
     keys = _keys(config, index)
     predicate = parse(config.query.where, index.tables.properties)
     selection = select(index.tables, predicate, keys, index.read_block)
-    return ChosenDomains(selection=selection, keys=tuple(keys), names=tuple(map(domain_name, keys)))
-
-
-def domain_name(key: DomainKey) -> str:
-    """A key as people read it: `language=en source=C4|CC`."""
-    return (
-        " ".join(f"{name}={'|'.join('null' if v is None else v for v in values)}" for name, values in key.items())
-        or "all"
-    )
+    names = tuple(map(leaf_name if len(keys) > 1 else domain_name, keys))
+    return ChosenDomains(selection=selection, keys=tuple(keys), names=names)
 
 
 def weights_of(config: Config, chosen: ChosenDomains, has_tokens: bool) -> NDArray[np.float64] | None:
     """The weights the mixture begins with, shape (num_domains,); None when nobody knows.
 
     Natural weights are shares of what the mixture counts, without special tokens; where that is tokens and the index has not
-    counted them, or nothing is selected, there are none. Unlike `core.mixture.start_weights` this accepts empty domains: it
-    is there to show them.
+    counted them, or nothing is selected, there are none. A run refuses weights on empty domains; this is there to show them.
     """
-    given = [d.weight for d in config.mixture.domains]
-    weights = np.array([w for w in given if w is not None])
-    if config.mixture.kind == "natural" or not given or None in given:
-        rows, tokens = chosen.selection.table.totals()
-        weights = (tokens if config.mixture.unit == "tokens" else rows).astype(np.float64)
-        if config.mixture.unit == "tokens" and not has_tokens:
-            return None
-    return weights / weights.sum() if weights.sum() > 0 else None
+    rows, tokens = chosen.selection.table.totals()
+    in_tokens, plane = config.mixture.unit == "tokens", config.dataplane
+    sizes = np.where(has_tokens, tokens, 0) if in_tokens else rows
+    items = Grid.of_unit(in_tokens, plane.seq_len, plane.overlap).stride * plane.global_batch_size
+    stock = Stock(keys=chosen.keys, sizes=sizes, budget=items * config.training.num_steps)
+    try:
+        weights = start_weights(config.mixture, config.mixture, stock)
+    except MixtureError:
+        if sizes.any():
+            raise
+        return None
+    limits = bounds(config.mixture, stock) if sizes.any() else None
+    return weights if limits is None else project(weights, *limits)
 
 
 def _keys(config: Config, index: PropertyIndex) -> list[DomainKey]:
-    if config.mixture.domains:
-        return [{name: _values(value) for name, value in domain.key.items()} for domain in config.mixture.domains]
+    if found := leaves(config.mixture):
+        return [leaf.key for leaf in found]
     keys = keys_by(config.mixture.by, index.tables.combos)
     if not keys:
         raise MixtureError(f"mixture.by is {config.mixture.by}, but no sample has any of these properties.")
     return keys
-
-
-def _values(value: Any) -> tuple[str | None, ...]:
-    """One value or several, as YAML has them; matched as text, null as null."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return tuple(None if v is None else as_text(v) for v in values)

@@ -73,7 +73,7 @@ def test_overlapping_sequences_share_one_token() -> None:
 
 def test_capacity_counts_only_whole_sequences() -> None:
     items = np.array([0, 10, 11, 20, 21])
-    assert Grid.of_tokens(10, overlap=True).capacity(items, 1).tolist() == [0, 0, 1, 1, 2]
-    assert Grid.of_tokens(10, overlap=False).capacity(items, 2).tolist() == [0, 1, 2, 3, 3]
-    assert Grid.of_samples().capacity(items, 0.5).tolist() == [0, 5, 5, 10, 10]
-    assert Grid.of_samples().capacity(items, None).tolist() == [0, *[Planner.UNLIMITED] * 4]
+    assert Grid.of_tokens(10, overlap=True).capacity(items, np.full(5, 1.0)).tolist() == [0, 0, 1, 1, 2]
+    assert Grid.of_tokens(10, overlap=False).capacity(items, np.full(5, 2.0)).tolist() == [0, 1, 2, 3, 3]
+    assert Grid.of_samples().capacity(items, np.full(5, 0.5)).tolist() == [0, 5, 5, 10, 10]
+    assert Grid.of_samples().capacity(items, np.full(5, np.inf)).tolist() == [0, *[Planner.UNLIMITED] * 4]

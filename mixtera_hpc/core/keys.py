@@ -1,0 +1,86 @@
+"""Domain keys: which values of which properties make a component of a mixture, as users write them.
+
+`{language: en, source: [c4, "cc-*", null]}`: every property named must match, by any of its values. A value with a `*` in it
+is a pattern, unless the index has exactly that value; `{matches: "c4-?"}` is always one. `null` matches samples without a
+value. A sample with several values of a property matches by any one of them.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mixtera_hpc.core.properties import as_text
+from mixtera_hpc.errors import MixtureError
+
+__all__ = ["DomainKey", "KeyValue", "Matches", "canonical", "domain_name", "key_of", "written"]
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """The values that a pattern matches: `*` stands for any text, `?` for one character, all else for itself."""
+
+    pattern: str
+
+    def among(self, values: tuple[str, ...]) -> list[int]:
+        """Positions of the values that match as a whole."""
+        pieces = {"*": ".*", "?": "."}
+        whole = re.compile("".join(pieces.get(c, re.escape(c)) for c in self.pattern), re.DOTALL)
+        return [code for code, value in enumerate(values) if whole.fullmatch(value)]
+
+
+KeyValue = str | None | Matches
+DomainKey = Mapping[str, tuple[KeyValue, ...]]
+"""Property → the values that match; None matches null. An empty key matches everything."""
+
+
+def key_of(plain: Mapping[str, Any]) -> DomainKey:
+    """A key as YAML and JSON have it: one value, or a list of them; numbers and booleans are matched as text.
+
+    Raises:
+        MixtureError: a value is a mapping other than `{matches: pattern}`, or a list has none.
+    """
+    return {str(name): _values(str(name), value) for name, value in plain.items()}
+
+
+def written(key: DomainKey) -> dict[str, Any]:
+    """The inverse of `key_of`: a single value bare, several as a list."""
+    plain = {name: [_plain(v) for v in values] for name, values in key.items()}
+    return {name: values[0] if len(values) == 1 else values for name, values in plain.items()}
+
+
+def domain_name(key: DomainKey) -> str:
+    """A key as people read it: `language=en source=C4|CC`."""
+    return " ".join(f"{name}={'|'.join(map(_text, values))}" for name, values in key.items()) or "all"
+
+
+def canonical(key: DomainKey) -> frozenset[tuple[str, frozenset[KeyValue]]]:
+    """Equal for keys that say the same in another order."""
+    return frozenset((name, frozenset(values)) for name, values in key.items())
+
+
+def _values(name: str, value: Any) -> tuple[KeyValue, ...]:
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise MixtureError(f"A domain key has no value for {name!r}. Give one, a list of them, or null.")
+    return tuple(_value(name, v) for v in values)
+
+
+def _value(name: str, value: Any) -> KeyValue:
+    if isinstance(value, Mapping):
+        if list(value) != ["matches"] or not isinstance(value["matches"], str):
+            raise MixtureError(f"A domain key has {name} = {dict(value)!r}; write a value, or {{matches: 'c4*'}}.")
+        return Matches(value["matches"])
+    if isinstance(value, list | tuple):
+        raise MixtureError(f"A domain key has a list inside the list of {name!r}: {value!r}. Write one flat list.")
+    return None if value is None else as_text(value)
+
+
+def _plain(value: KeyValue) -> Any:
+    return {"matches": value.pattern} if isinstance(value, Matches) else value
+
+
+def _text(value: KeyValue) -> str:
+    if isinstance(value, Matches):
+        return f"~{value.pattern}"
+    return "null" if value is None else value

@@ -1,0 +1,101 @@
+"""From `mixture` in a configuration to what decides the weights of every chunk.
+
+`make_mixer` is all there is to a mixture: a change of mind in a running job makes another one over the same `Ground`, and a
+schedule makes one per stage.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.config.mixture import Stock, bounds, leaves, start_weights
+from mixtera_hpc.config.schema import MixtureConfig, StageConfig
+from mixtera_hpc.core.mixing.algorithm import make_algorithm
+from mixtera_hpc.core.mixture import check_served
+from mixtera_hpc.dataplane.mixer import BoundedMixer, DynamicMixer, FixedMixer, Mixer, ScheduledMixer, Stage
+
+__all__ = ["MAX_EPOCHS_DEFAULT", "Ground", "Timeline", "make_mixer", "max_epochs_of"]
+
+Weights = NDArray[np.float64]
+
+MAX_EPOCHS_DEFAULT = {"repeat": None, "redistribute": 1.0, "stop": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """Where chunks lie. A run whose batch size is changed has another one from that chunk on."""
+
+    chunk_steps: int
+    items_per_step: int
+    """Predicted tokens, or samples, of a global batch."""
+    chunk: int = 0
+    """The first chunk this holds for."""
+    step: int = 0
+    """Its first step."""
+    items: int = 0
+    """Items served before it."""
+
+    def step_of(self, chunk: int) -> int:
+        """The first step of `chunk`."""
+        return self.step + (chunk - self.chunk) * self.chunk_steps
+
+    def items_before(self, chunk: int) -> int:
+        """Items served before `chunk`."""
+        return self.items + (chunk - self.chunk) * self.chunk_steps * self.items_per_step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """What of a run its mixtures depend on; the same whatever mixture is served."""
+
+    stock: Stock
+    names: tuple[str, ...]
+    """Of the domains."""
+    timeline: Timeline
+    feedback_lag: int
+    """In chunks."""
+
+
+def make_mixer(mixture: MixtureConfig, ground: Ground, *, learn: bool = True) -> Mixer:
+    """What decides the weights of every chunk.
+
+    Args:
+        mixture: its domains are among those of `ground`; the others get weight 0.
+        learn: False leaves dynamic mixtures at the weights they begin with, to look ahead.
+
+    Raises:
+        MixtureError: it names a domain that is not the run's, wishes for one without samples, or its floors and caps leave no
+            mixture at all.
+    """
+    scheduled = mixture.kind == "schedule"
+    mixer = _scheduled(mixture, ground, learn) if scheduled else _plain(mixture, mixture, ground, learn)
+    limits = bounds(mixture, ground.stock)
+    return mixer if limits is None else BoundedMixer(mixer, *limits)
+
+
+def max_epochs_of(mixture: MixtureConfig, num_domains: int) -> Weights:
+    """Passes over each domain before it is exhausted, `inf` for endless; shape (K,)."""
+    default = MAX_EPOCHS_DEFAULT[mixture.on_exhausted] if mixture.max_epochs is None else mixture.max_epochs
+    own = [leaf.domain.max_epochs for leaf in leaves(mixture)] or [None] * num_domains
+    return np.array([np.inf if e is None else e for e in (default if e is None else e for e in own)], np.float64)
+
+
+def _scheduled(mixture: MixtureConfig, ground: Ground, learn: bool) -> Mixer:
+    schedule = mixture.schedule
+    stages = [Stage(start=s.start, mixer=_plain(s, mixture, ground, learn)) for s in schedule.stages]
+    timeline = ground.timeline
+    return ScheduledMixer(
+        stages, schedule.shape, timeline.step_of if schedule.unit == "steps" else timeline.items_before
+    )
+
+
+def _plain(stage: StageConfig | MixtureConfig, mixture: MixtureConfig, ground: Ground, learn: bool) -> Mixer:
+    """The mixer of a mixture that is no schedule, or of one stage."""
+    weights = start_weights(stage, mixture, ground.stock)
+    check_served(weights, ground.stock.sizes, ground.names)
+    if stage.kind != "dynamic" or not learn:
+        return FixedMixer(weights)
+    parameters = dict(stage.algorithm)
+    algorithm = make_algorithm(str(parameters.pop("name", "ado")), parameters)
+    return DynamicMixer(algorithm, weights, ground.timeline.chunk_steps, ground.feedback_lag)
