@@ -3,25 +3,17 @@
 import itertools
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
 from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.testing.tokenizers import CHECKS, DOCUMENTS
 from mixtera_hpc.tokens.tokenizer import Gigatoken, HuggingFace, Tokenizer, check_equal, load_tokenizer
 from mixtera_hpc.tokens.train import train_bpe
 
-DOCUMENTS = [
-    *(
-        f"The quick brown fox no. {i} doesn't jump; naïve 漢字 🙂\n\n  {'tab' * i}\t<|endoftext|> end"
-        for i in range(60)
-    ),
-    *("", " ", "\x00", "a" * 5000, "é" * 300),
-]
 LIBRARIES = [Gigatoken, HuggingFace]
 
 
@@ -38,13 +30,12 @@ def test_tokens_decode_to_the_documents(library: Callable[[bytes], Tokenizer], p
     assert [decoder.decode(p, skip_special_tokens=False) for p in pieces] == DOCUMENTS
 
 
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_arrays_have_the_promised_types_and_shapes(library: Callable[[bytes], Tokenizer], path: Path) -> None:
-    tokenizer = library(path.read_bytes())
-    for documents in ([], [""], ["a"], ["", "b", ""]):
-        tokens, offsets = tokenizer.encode_batch(documents)
-        assert tokens.dtype == np.uint32 and offsets.dtype == np.int64
-        assert offsets.shape == (len(documents) + 1,) and offsets[0] == 0 and offsets[-1] == len(tokens)
+def test_a_library_conforms(
+    library: Callable[[bytes], Tokenizer], check: Callable[[Tokenizer], None], path: Path
+) -> None:
+    check(library(path.read_bytes()))
 
 
 def test_both_libraries_agree(path: Path) -> None:
@@ -114,11 +105,3 @@ def test_a_missing_or_broken_file_is_refused_by_name(content: bytes | None, tmp_
         (tmp_path / "broken.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"dataplane\.tokenizer is '.*broken\.json'"):
         load_tokenizer(tmp_path / "broken.json")
-
-
-def test_threads_share_a_tokenizer(path: Path) -> None:
-    tokenizer = load_tokenizer(path)
-    expected = tokenizer.encode_batch(DOCUMENTS)[0].tolist()
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: tokenizer.encode_batch(DOCUMENTS)[0].tolist(), range(20)))
-    assert results == [expected] * 20

@@ -1,0 +1,73 @@
+"""What every tokenizer must do. Give each check the tokenizer.
+
+A new one passes when all of `CHECKS` do: flat arrays of the promised types, documents encoded as if alone whatever stands beside
+them, ids below `vocab_size`, and the same answer from several threads.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from mixtera_hpc.tokens.tokenizer import Tokenizer
+
+__all__ = [
+    "CHECKS",
+    "DOCUMENTS",
+    "check_arrays_have_the_promised_types_and_shapes",
+    "check_company_changes_nothing",
+    "check_ids_are_below_the_vocabulary_s_size",
+    "check_threads_share_a_tokenizer",
+]
+
+DOCUMENTS = [
+    *(
+        f"The quick brown fox no. {i} doesn't jump; naïve 漢字 🙂\n\n  {'tab' * i}\t<|endoftext|> end"
+        for i in range(60)
+    ),
+    *("", " ", "\x00", "a" * 5000, "é" * 300),
+]
+"""Scripts, white space, a special token as text, nothing, a NUL and long runs."""
+
+
+def check_arrays_have_the_promised_types_and_shapes(tokenizer: Tokenizer) -> None:
+    for documents in ([], [""], ["a"], ["", "b", ""], DOCUMENTS * 4):
+        tokens, offsets = tokenizer.encode_batch(documents)
+        assert tokens.dtype == np.uint32 and tokens.ndim == 1
+        assert offsets.dtype == np.int64 and offsets.shape == (len(documents) + 1,)
+        assert offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) >= 0).all()
+
+
+def check_company_changes_nothing(tokenizer: Tokenizer) -> None:
+    """A document's tokens do not depend on how many are encoded with it."""
+    alone = [tokenizer.encode_batch([document])[0].tolist() for document in DOCUMENTS]
+    for copies in (1, 4):
+        assert _pieces(tokenizer, DOCUMENTS * copies) == alone * copies
+
+
+def check_ids_are_below_the_vocabulary_s_size(tokenizer: Tokenizer) -> None:
+    tokens, _ = tokenizer.encode_batch(DOCUMENTS)
+    assert len(tokens) and int(tokens.max()) < tokenizer.vocab_size
+    assert tokenizer.eos_id is None or 0 <= tokenizer.eos_id < tokenizer.vocab_size
+    assert tokenizer.fingerprint == str(tokenizer.fingerprint) != ""
+
+
+def check_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:
+    expected = tokenizer.encode_batch(DOCUMENTS)[0].tolist()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: tokenizer.encode_batch(DOCUMENTS)[0].tolist(), range(20)))
+    assert results == [expected] * 20
+
+
+def _pieces(tokenizer: Tokenizer, documents: Sequence[str]) -> list[list[int]]:
+    tokens, offsets = tokenizer.encode_batch(documents)
+    return [tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+
+
+CHECKS: tuple[Callable[[Tokenizer], None], ...] = (
+    check_arrays_have_the_promised_types_and_shapes,
+    check_company_changes_nothing,
+    check_ids_are_below_the_vocabulary_s_size,
+    check_threads_share_a_tokenizer,
+)
