@@ -58,13 +58,40 @@ def parse_time(text: str) -> int | None:
 
 def _index(config: Config) -> list[str]:
     found = _at_least("index.block_rows", config.index.block_rows, 1)
+    found += _at_least("data.max_block_bytes", config.data.max_block_bytes, 1 << 16)
+    found += _vocabulary(config.dataplane)
     reserved = {"and", "or", "not", "in", "is", "null", "None", "True", "False"}
-    for name in config.data.properties:
+    for name, spec in config.data.properties.items():
+        found += _pattern(name, spec.pattern)
         if not name.isidentifier() or name in reserved:
             found.append(
                 f"data.properties.{name} is not a usable name. Use letters, digits and _, and no query keyword."
             )
     return found
+
+
+def _vocabulary(plane: DataPlaneConfig) -> list[str]:
+    found = []
+    if plane.vocab_size is not None and not 1 <= plane.vocab_size < 1 << 31:
+        found.append(f"dataplane.vocab_size is {plane.vocab_size}, expected 1 to 2**31 - 1.")
+    if plane.vocab_size is not None and plane.tokenizer is not None:
+        found.append(
+            "dataplane.vocab_size and dataplane.tokenizer are both set. Leave out the size: the tokenizer has it."
+        )
+    if plane.eos_id is not None and not 0 <= plane.eos_id < (plane.vocab_size or 0):
+        found.append(
+            f"dataplane.eos_id is {plane.eos_id}, expected an id below dataplane.vocab_size={plane.vocab_size}. With a "
+            "tokenizer, name its token with dataplane.eos_token."
+        )
+    return found
+
+
+def _pattern(name: str, pattern: str | None) -> list[str]:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        return [f"data.properties.{name}.pattern is {pattern!r}, which is no regular expression: {error}."]
+    return []
 
 
 def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
@@ -84,9 +111,10 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
         )
     if not 0 <= plane.seed < 2**63:
         found.append(f"dataplane.seed is {plane.seed}, expected 0 to 2**63 - 1.")
-    if mixture.unit == "tokens" and plane.tokenizer is None:
+    if mixture.unit == "tokens" and plane.tokenizer is None and plane.vocab_size is None:
         found.append(
-            "dataplane.tokenizer is not set, but mixture.unit=tokens counts tokens. Give a tokenizer.json, or set mixture.unit=samples."
+            "dataplane.tokenizer is not set, but mixture.unit=tokens counts tokens. Give a tokenizer.json, dataplane.vocab_size "
+            "where all shards hold token ids, or set mixture.unit=samples."
         )
     return found
 

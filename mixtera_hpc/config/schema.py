@@ -33,9 +33,12 @@ class PropertyConfig:
     """How one property is found in a row. In YAML a bare string is short for `{path: <string>, kind: category}`."""
 
     path: str
-    """Dotted path inside the row (`meta.language`)."""
+    """Dotted path inside the row (`meta.language`), or where the row comes from: `__path__`, `__name__`, `__stem__`,
+    `__parent__`, `__folder__`, `__folder__.N`, `__partition__.KEY`, `__format__` (docs/formats.md)."""
     kind: Literal["category", "categories", "number"] = "category"
     """One value, several values, or a float64."""
+    pattern: str | None = None
+    """Regular expression searched for in the value; its first group (or all it matches) is the property, null without a match."""
 
     @classmethod
     def from_short(cls, value: Any) -> Any:
@@ -54,10 +57,16 @@ class DataConfig:
     """Globs below `root` left out again."""
     format: str = "auto"
     """`auto` (by file name) or the name of a format."""
-    text: str = "text"
-    """Dotted path to the document."""
+    text: str | None = "text"
+    """Dotted path to the document; null where samples have none (`mixture.unit=samples`)."""
     properties: dict[str, PropertyConfig] = field(default_factory=dict)
     """Name → where it is found and of which kind."""
+    parser: str | None = None
+    """`package.module.function`, a function of yours from a row (a dict) to a dict of properties; `data.properties` then names
+    paths in what it returns. It is imported by name and runs with your rights."""
+    max_block_bytes: int = 4294967296
+    """A row, or a compressed frame or file that can only be decoded as a whole, may decode to this many bytes; larger ones are
+    refused when the index is built, before they fill the memory."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """A row that cannot be read ends the build, the first ten named; or it is left out, and counted per shard and reason in
     the index. `skip` leaves out a whole shard that is damaged, too."""
@@ -175,7 +184,11 @@ class DataPlaneConfig:
     """How samples become batches on every rank."""
 
     tokenizer: str | None = None
-    """A Hugging Face `tokenizer.json`. Needed for `mixture.unit=tokens`."""
+    """A Hugging Face `tokenizer.json`. Needed for `mixture.unit=tokens`, unless all shards hold token ids."""
+    vocab_size: int | None = None
+    """Instead of a tokenizer, where all shards hold token ids (Megatron): one more than the largest id."""
+    eos_id: int | None = None
+    """With `vocab_size`: the token that ends a document."""
     seq_len: int = 1024
     """Predicted tokens per sequence; a sequence holds one more."""
     overlap: bool = True

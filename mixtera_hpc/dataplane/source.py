@@ -28,11 +28,11 @@ from mixtera_hpc.core.tables import BlockTable, SampleColumns
 from mixtera_hpc.dataplane.expand import StreamLayout, Streams
 from mixtera_hpc.dataplane.mixer import Mixer
 from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of
-from mixtera_hpc.errors import PropertyIndexError
+from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.open import PropertyIndex, SampleReader, open_index
 from mixtera_hpc.index.selection import select_domains
 from mixtera_hpc.index.verify import check_fresh
-from mixtera_hpc.tokens.tokenizer import Tokenizer, load_tokenizer
+from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["Source", "open_source"]
 
@@ -43,7 +43,7 @@ class _Facts:
 
     index_fingerprint: str
     data_root: str
-    text: str
+    text: str | None
     shard_paths: list[str]
     shard_formats: list[str]
     properties: list[tuple[str, str, list[str]]]
@@ -140,7 +140,7 @@ def open_source(config: Config, comm: Communicator, *, check: bool = True) -> So
         PropertyIndexError: it is missing, damaged, stale, or was built with another tokenizer or without one.
         MixtureError: a domain key matches nothing, or a wished domain is empty.
     """
-    tokenizer = _tokenizer(config)
+    tokenizer = load_vocabulary(config.dataplane)
     facts: _Facts | None = None
     arrays: dict[str, NDArray[Any]] = {}
     if comm.rank == 0:
@@ -151,11 +151,6 @@ def open_source(config: Config, comm: Communicator, *, check: bool = True) -> So
             index.close()
     known = msgspec.json.decode(bcast_bytes(comm, msgspec.json.encode(facts) if facts else None), type=_Facts)
     return _assemble(config, known, _share(comm, arrays), tokenizer)
-
-
-def _tokenizer(config: Config) -> Tokenizer | None:
-    path = config.dataplane.tokenizer
-    return load_tokenizer(Path(path), config.dataplane.eos_token) if path is not None else None
 
 
 def _gather(
@@ -195,12 +190,22 @@ def _check_tokens(config: Config, index: PropertyIndex, tokenizer: Tokenizer | N
             f"{config.index.path} holds no token counts, and mixture.unit=tokens needs them.\n"
             "  Build it again with dataplane.tokenizer set, or set mixture.unit=samples."
         )
+    if config.dataplane.add_eos and tokenizer is not None and tokenizer.eos_id is None:
+        raise ConfigError(
+            "dataplane.add_eos is true, but nothing says which token ends a document.\n"
+            "  Set dataplane.eos_token (dataplane.eos_id with dataplane.vocab_size), or dataplane.add_eos=false."
+        )
     if tokenizer is not None and tokenizer.fingerprint != index.tokenizer_fingerprint:
         raise PropertyIndexError(
-            f"{config.index.path} was counted with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but dataplane.tokenizer="
-            f"{config.dataplane.tokenizer} is {tokenizer.fingerprint[:12]}.\n"
+            f"{config.index.path} was counted with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but "
+            f"{_named(config)} is {tokenizer.fingerprint[:12]}.\n"
             "  Give the tokenizer the index was built with, or build the index again with this one."
         )
+
+
+def _named(config: Config) -> str:
+    plane = config.dataplane
+    return f"dataplane.tokenizer={plane.tokenizer}" if plane.tokenizer else f"dataplane.vocab_size={plane.vocab_size}"
 
 
 _BLOCK_COLUMNS = ("shard", "first_row", "rows", "offset", "length", "tokens", "first_sample")

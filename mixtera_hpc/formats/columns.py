@@ -5,7 +5,7 @@ a set of values; null and the empty list are the same, no value.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import as_text
 
-__all__ = ["Categories", "encode"]
+__all__ = ["Categories", "encode", "map_values"]
 
 Values = tuple[str, ...]
 """The values of one row, sorted, each once; empty for null."""
@@ -38,6 +38,12 @@ def encode(column: Sequence[Any]) -> Categories:
     if not all(map(_is_plain, codes)):
         return _encode_slowly(column)
     return _merge_equal([_canonical(v) for v in codes], code)
+
+
+def map_values(column: Categories, change: Callable[[str], str | None]) -> Categories:
+    """Put every value through `change`, once per distinct value; None drops it."""
+    changed = [tuple(sorted({c for v in values if (c := change(v)) is not None})) for values in column.values]
+    return _merge_equal(changed, column.code)
 
 
 def _is_plain(value: Any) -> bool:

@@ -62,6 +62,8 @@ class _Piece:
 class CompressedJsonl:
     """`Format` of compressed JSON lines; the codec makes the difference."""
 
+    holds_tokens = False
+
     def __init__(self, name: str, codec: Codec) -> None:
         self.name = name
         self._codec = codec
@@ -85,7 +87,7 @@ class CompressedJsonl:
                 start, rows = (end, 0) if end is not None and closes else (start, rows)
         scanner.check()
 
-    def open(self, path: Path, text: str, cache: BlockCache) -> ShardReader:
+    def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         return _Reader(path, text, cache, self._codec)
 
 
@@ -156,7 +158,7 @@ class _Block:
 class _Reader:
     """Decodes whole blocks into the cache and takes rows out of them."""
 
-    def __init__(self, path: Path, text: str, cache: BlockCache, codec: Codec) -> None:
+    def __init__(self, path: Path, text: str | None, cache: BlockCache, codec: Codec) -> None:
         self._path, self._cache, self._codec = path, cache, codec
         self._type = RowType(Fields(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)

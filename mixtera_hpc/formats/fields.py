@@ -16,7 +16,7 @@ from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.columns import encode
 from mixtera_hpc.formats.format import Column, Fields
 
-__all__ = ["RowType", "check_paths"]
+__all__ = ["RowType"]
 
 Scalar = bool | int | float | str
 _TYPES: dict[Kind, Any] = {
@@ -35,22 +35,29 @@ class RowType:
 
     def __init__(self, fields: Fields) -> None:
         tree: Tree = {}
-        _add(tree, fields.text, _TEXT, "data.text")
+        if fields.text is not None:
+            _add(tree, fields.text, _TEXT, "data.text")
         for field in fields.properties:
             _add(tree, field.path, _TYPES[field.kind], f"data.properties.{field.name}")
         self.struct = _struct("Row", tree)
         self._fields = fields
-        self._text = attrgetter(_attributes(fields.text))
+        self._text = attrgetter(_attributes(fields.text)) if fields.text is not None else None
 
     def blank(self) -> Any:
         """A row without properties, whose document is empty."""
         row: Any = ""
-        for key in reversed(self._fields.text.split(".")):
+        for key in reversed(self._fields.text.split(".") if self._fields.text is not None else []):
             row = {key: row}
-        return msgspec.convert(row, self.struct)
+        return msgspec.convert(row or {}, self.struct)
 
     def documents(self, rows: Sequence[Any]) -> list[str]:
-        """The text of every row."""
+        """The text of every row.
+
+        Raises:
+            ConfigError: rows have none.
+        """
+        if self._text is None:
+            raise ConfigError("Texts were asked for, but data.text is null. Set it, or set mixture.unit=samples.")
         return list(map(self._text, rows))
 
     def columns(self, rows: Sequence[Any]) -> dict[str, Column]:
@@ -60,15 +67,6 @@ class RowType:
             values = _values(rows, _attributes(field.path))
             found[field.name] = np.array(values, np.float64) if field.kind is Kind.NUMBER else encode(values)
         return found
-
-
-def check_paths(fields: Fields) -> None:
-    """Refuse paths that contradict each other.
-
-    Raises:
-        ConfigError: one looks inside what another takes as a value, or both take it as values of different kinds.
-    """
-    RowType(fields)
 
 
 def _values(rows: Sequence[Any], attributes: str) -> list[Any]:

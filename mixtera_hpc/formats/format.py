@@ -30,9 +30,12 @@ __all__ = [
     "Field",
     "Fields",
     "Format",
+    "Parser",
     "Ranges",
     "ShardReader",
+    "TokenReader",
     "Unit",
+    "Vocabulary",
     "bad_rows",
     "cut",
     "open_shard",
@@ -57,29 +60,66 @@ class Field:
 
     name: str
     path: str
-    """Dotted path inside the row."""
+    """Dotted path inside the row, or an origin (`__parent__`)."""
     kind: Kind
+    pattern: str | None = None
+    """Regular expression whose first group is taken out of the value; where it does not match, the value is null."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parser:
+    """The user's function from a row to its properties."""
+
+    path: str
+    """`package.module.function`."""
+    fingerprint: str
+    """Hex digest of the file it is written in: another version of it is another index."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What token ids on disk are held against."""
+
+    size: int
+    """One more than the largest id."""
+    eos_id: int | None
+    """A document that ends with it is counted without: the data plane adds it where it is wanted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fields:
     """What a scan looks at."""
 
-    text: str
-    """Dotted path to the document; every row must have it."""
+    text: str | None
+    """Dotted path to the document, and every row must have it; None: rows have none."""
     properties: tuple[Field, ...] = ()
     documents: bool = False
     """Whether the texts themselves are wanted, to count tokens."""
     skip_bad: bool = False
     """Whether rows that cannot be read are listed in `Batch.bad` instead of ending the scan."""
+    rows: bool = False
+    """Whether whole rows are wanted, for a parser."""
+    parser: Parser | None = None
+    """Where properties come from instead of the row itself."""
+    vocabulary: Vocabulary | None = None
+    """For shards that hold token ids."""
+    max_block_bytes: int = 4 << 30
+    """A row or a compressed frame that decodes to more is refused."""
 
     @classmethod
     def of(cls, data: DataConfig, documents: bool) -> "Fields":
         """The fields that a configuration names; properties sorted by name."""
         ordered = sorted(data.properties.items())
-        properties = tuple(Field(name=name, path=spec.path, kind=Kind(spec.kind)) for name, spec in ordered)
-        skip = data.on_bad_sample == "skip"
-        return cls(text=data.text, properties=properties, documents=documents, skip_bad=skip)
+        properties = tuple(
+            Field(name=name, path=spec.path, kind=Kind(spec.kind), pattern=spec.pattern) for name, spec in ordered
+        )
+        return cls(
+            text=data.text,
+            properties=properties,
+            documents=documents,
+            skip_bad=data.on_bad_sample == "skip",
+            max_block_bytes=data.max_block_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +152,10 @@ class Batch:
     """Bytes of every row on disk, shape (rows,), adding up to the blocks'; None where rows have no byte range."""
     documents: list[str] | None = None
     """The texts, when `Fields.documents` asked for them."""
+    tokens: NDArray[np.int64] | None = None
+    """Tokens of every row, shape (rows,), of formats that hold token ids."""
+    raw: list[Any] | None = None
+    """The whole rows, when `Fields.rows` asked for them; anything for bad rows."""
     bad: tuple[tuple[int, str], ...] = ()
     """With `Fields.skip_bad`, the rows that cannot be read: position in the batch, ascending, and the problem. They count as
     rows everywhere, so that the positions of all others stay right; columns and documents hold anything for them."""
@@ -151,12 +195,25 @@ class ShardReader(Protocol):
         ...
 
 
+class TokenReader(ShardReader, Protocol):
+    """A reader of shards that hold token ids instead of texts."""
+
+    def tokens(self, block: BlockRef, rows: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """The token ids of some rows of a block, as they are stored: views of mapped memory, of any integer type."""
+        ...
+
+
 class Format(Protocol):
     """One kind of data file. Stateless; what is open belongs to a `ShardReader`."""
 
     @property
     def name(self) -> str:
         """What `data.format` calls it."""
+        ...
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether its readers are `TokenReader`s."""
         ...
 
     def units(self, path: Path, size_bytes: int) -> list[Unit]:
@@ -175,11 +232,11 @@ class Format(Protocol):
         """
         ...
 
-    def open(self, path: Path, text: str, cache: BlockCache) -> ShardReader:
+    def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         """Open a shard for random access.
 
         Args:
-            text: dotted path to the document.
+            text: dotted path to the document; None where only payloads are read.
             cache: keeps decoded blocks of formats that cannot read single rows; shared by many readers.
         """
         ...

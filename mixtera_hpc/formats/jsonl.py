@@ -43,6 +43,7 @@ class Jsonl:
     """`Format` of `.jsonl` files."""
 
     name: str = "jsonl"
+    holds_tokens: bool = False
     unit_bytes: int = UNIT_BYTES
     piece_bytes: int = PIECE_BYTES
 
@@ -65,7 +66,7 @@ class Jsonl:
         if last := blocks.rest():
             yield scanner.batch(Lines.none(), Ranges.of([last]), np.zeros(0, np.int64))
 
-    def open(self, path: Path, text: str, cache: BlockCache) -> ShardReader:
+    def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         return _Reader(path, text)
 
 
@@ -152,7 +153,7 @@ def _rows_before(path: Path, offset: int) -> int:
 class _Reader:
     """Reads wanted rows with `pread`; threads share nothing but the descriptor."""
 
-    def __init__(self, path: Path, text: str) -> None:
+    def __init__(self, path: Path, text: str | None) -> None:
         self._path = path
         self._type = RowType(Fields(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)

@@ -32,13 +32,15 @@ class Lines:
     """Instances of the row type."""
     ends: NDArray[np.int64]
     """Where the line of every row ends, newline included; shape (rows,)."""
+    raw: list[Any] | None = None
+    """The whole rows, where a parser wants them."""
     bad: tuple[tuple[int, str], ...] = ()
     """Rows that stand for lines that cannot be read, where those are skipped: position and problem."""
 
     @classmethod
     def none(cls) -> "Lines":
         """No rows."""
-        return cls([], np.zeros(0, np.int64))
+        return cls([], np.zeros(0, np.int64), [])
 
 
 def line_ends(data: Buffer) -> NDArray[np.int64]:
@@ -66,6 +68,7 @@ class LineScanner:
     def __init__(self, fields: Fields, path: Path) -> None:
         self._type = RowType(fields)
         self._decoder = msgspec.json.Decoder(self._type.struct)
+        self._raw = msgspec.json.Decoder() if fields.rows else None
         self._documents = fields.documents
         self._blank = self._type.blank() if fields.skip_bad else None
         self._path = path
@@ -78,19 +81,26 @@ class LineScanner:
         ends = line_ends(data)
         try:
             rows = self._decoder.decode_lines(data)
+            raw = self._raw.decode_lines(data) if self._raw else None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            rows = []
+            rows, raw = [], None
         if len(rows) != len(ends) or not _rows_are_lines(data, ends):
             return self._line_by_line(data)
         self.rows += len(rows)
-        return Lines(rows, ends)
+        return Lines(rows, ends, raw)
 
     def batch(self, lines: Lines, blocks: Ranges, lengths: NDArray[np.int64] | None) -> Batch:
         """Columns and texts of decoded rows."""
         columns: dict[str, Column] = self._type.columns(lines.rows)
         documents = self._type.documents(lines.rows) if self._documents else None
         return Batch(
-            rows=len(lines.rows), blocks=blocks, columns=columns, lengths=lengths, documents=documents, bad=lines.bad
+            rows=len(lines.rows),
+            blocks=blocks,
+            columns=columns,
+            lengths=lengths,
+            documents=documents,
+            raw=lines.raw,
+            bad=lines.bad,
         )
 
     @property
@@ -116,20 +126,22 @@ class LineScanner:
             raise bad_rows(self._path, [(rows_before + row, problem) for row, problem in self._bad])
 
     def _line_by_line(self, data: Buffer) -> Lines:
-        rows, ends, bad = [], [], []
+        rows, ends, raw, bad = [], [], [], []
         for start, stop in _spans(data):
             try:
                 rows.append(self._decoder.decode(data[start:stop]))
                 ends.append(stop)
+                raw.append(self._raw.decode(data[start:stop]) if self._raw else None)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 if self._blank is not None:
                     bad.append((len(rows), str(error)))
                     rows.append(self._blank)
                     ends.append(stop)
+                    raw.append(None)
                 elif not self.has_enough:
                     self._bad.append((self.rows, str(error)))
             self.rows += 1
-        return Lines(rows, np.array(ends, np.int64), tuple(bad))
+        return Lines(rows, np.array(ends, np.int64), raw if self._raw else None, tuple(bad))
 
 
 def _rows_are_lines(data: Buffer, ends: NDArray[np.int64]) -> bool:

@@ -19,16 +19,16 @@ from mixtera_hpc.comm.communicator import Communicator, Local, bcast_bytes
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.tables import ShardTable
 from mixtera_hpc.errors import DataError, PropertyIndexError
-from mixtera_hpc.formats.fields import check_paths
-from mixtera_hpc.formats.format import Fields, Unit
+from mixtera_hpc.formats.format import Unit, Vocabulary
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.formats.scan import fields_of
 from mixtera_hpc.index.discover import Shard, discover, fingerprint_of_shard
 from mixtera_hpc.index.layout import VERSION
 from mixtera_hpc.index.merge import Merged, merge
 from mixtera_hpc.index.parts import PartLog, PartRecord, building_folder, find_parts, locked, recover_parts
 from mixtera_hpc.index.scan import ScanJob, scan_unit
 from mixtera_hpc.index.write import IndexFacts, publish, write_index
-from mixtera_hpc.tokens.tokenizer import load_tokenizer
+from mixtera_hpc.tokens.tokenizer import load_vocabulary
 
 __all__ = ["BuildProgress", "BuildReport", "build_index"]
 
@@ -92,9 +92,9 @@ def build_index(
         PropertyIndexError: the index cannot be written, or is being built already.
     """
     comm, began = comm or Local(), time.monotonic()
-    tokenizer = load_tokenizer(config.dataplane.tokenizer) if config.dataplane.tokenizer else None
-    fields = Fields.of(config.data, documents=tokenizer is not None)
-    check_paths(fields)
+    tokenizer = load_vocabulary(config.dataplane)
+    vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
+    fields = fields_of(config.data, documents=tokenizer is not None, vocabulary=vocabulary)
     job = ScanJob(root=Path(config.data.root), fields=fields, block_rows=config.index.block_rows, tokenizer=tokenizer)
     path = Path(config.index.path)
     folder = building_folder(path)
@@ -189,6 +189,7 @@ def _finish(config: Config, job: ScanJob, plan: _Plan, began: float) -> BuildRep
     facts = IndexFacts(
         data_root=str(job.root.resolve()),
         text=config.data.text,
+        parser=job.fields.parser.path if job.fields.parser else None,
         tokenizer=job.tokenizer.fingerprint if job.tokenizer else None,
     )
     shards = _shard_table(job, plan, records)

@@ -1,6 +1,6 @@
 """What an index file looks like inside: names, types and the version.
 
-/                 attributes: format, version, data_root, text, tokenizer, fingerprint, num_samples, chunk_rows
+/                 attributes: format, version, data_root, text, tokenizer, parser, fingerprint, num_samples, chunk_rows
 /shards/          path, format, rows, size_bytes, mtime_ns, fingerprint
 /properties/NAME  attribute kind; values
 /combos/NAME      count (values per combo), code; attribute num_combos above them

@@ -105,8 +105,8 @@ class PropertyIndex:
         """Hex digest of all content; neither the data root nor times of change are in it."""
         self.tokenizer_fingerprint = get_text(file, "tokenizer") or None
         self.data_root = Path(get_text(file, "data_root") if data_root is None else data_root)
-        self.text = get_text(file, "text")
-        """Dotted path to the document."""
+        self.text = get_text(file, "text") or None
+        """Dotted path to the document; None when samples have none."""
         self.samples = SampleReader(path)
 
     def read_block(self, block: int) -> SampleColumns:

@@ -17,7 +17,7 @@ from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.columns import Categories
 from mixtera_hpc.formats.format import Batch, Fields, Unit
-from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.formats.scan import ShardFile, scan_shard
 from mixtera_hpc.index.discover import Shard, fingerprint_of_shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
@@ -71,7 +71,8 @@ def scan_unit(job: ScanJob, shard: Shard, unit: Unit) -> UnitPart:
     path, rows = job.root / shard.path, _Rows(job)
     try:
         fingerprint = fingerprint_of_shard(path, shard.size_bytes) if unit.start == 0 else ""
-        for batch in load_format(shard.format).scan(path, unit, job.fields, job.block_rows):
+        file = ShardFile(root=job.root, path=shard.path, format=shard.format)
+        for batch in scan_shard(file, unit, job.fields, job.block_rows):
             if batch.bad:
                 raise DataError("data.on_bad_sample=skip is not available yet.")
             rows.add(batch)
@@ -109,7 +110,10 @@ class _Rows:
         if batch.lengths is not None:
             self._samples["length"].append(batch.lengths)
         if self._job.tokenizer is not None:
-            self._samples["tokens"].append(np.diff(self._job.tokenizer.encode_batch(batch.documents or [])[1]))
+            counts = batch.tokens
+            if counts is None:
+                counts = np.diff(self._job.tokenizer.encode_batch(batch.documents or [])[1])
+            self._samples["tokens"].append(counts)
 
     def part(self, fingerprint: str) -> UnitPart:
         offset, length, rows = np.concatenate(self._blocks, axis=1) if self._blocks else np.zeros((3, 0), np.int64)

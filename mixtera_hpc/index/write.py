@@ -37,13 +37,16 @@ class IndexFacts:
     """What an index says about itself."""
 
     data_root: str
-    text: str
+    text: str | None
     tokenizer: str | None
     """Fingerprint of the tokenizer that counted."""
+    parser: str | None = None
+    """Import path of the user's function that properties come from."""
 
     def texts(self) -> dict[str, str]:
         """The attributes that are text."""
-        return {"format": FORMAT, "data_root": self.data_root, "text": self.text, "tokenizer": self.tokenizer or ""}
+        told = {"text": self.text, "tokenizer": self.tokenizer, "parser": self.parser}
+        return {"format": FORMAT, "data_root": self.data_root} | {name: value or "" for name, value in told.items()}
 
 
 def write_index(
@@ -106,7 +109,7 @@ class _Tables:
     def fingerprint(self, facts: IndexFacts, properties: dict[str, Property]) -> str:
         """Hex digest of everything counted."""
         kinds = [(p.name, str(p.kind)) for p in properties.values()]
-        self._digest.update(repr((VERSION, facts.text, facts.tokenizer, kinds)).encode())
+        self._digest.update(repr((VERSION, facts.text, facts.tokenizer, facts.parser, kinds)).encode())
         return self._digest.hexdigest()
 
 

@@ -30,7 +30,15 @@ IDENTITY = (
         f"dataplane.{name}"
         for name in (
             *("seq_len", "overlap", "global_batch_size", "chunk_steps", "feedback_lag", "seed", "shuffle"),
-            *("shuffle_window", "tokenizer", "add_eos", "eos_token", "predict_across_documents"),
+            *(
+                "shuffle_window",
+                "tokenizer",
+                "vocab_size",
+                "eos_id",
+                "add_eos",
+                "eos_token",
+                "predict_across_documents",
+            ),
         )
     ),
     *("training.num_layers", "training.num_heads", "training.embedding_dim"),

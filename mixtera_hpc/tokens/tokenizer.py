@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["Gigatoken", "HuggingFace", "Tokenizer", "check_equal", "load_tokenizer"]
+__all__ = ["Gigatoken", "HuggingFace", "StoredIds", "Tokenizer", "check_equal", "load_tokenizer", "load_vocabulary"]
 
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
 
@@ -96,6 +97,20 @@ class HuggingFace:
         return np.array([token for i in ids for token in i], np.uint32), _offsets([len(i) for i in ids])
 
 
+class StoredIds:
+    """Stands in for a `Tokenizer` where all shards hold token ids already: it knows the vocabulary and encodes nothing."""
+
+    def __init__(self, vocab_size: int, eos_id: int | None) -> None:
+        self.vocab_size, self.eos_id = vocab_size, eos_id
+        self.fingerprint = _fingerprint(f"stored ids below {vocab_size}, {eos_id} ends a document".encode())
+
+    def encode_batch(self, documents: Sequence[str]) -> Encoded:
+        raise ConfigError(
+            "A shard holds texts, but dataplane.vocab_size says that all of them hold token ids.\n"
+            "  Set dataplane.tokenizer instead, or leave the shard out with data.exclude."
+        )
+
+
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -127,6 +142,17 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
         raise
     except Exception as first:
         return _fallback(definition, eos_token, file, first)
+
+
+def load_vocabulary(plane: DataPlaneConfig) -> Tokenizer | None:
+    """The tokenizer that `dataplane.tokenizer` names, or what `dataplane.vocab_size` says of stored ids; None without both.
+
+    Raises:
+        ConfigError: the tokenizer cannot be read.
+    """
+    if plane.tokenizer is not None:
+        return load_tokenizer(Path(plane.tokenizer), plane.eos_token)
+    return StoredIds(plane.vocab_size, plane.eos_id) if plane.vocab_size is not None else None
 
 
 def check_equal(a: Tokenizer, b: Tokenizer, documents: Sequence[str]) -> None:

@@ -49,7 +49,7 @@ def run_training(
         ConfigError: the configuration cannot train, or does not fit the checkpoint.
         SavedAndStopped: a stop was requested and the state is saved.
     """
-    if config.dataplane.tokenizer is None:
+    if config.dataplane.tokenizer is None and config.dataplane.vocab_size is None:
         raise ConfigError("dataplane.tokenizer is not set; the trainer predicts tokens. Give a tokenizer.json.")
     torch.set_num_threads(config.training.num_threads)
     tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)

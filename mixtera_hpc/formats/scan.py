@@ -1,0 +1,155 @@
+"""A shard → batches with every property the configuration names, wherever it comes from.
+
+A format knows rows; this adds what the path says (`origin`), what the user's function makes of a row (`parser`), and takes
+patterns out of values. Constant columns cost nothing per row; patterns are matched once per distinct value.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from mixtera_hpc.config.schema import DataConfig
+from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.errors import DataError, UserError
+from mixtera_hpc.formats.columns import Categories, map_values
+from mixtera_hpc.formats.fields import RowType
+from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Unit, Vocabulary
+from mixtera_hpc.formats.origin import is_origin, origin_of
+from mixtera_hpc.formats.parser import describe_parser, load_parser
+from mixtera_hpc.formats.registry import load_format
+
+__all__ = ["ShardFile", "fields_of", "scan_shard"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFile:
+    """A shard and the name of its format."""
+
+    root: Path
+    path: str
+    """Relative to `root`."""
+    format: str
+
+
+def fields_of(data: DataConfig, *, documents: bool, vocabulary: Vocabulary | None = None) -> Fields:
+    """What a configuration wants of every row.
+
+    Args:
+        documents: whether texts are wanted, to count their tokens.
+        vocabulary: what token ids on disk are held against.
+
+    Raises:
+        ConfigError: a path looks inside what another takes as a value, or both take it as values of different kinds; a parser
+            that cannot be imported.
+    """
+    parser = describe_parser(data.parser) if data.parser is not None else None
+    fields = replace(Fields.of(data, documents), parser=parser, vocabulary=vocabulary)
+    RowType(replace(fields, properties=_row_fields(fields)))
+    return fields
+
+
+def scan_shard(shard: ShardFile, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    """Read the rows of one unit, as `Format.scan` does, with all properties.
+
+    Raises:
+        DataError: rows that cannot be read, or that the parser fails on.
+    """
+    inner = replace(fields, properties=() if fields.parser else _row_fields(fields), rows=fields.parser is not None)
+    parsed = _Parsed(shard, unit, fields) if fields.parser else None
+    for found in load_format(shard.format).scan(shard.root / shard.path, unit, inner, block_rows):
+        batch = parsed.add(found) if parsed else found
+        yield replace(batch, columns={f.name: _column(f, batch, shard) for f in fields.properties}, raw=None)
+    if parsed:
+        parsed.check()
+
+
+def _row_fields(fields: Fields) -> tuple[Field, ...]:
+    """The properties that rows (or what a parser makes of them) have; with a pattern they are read as text."""
+    rows = (f for f in fields.properties if not is_origin(f.path))
+    return tuple(replace(f, kind=Kind.CATEGORY) if f.pattern and f.kind is Kind.NUMBER else f for f in rows)
+
+
+def _column(field: Field, batch: Batch, shard: ShardFile) -> Column:
+    column = batch.columns[field.name] if not is_origin(field.path) else _constant(field, batch.rows, shard)
+    if field.pattern is not None and isinstance(column, Categories):
+        search = re.compile(field.pattern).search
+        column = map_values(column, lambda value: _first_group(search(value)))
+    if field.kind is Kind.NUMBER and isinstance(column, Categories):
+        return _numbers(field, column, shard)
+    return column
+
+
+def _constant(field: Field, rows: int, shard: ShardFile) -> Categories:
+    value = origin_of(field.path, shard.path, shard.format)
+    return Categories([() if value is None else (value,)], np.zeros(rows, np.int32))
+
+
+def _first_group(match: "re.Match[str] | None") -> str | None:
+    if match is None:
+        return None
+    found: str | None = match.group(1 if match.re.groups else 0)
+    return found
+
+
+def _numbers(field: Field, column: Categories, shard: ShardFile) -> Column:
+    try:
+        values = [float(value[0]) if value else np.nan for value in column.values]
+    except ValueError as error:
+        raise DataError(
+            f"{shard.path}: data.properties.{field.name} is of kind number, but {error}.\n  Make its pattern match digits only."
+        ) from None
+    return np.array([*values, np.nan])[column.code]
+
+
+class _Parsed:
+    """Runs the user's parser over the rows of one unit."""
+
+    def __init__(self, shard: ShardFile, unit: Unit, fields: Fields) -> None:
+        self._shard, self._unit, self._skip = shard, unit, fields.skip_bad
+        self._name = fields.parser.path if fields.parser else ""
+        self._parser = load_parser(self._name)
+        self._type = RowType(Fields(text=None, properties=_row_fields(fields)))
+        self._blank = self._type.blank()
+        self._rows = 0
+        self._bad: list[tuple[int, str]] = []
+
+    def add(self, batch: Batch) -> Batch:
+        """The batch with the columns of what the parser returns."""
+        known, found, rows = {row for row, _ in batch.bad}, [], []
+        for number, raw in enumerate(batch.raw or []):
+            try:
+                rows.append(self._blank if number in known else self._parse(raw))
+            except UserError:
+                raise
+            except Exception as error:
+                rows.append(self._blank)
+                found.append((number, f"{self._name}: {type(error).__name__}: {error}"))
+        if not self._skip:
+            self._bad += [(self._rows + number, problem) for number, problem in found]
+            found = []
+        self._rows += batch.rows
+        if len(self._bad) >= MAX_BAD_ROWS:
+            self.check()
+        return replace(batch, columns=self._type.columns(rows), bad=tuple(sorted([*batch.bad, *found])))
+
+    def check(self) -> None:
+        """Raise for the rows that the parser failed on."""
+        if not self._bad:
+            return
+        where = f" of those that begin at byte {self._unit.start} or later" if self._unit.start else ""
+        path = str(self._shard.root / self._shard.path)
+        error = DataError(
+            f"data.parser {self._name} fails on rows of {path}, or returns what data.properties does not expect.\n"
+            "  Repair it, or leave these rows out with data.on_bad_sample=skip."
+        )
+        for row, problem in self._bad[:MAX_BAD_ROWS]:
+            error.add_note(f"shard={path!r} row={row}{where}: {problem}")
+        raise error
+
+    def _parse(self, raw: Any) -> Any:
+        return msgspec.convert(self._parser(raw), self._type.struct)

@@ -1,0 +1,183 @@
+"""Properties that no dotted path reaches: from the shard's path, through a pattern, by a function of the user's."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.config.schema import DataConfig, PropertyConfig
+from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.formats.columns import Categories
+from mixtera_hpc.formats.format import Batch
+from mixtera_hpc.formats.origin import is_origin, origin_of
+from mixtera_hpc.formats.parser import describe_parser
+from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.formats.scan import ShardFile, fields_of, scan_shard
+
+
+def scan(root: Path, path: str, **data: Any) -> list[Batch]:
+    fields = fields_of(DataConfig(root=str(root), **data), documents=True)
+    shard = ShardFile(root=root, path=path, format="jsonl")
+    units = load_format("jsonl").units(root / path, (root / path).stat().st_size)
+    return [batch for unit in units for batch in scan_shard(shard, unit, fields, 2)]
+
+
+def values(batches: list[Batch], name: str) -> list[Any]:
+    found: list[Any] = []
+    for batch in batches:
+        column = batch.columns[name]
+        found += [column.values[c] for c in column.code] if isinstance(column, Categories) else column.tolist()
+    return found
+
+
+def written(root: Path, path: str, *rows: dict[str, Any]) -> str:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("origin", "shard", "expected"),
+    [
+        ("__path__", "a/lang=en/x.jsonl.gz", "a/lang=en/x.jsonl.gz"),
+        ("__name__", "a/lang=en/x.jsonl.gz", "x.jsonl.gz"),
+        ("__stem__", "a/lang=en/x.y.jsonl.gz", "x.y"),
+        ("__stem__", "x.unknown", "x"),
+        ("__parent__", "a/b/x.jsonl", "b"),
+        ("__parent__", "x.jsonl", None),
+        ("__folder__", "a/b/x.jsonl", "a/b"),
+        ("__folder__", "x.jsonl", None),
+        ("__folder__.0", "a/b/x.jsonl", "a"),
+        ("__folder__.-1", "a/b/x.jsonl", "b"),
+        ("__folder__.2", "a/b/x.jsonl", None),
+        ("__folder__.-3", "a/b/x.jsonl", None),
+        ("__partition__.lang", "a/lang=en=us/x.jsonl", "en=us"),
+        ("__partition__.lang", "lang=de/lang=en/x.jsonl", "en"),
+        ("__partition__.dump", "a/lang=en/x.jsonl", None),
+        ("__format__", "x.jsonl", "jsonl"),
+    ],
+)
+def test_a_path_says_where_a_row_comes_from(origin: str, shard: str, expected: str | None) -> None:
+    assert is_origin(origin)
+    assert origin_of(origin, shard, "jsonl") == expected
+
+
+@pytest.mark.parametrize("path", ["__index_level_0__", "meta.__path__", "path", "__key__"])
+def test_other_names_between_underscores_are_keys_of_the_row(path: str) -> None:
+    assert not is_origin(path)
+
+
+@pytest.mark.parametrize("path", ["__partition__", "__folder__.first", "__path__.x", "__partition__."])
+def test_an_origin_that_no_shard_has_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="names nothing that a shard has"):
+        is_origin(path)
+
+
+def test_origins_and_rows_give_properties_side_by_side(tmp_path: Path) -> None:
+    path = written(tmp_path, "web/x.jsonl", {"text": "a", "language": "en"}, {"text": "b"}, {"text": "c"})
+    properties = {"source": PropertyConfig(path="__parent__"), "language": PropertyConfig(path="language")}
+    batches = scan(tmp_path, path, properties=properties)
+    assert values(batches, "source") == [("web",)] * 3
+    assert values(batches, "language") == [("en",), (), ()]
+
+
+def test_a_pattern_takes_its_first_group_or_all_it_matches(tmp_path: Path) -> None:
+    path = written(tmp_path, "y/2023-06/x.jsonl", {"text": "", "url": "http://a.org/1"}, {"text": "", "url": "ftp:"})
+    properties = {
+        "host": PropertyConfig(path="url", pattern="//([^/]+)"),
+        "scheme": PropertyConfig(path="url", pattern="^[a-z]+"),
+        "year": PropertyConfig(path="__parent__", pattern=r"(\d{4})-", kind="number"),
+        "length": PropertyConfig(path="url", pattern=r"\d", kind="number"),
+    }
+    batches = scan(tmp_path, path, properties=properties)
+    assert values(batches, "host") == [("a.org",), ()]
+    assert values(batches, "scheme") == [("http",), ("ftp",)]
+    assert values(batches, "year") == [2023.0, 2023.0]
+    assert np.array_equal(values(batches, "length"), [1.0, np.nan], equal_nan=True)
+
+
+def test_a_pattern_that_matches_no_number_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "x.jsonl", {"text": ""})
+    properties = {"year": PropertyConfig(path="__name__", pattern="(x)", kind="number")}
+    with pytest.raises(DataError, match=r"data\.properties\.year is of kind number, but .*'x'"):
+        scan(tmp_path, path, properties=properties)
+
+
+@pytest.fixture
+def parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module `team_parsers` of the user's."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "team_parsers.py").write_text(
+        "LIMIT = 3\n"
+        "def sizes(row):\n"
+        "    words = row['text'].split()\n"
+        "    return {'words': len(words), 'meta': {'first': words[0]}, 'tags': sorted(set(words)), 'text': 7}\n"
+        "def wrong(row):\n"
+        "    return {'words': 'many'}\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    import sys
+
+    sys.modules.pop("team_parsers", None)
+
+
+PARSED = {
+    "words": PropertyConfig(path="words", kind="number"),
+    "first": PropertyConfig(path="meta.first"),
+    "tags": PropertyConfig(path="tags", kind="categories"),
+    "source": PropertyConfig(path="__stem__"),
+}
+
+
+def test_a_parser_makes_properties_of_whole_rows(parsers: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, "x.jsonl", *[{"text": t} for t in ("b a", "c", "a a b")])
+    batches = scan(tmp_path, path, properties=PARSED, parser="team_parsers.sizes")
+    assert values(batches, "words") == [2, 1, 3]
+    assert values(batches, "first") == [("b",), ("c",), ("a",)]
+    assert values(batches, "tags") == [("a", "b"), ("c",), ("a", "b")]
+    assert values(batches, "source") == [("x",)] * 3
+    assert [d for b in batches for d in b.documents or []] == ["b a", "c", "a a b"]
+
+
+def test_rows_that_a_parser_fails_on_are_named_or_skipped(parsers: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, "x.jsonl", *[{"text": t} for t in ("a", "", "b", "")])
+    with pytest.raises(DataError, match=r"team_parsers\.sizes fails on rows of .*x\.jsonl") as caught:
+        scan(tmp_path, path, properties=PARSED, parser="team_parsers.sizes")
+    assert ["row=1: " in n or "row=3: " in n for n in caught.value.__notes__] == [True, True]
+    assert "IndexError: list index out of range" in caught.value.__notes__[0]
+    batches = scan(tmp_path, path, properties=PARSED, parser="team_parsers.sizes", on_bad_sample="skip")
+    assert [row for b in batches for row, _ in b.bad] == [1, 3]
+    assert values(batches, "words")[0] == 1
+
+
+def test_values_of_another_kind_from_a_parser_are_refused(parsers: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, "x.jsonl", {"text": "a"})
+    with pytest.raises(DataError) as caught:
+        scan(tmp_path, path, properties=PARSED, parser="team_parsers.wrong")
+    assert "Expected `float | null`, got `str` - at `$.words`" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("parser", "message"),
+    [
+        ("sizes", r"expected package\.module\.function"),
+        ("no_such_package.sizes", r"no_such_package cannot be imported.*\n.*PYTHONPATH"),
+        ("team_parsers.size", "size is not there in team_parsers"),
+        ("team_parsers.LIMIT", "LIMIT is a int, no function"),
+    ],
+)
+def test_a_parser_that_is_not_there_is_refused(parser: str, message: str, parsers: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fields_of(DataConfig(root="x", parser=parser), documents=False)
+
+
+def test_another_version_of_a_parser_is_another_parser(parsers: Path) -> None:
+    before = describe_parser("team_parsers.sizes")
+    with (parsers / "team_parsers.py").open("a") as file:
+        file.write("# changed\n")
+    assert describe_parser("team_parsers.sizes") != before
