@@ -71,7 +71,10 @@ def make_numbers(num_rows: int, folder: Path = FOLDER) -> Path:
             quality = np.round(random.random(count), 4).tolist()
             days = (np.arange(start, start + count) * 3650 // num_rows + random.integers(0, 14, count)).tolist()
             source = random.integers(0, 7, count).tolist()
-            lines = [f'{{"text":"a","s":"{s}","day":{d},"quality":{q}}}\n' for s, d, q in zip(source, days, quality)]
+            lines = [
+                f'{{"text":"a","s":"{s}","day":{d},"quality":{q}}}\n'
+                for s, d, q in zip(source, days, quality, strict=True)
+            ]
             file.write("".join(lines).encode())
     return part.rename(target)
 

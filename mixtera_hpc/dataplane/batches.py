@@ -14,12 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan, Slots
-from mixtera_hpc.dataplane.expand import Streams
+from mixtera_hpc.dataplane.expand import Documents, Streams
 from mixtera_hpc.dataplane.journal import sequence_digest
-from mixtera_hpc.dataplane.read import DocumentReader
+from mixtera_hpc.dataplane.read import DocumentReader, Span
 from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.errors import MixteraError
 
 __all__ = ["Batch", "BatchMaker", "Prefetcher", "Share"]
+
+TOKENS_TOGETHER, SAMPLES_TOGETHER = 1 << 18, 1 << 8
+"""Items of the steps that are read together, at least one step: enough to make calls rare, milliseconds to wait for."""
 
 Ints = NDArray[np.int64]
 
@@ -71,59 +75,102 @@ class BatchMaker:
         self._audit = audit
         self._streams: Streams = source.streams()
         self._reader = DocumentReader(source)
+        self._together = TOKENS_TOGETHER if source.layout.in_tokens else SAMPLES_TOGETHER
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
-        """This rank's batches of `plan`, from `first_step` on."""
+        """This rank's batches of `plan`, from `first_step` on.
+
+        Several steps are read together, but what is wrong with the data of a step is raised at that step.
+        """
         slots = self._source.planner.slots(plan)
-        global_batch = self._source.planner.global_batch_size
-        for step in range(max(first_step, plan.first_step), plan.first_step + plan.num_steps):
-            start = (step - plan.first_step) * global_batch + self._share.first
-            yield self._batch(plan, step, slots, slice(start, start + self._share.size))
+        together = max(1, self._together // (self._share.size * self._source.grid.length))
+        end = plan.first_step + plan.num_steps
+        for start in range(max(first_step, plan.first_step), end, together):
+            steps = [self._step(plan, step, slots) for step in range(start, min(start + together, end))]
+            try:
+                filled = self._filled(plan, steps)
+            except MixteraError:
+                for step in steps:
+                    yield from self._filled(plan, [step])
+            else:
+                yield from filled
 
     def close(self) -> None:
         self._reader.close()
 
-    def _batch(self, plan: ChunkPlan, step: int, slots: Slots, mine: slice) -> Batch:
+    def _step(self, plan: ChunkPlan, step: int, slots: Slots) -> "_Step":
+        """What this rank has to read for one step."""
+        start = (step - plan.first_step) * self._source.planner.global_batch_size + self._share.first
+        mine = slice(start, start + self._share.size)
         domain, ordinal = slots.domain[mine], slots.ordinal[mine]
-        length = self._source.grid.length if self._source.layout.in_tokens else 0
-        tokens = np.empty((len(domain), length), np.int64)
-        documents = np.zeros((len(domain), length), np.int32)
-        mask = np.ones((len(domain), max(length - 1, 0)), np.bool_)
-        payloads: list[Any] | None = None if length else [None] * len(domain)
-        for number in np.unique(domain):
-            rows = np.flatnonzero(domain == number)
-            if payloads is None:
-                self._fill(int(number), int(ordinal[rows[0]]), rows, (tokens, documents, mask))
-            else:
-                found = self._payloads(int(number), int(ordinal[rows[0]]), len(rows))
-                for row, payload in zip(rows.tolist(), found, strict=True):
-                    payloads[row] = payload
-        return Batch(
-            step=step,
-            domain_ids=domain.astype(np.int64),
-            positions=np.arange(self._share.first, self._share.first + self._share.size),
-            tokens=tokens,
-            loss_mask=mask,
-            document_ids=documents,
+        by_domain = np.argsort(domain, kind="stable")
+        borders = np.flatnonzero(np.diff(domain[by_domain])) + 1
+        return _Step(step, domain, [(int(domain[r[0]]), int(ordinal[r[0]]), r) for r in np.split(by_domain, borders)])
+
+    def _filled(self, plan: ChunkPlan, steps: "list[_Step]") -> list[Batch]:
+        """Batches of consecutive steps, read together."""
+        runs = [(domain, self._documents(domain, first, len(rows))) for s in steps for domain, first, rows in s.runs]
+        if not self._source.layout.in_tokens:
+            payloads = iter(self._reader.payloads(Documents.join([documents for _, documents in runs])))
+            return [self._batch_of_samples(plan, step, payloads) for step in steps]
+        spans = iter(self._reader.spans(runs))
+        return [self._batch_of_tokens(plan, step, spans) for step in steps]
+
+    def _documents(self, domain: int, first: int, count: int) -> Documents:
+        """This rank's sequences of a domain are neighbours in its stream."""
+        return self._streams.documents(domain, *self._source.grid.span(first, count))
+
+    def _batch_of_tokens(self, plan: ChunkPlan, step: "_Step", spans: "Iterator[Span]") -> Batch:
+        """Cut each span into the sequences of its domain."""
+        grid, count = self._source.grid, len(step.domain)
+        tokens = np.empty((count, grid.length), np.int64)
+        documents = np.empty((count, grid.length), np.int32)
+        mask = np.ones((count, grid.length - 1), np.bool_)
+        everywhere = self._source.config.dataplane.predict_across_documents
+        for _, _, rows in step.runs:
+            span = next(spans)
+            for row, start in zip(rows.tolist(), range(0, len(span.tokens), grid.stride), strict=False):
+                end = start + grid.length
+                tokens[row] = span.tokens[start:end]
+                np.subtract(span.document[start:end], span.document[start], out=documents[row])
+                if not everywhere:
+                    np.logical_not(span.is_first[start + 1 : end], out=mask[row])
+        digests = [sequence_digest(t) for t in tokens] if self._audit else None
+        return self._batch(plan, step, tokens=tokens, document_ids=documents, loss_mask=mask, digests=digests)
+
+    def _batch_of_samples(self, plan: ChunkPlan, step: "_Step", found: Iterator[Any]) -> Batch:
+        count = len(step.domain)
+        payloads: list[Any] = [None] * count
+        for _, _, rows in step.runs:
+            for row in rows.tolist():
+                payloads[row] = next(found)
+        return self._batch(
+            plan,
+            step,
+            tokens=np.empty((count, 0), np.int64),
+            document_ids=np.empty((count, 0), np.int32),
+            loss_mask=np.empty((count, 0), np.bool_),
             payloads=payloads,
-            digests=[sequence_digest(t) for t in tokens] if self._audit and length else None,
-            chunk=plan.chunk,
-            plan_digest=plan.digest,
         )
 
-    def _fill(self, domain: int, first: int, rows: NDArray[np.intp], out: tuple[Any, Any, Any]) -> None:
-        """Cut one span into the sequences of a domain: this rank's are neighbours in the stream."""
-        grid, (tokens, documents, mask) = self._source.grid, out
-        span = self._reader.span(domain, self._streams.documents(domain, *grid.span(first, len(rows))))
-        at = np.arange(len(rows))[:, None] * grid.stride + np.arange(grid.length)[None, :]
-        tokens[rows] = span.tokens[at]
-        documents[rows] = span.document[at] - span.document[at[:, :1]]
-        if not self._source.config.dataplane.predict_across_documents:
-            mask[rows] = ~span.is_first[at[:, 1:]]
+    def _batch(self, plan: ChunkPlan, step: "_Step", **content: Any) -> Batch:
+        return Batch(
+            step=step.number,
+            domain_ids=step.domain.astype(np.int64),
+            positions=np.arange(self._share.first, self._share.first + self._share.size),
+            chunk=plan.chunk,
+            plan_digest=plan.digest,
+            **content,
+        )
 
-    def _payloads(self, domain: int, first: int, count: int) -> list[Any]:
-        start, stop = self._source.grid.span(first, count)
-        return self._reader.payloads(self._streams.documents(domain, start, stop))
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    number: int
+    domain: NDArray[np.int32]
+    """Of each of this rank's sequences."""
+    runs: list[tuple[int, int, NDArray[np.intp]]]
+    """Domain, ordinal of its first sequence, and the rows of the batch that its sequences fill, in order."""
 
 
 @dataclass(frozen=True, slots=True)

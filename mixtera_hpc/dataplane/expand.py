@@ -1,12 +1,13 @@
 """From positions in a domain's stream to documents.
 
 Price: the first touch of an epoch orders the domain's blocks once, O(blocks); the first touch of a window reads the sample
-columns of its blocks. Both are kept while they are used; windows within a byte budget.
+columns of its blocks, all in one go. Both are kept while they are used; windows within a byte budget.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import ChainMap, OrderedDict
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,8 +65,27 @@ class Documents:
     """One past the last."""
     size: Ints
     """All items the document has."""
-    lengths: Mapping[int, Ints]
-    """Block → bytes of each of its rows on disk."""
+    offset: Ints
+    """First byte of the row inside its block; nothing is meant where rows have no byte range."""
+    length: Ints
+    """Bytes of the row."""
+    lengths: MutableMapping[int, Ints]
+    """Block → bytes of each of its rows on disk; of these blocks, and perhaps of others."""
+
+    @classmethod
+    def join(cls, parts: Sequence["Documents"]) -> "Documents":
+        """All documents of `parts`, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in _PER_DOCUMENT}
+        return cls(**arrays, lengths=ChainMap(*({id(p.lengths): p.lengths for p in parts}.values())))
+
+    def only(self, chosen: NDArray[np.intp] | slice) -> "Documents":
+        """Some of the documents."""
+        return Documents(**{name: getattr(self, name)[chosen] for name in _PER_DOCUMENT}, lengths=self.lengths)
+
+
+_PER_DOCUMENT = ("block", "row", "first", "last", "size", "offset", "length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +94,14 @@ class _Window:
     row: NDArray[np.int32]
     starts: Ints
     """First item of every document, the window's items at the end; shape (n + 1,)."""
-    lengths: Mapping[int, Ints]
+    offset: Ints
+    length: Ints
+    lengths: dict[int, Ints]
 
     @property
     def num_bytes(self) -> int:
-        return self.block.nbytes + self.row.nbytes + self.starts.nbytes + sum(a.nbytes for a in self.lengths.values())
+        arrays: list[NDArray[Any]] = [self.block, self.row, self.starts, self.offset, self.length]
+        return sum(a.nbytes for a in [*arrays, *self.lengths.values()])
 
 
 class Streams:
@@ -87,11 +110,19 @@ class Streams:
     def __init__(
         self,
         layout: StreamLayout,
-        read_block: Callable[[int], SampleColumns],
+        block_rows: NDArray[np.int32],
+        read_blocks: Callable[[NDArray[np.int32]], SampleColumns],
         domain_of: Callable[[SampleColumns], NDArray[np.int32]],
     ) -> None:
+        """
+        Args:
+            block_rows: rows of every block of the index.
+            read_blocks: reads the samples of some blocks, one block after the other.
+            domain_of: the domain of each of these samples.
+        """
         self._layout = layout
-        self._read_block = read_block
+        self._block_rows = block_rows
+        self._read_blocks = read_blocks
         self._domain_of = domain_of
         self._epoch_items = layout.epoch_items()
         self._epochs: OrderedDict[int, tuple[int, EpochOrder]] = OrderedDict()
@@ -112,7 +143,7 @@ class Streams:
         while start < stop:
             part, start = self._next_part(domain, start, stop)
             parts.append(part)
-        return _joined(parts)
+        return Documents.join(parts)
 
     def _next_part(self, domain: int, start: int, stop: int) -> tuple[Documents, int]:
         """What one window has of [start, stop), and where it ends."""
@@ -146,27 +177,44 @@ class Streams:
     def _make_window(self, domain: int, epoch: int, number: int, order: EpochOrder) -> _Window:
         layout = self._layout
         blocks = layout.table.block[layout.entries(domain)][order.blocks_of(number)]
-        columns = [self._read_block(int(b)) for b in blocks]
-        rows = [np.flatnonzero(self._domain_of(c) == domain) for c in columns]
-        block = np.repeat(blocks, [len(r) for r in rows])
-        row = np.concatenate(rows).astype(np.int32)
-        items = self._items(columns, rows)
+        columns = self._read_blocks(blocks)
+        chosen = np.flatnonzero(self._domain_of(columns) == domain)
+        items = columns.tokens[chosen] + layout.num_specials if layout.in_tokens else np.ones(len(chosen), np.int64)
         expected = int(order.starts[number + 1] - order.starts[number])
         if int(items.sum()) != expected:
             raise DataError(
                 f"The samples of {len(blocks)} blocks of domain {domain} hold {int(items.sum())} items, the index counted "
                 f"{expected}: the index file is damaged.\n  Build it again with mixtera-hpc index build."
             )
-        shuffled = layout.order.rows(domain, epoch, number, len(row))
-        starts = np.concatenate([[0], np.cumsum(items[shuffled])])
-        lengths = {int(b): c.length for b, c in zip(blocks, columns, strict=True)}
-        return _Window(block[shuffled], row[shuffled], starts, lengths)
+        shuffled = layout.order.rows(domain, epoch, number, len(chosen))
+        chosen = chosen[shuffled]
+        at, row, offset = _places(self._block_rows[blocks], columns.length, chosen)
+        return _Window(
+            block=blocks[at],
+            row=row,
+            starts=np.concatenate([[0], np.cumsum(items[shuffled])]),
+            offset=offset,
+            length=columns.length[chosen],
+            lengths=_by_block(blocks, self._block_rows[blocks], columns.length),
+        )
 
-    def _items(self, columns: list[SampleColumns], rows: list[NDArray[np.intp]]) -> Ints:
-        if not self._layout.in_tokens:
-            return np.ones(sum(len(r) for r in rows), np.int64)
-        tokens = [c.tokens[r].astype(np.int64) for c, r in zip(columns, rows, strict=True)]
-        return np.concatenate(tokens) + self._layout.num_specials
+
+def _places(rows: NDArray[np.int32], length: Ints, chosen: Ints) -> tuple[Ints, NDArray[np.int32], Ints]:
+    """Where chosen samples of consecutive blocks lie: which block, the row inside it, the byte inside it.
+
+    Args:
+        rows: of every block.
+        length: bytes of every sample.
+    """
+    ends = np.cumsum(rows, dtype=np.int64)
+    at = np.searchsorted(ends, chosen, side="right")
+    first = (ends - rows)[at]
+    starts = np.cumsum(length) - length
+    return at, (chosen - first).astype(np.int32), starts[chosen] - starts[first]
+
+
+def _by_block(blocks: NDArray[np.int32], rows: NDArray[np.int32], length: Ints) -> dict[int, Ints]:
+    return dict(zip(blocks.tolist(), np.split(length, np.cumsum(rows)[:-1]), strict=True))
 
 
 def _slice(window: _Window, begin: int, end: int) -> Documents:
@@ -174,26 +222,17 @@ def _slice(window: _Window, begin: int, end: int) -> Documents:
     low = int(np.searchsorted(window.starts, begin, side="right")) - 1
     high = int(np.searchsorted(window.starts, end, side="left"))
     starts, stops = window.starts[low:high], window.starts[low + 1 : high + 1]
-    block = window.block[low:high]
-    keep = stops > starts
+    empty = starts == stops
+    chosen = np.flatnonzero(~empty) + low if empty.any() else slice(low, high)
+    if empty.any():
+        starts, stops = starts[~empty], stops[~empty]
     return Documents(
-        block=block[keep],
-        row=window.row[low:high][keep],
-        first=np.maximum(begin - starts, 0)[keep],
-        last=(np.minimum(stops, end) - starts)[keep],
-        size=(stops - starts)[keep],
-        lengths={int(b): window.lengths[int(b)] for b in np.unique(block)},
-    )
-
-
-def _joined(parts: list[Documents]) -> Documents:
-    if len(parts) == 1:
-        return parts[0]
-    return Documents(
-        block=np.concatenate([p.block for p in parts]),
-        row=np.concatenate([p.row for p in parts]),
-        first=np.concatenate([p.first for p in parts]),
-        last=np.concatenate([p.last for p in parts]),
-        size=np.concatenate([p.size for p in parts]),
-        lengths={block: lengths for p in parts for block, lengths in p.lengths.items()},
+        block=window.block[chosen],
+        row=window.row[chosen],
+        first=np.maximum(begin - starts, 0),
+        last=np.minimum(stops, end) - starts,
+        size=stops - starts,
+        offset=window.offset[chosen],
+        length=window.length[chosen],
+        lengths=window.lengths,
     )

@@ -1,13 +1,14 @@
 """From documents of a stream to what the trainer gets: tokens of whole sequences, or raw payloads.
 
-Neighbouring sequences of a domain are read as one span, so a document is tokenized once however many of them it fills; the
-last document of a span is kept for the next. Price per document: one positioned read, one JSON decode, one encode.
+The spans of several steps and domains are read together: every document once, in the order of the disk, and the last of each
+domain is kept for the next time. Price per document: one positioned read, one JSON decode, one encode, a microsecond of our own.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,17 @@ from mixtera_hpc.dataplane.expand import Documents
 from mixtera_hpc.dataplane.source import Source
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import BlockRef, ShardReader
+from mixtera_hpc.formats.format import BlockRef, RangeReader, ShardReader
 from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["DocumentReader", "Span"]
 
 MAX_OPEN_SHARDS = 64
+ENCODED_TOGETHER = 128
+"""Documents in memory as text at once."""
+
+Tokens = NDArray[np.uint32]
+_NO_TOKENS: Tokens = np.zeros(0, np.uint32)
 
 
 class Span:
@@ -31,9 +37,28 @@ class Span:
         self.tokens = tokens
         """Shape (n,)."""
         self.document = document
-        """Which document of the span each token belongs to; shape (n,)."""
+        """Which document each token belongs to, numbers ascending by one; shape (n,)."""
         self.is_first = is_first
         """Whether a token is the first of its document; shape (n,)."""
+
+
+class _Open(NamedTuple):
+    """An open shard."""
+
+    reader: ShardReader
+    ranged: RangeReader | None
+    """The same, where rows have bytes of their own."""
+
+
+class _What(NamedTuple):
+    """What is read of a row."""
+
+    at: Callable[[RangeReader, NDArray[np.int64], NDArray[np.int64]], list[Any]]
+    of_block: Callable[[ShardReader, BlockRef, NDArray[np.int64], NDArray[np.int64]], list[Any]]
+
+
+_DOCUMENTS = _What(lambda reader, *where: reader.documents_at(*where), lambda reader, *at: reader.documents(*at))
+_PAYLOADS = _What(lambda reader, *where: reader.payloads_at(*where), lambda reader, *at: reader.payloads(*at))
 
 
 class DocumentReader:
@@ -41,9 +66,12 @@ class DocumentReader:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._readers: OrderedDict[int, _Open] = OrderedDict()
         self._cache = BlockCache()
-        self._last: dict[int, tuple[tuple[int, int], NDArray[np.int32]]] = {}
+        self._kept: dict[int, tuple[int, Tokens]] = {}
+        """Domain → key and tokens of the document it was read to."""
+        ends = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None
+        self._special: Tokens = _NO_TOKENS if ends is None else np.array([ends], np.uint32)
 
     def span(self, domain: int, documents: Documents) -> Span:
         """The tokens of `documents`, special tokens included.
@@ -51,90 +79,115 @@ class DocumentReader:
         Raises:
             DataError: a document cannot be read, or has other tokens than the index counted.
         """
-        pieces = self._tokenized(domain, documents)
-        tokens = np.concatenate([t[a:b] for t, a, b in zip(pieces, documents.first, documents.last, strict=True)])
-        lengths = documents.last - documents.first
-        starts = np.cumsum(lengths) - lengths
-        is_first = np.zeros(len(tokens), np.bool_)
-        is_first[starts[documents.first == 0]] = True
-        return Span(tokens, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), is_first)
+        return self.spans([(domain, documents)])[0]
+
+    def spans(self, wanted: Sequence[tuple[int, Documents]]) -> list[Span]:
+        """The tokens of several runs of documents, given with their domains; what is in many of them is read once."""
+        every = Documents.join([documents for _, documents in wanted])
+        tokens = self._tokenized(every)
+        document_bounds = np.cumsum([len(documents.block) for _, documents in wanted])
+        for (domain, _), last in zip(wanted, (document_bounds - 1).tolist(), strict=True):
+            self._kept[domain] = int(_key(every.block[last], every.row[last])), tokens[last]
+        flat = self._cut(every, tokens)
+        bounds = [0, *np.cumsum(every.last - every.first)[document_bounds - 1].tolist()]
+        return [Span(flat.tokens[a:b], flat.document[a:b], flat.is_first[a:b]) for a, b in pairwise(bounds)]
 
     def payloads(self, documents: Documents) -> list[Any]:
         """The raw rows of `documents`."""
-        return self._by_block(documents, lambda reader, *place: reader.payloads(*place))
+        order = np.lexsort((documents.row, documents.block))
+        results: list[Any] = [None] * len(order)
+        for at, found in zip(order.tolist(), self._read(documents.only(order), _PAYLOADS), strict=True):
+            results[at] = found
+        return results
 
     def close(self) -> None:
         """Close every shard."""
-        for reader in self._readers.values():
-            reader.close()
+        for opened in self._readers.values():
+            opened.reader.close()
         self._readers.clear()
 
-    def _tokenized(self, domain: int, documents: Documents) -> list[NDArray[np.int32]]:
-        """The tokens of each document, whole."""
-        place, kept = self._last.get(domain, ((-1, -1), None))
-        skip = int(kept is not None and place == (int(documents.block[0]), int(documents.row[0])))
-        pieces = [kept] if skip and kept is not None else []
-        if skip < len(documents.block):
-            texts = self._by_block(_tail(documents, skip), lambda reader, *at: reader.documents(*at))
-            pieces += self._encoded(texts)
-        for number, piece in enumerate(pieces):
-            if len(piece) != documents.size[number]:
-                raise self._other_tokens(documents, number, len(piece))
-        self._last[domain] = (int(documents.block[-1]), int(documents.row[-1])), pieces[-1]
-        return pieces
+    def _cut(self, documents: Documents, tokens: list[Tokens]) -> Span:
+        """What is wanted of each document, in a row; the specials of those that are wanted to their end."""
+        first, last = documents.first, documents.last
+        lengths = last - first
+        pieces = [_NO_TOKENS] * (2 * len(tokens))
+        pieces[0::2] = tokens
+        pieces[1::2] = [self._special] * len(tokens)
+        for i in np.flatnonzero((first > 0) | (last < documents.size)).tolist():
+            pieces[2 * i] = tokens[i][first[i] : last[i]]
+            pieces[2 * i + 1] = self._special if last[i] == documents.size[i] else _NO_TOKENS
+        flat = np.concatenate(pieces).view(np.int32)
+        is_first = np.zeros(len(flat), np.bool_)
+        is_first[(np.cumsum(lengths) - lengths)[first == 0]] = True
+        return Span(flat, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), is_first)
 
-    def _encoded(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def _tokenized(self, documents: Documents) -> list[Tokens]:
+        """The tokens of each document, whole, without specials."""
+        key, chosen, position = np.unique(_key(documents.block, documents.row), return_index=True, return_inverse=True)
+        kept = dict(self._kept.values())
+        known = [kept.get(k) for k in key.tolist()]
+        missing = [i for i, tokens in enumerate(known) if tokens is None]
+        if missing:
+            unread = documents.only(chosen[missing])
+            for i, tokens in zip(missing, self._encoded(unread), strict=True):
+                known[i] = tokens
+        return [known[i] for i in position.tolist()]
+
+    def _encoded(self, documents: Documents) -> list[Tokens]:
+        """Read and tokenize documents, some at a time: their text stays in a core's cache on its way."""
         tokenizer = self._source.tokenizer
         if tokenizer is None:
             raise DataError("Tokens were asked for without a tokenizer.")
-        flat, offsets = tokenizer.encode_batch(texts)
-        if not self._source.layout.num_specials:
-            return [t.astype(np.int32) for t in np.split(flat, offsets[1:-1])]
-        counts = np.diff(offsets) + 1
-        ends = np.cumsum(counts)
-        tokens = np.empty(int(ends[-1]), np.int32)
-        is_text = np.ones(len(tokens), np.bool_)
-        is_text[ends - 1] = False
-        tokens[is_text] = flat
-        tokens[ends - 1] = cast(int, tokenizer.eos_id)
-        return np.split(tokens, ends[:-1])
+        tokens: list[Tokens] = []
+        for first in range(0, len(documents.block), ENCODED_TOGETHER):
+            part = documents.only(slice(first, first + ENCODED_TOGETHER))
+            tokens += tokenizer.encode_each(self._read(part, _DOCUMENTS))
+        sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.num_specials
+        wrong = np.flatnonzero(sizes != documents.size)
+        if len(wrong):
+            raise self._other_tokens(documents, int(wrong[0]), int(sizes[wrong[0]]))
+        return tokens
 
-    def _by_block(self, documents: Documents, read: Any) -> list[Any]:
-        """Read the rows of each block together; results in stream order."""
-        results: list[Any] = [None] * len(documents.block)
-        by_row = np.lexsort((documents.row, documents.block))
-        borders = np.flatnonzero(np.diff(documents.block[by_row])) + 1
-        for group in np.split(by_row, borders):
-            block = int(documents.block[group[0]])
-            rows = documents.row[group].astype(np.int64)
-            unique, position = np.unique(rows, return_inverse=True)
-            with_rows = self._read(block, documents, unique, read)
-            for index, where in zip(group.tolist(), position.tolist(), strict=True):
-                results[index] = with_rows[where]
+    def _read(self, documents: Documents, what: "_What") -> list[Any]:
+        """Read rows that are sorted by block and row."""
+        blocks = self._source.blocks
+        shards = blocks.shard[documents.block]
+        results: list[Any] = []
+        for first, last in _runs(shards):
+            reader, ranged = self._reader(int(shards[first]))
+            part = documents if last - first == len(shards) else documents.only(slice(first, last))
+            if ranged is not None:
+                results += what.at(ranged, blocks.offset[part.block] + part.offset, part.length)
+            else:
+                results += self._by_block(reader, part, what)
         return results
 
-    def _read(self, block: int, documents: Documents, rows: NDArray[np.int64], read: Any) -> list[Any]:
+    def _by_block(self, reader: ShardReader, documents: Documents, what: "_What") -> Iterator[Any]:
+        """Read the rows of each block together."""
         blocks = self._source.blocks
-        reference = BlockRef(
-            offset=int(blocks.offset[block]),
-            length=int(blocks.length[block]),
-            first_row=int(blocks.first_row[block]),
-            rows=int(blocks.rows[block]),
-        )
-        found: list[Any] = read(self._reader(int(blocks.shard[block])), reference, documents.lengths[block], rows)
-        return found
+        for first, last in _runs(documents.block):
+            block = int(documents.block[first])
+            reference = BlockRef(
+                offset=int(blocks.offset[block]),
+                length=int(blocks.length[block]),
+                first_row=int(blocks.first_row[block]),
+                rows=int(blocks.rows[block]),
+            )
+            rows, position = np.unique(documents.row[first:last].astype(np.int64), return_inverse=True)
+            found = what.of_block(reader, reference, documents.lengths[block], rows)
+            yield from (found[i] for i in position.tolist())
 
-    def _reader(self, shard: int) -> ShardReader:
+    def _reader(self, shard: int) -> "_Open":
         if shard in self._readers:
             self._readers.move_to_end(shard)
             return self._readers[shard]
         facts = self._source.facts
         path = Path(facts.data_root) / facts.shard_paths[shard]
         reader = load_format(facts.shard_formats[shard]).open(path, facts.text, self._cache)
-        self._readers[shard] = reader
+        self._readers[shard] = _Open(reader, reader if isinstance(reader, RangeReader) else None)
         if len(self._readers) > MAX_OPEN_SHARDS:
-            self._readers.popitem(last=False)[1].close()
-        return reader
+            self._readers.popitem(last=False)[1].reader.close()
+        return self._readers[shard]
 
     def _other_tokens(self, documents: Documents, number: int, got: int) -> DataError:
         blocks, block = self._source.blocks, int(documents.block[number])
@@ -146,14 +199,12 @@ class DocumentReader:
         )
 
 
-def _tail(documents: Documents, skip: int) -> Documents:
-    if not skip:
-        return documents
-    return Documents(
-        block=documents.block[skip:],
-        row=documents.row[skip:],
-        first=documents.first[skip:],
-        last=documents.last[skip:],
-        size=documents.size[skip:],
-        lengths=documents.lengths,
-    )
+def _key(block: Any, row: Any) -> Any:
+    """One integer per row, ascending as rows lie on disk; of arrays or of single numbers."""
+    return np.int64(block) << 32 | row
+
+
+def _runs(values: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Slices of equal neighbours."""
+    borders = np.flatnonzero(values[1:] != values[:-1]) + 1
+    return pairwise([0, *borders.tolist(), len(values)])

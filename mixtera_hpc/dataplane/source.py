@@ -96,10 +96,10 @@ class Source:
         samples = SampleReader(Path(self.config.index.path))
         first, rows = self.blocks.first_sample, self.blocks.rows
 
-        def read_block(block: int) -> SampleColumns:
-            return samples.read(int(first[block]), int(rows[block]))
+        def read_blocks(chosen: NDArray[np.int32]) -> SampleColumns:
+            return samples.read_many(first[chosen].tolist(), rows[chosen].tolist())
 
-        return Streams(self.layout, read_block, lambda columns: self.selection.domain_of(self.combos, columns))
+        return Streams(self.layout, rows, read_blocks, lambda columns: self.selection.domain_of(self.combos, columns))
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a state or a journal to belong to this run."""

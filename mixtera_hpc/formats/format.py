@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ __all__ = [
     "Fields",
     "Format",
     "Parser",
+    "RangeReader",
     "Ranges",
     "ShardReader",
     "TokenReader",
@@ -203,6 +204,27 @@ class TokenReader(ShardReader, Protocol):
         ...
 
 
+@runtime_checkable
+class RangeReader(Protocol):
+    """What a `ShardReader` offers as well when every row has bytes of its own: rows of many blocks in one call."""
+
+    def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
+        """The texts of some rows.
+
+        Args:
+            starts: first byte of each row inside the shard, ascending.
+            lengths: bytes of each row.
+
+        Raises:
+            DataError: the shard is not what it was when it was indexed.
+        """
+        ...
+
+    def payloads_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """The whole rows as dicts; arguments as for `documents_at`."""
+        ...
+
+
 class Format(Protocol):
     """One kind of data file. Stateless; what is open belongs to a `ShardReader`."""
 
@@ -272,11 +294,12 @@ def bad_rows(path: Path, bad: list[tuple[int, str]]) -> DataError:
     return error
 
 
-def shard_changed(path: Path, block: BlockRef, problem: str) -> DataError:
-    """The error of every reader that finds other rows than the index promised."""
+def shard_changed(path: Path, block: BlockRef | None, problem: str) -> DataError:
+    """The error of every reader that finds other rows than the index promised; `block` where it is known."""
     error = DataError(
         f"{path} is not what it was when it was indexed: {problem}.\n"
         "  Run mixtera-hpc index verify, then mixtera-hpc index build."
     )
-    error.add_note(f"shard={str(path)!r} rows {block.first_row} to {block.first_row + block.rows - 1}")
+    if block is not None:
+        error.add_note(f"shard={str(path)!r} rows {block.first_row} to {block.first_row + block.rows - 1}")
     return error

@@ -5,7 +5,7 @@ A unit is a byte range of fixed size; a line belongs to the unit in which it beg
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = ["Jsonl"]
 UNIT_BYTES = 64 << 20
 PIECE_BYTES = 1 << 20
 """Read and decoded at once; small enough to stay in a core's cache on its way."""
+_PLAIN: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 MERGE_BYTES = 32 << 10
 """Wanted rows nearer than this are read together with what lies between them."""
 
@@ -160,10 +161,16 @@ class _Reader:
         self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
-        return self._type.documents(self._decode(self._decoder, block, lengths, rows))
+        return self._type.documents(self._decode(self._decoder, *_ranges(block, lengths, rows), block))
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        return self._decode(msgspec.json.Decoder(), block, lengths, rows)
+        return self._decode(_PLAIN, *_ranges(block, lengths, rows), block)
+
+    def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
+        return self._type.documents(self._decode(self._decoder, starts, lengths))
+
+    def payloads_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[dict[str, Any]]:
+        return self._decode(_PLAIN, starts, lengths)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -171,35 +178,40 @@ class _Reader:
             os.close(fd)
 
     def _decode(
-        self, decoder: "msgspec.json.Decoder[Any]", block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]
+        self,
+        decoder: "msgspec.json.Decoder[Any]",
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        block: BlockRef | None = None,
     ) -> list[Any]:
-        stops = block.offset + np.cumsum(lengths)[rows]
-        starts = stops - lengths[rows]
-        decoded: list[Any] = []
         try:
-            for first, last in _groups(starts, stops):
-                decoded += _read(self._fd, decoder, starts[first:last], stops[first:last])
+            return list(itertools.chain.from_iterable(_decoded(self._fd, decoder.decode, starts, starts + lengths)))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise shard_changed(self._path, block, f"{error}") from None
-        if len(decoded) != len(rows):
-            raise shard_changed(self._path, block, f"{len(rows)} rows were expected, {len(decoded)} are there")
-        return decoded
 
 
-def _groups(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Slices of rows that are read at once."""
+def _ranges(
+    block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First byte inside the shard, and bytes, of some rows of a block."""
+    stops = block.offset + np.cumsum(lengths)
+    return (stops - lengths)[rows], lengths[rows]
+
+
+def _decoded(
+    fd: int, decode: Callable[[bytes | memoryview], Any], starts: NDArray[np.int64], stops: NDArray[np.int64]
+) -> Iterator[list[Any]]:
+    """Rows, those that lie near each other out of one read."""
     gaps = np.flatnonzero(starts[1:] - stops[:-1] > MERGE_BYTES) + 1
     bounds = [0, *gaps.tolist(), len(starts)] if len(starts) else [0]
-    return itertools.pairwise(bounds)
-
-
-def _read(
-    fd: int, decoder: "msgspec.json.Decoder[Any]", starts: NDArray[np.int64], stops: NDArray[np.int64]
-) -> list[Any]:
-    """Decode rows that lie near each other: neighbours in one call, others one by one out of one buffer."""
-    begin = int(starts[0])
-    data = _read_fully(fd, int(stops[-1]) - begin, begin)
-    if (starts[1:] == stops[:-1]).all():
-        return decoder.decode_lines(data)
-    view = memoryview(data)
-    return [decoder.decode(view[a:b]) for a, b in zip((starts - begin).tolist(), (stops - begin).tolist(), strict=True)]
+    begins, ends = starts.tolist(), stops.tolist()
+    for first, last in itertools.pairwise(bounds):
+        begin = begins[first]
+        data = _read_fully(fd, ends[last - 1] - begin, begin)
+        if last == first + 1:
+            yield [decode(data)]
+        else:
+            view = memoryview(data)
+            yield [
+                decode(view[a - begin : b - begin]) for a, b in zip(begins[first:last], ends[first:last], strict=True)
+            ]

@@ -17,6 +17,7 @@ __all__ = [
     "DOCUMENTS",
     "check_arrays_have_the_promised_types_and_shapes",
     "check_company_changes_nothing",
+    "check_each_is_as_in_a_batch",
     "check_ids_are_below_the_vocabulary_s_size",
     "check_threads_share_a_tokenizer",
 ]
@@ -46,6 +47,14 @@ def check_company_changes_nothing(tokenizer: Tokenizer) -> None:
         assert _pieces(tokenizer, DOCUMENTS * copies) == alone * copies
 
 
+def check_each_is_as_in_a_batch(tokenizer: Tokenizer) -> None:
+    """One array per document, the same tokens as in a row."""
+    each = tokenizer.encode_each(DOCUMENTS)
+    assert all(tokens.dtype == np.uint32 and tokens.ndim == 1 for tokens in each)
+    assert [tokens.tolist() for tokens in each] == _pieces(tokenizer, DOCUMENTS)
+    assert tokenizer.encode_each([]) == []
+
+
 def check_ids_are_below_the_vocabulary_s_size(tokenizer: Tokenizer) -> None:
     tokens, _ = tokenizer.encode_batch(DOCUMENTS)
     assert len(tokens) and int(tokens.max()) < tokenizer.vocab_size
@@ -68,6 +77,7 @@ def _pieces(tokenizer: Tokenizer, documents: Sequence[str]) -> list[list[int]]:
 CHECKS: tuple[Callable[[Tokenizer], None], ...] = (
     check_arrays_have_the_promised_types_and_shapes,
     check_company_changes_nothing,
+    check_each_is_as_in_a_batch,
     check_ids_are_below_the_vocabulary_s_size,
     check_threads_share_a_tokenizer,
 )
