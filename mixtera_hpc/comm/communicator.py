@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DONE", "Communicator", "Local", "Op", "Request", "bcast_bytes", "wait"]
+__all__ = ["DONE", "Communicator", "Counters", "Local", "Op", "Request", "bcast_bytes", "wait"]
 
 Op = Literal["sum", "max", "min"]
 
@@ -20,6 +20,21 @@ class Request(Protocol):
 
     def Test(self) -> bool:
         """Whether it has completed; drives it forward."""
+        ...
+
+
+class Counters(Protocol):
+    """A few integers that all ranks count with, each when it pleases; they lie on rank 0.
+
+    Where the network cannot add by itself, an addition waits until rank 0 makes some call of this communicator.
+    """
+
+    def Fetch_and_add(self, position: int, value: int) -> int:
+        """Add to one of them; returns what it was before. Not collective."""
+        ...
+
+    def Free(self) -> None:
+        """Give them back. **Collective.**"""
         ...
 
 
@@ -67,6 +82,10 @@ class Communicator(Protocol):
         """Root's `array` (others give None), read-only on every rank and stored once per node. **Collective.**"""
         ...
 
+    def Counters(self, count: int) -> Counters:
+        """Shared counters, all 0. **Collective.**"""
+        ...
+
     def Free(self) -> None:
         """Give back shared memory and duplicates. **Collective.**"""
         ...
@@ -102,6 +121,19 @@ class _Done:
 
 DONE: Request = _Done()
 """A request that has completed."""
+
+
+class _LocalCounters:
+    def __init__(self, count: int) -> None:
+        self._values = [0] * count
+
+    def Fetch_and_add(self, position: int, value: int) -> int:
+        before = self._values[position]
+        self._values[position] += value
+        return before
+
+    def Free(self) -> None:
+        return None
 
 
 class Local:
@@ -143,6 +175,9 @@ class Local:
         shared = np.ascontiguousarray(array).view()
         shared.flags.writeable = False
         return shared
+
+    def Counters(self, count: int) -> Counters:
+        return _LocalCounters(count)
 
     def Free(self) -> None:
         return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Op, Request, wait
+from mixtera_hpc.comm.communicator import Counters, Op, Request, wait
 from mixtera_hpc.errors import CommError
 
 if TYPE_CHECKING:
@@ -95,6 +95,11 @@ class Mpi:
         shared.flags.writeable = False
         return shared
 
+    def Counters(self, count: int) -> Counters:
+        counters = _Counters(self._mpi, self._comm, count)
+        wait(self._comm.Ibarrier())
+        return counters
+
     def Free(self) -> None:
         for duplicate in self._duplicates:
             duplicate.Free()
@@ -129,6 +134,27 @@ class Mpi:
         """Root is the first rank of its node and of the leaders."""
         for piece in _pieces(shared):
             wait(self._leaders.Ibcast(piece, 0))
+
+
+class _Counters:
+    """One-sided additions to a window of rank 0."""
+
+    def __init__(self, mpi: Any, comm: Any, count: int) -> None:
+        self._mpi = mpi
+        self._window = mpi.Win.Allocate(8 * count if comm.rank == 0 else 0, 8, comm=comm)
+        if comm.rank == 0:
+            np.frombuffer(cast("Any", self._window.tomemory()), np.int64)[:] = 0
+        self._window.Lock_all()
+
+    def Fetch_and_add(self, position: int, value: int) -> int:
+        given, before = np.array([value], np.int64), np.empty(1, np.int64)
+        self._window.Fetch_and_op(given, before, 0, position, self._mpi.SUM)
+        self._window.Flush(0)
+        return int(before[0])
+
+    def Free(self) -> None:
+        self._window.Unlock_all()
+        self._window.Free()
 
 
 def _pieces(buffer: NDArray[Any], limit: int = 2**30) -> list[NDArray[Any]]:

@@ -32,9 +32,11 @@ __all__ = [
 class PropertyConfig:
     """How one property is found in a row. In YAML a bare string is short for `{path: <string>, kind: category}`."""
 
-    path: str
+    path: str | None = None
     """Dotted path inside the row (`meta.language`), or where the row comes from: `__path__`, `__name__`, `__stem__`,
     `__parent__`, `__folder__`, `__folder__.N`, `__partition__.KEY`, `__format__` (docs/formats.md)."""
+    function: str | None = None
+    """Instead of `path`: `package.module.function`, a function of yours from a list of documents to a value of each."""
     kind: Literal["category", "categories", "number"] = "category"
     """One value, several values, or a float64."""
     pattern: str | None = None
@@ -49,8 +51,10 @@ class PropertyConfig:
 class DataConfig:
     """Which files hold the samples, and where in a row the text and the properties are."""
 
-    root: str
+    root: str = ""
     """Folder that all shard paths are relative to."""
+    roots: dict[str, str] = field(default_factory=dict)
+    """Instead of `root`, several data sets: name → folder. The name is the built-in property `dataset` of its samples."""
     include: list[str] = field(default_factory=lambda: ["**/*"])
     """Globs below `root`; files of unknown format are ignored by `**/*` and refused when a glob names them."""
     exclude: list[str] = field(default_factory=list)
@@ -80,6 +84,8 @@ class IndexConfig:
     """The HDF5 file."""
     block_rows: int = 256
     """Rows of an uncompressed JSONL block, the unit of I/O and shuffling."""
+    threads: int = 1
+    """Threads that scan in every rank of a build; ranks gain more, where there are cores for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

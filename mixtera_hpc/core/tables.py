@@ -16,7 +16,7 @@ class ShardTable:
     """The data files, in index order; every field has shape (num_shards,)."""
 
     path: tuple[str, ...]
-    """Relative to the data root."""
+    """Relative to its data root."""
     format: tuple[str, ...]
     """Name of the format that reads it."""
     rows: NDArray[np.int64]
@@ -24,6 +24,8 @@ class ShardTable:
     mtime_ns: NDArray[np.int64]
     fingerprint: tuple[str, ...]
     """Hex digest of the content."""
+    dataset: tuple[str, ...] = ()
+    """Name of its data root; empty where there is only one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

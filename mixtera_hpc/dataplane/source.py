@@ -166,7 +166,7 @@ def _gather(
         index_fingerprint=index.fingerprint,
         data_root=str(index.data_root),
         text=index.text,
-        shard_paths=list(tables.shards.path),
+        shard_paths=index.shard_paths(),
         shard_formats=list(tables.shards.format),
         properties=[(p.name, p.kind.value, list(p.values)) for p in tables.properties.values()],
         names=list(chosen.names),

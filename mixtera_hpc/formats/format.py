@@ -109,10 +109,11 @@ class Fields:
 
     @classmethod
     def of(cls, data: DataConfig, documents: bool) -> "Fields":
-        """The fields that a configuration names; properties sorted by name."""
-        ordered = sorted(data.properties.items())
+        """The fields of rows that a configuration names; properties sorted by name."""
         properties = tuple(
-            Field(name=name, path=spec.path, kind=Kind(spec.kind), pattern=spec.pattern) for name, spec in ordered
+            Field(name=name, path=spec.path, kind=Kind(spec.kind), pattern=spec.pattern)
+            for name, spec in sorted(data.properties.items())
+            if spec.path is not None
         )
         return cls(
             text=data.text,

@@ -16,39 +16,39 @@ from mixtera_hpc.formats.format import Parser
 
 __all__ = ["describe_parser", "load_parser"]
 
-Function = Callable[[dict[str, Any]], dict[str, Any]]
+Function = Callable[[Any], Any]
 
 
-def describe_parser(path: str) -> Parser:
-    """What identifies the parser at an import path.
+def describe_parser(path: str, key: str = "data.parser") -> Parser:
+    """What identifies the function at an import path, which the configuration names under `key`.
 
     Raises:
         ConfigError: there is none.
     """
-    source = inspect.getsourcefile(inspect.unwrap(load_parser(path)))
+    source = inspect.getsourcefile(inspect.unwrap(load_parser(path, key)))
     content = Path(source).read_bytes() if source and Path(source).is_file() else b""
     return Parser(path=path, fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
-def load_parser(path: str) -> Function:
-    """Import the function at `package.module.function`.
+def load_parser(path: str, key: str = "data.parser") -> Function:
+    """Import the function at `package.module.function`, which the configuration names under `key`.
 
     Raises:
         ConfigError: it cannot be imported, or is no function.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise ConfigError(f"data.parser is {path!r}, expected package.module.function.")
+        raise ConfigError(f"{key} is {path!r}, expected package.module.function.")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(
-            f"data.parser is {path!r}, but {module_name} cannot be imported: {type(error).__name__}: {error}.\n"
+            f"{key} is {path!r}, but {module_name} cannot be imported: {type(error).__name__}: {error}.\n"
             "  Install the package it is in, or put its folder on PYTHONPATH."
         ) from None
     found = getattr(module, name, None)
     if not callable(found):
         problem = "is not there" if found is None else f"is a {type(found).__name__}, no function"
-        raise ConfigError(f"data.parser is {path!r}, but {name} {problem} in {module_name} ({module.__file__}).")
+        raise ConfigError(f"{key} is {path!r}, but {name} {problem} in {module_name} ({module.__file__}).")
     function: Function = found
     return function

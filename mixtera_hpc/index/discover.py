@@ -1,8 +1,15 @@
-"""Which files are the shards: globs below the data root, in an order that does not depend on the file system."""
+"""Which files are the shards: globs below the data roots, in an order that does not depend on the file system.
 
+One `stat` per file that matches. Paths are relative to their root and stay below it, whatever links there are inside: `below`
+is the only way from a stored path to a file, and refuses any other.
+"""
+
+import errno
 import glob
 import hashlib
-from collections.abc import Iterable
+import os
+import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -10,7 +17,7 @@ from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.registry import SUFFIXES, format_of, load_format
 
-__all__ = ["Shard", "discover", "fingerprint_of_shard"]
+__all__ = ["Shard", "discover", "escapes", "fingerprint_of_shard", "roots_of"]
 
 ENDS_BYTES = 1 << 20
 
@@ -20,36 +27,42 @@ class Shard:
     """One data file as it was found."""
 
     path: str
-    """Relative to the data root."""
+    """Relative to its data root."""
     format: str
     size_bytes: int
     mtime_ns: int
+    dataset: str = ""
+    """The name of its root in `data.roots`; empty where there is only `data.root`."""
+
+    def below(self, roots: Mapping[str, Path]) -> Path:
+        """Where it lies."""
+        return roots[self.dataset] / self.path
+
+
+def roots_of(data: DataConfig) -> dict[str, Path]:
+    """Dataset → folder; a single root is called ''."""
+    return {name: Path(root) for name, root in sorted(data.roots.items())} if data.roots else {"": Path(data.root)}
 
 
 def discover(data: DataConfig) -> list[Shard]:
-    """The shards of a data collection, sorted by path.
+    """The shards of a data collection, sorted by dataset and path.
 
     Hidden files never match. A glob whose last part is only stars skips files of unknown format; any other glob means what
     it names.
 
     Raises:
         ConfigError: a glob leaves the data root, or matches a file of unknown format.
-        DataError: the root is no folder, a glob matches nothing, or one file is matched under two names.
+        DataError: a root is no folder, a glob matches nothing, or one file is matched under two names.
     """
-    root = Path(data.root)
-    if not root.is_dir():
-        raise DataError(f"data.root is {data.root!r}, which is not a folder.")
     if data.format != "auto":
         load_format(data.format)
-    left_out = {path for pattern in data.exclude for path in _matching(root, pattern, "data.exclude")}
-    formats: dict[str, str] = {}
-    for pattern in data.include:
-        formats |= _formats(root, pattern, data, left_out)
-    if not formats:
+    found = [pair for dataset, root in roots_of(data).items() for pair in _below(root, dataset, data)]
+    if not found:
+        where = ", ".join(map(str, roots_of(data).values()))
         raise DataError(
-            f"No data file below {data.root}: data.include is {', '.join(data.include)}.\n  Known endings: {_endings()}."
+            f"No data file below {where}: data.include is {', '.join(data.include)}.\n  Known endings: {_endings()}."
         )
-    return _without_twins(_stat(root, path, formats[path]) for path in sorted(formats))
+    return _without_twins(found)
 
 
 def fingerprint_of_shard(path: Path, size_bytes: int) -> str:
@@ -62,32 +75,65 @@ def fingerprint_of_shard(path: Path, size_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def _formats(root: Path, pattern: str, data: DataConfig, left_out: set[str]) -> dict[str, str]:
-    """The files that one glob matches, with their formats."""
-    found = {path for path in _matching(root, pattern, "data.include") if (root / path).is_file()}
-    if not found and set(PurePosixPath(pattern).name) != {"*"}:
-        raise DataError(f"data.include has {pattern!r}, which matches no file below {data.root}.")
-    formats: dict[str, str] = {}
-    for path in sorted(found - left_out):
-        name = format_of(path) if data.format == "auto" else data.format
-        if name is not None:
-            formats[_valid(path)] = name
-        elif set(PurePosixPath(pattern).name) != {"*"}:
-            raise ConfigError(
-                f"data.include has {pattern!r}, which matches {path!r}, a file of unknown format.\n"
-                f"  Known endings: {_endings()}. Set data.format to read it as one of these formats."
-            )
-    return formats
+def escapes(path: str) -> bool:
+    """Whether a stored path would lead out of the folder it is said to be in, or names no file at all."""
+    parts = PurePosixPath(path).parts
+    return not parts or path.startswith("/") or ".." in parts or "\0" in path
 
 
-def _valid(path: str) -> str:
+Found = tuple[Shard, tuple[int, int]]
+"""A shard and its device and inode."""
+
+
+def _below(root: Path, dataset: str, data: DataConfig) -> list[Found]:
+    """The shards of one root, sorted by path."""
+    if not root.is_dir():
+        key = f"data.roots.{dataset}" if dataset else "data.root"
+        raise DataError(f"{key} is {str(root)!r}, which is not a folder.")
+    left_out = {path for pattern in data.exclude for path in _matching(root, pattern, "data.exclude")}
+    found: dict[str, Found] = {}
+    for pattern in data.include:
+        found |= {pair[0].path: pair for pair in _shards(root, dataset, pattern, data, left_out, found)}
+    return [found[path] for path in sorted(found)]
+
+
+def _shards(
+    root: Path, dataset: str, pattern: str, data: DataConfig, left_out: set[str], known: Mapping[str, Found]
+) -> Iterable[Found]:
+    """The shards that one glob matches."""
+    matched, all_stars = 0, set(PurePosixPath(pattern).name) == {"*"}
+    for path in sorted(_matching(root, pattern, "data.include")):
+        status = None if path in known else _stat(root / path)
+        if status is None and path not in known:
+            continue
+        matched += 1
+        name = None if path in left_out or status is None else _format(path, pattern, data, all_stars)
+        if name is not None and status is not None:
+            yield _shard(path, name, dataset, status)
+    if not matched and not all_stars:
+        raise DataError(f"data.include has {pattern!r}, which matches no file below {root}.")
+
+
+def _format(path: str, pattern: str, data: DataConfig, all_stars: bool) -> str | None:
+    """The format of a file; None when only stars matched it and it has none."""
+    name = format_of(path) if data.format == "auto" else data.format
+    if name is None and not all_stars:
+        raise ConfigError(
+            f"data.include has {pattern!r}, which matches {path!r}, a file of unknown format.\n"
+            f"  Known endings: {_endings()}. Set data.format to read it as one of these formats."
+        )
+    return name
+
+
+def _shard(path: str, name: str, dataset: str, status: os.stat_result) -> Found:
     try:
         path.encode()
     except UnicodeEncodeError:
         raise DataError(
             f"The file name {path!r} is not UTF-8. Rename the file, or leave it out with data.exclude."
         ) from None
-    return path
+    shard = Shard(path=path, format=name, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, dataset=dataset)
+    return shard, (status.st_dev, status.st_ino)
 
 
 def _matching(root: Path, pattern: str, key: str) -> list[str]:
@@ -96,13 +142,32 @@ def _matching(root: Path, pattern: str, key: str) -> list[str]:
     return glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 (pathlib's follows no links to folders)
 
 
-def _stat(root: Path, path: str, name: str) -> tuple[Shard, tuple[int, int]]:
-    status = (root / path).stat()
-    shard = Shard(path=path, format=name, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
-    return shard, (status.st_dev, status.st_ino)
+def _stat(path: Path) -> os.stat_result | None:
+    """Of a regular file; None for folders, loops of links, pipes, and what vanished since it was listed.
+
+    Raises:
+        DataError: nobody may look, or nobody may read.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None
+        raise _unreadable(path, error.strerror) from None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    if not os.access(path, os.R_OK):
+        raise _unreadable(path, "Permission denied")
+    return status
 
 
-def _without_twins(found: Iterable[tuple[Shard, tuple[int, int]]]) -> list[Shard]:
+def _unreadable(path: Path, reason: str | None) -> DataError:
+    return DataError(f"{path} cannot be read: {reason}.\n  Give yourself access, or leave it out with data.exclude.")
+
+
+def _without_twins(found: Iterable[Found]) -> list[Shard]:
     """Refuse a file that is reached twice, through a link or a loop of links: its samples would count twice."""
     seen: dict[tuple[int, int], str] = {}
     shards = []

@@ -1,13 +1,16 @@
 """What an index file looks like inside: names, types and the version.
 
-/                 attributes: format, version, data_root, text, tokenizer, parser, fingerprint, num_samples, chunk_rows
-/shards/          path, format, rows, size_bytes, mtime_ns, fingerprint
-/properties/NAME  attribute kind; values
-/combos/NAME      count (values per combo), code; attribute num_combos above them
+/                 attributes: format, version, text, tokenizer, parser, fingerprint, num_samples, chunk_rows
+/roots/           dataset, path; a single root has the data set ''
+/shards/          path, dataset (position in roots), format, rows, size_bytes, mtime_ns, fingerprint
+/bad/             shard, reason, rows: what was skipped; 0 rows stand for a damaged end
+/properties/NAME  attributes kind, source (path:PATH in the row, function:NAME, or dataset); values
+/combos/NAME      count (values per combo), code; attributes num_combos and bad (the combo of bad rows, or -1) above them
 /blocks/          shard, rows, offset, length
 /zones/NAME       low, high, has_null
 /histogram/       count (combos per block), combo, rows, tokens
 /samples/         combo, length, tokens, numbers/NAME
+/generations/     fingerprint, shards, blocks, cells, combos, samples: earlier states of the index that it begins with
 
 Integers are stored in the narrowest unsigned type that holds them. What can be added up from other columns is not stored:
 the first row and tokens of a block, the first sample of a block. Every block begins at a chunk of the sample columns, which
@@ -27,6 +30,9 @@ from mixtera_hpc.core.tables import Histogram
 
 __all__ = [
     "FORMAT",
+    "MAX_CHUNK_ROWS",
+    "MIN_CHUNK_ROWS",
+    "TABLE_CHUNK",
     "VERSION",
     "children",
     "first_rows",
@@ -39,13 +45,12 @@ __all__ = [
     "put_texts",
     "read_column",
     "read_texts",
-    "rows_per_chunk",
     "tokens_of_blocks",
     "with_zero",
 ]
 
 FORMAT = "mixtera-hpc property index"
-VERSION = 1
+VERSION = 2
 TABLE_CHUNK = 1 << 18
 """Entries of a chunk of the tables, which are always read whole."""
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 16384
@@ -63,12 +68,6 @@ def narrow(values: NDArray[Any]) -> NDArray[Any]:
     return values.astype(narrow_type(int(values.max(initial=0))), copy=False)
 
 
-def rows_per_chunk(block_rows: NDArray[np.int64]) -> int:
-    """Rows of a chunk of the sample columns: as many as a block usually has, within bounds."""
-    usual = float(np.median(block_rows)) if len(block_rows) else MIN_CHUNK_ROWS
-    return int(np.clip(usual, MIN_CHUNK_ROWS, MAX_CHUNK_ROWS))
-
-
 def first_samples(block_rows: NDArray[Any], chunk_rows: int) -> NDArray[np.int64]:
     """Where each block begins in the sample columns, and at last their length; shape (num_blocks + 1,)."""
     return with_zero(np.cumsum(-(-block_rows.astype(np.int64) // chunk_rows) * chunk_rows))
@@ -82,9 +81,8 @@ def first_rows(shard: NDArray[Any], block_rows: NDArray[Any]) -> NDArray[np.int6
 
 def tokens_of_blocks(histogram: Histogram) -> NDArray[np.int64]:
     """Tokens of every block; shape (num_blocks,)."""
-    if not len(histogram.combo):
-        return np.zeros(0, np.int64)
-    return np.asarray(np.add.reduceat(histogram.tokens, histogram.indptr[:-1]), np.int64)
+    ends = with_zero(np.cumsum(histogram.tokens))
+    return np.asarray(ends[histogram.indptr[1:]] - ends[histogram.indptr[:-1]], np.int64)
 
 
 def with_zero(ends: NDArray[np.int64]) -> NDArray[np.int64]:

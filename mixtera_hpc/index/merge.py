@@ -1,145 +1,173 @@
 """Parts of all units → one set of tables, in the order of shards and rows, whoever scanned what and when.
 
-Dictionaries are sorted and combos follow them, so nothing depends on the order in which values were met. Costs O(blocks)
-memory; sample columns pass through one unit at a time.
+Two passes: the first reads what every part says of itself, and settles dictionaries, combos, sizes and types; the second, while
+the file is written, loads one part at a time. Nothing depends on the order in which values were met, and memory holds the
+distinct combos, never a column. Parts may also come out of an older index: its combos keep their numbers, new ones follow.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.tables import BlockTable, Histogram, Zones
 from mixtera_hpc.formats.format import Field
-from mixtera_hpc.index.layout import first_rows, first_samples, rows_per_chunk, tokens_of_blocks, with_zero
-from mixtera_hpc.index.parts import PartRecord
-from mixtera_hpc.index.scan import Combo
+from mixtera_hpc.index.layout import MAX_CHUNK_ROWS, MIN_CHUNK_ROWS, with_zero
+from mixtera_hpc.index.part import Combo, Summary, UnitPart
 
-__all__ = ["Merged", "merge"]
+__all__ = ["Merged", "Piece", "PlacedPiece", "Translated", "merge", "translated"]
+
+
+class Piece(Protocol):
+    """Some consecutive blocks of one shard, not loaded yet."""
+
+    def summary(self) -> Summary: ...
+    def load(self) -> UnitPart: ...
+
+
+PlacedPiece = tuple[int, Piece]
+"""The position of a shard, and blocks of it; pieces follow each other in index order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged:
-    """All tables but that of the shards, and the way to the samples."""
+    """What is known of all pieces together."""
 
     properties: dict[str, Property]
     combos: ComboTable
-    blocks: BlockTable
-    histogram: Histogram
+    position: dict[Combo | None, int]
+    """The number of every combo."""
+    rows: int
+    bad_rows: int
+    blocks: int
+    cells: int
     chunk_rows: int
-    translate: list[NDArray[np.int64]]
-    """Per unit: the combo that each local code stands for."""
+    padded_rows: int
+    """Entries of a sample column: every block begins at a chunk."""
     maxima: dict[str, int]
-    """Largest value of every integer sample column that some unit has."""
+    """Largest value of every integer array that some piece has, by name."""
+    has_values: frozenset[str]
+    """Properties that some sample has."""
 
-    def samples(self, records: Sequence[PartRecord]) -> Iterator[dict[str, NDArray[Any]]]:
-        """The sample columns unit by unit: `combo`, `length` and `tokens` where stored, and numbers as `numbers/NAME`."""
-        for record, translate in zip(records, self.translate, strict=True):
-            columns = {name.removeprefix("samples/"): v for name, v in record.load("samples/", "numbers/").items()}
-            columns["combo"] = translate[columns["combo"]]
-            for name in self.maxima:
-                columns.setdefault(name, np.zeros(record.num_rows, np.int64))
-            yield columns
+    @property
+    def numbers(self) -> list[str]:
+        """The properties that are numbers, sorted."""
+        return [name for name, prop in self.properties.items() if prop.kind is Kind.NUMBER]
 
 
-def merge(fields: Sequence[Field], records: Sequence[PartRecord], shard_of_unit: NDArray[np.int64]) -> Merged:
-    """Put the parts together.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Translated:
+    """A piece in the numbers of the whole index."""
+
+    blocks: dict[str, NDArray[np.int64]]
+    cells: dict[str, NDArray[np.int64]]
+    zones: dict[str, dict[str, NDArray[np.float64]]]
+    samples: dict[str, NDArray[Any]]
+    """`combo`, `length` and `tokens` where the index has them, and `numbers/NAME`; shape (rows,) each."""
+
+
+def merge(
+    fields: Sequence[Field], pieces: Iterable[PlacedPiece], known: Sequence[Combo | None] = (), chunk_rows: int = 0
+) -> Merged:
+    """The first pass.
 
     Args:
         fields: the properties, sorted by name.
-        records: one per unit, in canonical order; at least one.
-        shard_of_unit: the shard of each unit, ascending.
+        known: combos that keep their order, and come first, as far as they occur.
+        chunk_rows: rows of a chunk of the sample columns; 0 takes what blocks usually have.
     """
     names = [f.name for f in fields if f.kind is not Kind.NUMBER]
-    combos = sorted({combo for record in records for combo in record.combos})
+    totals, used, maxima = _Totals(), set[Combo | None](), dict[str, int]()
+    for _, piece in pieces:
+        summary = piece.summary()
+        totals.add(summary)
+        used.update(summary.combos)
+        for name, largest in summary.maxima.items():
+            maxima[name] = max(maxima.get(name, 0), largest)
+    combos = [c for c in known if c in used]
+    combos += sorted(c for c in used.difference(combos) if c is not None)
+    combos += [None] if None in used and None not in combos else []
+    chunk_rows = chunk_rows or totals.usual_block_rows()
     properties = {f.name: Property(name=f.name, kind=f.kind, values=_dictionary(f, names, combos)) for f in fields}
-    position = {combo: i for i, combo in enumerate(combos)}
-    translate = [np.array([position[c] for c in record.combos], np.int64) for record in records]
-    parts = [_translated(record, table) for record, table in zip(records, translate, strict=True)]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    shard = np.repeat(shard_of_unit, [len(part["blocks/rows"]) for part in parts])
-    histogram = Histogram(
-        indptr=with_zero(np.cumsum(columns["blocks/count"])),
-        combo=columns["cells/combo"].astype(np.int32),
-        rows=columns["cells/rows"].astype(np.int32),
-        tokens=columns["cells/tokens"],
-    )
-    numbers = [f.name for f in fields if f.kind is Kind.NUMBER]
-    zones = {name: _zones(columns, name) for name in numbers}
-    chunk_rows = rows_per_chunk(columns["blocks/rows"])
     return Merged(
         properties=properties,
         combos=_combo_table(names, combos, properties),
-        blocks=_block_table(shard, columns, histogram, chunk_rows, zones),
-        histogram=histogram,
+        position={combo: i for i, combo in enumerate(combos)},
+        rows=totals.rows,
+        bad_rows=totals.bad_rows,
+        blocks=totals.blocks,
+        cells=totals.cells,
         chunk_rows=chunk_rows,
-        translate=translate,
-        maxima=_maxima(records, len(combos)),
+        padded_rows=totals.padded_rows(chunk_rows),
+        maxima=maxima,
+        has_values=frozenset(p.name for p in properties.values() if p.values),
     )
 
 
-def _translated(record: PartRecord, translate: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """The block columns of one unit, its histogram in global combos, ascending within each block."""
-    part = record.load("blocks/", "cells/", "zones/")
-    block = np.repeat(np.arange(len(part["blocks/rows"])), part["blocks/count"])
-    combo = translate[part["cells/combo"]]
+def translated(merged: Merged, part: UnitPart) -> Translated:
+    """A loaded piece, its combos renumbered and ascending within each block."""
+    translate = np.array([merged.position[c] for c in part.combos], np.int64)
+    block = np.repeat(np.arange(len(part.blocks["rows"])), part.blocks["count"])
+    combo = translate[part.cells["combo"]] if len(block) else np.zeros(0, np.int64)
     order = np.lexsort((combo, block))
-    cells = {name: part[f"cells/{name}"][order] for name in ("rows", "tokens")} | {"combo": combo[order]}
-    found = {name: values.astype(np.int64) for name, values in part.items() if name.startswith("blocks/")}
-    found |= {f"cells/{name}": values.astype(np.int64) for name, values in cells.items()}
-    return found | {name: values for name, values in part.items() if name.startswith("zones/")}
+    cells = {name: part.cells[name][order] for name in ("rows", "tokens")} | {"combo": combo[order]}
+    samples: dict[str, NDArray[Any]] = {"combo": translate[part.samples["combo"]]} if part.num_rows else {}
+    for name in ("combo", "length", "tokens"):
+        if f"samples/{name}" in merged.maxima and name not in samples:
+            samples[name] = part.samples.get(name, np.zeros(part.num_rows, np.int64))
+    samples |= {f"numbers/{name}": part.numbers[name] for name in merged.numbers}
+    return Translated(blocks=part.blocks, cells=cells, zones=part.zones, samples=samples)
 
 
-def _dictionary(field: Field, names: Sequence[str], combos: Sequence[Combo]) -> tuple[str, ...]:
+class _Totals:
+    """Sums over pieces."""
+
+    def __init__(self) -> None:
+        self.rows = self.bad_rows = self.blocks = self.cells = 0
+        self._block_rows: Counter[int] = Counter()
+
+    def add(self, summary: Summary) -> None:
+        self.rows += summary.rows
+        self.bad_rows += summary.bad_rows
+        self.blocks += summary.blocks
+        self.cells += summary.cells
+        self._block_rows.update(summary.block_rows)
+
+    def usual_block_rows(self) -> int:
+        """The median, within the bounds of chunks."""
+        rows = np.array(sorted(self._block_rows), np.int64)
+        if not len(rows):
+            return MIN_CHUNK_ROWS
+        ends = np.cumsum([self._block_rows[int(n)] for n in rows])
+        median = rows[np.searchsorted(ends, (ends[-1] + 1) // 2)]
+        return int(np.clip(median, MIN_CHUNK_ROWS, MAX_CHUNK_ROWS))
+
+    def padded_rows(self, chunk_rows: int) -> int:
+        """Rows when every block is filled up to whole chunks."""
+        return sum(-(-rows // chunk_rows) * chunk_rows * blocks for rows, blocks in self._block_rows.items())
+
+
+def _dictionary(field: Field, names: Sequence[str], combos: Sequence[Combo | None]) -> tuple[str, ...]:
     if field.kind is Kind.NUMBER:
         return ()
     column = names.index(field.name)
-    return tuple(sorted({value for combo in combos for value in combo[column]}))
+    return tuple(sorted({value for combo in combos if combo is not None for value in combo[column]}))
 
 
-def _combo_table(names: Sequence[str], combos: Sequence[Combo], properties: Mapping[str, Property]) -> ComboTable:
+def _combo_table(names: Sequence[str], combos: Sequence[Combo | None], properties: dict[str, Property]) -> ComboTable:
     indptr, codes = {}, {}
     for column, name in enumerate(names):
         code = {value: i for i, value in enumerate(properties[name].values)}
-        indptr[name] = with_zero(np.cumsum([len(combo[column]) for combo in combos], dtype=np.int64))
-        codes[name] = np.array([code[value] for combo in combos for value in combo[column]], np.int32)
+        found = [() if combo is None else combo[column] for combo in combos]
+        indptr[name] = with_zero(np.cumsum([len(values) for values in found], dtype=np.int64))
+        codes[name] = np.array([code[value] for values in found for value in values], np.int32)
     return ComboTable(
-        num_combos=len(combos), properties={name: properties[name] for name in names}, indptr=indptr, codes=codes
+        num_combos=len(combos),
+        properties={name: properties[name] for name in names},
+        indptr=indptr,
+        codes=codes,
+        bad=combos.index(None) if None in combos else -1,
     )
-
-
-def _zones(columns: Mapping[str, NDArray[Any]], name: str) -> Zones:
-    low, high, has_null = (columns[f"zones/{part}/{name}"] for part in ("low", "high", "has_null"))
-    return Zones(low=low, high=high, has_null=has_null.astype(np.bool_))
-
-
-def _block_table(
-    shard: NDArray[np.int64],
-    columns: Mapping[str, NDArray[np.int64]],
-    histogram: Histogram,
-    chunk_rows: int,
-    zones: Mapping[str, Zones],
-) -> BlockTable:
-    rows = columns["blocks/rows"]
-    return BlockTable(
-        shard=shard.astype(np.int32),
-        first_row=first_rows(shard, rows),
-        rows=rows.astype(np.int32),
-        offset=columns["blocks/offset"],
-        length=columns["blocks/length"],
-        tokens=tokens_of_blocks(histogram),
-        first_sample=first_samples(rows, chunk_rows)[:-1],
-        zones=zones,
-    )
-
-
-def _maxima(records: Sequence[PartRecord], num_combos: int) -> dict[str, int]:
-    found = {"combo": num_combos - 1}
-    for name in ("length", "tokens"):
-        known = [m for record in records if (m := record.maximum(name)) is not None]
-        if known:
-            found[name] = max(known)
-    return found

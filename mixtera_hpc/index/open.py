@@ -6,6 +6,7 @@ is read and no sooner. Files are opened without locks. Opening costs O(blocks), 
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 from mixtera_hpc.errors import PropertyIndexError
+from mixtera_hpc.index.discover import escapes
 from mixtera_hpc.index.layout import (
     FORMAT,
     VERSION,
@@ -31,7 +33,7 @@ from mixtera_hpc.index.layout import (
 )
 from mixtera_hpc.index.parts import building_folder
 
-__all__ = ["PropertyIndex", "SampleReader", "open_index"]
+__all__ = ["BadRows", "Generation", "PropertyIndex", "SampleReader", "open_index"]
 
 _DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, UnicodeDecodeError)
 """What h5py raises on a file that is not what it should be."""
@@ -95,19 +97,44 @@ class SampleReader:
         )
 
 
+Roots = str | Mapping[str, str] | None
+"""Where the shards lie now: a folder, or one for each data set; None: where they lay at the build."""
+
+
 class PropertyIndex:
     """An open index. Closing it leaves the tables usable."""
 
-    def __init__(self, path: Path, file: h5py.File, data_root: str | None) -> None:
+    def __init__(self, path: Path, file: h5py.File, data_root: Roots) -> None:
         self.path = path
-        self.tables = _tables(file)
+        self.roots = _roots(file["roots"], data_root, path)
+        """Data set → folder; a single root is called ''."""
+        self.tables = _tables(file, tuple(self.roots))
         self.fingerprint = get_text(file, "fingerprint")
         """Hex digest of all content; neither the data root nor times of change are in it."""
         self.tokenizer_fingerprint = get_text(file, "tokenizer") or None
-        self.data_root = Path(get_text(file, "data_root") if data_root is None else data_root)
+        self.parser = get_text(file, "parser") or None
+        self.sources = {name: get_text(group, "source") for name, group in children(file["properties"]).items()}
+        """Property → where its values come from."""
+        self.chunk_rows = int(file.attrs["chunk_rows"])
+        self.bad = _bad(file["bad"])
+        self.generations = _generations(file["generations"])
+        """States that the index begins with, oldest first; the last is the whole."""
         self.text = get_text(file, "text") or None
         """Dotted path to the document; None when samples have none."""
         self.samples = SampleReader(path)
+
+    @property
+    def data_root(self) -> Path:
+        """The folder of all shards; with several, the file system's root, since `shard_paths` are absolute then."""
+        return self.roots.get("", Path("/"))
+
+    def shard_paths(self) -> list[str]:
+        """What every shard is called: its path below `data_root`."""
+        shards = self.tables.shards
+        if "" in self.roots:
+            return list(shards.path)
+        pairs = zip(shards.dataset, shards.path, strict=True)
+        return [str(self.roots[dataset].absolute() / path) for dataset, path in pairs]
 
     def read_block(self, block: int) -> SampleColumns:
         """The samples of one block."""
@@ -127,11 +154,35 @@ class PropertyIndex:
         self.close()
 
 
-def open_index(path: str | Path, data_root: str | None = None) -> PropertyIndex:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRows:
+    """Rows of a shard that were skipped."""
+
+    shard: int
+    reason: str
+    rows: int
+    """0: the shard is damaged from some place on, and nobody can count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A state of an index, which is how the index begins still."""
+
+    fingerprint: str
+    shards: int
+    blocks: int
+    cells: int
+    """Entries of the histogram."""
+    combos: int
+    samples: int
+    """Rows, those that cannot be read included."""
+
+
+def open_index(path: str | Path, data_root: Roots = None) -> PropertyIndex:
     """Open an index and load its tables.
 
     Args:
-        data_root: where the shards lie now, when not where they lay at the build.
+        data_root: where the shards lie now, when not where they lay at the build: a folder, or one for each data set.
 
     Raises:
         PropertyIndexError: there is none, it is damaged or cut short, or of another version.
@@ -182,18 +233,43 @@ def _damaged(path: Path, error: Exception) -> PropertyIndexError:
     )
 
 
-def _tables(file: h5py.File) -> IndexTables:
+def _roots(group: h5py.Group, given: Roots, path: Path) -> dict[str, Path]:
+    stored = dict(zip(read_texts(group, "dataset"), read_texts(group, "path"), strict=True))
+    if not given:
+        return {name: Path(root) for name, root in stored.items()}
+    roots = {"": given} if isinstance(given, str) else dict(given)
+    if roots.keys() != stored.keys():
+        have, want = (", ".join(sorted(names)) or "none" for names in (set(stored) - {""}, set(roots) - {""}))
+        raise PropertyIndexError(
+            f"{path} was built from the data sets {have}, but data.roots names {want}.\n"
+            "  Give every one of them its folder in data.roots (a single unnamed one in data.root), or build again."
+        )
+    return {name: Path(roots[name]) for name in stored}
+
+
+def _bad(group: h5py.Group) -> tuple[BadRows, ...]:
+    columns = zip(group["shard"][...].tolist(), read_texts(group, "reason"), group["rows"][...].tolist(), strict=True)
+    return tuple(BadRows(shard=shard, reason=reason, rows=rows) for shard, reason, rows in columns)
+
+
+def _generations(group: h5py.Group) -> tuple[Generation, ...]:
+    names = ("shards", "blocks", "cells", "combos", "samples")
+    columns = zip(read_texts(group, "fingerprint"), *(group[name][...].tolist() for name in names), strict=True)
+    return tuple(Generation(**dict(zip(("fingerprint", *names), row, strict=True))) for row in columns)
+
+
+def _tables(file: h5py.File, datasets: tuple[str, ...]) -> IndexTables:
     properties = {name: _property(name, group) for name, group in sorted(children(file["properties"]).items())}
     numbers = [name for name, prop in properties.items() if prop.kind is Kind.NUMBER]
     histogram = _histogram(file["histogram"])
     blocks = _blocks(file, histogram, int(file.attrs["chunk_rows"]), numbers)
-    num_samples = int(file.attrs["num_samples"])
-    if int(blocks.rows.sum()) != num_samples:
+    num_samples, num_bad = int(file.attrs["num_samples"]), int(read_column(file["bad"], "rows", np.int64).sum())
+    if int(blocks.rows.sum(dtype=np.int64)) != num_samples + num_bad:
         raise ValueError("blocks and samples do not add up")
     return IndexTables(
         properties=properties,
         combos=_combos(file, properties),
-        shards=_shards(file["shards"]),
+        shards=_shards(file["shards"], datasets),
         blocks=blocks,
         histogram=histogram,
         num_samples=num_samples,
@@ -205,9 +281,13 @@ def _property(name: str, group: h5py.Group) -> Property:
     return Property(name=name, kind=Kind(get_text(group, "kind")), values=read_texts(group, "values"))
 
 
-def _shards(group: h5py.Group) -> ShardTable:
+def _shards(group: h5py.Group, datasets: tuple[str, ...]) -> ShardTable:
+    paths = read_texts(group, "path")
+    if outside := next((path for path in paths if escapes(path)), None):
+        raise ValueError(f"shard {outside!r} is outside the data root")
     return ShardTable(
-        path=read_texts(group, "path"),
+        path=paths,
+        dataset=() if datasets == ("",) else tuple(datasets[i] for i in group["dataset"][...]),
         format=read_texts(group, "format"),
         rows=read_column(group, "rows", np.int64),
         size_bytes=read_column(group, "size_bytes", np.int64),
@@ -225,6 +305,7 @@ def _combos(file: h5py.File, properties: Mapping[str, Property]) -> ComboTable:
         properties=categorical,
         indptr={name: with_zero(np.cumsum(count)) for name, count in counts.items()},
         codes={name: read_column(group, "code", np.int32) for name, group in groups.items()},
+        bad=int(file["combos"].attrs["bad"]),
     )
 
 

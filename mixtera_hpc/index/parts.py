@@ -1,7 +1,9 @@
 """Scanned units on disk, so that a build needs no memory for them and goes on after a kill.
 
-Every rank appends the parts of its units to a log of its own in `.<index>.building/`. A record is checksummed; what a kill cut
-short is not found again, everything before it is. Price: the sample columns are written twice, once here.
+Every scanning thread appends the parts of its units to a log of its own in `.<index>.building/`. A record is checksummed; what
+a kill cut short is not found again, everything before it is. A unit counts when all its parts are there; parts of one unit
+from different attempts are the same, so any of them will do. In memory a record is its place, some hundred bytes. Price: the
+sample columns are written twice, once here.
 """
 
 import contextlib
@@ -20,85 +22,78 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import narrow
-from mixtera_hpc.index.scan import Combo, UnitPart
+from mixtera_hpc.index.part import Summary, UnitPart
 
-__all__ = ["PartLog", "PartRecord", "building_folder", "find_parts", "locked", "recover_parts"]
+__all__ = ["Header", "PartLog", "PartRecord", "building_folder", "find_parts", "locked", "recover_parts", "whole_units"]
 
 _PREFIX = struct.Struct("<8sIQI")
-_MAGIC = b"mixpart1"
+_MAGIC = b"mixpart2"
 
 
-class _Header(msgspec.Struct):
+class Header(msgspec.Struct):
+    """What a part says of itself."""
+
     unit: int
+    number: int
+    """Of the part in its unit."""
+    last: bool
     fingerprint: str
-    combos: list[Combo]
+    """Of the shard, when this is its first part."""
+    reasons: dict[str, int]
+    summary: Summary
     arrays: list[tuple[str, str, int]]
     """Name, dtype and length of every array, in the order of the body."""
-    rows: int
-    maxima: dict[str, int]
-    """Largest value of each integer sample column."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """A unit's part that lies in a log."""
+    """A part that lies in a log."""
 
     path: Path
-    body: int
-    """Where the arrays begin."""
-    header: _Header
+    position: int
+    unit: int
+    number: int
+    last: bool
 
-    @property
-    def unit(self) -> int:
-        return self.header.unit
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the shard, when this is its first unit."""
-        return self.header.fingerprint
-
-    @property
-    def num_rows(self) -> int:
-        return self.header.rows
-
-    @property
-    def combos(self) -> list[Combo]:
-        return self.header.combos
-
-    def maximum(self, column: str) -> int | None:
-        """Largest value of an integer sample column, None where the unit does not have it."""
-        return self.header.maxima.get(column)
-
-    def load(self, *prefixes: str) -> dict[str, NDArray[Any]]:
-        """The arrays whose names begin with one of `prefixes`, by name; nothing else is read."""
-        found, position = {}, self.body
+    def header(self) -> Header:
+        """What it says of itself, without loading it."""
         with self.path.open("rb") as file:
-            for name, dtype, length in self.header.arrays:
-                if name.startswith(prefixes):
-                    file.seek(position)
-                    found[name] = np.fromfile(file, dtype, length)
-                position += np.dtype(dtype).itemsize * length
-        return found
+            return self._header(file)
+
+    def summary(self) -> Summary:
+        """What there is in it."""
+        return self.header().summary
+
+    def load(self) -> UnitPart:
+        """Read it."""
+        with self.path.open("rb") as file:
+            header = self._header(file)
+            arrays = {name: np.fromfile(file, dtype, length) for name, dtype, length in header.arrays}
+        return _part(header, arrays)
+
+    def _header(self, file: BinaryIO) -> Header:
+        file.seek(self.position)
+        _, header_size, _, _ = _PREFIX.unpack(file.read(_PREFIX.size))
+        return msgspec.json.decode(file.read(header_size), type=Header)
 
 
 class PartLog:
-    """Where one rank appends its parts."""
+    """Where one thread appends its parts."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._file = (folder / f"{name}.parts").open("xb")
 
-    def append(self, unit: int, part: UnitPart) -> None:
-        """Write the part of one unit."""
+    def append(self, unit: int, number: int, part: UnitPart, *, last: bool) -> None:
+        """Write one part of a unit."""
         arrays = {name: narrow(values) for name, values in _flat(part)}
-        maxima = {name: int(values.max(initial=0)) for name, values in part.samples.items()}
-        described = [(name, values.dtype.str, len(values)) for name, values in arrays.items()]
-        fields = _Header(
+        fields = Header(
             unit=unit,
+            number=number,
+            last=last,
             fingerprint=part.fingerprint,
-            combos=part.combos,
-            arrays=described,
-            rows=part.num_rows,
-            maxima=maxima,
+            reasons=part.reasons,
+            summary=part.summary(),
+            arrays=[(name, values.dtype.str, len(values)) for name, values in arrays.items()],
         )
         header = msgspec.json.encode(fields)
         body = [values.tobytes() for values in arrays.values()]
@@ -119,6 +114,26 @@ def _flat(part: UnitPart) -> Iterator[tuple[str, NDArray[Any]]]:
         yield from ((f"{group}/{name}", values) for name, values in getattr(part, group).items())
     for number, zones in part.zones.items():
         yield from ((f"zones/{name}/{number}", values) for name, values in zones.items())
+
+
+def _part(header: Header, arrays: dict[str, NDArray[Any]]) -> UnitPart:
+    """The inverse of `_flat`."""
+
+    def group(name: str) -> dict[str, NDArray[Any]]:
+        found = {key.removeprefix(f"{name}/"): values for key, values in arrays.items() if key.startswith(f"{name}/")}
+        return {key: v if v.dtype.kind == "f" else v.astype(np.int64) for key, v in found.items()}
+
+    numbers = group("numbers")
+    return UnitPart(
+        combos=header.summary.combos,
+        blocks=group("blocks"),
+        cells=group("cells"),
+        samples=group("samples"),
+        numbers=numbers,
+        zones={n: {z: arrays[f"zones/{z}/{n}"] for z in ("low", "high", "has_null")} for n in numbers},
+        fingerprint=header.fingerprint,
+        reasons=header.reasons,
+    )
 
 
 def building_folder(index: Path) -> Path:
@@ -145,31 +160,41 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def recover_parts(folder: Path) -> dict[int, PartRecord]:
-    """Every whole record of every log, by unit, after cutting each log where a kill or a crash left it damaged."""
-    found: dict[int, PartRecord] = {}
+def recover_parts(folder: Path) -> list[PartRecord]:
+    """Every whole record of every log, after cutting each log where a kill or a crash left it damaged."""
+    found: list[PartRecord] = []
     for path in sorted(folder.glob("*.parts")):
         with path.open("r+b") as file:
             end = 0
             while record := _read_record(path, file, verify=True):
-                found.setdefault(record.unit, record)
+                found.append(record)
                 end = file.tell()
             file.truncate(end)
     return found
 
 
-def find_parts(folder: Path) -> dict[int, PartRecord]:
-    """Every record of every log, by unit; logs of earlier attempts have been through `recover_parts`."""
-    found: dict[int, PartRecord] = {}
+def find_parts(folder: Path) -> list[PartRecord]:
+    """Every record of every log; logs of earlier attempts have been through `recover_parts`."""
+    found: list[PartRecord] = []
     for path in sorted(folder.glob("*.parts")):
         with path.open("rb") as file:
             while record := _read_record(path, file, verify=False):
-                found.setdefault(record.unit, record)
+                found.append(record)
     return found
+
+
+def whole_units(records: list[PartRecord]) -> dict[int, list[PartRecord]]:
+    """The units all of whose parts are there, with their parts in order."""
+    units: dict[int, dict[int, PartRecord]] = {}
+    for record in records:
+        units.setdefault(record.unit, {}).setdefault(record.number, record)
+    ordered = {unit: [parts[number] for number in sorted(parts)] for unit, parts in units.items()}
+    return {unit: parts for unit, parts in ordered.items() if parts[-1].last and parts[-1].number == len(parts) - 1}
 
 
 def _read_record(path: Path, file: BinaryIO, verify: bool) -> PartRecord | None:
     """The record at the file's position, which then moves behind it; None where there is no whole one."""
+    position = file.tell()
     prefix = file.read(_PREFIX.size)
     if len(prefix) < _PREFIX.size:
         return None
@@ -180,7 +205,16 @@ def _read_record(path: Path, file: BinaryIO, verify: bool) -> PartRecord | None:
     if verify and _checksum(header, file, body_size) != checksum:
         return None
     file.seek(body + body_size)
-    return PartRecord(path, body, msgspec.json.decode(header, type=_Header))
+    decoded = msgspec.json.decode(header, type=_Place)
+    return PartRecord(path, position, decoded.unit, decoded.number, decoded.last)
+
+
+class _Place(msgspec.Struct):
+    """The part of a header that finding it needs."""
+
+    unit: int
+    number: int
+    last: bool
 
 
 def _checksum(header: bytes, file: BinaryIO, body_size: int) -> int:

@@ -1,11 +1,12 @@
 """One unit of a shard → everything the index will say of it, in local numbers that the merge translates.
 
-A unit's part depends on nothing but the unit, so any rank may scan it, at any time, and a part found again after a kill is as
-good as new.
+A unit's parts depend on nothing but the unit, so any rank may scan it, at any time, and a part found again after a kill is as
+good as new. A part ends where a block ends and has at most some hundred thousand rows more than the longest block, so memory
+does not grow with the unit.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -16,162 +17,200 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.columns import Categories
-from mixtera_hpc.formats.format import Batch, Fields, Unit
+from mixtera_hpc.formats.format import Batch, Column, Field, Fields, Unit
 from mixtera_hpc.formats.scan import ShardFile, scan_shard
 from mixtera_hpc.index.discover import Shard, fingerprint_of_shard
+from mixtera_hpc.index.functions import Functions
+from mixtera_hpc.index.part import Combo, UnitPart, histogram_of, joined_combos, reason_of, zones_of
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["Combo", "ScanJob", "UnitPart", "scan_unit"]
+__all__ = ["ScanJob", "scan_unit"]
 
-Combo = tuple[tuple[str, ...], ...]
-"""The values of every categorical property, properties sorted by name."""
 Ints = NDArray[np.int64]
+PART_ROWS = 1 << 19
+DATASET = "dataset"
+IS_BAD = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanJob:
     """What is the same for all units of a build."""
 
-    root: Path
+    roots: Mapping[str, Path]
+    """Dataset → the folder its shards are in; a single one is called ''."""
     fields: Fields
+    """What is read from rows."""
+    functions: Functions
+    """What is computed from documents."""
     block_rows: int
     tokenizer: Tokenizer | None
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UnitPart:
-    """The rows of one unit, summed up and listed."""
-
-    fingerprint: str
-    """Of the shard, when this is its first unit."""
-    combos: list[Combo]
-    """The combos that occur; all codes below are positions in it."""
-    blocks: dict[str, Ints]
-    """`offset`, `length`, `rows` of every block; and `count`, its number of combos."""
-    cells: dict[str, Ints]
-    """`combo`, `rows`, `tokens`: for each block in turn, its combos ascending."""
-    zones: dict[str, dict[str, NDArray[np.float64]]]
-    """Per number: `low`, `high` (NaN where all are null) and `has_null` of every block."""
-    samples: dict[str, Ints]
-    """`combo`, and where there are any `length` and `tokens` of every row."""
-    numbers: dict[str, NDArray[np.float64]]
-    """Per number, of every row; null is NaN."""
-
     @property
-    def num_rows(self) -> int:
-        return len(self.samples["combo"])
+    def properties(self) -> tuple[Field, ...]:
+        """All of them, sorted by name; `dataset` is one when roots have names."""
+        built_in = [] if "" in self.roots else [Field(name=DATASET, path="", kind=Kind.CATEGORY)]
+        found = (*self.fields.properties, *self.functions.fields, *built_in)
+        return tuple(sorted(found, key=lambda field: field.name))
 
 
-def scan_unit(job: ScanJob, shard: Shard, unit: Unit) -> UnitPart:
-    """Read one unit.
+def scan_unit(job: ScanJob, shard: Shard, unit: Unit) -> Iterator[UnitPart]:
+    """Read one unit; its parts, in order, at least one.
 
     Raises:
-        DataError: rows that cannot be read, the first ten named in its notes; or the file is not the one discovered.
+        DataError: rows that cannot be read, the first ten named in its notes, unless they are skipped; or the file is not
+            the one discovered.
     """
-    path, rows = job.root / shard.path, _Rows(job)
+    path, rows = shard.below(job.roots), _Rows(job, shard)
     try:
         fingerprint = fingerprint_of_shard(path, shard.size_bytes) if unit.start == 0 else ""
-        file = ShardFile(root=job.root, path=shard.path, format=shard.format)
-        for batch in scan_shard(file, unit, job.fields, job.block_rows):
-            if batch.bad:
-                raise DataError("data.on_bad_sample=skip is not available yet.")
+        for batch in _batches(job, shard, unit, rows):
             rows.add(batch)
+            if rows.complete >= PART_ROWS:
+                yield rows.part(fingerprint)
+                fingerprint = ""
         status = path.stat()
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}.\n  Restore it, or leave it out with data.exclude."
+        ) from None
     if (status.st_size, status.st_mtime_ns) != (shard.size_bytes, shard.mtime_ns):
         raise DataError(
             f"{path} changed while it was being indexed.\n  Build again when nothing writes to it any more."
         )
-    return rows.part(fingerprint)
+    if rows.held != rows.complete:
+        raise DataError(f"The format of {path} put {rows.complete} rows into blocks, but returned {rows.held}.")
+    yield rows.part(fingerprint)
+
+
+def _batches(job: ScanJob, shard: Shard, unit: Unit, rows: "_Rows") -> Iterator[Batch]:
+    """The batches of a unit; with bad samples skipped, those before the place where it is damaged."""
+    path, file = shard.below(job.roots), ShardFile(root=job.roots[shard.dataset], path=shard.path, format=shard.format)
+    try:
+        yield from scan_shard(file, unit, job.fields, job.block_rows)
+    except DataError as error:
+        if not job.fields.skip_bad:
+            raise
+        rows.end_here(f"damaged: {str(error).splitlines()[0].replace(str(path), 'the shard')}")
 
 
 class _Rows:
     """Collects the batches of one unit: some dozen bytes per row, no texts."""
 
-    def __init__(self, job: ScanJob) -> None:
+    def __init__(self, job: ScanJob, shard: Shard) -> None:
         self._job = job
-        kinds = {f.name: f.kind for f in job.fields.properties}
+        self._dataset = shard.dataset
+        kinds = {f.name: f.kind for f in job.properties}
         self._categorical = [name for name, kind in kinds.items() if kind is not Kind.NUMBER]
-        self._numbers: dict[str, list[NDArray[np.float64]]] = {n: [] for n, k in kinds.items() if k is Kind.NUMBER}
         self._codes: defaultdict[Combo, int] = defaultdict(count().__next__)
         self._samples: dict[str, list[Ints]] = {"combo": [], "length": [], "tokens": []}
-        self._blocks: list[NDArray[np.int64]] = []
+        self._numbers: dict[str, list[NDArray[np.float64]]] = {n: [] for n, k in kinds.items() if k is Kind.NUMBER}
+        self._blocks: list[Ints] = []
+        self._reasons: Counter[str] = Counter()
+        self.held = 0
+        """Rows."""
+        self.complete = 0
+        """Of these, the rows of blocks that have ended."""
 
     def add(self, batch: Batch) -> None:
         ranges = batch.blocks
         self._blocks.append(np.stack([ranges.offset, ranges.length, ranges.rows]))
+        self.held += batch.rows
+        self.complete += int(ranges.rows.sum())
         if not batch.rows:
             return
-        self._samples["combo"].append(self._combos(batch))
+        bad = [row for row, _ in batch.bad]
+        self._reasons.update(reason_of(problem) for _, problem in batch.bad)
+        documents = _documents(batch, bad)
+        columns = {**batch.columns, **self._job.functions.columns(documents)}
+        combo = self._combos(columns, batch.rows)
+        combo[bad] = IS_BAD
+        self._samples["combo"].append(combo)
         for name, found in self._numbers.items():
-            column = batch.columns[name]
-            found.append(column if isinstance(column, np.ndarray) else column.code.astype(np.float64))
+            found.append(_numbers(columns[name], bad))
         if batch.lengths is not None:
             self._samples["length"].append(batch.lengths)
         if self._job.tokenizer is not None:
             counts = batch.tokens
             if counts is None:
-                counts = np.diff(self._job.tokenizer.encode_batch(batch.documents or [])[1])
-            self._samples["tokens"].append(counts)
+                counts = np.diff(self._job.tokenizer.encode_batch(documents or [])[1])
+            self._samples["tokens"].append(_zeroed(counts, bad))
+
+    def end_here(self, reason: str) -> None:
+        """Forget the rows of a block that will never end."""
+        self._keep(*self._columns(), slice(0, self.complete))
+        self.held = self.complete
+        self._reasons[reason_of(reason)] += 0
 
     def part(self, fingerprint: str) -> UnitPart:
-        offset, length, rows = np.concatenate(self._blocks, axis=1) if self._blocks else np.zeros((3, 0), np.int64)
-        samples = {n: np.concatenate(c) for n, c in self._samples.items() if c}
-        samples.setdefault("combo", np.zeros(0, np.int64))
-        numbers = {n: np.concatenate([np.zeros(0), *c]) for n, c in self._numbers.items()}
-        if rows.sum() != len(samples["combo"]):
-            raise DataError(f"A format returned {rows.sum()} rows in blocks, but {len(samples['combo'])} rows in all.")
-        block_of_row = np.repeat(np.arange(len(rows)), rows)
-        per_block, cells = _histogram(block_of_row, len(rows), len(self._codes), samples)
+        """The blocks that have ended; rows of the one that has not stay here."""
+        samples, numbers = self._columns()
+        self._keep(samples, numbers, slice(self.complete, None))
+        taken = {name: values[: self.complete] for name, values in samples.items()}
+        rows = np.concatenate([np.zeros((3, 0), np.int64), *self._blocks], axis=1)
+        part = self._part(rows, taken, {name: values[: self.complete] for name, values in numbers.items()}, fingerprint)
+        self._blocks, self.held, self.complete = [], self.held - self.complete, 0
+        self._reasons.clear()
+        return part
+
+    def _part(
+        self, ranges: Ints, samples: dict[str, Ints], numbers: dict[str, NDArray[np.float64]], fingerprint: str
+    ) -> UnitPart:
+        offset, length, rows = ranges
+        known = list(self._codes)
+        used, samples["combo"] = np.unique(samples["combo"], return_inverse=True)
+        is_bad = (used == IS_BAD)[samples["combo"]]
+        per_block, cells = histogram_of(rows, samples, len(used), 0 if is_bad.any() else None)  # IS_BAD sorts first.
         return UnitPart(
-            fingerprint=fingerprint,
-            combos=list(self._codes),
+            combos=[None if code == IS_BAD else known[code] for code in used.tolist()],
             blocks={"offset": offset, "length": length, "rows": rows, "count": per_block},
             cells=cells,
-            zones={n: _zones(values, np.cumsum(rows) - rows) for n, values in numbers.items()},
+            zones={name: zones_of(values, rows, is_bad) for name, values in numbers.items()},
             samples=samples,
             numbers=numbers,
+            fingerprint=fingerprint,
+            reasons=dict(self._reasons),
         )
 
-    def _combos(self, batch: Batch) -> Ints:
+    def _columns(self) -> tuple[dict[str, Ints], dict[str, NDArray[np.float64]]]:
+        """Everything held."""
+        samples = {name: np.concatenate(found) for name, found in self._samples.items() if found}
+        samples.setdefault("combo", np.zeros(0, np.int64))
+        return samples, {name: np.concatenate([np.zeros(0), *found]) for name, found in self._numbers.items()}
+
+    def _keep(self, samples: dict[str, Ints], numbers: dict[str, NDArray[np.float64]], rows: slice) -> None:
+        self._samples |= {name: [values[rows]] for name, values in samples.items()}
+        self._numbers = {name: [values[rows]] for name, values in numbers.items()}
+
+    def _combos(self, columns: Mapping[str, Column], rows: int) -> Ints:
         """The unit's code of every row's combo."""
-        columns = [batch.columns[name] for name in self._categorical]
-        values, code = _joined([c for c in columns if isinstance(c, Categories)], batch.rows)
+        if self._dataset:
+            columns = {**columns, DATASET: Categories([(self._dataset,)], np.zeros(rows, np.int32))}
+        found = [columns[name] for name in self._categorical]
+        values, code = joined_combos([c for c in found if isinstance(c, Categories)], rows)
         codes = np.fromiter((self._codes[v] for v in values), np.int64, len(values))
         return codes[code]
 
 
-def _joined(columns: Sequence[Categories], rows: int) -> tuple[list[Combo], NDArray[np.intp]]:
-    """The distinct combos of several columns and each row's position among them."""
-    combos: list[Combo] = [()]
-    code = np.zeros(rows, np.intp)
-    for column in columns:
-        pairs, code = np.unique(code * len(column.values) + column.code, return_inverse=True)
-        before, value = np.divmod(pairs, len(column.values))
-        combos = [(*combos[b], column.values[v]) for b, v in zip(before.tolist(), value.tolist(), strict=True)]
-    return combos, code
+def _documents(batch: Batch, bad: Sequence[int]) -> list[str] | None:
+    """The texts, empty for rows that cannot be read; None where there are none."""
+    if batch.documents is None or not bad:
+        return batch.documents
+    known = set(bad)
+    return ["" if row in known else text for row, text in enumerate(batch.documents)]
 
 
-def _histogram(
-    block: NDArray[np.intp], num_blocks: int, num_combos: int, samples: dict[str, Ints]
-) -> tuple[Ints, dict[str, Ints]]:
-    """Combos per block, and rows and tokens of every (block, combo) that occurs."""
-    cell, inverse = np.unique(block * max(num_combos, 1) + samples["combo"], return_inverse=True)
-    cell_block, combo = np.divmod(cell, max(num_combos, 1))
-    tokens = np.zeros(len(cell), np.int64)
-    if "tokens" in samples:
-        np.add.at(tokens, inverse, samples["tokens"])
-    rows = np.bincount(inverse, minlength=len(cell))
-    return np.bincount(cell_block, minlength=num_blocks), {"combo": combo, "rows": rows, "tokens": tokens}
+def _numbers(column: Column, bad: Sequence[int]) -> NDArray[np.float64]:
+    values = column if isinstance(column, np.ndarray) else column.code.astype(np.float64)
+    if not bad:
+        return values
+    values = values.copy()
+    values[bad] = np.nan
+    return values
 
 
-def _zones(values: NDArray[np.float64], starts: Ints) -> dict[str, NDArray[np.float64]]:
-    """Smallest and largest value of each block, nulls aside, and whether it has a null."""
-    if not len(starts):
-        return {name: np.zeros(0) for name in ("low", "high", "has_null")}
-    return {
-        "low": np.fmin.reduceat(values, starts),
-        "high": np.fmax.reduceat(values, starts),
-        "has_null": np.logical_or.reduceat(np.isnan(values), starts).astype(np.float64),
-    }
+def _zeroed(counts: Ints, bad: Sequence[int]) -> Ints:
+    if not bad:
+        return counts
+    counts = counts.copy()
+    counts[bad] = 0
+    return counts

@@ -30,7 +30,7 @@ def changed_shards(index: PropertyIndex, root: Path | None = None) -> list[Chang
         root: where to look; the index's own data root when None.
     """
     shards, root = index.tables.shards, root or index.data_root
-    facts = zip(shards.path, shards.size_bytes.tolist(), shards.mtime_ns.tolist(), strict=True)
+    facts = zip(index.shard_paths(), shards.size_bytes.tolist(), shards.mtime_ns.tolist(), strict=True)
     found = ((path, _problem(root / path, size, mtime)) for path, size, mtime in facts)
     return [ChangedShard(path=path, problem=problem) for path, problem in found if problem]
 

@@ -1,13 +1,14 @@
-"""Merged parts → an HDF5 file that appears under its name whole, or not at all.
+"""Merged pieces → an HDF5 file that appears under its name whole, or not at all.
 
-The bytes depend on the content only: no times, fixed order. Beside them a fingerprint is taken of everything a plan depends on:
-not of the data root, nor of when files were changed.
+Sizes and types are known before the first piece is loaded, so every column is written from front to back through a buffer of
+one chunk: memory does not grow with the index. The bytes depend on the content only: no times, fixed order. Beside them a
+fingerprint is taken of everything a plan depends on: not of the data root, nor of when files were changed.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.properties import Kind, Property
 from mixtera_hpc.core.tables import ShardTable
 from mixtera_hpc.index.layout import (
     FORMAT,
+    TABLE_CHUNK,
     VERSION,
     first_samples,
     narrow,
@@ -27,51 +28,66 @@ from mixtera_hpc.index.layout import (
     put_text,
     put_texts,
 )
-from mixtera_hpc.index.merge import Merged
+from mixtera_hpc.index.merge import Merged, PlacedPiece, Translated, translated
+from mixtera_hpc.index.open import BadRows, Generation
 
-__all__ = ["IndexFacts", "publish", "write_index"]
+__all__ = ["IndexFacts", "Written", "publish", "write_index"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexFacts:
     """What an index says about itself."""
 
-    data_root: str
+    roots: dict[str, str]
+    """Dataset → folder; a single one is called ''."""
     text: str | None
     tokenizer: str | None
     """Fingerprint of the tokenizer that counted."""
-    parser: str | None = None
+    parser: str | None
     """Import path of the user's function that properties come from."""
+    sources: dict[str, str]
+    """Property → where it comes from."""
+    bad: tuple[BadRows, ...] = ()
+    """By shard and reason."""
+    generations: tuple[Generation, ...] = ()
+    """The earlier ones, oldest first."""
 
-    def texts(self) -> dict[str, str]:
-        """The attributes that are text."""
-        told = {"text": self.text, "tokenizer": self.tokenizer, "parser": self.parser}
-        return {"format": FORMAT, "data_root": self.data_root} | {name: value or "" for name, value in told.items()}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What went into the file."""
+
+    fingerprint: str
+    tokens: int
+    empty_properties: tuple[str, ...]
+    """Properties that no sample has."""
 
 
 def write_index(
-    path: Path, facts: IndexFacts, shards: ShardTable, merged: Merged, samples: Iterator[dict[str, NDArray[Any]]]
-) -> str:
-    """Write the file to `path`, flushed to disk; returns the index's fingerprint."""
+    path: Path, facts: IndexFacts, shards: ShardTable, merged: Merged, pieces: Iterable[PlacedPiece]
+) -> Written:
+    """Write the file to `path`, flushed to disk."""
     with h5py.File(path, "w", libver=("v110", "v110"), track_order=False, locking=False) as file:
         tables = _Tables(file)
-        _write_shards(tables, shards)
-        file.require_group("properties")
-        for prop in merged.properties.values():
-            tables.texts(f"properties/{prop.name}", "values", prop.values)
-            put_text(file[f"properties/{prop.name}"], "kind", prop.kind)
-        _write_combos(tables, merged)
-        _write_blocks(tables, merged)
-        _write_samples(tables, merged, samples)
-        fingerprint = tables.fingerprint(facts, merged.properties)
-        for name, text in facts.texts().items():
-            put_text(file, name, text)
-        put_text(file, "fingerprint", fingerprint)
+        _write_shards(tables, facts, shards)
+        _write_properties(tables, facts, merged)
+        content = _Content(tables, merged, len(shards.path))
+        for shard, piece in pieces:
+            content.add(shard, translated(merged, piece.load()))
+        content.finish()
+        kinds = [(p.name, str(p.kind)) for p in merged.properties.values()]
+        fingerprint = tables.fingerprint(repr((VERSION, facts.text, facts.tokenizer, facts.parser, kinds)))
+        _write_generations(file, (*facts.generations, _generation(fingerprint, merged, len(shards.path))))
+        _write_bad(file, facts.bad)
+        told = {"text": facts.text, "tokenizer": facts.tokenizer, "parser": facts.parser, "fingerprint": fingerprint}
+        for name, text in {"format": FORMAT, **told}.items():
+            put_text(file, name, text or "")
         file.attrs["version"] = VERSION
-        file.attrs["num_samples"] = int(shards.rows.sum())
+        file.attrs["num_samples"] = merged.rows - merged.bad_rows
         file.attrs["chunk_rows"] = merged.chunk_rows
     _sync(path)
-    return fingerprint
+    empty = tuple(name for name in merged.properties if name not in merged.has_values | content.known_numbers)
+    return Written(fingerprint=fingerprint, tokens=content.tokens, empty_properties=empty)
 
 
 def publish(part: Path, path: Path) -> None:
@@ -81,40 +97,166 @@ def publish(part: Path, path: Path) -> None:
 
 
 class _Tables:
-    """Writes columns and takes their fingerprint on the way."""
+    """Makes the columns of a file and takes their fingerprint on the way: of each, then of all."""
 
     def __init__(self, file: h5py.File) -> None:
         self.file = file
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digests: dict[str, Any] = {}
 
     def column(self, group: str, name: str, values: NDArray[Any], *, counts: bool = True) -> None:
-        """Store a table column; `counts` says whether it is part of the fingerprint."""
+        """Store a small table column; `counts` says whether it is part of the fingerprint."""
         stored = narrow(values)
         put_column(self.file.require_group(group), name, stored)
         if counts:
-            self.count(f"{group}/{name}", stored)
+            self.digest(f"{group}/{name}", stored.dtype).update(np.ascontiguousarray(stored).data)
 
     def texts(self, group: str, name: str, texts: tuple[str, ...]) -> None:
         """Store a column of texts."""
         put_texts(self.file.require_group(group), name, texts)
-        encoded = [text.encode() for text in texts]
-        self.count(f"{group}/{name}", np.array([len(e) for e in encoded], "<i8"))
-        self._digest.update(b"".join(encoded))
+        digest = self.digest(f"{group}/{name}", np.dtype("u1"))
+        for text in texts:
+            encoded = text.encode()
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
 
-    def count(self, name: str, values: NDArray[Any]) -> None:
-        """Make values part of the fingerprint."""
-        self._digest.update(f"{name} {values.dtype.str} {values.shape}".encode())
-        self._digest.update(np.ascontiguousarray(values).data)
+    def digest(self, name: str, dtype: np.dtype[Any]) -> Any:
+        """Where the content of a column is counted."""
+        self._digests[name] = hashlib.blake2b(f"{name} {dtype.str} ".encode(), digest_size=16)
+        return self._digests[name]
 
-    def fingerprint(self, facts: IndexFacts, properties: dict[str, Property]) -> str:
+    def fingerprint(self, more: str) -> str:
         """Hex digest of everything counted."""
-        kinds = [(p.name, str(p.kind)) for p in properties.values()]
-        self._digest.update(repr((VERSION, facts.text, facts.tokenizer, facts.parser, kinds)).encode())
-        return self._digest.hexdigest()
+        whole = hashlib.blake2b(more.encode(), digest_size=16)
+        for name in sorted(self._digests):
+            whole.update(self._digests[name].digest())
+        return whole.hexdigest()
 
 
-def _write_shards(tables: _Tables, shards: ShardTable) -> None:
+@dataclass(slots=True)
+class _Column:
+    """One column of known length, written from front to back in whole chunks."""
+
+    dataset: Any
+    digest: Any
+    held: list[NDArray[Any]] = field(default_factory=list)
+    num_held: int = 0
+    written: int = 0
+
+    def add(self, values: NDArray[Any]) -> None:
+        stored = np.ascontiguousarray(values, self.dataset.dtype)
+        self.digest.update(stored.data)
+        self.held.append(stored)
+        self.num_held += len(stored)
+        if self.num_held >= TABLE_CHUNK:
+            self.flush(self.num_held // TABLE_CHUNK * TABLE_CHUNK)
+
+    def flush(self, count: int) -> None:
+        """Write the first `count` of the values held."""
+        values = np.concatenate(self.held) if self.held else np.zeros(0, self.dataset.dtype)
+        if count:
+            self.dataset[self.written : self.written + count] = values[:count]
+        self.written += count
+        self.held, self.num_held = [values[count:].copy()], self.num_held - count
+
+
+class _Content:
+    """The columns of blocks and samples, piece by piece."""
+
+    def __init__(self, tables: _Tables, merged: Merged, num_shards: int) -> None:
+        self._merged = merged
+        self._columns = {
+            name: _made(tables, name, dtype, length)
+            for name, (dtype, length) in _block_columns(merged, num_shards).items()
+        }
+        types = _sample_types(merged)
+        self._digests = {name: tables.digest(f"samples/{name}", dtype) for name, dtype in types.items()}
+        group = tables.file.require_group("samples")
+        group.require_group("numbers")
+        chunks = (merged.chunk_rows,)
+        self._samples = {
+            name: group.create_dataset(
+                name, (merged.padded_rows,), dtype, chunks=chunks, shuffle=True, compression=1, fletcher32=True
+            )
+            for name, dtype in types.items()
+        }
+        self._next_sample = 0
+        self.tokens = 0
+        self.known_numbers: set[str] = set()
+
+    def add(self, shard: int, piece: Translated) -> None:
+        blocks = piece.blocks
+        self._columns["blocks/shard"].add(np.full(len(blocks["rows"]), shard, np.int64))
+        for name in ("rows", "offset", "length"):
+            self._columns[f"blocks/{name}"].add(blocks[name])
+        for number, zones in piece.zones.items():
+            for name, values in zones.items():
+                self._columns[f"zones/{number}/{name}"].add(values)
+            if not np.isnan(zones["low"]).all():
+                self.known_numbers.add(number)
+        self._columns["histogram/count"].add(blocks["count"])
+        for name in ("combo", "rows", "tokens"):
+            self._columns[f"histogram/{name}"].add(piece.cells[name])
+        self.tokens += int(piece.cells["tokens"].sum())
+        self._add_samples(blocks["rows"], piece.samples)
+
+    def finish(self) -> None:
+        """Write what is still held."""
+        for column in self._columns.values():
+            column.flush(column.num_held)
+
+    def _add_samples(self, rows: NDArray[np.int64], samples: dict[str, NDArray[Any]]) -> None:
+        """Rows go where their blocks begin, the gaps behind short blocks stay zero."""
+        bounds = first_samples(rows, self._merged.chunk_rows)
+        place = np.repeat(bounds[:-1] - (np.cumsum(rows) - rows), rows) + np.arange(int(rows.sum()))
+        end = self._next_sample + int(bounds[-1])
+        for name, dataset in self._samples.items():
+            stored = samples[name].astype(dataset.dtype)
+            self._digests[name].update(stored.data)
+            padded = np.zeros(int(bounds[-1]), dataset.dtype)
+            padded[place] = stored
+            if len(padded):
+                dataset[self._next_sample : end] = padded
+        self._next_sample = end
+
+
+def _block_columns(merged: Merged, num_shards: int) -> dict[str, tuple[np.dtype[Any], int]]:
+    """Type and length of every column of the block tables."""
+
+    def type_of(name: str) -> np.dtype[Any]:
+        return narrow_type(merged.maxima.get(name, 0))
+
+    columns = {"blocks/shard": (narrow_type(max(num_shards - 1, 0)), merged.blocks)}
+    columns |= {f"blocks/{name}": (type_of(f"blocks/{name}"), merged.blocks) for name in ("rows", "offset", "length")}
+    for number in merged.numbers:
+        for name, dtype in (("low", "<f8"), ("high", "<f8"), ("has_null", "u1")):
+            columns[f"zones/{number}/{name}"] = (np.dtype(dtype), merged.blocks)
+    columns["histogram/count"] = (type_of("blocks/count"), merged.blocks)
+    columns["histogram/combo"] = (narrow_type(max(merged.combos.num_combos - 1, 0)), merged.cells)
+    return columns | {f"histogram/{name}": (type_of(f"cells/{name}"), merged.cells) for name in ("rows", "tokens")}
+
+
+def _sample_types(merged: Merged) -> dict[str, np.dtype[Any]]:
+    """Type of every sample column."""
+    types = {"combo": narrow_type(max(merged.combos.num_combos - 1, 0))}
+    for name in ("length", "tokens"):
+        if f"samples/{name}" in merged.maxima:
+            types[name] = narrow_type(merged.maxima[f"samples/{name}"])
+    return types | {f"numbers/{name}": np.dtype("<f8") for name in merged.numbers}
+
+
+def _made(tables: _Tables, name: str, dtype: np.dtype[Any], length: int) -> _Column:
+    group, _, column = name.rpartition("/")
+    chunks = {"chunks": (min(length, TABLE_CHUNK),), "fletcher32": True} if length else {}
+    dataset = tables.file.require_group(group).create_dataset(column, (length,), dtype, **chunks)
+    return _Column(dataset, tables.digest(name, dtype))
+
+
+def _write_shards(tables: _Tables, facts: IndexFacts, shards: ShardTable) -> None:
+    datasets = list(facts.roots)
+    put_texts(tables.file.require_group("roots"), "dataset", datasets)
+    put_texts(tables.file["roots"], "path", list(facts.roots.values()))
     tables.texts("shards", "path", shards.path)
+    code, names = {name: i for i, name in enumerate(datasets)}, shards.dataset or ("",) * len(shards.path)
+    tables.column("shards", "dataset", np.array([code[name] for name in names], np.int64), counts=False)
     tables.texts("shards", "format", shards.format)
     tables.column("shards", "rows", shards.rows)
     tables.column("shards", "size_bytes", shards.size_bytes)
@@ -123,57 +265,43 @@ def _write_shards(tables: _Tables, shards: ShardTable) -> None:
     tables.column("shards", "fingerprint", digests.reshape(len(shards.path), -1))
 
 
-def _write_combos(tables: _Tables, merged: Merged) -> None:
-    tables.file.require_group("combos").attrs["num_combos"] = merged.combos.num_combos
+def _write_properties(tables: _Tables, facts: IndexFacts, merged: Merged) -> None:
+    tables.file.require_group("properties")
+    for prop in merged.properties.values():
+        tables.texts(f"properties/{prop.name}", "values", prop.values)
+        put_text(tables.file[f"properties/{prop.name}"], "kind", prop.kind)
+        put_text(tables.file[f"properties/{prop.name}"], "source", facts.sources[prop.name])
+    group = tables.file.require_group("combos")
+    group.attrs["num_combos"] = merged.combos.num_combos
+    group.attrs["bad"] = merged.combos.bad
     for name in merged.combos.properties:
         tables.column(f"combos/{name}", "count", np.diff(merged.combos.indptr[name]))
         tables.column(f"combos/{name}", "code", merged.combos.codes[name])
 
 
-def _write_blocks(tables: _Tables, merged: Merged) -> None:
-    blocks, histogram = merged.blocks, merged.histogram
-    for name in ("shard", "rows", "offset", "length"):
-        tables.column("blocks", name, getattr(blocks, name))
-    for number, zones in blocks.zones.items():
-        tables.column(f"zones/{number}", "low", zones.low)
-        tables.column(f"zones/{number}", "high", zones.high)
-        tables.column(f"zones/{number}", "has_null", zones.has_null.astype(np.uint8))
-    tables.column("histogram", "count", np.diff(histogram.indptr))
-    for name in ("combo", "rows", "tokens"):
-        tables.column("histogram", name, getattr(histogram, name))
+def _write_bad(file: h5py.File, bad: tuple[BadRows, ...]) -> None:
+    group = file.require_group("bad")
+    put_column(group, "shard", narrow(np.array([b.shard for b in bad], np.int64)))
+    put_column(group, "rows", narrow(np.array([b.rows for b in bad], np.int64)))
+    put_texts(group, "reason", [b.reason for b in bad])
 
 
-def _write_samples(tables: _Tables, merged: Merged, samples: Iterator[dict[str, NDArray[Any]]]) -> None:
-    """Unit by unit: rows go where their blocks begin, the gaps behind short blocks stay zero."""
-    bounds = first_samples(merged.blocks.rows, merged.chunk_rows)
-    types = {name: narrow_type(largest) for name, largest in merged.maxima.items()}
-    types |= {f"numbers/{p.name}": np.dtype("<f8") for p in merged.properties.values() if p.kind is Kind.NUMBER}
-    group = tables.file.require_group("samples")
-    group.require_group("numbers")
-    for name, dtype in types.items():
-        group.create_dataset(
-            name, (bounds[-1],), dtype, chunks=(merged.chunk_rows,), shuffle=True, compression=1, fletcher32=True
-        )
-    block = 0
-    for columns in samples:
-        first, rows = block, 0
-        while rows < len(columns["combo"]):
-            rows += int(merged.blocks.rows[block])
-            block += 1
-        place = _places(bounds[first : block + 1], merged.blocks.rows[first:block])
-        for name, dtype in types.items():
-            stored = columns[name].astype(dtype)
-            tables.count(name, stored)
-            padded = np.zeros(bounds[block] - bounds[first], dtype)
-            padded[place] = stored
-            if len(padded):
-                group[name][bounds[first] : bounds[block]] = padded
+def _generation(fingerprint: str, merged: Merged, num_shards: int) -> Generation:
+    return Generation(
+        fingerprint=fingerprint,
+        shards=num_shards,
+        blocks=merged.blocks,
+        cells=merged.cells,
+        combos=merged.combos.num_combos,
+        samples=merged.rows,
+    )
 
 
-def _places(bounds: NDArray[np.int64], rows: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Where the rows of consecutive blocks go, counted from the first of them."""
-    row = np.arange(int(rows.sum())) - np.repeat(np.cumsum(rows) - rows, rows)
-    return np.asarray(np.repeat(bounds[:-1] - bounds[0], rows) + row, np.int64)
+def _write_generations(file: h5py.File, generations: tuple[Generation, ...]) -> None:
+    group = file.require_group("generations")
+    put_texts(group, "fingerprint", [g.fingerprint for g in generations])
+    for name in ("shards", "blocks", "cells", "combos", "samples"):
+        put_column(group, name, np.array([getattr(g, name) for g in generations], np.int64))
 
 
 def _sync(path: Path) -> None:

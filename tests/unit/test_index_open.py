@@ -125,5 +125,5 @@ def test_another_version_is_refused_by_number(path: Path, tmp_path: Path) -> Non
     shutil.copy(path, tmp_path / "i.h5")
     with h5py.File(tmp_path / "i.h5", "r+") as file:
         file.attrs["version"] = 99
-    with pytest.raises(PropertyIndexError, match="is of version 99, this is version 1"):
+    with pytest.raises(PropertyIndexError, match="is of version 99, this is version 2"):
         open_index(tmp_path / "i.h5")

@@ -1,0 +1,141 @@
+"""One attempt at an index: what building, refreshing and deriving have in common.
+
+Rank 0 makes a plan and tells it to the others; all scan what is missing; rank 0 finishes, removes the logs and tells what came
+of it. One process at a time works on an index; what an attempt that was killed has scanned is found by the next attempt at the
+same thing, and removed by one at anything else.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
+from mixtera_hpc.errors import PropertyIndexError
+from mixtera_hpc.index.discover import Shard
+from mixtera_hpc.index.layout import VERSION
+from mixtera_hpc.index.part import UnitPart
+from mixtera_hpc.index.parts import PartRecord, building_folder, find_parts, locked, recover_parts, whole_units
+from mixtera_hpc.index.together import Report, Tasks, scan_together
+
+__all__ = ["Attempt", "Plan", "attempt"]
+
+T = TypeVar("T")
+
+
+class Plan(msgspec.Struct, kw_only=True):
+    """What rank 0 tells the others."""
+
+    shards: list[Shard]
+    """What the index will hold, in order."""
+    units: list[tuple[int, int, int]]
+    """Position of a shard, start and stop; in index order."""
+    sizes: list[int]
+    """Bytes of every unit."""
+    key: str = ""
+    """Of everything a part depends on."""
+    done: list[int] = []
+    """Units whose parts were found."""
+    number: int = 1
+    """Of the attempt."""
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is to be read."""
+        return sum(self.sizes) - sum(self.sizes[unit] for unit in self.done)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """The parts of one."""
+
+    path: Path
+    """Of the index."""
+    depends: Any
+    """What a part depends on besides its unit; goes through JSON."""
+    threads: int
+    scan: Callable[[Plan, int], Iterator[UnitPart]]
+    """The parts of a unit; called by several threads at once."""
+
+
+Records = dict[int, list[PartRecord]]
+"""The parts of every unit."""
+
+
+def attempt(
+    job: Attempt,
+    comm: Communicator,
+    make_plan: Callable[[], Plan],
+    finish: Callable[[Plan, Records], T],
+    kind: type[T],
+    report: Report | None,
+) -> T:
+    """Carry it out; returns what `finish` returned, which runs on rank 0 like `make_plan`. **Collective.**
+
+    Raises:
+        PropertyIndexError: the index cannot be written, or another process works on it.
+    """
+    folder = building_folder(job.path)
+    if comm.rank > 0:
+        _scan(job, msgspec.json.decode(bcast_bytes(comm, None), type=Plan), comm, None)
+        return msgspec.json.decode(bcast_bytes(comm, None), type=kind)
+    plan = make_plan()
+    _make(folder)
+    with locked(folder):
+        _resume(folder, plan, job.depends)
+        bcast_bytes(comm, msgspec.json.encode(plan))
+        _scan(job, plan, comm, report)
+        result = finish(plan, _found(folder, len(plan.units)))
+        shutil.rmtree(folder)
+    bcast_bytes(comm, msgspec.json.encode(result))
+    return result
+
+
+def _scan(job: Attempt, plan: Plan, comm: Communicator, report: Report | None) -> None:
+    done = set(plan.done)
+    tasks = Tasks(
+        sizes=plan.sizes,
+        missing=[unit for unit in range(len(plan.units)) if unit not in done],
+        folder=building_folder(job.path),
+        attempt=plan.number,
+        threads=job.threads,
+    )
+    scan_together(tasks, lambda unit: job.scan(plan, unit), comm, report)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PropertyIndexError(
+            f"The index cannot be written to {folder.parent}: {error.strerror}.\n  Set index.path to a place you can write to."
+        ) from None
+
+
+def _resume(folder: Path, plan: Plan, depends: Any) -> None:
+    """Keep the parts of an earlier attempt at the very same thing, remove others."""
+    described = msgspec.json.encode([VERSION, plan.shards, plan.units, depends])
+    plan.key = hashlib.blake2b(described, digest_size=16).hexdigest()
+    marker = folder / "key"
+    if marker.exists() and marker.read_text() == plan.key:
+        plan.done = sorted(whole_units(recover_parts(folder)))
+    else:
+        for path in folder.glob("*.parts"):
+            path.unlink()
+        marker.write_text(plan.key)
+    plan.number = 1 + max((int(p.stem.split("-")[0]) for p in folder.glob("*.parts")), default=0)
+
+
+def _found(folder: Path, num_units: int) -> Records:
+    found = whole_units(find_parts(folder))
+    missing = num_units - len(found)
+    if missing:
+        raise PropertyIndexError(
+            f"{missing} scanned units cannot be read back from {folder}: do all ranks see the same folder?\n"
+            "  Set index.path to a file system that all nodes share, and build again."
+        )
+    return found
