@@ -14,14 +14,14 @@ Shares are integers in units of 2^-40 sequence, so that nothing is ever rounded 
 """
 
 import heapq
-import math
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MAX_SLOTS", "UNIT", "advance", "order", "quantise", "slots_until"]
+__all__ = ["BITS", "MAX_SLOTS", "UNIT", "advance", "order", "quantise", "slots_until"]
 
-UNIT = 1 << 40
+BITS = 40
+UNIT = 1 << BITS
 """Fixed-point one."""
 MAX_SLOTS = 1 << 21
 """Slots of one call; keeps every product below 2^62."""
@@ -31,16 +31,15 @@ Ints = NDArray[np.int64]
 
 
 def quantise(weights: NDArray[np.float64]) -> Ints:
-    """Non-negative weights as integers that sum to UNIT exactly (largest remainder); shape (K,).
+    """Non-negative weights as integers that sum to UNIT exactly; shape (K,).
 
-    A positive weight keeps at least 2^-40.
+    Each is within K + 1 units of its share, and a positive one keeps at least 1. Only correctly rounded operations on single
+    numbers and sums of integers are used, so every machine gets the same.
     """
-    exact = weights / math.fsum(weights.tolist()) * UNIT
-    units = np.floor(exact).astype(np.int64)
-    units[(weights > 0) & (units == 0)] = 1
-    up = np.argsort(units - exact, kind="stable")[: max(UNIT - int(units.sum()), 0)]
-    units[up] += 1
-    units[np.argmax(units)] += UNIT - int(units.sum())
+    scaled = np.rint(weights * (UNIT / weights.max()))
+    units = np.rint(scaled * (UNIT / int(scaled.astype(np.int64).sum()))).astype(np.int64)
+    units[(units == 0) & (weights > 0)] = 1
+    units[units.argmax()] += UNIT - int(units.sum())
     return units
 
 
@@ -53,49 +52,50 @@ def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> Ints:
         remaining: sequences a domain still has; nobody's share may outgrow it within `num_slots` (see `slots_until`).
     """
     share = lag + weight * num_slots
-    due = np.maximum(share, 0) // UNIT
+    due = np.maximum(share >> BITS, 0)
     rest = num_slots - int(due.sum())
     if rest > 0:
-        part = share - due * UNIT
-        due[_earliest(part, weight, rest, num_slots, (part > 0) & (due < remaining))] += 1
+        part = share - (due << BITS)
+        candidates = np.flatnonzero((part > 0) & (due < remaining))
+        due[_earliest(part, weight, candidates, (rest, num_slots))] += 1
     return due
 
 
-def _earliest(part: Ints, weight: Ints, rest: int, num_slots: int, open_window: NDArray[np.bool_]) -> Ints:
-    """The `rest` domains whose open sequence is served before the boundary.
+def _earliest(part: Ints, weight: Ints, candidates: NDArray[np.intp], limits: tuple[int, int]) -> NDArray[np.intp]:
+    """Those of `candidates` whose open sequence is served before the boundary; `limits` are how many, and the chunk's slots.
 
     A set that holds at most ⌈Σ part⌉ of the sequences released in the last L slots, for every L < num_slots, can be served
     without crowding the end of the chunk. Among such sets the one with the earliest deadlines is found by a sweep over
     ascending L: the bound grows by at most one per sequence, so each either joins or replaces the latest deadline.
     """
-    candidates = np.flatnonzero(open_window)
+    rest, num_slots = limits
     part, weight = part[candidates], np.maximum(weight[candidates], 1)
-    age = -(-part // weight)
-    deadline = -(-(UNIT - part) // weight)
-    priority = np.empty(len(candidates), np.int64)
-    priority[np.lexsort((candidates, deadline))] = np.arange(len(candidates))
-    sweep = np.argsort(age, kind="stable")
-    bound = -(-np.cumsum(part[sweep]) // UNIT)
-    joins = np.diff(bound, prepend=0) > 0
-    num_inside = int(np.searchsorted(age[sweep], num_slots))
+    tie = len(candidates).bit_length()
+    mine = np.arange(len(candidates))
+    deadline = (-((part - UNIT) // weight) << tie) + mine
+    by_age = np.sort((-(-part // weight) << tie) + mine)
+    inside = int(by_age.searchsorted(num_slots << tie))
+    sweep = by_age & ((1 << tie) - 1)
+    bound = -(-part[sweep[:inside]].cumsum() >> BITS)
+    joins = bound > np.concatenate([[0], bound[:-1]])[:inside]
     chosen: list[int] = []
-    for key, join in zip((-priority[sweep[:num_inside]]).tolist(), joins[:num_inside].tolist(), strict=True):
+    for key, join in zip((-deadline[sweep[:inside]]).tolist(), joins.tolist(), strict=True):
         if join:
             heapq.heappush(chosen, key)
         else:
             heapq.heappushpop(chosen, key)
-    ranked = np.sort(np.concatenate([-np.array(chosen, np.int64), priority[sweep[num_inside:]]]))[:rest]
-    by_priority = np.empty(len(candidates), np.int64)
-    by_priority[priority] = candidates
-    return by_priority[ranked]
+    keys = np.concatenate([-np.array(chosen, np.int64), deadline[sweep[inside:]]])
+    keys.sort()
+    return candidates[keys[:rest] & ((1 << tie) - 1)]
 
 
 def slots_until(lag: Ints, weight: Ints, remaining: Ints, horizon: int) -> Ints:
     """Slots after which each domain's share equals all it has left; `NEVER` if beyond `horizon`. Shape (K,)."""
     slots = np.full(len(lag), NEVER)
     near = (remaining <= horizon + 1) & (weight > 0)
-    missing = remaining[near] * UNIT - lag[near]
-    slots[near] = np.maximum(-(-missing // weight[near]), 0)
+    if near.any():
+        missing = (remaining[near] << BITS) - lag[near]
+        slots[near] = np.maximum(-(-missing // weight[near]), 0)
     return slots
 
 

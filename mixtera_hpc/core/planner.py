@@ -6,13 +6,13 @@ domain's stream of every sequence. Number of ranks, of nodes and of readers are 
 """
 
 import hashlib
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.apportion import MAX_SLOTS, UNIT, advance, order, quantise, slots_until
+from mixtera_hpc.core.apportion import BITS, MAX_SLOTS, UNIT, advance, order, quantise, slots_until
 from mixtera_hpc.errors import CommError, MixtureError
 
 __all__ = ["ChunkPlan", "OnExhausted", "Planner", "PlannerState", "Slots"]
@@ -103,13 +103,21 @@ class Slots:
     """Position in the domain's stream, counted in sequences from the start of the run."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Segment:
+class _Start(NamedTuple):
+    """What slots begin with."""
+
+    lags: Ints
+    weights: Ints
+
+
+class _Segment(NamedTuple):
     """Slots under constant weights: from the chunk's start, or from a domain's exhaustion, on."""
 
     lags: Ints
     weights: Ints
     counts: Ints
+    end: Ints
+    """Lags after them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +133,16 @@ class Planner:
     UNLIMITED = 1 << 61
 
     def plan(self, state: PlannerState, weights: NDArray[np.float64]) -> tuple[ChunkPlan, PlannerState]:
-        """Decide the next chunk.
+        """Decide the next chunk, and where it leads: `decide` and `after` in one."""
+        plan = self.decide(state, weights)
+        return plan, self.after(plan)
+
+    def decide(self, state: PlannerState, weights: NDArray[np.float64]) -> ChunkPlan:
+        """What the next chunk contains.
 
         Every prefix of the served order keeps every domain within 1 sequence of its share while weights stay the same;
-        over changing weights the same holds at chunk boundaries (docs/planner.md says exactly when). O(K log K) time.
+        over changing weights the same holds at chunk boundaries (docs/planner.md says exactly when). O(K) time, O(K log K)
+        where data may end.
 
         Args:
             weights: the wish, non-negative, shape (K,). Exhausted domains are left out under `redistribute`.
@@ -136,93 +150,94 @@ class Planner:
         Raises:
             MixtureError: the weights are negative, not finite or all zero.
         """
-        num_slots = self.chunk_steps * self.global_batch_size
+        num_slots = asked = self.chunk_steps * self.global_batch_size
         start = self._start(state, weights)
-        segments = self._segments(start, state.cursors, num_slots)
-        served = sum(int(s.counts.sum()) for s in segments)
-        if served < num_slots:
+        remaining = self.capacity - state.cursors
+        if not remaining.min() > num_slots + 1:
+            served = sum(int(s.counts.sum()) for s in self._segments(start, remaining, num_slots))
             num_slots = served - served % self.global_batch_size
-            segments = self._segments(start, state.cursors, num_slots)
-        plan = ChunkPlan(
+        return ChunkPlan(
             chunk=state.chunk,
             first_step=state.step,
             num_steps=num_slots // self.global_batch_size,
-            last=num_slots < self.chunk_steps * self.global_batch_size,
+            last=num_slots < asked,
             cursors=state.cursors,
             lags=start.lags,
             weights=start.weights,
         )
-        return plan, self._after(state, plan, segments)
+
+    def after(self, plan: ChunkPlan) -> PlannerState:
+        """The state that follows `plan`. O(K log K), whatever the chunk's size."""
+        segments = self._segments_of(plan)
+        counts = [segment.counts for segment in segments]
+        return PlannerState(
+            chunk=plan.chunk + 1,
+            step=plan.first_step + plan.num_steps,
+            cursors=sum(counts, plan.cursors),
+            lags=segments[-1].end if segments else plan.lags,
+        )
 
     def slots(self, plan: ChunkPlan) -> Slots:
         """Expand a plan to its sequences; O(n log K)."""
-        start = _Segment(plan.lags, plan.weights, np.zeros_like(plan.cursors))
-        segments = self._segments(start, plan.cursors, plan.num_steps * self.global_batch_size)
-        pieces = [order(s.lags, s.weights, s.counts) for s in segments]
+        pieces = [order(s.lags, s.weights, s.counts) for s in self._segments_of(plan)]
         domain = np.concatenate([np.zeros(0, np.int32), *pieces])
         return Slots(domain=domain, ordinal=plan.cursors[domain] + _running_count(domain))
-
-    def after(self, plan: ChunkPlan) -> PlannerState:
-        """The state that follows `plan`; what `plan` itself returned."""
-        start = _Segment(plan.lags, plan.weights, np.zeros_like(plan.cursors))
-        segments = self._segments(start, plan.cursors, plan.num_steps * self.global_batch_size)
-        state = PlannerState(chunk=plan.chunk, step=plan.first_step, cursors=plan.cursors, lags=plan.lags)
-        return self._after(state, plan, segments)
 
     def exhausted(self, state: PlannerState) -> NDArray[np.bool_]:
         """Which domains have nothing left; shape (K,)."""
         return state.cursors >= self.capacity
 
-    def _start(self, state: PlannerState, weights: NDArray[np.float64]) -> _Segment:
-        start = _Segment(state.lags, quantise_or_refuse(weights), np.zeros_like(state.cursors))
-        gone = (state.cursors >= self.capacity) & (state.lags >= 0)
-        if self.on_exhausted == "redistribute" and gone.any() and (weights[~gone] > 0).any():
-            return self._retire(start, gone)
+    def _start(self, state: PlannerState, weights: NDArray[np.float64]) -> _Start:
+        start = _Start(state.lags, quantise_or_refuse(weights))
+        if self.on_exhausted == "redistribute":
+            gone = (state.cursors >= self.capacity) & (state.lags >= 0)
+            if gone.any() and (weights[~gone] > 0).any():
+                return _retire(start, gone)
         return start
 
-    def _segments(self, start: _Segment, cursors: Ints, num_slots: int) -> list[_Segment]:
+    def _segments_of(self, plan: ChunkPlan) -> list[_Segment]:
+        remaining = self.capacity - plan.cursors
+        return self._segments(_Start(plan.lags, plan.weights), remaining, plan.num_steps * self.global_batch_size)
+
+    def _segments(self, now: _Start, remaining: Ints, num_slots: int) -> list[_Segment]:
         """Cut `num_slots` at exhaustions; they cover less when the data ends."""
         segments: list[_Segment] = []
-        now, remaining = start, self.capacity - cursors
         while num_slots > 0:
             until = slots_until(now.lags, now.weights, remaining, num_slots)
             length = min(num_slots, int(until.min()), MAX_SLOTS)
             counts = advance(now.lags, now.weights, length, remaining)
-            segments.append(replace(now, counts=counts))
-            remaining = remaining - counts
-            now = replace(now, lags=now.lags + now.weights * length - counts * UNIT)
+            end = now.lags + now.weights * length - (counts << BITS)
+            segments.append(_Segment(now.lags, now.weights, counts, end))
             num_slots -= length
-            gone = until <= length
-            if gone.any() and num_slots > 0:
+            if num_slots == 0:
+                break
+            remaining = remaining - counts
+            now, gone = _Start(end, now.weights), until <= length
+            if gone.any():
                 if self.on_exhausted != "redistribute" or not (now.weights[~gone] > 0).any():
                     break
-                now = self._retire(now, gone)
+                now = _retire(now, gone)
         return segments
 
-    def _retire(self, now: _Segment, gone: NDArray[np.bool_]) -> _Segment:
-        """Give the share of exhausted domains, and what they were still due, to the others."""
-        weights = quantise(np.where(gone, 0, now.weights).astype(np.float64))
-        due = int(now.lags[gone].sum())
-        extra = np.floor(weights * (due / UNIT)).astype(np.int64)
-        extra[np.argmax(weights)] += due - int(extra.sum())
-        return _Segment(np.where(gone, 0, now.lags) + extra, weights, now.counts)
 
-    def _after(self, state: PlannerState, plan: ChunkPlan, segments: list[_Segment]) -> PlannerState:
-        cursors, lags = plan.cursors, plan.lags
-        for segment in segments:
-            cursors = cursors + segment.counts
-            lags = segment.lags + segment.weights * int(segment.counts.sum()) - segment.counts * UNIT
-        return PlannerState(chunk=state.chunk + 1, step=state.step + plan.num_steps, cursors=cursors, lags=lags)
+def _retire(now: _Start, gone: NDArray[np.bool_]) -> _Start:
+    """Give the share of exhausted domains, and what they were still due, to the others."""
+    weights = quantise(np.where(gone, 0, now.weights).astype(np.float64))
+    due = int(now.lags[gone].sum())
+    extra = np.floor(weights * (due / UNIT)).astype(np.int64)
+    extra[np.argmax(weights)] += due - int(extra.sum())
+    return _Start(np.where(gone, 0, now.lags) + extra, weights)
 
 
 def quantise_or_refuse(weights: NDArray[np.float64]) -> Ints:
     """`quantise`, refusing weights that are negative, not finite or all zero."""
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        worst = int(np.flatnonzero(~np.isfinite(weights) | (weights < 0))[0])
-        raise MixtureError(f"The weight of domain {worst} is {weights[worst]}; weights are finite and at least 0.")
-    if not weights.sum() > 0:
+    low, high = weights.min(), weights.max()
+    if low >= 0 and 0 < high < np.inf:
+        return quantise(weights)
+    if low == high == 0:
         raise MixtureError("All weights of the mixture are 0; give at least one domain a weight.")
-    return quantise(weights)
+    worst = int(np.flatnonzero(~np.isfinite(weights) | (weights < 0))[0])
+    raise MixtureError(f"The weight of domain {worst} is {weights[worst]}; weights are finite and at least 0.")
 
 
 def _running_count(domain: NDArray[np.int32]) -> Ints:

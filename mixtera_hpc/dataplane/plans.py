@@ -85,7 +85,7 @@ class PlanFeed:
         if weights is None:
             return None
         began = time.perf_counter()
-        plan, _ = self._planner.plan(self._state, weights)
+        plan = self._planner.decide(self._state, weights)
         self.plan_s = time.perf_counter() - began
         return plan
 
