@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,9 @@ from mixtera_hpc.dataplane.expand import Documents
 from mixtera_hpc.dataplane.source import Source
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import BlockRef, RangeReader, ShardReader
+from mixtera_hpc.formats.format import BlockRef, RangeReader, ShardReader, TokenReader
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["DocumentReader", "Span"]
 
@@ -48,6 +49,8 @@ class _Open(NamedTuple):
     reader: ShardReader
     ranged: RangeReader | None
     """The same, where rows have bytes of their own."""
+    tokens: TokenReader | None
+    """The same, where rows are token ids."""
 
 
 class _What(NamedTuple):
@@ -58,6 +61,7 @@ class _What(NamedTuple):
 
 
 _DOCUMENTS = _What(lambda reader, *where: reader.documents_at(*where), lambda reader, *at: reader.documents(*at))
+_TOKENS = _What(_DOCUMENTS.at, lambda reader, block, lengths, rows: cast(TokenReader, reader).tokens(block, rows))
 _PAYLOADS = _What(lambda reader, *where: reader.payloads_at(*where), lambda reader, *at: reader.payloads(*at))
 
 
@@ -141,7 +145,7 @@ class DocumentReader:
         tokens: list[Tokens] = []
         for first in range(0, len(documents.block), ENCODED_TOGETHER):
             part = documents.only(slice(first, first + ENCODED_TOGETHER))
-            tokens += tokenizer.encode_each(self._read(part, _DOCUMENTS))
+            tokens += _ids(tokenizer, self._read(part, _DOCUMENTS))
         sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.num_specials
         wrong = np.flatnonzero(sizes != documents.size)
         if len(wrong):
@@ -154,12 +158,12 @@ class DocumentReader:
         shards = blocks.shard[documents.block]
         results: list[Any] = []
         for first, last in _runs(shards):
-            reader, ranged = self._reader(int(shards[first]))
+            reader, ranged, ids = self._reader(int(shards[first]))
             part = documents if last - first == len(shards) else documents.only(slice(first, last))
             if ranged is not None:
                 results += what.at(ranged, blocks.offset[part.block] + part.offset, part.length)
             else:
-                results += self._by_block(reader, part, what)
+                results += self._by_block(reader, part, _TOKENS if ids and what is _DOCUMENTS else what)
         return results
 
     def _by_block(self, reader: ShardReader, documents: Documents, what: "_What") -> Iterator[Any]:
@@ -183,8 +187,10 @@ class DocumentReader:
             return self._readers[shard]
         facts = self._source.facts
         path = Path(facts.data_root) / facts.shard_paths[shard]
-        reader = load_format(facts.shard_formats[shard]).open(path, facts.text, self._cache)
-        self._readers[shard] = _Open(reader, reader if isinstance(reader, RangeReader) else None)
+        fmt = load_format(facts.shard_formats[shard])
+        reader = fmt.open(path, facts.text, self._cache)
+        ids = cast(TokenReader, reader) if fmt.holds_tokens else None
+        self._readers[shard] = _Open(reader, reader if isinstance(reader, RangeReader) else None, ids)
         if len(self._readers) > MAX_OPEN_SHARDS:
             self._readers.popitem(last=False)[1].reader.close()
         return self._readers[shard]
@@ -197,6 +203,21 @@ class DocumentReader:
             f"{shard} row {row} has {got} tokens, the index counted {int(documents.size[number])}: the file changed, or the "
             "tokenizer is another one.\n  Run mixtera-hpc index verify, and build the index again."
         )
+
+
+def _ids(tokenizer: Tokenizer, documents: Sequence[Any]) -> list[Tokens]:
+    """The tokens of documents, of which some may be ids already; these without an end-of-text token at their end."""
+    texts = [d for d in documents if isinstance(d, str)]
+    encoded = tokenizer.encode_each(texts) if texts else []
+    if len(texts) == len(documents):
+        return encoded
+    rest = iter(encoded)
+    return [next(rest) if isinstance(d, str) else _without_eos(d, tokenizer.eos_id) for d in documents]
+
+
+def _without_eos(ids: NDArray[Any], eos_id: int | None) -> Tokens:
+    ends = eos_id is not None and len(ids) > 0 and int(ids[-1]) == eos_id
+    return ids[: len(ids) - ends].astype(np.uint32)
 
 
 def _key(block: Any, row: Any) -> Any:

@@ -29,13 +29,15 @@ PIECE_BYTES = 2 << 20
 
 
 class Decompressor(Protocol):
-    """Decodes one frame, as `zlib.decompressobj` does."""
+    """Decodes one frame, as `bz2.BZ2Decompressor` does."""
 
     @property
     def eof(self) -> bool: ...
     @property
     def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
+    @property
+    def needs_input(self) -> bool: ...
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,7 @@ class Codec:
 
     start: Callable[[], Decompressor]
     """A decompressor for the next frame."""
-    error: type[Exception]
+    errors: tuple[type[Exception], ...]
     """What it raises on bytes that are not its own."""
     padding: bytes = b""
     """Bytes that may stand between and after frames, meaning nothing."""
@@ -75,7 +77,8 @@ class CompressedJsonl:
         scanner = LineScanner(fields, path)
         with path.open("rb") as file:
             start, rows = 0, 0
-            for data, end in _whole_lines(_pieces(file, self._codec, path)):
+            pieces = _bounded(_pieces(file, self._codec, path), fields.max_block_bytes, path)
+            for data, end in _whole_lines(pieces):
                 lines = scanner.lines(data)
                 rows += len(lines.rows)
                 closes = end is not None and rows > 0
@@ -91,20 +94,37 @@ class CompressedJsonl:
         return _Reader(path, text, cache, self._codec)
 
 
+def _bounded(pieces: Iterator[_Piece], limit: int, path: Path) -> Iterator[_Piece]:
+    """Refuse a run of bytes that can only be decoded as a whole, and is too long for it."""
+    size, start = 0, 0
+    for piece in pieces:
+        size += len(piece.data)
+        if size > limit:
+            raise DataError(
+                f"{path}: what begins at byte {start} decodes to more than data.max_block_bytes={limit}, and none of it can be "
+                "read without the rest.\n"
+                "  Compress it in frames that end with a line (docs/formats.md has the command), or raise data.max_block_bytes."
+            )
+        yield piece
+        if piece.frame_end is not None and piece.data.endswith(b"\n"):
+            size, start = 0, piece.frame_end
+
+
 def _whole_lines(pieces: Iterator[_Piece]) -> Iterator[tuple[bytes, int | None]]:
     """Buffers of whole lines, and the compressed position after each where it ends a frame as well."""
     held: list[bytes] = []
-    size, end = 0, 0
+    size, end, has_line = 0, 0, False
     for piece in pieces:
         held.append(piece.data)
         size += len(piece.data)
+        has_line = has_line or b"\n" in piece.data
         end = piece.frame_end if piece.frame_end is not None else end
-        if piece.frame_end is None and size < PIECE_BYTES:
+        if piece.frame_end is None and (size < PIECE_BYTES or not has_line):
             continue
         data = b"".join(held)
         cut = data.rfind(b"\n") + 1
         complete = cut == len(data) and piece.frame_end is not None
-        held, size = [data[cut:]], len(data) - cut
+        held, size, has_line = [data[cut:]], len(data) - cut, False
         if cut or complete:
             yield data[:cut], piece.frame_end if complete else None
     if size:
@@ -122,15 +142,16 @@ def _pieces(file: BinaryIO, codec: Codec, path: Path) -> Iterator[_Piece]:
         frame = codec.start()
         while True:
             try:
-                decoded = frame.decompress(data)
-            except codec.error as error:
+                decoded = frame.decompress(data, PIECE_BYTES)
+            except codec.errors as error:
                 raise _damaged(path, f"{error}, near byte {position}") from None
-            position = file.tell() - len(frame.unused_data)
             if frame.eof:
                 break
             yield _Piece(decoded, None)
-            if not (data := file.read(READ_BYTES)):
+            data = file.read(READ_BYTES) if frame.needs_input else b""
+            if not data and frame.needs_input:
                 raise _damaged(path, "it ends inside a compressed frame")
+        position = file.tell() - len(frame.unused_data)
         yield _Piece(decoded, position)
         data = frame.unused_data
 

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.fields import RowType
 from mixtera_hpc.formats.format import (
@@ -28,6 +29,7 @@ from mixtera_hpc.formats.format import (
     shard_changed,
 )
 from mixtera_hpc.formats.lines import Lines, LineScanner, line_ends
+from mixtera_hpc.formats.positioned import neighbours, read_fully, row_ranges
 
 __all__ = ["Jsonl"]
 
@@ -35,8 +37,6 @@ UNIT_BYTES = 64 << 20
 PIECE_BYTES = 1 << 20
 """Read and decoded at once; small enough to stay in a core's cache on its way."""
 _PLAIN: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
-MERGE_BYTES = 32 << 10
-"""Wanted rows nearer than this are read together with what lies between them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,8 @@ class Jsonl:
         with path.open("rb", buffering=0) as file:
             begin = _first_line(file.fileno(), unit)
             blocks = _Blocks(begin, block_rows)
-            for offset, data in _pieces(file.fileno(), begin, unit.stop, self.piece_bytes):
+            limit = _Limit(path, fields.max_block_bytes)
+            for offset, data in _pieces(file.fileno(), (begin, unit.stop), self.piece_bytes, limit):
                 lines = scanner.lines(data)
                 if not scanner.failed:
                     ranges, lengths = blocks.add(lines.ends + offset)
@@ -109,9 +110,25 @@ def _first_line(fd: int, unit: Unit) -> int:
     return unit.stop
 
 
-def _pieces(fd: int, begin: int, stop: int, size_bytes: int) -> Iterator[tuple[int, memoryview]]:
-    """Whole lines that begin in [begin, stop), with the offset of the first; valid until the next are asked for."""
-    buffer = bytearray(size_bytes)
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    """How long a line may be."""
+
+    path: Path
+    line_bytes: int
+
+    def check(self, offset: int, size: int) -> None:
+        """Refuse a line that begins at `offset` and has `size` bytes or more."""
+        if size >= self.line_bytes:
+            raise DataError(
+                f"{self.path}: the line that begins at byte {offset} has more than data.max_block_bytes={self.line_bytes} bytes.\n"
+                "  Is this JSON with a row per line? Raise data.max_block_bytes, or leave the file out with data.exclude."
+            )
+
+
+def _pieces(fd: int, span: tuple[int, int], size_bytes: int, limit: _Limit) -> Iterator[tuple[int, memoryview]]:
+    """Whole lines that begin in `span`, with the offset of the first; valid until the next are asked for."""
+    (begin, stop), buffer = span, bytearray(size_bytes)
     while begin < stop:
         size = _fill(fd, buffer, begin)
         if not size:
@@ -123,6 +140,7 @@ def _pieces(fd: int, begin: int, stop: int, size_bytes: int) -> Iterator[tuple[i
             yield begin, memoryview(buffer)[:cut]
             begin += cut
         else:
+            limit.check(begin, size)
             buffer = bytearray(2 * len(buffer))
 
 
@@ -132,14 +150,6 @@ def _fill(fd: int, buffer: bytearray, offset: int) -> int:
     while size < len(buffer) and (more := os.preadv(fd, [view[size:]], offset + size)):
         size += more
     return size
-
-
-def _read_fully(fd: int, size: int, offset: int) -> bytes:
-    """`size` bytes from `offset`, fewer only at the end of the file; network file systems may return less at once."""
-    data = os.pread(fd, size, offset)
-    while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
-        data += more
-    return data
 
 
 def _rows_before(path: Path, offset: int) -> int:
@@ -161,10 +171,10 @@ class _Reader:
         self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
-        return self._type.documents(self._decode(self._decoder, *_ranges(block, lengths, rows), block))
+        return self._type.documents(self._decode(self._decoder, *row_ranges(block, lengths, rows), block))
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        return self._decode(_PLAIN, *_ranges(block, lengths, rows), block)
+        return self._decode(_PLAIN, *row_ranges(block, lengths, rows), block)
 
     def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
         return self._type.documents(self._decode(self._decoder, starts, lengths))
@@ -190,24 +200,14 @@ class _Reader:
             raise shard_changed(self._path, block, f"{error}") from None
 
 
-def _ranges(
-    block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First byte inside the shard, and bytes, of some rows of a block."""
-    stops = block.offset + np.cumsum(lengths)
-    return (stops - lengths)[rows], lengths[rows]
-
-
 def _decoded(
     fd: int, decode: Callable[[bytes | memoryview], Any], starts: NDArray[np.int64], stops: NDArray[np.int64]
 ) -> Iterator[list[Any]]:
     """Rows, those that lie near each other out of one read."""
-    gaps = np.flatnonzero(starts[1:] - stops[:-1] > MERGE_BYTES) + 1
-    bounds = [0, *gaps.tolist(), len(starts)] if len(starts) else [0]
     begins, ends = starts.tolist(), stops.tolist()
-    for first, last in itertools.pairwise(bounds):
+    for first, last in neighbours(starts, stops):
         begin = begins[first]
-        data = _read_fully(fd, ends[last - 1] - begin, begin)
+        data = read_fully(fd, ends[last - 1] - begin, begin)
         if last == first + 1:
             yield [decode(data)]
         else:

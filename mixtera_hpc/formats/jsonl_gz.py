@@ -2,18 +2,17 @@
 
 from typing import cast
 
-from isal import igzip_lib, isal_zlib
+from isal import igzip_lib
 
 from mixtera_hpc.formats.compressed import Codec, CompressedJsonl, Decompressor
 
 __all__ = ["JsonlGz"]
 
-GZIP_WRAPPER = 31
 _ERROR = cast("type[Exception]", igzip_lib.IsalError)
 
 
 def _start() -> Decompressor:
-    started: Decompressor = isal_zlib.decompressobj(wbits=GZIP_WRAPPER)
+    started: Decompressor = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
     return started
 
 
@@ -21,4 +20,4 @@ class JsonlGz(CompressedJsonl):
     """`Format` of `.jsonl.gz` files; zeros after a member are padding, as gzip itself has it."""
 
     def __init__(self) -> None:
-        super().__init__("jsonl.gz", Codec(start=_start, error=_ERROR, padding=b"\0"))
+        super().__init__("jsonl.gz", Codec(start=_start, errors=(_ERROR, EOFError), padding=b"\0"))

@@ -7,13 +7,19 @@ from pathlib import PurePath
 from mixtera_hpc.errors import ConfigError, did_you_mean
 from mixtera_hpc.formats.format import Format
 
-__all__ = ["SUFFIXES", "format_of", "load_format"]
+__all__ = ["SIDECAR", "SUFFIXES", "format_of", "load_format"]
 
 _CLASSES = {
     "jsonl": "mixtera_hpc.formats.jsonl:Jsonl",
     "jsonl.gz": "mixtera_hpc.formats.jsonl_gz:JsonlGz",
     "jsonl.zst": "mixtera_hpc.formats.jsonl_zst:JsonlZst",
+    "jsonl.bz2": "mixtera_hpc.formats.jsonl_bz2:JsonlBz2",
+    "jsonl.xz": "mixtera_hpc.formats.jsonl_xz:JsonlXz",
     "parquet": "mixtera_hpc.formats.parquet:Parquet",
+    "arrow": "mixtera_hpc.formats.arrow:Arrow",
+    "webdataset": "mixtera_hpc.formats.webdataset:WebDataset",
+    "megatron": "mixtera_hpc.formats.megatron:Megatron",
+    "text": "mixtera_hpc.formats.text:Text",
 }
 """Loaded when first used: pyarrow alone takes longer than the command's help."""
 
@@ -27,15 +33,33 @@ SUFFIXES: dict[str, str] = {
     ".jsonl.zstd": "jsonl.zst",
     ".ndjson.zst": "jsonl.zst",
     ".json.zst": "jsonl.zst",
+    ".jsonl.bz2": "jsonl.bz2",
+    ".ndjson.bz2": "jsonl.bz2",
+    ".json.bz2": "jsonl.bz2",
+    ".jsonl.xz": "jsonl.xz",
+    ".ndjson.xz": "jsonl.xz",
+    ".json.xz": "jsonl.xz",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".tar": "webdataset",
+    ".bin": "megatron",
+    ".txt": "text",
 }
 """How a file's name ends, in lower case → the name of its format."""
 
 
+SIDECAR = ".sidecar.jsonl"
+"""How files end that hold the properties of another file's documents."""
+
+
 def format_of(path: str) -> str | None:
-    """The name of the format of a file, None when its ending is unknown."""
+    """The name of the format of a file, None when its ending is unknown, or it only says something of another file."""
     name = PurePath(path).name.lower()
+    if name.endswith(SIDECAR):
+        return None
     return next((fmt for suffix, fmt in SUFFIXES.items() if name.endswith(suffix)), None)
 
 

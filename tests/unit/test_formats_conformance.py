@@ -1,62 +1,88 @@
 """Every shipped format passes the shipped conformance suite."""
 
-import gzip
-import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import CHECKS, Write
+from mixtera_hpc.formats.registry import SUFFIXES, load_format
+from mixtera_hpc.testing.formats import CHECKS, Case
+from mixtera_hpc.testing.writers import (
+    PIXELS,
+    json_lines,
+    write_arrow,
+    write_arrow_stream,
+    write_compressed,
+    write_jsonl,
+    write_parquet,
+    write_tar,
+    write_text,
+    write_tokens,
+)
+
+Rows = Sequence[dict[str, Any]]
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> list[bytes]:
-    return [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
+def frames_mid_line(folder: Path, rows: Rows) -> list[Path]:
+    data = b"".join(json_lines(rows))
+    frames = [zstandard.compress(data[i : i + 1000]) for i in range(0, len(data), 1000)]
+    (folder / "shard.jsonl.zst").write_bytes(b"".join(frames))
+    return [folder / "shard.jsonl.zst"]
 
 
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_bytes(b"".join(lines(rows)))
+def compressed(ending: str, frame_rows: int | None = None) -> Case:
+    write = partial(write_compressed, ending=ending, frame_rows=frame_rows)
+    return Case(format=load_format(f"jsonl.{ending}"), write=write)
 
 
-def write_gz(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_bytes(gzip.compress(b"".join(lines(rows))))
+def sample(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    key = f"{'long/' * 30 if number % 50 == 7 else ''}{number:06d}"
+    rest = {name: value for name, value in row.items() if name != "text"}
+    return {"__key__": key, "txt": row["text"], "json": rest, "jpg": PIXELS}
 
 
-def write_zst(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_bytes(zstandard.compress(b"".join(lines(rows))))
-
-
-def write_zst_frames(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    encoded = lines(rows)
-    path.write_bytes(b"".join(zstandard.compress(b"".join(encoded[i : i + 37])) for i in range(0, len(rows), 37)))
-
-
-def write_zst_frames_mid_line(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    data = b"".join(lines(rows))
-    path.write_bytes(b"".join(zstandard.compress(data[i : i + 1000]) for i in range(0, len(data), 1000)))
-
-
-def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=97)
-
-
-WRITERS: dict[str, tuple[str, Write]] = {
-    "jsonl": ("jsonl", write_jsonl),
-    "jsonl.gz": ("jsonl.gz", write_gz),
-    "jsonl.zst": ("jsonl.zst", write_zst),
-    "jsonl.zst of many frames": ("jsonl.zst", write_zst_frames),
-    "jsonl.zst cut anywhere": ("jsonl.zst", write_zst_frames_mid_line),
-    "parquet": ("parquet", write_parquet),
+CASES = {
+    "jsonl": Case(format=load_format("jsonl"), write=write_jsonl),
+    **{f"jsonl.{e}": compressed(e) for e in ("gz", "bz2", "xz", "zst")},
+    **{f"jsonl.{e} of many frames": compressed(e, 37) for e in ("gz", "bz2", "xz", "zst")},
+    "jsonl.zst cut anywhere": Case(format=load_format("jsonl.zst"), write=frames_mid_line),
+    "parquet": Case(format=load_format("parquet"), write=write_parquet),
+    "arrow": Case(format=load_format("arrow"), write=write_arrow),
+    "arrow, compressed": Case(format=load_format("arrow"), write=partial(write_arrow, compression="zstd")),
+    "arrow, as a stream": Case(format=load_format("arrow"), write=write_arrow_stream),
+    "webdataset": Case(format=load_format("webdataset"), write=write_tar, text="txt", below="json.", payload=sample),
+    "text": Case(
+        format=load_format("text"),
+        write=write_text,
+        has_properties=False,
+        texts_may_be_empty=False,
+        payload=lambda _, row: {"text": row["text"]},
+    ),
+    "megatron": Case(
+        format=load_format("megatron"),
+        write=write_tokens,
+        text=None,
+        encode=str.encode,
+        payload=lambda _, row: {"tokens": list(row["text"].encode())},
+    ),
+    "megatron of int32": Case(
+        format=load_format("megatron"),
+        write=partial(write_tokens, dtype="<i4"),
+        text=None,
+        encode=str.encode,
+        payload=lambda _, row: {"tokens": list(row["text"].encode())},
+    ),
 }
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
-@pytest.mark.parametrize("kind", WRITERS)
-def test_format_conforms(kind: str, check: Callable[..., None], tmp_path: Path) -> None:
-    name, write = WRITERS[kind]
-    check(load_format(name), write, tmp_path)
+@pytest.mark.parametrize("kind", CASES)
+def test_format_conforms(kind: str, check: Callable[[Case, Path], None], tmp_path: Path) -> None:
+    check(CASES[kind], tmp_path)
+
+
+def test_no_format_is_left_out() -> None:
+    assert {case.format.name for case in CASES.values()} == set(SUFFIXES.values())

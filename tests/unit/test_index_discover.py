@@ -61,6 +61,17 @@ def test_globs_choose(include: list[str], exclude: list[str], expected: list[str
     assert found(tree, include=include, exclude=exclude) == expected
 
 
+def test_plain_text_is_data_only_where_a_glob_or_the_format_names_it(tree: Path) -> None:
+    assert "notes.txt" not in found(tree)
+    assert found(tree, include=["*.txt"]) == ["notes.txt"]
+    assert "notes.txt" in found(tree, include=["*"], format="text")
+
+
+def test_a_sidecar_is_no_shard(tree: Path) -> None:
+    (tree / "x.sidecar.jsonl").write_text("{}")
+    assert "x.sidecar.jsonl" not in found(tree)
+
+
 def test_a_format_that_is_named_reads_any_file(tree: Path) -> None:
     (shard,) = discover(DataConfig(root=str(tree), include=["b/*.json"], format="jsonl"))
     assert (shard.path, shard.format) == ("b/data.json", "jsonl")
@@ -69,7 +80,7 @@ def test_a_format_that_is_named_reads_any_file(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"include": ["*.txt"]}, r"'\*\.txt', which matches 'notes\.txt', a file of unknown format(.|\n)*\.parquet"),
+        ({"include": ["*.h5"]}, r"'\*\.h5', which matches 'index\.h5', a file of unknown format(.|\n)*\.parquet"),
         ({"include": ["**/*.json*"]}, r"'b/data\.json', a file of unknown format"),
         ({"include": ["none/*.jsonl"]}, r"'none/\*\.jsonl', which matches no file below"),
         ({"include": ["a.jsonl", "/etc/*.jsonl"]}, r"expected a glob below data\.root"),
@@ -113,7 +124,7 @@ def test_a_name_that_is_not_utf8_is_refused(tree: Path) -> None:
     with pytest.raises(DataError, match="is not UTF-8"):
         found(tree)
     with pytest.raises(ConfigError):
-        found(tree, include=["**/*.txt"])
+        found(tree, include=["**/*.h5"])
 
 
 def test_the_fingerprint_of_a_shard_changes_with_its_ends_and_size(tmp_path: Path) -> None:
