@@ -8,7 +8,7 @@ from typing import Any
 from mixtera_hpc.config.mixture import leaves, listed
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, StageConfig
 from mixtera_hpc.core.keys import canonical, key_of
-from mixtera_hpc.errors import ConfigError, MixtureError
+from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 
 __all__ = ["mixture_problems"]
 
@@ -18,10 +18,10 @@ def mixture_problems(mixture: MixtureConfig) -> list[str]:
     found = _domains(mixture.domains, "mixture.domains")
     for i, stage in enumerate(mixture.schedule.stages):
         found += _domains(stage.domains, f"mixture.schedule.stages[{i}].domains")
+    found = found or _repeated(mixture)
     if found:
         return found  # What follows puts keys together, which broken ones cannot be.
     return [
-        *_repeated(mixture),
         *_weights(mixture, "mixture"),
         *_natural_only(mixture, mixture, "mixture"),
         *_bounds(mixture),
@@ -232,11 +232,12 @@ def _stage(stage: StageConfig, mixture: MixtureConfig, path: str) -> list[str]:
         and not any(d.weight is not None for d in mixture.domains)
     ):
         found.append(f"{path} has no weights, and mixture.domains has none either. Give it domains, or kind: natural.")
-    known = {canonical(leaf.key) for leaf in listed(mixture.domains, "")}
+    known = {canonical(leaf.key): leaf.name for leaf in listed(mixture.domains, "")}
     for leaf in listed(stage.domains, f"{path}.domains"):
         if known and canonical(leaf.key) not in known:
             found.append(
-                f"{leaf.path} is {leaf.name}, which is not in mixture.domains. Add it there, with weight 0 if need be."
+                f"{leaf.path} is {leaf.name}, which is not in mixture.domains. Add it there."
+                f"{did_you_mean(leaf.name, list(known.values()))}"
             )
         for name in ("floor", "cap", "max_epochs"):
             if getattr(leaf.domain, name) is not None:

@@ -117,7 +117,8 @@ def select(
     undecided = np.unique(cells.block[mask.can & ~mask.must])
     keep = mask.must & ~np.isin(cells.block, undecided) if len(undecided) else mask.must
     counts = _joined([cells.only(keep), *_scan(tables, predicate, undecided, read_block)])
-    return _summarise(counts, combo_domain, matches, predicate, len(undecided))
+    named = matches & np.array([len(key) > 0 for key in keys])[:, None]  # Everything else is no overlap.
+    return _summarise(counts, combo_domain, named, predicate, len(undecided))
 
 
 @dataclass(frozen=True, slots=True)

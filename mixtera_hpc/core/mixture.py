@@ -57,7 +57,9 @@ def natural(sizes: Sizes, temperature: float = 1.0) -> Weights:
     """
     if not sizes.sum():
         raise MixtureError(NOTHING)
-    wish = np.where(sizes > 0, np.maximum(sizes / sizes.max(), 1e-300) ** (1 / temperature), 0.0)
+    if temperature == 1.0:
+        return sizes / sizes.sum()
+    wish = (sizes / sizes.max()) ** (1 / temperature)
     return wish / wish.sum()
 
 

@@ -1,0 +1,86 @@
+"""Domain keys: what is written, and what it matches."""
+
+from typing import Any
+
+import pytest
+
+from mixtera_hpc.core.domains import select
+from mixtera_hpc.core.keys import Matches, canonical, domain_name, key_of, written
+from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.core.query import parse
+from mixtera_hpc.errors import MixtureError
+from mixtera_hpc.testing.tables import Sample, tables_of
+
+VALUES = ["c4-en", "c4-de", "c4*", "cc", "c.4", None]
+TABLES, READ = tables_of(
+    [[Sample(categories={"source": frozenset([v] if v else []), "lang": frozenset(["en", "de"])}) for v in VALUES]],
+    {"source": Kind.CATEGORY, "lang": Kind.CATEGORIES},
+)
+
+
+def matched(plain: dict[str, Any]) -> list[str | None]:
+    selection = select(TABLES, parse(None, TABLES.properties), [key_of(plain)], READ)
+    domain = selection.domain_of(TABLES.combos, READ(0))
+    return [v for v, d in zip(VALUES, domain, strict=True) if d == 0]
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("cc", ["cc"]),
+        (["cc", None], ["cc", None]),
+        (None, [None]),
+        ("c4-*", ["c4-en", "c4-de"]),
+        ("*c*", ["c4-en", "c4-de", "c4*", "cc", "c.4"]),
+        (["c.*", "cc"], ["cc", "c.4"]),
+        ({"matches": "c?4"}, ["c.4"]),
+        ({"matches": "c4*"}, ["c4-en", "c4-de", "c4*"]),
+    ],
+)
+def test_a_value_matches_itself_or_by_its_pattern(value: Any, found: list[str | None]) -> None:
+    assert matched({"source": value}) == found
+
+
+def test_a_value_that_exists_is_no_pattern() -> None:
+    assert matched({"source": "c4*"}) == ["c4*"]
+
+
+def test_every_property_of_a_key_must_match_and_several_values_match_by_any() -> None:
+    assert matched({"source": "c4-*", "lang": "de"}) == ["c4-en", "c4-de"]
+    assert matched({"source": "c4-*", "lang": None}) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("c5*", r"source to match 'c5\*', which no sample does"),
+        ({"matches": "c"}, "to match 'c'"),
+        ("c4-", r"no sample has. Did you mean"),
+    ],
+)
+def test_what_matches_nothing_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(MixtureError, match=message):
+        matched({"source": value})
+
+
+@pytest.mark.parametrize("value", [{"match": "x"}, {"matches": 3}, {}, [], [["a"]]])
+def test_what_is_no_value_is_refused(value: Any) -> None:
+    with pytest.raises(MixtureError, match="source"):
+        key_of({"source": value})
+
+
+def test_a_key_is_written_as_it_was_read() -> None:
+    plain = {"source": ["a*", None, {"matches": "b?"}], "lang": "en", "flag": "true"}
+    assert written(key_of(plain)) == plain
+    assert key_of({"flag": True, "year": 2020}) == {"flag": ("true",), "year": ("2020",)}
+    assert key_of(plain)["source"][2] == Matches("b?")
+
+
+def test_a_name_says_what_matches() -> None:
+    assert domain_name(key_of({"lang": "en", "source": ["a*", None]})) == "lang=en source=a*|null"
+    assert domain_name({}) == "all"
+
+
+def test_keys_that_say_the_same_are_equal() -> None:
+    assert canonical(key_of({"a": ["x", "y"], "b": 1})) == canonical(key_of({"b": "1", "a": ["y", "x"]}))
+    assert canonical(key_of({"a": "x*"})) != canonical(key_of({"a": {"matches": "x*"}}))

@@ -1,0 +1,188 @@
+"""Which weights each chunk gets, whatever the mixture."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.mixture import Stock
+from mixtera_hpc.config.schema import MixtureConfig
+from mixtera_hpc.core.keys import key_of
+from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.dataplane.mixer import Mixer
+from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of
+from mixtera_hpc.errors import MixtureError
+
+CHUNK_STEPS, LAG = 4, 2
+GROUND = Ground(
+    stock=Stock(keys=tuple(key_of({"source": s}) for s in "abc"), sizes=np.array([600, 300, 100]), budget=10_000),
+    names=("source=a", "source=b", "source=c"),
+    timeline=Timeline(chunk_steps=CHUNK_STEPS, items_per_step=100),
+    feedback_lag=LAG,
+)
+NATURAL = [0.6, 0.3, 0.1]
+LEARN = {"name": "exponentiated-gradient"}
+
+
+def mixer(learn: bool = True, ground: Ground = GROUND, **plain: Any) -> Mixer:
+    return make_mixer(from_plain(MixtureConfig, plain, "mixture"), ground, learn=learn)
+
+
+def schedule(*stages: dict[str, Any], shape: str = "stepwise", unit: str = "steps", **plain: Any) -> dict[str, Any]:
+    return {"kind": "schedule", "schedule": {"stages": list(stages), "shape": shape, "unit": unit}, **plain}
+
+
+def static(start: float, *weights: float) -> dict[str, Any]:
+    return {
+        "start": start,
+        "domains": [{"key": {"source": s}, "weight": w} for s, w in zip("abc", weights, strict=True)],
+    }
+
+
+def weights(made: Mixer, chunk: int) -> list[float]:
+    found = made.weights_of(chunk)
+    assert found is not None
+    return found.tolist()
+
+
+def statistics(step: int, *losses: float) -> DomainStatistics:
+    tokens = np.array([600, 300, 100])
+    return DomainStatistics(
+        step=step,
+        loss_sum=np.array(losses) * tokens,
+        num_tokens=tokens,
+        num_sequences=tokens // 10,
+        num_nonfinite=np.zeros(3, np.int64),
+    )
+
+
+def train(made: Mixer, steps: range) -> None:
+    for step in steps:
+        made.feed(statistics(step, 3.0, 2.0 + step / 10, 1.0))
+    made.arrays()  # Waits for the thread.
+
+
+def test_a_fixed_mixture_stays() -> None:
+    made = mixer()
+    assert weights(made, 0) == weights(made, 1000) == NATURAL
+
+
+def test_stages_begin_at_the_first_chunk_that_begins_after_their_start() -> None:
+    made = mixer(**schedule({"start": 0, "kind": "natural"}, static(5, 0.2, 0.2, 0.6)))
+    assert weights(made, 1) == NATURAL, "step 4 is before 5, and weights do not change inside a chunk"
+    assert weights(made, 2) == pytest.approx([0.2, 0.2, 0.6])
+
+
+def test_starts_may_be_in_tokens() -> None:
+    made = mixer(**schedule(static(0, 1, 0, 0), static(800, 0, 1, 0), unit="tokens"))
+    assert [weights(made, c)[1] for c in range(4)] == [0, 0, 1, 1]
+
+
+def test_a_linear_schedule_goes_straight_from_start_to_start() -> None:
+    made = mixer(**schedule(static(0, 1, 0, 0), static(16, 0, 1, 0), static(24, 0, 0, 1), shape="linear"))
+    assert [weights(made, c) for c in (0, 1, 2, 4)] == [[1, 0, 0], [0.75, 0.25, 0], [0.5, 0.5, 0], [0, 1, 0]]
+    assert weights(made, 5) == [0, 0.5, 0.5]
+    assert weights(made, 6) == weights(made, 99) == [0, 0, 1]
+
+
+def test_a_cosine_schedule_leaves_and_arrives_slowly() -> None:
+    made = mixer(**schedule(static(0, 1, 0, 0), static(16, 0, 1, 0), shape="cosine"))
+    gone = [weights(made, c)[1] for c in range(5)]
+    assert gone == pytest.approx([0, (1 - np.sqrt(0.5)) / 2, 0.5, (1 + np.sqrt(0.5)) / 2, 1])
+
+
+def test_a_dynamic_stage_has_seen_the_losses_of_the_stages_before_it() -> None:
+    learned = mixer(kind="dynamic", algorithm=LEARN)
+    staged = mixer(**schedule(static(0, 0.2, 0.2, 0.6), {"start": 16, "kind": "dynamic", "algorithm": LEARN}))
+    for made in (learned, staged):
+        train(made, range(16))
+    assert weights(staged, 3) == pytest.approx([0.2, 0.2, 0.6])
+    assert weights(staged, 4) == weights(learned, 4) != NATURAL
+    learned.close()
+    staged.close()
+
+
+def test_weights_are_unknown_until_the_statistics_they_depend_on_are_in() -> None:
+    made = mixer(kind="dynamic", algorithm=LEARN)
+    assert weights(made, LAG - 1) == NATURAL
+    train(made, range(CHUNK_STEPS - 1))
+    assert made.weights_of(LAG) is None
+    train(made, range(CHUNK_STEPS - 1, CHUNK_STEPS))
+    assert made.weights_of(LAG) is not None
+    made.close()
+
+
+def test_a_stage_that_learns_later_is_not_waited_for_before() -> None:
+    made = mixer(**schedule({"start": 0, "kind": "natural"}, {"start": 400, "kind": "dynamic", "algorithm": LEARN}))
+    assert weights(made, 50) == NATURAL
+    assert made.weights_of(100) is None
+    made.close()
+
+
+def test_without_learning_dynamic_mixtures_stay_where_they_begin() -> None:
+    made = mixer(learn=False, **schedule(static(0, 1, 0, 0), {"start": 400, "kind": "dynamic", "algorithm": LEARN}))
+    assert weights(made, 100) == NATURAL
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"kind": "dynamic", "algorithm": LEARN},
+        schedule({"start": 0, "kind": "dynamic", "algorithm": LEARN}, {"start": 20, "kind": "dynamic"}, shape="linear"),
+        schedule(static(0, 0.1, 0.1, 0.8), {"start": 16, "kind": "dynamic", "algorithm": LEARN}, floor=0.15),
+    ],
+    ids=["dynamic", "two in a row", "bounded"],
+)
+def test_a_restored_mixer_goes_on_as_if_it_had_not_stopped(plain: dict[str, Any]) -> None:
+    made, restored = mixer(**plain), mixer(**plain)
+    train(made, range(13))
+    restored.load({name: array.copy() for name, array in made.arrays().items()})
+    for each in (made, restored):
+        train(each, range(13, 24))
+    for chunk in (5, 6, 7):
+        assert weights(made, chunk) == weights(restored, chunk)
+    made.close()
+    restored.close()
+
+
+def test_bounds_hold_for_every_chunk_and_keep_the_ratio_of_the_others() -> None:
+    made = mixer(floor=0.2, **schedule(static(0, 0.8, 0.2, 0), static(8, 0.5, 0.4, 0.1)))
+    assert weights(made, 0) == pytest.approx([0.6, 0.2, 0.2])
+    assert weights(made, 2) == pytest.approx([0.8 * 5 / 9, 0.8 * 4 / 9, 0.2])
+
+
+def test_bounds_go_around_a_mixture_that_learns() -> None:
+    made = mixer(kind="dynamic", algorithm=LEARN, cap=0.5)
+    train(made, range(40))
+    assert max(weights(made, 11)) <= 0.5
+    made.close()
+
+
+def test_an_empty_domain_gets_nothing_from_a_floor_or_a_cap() -> None:
+    stock = Stock(keys=GROUND.stock.keys, sizes=np.array([900, 100, 0]), budget=1)
+    ground = Ground(stock=stock, names=GROUND.names, timeline=GROUND.timeline, feedback_lag=LAG)
+    assert weights(mixer(ground=ground, floor=0.2, cap=0.6), 0) == pytest.approx([0.6, 0.4, 0])
+
+
+def test_another_mixture_over_the_same_domains_may_name_some_of_them() -> None:
+    """What a change of mind in a running job does."""
+    domains = [{"key": {"source": "c"}, "weight": 0.9}, {"key": {"source": ["a"]}, "weight": 0.1}]
+    assert weights(mixer(kind="static", domains=domains), 7) == pytest.approx([0.1, 0, 0.9])
+
+
+def test_a_domain_that_is_not_the_runs_is_refused_with_near_misses() -> None:
+    with pytest.raises(MixtureError, match=r"source=aa is not a domain of this run.*Did you mean 'source=a'"):
+        mixer(kind="static", domains=[{"key": {"source": "aa"}, "weight": 1.0}])
+
+
+def test_a_timeline_may_begin_anywhere() -> None:
+    timeline = Timeline(chunk_steps=3, items_per_step=50, chunk=10, step=40, items=4000)
+    assert (timeline.step_of(12), timeline.items_before(12)) == (46, 4300)
+
+
+def test_epoch_limits_of_a_domain_come_before_the_mixtures() -> None:
+    plain = {"max_epochs": 2.0, "domains": [{"key": {"source": "a"}, "max_epochs": 0.5}, {"key": {"source": "b"}}]}
+    assert max_epochs_of(from_plain(MixtureConfig, plain, ""), 2).tolist() == [0.5, 2.0]
+    assert max_epochs_of(MixtureConfig(), 2).tolist() == [np.inf, np.inf]
+    assert max_epochs_of(MixtureConfig(on_exhausted="stop"), 2).tolist() == [1.0, 1.0]
