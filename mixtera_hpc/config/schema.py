@@ -369,6 +369,8 @@ class PlanConfig:
     first_step: int = 0
     steps: int | None = None
     """Steps to print; null takes one chunk for `--json` and the whole run for the forecast."""
+    digests: bool = False
+    """With `--json`: read the data, and add a `digest` of its tokens to every sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from mixtera_hpc.dataplane.batches import BatchMaker, Share
 from mixtera_hpc.dataplane.expand import Documents, Streams
 from mixtera_hpc.dataplane.journal import History, read_lines
 from mixtera_hpc.dataplane.source import Source
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.errors import ConfigError, DataError
 
 __all__ = ["Verdict", "audited", "planned", "sequences", "traced", "verify"]
 
@@ -20,15 +20,35 @@ Record = dict[str, Any]
 def planned(source: Source, first_step: int, num_steps: int) -> Iterator[Record]:
     """The sequences of steps [first_step, first_step + num_steps) of a fresh run, in served order.
 
-    Where weights are learned, these are the sequences that the ones it begins with would give.
+    Where weights are learned, these are the sequences that the ones it begins with would give. With `plan.digests` the data
+    is read, and every record has the `digest` of its tokens: the one that a run with `dataplane.audit` would log.
     """
     state, streams, mixer = PlannerState.start(source.num_domains), source.streams(), source.mixer(learn=False)
+    steps = range(first_step, first_step + num_steps)
+    maker = _maker(source) if source.config.plan.digests else None
     while state.step < first_step + num_steps and (weights := mixer.weights_of(state.chunk)) is not None:
         plan, state = source.planner.plan(state, weights)
         if state.step > first_step or plan.last:
-            yield from sequences(source, streams, plan, range(first_step, first_step + num_steps))
+            found = sequences(source, streams, plan, steps)
+            yield from _with_digests(maker, plan, steps, found) if maker else found
         if plan.last:
             return
+
+
+def _maker(source: Source) -> BatchMaker:
+    """Makes whole global batches."""
+    return BatchMaker(source, Share(first=0, size=source.planner.global_batch_size), audit=True)
+
+
+def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Iterator[Record]) -> Iterator[Record]:
+    """Records with the digests of the tokens they stand for."""
+    for batch in maker.batches(plan, steps.start):
+        if batch.step >= steps.stop:
+            return
+        if batch.digests is None:
+            raise ConfigError("plan.digests=true digests tokens; set mixture.unit=tokens.")
+        for digest, record in zip(batch.digests, records, strict=False):
+            yield record | {"digest": digest}
 
 
 def traced(source: Source, history: History, step: int) -> Iterator[Record]:
@@ -89,8 +109,7 @@ def verify(source: Source, folder: RunFolder, history: History) -> Verdict:
     consumed = _Consumed(folder, history)
     end, unfinished = _extent(history, consumed, source.planner.global_batch_size)
     size = source.planner.global_batch_size
-    maker = BatchMaker(source, Share(first=0, size=size), audit=True)
-    step = 0
+    maker, step = _maker(source), 0
     while step < end:
         plan = history.plan_of(step)
         for batch in maker.batches(plan, step):

@@ -1,0 +1,156 @@
+"""One corpus in every format: the same tokens reach the trainer, and what is damaged is named."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtera_hpc.testing.collection import paragraphs
+from mixtera_hpc.testing.writers import (
+    write_arrow,
+    write_compressed,
+    write_jsonl,
+    write_parquet,
+    write_tar,
+    write_text,
+    write_tokens,
+)
+from mixtera_hpc.tokens.tokenizer import load_tokenizer
+from mixtera_hpc.tokens.train import train_bpe
+
+from .conftest import Cli
+
+Rows = Sequence[dict[str, Any]]
+MODULES = ("argparse", "tarfile", "statistics")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = [text for module in MODULES for text in paragraphs(module)]
+    return train_bpe(texts, 512, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+def as_tokens(folder: Path, rows: Rows, tokenizer: Path, append_eod: bool) -> list[Path]:
+    loaded = load_tokenizer(tokenizer)
+    end = [loaded.eos_id] if append_eod else []
+    return write_tokens(folder, rows, lambda text: [*loaded.encode_batch([text])[0], *end])
+
+
+STORED: dict[str, tuple[Callable[..., list[Path]], list[str]]] = {
+    "jsonl": (write_jsonl, []),
+    "gz": (partial(write_compressed, ending="gz"), []),
+    "bz2": (partial(write_compressed, ending="bz2", frame_rows=20), []),
+    "xz": (partial(write_compressed, ending="xz", frame_rows=30), []),
+    "zst": (partial(write_compressed, ending="zst", frame_rows=10), []),
+    "parquet": (partial(write_parquet, group_rows=33), []),
+    "arrow": (partial(write_arrow, batch_rows=21), []),
+    "webdataset": (write_tar, ["data.text=txt", "data.properties.source=json.meta.source"]),
+    "text": (write_text, ["data.include=['**/*.txt']", "data.properties.source=__parent__"]),
+    "megatron": (as_tokens, []),
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Callable[..., list[str]]:
+    """Writes the corpus in one format, a folder per module; returns the overrides that name it."""
+
+    def write(kind: str, **more: Any) -> list[str]:
+        folder = tmp_path_factory.mktemp(kind)
+        writer, overrides = STORED[kind]
+        for module in MODULES:
+            (folder / "data" / module).mkdir(parents=True)
+            rows = [{"text": text, "meta": {"source": module}, "tags": []} for text in paragraphs(module)]
+            writer(folder / "data" / module, rows, **more)
+        return [
+            f"data.root={folder / 'data'}",
+            "data.properties.source=meta.source",
+            *overrides,
+            f"index.path={folder / 'index.h5'}",
+            "index.block_rows=16",
+        ]
+
+    return write
+
+
+PLAN = [
+    "mixture=natural",
+    "mixture.by=[source]",
+    "dataplane.shuffle=none",
+    "dataplane.seq_len=64",
+    "dataplane.global_batch_size=8",
+    "plan.steps=40",
+    "plan.digests=true",
+]
+
+
+def digests(cli: Cli, words: list[str]) -> list[tuple[int, int, int, str]]:
+    cli("index", "build", *words)
+    lines = cli("plan", "--json", *words, *PLAN).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    return [(r["step"], r["position"], r["domain_id"], r["digest"]) for r in records]
+
+
+@pytest.fixture(scope="module")
+def expected(cli: Cli, stored: Callable[..., list[str]], tokenizer: Path) -> list[tuple[int, int, int, str]]:
+    found = digests(cli, [*stored("jsonl"), f"dataplane.tokenizer={tokenizer}"])
+    assert len(found) == 320 and len({digest for *_, digest in found}) > 300
+    return found
+
+
+@pytest.mark.parametrize("kind", [k for k in STORED if k not in ("jsonl", "megatron")])
+def test_every_format_gives_the_same_tokens(
+    kind: str, cli: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
+) -> None:
+    assert digests(cli, [*stored(kind), f"dataplane.tokenizer={tokenizer}"]) == expected
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_stored_ids_give_the_same_tokens(
+    append_eod: bool, cli: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
+) -> None:
+    words = stored("megatron", tokenizer=tokenizer, append_eod=append_eod)
+    assert digests(cli, [*words, f"dataplane.tokenizer={tokenizer}"]) == expected
+
+
+def test_stored_ids_need_no_tokenizer(
+    cli: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
+) -> None:
+    known = load_tokenizer(tokenizer)
+    words = stored("megatron", tokenizer=tokenizer, append_eod=True)
+    vocabulary = [f"dataplane.vocab_size={known.vocab_size}", f"dataplane.eos_id={known.eos_id}"]
+    assert digests(cli, [*words, *vocabulary]) == expected
+
+
+def test_formats_mix_in_one_index(
+    cli: Cli, stored: Callable[..., list[str]], tokenizer: Path, tmp_path: Path, expected: Any
+) -> None:
+    """Each module in another format; text and properties at the same paths."""
+    writers = [
+        write_arrow,
+        partial(write_compressed, ending="zst"),
+        partial(as_tokens, tokenizer=tokenizer, append_eod=True),
+    ]
+    for module, write in zip(MODULES, writers, strict=True):
+        (tmp_path / "data" / module).mkdir(parents=True)
+        rows = [{"text": text, "meta": {"source": module}, "tags": []} for text in paragraphs(module)]
+        write(tmp_path / "data" / module, rows)
+    words = [f"data.root={tmp_path / 'data'}", "data.properties.source=meta.source", f"index.path={tmp_path / 'i.h5'}"]
+    assert digests(cli, [*words, f"dataplane.tokenizer={tokenizer}"]) == expected
+    facts = json.loads(cli("index", "inspect", "--json", *words).stdout)
+    assert facts["shards"] == 3
+
+
+def test_samples_of_a_tar_reach_the_trainer_as_bytes(cli: Cli, stored: Callable[..., list[str]]) -> None:
+    from mixtera_hpc import DataPlane, compose
+    from mixtera_hpc.testing.writers import PIXELS
+
+    words = [*stored("webdataset"), "mixture.unit=samples", "dataplane.global_batch_size=4"]
+    cli("index", "build", *words)
+    with DataPlane.open(compose(words)) as plane:
+        batch = next(iter(plane))
+    assert batch.payloads is not None and len(batch.payloads) == 4
+    for payload in batch.payloads:
+        assert payload["jpg"] == PIXELS and payload["json"]["meta"]["source"] in MODULES and payload["txt"]
