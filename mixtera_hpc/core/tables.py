@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,14 +65,15 @@ class BlockTable:
 class Histogram:
     """How many rows and tokens of every combo each block holds, sparse.
 
-    The entries of block b are `indptr[b]:indptr[b + 1]`, combos ascending.
+    The entries of block b are `indptr[b]:indptr[b + 1]`, combos ascending. They are of any integer type, unsigned and as narrow
+    as in the file where they come from one: there may be a hundred million.
     """
 
     indptr: NDArray[np.int64]
     """Shape (num_blocks + 1,)."""
-    combo: NDArray[np.int32]
-    rows: NDArray[np.int32]
-    tokens: NDArray[np.int64]
+    combo: NDArray[np.integer[Any]]
+    rows: NDArray[np.integer[Any]]
+    tokens: NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -284,5 +284,4 @@ def _selection(facts: _Facts, arrays: dict[str, NDArray[Any]], table: DomainTabl
         selected=(0, 0),
         left_out=(0, 0),
         overlaps=(),
-        scanned_blocks=0,
     )

@@ -53,6 +53,8 @@ FORMAT = "mixtera-hpc property index"
 VERSION = 2
 TABLE_CHUNK = 1 << 18
 """Entries of a chunk of the tables, which are always read whole."""
+BLOCKS_TOGETHER = 1 << 15
+"""Blocks whose tokens are added up at once, which takes eight bytes per entry of their histogram."""
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 16384
 
 
@@ -81,8 +83,12 @@ def first_rows(shard: NDArray[Any], block_rows: NDArray[Any]) -> NDArray[np.int6
 
 def tokens_of_blocks(histogram: Histogram) -> NDArray[np.int64]:
     """Tokens of every block; shape (num_blocks,)."""
-    ends = with_zero(np.cumsum(histogram.tokens))
-    return np.asarray(ends[histogram.indptr[1:]] - ends[histogram.indptr[:-1]], np.int64)
+    tokens = np.zeros(len(histogram.indptr) - 1, np.int64)
+    filled = np.flatnonzero(np.diff(histogram.indptr))
+    for some in np.split(filled, range(BLOCKS_TOGETHER, len(filled), BLOCKS_TOGETHER)) if len(filled) else ():
+        first, stop = histogram.indptr[some], histogram.indptr[some[-1] + 1]
+        tokens[some] = np.add.reduceat(histogram.tokens[first[0] : stop], first - first[0], dtype=np.int64)
+    return tokens
 
 
 def with_zero(ends: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -81,12 +81,12 @@ class SampleReader:
             self._numbers = children(self._columns.pop("numbers"))
 
     def _read(self, spans: Sequence[tuple[int, int]]) -> SampleColumns:
-        rows = sum(b - a for a, b in spans)
+        rows, together = sum(b - a for a, b in spans), _neighbours_joined(spans)
 
         def column(source: Mapping[str, Any], name: str, dtype: Any) -> NDArray[Any]:
             if name not in source or not spans:
                 return np.zeros(rows, dtype)
-            found = [source[name][a:b] for a, b in spans]
+            found = [source[name][a:b] for a, b in together]
             return (found[0] if len(found) == 1 else np.concatenate(found)).astype(dtype, copy=False)
 
         return SampleColumns(
@@ -95,6 +95,16 @@ class SampleReader:
             tokens=column(self._columns, "tokens", np.int64),
             numbers={name: column(self._numbers, name, np.float64) for name in self._numbers},
         )
+
+
+def _neighbours_joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Fewer, longer spans that cover the same."""
+    found: list[tuple[int, int]] = []
+    for a, b in spans:
+        if found and found[-1][1] == a:
+            a = found.pop()[0]
+        found.append((a, b))
+    return found
 
 
 Roots = str | Mapping[str, str] | None
@@ -140,6 +150,11 @@ class PropertyIndex:
         """The samples of one block."""
         blocks = self.tables.blocks
         return self.samples.read(int(blocks.first_sample[block]), int(blocks.rows[block]))
+
+    def read_blocks(self, chosen: NDArray[np.int32]) -> SampleColumns:
+        """The samples of some blocks, one block after the other."""
+        blocks = self.tables.blocks
+        return self.samples.read_many(blocks.first_sample[chosen].tolist(), blocks.rows[chosen].tolist())
 
     def close(self) -> None:
         """Close the file."""
@@ -312,9 +327,9 @@ def _combos(file: h5py.File, properties: Mapping[str, Property]) -> ComboTable:
 def _histogram(group: h5py.Group) -> Histogram:
     return Histogram(
         indptr=with_zero(np.cumsum(read_column(group, "count", np.int64))),
-        combo=read_column(group, "combo", np.int32),
-        rows=read_column(group, "rows", np.int32),
-        tokens=read_column(group, "tokens", np.int64),
+        combo=group["combo"][...],
+        rows=group["rows"][...],
+        tokens=group["tokens"][...],
     )
 
 

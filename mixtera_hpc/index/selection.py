@@ -37,7 +37,7 @@ def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
     """
     keys = _keys(config, index)
     predicate = parse(config.query.where, index.tables.properties)
-    selection = select(index.tables, predicate, keys, index.read_block)
+    selection = select(index.tables, predicate, keys, index.read_blocks)
     names = tuple(map(leaf_name if len(keys) > 1 else domain_name, keys))
     return ChosenDomains(selection=selection, keys=tuple(keys), names=names)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 
-__all__ = ["Sample", "tables_of"]
+__all__ = ["Sample", "blocks_reader", "tables_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +48,21 @@ def tables_of(
         has_tokens=True,
     )
     return tables, columns.__getitem__
+
+
+def blocks_reader(read_block: Callable[[int], SampleColumns]) -> Callable[[NDArray[np.int32]], SampleColumns]:
+    """What reads several blocks, one after the other."""
+
+    def read(blocks: NDArray[np.int32]) -> SampleColumns:
+        parts = [read_block(block) for block in blocks.tolist()]
+        return SampleColumns(
+            combo=np.concatenate([p.combo for p in parts]),
+            length=np.concatenate([p.length for p in parts]),
+            tokens=np.concatenate([p.tokens for p in parts]),
+            numbers={name: np.concatenate([p.numbers[name] for p in parts]) for name in parts[0].numbers},
+        )
+
+    return read
 
 
 def _combo(sample: Sample, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:

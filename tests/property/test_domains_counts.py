@@ -1,15 +1,18 @@
 """Domains counted from block tables are domains counted sample by sample."""
 
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtera_hpc.core import count
 from mixtera_hpc.core.domains import DomainKey, keys_by, select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import parse
-from mixtera_hpc.testing.tables import Sample, tables_of
+from mixtera_hpc.testing.tables import Sample, blocks_reader, tables_of
 
 KINDS = {"source": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER}
 SOURCES, TAGS = ["a", "b", "c"], ["x", "y", "z"]
@@ -60,13 +63,23 @@ def passes(query: str | None, sample: Sample) -> bool:
     }[query]
 
 
+@pytest.fixture(params=["together", "in pieces"], scope="module", autouse=True)
+def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The histogram and the samples all at once, or a few cells and blocks at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in pieces":
+            patch.setattr(count, "CELLS_TOGETHER", 2)
+            patch.setattr(count, "SAMPLES_TOGETHER", 1)
+        yield
+
+
 @given(corpora, keys, queries)
 @settings(max_examples=300, deadline=None)
 def test_counts_equal_those_of_a_walk_over_all_samples(
     blocks: list[list[Sample]], keys: list[DomainKey], query: str | None
 ) -> None:
     tables, read_block = tables_of(blocks, KINDS)
-    answer = select(tables, parse(query, tables.properties), keys, read_block)
+    answer = select(tables, parse(query, tables.properties), keys, blocks_reader(read_block))
     rows: Counter[tuple[int, int]] = Counter()
     tokens: Counter[tuple[int, int]] = Counter()
     overlaps: Counter[tuple[int, int]] = Counter()
@@ -82,7 +95,7 @@ def test_counts_equal_those_of_a_walk_over_all_samples(
             if hits:
                 rows[hits[0], number] += 1
                 tokens[hits[0], number] += sample.tokens
-                overlaps.update((hits[0], other) for other in hits[1:])
+                overlaps.update((hits[0], other) for other in hits[1:] if keys[hits[0]] and keys[other])
         assert answer.domain_of(tables.combos, read_block(number)).tolist() == domains
     table = answer.table
     domain = np.repeat(np.arange(len(keys)), np.diff(table.indptr))
@@ -99,7 +112,7 @@ def test_counts_equal_those_of_a_walk_over_all_samples(
 def test_keys_by_properties_leave_no_sample_out(blocks: list[list[Sample]], names: list[str]) -> None:
     tables, read_block = tables_of(blocks, KINDS)
     keys = keys_by(names, tables.combos)
-    answer = select(tables, parse(None, tables.properties), keys, read_block)
+    answer = select(tables, parse(None, tables.properties), keys, blocks_reader(read_block))
     assert answer.left_out == (0, 0)
     assert len({tuple(k.items()) for k in keys}) == len(keys)
     if "tags" not in names:

@@ -1,18 +1,20 @@
 """Query expressions mean what plain Python says they mean, decided by blocks or looked up in samples."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtera_hpc.core import count
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import Entries, parse
-from mixtera_hpc.testing.tables import Sample, tables_of
+from mixtera_hpc.testing.tables import Sample, blocks_reader, tables_of
 
 KINDS = {"language": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER, "year": Kind.NUMBER}
 LANGUAGES = ["en", "de", "x y", "7"]
@@ -139,6 +141,16 @@ expressions = st.recursive(
 )
 
 
+@pytest.fixture(params=["together", "in pieces"], scope="module", autouse=True)
+def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The histogram and the samples all at once, or a few cells and blocks at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in pieces":
+            patch.setattr(count, "CELLS_TOGETHER", 2)
+            patch.setattr(count, "SAMPLES_TOGETHER", 1)
+        yield
+
+
 @given(corpora, expressions)
 @settings(max_examples=300, deadline=None)
 def test_samples_match_as_python_says(blocks: list[list[Sample]], expression: Expression) -> None:
@@ -190,12 +202,16 @@ def test_blocks_and_scanned_samples_together_count_what_matches(
         return read_block(block)
 
     predicate = parse(expression.text, tables.properties)
-    selection = select(tables, predicate, [{}], read)
+    selection = select(tables, predicate, [{}], blocks_reader(read))
     hits = [[s for s in block if expression.holds(s)] for block in blocks]
     assert selection.selected == (sum(map(len, hits)), sum(s.tokens for block in hits for s in block))
     expected = [(b, len(block), sum(s.tokens for s in block)) for b, block in enumerate(hits) if block]
     table = selection.table
     assert list(zip(table.block.tolist(), table.rows.tolist(), table.tokens.tolist(), strict=True)) == expected
-    assert len(scanned) == len(set(scanned)) == selection.scanned_blocks
+    assert len(scanned) == len(set(scanned)) == selection.effort.scanned
     if not predicate.numbers:
         assert not scanned
+    effort = selection.effort
+    assert effort.blocks == len(blocks) and effort.samples == sum(len(blocks[b]) for b in scanned)
+    possible = sum(any(map(expression.holds, block)) for block in blocks)
+    assert effort.whole + effort.scanned >= possible, "no block that has a match is passed over"

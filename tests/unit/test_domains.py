@@ -6,7 +6,7 @@ from mixtera_hpc.core.domains import DomainKey, Selection, keys_by, select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.errors import MixtureError
-from mixtera_hpc.testing.tables import Sample, tables_of
+from mixtera_hpc.testing.tables import Sample, blocks_reader, tables_of
 
 KINDS = {"source": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER}
 
@@ -25,7 +25,7 @@ TABLES, READ = tables_of(BLOCKS, KINDS)
 
 
 def ask(keys: list[DomainKey], where: str | None = None) -> Selection:
-    return select(TABLES, parse(where, TABLES.properties), keys, READ)
+    return select(TABLES, parse(where, TABLES.properties), keys, blocks_reader(READ))
 
 
 def test_a_sample_belongs_to_the_first_key_it_matches() -> None:
@@ -78,10 +78,10 @@ def test_a_query_that_selects_nothing_leaves_empty_domains() -> None:
 
 
 def test_only_undecided_blocks_are_scanned() -> None:
-    assert ask([{}], "source == 'C4'").scanned_blocks == 0
-    assert ask([{}], "quality >= 0.9").scanned_blocks == 0
-    assert ask([{}], "quality >= 0.2").scanned_blocks == 2
-    assert ask([{}], "quality >= 0.2 and source == 'C4'").scanned_blocks == 1
+    assert ask([{}], "source == 'C4'").effort.scanned == 0
+    assert ask([{}], "quality >= 0.9").effort.scanned == 0
+    assert ask([{}], "quality >= 0.2").effort.scanned == 2
+    assert ask([{}], "quality >= 0.2 and source == 'C4'").effort.scanned == 1
 
 
 def test_every_sample_knows_its_domain() -> None:
