@@ -31,7 +31,7 @@ from mixtera_hpc.formats.format import (
 from mixtera_hpc.formats.lines import Lines, LineScanner, line_ends
 from mixtera_hpc.formats.positioned import neighbours, read_fully, row_ranges
 
-__all__ = ["Jsonl"]
+__all__ = ["JsonReader", "Jsonl"]
 
 UNIT_BYTES = 64 << 20
 PIECE_BYTES = 1 << 20
@@ -69,7 +69,7 @@ class Jsonl:
             yield scanner.batch(Lines.none(), Ranges.of([last]), np.zeros(0, np.int64))
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return _Reader(path, text)
+        return JsonReader(path, text)
 
 
 class _Blocks:
@@ -161,11 +161,11 @@ def _rows_before(path: Path, offset: int) -> int:
     return rows
 
 
-class _Reader:
+class JsonReader:
     """Reads wanted rows with `pread`; threads share nothing but the descriptor."""
 
-    def __init__(self, path: Path, text: str | None) -> None:
-        self._path = path
+    def __init__(self, path: Path, text: str | None, after_row: bytes = b"") -> None:
+        self._path, self._after_row = path, after_row
         self._type = RowType(Fields(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
         self._fd = open_shard(path)
@@ -187,6 +187,9 @@ class _Reader:
         if fd >= 0:
             os.close(fd)
 
+    def _trimmed(self, decode: Callable[[bytes | memoryview], Any]) -> Callable[[bytes | memoryview], Any]:
+        return lambda row: decode(bytes(row).rstrip(self._after_row))
+
     def _decode(
         self,
         decoder: "msgspec.json.Decoder[Any]",
@@ -195,7 +198,8 @@ class _Reader:
         block: BlockRef | None = None,
     ) -> list[Any]:
         try:
-            return list(itertools.chain.from_iterable(_decoded(self._fd, decoder.decode, starts, starts + lengths)))
+            decode = self._trimmed(decoder.decode) if self._after_row else decoder.decode
+            return list(itertools.chain.from_iterable(_decoded(self._fd, decode, starts, starts + lengths)))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise shard_changed(self._path, block, f"{error}") from None
 

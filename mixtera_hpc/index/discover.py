@@ -47,8 +47,8 @@ def roots_of(data: DataConfig) -> dict[str, Path]:
 def discover(data: DataConfig) -> list[Shard]:
     """The shards of a data collection, sorted by dataset and path.
 
-    Hidden files never match. A glob whose last part is only stars skips files of unknown format and plain text, which is
-    more often about the data than part of it; any other glob means what it names.
+    Hidden files never match. A glob whose last part is only stars skips files of unknown format and plain text and `.json`,
+    which are more often about the data than part of it; any other glob means what it names.
 
     Raises:
         ConfigError: a glob leaves the data root, or matches a file of unknown format.
@@ -117,7 +117,7 @@ def _shards(
 def _format(path: str, pattern: str, data: DataConfig, all_stars: bool) -> str | None:
     """The format of a file; None when only stars matched it and it has none."""
     name = format_of(path) if data.format == "auto" else data.format
-    if name == "text" and all_stars and data.format == "auto":
+    if name in ("text", "json") and all_stars and data.format == "auto":
         return None
     if name is None and not all_stars:
         raise ConfigError(

@@ -21,6 +21,7 @@ __all__ = [
     "write_arrow",
     "write_arrow_stream",
     "write_compressed",
+    "write_json",
     "write_jsonl",
     "write_parquet",
     "write_tar",
@@ -42,6 +43,11 @@ def json_lines(rows: Sequence[Row]) -> list[bytes]:
 def write_jsonl(folder: Path, rows: Sequence[Row]) -> list[Path]:
     """Uncompressed."""
     return _written(folder / "shard.jsonl", b"".join(json_lines(rows)))
+
+
+def write_json(folder: Path, rows: Sequence[Row]) -> list[Path]:
+    """One array."""
+    return _written(folder / "shard.json", json.dumps(list(rows), ensure_ascii=False, indent=1).encode())
 
 
 def write_compressed(folder: Path, rows: Sequence[Row], ending: str, frame_rows: int | None = None) -> list[Path]:

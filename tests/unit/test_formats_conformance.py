@@ -16,6 +16,7 @@ from mixtera_hpc.testing.writers import (
     write_arrow,
     write_arrow_stream,
     write_compressed,
+    write_json,
     write_jsonl,
     write_parquet,
     write_tar,
@@ -46,6 +47,7 @@ def sample(number: int, row: dict[str, Any]) -> dict[str, Any]:
 
 CASES = {
     "jsonl": Case(format=load_format("jsonl"), write=write_jsonl),
+    "json": Case(format=load_format("json"), write=write_json),
     **{f"jsonl.{e}": compressed(e) for e in ("gz", "bz2", "xz", "zst")},
     **{f"jsonl.{e} of many frames": compressed(e, 37) for e in ("gz", "bz2", "xz", "zst")},
     "jsonl.zst cut anywhere": Case(format=load_format("jsonl.zst"), write=frames_mid_line),

@@ -168,7 +168,9 @@ def test_two_properties_may_read_the_same_path(tmp_path: Path) -> None:
         ("a.json.gz", "jsonl.gz"),
         ("x/b.jsonl.zst", "jsonl.zst"),
         ("c.parquet", "parquet"),
-        ("d.json", None),
+        ("d.json", "json"),
+        ("d.csv", None),
+        ("d.sidecar.jsonl", None),
         ("jsonl", None),
     ],
 )
