@@ -122,6 +122,8 @@ def _nulls(field: Field, rows: int) -> Column:
 def _column(values: Any, field: Field, path: Path) -> Column:
     kind, found = field.kind, values.type
     is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
+    if pa.types.is_null(found):
+        return _nulls(field, len(values))
     if kind is Kind.NUMBER and (
         pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_decimal(found)
     ):
