@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mixtera_hpc.errors import DataError
+
 __all__ = ["Checkpoint", "checkpoint_path", "load_newest", "read_checkpoint", "write_checkpoint"]
 
 VERSION = 1
@@ -67,12 +69,23 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is complete; None when there is none. Broken ones are skipped with a warning."""
+    """The newest checkpoint that is complete; None when none was ever written. Broken ones are skipped with a warning.
+
+    Raises:
+        DataError: there are checkpoints and none can be used; beginning anew would remove them.
+    """
+    faults = []
     for path in _candidates(folder):
         broken = _fault(path)
         if broken is None:
             return read_checkpoint(path)
         warnings.warn(f"Checkpoint {path} is skipped: {broken}.", stacklevel=2)
+        faults.append(f"\n    {path.name}: {broken}")
+    if faults:
+        raise DataError(
+            f"None of the checkpoints in {folder} can be used:{''.join(faults)}\n"
+            "  Bring one back; or, to begin again from step 0, move that folder away."
+        )
     return None
 
 

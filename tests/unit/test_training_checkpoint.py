@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixtera_hpc.errors import DataError
 from mixtera_hpc.training.checkpoint import Checkpoint, load_newest, write_checkpoint
 
 
@@ -60,6 +61,17 @@ def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
 
 def test_with_no_checkpoint_there_is_nothing_to_load(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "checkpoints") is None
+
+
+def test_with_only_broken_checkpoints_a_run_does_not_begin_again(tmp_path: Path) -> None:
+    write(tmp_path, 5, 10)
+    cut(tmp_path / "step_00000010" / "model.pt")
+    forget_version(tmp_path / "step_00000005" / "training.json")
+    with (
+        pytest.warns(UserWarning, match="is skipped"),
+        pytest.raises(DataError, match=r"(?s)None of the checkpoints .* its version is 0.* move that folder away"),
+    ):
+        load_newest(tmp_path)
 
 
 def test_latest_holds_the_name_of_the_newest(tmp_path: Path) -> None:
