@@ -24,6 +24,7 @@ __all__ = [
     "SavedAndStopped",
     "UserError",
     "did_you_mean",
+    "leaves_in_order",
 ]
 
 
@@ -67,6 +68,11 @@ class SavedAndStopped(MixteraError):
     """State was saved after an agreed stop; running again continues."""
 
     exit_code = 75
+
+
+def leaves_in_order(error: BaseException) -> bool:
+    """Whether `error` is how a program leaves that has done, or saved, its work, on every rank alike: `sys.exit(75)`, say."""
+    return isinstance(error, SavedAndStopped) or (isinstance(error, SystemExit) and error.code in (None, 0, 75))
 
 
 def did_you_mean(got: str, valid: list[str] | tuple[str, ...]) -> str:

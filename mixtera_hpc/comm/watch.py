@@ -20,7 +20,7 @@ import numpy as np
 from mixtera_hpc.comm import sentinel
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.sentinel import GOODBYE, SLOT, TOLD
-from mixtera_hpc.errors import SavedAndStopped
+from mixtera_hpc.errors import leaves_in_order
 
 __all__ = ["Watch", "start_watch"]
 
@@ -61,8 +61,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        orderly = isinstance(error, SavedAndStopped) or (isinstance(error, SystemExit) and error.code in (None, 0, 75))
-        if error is None or orderly:
+        if error is None or leaves_in_order(error):
             self.goodbye()
         else:
             self.failed(error)

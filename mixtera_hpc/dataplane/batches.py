@@ -190,6 +190,7 @@ class Prefetcher:
         self._maker = maker
         self._plans: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._ready: queue.Queue[Batch | _End | BaseException] = queue.Queue(maxsize=prefetch_batches)
+        self._end: _End | BaseException | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
         self._thread.start()
@@ -199,23 +200,31 @@ class Prefetcher:
         self._plans.put(_Work(plan, first_step))
 
     def get(self, timeout_s: float) -> Batch | None:
-        """The next batch; None when the data has ended.
+        """The next batch; None when the data has ended, however often one asks.
 
         Raises:
             queue.Empty: nothing is ready within `timeout_s`.
-            Exception: whatever went wrong in the thread.
+            Exception: whatever went wrong in the thread, from then on.
         """
-        item = self._ready.get(timeout=timeout_s)
+        item = self._end or self._ready.get(timeout=timeout_s)
+        if isinstance(item, Batch):
+            return item
+        self._end = item
         if isinstance(item, BaseException):
             raise item
-        return item if isinstance(item, Batch) else None
+        return None
 
-    def close(self) -> None:
-        """Stop the thread, dropping what it has prepared."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Stop the thread, dropping what it has prepared.
+
+        Args:
+            timeout_s: leave it alone when a read takes longer; None waits, so that what it reads may be freed.
+        """
         self._stopping.set()
         self._plans.put(None)
-        self._thread.join(timeout=10.0)
-        self._maker.close()
+        self._thread.join(timeout=timeout_s)
+        if not self._thread.is_alive():
+            self._maker.close()
 
     def _run(self) -> None:
         try:

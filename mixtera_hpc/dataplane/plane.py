@@ -14,6 +14,7 @@ asked for. The reading thread fills a bounded queue meanwhile.
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -36,12 +37,18 @@ from mixtera_hpc.dataplane.plans import PlanFeed
 from mixtera_hpc.dataplane.sinks import Sinks
 from mixtera_hpc.dataplane.source import Source, open_source
 from mixtera_hpc.dataplane.state import PlaneState
-from mixtera_hpc.errors import CommError, ConfigError
+from mixtera_hpc.errors import CommError, ConfigError, leaves_in_order
 from mixtera_hpc.track.tracker import Silent, Tracker
 
 __all__ = ["Batch", "DataPlane"]
 
 POLL_S = 5e-4
+
+MAX_UNREAD = 1024
+"""Statistics kept for a trainer that does not ask for them."""
+
+ABANDON_S = 1.0
+"""How long a failing rank waits for its reading thread."""
 
 
 class DataPlane:
@@ -66,7 +73,7 @@ class DataPlane:
         self._next_step = 0
         self._current_chunk = -1
         self._known_plans: dict[int, ChunkPlan] = {}
-        self._completed: list[DomainStatistics] = []
+        self._completed: deque[DomainStatistics] = deque(maxlen=MAX_UNREAD)
         self._first_stop: int | None = None
         self._saves: set[int] = set()
         self._started = False
@@ -130,7 +137,7 @@ class DataPlane:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(orderly=kind is None or getattr(error, "exit_code", 1) == 75)
+        self.close(orderly=error is None or leaves_in_order(error))
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches until the data ends; every rank gets the same number. **Collective.**"""
@@ -163,8 +170,12 @@ class DataPlane:
         return self._next_step - 2 in self._saves
 
     def completed_statistics(self) -> list[DomainStatistics]:
-        """Statistics, summed over all ranks, of the steps that have completed since the last call, in order."""
-        completed, self._completed = self._completed, []
+        """Statistics, summed over all ranks, of the steps that have completed since the last call, in order.
+
+        Of more than `MAX_UNREAD` steps the newest are kept, so that a trainer may leave them alone.
+        """
+        completed = list(self._completed)
+        self._completed.clear()
         return completed
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -176,6 +187,7 @@ class DataPlane:
             return None
         while not self._known_plans:
             self._plans.poll(self._current_chunk)
+            time.sleep(POLL_S)
         plan = self._plan_of(self._next_step)
         state = PlaneState(next_step=self._next_step, plan=plan, mixer=self._mixer.arrays())
         return state.to_dict(self._source.identity())
@@ -188,6 +200,8 @@ class DataPlane:
         """
         if self._started:
             raise ValueError("load_state_dict() comes before the first batch.")
+        if not state and self._comm.rank == 0:
+            raise ValueError("load_state_dict() was given no state on rank 0; to begin a run, leave the call out.")
         loaded = PlaneState.from_dict(state, self._source.identity()) if state and self._comm.rank == 0 else None
         next_step, plan = _broadcast_state(self._comm, loaded, self.num_domains)
         if loaded is not None:
@@ -209,7 +223,7 @@ class DataPlane:
             while not self._plans.settled(self._current_chunk):
                 self._plans.poll(self._current_chunk)
                 time.sleep(POLL_S)
-        self._prefetcher.close()
+        self._prefetcher.close(timeout_s=None if orderly else ABANDON_S)
         self._mixer.close()
         self._control.close()
         self._sinks.close(self._next_step if orderly and self._started else None)
