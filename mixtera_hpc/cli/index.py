@@ -1,175 +1,174 @@
-"""`mixtera-hpc index build|inspect|verify`: the property index of a data collection."""
+"""`mixtera-hpc index build|inspect|verify|refresh|derive`: the property index of a data collection."""
 
 import argparse
-import contextlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from mixtera_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from mixtera_hpc.comm.communicator import Communicator
-    from mixtera_hpc.index.build import BuildProgress, BuildReport
-    from mixtera_hpc.index.open import PropertyIndex
+    from mixtera_hpc.config.schema import Config
+    from mixtera_hpc.index.together import Report
 
 __all__ = ["arguments", "run"]
+
+_FLAGS = {
+    "json": ("build", "inspect", "verify", "refresh", "derive"),
+    "submit": ("build", "refresh", "derive"),
+    "dry_run": ("build", "refresh", "derive"),
+    "wait": ("build", "refresh", "derive"),
+    "deep": ("verify",),
+    "again": ("derive",),
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", choices=sorted(_ACTIONS), help="build one (also under mpiexec or srun), show it, compare it"
+        "action",
+        choices=sorted(_ACTIONS),
+        help="build one, show it, compare it with its shards, bring it up to date, add properties of documents; all but "
+        "inspect also under mpiexec or srun",
     )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. data.root=DIR dataplane.tokenizer=FILE")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--deep", action="store_true", help="verify: compare content, not only size and time of change")
+    parser.add_argument("--again", action="store_true", help="derive: compute properties the index has once more")
+    parser.add_argument("--submit", action="store_true", help="send the work to Slurm: cluster=NAME job.nodes=N")
+    parser.add_argument("--dry-run", action="store_true", help="with --submit: print the script and do nothing")
+    parser.add_argument(
+        "--wait", action="store_true", help="with --submit: follow the job and leave with its exit code"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    return _ACTIONS[args.action](args)
+    _check_flags(args)
+    if args.submit:
+        from mixtera_hpc.cli.index_submit import submit
 
-
-def _build(args: argparse.Namespace) -> int:
+        return submit(args)
+    if args.action == "inspect":
+        return _inspect(args)
     from mixtera_hpc.comm.launch import guarded, open_communicator
 
     comm = open_communicator()
-    return guarded(comm, lambda: _build_here(args, comm))
+    code: list[int] = []
+    return guarded(comm, lambda: code.append(_ACTIONS[args.action](args, comm))) or code[0]
 
 
-def _build_here(args: argparse.Namespace, comm: "Communicator") -> None:
-    from mixtera_hpc.cli.collection import compose_data
+def _check_flags(args: argparse.Namespace) -> None:
+    for flag, actions in _FLAGS.items():
+        name = flag.replace("_", "-")
+        if getattr(args, flag) and args.action not in actions:
+            raise ConfigError(f"index {args.action} has no --{name}; it belongs to index {', '.join(actions)}.")
+        if getattr(args, flag) and flag in ("dry_run", "wait") and not args.submit:
+            raise ConfigError(f"--{name} goes with --submit.")
+
+
+def _build(args: argparse.Namespace, comm: "Communicator") -> int:
+    from mixtera_hpc.cli.index_text import build_text
     from mixtera_hpc.index.build import build_index
 
+    return _carried_out(args, comm, lambda config, report: build_index(config, comm, report), build_text)
+
+
+def _refresh(args: argparse.Namespace, comm: "Communicator") -> int:
+    from mixtera_hpc.cli.index_text import refresh_text
+    from mixtera_hpc.index.refresh import refresh_index
+
+    return _carried_out(args, comm, lambda config, report: refresh_index(config, comm, report), refresh_text)
+
+
+def _derive(args: argparse.Namespace, comm: "Communicator") -> int:
+    from mixtera_hpc.cli.index_text import derive_text
+    from mixtera_hpc.index.derive import derive_properties
+
+    return _carried_out(
+        args, comm, lambda config, report: derive_properties(config, comm, report, args.again), derive_text
+    )
+
+
+def _carried_out(
+    args: argparse.Namespace,
+    comm: "Communicator",
+    work: Callable[["Config", "Report | None"], Any],
+    text_of: Callable[[Any], list[str]],
+) -> int:
+    """Compose, work with progress shown, print the report."""
+    from mixtera_hpc.cli.collection import compose_data
+    from mixtera_hpc.cli.index_text import progress
+
     config = compose_data(args.overrides)
-    with _progress(comm.rank == 0 and sys.stderr.isatty()) as progress:
-        report = build_index(config, comm, progress)
-    if comm.rank == 0:
-        _print_report(report, args.json)
-
-
-@contextlib.contextmanager
-def _progress(shown: bool) -> "Iterator[Callable[[BuildProgress], None] | None]":
-    """A bar on stderr: bytes, rate and rows of this rank's share."""
-    if not shown:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    rows = TextColumn("{task.fields[rows]:,} rows")
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), rows, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("scan", total=None, rows=0)
-
-        def show(state: "BuildProgress") -> None:
-            bar.update(task, completed=state.bytes_done, total=state.bytes_total, rows=state.rows)
-
-        yield show
-
-
-def _print_report(report: "BuildReport", as_json: bool) -> None:
-    if as_json:
+    with progress(comm) as report:
+        result = work(config, report)
+    if comm.rank > 0:
+        return 0
+    if args.json:
         import msgspec
 
-        print(msgspec.json.encode(report).decode())
-        return
-    rate = report.bytes_read / max(report.elapsed_s, 1e-9) / 1e6
-    print(f"{report.path}: {report.samples:,} samples of {report.shards:,} shards in {report.blocks:,} blocks")
-    print(f"  read {report.bytes_read / 1e6:,.1f} MB in {report.elapsed_s:.1f} s ({rate:,.0f} MB/s)")
-    if report.resumed_units:
-        print(f"  {report.resumed_units} of {report.units} units were found from a build that was interrupted")
-    print(f"  {report.index_bytes:,} bytes, {report.index_bytes / report.samples:.2f} per sample")
-    if report.tokens is None:
-        print("  tokens were not counted; mixture.unit=tokens needs them: build with dataplane.tokenizer=FILE")
+        print(msgspec.json.encode(result).decode())
     else:
-        print(f"  {report.tokens:,} tokens")
-    for name in report.empty_properties:
-        print(f"  no sample has a value of {name}: is data.properties.{name} the right path?")
+        print("\n".join(text_of(result)))
+    return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from mixtera_hpc.cli.collection import open_collection
+    from mixtera_hpc.cli.index_text import facts_of, print_facts
 
     _, index = open_collection(args.overrides)
     with index:
-        facts = _facts(index)
+        facts = facts_of(index)
         if args.json:
             print(json.dumps(facts, ensure_ascii=False))
         else:
-            _print_facts(index, facts)
+            print_facts(index, facts)
     return 0
 
 
-def _facts(index: "PropertyIndex") -> dict[str, Any]:
-    """The fields of `index inspect --json`."""
-    tables = index.tables
-    size = index.path.stat().st_size
-    return {
-        "shards": len(tables.shards.path),
-        "samples": tables.num_samples,
-        "tokens": int(tables.blocks.tokens.sum()) if tables.has_tokens else None,
-        "blocks": len(tables.blocks),
-        "bytes": size,
-        "bytes_per_sample": size / tables.num_samples,
-        "properties": {p.name: {"kind": str(p.kind), "values": list(p.values)} for p in tables.properties.values()},
-        "fingerprint": index.fingerprint,
-        "tokenizer": index.tokenizer_fingerprint,
-        "data_root": str(index.data_root),
-        "text": index.text,
-    }
-
-
-def _print_facts(index: "PropertyIndex", facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    tokens = f"{facts['tokens']:,} tokens" if facts["tokens"] is not None else "tokens not counted"
-    console.print(f"{index.path}: {facts['samples']:,} samples, {tokens}", highlight=False)
-    console.print(
-        f"  {facts['shards']:,} shards below {facts['data_root']}, {facts['blocks']:,} blocks", highlight=False
-    )
-    console.print(f"  {facts['bytes']:,} bytes, {facts['bytes_per_sample']:.2f} per sample", highlight=False)
-    table = Table("property", "kind", "values", "most frequent")
-    for name, described in facts["properties"].items():
-        table.add_row(name, described["kind"], *_described(index, name))
-    if facts["properties"]:
-        console.print(table)
-
-
-def _described(index: "PropertyIndex", name: str) -> tuple[str, str]:
-    """Number of values, and the most frequent ones or the range of a number."""
-    import numpy as np
-
-    tables = index.tables
-    if name in tables.blocks.zones:
-        zones = tables.blocks.zones[name]
-        known = zones.low[~np.isnan(zones.low)], zones.high[~np.isnan(zones.high)]
-        return "", f"{known[0].min():g} to {known[1].max():g}" if len(known[0]) else "none"
-    rows = np.bincount(tables.histogram.combo, tables.histogram.rows, tables.combos.num_combos)
-    per_code = np.repeat(rows, np.diff(tables.combos.indptr[name]))
-    values = tables.properties[name].values
-    counts = np.bincount(tables.combos.codes[name], per_code, len(values))
-    top = np.argsort(-counts, kind="stable")[:5]
-    shown = [f"{values[i]} ({int(counts[i]):,})" for i in top] + (["…"] if len(values) > 5 else [])
-    return f"{len(values):,}", ", ".join(shown)
-
-
-def _verify(args: argparse.Namespace) -> int:
+def _verify(args: argparse.Namespace, comm: "Communicator") -> int:
     from mixtera_hpc.cli.collection import open_collection
-    from mixtera_hpc.index.verify import changed_shards, check_fresh
+    from mixtera_hpc.index.verify import changed_shards, deeply_changed_shards, refuse
 
-    _, index = open_collection(args.overrides)
+    config, index = open_collection(args.overrides)
     with index:
+        tokenizer = _tokenizer(config, index.tokenizer_fingerprint) if args.deep else None
+        changed = changed_shards(index) if comm.rank == 0 else []
+        if args.deep:
+            deep = {shard.path: shard for shard in deeply_changed_shards(index, tokenizer, comm)}
+            changed += [shard for path, shard in deep.items() if path not in {c.path for c in changed}]
+        if comm.rank > 0:
+            return 0
         if args.json:
-            changed = changed_shards(index)
-            print(
-                json.dumps({"fresh": not changed, "changed": [{"path": c.path, "problem": c.problem} for c in changed]})
-            )
+            told = [{"path": c.path, "problem": c.problem} for c in changed]
+            print(json.dumps({"fresh": not changed, "changed": told}))
             return 2 if changed else 0
-        check_fresh(index)
-        print(
-            f"{index.path}: all {len(index.tables.shards.path):,} shards below {index.data_root} are as they were indexed"
-        )
+        refuse(index, changed)
+        how = "by fingerprint and samples" if args.deep else "by size and time of change"
+        how += ", token counts included" if tokenizer is not None else ""
+        shards = len(index.tables.shards.path)
+        print(f"{index.path}: all {shards:,} shards below {index.data_root} are as they were indexed, {how}")
     return 0
 
 
-_ACTIONS = {"build": _build, "inspect": _inspect, "verify": _verify}
+def _tokenizer(config: "Config", fingerprint: str | None) -> Any:
+    """The one that counted, when it is given; None leaves token counts unchecked."""
+    from mixtera_hpc.tokens.tokenizer import load_vocabulary
+
+    tokenizer = load_vocabulary(config.dataplane)
+    if tokenizer is not None and tokenizer.fingerprint != fingerprint:
+        raise ConfigError(
+            f"dataplane.tokenizer is not the one this index was counted with ({str(fingerprint)[:12]}).\n  Give that one, "
+            "or leave it out: token counts are not compared then."
+        )
+    return tokenizer
+
+
+_ACTIONS: dict[str, Callable[[argparse.Namespace, "Communicator"], int]] = {
+    "build": _build,
+    "derive": _derive,
+    "inspect": lambda args, comm: _inspect(args),
+    "refresh": _refresh,
+    "verify": _verify,
+}

@@ -7,16 +7,18 @@ from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.schema import (
     ClusterConfig,
     Config,
+    DataConfig,
     DataPlaneConfig,
     JobConfig,
     MixtureConfig,
     PartitionConfig,
+    PropertyConfig,
     RunConfig,
     TrainingConfig,
 )
 from mixtera_hpc.errors import did_you_mean
 
-__all__ = ["check", "check_data", "num_ranks", "parse_time", "problems"]
+__all__ = ["check", "check_data", "check_index_job", "num_ranks", "parse_time", "problems"]
 
 
 def check(config: Config) -> None:
@@ -27,6 +29,11 @@ def check(config: Config) -> None:
 def check_data(config: Config) -> None:
     """`check` for verbs that look at data and index only: nothing of a run is asked for."""
     raise_problems([*_index(config), *mixture_problems(config.mixture)])
+
+
+def check_index_job(config: Config) -> None:
+    """`check` for a job that works on an index: nothing of the data plane is asked for."""
+    raise_problems([*_index(config), *_run(config.run), *_job(config.job, config.cluster)])
 
 
 def problems(config: Config) -> list[str]:
@@ -57,17 +64,36 @@ def parse_time(text: str) -> int | None:
 
 
 def _index(config: Config) -> list[str]:
-    found = _at_least("index.block_rows", config.index.block_rows, 1)
+    found = [*_roots(config.data), *_at_least("index.block_rows", config.index.block_rows, 1)]
+    found += _at_least("index.threads", config.index.threads, 1)
     found += _at_least("data.max_block_bytes", config.data.max_block_bytes, 1 << 16)
     found += _vocabulary(config.dataplane)
     reserved = {"and", "or", "not", "in", "is", "null", "None", "True", "False"}
     for name, spec in config.data.properties.items():
-        found += _pattern(name, spec.pattern)
+        found += [*_pattern(name, spec.pattern), *_origin_of_values(name, spec)]
         if not name.isidentifier() or name in reserved:
             found.append(
                 f"data.properties.{name} is not a usable name. Use letters, digits and _, and no query keyword."
             )
     return found
+
+
+def _roots(data: DataConfig) -> list[str]:
+    found = [] if data.root or data.roots else ["data.root is missing. Set it on the command line or in a config file."]
+    for name, root in data.roots.items():
+        if not name or not root:
+            found.append(f"data.roots has {name!r}: {root!r}, expected a name and a folder.")
+    if data.roots and "dataset" in data.properties:
+        found.append("data.properties.dataset is the name of the root with data.roots. Give the property another name.")
+    return found
+
+
+def _origin_of_values(name: str, spec: PropertyConfig) -> list[str]:
+    if (spec.path is None) == (spec.function is None):
+        return [f"data.properties.{name} needs either a path in the row or a function over documents."]
+    if spec.function is not None and spec.pattern is not None:
+        return [f"data.properties.{name} has a function and a pattern. Let the function return what the pattern takes."]
+    return []
 
 
 def _vocabulary(plane: DataPlaneConfig) -> list[str]:

@@ -84,7 +84,7 @@ def load_config(path: Path) -> Config:
     return from_plain(Config, load_yaml(path))
 
 
-OPEN_KEYS = ("data.properties", "mixture.algorithm", "cluster.env", "cluster.sbatch")
+OPEN_KEYS = ("data.properties", "data.roots", "mixture.algorithm", "cluster.env", "cluster.sbatch")
 """Mappings whose keys are the user's: they are set without Hydra's `+`."""
 
 

@@ -73,7 +73,14 @@ class DataConfig:
     refused when the index is built, before they fill the memory."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """A row that cannot be read ends the build, the first ten named; or it is left out, and counted per shard and reason in
-    the index. `skip` leaves out a whole shard that is damaged, too."""
+    the index. `skip` leaves out the rest of a shard from where it is damaged on, too."""
+
+    @classmethod
+    def from_short(cls, value: Any) -> Any:
+        """With `roots` there need not be a `root`."""
+        if isinstance(value, dict) and value.get("roots") and value.get("root") == "???":
+            return {key: part for key, part in value.items() if key != "root"}
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +89,10 @@ class IndexConfig:
 
     path: str
     """The HDF5 file."""
+    also: list[str] = field(default_factory=list)
+    """Further indexes whose samples take part in a run; `dataset`, the name of the file, tells them apart."""
+    generation: str | None = None
+    """Fingerprint of an earlier state of a refreshed index; a run sees that state, and not the shards added since."""
     block_rows: int = 256
     """Rows of an uncompressed JSONL block, the unit of I/O and shuffling."""
     threads: int = 1

@@ -7,7 +7,6 @@ of a block. Price: one open of the index per run plus one per rank, O(blocks) me
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,8 +28,9 @@ from mixtera_hpc.dataplane.expand import StreamLayout, Streams
 from mixtera_hpc.dataplane.mixer import Mixer
 from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
-from mixtera_hpc.index.open import PropertyIndex, SampleReader, open_index
+from mixtera_hpc.index.open import PropertyIndex
 from mixtera_hpc.index.selection import select_domains
+from mixtera_hpc.index.several import SampleSource, open_configured, open_samples, sample_sources
 from mixtera_hpc.index.verify import check_fresh
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
@@ -42,6 +42,7 @@ class _Facts:
     """The small part, as it is broadcast."""
 
     index_fingerprint: str
+    samples: list[SampleSource]
     data_root: str
     text: str | None
     shard_paths: list[str]
@@ -93,7 +94,7 @@ class Source:
 
     def streams(self) -> Streams:
         """A view of the streams for one reading thread."""
-        samples = SampleReader(Path(self.config.index.path))
+        samples = open_samples(self.facts.samples)
         first, rows = self.blocks.first_sample, self.blocks.rows
 
         def read_blocks(chosen: NDArray[np.int32]) -> SampleColumns:
@@ -144,7 +145,7 @@ def open_source(config: Config, comm: Communicator, *, check: bool = True) -> So
     facts: _Facts | None = None
     arrays: dict[str, NDArray[Any]] = {}
     if comm.rank == 0:
-        index = open_index(config.index.path, config.data.root)
+        index = open_configured(config)
         try:
             facts, arrays = _gather(config, index, tokenizer, check)
         finally:
@@ -164,6 +165,7 @@ def _gather(
     tables, table = index.tables, chosen.selection.table
     facts = _Facts(
         index_fingerprint=index.fingerprint,
+        samples=sample_sources(index),
         data_root=str(index.data_root),
         text=index.text,
         shard_paths=index.shard_paths(),

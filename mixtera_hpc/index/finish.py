@@ -13,8 +13,8 @@ from mixtera_hpc.core.tables import ShardTable
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.attempt import Plan, Records
 from mixtera_hpc.index.discover import fingerprint_of_shard
+from mixtera_hpc.index.layout import BadRows, Generation
 from mixtera_hpc.index.merge import PlacedPiece, merge
-from mixtera_hpc.index.open import BadRows, Generation
 from mixtera_hpc.index.part import Combo
 from mixtera_hpc.index.parts import building_folder
 from mixtera_hpc.index.scan import ScanJob

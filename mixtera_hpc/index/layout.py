@@ -19,6 +19,7 @@ Every byte is under a checksum (metadata by HDF5 itself, columns by Fletcher's),
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -29,11 +30,14 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.tables import Histogram
 
 __all__ = [
+    "DATASET",
     "FORMAT",
     "MAX_CHUNK_ROWS",
     "MIN_CHUNK_ROWS",
     "TABLE_CHUNK",
     "VERSION",
+    "BadRows",
+    "Generation",
     "children",
     "first_rows",
     "first_samples",
@@ -49,6 +53,8 @@ __all__ = [
     "with_zero",
 ]
 
+DATASET = "dataset"
+"""The built-in property: which data set a sample is of."""
 FORMAT = "mixtera-hpc property index"
 VERSION = 2
 TABLE_CHUNK = 1 << 18
@@ -56,6 +62,30 @@ TABLE_CHUNK = 1 << 18
 BLOCKS_TOGETHER = 1 << 15
 """Blocks whose tokens are added up at once, which takes eight bytes per entry of their histogram."""
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 16384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRows:
+    """Rows of a shard that were skipped."""
+
+    shard: int
+    reason: str
+    rows: int
+    """0: the shard is damaged from some place on, and nobody can count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A state of an index, which is how the index begins still."""
+
+    fingerprint: str
+    shards: int
+    blocks: int
+    cells: int
+    """Entries of the histogram."""
+    combos: int
+    samples: int
+    """Rows, those that cannot be read included."""
 
 
 def narrow_type(maximum: int) -> np.dtype[Any]:

@@ -28,8 +28,8 @@ class Piece(Protocol):
     def load(self) -> UnitPart: ...
 
 
-PlacedPiece = tuple[int, Piece]
-"""The position of a shard, and blocks of it; pieces follow each other in index order."""
+PlacedPiece = tuple[int | NDArray[np.int64], Piece]
+"""Blocks, and the position of the shard they are in, or of each one's; pieces follow each other in index order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

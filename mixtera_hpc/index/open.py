@@ -6,7 +6,6 @@ is read and no sooner. Files are opened without locks. Opening costs O(blocks), 
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +18,12 @@ from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.discover import escapes
+from mixtera_hpc.index.generation import tables_at
 from mixtera_hpc.index.layout import (
     FORMAT,
     VERSION,
+    BadRows,
+    Generation,
     children,
     first_rows,
     first_samples,
@@ -33,7 +35,7 @@ from mixtera_hpc.index.layout import (
 )
 from mixtera_hpc.index.parts import building_folder
 
-__all__ = ["BadRows", "Generation", "PropertyIndex", "SampleReader", "open_index"]
+__all__ = ["PropertyIndex", "SampleReader", "open_index"]
 
 _DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, UnicodeDecodeError)
 """What h5py raises on a file that is not what it should be."""
@@ -42,8 +44,10 @@ _DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, UnicodeDecode
 class SampleReader:
     """Reads per-sample columns; may be used by several threads at once, which then wait for each other."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, fingerprint: str | None = None) -> None:
+        """Read from the file at `path`, which must hold the state `fingerprint` of an index when it is given."""
         self.path = Path(path)
+        self._fingerprint = fingerprint
         self._lock = threading.Lock()
         self._file: h5py.File | None = None
         self._columns: dict[str, Any] = {}
@@ -67,6 +71,15 @@ class SampleReader:
             except _DAMAGE as error:
                 raise _damaged(self.path, error) from None
 
+    def column_types(self) -> dict[str, np.dtype[Any]]:
+        """The integer columns that are stored, and as what."""
+        with self._lock:
+            try:
+                self._open()
+                return {name: column.dtype for name, column in self._columns.items()}
+            except _DAMAGE as error:
+                raise _damaged(self.path, error) from None
+
     def close(self) -> None:
         """Close the file; a later read opens it again."""
         with self._lock:
@@ -77,8 +90,18 @@ class SampleReader:
     def _open(self) -> None:
         if self._file is None:
             self._file = _open_file(self.path)
+            self._check_state(self._file)
             self._columns = children(self._file["samples"])
             self._numbers = children(self._columns.pop("numbers"))
+
+    def _check_state(self, file: h5py.File) -> None:
+        """Refuse a file that took the place of the one whose tables are being read along."""
+        if self._fingerprint in (None, *read_texts(file["generations"], "fingerprint")):
+            return
+        raise PropertyIndexError(
+            f"{self.path} is another index than the one this began with: it was built again, derived, or refreshed after "
+            "shards were changed or deleted.\n  Put the old file back to go on, or start a new run."
+        )
 
     def _read(self, spans: Sequence[tuple[int, int]]) -> SampleColumns:
         rows, together = sum(b - a for a, b in spans), _neighbours_joined(spans)
@@ -146,6 +169,21 @@ class PropertyIndex:
         pairs = zip(shards.dataset, shards.path, strict=True)
         return [str(self.roots[dataset].absolute() / path) for dataset, path in pairs]
 
+    def go_back(self, fingerprint: str) -> None:
+        """See what there was before the last refreshes.
+
+        Raises:
+            PropertyIndexError: the index does not begin with a state of that fingerprint.
+        """
+        found = next((g for g in self.generations if g.fingerprint.startswith(fingerprint)), None)
+        if found is None:
+            known = ", ".join(g.fingerprint[:12] for g in self.generations)
+            raise PropertyIndexError(
+                f"{self.path} does not begin with a state {fingerprint[:12]!r}; it has {known}.\n  Shards of that state were "
+                "changed or deleted, or the index was built again: start a new run, or put the old file back."
+            )
+        self.tables, self.fingerprint = tables_at(self.tables, found), found.fingerprint
+
     def read_block(self, block: int) -> SampleColumns:
         """The samples of one block."""
         blocks = self.tables.blocks
@@ -169,35 +207,12 @@ class PropertyIndex:
         self.close()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BadRows:
-    """Rows of a shard that were skipped."""
-
-    shard: int
-    reason: str
-    rows: int
-    """0: the shard is damaged from some place on, and nobody can count."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """A state of an index, which is how the index begins still."""
-
-    fingerprint: str
-    shards: int
-    blocks: int
-    cells: int
-    """Entries of the histogram."""
-    combos: int
-    samples: int
-    """Rows, those that cannot be read included."""
-
-
-def open_index(path: str | Path, data_root: Roots = None) -> PropertyIndex:
+def open_index(path: str | Path, data_root: Roots = None, generation: str | None = None) -> PropertyIndex:
     """Open an index and load its tables.
 
     Args:
         data_root: where the shards lie now, when not where they lay at the build: a folder, or one for each data set.
+        generation: the beginning of the fingerprint of an earlier state, which is then all that is seen.
 
     Raises:
         PropertyIndexError: there is none, it is damaged or cut short, or of another version.
@@ -205,9 +220,12 @@ def open_index(path: str | Path, data_root: Roots = None) -> PropertyIndex:
     path = Path(path)
     with _open_file(path) as file:
         try:
-            return PropertyIndex(path, file, data_root)
+            index = PropertyIndex(path, file, data_root)
         except _DAMAGE as error:
             raise _damaged(path, error) from None
+    if generation is not None:
+        index.go_back(generation)
+    return index
 
 
 def _open_file(path: Path) -> h5py.File:

@@ -21,6 +21,7 @@ from mixtera_hpc.formats.format import Batch, Column, Field, Fields, Unit
 from mixtera_hpc.formats.scan import ShardFile, scan_shard
 from mixtera_hpc.index.discover import Shard, fingerprint_of_shard
 from mixtera_hpc.index.functions import Functions
+from mixtera_hpc.index.layout import DATASET
 from mixtera_hpc.index.part import Combo, UnitPart, histogram_of, joined_combos, reason_of, zones_of
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
@@ -28,7 +29,6 @@ __all__ = ["ScanJob", "scan_unit"]
 
 Ints = NDArray[np.int64]
 PART_ROWS = 1 << 19
-DATASET = "dataset"
 IS_BAD = -1
 
 

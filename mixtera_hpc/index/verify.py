@@ -1,18 +1,33 @@
 """Whether the shards are still those that were indexed.
 
-One `stat` per shard: size and time of change, never content. Files that were added since are nobody's samples, and no reason
-to refuse.
+Fast: one `stat` per shard, size and time of change, some dozen at a time. Deep: the fingerprint of every shard (its size, first
+and last MiB), and some blocks read again, their documents decoded and their tokens counted. Files that were added since are
+nobody's samples, and no reason to refuse.
 """
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.open import PropertyIndex
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["ChangedShard", "changed_shards", "check_fresh"]
+from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.errors import DataError, PropertyIndexError
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.format import BlockRef
+from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.index.discover import fingerprint_of_shard
+from mixtera_hpc.index.open import PropertyIndex
+from mixtera_hpc.tokens.tokenizer import Tokenizer
+
+__all__ = ["ChangedShard", "changed_shards", "check_fresh", "deeply_changed_shards", "refuse"]
 
 NAMED = 5
+STATS_AT_ONCE = 32
+SAMPLED_BLOCKS = 4
+"""Of every shard: the first, the last, and others by chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +46,29 @@ def changed_shards(index: PropertyIndex, root: Path | None = None) -> list[Chang
     """
     shards, root = index.tables.shards, root or index.data_root
     facts = zip(index.shard_paths(), shards.size_bytes.tolist(), shards.mtime_ns.tolist(), strict=True)
-    found = ((path, _problem(root / path, size, mtime)) for path, size, mtime in facts)
-    return [ChangedShard(path=path, problem=problem) for path, problem in found if problem]
+    with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
+        problems = pool.map(lambda fact: _problem(root / fact[0], *fact[1:]), facts)
+        return _named(index, problems)
+
+
+def deeply_changed_shards(
+    index: PropertyIndex, tokenizer: Tokenizer | None, comm: Communicator, seed: int = 0
+) -> list[ChangedShard]:
+    """The shards whose content differs from what was indexed, as far as samples show. **Collective.**
+
+    Every rank looks at its share; rank 0 looks again at those that failed, and returns them; others return nothing.
+
+    Args:
+        tokenizer: counts the tokens of the documents again; None leaves that out.
+    """
+    count = len(index.tables.shards.path)
+    failed = np.zeros(count, np.int8)
+    for shard in range(comm.rank, count, comm.size):
+        failed[shard] = bool(_deep_problem(index, shard, tokenizer, seed))
+    failed = comm.Allreduce(failed, "max")
+    if comm.rank > 0:
+        return []
+    return _named(index, (_deep_problem(index, i, tokenizer, seed) if failed[i] else "" for i in range(count)))
 
 
 def check_fresh(index: PropertyIndex) -> None:
@@ -41,7 +77,15 @@ def check_fresh(index: PropertyIndex) -> None:
     Raises:
         PropertyIndexError: names the first few of them.
     """
-    changed = changed_shards(index)
+    refuse(index, changed_shards(index))
+
+
+def refuse(index: PropertyIndex, changed: list[ChangedShard]) -> None:
+    """Raise for changed shards; nothing when there are none.
+
+    Raises:
+        PropertyIndexError: names the first few of them.
+    """
     if not changed:
         return
     named = [f"{shard.path} ({shard.problem})" for shard in changed[:NAMED]]
@@ -50,8 +94,14 @@ def check_fresh(index: PropertyIndex) -> None:
     raise PropertyIndexError(
         f"{index.path} is stale: {len(changed)} of {len(index.tables.shards.path)} shards below {index.data_root} are not "
         f"what was indexed:{listed}\n"
-        "  Bring them back, set data.root, or build it again: mixtera-hpc index build with the same settings."
+        "  Bring them back, set data.root, or bring the index up to date with mixtera-hpc index refresh and the settings it "
+        "was built with."
     )
+
+
+def _named(index: PropertyIndex, problems: Iterable[str]) -> list[ChangedShard]:
+    pairs = zip(index.shard_paths(), problems, strict=True)
+    return [ChangedShard(path=path, problem=problem) for path, problem in pairs if problem]
 
 
 def _problem(path: Path, size_bytes: int, mtime_ns: int) -> str:
@@ -62,3 +112,57 @@ def _problem(path: Path, size_bytes: int, mtime_ns: int) -> str:
     if status.st_size != size_bytes:
         return f"{status.st_size} bytes, indexed with {size_bytes}"
     return "" if status.st_mtime_ns == mtime_ns else "changed since, same size"
+
+
+def _deep_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None, seed: int) -> str:
+    """What is wrong with the content of a shard; empty when nothing was found."""
+    shards = index.tables.shards
+    path = index.data_root / index.shard_paths()[shard]
+    try:
+        if path.stat().st_size != shards.size_bytes[shard]:
+            return f"{path.stat().st_size} bytes, indexed with {shards.size_bytes[shard]}"
+        if fingerprint_of_shard(path, int(shards.size_bytes[shard])) != shards.fingerprint[shard]:
+            return "its first or last MiB differs"
+        return _blocks_problem(index, shard, tokenizer, seed)
+    except OSError as error:
+        return "missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+    except DataError as error:
+        return str(error).splitlines()[0].replace(str(path), "it")
+
+
+def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None, seed: int) -> str:
+    tables, path = index.tables, index.data_root / index.shard_paths()[shard]
+    if index.text is None or load_format(tables.shards.format[shard]).holds_tokens:
+        return ""
+    first, last = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
+    reader = load_format(tables.shards.format[shard]).open(path, index.text, BlockCache())
+    try:
+        for block in _sampled(np.arange(first, last), seed).tolist():
+            place = BlockRef(
+                offset=int(tables.blocks.offset[block]),
+                length=int(tables.blocks.length[block]),
+                first_row=int(tables.blocks.first_row[block]),
+                rows=int(tables.blocks.rows[block]),
+            )
+            samples = index.read_block(block)
+            rows = np.flatnonzero(samples.combo != tables.combos.bad)
+            texts = reader.documents(place, samples.length, rows)
+            if tokenizer is None or not tables.has_tokens:
+                continue
+            counts = np.diff(tokenizer.encode_batch(texts)[1])
+            other = np.flatnonzero(counts != samples.tokens[rows])
+            if len(other):
+                row = int(rows[other[0]])
+                return f"row {place.first_row + row} has {counts[other[0]]} tokens, indexed with {samples.tokens[row]}"
+    finally:
+        reader.close()
+    return ""
+
+
+def _sampled(blocks: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Some of a shard's blocks, ascending."""
+    if len(blocks) <= SAMPLED_BLOCKS:
+        return blocks
+    words = np.random.Philox(key=seed + int(blocks[0])).random_raw(len(blocks) - 2)
+    chosen = 1 + np.argsort(words, kind="stable")[: SAMPLED_BLOCKS - 2]
+    return np.asarray(blocks[np.sort([0, *chosen.tolist(), len(blocks) - 1])], np.int64)

@@ -21,6 +21,8 @@ from mixtera_hpc.index.layout import (
     FORMAT,
     TABLE_CHUNK,
     VERSION,
+    BadRows,
+    Generation,
     first_samples,
     narrow,
     narrow_type,
@@ -29,7 +31,6 @@ from mixtera_hpc.index.layout import (
     put_texts,
 )
 from mixtera_hpc.index.merge import Merged, PlacedPiece, Translated, translated
-from mixtera_hpc.index.open import BadRows, Generation
 
 __all__ = ["IndexFacts", "Written", "publish", "write_index"]
 
@@ -182,9 +183,9 @@ class _Content:
         self.tokens = 0
         self.known_numbers: set[str] = set()
 
-    def add(self, shard: int, piece: Translated) -> None:
+    def add(self, shard: int | NDArray[np.int64], piece: Translated) -> None:
         blocks = piece.blocks
-        self._columns["blocks/shard"].add(np.full(len(blocks["rows"]), shard, np.int64))
+        self._columns["blocks/shard"].add(np.broadcast_to(shard, len(blocks["rows"])))
         for name in ("rows", "offset", "length"):
             self._columns[f"blocks/{name}"].add(blocks[name])
         for number, zones in piece.zones.items():

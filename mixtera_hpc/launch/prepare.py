@@ -37,12 +37,12 @@ def prepare_run(config: Config, overrides: Sequence[str], now: datetime) -> RunF
 
 def rooted(config: Config) -> Config:
     """`config` with paths that mean the same from any folder; what does not exist below this one stays as it is."""
-    plane, data = config.dataplane, config.data
+    plane, data, index = config.dataplane, config.data, config.index
     return replace(
         config,
         run=replace(config.run, root=str(Path(config.run.root).absolute())),
-        data=replace(data, root=_rooted(data.root)),
-        index=replace(config.index, path=_rooted(config.index.path)),
+        data=replace(data, root=_rooted(data.root), roots={name: _rooted(root) for name, root in data.roots.items()}),
+        index=replace(index, path=_rooted(index.path), also=[_rooted(path) for path in index.also]),
         dataplane=replace(plane, tokenizer=_rooted(plane.tokenizer) if plane.tokenizer else None),
     )
 
@@ -93,6 +93,8 @@ def _make_folder(config: Config, now: datetime) -> RunFolder:
 
 
 def _rooted(path: str) -> str:
+    if not path:
+        return path
     absolute = Path(path).expanduser().absolute()
     return str(absolute) if absolute.exists() or absolute.parent.exists() else path
 

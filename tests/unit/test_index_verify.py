@@ -46,7 +46,7 @@ def test_every_kind_of_change_is_named(index: PropertyIndex) -> None:
         "5.jsonl": "changed since, same size",
     }
     with pytest.raises(
-        PropertyIndexError, match=r"3 of 8 shards(.|\n)*1\.jsonl \(missing\)(.|\n)*mixtera-hpc index build"
+        PropertyIndexError, match=r"3 of 8 shards(.|\n)*1\.jsonl \(missing\)(.|\n)*mixtera-hpc index refresh"
     ):
         check_fresh(index)
 
