@@ -1,0 +1,282 @@
+"""Whatever is wrong with a data file, `index build` ends with code 2 and says which file, where in it, and what to do."""
+
+import bz2
+import functools
+import gzip
+import io
+import json
+import lzma
+import re
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+
+from mixtera_hpc.cli.collection import compose_data
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import UserError
+from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.open import open_index
+from mixtera_hpc.testing.megatron import write_megatron
+from mixtera_hpc.testing.writers import json_lines, write_arrow, write_parquet, write_tar
+
+Make = Callable[[Path], None]
+ROWS = [{"text": f"text {i} " * 20, "meta": {"language": "en", "quality": 0.5}, "tags": ["a"]} for i in range(300)]
+LINES = b"".join(json_lines(ROWS))
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstandard.compress,
+}
+
+
+def jsonl(*lines: str | bytes) -> Make:
+    data = b"\n".join(line.encode() if isinstance(line, str) else line for line in ['{"text": "good"}', *lines])
+    return lambda folder: put(folder / "bad.jsonl", data)
+
+
+def put(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def cut(write: Callable[[Path, Any], list[Path]], share: float) -> Make:
+    def make(folder: Path) -> None:
+        (path,) = write(folder, ROWS)
+        data = path.read_bytes()
+        path.rename(path.with_stem("bad")).write_bytes(data[: int(share * len(data))])
+
+    return make
+
+
+def compressed(ending: str, change: Callable[[bytes], bytes]) -> Make:
+    return lambda folder: put(folder / f"bad.jsonl.{ending}", change(COMPRESS[ending](LINES)))
+
+
+def tar(*members: tuple[str, bytes], end_mark: bool = True, flip: int | None = None) -> Make:
+    def make(folder: Path) -> None:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+            end = archive.offset
+        data = bytearray(buffer.getvalue() if end_mark else buffer.getvalue()[:end])
+        if flip is not None:
+            data[flip] ^= 0xFF
+        put(folder / "bad.tar", bytes(data))
+
+    return make
+
+
+def megatron(change: Callable[[Path], None], ids: Any = ((1, 2), (3,))) -> Make:
+    def make(folder: Path) -> None:
+        write_megatron(folder / "bad.bin", ids)
+        change(folder)
+
+    return make
+
+
+def rewritten(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: put(folder / name, change((folder / name).read_bytes()))
+
+
+TAR_TEXT = ["data.text=txt"]
+IDS = ["dataplane.vocab_size=100"]
+GOOD_TXT = ("a.txt", b"good")
+CASES: dict[str, tuple[Make, list[str], str]] = {
+    "broken JSON": (jsonl('{"text": "x'), [], r"row=1: Input data was truncated"),
+    "a value of another type": (jsonl('{"text": 3}'), [], r"row=1: Expected `str`, got `int`"),
+    "a property of another kind": (
+        jsonl('{"text": "x", "q": "high"}'),
+        ["data.properties.q={path:q,kind:number}"],
+        r"row=1: Expected `float \| null`, got `str` - at `\$\.q`",
+    ),
+    "a missing field": (jsonl("{}"), [], "row=1: Object missing required field `text`"),
+    "no UTF-8": (jsonl(b'{"text": "\xff"}'), [], "row=1: 'utf-8' codec can't decode"),
+    "NUL bytes": (jsonl(b'{"text": "\0"}'), [], "row=1: JSON is malformed: invalid character"),
+    "a hole of NUL bytes": (jsonl(b"\0" * 5000), [], "row=1: JSON is malformed"),
+    "only empty files": (lambda folder: put(folder / "bad.jsonl", b""), [], "hold no rows"),
+    **{
+        f".{e} cut off": (compressed(e, lambda data: data[: len(data) // 2]), [], "ends inside a compressed frame")
+        for e in COMPRESS
+    },
+    **{
+        f".{e} that is none": (compressed(e, lambda _: b"plain text, no frame at all"), [], "near byte")
+        for e in COMPRESS
+    },
+    **{
+        f".{e} with more behind it": (compressed(e, lambda d: d + b"junk"), [], "cannot be decompressed")
+        for e in COMPRESS
+    },
+    **{
+        f"damage inside .{e}": (compressed(e, lambda d: d[:400] + bytes(99) + d[499:]), [], "bad.jsonl")
+        for e in COMPRESS
+    },
+    **{
+        f"a .{e} bomb": (
+            lambda folder, e=e: put(folder / f"bad.jsonl.{e}", COMPRESS[e](b" " * 3_000_000)),
+            ["data.max_block_bytes=1000000"],
+            r"begins at byte 0 decodes to more than data\.max_block_bytes=1000000",
+        )
+        for e in COMPRESS
+    },
+    "a line that is too long": (
+        jsonl('{"text": "' + "x" * 3_000_000 + '"}'),
+        ["data.max_block_bytes=1000000"],
+        r"the line that begins at byte 17 has more than data\.max_block_bytes=1000000 bytes",
+    ),
+    "Parquet cut off": (cut(write_parquet, 0.7), [], "not a readable Parquet file"),
+    "Parquet that is none": (lambda f: put(f / "bad.parquet", b"x" * 500), [], "not a readable Parquet file"),
+    "an Arrow file cut off": (cut(write_arrow, 0.7), [], "not a readable Arrow file"),
+    "Arrow that is none": (lambda f: put(f / "bad.arrow", b"x" * 500), [], "not a readable Arrow file"),
+    "an empty Arrow file": (lambda f: put(f / "bad.arrow", b"ARROW1"), [], "not a readable Arrow file"),
+    "Feather of version 1": (lambda f: put(f / "bad.feather", b"FEA1" + bytes(100)), [], "Feather of version 1"),
+    "an Arrow file without text": (
+        lambda f: write_arrow(f, [{"body": "x"}])[0].rename(f / "bad.arrow"),
+        [],
+        "has no column 'text', which data.text names.\n  It has: body",
+    ),
+    "a tar cut off": (
+        cut(write_tar, 0.503),
+        TAR_TEXT,
+        r"is damaged: it ends inside member '\d+\.\w+', which begins at byte",
+    ),
+    "a tar without its end": (tar(GOOD_TXT, end_mark=False), TAR_TEXT, "ends at byte 1024 without an end mark"),
+    "a tar header with a wrong sum": (tar(GOOD_TXT, flip=3), TAR_TEXT, "there is no valid header at byte 0"),
+    "a tar that is none": (lambda f: put(f / "bad.tar", b"x" * 9999), TAR_TEXT, "there is no valid header at byte 0"),
+    "a member above the archive": (
+        tar(("../../up.txt", b"x")),
+        TAR_TEXT,
+        r"named '\.\./\.\./up\.txt', which points out",
+    ),
+    "a member with an absolute name": (
+        tar(("/etc/passwd.txt", b"x")),
+        TAR_TEXT,
+        "named '/etc/passwd.txt', which points",
+    ),
+    "a member that comes twice": (
+        tar(GOOD_TXT, GOOD_TXT),
+        TAR_TEXT,
+        "row=0: sample 'a' has two members with ending 'txt'",
+    ),
+    "a sample without text": (tar(GOOD_TXT, ("b.jpg", b"x")), TAR_TEXT, "row=1: Object missing required field `txt`"),
+    "broken JSON in a tar": (
+        tar(GOOD_TXT, ("a.json", b'{"x": ')),
+        [*TAR_TEXT, "data.properties.x=json.x"],
+        r"row=0: member a\.json: Input data was truncated",
+    ),
+    "a caption that is no UTF-8": (tar(("a.txt", b"\xff")), TAR_TEXT, r"row=0: member a\.txt: 'utf-8' codec"),
+    "a sample that is too long": (
+        tar(GOOD_TXT, ("b.jpg", bytes(200_000))),
+        [*TAR_TEXT, "data.max_block_bytes=100000"],
+        r"sample 'b' has \d+ bytes, more than data\.max_block_bytes",
+    ),
+    "an .idx cut off": (megatron(rewritten("bad.idx", lambda d: d[:-5])), IDS, r"bad\.idx is truncated: \d+ bytes"),
+    "an .idx of nothing": (megatron(rewritten("bad.idx", lambda d: d[:3])), IDS, "is not the index of a Megatron file"),
+    "another .idx": (megatron(rewritten("bad.idx", lambda d: b"TNTIDX" + d[6:])), IDS, "magic b'TNTIDX"),
+    "an .idx of floats": (megatron(rewritten("bad.idx", lambda d: d[:17] + b"\7" + d[18:])), IDS, "type code 7"),
+    "no .idx": (megatron(lambda f: (f / "bad.idx").unlink()), IDS, "needs bad.idx beside it"),
+    "a .bin cut off": (megatron(rewritten("bad.bin", lambda d: d[:-2])), IDS, "has 4 bytes, but its .idx speaks of 6"),
+    "ids of another vocabulary": (
+        megatron(lambda f: None, [[1], [2, 500]]),
+        IDS,
+        "row=1: id 500 in a vocabulary of 100",
+    ),
+    "a sidecar with too few lines": (
+        megatron(lambda f: put(f / "bad.sidecar.jsonl", b'{"s": "x"}\n')),
+        [*IDS, "data.properties.s=s"],
+        r"bad\.sidecar\.jsonl has 1 lines, but bad\.bin has 2 documents",
+    ),
+    "a broken sidecar": (
+        megatron(lambda f: put(f / "bad.sidecar.jsonl", b"{}\noops\n")),
+        [*IDS, "data.properties.s=s"],
+        r"bad\.sidecar\.jsonl' row=1: JSON is malformed",
+    ),
+    "texts without a tokenizer": (
+        lambda f: put(f / "bad.jsonl", LINES),
+        IDS,
+        "A shard holds texts, but dataplane.vocab_size says",
+    ),
+    "text that is no UTF-8": (
+        lambda f: put(f / "bad.txt", b"abc\xff"),
+        ["data.include=['*.txt']"],
+        "row=0: no UTF-8: invalid start byte at byte 3",
+    ),
+    "text that is none": (
+        lambda f: put(f / "bad.txt", b"ELF\0\1"),
+        ["data.include=['*.txt']"],
+        "row=0: a NUL character at byte 3",
+    ),
+    "an array cut off": (
+        lambda f: put(f / "bad.json", json.dumps(ROWS).encode()[:-9]),
+        ["data.include=['*.json']"],
+        "is not a JSON array of rows: Input data was truncated",
+    ),
+    "JSON lines under the name of an array": (
+        lambda f: put(f / "bad.json", LINES),
+        ["data.include=['*.json']"],
+        "Set data.format=jsonl where it has a row per line",
+    ),
+    "an array of other things": (
+        lambda f: put(f / "bad.json", b'[{"text": "x"}, 7]'),
+        ["data.include=['*.json']"],
+        "row=1: Expected `object`, got `int`",
+    ),
+}
+
+
+@functools.cache
+def composed(*overrides: str) -> Config:
+    return compose_data(["data.root=/data", "index.path=/index.h5", *overrides])
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_bad_input_is_named(what: str, tmp_path: Path) -> None:
+    make, overrides, message = CASES[what]
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data")
+    config = composed(*overrides)
+    data, index = replace(config.data, root=str(tmp_path / "data")), replace(config.index, path=str(tmp_path / "i.h5"))
+    with pytest.raises(UserError) as caught:
+        build_index(replace(config, data=data, index=index))
+    said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert re.search(message, said), said
+    assert "bad" in said or "hold no rows" in said or "A shard holds texts" in said, "the file is named"
+    assert not (tmp_path / "i.h5").exists()
+
+
+def test_bad_input_is_no_fault_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "bad.jsonl", b'{"text": "good"}\n{"text": 3}\n')
+    assert main(["index", "build", f"data.root={tmp_path}", f"index.path={tmp_path / 'index.h5'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("DataError: ") and "row=1: Expected `str`, got `int`" in said and "Traceback" not in said
+
+
+def test_nothing_of_a_tar_is_written_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    tar(("../escaped.txt", b"x"), ("sub/ok.txt", b"y"))(tmp_path / "data")
+    words = [f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'index.h5'}", *TAR_TEXT]
+    assert main(["index", "build", *words]) == 2
+    assert [p.name for p in (tmp_path / "data").rglob("*")] == ["bad.tar"]
+    assert not (tmp_path / "escaped.txt").exists()
+
+
+def test_a_line_of_twenty_megabytes_is_a_row_like_any_other(tmp_path: Path) -> None:
+    rows = [{"text": "short"}, {"text": "x" * 20_000_000}, {"text": "last"}]
+    (tmp_path / "data").mkdir()
+    put(tmp_path / "data/a.jsonl", b"".join(json_lines(rows)))
+    put(tmp_path / "data/b.jsonl.zst", zstandard.compress(b"".join(json_lines(rows))))
+    words = [f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'index.h5'}"]
+    assert main(["index", "build", *words]) == 0
+
+    with open_index(tmp_path / "index.h5") as index:
+        assert index.tables.num_samples == 6
+        assert np.array_equal(index.tables.shards.rows, [3, 3])
