@@ -56,13 +56,19 @@ class Feedback:
         self._comm = comm.Dup()
         self._num_domains = num_domains
         self._under_way: deque[_UnderWay] = deque()
+        self._done: list[Agreement] = []
+        self._odd: _UnderWay | None = None
 
     def post(self, step: int, rows: Ints, notes: Notes) -> None:
-        """Start the reduction of `step`. **Collective.**
+        """Start the reduction of `step`, once those before the last are done. **Collective.**
 
         Args:
             rows: this rank's sums, shape (NUM_ROWS, K); see `core.statistics.accumulate`.
+
+        Raises:
+            CommError: ranks served an earlier step from different plans.
         """
+        self._done = self.wait_for(step - 2)
         tail = [int(notes.stop), int(notes.save), notes.digest & _LOW]
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
@@ -71,35 +77,39 @@ class Feedback:
 
     def poll(self) -> list[Agreement]:
         """What has completed since the last call."""
-        done = []
         while self._under_way and self._under_way[0].request.Test():
-            done.append(self._take(reduce_s=0.0))
-        return done
+            self._take(reduce_s=0.0)
+        return self._hand_over()
 
     def wait_for(self, step: int) -> list[Agreement]:
-        """Like `poll`, but with everything up to `step` in it. **Collective.**"""
-        done = []
+        """Like `poll`, but with everything up to `step` in it. **Collective.**
+
+        Raises:
+            CommError: ranks served one of those steps from different plans.
+        """
         while self._under_way and self._under_way[0].step <= step:
             began = time.perf_counter()
             wait(self._under_way[0].request)
-            done.append(self._take(reduce_s=time.perf_counter() - began))
+            self._take(reduce_s=time.perf_counter() - began)
+        if self._odd is not None and self._odd.step <= step:
+            self._name_the_odd_ones(self._odd)
+        return self._hand_over()
+
+    def _hand_over(self) -> list[Agreement]:
+        done, self._done = self._done, []
         return done
 
-    def _take(self, reduce_s: float) -> Agreement:
+    def _take(self, reduce_s: float) -> None:
         sent = self._under_way.popleft()
         rows = sent.result[:-3].reshape(NUM_ROWS, self._num_domains)
         stop, save, digest = (int(n) for n in sent.result[-3:])
         if digest != self._comm.size * int(sent.buffer[-1]):
-            self._name_the_odd_ones(sent)
-        return Agreement(
-            statistics=from_buffer(sent.step, rows),
-            stop=stop > 0,
-            save=save > 0,
-            reduce_s=reduce_s,
-        )
+            self._odd = self._odd or sent
+        statistics = from_buffer(sent.step, rows)
+        self._done.append(Agreement(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
 
     def _name_the_odd_ones(self, sent: _UnderWay) -> None:
-        """Every rank sees the wrong sum, so every rank is here."""
+        """Every rank sees the wrong sum, and comes here at the same point of its program, whenever it saw it."""
         digests = self._comm.Allgather(sent.buffer[-1:])[:, 0]
         values, counts = np.unique(digests, return_counts=True)
         odd = np.flatnonzero(digests != values[np.argmax(counts)])

@@ -1,0 +1,32 @@
+"""Rank 1 serves step 2 from another plan than the others; rank 0 looks early, the others late. Every step ends together, as with gradients.
+
+mpiexec -n N python -m mpi4py feedback_program.py
+"""
+
+import time
+
+import numpy as np
+
+from mixtera_hpc.comm.launch import guarded, open_communicator
+from mixtera_hpc.core.statistics import NUM_ROWS
+from mixtera_hpc.dataplane.feedback import Feedback, Notes
+
+
+def main() -> None:
+    comm = open_communicator()
+
+    def body() -> None:
+        feedback = Feedback(comm, 3)
+        for step in range(9):
+            digest = 8 if comm.rank == 1 and step == 2 else 7
+            feedback.post(step, np.zeros((NUM_ROWS, 3), np.int64), Notes(stop=False, save=False, digest=digest))
+            if comm.rank == 0:
+                time.sleep(0.1)  # Long enough for the reduction to be done when it is polled.
+                feedback.poll()
+            comm.Barrier()
+        feedback.wait_for(8)
+
+    raise SystemExit(guarded(comm, body))
+
+
+main()
