@@ -93,13 +93,13 @@ TEXT_KEYS = ("query.where", "job.constraint", "job.comment", "job.time")
 
 
 def _typed(override: str) -> str:
-    """An override as users write it → as Hydra wants it."""
+    """An override as users write it → as Hydra wants it: a key that no file in `conf/` mentions is set all the same."""
     key, _, value = override.partition("=")
     if key in TEXT_KEYS and value != "null" and not value.startswith(("'", '"', "${")):
         escaped = value.replace('"', '\\"')
         return f'{key}="{escaped}"'
     inside = any(key == name or key.startswith(f"{name}.") for name in OPEN_KEYS)
-    return f"++{override}" if inside else override
+    return f"++{override}" if inside or ("." in key and key in _known_keys(Config)) else override
 
 
 def _search_path() -> list[str]:
