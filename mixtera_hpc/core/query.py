@@ -5,7 +5,7 @@ number. For a (block, combo) cell of the histogram the range is the block's zone
 two masks: `can` (some sample of the entry may match) and `must` (all of them do); for samples they are equal. Cells where
 they differ are the only ones whose samples have to be looked at.
 
-Null is a value: it equals only `None`, differs from everything else, and fails every ordering comparison.
+Null is a value: it equals only `None`, differs from everything else, and fails every ordering comparison and pattern.
 """
 
 import ast
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.pattern import matching
 from mixtera_hpc.core.properties import ComboTable, Kind, Property, as_text
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
@@ -122,6 +123,8 @@ class _Parser:
                 operands = [left, *rights]
                 pairs = [self._compare(operands[i], op, operands[i + 1]) for i, op in enumerate(ops)]
                 return self._join(pairs, Mask.__and__)
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
+                return self._call(name, arguments)
             case ast.Constant(value=bool() as value):
                 return (lambda e: _constant(e, value)), frozenset()
         raise self._refuse(tree)
@@ -151,10 +154,37 @@ class _Parser:
             op = ast.Eq() if isinstance(op, ast.Is) else ast.NotEq()
         return self._number(prop, op, value) if prop.kind is Kind.NUMBER else self._category(prop, op, value)
 
+    def _call(self, name: str, arguments: list[ast.expr]) -> _Node:
+        if name != "matches":
+            near = did_you_mean(name, ["matches"])
+            raise ConfigError(
+                f"query.where: {name!r} is not part of the query language; the only function is matches.{near}"
+            )
+        match arguments:
+            case [ast.Name(id=prop), ast.Constant(value=str() as pattern)]:
+                return self._matches(self._property(prop), pattern)
+        raise ConfigError(
+            "query.where: write matches(language, 'en|de'): a property, and a pattern for its whole value."
+        )
+
+    def _matches(self, prop: Property, pattern: str) -> _Node:
+        if prop.kind is Kind.NUMBER:
+            raise ConfigError(
+                f"query.where: {prop.name!r} is a number, which has no pattern; compare it, as in 0 < {prop.name} <= 1."
+            )
+        codes = matching(pattern, prop.values)
+        if not codes:
+            near = did_you_mean(pattern, prop.values)
+            raise ConfigError(f"query.where: no value of {prop.name!r} matches {pattern!r} as a whole.{near}")
+        return self._coded(prop, codes)
+
     def _contains(self, prop: Property, value: Any, negate: bool) -> _Node:
+        if prop.kind is Kind.NUMBER:
+            raise ConfigError(f"query.where: {prop.name!r} is a number; write {prop.name} == {value!r}.")
         if prop.kind is not Kind.CATEGORIES:
             raise ConfigError(
-                f"query.where: {prop.name!r} has one value per sample; write {prop.name} == {value!r}, or {prop.name} in [...]."
+                f"query.where: {prop.name!r} has one value per sample; write {prop.name} == {value!r}, or {prop.name} in [...], "
+                f"or for a part of it matches({prop.name}, '.*{value}.*')."
             )
         return self._member(prop, [value], negate)
 
@@ -172,13 +202,20 @@ class _Parser:
 
     def _member(self, prop: Property, values: list[Any], negate: bool) -> _Node:
         codes = [self._code(prop, v) for v in values if v is not None]
-        null = None in values
+        return self._coded(prop, codes, null=None in values, negate=negate)
+
+    def _coded(self, prop: Property, codes: list[int], *, null: bool = False, negate: bool = False) -> _Node:
+        """Entries with one of `codes`, or with null; decided per combo, once for all entries."""
+        decided: list[tuple[ComboTable, NDArray[np.bool_]]] = []
+
+        def decide(combos: ComboTable) -> NDArray[np.bool_]:
+            if not decided or decided[-1][0] is not combos:
+                hit = combos.any_of(prop.name, codes)
+                decided[:] = [(combos, (hit | combos.is_null(prop.name) if null else hit) ^ negate)]
+            return decided[-1][1]
 
         def evaluate(entries: Entries) -> Mask:
-            hit = entries.combos.any_of(prop.name, codes)
-            if null:
-                hit = hit | entries.combos.is_null(prop.name)
-            mask = (hit ^ negate)[entries.combo]
+            mask = decide(entries.combos)[entries.combo]
             return Mask(mask, mask)
 
         return evaluate, frozenset()
@@ -230,7 +267,7 @@ class _Parser:
         piece = ast.get_source_segment(self.text, tree) or type(tree).__name__
         return ConfigError(
             f"query.where: {piece!r} is not part of the query language.\n"
-            "  Use property names, text, numbers, lists, None, and: and or not == != < <= > >= in not in is."
+            "  Use property names, text, numbers, lists, None, and: and or not == != < <= > >= in not in is matches(name, 'pattern')."
         )
 
 

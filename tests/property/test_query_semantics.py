@@ -1,6 +1,7 @@
 """Query expressions mean what plain Python says they mean, decided by blocks or looked up in samples."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,13 @@ def has_tag(value: str, negate: bool) -> Expression:
     )
 
 
+def matches_language(pattern: str) -> Expression:
+    return Expression(
+        f"matches(language, {pattern!r})",
+        lambda s: any(re.fullmatch(pattern, value) for value in s.categories["language"]),
+    )
+
+
 def no_tags(negate: bool) -> Expression:
     return Expression(f"tags {'!=' if negate else '=='} None", lambda s: (not s.categories["tags"]) != negate)
 
@@ -114,6 +122,7 @@ atoms = st.one_of(
     st.builds(equals, st.sampled_from([None, *LANGUAGES]), st.booleans()),
     st.builds(has_tag, st.sampled_from(TAGS), st.booleans()),
     st.builds(no_tags, st.booleans()),
+    st.builds(matches_language, st.sampled_from(["e.", "en|de", ".*", "x y", "[0-9]+", "nothing|7"])),
     st.builds(
         compares,
         st.sampled_from(["quality", "year"]),

@@ -65,6 +65,12 @@ def matching(text: str | None) -> list[int]:
         ("language == 'en' or 'spam' in tags and quality > 0.2", [0, 3]),
         ("language == 'en'\n  or language == 'de'\n", [0, 1]),
         ("language in []", []),
+        ("matches(language, 'en|de')", [0, 1]),
+        ("not matches(language, 'en|de')", [2, 3, 4]),
+        ("matches(language, '[a-z]+') and quality > 0.2", [0, 4]),
+        ("matches(language, r'\\d{4}')", [3]),
+        ("matches(language, '(?i)EN')", [0]),
+        ("matches(tags, 'py.*') or matches(language, 'tr.e')", [0, 1, 4]),
     ],
 )
 def test_expression_selects(text: str | None, expected: list[int]) -> None:
@@ -98,6 +104,16 @@ def test_expression_selects(text: str | None, expected: list[int]) -> None:
         ("quality > 1 + 1", r"'1 \+ 1' is not part of the query language"),
         ("[q for q in tags]", r"is not part of the query language"),
         ("1", r"'1' is not part of the query language"),
+        ("'e' in language", r"matches\(language, '\.\*e\.\*'\)"),
+        ("3 in quality", r"is a number; write quality == 3"),
+        ("match(language, 'en')", r"the only function is matches\. Did you mean 'matches'\?"),
+        ("matches(language)", r"write matches\(language, 'en\|de'\)"),
+        ("matches('en', language)", r"write matches\(language, 'en\|de'\)"),
+        ("matches(language, pattern='en')", r"is not part of the query language"),
+        ("matches(langauge, 'en')", r"Did you mean 'language'\?"),
+        ("matches(quality, '0.*')", r"is a number, which has no pattern"),
+        ("matches(language, 'e')", r"no value of 'language' matches 'e' as a whole"),
+        ("matches(language, 'e(')", r"'e\(' is no regular expression"),
     ],
 )
 def test_anything_else_is_refused_with_a_reason(text: str, message: str) -> None:

@@ -1,0 +1,38 @@
+"""Patterns over category values: what is allowed, and that it cannot run away."""
+
+import pytest
+
+from mixtera_hpc.core.pattern import matching
+from mixtera_hpc.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("(a+)+", "repeats a group"),
+        ("(a|a)*b", "repeats a group"),
+        ("(a){2}", "repeats a group"),
+        (r"(.)\1", "refers back"),
+        ("(?P<x>a)(?P=x)", "refers back"),
+        ("a?" * 30 + "a" * 30, "has 30 repeats, 3 are allowed"),
+        ("(a|a)" * 50 + "b", "has 50 groups, 3 are allowed"),
+        (".*" * 4, "has 4 repeats, 3 are allowed"),
+        ("a" * 501, "has 501 characters, 500 are allowed"),
+    ],
+)
+def test_a_pattern_that_could_run_away_is_refused(pattern: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        matching(pattern, ["a" * 40])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "values"),
+    [
+        (r"\(a\+\)\*", ["(a+)*"]),
+        ("[*+?{(]", ["*", "+", "?", "{", "("]),
+        ("a.*?b", ["ab", "axb", "a\nb"]),
+        ("(?:en|de)-?[A-Z]*", ["en", "de-CH"]),
+    ],
+)
+def test_what_looks_like_a_repeat_and_is_none_is_allowed(pattern: str, values: list[str]) -> None:
+    assert matching(pattern, [*values, "other"]) == list(range(len(values)))
