@@ -2,7 +2,11 @@
 
 import argparse
 import json
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["arguments", "run"]
 
@@ -10,22 +14,48 @@ __all__ = ["arguments", "run"]
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. query.where=... mixture.by=[source]")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--explain", action="store_true", help="say how the answer was found and what it took")
 
 
 def run(args: argparse.Namespace) -> int:
     from mixtera_hpc.cli.collection import open_collection
     from mixtera_hpc.index.selection import select_domains, weights_of
 
+    began = time.perf_counter()
     config, index = open_collection(args.overrides)
+    open_s = time.perf_counter() - began
     with index:
         chosen = select_domains(config, index)
     has_tokens = index.tables.has_tokens
     answer = _answer(chosen, weights_of(config, chosen, has_tokens), has_tokens)
+    if args.explain:
+        answer["explain"] = _explained(chosen, index.tables.num_samples, open_s)
     if args.json:
         print(json.dumps(answer, ensure_ascii=False))
     else:
         _print(answer, chosen.names)
     return 0
+
+
+def _explained(chosen: Any, num_samples: int, open_s: float) -> dict[str, Any]:
+    """The field `explain` of `query --explain --json`: every block is in one of its four counts."""
+    effort, cost = chosen.selection.effort, chosen.cost
+    return {
+        "where": chosen.selection.predicate.text,
+        "numbers": sorted(chosen.selection.predicate.numbers),
+        "blocks": effort.blocks,
+        "pruned_by_histogram": effort.without_match,
+        "pruned_by_zones": effort.outside_zones,
+        "whole": effort.whole,
+        "scanned": effort.scanned,
+        "samples": num_samples,
+        "samples_scanned": effort.samples,
+        "bytes_read": cost.bytes_read,
+        "open_s": open_s,
+        "parse_s": cost.parse_s,
+        "count_s": cost.count_s,
+        "read_s": cost.read_s,
+    }
 
 
 def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
@@ -74,6 +104,37 @@ def _print(answer: dict[str, Any], names: tuple[str, ...]) -> None:
             f"{_count(overlap['samples'])} samples of {first} match {other} too; the first key has them",
             highlight=False,
         )
+    if "explain" in answer:
+        _print_explained(console, answer["explain"])
+
+
+def _print_explained(console: "Console", found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title="blocks", title_justify="left", show_header=False)
+    table.add_column(justify="left")
+    table.add_column(justify="right")
+    table.add_column(justify="left")
+    for what, meaning in _BLOCKS.items():
+        table.add_row(what.replace("_", " "), _count(found[what]), meaning)
+    console.print(table)
+    numbers = ", ".join(found["numbers"]) or "no number"
+    console.print(
+        f"looked at {numbers} of {_count(found['samples_scanned'])} of {_count(found['samples'])} samples: "
+        f"{found['bytes_read'] / 1e6:.1f} MB of columns",
+        highlight=False,
+    )
+    stages = {name.removesuffix("_s"): found[name] for name in ("open_s", "parse_s", "count_s", "read_s")}
+    console.print(", ".join(f"{name} {seconds:.3f} s" for name, seconds in stages.items()), highlight=False)
+
+
+_BLOCKS = {
+    "blocks": "all there are",
+    "pruned_by_histogram": "no combination of categories in them can match",
+    "pruned_by_zones": "their smallest and largest numbers rule them out",
+    "whole": "decided without looking at a sample",
+    "scanned": "their samples were looked at",
+}
 
 
 def _count(number: int | None) -> str:

@@ -5,7 +5,7 @@ is read and no sooner. Files are opened without locks. Opening costs O(blocks), 
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -52,6 +52,8 @@ class SampleReader:
         self._file: h5py.File | None = None
         self._columns: dict[str, Any] = {}
         self._numbers: dict[str, Any] = {}
+        self.bytes_read = 0
+        """Of columns, decompressed, as wide as they are stored."""
 
     def read(self, first_sample: int, rows: int) -> SampleColumns:
         """The samples of one block, from `BlockTable.first_sample` and `BlockTable.rows`.
@@ -61,13 +63,19 @@ class SampleReader:
         """
         return self.read_many([first_sample], [rows])
 
-    def read_many(self, first_samples: Sequence[int], rows: Sequence[int]) -> SampleColumns:
-        """The samples of several blocks, one after the other."""
+    def read_many(
+        self, first_samples: Sequence[int], rows: Sequence[int], only: Collection[str] | None = None
+    ) -> SampleColumns:
+        """The samples of several blocks, one after the other.
+
+        Args:
+            only: the columns that are looked at, numbers as `numbers/NAME`; others are zero. None reads them all.
+        """
         spans = [(int(a), int(a) + int(n)) for a, n in zip(first_samples, rows, strict=True)]
         with self._lock:
             try:
                 self._open()
-                return self._read(spans)
+                return self._read(spans, only)
             except _DAMAGE as error:
                 raise _damaged(self.path, error) from None
 
@@ -103,20 +111,21 @@ class SampleReader:
             "shards were changed or deleted.\n  Put the old file back to go on, or start a new run."
         )
 
-    def _read(self, spans: Sequence[tuple[int, int]]) -> SampleColumns:
+    def _read(self, spans: Sequence[tuple[int, int]], only: Collection[str] | None) -> SampleColumns:
         rows, together = sum(b - a for a, b in spans), _neighbours_joined(spans)
 
-        def column(source: Mapping[str, Any], name: str, dtype: Any) -> NDArray[Any]:
-            if name not in source or not spans:
+        def column(name: str, stored: Any, dtype: Any) -> NDArray[Any]:
+            if stored is None or not spans or (only is not None and name not in only):
                 return np.zeros(rows, dtype)
-            found = [source[name][a:b] for a, b in together]
+            found = [stored[a:b] for a, b in together]
+            self.bytes_read += sum(part.nbytes for part in found)
             return (found[0] if len(found) == 1 else np.concatenate(found)).astype(dtype, copy=False)
 
         return SampleColumns(
-            combo=column(self._columns, "combo", np.int32),
-            length=column(self._columns, "length", np.int64),
-            tokens=column(self._columns, "tokens", np.int64),
-            numbers={name: column(self._numbers, name, np.float64) for name in self._numbers},
+            combo=column("combo", self._columns.get("combo"), np.int32),
+            length=column("length", self._columns.get("length"), np.int64),
+            tokens=column("tokens", self._columns.get("tokens"), np.int64),
+            numbers={n: column(f"numbers/{n}", stored, np.float64) for n, stored in self._numbers.items()},
         )
 
 
@@ -189,10 +198,10 @@ class PropertyIndex:
         blocks = self.tables.blocks
         return self.samples.read(int(blocks.first_sample[block]), int(blocks.rows[block]))
 
-    def read_blocks(self, chosen: NDArray[np.int32]) -> SampleColumns:
-        """The samples of some blocks, one block after the other."""
+    def read_blocks(self, chosen: NDArray[np.int32], only: Collection[str] | None = None) -> SampleColumns:
+        """The samples of some blocks, one block after the other; `only` as for `SampleReader.read_many`."""
         blocks = self.tables.blocks
-        return self.samples.read_many(blocks.first_sample[chosen].tolist(), blocks.rows[chosen].tolist())
+        return self.samples.read_many(blocks.first_sample[chosen].tolist(), blocks.rows[chosen].tolist(), only)
 
     def close(self) -> None:
         """Close the file."""

@@ -1,5 +1,6 @@
 """A configuration's query and domains, asked of an index."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +13,11 @@ from mixtera_hpc.core.keys import DomainKey, domain_name
 from mixtera_hpc.core.mixing.simplex import project
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.core.stream import Grid
+from mixtera_hpc.core.tables import SampleColumns
 from mixtera_hpc.errors import MixtureError
 from mixtera_hpc.index.open import PropertyIndex
 
-__all__ = ["ChosenDomains", "select_domains", "weights_of"]
+__all__ = ["ChosenDomains", "Cost", "select_domains", "weights_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,21 @@ class ChosenDomains:
     keys: tuple[DomainKey, ...]
     names: tuple[str, ...]
     """The keys as text, for people."""
+    cost: "Cost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What answering a query took."""
+
+    bytes_read: int
+    """Of sample columns, decompressed."""
+    parse_s: float
+    """Query and keys, over the dictionaries."""
+    read_s: float
+    """Reading sample columns."""
+    count_s: float
+    """Everything else: the block tables, and looking at the samples that were read."""
 
 
 def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
@@ -35,11 +52,28 @@ def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
         ConfigError: `query.where` does not parse, or names what the index does not have.
         MixtureError: a domain key does.
     """
+    began = time.perf_counter()
     keys = _keys(config, index)
     predicate = parse(config.query.where, index.tables.properties)
-    selection = select(index.tables, predicate, keys, index.read_blocks)
+    only = {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers)}
+    bytes_before, read_s, parsed = index.samples.bytes_read, 0.0, time.perf_counter()
+
+    def read(blocks: NDArray[np.int32]) -> SampleColumns:
+        nonlocal read_s
+        start = time.perf_counter()
+        columns = index.read_blocks(blocks, only)
+        read_s += time.perf_counter() - start
+        return columns
+
+    selection = select(index.tables, predicate, keys, read)
     names = tuple(map(leaf_name if len(keys) > 1 else domain_name, keys))
-    return ChosenDomains(selection=selection, keys=tuple(keys), names=names)
+    cost = Cost(
+        bytes_read=index.samples.bytes_read - bytes_before,
+        parse_s=parsed - began,
+        read_s=read_s,
+        count_s=time.perf_counter() - parsed - read_s,
+    )
+    return ChosenDomains(selection=selection, keys=tuple(keys), names=names, cost=cost)
 
 
 def weights_of(config: Config, chosen: ChosenDomains, has_tokens: bool) -> NDArray[np.float64] | None:

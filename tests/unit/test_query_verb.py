@@ -137,3 +137,27 @@ def test_an_index_without_token_counts_shows_none(
     assert domain["samples"] == 30 and domain["tokens"] is None and domain["weight"] is None
     assert ask(capsys, path, "mixture.unit=samples")["domains"][0]["weight"] == 1.0
     assert run(capsys, "query", f"index.path={path}")[0] == 0
+
+
+def test_explain_puts_every_block_in_one_count(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks of 8: C4 in the first three, quality ascending."""
+    found = ask(capsys, index, "--explain", "query.where=\"source == 'C4' and quality >= 0.1\"")["explain"]
+    assert found["numbers"] == ["quality"] and found["blocks"] == 4 and found["samples"] == 30
+    assert [found[k] for k in ("pruned_by_histogram", "pruned_by_zones", "whole", "scanned")] == [1, 1, 1, 1]
+    assert found["samples_scanned"] == 8 and 8 * 8 < found["bytes_read"] < 8 * 16
+    assert all(found[f"{stage}_s"] >= 0 for stage in ("open", "parse", "count", "read"))
+
+
+def test_categories_are_answered_without_a_sample(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = ask(capsys, index, "--explain", "query.where=\"matches(source, 'B.*')\"")["explain"]
+    assert found["pruned_by_histogram"] == 2 and found["whole"] == 2
+    assert found["scanned"] == found["samples_scanned"] == found["bytes_read"] == 0
+
+
+def test_nothing_is_explained_unasked(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "explain" not in ask(capsys, index)
+
+
+def test_people_read_why(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "query", "--explain", f"index.path={index}", 'query.where="quality < 0.05"')
+    assert code == 0 and "pruned by zones" in out and "looked at quality of 8 of 30 samples" in out
