@@ -6,7 +6,7 @@ the block tables. Every rank opens the files it reads samples from, when it read
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,22 +75,27 @@ class _JoinedSamples(SampleReader):
         self._bounds = np.array([source.first_sample for source in sources])
         self._combos = [np.array(source.combos, np.int32) for source in sources]
 
-    def read_many(self, first_samples: Sequence[int], rows: Sequence[int]) -> SampleColumns:
+    def read_many(
+        self, first_samples: Sequence[int], rows: Sequence[int], only: Collection[str] | None = None
+    ) -> SampleColumns:
         owners = np.searchsorted(self._bounds, first_samples, side="right") - 1
         borders = np.flatnonzero(np.diff(owners)) + 1
         parts = []
         for start, stop in zip([0, *borders.tolist()], [*borders.tolist(), len(owners)], strict=True):
             if start < stop:
-                parts.append(self._part(int(owners[start]), first_samples[start:stop], rows[start:stop]))
+                parts.append(self._part(int(owners[start]), first_samples[start:stop], rows[start:stop], only))
+        self.bytes_read = sum(reader.bytes_read for reader in self._readers)
         return _concatenated(parts, self._sources[0].numbers or [])
 
     def close(self) -> None:
         for reader in self._readers:
             reader.close()
 
-    def _part(self, owner: int, first_samples: Sequence[int], rows: Sequence[int]) -> SampleColumns:
+    def _part(
+        self, owner: int, first_samples: Sequence[int], rows: Sequence[int], only: Collection[str] | None
+    ) -> SampleColumns:
         base = int(self._bounds[owner])
-        found = self._readers[owner].read_many([first - base for first in first_samples], rows)
+        found = self._readers[owner].read_many([first - base for first in first_samples], rows, only)
         missing = np.full(len(found.combo), np.nan)
         names = self._sources[owner].numbers or []
         return SampleColumns(
