@@ -42,9 +42,9 @@ def _submit(folder: "RunFolder", args: Namespace) -> int:
     from mixtera_hpc.launch.resume import amended_config, check_ended, take_over
     from mixtera_hpc.launch.submit import submit_attempt
 
-    check_ended(folder)
+    newest = check_ended(folder)
     config = amended_config(folder, args.overrides)
     take_over(folder, config, args.overrides)
-    submitted = submit_attempt(folder, config)
+    submitted = submit_attempt(folder, config, after=newest)
     tell(submitted)
     return follow_submitted(submitted) if args.wait else 0

@@ -57,9 +57,9 @@ def run_folder(folder: "RunFolder", overrides: Sequence[str] = (), attempt: int 
     def prepare(ranks: int) -> "tuple[RunFolder, int]":
         if attempt is not None:
             return folder, attempt
-        check_ended(folder)
+        newest = check_ended(folder)
         take_over(folder, config, overrides)
-        return folder, new_attempt(folder, config, ranks=ranks)
+        return folder, new_attempt(folder, config, ranks=ranks, after=newest)
 
     return _guarded(config, prepare)
 

@@ -17,7 +17,16 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 
-__all__ = ["AttemptEnd", "AttemptStart", "end_attempt", "new_attempt", "read_end", "read_start", "record_start"]
+__all__ = [
+    "AttemptEnd",
+    "AttemptStart",
+    "end_attempt",
+    "is_alive",
+    "new_attempt",
+    "read_end",
+    "read_start",
+    "record_start",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +45,8 @@ class AttemptStart:
     """Where a local run's rank 0 lives."""
     pid: int | None = None
     """Rank 0 of a local run."""
+    born: int | None = None
+    """When that process began, in the kernel's ticks since boot: a number is given to another process one day."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,19 +58,26 @@ class AttemptEnd:
 
 
 def new_attempt(
-    folder: RunFolder, config: Config, kind: Literal["slurm", "local"] = "local", ranks: int | None = None
+    folder: RunFolder,
+    config: Config,
+    kind: Literal["slurm", "local"] = "local",
+    ranks: int | None = None,
+    after: int | None = None,
 ) -> int:
     """Make the folder of the next attempt, take earlier wishes to stop away, and return its number.
 
     Called by one process: rank 0 of a local run, or whoever submits. Inside a batch job of this run it is the attempt of
     that job, which its script has made.
 
+    Args:
+        after: the newest attempt that the caller knows to have ended; another one since then is somebody else's.
+
     Raises:
         LaunchError: somebody else is starting an attempt of this run right now.
     """
     if os.environ.get("MIXTERA_RUN_FOLDER") == str(folder.path):
         return int(os.environ["MIXTERA_ATTEMPT"])
-    number = max(folder.attempts(), default=0) + 1
+    number = (max(folder.attempts(), default=0) if after is None else after) + 1
     try:
         folder.logs(number).mkdir(parents=True)
     except FileExistsError:
@@ -82,6 +100,7 @@ def record_start(folder: RunFolder, attempt: int, config: Config, **facts: Any) 
         **facts,
     }
     known["ranks"] = facts.get("ranks") or num_ranks(config)
+    known["born"] = _born(facts["pid"]) if facts.get("pid") else None
     _write(folder.attempt(attempt) / "job.json", asdict(AttemptStart(**known)))
 
 
@@ -100,6 +119,27 @@ def read_end(folder: RunFolder, attempt: int) -> AttemptEnd | None:
     """How it ended; None while it runs, or when nobody was left to say."""
     data = _read(folder.attempt(attempt) / "exit.json")
     return AttemptEnd(**_only(AttemptEnd, data)) if data else None
+
+
+def is_alive(start: AttemptStart) -> bool:
+    """Whether the process of a local run on this machine is there; another one with its number is not it."""
+    if start.pid is None or start.host != socket.gethostname():
+        return False
+    try:
+        os.kill(start.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return start.born is None or _born(start.pid) == start.born
+
+
+def _born(pid: int) -> int | None:
+    """None where the kernel does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError):
+        return None
 
 
 def _only(cls: Any, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import read_end, read_start
+from mixtera_hpc.launch.attempts import is_alive, read_end, read_start
 from mixtera_hpc.launch.slurm import JobState, query, scancel
 
 __all__ = ["Cancelled", "cancel", "cancel_after_save"]
@@ -72,17 +72,10 @@ def _open_jobs(folder: RunFolder) -> dict[str, JobState]:
 
 
 def _local_pid(folder: RunFolder) -> int | None:
-    import socket
-
     attempt = max(folder.attempts(), default=0)
     start = read_start(folder, attempt) if attempt else None
-    if start is None or start.pid is None or read_end(folder, attempt) or start.host != socket.gethostname():
-        return None
-    try:
-        os.kill(start.pid, 0)
-    except ProcessLookupError:
-        return None
-    return start.pid
+    ended = start is None or read_end(folder, attempt) is not None
+    return start.pid if start is not None and not ended and is_alive(start) else None
 
 
 def _mark(folder: RunFolder, wish: str) -> None:

@@ -1,7 +1,9 @@
 """Continuing a run in its folder: which keys may change, and which make it another run."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.check import check
@@ -12,7 +14,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import read_start
 from mixtera_hpc.launch.prepare import replace_config
-from mixtera_hpc.launch.status import run_statuses
+from mixtera_hpc.launch.status import JUST_SUBMITTED_S, run_statuses
 
 __all__ = [
     "IDENTITY",
@@ -91,19 +93,27 @@ def take_over(folder: RunFolder, config: Config, overrides: Sequence[str]) -> No
         replace_config(folder, to_plain(config), overrides)
 
 
-def check_ended(folder: RunFolder) -> None:
-    """Refuse to continue a run that has not ended.
+def check_ended(folder: RunFolder) -> int:
+    """Refuse to continue a run that has not ended; returns its newest attempt, for `new_attempt(after=…)`.
 
     Raises:
-        LaunchError: names the job.
+        LaunchError: names the job; or somebody is starting an attempt right now.
     """
+    newest = max(folder.attempts(), default=0)
     status = run_statuses([folder], datetime.now(UTC))[0]
+    if newest and read_start(folder, newest) is None and _age_s(folder.attempt(newest)) < JUST_SUBMITTED_S:
+        raise LaunchError(f"Attempt {newest} of {folder.run_id} is being started by somebody else.")
     if status.state.active:
         which = f"job {status.job_id}" if status.job_id else "this machine"
         raise LaunchError(
             f"Attempt {status.attempt} of {folder.run_id} is {status.state} as {which}; two attempts would write over "
             f"each other.\n  End it first: mixtera-hpc cancel {folder.path} --after-save"
         )
+    return newest
+
+
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 def was_submitted(folder: RunFolder) -> bool:

@@ -6,15 +6,14 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import AttemptEnd, AttemptStart, read_end, read_start
+from mixtera_hpc.launch.attempts import AttemptEnd, AttemptStart, is_alive, read_end, read_start
 from mixtera_hpc.launch.slurm import JobInfo, JobState, query
 
-__all__ = ["RunStatus", "last_step", "run_statuses"]
+__all__ = ["JUST_SUBMITTED_S", "RunStatus", "last_step", "run_statuses"]
 
 JUST_SUBMITTED_S = 60
 """Slurm's accounting lags behind; a job younger than this that it does not know is on its way."""
@@ -140,7 +139,7 @@ def _failure(folder: RunFolder, number: int) -> str | None:
 def _local(start: AttemptStart, age_s: int) -> JobInfo:
     if start.host != socket.gethostname():
         return JobInfo(state=JobState.UNKNOWN, reason=f"started by hand on {start.host}")
-    if start.pid is not None and Path(f"/proc/{start.pid}").exists():
+    if is_alive(start):
         return JobInfo(state=JobState.RUNNING, elapsed_s=age_s)
     return JobInfo(state=JobState.FAILED, reason="its processes are gone")
 

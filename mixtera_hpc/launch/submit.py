@@ -41,10 +41,10 @@ def submit_run(config: Config, overrides: Sequence[str]) -> Submitted:
         raise
 
 
-def submit_attempt(folder: RunFolder, config: Config) -> Submitted:
-    """Submit the next attempt of a run that has a folder."""
+def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) -> Submitted:
+    """Submit the next attempt of a run that has a folder; see `new_attempt` for `after`."""
     _check_submittable(config)
-    attempt = new_attempt(folder, config, kind="slurm")
+    attempt = new_attempt(folder, config, kind="slurm", after=after)
     script = folder.attempt(attempt) / "submit.sh"
     script.write_text(render(Job(config=config, folder=folder.path, attempt=attempt)))
     try:

@@ -1,5 +1,7 @@
 """Continuing a run: what may change, what may not, and where the changes are laid over."""
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -112,6 +114,39 @@ def test_a_run_that_still_runs_is_not_continued(
 
     end_attempt(folder, 1, AttemptEnd(exit_code=75, elapsed_s=1))
     check_ended(folder)
+
+
+def test_of_two_that_continue_a_run_at_once_one_is_refused(folder: RunFolder, make_config: MakeConfig) -> None:
+    config = make_config()
+    for _ in range(2):
+        end_attempt(folder, new_attempt(folder, config), AttemptEnd(exit_code=75, elapsed_s=1))
+    both = [check_ended(folder), check_ended(folder)]
+    assert new_attempt(folder, config, after=both[0]) == 3
+    with pytest.raises(LaunchError, match=r"Attempt 3 of .* is being started by somebody else"):
+        new_attempt(folder, config, after=both[1])
+
+
+def test_a_run_whose_next_attempt_is_on_its_way_to_slurm_is_not_continued(
+    folder: RunFolder, make_config: MakeConfig
+) -> None:
+    new_attempt(folder, make_config(), kind="slurm")
+    with pytest.raises(LaunchError, match="is being started by somebody else"):
+        check_ended(folder)
+    long_ago = 1_700_000_000
+    os.utime(folder.attempt(1), (long_ago, long_ago))
+    assert check_ended(folder) == 1
+
+
+def test_another_process_with_the_number_of_a_killed_run_is_left_alone(
+    folder: RunFolder, make_config: MakeConfig
+) -> None:
+    attempt = new_attempt(folder, make_config())
+    path = folder.attempt(attempt) / "job.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({**told, "born": told["born"] - 1}))
+    with pytest.raises(LaunchError, match=r"Nothing of .* waits or runs"):
+        cancel(folder)
+    assert check_ended(folder) == attempt
 
 
 def test_where_a_run_continues_is_where_it_ran(folder: RunFolder, make_config: MakeConfig) -> None:
