@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from mixtera_hpc.errors import ConfigError, MixteraError
 
     try:
+        if args.folder is None and args.attempt is not None:
+            raise ConfigError("--attempt is the number of an attempt of a prepared run; give its --folder as well.")
         if args.folder is None:
             return _run_new(args.overrides)
         if args.overrides:

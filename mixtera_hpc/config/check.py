@@ -12,6 +12,7 @@ from mixtera_hpc.config.schema import (
     JobConfig,
     MixtureConfig,
     PartitionConfig,
+    PlanConfig,
     PropertyConfig,
     RunConfig,
     TrainingConfig,
@@ -44,6 +45,7 @@ def problems(config: Config) -> list[str]:
         *_dataplane(config.dataplane, config.mixture),
         *_training(config.training),
         *_run(config.run),
+        *_plan(config.plan),
         *_job(config.job, config.cluster),
         *_batch_split(config),
     ]
@@ -162,6 +164,8 @@ def _training(training: TrainingConfig) -> list[str]:
             found += _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("warmup_steps", "checkpoint_every", "weight_decay"):
         found += _at_least(f"training.{name}", getattr(training, name), 0)
+    if not -(2**63) <= training.seed < 2**63:
+        found.append(f"training.seed is {training.seed}, expected a number of 64 bits.")
     for name in ("learning_rate", "grad_clip"):
         if not getattr(training, name) > 0:
             found.append(f"training.{name} is {getattr(training, name)}, expected more than 0.")
@@ -171,6 +175,11 @@ def _training(training: TrainingConfig) -> list[str]:
             f"{training.num_heads}: rotary positions turn pairs of numbers."
         )
     return found
+
+
+def _plan(plan: PlanConfig) -> list[str]:
+    steps = [] if plan.steps is None else _at_least("plan.steps", plan.steps, 1)
+    return [*_at_least("plan.first_step", plan.first_step, 0), *steps]
 
 
 def _run(run: RunConfig) -> list[str]:
@@ -257,7 +266,7 @@ def _limits(job: JobConfig, cluster: ClusterConfig, seconds: int) -> list[str]:
 def _batch_split(config: Config) -> list[str]:
     """Whether the job's ranks can share a batch. One rank says nothing: mpiexec may start more, and they check again."""
     ranks, plane = num_ranks(config), config.dataplane
-    if ranks == 1:
+    if ranks <= 1 or plane.dp_group_size < 1:
         return []
     if ranks % plane.dp_group_size:
         return [f"dataplane.dp_group_size is {plane.dp_group_size}, which does not divide the job's {ranks} ranks."]

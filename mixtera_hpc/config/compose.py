@@ -48,7 +48,7 @@ def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="mixtera-hpc"):
         try:
             return from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*_search_path(), *map(_typed, overrides)]))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(_explain(error, overrides)) from None
 
 
@@ -61,10 +61,19 @@ def from_omegaconf(node: Any) -> dict[str, Any]:
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file written by `dump_yaml` (`config.yaml` of a run folder): values as they are, nothing is resolved."""
+    """Read a YAML file written by `dump_yaml` (`config.yaml` of a run folder): values as they are, nothing is resolved.
+
+    Raises:
+        ConfigError: it is missing, or no YAML.
+    """
     import yaml  # type: ignore[import-untyped]
 
-    plain = yaml.safe_load(path.read_text())
+    try:
+        plain = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}.\n  Give the folder of a run, which has a config.yaml."
+        ) from None
     return plain if isinstance(plain, dict) else {}
 
 
@@ -133,10 +142,14 @@ def _unparsable(overrides: Sequence[str]) -> str | None:
     from hydra.errors import HydraException
 
     for override in overrides:
+        if override.startswith("="):
+            return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
         try:
             OverridesParser.create().parse_override(_typed(override))
         except HydraException:
             key, _, value = override.partition("=")
+            if not value:
+                return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
             return f"{override!r} is not a Hydra override. Put its value in quotes of its own: '{key}=\"{value}\"'"
     return None
 

@@ -1,6 +1,7 @@
 """Nested dicts → frozen dataclasses, with every problem listed and none hidden behind the first."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -111,6 +112,8 @@ def _scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
         return float(value)
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         problems.append(f"{path} is the {type(value).__name__} {value!r}, expected text. Put it in quotes.")
+    elif isinstance(value, float) and not math.isfinite(value):
+        problems.append(f"{path} is {value!r}, expected a finite number.")
     elif not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         problems.append(f"{path} is {value!r}, expected {_NAMES.get(hint, hint.__name__)}.")
     return value

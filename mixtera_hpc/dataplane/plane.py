@@ -331,10 +331,15 @@ def _communicator(config: Config, comm: Any) -> Communicator:
 def _share_of(config: Config, comm: Communicator) -> Share:
     plane = config.dataplane
     groups, left = divmod(comm.size, plane.dp_group_size)
-    if left or plane.global_batch_size % max(groups, 1):
+    if left:
+        raise ConfigError(
+            f"dataplane.dp_group_size is {plane.dp_group_size}, which does not divide the {comm.size} ranks that were started.\n"
+            f"  Start a multiple of {plane.dp_group_size} ranks, or change it."
+        )
+    if plane.global_batch_size % groups:
         raise ConfigError(
             f"dataplane.global_batch_size={plane.global_batch_size} cannot be shared evenly by {comm.size} ranks in dp_groups "
-            f"of {plane.dp_group_size}.\n  Change the number of ranks, or make it a multiple of {max(groups, 1)}."
+            f"of {plane.dp_group_size}.\n  Change the number of ranks, or make it a multiple of {groups}."
         )
     return Share.of_rank(comm.rank, comm.size, plane.dp_group_size, plane.global_batch_size)
 

@@ -22,10 +22,16 @@ def prepare_run(config: Config, overrides: Sequence[str], now: datetime) -> RunF
     """Make the folder of a new run, with `config.yaml`, `overrides.txt` and `manifest.json`; one process does it.
 
     Raises:
-        LaunchError: `run.id` names a run that exists.
+        LaunchError: `run.id` names a run that exists, or `run.root` is no place for folders.
     """
     config = rooted(config)
-    folder = _make_folder(config, now)
+    try:
+        folder = _make_folder(config, now)
+    except OSError as error:
+        raise LaunchError(
+            f"run.root is {config.run.root!r}, where no folder can be made: {error.strerror}.\n"
+            "  Set run.root (or MIXTERA_RUNS) to a folder you may write to, on a file system that all nodes share."
+        ) from None
     folder.control.mkdir()
     folder.metrics.mkdir()
     folder.overrides.write_text("".join(f"{word}\n" for word in overrides))

@@ -1,0 +1,52 @@
+"""What a user may type by mistake, and the sentence that answers it; never a traceback."""
+
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.config.compose import compose, load_config
+from mixtera_hpc.errors import ConfigError
+
+BASE = ["data.root=/data", "mixture.unit=samples"]
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("experiment=nope", r"experiment=nope does not exist\. Known: .*'demo'"),
+        ("foo", r"'foo' is not an override\. Write key=value"),
+        ("=3", r"'=3' is not an override\. Write key=value"),
+        ("job.nodes=0", r"^job\.nodes is 0, expected at least 1\.$"),
+        ("dataplane.dp_group_size=0", r"dataplane\.dp_group_size is 0, expected at least 1"),
+        ("plan.steps=-1", r"plan\.steps is -1, expected at least 1"),
+        ("plan.first_step=-4", r"plan\.first_step is -4, expected at least 0"),
+        ("training.seed=99999999999999999999999", r"training\.seed is 9+, expected a number of 64 bits"),
+        ("training.learning_rate=inf", r"training\.learning_rate is inf, expected a finite number"),
+        ("mixture.max_epochs=inf", r"mixture\.max_epochs is inf, expected a finite number"),
+    ],
+)
+def test_a_wrong_word_is_answered(word: str, answer: str) -> None:
+    with pytest.raises(ConfigError, match=answer):
+        compose([*BASE, word])
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read: .*No such file"):
+        load_config(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read"):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_runs_that_cannot_have_a_folder_are_refused(
+    tmp_path: Path, collection: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["run", *collection, f"run.root={tmp_path / 'file'}"]) == 2
+    assert "where no folder can be made: Not a directory" in capsys.readouterr().err
+
+
+def test_an_attempt_without_its_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *BASE, "--attempt=3"]) == 2
+    assert "give its --folder as well" in capsys.readouterr().err
