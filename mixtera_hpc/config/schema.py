@@ -43,7 +43,7 @@ class DomainConfig:
     """One component of the mixture, or a group of them."""
 
     key: dict[str, Any] = field(default_factory=dict)
-    """Property → value, pattern (`c4*`, `{matches: c4-?}`), null, or a list of these; a sample belongs to the first domain, in
+    """Property → value, pattern (`c4*`, or `{matches: c4-(en|de)}`), null, or a list of these; a sample belongs to the first domain, in
     written order, that it matches. Inside a group, the group's key counts as well."""
     weight: float | None = None
     """Share of the mixture, or of the group. Siblings without weights share by size."""

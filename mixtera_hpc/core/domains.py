@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.count import NO_DOMAIN, Counter, DomainTable, Effort, ReadBlocks
-from mixtera_hpc.core.keys import DomainKey, Matches
+from mixtera_hpc.core.keys import DomainKey, codes_of
 from mixtera_hpc.core.properties import ComboTable
 from mixtera_hpc.core.query import Entries, Predicate
 from mixtera_hpc.core.tables import IndexTables, SampleColumns
@@ -117,7 +117,9 @@ def _matches(key: DomainKey, combos: ComboTable) -> NDArray[np.bool_]:
     _check_names(list(key), combos)
     mask = np.ones(combos.num_combos, np.bool_)
     for name, values in key.items():
-        hit = combos.any_of(name, [c for v in values if v is not None for c in _codes(name, v, combos)])
+        hit = combos.any_of(
+            name, [c for v in values if v is not None for c in codes_of(name, v, combos.properties[name].values)]
+        )
         mask &= (hit | combos.is_null(name)) if None in values else hit
     return mask
 
@@ -129,19 +131,3 @@ def _check_names(names: Sequence[str], combos: ComboTable) -> None:
                 f"A domain key names {name!r}, which is not a categorical property of the index."
                 f"{did_you_mean(name, list(combos.properties))}"
             )
-
-
-def _codes(name: str, value: str | Matches, combos: ComboTable) -> list[int]:
-    """The values that one entry of a key stands for: itself, or what its pattern matches."""
-    values = combos.properties[name].values
-    if isinstance(value, str) and value in values:
-        return [values.index(value)]
-    pattern = Matches(value) if isinstance(value, str) and "*" in value else value
-    if not isinstance(pattern, Matches):
-        raise MixtureError(
-            f"A domain key wants {name} = {value!r}, which no sample has.{did_you_mean(pattern, values)}"
-        )
-    if codes := pattern.among(values):
-        return codes
-    near = did_you_mean(pattern.pattern.replace("*", ""), values)
-    raise MixtureError(f"A domain key wants {name} to match {pattern.pattern!r}, which no sample does.{near}")

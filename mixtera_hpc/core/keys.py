@@ -1,32 +1,27 @@
 """Domain keys: which values of which properties make a component of a mixture, as users write them.
 
-`{language: en, source: [c4, "cc-*", null]}`: every property named must match, by any of its values. A value with a `*` in it
-is a pattern, unless the index has exactly that value; `{matches: "c4-?"}` is always one. `null` matches samples without a
-value. A sample with several values of a property matches by any one of them.
+`{language: en, source: [c4, "cc-*", null]}`: every property named must match, by any of its values. In a value `*` stands for
+any text, unless the index has exactly that value; `{matches: "c4-(en|de)"}` is a regular expression over the whole value, like
+`matches` in queries. `null` matches samples without a value. A sample with several values of a property matches by any one of
+them.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mixtera_hpc.core.pattern import matching
 from mixtera_hpc.core.properties import as_text
-from mixtera_hpc.errors import MixtureError
+from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 
-__all__ = ["DomainKey", "KeyValue", "Matches", "canonical", "domain_name", "key_of", "written"]
+__all__ = ["DomainKey", "KeyValue", "Matches", "canonical", "codes_of", "domain_name", "key_of", "written"]
 
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """The values that a pattern matches: `*` stands for any text, `?` for one character, all else for itself."""
+    """The values that a regular expression matches as a whole."""
 
     pattern: str
-
-    def among(self, values: tuple[str, ...]) -> list[int]:
-        """Positions of the values that match as a whole."""
-        pieces = {"*": ".*", "?": "."}
-        whole = re.compile("".join(pieces.get(c, re.escape(c)) for c in self.pattern), re.DOTALL)
-        return [code for code, value in enumerate(values) if whole.fullmatch(value)]
 
 
 KeyValue = str | None | Matches
@@ -54,6 +49,46 @@ def domain_name(key: DomainKey) -> str:
     return " ".join(f"{name}={'|'.join(map(_text, values))}" for name, values in key.items()) or "all"
 
 
+def codes_of(name: str, value: str | Matches, values: Sequence[str]) -> list[int]:
+    """Positions in the dictionary `values` of property `name` that one entry of a key stands for.
+
+    Raises:
+        MixtureError: none.
+    """
+    text = value.pattern if isinstance(value, Matches) else value
+    if isinstance(value, Matches):
+        codes, verb = _matching(name, text, values), "to match"
+    elif text in values or "*" not in text:
+        codes, verb = [c for c, known in enumerate(values) if known == text], "="
+    else:
+        codes, verb = [c for c, known in enumerate(values) if _like(known, text.split("*"))], "like"
+    if not codes:
+        near = did_you_mean(text.replace("*", ""), list(values))
+        raise MixtureError(f"A domain key wants {name} {verb} {text!r}, which no sample has.{near}")
+    return codes
+
+
+def _matching(name: str, pattern: str, values: Sequence[str]) -> list[int]:
+    try:
+        return matching(pattern, values)
+    except ConfigError as error:
+        raise MixtureError(f"A domain key's {name}: {str(error).removeprefix('query.where: ')}") from None
+
+
+def _like(value: str, pieces: list[str]) -> bool:
+    """Whether `value` is `pieces` with any text between them."""
+    first, *middle, last = pieces
+    if not value.startswith(first) or not value.endswith(last) or len(value) < len(first) + len(last):
+        return False
+    at, end = len(first), len(value) - len(last)
+    for piece in middle:
+        found = value.find(piece, at, end)
+        if found < 0:
+            return False
+        at = found + len(piece)
+    return True
+
+
 def canonical(key: DomainKey) -> frozenset[tuple[str, frozenset[KeyValue]]]:
     """Equal for keys that say the same in another order."""
     return frozenset((name, frozenset(values)) for name, values in key.items())
@@ -69,7 +104,7 @@ def _values(name: str, value: Any) -> tuple[KeyValue, ...]:
 def _value(name: str, value: Any) -> KeyValue:
     if isinstance(value, Mapping):
         if list(value) != ["matches"] or not isinstance(value["matches"], str):
-            raise MixtureError(f"A domain key has {name} = {dict(value)!r}; write a value, or {{matches: 'c4*'}}.")
+            raise MixtureError(f"A domain key has {name} = {dict(value)!r}; write a value, or {{matches: 'c4-.*'}}.")
         return Matches(value["matches"])
     if isinstance(value, list | tuple):
         raise MixtureError(f"A domain key has a list inside the list of {name!r}: {value!r}. Write one flat list.")

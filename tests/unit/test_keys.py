@@ -33,12 +33,19 @@ def matched(plain: dict[str, Any]) -> list[str | None]:
         ("c4-*", ["c4-en", "c4-de"]),
         ("*c*", ["c4-en", "c4-de", "c4*", "cc", "c.4"]),
         (["c.*", "cc"], ["cc", "c.4"]),
-        ({"matches": "c?4"}, ["c.4"]),
-        ({"matches": "c4*"}, ["c4-en", "c4-de", "c4*"]),
+        ("c*-*e*", ["c4-en", "c4-de"]),
+        ("c4-e*en", []),
+        ({"matches": "c.4"}, ["c.4"]),
+        ({"matches": "c4-(en|de)|cc"}, ["c4-en", "c4-de", "cc"]),
+        ({"matches": r"c4\*"}, ["c4*"]),
     ],
 )
 def test_a_value_matches_itself_or_by_its_pattern(value: Any, found: list[str | None]) -> None:
-    assert matched({"source": value}) == found
+    if found:
+        assert matched({"source": value}) == found
+    else:
+        with pytest.raises(MixtureError, match="which no sample has"):
+            matched({"source": value})
 
 
 def test_a_value_that_exists_is_no_pattern() -> None:
@@ -53,7 +60,9 @@ def test_every_property_of_a_key_must_match_and_several_values_match_by_any() ->
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("c5*", r"source to match 'c5\*', which no sample does"),
+        ("c5*", r"source like 'c5\*', which no sample has"),
+        ({"matches": "c("}, "A domain key's source: 'c\\(' is no regular expression"),
+        ({"matches": "(a*)*"}, "repeats a group"),
         ({"matches": "c"}, "to match 'c'"),
         ("c4-", r"no sample has. Did you mean"),
     ],
