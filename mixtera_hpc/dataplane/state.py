@@ -47,8 +47,12 @@ class PlaneState:
         differing = [k for k, v in identity.items() if facts["identity"].get(k) != v]
         if differing:
             lines = "".join(f"\n  - {k} was {facts['identity'].get(k)!r}, is {identity[k]!r}" for k in differing)
+            refreshed = (
+                f" For an index that was refreshed since, set index.generation={facts['identity'].get('index')}."
+            )
             raise ConfigError(
                 f"The saved state belongs to a run with other settings:{lines}\n  Resume with the old ones."
+                + refreshed * ("index" in differing)
             )
         plan = ChunkPlan.from_array(np.asarray(arrays.pop("plan"), np.int64))
         return cls(next_step=facts["next_step"], plan=plan, mixer=arrays)

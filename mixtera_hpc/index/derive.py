@@ -255,7 +255,7 @@ def _end(index: PropertyIndex, functions: Functions, plan: Plan, records: Record
     pieces: list[PlacedPiece] = [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
     merged = merge([field for _, field in sorted((stored | new).items())], pieces, (), index.chunk_rows)
     facts = IndexFacts(
-        roots={name: str(root) for name, root in index.roots.items()},
+        roots={name: str(root.resolve()) for name, root in index.roots.items()},
         text=index.text,
         tokenizer=index.tokenizer_fingerprint,
         parser=index.parser,

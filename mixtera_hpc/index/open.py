@@ -184,7 +184,7 @@ class PropertyIndex:
         Raises:
             PropertyIndexError: the index does not begin with a state of that fingerprint.
         """
-        found = next((g for g in self.generations if g.fingerprint.startswith(fingerprint)), None)
+        found = next((g for g in self.generations if fingerprint and g.fingerprint.startswith(fingerprint)), None)
         if found is None:
             known = ", ".join(g.fingerprint[:12] for g in self.generations)
             raise PropertyIndexError(
@@ -325,7 +325,7 @@ def _property(name: str, group: h5py.Group) -> Property:
 
 def _shards(group: h5py.Group, datasets: tuple[str, ...]) -> ShardTable:
     paths = read_texts(group, "path")
-    if outside := next((path for path in paths if escapes(path)), None):
+    if (outside := next((path for path in paths if escapes(path)), None)) is not None:
         raise ValueError(f"shard {outside!r} is outside the data root")
     return ShardTable(
         path=paths,

@@ -1,0 +1,179 @@
+"""`data.on_bad_sample=skip`: what cannot be read is left out and counted; everything else stays where it is."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.domains import select
+from mixtera_hpc.core.query import parse
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.format import BlockRef
+from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.layout import BadRows
+from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.tokens.train import train_bpe
+
+PROPERTIES = {"source": "source", "quality": {"path": "quality", "kind": "number"}}
+BAD = {
+    1: (b'{"text": "cut"', "Input data was truncated"),
+    2: (b'{"source": "a"}', "Object missing required field `text`"),
+    6: (b'{"text": 7}', "Expected `str`, got `int` - at `$.text`"),
+    7: (b'{"text": "\xff"}', "'utf-8' codec can't decode byte: invalid start byte"),
+    8: (b"\0\0\0\0\0\0\0\0", "JSON is malformed: invalid character"),
+}
+
+
+def configured(root: Path, **more: Any) -> Config:
+    data = {"root": str(root), "properties": PROPERTIES, "on_bad_sample": "skip"} | more.pop("data", {})
+    return from_plain(Config, {"data": data, "index": {"path": str(root / "index.h5"), "block_rows": 4}} | more)
+
+
+def lines(count: int) -> list[bytes]:
+    rows = [{"text": f"text {i}", "source": "ab"[i % 2], "quality": i / 10} for i in range(count)]
+    return [BAD[i][0] if i in BAD else json.dumps(row).encode() for i, row in enumerate(rows)]
+
+
+def plain(path: Path, rows: list[bytes]) -> None:
+    (path / "a.jsonl").write_bytes(b"\n".join(rows) + b"\n")
+
+
+def compressed(path: Path, rows: list[bytes]) -> None:
+    frames = [gzip.compress(b"\n".join(rows[i : i + 5]) + b"\n") for i in range(0, len(rows), 5)]
+    (path / "a.jsonl.gz").write_bytes(b"".join(frames))
+
+
+@pytest.fixture(params=[plain, compressed], ids=["jsonl", "jsonl.gz"])
+def index(request: pytest.FixtureRequest, tmp_path: Path) -> PropertyIndex:
+    request.param(tmp_path, lines(23))
+    tokenizer = train_bpe(["text 1 2 3"] * 9, 262, tmp_path / "tokenizer.json")
+    build_index(configured(tmp_path, dataplane={"tokenizer": str(tokenizer)}))
+    return open_index(tmp_path / "index.h5")
+
+
+def readable(index: PropertyIndex) -> list[str]:
+    """The documents of all rows that some query may select, read back."""
+    blocks, found = index.tables.blocks, []
+    shards = index.tables.shards
+    reader = load_format(shards.format[0]).open(index.data_root / shards.path[0], index.text, BlockCache())
+    for b in range(len(blocks)):
+        place = BlockRef(
+            offset=int(blocks.offset[b]),
+            length=int(blocks.length[b]),
+            first_row=int(blocks.first_row[b]),
+            rows=int(blocks.rows[b]),
+        )
+        samples = index.read_block(b)
+        rows = np.flatnonzero(samples.combo != index.tables.combos.bad)
+        found += reader.documents(place, samples.length, rows)
+    reader.close()
+    return found
+
+
+def test_all_other_rows_are_there_and_read_back(index: PropertyIndex) -> None:
+    good = [f"text {i}" for i in range(23) if i not in BAD]
+    assert readable(index) == good
+    assert index.tables.num_samples == len(good)
+    assert index.tables.shards.rows.tolist() == [23], "positions in the file count every row"
+
+
+def test_bad_rows_are_counted_per_shard_and_reason(index: PropertyIndex) -> None:
+    expected = [BadRows(shard=0, reason=reason, rows=1) for _, reason in BAD.values()]
+    assert sorted(index.bad, key=str) == sorted(expected, key=str)
+
+
+def test_no_query_selects_them_not_even_one_for_null(index: PropertyIndex) -> None:
+    for where in (None, "source is None", "quality is None", "not source == 'a'", "quality < 0.65 or quality is None"):
+        chosen = select(index.tables, parse(where, index.tables.properties), [{}], index.read_blocks)
+        rows, tokens = chosen.table.totals()
+        listed = [
+            row
+            for b in range(len(index.tables.blocks))
+            for row in chosen.domain_of(index.tables.combos, index.read_block(b)).tolist()
+        ]
+        expected = {
+            None: 18,
+            "source is None": 0,
+            "quality is None": 0,
+            "not source == 'a'": sum(i % 2 == 1 for i in range(23) if i not in BAD),
+            "quality < 0.65 or quality is None": sum(i < 6.5 for i in range(23) if i not in BAD),
+        }[where]
+        assert rows.tolist() == [expected] and listed.count(0) == expected, where
+        assert (tokens[0] > 0) == (expected > 0)
+
+
+def test_blocks_of_bad_rows_alone_hold_nothing(tmp_path: Path) -> None:
+    plain(tmp_path, [*lines(1), *[b"{"] * 8, *lines(1)])
+    build_index(configured(tmp_path))
+    with open_index(tmp_path / "index.h5") as index:
+        assert np.diff(index.tables.histogram.indptr).tolist() == [1, 0, 1]
+        assert index.tables.blocks.tokens.tolist() == [0, 0, 0]
+        assert readable(index) == ["text 0", "text 0"]
+
+
+def test_null_text_in_parquet_is_a_bad_sample(tmp_path: Path) -> None:
+    rows = [{"text": None if i in (0, 5) else f"text {i}", "source": "a", "quality": 0.5} for i in range(9)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=4)
+    report = build_index(configured(tmp_path))
+    assert (report.samples, report.bad_rows) == (7, 2)
+    with open_index(tmp_path / "index.h5") as index:
+        assert readable(index) == [f"text {i}" for i in range(9) if i not in (0, 5)]
+
+
+def cut_gzip(root: Path) -> int:
+    """Frames of 5 rows each, the last one cut; returns the rows before it."""
+    compressed(root, [json.dumps({"text": f"text {i}"}).encode() for i in range(20)])
+    content = (root / "a.jsonl.gz").read_bytes()
+    (root / "a.jsonl.gz").write_bytes(content[:-12])
+    return 15
+
+
+def cut_parquet(root: Path) -> int:
+    pq.write_table(pa.Table.from_pylist([{"text": "x"}] * 100), root / "a.parquet")
+    (root / "a.parquet").write_bytes((root / "a.parquet").read_bytes()[:-20])
+    return 0
+
+
+@pytest.mark.parametrize("damage", [cut_gzip, cut_parquet])
+def test_a_damaged_shard_is_left_out_from_there_on(damage: Callable[[Path], int], tmp_path: Path) -> None:
+    rows = damage(tmp_path)
+    (tmp_path / "b.jsonl").write_text('{"text": "whole"}')
+    with pytest.raises(DataError):
+        build_index(configured(tmp_path, data={"on_bad_sample": "fail"}))
+    report = build_index(configured(tmp_path))
+    assert (report.samples, report.damaged_shards) == (rows + 1, 1)
+    with open_index(tmp_path / "index.h5") as index:
+        (bad,) = index.bad
+        assert (bad.shard, bad.rows) == (0, 0) and bad.reason.startswith("damaged: the shard ")
+
+
+def test_data_of_bad_rows_alone_is_refused(tmp_path: Path) -> None:
+    plain(tmp_path, [b"{", b"{"])
+    with pytest.raises(DataError, match="hold no rows that can be read"):
+        build_index(configured(tmp_path))
+
+
+def test_a_missing_file_is_no_bad_sample(tmp_path: Path) -> None:
+    """What may be there again in a minute is not left out for good."""
+    plain(tmp_path, lines(1))
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}')
+    config = configured(tmp_path)
+    import mixtera_hpc.index.build as build
+    from mixtera_hpc.formats.format import Unit
+    from mixtera_hpc.index.discover import discover
+    from mixtera_hpc.index.scan import scan_unit
+
+    job, shards = build.scan_job(config), discover(config.data)
+    (tmp_path / "b.jsonl").unlink()
+    with pytest.raises(DataError, match=r"b\.jsonl cannot be read: No such file"):
+        list(scan_unit(job, shards[1], Unit(0, shards[1].size_bytes)))

@@ -1,0 +1,178 @@
+"""Deriving: a function over documents becomes a property like any other."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
+from mixtera_hpc.index import document_functions
+from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.derive import derive_properties
+from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.index.refresh import refresh_index
+
+BASE = {"c": "c", "n": {"path": "n", "kind": "number"}}
+DERIVED = {
+    "a_size": {"function": "my_functions.size", "kind": "number"},
+    "first": {"function": "my_functions.first"},
+    "letters": {"function": "my_functions.letters", "kind": "categories"},
+}
+MODULE = """
+def size(documents): return [len(d) if d else None for d in documents]
+def first(documents): return [d[0] if d else None for d in documents]
+def letters(documents): return [sorted(set(d[:3])) for d in documents]
+def few(documents): return [0] * (len(documents) - 1)
+def wrong(documents): return [object()] * len(documents)
+def broken(documents): raise RuntimeError("no model")
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "my_functions.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_functions", raising=False)
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps(row).encode() + b"\n" for row in documents(37)]
+    (tmp_path / "data" / "a.jsonl").write_bytes(b"".join([*rows[:5], b"{bad\n", *rows[5:20]]))
+    (tmp_path / "data" / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(rows[20:])))
+    return tmp_path
+
+
+def documents(count: int) -> list[dict[str, Any]]:
+    return [{"text": "xyz"[: i % 4] * (i % 5), "c": "pq"[i % 2], "n": i} for i in range(count)]
+
+
+def configured(root: Path, properties: dict[str, Any], name: str = "i.h5") -> Config:
+    data = {"root": str(root / "data"), "properties": properties, "on_bad_sample": "skip"}
+    return from_plain(Config, {"data": data, "index": {"path": str(root / name), "block_rows": 8}})
+
+
+def content(index: PropertyIndex) -> list[dict[str, Any]]:
+    """Every sample with all its properties, in order; None for those that cannot be read."""
+    tables, found = index.tables, []
+    for b in range(len(tables.blocks)):
+        samples = index.read_block(b)
+        for i, combo in enumerate(samples.combo.tolist()):
+            values: dict[str, Any] = {name: tables.combos.values(name, combo) for name in tables.combos.properties}
+            values |= {name: repr(column[i].item()) for name, column in samples.numbers.items()}
+            found.append({} if combo == tables.combos.bad else values)
+    return found
+
+
+def test_deriving_gives_what_building_with_the_functions_gives(root: Path) -> None:
+    build_index(configured(root, BASE))
+    report = derive_properties(configured(root, BASE | DERIVED))
+    build_index(configured(root, BASE | DERIVED, "fresh.h5"))
+    assert report.derived == ("a_size", "first", "letters")
+    with open_index(root / "i.h5") as derived, open_index(root / "fresh.h5") as fresh:
+        assert content(derived) == content(fresh)
+        assert derived.fingerprint == fresh.fingerprint, "columns, tables, dictionaries, sources: all the same"
+        assert derived.bad == fresh.bad and derived.sources == fresh.sources
+
+
+def test_the_values_are_those_of_the_function(root: Path) -> None:
+    build_index(configured(root, BASE))
+    derive_properties(configured(root, BASE | DERIVED))
+    with open_index(root / "i.h5") as index:
+        rows = [row for row in content(index) if row]
+        texts = [row["text"] for row in documents(37)]
+        assert [row["first"] for row in rows] == [(t[0],) if t else () for t in texts]
+        assert [row["letters"] for row in rows] == [tuple(sorted(set(t[:3]))) for t in texts]
+        assert [row["a_size"] for row in rows] == [repr(float(len(t))) if t else "nan" for t in texts]
+        assert [row["n"] for row in rows] == [repr(float(i)) for i in range(37)]
+        zones = index.tables.blocks.zones["a_size"]
+        assert np.nanmax(zones.high) == max(map(len, texts)) and zones.has_null.any()
+
+
+def test_what_is_there_is_not_computed_twice_unless_asked(root: Path) -> None:
+    build_index(configured(root, BASE))
+    config = configured(root, BASE | DERIVED)
+    derive_properties(config)
+    with pytest.raises(ConfigError, match="has all of them already"):
+        derive_properties(config)
+    (root / "my_functions.py").write_text(MODULE.replace("d[0] if d", "d[-1] if d"))
+    del sys.modules["my_functions"]
+    derive_properties(config, again=True)
+    with open_index(root / "i.h5") as index:
+        rows = [row["first"] for row in content(index) if row]
+        assert rows == [(row["text"][-1],) if row["text"] else () for row in documents(37)]
+
+
+def test_a_refresh_computes_it_for_new_shards(root: Path) -> None:
+    build_index(configured(root, BASE))
+    derive_properties(configured(root, BASE | DERIVED))
+    (root / "data" / "c.jsonl").write_text('{"text": "weg", "c": "p", "n": 1}')
+    with pytest.raises(PropertyIndexError, match=r"data\.properties\.first: category function:my_functions\.first"):
+        refresh_index(configured(root, BASE))
+    refresh_index(configured(root, BASE | DERIVED))
+    with open_index(root / "i.h5") as index:
+        assert content(index)[-1]["first"] == ("w",)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "said"),
+    [
+        (
+            {"x": {"function": "my_functions.few"}},
+            DataError,
+            r"my_functions\.few returned 36 values for 37|for \d+ doc",
+        ),
+        ({"x": {"function": "my_functions.wrong"}}, DataError, r"no category of data\.properties\.x: got object"),
+        ({"x": {"function": "my_functions.first", "kind": "number"}}, DataError, r"no number of data\.properties\.x"),
+        (
+            {"x": {"function": "my_functions.frist"}},
+            ConfigError,
+            r"data\.properties\.x\.function is 'my_functions\.frist'",
+        ),
+        ({"x": {"function": "nowhere.first"}}, ConfigError, r"nowhere cannot be imported"),
+        ({"x": {"function": "first"}}, ConfigError, r"expected package\.module\.function"),
+        ({"c": {"function": "my_functions.first"}}, PropertyIndexError, r"has a property 'c' already, from path:c"),
+        ({}, ConfigError, "names no function"),
+    ],
+)
+def test_what_cannot_be_derived_is_said_and_the_index_stays(
+    spec: dict[str, Any], error: type[Exception], said: str, root: Path
+) -> None:
+    build_index(configured(root, BASE))
+    before = (root / "i.h5").read_bytes()
+    with pytest.raises(error, match=said):
+        derive_properties(configured(root, BASE | spec))
+    assert (root / "i.h5").read_bytes() == before
+
+
+def test_an_error_of_the_function_is_the_users_to_see(root: Path) -> None:
+    build_index(configured(root, BASE))
+    with pytest.raises(RuntimeError, match="no model") as caught:
+        derive_properties(configured(root, BASE | {"x": {"function": "my_functions.broken"}}))
+    assert caught.value.__notes__ == ["raised by my_functions.broken, the function of data.properties.x"]
+
+
+def test_changed_shards_are_refused(root: Path) -> None:
+    build_index(configured(root, BASE))
+    with (root / "data" / "a.jsonl").open("a") as file:
+        file.write('{"text": "late"}\n')
+    with pytest.raises(PropertyIndexError, match="is stale"):
+        derive_properties(configured(root, BASE | DERIVED))
+
+
+def test_shipped_functions_say_what_they_promise() -> None:
+    prose = "The committee met on Tuesday and agreed on nothing in particular, which surprised no one. " * 3
+    assert document_functions.length_bucket(["", "x" * 99, "x" * 100, "x" * 10_000]) == [
+        *("under_100", "under_100", "100_to_300", "over_10k"),
+    ]
+    noise = bytes(range(33, 127)).decode()
+    ratios = document_functions.compression_ratio(["short", noise, prose * 20])
+    assert ratios[0] is None and ratios[1] is not None and ratios[2] is not None and ratios[1] < 1.1 < 10 < ratios[2]
+    assert document_functions.mean_word_length(["", "ab abcd"]) == [None, 3.0]
+    assert document_functions.repeated_line_share(["", "a\nb\n\na\na"]) == [0.0, 0.5]
+    assert document_functions.main_script(["12 3", "Straße", "привет, John", "漢字かな漢字"]) == [
+        *(None, "LATIN", "CYRILLIC", "CJK"),
+    ]

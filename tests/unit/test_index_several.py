@@ -1,0 +1,170 @@
+"""Several data roots in one index, and several indexes in one run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.check import check_data
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.domains import select
+from mixtera_hpc.core.query import parse
+from mixtera_hpc.dataplane.source import open_source
+from mixtera_hpc.dataplane.trace import planned
+from mixtera_hpc.errors import ConfigError, PropertyIndexError
+from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.layout import put_texts
+from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.index.refresh import refresh_index
+from mixtera_hpc.index.several import open_configured
+from mixtera_hpc.index.verify import changed_shards, check_fresh
+
+
+def write(path: Path, rows: int, **more: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = [{"text": f"{path.parent.name} {i}", "n": i, **more} for i in range(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+def configured(root: Path, **more: Any) -> Config:
+    data = {"properties": {"c": "c"}, "on_bad_sample": "skip"} | more.pop("data")
+    return from_plain(Config, {"data": data, "index": {"path": str(root / "i.h5"), "block_rows": 4} | more})
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> dict[str, str]:
+    write(tmp_path / "one" / "a.jsonl", 10, c="x")
+    write(tmp_path / "two" / "a.jsonl", 7, c="y")
+    return {"web": str(tmp_path / "one"), "code": str(tmp_path / "two")}
+
+
+def counts(index: PropertyIndex, *keys: dict[str, tuple[str | None, ...]], where: str | None = None) -> list[int]:
+    chosen = select(index.tables, parse(where, index.tables.properties), list(keys), index.read_blocks)
+    rows: list[int] = chosen.table.totals()[0].tolist()
+    return rows
+
+
+class TestRoots:
+    def test_the_name_of_the_root_is_a_property(self, roots: dict[str, str], tmp_path: Path) -> None:
+        build_index(configured(tmp_path, data={"roots": roots}))
+        with open_index(tmp_path / "i.h5") as index:
+            assert index.tables.properties["dataset"].values == ("code", "web")
+            assert counts(index, {"dataset": ("web",)}, {"dataset": ("code",)}) == [10, 7]
+            assert index.shard_paths() == [f"{roots['code']}/a.jsonl", f"{roots['web']}/a.jsonl"]
+            check_fresh(index)
+
+    def test_roots_can_be_moved_but_not_renamed(self, roots: dict[str, str], tmp_path: Path) -> None:
+        build_index(configured(tmp_path, data={"roots": roots}))
+        shutil.move(roots["web"], tmp_path / "elsewhere")
+        with open_index(tmp_path / "i.h5", roots | {"web": str(tmp_path / "elsewhere")}) as index:
+            assert changed_shards(index) == []
+        with pytest.raises(PropertyIndexError, match=r"from the data sets code, web, but data\.roots names web"):
+            open_index(tmp_path / "i.h5", {"web": roots["web"]})
+
+    def test_a_refresh_tells_equal_paths_apart(self, roots: dict[str, str], tmp_path: Path) -> None:
+        config = configured(tmp_path, data={"roots": roots})
+        build_index(config)
+        write(Path(roots["web"]) / "a.jsonl", 11, c="x")
+        report = refresh_index(config)
+        assert report.changed == ("a.jsonl",) and report.kept == 1
+        with open_index(tmp_path / "i.h5") as index:
+            assert counts(index, {"dataset": ("web",)}, {"dataset": ("code",)}) == [11, 7]
+
+    @pytest.mark.parametrize(
+        ("data", "said"),
+        [
+            ({"roots": {"a": ""}}, "expected a name and a folder"),
+            ({}, r"data\.root is missing"),
+            (
+                {"roots": {"a": "/x"}, "properties": {"dataset": "d"}},
+                r"data\.properties\.dataset is the name of the root",
+            ),
+            ({"root": "/x", "properties": {"c": {"kind": "number"}}}, "either a path in the row or a function"),
+        ],
+    )
+    def test_wrong_settings_are_refused(self, data: dict[str, Any], said: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=said):
+            check_data(configured(tmp_path, data=data))
+
+    def test_roots_are_set_on_the_command_line(self, roots: dict[str, str], tmp_path: Path) -> None:
+        words = [f"data.roots={{web: {roots['web']}, code: {roots['code']}}}", f"index.path={tmp_path}/i.h5"]
+        config = compose([*words, "mixture.unit=samples"])
+        assert config.data.roots == roots and config.data.root == ""
+
+
+@pytest.fixture
+def two(roots: dict[str, str], tmp_path: Path) -> Config:
+    """Two indexes: `prose` with the property c, `code` with c and a number n, and a bad row each."""
+    for root in roots.values():
+        with (Path(root) / "a.jsonl").open("a") as file:
+            file.write("{bad\n")
+    prose = configured(tmp_path, data={"root": roots["web"]}, path=str(tmp_path / "prose.h5"))
+    build_index(prose)
+    properties = {"c": "c", "n": {"path": "n", "kind": "number"}}
+    code = {"root": roots["code"], "properties": properties}
+    build_index(configured(tmp_path, data=code, path=str(tmp_path / "code.h5")))
+    return configured(
+        tmp_path, data={"root": roots["web"]}, path=str(tmp_path / "prose.h5"), also=[str(tmp_path / "code.h5")]
+    )
+
+
+class TestIndexes:
+    def test_domains_are_counted_over_all(self, two: Config) -> None:
+        with open_configured(two) as index:
+            assert counts(index, {"dataset": ("prose",)}, {"dataset": ("code",)}) == [10, 7]
+            assert counts(index, {"c": ("x",)}, {"c": ("y",)}) == [10, 7]
+            assert counts(index, {}) == [index.tables.num_samples] == [17], "bad rows of both are left out"
+
+    def test_a_property_that_one_does_not_have_is_null_there(self, two: Config) -> None:
+        with open_configured(two) as index:
+            assert counts(index, {}, where="n is None") == [10]
+            assert counts(index, {}, where="n >= 5") == [2]
+
+    def test_a_run_reads_the_samples_of_all(self, two: Config) -> None:
+        plain = {"unit": "samples", "by": ["dataset"]}
+        plane = {"global_batch_size": 17, "chunk_steps": 1, "shuffle": "block"}
+        config = from_plain(
+            Config,
+            {
+                "data": {"root": two.data.root, "properties": {"c": "c"}},
+                "index": {"path": two.index.path, "also": two.index.also},
+                "mixture": plain,
+                "dataplane": plane,
+            },
+        )
+        source = open_source(config, Local())
+        assert source.names == ["dataset=code", "dataset=prose"]
+        (pieces,) = {tuple(map(tuple, r["pieces"])) for r in planned(source, 0, 1) if r["position"] == 0}
+        assert Path(pieces[0][0]).is_absolute()
+        served = sorted((Path(r["pieces"][0][0]).parent.name, r["pieces"][0][1]) for r in planned(source, 0, 1))
+        assert served == sorted([("one", i) for i in range(10)] + [("two", i) for i in range(7)])
+
+    def test_changed_shards_of_any_are_named(self, two: Config, tmp_path: Path) -> None:
+        (tmp_path / "two" / "a.jsonl").unlink()
+        with open_configured(two) as index:
+            assert [c.path for c in changed_shards(index)] == [str(tmp_path / "two" / "a.jsonl")]
+
+    def test_indexes_that_do_not_fit_are_refused(self, two: Config, roots: dict[str, str], tmp_path: Path) -> None:
+        data = {"root": roots["code"], "properties": {"c": {"path": "n", "kind": "number"}}}
+        build_index(configured(tmp_path, data=data, path=str(tmp_path / "code.h5")))
+        with pytest.raises(PropertyIndexError, match=r"the kind of c: category in .*prose\.h5, number in .*code\.h5"):
+            open_configured(two)
+        twice = configured(tmp_path, data={"root": roots["web"]}, path=two.index.path, also=[two.index.path])
+        with pytest.raises(PropertyIndexError, match="have the same name"):
+            open_configured(twice)
+
+
+@pytest.mark.parametrize("path", ["../secret.jsonl", "/etc/passwd", "a/../../b.jsonl", ""])
+def test_an_index_that_points_outside_its_root_is_refused(path: str, roots: dict[str, str], tmp_path: Path) -> None:
+    build_index(configured(tmp_path, data={"root": roots["web"]}))
+    with h5py.File(tmp_path / "i.h5", "r+") as file:
+        del file["shards/path_utf8"], file["shards/path_end"]
+        put_texts(file["shards"], "path", [path])
+    with pytest.raises(PropertyIndexError, match="is outside the data root"):
+        open_index(tmp_path / "i.h5")
