@@ -5,6 +5,7 @@
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import numpy as np
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.index.layout import narrow, put_column, put_texts
+from mixtera_hpc.index.open import open_index
 
-__all__ = ["BLOCK_ROWS", "make_index"]
+__all__ = ["BLOCK_ROWS", "make_index", "make_shards"]
 
 BLOCK_ROWS, BLOCKS_PER_SHARD = 250, 1000
 SOURCES = [f"source-{i}" for i in range(10)]
@@ -55,6 +57,19 @@ def _small_index(folder: Path) -> Path:
     properties = ["data.properties.source=source", "data.properties.language=language"]
     build_index(compose([f"data.root={data}", f"index.path={path}", "mixture.unit=samples", *properties]))
     return path
+
+
+def make_shards(folder: Path, path: Path) -> Path:
+    """A data root with the shards of an index: files that are all hole, of the size and time that the index expects."""
+    root = folder / f"{path.stem}-shards"
+    root.mkdir(exist_ok=True)
+    with open_index(path) as index:
+        shards = index.tables.shards
+        for name, size, mtime_ns in zip(shards.path, shards.size_bytes.tolist(), shards.mtime_ns.tolist(), strict=True):
+            (root / name).touch()
+            os.truncate(root / name, size)
+            os.utime(root / name, ns=(mtime_ns, mtime_ns))
+    return root
 
 
 def _put(group: h5py.Group, **columns: np.ndarray) -> None:

@@ -81,10 +81,13 @@ class UnitPart:
 
 
 def joined_combos(columns: Sequence[Categories], rows: int) -> tuple[list[Combo], NDArray[np.intp]]:
-    """The distinct combos of several columns and each row's position among them."""
-    combos: list[Combo] = [()]
-    code = np.zeros(rows, np.intp)
-    for column in columns:
+    """Distinct combos of several columns, those that occur and perhaps others, and each row's position among them."""
+    if not columns:
+        return [()], np.zeros(rows, np.intp)
+    first, *others = columns
+    combos: list[Combo] = [(values,) for values in first.values]
+    code = first.code.astype(np.intp)
+    for column in others:
         pairs, code = np.unique(code * len(column.values) + column.code, return_inverse=True)
         before, value = np.divmod(pairs, len(column.values))
         combos = [(*combos[b], column.values[v]) for b, v in zip(before.tolist(), value.tolist(), strict=True)]
@@ -100,13 +103,24 @@ def histogram_of(
     if bad is not None:
         good = combo != bad
         block, combo, tokens = block[good], combo[good], None if tokens is None else tokens[good]
-    cell, inverse = np.unique(block * max(num_combos, 1) + combo, return_inverse=True)
-    cell_block, cell_combo = np.divmod(cell, max(num_combos, 1))
-    sums = np.zeros(len(cell), np.int64)
-    if tokens is not None:
-        np.add.at(sums, inverse, tokens)
-    counts = np.bincount(inverse, minlength=len(cell))
+    num_combos = max(num_combos, 1)
+    cell, counts, sums = _added_up(block * num_combos + combo, len(rows) * num_combos, tokens)
+    cell_block, cell_combo = np.divmod(cell, num_combos)
     return np.bincount(cell_block, minlength=len(rows)), {"combo": cell_combo, "rows": counts, "tokens": sums}
+
+
+def _added_up(key: Ints, num_keys: int, values: Ints | None) -> tuple[Ints, Ints, Ints]:
+    """The keys that occur, ascending, how often, and the sum of their values; sorts only where keys are thinly spread."""
+    if values is None:
+        values = np.zeros(len(key), np.int64)
+    if num_keys <= 4 * len(key):
+        counts = np.bincount(key, minlength=num_keys)
+        found = np.flatnonzero(counts)
+        counts, sums = counts[found], np.bincount(key, values, num_keys)[found]
+    else:
+        found, position, counts = np.unique(key, return_inverse=True, return_counts=True)
+        sums = np.bincount(position, values, len(found))
+    return found, counts, sums.astype(np.int64)  # Exact below 2^53.
 
 
 def zones_of(values: NDArray[np.float64], rows: Ints, is_bad: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:

@@ -132,7 +132,7 @@ class _Rows:
         if self._job.tokenizer is not None:
             counts = batch.tokens
             if counts is None:
-                counts = np.diff(self._job.tokenizer.encode_batch(documents or [])[1])
+                counts = self._job.tokenizer.count_each(documents or [])
             self._samples["tokens"].append(_zeroed(counts, bad))
 
     def end_here(self, reason: str) -> None:
@@ -157,7 +157,9 @@ class _Rows:
     ) -> UnitPart:
         offset, length, rows = ranges
         known = list(self._codes)
-        used, samples["combo"] = np.unique(samples["combo"], return_inverse=True)
+        occurs = np.bincount(samples["combo"] - IS_BAD, minlength=1) > 0
+        used = np.flatnonzero(occurs) + IS_BAD
+        samples["combo"] = (np.cumsum(occurs) - 1)[samples["combo"] - IS_BAD]
         is_bad = (used == IS_BAD)[samples["combo"]]
         per_block, cells = histogram_of(rows, samples, len(used), 0 if is_bad.any() else None)  # IS_BAD sorts first.
         return UnitPart(

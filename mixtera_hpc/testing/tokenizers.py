@@ -52,7 +52,8 @@ def check_each_is_as_in_a_batch(tokenizer: Tokenizer) -> None:
     each = tokenizer.encode_each(DOCUMENTS)
     assert all(tokens.dtype == np.uint32 and tokens.ndim == 1 for tokens in each)
     assert [tokens.tolist() for tokens in each] == _pieces(tokenizer, DOCUMENTS)
-    assert tokenizer.encode_each([]) == []
+    assert tokenizer.count_each(DOCUMENTS).tolist() == [len(tokens) for tokens in each]
+    assert tokenizer.encode_each([]) == [] and tokenizer.count_each([]).dtype == np.int64
 
 
 def check_ids_are_below_the_vocabulary_s_size(tokenizer: Tokenizer) -> None:

@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
         """Encode documents, adding no special tokens; the tokens of each."""
         ...
 
+    def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
+        """How many tokens `encode_each` finds in every document; shape (len(documents),)."""
+        ...
+
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         """Encode documents, adding no special tokens.
 
@@ -78,6 +82,9 @@ class Gigatoken:
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
         return list(map(self._encode, documents))
 
+    def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
+        return np.fromiter(map(len, map(self._encode, documents)), np.int64, len(documents))
+
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         return _joined(self.encode_each(documents))
 
@@ -100,6 +107,9 @@ class HuggingFace:
         encodings = self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
+    def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
+        return np.array([len(tokens) for tokens in self.encode_each(documents)], np.int64)
+
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         return _joined(self.encode_each(documents))
 
@@ -113,6 +123,9 @@ class StoredIds:
 
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
         return [self.encode_batch([document])[0] for document in documents]
+
+    def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
+        return np.diff(self.encode_batch(documents)[1])
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         raise ConfigError(
