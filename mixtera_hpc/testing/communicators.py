@@ -16,6 +16,7 @@ __all__ = [
     "check_allgather_stacks_by_rank",
     "check_bcast_reaches_every_rank_from_every_root",
     "check_bytes_arrive_whole",
+    "check_counters_give_every_number_once",
     "check_duplicates_keep_their_messages_apart",
     "check_freeing_twice_does_no_harm",
     "check_ranks_are_numbered",
@@ -92,6 +93,20 @@ def check_shared_arrays_are_read_only_copies_of_root_s(comm: Communicator) -> No
         assert not shared.flags.writeable
 
 
+def check_counters_give_every_number_once(comm: Communicator) -> None:
+    """Whoever asks, whenever: what was there before an addition is told to one rank only, and nothing is lost."""
+    counters = comm.Counters(2)
+    taken = [counters.Fetch_and_add(0, 1) for _ in range(50 + comm.rank)]
+    for number in taken:
+        counters.Fetch_and_add(1, number)
+    comm.Barrier()
+    total = counters.Fetch_and_add(0, 0)
+    assert total == sum(50 + rank for rank in range(comm.size))
+    assert taken == sorted(taken) and counters.Fetch_and_add(1, 0) == total * (total - 1) // 2
+    comm.Barrier()
+    counters.Free()
+
+
 def check_bytes_arrive_whole(comm: Communicator) -> None:
     for data in (b"", b"\x00", bytes(range(256)) * 1000):
         assert bcast_bytes(comm, data if comm.rank == 0 else None) == data
@@ -119,6 +134,7 @@ CHECKS: tuple[Callable[[Communicator], None], ...] = (
     check_requests_overlap,
     check_duplicates_keep_their_messages_apart,
     check_shared_arrays_are_read_only_copies_of_root_s,
+    check_counters_give_every_number_once,
     check_bytes_arrive_whole,
     check_freeing_twice_does_no_harm,
 )

@@ -1,0 +1,48 @@
+"""Rank 1 does not finish its first unit before all others are done, by whomever."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from mpi4py import MPI
+
+from mixtera_hpc.comm.mpi import Mpi
+from mixtera_hpc.index.part import UnitPart
+from mixtera_hpc.index.together import Tasks, scan_together
+
+NONE = np.zeros(0, np.int64)
+EMPTY = UnitPart(
+    combos=[],
+    blocks=dict.fromkeys(("offset", "length", "rows", "count"), NONE),
+    cells=dict.fromkeys(("combo", "rows", "tokens"), NONE),
+    zones={},
+    samples={"combo": NONE},
+    numbers={},
+)
+
+
+def main(folder: Path) -> None:
+    comm = Mpi(MPI.COMM_WORLD)
+    num_units = 8 * comm.size
+
+    def scan(unit: int) -> Iterator[UnitPart]:
+        deadline = time.monotonic() + 60
+        while comm.rank == 1 and len(list(folder.glob("done-*"))) < num_units - 1:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"unit {unit} waits for {sorted(p.name for p in folder.glob('done-*'))}")
+            time.sleep(0.01)
+        (folder / f"done-{unit}").touch(exist_ok=False)
+        yield EMPTY
+
+    tasks = Tasks(sizes=[100] * num_units, missing=range(num_units), folder=folder, attempt=1, threads=1)
+    told = []
+    scan_together(tasks, scan, comm, lambda state: told.append(state.units_done))
+    if comm.rank == 0:
+        assert told[-1] == num_units and told == sorted(told), told
+        print("all done")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
