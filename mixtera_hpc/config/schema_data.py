@@ -72,6 +72,9 @@ class IndexConfig:
     generation: str | None = None
     """Fingerprint of an earlier state of a refreshed index; a run sees that state, and not the shards added since."""
     block_rows: int = 256
-    """Rows of an uncompressed JSONL block, the unit of I/O and shuffling."""
+    """Rows of a block where a format is free to choose (JSONL, WebDataset, Megatron), the unit of I/O and shuffling."""
+    seek_points: bool = True
+    """Find seek points of long `.gz` members, and keep them in the folder `PATH.seek`: without them reading a block decodes its
+    file from the start. Costs a second decompression while the index is built."""
     threads: int = 1
     """Threads that scan in every rank of a build; ranks gain more, where there are cores for them."""

@@ -19,6 +19,7 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import BlockRef, RangeReader, ShardReader, TokenReader
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.formats.seek import folder_beside
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["DocumentReader", "Span"]
@@ -71,7 +72,8 @@ class DocumentReader:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._readers: OrderedDict[int, _Open] = OrderedDict()
-        self._cache = BlockCache()
+        indexes = source.config.index
+        self._cache = BlockCache(seek_folders=[folder_beside(path) for path in (indexes.path, *indexes.also)])
         self._kept: dict[int, tuple[int, Tokens]] = {}
         """Domain → key and tokens of the document it was read to."""
         ends = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None

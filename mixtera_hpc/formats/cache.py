@@ -6,8 +6,9 @@ its bound is the rank's bound. A block wanted by several threads at once is deco
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = ["BlockCache"]
@@ -18,8 +19,10 @@ T = TypeVar("T")
 class BlockCache:
     """Least recently used blocks leave first; the newest stays even when it alone exceeds the bound."""
 
-    def __init__(self, max_bytes: int = 256 << 20) -> None:
+    def __init__(self, max_bytes: int = 256 << 20, seek_folders: Sequence[Path] = ()) -> None:
         self.max_bytes = max_bytes
+        self.seek_folders = tuple(seek_folders)
+        """Where seek points of shards may lie that cannot be read at random without."""
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, tuple[Future[Any], int]] = OrderedDict()
         self._size_bytes = 0

@@ -104,6 +104,8 @@ class Fields:
     """Where properties come from instead of the row itself."""
     vocabulary: Vocabulary | None = None
     """For shards that hold token ids."""
+    seek_folder: str | None = None
+    """Where a format may leave seek points of a shard, for readers to come."""
     max_block_bytes: int = 4 << 30
     """A row or a compressed frame that decodes to more is refused."""
 

@@ -2,7 +2,8 @@
 
 import lzma
 
-from mixtera_hpc.formats.compressed import Codec, CompressedJsonl
+from mixtera_hpc.formats.compressed import CompressedJsonl
+from mixtera_hpc.formats.frames import Codec
 
 __all__ = ["JsonlXz"]
 

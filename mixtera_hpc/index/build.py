@@ -7,6 +7,7 @@ build leaves the old index as it was and its logs beside it: the next one, with 
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, Local
@@ -14,6 +15,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.formats.format import Unit, Vocabulary
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.scan import fields_of
+from mixtera_hpc.formats.seek import folder_beside
 from mixtera_hpc.index.attempt import Attempt, Plan, Records, attempt
 from mixtera_hpc.index.discover import Shard, discover, roots_of
 from mixtera_hpc.index.finish import BuildReport, finish
@@ -56,6 +58,8 @@ def scan_job(config: Config) -> ScanJob:
     vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
     documents = tokenizer is not None or bool(functions.fields)
     fields = fields_of(config.data, documents=documents, vocabulary=vocabulary)
+    if config.index.seek_points:
+        fields = replace(fields, seek_folder=str(folder_beside(config.index.path)))
     return ScanJob(
         roots=roots_of(config.data),
         fields=fields,

@@ -23,6 +23,7 @@ from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.columns import Categories
 from mixtera_hpc.formats.format import BlockRef, Column, Field, ShardReader
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.formats.seek import folder_beside
 from mixtera_hpc.index.attempt import Attempt, Plan, Records, attempt
 from mixtera_hpc.index.functions import Functions
 from mixtera_hpc.index.merge import PlacedPiece, merge
@@ -149,7 +150,9 @@ def _unit(index: PropertyIndex, combos: list[Combo | None], functions: Functions
     part = StoredBlocks(index, combos, first, last).load()
     shard = int(index.tables.blocks.shard[first])
     path = index.data_root / index.shard_paths()[shard]
-    reader = load_format(index.tables.shards.format[shard]).open(path, index.text, BlockCache())
+    reader = load_format(index.tables.shards.format[shard]).open(
+        path, index.text, BlockCache(seek_folders=[folder_beside(index.path)])
+    )
     try:
         found = list(_columns(index, part, functions, reader, first))
     finally:

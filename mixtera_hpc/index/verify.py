@@ -18,6 +18,7 @@ from mixtera_hpc.errors import DataError, PropertyIndexError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import BlockRef
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.formats.seek import folder_beside
 from mixtera_hpc.index.discover import fingerprint_of_shard
 from mixtera_hpc.index.open import PropertyIndex
 from mixtera_hpc.tokens.tokenizer import Tokenizer
@@ -135,7 +136,9 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     if index.text is None or load_format(tables.shards.format[shard]).holds_tokens:
         return ""
     first, last = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
-    reader = load_format(tables.shards.format[shard]).open(path, index.text, BlockCache())
+    reader = load_format(tables.shards.format[shard]).open(
+        path, index.text, BlockCache(seek_folders=[folder_beside(index.path)])
+    )
     try:
         for block in _sampled(np.arange(first, last), seed).tolist():
             place = BlockRef(

@@ -100,12 +100,17 @@ def test_mistakes_are_named_and_exit_with_2(argv: list[str], message: str, capsy
             {"text": "x", "meta": {"redpajama_set_name": "RedPajamaC4"}},
             {"source": ["RedPajamaC4"]},
         ),
-        ("pile", "pile/train/00.jsonl.zst", {"text": "x", "meta": {"pile_set_name": "ArXiv"}}, {"source": ["ArXiv"]}),
+        (
+            "the_pile",
+            "pile/train/00.jsonl.zst",
+            {"text": "x", "meta": {"pile_set_name": "ArXiv"}},
+            {"source": ["ArXiv"]},
+        ),
         (
             "fineweb",
             "fineweb/data/CC-MAIN-2020-05/000.parquet",
             {"text": "x", "dump": "CC-MAIN-2020-05", "language": "en", "language_score": 0.9},
-            {"dump": ["CC-MAIN-2020-05"], "language": ["en"], "language_score": []},
+            {"dump": ["CC-MAIN-2020-05"], "language": ["en"], "language_score": [], "score": []},
         ),
     ],
 )

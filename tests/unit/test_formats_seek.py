@@ -1,0 +1,139 @@
+"""Long gzip members: blocks of decoded bytes, seek points that lead to them, and what happens without."""
+
+import gzip
+import json
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.format import Fields
+from mixtera_hpc.formats.jsonl_gz import JsonlGz
+from mixtera_hpc.formats.seek import SeekPoints, find_points, write_points
+from mixtera_hpc.testing.formats import CHECKS, Case, read_blocks, scan
+from mixtera_hpc.testing.writers import write_compressed
+
+SMALL = JsonlGz(long_bytes=1000, block_bytes=5000)
+FORMAT = JsonlGz(long_bytes=100_000, block_bytes=200_000)
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Text that deflate makes blocks of every kind of: words, noise, and runs."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    kinds = [lambda: "word " * int(rng.integers(300)), lambda: rng.bytes(700).hex(), lambda: "x" * 900]
+    return [f"{i} {kinds[int(rng.integers(3))]()}" for i in range(count)]
+
+
+def lines(found: list[str]) -> bytes:
+    return "".join(json.dumps({"text": t}) + "\n" for t in found).encode()
+
+
+def read(path: Path, batches: Any, cache: BlockCache, fmt: JsonlGz = FORMAT) -> list[str]:
+    reader = fmt.open(path, "text", cache)
+    blocks = read_blocks(batches)
+    found = {b.first_row: reader.documents(b, lengths, np.arange(b.rows)) for b, lengths in reversed(blocks)}
+    reader.close()
+    return [text for first in sorted(found) for text in found[first]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "index.h5.seek"
+
+
+def scanned(path: Path, folder: Path | None) -> Any:
+    return scan(FORMAT, path, Fields(text="text", documents=True, seek_folder=str(folder) if folder else None))
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_long_members_conform(check: Any, tmp_path: Path) -> None:
+    check(Case(format=SMALL, write=lambda folder, rows: write_compressed(folder, rows, "gz")), tmp_path)
+
+
+@pytest.mark.parametrize("level", [1, 6, 9])
+def test_blocks_are_read_from_seek_points(level: int, tmp_path: Path, folder: Path) -> None:
+    expected = texts(4000)
+    (tmp_path / "s.gz").write_bytes(gzip.compress(lines(expected), level))
+    batches = scanned(tmp_path / "s.gz", folder)
+    blocks = [b for b, _ in read_blocks(batches)]
+    assert len(blocks) > 3 and [b.offset for b in blocks] == np.cumsum([0, *(b.length for b in blocks)])[:-1].tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
+
+
+def test_a_block_costs_no_more_than_its_surroundings(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(8000))))
+    block, lengths = read_blocks(scanned(tmp_path / "s.gz", folder))[-2]
+    reads: list[int] = []
+    import mixtera_hpc.formats.seek as seek
+
+    original = seek.read_fully
+    monkeypatch.setattr(seek, "read_fully", lambda fd, size, at: reads.append(size) or original(fd, size, at))
+    reader = FORMAT.open(tmp_path / "s.gz", "text", BlockCache(seek_folders=[folder]))
+    reader.documents(block, lengths, np.arange(3))
+    assert 0 < sum(reads) < (tmp_path / "s.gz").stat().st_size / 4
+
+
+def test_long_members_follow_each_other(tmp_path: Path, folder: Path) -> None:
+    expected = texts(3000)
+    data = lines(expected)
+    cuts = [0, 700_001, 1_000_003, len(data)]
+    members = [gzip.compress(data[a:b]) for a, b in pairwise(cuts)]
+    (tmp_path / "s.gz").write_bytes(b"".join(members) + bytes(1000))
+    batches = scanned(tmp_path / "s.gz", folder)
+    assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
+
+
+def test_without_seek_points_everything_is_read_and_it_is_said(tmp_path: Path, folder: Path) -> None:
+    expected = texts(2000)
+    (tmp_path / "s.gz").write_bytes(gzip.compress(lines(expected)))
+    batches = scanned(tmp_path / "s.gz", None)
+    with pytest.warns(UserWarning, match="decoded from the start of the file"):
+        assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
+
+
+def test_points_serve_a_file_that_was_moved_and_no_other(tmp_path: Path, folder: Path) -> None:
+    for name, seed in (("a.gz", 1), ("b.gz", 2)):
+        (tmp_path / name).write_bytes(gzip.compress(lines(texts(2000, seed))))
+    write_points(tmp_path / "a.gz", folder)
+    (tmp_path / "a.gz").rename(tmp_path / "moved.gz")
+    assert find_points(tmp_path / "moved.gz", [folder]) is not None
+    assert find_points(tmp_path / "b.gz", [folder]) is None
+
+
+def test_damaged_points_are_as_good_as_none(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(2000))))
+    path = write_points(tmp_path / "s.gz", folder)
+    data = path.read_bytes()
+    for damaged in (b"", data[:10], data[:20] + bytes(9) + data[29:], b"x" + data[1:]):
+        path.write_bytes(damaged)
+        assert find_points(tmp_path / "s.gz", [folder]) is None
+        with pytest.raises((ValueError, OSError)):
+            SeekPoints(path)
+
+
+def test_a_shard_that_was_cut_is_refused_when_read(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "s.gz"
+    path.write_bytes(gzip.compress(lines(texts(4000))))
+    batches = scanned(path, folder)
+    points = find_points(path, [folder])
+    assert points is not None
+    path.write_bytes(path.read_bytes()[:-50_000])
+    block, _ = read_blocks(batches)[-1]
+    with path.open("rb") as file, pytest.raises(DataError, match="cannot be decompressed"):
+        points.read(file.fileno(), path, block.offset, block.length)
+
+
+def test_a_short_member_stays_one_block(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(20))))
+    (block,) = [b for b, _ in read_blocks(scanned(tmp_path / "s.gz", folder))]
+    assert (block.offset, block.length, block.rows) == (0, (tmp_path / "s.gz").stat().st_size, 20)
+    assert not folder.exists()
