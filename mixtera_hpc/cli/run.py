@@ -31,8 +31,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.dataplane.control import hold_warnings
     from mixtera_hpc.errors import ConfigError, MixteraError
 
+    hold_warnings()
     try:
         if args.folder is None and args.attempt is not None:
             raise ConfigError("--attempt is the number of an attempt of a prepared run; give its --folder as well.")

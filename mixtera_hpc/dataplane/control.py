@@ -7,10 +7,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ["STOP_SIGNALS", "Control"]
+__all__ = ["STOP_SIGNALS", "Control", "hold_warnings"]
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """Slurm's warning before the time limit (USR2; USR1 is NCCL's) and a plain request to end."""
+
+
+def hold_warnings() -> None:
+    """From now on the kernel keeps Slurm's warning until a `Control` is there to take it; once that is gone, it is ignored.
+
+    By default the signal ends a process: one that is still opening its index, or has just saved and is leaving. A program
+    calls this first of all.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
 
 
 class Control:
@@ -20,8 +29,10 @@ class Control:
         self._folder = folder if watch_files else None
         self._stop = threading.Event()
         self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+        self._held: set[signal.Signals] = set()
         if threading.current_thread() is threading.main_thread():
             self._previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
+            self._held = {signal.Signals(s) for s in signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)}
 
     def poll(self) -> tuple[bool, bool]:
         """Whether a stop, and whether a save, was asked for since the last poll. A stop stays."""
@@ -30,9 +41,9 @@ class Control:
         return self._stop.is_set(), self._take("save")
 
     def close(self) -> None:
-        """Put the signal handlers back."""
+        """Put the signal handlers back; a warning that was held before is ignored: there is nothing more to save."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if number in self._held else handler)
         self._previous = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -36,7 +36,9 @@ def main(composed: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from mixtera_hpc.comm.launch import guarded, open_communicator
+    from mixtera_hpc.dataplane.control import hold_warnings
 
+    hold_warnings()
     settings = HydraConfig.get()
     output, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
     comm = open_communicator(str(composed.dataplane.comm))

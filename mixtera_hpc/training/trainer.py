@@ -5,6 +5,7 @@ rank's state is a full replica, so a run continues on any number of ranks.
 """
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
-from mixtera_hpc.errors import CommError, ConfigError, SavedAndStopped
+from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.events import AttemptEvent
 from mixtera_hpc.track.tracker import Fanout, Tracker, open_tracker
 from mixtera_hpc.training.checkpoint import Checkpoint, checkpoint_path, load_newest, read_checkpoint, write_checkpoint
@@ -51,6 +52,11 @@ def run_training(
     """
     if config.dataplane.tokenizer is None and config.dataplane.vocab_size is None:
         raise ConfigError("dataplane.tokenizer is not set; the trainer predicts tokens. Give a tokenizer.json.")
+    if config.mixture.unit != "tokens":
+        raise ConfigError(
+            f"mixture.unit is {config.mixture.unit}, but the reference trainer predicts tokens. Set mixture.unit=tokens, or give "
+            "your own trainer with job.command."
+        )
     torch.set_num_threads(config.training.num_threads)
     tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)
     if observer and comm.rank == 0:
@@ -124,6 +130,7 @@ class Trainer:
             began = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
+                self._data_ended()
                 break
             self._take_step(batch)
             if self._observer:
@@ -139,6 +146,23 @@ class Trainer:
                 return self._stop_message()
         self._save()
         return None
+
+    def _data_ended(self) -> None:
+        """Say that the run is shorter than it was asked to be.
+
+        Raises:
+            MixtureError: there is not a single step in the data.
+        """
+        mixture = self._config.mixture
+        told = (
+            f"The data ended after {self._step} of training.num_steps={self._training.num_steps} steps: "
+            f"mixture.on_exhausted is {mixture.on_exhausted}, mixture.max_epochs {mixture.max_epochs}.\n"
+            "  See what is there with mixtera-hpc plan; raise mixture.max_epochs for more."
+        )
+        if self._step == 0:
+            raise MixtureError(told)
+        if self._replicas.comm.rank == 0:
+            warnings.warn(told, stacklevel=2)
 
     def _take_step(self, batch: Batch) -> None:
         if batch.step != self._step:

@@ -19,7 +19,7 @@ from mixtera_hpc.config.schema import (
     PropertyConfig,
     TrainingConfig,
 )
-from mixtera_hpc.errors import ConfigError, SavedAndStopped
+from mixtera_hpc.errors import ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.tokens.train import train_bpe
 from mixtera_hpc.track.read import read_events
@@ -151,11 +151,25 @@ def test_a_stop_at_the_last_step_is_the_end(config: Config, tmp_path: Path) -> N
 
 def test_training_ends_with_the_data(config: Config, tmp_path: Path) -> None:
     mixture = dataclasses.replace(config.mixture, kind="natural", on_exhausted="stop", max_epochs=0.2)
-    run = train(dataclasses.replace(with_training(config, num_steps=1000), mixture=mixture), tmp_path)
+    with pytest.warns(UserWarning, match=r"The data ended after \d+ of training\.num_steps=1000 steps"):
+        run = train(dataclasses.replace(with_training(config, num_steps=1000), mixture=mixture), tmp_path)
     found = load_newest(run.checkpoints)
     assert found is not None
     assert 0 < found.step < 1000
     assert len(told(run)) == found.step
+
+
+def test_data_without_a_single_step_are_refused(config: Config, tmp_path: Path) -> None:
+    mixture = dataclasses.replace(config.mixture, kind="natural", on_exhausted="stop", max_epochs=0.001)
+    with pytest.raises(MixtureError, match=r"The data ended after 0 of .* mixture\.max_epochs 0\.001"):
+        train(dataclasses.replace(config, mixture=mixture), tmp_path)
+    assert not RunFolder(tmp_path).checkpoints.exists()
+
+
+def test_samples_cannot_be_predicted(config: Config, tmp_path: Path) -> None:
+    mixture = dataclasses.replace(config.mixture, unit="samples")
+    with pytest.raises(ConfigError, match=r"mixture\.unit is samples, but the reference trainer predicts tokens"):
+        train(dataclasses.replace(config, mixture=mixture), tmp_path)
 
 
 def test_a_control_file_stops_the_run(config: Config, tmp_path: Path) -> None:
