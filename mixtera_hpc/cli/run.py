@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from mixtera_hpc.comm.communicator import Communicator
     from mixtera_hpc.config.runfolder import RunFolder
     from mixtera_hpc.config.schema import Config
+    from mixtera_hpc.launch.resume import Change
 
     Prepare = Callable[[int], tuple[RunFolder, int]]
     """Number of ranks → the run's folder and the number of this attempt; rank 0 calls it."""
 
-__all__ = ["arguments", "run", "run_folder"]
+__all__ = ["arguments", "run", "run_folder", "take_over"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,21 +52,34 @@ def run(args: argparse.Namespace) -> int:
         return error.exit_code
 
 
-def run_folder(folder: "RunFolder", overrides: Sequence[str] = (), attempt: int | None = None) -> int:
+def run_folder(
+    folder: "RunFolder", overrides: Sequence[str] = (), attempt: int | None = None, change: "Change | None" = None
+) -> int:
     """Continue the run in `folder`; every rank calls this. Returns the exit code. **Collective.**"""
     from mixtera_hpc.launch.attempts import new_attempt
-    from mixtera_hpc.launch.resume import amended_config, check_ended, take_over
+    from mixtera_hpc.launch.resume import NO_CHANGE, amended_config, check_ended
 
-    config = amended_config(folder, overrides)
+    change = change or NO_CHANGE
+    config = amended_config(folder, overrides, change)
 
     def prepare(ranks: int) -> "tuple[RunFolder, int]":
         if attempt is not None:
             return folder, attempt
         newest = check_ended(folder)
-        take_over(folder, config, overrides)
+        take_over(folder, config, overrides, change)
         return folder, new_attempt(folder, config, ranks=ranks, after=newest)
 
     return _guarded(config, prepare)
+
+
+def take_over(folder: "RunFolder", config: "Config", overrides: Sequence[str], change: "Change") -> None:
+    """Record what the attempts to come run with, and the surgery that leads there; one process does it."""
+    from mixtera_hpc.cli.surgery import operate
+    from mixtera_hpc.config.compose import load_config
+    from mixtera_hpc.launch.resume import take_over as record
+
+    operate(folder, load_config(folder.config), config, change)
+    record(folder, config, overrides)
 
 
 def _run_new(overrides: Sequence[str]) -> int:

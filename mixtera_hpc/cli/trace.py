@@ -20,30 +20,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mixtera_hpc.comm.communicator import Local
     from mixtera_hpc.config.compose import load_config
     from mixtera_hpc.config.runfolder import RunFolder, runs_root
     from mixtera_hpc.dataplane.journal import History
-    from mixtera_hpc.dataplane.source import open_source
+    from mixtera_hpc.dataplane.trace import Sources
     from mixtera_hpc.errors import ConfigError
 
     if args.step is None and not args.verify:
         raise ConfigError("trace needs --step S, to list a step, or --verify, to prove the whole run.")
     folder = RunFolder.find(args.run_name, args.root or runs_root())
     history = History(folder.journal)
-    source = open_source(load_config(folder.config), Local(), check=False)
+    sources = Sources(load_config(folder.config))
     if args.verify:
-        return _verify(source, folder, history, args.json)
-    _list(source, folder, history, args)
+        return _verify(sources, folder, history, args.json)
+    _list(sources, folder, history, args)
     return 0
 
 
-def _verify(source: Any, folder: Any, history: Any, as_json: bool) -> int:
+def _verify(sources: Any, folder: Any, history: Any, as_json: bool) -> int:
     import msgspec
 
     from mixtera_hpc.dataplane.trace import verify
 
-    verdict = verify(source, folder, history)
+    verdict = verify(sources, folder, history)
     if as_json:
         print(msgspec.json.encode(verdict).decode())
         return 0
@@ -58,15 +57,16 @@ def _verify(source: Any, folder: Any, history: Any, as_json: bool) -> int:
     return 0
 
 
-def _list(source: Any, folder: Any, history: Any, args: argparse.Namespace) -> None:
+def _list(sources: Any, folder: Any, history: Any, args: argparse.Namespace) -> None:
     import msgspec
 
     from mixtera_hpc.dataplane.trace import audited, traced
 
     attempt = history.attempt_of(args.step)
     digests = audited(folder, attempt.number, args.step)
-    for record in traced(source, history, args.step):
-        record["rank"] = attempt.rank_of(record["position"], source.planner.global_batch_size)
+    source = sources.of(attempt)
+    for record in traced(source, attempt, range(args.step, args.step + 1)):
+        record["rank"] = attempt.rank_of(record["position"])
         if record["position"] in digests:
             record["digest"] = digests[record["position"]]
         if args.rank is not None and record["rank"] != args.rank:

@@ -3,6 +3,7 @@
 <root>/<name>/<run_id>/
   config.yaml  overrides.txt  manifest.json
   journal.jsonl                      what was planned, chunk by chunk
+  decisions.jsonl                    what people changed about the run since: surgery and mixtures
   attempts/001/{submit.sh,job.json,exit.json,ranks.json,failure.json,logs/,audit/}
   attempts/001/logs/batch.out rank_00000.{out,err}      beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
   metrics/{steps,mixture,comm}.jsonl
@@ -76,6 +77,10 @@ class RunFolder:
     @property
     def journal(self) -> Path:
         return self.path / "journal.jsonl"
+
+    @property
+    def decisions(self) -> Path:
+        return self.path / "decisions.jsonl"
 
     @property
     def metrics(self) -> Path:

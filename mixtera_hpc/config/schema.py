@@ -36,6 +36,9 @@ class QueryConfig:
 
     where: str | None = None
     """Boolean expression over properties, e.g. `language in ['en', 'de'] and quality >= 0.7 and 'python' in tags`."""
+    drop: list[str] = field(default_factory=list)
+    """Samples that match one of these expressions are passed over; the order of the others stays as it was without. Written by
+    `mixtera-hpc resume RUN --drop`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -152,7 +152,7 @@ class Planner:
         """
         num_slots = asked = self.chunk_steps * self.global_batch_size
         start = self._start(state, weights)
-        remaining = self.capacity - state.cursors
+        remaining = np.maximum(self.capacity - state.cursors, 0)
         if not remaining.min() > num_slots + 1:
             served = sum(int(s.counts.sum()) for s in self._segments(start, remaining, num_slots))
             num_slots = served - served % self.global_batch_size
@@ -183,6 +183,22 @@ class Planner:
         domain = np.concatenate([np.zeros(0, np.int32), *pieces])
         return Slots(domain=domain, ordinal=plan.cursors[domain] + _running_count(domain))
 
+    def state_at(self, plan: ChunkPlan, step: int) -> PlannerState:
+        """The state between two steps of `plan`: what is left of its chunk can be planned anew from there. O(n log K)."""
+        if step >= plan.first_step + plan.num_steps:
+            return self.after(plan)
+        domain = self.slots(plan).domain[: (step - plan.first_step) * self.global_batch_size]
+        lags, done = plan.lags, 0
+        for segment in self._segments_of(plan):
+            part = domain[done : done + int(segment.counts.sum())]
+            if not len(part):
+                break
+            counts = np.bincount(part, minlength=len(plan.cursors))
+            lags = segment.lags + segment.weights * len(part) - (counts << BITS)
+            done += len(part)
+        cursors = plan.cursors + np.bincount(domain, minlength=len(plan.cursors))
+        return PlannerState(chunk=plan.chunk, step=step, cursors=cursors, lags=lags)
+
     def exhausted(self, state: PlannerState) -> NDArray[np.bool_]:
         """Which domains have nothing left; shape (K,)."""
         return state.cursors >= self.capacity
@@ -196,7 +212,7 @@ class Planner:
         return start
 
     def _segments_of(self, plan: ChunkPlan) -> list[_Segment]:
-        remaining = self.capacity - plan.cursors
+        remaining = np.maximum(self.capacity - plan.cursors, 0)
         return self._segments(_Start(plan.lags, plan.weights), remaining, plan.num_steps * self.global_batch_size)
 
     def _segments(self, now: _Start, remaining: Ints, num_slots: int) -> list[_Segment]:

@@ -38,10 +38,14 @@ class Grid:
     def of_samples(cls) -> "Grid":
         return cls(length=1, stride=1)
 
-    def capacity(self, epoch_items: Ints, max_epochs: NDArray[np.float64]) -> Ints:
-        """Sequences that fit in `max_epochs` passes over domains of `epoch_items` items; shape (K,) each, `inf` for endless."""
+    def capacity(self, epoch_items: Ints, max_epochs: NDArray[np.float64], origins: Ints | int = 0) -> Ints:
+        """Sequences that fit in `max_epochs` passes over domains of `epoch_items` items; shape (K,) each, `inf` for endless.
+
+        Args:
+            origins: item at which sequence 0 of each domain begins.
+        """
         endless = np.isinf(max_epochs)
-        items = np.floor(epoch_items * np.where(endless, 0.0, max_epochs)).astype(np.int64)
+        items = np.floor(epoch_items * np.where(endless, 0.0, max_epochs)).astype(np.int64) - origins
         limited = np.where(items >= self.length, (items - self.length) // self.stride + 1, 0)
         return np.where(endless, np.where(epoch_items > 0, Planner.UNLIMITED, 0), limited)
 

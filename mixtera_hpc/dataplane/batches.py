@@ -78,14 +78,14 @@ class BatchMaker:
         self._together = TOKENS_TOGETHER if source.layout.in_tokens else SAMPLES_TOGETHER
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
-        """This rank's batches of `plan`, from `first_step` on.
+        """This rank's batches of `plan`, from training step `first_step` on.
 
         Several steps are read together, but what is wrong with the data of a step is raised at that step.
         """
-        slots = self._source.planner.slots(plan)
+        slots, era = self._source.planner.slots(plan), self._source.era
+        first, end = era.step_at(plan.first_step), era.step_at(plan.first_step + plan.num_steps)
         together = max(1, self._together // (self._share.size * self._source.grid.length))
-        end = plan.first_step + plan.num_steps
-        for start in range(max(first_step, plan.first_step), end, together):
+        for start in range(max(first_step, first), end, together):
             steps = [self._step(plan, step, slots) for step in range(start, min(start + together, end))]
             try:
                 filled = self._filled(plan, steps)
@@ -100,7 +100,8 @@ class BatchMaker:
 
     def _step(self, plan: ChunkPlan, step: int, slots: Slots) -> "_Step":
         """What this rank has to read for one step."""
-        start = (step - plan.first_step) * self._source.planner.global_batch_size + self._share.first
+        data_step = self._source.era.data_step(step)
+        start = (data_step - plan.first_step) * self._source.planner.global_batch_size + self._share.first
         mine = slice(start, start + self._share.size)
         domain, ordinal = slots.domain[mine], slots.ordinal[mine]
         by_domain = np.argsort(domain, kind="stable")
@@ -118,7 +119,7 @@ class BatchMaker:
 
     def _documents(self, domain: int, first: int, count: int) -> Documents:
         """This rank's sequences of a domain are neighbours in its stream."""
-        return self._streams.documents(domain, *self._source.grid.span(first, count))
+        return self._streams.documents(domain, *self._source.span(domain, first, count))
 
     def _batch_of_tokens(self, plan: ChunkPlan, step: "_Step", spans: "Iterator[Span]") -> Batch:
         """Cut each span into the sequences of its domain."""

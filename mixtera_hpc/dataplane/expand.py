@@ -113,17 +113,20 @@ class Streams:
         block_rows: NDArray[np.int32],
         read_blocks: Callable[[NDArray[np.int32]], SampleColumns],
         domain_of: Callable[[SampleColumns], NDArray[np.int32]],
+        kept: Callable[[SampleColumns], NDArray[np.bool_]] | None = None,
     ) -> None:
         """
         Args:
             block_rows: rows of every block of the index.
             read_blocks: reads the samples of some blocks, one block after the other.
-            domain_of: the domain of each of these samples.
+            domain_of: the domain of each of these samples; decides, with the layout's seed, the order of the stream.
+            kept: which samples are left in it; the others are passed over and leave the order of the rest as it is.
         """
         self._layout = layout
         self._block_rows = block_rows
         self._read_blocks = read_blocks
         self._domain_of = domain_of
+        self._kept = kept
         self._epoch_items = layout.epoch_items()
         self._epochs: OrderedDict[int, tuple[int, EpochOrder]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], _Window] = OrderedDict()
@@ -139,7 +142,7 @@ class Streams:
         Raises:
             DataError: the samples of a block do not add up to what the index counted for it.
         """
-        parts = []
+        parts: list[Documents] = []
         while start < stop:
             part, start = self._next_part(domain, start, stop)
             parts.append(part)
@@ -180,19 +183,22 @@ class Streams:
         columns = self._read_blocks(blocks)
         chosen = np.flatnonzero(self._domain_of(columns) == domain)
         items = columns.tokens[chosen] + layout.num_specials if layout.in_tokens else np.ones(len(chosen), np.int64)
+        shuffled = layout.order.rows(domain, epoch, number, len(chosen))
+        if self._kept is not None:
+            shuffled = shuffled[self._kept(columns)[chosen][shuffled]]
+        items = items[shuffled]
         expected = int(order.starts[number + 1] - order.starts[number])
         if int(items.sum()) != expected:
             raise DataError(
                 f"The samples of {len(blocks)} blocks of domain {domain} hold {int(items.sum())} items, the index counted "
                 f"{expected}: the index file is damaged.\n  Build it again with mixtera-hpc index build."
             )
-        shuffled = layout.order.rows(domain, epoch, number, len(chosen))
         chosen = chosen[shuffled]
         at, row, offset = _places(self._block_rows[blocks], columns.length, chosen)
         return _Window(
             block=blocks[at],
             row=row,
-            starts=np.concatenate([[0], np.cumsum(items[shuffled])]),
+            starts=np.concatenate([[0], np.cumsum(items)]),
             offset=offset,
             length=columns.length[chosen],
             lengths=_by_block(blocks, self._block_rows[blocks], columns.length),

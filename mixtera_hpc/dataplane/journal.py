@@ -9,6 +9,7 @@ loses at most its last line, which readers skip.
 import bisect
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.tracker import open_append
 
-__all__ = ["AttemptRecord", "Audit", "History", "Journal", "read_lines", "sequence_digest"]
+__all__ = ["AttemptRecord", "Audit", "History", "Journal", "Opening", "append_line", "read_lines", "sequence_digest"]
 
 
 def sequence_digest(tokens: NDArray[np.integer[Any]]) -> str:
@@ -44,6 +46,25 @@ class _Lines:
         self._file.close()
 
 
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one record to a JSONL file, on disk when this returns."""
+    with open_append(path) as file:
+        file.write(msgspec.json.encode(record) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What an attempt begins with."""
+
+    first_step: int
+    num_ranks: int
+    dp_group_size: int
+    identity: Mapping[str, Any]
+    era: Era
+
+
 class Journal(_Lines):
     """The planner's log; rank 0 only."""
 
@@ -51,18 +72,10 @@ class Journal(_Lines):
         super().__init__(path)
         self._attempt = attempt
 
-    def opened(self, first_step: int, num_ranks: int, dp_group_size: int, identity: Mapping[str, Any]) -> None:
-        """An attempt begins at `first_step`: what earlier attempts planned from there on does not count."""
-        self.write(
-            {
-                "kind": "open",
-                "attempt": self._attempt,
-                "first_step": first_step,
-                "num_ranks": num_ranks,
-                "dp_group_size": dp_group_size,
-                "identity": identity,
-            }
-        )
+    def opened(self, opening: Opening) -> None:
+        """An attempt begins: what earlier attempts planned from its first step on does not count."""
+        facts = {field.name: getattr(opening, field.name) for field in dataclasses.fields(opening)}
+        self.write({"kind": "open", "attempt": self._attempt, **facts, "era": opening.era.to_dict()})
 
     def planned(self, plan: ChunkPlan) -> None:
         self.write(
@@ -117,15 +130,39 @@ class AttemptRecord:
     first_step: int
     num_ranks: int
     dp_group_size: int
+    identity: Mapping[str, Any]
+    """Of the source it served from."""
+    era: Era
     plans: list[ChunkPlan]
     """Ascending."""
     next_step: int | None
     """Where it closed; None when it was killed."""
 
-    def rank_of(self, position: int, global_batch_size: int) -> int:
+    @property
+    def global_batch_size(self) -> int:
+        return int(self.identity["global_batch_size"])
+
+    @property
+    def end(self) -> int:
+        """One past the last step it planned."""
+        return max((self.era.step_at(p.first_step + p.num_steps) for p in self.plans), default=self.first_step)
+
+    def rank_of(self, position: int) -> int:
         """The rank (first of its dp_group) that was given `position` of the global batch."""
-        per_group = global_batch_size // (self.num_ranks // self.dp_group_size)
+        per_group = self.global_batch_size // (self.num_ranks // self.dp_group_size)
         return position // per_group * self.dp_group_size
+
+    def plan_of(self, step: int) -> ChunkPlan:
+        """The plan that `step` was served from.
+
+        Raises:
+            DataError: it has not been planned.
+        """
+        data_step = self.era.data_step(step)
+        at = bisect.bisect_right(self.plans, data_step, key=lambda plan: plan.first_step) - 1
+        if at >= 0 and data_step < self.plans[at].first_step + self.plans[at].num_steps:
+            return self.plans[at]
+        raise DataError(f"Step {step} has not been planned; the journal ends before step {self.end}.")
 
 
 class History:
@@ -139,14 +176,12 @@ class History:
         """
         if not path.is_file():
             raise DataError(f"{path} does not exist: this run has planned nothing yet.")
-        self.identity: dict[str, Any] = {}
         self.attempts: list[AttemptRecord] = []
         for record in read_lines(path):
             self._add(record)
 
     def _add(self, record: dict[str, Any]) -> None:
         if record["kind"] == "open":
-            self.identity = record["identity"]
             self.attempts.append(_attempt(record))
         elif record["kind"] == "chunk":
             self.attempts[-1].plans.append(_plan(record))
@@ -166,19 +201,22 @@ class History:
         Raises:
             DataError: it has not been planned.
         """
-        plans = self.attempt_of(step).plans
-        at = bisect.bisect_right(plans, step, key=lambda plan: plan.first_step) - 1
-        if at >= 0 and step < plans[at].first_step + plans[at].num_steps:
-            return plans[at]
-        raise DataError(f"Step {step} has not been planned; the journal ends before step {self.end}.")
+        return self.attempt_of(step).plan_of(step)
 
     @property
     def end(self) -> int:
         """One past the last step planned by the last attempt."""
-        if not self.attempts:
-            return 0
-        last = self.attempts[-1]
-        return max((p.first_step + p.num_steps for p in last.plans), default=last.first_step)
+        return self.attempts[-1].end if self.attempts else 0
+
+    def extents(self) -> list[tuple[AttemptRecord, range]]:
+        """Every attempt with the steps whose service counts, in order; attempts without any are left out."""
+        found, stop = [], self.end
+        for attempt in reversed(self.attempts):
+            steps = range(attempt.first_step, min(attempt.end, stop))
+            stop = min(stop, attempt.first_step)
+            if len(steps):
+                found.append((attempt, steps))
+        return found[::-1]
 
 
 def _attempt(record: dict[str, Any]) -> AttemptRecord:
@@ -187,6 +225,8 @@ def _attempt(record: dict[str, Any]) -> AttemptRecord:
         first_step=record["first_step"],
         num_ranks=record["num_ranks"],
         dp_group_size=record["dp_group_size"],
+        identity=record["identity"],
+        era=Era.from_dict(record["era"]),
         plans=[],
         next_step=None,
     )

@@ -75,6 +75,7 @@ class DynamicMixer:
         self._lag = feedback_lag
         self._state = algorithm.start(prior)
         self._known: dict[int, Weights] = dict.fromkeys(range(feedback_lag), prior)
+        self._newest = prior
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
         self._pending: list[Future[None]] = []
 
@@ -91,6 +92,7 @@ class DynamicMixer:
         known = sorted(self._known)
         return {
             "mixer/chunks": np.array(known, np.int64),
+            "mixer/newest": self._newest,
             "mixer/weights": np.stack([self._known[c] for c in known]),
             **{f"algorithm/{k}": v for k, v in self._algorithm.state_arrays(self._state).items()},
         }
@@ -98,13 +100,17 @@ class DynamicMixer:
     def load(self, arrays: Arrays) -> None:
         chunks = arrays["mixer/chunks"].tolist()
         self._known = dict(zip(chunks, np.array(arrays["mixer/weights"]), strict=True))
+        self._newest = np.array(arrays["mixer/newest"])
         self._state = self._algorithm.state_from_arrays(_below("algorithm/", arrays))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _update(self, statistics: DomainStatistics) -> None:
-        self._state, weights = self._algorithm.update(self._state, statistics)
+        weights = self._newest
+        if statistics.num_sequences.any():
+            self._state, weights = self._algorithm.update(self._state, statistics)
+        self._newest = weights
         chunk, step_in_chunk = divmod(statistics.step, self._chunk_steps)
         if step_in_chunk == self._chunk_steps - 1:
             self._known[chunk + self._lag] = weights

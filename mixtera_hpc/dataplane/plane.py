@@ -16,27 +16,29 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
+from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.launch import open_communicator
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, accumulate
+from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, accumulate, from_buffer
 from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
 from mixtera_hpc.dataplane.control import Control
 from mixtera_hpc.dataplane.feedback import Agreement, Feedback, Notes
+from mixtera_hpc.dataplane.journal import Opening
 from mixtera_hpc.dataplane.losses import sequence_sums
 from mixtera_hpc.dataplane.plans import PlanFeed
 from mixtera_hpc.dataplane.sinks import Sinks
 from mixtera_hpc.dataplane.source import Source, open_source
 from mixtera_hpc.dataplane.state import PlaneState
+from mixtera_hpc.dataplane.surgery import begin, share_beginning
 from mixtera_hpc.errors import CommError, ConfigError, leaves_in_order
 from mixtera_hpc.track.tracker import Silent, Tracker
 
@@ -64,10 +66,8 @@ class DataPlane:
         self._control = Control(sinks.control, watch_files=comm.rank == 0)
         self._mixer = source.mixer()
         self._feedback = Feedback(comm, source.num_domains)
-        self._plans = PlanFeed(comm, source.planner, self._mixer.weights_of, self._deliver)
-        self._prefetcher = Prefetcher(
-            BatchMaker(source, self._share, config.dataplane.audit), config.dataplane.prefetch_batches
-        )
+        self._plans: PlanFeed
+        self._prefetcher: Prefetcher
         self._recorded: list[tuple[Batch, slice, Callable[[], NDArray[np.float64]]]] = []
         self._open_step: Batch | None = None
         self._next_step = 0
@@ -76,6 +76,8 @@ class DataPlane:
         self._completed: deque[DomainStatistics] = deque(maxlen=MAX_UNREAD)
         self._first_stop: int | None = None
         self._saves: set[int] = set()
+        self._reduced = 0
+        self._fed = 0
         self._started = False
         self._ended = False
         self.data_wait_s = 0.0
@@ -185,12 +187,18 @@ class DataPlane:
         self._absorb(self._feedback.wait_for(self._next_step))
         if self._comm.rank != 0:
             return None
-        while not self._known_plans:
-            self._plans.poll(self._current_chunk)
+        while not self._plans.reaches(self._source.era.data_step(self._next_step)):
+            self._plans.poll(self._horizon())
             time.sleep(POLL_S)
-        plan = self._plan_of(self._next_step)
-        state = PlaneState(next_step=self._next_step, plan=plan, mixer=self._mixer.arrays())
-        return state.to_dict(self._source.identity())
+        state = PlaneState(
+            next_step=self._next_step,
+            plan=self._plan_of(self._next_step),
+            mixer=self._mixer.arrays(),
+            fed=self._fed,
+            era=self._source.era,
+            identity=self._source.identity(),
+        )
+        return state.to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from a saved state, which rank 0 gives (others may give None). Before the first batch. **Collective.**
@@ -202,15 +210,7 @@ class DataPlane:
             raise ValueError("load_state_dict() comes before the first batch.")
         if not state and self._comm.rank == 0:
             raise ValueError("load_state_dict() was given no state on rank 0; to begin a run, leave the call out.")
-        loaded = PlaneState.from_dict(state, self._source.identity()) if state and self._comm.rank == 0 else None
-        next_step, plan = _broadcast_state(self._comm, loaded, self.num_domains)
-        if loaded is not None:
-            self._mixer.load(loaded.mixer)
-        self._next_step = next_step
-        served = next_step >= plan.first_step + plan.num_steps
-        self._current_chunk = plan.chunk if served else plan.chunk - 1
-        self._plans.resume(plan)
-        self._start()
+        self._start(PlaneState.from_dict(state) if state and self._comm.rank == 0 else None)
 
     def close(self, orderly: bool = True) -> None:
         """Stop the reading thread; with `orderly`, finish what is under way and free what is shared. **Collective.**"""
@@ -220,20 +220,59 @@ class DataPlane:
         if orderly and self._started:
             self._close_step()
             self._absorb(self._feedback.wait_for(self._next_step))
-            while not self._plans.settled(self._current_chunk):
-                self._plans.poll(self._current_chunk)
+            while not self._plans.settled(self._horizon()):
+                self._plans.poll(self._horizon())
                 time.sleep(POLL_S)
-        self._prefetcher.close(timeout_s=None if orderly else ABANDON_S)
+        if self._started:
+            self._prefetcher.close(timeout_s=None if orderly else ABANDON_S)
         self._mixer.close()
         self._control.close()
         self._sinks.close(self._next_step if orderly and self._started else None)
         if orderly:
             self._comm.Free()
 
-    def _start(self) -> None:
-        if not self._started:
-            self._started = True
-            self._sinks.opened(self._next_step, self._comm.size, self._source)
+    def _start(self, state: PlaneState | None = None) -> None:
+        """Go on from `state`, which rank 0 has, or begin; only the first call does anything. **Collective.**"""
+        if self._started:
+            return
+        found = begin(self._source, state, self._sinks.surgeries()) if self._comm.rank == 0 else None
+        beginning = share_beginning(self._comm, found, self.num_domains)
+        source = self._source = self._source.in_era(beginning.era)
+        self._next_step, plan = beginning.step, beginning.plan
+        if state is not None:
+            self._mixer.load(state.mixer)
+        self._reduced, self._fed = beginning.step, state.fed if state is not None else 0
+        served = plan.num_steps and source.era.data_step(self._next_step) >= plan.first_step + plan.num_steps
+        self._current_chunk = plan.chunk if served else plan.chunk - 1
+        self._plans = PlanFeed(self._comm, source.planner, self._weights_of, self._deliver)
+        self._plans.resume(plan)
+        plane = source.config.dataplane
+        self._prefetcher = Prefetcher(BatchMaker(source, self._share, plane.audit), plane.prefetch_batches)
+        self._started = True
+        self._sinks.opened(
+            Opening(
+                first_step=self._next_step,
+                num_ranks=self._comm.size,
+                dp_group_size=plane.dp_group_size,
+                identity=source.identity(),
+                era=source.era,
+            )
+        )
+
+    def _horizon(self) -> int:
+        """The chunk beyond which one more is planned: the current one, or the one before the next step's data."""
+        next_chunk = self._source.era.data_step(self._next_step) // self._source.planner.chunk_steps
+        return max(self._current_chunk, next_chunk - 1)
+
+    def _weights_of(self, chunk: int) -> NDArray[np.float64] | None:
+        """What the mixer wishes, without domains that have nothing left to give after samples were dropped."""
+        plane = self._source.config.dataplane
+        decisive = (chunk - plane.feedback_lag + 1) * plane.chunk_steps
+        self._pass_over(min(decisive, self._source.era.data_step(self._reduced)))
+        weights = self._mixer.weights_of(chunk)
+        if weights is None or self._source.kept is None:
+            return weights
+        return np.where(self._source.planner.capacity > 0, weights, 0.0)
 
     def _next(self) -> Batch | None:
         self._start()
@@ -253,7 +292,7 @@ class DataPlane:
     def _await_batch(self) -> Batch | None:
         while True:
             self._absorb(self._feedback.poll())
-            self._plans.poll(self._current_chunk)
+            self._plans.poll(self._horizon())
             try:
                 return self._prefetcher.get(POLL_S)
             except queue.Empty:
@@ -273,8 +312,8 @@ class DataPlane:
 
     def _plan_of(self, step: int) -> ChunkPlan:
         """The plan `step` lies in, or the last one before it."""
-        plans = sorted(self._known_plans.values(), key=lambda p: p.chunk)
-        return next((p for p in plans if p.first_step <= step < p.first_step + p.num_steps), plans[-1])
+        plans, data_step = sorted(self._known_plans.values(), key=lambda p: p.chunk), self._source.era.data_step(step)
+        return next((p for p in plans if p.first_step <= data_step < p.first_step + p.num_steps), plans[-1])
 
     def _close_step(self) -> None:
         """Start the reduction of the step that was being trained on."""
@@ -313,9 +352,22 @@ class DataPlane:
             if agreement.save:
                 self._saves.add(step)
             if self._comm.rank == 0:
-                self._mixer.feed(agreement.statistics)
+                self._feed(agreement.statistics)
             self._completed.append(agreement.statistics)
             self._sinks.reduced(step, agreement.reduce_s)
+
+    def _feed(self, statistics: DomainStatistics) -> None:
+        """Tell the mixer of a step."""
+        data_step = self._source.era.data_step(statistics.step)
+        self._pass_over(data_step)
+        self._mixer.feed(replace(statistics, step=data_step))
+        self._reduced, self._fed = statistics.step + 1, data_step + 1
+
+    def _pass_over(self, data_step: int) -> None:
+        """Tell the mixer that the data steps before `data_step` that it has heard nothing of are skipped."""
+        while self._fed < data_step:
+            self._mixer.feed(from_buffer(self._fed, np.zeros((NUM_ROWS, self.num_domains), np.int64)))
+            self._fed += 1
 
 
 def _communicator(config: Config, comm: Any) -> Communicator:
@@ -342,11 +394,3 @@ def _share_of(config: Config, comm: Communicator) -> Share:
             f"of {plane.dp_group_size}.\n  Change the number of ranks, or make it a multiple of {groups}."
         )
     return Share.of_rank(comm.rank, comm.size, plane.dp_group_size, plane.global_batch_size)
-
-
-def _broadcast_state(comm: Communicator, state: PlaneState | None, num_domains: int) -> tuple[int, ChunkPlan]:
-    facts = msgspec.json.encode(state.next_step) if state else None
-    next_step = int(msgspec.json.decode(bcast_bytes(comm, facts)))
-    buffer = state.plan.to_array() if state else np.zeros(ChunkPlan.array_size(num_domains), np.int64)
-    comm.Bcast(buffer)
-    return next_step, ChunkPlan.from_array(buffer)

@@ -6,6 +6,7 @@ known; the others have posted theirs already. Nobody blocks: `poll` drives it, f
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,9 +50,9 @@ class PlanFeed:
         """The plan delivered last."""
 
     def resume(self, plan: ChunkPlan) -> None:
-        """Deliver `plan`, known on every rank, again, and go on after it."""
+        """Deliver `plan`, known on every rank, again, and go on after it; one of no steps only says where to go on."""
         self._state = PlannerState(chunk=plan.chunk, step=plan.first_step, cursors=plan.cursors, lags=plan.lags)
-        self._resumed = plan
+        self._resumed = plan if plan.num_steps or plan.last else None
 
     def poll(self, current_chunk: int) -> None:
         """Drive the broadcast of the next chunk, at most one beyond `current_chunk`."""
@@ -64,6 +65,10 @@ class PlanFeed:
     def settled(self, current_chunk: int) -> bool:
         """Whether `poll(current_chunk)` has nothing left to drive."""
         return self._ended or (self._request is None and self._state.chunk > current_chunk + 1)
+
+    def reaches(self, step: int) -> bool:
+        """Whether the plans delivered cover everything in front of `step`."""
+        return self.latest is not None and (self._state.step >= step or self.latest.last)
 
     @property
     def _ended(self) -> bool:
@@ -85,9 +90,16 @@ class PlanFeed:
         if weights is None:
             return None
         began = time.perf_counter()
-        plan = self._planner.decide(self._state, weights)
+        plan = self._to_next_border().decide(self._state, weights)
         self.plan_s = time.perf_counter() - began
         return plan
+
+    def _to_next_border(self) -> Planner:
+        """A planner for the steps that the chunk still has: all of them, unless planning begins inside it."""
+        num_steps = self._planner.chunk_steps - self._state.step % self._planner.chunk_steps
+        return (
+            self._planner if num_steps == self._planner.chunk_steps else replace(self._planner, chunk_steps=num_steps)
+        )
 
     def _receive(self) -> None:
         self.broadcast_s = time.perf_counter() - self._posted_s

@@ -7,8 +7,9 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.batches import Batch
-from mixtera_hpc.dataplane.journal import Audit, Journal
+from mixtera_hpc.dataplane.journal import Audit, Journal, Opening
 from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.surgery import Surgery, surgeries
 from mixtera_hpc.track.tracker import Silent, Tracker
 
 __all__ = ["Sinks"]
@@ -19,14 +20,19 @@ class Sinks:
 
     def __init__(self, folder: RunFolder | None, attempt: int, rank: int, config: Config, tracker: Tracker) -> None:
         self.control = folder.control if folder else None
+        self._decisions = folder.decisions if folder else None
         self._tracker = tracker if rank == 0 else Silent()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
         audit = folder.audit(attempt) / f"rank_{rank:05d}.jsonl" if folder and config.dataplane.audit else None
         self._audit = Audit(audit) if audit and rank % config.dataplane.dp_group_size == 0 else None
 
-    def opened(self, first_step: int, num_ranks: int, source: Source) -> None:
+    def surgeries(self) -> list[Surgery]:
+        """What the run has been through."""
+        return surgeries(self._decisions)
+
+    def opened(self, opening: Opening) -> None:
         if self._journal:
-            self._journal.opened(first_step, num_ranks, source.config.dataplane.dp_group_size, source.identity())
+            self._journal.opened(opening)
 
     def planned(self, plan: ChunkPlan) -> None:
         if self._journal:
@@ -40,17 +46,18 @@ class Sinks:
         """Tell the metrics what the chunk that begins is made of."""
         served = plan.cursors / max(int(plan.cursors.sum()), 1)
         items = np.maximum(source.layout.epoch_items(), 1)
+        step = source.era.step_at(plan.first_step)
         event = {
-            "step": plan.first_step,
+            "step": step,
             "chunk": plan.chunk,
             "domains": source.names,
             "weights": plan.weights / UNIT,
             "served": served,
             "cursors": plan.cursors,
-            "epochs": plan.cursors * source.grid.stride / items,
+            "epochs": (source.era.origins + plan.cursors * source.grid.stride) / items,
         }
         self._tracker.log("mixture", event)
-        self._tracker.log("comm", {"step": plan.first_step, "plan_s": plan_s, "broadcast_s": broadcast_s})
+        self._tracker.log("comm", {"step": step, "plan_s": plan_s, "broadcast_s": broadcast_s})
 
     def reduced(self, step: int, reduce_s: float) -> None:
         self._tracker.log("comm", {"step": step, "reduce_s": reduce_s})

@@ -5,8 +5,8 @@ share, everything small as JSON. The others never read a table from disk; they o
 of a block. Price: one open of the index per run plus one per rank, O(blocks) memory per node.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import msgspec
@@ -21,9 +21,10 @@ from mixtera_hpc.core.keys import key_of, written
 from mixtera_hpc.core.order import Order
 from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.query import parse
+from mixtera_hpc.core.query import Entries, Predicate, parse
 from mixtera_hpc.core.stream import Grid
 from mixtera_hpc.core.tables import BlockTable, SampleColumns
+from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.dataplane.expand import StreamLayout, Streams
 from mixtera_hpc.dataplane.mixer import Mixer
 from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of
@@ -34,7 +35,7 @@ from mixtera_hpc.index.several import SampleSource, open_configured, open_sample
 from mixtera_hpc.index.verify import check_fresh
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "count_samples", "open_source"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,10 @@ class _Facts:
     keys: list[dict[str, Any]]
     """Of the domains, as written."""
     where: str
+    kept: str
+    """`where` without what is dropped; empty when nothing is."""
+    stock: list[int]
+    """Items of one epoch of every domain, dropped ones included: what the mixture was wished over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +77,9 @@ class Source:
     ground: Ground
     """What mixtures are made over."""
     planner: Planner
+    kept: Predicate | None
+    """What is left of the selection; None when nothing is dropped."""
+    era: Era
 
     @property
     def num_domains(self) -> int:
@@ -92,15 +100,40 @@ class Source:
         """What each domain is called."""
         return self.facts.names
 
-    def streams(self) -> Streams:
-        """A view of the streams for one reading thread."""
+    def in_era(self, era: Era) -> "Source":
+        """The same data as a later era of a run counts it."""
+        return replace(self, era=era, planner=replace(self.planner, capacity=_capacity(self, era)))
+
+    def span(self, domain: int, first: int, count: int) -> tuple[int, int]:
+        """Items [start, stop) of `domain`'s stream that `count` sequences from sequence `first` on cover."""
+        start, stop = self.grid.span(first, count)
+        origin = int(self.era.origins[domain])
+        return origin + start, origin + stop
+
+    def block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
+        """Reads the samples of some blocks, one block after the other."""
         samples = open_samples(self.facts.samples)
         first, rows = self.blocks.first_sample, self.blocks.rows
 
         def read_blocks(chosen: NDArray[np.int32]) -> SampleColumns:
             return samples.read_many(first[chosen].tolist(), rows[chosen].tolist())
 
-        return Streams(self.layout, rows, read_blocks, lambda columns: self.selection.domain_of(self.combos, columns))
+        return read_blocks
+
+    def domain_of(self, columns: SampleColumns) -> NDArray[np.int32]:
+        """The domain of every sample, dropped or not; -1 for none."""
+        return self.selection.domain_of(self.combos, columns)
+
+    def is_kept(self, columns: SampleColumns) -> NDArray[np.bool_]:
+        """Which samples are not dropped."""
+        if self.kept is None:
+            return np.ones(len(columns.combo), np.bool_)
+        return self.kept.evaluate(Entries.of_samples(self.combos, columns.combo, columns.numbers)).must
+
+    def streams(self) -> Streams:
+        """A view of the streams for one reading thread."""
+        kept = self.is_kept if self.kept else None
+        return Streams(self.layout, self.blocks.rows, self.block_reader(), self.domain_of, kept)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a state or a journal to belong to this run."""
@@ -109,6 +142,7 @@ class Source:
             "index": self.facts.index_fingerprint,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
             "where": self.facts.where,
+            "drop": list(self.config.query.drop),
             "domains": self.facts.names,
             "unit": self.config.mixture.unit,
             "on_exhausted": self.config.mixture.on_exhausted,
@@ -154,6 +188,17 @@ def open_source(config: Config, comm: Communicator, *, check: bool = True) -> So
     return _assemble(config, known, _share(comm, arrays), tokenizer)
 
 
+def count_samples(config: Config) -> int:
+    """Samples of all domains together, without those dropped; opens the index and nothing else.
+
+    Raises:
+        ConfigError: `query.where` or `query.drop` does not parse, or names what the index does not have.
+    """
+    with open_configured(config) as index:
+        rows, _ = select_domains(_with_where(config, _kept_text(config)), index).selection.table.totals()
+    return int(rows.sum())
+
+
 def _gather(
     config: Config, index: PropertyIndex, tokenizer: Tokenizer | None, check: bool
 ) -> tuple[_Facts, dict[str, NDArray[Any]]]:
@@ -163,6 +208,10 @@ def _gather(
     _check_tokens(config, index, tokenizer)
     chosen = select_domains(config, index)
     tables, table = index.tables, chosen.selection.table
+    kept = _kept_text(config)
+    stock = _layout(config, table).epoch_items()
+    if config.query.drop:
+        table = _left_in(table, select_domains(_with_where(config, kept), index).selection.table, len(tables.blocks))
     facts = _Facts(
         index_fingerprint=index.fingerprint,
         samples=sample_sources(index),
@@ -174,6 +223,8 @@ def _gather(
         names=list(chosen.names),
         keys=[written(key) for key in chosen.keys],
         where=chosen.selection.predicate.text,
+        kept=kept if config.query.drop else "",
+        stock=stock.tolist(),
     )
     arrays = {f"blocks/{name}": getattr(tables.blocks, name) for name in _BLOCK_COLUMNS}
     arrays |= {f"table/{f.name}": getattr(table, f.name) for f in fields(table)}
@@ -182,6 +233,34 @@ def _gather(
         arrays[f"combos/indptr/{name}"] = tables.combos.indptr[name]
         arrays[f"combos/codes/{name}"] = tables.combos.codes[name]
     return facts, arrays
+
+
+def _kept_text(config: Config) -> str:
+    """`query.where` without what `query.drop` names."""
+    where = (config.query.where or "").strip()
+    return " and ".join([f"({where})"] * bool(where) + [f"not ({expression})" for expression in config.query.drop])
+
+
+def _with_where(config: Config, where: str) -> Config:
+    return replace(config, query=replace(config.query, where=where))
+
+
+def _left_in(table: DomainTable, kept: DomainTable, num_blocks: int) -> DomainTable:
+    """`table` with every entry, but only the rows and tokens that `kept` counts: the order of blocks stays as it was."""
+
+    def place(entries: DomainTable) -> NDArray[np.int64]:
+        domain = np.repeat(np.arange(entries.num_domains), np.diff(entries.indptr))
+        return domain * num_blocks + entries.block
+
+    rows, tokens = np.zeros_like(table.rows), np.zeros_like(table.tokens)
+    at = np.searchsorted(place(table), place(kept))
+    rows[at], tokens[at] = kept.rows, kept.tokens
+    return replace(table, rows=rows, tokens=tokens)
+
+
+def _capacity(source: Source, era: Era) -> NDArray[np.int64]:
+    limits = max_epochs_of(source.config.mixture, source.num_domains)
+    return source.grid.capacity(source.layout.epoch_items(), limits, era.origins)
 
 
 def _check_tokens(config: Config, index: PropertyIndex, tokenizer: Tokenizer | None) -> None:
@@ -222,14 +301,8 @@ def _share(comm: Communicator, arrays: Mapping[str, NDArray[Any]]) -> dict[str, 
 def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], tokenizer: Tokenizer | None) -> Source:
     table = DomainTable(**{f.name: arrays[f"table/{f.name}"] for f in fields(DomainTable)})
     plane, mixture = config.dataplane, config.mixture
-    in_tokens = mixture.unit == "tokens"
-    layout = StreamLayout(
-        table=table,
-        order=Order(seed=plane.seed, shuffle=plane.shuffle, window=plane.shuffle_window),
-        num_specials=int(plane.add_eos) if in_tokens else 0,
-        in_tokens=in_tokens,
-    )
-    grid = Grid.of_unit(in_tokens, plane.seq_len, plane.overlap)
+    layout = _layout(config, table)
+    grid = Grid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap)
     sizes = layout.epoch_items()
     source = Source(
         config=config,
@@ -240,24 +313,38 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
         selection=_selection(facts, arrays, table),
         grid=grid,
         tokenizer=tokenizer,
-        ground=_ground(config, facts, sizes, grid),
+        ground=_ground(config, facts, grid),
         planner=Planner(
             capacity=grid.capacity(sizes, max_epochs_of(mixture, len(sizes))),
             global_batch_size=plane.global_batch_size,
             chunk_steps=plane.chunk_steps,
             on_exhausted=mixture.on_exhausted,
         ),
+        kept=parse(facts.kept, _properties(facts)) if facts.kept else None,
+        era=Era.start(len(facts.names)),
     )
     source.mixer(learn=False)  # A mixture that cannot be served is refused here, before anything starts.
     return source
 
 
-def _ground(config: Config, facts: _Facts, sizes: NDArray[np.int64], grid: Grid) -> Ground:
+def _layout(config: Config, table: DomainTable) -> StreamLayout:
+    plane, in_tokens = config.dataplane, config.mixture.unit == "tokens"
+    return StreamLayout(
+        table=table,
+        order=Order(seed=plane.seed, shuffle=plane.shuffle, window=plane.shuffle_window),
+        num_specials=int(plane.add_eos) if in_tokens else 0,
+        in_tokens=in_tokens,
+    )
+
+
+def _ground(config: Config, facts: _Facts, grid: Grid) -> Ground:
     plane = config.dataplane
     items_per_step = plane.global_batch_size * grid.stride
     keys = tuple(key_of(key) for key in facts.keys)
     return Ground(
-        stock=Stock(keys=keys, sizes=sizes, budget=config.training.num_steps * items_per_step),
+        stock=Stock(
+            keys=keys, sizes=np.array(facts.stock, np.int64), budget=config.training.num_steps * items_per_step
+        ),
         names=tuple(facts.names),
         timeline=Timeline(chunk_steps=plane.chunk_steps, items_per_step=items_per_step),
         feedback_lag=plane.feedback_lag,

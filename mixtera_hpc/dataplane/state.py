@@ -4,7 +4,7 @@ It holds the plan of the chunk that is being served, the next step, and what the
 the same at every step, with any number of ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["PlaneState"]
+__all__ = ["PlaneState", "check_identity"]
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,31 +29,58 @@ class PlaneState:
     """Of the chunk that `next_step` lies in; when that chunk is not planned yet, of the one before it."""
     mixer: Mapping[str, NDArray[Any]]
     """What the mixing algorithm knows."""
+    fed: int
+    """Data steps it has heard of."""
+    era: Era
+    identity: Mapping[str, Any]
+    """Of the source it was served from."""
 
-    def to_dict(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """`{"json": …, "arrays": …}`, for `json.dump` and `numpy.savez`."""
-        facts = {"version": VERSION, "next_step": self.next_step, "identity": dict(identity)}
+        facts = {
+            "version": VERSION,
+            "next_step": self.next_step,
+            "fed": self.fed,
+            "era": self.era.to_dict(),
+            "identity": dict(self.identity),
+        }
         return {"json": facts, "arrays": {"plan": self.plan.to_array(), **self.mixer}}
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any], identity: Mapping[str, Any]) -> "PlaneState":
+    def from_dict(cls, state: Mapping[str, Any]) -> "PlaneState":
         """The inverse of `to_dict`.
 
         Raises:
-            ConfigError: the state belongs to another run; every field that differs is named.
+            ConfigError: the state was written by another version.
         """
         facts, arrays = state["json"], dict(state["arrays"])
         if facts["version"] != VERSION:
             raise ConfigError(f"The saved state has version {facts['version']}, this code writes and reads {VERSION}.")
-        differing = [k for k, v in identity.items() if facts["identity"].get(k) != v]
-        if differing:
-            lines = "".join(f"\n  - {k} was {facts['identity'].get(k)!r}, is {identity[k]!r}" for k in differing)
-            refreshed = (
-                f" For an index that was refreshed since, set index.generation={facts['identity'].get('index')}."
-            )
-            raise ConfigError(
-                f"The saved state belongs to a run with other settings:{lines}\n  Resume with the old ones."
-                + refreshed * ("index" in differing)
-            )
         plan = ChunkPlan.from_array(np.asarray(arrays.pop("plan"), np.int64))
-        return cls(next_step=facts["next_step"], plan=plan, mixer=arrays)
+        return cls(
+            next_step=facts["next_step"],
+            plan=plan,
+            mixer=arrays,
+            fed=facts["fed"],
+            era=Era.from_dict(facts["era"]),
+            identity=facts["identity"],
+        )
+
+
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:
+    """The fields that differ, all of which must be `allowed` to.
+
+    Raises:
+        ConfigError: others differ as well; every one is named.
+    """
+    differing = [name for name, value in now.items() if before.get(name) != value]
+    refused = [name for name in differing if name not in allowed]
+    if refused:
+        lines = "".join(f"\n  - {name} was {before.get(name)!r}, is {now[name]!r}" for name in refused)
+        raise ConfigError(
+            f"The saved state belongs to a run with other settings:{lines}\n  Resume with the old ones."
+            + f" For an index that was refreshed since, set index.generation={before.get('index')}."
+            * ("index" in refused)
+            + " What can be changed knowingly: mixtera-hpc resume --help." * (refused != ["index"])
+        )
+    return differing

@@ -4,17 +4,47 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
+from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.batches import BatchMaker, Share
 from mixtera_hpc.dataplane.expand import Documents, Streams
-from mixtera_hpc.dataplane.journal import History, read_lines
-from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
+from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.dataplane.state import check_identity
+from mixtera_hpc.dataplane.surgery import config_of
 from mixtera_hpc.errors import ConfigError, DataError
 
-__all__ = ["Verdict", "audited", "planned", "sequences", "traced", "verify"]
+__all__ = ["Sources", "Verdict", "audited", "planned", "sequences", "traced", "verify"]
 
 Record = dict[str, Any]
+
+
+class Sources:
+    """The sources that the attempts of a run served from; one for every era."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._opened: dict[bytes, Source] = {}
+
+    def of(self, attempt: AttemptRecord) -> Source:
+        """What `attempt` served from.
+
+        Raises:
+            DataError: the index, the tokenizer or the settings are not those the attempt had.
+        """
+        key = msgspec.json.encode([attempt.identity, attempt.era.to_dict()])
+        if key not in self._opened:
+            source = open_source(config_of(self._config, attempt.identity), Local(), check=False)
+            try:
+                check_identity(attempt.identity, source.identity())
+            except ConfigError as error:
+                raise DataError(str(error).partition("\n  Resume")[0].replace("saved state", "journal")) from None
+            self._opened[key] = source.in_era(attempt.era)
+        return self._opened[key]
 
 
 def planned(source: Source, first_step: int, num_steps: int) -> Iterator[Record]:
@@ -51,23 +81,29 @@ def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Ite
             yield record | {"digest": digest}
 
 
-def traced(source: Source, history: History, step: int) -> Iterator[Record]:
-    """The sequences that `step` of a run consists of, in position order."""
-    yield from sequences(source, source.streams(), history.plan_of(step), range(step, step + 1))
+def traced(source: Source, attempt: AttemptRecord, steps: range) -> Iterator[Record]:
+    """The sequences that `steps` of an attempt consist of, in served order; `source` is the attempt's."""
+    streams, step = source.streams(), steps.start
+    while step < steps.stop:
+        plan = attempt.plan_of(step)
+        stop = min(steps.stop, source.era.step_at(plan.first_step + plan.num_steps))
+        yield from sequences(source, streams, plan, range(step, stop))
+        step = stop
 
 
 def sequences(source: Source, streams: Streams, plan: ChunkPlan, steps: range) -> Iterator[Record]:
-    """The sequences of those steps of `plan` that are in `steps`.
+    """The sequences of those training steps of `plan` that are in `steps`.
 
     Each has `step`, `position`, `domain_id`, `epoch` (of its first item) and `pieces`: `[shard, row, start, end]` in tokens
     of the row, special tokens included.
     """
-    slots, size = source.planner.slots(plan), source.planner.global_batch_size
-    for step in range(max(steps.start, plan.first_step), min(steps.stop, plan.first_step + plan.num_steps)):
-        base = (step - plan.first_step) * size
+    slots, size, era = source.planner.slots(plan), source.planner.global_batch_size, source.era
+    last = era.step_at(plan.first_step + plan.num_steps)
+    for step in range(max(steps.start, era.step_at(plan.first_step)), min(steps.stop, last)):
+        base = (era.data_step(step) - plan.first_step) * size
         for position in range(size):
             domain, ordinal = int(slots.domain[base + position]), int(slots.ordinal[base + position])
-            start, stop = source.grid.span(ordinal, 1)
+            start, stop = source.span(domain, ordinal, 1)
             yield {
                 "step": step,
                 "position": position,
@@ -96,8 +132,8 @@ class Verdict:
     """A step that the last attempt was killed in; no part of the proof."""
 
 
-def verify(source: Source, folder: RunFolder, history: History) -> Verdict:
-    """Prove that every planned sequence of every step was consumed exactly once, across all attempts.
+def verify(sources: Sources, folder: RunFolder, history: History) -> Verdict:
+    """Prove that every planned sequence of every step was consumed exactly once, across all attempts and surgeries.
 
     The tokens of every sequence are made again from the plan, the index and the data, and their digests compared with those
     of what the trainers were handed.
@@ -107,19 +143,20 @@ def verify(source: Source, folder: RunFolder, history: History) -> Verdict:
             such is named.
     """
     consumed = _Consumed(folder, history)
-    end, unfinished = _extent(history, consumed, source.planner.global_batch_size)
-    size = source.planner.global_batch_size
-    maker, step = _maker(source), 0
-    while step < end:
-        plan = history.plan_of(step)
-        for batch in maker.batches(plan, step):
-            if batch.step >= end or history.plan_of(batch.step) is not plan:
-                break
-            consumed.check(batch.step, batch.digests or [])
-            step = batch.step + 1
-    maker.close()
+    end, unfinished = _extent(history, consumed)
+    num_sequences = 0
+    for attempt, steps in history.extents():
+        maker = _maker(sources.of(attempt))
+        step, stop = steps.start, min(steps.stop, end)
+        while step < stop:
+            for batch in maker.batches(attempt.plan_of(step), step):
+                if batch.step >= stop:
+                    break
+                consumed.check(batch.step, batch.digests or [])
+                step, num_sequences = batch.step + 1, num_sequences + attempt.global_batch_size
+        maker.close()
     return Verdict(
-        num_steps=end, num_sequences=end * size, num_attempts=len(history.attempts), unfinished_step=unfinished
+        num_steps=end, num_sequences=num_sequences, num_attempts=len(history.attempts), unfinished_step=unfinished
     )
 
 
@@ -170,14 +207,14 @@ def _fault(got: list[str], digest: str) -> str:
     return f"was consumed with other tokens: digest {got[0]}, planned {digest}"
 
 
-def _extent(history: History, consumed: _Consumed, size: int) -> tuple[int, int | None]:
+def _extent(history: History, consumed: _Consumed) -> tuple[int, int | None]:
     """One past the last step to prove, and the step the last attempt was killed in."""
     last = history.attempts[-1]
     if last.next_step is not None:
         return last.next_step, None
     end = max(consumed.last_step(last.number) + 1, last.first_step)
     unfinished = None
-    while end > last.first_step and consumed.count(end - 1) < size:
+    while end > last.first_step and consumed.count(end - 1) < last.global_batch_size:
         end -= 1
         unfinished = end
     return end, unfinished

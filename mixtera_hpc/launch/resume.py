@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from mixtera_hpc.launch.status import JUST_SUBMITTED_S, run_statuses
 
 __all__ = [
     "IDENTITY",
+    "NO_CHANGE",
+    "Change",
     "amended_config",
     "check_ended",
     "check_resume",
@@ -49,26 +52,68 @@ IDENTITY = (
 """What a run is: with any of these changed, the samples or the model of the steps to come would be another run's."""
 
 
-def check_resume(old: Config, new: Config) -> None:
-    """Refuse a changed identity.
+KNOWINGLY = {
+    "dataplane.seed": "--change-seed",
+    "dataplane.global_batch_size": "--change-batch-size",
+    "query.drop": "--drop EXPRESSION",
+}
+"""Keys of the identity that may be changed all the same, with a flag that says it is meant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What a user changes knowingly about what a run is."""
+
+    skip_steps: tuple[int, int] | None = None
+    """First and last step whose data is passed over."""
+    drop: tuple[str, ...] = ()
+    """Expressions; samples that match one are left out from now on."""
+    seed: bool = False
+    batch_size: bool = False
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The keys that may change, each with the flag that allows it."""
+        wished = {
+            "--change-seed": self.seed,
+            "--change-batch-size": self.batch_size,
+            "--drop EXPRESSION": bool(self.drop),
+        }
+        return {key: flag for key, flag in KNOWINGLY.items() if wished[flag]}
+
+
+NO_CHANGE = Change()
+
+
+def check_resume(old: Config, new: Config, change: Change = NO_CHANGE) -> None:
+    """Refuse a changed identity, but for what is changed knowingly.
 
     Raises:
-        LaunchError: names every key that differs, with both values.
+        LaunchError: names every key that differs, with both values; or a flag that nothing was changed for.
     """
     before, after = dict(_leaves(to_plain(old))), dict(_leaves(to_plain(new)))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
     refused = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in IDENTITY)]
+    for key, flag in change.keys.items():
+        if key not in changed:
+            raise LaunchError(f"{flag} is given, but {key} stays {before.get(key)!r}.\n  Give {key}=<value> as well.")
+    refused = [key for key in refused if key not in change.keys]
     if refused:
         lines = "".join(f"\n  - {key}: {before.get(key)!r} before, {after.get(key)!r} now" for key in refused)
         raise LaunchError(
             f"A resumed run keeps what it trains on and what it trains; changed:{lines}\n  Leave "
             f"{'these' if len(refused) > 1 else 'this'} as {'they were' if len(refused) > 1 else 'it was'}, or start a "
-            "new run with mixtera-hpc submit or run."
+            f"new run with mixtera-hpc submit or run.{_knowingly(refused)}"
         )
 
 
-def amended_config(folder: RunFolder, overrides: Sequence[str]) -> Config:
-    """The recorded configuration with what `overrides` change, checked; identity fields may not.
+def _knowingly(refused: Sequence[str]) -> str:
+    flags = [f"{KNOWINGLY[key]} for {key}" for key in refused if key in KNOWINGLY]
+    return f"\n  To change it knowingly, from the last checkpoint on, add {', '.join(flags)}." if flags else ""
+
+
+def amended_config(folder: RunFolder, overrides: Sequence[str], change: Change = NO_CHANGE) -> Config:
+    """The recorded configuration with what `overrides` and `change` change, checked; other identity fields may not.
 
     The difference that the overrides make to a composition is laid over the recorded one, so files in `conf/` may have
     changed since, and it does not matter from which folder one resumes.
@@ -78,18 +123,19 @@ def amended_config(folder: RunFolder, overrides: Sequence[str]) -> Config:
     """
     recorded = load_yaml(folder.config)
     old = from_plain(Config, recorded)
-    if not overrides:
-        return old
-    typed = recorded_overrides(folder)
-    new = from_plain(Config, _laid_over(recorded, compose_plain(typed), compose_plain(_merged(typed, overrides))))
-    check_resume(old, new)
+    new = old
+    if overrides:
+        typed = recorded_overrides(folder)
+        new = from_plain(Config, _laid_over(recorded, compose_plain(typed), compose_plain(_merged(typed, overrides))))
+    new = replace(new, query=replace(new.query, drop=[*new.query.drop, *change.drop]))
+    check_resume(old, new, change)
     check(new)
     return new
 
 
 def take_over(folder: RunFolder, config: Config, overrides: Sequence[str]) -> None:
     """Record an amended configuration for the attempts to come; one process does it."""
-    if overrides:
+    if to_plain(config) != load_yaml(folder.config):
         replace_config(folder, to_plain(config), overrides)
 
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return target
 
 
-def load_newest(folder: Path) -> Checkpoint | None:
+def load_newest(folder: Path, accept: Callable[[Mapping[str, Any]], bool] = lambda state: True) -> Checkpoint | None:
     """The newest checkpoint that is complete; None when none was ever written. Broken ones are skipped with a warning.
+
+    Args:
+        accept: whether a checkpoint whose data plane's state has this "json" is of this run's past.
 
     Raises:
         DataError: there are checkpoints and none can be used; beginning anew would remove them.
@@ -78,7 +81,9 @@ def load_newest(folder: Path) -> Checkpoint | None:
     for path in _candidates(folder):
         broken = _fault(path)
         if broken is None:
-            return read_checkpoint(path)
+            if accept(json.loads((path / "dataplane.json").read_text())):
+                return read_checkpoint(path)
+            continue
         warnings.warn(f"Checkpoint {path} is skipped: {broken}.", stacklevel=2)
         faults.append(f"\n    {path.name}: {broken}")
     if faults:

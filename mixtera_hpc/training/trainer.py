@@ -18,6 +18,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
+from mixtera_hpc.dataplane.surgery import is_past, surgeries
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.events import AttemptEvent
 from mixtera_hpc.track.tracker import Fanout, Tracker, open_tracker
@@ -222,7 +223,10 @@ class Trainer:
     def _agreed_checkpoint(self) -> Checkpoint | None:
         """The newest complete checkpoint as rank 0 sees it; every rank reads the same one. **Collective.**"""
         comm, folder = self._replicas.comm, self._folder.checkpoints
-        found = load_newest(folder) if comm.rank == 0 else None
+        found = None
+        if comm.rank == 0:
+            operated = surgeries(self._folder.decisions)
+            found = load_newest(folder, lambda state: not is_past(state, operated))
         step = np.array([found.step if found else -1], np.int64)
         comm.Bcast(step)
         if step[0] < 0 or found:

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 
-from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.dataplane.journal import History
-from mixtera_hpc.dataplane.source import open_source
-from mixtera_hpc.dataplane.trace import verify
+from mixtera_hpc.dataplane.trace import Sources, verify
 
 PROGRAM = Path(__file__).with_name("plane_program.py")
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
@@ -109,7 +107,7 @@ def test_the_proof_holds_over_both_attempts(serve: Serve, overrides: list[str], 
     serve(tmp_path / "run", 2, 1, 10)
     serve(tmp_path / "run", 3, 2, 20)
     run = RunFolder(tmp_path / "run")
-    verdict = verify(open_source(compose(overrides), Local()), run, History(run.journal))
+    verdict = verify(Sources(compose(overrides)), run, History(run.journal))
     assert (verdict.num_steps, verdict.num_sequences, verdict.num_attempts) == (20, 480, 2)
 
 

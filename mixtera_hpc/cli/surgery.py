@@ -1,0 +1,68 @@
+"""What `resume` does when it is told to change what a run is: check, record, say what it means."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.config.schema import Config
+    from mixtera_hpc.dataplane.surgery import Surgery
+    from mixtera_hpc.launch.resume import Change
+
+__all__ = ["operate"]
+
+
+def operate(folder: "RunFolder", before: "Config", after: "Config", change: "Change") -> None:
+    """Record the surgery that makes `after` of `before`; nothing when there is none. One process, while no attempt runs.
+
+    Raises:
+        LaunchError: no checkpoint to go back to is left, or nothing would be dropped.
+        ConfigError: an expression does not parse or names what the index does not have.
+    """
+    from mixtera_hpc.dataplane.surgery import record_surgery, surgeries, surgery_between
+
+    operated = surgeries(folder.decisions)
+    at_step = _checkpoint_before(folder, change.skip_steps, operated)
+    surgery = surgery_between(before, after, change.skip_steps, at_step, operated)
+    if surgery is None:
+        return
+    if change.drop:
+        _tell_dropped(before, after, change.drop)
+    print(f"goes on from step {at_step}; recorded in {folder.decisions}", flush=True)
+    record_surgery(folder.decisions, surgery)
+
+
+def _checkpoint_before(folder: "RunFolder", skip: tuple[int, int] | None, operated: Sequence["Surgery"]) -> int:
+    """The newest checkpoint's step, at or before the first one to skip; 0 when the run has none."""
+    from mixtera_hpc.dataplane.surgery import is_past
+    from mixtera_hpc.errors import LaunchError
+
+    states = [_state(path) for path in folder.checkpoints.glob("step_[0-9]*/dataplane.json")]
+    steps = sorted(state["next_step"] for state in states if not is_past(state, operated))
+    usable = [step for step in steps if skip is None or step <= skip[0]]
+    if steps and not usable and skip is not None:
+        raise LaunchError(
+            f"The data of step {skip[0]} cannot be skipped: the oldest checkpoint left is of step {steps[0]}.\n"
+            f"  Skip from step {steps[0]} on, or keep more of them with training.keep_checkpoints."
+        )
+    return usable[-1] if usable else 0
+
+
+def _state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(path.read_text())
+    return state
+
+
+def _tell_dropped(before: "Config", after: "Config", drop: Sequence[str]) -> None:
+    from mixtera_hpc.dataplane.source import count_samples
+    from mixtera_hpc.errors import ConfigError, LaunchError
+
+    try:
+        had, has = count_samples(before), count_samples(after)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("query.where", "--drop")) from None
+    if had == has:
+        raise LaunchError(f"--drop {' --drop '.join(drop)} matches no sample that the run would still be served.")
+    print(f"drops {had - has:,} of {had:,} samples")

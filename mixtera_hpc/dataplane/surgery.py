@@ -1,0 +1,192 @@
+"""Surgery: deliberate changes of a run between two attempts, each recorded before it happens, none by accident.
+
+A surgery passes data steps over, drops samples, or changes the seed or the global batch size. It begins an era at the step the
+next attempt goes on from: what was served before keeps its meaning, what comes after is counted from exact positions. Price:
+one more open of the index, and for `drop` one window of sample columns per domain.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Communicator, Local, bcast_bytes
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.dataplane.era import Era
+from mixtera_hpc.dataplane.journal import append_line, read_lines
+from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.dataplane.state import PlaneState, check_identity
+from mixtera_hpc.errors import ConfigError
+
+__all__ = [
+    "Beginning",
+    "Surgery",
+    "begin",
+    "config_of",
+    "is_past",
+    "record_surgery",
+    "share_beginning",
+    "surgeries",
+    "surgery_between",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surgery:
+    """One change, as `decisions.jsonl` has it."""
+
+    at_step: int
+    """The next attempt goes on from here or before; checkpoints of later steps are of a past that was abandoned."""
+    skip: tuple[int, int] | None = None
+    """First and last data step to pass over."""
+    changes: Mapping[str, tuple[Any, Any]]
+    """Identity field → before, after."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning:
+    """Where an attempt goes on."""
+
+    step: int
+    plan: ChunkPlan
+    """Of the chunk that `step` lies in, or the one before it. One of no steps: planning begins at its first slot."""
+    era: Era
+
+
+def record_surgery(path: Path, surgery: Surgery) -> None:
+    """Append to `decisions.jsonl`; one process does it, while no attempt runs."""
+    append_line(path, {"kind": "surgery", **msgspec.to_builtins(surgery)})
+
+
+def surgeries(path: Path | None) -> list[Surgery]:
+    """All surgeries of a run, oldest first."""
+    if path is None or not path.is_file():
+        return []
+    records = [line for line in read_lines(path) if line["kind"] == "surgery"]
+    return [msgspec.convert({k: v for k, v in line.items() if k != "kind"}, Surgery) for line in records]
+
+
+def is_past(state: Mapping[str, Any], operated: Sequence[Surgery]) -> bool:
+    """Whether a surgery has abandoned the saved `state` (the "json" part of it): it lies after the step gone back to."""
+    pending = operated[state["era"]["number"] :]
+    return any(state["next_step"] > surgery.at_step for surgery in pending)
+
+
+def surgery_between(
+    before: Config, after: Config, skip_steps: tuple[int, int] | None, at_step: int, operated: Sequence[Surgery]
+) -> Surgery | None:
+    """What makes `after` of `before`; None when nothing does.
+
+    Args:
+        skip_steps: first and last training step whose data is to be passed over.
+        operated: earlier surgeries of the run.
+    """
+    old, new = _changeable(before), _changeable(after)
+    changes = {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+    if not changes and skip_steps is None:
+        return None
+    era = Era.start(0).with_skips(s.skip for s in operated if s.skip)
+    skip = (era.data_step(skip_steps[0]), era.data_step(skip_steps[1])) if skip_steps else None
+    return Surgery(at_step=at_step, skip=skip, changes=changes)
+
+
+def _changeable(config: Config) -> dict[str, Any]:
+    plane = config.dataplane
+    return {"drop": list(config.query.drop), "seed": plane.seed, "global_batch_size": plane.global_batch_size}
+
+
+def begin(source: Source, state: PlaneState | None, operated: Sequence[Surgery]) -> Beginning:
+    """Where an attempt goes on from `state`, or from the start, after all surgeries of the run. Rank 0 only.
+
+    Raises:
+        ConfigError: the state is of another run, or of a past that a surgery abandoned.
+    """
+    done = state.era.number if state else 0
+    pending = operated[done:]
+    era = state.era if state else Era.start(source.num_domains)
+    era = replace(era.with_skips(s.skip for s in pending if s.skip), number=len(operated))
+    if state is None:
+        return Beginning(step=0, plan=_from_here(PlannerState.start(source.num_domains)), era=era)
+    if any(state.next_step > surgery.at_step for surgery in pending):
+        bound = min(surgery.at_step for surgery in pending)
+        raise ConfigError(
+            f"The saved state is of step {state.next_step}, but the run was changed to go on from step {bound}.\n"
+            f"  Load the state of step {bound}, or of one before it."
+        )
+    changed = check_identity(state.identity, source.identity(), {name for s in pending for name in s.changes})
+    if not changed:
+        return Beginning(step=state.next_step, plan=state.plan, era=era)
+    before = open_source(config_of(source.config, state.identity), Local(), check=False).in_era(state.era)
+    data_step = state.era.data_step(state.next_step)
+    stands = before.planner.state_at(state.plan, data_step)
+    stands = replace(stands, chunk=data_step // source.planner.chunk_steps)
+    if "drop" in changed:
+        era = replace(era, origins=_origins(before, source, stands.cursors))
+    return Beginning(step=state.next_step, plan=_from_here(stands), era=era)
+
+
+def share_beginning(comm: Communicator, found: Beginning | None, num_domains: int) -> Beginning:
+    """What rank 0 found, on every rank. **Collective.**"""
+    facts = msgspec.json.encode({"step": found.step, "era": found.era.to_dict()}) if found else None
+    known = msgspec.json.decode(bcast_bytes(comm, facts))
+    buffer = found.plan.to_array() if found else np.zeros(ChunkPlan.array_size(num_domains), np.int64)
+    comm.Bcast(buffer)
+    return Beginning(step=known["step"], plan=ChunkPlan.from_array(buffer), era=Era.from_dict(known["era"]))
+
+
+def config_of(config: Config, identity: Mapping[str, Any]) -> Config:
+    """`config` with the settings that surgery may change as they are in `identity`."""
+    return replace(
+        config,
+        query=replace(config.query, drop=list(identity["drop"])),
+        dataplane=replace(config.dataplane, seed=identity["seed"], global_batch_size=identity["global_batch_size"]),
+    )
+
+
+def _from_here(state: PlannerState) -> ChunkPlan:
+    return ChunkPlan(
+        chunk=state.chunk,
+        first_step=state.step,
+        num_steps=0,
+        last=False,
+        cursors=state.cursors,
+        lags=state.lags,
+        weights=np.zeros_like(state.lags),
+    )
+
+
+def _origins(before: Source, after: Source, cursors: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Origins under which `cursors` mean, in the shorter streams, the same place as before; shape (K,)."""
+    places = [_place(before, after, d, before.span(d, int(c), 1)[0]) for d, c in enumerate(cursors)]
+    return np.array(places, np.int64) - cursors * after.grid.stride
+
+
+def _place(before: Source, after: Source, domain: int, item: int) -> int:
+    """Where `item` of a domain's stream lies in the stream that leaves more samples out."""
+    epoch_items, left = int(before.layout.epoch_items()[domain]), int(after.layout.epoch_items()[domain])
+    if not epoch_items or not left:
+        return 0
+    epoch, item = divmod(item, epoch_items)
+    full, short = (
+        s.layout.order.epoch(domain, epoch, s.layout.sizes(domain)) for s in (before, _as_ordered(after, before))
+    )
+    window = full.window_at(item)
+    first = epoch * epoch_items
+    begin = epoch * left + int(short.starts[window])
+    if item == int(full.starts[window]):
+        return begin
+    passed = before.streams().documents(domain, first + int(full.starts[window]), first + item)
+    blocks, which = np.unique(passed.block, return_inverse=True)
+    rows = after.blocks.rows[blocks].astype(np.int64)
+    kept = after.is_kept(after.block_reader()(blocks))[(np.cumsum(rows) - rows)[which] + passed.row]
+    return begin + int((passed.last - passed.first)[kept].sum())
+
+
+def _as_ordered(source: Source, like: Source) -> Source:
+    """`source` with the seed of `like`: positions are carried over in the order they were reached in."""
+    return replace(source, layout=replace(source.layout, order=like.layout.order))

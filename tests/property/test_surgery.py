@@ -1,0 +1,199 @@
+"""What surgery promises: the data that is skipped is skipped, the rest of an epoch is served once, and replay agrees."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose_plain
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.dataplane.era import Era
+from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.plane import Batch, DataPlane
+from mixtera_hpc.dataplane.surgery import record_surgery, surgeries, surgery_between
+from mixtera_hpc.dataplane.trace import Sources, verify
+from mixtera_hpc.errors import ConfigError
+
+STATE = dict[str, Any]
+DYNAMIC = {"kind": "dynamic", "by": ["source"], "algorithm": {"name": "ado", "warmup": 4, "refit_interval": 4}}
+
+
+@pytest.fixture(scope="module")
+def plain(collection: list[str]) -> dict[str, Any]:
+    return compose_plain([*collection, "dataplane.audit=true", "dataplane.seq_len=16"])
+
+
+def config_of(plain: dict[str, Any], **sections: dict[str, object]) -> Config:
+    return from_plain(Config, {**plain, **{k: {**plain[k], **v} for k, v in sections.items()}})
+
+
+def serve(
+    config: Config, folder: Path, attempt: int, steps: int, state: STATE | None = None
+) -> tuple[list[Batch], STATE]:
+    """Batches until `steps` are done or the data ends, and the state then."""
+    with DataPlane.open(config, Local(), RunFolder(folder), attempt) as plane:
+        if state is not None:
+            plane.load_state_dict(state)
+        batches = []
+        for batch in plane if plane.next_step < steps else []:
+            batches.append(batch)
+            if batch.tokens.size:
+                plane.record(batch, 1.0 + (batch.tokens[:, 1:] % 97) / (3 + batch.domain_ids[:, None]))
+            if batch.step + 1 == steps:
+                break
+        saved = plane.state_dict()
+        assert saved is not None
+        return batches, {"json": json.loads(json.dumps(saved["json"])), "arrays": saved["arrays"]}
+
+
+def operate(before: Config, after: Config, folder: Path, at_step: int, skip: tuple[int, int] | None = None) -> None:
+    path = RunFolder(folder).decisions
+    surgery = surgery_between(before, after, skip, at_step, surgeries(path))
+    assert surgery is not None
+    record_surgery(path, surgery)
+
+
+@pytest.fixture
+def new_folder(tmp_path: Path) -> Callable[[], Path]:
+    """Every example gets a folder of its own."""
+    made = iter(range(10**6))
+
+    def make() -> Path:
+        folder = tmp_path / str(next(made))
+        folder.mkdir()
+        return folder
+
+    return make
+
+
+SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=5), st.integers(0, 80))
+def test_steps_count_the_data_steps_that_are_not_skipped(spans: list[tuple[int, int]], data_step: int) -> None:
+    skips = [(first, first + length) for first, length in spans]
+    era = Era.start(1).with_skips(skips)
+    left = [d for d in range(200) if not any(a <= d <= b for a, b in skips)]
+    assert [era.data_step(s) for s in range(100)] == left[:100]
+    assert era.step_at(data_step) == sum(d < data_step for d in left)
+    assert era.skipped(data_step) == (data_step not in left)
+
+
+@SLOW
+@given(
+    st.sampled_from(["natural", "dynamic"]), st.integers(0, 9), st.integers(0, 9), st.integers(1, 14), st.integers(1, 4)
+)
+def test_skipped_steps_are_the_only_ones_missing(
+    plain: dict[str, Any], new_folder: Callable[[], Path], kind: str, stop: int, ahead: int, count: int, chunk: int
+) -> None:
+    mixture = DYNAMIC if kind == "dynamic" else {"by": ["source"]}
+    config = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": chunk})
+    folder = new_folder()
+    first = stop + ahead
+    begun, state = serve(config, folder, 1, stop)
+    operate(config, config, folder, stop, (first, first + count - 1))
+    went_on, _ = serve(config, folder, 2, 30, state)
+    assert [b.step for b in begun + went_on] == list(range(30))
+    if kind == "natural":
+        whole, _ = serve(config, new_folder(), 1, 30 + count)
+        expected = [b.digests for b in whole if not first <= b.step < first + count]
+        assert [b.digests for b in begun + went_on] == expected
+    run = RunFolder(folder)
+    assert verify(Sources(config), run, History(run.journal)).num_steps == 30
+
+
+@SLOW
+@given(
+    st.sampled_from(["none", "block", "window"]),
+    st.integers(1, 20),
+    st.integers(0, 30),
+    st.sampled_from([["source == 'argparse'"], ["size < 300"], ["'def' in tags", "source in ['ast', 'enum']"]]),
+    st.sampled_from([6, 4, 9]),
+    st.sampled_from([None, "source"]),
+)
+def test_after_a_drop_the_rest_of_the_epoch_is_served_once(
+    plain: dict[str, Any],
+    new_folder: Callable[[], Path],
+    shuffle: str,
+    window: int,
+    stop: int,
+    drop: list[str],
+    batch: int,
+    by: str | None,
+) -> None:
+    mixture = {"by": [by] if by else [], "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
+    plane = {"global_batch_size": 6, "chunk_steps": 4, "shuffle": shuffle, "shuffle_window": window}
+    before, folder = config_of(plain, mixture=mixture, dataplane=plane), new_folder()
+    begun, state = serve(before, folder, 1, stop)
+    after = replace(
+        before,
+        query=replace(before.query, drop=drop),
+        dataplane=replace(before.dataplane, global_batch_size=batch),
+    )
+    operate(before, after, folder, stop)
+    went_on, _ = serve(after, folder, 2, 1000, state)
+    ids = [p["meta"]["id"] for b in begun + went_on for p in b.payloads or []]
+    assert len(set(ids)) == len(ids)
+    later = {p["meta"]["id"] for b in went_on for p in b.payloads or []}
+    everything, _ = serve(before, new_folder(), 1, 1000)
+    rows = {p["meta"]["id"]: p for b in everything for p in b.payloads or []}
+    dropped = {i for i, row in rows.items() if is_dropped(row, drop)}
+    assert not later & dropped
+    missing = rows.keys() - dropped - set(ids)
+    assert len(missing) <= batch + 6
+
+
+def is_dropped(row: dict[str, Any], drop: list[str]) -> bool:
+    meta = row["meta"]
+    names = {"source": meta["source"], "tags": meta["tags"], "size": meta["size"] if meta["size"] is not None else 1e9}
+    return any(eval(expression, {}, names) for expression in drop)
+
+
+@SLOW
+@given(st.integers(0, 12), st.integers(0, 12), st.sampled_from(["natural", "dynamic"]), st.booleans(), st.booleans())
+def test_replay_proves_a_run_through_several_surgeries(
+    plain: dict[str, Any],
+    new_folder: Callable[[], Path],
+    first: int,
+    more: int,
+    kind: str,
+    reseed: bool,
+    grow: bool,
+) -> None:
+    mixture = DYNAMIC if kind == "dynamic" else {"by": ["source"]}
+    one, folder = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": 3}), new_folder()
+    two = replace(one, query=replace(one.query, drop=["source == 'argparse'"]))
+    plane = replace(two.dataplane, seed=9 if reseed else 0, global_batch_size=10 if grow else 6)
+    three = replace(two, dataplane=plane, query=replace(two.query, drop=[*two.query.drop, "size > 2000"]))
+    _, state = serve(one, folder, 1, first)
+    operate(one, two, folder, first, (first + 2, first + 3))
+    _, state = serve(two, folder, 2, first + more, state)
+    operate(two, three, folder, first + more)
+    serve(three, folder, 3, 30, state)
+    run = RunFolder(folder)
+    verdict = verify(Sources(three), run, History(run.journal))
+    assert verdict.num_steps == 30
+    assert verdict.num_sequences == 6 * (first + more) + (10 if grow else 6) * (30 - first - more)
+
+
+def test_a_state_of_a_past_that_was_abandoned_is_refused(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
+    config, folder = config_of(plain, dataplane={"global_batch_size": 6}), new_folder()
+    _, state = serve(config, folder, 1, 9)
+    operate(config, config, folder, 5, (6, 7))
+    with pytest.raises(ConfigError, match="go on from step 5"):
+        serve(config, folder, 2, 12, state)
+
+
+def test_a_change_that_nobody_recorded_is_refused(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
+    config, folder = config_of(plain, dataplane={"global_batch_size": 6}), new_folder()
+    _, state = serve(config, folder, 1, 4)
+    with pytest.raises(ConfigError, match="seed was 0, is 3"):
+        serve(replace(config, dataplane=replace(config.dataplane, seed=3)), folder, 2, 8, state)
