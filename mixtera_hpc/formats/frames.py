@@ -48,9 +48,10 @@ class Piece:
 
 def bounded(pieces: Iterator[Piece], limit: int, path: Path) -> Iterator[Piece]:
     """Refuse a run of bytes that can only be decoded as a whole, and is too long for it."""
-    size, start = 0, 0
+    size, start, ends_line = 0, 0, True
     for piece in pieces:
         size += len(piece.data)
+        ends_line = piece.data.endswith(b"\n") if piece.data else ends_line
         if size > limit:
             raise DataError(
                 f"{path}: what begins at byte {start} decodes to more than data.max_block_bytes={limit}, and none of it can be "
@@ -58,7 +59,7 @@ def bounded(pieces: Iterator[Piece], limit: int, path: Path) -> Iterator[Piece]:
                 "  Compress it in frames that end with a line (docs/formats.md has the command), or raise data.max_block_bytes."
             )
         yield piece
-        if piece.frame_end is not None and piece.data.endswith(b"\n"):
+        if piece.frame_end is not None and ends_line:
             size, start = 0, piece.frame_end
 
 

@@ -1,21 +1,39 @@
 """JSON lines compressed with LZMA (`.jsonl.xz`)."""
 
 import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
 
-from mixtera_hpc.formats.compressed import CompressedJsonl
-from mixtera_hpc.formats.frames import Codec
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.compressed import CompressedJsonl, CompressedReader
+from mixtera_hpc.formats.format import BlockRef, ShardReader
+from mixtera_hpc.formats.frames import Codec, Piece
+from mixtera_hpc.formats.xz import decoded, xz_blocks
 
 __all__ = ["JsonlXz"]
 
-MAX_DICTIONARY_BYTES = 1 << 30
-
-
-def _start() -> lzma.LZMADecompressor:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_DICTIONARY_BYTES)
+_CODEC = Codec(start=lzma.LZMADecompressor, errors=(lzma.LZMAError, EOFError))
 
 
 class JsonlXz(CompressedJsonl):
-    """`Format` of `.jsonl.xz` files; zeros between and after streams are padding."""
+    """`Format` of `.jsonl.xz` files; a block is a run of xz's own blocks that ends where a line does."""
 
     def __init__(self) -> None:
-        super().__init__("jsonl.xz", Codec(start=_start, errors=(lzma.LZMAError, EOFError), padding=b"\0"))
+        super().__init__("jsonl.xz", _CODEC)
+
+    def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
+        return _Reader(path, text, cache)
+
+    def _pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
+        return decoded(file.fileno(), xz_blocks(file.fileno(), path), path)
+
+
+class _Reader(CompressedReader):
+    def __init__(self, path: Path, text: str | None, cache: BlockCache) -> None:
+        super().__init__(path, text, cache, _CODEC)
+        self._blocks = xz_blocks(self._fd, path)
+
+    def _decoded(self, block: BlockRef) -> bytes:
+        wanted = [b for b in self._blocks if block.offset <= b.begin < block.offset + block.length]
+        return b"".join(piece.data for piece in decoded(self._fd, wanted, self._path))
