@@ -22,8 +22,9 @@ from mixtera_hpc.errors import MixteraError
 
 __all__ = ["Batch", "BatchMaker", "Prefetcher", "Share"]
 
-TOKENS_TOGETHER, SAMPLES_TOGETHER = 1 << 18, 1 << 8
-"""Items of the steps that are read together, at least one step: enough to make calls rare, milliseconds to wait for."""
+TOKENS_TOGETHER = 1 << 18
+SAMPLE_BYTES_TOGETHER = 4 << 20
+"""Bounds on the steps that are read together, at least one: enough to make calls rare, milliseconds to wait for."""
 
 Ints = NDArray[np.int64]
 
@@ -75,7 +76,7 @@ class BatchMaker:
         self._audit = audit
         self._streams: Streams = source.streams()
         self._reader = DocumentReader(source)
-        self._together = TOKENS_TOGETHER if source.layout.in_tokens else SAMPLES_TOGETHER
+        self._together = TOKENS_TOGETHER if source.layout.in_tokens else _samples_together(source)
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         """This rank's batches of `plan`, from training step `first_step` on.
@@ -172,6 +173,12 @@ class _Step:
     """Of each of this rank's sequences."""
     runs: list[tuple[int, int, NDArray[np.intp]]]
     """Domain, ordinal of its first sequence, and the rows of the batch that its sequences fill, in order."""
+
+
+def _samples_together(source: Source) -> int:
+    """How many samples of usual size `SAMPLE_BYTES_TOGETHER` holds."""
+    blocks = source.blocks
+    return SAMPLE_BYTES_TOGETHER * int(blocks.rows.sum(dtype=np.int64)) // max(int(blocks.length.sum()), 1)
 
 
 @dataclass(frozen=True, slots=True)
