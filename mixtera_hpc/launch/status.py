@@ -110,7 +110,7 @@ def _info(attempt: _Attempt, infos: Mapping[str, JobInfo], trouble: str | None, 
         return _recorded(attempt, attempt.number, attempt.end)
     age_s = int((now - datetime.fromisoformat(attempt.start.submitted)).total_seconds())
     if attempt.start.kind == "local":
-        return _local(attempt.start, age_s)
+        return _local(attempt.start, age_s, _failure(attempt.folder, attempt.number))
     if info := infos.get(attempt.start.job_id or ""):
         return info
     if trouble is not None:
@@ -136,12 +136,12 @@ def _failure(folder: RunFolder, number: int) -> str | None:
     return f"rank {failure.get('rank')} on {failure.get('host')}: {failure.get('reason')}"
 
 
-def _local(start: AttemptStart, age_s: int) -> JobInfo:
+def _local(start: AttemptStart, age_s: int, failure: str | None) -> JobInfo:
     if start.host != socket.gethostname():
         return JobInfo(state=JobState.UNKNOWN, reason=f"started by hand on {start.host}")
     if is_alive(start):
         return JobInfo(state=JobState.RUNNING, elapsed_s=age_s)
-    return JobInfo(state=JobState.FAILED, reason="its processes are gone")
+    return JobInfo(state=JobState.FAILED, reason=failure or "its processes are gone")
 
 
 def _log_age(attempt: _Attempt, now: datetime) -> int | None:

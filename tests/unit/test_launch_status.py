@@ -100,7 +100,9 @@ def test_a_local_run_lives_as_long_as_its_process(folder: RunFolder, make_config
         assert status(folder).state == JobState.RUNNING
         process.kill()
 
-    assert status(folder).state == JobState.FAILED
+    assert (status(folder).state, status(folder).reason) == (JobState.FAILED, "its processes are gone")
+    (folder.attempt(1) / "failure.json").write_text('{"rank": 3, "host": "n1", "reason": "DataError: a row"}')
+    assert status(folder).reason == "rank 3 on n1: DataError: a row"
 
 
 def test_step_and_speed_are_those_of_the_last_complete_line(folder: RunFolder) -> None:

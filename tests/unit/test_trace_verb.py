@@ -1,0 +1,54 @@
+"""`mixtera-hpc trace` says what a run was served, or that it cannot know."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.index.build import build_index
+from mixtera_hpc.launch.prepare import prepare_run
+
+SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
+
+
+def served(overrides: list[str], root: Path) -> RunFolder:
+    config = compose([*overrides, *SMALL, f"run.root={root}"])
+    folder = prepare_run(config, overrides, datetime.now(UTC))
+    with DataPlane.open(config, comm=Local(), folder=folder) as plane:
+        next(iter(plane))
+    return folder
+
+
+def test_a_run_is_not_explained_by_another_index(
+    own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = served(own_collection, tmp_path / "runs")
+    assert main(["trace", str(folder.path), "--step", "0", "--json"]) == 0
+    told = capsys.readouterr().out
+    config = compose(own_collection)
+    (Path(config.data.root) / "b.jsonl.gz").unlink()
+    Path(config.index.path).unlink()
+    build_index(config)
+    assert main(["trace", str(folder.path), "--step", "0", "--json"]) == 2
+    said = capsys.readouterr()
+    assert told
+    assert not said.out
+    assert "The journal belongs to a run with other settings:\n  - index was" in said.err
+
+
+def test_an_index_built_again_explains_it(
+    own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = served(own_collection, tmp_path / "runs")
+    assert main(["trace", str(folder.path), "--step", "0", "--json"]) == 0
+    told = capsys.readouterr().out
+    config = compose(own_collection)
+    Path(config.index.path).unlink()
+    build_index(config)
+    assert main(["trace", str(folder.path), "--step", "0", "--json"]) == 0
+    assert capsys.readouterr().out == told
