@@ -16,7 +16,7 @@ from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.compressed import CompressedJsonl, CompressedReader
 from mixtera_hpc.formats.format import Batch, BlockRef, Fields, ShardReader, Unit
 from mixtera_hpc.formats.frames import Codec, Decompressor, Piece, pieces_of
-from mixtera_hpc.formats.seek import find_points, write_points
+from mixtera_hpc.formats.seek import SeekPoints, find_points, write_points
 
 __all__ = ["JsonlGz"]
 
@@ -51,7 +51,10 @@ class JsonlGz(CompressedJsonl):
             write_points(path, Path(fields.seek_folder), max(self._block_bytes, MIN_SPACING_BYTES))
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return _LongReader(path, text, cache) if self._is_long(path) else CompressedReader(path, text, cache, _CODEC)
+        points = find_points(path, cache.seek_folders)
+        if points is None and not self._is_long(path):
+            return CompressedReader(path, text, cache, _CODEC)
+        return _LongReader(path, text, cache, points)
 
     def _pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
         pieces = pieces_of(file, _CODEC, path)
@@ -92,9 +95,9 @@ def _cut(pieces: Iterator[Piece], block_bytes: int) -> Iterator[Piece]:
 class _LongReader(CompressedReader):
     """Takes blocks out of the middle of long members."""
 
-    def __init__(self, path: Path, text: str | None, cache: BlockCache) -> None:
+    def __init__(self, path: Path, text: str | None, cache: BlockCache, points: SeekPoints | None) -> None:
         super().__init__(path, text, cache, _CODEC)
-        self._points = find_points(path, cache.seek_folders)
+        self._points = points
         if self._points is None and cache.seek_folders:
             warnings.warn(
                 f"There are no seek points of {path} in {', '.join(map(str, cache.seek_folders))}: every block of it is "

@@ -62,8 +62,11 @@ def write_points(shard: Path, folder: Path, spacing_bytes: int = SPACING_BYTES) 
 
 def find_points(shard: Path, folders: Sequence[Path]) -> "SeekPoints | None":
     """The seek points of a shard, from the first folder that has them whole; None where none has."""
-    name = _name(shard) if folders else ""
-    for folder in folders:
+    try:
+        name = _name(shard) if any(folder.is_dir() for folder in folders) else ""
+    except OSError:
+        return None
+    for folder in folders if name else ():
         try:
             return SeekPoints(folder / name)
         except (OSError, ValueError):
