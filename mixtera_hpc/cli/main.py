@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "query": ("query", "count samples and tokens of every domain"),
     "plan": ("plan", "forecast what a mixture will serve, or list the sequences of chosen steps"),
     "trace": ("trace", "name the samples of any step of a run, or prove what it consumed"),
+    "mixture": ("mixture", "show what a run is served from, or change it while the run goes on"),
     "run": ("run", "train here: one process, or every rank of an mpiexec or srun"),
     "submit": ("submit", "send a run to Slurm; --dry-run prints the script"),
     "sweep": ("sweep", "submit one run per combination of values"),

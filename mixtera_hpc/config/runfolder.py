@@ -8,6 +8,7 @@
   attempts/001/logs/batch.out rank_00000.{out,err}      beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
   metrics/{steps,mixture,comm}.jsonl
   checkpoints/step_00001000/ LATEST
+  control/mixture.json               another mixture that is wished for
   control/{save,stop}                touch to ask for it; `cancelled` ends the chain of attempts
   report/
 """

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, Slots
 from mixtera_hpc.dataplane.expand import Documents, Streams
 from mixtera_hpc.dataplane.journal import sequence_digest
 from mixtera_hpc.dataplane.read import DocumentReader, Span
 from mixtera_hpc.dataplane.source import Source
-from mixtera_hpc.errors import MixteraError
+from mixtera_hpc.errors import ConfigError, MixteraError
 
 __all__ = ["Batch", "BatchMaker", "Prefetcher", "Share"]
 
@@ -60,6 +61,26 @@ class Share:
     """First position in the global batch."""
     size: int
     """Sequences per step."""
+
+    @classmethod
+    def of(cls, plane: DataPlaneConfig, rank: int, num_ranks: int) -> "Share":
+        """What `rank` of a job gets.
+
+        Raises:
+            ConfigError: the global batch cannot be shared evenly.
+        """
+        groups, left = divmod(num_ranks, plane.dp_group_size)
+        if left:
+            raise ConfigError(
+                f"dataplane.dp_group_size is {plane.dp_group_size}, which does not divide the {num_ranks} ranks that were "
+                f"started.\n  Start a multiple of {plane.dp_group_size} ranks, or change it."
+            )
+        if plane.global_batch_size % groups:
+            raise ConfigError(
+                f"dataplane.global_batch_size={plane.global_batch_size} cannot be shared evenly by {num_ranks} ranks in "
+                f"dp_groups of {plane.dp_group_size}.\n  Change the number of ranks, or make it a multiple of {groups}."
+            )
+        return cls.of_rank(rank, num_ranks, plane.dp_group_size, plane.global_batch_size)
 
     @classmethod
     def of_rank(cls, rank: int, num_ranks: int, dp_group_size: int, global_batch_size: int) -> "Share":

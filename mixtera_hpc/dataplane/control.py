@@ -40,6 +40,14 @@ class Control:
             self._stop.set()
         return self._stop.is_set(), self._take("save")
 
+    def mixture_request(self) -> str | None:
+        """What was left in `control/mixture.json` since the last call, which takes it away."""
+        if self._folder is None or not (path := self._folder / "mixture.json").exists():
+            return None
+        text = path.read_text()
+        path.unlink(missing_ok=True)
+        return text
+
     def close(self) -> None:
         """Put the signal handlers back; a warning that was held before is ignored: there is nothing more to save."""
         for number, handler in self._previous.items():

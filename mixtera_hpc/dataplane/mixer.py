@@ -18,7 +18,16 @@ from mixtera_hpc.core.mixing.algorithm import MixingAlgorithm
 from mixtera_hpc.core.mixing.simplex import project
 from mixtera_hpc.core.statistics import DomainStatistics
 
-__all__ = ["BoundedMixer", "DynamicMixer", "FixedMixer", "Mixer", "ScheduledMixer", "Shape", "Stage"]
+__all__ = [
+    "BoundedMixer",
+    "DynamicMixer",
+    "FixedMixer",
+    "Mixer",
+    "ScheduledMixer",
+    "Shape",
+    "Stage",
+    "below",
+]
 
 Weights = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
@@ -101,7 +110,7 @@ class DynamicMixer:
         chunks = arrays["mixer/chunks"].tolist()
         self._known = dict(zip(chunks, np.array(arrays["mixer/weights"]), strict=True))
         self._newest = np.array(arrays["mixer/newest"])
-        self._state = self._algorithm.state_from_arrays(_below("algorithm/", arrays))
+        self._state = self._algorithm.state_from_arrays(below("algorithm/", arrays))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -193,7 +202,7 @@ class ScheduledMixer:
 
     def load(self, arrays: Arrays) -> None:
         for i, stage in enumerate(self._stages):
-            stage.mixer.load(_below(f"stage{i}/", arrays))
+            stage.mixer.load(below(f"stage{i}/", arrays))
 
     def close(self) -> None:
         for stage in self._stages:
@@ -207,5 +216,6 @@ class ScheduledMixer:
         return gone if self._shape == "linear" else (1 - math.cos(math.pi * gone)) / 2
 
 
-def _below(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
+def below(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """The arrays whose names begin with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -30,6 +30,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, accumulate, from_buffer
 from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
+from mixtera_hpc.dataplane.change import SwitchedMixer
 from mixtera_hpc.dataplane.control import Control
 from mixtera_hpc.dataplane.feedback import Agreement, Feedback, Notes
 from mixtera_hpc.dataplane.journal import Opening
@@ -39,7 +40,7 @@ from mixtera_hpc.dataplane.sinks import Sinks
 from mixtera_hpc.dataplane.source import Source, open_source
 from mixtera_hpc.dataplane.state import PlaneState
 from mixtera_hpc.dataplane.surgery import begin, share_beginning
-from mixtera_hpc.errors import CommError, ConfigError, leaves_in_order
+from mixtera_hpc.errors import CommError, leaves_in_order
 from mixtera_hpc.track.tracker import Silent, Tracker
 
 __all__ = ["Batch", "DataPlane"]
@@ -62,9 +63,9 @@ class DataPlane:
         self._source = source
         self._comm = comm
         self._sinks = sinks
-        self._share = _share_of(config, comm)
+        self._share = Share.of(config.dataplane, comm.rank, comm.size)
         self._control = Control(sinks.control, watch_files=comm.rank == 0)
-        self._mixer = source.mixer()
+        self._mixer = SwitchedMixer(source.config.mixture, source.ground)
         self._feedback = Feedback(comm, source.num_domains)
         self._plans: PlanFeed
         self._prefetcher: Prefetcher
@@ -195,6 +196,7 @@ class DataPlane:
             plan=self._plan_of(self._next_step),
             mixer=self._mixer.arrays(),
             fed=self._fed,
+            changes=self._mixer.changes,
             era=self._source.era,
             identity=self._source.identity(),
         )
@@ -239,6 +241,8 @@ class DataPlane:
         beginning = share_beginning(self._comm, found, self.num_domains)
         source = self._source = self._source.in_era(beginning.era)
         self._next_step, plan = beginning.step, beginning.plan
+        if self._comm.rank == 0:
+            self._mixer.adopt([*(state.changes if state else []), *self._sinks.changes()])
         if state is not None:
             self._mixer.load(state.mixer)
         self._reduced, self._fed = beginning.step, state.fed if state is not None else 0
@@ -258,6 +262,7 @@ class DataPlane:
                 era=source.era,
             )
         )
+        self._change_mind()
 
     def _horizon(self) -> int:
         """The chunk beyond which one more is planned: the current one, or the one before the next step's data."""
@@ -273,6 +278,11 @@ class DataPlane:
         if weights is None or self._source.kept is None:
             return weights
         return np.where(self._source.planner.capacity > 0, weights, 0.0)
+
+    def _change_mind(self) -> None:
+        """Look for another mixture that is wished for; rank 0 only."""
+        if (wish := self._control.mixture_request()) is not None:
+            self._sinks.decided(self._mixer.consider(wish, self._plans.next_chunk))
 
     def _next(self) -> Batch | None:
         self._start()
@@ -320,6 +330,7 @@ class DataPlane:
         batch, self._open_step = self._open_step, None
         if batch is None:
             return
+        self._change_mind()
         stop, save = self._control.poll()
         rows = self._local_sums(batch)
         self._feedback.post(batch.step, rows, Notes(stop=stop, save=save, digest=batch.plan_digest))
@@ -378,19 +389,3 @@ def _communicator(config: Config, comm: Any) -> Communicator:
     from mixtera_hpc.comm.mpi import Mpi
 
     return Mpi(comm)
-
-
-def _share_of(config: Config, comm: Communicator) -> Share:
-    plane = config.dataplane
-    groups, left = divmod(comm.size, plane.dp_group_size)
-    if left:
-        raise ConfigError(
-            f"dataplane.dp_group_size is {plane.dp_group_size}, which does not divide the {comm.size} ranks that were started.\n"
-            f"  Start a multiple of {plane.dp_group_size} ranks, or change it."
-        )
-    if plane.global_batch_size % groups:
-        raise ConfigError(
-            f"dataplane.global_batch_size={plane.global_batch_size} cannot be shared evenly by {comm.size} ranks in dp_groups "
-            f"of {plane.dp_group_size}.\n  Change the number of ranks, or make it a multiple of {groups}."
-        )
-    return Share.of_rank(comm.rank, comm.size, plane.dp_group_size, plane.global_batch_size)

@@ -66,6 +66,11 @@ class PlanFeed:
         """Whether `poll(current_chunk)` has nothing left to drive."""
         return self._ended or (self._request is None and self._state.chunk > current_chunk + 1)
 
+    @property
+    def next_chunk(self) -> int:
+        """The first chunk that rank 0 has not planned yet."""
+        return self._state.chunk + int(self._request is not None or self._resumed is not None)
+
     def reaches(self, step: int) -> bool:
         """Whether the plans delivered cover everything in front of `step`."""
         return self.latest is not None and (self._state.step >= step or self.latest.last)

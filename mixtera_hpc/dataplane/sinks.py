@@ -7,7 +7,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.batches import Batch
-from mixtera_hpc.dataplane.journal import Audit, Journal, Opening
+from mixtera_hpc.dataplane.change import Change, decisions
+from mixtera_hpc.dataplane.journal import Audit, Journal, Opening, append_line
 from mixtera_hpc.dataplane.source import Source
 from mixtera_hpc.dataplane.surgery import Surgery, surgeries
 from mixtera_hpc.track.tracker import Silent, Tracker
@@ -29,6 +30,16 @@ class Sinks:
     def surgeries(self) -> list[Surgery]:
         """What the run has been through."""
         return surgeries(self._decisions)
+
+    def changes(self) -> list[Change]:
+        """What was decided about its mixture."""
+        return decisions(self._decisions)
+
+    def decided(self, change: Change) -> None:
+        """Write a decision down; it holds from now on."""
+        if self._decisions and self._journal:
+            append_line(self._decisions, change.to_dict())
+            self._journal.write(change.to_dict())
 
     def opened(self, opening: Opening) -> None:
         if self._journal:

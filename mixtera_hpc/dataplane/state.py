@@ -4,7 +4,7 @@ It holds the plan of the chunk that is being served, the next step, and what the
 the same at every step, with any number of ranks.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.dataplane.change import Change
 from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.errors import ConfigError
 
@@ -31,6 +32,8 @@ class PlaneState:
     """What the mixing algorithm knows."""
     fed: int
     """Data steps it has heard of."""
+    changes: Sequence[Change]
+    """Of its mixture."""
     era: Era
     identity: Mapping[str, Any]
     """Of the source it was served from."""
@@ -41,6 +44,7 @@ class PlaneState:
             "version": VERSION,
             "next_step": self.next_step,
             "fed": self.fed,
+            "changes": [change.to_dict() for change in self.changes],
             "era": self.era.to_dict(),
             "identity": dict(self.identity),
         }
@@ -62,6 +66,7 @@ class PlaneState:
             plan=plan,
             mixer=arrays,
             fed=facts["fed"],
+            changes=[Change.from_dict(line) for line in facts["changes"]],
             era=Era.from_dict(facts["era"]),
             identity=facts["identity"],
         )

@@ -1,0 +1,187 @@
+"""A change of mind: another mixture for a running job, from a named chunk on.
+
+`mixtera-hpc mixture RUN --set FILE` leaves a request in `control/mixture.json`. Rank 0 finds it at the end of a step, gives it
+the first chunk that is not planned yet or the later one it names, and writes the decision down; from then on it is part of the
+run, whichever checkpoint an attempt goes on from. A request for a chunk that is planned already is refused, in writing too.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.config.check_mixture import mixture_problems
+from mixtera_hpc.config.convert import from_plain, raise_problems, to_plain
+from mixtera_hpc.config.schema import MixtureConfig
+from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.dataplane.journal import read_lines
+from mixtera_hpc.dataplane.mixer import Mixer, below
+from mixtera_hpc.dataplane.mixture import Ground, make_mixer
+from mixtera_hpc.errors import ConfigError, MixteraError
+
+__all__ = ["Change", "Request", "SwitchedMixer", "ask", "decisions", "successor"]
+
+Weights = NDArray[np.float64]
+REQUEST = "mixture.json"
+KEPT = ("unit", "on_exhausted", "max_epochs")
+"""What belongs to a run's streams, and not to the proportions they are served in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What somebody wishes."""
+
+    mixture: MixtureConfig
+    chunk: int | None
+    """Where it shall begin; None: as soon as possible."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What was decided."""
+
+    chunk: int
+    """The first one served from `mixture`; or, of a refused request, the one it named."""
+    mixture: MixtureConfig
+    refused: str | None = None
+    """Why nothing changes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A line of `decisions.jsonl` and of the journal."""
+        return {"kind": "mixture", "chunk": self.chunk, "mixture": to_plain(self.mixture), "refused": self.refused}
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any]) -> "Change":
+        """The inverse of `to_dict`."""
+        mixture = from_plain(MixtureConfig, line["mixture"], "mixture")
+        return cls(chunk=line["chunk"], mixture=mixture, refused=line["refused"])
+
+
+def successor(current: MixtureConfig, wish: Mapping[str, Any]) -> MixtureConfig:
+    """The mixture that `wish`, as it is written in YAML, makes of a run's.
+
+    Raises:
+        ConfigError: it is none, or changes what weights have no say in.
+    """
+    inner = wish.get("mixture", wish) if isinstance(wish, Mapping) else wish
+    kept = {name: getattr(current, name) for name in KEPT}
+    mixture = from_plain(MixtureConfig, {**kept, **inner} if isinstance(inner, Mapping) else inner, "mixture")
+    raise_problems(mixture_problems(mixture))
+    moved = [name for name in KEPT if getattr(mixture, name) != kept[name]]
+    if moved or "arbitrary" in (mixture.kind, current.kind):
+        what = f"mixture.{moved[0]}" if moved else "mixture.kind=arbitrary"
+        raise ConfigError(
+            f"{what} cannot change while a run goes on; weights can.\n  Leave it out, or start a new run."
+        )
+    return mixture
+
+
+def ask(control: Path, request: Request) -> None:
+    """Leave a request for rank 0, all of it or nothing.
+
+    Raises:
+        ConfigError: there is one already that nobody has looked at.
+    """
+    control.mkdir(exist_ok=True)
+    part = control / f".{REQUEST}.{os.getpid()}"
+    part.write_text(json.dumps({"chunk": request.chunk, "mixture": to_plain(request.mixture)}))
+    try:
+        os.link(part, control / REQUEST)
+    except FileExistsError:
+        raise ConfigError(
+            f"{control / REQUEST} is waiting to be looked at, at the end of a step or when the run goes on.\n"
+            "  Wait for it, or remove it."
+        ) from None
+    finally:
+        part.unlink()
+
+
+def _request(text: str) -> Request:
+    try:
+        data = json.loads(text)
+        return Request(chunk=data["chunk"], mixture=from_plain(MixtureConfig, data["mixture"], "mixture"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"control/{REQUEST} cannot be read: {error}") from None
+
+
+def decisions(path: Path | None) -> list[Change]:
+    """All decisions on mixtures in `decisions.jsonl`, oldest first."""
+    if path is None or not path.is_file():
+        return []
+    return [Change.from_dict(line) for line in read_lines(path) if line["kind"] == "mixture"]
+
+
+class SwitchedMixer:
+    """Mixers that reign one after the other, each from a named chunk on. Each sees the statistics of its own chunks only."""
+
+    def __init__(self, mixture: MixtureConfig, ground: Ground) -> None:
+        self._ground = ground
+        self._mixers: dict[int, Mixer] = {0: make_mixer(mixture, ground)}
+        self._changes: dict[int, Change] = {}
+
+    @property
+    def changes(self) -> list[Change]:
+        """What was decided, by chunk."""
+        return [self._changes[chunk] for chunk in sorted(self._changes)]
+
+    def adopt(self, changes: Sequence[Change]) -> None:
+        """Take over what was decided before; of several for one chunk the last one counts."""
+        for change in changes:
+            if change.refused is None:
+                self._reign(change)
+
+    def consider(self, text: str, first: int) -> Change:
+        """Decide on what `ask` left when `first` is the first chunk that is not planned."""
+        try:
+            request = _request(text)
+        except ConfigError as error:
+            return Change(chunk=first, mixture=MixtureConfig(), refused=str(error))
+        chunk = first if request.chunk is None else request.chunk
+        change = Change(chunk=chunk, mixture=request.mixture)
+        if chunk < first:
+            why = f"chunk {chunk} is planned already; the first that can still change is {first}"
+            return replace(change, refused=why)
+        try:
+            self._reign(change)
+        except MixteraError as error:
+            return replace(change, refused=str(error))
+        return change
+
+    def weights_of(self, chunk: int) -> Weights | None:
+        begin = self._begin_of(chunk)
+        return self._mixers[begin].weights_of(chunk - begin)
+
+    def feed(self, statistics: DomainStatistics) -> None:
+        chunk_steps = self._ground.timeline.chunk_steps
+        begin = self._begin_of(statistics.step // chunk_steps)
+        self._mixers[begin].feed(replace(statistics, step=statistics.step - begin * chunk_steps))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        return {f"from{begin}/{k}": v for begin, mixer in self._mixers.items() for k, v in mixer.arrays().items()}
+
+    def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        for begin, mixer in self._mixers.items():
+            if own := below(f"from{begin}/", arrays):
+                mixer.load(own)
+
+    def close(self) -> None:
+        for mixer in self._mixers.values():
+            mixer.close()
+
+    def _begin_of(self, chunk: int) -> int:
+        return max(begin for begin in self._mixers if begin <= chunk)
+
+    def _reign(self, change: Change) -> None:
+        """Every mixer counts chunks from its own first one, and its timeline says where that lies."""
+        line = self._ground.timeline
+        timeline = replace(line, chunk=0, step=line.step_of(change.chunk), items=line.items_before(change.chunk))
+        mixer = make_mixer(change.mixture, replace(self._ground, timeline=timeline))
+        if change.chunk in self._mixers:
+            self._mixers[change.chunk].close()
+        self._mixers[change.chunk] = mixer
+        self._changes[change.chunk] = change
