@@ -150,13 +150,21 @@ class _Scan:
         wanted = {e: m for e, m in sample.members.items() if self._fields.rows or self._is_wanted(e)}
         contents = {e: self._content(m) for e, m in wanted.items()}
         read = sum(map(len, contents.values()))
-        if sample.problem:
-            return BadRow(sample.problem), read
+        problem = sample.problem or self._missing(sample)
+        if problem:
+            return BadRow(problem), read
         try:
             row = _decoded(sample.key, contents)
             return row if self._fields.rows else _with_texts(row, self._wanted), read
         except ValueError as error:
             return BadRow(str(error)), read
+
+    def _missing(self, sample: _Sample) -> str:
+        """What is wrong with a sample that has nothing where the text should be."""
+        text = self._fields.text
+        if text is None or text == KEY or any(f"{text}.".startswith(f"{ending}.") for ending in sample.members):
+            return ""
+        return f"sample {sample.key!r} has no member for data.text={text}; it has {', '.join(sorted(sample.members))}"
 
     def _is_wanted(self, ending: str) -> bool:
         return any(path == ending or path.startswith(f"{ending}.") for path in self._wanted)

@@ -60,7 +60,8 @@ def discover(data: DataConfig) -> list[Shard]:
     if not found:
         where = ", ".join(map(str, roots_of(data).values()))
         raise DataError(
-            f"No data file below {where}: data.include is {', '.join(data.include)}.\n  Known endings: {_endings()}."
+            f"No data file below {where}: data.include is {', '.join(data.include)}.\n  Known endings: {_endings()}; .txt and "
+            ".json where a glob names them, as in data.include=['**/*.txt']."
         )
     return _without_twins(found)
 

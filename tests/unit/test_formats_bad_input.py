@@ -167,7 +167,11 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         TAR_TEXT,
         "row=0: sample 'a' has two members with ending 'txt'",
     ),
-    "a sample without text": (tar(GOOD_TXT, ("b.jpg", b"x")), TAR_TEXT, "row=1: Object missing required field `txt`"),
+    "a sample without text": (
+        tar(GOOD_TXT, ("b.jpg", b"x")),
+        TAR_TEXT,
+        "row=1: sample 'b' has no member for data.text=txt; it has jpg",
+    ),
     "broken JSON in a tar": (
         tar(GOOD_TXT, ("a.json", b'{"x": ')),
         [*TAR_TEXT, "data.properties.x=json.x"],
