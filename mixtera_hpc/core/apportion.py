@@ -14,6 +14,7 @@ Shares are integers in units of 2^-40 sequence, so that nothing is ever rounded 
 """
 
 import heapq
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ UNIT = 1 << BITS
 MAX_SLOTS = 1 << 21
 """Slots of one call; keeps every product below 2^62."""
 NEVER = np.int64(1 << 62)
+FAR = 1 << 42
 
 Ints = NDArray[np.int64]
 
@@ -56,37 +58,83 @@ def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> Ints:
     rest = num_slots - int(due.sum())
     if rest > 0:
         part = share - (due << BITS)
-        candidates = np.flatnonzero((part > 0) & (due < remaining))
-        due[_earliest(part, weight, candidates, (rest, num_slots))] += 1
+        due[_served_early(part, weight, (part > 0) & (due < remaining), (rest, num_slots))] += 1
     return due
 
 
-def _earliest(part: Ints, weight: Ints, candidates: NDArray[np.intp], limits: tuple[int, int]) -> NDArray[np.intp]:
-    """Those of `candidates` whose open sequence is served before the boundary; `limits` are how many, and the chunk's slots.
+def _served_early(
+    part: Ints, weight: Ints, open_: NDArray[np.bool_], limits: tuple[int, int]
+) -> NDArray[np.integer[Any]]:
+    """The domains whose open sequence, released and not due by the boundary, is served before it.
+
+    Args:
+        part: share outstanding beside what is due; at most 0 where the next sequence is not released.
+        open_: which have an open sequence.
+        limits: how many are wanted, and the slots of the chunk.
+    """
+    rest, num_slots = limits
+    rate = np.maximum(weight, 1)
+    deadline = -((part - UNIT) // rate)
+    age = np.where(open_, -(-part // rate), FAR)
+    _, order = _ascending(np.where(open_, UNIT - part, FAR))
+    chosen = order[:rest]
+    left = part.copy()
+    left[chosen] -= UNIT
+    if _rest_fits(left, weight, deadline) and _chunk_fits(left * open_, weight * open_, age, num_slots):
+        return chosen
+    candidates = np.flatnonzero(open_)
+    return candidates[_earliest(part[candidates], age[candidates], deadline[candidates], limits)]
+
+
+def _ascending(key: Ints) -> tuple[Ints, Ints]:
+    """`key`, at most 2^42, in order, and whose each is. Positions go below it, so that no two are equal."""
+    tie = len(key).bit_length()
+    keys = (key << tie) + np.arange(len(key))
+    keys.sort()
+    return keys >> tie, keys & ((1 << tie) - 1)
+
+
+def _rest_fits(left: Ints, weight: Ints, deadline: Ints) -> bool:
+    """Whether, for every b, at most b of what is left at the boundary is due within b slots.
+
+    That is Σ ⌊left + weight · b⌋ ≤ b over those with a deadline by then. In floating point, which cannot overflow, and on the safe
+    side: a product is off by at most 2^-52 of it, and one above 2^62 outweighs every sum of parts.
+    """
+    b, urgent = _ascending(deadline)
+    due = left[urgent].cumsum() - b.astype(np.float64) * (UNIT - weight[urgent].cumsum())
+    return bool(due.max() < UNIT - (1 << 12))
+
+
+def _chunk_fits(left: Ints, weight: Ints, age: Ints, num_slots: int) -> bool:
+    """Whether, for every L, the last L slots of the chunk have room for what is chosen of the sequences released in them."""
+    slots, young = _ascending(age)
+    others = int(weight.sum()) - weight[young].cumsum()
+    room = left[young].cumsum() + np.minimum(slots, MAX_SLOTS) * others
+    return bool(((room > -UNIT) | (slots >= num_slots)).all())
+
+
+def _earliest(part: Ints, age: Ints, deadline: Ints, limits: tuple[int, int]) -> Ints:
+    """The positions of those that are due first, among those that fit into the chunk.
 
     A set that holds at most ⌈Σ part⌉ of the sequences released in the last L slots, for every L < num_slots, can be served
     without crowding the end of the chunk. Among such sets the one with the earliest deadlines is found by a sweep over
     ascending L: the bound grows by at most one per sequence, so each either joins or replaces the latest deadline.
     """
     rest, num_slots = limits
-    part, weight = part[candidates], np.maximum(weight[candidates], 1)
-    tie = len(candidates).bit_length()
-    mine = np.arange(len(candidates))
-    deadline = (-((part - UNIT) // weight) << tie) + mine
-    by_age = np.sort((-(-part // weight) << tie) + mine)
-    inside = int(by_age.searchsorted(num_slots << tie))
-    sweep = by_age & ((1 << tie) - 1)
-    bound = -(-part[sweep[:inside]].cumsum() >> BITS)
-    joins = bound > np.concatenate([[0], bound[:-1]])[:inside]
+    (_, by_age), (_, by_deadline) = _ascending(age), _ascending(deadline)
+    rank = np.empty(len(part), np.int64)
+    rank[by_deadline] = np.arange(len(part))
+    inside = int(np.count_nonzero(age < num_slots))
+    sweep, outside = by_age[:inside], by_age[inside:]
+    bound = np.concatenate([[0], -(-part[sweep].cumsum() >> BITS)])
     chosen: list[int] = []
-    for key, join in zip((-deadline[sweep[:inside]]).tolist(), joins.tolist(), strict=True):
-        if join:
+    for key, joins in zip((-rank[sweep]).tolist(), (bound[1:] > bound[:-1]).tolist(), strict=True):
+        if joins:
             heapq.heappush(chosen, key)
         else:
             heapq.heappushpop(chosen, key)
-    keys = np.concatenate([-np.array(chosen, np.int64), deadline[sweep[inside:]]])
-    keys.sort()
-    return candidates[keys[:rest] & ((1 << tie) - 1)]
+    ranks = np.sort(np.concatenate([-np.array(chosen, np.int64), rank[outside]]))
+    return by_deadline[ranks[:rest]]
 
 
 def slots_until(lag: Ints, weight: Ints, remaining: Ints, horizon: int) -> Ints:
