@@ -4,27 +4,40 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core.apportion import UNIT, advance, order, quantise
+from mixtera_hpc.core.apportion import UNIT, _earliest, advance, order, quantise
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.stream import Grid
 
 ENDLESS = 1 << 61
 
 
 @st.composite
 def weights(draw: st.DrawFn, max_domains: int = 60) -> np.ndarray:
-    """Groups of equal weights on scales from 1 to 1e-9: ties and long tails are what breaks apportionment."""
-    groups = draw(st.lists(st.tuples(st.integers(1, max_domains // 3), st.floats(-9, 0)), min_size=1, max_size=4))
-    jitter = draw(st.sampled_from([0.0, 0.01, 0.5]))
+    """Groups of equal weights on scales from 1 to 1e-9, or weights all over them: ties and long tails break apportionment."""
+    groups = draw(st.lists(st.tuples(st.integers(1, max_domains // 3), st.floats(-9, 0)), min_size=1, max_size=3))
+    jitter = draw(st.sampled_from([0.0, 0.01, 0.5, 1.0]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    if jitter == 1.0:
+        return 10.0 ** rng.uniform(-9, 0, sum(count for count, _ in groups))
     flat = np.concatenate([np.full(count, 10.0**exponent) for count, exponent in groups])
     return flat * rng.uniform(1 - jitter, 1 + jitter, len(flat))
 
 
 def largest_deviation(lag: np.ndarray, weight: np.ndarray, served: np.ndarray) -> int:
-    """In units of 2^-40 sequence, over every prefix."""
-    counts = np.cumsum(np.eye(len(weight), dtype=np.int64)[served], axis=0)
-    share = lag + weight * np.arange(1, len(served) + 1)[:, None]
-    return int(np.abs(share - counts * UNIT).max(initial=0))
+    """In units of 2^-40 sequence, over every prefix: a lag is largest before a service, smallest after it, or at the end."""
+    slot = np.arange(1, len(served) + 1)
+    nth = np.empty(len(served), np.int64)
+    by_domain = np.argsort(served, kind="stable")
+    counts = np.bincount(served, minlength=len(weight))
+    nth[by_domain] = slot - np.repeat(np.cumsum(counts) - counts, counts)
+    after = lag[served] + weight[served] * slot - nth * UNIT
+    before = after + UNIT - weight[served]
+    end = lag + weight * len(served) - counts * UNIT
+    return int(max(np.abs(each).max(initial=0) for each in (after, before, end)))
+
+
+def endless(weight: np.ndarray) -> np.ndarray:
+    return np.full(len(weight), ENDLESS)
 
 
 @settings(max_examples=300, deadline=None)
@@ -32,9 +45,9 @@ def largest_deviation(lag: np.ndarray, weight: np.ndarray, served: np.ndarray) -
 def test_every_prefix_is_exact_whatever_the_chunk_sizes(wish: np.ndarray, chunks: list[int]) -> None:
     weight = quantise(wish)
     lag = np.zeros(len(weight), np.int64)
-    endless = np.full(len(weight), ENDLESS)
+    forever = endless(weight)
     for num_slots in chunks:
-        counts = advance(lag, weight, num_slots, endless)
+        counts = advance(lag, weight, num_slots, forever)
         assert counts.sum() == num_slots
         served = order(lag, weight, counts)
         assert np.array_equal(np.bincount(served, minlength=len(weight)), counts)
@@ -42,14 +55,41 @@ def test_every_prefix_is_exact_whatever_the_chunk_sizes(wish: np.ndarray, chunks
         lag = lag + weight * num_slots - counts * UNIT
 
 
-def test_two_thousand_domains_with_weights_down_to_1e_9_stay_exact() -> None:
-    rng = np.random.default_rng(7)
-    weight = quantise(10.0 ** rng.uniform(-9, 0, 2000))
-    lag = np.zeros(2000, np.int64)
-    for num_slots in (1, 17, 3000, 64, 5000):
-        counts = advance(lag, weight, num_slots, np.full(2000, ENDLESS))
+@settings(max_examples=15, deadline=None)
+@given(weights(2000), st.lists(st.integers(1, 4000), min_size=1, max_size=4))
+def test_two_thousand_domains_with_weights_down_to_1e_9_stay_exact(wish: np.ndarray, chunks: list[int]) -> None:
+    weight = quantise(wish)
+    lag = np.zeros(len(weight), np.int64)
+    for num_slots in chunks:
+        counts = advance(lag, weight, num_slots, endless(weight))
         assert largest_deviation(lag, weight, order(lag, weight, counts)) < UNIT
         lag = lag + weight * num_slots - counts * UNIT
+
+
+@settings(max_examples=300, deadline=None)
+@given(weights(300), st.lists(st.integers(1, 3000), min_size=1, max_size=6))
+def test_both_rules_for_a_chunks_end_keep_every_prefix_exact(wish: np.ndarray, chunks: list[int]) -> None:
+    """The largest remainders are taken where they are safe; where not, what is due first. Either, always, must do."""
+    weight = quantise(wish)
+    for earliest in (False, True):
+        lag = np.zeros(len(weight), np.int64)
+        for num_slots in chunks:
+            counts = due_first(lag, weight, num_slots) if earliest else advance(lag, weight, num_slots, endless(weight))
+            assert counts.sum() == num_slots
+            assert largest_deviation(lag, weight, order(lag, weight, counts)) < UNIT
+            lag = lag + weight * num_slots - counts * UNIT
+
+
+def due_first(lag: np.ndarray, weight: np.ndarray, num_slots: int) -> np.ndarray:
+    """`advance`, with the rule it falls back to."""
+    share = lag + weight * num_slots
+    counts = np.maximum(share // UNIT, 0)
+    part = share - counts * UNIT
+    open_ = np.flatnonzero(part > 0)
+    age, deadline = -(-part // weight), -((part - UNIT) // weight)
+    chosen = _earliest(part[open_], age[open_], deadline[open_], (num_slots - int(counts.sum()), num_slots))
+    counts[open_[chosen]] += 1
+    return counts
 
 
 @settings(max_examples=100, deadline=None)
@@ -66,7 +106,7 @@ def test_changing_weights_stay_exact_at_chunk_boundaries_when_every_domain_is_se
         wish = pair[turn % 2][:num_domains] * rng.uniform(0.5, 1.5, num_domains)
         floored = wish / wish.sum() * (1 - num_domains * 1.01 / num_slots) + 1.01 / num_slots
         weight = quantise(floored)
-        counts = advance(lag, weight, num_slots, np.full(num_domains, ENDLESS))
+        counts = advance(lag, weight, num_slots, endless(weight))
         lag = lag + weight * num_slots - counts * UNIT
         assert np.abs(lag).max() < UNIT
 
@@ -147,3 +187,48 @@ def assert_same(a: PlannerState, b: PlannerState) -> None:
     assert (a.chunk, a.step) == (b.chunk, b.step)
     assert np.array_equal(a.cursors, b.cursors)
     assert np.array_equal(a.lags, b.lags)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 30), st.integers(1, 6), st.integers(0, 2**32))
+def test_weights_of_every_chunk_are_served_and_carried_over(
+    num_domains: int, batch: int, steps: int, seed: int
+) -> None:
+    """Unrelated weights chunk after chunk, some of them 0: what is served plus what is still due is the sum of the weights."""
+    rng = np.random.default_rng(seed)
+    planner = Planner(
+        capacity=np.full(num_domains, ENDLESS), global_batch_size=batch, chunk_steps=steps, on_exhausted="repeat"
+    )
+    state, share = PlannerState.start(num_domains), np.zeros(num_domains, np.int64)
+    for _ in range(30):
+        wish = rng.dirichlet(np.full(num_domains, rng.choice([0.05, 1.0, 50.0])))
+        plan, state = planner.plan(state, wish)
+        share += plan.weights * batch * steps
+        assert np.array_equal(share, state.cursors * UNIT + state.lags)
+        assert np.array_equal(
+            np.bincount(planner.slots(plan).domain, minlength=num_domains), state.cursors - plan.cursors
+        )
+        assert np.abs(state.lags).max() < 2 * UNIT
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.3, 3.0)), min_size=2, max_size=12),
+    st.integers(1, 12),
+    st.integers(0, 2**32),
+)
+def test_epochs_end_where_they_should_and_shares_stay_exact_around_it(
+    domains: list[tuple[int, float]], batch: int, seed: int
+) -> None:
+    """With `redistribute` every domain is served its epochs to the last sequence, and what is due stays below two."""
+    items, epochs = (np.array(side) for side in zip(*domains, strict=True))
+    capacity = Grid.of_samples().capacity(items, epochs)
+    planner = Planner(capacity=capacity, global_batch_size=batch, chunk_steps=3, on_exhausted="redistribute")
+    wish = np.random.default_rng(seed).dirichlet(np.ones(len(items)))
+    state, last = PlannerState.start(len(items)), False
+    while not last:
+        plan, state = planner.plan(state, wish)
+        last = plan.last
+        assert np.abs(state.lags).max() < 2 * UNIT
+    assert capacity.sum() - batch < state.cursors.sum() <= capacity.sum()
+    assert (state.cursors <= np.floor(items * epochs)).all()
