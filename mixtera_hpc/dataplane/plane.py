@@ -106,7 +106,7 @@ class DataPlane:
             PropertyIndexError: the index is missing, stale, or of another tokenizer.
             MixtureError: a domain of the mixture has no samples.
         """
-        communicator = _communicator(config, comm).Dup()
+        communicator = _communicator(config, comm)
         source = open_source(config, communicator)
         return cls(source, communicator, Sinks(folder, attempt, communicator.rank, config, tracker or Silent()))
 
@@ -382,10 +382,11 @@ class DataPlane:
 
 
 def _communicator(config: Config, comm: Any) -> Communicator:
+    """One of the plane's own, which it frees; MPI has some two thousand of them. **Collective.**"""
     if comm is None:
         return open_communicator(config.dataplane.comm)
     if isinstance(comm, Communicator):
-        return comm
+        return comm.Dup()
     from mixtera_hpc.comm.mpi import Mpi
 
     return Mpi(comm)

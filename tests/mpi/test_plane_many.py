@@ -1,0 +1,37 @@
+"""Data planes may be opened as often as one likes: MPI has some two thousand communicators, and a plane gives its own back."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MPIEXEC = Path(sys.executable).with_name("mpiexec")
+PROGRAM = """
+import sys
+from mpi4py import MPI
+from mixtera_hpc.comm.mpi import Mpi
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.plane import DataPlane
+MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_RETURN)
+given = {"none": None, "mpi4py": MPI.COMM_WORLD, "ours": Mpi(MPI.COMM_WORLD)}[sys.argv[1]]
+taken = []
+try:
+    while True:
+        taken.append(MPI.COMM_WORLD.Dup())
+except MPI.Exception:
+    for comm in taken[-80:]:
+        comm.Free()
+config = compose(sys.argv[2:])
+for _ in range(30):
+    with DataPlane.open(config, comm=given) as plane:
+        next(iter(plane))
+"""
+
+
+@pytest.mark.parametrize("given", ["none", "mpi4py", "ours"])
+def test_a_plane_gives_back_every_communicator_it_made(given: str, collection: list[str]) -> None:
+    small = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
+    words = [MPIEXEC, "-n", "2", sys.executable, "-m", "mpi4py", "-c", PROGRAM, given, *collection, *small]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
