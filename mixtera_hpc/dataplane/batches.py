@@ -4,6 +4,7 @@ The thread expands plans, reads, decompresses, tokenizes and packs; it never tal
 ahead. What goes wrong in it is raised in the main thread, at the step it belongs to.
 """
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -128,53 +129,65 @@ class BatchMaker:
         domain, ordinal = slots.domain[mine], slots.ordinal[mine]
         by_domain = np.argsort(domain, kind="stable")
         borders = np.flatnonzero(np.diff(domain[by_domain])) + 1
-        return _Step(step, domain, [(int(domain[r[0]]), int(ordinal[r[0]]), r) for r in np.split(by_domain, borders)])
+        rows = np.split(by_domain, borders)
+        return _Step(step, domain, [_Run(int(domain[r[0]]), int(ordinal[r[0]]), r.tolist()) for r in rows])
 
     def _filled(self, plan: ChunkPlan, steps: "list[_Step]") -> list[Batch]:
-        """Batches of consecutive steps, read together."""
-        runs = [(domain, self._documents(domain, first, len(rows))) for s in steps for domain, first, rows in s.runs]
+        """Batches of consecutive steps, read together domain by domain."""
+        runs = sorted(((run, at) for at, step in enumerate(steps) for run in step.runs), key=lambda r: r[0].domain)
+        spans = [self._source.span(run.domain, run.first, len(run.rows)) for run, _ in runs]
+        parts: dict[int, Documents] = {}
+        for domain, some in itertools.groupby(range(len(runs)), key=lambda i: runs[i][0].domain):
+            parts[domain] = self._streams.documents_of(domain, [spans[i] for i in some])
+        documents = Documents.join(list(parts.values()))
         if not self._source.layout.in_tokens:
-            payloads = iter(self._reader.payloads(Documents.join([documents for _, documents in runs])))
-            return [self._batch_of_samples(plan, step, payloads) for step in steps]
-        spans = iter(self._reader.spans(runs))
-        return [self._batch_of_tokens(plan, step, spans) for step in steps]
+            return self._batches_of_samples(plan, steps, runs, self._reader.payloads(documents))
+        last = np.cumsum([len(part.block) for part in parts.values()]) - 1
+        span = self._reader.read(documents, dict(zip(parts, last.tolist(), strict=True)))
+        ends = itertools.accumulate(stop - start for start, stop in spans)
+        placed = [
+            (run, at, end - (stop - start)) for (run, at), end, (start, stop) in zip(runs, ends, spans, strict=True)
+        ]
+        return self._batches_of_tokens(plan, steps, placed, span)
 
-    def _documents(self, domain: int, first: int, count: int) -> Documents:
-        """This rank's sequences of a domain are neighbours in its stream."""
-        return self._streams.documents(domain, *self._source.span(domain, first, count))
-
-    def _batch_of_tokens(self, plan: ChunkPlan, step: "_Step", spans: "Iterator[Span]") -> Batch:
-        """Cut each span into the sequences of its domain."""
-        grid, count = self._source.grid, len(step.domain)
-        tokens = np.empty((count, grid.length), np.int64)
-        documents = np.empty((count, grid.length), np.int32)
-        mask = np.ones((count, grid.length - 1), np.bool_)
+    def _batches_of_tokens(
+        self, plan: ChunkPlan, steps: "list[_Step]", placed: "list[tuple[_Run, int, int]]", span: Span
+    ) -> list[Batch]:
+        """Cut what was read into sequences: runs, the position of their step and where they begin in `span`."""
+        grid, count = self._source.grid, self._share.size
+        tokens = [np.empty((count, grid.length), np.int64) for _ in steps]
+        documents = [np.empty((count, grid.length), np.int32) for _ in steps]
+        masks = [np.ones((count, grid.length - 1), np.bool_) for _ in steps]
         everywhere = self._source.config.dataplane.predict_across_documents
-        for _, _, rows in step.runs:
-            span = next(spans)
-            for row, start in zip(rows.tolist(), range(0, len(span.tokens), grid.stride), strict=False):
+        for run, at, begin in placed:
+            for row, start in zip(run.rows, itertools.count(begin, grid.stride), strict=False):
                 end = start + grid.length
-                tokens[row] = span.tokens[start:end]
-                np.subtract(span.document[start:end], span.document[start], out=documents[row])
+                tokens[at][row] = span.tokens[start:end]
+                np.subtract(span.document[start:end], span.document[start], out=documents[at][row])
                 if not everywhere:
-                    np.logical_not(span.is_first[start + 1 : end], out=mask[row])
-        digests = [sequence_digest(t) for t in tokens] if self._audit else None
-        return self._batch(plan, step, tokens=tokens, document_ids=documents, loss_mask=mask, digests=digests)
+                    np.logical_not(span.is_first[start + 1 : end], out=masks[at][row])
+        return [
+            self._batch(plan, step, tokens=t, document_ids=d, loss_mask=m, digests=self._digests(t))
+            for step, t, d, m in zip(steps, tokens, documents, masks, strict=True)
+        ]
 
-    def _batch_of_samples(self, plan: ChunkPlan, step: "_Step", found: Iterator[Any]) -> Batch:
-        count = len(step.domain)
-        payloads: list[Any] = [None] * count
-        for _, _, rows in step.runs:
-            for row in rows.tolist():
-                payloads[row] = next(found)
-        return self._batch(
-            plan,
-            step,
-            tokens=np.empty((count, 0), np.int64),
-            document_ids=np.empty((count, 0), np.int32),
-            loss_mask=np.empty((count, 0), np.bool_),
-            payloads=payloads,
-        )
+    def _digests(self, tokens: Ints) -> list[str] | None:
+        return [sequence_digest(t) for t in tokens] if self._audit else None
+
+    def _batches_of_samples(
+        self, plan: ChunkPlan, steps: "list[_Step]", runs: "list[tuple[_Run, int]]", found: list[Any]
+    ) -> list[Batch]:
+        count, remaining = self._share.size, iter(found)
+        payloads: list[list[Any]] = [[None] * count for _ in steps]
+        for run, at in runs:
+            for row in run.rows:
+                payloads[at][row] = next(remaining)
+        none = {
+            "tokens": np.empty((count, 0), np.int64),
+            "document_ids": np.empty((count, 0), np.int32),
+            "loss_mask": np.empty((count, 0), np.bool_),
+        }
+        return [self._batch(plan, step, **none, payloads=p) for step, p in zip(steps, payloads, strict=True)]
 
     def _batch(self, plan: ChunkPlan, step: "_Step", **content: Any) -> Batch:
         return Batch(
@@ -192,8 +205,18 @@ class _Step:
     number: int
     domain: NDArray[np.int32]
     """Of each of this rank's sequences."""
-    runs: list[tuple[int, int, NDArray[np.intp]]]
-    """Domain, ordinal of its first sequence, and the rows of the batch that its sequences fill, in order."""
+    runs: list["_Run"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """This rank's sequences of one domain in one step: neighbours in its stream."""
+
+    domain: int
+    first: int
+    """Ordinal of the first sequence."""
+    rows: list[int]
+    """Of the batch, in order."""
 
 
 def _samples_together(source: Source) -> int:

@@ -5,7 +5,7 @@ columns of its blocks, all in one go. Both are kept while they are used; windows
 """
 
 from collections import ChainMap, OrderedDict
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,21 +142,36 @@ class Streams:
         Raises:
             DataError: the samples of a block do not add up to what the index counted for it.
         """
-        parts: list[Documents] = []
-        while start < stop:
-            part, start = self._next_part(domain, start, stop)
-            parts.append(part)
-        return Documents.join(parts)
+        return self.documents_of(domain, [(start, stop)])
 
-    def _next_part(self, domain: int, start: int, stop: int) -> tuple[Documents, int]:
-        """What one window has of [start, stop), and where it ends."""
-        epoch, item = divmod(start, int(self._epoch_items[domain]))
-        order = self._epoch(domain, epoch)
-        number = order.window_at(item)
-        window = self._window(domain, epoch, number, order)
-        begin = item - int(order.starts[number])
-        end = min(begin + stop - start, int(window.starts[-1]))
-        return _slice(window, begin, end), start + end - begin
+    def documents_of(self, domain: int, spans: Iterable[tuple[int, int]]) -> Documents:
+        """The same for several spans, one after the other; cheapest when they ascend."""
+        return Documents.join([_slice(*place) for place in self._by_window(domain, spans)])
+
+    def _by_window(
+        self, domain: int, spans: Iterable[tuple[int, int]]
+    ) -> Iterator[tuple[_Window, list[int], list[int]]]:
+        """Windows, and what of the spans lies in each: where it begins and ends, in items of the window."""
+        items, low, high = int(self._epoch_items[domain]), 0, 0
+        window: _Window | None = None
+        begins: list[int] = []
+        ends: list[int] = []
+        for start, stop in spans:
+            while start < stop:
+                if window is None or not low <= start < high:
+                    if window is not None:
+                        yield window, begins, ends
+                    epoch, item = divmod(start, items)
+                    order = self._epoch(domain, epoch)
+                    number = order.window_at(item)
+                    window, begins, ends = self._window(domain, epoch, number, order), [], []
+                    low, high = (epoch * items + int(order.starts[n]) for n in (number, number + 1))
+                end = min(stop, high)
+                begins.append(start - low)
+                ends.append(end - low)
+                start = end
+        if window is not None:
+            yield window, begins, ends
 
     def _epoch(self, domain: int, epoch: int) -> EpochOrder:
         known = self._epochs.get(domain)
@@ -223,20 +238,22 @@ def _by_block(blocks: NDArray[np.int32], rows: NDArray[np.int32], length: Ints) 
     return dict(zip(blocks.tolist(), np.split(length, np.cumsum(rows)[:-1]), strict=True))
 
 
-def _slice(window: _Window, begin: int, end: int) -> Documents:
-    """The documents of a window that cover its items [begin, end)."""
-    low = int(np.searchsorted(window.starts, begin, side="right")) - 1
-    high = int(np.searchsorted(window.starts, end, side="left"))
-    starts, stops = window.starts[low:high], window.starts[low + 1 : high + 1]
-    empty = starts == stops
-    chosen = np.flatnonzero(~empty) + low if empty.any() else slice(low, high)
-    if empty.any():
-        starts, stops = starts[~empty], stops[~empty]
+def _slice(window: _Window, begins: list[int], ends: list[int]) -> Documents:
+    """The documents of a window that cover its items [begin, end), for every such span in turn."""
+    begin, end = np.array(begins), np.array(ends)
+    low = np.searchsorted(window.starts, begin, side="right") - 1
+    count = np.searchsorted(window.starts, end, side="left") - low
+    span = np.repeat(np.arange(len(begin)), count)
+    chosen = np.arange(len(span)) + (low - np.cumsum(count) + count)[span]
+    starts, stops = window.starts[chosen], window.starts[chosen + 1]
+    if (starts == stops).any():
+        filled = np.flatnonzero(starts < stops)
+        span, chosen, starts, stops = span[filled], chosen[filled], starts[filled], stops[filled]
     return Documents(
         block=window.block[chosen],
         row=window.row[chosen],
-        first=np.maximum(begin - starts, 0),
-        last=np.minimum(stops, end) - starts,
+        first=np.maximum(begin[span] - starts, 0),
+        last=np.minimum(stops, end[span]) - starts,
         size=stops - starts,
         offset=window.offset[chosen],
         length=window.length[chosen],

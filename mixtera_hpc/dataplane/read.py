@@ -5,7 +5,7 @@ domain is kept for the next time. Price per document: one positioned read, one J
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -33,7 +33,7 @@ _NO_TOKENS: Tokens = np.zeros(0, np.uint32)
 
 
 class Span:
-    """Consecutive items of one stream and the documents they come from."""
+    """Items of streams in a row, and the documents they come from."""
 
     def __init__(self, tokens: NDArray[np.int32], document: NDArray[np.int32], is_first: NDArray[np.bool_]) -> None:
         self.tokens = tokens
@@ -85,18 +85,18 @@ class DocumentReader:
         Raises:
             DataError: a document cannot be read, or has other tokens than the index counted.
         """
-        return self.spans([(domain, documents)])[0]
+        return self.read(documents, {domain: len(documents.block) - 1})
 
-    def spans(self, wanted: Sequence[tuple[int, Documents]]) -> list[Span]:
-        """The tokens of several runs of documents, given with their domains; what is in many of them is read once."""
-        every = Documents.join([documents for _, documents in wanted])
-        tokens = self._tokenized(every)
-        document_bounds = np.cumsum([len(documents.block) for _, documents in wanted])
-        for (domain, _), last in zip(wanted, (document_bounds - 1).tolist(), strict=True):
-            self._kept[domain] = int(_key(every.block[last], every.row[last])), tokens[last]
-        flat = self._cut(every, tokens)
-        bounds = [0, *np.cumsum(every.last - every.first)[document_bounds - 1].tolist()]
-        return [Span(flat.tokens[a:b], flat.document[a:b], flat.is_first[a:b]) for a, b in pairwise(bounds)]
+    def read(self, documents: Documents, read_to: Mapping[int, int]) -> Span:
+        """The same for documents of several streams; one that comes twice is read once.
+
+        Args:
+            read_to: domain → position of the document that its stream will go on with.
+        """
+        tokens = self._tokenized(documents)
+        for domain, last in read_to.items():
+            self._kept[domain] = int(_key(documents.block[last], documents.row[last])), tokens[last]
+        return self._cut(documents, tokens)
 
     def payloads(self, documents: Documents) -> list[Any]:
         """The raw rows of `documents`."""
