@@ -105,7 +105,7 @@ def _chunks(history: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _print_table(lines: list[dict[str, Any]], limit: int = 8) -> None:
+def _print_table(lines: list[dict[str, Any]], limit: int = 5) -> None:
     """First and newest weights, with those between as far as they fit."""
     from rich.console import Console
     from rich.table import Table

@@ -42,6 +42,7 @@ def problems(config: Config) -> list[str]:
     return [
         *_index(config),
         *mixture_problems(config.mixture),
+        *_holdout(config),
         *_dataplane(config.dataplane, config.mixture),
         *_training(config.training),
         *_run(config.run),
@@ -49,6 +50,20 @@ def problems(config: Config) -> list[str]:
         *_job(config.job, config.cluster),
         *_batch_split(config),
     ]
+
+
+def _holdout(config: Config) -> list[str]:
+    query, found = config.query, []
+    if not 0 <= query.holdout.fraction < 1:
+        found.append(f"query.holdout.fraction is {query.holdout.fraction}, expected at least 0 and less than 1.")
+    if not query.holdout.fraction:
+        if query.split == "validation":
+            found.append("query.split=validation, but nothing is held out. Set query.holdout.fraction, e.g. to 0.01.")
+        if config.training.validate_every:
+            found.append(
+                "training.validate_every is set, but nothing is held out. Set query.holdout.fraction, e.g. to 0.01."
+            )
+    return found
 
 
 def num_ranks(config: Config) -> int:
@@ -157,12 +172,13 @@ def _training(training: TrainingConfig) -> list[str]:
         "num_threads",
         "keep_checkpoints",
         "log_every",
+        "validate_steps",
     ):
         found += _at_least(f"training.{name}", getattr(training, name), 1)
     for name in ("micro_batch_size", "stop_after"):
         if getattr(training, name) is not None:
             found += _at_least(f"training.{name}", getattr(training, name), 1)
-    for name in ("warmup_steps", "checkpoint_every", "weight_decay"):
+    for name in ("warmup_steps", "checkpoint_every", "validate_every", "weight_decay"):
         found += _at_least(f"training.{name}", getattr(training, name), 0)
     if not -(2**63) <= training.seed < 2**63:
         found.append(f"training.seed is {training.seed}, expected a number of 64 bits.")

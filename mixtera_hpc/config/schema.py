@@ -15,6 +15,7 @@ __all__ = [
     "DataConfig",
     "DataPlaneConfig",
     "DomainConfig",
+    "HoldoutConfig",
     "IndexConfig",
     "JobConfig",
     "MixtureConfig",
@@ -31,6 +32,16 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HoldoutConfig:
+    """Samples that training never sees: a hash of each one's shard path and row decides."""
+
+    fraction: float = 0.0
+    """Of all samples; 0 holds nothing out."""
+    seed: int = 0
+    """Another seed holds out other samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueryConfig:
     """Which samples take part at all."""
 
@@ -39,6 +50,10 @@ class QueryConfig:
     drop: list[str] = field(default_factory=list)
     """Samples that match one of these expressions are passed over; the order of the others stays as it was without. Written by
     `mixtera-hpc resume RUN --drop`."""
+    holdout: HoldoutConfig = field(default_factory=HoldoutConfig)
+    """What is kept for validation."""
+    split: Literal["train", "validation"] = "train"
+    """With a holdout: which side of it is served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +208,10 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = 1
     """CPU threads of torch per rank."""
+    validate_every: int = 0
+    """Steps between validations on the samples held out (`query.holdout`); 0: never. There is one at the end as well."""
+    validate_steps: int = 8
+    """Global batches of one validation, always the same ones; fewer when that is all there is."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 saves only at the end and when asked to stop."""
     keep_checkpoints: int = 2

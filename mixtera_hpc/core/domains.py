@@ -42,7 +42,7 @@ class Selection:
     def domain_of(self, combos: ComboTable, columns: SampleColumns) -> NDArray[np.int32]:
         """The domain of every sample of `columns`, -1 for none; shape (rows,)."""
         domain = self.combo_domain[columns.combo]
-        if self.predicate.text:
+        if self.predicate.text or self.predicate.numbers:
             entries = Entries.of_samples(combos, columns.combo, columns.numbers)
             domain = np.where(self.predicate.evaluate(entries).must, domain, NO_DOMAIN).astype(np.int32)
         return domain

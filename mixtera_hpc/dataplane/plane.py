@@ -27,6 +27,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.launch import open_communicator
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, accumulate, from_buffer
 from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
@@ -92,6 +93,7 @@ class DataPlane:
         folder: RunFolder | None = None,
         attempt: int = 1,
         tracker: Tracker | None = None,
+        split: Split | None = None,
     ) -> Self:
         """Open the index and get ready to serve. **Collective.**
 
@@ -100,6 +102,7 @@ class DataPlane:
             folder: of the run; without one nothing is journalled.
             attempt: number of this attempt in the folder.
             tracker: where metric events go (rank 0).
+            split: with `query.holdout`, which side is served; None: what `query.split` says.
 
         Raises:
             ConfigError: the global batch cannot be shared evenly by the ranks.
@@ -107,6 +110,8 @@ class DataPlane:
             MixtureError: a domain of the mixture has no samples.
         """
         communicator = _communicator(config, comm)
+        if split is not None:
+            config = replace(config, query=replace(config.query, split=split))
         source = open_source(config, communicator)
         return cls(source, communicator, Sinks(folder, attempt, communicator.rank, config, tracker or Silent()))
 

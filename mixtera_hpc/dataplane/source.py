@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.config.mixture import Stock, leaves
-from mixtera_hpc.config.schema import Config, MixtureConfig
+from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
 from mixtera_hpc.core.domains import DomainTable, Selection
+from mixtera_hpc.core.holdout import shard_keys, split_predicate, with_places
 from mixtera_hpc.core.keys import key_of, written
 from mixtera_hpc.core.order import Order
 from mixtera_hpc.core.planner import Planner
@@ -80,6 +81,8 @@ class Source:
     kept: Predicate | None
     """What is left of the selection; None when nothing is dropped."""
     era: Era
+    holdout_keys: NDArray[np.uint64] | None
+    """A word for every shard, where samples are held out; see `core.holdout`."""
 
     @property
     def num_domains(self) -> int:
@@ -113,10 +116,11 @@ class Source:
     def block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
         """Reads the samples of some blocks, one block after the other."""
         samples = open_samples(self.facts.samples)
-        first, rows = self.blocks.first_sample, self.blocks.rows
+        first, rows, keys = self.blocks.first_sample, self.blocks.rows, self.holdout_keys
 
         def read_blocks(chosen: NDArray[np.int32]) -> SampleColumns:
-            return samples.read_many(first[chosen].tolist(), rows[chosen].tolist())
+            columns = samples.read_many(first[chosen].tolist(), rows[chosen].tolist())
+            return columns if keys is None else with_places(columns, keys, self.blocks, chosen)
 
         return read_blocks
 
@@ -143,6 +147,7 @@ class Source:
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
             "where": self.facts.where,
             "drop": list(self.config.query.drop),
+            "holdout": _holdout(self.config.query),
             "domains": self.facts.names,
             "unit": self.config.mixture.unit,
             "on_exhausted": self.config.mixture.on_exhausted,
@@ -157,6 +162,10 @@ class Source:
             "shuffle": plane.shuffle,
             "shuffle_window": plane.shuffle_window,
         }
+
+
+def _holdout(query: QueryConfig) -> list[Any] | None:
+    return [query.split, query.holdout.fraction, query.holdout.seed] if query.holdout.fraction else None
 
 
 def _epoch_limits(mixture: MixtureConfig) -> float | list[float | None] | None:
@@ -229,6 +238,8 @@ def _gather(
     arrays = {f"blocks/{name}": getattr(tables.blocks, name) for name in _BLOCK_COLUMNS}
     arrays |= {f"table/{f.name}": getattr(table, f.name) for f in fields(table)}
     arrays["combo_domain"] = chosen.selection.combo_domain
+    if config.query.holdout.fraction:
+        arrays["holdout_keys"] = shard_keys(tables.shards.path, config.query.holdout.seed).view(np.int64)
     for name in tables.combos.properties:
         arrays[f"combos/indptr/{name}"] = tables.combos.indptr[name]
         arrays[f"combos/codes/{name}"] = tables.combos.codes[name]
@@ -310,7 +321,7 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
         layout=layout,
         blocks=BlockTable(**{name: arrays[f"blocks/{name}"] for name in _BLOCK_COLUMNS}, zones={}),
         combos=_combos(facts, arrays),
-        selection=_selection(facts, arrays, table),
+        selection=_selection(config, facts, arrays, table),
         grid=grid,
         tokenizer=tokenizer,
         ground=_ground(config, facts, grid),
@@ -320,10 +331,12 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
             chunk_steps=plane.chunk_steps,
             on_exhausted=mixture.on_exhausted,
         ),
-        kept=parse(facts.kept, _properties(facts)) if facts.kept else None,
+        kept=_predicate(config, facts, facts.kept) if facts.kept else None,
         era=Era.start(len(facts.names)),
+        holdout_keys=arrays["holdout_keys"].view(np.uint64) if config.query.holdout.fraction else None,
     )
-    source.mixer(learn=False)  # A mixture that cannot be served is refused here, before anything starts.
+    if config.query.split == "train":
+        source.mixer(learn=False)  # A mixture that cannot be served is refused here, before anything starts.
     return source
 
 
@@ -365,10 +378,15 @@ def _combos(facts: _Facts, arrays: dict[str, NDArray[Any]]) -> ComboTable:
     )
 
 
-def _selection(facts: _Facts, arrays: dict[str, NDArray[Any]], table: DomainTable) -> Selection:
+def _predicate(config: Config, facts: _Facts, text: str) -> Predicate:
+    predicate, holdout = parse(text, _properties(facts)), config.query.holdout
+    return split_predicate(predicate, holdout.fraction, config.query.split) if holdout.fraction else predicate
+
+
+def _selection(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], table: DomainTable) -> Selection:
     return Selection(
         table=table,
-        predicate=parse(facts.where, _properties(facts)),
+        predicate=_predicate(config, facts, facts.where),
         combo_domain=arrays["combo_domain"],
         selected=(0, 0),
         left_out=(0, 0),

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.mixture import Stock, bounds, leaf_name, leaves, start_weights
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domains import Selection, keys_by, select
+from mixtera_hpc.core.holdout import shard_keys, split_predicate, with_places, with_zones
 from mixtera_hpc.core.keys import DomainKey, domain_name
 from mixtera_hpc.core.mixing.simplex import project
 from mixtera_hpc.core.query import parse
@@ -56,6 +57,10 @@ def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
     keys = _keys(config, index)
     predicate = parse(config.query.where, index.tables.properties)
     only = {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers)}
+    tables, holdout = index.tables, config.query.holdout
+    if holdout.fraction:
+        tables, keys_of_shards = with_zones(tables), shard_keys(tables.shards.path, holdout.seed)
+        predicate = split_predicate(predicate, holdout.fraction, config.query.split)
     bytes_before, read_s, parsed = index.samples.bytes_read, 0.0, time.perf_counter()
 
     def read(blocks: NDArray[np.int32]) -> SampleColumns:
@@ -63,9 +68,9 @@ def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
         start = time.perf_counter()
         columns = index.read_blocks(blocks, only)
         read_s += time.perf_counter() - start
-        return columns
+        return with_places(columns, keys_of_shards, tables.blocks, blocks) if holdout.fraction else columns
 
-    selection = select(index.tables, predicate, keys, read)
+    selection = select(tables, predicate, keys, read)
     names = tuple(map(leaf_name if len(keys) > 1 else domain_name, keys))
     cost = Cost(
         bytes_read=index.samples.bytes_read - bytes_before,

@@ -1,4 +1,4 @@
-"""What is written down while a run goes on: four streams of events, each a file `metrics/<stream>.jsonl`.
+"""What is written down while a run goes on: five streams of events, each a file `metrics/<stream>.jsonl`.
 
 K is the number of domains; lists over domains are in domain_id order. Every event also carries `time` (UTC, ISO 8601) and
 `attempt`, which the tracker adds. A number that does not exist (a loss of no tokens) is null.
@@ -6,7 +6,7 @@ K is the number of domains; lists over domains are in domain_id order. Every eve
 
 from typing import TypedDict
 
-__all__ = ["STREAMS", "AttemptEvent", "CommEvent", "MixtureEvent", "StepEvent"]
+__all__ = ["STREAMS", "AttemptEvent", "CommEvent", "MixtureEvent", "StepEvent", "ValidationEvent"]
 
 
 class AttemptEvent(TypedDict, total=False):
@@ -86,5 +86,17 @@ class CommEvent(TypedDict, total=False):
     """What training waited for the reduction of the step's losses; 0 when it was done before it was needed."""
 
 
-STREAMS = ("attempts", "steps", "mixture", "comm")
+class ValidationEvent(TypedDict, total=False):
+    """`validation.jsonl`: one line every `training.validate_every` steps, and one at the end."""
+
+    step: int
+    """Steps that had been taken."""
+    loss: float | None
+    """Mean over all counted tokens, nats."""
+    domain_loss: list[float | None]
+    domain_tokens: list[int]
+    num_nonfinite: int
+
+
+STREAMS = ("attempts", "steps", "mixture", "comm", "validation")
 """Every stream there is."""

@@ -27,6 +27,7 @@ from mixtera_hpc.training.distributed import Gradients, Replicas
 from mixtera_hpc.training.model import GPT, build_model
 from mixtera_hpc.training.schedule import learning_rate
 from mixtera_hpc.training.steplog import StepLog, StepTiming
+from mixtera_hpc.training.validate import Validator
 
 __all__ = ["Observer", "run_training"]
 
@@ -99,6 +100,7 @@ class Trainer:
             fused=replicas.device.type == "cuda",
         )
         self._log = StepLog(setting.tracker, num_ranks=replicas.comm.size, log_every=config.training.log_every)
+        self._validator = Validator(config, replicas, setting.tracker)
         self._step = 0
         self._saved_step: int | None = None
 
@@ -138,6 +140,7 @@ class Trainer:
                 self._observer.step(self._step)
             stop, save = self._plane.stop_requested(), self._plane.save_requested()
             self._note(batch.step, time.perf_counter() - began)
+            self._validator.after(self._step, self._model)
             if self._step == self._training.num_steps:
                 break
             stop = stop or self._step == self._training.stop_after
@@ -145,6 +148,7 @@ class Trainer:
                 self._save()
             if stop:
                 return self._stop_message()
+        self._validator.after(self._step, self._model, at_end=True)
         self._save()
         return None
 

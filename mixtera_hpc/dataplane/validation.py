@@ -1,0 +1,68 @@
+"""Batches of the samples that training never sees: the same ones every time, in natural proportions, each at most once.
+
+Every rank plans for itself, since all it takes is the index: nothing is broadcast, nothing journalled. Price: one more open of
+the index, at the start.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.statistics import DomainStatistics, accumulate, from_buffer
+from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Share
+from mixtera_hpc.dataplane.losses import sequence_sums
+from mixtera_hpc.dataplane.source import open_source
+from mixtera_hpc.errors import MixtureError
+
+__all__ = ["Validation"]
+
+
+class Validation:
+    """One rank's part of the validation of a run."""
+
+    def __init__(self, config: Config, comm: Communicator) -> None:
+        """Open what `config` holds out. **Collective.**
+
+        Raises:
+            MixtureError: that is not one global batch.
+        """
+        source = open_source(replace(config, query=replace(config.query, split="validation")), comm)
+        sizes = source.layout.epoch_items()
+        capacity = source.grid.capacity(sizes, np.ones(len(sizes)))
+        steps = min(config.training.validate_steps, int(capacity.sum()) // config.dataplane.global_batch_size)
+        if steps < 1:
+            raise MixtureError(
+                f"query.holdout.fraction={config.query.holdout.fraction:g} holds {int(capacity.sum())} sequences out, fewer than "
+                "one global batch.\n  Raise it, or lower dataplane.seq_len or dataplane.global_batch_size."
+            )
+        self._comm = comm
+        self._weights = np.where(capacity > 0, sizes, 0) / max(sizes[capacity > 0].sum(), 1)
+        self._planner = replace(source.planner, capacity=capacity, chunk_steps=steps, on_exhausted="redistribute")
+        self._share = Share.of(config.dataplane, comm.rank, comm.size)
+        self._speaks = comm.rank % config.dataplane.dp_group_size == 0
+        self._source = replace(source, planner=self._planner)
+        self.num_domains = source.num_domains
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches, from the first one on."""
+        plan = self._planner.decide(PlannerState.start(self.num_domains), self._weights)
+        maker = BatchMaker(self._source, self._share, audit=False)
+        try:
+            yield from maker.batches(plan, 0)
+        finally:
+            maker.close()
+
+    def sums(self, batch: Batch, loss_per_token: object, rows: slice = slice(None)) -> NDArray[np.int64]:
+        """What some sequences of a batch say about every domain, to be added up; shape (NUM_ROWS, num_domains)."""
+        mask = batch.loss_mask[rows]
+        losses = sequence_sums(loss_per_token, mask)()
+        return accumulate(batch.domain_ids[rows], losses, mask.sum(axis=1), self.num_domains)
+
+    def reduced(self, step: int, sums: NDArray[np.int64]) -> DomainStatistics:
+        """The sums of all ranks, each sequence counted once. **Collective.**"""
+        return from_buffer(step, self._comm.Allreduce(sums if self._speaks else np.zeros_like(sums)))

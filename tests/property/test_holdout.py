@@ -1,0 +1,132 @@
+"""Training never sees what is held out; where a sample lies depends on the sample alone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose, compose_plain
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.holdout import HELD_OUT, shard_keys, with_places
+from mixtera_hpc.core.tables import BlockTable, SampleColumns
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.validation import Validation
+from mixtera_hpc.index.build import build_index
+
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ONCE = {"unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
+
+
+@pytest.fixture(scope="module")
+def plain(collection: list[str]) -> dict[str, Any]:
+    return compose_plain([*collection, "dataplane.global_batch_size=1", "dataplane.chunk_steps=50"])
+
+
+def ids(config: Config, split: Any) -> set[int]:
+    """Of every sample that one epoch of a split serves."""
+    with DataPlane.open(config, Local(), split=split) as plane:
+        served = [p["meta"]["id"] for batch in plane for p in batch.payloads or []]
+    assert len(set(served)) == len(served)
+    return set(served)
+
+
+@FEW
+@given(
+    st.floats(0.05, 0.9),
+    st.integers(0, 5),
+    st.sampled_from([[], ["source"], ["tags"]]),
+    st.sampled_from([None, "size >= 200", "source != 'argparse'"]),
+    st.sampled_from(["none", "window"]),
+)
+def test_training_and_validation_share_the_samples_between_them(
+    plain: dict[str, Any], fraction: float, seed: int, by: list[str], where: str | None, shuffle: str
+) -> None:
+    def config(held_out: float) -> Config:
+        query = {**plain["query"], "where": where, "holdout": {"fraction": held_out, "seed": seed}}
+        mixture = {**plain["mixture"], **ONCE, "by": by}
+        return from_plain(
+            Config,
+            {**plain, "query": query, "mixture": mixture, "dataplane": {**plain["dataplane"], "shuffle": shuffle}},
+        )
+
+    whole, train, validation = (
+        ids(config(0.0), None),
+        ids(config(fraction), "train"),
+        ids(config(fraction), "validation"),
+    )
+    assert not train & validation
+    assert train | validation == whole
+    assert abs(len(validation) / len(whole) - fraction) < 4 * (fraction * (1 - fraction) / len(whole)) ** 0.5 + 1e-9
+
+
+def test_other_shards_and_blocks_move_no_sample(own_collection: list[str], tmp_path: Path) -> None:
+    words = [*own_collection, "query.holdout.fraction=0.3", "dataplane.global_batch_size=1", "mixture.unit=samples"]
+    words += ["mixture.on_exhausted=redistribute"]
+    before = ids(compose(words), "validation")
+    root = next(w.partition("=")[2] for w in own_collection if w.startswith("data.root="))
+    more = Path(root) / "0_first.jsonl"
+    lines = (Path(root) / "a.jsonl").read_text().splitlines()
+    more.write_text("".join(line.replace('"id": ', '"id": 99') + "\n" for line in lines))
+    again = [w for w in words if not w.startswith(("index.path", "index.block_rows"))]
+    again += [f"index.path={tmp_path / 'other.h5'}", "index.block_rows=7"]
+    build_index(compose(again))
+    after = ids(compose(again), "validation")
+    assert {i for i in after if i < 990} == before
+    assert len(after) > len(before)
+
+
+def test_the_hash_is_uniform_and_another_seed_holds_out_other_samples() -> None:
+    num_blocks, rows = 400, 100
+    first = np.arange(num_blocks, dtype=np.int64) * rows
+    blocks = BlockTable(
+        shard=np.zeros(num_blocks, np.int32),
+        first_row=first,
+        rows=np.full(num_blocks, rows, np.int32),
+        offset=first,
+        length=first,
+        tokens=first,
+        first_sample=first,
+        zones={},
+    )
+    nothing = np.zeros(num_blocks * rows, np.int64)
+    columns = SampleColumns(combo=nothing.astype(np.int32), length=nothing, tokens=nothing, numbers={})
+    every = np.arange(num_blocks, dtype=np.int32)
+    one, two = (
+        with_places(columns, shard_keys(["train/a.jsonl"], seed), blocks, every).numbers[HELD_OUT] for seed in (0, 1)
+    )
+    for values in (one, two):
+        counts = np.histogram(values, bins=50, range=(0, 1))[0]
+        assert ((counts - 800) ** 2 / 800).sum() < 100  # 49 degrees of freedom; P < 1e-4.
+        assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.02
+
+
+def test_every_validation_is_the_same_whatever_was_trained_and_reports_domains(collection: list[str]) -> None:
+    words = ["query.holdout.fraction=0.3", "dataplane.seq_len=16", "dataplane.global_batch_size=4"]
+    config = compose([*collection, *words, "training.validate_every=5", "training.validate_steps=6"])
+    validation = Validation(config, Local())
+    first, second = (list(validation.batches()) for _ in range(2))
+    assert [b.tokens.tolist() for b in first] == [b.tokens.tolist() for b in second]
+    assert 1 <= len(first) <= 6
+    sums = sum(validation.sums(b, np.full(b.loss_mask.shape, 2.0)) for b in first)
+    found = validation.reduced(5, sums)
+    assert found.loss_sum.sum() == pytest.approx(2.0 * sum(int(b.loss_mask.sum()) for b in first))
+    assert (found.num_sequences > 0).sum() >= 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("query.holdout.fraction=1.0", "query.holdout.fraction is 1.0"),
+        ("query.split=validation", "nothing is held out"),
+        ("training.validate_every=3", "nothing is held out"),
+    ],
+)
+def test_a_split_of_nothing_is_refused(collection: list[str], wrong: str, said: str) -> None:
+    with pytest.raises(Exception, match=said):
+        compose([*collection, wrong])
