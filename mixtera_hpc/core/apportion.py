@@ -28,6 +28,7 @@ MAX_SLOTS = 1 << 21
 """Slots of one call; keeps every product below 2^62."""
 NEVER = np.int64(1 << 62)
 FAR = 1 << 42
+FEW = 200
 
 Ints = NDArray[np.int64]
 
@@ -40,7 +41,8 @@ def quantise(weights: NDArray[np.float64]) -> Ints:
     """
     scaled = np.rint(weights * (UNIT / weights.max()))
     units = np.rint(scaled * (UNIT / int(scaled.astype(np.int64).sum()))).astype(np.int64)
-    units[(units == 0) & (weights > 0)] = 1
+    if not units.all():
+        units[(units == 0) & (weights > 0)] = 1
     units[units.argmax()] += UNIT - int(units.sum())
     return units
 
@@ -87,9 +89,12 @@ def _served_early(
 
 
 def _ascending(key: Ints) -> tuple[Ints, Ints]:
-    """`key`, at most 2^42, in order, and whose each is. Positions go below it, so that no two are equal."""
+    """`key`, at most 2^42, in order, and whose each is; equal ones stay as they were."""
+    if len(key) < FEW:
+        order = key.argsort(kind="stable")
+        return key[order], order
     tie = len(key).bit_length()
-    keys = (key << tie) + np.arange(len(key))
+    keys = (key << tie) + np.arange(len(key))  # Plain sorts are vectorised, stable ones are not.
     keys.sort()
     return keys >> tie, keys & ((1 << tie) - 1)
 
@@ -109,7 +114,7 @@ def _chunk_fits(left: Ints, weight: Ints, age: Ints, num_slots: int) -> bool:
     """Whether, for every L, the last L slots of the chunk have room for what is chosen of the sequences released in them."""
     slots, young = _ascending(age)
     others = int(weight.sum()) - weight[young].cumsum()
-    room = left[young].cumsum() + np.minimum(slots, MAX_SLOTS) * others
+    room = left[young].cumsum() + slots * others  # May overflow beyond the chunk, where it does not count.
     return bool(((room > -UNIT) | (slots >= num_slots)).all())
 
 

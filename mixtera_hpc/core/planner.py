@@ -219,8 +219,7 @@ class Planner:
         """Cut `num_slots` at exhaustions; they cover less when the data ends."""
         segments: list[_Segment] = []
         while num_slots > 0:
-            until = slots_until(now.lags, now.weights, remaining, num_slots)
-            length = min(num_slots, int(until.min()), MAX_SLOTS)
+            gone, length = _next_exhaustion(now, remaining, min(num_slots, MAX_SLOTS))
             counts = advance(now.lags, now.weights, length, remaining)
             end = now.lags + now.weights * length - (counts << BITS)
             segments.append(_Segment(now.lags, now.weights, counts, end))
@@ -228,12 +227,22 @@ class Planner:
             if num_slots == 0:
                 break
             remaining = remaining - counts
-            now, gone = _Start(end, now.weights), until <= length
-            if gone.any():
+            now = _Start(end, now.weights)
+            if gone is not None:
                 if self.on_exhausted != "redistribute" or not (now.weights[~gone] > 0).any():
                     break
                 now = _retire(now, gone)
         return segments
+
+
+def _next_exhaustion(now: _Start, remaining: Ints, num_slots: int) -> tuple[NDArray[np.bool_] | None, int]:
+    """The domains that run out first, None if none does within `num_slots`, and the slots until then."""
+    if remaining.min() > num_slots + 1:
+        return None, num_slots
+    until = slots_until(now.lags, now.weights, remaining, num_slots)
+    length = min(num_slots, int(until.min()))
+    gone = until <= length
+    return (gone if gone.any() else None), length
 
 
 def _retire(now: _Start, gone: NDArray[np.bool_]) -> _Start:
