@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, cut, shard_changed
-from mixtera_hpc.formats.tables import TableScanner, column_at, first_key, texts_of, type_at
+from mixtera_hpc.formats.tables import TableScanner, column_at, first_key, rows_of, texts_of, type_at
 
 __all__ = ["Arrow"]
 
@@ -77,7 +78,7 @@ class _Batches:
     """The record batches of one open file."""
 
     def __init__(self, path: Path, source: Any, wanted: set[str] | None) -> None:
-        self._path, self._source = path, source
+        self._path, self._source, self._wanted = path, source, wanted
         self._lock = threading.Lock()
         head = source.read(len(MAGIC))
         if head.startswith(_FEATHER_1):
@@ -95,6 +96,7 @@ class _Batches:
             found = list(reader)
             self._read, self.count = found.__getitem__, len(found)
         self.schema = reader.schema
+        self.names: list[str] = reader.schema.names
 
     def read(self, number: int) -> Any:
         """One batch.
@@ -105,8 +107,13 @@ class _Batches:
         try:
             with self._lock:
                 batch = self._read(number)
+            if self._wanted is not None:
+                names = {first_key(batch.schema.names, path) for path in self._wanted}
+                batch = batch.select([name for name in batch.schema.names if name in names])
             batch.validate()
-        except (pa.ArrowException, OSError, IndexError) as error:
+            for column in batch.columns:
+                _check(column)
+        except (pa.ArrowException, OSError, IndexError, ValueError) as error:
             raise DataError(f"{self._path}: record batch {number} cannot be read: {error}") from None
         return batch
 
@@ -119,6 +126,21 @@ class _Batches:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _check(column: Any) -> None:
+    """Refuse a column that nobody may look into: Arrow trusts what it maps.
+
+    Of texts only the offsets are looked at, whose bytes are checked when they are decoded; of all else everything.
+    """
+    wide = {pa.string(): "<i4", pa.binary(): "<i4", pa.large_string(): "<i8", pa.large_binary(): "<i8"}.get(column.type)
+    if wide is None:
+        column.validate(full=True)
+    elif len(column):
+        _, offsets, data = column.buffers()
+        bounds = np.frombuffer(offsets, wide)[column.offset : column.offset + len(column) + 1]
+        if bounds[0] < 0 or bounds[-1] > (data.size if data else 0) or (np.diff(bounds) < 0).any():
+            raise ValueError("offsets of texts are out of order")
 
 
 def _pruned(schema: Any, wanted: set[str]) -> Any:
@@ -134,7 +156,7 @@ def _open(path: Path, wanted: set[str] | None) -> _Batches:
         raise DataError(f"{path} cannot be opened: {error}.\n  Run mixtera-hpc index verify.") from None
     try:
         return _Batches(path, source, wanted)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         source.close()
         raise DataError(
             f"{path} is not a readable Arrow file: {error}.\n  Copy it again, or leave it out with data.exclude."
@@ -160,8 +182,7 @@ class _Reader:
     def payloads(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[dict[str, Any]]:
         with self._lock:
             self._whole = self._whole or _open(self._path, None)
-        found: list[dict[str, Any]] = self._cached(block, self._whole, None).take(pa.array(rows)).to_pylist()
-        return found
+        return rows_of(self._cached(block, self._whole, None).take(pa.array(rows)), self._path)
 
     def close(self) -> None:
         for batches in (self._pruned, self._whole):

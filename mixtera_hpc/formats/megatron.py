@@ -78,7 +78,8 @@ class _Documents:
         if len(table) < 2:
             table = np.arange(len(lengths) + 1)
         bounds = np.concatenate([[0], ends])
-        if not np.array_equal(pointers, bounds[:-1]) or table[0] != 0 or table[-1] != len(lengths):
+        follow = np.array_equal(pointers, bounds[:-1]) and (lengths >= 0).all() and table[0] == 0
+        if not follow or table[-1] != len(lengths) or (table < 0).any() or (table > len(lengths)).any():
             raise DataError(f"{path.with_suffix('.idx')} is damaged: its sequences do not follow each other.")
         if (np.diff(table) < 0).any() or bounds[-1] != size:
             raise DataError(

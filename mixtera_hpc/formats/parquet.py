@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, cut, shard_changed
-from mixtera_hpc.formats.tables import TableScanner, column_at, texts_of, type_at
+from mixtera_hpc.formats.tables import TableScanner, column_at, rows_of, texts_of, type_at
 
 __all__ = ["Parquet"]
 
@@ -49,8 +49,10 @@ class Parquet:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path)
+        _ = file.schema_arrow.names  # Fails where they are no UTF-8.
+        return file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}.\n  Leave it out with data.exclude.") from None
 
 
@@ -137,8 +139,7 @@ class _Reader:
         return texts_of(column_at(self._table(block, text), text).take(pa.array(rows)), self._path)
 
     def payloads(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._table(block, None).take(pa.array(rows)).to_pylist()
-        return found
+        return rows_of(self._table(block, None).take(pa.array(rows)), self._path)
 
     def close(self) -> None:
         with self._lock:

@@ -16,7 +16,7 @@ from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.columns import Categories, encode
 from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Ranges, bad_rows
 
-__all__ = ["TableScanner", "column_at", "first_key", "texts_of", "type_at"]
+__all__ = ["TableScanner", "column_at", "first_key", "rows_of", "texts_of", "type_at"]
 
 
 class TableScanner:
@@ -65,7 +65,7 @@ class TableScanner:
         if documents is not None:
             for row, _ in bad:
                 documents[row] = ""
-        raw = table.to_pylist() if self._fields.rows else None
+        raw = rows_of(table, self._path) if self._fields.rows else None
         return Batch(rows=rows, blocks=blocks, columns=columns, documents=documents, raw=raw, bad=tuple(bad))
 
     def _documents(self, table: Any) -> list[str]:
@@ -112,6 +112,19 @@ def texts_of(text: Any, path: Path) -> list[str]:
         found: list[str] = pc.cast(text, pa.large_string()).to_pylist()
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the text column cannot be read as text: {error}") from None
+    return found
+
+
+def rows_of(table: Any, path: Path) -> list[dict[str, Any]]:
+    """The rows of a table as dicts.
+
+    Raises:
+        DataError: a text in them is not UTF-8.
+    """
+    try:
+        found: list[dict[str, Any]] = table.to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: rows cannot be read: {error}") from None
     return found
 
 

@@ -1,0 +1,110 @@
+"""Bytes that were changed anywhere in a shard of any format are refused in the user's words, or make other rows: never a crash."""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.errors import UserError
+from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.format import Field, Fields, Vocabulary
+from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.testing.formats import read_blocks, rows_of, scan
+from mixtera_hpc.testing.writers import (
+    write_arrow,
+    write_arrow_stream,
+    write_compressed,
+    write_json,
+    write_jsonl,
+    write_parquet,
+    write_tar,
+    write_tokens,
+)
+
+ROWS = rows_of(60)
+FORMATS = {
+    "jsonl": ("jsonl", write_jsonl, "text", ""),
+    "json": ("json", write_json, "text", ""),
+    **{
+        e: (f"jsonl.{e}", partial(write_compressed, ending=e, frame_rows=20), "text", "")
+        for e in ("gz", "bz2", "xz", "zst")
+    },
+    "parquet": ("parquet", partial(write_parquet, group_rows=20), "text", ""),
+    "arrow": ("arrow", partial(write_arrow, batch_rows=20), "text", ""),
+    "arrow stream": ("arrow", partial(write_arrow_stream, batch_rows=20), "text", ""),
+    "webdataset": ("webdataset", write_tar, "txt", "json."),
+    "megatron": ("megatron", write_tokens, None, ""),
+    "megatron idx": ("megatron", write_tokens, None, ""),
+}
+
+
+def fields(text: str | None, below: str) -> Fields:
+    return Fields(
+        text=text,
+        properties=(
+            Field(name="language", path=f"{below}meta.language", kind=Kind.CATEGORY),
+            Field(name="quality", path=f"{below}meta.quality", kind=Kind.NUMBER),
+            Field(name="tags", path=f"{below}tags", kind=Kind.CATEGORIES),
+        ),
+        documents=True,
+        vocabulary=Vocabulary(size=256, eos_id=0),
+    )
+
+
+def look(name: str, shard: Path, wanted: Fields) -> None:
+    """Scan a shard and read all of it, as a build and a run would."""
+    fmt = load_format(name)
+    blocks = read_blocks(scan(fmt, shard, wanted))
+    reader: Any = fmt.open(shard, wanted.text, BlockCache())
+    for block, lengths in blocks:
+        if fmt.holds_tokens:
+            reader.tokens(block, np.arange(block.rows))
+        else:
+            reader.documents(block, lengths, np.arange(block.rows))
+        reader.payloads(block, lengths, np.arange(block.rows))
+    reader.close()
+
+
+class Files(dict[str, bytes]):
+    """Contents by name; they are in no message."""
+
+    def __repr__(self) -> str:
+        return f"Files({', '.join(self)})"
+
+
+@pytest.fixture(scope="module")
+def shards() -> dict[str, Files]:
+    """The files of every format."""
+    found = {}
+    for kind, (_, write, _, _) in FORMATS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), ROWS)
+            found[kind] = Files({path.name: path.read_bytes() for path in Path(folder).iterdir()})
+    return found
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(place=st.floats(0, 1), new=st.binary(min_size=1, max_size=40), grow=st.booleans())
+@example(place=1.0, new=b"\0", grow=True)
+@example(place=0.0, new=b"\xff" * 8, grow=False)
+def test_changed_bytes_never_crash(kind: str, place: float, new: bytes, grow: bool, shards: dict[str, Files]) -> None:
+    name, _, text, below = FORMATS[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        for file, data in shards[kind].items():
+            (Path(folder) / file).write_bytes(data)
+        shard = next(Path(folder) / file for file in shards[kind] if not file.endswith((".idx", ".sidecar.jsonl")))
+        target = shard.with_suffix(".idx") if kind == "megatron idx" else shard
+        data = target.read_bytes()
+        at = int(place * len(data))
+        target.write_bytes(data[:at] + new + data[at + (0 if grow else len(new)) :])
+        try:
+            look(name, shard, fields(text, below))
+        except UserError as error:
+            assert "shard" in f"{error} {getattr(error, '__notes__', '')}", "the file is named"
