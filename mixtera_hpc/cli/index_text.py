@@ -37,10 +37,12 @@ class _Lines:
 
     def __init__(self, num_ranks: int) -> None:
         self._ranks = f"{num_ranks} ranks" if num_ranks > 1 else "1 rank"
-        self._began_s = self._told_s = time.monotonic()
+        self._began_s = self._told_s = 0.0
 
     def __call__(self, state: "BuildProgress") -> None:
         now = time.monotonic()
+        if not self._began_s:
+            self._began_s = self._told_s = now
         if now - self._told_s < LINE_EVERY_S:
             return
         self._told_s = now

@@ -169,6 +169,7 @@ class _Content:
             for name, (dtype, length) in _block_columns(merged, num_shards).items()
         }
         types = _sample_types(merged)
+        self._types = types
         self._digests = {name: tables.digest(f"samples/{name}", dtype) for name, dtype in types.items()}
         group = tables.file.require_group("samples")
         group.require_group("numbers")
@@ -179,6 +180,8 @@ class _Content:
             )
             for name, dtype in types.items()
         }
+        self._held: dict[str, list[NDArray[Any]]] = {name: [] for name in types}
+        self._num_held = 0
         self._next_sample = 0
         self.tokens = 0
         self.known_numbers: set[str] = set()
@@ -203,20 +206,30 @@ class _Content:
         """Write what is still held."""
         for column in self._columns.values():
             column.flush(column.num_held)
+        self._flush_samples()
 
     def _add_samples(self, rows: NDArray[np.int64], samples: dict[str, NDArray[Any]]) -> None:
         """Rows go where their blocks begin, the gaps behind short blocks stay zero."""
         bounds = first_samples(rows, self._merged.chunk_rows)
         place = np.repeat(bounds[:-1] - (np.cumsum(rows) - rows), rows) + np.arange(int(rows.sum()))
-        end = self._next_sample + int(bounds[-1])
-        for name, dataset in self._samples.items():
-            stored = samples[name].astype(dataset.dtype)
+        for name in self._samples:
+            stored = samples[name].astype(self._types[name])
             self._digests[name].update(stored.data)
-            padded = np.zeros(int(bounds[-1]), dataset.dtype)
+            padded = np.zeros(int(bounds[-1]), self._types[name])
             padded[place] = stored
-            if len(padded):
-                dataset[self._next_sample : end] = padded
-        self._next_sample = end
+            self._held[name].append(padded)
+        self._num_held += int(bounds[-1])
+        if self._num_held >= TABLE_CHUNK:
+            self._flush_samples()
+
+    def _flush_samples(self) -> None:
+        """Small pieces are written together: a write costs as much as a block."""
+        end = self._next_sample + self._num_held
+        for name, dataset in self._samples.items():
+            if self._num_held:
+                dataset[self._next_sample : end] = np.concatenate(self._held[name])
+            self._held[name].clear()
+        self._next_sample, self._num_held = end, 0
 
 
 def _block_columns(merged: Merged, num_shards: int) -> dict[str, tuple[np.dtype[Any], int]]:
