@@ -66,7 +66,7 @@ def test_two_thousand_domains_with_weights_down_to_1e_9_stay_exact(wish: np.ndar
         lag = lag + weight * num_slots - counts * UNIT
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(weights(300), st.lists(st.integers(1, 3000), min_size=1, max_size=6))
 def test_both_rules_for_a_chunks_end_keep_every_prefix_exact(wish: np.ndarray, chunks: list[int]) -> None:
     """The largest remainders are taken where they are safe; where not, what is due first. Either, always, must do."""

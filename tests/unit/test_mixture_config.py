@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.config.check_mixture import mixture_problems
+from mixtera_hpc.config.compose import compose, conf_dir
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.mixture import Stock, bounds, leaves, start_weights
 from mixtera_hpc.config.schema import MixtureConfig
-from mixtera_hpc.errors import MixtureError
+from mixtera_hpc.errors import ConfigError, MixtureError
 
 NESTED = [
     {
@@ -170,3 +171,19 @@ def test_a_mistake_is_named_and_nothing_else(name: str) -> None:
     plain, message = MISTAKES[name]
     (problem,) = mixture_problems(mixture(**plain))
     assert re.search(message, problem), problem
+
+
+NEEDS = {
+    "static": ["mixture.domains=[{key: {source: a}, weight: 1}]"],
+    "hierarchical": ["mixture.domains=[{key: {source: a}, weight: 1, domains: [{key: {tags: b}}]}]"],
+    "arbitrary": ["dataplane.shuffle=none"],
+}
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (conf_dir() / "mixture").glob("*.yaml")))
+def test_every_preset_composes_with_what_its_comment_asks_for(preset: str) -> None:
+    plain = ["data.root=/data", "index.path=index.h5", "dataplane.tokenizer=t.json", f"mixture={preset}"]
+    compose([*plain, *NEEDS.get(preset, [])])
+    if preset in NEEDS:
+        with pytest.raises(ConfigError, match=f"mixture.kind={preset}"):
+            compose(plain)
