@@ -1,7 +1,9 @@
-"""`mixtera-hpc trace`: which samples a step of a run was made of, and the proof that they were consumed."""
+"""`mixtera-hpc trace`: which samples a step of a run was made of, when a sample was seen, and the proof of what was consumed."""
 
 import argparse
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +12,62 @@ __all__ = ["arguments", "run"]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_name", metavar="RUN", help="run id, name or folder")
-    parser.add_argument("--step", type=int, help="the step to list")
-    parser.add_argument("--rank", type=int, help="only what this rank was given")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--step", type=int, help="the step to list")
+    what.add_argument("--steps", metavar="A..B", help="the steps to list")
+    what.add_argument("--row", type=int, help="with --shard: every step, rank and position this row was served at")
+    what.add_argument("--diff", metavar="RUN_B", help="the first difference to another run, and its cause")
+    what.add_argument(
         "--verify", action="store_true", help="prove that every planned sequence was consumed exactly once"
     )
+    parser.add_argument("--rank", type=int, help="only what this rank was given")
+    parser.add_argument("--domain", help="only this domain, by id or name")
+    parser.add_argument("--shard", help="only what is of this shard, e.g. train/a.jsonl")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from mixtera_hpc.config.compose import load_config
     from mixtera_hpc.config.runfolder import RunFolder, runs_root
-    from mixtera_hpc.dataplane.journal import History
-    from mixtera_hpc.dataplane.trace import Sources
     from mixtera_hpc.errors import ConfigError
 
-    if args.step is None and not args.verify:
-        raise ConfigError("trace needs --step S, to list a step, or --verify, to prove the whole run.")
-    folder = RunFolder.find(args.run_name, args.root or runs_root())
-    history = History(folder.journal)
-    sources = Sources(load_config(folder.config))
+    if args.row is not None and args.shard is None:
+        raise ConfigError("--row needs --shard, the path of the row's file below the data root.")
+    if args.step is None and args.row is None and not (args.verify or args.diff or args.steps or args.shard):
+        raise ConfigError(
+            "trace needs --step S or --steps A..B to list steps, --shard FILE --row N to find a sample, --verify to prove the "
+            "whole run, or --diff RUN_B to compare."
+        )
+    root = args.root or runs_root()
+    folder = RunFolder.find(args.run_name, root)
+    sources, history = _opened(folder)
     if args.verify:
-        return _verify(sources, folder, history, args.json)
-    _list(sources, folder, history, args)
+        _verify(sources, folder, history, args.json)
+    elif args.diff:
+        return _diff((sources, history), _opened(RunFolder.find(args.diff, root)), args.json)
+    elif args.row is not None:
+        _seen(sources, history, args)
+    else:
+        _list(sources, folder, history, args)
     return 0
 
 
-def _verify(sources: Any, folder: Any, history: Any, as_json: bool) -> int:
-    import msgspec
+def _opened(folder: Any) -> tuple[Any, Any]:
+    from mixtera_hpc.config.compose import load_config
+    from mixtera_hpc.dataplane.journal import History
+    from mixtera_hpc.dataplane.trace import Sources
 
+    history = History(folder.journal)
+    return Sources(load_config(folder.config)), history
+
+
+def _verify(sources: Any, folder: Any, history: Any, as_json: bool) -> None:
     from mixtera_hpc.dataplane.trace import verify
 
     verdict = verify(sources, folder, history)
     if as_json:
-        print(msgspec.json.encode(verdict).decode())
-        return 0
+        _print_json(verdict)
+        return
     print(
         f"verified: {verdict.num_sequences:,} sequences of {verdict.num_steps} steps, each consumed exactly once as planned, "
         f"over {verdict.num_attempts} attempt{'s' if verdict.num_attempts != 1 else ''}"
@@ -54,28 +76,116 @@ def _verify(sources: Any, folder: Any, history: Any, as_json: bool) -> int:
         print(
             f"step {verdict.unfinished_step} was under way when the last attempt was killed; it is not part of the proof"
         )
+
+
+def _diff(first: Any, second: Any, as_json: bool) -> int:
+    from mixtera_hpc.dataplane.difference import difference
+
+    found = difference(first, second)
+    if as_json:
+        _print_json(found)
+        return 0
+    if found.step is None:
+        ends = first[1].end, second[1].end
+        rest = "" if ends[0] == ends[1] else f"; they planned {ends[0]} and {ends[1]}"
+        print(f"the same data in all {found.num_same_steps} steps that both have{rest}")
+        return 0
+    print(f"the same data up to step {found.step} position {found.position}, where they were served:")
+    for record in (found.first, found.second):
+        print(_pieces_of(record) if record else "    nothing: the global batch is smaller")
+    print("\n".join(f"differs: {cause}" for cause in found.causes) or "settings and weights are the same")
     return 0
 
 
-def _list(sources: Any, folder: Any, history: Any, args: argparse.Namespace) -> None:
-    import msgspec
+def _seen(sources: Any, history: Any, args: argparse.Namespace) -> None:
+    from mixtera_hpc.dataplane.seen import seen
 
-    from mixtera_hpc.dataplane.trace import audited, traced
-
-    attempt = history.attempt_of(args.step)
-    digests = audited(folder, attempt.number, args.step)
-    source = sources.of(attempt)
-    for record in traced(source, attempt, range(args.step, args.step + 1)):
-        record["rank"] = attempt.rank_of(record["position"])
-        if record["position"] in digests:
-            record["digest"] = digests[record["position"]]
+    found = 0
+    for record in seen(sources, history, args.shard, args.row):
         if args.rank is not None and record["rank"] != args.rank:
             continue
-        line = msgspec.json.encode(record).decode() if args.json else _readable(record, source.names)
-        sys.stdout.write(line + "\n")
+        found += 1
+        if args.json:
+            _print_json(record)
+            continue
+        start, end = record["piece"]
+        print(
+            f"step {record['step']} position {record['position']} rank {record['rank']} (attempt {record['attempt']}): "
+            f"epoch {record['epoch']}, items {start} to {end}"
+        )
+    if not found and not args.json:
+        print(f"{args.shard} row {args.row} has not been served up to step {history.end}")
+
+
+def _list(sources: Any, folder: Any, history: Any, args: argparse.Namespace) -> None:
+    domain: int | None = None
+    for attempt, steps in history.extents():
+        source = sources.of(attempt)
+        if args.domain is not None:
+            domain = _domain(args.domain, source.names)
+        chosen = _steps(args, history.end)
+        steps = range(max(steps.start, chosen.start), min(steps.stop, chosen.stop))
+        for record in _records(source, folder, attempt, steps):
+            shards = [piece[0] for piece in record["pieces"]]
+            wanted = (
+                args.rank in (None, record["rank"]),
+                domain in (None, record["domain_id"]),
+                args.shard in (None, *shards),
+            )
+            if all(wanted):
+                _print_json(record) if args.json else print(_readable(record, source.names))
+
+
+def _steps(args: argparse.Namespace, end: int) -> range:
+    from mixtera_hpc.errors import ConfigError, DataError
+
+    steps = range(end)
+    if args.step is not None:
+        steps = range(args.step, args.step + 1)
+    elif args.steps:
+        match = re.fullmatch(r"(\d+)\.\.(\d+)", args.steps)
+        if not match or int(match[1]) > int(match[2]):
+            raise ConfigError(f"--steps is {args.steps!r}, expected the first and the last step, e.g. --steps 10..19.")
+        steps = range(int(match[1]), int(match[2]) + 1)
+    if steps.stop > end or steps.start < 0:
+        raise DataError(f"Step {steps.stop - 1} has not been planned; the journal ends before step {end}.")
+    return steps
+
+
+def _domain(text: str, names: list[str]) -> int:
+    from mixtera_hpc.errors import ConfigError, did_you_mean
+
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    raise ConfigError(f"{text!r} is not a domain of this run.{did_you_mean(text, names)}")
+
+
+def _records(source: Any, folder: Any, attempt: Any, steps: range) -> Iterator[dict[str, Any]]:
+    """What `traced` gives, with ranks and digests."""
+    from mixtera_hpc.dataplane.trace import audited, traced
+
+    if not len(steps):
+        return
+    digests = audited(folder, attempt.number, steps)
+    for record in traced(source, attempt, steps):
+        record["rank"] = attempt.rank_of(record["position"])
+        if (digest := digests.get((record["step"], record["position"]))) is not None:
+            record["digest"] = digest
+        yield record
+
+
+def _print_json(value: Any) -> None:
+    import msgspec
+
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
 
 
 def _readable(record: dict[str, Any], names: list[str]) -> str:
-    pieces = "\n".join(f"    {shard} row {row}, items {start} to {end}" for shard, row, start, end in record["pieces"])
     head = f"step {record['step']} position {record['position']} rank {record['rank']}"
-    return f"{head}: {names[record['domain_id']]}, epoch {record['epoch']}\n{pieces}"
+    return f"{head}: {names[record['domain_id']]}, epoch {record['epoch']}\n{_pieces_of(record)}"
+
+
+def _pieces_of(record: Any) -> str:
+    return "\n".join(f"    {shard} row {row}, items {start} to {end}" for shard, row, start, end in record["pieces"])

@@ -220,8 +220,8 @@ def _extent(history: History, consumed: _Consumed) -> tuple[int, int | None]:
     return end, unfinished
 
 
-def audited(folder: RunFolder, attempt: int, step: int) -> dict[int, str]:
-    """Position → digest of the sequences of `step` that an attempt consumed; empty when it was not audited."""
+def audited(folder: RunFolder, attempt: int, steps: range) -> dict[tuple[int, int], str]:
+    """(Step, position) → digest of the sequences of `steps` that an attempt consumed; empty when it was not audited."""
     lines = (line for path in sorted(folder.audit(attempt).glob("rank_*.jsonl")) for line in read_lines(path))
-    found = [line for line in lines if line["step"] == step]
-    return {p: d for line in found for p, d in zip(line["positions"], line["digests"], strict=True)}
+    found = [line for line in lines if line["step"] in steps]
+    return {(line["step"], p): d for line in found for p, d in zip(line["positions"], line["digests"], strict=True)}
