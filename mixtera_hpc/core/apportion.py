@@ -92,7 +92,7 @@ def _ascending(key: Ints) -> tuple[Ints, Ints]:
     """`key`, at most 2^42, in order, and whose each is; equal ones stay as they were."""
     if len(key) < FEW:
         order = key.argsort(kind="stable")
-        return key[order], order
+        return key.take(order), order
     tie = len(key).bit_length()
     keys = (key << tie) + np.arange(len(key))  # Plain sorts are vectorised, stable ones are not.
     keys.sort()
@@ -106,15 +106,16 @@ def _rest_fits(left: Ints, weight: Ints, deadline: Ints) -> bool:
     side: a product is off by at most 2^-52 of it, and one above 2^62 outweighs every sum of parts.
     """
     b, urgent = _ascending(deadline)
-    due = left[urgent].cumsum() - b.astype(np.float64) * (UNIT - weight[urgent].cumsum())
+    ahead = np.multiply(b, UNIT - weight.take(urgent).cumsum(), dtype=np.float64)
+    due = left.take(urgent).cumsum() - ahead
     return bool(due.max() < UNIT - (1 << 12))
 
 
 def _chunk_fits(left: Ints, weight: Ints, age: Ints, num_slots: int) -> bool:
     """Whether, for every L, the last L slots of the chunk have room for what is chosen of the sequences released in them."""
     slots, young = _ascending(age)
-    others = int(weight.sum()) - weight[young].cumsum()
-    room = left[young].cumsum() + slots * others  # May overflow beyond the chunk, where it does not count.
+    others = int(weight.sum()) - weight.take(young).cumsum()
+    room = left.take(young).cumsum() + slots * others  # May overflow beyond the chunk, where it does not count.
     return bool(((room > -UNIT) | (slots >= num_slots)).all())
 
 
