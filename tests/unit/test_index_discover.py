@@ -149,3 +149,33 @@ def test_the_fingerprint_of_a_shard_changes_with_its_ends_and_size(tmp_path: Pat
     ]
     assert len({fingerprint(c) for c in contents}) == len(contents)
     assert fingerprint(b"a") == fingerprint(b"a")
+
+
+def test_names_with_newlines_quotes_and_spaces_are_names(tmp_path: Path) -> None:
+    names = ["a\nb.jsonl", "c d.jsonl", "e'f.jsonl", "g\\h.jsonl", "漢.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text('{"text": "x"}')
+    assert sorted(shard.path for shard in discover(DataConfig(root=str(tmp_path)))) == sorted(names)
+
+
+def test_pipes_and_dead_links_never_match(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "dead.jsonl").symlink_to(tmp_path / "gone")
+    (tmp_path / "self.jsonl").symlink_to(tmp_path / "self.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    assert [shard.path for shard in discover(DataConfig(root=str(tmp_path)))] == ["a.jsonl"]
+
+
+def test_a_file_that_two_globs_match_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    data = DataConfig(root=str(tmp_path), include=["*.jsonl", "a*", "**/*"])
+    assert len(discover(data)) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_nobody_may_read_is_named_before_anything_is_scanned(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "a.jsonl").chmod(0)
+    with pytest.raises(DataError, match=r"a\.jsonl cannot be read: Permission denied"):
+        discover(DataConfig(root=str(tmp_path)))

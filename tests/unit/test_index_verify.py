@@ -2,17 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.verify import changed_shards, check_fresh
+from mixtera_hpc.index.verify import changed_shards, check_fresh, deeply_changed_shards
+from mixtera_hpc.tokens.tokenizer import load_tokenizer
+from mixtera_hpc.tokens.train import train_bpe
 
 
 @pytest.fixture
@@ -68,3 +72,51 @@ def test_shards_are_looked_for_where_the_data_is_now(index: PropertyIndex, tmp_p
     shutil.rmtree(index.data_root)
     assert len(changed_shards(index)) == 8
     assert changed_shards(index, tmp_path / "moved") == []
+
+
+class TestDeep:
+    """`verify --deep`: content that size and time of change do not tell."""
+
+    @pytest.fixture
+    def deep(self, tmp_path: Path) -> PropertyIndex:
+        """A shard of 4 MB, whose middle no fingerprint sees, of 40 blocks."""
+        (tmp_path / "data").mkdir()
+        rows = [json.dumps({"text": f"row {i} " + "many words " * 400}) for i in range(1000)]
+        (tmp_path / "data" / "a.jsonl").write_text("\n".join(rows))
+        tokenizer = train_bpe(["many words row 1 2 3"] * 9, 270, tmp_path / "tokenizer.json")
+        config = {
+            "data": {"root": str(tmp_path / "data")},
+            "index": {"path": str(tmp_path / "i.h5"), "block_rows": 250},
+        }
+        build_index(from_plain(Config, config | {"dataplane": {"tokenizer": str(tokenizer)}}))
+        return open_index(tmp_path / "i.h5")
+
+    def damage(self, index: PropertyIndex, old: bytes, new: bytes) -> None:
+        """Put other bytes into the middle of the shard, of the same length, and the times back."""
+        path = index.data_root / "a.jsonl"
+        status, content = path.stat(), path.read_bytes()
+        place = content.index(old, len(content) // 2)
+        path.write_bytes(content[:place] + new + content[place + len(old) :])
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def problems(self, index: PropertyIndex) -> list[str]:
+        tokenizer = load_tokenizer(index.path.with_name("tokenizer.json"))
+        return [shard.problem for shard in deeply_changed_shards(index, tokenizer, Local())]
+
+    def test_what_was_not_touched_is_as_it_was(self, deep: PropertyIndex) -> None:
+        assert self.problems(deep) == []
+
+    def test_a_broken_row_is_found(self, deep: PropertyIndex) -> None:
+        self.damage(deep, b'{"text"', b'{"text;')
+        assert changed_shards(deep) == []
+        (problem,) = self.problems(deep)
+        assert problem.startswith("it is not what it was when it was indexed")
+
+    def test_another_text_of_the_same_length_is_found_by_its_tokens(self, deep: PropertyIndex) -> None:
+        self.damage(deep, b"many words", b"mzny wqrds")
+        (problem,) = self.problems(deep)
+        assert re.fullmatch(r"row \d+ has \d+ tokens, indexed with \d+", problem)
+
+    def test_a_missing_shard_is_named(self, deep: PropertyIndex) -> None:
+        (deep.data_root / "a.jsonl").unlink()
+        assert self.problems(deep) == ["missing"]
