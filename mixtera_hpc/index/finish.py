@@ -13,7 +13,7 @@ from mixtera_hpc.core.tables import ShardTable
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.attempt import Plan, Records
 from mixtera_hpc.index.discover import fingerprint_of_shard
-from mixtera_hpc.index.layout import BadRows, Generation
+from mixtera_hpc.index.layout import BadRows, Generation, path_source
 from mixtera_hpc.index.merge import PlacedPiece, merge
 from mixtera_hpc.index.part import Combo
 from mixtera_hpc.index.parts import building_folder
@@ -124,7 +124,7 @@ def finish(
 
 def sources_of(job: ScanJob) -> dict[str, str]:
     """Property → where its values come from, as the index stores it."""
-    found = {f.name: f"path:{f.path}" + f" pattern:{f.pattern}" * bool(f.pattern) for f in job.fields.properties}
+    found = {f.name: path_source(f.path, f.pattern) for f in job.fields.properties}
     found |= {field.name: f"function:{field.path}" for field in job.functions.fields}
     return {field.name: found.get(field.name, field.name) for field in job.properties}
 

@@ -44,6 +44,7 @@ __all__ = [
     "get_text",
     "narrow",
     "narrow_type",
+    "path_source",
     "put_column",
     "put_text",
     "put_texts",
@@ -154,6 +155,11 @@ def put_text(node: h5py.Group, name: str, text: str) -> None:
 def get_text(node: h5py.Group, name: str) -> str:
     """The inverse of `put_text`."""
     return bytes(node.attrs[name])[:-1].decode()
+
+
+def path_source(path: str, pattern: str | None) -> str:
+    """The `source` of a property that is read from a row or a shard's path."""
+    return f"path:{path}" + (f" pattern:{pattern}" if pattern else "")
 
 
 def put_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:

@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import Config, DataConfig
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.layout import DATASET, with_zero
+from mixtera_hpc.index.layout import DATASET, path_source, with_zero
 from mixtera_hpc.index.open import PropertyIndex, SampleReader, open_index
 
 __all__ = ["SampleSource", "open_configured", "open_samples", "sample_sources"]
+
+TEXT_DEFAULT = "text"
+"""What `data.text` is when nobody says; runs need not say it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +44,33 @@ def open_configured(config: Config) -> PropertyIndex:
     """The index that a configuration names, or all of them as one.
 
     Raises:
-        PropertyIndexError: one is missing or damaged, or they do not fit together.
+        PropertyIndexError: one is missing or damaged, was built from other places of a row than `config.data` says, or they
+            do not fit together.
     """
     data, names = config.data, config.index
     first = open_index(names.path, data.roots or data.root or None, names.generation)
+    _check_described(first, data)
     if not names.also:
         return first
     others = [open_index(path) for path in names.also]
     return _Joined([first, *others])
+
+
+def _check_described(index: PropertyIndex, data: DataConfig) -> None:
+    """Refuse keys that count only when an index is built, and were others then. `data.text` at its default is not looked at."""
+    differing = []
+    if data.text not in (TEXT_DEFAULT, index.text):
+        differing.append(("data.text", data.text, index.text))
+    for name, spec in data.properties.items():
+        if name in index.sources and spec.path is not None:
+            now = f"{spec.kind} {path_source(spec.path, spec.pattern)}"
+            was = f"{index.tables.properties[name].kind} {index.sources[name]}"
+            differing += [(f"data.properties.{name}", now, was)] * (now != was)
+    if differing:
+        lines = "".join(f"\n  - {key} is {now!r}, the index has {was!r}" for key, now, was in differing)
+        raise PropertyIndexError(
+            f"{index.path} was built with other settings than these:{lines}\n  Leave them as they were, or build the index again."
+        )
 
 
 def sample_sources(index: PropertyIndex) -> list[SampleSource]:

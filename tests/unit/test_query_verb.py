@@ -161,3 +161,23 @@ def test_nothing_is_explained_unasked(index: Path, capsys: pytest.CaptureFixture
 def test_people_read_why(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "query", "--explain", f"index.path={index}", 'query.where="quality < 0.05"')
     assert code == 0 and "pruned by zones" in out and "looked at quality of 8 of 30 samples" in out
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.text=content", "data.text is 'content', the index has 'text'"),
+        ("data.properties.year={path:year,kind:number}", "data.properties.year is 'number path:year', the index has"),
+        ("data.properties.source=meta.source", "'category path:meta.source', the index has 'category path:source'"),
+    ],
+)
+def test_what_was_decided_when_the_index_was_built_is_not_silently_ignored(
+    override: str, named: str, index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "query", f"index.path={index}", override)
+    assert code == 2
+    assert named in err
+
+
+def test_what_the_index_was_built_with_may_be_said_again(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(capsys, index, "data.text=text", "data.properties.source=source")["selected"]["samples"] == 30
