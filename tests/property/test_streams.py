@@ -1,0 +1,63 @@
+"""Looking up many spans of a stream at once finds what one by one finds, whatever windows and epochs they cross."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Share
+from mixtera_hpc.dataplane.expand import Documents
+from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.errors import DataError
+
+SHUFFLES = ["dataplane.shuffle=none", "dataplane.shuffle=block", "dataplane.shuffle_window=3"]
+
+
+@pytest.fixture(scope="module", params=SHUFFLES)
+def source(collection: list[str], request: pytest.FixtureRequest) -> Source:
+    return open_source(compose([*collection, request.param]), Local())
+
+
+def items_of(documents: Documents) -> np.ndarray:
+    """Block, row and position in the document of every item; shape (items, 3)."""
+    count = documents.last - documents.first
+    inside = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    places = (documents.block, documents.row, documents.first)
+    block, row, first = (np.repeat(values, count).astype(np.int64) for values in places)
+    return np.stack([block, row, first + inside], axis=1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 9), st.lists(st.tuples(st.floats(0, 2.5), st.integers(1, 700)), min_size=1, max_size=6))
+def test_spans_together_are_the_spans_one_by_one(source: Source, domain: int, wanted: list[tuple[float, int]]) -> None:
+    streams, epoch = source.streams(), int(source.layout.epoch_items()[domain])
+    spans = [(int(at * epoch), int(at * epoch) + count) for at, count in wanted]
+    whole = items_of(streams.documents(domain, 0, max(stop for _, stop in spans)))
+    found = source.streams().documents_of(domain, spans)
+    assert np.array_equal(items_of(found), np.concatenate([whole[a:b] for a, b in spans]))
+    assert (found.first < found.last).all() and (found.last <= found.size).all()
+
+
+def test_a_document_that_changed_is_named_at_its_step(own_collection: list[str]) -> None:
+    """Steps are read together, but those before the damage are served."""
+    wish = ["mixture.by=[]", "dataplane.shuffle=none", "dataplane.seq_len=32", "dataplane.global_batch_size=4"]
+    source = open_source(compose([*own_collection, *wish, "dataplane.chunk_steps=1000"]), Local())
+    shard = Path(source.config.data.root) / source.facts.shard_paths[0]
+    lines = shard.read_bytes().splitlines(keepends=True)
+    text = json.dumps(json.loads(lines[100])["text"]).encode()
+    lines[100] = lines[100].replace(text, b'"' + b"z" * (len(text) - 2) + b'"')
+    shard.write_bytes(b"".join(lines))
+    documents = source.streams().documents(0, 0, int(source.layout.epoch_items()[0]))
+    begins = int(documents.size[:100].sum())
+    plan, _ = source.planner.plan(PlannerState.start(1), source.weights)
+    served: list[Batch] = []
+    with pytest.raises(DataError, match=r"row 100 has \d+ tokens, the index counted"):
+        for batch in BatchMaker(source, Share(first=0, size=4), audit=False).batches(plan, 0):
+            served.append(batch)
+    assert len(served) == (begins - 1) // (4 * source.grid.stride)
