@@ -90,9 +90,10 @@ class _Cells:
 
     def only(self, keep: NDArray[np.bool_]) -> "_Cells":
         """Some of the cells; no copy when it is all of them."""
-        if keep.all():
+        kept = np.flatnonzero(keep)  # Taking positions is six times as fast as taking by a mask.
+        if len(kept) == len(keep):
             return self
-        return _Cells(self.block[keep], self.combo[keep], self.rows[keep], self.tokens[keep])
+        return _Cells(*(column.take(kept) for column in (self.block, self.combo, self.rows, self.tokens)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +136,15 @@ class Counter:
         pieces = []
         for start, stop in _ranges(self._tables.histogram.indptr):
             cells = self._decided(start, stop)
-            self.rows_of_combo += self._sum(cells.combo, cells.rows)
-            self.tokens_of_combo += self._sum(cells.combo, cells.tokens)
-            pieces.append(_piece(cells, self._domain[cells.combo], num_domains))
+            combo = cells.combo.astype(np.intp)
+            self.rows_of_combo += self._sum(combo, cells.rows)
+            self.tokens_of_combo += self._sum(combo, cells.tokens)
+            pieces.append(_piece(cells, self._domain.take(combo), num_domains))
         return _joined(pieces, num_domains)
 
-    def _sum(self, combo: NDArray[Any], values: NDArray[Any]) -> NDArray[np.int64]:
+    def _sum(self, combo: NDArray[np.intp], values: NDArray[Any]) -> NDArray[np.int64]:
         """Exact below 2^53 per range, which it is."""
-        return np.bincount(combo, values, len(self._can)).astype(np.int64)
+        return np.bincount(combo, values.astype(np.float64), len(self._can)).astype(np.int64)
 
     def _decided(self, start: int, stop: int) -> _Cells:
         """What the query selects of the blocks [start, stop)."""
@@ -151,14 +153,13 @@ class Counter:
         count = np.diff(histogram.indptr[start : stop + 1])
         block = np.repeat(np.arange(start, stop, dtype=np.int32), count)
         cells = _Cells(block, histogram.combo[where], histogram.rows[where], histogram.tokens[where])
-        can = self._can[cells.combo]
-        possible = _distinct(cells.block[can])
+        cells = cells.only(self._can.take(cells.combo))
+        possible = _distinct(cells.block)
         self.effort.without_match += stop - start - possible
         if not self._predicate.numbers:
             self.effort.whole += possible
-            return cells.only(can)
-        cells = cells.only(can)
-        must = self._must[cells.combo]
+            return cells
+        must = self._must.take(cells.combo)
         can, unclear = must.copy(), ~must
         can[unclear], must[unclear] = self._zoned(cells, unclear)
         undecided = np.unique(cells.block[can & ~must])
