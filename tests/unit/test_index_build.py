@@ -1,5 +1,6 @@
 """Building an index: what is stored, what is refused, what the file costs."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
-from mixtera_hpc.index.build import BuildProgress, build_index
+from mixtera_hpc.formats.format import Unit
+from mixtera_hpc.formats.jsonl import Jsonl
+from mixtera_hpc.index.build import BuildProgress, build_index, scan_job
+from mixtera_hpc.index.discover import discover
 from mixtera_hpc.index.open import open_index
+from mixtera_hpc.index.scan import scan_unit
 from mixtera_hpc.tokens.train import train_bpe
 
 PROPERTIES = {"source": "meta.source", "quality": {"path": "meta.quality", "kind": "number"}}
@@ -180,3 +185,35 @@ def test_an_index_costs_less_than_eight_bytes_per_sample(tmp_path: Path) -> None
     )
     report = build_index(config)
     assert report.index_bytes / report.samples < 8
+
+
+@pytest.mark.parametrize("part_rows", [1, 7, 1000])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_long_units_come_in_parts_that_say_the_same(
+    part_rows: int, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts end where blocks end; rows of the block that has not ended wait for the next part."""
+    path = tmp_path / f"a.{suffix}"
+    write(path, 100)
+    rows = path.read_bytes().splitlines(keepends=True)
+    rows[33] = b"{bad\n"
+    chunks = [b"".join(rows[i : i + 9]) for i in range(0, 100, 9)]
+    path.write_bytes(b"".join(map(gzip.compress, chunks) if suffix.endswith("gz") else chunks))
+    config = configured(tmp_path, data={"on_bad_sample": "skip"}, index={"block_rows": 3})
+    whole = build_index(config)
+    with open_index(whole.path) as index:
+        blocks = index.tables.blocks.rows.tolist()
+    monkeypatch.setattr("mixtera_hpc.index.scan.PART_ROWS", part_rows)
+    monkeypatch.setattr("mixtera_hpc.formats.frames.PIECE_BYTES", 256)
+    if suffix == "jsonl":
+        monkeypatch.setattr("mixtera_hpc.formats.scan.load_format", lambda name: Jsonl(piece_bytes=256))
+    parts = list(scan_unit(*_only_unit(config)))
+    assert len(parts) > 5 or part_rows == 1000
+    assert [n for part in parts for n in part.blocks["rows"].tolist()] == blocks
+    assert all(part.num_rows == part.blocks["rows"].sum() for part in parts)
+    assert build_index(config).fingerprint == whole.fingerprint
+
+
+def _only_unit(config: Config) -> tuple[Any, Any, Unit]:
+    (shard,) = discover(config.data)
+    return scan_job(config), shard, Unit(0, shard.size_bytes)
