@@ -147,6 +147,11 @@ class AttemptRecord:
         """One past the last step it planned."""
         return max((self.era.step_at(p.first_step + p.num_steps) for p in self.plans), default=self.first_step)
 
+    @property
+    def served_end(self) -> int:
+        """One past the last step it served, as far as that is known."""
+        return self.end if self.next_step is None else self.next_step
+
     def rank_of(self, position: int) -> int:
         """The rank (first of its dp_group) that was given `position` of the global batch."""
         per_group = self.global_batch_size // (self.num_ranks // self.dp_group_size)

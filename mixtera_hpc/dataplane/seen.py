@@ -23,7 +23,9 @@ Record = dict[str, Any]
 
 
 def seen(sources: Sources, history: History, shard: str, row: int) -> Iterator[Record]:
-    """Every time that a row was planned to be served, by the attempts that count, in order of attempts and epochs.
+    """Every time that a row was served, by the attempts that count, in order of attempts and epochs.
+
+    Of an attempt that has not closed in order, what it has planned counts too: up to two chunks more than it consumed.
 
     Each has `step`, `position`, `rank`, `attempt`, `domain_id`, `epoch` and `piece`: the items [start, end) of the row.
 
@@ -34,7 +36,7 @@ def seen(sources: Sources, history: History, shard: str, row: int) -> Iterator[R
         source = sources.of(attempt)
         place = _place(source, shard, row)
         for occurrence in _occurrences(source, attempt, place) if place else ():
-            if occurrence["step"] in steps:
+            if occurrence["step"] in steps and occurrence["step"] < attempt.served_end:
                 yield occurrence
 
 

@@ -60,7 +60,7 @@ def operated(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     run = opened(after, folder)
     naive: dict[Any, list[Any]] = {}
     for attempt, steps in run[1].extents():
-        for record in traced(run[0].of(attempt), attempt, steps):
+        for record in traced(run[0].of(attempt), attempt, range(steps.start, min(steps.stop, 160))):
             for shard, row, start, end in record["pieces"]:
                 naive.setdefault((shard, row), []).append((record["step"], record["position"], [start, end]))
     return run, naive
