@@ -22,10 +22,12 @@ BASE = {"c": "c", "n": {"path": "n", "kind": "number"}}
 DERIVED = {
     "a_size": {"function": "my_functions.size", "kind": "number"},
     "first": {"function": "my_functions.first"},
+    "length": {"function": "my_functions.length", "kind": "number"},
     "letters": {"function": "my_functions.letters", "kind": "categories"},
 }
 MODULE = """
 def size(documents): return [len(d) if d else None for d in documents]
+def length(documents): return [len(d) for d in documents]
 def first(documents): return [d[0] if d else None for d in documents]
 def letters(documents): return [sorted(set(d[:3])) for d in documents]
 def few(documents): return [0] * (len(documents) - 1)
@@ -71,7 +73,7 @@ def test_deriving_gives_what_building_with_the_functions_gives(root: Path) -> No
     build_index(configured(root, BASE))
     report = derive_properties(configured(root, BASE | DERIVED))
     build_index(configured(root, BASE | DERIVED, "fresh.h5"))
-    assert report.derived == ("a_size", "first", "letters")
+    assert report.derived == ("a_size", "first", "length", "letters")
     with open_index(root / "i.h5") as derived, open_index(root / "fresh.h5") as fresh:
         assert content(derived) == content(fresh)
         assert derived.fingerprint == fresh.fingerprint, "columns, tables, dictionaries, sources: all the same"
