@@ -82,8 +82,11 @@ def _served_early(
     chosen = order[:rest]
     left = part.copy()
     left[chosen] -= UNIT
-    if _rest_fits(left, weight, deadline) and _chunk_fits(left * open_, weight * open_, age, num_slots):
-        return chosen
+    if _rest_fits(left, weight, deadline):
+        if not open_.all():
+            left, weight = left * open_, weight * open_
+        if _chunk_fits(left, weight, age, num_slots):
+            return chosen
     candidates = np.flatnonzero(open_)
     return candidates[_earliest(part[candidates], age[candidates], deadline[candidates], limits)]
 
