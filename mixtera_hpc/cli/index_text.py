@@ -128,11 +128,15 @@ def derive_text(report: "DeriveReport") -> list[str]:
 
 def facts_of(index: "PropertyIndex") -> dict[str, Any]:
     """The fields of `index inspect --json`."""
+    from pathlib import Path
+
+    from mixtera_hpc.index.several import sample_sources
     from mixtera_hpc.index.storage import stored_columns
 
     tables = index.tables
-    columns = stored_columns(index.path)
-    size = index.path.stat().st_size
+    files = [Path(source.path) for source in sample_sources(index)]
+    columns = stored_columns(files[0]) if len(files) == 1 else []
+    size = sum(path.stat().st_size for path in files)
     paths = index.shard_paths()
     return {
         "shards": len(tables.shards.path),

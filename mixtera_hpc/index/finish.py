@@ -20,7 +20,7 @@ from mixtera_hpc.index.parts import building_folder
 from mixtera_hpc.index.scan import ScanJob
 from mixtera_hpc.index.write import IndexFacts, publish, write_index
 
-__all__ = ["BuildReport", "Kept", "finish", "sources_of"]
+__all__ = ["BuildReport", "Kept", "Order", "finish", "sources_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,20 +67,23 @@ class Kept:
     chunk_rows: int = 0
 
 
-def finish(
-    config: Config,
-    job: ScanJob,
-    plan: Plan,
-    records: Records,
-    began: float,
-    kept: Kept = Kept(),
-) -> BuildReport:
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked for, and when."""
+
+    config: Config
+    job: ScanJob
+    began_s: float
+    """Of the monotonic clock."""
+
+
+def finish(order: Order, plan: Plan, records: Records, kept: Kept = Kept()) -> BuildReport:
     """Merge, write, publish.
 
     Raises:
         DataError: there are no rows.
     """
-    started = time.monotonic()
+    config, job, started = order.config, order.job, time.monotonic()
     path = Path(config.index.path)
     new = [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
     pieces: list[PlacedPiece] = [*kept.pieces, *new]
@@ -114,7 +117,7 @@ def finish(
         index_bytes=path.stat().st_size,
         units=len(plan.units),
         resumed_units=len(plan.done),
-        elapsed_s=now - began,
+        elapsed_s=now - order.began_s,
         finish_s=now - started,
         empty_properties=written.empty_properties,
         bad_rows=merged.bad_rows,
