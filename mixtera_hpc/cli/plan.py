@@ -55,7 +55,15 @@ def _print_forecast(source: Any) -> None:
         table.add_row(d.name, f"{d.weight:.4f}", f"{d.items:,}", f"{d.served:,}", f"{d.epochs:.2f}", runs_out)
     console = Console()
     console.print(table)
-    console.print(f"{expected.bytes_per_step / 1e6:.2f} MB read per step over all ranks")
+    step = expected.step
+    console.print(
+        f"{expected.bytes_per_step / 1e6:.3g} MB read per step over all ranks: {step.documents:,.0f} documents of about "
+        f"{step.blocks:,.0f} blocks in {step.shards:,.0f} shards"
+    )
+    console.print(
+        f"read amplification where blocks are read whole and none is kept: {step.read_amplification:.1f}; "
+        "where rows are read by themselves: 1.0"
+    )
     if expected.num_steps < expected.steps_asked:
         console.print(
             f"[bold]The data ends after step {expected.num_steps - 1}[/bold], {expected.steps_asked} were asked for: raise "

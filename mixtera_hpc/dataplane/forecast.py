@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.dataplane.footprint import Footprint, footprint
 from mixtera_hpc.dataplane.source import Source
 
 __all__ = ["DomainForecast", "Forecast", "forecast"]
@@ -37,6 +38,8 @@ class Forecast:
     """Fewer than asked when the data ends before."""
     bytes_per_step: float
     """Read from disk by all ranks together, for the documents that are used."""
+    step: Footprint
+    """What a step touches, on average."""
     domains: list[DomainForecast]
 
 
@@ -51,6 +54,7 @@ def forecast(source: Source, num_steps: int) -> Forecast:
         steps_asked=num_steps,
         num_steps=state.step,
         bytes_per_step=float(_bytes_per_item(source) @ served) / max(state.step, 1),
+        step=footprint(source, served / max(state.step, 1)),
         domains=[
             DomainForecast(
                 name=name,

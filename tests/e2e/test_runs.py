@@ -1,0 +1,101 @@
+"""A run is changed while it goes on and between attempts, as a user types it; replay still proves it."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import COMMAND, MPIEXEC, Cli
+
+STATIC = "kind: static\ndomains:\n  - {key: {source: ast}, weight: 0.75}\n  - {key: {source: enum}, weight: 0.25}\n"
+
+
+def the_run(root: Path) -> Path:
+    [folder] = (root / "small").iterdir()
+    return folder
+
+
+def test_a_running_job_of_several_ranks_changes_its_mixture(cli: Cli, small: list[str], tmp_path: Path) -> None:
+    (tmp_path / "static.yaml").write_text(STATIC)
+    words = ["run", *small, f"run.root={tmp_path / 'runs'}", "training.num_steps=20000"]
+    with (tmp_path / "out").open("w+") as out:
+        process = subprocess.Popen([MPIEXEC, "-n", "3", *COMMAND, *words], stdout=out, stderr=subprocess.STDOUT)
+        try:
+            wait_for(tmp_path, "runs/small/*/metrics/steps.jsonl", 4, process)
+            folder = the_run(tmp_path / "runs")
+            cli("mixture", folder, "--set", tmp_path / "static.yaml")
+            wait_for(tmp_path, "runs/small/*/decisions.jsonl", 1, process)
+            time.sleep(2.0)
+            (folder / "control" / "stop").touch()
+            assert process.wait(timeout=90) == 75, (tmp_path / "out").read_text()
+        finally:
+            process.kill()
+    lines = [json.loads(line) for line in cli("mixture", folder, "--json").stdout.splitlines()]
+    [decision] = [line for line in lines if line["kind"] == "mixture"]
+    newest = [line for line in lines if line["kind"] == "chunk"][-1]
+    assert newest["chunk"] == decision["chunk"]
+    assert sorted(newest["weights"])[-2:] == pytest.approx([0.25, 0.75])
+    cli("trace", folder, "--verify")
+    done = cli("mixture", folder, "--set", tmp_path / "static.yaml", "--at-chunk", 1, rc=2)
+    assert "planned already" in done.stderr
+
+
+def wait_for(root: Path, glob: str, lines: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(len(path.read_text().splitlines()) >= lines for path in root.glob(glob)):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{glob} did not come:\n{(root / 'out').read_text()}")
+
+
+@pytest.fixture(scope="module")
+def trained(cli: Cli, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("trained")
+    cli("run", *small, f"run.root={root}", "training.num_steps=14", "training.checkpoint_every=5")
+    return the_run(root)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dataplane.seed=3"], "add --change-seed"),
+        (["dataplane.global_batch_size=6"], "add --change-batch-size"),
+        (["--change-seed"], "dataplane.seed stays 0"),
+        (["--skip-steps", "9..4"], "--skip-steps is '9..4'"),
+        (["--skip-steps", "2..3"], "the oldest checkpoint left is of step"),
+        (["--drop", "sourc == 'ast'"], "--drop names 'sourc'"),
+        (["--drop", "size > 1e12"], "matches no sample"),
+    ],
+)
+def test_surgery_that_is_not_meant_or_not_possible_is_refused(
+    trained: Path, cli: Cli, words: list[str], said: str
+) -> None:
+    done = cli("resume", trained, *words, rc=2)
+    assert said in done.stderr
+    assert not (trained / "decisions.jsonl").exists()
+
+
+def test_a_run_through_surgery_is_proven_and_its_samples_are_found(trained: Path, cli: Cli) -> None:
+    cli("resume", trained, "training.num_steps=24", "--skip-steps", "12..19")
+    changed = ["--change-seed", "dataplane.seed=5", "--change-batch-size", "dataplane.global_batch_size=8"]
+    cli("resume", trained, "training.num_steps=34", "--drop", "source == 'argparse'", *changed, ranks=2)
+    verdict = json.loads(cli("trace", trained, "--verify", "--json").stdout)
+    assert (verdict["num_steps"], verdict["num_sequences"]) == (34, 24 * 12 + 10 * 8)
+    rows = [json.loads(line) for line in cli("trace", trained, "--step", "30", "--json").stdout.splitlines()]
+    shard, row, _, _ = rows[0]["pieces"][0]
+    found = [json.loads(x) for x in cli("trace", trained, "--shard", shard, "--row", row, "--json").stdout.splitlines()]
+    assert (30, 0) in [(f["step"], f["position"]) for f in found]
+    kinds = [json.loads(line)["kind"] for line in (trained / "decisions.jsonl").read_text().splitlines()]
+    assert kinds == ["surgery", "surgery"]
+
+
+def test_validation_reports_every_domain_on_samples_not_trained_on(cli: Cli, small: list[str], tmp_path: Path) -> None:
+    words = [f"run.root={tmp_path}", "training.num_steps=6", "training.validate_every=4", "query.holdout.fraction=0.2"]
+    cli("run", *small, *words, ranks=2)
+    events = [json.loads(x) for x in (the_run(tmp_path) / "metrics" / "validation.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events] == [4, 6]
+    assert events[0]["domain_tokens"] == events[1]["domain_tokens"]
+    assert sum(loss is not None for loss in events[0]["domain_loss"]) >= 3
