@@ -18,7 +18,7 @@ from mixtera_hpc.formats.scan import fields_of
 from mixtera_hpc.formats.seek import folder_beside
 from mixtera_hpc.index.attempt import Attempt, Plan, Records, attempt
 from mixtera_hpc.index.discover import Shard, discover, roots_of
-from mixtera_hpc.index.finish import BuildReport, Order, finish
+from mixtera_hpc.index.finish import Asked, BuildReport, finish
 from mixtera_hpc.index.functions import Functions
 from mixtera_hpc.index.part import UnitPart
 from mixtera_hpc.index.scan import ScanJob, scan_unit
@@ -42,7 +42,7 @@ def build_index(config: Config, comm: Communicator | None = None, progress: Repo
     began, job = time.monotonic(), scan_job(config)
 
     def end(plan: Plan, records: Records) -> BuildReport:
-        return finish(Order(config, job, began), plan, records)
+        return finish(Asked(config, job, began), plan, records)
 
     work = scan_attempt(config, job)
     return attempt(work, comm or Local(), lambda: plan_of(job, discover(config.data)), end, BuildReport, progress)

@@ -20,7 +20,7 @@ from mixtera_hpc.index.parts import building_folder
 from mixtera_hpc.index.scan import ScanJob
 from mixtera_hpc.index.write import IndexFacts, publish, write_index
 
-__all__ = ["BuildReport", "Kept", "Order", "finish", "sources_of"]
+__all__ = ["Asked", "BuildReport", "Kept", "finish", "sources_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class Asked:
     """What was asked for, and when."""
 
     config: Config
@@ -77,13 +77,13 @@ class Order:
     """Of the monotonic clock."""
 
 
-def finish(order: Order, plan: Plan, records: Records, kept: Kept = Kept()) -> BuildReport:
+def finish(asked: Asked, plan: Plan, records: Records, kept: Kept = Kept()) -> BuildReport:
     """Merge, write, publish.
 
     Raises:
         DataError: there are no rows.
     """
-    config, job, started = order.config, order.job, time.monotonic()
+    config, job, started = asked.config, asked.job, time.monotonic()
     path = Path(config.index.path)
     new = [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
     pieces: list[PlacedPiece] = [*kept.pieces, *new]
@@ -117,7 +117,7 @@ def finish(order: Order, plan: Plan, records: Records, kept: Kept = Kept()) -> B
         index_bytes=path.stat().st_size,
         units=len(plan.units),
         resumed_units=len(plan.done),
-        elapsed_s=now - order.began_s,
+        elapsed_s=now - asked.began_s,
         finish_s=now - started,
         empty_properties=written.empty_properties,
         bad_rows=merged.bad_rows,

@@ -17,7 +17,7 @@ from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.attempt import Plan, Records, attempt
 from mixtera_hpc.index.build import plan_of, scan_attempt, scan_job
 from mixtera_hpc.index.discover import Shard, discover
-from mixtera_hpc.index.finish import BuildReport, Kept, Order, finish, sources_of
+from mixtera_hpc.index.finish import Asked, BuildReport, Kept, finish, sources_of
 from mixtera_hpc.index.open import PropertyIndex, open_index
 from mixtera_hpc.index.pieces import StoredBlocks, combos_of, runs_of
 from mixtera_hpc.index.scan import ScanJob
@@ -91,7 +91,7 @@ def _end(config: Config, job: ScanJob, plan: Plan, records: Records, old: _Old) 
     difference = old.difference
     kept, report = _kept(old.index, difference), None
     if difference.added or difference.changed or difference.deleted:
-        report = finish(Order(config, job, old.began), plan, records, kept)
+        report = finish(Asked(config, job, old.began), plan, records, kept)
     return RefreshReport(
         kept=len(difference.kept),
         added=tuple(shard.path for shard in difference.added),
