@@ -24,6 +24,7 @@ HELD_OUT = "held out"
 """Name of the number; no identifier, so that it collides with no property."""
 
 Words = NDArray[np.uint64]
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def shard_keys(paths: Sequence[str], seed: int) -> Words:
@@ -37,8 +38,11 @@ def with_places(columns: SampleColumns, keys: Words, blocks: BlockTable, chosen:
     rows = blocks.rows[chosen].astype(np.int64)
     ends = np.cumsum(rows)
     row = np.arange(int(rows.sum())) - np.repeat(ends - rows - blocks.first_row[chosen], rows)
-    hashed = _mixed(np.repeat(keys[blocks.shard[chosen]], rows) ^ _mixed(row.astype(np.uint64)))
-    place = (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    words = row.astype(np.uint64)
+    words *= GAMMA
+    words += np.repeat(keys[blocks.shard[chosen]], rows)
+    place = (_mixed(words) >> np.uint64(11)).astype(np.float64)
+    place *= 2.0**-53
     return replace(columns, numbers={**columns.numbers, HELD_OUT: place})
 
 
@@ -61,8 +65,9 @@ def split_predicate(predicate: Predicate, fraction: float, split: Split) -> Pred
 
 
 def _mixed(words: Words) -> Words:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every input bit changes every output bit."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    """SplitMix64's output function (Steele, Lea, Flood 2014) in place: a shard's rows are a stream of that generator."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        words ^= words >> np.uint64(shift)
+        words *= np.uint64(factor)
+    words ^= words >> np.uint64(31)
+    return words
