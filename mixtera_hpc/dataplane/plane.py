@@ -167,15 +167,17 @@ class DataPlane:
     def stop_requested(self) -> bool:
         """Whether all ranks should save and leave now: the same answer on each. **Collective.**
 
-        A signal or `control/stop` seen during step s makes this true after step s + 1.
+        A signal or `control/stop` seen during step s makes this true after step s + 1; who never asks outlives SIGTERM.
         """
         self._agree()
         return self._first_stop is not None and self._first_stop < self._next_step - 1
 
     def save_requested(self) -> bool:
-        """Whether all ranks should save and go on: the same answer on each. **Collective.**"""
+        """Whether all ranks should save and go on, once for every request: the same answer on each. **Collective.**"""
         self._agree()
-        return self._next_step - 2 in self._saves
+        due = {step for step in self._saves if step < self._next_step - 1}
+        self._saves -= due
+        return bool(due)
 
     def completed_statistics(self) -> list[DomainStatistics]:
         """Statistics, summed over all ranks, of the steps that have completed since the last call, in order.
@@ -343,15 +345,15 @@ class DataPlane:
     def _local_sums(self, batch: Batch) -> NDArray[np.int64]:
         recorded, self._recorded = self._recorded, []
         total = np.zeros((NUM_ROWS, self.num_domains), np.int64)
-        num_sequences = 0
+        times = np.zeros(self._share.size, np.int64)
         for _, rows, sums in recorded:
             mask = batch.loss_mask[rows]
-            num_sequences += len(mask)
+            times[rows] += 1
             total += accumulate(batch.domain_ids[rows], sums(), mask.sum(axis=1), self.num_domains)
-        if num_sequences not in (0, self._share.size):
+        if recorded and (times != 1).any():
             raise CommError(
-                f"Rank {self._comm.rank} recorded {num_sequences} of the {self._share.size} sequences of step {batch.step}: "
-                "call record() once for every micro-batch, with its rows."
+                f"Rank {self._comm.rank} recorded sequence {int(np.argmax(times != 1))} of step {batch.step} "
+                f"{times[times != 1][0]} times: call record() once for every micro-batch, with its rows."
             )
         speaks = self._comm.rank % self._source.config.dataplane.dp_group_size == 0
         return total if speaks else np.zeros_like(total)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mixtera_hpc.comm.communicator import Local
@@ -17,7 +18,7 @@ from mixtera_hpc.dataplane import plane as plane_module
 from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.source import open_source
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.errors import CommError, DataError
 
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
 
@@ -109,3 +110,32 @@ def test_files_are_not_closed_under_a_read_and_closing_waits_for_it(config: Conf
     maker.let_go.set()
     prefetcher.close()
     assert maker.closed.is_set()
+
+
+def test_a_sequence_recorded_twice_is_named(config: Config) -> None:
+    half = slice(0, 2)
+    with (
+        pytest.raises(CommError, match="recorded sequence 0 of step 0 2 times"),
+        DataPlane.open(config, comm=Local()) as plane,
+    ):
+        for batch in plane:
+            losses = np.ones((2, 16), np.float32)
+            plane.record(batch, losses, half)
+            plane.record(batch, losses, half)
+            if batch.step == 3:
+                break
+
+
+def test_a_request_to_save_waits_for_the_one_who_asks_now_and_then(config: Config, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    asked = []
+    with DataPlane.open(config, comm=Local(), folder=run) as plane:
+        for batch in plane:
+            if batch.step == 1:
+                run.control.mkdir(exist_ok=True)
+                (run.control / "save").touch()
+            if batch.step % 4 == 3:
+                asked.append(plane.save_requested())
+            if batch.step == 11:
+                break
+    assert asked == [True, False, False]
