@@ -73,7 +73,8 @@ def surgeries(path: Path | None) -> list[Surgery]:
 
 def is_past(state: Mapping[str, Any], operated: Sequence[Surgery]) -> bool:
     """Whether a surgery has abandoned the saved `state` (the "json" part of it): it lies after the step gone back to."""
-    pending = operated[state["era"]["number"] :]
+    done = state.get("era", {}).get("number", 0)  # A state of an older version is refused when it is loaded.
+    pending = operated[done:]
     return any(state["next_step"] > surgery.at_step for surgery in pending)
 
 

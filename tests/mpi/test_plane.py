@@ -12,6 +12,7 @@ import pytest
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.surgery import record_surgery, surgery_between
 from mixtera_hpc.dataplane.trace import Sources, verify
 
 PROGRAM = Path(__file__).with_name("plane_program.py")
@@ -129,3 +130,21 @@ def test_a_batch_that_ranks_cannot_share_is_refused(serve: Serve, overrides: lis
     done = subprocess.run([MPIEXEC, "-n", "5", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "cannot be shared evenly by 5 ranks" in done.stderr
+
+
+def test_surgery_between_attempts_of_different_ranks_is_proven(
+    serve: Serve, overrides: list[str], tmp_path: Path
+) -> None:
+    """Data steps 12 to 16 are skipped and the batch grows; one rank and three agree on what follows."""
+    before, after = compose(overrides), compose([*overrides, "dataplane.global_batch_size=30"])
+    for name, ranks in (("one", 1), ("many", 3)):
+        folder = tmp_path / name
+        serve(folder, 2, 1, 10)
+        surgery = surgery_between(before, after, (12, 16), 10, [])
+        assert surgery is not None
+        record_surgery(RunFolder(folder).decisions, surgery)
+        serve(folder, ranks, 2, 24, more=("dataplane.global_batch_size=30",))
+    assert consumed(tmp_path / "one") == consumed(tmp_path / "many")
+    run = RunFolder(tmp_path / "many")
+    verdict = verify(Sources(after), run, History(run.journal))
+    assert (verdict.num_steps, verdict.num_sequences) == (24, 10 * 24 + 14 * 30)
