@@ -98,3 +98,22 @@ def test_hydra_s_launcher_starts_mpi_ranks(small: list[str], runs: Path, tmp_pat
     assert [start["ranks"] for start in starts] == [4, 4]
     ends = [json.loads(path.read_text()) for path in runs.glob("small/*/attempts/001/exit.json")]
     assert [end["exit_code"] for end in ends] == [0, 0]
+
+
+def test_a_requeued_job_is_another_attempt_of_its_run(mixtera: Mixtera, small: list[str]) -> None:
+    requeued = ["cluster.sbatch={no_requeue:null,requeue:true}", "training.num_steps=100000"]
+    mixtera("submit", *small, *requeued)
+    first = wait_until(mixtera, lambda now: (now["step"] or 0) >= 3)
+    folder = Path(first["folder"])
+    (folder / "control" / "save").touch()
+    wait_until(mixtera, lambda now: (folder / "checkpoints" / "LATEST").exists())
+
+    subprocess.run(["scontrol", "requeue", first["job_id"]], check=True)
+    second = wait_until(mixtera, lambda now: now["attempt"] == 2 and now["state"] == "RUNNING")
+    assert second["job_id"] == first["job_id"]
+    wait_until(mixtera, lambda now: now["step"] > second["step"] + 3)
+    mixtera("cancel", "small", "--after-save")
+    wait_until(mixtera, lambda now: now["state"] == "SAVED")
+
+    verdict = json.loads(mixtera("trace", "small", "--verify", "--json").stdout)
+    assert verdict["num_attempts"] == 2

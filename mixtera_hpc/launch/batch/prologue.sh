@@ -1,7 +1,10 @@
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then # Requeued by somebody: what it did before belongs to the attempt it was then.
+  while [ -e "$folder/attempts/$(printf %03d "$attempt")/job.json" ]; do attempt=$((attempt + 1)); done
+fi
 here=$folder/attempts/$(printf %03d "$attempt")
 logs=${here//%/%%}/logs # srun expands % in file names.
 mkdir -p "$here/logs" "$folder/control"
-rm -f "$here/saved" "$here/exit.json" # Slurm may start the same job twice.
+rm -f "$here/saved" "$here/exit.json"
 
 record_job() { # the attempt's folder, its job id: what `mixtera-hpc status` reads
   printf '{"kind": "slurm", "job_id": "%s", "submitted": "%s", "nodes": %d, "ranks": %d, "limit_s": %d}\n' \

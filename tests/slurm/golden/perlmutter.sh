@@ -24,10 +24,13 @@ if [ -z "$folder" ]; then folder=/runs/golden/20261123-161004-7f3a; fi
 nodes=2 ranks=8 limit_s=3600
 last_attempt=3
 follow_up="afterany:$SLURM_JOB_ID"
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then # Requeued by somebody: what it did before belongs to the attempt it was then.
+  while [ -e "$folder/attempts/$(printf %03d "$attempt")/job.json" ]; do attempt=$((attempt + 1)); done
+fi
 here=$folder/attempts/$(printf %03d "$attempt")
 logs=${here//%/%%}/logs # srun expands % in file names.
 mkdir -p "$here/logs" "$folder/control"
-rm -f "$here/saved" "$here/exit.json" # Slurm may start the same job twice.
+rm -f "$here/saved" "$here/exit.json"
 
 record_job() { # the attempt's folder, its job id: what `mixtera-hpc status` reads
   printf '{"kind": "slurm", "job_id": "%s", "submitted": "%s", "nodes": %d, "ranks": %d, "limit_s": %d}\n' \
