@@ -38,11 +38,12 @@ def _set(folder: "RunFolder", file: Path, chunk: int | None) -> int:
     from mixtera_hpc.dataplane.change import Request, ask, successor
     from mixtera_hpc.dataplane.mixture import make_mixer
     from mixtera_hpc.dataplane.source import open_source
+    from mixtera_hpc.dataplane.surgery import as_begun
     from mixtera_hpc.errors import ConfigError
 
     if not file.is_file():
         raise ConfigError(f"There is no file {file}. --set takes a YAML file with what stands below `mixture:`.")
-    config = load_config(folder.config)
+    config = as_begun(load_config(folder.config), folder.journal)
     mixture = successor(config.mixture, load_yaml(file))
     source = open_source(config, Local(), check=False)
     weights = make_mixer(mixture, source.ground, learn=False).weights_of(0)

@@ -26,6 +26,7 @@ from mixtera_hpc.errors import ConfigError
 __all__ = [
     "Beginning",
     "Surgery",
+    "as_begun",
     "begin",
     "config_of",
     "is_past",
@@ -140,10 +141,30 @@ def share_beginning(comm: Communicator, found: Beginning | None, num_domains: in
     return Beginning(step=known["step"], plan=ChunkPlan.from_array(buffer), era=Era.from_dict(known["era"]))
 
 
+def as_begun(config: Config, journal: Path) -> Config:
+    """`config` with the state of its index that the run of `journal` began with: it may have been refreshed since.
+
+    Costs one line of the journal. The user's own `index.generation` stays.
+    """
+    if config.index.generation is not None or not journal.is_file():
+        return config
+    with journal.open("rb") as file:
+        line = file.readline()
+    opened = msgspec.json.decode(line) if line.endswith(b"\n") else {}
+    return _at_state(config, opened.get("identity", {}).get("index"))
+
+
+def _at_state(config: Config, fingerprint: str | None) -> Config:
+    """What several indexes joined looked like cannot be asked for."""
+    if config.index.also or not fingerprint:
+        return config
+    return replace(config, index=replace(config.index, generation=fingerprint))
+
+
 def config_of(config: Config, identity: Mapping[str, Any]) -> Config:
-    """`config` with the settings that surgery may change as they are in `identity`."""
+    """`config` with what surgery or a refresh may have changed as it is in `identity`."""
     return replace(
-        config,
+        _at_state(config, identity["index"]),
         query=replace(config.query, drop=list(identity["drop"])),
         dataplane=replace(config.dataplane, seed=identity["seed"], global_batch_size=identity["global_batch_size"]),
     )

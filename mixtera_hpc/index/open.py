@@ -179,14 +179,16 @@ class PropertyIndex:
         return [str(self.roots[dataset].absolute() / path) for dataset, path in pairs]
 
     def go_back(self, fingerprint: str) -> None:
-        """See what there was before the last refreshes.
+        """See what there was before the last refreshes; nothing to do when that is what there is.
 
         Raises:
             PropertyIndexError: the index does not begin with a state of that fingerprint.
         """
+        if fingerprint and self.fingerprint.startswith(fingerprint):
+            return
         found = next((g for g in self.generations if fingerprint and g.fingerprint.startswith(fingerprint)), None)
         if found is None:
-            known = ", ".join(g.fingerprint[:12] for g in self.generations)
+            known = ", ".join([*(g.fingerprint[:12] for g in self.generations), self.fingerprint[:12]])
             raise PropertyIndexError(
                 f"{self.path} does not begin with a state {fingerprint[:12]!r}; it has {known}.\n  Shards of that state were "
                 "changed or deleted, or the index was built again: start a new run, or put the old file back."

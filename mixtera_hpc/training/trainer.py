@@ -18,7 +18,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
-from mixtera_hpc.dataplane.surgery import is_past, surgeries
+from mixtera_hpc.dataplane.surgery import as_begun, is_past, surgeries
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.events import AttemptEvent
 from mixtera_hpc.track.tracker import Fanout, Tracker, open_tracker
@@ -60,6 +60,7 @@ def run_training(
             "your own trainer with job.command."
         )
     torch.set_num_threads(config.training.num_threads)
+    config = as_begun(config, folder.journal)
     tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)
     if observer and comm.rank == 0:
         tracker = Fanout([tracker, observer])

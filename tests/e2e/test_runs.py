@@ -99,3 +99,20 @@ def test_validation_reports_every_domain_on_samples_not_trained_on(cli: Cli, sma
     assert [event["step"] for event in events] == [4, 6]
     assert events[0]["domain_tokens"] == events[1]["domain_tokens"]
     assert sum(loss is not None for loss in events[0]["domain_loss"]) >= 3
+
+
+def test_a_run_goes_on_over_an_index_that_grew(cli: Cli, own_collection: list[str], tmp_path: Path) -> None:
+    words = [*own_collection, "dataplane.seq_len=32", "dataplane.global_batch_size=8", "dataplane.audit=true"]
+    words += ["training.num_layers=1", "training.embedding_dim=16", "training.num_heads=2", "run.name=small"]
+    cli("run", *words, f"run.root={tmp_path}", "training.num_steps=10", "training.stop_after=5", rc=75)
+    folder = the_run(tmp_path)
+    before = cli("trace", folder, "--step", 2, "--json").stdout
+
+    data = next(Path(word.partition("=")[2]) for word in own_collection if word.startswith("data.root="))
+    rows = [{"text": f"more {i} " * 30, "meta": {"source": "ast", "tags": [], "size": 7}} for i in range(60)]
+    (data / "0-new.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cli("index", "refresh", *words)
+
+    assert cli("trace", folder, "--step", 2, "--json").stdout == before
+    cli("resume", folder, "training.stop_after=null")
+    assert json.loads(cli("trace", folder, "--verify", "--json").stdout)["num_steps"] == 10
