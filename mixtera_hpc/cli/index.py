@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mixtera_hpc.errors import ConfigError
@@ -27,7 +28,7 @@ _FLAGS = {
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
-        choices=sorted(_ACTIONS),
+        choices=sorted([*_WORK, "inspect"]),
         help="build one, show it, compare it with its shards, bring it up to date, add properties of documents; all but "
         "inspect also under mpiexec or srun",
     )
@@ -53,8 +54,12 @@ def run(args: argparse.Namespace) -> int:
     from mixtera_hpc.comm.launch import guarded, open_communicator
 
     comm = open_communicator()
-    code: list[int] = []
-    return guarded(comm, lambda: code.append(_ACTIONS[args.action](args, comm))) or code[0]
+    answers: list[Answer] = []
+    failed = guarded(comm, lambda: answers.append(_WORK[args.action](args, comm)))
+    if failed or comm.rank > 0:
+        return failed
+    print(answers[0].text)
+    return answers[0].code
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -66,21 +71,29 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} goes with --submit.")
 
 
-def _build(args: argparse.Namespace, comm: "Communicator") -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What is printed once all ranks are done, and nothing can hang them any more."""
+
+    text: str = ""
+    code: int = 0
+
+
+def _build(args: argparse.Namespace, comm: "Communicator") -> Answer:
     from mixtera_hpc.cli.index_text import build_text
     from mixtera_hpc.index.build import build_index
 
     return _carried_out(args, comm, lambda config, report: build_index(config, comm, report), build_text)
 
 
-def _refresh(args: argparse.Namespace, comm: "Communicator") -> int:
+def _refresh(args: argparse.Namespace, comm: "Communicator") -> Answer:
     from mixtera_hpc.cli.index_text import refresh_text
     from mixtera_hpc.index.refresh import refresh_index
 
     return _carried_out(args, comm, lambda config, report: refresh_index(config, comm, report), refresh_text)
 
 
-def _derive(args: argparse.Namespace, comm: "Communicator") -> int:
+def _derive(args: argparse.Namespace, comm: "Communicator") -> Answer:
     from mixtera_hpc.cli.index_text import derive_text
     from mixtera_hpc.index.derive import derive_properties
 
@@ -94,8 +107,8 @@ def _carried_out(
     comm: "Communicator",
     work: Callable[["Config", "Report | None"], Any],
     text_of: Callable[[Any], list[str]],
-) -> int:
-    """Compose, work with progress shown, print the report."""
+) -> Answer:
+    """Compose, work with progress shown, put the report into words."""
     from mixtera_hpc.cli.collection import compose_data
     from mixtera_hpc.cli.index_text import progress
 
@@ -103,14 +116,12 @@ def _carried_out(
     with progress(comm) as report:
         result = work(config, report)
     if comm.rank > 0:
-        return 0
+        return Answer()
     if args.json:
         import msgspec
 
-        print(msgspec.json.encode(result).decode())
-    else:
-        print("\n".join(text_of(result)))
-    return 0
+        return Answer(text=msgspec.json.encode(result).decode())
+    return Answer(text="\n".join(text_of(result)))
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -127,7 +138,7 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace, comm: "Communicator") -> int:
+def _verify(args: argparse.Namespace, comm: "Communicator") -> Answer:
     from mixtera_hpc.cli.collection import open_collection
     from mixtera_hpc.index.verify import changed_shards, deeply_changed_shards, refuse
 
@@ -139,17 +150,17 @@ def _verify(args: argparse.Namespace, comm: "Communicator") -> int:
             deep = {shard.path: shard for shard in deeply_changed_shards(index, tokenizer, comm)}
             changed += [shard for path, shard in deep.items() if path not in {c.path for c in changed}]
         if comm.rank > 0:
-            return 0
+            return Answer()
         if args.json:
             told = [{"path": c.path, "problem": c.problem} for c in changed]
-            print(json.dumps({"fresh": not changed, "changed": told}))
-            return 2 if changed else 0
+            return Answer(text=json.dumps({"fresh": not changed, "changed": told}), code=2 if changed else 0)
         refuse(index, changed)
         how = "by fingerprint and samples" if args.deep else "by size and time of change"
         how += ", token counts included" if tokenizer is not None else ""
         shards = len(index.tables.shards.path)
-        print(f"{index.path}: all {shards:,} shards below {index.data_root} are as they were indexed, {how}")
-    return 0
+        return Answer(
+            text=f"{index.path}: all {shards:,} shards below {index.data_root} are as they were indexed, {how}"
+        )
 
 
 def _tokenizer(config: "Config", fingerprint: str | None) -> Any:
@@ -165,10 +176,9 @@ def _tokenizer(config: "Config", fingerprint: str | None) -> Any:
     return tokenizer
 
 
-_ACTIONS: dict[str, Callable[[argparse.Namespace, "Communicator"], int]] = {
+_WORK: dict[str, Callable[[argparse.Namespace, "Communicator"], Answer]] = {
     "build": _build,
     "derive": _derive,
-    "inspect": lambda args, comm: _inspect(args),
     "refresh": _refresh,
     "verify": _verify,
 }

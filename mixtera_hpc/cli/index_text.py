@@ -163,26 +163,27 @@ def facts_of(index: "PropertyIndex") -> dict[str, Any]:
 
 def print_facts(index: "PropertyIndex", facts: dict[str, Any]) -> None:
     """The same, for people."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    from mixtera_hpc.cli.console import open_console
+
+    console = open_console(soft_wrap=True)
     tokens = f"{facts['tokens']:,} tokens" if facts["tokens"] is not None else "tokens not counted"
-    console.print(f"{index.path}: {facts['samples']:,} samples, {tokens}", markup=False)
+    console.print(f"{index.path}: {facts['samples']:,} samples, {tokens}")
     formats = ", ".join(f"{count:,} {name}" for name, count in facts["formats"].items())
     data = f"{facts['shards']:,} shards ({formats}) of {facts['data_bytes'] / 1e6:,.1f} MB below {facts['data_root']}"
-    console.print(f"  {data}, {_block_sizes(index)}", markup=False)
+    console.print(f"  {data}, {_block_sizes(index)}")
     console.print(
         f"  {facts['bytes']:,} bytes, {facts['bytes_per_sample']:.2f} per sample{_packing(facts)}", markup=False
     )
-    console.print(f"  fingerprint {facts['fingerprint']}{_earlier(facts)}", markup=False)
+    console.print(f"  fingerprint {facts['fingerprint']}{_earlier(facts)}")
     table = Table("property", "kind", "from", "values", "most frequent")
     for name, described in facts["properties"].items():
         table.add_row(name, described["kind"], index.sources.get(name, ""), *_described(index, name))
     if facts["properties"]:
-        Console().print(table)
+        open_console().print(table)
     for line in _bad_lines(facts):
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def _block_sizes(index: "PropertyIndex") -> str:

@@ -64,7 +64,9 @@ def _run_verb(verb: str, argv: list[str]) -> int:
     module.arguments(parser)
     args = parser.parse_intermixed_args(argv)
     try:
-        return int(module.run(args))
+        code = int(module.run(args))
+        sys.stdout.flush()  # Here, where a reader that has left is answered; the interpreter would complain at its end.
+        return code
     except MixteraError as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         print(f"{type(error).__name__}: {error}{notes}", file=sys.stderr)

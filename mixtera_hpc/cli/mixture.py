@@ -108,8 +108,9 @@ def _chunks(history: Any) -> list[dict[str, Any]]:
 
 def _print_table(lines: list[dict[str, Any]], limit: int = 5) -> None:
     """First and newest weights, with those between as far as they fit."""
-    from rich.console import Console
     from rich.table import Table
+
+    from mixtera_hpc.cli.console import open_console
 
     if not lines:
         print("nothing has been planned yet")
@@ -121,4 +122,4 @@ def _print_table(lines: list[dict[str, Any]], limit: int = 5) -> None:
         table.add_column(f"chunk {line['chunk']}\nstep {line['step']}", justify="right")
     for d, name in enumerate(lines[-1]["domains"]):
         table.add_row(name, *(f"{line['weights'][d]:.4f}" for line in shown))
-    Console().print(table)
+    open_console().print(table)

@@ -38,9 +38,9 @@ def _print_sequences(source: Any) -> None:
 
 
 def _print_forecast(source: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from mixtera_hpc.cli.console import open_console
     from mixtera_hpc.dataplane.forecast import forecast
 
     plan = source.config.plan
@@ -53,7 +53,7 @@ def _print_forecast(source: Any) -> None:
     for d in expected.domains:
         runs_out = "—" if d.runs_out_at_step is None else str(d.runs_out_at_step)
         table.add_row(d.name, f"{d.weight:.4f}", f"{d.items:,}", f"{d.served:,}", f"{d.epochs:.2f}", runs_out)
-    console = Console()
+    console = open_console()
     console.print(table)
     step = expected.step
     console.print(
@@ -66,7 +66,7 @@ def _print_forecast(source: Any) -> None:
     )
     if expected.num_steps < expected.steps_asked:
         console.print(
-            f"[bold]The data ends after step {expected.num_steps - 1}[/bold], {expected.steps_asked} were asked for: raise "
+            f"The data ends after step {expected.num_steps - 1}, {expected.steps_asked} were asked for: raise "
             "mixture.max_epochs, or set mixture.on_exhausted=redistribute."
         )
     mixture = source.config.mixture

@@ -83,8 +83,9 @@ def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
 
 
 def _print(answer: dict[str, Any], names: tuple[str, ...]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from mixtera_hpc.cli.console import open_console
 
     table = Table(title="domains", title_justify="left")
     for heading in ("id", "domain", "samples", "tokens", "weight"):
@@ -92,17 +93,14 @@ def _print(answer: dict[str, Any], names: tuple[str, ...]) -> None:
     for domain, name in zip(answer["domains"], names, strict=True):
         weight = "—" if domain["weight"] is None else f"{domain['weight']:.4f}"
         table.add_row(str(domain["domain_id"]), name, _count(domain["samples"]), _count(domain["tokens"]), weight)
-    console = Console()
+    console = open_console()
     console.print(table)
     for what, counts in (("selected", answer["selected"]), ("in no domain", answer["left_out"])):
-        console.print(
-            f"{what}: {_count(counts['samples'])} samples, {_count(counts['tokens'])} tokens", highlight=False
-        )
+        console.print(f"{what}: {_count(counts['samples'])} samples, {_count(counts['tokens'])} tokens")
     for overlap in answer["overlaps"]:
         first, other = names[overlap["domain_id"]], names[overlap["also_matches"]]
         console.print(
             f"{_count(overlap['samples'])} samples of {first} match {other} too; the first key has them",
-            highlight=False,
         )
     if "explain" in answer:
         _print_explained(console, answer["explain"])
@@ -122,10 +120,9 @@ def _print_explained(console: "Console", found: dict[str, Any]) -> None:
     console.print(
         f"looked at {numbers} of {_count(found['samples_scanned'])} of {_count(found['samples'])} samples: "
         f"{found['bytes_read'] / 1e6:.1f} MB of columns",
-        highlight=False,
     )
     stages = {name.removesuffix("_s"): found[name] for name in ("open_s", "parse_s", "count_s", "read_s")}
-    console.print(", ".join(f"{name} {seconds:.3f} s" for name, seconds in stages.items()), highlight=False)
+    console.print(", ".join(f"{name} {seconds:.3f} s" for name, seconds in stages.items()))
 
 
 _BLOCKS = {

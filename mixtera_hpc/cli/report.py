@@ -74,6 +74,6 @@ def _print_json(value: Any) -> None:
 
 def _print(text: "RenderableType") -> None:
     """As wide as it needs to be where nobody folds it: in a pipe or a file."""
-    from rich.console import Console
+    from mixtera_hpc.cli.console import open_console
 
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=False).print(text)
+    open_console().print(text)

@@ -18,7 +18,7 @@ def operate(folder: "RunFolder", before: "Config", after: "Config", change: "Cha
     """Record the surgery that makes `after` of `before`; nothing when there is none. One process, while no attempt runs.
 
     Raises:
-        LaunchError: no checkpoint to go back to is left, or nothing would be dropped.
+        LaunchError: no checkpoint to go back to is left, nothing would be dropped, or the run has all its steps.
         ConfigError: an expression does not parse or names what the index does not have.
     """
     from mixtera_hpc.dataplane.surgery import record_surgery, surgeries, surgery_between
@@ -26,10 +26,11 @@ def operate(folder: "RunFolder", before: "Config", after: "Config", change: "Cha
     operated = surgeries(folder.decisions)
     at_step = _checkpoint_before(folder, change.skip_steps, operated)
     surgery = surgery_between(before, after, change.skip_steps, at_step, operated)
-    if surgery is None:
-        return
     if change.drop:
         _tell_dropped(before, after, change.drop)
+    _check_steps_left(folder, at_step, after.training.num_steps)
+    if surgery is None:
+        return
     print(f"goes on from step {at_step}; recorded in {folder.decisions}", flush=True)
     record_surgery(folder.decisions, surgery)
 
@@ -48,6 +49,16 @@ def _checkpoint_before(folder: "RunFolder", skip: tuple[int, int] | None, operat
             f"  Skip from step {steps[0]} on, or keep more of them with training.keep_checkpoints."
         )
     return usable[-1] if usable else 0
+
+
+def _check_steps_left(folder: "RunFolder", at_step: int, num_steps: int) -> None:
+    from mixtera_hpc.errors import LaunchError
+
+    if at_step >= num_steps:
+        raise LaunchError(
+            f"{folder.run_id} has all its steps: its checkpoint is of step {at_step}, and training.num_steps is {num_steps}.\n"
+            f"  To train it longer: mixtera-hpc resume {folder.path} training.num_steps={2 * at_step}"
+        )
 
 
 def _state(path: Path) -> dict[str, Any]:

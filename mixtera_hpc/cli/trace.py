@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,10 @@ def _diff(first: Any, second: Any, as_json: bool) -> int:
 def _seen(sources: Any, history: Any, args: argparse.Namespace) -> None:
     from mixtera_hpc.dataplane.seen import seen
 
-    found = 0
+    found, attempts = 0, {attempt.number: attempt for attempt, _ in history.extents()}
+    _check_rank(args.rank, attempts.values())
     for record in seen(sources, history, args.shard, args.row):
-        if args.rank is not None and record["rank"] != args.rank:
+        if not _was_given(args.rank, attempts[record["attempt"]], record):
             continue
         found += 1
         if args.json:
@@ -119,16 +120,19 @@ def _seen(sources: Any, history: Any, args: argparse.Namespace) -> None:
 
 def _list(sources: Any, folder: Any, history: Any, args: argparse.Namespace) -> None:
     domain: int | None = None
-    for attempt, steps in history.extents():
+    chosen = _steps(args, history.end)
+    extents = [(a, range(max(s.start, chosen.start), min(s.stop, chosen.stop))) for a, s in history.extents()]
+    extents = [(attempt, steps) for attempt, steps in extents if len(steps)]
+    _check_rank(args.rank, [attempt for attempt, _ in extents])
+    for attempt, steps in extents:
         source = sources.of(attempt)
+        _check_shard(args.shard, source)
         if args.domain is not None:
             domain = _domain(args.domain, source.names)
-        chosen = _steps(args, history.end)
-        steps = range(max(steps.start, chosen.start), min(steps.stop, chosen.stop))
         for record in _records(source, folder, attempt, steps):
             shards = [piece[0] for piece in record["pieces"]]
             wanted = (
-                args.rank in (None, record["rank"]),
+                _was_given(args.rank, attempt, record),
                 domain in (None, record["domain_id"]),
                 args.shard in (None, *shards),
             )
@@ -152,6 +156,29 @@ def _steps(args: argparse.Namespace, end: int) -> range:
     return steps
 
 
+def _was_given(rank: int | None, attempt: Any, record: dict[str, Any]) -> bool:
+    """Whether a rank, or its dp_group, was given a sequence; records name the first rank of a group."""
+    return rank is None or rank // attempt.dp_group_size * attempt.dp_group_size == record["rank"]
+
+
+def _check_rank(rank: int | None, attempts: Iterable[Any]) -> None:
+    from mixtera_hpc.errors import ConfigError
+
+    most = max((attempt.num_ranks for attempt in attempts), default=0)
+    if rank is not None and most and not 0 <= rank < most:
+        raise ConfigError(
+            f"--rank is {rank}, but these steps were served to {most} ranks.\n  Give one of 0 to {most - 1}."
+        )
+
+
+def _check_shard(shard: str | None, source: Any) -> None:
+    from mixtera_hpc.errors import DataError, did_you_mean
+
+    paths = source.facts.shard_paths
+    if shard is not None and shard not in paths:
+        raise DataError(f"The index has no shard {shard!r}.{did_you_mean(shard, paths)}")
+
+
 def _domain(text: str, names: list[str]) -> int:
     from mixtera_hpc.errors import ConfigError, did_you_mean
 
@@ -166,8 +193,6 @@ def _records(source: Any, folder: Any, attempt: Any, steps: range) -> Iterator[d
     """What `traced` gives, with ranks and digests."""
     from mixtera_hpc.dataplane.trace import audited, traced
 
-    if not len(steps):
-        return
     digests = audited(folder, attempt.number, steps)
     for record in traced(source, attempt, steps):
         record["rank"] = attempt.rank_of(record["position"])

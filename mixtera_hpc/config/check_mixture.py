@@ -16,6 +16,7 @@ __all__ = ["mixture_problems"]
 def mixture_problems(mixture: MixtureConfig) -> list[str]:
     """One sentence or two each; empty when there are none."""
     found = _domains(mixture.domains, "mixture.domains")
+    found += _weight(mixture.remainder, "mixture.remainder") if mixture.remainder is not None else []
     for i, stage in enumerate(mixture.schedule.stages):
         found += _domains(stage.domains, f"mixture.schedule.stages[{i}].domains")
     found = found or _repeated(mixture)
@@ -34,9 +35,7 @@ def _domains(domains: Sequence[DomainConfig], path: str) -> list[str]:
     found = []
     for i, domain in enumerate(domains):
         here = f"{path}[{i}]"
-        if domain.weight is not None and not 0 <= domain.weight < math.inf:
-            found.append(f"{here}.weight is {domain.weight}, expected a number of at least 0.")
-        found += _key(domain, here) + _domains(domain.domains, f"{here}.domains")
+        found += _weight(domain, here) + _key(domain, here) + _domains(domain.domains, f"{here}.domains")
         for name in ("floor", "cap", "max_epochs") if domain.domains else ():
             if getattr(domain, name) is not None:
                 found.append(f"{here}.{name} is set on a group. Set it on the group's members.")
@@ -44,6 +43,12 @@ def _domains(domains: Sequence[DomainConfig], path: str) -> list[str]:
     if any(weighted) and not all(weighted):
         found.append(f"{path}: some have a weight and some have none. Give all of them one, or none.")
     return found
+
+
+def _weight(domain: DomainConfig, path: str) -> list[str]:
+    if domain.weight is None or 0 <= domain.weight < math.inf:
+        return []
+    return [f"{path}.weight is {domain.weight}, expected a number of at least 0."]
 
 
 def _key(domain: DomainConfig, path: str) -> list[str]:

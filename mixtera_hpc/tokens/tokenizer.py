@@ -201,7 +201,8 @@ def _fallback(definition: bytes, eos_token: str | None, file: Path, first: Excep
     except Exception as second:
         reason = str(second).strip().splitlines() or [str(first)]
         raise ConfigError(
-            f"dataplane.tokenizer is {str(file)!r}, which is no tokenizer.json that can be read: {reason[0]}."
+            f"dataplane.tokenizer is {str(file)!r}, which is no tokenizer.json that can be read: {reason[0]}.\n"
+            "  Name a tokenizer.json of Hugging Face's tokenizers, or the folder that has one."
         ) from None
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +137,15 @@ def test_presets_find_their_files_and_properties(
     assert main(["index", "inspect", "--json", f"data={preset}"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert {name: p["values"] for name, p in facts["properties"].items()} == properties
+
+
+@pytest.mark.parametrize("verb", [["index", "build"], ["index", "inspect"], ["query"]])
+def test_a_reader_that_leaves_early_is_no_failure(verb: list[str], root: Path) -> None:
+    words = [f"data.root={root}", "mixture.unit=samples"]
+    assert main(["index", "build", *words]) == 0
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "mixtera_hpc", *verb, *words]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -98,6 +98,14 @@ MISTAKES = {
         {"kind": "static", "domains": [at("a", 0.5)], "remainder": {"weight": 0.6}},
         "mixture.domains and its remainder sum to 1.1",
     ),
+    "the remainder has a share": (
+        {"kind": "static", "domains": [at("a", 1.5)], "remainder": {"weight": -0.5}},
+        "mixture.remainder.weight is -0.5, expected a number of at least 0",
+    ),
+    "weights are shares": (
+        {"kind": "static", "domains": [at("a", -1.0)]},
+        r"^mixture.domains\[0\].weight is -1.0, expected a number of at least 0",
+    ),
     "the remainder has no key": (
         {"kind": "static", "domains": [at("a", 0.5)], "remainder": at("b", 0.5)},
         "mixture.remainder has a key",

@@ -181,3 +181,11 @@ def test_what_was_decided_when_the_index_was_built_is_not_silently_ignored(
 
 def test_what_the_index_was_built_with_may_be_said_again(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(capsys, index, "data.text=text", "data.properties.source=source")["selected"]["samples"] == 30
+
+
+def test_names_with_brackets_and_long_names_are_shown_whole(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pattern = "B[bold]ok|" + "x" * 80
+    domains = f"mixture.domains=[{{key:{{source:{{matches:'{pattern}'}}}}}},{{key:{{source:C4}}}}]"
+    code, out, err = run(capsys, "query", f"index.path={index}", domains)
+    assert code == 0, err
+    assert pattern in out

@@ -103,5 +103,5 @@ def test_an_unknown_end_of_text_token_is_refused_with_near_misses(path: Path) ->
 def test_a_missing_or_broken_file_is_refused_by_name(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "broken.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"dataplane\.tokenizer is '.*broken\.json'"):
+    with pytest.raises(ConfigError, match=r"dataplane\.tokenizer is '.*broken\.json'.*\n  .*tokenizer\.json"):
         load_tokenizer(tmp_path / "broken.json")

@@ -52,3 +52,39 @@ def test_an_index_built_again_explains_it(
     build_index(config)
     assert main(["trace", str(folder.path), "--step", "0", "--json"]) == 0
     assert capsys.readouterr().out == told
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (
+            ["--step", "0", "--rank", "99"],
+            "--rank is 99, but these steps were served to 1 ranks.\n  Give one of 0 to 0.",
+        ),
+        (["--steps", "0..1", "--rank", "-1"], "--rank is -1"),
+        (["--shard", "b.jsonl.gz", "--row", "0", "--rank", "1"], "--rank is 1, but"),
+        (["--step", "0", "--shard", "b.jsonl"], "The index has no shard 'b.jsonl'. Did you mean 'a.jsonl' or"),
+    ],
+)
+def test_what_the_run_does_not_have_is_refused_rather_than_answered_with_nothing(
+    words: list[str], answer: str, own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = served(own_collection, tmp_path / "runs")
+    assert main(["trace", str(folder.path), *words]) == 2
+    said = capsys.readouterr()
+    assert not said.out and answer in said.err
+
+
+def test_a_rank_stands_for_its_dp_group(
+    own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = served(own_collection, tmp_path / "runs")
+    opened, *rest = folder.journal.read_text().splitlines(keepends=True)
+    as_if = opened.replace('"num_ranks":1,"dp_group_size":1', '"num_ranks":4,"dp_group_size":2')
+    assert as_if != opened
+    folder.journal.write_text("".join([as_if, *rest]))
+    given = []
+    for rank in "0123":
+        assert main(["trace", str(folder.path), "--step", "0", "--rank", rank]) == 0
+        given.append(capsys.readouterr().out)
+    assert given[0] == given[1] != given[2] == given[3] != ""
