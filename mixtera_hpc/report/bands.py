@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.report.load import Floats, Record
+from mixtera_hpc.report.load import Floats, Ints, Record
 
 __all__ = ["MAX_BANDS", "Band", "bands_of", "common_key", "merged_loss", "merged_sum", "short_names"]
 
@@ -54,9 +54,9 @@ def merged_sum(bands: list[Band], values: NDArray[np.float64]) -> Floats:
     return np.stack([values[:, list(band.domains)].sum(axis=1) for band in bands], axis=1)
 
 
-def merged_loss(record: Record, band: Band) -> tuple[Floats, Floats]:
-    """Loss sum and tokens of a band on every line of steps; (S,) each."""
+def merged_loss(band: Band, domain_loss: Floats, domain_tokens: Ints) -> tuple[Floats, Floats]:
+    """Loss sum and tokens of a band, from (N, K) per domain; (N,) each."""
     members = list(band.domains)
-    tokens = record.steps.domain_tokens[:, members].astype(np.float64)
-    loss = np.nan_to_num(record.steps.domain_loss[:, members])
+    tokens = domain_tokens[:, members].astype(np.float64)
+    loss = np.nan_to_num(domain_loss[:, members])
     return (loss * tokens).sum(axis=1), tokens.sum(axis=1)

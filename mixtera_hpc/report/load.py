@@ -13,7 +13,7 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.errors import DataError, LaunchError
 from mixtera_hpc.track.read import read_events
 
-__all__ = ["Mixture", "Record", "Steps", "Talk", "load_record"]
+__all__ = ["Mixture", "Record", "Steps", "Talk", "Validation", "load_record"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -61,6 +61,20 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """`validation.jsonl`: losses on held-out samples."""
+
+    step: Ints
+    """Steps that had been taken; shape (V,)."""
+    loss: Floats
+    """Of all tokens; shape (V,)."""
+    domain_loss: Floats
+    """Shape (V, K), NaN where a domain has nothing held out."""
+    domain_tokens: Ints
+    """Shape (V, K)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Talk:
     """`comm.jsonl`: each duration with the step it was recorded for; both of shape (N,), N its own."""
 
@@ -86,6 +100,7 @@ class Record:
     """UTC time of the last event."""
     steps: Steps
     mixture: Mixture
+    validation: Validation
     talk: Talk
 
     @property
@@ -128,6 +143,7 @@ def load_record(run: RunFolder) -> Record:
         ended=str(events[-1].get("time", "")),
         steps=steps,
         mixture=_mixture(mixture, steps.domain_loss.shape[1], run.metrics / "mixture.jsonl"),
+        validation=_validation(run.metrics / "validation.jsonl", steps.domain_loss.shape[1]),
         talk=_talk(read_events(run.metrics / "comm.jsonl")),
     )
 
@@ -164,6 +180,21 @@ def _mixture(events: Events, num_domains: int, path: Path) -> Mixture:
         step=_column(events, "step", path).astype(np.int64),
         weights=_column(events, "weights", path).astype(np.float64),
         epochs=_column(events, "epochs", path).astype(np.float64),
+    )
+
+
+def _validation(path: Path, num_domains: int) -> Validation:
+    events = read_events(path)
+    if not events:
+        nothing = np.zeros((0, num_domains))
+        return Validation(
+            step=np.zeros(0, np.int64), loss=nothing[:, 0], domain_loss=nothing, domain_tokens=nothing.astype(np.int64)
+        )
+    return Validation(
+        step=_column(events, "step", path).astype(np.int64),
+        loss=_column(events, "loss", path).astype(np.float64),
+        domain_loss=_column(events, "domain_loss", path).astype(np.float64),
+        domain_tokens=_column(events, "domain_tokens", path).astype(np.int64),
     )
 
 

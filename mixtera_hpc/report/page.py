@@ -15,6 +15,8 @@ from mixtera_hpc.report.units import count, duration, percent, short_time
 
 __all__ = ["Figures", "render_page"]
 
+BY_DOMAIN = ("mixture", "loss", "validation")
+"""Figures with one band or curve per domain."""
 Figures = Mapping[str, tuple[str, str, str, str]]
 """Name → title, caption, wide `<svg>`, narrow `<svg>`."""
 
@@ -25,9 +27,9 @@ def render_page(record: Record, summary: Summary, ahead: Forecast, figures: Figu
         _header(record, summary),
         _tiles(summary),
         *_notices(summary, ahead),
-        *(_figure(record, name, *figure) for name, figure in figures.items() if name in ("mixture", "loss")),
+        *(_figure(record, name, *figure) for name, figure in figures.items() if name in BY_DOMAIN),
         _domains(record, summary, ahead),
-        *(_figure(record, name, *figure) for name, figure in figures.items() if name not in ("mixture", "loss")),
+        *(_figure(record, name, *figure) for name, figure in figures.items() if name not in BY_DOMAIN),
         _forecast(summary, ahead),
         _facts(record, summary),
         _next(record, summary),
@@ -69,8 +71,10 @@ def _header(record: Record, summary: Summary) -> str:
 def _tiles(summary: Summary) -> str:
     speed = summary.speed
     first = "nats per token" if summary.loss_first is None else f"nats, from {summary.loss_first:.2f}"
+    validated = [("Held-out loss", f"{summary.held_out:.3f}", "nats, newest")] if summary.held_out is not None else []
     tiles = [
         ("Loss", "–" if summary.loss_last is None else f"{summary.loss_last:.3f}", first),
+        *validated,
         ("Tokens", count(summary.tokens), f"in {duration(summary.train_s)} of steps"),
         ("Throughput", f"{count(speed.tokens_per_s)}/s", f"{count(speed.tokens_per_s / speed.num_ranks)}/s per rank"),
         ("Step", short_time(speed.step_p50_s), f"p95 {short_time(speed.step_p95_s)}"),
@@ -103,7 +107,7 @@ def _notice(text: str) -> str:
 def _figure(record: Record, name: str, title: str, caption: str, wide: str, narrow: str) -> str:
     legend = ""
     bands = bands_of(record)
-    if name in ("mixture", "loss") and len(bands) > (MAX_IN_LEGEND if name == "mixture" else MAX_IN_LEGEND - 1):
+    if name in BY_DOMAIN and len(bands) > (MAX_IN_LEGEND if name == "mixture" else MAX_IN_LEGEND - 1):
         items = "".join(f"<li>{_swatch(b.color)}{escape(b.name)}</li>" for b in bands)
         legend = f'<ul class="legend narrow">{items}</ul>'
     return (
@@ -115,8 +119,10 @@ def _figure(record: Record, name: str, title: str, caption: str, wide: str, narr
 def _domains(record: Record, summary: Summary, ahead: Forecast) -> str:
     color = {domain: band.color for band in bands_of(record) for domain in band.domains}
     key, names = common_key(record.domains), short_names(record.domains)
-    rows = "".join(_domain_row(summary.domains[d], names[d], color[d], ahead.max_epochs) for d in color)
-    head = _cells("th", [escape(key or "domain"), "weight", "served", "tokens", "epochs", "loss"])
+    validated = summary.held_out is not None
+    rows = "".join(_domain_row(summary.domains[d], names[d], color[d], ahead.max_epochs, validated) for d in color)
+    columns = ["weight", "served", "tokens", "epochs", "loss", *(["held out"] if validated else [])]
+    head = _cells("th", [escape(key or "domain"), *columns])
     return (
         "<section><h2>Domains</h2><p>Weight and loss from the first step to the last; served is the share of all sequences, "
         "epochs the passes over a domain's data so far.</p>"
@@ -124,7 +130,7 @@ def _domains(record: Record, summary: Summary, ahead: Forecast) -> str:
     )
 
 
-def _domain_row(domain: DomainSummary, name: str, color: int, limit: float | None) -> str:
+def _domain_row(domain: DomainSummary, name: str, color: int, limit: float | None, validated: bool) -> str:
     epochs = "–" if domain.epochs is None else f"{domain.epochs:.2f}"
     if limit is not None and domain.epochs is not None and domain.epochs >= limit:
         epochs = f"<em>{epochs}</em>"
@@ -135,6 +141,7 @@ def _domain_row(domain: DomainSummary, name: str, color: int, limit: float | Non
         count(domain.tokens),
         epochs,
         _change(_loss(domain.loss_first), _loss(domain.loss_last)),
+        *([_loss(domain.held_out)] if validated else []),
     ]
     return f"<tr>{_cells('td', cells)}</tr>"
 

@@ -9,12 +9,12 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 
 from mixtera_hpc.report.bands import Band, bands_of, merged_loss, merged_sum
 from mixtera_hpc.report.canvas import Canvas
-from mixtera_hpc.report.load import Floats, Ints, Record
+from mixtera_hpc.report.load import Floats, Ints, Record, Steps, Validation
 from mixtera_hpc.report.look import INK, MUTED, PALETTE, SURFACE, color_of
 from mixtera_hpc.report.thin import chosen, means, ranges
 from mixtera_hpc.report.units import short_time
 
-__all__ = ["PLOTS", "data_wait_plot", "loss_plot", "mixture_plot", "talk_plot", "throughput_plot"]
+__all__ = ["PLOTS", "data_wait_plot", "loss_plot", "mixture_plot", "talk_plot", "throughput_plot", "validation_plot"]
 
 
 def mixture_plot(record: Record, canvas: Canvas) -> Figure | None:
@@ -40,11 +40,20 @@ def mixture_plot(record: Record, canvas: Canvas) -> Figure | None:
 
 def loss_plot(record: Record, canvas: Canvas) -> Figure | None:
     """Mean token loss of every band and of all tokens."""
+    return _losses(record, canvas, record.steps)
+
+
+def validation_plot(record: Record, canvas: Canvas) -> Figure | None:
+    """The same on held-out samples; None when nothing was validated."""
+    return _losses(record, canvas, record.validation) if len(record.validation.step) else None
+
+
+def _losses(record: Record, canvas: Canvas, lines: Steps | Validation) -> Figure:
     figure, axes = canvas.axes(record, "loss, nats per token")
-    curves = [(band.name, color_of(band.color), *_band_loss(record, band)) for band in bands_of(record)]
+    curves = [(band.name, color_of(band.color), *_band_loss(lines, band)) for band in bands_of(record)]
     if len(record.domains) > 1:
-        all_tokens = record.steps.tokens.astype(np.float64)
-        curves.append(("all", INK, *means(record.steps.step, record.steps.loss, all_tokens)))
+        all_tokens = lines.domain_tokens.sum(axis=1).astype(np.float64)
+        curves.append(("all", INK, *means(lines.step, lines.loss, all_tokens)))
     curves = [curve for curve in curves if len(curve[2])]
     for name, color, x, loss in curves:
         dashes = (0, (4, 2)) if name == "all" else "-"
@@ -110,6 +119,11 @@ PLOTS: dict[str, tuple[Callable[[Record, Canvas], Figure | None], str, str]] = {
         "The weight of every domain, chunk by chunk; percentages are the last chunk's.",
     ),
     "loss": (loss_plot, "Loss by domain", "Mean loss per counted token; a dashed line is all domains together."),
+    "validation": (
+        validation_plot,
+        "Held-out loss by domain",
+        "Mean loss per token of samples that training never sees, the same ones every time; dashed is all together.",
+    ),
     "throughput": (throughput_plot, "Throughput", "Counted tokens per second over all ranks."),
     "data_wait": (
         data_wait_plot,
@@ -125,9 +139,9 @@ PLOTS: dict[str, tuple[Callable[[Record, Canvas], Figure | None], str, str]] = {
 """Name of the file → the function, its title, and a sentence that says what is seen."""
 
 
-def _band_loss(record: Record, band: Band) -> tuple[Floats, Floats]:
-    loss_sum, tokens = merged_loss(record, band)
-    return means(record.steps.step, loss_sum / np.maximum(tokens, 1), tokens)
+def _band_loss(lines: Steps | Validation, band: Band) -> tuple[Floats, Floats]:
+    loss_sum, tokens = merged_loss(band, lines.domain_loss, lines.domain_tokens)
+    return means(lines.step, loss_sum / np.maximum(tokens, 1), tokens)
 
 
 def _leave_out_the_fall(axes: Any, curves: list[Floats]) -> None:

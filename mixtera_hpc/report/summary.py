@@ -30,6 +30,8 @@ class DomainSummary:
     loss_first: float | None
     loss_last: float | None
     """Over the last twentieth of the run, at least 1 line and at most 50, weighted by tokens."""
+    held_out: float | None
+    """Loss of the newest validation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,8 @@ class Summary:
     tokens: int
     loss_first: float | None
     loss_last: float | None
+    held_out: float | None
+    """Loss of the newest validation; None when there was none."""
     num_nonfinite: int
     """Sequences whose loss was not finite."""
     train_s: float
@@ -91,6 +95,7 @@ def summarise(record: Record) -> Summary:
         tokens=int(steps.tokens.sum()),
         loss_first=_first(steps.loss),
         loss_last=_last(steps.loss, total),
+        held_out=_newest(record.validation.loss),
         num_nonfinite=int(steps.num_nonfinite.sum()),
         train_s=float((steps.step_s * steps.num_steps).sum()),
         speed=_speed(record),
@@ -112,6 +117,7 @@ def _domain(record: Record, domain_id: int) -> DomainSummary:
         epochs=float(mixture.epochs[-1, domain_id]) if recorded else None,
         loss_first=_first(loss),
         loss_last=_last(loss, tokens),
+        held_out=_newest(record.validation.domain_loss[:, domain_id]),
     )
 
 
@@ -150,6 +156,10 @@ def _percentile(series: tuple[Ints, Floats], q: float) -> float | None:
 def _first(values: Floats) -> float | None:
     known = values[np.isfinite(values)]
     return float(known[0]) if len(known) else None
+
+
+def _newest(values: Floats) -> float | None:
+    return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None
 
 
 def _last(values: Floats, tokens: NDArray[np.int64]) -> float | None:

@@ -73,6 +73,7 @@ def _numbers(summary: Summary) -> Table:
     grid = Table.grid(padding=(0, 3))
     rows = [
         ("loss", "–" if last is None or first is None else f"{first:.3f} → {last:.3f} nats per token"),
+        *([("held-out loss", f"{summary.held_out:.3f}")] if summary.held_out is not None else []),
         ("tokens", f"{count(summary.tokens)} in {duration(summary.train_s)} of steps"),
         ("throughput", f"{count(speed.tokens_per_s)} tokens/s, {count(speed.tokens_per_s / speed.num_ranks)} per rank"),
         ("step", f"{short_time(speed.step_p50_s)}, p95 {short_time(speed.step_p95_s)}"),
@@ -91,11 +92,13 @@ def _domains(summary: Summary) -> Table:
     names = [d.name for d in summary.domains]
     short = short_names(names)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 2), header_style="dim")
-    for heading in (common_key(names) or "domain", "weight", "served", "tokens", "epochs", "loss"):
+    validated = ["held out"] if summary.held_out is not None else []
+    for heading in (common_key(names) or "domain", "weight", "served", "tokens", "epochs", "loss", *validated):
         table.add_column(heading, justify="right" if table.columns else "left", no_wrap=bool(table.columns))
     ordered = sorted(summary.domains, key=lambda d: -d.served)
     for domain in ordered[:MAX_ROWS]:
-        table.add_row(escape(short[domain.domain_id]), *_row(domain))
+        held_out = [_loss(domain.held_out)] if validated else []
+        table.add_row(escape(short[domain.domain_id]), *_row(domain), *held_out)
     if ordered[MAX_ROWS:]:
         rest = ordered[MAX_ROWS:]
         served, tokens = sum(d.served for d in rest), sum(d.tokens for d in rest)

@@ -24,6 +24,11 @@ class Progress:
     def log(self, stream: str, event: Mapping[str, Any]) -> None:
         if stream == "attempts":
             self._say(int(event["step"]), _opening(event))
+        elif stream == "validation":
+            self._say(
+                int(event["step"]),
+                "no held-out loss" if event["loss"] is None else f"held-out loss {event['loss']:.4f}",
+            )
         elif stream == "steps" and self._due(int(event["step"])):
             self._say(int(event["step"]) + 1, _step(event))
 

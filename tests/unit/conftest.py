@@ -26,6 +26,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> RunMaker:
 
     The folder lies below `root`, by default a new one. Steps take 0.5 s of which 0.05 s are waiting, the first of an attempt 5 s and 4 s. Loss of domain d at step s is
     10 + d - s / 100; every step counts 100 tokens and 4 sequences per domain. Chunks have 4 steps.
+    At steps `validated_at` the held-out losses are 10 higher, and the last domain has none.
     """
 
     def make(
@@ -61,7 +62,16 @@ def _record(run: RunFolder, attempt: int, names: list[str], steps: range, facts:
             tracker.log("comm", {"step": step, "plan_s": 1e-4, "broadcast_s": 2e-3})
         tracker.log("comm", {"step": step, "reduce_s": 3e-3})
         tracker.log("steps", _step(step, count, facts, begins=step == steps.start))
+        if step in facts.get("validated_at", ()):
+            tracker.log("validation", _validation(step, count))
     tracker.close()
+
+
+def _validation(step: int, count: int) -> dict[str, Any]:
+    """The last domain has nothing held out."""
+    losses = [20 + d - step / 100 for d in range(count - 1)]
+    tokens = [50] * (count - 1) + [0]
+    return {"step": step, "loss": 20 - step / 100, "domain_loss": [*losses, None], "domain_tokens": tokens}
 
 
 def _step(step: int, count: int, facts: dict[str, Any], begins: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_the_loss_of_a_band_is_weighted_by_tokens_and_ignores_absent_domains(mak
     path.write_text(text.replace("20.0,21.0]", "20.0,null]"))
     record = load_record(run)
     (other,) = [band for band in bands_of(record) if band.color == MAX_BANDS]
-    loss_sum, tokens = merged_loss(record, other)
+    loss_sum, tokens = merged_loss(other, record.steps.domain_loss, record.steps.domain_tokens)
     assert other.domains == (9, 10, 11)
     assert (loss_sum[0], tokens[0]) == (19 * 100 + 20 * 300, 400)
 

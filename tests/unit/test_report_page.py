@@ -123,3 +123,11 @@ def test_the_same_record_gives_the_same_page(make_run: RunMaker, tmp_path: Path)
     run = make_run(["en"], [(0, 2)])
     first, second = (write_report(run, tmp_path / name) for name in "ab")
     assert first.page.read_bytes() == second.page.read_bytes()
+
+
+def test_held_out_losses_have_a_plot_and_a_column(make_run: RunMaker) -> None:
+    report = write_report(make_run(["a", "b"], [(0, 20)], validated_at=(5, 10, 15)))
+    page = report.page.read_text()
+    assert "Held-out loss by domain" in page and ">held out</th>" in page
+    assert report.page.with_name("validation.png").exists()
+    assert "held out" not in write_report(make_run(["a", "b"], [(0, 20)])).page.read_text()

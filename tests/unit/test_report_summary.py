@@ -83,3 +83,16 @@ def test_efficiency_is_measured_against_the_fewest_ranks(make_run: RunMaker) -> 
     assert (first.run_id, first.speedup, first.efficiency) == ("a", 1.0, 1.0)
     assert (second.ranks, second.speedup, second.efficiency) == (8, pytest.approx(3.0), pytest.approx(0.75))
     assert second.tokens_per_s_per_rank == pytest.approx(37.5)
+
+
+def test_the_newest_held_out_loss_is_told_by_domain(make_run: RunMaker) -> None:
+    summary = summarise(load_record(make_run(["a", "b"], [(0, 20)], validated_at=(5, 10))))
+    assert summary.held_out == pytest.approx(19.9)
+    assert summary.domains[0].held_out == pytest.approx(19.9)
+    assert summary.domains[1].held_out is None
+
+
+def test_without_validation_there_is_no_held_out_loss(make_run: RunMaker) -> None:
+    summary = summarise(load_record(make_run(["a", "b"], [(0, 20)])))
+    assert summary.held_out is None
+    assert [domain.held_out for domain in summary.domains] == [None, None]
