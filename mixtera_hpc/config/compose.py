@@ -101,10 +101,13 @@ TEXT_KEYS = ("query.where", "job.constraint", "job.comment", "job.time")
 """Keys whose value is text, whatever it looks like: taken as typed, without a second pair of quotes for Hydra."""
 
 
+_IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
+
+
 def _typed(override: str) -> str:
     """An override as users write it → as Hydra wants it: a key that no file in `conf/` mentions is set all the same."""
     key, _, value = override.partition("=")
-    if key in TEXT_KEYS and value != "null" and not value.startswith(("'", '"', "${")):
+    if key in TEXT_KEYS and value != "null" and not value.startswith("${") and not _IN_QUOTES.fullmatch(value):
         escaped = value.replace('"', '\\"')
         return f'{key}="{escaped}"'
     inside = any(key == name or key.startswith(f"{name}.") for name in OPEN_KEYS)

@@ -157,7 +157,9 @@ def _gpus() -> list[Finding]:
     if done.returncode:
         return [Finding(what="gpus", verdict="wrong", detail=_last_line(done), do="pip install torch")]
     names = done.stdout.strip()
-    return [Finding(what="gpus", verdict="absent" if names == "[]" else "ok", detail=names)]
+    if names == "[]":
+        return [Finding(what="gpus", verdict="absent", detail="torch sees none")]
+    return [Finding(what="gpus", verdict="ok", detail=names)]
 
 
 def _run(command: Sequence[str], *, alone: bool = False) -> subprocess.CompletedProcess[str]:

@@ -31,6 +31,20 @@ def test_a_wrong_word_is_answered(word: str, answer: str) -> None:
         compose([*BASE, word])
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("'spam' not in tags and a == 'b'", "'spam' not in tags and a == 'b'"),
+        ("\"'spam' not in tags\"", "'spam' not in tags"),
+        ('"x" in tags', '"x" in tags'),
+        ("0.1 <= q < 0.5", "0.1 <= q < 0.5"),
+        ("'a == 3'", "a == 3"),
+    ],
+)
+def test_a_query_needs_no_second_pair_of_quotes(typed: str, meant: str) -> None:
+    assert compose([*BASE, f"query.where={typed}"]).query.where == meant
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml cannot be read: .*No such file"):
         load_config(tmp_path / "config.yaml")
