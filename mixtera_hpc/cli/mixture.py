@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     folder = RunFolder.find(args.run_name, args.root or runs_root())
     if args.at_chunk != "next" and not args.at_chunk.isdigit():
         raise ConfigError(f"--at-chunk is {args.at_chunk!r}, expected the number of a chunk, or next.")
+    if args.set is None and args.at_chunk != "next":
+        raise ConfigError("--at-chunk says when the mixture of --set begins. Give --set FILE as well.")
     if args.set is None:
         return _show(folder, args.json)
     return _set(folder, args.set, None if args.at_chunk == "next" else int(args.at_chunk))

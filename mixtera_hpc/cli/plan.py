@@ -16,8 +16,11 @@ def run(args: argparse.Namespace) -> int:
     from mixtera_hpc.comm.communicator import Local
     from mixtera_hpc.config.compose import compose
     from mixtera_hpc.dataplane.source import open_source
+    from mixtera_hpc.errors import ConfigError
 
     config = compose(args.overrides)
+    if config.plan.digests and not args.json:
+        raise ConfigError("plan.digests=true is of sequences, which only plan --json lists. Add --json.")
     source = open_source(config, Local())
     if args.json:
         _print_sequences(source)

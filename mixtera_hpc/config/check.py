@@ -14,6 +14,7 @@ from mixtera_hpc.config.schema import (
     PartitionConfig,
     PlanConfig,
     PropertyConfig,
+    QueryConfig,
     RunConfig,
     TrainingConfig,
 )
@@ -29,7 +30,7 @@ def check(config: Config) -> None:
 
 def check_data(config: Config) -> None:
     """`check` for verbs that look at data and index only: nothing of a run is asked for."""
-    raise_problems([*_index(config), *mixture_problems(config.mixture)])
+    raise_problems([*_index(config), *_holdout(config.query), *mixture_problems(config.mixture)])
 
 
 def check_index_job(config: Config) -> None:
@@ -42,9 +43,10 @@ def problems(config: Config) -> list[str]:
     return [
         *_index(config),
         *mixture_problems(config.mixture),
-        *_holdout(config),
+        *_holdout(config.query),
         *_dataplane(config.dataplane, config.mixture),
         *_training(config.training),
+        *_validation(config),
         *_run(config.run),
         *_plan(config.plan),
         *_job(config.job, config.cluster),
@@ -52,18 +54,19 @@ def problems(config: Config) -> list[str]:
     ]
 
 
-def _holdout(config: Config) -> list[str]:
-    query, found = config.query, []
+def _holdout(query: QueryConfig) -> list[str]:
+    found = []
     if not 0 <= query.holdout.fraction < 1:
         found.append(f"query.holdout.fraction is {query.holdout.fraction}, expected at least 0 and less than 1.")
-    if not query.holdout.fraction:
-        if query.split == "validation":
-            found.append("query.split=validation, but nothing is held out. Set query.holdout.fraction, e.g. to 0.01.")
-        if config.training.validate_every:
-            found.append(
-                "training.validate_every is set, but nothing is held out. Set query.holdout.fraction, e.g. to 0.01."
-            )
+    if query.split == "validation" and not query.holdout.fraction:
+        found.append("query.split=validation, but nothing is held out. Set query.holdout.fraction, e.g. to 0.01.")
     return found
+
+
+def _validation(config: Config) -> list[str]:
+    if config.query.holdout.fraction or not config.training.validate_every:
+        return []
+    return ["training.validate_every is set, but nothing is held out. Set query.holdout.fraction, e.g. to 0.01."]
 
 
 def num_ranks(config: Config) -> int:

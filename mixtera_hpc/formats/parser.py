@@ -9,9 +9,10 @@ import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, did_you_mean
 from mixtera_hpc.formats.format import Parser
 
 __all__ = ["describe_parser", "load_parser"]
@@ -49,6 +50,13 @@ def load_parser(path: str, key: str = "data.parser") -> Function:
     found = getattr(module, name, None)
     if not callable(found):
         problem = "is not there" if found is None else f"is a {type(found).__name__}, no function"
-        raise ConfigError(f"{key} is {path!r}, but {name} {problem} in {module_name} ({module.__file__}).")
+        raise ConfigError(
+            f"{key} is {path!r}, but {name} {problem} in {module_name} ({module.__file__})."
+            f"{did_you_mean(name, _functions(module))}\n  Name a function of that module, or write it there."
+        )
     function: Function = found
     return function
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if inspect.isfunction(value) and not name.startswith("_")]

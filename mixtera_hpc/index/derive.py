@@ -110,7 +110,7 @@ def _new(index: PropertyIndex, functions: Functions, again: bool) -> Functions:
             )
     wanted = [i for i, field in enumerate(functions.fields) if again or _is_new(index, field)]
     if not wanted:
-        what = "has all of them already" if functions.fields else "data.properties names no function"
+        what = "the index has all these properties already" if functions.fields else "data.properties names no function"
         raise ConfigError(
             f"There is nothing to derive: {what}.\n  Add data.properties.NAME={{function: package.module.function, kind: "
             "category}, or compute what is there once more with --again."

@@ -188,7 +188,9 @@ class PropertyIndex:
             return
         found = next((g for g in self.generations if fingerprint and g.fingerprint.startswith(fingerprint)), None)
         if found is None:
-            known = ", ".join([*(g.fingerprint[:12] for g in self.generations), self.fingerprint[:12]])
+            known = ", ".join(
+                dict.fromkeys(f[:12] for f in (*(g.fingerprint for g in self.generations), self.fingerprint))
+            )
             raise PropertyIndexError(
                 f"{self.path} does not begin with a state {fingerprint[:12]!r}; it has {known}.\n  Shards of that state were "
                 "changed or deleted, or the index was built again: start a new run, or put the old file back."

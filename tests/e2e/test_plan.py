@@ -75,3 +75,7 @@ def test_wrong_input_is_answered_with_what_to_do(
     done = cli("plan", *words, *wrong, cwd=tmp_path, rc=2)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_digests_are_of_sequences_that_json_lists(cli: Cli, words: list[str]) -> None:
+    assert "Add --json" in cli("plan", *words, "plan.digests=true", rc=2).stderr

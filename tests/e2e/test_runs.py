@@ -40,6 +40,7 @@ def test_a_running_job_of_several_ranks_changes_its_mixture(cli: Cli, small: lis
     cli("trace", folder, "--verify")
     done = cli("mixture", folder, "--set", tmp_path / "static.yaml", "--at-chunk", 1, rc=2)
     assert "planned already" in done.stderr
+    assert "Give --set FILE" in cli("mixture", folder, "--at-chunk", 99, rc=2).stderr
 
 
 def wait_for(root: Path, glob: str, lines: int, process: subprocess.Popen[str]) -> None:

@@ -167,7 +167,7 @@ def test_values_of_another_kind_from_a_parser_are_refused(parsers: Path, tmp_pat
     [
         ("sizes", r"expected package\.module\.function"),
         ("no_such_package.sizes", r"no_such_package cannot be imported.*\n.*PYTHONPATH"),
-        ("team_parsers.size", "size is not there in team_parsers"),
+        ("team_parsers.size", r"size is not there in team_parsers.*Did you mean .sizes.*\n  Name a function"),
         ("team_parsers.LIMIT", "LIMIT is a int, no function"),
     ],
 )

@@ -98,7 +98,7 @@ def test_what_is_there_is_not_computed_twice_unless_asked(root: Path) -> None:
     build_index(configured(root, BASE))
     config = configured(root, BASE | DERIVED)
     derive_properties(config)
-    with pytest.raises(ConfigError, match="has all of them already"):
+    with pytest.raises(ConfigError, match="the index has all these properties already"):
         derive_properties(config)
     (root / "my_functions.py").write_text(MODULE.replace("d[0] if d", "d[-1] if d"))
     del sys.modules["my_functions"]
