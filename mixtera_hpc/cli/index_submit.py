@@ -17,18 +17,9 @@ __all__ = ["submit"]
 
 def submit(args: argparse.Namespace) -> int:
     """Send it off, or print its script."""
-    from mixtera_hpc.cli.submit import follow_submitted, tell
-    from mixtera_hpc.launch.submit import missing_account, script_text, submit_run
+    from mixtera_hpc.cli.submit import send
 
-    config = _job(args)
-    if args.dry_run:
-        if problem := missing_account(config):
-            print(f"warning: {problem}", file=sys.stderr)
-        sys.stdout.write(script_text(config, args.overrides))
-        return 0
-    submitted = submit_run(config, args.overrides)
-    tell(submitted)
-    return follow_submitted(submitted) if args.wait else 0
+    return send(_job(args), args)
 
 
 def _job(args: argparse.Namespace) -> "Config":

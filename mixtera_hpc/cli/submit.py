@@ -5,9 +5,10 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mixtera_hpc.config.schema import Config
     from mixtera_hpc.launch.submit import Submitted
 
-__all__ = ["arguments", "follow_submitted", "run", "tell"]
+__all__ = ["arguments", "follow_submitted", "run", "send", "tell"]
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -20,9 +21,14 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     from mixtera_hpc.config.compose import compose
+
+    return send(compose(args.overrides), args)
+
+
+def send(config: "Config", args: Namespace) -> int:
+    """Submit `config`, or with `--dry-run` print its script; with `--wait` see it to its end."""
     from mixtera_hpc.launch.submit import missing_account, script_text, submit_run
 
-    config = compose(args.overrides)
     if args.dry_run:
         if problem := missing_account(config):
             print(f"warning: {problem}", file=sys.stderr)
