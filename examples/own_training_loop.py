@@ -16,6 +16,14 @@ config = compose(sys.argv[1:])
 torch.set_num_threads(1)
 torch.manual_seed(0)
 
+
+def tell_losses() -> None:
+    """Of the steps whose losses have been added up over all ranks since the last call."""
+    for done in plane.completed_statistics():
+        if comm.rank == 0:
+            print(f"step {done.step}: loss {done.loss_sum.sum() / done.num_tokens.sum():.3f}", flush=True)
+
+
 with DataPlane.open(config, comm=comm) as plane:
     model = torch.nn.Sequential(torch.nn.Embedding(plane.vocab_size, 64), torch.nn.Linear(64, plane.vocab_size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -31,8 +39,8 @@ with DataPlane.open(config, comm=comm) as plane:
             parameter.grad /= total
         optimizer.step()
         plane.record(batch, loss_per_token)
-        for done in plane.completed_statistics():
-            if comm.rank == 0:
-                print(f"step {done.step}: loss {done.loss_sum.sum() / done.num_tokens.sum():.3f}", flush=True)
+        tell_losses()
         if plane.stop_requested() or batch.step + 1 == config.training.num_steps:
+            state = plane.state_dict()  # None but on rank 0: yours to save beside the model.
+            tell_losses()
             break

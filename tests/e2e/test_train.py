@@ -122,4 +122,5 @@ def test_a_training_loop_of_ones_own_runs_under_mpiexec(small: list[str], tmp_pa
     done = subprocess.run([MPIEXEC, "-n", "2", *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     losses = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert len(losses) == 8
     assert losses[0] > losses[-1]
