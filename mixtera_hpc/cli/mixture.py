@@ -1,6 +1,7 @@
 """`mixtera-hpc mixture`: the mixture of a run: what it is, what it was, and another one from a named chunk on."""
 
 import argparse
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,16 @@ def _set(folder: "RunFolder", file: Path, chunk: int | None) -> int:
     ask(folder.control, Request(mixture=mixture, chunk=chunk))
     shares = "" if weights is None else "".join(f"\n  {w:.4f}  {n}" for n, w in zip(source.names, weights, strict=True))
     print(f"asked for, from {'the next chunk' if chunk is None else f'chunk {chunk}'} on:{shares}")
+    if not _goes_on(folder):
+        print(f"The run is not going on now; it takes this up with: mixtera-hpc resume {folder.name}/{folder.run_id}")
     print(f"See what was decided with: mixtera-hpc mixture {folder.name}/{folder.run_id}")
     return 0
+
+
+def _goes_on(folder: "RunFolder") -> bool:
+    from mixtera_hpc.launch.status import run_statuses
+
+    return run_statuses([folder], datetime.now(UTC))[0].state.active
 
 
 def _check_planned(folder: "RunFolder", chunk: int | None) -> None:

@@ -25,7 +25,7 @@ def test_a_running_job_of_several_ranks_changes_its_mixture(cli: Cli, small: lis
         try:
             wait_for(tmp_path, "runs/small/*/metrics/steps.jsonl", 4, process)
             folder = the_run(tmp_path / "runs")
-            cli("mixture", folder, "--set", tmp_path / "static.yaml")
+            assert "not going on" not in cli("mixture", folder, "--set", tmp_path / "static.yaml").stdout
             wait_for(tmp_path, "runs/small/*/decisions.jsonl", 1, process)
             time.sleep(2.0)
             (folder / "control" / "stop").touch()
@@ -40,6 +40,8 @@ def test_a_running_job_of_several_ranks_changes_its_mixture(cli: Cli, small: lis
     cli("trace", folder, "--verify")
     done = cli("mixture", folder, "--set", tmp_path / "static.yaml", "--at-chunk", 1, rc=2)
     assert "planned already" in done.stderr
+    asked = cli("mixture", folder, "--set", tmp_path / "static.yaml").stdout
+    assert "takes this up with: mixtera-hpc resume small/" in asked
     assert "Give --set FILE" in cli("mixture", folder, "--at-chunk", 99, rc=2).stderr
 
 
