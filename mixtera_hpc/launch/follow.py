@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.launch.attempts import read_end, read_start
-from mixtera_hpc.launch.logs import Ranks, Tail, heading
+from mixtera_hpc.launch.logs import Ranks, Tail, heading, last_words
 from mixtera_hpc.launch.slurm import JobState
 from mixtera_hpc.launch.status import RunStatus, run_statuses
 
@@ -62,6 +62,7 @@ def _follow_attempt(folder: RunFolder, ranks: Ranks, attempt: int) -> Iterator[s
     if read_end(folder, attempt) is None:
         time.sleep(LOOK_S)  # The batch script submits what follows and then says so.
     yield from tail.lines(last=True)
+    yield from last_words(folder, attempt, ranks)
 
 
 def _over(folder: RunFolder, attempt: int) -> bool:

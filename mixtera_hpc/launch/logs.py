@@ -12,10 +12,13 @@ from typing import Literal
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.launch.attempts import read_start
 
-__all__ = ["Ranks", "Tail", "all_lines", "heading"]
+__all__ = ["Ranks", "Tail", "all_lines", "heading", "last_words"]
 
 Ranks = int | Literal["all", "main"]
-"""One rank; everything; or `main`: rank 0 and the batch script, which names what failed."""
+"""One rank; everything; or `main`: rank 0 and the batch script, and the last words of the rank that failed first."""
+
+LAST_WORDS = 20
+"""Lines."""
 
 
 @dataclass(slots=True)
@@ -71,10 +74,24 @@ class Tail:
 def all_lines(folder: RunFolder, ranks: Ranks) -> Iterator[str]:
     """Everything written so far, attempt by attempt, each under its heading."""
     for attempt in folder.attempts():
-        lines = Tail(folder.logs(attempt), ranks).lines(last=True)
+        lines = Tail(folder.logs(attempt), ranks).lines(last=True) + last_words(folder, attempt, ranks)
         if lines:
             yield heading(folder, attempt)
             yield from lines
+
+
+def last_words(folder: RunFolder, attempt: int, ranks: Ranks) -> list[str]:
+    """With `main`, the last lines of the rank that failed, where that is not rank 0.
+
+    srun kills the others when one leaves with a code of its own, and tells all of them in any order.
+    """
+    batch = folder.logs(attempt) / "batch.out"
+    if ranks != "main" or not batch.is_file():
+        return []
+    ended = re.findall(r"srun: error: \S+: tasks? (\d+)\S* (.*)", batch.read_text(errors="replace"))
+    by_themselves = [int(rank) for rank, how in ended if how.startswith("Exited with")]
+    rank = next(iter(by_themselves or (int(rank) for rank, _ in ended)), 0)
+    return Tail(folder.logs(attempt), rank).lines(last=True)[-LAST_WORDS:] if rank else []
 
 
 def heading(folder: RunFolder, attempt: int) -> str:

@@ -43,6 +43,18 @@ def test_unasked_one_sees_rank_0_and_the_batch_script(folder: RunFolder) -> None
     assert "[1] attempt 1" in list(all_lines(folder, "all"))
 
 
+def test_of_a_rank_that_failed_one_sees_the_last_words_unasked(folder: RunFolder) -> None:
+    logs = folder.logs(2)
+    (logs / "rank_00001.err").write_text("".join(f"line {i}\n" for i in range(30)))
+    (logs / "batch.out").write_text(
+        "srun: error: node1: task 0: Killed\nsrun: error: node2: task 1: Exited with exit code 2\n"
+    )
+
+    for lines in (list(all_lines(folder, "main")), list(follow(folder))):
+        assert "[1] line 29" in lines and "[1] line 3" not in lines
+    assert "[1] line 29" not in list(all_lines(folder, 0))
+
+
 def test_labelled_files_of_nodes_read_like_files_of_ranks(folder: RunFolder) -> None:
     (folder.logs(2) / "node_00000.out").write_text("  3: three\n 12: twelve: and more\n")
 
