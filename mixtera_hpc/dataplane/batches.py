@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import DataPlaneConfig
@@ -155,20 +156,23 @@ class BatchMaker:
     ) -> list[Batch]:
         """Cut what was read into sequences: runs, the position of their step and where they begin in `span`."""
         grid, count = self._source.grid, self._share.size
-        tokens = [np.empty((count, grid.length), np.int64) for _ in steps]
-        documents = [np.empty((count, grid.length), np.int32) for _ in steps]
-        masks = [np.ones((count, grid.length - 1), np.bool_) for _ in steps]
-        everywhere = self._source.config.dataplane.predict_across_documents
+        starts = np.empty((len(steps), count), np.int64)
         for run, at, begin in placed:
-            for row, start in zip(run.rows, itertools.count(begin, grid.stride), strict=False):
-                end = start + grid.length
-                tokens[at][row] = span.tokens[start:end]
-                np.subtract(span.document[start:end], span.document[start], out=documents[at][row])
-                if not everywhere:
-                    np.logical_not(span.is_first[start + 1 : end], out=masks[at][row])
+            starts[at, run.rows] = begin + grid.stride * np.arange(len(run.rows))
+        tokens = sliding_window_view(span.tokens, grid.length)
+        documents = sliding_window_view(span.document, grid.length)
+        everywhere = self._source.config.dataplane.predict_across_documents
+        goes_on = sliding_window_view(np.ones_like(span.goes_on) if everywhere else span.goes_on, grid.length - 1)
         return [
-            self._batch(plan, step, tokens=t, document_ids=d, loss_mask=m, digests=self._digests(t))
-            for step, t, d, m in zip(steps, tokens, documents, masks, strict=True)
+            self._batch(
+                plan,
+                step,
+                tokens=(found := tokens[first].astype(np.int64)),
+                document_ids=documents[first] - span.document[first, None],
+                loss_mask=goes_on[first + 1],
+                digests=self._digests(found),
+            )
+            for step, first in zip(steps, starts, strict=True)
         ]
 
     def _digests(self, tokens: Ints) -> list[str] | None:

@@ -35,13 +35,13 @@ _NO_TOKENS: Tokens = np.zeros(0, np.uint32)
 class Span:
     """Items of streams in a row, and the documents they come from."""
 
-    def __init__(self, tokens: NDArray[np.int32], document: NDArray[np.int32], is_first: NDArray[np.bool_]) -> None:
+    def __init__(self, tokens: NDArray[np.int32], document: NDArray[np.int32], goes_on: NDArray[np.bool_]) -> None:
         self.tokens = tokens
         """Shape (n,)."""
         self.document = document
         """Which document each token belongs to, numbers ascending by one; shape (n,)."""
-        self.is_first = is_first
-        """Whether a token is the first of its document; shape (n,)."""
+        self.goes_on = goes_on
+        """Whether a token is any but the first of its document; shape (n,)."""
 
 
 class _Open(NamedTuple):
@@ -123,9 +123,9 @@ class DocumentReader:
             pieces[2 * i] = tokens[i][first[i] : last[i]]
             pieces[2 * i + 1] = self._special if last[i] == documents.size[i] else _NO_TOKENS
         flat = np.concatenate(pieces).view(np.int32)
-        is_first = np.zeros(len(flat), np.bool_)
-        is_first[(np.cumsum(lengths) - lengths)[first == 0]] = True
-        return Span(flat, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), is_first)
+        goes_on = np.ones(len(flat), np.bool_)
+        goes_on[(np.cumsum(lengths) - lengths)[first == 0]] = False
+        return Span(flat, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), goes_on)
 
     def _tokenized(self, documents: Documents) -> list[Tokens]:
         """The tokens of each document, whole, without specials."""
@@ -140,7 +140,7 @@ class DocumentReader:
         return [known[i] for i in position.tolist()]
 
     def _encoded(self, documents: Documents) -> list[Tokens]:
-        """Read and tokenize documents, some at a time: their text stays in a core's cache on its way."""
+        """Read and tokenize documents that are sorted by block and row, some at a time."""
         tokenizer = self._source.tokenizer
         if tokenizer is None:
             raise DataError("Tokens were asked for without a tokenizer.")
@@ -157,15 +157,16 @@ class DocumentReader:
     def _read(self, documents: Documents, what: "_What") -> list[Any]:
         """Read rows that are sorted by block and row."""
         blocks = self._source.blocks
-        shards = blocks.shard[documents.block]
+        shards, starts = blocks.shard[documents.block], blocks.offset[documents.block] + documents.offset
         results: list[Any] = []
         for first, last in _runs(shards):
             reader, ranged, ids = self._reader(int(shards[first]))
-            part = documents if last - first == len(shards) else documents.only(slice(first, last))
+            some = slice(first, last)
             if ranged is not None:
-                results += what.at(ranged, blocks.offset[part.block] + part.offset, part.length)
+                results += what.at(ranged, starts[some], documents.length[some])
             else:
-                results += self._by_block(reader, part, _TOKENS if ids and what is _DOCUMENTS else what)
+                of_block = _TOKENS if ids and what is _DOCUMENTS else what
+                results += self._by_block(reader, documents.only(some), of_block)
         return results
 
     def _by_block(self, reader: ShardReader, documents: Documents, what: "_What") -> Iterator[Any]:

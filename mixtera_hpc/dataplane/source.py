@@ -62,6 +62,10 @@ class _Facts:
     """Items of one epoch of every domain, dropped ones included: what the mixture was wished over."""
 
 
+COLUMNS_KEPT_BYTES = 128 << 20
+"""Sample columns that a reading thread keeps, as they are stored: every domain comes back to blocks that it shares."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """The selected data of one run; the same on every rank."""
@@ -115,11 +119,13 @@ class Source:
 
     def block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
         """Reads the samples of some blocks, one block after the other."""
-        samples = open_samples(self.facts.samples)
+        samples = open_samples(self.facts.samples, COLUMNS_KEPT_BYTES)
         first, rows, keys = self.blocks.first_sample, self.blocks.rows, self.holdout_keys
+        numbers = self.selection.predicate.numbers | (self.kept.numbers if self.kept else frozenset())
+        only = {"combo", "length", *(["tokens"] if self.layout.in_tokens else []), *(f"numbers/{n}" for n in numbers)}
 
         def read_blocks(chosen: NDArray[np.int32]) -> SampleColumns:
-            columns = samples.read_many(first[chosen].tolist(), rows[chosen].tolist())
+            columns = samples.read_many(first[chosen].tolist(), rows[chosen].tolist(), only)
             return columns if keys is None else with_places(columns, keys, self.blocks, chosen)
 
         return read_blocks

@@ -6,6 +6,7 @@ is read and no sooner. Files are opened without locks. Opening costs O(blocks), 
 
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, SampleCo
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.discover import escapes
 from mixtera_hpc.index.generation import tables_at
+from mixtera_hpc.index.kept import KeptParts
 from mixtera_hpc.index.layout import (
     FORMAT,
     VERSION,
@@ -44,9 +46,14 @@ _DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, UnicodeDecode
 class SampleReader:
     """Reads per-sample columns; may be used by several threads at once, which then wait for each other."""
 
-    def __init__(self, path: str | Path, fingerprint: str | None = None) -> None:
-        """Read from the file at `path`, which must hold the state `fingerprint` of an index when it is given."""
+    def __init__(self, path: str | Path, fingerprint: str | None = None, keep_bytes: int = 0) -> None:
+        """
+        Args:
+            fingerprint: the state of an index that the file must hold.
+            keep_bytes: so much of what was read lately is kept.
+        """
         self.path = Path(path)
+        self._kept = KeptParts(keep_bytes)
         self._fingerprint = fingerprint
         self._lock = threading.Lock()
         self._file: h5py.File | None = None
@@ -112,13 +119,12 @@ class SampleReader:
         )
 
     def _read(self, spans: Sequence[tuple[int, int]], only: Collection[str] | None) -> SampleColumns:
-        rows, together = sum(b - a for a, b in spans), _neighbours_joined(spans)
+        rows, together = sum(b - a for a, b in spans), spans if self._kept.max_bytes else _neighbours_joined(spans)
 
         def column(name: str, stored: Any, dtype: Any) -> NDArray[Any]:
             if stored is None or not spans or (only is not None and name not in only):
                 return np.zeros(rows, dtype)
-            found = [stored[a:b] for a, b in together]
-            self.bytes_read += sum(part.nbytes for part in found)
+            found = [self._kept.get((name, a, b), partial(self._from_file, stored, a, b)) for a, b in together]
             return (found[0] if len(found) == 1 else np.concatenate(found)).astype(dtype, copy=False)
 
         return SampleColumns(
@@ -127,6 +133,11 @@ class SampleReader:
             tokens=column("tokens", self._columns.get("tokens"), np.int64),
             numbers={n: column(f"numbers/{n}", stored, np.float64) for n, stored in self._numbers.items()},
         )
+
+    def _from_file(self, stored: Any, start: int, stop: int) -> NDArray[Any]:
+        part: NDArray[Any] = stored[start:stop]
+        self.bytes_read += part.nbytes
+        return part
 
 
 def _neighbours_joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

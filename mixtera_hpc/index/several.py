@@ -80,20 +80,22 @@ def sample_sources(index: PropertyIndex) -> list[SampleSource]:
     return [SampleSource(path=str(index.path), fingerprint=index.fingerprint)]
 
 
-def open_samples(sources: Sequence[SampleSource]) -> SampleReader:
-    """A reader of the samples of all sources; nothing is opened before it is read."""
+def open_samples(sources: Sequence[SampleSource], keep_bytes: int = 0) -> SampleReader:
+    """A reader of the samples of all sources; nothing is opened before it is read. `keep_bytes` as for `SampleReader`."""
     if len(sources) == 1:
-        return SampleReader(sources[0].path, sources[0].fingerprint)
-    return _JoinedSamples(sources)
+        return SampleReader(sources[0].path, sources[0].fingerprint, keep_bytes)
+    return _JoinedSamples(sources, keep_bytes)
 
 
 class _JoinedSamples(SampleReader):
     """Asks the reader of the index that a position lies in."""
 
-    def __init__(self, sources: Sequence[SampleSource]) -> None:
+    def __init__(self, sources: Sequence[SampleSource], keep_bytes: int) -> None:
         super().__init__(sources[0].path)
         self._sources = sources
-        self._readers = [SampleReader(source.path, source.fingerprint) for source in sources]
+        self._readers = [
+            SampleReader(source.path, source.fingerprint, keep_bytes // len(sources)) for source in sources
+        ]
         self._bounds = np.array([source.first_sample for source in sources])
         self._combos = [np.array(source.combos, np.int32) for source in sources]
 

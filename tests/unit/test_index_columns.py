@@ -1,6 +1,7 @@
 """Reading sample columns: only those asked for, neighbours in one go, and what was read is counted."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.index.kept import PART_BYTES, KeptParts
+from mixtera_hpc.index.open import PropertyIndex, SampleReader, open_index
 
 
 @pytest.fixture
@@ -40,3 +42,33 @@ def test_a_column_that_is_not_asked_for_is_not_read(index: PropertyIndex) -> Non
 def test_no_blocks_are_no_samples(index: PropertyIndex) -> None:
     found = index.read_blocks(np.zeros(0, np.int32))
     assert len(found.combo) == len(found.numbers["n"]) == 0
+
+
+def test_blocks_that_are_kept_are_the_same_and_not_read_again(index: PropertyIndex) -> None:
+    bounds, rows = index.tables.blocks.first_sample, index.tables.blocks.rows
+    reader = SampleReader(index.path, keep_bytes=1 << 20)
+    for blocks in ([9, 2, 3, 15, 0], [3, 15, 7]):
+        found = reader.read_many(bounds[blocks].tolist(), rows[blocks].tolist())
+        assert np.array_equal(found.numbers["n"], index.read_blocks(np.array(blocks, np.int32)).numbers["n"])
+    once = reader.bytes_read
+    reader.read_many(bounds[[7, 15, 2]].tolist(), rows[[7, 15, 2]].tolist())
+    assert reader.bytes_read == once == index.samples.bytes_read * (4 * 64 + 40 + 64) // (6 * 64 + 2 * 40)
+
+
+@pytest.mark.parametrize("max_bytes", [0, 100, 1000, 5000])
+def test_no_more_is_kept_than_allowed_and_the_oldest_leaves_first(max_bytes: int) -> None:
+    kept, read = KeptParts(max_bytes), []
+    room = max_bytes // (64 + PART_BYTES)
+
+    def part(number: int) -> np.ndarray:
+        read.append(number)
+        return np.full(64, number, np.uint8)
+
+    for number in range(20):
+        assert kept.get(("c", number, 64), partial(part, number))[0] == number
+    assert read == list(range(20))
+    for number in reversed(range(20 - room, 20)):
+        kept.get(("c", number, 64), partial(part, number))
+    assert read == list(range(20))
+    kept.get(("c", 19 - room, 64), partial(part, 19 - room))
+    assert read[-1] == 19 - room and len(read) == 21
