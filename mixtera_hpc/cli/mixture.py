@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _set(folder: "RunFolder", file: Path, chunk: int | None) -> int:
     from mixtera_hpc.comm.communicator import Local
-    from mixtera_hpc.config.compose import load_config, load_yaml
+    from mixtera_hpc.config.compose import load_config, read_yaml
     from mixtera_hpc.dataplane.change import Request, ask, successor
     from mixtera_hpc.dataplane.mixture import make_mixer
     from mixtera_hpc.dataplane.source import open_source
@@ -47,7 +47,7 @@ def _set(folder: "RunFolder", file: Path, chunk: int | None) -> int:
     if not file.is_file():
         raise ConfigError(f"There is no file {file}. --set takes a YAML file with what stands below `mixture:`.")
     config = as_begun(load_config(folder.config), folder.journal)
-    mixture = successor(config.mixture, load_yaml(file))
+    mixture = successor(config.mixture, read_yaml(file))
     source = open_source(config, Local(), check=False)
     weights = make_mixer(mixture, source.ground, learn=False).weights_of(0)
     _check_planned(folder, chunk)

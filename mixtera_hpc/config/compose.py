@@ -11,7 +11,16 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["compose", "compose_plain", "conf_dir", "dump_yaml", "from_omegaconf", "load_config", "load_yaml"]
+__all__ = [
+    "compose",
+    "compose_plain",
+    "conf_dir",
+    "dump_yaml",
+    "from_omegaconf",
+    "load_config",
+    "load_yaml",
+    "read_yaml",
+]
 
 CONFIG_NAME = "config"
 
@@ -75,6 +84,25 @@ def load_yaml(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error}.\n  Give the folder of a run, which has a config.yaml."
         ) from None
     return plain if isinstance(plain, dict) else {}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that a person wrote, as Hydra reads those of `conf/`: 2e9 is a number, `${…}` is resolved.
+
+    Raises:
+        ConfigError: it is missing, no YAML, or no mapping.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.\n  Give a YAML file of `key: value` lines.") from None
+    if not isinstance(plain, dict) or not plain:
+        raise ConfigError(f"{path} has no keys.\n  Give a YAML file of `key: value` lines.")
+    return {str(key): value for key, value in plain.items()}
 
 
 def dump_yaml(plain: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.config.compose import compose, load_config
+from mixtera_hpc.config.compose import compose, load_config, read_yaml
 from mixtera_hpc.errors import ConfigError
 
 BASE = ["data.root=/data", "mixture.unit=samples"]
@@ -51,6 +51,19 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"config\.yaml cannot be read"):
         load_config(tmp_path / "config.yaml")
+
+
+def test_numbers_of_a_file_that_people_write_are_those_of_conf(tmp_path: Path) -> None:
+    (tmp_path / "mixture.yaml").write_text("kind: schedule\nschedule: {stages: [{start: 2e9}]}\n")
+    assert read_yaml(tmp_path / "mixture.yaml") == {"kind": "schedule", "schedule": {"stages": [{"start": 2e9}]}}
+
+
+@pytest.mark.parametrize("content", [None, "", "- a\n", "a: [", "a: ${nowhere}", "{1: 2"])
+def test_a_file_that_is_no_mapping_is_named(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "mixture.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"mixture\.yaml (cannot be read|has no keys)[^$]*\n  Give a YAML file"):
+        read_yaml(tmp_path / "mixture.yaml")
 
 
 def test_runs_that_cannot_have_a_folder_are_refused(
