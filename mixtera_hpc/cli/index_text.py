@@ -106,7 +106,9 @@ def refresh_text(report: "RefreshReport") -> list[str]:
             lines.append(f"  {len(paths):,} {what}: {', '.join(paths[:NAMED])}{more}")
     if report.generations:
         known = ", ".join(fingerprint[:12] for fingerprint in report.generations)
-        lines.append(f"  runs of the state before go on with index.generation=FINGERPRINT: {known}")
+        lines.append(
+            f"  runs of the states before go on by themselves, scripts of yours with index.generation set to one of: {known}"
+        )
     else:
         lines.append("  runs that used the index before cannot go on with it: shards they used are no longer the same")
     return [*build_text(report.build), *lines]
