@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -20,9 +21,12 @@ import numpy as np
 from mixtera_hpc.comm import sentinel
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.sentinel import GOODBYE, SLOT, TOLD
-from mixtera_hpc.errors import leaves_in_order
+from mixtera_hpc.errors import MixteraError, leaves_in_order
 
 __all__ = ["Watch", "start_watch"]
+
+GIVE_WAY_S = 2.0
+"""How long the sentinel gets to name a dead rank before a survivor's error is taken for the cause."""
 
 
 class Watch:
@@ -46,7 +50,13 @@ class Watch:
         self._put(GOODBYE)
 
     def failed(self, error: BaseException) -> None:
-        """Record that this rank failed, unless another did before; others may be killed from now on without being named."""
+        """Record that this rank failed, unless another did before; others may be killed from now on without being named.
+
+        What a library says of a peer it lost (gloo: connection reset) is heard sooner than the death itself: an error that is
+        not our own gives way to the sentinel.
+        """
+        if isinstance(error, Exception) and not isinstance(error, MixteraError):
+            self._give_way()
         self._put(TOLD)
         if self._folder is not None:
             words = str(error).strip().splitlines()
@@ -69,6 +79,14 @@ class Watch:
     def hold(self, thing: object) -> None:
         """Keep what must live as long as this rank."""
         self._held.append(thing)
+
+    def _give_way(self) -> None:
+        deadline = time.monotonic() + GIVE_WAY_S
+        while self._board is not None and time.monotonic() < deadline and not self._is_named():
+            time.sleep(0.02)
+
+    def _is_named(self) -> bool:
+        return self._folder is not None and (self._folder / "failure.json").exists()
 
     def _put(self, state: int) -> None:
         if self._board is not None:

@@ -41,7 +41,7 @@ def ends_soon(folder: Path) -> bool:
     return not sentinels_of(folder)
 
 
-@pytest.mark.parametrize("mode", ["SIGKILL", "exit"])
+@pytest.mark.parametrize("mode", ["SIGKILL", "exit", "heard"])
 def test_a_rank_that_dies_without_a_word_is_named(mode: str, tmp_path: Path) -> None:
     done = launch(mode, tmp_path)
 

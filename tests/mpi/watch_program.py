@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from mixtera_hpc.comm.launch import guarded
@@ -14,7 +15,9 @@ FAILING_RANK = 2
 
 
 def fail(mode: str) -> None:
-    if mode == "SIGKILL":
+    if mode == "heard":  # Its peers' libraries are faster than the kernel.
+        time.sleep(0.3)
+    if mode in ("SIGKILL", "heard"):
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "exit":
         os._exit(3)
@@ -35,6 +38,8 @@ def main() -> int:
             return
         if comm.rank == FAILING_RANK:
             fail(mode)
+        if mode == "heard":
+            raise RuntimeError("Connection reset by peer")
         comm.Barrier()
 
     def body() -> None:
