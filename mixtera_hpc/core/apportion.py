@@ -47,8 +47,10 @@ def quantise(weights: NDArray[np.float64]) -> Ints:
     return units
 
 
-def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> Ints:
-    """How many sequences each domain gets in the next `num_slots` slots; shape (K,), sums to `num_slots`.
+def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> tuple[Ints, Ints]:
+    """How many sequences each domain gets in the next `num_slots` slots, and the lags after them; shape (K,) each.
+
+    The counts sum to `num_slots`.
 
     Args:
         lag: share due minus sequences served, in UNIT; sums to 0.
@@ -57,11 +59,13 @@ def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> Ints:
     """
     share = lag + weight * num_slots
     due = np.maximum(share >> BITS, 0)
+    left = share - (due << BITS)
     rest = num_slots - int(due.sum())
     if rest > 0:
-        part = share - (due << BITS)
-        due[_served_early(part, weight, (part > 0) & (due < remaining), (rest, num_slots))] += 1
-    return due
+        early = _served_early(left, weight, (left > 0) & (due < remaining), (rest, num_slots))
+        due[early] += 1
+        left[early] -= UNIT
+    return due, left
 
 
 def _served_early(
@@ -75,15 +79,17 @@ def _served_early(
         limits: how many are wanted, and the slots of the chunk.
     """
     rest, num_slots = limits
-    rate = np.maximum(weight, 1)
-    deadline = -((part - UNIT) // rate)
-    age = np.where(open_, -(-part // rate), FAR)
-    _, order = _ascending(np.where(open_, UNIT - part, FAR))
+    missing, fall = UNIT - part, -np.maximum(weight, 1)
+    deadline, age = -(missing // fall), -(part // fall)
+    all_open = open_.all()
+    if not all_open:
+        missing, age = np.where(open_, missing, FAR), np.where(open_, age, FAR)
+    _, order = _ascending(missing)
     chosen = order[:rest]
     left = part.copy()
     left[chosen] -= UNIT
     if _rest_fits(left, weight, deadline):
-        if not open_.all():
+        if not all_open:
             left, weight = left * open_, weight * open_
         if _chunk_fits(left, weight, age, num_slots):
             return chosen

@@ -220,8 +220,7 @@ class Planner:
         segments: list[_Segment] = []
         while num_slots > 0:
             gone, length = _next_exhaustion(now, remaining, min(num_slots, MAX_SLOTS))
-            counts = advance(now.lags, now.weights, length, remaining)
-            end = now.lags + now.weights * length - (counts << BITS)
+            counts, end = advance(now.lags, now.weights, length, remaining)
             segments.append(_Segment(now.lags, now.weights, counts, end))
             num_slots -= length
             if num_slots == 0:
