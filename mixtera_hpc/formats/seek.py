@@ -2,7 +2,7 @@
 
 Every few megabytes of decoded text: where a deflate block begins, to the bit, and the 32 KiB before it that it may refer to. They
 are found by `indexed_gzip` in a pass of its own (zlib's speed, once per shard and index) and kept in a file beside the index,
-some 2 kB per decoded megabyte. Reading needs ISA-L alone: the compressed bytes are shifted until the block begins at a byte.
+some 2 kB per decoded megabyte. Reading needs ISA-L alone: empty blocks fill the byte in the middle of which the block begins.
 
 A shard is known by its size, its first bytes and its last, which hold the checksum of all that is in it: the points of a shard
 serve every index and survive moves. Without them everything can still be read, at the price of decoding from the start.
@@ -36,6 +36,10 @@ _POINT = np.dtype([("at", "<u8"), ("bit", "<u8"), ("window", "<u8"), ("size", "<
 _EXPORTED = struct.Struct("<5sBBQQIII")
 _EXPORTED_POINT = np.dtype([("cmp", "<u8"), ("at", "<u8"), ("bits", "u1"), ("has_window", "u1")])
 IDENTITY_BYTES = 64
+_EMPTY_FIXED = 2, 10
+"""A deflate block that says nothing, with the fixed codes, and how many bits it has; the lowest comes first (RFC 1951, 3.2.6)."""
+_EMPTY_DYNAMIC = 0x46AFF90000000000081C004, 91
+"""Another, with codes of its own (3.2.7): one bit each for literal 255, the end, and a distance. An odd number of bits."""
 
 
 def folder_beside(index: str | Path) -> Path:
@@ -149,12 +153,12 @@ class SeekPoints:
         """Decode from one point to the next, or to `stop`."""
         is_last = number + 1 == len(self._at)
         end = stop if is_last else min(stop, self._at[number + 1])
-        start_byte, shift = divmod(self._bit[number], 8)
+        start_byte, bit = divmod(self._bit[number], 8)
         end_byte = os.fstat(fd).st_size if is_last else self._bit[number + 1] // 8 + 1
         raw = read_fully(fd, end_byte - start_byte, start_byte)
         decoder = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE, hist_bits=15, zdict=self._window(number))
         wanted = end - self._at[number]
-        data = decoder.decompress(_shifted(raw, shift), wanted)
+        data = decoder.decompress(_filled(raw, bit), wanted)
         yield data
         while (wanted := wanted - len(data)) > 0:
             if decoder.eof or decoder.needs_input:
@@ -171,10 +175,13 @@ class SeekPoints:
         return zstandard.decompress(data, max_output_size=WINDOW_BYTES)
 
 
-def _shifted(data: bytes, bits: int) -> bytes:
-    """`data` without its first `bits` bits; deflate counts from the lowest."""
-    if not bits:
-        return data
-    values = np.frombuffer(data, np.uint8)
-    following = np.append(values[1:], np.uint8(0))
-    return ((values >> bits) | (following << (8 - bits))).astype(np.uint8).tobytes()
+def _filled(data: bytes, bit: int) -> bytes:
+    """`data`, which begins with bit `bit` of its first byte, as a stream of its own: empty blocks end at that bit.
+
+    Shifting it there instead would misplace stored blocks, whose content begins at a whole byte.
+    """
+    filler, size = _EMPTY_DYNAMIC if bit % 2 else (0, 0)
+    while size % 8 != bit:
+        filler, size = filler | _EMPTY_FIXED[0] << size, size + _EMPTY_FIXED[1]
+    head = filler | data[0] >> bit << size
+    return head.to_bytes(size // 8 + 1, "little") + data[1:]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import warnings
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,24 @@ def test_blocks_are_read_from_seek_points(level: int, tmp_path: Path, folder: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
+
+
+def flushed(data: bytes, level: int, mode: int) -> bytes:
+    """One member whose blocks are flushed every 50 kB, as `pigz` and whoever writes a log do: an empty stored block follows each."""
+    packer = zlib.compressobj(level, zlib.DEFLATED, 31)
+    pieces = [packer.compress(data[i : i + 50_000]) + packer.flush(mode) for i in range(0, len(data), 50_000)]
+    return b"".join([*pieces, packer.flush()])
+
+
+@pytest.mark.parametrize("mode", [zlib.Z_SYNC_FLUSH, zlib.Z_FULL_FLUSH])
+@pytest.mark.parametrize("level", [1, 6])
+def test_members_that_were_flushed_are_read_from_seek_points(
+    level: int, mode: int, tmp_path: Path, folder: Path
+) -> None:
+    expected = texts(4000)
+    (tmp_path / "s.gz").write_bytes(flushed(lines(expected), level, mode))
+    batches = scanned(tmp_path / "s.gz", folder)
+    assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
 
 
 def test_a_block_costs_no_more_than_its_surroundings(
