@@ -20,6 +20,8 @@ __all__ = ["LineScanner", "Lines", "line_ends"]
 
 Buffer = bytes | memoryview
 NEWLINE, OPEN, CLOSE = b"\n{}"
+JSON_SPACE = b" \t\r\n"
+"""More is space to Python, and an error to whoever decodes the row that such a line would count to."""
 SHORTEST_ROW = 5
 """`{"":0`: a shorter line may be blank, and is looked at."""
 
@@ -59,7 +61,7 @@ def _newlines(data: Buffer) -> NDArray[np.int64]:
 
 
 def _is_blank(data: Buffer, start: int, stop: int) -> bool:
-    return not bytes(data[start:stop]).strip()
+    return not bytes(data[start:stop]).strip(JSON_SPACE)
 
 
 class LineScanner:

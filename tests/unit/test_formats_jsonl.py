@@ -48,6 +48,7 @@ def written(folder: Path, *lines: str | bytes) -> Path:
         ('{"text": "x", "quality": "high"}', "Expected `float | null`, got `str` - at `$.quality`"),
         ('{"text": "x", "quality": true}', "Expected `float | null`, got `bool` - at `$.quality`"),
         ("[" * 100_000, ""),
+        ("\x0b\x0c", "invalid character"),
     ],
 )
 def test_a_bad_row_is_named_with_its_problem(line: str | bytes, problem: str, tmp_path: Path) -> None:
