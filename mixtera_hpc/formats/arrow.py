@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, cut, shard_changed
-from mixtera_hpc.formats.tables import TableScanner, column_at, first_key, rows_of, texts_of, type_at
+from mixtera_hpc.formats.tables import TableScanner, column_at, first_key, rows_of, texts_of, type_at, without_views
 
 __all__ = ["Arrow"]
 
@@ -196,6 +196,7 @@ class _Reader:
             table = batches.read(block.offset)
             if table.num_rows != block.rows:
                 raise shard_changed(self._path, block, f"record batch {block.offset} has {table.num_rows} rows")
+            table = without_views(table)
             return table, table.nbytes
 
         return self._cache.get((str(self._path), block.offset, column), load)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, cut, shard_changed
-from mixtera_hpc.formats.tables import TableScanner, column_at, rows_of, texts_of, type_at
+from mixtera_hpc.formats.tables import TableScanner, column_at, rows_of, texts_of, type_at, without_views
 
 __all__ = ["Parquet"]
 
@@ -157,4 +157,4 @@ class _Reader:
             raise shard_changed(self._path, block, f"{error}") from None
         if table.num_rows != block.rows or (column is not None and type_at(table.schema, column) is None):
             raise shard_changed(self._path, block, f"row group {block.offset} has other rows or columns")
-        return table.combine_chunks(), table.nbytes
+        return without_views(table.combine_chunks()), table.nbytes

@@ -16,18 +16,22 @@ from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.columns import Categories, encode
 from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Ranges, bad_rows
 
-__all__ = ["TableScanner", "column_at", "first_key", "rows_of", "texts_of", "type_at"]
+__all__ = ["TableScanner", "column_at", "first_key", "rows_of", "texts_of", "type_at", "without_views"]
+
+_WIDE = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+_TEXTS = (pa.string(), pa.binary(), *_WIDE, *_WIDE.values())
 
 
 class TableScanner:
-    """Turns the tables of one unit into batches, and remembers rows without text."""
+    """Turns the tables of one unit into batches, and remembers rows whose text cannot be read."""
 
     def __init__(self, path: Path, schema: Any, fields: Fields) -> None:
         self._path, self._fields = path, fields
         self._bad: list[tuple[int, str]] = []
-        if fields.text is not None and type_at(schema, fields.text) is None:
-            columns = ", ".join(schema.names[:20])
-            raise DataError(f"{path} has no column {fields.text!r}, which data.text names.\n  It has: {columns}.")
+        if (twice := next((name for name in schema.names if schema.names.count(name) > 1), None)) is not None:
+            raise DataError(f"{path} has several columns {twice!r}.\n  Rename them, or leave it out with data.exclude.")
+        if fields.text is not None:
+            _check_text(schema, fields.text, path)
         self.properties = {f.path for f in fields.properties if type_at(schema, f.path) is not None}
         """Paths of the properties that the file has."""
 
@@ -37,41 +41,69 @@ class TableScanner:
         Args:
             first_row: of the shard.
         """
-        bad = self._without_text(table)
+        texts, bad = self._texts(table)
         if not self._fields.skip_bad:
             self._bad += [(first_row + row, problem) for row, problem in bad[: MAX_BAD_ROWS - len(self._bad)]]
             bad = []
-        return None if self._bad else self._batch(rows, table, blocks, bad)
+        return None if self._bad else self._batch(rows, table, blocks, texts, bad)
 
     def check(self) -> None:
-        """Raise for rows without text."""
+        """Raise for the bad rows found."""
         if self._bad:
             raise bad_rows(self._path, self._bad)
 
-    def _without_text(self, table: Any) -> list[tuple[int, str]]:
-        """Rows of `table` whose text is null, and the problem."""
+    def _texts(self, table: Any) -> tuple[list[str] | None, list[tuple[int, str]]]:
+        """The texts, where they are wanted, and the rows of `table` that have none, with the problem."""
+        if self._fields.documents and self._fields.text is None:
+            raise ConfigError("Texts were asked for, but data.text is null. Set it, or leave dataplane.tokenizer out.")
         text = column_at(table, self._fields.text) if self._fields.text is not None else None
-        if text is None or not text.null_count:
-            return []
-        missing = np.flatnonzero(text.is_null().to_numpy(zero_copy_only=False))
-        return [(int(i), f"{self._fields.text!r} is null") for i in missing]
+        if text is None:
+            return None, []
+        missing = np.flatnonzero(text.is_null().to_numpy(zero_copy_only=False)) if text.null_count else ()
+        bad = [(int(i), f"{self._fields.text!r} is null") for i in missing]
+        if not self._fields.documents:
+            return None, bad
+        try:
+            texts: list[Any] = texts_of(text, self._path)
+        except DataError:
+            texts = [_one_text(text.slice(i, 1), self._path) for i in range(len(text))]
+            unread = [(i, str(t)) for i, t in enumerate(texts) if isinstance(t, DataError)]
+            bad = sorted([*bad, *((i, problem.removeprefix(f"{self._path}: ")) for i, problem in unread)])
+        for row, _ in bad:
+            texts[row] = ""
+        return texts, bad
 
-    def _batch(self, rows: int, table: Any, blocks: Ranges, bad: list[tuple[int, str]]) -> Batch:
+    def _batch(
+        self, rows: int, table: Any, blocks: Ranges, documents: list[str] | None, bad: list[tuple[int, str]]
+    ) -> Batch:
         columns: dict[str, Column] = {}
         for field in self._fields.properties:
             values = column_at(table, field.path)
             columns[field.name] = _nulls(field, rows) if values is None else _column(values, field, self._path)
-        documents = self._documents(table) if self._fields.documents else None
-        if documents is not None:
-            for row, _ in bad:
-                documents[row] = ""
         raw = rows_of(table, self._path) if self._fields.rows else None
         return Batch(rows=rows, blocks=blocks, columns=columns, documents=documents, raw=raw, bad=tuple(bad))
 
-    def _documents(self, table: Any) -> list[str]:
-        if self._fields.text is None:
-            raise ConfigError("Texts were asked for, but data.text is null. Set it, or leave dataplane.tokenizer out.")
-        return texts_of(column_at(table, self._fields.text), self._path)
+
+def _check_text(schema: Any, text: str, path: Path) -> None:
+    """Refuse a file that has no texts where they should be."""
+    found = type_at(schema, text)
+    if found is None:
+        columns = ", ".join(schema.names[:20])
+        raise DataError(f"{path} has no column {text!r}, which data.text names.\n  It has: {columns}.")
+    plain = found.value_type if pa.types.is_dictionary(found) else found
+    if plain not in _TEXTS and not pa.types.is_null(plain):
+        raise DataError(
+            f"{path}: column {text!r}, which data.text names, has type {found}, which is no text.\n  Set data.text to another "
+            "column, or leave the file out with data.exclude."
+        )
+
+
+def _one_text(text: Any, path: Path) -> Any:
+    """The text of a column of one row, or what is wrong with it."""
+    try:
+        return texts_of(text, path)[0]
+    except DataError as error:
+        return error
 
 
 def first_key(names: list[str], path: str) -> str:
@@ -128,6 +160,21 @@ def rows_of(table: Any, path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def without_views(table: Any) -> Any:
+    """The same with texts stored as they used to be: Arrow has views (Polars writes them), but cannot take rows out of them yet."""
+    fields = [field.with_type(_without_views(field.type)) for field in table.schema]
+    return table if all(map(pa.Field.equals, fields, table.schema)) else table.cast(pa.schema(fields))
+
+
+def _without_views(found: Any) -> Any:
+    if pa.types.is_struct(found):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in found])
+    if pa.types.is_list(found) or pa.types.is_large_list(found):
+        wide = pa.large_list if pa.types.is_large_list(found) else pa.list_
+        return wide(found.value_field.with_type(_without_views(found.value_type)))
+    return _WIDE.get(found, found)
+
+
 def _nulls(field: Field, rows: int) -> Column:
     return np.full(rows, np.nan) if field.kind is Kind.NUMBER else Categories([()], np.zeros(rows, np.int32))
 
@@ -142,11 +189,12 @@ def _column(values: Any, field: Field, path: Path) -> Column:
     ):
         numbers: NDArray[np.float64] = pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         return numbers
-    if kind is Kind.NUMBER or (pa.types.is_nested(found) and not (is_list and kind is Kind.CATEGORIES)):
-        hint = " Give it kind: categories." if is_list and kind is Kind.CATEGORY else ""
+    is_flat = not pa.types.is_nested(found.value_type if is_list and kind is Kind.CATEGORIES else found)
+    if kind is Kind.NUMBER or not is_flat:
+        hint = "Give it kind: categories" if is_list and kind is Kind.CATEGORY else "Give it another path or kind"
         raise DataError(
             f"{path}: column {field.path!r} has type {found}, which cannot be read as the {kind} of "
-            f"data.properties.{field.name}.{hint}"
+            f"data.properties.{field.name}.\n  {hint}, or leave the file out with data.exclude."
         )
     try:
         if is_list:

@@ -15,6 +15,7 @@ from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.columns import Categories
 from mixtera_hpc.formats.format import Field, Fields
 from mixtera_hpc.formats.parquet import Parquet
+from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.testing.formats import read_blocks, scan
 
 
@@ -83,9 +84,11 @@ def test_a_column_that_is_not_there_is_null(tmp_path: Path) -> None:
         (
             pa.array([["a"]]),
             Kind.CATEGORY,
-            r"cannot be read as the category of data\.properties\.x\. Give it kind: categories",
+            r"cannot be read as the category of data\.properties\.x\.\n  Give it kind: categories",
         ),
         (pa.array([{"a": 1}]), Kind.CATEGORIES, "cannot be read as the categories"),
+        (pa.array([[{"a": 1}]]), Kind.CATEGORIES, "cannot be read as the categories"),
+        (pa.array([[["a"]]]), Kind.CATEGORIES, "cannot be read as the categories"),
     ],
 )
 def test_a_column_of_another_kind_is_refused(values: Any, kind: Kind, message: str, tmp_path: Path) -> None:
@@ -115,6 +118,47 @@ def test_rows_without_text_are_named_with_or_without_statistics(statistics: bool
 def test_a_file_without_the_text_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no column 'body', which data\.text names(.|\n)*It has: text, p"):
         scan(Parquet(), written(tmp_path, pa.array(["a"])), Fields(text="body"))
+
+
+def test_a_text_column_of_another_type_is_refused(tmp_path: Path) -> None:
+    for values in (pa.array([1]), pa.array([["a"]])):
+        with pytest.raises(DataError, match=r"column 'p', which data\.text names, has type .* which is no text"):
+            scan(Parquet(), written(tmp_path, values), Fields(text="p"))
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shard.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(DataError, match="has several columns 'text'"):
+        scan(Parquet(), path, Fields(text="text"))
+
+
+def test_texts_that_are_no_utf8_are_bad_rows(tmp_path: Path) -> None:
+    path = tmp_path / "shard.parquet"
+    pq.write_table(pa.table({"text": [b"a", None, b"\xff", b"b"]}), path)
+    with pytest.raises(DataError) as caught:
+        scan(Parquet(), path, Fields(text="text", documents=True))
+    assert [note.split("row=")[1].split(":")[0] for note in caught.value.__notes__] == ["1", "2"]
+    (batch,) = scan(Parquet(), path, Fields(text="text", documents=True, skip_bad=True))
+    assert batch.documents == ["a", "", "", "b"] and [row for row, _ in batch.bad] == [1, 2]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_views_are_texts_like_any_other(ending: str, tmp_path: Path) -> None:
+    path, view = tmp_path / f"shard.{ending}", pa.string_view()
+    rows = [{"text": f"text {i} " * i, "tags": ["a", "b"], "meta": {"source": "web"}} for i in range(9)]
+    kinds = {"text": view, "tags": pa.large_list(view), "meta": pa.struct([("source", view)])}
+    table = pa.Table.from_pylist(rows, pa.schema(kinds.items()))
+    if ending == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    reader = load_format(ending).open(path, "text", BlockCache())
+    ((block, lengths),) = read_blocks(scan(load_format(ending), path, Fields(text="text")))
+    assert reader.documents(block, lengths, np.array([2, 7])) == [rows[2]["text"], rows[7]["text"]]
+    assert reader.payloads(block, lengths, np.array([2, 7])) == [rows[2], rows[7]]
+    reader.close()
 
 
 def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
