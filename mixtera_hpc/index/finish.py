@@ -22,6 +22,8 @@ from mixtera_hpc.index.write import IndexFacts, publish, write_index
 
 __all__ = ["Asked", "BuildReport", "Kept", "finish", "sources_of"]
 
+NAMED = 5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildReport:
@@ -90,8 +92,7 @@ def finish(asked: Asked, plan: Plan, records: Records, kept: Kept = Kept()) -> B
     merged = merge(job.properties, pieces, kept.combos, kept.chunk_rows)
     shards, bad = _shards(job, plan, records, kept)
     if merged.rows == merged.bad_rows:
-        where = ", ".join(map(str, job.roots.values()))
-        raise DataError(f"The {len(plan.shards)} shards below {where} hold no rows{' that can be read' * bool(bad)}.")
+        raise _no_rows(job, shards, bad)
     facts = IndexFacts(
         roots={name: str(root.resolve()) for name, root in job.roots.items()},
         text=config.data.text,
@@ -122,6 +123,17 @@ def finish(asked: Asked, plan: Plan, records: Records, kept: Kept = Kept()) -> B
         empty_properties=written.empty_properties,
         bad_rows=merged.bad_rows,
         damaged_shards=len({b.shard for b in bad if not b.rows}),
+    )
+
+
+def _no_rows(job: ScanJob, shards: ShardTable, bad: Sequence[BadRows]) -> DataError:
+    """The error for shards of which nothing can be read, with some of the reasons."""
+    where = f"The {len(shards.path)} shards below {', '.join(map(str, job.roots.values()))} hold no rows"
+    if not bad:
+        return DataError(f"{where}.\n  Set data.root and data.include to files that have some.")
+    listed = "".join(f"\n    {shards.path[b.shard]}: {b.rows or 'the rest'}, {b.reason}" for b in bad[:NAMED])
+    return DataError(
+        f"{where} that can be read:{listed}\n  Do data.text and data.properties name what the rows have? See docs/formats.md."
     )
 
 

@@ -157,9 +157,9 @@ def test_a_damaged_shard_is_left_out_from_there_on(damage: Callable[[Path], int]
         assert (bad.shard, bad.rows) == (0, 0) and bad.reason.startswith("damaged: the shard ")
 
 
-def test_data_of_bad_rows_alone_is_refused(tmp_path: Path) -> None:
+def test_data_of_bad_rows_alone_is_refused_with_the_reasons(tmp_path: Path) -> None:
     plain(tmp_path, [b"{", b"{"])
-    with pytest.raises(DataError, match="hold no rows that can be read"):
+    with pytest.raises(DataError, match=r"hold no rows that can be read:\n +a\.jsonl: 2, Input data was truncated\n"):
         build_index(configured(tmp_path))
 
 
