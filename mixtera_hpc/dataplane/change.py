@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.convert import from_plain, raise_problems, to_plain
+from mixtera_hpc.config.mixture import leaves
 from mixtera_hpc.config.schema import MixtureConfig
+from mixtera_hpc.core.keys import canonical
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import read_lines
 from mixtera_hpc.dataplane.mixer import Mixer, below
@@ -72,13 +74,25 @@ def successor(current: MixtureConfig, wish: Mapping[str, Any]) -> MixtureConfig:
     kept = {name: getattr(current, name) for name in KEPT}
     mixture = from_plain(MixtureConfig, {**kept, **inner} if isinstance(inner, Mapping) else inner, "mixture")
     raise_problems(mixture_problems(mixture))
-    moved = [name for name in KEPT if getattr(mixture, name) != kept[name]]
-    if moved or "arbitrary" in (mixture.kind, current.kind):
-        what = f"mixture.{moved[0]}" if moved else "mixture.kind=arbitrary"
+    if moved := _moved(current, mixture):
         raise ConfigError(
-            f"{what} cannot change while a run goes on; weights can.\n  Leave it out, or start a new run."
+            f"{moved[0]} cannot change while a run goes on; weights can.\n  Leave it out, or start a new run."
         )
     return mixture
+
+
+def _moved(current: MixtureConfig, wish: MixtureConfig) -> list[str]:
+    """What `wish` says otherwise of the run's streams and domains."""
+    found = [f"mixture.{name}" for name in KEPT if getattr(wish, name) != getattr(current, name)]
+    if "arbitrary" in (wish.kind, current.kind):
+        found.append("mixture.kind=arbitrary")
+    if wish.by and wish.by != current.by:
+        found.append("mixture.by")
+    limits = {canonical(leaf.key): leaf.domain.max_epochs for leaf in leaves(current)}
+    for leaf in leaves(wish):
+        if leaf.domain.max_epochs not in (None, limits.get(canonical(leaf.key))):
+            found.append(f"{leaf.path}.max_epochs")
+    return found
 
 
 def ask(control: Path, request: Request) -> None:
@@ -130,9 +144,10 @@ class SwitchedMixer:
         return [self._changes[chunk] for chunk in sorted(self._changes)]
 
     def adopt(self, changes: Sequence[Change]) -> None:
-        """Take over what was decided before; of several for one chunk the last one counts."""
-        for change in changes:
-            if change.refused is None:
+        """Take over what was decided before; of several for one chunk the last one counts, and begins anew where it is new."""
+        latest = {change.chunk: change for change in changes if change.refused is None}
+        for change in latest.values():
+            if self._changes.get(change.chunk) != change:
                 self._reign(change)
 
     def consider(self, text: str, first: int) -> Change:
@@ -164,7 +179,9 @@ class SwitchedMixer:
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {f"from{begin}/{k}": v for begin, mixer in self._mixers.items() for k, v in mixer.arrays().items()}
 
-    def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def load(self, changes: Sequence[Change], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what `changes` and `arrays` gave."""
+        self.adopt(changes)
         for begin, mixer in self._mixers.items():
             if own := below(f"from{begin}/", arrays):
                 mixer.load(own)

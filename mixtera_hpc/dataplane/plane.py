@@ -249,9 +249,9 @@ class DataPlane:
         source = self._source = self._source.in_era(beginning.era)
         self._next_step, plan = beginning.step, beginning.plan
         if self._comm.rank == 0:
-            self._mixer.adopt([*(state.changes if state else []), *self._sinks.changes()])
-        if state is not None:
-            self._mixer.load(state.mixer)
+            if state is not None:
+                self._mixer.load(state.changes, state.mixer)
+            self._mixer.adopt(self._sinks.changes())
         self._reduced, self._fed = beginning.step, state.fed if state is not None else 0
         served = plan.num_steps and source.era.data_step(self._next_step) >= plan.first_step + plan.num_steps
         self._current_chunk = plan.chunk if served else plan.chunk - 1

@@ -106,6 +106,20 @@ def test_a_run_that_changed_its_mind_goes_on_from_any_step(
     assert [plans[0].plan_of(s).digest for s in range(30)] == [plans[1].plan_of(s).digest for s in range(30)]
 
 
+@pytest.mark.parametrize("algorithm", [{"name": "odm"}, LEARNED["algorithm"]])
+def test_a_second_wish_for_the_same_chunk_begins_anew(config: Config, tmp_path: Path, algorithm: dict[str, Any]) -> None:
+    """A checkpoint between the two knows how far the first had got."""
+    second = STATIC | {"kind": "dynamic", "algorithm": algorithm}
+    folders = [wishing(tmp_path, name, LEARNED, 6) for name in ("whole", "parts")]
+    states = [serve(config, folder, 1, 6, ask_at=1) for folder in folders]
+    for folder in folders:
+        (folder / "wish.json").write_text(json.dumps({"mixture": second, "chunk": 6}))
+    serve(config, folders[0], 2, 30, states[0], ask_at=7)
+    serve(config, folders[1], 2, 9, states[1], ask_at=7)
+    serve(config, folders[1], 3, 30, states[1])
+    assert weights(folders[1], 30) == weights(folders[0], 30)
+
+
 def test_a_chunk_that_is_planned_is_refused_in_writing_and_nothing_changes(config: Config, tmp_path: Path) -> None:
     folder = wishing(tmp_path, "run", STATIC, 1)
     serve(config, folder, 1, 18, ask_at=7)
@@ -139,6 +153,11 @@ def test_a_damaged_request_is_refused_in_writing(config: Config, tmp_path: Path)
         ({"kind": "static", "unit": "samples", "domains": STATIC["domains"]}, "mixture.unit cannot change"),
         ({"kind": "statc"}, "mixture.kind"),
         ({"weights": {}}, "mixture.weights is not a known key"),
+        ({"kind": "natural", "by": ["package"]}, "mixture.by cannot change"),
+        (
+            {**STATIC, "domains": [{"key": {"source": "ast"}, "weight": 1, "max_epochs": 2}]},
+            r"mixture.domains\[0\].max_epochs cannot change",
+        ),
     ],
 )
 def test_what_is_no_mixture_is_refused_before_it_is_asked_for(config: Config, wish: dict[str, Any], said: str) -> None:
