@@ -99,7 +99,9 @@ def _spread(nodes: Sequence[Node], share: float, sizes: Sizes, weights: Weights)
     known = [float(w) for w in wishes if w is not None]
     if len(known) < len(nodes):
         known = [float(sum(sizes[d] for d in node.domains())) for node in nodes]
-    total = sum(known) or 1.0
+    if not any(known):
+        known = [1.0] * len(nodes)  # A group without samples keeps its weight, so that it is refused.
+    total = sum(known)
     for node, wish in zip(nodes, known, strict=True):
         if node.parts:
             _spread(node.parts, share * wish / total, sizes, weights)

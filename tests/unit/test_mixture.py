@@ -47,6 +47,12 @@ def test_members_without_weights_share_their_groups_by_size() -> None:
     assert tree_weights(tree, SIZES) == pytest.approx([0.5, 0, 0.375, 0.125])
 
 
+def test_a_group_without_samples_keeps_its_weight_and_can_be_refused() -> None:
+    tree = [Node(weight=0.5, parts=(leaf(1), leaf(1))), leaf(0, 0.5)]
+    assert tree_weights(tree, SIZES) == pytest.approx([0.5, 0.5, 0, 0])
+    assert tree_weights([Node(weight=1.0, parts=(leaf(1),))], SIZES) == pytest.approx([0, 1, 0, 0])
+
+
 def test_a_weight_on_nothing_is_refused() -> None:
     with pytest.raises(MixtureError, match=r"Domain b has weight 0\.5"):
         check_served(np.array([0.5, 0.5, 0, 0]), SIZES, ["a", "b", "c", "d"])
