@@ -20,14 +20,15 @@ def operate(folder: "RunFolder", before: "Config", after: "Config", change: "Cha
     Raises:
         LaunchError: no checkpoint to go back to is left, nothing would be dropped, or the run has all its steps.
         ConfigError: an expression does not parse or names what the index does not have.
+        MixtureError: nothing would be left of the domains that are mixed.
     """
-    from mixtera_hpc.dataplane.surgery import record_surgery, surgeries, surgery_between
+    from mixtera_hpc.dataplane.surgery import as_begun, record_surgery, surgeries, surgery_between
 
     operated = surgeries(folder.decisions)
     at_step = _checkpoint_before(folder, change.skip_steps, operated)
     surgery = surgery_between(before, after, change.skip_steps, at_step, operated)
     if change.drop:
-        _tell_dropped(before, after, change.drop)
+        _tell_dropped(as_begun(before, folder.journal), as_begun(after, folder.journal), change.drop)
     _check_steps_left(folder, at_step, after.training.num_steps)
     if surgery is None:
         return
@@ -67,7 +68,8 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _tell_dropped(before: "Config", after: "Config", drop: Sequence[str]) -> None:
-    from mixtera_hpc.dataplane.source import count_samples
+    from mixtera_hpc.comm.communicator import Local
+    from mixtera_hpc.dataplane.source import count_samples, open_source
     from mixtera_hpc.errors import ConfigError, LaunchError
 
     try:
@@ -76,4 +78,5 @@ def _tell_dropped(before: "Config", after: "Config", drop: Sequence[str]) -> Non
         raise ConfigError(str(error).replace("query.where", "--drop")) from None
     if had == has:
         raise LaunchError(f"--drop {' --drop '.join(drop)} matches no sample that the run would still be served.")
+    open_source(after, Local(), check=False)  # Refuses to leave nothing of what is mixed.
     print(f"drops {had - has:,} of {had:,} samples")

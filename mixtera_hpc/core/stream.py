@@ -47,7 +47,7 @@ class Grid:
         endless = np.isinf(max_epochs)
         items = np.floor(epoch_items * np.where(endless, 0.0, max_epochs)).astype(np.int64) - origins
         limited = np.where(items >= self.length, (items - self.length) // self.stride + 1, 0)
-        return np.where(endless, np.where(epoch_items > 0, Planner.UNLIMITED, 0), limited)
+        return np.where(epoch_items > 0, np.where(endless, Planner.UNLIMITED, limited), 0)
 
     def span(self, first: int, count: int) -> tuple[int, int]:
         """Items [start, stop) of `count` consecutive sequences from sequence `first` on."""

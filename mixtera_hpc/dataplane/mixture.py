@@ -14,6 +14,7 @@ from mixtera_hpc.config.schema import MixtureConfig, StageConfig
 from mixtera_hpc.core.mixing.algorithm import make_algorithm
 from mixtera_hpc.core.mixture import check_served
 from mixtera_hpc.dataplane.mixer import BoundedMixer, DynamicMixer, FixedMixer, Mixer, ScheduledMixer, Stage
+from mixtera_hpc.errors import MixtureError
 
 __all__ = ["MAX_EPOCHS_DEFAULT", "Ground", "Timeline", "make_mixer", "max_epochs_of"]
 
@@ -52,6 +53,8 @@ class Ground:
     stock: Stock
     names: tuple[str, ...]
     """Of the domains."""
+    left: NDArray[np.bool_]
+    """Which of them have samples left, after what was dropped; shape (K,)."""
     timeline: Timeline
     feedback_lag: int
     """In chunks."""
@@ -65,8 +68,8 @@ def make_mixer(mixture: MixtureConfig, ground: Ground, *, learn: bool = True) ->
         learn: False leaves dynamic mixtures at the weights they begin with, to look ahead.
 
     Raises:
-        MixtureError: it names a domain that is not the run's, wishes for one without samples, or its floors and caps leave no
-            mixture at all.
+        MixtureError: it names a domain that is not the run's, wishes for one without samples or for dropped ones only, or its
+            floors and caps leave no mixture at all.
     """
     scheduled = mixture.kind == "schedule"
     mixer = _scheduled(mixture, ground, learn) if scheduled else _plain(mixture, mixture, ground, learn)
@@ -94,8 +97,19 @@ def _plain(stage: StageConfig | MixtureConfig, mixture: MixtureConfig, ground: G
     """The mixer of a mixture that is no schedule, or of one stage."""
     weights = start_weights(stage, mixture, ground.stock)
     check_served(weights, ground.stock.sizes, ground.names)
+    _check_left(weights, ground)
     if stage.kind != "dynamic" or not learn:
         return FixedMixer(weights)
     parameters = dict(stage.algorithm)
     algorithm = make_algorithm(str(parameters.pop("name", "ado")), parameters)
     return DynamicMixer(algorithm, weights, ground.timeline.chunk_steps, ground.feedback_lag)
+
+
+def _check_left(weights: Weights, ground: Ground) -> None:
+    """Refuse a mixture of dropped domains only; where some are left, theirs are the shares of the others."""
+    if not ((weights > 0) & ground.left).any():
+        wished = [name for name, weight in zip(ground.names, weights, strict=True) if weight > 0]
+        raise MixtureError(
+            f"All that the mixture serves has been dropped: {', '.join(wished[:5])}{', …' if len(wished) > 5 else ''}.\n"
+            "  Give a domain that has samples left a weight, or drop less."
+        )

@@ -25,11 +25,11 @@ from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, Predicate, parse
 from mixtera_hpc.core.stream import Grid
 from mixtera_hpc.core.tables import BlockTable, SampleColumns
+from mixtera_hpc.dataplane.counted import check_tokens
 from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.dataplane.expand import StreamLayout, Streams
 from mixtera_hpc.dataplane.mixer import Mixer
 from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of
-from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.open import PropertyIndex
 from mixtera_hpc.index.selection import select_domains
 from mixtera_hpc.index.several import SampleSource, open_configured, open_samples, sample_sources
@@ -188,7 +188,7 @@ def open_source(config: Config, comm: Communicator, *, check: bool = True) -> So
 
     Raises:
         PropertyIndexError: it is missing, damaged, stale, or was built with another tokenizer or without one.
-        MixtureError: a domain key matches nothing, or a wished domain is empty.
+        MixtureError: a domain key matches nothing, a wished domain is empty, or all wished ones are dropped.
     """
     tokenizer = load_vocabulary(config.dataplane)
     facts: _Facts | None = None
@@ -220,7 +220,7 @@ def _gather(
     """Rank 0's part: what there is to share."""
     if check:
         check_fresh(index)
-    _check_tokens(config, index, tokenizer)
+    check_tokens(config, index, tokenizer)
     chosen = select_domains(config, index)
     tables, table = index.tables, chosen.selection.table
     kept = _kept_text(config)
@@ -280,32 +280,6 @@ def _capacity(source: Source, era: Era) -> NDArray[np.int64]:
     return source.grid.capacity(source.layout.epoch_items(), limits, era.origins)
 
 
-def _check_tokens(config: Config, index: PropertyIndex, tokenizer: Tokenizer | None) -> None:
-    if config.mixture.unit != "tokens":
-        return
-    if not index.tables.has_tokens:
-        raise PropertyIndexError(
-            f"{config.index.path} holds no token counts, and mixture.unit=tokens needs them.\n"
-            "  Build it again with dataplane.tokenizer set, or set mixture.unit=samples."
-        )
-    if config.dataplane.add_eos and tokenizer is not None and tokenizer.eos_id is None:
-        raise ConfigError(
-            "dataplane.add_eos is true, but nothing says which token ends a document.\n"
-            "  Set dataplane.eos_token (dataplane.eos_id with dataplane.vocab_size), or dataplane.add_eos=false."
-        )
-    if tokenizer is not None and tokenizer.fingerprint != index.tokenizer_fingerprint:
-        raise PropertyIndexError(
-            f"{config.index.path} was counted with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but "
-            f"{_named(config)} is {tokenizer.fingerprint[:12]}.\n"
-            "  Give the tokenizer the index was built with, or build the index again with this one."
-        )
-
-
-def _named(config: Config) -> str:
-    plane = config.dataplane
-    return f"dataplane.tokenizer={plane.tokenizer}" if plane.tokenizer else f"dataplane.vocab_size={plane.vocab_size}"
-
-
 _BLOCK_COLUMNS = ("shard", "first_row", "rows", "offset", "length", "tokens", "first_sample")
 
 
@@ -330,7 +304,7 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
         selection=_selection(config, facts, arrays, table),
         grid=grid,
         tokenizer=tokenizer,
-        ground=_ground(config, facts, grid),
+        ground=_ground(config, facts, grid, sizes > 0),
         planner=Planner(
             capacity=grid.capacity(sizes, max_epochs_of(mixture, len(sizes))),
             global_batch_size=plane.global_batch_size,
@@ -356,7 +330,7 @@ def _layout(config: Config, table: DomainTable) -> StreamLayout:
     )
 
 
-def _ground(config: Config, facts: _Facts, grid: Grid) -> Ground:
+def _ground(config: Config, facts: _Facts, grid: Grid, left: NDArray[np.bool_]) -> Ground:
     plane = config.dataplane
     items_per_step = plane.global_batch_size * grid.stride
     keys = tuple(key_of(key) for key in facts.keys)
@@ -365,6 +339,7 @@ def _ground(config: Config, facts: _Facts, grid: Grid) -> Ground:
             keys=keys, sizes=np.array(facts.stock, np.int64), budget=config.training.num_steps * items_per_step
         ),
         names=tuple(facts.names),
+        left=left,
         timeline=Timeline(chunk_steps=plane.chunk_steps, items_per_step=items_per_step),
         feedback_lag=plane.feedback_lag,
     )

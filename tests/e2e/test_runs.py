@@ -71,6 +71,7 @@ def trained(cli: Cli, small: list[str], tmp_path_factory: pytest.TempPathFactory
         (["--skip-steps", "2..3"], "the oldest checkpoint left is of step"),
         (["--drop", "sourc == 'ast'"], "--drop names 'sourc'"),
         (["--drop", "size > 1e12"], "matches no sample"),
+        (["--drop", "source == 'ast' or source != 'ast'"], "All that the mixture serves has been dropped"),
     ],
 )
 def test_surgery_that_is_not_meant_or_not_possible_is_refused(

@@ -184,6 +184,21 @@ def test_replay_proves_a_run_through_several_surgeries(
     assert verdict.num_sequences == 6 * (first + more) + (10 if grow else 6) * (30 - first - more)
 
 
+@pytest.mark.parametrize("on_exhausted", ["repeat", "redistribute", "stop"])
+def test_the_others_take_the_share_of_a_domain_that_was_dropped(
+    plain: dict[str, Any], new_folder: Callable[[], Path], on_exhausted: str
+) -> None:
+    domains = [{"key": {"source": s}, "weight": w} for s, w in (("ast", 0.5), ("enum", 0.3), ("inspect", 0.2))]
+    mixture = {"kind": "static", "domains": domains, "on_exhausted": on_exhausted, "max_epochs": 4.0}
+    before, folder = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6}), new_folder()
+    _, state = serve(before, folder, 1, 3)
+    after = replace(before, query=replace(before.query, drop=["source == 'ast'"]))
+    operate(before, after, folder, 3)
+    batches, _ = serve(after, folder, 2, 8, state)
+    assert len(batches) == 5
+    assert {d for batch in batches for d in batch.domain_ids.tolist()} == {1, 2}
+
+
 def test_a_state_of_a_past_that_was_abandoned_is_refused(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
     config, folder = config_of(plain, dataplane={"global_batch_size": 6}), new_folder()
     _, state = serve(config, folder, 1, 9)

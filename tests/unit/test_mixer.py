@@ -1,5 +1,6 @@
 """Which weights each chunk gets, whatever the mixture."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ CHUNK_STEPS, LAG = 4, 2
 GROUND = Ground(
     stock=Stock(keys=tuple(key_of({"source": s}) for s in "abc"), sizes=np.array([600, 300, 100]), budget=10_000),
     names=("source=a", "source=b", "source=c"),
+    left=np.ones(3, np.bool_),
     timeline=Timeline(chunk_steps=CHUNK_STEPS, items_per_step=100),
     feedback_lag=LAG,
 )
@@ -161,8 +163,15 @@ def test_bounds_go_around_a_mixture_that_learns() -> None:
 
 def test_an_empty_domain_gets_nothing_from_a_floor_or_a_cap() -> None:
     stock = Stock(keys=GROUND.stock.keys, sizes=np.array([900, 100, 0]), budget=1)
-    ground = Ground(stock=stock, names=GROUND.names, timeline=GROUND.timeline, feedback_lag=LAG)
+    ground = replace(GROUND, stock=stock)
     assert weights(mixer(ground=ground, floor=0.2, cap=0.6), 0) == pytest.approx([0.6, 0.4, 0])
+
+
+def test_a_mixture_of_dropped_domains_only_is_refused() -> None:
+    ground = replace(GROUND, left=np.array([False, True, True]))
+    with pytest.raises(MixtureError, match="has been dropped: source=a"):
+        mixer(ground=ground, **schedule(static(0, 0, 1, 0), static(40, 1, 0, 0)))
+    assert weights(mixer(ground=ground), 0) == NATURAL
 
 
 def test_another_mixture_over_the_same_domains_may_name_some_of_them() -> None:
