@@ -57,17 +57,21 @@ def window(fd: int) -> Read:
 def members(read: Read, start: int, stop: int, *, to_end: bool) -> Iterator[Member]:
     """The regular files between two bytes of an archive; folders, links and devices are passed over.
 
+    Archives that were put together with `cat` have end marks in between, which are passed over too.
+
     Args:
         to_end: whether the archive's end mark must come before `stop`.
 
     Raises:
         TarError: a header is no header, or the archive ends inside a member or without its end mark.
     """
-    position, long_name, long_size = start, None, None
+    position, long_name, long_size, has_ended = start, None, None, False
     while position < stop:
         header = read(position, SECTOR)
-        if header == _ZEROS:
-            return
+        if header == _ZEROS[: len(header)]:
+            has_ended, position = has_ended or header == _ZEROS, position + SECTOR
+            continue
+        has_ended = False
         name, size, kind = _parsed(header, position)
         size = long_size if long_size is not None and kind in _FILES else size
         data = position + SECTOR
@@ -79,13 +83,13 @@ def members(read: Read, start: int, stop: int, *, to_end: bool) -> Iterator[Memb
         elif kind in (_PAX, _PAX_GLOBAL):
             found = _pax(read(data, size), position) if kind == _PAX else {}
             long_name = found.get("path", long_name)
-            long_size = int(found["size"]) if "size" in found else long_size
+            long_size = _decimal(found["size"], position) if "size" in found else long_size
         else:
             if kind in _FILES:
                 yield Member(long_name or name, data, size, end)
             long_name = long_size = None
         position = end
-    if to_end:
+    if to_end and not has_ended:
         raise TarError(f"it ends at byte {stop} without an end mark: it was cut off")
 
 
@@ -96,6 +100,8 @@ def _parsed(header: bytes, position: int) -> tuple[str, int, bytes]:
             raise ValueError
         kind = header[156:157]
         size = 0 if kind in _WITHOUT_DATA else _number(header[124:136])
+        if size < 0:
+            raise ValueError
     except ValueError:
         raise TarError(f"there is no valid header at byte {position}") from None
     name = header[:100]
@@ -110,6 +116,12 @@ def _number(field: bytes) -> int:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
     return int(digits, 8) if digits else 0
+
+
+def _decimal(text: str, position: int) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise TarError(f"the extended header at byte {position} is damaged: size={text[:20]!r}")
+    return int(text)
 
 
 def _text(data: bytes) -> str:

@@ -5,8 +5,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import Fields
 from mixtera_hpc.formats.tar import TarError, members
 from mixtera_hpc.formats.webdataset import WebDataset
@@ -64,7 +66,7 @@ def test_a_size_in_base_256_is_read() -> None:
     info = tarfile.TarInfo("big.bin")
     info.size = 9 << 33
     header = info.tobuf(tarfile.GNU_FORMAT)
-    (member,) = members(lambda at, size: (header if at == 0 else bytes(size))[:size], 0, 10 << 33, to_end=True)
+    (member,) = members(lambda at, size: (header if at == 0 else bytes(size))[:size], 0, 1024 + (9 << 33), to_end=True)
     assert (member.name, member.size, member.end) == ("big.bin", 9 << 33, 512 + (9 << 33))
 
 
@@ -76,14 +78,41 @@ def test_a_damaged_extended_header_is_named() -> None:
         list(members(lambda at, size: bytes(header)[at : at + size], 0, len(header), to_end=False))
 
 
+@pytest.mark.parametrize("size", ["abc", "-1024", ""])
+def test_a_size_that_is_none_is_named(size: str, tmp_path: Path) -> None:
+    archive(tmp_path / "t.tar", tarfile.PAX_FORMAT, ["a.txt"], pax_headers={"size": size})
+    with pytest.raises(TarError, match="extended header at byte 0 is damaged: size="):
+        found(tmp_path / "t.tar")
+
+
+def test_a_negative_size_is_no_size() -> None:
+    header = bytearray(tarfile.TarInfo("a.txt").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"-0000002000\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with pytest.raises(TarError, match="no valid header at byte 0"):
+        list(members(lambda at, size: bytes(header)[at : at + size], 0, 512, to_end=False))
+
+
+def test_archives_that_were_put_together_are_read_to_the_end(tmp_path: Path) -> None:
+    for name, names in (("a.tar", ["a.txt", "b.txt"]), ("b.tar", ["c.txt"])):
+        archive(tmp_path / name, tarfile.PAX_FORMAT, names)
+    together = tmp_path / "t.tar"
+    together.write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    assert [row["__key__"] for row in rows_of(together)] == ["a", "b", "c"]
+    together.write_bytes(together.read_bytes()[: 20 * 512 + 512])
+    with pytest.raises(TarError, match="without an end mark"):
+        found(together)
+
+
 def rows_of_archive(tmp_path: Path, names: list[str]) -> list[dict[str, Any]]:
     archive(tmp_path / "t.tar", tarfile.PAX_FORMAT, names)
-    blocks = read_blocks(scan(WebDataset(), tmp_path / "t.tar", Fields(text=None, rows=True)))
-    from mixtera_hpc.formats.cache import BlockCache
+    return rows_of(tmp_path / "t.tar")
 
-    reader = WebDataset().open(tmp_path / "t.tar", None, BlockCache())
-    import numpy as np
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    blocks = read_blocks(scan(WebDataset(), path, Fields(text=None, rows=True)))
+    reader = WebDataset().open(path, None, BlockCache())
     rows = [row for block, lengths in blocks for row in reader.payloads(block, lengths, np.arange(block.rows))]
     reader.close()
     return rows
