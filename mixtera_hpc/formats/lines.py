@@ -4,6 +4,7 @@ A whole buffer of lines is decoded by one call. Only when that fails, or when it
 buffer looked at line by line to name the culprits. Blank lines are no rows; their bytes count to the row that follows.
 """
 
+import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,15 +136,23 @@ class LineScanner:
                 ends.append(stop)
                 raw.append(self._raw.decode(data[start:stop]) if self._raw else None)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                problem = f"{error}{_hint(data[start : start + 3])}"
                 if self._blank is not None:
-                    bad.append((len(rows), str(error)))
+                    bad.append((len(rows), problem))
                     rows.append(self._blank)
                     ends.append(stop)
                     raw.append(None)
                 elif not self.has_enough:
-                    self._bad.append((self.rows, str(error)))
+                    self._bad.append((self.rows, problem))
             self.rows += 1
         return Lines(rows, np.array(ends, np.int64), raw if self._raw else None, tuple(bad))
+
+
+def _hint(begin: Buffer) -> str:
+    """What the first bytes of a line that cannot be read may tell of the reason."""
+    if bytes(begin).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "; it begins with a byte order mark: write the file as UTF-8 without one"
+    return ""
 
 
 def _rows_are_lines(data: Buffer, ends: NDArray[np.int64]) -> bool:

@@ -133,8 +133,7 @@ def _deep_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None,
 
 def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None, seed: int) -> str:
     tables, path = index.tables, index.data_root / index.shard_paths()[shard]
-    if index.text is None or load_format(tables.shards.format[shard]).holds_tokens:
-        return ""
+    has_texts = index.text is not None and not load_format(tables.shards.format[shard]).holds_tokens
     first, last = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
     reader = load_format(tables.shards.format[shard]).open(
         path, index.text, BlockCache(seek_folders=[folder_beside(index.path)])
@@ -149,6 +148,9 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
             )
             samples = index.read_block(block)
             rows = np.flatnonzero(samples.combo != tables.combos.bad)
+            if not has_texts:
+                reader.payloads(place, samples.length, rows)
+                continue
             texts = reader.documents(place, samples.length, rows)
             if tokenizer is None or not tables.has_tokens:
                 continue

@@ -107,7 +107,9 @@ def test_a_run_that_changed_its_mind_goes_on_from_any_step(
 
 
 @pytest.mark.parametrize("algorithm", [{"name": "odm"}, LEARNED["algorithm"]])
-def test_a_second_wish_for_the_same_chunk_begins_anew(config: Config, tmp_path: Path, algorithm: dict[str, Any]) -> None:
+def test_a_second_wish_for_the_same_chunk_begins_anew(
+    config: Config, tmp_path: Path, algorithm: dict[str, Any]
+) -> None:
     """A checkpoint between the two knows how far the first had got."""
     second = STATIC | {"kind": "dynamic", "algorithm": algorithm}
     folders = [wishing(tmp_path, name, LEARNED, 6) for name in ("whole", "parts")]

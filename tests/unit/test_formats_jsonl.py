@@ -49,6 +49,7 @@ def written(folder: Path, *lines: str | bytes) -> Path:
         ('{"text": "x", "quality": true}', "Expected `float | null`, got `bool` - at `$.quality`"),
         ("[" * 100_000, ""),
         ("\x0b\x0c", "invalid character"),
+        (b'\xef\xbb\xbf{"text": "x"}', "begins with a byte order mark: write the file as UTF-8 without one"),
     ],
 )
 def test_a_bad_row_is_named_with_its_problem(line: str | bytes, problem: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.index.open import PropertyIndex, open_index
 from mixtera_hpc.index.verify import changed_shards, check_fresh, deeply_changed_shards
+from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
 from mixtera_hpc.tokens.train import train_bpe
 
@@ -120,3 +121,15 @@ class TestDeep:
     def test_a_missing_shard_is_named(self, deep: PropertyIndex) -> None:
         (deep.data_root / "a.jsonl").unlink()
         assert self.problems(deep) == ["missing"]
+
+    def test_shards_without_texts_are_read_as_well(self, tmp_path: Path) -> None:
+        (tmp_path / "data").mkdir()
+        write_megatron(tmp_path / "data" / "a.bin", [[1, 2], [3]])
+        (tmp_path / "data" / "b.jsonl").write_text('{"text": 1}\n' * 3)
+        plain = {"data": {"root": str(tmp_path / "data"), "text": None}, "index": {"path": str(tmp_path / "i.h5")}}
+        build_index(from_plain(Config, plain))
+        index = open_index(tmp_path / "i.h5")
+        assert deeply_changed_shards(index, None, Local()) == []
+        (tmp_path / "data" / "a.idx").unlink()
+        (problem,) = deeply_changed_shards(index, None, Local())
+        assert (problem.path, problem.problem[:26]) == ("a.bin", "it needs a.idx beside it, ")
