@@ -67,12 +67,13 @@ def _print_forecast(source: Any) -> None:
         f"read amplification where blocks are read whole and none is kept: {step.read_amplification:.1f}; "
         "where rows are read by themselves: 1.0"
     )
-    if expected.num_steps < expected.steps_asked:
-        console.print(
-            f"The data ends after step {expected.num_steps - 1}, {expected.steps_asked} were asked for: raise "
-            "mixture.max_epochs, or set mixture.on_exhausted=redistribute."
-        )
     mixture = source.config.mixture
+    if expected.num_steps < expected.steps_asked:
+        share = "" if mixture.on_exhausted == "redistribute" else ", or set mixture.on_exhausted=redistribute"
+        console.print(
+            f"The data ends after {expected.num_steps} steps, {expected.steps_asked} were asked for: raise "
+            f"mixture.max_epochs{share}."
+        )
     if "dynamic" in (mixture.kind, *(stage.kind for stage in mixture.schedule.stages)):
         console.print("The mixture is learned while training: this is what its start weights would serve.")
     if mixture.kind == "schedule":

@@ -183,6 +183,10 @@ class Planner:
         domain = np.concatenate([np.zeros(0, np.int32), *pieces])
         return Slots(domain=domain, ordinal=plan.cursors[domain] + _running_count(domain))
 
+    def stretches(self, plan: ChunkPlan) -> list[Ints]:
+        """Sequences of every domain from each exhaustion inside `plan` to the next; shape (K,) each."""
+        return [segment.counts for segment in self._segments_of(plan)]
+
     def state_at(self, plan: ChunkPlan, step: int) -> PlannerState:
         """The state between two steps of `plan`: what is left of its chunk can be planned anew from there. O(n log K)."""
         if step >= plan.first_step + plan.num_steps:

@@ -24,6 +24,7 @@ class Footprint:
     blocks: float
     """At most: one that several domains need counts for each."""
     shards: float
+    """At most, where nothing is shuffled: domains then go through the same shards together."""
     read_amplification: float
     """Bytes of these blocks per byte of the documents: what is read where blocks can only be read whole (compressed files,
     Parquet) and none is kept. Rows of plain JSONL are read by themselves: 1."""
@@ -34,7 +35,11 @@ def footprint(source: Source, served_per_step: Floats) -> Footprint:
     table, blocks = source.layout.table, source.blocks
     domain = np.repeat(np.arange(source.num_domains), np.diff(table.indptr))
     rows, num_blocks = table.totals()[0], np.maximum(np.diff(table.indptr), 1)
-    documents = served_per_step * rows / np.maximum(source.layout.epoch_items(), 1)
+    runs = np.minimum(
+        served_per_step / source.grid.length, 1
+    )  # The first item of each lies in a document, and others add.
+    documents = runs + (served_per_step - runs) * rows / np.maximum(source.layout.epoch_items(), 1)
+    documents = np.minimum(documents, rows)
     touched = _blocks_touched(source, documents, num_blocks, rows)
     length = np.bincount(domain, blocks.length[table.block], minlength=source.num_domains)
     share = blocks.length[table.block] / np.maximum(blocks.rows[table.block], 1) * table.rows
@@ -52,7 +57,7 @@ def _blocks_touched(
 ) -> Floats:
     """Distinct blocks that the documents of each domain lie in; shape (K,)."""
     order = source.layout.order
-    neighbours = np.where(documents > 0, documents * num_blocks / np.maximum(rows, 1) + 1, 0.0)
+    neighbours = np.where(documents > 0, np.maximum(documents - 1, 0) * num_blocks / np.maximum(rows, 1) + 1, 0.0)
     if order.shuffle != "window":
         return np.minimum(np.minimum(neighbours, documents), num_blocks)
     window = np.minimum(order.window, num_blocks).astype(np.float64)
@@ -66,4 +71,4 @@ def _shards_touched(source: Source, domain: NDArray[np.int64], chance: Floats) -
     """Distinct shards, when every block of a domain is touched with the same chance."""
     shard = source.blocks.shard[source.layout.table.block]
     missed = np.bincount(shard, np.log1p(-np.minimum(chance, 1 - 1e-12))[domain])
-    return float(-np.expm1(missed).sum())
+    return float(np.sum(1 - np.exp(missed)))

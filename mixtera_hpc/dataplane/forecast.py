@@ -1,12 +1,13 @@
 """What a mixture will serve over a whole run, without expanding a single step: O(domains) per exhausted domain."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.planner import Planner, PlannerState
 from mixtera_hpc.dataplane.footprint import Footprint, footprint
 from mixtera_hpc.dataplane.source import Source
 
@@ -25,7 +26,7 @@ class DomainForecast:
     """Items served."""
     epochs: float
     runs_out_at_step: int | None
-    """The step in which its first epoch ends; None when that is beyond the run."""
+    """The step in which its last epoch ends, or, where nothing limits them, its first; None when that is beyond the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,8 @@ class Forecast:
 def forecast(source: Source, num_steps: int) -> Forecast:
     """Plan `num_steps` steps. Chunks that follow each other with the same weights are planned as one: what is served by
     their end does not depend on what happens inside."""
-    state, spans = _planned(source, num_steps)
+    state, stretches = _planned(source, num_steps)
+    has, size = _sequences(source), source.planner.global_batch_size
     items, weights = source.layout.epoch_items(), source.weights
     served = state.cursors * source.grid.stride
     return Forecast(
@@ -62,7 +64,7 @@ def forecast(source: Source, num_steps: int) -> Forecast:
                 items=int(items[d]),
                 served=int(served[d]),
                 epochs=float(served[d] / items[d]) if items[d] else 0.0,
-                runs_out_at_step=_runs_out(spans, d, items[d] / source.grid.stride),
+                runs_out_at_step=_runs_out(stretches, d, float(has[d]), size) if has[d] else _at_once(weights[d]),
             )
             for d, name in enumerate(source.names)
         ],
@@ -70,25 +72,39 @@ def forecast(source: Source, num_steps: int) -> Forecast:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """Steps under the same weights."""
+class _Stretch:
+    """Slots in which every domain is served at a constant rate."""
 
-    first_step: int
-    num_steps: int
+    first_slot: int
     before: NDArray[np.int64]
     """Sequences served of each domain; shape (K,)."""
-    after: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    """Sequences in this stretch."""
 
 
-def _planned(source: Source, num_steps: int) -> tuple[PlannerState, list[_Span]]:
-    state, spans = PlannerState.start(source.num_domains), []
+def _planned(source: Source, num_steps: int) -> tuple[PlannerState, list[_Stretch]]:
+    """The state after `num_steps`, or where the data ends, and how it came to that."""
+    state, found, size = PlannerState.start(source.num_domains), [], source.planner.global_batch_size
     for weights, length in _weights(source, num_steps):
-        plan, after = replace(source.planner, chunk_steps=length).plan(state, weights)
-        spans.append(_Span(state.step, plan.num_steps, state.cursors, after.cursors))
+        planner = replace(source.planner, chunk_steps=length)
+        plan, after = planner.plan(state, weights)
+        if plan.last:  # Slot by slot, for what ends the data does so inside a step that is not served any more.
+            planner = replace(planner, global_batch_size=1, chunk_steps=length * size)
+            plan = planner.decide(state, weights)
+        slot, before = state.step * size, state.cursors
+        for counts in planner.stretches(plan):
+            found.append(_Stretch(slot, before, counts))
+            slot, before = slot + int(counts.sum()), before + counts
         state = after
         if plan.last:
             break
-    return state, spans
+    return state, found
+
+
+def _sequences(source: Source) -> NDArray[np.float64]:
+    """Sequences that every domain has: of all its epochs, or of one where nothing limits them; shape (K,)."""
+    capacity = source.planner.capacity
+    return np.where(capacity < Planner.UNLIMITED, capacity, source.layout.epoch_items() / source.grid.stride)
 
 
 def _weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[np.float64], int]]:
@@ -107,13 +123,19 @@ def _weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[np.float6
     yield now, length
 
 
-def _runs_out(spans: list[_Span], domain: int, epoch: float) -> int | None:
-    """The step in which `domain` has been served an epoch's worth of sequences."""
-    for span in spans:
-        before, after = int(span.before[domain]), int(span.after[domain])
-        if after >= epoch > 0 and after > before:
-            return span.first_step + int((epoch - before) / (after - before) * span.num_steps)
+def _runs_out(stretches: list[_Stretch], domain: int, has: float, batch_size: int) -> int | None:
+    """The step in which `domain` is served the last of the `has` sequences it has."""
+    for stretch in stretches:
+        missing, count = has - int(stretch.before[domain]), int(stretch.counts[domain])
+        if count >= missing > 0:
+            slot = stretch.first_slot + math.ceil(missing / count * int(stretch.counts.sum())) - 1
+            return slot // batch_size
     return None
+
+
+def _at_once(weight: float) -> int | None:
+    """When a domain without a single sequence runs out: at step 0, if it is wished for."""
+    return 0 if weight > 0 else None
 
 
 def _bytes_per_item(source: Source) -> NDArray[np.float64]:

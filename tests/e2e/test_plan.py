@@ -54,7 +54,7 @@ def test_sequences_have_the_fields_that_are_promised(printed: str) -> None:
 
 def test_the_forecast_says_when_data_runs_out(cli: Cli, words: list[str]) -> None:
     done = cli("plan", *words, "mixture.on_exhausted=stop", "training.num_steps=1000")
-    assert "The data ends after step" in done.stdout
+    assert "The data ends after" in done.stdout and "mixture.on_exhausted=redistribute" in done.stdout
 
 
 @pytest.mark.parametrize(

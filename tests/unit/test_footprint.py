@@ -24,9 +24,40 @@ def test_expected_shards_and_documents_are_close_to_those_of_planned_steps(
             shards[record["step"]].add(shard)
             rows[record["step"]].add((shard, row))
     expected = forecast(source, steps).step
-    assert expected.shards == pytest.approx(np.mean([len(s) for s in shards]), rel=0.35)
-    assert expected.documents == pytest.approx(np.mean([len(r) for r in rows]), rel=0.35)
+    assert expected.shards >= 0.9 * np.mean([len(s) for s in shards])
+    assert shuffle == "none" or expected.shards == pytest.approx(np.mean([len(s) for s in shards]), rel=0.35)
+    assert expected.documents == pytest.approx(np.mean([len(r) for r in rows]), rel=0.1)
     assert expected.blocks >= expected.shards and expected.read_amplification >= 1
+
+
+def test_documents_longer_than_sequences_are_counted_in_every_step_they_are_touched_in(collection: list[str]) -> None:
+    source = open_source(compose([*collection, "dataplane.global_batch_size=16", "dataplane.seq_len=8"]), Local())
+    touched = [{(shard, row) for shard, row, _, _ in r["pieces"]} | {r["step"]} for r in planned(source, 0, 60)]
+    per_step = [set().union(*touched[at : at + 16]) for at in range(0, len(touched), 16)]
+    assert forecast(source, 60).step.documents == pytest.approx(np.mean([len(s) - 1 for s in per_step]), rel=0.2)
+
+
+@pytest.mark.parametrize(("on_exhausted", "max_epochs"), [("redistribute", 1.0), ("redistribute", 2.0), ("stop", 1.0)])
+def test_the_forecast_names_the_step_in_which_a_domain_runs_out(
+    collection: list[str], on_exhausted: str, max_epochs: float
+) -> None:
+    """To within the steps between two of its sequences, also when shares grow because other domains are gone."""
+    words = ["mixture.temperature=2.0", f"mixture.on_exhausted={on_exhausted}", f"mixture.max_epochs={max_epochs}"]
+    source = open_source(
+        compose([*collection, *words, "dataplane.seq_len=16", "dataplane.global_batch_size=16"]), Local()
+    )
+    counts, gone = np.zeros(source.num_domains, np.int64), {}
+    for record in planned(source, 0, 10**6):
+        counts[record["domain_id"]] += 1
+        if counts[record["domain_id"]] == source.planner.capacity[record["domain_id"]]:
+            gone[record["domain_id"]] = record["step"]
+    expected = forecast(source, 10**6)
+    assert expected.num_steps == counts.sum() // 16
+    found = {d: e.runs_out_at_step for d, e in enumerate(expected.domains) if e.runs_out_at_step is not None}
+    assert found and gone.keys() <= found.keys()
+    for domain, step in found.items():
+        between = expected.num_steps / source.planner.capacity[domain]
+        assert -1 <= step - gone.get(domain, expected.num_steps) <= 1 + between
 
 
 def test_the_forecast_serves_what_the_planner_serves(collection: list[str]) -> None:
