@@ -32,7 +32,11 @@ class Categories:
 
 
 def encode(column: Sequence[Any]) -> Categories:
-    """Code the raw values of a column: None, scalars, or tuples of scalars."""
+    """Code the raw values of a column: None, scalars, or tuples of scalars.
+
+    Raises:
+        ValueError: a text has no UTF-8 (half of a surrogate pair), which Python code may return and no file can hold.
+    """
     codes: defaultdict[Any, int] = defaultdict(count().__next__)
     code = np.fromiter(map(codes.__getitem__, column), np.int32, len(column))
     if not all(map(_is_plain, codes)):
@@ -60,7 +64,9 @@ def _encode_slowly(column: Iterable[Any]) -> Categories:
 
 def _canonical(value: Any) -> Values:
     parts = value if isinstance(value, tuple) else (value,)
-    return tuple(sorted({as_text(v) for v in parts if v is not None}))
+    texts = sorted({as_text(v) for v in parts if v is not None})
+    "".join(texts).encode()
+    return tuple(texts)
 
 
 def _merge_equal(values: list[Values], code: NDArray[np.int32]) -> Categories:

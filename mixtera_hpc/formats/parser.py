@@ -26,7 +26,10 @@ def describe_parser(path: str, key: str = "data.parser") -> Parser:
     Raises:
         ConfigError: there is none.
     """
-    source = inspect.getsourcefile(inspect.unwrap(load_parser(path, key)))
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(load_parser(path, key)))
+    except TypeError:  # Written in C, or an object that can be called.
+        source = None
     content = Path(source).read_bytes() if source and Path(source).is_file() else b""
     return Parser(path=path, fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest())
 

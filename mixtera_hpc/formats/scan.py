@@ -135,7 +135,16 @@ class _Parsed:
         self._rows += batch.rows
         if len(self._bad) >= MAX_BAD_ROWS:
             self.check()
-        return replace(batch, columns=self._type.columns(rows), bad=tuple(sorted([*batch.bad, *found])))
+        return replace(batch, columns=self._columns(rows), bad=tuple(sorted([*batch.bad, *found])))
+
+    def _columns(self, rows: list[Any]) -> dict[str, Column]:
+        try:
+            return self._type.columns(rows)
+        except ValueError as error:
+            raise DataError(
+                f"data.parser {self._name} returned a value for a row of {self._shard.path} that cannot be stored: {error}.\n"
+                "  Make it return texts of valid characters, and numbers."
+            ) from None
 
     def check(self) -> None:
         """Raise for the rows that the parser failed on."""

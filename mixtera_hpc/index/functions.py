@@ -76,7 +76,7 @@ def _column(field: Field, function: DocumentFunction, documents: list[str]) -> C
         if field.kind is Kind.NUMBER:
             return np.array([np.nan if v is None else v for v in values], np.float64)
         return encode([_categorical(v, field.kind) for v in values])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{field.path} returned a value that is no {field.kind} of data.properties.{field.name}: {error}."
         ) from None

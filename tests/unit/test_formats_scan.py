@@ -118,6 +118,8 @@ def parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "    return {'words': len(words), 'meta': {'first': words[0]}, 'tags': sorted(set(words)), 'text': 7}\n"
         "def wrong(row):\n"
         "    return {'words': 'many'}\n"
+        "def half(row):\n"
+        "    return {'tags': '\\ud800'}\n"
     )
     monkeypatch.syspath_prepend(str(folder))
     yield folder
@@ -160,6 +162,18 @@ def test_values_of_another_kind_from_a_parser_are_refused(parsers: Path, tmp_pat
     with pytest.raises(DataError) as caught:
         scan(tmp_path, path, properties=PARSED, parser="team_parsers.wrong")
     assert "Expected `float | null`, got `str` - at `$.words`" in caught.value.__notes__[0]
+
+
+def test_half_characters_from_a_parser_are_refused(parsers: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, "x.jsonl", {"text": "a"})
+    with pytest.raises(
+        DataError, match=r"data\.parser team_parsers\.half returned a value for a row of x\.jsonl .*surrogates"
+    ):
+        scan(tmp_path, path, properties=PARSED, parser="team_parsers.half")
+
+
+def test_a_parser_without_python_source_can_be_told_from_others_by_its_name_only(tmp_path: Path) -> None:
+    assert describe_parser("os.getcwd").path == "os.getcwd"
 
 
 @pytest.mark.parametrize(

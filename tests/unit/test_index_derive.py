@@ -32,6 +32,8 @@ def first(documents): return [d[0] if d else None for d in documents]
 def letters(documents): return [sorted(set(d[:3])) for d in documents]
 def few(documents): return [0] * (len(documents) - 1)
 def wrong(documents): return [object()] * len(documents)
+def half(documents): return ["\\ud800"] * len(documents)
+def huge(documents): return [10**400] * len(documents)
 def broken(documents): raise RuntimeError("no model")
 """
 
@@ -129,6 +131,16 @@ def test_a_refresh_computes_it_for_new_shards(root: Path) -> None:
         ),
         ({"x": {"function": "my_functions.wrong"}}, DataError, r"no category of data\.properties\.x: got object"),
         ({"x": {"function": "my_functions.first", "kind": "number"}}, DataError, r"no number of data\.properties\.x"),
+        (
+            {"x": {"function": "my_functions.half"}},
+            DataError,
+            r"no category of data\.properties\.x: .* surrogates not allowed",
+        ),
+        (
+            {"x": {"function": "my_functions.huge", "kind": "number"}},
+            DataError,
+            r"no number of data\.properties\.x: int too",
+        ),
         (
             {"x": {"function": "my_functions.frist"}},
             ConfigError,
