@@ -14,11 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
+from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.format import Field
 from mixtera_hpc.index.layout import MAX_CHUNK_ROWS, MIN_CHUNK_ROWS, with_zero
 from mixtera_hpc.index.part import Combo, Summary, UnitPart
 
 __all__ = ["Merged", "Piece", "PlacedPiece", "Translated", "merge", "translated"]
+
+MAX_COMBOS = 1 << 20
+"""Some 500 bytes each, in every process that plans: what stays below a gigabyte."""
 
 
 class Piece(Protocol):
@@ -78,6 +82,9 @@ def merge(
         fields: the properties, sorted by name.
         known: combos that keep their order, and come first, as far as they occur.
         chunk_rows: rows of a chunk of the sample columns; 0 takes what blocks usually have.
+
+    Raises:
+        ConfigError: there are more combos than memory should hold.
     """
     names = [f.name for f in fields if f.kind is not Kind.NUMBER]
     totals, used, maxima = _Totals(), set[Combo | None](), dict[str, int]()
@@ -85,6 +92,8 @@ def merge(
         summary = piece.summary()
         totals.add(summary)
         used.update(summary.combos)
+        if len(used) > MAX_COMBOS:
+            raise _too_many(names, used)
         for name, largest in summary.maxima.items():
             maxima[name] = max(maxima.get(name, 0), largest)
     combos = [c for c in known if c in used]
@@ -120,6 +129,16 @@ def translated(merged: Merged, part: UnitPart) -> Translated:
             samples[name] = part.samples.get(name, np.zeros(part.num_rows, np.int64))
     samples |= {f"numbers/{name}": part.numbers[name] for name in merged.numbers}
     return Translated(blocks=part.blocks, cells=cells, zones=part.zones, samples=samples)
+
+
+def _too_many(names: Sequence[str], combos: Iterable[Combo | None]) -> ConfigError:
+    values = {name: len({c[i] for c in combos if c is not None}) for i, name in enumerate(names)}
+    largest = max(values, key=lambda name: values[name])
+    return ConfigError(
+        f"The categories of data.properties have more than {MAX_COMBOS:,} combinations of values, {largest} alone has "
+        f"{values[largest]:,} or more; a category is for values that many samples share.\n"
+        f"  Leave out data.properties.{largest}, give it a pattern that takes a part of it, or kind: number."
+    )
 
 
 class _Totals:
