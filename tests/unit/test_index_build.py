@@ -59,7 +59,7 @@ def test_many_domains_line_by_line_cost_no_more_blocks_than_one(tmp_path: Path) 
 def test_a_category_of_every_sample_s_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixtera_hpc.index.merge.MAX_COMBOS", 100)
     write(tmp_path / "a.jsonl", 100)
-    properties = PROPERTIES | {"name": "text"}
+    properties = {"name": "meta.quality"}
     assert build_index(configured(tmp_path, data={"properties": properties})).combos == 100
     write(tmp_path / "a.jsonl", 101)
     with pytest.raises(ConfigError, match=r"more than 100 combinations of values, name alone has 101 or more"):
