@@ -87,7 +87,7 @@ def _diff(first: Any, second: Any, as_json: bool) -> int:
         return 0
     if found.step is None:
         ends = first[1].end, second[1].end
-        rest = "" if ends[0] == ends[1] else f"; they planned {ends[0]} and {ends[1]}"
+        rest = "" if ends[0] == ends[1] else f"; they have {ends[0]} and {ends[1]}"
         print(f"the same data in all {found.num_same_steps} steps that both have{rest}")
         return 0
     print(f"the same data up to step {found.step} position {found.position}, where they were served:")
@@ -152,7 +152,7 @@ def _steps(args: argparse.Namespace, end: int) -> range:
             raise ConfigError(f"--steps is {args.steps!r}, expected the first and the last step, e.g. --steps 10..19.")
         steps = range(int(match[1]), int(match[2]) + 1)
     if steps.stop > end or steps.start < 0:
-        raise DataError(f"Step {steps.stop - 1} has not been planned; the journal ends before step {end}.")
+        raise DataError(f"Step {steps.stop - 1} has not been served: the run has {end} steps so far.")
     return steps
 
 

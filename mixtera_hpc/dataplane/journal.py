@@ -210,14 +210,14 @@ class History:
 
     @property
     def end(self) -> int:
-        """One past the last step planned by the last attempt."""
-        return self.attempts[-1].end if self.attempts else 0
+        """One past the last step of the run: served, or, where the last attempt was killed or goes on, planned."""
+        return self.attempts[-1].served_end if self.attempts else 0
 
     def extents(self) -> list[tuple[AttemptRecord, range]]:
         """Every attempt with the steps whose service counts, in order; attempts without any are left out."""
         found, stop = [], self.end
         for attempt in reversed(self.attempts):
-            steps = range(attempt.first_step, min(attempt.end, stop))
+            steps = range(attempt.first_step, min(attempt.served_end, stop))
             stop = min(stop, attempt.first_step)
             if len(steps):
                 found.append((attempt, steps))

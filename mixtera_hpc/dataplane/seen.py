@@ -36,7 +36,7 @@ def seen(sources: Sources, history: History, shard: str, row: int) -> Iterator[R
         source = sources.of(attempt)
         place = _place(source, shard, row)
         for occurrence in _occurrences(source, attempt, place) if place else ():
-            if occurrence["step"] in steps and occurrence["step"] < attempt.served_end:
+            if occurrence["step"] in steps:
                 yield occurrence
 
 
