@@ -7,12 +7,14 @@ rows.
 
 import functools
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,9 @@ def _queries(num_blocks: int) -> Iterator[Line]:
     """In processes of their own, Python's start included; one thread each, so CPU seconds are what an idle machine takes."""
     samples = num_blocks * 250 / 1e9
     for mixed, shape in ((1, "stored source by source"), (10, "shuffled, 50 combos a block")):
-        path = make_index(FOLDER, num_blocks, mixed)
+        # Not in this process: what it has held once would count as memory of every process it starts.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            path = apart.submit(make_index, FOLDER, num_blocks, mixed).result()
         wish = ["mixture.unit=samples", f"index.path={path}"]
         cpu_s, peak = _command("query", *wish, "query.where=\"language in ['en', 'de']\"")
         name = f"open + query, {samples:.2g}e9 samples, {shape}"

@@ -143,7 +143,7 @@ def facts_of(index: "PropertyIndex") -> dict[str, Any]:
     return {
         "shards": len(tables.shards.path),
         "samples": tables.num_samples,
-        "tokens": int(tables.blocks.tokens.sum()) if tables.has_tokens else None,
+        "tokens": int(tables.histogram.tokens.sum()) if tables.has_tokens else None,
         "blocks": len(tables.blocks),
         "bytes": size,
         "bytes_per_sample": size / tables.num_samples,

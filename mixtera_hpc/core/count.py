@@ -21,7 +21,7 @@ NO_DOMAIN = -1
 """Selected, and in no domain."""
 _DROPPED = -2
 """Not selected."""
-CELLS_TOGETHER = 1 << 19
+CELLS_TOGETHER = 1 << 18
 """Cells of the histogram that are looked at together: their columns stay in a core's cache."""
 SAMPLES_TOGETHER = 1 << 17
 """Samples read together, at least one block's."""
@@ -108,11 +108,20 @@ class _Piece:
 
 
 class Counter:
-    """Counts one query's domains. `rows_of_combo` and `tokens_of_combo` are what the query selects of every combo."""
+    """Counts one query's domains."""
 
     def __init__(
-        self, tables: IndexTables, predicate: Predicate, combo_domain: NDArray[np.int32], read_blocks: ReadBlocks
+        self,
+        tables: IndexTables,
+        predicate: Predicate,
+        combo_domain: NDArray[np.int32],
+        read_blocks: ReadBlocks,
+        per_combo: bool = False,
     ) -> None:
+        """
+        Args:
+            per_combo: `rows_of_combo` is wanted.
+        """
         self._tables, self._predicate, self._read_blocks = tables, predicate, read_blocks
         self._domain = combo_domain.astype(np.int16 if len(combo_domain) < 1 << 15 else np.int32)
         num_combos = tables.combos.num_combos
@@ -128,23 +137,27 @@ class Counter:
         readable = np.arange(num_combos) != tables.combos.bad
         self._can, self._must = mask.can & readable, mask.must & readable
         self.effort = Effort()
+        self._per_combo = per_combo
         self.rows_of_combo = np.zeros(num_combos, np.int64)
-        self.tokens_of_combo = np.zeros(num_combos, np.int64)
+        """Rows that the query selects of every combo, where wanted; shape (num_combos,)."""
+        self.left_out = np.zeros(2, np.int64)
+        """Rows and tokens that the query selects and that are in no domain."""
 
     def table(self, num_domains: int) -> DomainTable:
         """Count."""
         pieces = []
         for start, stop in _ranges(self._tables.histogram.indptr):
             cells = self._decided(start, stop)
-            combo = cells.combo.astype(np.intp)
-            self.rows_of_combo += self._sum(combo, cells.rows)
-            self.tokens_of_combo += self._sum(combo, cells.tokens)
-            pieces.append(_piece(cells, self._domain.take(combo), num_domains))
+            if self._per_combo:  # Exact below 2^53 rows, which a range has.
+                self.rows_of_combo += np.bincount(cells.combo, cells.rows, len(self._can)).astype(np.int64)
+            domain = self._domain.take(cells.combo)
+            inside = domain != NO_DOMAIN
+            if not inside.all():
+                out = cells.only(~inside)
+                self.left_out += out.rows.sum(dtype=np.int64), out.tokens.sum(dtype=np.int64)
+                cells, domain = cells.only(inside), domain[inside]
+            pieces.append(_piece(cells, domain, num_domains))
         return _joined(pieces, num_domains)
-
-    def _sum(self, combo: NDArray[np.intp], values: NDArray[Any]) -> NDArray[np.int64]:
-        """Exact below 2^53 per range, which it is."""
-        return np.bincount(combo, values.astype(np.float64), len(self._can)).astype(np.int64)
 
     def _decided(self, start: int, stop: int) -> _Cells:
         """What the query selects of the blocks [start, stop)."""
@@ -152,7 +165,8 @@ class Counter:
         where = slice(int(histogram.indptr[start]), int(histogram.indptr[stop]))
         count = np.diff(histogram.indptr[start : stop + 1])
         block = np.repeat(np.arange(start, stop, dtype=np.int32), count)
-        cells = _Cells(block, histogram.combo[where], histogram.rows[where], histogram.tokens[where])
+        combo = histogram.combo[where].astype(np.intp)  # What every look-up would make of it.
+        cells = _Cells(block, combo, histogram.rows[where], histogram.tokens[where])
         cells = cells.only(self._can.take(cells.combo))
         possible = _distinct(cells.block)
         self.effort.without_match += stop - start - possible
@@ -236,8 +250,6 @@ def _merged(parts: list[_Cells]) -> _Cells:
 
 def _piece(cells: _Cells, domain: NDArray[Any], num_domains: int) -> _Piece:
     """Add up the cells of one (domain, block)."""
-    inside = domain != NO_DOMAIN
-    cells, domain = cells.only(inside), domain if inside.all() else domain[inside]
     block, rows, tokens = cells.block, cells.rows, cells.tokens
     if (domain[1:] < domain[:-1]).any():
         order = np.argsort(domain, kind="stable")  # A radix sort, when there are 16 bits.

@@ -84,17 +84,19 @@ def select(
     if tables.combos.bad >= 0:
         matches[:, tables.combos.bad] = False
     combo_domain = np.where(matches.any(axis=0), matches.argmax(axis=0), NO_DOMAIN).astype(np.int32)
-    counter = Counter(tables, predicate, combo_domain, read_blocks)
-    table = counter.table(len(keys))
-    rows, tokens, out = counter.rows_of_combo, counter.tokens_of_combo, combo_domain == NO_DOMAIN
     named = matches & np.array([len(key) > 0 for key in keys])[:, None]
+    shared = named.sum(axis=0) > 1
+    counter = Counter(tables, predicate, combo_domain, read_blocks, per_combo=bool(shared.any()))
+    table = counter.table(len(keys))
+    rows, tokens = table.totals()
+    left_rows, left_tokens = counter.left_out.tolist()
     return Selection(
         table=table,
         predicate=predicate,
         combo_domain=combo_domain,
-        selected=(int(rows.sum()), int(tokens.sum())),
-        left_out=(int(rows[out].sum()), int(tokens[out].sum())),
-        overlaps=_overlaps(rows, combo_domain, named),
+        selected=(int(rows.sum()) + left_rows, int(tokens.sum()) + left_tokens),
+        left_out=(left_rows, left_tokens),
+        overlaps=_overlaps(counter.rows_of_combo, combo_domain, named),
         effort=counter.effort,
     )
 

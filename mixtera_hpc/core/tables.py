@@ -50,8 +50,6 @@ class BlockTable:
     """First byte inside the shard; for Parquet the row group's number."""
     length: NDArray[np.int64]
     """Bytes on disk."""
-    tokens: NDArray[np.int64]
-    """Tokens of all rows without special tokens; 0 when the index was built without a tokenizer."""
     first_sample: NDArray[np.int64]
     """Position of the block's first row in the per-sample columns."""
     zones: Mapping[str, Zones]
@@ -74,6 +72,7 @@ class Histogram:
     combo: NDArray[np.integer[Any]]
     rows: NDArray[np.integer[Any]]
     tokens: NDArray[np.integer[Any]]
+    """Without special tokens; 0 when the index was built without a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

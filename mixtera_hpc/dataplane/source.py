@@ -280,7 +280,7 @@ def _capacity(source: Source, era: Era) -> NDArray[np.int64]:
     return source.grid.capacity(source.layout.epoch_items(), limits, era.origins)
 
 
-_BLOCK_COLUMNS = ("shard", "first_row", "rows", "offset", "length", "tokens", "first_sample")
+_BLOCK_COLUMNS = ("shard", "first_row", "rows", "offset", "length", "first_sample")
 
 
 def _share(comm: Communicator, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

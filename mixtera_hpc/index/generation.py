@@ -63,7 +63,7 @@ def _shards(shards: ShardTable, count: int) -> ShardTable:
 
 
 def _blocks(blocks: BlockTable, part: slice) -> BlockTable:
-    names = ("shard", "first_row", "rows", "offset", "length", "tokens", "first_sample")
+    names = ("shard", "first_row", "rows", "offset", "length", "first_sample")
     zones = {
         name: Zones(low=zone.low[part], high=zone.high[part], has_null=zone.has_null[part])
         for name, zone in blocks.zones.items()

@@ -13,7 +13,7 @@
 /generations/     fingerprint, shards, blocks, cells, combos, samples: earlier states of the index that it begins with
 
 Integers are stored in the narrowest unsigned type that holds them. What can be added up from other columns is not stored:
-the first row and tokens of a block, the first sample of a block. Every block begins at a chunk of the sample columns, which
+the first row, first sample and tokens of a block. Every block begins at a chunk of the sample columns, which
 are as long as blocks usually are: reading a block reads one compressed chunk of each column, at the price of some padding.
 Every byte is under a checksum (metadata by HDF5 itself, columns by Fletcher's), so what was damaged cannot be opened.
 """
@@ -26,8 +26,6 @@ from typing import Any
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-
-from mixtera_hpc.core.tables import Histogram
 
 __all__ = [
     "DATASET",
@@ -50,7 +48,6 @@ __all__ = [
     "put_texts",
     "read_column",
     "read_texts",
-    "tokens_of_blocks",
     "with_zero",
 ]
 
@@ -60,8 +57,6 @@ FORMAT = "mixtera-hpc property index"
 VERSION = 2
 TABLE_CHUNK = 1 << 18
 """Entries of a chunk of the tables, which are always read whole."""
-BLOCKS_TOGETHER = 1 << 15
-"""Blocks whose tokens are added up at once, which takes eight bytes per entry of their histogram."""
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 16384
 
 
@@ -109,17 +104,8 @@ def first_samples(block_rows: NDArray[Any], chunk_rows: int) -> NDArray[np.int64
 def first_rows(shard: NDArray[Any], block_rows: NDArray[Any]) -> NDArray[np.int64]:
     """The row inside its shard with which each block begins; shape (num_blocks,)."""
     starts = np.cumsum(block_rows, dtype=np.int64) - block_rows
-    return np.asarray(starts - starts[np.searchsorted(shard, shard)], np.int64)
-
-
-def tokens_of_blocks(histogram: Histogram) -> NDArray[np.int64]:
-    """Tokens of every block; shape (num_blocks,)."""
-    tokens = np.zeros(len(histogram.indptr) - 1, np.int64)
-    filled = np.flatnonzero(np.diff(histogram.indptr))
-    for some in np.split(filled, range(BLOCKS_TOGETHER, len(filled), BLOCKS_TOGETHER)) if len(filled) else ():
-        first, stop = histogram.indptr[some], histogram.indptr[some[-1] + 1]
-        tokens[some] = np.add.reduceat(histogram.tokens[first[0] : stop], first - first[0], dtype=np.int64)
-    return tokens
+    first = np.flatnonzero(np.r_[True, shard[1:] != shard[:-1]][: len(shard)])
+    return starts - np.repeat(starts[first], np.diff(np.r_[first, len(shard)]))
 
 
 def with_zero(ends: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -32,7 +32,6 @@ from mixtera_hpc.index.layout import (
     get_text,
     read_column,
     read_texts,
-    tokens_of_blocks,
     with_zero,
 )
 from mixtera_hpc.index.parts import building_folder
@@ -319,7 +318,7 @@ def _tables(file: h5py.File, datasets: tuple[str, ...]) -> IndexTables:
     properties = {name: _property(name, group) for name, group in sorted(children(file["properties"]).items())}
     numbers = [name for name, prop in properties.items() if prop.kind is Kind.NUMBER]
     histogram = _histogram(file["histogram"])
-    blocks = _blocks(file, histogram, int(file.attrs["chunk_rows"]), numbers)
+    blocks = _blocks(file, int(file.attrs["chunk_rows"]), numbers)
     num_samples, num_bad = int(file.attrs["num_samples"]), int(read_column(file["bad"], "rows", np.int64).sum())
     if int(blocks.rows.sum(dtype=np.int64)) != num_samples + num_bad:
         raise ValueError("blocks and samples do not add up")
@@ -375,7 +374,7 @@ def _histogram(group: h5py.Group) -> Histogram:
     )
 
 
-def _blocks(file: h5py.File, histogram: Histogram, chunk_rows: int, numbers: Sequence[str]) -> BlockTable:
+def _blocks(file: h5py.File, chunk_rows: int, numbers: Sequence[str]) -> BlockTable:
     group = file["blocks"]
     shard, rows = read_column(group, "shard", np.int32), read_column(group, "rows", np.int32)
     return BlockTable(
@@ -384,7 +383,6 @@ def _blocks(file: h5py.File, histogram: Histogram, chunk_rows: int, numbers: Seq
         rows=rows,
         offset=read_column(group, "offset", np.int64),
         length=read_column(group, "length", np.int64),
-        tokens=tokens_of_blocks(histogram),
         first_sample=first_samples(rows, chunk_rows)[:-1],
         zones={name: _zones(file["zones"][name]) for name in numbers},
     )

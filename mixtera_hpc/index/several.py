@@ -292,7 +292,7 @@ def _blocks(indexes: Sequence[PropertyIndex], numbers: Sequence[str]) -> BlockTa
         "first_sample": [b.first_sample + base for b, base in zip(blocks, _bases(indexes), strict=True)],
     }
     columns: dict[str, Any] = {}
-    for name in ("shard", "first_row", "rows", "offset", "length", "tokens", "first_sample"):
+    for name in ("shard", "first_row", "rows", "offset", "length", "first_sample"):
         parts = moved.get(name, [getattr(b, name) for b in blocks])
         columns[name] = np.concatenate(parts).astype(getattr(blocks[0], name).dtype, copy=False)
     return BlockTable(**columns, zones={name: _zones(blocks, name) for name in numbers})

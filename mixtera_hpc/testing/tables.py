@@ -116,7 +116,6 @@ def _block_table(columns: Sequence[SampleColumns]) -> BlockTable:
         rows=rows,
         offset=first * 10,
         length=rows.astype(np.int64) * 10,
-        tokens=np.array([c.tokens.sum() for c in columns], np.int64),
         first_sample=first,
         zones={name: _zones([c.numbers[name] for c in columns]) for name in numbers},
     )

@@ -89,7 +89,6 @@ def test_the_hash_is_uniform_and_another_seed_holds_out_other_samples() -> None:
         rows=np.full(num_blocks, rows, np.int32),
         offset=first,
         length=first,
-        tokens=first,
         first_sample=first,
         zones={},
     )

@@ -120,7 +120,7 @@ def test_samples_and_documents_are_those_of_the_shards(ending: str, tmp_path_fac
                 assert samples_of(index) == [described(row, n) for row, n in zip(everything, counts, strict=True)]
                 check_tables(index)
                 assert report.samples == index.tables.num_samples == len(everything)
-                assert report.tokens == offsets[-1] == index.tables.blocks.tokens.sum()
+                assert report.tokens == offsets[-1] == index.tables.histogram.tokens.sum()
                 assert index.tables.shards.rows.tolist() == [len(rows) for rows in shards]
 
     check()

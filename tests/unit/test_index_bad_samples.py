@@ -117,7 +117,6 @@ def test_blocks_of_bad_rows_alone_hold_nothing(tmp_path: Path) -> None:
     build_index(configured(tmp_path))
     with open_index(tmp_path / "index.h5") as index:
         assert np.diff(index.tables.histogram.indptr).tolist() == [1, 0, 1]
-        assert index.tables.blocks.tokens.tolist() == [0, 0, 0]
         assert readable(index) == ["text 0", "text 0"]
 
 
