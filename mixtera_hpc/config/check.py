@@ -20,7 +20,7 @@ from mixtera_hpc.config.schema import (
 )
 from mixtera_hpc.errors import did_you_mean
 
-__all__ = ["check", "check_data", "check_index_job", "num_ranks", "parse_time", "problems"]
+__all__ = ["check", "check_data", "check_index_job", "holdout_problems", "num_ranks", "parse_time", "problems"]
 
 
 def check(config: Config) -> None:
@@ -30,7 +30,7 @@ def check(config: Config) -> None:
 
 def check_data(config: Config) -> None:
     """`check` for verbs that look at data and index only: nothing of a run is asked for."""
-    raise_problems([*_index(config), *_holdout(config.query), *mixture_problems(config.mixture)])
+    raise_problems([*_index(config), *holdout_problems(config.query), *mixture_problems(config.mixture)])
 
 
 def check_index_job(config: Config) -> None:
@@ -43,7 +43,7 @@ def problems(config: Config) -> list[str]:
     return [
         *_index(config),
         *mixture_problems(config.mixture),
-        *_holdout(config.query),
+        *holdout_problems(config.query),
         *_dataplane(config.dataplane, config.mixture),
         *_training(config.training),
         *_validation(config),
@@ -54,7 +54,8 @@ def problems(config: Config) -> list[str]:
     ]
 
 
-def _holdout(query: QueryConfig) -> list[str]:
+def holdout_problems(query: QueryConfig) -> list[str]:
+    """Whether a side of the split can be served."""
     found = []
     if not 0 <= query.holdout.fraction < 1:
         found.append(f"query.holdout.fraction is {query.holdout.fraction}, expected at least 0 and less than 1.")

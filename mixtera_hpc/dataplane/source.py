@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
+from mixtera_hpc.config.check import holdout_problems
+from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.mixture import Stock, leaves
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
 from mixtera_hpc.core.domains import DomainTable, Selection
@@ -187,9 +189,11 @@ def open_source(config: Config, comm: Communicator, *, check: bool = True) -> So
         check: refuse an index whose shards have changed on disk.
 
     Raises:
+        ConfigError: held-out samples are wished for, and nothing is held out.
         PropertyIndexError: it is missing, damaged, stale, or was built with another tokenizer or without one.
         MixtureError: a domain key matches nothing, a wished domain is empty, or all wished ones are dropped.
     """
+    raise_problems(holdout_problems(config.query))
     tokenizer = load_vocabulary(config.dataplane)
     facts: _Facts | None = None
     arrays: dict[str, NDArray[Any]] = {}

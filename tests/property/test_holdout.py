@@ -16,6 +16,7 @@ from mixtera_hpc.core.holdout import HELD_OUT, shard_keys, with_places
 from mixtera_hpc.core.tables import BlockTable, SampleColumns
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.validation import Validation
+from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.index.build import build_index
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -129,3 +130,8 @@ def test_every_validation_is_the_same_whatever_was_trained_and_reports_domains(c
 def test_a_split_of_nothing_is_refused(collection: list[str], wrong: str, said: str) -> None:
     with pytest.raises(Exception, match=said):
         compose([*collection, wrong])
+
+
+def test_a_loop_of_ones_own_is_not_given_training_data_to_validate_on(collection: list[str]) -> None:
+    with pytest.raises(ConfigError, match="nothing is held out"):
+        DataPlane.open(compose(collection), Local(), split="validation")
