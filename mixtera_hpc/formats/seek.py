@@ -21,6 +21,7 @@ import zstandard
 from isal import igzip_lib
 from numpy.typing import NDArray
 
+from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.formats.frames import damaged
 from mixtera_hpc.formats.positioned import read_fully
 
@@ -49,19 +50,26 @@ def folder_beside(index: str | Path) -> Path:
 
 def write_points(shard: Path, folder: Path, spacing_bytes: int = SPACING_BYTES) -> Path:
     """Find the seek points of a gzip file that is known to be whole, and keep them in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _name(shard)
-    if path.exists():
-        return path
-    table, windows = _found(shard, spacing_bytes)
-    head = _HEAD.pack(_MAGIC, len(table), _checksum(table))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _name(shard)
+        if not path.exists():
+            _write(path, *_found(shard, spacing_bytes))
+    except OSError as error:
+        raise PropertyIndexError(
+            f"The seek points of {shard} cannot be written to {folder}: {error.strerror or error}.\n  Make room, set index.path "
+            "to another place, or do without them: index.seek_points=false."
+        ) from None
+    return path
+
+
+def _write(path: Path, table: NDArray[Any], windows: bytes) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("wb") as file:
-        file.write(head + table.tobytes() + windows)
+        file.write(_HEAD.pack(_MAGIC, len(table), _checksum(table)) + table.tobytes() + windows)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-    return path
 
 
 def find_points(shard: Path, folders: Sequence[Path]) -> "SeekPoints | None":

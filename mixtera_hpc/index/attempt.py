@@ -5,7 +5,10 @@ of it. One process at a time works on an index; what an attempt that was killed 
 same thing, and removed by one at anything else.
 """
 
+import contextlib
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,11 +84,12 @@ def attempt(
     """
     folder = building_folder(job.path)
     if comm.rank > 0:
-        _scan(job, msgspec.json.decode(bcast_bytes(comm, None), type=Plan), comm, None)
+        with _room(folder):
+            _scan(job, msgspec.json.decode(bcast_bytes(comm, None), type=Plan), comm, None)
         return msgspec.json.decode(bcast_bytes(comm, None), type=kind)
     plan = make_plan()
     _make(folder)
-    with locked(folder):
+    with locked(folder), _room(folder):
         _resume(folder, plan, job.depends)
         bcast_bytes(comm, msgspec.json.encode(plan))
         _scan(job, plan, comm, report)
@@ -113,6 +117,20 @@ def _make(folder: Path) -> None:
     except OSError as error:
         raise PropertyIndexError(
             f"The index cannot be written to {folder.parent}: {error.strerror}.\n  Set index.path to a place you can write to."
+        ) from None
+
+
+@contextlib.contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """Say what to do where the disk takes no more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise PropertyIndexError(
+            f"The index cannot be written to {folder.parent}: {os.strerror(error.errno)}.\n  Make room and run this again: it "
+            f"goes on from what was scanned, which is kept in {folder.name}. Or set index.path to another place."
         ) from None
 
 

@@ -5,8 +5,10 @@ one chunk: memory does not grow with the index. The bytes depend on the content 
 fingerprint is taken of everything a plan depends on: not of the data root, nor of when files were changed.
 """
 
+import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,27 +70,50 @@ def write_index(
     path: Path, facts: IndexFacts, shards: ShardTable, merged: Merged, pieces: Iterable[PlacedPiece]
 ) -> Written:
     """Write the file to `path`, flushed to disk."""
-    with h5py.File(path, "w", libver=("v110", "v110"), track_order=False, locking=False) as file:
-        tables = _Tables(file)
-        _write_shards(tables, facts, shards)
-        _write_properties(tables, facts, merged)
-        content = _Content(tables, merged, len(shards.path))
-        for shard, piece in pieces:
-            content.add(shard, translated(merged, piece.load()))
-        content.finish()
-        kinds = [(p.name, str(p.kind)) for p in merged.properties.values()]
-        fingerprint = tables.fingerprint(repr((VERSION, facts.text, facts.tokenizer, facts.parser, kinds)))
-        _write_generations(file, (*facts.generations, _generation(fingerprint, merged, len(shards.path))))
-        _write_bad(file, facts.bad)
-        told = {"text": facts.text, "tokenizer": facts.tokenizer, "parser": facts.parser, "fingerprint": fingerprint}
-        for name, text in {"format": FORMAT, **told}.items():
-            put_text(file, name, text or "")
-        file.attrs["version"] = VERSION
-        file.attrs["num_samples"] = merged.rows - merged.bad_rows
-        file.attrs["chunk_rows"] = merged.chunk_rows
+    file = h5py.File(path, "w", libver=("v110", "v110"), track_order=False, locking=False)
+    try:
+        written = _write(file, facts, shards, merged, pieces)
+    except (OSError, RuntimeError) as error:
+        _abandon(file)
+        failed = re.search(r"errno = (\d+)", str(error))
+        raise (OSError(int(failed[1]), os.strerror(int(failed[1])), str(path)) if failed else error) from None
+    file.close()
     _sync(path)
+    return written
+
+
+def _write(
+    file: h5py.File, facts: IndexFacts, shards: ShardTable, merged: Merged, pieces: Iterable[PlacedPiece]
+) -> Written:
+    tables = _Tables(file)
+    _write_shards(tables, facts, shards)
+    _write_properties(tables, facts, merged)
+    content = _Content(tables, merged, len(shards.path))
+    for shard, piece in pieces:
+        content.add(shard, translated(merged, piece.load()))
+    content.finish()
+    kinds = [(p.name, str(p.kind)) for p in merged.properties.values()]
+    fingerprint = tables.fingerprint(repr((VERSION, facts.text, facts.tokenizer, facts.parser, kinds)))
+    _write_generations(file, (*facts.generations, _generation(fingerprint, merged, len(shards.path))))
+    _write_bad(file, facts.bad)
+    told = {"text": facts.text, "tokenizer": facts.tokenizer, "parser": facts.parser, "fingerprint": fingerprint}
+    for name, text in {"format": FORMAT, **told}.items():
+        put_text(file, name, text or "")
+    file.attrs["version"] = VERSION
+    file.attrs["num_samples"] = merged.rows - merged.bad_rows
+    file.attrs["chunk_rows"] = merged.chunk_rows
+    file.flush()
     empty = tuple(name for name in merged.properties if name not in merged.has_values | content.known_numbers)
     return Written(fingerprint=fingerprint, tokens=content.tokens, empty_properties=empty)
+
+
+def _abandon(file: h5py.File) -> None:
+    """Close a file that the disk does not take; HDF5 tries to write it again, and crashes at exit where it cannot: into memory."""
+    memory = os.memfd_create("unwritten")
+    os.dup2(memory, file.id.get_vfd_handle())
+    os.close(memory)
+    with contextlib.suppress(OSError, RuntimeError):
+        file.close()
 
 
 def publish(part: Path, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.errors import DataError, PropertyIndexError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import Fields
 from mixtera_hpc.formats.jsonl_gz import JsonlGz
@@ -109,6 +109,13 @@ def test_long_members_follow_each_other(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "s.gz").write_bytes(b"".join(members) + bytes(1000))
     batches = scanned(tmp_path / "s.gz", folder)
     assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
+
+
+def test_points_that_cannot_be_written_are_no_fault_of_the_shard(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(2000))))
+    folder.write_text("in the way")
+    with pytest.raises(PropertyIndexError, match=r"(?s)seek points of .* cannot be written to .*index\.seek_points=false"):
+        scanned(tmp_path / "s.gz", folder)
 
 
 def test_without_seek_points_everything_is_read_and_it_is_said(tmp_path: Path, folder: Path) -> None:

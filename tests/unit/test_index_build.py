@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,28 @@ def test_an_index_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
     (tmp_path / "file").touch()
     with pytest.raises(PropertyIndexError, match=r"cannot be written to (.|\n)*Set index\.path"):
         build_index(configured(tmp_path, index={"path": str(tmp_path / "file" / "index.h5")}))
+
+
+SMALL_DISK = """
+import resource, sys
+from mixtera_hpc.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("file_bytes", [10, 9000])
+def test_a_disk_that_takes_no_more_is_said_and_what_was_scanned_is_kept(file_bytes: int, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 100)
+    words = ["index", "build", f"data.root={tmp_path}", f"index.path={tmp_path}/index.h5", "index.block_rows=10"]
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_DISK, str(file_bytes), *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"PropertyIndexError: The index cannot be written to {tmp_path}: File too large.")
+    assert not (tmp_path / "index.h5").exists()
+    found = build_index(configured(tmp_path, data={"properties": {}}, index={"block_rows": 10})).resumed_units
+    assert found == (file_bytes > 10)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
