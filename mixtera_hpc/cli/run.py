@@ -56,6 +56,7 @@ def run_folder(
     folder: "RunFolder", overrides: Sequence[str] = (), attempt: int | None = None, change: "Change | None" = None
 ) -> int:
     """Continue the run in `folder`; every rank calls this. Returns the exit code. **Collective.**"""
+    from mixtera_hpc.dataplane.batches import Share
     from mixtera_hpc.launch.attempts import new_attempt
     from mixtera_hpc.launch.resume import NO_CHANGE, amended_config, check_ended
 
@@ -66,6 +67,7 @@ def run_folder(
         if attempt is not None:
             return folder, attempt
         newest = check_ended(folder)
+        Share.of(config.dataplane, 0, ranks)  # What these ranks cannot share is refused before it is recorded.
         take_over(folder, config, overrides, change)
         return folder, new_attempt(folder, config, ranks=ranks, after=newest)
 

@@ -71,6 +71,9 @@ def successor(current: MixtureConfig, wish: Mapping[str, Any]) -> MixtureConfig:
         ConfigError: it is none, or changes what weights have no say in.
     """
     inner = wish.get("mixture", wish) if isinstance(wish, Mapping) else wish
+    if inner is not wish and len(wish) > 1:
+        others = ", ".join(str(key) for key in wish if key != "mixture")
+        raise ConfigError(f"{others} stands beside mixture, which is all that can change.\n  Leave it out.")
     kept = {name: getattr(current, name) for name in KEPT}
     mixture = from_plain(MixtureConfig, {**kept, **inner} if isinstance(inner, Mapping) else inner, "mixture")
     raise_problems(mixture_problems(mixture))

@@ -82,6 +82,13 @@ def test_surgery_that_is_not_meant_or_not_possible_is_refused(
     assert not (trained / "decisions.jsonl").exists()
 
 
+def test_a_batch_that_the_ranks_cannot_share_is_refused_before_it_is_recorded(trained: Path, cli: Cli) -> None:
+    words = ["training.num_steps=20", "--change-batch-size", "dataplane.global_batch_size=7"]
+    assert "cannot be shared evenly by 2 ranks" in cli("resume", trained, *words, ranks=2, rc=2).stderr
+    assert not (trained / "decisions.jsonl").exists()
+    assert "global_batch_size: 12" in (trained / "config.yaml").read_text()
+
+
 def test_a_run_through_surgery_is_proven_and_its_samples_are_found(trained: Path, cli: Cli) -> None:
     cli("resume", trained, "training.num_steps=24", "--skip-steps", "12..19")
     changed = ["--change-seed", "dataplane.seed=5", "--change-batch-size", "dataplane.global_batch_size=8"]

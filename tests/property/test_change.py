@@ -155,6 +155,7 @@ def test_a_damaged_request_is_refused_in_writing(config: Config, tmp_path: Path)
         ({"kind": "static", "unit": "samples", "domains": STATIC["domains"]}, "mixture.unit cannot change"),
         ({"kind": "statc"}, "mixture.kind"),
         ({"weights": {}}, "mixture.weights is not a known key"),
+        ({"mixture": STATIC, "query": {"where": "source == 'ast'"}}, "query stands beside mixture"),
         ({"kind": "natural", "by": ["package"]}, "mixture.by cannot change"),
         (
             {**STATIC, "domains": [{"key": {"source": "ast"}, "weight": 1, "max_epochs": 2}]},
