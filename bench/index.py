@@ -23,7 +23,9 @@ import msgspec
 import numpy as np
 
 from bench._corpus import FOLDER, make_numbers, make_rows, make_tokenizer
+from bench._digests import NUM_SEQUENCES, digests
 from bench._tables import make_index, make_shards
+from bench.index_parallel import best
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
@@ -87,6 +89,8 @@ def _lines(quick: bool) -> Iterator[Line]:
     yield from _queries(1_000_000 if quick else 4_000_000)
     yield from _numbers(1_000_000 if quick else 10_000_000)
     yield from _builds(make_rows(num_rows), num_rows)
+    yield from _ranks(make_rows(num_rows))
+    yield _formats()
     yield from _reads(make_rows(num_rows), 40 if quick else 200)
 
 
@@ -112,6 +116,32 @@ def _builds(data: Path, num_rows: int) -> Iterator[Line]:
     yield _ratio("build, tokens counted", rows, "rows/s", "bare gigatoken, same texts", alone, 0.8)
     together = 1 / (1 / limit + 1 / alone)
     yield _ratio("build, tokens counted", rows, "rows/s", "that loop and gigatoken, one after the other", together, 0.8)
+
+
+def _ranks(data: Path) -> Iterator[Line]:
+    """By the clock: on a machine with other work, or fewer cores than ranks, it shows less than there is."""
+    builds = {num_ranks: best(data, num_ranks, make_tokenizer()) for num_ranks in (1, 2, 4, 8)}
+    seconds = {num_ranks: build["wall_s"] for num_ranks, build in builds.items()}
+    files = len({build["file"] for build in builds.values()})
+    for num_ranks in (2, 4, 8):
+        speed_up = seconds[1] / seconds[num_ranks]
+        yield Line(
+            what=f"build by {num_ranks} ranks on {os.cpu_count()} cores, tokens counted",
+            ours=seconds[num_ranks],
+            unit="s",
+            limit="one rank, by the clock",
+            other=seconds[1],
+            ratio=speed_up,
+            goal="≥ 1.6" if num_ranks == 2 else "shown",
+            met=num_ranks > 2 or speed_up >= 1.6,
+        )
+    yield _at_most("different files that 1, 2, 4 and 8 ranks build", files, "", "goal", 1)
+
+
+def _formats() -> Line:
+    found = digests()
+    what = f"different streams of {NUM_SEQUENCES} sequences, {len(found)} formats"
+    return _at_most(what, len(set(found.values())), "", "goal", 1)
 
 
 def _building(data: Path, tokenizer: Path | None) -> Callable[[], int]:
