@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import h5py
 import msgspec
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
@@ -80,13 +81,14 @@ def attempt(
     """Carry it out; returns what `finish` returned, which runs on rank 0 like `make_plan`. **Collective.**
 
     Raises:
-        PropertyIndexError: the index cannot be written, or another process works on it.
+        PropertyIndexError: the index cannot be written, would take the place of something else, or another process works on it.
     """
     folder = building_folder(job.path)
     if comm.rank > 0:
         with _room(folder):
             _scan(job, msgspec.json.decode(bcast_bytes(comm, None), type=Plan), comm, None)
         return msgspec.json.decode(bcast_bytes(comm, None), type=kind)
+    _check_place(job.path)
     plan = make_plan()
     _make(folder)
     with locked(folder), _room(folder):
@@ -109,6 +111,27 @@ def _scan(job: Attempt, plan: Plan, comm: Communicator, report: Report | None) -
         threads=job.threads,
     )
     scan_together(tasks, lambda unit: job.scan(plan, unit), comm, report)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse to replace what is no index: most often a shard, or a folder of them."""
+    if not path.exists() or (path.is_file() and _is_index(path)):
+        return
+    raise PropertyIndexError(
+        f"index.path is {path}, which is {'a folder' if path.is_dir() else 'no property index'}, and would be replaced by one.\n"
+        "  Set index.path to a file of its own, or remove this one first."
+    )
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is, or was before it was damaged, an index."""
+    if not h5py.is_hdf5(path):
+        return path.stat().st_size == 0
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return "chunk_rows" in file.attrs
+    except (OSError, RuntimeError):
+        return True
 
 
 def _make(folder: Path) -> None:

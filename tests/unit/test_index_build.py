@@ -194,6 +194,22 @@ def test_a_disk_that_takes_no_more_is_said_and_what_was_scanned_is_kept(file_byt
     assert found == (file_bytes > 10)
 
 
+def test_nothing_but_an_index_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 3)
+    content = (tmp_path / "a.jsonl").read_bytes()
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["data"] = [1, 2, 3]
+    (tmp_path / "folder.h5").mkdir()
+    for name, what in (("a.jsonl", "no property index"), ("other.h5", "no property index"), ("folder.h5", "a folder")):
+        with pytest.raises(PropertyIndexError, match=rf"{name}, which is {what}, and would be replaced"):
+            build_index(configured(tmp_path, index={"path": str(tmp_path / name)}))
+    assert (tmp_path / "a.jsonl").read_bytes() == content
+    (tmp_path / "index.h5").write_bytes(b"")
+    path = Path(build_index(configured(tmp_path)).path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert build_index(configured(tmp_path)).samples == 3
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_contradicting_paths_are_refused_whatever_the_format(suffix: str, tmp_path: Path) -> None:
     write(tmp_path / f"a.{suffix}", 3)
