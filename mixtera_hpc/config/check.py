@@ -1,5 +1,6 @@
 """One pass over a `Config` that lists everything wrong with it. Needs no cluster, no MPI, no index."""
 
+import keyword
 import re
 
 from mixtera_hpc.config.check_mixture import mixture_problems
@@ -89,12 +90,11 @@ def _index(config: Config) -> list[str]:
     found += _at_least("index.threads", config.index.threads, 1)
     found += _at_least("data.max_block_bytes", config.data.max_block_bytes, 1 << 16)
     found += _vocabulary(config.dataplane)
-    reserved = {"and", "or", "not", "in", "is", "null", "None", "True", "False"}
     for name, spec in config.data.properties.items():
         found += [*_pattern(name, spec.pattern), *_origin_of_values(name, spec)]
-        if not name.isidentifier() or name in reserved:
+        if not name.isidentifier() or keyword.iskeyword(name) or name == "null":
             found.append(
-                f"data.properties.{name} is not a usable name. Use letters, digits and _, and no query keyword."
+                f"data.properties.{name} is not a usable name. Use letters, digits and _, and no keyword of Python."
             )
     return found
 

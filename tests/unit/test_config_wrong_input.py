@@ -24,6 +24,7 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
         ("training.seed=99999999999999999999999", r"training\.seed is 9+, expected a number of 64 bits"),
         ("training.learning_rate=inf", r"training\.learning_rate is inf, expected a finite number"),
         ("mixture.max_epochs=inf", r"mixture\.max_epochs is inf, expected a finite number"),
+        ("data.properties.class=label", r"data\.properties\.class is not a usable name\..*no keyword of Python"),
     ],
 )
 def test_a_wrong_word_is_answered(word: str, answer: str) -> None:
