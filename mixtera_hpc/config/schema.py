@@ -185,7 +185,7 @@ class DataPlaneConfig:
     comm: Literal["auto", "local", "mpi"] = "auto"
     """How ranks talk: `auto` uses MPI when the process was started by an MPI launcher."""
     audit: bool = False
-    """Log a digest of every sequence handed to the trainer, for `trace --verify`."""
+    """Log a digest of every sequence, or sample, handed to the trainer, for `trace --verify`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,7 +334,7 @@ class PlanConfig:
     steps: int | None = None
     """Steps to print; null takes one chunk for `--json` and the whole run for the forecast."""
     digests: bool = False
-    """With `--json`: read the data, and add a `digest` of its tokens to every sequence."""
+    """With `--json`: read the data, and add a `digest` of its tokens, or of the sample, to every sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

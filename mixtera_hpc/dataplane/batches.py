@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, Slots
 from mixtera_hpc.dataplane.expand import Documents, Streams
-from mixtera_hpc.dataplane.journal import sequence_digest
+from mixtera_hpc.dataplane.journal import sample_digest, sequence_digest
 from mixtera_hpc.dataplane.read import DocumentReader, Span
 from mixtera_hpc.dataplane.source import Source
 from mixtera_hpc.errors import ConfigError, MixteraError
@@ -50,7 +50,7 @@ class Batch:
     payloads: list[Any] | None = None
     """The raw samples with `mixture.unit=samples`, B of them."""
     digests: list[str] | None = None
-    """Of each sequence's tokens, when audited."""
+    """Of each sequence's tokens, or of each sample, when audited."""
     chunk: int = 0
     plan_digest: int = 0
 
@@ -191,7 +191,12 @@ class BatchMaker:
             "document_ids": np.empty((count, 0), np.int32),
             "loss_mask": np.empty((count, 0), np.bool_),
         }
-        return [self._batch(plan, step, **none, payloads=p) for step, p in zip(steps, payloads, strict=True)]
+        return [
+            self._batch(
+                plan, step, **none, payloads=p, digests=[sample_digest(sample) for sample in p] if self._audit else None
+            )
+            for step, p in zip(steps, payloads, strict=True)
+        ]
 
     def _batch(self, plan: ChunkPlan, step: "_Step", **content: Any) -> Batch:
         return Batch(

@@ -24,12 +24,36 @@ from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.tracker import open_append
 
-__all__ = ["AttemptRecord", "Audit", "History", "Journal", "Opening", "append_line", "read_lines", "sequence_digest"]
+__all__ = [
+    "AttemptRecord",
+    "Audit",
+    "History",
+    "Journal",
+    "Opening",
+    "append_line",
+    "read_lines",
+    "sample_digest",
+    "sequence_digest",
+]
 
 
 def sequence_digest(tokens: NDArray[np.integer[Any]]) -> str:
     """16 hex digits of the tokens of one sequence."""
     return hashlib.blake2b(np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8).hexdigest()
+
+
+def sample_digest(payload: Any) -> str:
+    """16 hex digits of a sample's content."""
+    try:
+        raw = msgspec.msgpack.encode(payload, enc_hook=_plain)
+    except OverflowError:  # An integer of more than 64 bits.
+        raw = repr(payload).encode()
+    return hashlib.blake2b(raw, digest_size=8).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What arrays and others are to a digest."""
+    return [value.dtype.str, list(value.shape), value.tobytes()] if isinstance(value, np.ndarray) else repr(value)
 
 
 class _Lines:

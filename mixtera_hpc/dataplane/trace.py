@@ -51,7 +51,7 @@ def planned(source: Source, first_step: int, num_steps: int) -> Iterator[Record]
     """The sequences of steps [first_step, first_step + num_steps) of a fresh run, in served order.
 
     Where weights are learned, these are the sequences that the ones it begins with would give. With `plan.digests` the data
-    is read, and every record has the `digest` of its tokens: the one that a run with `dataplane.audit` would log.
+    is read, and every record has the `digest` of its tokens or sample: the one that a run with `dataplane.audit` would log.
     """
     state, streams, mixer = PlannerState.start(source.num_domains), source.streams(), source.mixer(learn=False)
     steps = range(first_step, first_step + num_steps)
@@ -75,9 +75,7 @@ def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Ite
     for batch in maker.batches(plan, steps.start):
         if batch.step >= steps.stop:
             return
-        if batch.digests is None:
-            raise ConfigError("plan.digests=true digests tokens; set mixture.unit=tokens.")
-        for digest, record in zip(batch.digests, records, strict=False):
+        for digest, record in zip(batch.digests or [], records, strict=False):
             yield record | {"digest": digest}
 
 
@@ -135,8 +133,8 @@ class Verdict:
 def verify(sources: Sources, folder: RunFolder, history: History) -> Verdict:
     """Prove that every planned sequence of every step was consumed exactly once, across all attempts and surgeries.
 
-    The tokens of every sequence are made again from the plan, the index and the data, and their digests compared with those
-    of what the trainers were handed.
+    The tokens of every sequence, or the samples, are made again from the plan, the index and the data, and their digests
+    compared with those of what the trainers were handed.
 
     Raises:
         DataError: the run was not audited, or a sequence was consumed not at all, twice, or with other tokens; the first
@@ -146,6 +144,7 @@ def verify(sources: Sources, folder: RunFolder, history: History) -> Verdict:
     end, unfinished = _extent(history, consumed)
     num_sequences = 0
     for attempt, steps in history.extents():
+        consumed.check_audited(attempt, range(steps.start, min(steps.stop, end)))
         maker = _maker(sources.of(attempt))
         step, stop = steps.start, min(steps.stop, end)
         while step < stop:
@@ -182,6 +181,14 @@ class _Consumed:
         """Sequences of `step` consumed by the attempt that counts."""
         return sum(len(d) for d in self._of(step).values())
 
+    def check_audited(self, attempt: AttemptRecord, steps: range) -> None:
+        """Say which attempt was not audited, rather than that it consumed nothing."""
+        if len(steps) and self.last_step(attempt.number) < 0:
+            raise DataError(
+                f"Attempt {attempt.number}, of steps {steps.start} to {steps.stop - 1}, has no audit log, so nothing "
+                "can be proven of them.\n  Train with dataplane.audit=true from the first step on."
+            )
+
     def last_step(self, attempt: int) -> int:
         return max((step for number, step in self._digests if number == attempt), default=-1)
 
@@ -204,7 +211,7 @@ def _fault(got: list[str], digest: str) -> str:
         return "was planned and not consumed"
     if len(got) > 1:
         return f"was consumed {len(got)} times"
-    return f"was consumed with other tokens: digest {got[0]}, planned {digest}"
+    return f"was consumed with other tokens or another sample: digest {got[0]}, planned {digest}"
 
 
 def _extent(history: History, consumed: _Consumed) -> tuple[int, int | None]:
