@@ -88,9 +88,14 @@ def _batches(job: ScanJob, shard: Shard, unit: Unit, rows: "_Rows") -> Iterator[
     try:
         yield from scan_shard(file, unit, job.fields, job.block_rows)
     except DataError as error:
-        if not job.fields.skip_bad:
+        if not job.fields.skip_bad or _is_of_the_system(error):
             raise
         rows.end_here(f"damaged: {str(error).splitlines()[0].replace(str(path), 'the shard')}")
+
+
+def _is_of_the_system(error: DataError) -> bool:
+    """Whether a file could not be opened or read at all: what is in it may be whole, and there again in a minute."""
+    return isinstance(error.__context__, OSError) and error.__context__.errno is not None
 
 
 class _Rows:

@@ -22,6 +22,7 @@ from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.index.layout import BadRows
 from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.tokens.train import train_bpe
 
 PROPERTIES = {"source": "source", "quality": {"path": "quality", "kind": "number"}}
@@ -176,3 +177,13 @@ def test_a_missing_file_is_no_bad_sample(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(DataError, match=r"b\.jsonl cannot be read: No such file"):
         list(scan_unit(job, shards[1], Unit(0, shards[1].size_bytes)))
+
+
+def test_a_file_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path) -> None:
+    plain(tmp_path, lines(1))
+    write_megatron(tmp_path / "b.bin", [[1, 2], [3]])
+    (tmp_path / "b.idx").unlink()
+    with pytest.raises(DataError, match=r"b\.bin needs b\.idx beside it"):
+        build_index(configured(tmp_path))
+    (tmp_path / "b.idx").write_bytes(b"there, but damaged")
+    assert build_index(configured(tmp_path)).damaged_shards == 1
