@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mixtera_hpc.config.mixture import leaves, listed
@@ -97,7 +97,29 @@ def _weights(mixture: MixtureConfig | StageConfig, path: str) -> list[str]:
         return [f"{path}.remainder is what the keys of {path}.domains leave; give {path}.domains."]
     if mixture.remainder is not None and (mixture.remainder.key or mixture.remainder.domains):
         return [f"{path}.remainder has a key or domains, but it is everything else. Move it into {path}.domains."]
-    return [] if mixture.kind == "natural" else _sums(mixture, [*mixture.domains], f"{path}.domains", mixture.remainder)
+    if mixture.kind == "natural":
+        return _passed_over(mixture, path)
+    return _sums(mixture, [*mixture.domains], f"{path}.domains", mixture.remainder)
+
+
+def _passed_over(mixture: MixtureConfig | StageConfig, path: str) -> list[str]:
+    """The first weight that is written and would not be served."""
+    found = list(_weighed(mixture.domains, f"{path}.domains"))
+    if mixture.remainder is not None and mixture.remainder.weight is not None:
+        found.append((f"{path}.remainder", mixture.remainder.weight))
+    return [
+        f"{place}.weight is {weight:g}, but {path}.kind=natural takes the shares of the index. Set {path}.kind=static, or "
+        "leave the weights out."
+        for place, weight in found[:1]
+    ]
+
+
+def _weighed(domains: Sequence[DomainConfig], path: str) -> Iterator[tuple[str, float]]:
+    """Places of weights, and the weights."""
+    for i, domain in enumerate(domains):
+        if domain.weight is not None:
+            yield f"{path}[{i}]", domain.weight
+        yield from _weighed(domain.domains, f"{path}[{i}].domains")
 
 
 def _sums(

@@ -116,6 +116,14 @@ MISTAKES = {
         {"kind": "hierarchical", "domains": [at("a", 1.0, domains=[at("b", 1.0)])]},
         r"domains\[0\].domains\[0\].key names 'source', as the group",
     ),
+    "natural has no weights": (
+        {"domains": [at("a", 0.9), at("b", 0.1)]},
+        r"mixture.domains\[0\].weight is 0.9, but mixture.kind=natural",
+    ),
+    "a natural stage has none either": (
+        {"kind": "schedule", "schedule": {"stages": [{"start": 0, "kind": "natural", "domains": [at("a", 1.0)]}]}},
+        r"stages\[0\].domains\[0\].weight is 1",
+    ),
     "no domain twice": (
         {"domains": [at("a"), {"key": {"source": ["a"]}}]},
         r"domains\[1\].key is that of mixture.domains\[0\]",
