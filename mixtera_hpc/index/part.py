@@ -20,7 +20,11 @@ Combo = tuple[tuple[str, ...], ...]
 """The values of every categorical property, properties sorted by name."""
 Ints = NDArray[np.int64]
 
-_PLACE = re.compile(r"\s*\(byte \d+\)|\s*0x[0-9a-f]+ in position \d+(?:-\d+)?|\s*in position \d+(?:-\d+)?")
+_PLACE = re.compile(
+    r"\s*\(byte \d+\)|\s*0x[0-9a-f]+ in position \d+(?:-\d+)?|\s*in position \d+(?:-\d+)?"
+    r"|(?<=^sample )'.*?' (?=has )|(?<=^member ).*?(?=\.[^./\s]+: )",
+    re.DOTALL,
+)
 MAX_REASON = 120
 
 
@@ -136,5 +140,5 @@ def zones_of(values: NDArray[np.float64], rows: Ints, is_bad: NDArray[np.bool_])
 
 
 def reason_of(problem: str) -> str:
-    """A problem without the place where it was met, so that equal ones count together."""
+    """A problem without the place where it was met, or the name of the sample, so that equal ones count together."""
     return _PLACE.sub("", problem)[:MAX_REASON]

@@ -30,6 +30,8 @@ __all__ = ["ScanJob", "scan_unit"]
 Ints = NDArray[np.int64]
 PART_ROWS = 1 << 19
 IS_BAD = -1
+MAX_REASONS = 30
+"""Told apart in a part: what a user's function says of a row may be new every time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,10 @@ class _Rows:
         if not batch.rows:
             return
         bad = [row for row, _ in batch.bad]
-        self._reasons.update(reason_of(problem) for _, problem in batch.bad)
+        for _, problem in batch.bad:
+            reason = reason_of(problem)
+            is_new = reason not in self._reasons and len(self._reasons) >= MAX_REASONS
+            self._reasons["other reasons" if is_new else reason] += 1
         documents = _documents(batch, bad)
         columns = {**batch.columns, **self._job.functions.columns(documents)}
         combo = self._combos(columns, batch.rows)

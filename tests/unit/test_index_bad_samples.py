@@ -1,7 +1,9 @@
 """`data.on_bad_sample=skip`: what cannot be read is left out and counted; everything else stays where it is."""
 
 import gzip
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,37 @@ def test_a_file_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path) -> None:
         build_index(configured(tmp_path))
     (tmp_path / "b.idx").write_bytes(b"there, but damaged")
     assert build_index(configured(tmp_path)).damaged_shards == 1
+
+
+def test_reasons_that_differ_in_the_sample_only_count_together(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (
+            ("a/1.jpg", b"x"),
+            ("b.2.jpg", b"x"),
+            ("b3.txt", b"\xff"),
+            ("c4.txt", b"\xff"),
+            ("d.txt", b"y"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    build_index(configured(tmp_path, data={"text": "txt", "properties": {}}))
+    with open_index(tmp_path / "index.h5") as index:
+        assert sorted((bad.rows, bad.reason) for bad in index.bad) == [
+            (1, "sample has no member for data.text=txt; it has 2.jpg"),
+            (1, "sample has no member for data.text=txt; it has jpg"),
+            (2, "member .txt: 'utf-8' codec can't decode byte: invalid start byte"),
+        ]
+
+
+def test_reasons_that_are_new_every_time_do_not_fill_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plain(tmp_path, [b'{"text": "%d"}' % i for i in range(100)])
+    (tmp_path / "b.jsonl").write_text('{"text": "good"}')
+    (tmp_path / "talkative_parser.py").write_text(
+        "def parse(row):\n    if row['text'] != 'good': raise ValueError(row['text'])\n    return {}\n"
+    )
+    build_index(configured(tmp_path, data={"parser": "talkative_parser.parse"}))
+    with open_index(tmp_path / "index.h5") as index:
+        assert len(index.bad) == 31 and sum(bad.rows for bad in index.bad) == 100
+        assert BadRows(shard=0, reason="other reasons", rows=70) in index.bad
