@@ -46,11 +46,11 @@ class Arrow:
                 place = number * size // batches.count
                 if place >= unit.stop:
                     break
-                table = batches.read(number)
                 if place >= unit.start:
+                    table = batches.read(number)
                     length = max((number + 1) * size // batches.count - place, 1)
                     yield from _scanned(scanner, table, first_row, (number, length, table.num_rows))
-                first_row += table.num_rows
+                first_row += batches.num_rows(number)
             scanner.check()
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
@@ -116,6 +116,14 @@ class _Batches:
         except (pa.ArrowException, OSError, IndexError, ValueError) as error:
             raise DataError(f"{self._path}: record batch {number} cannot be read: {error}") from None
         return batch
+
+    def num_rows(self, number: int) -> int:
+        """Rows of one batch; nothing of an uncompressed one is looked at."""
+        try:
+            with self._lock:
+                return int(self._read(number).num_rows)
+        except (pa.ArrowException, OSError, ValueError):
+            return 0  # It is damaged, as whoever reads it will find; rows that follow are named too low.
 
     def close(self) -> None:
         with self._lock:

@@ -1,0 +1,27 @@
+"""Arrow files: what a damaged batch leaves of the others."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.arrow import Arrow
+from mixtera_hpc.formats.format import Fields
+
+
+def test_a_damaged_batch_is_the_matter_of_its_own_unit(tmp_path: Path) -> None:
+    path = tmp_path / "shard.arrow"
+    table = pa.table({"text": ["aaaa", "bbbb", "cccc"] * 2})
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table, max_chunksize=3)
+    content, offsets = path.read_bytes(), np.array([0, 4, 8, 12], "<i4")
+    damaged = content.replace(offsets.tobytes(), (offsets * [0, 99, 0, 1]).astype("<i4").tobytes(), 1)
+    path.write_bytes(damaged)
+    fmt = Arrow(unit_bytes=len(content) // 2)
+    first, second = fmt.units(path, len(content))[:2]
+    with pytest.raises(DataError, match="record batch 0 cannot be read"):
+        list(fmt.scan(path, first, Fields(text="text", documents=True), 256))
+    (batch,) = fmt.scan(path, second, Fields(text="text", documents=True), 256)
+    assert batch.documents == ["aaaa", "bbbb", "cccc"]
