@@ -67,14 +67,16 @@ def _goes_on(folder: "RunFolder") -> bool:
 
 
 def _check_planned(folder: "RunFolder", chunk: int | None) -> None:
-    """Refuse at once what rank 0 would refuse."""
+    """Refuse at once what rank 0 would refuse. An attempt that was killed tells nothing: the next one plans anew from a checkpoint."""
     from mixtera_hpc.dataplane.journal import History
     from mixtera_hpc.errors import ConfigError
 
     if chunk is None or not folder.journal.is_file():
         return
     attempts = History(folder.journal).attempts
-    planned = attempts[-1].plans[-1].chunk if attempts and attempts[-1].plans else -1
+    if not attempts or not attempts[-1].plans or (attempts[-1].next_step is None and not _goes_on(folder)):
+        return
+    planned = attempts[-1].plans[-1].chunk
     if chunk <= planned:
         raise ConfigError(
             f"Chunk {chunk} is planned already, up to chunk {planned}.\n  Give --at-chunk next, or {planned + 2} or later."
