@@ -142,7 +142,7 @@ def verify(sources: Sources, folder: RunFolder, history: History) -> Verdict:
     """
     consumed = _Consumed(folder, history)
     end, unfinished = _extent(history, consumed)
-    num_sequences = 0
+    num_sequences = step = 0
     for attempt, steps in history.extents():
         consumed.check_audited(attempt, range(steps.start, min(steps.stop, end)))
         maker = _maker(sources.of(attempt))
@@ -154,6 +154,11 @@ def verify(sources: Sources, folder: RunFolder, history: History) -> Verdict:
                 consumed.check(batch.step, batch.digests or [])
                 step, num_sequences = batch.step + 1, num_sequences + attempt.global_batch_size
         maker.close()
+    if step < end:
+        raise DataError(
+            f"Steps {step} to {end - 1} were consumed, but the journal ends before step {step}: it has lost lines.\n"
+            "  Bring the whole journal.jsonl back."
+        )
     return Verdict(
         num_steps=end, num_sequences=num_sequences, num_attempts=len(history.attempts), unfinished_step=unfinished
     )

@@ -66,3 +66,13 @@ def test_samples_of_any_content_have_a_digest() -> None:
     tokens = np.arange(2000)
     samples = [{"a": 1}, {"a": 1.0}, {"a": 2**70}, {"a": b"\xff"}, {"a": None}, {"a": tokens}, {"a": tokens[::-1]}]
     assert len({sample_digest(sample) for sample in samples}) == len(samples)
+
+
+def test_what_a_journal_has_lost_is_not_proven(config: Config, tmp_path: Path) -> None:
+    with DataPlane.open(config, Local(), RunFolder(tmp_path)) as plane:
+        while plane.next_step < 20:
+            next(iter(plane))
+    journal = RunFolder(tmp_path).journal
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))  # The opening and one chunk.
+    with pytest.raises(DataError, match="Steps 8 to 19 were consumed, but the journal ends before step 8"):
+        proven(config, tmp_path)
