@@ -15,7 +15,7 @@ import numpy as np
 
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.errors import DataError, UserError
+from mixtera_hpc.errors import ConfigError, DataError, UserError
 from mixtera_hpc.formats.columns import Categories, map_values
 from mixtera_hpc.formats.fields import RowType
 from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Unit, Vocabulary
@@ -58,6 +58,7 @@ def scan_shard(shard: ShardFile, unit: Unit, fields: Fields, block_rows: int) ->
 
     Raises:
         DataError: rows that cannot be read, or that the parser fails on.
+        ConfigError: a pattern that is to find numbers finds others, or a parser returns what no file can hold: no fault of the data.
     """
     inner = replace(fields, properties=() if fields.parser else _row_fields(fields), rows=fields.parser is not None)
     parsed = _Parsed(shard, unit, fields) if fields.parser else None
@@ -100,7 +101,7 @@ def _numbers(field: Field, column: Categories, shard: ShardFile) -> Column:
     try:
         values = [float(value[0]) if value else np.nan for value in column.values]
     except ValueError as error:
-        raise DataError(
+        raise ConfigError(
             f"{shard.path}: data.properties.{field.name} is of kind number, but {error}.\n  Make its pattern match digits only."
         ) from None
     return np.array([*values, np.nan])[column.code]
@@ -141,7 +142,7 @@ class _Parsed:
         try:
             return self._type.columns(rows)
         except ValueError as error:
-            raise DataError(
+            raise ConfigError(
                 f"data.parser {self._name} returned a value for a row of {self._shard.path} that cannot be stored: {error}.\n"
                 "  Make it return texts of valid characters, and numbers."
             ) from None

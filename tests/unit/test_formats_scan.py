@@ -102,7 +102,7 @@ def test_a_pattern_takes_its_first_group_or_all_it_matches(tmp_path: Path) -> No
 def test_a_pattern_that_matches_no_number_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, "x.jsonl", {"text": ""})
     properties = {"year": PropertyConfig(path="__name__", pattern="(x)", kind="number")}
-    with pytest.raises(DataError, match=r"data\.properties\.year is of kind number, but .*'x'"):
+    with pytest.raises(ConfigError, match=r"data\.properties\.year is of kind number, but .*'x'"):
         scan(tmp_path, path, properties=properties)
 
 
@@ -167,7 +167,7 @@ def test_values_of_another_kind_from_a_parser_are_refused(parsers: Path, tmp_pat
 def test_half_characters_from_a_parser_are_refused(parsers: Path, tmp_path: Path) -> None:
     path = written(tmp_path, "x.jsonl", {"text": "a"})
     with pytest.raises(
-        DataError, match=r"data\.parser team_parsers\.half returned a value for a row of x\.jsonl .*surrogates"
+        ConfigError, match=r"data\.parser team_parsers\.half returned a value for a row of x\.jsonl .*surrogates"
     ):
         scan(tmp_path, path, properties=PARSED, parser="team_parsers.half")
 

@@ -17,7 +17,7 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.query import parse
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import BlockRef
 from mixtera_hpc.formats.registry import load_format
@@ -223,3 +223,10 @@ def test_reasons_that_are_new_every_time_do_not_fill_the_index(tmp_path: Path, m
     with open_index(tmp_path / "index.h5") as index:
         assert len(index.bad) == 31 and sum(bad.rows for bad in index.bad) == 100
         assert BadRows(shard=0, reason="other reasons", rows=70) in index.bad
+
+
+def test_a_pattern_that_finds_no_numbers_is_no_fault_of_the_samples(tmp_path: Path) -> None:
+    plain(tmp_path, lines(1))
+    properties = {"number": {"path": "source", "kind": "number", "pattern": "."}}
+    with pytest.raises(ConfigError, match="Make its pattern match digits only"):
+        build_index(configured(tmp_path, data={"properties": properties}))
