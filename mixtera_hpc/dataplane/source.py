@@ -336,15 +336,14 @@ def _layout(config: Config, table: DomainTable) -> StreamLayout:
 
 def _ground(config: Config, facts: _Facts, grid: Grid, left: NDArray[np.bool_]) -> Ground:
     plane = config.dataplane
-    items_per_step = plane.global_batch_size * grid.stride
+    budget = config.training.num_steps * plane.global_batch_size * grid.stride
+    predicted = max(grid.length - 1, 1)  # Of a sequence; also without overlap, where its first token is not predicted.
     keys = tuple(key_of(key) for key in facts.keys)
     return Ground(
-        stock=Stock(
-            keys=keys, sizes=np.array(facts.stock, np.int64), budget=config.training.num_steps * items_per_step
-        ),
+        stock=Stock(keys=keys, sizes=np.array(facts.stock, np.int64), budget=budget),
         names=tuple(facts.names),
         left=left,
-        timeline=Timeline(chunk_steps=plane.chunk_steps, items_per_step=items_per_step),
+        timeline=Timeline(chunk_steps=plane.chunk_steps, items_per_step=plane.global_batch_size * predicted),
         feedback_lag=plane.feedback_lag,
     )
 

@@ -90,3 +90,16 @@ def test_a_schedule_ends_where_its_last_stage_is(collection: list[str]) -> None:
     early, late = (np.concatenate([b.domain_ids for b in batches[s]]) for s in (slice(0, 3), slice(12, 24)))
     assert abs(np.mean(early == 0) - natural[0]) < 1 / (3 * BATCH)
     assert abs(np.mean(late == 0) - natural[0]) > 0.05, "what was learned is not what it began with"
+
+
+@pytest.mark.parametrize("overlap", ["true", "false"])
+def test_a_schedule_by_tokens_counts_predicted_tokens(collection: list[str], overlap: str) -> None:
+    """At 9 steps of 16 sequences of 2: with overlap or without, where each takes 3 tokens of its stream."""
+    plain = [o for o in collection if not o.startswith("mixture.")]
+    stages = f"[{{start: 0, domains: [{A}, weight: 1}}]}}, {{start: {9 * BATCH * 2}, domains: [{B}, weight: 1}}]}}]"
+    shape = [f"dataplane.global_batch_size={BATCH}", "dataplane.chunk_steps=3", "dataplane.seq_len=2"]
+    mixture = ["mixture=schedule", "mixture.schedule.unit=tokens", "mixture.schedule.shape=stepwise"]
+    words = [*plain, *shape, *mixture, f"mixture.schedule.stages={stages}", f"dataplane.overlap={overlap}"]
+    with DataPlane.open(compose(words), Local()) as plane:
+        domains = [set(batch.domain_ids.tolist()) for batch in train(plane, 12)]
+    assert domains == [{0}] * 9 + [{1}] * 3
