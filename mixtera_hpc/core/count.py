@@ -19,8 +19,6 @@ __all__ = ["NO_DOMAIN", "Counter", "DomainTable", "Effort", "ReadBlocks"]
 
 NO_DOMAIN = -1
 """Selected, and in no domain."""
-_DROPPED = -2
-"""Not selected."""
 CELLS_TOGETHER = 1 << 18
 """Cells of the histogram that are looked at together: their columns stay in a core's cache."""
 SAMPLES_TOGETHER = 1 << 17

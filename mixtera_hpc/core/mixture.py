@@ -7,16 +7,14 @@ siblings without weights share their parent's by size.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["MixtureKind", "Node", "check_served", "natural", "tree_weights", "unimax"]
+__all__ = ["Node", "check_served", "natural", "tree_weights", "unimax"]
 
-MixtureKind = Literal["natural", "static", "hierarchical", "schedule", "arbitrary", "dynamic"]
 Weights = NDArray[np.float64]
 Sizes = NDArray[np.int64]
 

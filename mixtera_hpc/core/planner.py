@@ -203,10 +203,6 @@ class Planner:
         cursors = plan.cursors + np.bincount(domain, minlength=len(plan.cursors))
         return PlannerState(chunk=plan.chunk, step=step, cursors=cursors, lags=lags)
 
-    def exhausted(self, state: PlannerState) -> NDArray[np.bool_]:
-        """Which domains have nothing left; shape (K,)."""
-        return state.cursors >= self.capacity
-
     def _start(self, state: PlannerState, weights: NDArray[np.float64]) -> _Start:
         start = _Start(state.lags, quantise_or_refuse(weights))
         if self.on_exhausted == "redistribute":

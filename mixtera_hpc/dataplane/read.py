@@ -79,19 +79,14 @@ class DocumentReader:
         ends = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None
         self._special: Tokens = _NO_TOKENS if ends is None else np.array([ends], np.uint32)
 
-    def span(self, domain: int, documents: Documents) -> Span:
-        """The tokens of `documents`, special tokens included.
-
-        Raises:
-            DataError: a document cannot be read, or has other tokens than the index counted.
-        """
-        return self.read(documents, {domain: len(documents.block) - 1})
-
     def read(self, documents: Documents, read_to: Mapping[int, int]) -> Span:
-        """The same for documents of several streams; one that comes twice is read once.
+        """The tokens of `documents`, of one stream or several, special tokens included; one that comes twice is read once.
 
         Args:
             read_to: domain → position of the document that its stream will go on with.
+
+        Raises:
+            DataError: a document cannot be read, or has other tokens than the index counted.
         """
         tokens = self._tokenized(documents)
         for domain, last in read_to.items():

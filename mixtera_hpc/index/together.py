@@ -33,8 +33,6 @@ class BuildProgress:
     rows: int
     bytes_done: int
     bytes_total: int
-    units_done: int
-    units_total: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +127,6 @@ class _Rank:
                     rows=self._counters.Fetch_and_add(ROWS, 0),
                     bytes_done=self._counters.Fetch_and_add(BYTES, 0),
                     bytes_total=self._total,
-                    units_done=units,
-                    units_total=len(self._tasks.missing),
                 )
             )
         self._told = units

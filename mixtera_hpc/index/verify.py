@@ -52,9 +52,7 @@ def changed_shards(index: PropertyIndex, root: Path | None = None) -> list[Chang
         return _named(index, problems)
 
 
-def deeply_changed_shards(
-    index: PropertyIndex, tokenizer: Tokenizer | None, comm: Communicator, seed: int = 0
-) -> list[ChangedShard]:
+def deeply_changed_shards(index: PropertyIndex, tokenizer: Tokenizer | None, comm: Communicator) -> list[ChangedShard]:
     """The shards whose content differs from what was indexed, as far as samples show. **Collective.**
 
     Every rank looks at its share; rank 0 looks again at those that failed, and returns them; others return nothing.
@@ -65,11 +63,11 @@ def deeply_changed_shards(
     count = len(index.tables.shards.path)
     failed = np.zeros(count, np.int8)
     for shard in range(comm.rank, count, comm.size):
-        failed[shard] = bool(_deep_problem(index, shard, tokenizer, seed))
+        failed[shard] = bool(_deep_problem(index, shard, tokenizer))
     failed = comm.Allreduce(failed, "max")
     if comm.rank > 0:
         return []
-    return _named(index, (_deep_problem(index, i, tokenizer, seed) if failed[i] else "" for i in range(count)))
+    return _named(index, (_deep_problem(index, i, tokenizer) if failed[i] else "" for i in range(count)))
 
 
 def check_fresh(index: PropertyIndex) -> None:
@@ -115,7 +113,7 @@ def _problem(path: Path, size_bytes: int, mtime_ns: int) -> str:
     return "" if status.st_mtime_ns == mtime_ns else "changed since, same size"
 
 
-def _deep_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None, seed: int) -> str:
+def _deep_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None) -> str:
     """What is wrong with the content of a shard; empty when nothing was found."""
     shards = index.tables.shards
     path = index.data_root / index.shard_paths()[shard]
@@ -124,14 +122,14 @@ def _deep_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None,
             return f"{path.stat().st_size} bytes, indexed with {shards.size_bytes[shard]}"
         if fingerprint_of_shard(path, int(shards.size_bytes[shard])) != shards.fingerprint[shard]:
             return "its first or last MiB differs"
-        return _blocks_problem(index, shard, tokenizer, seed)
+        return _blocks_problem(index, shard, tokenizer)
     except OSError as error:
         return "missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
     except DataError as error:
         return str(error).splitlines()[0].replace(str(path), "it")
 
 
-def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None, seed: int) -> str:
+def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None) -> str:
     tables, path = index.tables, index.data_root / index.shard_paths()[shard]
     has_texts = index.text is not None and not load_format(tables.shards.format[shard]).holds_tokens
     first, last = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
@@ -139,7 +137,7 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
         path, index.text, BlockCache(seek_folders=[folder_beside(index.path)])
     )
     try:
-        for block in _sampled(np.arange(first, last), seed).tolist():
+        for block in _sampled(np.arange(first, last)).tolist():
             place = BlockRef(
                 offset=int(tables.blocks.offset[block]),
                 length=int(tables.blocks.length[block]),
@@ -164,10 +162,10 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     return ""
 
 
-def _sampled(blocks: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+def _sampled(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
     """Some of a shard's blocks, ascending."""
     if len(blocks) <= SAMPLED_BLOCKS:
         return blocks
-    words = np.random.Philox(key=seed + int(blocks[0])).random_raw(len(blocks) - 2)
+    words = np.random.Philox(key=int(blocks[0])).random_raw(len(blocks) - 2)
     chosen = 1 + np.argsort(words, kind="stable")[: SAMPLED_BLOCKS - 2]
     return np.asarray(blocks[np.sort([0, *chosen.tolist(), len(blocks) - 1])], np.int64)

@@ -6,7 +6,7 @@ K is the number of domains; lists over domains are in domain_id order. Every eve
 
 from typing import TypedDict
 
-__all__ = ["STREAMS", "AttemptEvent", "CommEvent", "MixtureEvent", "StepEvent", "ValidationEvent"]
+__all__ = ["AttemptEvent", "CommEvent", "MixtureEvent", "StepEvent", "ValidationEvent"]
 
 
 class AttemptEvent(TypedDict, total=False):
@@ -96,7 +96,3 @@ class ValidationEvent(TypedDict, total=False):
     domain_loss: list[float | None]
     domain_tokens: list[int]
     num_nonfinite: int
-
-
-STREAMS = ("attempts", "steps", "mixture", "comm", "validation")
-"""Every stream there is."""

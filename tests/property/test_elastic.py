@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose_plain
@@ -121,13 +122,13 @@ def test_sequences_of_a_domain_are_its_stream_cut_without_gaps(
     if not capacity:
         return
     maker = BatchMaker(source, Share(first=0, size=BATCH), audit=False)
-    stream = np.concatenate(
-        [
-            maker._reader.span(domain, maker._streams.documents(domain, *grid.span(k, 1))).tokens[: grid.stride]
-            for k in range(capacity)
-        ]
-    )
-    whole = maker._reader.span(domain, maker._streams.documents(domain, 0, 2 * items)).tokens
+
+    def tokens(start: int, stop: int) -> NDArray[np.int32]:
+        documents = maker._streams.documents(domain, start, stop)
+        return maker._reader.read(documents, {domain: len(documents.block) - 1}).tokens
+
+    stream = np.concatenate([tokens(*grid.span(k, 1))[: grid.stride] for k in range(capacity)])
+    whole = tokens(0, 2 * items)
     assert np.array_equal(stream, whole[: len(stream)])
     assert len(whole) - len(stream) < grid.length + grid.stride
     assert np.array_equal(np.sort(whole[:items]), np.sort(whole[items:]))
