@@ -1,6 +1,5 @@
 """What a mixture will serve over a whole run, without expanding a single step: O(domains) per exhausted domain."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,8 @@ from mixtera_hpc.dataplane.footprint import Footprint, footprint
 from mixtera_hpc.dataplane.source import Source
 
 __all__ = ["DomainForecast", "Forecast", "forecast"]
+
+NEVER = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +49,9 @@ def forecast(source: Source, num_steps: int) -> Forecast:
     """Plan `num_steps` steps. Chunks that follow each other with the same weights are planned as one: what is served by
     their end does not depend on what happens inside."""
     state, stretches = _planned(source, num_steps)
-    has, size = _sequences(source), source.planner.global_batch_size
     items, weights = source.layout.epoch_items(), source.weights
+    out = _run_out(stretches, _sequences(source), source.planner.global_batch_size)
+    out[(weights == 0) & (out == 0)] = NEVER  # Nothing is there, and nothing is wished for.
     served = state.cursors * source.grid.stride
     return Forecast(
         unit=source.config.mixture.unit,
@@ -64,7 +66,7 @@ def forecast(source: Source, num_steps: int) -> Forecast:
                 items=int(items[d]),
                 served=int(served[d]),
                 epochs=float(served[d] / items[d]) if items[d] else 0.0,
-                runs_out_at_step=_runs_out(stretches, d, float(has[d]), size) if has[d] else _at_once(weights[d]),
+                runs_out_at_step=None if out[d] == NEVER else int(out[d]),
             )
             for d, name in enumerate(source.names)
         ],
@@ -123,19 +125,15 @@ def _weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[np.float6
     yield now, length
 
 
-def _runs_out(stretches: list[_Stretch], domain: int, has: float, batch_size: int) -> int | None:
-    """The step in which `domain` is served the last of the `has` sequences it has."""
+def _run_out(stretches: list[_Stretch], has: NDArray[np.float64], batch_size: int) -> NDArray[np.int64]:
+    """The step in which each domain is served the last of the sequences it has, `NEVER` where it is not; shape (K,)."""
+    steps = np.where(has > 0, NEVER, 0)
     for stretch in stretches:
-        missing, count = has - int(stretch.before[domain]), int(stretch.counts[domain])
-        if count >= missing > 0:
-            slot = stretch.first_slot + math.ceil(missing / count * int(stretch.counts.sum())) - 1
-            return slot // batch_size
-    return None
-
-
-def _at_once(weight: float) -> int | None:
-    """When a domain without a single sequence runs out: at step 0, if it is wished for."""
-    return 0 if weight > 0 else None
+        missing = has - stretch.before
+        gone = np.flatnonzero((missing > 0) & (missing <= stretch.counts))
+        slots = np.ceil(missing[gone] / stretch.counts[gone] * int(stretch.counts.sum())).astype(np.int64)
+        steps[gone] = (stretch.first_slot + slots - 1) // batch_size
+    return steps
 
 
 def _bytes_per_item(source: Source) -> NDArray[np.float64]:
