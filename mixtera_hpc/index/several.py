@@ -18,7 +18,8 @@ from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import DATASET, path_source, with_zero
-from mixtera_hpc.index.open import PropertyIndex, SampleReader, open_index
+from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.index.samples import SampleReader
 
 __all__ = ["SampleSource", "open_configured", "open_samples", "sample_sources"]
 

@@ -10,7 +10,8 @@ import pytest
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.index.kept import PART_BYTES, KeptParts
-from mixtera_hpc.index.open import PropertyIndex, SampleReader, open_index
+from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.index.samples import SampleReader
 
 
 @pytest.fixture

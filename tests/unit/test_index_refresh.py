@@ -13,9 +13,10 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.open import PropertyIndex, SampleReader, open_index
+from mixtera_hpc.index.open import PropertyIndex, open_index
 from mixtera_hpc.index.parts import building_folder
 from mixtera_hpc.index.refresh import refresh_index
+from mixtera_hpc.index.samples import SampleReader
 
 
 def configured(root: Path, **more: Any) -> Config:
