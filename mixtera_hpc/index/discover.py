@@ -91,9 +91,10 @@ def _below(root: Path, dataset: str, data: DataConfig) -> list[Found]:
     if not root.is_dir():
         key = f"data.roots.{dataset}" if dataset else "data.root"
         raise DataError(f"{key} is {str(root)!r}, which is not a folder.")
-    left_out = {path for pattern in data.exclude for path in _matching(root, pattern, "data.exclude")}
+    left_out = {path.rstrip("/") for pattern in data.exclude for path in _matching(root, pattern, "data.exclude")}
     found: dict[str, Found] = {}
     for pattern in data.include:
+        _check_folders(root, pattern, left_out)
         found |= {pair[0].path: pair for pair in _shards(root, dataset, pattern, data, left_out, found)}
     return [found[path] for path in sorted(found)]
 
@@ -143,6 +144,24 @@ def _matching(root: Path, pattern: str, key: str) -> list[str]:
     if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
         raise ConfigError(f"{key} has {pattern!r}, expected a glob below data.root, without '..'.")
     return glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 (pathlib's follows no links to folders)
+
+
+def _check_folders(root: Path, pattern: str, left_out: set[str]) -> None:
+    """Refuse folders that a glob leads through and that cannot be listed: it would pass over them without a word."""
+    parts, folders = PurePosixPath(pattern).parts, set[str]()
+    for end, part in enumerate(parts):
+        if glob.has_magic(part):  # Others are looked up by their name.
+            above = [*parts[:end], *[part] * (part == "**")]
+            folders.update(_matching(root, "/".join([*above, ""]), "data.include") if above else ())
+            if end == 0:
+                folders.add("")
+    for folder in sorted({folder.rstrip("/") for folder in folders} - left_out):
+        try:
+            os.scandir(root / folder).close()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise _unreadable(root / folder, error.strerror) from None
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -1,6 +1,8 @@
 """Which files are shards."""
 
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +181,36 @@ def test_a_file_nobody_may_read_is_named_before_anything_is_scanned(tmp_path: Pa
     (tmp_path / "a.jsonl").chmod(0)
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read: Permission denied"):
         discover(DataConfig(root=str(tmp_path)))
+
+
+@pytest.fixture
+def lock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes one folder a folder that may not be listed, for root as well."""
+    listed = os.scandir
+
+    def make(locked: Path) -> None:
+        def scandir(path: Any) -> Any:
+            if Path(path) == locked:
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return listed(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+
+    return make
+
+
+@pytest.mark.parametrize("include", ["*", "**/*", "**"])
+def test_a_root_nobody_may_list_is_named(include: str, tree: Path, lock: Callable[[Path], None]) -> None:
+    lock(tree)
+    with pytest.raises(DataError, match=rf"{tree} cannot be read: Permission denied"):
+        found(tree, include=[include])
+
+
+@pytest.mark.parametrize("include", [["**/*"], ["**"], ["a.jsonl", "b/c/*.parquet"], ["*/*/*"]])
+def test_a_folder_nobody_may_list_is_named(include: list[str], tree: Path, lock: Callable[[Path], None]) -> None:
+    lock(tree / "b/c")
+    with pytest.raises(DataError, match=r"b/c cannot be read: Permission denied\.\n.*data\.exclude"):
+        found(tree, include=include)
+    assert found(tree, include=["b/c/x.parquet"]) == ["b/c/x.parquet"]
+    assert found(tree, include=["*.jsonl", "b/*.jsonl"]) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl"]
+    assert found(tree, exclude=["b/c/**"]) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "z.jsonl.zst"]
