@@ -57,7 +57,7 @@ def write_points(shard: Path, folder: Path, spacing_bytes: int = SPACING_BYTES) 
             _write(path, *_found(shard, spacing_bytes))
     except OSError as error:
         raise PropertyIndexError(
-            f"The seek points of {shard} cannot be written to {folder}: {error.strerror or error}.\n  Make room, set index.path "
+            f"The seek points of {shard} cannot be made in {folder}: {error.strerror or error}.\n  Make room, set index.path "
             "to another place, or do without them: index.seek_points=false."
         ) from None
     return path

@@ -114,9 +114,7 @@ def test_long_members_follow_each_other(tmp_path: Path, folder: Path) -> None:
 def test_points_that_cannot_be_written_are_no_fault_of_the_shard(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(2000))))
     folder.write_text("in the way")
-    with pytest.raises(
-        PropertyIndexError, match=r"(?s)seek points of .* cannot be written to .*index\.seek_points=false"
-    ):
+    with pytest.raises(PropertyIndexError, match=r"(?s)seek points of .* cannot be made in .*index\.seek_points=false"):
         scanned(tmp_path / "s.gz", folder)
 
 
