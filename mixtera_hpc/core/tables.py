@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import ComboTable, Property
 
-__all__ = ["BlockTable", "Histogram", "IndexTables", "SampleColumns", "ShardTable", "Zones"]
+__all__ = ["BLOCK_COLUMNS", "BlockTable", "Histogram", "IndexTables", "SampleColumns", "ShardTable", "Zones"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,10 @@ class BlockTable:
 
     def __len__(self) -> int:
         return len(self.shard)
+
+
+BLOCK_COLUMNS = ("shard", "first_row", "rows", "offset", "length", "first_sample")
+"""The arrays of a `BlockTable`: all its fields but the zones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

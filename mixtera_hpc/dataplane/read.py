@@ -169,14 +169,8 @@ class DocumentReader:
         blocks = self._source.blocks
         for first, last in _runs(documents.block):
             block = int(documents.block[first])
-            reference = BlockRef(
-                offset=int(blocks.offset[block]),
-                length=int(blocks.length[block]),
-                first_row=int(blocks.first_row[block]),
-                rows=int(blocks.rows[block]),
-            )
             rows, position = np.unique(documents.row[first:last].astype(np.int64), return_inverse=True)
-            found = what.of_block(reader, reference, documents.lengths[block], rows)
+            found = what.of_block(reader, BlockRef.of(blocks, block), documents.lengths[block], rows)
             yield from (found[i] for i in position.tolist())
 
     def _reader(self, shard: int) -> "_Open":

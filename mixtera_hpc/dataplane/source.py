@@ -26,7 +26,7 @@ from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, Predicate, parse
 from mixtera_hpc.core.stream import Grid
-from mixtera_hpc.core.tables import BlockTable, SampleColumns
+from mixtera_hpc.core.tables import BLOCK_COLUMNS, BlockTable, SampleColumns
 from mixtera_hpc.dataplane.counted import check_tokens
 from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.dataplane.expand import StreamLayout, Streams
@@ -245,7 +245,7 @@ def _gather(
         kept=kept if config.query.drop else "",
         stock=stock.tolist(),
     )
-    arrays = {f"blocks/{name}": getattr(tables.blocks, name) for name in _BLOCK_COLUMNS}
+    arrays = {f"blocks/{name}": getattr(tables.blocks, name) for name in BLOCK_COLUMNS}
     arrays |= {f"table/{f.name}": getattr(table, f.name) for f in fields(table)}
     arrays["combo_domain"] = chosen.selection.combo_domain
     if config.query.holdout.fraction:
@@ -284,9 +284,6 @@ def _capacity(source: Source, era: Era) -> NDArray[np.int64]:
     return source.grid.capacity(source.layout.epoch_items(), limits, era.origins)
 
 
-_BLOCK_COLUMNS = ("shard", "first_row", "rows", "offset", "length", "first_sample")
-
-
 def _share(comm: Communicator, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Every array of rank 0 on every rank, once per node. **Collective.**"""
     names = msgspec.json.decode(bcast_bytes(comm, msgspec.json.encode(list(arrays)) if comm.rank == 0 else None))
@@ -303,7 +300,7 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
         config=config,
         facts=facts,
         layout=layout,
-        blocks=BlockTable(**{name: arrays[f"blocks/{name}"] for name in _BLOCK_COLUMNS}, zones={}),
+        blocks=BlockTable(**{name: arrays[f"blocks/{name}"] for name in BLOCK_COLUMNS}, zones={}),
         combos=_combos(facts, arrays),
         selection=_selection(config, facts, arrays, table),
         grid=grid,

@@ -14,8 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.core.tables import BlockTable
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.columns import Categories
@@ -39,6 +39,7 @@ __all__ = [
     "Vocabulary",
     "bad_rows",
     "cut",
+    "nulls",
     "open_shard",
     "shard_changed",
 ]
@@ -95,7 +96,7 @@ class Fields:
     """Dotted path to the document, and every row must have it; None: rows have none."""
     properties: tuple[Field, ...] = ()
     documents: bool = False
-    """Whether the texts themselves are wanted, to count tokens."""
+    """Whether the texts themselves are wanted: to count tokens, or for functions over them."""
     skip_bad: bool = False
     """Whether rows that cannot be read are listed in `Batch.bad` instead of ending the scan."""
     rows: bool = False
@@ -108,22 +109,6 @@ class Fields:
     """Where a format may leave seek points of a shard, for readers to come."""
     max_block_bytes: int = 4 << 30
     """A row or a compressed frame that decodes to more is refused."""
-
-    @classmethod
-    def of(cls, data: DataConfig, documents: bool) -> "Fields":
-        """The fields of rows that a configuration names; properties sorted by name."""
-        properties = tuple(
-            Field(name=name, path=spec.path, kind=Kind(spec.kind), pattern=spec.pattern)
-            for name, spec in sorted(data.properties.items())
-            if spec.path is not None
-        )
-        return cls(
-            text=data.text,
-            properties=properties,
-            documents=documents,
-            skip_bad=data.on_bad_sample == "skip",
-            max_block_bytes=data.max_block_bytes,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +158,16 @@ class BlockRef:
     length: int
     first_row: int
     rows: int
+
+    @classmethod
+    def of(cls, blocks: BlockTable, block: int) -> "BlockRef":
+        """One block of an index."""
+        return cls(
+            offset=int(blocks.offset[block]),
+            length=int(blocks.length[block]),
+            first_row=int(blocks.first_row[block]),
+            rows=int(blocks.rows[block]),
+        )
 
 
 class ShardReader(Protocol):
@@ -265,6 +260,11 @@ class Format(Protocol):
             cache: keeps decoded blocks of formats that cannot read single rows; shared by many readers.
         """
         ...
+
+
+def nulls(kind: Kind, rows: int) -> Column:
+    """A property that none of `rows` rows has."""
+    return np.full(rows, np.nan) if kind is Kind.NUMBER else Categories([()], np.zeros(rows, np.int32))
 
 
 def open_shard(path: Path) -> int:

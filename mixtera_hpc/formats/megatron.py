@@ -15,11 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.columns import Categories
-from mixtera_hpc.formats.format import Batch, BlockRef, Column, Fields, Ranges, ShardReader, Unit, cut, shard_changed
+from mixtera_hpc.formats.format import (
+    Batch,
+    BlockRef,
+    Column,
+    Fields,
+    Ranges,
+    ShardReader,
+    Unit,
+    cut,
+    nulls,
+    shard_changed,
+)
 from mixtera_hpc.formats.jsonl import Jsonl
 from mixtera_hpc.formats.registry import SIDECAR
 
@@ -201,7 +211,7 @@ def _properties(path: Path, documents: _Documents, fields: Fields, unit: tuple[i
     if not sidecar.exists() or not (fields.properties or fields.rows):
         for begin in range(first, last, BATCH_ROWS):
             end = min(begin + BATCH_ROWS, last)
-            nothing: dict[str, Column] = {f.name: _nulls(f.kind, end - begin) for f in fields.properties}
+            nothing: dict[str, Column] = {f.name: nulls(f.kind, end - begin) for f in fields.properties}
             yield begin, end, nothing, [{} for _ in range(end - begin)] if fields.rows else None
         return
     position = 0
@@ -215,10 +225,6 @@ def _properties(path: Path, documents: _Documents, fields: Fields, unit: tuple[i
         position += batch.rows
     if position != documents.count:
         raise DataError(f"{sidecar} has {position} lines, but {path.name} has {documents.count} documents.")
-
-
-def _nulls(kind: Kind, rows: int) -> Column:
-    return np.full(rows, np.nan) if kind is Kind.NUMBER else Categories([()], np.zeros(rows, np.int32))
 
 
 def _sliced(column: Column, rows: slice) -> Column:

@@ -37,19 +37,31 @@ class ShardFile:
 
 
 def fields_of(data: DataConfig, *, documents: bool, vocabulary: Vocabulary | None = None) -> Fields:
-    """What a configuration wants of every row.
+    """What a configuration wants of every row; properties sorted by name.
 
     Args:
-        documents: whether texts are wanted, to count their tokens.
+        documents: whether texts are wanted, to count their tokens or for functions over them.
         vocabulary: what token ids on disk are held against.
 
     Raises:
         ConfigError: a path looks inside what another takes as a value, or both take it as values of different kinds; a parser
             that cannot be imported.
     """
-    parser = describe_parser(data.parser) if data.parser is not None else None
-    fields = replace(Fields.of(data, documents), parser=parser, vocabulary=vocabulary)
-    RowType(replace(fields, properties=_row_fields(fields)))
+    properties = tuple(
+        Field(name=name, path=spec.path, kind=Kind(spec.kind), pattern=spec.pattern)
+        for name, spec in sorted(data.properties.items())
+        if spec.path is not None
+    )
+    fields = Fields(
+        text=data.text,
+        properties=properties,
+        documents=documents,
+        skip_bad=data.on_bad_sample == "skip",
+        parser=describe_parser(data.parser) if data.parser is not None else None,
+        vocabulary=vocabulary,
+        max_block_bytes=data.max_block_bytes,
+    )
+    RowType(replace(fields, properties=_row_fields(fields)))  # Paths that clash are refused before a shard is read.
     return fields
 
 

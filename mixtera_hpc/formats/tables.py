@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.columns import Categories, encode
-from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Ranges, bad_rows
+from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Ranges, bad_rows, nulls
 
 __all__ = ["TableScanner", "column_at", "first_key", "rows_of", "texts_of", "type_at", "without_views"]
 
@@ -79,7 +79,7 @@ class TableScanner:
         columns: dict[str, Column] = {}
         for field in self._fields.properties:
             values = column_at(table, field.path)
-            columns[field.name] = _nulls(field, rows) if values is None else _column(values, field, self._path)
+            columns[field.name] = nulls(field.kind, rows) if values is None else _column(values, field, self._path)
         raw = rows_of(table, self._path) if self._fields.rows else None
         return Batch(rows=rows, blocks=blocks, columns=columns, documents=documents, raw=raw, bad=tuple(bad))
 
@@ -175,15 +175,11 @@ def _without_views(found: Any) -> Any:
     return _WIDE.get(found, found)
 
 
-def _nulls(field: Field, rows: int) -> Column:
-    return np.full(rows, np.nan) if field.kind is Kind.NUMBER else Categories([()], np.zeros(rows, np.int32))
-
-
 def _column(values: Any, field: Field, path: Path) -> Column:
     kind, found = field.kind, values.type
     is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
     if pa.types.is_null(found):
-        return _nulls(field, len(values))
+        return nulls(field.kind, len(values))
     if kind is Kind.NUMBER and (
         pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_decimal(found)
     ):

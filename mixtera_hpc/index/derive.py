@@ -170,13 +170,7 @@ def _columns(
     held: list[str] = []
     row = 0
     for number, rows in enumerate(part.blocks["rows"].tolist()):
-        block = first + number
-        place = BlockRef(
-            offset=int(blocks.offset[block]),
-            length=int(blocks.length[block]),
-            first_row=int(blocks.first_row[block]),
-            rows=rows,
-        )
+        place = BlockRef.of(blocks, first + number)
         lengths = part.samples.get("length", np.zeros(part.num_rows, np.int64))[row : row + rows]
         wanted = np.flatnonzero(part.samples["combo"][row : row + rows] != bad)
         texts = [""] * rows

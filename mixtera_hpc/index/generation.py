@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from mixtera_hpc.core.properties import ComboTable, Property
-from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, ShardTable, Zones
+from mixtera_hpc.core.tables import BLOCK_COLUMNS, BlockTable, Histogram, IndexTables, ShardTable, Zones
 from mixtera_hpc.index.layout import Generation
 
 __all__ = ["tables_at"]
@@ -63,9 +63,8 @@ def _shards(shards: ShardTable, count: int) -> ShardTable:
 
 
 def _blocks(blocks: BlockTable, part: slice) -> BlockTable:
-    names = ("shard", "first_row", "rows", "offset", "length", "first_sample")
     zones = {
         name: Zones(low=zone.low[part], high=zone.high[part], has_null=zone.has_null[part])
         for name, zone in blocks.zones.items()
     }
-    return BlockTable(**{name: getattr(blocks, name)[part] for name in names}, zones=zones)
+    return BlockTable(**{name: getattr(blocks, name)[part] for name in BLOCK_COLUMNS}, zones=zones)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import Config, DataConfig
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
+from mixtera_hpc.core.tables import BLOCK_COLUMNS, BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import DATASET, path_source, with_zero
 from mixtera_hpc.index.open import PropertyIndex, open_index
@@ -293,7 +293,7 @@ def _blocks(indexes: Sequence[PropertyIndex], numbers: Sequence[str]) -> BlockTa
         "first_sample": [b.first_sample + base for b, base in zip(blocks, _bases(indexes), strict=True)],
     }
     columns: dict[str, Any] = {}
-    for name in ("shard", "first_row", "rows", "offset", "length", "first_sample"):
+    for name in BLOCK_COLUMNS:
         parts = moved.get(name, [getattr(b, name) for b in blocks])
         columns[name] = np.concatenate(parts).astype(getattr(blocks[0], name).dtype, copy=False)
     return BlockTable(**columns, zones={name: _zones(blocks, name) for name in numbers})

@@ -138,12 +138,7 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     )
     try:
         for block in _sampled(np.arange(first, last)).tolist():
-            place = BlockRef(
-                offset=int(tables.blocks.offset[block]),
-                length=int(tables.blocks.length[block]),
-                first_row=int(tables.blocks.first_row[block]),
-                rows=int(tables.blocks.rows[block]),
-            )
+            place = BlockRef.of(tables.blocks, block)
             samples = index.read_block(block)
             rows = np.flatnonzero(samples.combo != tables.combos.bad)
             if not has_texts:

@@ -88,12 +88,7 @@ def documents_of(index: PropertyIndex) -> list[str]:
     for block in range(len(blocks)):
         shard = int(blocks.shard[block])
         reader = load_format(shards.format[shard]).open(index.data_root / shards.path[shard], index.text, BlockCache())
-        place = BlockRef(
-            offset=int(blocks.offset[block]),
-            length=int(blocks.length[block]),
-            first_row=int(blocks.first_row[block]),
-            rows=int(blocks.rows[block]),
-        )
+        place = BlockRef.of(blocks, block)
         found += reader.documents(place, index.read_block(block).length, np.arange(place.rows))
         reader.close()
     return found

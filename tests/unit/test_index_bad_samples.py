@@ -70,12 +70,7 @@ def readable(index: PropertyIndex) -> list[str]:
     shards = index.tables.shards
     reader = load_format(shards.format[0]).open(index.data_root / shards.path[0], index.text, BlockCache())
     for b in range(len(blocks)):
-        place = BlockRef(
-            offset=int(blocks.offset[b]),
-            length=int(blocks.length[b]),
-            first_row=int(blocks.first_row[b]),
-            rows=int(blocks.rows[b]),
-        )
+        place = BlockRef.of(blocks, b)
         samples = index.read_block(b)
         rows = np.flatnonzero(samples.combo != index.tables.combos.bad)
         found += reader.documents(place, samples.length, rows)
