@@ -69,7 +69,7 @@ class Effort:
     scanned: int = 0
     """Blocks whose samples had to be looked at."""
     samples: int = 0
-    """Samples in the scanned blocks."""
+    """Samples in the scanned blocks; rows that cannot be read are none."""
 
     @property
     def blocks(self) -> int:
@@ -201,12 +201,13 @@ class Counter:
         """Count the samples of blocks, some blocks at a time."""
         combos, every_row = self._tables.combos, self._tables.blocks.rows[blocks]
         self.effort.scanned += len(blocks)
-        self.effort.samples += int(every_row.sum(dtype=np.int64))
         at_most = max(COUNTERS_TOGETHER // combos.num_combos, 1)
         for some in _cut(every_row, at_most):
             columns, chosen = self._read_blocks(blocks[some]), blocks[some]
             hit = self._predicate.evaluate(Entries.of_samples(combos, columns.combo, columns.numbers)).must
-            hit = hit & (columns.combo != combos.bad)
+            readable = columns.combo != combos.bad
+            self.effort.samples += int(np.count_nonzero(readable))
+            hit = hit & readable
             cell = np.repeat(np.arange(len(chosen)) * combos.num_combos, every_row[some]) + columns.combo
             rows = np.bincount(cell[hit], minlength=len(chosen) * combos.num_combos)
             found = np.flatnonzero(rows)

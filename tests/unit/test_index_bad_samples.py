@@ -78,6 +78,12 @@ def readable(index: PropertyIndex) -> list[str]:
     return found
 
 
+def test_only_readable_rows_count_as_looked_at(index: PropertyIndex) -> None:
+    effort = select(index.tables, parse("quality >= 0.2", index.tables.properties), [{}], index.read_blocks).effort
+    assert effort.scanned == 1
+    assert effort.samples == np.count_nonzero(index.read_block(0).combo != index.tables.combos.bad) > 0
+
+
 def test_all_other_rows_are_there_and_read_back(index: PropertyIndex) -> None:
     good = [f"text {i}" for i in range(23) if i not in BAD]
     assert readable(index) == good
