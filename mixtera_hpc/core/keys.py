@@ -12,7 +12,7 @@ from typing import Any
 
 from mixtera_hpc.core.pattern import matching
 from mixtera_hpc.core.properties import as_text
-from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
+from mixtera_hpc.errors import MixtureError, did_you_mean
 
 __all__ = ["DomainKey", "KeyValue", "Matches", "canonical", "codes_of", "domain_name", "key_of", "written"]
 
@@ -53,11 +53,14 @@ def codes_of(name: str, value: str | Matches, values: Sequence[str]) -> list[int
     """Positions in the dictionary `values` of property `name` that one entry of a key stands for.
 
     Raises:
-        MixtureError: none.
+        MixtureError: there is none, or the expression is not one that is allowed.
     """
     text = value.pattern if isinstance(value, Matches) else value
     if isinstance(value, Matches):
-        codes, verb = _matching(name, text, values), "to match"
+        try:
+            codes, verb = matching(text, values), "to match"
+        except ValueError as error:
+            raise MixtureError(f"A domain key's {name}: {error}") from None
     elif text in values or "*" not in text:
         codes, verb = [c for c, known in enumerate(values) if known == text], "="
     else:
@@ -66,13 +69,6 @@ def codes_of(name: str, value: str | Matches, values: Sequence[str]) -> list[int
         near = did_you_mean(text.replace("*", ""), list(values))
         raise MixtureError(f"A domain key wants {name} {verb} {text!r}, which no sample has.{near}")
     return codes
-
-
-def _matching(name: str, pattern: str, values: Sequence[str]) -> list[int]:
-    try:
-        return matching(pattern, values)
-    except ConfigError as error:
-        raise MixtureError(f"A domain key's {name}: {str(error).removeprefix('query.where: ')}") from None
 
 
 def _like(value: str, pieces: list[str]) -> bool:

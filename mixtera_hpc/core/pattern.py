@@ -8,8 +8,6 @@ as low as these numbers.
 import re
 from collections.abc import Sequence
 
-from mixtera_hpc.errors import ConfigError
-
 __all__ = ["matching"]
 
 MAX_REPEATS, MAX_GROUPS, MAX_LENGTH = 3, 3, 500
@@ -19,17 +17,17 @@ def matching(pattern: str, values: Sequence[str]) -> list[int]:
     """Positions of the values that `pattern` matches as a whole.
 
     Raises:
-        ConfigError: it is no regular expression, or not of the kind that is allowed.
+        ValueError: it is no regular expression, or not of the kind that is allowed; the message is for users, who wrote it.
     """
     if problem := _problem(pattern):
-        raise ConfigError(
-            f"query.where: the pattern {pattern[:80]!r} {problem}.\n"
+        raise ValueError(
+            f"the pattern {pattern[:80]!r} {problem}.\n"
             f"  Repeat single characters or classes like [a-z], in at most {MAX_REPEATS} places; use | between whole alternatives."
         )
     try:
         whole = re.compile(pattern, re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ConfigError(f"query.where: {pattern[:80]!r} is no regular expression: {error}.") from None
+        raise ValueError(f"{pattern[:80]!r} is no regular expression: {error}.") from None
     return [position for position, value in enumerate(values) if whole.fullmatch(value)]
 
 

@@ -21,10 +21,10 @@ from mixtera_hpc.core.pattern import matching
 from mixtera_hpc.core.properties import ComboTable, Kind, Property, as_text
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
+__all__ = ["Entries", "Mask", "Predicate", "parse"]
+
 MAX_DEPTH = 100
 """Of nested and, or, not: deeper than anyone writes, shallow enough to be evaluated."""
-
-__all__ = ["Entries", "Mask", "Predicate", "parse"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +172,10 @@ class _Parser:
             raise ConfigError(
                 f"query.where: {prop.name!r} is a number, which has no pattern; compare it, as in 0 < {prop.name} <= 1."
             )
-        codes = matching(pattern, prop.values)
+        try:
+            codes = matching(pattern, prop.values)
+        except ValueError as error:
+            raise ConfigError(f"query.where: {error}") from None
         if not codes:
             near = did_you_mean(pattern, prop.values)
             raise ConfigError(f"query.where: no value of {prop.name!r} matches {pattern!r} as a whole.{near}")

@@ -20,9 +20,6 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.columns import Categories
 
-MAX_BAD_ROWS = 10
-"""Bad rows of a unit that are named before its scan gives up."""
-
 __all__ = [
     "Batch",
     "BlockRef",
@@ -43,6 +40,9 @@ __all__ = [
     "open_shard",
     "shard_changed",
 ]
+
+MAX_BAD_ROWS = 10
+"""Bad rows of a unit that are named before its scan gives up."""
 
 Column = Categories | NDArray[np.float64]
 """The values of one property: codes into a small list, or numbers with NaN for null."""
