@@ -181,6 +181,8 @@ def _unparsable(overrides: Sequence[str]) -> str | None:
             key, _, value = override.partition("=")
             if not value:
                 return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
+            if value.startswith("~"):
+                return f"{override!r}: the shell leaves ~ as it is behind a =. Write {key}=$HOME{value[1:]}"
             return f"{override!r} is not a Hydra override. Put its value in quotes of its own: '{key}=\"{value}\"'"
     return None
 

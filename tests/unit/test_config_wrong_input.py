@@ -16,6 +16,7 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
     [
         ("experiment=nope", r"experiment=nope does not exist\. Known: .*'demo'"),
         ("foo", r"'foo' is not an override\. Write key=value"),
+        ("index.path=~/i.h5", r"the shell leaves ~ as it is behind a =\. Write index\.path=\$HOME/i\.h5"),
         ("=3", r"'=3' is not an override\. Write key=value"),
         ("job.nodes=0", r"^job\.nodes is 0, expected at least 1\.$"),
         ("dataplane.dp_group_size=0", r"dataplane\.dp_group_size is 0, expected at least 1"),
