@@ -59,6 +59,8 @@ class TableScanner:
         text = column_at(table, self._fields.text) if self._fields.text is not None else None
         if text is None:
             return None, []
+        if pa.types.is_dictionary(text.type) and text.dictionary.null_count:
+            text = pc.cast(text, text.type.value_type)  # Nulls among the entries do not count as nulls of the rows.
         missing = np.flatnonzero(text.is_null().to_numpy(zero_copy_only=False)) if text.null_count else ()
         bad = [(int(i), f"{self._fields.text!r} is null") for i in missing]
         if not self._fields.documents:

@@ -25,3 +25,13 @@ def test_a_damaged_batch_is_the_matter_of_its_own_unit(tmp_path: Path) -> None:
         list(fmt.scan(path, first, Fields(text="text", documents=True), 256))
     (batch,) = fmt.scan(path, second, Fields(text="text", documents=True), 256)
     assert batch.documents == ["aaaa", "bbbb", "cccc"]
+
+
+def test_a_null_entry_of_a_dictionary_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "shard.arrow"
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["a", None]))
+    with pa.ipc.new_file(path, pa.schema({"text": texts.type})) as file:
+        file.write_batch(pa.record_batch({"text": texts}))
+    (unit,) = Arrow().units(path, path.stat().st_size)
+    (batch,) = Arrow().scan(path, unit, Fields(text="text", documents=True, skip_bad=True), 256)
+    assert batch.documents == ["a", "", "a"] and batch.bad == ((1, "'text' is null"),)
