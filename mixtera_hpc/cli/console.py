@@ -1,4 +1,4 @@
-"""Standard output for tables."""
+"""What is printed, as people read it."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["open_console"]
+__all__ = ["counted", "open_console"]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `1,234 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def open_console(*, soft_wrap: bool = False) -> "Console":

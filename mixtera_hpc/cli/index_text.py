@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from mixtera_hpc.cli.console import counted, open_console
+
 if TYPE_CHECKING:
     from mixtera_hpc.comm.communicator import Communicator
     from mixtera_hpc.index.derive import DeriveReport
@@ -36,7 +38,7 @@ class _Lines:
     """What a batch log gets."""
 
     def __init__(self, num_ranks: int) -> None:
-        self._ranks = f"{num_ranks} ranks" if num_ranks > 1 else "1 rank"
+        self._ranks = counted(num_ranks, "rank")
         self._began_s = self._told_s = 0.0
 
     def __call__(self, state: "BuildProgress") -> None:
@@ -75,7 +77,8 @@ def build_text(report: "BuildReport") -> list[str]:
     """What a build did."""
     rate = report.bytes_read / max(report.elapsed_s, 1e-9) / 1e6
     lines = [
-        f"{report.path}: {report.samples:,} samples of {report.shards:,} shards in {report.blocks:,} blocks",
+        f"{report.path}: {counted(report.samples, 'sample')} of {counted(report.shards, 'shard')} in "
+        f"{counted(report.blocks, 'block')}",
         f"  read {report.bytes_read / 1e6:,.1f} MB in {report.elapsed_s:.1f} s ({rate:,.0f} MB/s)",
     ]
     if report.resumed_units:
@@ -85,11 +88,13 @@ def build_text(report: "BuildReport") -> list[str]:
         lines.append("  tokens were not counted; mixture.unit=tokens needs them: build with dataplane.tokenizer=FILE")
     else:
         lines.append(f"  {report.tokens:,} tokens")
-    if report.bad_rows or report.damaged_shards:
-        lines.append(
-            f"  {report.bad_rows:,} rows cannot be read and were left out, {report.damaged_shards:,} shards are damaged "
-            "from some place on: mixtera-hpc index inspect names them"
-        )
+    left_out = []
+    if report.bad_rows:
+        left_out.append(f"{counted(report.bad_rows, 'row')} that cannot be read")
+    if report.damaged_shards:
+        left_out.append(f"what follows the damage in {counted(report.damaged_shards, 'shard')}")
+    if left_out:
+        lines.append(f"  left out: {', '.join(left_out)}; mixtera-hpc index inspect names them")
     for name in report.empty_properties:
         lines.append(f"  no sample has a value of {name}: is data.properties.{name} the right path?")
     return lines
@@ -98,8 +103,8 @@ def build_text(report: "BuildReport") -> list[str]:
 def refresh_text(report: "RefreshReport") -> list[str]:
     """What a refresh did."""
     if report.build is None:
-        return [f"nothing has changed: {report.kept:,} shards are as they were, the index was left alone"]
-    lines = [f"  {report.kept:,} shards kept"]
+        return [f"nothing has changed in {counted(report.kept, 'shard')}; the index was left alone"]
+    lines = [f"  {counted(report.kept, 'shard')} kept"]
     for what, paths in (("added", report.added), ("changed", report.changed), ("deleted", report.deleted)):
         if paths:
             more = f" and {len(paths) - NAMED:,} more" if len(paths) > NAMED else ""
@@ -118,7 +123,7 @@ def derive_text(report: "DeriveReport") -> list[str]:
     """What a derivation did."""
     rate = report.bytes_read / max(report.elapsed_s, 1e-9) / 1e6
     lines = [
-        f"{report.path}: {', '.join(report.derived)} of {report.samples:,} samples, {report.combos:,} combos now",
+        f"{report.path}: {', '.join(report.derived)} of {counted(report.samples, 'sample')}, {counted(report.combos, 'combo')} now",
         f"  read {report.bytes_read / 1e6:,.1f} MB in {report.elapsed_s:.1f} s ({rate:,.0f} MB/s)",
     ]
     if report.resumed_units:
@@ -167,17 +172,13 @@ def print_facts(index: "PropertyIndex", facts: dict[str, Any]) -> None:
     """The same, for people."""
     from rich.table import Table
 
-    from mixtera_hpc.cli.console import open_console
-
     console = open_console(soft_wrap=True)
     tokens = f"{facts['tokens']:,} tokens" if facts["tokens"] is not None else "tokens not counted"
-    console.print(f"{index.path}: {facts['samples']:,} samples, {tokens}")
+    console.print(f"{index.path}: {counted(facts['samples'], 'sample')}, {tokens}")
     formats = ", ".join(f"{count:,} {name}" for name, count in facts["formats"].items())
-    data = f"{facts['shards']:,} shards ({formats}) of {facts['data_bytes'] / 1e6:,.1f} MB below {facts['data_root']}"
+    data = f"{counted(facts['shards'], 'shard')} ({formats}) of {facts['data_bytes'] / 1e6:,.1f} MB below {facts['data_root']}"
     console.print(f"  {data}, {_block_sizes(index)}")
-    console.print(
-        f"  {facts['bytes']:,} bytes, {facts['bytes_per_sample']:.2f} per sample{_packing(facts)}", markup=False
-    )
+    console.print(f"  {facts['bytes']:,} bytes, {facts['bytes_per_sample']:.2f} per sample{_packing(facts)}")
     console.print(f"  fingerprint {facts['fingerprint']}{_earlier(facts)}")
     table = Table("property", "kind", "from", "values", "most frequent")
     for name, described in facts["properties"].items():
@@ -192,7 +193,7 @@ def _block_sizes(index: "PropertyIndex") -> str:
     import numpy as np
 
     rows = index.tables.blocks.rows
-    return f"{len(rows):,} blocks of {int(rows.min()):,} to {int(rows.max()):,} rows, {np.median(rows):,.0f} usually"
+    return f"{counted(len(rows), 'block')} of {int(rows.min()):,} to {int(rows.max()):,} rows, {np.median(rows):,.0f} usually"
 
 
 def _packing(facts: dict[str, Any]) -> str:
@@ -213,7 +214,8 @@ def _bad_lines(facts: dict[str, Any]) -> list[str]:
     if not bad:
         return []
     rows = sum(b["rows"] for b in bad)
-    lines = [f"  {rows:,} rows of {len({b['shard'] for b in bad}):,} shards cannot be read and are left out:"]
+    shards = len({b["shard"] for b in bad})
+    lines = [f"  left out: {counted(rows, 'row')} of {counted(shards, 'shard')}, which cannot be read"]
     lines += [f"    {b['shard']}: {b['rows'] or 'the rest'}, {b['reason']}" for b in bad[: 2 * NAMED]]
     return lines + ([f"    and {len(bad) - 2 * NAMED:,} more (--json has all)"] if len(bad) > 2 * NAMED else [])
 

@@ -78,7 +78,6 @@ def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
         "domains": domains,
         "left_out": counts(*selection.left_out),
         "overlaps": [{"domain_id": a, "also_matches": b, "samples": n} for a, b, n in selection.overlaps],
-        "scanned_blocks": selection.effort.scanned,
     }
 
 

@@ -286,7 +286,7 @@ def cut(size_bytes: int, unit_bytes: int) -> list[Unit]:
 
 def bad_rows(path: Path, bad: list[tuple[int, str]]) -> DataError:
     """The error for rows that cannot be read, given as (row of the shard, problem); at most `MAX_BAD_ROWS` of them."""
-    count = f"at least {len(bad)} rows" if len(bad) >= MAX_BAD_ROWS else f"{len(bad)} row(s)"
+    count = f"at least {len(bad)} rows" if len(bad) >= MAX_BAD_ROWS else f"{len(bad)} row{'s' * (len(bad) > 1)}"
     error = DataError(
         f"{path} has {count} that cannot be read; every row needs its text where data.text says, and values of the kinds "
         "that data.properties names.\n  Repair or remove them, leave the file out with data.exclude, or leave the rows out "

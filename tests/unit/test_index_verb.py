@@ -33,7 +33,7 @@ def test_build_then_inspect_then_verify(root: Path, tmp_path: Path, capsys: pyte
     argv = [f"data.root={root}", path, PROPERTIES]
     assert main(["index", "build", *argv, f"dataplane.tokenizer={tokenizer}"]) == 0
     out, err = capsys.readouterr()
-    assert "50 samples of 1 shards in 1 blocks" in out and "tokens" in out and err == ""
+    assert "50 samples of 1 shard in 1 block" in out and "tokens" in out and err == ""
     assert main(["index", "inspect", path, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     size = (tmp_path / "i.h5").stat().st_size
@@ -47,7 +47,7 @@ def test_build_then_inspect_then_verify(root: Path, tmp_path: Path, capsys: pyte
     out = capsys.readouterr().out
     assert "a (25), b (25)" in out and "0 to 49" in out
     assert main(["index", "verify", path]) == 0
-    assert "all 1 shards" in capsys.readouterr().out
+    assert "1 shard below" in capsys.readouterr().out
 
 
 def test_verify_exits_with_2_when_a_shard_changed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
