@@ -89,7 +89,8 @@ def check_resume(old: Config, new: Config, change: Change = NO_CHANGE) -> None:
     """Refuse a changed identity, but for what is changed knowingly.
 
     Raises:
-        LaunchError: names every key that differs, with both values; or a flag that nothing was changed for.
+        LaunchError: names every key that differs, with both values; or a flag that nothing was changed for; or what would come
+            back after it was dropped.
     """
     before, after = dict(_leaves(to_plain(old))), dict(_leaves(to_plain(new)))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
@@ -97,6 +98,11 @@ def check_resume(old: Config, new: Config, change: Change = NO_CHANGE) -> None:
     for key, flag in change.keys.items():
         if key not in changed:
             raise LaunchError(f"{flag} is given, but {key} stays {before.get(key)!r}.\n  Give {key}=<value> as well.")
+    if change.drop and (back := [text for text in old.query.drop if text not in new.query.drop]):
+        raise LaunchError(
+            f"query.drop no longer has {back[0]!r}, but what was dropped stays dropped.\n  Leave query.drop to --drop, which adds "
+            "to it."
+        )
     refused = [key for key in refused if key not in change.keys]
     if refused:
         lines = "".join(f"\n  - {key}: {before.get(key)!r} before, {after.get(key)!r} now" for key in refused)

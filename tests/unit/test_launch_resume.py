@@ -16,7 +16,7 @@ from mixtera_hpc.errors import ConfigError, LaunchError
 from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
 from mixtera_hpc.launch.cancel import cancel, cancel_after_save
 from mixtera_hpc.launch.prepare import prepare_run
-from mixtera_hpc.launch.resume import amended_config, check_ended, take_over, was_submitted
+from mixtera_hpc.launch.resume import Change, amended_config, check_ended, take_over, was_submitted
 
 MakeConfig = Callable[..., Config]
 MakeCommand = Callable[[str, str], Path]
@@ -101,6 +101,14 @@ def test_changes_add_up_over_attempts(folder: RunFolder) -> None:
 
     config = amended_config(folder, [])
     assert (config.job.nodes, config.job.time) == (4, "00:20:00")
+
+
+def test_what_was_dropped_does_not_come_back(folder: RunFolder) -> None:
+    first, second = (Change(drop=(f"source == '{name}'",)) for name in "ab")
+    take_over(folder, amended_config(folder, [], first), [])
+    assert amended_config(folder, [], second).query.drop == ["source == 'a'", "source == 'b'"]
+    with pytest.raises(LaunchError, match="no longer has \"source == 'a'\""):
+        amended_config(folder, ["query.drop=[]"], second)
 
 
 def test_a_run_that_still_runs_is_not_continued(
