@@ -73,6 +73,7 @@ def make_mixer(mixture: MixtureConfig, ground: Ground, *, learn: bool = True) ->
     """
     scheduled = mixture.kind == "schedule"
     mixer = _scheduled(mixture, ground, learn) if scheduled else _plain(mixture, mixture, ground, learn)
+    _check_left(mixture, ground)
     limits = bounds(mixture, ground.stock)
     return mixer if limits is None else BoundedMixer(mixer, *limits)
 
@@ -97,7 +98,6 @@ def _plain(stage: StageConfig | MixtureConfig, mixture: MixtureConfig, ground: G
     """The mixer of a mixture that is no schedule, or of one stage."""
     weights = start_weights(stage, mixture, ground.stock)
     check_served(weights, ground.stock.sizes, ground.names)
-    _check_left(weights, ground)
     if stage.kind != "dynamic" or not learn:
         return FixedMixer(weights)
     parameters = dict(stage.algorithm)
@@ -105,11 +105,16 @@ def _plain(stage: StageConfig | MixtureConfig, mixture: MixtureConfig, ground: G
     return DynamicMixer(algorithm, weights, ground.timeline.chunk_steps, ground.feedback_lag)
 
 
-def _check_left(weights: Weights, ground: Ground) -> None:
-    """Refuse a mixture of dropped domains only; where some are left, theirs are the shares of the others."""
-    if not ((weights > 0) & ground.left).any():
-        wished = [name for name, weight in zip(ground.names, weights, strict=True) if weight > 0]
+def _check_left(mixture: MixtureConfig, ground: Ground) -> None:
+    """Refuse a mixture of dropped domains only; where some are left, theirs are the shares of the others.
+
+    Stages of a schedule count together: those of dropped domains may be over.
+    """
+    parts = mixture.schedule.stages if mixture.kind == "schedule" else [mixture]
+    wished = np.sum([start_weights(part, mixture, ground.stock) for part in parts], axis=0) > 0
+    if not (wished & ground.left).any():
+        names = [name for name, is_wished in zip(ground.names, wished, strict=True) if is_wished]
         raise MixtureError(
-            f"All that the mixture serves has been dropped: {', '.join(wished[:5])}{', …' if len(wished) > 5 else ''}.\n"
+            f"All that the mixture serves has been dropped: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}.\n"
             "  Give a domain that has samples left a weight, or drop less."
         )

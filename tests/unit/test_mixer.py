@@ -170,8 +170,13 @@ def test_an_empty_domain_gets_nothing_from_a_floor_or_a_cap() -> None:
 def test_a_mixture_of_dropped_domains_only_is_refused() -> None:
     ground = replace(GROUND, left=np.array([False, True, True]))
     with pytest.raises(MixtureError, match="has been dropped: source=a"):
-        mixer(ground=ground, **schedule(static(0, 0, 1, 0), static(40, 1, 0, 0)))
+        mixer(ground=ground, kind="static", domains=[{"key": {"source": "a"}, "weight": 1.0}])
     assert weights(mixer(ground=ground), 0) == NATURAL
+
+
+def test_a_stage_of_dropped_domains_may_be_over() -> None:
+    ground = replace(GROUND, left=np.array([False, True, True]))
+    assert weights(mixer(ground=ground, **schedule(static(0, 1, 0, 0), static(40, 0, 1, 0))), 10) == [0, 1, 0]
 
 
 def test_another_mixture_over_the_same_domains_may_name_some_of_them() -> None:
