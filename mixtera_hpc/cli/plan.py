@@ -33,11 +33,16 @@ def _print_sequences(source: Any) -> None:
     import msgspec
 
     from mixtera_hpc.dataplane.trace import planned
+    from mixtera_hpc.errors import MixtureError
 
     plan = source.config.plan
-    steps = source.config.dataplane.chunk_steps if plan.steps is None else plan.steps
+    steps, record = source.config.dataplane.chunk_steps if plan.steps is None else plan.steps, None
     for record in planned(source, plan.first_step, steps):
         sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
+    if record is None:
+        raise MixtureError(
+            f"plan.first_step is {plan.first_step}, but the data has ended by then.\n  See when it does with mixtera-hpc plan."
+        )
 
 
 def _print_forecast(source: Any) -> None:
