@@ -63,6 +63,8 @@ class Share:
     """First position in the global batch."""
     size: int
     """Sequences per step."""
+    speaks: bool = True
+    """Whether the rank is the first of its dp_group: it alone counts in sums over ranks."""
 
     @classmethod
     def of(cls, plane: DataPlaneConfig, rank: int, num_ranks: int) -> "Share":
@@ -87,7 +89,7 @@ class Share:
     @classmethod
     def of_rank(cls, rank: int, num_ranks: int, dp_group_size: int, global_batch_size: int) -> "Share":
         size = global_batch_size // (num_ranks // dp_group_size)
-        return cls(first=rank // dp_group_size * size, size=size)
+        return cls(first=rank // dp_group_size * size, size=size, speaks=rank % dp_group_size == 0)
 
 
 class BatchMaker:

@@ -1,4 +1,4 @@
-"""Per-token losses → per-sequence sums, wherever the losses are.
+"""Per-token losses → per-sequence sums, wherever the losses are → what this rank says of a step.
 
 Arrays and CPU tensors are summed in float64 on the spot. Losses on an accelerator are summed there and copied without
 waiting; the copy is looked at when the step is closed, one step later, so the trainer's stream never stalls.
@@ -10,9 +10,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["sequence_sums"]
+from mixtera_hpc.core.statistics import NUM_ROWS, accumulate
+from mixtera_hpc.dataplane.batches import Batch
+from mixtera_hpc.errors import CommError
+
+__all__ = ["StepLosses", "sequence_sums"]
 
 Sums = NDArray[np.float64]
+
+
+class StepLosses:
+    """What one rank has recorded of the step that is being trained on."""
+
+    def __init__(self, num_domains: int) -> None:
+        self._num_domains = num_domains
+        self._recorded: list[tuple[slice, Callable[[], Sums]]] = []
+
+    def add(self, batch: Batch, loss_per_token: Any, rows: slice) -> None:
+        """Take the losses of some sequences of `batch`; see `DataPlane.record`."""
+        self._recorded.append((rows, sequence_sums(loss_per_token, batch.loss_mask[rows])))
+
+    def take(self, batch: Batch) -> NDArray[np.int64]:
+        """The sums over all that was added, all of `batch` or nothing; shape (NUM_ROWS, num_domains). Begins anew.
+
+        Raises:
+            CommError: a sequence was added twice, or left out.
+        """
+        recorded, self._recorded = self._recorded, []
+        total = np.zeros((NUM_ROWS, self._num_domains), np.int64)
+        times = np.zeros(len(batch.domain_ids), np.int64)
+        for rows, sums in recorded:
+            times[rows] += 1
+            counted = batch.loss_mask[rows].sum(axis=1)
+            total += accumulate(batch.domain_ids[rows], sums(), counted, self._num_domains)
+        if recorded and (times != 1).any():
+            odd = int(np.argmax(times != 1))
+            raise CommError(
+                f"Sequence {batch.positions[odd]} of step {batch.step} was recorded {times[odd]} times: call record() once for "
+                "every micro-batch, with its rows."
+            )
+        return total
 
 
 def sequence_sums(loss_per_token: Any, mask: NDArray[np.bool_]) -> Callable[[], Sums]:

@@ -15,7 +15,7 @@ asked for. The reading thread fills a bounded queue meanwhile.
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -29,19 +29,19 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, accumulate, from_buffer
+from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, from_buffer
 from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
 from mixtera_hpc.dataplane.change import SwitchedMixer
 from mixtera_hpc.dataplane.control import Control
 from mixtera_hpc.dataplane.feedback import Agreement, Feedback, Notes
 from mixtera_hpc.dataplane.journal import Opening
-from mixtera_hpc.dataplane.losses import sequence_sums
+from mixtera_hpc.dataplane.losses import StepLosses
 from mixtera_hpc.dataplane.plans import PlanFeed
 from mixtera_hpc.dataplane.sinks import Sinks
 from mixtera_hpc.dataplane.source import Source, open_source
 from mixtera_hpc.dataplane.state import PlaneState
 from mixtera_hpc.dataplane.surgery import begin, share_beginning
-from mixtera_hpc.errors import CommError, leaves_in_order
+from mixtera_hpc.errors import leaves_in_order
 from mixtera_hpc.track.tracker import Silent, Tracker
 
 __all__ = ["Batch", "DataPlane"]
@@ -70,7 +70,7 @@ class DataPlane:
         self._feedback = Feedback(comm, source.num_domains)
         self._plans: PlanFeed
         self._prefetcher: Prefetcher
-        self._recorded: list[tuple[Batch, slice, Callable[[], NDArray[np.float64]]]] = []
+        self._losses = StepLosses(source.num_domains)
         self._open_step: Batch | None = None
         self._next_step = 0
         self._current_chunk = -1
@@ -162,7 +162,7 @@ class DataPlane:
         """
         if self._open_step is None or batch.step != self._open_step.step:
             raise ValueError(f"record() was given step {batch.step}, which is not the step being trained on.")
-        self._recorded.append((batch, rows, sequence_sums(loss_per_token, batch.loss_mask[rows])))
+        self._losses.add(batch, loss_per_token, rows)
 
     def stop_requested(self) -> bool:
         """Whether all ranks should save and leave now: the same answer on each. **Collective.**
@@ -339,24 +339,9 @@ class DataPlane:
             return
         self._change_mind()
         stop, save = self._control.poll()
-        rows = self._local_sums(batch)
-        self._feedback.post(batch.step, rows, Notes(stop=stop, save=save, digest=batch.plan_digest))
-
-    def _local_sums(self, batch: Batch) -> NDArray[np.int64]:
-        recorded, self._recorded = self._recorded, []
-        total = np.zeros((NUM_ROWS, self.num_domains), np.int64)
-        times = np.zeros(self._share.size, np.int64)
-        for _, rows, sums in recorded:
-            mask = batch.loss_mask[rows]
-            times[rows] += 1
-            total += accumulate(batch.domain_ids[rows], sums(), mask.sum(axis=1), self.num_domains)
-        if recorded and (times != 1).any():
-            raise CommError(
-                f"Rank {self._comm.rank} recorded sequence {int(np.argmax(times != 1))} of step {batch.step} "
-                f"{times[times != 1][0]} times: call record() once for every micro-batch, with its rows."
-            )
-        speaks = self._comm.rank % self._source.config.dataplane.dp_group_size == 0
-        return total if speaks else np.zeros_like(total)
+        sums = self._losses.take(batch)
+        sums = sums if self._share.speaks else np.zeros_like(sums)
+        self._feedback.post(batch.step, sums, Notes(stop=stop, save=save, digest=batch.plan_digest))
 
     def _agree(self) -> None:
         """Have what all ranks said of the step before this one, on every rank alike. This step's losses are left alone."""

@@ -44,7 +44,6 @@ class Validation:
         self._weights = np.where(capacity > 0, sizes, 0) / max(sizes[capacity > 0].sum(), 1)
         self._planner = replace(source.planner, capacity=capacity, chunk_steps=steps, on_exhausted="redistribute")
         self._share = Share.of(config.dataplane, comm.rank, comm.size)
-        self._speaks = comm.rank % config.dataplane.dp_group_size == 0
         self._source = replace(source, planner=self._planner)
         self.num_domains = source.num_domains
 
@@ -65,4 +64,4 @@ class Validation:
 
     def reduced(self, step: int, sums: NDArray[np.int64]) -> DomainStatistics:
         """The sums of all ranks, each sequence counted once. **Collective.**"""
-        return from_buffer(step, self._comm.Allreduce(sums if self._speaks else np.zeros_like(sums)))
+        return from_buffer(step, self._comm.Allreduce(sums if self._share.speaks else np.zeros_like(sums)))

@@ -115,7 +115,7 @@ def test_files_are_not_closed_under_a_read_and_closing_waits_for_it(config: Conf
 def test_a_sequence_recorded_twice_is_named(config: Config) -> None:
     half = slice(0, 2)
     with (
-        pytest.raises(CommError, match="recorded sequence 0 of step 0 2 times"),
+        pytest.raises(CommError, match="Sequence 0 of step 0 was recorded 2 times"),
         DataPlane.open(config, comm=Local()) as plane,
     ):
         for batch in plane:
