@@ -4,6 +4,7 @@ Both layouts are read: the file format, whose footer says where every batch lies
 `datasets` writes), whose batches are walked once per open: some 10 µs each, no data touched.
 """
 
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Arrow:
         return cut(size_bytes, self.unit_bytes)
 
     def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
-        with _open(path, _wanted(fields)) as batches:
+        with _open(path, _wanted(fields), fields.max_block_bytes) as batches:
             scanner = TableScanner(path, batches.schema, fields)
             first_row, size = 0, path.stat().st_size
             for number in range(batches.count):
@@ -77,8 +78,8 @@ def _wanted(fields: Fields) -> set[str] | None:
 class _Batches:
     """The record batches of one open file."""
 
-    def __init__(self, path: Path, source: Any, wanted: set[str] | None) -> None:
-        self._path, self._source, self._wanted = path, source, wanted
+    def __init__(self, path: Path, source: Any, wanted: set[str] | None, max_bytes: int) -> None:
+        self._path, self._source, self._wanted, self._max_bytes = path, source, wanted, max_bytes
         self._lock = threading.Lock()
         head = source.read(len(MAGIC))
         if head.startswith(_FEATHER_1):
@@ -88,12 +89,15 @@ class _Batches:
         source.seek(0)
         if head == MAGIC:
             reader = pa.ipc.open_file(source)
-            if wanted is not None:
+            if wanted is not None and _is_compressed(reader):
                 reader = pa.ipc.open_file(source, options=_pruned(reader.schema, wanted))
             self._read, self.count = reader.get_batch, reader.num_record_batches
         else:
-            reader = pa.ipc.open_stream(source)
-            found = list(reader)
+            reader, before = pa.ipc.open_stream(source), pa.total_allocated_bytes()
+            found = []
+            for batch in reader:
+                found.append(batch)
+                self._check_size(before, "it is a compressed stream, which")
             self._read, self.count = found.__getitem__, len(found)
         self.schema = reader.schema
         self.names: list[str] = reader.schema.names
@@ -104,9 +108,11 @@ class _Batches:
         Raises:
             DataError: it is damaged.
         """
+        before = pa.total_allocated_bytes()
         try:
             with self._lock:
                 batch = self._read(number)
+            self._check_size(before, f"record batch {number}")
             if self._wanted is not None:
                 names = {first_key(batch.schema.names, path) for path in self._wanted}
                 batch = batch.select([name for name in batch.schema.names if name in names])
@@ -116,6 +122,14 @@ class _Batches:
         except (pa.ArrowException, OSError, IndexError, ValueError) as error:
             raise DataError(f"{self._path}: record batch {number} cannot be read: {error}") from None
         return batch
+
+    def _check_size(self, before: int, what: str) -> None:
+        """Refuse what was decoded since Arrow had allocated `before` bytes, and is too long; mapped files are not allocated."""
+        if pa.total_allocated_bytes() - before > self._max_bytes:
+            raise DataError(
+                f"{self._path}: {what} decodes to more than data.max_block_bytes={self._max_bytes}, and none of it can be read "
+                "without the rest.\n  Write it again as an Arrow file of shorter record batches, or raise data.max_block_bytes."
+            )
 
     def num_rows(self, number: int) -> int:
         """Rows of one batch; nothing of an uncompressed one is looked at."""
@@ -151,19 +165,29 @@ def _check(column: Any) -> None:
             raise ValueError("offsets of texts are out of order")
 
 
+def _is_compressed(reader: Any) -> bool:
+    """Whether batches are decoded instead of mapped; then columns are left out, which would copy what is mapped."""
+    before = pa.total_allocated_bytes()
+    try:
+        batch = reader.get_batch(0) if reader.num_record_batches else None
+    except (pa.ArrowException, OSError, ValueError):
+        return False  # It is damaged, as whoever reads it will find.
+    return batch is not None and pa.total_allocated_bytes() > before
+
+
 def _pruned(schema: Any, wanted: set[str]) -> Any:
     keys = {first_key(schema.names, path) for path in wanted}
     included = [i for i, name in enumerate(schema.names) if name in keys]
     return pa.ipc.IpcReadOptions(included_fields=included or [0])
 
 
-def _open(path: Path, wanted: set[str] | None) -> _Batches:
+def _open(path: Path, wanted: set[str] | None, max_bytes: int = sys.maxsize) -> _Batches:
     try:
         source = pa.memory_map(str(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be opened: {error}.\n  Run mixtera-hpc index verify.") from None
     try:
-        return _Batches(path, source, wanted)
+        return _Batches(path, source, wanted, max_bytes)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         source.close()
         raise DataError(

@@ -1,6 +1,7 @@
 """Arrow files: what a damaged batch leaves of the others."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,3 +36,21 @@ def test_a_null_entry_of_a_dictionary_is_no_text(tmp_path: Path) -> None:
     (unit,) = Arrow().units(path, path.stat().st_size)
     (batch,) = Arrow().scan(path, unit, Fields(text="text", documents=True, skip_bad=True), 256)
     assert batch.documents == ["a", "", "a"] and batch.bad == ((1, "'text' is null"),)
+
+
+@pytest.mark.parametrize(
+    ("new", "message"), [(pa.ipc.new_file, "record batch 1"), (pa.ipc.new_stream, "it is a compressed stream, which")]
+)
+def test_what_decodes_to_too_much_is_refused(new: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "shard.arrow"
+    table = pa.table({"text": ["short", "long " * 100_000]})
+    for codec, is_refused in ((None, False), ("zstd", True)):
+        with new(path, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as file:
+            file.write_table(table, max_chunksize=1)
+        (unit,) = Arrow().units(path, path.stat().st_size)
+        scan = Arrow().scan(path, unit, Fields(text="text", max_block_bytes=100_000), 256)
+        if is_refused:
+            with pytest.raises(DataError, match=rf"{message} decodes to more than data\.max_block_bytes=100000"):
+                list(scan)
+        else:
+            assert sum(batch.rows for batch in scan) == 2
