@@ -70,7 +70,7 @@ class _Groups:
 
     def scan(self, group: int) -> Iterator[Batch]:
         metadata = self._file.metadata.row_group(group)
-        self._check_size(group, metadata)
+        self._check_size(group, metadata.total_byte_size)
         size = sum(metadata.column(i).total_compressed_size for i in range(metadata.num_columns))
         first_row = sum(self._file.metadata.row_group(i).num_rows for i in range(group))
         seen = 0
@@ -85,11 +85,11 @@ class _Groups:
         """Raise for rows without text."""
         self._scanner.check()
 
-    def _check_size(self, group: int, metadata: Any) -> None:
-        if metadata.total_byte_size > self._fields.max_block_bytes:
+    def _check_size(self, group: int, size_bytes: int) -> None:
+        if size_bytes > self._fields.max_block_bytes:
             raise DataError(
-                f"{self._path}: row group {group} decodes to {metadata.total_byte_size} bytes, more than "
-                f"data.max_block_bytes={self._fields.max_block_bytes}.\n"
+                f"{self._path}: row group {group} decodes to {size_bytes} bytes or more, beyond data.max_block_bytes="
+                f"{self._fields.max_block_bytes}.\n"
                 "  Write the file again with smaller row groups, or raise data.max_block_bytes."
             )
 
@@ -100,8 +100,10 @@ class _Groups:
             for start in range(0, metadata.num_rows, BATCH_ROWS):
                 yield min(BATCH_ROWS, metadata.num_rows - start), None
             return
+        decoded = 0  # A text that many rows share is in the file once, and told of once.
         try:
             for batch in self._file.iter_batches(BATCH_ROWS, [group], columns, use_threads=False):
+                self._check_size(group, decoded := decoded + batch.nbytes)
                 yield batch.num_rows, batch
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{self._path}: row group {group} cannot be read: {error}") from None

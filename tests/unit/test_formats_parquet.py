@@ -161,6 +161,17 @@ def test_views_are_texts_like_any_other(ending: str, tmp_path: Path) -> None:
     reader.close()
 
 
+def test_a_text_that_many_rows_share_counts_for_each(tmp_path: Path) -> None:
+    path = tmp_path / "shard.parquet"
+    pq.write_table(pa.table({"text": ["long " * 1000] * 100}), path)
+    assert pq.read_metadata(path).row_group(0).total_byte_size < 10_000
+    fields = Fields(text="text", documents=True, max_block_bytes=100_000)
+    with pytest.raises(
+        DataError, match=r"row group 0 decodes to \d{6} bytes or more, beyond data\.max_block_bytes=100000"
+    ):
+        scan(Parquet(), path, fields)
+
+
 def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"not parquet, but long enough to be looked at")
     with pytest.raises(DataError, match="not a readable Parquet file"):
