@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, cut, shard_changed
+from mixtera_hpc.formats.format import (
+    Batch,
+    BlockRef,
+    Fields,
+    Ranges,
+    ShardReader,
+    Unit,
+    cut,
+    shard_changed,
+    unreadable,
+)
 from mixtera_hpc.formats.tables import TableScanner, column_at, first_key, rows_of, texts_of, type_at, without_views
 
 __all__ = ["Arrow"]
@@ -84,7 +94,7 @@ class _Batches:
         head = source.read(len(MAGIC))
         if head.startswith(_FEATHER_1):
             raise DataError(
-                f"{path} is Feather of version 1. Write it again with version 2, which is Arrow's own format."
+                f"{path} is Feather of version 1.\n  Write it again with version 2, which is Arrow's own format."
             )
         source.seek(0)
         if head == MAGIC:
@@ -120,7 +130,7 @@ class _Batches:
             for column in batch.columns:
                 _check(column)
         except (pa.ArrowException, OSError, IndexError, ValueError) as error:
-            raise DataError(f"{self._path}: record batch {number} cannot be read: {error}") from None
+            raise unreadable(self._path, f"record batch {number}", error) from None
         return batch
 
     def _check_size(self, before: int, what: str) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "nulls",
     "open_shard",
     "shard_changed",
+    "unreadable",
 ]
 
 MAX_BAD_ROWS = 10
@@ -295,6 +296,13 @@ def bad_rows(path: Path, bad: list[tuple[int, str]]) -> DataError:
     for row, problem in bad:
         error.add_note(f"shard={str(path)!r} row={row}: {problem}")
     return error
+
+
+def unreadable(path: Path, what: str, error: Exception) -> DataError:
+    """The error for a part of a shard that its library cannot read."""
+    return DataError(
+        f"{path}: {what} cannot be read: {error}.\n  Write or copy the file again, or leave it out with data.exclude."
+    )
 
 
 def shard_changed(path: Path, block: BlockRef | None, problem: str) -> DataError:

@@ -125,7 +125,8 @@ def _read_idx(path: Path, shard: Path) -> tuple[np.dtype[Any], NDArray[Any], NDA
     magic, version, code, sequences, documents = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
     if magic != MAGIC or version != 1 or code not in DTYPES:
         raise DataError(
-            f"{path} is not the index of a Megatron file of integer ids: magic {magic!r}, version {version}, type code {code}."
+            f"{path} is not the index of a Megatron file of integer ids: magic {magic!r}, version {version}, type code {code}.\n"
+            "  Write it again with integer ids, or leave the .bin file beside it out with data.exclude."
         )
     wanted = HEADER.size + 12 * sequences + 8 * documents
     if len(data) not in (wanted, wanted + sequences):
@@ -224,7 +225,10 @@ def _properties(path: Path, documents: _Documents, fields: Fields, unit: tuple[i
             yield begin, end, columns, batch.raw[rows] if batch.raw is not None else None
         position += batch.rows
     if position != documents.count:
-        raise DataError(f"{sidecar} has {position} lines, but {path.name} has {documents.count} documents.")
+        raise DataError(
+            f"{sidecar} has {position} lines, but {path.name} has {documents.count} documents.\n"
+            "  Write a line for every document, in order, or remove the sidecar."
+        )
 
 
 def _sliced(column: Column, rows: slice) -> Column:

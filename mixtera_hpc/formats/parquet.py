@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, cut, shard_changed
+from mixtera_hpc.formats.format import (
+    Batch,
+    BlockRef,
+    Fields,
+    Ranges,
+    ShardReader,
+    Unit,
+    cut,
+    shard_changed,
+    unreadable,
+)
 from mixtera_hpc.formats.tables import TableScanner, column_at, rows_of, texts_of, type_at, without_views
 
 __all__ = ["Parquet"]
@@ -106,7 +116,7 @@ class _Groups:
                 self._check_size(group, decoded := decoded + batch.nbytes)
                 yield batch.num_rows, batch
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self._path}: row group {group} cannot be read: {error}") from None
+            raise unreadable(self._path, f"row group {group}", error) from None
 
     def _columns(self, metadata: Any) -> list[str] | None:
         """Names of the columns to read; None for all."""

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.columns import Categories, encode
-from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Ranges, bad_rows, nulls
+from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Ranges, bad_rows, nulls, unreadable
 
 __all__ = ["TableScanner", "column_at", "first_key", "rows_of", "texts_of", "type_at", "without_views"]
 
 _WIDE = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+_UNREADABLE = (pa.ArrowException, UnicodeDecodeError)
+"""What Arrow raises on values that are not what their type says."""
 _TEXTS = (pa.string(), pa.binary(), *_WIDE, *_WIDE.values())
 
 
@@ -66,11 +68,10 @@ class TableScanner:
         if not self._fields.documents:
             return None, bad
         try:
-            texts: list[Any] = texts_of(text, self._path)
-        except DataError:
-            texts = [_one_text(text.slice(i, 1), self._path) for i in range(len(text))]
-            unread = [(i, str(t)) for i, t in enumerate(texts) if isinstance(t, DataError)]
-            bad = sorted([*bad, *((i, problem.removeprefix(f"{self._path}: ")) for i, problem in unread)])
+            texts = _texts(text)
+        except _UNREADABLE:
+            texts, unread = _texts_one_by_one(text)
+            bad = sorted([*bad, *unread])
         for row, _ in bad:
             texts[row] = ""
         return texts, bad
@@ -100,12 +101,22 @@ def _check_text(schema: Any, text: str, path: Path) -> None:
         )
 
 
-def _one_text(text: Any, path: Path) -> Any:
-    """The text of a column of one row, or what is wrong with it."""
-    try:
-        return texts_of(text, path)[0]
-    except DataError as error:
-        return error
+def _texts(text: Any) -> list[str]:
+    """The texts of a column; None where it is null."""
+    found: list[str] = pc.cast(text, pa.large_string()).to_pylist()
+    return found
+
+
+def _texts_one_by_one(text: Any) -> tuple[list[str], list[tuple[int, str]]]:
+    """The texts of a column, and the rows whose text cannot be read, with the problem."""
+    texts, bad = [], []
+    for row in range(len(text)):
+        try:
+            texts += _texts(text.slice(row, 1))
+        except _UNREADABLE as error:
+            texts.append("")
+            bad.append((row, f"the text column cannot be read: {error}"))
+    return texts, bad
 
 
 def first_key(names: list[str], path: str) -> str:
@@ -143,10 +154,9 @@ def texts_of(text: Any, path: Path) -> list[str]:
         DataError: it is of another type, or not UTF-8.
     """
     try:
-        found: list[str] = pc.cast(text, pa.large_string()).to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the text column cannot be read as text: {error}") from None
-    return found
+        return _texts(text)
+    except _UNREADABLE as error:
+        raise unreadable(path, "the text column", error) from None
 
 
 def rows_of(table: Any, path: Path) -> list[dict[str, Any]]:
@@ -157,8 +167,8 @@ def rows_of(table: Any, path: Path) -> list[dict[str, Any]]:
     """
     try:
         found: list[dict[str, Any]] = table.to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: rows cannot be read: {error}") from None
+    except _UNREADABLE as error:
+        raise unreadable(path, "a row", error) from None
     return found
 
 
@@ -200,8 +210,8 @@ def _column(values: Any, field: Field, path: Path) -> Column:
         if pa.types.is_boolean(found) or pa.types.is_integer(found) or pa.types.is_floating(found):
             return encode(values.to_pylist())
         return _encode_text(values)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: column {field.path!r} cannot be read as text: {error}") from None
+    except _UNREADABLE as error:
+        raise unreadable(path, f"column {field.path!r}", error) from None
 
 
 def _encode_text(values: Any) -> Categories:

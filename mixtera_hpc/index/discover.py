@@ -90,7 +90,9 @@ def _below(root: Path, dataset: str, data: DataConfig) -> list[Found]:
     """The shards of one root, sorted by path."""
     if not root.is_dir():
         key = f"data.roots.{dataset}" if dataset else "data.root"
-        raise DataError(f"{key} is {str(root)!r}, which is not a folder.")
+        raise DataError(
+            f"{key} is {str(root)!r}, which is not a folder.\n  Give the folder that the data files are below."
+        )
     left_out = {path.rstrip("/") for pattern in data.exclude for path in _matching(root, pattern, "data.exclude")}
     found: dict[str, Found] = {}
     for pattern in data.include:
@@ -113,7 +115,7 @@ def _shards(
         if name is not None and status is not None:
             yield _shard(path, name, dataset, status)
     if not matched and not all_stars:
-        raise DataError(f"data.include has {pattern!r}, which matches no file below {root}.")
+        raise DataError(f"data.include has {pattern!r}, which matches no file below {root}.\n  Mend it, or remove it.")
 
 
 def _format(path: str, pattern: str, data: DataConfig, all_stars: bool) -> str | None:
