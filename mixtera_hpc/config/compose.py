@@ -23,6 +23,11 @@ __all__ = [
 ]
 
 CONFIG_NAME = "config"
+OPEN_KEYS = ("data.properties", "data.roots", "mixture.algorithm", "cluster.env", "cluster.sbatch")
+"""Mappings whose keys are the user's: they are set without Hydra's `+`."""
+TEXT_KEYS = ("query.where", "job.constraint", "job.comment", "job.time")
+"""Keys whose value is text, whatever it looks like: taken as typed, without a second pair of quotes for Hydra."""
+_IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
 
 
 def conf_dir() -> Path:
@@ -119,17 +124,6 @@ def load_config(path: Path) -> Config:
         ConfigError: the file was written by another version, or by hand; every problem is named.
     """
     return from_plain(Config, load_yaml(path))
-
-
-OPEN_KEYS = ("data.properties", "data.roots", "mixture.algorithm", "cluster.env", "cluster.sbatch")
-"""Mappings whose keys are the user's: they are set without Hydra's `+`."""
-
-
-TEXT_KEYS = ("query.where", "job.constraint", "job.comment", "job.time")
-"""Keys whose value is text, whatever it looks like: taken as typed, without a second pair of quotes for Hydra."""
-
-
-_IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
 
 
 def _typed(override: str) -> str:

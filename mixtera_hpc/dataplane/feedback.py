@@ -18,6 +18,8 @@ from mixtera_hpc.errors import CommError
 __all__ = ["Agreement", "Feedback", "Notes"]
 
 Ints = NDArray[np.int64]
+_LOW = (1 << 32) - 1
+"""The part of a digest that is compared, so that sums over all ranks fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +117,5 @@ class Feedback:
         odd = np.flatnonzero(digests != values[np.argmax(counts)])
         raise CommError(
             f"Ranks {odd.tolist()} served step {sent.step} from another plan than the others: they run different code or "
-            "read different indexes."
+            "read different indexes.\n  Give all nodes the same installation and the same index.path."
         )
-
-
-_LOW = (1 << 32) - 1

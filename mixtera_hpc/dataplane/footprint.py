@@ -35,9 +35,8 @@ def footprint(source: Source, served_per_step: Floats) -> Footprint:
     table, blocks = source.layout.table, source.blocks
     domain = np.repeat(np.arange(source.num_domains), np.diff(table.indptr))
     rows, num_blocks = table.totals()[0], np.maximum(np.diff(table.indptr), 1)
-    runs = np.minimum(
-        served_per_step / source.grid.length, 1
-    )  # The first item of each lies in a document, and others add.
+    # The first item of a run of sequences lies in some document; every further document adds its own items.
+    runs = np.minimum(served_per_step / source.grid.length, 1)
     documents = runs + (served_per_step - runs) * rows / np.maximum(source.layout.epoch_items(), 1)
     documents = np.minimum(documents, rows)
     touched = _blocks_touched(source, documents, num_blocks, rows)

@@ -101,10 +101,8 @@ class PlanFeed:
 
     def _to_next_border(self) -> Planner:
         """A planner for the steps that the chunk still has: all of them, unless planning begins inside it."""
-        num_steps = self._planner.chunk_steps - self._state.step % self._planner.chunk_steps
-        return (
-            self._planner if num_steps == self._planner.chunk_steps else replace(self._planner, chunk_steps=num_steps)
-        )
+        begun = self._state.step % self._planner.chunk_steps
+        return replace(self._planner, chunk_steps=self._planner.chunk_steps - begun) if begun else self._planner
 
     def _receive(self) -> None:
         self.broadcast_s = time.perf_counter() - self._posted_s
@@ -112,7 +110,8 @@ class PlanFeed:
         if plan.chunk != self._state.chunk or not np.array_equal(plan.cursors, self._state.cursors):
             raise CommError(
                 f"Rank {self._comm.rank} was sent chunk {plan.chunk} from other cursors than its own for chunk "
-                f"{self._state.chunk}: ranks run different code or read different indexes."
+                f"{self._state.chunk}: ranks run different code or read different indexes.\n"
+                "  Give all nodes the same installation and the same index.path."
             )
         self._resumed = None
         self._state = self._planner.after(plan)

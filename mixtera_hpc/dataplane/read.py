@@ -138,7 +138,9 @@ class DocumentReader:
         """Read and tokenize documents that are sorted by block and row, some at a time."""
         tokenizer = self._source.tokenizer
         if tokenizer is None:
-            raise DataError("Tokens were asked for without a tokenizer.")
+            raise DataError(
+                "Tokens were asked for without a tokenizer.\n  Set dataplane.tokenizer, or mixture.unit=samples."
+            )
         tokens: list[Tokens] = []
         for first in range(0, len(documents.block), ENCODED_TOGETHER):
             part = documents.only(slice(first, first + ENCODED_TOGETHER))

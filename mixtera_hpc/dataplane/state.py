@@ -59,7 +59,10 @@ class PlaneState:
         """
         facts, arrays = state["json"], dict(state["arrays"])
         if facts["version"] != VERSION:
-            raise ConfigError(f"The saved state has version {facts['version']}, this code writes and reads {VERSION}.")
+            raise ConfigError(
+                f"The saved state has version {facts['version']}, this code writes and reads {VERSION}.\n"
+                "  Resume with the release that wrote it, or start a new run."
+            )
         plan = ChunkPlan.from_array(np.asarray(arrays.pop("plan"), np.int64))
         return cls(
             next_step=facts["next_step"],
@@ -82,10 +85,10 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     refused = [name for name in differing if name not in allowed]
     if refused:
         lines = "".join(f"\n  - {name} was {before.get(name)!r}, is {now[name]!r}" for name in refused)
-        raise ConfigError(
-            f"The saved state belongs to a run with other settings:{lines}\n  Resume with the old ones."
-            + f" For an index that was refreshed since, set index.generation={before.get('index')}."
-            * ("index" in refused)
-            + " What can be changed knowingly: mixtera-hpc resume --help." * (refused != ["index"])
-        )
+        advice = ["Resume with the old ones."]
+        if "index" in refused:
+            advice.append(f"For an index that was refreshed since, set index.generation={before.get('index')}.")
+        if refused != ["index"]:
+            advice.append("What can be changed knowingly: mixtera-hpc resume --help.")
+        raise ConfigError(f"The saved state belongs to a run with other settings:{lines}\n  {' '.join(advice)}")
     return differing

@@ -155,7 +155,7 @@ def as_begun(config: Config, journal: Path) -> Config:
 
 
 def _at_state(config: Config, fingerprint: str | None) -> Config:
-    """What several indexes joined looked like cannot be asked for."""
+    """`config` over the state of its index that has `fingerprint`; unchanged where several are joined, which have no states."""
     if config.index.also or not fingerprint:
         return config
     return replace(config, index=replace(config.index, generation=fingerprint))

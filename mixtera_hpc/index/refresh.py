@@ -60,38 +60,39 @@ def refresh_index(config: Config, comm: Communicator | None = None, progress: Re
         ConfigError, DataError: as for `build_index`.
     """
     comm, began, job = comm or Local(), time.monotonic(), scan_job(config)
-    index = open_index(config.index.path, {k: str(v) for k, v in job.roots.items()}) if comm.rank == 0 else None
-    found: list[_Difference] = []
+    opened: list[_Old] = []  # On rank 0, by `plan`.
 
     def plan() -> Plan:
-        if index is None:
-            raise PropertyIndexError("Only rank 0 plans.")
+        index = open_index(config.index.path, {name: str(root) for name, root in job.roots.items()})
         _check_settings(index, config, job)
-        found.append(difference := _difference(index, discover(config.data)))
+        difference = _difference(index, discover(config.data))
+        opened.append(_Old(index, difference, began))
         new = sorted([*difference.added, *difference.changed], key=lambda shard: (shard.dataset, shard.path))
         return plan_of(job, [*(_stored(index, i) for i in difference.kept), *new], first=len(difference.kept))
 
     def end(made: Plan, records: Records) -> RefreshReport:
-        if index is None:
-            raise PropertyIndexError("Only rank 0 writes.")
-        with index:
-            return _end(config, job, made, records, _Old(index, found[0], began))
+        (old,) = opened
+        with old.index:
+            return _end(config, job, made, records, old)
 
     return attempt(scan_attempt(config, job), comm, plan, end, RefreshReport, progress)
 
 
 @dataclass(frozen=True, slots=True)
 class _Old:
+    """What is refreshed."""
+
     index: PropertyIndex
     difference: _Difference
-    began: float
+    began_s: float
+    """Of the monotonic clock."""
 
 
 def _end(config: Config, job: ScanJob, plan: Plan, records: Records, old: _Old) -> RefreshReport:
     difference = old.difference
     kept, report = _kept(old.index, difference), None
     if difference.added or difference.changed or difference.deleted:
-        report = finish(Asked(config, job, old.began), plan, records, kept)
+        report = finish(Asked(config, job, old.began_s), plan, records, kept)
     return RefreshReport(
         kept=len(difference.kept),
         added=tuple(shard.path for shard in difference.added),

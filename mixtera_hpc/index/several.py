@@ -59,14 +59,15 @@ def open_configured(config: Config) -> PropertyIndex:
 
 def _check_described(index: PropertyIndex, data: DataConfig) -> None:
     """Refuse keys that count only when an index is built, and were others then. `data.text` at its default is not looked at."""
-    differing = []
+    differing: list[tuple[str, str | None, str | None]] = []
     if data.text not in (TEXT_DEFAULT, index.text):
         differing.append(("data.text", data.text, index.text))
     for name, spec in data.properties.items():
         if name in index.sources and spec.path is not None:
             now = f"{spec.kind} {path_source(spec.path, spec.pattern)}"
             was = f"{index.tables.properties[name].kind} {index.sources[name]}"
-            differing += [(f"data.properties.{name}", now, was)] * (now != was)
+            if now != was:
+                differing.append((f"data.properties.{name}", now, was))
     if differing:
         lines = "".join(f"\n  - {key} is {now!r}, the index has {was!r}" for key, now, was in differing)
         raise PropertyIndexError(
