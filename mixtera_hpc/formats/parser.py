@@ -1,7 +1,7 @@
-"""The escape hatch for properties that no dotted path reaches: a function of the user's, from a row to a dict.
+"""Functions of the user's, over rows (`data.parser`) or documents (`data.properties.NAME.function`).
 
-It is imported by its name, from the user's own code, when the index is built and never later. A digest of the file it is
-written in goes into the index's identity, so a build that was interrupted does not mix the results of two versions.
+They are imported by name, from the user's own code, when the index is built and never later. A digest of the file one is
+written in is part of what a build goes on from, so one that was interrupted does not mix the results of two versions.
 """
 
 import hashlib
@@ -13,28 +13,23 @@ from types import ModuleType
 from typing import Any
 
 from mixtera_hpc.errors import ConfigError, did_you_mean
-from mixtera_hpc.formats.format import Parser
 
-__all__ = ["describe_parser", "load_parser"]
+__all__ = ["import_function", "source_digest"]
 
 Function = Callable[[Any], Any]
 
 
-def describe_parser(path: str, key: str = "data.parser") -> Parser:
-    """What identifies the function at an import path, which the configuration names under `key`.
-
-    Raises:
-        ConfigError: there is none.
-    """
+def source_digest(function: Function) -> str:
+    """Hex digest of the file that a function is written in; the same for all that have none."""
     try:
-        source = inspect.getsourcefile(inspect.unwrap(load_parser(path, key)))
+        source = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:  # Written in C, or an object that can be called.
         source = None
     content = Path(source).read_bytes() if source and Path(source).is_file() else b""
-    return Parser(path=path, fingerprint=hashlib.blake2b(content, digest_size=16).hexdigest())
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def load_parser(path: str, key: str = "data.parser") -> Function:
+def import_function(path: str, key: str) -> Function:
     """Import the function at `package.module.function`, which the configuration names under `key`.
 
     Raises:
@@ -52,7 +47,7 @@ def load_parser(path: str, key: str = "data.parser") -> Function:
         ) from None
     found = getattr(module, name, None)
     if not callable(found):
-        problem = "is not there" if found is None else f"is a {type(found).__name__}, no function"
+        problem = "is not there" if found is None else f"is of type {type(found).__name__}, no function"
         raise ConfigError(
             f"{key} is {path!r}, but {name} {problem} in {module_name} ({module.__file__})."
             f"{did_you_mean(name, _functions(module))}\n  Name a function of that module, or write it there."

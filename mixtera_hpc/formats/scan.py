@@ -18,9 +18,9 @@ from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError, UserError
 from mixtera_hpc.formats.columns import Categories, map_values
 from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Unit, Vocabulary
+from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Parser, Unit, Vocabulary
 from mixtera_hpc.formats.origin import is_origin, origin_of
-from mixtera_hpc.formats.parser import describe_parser, load_parser
+from mixtera_hpc.formats.parser import import_function, source_digest
 from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["ShardFile", "fields_of", "scan_shard"]
@@ -57,12 +57,16 @@ def fields_of(data: DataConfig, *, documents: bool, vocabulary: Vocabulary | Non
         properties=properties,
         documents=documents,
         skip_bad=data.on_bad_sample == "skip",
-        parser=describe_parser(data.parser) if data.parser is not None else None,
+        parser=_parser(data.parser) if data.parser is not None else None,
         vocabulary=vocabulary,
         max_block_bytes=data.max_block_bytes,
     )
     RowType(replace(fields, properties=_row_fields(fields)))  # Paths that clash are refused before a shard is read.
     return fields
+
+
+def _parser(path: str) -> Parser:
+    return Parser(path=path, fingerprint=source_digest(import_function(path, "data.parser")))
 
 
 def scan_shard(shard: ShardFile, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
@@ -125,7 +129,7 @@ class _Parsed:
     def __init__(self, shard: ShardFile, unit: Unit, fields: Fields) -> None:
         self._shard, self._unit, self._skip = shard, unit, fields.skip_bad
         self._name = fields.parser.path if fields.parser else ""
-        self._parser = load_parser(self._name)
+        self._parser = import_function(self._name, "data.parser")
         self._type = RowType(Fields(text=None, properties=_row_fields(fields)))
         self._blank = self._type.blank()
         self._rows = 0

@@ -56,7 +56,7 @@ def scan_job(config: Config) -> ScanJob:
     """
     tokenizer, functions = load_vocabulary(config.dataplane), Functions.of(config.data)
     vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
-    documents = tokenizer is not None or bool(functions.fields)
+    documents = tokenizer is not None or bool(functions.all)
     fields = fields_of(config.data, documents=documents, vocabulary=vocabulary)
     if config.index.seek_points:
         fields = replace(fields, seek_folder=str(folder_beside(config.index.path)))
@@ -79,7 +79,7 @@ def scan_attempt(config: Config, job: ScanJob) -> Attempt:
     tokenizer = job.tokenizer.fingerprint if job.tokenizer else None
     return Attempt(
         path=Path(config.index.path),
-        depends=[job.fields, job.functions.fields, job.functions.fingerprints, job.block_rows, tokenizer],
+        depends=[job.fields, job.functions.fields, job.functions.sources, job.block_rows, tokenizer],
         threads=config.index.threads,
         scan=scan,
     )

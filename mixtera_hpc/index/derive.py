@@ -91,7 +91,7 @@ def derive_properties(
 
     job = Attempt(
         path=Path(config.index.path),
-        depends=["derive", index.fingerprint, functions.fields, functions.fingerprints],
+        depends=["derive", index.fingerprint, functions.fields, functions.sources],
         threads=config.index.threads,
         scan=scan,
     )
@@ -108,18 +108,14 @@ def _new(index: PropertyIndex, functions: Functions, again: bool) -> Functions:
                 f"{index.path} has a property {field.name!r} already, from {index.sources[field.name]}.\n"
                 f"  Give the new one another name than data.properties.{field.name}."
             )
-    wanted = [i for i, field in enumerate(functions.fields) if again or _is_new(index, field)]
+    wanted = tuple(function for function in functions.all if again or _is_new(index, function.field))
     if not wanted:
-        what = "the index has all these properties already" if functions.fields else "data.properties names no function"
+        what = "the index has all these properties already" if functions.all else "data.properties names no function"
         raise ConfigError(
             f"There is nothing to derive: {what}.\n  Add data.properties.NAME={{function: package.module.function, kind: "
             "category}, or compute what is there once more with --again."
         )
-    return Functions(
-        fields=tuple(functions.fields[i] for i in wanted),
-        loaded=tuple(functions.loaded[i] for i in wanted),
-        fingerprints=tuple(functions.fingerprints[i] for i in wanted),
-    )
+    return Functions(wanted)
 
 
 def _is_new(index: PropertyIndex, field: Field) -> bool:

@@ -16,22 +16,28 @@ from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.columns import encode
 from mixtera_hpc.formats.format import Column, Field
-from mixtera_hpc.formats.parser import describe_parser, load_parser
+from mixtera_hpc.formats.parser import import_function, source_digest
 
 __all__ = ["DocumentFunction", "Functions"]
 
-DocumentFunction = Callable[[list[str]], Sequence[Any]]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentFunction:
+    """One function and the property that it computes."""
+
+    field: Field
+    """Its path is the function's name."""
+    call: Callable[[list[str]], Sequence[Any]]
+    source: str
+    """Hex digest of the file it is written in."""
+
+
+@dataclass(frozen=True, slots=True)
 class Functions:
     """The computed properties of a build."""
 
-    fields: tuple[Field, ...] = ()
-    """Sorted by name; the path is the function's name."""
-    loaded: tuple[DocumentFunction, ...] = ()
-    fingerprints: tuple[str, ...] = ()
-    """Hex digest of the file that each is written in."""
+    all: tuple[DocumentFunction, ...] = ()
+    """Sorted by the name of the property."""
 
     @classmethod
     def of(cls, data: DataConfig) -> "Functions":
@@ -40,15 +46,23 @@ class Functions:
         Raises:
             ConfigError: one cannot be imported, or cannot be called.
         """
-        named = [(n, spec.function, Kind(spec.kind)) for n, spec in sorted(data.properties.items()) if spec.function]
-        keys = [f"data.properties.{name}.function" for name, _, _ in named]
-        return cls(
-            fields=tuple(Field(name=name, path=function, kind=kind) for name, function, kind in named),
-            loaded=tuple(load_parser(function, key) for key, (_, function, _) in zip(keys, named, strict=True)),
-            fingerprints=tuple(
-                describe_parser(function, key).fingerprint for key, (_, function, _) in zip(keys, named, strict=True)
-            ),
-        )
+        found = []
+        for name, spec in sorted(data.properties.items()):
+            if spec.function:
+                call = import_function(spec.function, f"data.properties.{name}.function")
+                field = Field(name=name, path=spec.function, kind=Kind(spec.kind))
+                found.append(DocumentFunction(field=field, call=call, source=source_digest(call)))
+        return cls(tuple(found))
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The properties, sorted by name."""
+        return tuple(function.field for function in self.all)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What tells versions of the functions apart."""
+        return tuple(function.source for function in self.all)
 
     def columns(self, documents: list[str] | None) -> dict[str, Column]:
         """Every property of `documents`, by name.
@@ -56,17 +70,15 @@ class Functions:
         Raises:
             DataError: rows have no documents, or a function returned something else than one value of its kind for each.
         """
-        if self.fields and documents is None:
+        if self.all and documents is None:
             raise DataError(
-                f"data.properties.{self.fields[0].name} is computed from documents, but these rows hold none that is text."
+                f"data.properties.{self.all[0].field.name} is computed from documents, but these rows hold none that is text."
             )
-        return {
-            field.name: _column(field, fn, documents or []) for field, fn in zip(self.fields, self.loaded, strict=True)
-        }
+        return {function.field.name: _column(function, documents or []) for function in self.all}
 
 
-def _column(field: Field, function: DocumentFunction, documents: list[str]) -> Column:
-    values = _called(field, function, documents)
+def _column(function: DocumentFunction, documents: list[str]) -> Column:
+    values, field = _called(function, documents), function.field
     if len(values) != len(documents):
         raise DataError(
             f"{field.path} returned {len(values)} values for {len(documents)} documents; data.properties.{field.name} needs "
@@ -82,12 +94,12 @@ def _column(field: Field, function: DocumentFunction, documents: list[str]) -> C
         ) from None
 
 
-def _called(field: Field, function: DocumentFunction, documents: list[str]) -> Sequence[Any]:
+def _called(function: DocumentFunction, documents: list[str]) -> Sequence[Any]:
     try:
-        values = function(list(documents))
+        values = function.call(list(documents))
         return values if hasattr(values, "__len__") else list(values)
     except Exception as error:  # It is the user's; whatever it raises is theirs to see.
-        error.add_note(f"raised by {field.path}, the function of data.properties.{field.name}")
+        error.add_note(f"raised by {function.field.path}, the function of data.properties.{function.field.name}")
         raise
 
 
