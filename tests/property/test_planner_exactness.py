@@ -1,5 +1,7 @@
 """Promise 1: every prefix of the served order keeps every domain within 1 sequence of its share."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,6 +82,24 @@ def test_both_rules_for_a_chunks_end_keep_every_prefix_exact(wish: np.ndarray, c
             assert counts.sum() == num_slots
             assert largest_deviation(lag, weight, order(lag, weight, counts)) < UNIT
             lag = lag + weight * num_slots - counts * UNIT
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights(), st.integers(1, 40), st.integers(2, 9), st.data())
+def test_a_chunk_planned_anew_from_a_step_inside_it_stays_exact(
+    wish: np.ndarray, batch: int, steps: int, data: st.DataObject
+) -> None:
+    """What a surgery does: lags and cursors are those of the step, not of the chunk's start."""
+    step = data.draw(st.integers(1, steps - 1))
+    planner = Planner(capacity=endless(wish), global_batch_size=batch, chunk_steps=steps, on_exhausted="repeat")
+    plan = planner.decide(PlannerState.start(len(wish)), wish)
+    state = planner.state_at(plan, step)
+    rest = replace(planner, chunk_steps=steps - step)
+    before, after = planner.slots(plan).domain[: step * batch], rest.slots(rest.decide(state, wish)).domain
+    assert np.array_equal(state.cursors, np.bincount(before, minlength=len(wish)))
+    served = np.concatenate([before, after])
+    assert len(served) == steps * batch
+    assert largest_deviation(np.zeros(len(wish), np.int64), plan.weights, served) < UNIT
 
 
 def due_first(lag: np.ndarray, weight: np.ndarray, num_slots: int) -> np.ndarray:

@@ -19,6 +19,10 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
         ("index.path=~/i.h5", r"the shell leaves ~ as it is behind a =\. Write index\.path=\$HOME/i\.h5"),
         ("=3", r"'=3' is not an override\. Write key=value"),
         ("job.nodes=0", r"^job\.nodes is 0, expected at least 1\.$"),
+        (
+            "job.nodes=3",
+            r"^dataplane\.global_batch_size is 64, which 3 dp_groups cannot share evenly\. Use a multiple of 3\.$",
+        ),
         ("dataplane.dp_group_size=0", r"dataplane\.dp_group_size is 0, expected at least 1"),
         ("plan.steps=-1", r"plan\.steps is -1, expected at least 1"),
         ("plan.first_step=-4", r"plan\.first_step is -4, expected at least 0"),

@@ -12,13 +12,13 @@ import pytest
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.runfolder import RunFolder
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import Config, DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane import plane as plane_module
 from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.source import open_source
-from mixtera_hpc.errors import CommError, DataError
+from mixtera_hpc.errors import CommError, ConfigError, DataError
 
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
 
@@ -110,6 +110,22 @@ def test_files_are_not_closed_under_a_read_and_closing_waits_for_it(config: Conf
     maker.let_go.set()
     prefetcher.close()
     assert maker.closed.is_set()
+
+
+def test_ranks_of_a_dp_group_share_and_one_of_them_speaks() -> None:
+    plane = DataPlaneConfig(global_batch_size=12, dp_group_size=2)
+    shares = [Share.of(plane, rank, 6) for rank in range(6)]
+    assert [(share.first, share.size) for share in shares] == [(0, 4), (0, 4), (4, 4), (4, 4), (8, 4), (8, 4)]
+    assert [share.speaks for share in shares] == [True, False] * 3
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "answer"),
+    [(5, "does not divide the 5 ranks.*\n.*multiple of 2"), (10, "shared evenly by 10 ranks.*\n.*multiple of 5")],
+)
+def test_ranks_that_cannot_share_a_batch_are_refused(num_ranks: int, answer: str) -> None:
+    with pytest.raises(ConfigError, match=answer):
+        Share.of(DataPlaneConfig(global_batch_size=12, dp_group_size=2), 0, num_ranks)
 
 
 def test_a_sequence_recorded_twice_is_named(config: Config) -> None:
