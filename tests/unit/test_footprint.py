@@ -7,27 +7,37 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.forecast import forecast
-from mixtera_hpc.dataplane.source import open_source
+from mixtera_hpc.dataplane.source import Source, open_source
 from mixtera_hpc.dataplane.trace import planned
 
 
 @pytest.mark.parametrize("shuffle", ["none", "block", "window"])
 @pytest.mark.parametrize("window", [4, 16])
-def test_expected_shards_and_documents_are_close_to_those_of_planned_steps(
+def test_the_expected_footprint_is_close_to_that_of_planned_steps(
     collection: list[str], shuffle: str, window: int
 ) -> None:
     words = [f"dataplane.shuffle={shuffle}", f"dataplane.shuffle_window={window}", "dataplane.global_batch_size=16"]
     source = open_source(compose([*collection, *words, "dataplane.seq_len=64"]), Local())
-    steps, shards, rows = 60, [set() for _ in range(60)], [set() for _ in range(60)]  # type: ignore[var-annotated]
-    for record in planned(source, 0, steps):
-        for shard, row, _, _ in record["pieces"]:
-            shards[record["step"]].add(shard)
-            rows[record["step"]].add((shard, row))
-    expected = forecast(source, steps).step
-    assert expected.shards >= 0.9 * np.mean([len(s) for s in shards])
-    assert shuffle == "none" or expected.shards == pytest.approx(np.mean([len(s) for s in shards]), rel=0.35)
-    assert expected.documents == pytest.approx(np.mean([len(r) for r in rows]), rel=0.1)
-    assert expected.blocks >= expected.shards and expected.read_amplification >= 1
+    rows: list[set[tuple[int, str, int]]] = [set() for _ in range(60)]
+    for record in planned(source, 0, 60):
+        rows[record["step"]] |= {(record["domain_id"], shard, row) for shard, row, _, _ in record["pieces"]}
+    shards = np.mean([len({shard for _, shard, _ in each}) for each in rows])
+    blocks = [{(domain, block_of(source, shard, row)) for domain, shard, row in each} for each in rows]
+    row_bytes = source.blocks.length / source.blocks.rows
+    read = sum(int(source.blocks.length[block]) for each in blocks for _, block in each)
+    used = sum(float(row_bytes[block_of(source, shard, row)]) for each in rows for _, shard, row in each)
+    expected = forecast(source, 60).step
+    assert expected.shards >= 0.9 * shards
+    assert shuffle == "none" or expected.shards == pytest.approx(shards, rel=0.35)
+    assert expected.documents == pytest.approx(np.mean([len(each) for each in rows]), rel=0.1)
+    assert expected.blocks == pytest.approx(np.mean([len(each) for each in blocks]), rel=0.2)
+    assert expected.read_amplification == pytest.approx(read / used, rel=0.2)
+
+
+def block_of(source: Source, shard: str, row: int) -> int:
+    """The block that a row lies in."""
+    blocks = np.flatnonzero(source.blocks.shard == source.facts.shard_paths.index(shard))
+    return int(blocks[np.searchsorted(source.blocks.first_row[blocks], row, side="right") - 1])
 
 
 def test_documents_longer_than_sequences_are_counted_in_every_step_they_are_touched_in(collection: list[str]) -> None:
