@@ -1,0 +1,57 @@
+"""Streams of one domain: what is read of the index to look a position up, and what is refused."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.core.tables import SampleColumns
+from mixtera_hpc.dataplane import expand
+from mixtera_hpc.dataplane.expand import Streams
+from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.errors import DataError
+
+
+@pytest.fixture
+def source(collection: list[str]) -> Source:
+    return open_source(compose([*collection, "dataplane.shuffle=block"]), Local())
+
+
+def visits(source: Source) -> Iterator[int]:
+    """First items of the first two windows of domain 0, again and again."""
+    order = source.layout.order.epoch(0, 0, source.layout.sizes(0))
+    while True:
+        yield from order.starts[:2].tolist()
+
+
+@pytest.mark.parametrize(("budget_bytes", "num_reads"), [(1 << 20, 2), (1, 6)])
+def test_windows_are_kept_within_a_budget(
+    source: Source, budget_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expand, "WINDOW_BUDGET_BYTES", budget_bytes)
+    read, reads = source.block_reader(), []
+
+    def counted(blocks: NDArray[np.int32]) -> SampleColumns:
+        reads.append(blocks)
+        return read(blocks)
+
+    streams = Streams(source.layout, source.blocks.rows, counted, source.domain_of)
+    for _, item in zip(range(6), visits(source), strict=False):
+        assert len(streams.documents(0, item, item + 1).block) == 1
+    assert len(reads) == num_reads
+
+
+def test_samples_that_do_not_add_up_to_what_the_index_counted_are_refused(source: Source) -> None:
+    read = source.block_reader()
+
+    def wrong(blocks: NDArray[np.int32]) -> SampleColumns:
+        columns = read(blocks)
+        return replace(columns, tokens=columns.tokens + 1)
+
+    streams = Streams(source.layout, source.blocks.rows, wrong, source.domain_of)
+    with pytest.raises(DataError, match=r"items, the index counted \d+: the index file is damaged"):
+        streams.documents(0, 0, 1)
