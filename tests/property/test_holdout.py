@@ -16,7 +16,7 @@ from mixtera_hpc.core.holdout import HELD_OUT, shard_keys, with_places
 from mixtera_hpc.core.tables import BlockTable, SampleColumns
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.validation import Validation
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, MixtureError
 from mixtera_hpc.index.build import build_index
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -119,6 +119,12 @@ def test_every_validation_is_the_same_whatever_was_trained_and_reports_domains(c
     assert (found.num_sequences > 0).sum() >= 2
 
 
+def test_less_than_a_global_batch_held_out_is_refused(collection: list[str]) -> None:
+    config = compose([*collection, "query.holdout.fraction=0.3", "dataplane.global_batch_size=100000"])
+    with pytest.raises(MixtureError, match=r"fraction=0\.3 holds \d+ sequences out, fewer than one global batch"):
+        Validation(config, Local())
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -128,7 +134,7 @@ def test_every_validation_is_the_same_whatever_was_trained_and_reports_domains(c
     ],
 )
 def test_a_split_of_nothing_is_refused(collection: list[str], wrong: str, said: str) -> None:
-    with pytest.raises(Exception, match=said):
+    with pytest.raises(ConfigError, match=said):
         compose([*collection, wrong])
 
 

@@ -133,6 +133,11 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         ["data.max_block_bytes=1000000"],
         r"the line that begins at byte 17 has more than data\.max_block_bytes=1000000 bytes",
     ),
+    "a JSON array that is too long": (
+        lambda f: put(f / "bad.json", b'[{"text": "' + b"x" * 3_000_000 + b'"}]'),
+        ["data.max_block_bytes=1000000", "data.include=[bad.json]"],
+        r"is one JSON array of 3000014 bytes, more than data\.max_block_bytes=1000000",
+    ),
     "Parquet cut off": (cut(write_parquet, 0.7), [], "not a readable Parquet file"),
     "Parquet that is none": (lambda f: put(f / "bad.parquet", b"x" * 500), [], "not a readable Parquet file"),
     "an Arrow file cut off": (cut(write_arrow, 0.7), [], "not a readable Arrow file"),

@@ -1,6 +1,7 @@
 """JSON lines: what is refused, and what is said about it."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.fields import RowType
 from mixtera_hpc.formats.format import BlockRef, Field, Fields
 from mixtera_hpc.formats.jsonl import Jsonl
+from mixtera_hpc.formats.positioned import read_fully
 from mixtera_hpc.formats.registry import format_of, load_format
 from mixtera_hpc.testing.formats import read_blocks
 
@@ -183,3 +185,14 @@ def test_a_format_is_known_by_the_end_of_the_name(name: str, expected: str | Non
 def test_an_unknown_format_is_refused_with_near_misses() -> None:
     with pytest.raises(ConfigError, match=r"data\.format is 'jsnl'.*Did you mean 'jsonl'"):
         load_format("jsnl")
+
+
+def test_file_systems_that_return_less_than_was_asked_for_are_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, pread = tmp_path / "a", os.pread
+    path.write_bytes(b"0123456789")
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 3), offset))
+    with path.open("rb") as file:
+        assert read_fully(file.fileno(), 7, 2) == b"2345678"
+        assert read_fully(file.fileno(), 7, 8) == b"89"

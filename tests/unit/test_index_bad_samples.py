@@ -19,11 +19,14 @@ from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import BlockRef
+from mixtera_hpc.formats.format import BlockRef, Unit
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build import build_index, scan_job
+from mixtera_hpc.index.discover import discover
 from mixtera_hpc.index.layout import BadRows
 from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.index.refresh import refresh_index
+from mixtera_hpc.index.scan import scan_unit
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.tokens.train import train_bpe
 
@@ -171,12 +174,7 @@ def test_a_missing_file_is_no_bad_sample(tmp_path: Path) -> None:
     plain(tmp_path, lines(1))
     (tmp_path / "b.jsonl").write_text('{"text": "x"}')
     config = configured(tmp_path)
-    import mixtera_hpc.index.build as build
-    from mixtera_hpc.formats.format import Unit
-    from mixtera_hpc.index.discover import discover
-    from mixtera_hpc.index.scan import scan_unit
-
-    job, shards = build.scan_job(config), discover(config.data)
+    job, shards = scan_job(config), discover(config.data)
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(DataError, match=r"b\.jsonl cannot be read: No such file"):
         list(scan_unit(job, shards[1], Unit(0, shards[1].size_bytes)))
@@ -231,3 +229,24 @@ def test_a_pattern_that_finds_no_numbers_is_no_fault_of_the_samples(tmp_path: Pa
     properties = {"number": {"path": "source", "kind": "number", "pattern": "."}}
     with pytest.raises(ConfigError, match="Make its pattern match digits only"):
         build_index(configured(tmp_path, data={"properties": properties}))
+
+
+def test_a_shard_that_changed_since_it_was_listed_is_named(tmp_path: Path) -> None:
+    plain(tmp_path, lines(9))
+    config = configured(tmp_path)
+    job, (shard,) = scan_job(config), discover(config.data)
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        file.write(b'{"text": "late"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl changed while it was being indexed"):
+        list(scan_unit(job, shard, Unit(0, shard.size_bytes)))
+
+
+def test_a_state_from_before_there_were_bad_rows_is_seen_without_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "whole", "source": "a"}')
+    config = configured(tmp_path)
+    before = build_index(config).fingerprint
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "cut"\n{"text": "x"}')
+    refresh_index(config)
+    with open_index(tmp_path / "index.h5", generation=before) as index:
+        chosen = select(index.tables, parse("source == 'a'", index.tables.properties), [{}], index.read_blocks)
+        assert index.tables.combos.bad == -1 and chosen.selected[0] == index.tables.num_samples == 1

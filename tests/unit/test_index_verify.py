@@ -84,6 +84,7 @@ class TestDeep:
         (tmp_path / "data").mkdir()
         rows = [json.dumps({"text": f"row {i} " + "many words " * 400}) for i in range(1000)]
         (tmp_path / "data" / "a.jsonl").write_text("\n".join(rows))
+        (tmp_path / "data" / "empty.jsonl").touch()
         tokenizer = train_bpe(["many words row 1 2 3"] * 9, 270, tmp_path / "tokenizer.json")
         config = {
             "data": {"root": str(tmp_path / "data")},

@@ -148,6 +148,27 @@ def test_a_restored_mixer_goes_on_as_if_it_had_not_stopped(plain: dict[str, Any]
     restored.close()
 
 
+def test_the_state_of_a_learning_mixer_does_not_grow_with_the_run() -> None:
+    made = mixer(kind="dynamic", algorithm=LEARN)
+    train(made, range(4 * CHUNK_STEPS))
+    before = {name: array.nbytes for name, array in made.arrays().items()}
+    train(made, range(4 * CHUNK_STEPS, 40 * CHUNK_STEPS))
+    assert {name: array.nbytes for name, array in made.arrays().items()} == before
+    made.close()
+
+
+def test_a_step_that_was_passed_over_teaches_nothing() -> None:
+    made = mixer(kind="dynamic", algorithm=LEARN)
+    train(made, range(5))
+    before = {name: array.tolist() for name, array in made.arrays().items()}
+    nothing = np.zeros(3, np.int64)
+    made.feed(
+        DomainStatistics(step=5, loss_sum=np.zeros(3), num_tokens=nothing, num_sequences=nothing, num_nonfinite=nothing)
+    )
+    assert {name: array.tolist() for name, array in made.arrays().items()} == before
+    made.close()
+
+
 def test_bounds_hold_for_every_chunk_and_keep_the_ratio_of_the_others() -> None:
     made = mixer(floor=0.2, **schedule(static(0, 0.8, 0.2, 0), static(8, 0.5, 0.4, 0.1)))
     assert weights(made, 0) == pytest.approx([0.6, 0.2, 0.2])
