@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mixtera_hpc"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
 FROZEN_VERBS = {
     *("demo", "index", "query", "plan", "trace", "run", "submit", "sweep", "status", "logs", "cancel", "resume"),
-    *("report", "validate", "doctor"),
+    *("report", "validate", "doctor", "mixture"),
 }
 HEAVY = ("mpi4py", "torch", "h5py", "hydra", "omegaconf", "pyarrow", "numpy", "rich", "submitit", "matplotlib")
 
