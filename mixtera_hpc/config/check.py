@@ -146,6 +146,7 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     for name in ("seq_len", "global_batch_size", "chunk_steps", "shuffle_window", "prefetch_batches", "dp_group_size"):
         found += _at_least(f"dataplane.{name}", getattr(plane, name), 1)
     found += _at_least("dataplane.feedback_lag", plane.feedback_lag, 2)
+    found += _at_least("dataplane.workers", plane.workers, 0)
     if plane.chunk_steps * plane.global_batch_size > 1_000_000:
         found.append(
             f"dataplane.chunk_steps × dataplane.global_batch_size is {plane.chunk_steps * plane.global_batch_size}, "

@@ -179,7 +179,9 @@ class DataPlaneConfig:
     predict_across_documents: bool = False
     """Count the loss of the first token of a document as well."""
     prefetch_batches: int = 4
-    """Batches the reader threads keep ready."""
+    """Batches that are kept ready."""
+    workers: int = 0
+    """Processes that read for each rank, for data that one thread cannot keep up with; 0: a thread."""
     dp_group_size: int = 1
     """Neighbouring ranks that receive the same batch (tensor, pipeline and context parallel peers)."""
     comm: Literal["auto", "local", "mpi"] = "auto"

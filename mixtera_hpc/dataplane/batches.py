@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -23,7 +23,7 @@ from mixtera_hpc.dataplane.read import DocumentReader, Span
 from mixtera_hpc.dataplane.source import Source
 from mixtera_hpc.errors import ConfigError, MixteraError
 
-__all__ = ["Batch", "BatchMaker", "Prefetcher", "Share"]
+__all__ = ["Batch", "BatchMaker", "Batches", "Prefetcher", "Share", "steps_of", "steps_together"]
 
 TOKENS_TOGETHER = 1 << 18
 SAMPLE_BYTES_TOGETHER = 4 << 20
@@ -92,6 +92,16 @@ class Share:
         return cls(first=rank // dp_group_size * size, size=size, speaks=rank % dp_group_size == 0)
 
 
+class Batches(Protocol):
+    """Where batches come from."""
+
+    def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
+        """This rank's batches of `plan`, from training step `first_step` on."""
+
+    def close(self) -> None:
+        """Free what is held; nothing is being made."""
+
+
 class BatchMaker:
     """Makes batches from slots. Not thread-safe."""
 
@@ -101,28 +111,36 @@ class BatchMaker:
         self._audit = audit
         self._streams: Streams = source.streams()
         self._reader = DocumentReader(source)
-        self._together = TOKENS_TOGETHER if source.layout.in_tokens else _samples_together(source)
+        self._together = steps_together(source, share)
+        self._expanded: tuple[ChunkPlan, Slots] | None = None
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
-        """This rank's batches of `plan`, from training step `first_step` on.
+        """This rank's batches of `plan`, from training step `first_step` on."""
+        return self.batches_of(plan, steps_of(self._source, plan, first_step))
+
+    def batches_of(self, plan: ChunkPlan, steps: range) -> Iterator[Batch]:
+        """This rank's batches of some steps of `plan`.
 
         Several steps are read together, but what is wrong with the data of a step is raised at that step.
         """
-        slots, era = self._source.planner.slots(plan), self._source.era
-        first, end = era.step_at(plan.first_step), era.step_at(plan.first_step + plan.num_steps)
-        together = max(1, self._together // (self._share.size * self._source.grid.length))
-        for start in range(max(first_step, first), end, together):
-            steps = [self._step(plan, step, slots) for step in range(start, min(start + together, end))]
+        slots = self._slots(plan)
+        for first in range(0, len(steps), self._together):
+            some = [self._step(plan, step, slots) for step in steps[first : first + self._together]]
             try:
-                filled = self._filled(plan, steps)
+                filled = self._filled(plan, some)
             except MixteraError:
-                for step in steps:
+                for step in some:
                     yield from self._filled(plan, [step])
             else:
                 yield from filled
 
     def close(self) -> None:
         self._reader.close()
+
+    def _slots(self, plan: ChunkPlan) -> Slots:
+        if self._expanded is None or self._expanded[0] is not plan:
+            self._expanded = plan, self._source.planner.slots(plan)
+        return self._expanded[1]
 
     def _step(self, plan: ChunkPlan, step: int, slots: Slots) -> "_Step":
         """What this rank has to read for one step."""
@@ -230,10 +248,19 @@ class _Run:
     """Of the batch, in order."""
 
 
-def _samples_together(source: Source) -> int:
-    """How many samples of usual size `SAMPLE_BYTES_TOGETHER` holds."""
+def steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:
+    """The training steps of `plan` from `first_step` on."""
+    era = source.era
+    return range(max(first_step, era.step_at(plan.first_step)), era.step_at(plan.first_step + plan.num_steps))
+
+
+def steps_together(source: Source, share: Share) -> int:
+    """How many steps are read together: some tokens' worth, or some samples' of usual size."""
+    if source.layout.in_tokens:
+        return max(1, TOKENS_TOGETHER // (share.size * source.grid.length))
     blocks = source.blocks
-    return SAMPLE_BYTES_TOGETHER * int(blocks.rows.sum(dtype=np.int64)) // max(int(blocks.length.sum()), 1)
+    samples = SAMPLE_BYTES_TOGETHER * int(blocks.rows.sum(dtype=np.int64)) // max(int(blocks.length.sum()), 1)
+    return max(1, samples // share.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +274,9 @@ class _End:
 
 
 class Prefetcher:
-    """Runs a `BatchMaker` in a daemon thread, between a queue of plans and a bounded queue of batches."""
+    """Makes batches in a daemon thread, between a queue of plans and a bounded queue of batches."""
 
-    def __init__(self, maker: BatchMaker, prefetch_batches: int) -> None:
+    def __init__(self, maker: Batches, prefetch_batches: int) -> None:
         self._maker = maker
         self._plans: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._ready: queue.Queue[Batch | _End | BaseException] = queue.Queue(maxsize=prefetch_batches)

@@ -30,7 +30,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, from_buffer
-from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
+from mixtera_hpc.dataplane.batches import Batch, Prefetcher, Share
 from mixtera_hpc.dataplane.change import SwitchedMixer
 from mixtera_hpc.dataplane.control import Control
 from mixtera_hpc.dataplane.feedback import Agreement, Feedback, Notes
@@ -41,6 +41,7 @@ from mixtera_hpc.dataplane.sinks import Sinks
 from mixtera_hpc.dataplane.source import Source, open_source
 from mixtera_hpc.dataplane.state import PlaneState
 from mixtera_hpc.dataplane.surgery import begin, share_beginning
+from mixtera_hpc.dataplane.workers import open_batches
 from mixtera_hpc.errors import leaves_in_order
 from mixtera_hpc.track.tracker import Silent, Tracker
 
@@ -258,7 +259,7 @@ class DataPlane:
         self._plans = PlanFeed(self._comm, source.planner, self._weights_of, self._deliver)
         self._plans.resume(plan)
         plane = source.config.dataplane
-        self._prefetcher = Prefetcher(BatchMaker(source, self._share, plane.audit), plane.prefetch_batches)
+        self._prefetcher = Prefetcher(open_batches(source, self._share), plane.prefetch_batches)
         self._started = True
         self._sinks.opened(
             Opening(

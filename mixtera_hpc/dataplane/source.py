@@ -89,6 +89,12 @@ class Source:
     era: Era
     holdout_keys: NDArray[np.uint64] | None
     """A word for every shard, where samples are held out; see `core.holdout`."""
+    arrays: Mapping[str, NDArray[Any]]
+    """The large part, as it was shared."""
+
+    def __reduce__(self) -> Any:
+        """Pickle as what it was assembled from; a tokenizer is loaded again."""
+        return _again, (self.config, self.facts, dict(self.arrays), self.era)
 
     @property
     def num_domains(self) -> int:
@@ -315,10 +321,15 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
         kept=_predicate(config, facts, facts.kept) if facts.kept else None,
         era=Era.start(len(facts.names)),
         holdout_keys=arrays["holdout_keys"].view(np.uint64) if config.query.holdout.fraction else None,
+        arrays=arrays,
     )
     if config.query.split == "train":
         source.mixer(learn=False)  # A mixture that cannot be served is refused here, before anything starts.
     return source
+
+
+def _again(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], era: Era) -> Source:
+    return _assemble(config, facts, arrays, load_vocabulary(config.dataplane)).in_era(era)
 
 
 def _layout(config: Config, table: DomainTable) -> StreamLayout:

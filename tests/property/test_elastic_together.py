@@ -54,6 +54,7 @@ class Attempt:
     group: int
     prefetch: int
     steps: int
+    workers: int = 0
 
 
 SHAPES = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (6, 3), (4, 4)]
@@ -67,6 +68,12 @@ ATTEMPTS = st.lists(
     min_size=1,
     max_size=3,
 )
+WITH_WORKERS = st.lists(
+    st.builds(Attempt, st.integers(1, 2), st.just(1), st.integers(1, 5), st.integers(0, 7), st.integers(1, 3)),
+    min_size=1,
+    max_size=2,
+)
+"""Processes take most of a second to start."""
 RUNS = st.fixed_dictionaries(
     {
         "unit": st.sampled_from(["tokens", "samples"]),
@@ -135,13 +142,31 @@ def gathered(parts: list[list[tuple[int, list[int], list[str]]]], group: int) ->
 def test_any_run_in_any_pieces_serves_what_one_rank_serves_at_once(
     plain: dict[str, Any], mixture: dict[str, Any], run: dict[str, Any], plane: dict[str, Any], attempts: list[Attempt]
 ) -> None:
+    check_pieces(plain, {**mixture, **run}, plane, attempts)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(MIXTURES), RUNS, PLANES, WITH_WORKERS)
+def test_whatever_the_number_of_loader_workers(
+    plain: dict[str, Any], mixture: dict[str, Any], run: dict[str, Any], plane: dict[str, Any], attempts: list[Attempt]
+) -> None:
+    check_pieces(plain, {**mixture, **run}, plane, attempts)
+
+
+def check_pieces(
+    plain: dict[str, Any], mixture: dict[str, Any], plane: dict[str, Any], attempts: list[Attempt]
+) -> None:
     def config(attempt: Attempt) -> Config:
-        shape = {"dp_group_size": attempt.group, "prefetch_batches": attempt.prefetch}
+        shape = {
+            "dp_group_size": attempt.group,
+            "prefetch_batches": attempt.prefetch,
+            "workers": attempt.workers,
+        }
         return from_plain(
             Config,
             {
                 **plain,
-                "mixture": {**plain["mixture"], **mixture, **run},
+                "mixture": {**plain["mixture"], **mixture},
                 "dataplane": {**plain["dataplane"], **plane, **shape},
             },
         )

@@ -1,0 +1,74 @@
+"""A data plane in torch's loaders: the same batches, resumable at every step, and no second plane in a worker."""
+
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.training.dataset import PlaneDataset
+
+WORDS = ["dataplane.seq_len=32", "dataplane.global_batch_size=4", "dataplane.chunk_steps=3", "dataplane.audit=true"]
+STEPS = 10
+
+
+def open_plane(collection: list[str]) -> DataPlane:
+    return DataPlane.open(compose([*collection, *WORDS]), Local())
+
+
+def served(loader: Any, count: int) -> list[list[str]]:
+    return [batch.digests for batch, _ in zip(loader, range(count), strict=False)]
+
+
+@pytest.fixture(scope="module")
+def expected(collection: list[str]) -> list[list[str]]:
+    with open_plane(collection) as plane:
+        return served(plane, STEPS)
+
+
+def test_a_loader_yields_the_planes_batches(collection: list[str], expected: list[list[str]]) -> None:
+    with open_plane(collection) as plane:
+        assert served(DataLoader(PlaneDataset(plane), batch_size=None), STEPS) == expected
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 7])
+def test_a_stateful_loader_goes_on_where_it_was_saved(
+    collection: list[str], expected: list[list[str]], stop: int
+) -> None:
+    with open_plane(collection) as plane:
+        loader = StatefulDataLoader(PlaneDataset(plane), batch_size=None)
+        batches = iter(loader)
+        first = [next(batches).digests for _ in range(stop)]
+        state = loader.state_dict()
+    with open_plane(collection) as plane:
+        loader = StatefulDataLoader(PlaneDataset(plane), batch_size=None)
+        loader.load_state_dict(state)
+        assert [*first, *served(loader, STEPS - stop)] == expected
+
+
+def test_a_loop_over_a_loader_learns(collection: list[str]) -> None:
+    with open_plane(collection) as plane:
+        batches = iter(StatefulDataLoader(PlaneDataset(plane), batch_size=None))
+        for _ in range(3):
+            batch = next(batches)
+            plane.record(batch, (batch.tokens[:, 1:] % 7).astype("float32"))
+        plane.state_dict()
+        assert [found.step for found in plane.completed_statistics()] == [0, 1, 2]
+
+
+def test_a_transform_says_what_is_yielded(collection: list[str]) -> None:
+    with open_plane(collection) as plane:
+        loader = DataLoader(PlaneDataset(plane, lambda batch: {"input_ids": batch.tokens[:, :-1]}), batch_size=None)
+        assert next(iter(loader))["input_ids"].shape == (4, 32)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_the_loader_are_refused(collection: list[str], context: str) -> None:
+    with open_plane(collection) as plane:
+        loader = DataLoader(PlaneDataset(plane), batch_size=None, num_workers=1, multiprocessing_context=context)
+        with pytest.raises(ConfigError, match=r"num_workers=0; dataplane\.workers"):
+            next(iter(loader))

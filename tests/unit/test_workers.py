@@ -1,0 +1,111 @@
+"""Reading in processes: the same batches, the same errors, and nothing that is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.dataplane.batches import Batches, BatchMaker, Share
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.dataplane.workers import Workers
+from mixtera_hpc.errors import ConfigError, DataError
+
+SHARE = Share(first=0, size=4)
+WORDS = ["dataplane.seq_len=32", "dataplane.global_batch_size=4", "dataplane.chunk_steps=7", "dataplane.audit=true"]
+
+
+def opened(collection: list[str]) -> tuple[Source, ChunkPlan]:
+    source = open_source(compose([*collection, *WORDS]), Local())
+    return source, source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
+
+
+def test_a_killed_process_is_named_with_its_signal(collection: list[str]) -> None:
+    source, plan = opened(collection)
+    workers = Workers(source, SHARE, 2)
+    assert len(list(workers.batches(plan, 0))) == 7
+    workers._workers[1][0].kill()
+    with pytest.raises(DataError, match=r"Reading process 1 of 2 was ended by signal 9"):
+        list(workers.batches(plan, 0))
+    workers.close()
+
+
+def test_signals_for_the_job_do_not_end_them(collection: list[str]) -> None:
+    source, plan = opened(collection)
+    workers = Workers(source, SHARE, 1)
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT):
+        os.kill(workers._workers[0][0].pid, number)  # Still starting.
+    expected = [batch.digests for batch in BatchMaker(source, SHARE, audit=True).batches(plan, 2)]
+    assert [batch.digests for batch in workers.batches(plan, 2)] == expected
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT):
+        os.kill(workers._workers[0][0].pid, number)
+    assert [batch.digests for batch in workers.batches(plan, 0)][2:] == expected
+    workers.close()
+
+
+def test_what_is_wrong_with_the_data_is_raised_at_its_step(own_collection: list[str]) -> None:
+    source, _ = opened(own_collection)
+    shard = Path(source.facts.data_root) / source.facts.shard_paths[0]
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    by_thread = served_until_error(source, BatchMaker(source, SHARE, audit=True))
+    assert by_thread[0]
+    assert served_until_error(source, Workers(source, SHARE, 2)) == by_thread
+
+
+def served_until_error(source: Source, maker: Batches) -> tuple[list[list[str]], str]:
+    """Digests of the batches before it, and what it says."""
+    found, state = [], PlannerState.start(source.num_domains)
+    with pytest.raises(DataError) as caught:
+        while True:
+            plan, state = source.planner.plan(state, source.weights)
+            for batch in maker.batches(plan, 0):
+                found.append(batch.digests)
+    maker.close()
+    return found, str(caught.value)
+
+
+def test_they_end_with_a_rank_that_is_killed(collection: list[str], tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from mixtera_hpc import DataPlane, compose\n"
+        "plane = DataPlane.open(compose(sys.argv[1:]))\n"
+        "next(iter(plane))\n"
+        "print(*(process.pid for process, _ in plane._prefetcher._maker._workers), flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    words = [*collection, *WORDS, "dataplane.workers=2", "dataplane.comm=local"]
+    done = subprocess.run([sys.executable, program, *words], capture_output=True, text=True, check=False)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2, done.stderr
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "they outlive their rank"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "workers" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+def test_a_plane_with_workers_leaves_none_behind(collection: list[str]) -> None:
+    with DataPlane.open(compose([*collection, *WORDS, "dataplane.workers=2"]), Local()) as plane:
+        next(iter(plane))
+        processes = [process for process, _ in plane._prefetcher._maker._workers]  # type: ignore[attr-defined]
+        assert all(process.poll() is None for process in processes)
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_fewer_than_none_is_refused(collection: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"dataplane.workers is -1"):
+        DataPlane.open(compose([*collection, "dataplane.workers=-1"]), Local())
