@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["arguments", "run"]
 
+MAX_COLUMNS = 5
+"""Weights that are shown side by side."""
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_name", metavar="RUN", help="run id, name or folder")
@@ -119,17 +122,17 @@ def _chunks(history: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _print_table(lines: list[dict[str, Any]], limit: int = 5) -> None:
+def _print_table(lines: list[dict[str, Any]]) -> None:
     """First and newest weights, with those between as far as they fit."""
     from rich.table import Table
 
-    from mixtera_hpc.cli.console import open_console
+    from mixtera_hpc.cli.console import counted, open_console
 
     if not lines:
         print("nothing has been planned yet")
         return
-    shown = lines if len(lines) <= limit else [lines[0], *lines[-(limit - 1) :]]
-    table = Table(title=f"weights changed {len(lines) - 1} times", title_justify="left")
+    shown = lines if len(lines) <= MAX_COLUMNS else [lines[0], *lines[1 - MAX_COLUMNS :]]
+    table = Table(title=f"weights changed {counted(len(lines) - 1, 'time')}", title_justify="left")
     table.add_column("domain")
     for line in shown:
         table.add_column(f"chunk {line['chunk']}\nstep {line['step']}", justify="right")

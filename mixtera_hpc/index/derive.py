@@ -29,11 +29,10 @@ from mixtera_hpc.index.functions import Functions
 from mixtera_hpc.index.merge import PlacedPiece, merge
 from mixtera_hpc.index.open import PropertyIndex, open_index
 from mixtera_hpc.index.part import Combo, UnitPart, histogram_of, joined_combos, zones_of
-from mixtera_hpc.index.parts import building_folder
 from mixtera_hpc.index.pieces import StoredBlocks, combos_of, runs_of
 from mixtera_hpc.index.together import Report
 from mixtera_hpc.index.verify import check_fresh
-from mixtera_hpc.index.write import IndexFacts, publish, write_index
+from mixtera_hpc.index.write import IndexFacts, publish_index
 
 __all__ = ["DeriveReport", "derive_properties"]
 
@@ -255,9 +254,7 @@ def _end(index: PropertyIndex, functions: Functions, plan: Plan, records: Record
         sources=index.sources | {name: f"function:{field.path}" for name, field in new.items()},
         bad=index.bad,
     )
-    part = building_folder(index.path) / "index.h5"
-    written = write_index(part, facts, index.tables.shards, merged, pieces)
-    publish(part, index.path)
+    written = publish_index(index.path, facts, index.tables.shards, merged, pieces)
     return DeriveReport(
         path=str(index.path),
         fingerprint=written.fingerprint,

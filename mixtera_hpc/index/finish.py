@@ -16,9 +16,8 @@ from mixtera_hpc.index.discover import fingerprint_of_shard
 from mixtera_hpc.index.layout import BadRows, Generation, path_source
 from mixtera_hpc.index.merge import PlacedPiece, merge
 from mixtera_hpc.index.part import Combo
-from mixtera_hpc.index.parts import building_folder
 from mixtera_hpc.index.scan import ScanJob
-from mixtera_hpc.index.write import IndexFacts, publish, write_index
+from mixtera_hpc.index.write import IndexFacts, publish_index
 
 __all__ = ["Asked", "BuildReport", "Kept", "finish", "sources_of"]
 
@@ -102,9 +101,7 @@ def finish(asked: Asked, plan: Plan, records: Records, kept: Kept = Kept()) -> B
         bad=tuple(bad),
         generations=tuple(kept.generations),
     )
-    part = building_folder(path) / "index.h5"
-    written = write_index(part, facts, shards, merged, pieces)
-    publish(part, path)
+    written = publish_index(path, facts, shards, merged, pieces)
     now = time.monotonic()
     return BuildReport(
         path=str(path),

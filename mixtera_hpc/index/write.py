@@ -33,8 +33,9 @@ from mixtera_hpc.index.layout import (
     put_texts,
 )
 from mixtera_hpc.index.merge import Merged, PlacedPiece, Translated, translated
+from mixtera_hpc.index.parts import building_folder
 
-__all__ = ["IndexFacts", "Written", "publish", "write_index"]
+__all__ = ["IndexFacts", "Written", "publish_index"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,18 @@ class Written:
     """Properties that no sample has."""
 
 
-def write_index(
+def publish_index(
+    path: Path, facts: IndexFacts, shards: ShardTable, merged: Merged, pieces: Iterable[PlacedPiece]
+) -> Written:
+    """Write the file where it is built, then give it its name; an older one is replaced in the same instant."""
+    part = building_folder(path) / "index.h5"
+    written = _write_file(part, facts, shards, merged, pieces)
+    part.replace(path)
+    _sync(path.parent)
+    return written
+
+
+def _write_file(
     path: Path, facts: IndexFacts, shards: ShardTable, merged: Merged, pieces: Iterable[PlacedPiece]
 ) -> Written:
     """Write the file to `path`, flushed to disk."""
@@ -114,12 +126,6 @@ def _abandon(file: h5py.File) -> None:
     os.close(memory)
     with contextlib.suppress(OSError, RuntimeError):
         file.close()
-
-
-def publish(part: Path, path: Path) -> None:
-    """Give a finished file its name; an older one is replaced in the same instant."""
-    part.replace(path)
-    _sync(path.parent)
 
 
 class _Tables:

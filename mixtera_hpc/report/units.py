@@ -17,12 +17,12 @@ def count(value: float | None, digits: int = 3) -> str:
     return _significant(value, digits)
 
 
-def percent(share: float | None, digits: int = 3) -> str:
+def percent(share: float | None) -> str:
     """0.1234 → `12.3 %`; tiny shares keep two decimals."""
     if share is None or not math.isfinite(share):
         return "–"
     value = 100 * share
-    return f"{_significant(value, digits) if abs(value) >= 1 else f'{value:.2f}'} %"
+    return f"{_significant(value, 3) if abs(value) >= 1 else f'{value:.2f}'} %"
 
 
 def short_time(seconds: float | None) -> str:
