@@ -10,6 +10,7 @@ Null is a value: it equals only `None`, differs from everything else, and fails 
 
 import ast
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ __all__ = ["Entries", "Mask", "Predicate", "parse"]
 
 MAX_DEPTH = 100
 """Of nested and, or, not: deeper than anyone writes, shallow enough to be evaluated."""
+_ONE_AT_A_TIME = threading.Lock()
+"""CPython 3.11 counts the depth of all threads' syntax trees together: parsing in two at once can end in a SystemError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,9 @@ def parse(text: str | None, properties: Mapping[str, Property]) -> Predicate:
     if not text:
         return Predicate("", lambda e: _constant(e, True), frozenset())
     try:
-        evaluate, numbers = _Parser(text, properties).node(ast.parse(text, mode="eval").body)
+        with _ONE_AT_A_TIME:
+            tree = ast.parse(text, mode="eval")
+        evaluate, numbers = _Parser(text, properties).node(tree.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         where = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
         raise ConfigError(

@@ -1,5 +1,9 @@
 """The query language: what it accepts, what it refuses, and what it says then."""
 
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -130,3 +134,35 @@ def test_an_index_without_combos_can_be_asked() -> None:
     combos = ComboTable(num_combos=0, properties={}, indptr={}, codes={})
     entries = Entries.of_samples(combos, np.zeros(0, np.int32), {})
     assert parse("True", {}).evaluate(entries).must.tolist() == []
+
+
+class Garbage:
+    """Found by the collector, wherever it runs; what is done then lets other threads in."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        sum(range(50))
+
+
+@pytest.fixture
+def threads_that_change_often() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("threads_that_change_often")
+def test_threads_may_parse_at_once() -> None:
+    text = " and ".join(f"(unknown{i} in ['x', 'y'])" for i in range(60))
+
+    def refused(_: int) -> bool:
+        Garbage()
+        with pytest.raises(ConfigError):  # At the first name, so that there is time for many trees.
+            parse(text, PROPERTIES)
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(refused, range(1500)))
