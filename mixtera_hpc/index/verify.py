@@ -28,7 +28,7 @@ __all__ = ["ChangedShard", "changed_shards", "check_fresh", "deeply_changed_shar
 NAMED = 5
 STATS_AT_ONCE = 32
 SAMPLED_BLOCKS = 4
-"""Of every shard: the first, the last, and others by chance."""
+"""Of every shard: the first, the last, and others anywhere, the same ones on every rank and every time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
