@@ -16,7 +16,7 @@ __all__ = ["VERBS", "main"]
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "run everything once on this machine, on real text, and write a report"),
-    "index": ("index", "build, inspect or verify the property index of a data collection"),
+    "index": ("index", "build, inspect, verify, refresh or extend the property index of a data collection"),
     "query": ("query", "count samples and tokens of every domain"),
     "plan": ("plan", "forecast what a mixture will serve, or list the sequences of chosen steps"),
     "trace": ("trace", "name the samples of any step of a run, or prove what it consumed"),

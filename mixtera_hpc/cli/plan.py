@@ -77,7 +77,7 @@ def _print_forecast(source: Any) -> None:
         share = "" if mixture.on_exhausted == "redistribute" else ", or set mixture.on_exhausted=redistribute"
         console.print(
             f"The data ends after {expected.num_steps} steps, {expected.steps_asked} were asked for: raise "
-            f"mixture.max_epochs{share}."
+            f"max_epochs of the mixture or of the domains that run out{share}."
         )
     if "dynamic" in (mixture.kind, *(stage.kind for stage in mixture.schedule.stages)):
         console.print("The mixture is learned while training: this is what its start weights would serve.")

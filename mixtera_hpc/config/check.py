@@ -217,7 +217,7 @@ def _job(job: JobConfig, cluster: ClusterConfig) -> list[str]:
     seconds = parse_time(job.time)
     if seconds is None:
         found.append(
-            f"job.time is {job.time!r}, expected HH:MM:SS or D-HH:MM:SS in quotes, e.g. job.time='\"12:30:00\"'."
+            f"job.time is {job.time!r}, expected HH:MM:SS or D-HH:MM:SS, e.g. job.time=12:30:00 (in a file in quotes)."
         )
     else:
         found += _signal_lead(job, seconds) + _limits(job, cluster, seconds)
@@ -292,9 +292,10 @@ def _batch_split(config: Config) -> list[str]:
     if ranks % plane.dp_group_size:
         return [f"dataplane.dp_group_size is {plane.dp_group_size}, which does not divide the job's {ranks} ranks."]
     groups = ranks // plane.dp_group_size
+    sharers = "ranks" if plane.dp_group_size == 1 else f"groups of {plane.dp_group_size} ranks"
     if plane.global_batch_size % groups:
         return [
-            f"dataplane.global_batch_size is {plane.global_batch_size}, which {groups} dp_groups cannot share evenly. "
+            f"dataplane.global_batch_size is {plane.global_batch_size}, which {groups} {sharers} cannot share evenly. "
             f"Use a multiple of {groups}."
         ]
     return []

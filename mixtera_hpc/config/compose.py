@@ -15,11 +15,13 @@ __all__ = [
     "compose",
     "compose_plain",
     "conf_dir",
+    "conf_folders",
     "dump_yaml",
     "from_omegaconf",
     "load_config",
     "load_yaml",
     "read_yaml",
+    "search_path",
 ]
 
 CONFIG_NAME = "config"
@@ -39,6 +41,25 @@ def conf_dir() -> Path:
     raise ConfigError(
         f"The shipped configs are missing: no {CONFIG_NAME}.yaml in {package / 'conf'}. Reinstall mixtera-hpc."
     )
+
+
+def conf_folders() -> list[Path]:
+    """Where configs are looked for: the shipped ones, then a team's own (`MIXTERA_CONF=dir:dir`).
+
+    Raises:
+        ConfigError: `MIXTERA_CONF` names what is not a folder.
+    """
+    own = [Path(p).resolve() for p in os.environ.get("MIXTERA_CONF", "").split(":") if p]
+    for folder in own:
+        if not folder.is_dir():
+            raise ConfigError(f"MIXTERA_CONF names {folder}, which is not a folder.\n  Mend it, or unset it.")
+    return [conf_dir(), *own]
+
+
+def search_path() -> list[str]:
+    """The override that makes Hydra look into a team's own configs as well."""
+    own = conf_folders()[1:]
+    return [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in own)}]"] if own else []
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -61,7 +82,7 @@ def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="mixtera-hpc"):
         try:
-            return from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*_search_path(), *map(_typed, overrides)]))
+            return from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*search_path(), *map(_typed, overrides)]))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(_explain(error, overrides)) from None
 
@@ -132,14 +153,11 @@ def _typed(override: str) -> str:
     if key in TEXT_KEYS and value != "null" and not value.startswith("${") and not _IN_QUOTES.fullmatch(value):
         escaped = value.replace('"', '\\"')
         return f'{key}="{escaped}"'
-    inside = any(key == name or key.startswith(f"{name}.") for name in OPEN_KEYS)
-    return f"++{override}" if inside or ("." in key and key in _known_keys(Config)) else override
+    return f"++{override}" if _inside_open_key(key) or ("." in key and key in _known_keys(Config)) else override
 
 
-def _search_path() -> list[str]:
-    """`MIXTERA_CONF=dir:dir` puts a team's own configs before the shipped ones."""
-    folders = [Path(p).resolve() for p in os.environ.get("MIXTERA_CONF", "").split(":") if p]
-    return [f"hydra.searchpath=[{','.join(f'file://{f}' for f in folders)}]"] if folders else []
+def _inside_open_key(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in OPEN_KEYS)
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
@@ -177,6 +195,8 @@ def _unparsable(overrides: Sequence[str]) -> str | None:
                 return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
             if value.startswith("~"):
                 return f"{override!r}: the shell leaves ~ as it is behind a =. Write {key}=$HOME{value[1:]}"
+            if "." in key and not _inside_open_key(key) and key not in _known_keys(Config):
+                return f"{key} is not a known key.{_near_keys(key)}"
             return f"{override!r} is not a Hydra override. Put its value in quotes of its own: '{key}=\"{value}\"'"
     return None
 
@@ -206,5 +226,4 @@ def _known_keys(cls: Any, path: str = "") -> list[str]:
 
 
 def _options(group: str) -> list[str]:
-    folder = conf_dir() / group
-    return sorted(p.stem for p in folder.glob("*.yaml")) if folder.is_dir() else []
+    return sorted({path.stem for folder in conf_folders() for path in (folder / group).glob("*.yaml")})

@@ -254,7 +254,7 @@ class JobConfig:
     ranks_per_node: int | None = None
     """One rank per GPU; null takes the cluster's."""
     time: str = "01:00:00"
-    """Time limit as `HH:MM:SS` or `D-HH:MM:SS`, in quotes."""
+    """Time limit as `HH:MM:SS` or `D-HH:MM:SS`; in a file in quotes."""
     account: str | None = None
     partition: str | None = None
     """Null takes the cluster's, or Slurm's default."""

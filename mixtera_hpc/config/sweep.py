@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
+from mixtera_hpc.config.compose import TEXT_KEYS
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["expand"]
@@ -24,6 +25,8 @@ def _values(override: str) -> list[str]:
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
+        if override.partition("=")[0] in TEXT_KEYS:
+            return [override]
         raise ConfigError(
             f"{override!r} is not an override: {error}\n  Write key=value, or key=a,b,c to sweep."
         ) from None
@@ -31,4 +34,8 @@ def _values(override: str) -> list[str]:
         return [override]
     if "glob(" in override or not parsed.is_discrete_sweep():
         raise ConfigError(f"{override!r} cannot be multiplied out. List the values: {parsed.get_key_element()}=a,b,c.")
-    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+    key = parsed.get_key_element()
+    if key in TEXT_KEYS:  # Taken as typed: what Hydra would escape stays as it is.
+        typed = zip(parsed.sweep_iterator(), parsed.sweep_string_iterator(), strict=True)
+        return [f"{key}={value if type(value) is str else text}" for value, text in typed]
+    return [f"{key}={text}" for text in parsed.sweep_string_iterator()]

@@ -82,7 +82,7 @@ class Share:
         if plane.global_batch_size % groups:
             raise ConfigError(
                 f"dataplane.global_batch_size={plane.global_batch_size} cannot be shared evenly by {num_ranks} ranks in "
-                f"dp_groups of {plane.dp_group_size}.\n  Change the number of ranks, or make it a multiple of {groups}."
+                f"groups of {plane.dp_group_size} (dataplane.dp_group_size).\n  Change the number of ranks, or make it a multiple of {groups}."
             )
         return cls.of_rank(rank, num_ranks, plane.dp_group_size, plane.global_batch_size)
 

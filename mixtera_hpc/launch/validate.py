@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtera_hpc.config.compose import compose, conf_dir
+from mixtera_hpc.config.compose import compose, conf_folders
 from mixtera_hpc.errors import MixteraError
 from mixtera_hpc.launch.job import Job, render
 
@@ -39,7 +39,7 @@ class Validation:
 
 def validate() -> Validation:
     """Try every `conf/experiment` (and none) with every `conf/cluster`, team configs on MIXTERA_CONF included."""
-    folders = [conf_dir(), *(Path(p) for p in os.environ.get("MIXTERA_CONF", "").split(":") if p)]
+    folders = conf_folders()
     experiments = _options(folders, "experiment")
     clusters = _options(folders, "cluster")
     unset = sorted(name for name in _needed_variables(folders) if name not in os.environ)

@@ -19,10 +19,10 @@ from typing import Any
 import hydra
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.config.compose import conf_dir
+from mixtera_hpc.config.compose import conf_dir, search_path
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.errors import MixteraError
+from mixtera_hpc.errors import ConfigError, MixteraError
 
 __all__ = ["main"]
 
@@ -110,5 +110,18 @@ def _make_attempt(config: Config, num_ranks: int, output: Path, overrides: Seque
     return f"{attempt} {folder.path}"
 
 
+def _find_own_configs() -> None:
+    """`MIXTERA_CONF` counts here as it does for every verb; Hydra reads the command line by itself."""
+    try:
+        own = search_path()
+    except ConfigError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(error.exit_code)
+    overrides = [at for at, word in enumerate(sys.argv) if at and "=" in word and not word.startswith("-")]
+    at = overrides[0] if overrides else len(sys.argv)
+    sys.argv[at:at] = own  # Beside the others: argparse wants them in one piece.
+
+
 if __name__ == "__main__":
+    _find_own_configs()
     main()

@@ -163,7 +163,7 @@ class Trainer:
         told = (
             f"The data ended after {self._step} of training.num_steps={self._training.num_steps} steps: "
             f"mixture.on_exhausted is {mixture.on_exhausted}, mixture.max_epochs {mixture.max_epochs}.\n"
-            "  See which domain runs out when with mixtera-hpc plan; a new run can have a higher mixture.max_epochs."
+            "  See which domain runs out when with mixtera-hpc plan; a new run can have a higher max_epochs, of the mixture or of that domain."
         )
         if self._step == 0:
             raise MixtureError(told)

@@ -1,5 +1,7 @@
 """What a user may type by mistake, and the sentence that answers it; never a traceback."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
         ("job.nodes=0", r"^job\.nodes is 0, expected at least 1\.$"),
         (
             "job.nodes=3",
-            r"^dataplane\.global_batch_size is 64, which 3 dp_groups cannot share evenly\. Use a multiple of 3\.$",
+            r"^dataplane\.global_batch_size is 64, which 3 ranks cannot share evenly\. Use a multiple of 3\.$",
         ),
         ("dataplane.dp_group_size=0", r"dataplane\.dp_group_size is 0, expected at least 1"),
+        ("query.were=a > 1", r"^query\.were is not a known key\. Did you mean 'query\.where'"),
+        ("job.time=12h", r"^job\.time is '12h', expected HH:MM:SS or D-HH:MM:SS, e\.g\. job\.time=12:30:00"),
         ("plan.steps=-1", r"plan\.steps is -1, expected at least 1"),
         ("plan.first_step=-4", r"plan\.first_step is -4, expected at least 0"),
         ("training.seed=99999999999999999999999", r"training\.seed is 9+, expected a number of 64 bits"),
@@ -35,6 +39,45 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
 def test_a_wrong_word_is_answered(word: str, answer: str) -> None:
     with pytest.raises(ConfigError, match=answer):
         compose([*BASE, word])
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A team's own configs."""
+    for group in ("experiment", "cluster"):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text(
+            "# @package _global_\n" if group == "experiment" else "name: mine\n"
+        )
+    monkeypatch.setenv("MIXTERA_CONF", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("group", ["experiment", "cluster"])
+def test_a_near_miss_may_be_a_config_of_ones_own(own: Path, group: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{group}=mien does not exist\. Did you mean 'mine'\?"):
+        compose([*BASE, f"{group}=mien"])
+
+
+def test_a_folder_of_configs_that_is_not_there_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXTERA_CONF", f"{own}:{own}/typo")
+
+    with pytest.raises(ConfigError, match=r"MIXTERA_CONF names .*/typo, which is not a folder"):
+        compose(BASE)
+    done = _hydra_application("cluster=mine")
+    assert (done.returncode, done.stderr.startswith("ConfigError: MIXTERA_CONF names")) == (2, True)
+
+
+def test_the_hydra_application_finds_configs_of_ones_own(own: Path) -> None:
+    done = _hydra_application("cluster=mine", "experiment=mine")
+
+    assert done.returncode == 0, done.stderr
+    assert "name: mine" in done.stdout
+
+
+def _hydra_application(*words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "mixtera_hpc.training", "--cfg", "job", *BASE, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 @pytest.mark.parametrize(

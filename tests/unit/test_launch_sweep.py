@@ -36,6 +36,18 @@ def test_lists_and_ranges_are_multiplied_out() -> None:
     assert points[-1] == ["a=1", "b=2", "c=1", "d='x,y'", "e=[1,2]"]
 
 
+@pytest.mark.parametrize(
+    ("override", "values"),
+    [
+        ("job.time=01:00:00,1-02:00:00", ["01:00:00", "1-02:00:00"]),
+        ("query.where=q >= 0.3 and l in ['en', 'de']", ["q >= 0.3 and l in ['en', 'de']"]),
+        ("query.where='a == 1',\"b == 'x'\"", ["'a == 1'", "\"b == 'x'\""]),
+    ],
+)
+def test_text_is_taken_as_typed(override: str, values: list[str]) -> None:
+    assert expand([override]) == [[f"{override.partition('=')[0]}={value}"] for value in values]
+
+
 @pytest.mark.parametrize("override", ["experiment=glob(*)", "a=interval(0,1)", "not an override"])
 def test_what_cannot_be_listed_is_refused(override: str) -> None:
     with pytest.raises(ConfigError):
