@@ -33,17 +33,18 @@ def run(args: argparse.Namespace) -> int:
 
     if args.row is not None and args.shard is None:
         raise ConfigError("--row needs --shard, the path of the row's file below the data root.")
-    if args.step is None and args.row is None and not (args.verify or args.diff or args.steps or args.shard):
+    asked = (args.step, args.steps, args.rank, args.domain, args.shard, args.row, args.diff)
+    if not args.verify and all(word is None for word in asked):
         raise ConfigError(
-            "trace needs --step S or --steps A..B to list steps, --shard FILE --row N to find a sample, --verify to prove the "
-            "whole run, or --diff RUN_B to compare."
+            "trace needs --step S or --steps A..B to list steps, --rank, --domain or --shard to list what is of one, --shard "
+            "FILE --row N to find a sample, --verify to prove the whole run, or --diff RUN_B to compare."
         )
     root = args.root or runs_root()
     folder = RunFolder.find(args.run_name, root)
     sources, history = _opened(folder)
     if args.verify:
         _verify(sources, folder, history, args.json)
-    elif args.diff:
+    elif args.diff is not None:
         return _diff((sources, history), _opened(RunFolder.find(args.diff, root)), args.json)
     elif args.row is not None:
         _seen(sources, history, args)
@@ -146,7 +147,7 @@ def _steps(args: argparse.Namespace, end: int) -> range:
     steps = range(end)
     if args.step is not None:
         steps = range(args.step, args.step + 1)
-    elif args.steps:
+    elif args.steps is not None:
         match = re.fullmatch(r"(\d+)\.\.(\d+)", args.steps)
         if not match or int(match[1]) > int(match[2]):
             raise ConfigError(f"--steps is {args.steps!r}, expected the first and the last step, e.g. --steps 10..19.")

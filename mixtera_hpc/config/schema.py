@@ -229,7 +229,9 @@ class TrackConfig:
     """Where metric events go besides JSONL, which is always written."""
 
     tensorboard: bool = False
+    """Scalars for TensorBoard, in the run's folder; needs the package `tensorboard`."""
     wandb: bool = False
+    """Weights & Biases; needs the package `wandb`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,7 +75,7 @@ class PropertyIndex:
             )
             raise PropertyIndexError(
                 f"{self.path} does not begin with a state {fingerprint[:12]!r}; it has {known}.\n  Shards of that state were "
-                "changed or deleted, or the index was built again: start a new run, or put the old file back."
+                "changed or deleted, a property was derived, or the index was built again: start a new run, or put the old file back."
             )
         self.tables, self.fingerprint = tables_at(self.tables, found), found.fingerprint
 

@@ -76,6 +76,17 @@ def test_what_the_run_does_not_have_is_refused_rather_than_answered_with_nothing
     assert not said.out and answer in said.err
 
 
+@pytest.mark.parametrize("words", [["--rank", "0"], ["--domain", "0"]])
+def test_a_filter_without_steps_is_of_the_whole_run(
+    words: list[str], own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = served(own_collection, tmp_path / "runs")
+    assert main(["trace", str(folder.path), *words, "--steps", "0..0"]) == 0
+    told = capsys.readouterr().out
+    assert main(["trace", str(folder.path), *words]) == 0
+    assert capsys.readouterr().out == told != ""
+
+
 def test_a_rank_stands_for_its_dp_group(
     own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
