@@ -2,10 +2,11 @@
 
 `dataplane.workers` processes, each with a `BatchMaker`, get the steps of a chunk in turns, and their batches are put in order again:
 what is served does not depend on how many there are. They are started anew, never forked (MPI forbids that), import nothing
-of the user's script, and end with their rank. Price: the tables of the index once per process, one copy of every batch through a
+of the user's script but modules from where the rank does, and end with their rank. Price: the tables of the index once per process, one copy of every batch through a
 socket, and a document that two neighbouring pieces share is read twice.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -53,10 +54,12 @@ class Workers:
         steps, count = steps_of(self._source, plan, first_step), len(self._workers)
         size = min(steps_together(self._source, self._share), -(-len(steps) // count)) or 1
         pieces = [steps[i : i + size] for i in range(0, len(steps), size)]
+        for number in range(count):
+            self._put(number, plan)
         sent = 0
         for number in range(len(pieces)):
             for piece in pieces[sent : number + PIECES_AHEAD * count]:
-                self._put(sent % count, (plan, piece))
+                self._put(sent % count, piece)
                 sent += 1
             batches, error = self._get(number % count)
             yield from batches
@@ -78,6 +81,7 @@ class Workers:
             self._ready = True
 
     def _put(self, number: int, what: Any) -> None:
+        """Send to a process that waits for it, or so little that it need not: both ends would wait to be read for ever."""
         try:
             self._workers[number][1].send(what)
         except OSError:
@@ -104,8 +108,9 @@ def _start() -> tuple["subprocess.Popen[bytes]", Connection]:
     ours, theirs = Pipe()
     held = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
     try:
-        command = [sys.executable, "-m", __name__, str(theirs.fileno())]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno())]
+        places = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=places)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         theirs.close()
@@ -113,15 +118,20 @@ def _start() -> tuple["subprocess.Popen[bytes]", Connection]:
 
 
 def _work(pipe: Connection) -> None:
-    """A process's life: a source and a share, then pieces of plans until the rank hangs up."""
+    """A process's life: a source and a share, then plans, each with its pieces, until the rank hangs up."""
     for number in NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_WORKERS)
     try:
         source, share = pipe.recv()
         maker = BatchMaker(source, share, source.config.dataplane.audit)
+        plan: ChunkPlan = pipe.recv()
         while True:
-            pipe.send(_made(maker, *pipe.recv()))
+            found = pipe.recv()
+            if isinstance(found, ChunkPlan):
+                plan = found
+            else:
+                pipe.send(_made(maker, plan, found))
     except (EOFError, OSError):
         return
 

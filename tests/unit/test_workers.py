@@ -1,9 +1,12 @@
 """Reading in processes: the same batches, the same errors, and nothing that is left behind."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.source import Source, open_source
 from mixtera_hpc.dataplane.workers import Workers
 from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.index.build import build_index
 
 SHARE = Share(first=0, size=4)
 WORDS = ["dataplane.seq_len=32", "dataplane.global_batch_size=4", "dataplane.chunk_steps=7", "dataplane.audit=true"]
@@ -48,6 +52,25 @@ def test_signals_for_the_job_do_not_end_them(collection: list[str]) -> None:
         os.kill(workers._workers[0][0].pid, number)
     assert [batch.digests for batch in workers.batches(plan, 0)][2:] == expected
     workers.close()
+
+
+def test_plans_of_many_domains_and_large_batches_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    rows = [{"blob": "x" * 8000, "domain": str(number)} for number in range(1000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.root={tmp_path}", "data.text=null", "data.properties.domain=domain", "mixture.unit=samples"]
+    config = compose([*data, "mixture.by=[domain]", "dataplane.global_batch_size=128", "dataplane.chunk_steps=16"])
+    build_index(config)
+    source = open_source(config, Local())
+    plan = source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
+    workers = Workers(source, Share(first=0, size=128), 1)
+    with socket.socket(fileno=os.dup(workers._workers[0][1].fileno())) as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    found: list[int] = []
+    reader = threading.Thread(target=lambda: found.extend(b.step for b in workers.batches(plan, 0)), daemon=True)
+    reader.start()
+    reader.join(timeout=60)
+    workers.close()
+    assert found == list(range(16)), "both ends wait to be read"
 
 
 def test_what_is_wrong_with_the_data_is_raised_at_its_step(own_collection: list[str]) -> None:
@@ -89,6 +112,23 @@ def test_they_end_with_a_rank_that_is_killed(collection: list[str], tmp_path: Pa
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "they outlive their rank"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("wrong", ["mixtera_hpc/__init__.py", "random.py"])
+def test_modules_come_from_where_the_rank_has_them(collection: list[str], tmp_path: Path, wrong: str) -> None:
+    (tmp_path / "here" / wrong).parent.mkdir(parents=True)
+    (tmp_path / "here" / wrong).write_text("raise ImportError('of the folder one happens to be in')\n")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        f"sys.path[1:] = {sys.path!r}\n"
+        "from mixtera_hpc import DataPlane, compose\n"
+        "with DataPlane.open(compose(sys.argv[1:])) as plane:\n"
+        "    next(iter(plane))\n"
+    )
+    command = [sys.executable, program, *collection, *WORDS, "dataplane.workers=1", "dataplane.comm=local"]
+    done = subprocess.run(command, cwd=tmp_path / "here", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def is_running(pid: int) -> bool:
