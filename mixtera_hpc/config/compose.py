@@ -29,6 +29,8 @@ OPEN_KEYS = ("data.properties", "data.roots", "mixture.algorithm", "cluster.env"
 """Mappings whose keys are the user's: they are set without Hydra's `+`."""
 TEXT_KEYS = ("query.where", "job.constraint", "job.comment", "job.time")
 """Keys whose value is text, whatever it looks like: taken as typed, without a second pair of quotes for Hydra."""
+_DEFAULTS = {"cluster": "local", "data": "generic"}
+"""The file of a group that says what another one leaves out."""
 _IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
 
 
@@ -75,6 +77,7 @@ def compose(overrides: Sequence[str]) -> Config:
 
 def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
     """Compose to nested dicts, resolved but not converted; see `compose`."""
+    import yaml  # type: ignore[import-untyped]
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -82,9 +85,16 @@ def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="mixtera-hpc"):
         try:
-            return from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*search_path(), *map(_typed, overrides)]))
+            plain = from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*search_path(), *map(_typed, overrides)]))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"A config file is no YAML: {error}") from None
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(_explain(error, overrides)) from None
+    if isinstance(plain.get("experiment"), dict):
+        raise ConfigError(
+            "The experiment's keys are below `experiment`. Begin its file with the line `# @package _global_`, which puts them at the top."
+        )
+    return plain
 
 
 def from_omegaconf(node: Any) -> dict[str, Any]:
@@ -101,7 +111,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing, or no YAML.
     """
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         plain = yaml.safe_load(path.read_text())
@@ -167,6 +177,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         key = re.search(r"full_key: (\S+)", text)
         where = f"{key.group(1)} needs" if key else "The configuration needs"
         return f"{where} the environment variable {name}, which is not set.\n  Set {name}, or give {key.group(1) if key else 'the key'}=<value>."
+    if match := re.search(r"Interpolation key '(\w+)\.(\S+)' not found", text):
+        group, leaf = match.groups()
+        return f"{group}.{leaf} is not set. Set it, or begin the file in {group}/ with `defaults: [{_DEFAULTS.get(group, 'default')}]`."
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{match.group(1)} is missing. Set it on the command line or in a config file."
     if match := re.search(r"Key '(\w+)' is not in struct\s+full_key: (\S+)", text):

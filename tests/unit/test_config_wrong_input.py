@@ -59,6 +59,29 @@ def test_a_near_miss_may_be_a_config_of_ones_own(own: Path, group: str) -> None:
         compose([*BASE, f"{group}=mien"])
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "answer"),
+    [
+        (
+            "experiment/mine.yaml",
+            "# @package _global_\nmixture: {by: [a}\n",
+            r"no YAML: (?s:.*)/experiment/mine\.yaml\", line 2",
+        ),
+        ("experiment/mine.yaml", "mixture: {by: [a]}\n", "Begin its file with the line `# @package _global_`"),
+        (
+            "cluster/mine.yaml",
+            "name: mine\nranks_per_node: 2\n",
+            r"^cluster\.\w+ is not set\. Set it, or begin .*`defaults: \[local\]`",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_of_ones_own_is_named(own: Path, file: str, text: str, answer: str) -> None:
+    (own / file).write_text(text)
+
+    with pytest.raises(ConfigError, match=answer):
+        compose([*BASE, f"{file.partition('/')[0]}=mine"])
+
+
 def test_a_folder_of_configs_that_is_not_there_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXTERA_CONF", f"{own}:{own}/typo")
 
