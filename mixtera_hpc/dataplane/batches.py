@@ -308,13 +308,12 @@ class Prefetcher:
         """Stop the thread, dropping what it has prepared.
 
         Args:
-            timeout_s: leave it alone when a read takes longer; None waits, so that what it reads may be freed.
+            timeout_s: leave it alone when a read takes longer: it frees what it holds then; None waits, so that what it reads
+                may be freed.
         """
         self._stopping.set()
         self._plans.put(None)
         self._thread.join(timeout=timeout_s)
-        if not self._thread.is_alive():
-            self._maker.close()
 
     def _run(self) -> None:
         try:
@@ -327,6 +326,8 @@ class Prefetcher:
                     return
         except BaseException as error:
             self._put(error)
+        finally:
+            self._maker.close()
 
     def _put(self, item: Batch | _End | BaseException) -> bool:
         """Wait for room; False when the consumer is gone."""

@@ -112,6 +112,27 @@ def test_files_are_not_closed_under_a_read_and_closing_waits_for_it(config: Conf
     assert maker.closed.is_set()
 
 
+def test_a_reader_that_is_left_alone_frees_what_it_holds_when_its_read_returns() -> None:
+    returns, closed = threading.Event(), threading.Event()
+
+    class Slow:
+        def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
+            returns.wait()
+            yield from ()
+
+        def close(self) -> None:
+            closed.set()
+
+    none = np.zeros(0, np.int64)
+    prefetcher = Prefetcher(Slow(), 1)
+    plan = ChunkPlan(chunk=0, first_step=0, num_steps=1, last=False, cursors=none, lags=none, weights=none)
+    prefetcher.submit(plan, 0)
+    prefetcher.close(timeout_s=0)
+    assert not closed.is_set()
+    returns.set()
+    assert closed.wait(timeout=10)
+
+
 def test_ranks_of_a_dp_group_share_and_one_of_them_speaks() -> None:
     plane = DataPlaneConfig(global_batch_size=12, dp_group_size=2)
     shares = [Share.of(plane, rank, 6) for rank in range(6)]
