@@ -85,16 +85,17 @@ def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="mixtera-hpc"):
         try:
-            plain = from_omegaconf(hydra_compose(CONFIG_NAME, overrides=[*search_path(), *map(_typed, overrides)]))
+            composed = hydra_compose(CONFIG_NAME, overrides=[*search_path(), *map(_typed, overrides)])
+            if "experiment" in composed:
+                raise ConfigError(
+                    "The experiment's keys are below `experiment`. Begin its file with the line `# @package _global_`, which "
+                    "puts them at the top."
+                )
+            return from_omegaconf(composed)
         except yaml.YAMLError as error:
             raise ConfigError(f"A config file is no YAML: {error}") from None
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(_explain(error, overrides)) from None
-    if isinstance(plain.get("experiment"), dict):
-        raise ConfigError(
-            "The experiment's keys are below `experiment`. Begin its file with the line `# @package _global_`, which puts them at the top."
-        )
-    return plain
 
 
 def from_omegaconf(node: Any) -> dict[str, Any]:
