@@ -199,7 +199,7 @@ class SwitchedMixer:
     def _reign(self, change: Change) -> None:
         """Every mixer counts chunks from its own first one, and its timeline says where that lies."""
         line = self._ground.timeline
-        timeline = replace(line, chunk=0, step=line.step_of(change.chunk), items=line.items_before(change.chunk))
+        timeline = replace(line, step=line.step_of(change.chunk), items=line.items_before(change.chunk))
         mixer = make_mixer(change.mixture, replace(self._ground, timeline=timeline))
         if change.chunk in self._mixers:
             self._mixers[change.chunk].close()

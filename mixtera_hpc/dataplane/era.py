@@ -29,6 +29,8 @@ class Era:
     """Disjoint and ascending."""
     origins: Ints
     """Item of each domain's stream at which its sequence 0 would begin; below 0 where surgery shortened it. Shape (K,)."""
+    items: int = 0
+    """Items that data step 0 would have had before it, had all steps been as large as they are now: where schedules by tokens count from."""
 
     @classmethod
     def start(cls, num_domains: int) -> "Era":
@@ -61,7 +63,12 @@ class Era:
 
     def to_dict(self) -> dict[str, Any]:
         """Fit for JSON."""
-        return {"number": self.number, "skips": [list(s) for s in self.skips], "origins": self.origins.tolist()}
+        return {
+            "number": self.number,
+            "skips": [list(s) for s in self.skips],
+            "origins": self.origins.tolist(),
+            "items": self.items,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Era":
@@ -70,4 +77,5 @@ class Era:
             number=data["number"],
             skips=tuple((first, last) for first, last in data["skips"]),
             origins=np.array(data["origins"], np.int64),
+            items=data["items"],
         )

@@ -25,25 +25,23 @@ MAX_EPOCHS_DEFAULT = {"repeat": None, "redistribute": 1.0, "stop": 1.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Where chunks lie. A run whose batch size is changed has another one from that chunk on."""
+    """Where the chunks of a mixture lie: of a run's first one, or of one that took its place at a later chunk."""
 
     chunk_steps: int
     items_per_step: int
     """Predicted tokens, or samples, of a global batch."""
-    chunk: int = 0
-    """The first chunk this holds for."""
     step: int = 0
-    """Its first step."""
+    """The first step of its chunk 0."""
     items: int = 0
-    """Items served before it."""
+    """Items served before that; see `Era.items`."""
 
     def step_of(self, chunk: int) -> int:
         """The first step of `chunk`."""
-        return self.step + (chunk - self.chunk) * self.chunk_steps
+        return self.step + chunk * self.chunk_steps
 
     def items_before(self, chunk: int) -> int:
         """Items served before `chunk`."""
-        return self.items + (chunk - self.chunk) * self.chunk_steps * self.items_per_step
+        return self.items + chunk * self.chunk_steps * self.items_per_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

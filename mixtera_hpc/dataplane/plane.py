@@ -67,7 +67,7 @@ class DataPlane:
         self._sinks = sinks
         self._share = Share.of(config.dataplane, comm.rank, comm.size)
         self._control = Control(sinks.control, watch_files=comm.rank == 0)
-        self._mixer = SwitchedMixer(source.config.mixture, source.ground)
+        self._mixer: SwitchedMixer
         self._feedback = Feedback(comm, source.num_domains)
         self._plans: PlanFeed
         self._prefetcher: Prefetcher
@@ -235,7 +235,7 @@ class DataPlane:
                 time.sleep(POLL_S)
         if self._started:
             self._prefetcher.close(timeout_s=None if orderly else ABANDON_S)
-        self._mixer.close()
+            self._mixer.close()
         self._control.close()
         self._sinks.close(self._next_step if orderly and self._started else None)
         if orderly:
@@ -248,6 +248,7 @@ class DataPlane:
         found = begin(self._source, state, self._sinks.surgeries()) if self._comm.rank == 0 else None
         beginning = share_beginning(self._comm, found, self.num_domains)
         source = self._source = self._source.in_era(beginning.era)
+        self._mixer = SwitchedMixer(source.config.mixture, source.ground)
         self._next_step, plan = beginning.step, beginning.plan
         if self._comm.rank == 0:
             if state is not None:

@@ -117,7 +117,13 @@ class Source:
 
     def in_era(self, era: Era) -> "Source":
         """The same data as a later era of a run counts it."""
-        return replace(self, era=era, planner=replace(self.planner, capacity=_capacity(self, era)))
+        timeline = replace(self.ground.timeline, items=era.items)
+        return replace(
+            self,
+            era=era,
+            ground=replace(self.ground, timeline=timeline),
+            planner=replace(self.planner, capacity=_capacity(self, era)),
+        )
 
     def span(self, domain: int, first: int, count: int) -> tuple[int, int]:
         """Items [start, stop) of `domain`'s stream that `count` sequences from sequence `first` on cover."""

@@ -127,6 +127,9 @@ def begin(source: Source, state: PlaneState | None, operated: Sequence[Surgery])
     data_step = state.era.data_step(state.next_step)
     stands = before.planner.state_at(state.plan, data_step)
     stands = replace(stands, chunk=data_step // source.planner.chunk_steps)
+    if "global_batch_size" in changed:
+        was, now = before.ground.timeline.items_per_step, source.ground.timeline.items_per_step
+        era = replace(era, items=era.items + data_step * (was - now))
     if "drop" in changed:
         era = replace(era, origins=_origins(before, source, stands.cursors))
     return Beginning(step=state.next_step, plan=_from_here(stands), era=era)

@@ -212,3 +212,26 @@ def test_a_change_that_nobody_recorded_is_refused(plain: dict[str, Any], new_fol
     _, state = serve(config, folder, 1, 4)
     with pytest.raises(ConfigError, match="seed was 0, is 3"):
         serve(replace(config, dataplane=replace(config.dataplane, seed=3)), folder, 2, 8, state)
+
+
+@pytest.mark.parametrize("at_step", [6, 7])
+def test_a_schedule_by_tokens_counts_steps_as_large_as_they_were(
+    plain: dict[str, Any], new_folder: Callable[[], Path], at_step: int
+) -> None:
+    tokens = at_step * 6 * 16 + (12 - at_step) * 12 * 16  # Served before step 12.
+    stages = [
+        {"start": start, "domains": [{"key": {"source": name}, "weight": 1.0}]}
+        for start, name in ((0, "argparse"), (tokens, "ast"))
+    ]
+    mixture = {"kind": "schedule", "schedule": {"unit": "tokens", "stages": stages}}
+    before, folder = (
+        config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": 3}),
+        new_folder(),
+    )
+    after = replace(before, dataplane=replace(before.dataplane, global_batch_size=12))
+    _, state = serve(before, folder, 1, at_step)
+    operate(before, after, folder, at_step)
+    batches, state = serve(after, folder, 2, 10, state)
+    more, _ = serve(after, folder, 3, 16, state)
+    found = {batch.step: set(batch.domain_ids.tolist()) for batch in [*batches, *more]}
+    assert found == {step: {0} if step < 12 else {1} for step in range(at_step, 16)}

@@ -212,8 +212,8 @@ def test_a_domain_that_is_not_the_runs_is_refused_with_near_misses() -> None:
 
 
 def test_a_timeline_may_begin_anywhere() -> None:
-    timeline = Timeline(chunk_steps=3, items_per_step=50, chunk=10, step=40, items=4000)
-    assert (timeline.step_of(12), timeline.items_before(12)) == (46, 4300)
+    timeline = Timeline(chunk_steps=3, items_per_step=50, step=40, items=4000)
+    assert (timeline.step_of(2), timeline.items_before(2)) == (46, 4300)
 
 
 def test_epoch_limits_of_a_domain_come_before_the_mixtures() -> None:
