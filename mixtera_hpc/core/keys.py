@@ -62,7 +62,7 @@ def codes_of(name: str, value: str | Matches, values: Sequence[str]) -> list[int
         except ValueError as error:
             raise MixtureError(f"A domain key's {name}: {error}") from None
     elif text in values or "*" not in text:
-        codes, verb = [c for c, known in enumerate(values) if known == text], "="
+        codes, verb = [values.index(text)] if text in values else [], "="
     else:
         codes, verb = [c for c, known in enumerate(values) if _like(known, text.split("*"))], "like"
     if not codes:
