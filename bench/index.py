@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from bench._corpus import FOLDER, make_numbers, make_rows, make_tokenizer
-from bench._digests import NUM_SEQUENCES, digests
+from bench._digests import NUM_SEQUENCES, SOURCE, digests
 from bench._tables import make_index, make_shards
 from bench.index_parallel import best
 from mixtera_hpc.comm.communicator import Local
@@ -48,7 +48,6 @@ MIXTERA_LOCAL = 0.9e3, 5e3
 TORCHDATA_MMAP = 1.3e5
 FIELDS = Fields(text="text", properties=(Field(name="source", path="meta.redpajama_set_name", kind=Kind.CATEGORY),))
 TEXT_ROW = msgspec.defstruct("TextRow", [("text", str)], gc=False)
-SOURCE = "data.properties.source=meta.redpajama_set_name"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Reading in processes of their own, for data that one thread cannot keep up with.
 
 `dataplane.workers` processes, each with a `BatchMaker`, get the steps of a chunk in turns, and their batches are put in order again:
-what is served does not depend on how many there are. They are started anew, never forked (MPI forbids that), import nothing
-of the user's script but modules from where the rank does, and end with their rank. Price: the tables of the index once per process, one copy of every batch through a
-socket, and a document that two neighbouring pieces share is read twice.
+what is served does not depend on how many there are. They are started anew, never forked (MPI forbids that), find modules where the
+rank finds them, run nothing of the user's script, and end with their rank. Price: the tables of the index once per process, one
+copy of every batch through a socket, and a document that two neighbouring pieces share is read twice.
 """
 
 import os
