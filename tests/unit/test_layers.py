@@ -17,12 +17,13 @@ BELOW: dict[str, set[str]] = {
     "track": {"config", "errors"},
     "index": {"core", "config", "comm", "formats", "tokens", "errors"},
     "dataplane": {"core", "config", "comm", "index", "formats", "tokens", "track", "errors"},
+    "trace": {"core", "config", "comm", "index", "formats", "tokens", "track", "dataplane", "errors"},
     "training": {"core", "config", "comm", "index", "formats", "tokens", "track", "dataplane", "errors"},
     "report": {"core", "config", "track", "errors"},
     "launch": {"core", "config", "errors"},
     "cli": {
         *("core", "config", "comm", "index", "formats", "tokens", "track", "dataplane"),
-        *("training", "report", "launch", "errors"),
+        *("trace", "training", "report", "launch", "errors"),
     },
     "testing": {"core", "config", "comm", "index", "formats", "tokens", "track", "dataplane", "errors"},
 }
