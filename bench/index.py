@@ -31,8 +31,8 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.dataplane.batches import BatchMaker, Share
-from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.dataplane.reading.batches import BatchMaker, Share
+from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.formats.fields import RowType
 from mixtera_hpc.formats.format import Field, Fields
 from mixtera_hpc.index.build import build_index

@@ -26,8 +26,8 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import Planner, PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.source import Source, open_source
-from mixtera_hpc.dataplane.state import PlaneState
+from mixtera_hpc.dataplane.plane_state import PlaneState
+from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.index.build import build_index
 
 OUT = Path(__file__).resolve().parent / "out" / "plan.json"

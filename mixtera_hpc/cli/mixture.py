@@ -43,7 +43,7 @@ def _set(folder: "RunFolder", file: Path, chunk: int | None) -> int:
     from mixtera_hpc.config.compose import load_config, read_yaml
     from mixtera_hpc.dataplane.change import Request, ask, successor
     from mixtera_hpc.dataplane.mixture import make_mixer
-    from mixtera_hpc.dataplane.source import open_source
+    from mixtera_hpc.dataplane.reading.source import open_source
     from mixtera_hpc.dataplane.surgery import as_begun
     from mixtera_hpc.errors import ConfigError
 

@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from mixtera_hpc.comm.communicator import Local
     from mixtera_hpc.config.compose import compose
-    from mixtera_hpc.dataplane.source import open_source
+    from mixtera_hpc.dataplane.reading.source import open_source
     from mixtera_hpc.errors import ConfigError
 
     config = compose(args.overrides)

@@ -56,7 +56,7 @@ def run_folder(
     folder: "RunFolder", overrides: Sequence[str] = (), attempt: int | None = None, change: "Change | None" = None
 ) -> int:
     """Continue the run in `folder`; every rank calls this. Returns the exit code. **Collective.**"""
-    from mixtera_hpc.dataplane.batches import Share
+    from mixtera_hpc.dataplane.reading.batches import Share
     from mixtera_hpc.launch.attempts import new_attempt
     from mixtera_hpc.launch.resume import NO_CHANGE, amended_config, check_ended
 

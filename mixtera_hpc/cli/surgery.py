@@ -69,7 +69,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 def _tell_dropped(before: "Config", after: "Config", drop: Sequence[str]) -> None:
     from mixtera_hpc.comm.communicator import Local
-    from mixtera_hpc.dataplane.source import count_samples, open_source
+    from mixtera_hpc.dataplane.reading.source import count_samples, open_source
     from mixtera_hpc.errors import ConfigError, LaunchError
 
     try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
-from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.trace import Sources, traced
 
 __all__ = ["Difference", "difference"]

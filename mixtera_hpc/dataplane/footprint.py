@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.reading.source import Source
 
 __all__ = ["Footprint", "footprint"]
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import Planner, PlannerState
 from mixtera_hpc.dataplane.footprint import Footprint, footprint
-from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.reading.source import Source
 
 __all__ = ["DomainForecast", "Forecast", "forecast"]
 

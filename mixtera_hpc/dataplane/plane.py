@@ -30,18 +30,18 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, from_buffer
-from mixtera_hpc.dataplane.batches import Batch, Prefetcher, Share
 from mixtera_hpc.dataplane.change import SwitchedMixer
 from mixtera_hpc.dataplane.control import Control
-from mixtera_hpc.dataplane.feedback import Agreement, Feedback, Notes
 from mixtera_hpc.dataplane.journal import Opening
-from mixtera_hpc.dataplane.losses import StepLosses
-from mixtera_hpc.dataplane.plans import PlanFeed
-from mixtera_hpc.dataplane.sinks import Sinks
-from mixtera_hpc.dataplane.source import Source, open_source
-from mixtera_hpc.dataplane.state import PlaneState
+from mixtera_hpc.dataplane.plan_broadcast import PlanFeed
+from mixtera_hpc.dataplane.plane_state import PlaneState
+from mixtera_hpc.dataplane.reading.batches import Batch, Prefetcher, Share
+from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.reading.workers import open_batches
+from mixtera_hpc.dataplane.run_recorder import Sinks
+from mixtera_hpc.dataplane.step_losses import StepLosses
+from mixtera_hpc.dataplane.step_reducer import Agreement, Feedback, Notes
 from mixtera_hpc.dataplane.surgery import begin, share_beginning
-from mixtera_hpc.dataplane.workers import open_batches
 from mixtera_hpc.errors import leaves_in_order
 from mixtera_hpc.track.tracker import Silent, Tracker
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mixtera_hpc.core.planner import ChunkPlan, Slots
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
-from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.trace import Sources
 from mixtera_hpc.errors import DataError, did_you_mean
 

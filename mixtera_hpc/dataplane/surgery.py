@@ -19,8 +19,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.dataplane.journal import append_line, read_lines
-from mixtera_hpc.dataplane.source import Source, open_source
-from mixtera_hpc.dataplane.state import PlaneState, check_identity
+from mixtera_hpc.dataplane.plane_state import PlaneState, check_identity
+from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import ConfigError
 
 __all__ = [

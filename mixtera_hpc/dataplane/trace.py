@@ -10,11 +10,11 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
-from mixtera_hpc.dataplane.batches import BatchMaker, Share
-from mixtera_hpc.dataplane.expand import Documents, Streams
 from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
-from mixtera_hpc.dataplane.source import Source, open_source
-from mixtera_hpc.dataplane.state import check_identity
+from mixtera_hpc.dataplane.plane_state import check_identity
+from mixtera_hpc.dataplane.reading.batches import BatchMaker, Share
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, Streams
+from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.surgery import config_of
 from mixtera_hpc.errors import ConfigError, DataError
 

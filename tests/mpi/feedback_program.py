@@ -9,7 +9,7 @@ import numpy as np
 
 from mixtera_hpc.comm.launch import guarded, open_communicator
 from mixtera_hpc.core.statistics import NUM_ROWS
-from mixtera_hpc.dataplane.feedback import Feedback, Notes
+from mixtera_hpc.dataplane.step_reducer import Feedback, Notes
 
 
 def main() -> None:

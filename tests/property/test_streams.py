@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import PlannerState
-from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Share
-from mixtera_hpc.dataplane.expand import Documents
-from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, Share
+from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
 
 SHUFFLES = ["dataplane.shuffle=none", "dataplane.shuffle=block", "dataplane.shuffle_window=3"]

@@ -7,7 +7,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.forecast import forecast
-from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.trace import planned
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.dataplane.source import open_source
-from mixtera_hpc.dataplane.state import check_identity
+from mixtera_hpc.dataplane.plane_state import check_identity
+from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.trace import planned
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.index.refresh import refresh_index

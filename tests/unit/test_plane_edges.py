@@ -15,9 +15,9 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config, DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane import plane as plane_module
-from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Prefetcher, Share
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.source import open_source
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, Prefetcher, Share
+from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import CommError, ConfigError, DataError
 
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.tables import SampleColumns
-from mixtera_hpc.dataplane import expand
-from mixtera_hpc.dataplane.expand import Streams
-from mixtera_hpc.dataplane.source import Source, open_source
+from mixtera_hpc.dataplane.reading import domain_streams as expand
+from mixtera_hpc.dataplane.reading.domain_streams import Streams
+from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
 
 

@@ -15,10 +15,10 @@ import pytest
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
-from mixtera_hpc.dataplane.batches import Batches, BatchMaker, Share
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.source import Source, open_source
-from mixtera_hpc.dataplane.workers import Workers
+from mixtera_hpc.dataplane.reading.batches import Batches, BatchMaker, Share
+from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.reading.workers import Workers
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.build import build_index
 

@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.batches import Batch, Batches, BatchMaker, Share, steps_of, steps_together
-from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.reading.batches import Batch, Batches, BatchMaker, Share, steps_of, steps_together
+from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import DataError
 
 __all__ = ["Workers", "open_batches"]

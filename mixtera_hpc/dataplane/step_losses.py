@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.statistics import NUM_ROWS, accumulate
-from mixtera_hpc.dataplane.batches import Batch
+from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import CommError
 
 __all__ = ["StepLosses", "sequence_sums"]

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.dataplane.expand import Documents
-from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.format import BlockRef, RangeReader, ShardReader, TokenReader

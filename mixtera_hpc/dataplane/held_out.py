@@ -14,9 +14,9 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.statistics import DomainStatistics, accumulate, from_buffer
-from mixtera_hpc.dataplane.batches import Batch, BatchMaker, Share
-from mixtera_hpc.dataplane.losses import sequence_sums
-from mixtera_hpc.dataplane.source import open_source
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, Share
+from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.step_losses import sequence_sums
 from mixtera_hpc.errors import MixtureError
 
 __all__ = ["Validation"]

@@ -27,11 +27,11 @@ from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, Predicate, parse
 from mixtera_hpc.core.stream import Grid
 from mixtera_hpc.core.tables import BLOCK_COLUMNS, BlockTable, SampleColumns
-from mixtera_hpc.dataplane.counted import check_tokens
 from mixtera_hpc.dataplane.era import Era
-from mixtera_hpc.dataplane.expand import StreamLayout, Streams
 from mixtera_hpc.dataplane.mixer import Mixer
 from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of
+from mixtera_hpc.dataplane.reading.domain_streams import StreamLayout, Streams
+from mixtera_hpc.dataplane.reading.token_counts import check_tokens
 from mixtera_hpc.index.open import PropertyIndex
 from mixtera_hpc.index.selection import select_domains
 from mixtera_hpc.index.several import SampleSource, open_configured, open_samples, sample_sources

@@ -6,10 +6,10 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.batches import Batch
 from mixtera_hpc.dataplane.change import Change, decisions
 from mixtera_hpc.dataplane.journal import Audit, Journal, Opening, append_line
-from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.surgery import Surgery, surgeries
 from mixtera_hpc.track.tracker import Silent, Tracker
 

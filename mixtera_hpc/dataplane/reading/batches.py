@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, Slots
-from mixtera_hpc.dataplane.expand import Documents, Streams
 from mixtera_hpc.dataplane.journal import sample_digest, sequence_digest
-from mixtera_hpc.dataplane.read import DocumentReader, Span
-from mixtera_hpc.dataplane.source import Source
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, Span
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, Streams
+from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import ConfigError, MixteraError
 
 __all__ = ["Batch", "BatchMaker", "Batches", "Prefetcher", "Share", "steps_of", "steps_together"]
