@@ -14,10 +14,10 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     from mixtera_hpc.config.runfolder import RunFolder, runs_root
-    from mixtera_hpc.launch.cancel import cancel, cancel_after_save
+    from mixtera_hpc.launch.cancel import cancel_after_save, cancel_now
 
     folder = RunFolder.find(args.run_name, args.root or runs_root())
-    done = cancel_after_save(folder) if args.after_save else cancel(folder)
+    done = cancel_after_save(folder) if args.after_save else cancel_now(folder)
     if done.ended:
         print(f"ended   {' '.join(done.ended)}")
     if done.saving:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["counted", "open_console"]
+__all__ = ["open_console", "pluralize"]
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """`1 row`, `1,234 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 

@@ -48,7 +48,7 @@ def _collect(demo: Path) -> None:
     if (demo / "corpus").is_dir():
         _say(f"already in {demo / 'corpus'}")
         return
-    from mixtera_hpc.cli.corpus import write_corpus
+    from mixtera_hpc.cli.demo_corpus import write_corpus
 
     _say("collecting source files, tests, stubs, headers, licences and documentation …")
     write_corpus(demo / "corpus", _say)
@@ -60,7 +60,7 @@ def _tokenizer(demo: Path) -> None:
     if path.is_file():
         _say(f"already in {path}")
         return
-    from mixtera_hpc.cli.corpus import collect
+    from mixtera_hpc.cli.demo_corpus import collect
     from mixtera_hpc.tokens.tokenizer import Gigatoken, HuggingFace, check_equal
     from mixtera_hpc.tokens.train import train_bpe
 

@@ -11,9 +11,9 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     from mixtera_hpc.config.runfolder import runs_root
-    from mixtera_hpc.launch.doctor import examine
+    from mixtera_hpc.launch.doctor import examine_machine
 
-    findings = examine(runs_root())
+    findings = examine_machine(runs_root())
     if args.json:
         import json
         from dataclasses import asdict

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mixtera_hpc.cli.console import counted
+from mixtera_hpc.cli.console import pluralize
 from mixtera_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _verify(args: argparse.Namespace, comm: "Communicator") -> Answer:
         how = "by fingerprint and samples" if args.deep else "by size and time of change"
         how += ", token counts included" if tokenizer is not None else ""
         shards = len(index.tables.shards.path)
-        return Answer(text=f"{index.path}: {counted(shards, 'shard')} below {index.data_root}, all as indexed, {how}")
+        return Answer(text=f"{index.path}: {pluralize(shards, 'shard')} below {index.data_root}, all as indexed, {how}")
 
 
 def _tokenizer(config: "Config", fingerprint: str | None) -> Any:

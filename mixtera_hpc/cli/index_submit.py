@@ -17,9 +17,9 @@ __all__ = ["submit"]
 
 def submit(args: argparse.Namespace) -> int:
     """Send it off, or print its script."""
-    from mixtera_hpc.cli.submit import send
+    from mixtera_hpc.cli.submit import submit_or_print
 
-    return send(_job(args), args)
+    return submit_or_print(_job(args), args)
 
 
 def _job(args: argparse.Namespace) -> "Config":

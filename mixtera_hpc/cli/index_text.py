@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mixtera_hpc.cli.console import counted, open_console
+from mixtera_hpc.cli.console import open_console, pluralize
 
 if TYPE_CHECKING:
     from mixtera_hpc.comm.communicator import Communicator
@@ -38,7 +38,7 @@ class _Lines:
     """What a batch log gets."""
 
     def __init__(self, num_ranks: int) -> None:
-        self._ranks = counted(num_ranks, "rank")
+        self._ranks = pluralize(num_ranks, "rank")
         self._began_s = self._told_s = 0.0
 
     def __call__(self, state: "BuildProgress") -> None:
@@ -77,8 +77,8 @@ def build_text(report: "BuildReport") -> list[str]:
     """What a build did."""
     rate = report.bytes_read / max(report.elapsed_s, 1e-9) / 1e6
     lines = [
-        f"{report.path}: {counted(report.samples, 'sample')} of {counted(report.shards, 'shard')} in "
-        f"{counted(report.blocks, 'block')}",
+        f"{report.path}: {pluralize(report.samples, 'sample')} of {pluralize(report.shards, 'shard')} in "
+        f"{pluralize(report.blocks, 'block')}",
         f"  read {report.bytes_read / 1e6:,.1f} MB in {report.elapsed_s:.1f} s ({rate:,.0f} MB/s)",
     ]
     if report.resumed_units:
@@ -90,9 +90,9 @@ def build_text(report: "BuildReport") -> list[str]:
         lines.append(f"  {report.tokens:,} tokens")
     left_out = []
     if report.bad_rows:
-        left_out.append(f"{counted(report.bad_rows, 'row')} that cannot be read")
+        left_out.append(f"{pluralize(report.bad_rows, 'row')} that cannot be read")
     if report.damaged_shards:
-        left_out.append(f"what follows the damage in {counted(report.damaged_shards, 'shard')}")
+        left_out.append(f"what follows the damage in {pluralize(report.damaged_shards, 'shard')}")
     if left_out:
         lines.append(f"  left out: {', '.join(left_out)}; mixtera-hpc index inspect names them")
     for name in report.empty_properties:
@@ -103,8 +103,8 @@ def build_text(report: "BuildReport") -> list[str]:
 def refresh_text(report: "RefreshReport") -> list[str]:
     """What a refresh did."""
     if report.build is None:
-        return [f"nothing has changed in {counted(report.kept, 'shard')}; the index was left alone"]
-    lines = [f"  {counted(report.kept, 'shard')} kept"]
+        return [f"nothing has changed in {pluralize(report.kept, 'shard')}; the index was left alone"]
+    lines = [f"  {pluralize(report.kept, 'shard')} kept"]
     for what, paths in (("added", report.added), ("changed", report.changed), ("deleted", report.deleted)):
         if paths:
             more = f" and {len(paths) - NAMED:,} more" if len(paths) > NAMED else ""
@@ -123,7 +123,7 @@ def derive_text(report: "DeriveReport") -> list[str]:
     """What a derivation did."""
     rate = report.bytes_read / max(report.elapsed_s, 1e-9) / 1e6
     lines = [
-        f"{report.path}: {', '.join(report.derived)} of {counted(report.samples, 'sample')}, {counted(report.combos, 'combo')} now",
+        f"{report.path}: {', '.join(report.derived)} of {pluralize(report.samples, 'sample')}, {pluralize(report.combos, 'combo')} now",
         f"  read {report.bytes_read / 1e6:,.1f} MB in {report.elapsed_s:.1f} s ({rate:,.0f} MB/s)",
     ]
     if report.resumed_units:
@@ -174,9 +174,9 @@ def print_facts(index: "PropertyIndex", facts: dict[str, Any]) -> None:
 
     console = open_console(soft_wrap=True)
     tokens = f"{facts['tokens']:,} tokens" if facts["tokens"] is not None else "tokens not counted"
-    console.print(f"{index.path}: {counted(facts['samples'], 'sample')}, {tokens}")
+    console.print(f"{index.path}: {pluralize(facts['samples'], 'sample')}, {tokens}")
     formats = ", ".join(f"{count:,} {name}" for name, count in facts["formats"].items())
-    data = f"{counted(facts['shards'], 'shard')} ({formats}) of {facts['data_bytes'] / 1e6:,.1f} MB below {facts['data_root']}"
+    data = f"{pluralize(facts['shards'], 'shard')} ({formats}) of {facts['data_bytes'] / 1e6:,.1f} MB below {facts['data_root']}"
     console.print(f"  {data}, {_block_sizes(index)}")
     console.print(f"  {facts['bytes']:,} bytes, {facts['bytes_per_sample']:.2f} per sample{_packing(facts)}")
     console.print(f"  fingerprint {facts['fingerprint']}{_earlier(facts)}")
@@ -193,7 +193,7 @@ def _block_sizes(index: "PropertyIndex") -> str:
     import numpy as np
 
     rows = index.tables.blocks.rows
-    return f"{counted(len(rows), 'block')} of {int(rows.min()):,} to {int(rows.max()):,} rows, {np.median(rows):,.0f} usually"
+    return f"{pluralize(len(rows), 'block')} of {int(rows.min()):,} to {int(rows.max()):,} rows, {np.median(rows):,.0f} usually"
 
 
 def _packing(facts: dict[str, Any]) -> str:
@@ -215,7 +215,7 @@ def _bad_lines(facts: dict[str, Any]) -> list[str]:
         return []
     rows = sum(b["rows"] for b in bad)
     shards = len({b["shard"] for b in bad})
-    lines = [f"  left out: {counted(rows, 'row')} of {counted(shards, 'shard')}, which cannot be read"]
+    lines = [f"  left out: {pluralize(rows, 'row')} of {pluralize(shards, 'shard')}, which cannot be read"]
     lines += [f"    {b['shard']}: {b['rows'] or 'the rest'}, {b['reason']}" for b in bad[: 2 * NAMED]]
     return lines + ([f"    and {len(bad) - 2 * NAMED:,} more (--json has all)"] if len(bad) > 2 * NAMED else [])
 

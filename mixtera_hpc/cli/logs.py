@@ -18,11 +18,11 @@ def arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     from mixtera_hpc.config.runfolder import RunFolder, runs_root
     from mixtera_hpc.errors import LaunchError
-    from mixtera_hpc.launch.follow import follow
+    from mixtera_hpc.launch.follow import follow_run
     from mixtera_hpc.launch.logs import all_lines
 
     folder = RunFolder.find(args.run_name, args.root or runs_root())
-    lines = follow(folder, args.rank) if args.follow else all_lines(folder, args.rank)
+    lines = follow_run(folder, args.rank) if args.follow else all_lines(folder, args.rank)
     empty = True
     for line in lines:
         print(line, flush=args.follow)

@@ -126,13 +126,13 @@ def _print_table(lines: list[dict[str, Any]]) -> None:
     """First and newest weights, with those between as far as they fit."""
     from rich.table import Table
 
-    from mixtera_hpc.cli.console import counted, open_console
+    from mixtera_hpc.cli.console import open_console, pluralize
 
     if not lines:
         print("nothing has been planned yet")
         return
     shown = lines if len(lines) <= MAX_COLUMNS else [lines[0], *lines[1 - MAX_COLUMNS :]]
-    table = Table(title=f"weights changed {counted(len(lines) - 1, 'time')}", title_justify="left")
+    table = Table(title=f"weights changed {pluralize(len(lines) - 1, 'time')}", title_justify="left")
     table.add_column("domain")
     for line in shown:
         table.add_column(f"chunk {line['chunk']}\nstep {line['step']}", justify="right")

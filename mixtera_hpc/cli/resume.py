@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mixtera_hpc.config.runfolder import RunFolder
-    from mixtera_hpc.launch.resume import Change
+    from mixtera_hpc.launch.resume import ResumeRequest
 
 __all__ = ["arguments", "run"]
 
@@ -57,9 +57,9 @@ def run(args: Namespace) -> int:
     return _submit(folder, args, change)
 
 
-def _submit(folder: "RunFolder", args: Namespace, change: "Change") -> int:
+def _submit(folder: "RunFolder", args: Namespace, change: "ResumeRequest") -> int:
     from mixtera_hpc.cli.run import take_over
-    from mixtera_hpc.cli.submit import follow_submitted, tell
+    from mixtera_hpc.cli.submit import follow_submitted, print_submitted
     from mixtera_hpc.launch.resume import amended_config, check_ended
     from mixtera_hpc.launch.submit import submit_attempt
 
@@ -67,14 +67,14 @@ def _submit(folder: "RunFolder", args: Namespace, change: "Change") -> int:
     config = amended_config(folder, args.overrides, change)
     take_over(folder, config, args.overrides, change)
     submitted = submit_attempt(folder, config, after=newest)
-    tell(submitted)
+    print_submitted(submitted)
     return follow_submitted(submitted) if args.wait else 0
 
 
-def _change(args: Namespace) -> "Change":
-    from mixtera_hpc.launch.resume import Change
+def _change(args: Namespace) -> "ResumeRequest":
+    from mixtera_hpc.launch.resume import ResumeRequest
 
-    return Change(
+    return ResumeRequest(
         skip_steps=_steps(args.skip_steps) if args.skip_steps else None,
         drop=tuple(args.drop),
         seed=args.change_seed,

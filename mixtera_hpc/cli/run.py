@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mixtera_hpc.comm.communicator import Communicator
     from mixtera_hpc.config.runfolder import RunFolder
     from mixtera_hpc.config.schema import Config
-    from mixtera_hpc.launch.resume import Change
+    from mixtera_hpc.launch.resume import ResumeRequest
 
     Prepare = Callable[[int], tuple[RunFolder, int]]
     """Number of ranks → the run's folder and the number of this attempt; rank 0 calls it."""
@@ -53,14 +53,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_folder(
-    folder: "RunFolder", overrides: Sequence[str] = (), attempt: int | None = None, change: "Change | None" = None
+    folder: "RunFolder",
+    overrides: Sequence[str] = (),
+    attempt: int | None = None,
+    change: "ResumeRequest | None" = None,
 ) -> int:
     """Continue the run in `folder`; every rank calls this. Returns the exit code. **Collective.**"""
     from mixtera_hpc.dataplane.reading.batches import Share
     from mixtera_hpc.launch.attempts import new_attempt
-    from mixtera_hpc.launch.resume import NO_CHANGE, amended_config, check_ended
+    from mixtera_hpc.launch.resume import NO_EDITS, amended_config, check_ended
 
-    change = change or NO_CHANGE
+    change = change or NO_EDITS
     config = amended_config(folder, overrides, change)
 
     def prepare(ranks: int) -> "tuple[RunFolder, int]":
@@ -74,11 +77,11 @@ def run_folder(
     return _guarded(config, prepare)
 
 
-def take_over(folder: "RunFolder", config: "Config", overrides: Sequence[str], change: "Change") -> None:
+def take_over(folder: "RunFolder", config: "Config", overrides: Sequence[str], change: "ResumeRequest") -> None:
     """Record what the attempts to come run with, and the surgery that leads there; one process does it."""
     from mixtera_hpc.cli.surgery import operate
     from mixtera_hpc.config.compose import load_config
-    from mixtera_hpc.launch.resume import take_over as record
+    from mixtera_hpc.launch.resume import record_config as record
 
     operate(folder, load_config(folder.config), config, change)
     record(folder, config, overrides)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from mixtera_hpc.config.schema import Config
     from mixtera_hpc.launch.submit import Submitted
 
-__all__ = ["arguments", "follow_submitted", "run", "send", "tell"]
+__all__ = ["arguments", "follow_submitted", "print_submitted", "run", "submit_or_print"]
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -22,24 +22,24 @@ def arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     from mixtera_hpc.config.compose import compose
 
-    return send(compose(args.overrides), args)
+    return submit_or_print(compose(args.overrides), args)
 
 
-def send(config: "Config", args: Namespace) -> int:
+def submit_or_print(config: "Config", args: Namespace) -> int:
     """Submit `config`, or with `--dry-run` print its script; with `--wait` see it to its end."""
-    from mixtera_hpc.launch.submit import missing_account, script_text, submit_run
+    from mixtera_hpc.launch.submit import missing_account_message, script_text, submit_run
 
     if args.dry_run:
-        if problem := missing_account(config):
+        if problem := missing_account_message(config):
             print(f"warning: {problem}", file=sys.stderr)
         sys.stdout.write(script_text(config, args.overrides))
         return 0
     submitted = submit_run(config, args.overrides)
-    tell(submitted)
+    print_submitted(submitted)
     return follow_submitted(submitted) if args.wait else 0
 
 
-def tell(submitted: "Submitted") -> None:
+def print_submitted(submitted: "Submitted") -> None:
     """Say what was submitted and how to look after it."""
     print(f"job     {submitted.job_id}" + (f" (attempt {submitted.attempt})" if submitted.attempt > 1 else ""))
     print(f"folder  {submitted.folder.path}")
@@ -49,8 +49,8 @@ def tell(submitted: "Submitted") -> None:
 
 def follow_submitted(submitted: "Submitted") -> int:
     """Print its lines until it has ended; returns what it left with."""
-    from mixtera_hpc.launch.follow import exit_code, follow
+    from mixtera_hpc.launch.follow import follow_run, run_exit_code
 
-    for line in follow(submitted.folder, attempt=submitted.attempt):
+    for line in follow_run(submitted.folder, attempt=submitted.attempt):
         print(line, flush=True)
-    return exit_code(submitted.folder)
+    return run_exit_code(submitted.folder)

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from mixtera_hpc.config.runfolder import RunFolder
     from mixtera_hpc.config.schema import Config
     from mixtera_hpc.dataplane.surgery import Surgery
-    from mixtera_hpc.launch.resume import Change
+    from mixtera_hpc.launch.resume import ResumeRequest
 
 __all__ = ["operate"]
 
 
-def operate(folder: "RunFolder", before: "Config", after: "Config", change: "Change") -> None:
+def operate(folder: "RunFolder", before: "Config", after: "Config", change: "ResumeRequest") -> None:
     """Record the surgery that makes `after` of `before`; nothing when there is none. One process, while no attempt runs.
 
     Raises:

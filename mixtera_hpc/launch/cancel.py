@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import is_alive, read_end, read_start
-from mixtera_hpc.launch.slurm import JobState, query, scancel
+from mixtera_hpc.launch.slurm_commands import JobState, query_jobs, scancel
 
-__all__ = ["Cancelled", "cancel", "cancel_after_save"]
+__all__ = ["Cancelled", "cancel_after_save", "cancel_now"]
 
 SECOND_LOOK_S = 1.0
 
@@ -25,7 +25,7 @@ class Cancelled:
     """Those that save first."""
 
 
-def cancel(folder: RunFolder) -> Cancelled:
+def cancel_now(folder: RunFolder) -> Cancelled:
     """End the run's jobs now, a follow-up submitted this very moment included.
 
     Raises:
@@ -68,7 +68,7 @@ def _open_jobs(folder: RunFolder) -> dict[str, JobState]:
         start = read_start(folder, attempt)
         if start and start.job_id and read_end(folder, attempt) is None:
             ids.append(start.job_id)
-    return {job: info.state for job, info in query(ids).items() if info.state.active}
+    return {job: info.state for job, info in query_jobs(ids).items() if info.state.active}
 
 
 def _local_pid(folder: RunFolder) -> int | None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from mixtera_hpc.launch.manifest import PACKAGES, installed_version
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "examine_machine"]
 
 CHECK_LIMIT_S = 120
 Verdict = Literal["ok", "absent", "wrong"]
@@ -33,7 +33,7 @@ class Finding:
     """How to cure it."""
 
 
-def examine(runs_root: Path) -> list[Finding]:
+def examine_machine(runs_root: Path) -> list[Finding]:
     """Run every check."""
     checks: list[Callable[[], list[Finding]]] = [
         _python,

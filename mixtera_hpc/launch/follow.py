@@ -10,29 +10,29 @@ from datetime import UTC, datetime
 
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.launch.attempts import read_end, read_start
-from mixtera_hpc.launch.logs import Ranks, Tail, heading, last_words
-from mixtera_hpc.launch.slurm import JobState
+from mixtera_hpc.launch.logs import LogTail, RankSelection, attempt_heading, failed_rank_lines
+from mixtera_hpc.launch.slurm_commands import JobState
 from mixtera_hpc.launch.status import RunStatus, run_statuses
 
-__all__ = ["exit_code", "follow"]
+__all__ = ["follow_run", "run_exit_code"]
 
 LOOK_S = 0.5
 FIRST_QUESTION_S = 2.0
 LONGEST_PAUSE_S = 30.0
 
 
-def follow(folder: RunFolder, ranks: Ranks = "main", attempt: int | None = None) -> Iterator[str]:
+def follow_run(folder: RunFolder, ranks: RankSelection = "main", attempt: int | None = None) -> Iterator[str]:
     """Yield lines from `attempt` (the first when None) on, follow-ups included, until the run has ended."""
     current = attempt or min(folder.attempts(), default=1)
     while True:
-        yield heading(folder, current)
+        yield attempt_heading(folder, current)
         yield from _follow_attempt(folder, ranks, current)
         if current >= max(folder.attempts(), default=0):
             return
         current += 1
 
 
-def exit_code(folder: RunFolder) -> int:
+def run_exit_code(folder: RunFolder) -> int:
     """What `--wait` leaves with: the newest attempt's own code where it is one of ours, else 1."""
     attempt = max(folder.attempts(), default=0)
     end = read_end(folder, attempt) if attempt else None
@@ -42,8 +42,8 @@ def exit_code(folder: RunFolder) -> int:
     return {JobState.COMPLETED: 0, JobState.SAVED: 75}.get(state, 1)
 
 
-def _follow_attempt(folder: RunFolder, ranks: Ranks, attempt: int) -> Iterator[str]:
-    tail = Tail(folder.logs(attempt), ranks)
+def _follow_attempt(folder: RunFolder, ranks: RankSelection, attempt: int) -> Iterator[str]:
+    tail = LogTail(folder.logs(attempt), ranks)
     told: str | None = None
     pause_s = FIRST_QUESTION_S
     next_question = time.monotonic()
@@ -62,7 +62,7 @@ def _follow_attempt(folder: RunFolder, ranks: Ranks, attempt: int) -> Iterator[s
     if read_end(folder, attempt) is None:
         time.sleep(LOOK_S)  # The batch script submits what follows and then says so.
     yield from tail.lines(last=True)
-    yield from last_words(folder, attempt, ranks)
+    yield from failed_rank_lines(folder, attempt, ranks)
 
 
 def _over(folder: RunFolder, attempt: int) -> bool:

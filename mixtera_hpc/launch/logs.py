@@ -12,9 +12,9 @@ from typing import Literal
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.launch.attempts import read_start
 
-__all__ = ["Ranks", "Tail", "all_lines", "heading", "last_words"]
+__all__ = ["LogTail", "RankSelection", "all_lines", "attempt_heading", "failed_rank_lines"]
 
-Ranks = int | Literal["all", "main"]
+RankSelection = int | Literal["all", "main"]
 """One rank; everything; or `main`: rank 0 and the batch script, and the last words of the rank that failed first."""
 
 LAST_WORDS = 20
@@ -30,10 +30,10 @@ class _Position:
     """The beginning of a line whose end is not written yet."""
 
 
-class Tail:
+class LogTail:
     """Reads an attempt's logs from where it last stopped; costs one `stat` and `read` per file and call."""
 
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
+    def __init__(self, folder: Path, ranks: RankSelection) -> None:
         self._folder = folder
         self._ranks = ranks
         self._positions: dict[Path, _Position] = {}
@@ -71,16 +71,16 @@ class Tail:
         return source == str(self._ranks)
 
 
-def all_lines(folder: RunFolder, ranks: Ranks) -> Iterator[str]:
+def all_lines(folder: RunFolder, ranks: RankSelection) -> Iterator[str]:
     """Everything written so far, attempt by attempt, each under its heading."""
     for attempt in folder.attempts():
-        lines = Tail(folder.logs(attempt), ranks).lines(last=True) + last_words(folder, attempt, ranks)
+        lines = LogTail(folder.logs(attempt), ranks).lines(last=True) + failed_rank_lines(folder, attempt, ranks)
         if lines:
-            yield heading(folder, attempt)
+            yield attempt_heading(folder, attempt)
             yield from lines
 
 
-def last_words(folder: RunFolder, attempt: int, ranks: Ranks) -> list[str]:
+def failed_rank_lines(folder: RunFolder, attempt: int, ranks: RankSelection) -> list[str]:
     """With `main`, the last lines of the rank that failed, where that is not rank 0.
 
     srun kills the others when one leaves with a code of its own, and tells all of them in any order.
@@ -91,10 +91,10 @@ def last_words(folder: RunFolder, attempt: int, ranks: Ranks) -> list[str]:
     ended = re.findall(r"srun: error: \S+: tasks? (\d+)\S* (.*)", batch.read_text(errors="replace"))
     by_themselves = [int(rank) for rank, how in ended if how.startswith("Exited with")]
     rank = next(iter(by_themselves or (int(rank) for rank, _ in ended)), 0)
-    return Tail(folder.logs(attempt), rank).lines(last=True)[-LAST_WORDS:] if rank else []
+    return LogTail(folder.logs(attempt), rank).lines(last=True)[-LAST_WORDS:] if rank else []
 
 
-def heading(folder: RunFolder, attempt: int) -> str:
+def attempt_heading(folder: RunFolder, attempt: int) -> str:
     """The line above an attempt's lines."""
     start = read_start(folder, attempt)
     job = f" · job {start.job_id}" if start and start.job_id else ""

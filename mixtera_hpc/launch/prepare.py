@@ -15,7 +15,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.manifest import git_diff, manifest
 
-__all__ = ["ensure_manifest", "prepare_run", "replace_config", "rooted"]
+__all__ = ["ensure_manifest", "prepare_run", "replace_config", "with_absolute_paths"]
 
 
 def prepare_run(config: Config, overrides: Sequence[str], now: datetime) -> RunFolder:
@@ -24,7 +24,7 @@ def prepare_run(config: Config, overrides: Sequence[str], now: datetime) -> RunF
     Raises:
         LaunchError: `run.id` names a run that exists, or `run.root` is no place for folders.
     """
-    config = rooted(config)
+    config = with_absolute_paths(config)
     try:
         folder = _make_folder(config, now)
     except OSError as error:
@@ -41,7 +41,7 @@ def prepare_run(config: Config, overrides: Sequence[str], now: datetime) -> RunF
     return folder
 
 
-def rooted(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """`config` with paths that mean the same from any folder; what does not exist below this one stays as it is."""
     plane, data, index = config.dataplane, config.data, config.index
     return replace(

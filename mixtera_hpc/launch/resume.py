@@ -18,18 +18,18 @@ from mixtera_hpc.launch.prepare import replace_config
 from mixtera_hpc.launch.status import JUST_SUBMITTED_S, run_statuses
 
 __all__ = [
-    "IDENTITY",
-    "NO_CHANGE",
-    "Change",
+    "IDENTITY_KEYS",
+    "NO_EDITS",
+    "ResumeRequest",
     "amended_config",
     "check_ended",
     "check_resume",
+    "record_config",
     "recorded_overrides",
-    "take_over",
     "was_submitted",
 ]
 
-IDENTITY = (
+IDENTITY_KEYS = (
     *("data", "index.path", "query", "mixture"),
     *(
         f"dataplane.{name}"
@@ -52,7 +52,7 @@ IDENTITY = (
 """What a run is: with any of these changed, the samples or the model of the steps to come would be another run's."""
 
 
-KNOWINGLY = {
+FLAG_OF_KEY = {
     "dataplane.seed": "--change-seed",
     "dataplane.global_batch_size": "--change-batch-size",
     "query.drop": "--drop EXPRESSION",
@@ -61,7 +61,7 @@ KNOWINGLY = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class ResumeRequest:
     """What a user changes knowingly about what a run is."""
 
     skip_steps: tuple[int, int] | None = None
@@ -79,13 +79,13 @@ class Change:
             "--change-batch-size": self.batch_size,
             "--drop EXPRESSION": bool(self.drop),
         }
-        return {key: flag for key, flag in KNOWINGLY.items() if wished[flag]}
+        return {key: flag for key, flag in FLAG_OF_KEY.items() if wished[flag]}
 
 
-NO_CHANGE = Change()
+NO_EDITS = ResumeRequest()
 
 
-def check_resume(old: Config, new: Config, change: Change = NO_CHANGE) -> None:
+def check_resume(old: Config, new: Config, change: ResumeRequest = NO_EDITS) -> None:
     """Refuse a changed identity, but for what is changed knowingly.
 
     Raises:
@@ -94,7 +94,7 @@ def check_resume(old: Config, new: Config, change: Change = NO_CHANGE) -> None:
     """
     before, after = dict(_leaves(to_plain(old))), dict(_leaves(to_plain(new)))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    refused = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in IDENTITY)]
+    refused = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in IDENTITY_KEYS)]
     for key, flag in change.keys.items():
         if key not in changed:
             raise LaunchError(f"{flag} is given, but {key} stays {before.get(key)!r}.\n  Give {key}=<value> as well.")
@@ -114,11 +114,11 @@ def check_resume(old: Config, new: Config, change: Change = NO_CHANGE) -> None:
 
 
 def _knowingly(refused: Sequence[str]) -> str:
-    flags = [f"{KNOWINGLY[key]} for {key}" for key in refused if key in KNOWINGLY]
+    flags = [f"{FLAG_OF_KEY[key]} for {key}" for key in refused if key in FLAG_OF_KEY]
     return f"\n  To change it knowingly, from the last checkpoint on, add {', '.join(flags)}." if flags else ""
 
 
-def amended_config(folder: RunFolder, overrides: Sequence[str], change: Change = NO_CHANGE) -> Config:
+def amended_config(folder: RunFolder, overrides: Sequence[str], change: ResumeRequest = NO_EDITS) -> Config:
     """The recorded configuration with what `overrides` and `change` change, checked; other identity fields may not.
 
     The difference that the overrides make to a composition is laid over the recorded one, so files in `conf/` may have
@@ -139,7 +139,7 @@ def amended_config(folder: RunFolder, overrides: Sequence[str], change: Change =
     return new
 
 
-def take_over(folder: RunFolder, config: Config, overrides: Sequence[str]) -> None:
+def record_config(folder: RunFolder, config: Config, overrides: Sequence[str]) -> None:
     """Record an amended configuration for the attempts to come; one process does it."""
     if to_plain(config) != load_yaml(folder.config):
         replace_config(folder, to_plain(config), overrides)

@@ -11,7 +11,7 @@ from typing import Any
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import AttemptEnd, AttemptStart, is_alive, read_end, read_start
-from mixtera_hpc.launch.slurm import JobInfo, JobState, query
+from mixtera_hpc.launch.slurm_commands import JobInfo, JobState, query_jobs
 
 __all__ = ["JUST_SUBMITTED_S", "RunStatus", "last_step", "run_statuses"]
 
@@ -52,7 +52,7 @@ def run_statuses(folders: Sequence[RunFolder], now: datetime) -> list[RunStatus]
     attempts = [_newest(folder) for folder in folders]
     open_ids = [a.start.job_id for a in attempts if a.end is None and a.start is not None and a.start.job_id]
     try:
-        infos, trouble = query(open_ids), None
+        infos, trouble = query_jobs(open_ids), None
     except LaunchError as error:
         infos, trouble = {}, str(error)
     return [_status(attempt, infos, trouble, now) for attempt in attempts]

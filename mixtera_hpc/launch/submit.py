@@ -10,11 +10,11 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import new_attempt, record_start
-from mixtera_hpc.launch.job import Job, render
-from mixtera_hpc.launch.prepare import prepare_run, rooted
-from mixtera_hpc.launch.slurm import require_sbatch, sbatch
+from mixtera_hpc.launch.prepare import prepare_run, with_absolute_paths
+from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
+from mixtera_hpc.launch.slurm_commands import require_sbatch, sbatch
 
-__all__ = ["Submitted", "missing_account", "script_text", "submit_attempt", "submit_run"]
+__all__ = ["Submitted", "missing_account_message", "script_text", "submit_attempt", "submit_run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     _check_submittable(config)
     attempt = new_attempt(folder, config, kind="slurm", after=after)
     script = folder.attempt(attempt) / "submit.sh"
-    script.write_text(render(Job(config=config, folder=folder.path, attempt=attempt)))
+    script.write_text(render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt)))
     try:
         job_id = sbatch(script)
     except LaunchError:
@@ -58,10 +58,10 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
 
 def script_text(config: Config, overrides: Sequence[str]) -> str:
     """The script alone, of a run that makes its folder when it starts. Touches nothing."""
-    return render(Job(config=rooted(config), overrides=overrides))
+    return render_script(SbatchJob(config=with_absolute_paths(config), overrides=overrides))
 
 
-def missing_account(config: Config) -> str | None:
+def missing_account_message(config: Config) -> str | None:
     """What to do about a cluster that charges an account when none is named; None when all is well."""
     given = config.job.account or os.environ.get("SBATCH_ACCOUNT") or os.environ.get("SLURM_ACCOUNT")
     if given or not config.cluster.needs_account:
@@ -73,6 +73,6 @@ def missing_account(config: Config) -> str | None:
 
 
 def _check_submittable(config: Config) -> None:
-    if problem := missing_account(config):
+    if problem := missing_account_message(config):
         raise LaunchError(problem)
     require_sbatch()

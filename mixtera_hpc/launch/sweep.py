@@ -18,19 +18,19 @@ from mixtera_hpc.config.convert import to_plain
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.sweep import expand
-from mixtera_hpc.launch.prepare import replace_config, rooted
-from mixtera_hpc.launch.slurm import JobState
+from mixtera_hpc.launch.prepare import replace_config, with_absolute_paths
+from mixtera_hpc.launch.slurm_commands import JobState
 from mixtera_hpc.launch.status import run_statuses
 from mixtera_hpc.launch.submit import Submitted, submit_attempt, submit_run
 
-__all__ = ["Point", "SweepPlan", "plan_sweep", "submit_point"]
+__all__ = ["SweepPlan", "SweepPoint", "plan_sweep", "submit_point"]
 
 Action = Literal["new", "continue", "finished", "active"]
 _UNKNOWN: tuple[RunFolder | None, Action] = (None, "new")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class SweepPoint:
     """One combination of values."""
 
     config: Config
@@ -53,10 +53,10 @@ class Point:
 class SweepPlan:
     """What repeating the same command would submit right now."""
 
-    points: tuple[Point, ...]
+    points: tuple[SweepPoint, ...]
 
     @property
-    def due(self) -> list[Point]:
+    def due(self) -> list[SweepPoint]:
         """Points to submit."""
         return [point for point in self.points if point.action in ("new", "continue")]
 
@@ -75,9 +75,9 @@ def plan_sweep(overrides: Sequence[str], max_parallel: int | None = None) -> Swe
         ConfigError: any point that does not compose or fails a check.
     """
     combinations = expand(overrides)
-    configs = [rooted(compose(point)) for point in combinations]
+    configs = [with_absolute_paths(compose(point)) for point in combinations]
     known = _known_runs(configs)
-    points: list[Point] = []
+    points: list[SweepPoint] = []
     lane = 0
     for config, point in zip(configs, combinations, strict=True):
         key = _fingerprint(config)
@@ -85,11 +85,11 @@ def plan_sweep(overrides: Sequence[str], max_parallel: int | None = None) -> Swe
         if max_parallel is not None and action in ("new", "continue"):
             config = _in_lane(config, lane % max_parallel)
             lane += 1
-        points.append(Point(config=config, overrides=tuple(point), fingerprint=key, action=action, folder=folder))
+        points.append(SweepPoint(config=config, overrides=tuple(point), fingerprint=key, action=action, folder=folder))
     return SweepPlan(points=tuple(points))
 
 
-def submit_point(point: Point) -> Submitted:
+def submit_point(point: SweepPoint) -> Submitted:
     """Submit one due point and record it.
 
     Raises:
@@ -139,7 +139,7 @@ def _fingerprint(config: Config) -> str:
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _record(point: Point, submitted: Submitted) -> None:
+def _record(point: SweepPoint, submitted: Submitted) -> None:
     entry = {"fingerprint": point.fingerprint, "run_id": submitted.folder.run_id, "overrides": list(point.overrides)}
     with _record_path(point.config).open("a") as file:
         file.write(json.dumps(entry) + "\n")

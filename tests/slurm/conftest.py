@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtera_hpc.launch.slurm import query, scancel
+from mixtera_hpc.launch.slurm_commands import query_jobs, scancel
 
 MIXTERA = Path(sys.executable).with_name("mixtera-hpc")
 Mixtera = Callable[..., subprocess.CompletedProcess[str]]
@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield root
     starts = [json.loads(path.read_text()) for path in root.glob("*/*/attempts/*/job.json")]
     jobs = [start["job_id"] for start in starts if start["job_id"]]
-    scancel([job for job, info in query(jobs).items() if info.state.active])
+    scancel([job for job, info in query_jobs(jobs).items() if info.state.active])
 
 
 @pytest.fixture

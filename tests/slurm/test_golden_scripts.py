@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.config.compose import compose, conf_dir
-from mixtera_hpc.launch.job import Job, render
+from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 
 GOLDEN = Path(__file__).with_name("golden")
 CLUSTERS = sorted(path.stem for path in (conf_dir() / "cluster").glob("*.yaml"))
@@ -18,7 +18,7 @@ ACCEPT = "MIXTERA_ACCEPT=1 python -m pytest tests/slurm/test_golden_scripts.py"
 def script(cluster: str) -> str:
     words = ["data.root=/data", "mixture.unit=samples", "run.name=golden", f"cluster={cluster}", "job.nodes=2"]
     words += ["job.account=project", "job.max_attempts=3", "cluster.python=/opt/venv/bin/python"]
-    return render(Job(config=compose(words), folder=Path("/runs/golden/20261123-161004-7f3a")))
+    return render_script(SbatchJob(config=compose(words), folder=Path("/runs/golden/20261123-161004-7f3a")))
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)

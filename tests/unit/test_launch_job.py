@@ -10,7 +10,7 @@ import pytest
 
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.launch.job import Job, render
+from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 
 MakeConfig = Callable[..., Config]
 MakeCommand = Callable[[str, str], Path]
@@ -29,13 +29,13 @@ def srun_line(script: str) -> str:
 
 
 def test_the_same_input_gives_the_same_bytes(make_config: MakeConfig, tmp_path: Path) -> None:
-    texts = {render(Job(config=make_config("cluster=dev"), folder=tmp_path)) for _ in range(2)}
+    texts = {render_script(SbatchJob(config=make_config("cluster=dev"), folder=tmp_path)) for _ in range(2)}
 
     assert len(texts) == 1
 
 
 def test_resources_are_asked_for_and_repeated_on_srun(make_config: MakeConfig, tmp_path: Path) -> None:
-    script = render(Job(config=make_config("cluster=dev", "job.nodes=4"), folder=tmp_path))
+    script = render_script(SbatchJob(config=make_config("cluster=dev", "job.nodes=4"), folder=tmp_path))
 
     asked = flags(script)
     assert (asked["nodes"], asked["ntasks-per-node"], asked["cpus-per-task"]) == ("4", "2", "4")
@@ -49,7 +49,7 @@ def test_resources_are_asked_for_and_repeated_on_srun(make_config: MakeConfig, t
 def test_what_a_job_asks_for_wins_over_its_cluster(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("cluster=perlmutter", "job.qos=debug", "dataplane.global_batch_size=64")
 
-    asked = flags(render(Job(config=config, folder=tmp_path)))
+    asked = flags(render_script(SbatchJob(config=config, folder=tmp_path)))
 
     assert (asked["qos"], asked["constraint"]) == ("debug", "gpu")
 
@@ -57,7 +57,7 @@ def test_what_a_job_asks_for_wins_over_its_cluster(make_config: MakeConfig, tmp_
 def test_a_cluster_may_take_one_of_our_parameters_away(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("cluster=dev", "+cluster.sbatch.no-requeue=null", "+cluster.sbatch.requeue=true")
 
-    asked = flags(render(Job(config=config, folder=tmp_path)))
+    asked = flags(render_script(SbatchJob(config=config, folder=tmp_path)))
 
     assert "requeue" in asked
     assert "no-requeue" not in asked
@@ -72,19 +72,21 @@ def test_gpus_are_asked_for_in_the_words_of_the_site(
 ) -> None:
     config = make_config("cluster=dev", "cluster.gpus_per_node=4", f"cluster.gpu_request={request_kind}")
 
-    assert flags(render(Job(config=config, folder=tmp_path)))[name] == value
+    assert flags(render_script(SbatchJob(config=config, folder=tmp_path)))[name] == value
 
 
 def test_many_ranks_share_one_labelled_log_per_node(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("cluster=clariden", "job.nodes=64", "dataplane.global_batch_size=256")
 
-    assert '--label --output="$logs/node_%05n.out"' in srun_line(render(Job(config=config, folder=tmp_path)))
+    assert '--label --output="$logs/node_%05n.out"' in srun_line(
+        render_script(SbatchJob(config=config, folder=tmp_path))
+    )
 
 
 def test_a_container_is_named_on_srun_only(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("cluster=clariden", "job.container=/x/mixtera.toml")
 
-    script = render(Job(config=config, folder=tmp_path))
+    script = render_script(SbatchJob(config=config, folder=tmp_path))
 
     assert "--environment=/x/mixtera.toml" in srun_line(script)
     assert "environment" not in flags(script)
@@ -102,7 +104,7 @@ def test_no_text_of_the_user_reaches_the_shell_unquoted(
     config = with_text(config)
     calls = command("srun", f'echo "$SAID" >{tmp_path}/said')
     script = tmp_path / "script.sh"
-    script.write_text(render(Job(config=config, folder=folder)))
+    script.write_text(render_script(SbatchJob(config=config, folder=folder)))
 
     done = subprocess.run(["bash", str(script)], cwd=tmp_path, capture_output=True, text=True, env=job_environment())
 
@@ -136,7 +138,7 @@ def attempt(
         config = make_config("cluster=dev", "job.max_attempts=3", *overrides)
         command("srun", srun)
         script = tmp_path / "script.sh"
-        script.write_text(render(Job(config=config, folder=folder)))
+        script.write_text(render_script(SbatchJob(config=config, folder=folder)))
         return subprocess.run(["bash", str(script)], capture_output=True, text=True, env=job_environment())
 
     return run
@@ -229,7 +231,7 @@ def test_the_first_failing_rank_is_named_in_the_batch_log(attempt: Attempt) -> N
 def test_a_script_without_a_folder_makes_its_own(make_config: MakeConfig, command: MakeCommand, tmp_path: Path) -> None:
     config = make_config("cluster=dev")
     command("srun", "exit 0")
-    script = render(Job(config=config, overrides=["cluster=dev", "data.root=it's here"]))
+    script = render_script(SbatchJob(config=config, overrides=["cluster=dev", "data.root=it's here"]))
 
     done = subprocess.run(["bash"], input=script, capture_output=True, text=True, env=job_environment())
 

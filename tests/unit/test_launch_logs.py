@@ -9,8 +9,8 @@ from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
-from mixtera_hpc.launch.follow import exit_code, follow
-from mixtera_hpc.launch.logs import Tail, all_lines
+from mixtera_hpc.launch.follow import follow_run, run_exit_code
+from mixtera_hpc.launch.logs import LogTail, all_lines
 from mixtera_hpc.launch.prepare import prepare_run
 
 
@@ -50,7 +50,7 @@ def test_of_a_rank_that_failed_one_sees_the_last_words_unasked(folder: RunFolder
         "srun: error: node1: task 0: Killed\nsrun: error: node2: task 1: Exited with exit code 2\n"
     )
 
-    for lines in (list(all_lines(folder, "main")), list(follow(folder))):
+    for lines in (list(all_lines(folder, "main")), list(follow_run(folder))):
         assert "[1] line 29" in lines and "[1] line 3" not in lines
     assert "[1] line 29" not in list(all_lines(folder, 0))
 
@@ -58,13 +58,13 @@ def test_of_a_rank_that_failed_one_sees_the_last_words_unasked(folder: RunFolder
 def test_labelled_files_of_nodes_read_like_files_of_ranks(folder: RunFolder) -> None:
     (folder.logs(2) / "node_00000.out").write_text("  3: three\n 12: twelve: and more\n")
 
-    assert Tail(folder.logs(2), 12).lines() == ["[12] twelve: and more"]
-    assert "[3] three" in Tail(folder.logs(2), "all").lines()
+    assert LogTail(folder.logs(2), 12).lines() == ["[12] twelve: and more"]
+    assert "[3] three" in LogTail(folder.logs(2), "all").lines()
 
 
 def test_a_line_is_told_when_it_is_complete(folder: RunFolder) -> None:
     path = folder.logs(2) / "rank_00000.out"
-    tail = Tail(folder.logs(2), 0)
+    tail = LogTail(folder.logs(2), 0)
     path.write_text("half")
     assert tail.lines() == []
 
@@ -75,17 +75,17 @@ def test_a_line_is_told_when_it_is_complete(folder: RunFolder) -> None:
 
 
 def test_following_goes_from_attempt_to_attempt_and_ends_with_the_run(folder: RunFolder) -> None:
-    lines = list(follow(folder, 0))
+    lines = list(follow_run(folder, 0))
 
     assert [line for line in lines if line.startswith("[0]")] == ["[0] attempt 1", "[0] attempt 2"]
-    assert exit_code(folder) == 0
+    assert run_exit_code(folder) == 0
 
 
 @pytest.mark.parametrize(("code", "expected"), [(75, 75), (2, 2), (1, 1), (137, 1)])
 def test_waiting_leaves_with_the_outcome(folder: RunFolder, code: int, expected: int) -> None:
     end_attempt(folder, 2, AttemptEnd(exit_code=code, elapsed_s=1))
 
-    assert exit_code(folder) == expected
+    assert run_exit_code(folder) == expected
 
 
 def test_a_run_without_logs_says_where_its_output_went(

@@ -14,9 +14,9 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, LaunchError
 from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
-from mixtera_hpc.launch.cancel import cancel, cancel_after_save
+from mixtera_hpc.launch.cancel import cancel_after_save, cancel_now
 from mixtera_hpc.launch.prepare import prepare_run
-from mixtera_hpc.launch.resume import Change, amended_config, check_ended, take_over, was_submitted
+from mixtera_hpc.launch.resume import ResumeRequest, amended_config, check_ended, record_config, was_submitted
 
 MakeConfig = Callable[..., Config]
 MakeCommand = Callable[[str, str], Path]
@@ -47,7 +47,7 @@ def test_a_change_of_cluster_brings_all_of_it(folder: RunFolder) -> None:
     assert (config.cluster.name, config.cluster.gpus_per_node, config.job.partition) == ("clariden", 4, "normal")
     assert config.cluster.env["FI_PROVIDER"] == "cxi"
 
-    take_over(folder, config, ["cluster=clariden"])
+    record_config(folder, config, ["cluster=clariden"])
     back = amended_config(folder, ["cluster=dev"])
     assert (back.cluster.name, back.cluster.env) == ("dev", {})
 
@@ -90,22 +90,22 @@ def test_a_resumed_configuration_is_checked(folder: RunFolder) -> None:
 def test_the_recorded_value_stands_where_nothing_is_said(folder: RunFolder, make_config: MakeConfig) -> None:
     """Shipped configs may have changed since; what was recorded counts."""
     recorded = load_config(folder.config)
-    take_over(folder, replace(recorded, training=replace(recorded.training, learning_rate=0.5)), ["job.nodes=1"])
+    record_config(folder, replace(recorded, training=replace(recorded.training, learning_rate=0.5)), ["job.nodes=1"])
 
     assert amended_config(folder, ["job.nodes=2"]).training.learning_rate == 0.5
 
 
 def test_changes_add_up_over_attempts(folder: RunFolder) -> None:
     for change in ("job.nodes=2", "job.nodes=4", 'job.time="00:20:00"'):
-        take_over(folder, amended_config(folder, [change]), [change])
+        record_config(folder, amended_config(folder, [change]), [change])
 
     config = amended_config(folder, [])
     assert (config.job.nodes, config.job.time) == (4, "00:20:00")
 
 
 def test_what_was_dropped_does_not_come_back(folder: RunFolder) -> None:
-    first, second = (Change(drop=(f"source == '{name}'",)) for name in "ab")
-    take_over(folder, amended_config(folder, [], first), [])
+    first, second = (ResumeRequest(drop=(f"source == '{name}'",)) for name in "ab")
+    record_config(folder, amended_config(folder, [], first), [])
     assert amended_config(folder, [], second).query.drop == ["source == 'a'", "source == 'b'"]
     with pytest.raises(LaunchError, match="no longer has \"source == 'a'\""):
         amended_config(folder, ["query.drop=[]"], second)
@@ -153,7 +153,7 @@ def test_another_process_with_the_number_of_a_killed_run_is_left_alone(
     told = json.loads(path.read_text())
     path.write_text(json.dumps({**told, "born": told["born"] - 1}))
     with pytest.raises(LaunchError, match=r"Nothing of .* waits or runs"):
-        cancel(folder)
+        cancel_now(folder)
     assert check_ended(folder) == attempt
 
 
@@ -175,7 +175,7 @@ def test_cancel_ends_the_run_and_what_follows_it(
     command("squeue", "echo '2|RUNNING|None|2|0:10|1:00:00'; echo '3|PENDING|Dependency|2|0:00|1:00:00'")
     calls = command("scancel", "exit 0")
 
-    assert cancel(folder).ended == ("2", "3")
+    assert cancel_now(folder).ended == ("2", "3")
 
     assert calls.read_text() == "--quiet 2 3\n"
     assert (folder.control / "cancelled").exists()
@@ -201,4 +201,4 @@ def test_cancelling_what_has_ended_says_so(folder: RunFolder, make_config: MakeC
     end_attempt(folder, 1, AttemptEnd(exit_code=0, elapsed_s=1))
 
     with pytest.raises(LaunchError, match="waits or runs"):
-        cancel(folder)
+        cancel_now(folder)

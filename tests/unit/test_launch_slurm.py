@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.slurm import JobState, query, sbatch, scancel
+from mixtera_hpc.launch.slurm_commands import JobState, query_jobs, sbatch, scancel
 
 MakeCommand = Callable[[str, str], Path]
 NOT_QUEUED = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
@@ -16,7 +16,7 @@ def test_any_number_of_jobs_is_one_question_each(command: MakeCommand) -> None:
     squeue = command("squeue", "echo '1|RUNNING|None|2|1:02:03|2:00:00'")
     sacct = command("sacct", "echo '2|COMPLETED|0:0|1|61|60'")
 
-    infos = query(["1", "2", "3"])
+    infos = query_jobs(["1", "2", "3"])
 
     assert {job: info.state for job, info in infos.items()} == {"1": JobState.RUNNING, "2": JobState.COMPLETED}
     assert (infos["1"].elapsed_s, infos["1"].limit_s, infos["1"].nodes) == (3723, 7200, 2)
@@ -28,7 +28,7 @@ def test_running_jobs_alone_need_no_accounting(command: MakeCommand) -> None:
     command("squeue", "echo '1|PENDING|Priority|2|0:00|1-00:00:00'")
     sacct = command("sacct", "exit 1")
 
-    info = query(["1"])["1"]
+    info = query_jobs(["1"])["1"]
 
     assert (info.state, info.reason, info.limit_s) == (JobState.PENDING, "Priority", 86400)
     assert not sacct.exists()
@@ -38,7 +38,7 @@ def test_a_job_requeued_after_a_node_failure_has_not_ended(command: MakeCommand)
     command("squeue", "echo '1|PENDING|BeginTime|2|0:00|1:00:00'")
     command("sacct", "echo '1|NODE_FAIL|0:0|2|100|60'")
 
-    assert query(["1"])["1"].state == JobState.PENDING
+    assert query_jobs(["1"])["1"].state == JobState.PENDING
 
 
 @pytest.mark.parametrize(
@@ -57,27 +57,27 @@ def test_ends_are_told_apart(command: MakeCommand, line: str, state: JobState) -
     command("squeue", NOT_QUEUED)
     command("sacct", f"echo '{line}'")
 
-    assert query(["1"])["1"].state == state
+    assert query_jobs(["1"])["1"].state == state
 
 
 def test_without_accounting_recent_ends_come_from_the_queue(command: MakeCommand) -> None:
     command("squeue", "echo '1|TIMEOUT|TimeLimit|2|1:00:20|1:00:00'")
     command("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
 
-    assert query(["1"])["1"].state == JobState.TIMEOUT
+    assert query_jobs(["1"])["1"].state == JobState.TIMEOUT
 
 
 def test_a_silent_controller_is_not_the_end_of_a_job(command: MakeCommand) -> None:
     command("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
 
     with pytest.raises(LaunchError, match="Unable to contact"):
-        query(["1"])
+        query_jobs(["1"])
 
 
 def test_no_jobs_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
 
-    assert query([]) == {}
+    assert query_jobs([]) == {}
     scancel([])
 
 

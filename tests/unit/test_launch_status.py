@@ -14,7 +14,7 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
 from mixtera_hpc.launch.prepare import prepare_run
-from mixtera_hpc.launch.slurm import JobState
+from mixtera_hpc.launch.slurm_commands import JobState
 from mixtera_hpc.launch.status import RunStatus, last_step, run_statuses
 
 MakeConfig = Callable[..., Config]

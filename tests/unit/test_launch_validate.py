@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.config.compose import conf_dir
-from mixtera_hpc.launch.validate import Validation, validate
+from mixtera_hpc.launch.check import CheckResult, check_all_pairs
 
 CONFIGS = sorted(conf_dir().rglob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Validation:
+def result(tmp_path_factory: pytest.TempPathFactory) -> CheckResult:
     """With a team's own experiments, one of which fits nowhere."""
     folder = tmp_path_factory.mktemp("conf")
     (folder / "experiment").mkdir()
@@ -23,22 +23,22 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Validation:
     (folder / "experiment/bad.yaml").write_text(usual + bad)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIXTERA_CONF", str(folder))
-        return validate()
+        return check_all_pairs()
 
 
-def test_every_shipped_experiment_fits_every_shipped_cluster(result: Validation) -> None:
+def test_every_shipped_experiment_fits_every_shipped_cluster(result: CheckResult) -> None:
     assert "demo" in result.experiments
     assert [misfit for misfit in result.misfits if misfit.experiment != "bad"] == []
 
 
-def test_every_problem_of_every_pair_is_listed(result: Validation) -> None:
+def test_every_problem_of_every_pair_is_listed(result: CheckResult) -> None:
     misfits = [misfit for misfit in result.misfits if misfit.experiment == "bad"]
 
     assert {misfit.cluster for misfit in misfits} == set(result.clusters)
     assert all("job.time" in misfit.problem and "chunk_steps" in misfit.problem for misfit in misfits)
 
 
-def test_an_unset_variable_is_stood_in_for_and_named(result: Validation) -> None:
+def test_an_unset_variable_is_stood_in_for_and_named(result: CheckResult) -> None:
     assert "TEAM_SCRATCH" in result.unset
     assert "TEAM_SCRATCH" not in os.environ
 

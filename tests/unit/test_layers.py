@@ -32,7 +32,7 @@ ONLY_IN = {
     "h5py": ["index/"],
     "omegaconf": ["config/"],
     "hydra": ["config/", "training/__main__.py", "cli/"],
-    "pyarrow": ["formats/", "cli/corpus.py", "testing/"],
+    "pyarrow": ["formats/", "cli/demo_corpus.py", "testing/"],
     "torch": ["training/", "dataplane/step_losses.py", "cli/doctor.py"],
     "submitit": ["launch/"],
     "matplotlib": ["report/"],

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from mixtera_hpc.config.compose import compose, conf_folders
 from mixtera_hpc.errors import MixteraError
-from mixtera_hpc.launch.job import Job, render
+from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 
-__all__ = ["Misfit", "Validation", "validate"]
+__all__ = ["CheckResult", "FailedPair", "check_all_pairs"]
 
 _BARE = ("data.root=/data", "mixture.unit=samples")
 """Enough for a configuration without an experiment, so that clusters are checked where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Misfit:
+class FailedPair:
     """A pair that does not work."""
 
     experiment: str | None
@@ -27,17 +27,17 @@ class Misfit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
+class CheckResult:
     """All pairs that were tried."""
 
     experiments: tuple[str, ...]
     clusters: tuple[str, ...]
-    misfits: tuple[Misfit, ...]
+    misfits: tuple[FailedPair, ...]
     unset: tuple[str, ...]
     """Environment variables the configs need that are not set here; a placeholder stood in for them."""
 
 
-def validate() -> Validation:
+def check_all_pairs() -> CheckResult:
     """Try every `conf/experiment` (and none) with every `conf/cluster`, team configs on MIXTERA_CONF included."""
     folders = conf_folders()
     experiments = _options(folders, "experiment")
@@ -48,8 +48,8 @@ def validate() -> Validation:
         for experiment in (None, *experiments):
             for cluster in clusters:
                 if problem := _problem(experiment, cluster):
-                    misfits.append(Misfit(experiment=experiment, cluster=cluster, problem=problem))
-    return Validation(
+                    misfits.append(FailedPair(experiment=experiment, cluster=cluster, problem=problem))
+    return CheckResult(
         experiments=tuple(experiments), clusters=tuple(clusters), misfits=tuple(misfits), unset=tuple(unset)
     )
 
@@ -57,7 +57,7 @@ def validate() -> Validation:
 def _problem(experiment: str | None, cluster: str) -> str | None:
     chosen = [*_BARE] if experiment is None else [f"experiment={experiment}"]
     try:
-        render(Job(config=compose([*chosen, f"cluster={cluster}"])))
+        render_script(SbatchJob(config=compose([*chosen, f"cluster={cluster}"])))
     except MixteraError as error:
         return str(error)
     return None

@@ -17,7 +17,7 @@ from mixtera_hpc.config.compose import dump_yaml
 from mixtera_hpc.config.convert import to_plain
 from mixtera_hpc.config.schema import Config
 
-__all__ = ["RANKS_WITH_OWN_LOG", "Job", "render"]
+__all__ = ["RANKS_WITH_OWN_LOG", "SbatchJob", "render_script"]
 
 RANKS_WITH_OWN_LOG = 255
 """Beyond this many ranks there is one labelled log per node: shared file systems count inodes."""
@@ -30,7 +30,7 @@ _END = "END_OF_MIXTERA_FILE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class SbatchJob:
     """One batch job of a run."""
 
     config: Config
@@ -41,7 +41,7 @@ class Job:
     attempt: int = 1
 
 
-def render(job: Job) -> str:
+def render_script(job: SbatchJob) -> str:
     """The batch script of `job`; `sbatch` takes it from a file or from standard input."""
     from submitit.slurm.slurm import _get_default_parameters, _make_sbatch_string
 
@@ -59,7 +59,7 @@ def render(job: Job) -> str:
     )
 
 
-def _flags(job: Job) -> dict[str, Any]:
+def _flags(job: SbatchJob) -> dict[str, Any]:
     """`#SBATCH` parameters: ours, over them the cluster's, over those what was asked for."""
     asked, cluster = job.config.job, job.config.cluster
     output = "%x-%j.out" if job.folder is None else f"{_percent(job.folder)}/attempts/{job.attempt:03d}/logs/batch.out"
@@ -101,7 +101,7 @@ def _cpus_per_rank(config: Config) -> int | None:
     return max(1, config.cluster.cpus_per_node // (num_ranks(config) // config.job.nodes))
 
 
-def _variables(job: Job) -> list[str]:
+def _variables(job: SbatchJob) -> list[str]:
     """What the shipped shell lines read. A follow-up gets its attempt and folder as arguments."""
     asked = job.config.job
     run = job.config.run
@@ -117,7 +117,7 @@ def _variables(job: Job) -> list[str]:
     ]
 
 
-def _make_folder(job: Job) -> list[str]:
+def _make_folder(job: SbatchJob) -> list[str]:
     """For a run that makes its own folder: what `prepare_run` would have written, `config.yaml` last."""
     if job.folder is not None:
         return []
@@ -143,7 +143,7 @@ def _environment(config: Config) -> list[str]:
     return ["", f"# cluster {cluster.name}", *lines, *cluster.setup] if lines or cluster.setup else []
 
 
-def _srun(job: Job) -> str:
+def _srun(job: SbatchJob) -> str:
     """`srun` keeps its exit code, ends the step when a rank fails, and is told the CPUs again (it forgot them in 22.05)."""
     config = job.config
     cluster, asked = config.cluster, config.job

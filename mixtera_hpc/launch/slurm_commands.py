@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mixtera_hpc.errors import LaunchError
 
-__all__ = ["JobInfo", "JobState", "query", "require_sbatch", "sbatch", "scancel"]
+__all__ = ["JobInfo", "JobState", "query_jobs", "require_sbatch", "sbatch", "scancel"]
 
 COMMAND_LIMIT_S = 60
 
@@ -97,7 +97,7 @@ def scancel(job_ids: Sequence[str]) -> None:
         raise LaunchError(f"scancel failed: {done.stderr.strip()}")
 
 
-def query(job_ids: Iterable[str]) -> dict[str, JobInfo]:
+def query_jobs(job_ids: Iterable[str]) -> dict[str, JobInfo]:
     """What is known of each job; ids that Slurm does not know (any more) are absent.
 
     Raises:

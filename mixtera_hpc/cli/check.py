@@ -10,9 +10,9 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.launch.validate import validate
+    from mixtera_hpc.launch.check import check_all_pairs
 
-    result = validate()
+    result = check_all_pairs()
     if args.json:
         import json
         from dataclasses import asdict
