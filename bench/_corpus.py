@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from mixtera_hpc.tokens.train import train_bpe
+from mixtera_hpc.tokens.bpe_training import train_bpe
 
 __all__ = ["FOLDER", "make_numbers", "make_rows", "make_tokenizer", "pool"]
 

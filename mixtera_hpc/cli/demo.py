@@ -61,8 +61,8 @@ def _tokenizer(demo: Path) -> None:
         _say(f"already in {path}")
         return
     from mixtera_hpc.cli.demo_corpus import collect
+    from mixtera_hpc.tokens.bpe_training import train_bpe
     from mixtera_hpc.tokens.tokenizer import Gigatoken, HuggingFace, check_equal
-    from mixtera_hpc.tokens.train import train_bpe
 
     _say(f"training {VOCAB_SIZE} tokens …")
     train_bpe((d.text for d in itertools.islice(collect(), 0, None, 8)), VOCAB_SIZE, path)

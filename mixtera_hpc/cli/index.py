@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         return submit(args)
     if args.action == "inspect":
         return _inspect(args)
-    from mixtera_hpc.comm.launch import guarded, open_communicator
+    from mixtera_hpc.comm.launcher import guarded, open_communicator
 
     comm = open_communicator()
     answers: list[Answer] = []

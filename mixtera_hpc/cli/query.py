@@ -60,7 +60,7 @@ def _explained(chosen: Any, num_samples: int, open_s: float) -> dict[str, Any]:
 
 def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
     """The fields of `query --json`."""
-    from mixtera_hpc.core.keys import written
+    from mixtera_hpc.core.domain_keys import written
 
     selection = chosen.selection
     rows, tokens = selection.table.totals()

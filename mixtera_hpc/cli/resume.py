@@ -44,7 +44,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.comm.launch import started_by_mpi
+    from mixtera_hpc.comm.launcher import started_by_mpi
     from mixtera_hpc.config.runfolder import RunFolder, runs_root
     from mixtera_hpc.launch.resume import was_submitted
 

@@ -104,7 +104,7 @@ def _run_new(overrides: Sequence[str]) -> int:
 
 
 def _guarded(config: "Config", prepare: "Prepare") -> int:
-    from mixtera_hpc.comm.launch import guarded, open_communicator
+    from mixtera_hpc.comm.launcher import guarded, open_communicator
 
     comm = open_communicator(config.dataplane.comm)
     began = time.monotonic()
@@ -117,7 +117,7 @@ def _guarded(config: "Config", prepare: "Prepare") -> int:
 
 def _train(comm: "Communicator", prepare: "Prepare", places: "list[tuple[RunFolder, int]]") -> None:
     from mixtera_hpc.comm.communicator import bcast_bytes
-    from mixtera_hpc.comm.watch import start_watch
+    from mixtera_hpc.comm.failure_watch import start_watch
     from mixtera_hpc.config.compose import load_config
     from mixtera_hpc.config.runfolder import RunFolder
     from mixtera_hpc.track.progress import Progress

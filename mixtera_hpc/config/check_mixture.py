@@ -7,7 +7,7 @@ from typing import Any
 
 from mixtera_hpc.config.mixture import leaves, listed
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, StageConfig
-from mixtera_hpc.core.keys import canonical, key_of
+from mixtera_hpc.core.domain_keys import canonical, key_of
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 
 __all__ = ["mixture_problems"]

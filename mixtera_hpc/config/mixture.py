@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, StageConfig
-from mixtera_hpc.core.keys import DomainKey, KeyValue, canonical, domain_name, key_of
+from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, canonical, domain_name, key_of
 from mixtera_hpc.core.mixture import Node, check_served, natural, tree_weights, unimax
 from mixtera_hpc.errors import MixtureError, did_you_mean
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.count import NO_DOMAIN, Counter, DomainTable, Effort, ReadBlocks
-from mixtera_hpc.core.keys import DomainKey, codes_of
+from mixtera_hpc.core.domain_counts import NO_DOMAIN, Counter, DomainTable, Effort, ReadBlocks
+from mixtera_hpc.core.domain_keys import DomainKey, codes_of
+from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
 from mixtera_hpc.core.properties import ComboTable
 from mixtera_hpc.core.query import Entries, Predicate
-from mixtera_hpc.core.tables import IndexTables, SampleColumns
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
 __all__ = ["DomainKey", "DomainTable", "Selection", "keys_by", "select"]

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns, Zones
 from mixtera_hpc.core.query import Entries, Mask, Predicate
-from mixtera_hpc.core.tables import BlockTable, IndexTables, SampleColumns, Zones
 
 __all__ = ["HELD_OUT", "Split", "shard_keys", "split_predicate", "with_places", "with_zones"]
 

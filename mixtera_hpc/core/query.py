@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.pattern import matching
 from mixtera_hpc.core.properties import ComboTable, Kind, Property, as_text
+from mixtera_hpc.core.value_pattern import matching
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
 __all__ = ["Entries", "Mask", "Predicate", "parse"]

@@ -19,7 +19,7 @@ from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.convert import from_plain, raise_problems, to_plain
 from mixtera_hpc.config.mixture import leaves
 from mixtera_hpc.config.schema import MixtureConfig
-from mixtera_hpc.core.keys import canonical
+from mixtera_hpc.core.domain_keys import canonical
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import read_lines
 from mixtera_hpc.dataplane.mixer import Mixer, below

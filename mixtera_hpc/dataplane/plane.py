@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.comm.launch import open_communicator
+from mixtera_hpc.comm.launcher import open_communicator
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split

@@ -14,8 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.index_tables import BlockTable
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.core.tables import BlockTable
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.cache import BlockCache
 from mixtera_hpc.formats.columns import Categories

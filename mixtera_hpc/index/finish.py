@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.tables import ShardTable
+from mixtera_hpc.core.index_tables import ShardTable
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.attempt import Plan, Records
 from mixtera_hpc.index.discover import fingerprint_of_shard

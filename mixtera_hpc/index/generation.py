@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, Histogram, IndexTables, ShardTable, Zones
 from mixtera_hpc.core.properties import ComboTable, Property
-from mixtera_hpc.core.tables import BLOCK_COLUMNS, BlockTable, Histogram, IndexTables, ShardTable, Zones
 from mixtera_hpc.index.layout import Generation
 
 __all__ = ["tables_at"]

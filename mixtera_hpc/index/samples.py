@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.tables import SampleColumns
+from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.file import DAMAGE, damaged, open_file
 from mixtera_hpc.index.kept import KeptParts

@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.mixture import Stock, bounds, leaf_name, leaves, start_weights
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.domain_keys import DomainKey, domain_name
 from mixtera_hpc.core.domains import Selection, keys_by, select
 from mixtera_hpc.core.holdout import shard_keys, split_predicate, with_places, with_zones
-from mixtera_hpc.core.keys import DomainKey, domain_name
+from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.core.mixing.simplex import project
 from mixtera_hpc.core.query import parse
-from mixtera_hpc.core.stream import Grid
-from mixtera_hpc.core.tables import SampleColumns
+from mixtera_hpc.core.sequence_grid import Grid
 from mixtera_hpc.errors import MixtureError
 from mixtera_hpc.index.open import PropertyIndex
 

@@ -14,8 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import Config, DataConfig
+from mixtera_hpc.core.index_tables import (
+    BLOCK_COLUMNS,
+    BlockTable,
+    Histogram,
+    IndexTables,
+    SampleColumns,
+    ShardTable,
+    Zones,
+)
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.tables import BLOCK_COLUMNS, BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import DATASET, path_source, with_zero
 from mixtera_hpc.index.open import PropertyIndex, open_index

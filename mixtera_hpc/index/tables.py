@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import h5py
 import numpy as np
 
+from mixtera_hpc.core.index_tables import BlockTable, Histogram, IndexTables, ShardTable, Zones
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, ShardTable, Zones
 from mixtera_hpc.index.discover import escapes
 from mixtera_hpc.index.layout import (
     BadRows,

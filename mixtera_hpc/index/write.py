@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.tables import ShardTable
+from mixtera_hpc.core.index_tables import ShardTable
 from mixtera_hpc.index.layout import (
     FORMAT,
     TABLE_CHUNK,

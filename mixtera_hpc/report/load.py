@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.compose import load_yaml
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.errors import DataError, LaunchError
-from mixtera_hpc.track.read import read_events
+from mixtera_hpc.track.event_reader import read_events
 
 __all__ = ["Mixture", "Record", "Steps", "Talk", "Validation", "load_record"]
 

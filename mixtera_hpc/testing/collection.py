@@ -9,7 +9,7 @@ from typing import Any
 
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.index.build import build_index
-from mixtera_hpc.tokens.train import train_bpe
+from mixtera_hpc.tokens.bpe_training import train_bpe
 
 __all__ = ["make_collection", "paragraphs"]
 

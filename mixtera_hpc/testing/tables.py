@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.index_tables import BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.tables import BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 
 __all__ = ["Sample", "blocks_reader", "tables_of"]
 

@@ -35,7 +35,7 @@ def main(composed: Any) -> None:
     """One job, on every rank; leaves the process when it fails, so that no launcher takes it for done."""
     from hydra.core.hydra_config import HydraConfig
 
-    from mixtera_hpc.comm.launch import guarded, open_communicator
+    from mixtera_hpc.comm.launcher import guarded, open_communicator
     from mixtera_hpc.dataplane.control import hold_warnings
 
     hold_warnings()
@@ -49,7 +49,7 @@ def main(composed: Any) -> None:
 
 
 def _train(composed: Any, comm: Communicator, output: Path, overrides: Sequence[str]) -> None:
-    from mixtera_hpc.comm.watch import start_watch
+    from mixtera_hpc.comm.failure_watch import start_watch
     from mixtera_hpc.config.check import check
     from mixtera_hpc.config.compose import from_omegaconf
     from mixtera_hpc.config.convert import from_plain

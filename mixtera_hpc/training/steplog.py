@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.track.events import StepEvent
+from mixtera_hpc.track.event_types import StepEvent
 from mixtera_hpc.track.tracker import Tracker
 
 __all__ = ["StepLog", "StepTiming"]

@@ -20,7 +20,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.surgery import as_begun, is_past, surgeries
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
-from mixtera_hpc.track.events import AttemptEvent
+from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import Fanout, Tracker, open_tracker
 from mixtera_hpc.training.checkpoint import Checkpoint, checkpoint_path, load_newest, read_checkpoint, write_checkpoint
 from mixtera_hpc.training.distributed import Gradients, Replicas

@@ -10,7 +10,7 @@ from torch import Tensor
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics
 from mixtera_hpc.dataplane.held_out import Validation
-from mixtera_hpc.track.events import ValidationEvent
+from mixtera_hpc.track.event_types import ValidationEvent
 from mixtera_hpc.track.tracker import Tracker
 from mixtera_hpc.training.distributed import Replicas
 from mixtera_hpc.training.model import GPT

@@ -18,8 +18,8 @@ from mixtera_hpc.testing.writers import (
     write_text,
     write_tokens,
 )
+from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
-from mixtera_hpc.tokens.train import train_bpe
 
 from .conftest import Cli
 

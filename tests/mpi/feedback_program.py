@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from mixtera_hpc.comm.launch import guarded, open_communicator
+from mixtera_hpc.comm.launcher import guarded, open_communicator
 from mixtera_hpc.core.statistics import NUM_ROWS
 from mixtera_hpc.dataplane.step_reducer import Feedback, Notes
 

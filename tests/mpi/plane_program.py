@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mixtera_hpc.comm.launch import open_communicator
+from mixtera_hpc.comm.launcher import open_communicator
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.dataplane.plane import DataPlane

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtera_hpc.tokens.train import train_bpe
+from mixtera_hpc.tokens.bpe_training import train_bpe
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 VERB = [sys.executable, "-m", "mpi4py", "-m", "mixtera_hpc", "index", "build", "--json"]

@@ -6,9 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from mixtera_hpc.comm.launch import guarded
+from mixtera_hpc.comm.failure_watch import Watch, start_watch
+from mixtera_hpc.comm.launcher import guarded
 from mixtera_hpc.comm.mpi import Mpi
-from mixtera_hpc.comm.watch import Watch, start_watch
 from mixtera_hpc.errors import SavedAndStopped
 
 FAILING_RANK = 2

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core import count
+from mixtera_hpc.core import domain_counts as count
 from mixtera_hpc.core.domains import DomainKey, keys_by, select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import parse

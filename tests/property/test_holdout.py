@@ -13,7 +13,7 @@ from mixtera_hpc.config.compose import compose, compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import HELD_OUT, shard_keys, with_places
-from mixtera_hpc.core.tables import BlockTable, SampleColumns
+from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
 from mixtera_hpc.dataplane.held_out import Validation
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError, MixtureError

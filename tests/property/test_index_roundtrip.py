@@ -22,8 +22,8 @@ from mixtera_hpc.formats.format import BlockRef
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
-from mixtera_hpc.tokens.train import train_bpe
 
 Row = dict[str, Any]
 ENDINGS = ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"]

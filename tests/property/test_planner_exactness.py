@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.core.apportion import UNIT, _earliest, advance, order, quantise
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
-from mixtera_hpc.core.stream import Grid
+from mixtera_hpc.core.sequence_grid import Grid
 
 ENDLESS = 1 << 61
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.comm.launch import guarded, open_communicator
-from mixtera_hpc.comm.watch import start_watch
+from mixtera_hpc.comm.failure_watch import start_watch
+from mixtera_hpc.comm.launcher import guarded, open_communicator
 from mixtera_hpc.errors import SavedAndStopped
 
 FAILING_RANK = 1

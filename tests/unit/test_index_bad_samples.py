@@ -28,7 +28,7 @@ from mixtera_hpc.index.open import PropertyIndex, open_index
 from mixtera_hpc.index.refresh import refresh_index
 from mixtera_hpc.index.scan import scan_unit
 from mixtera_hpc.testing.megatron import write_megatron
-from mixtera_hpc.tokens.train import train_bpe
+from mixtera_hpc.tokens.bpe_training import train_bpe
 
 PROPERTIES = {"source": "source", "quality": {"path": "quality", "kind": "number"}}
 BAD = {

@@ -20,7 +20,7 @@ from mixtera_hpc.index.build import BuildProgress, build_index, scan_job
 from mixtera_hpc.index.discover import discover
 from mixtera_hpc.index.open import open_index
 from mixtera_hpc.index.scan import scan_unit
-from mixtera_hpc.tokens.train import train_bpe
+from mixtera_hpc.tokens.bpe_training import train_bpe
 
 PROPERTIES = {"source": "meta.source", "quality": {"path": "meta.quality", "kind": "number"}}
 

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.tokens.train import train_bpe
+from mixtera_hpc.tokens.bpe_training import train_bpe
 
 PROPERTIES = "+data.properties={source:source,score:{path:score,kind:number}}"
 

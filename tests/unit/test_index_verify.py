@@ -16,8 +16,8 @@ from mixtera_hpc.index.build import build_index
 from mixtera_hpc.index.open import PropertyIndex, open_index
 from mixtera_hpc.index.verify import changed_shards, check_fresh, deeply_changed_shards
 from mixtera_hpc.testing.megatron import write_megatron
+from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
-from mixtera_hpc.tokens.train import train_bpe
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from mixtera_hpc.core.domain_keys import Matches, canonical, domain_name, key_of, written
 from mixtera_hpc.core.domains import select
-from mixtera_hpc.core.keys import Matches, canonical, domain_name, key_of, written
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.errors import MixtureError

@@ -9,7 +9,7 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.mixture import Stock
 from mixtera_hpc.config.schema import MixtureConfig
-from mixtera_hpc.core.keys import key_of
+from mixtera_hpc.core.domain_keys import key_of
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.mixer import Mixer
 from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of

@@ -5,7 +5,7 @@ import pytest
 
 from mixtera_hpc.core.order import Order
 from mixtera_hpc.core.planner import Planner
-from mixtera_hpc.core.stream import Grid
+from mixtera_hpc.core.sequence_grid import Grid
 
 SIZES = np.arange(1, 41)
 RECORDED_BLOCKS = [0, 38, 21, 2, 11, 20]

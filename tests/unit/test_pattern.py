@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixtera_hpc.core.pattern import matching
+from mixtera_hpc.core.value_pattern import matching
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.tokens.train import train_bpe
+from mixtera_hpc.tokens.bpe_training import train_bpe
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

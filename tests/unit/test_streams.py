@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.core.tables import SampleColumns
+from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.dataplane.reading import domain_streams as expand
 from mixtera_hpc.dataplane.reading.domain_streams import Streams
 from mixtera_hpc.dataplane.reading.source import Source, open_source

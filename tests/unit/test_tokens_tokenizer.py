@@ -11,8 +11,8 @@ from tokenizers import models, pre_tokenizers, processors
 
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.tokenizers import CHECKS, DOCUMENTS
+from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import Gigatoken, HuggingFace, Tokenizer, check_equal, load_tokenizer
-from mixtera_hpc.tokens.train import train_bpe
 
 LIBRARIES = [Gigatoken, HuggingFace]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
-from mixtera_hpc.tokens.train import train_bpe
 
 DOCUMENTS = [f"some words and {i} numbers, {'xyz' * (i % 5)}" for i in range(200)]
 
@@ -15,7 +15,7 @@ DOCUMENTS = [f"some words and {i} numbers, {'xyz' * (i % 5)}" for i in range(200
 def test_training_again_gives_the_same_file(tmp_path: Path) -> None:
     first = train_bpe(DOCUMENTS, 320, tmp_path / "a.json").read_bytes()
     program = (
-        "import sys; from mixtera_hpc.tokens.train import train_bpe\n"
+        "import sys; from mixtera_hpc.tokens.bpe_training import train_bpe\n"
         "train_bpe([f\"some words and {i} numbers, {'xyz' * (i % 5)}\" for i in range(200)], 320, sys.argv[1])"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path / "b.json"], check=True, timeout=60)

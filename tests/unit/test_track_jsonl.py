@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.track.read import read_events
+from mixtera_hpc.track.event_reader import read_events
 from mixtera_hpc.track.tracker import JsonLines
 
 NOON = datetime(2026, 1, 2, 12, 0, tzinfo=UTC)

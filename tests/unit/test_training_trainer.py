@@ -21,8 +21,8 @@ from mixtera_hpc.config.schema import (
 )
 from mixtera_hpc.errors import ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.index.build import build_index
-from mixtera_hpc.tokens.train import train_bpe
-from mixtera_hpc.track.read import read_events
+from mixtera_hpc.tokens.bpe_training import train_bpe
+from mixtera_hpc.track.event_reader import read_events
 from mixtera_hpc.training.checkpoint import load_newest
 from mixtera_hpc.training.trainer import run_training
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.comm.communicator import Local
-from mixtera_hpc.comm.watch import start_watch
+from mixtera_hpc.comm.failure_watch import start_watch
 from mixtera_hpc.errors import SavedAndStopped
 
 

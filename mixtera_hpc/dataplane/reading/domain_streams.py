@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.domains import DomainTable
+from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.core.order import EpochOrder, Order
-from mixtera_hpc.core.tables import SampleColumns
 from mixtera_hpc.errors import DataError
 
 __all__ = ["Documents", "StreamLayout", "Streams"]

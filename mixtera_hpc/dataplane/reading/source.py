@@ -18,15 +18,15 @@ from mixtera_hpc.config.check import holdout_problems
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.mixture import Stock, leaves
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
+from mixtera_hpc.core.domain_keys import key_of, written
 from mixtera_hpc.core.domains import DomainTable, Selection
 from mixtera_hpc.core.holdout import shard_keys, split_predicate, with_places
-from mixtera_hpc.core.keys import key_of, written
+from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, SampleColumns
 from mixtera_hpc.core.order import Order
 from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, Predicate, parse
-from mixtera_hpc.core.stream import Grid
-from mixtera_hpc.core.tables import BLOCK_COLUMNS, BlockTable, SampleColumns
+from mixtera_hpc.core.sequence_grid import Grid
 from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.dataplane.mixer import Mixer
 from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of

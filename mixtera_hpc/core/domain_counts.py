@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
 from mixtera_hpc.core.query import Entries, Predicate
-from mixtera_hpc.core.tables import IndexTables, SampleColumns
 
 __all__ = ["NO_DOMAIN", "Counter", "DomainTable", "Effort", "ReadBlocks"]
 

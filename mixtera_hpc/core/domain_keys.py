@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mixtera_hpc.core.pattern import matching
 from mixtera_hpc.core.properties import as_text
+from mixtera_hpc.core.value_pattern import matching
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
 __all__ = ["DomainKey", "KeyValue", "Matches", "canonical", "codes_of", "domain_name", "key_of", "written"]
