@@ -23,9 +23,9 @@ def report_text(report: Report) -> RenderableType:
     """The numbers, the domains, the forecast, and what to type next."""
     summary, run = report.summary, report.record.run
     lines: list[RenderableType] = ["", _headline(summary), "", _numbers(summary), "", _domains(summary)]
-    if report.forecast.steps_left:
-        left = f"{count(report.forecast.steps_left, 4)} steps left, about {duration(report.forecast.seconds_left)}"
-        lines += ["", Text(f"{left}; {count(report.forecast.tokens)} tokens in the end.")]
+    if report.projection.steps_left:
+        left = f"{count(report.projection.steps_left, 4)} steps left, about {duration(report.projection.seconds_left)}"
+        lines += ["", Text(f"{left}; {count(report.projection.tokens)} tokens in the end.")]
     commands = Table.grid(padding=(0, 3))
     for command, why in next_commands(run, summary):
         commands.add_row(Text(f"  {command}", no_wrap=True, overflow="ignore"), Text(why, style="dim"))

@@ -22,7 +22,7 @@ class Report:
 
     record: Record
     summary: Summary
-    forecast: Forecast
+    projection: Forecast
     page: Path
     plots: tuple[Path, ...]
 
@@ -50,7 +50,7 @@ def write_report(run: RunFolder, folder: Path | None = None) -> Report:
             figures[name] = (title, caption, to_svg(wide, title), to_svg(narrow, title))
     page = target / "report.html"
     _replace(page, render_page(record, summary, ahead, figures))
-    return Report(record=record, summary=summary, forecast=ahead, page=page, plots=tuple(plots))
+    return Report(record=record, summary=summary, projection=ahead, page=page, plots=tuple(plots))
 
 
 def _replace(path: Path, text: str) -> None:
