@@ -22,8 +22,8 @@ import msgspec
 import numpy as np
 
 from bench._corpus import make_rows
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Fields, Format, TokenReader
+from mixtera_hpc.formats.base import Fields, Format, TokenReader
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.testing.formats import read_blocks
 from mixtera_hpc.testing.writers import (

@@ -33,8 +33,8 @@ from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.dataplane.reading.batches import BatchMaker, Share
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import Field, Fields
+from mixtera_hpc.formats.base import Field, Fields
+from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
 

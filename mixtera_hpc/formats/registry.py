@@ -5,22 +5,22 @@ from functools import cache
 from pathlib import PurePath
 
 from mixtera_hpc.errors import ConfigError, did_you_mean
-from mixtera_hpc.formats.format import Format
+from mixtera_hpc.formats.base import Format
 
 __all__ = ["SIDECAR", "SUFFIXES", "format_of", "load_format"]
 
 _CLASSES = {
-    "jsonl": "mixtera_hpc.formats.jsonl:Jsonl",
-    "jsonl.gz": "mixtera_hpc.formats.jsonl_gz:JsonlGz",
-    "jsonl.zst": "mixtera_hpc.formats.jsonl_zst:JsonlZst",
-    "jsonl.bz2": "mixtera_hpc.formats.jsonl_bz2:JsonlBz2",
-    "jsonl.xz": "mixtera_hpc.formats.jsonl_xz:JsonlXz",
-    "json": "mixtera_hpc.formats.json_array:JsonArray",
-    "parquet": "mixtera_hpc.formats.parquet:Parquet",
-    "arrow": "mixtera_hpc.formats.arrow:Arrow",
-    "webdataset": "mixtera_hpc.formats.webdataset:WebDataset",
-    "megatron": "mixtera_hpc.formats.megatron:Megatron",
-    "text": "mixtera_hpc.formats.text:Text",
+    "jsonl": "mixtera_hpc.formats.readers.jsonl:Jsonl",
+    "jsonl.gz": "mixtera_hpc.formats.readers.jsonl_gz:JsonlGz",
+    "jsonl.zst": "mixtera_hpc.formats.readers.jsonl_zst:JsonlZst",
+    "jsonl.bz2": "mixtera_hpc.formats.readers.jsonl_bz2:JsonlBz2",
+    "jsonl.xz": "mixtera_hpc.formats.readers.jsonl_xz:JsonlXz",
+    "json": "mixtera_hpc.formats.readers.json_array:JsonArray",
+    "parquet": "mixtera_hpc.formats.readers.parquet:Parquet",
+    "arrow": "mixtera_hpc.formats.readers.arrow:Arrow",
+    "webdataset": "mixtera_hpc.formats.readers.webdataset:WebDataset",
+    "megatron": "mixtera_hpc.formats.readers.megatron:Megatron",
+    "text": "mixtera_hpc.formats.readers.plain_text:Text",
 }
 """Loaded when first used: pyarrow alone takes longer than the command's help."""
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.formats.format import Unit, Vocabulary
+from mixtera_hpc.formats.base import Unit, Vocabulary
+from mixtera_hpc.formats.codecs.seek_points import folder_beside
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.scan import fields_of
-from mixtera_hpc.formats.seek import folder_beside
+from mixtera_hpc.formats.shard_scan import fields_of
 from mixtera_hpc.index.attempt import Attempt, Plan, Records, attempt
 from mixtera_hpc.index.discover import Shard, discover, roots_of
 from mixtera_hpc.index.finish import Asked, BuildReport, finish

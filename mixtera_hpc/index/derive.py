@@ -19,11 +19,11 @@ from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.columns import Categories
-from mixtera_hpc.formats.format import BlockRef, Column, Field, ShardReader
+from mixtera_hpc.formats.base import BlockRef, Column, Field, ShardReader
+from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.seek_points import folder_beside
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.seek import folder_beside
 from mixtera_hpc.index.attempt import Attempt, Plan, Records, attempt
 from mixtera_hpc.index.functions import Functions
 from mixtera_hpc.index.merge import PlacedPiece, merge

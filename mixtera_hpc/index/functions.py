@@ -14,9 +14,9 @@ import numpy as np
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.columns import encode
-from mixtera_hpc.formats.format import Column, Field
-from mixtera_hpc.formats.parser import import_function, source_digest
+from mixtera_hpc.formats.base import Column, Field
+from mixtera_hpc.formats.category_codes import encode
+from mixtera_hpc.formats.user_functions import import_function, source_digest
 
 __all__ = ["DocumentFunction", "Functions"]
 

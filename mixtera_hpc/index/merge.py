@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.formats.format import Field
+from mixtera_hpc.formats.base import Field
 from mixtera_hpc.index.layout import MAX_CHUNK_ROWS, MIN_CHUNK_ROWS, with_zero
 from mixtera_hpc.index.part import Combo, Summary, UnitPart
 

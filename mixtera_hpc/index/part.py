@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.columns import Categories
+from mixtera_hpc.formats.category_codes import Categories
 
 __all__ = ["Combo", "Summary", "UnitPart", "histogram_of", "joined_combos", "reason_of", "zones_of"]
 

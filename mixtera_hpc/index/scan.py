@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.columns import Categories
-from mixtera_hpc.formats.format import Batch, Column, Field, Fields, Unit
-from mixtera_hpc.formats.scan import ShardFile, scan_shard
+from mixtera_hpc.formats.base import Batch, Column, Field, Fields, Unit
+from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
 from mixtera_hpc.index.discover import Shard, fingerprint_of_shard
 from mixtera_hpc.index.functions import Functions
 from mixtera_hpc.index.layout import DATASET

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.errors import DataError, PropertyIndexError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import BlockRef
+from mixtera_hpc.formats.base import BlockRef
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.seek_points import folder_beside
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.seek import folder_beside
 from mixtera_hpc.index.discover import fingerprint_of_shard
 from mixtera_hpc.index.open import PropertyIndex
 from mixtera_hpc.tokens.tokenizer import Tokenizer

@@ -14,9 +14,7 @@ import numpy as np
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.columns import Categories
-from mixtera_hpc.formats.format import (
+from mixtera_hpc.formats.base import (
     Batch,
     BlockRef,
     Field,
@@ -27,7 +25,9 @@ from mixtera_hpc.formats.format import (
     TokenReader,
     Vocabulary,
 )
-from mixtera_hpc.formats.positioned import row_ranges
+from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.positioned_reads import row_ranges
 
 __all__ = [
     "CHECKS",

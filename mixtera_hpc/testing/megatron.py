@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtera_hpc.formats.megatron import DTYPES, HEADER, MAGIC
+from mixtera_hpc.formats.readers.megatron import DTYPES, HEADER, MAGIC
 
 __all__ = ["write_megatron"]
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import UserError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Field, Fields, Vocabulary
+from mixtera_hpc.formats.base import Field, Fields, Vocabulary
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.testing.formats import read_blocks, rows_of, scan
 from mixtera_hpc.testing.writers import (

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.columns import Categories
-from mixtera_hpc.formats.format import Field, Fields
-from mixtera_hpc.formats.jsonl import Jsonl
+from mixtera_hpc.formats.base import Field, Fields
+from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.readers.jsonl import Jsonl
 from mixtera_hpc.testing.formats import read_blocks
 
 FIELDS = Fields(text="a.text", properties=(Field(name="kind", path="a.kind", kind=Kind.CATEGORY),), documents=True)

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import BlockRef
+from mixtera_hpc.formats.base import BlockRef
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.index.open import PropertyIndex, open_index

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.arrow import Arrow
-from mixtera_hpc.formats.format import Fields
+from mixtera_hpc.formats.base import Fields
+from mixtera_hpc.formats.readers.arrow import Arrow
 
 
 def test_a_damaged_batch_is_the_matter_of_its_own_unit(tmp_path: Path) -> None:

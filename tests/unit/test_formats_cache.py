@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mixtera_hpc.formats.cache import BlockCache
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
 
 
 def test_the_least_recently_used_block_leaves_first() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixtera_hpc.formats.columns import encode
+from mixtera_hpc.formats.category_codes import encode
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import zstandard
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Batch, Fields
+from mixtera_hpc.formats.base import Batch, Fields
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.testing.formats import read_blocks
 

@@ -9,11 +9,11 @@ import pytest
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import BlockRef, Field, Fields
-from mixtera_hpc.formats.jsonl import Jsonl
-from mixtera_hpc.formats.positioned import read_fully
+from mixtera_hpc.formats.base import BlockRef, Field, Fields
+from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.positioned_reads import read_fully
+from mixtera_hpc.formats.readers.jsonl import Jsonl
 from mixtera_hpc.formats.registry import format_of, load_format
 from mixtera_hpc.testing.formats import read_blocks
 

@@ -11,10 +11,10 @@ import pytest
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.columns import Categories
-from mixtera_hpc.formats.format import Field, Fields
-from mixtera_hpc.formats.parquet import Parquet
+from mixtera_hpc.formats.base import Field, Fields
+from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.readers.parquet import Parquet
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.testing.formats import read_blocks, scan
 

@@ -11,12 +11,12 @@ import pytest
 
 from mixtera_hpc.config.schema import DataConfig, PropertyConfig
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.columns import Categories
-from mixtera_hpc.formats.format import Batch
-from mixtera_hpc.formats.origin import is_origin, origin_of
-from mixtera_hpc.formats.parser import source_digest
+from mixtera_hpc.formats.base import Batch
+from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.formats.path_properties import is_origin, origin_of
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.scan import ShardFile, fields_of, scan_shard
+from mixtera_hpc.formats.shard_scan import ShardFile, fields_of, scan_shard
+from mixtera_hpc.formats.user_functions import source_digest
 
 
 def scan(root: Path, path: str, **data: Any) -> list[Batch]:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.errors import DataError, PropertyIndexError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Fields
-from mixtera_hpc.formats.jsonl_gz import JsonlGz
-from mixtera_hpc.formats.seek import SeekPoints, find_points, write_points
+from mixtera_hpc.formats.base import Fields
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.seek_points import SeekPoints, find_points, write_points
+from mixtera_hpc.formats.readers.jsonl_gz import JsonlGz
 from mixtera_hpc.testing.formats import CHECKS, Case, read_blocks, scan
 from mixtera_hpc.testing.writers import write_compressed
 
@@ -92,7 +92,7 @@ def test_a_block_costs_no_more_than_its_surroundings(
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(8000))))
     block, lengths = read_blocks(scanned(tmp_path / "s.gz", folder))[-2]
     reads: list[int] = []
-    import mixtera_hpc.formats.seek as seek
+    import mixtera_hpc.formats.codecs.seek_points as seek
 
     original = seek.read_fully
     monkeypatch.setattr(seek, "read_fully", lambda fd, size, at: reads.append(size) or original(fd, size, at))

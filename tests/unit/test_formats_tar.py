@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Fields
-from mixtera_hpc.formats.tar import TarError, members
-from mixtera_hpc.formats.webdataset import WebDataset
+from mixtera_hpc.formats.base import Fields
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.tar_headers import TarError, members
+from mixtera_hpc.formats.readers.webdataset import WebDataset
 from mixtera_hpc.testing.formats import read_blocks, scan
 
 NAMES = [

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Fields
+from mixtera_hpc.formats.base import Fields
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.xz_blocks import xz_blocks
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.xz import xz_blocks
 from mixtera_hpc.testing.formats import read_blocks, scan
 
 XZ = shutil.which("xz")

@@ -18,8 +18,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import BlockRef, Unit
+from mixtera_hpc.formats.base import BlockRef, Unit
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.build import build_index, scan_job
 from mixtera_hpc.index.discover import discover

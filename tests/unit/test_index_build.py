@@ -14,8 +14,8 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
-from mixtera_hpc.formats.format import Unit
-from mixtera_hpc.formats.jsonl import Jsonl
+from mixtera_hpc.formats.base import Unit
+from mixtera_hpc.formats.readers.jsonl import Jsonl
 from mixtera_hpc.index.build import BuildProgress, build_index, scan_job
 from mixtera_hpc.index.discover import discover
 from mixtera_hpc.index.open import open_index
@@ -254,9 +254,9 @@ def test_long_units_come_in_parts_that_say_the_same(
     with open_index(whole.path) as index:
         blocks = index.tables.blocks.rows.tolist()
     monkeypatch.setattr("mixtera_hpc.index.scan.PART_ROWS", part_rows)
-    monkeypatch.setattr("mixtera_hpc.formats.frames.PIECE_BYTES", 256)
+    monkeypatch.setattr("mixtera_hpc.formats.codecs.frames.PIECE_BYTES", 256)
     if suffix == "jsonl":
-        monkeypatch.setattr("mixtera_hpc.formats.scan.load_format", lambda name: Jsonl(piece_bytes=256))
+        monkeypatch.setattr("mixtera_hpc.formats.shard_scan.load_format", lambda name: Jsonl(piece_bytes=256))
     parts = list(scan_unit(*_only_unit(config)))
     assert len(parts) > 5 or part_rows == 1000
     assert [n for part in parts for n in part.blocks["rows"].tolist()] == blocks

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import BlockRef, RangeReader, ShardReader, TokenReader
+from mixtera_hpc.formats.base import BlockRef, RangeReader, ShardReader, TokenReader
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.seek_points import folder_beside
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.seek import folder_beside
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["DocumentReader", "Span"]

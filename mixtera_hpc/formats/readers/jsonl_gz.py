@@ -12,11 +12,11 @@ from typing import BinaryIO, cast
 
 from isal import igzip_lib
 
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.compressed import CompressedJsonl, CompressedReader
-from mixtera_hpc.formats.format import Batch, BlockRef, Fields, ShardReader, Unit
-from mixtera_hpc.formats.frames import Codec, Decompressor, Piece, pieces_of
-from mixtera_hpc.formats.seek import SeekPoints, find_points, write_points
+from mixtera_hpc.formats.base import Batch, BlockRef, Fields, ShardReader, Unit
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.frames import Codec, Decompressor, Piece, pieces_of
+from mixtera_hpc.formats.codecs.seek_points import SeekPoints, find_points, write_points
+from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonl, CompressedReader
 
 __all__ = ["JsonlGz"]
 

@@ -16,8 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import (
+from mixtera_hpc.formats.base import (
     Batch,
     BlockRef,
     Fields,
@@ -28,7 +27,16 @@ from mixtera_hpc.formats.format import (
     shard_changed,
     unreadable,
 )
-from mixtera_hpc.formats.tables import TableScanner, column_at, first_key, rows_of, texts_of, type_at, without_views
+from mixtera_hpc.formats.batching.arrow_tables import (
+    TableScanner,
+    column_at,
+    first_key,
+    rows_of,
+    texts_of,
+    type_at,
+    without_views,
+)
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
 
 __all__ = ["Arrow"]
 

@@ -16,12 +16,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
-from mixtera_hpc.formats.frames import Codec, Piece, bounded, pieces_of, whole_lines
-from mixtera_hpc.formats.lines import LineScanner, line_ends
-from mixtera_hpc.formats.positioned import read_fully
+from mixtera_hpc.formats.base import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
+from mixtera_hpc.formats.batching.json_lines import LineScanner, line_ends
+from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.frames import Codec, Piece, bounded, pieces_of, whole_lines
+from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 
 __all__ = ["CompressedJsonl", "CompressedReader"]
 

@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
-from mixtera_hpc.formats.positioned import neighbours, read_fully, row_ranges
-from mixtera_hpc.formats.rows import BadRow, RowScanner
-from mixtera_hpc.formats.tar import Member, TarError, members, window
+from mixtera_hpc.formats.base import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
+from mixtera_hpc.formats.batching.dict_rows import BadRow, RowScanner
+from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.positioned_reads import neighbours, read_fully, row_ranges
+from mixtera_hpc.formats.codecs.tar_headers import Member, TarError, members, window
 
 __all__ = ["WebDataset"]
 

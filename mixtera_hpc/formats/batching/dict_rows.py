@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Fields, Ranges, bad_rows
+from mixtera_hpc.formats.base import MAX_BAD_ROWS, Batch, Fields, Ranges, bad_rows
+from mixtera_hpc.formats.batching.row_type import RowType
 
 __all__ = ["BadRow", "RowScanner"]
 

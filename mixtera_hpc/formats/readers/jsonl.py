@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import (
+from mixtera_hpc.formats.base import (
     Batch,
     BlockRef,
     Fields,
@@ -28,8 +26,10 @@ from mixtera_hpc.formats.format import (
     open_shard,
     shard_changed,
 )
-from mixtera_hpc.formats.lines import Lines, LineScanner, line_ends
-from mixtera_hpc.formats.positioned import neighbours, read_fully, row_ranges
+from mixtera_hpc.formats.batching.json_lines import Lines, LineScanner, line_ends
+from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.positioned_reads import neighbours, read_fully, row_ranges
 
 __all__ = ["JsonReader", "Jsonl"]
 

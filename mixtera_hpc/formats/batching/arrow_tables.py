@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.columns import Categories, encode
-from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Ranges, bad_rows, nulls, unreadable
+from mixtera_hpc.formats.base import MAX_BAD_ROWS, Batch, Column, Field, Fields, Ranges, bad_rows, nulls, unreadable
+from mixtera_hpc.formats.category_codes import Categories, encode
 
 __all__ = ["TableScanner", "column_at", "first_key", "rows_of", "texts_of", "type_at", "without_views"]
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.index_tables import BlockTable
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.columns import Categories
+from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
 
 __all__ = [
     "Batch",

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
-from mixtera_hpc.formats.positioned import read_fully
-from mixtera_hpc.formats.rows import BadRow, RowScanner
+from mixtera_hpc.formats.base import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
+from mixtera_hpc.formats.batching.dict_rows import BadRow, RowScanner
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 
 __all__ = ["Text"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.format import BlockRef
+from mixtera_hpc.formats.base import BlockRef
 
 __all__ = ["neighbours", "read_fully", "row_ranges"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.frames import PIECE_BYTES, Piece, damaged
-from mixtera_hpc.formats.positioned import read_fully
+from mixtera_hpc.formats.codecs.frames import PIECE_BYTES, Piece, damaged
+from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 
 __all__ = ["XzBlock", "decoded", "xz_blocks"]
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.formats.columns import encode
-from mixtera_hpc.formats.format import Column, Fields
+from mixtera_hpc.formats.base import Column, Fields
+from mixtera_hpc.formats.category_codes import encode
 
 __all__ = ["RowType"]
 

@@ -22,8 +22,8 @@ from isal import igzip_lib
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.formats.frames import damaged
-from mixtera_hpc.formats.positioned import read_fully
+from mixtera_hpc.formats.codecs.frames import damaged
+from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 
 __all__ = ["SPACING_BYTES", "SeekPoints", "find_points", "folder_beside", "write_points"]
 

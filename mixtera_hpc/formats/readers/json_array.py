@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.format import Batch, Fields, Ranges, ShardReader, Unit
-from mixtera_hpc.formats.jsonl import JsonReader
-from mixtera_hpc.formats.rows import BadRow, RowScanner
+from mixtera_hpc.formats.base import Batch, Fields, Ranges, ShardReader, Unit
+from mixtera_hpc.formats.batching.dict_rows import BadRow, RowScanner
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.readers.jsonl import JsonReader
 
 __all__ = ["JsonArray"]
 

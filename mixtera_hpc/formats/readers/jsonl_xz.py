@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.compressed import CompressedJsonl, CompressedReader
-from mixtera_hpc.formats.format import BlockRef, ShardReader
-from mixtera_hpc.formats.frames import Codec, Piece
-from mixtera_hpc.formats.xz import decoded, xz_blocks
+from mixtera_hpc.formats.base import BlockRef, ShardReader
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.frames import Codec, Piece
+from mixtera_hpc.formats.codecs.xz_blocks import decoded, xz_blocks
+from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonl, CompressedReader
 
 __all__ = ["JsonlXz"]
 

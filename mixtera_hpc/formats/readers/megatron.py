@@ -16,9 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.cache import BlockCache
-from mixtera_hpc.formats.columns import Categories
-from mixtera_hpc.formats.format import (
+from mixtera_hpc.formats.base import (
     Batch,
     BlockRef,
     Column,
@@ -30,7 +28,9 @@ from mixtera_hpc.formats.format import (
     nulls,
     shard_changed,
 )
-from mixtera_hpc.formats.jsonl import Jsonl
+from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.readers.jsonl import Jsonl
 from mixtera_hpc.formats.registry import SIDECAR
 
 __all__ = ["DTYPES", "HEADER", "MAGIC", "Megatron", "sidecar_of"]

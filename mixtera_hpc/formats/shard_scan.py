@@ -16,12 +16,12 @@ import numpy as np
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError, UserError
-from mixtera_hpc.formats.columns import Categories, map_values
-from mixtera_hpc.formats.fields import RowType
-from mixtera_hpc.formats.format import MAX_BAD_ROWS, Batch, Column, Field, Fields, Parser, Unit, Vocabulary
-from mixtera_hpc.formats.origin import is_origin, origin_of
-from mixtera_hpc.formats.parser import import_function, source_digest
+from mixtera_hpc.formats.base import MAX_BAD_ROWS, Batch, Column, Field, Fields, Parser, Unit, Vocabulary
+from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.category_codes import Categories, map_values
+from mixtera_hpc.formats.path_properties import is_origin, origin_of
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.formats.user_functions import import_function, source_digest
 
 __all__ = ["ShardFile", "fields_of", "scan_shard"]
 

@@ -2,8 +2,8 @@
 
 import zstandard
 
-from mixtera_hpc.formats.compressed import CompressedJsonl
-from mixtera_hpc.formats.frames import Codec
+from mixtera_hpc.formats.codecs.frames import Codec
+from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonl
 
 __all__ = ["JsonlZst"]
 
