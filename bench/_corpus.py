@@ -15,7 +15,7 @@ import numpy as np
 
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
-__all__ = ["FOLDER", "make_numbers", "make_rows", "make_tokenizer", "pool"]
+__all__ = ["FOLDER", "make_number_rows", "make_rows", "make_tokenizer", "source_text"]
 
 FOLDER = Path(__file__).resolve().parent / "out" / "corpus"
 ROWS_PER_SHARD = 100_000
@@ -32,7 +32,7 @@ SHARES = {
 
 
 @cache
-def pool() -> str:
+def source_text() -> str:
     """The sources of the standard library and what is installed beside it, up to 64 MB."""
     texts, size = [], 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
@@ -57,7 +57,7 @@ def make_rows(num_rows: int, folder: Path = FOLDER) -> Path:
     return part.rename(target)
 
 
-def make_numbers(num_rows: int, folder: Path = FOLDER) -> Path:
+def make_number_rows(num_rows: int, folder: Path = FOLDER) -> Path:
     """One JSONL shard of `num_rows` tiny rows with two numbers: `day` grows along the shard, `quality` is anywhere."""
     target = folder / f"numbers-{num_rows}"
     if target.is_dir():
@@ -83,13 +83,13 @@ def make_tokenizer(vocab_size: int = 32_768, folder: Path = FOLDER) -> Path:
     """A byte-level BPE trained on some of the text."""
     target = folder / f"tokenizer-{vocab_size}.json"
     if not target.exists():
-        text = pool()
+        text = source_text()
         train_bpe((text[i : i + 4000] for i in range(0, len(text), 16_000)), vocab_size, target)
     return target
 
 
 def _shard(number: int, num_rows: int) -> Iterator[bytes]:
-    text = pool()
+    text = source_text()
     random = np.random.Generator(np.random.Philox(number))
     mean = np.log(MEAN_CHARACTERS) - SIGMA**2 / 2
     length = np.clip(random.lognormal(mean, SIGMA, num_rows), 20, 200_000).astype(np.int64)

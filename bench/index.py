@@ -22,9 +22,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bench._corpus import FOLDER, make_numbers, make_rows, make_tokenizer
-from bench._digests import NUM_SEQUENCES, SOURCE, digests
-from bench._tables import make_index, make_shards
+from bench._billion_index import make_index, make_shards
+from bench._corpus import FOLDER, make_number_rows, make_rows, make_tokenizer
+from bench._format_digests import NUM_SEQUENCES, SOURCE, digests
 from bench.index_parallel import best
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
@@ -222,7 +222,7 @@ def _queries(num_blocks: int) -> Iterator[Line]:
 
 
 def _numbers(num_rows: int) -> Iterator[Line]:
-    data, path = make_numbers(num_rows), FOLDER / f"numbers-{num_rows}.h5"
+    data, path = make_number_rows(num_rows), FOLDER / f"numbers-{num_rows}.h5"
     if not path.exists():
         numbers = [f"data.properties.{name}={{path:{name},kind:number}}" for name in ("day", "quality")]
         build_index(

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bench._corpus import make_tokenizer, pool
+from bench._corpus import make_tokenizer, source_text
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
@@ -183,7 +183,7 @@ def resumed(config: Config, state: dict[str, Any], step: int) -> Resumed:
 
 def collection(folder: Path, num_domains: int) -> list[str]:
     """30,000 rows of 300 characters; the names of their sources are as long as real ones."""
-    text, rows = pool(), 30_000
+    text, rows = source_text(), 30_000
     source = np.minimum(np.random.Generator(np.random.Philox(0)).zipf(1.3, rows) - 1, num_domains - 1)
     source[:num_domains] = np.arange(num_domains)
     with (folder / "rows.jsonl").open("w") as file:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtera_hpc.testing.collection import make_collection
+from mixtera_hpc.testing.small_collection import make_collection
 
 
 @pytest.fixture(scope="session")

@@ -36,10 +36,10 @@ def run(args: Namespace) -> int:
 
 
 def _scaling(folders: list["RunFolder"], as_json: bool) -> None:
-    from mixtera_hpc.report.load import load_record
+    from mixtera_hpc.report.run_metrics import load_run_metrics
     from mixtera_hpc.report.scaling import scaling_table
 
-    rows = scaling_table([load_record(folder) for folder in folders])
+    rows = scaling_table([load_run_metrics(folder) for folder in folders])
     if as_json:
         for row in rows:
             _print_json(row)
@@ -50,16 +50,16 @@ def _scaling(folders: list["RunFolder"], as_json: bool) -> None:
 
 
 def _numbers(folders: list["RunFolder"]) -> None:
-    from mixtera_hpc.report.load import load_record
-    from mixtera_hpc.report.summary import summarise
+    from mixtera_hpc.report.run_metrics import load_run_metrics
+    from mixtera_hpc.report.summary import summarize_run
 
     for folder in folders:
-        _print_json(summarise(load_record(folder)))
+        _print_json(summarize_run(load_run_metrics(folder)))
 
 
 def _pages(folders: list["RunFolder"], out: Path | None) -> None:
+    from mixtera_hpc.report.report_files import write_report
     from mixtera_hpc.report.terminal import report_text
-    from mixtera_hpc.report.write import write_report
 
     for folder in folders:
         target = out / folder.run_id if out is not None and len(folders) > 1 else out

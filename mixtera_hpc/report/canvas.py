@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from mixtera_hpc.report.load import Floats, Record
-from mixtera_hpc.report.look import INK, MUTED
+from mixtera_hpc.report.plot_style import INK, MUTED
+from mixtera_hpc.report.run_metrics import Floats, RunMetrics
 
 __all__ = ["MAX_IN_LEGEND", "Canvas", "spread"]
 
@@ -25,7 +25,7 @@ class Canvas:
 
     wide: bool
 
-    def axes(self, record: Record, y_label: str, *, labels: bool = True) -> tuple[Figure, Any]:
+    def axes(self, record: RunMetrics, y_label: str, *, labels: bool = True) -> tuple[Figure, Any]:
         """An empty figure; taller, and with room at the right, when `labels` are to come."""
         width, height = (9.4, 3.3 if labels else 2.4) if self.wide else (3.9, 2.9 if labels else 2.3)
         figure = Figure(figsize=(width, height))
@@ -61,7 +61,7 @@ class Canvas:
             place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "ncols": len(names), "frameon": False}
             axes.legend(lines, names, **place, fontsize=7, handlelength=1, columnspacing=1, borderpad=0.2)
 
-    def _mark_attempts(self, axes: Any, record: Record) -> None:
+    def _mark_attempts(self, axes: Any, record: RunMetrics) -> None:
         resumed = record.resumed_at
         for attempt, step in resumed:
             axes.axvline(step, color=MUTED, lw=0.7, zorder=3)

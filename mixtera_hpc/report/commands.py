@@ -1,12 +1,12 @@
 """What to type next."""
 
 from mixtera_hpc.config.runfolder import RunFolder
-from mixtera_hpc.report.summary import Summary
+from mixtera_hpc.report.summary import RunSummary
 
 __all__ = ["next_commands"]
 
 
-def next_commands(run: RunFolder, summary: Summary) -> list[tuple[str, str]]:
+def next_commands(run: RunFolder, summary: RunSummary) -> list[tuple[str, str]]:
     """Commands that make sense now, each with a word on what for."""
     last = max(summary.steps - 1, 0)
     commands = [

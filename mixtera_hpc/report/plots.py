@@ -7,27 +7,35 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 
-from mixtera_hpc.report.bands import Band, bands_of, merged_loss, merged_sum
 from mixtera_hpc.report.canvas import Canvas
-from mixtera_hpc.report.load import Floats, Ints, Record, Steps, Validation
-from mixtera_hpc.report.look import INK, MUTED, PALETTE, SURFACE, color_of
-from mixtera_hpc.report.thin import chosen, means, ranges
-from mixtera_hpc.report.units import short_time
+from mixtera_hpc.report.domain_groups import Band, bands_of, merged_loss, merged_sum
+from mixtera_hpc.report.downsample import even_indices, percentile_ranges, weighted_means
+from mixtera_hpc.report.number_format import format_seconds
+from mixtera_hpc.report.plot_style import INK, MUTED, PALETTE, SURFACE, group_color
+from mixtera_hpc.report.run_metrics import Floats, Ints, RunMetrics, StepHistory, ValidationHistory
 
-__all__ = ["PLOTS", "data_wait_plot", "loss_plot", "mixture_plot", "talk_plot", "throughput_plot", "validation_plot"]
+__all__ = [
+    "PLOTS",
+    "communication_plot",
+    "data_wait_plot",
+    "loss_plot",
+    "mixture_plot",
+    "throughput_plot",
+    "validation_plot",
+]
 
 
-def mixture_plot(record: Record, canvas: Canvas) -> Figure | None:
+def mixture_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
     """The weights of every chunk, stacked; None when they were not recorded, or there is only one domain."""
     if not len(record.mixture.step) or len(record.domains) == 1:
         return None
     bands = bands_of(record)
     shares = merged_sum(bands, record.mixture.weights)
-    some = chosen(len(shares))
+    some = even_indices(len(shares))
     x = np.append(record.mixture.step[some], record.steps.step[-1] + 1)
     shares = np.vstack([shares[some], shares[-1:]])
     figure, axes = canvas.axes(record, "weight")
-    colors = [color_of(band.color) for band in bands]
+    colors = [group_color(band.color) for band in bands]
     axes.stackplot(x, shares.T, colors=colors, edgecolor=SURFACE, linewidth=0.6)
     axes.set_ylim(0, 1)
     axes.grid(False)
@@ -38,22 +46,22 @@ def mixture_plot(record: Record, canvas: Canvas) -> Figure | None:
     return figure
 
 
-def loss_plot(record: Record, canvas: Canvas) -> Figure | None:
+def loss_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
     """Mean token loss of every band and of all tokens."""
     return _losses(record, canvas, record.steps)
 
 
-def validation_plot(record: Record, canvas: Canvas) -> Figure | None:
+def validation_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
     """The same on held-out samples; None when nothing was validated."""
     return _losses(record, canvas, record.validation) if len(record.validation.step) else None
 
 
-def _losses(record: Record, canvas: Canvas, lines: Steps | Validation) -> Figure:
+def _losses(record: RunMetrics, canvas: Canvas, lines: StepHistory | ValidationHistory) -> Figure:
     figure, axes = canvas.axes(record, "loss, nats per token")
-    curves = [(band.name, color_of(band.color), *_band_loss(lines, band)) for band in bands_of(record)]
+    curves = [(band.name, group_color(band.color), *_band_loss(lines, band)) for band in bands_of(record)]
     if len(record.domains) > 1:
         all_tokens = lines.domain_tokens.sum(axis=1).astype(np.float64)
-        curves.append(("all", INK, *means(lines.step, lines.loss, all_tokens)))
+        curves.append(("all", INK, *weighted_means(lines.step, lines.loss, all_tokens)))
     curves = [curve for curve in curves if len(curve[2])]
     for name, color, x, loss in curves:
         dashes = (0, (4, 2)) if name == "all" else "-"
@@ -65,7 +73,7 @@ def _losses(record: Record, canvas: Canvas, lines: Steps | Validation) -> Figure
     return figure
 
 
-def throughput_plot(record: Record, canvas: Canvas) -> Figure | None:
+def throughput_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
     """Tokens per second: the median of neighbouring lines and their range."""
     figure, axes = canvas.axes(record, "tokens per second, all ranks", labels=False)
     _median_in_band(axes, record.steps.step, record.steps.tokens_per_s, PALETTE[0])
@@ -74,7 +82,7 @@ def throughput_plot(record: Record, canvas: Canvas) -> Figure | None:
     return figure
 
 
-def data_wait_plot(record: Record, canvas: Canvas) -> Figure | None:
+def data_wait_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
     """Waiting for a batch as a share of step time, on a logarithmic scale down to 0.001 %."""
     figure, axes = canvas.axes(record, "waiting for data, share of step time", labels=False)
     share = np.maximum(record.steps.data_wait_s / np.maximum(record.steps.step_s, 1e-9), 1e-5)
@@ -87,7 +95,7 @@ def data_wait_plot(record: Record, canvas: Canvas) -> Figure | None:
     return figure
 
 
-def talk_plot(record: Record, canvas: Canvas) -> Figure | None:
+def communication_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
     """Durations of plans, broadcasts and reductions on rank 0; None when none was recorded."""
     series = {
         "plan": record.talk.plan,
@@ -104,15 +112,15 @@ def talk_plot(record: Record, canvas: Canvas) -> Figure | None:
     axes.set_yscale("log")
     for name, (x, seconds) in series.items():
         _median_in_band(axes, x, np.maximum(seconds, 1e-7), colors[name])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_time(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value)))
     axes.minorticks_off()
     medians = {name: float(np.median(seconds)) for name, (_, seconds) in series.items()}
-    names = [f"{name}  {short_time(median)}" for name, median in medians.items()]
+    names = [f"{name}  {format_seconds(median)}" for name, median in medians.items()]
     canvas.label(axes, names, list(medians.values()), [colors[name] for name in medians])
     return figure
 
 
-PLOTS: dict[str, tuple[Callable[[Record, Canvas], Figure | None], str, str]] = {
+PLOTS: dict[str, tuple[Callable[[RunMetrics, Canvas], Figure | None], str, str]] = {
     "mixture": (
         mixture_plot,
         "Mixture",
@@ -131,7 +139,7 @@ PLOTS: dict[str, tuple[Callable[[Record, Canvas], Figure | None], str, str]] = {
         "How much of each step rank 0 waited for its batch; dashed is a thousandth.",
     ),
     "communication": (
-        talk_plot,
+        communication_plot,
         "Communication",
         "Planning a chunk and broadcasting it, beside training; and what each step waited for the reduction of losses.",
     ),
@@ -139,9 +147,9 @@ PLOTS: dict[str, tuple[Callable[[Record, Canvas], Figure | None], str, str]] = {
 """Name of the file → the function, its title, and a sentence that says what is seen."""
 
 
-def _band_loss(lines: Steps | Validation, band: Band) -> tuple[Floats, Floats]:
+def _band_loss(lines: StepHistory | ValidationHistory, band: Band) -> tuple[Floats, Floats]:
     loss_sum, tokens = merged_loss(band, lines.domain_loss, lines.domain_tokens)
-    return means(lines.step, loss_sum / np.maximum(tokens, 1), tokens)
+    return weighted_means(lines.step, loss_sum / np.maximum(tokens, 1), tokens)
 
 
 def _leave_out_the_fall(axes: Any, curves: list[Floats]) -> None:
@@ -153,7 +161,7 @@ def _leave_out_the_fall(axes: Any, curves: list[Floats]) -> None:
 
 def _median_in_band(axes: Any, x: Ints, values: Floats, color: str) -> None:
     """The median of neighbouring lines, and faintly the range of nine tenths of them."""
-    place, low, middle, high = ranges(x, values)
+    place, low, middle, high = percentile_ranges(x, values)
     axes.fill_between(place, low, high, color=color, alpha=0.22, lw=0)
     axes.plot(place, middle, color=color, **_dot(place))
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mixtera_hpc.report.load import Record
-from mixtera_hpc.report.summary import Speed, Summary, summarise
+from mixtera_hpc.report.run_metrics import RunMetrics
+from mixtera_hpc.report.summary import RunPerformance, RunSummary, summarize_run
 
 __all__ = ["ScalingRow", "scaling_table"]
 
@@ -33,9 +33,9 @@ class ScalingRow:
     reduce_p95_s: float | None
 
 
-def scaling_table(records: Sequence[Record]) -> list[ScalingRow]:
+def scaling_table(records: Sequence[RunMetrics]) -> list[ScalingRow]:
     """One row per run, fewest ranks first; of runs with as few ranks the slowest is the reference."""
-    pairs = [(summarise(record), record) for record in records]
+    pairs = [(summarize_run(record), record) for record in records]
     pairs.sort(key=lambda pair: (pair[0].speed.num_ranks, pair[0].speed.tokens_per_s))
     base = pairs[0][0].speed
     return [
@@ -43,7 +43,7 @@ def scaling_table(records: Sequence[Record]) -> list[ScalingRow]:
     ]
 
 
-def _row(summary: Summary, base: Speed, global_batch_size: int | None) -> ScalingRow:
+def _row(summary: RunSummary, base: RunPerformance, global_batch_size: int | None) -> ScalingRow:
     speed = summary.speed
     speedup = speed.tokens_per_s / max(base.tokens_per_s, 1e-9)
     return ScalingRow(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.report.load import Floats, Ints, Record
+from mixtera_hpc.report.run_metrics import Floats, Ints, RunMetrics
 
-__all__ = ["DomainSummary", "Speed", "Summary", "summarise"]
+__all__ = ["DomainSummary", "RunPerformance", "RunSummary", "summarize_run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class DomainSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
+class RunPerformance:
     """How fast steps went with the last attempt's number of ranks; seconds on rank 0."""
 
     num_ranks: int
@@ -58,7 +58,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class RunSummary:
     """One run."""
 
     name: str
@@ -77,16 +77,16 @@ class Summary:
     """Sequences whose loss was not finite."""
     train_s: float
     """Time in steps that count."""
-    speed: Speed
+    speed: RunPerformance
     domains: tuple[DomainSummary, ...]
 
 
-def summarise(record: Record) -> Summary:
+def summarize_run(record: RunMetrics) -> RunSummary:
     """All numbers of one run."""
     steps = record.steps
     attempts = {*steps.attempt.tolist(), *(a.get("attempt", 1) for a in record.attempts)}
     total = steps.domain_tokens.sum(axis=1)
-    return Summary(
+    return RunSummary(
         name=record.run.name,
         run_id=record.run.run_id,
         steps=int(steps.step[-1]) + 1,
@@ -103,7 +103,7 @@ def summarise(record: Record) -> Summary:
     )
 
 
-def _domain(record: Record, domain_id: int) -> DomainSummary:
+def _domain(record: RunMetrics, domain_id: int) -> DomainSummary:
     steps, mixture = record.steps, record.mixture
     loss, tokens = steps.domain_loss[:, domain_id], steps.domain_tokens[:, domain_id]
     recorded = len(mixture.step) > 0
@@ -121,7 +121,7 @@ def _domain(record: Record, domain_id: int) -> DomainSummary:
     )
 
 
-def _speed(record: Record) -> Speed:
+def _speed(record: RunMetrics) -> RunPerformance:
     steps, talk = record.steps, record.talk
     num_ranks = int(steps.num_ranks[-1])
     mine = steps.num_ranks == num_ranks
@@ -132,7 +132,7 @@ def _speed(record: Record) -> Speed:
     wait_share = steps.data_wait_s[steady] / np.maximum(steps.step_s[steady], 1e-9)
     total_s = (steps.step_s * steps.num_steps)[steady].sum()
     nodes = [a.get("num_nodes") for a in record.attempts if a.get("num_ranks") == num_ranks]
-    return Speed(
+    return RunPerformance(
         num_ranks=num_ranks,
         num_nodes=int(nodes[-1]) if nodes and nodes[-1] is not None else None,
         tokens_per_s=float(np.median(steps.tokens_per_s[steady])),

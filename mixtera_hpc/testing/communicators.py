@@ -14,15 +14,15 @@ from mixtera_hpc.comm.communicator import Communicator, bcast_bytes, wait
 __all__ = [
     "CHECKS",
     "check_allgather_stacks_by_rank",
+    "check_bcast_bytes_keeps_every_byte",
     "check_bcast_reaches_every_rank_from_every_root",
-    "check_bytes_arrive_whole",
-    "check_counters_give_every_number_once",
-    "check_duplicates_keep_their_messages_apart",
-    "check_freeing_twice_does_no_harm",
+    "check_counters_are_atomic",
+    "check_duplicates_do_not_mix_messages",
+    "check_free_is_idempotent",
     "check_ranks_are_numbered",
     "check_reductions_are_exact_integers",
-    "check_requests_overlap",
-    "check_shared_arrays_are_read_only_copies_of_root_s",
+    "check_requests_complete_in_any_order",
+    "check_shared_arrays_are_read_only_copies",
 ]
 
 LARGE = 300_001
@@ -64,7 +64,7 @@ def check_allgather_stacks_by_rank(comm: Communicator) -> None:
     assert [set(part.ravel()) for part in gathered] == [{float(rank)} for rank in range(comm.size)]
 
 
-def check_requests_overlap(comm: Communicator) -> None:
+def check_requests_complete_in_any_order(comm: Communicator) -> None:
     """Several collectives under way at once complete in any order of asking."""
     plans = [np.full(64, 10 + i if comm.rank == 0 else 0, np.int64) for i in range(4)]
     sums = [np.zeros(64, np.int64) for _ in range(4)]
@@ -76,7 +76,7 @@ def check_requests_overlap(comm: Communicator) -> None:
     assert [int(total[0]) for total in sums] == [i * comm.size for i in range(4)]
 
 
-def check_duplicates_keep_their_messages_apart(comm: Communicator) -> None:
+def check_duplicates_do_not_mix_messages(comm: Communicator) -> None:
     """Ranks may wait for two communicators in different orders."""
     first, second = comm.Dup(), comm.Dup()
     a, b = (np.full(8, value if comm.rank == 0 else 0, np.int64) for value in (1, 2))
@@ -86,14 +86,14 @@ def check_duplicates_keep_their_messages_apart(comm: Communicator) -> None:
     assert (int(a[0]), int(b[0])) == (1, 2)
 
 
-def check_shared_arrays_are_read_only_copies_of_root_s(comm: Communicator) -> None:
+def check_shared_arrays_are_read_only_copies(comm: Communicator) -> None:
     for array in (np.arange(LARGE, dtype=np.int64), np.ones((7, 3), np.float32), np.zeros(0, np.uint8)):
         shared = comm.Allocate_shared(array if comm.rank == 0 else None)
         assert shared.dtype == array.dtype and np.array_equal(shared, array)
         assert not shared.flags.writeable
 
 
-def check_counters_give_every_number_once(comm: Communicator) -> None:
+def check_counters_are_atomic(comm: Communicator) -> None:
     """Whoever asks, whenever: what was there before an addition is told to one rank only, and nothing is lost."""
     counters = comm.Counters(2)
     taken = [counters.Fetch_and_add(0, 1) for _ in range(50 + comm.rank)]
@@ -107,12 +107,12 @@ def check_counters_give_every_number_once(comm: Communicator) -> None:
     counters.Free()
 
 
-def check_bytes_arrive_whole(comm: Communicator) -> None:
+def check_bcast_bytes_keeps_every_byte(comm: Communicator) -> None:
     for data in (b"", b"\x00", bytes(range(256)) * 1000):
         assert bcast_bytes(comm, data if comm.rank == 0 else None) == data
 
 
-def check_freeing_twice_does_no_harm(comm: Communicator) -> None:
+def check_free_is_idempotent(comm: Communicator) -> None:
     """Shared memory and duplicates go with the communicator they came from."""
     own = comm.Dup()
     own.Dup().Barrier()
@@ -131,10 +131,10 @@ CHECKS: tuple[Callable[[Communicator], None], ...] = (
     check_bcast_reaches_every_rank_from_every_root,
     check_reductions_are_exact_integers,
     check_allgather_stacks_by_rank,
-    check_requests_overlap,
-    check_duplicates_keep_their_messages_apart,
-    check_shared_arrays_are_read_only_copies_of_root_s,
-    check_counters_give_every_number_once,
-    check_bytes_arrive_whole,
-    check_freeing_twice_does_no_harm,
+    check_requests_complete_in_any_order,
+    check_duplicates_do_not_mix_messages,
+    check_shared_arrays_are_read_only_copies,
+    check_counters_are_atomic,
+    check_bcast_bytes_keeps_every_byte,
+    check_free_is_idempotent,
 )

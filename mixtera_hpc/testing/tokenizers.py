@@ -15,11 +15,11 @@ from mixtera_hpc.tokens.tokenizer import Tokenizer
 __all__ = [
     "CHECKS",
     "DOCUMENTS",
-    "check_arrays_have_the_promised_types_and_shapes",
-    "check_company_changes_nothing",
-    "check_each_is_as_in_a_batch",
-    "check_ids_are_below_the_vocabulary_s_size",
-    "check_threads_share_a_tokenizer",
+    "check_arrays_have_documented_dtypes_and_shapes",
+    "check_concurrent_calls_give_equal_tokens",
+    "check_documents_are_encoded_independently",
+    "check_encode_each_equals_encode_batch",
+    "check_ids_are_below_vocab_size",
 ]
 
 DOCUMENTS = [
@@ -32,7 +32,7 @@ DOCUMENTS = [
 """Scripts, white space, a special token as text, nothing, a NUL and long runs."""
 
 
-def check_arrays_have_the_promised_types_and_shapes(tokenizer: Tokenizer) -> None:
+def check_arrays_have_documented_dtypes_and_shapes(tokenizer: Tokenizer) -> None:
     for documents in ([], [""], ["a"], ["", "b", ""], DOCUMENTS * 4):
         tokens, offsets = tokenizer.encode_batch(documents)
         assert tokens.dtype == np.uint32 and tokens.ndim == 1
@@ -40,14 +40,14 @@ def check_arrays_have_the_promised_types_and_shapes(tokenizer: Tokenizer) -> Non
         assert offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) >= 0).all()
 
 
-def check_company_changes_nothing(tokenizer: Tokenizer) -> None:
+def check_documents_are_encoded_independently(tokenizer: Tokenizer) -> None:
     """A document's tokens do not depend on how many are encoded with it."""
     alone = [tokenizer.encode_batch([document])[0].tolist() for document in DOCUMENTS]
     for copies in (1, 4):
         assert _pieces(tokenizer, DOCUMENTS * copies) == alone * copies
 
 
-def check_each_is_as_in_a_batch(tokenizer: Tokenizer) -> None:
+def check_encode_each_equals_encode_batch(tokenizer: Tokenizer) -> None:
     """One array per document, the same tokens as in a row."""
     each = tokenizer.encode_each(DOCUMENTS)
     assert all(tokens.dtype == np.uint32 and tokens.ndim == 1 for tokens in each)
@@ -56,14 +56,14 @@ def check_each_is_as_in_a_batch(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_each([]) == [] and tokenizer.count_each([]).dtype == np.int64
 
 
-def check_ids_are_below_the_vocabulary_s_size(tokenizer: Tokenizer) -> None:
+def check_ids_are_below_vocab_size(tokenizer: Tokenizer) -> None:
     tokens, _ = tokenizer.encode_batch(DOCUMENTS)
     assert len(tokens) and int(tokens.max()) < tokenizer.vocab_size
     assert tokenizer.eos_id is None or 0 <= tokenizer.eos_id < tokenizer.vocab_size
     assert tokenizer.fingerprint == str(tokenizer.fingerprint) != ""
 
 
-def check_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:
+def check_concurrent_calls_give_equal_tokens(tokenizer: Tokenizer) -> None:
     expected = tokenizer.encode_batch(DOCUMENTS)[0].tolist()
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: tokenizer.encode_batch(DOCUMENTS)[0].tolist(), range(20)))
@@ -76,9 +76,9 @@ def _pieces(tokenizer: Tokenizer, documents: Sequence[str]) -> list[list[int]]:
 
 
 CHECKS: tuple[Callable[[Tokenizer], None], ...] = (
-    check_arrays_have_the_promised_types_and_shapes,
-    check_company_changes_nothing,
-    check_each_is_as_in_a_batch,
-    check_ids_are_below_the_vocabulary_s_size,
-    check_threads_share_a_tokenizer,
+    check_arrays_have_documented_dtypes_and_shapes,
+    check_documents_are_encoded_independently,
+    check_encode_each_equals_encode_batch,
+    check_ids_are_below_vocab_size,
+    check_concurrent_calls_give_equal_tokens,
 )

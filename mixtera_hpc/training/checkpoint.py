@@ -20,7 +20,7 @@ import torch
 
 from mixtera_hpc.errors import DataError
 
-__all__ = ["Checkpoint", "checkpoint_path", "load_newest", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "checkpoint_path", "load_newest_checkpoint", "read_checkpoint", "write_checkpoint"]
 
 VERSION = 1
 CONTENTS = "training.json"
@@ -68,7 +68,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return target
 
 
-def load_newest(folder: Path, accept: Callable[[Mapping[str, Any]], bool] = lambda state: True) -> Checkpoint | None:
+def load_newest_checkpoint(
+    folder: Path, accept: Callable[[Mapping[str, Any]], bool] = lambda state: True
+) -> Checkpoint | None:
     """The newest checkpoint that is complete; None when none was ever written. Broken ones are skipped with a warning.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.errors import CommError, ConfigError
 
-__all__ = ["Gradients", "Replicas"]
+__all__ = ["GradientBuffer", "Replicas"]
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
@@ -80,7 +80,7 @@ class Replicas:
         dist.init_process_group(backend, store=self._store, rank=comm.rank, world_size=comm.size, device_id=on_gpu)
 
 
-class Gradients:
+class GradientBuffer:
     """All gradients of a model in one flat buffer, and behind them the number of tokens they are the sum over.
 
     Parameters' `.grad` are views of the buffer, so nothing is copied before or after the all-reduce.

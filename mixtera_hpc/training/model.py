@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy, gelu, linear, scaled_dot_product_
 
 from mixtera_hpc.config.schema import TrainingConfig
 
-__all__ = ["GPT", "Shape", "build_model"]
+__all__ = ["GPT", "GPTConfig", "build_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class GPTConfig:
     """The sizes of a GPT."""
 
     num_layers: int
@@ -31,7 +31,7 @@ class Shape:
 class Attention(nn.Module):
     """Causal self-attention with rotary positions."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: GPTConfig) -> None:
         super().__init__()
         self.num_heads = shape.num_heads
         self.qkv = nn.Linear(shape.embedding_dim, 3 * shape.embedding_dim, bias=False)
@@ -48,7 +48,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and a feed-forward layer, each added to what came in."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: GPTConfig) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(shape.embedding_dim, bias=False)
         self.attention = Attention(shape)
@@ -66,7 +66,7 @@ class GPT(nn.Module):
 
     rotation: Tensor
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: GPTConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
         self.blocks = nn.ModuleList([Block(shape) for _ in range(shape.num_layers)])
@@ -89,7 +89,7 @@ class GPT(nn.Module):
 
 def build_model(training: TrainingConfig, vocab_size: int, seq_len: int) -> GPT:
     """A GPT whose initial weights depend on `training.seed` and its sizes alone: the same on every rank, on every device."""
-    shape = Shape(
+    shape = GPTConfig(
         num_layers=training.num_layers,
         num_heads=training.num_heads,
         embedding_dim=training.embedding_dim,
@@ -114,7 +114,7 @@ def _initialise(model: GPT, seed: int, num_layers: int) -> None:
                 parameter.normal_(0.0, std, generator=generator)
 
 
-def _rotation(shape: Shape) -> Tensor:
+def _rotation(shape: GPTConfig) -> Tensor:
     """Cosines and sines of every position's angles (RoPE, arXiv 2104.09864); shape (seq_len, 2, head_dim / 2)."""
     half = shape.embedding_dim // shape.num_heads // 2
     frequency = 10_000.0 ** (-torch.arange(half) / half)

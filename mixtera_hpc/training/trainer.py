@@ -22,12 +22,18 @@ from mixtera_hpc.dataplane.surgery import as_begun, is_past, surgeries
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import Fanout, Tracker, open_tracker
-from mixtera_hpc.training.checkpoint import Checkpoint, checkpoint_path, load_newest, read_checkpoint, write_checkpoint
-from mixtera_hpc.training.distributed import Gradients, Replicas
+from mixtera_hpc.training.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    load_newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from mixtera_hpc.training.distributed import GradientBuffer, Replicas
 from mixtera_hpc.training.model import GPT, build_model
 from mixtera_hpc.training.schedule import learning_rate
-from mixtera_hpc.training.steplog import StepLog, StepTiming
-from mixtera_hpc.training.validate import Validator
+from mixtera_hpc.training.step_log import StepLog, StepTiming
+from mixtera_hpc.training.validator import Validator
 
 __all__ = ["Observer", "run_training"]
 
@@ -66,7 +72,9 @@ def run_training(
         tracker = Fanout([tracker, observer])
     replicas = Replicas(comm, config.training.device)
     with DataPlane.open(config, comm=comm, folder=folder, attempt=attempt, tracker=tracker) as plane:
-        trainer = Trainer(Setting(config=config, folder=folder, tracker=tracker, observer=observer), replicas, plane)
+        trainer = Trainer(
+            TrainerContext(config=config, folder=folder, tracker=tracker, observer=observer), replicas, plane
+        )
         trainer.restore()
         stopped = trainer.train()
         replicas.close()
@@ -76,7 +84,7 @@ def run_training(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class TrainerContext:
     """What a trainer is told."""
 
     config: Config
@@ -88,13 +96,13 @@ class Setting:
 class Trainer:
     """One rank's replica of the model, and the loop that trains it."""
 
-    def __init__(self, setting: Setting, replicas: Replicas, plane: DataPlane) -> None:
+    def __init__(self, setting: TrainerContext, replicas: Replicas, plane: DataPlane) -> None:
         config = setting.config
         self._config, self._training, self._folder = config, config.training, setting.folder
         self._tracker, self._replicas, self._plane = setting.tracker, replicas, plane
         self._observer = setting.observer
         self._model = build_model(config.training, plane.vocab_size, config.dataplane.seq_len).to(replicas.device)
-        self._gradients = Gradients(self._model)
+        self._gradients = GradientBuffer(self._model)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self._model, config.training.weight_decay),
             betas=(0.9, 0.95),
@@ -231,7 +239,7 @@ class Trainer:
         found = None
         if comm.rank == 0:
             operated = surgeries(self._folder.decisions)
-            found = load_newest(folder, lambda state: not is_past(state, operated))
+            found = load_newest_checkpoint(folder, lambda state: not is_past(state, operated))
         step = np.array([found.step if found else -1], np.int64)
         comm.Bcast(step)
         if step[0] < 0 or found:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mixtera_hpc.testing.collection import paragraphs
+from mixtera_hpc.testing.small_collection import paragraphs
 from mixtera_hpc.testing.writers import (
     write_arrow,
     write_compressed,

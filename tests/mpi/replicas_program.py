@@ -7,7 +7,7 @@ import torch
 from mixtera_hpc.comm.mpi import Mpi
 from mixtera_hpc.config.schema import TrainingConfig
 from mixtera_hpc.errors import CommError
-from mixtera_hpc.training.distributed import Gradients, Replicas
+from mixtera_hpc.training.distributed import GradientBuffer, Replicas
 from mixtera_hpc.training.model import GPT, build_model
 
 COUNTED = torch.tensor([12, 1, 5, 0, 7, 3])
@@ -30,7 +30,7 @@ def main() -> None:
     comm = Mpi.world()
     replicas = Replicas(comm, "cpu")
     model, share = build(), 6 // comm.size
-    gradients = Gradients(model)
+    gradients = GradientBuffer(model)
     mine = slice(comm.rank * share, (comm.rank + 1) * share)
     gradients.add(model(TOKENS[mine]), mask(mine))
     gradients.average(replicas)

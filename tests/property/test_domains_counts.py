@@ -12,7 +12,7 @@ from mixtera_hpc.core import domain_counts as count
 from mixtera_hpc.core.domains import DomainKey, keys_by, select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import parse
-from mixtera_hpc.testing.tables import Sample, blocks_reader, tables_of
+from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
 KINDS = {"source": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER}
 SOURCES, TAGS = ["a", "b", "c"], ["x", "y", "z"]
@@ -78,8 +78,8 @@ def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_counts_equal_those_of_a_walk_over_all_samples(
     blocks: list[list[Sample]], keys: list[DomainKey], query: str | None
 ) -> None:
-    tables, read_block = tables_of(blocks, KINDS)
-    answer = select(tables, parse(query, tables.properties), keys, blocks_reader(read_block))
+    tables, read_block = make_index_tables(blocks, KINDS)
+    answer = select(tables, parse(query, tables.properties), keys, make_block_reader(read_block))
     rows: Counter[tuple[int, int]] = Counter()
     tokens: Counter[tuple[int, int]] = Counter()
     overlaps: Counter[tuple[int, int]] = Counter()
@@ -110,9 +110,9 @@ def test_counts_equal_those_of_a_walk_over_all_samples(
 @given(corpora, st.lists(st.sampled_from(["source", "tags"]), unique=True))
 @settings(max_examples=100, deadline=None)
 def test_keys_by_properties_leave_no_sample_out(blocks: list[list[Sample]], names: list[str]) -> None:
-    tables, read_block = tables_of(blocks, KINDS)
+    tables, read_block = make_index_tables(blocks, KINDS)
     keys = keys_by(names, tables.combos)
-    answer = select(tables, parse(None, tables.properties), keys, blocks_reader(read_block))
+    answer = select(tables, parse(None, tables.properties), keys, make_block_reader(read_block))
     assert answer.left_out == (0, 0)
     assert len({tuple(k.items()) for k in keys}) == len(keys)
     if "tags" not in names:

@@ -15,7 +15,7 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.testing.communicators import CHECKS
-from mixtera_hpc.testing.threads import run_ranks
+from mixtera_hpc.testing.thread_ranks import run_ranks
 
 BATCH, STEPS = 12, 14
 PAIR = [{"key": {"source": "argparse"}, "weight": 0.7}, {"key": {"source": ["ast", "enum"]}, "weight": 0.3}]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.core.mixing.algorithm import make_algorithm
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.testing.mixing import absent, run, synthetic_statistics, through_npz
+from mixtera_hpc.testing.mixing import round_trip_npz, run_algorithm, synthetic_statistics, without_domains
 
 NUM_STEPS = 40
 QUICK = {"warmup": 12, "refit_interval": 7, "first_fitted_step": 4}
@@ -27,7 +27,7 @@ def runs(draw: st.DrawFn) -> tuple[np.ndarray, list[DomainStatistics]]:
     size = draw(st.integers(1, 6))
     steps = synthetic_statistics(size, NUM_STEPS, seed=draw(st.integers(0, 2**32)))
     for at, domain in draw(st.lists(st.tuples(st.integers(0, NUM_STEPS - 1), st.integers(0, size - 1)), max_size=60)):
-        steps[at] = absent(steps[at], [domain])
+        steps[at] = without_domains(steps[at], [domain])
     for at in draw(st.lists(st.integers(0, NUM_STEPS - 1), max_size=3)):
         steps[at] = replace(steps[at], loss_sum=steps[at].loss_sum * np.nan, num_nonfinite=steps[at].num_sequences)
     weights = np.array(draw(st.lists(st.integers(1, 100), min_size=size, max_size=size)), np.float64)
@@ -41,10 +41,10 @@ def test_resume_is_no_resume(
 ) -> None:
     prior, steps = made
     algorithm = make_algorithm(*choice)
-    expected = algorithm.state_arrays(run(algorithm, algorithm.start(prior), steps))
-    early = algorithm.state_arrays(run(algorithm, algorithm.start(prior), steps[:stop]))
-    restored = make_algorithm(*choice).state_from_arrays(through_npz(early))
-    got = algorithm.state_arrays(run(algorithm, restored, steps[stop:]))
+    expected = algorithm.state_arrays(run_algorithm(algorithm, algorithm.start(prior), steps))
+    early = algorithm.state_arrays(run_algorithm(algorithm, algorithm.start(prior), steps[:stop]))
+    restored = make_algorithm(*choice).state_from_arrays(round_trip_npz(early))
+    got = algorithm.state_arrays(run_algorithm(algorithm, restored, steps[stop:]))
     assert {name: values.tobytes() for name, values in expected.items()} == {
         name: values.tobytes() for name, values in got.items()
     }

@@ -15,7 +15,7 @@ from mixtera_hpc.core import domain_counts as count
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import Entries, parse
-from mixtera_hpc.testing.tables import Sample, blocks_reader, tables_of
+from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
 KINDS = {"language": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER, "year": Kind.NUMBER}
 LANGUAGES = ["en", "de", "x y", "7"]
@@ -163,7 +163,7 @@ def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
 @given(corpora, expressions)
 @settings(max_examples=300, deadline=None)
 def test_samples_match_as_python_says(blocks: list[list[Sample]], expression: Expression) -> None:
-    tables, read_block = tables_of(blocks, KINDS)
+    tables, read_block = make_index_tables(blocks, KINDS)
     predicate = parse(expression.text, tables.properties)
     for number, block in enumerate(blocks):
         columns = read_block(number)
@@ -178,7 +178,7 @@ def test_samples_match_as_python_says(blocks: list[list[Sample]], expression: Ex
 def test_zones_decide_a_cell_only_when_all_its_samples_agree(
     blocks: list[list[Sample]], expression: Expression
 ) -> None:
-    tables, read_block = tables_of(blocks, KINDS)
+    tables, read_block = make_index_tables(blocks, KINDS)
     predicate = parse(expression.text, tables.properties)
     histogram, zones = tables.histogram, tables.blocks.zones
     block_of_cell = np.repeat(np.arange(len(blocks)), np.diff(histogram.indptr))
@@ -203,7 +203,7 @@ def test_zones_decide_a_cell_only_when_all_its_samples_agree(
 def test_blocks_and_scanned_samples_together_count_what_matches(
     blocks: list[list[Sample]], expression: Expression
 ) -> None:
-    tables, read_block = tables_of(blocks, KINDS)
+    tables, read_block = make_index_tables(blocks, KINDS)
     scanned: list[int] = []
 
     def read(block: int) -> Any:
@@ -211,7 +211,7 @@ def test_blocks_and_scanned_samples_together_count_what_matches(
         return read_block(block)
 
     predicate = parse(expression.text, tables.properties)
-    selection = select(tables, predicate, [{}], blocks_reader(read))
+    selection = select(tables, predicate, [{}], make_block_reader(read))
     hits = [[s for s in block if expression.holds(s)] for block in blocks]
     assert selection.selected == (sum(map(len, hits)), sum(s.tokens for block in hits for s in block))
     expected = [(b, len(block), sum(s.tokens for s in block)) for b, block in enumerate(hits) if block]

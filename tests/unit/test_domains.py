@@ -6,7 +6,7 @@ from mixtera_hpc.core.domains import DomainKey, Selection, keys_by, select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.errors import MixtureError
-from mixtera_hpc.testing.tables import Sample, blocks_reader, tables_of
+from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
 KINDS = {"source": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER}
 
@@ -21,11 +21,11 @@ BLOCKS = [
     [sample(None, "b"), sample("ArXiv", quality=None)],
     [sample("Book", quality=0.9, tokens=3)],
 ]
-TABLES, READ = tables_of(BLOCKS, KINDS)
+TABLES, READ = make_index_tables(BLOCKS, KINDS)
 
 
 def ask(keys: list[DomainKey], where: str | None = None) -> Selection:
-    return select(TABLES, parse(where, TABLES.properties), keys, blocks_reader(READ))
+    return select(TABLES, parse(where, TABLES.properties), keys, make_block_reader(READ))
 
 
 def test_a_sample_belongs_to_the_first_key_it_matches() -> None:

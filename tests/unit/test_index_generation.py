@@ -12,7 +12,7 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.trace import planned
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.index.refresh import refresh_index
-from mixtera_hpc.testing.collection import make_collection
+from mixtera_hpc.testing.small_collection import make_collection
 
 
 def test_a_run_goes_on_after_shards_were_added(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.errors import MixtureError
-from mixtera_hpc.testing.tables import Sample, tables_of
+from mixtera_hpc.testing.fabricated_tables import Sample, make_index_tables
 
 VALUES = ["c4-en", "c4-de", "c4*", "cc", "c.4", None]
-TABLES, READ = tables_of(
+TABLES, READ = make_index_tables(
     [[Sample(categories={"source": frozenset([v] if v else []), "lang": frozenset(["en", "de"])}) for v in VALUES]],
     {"source": Kind.CATEGORY, "lang": Kind.CATEGORIES},
 )

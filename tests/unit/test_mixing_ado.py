@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.core.mixing.ado import LAW_UNKNOWN, Ado, AdoState
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.errors import ConfigError, MixtureError
-from mixtera_hpc.testing.mixing import absent, run, synthetic_statistics
+from mixtera_hpc.testing.mixing import run_algorithm, synthetic_statistics, without_domains
 
 PRIOR = np.array([0.5, 0.3, 0.2])
 WARMUP = 40
@@ -19,7 +19,7 @@ def ado(**parameters: Any) -> Ado:
 
 
 def after(algorithm: Ado, num_steps: int) -> AdoState:
-    return run(algorithm, algorithm.start(PRIOR), synthetic_statistics(3, num_steps))
+    return run_algorithm(algorithm, algorithm.start(PRIOR), synthetic_statistics(3, num_steps))
 
 
 def share(statistics: DomainStatistics) -> np.ndarray:
@@ -37,7 +37,7 @@ def test_before_the_end_of_the_warmup_nothing_moves() -> None:
 def test_a_step_follows_the_equations(step: int) -> None:
     """Equations (2) to (5) of arXiv 2410.11820, with realised shares, written out."""
     algorithm, statistics = ado(), synthetic_statistics(3, step + 1)
-    old = run(algorithm, algorithm.start(PRIOR), statistics[:-1])
+    old = run_algorithm(algorithm, algorithm.start(PRIOR), statistics[:-1])
     new, weights = algorithm.update(old, statistics[-1])
     credit = 0.1 * share(statistics[-1]) + 0.9 * old.credit
     n = sum(int(s.num_sequences.sum()) for s in statistics)
@@ -71,25 +71,27 @@ def test_losses_before_the_first_fitted_step_are_not_remembered() -> None:
 
 def test_without_any_law_the_prior_is_served() -> None:
     algorithm = ado()
-    state = run(algorithm, algorithm.start(PRIOR), (absent(s, range(3)) for s in synthetic_statistics(3, 80)))
+    state = run_algorithm(
+        algorithm, algorithm.start(PRIOR), (without_domains(s, range(3)) for s in synthetic_statistics(3, 80))
+    )
     assert state.law_status.tolist() == [LAW_UNKNOWN] * 3
     assert state.weights.tolist() == PRIOR.tolist()
 
 
 def test_paper_credit_follows_the_weights_and_default_credit_the_shares_served() -> None:
     statistics = synthetic_statistics(3, 60)
-    lopsided = [absent(s, [2]) if s.step >= WARMUP else s for s in statistics]
+    lopsided = [without_domains(s, [2]) if s.step >= WARMUP else s for s in statistics]
     credits = {}
     for variant in ("default", "paper"):
         algorithm = ado(variant=variant)
-        credits[variant] = run(algorithm, algorithm.start(PRIOR), lopsided).credit
+        credits[variant] = run_algorithm(algorithm, algorithm.start(PRIOR), lopsided).credit
     assert credits["default"][2] == pytest.approx(0.2 * 0.9**20)
     assert credits["paper"][2] > 0.15
 
 
 def test_a_domain_without_a_law_counts_as_of_typical_speed() -> None:
-    algorithm, statistics = ado(), [absent(s, [2]) for s in synthetic_statistics(3, WARMUP + 1)]
-    old = run(algorithm, algorithm.start(PRIOR), statistics[:-1])
+    algorithm, statistics = ado(), [without_domains(s, [2]) for s in synthetic_statistics(3, WARMUP + 1)]
+    old = run_algorithm(algorithm, algorithm.start(PRIOR), statistics[:-1])
     new, _ = algorithm.update(old, statistics[-1])
     speed = algorithm.describe(new)["speed"]
     assert np.isnan(speed).tolist() == [False, False, True]
@@ -101,7 +103,7 @@ def test_a_domain_without_a_law_counts_as_of_typical_speed() -> None:
 
 def test_authors_credit_is_the_spread_of_the_shares_served() -> None:
     algorithm, statistics = ado(variant="authors", delta_min=0.0), synthetic_statistics(3, WARMUP + 1)
-    state = run(algorithm, algorithm.start(PRIOR), statistics)
+    state = run_algorithm(algorithm, algorithm.start(PRIOR), statistics)
     preference = PRIOR * np.sqrt(state.credit * (1 - state.credit)) * algorithm.describe(state)["speed"]
     preference /= preference.sum()
     assert (state.average - PRIOR) * (WARMUP + 1) == pytest.approx(preference - PRIOR, abs=1e-9)

@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.core.mixing.exponentiated_gradient import ExponentiatedGradient
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.testing.mixing import run
+from mixtera_hpc.testing.mixing import run_algorithm
 
 PRIOR = np.array([0.5, 0.3, 0.2])
 
@@ -49,14 +49,14 @@ def test_the_average_is_the_mean_of_all_weights_so_far() -> None:
 
 def test_an_absent_domain_keeps_its_unnormalised_weight() -> None:
     algorithm = gradient()
-    state = run(algorithm, algorithm.start(PRIOR), [statistics([1.0, 2.0, 0.0], (5, 5, 0))] * 3)
+    state = run_algorithm(algorithm, algorithm.start(PRIOR), [statistics([1.0, 2.0, 0.0], (5, 5, 0))] * 3)
     assert state.log_weight[2] == np.log(0.2)
     assert state.log_weight[0] == pytest.approx(np.log(0.5) + 3.0)
 
 
 def test_a_long_run_does_not_overflow() -> None:
     algorithm = gradient(eta=1000.0)
-    state = run(algorithm, algorithm.start(PRIOR), [statistics([9.0, 8.0, 7.0])] * 200)
+    state = run_algorithm(algorithm, algorithm.start(PRIOR), [statistics([9.0, 8.0, 7.0])] * 200)
     assert np.isfinite(state.weights).all()
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from mixtera_hpc.core.mixing.odm import OnlineDataMixing
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.testing.mixing import run
+from mixtera_hpc.testing.mixing import run_algorithm
 
 
 def statistics(loss: list[float], num_tokens: list[int]) -> DomainStatistics:
@@ -36,7 +36,7 @@ def test_the_second_step_follows_the_formulas() -> None:
 
 def test_the_domain_with_the_highest_loss_is_served_most() -> None:
     algorithm = odm()
-    state = run(algorithm, algorithm.start(np.full(3, 1 / 3)), [statistics([1.0, 4.0, 2.0], [5, 5, 5])] * 50)
+    state = run_algorithm(algorithm, algorithm.start(np.full(3, 1 / 3)), [statistics([1.0, 4.0, 2.0], [5, 5, 5])] * 50)
     assert state.weights[1] > state.weights[2] > state.weights[0]
 
 
@@ -50,5 +50,7 @@ def test_an_absent_domain_keeps_its_reward() -> None:
 
 def test_large_rewards_do_not_overflow() -> None:
     algorithm = odm(decay=0.0)
-    state = run(algorithm, algorithm.start(np.array([1 - 1e-12, 1e-12])), [statistics([1e6, 1e6], [5, 5])] * 5)
+    state = run_algorithm(
+        algorithm, algorithm.start(np.array([1 - 1e-12, 1e-12])), [statistics([1e6, 1e6], [5, 5])] * 5
+    )
     assert np.isfinite(state.reward).all()

@@ -10,7 +10,7 @@ import pytest
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, parse
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.testing.tables import Sample, tables_of
+from mixtera_hpc.testing.fabricated_tables import Sample, make_index_tables
 
 PROPERTIES = {
     "quality": Property(name="quality", kind=Kind.NUMBER),
@@ -33,7 +33,7 @@ def matching(text: str | None) -> list[int]:
         sample("2020", ["spam"], 0.5),
         sample("true", [], 0.5),
     ]
-    tables, read = tables_of([block], {n: p.kind for n, p in PROPERTIES.items()})
+    tables, read = make_index_tables([block], {n: p.kind for n, p in PROPERTIES.items()})
     columns = read(0)
     entries = Entries.of_samples(tables.combos, columns.combo, columns.numbers)
     return np.flatnonzero(parse(text, tables.properties).evaluate(entries).must).tolist()

@@ -10,13 +10,13 @@ from matplotlib.text import Annotation
 
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.report.canvas import Canvas
-from mixtera_hpc.report.forecast import forecast
-from mixtera_hpc.report.load import load_record
-from mixtera_hpc.report.look import LIGHT
-from mixtera_hpc.report.page import render_page
+from mixtera_hpc.report.html_page import render_page
+from mixtera_hpc.report.plot_style import LIGHT
 from mixtera_hpc.report.plots import throughput_plot
-from mixtera_hpc.report.summary import summarise
-from mixtera_hpc.report.write import Report, write_report
+from mixtera_hpc.report.projection import project_run
+from mixtera_hpc.report.report_files import WrittenReport, write_report
+from mixtera_hpc.report.run_metrics import load_run_metrics
+from mixtera_hpc.report.summary import summarize_run
 
 RunMaker = Callable[..., RunFolder]
 VOID = {"meta", "br", "path", "use", "rect", "circle", "line"}
@@ -41,17 +41,17 @@ class Balance(HTMLParser):
         return None
 
 
-def page_of(report: Report) -> str:
+def page_of(report: WrittenReport) -> str:
     return report.page.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module", params=[1, 40])
-def report(request: pytest.FixtureRequest, make_run: RunMaker) -> Report:
+def report(request: pytest.FixtureRequest, make_run: RunMaker) -> WrittenReport:
     names = [f"source=<b>{i}</b>" for i in range(request.param)]
     return write_report(make_run(names, [(0, 10), (8, 20)], num_steps=30))
 
 
-def test_the_page_needs_no_network_and_no_other_file(report: Report) -> None:
+def test_the_page_needs_no_network_and_no_other_file(report: WrittenReport) -> None:
     page = page_of(report)
     links = re.findall(r"""(?:href|src|srcset|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
     assert links
@@ -60,7 +60,7 @@ def test_the_page_needs_no_network_and_no_other_file(report: Report) -> None:
     assert "@import" not in page
 
 
-def test_the_page_is_well_formed_and_escapes_names(report: Report) -> None:
+def test_the_page_is_well_formed_and_escapes_names(report: WrittenReport) -> None:
     balance = Balance()
     balance.feed(page_of(report))
     assert balance.open == []
@@ -68,7 +68,7 @@ def test_the_page_is_well_formed_and_escapes_names(report: Report) -> None:
     assert "&lt;b&gt;0&lt;/b&gt;" in page_of(report)
 
 
-def test_every_colour_of_a_plot_follows_the_page(report: Report) -> None:
+def test_every_colour_of_a_plot_follows_the_page(report: WrittenReport) -> None:
     page = page_of(report)
     plots = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     assert not [color for color in LIGHT.values() if color in plots]
@@ -78,7 +78,7 @@ def test_every_colour_of_a_plot_follows_the_page(report: Report) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
-def test_every_plot_is_there_twice_and_as_an_image(report: Report) -> None:
+def test_every_plot_is_there_twice_and_as_an_image(report: WrittenReport) -> None:
     expected = {"loss", "throughput", "data_wait", "communication"}
     if len(report.record.domains) > 1:
         expected.add("mixture")
@@ -88,7 +88,7 @@ def test_every_plot_is_there_twice_and_as_an_image(report: Report) -> None:
         assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_small_domains_are_drawn_together_and_listed_alone(report: Report) -> None:
+def test_small_domains_are_drawn_together_and_listed_alone(report: WrittenReport) -> None:
     names = [band for band in ("31 others",) if band in page_of(report)]
     assert names == (["31 others"] if len(report.record.domains) == 40 else [])
     assert all(f"&lt;b&gt;{i}&lt;/b&gt;</td>" in page_of(report) for i in range(len(report.record.domains)))
@@ -96,7 +96,7 @@ def test_small_domains_are_drawn_together_and_listed_alone(report: Report) -> No
 
 @pytest.mark.parametrize("attempts", [[(0, 20)], [(0, 10), (8, 20)]])
 def test_attempts_are_marked_where_they_resumed(make_run: RunMaker, attempts: list[tuple[int, int]]) -> None:
-    record = load_record(make_run(["en"], attempts))
+    record = load_run_metrics(make_run(["en"], attempts))
     figure = throughput_plot(record, Canvas(wide=True))
     assert figure is not None
     marks = [note.xy[0] for note in figure.findobj(Annotation) if note.get_text() == "attempt 2"]
@@ -112,9 +112,9 @@ def test_a_run_that_recorded_steps_only_has_a_page(make_run: RunMaker) -> None:
 
 
 def test_what_must_not_be_missed_is_said_first(make_run: RunMaker) -> None:
-    record = load_record(make_run(["en", "de"], [(0, 20)], num_steps=100, max_epochs=1.5, num_nonfinite=2))
-    summary = summarise(record)
-    page = render_page(record, summary, forecast(record, summary), {})
+    record = load_run_metrics(make_run(["en", "de"], [(0, 20)], num_steps=100, max_epochs=1.5, num_nonfinite=2))
+    summary = summarize_run(record)
+    page = render_page(record, summary, project_run(record, summary), {})
     assert "40 sequences had a loss that is not finite" in page
     assert "de reaches mixture.max_epochs=1.5 around step 75" in page
 

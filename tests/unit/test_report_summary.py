@@ -5,16 +5,16 @@ from collections.abc import Callable
 import pytest
 
 from mixtera_hpc.config.runfolder import RunFolder
-from mixtera_hpc.report.forecast import forecast
-from mixtera_hpc.report.load import load_record
+from mixtera_hpc.report.projection import project_run
+from mixtera_hpc.report.run_metrics import load_run_metrics
 from mixtera_hpc.report.scaling import scaling_table
-from mixtera_hpc.report.summary import summarise
+from mixtera_hpc.report.summary import summarize_run
 
 RunMaker = Callable[..., RunFolder]
 
 
 def test_sums_and_losses_are_those_of_the_steps_that_count(make_run: RunMaker) -> None:
-    summary = summarise(load_record(make_run(["en", "de"], [(0, 10), (8, 40)], num_steps=50, num_nonfinite=1)))
+    summary = summarize_run(load_run_metrics(make_run(["en", "de"], [(0, 10), (8, 40)], num_steps=50, num_nonfinite=1)))
     assert (summary.steps, summary.num_steps, summary.num_attempts) == (40, 50, 2)
     assert summary.tokens == 40 * 200
     assert summary.num_nonfinite == 40
@@ -28,7 +28,7 @@ def test_sums_and_losses_are_those_of_the_steps_that_count(make_run: RunMaker) -
 
 
 def test_speed_leaves_out_the_start_of_every_attempt(make_run: RunMaker) -> None:
-    speed = summarise(load_record(make_run(["en", "de"], [(0, 10), (8, 20)], num_ranks=4))).speed
+    speed = summarize_run(load_run_metrics(make_run(["en", "de"], [(0, 10), (8, 20)], num_ranks=4))).speed
     assert (speed.num_ranks, speed.num_nodes) == (4, 1)
     assert speed.tokens_per_s == pytest.approx(400)
     assert speed.step_p95_s == pytest.approx(0.5)
@@ -39,13 +39,13 @@ def test_speed_leaves_out_the_start_of_every_attempt(make_run: RunMaker) -> None
 
 
 def test_a_run_of_one_step_has_a_speed(make_run: RunMaker) -> None:
-    assert summarise(load_record(make_run(["en"], [(0, 1)]))).speed.step_p50_s == 5.0
+    assert summarize_run(load_run_metrics(make_run(["en"], [(0, 1)]))).speed.step_p50_s == 5.0
 
 
 def test_what_was_not_recorded_is_none(make_run: RunMaker) -> None:
     run = make_run(["en"], [(0, 4)], with_mixture=False)
     (run.metrics / "comm.jsonl").unlink()
-    summary = summarise(load_record(run))
+    summary = summarize_run(load_run_metrics(run))
     assert summary.domains[0].weight_last is summary.domains[0].epochs is None
     assert summary.speed.broadcast_p50_s is summary.speed.reduce_p50_s is None
 
@@ -58,12 +58,12 @@ def test_a_domain_absent_at_the_end_keeps_its_last_loss(make_run: RunMaker) -> N
         lines[i] = lines[i].replace('"domain_tokens":[100,100]', '"domain_tokens":[100,0]')
         lines[i] = lines[i].replace(f",{11 - i / 100}]", ",null]")
     path.write_text("\n".join(lines) + "\n")
-    assert summarise(load_record(run)).domains[1].loss_last == pytest.approx(11 - 0.09)
+    assert summarize_run(load_run_metrics(run)).domains[1].loss_last == pytest.approx(11 - 0.09)
 
 
 def test_the_forecast_goes_on_as_in_the_last_quarter(make_run: RunMaker) -> None:
-    record = load_record(make_run(["en", "de"], [(0, 20)], num_steps=100, max_epochs=1.5))
-    ahead = forecast(record, summarise(record))
+    record = load_run_metrics(make_run(["en", "de"], [(0, 20)], num_steps=100, max_epochs=1.5))
+    ahead = project_run(record, summarize_run(record))
     assert (ahead.steps_left, ahead.seconds_left, ahead.tokens) == (80, 40.0, 20_000)
     de, en = ahead.domains
     assert (de.name, de.epochs, de.exhausted_at) == ("de", pytest.approx(2.0), 75)
@@ -71,28 +71,28 @@ def test_the_forecast_goes_on_as_in_the_last_quarter(make_run: RunMaker) -> None
 
 
 def test_a_finished_run_has_nothing_left(make_run: RunMaker) -> None:
-    record = load_record(make_run(["en"], [(0, 20)]))
-    ahead = forecast(record, summarise(record))
+    record = load_run_metrics(make_run(["en"], [(0, 20)]))
+    ahead = project_run(record, summarize_run(record))
     assert (ahead.steps_left, ahead.seconds_left, ahead.tokens) == (0, 0.0, 2000)
 
 
 def test_efficiency_is_measured_against_the_fewest_ranks(make_run: RunMaker) -> None:
     eight = make_run(["en"], [(0, 8)], run_id="b", num_ranks=8, tokens_per_s=300.0)
     two = make_run(["en"], [(0, 8)], run_id="a", num_ranks=2, tokens_per_s=100.0)
-    first, second = scaling_table([load_record(eight), load_record(two)])
+    first, second = scaling_table([load_run_metrics(eight), load_run_metrics(two)])
     assert (first.run_id, first.speedup, first.efficiency) == ("a", 1.0, 1.0)
     assert (second.ranks, second.speedup, second.efficiency) == (8, pytest.approx(3.0), pytest.approx(0.75))
     assert second.tokens_per_s_per_rank == pytest.approx(37.5)
 
 
 def test_the_newest_held_out_loss_is_told_by_domain(make_run: RunMaker) -> None:
-    summary = summarise(load_record(make_run(["a", "b"], [(0, 20)], validated_at=(5, 10))))
+    summary = summarize_run(load_run_metrics(make_run(["a", "b"], [(0, 20)], validated_at=(5, 10))))
     assert summary.held_out == pytest.approx(19.9)
     assert summary.domains[0].held_out == pytest.approx(19.9)
     assert summary.domains[1].held_out is None
 
 
 def test_without_validation_there_is_no_held_out_loss(make_run: RunMaker) -> None:
-    summary = summarise(load_record(make_run(["a", "b"], [(0, 20)])))
+    summary = summarize_run(load_run_metrics(make_run(["a", "b"], [(0, 20)])))
     assert summary.held_out is None
     assert [domain.held_out for domain in summary.domains] == [None, None]

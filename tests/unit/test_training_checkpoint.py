@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.training.checkpoint import Checkpoint, load_newest, write_checkpoint
+from mixtera_hpc.training.checkpoint import Checkpoint, load_newest_checkpoint, write_checkpoint
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -40,7 +40,7 @@ def names(folder: Path) -> list[str]:
 
 
 def newest(folder: Path) -> int:
-    found = load_newest(folder)
+    found = load_newest_checkpoint(folder)
     assert found is not None
     return found.step
 
@@ -48,7 +48,7 @@ def newest(folder: Path) -> int:
 def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
     written = checkpoint(7)
     write_checkpoint(tmp_path, written, keep=1)
-    found = load_newest(tmp_path)
+    found = load_newest_checkpoint(tmp_path)
     assert found is not None
     assert (found.step, found.facts) == (7, {"training.num_layers": 1})
     assert torch.equal(found.model["weight"], written.model["weight"])
@@ -60,7 +60,7 @@ def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
 
 
 def test_with_no_checkpoint_there_is_nothing_to_load(tmp_path: Path) -> None:
-    assert load_newest(tmp_path / "checkpoints") is None
+    assert load_newest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_with_only_broken_checkpoints_a_run_does_not_begin_again(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_with_only_broken_checkpoints_a_run_does_not_begin_again(tmp_path: Path)
         pytest.warns(UserWarning, match="is skipped"),
         pytest.raises(DataError, match=r"(?s)None of the checkpoints .* its version is 0.* move that folder away"),
     ):
-        load_newest(tmp_path)
+        load_newest_checkpoint(tmp_path)
 
 
 def test_latest_holds_the_name_of_the_newest(tmp_path: Path) -> None:
@@ -152,4 +152,4 @@ def test_code_hidden_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     bomb = {"json": {}, "arrays": {"plan": np.array([Bomb()], dtype=object)}}
     write_checkpoint(tmp_path, Checkpoint(step=1, facts={}, model={}, optimizer={}, dataplane=bomb), keep=1)
     with pytest.raises(ValueError, match="allow_pickle"):
-        load_newest(tmp_path)
+        load_newest_checkpoint(tmp_path)

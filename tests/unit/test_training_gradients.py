@@ -6,7 +6,7 @@ import torch
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.schema import TrainingConfig
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.training.distributed import Gradients, Replicas
+from mixtera_hpc.training.distributed import GradientBuffer, Replicas
 from mixtera_hpc.training.model import GPT, build_model
 
 TINY = TrainingConfig(num_layers=1, num_heads=2, embedding_dim=16)
@@ -31,7 +31,7 @@ def expected() -> list[torch.Tensor]:
 
 def test_gradients_of_unequal_pieces_are_the_mean_over_all_counted_tokens() -> None:
     model, (tokens, mask) = build(), batch()
-    gradients = Gradients(model)
+    gradients = GradientBuffer(model)
     gradients.zero()
     for rows, counted in zip(tokens.split([1, 3, 2]), mask.split([1, 3, 2]), strict=True):
         gradients.add(model(rows), counted)
@@ -43,7 +43,7 @@ def test_gradients_of_unequal_pieces_are_the_mean_over_all_counted_tokens() -> N
 
 def test_a_new_step_forgets_the_last_one() -> None:
     model, (tokens, mask) = build(), batch()
-    gradients, replicas = Gradients(model), Replicas(Local(), "cpu")
+    gradients, replicas = GradientBuffer(model), Replicas(Local(), "cpu")
     for _ in range(2):
         gradients.zero()
         gradients.add(model(tokens), mask)
@@ -55,7 +55,7 @@ def test_a_new_step_forgets_the_last_one() -> None:
 
 def test_a_step_that_counts_no_token_has_no_gradient() -> None:
     model = build()
-    gradients = Gradients(model)
+    gradients = GradientBuffer(model)
     gradients.average(Replicas(Local(), "cpu"))
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
@@ -63,7 +63,7 @@ def test_a_step_that_counts_no_token_has_no_gradient() -> None:
 @pytest.mark.parametrize(("max_norm", "scale"), [(1.0, 0.2), (10.0, 1.0)])
 def test_clipping_shortens_long_gradients_and_leaves_short_ones(max_norm: float, scale: float) -> None:
     model = torch.nn.Linear(2, 1, bias=False)
-    gradients = Gradients(model)
+    gradients = GradientBuffer(model)
     model.weight.grad.copy_(torch.tensor([[3.0, 4.0]]))
     gradients.clip(max_norm)
     assert torch.allclose(model.weight.grad, torch.tensor([[3.0, 4.0]]) * scale, atol=1e-5)

@@ -23,7 +23,7 @@ from mixtera_hpc.errors import ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.track.event_reader import read_events
-from mixtera_hpc.training.checkpoint import load_newest
+from mixtera_hpc.training.checkpoint import load_newest_checkpoint
 from mixtera_hpc.training.trainer import run_training
 
 WORDS = [*"abcdefghijklmnop", "the", "cat", "return", "import", "garden", "(", ")", "=", "."]
@@ -92,7 +92,7 @@ def test_an_attempt_says_what_it_ran_on(whole: RunFolder) -> None:
 
 
 def test_the_end_is_saved(whole: RunFolder) -> None:
-    found = load_newest(whole.checkpoints)
+    found = load_newest_checkpoint(whole.checkpoints)
     assert found is not None
     assert found.step == 10
 
@@ -105,7 +105,7 @@ def test_stopped_and_continued_is_as_if_never_stopped(
         train(with_training(config, stop_after=stop_after), tmp_path)
     run = train(config, tmp_path, attempt=2)
     assert told(run) == told(whole)
-    mine, theirs = load_newest(run.checkpoints), load_newest(whole.checkpoints)
+    mine, theirs = load_newest_checkpoint(run.checkpoints), load_newest_checkpoint(whole.checkpoints)
     assert mine is not None
     assert theirs is not None
     assert all(torch.equal(mine.model[name], theirs.model[name]) for name in theirs.model)
@@ -153,7 +153,7 @@ def test_training_ends_with_the_data(config: Config, tmp_path: Path) -> None:
     mixture = dataclasses.replace(config.mixture, kind="natural", on_exhausted="stop", max_epochs=0.2)
     with pytest.warns(UserWarning, match=r"The data ended after \d+ of training\.num_steps=1000 steps"):
         run = train(dataclasses.replace(with_training(config, num_steps=1000), mixture=mixture), tmp_path)
-    found = load_newest(run.checkpoints)
+    found = load_newest_checkpoint(run.checkpoints)
     assert found is not None
     assert 0 < found.step < 1000
     assert len(told(run)) == found.step

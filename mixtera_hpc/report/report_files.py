@@ -6,41 +6,41 @@ from pathlib import Path
 
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.report.canvas import Canvas
-from mixtera_hpc.report.forecast import Forecast, forecast
-from mixtera_hpc.report.load import Record, load_record
-from mixtera_hpc.report.look import save_png, styled, to_svg
-from mixtera_hpc.report.page import render_page
+from mixtera_hpc.report.html_page import render_page
+from mixtera_hpc.report.plot_style import save_png, to_svg, use_plot_style
 from mixtera_hpc.report.plots import PLOTS
-from mixtera_hpc.report.summary import Summary, summarise
+from mixtera_hpc.report.projection import RunProjection, project_run
+from mixtera_hpc.report.run_metrics import RunMetrics, load_run_metrics
+from mixtera_hpc.report.summary import RunSummary, summarize_run
 
-__all__ = ["Report", "write_report"]
+__all__ = ["WrittenReport", "write_report"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class WrittenReport:
     """What was found and where it was written."""
 
-    record: Record
-    summary: Summary
-    projection: Forecast
+    record: RunMetrics
+    summary: RunSummary
+    projection: RunProjection
     page: Path
     plots: tuple[Path, ...]
 
 
-def write_report(run: RunFolder, folder: Path | None = None) -> Report:
+def write_report(run: RunFolder, folder: Path | None = None) -> WrittenReport:
     """Write the report of `run` into `folder`, by default the run's own `report/`.
 
     Raises:
         LaunchError: `run` is no run.
         DataError: it has recorded no step, or its metrics are damaged.
     """
-    record = load_record(run)
-    summary = summarise(record)
-    ahead = forecast(record, summary)
+    record = load_run_metrics(run)
+    summary = summarize_run(record)
+    ahead = project_run(record, summary)
     target = folder or run.report
     target.mkdir(parents=True, exist_ok=True)
     figures, plots = {}, []
-    with styled():
+    with use_plot_style():
         for name, (draw, title, caption) in PLOTS.items():
             wide, narrow = (draw(record, Canvas(wide=wide)) for wide in (True, False))
             if wide is None or narrow is None:
@@ -50,7 +50,7 @@ def write_report(run: RunFolder, folder: Path | None = None) -> Report:
             figures[name] = (title, caption, to_svg(wide, title), to_svg(narrow, title))
     page = target / "report.html"
     _replace(page, render_page(record, summary, ahead, figures))
-    return Report(record=record, summary=summary, projection=ahead, page=page, plots=tuple(plots))
+    return WrittenReport(record=record, summary=summary, projection=ahead, page=page, plots=tuple(plots))
 
 
 def _replace(path: Path, text: str) -> None:

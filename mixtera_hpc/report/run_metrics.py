@@ -13,7 +13,7 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.errors import DataError, LaunchError
 from mixtera_hpc.track.event_reader import read_events
 
-__all__ = ["Mixture", "Record", "Steps", "Talk", "Validation", "load_record"]
+__all__ = ["CommTimings", "MixtureHistory", "RunMetrics", "StepHistory", "ValidationHistory", "load_run_metrics"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -21,7 +21,7 @@ Events = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
+class StepHistory:
     """`steps.jsonl`; shape (S,) unless it says otherwise. NaN where a value was null."""
 
     step: Ints
@@ -49,7 +49,7 @@ class Steps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mixture:
+class MixtureHistory:
     """`mixture.jsonl`."""
 
     step: Ints
@@ -61,7 +61,7 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Validation:
+class ValidationHistory:
     """`validation.jsonl`: losses on held-out samples."""
 
     step: Ints
@@ -75,7 +75,7 @@ class Validation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Talk:
+class CommTimings:
     """`comm.jsonl`: each duration with the step it was recorded for; both of shape (N,), N its own."""
 
     plan: tuple[Ints, Floats]
@@ -84,7 +84,7 @@ class Talk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class RunMetrics:
     """Everything one run recorded."""
 
     run: RunFolder
@@ -98,10 +98,10 @@ class Record:
     """UTC time of the first event, ISO 8601."""
     ended: str
     """UTC time of the last event."""
-    steps: Steps
-    mixture: Mixture
-    validation: Validation
-    talk: Talk
+    steps: StepHistory
+    mixture: MixtureHistory
+    validation: ValidationHistory
+    talk: CommTimings
 
     @property
     def num_steps(self) -> int:
@@ -115,7 +115,7 @@ class Record:
         return [(int(self.steps.attempt[i]), int(self.steps.step[i])) for i in first]
 
 
-def load_record(run: RunFolder) -> Record:
+def load_run_metrics(run: RunFolder) -> RunMetrics:
     """Read the metrics of `run`.
 
     Raises:
@@ -134,7 +134,7 @@ def load_record(run: RunFolder) -> Record:
     mixture = read_events(run.metrics / "mixture.jsonl")
     attempts = read_events(run.metrics / "attempts.jsonl", every_attempt=True)
     steps = _steps(events, path)
-    return Record(
+    return RunMetrics(
         run=run,
         config=load_yaml(run.config),
         domains=_names(steps.domain_loss.shape[1], [*attempts, *mixture]),
@@ -148,14 +148,14 @@ def load_record(run: RunFolder) -> Record:
     )
 
 
-def _steps(events: Events, path: Path) -> Steps:
+def _steps(events: Events, path: Path) -> StepHistory:
     def floats(name: str) -> Floats:
         return _column(events, name, path).astype(np.float64)
 
     def ints(name: str, default: int | None = None) -> Ints:
         return _column(events, name, path, default).astype(np.int64)
 
-    return Steps(
+    return StepHistory(
         step=ints("step"),
         attempt=ints("attempt", 1),
         num_steps=ints("num_steps", 1),
@@ -172,25 +172,25 @@ def _steps(events: Events, path: Path) -> Steps:
     )
 
 
-def _mixture(events: Events, num_domains: int, path: Path) -> Mixture:
+def _mixture(events: Events, num_domains: int, path: Path) -> MixtureHistory:
     if not events:
         nothing = np.zeros((0, num_domains))
-        return Mixture(step=np.zeros(0, np.int64), weights=nothing, epochs=nothing)
-    return Mixture(
+        return MixtureHistory(step=np.zeros(0, np.int64), weights=nothing, epochs=nothing)
+    return MixtureHistory(
         step=_column(events, "step", path).astype(np.int64),
         weights=_column(events, "weights", path).astype(np.float64),
         epochs=_column(events, "epochs", path).astype(np.float64),
     )
 
 
-def _validation(path: Path, num_domains: int) -> Validation:
+def _validation(path: Path, num_domains: int) -> ValidationHistory:
     events = read_events(path)
     if not events:
         nothing = np.zeros((0, num_domains))
-        return Validation(
+        return ValidationHistory(
             step=np.zeros(0, np.int64), loss=nothing[:, 0], domain_loss=nothing, domain_tokens=nothing.astype(np.int64)
         )
-    return Validation(
+    return ValidationHistory(
         step=_column(events, "step", path).astype(np.int64),
         loss=_column(events, "loss", path).astype(np.float64),
         domain_loss=_column(events, "domain_loss", path).astype(np.float64),
@@ -198,12 +198,12 @@ def _validation(path: Path, num_domains: int) -> Validation:
     )
 
 
-def _talk(events: Events) -> Talk:
+def _talk(events: Events) -> CommTimings:
     def one(name: str) -> tuple[Ints, Floats]:
         found = [(e["step"], e[name]) for e in events if e.get(name) is not None and "step" in e]
         return np.array([s for s, _ in found], np.int64), np.array([v for _, v in found], np.float64)
 
-    return Talk(plan=one("plan_s"), broadcast=one("broadcast_s"), reduce=one("reduce_s"))
+    return CommTimings(plan=one("plan_s"), broadcast=one("broadcast_s"), reduce=one("reduce_s"))
 
 
 def _column(events: Events, name: str, path: Path, default: int | None = None) -> NDArray[Any]:

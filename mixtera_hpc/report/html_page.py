@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 
-from mixtera_hpc.report.bands import bands_of, common_key, short_names
 from mixtera_hpc.report.canvas import MAX_IN_LEGEND
 from mixtera_hpc.report.commands import next_commands
-from mixtera_hpc.report.forecast import Forecast
-from mixtera_hpc.report.load import Record
-from mixtera_hpc.report.look import DARK, LIGHT
-from mixtera_hpc.report.summary import DomainSummary, Summary
-from mixtera_hpc.report.units import count, duration, percent, short_time
+from mixtera_hpc.report.domain_groups import bands_of, common_key, short_names
+from mixtera_hpc.report.number_format import format_count, format_duration, format_percent, format_seconds
+from mixtera_hpc.report.plot_style import DARK, LIGHT
+from mixtera_hpc.report.projection import RunProjection
+from mixtera_hpc.report.run_metrics import RunMetrics
+from mixtera_hpc.report.summary import DomainSummary, RunSummary
 
 __all__ = ["Figures", "render_page"]
 
@@ -21,7 +21,7 @@ Figures = Mapping[str, tuple[str, str, str, str]]
 """Name → title, caption, wide `<svg>`, narrow `<svg>`."""
 
 
-def render_page(record: Record, summary: Summary, ahead: Forecast, figures: Figures) -> str:
+def render_page(record: RunMetrics, summary: RunSummary, ahead: RunProjection, figures: Figures) -> str:
     """The report of one run as HTML text."""
     parts = [
         _header(record, summary),
@@ -57,8 +57,12 @@ def _variables(colors: Mapping[str, str]) -> str:
     return " ".join(f"--{name}: {color};" for name, color in colors.items())
 
 
-def _header(record: Record, summary: Summary) -> str:
-    done = f"{count(summary.steps, 4)} of {count(summary.num_steps, 4)} steps" if summary.num_steps else "running"
+def _header(record: RunMetrics, summary: RunSummary) -> str:
+    done = (
+        f"{format_count(summary.steps, 4)} of {format_count(summary.num_steps, 4)} steps"
+        if summary.num_steps
+        else "running"
+    )
     attempts = f"{summary.num_attempts} attempt{'s' if summary.num_attempts != 1 else ''}"
     ranks = _ranks(summary)
     when = record.started[:16].replace("T", " ")
@@ -68,35 +72,39 @@ def _header(record: Record, summary: Summary) -> str:
     )
 
 
-def _tiles(summary: Summary) -> str:
+def _tiles(summary: RunSummary) -> str:
     speed = summary.speed
     first = "nats per token" if summary.loss_first is None else f"nats, from {summary.loss_first:.2f}"
     validated = [("Held-out loss", f"{summary.held_out:.3f}", "nats, newest")] if summary.held_out is not None else []
     tiles = [
         ("Loss", "–" if summary.loss_last is None else f"{summary.loss_last:.3f}", first),
         *validated,
-        ("Tokens", count(summary.tokens), f"in {duration(summary.train_s)} of steps"),
-        ("Throughput", f"{count(speed.tokens_per_s)}/s", f"{count(speed.tokens_per_s / speed.num_ranks)}/s per rank"),
-        ("Step", short_time(speed.step_p50_s), f"p95 {short_time(speed.step_p95_s)}"),
-        ("Waiting for data", percent(speed.data_wait_share), f"p99 {percent(speed.data_wait_p99_share)}"),
-        ("Waiting for reductions", short_time(speed.reduce_p50_s), f"p95 {short_time(speed.reduce_p95_s)}"),
+        ("Tokens", format_count(summary.tokens), f"in {format_duration(summary.train_s)} of steps"),
+        (
+            "Throughput",
+            f"{format_count(speed.tokens_per_s)}/s",
+            f"{format_count(speed.tokens_per_s / speed.num_ranks)}/s per rank",
+        ),
+        ("Step", format_seconds(speed.step_p50_s), f"p95 {format_seconds(speed.step_p95_s)}"),
+        ("Waiting for data", format_percent(speed.data_wait_share), f"p99 {format_percent(speed.data_wait_p99_share)}"),
+        ("Waiting for reductions", format_seconds(speed.reduce_p50_s), f"p95 {format_seconds(speed.reduce_p95_s)}"),
     ]
     cells = "".join(f'<div class="tile"><span>{t}</span><b>{v}</b><span>{n}</span></div>' for t, v, n in tiles)
     return f'<div class="tiles">{cells}</div>'
 
 
-def _notices(summary: Summary, ahead: Forecast) -> Iterable[str]:
+def _notices(summary: RunSummary, ahead: RunProjection) -> Iterable[str]:
     """What a reader must not miss."""
     if summary.num_nonfinite:
         yield _notice(
-            f"{count(summary.num_nonfinite)} sequences had a loss that is not finite; they are left out of all losses."
+            f"{format_count(summary.num_nonfinite)} sequences had a loss that is not finite; they are left out of all losses."
         )
     exhausted = [d for d in ahead.domains if d.exhausted_at is not None]
     if exhausted and ahead.steps_left:
         first = min(exhausted, key=lambda d: d.exhausted_at or 0)
         yield _notice(
             f"{escape(first.name)} reaches mixture.max_epochs={ahead.max_epochs:g} around step "
-            f"{count(first.exhausted_at, 4)}, before the run ends."
+            f"{format_count(first.exhausted_at, 4)}, before the run ends."
         )
 
 
@@ -104,7 +112,7 @@ def _notice(text: str) -> str:
     return f'<section class="notice"><p>{text}</p></section>'
 
 
-def _figure(record: Record, name: str, title: str, caption: str, wide: str, narrow: str) -> str:
+def _figure(record: RunMetrics, name: str, title: str, caption: str, wide: str, narrow: str) -> str:
     legend = ""
     bands = bands_of(record)
     if name in BY_DOMAIN and len(bands) > (MAX_IN_LEGEND if name == "mixture" else MAX_IN_LEGEND - 1):
@@ -116,7 +124,7 @@ def _figure(record: Record, name: str, title: str, caption: str, wide: str, narr
     )
 
 
-def _domains(record: Record, summary: Summary, ahead: Forecast) -> str:
+def _domains(record: RunMetrics, summary: RunSummary, ahead: RunProjection) -> str:
     color = {domain: band.color for band in bands_of(record) for domain in band.domains}
     key, names = common_key(record.domains), short_names(record.domains)
     validated = summary.held_out is not None
@@ -138,7 +146,7 @@ def _domain_row(domain: DomainSummary, name: str, color: int, limit: float | Non
         f"{_swatch(color)}{escape(name)}",
         _change(_share(domain.weight_first), _share(domain.weight_last)),
         _share(domain.served),
-        count(domain.tokens),
+        format_count(domain.tokens),
         epochs,
         _change(_loss(domain.loss_first), _loss(domain.loss_last)),
         *([_loss(domain.held_out)] if validated else []),
@@ -146,13 +154,13 @@ def _domain_row(domain: DomainSummary, name: str, color: int, limit: float | Non
     return f"<tr>{_cells('td', cells)}</tr>"
 
 
-def _forecast(summary: Summary, ahead: Forecast) -> str:
+def _forecast(summary: RunSummary, ahead: RunProjection) -> str:
     if ahead.steps_left == 0:
         text = "The run has done all its steps."
     else:
         text = (
-            f"{count(ahead.steps_left, 4)} steps are left, about {duration(ahead.seconds_left)} at the median step; "
-            f"{count(ahead.tokens)} tokens in the end."
+            f"{format_count(ahead.steps_left, 4)} steps are left, about {format_duration(ahead.seconds_left)} at the median step; "
+            f"{format_count(ahead.tokens)} tokens in the end."
         )
     most = [d for d in ahead.domains if d.epochs >= 1][:5]
     if most:
@@ -161,12 +169,12 @@ def _forecast(summary: Summary, ahead: Forecast) -> str:
     return f"<section><h2>Forecast</h2><p>{text}</p></section>"
 
 
-def _facts(record: Record, summary: Summary) -> str:
+def _facts(record: RunMetrics, summary: RunSummary) -> str:
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _fact_list(record, summary))
     return f"<section><h2>Run</h2><dl>{items}</dl></section>"
 
 
-def _fact_list(record: Record, summary: Summary) -> list[tuple[str, str]]:
+def _fact_list(record: RunMetrics, summary: RunSummary) -> list[tuple[str, str]]:
     config, last = record.config, record.attempts[-1] if record.attempts else {}
     mixture, plane = config.get("mixture", {}), config.get("dataplane", {})
     kind = str(mixture.get("kind", "–"))
@@ -176,25 +184,28 @@ def _fact_list(record: Record, summary: Summary) -> list[tuple[str, str]]:
         ("Mixture", f"{kind} ({algorithm})" if algorithm else kind),
         ("Data", str(config.get("data", {}).get("root", "–"))),
         ("Query", str(config.get("query", {}).get("where") or "everything")),
-        ("Global batch", f"{count(plane.get('global_batch_size'))} sequences × {count(plane.get('seq_len'))} tokens"),
-        ("Model", f"{count(last.get('num_parameters'))} parameters"),
+        (
+            "Global batch",
+            f"{format_count(plane.get('global_batch_size'))} sequences × {format_count(plane.get('seq_len'))} tokens",
+        ),
+        ("Model", f"{format_count(last.get('num_parameters'))} parameters"),
         ("Ran on", f"{_ranks(summary)}, {last.get('device', '–')}"),
         ("Cluster", str(config.get("cluster", {}).get("name", "–"))),
-        ("Planning a chunk", short_time(speed.plan_p50_s)),
-        ("Broadcasting it", f"{short_time(speed.broadcast_p50_s)}; p95 {short_time(speed.broadcast_p95_s)}"),
-        ("First batch after", short_time(speed.start_wait_s)),
+        ("Planning a chunk", format_seconds(speed.plan_p50_s)),
+        ("Broadcasting it", f"{format_seconds(speed.broadcast_p50_s)}; p95 {format_seconds(speed.broadcast_p95_s)}"),
+        ("First batch after", format_seconds(speed.start_wait_s)),
         ("Last recorded", f"{record.ended[:19].replace('T', ' ')} UTC"),
         ("Folder", str(record.run.path)),
     ]
     return [(k, v) for k, v in facts if not v.startswith("–")]
 
 
-def _next(record: Record, summary: Summary) -> str:
+def _next(record: RunMetrics, summary: RunSummary) -> str:
     lines = "\n".join(f"{escape(c)}  <u># {escape(why)}</u>" for c, why in next_commands(record.run, summary))
     return f"<section><h2>Next</h2><pre>{lines}</pre></section>"
 
 
-def _ranks(summary: Summary) -> str:
+def _ranks(summary: RunSummary) -> str:
     speed = summary.speed
     ranks = f"{speed.num_ranks} rank{'s' if speed.num_ranks != 1 else ''}"
     if speed.num_nodes is None:

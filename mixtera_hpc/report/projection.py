@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixtera_hpc.report.load import Record
-from mixtera_hpc.report.summary import Summary
+from mixtera_hpc.report.run_metrics import RunMetrics
+from mixtera_hpc.report.summary import RunSummary
 
-__all__ = ["DomainForecast", "Forecast", "forecast"]
+__all__ = ["DomainProjection", "RunProjection", "project_run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DomainForecast:
+class DomainProjection:
     """One domain at the end of the run."""
 
     name: str
@@ -22,7 +22,7 @@ class DomainForecast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
+class RunProjection:
     """The rest of the run."""
 
     steps_left: int
@@ -30,15 +30,15 @@ class Forecast:
     tokens: int
     """Counted tokens of the whole run."""
     max_epochs: float | None
-    domains: tuple[DomainForecast, ...]
+    domains: tuple[DomainProjection, ...]
     """Most repeated first; empty when the mixture was not recorded."""
 
 
-def forecast(record: Record, summary: Summary) -> Forecast:
+def project_run(record: RunMetrics, summary: RunSummary) -> RunProjection:
     """Extrapolate speed, tokens and epochs linearly."""
     left = max(summary.num_steps - summary.steps, 0)
     limit = record.config.get("mixture", {}).get("max_epochs")
-    return Forecast(
+    return RunProjection(
         steps_left=left,
         seconds_left=left * summary.speed.step_p50_s,
         tokens=round(summary.tokens * (summary.steps + left) / summary.steps),
@@ -47,7 +47,7 @@ def forecast(record: Record, summary: Summary) -> Forecast:
     )
 
 
-def _domains(record: Record, end: int, limit: float | None) -> tuple[DomainForecast, ...]:
+def _domains(record: RunMetrics, end: int, limit: float | None) -> tuple[DomainProjection, ...]:
     mixture = record.mixture
     if len(mixture.step) < 2:
         return ()
@@ -60,5 +60,5 @@ def _domains(record: Record, end: int, limit: float | None) -> tuple[DomainForec
         exhausted = None
         if limit is not None and at_end >= limit:
             exhausted = int(mixture.step[-1] + np.ceil((limit - epochs) / per_step)) if per_step > 0 else end
-        found.append(DomainForecast(name=name, epochs=at_end, exhausted_at=exhausted))
+        found.append(DomainProjection(name=name, epochs=at_end, exhausted_at=exhausted))
     return tuple(sorted(found, key=lambda d: -d.epochs))

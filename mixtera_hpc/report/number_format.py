@@ -2,10 +2,10 @@
 
 import math
 
-__all__ = ["count", "duration", "percent", "short_time"]
+__all__ = ["format_count", "format_duration", "format_percent", "format_seconds"]
 
 
-def count(value: float | None, digits: int = 3) -> str:
+def format_count(value: float | None, digits: int = 3) -> str:
     """1234567 → `1.23 M`; integers below 10,000 in full."""
     if value is None or not math.isfinite(value):
         return "–"
@@ -17,7 +17,7 @@ def count(value: float | None, digits: int = 3) -> str:
     return _significant(value, digits)
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     """0.1234 → `12.3 %`; tiny shares keep two decimals."""
     if share is None or not math.isfinite(share):
         return "–"
@@ -25,7 +25,7 @@ def percent(share: float | None) -> str:
     return f"{_significant(value, 3) if abs(value) >= 1 else f'{value:.2f}'} %"
 
 
-def short_time(seconds: float | None) -> str:
+def format_seconds(seconds: float | None) -> str:
     """A duration below minutes: `250 µs`, `1.4 ms`, `0.26 s`."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
@@ -34,7 +34,7 @@ def short_time(seconds: float | None) -> str:
     return f"{_significant(seconds * 1e3, 3)} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """A duration to plan with: `45 s`, `12 min`, `3 h 5 min`, `2 d 4 h`."""
     if seconds is None or not math.isfinite(seconds):
         return "–"

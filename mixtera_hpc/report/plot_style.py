@@ -13,9 +13,21 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mixtera_hpc.report.bands import MAX_BANDS
+from mixtera_hpc.report.domain_groups import MAX_BANDS
 
-__all__ = ["DARK", "INK", "LIGHT", "LINE", "MUTED", "PALETTE", "SURFACE", "color_of", "save_png", "styled", "to_svg"]
+__all__ = [
+    "DARK",
+    "INK",
+    "LIGHT",
+    "LINE",
+    "MUTED",
+    "PALETTE",
+    "SURFACE",
+    "group_color",
+    "save_png",
+    "to_svg",
+    "use_plot_style",
+]
 
 SURFACE, INK, MUTED, LINE = "#fffffe", "#1b1f24", "#69707a", "#e4e7eb"
 PALETTE = (
@@ -66,13 +78,13 @@ _STYLE = {
 
 
 @contextmanager
-def styled() -> Iterator[None]:
+def use_plot_style() -> Iterator[None]:
     """The settings that figures are made and saved under."""
     with rc_context(_STYLE):
         yield
 
 
-def color_of(position: int) -> str:
+def group_color(position: int) -> str:
     """The palette's colour for a band."""
     return PALETTE[min(position, MAX_BANDS)]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Counters, Op, Request, wait
 from mixtera_hpc.errors import CommError
 
-__all__ = ["Threads", "run_ranks"]
+__all__ = ["ThreadCommunicator", "run_ranks"]
 
 T = TypeVar("T")
 Key = tuple[tuple[int, ...], int]
@@ -71,7 +71,7 @@ class _Counters:
         return None
 
 
-class Threads:
+class ThreadCommunicator:
     """One thread's view of a job; see `run_ranks`."""
 
     hostname = "localhost"
@@ -82,9 +82,9 @@ class Threads:
         self._world, self._path = world, path
         self._calls = self._duplicates = 0
 
-    def Dup(self) -> "Threads":
+    def Dup(self) -> "ThreadCommunicator":
         self._duplicates += 1
-        return Threads(self._world, self.rank, (*self._path, self._duplicates))
+        return ThreadCommunicator(self._world, self.rank, (*self._path, self._duplicates))
 
     def Barrier(self) -> None:
         self.Allgather(np.zeros(1))
@@ -148,7 +148,7 @@ class Threads:
         return _Pending(self._world, key, awaited, finish)
 
 
-def run_ranks(num_ranks: int, body: Callable[[Threads], T]) -> list[T]:
+def run_ranks(num_ranks: int, body: Callable[[ThreadCommunicator], T]) -> list[T]:
     """Run `body` as every rank of a job; results by rank. The first failure is raised, and ends the others."""
     world = _World(num_ranks)
     results: list[Any] = [None] * num_ranks
@@ -156,7 +156,7 @@ def run_ranks(num_ranks: int, body: Callable[[Threads], T]) -> list[T]:
 
     def run(rank: int) -> None:
         try:
-            results[rank] = body(Threads(world, rank))
+            results[rank] = body(ThreadCommunicator(world, rank))
         except BaseException as error:
             failures.append(error)
             world.failed = True

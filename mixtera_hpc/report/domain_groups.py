@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.report.load import Floats, Ints, Record
+from mixtera_hpc.report.run_metrics import Floats, Ints, RunMetrics
 
 __all__ = ["MAX_BANDS", "Band", "bands_of", "common_key", "merged_loss", "merged_sum", "short_names"]
 
@@ -25,7 +25,7 @@ class Band:
     """Position in the palette; `MAX_BANDS` is the grey of `other`."""
 
 
-def bands_of(record: Record) -> list[Band]:
+def bands_of(record: RunMetrics) -> list[Band]:
     """Largest first by sequences served; at most `MAX_BANDS` and `other`."""
     served = record.steps.domain_sequences.sum(axis=0)
     order, names = np.argsort(-served, kind="stable").tolist(), short_names(record.domains)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.index_tables import BlockTable, Histogram, IndexTables, SampleColumns, ShardTable, Zones
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 
-__all__ = ["Sample", "blocks_reader", "tables_of"]
+__all__ = ["Sample", "make_block_reader", "make_index_tables"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class Sample:
     tokens: int = 1
 
 
-def tables_of(
+def make_index_tables(
     blocks: Sequence[Sequence[Sample]], kinds: Mapping[str, Kind]
 ) -> tuple[IndexTables, Callable[[int], SampleColumns]]:
     """Tables of one shard that has these blocks, and the function that reads the samples of one."""
@@ -50,7 +50,7 @@ def tables_of(
     return tables, columns.__getitem__
 
 
-def blocks_reader(read_block: Callable[[int], SampleColumns]) -> Callable[[NDArray[np.int32]], SampleColumns]:
+def make_block_reader(read_block: Callable[[int], SampleColumns]) -> Callable[[NDArray[np.int32]], SampleColumns]:
     """What reads several blocks, one after the other."""
 
     def read(blocks: NDArray[np.int32]) -> SampleColumns:
