@@ -156,7 +156,13 @@ def saved(source: Source, step: int) -> dict[str, Any]:
     """The state of a run that has served `step` steps."""
     plan = source.planner.decide(state_at(source.planner, source.weights, step), source.weights)
     state = PlaneState(
-        next_step=step, plan=plan, mixer={}, fed=step, changes=[], era=source.era, identity=source.identity()
+        next_step=step,
+        plan=plan,
+        mixer={},
+        fed=step,
+        changes=[],
+        stream_version=source.stream_version,
+        identity=source.identity(),
     )
     return state.to_dict()
 

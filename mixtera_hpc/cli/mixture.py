@@ -41,20 +41,20 @@ def run(args: argparse.Namespace) -> int:
 def _set(folder: "RunFolder", file: Path, chunk: int | None) -> int:
     from mixtera_hpc.comm.communicator import Local
     from mixtera_hpc.config.compose import load_config, read_yaml
-    from mixtera_hpc.dataplane.change import Request, ask, successor
-    from mixtera_hpc.dataplane.mixture import make_mixer
+    from mixtera_hpc.dataplane.mixing.from_config import make_mixer
+    from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, requested_mixture, write_request
     from mixtera_hpc.dataplane.reading.source import open_source
-    from mixtera_hpc.dataplane.surgery import as_begun
+    from mixtera_hpc.dataplane.run_edits import pin_index_generation
     from mixtera_hpc.errors import ConfigError
 
     if not file.is_file():
         raise ConfigError(f"There is no file {file}. --set takes a YAML file with what stands below `mixture:`.")
-    config = as_begun(load_config(folder.config), folder.journal)
-    mixture = successor(config.mixture, read_yaml(file))
+    config = pin_index_generation(load_config(folder.config), folder.journal)
+    mixture = requested_mixture(config.mixture, read_yaml(file))
     source = open_source(config, Local(), check=False)
-    weights = make_mixer(mixture, source.ground, learn=False).weights_of(0)
+    weights = make_mixer(mixture, source.mixture_context, learn=False).weights_of(0)
     _check_planned(folder, chunk)
-    ask(folder.control, Request(mixture=mixture, chunk=chunk))
+    write_request(folder.control, MixtureRequest(mixture=mixture, chunk=chunk))
     shares = "" if weights is None else "".join(f"\n  {w:.4f}  {n}" for n, w in zip(source.names, weights, strict=True))
     print(f"asked for, from {'the next chunk' if chunk is None else f'chunk {chunk}'} on:{shares}")
     if not _goes_on(folder):
@@ -89,11 +89,11 @@ def _check_planned(folder: "RunFolder", chunk: int | None) -> None:
 def _show(folder: "RunFolder", as_json: bool) -> int:
     import json
 
-    from mixtera_hpc.dataplane.change import decisions
     from mixtera_hpc.dataplane.journal import History
+    from mixtera_hpc.dataplane.mixing.requests import read_decisions
 
     lines = _chunks(History(folder.journal))
-    changes = [change.to_dict() for change in decisions(folder.decisions)]
+    changes = [change.to_dict() for change in read_decisions(folder.decisions)]
     if as_json:
         for line in [*lines, *changes]:
             print(json.dumps(line))
@@ -112,9 +112,9 @@ def _chunks(history: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for attempt, steps in history.extents():
         for plan in attempt.plans:
-            first = max(attempt.era.step_at(plan.first_step), steps.start)
+            first = max(attempt.stream_version.step_at(plan.first_step), steps.start)
             shares = (plan.weights / plan.weights.sum()).tolist()
-            if first < min(attempt.era.step_at(plan.first_step + plan.num_steps), steps.stop) and (
+            if first < min(attempt.stream_version.step_at(plan.first_step + plan.num_steps), steps.stop) and (
                 not found or found[-1]["weights"] != shares
             ):
                 line = {"kind": "chunk", "attempt": attempt.number, "chunk": plan.chunk, "step": first}

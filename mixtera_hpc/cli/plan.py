@@ -32,12 +32,12 @@ def run(args: argparse.Namespace) -> int:
 def _print_sequences(source: Any) -> None:
     import msgspec
 
-    from mixtera_hpc.dataplane.trace import planned
     from mixtera_hpc.errors import MixtureError
+    from mixtera_hpc.trace.list import planned_sequences
 
     plan = source.config.plan
     steps, record = source.config.dataplane.chunk_steps if plan.steps is None else plan.steps, None
-    for record in planned(source, plan.first_step, steps):
+    for record in planned_sequences(source, plan.first_step, steps):
         sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
     if record is None:
         raise MixtureError(
@@ -49,10 +49,10 @@ def _print_forecast(source: Any) -> None:
     from rich.table import Table
 
     from mixtera_hpc.cli.console import open_console
-    from mixtera_hpc.dataplane.forecast import forecast
+    from mixtera_hpc.trace.forecast import forecast_mixture
 
     plan = source.config.plan
-    expected = forecast(source, plan.steps if plan.steps is not None else source.config.training.num_steps)
+    expected = forecast_mixture(source, plan.steps if plan.steps is not None else source.config.training.num_steps)
     table = Table(
         title=f"{expected.num_steps} steps of {source.planner.global_batch_size} sequences", title_justify="left"
     )

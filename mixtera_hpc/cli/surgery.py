@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixtera_hpc.config.runfolder import RunFolder
     from mixtera_hpc.config.schema import Config
-    from mixtera_hpc.dataplane.surgery import Surgery
+    from mixtera_hpc.dataplane.run_edits import RunEdit
     from mixtera_hpc.launch.resume import ResumeRequest
 
 __all__ = ["operate"]
@@ -22,27 +22,29 @@ def operate(folder: "RunFolder", before: "Config", after: "Config", change: "Res
         ConfigError: an expression does not parse or names what the index does not have.
         MixtureError: nothing would be left of the domains that are mixed.
     """
-    from mixtera_hpc.dataplane.surgery import as_begun, record_surgery, surgeries, surgery_between
+    from mixtera_hpc.dataplane.run_edits import pin_index_generation, read_run_edits, record_run_edit, run_edit_between
 
-    operated = surgeries(folder.decisions)
+    operated = read_run_edits(folder.decisions)
     at_step = _checkpoint_before(folder, change.skip_steps, operated)
-    surgery = surgery_between(before, after, change.skip_steps, at_step, operated)
+    surgery = run_edit_between(before, after, change.skip_steps, at_step, operated)
     if change.drop:
-        _tell_dropped(as_begun(before, folder.journal), as_begun(after, folder.journal), change.drop)
+        _tell_dropped(
+            pin_index_generation(before, folder.journal), pin_index_generation(after, folder.journal), change.drop
+        )
     _check_steps_left(folder, at_step, after.training.num_steps)
     if surgery is None:
         return
     print(f"goes on from step {at_step}; recorded in {folder.decisions}", flush=True)
-    record_surgery(folder.decisions, surgery)
+    record_run_edit(folder.decisions, surgery)
 
 
-def _checkpoint_before(folder: "RunFolder", skip: tuple[int, int] | None, operated: Sequence["Surgery"]) -> int:
+def _checkpoint_before(folder: "RunFolder", skip: tuple[int, int] | None, operated: Sequence["RunEdit"]) -> int:
     """The newest checkpoint's step, at or before the first one to skip; 0 when the run has none."""
-    from mixtera_hpc.dataplane.surgery import is_past
+    from mixtera_hpc.dataplane.run_edits import is_abandoned
     from mixtera_hpc.errors import LaunchError
 
     states = [_state(path) for path in folder.checkpoints.glob("step_[0-9]*/dataplane.json")]
-    steps = sorted(state["next_step"] for state in states if not is_past(state, operated))
+    steps = sorted(state["next_step"] for state in states if not is_abandoned(state, operated))
     usable = [step for step in steps if skip is None or step <= skip[0]]
     if steps and not usable and skip is not None:
         raise LaunchError(

@@ -56,16 +56,16 @@ def run(args: argparse.Namespace) -> int:
 def _opened(folder: Any) -> tuple[Any, Any]:
     from mixtera_hpc.config.compose import load_config
     from mixtera_hpc.dataplane.journal import History
-    from mixtera_hpc.dataplane.trace import Sources
+    from mixtera_hpc.trace.list import AttemptSources
 
     history = History(folder.journal)
-    return Sources(load_config(folder.config)), history
+    return AttemptSources(load_config(folder.config)), history
 
 
 def _verify(sources: Any, folder: Any, history: Any, as_json: bool) -> None:
-    from mixtera_hpc.dataplane.trace import verify
+    from mixtera_hpc.trace.list import verify_run
 
-    verdict = verify(sources, folder, history)
+    verdict = verify_run(sources, folder, history)
     if as_json:
         _print_json(verdict)
         return
@@ -80,9 +80,9 @@ def _verify(sources: Any, folder: Any, history: Any, as_json: bool) -> None:
 
 
 def _diff(first: Any, second: Any, as_json: bool) -> int:
-    from mixtera_hpc.dataplane.difference import difference
+    from mixtera_hpc.trace.diff import first_difference
 
-    found = difference(first, second)
+    found = first_difference(first, second)
     if as_json:
         _print_json(found)
         return 0
@@ -99,11 +99,11 @@ def _diff(first: Any, second: Any, as_json: bool) -> int:
 
 
 def _seen(sources: Any, history: Any, args: argparse.Namespace) -> None:
-    from mixtera_hpc.dataplane.seen import seen
+    from mixtera_hpc.trace.locate import locate_row
 
     found, attempts = 0, {attempt.number: attempt for attempt, _ in history.extents()}
     _check_rank(args.rank, attempts.values())
-    for record in seen(sources, history, args.shard, args.row):
+    for record in locate_row(sources, history, args.shard, args.row):
         if not _was_given(args.rank, attempts[record["attempt"]], record):
             continue
         found += 1
@@ -191,11 +191,11 @@ def _domain(text: str, names: list[str]) -> int:
 
 
 def _records(source: Any, folder: Any, attempt: Any, steps: range) -> Iterator[dict[str, Any]]:
-    """What `traced` gives, with ranks and digests."""
-    from mixtera_hpc.dataplane.trace import audited, traced
+    """What `served_sequences` gives, with ranks and digests."""
+    from mixtera_hpc.trace.list import read_audit, served_sequences
 
-    digests = audited(folder, attempt.number, steps)
-    for record in traced(source, attempt, steps):
+    digests = read_audit(folder, attempt.number, steps)
+    for record in served_sequences(source, attempt, steps):
         record["rank"] = attempt.rank_of(record["position"])
         if (digest := digests.get((record["step"], record["position"]))) is not None:
             record["digest"] = digest

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mixtera_hpc.config.mixture import leaves, listed
+from mixtera_hpc.config.domain_tree import domain_entries, list_entries
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, StageConfig
 from mixtera_hpc.core.domain_keys import canonical, key_of
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
@@ -72,7 +72,7 @@ def _repeated(mixture: MixtureConfig) -> list[str]:
     for domains, path in lists:
         first: dict[object, str] = {}
         try:
-            for leaf in listed(domains, path):
+            for leaf in list_entries(domains, path):
                 before = first.setdefault(canonical(leaf.key), leaf.path)
                 if before != leaf.path:
                     found.append(
@@ -172,7 +172,10 @@ def _natural_only(part: MixtureConfig | StageConfig, mixture: MixtureConfig, pat
 
 def _bounds(mixture: MixtureConfig) -> list[str]:
     """Floors, caps and epoch limits."""
-    places: list[tuple[str, Any]] = [("mixture", mixture), *((leaf.path, leaf.domain) for leaf in leaves(mixture))]
+    places: list[tuple[str, Any]] = [
+        ("mixture", mixture),
+        *((leaf.path, leaf.domain) for leaf in domain_entries(mixture)),
+    ]
     found = []
     for path, place in places:
         for name in ("floor", "cap"):
@@ -184,7 +187,7 @@ def _bounds(mixture: MixtureConfig) -> list[str]:
             found.append(f"{path}: its floor {low:g} is above its cap {high:g}. Lower the one or raise the other.")
         if place.max_epochs is not None and not 0 < place.max_epochs < math.inf:
             found.append(f"{path}.max_epochs is {place.max_epochs}, expected a number above 0, or null.")
-    floors = math.fsum(_or(leaf.domain.floor, mixture.floor, 0.0) for leaf in leaves(mixture))
+    floors = math.fsum(_or(leaf.domain.floor, mixture.floor, 0.0) for leaf in domain_entries(mixture))
     if not found and floors > 1 + 1e-9:
         found.append(f"The floors of mixture.domains sum to {floors:.6g}, expected at most 1. Lower them.")
     return found
@@ -259,8 +262,8 @@ def _stage(stage: StageConfig, mixture: MixtureConfig, path: str) -> list[str]:
         and not any(d.weight is not None for d in mixture.domains)
     ):
         found.append(f"{path} has no weights, and mixture.domains has none either. Give it domains, or kind: natural.")
-    known = {canonical(leaf.key): leaf.name for leaf in listed(mixture.domains, "")}
-    for leaf in listed(stage.domains, f"{path}.domains"):
+    known = {canonical(leaf.key): leaf.name for leaf in list_entries(mixture.domains, "")}
+    for leaf in list_entries(stage.domains, f"{path}.domains"):
         if known and canonical(leaf.key) not in known:
             found.append(
                 f"{leaf.path} is {leaf.name}, which is not in mixture.domains. Add it there."

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.era import Era
+from mixtera_hpc.dataplane.stream_version import StreamVersion
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.tracker import open_append
 
@@ -86,7 +86,7 @@ class Opening:
     num_ranks: int
     dp_group_size: int
     identity: Mapping[str, Any]
-    era: Era
+    stream_version: StreamVersion
 
 
 class Journal(_Lines):
@@ -99,7 +99,9 @@ class Journal(_Lines):
     def opened(self, opening: Opening) -> None:
         """An attempt begins: what earlier attempts planned from its first step on does not count."""
         facts = {field.name: getattr(opening, field.name) for field in dataclasses.fields(opening)}
-        self.write({"kind": "open", "attempt": self._attempt, **facts, "era": opening.era.to_dict()})
+        self.write(
+            {"kind": "open", "attempt": self._attempt, **facts, "stream_version": opening.stream_version.to_dict()}
+        )
 
     def planned(self, plan: ChunkPlan) -> None:
         self.write(
@@ -156,7 +158,7 @@ class AttemptRecord:
     dp_group_size: int
     identity: Mapping[str, Any]
     """Of the source it served from."""
-    era: Era
+    stream_version: StreamVersion
     plans: list[ChunkPlan]
     """Ascending."""
     next_step: int | None
@@ -169,7 +171,9 @@ class AttemptRecord:
     @property
     def end(self) -> int:
         """One past the last step it planned."""
-        return max((self.era.step_at(p.first_step + p.num_steps) for p in self.plans), default=self.first_step)
+        return max(
+            (self.stream_version.step_at(p.first_step + p.num_steps) for p in self.plans), default=self.first_step
+        )
 
     @property
     def served_end(self) -> int:
@@ -187,7 +191,7 @@ class AttemptRecord:
         Raises:
             DataError: it has not been planned.
         """
-        data_step = self.era.data_step(step)
+        data_step = self.stream_version.data_step(step)
         at = bisect.bisect_right(self.plans, data_step, key=lambda plan: plan.first_step) - 1
         if at >= 0 and data_step < self.plans[at].first_step + self.plans[at].num_steps:
             return self.plans[at]
@@ -255,7 +259,7 @@ def _attempt(record: dict[str, Any]) -> AttemptRecord:
         num_ranks=record["num_ranks"],
         dp_group_size=record["dp_group_size"],
         identity=record["identity"],
-        era=Era.from_dict(record["era"]),
+        stream_version=StreamVersion.from_dict(record["stream_version"]),
         plans=[],
         next_step=None,
     )

@@ -30,18 +30,18 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, from_buffer
-from mixtera_hpc.dataplane.change import SwitchedMixer
 from mixtera_hpc.dataplane.control import Control
 from mixtera_hpc.dataplane.journal import Opening
+from mixtera_hpc.dataplane.mixing.requests import MixtureSequence
 from mixtera_hpc.dataplane.plan_broadcast import PlanFeed
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch, Prefetcher, Share
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.workers import open_batches
+from mixtera_hpc.dataplane.run_edits import find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.run_recorder import Sinks
 from mixtera_hpc.dataplane.step_losses import StepLosses
 from mixtera_hpc.dataplane.step_reducer import Agreement, Feedback, Notes
-from mixtera_hpc.dataplane.surgery import begin, share_beginning
 from mixtera_hpc.errors import leaves_in_order
 from mixtera_hpc.track.tracker import Silent, Tracker
 
@@ -67,7 +67,7 @@ class DataPlane:
         self._sinks = sinks
         self._share = Share.of(config.dataplane, comm.rank, comm.size)
         self._control = Control(sinks.control, watch_files=comm.rank == 0)
-        self._mixer: SwitchedMixer
+        self._mixer: MixtureSequence
         self._feedback = Feedback(comm, source.num_domains)
         self._plans: PlanFeed
         self._prefetcher: Prefetcher
@@ -196,7 +196,7 @@ class DataPlane:
         self._absorb(self._feedback.wait_for(self._next_step))
         if self._comm.rank != 0:
             return None
-        while not self._plans.reaches(self._source.era.data_step(self._next_step)):
+        while not self._plans.reaches(self._source.stream_version.data_step(self._next_step)):
             self._plans.poll(self._horizon())
             time.sleep(POLL_S)
         state = PlaneState(
@@ -205,7 +205,7 @@ class DataPlane:
             mixer=self._mixer.arrays(),
             fed=self._fed,
             changes=self._mixer.changes,
-            era=self._source.era,
+            stream_version=self._source.stream_version,
             identity=self._source.identity(),
         )
         return state.to_dict()
@@ -245,17 +245,17 @@ class DataPlane:
         """Go on from `state`, which rank 0 has, or begin; only the first call does anything. **Collective.**"""
         if self._started:
             return
-        found = begin(self._source, state, self._sinks.surgeries()) if self._comm.rank == 0 else None
-        beginning = share_beginning(self._comm, found, self.num_domains)
-        source = self._source = self._source.in_era(beginning.era)
-        self._mixer = SwitchedMixer(source.config.mixture, source.ground)
+        found = find_resume_point(self._source, state, self._sinks.run_edits()) if self._comm.rank == 0 else None
+        beginning = share_resume_point(self._comm, found, self.num_domains)
+        source = self._source = self._source.at_version(beginning.stream_version)
+        self._mixer = MixtureSequence(source.config.mixture, source.mixture_context)
         self._next_step, plan = beginning.step, beginning.plan
         if self._comm.rank == 0:
             if state is not None:
                 self._mixer.load(state.changes, state.mixer)
-            self._mixer.adopt(self._sinks.changes())
+            self._mixer.restore(self._sinks.changes())
         self._reduced, self._fed = beginning.step, state.fed if state is not None else 0
-        served = plan.num_steps and source.era.data_step(self._next_step) >= plan.first_step + plan.num_steps
+        served = plan.num_steps and source.stream_version.data_step(self._next_step) >= plan.first_step + plan.num_steps
         self._current_chunk = plan.chunk if served else plan.chunk - 1
         self._plans = PlanFeed(self._comm, source.planner, self._weights_of, self._deliver)
         self._plans.resume(plan)
@@ -268,21 +268,21 @@ class DataPlane:
                 num_ranks=self._comm.size,
                 dp_group_size=plane.dp_group_size,
                 identity=source.identity(),
-                era=source.era,
+                stream_version=source.stream_version,
             )
         )
         self._change_mind()
 
     def _horizon(self) -> int:
         """The chunk beyond which one more is planned: the current one, or the one before the next step's data."""
-        next_chunk = self._source.era.data_step(self._next_step) // self._source.planner.chunk_steps
+        next_chunk = self._source.stream_version.data_step(self._next_step) // self._source.planner.chunk_steps
         return max(self._current_chunk, next_chunk - 1)
 
     def _weights_of(self, chunk: int) -> NDArray[np.float64] | None:
         """What the mixer wishes, without domains that have nothing left to give after samples were dropped."""
         plane = self._source.config.dataplane
         decisive = (chunk - plane.feedback_lag + 1) * plane.chunk_steps
-        self._pass_over(min(decisive, self._source.era.data_step(self._reduced)))
+        self._pass_over(min(decisive, self._source.stream_version.data_step(self._reduced)))
         weights = self._mixer.weights_of(chunk)
         if weights is None or self._source.kept is None:
             return weights
@@ -291,7 +291,7 @@ class DataPlane:
     def _change_mind(self) -> None:
         """Look for another mixture that is wished for; rank 0 only."""
         if (wish := self._control.mixture_request()) is not None:
-            self._sinks.decided(self._mixer.consider(wish, self._plans.next_chunk))
+            self._sinks.record_decision(self._mixer.decide_request(wish, self._plans.next_chunk))
 
     def _next(self) -> Batch | None:
         self._start()
@@ -331,7 +331,10 @@ class DataPlane:
 
     def _plan_of(self, step: int) -> ChunkPlan:
         """The plan `step` lies in, or the last one before it."""
-        plans, data_step = sorted(self._known_plans.values(), key=lambda p: p.chunk), self._source.era.data_step(step)
+        plans, data_step = (
+            sorted(self._known_plans.values(), key=lambda p: p.chunk),
+            self._source.stream_version.data_step(step),
+        )
         return next((p for p in plans if p.first_step <= data_step < p.first_step + p.num_steps), plans[-1])
 
     def _close_step(self) -> None:
@@ -363,7 +366,7 @@ class DataPlane:
 
     def _feed(self, statistics: DomainStatistics) -> None:
         """Tell the mixer of a step."""
-        data_step = self._source.era.data_step(statistics.step)
+        data_step = self._source.stream_version.data_step(statistics.step)
         self._pass_over(data_step)
         self._mixer.feed(replace(statistics, step=data_step))
         self._reduced, self._fed = statistics.step + 1, data_step + 1

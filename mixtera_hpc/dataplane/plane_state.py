@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.change import Change
-from mixtera_hpc.dataplane.era import Era
+from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
+from mixtera_hpc.dataplane.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["PlaneState", "check_identity"]
@@ -32,9 +32,9 @@ class PlaneState:
     """What the mixing algorithm knows."""
     fed: int
     """Data steps it has heard of."""
-    changes: Sequence[Change]
+    changes: Sequence[MixtureDecision]
     """Of its mixture."""
-    era: Era
+    stream_version: StreamVersion
     identity: Mapping[str, Any]
     """Of the source it was served from."""
 
@@ -45,7 +45,7 @@ class PlaneState:
             "next_step": self.next_step,
             "fed": self.fed,
             "changes": [change.to_dict() for change in self.changes],
-            "era": self.era.to_dict(),
+            "stream_version": self.stream_version.to_dict(),
             "identity": dict(self.identity),
         }
         return {"json": facts, "arrays": {"plan": self.plan.to_array(), **self.mixer}}
@@ -69,8 +69,8 @@ class PlaneState:
             plan=plan,
             mixer=arrays,
             fed=facts["fed"],
-            changes=[Change.from_dict(line) for line in facts["changes"]],
-            era=Era.from_dict(facts["era"]),
+            changes=[MixtureDecision.from_dict(line) for line in facts["changes"]],
+            stream_version=StreamVersion.from_dict(facts["stream_version"]),
             identity=facts["identity"],
         )
 

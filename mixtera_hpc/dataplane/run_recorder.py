@@ -6,11 +6,11 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.change import Change, decisions
 from mixtera_hpc.dataplane.journal import Audit, Journal, Opening, append_line
+from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.surgery import Surgery, surgeries
+from mixtera_hpc.dataplane.run_edits import RunEdit, read_run_edits
 from mixtera_hpc.track.tracker import Silent, Tracker
 
 __all__ = ["Sinks"]
@@ -27,15 +27,15 @@ class Sinks:
         audit = folder.audit(attempt) / f"rank_{rank:05d}.jsonl" if folder and config.dataplane.audit else None
         self._audit = Audit(audit) if audit and rank % config.dataplane.dp_group_size == 0 else None
 
-    def surgeries(self) -> list[Surgery]:
+    def run_edits(self) -> list[RunEdit]:
         """What the run has been through."""
-        return surgeries(self._decisions)
+        return read_run_edits(self._decisions)
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[MixtureDecision]:
         """What was decided about its mixture."""
-        return decisions(self._decisions)
+        return read_decisions(self._decisions)
 
-    def decided(self, change: Change) -> None:
+    def record_decision(self, change: MixtureDecision) -> None:
         """Write a decision down; it holds from now on."""
         if self._decisions and self._journal:
             append_line(self._decisions, change.to_dict())
@@ -57,7 +57,7 @@ class Sinks:
         """Tell the metrics what the chunk that begins is made of."""
         served = plan.cursors / max(int(plan.cursors.sum()), 1)
         items = np.maximum(source.layout.epoch_items(), 1)
-        step = source.era.step_at(plan.first_step)
+        step = source.stream_version.step_at(plan.first_step)
         event = {
             "step": step,
             "chunk": plan.chunk,
@@ -65,7 +65,7 @@ class Sinks:
             "weights": plan.weights / UNIT,
             "served": served,
             "cursors": plan.cursors,
-            "epochs": (source.era.origins + plan.cursors * source.grid.stride) / items,
+            "epochs": (source.stream_version.origins + plan.cursors * source.grid.stride) / items,
         }
         self._tracker.log("mixture", event)
         self._tracker.log("comm", {"step": step, "plan_s": plan_s, "broadcast_s": broadcast_s})

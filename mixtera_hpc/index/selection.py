@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.mixture import Stock, bounds, leaf_name, leaves, start_weights
+from mixtera_hpc.config.domain_tree import DomainSizes, display_name, domain_bounds, domain_entries, initial_weights
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import DomainKey, domain_name
 from mixtera_hpc.core.domains import Selection, keys_by, select
 from mixtera_hpc.core.holdout import shard_keys, split_predicate, with_places, with_zones
 from mixtera_hpc.core.index_tables import SampleColumns
-from mixtera_hpc.core.mixing.simplex import project
+from mixtera_hpc.core.mixing.bounds import project_to_bounds
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.core.sequence_grid import Grid
 from mixtera_hpc.errors import MixtureError
@@ -71,7 +71,7 @@ def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
         return with_places(columns, keys_of_shards, tables.blocks, blocks) if holdout.fraction else columns
 
     selection = select(tables, predicate, keys, read)
-    names = tuple(map(leaf_name if len(keys) > 1 else domain_name, keys))
+    names = tuple(map(display_name if len(keys) > 1 else domain_name, keys))
     cost = Cost(
         bytes_read=index.samples.bytes_read - bytes_before,
         parse_s=parsed - began,
@@ -91,19 +91,19 @@ def weights_of(config: Config, chosen: ChosenDomains, has_tokens: bool) -> NDArr
     in_tokens, plane = config.mixture.unit == "tokens", config.dataplane
     sizes = np.where(has_tokens, tokens, 0) if in_tokens else rows
     items = Grid.of_unit(in_tokens, plane.seq_len, plane.overlap).stride * plane.global_batch_size
-    stock = Stock(keys=chosen.keys, sizes=sizes, budget=items * config.training.num_steps)
+    stock = DomainSizes(keys=chosen.keys, sizes=sizes, budget=items * config.training.num_steps)
     try:
-        weights = start_weights(config.mixture, config.mixture, stock)
+        weights = initial_weights(config.mixture, config.mixture, stock)
     except MixtureError:
         if sizes.any():
             raise
         return None
-    limits = bounds(config.mixture, stock) if sizes.any() else None
-    return weights if limits is None else project(weights, *limits)
+    limits = domain_bounds(config.mixture, stock) if sizes.any() else None
+    return weights if limits is None else project_to_bounds(weights, *limits)
 
 
 def _keys(config: Config, index: PropertyIndex) -> list[DomainKey]:
-    if found := leaves(config.mixture):
+    if found := domain_entries(config.mixture):
         return [leaf.key for leaf in found]
     keys = keys_by(config.mixture.by, index.tables.combos)
     if not keys:

@@ -18,7 +18,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
-from mixtera_hpc.dataplane.surgery import as_begun, is_past, surgeries
+from mixtera_hpc.dataplane.run_edits import is_abandoned, pin_index_generation, read_run_edits
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import Fanout, Tracker, open_tracker
@@ -66,7 +66,7 @@ def run_training(
             "your own trainer with job.command."
         )
     torch.set_num_threads(config.training.num_threads)
-    config = as_begun(config, folder.journal)
+    config = pin_index_generation(config, folder.journal)
     tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)
     if observer and comm.rank == 0:
         tracker = Fanout([tracker, observer])
@@ -238,8 +238,8 @@ class Trainer:
         comm, folder = self._replicas.comm, self._folder.checkpoints
         found = None
         if comm.rank == 0:
-            operated = surgeries(self._folder.decisions)
-            found = load_newest_checkpoint(folder, lambda state: not is_past(state, operated))
+            operated = read_run_edits(self._folder.decisions)
+            found = load_newest_checkpoint(folder, lambda state: not is_abandoned(state, operated))
         step = np.array([found.step if found else -1], np.int64)
         comm.Bcast(step)
         if step[0] < 0 or found:

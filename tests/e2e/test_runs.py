@@ -100,7 +100,7 @@ def test_a_run_through_surgery_is_proven_and_its_samples_are_found(trained: Path
     found = [json.loads(x) for x in cli("trace", trained, "--shard", shard, "--row", row, "--json").stdout.splitlines()]
     assert (30, 0) in [(f["step"], f["position"]) for f in found]
     kinds = [json.loads(line)["kind"] for line in (trained / "decisions.jsonl").read_text().splitlines()]
-    assert kinds == ["surgery", "surgery"]
+    assert kinds == ["run_edit", "run_edit"]
 
 
 def test_validation_reports_every_domain_on_samples_not_trained_on(cli: Cli, small: list[str], tmp_path: Path) -> None:

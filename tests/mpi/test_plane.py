@@ -12,8 +12,8 @@ import pytest
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.dataplane.journal import History
-from mixtera_hpc.dataplane.surgery import record_surgery, surgery_between
-from mixtera_hpc.dataplane.trace import Sources, verify
+from mixtera_hpc.dataplane.run_edits import record_run_edit, run_edit_between
+from mixtera_hpc.trace.list import AttemptSources, verify_run
 
 PROGRAM = Path(__file__).with_name("plane_program.py")
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
@@ -108,7 +108,7 @@ def test_the_proof_holds_over_both_attempts(serve: Serve, overrides: list[str], 
     serve(tmp_path / "run", 2, 1, 10)
     serve(tmp_path / "run", 3, 2, 20)
     run = RunFolder(tmp_path / "run")
-    verdict = verify(Sources(compose(overrides)), run, History(run.journal))
+    verdict = verify_run(AttemptSources(compose(overrides)), run, History(run.journal))
     assert (verdict.num_steps, verdict.num_sequences, verdict.num_attempts) == (20, 480, 2)
 
 
@@ -140,11 +140,11 @@ def test_surgery_between_attempts_of_different_ranks_is_proven(
     for name, ranks in (("one", 1), ("many", 3)):
         folder = tmp_path / name
         serve(folder, 2, 1, 10)
-        surgery = surgery_between(before, after, (12, 16), 10, [])
+        surgery = run_edit_between(before, after, (12, 16), 10, [])
         assert surgery is not None
-        record_surgery(RunFolder(folder).decisions, surgery)
+        record_run_edit(RunFolder(folder).decisions, surgery)
         serve(folder, ranks, 2, 24, more=("dataplane.global_batch_size=30",))
     assert consumed(tmp_path / "one") == consumed(tmp_path / "many")
     run = RunFolder(tmp_path / "many")
-    verdict = verify(Sources(after), run, History(run.journal))
+    verdict = verify_run(AttemptSources(after), run, History(run.journal))
     assert (verdict.num_steps, verdict.num_sequences) == (24, 10 * 24 + 14 * 30)

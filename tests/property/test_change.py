@@ -13,11 +13,11 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.change import Request, ask, decisions, successor
 from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, read_decisions, requested_mixture, write_request
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.trace import Sources, verify
 from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.trace.list import AttemptSources, verify_run
 
 STATIC = {
     "kind": "static",
@@ -44,8 +44,9 @@ def serve(
             plane.record(batch, 1.0 + (batch.tokens[:, 1:] % 97) / (3 + batch.domain_ids[:, None]))
             if batch.step == ask_at:
                 wish = json.loads((folder / "wish.json").read_text())
-                ask(
-                    folder / "control", Request(mixture=successor(config.mixture, wish["mixture"]), chunk=wish["chunk"])
+                write_request(
+                    folder / "control",
+                    MixtureRequest(mixture=requested_mixture(config.mixture, wish["mixture"]), chunk=wish["chunk"]),
                 )
         saved = plane.state_dict()
     assert saved is not None
@@ -72,14 +73,14 @@ def weights(folder: Path, until: int) -> list[list[int]]:
 def test_the_next_chunk_not_planned_is_served_from_it_and_the_run_is_proven(config: Config, tmp_path: Path) -> None:
     folder = wishing(tmp_path, "run", STATIC, None)
     serve(config, folder, 1, 24, ask_at=4)
-    [change] = decisions(RunFolder(folder).decisions)
+    [change] = read_decisions(RunFolder(folder).decisions)
     served = weights(folder, 24)
     assert change.chunk in (2, 3)
     assert served[change.chunk - 1] == served[0] != served[change.chunk]
     shares = [w / sum(served[change.chunk]) for w in served[change.chunk]]
     assert sorted(shares)[-2:] == [0.25, 0.75]
     assert served[-1] == served[change.chunk]
-    assert verify(Sources(config), RunFolder(folder), History(RunFolder(folder).journal)).num_steps == 24
+    assert verify_run(AttemptSources(config), RunFolder(folder), History(RunFolder(folder).journal)).num_steps == 24
     assert '"kind":"mixture"' in (folder / "journal.jsonl").read_text()
 
 
@@ -125,7 +126,7 @@ def test_a_second_wish_for_the_same_chunk_begins_anew(
 def test_a_chunk_that_is_planned_is_refused_in_writing_and_nothing_changes(config: Config, tmp_path: Path) -> None:
     folder = wishing(tmp_path, "run", STATIC, 1)
     serve(config, folder, 1, 18, ask_at=7)
-    [change] = decisions(RunFolder(folder).decisions)
+    [change] = read_decisions(RunFolder(folder).decisions)
     assert change.refused is not None and "planned already" in change.refused
     assert len({tuple(w) for w in weights(folder, 18)}) == 1
 
@@ -133,9 +134,9 @@ def test_a_chunk_that_is_planned_is_refused_in_writing_and_nothing_changes(confi
 def test_a_request_between_attempts_is_taken_at_the_start(config: Config, tmp_path: Path) -> None:
     folder = wishing(tmp_path, "run", STATIC, None)
     state = serve(config, folder, 1, CHUNK)
-    ask(folder / "control", Request(mixture=successor(config.mixture, STATIC), chunk=None))
+    write_request(folder / "control", MixtureRequest(mixture=requested_mixture(config.mixture, STATIC), chunk=None))
     serve(config, folder, 2, 12, state)
-    [change] = decisions(RunFolder(folder).decisions)
+    [change] = read_decisions(RunFolder(folder).decisions)
     assert change.chunk <= 2
     assert not (folder / "control" / "mixture.json").exists()
 
@@ -144,7 +145,7 @@ def test_a_damaged_request_is_refused_in_writing(config: Config, tmp_path: Path)
     (tmp_path / "control").mkdir()
     (tmp_path / "control" / "mixture.json").write_text('{"chunk": 1, ')
     serve(config, tmp_path, 1, 4)
-    [change] = decisions(RunFolder(tmp_path).decisions)
+    [change] = read_decisions(RunFolder(tmp_path).decisions)
     assert change.refused is not None
 
 
@@ -165,4 +166,4 @@ def test_a_damaged_request_is_refused_in_writing(config: Config, tmp_path: Path)
 )
 def test_what_is_no_mixture_is_refused_before_it_is_asked_for(config: Config, wish: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        successor(config.mixture, wish)
+        requested_mixture(config.mixture, wish)

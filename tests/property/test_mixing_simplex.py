@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mixtera_hpc.core.mixing.simplex import project
+from mixtera_hpc.core.mixing.bounds import project_to_bounds
 
 sizes = st.integers(1, 30)
 
@@ -26,7 +26,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @given(problems())
 def test_the_result_is_a_mixture_within_its_bounds(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     wish, low, high = problem
-    got = project(wish, low, high)
+    got = project_to_bounds(wish, low, high)
     assert abs(got.sum() - 1) <= 1e-12
     assert (got >= low).all()
     assert (got <= high).all()
@@ -37,7 +37,7 @@ def test_the_result_is_a_mixture_within_its_bounds(problem: tuple[np.ndarray, np
 def test_domains_between_their_bounds_keep_their_ratios(problem: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     """The optimality condition of the projection: one factor for the free, beyond it for those at a bound."""
     wish, low, high = problem
-    got = project(wish, low, high)
+    got = project_to_bounds(wish, low, high)
     loose = (wish > 0) & (low < high)
     free = loose & (got > low) & (got < high)
     if not free.any():
@@ -53,6 +53,6 @@ def test_domains_between_their_bounds_keep_their_ratios(problem: tuple[np.ndarra
 @given(st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=300), st.floats(0, 1))
 def test_the_floor_holds_to_the_last_bit(wish: list[float], part: float) -> None:
     floor = part / len(wish)
-    got = project(np.array(wish), floor)
+    got = project_to_bounds(np.array(wish), floor)
     assert got.min() >= floor
     assert abs(got.sum() - 1) <= 1e-13

@@ -15,12 +15,12 @@ from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
-from mixtera_hpc.dataplane.surgery import record_surgery, surgeries, surgery_between
-from mixtera_hpc.dataplane.trace import Sources, verify
+from mixtera_hpc.dataplane.run_edits import read_run_edits, record_run_edit, run_edit_between
+from mixtera_hpc.dataplane.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.trace.list import AttemptSources, verify_run
 
 STATE = dict[str, Any]
 DYNAMIC = {"kind": "dynamic", "by": ["source"], "algorithm": {"name": "ado", "warmup": 4, "refit_interval": 4}}
@@ -56,9 +56,9 @@ def serve(
 
 def operate(before: Config, after: Config, folder: Path, at_step: int, skip: tuple[int, int] | None = None) -> None:
     path = RunFolder(folder).decisions
-    surgery = surgery_between(before, after, skip, at_step, surgeries(path))
+    surgery = run_edit_between(before, after, skip, at_step, read_run_edits(path))
     assert surgery is not None
-    record_surgery(path, surgery)
+    record_run_edit(path, surgery)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=5), st.integers(0, 80))
 def test_steps_count_the_data_steps_that_are_not_skipped(spans: list[tuple[int, int]], data_step: int) -> None:
     skips = [(first, first + length) for first, length in spans]
-    era = Era.start(1).with_skips(skips)
+    era = StreamVersion.start(1).with_skips(skips)
     left = [d for d in range(200) if not any(a <= d <= b for a, b in skips)]
     assert [era.data_step(s) for s in range(100)] == left[:100]
     assert era.step_at(data_step) == sum(d < data_step for d in left)
@@ -107,7 +107,7 @@ def test_skipped_steps_are_the_only_ones_missing(
         expected = [b.digests for b in whole if not first <= b.step < first + count]
         assert [b.digests for b in begun + went_on] == expected
     run = RunFolder(folder)
-    assert verify(Sources(config), run, History(run.journal)).num_steps == 30
+    assert verify_run(AttemptSources(config), run, History(run.journal)).num_steps == 30
 
 
 @SLOW
@@ -179,7 +179,7 @@ def test_replay_proves_a_run_through_several_surgeries(
     operate(two, three, folder, first + more)
     serve(three, folder, 3, 30, state)
     run = RunFolder(folder)
-    verdict = verify(Sources(three), run, History(run.journal))
+    verdict = verify_run(AttemptSources(three), run, History(run.journal))
     assert verdict.num_steps == 30
     assert verdict.num_sequences == 6 * (first + more) + (10 if grow else 6) * (30 - first - more)
 

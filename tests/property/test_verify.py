@@ -14,8 +14,8 @@ from mixtera_hpc.config.runfolder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History, sample_digest
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.trace import Sources, Verdict, verify
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.trace.list import AttemptSources, VerifyResult, verify_run
 
 
 @pytest.fixture(params=["tokens", "samples"])
@@ -33,9 +33,9 @@ def serve(config: Config, folder: Path, attempt: int, until: int, state: Any = N
         return plane.state_dict()
 
 
-def proven(config: Config, folder: Path) -> Verdict:
+def proven(config: Config, folder: Path) -> VerifyResult:
     run = RunFolder(folder)
-    return verify(Sources(config), run, History(run.journal))
+    return verify_run(AttemptSources(config), run, History(run.journal))
 
 
 def test_a_run_of_tokens_or_samples_is_proven(config: Config, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import PlannerState
-from mixtera_hpc.dataplane.forecast import forecast
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.trace import planned
+from mixtera_hpc.trace.forecast import forecast_mixture
+from mixtera_hpc.trace.list import planned_sequences
 
 
 @pytest.mark.parametrize("shuffle", ["none", "block", "window"])
@@ -19,14 +19,14 @@ def test_the_expected_footprint_is_close_to_that_of_planned_steps(
     words = [f"dataplane.shuffle={shuffle}", f"dataplane.shuffle_window={window}", "dataplane.global_batch_size=16"]
     source = open_source(compose([*collection, *words, "dataplane.seq_len=64"]), Local())
     rows: list[set[tuple[int, str, int]]] = [set() for _ in range(60)]
-    for record in planned(source, 0, 60):
+    for record in planned_sequences(source, 0, 60):
         rows[record["step"]] |= {(record["domain_id"], shard, row) for shard, row, _, _ in record["pieces"]}
     shards = np.mean([len({shard for _, shard, _ in each}) for each in rows])
     blocks = [{(domain, block_of(source, shard, row)) for domain, shard, row in each} for each in rows]
     row_bytes = source.blocks.length / source.blocks.rows
     read = sum(int(source.blocks.length[block]) for each in blocks for _, block in each)
     used = sum(float(row_bytes[block_of(source, shard, row)]) for each in rows for _, shard, row in each)
-    expected = forecast(source, 60).step
+    expected = forecast_mixture(source, 60).step
     assert expected.shards >= 0.9 * shards
     assert shuffle == "none" or expected.shards == pytest.approx(shards, rel=0.35)
     assert expected.documents == pytest.approx(np.mean([len(each) for each in rows]), rel=0.1)
@@ -42,9 +42,13 @@ def block_of(source: Source, shard: str, row: int) -> int:
 
 def test_documents_longer_than_sequences_are_counted_in_every_step_they_are_touched_in(collection: list[str]) -> None:
     source = open_source(compose([*collection, "dataplane.global_batch_size=16", "dataplane.seq_len=8"]), Local())
-    touched = [{(shard, row) for shard, row, _, _ in r["pieces"]} | {r["step"]} for r in planned(source, 0, 60)]
+    touched = [
+        {(shard, row) for shard, row, _, _ in r["pieces"]} | {r["step"]} for r in planned_sequences(source, 0, 60)
+    ]
     per_step = [set().union(*touched[at : at + 16]) for at in range(0, len(touched), 16)]
-    assert forecast(source, 60).step.documents == pytest.approx(np.mean([len(s) - 1 for s in per_step]), rel=0.2)
+    assert forecast_mixture(source, 60).step.documents == pytest.approx(
+        np.mean([len(s) - 1 for s in per_step]), rel=0.2
+    )
 
 
 @pytest.mark.parametrize(("on_exhausted", "max_epochs"), [("redistribute", 1.0), ("redistribute", 2.0), ("stop", 1.0)])
@@ -57,11 +61,11 @@ def test_the_forecast_names_the_step_in_which_a_domain_runs_out(
         compose([*collection, *words, "dataplane.seq_len=16", "dataplane.global_batch_size=16"]), Local()
     )
     counts, gone = np.zeros(source.num_domains, np.int64), {}
-    for record in planned(source, 0, 10**6):
+    for record in planned_sequences(source, 0, 10**6):
         counts[record["domain_id"]] += 1
         if counts[record["domain_id"]] == source.planner.capacity[record["domain_id"]]:
             gone[record["domain_id"]] = record["step"]
-    expected = forecast(source, 10**6)
+    expected = forecast_mixture(source, 10**6)
     assert expected.num_steps == counts.sum() // 16
     found = {d: e.runs_out_at_step for d, e in enumerate(expected.domains) if e.runs_out_at_step is not None}
     assert found and gone.keys() <= found.keys()
@@ -75,5 +79,5 @@ def test_the_forecast_serves_what_the_planner_serves(collection: list[str]) -> N
     state = PlannerState.start(source.num_domains)
     while state.step < 64:
         _, state = source.planner.plan(state, source.weights)
-    served = [d.served for d in forecast(source, 64).domains]
+    served = [d.served for d in forecast_mixture(source, 64).domains]
     assert served == pytest.approx((state.cursors * source.grid.stride).tolist(), abs=source.grid.stride)

@@ -9,16 +9,16 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane_state import check_identity
 from mixtera_hpc.dataplane.reading.source import open_source
-from mixtera_hpc.dataplane.trace import planned
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.index.refresh import refresh_index
 from mixtera_hpc.testing.small_collection import make_collection
+from mixtera_hpc.trace.list import planned_sequences
 
 
 def test_a_run_goes_on_after_shards_were_added(tmp_path: Path) -> None:
     words = [*make_collection(tmp_path), "dataplane.seq_len=32", "dataplane.global_batch_size=8"]
     before = open_source(compose(words), Local())
-    expected = list(planned(before, 0, 12))
+    expected = list(planned_sequences(before, 0, 12))
 
     rows = [{"text": f"more {i} " * 30, "meta": {"source": "ast", "tags": ["new"], "size": 7}} for i in range(60)]
     (tmp_path / "data" / "0-new.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -32,4 +32,4 @@ def test_a_run_goes_on_after_shards_were_added(tmp_path: Path) -> None:
 
     again = open_source(compose([*words, f"index.generation={before.facts.index_fingerprint[:12]}"]), Local())
     assert check_identity(before.identity(), again.identity()) == []
-    assert list(planned(again, 0, 12)) == expected
+    assert list(planned_sequences(again, 0, 12)) == expected

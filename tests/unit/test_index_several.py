@@ -16,7 +16,6 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.dataplane.reading.source import open_source
-from mixtera_hpc.dataplane.trace import planned
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.index.layout import put_texts
@@ -24,6 +23,7 @@ from mixtera_hpc.index.open import PropertyIndex, open_index
 from mixtera_hpc.index.refresh import refresh_index
 from mixtera_hpc.index.several import open_configured
 from mixtera_hpc.index.verify import changed_shards, check_fresh
+from mixtera_hpc.trace.list import planned_sequences
 
 
 def write(path: Path, rows: int, **more: Any) -> None:
@@ -140,9 +140,11 @@ class TestIndexes:
         )
         source = open_source(config, Local())
         assert source.names == ["dataset=code", "dataset=prose"]
-        (pieces,) = {tuple(map(tuple, r["pieces"])) for r in planned(source, 0, 1) if r["position"] == 0}
+        (pieces,) = {tuple(map(tuple, r["pieces"])) for r in planned_sequences(source, 0, 1) if r["position"] == 0}
         assert Path(pieces[0][0]).is_absolute()
-        served = sorted((Path(r["pieces"][0][0]).parent.name, r["pieces"][0][1]) for r in planned(source, 0, 1))
+        served = sorted(
+            (Path(r["pieces"][0][0]).parent.name, r["pieces"][0][1]) for r in planned_sequences(source, 0, 1)
+        )
         assert served == sorted([("one", i) for i in range(10)] + [("two", i) for i in range(7)])
 
     def test_changed_shards_of_any_are_named(self, two: Config, tmp_path: Path) -> None:

@@ -7,27 +7,29 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.config.convert import from_plain
-from mixtera_hpc.config.mixture import Stock
+from mixtera_hpc.config.domain_tree import DomainSizes
 from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.domain_keys import key_of
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.dataplane.mixer import Mixer
-from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of
+from mixtera_hpc.dataplane.mixing.from_config import ChunkTimeline, MixtureContext, make_mixer, max_epochs_per_domain
+from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.errors import MixtureError
 
 CHUNK_STEPS, LAG = 4, 2
-GROUND = Ground(
-    stock=Stock(keys=tuple(key_of({"source": s}) for s in "abc"), sizes=np.array([600, 300, 100]), budget=10_000),
+GROUND = MixtureContext(
+    domain_sizes=DomainSizes(
+        keys=tuple(key_of({"source": s}) for s in "abc"), sizes=np.array([600, 300, 100]), budget=10_000
+    ),
     names=("source=a", "source=b", "source=c"),
-    left=np.ones(3, np.bool_),
-    timeline=Timeline(chunk_steps=CHUNK_STEPS, items_per_step=100),
+    has_samples=np.ones(3, np.bool_),
+    timeline=ChunkTimeline(chunk_steps=CHUNK_STEPS, items_per_step=100),
     feedback_lag=LAG,
 )
 NATURAL = [0.6, 0.3, 0.1]
 LEARN = {"name": "exponentiated-gradient"}
 
 
-def mixer(learn: bool = True, ground: Ground = GROUND, **plain: Any) -> Mixer:
+def mixer(learn: bool = True, ground: MixtureContext = GROUND, **plain: Any) -> Mixer:
     return make_mixer(from_plain(MixtureConfig, plain, "mixture"), ground, learn=learn)
 
 
@@ -183,21 +185,21 @@ def test_bounds_go_around_a_mixture_that_learns() -> None:
 
 
 def test_an_empty_domain_gets_nothing_from_a_floor_or_a_cap() -> None:
-    stock = Stock(keys=GROUND.stock.keys, sizes=np.array([900, 100, 0]), budget=1)
-    ground = replace(GROUND, stock=stock)
-    assert weights(mixer(ground=ground, floor=0.2, cap=0.6), 0) == pytest.approx([0.6, 0.4, 0])
+    stock = DomainSizes(keys=GROUND.domain_sizes.keys, sizes=np.array([900, 100, 0]), budget=1)
+    ground = replace(GROUND, domain_sizes=stock)
+    assert weights(mixer(mixture_context=ground, floor=0.2, cap=0.6), 0) == pytest.approx([0.6, 0.4, 0])
 
 
 def test_a_mixture_of_dropped_domains_only_is_refused() -> None:
-    ground = replace(GROUND, left=np.array([False, True, True]))
+    ground = replace(GROUND, has_samples=np.array([False, True, True]))
     with pytest.raises(MixtureError, match="has been dropped: source=a"):
-        mixer(ground=ground, kind="static", domains=[{"key": {"source": "a"}, "weight": 1.0}])
-    assert weights(mixer(ground=ground), 0) == NATURAL
+        mixer(mixture_context=ground, kind="static", domains=[{"key": {"source": "a"}, "weight": 1.0}])
+    assert weights(mixer(mixture_context=ground), 0) == NATURAL
 
 
 def test_a_stage_of_dropped_domains_may_be_over() -> None:
-    ground = replace(GROUND, left=np.array([False, True, True]))
-    assert weights(mixer(ground=ground, **schedule(static(0, 1, 0, 0), static(40, 0, 1, 0))), 10) == [0, 1, 0]
+    ground = replace(GROUND, has_samples=np.array([False, True, True]))
+    assert weights(mixer(mixture_context=ground, **schedule(static(0, 1, 0, 0), static(40, 0, 1, 0))), 10) == [0, 1, 0]
 
 
 def test_another_mixture_over_the_same_domains_may_name_some_of_them() -> None:
@@ -212,12 +214,12 @@ def test_a_domain_that_is_not_the_runs_is_refused_with_near_misses() -> None:
 
 
 def test_a_timeline_may_begin_anywhere() -> None:
-    timeline = Timeline(chunk_steps=3, items_per_step=50, step=40, items=4000)
+    timeline = ChunkTimeline(chunk_steps=3, items_per_step=50, step=40, items=4000)
     assert (timeline.step_of(2), timeline.items_before(2)) == (46, 4300)
 
 
 def test_epoch_limits_of_a_domain_come_before_the_mixtures() -> None:
     plain = {"max_epochs": 2.0, "domains": [{"key": {"source": "a"}, "max_epochs": 0.5}, {"key": {"source": "b"}}]}
-    assert max_epochs_of(from_plain(MixtureConfig, plain, ""), 2).tolist() == [0.5, 2.0]
-    assert max_epochs_of(MixtureConfig(), 2).tolist() == [np.inf, np.inf]
-    assert max_epochs_of(MixtureConfig(on_exhausted="stop"), 2).tolist() == [1.0, 1.0]
+    assert max_epochs_per_domain(from_plain(MixtureConfig, plain, ""), 2).tolist() == [0.5, 2.0]
+    assert max_epochs_per_domain(MixtureConfig(), 2).tolist() == [np.inf, np.inf]
+    assert max_epochs_per_domain(MixtureConfig(on_exhausted="stop"), 2).tolist() == [1.0, 1.0]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from mixtera_hpc.core.mixing.ado import LAW_FITTED, LAW_KEPT, LAW_UNKNOWN, Ado, AdoState
-from mixtera_hpc.core.mixing.history import MAX_BINS, LossHistory
+from mixtera_hpc.core.mixing.ado import LAW_FITTED, LAW_OLDER, LAW_UNKNOWN, Ado, AdoState
+from mixtera_hpc.core.mixing.loss_history import MAX_BINS, LossHistory
 from mixtera_hpc.core.statistics import DomainStatistics, accumulate, from_buffer
 
 BATCH, SEQ_LEN = 64, 512
@@ -141,7 +141,7 @@ def test_failed_fit_keeps_that_domains_law_and_refits_the_others() -> None:
     for statistics in list(steps(domains, 301, noise=0.02))[290:]:
         useless = replace(statistics, loss_sum=statistics.loss_sum * [1.0, 0.0])
         broken, _ = algorithm.update(broken, useless)
-    assert broken.law_status.tolist() == [LAW_FITTED, LAW_KEPT]
+    assert broken.law_status.tolist() == [LAW_FITTED, LAW_OLDER]
     assert broken.laws.theta[1].tolist() == state.laws.theta[1].tolist()
     assert broken.laws.theta[0].tolist() != state.laws.theta[0].tolist()
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mixtera_hpc.core.mixing.objective import LawBounds, LossPoints, objective, predict
-from mixtera_hpc.core.mixing.scaling_law import ScalingLaws, fit
+from mixtera_hpc.core.mixing.law_objective import LawBounds, LossPoints, huber_objective, predict
+from mixtera_hpc.core.mixing.scaling_law import ScalingLaws, fit_laws
 
 N = np.geomspace(32_000, 640_000, 60)
 BOUNDS = LawBounds()
@@ -28,13 +28,13 @@ def unknown(points: LossPoints) -> ScalingLaws:
 
 
 def score(laws: ScalingLaws, points: LossPoints) -> np.ndarray:
-    return objective(predict(laws.theta, points).residual, points.weight)
+    return huber_objective(predict(laws.theta, points).residual, points.weight)
 
 
 def test_exact_losses_give_back_the_speeds_of_three_hundred_laws() -> None:
     laws = random_laws(300)
     points = points_of(laws)
-    fitted = fit(points, BOUNDS, unknown(points))
+    fitted = fit_laws(points, BOUNDS, unknown(points))
     assert score(fitted, points).max() < 1e-5
     reducible = laws.beta * N[-1] ** -laws.alpha
     visible = reducible > 0.003
@@ -45,7 +45,7 @@ def test_exact_losses_give_back_the_speeds_of_three_hundred_laws() -> None:
 def test_no_start_of_a_general_optimizer_finds_a_better_law() -> None:
     optimize = pytest.importorskip("scipy.optimize")
     points = points_of(random_laws(3, seed=3), noise=0.004)
-    ours = score(fit(points, BOUNDS, unknown(points)), points)
+    ours = score(fit_laws(points, BOUNDS, unknown(points)), points)
     box = [(-20, BOUNDS.max_log_beta), (0, BOUNDS.max_alpha), (0, 5)]
     for k in range(3):
         one = points.take(np.array([k]))
@@ -61,31 +61,31 @@ def test_no_start_of_a_general_optimizer_finds_a_better_law() -> None:
 
 def test_a_domain_is_fitted_the_same_in_any_company() -> None:
     points = points_of(random_laws(20), noise=0.004)
-    together = fit(points, BOUNDS, unknown(points))
+    together = fit_laws(points, BOUNDS, unknown(points))
     for k in (0, 7, 19):
-        alone = fit(points.take(np.array([k])), BOUNDS, ScalingLaws.unknown(1))
+        alone = fit_laws(points.take(np.array([k])), BOUNDS, ScalingLaws.unknown(1))
         assert score(alone, points.take(np.array([k])))[0] == pytest.approx(score(together, points)[k], rel=1e-4)
 
 
 def test_a_bad_old_law_does_not_change_the_fit() -> None:
     points = points_of(random_laws(5), noise=0.004)
     bad = ScalingLaws(theta=np.tile([100.0, -3.0, 50.0], (5, 1)))
-    assert fit(points, BOUNDS, bad).theta.tolist() == fit(points, BOUNDS, unknown(points)).theta.tolist()
+    assert fit_laws(points, BOUNDS, bad).theta.tolist() == fit_laws(points, BOUNDS, unknown(points)).theta.tolist()
 
 
 def test_a_good_old_law_is_never_made_worse() -> None:
     points = points_of(random_laws(200), noise=0.02)
-    fresh = best = fit(points, BOUNDS, unknown(points))
+    fresh = best = fit_laws(points, BOUNDS, unknown(points))
     for _ in range(4):
-        best = fit(points, BOUNDS, best)
+        best = fit_laws(points, BOUNDS, best)
     assert (score(best, points) < score(fresh, points)).any(), "nothing left to keep"
-    assert (score(fit(points, BOUNDS, best), points) <= score(best, points)).all()
+    assert (score(fit_laws(points, BOUNDS, best), points) <= score(best, points)).all()
 
 
 def test_laws_stay_within_their_bounds() -> None:
     bounds = LawBounds(max_alpha=0.3, max_log_beta=2.0, min_epsilon=1.5)
     points = points_of(random_laws(50), noise=0.01)
-    theta = fit(points, bounds, unknown(points)).theta
+    theta = fit_laws(points, bounds, unknown(points)).theta
     assert (theta >= bounds.low).all()
     assert (theta <= bounds.high).all()
     assert (theta == bounds.low).any()
@@ -96,7 +96,7 @@ def test_laws_stay_within_their_bounds() -> None:
 def test_a_loss_that_does_not_fall_has_no_speed(trend: float) -> None:
     loss = np.exp(trend * np.log(N / N[0]))[None]
     points = LossPoints.of(np.log(N), loss, np.ones_like(loss))
-    laws = fit(points, BOUNDS, unknown(points))
+    laws = fit_laws(points, BOUNDS, unknown(points))
     assert laws.known.all()
     assert laws.speed(N[-1])[0] * N[-1] == pytest.approx(0, abs=1e-6)
 
@@ -107,27 +107,27 @@ def test_points_without_a_logarithm_are_left_out(bad: float) -> None:
     loss = np.exp(points.log_loss)
     loss[1, ::2] = bad
     mixed = LossPoints.of(np.log(N), loss, np.ones_like(loss))
-    fitted = fit(mixed, BOUNDS, unknown(mixed))
-    assert fitted.speed(N[-1]) == pytest.approx(fit(points, BOUNDS, unknown(points)).speed(N[-1]), rel=1e-3)
+    fitted = fit_laws(mixed, BOUNDS, unknown(mixed))
+    assert fitted.speed(N[-1]) == pytest.approx(fit_laws(points, BOUNDS, unknown(points)).speed(N[-1]), rel=1e-3)
 
 
 def test_too_few_points_leave_only_their_own_domain_unknown() -> None:
     points = points_of(random_laws(3))
     weight = np.ones_like(points.weight)
     weight[1, 2:] = 0
-    laws = fit(LossPoints.of(points.log_n, np.exp(points.log_loss), weight), BOUNDS, unknown(points))
+    laws = fit_laws(LossPoints.of(points.log_n, np.exp(points.log_loss), weight), BOUNDS, unknown(points))
     assert laws.known.tolist() == [True, False, True]
 
 
 def test_no_points_at_all_is_no_law() -> None:
     empty = np.zeros((2, 0))
     points = LossPoints.of(np.zeros(0), empty, empty)
-    assert not fit(points, BOUNDS, unknown(points)).known.any()
+    assert not fit_laws(points, BOUNDS, unknown(points)).known.any()
 
 
 def test_one_wild_point_moves_a_speed_by_little() -> None:
     points = points_of(random_laws(1, seed=5), noise=0.002)
     wild = points.log_loss.copy()
     wild[0, 40] += 1.0
-    robust = fit(LossPoints(log_n=points.log_n, log_loss=wild, weight=points.weight), BOUNDS, unknown(points))
-    assert robust.speed(N[-1]) == pytest.approx(fit(points, BOUNDS, unknown(points)).speed(N[-1]), rel=0.1)
+    robust = fit_laws(LossPoints(log_n=points.log_n, log_loss=wild, weight=points.weight), BOUNDS, unknown(points))
+    assert robust.speed(N[-1]) == pytest.approx(fit_laws(points, BOUNDS, unknown(points)).speed(N[-1]), rel=0.1)

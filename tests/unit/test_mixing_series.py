@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mixtera_hpc.core.mixing.series import LossSeries, smoothed
+from mixtera_hpc.core.mixing.loss_series import LossSeries, smooth
 from mixtera_hpc.core.statistics import DomainStatistics
 
 
@@ -22,14 +22,14 @@ def series_of(losses: np.ndarray, first_fitted: int = 0) -> LossSeries:
 def test_smoothing_is_the_savitzky_golay_filter(num_steps: int) -> None:
     signal = pytest.importorskip("scipy.signal")
     values = np.random.default_rng(0).standard_normal((num_steps, 3)).cumsum(axis=0)
-    assert smoothed(values) == pytest.approx(signal.savgol_filter(values, 101, 3, axis=0), abs=1e-10)
+    assert smooth(values) == pytest.approx(signal.savgol_filter(values, 101, 3, axis=0), abs=1e-10)
 
 
 def test_a_short_series_is_smoothed_with_the_window_that_fits() -> None:
     signal = pytest.importorskip("scipy.signal")
     values = np.random.default_rng(0).standard_normal((40, 2))
-    assert smoothed(values) == pytest.approx(signal.savgol_filter(values, 39, 3, axis=0), abs=1e-10)
-    assert smoothed(values[:4]).tolist() == values[:4].tolist()
+    assert smooth(values) == pytest.approx(signal.savgol_filter(values, 39, 3, axis=0), abs=1e-10)
+    assert smooth(values[:4]).tolist() == values[:4].tolist()
 
 
 def test_every_tenth_step_from_the_first_fitted_one_is_kept() -> None:

@@ -3,58 +3,60 @@
 import numpy as np
 import pytest
 
-from mixtera_hpc.core.mixing.simplex import floor_of, project
+from mixtera_hpc.core.mixing.bounds import project_to_bounds, weight_floor
 from mixtera_hpc.errors import MixtureError
 
 
 def test_a_mixture_above_the_floor_is_left_alone() -> None:
-    assert project(np.array([0.5, 0.3, 0.2]), 0.01) == pytest.approx([0.5, 0.3, 0.2], abs=1e-16)
+    assert project_to_bounds(np.array([0.5, 0.3, 0.2]), 0.01) == pytest.approx([0.5, 0.3, 0.2], abs=1e-16)
 
 
 def test_the_others_pay_for_a_raised_domain_in_proportion() -> None:
-    assert project(np.array([0.6, 0.399, 0.001]), 0.01) == pytest.approx(
+    assert project_to_bounds(np.array([0.6, 0.399, 0.001]), 0.01) == pytest.approx(
         [0.6 * 0.99 / 0.999, 0.399 * 0.99 / 0.999, 0.01]
     )
 
 
 def test_paying_may_push_another_domain_onto_the_floor() -> None:
-    got = project(np.array([0.8, 0.11, 0.09]), np.array([0.0, 0.1, 0.2]))
+    got = project_to_bounds(np.array([0.8, 0.11, 0.09]), np.array([0.0, 0.1, 0.2]))
     assert got == pytest.approx([0.7, 0.1, 0.2])
 
 
 def test_what_a_cap_takes_away_goes_to_the_others_in_proportion() -> None:
-    assert project(np.array([0.6, 0.3, 0.1]), 0.0, np.array([0.4, 1.0, 1.0])) == pytest.approx([0.4, 0.45, 0.15])
+    assert project_to_bounds(np.array([0.6, 0.3, 0.1]), 0.0, np.array([0.4, 1.0, 1.0])) == pytest.approx(
+        [0.4, 0.45, 0.15]
+    )
 
 
 def test_a_wish_of_zero_stays_at_the_floor() -> None:
-    assert project(np.array([0.0, 0.75, 0.25]), 0.1) == pytest.approx([0.1, 0.675, 0.225])
+    assert project_to_bounds(np.array([0.0, 0.75, 0.25]), 0.1) == pytest.approx([0.1, 0.675, 0.225])
 
 
 def test_unwished_domains_take_what_full_ones_cannot() -> None:
-    got = project(np.array([1.0, 0.0, 0.0]), 0.0, np.array([0.5, 1.0, 1.0]))
+    got = project_to_bounds(np.array([1.0, 0.0, 0.0]), 0.0, np.array([0.5, 1.0, 1.0]))
     assert got == pytest.approx([0.5, 0.25, 0.25])
 
 
 def test_bounds_that_leave_one_mixture_give_it_despite_rounding() -> None:
     only = np.full(14, 1 / 14)
     assert only.sum() < 1
-    assert project(np.zeros(14), only, only).tolist() == only.tolist()
+    assert project_to_bounds(np.zeros(14), only, only).tolist() == only.tolist()
 
 
 def test_no_wish_at_all_is_an_even_one() -> None:
-    assert project(np.zeros(4), 0.1) == pytest.approx([0.25] * 4)
+    assert project_to_bounds(np.zeros(4), 0.1) == pytest.approx([0.25] * 4)
 
 
 def test_a_floor_of_one_share_each_is_uniform() -> None:
-    assert project(np.array([0.9, 0.1]), 0.5) == pytest.approx([0.5, 0.5])
+    assert project_to_bounds(np.array([0.9, 0.1]), 0.5) == pytest.approx([0.5, 0.5])
 
 
 @pytest.mark.parametrize(("floor", "cap"), [(0.4, 1.0), (0.0, 0.3)])
 def test_bounds_that_leave_no_mixture_are_refused(floor: float, cap: float) -> None:
     with pytest.raises(MixtureError, match="No mixture of 3 domains"):
-        project(np.array([0.5, 0.3, 0.2]), floor, cap)
+        project_to_bounds(np.array([0.5, 0.3, 0.2]), floor, cap)
 
 
 @pytest.mark.parametrize(("num_domains", "floor"), [(3, 0.01), (22, 0.01), (25, 0.01), (200, 0.00125), (1000, 0.00025)])
 def test_floors_never_take_more_than_their_share(num_domains: int, floor: float) -> None:
-    assert floor_of(num_domains, delta_min=0.01, floor_share=0.25) == pytest.approx(floor)
+    assert weight_floor(num_domains, delta_min=0.01, floor_share=0.25) == pytest.approx(floor)

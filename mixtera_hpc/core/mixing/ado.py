@@ -17,18 +17,18 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.history import LossHistory
-from mixtera_hpc.core.mixing.parameters import PATH, check_origin, check_prior, check_range
-from mixtera_hpc.core.mixing.scaling_law import ScalingLaws, fit
-from mixtera_hpc.core.mixing.series import LossSeries
-from mixtera_hpc.core.mixing.simplex import floor_of, project
-from mixtera_hpc.core.mixing.variants import VARIANTS
+from mixtera_hpc.core.mixing.ado_variants import ADO_VARIANTS
+from mixtera_hpc.core.mixing.bounds import project_to_bounds, weight_floor
+from mixtera_hpc.core.mixing.loss_history import LossHistory
+from mixtera_hpc.core.mixing.loss_series import LossSeries
+from mixtera_hpc.core.mixing.parameters import CONFIG_KEY, check_origin, check_prior, check_range
+from mixtera_hpc.core.mixing.scaling_law import ScalingLaws, fit_laws
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["LAW_FITTED", "LAW_KEPT", "LAW_UNKNOWN", "Ado", "AdoState"]
+__all__ = ["LAW_FITTED", "LAW_OLDER", "LAW_UNKNOWN", "Ado", "AdoState"]
 
-LAW_UNKNOWN, LAW_FITTED, LAW_KEPT = 0, 1, 2
+LAW_UNKNOWN, LAW_FITTED, LAW_OLDER = 0, 1, 2
 """No law yet: too few points · fitted at the last refit · older, because the last refit had nothing new or failed."""
 
 
@@ -99,8 +99,8 @@ class Ado:
                 check_range(name, getattr(self, name), 0, 1)
             if self.first_fitted > self.warmup:
                 raise ConfigError(
-                    f"{PATH}.first_fitted_step is {self.first_fitted}, after the warm-up of {self.warmup} steps, whose end "
-                    f"needs a fit. Set {PATH}.first_fitted_step below {PATH}.warmup, or leave it out."
+                    f"{CONFIG_KEY}.first_fitted_step is {self.first_fitted}, after the warm-up of {self.warmup} steps, whose end "
+                    f"needs a fit. Set {CONFIG_KEY}.first_fitted_step below {CONFIG_KEY}.warmup, or leave it out."
                 )
 
         @property
@@ -109,13 +109,13 @@ class Ado:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.variant = VARIANTS[config.variant]
+        self.variant = ADO_VARIANTS[config.variant]
 
     def floor(self, num_domains: int) -> float:
         """What every weight stays above, once it has moved; 0 for the variants that promise nothing."""
         if self.variant.floor != "exact":
             return 0.0
-        return floor_of(num_domains, delta_min=self.config.delta_min, floor_share=self.config.floor_share)
+        return weight_floor(num_domains, delta_min=self.config.delta_min, floor_share=self.config.floor_share)
 
     def start(self, prior: NDArray[np.float64]) -> AdoState:
         """Begin with the mixture `prior`, which is served until the end of the warm-up."""
@@ -208,10 +208,10 @@ class Ado:
         if len(rows):
             new = np.full_like(laws.theta, np.nan)
             start = ScalingLaws(theta=laws.theta[rows])
-            new[rows] = fit(state.history.points().take(rows), self.variant.bounds, start).theta
+            new[rows] = fit_laws(state.history.points().take(rows), self.variant.bounds, start).theta
             fitted = ScalingLaws(theta=new).known
             laws = ScalingLaws(theta=np.where(fitted[:, None], new, laws.theta))
-        older = np.where(laws.known, LAW_KEPT, LAW_UNKNOWN)
+        older = np.where(laws.known, LAW_OLDER, LAW_UNKNOWN)
         status = np.where(fitted, LAW_FITTED, older).astype(np.int8)
         return replace(state, laws=laws, law_status=status, stale=np.zeros_like(state.stale))
 
@@ -246,7 +246,7 @@ class Ado:
 
     def _floored(self, weights: NDArray[np.float64], state: AdoState) -> NDArray[np.float64]:
         if self.variant.floor == "exact":
-            return project(weights, self.floor(len(weights)))
+            return project_to_bounds(weights, self.floor(len(weights)))
         if self.variant.floor == "seen":
             return _clipped(weights, np.where(state.num_sequences > 0, self.config.delta_min, 0.0))
         return weights / weights.sum()

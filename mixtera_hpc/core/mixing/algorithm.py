@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.mixing.ado import Ado
 from mixtera_hpc.core.mixing.exponentiated_gradient import ExponentiatedGradient
 from mixtera_hpc.core.mixing.odm import OnlineDataMixing
-from mixtera_hpc.core.mixing.parameters import PATH, options, parse
+from mixtera_hpc.core.mixing.parameters import CONFIG_KEY, parse_parameters, valid_options
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.errors import ConfigError
 
@@ -90,7 +90,9 @@ def make_algorithm(name: str, parameters: Mapping[str, Any]) -> MixingAlgorithm[
         ConfigError: an unknown name or parameter, with near misses and the valid ones; a wrong type or range.
     """
     if name not in ALGORITHMS:
-        raise ConfigError(f"{PATH}.name is {name!r}, which is no mixing algorithm.{options(name, tuple(ALGORITHMS))}")
+        raise ConfigError(
+            f"{CONFIG_KEY}.name is {name!r}, which is no mixing algorithm.{valid_options(name, tuple(ALGORITHMS))}"
+        )
     algorithm = ALGORITHMS[name]
-    made: MixingAlgorithm[Any] = algorithm(parse(algorithm.Config, parameters))
+    made: MixingAlgorithm[Any] = algorithm(parse_parameters(algorithm.Config, parameters))
     return made

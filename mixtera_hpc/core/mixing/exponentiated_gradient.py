@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.parameters import PATH, check_origin, check_prior, check_range
-from mixtera_hpc.core.mixing.simplex import floor_of, project
+from mixtera_hpc.core.mixing.bounds import project_to_bounds, weight_floor
+from mixtera_hpc.core.mixing.parameters import CONFIG_KEY, check_origin, check_prior, check_range
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.errors import ConfigError
 
@@ -72,14 +72,14 @@ class ExponentiatedGradient:
 
     def floor(self, num_domains: int) -> float:
         """What every weight stays above, once it has moved."""
-        return floor_of(num_domains, delta_min=self.config.delta_min, floor_share=self.config.floor_share)
+        return weight_floor(num_domains, delta_min=self.config.delta_min, floor_share=self.config.floor_share)
 
     def start(self, prior: NDArray[np.float64]) -> ExponentiatedGradientState:
         """Begin with the mixture `prior`."""
         prior, given = check_prior(prior), len(self.config.reference_losses)
         if given not in (0, len(prior)):
             raise ConfigError(
-                f"{PATH}.reference_losses has {given} numbers, but the mixture has {len(prior)} domains. "
+                f"{CONFIG_KEY}.reference_losses has {given} numbers, but the mixture has {len(prior)} domains. "
                 f"Give one per domain, in the mixture's order."
             )
         log_weight = np.log(np.maximum(prior, np.finfo(np.float64).tiny))
@@ -98,7 +98,7 @@ class ExponentiatedGradient:
         log_weight = state.log_weight + config.eta * np.where(statistics.observed, score, 0.0)
         sharp = np.exp(log_weight - log_weight.max())
         weights = (1 - config.smoothed) * sharp / sharp.sum() + config.smoothed / size
-        weights = project(weights, self.floor(size))
+        weights = project_to_bounds(weights, self.floor(size))
         state = ExponentiatedGradientState(
             step=step,
             weights=weights,

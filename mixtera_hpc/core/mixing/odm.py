@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.mixing.bounds import project_to_bounds, weight_floor
 from mixtera_hpc.core.mixing.parameters import check_origin, check_prior, check_range
-from mixtera_hpc.core.mixing.simplex import floor_of, project
 from mixtera_hpc.core.statistics import DomainStatistics
 
 __all__ = ["OnlineDataMixing", "OnlineDataMixingState"]
@@ -58,7 +58,7 @@ class OnlineDataMixing:
 
     def floor(self, num_domains: int) -> float:
         """What every weight stays above, once it has moved."""
-        return floor_of(num_domains, delta_min=self.config.delta_min, floor_share=self.config.floor_share)
+        return weight_floor(num_domains, delta_min=self.config.delta_min, floor_share=self.config.floor_share)
 
     def start(self, prior: NDArray[np.float64]) -> OnlineDataMixingState:
         """Begin with the mixture `prior`, which the first update forgets."""
@@ -77,7 +77,7 @@ class OnlineDataMixing:
         averaged = self.config.decay * state.reward + (1 - self.config.decay) * fresh
         reward = np.where(statistics.observed, averaged, state.reward)
         sharp = np.exp(before * (reward - reward.max()))
-        weights = project((1 - size * now) * sharp / sharp.sum() + now, self.floor(size))
+        weights = project_to_bounds((1 - size * now) * sharp / sharp.sum() + now, self.floor(size))
         nonfinite = state.num_nonfinite + statistics.num_nonfinite
         return OnlineDataMixingState(step=step, weights=weights, reward=reward, num_nonfinite=nonfinite), weights
 

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 
-__all__ = ["PATH", "check_origin", "check_prior", "check_range", "options", "parse"]
+__all__ = ["CONFIG_KEY", "check_origin", "check_prior", "check_range", "parse_parameters", "valid_options"]
 
-PATH = "mixture.algorithm"
+CONFIG_KEY = "mixture.algorithm"
 """Where users write these parameters."""
 
 C = TypeVar("C")
 
 
-def parse(config_class: type[C], parameters: Mapping[str, Any]) -> C:
+def parse_parameters(config_class: type[C], parameters: Mapping[str, Any]) -> C:
     """Build `config_class`, a flat dataclass of numbers, choices and tuples of numbers, from a plain mapping.
 
     Raises:
@@ -26,15 +26,19 @@ def parse(config_class: type[C], parameters: Mapping[str, Any]) -> C:
     hints = get_type_hints(config_class)
     for name in parameters:
         if name not in hints:
-            raise ConfigError(f"{PATH}.{name} is not a parameter of this algorithm.{options(name, tuple(hints))}")
-    return config_class(**{name: _value(hints[name], value, f"{PATH}.{name}") for name, value in parameters.items()})
+            raise ConfigError(
+                f"{CONFIG_KEY}.{name} is not a parameter of this algorithm.{valid_options(name, tuple(hints))}"
+            )
+    return config_class(
+        **{name: _value(hints[name], value, f"{CONFIG_KEY}.{name}") for name, value in parameters.items()}
+    )
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """Raise ConfigError unless low <= value <= high."""
     if not low <= value <= high:
         bounds = f"between {low:g} and {high:g}" if np.isfinite(high) else f"at least {low:g}"
-        raise ConfigError(f"{PATH}.{name} is {value!r}, expected a number {bounds}.")
+        raise ConfigError(f"{CONFIG_KEY}.{name} is {value!r}, expected a number {bounds}.")
 
 
 def check_prior(prior: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -59,12 +63,12 @@ def check_origin(arrays: Mapping[str, NDArray[Any]], origin: str) -> None:
     written_by = str(arrays["origin"]) if "origin" in arrays else "something else"
     if written_by != origin:
         raise ConfigError(
-            f"{PATH} is {origin}, but the saved mixing state was written by {written_by}. "
-            f"Restore the old {PATH}, or start a new run."
+            f"{CONFIG_KEY} is {origin}, but the saved mixing state was written by {written_by}. "
+            f"Restore the old {CONFIG_KEY}, or start a new run."
         )
 
 
-def options(value: Any, valid: tuple[str, ...]) -> str:
+def valid_options(value: Any, valid: tuple[str, ...]) -> str:
     """The end of a message about a wrong name: near misses, then every valid one."""
     near = did_you_mean(str(value), valid)
     near = near if near.startswith(" Did") else ""
@@ -74,7 +78,7 @@ def options(value: Any, valid: tuple[str, ...]) -> str:
 def _value(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise ConfigError(f"{path} is {value!r}.{options(value, get_args(hint))}")
+            raise ConfigError(f"{path} is {value!r}.{valid_options(value, get_args(hint))}")
         return value
     if isinstance(hint, types.UnionType):
         inner = [kind for kind in get_args(hint) if kind is not type(None)]

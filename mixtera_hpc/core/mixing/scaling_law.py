@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.objective import HUBER_DELTA, LawBounds, LossPoints, objective, predict
-from mixtera_hpc.core.mixing.refinement import refine
+from mixtera_hpc.core.mixing.law_objective import HUBER_DELTA, LawBounds, LossPoints, huber_objective, predict
+from mixtera_hpc.core.mixing.law_refinement import refine_laws
 
-__all__ = ["MIN_POINTS", "ScalingLaws", "fit"]
+__all__ = ["MIN_POINTS", "ScalingLaws", "fit_laws"]
 
 MIN_POINTS = 3
 """A law has three numbers; with fewer distinct points there is no fit."""
@@ -65,7 +65,7 @@ class ScalingLaws:
         return np.maximum(self.alpha, min_alpha) * reducible / n
 
 
-def fit(points: LossPoints, bounds: LawBounds, start: ScalingLaws) -> ScalingLaws:
+def fit_laws(points: LossPoints, bounds: LawBounds, start: ScalingLaws) -> ScalingLaws:
     """The laws that fit `points` best, unknown for domains with fewer than `MIN_POINTS` of them. Never raises.
 
     Args:
@@ -76,7 +76,7 @@ def fit(points: LossPoints, bounds: LawBounds, start: ScalingLaws) -> ScalingLaw
     if len(rows):
         chosen = points.take(rows)
         found = _better(_search(chosen, bounds), start.theta[rows], chosen, bounds)
-        theta[rows] = refine(found, chosen, bounds)
+        theta[rows] = refine_laws(found, chosen, bounds)
     return ScalingLaws(theta=theta)
 
 
@@ -85,7 +85,7 @@ def _better(
 ) -> NDArray[np.float64]:
     """Per domain, whichever of two laws fits better; unknown ones never do."""
     old = np.clip(old, bounds.low, bounds.high)
-    scores = [objective(predict(t, points).residual, points.weight) for t in (theta, old)]
+    scores = [huber_objective(predict(t, points).residual, points.weight) for t in (theta, old)]
     return np.where((scores[1] < scores[0])[:, None], old, theta)
 
 

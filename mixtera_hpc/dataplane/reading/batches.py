@@ -144,7 +144,7 @@ class BatchMaker:
 
     def _step(self, plan: ChunkPlan, step: int, slots: Slots) -> "_Step":
         """What this rank has to read for one step."""
-        data_step = self._source.era.data_step(step)
+        data_step = self._source.stream_version.data_step(step)
         start = (data_step - plan.first_step) * self._source.planner.global_batch_size + self._share.first
         mine = slice(start, start + self._share.size)
         domain, ordinal = slots.domain[mine], slots.ordinal[mine]
@@ -250,7 +250,7 @@ class _Run:
 
 def steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:
     """The training steps of `plan` from `first_step` on."""
-    era = source.era
+    era = source.stream_version
     return range(max(first_step, era.step_at(plan.first_step)), era.step_at(plan.first_step + plan.num_steps))
 
 

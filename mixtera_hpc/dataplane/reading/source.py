@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.config.check import holdout_problems
 from mixtera_hpc.config.convert import raise_problems
-from mixtera_hpc.config.mixture import Stock, leaves
+from mixtera_hpc.config.domain_tree import DomainSizes, domain_entries
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
 from mixtera_hpc.core.domain_keys import key_of, written
 from mixtera_hpc.core.domains import DomainTable, Selection
@@ -27,11 +27,11 @@ from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, Predicate, parse
 from mixtera_hpc.core.sequence_grid import Grid
-from mixtera_hpc.dataplane.era import Era
-from mixtera_hpc.dataplane.mixer import Mixer
-from mixtera_hpc.dataplane.mixture import Ground, Timeline, make_mixer, max_epochs_of
+from mixtera_hpc.dataplane.mixing.from_config import ChunkTimeline, MixtureContext, make_mixer, max_epochs_per_domain
+from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import StreamLayout, Streams
 from mixtera_hpc.dataplane.reading.token_counts import check_tokens
+from mixtera_hpc.dataplane.stream_version import StreamVersion
 from mixtera_hpc.index.open import PropertyIndex
 from mixtera_hpc.index.selection import select_domains
 from mixtera_hpc.index.several import SampleSource, open_configured, open_samples, sample_sources
@@ -60,7 +60,7 @@ class _Facts:
     where: str
     kept: str
     """`where` without what is dropped; empty when nothing is."""
-    stock: list[int]
+    domain_sizes: list[int]
     """Items of one epoch of every domain, dropped ones included: what the mixture was wished over."""
 
 
@@ -81,12 +81,12 @@ class Source:
     selection: Selection
     grid: Grid
     tokenizer: Tokenizer | None
-    ground: Ground
+    mixture_context: MixtureContext
     """What mixtures are made over."""
     planner: Planner
     kept: Predicate | None
     """What is left of the selection; None when nothing is dropped."""
-    era: Era
+    stream_version: StreamVersion
     holdout_keys: NDArray[np.uint64] | None
     """A word for every shard, where samples are held out; see `core.holdout`."""
     arrays: Mapping[str, NDArray[Any]]
@@ -94,7 +94,7 @@ class Source:
 
     def __reduce__(self) -> Any:
         """Pickle as what it was assembled from; a tokenizer is loaded again."""
-        return _again, (self.config, self.facts, dict(self.arrays), self.era)
+        return _again, (self.config, self.facts, dict(self.arrays), self.stream_version)
 
     @property
     def num_domains(self) -> int:
@@ -108,27 +108,27 @@ class Source:
 
     def mixer(self, *, learn: bool = True) -> Mixer:
         """What decides the weights of every chunk; see `make_mixer`."""
-        return make_mixer(self.config.mixture, self.ground, learn=learn)
+        return make_mixer(self.config.mixture, self.mixture_context, learn=learn)
 
     @property
     def names(self) -> list[str]:
         """What each domain is called."""
         return self.facts.names
 
-    def in_era(self, era: Era) -> "Source":
+    def at_version(self, era: StreamVersion) -> "Source":
         """The same data as a later era of a run counts it."""
-        timeline = replace(self.ground.timeline, items=era.items)
+        timeline = replace(self.mixture_context.timeline, items=era.items)
         return replace(
             self,
-            era=era,
-            ground=replace(self.ground, timeline=timeline),
+            stream_version=era,
+            mixture_context=replace(self.mixture_context, timeline=timeline),
             planner=replace(self.planner, capacity=_capacity(self, era)),
         )
 
     def span(self, domain: int, first: int, count: int) -> tuple[int, int]:
         """Items [start, stop) of `domain`'s stream that `count` sequences from sequence `first` on cover."""
         start, stop = self.grid.span(first, count)
-        origin = int(self.era.origins[domain])
+        origin = int(self.stream_version.origins[domain])
         return origin + start, origin + stop
 
     def block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
@@ -190,7 +190,7 @@ def _holdout(query: QueryConfig) -> list[Any] | None:
 
 def _epoch_limits(mixture: MixtureConfig) -> float | list[float | None] | None:
     """The limit of all domains, or each one's where some have their own."""
-    own = [leaf.domain.max_epochs for leaf in leaves(mixture)]
+    own = [leaf.domain.max_epochs for leaf in domain_entries(mixture)]
     return mixture.max_epochs if all(e is None for e in own) else [mixture.max_epochs if e is None else e for e in own]
 
 
@@ -255,7 +255,7 @@ def _gather(
         keys=[written(key) for key in chosen.keys],
         where=chosen.selection.predicate.text,
         kept=kept if config.query.drop else "",
-        stock=stock.tolist(),
+        domain_sizes=stock.tolist(),
     )
     arrays = {f"blocks/{name}": getattr(tables.blocks, name) for name in BLOCK_COLUMNS}
     arrays |= {f"table/{f.name}": getattr(table, f.name) for f in fields(table)}
@@ -291,8 +291,8 @@ def _left_in(table: DomainTable, kept: DomainTable, num_blocks: int) -> DomainTa
     return replace(table, rows=rows, tokens=tokens)
 
 
-def _capacity(source: Source, era: Era) -> NDArray[np.int64]:
-    limits = max_epochs_of(source.config.mixture, source.num_domains)
+def _capacity(source: Source, era: StreamVersion) -> NDArray[np.int64]:
+    limits = max_epochs_per_domain(source.config.mixture, source.num_domains)
     return source.grid.capacity(source.layout.epoch_items(), limits, era.origins)
 
 
@@ -317,15 +317,15 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
         selection=_selection(config, facts, arrays, table),
         grid=grid,
         tokenizer=tokenizer,
-        ground=_ground(config, facts, grid, sizes > 0),
+        mixture_context=_ground(config, facts, grid, sizes > 0),
         planner=Planner(
-            capacity=grid.capacity(sizes, max_epochs_of(mixture, len(sizes))),
+            capacity=grid.capacity(sizes, max_epochs_per_domain(mixture, len(sizes))),
             global_batch_size=plane.global_batch_size,
             chunk_steps=plane.chunk_steps,
             on_exhausted=mixture.on_exhausted,
         ),
         kept=_predicate(config, facts, facts.kept) if facts.kept else None,
-        era=Era.start(len(facts.names)),
+        stream_version=StreamVersion.start(len(facts.names)),
         holdout_keys=arrays["holdout_keys"].view(np.uint64) if config.query.holdout.fraction else None,
         arrays=arrays,
     )
@@ -334,8 +334,8 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
     return source
 
 
-def _again(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], era: Era) -> Source:
-    return _assemble(config, facts, arrays, load_vocabulary(config.dataplane)).in_era(era)
+def _again(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], era: StreamVersion) -> Source:
+    return _assemble(config, facts, arrays, load_vocabulary(config.dataplane)).at_version(era)
 
 
 def _layout(config: Config, table: DomainTable) -> StreamLayout:
@@ -348,16 +348,16 @@ def _layout(config: Config, table: DomainTable) -> StreamLayout:
     )
 
 
-def _ground(config: Config, facts: _Facts, grid: Grid, left: NDArray[np.bool_]) -> Ground:
+def _ground(config: Config, facts: _Facts, grid: Grid, left: NDArray[np.bool_]) -> MixtureContext:
     plane = config.dataplane
     budget = config.training.num_steps * plane.global_batch_size * grid.stride
     predicted = max(grid.length - 1, 1)  # Of a sequence; also without overlap, where its first token is not predicted.
     keys = tuple(key_of(key) for key in facts.keys)
-    return Ground(
-        stock=Stock(keys=keys, sizes=np.array(facts.stock, np.int64), budget=budget),
+    return MixtureContext(
+        domain_sizes=DomainSizes(keys=keys, sizes=np.array(facts.domain_sizes, np.int64), budget=budget),
         names=tuple(facts.names),
-        left=left,
-        timeline=Timeline(chunk_steps=plane.chunk_steps, items_per_step=plane.global_batch_size * predicted),
+        has_samples=left,
+        timeline=ChunkTimeline(chunk_steps=plane.chunk_steps, items_per_step=plane.global_batch_size * predicted),
         feedback_lag=plane.feedback_lag,
     )
 

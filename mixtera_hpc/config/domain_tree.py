@@ -12,10 +12,19 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, StageConfig
 from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, canonical, domain_name, key_of
-from mixtera_hpc.core.mixture import Node, check_served, natural, tree_weights, unimax
+from mixtera_hpc.core.mixing.weights import WeightNode, check_available, natural_weights, tree_weights, unimax_weights
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
-__all__ = ["REMAINDER", "Leaf", "Stock", "bounds", "leaf_name", "leaves", "listed", "start_weights"]
+__all__ = [
+    "REMAINDER",
+    "DomainEntry",
+    "DomainSizes",
+    "display_name",
+    "domain_bounds",
+    "domain_entries",
+    "initial_weights",
+    "list_entries",
+]
 
 Ids = Mapping[frozenset[tuple[str, frozenset[KeyValue]]], int]
 
@@ -24,7 +33,7 @@ REMAINDER = "remainder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leaf:
+class DomainEntry:
     """A domain as it is written."""
 
     key: DomainKey
@@ -35,48 +44,48 @@ class Leaf:
     @property
     def name(self) -> str:
         """What people call it."""
-        return leaf_name(self.key)
+        return display_name(self.key)
 
 
-def leaf_name(key: DomainKey) -> str:
+def display_name(key: DomainKey) -> str:
     """What people call a domain among others."""
     return domain_name(key) if key else REMAINDER
 
 
-def leaves(mixture: MixtureConfig) -> list[Leaf]:
+def domain_entries(mixture: MixtureConfig) -> list[DomainEntry]:
     """The domains in written order, the remainder last; empty where the index decides (`mixture.by`).
 
     Raises:
         MixtureError: a key is not one; a group and its member name the same property.
     """
-    found = listed(mixture.domains, "mixture.domains")
+    found = list_entries(mixture.domains, "mixture.domains")
     if not found and mixture.kind == "schedule":
-        first: dict[object, Leaf] = {}
+        first: dict[object, DomainEntry] = {}
         for i, stage in enumerate(mixture.schedule.stages):
-            for leaf in listed(stage.domains, f"mixture.schedule.stages[{i}].domains"):
+            for leaf in list_entries(stage.domains, f"mixture.schedule.stages[{i}].domains"):
                 first.setdefault(canonical(leaf.key), leaf)
         found = list(first.values())
     remainders = [mixture.remainder, *(stage.remainder for stage in mixture.schedule.stages)]
     for remainder in [r for r in remainders if r is not None and found][:1]:
-        found.append(Leaf(key={}, path="mixture.remainder", domain=remainder))
+        found.append(DomainEntry(key={}, path="mixture.remainder", domain=remainder))
     return found
 
 
-def listed(domains: Sequence[DomainConfig], path: str, above: DomainKey | None = None) -> list[Leaf]:
+def list_entries(domains: Sequence[DomainConfig], path: str, above: DomainKey | None = None) -> list[DomainEntry]:
     """The leaves below a list of domains and groups."""
     found = []
     for i, domain in enumerate(domains):
         here = f"{path}[{i}]"
         key = _below(above or {}, key_of(domain.key), here)
         if domain.domains:
-            found += listed(domain.domains, f"{here}.domains", key)
+            found += list_entries(domain.domains, f"{here}.domains", key)
         else:
-            found.append(Leaf(key=key, path=here, domain=domain))
+            found.append(DomainEntry(key=key, path=here, domain=domain))
     return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stock:
+class DomainSizes:
     """What there is to mix."""
 
     keys: tuple[DomainKey, ...]
@@ -87,7 +96,9 @@ class Stock:
     """Items of the whole run."""
 
 
-def start_weights(part: MixtureConfig | StageConfig, mixture: MixtureConfig, stock: Stock) -> NDArray[np.float64]:
+def initial_weights(
+    part: MixtureConfig | StageConfig, mixture: MixtureConfig, stock: DomainSizes
+) -> NDArray[np.float64]:
     """The weights that `mixture`, or `part` of its schedule, begins with; shape (K,), sum 1.
 
     Those that are written, of whatever is there; else natural ones, of the domains that are named.
@@ -96,31 +107,31 @@ def start_weights(part: MixtureConfig | StageConfig, mixture: MixtureConfig, sto
         MixtureError: a domain is none of the run's, or natural weights are wished for and nothing is there.
     """
     if part is mixture and mixture.kind == "schedule":
-        return start_weights(mixture.schedule.stages[0], mixture, stock)
+        return initial_weights(mixture.schedule.stages[0], mixture, stock)
     domains, remainder = (part.domains, part.remainder) if part.domains else (mixture.domains, mixture.remainder)
     nodes, sizes = _tree(domains, remainder, stock.keys), stock.sizes
-    if part.kind != "natural" and any(node.weighs() for node in nodes):
+    if part.kind != "natural" and any(node.has_weight() for node in nodes):
         return tree_weights(nodes, sizes)
     if nodes:
         named = [domain for node in nodes for domain in node.domains()]
         sizes = np.zeros_like(sizes)
         sizes[named] = stock.sizes[named]
     if part.unimax_epochs is not None:
-        return unimax(sizes, part.unimax_epochs, stock.budget)
-    return natural(sizes, 1.0 if part.temperature is None else part.temperature)
+        return unimax_weights(sizes, part.unimax_epochs, stock.budget)
+    return natural_weights(sizes, 1.0 if part.temperature is None else part.temperature)
 
 
-def bounds(mixture: MixtureConfig, stock: Stock) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+def domain_bounds(mixture: MixtureConfig, stock: DomainSizes) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
     """Floor and cap of every domain, shape (K,) each, both 0 where there is nothing; None without any.
 
     Raises:
         MixtureError: they leave no mixture at all, or promise a share to a domain without samples.
     """
-    own = {canonical(leaf.key): leaf.domain for leaf in leaves(mixture)}
+    own = {canonical(leaf.key): leaf.domain for leaf in domain_entries(mixture)}
     domains = [own.get(canonical(key), DomainConfig()) for key in stock.keys]
     if mixture.floor is None and mixture.cap is None and all(d.floor is None and d.cap is None for d in domains):
         return None
-    check_served(np.array([d.floor or 0.0 for d in domains]), stock.sizes, [leaf_name(key) for key in stock.keys])
+    check_available(np.array([d.floor or 0.0 for d in domains]), stock.sizes, [display_name(key) for key in stock.keys])
     there = stock.sizes > 0
     floor = np.array([mixture.floor or 0.0 if d.floor is None else d.floor for d in domains]) * there
     cap = np.array([(1.0 if mixture.cap is None else mixture.cap) if d.cap is None else d.cap for d in domains]) * there
@@ -134,33 +145,33 @@ def bounds(mixture: MixtureConfig, stock: Stock) -> tuple[NDArray[np.float64], N
 
 def _tree(
     domains: Sequence[DomainConfig], remainder: DomainConfig | None, keys: Sequence[DomainKey]
-) -> tuple[Node, ...]:
+) -> tuple[WeightNode, ...]:
     """The tree of weights over a run's domains."""
     ids = {canonical(key): i for i, key in enumerate(keys)}
-    nodes = _nodes(domains, {}, ids, [leaf_name(key) for key in keys])
+    nodes = _nodes(domains, {}, ids, [display_name(key) for key in keys])
     if remainder is not None:
         nodes.append(_leaf(remainder, {}, ids, []))
     return tuple(nodes)
 
 
-def _nodes(domains: Sequence[DomainConfig], above: DomainKey, ids: Ids, names: list[str]) -> list[Node]:
+def _nodes(domains: Sequence[DomainConfig], above: DomainKey, ids: Ids, names: list[str]) -> list[WeightNode]:
     nodes = []
     for domain in domains:
         key = {**above, **key_of(domain.key)}
         if domain.domains:
-            nodes.append(Node(weight=domain.weight, parts=tuple(_nodes(domain.domains, key, ids, names))))
+            nodes.append(WeightNode(weight=domain.weight, parts=tuple(_nodes(domain.domains, key, ids, names))))
         else:
             nodes.append(_leaf(domain, key, ids, names))
     return nodes
 
 
-def _leaf(domain: DomainConfig, key: DomainKey, ids: Ids, names: list[str]) -> Node:
+def _leaf(domain: DomainConfig, key: DomainKey, ids: Ids, names: list[str]) -> WeightNode:
     if canonical(key) not in ids:
-        name = leaf_name(key)
+        name = display_name(key)
         raise MixtureError(
             f"{name} is not a domain of this run; weights change while it goes on, domains do not.{did_you_mean(name, names)}"
         )
-    return Node(weight=domain.weight, domain=ids[canonical(key)])
+    return WeightNode(weight=domain.weight, domain=ids[canonical(key)])
 
 
 def _below(above: DomainKey, own: DomainKey, path: str) -> DomainKey:

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Era"]
+__all__ = ["StreamVersion"]
 
 Ints = NDArray[np.int64]
-Skip = tuple[int, int]
+StepRange = tuple[int, int]
 """First and last data step that is passed over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Era:
-    """How training steps and stream positions are counted; a run begins with `Era.start`."""
+class StreamVersion:
+    """How training steps and stream positions are counted; a run begins with `StreamVersion.start`."""
 
     number: int
     """Surgeries behind it."""
-    skips: tuple[Skip, ...]
+    skips: tuple[StepRange, ...]
     """Disjoint and ascending."""
     origins: Ints
     """Item of each domain's stream at which its sequence 0 would begin; below 0 where surgery shortened it. Shape (K,)."""
@@ -33,7 +33,7 @@ class Era:
     """Items that data step 0 would have had before it, had all steps been as large as they are now: where schedules by tokens count from."""
 
     @classmethod
-    def start(cls, num_domains: int) -> "Era":
+    def start(cls, num_domains: int) -> "StreamVersion":
         return cls(number=0, skips=(), origins=np.zeros(num_domains, np.int64))
 
     def data_step(self, step: int) -> int:
@@ -52,9 +52,9 @@ class Era:
         """Whether no training step takes `data_step`."""
         return any(first <= data_step <= last for first, last in self.skips)
 
-    def with_skips(self, more: Iterable[Skip]) -> "Era":
+    def with_skips(self, more: Iterable[StepRange]) -> "StreamVersion":
         """Pass over these data steps too; they may overlap with what is passed over already."""
-        merged: list[Skip] = []
+        merged: list[StepRange] = []
         for first, last in sorted([*self.skips, *more]):
             if merged and first <= merged[-1][1] + 1:
                 first, last = merged[-1][0], max(last, merged.pop()[1])
@@ -71,7 +71,7 @@ class Era:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Era":
+    def from_dict(cls, data: Mapping[str, Any]) -> "StreamVersion":
         """The inverse of `to_dict`."""
         return cls(
             number=data["number"],

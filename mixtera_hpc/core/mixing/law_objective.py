@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HUBER_DELTA", "LawBounds", "LossPoints", "Prediction", "objective", "predict"]
+__all__ = ["HUBER_DELTA", "LawBounds", "LossPoints", "Prediction", "huber_objective", "predict"]
 
 HUBER_DELTA = 1e-3
 """Residuals of log L beyond this count linearly."""
@@ -77,7 +77,7 @@ def predict(theta: NDArray[np.float64], points: LossPoints) -> Prediction:
     return Prediction(loss, reducible, np.log(loss) - points.log_loss)
 
 
-def objective(residual: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
+def huber_objective(residual: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weighted Huber loss divided by its delta, about the mean absolute residual; shape (num_domains,)."""
     size = np.abs(residual)
     near = np.minimum(size, HUBER_DELTA)

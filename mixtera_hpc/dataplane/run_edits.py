@@ -17,28 +17,28 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator, Local, bcast_bytes
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
-from mixtera_hpc.dataplane.era import Era
 from mixtera_hpc.dataplane.journal import append_line, read_lines
 from mixtera_hpc.dataplane.plane_state import PlaneState, check_identity
 from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
 
 __all__ = [
-    "Beginning",
-    "Surgery",
-    "as_begun",
-    "begin",
-    "config_of",
-    "is_past",
-    "record_surgery",
-    "share_beginning",
-    "surgeries",
-    "surgery_between",
+    "ResumePoint",
+    "RunEdit",
+    "config_for_identity",
+    "find_resume_point",
+    "is_abandoned",
+    "pin_index_generation",
+    "read_run_edits",
+    "record_run_edit",
+    "run_edit_between",
+    "share_resume_point",
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surgery:
+class RunEdit:
     """One change, as `decisions.jsonl` has it."""
 
     at_step: int
@@ -50,38 +50,38 @@ class Surgery:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beginning:
+class ResumePoint:
     """Where an attempt goes on."""
 
     step: int
     plan: ChunkPlan
     """Of the chunk that `step` lies in, or the one before it. One of no steps: planning begins at its first slot."""
-    era: Era
+    stream_version: StreamVersion
 
 
-def record_surgery(path: Path, surgery: Surgery) -> None:
+def record_run_edit(path: Path, surgery: RunEdit) -> None:
     """Append to `decisions.jsonl`; one process does it, while no attempt runs."""
-    append_line(path, {"kind": "surgery", **msgspec.to_builtins(surgery)})
+    append_line(path, {"kind": "run_edit", **msgspec.to_builtins(surgery)})
 
 
-def surgeries(path: Path | None) -> list[Surgery]:
+def read_run_edits(path: Path | None) -> list[RunEdit]:
     """All surgeries of a run, oldest first."""
     if path is None or not path.is_file():
         return []
-    records = [line for line in read_lines(path) if line["kind"] == "surgery"]
-    return [msgspec.convert({k: v for k, v in line.items() if k != "kind"}, Surgery) for line in records]
+    records = [line for line in read_lines(path) if line["kind"] == "run_edit"]
+    return [msgspec.convert({k: v for k, v in line.items() if k != "kind"}, RunEdit) for line in records]
 
 
-def is_past(state: Mapping[str, Any], operated: Sequence[Surgery]) -> bool:
+def is_abandoned(state: Mapping[str, Any], operated: Sequence[RunEdit]) -> bool:
     """Whether a surgery has abandoned the saved `state` (the "json" part of it): it lies after the step gone back to."""
-    done = state.get("era", {}).get("number", 0)  # A state of an older version is refused when it is loaded.
+    done = state.get("stream_version", {}).get("number", 0)  # A state of an older version is refused when it is loaded.
     pending = operated[done:]
     return any(state["next_step"] > surgery.at_step for surgery in pending)
 
 
-def surgery_between(
-    before: Config, after: Config, skip_steps: tuple[int, int] | None, at_step: int, operated: Sequence[Surgery]
-) -> Surgery | None:
+def run_edit_between(
+    before: Config, after: Config, skip_steps: tuple[int, int] | None, at_step: int, operated: Sequence[RunEdit]
+) -> RunEdit | None:
     """What makes `after` of `before`; None when nothing does.
 
     Args:
@@ -92,9 +92,9 @@ def surgery_between(
     changes = {name: (old[name], new[name]) for name in old if old[name] != new[name]}
     if not changes and skip_steps is None:
         return None
-    era = Era.start(0).with_skips(s.skip for s in operated if s.skip)
+    era = StreamVersion.start(0).with_skips(s.skip for s in operated if s.skip)
     skip = (era.data_step(skip_steps[0]), era.data_step(skip_steps[1])) if skip_steps else None
-    return Surgery(at_step=at_step, skip=skip, changes=changes)
+    return RunEdit(at_step=at_step, skip=skip, changes=changes)
 
 
 def _changeable(config: Config) -> dict[str, Any]:
@@ -102,18 +102,18 @@ def _changeable(config: Config) -> dict[str, Any]:
     return {"drop": list(config.query.drop), "seed": plane.seed, "global_batch_size": plane.global_batch_size}
 
 
-def begin(source: Source, state: PlaneState | None, operated: Sequence[Surgery]) -> Beginning:
+def find_resume_point(source: Source, state: PlaneState | None, operated: Sequence[RunEdit]) -> ResumePoint:
     """Where an attempt goes on from `state`, or from the start, after all surgeries of the run. Rank 0 only.
 
     Raises:
         ConfigError: the state is of another run, or of a past that a surgery abandoned.
     """
-    done = state.era.number if state else 0
+    done = state.stream_version.number if state else 0
     pending = operated[done:]
-    era = state.era if state else Era.start(source.num_domains)
+    era = state.stream_version if state else StreamVersion.start(source.num_domains)
     era = replace(era.with_skips(s.skip for s in pending if s.skip), number=len(operated))
     if state is None:
-        return Beginning(step=0, plan=_from_here(PlannerState.start(source.num_domains)), era=era)
+        return ResumePoint(step=0, plan=_from_here(PlannerState.start(source.num_domains)), stream_version=era)
     if any(state.next_step > surgery.at_step for surgery in pending):
         bound = min(surgery.at_step for surgery in pending)
         raise ConfigError(
@@ -122,29 +122,37 @@ def begin(source: Source, state: PlaneState | None, operated: Sequence[Surgery])
         )
     changed = check_identity(state.identity, source.identity(), {name for s in pending for name in s.changes})
     if not changed:
-        return Beginning(step=state.next_step, plan=state.plan, era=era)
-    before = open_source(config_of(source.config, state.identity), Local(), check=False).in_era(state.era)
-    data_step = state.era.data_step(state.next_step)
+        return ResumePoint(step=state.next_step, plan=state.plan, stream_version=era)
+    before = open_source(config_for_identity(source.config, state.identity), Local(), check=False).at_version(
+        state.stream_version
+    )
+    data_step = state.stream_version.data_step(state.next_step)
     stands = before.planner.state_at(state.plan, data_step)
     stands = replace(stands, chunk=data_step // source.planner.chunk_steps)
     if "global_batch_size" in changed:
-        was, now = before.ground.timeline.items_per_step, source.ground.timeline.items_per_step
+        was, now = before.mixture_context.timeline.items_per_step, source.mixture_context.timeline.items_per_step
         era = replace(era, items=era.items + data_step * (was - now))
     if "drop" in changed:
         era = replace(era, origins=_origins(before, source, stands.cursors))
-    return Beginning(step=state.next_step, plan=_from_here(stands), era=era)
+    return ResumePoint(step=state.next_step, plan=_from_here(stands), stream_version=era)
 
 
-def share_beginning(comm: Communicator, found: Beginning | None, num_domains: int) -> Beginning:
+def share_resume_point(comm: Communicator, found: ResumePoint | None, num_domains: int) -> ResumePoint:
     """What rank 0 found, on every rank. **Collective.**"""
-    facts = msgspec.json.encode({"step": found.step, "era": found.era.to_dict()}) if found else None
+    facts = (
+        msgspec.json.encode({"step": found.step, "stream_version": found.stream_version.to_dict()}) if found else None
+    )
     known = msgspec.json.decode(bcast_bytes(comm, facts))
     buffer = found.plan.to_array() if found else np.zeros(ChunkPlan.array_size(num_domains), np.int64)
     comm.Bcast(buffer)
-    return Beginning(step=known["step"], plan=ChunkPlan.from_array(buffer), era=Era.from_dict(known["era"]))
+    return ResumePoint(
+        step=known["step"],
+        plan=ChunkPlan.from_array(buffer),
+        stream_version=StreamVersion.from_dict(known["stream_version"]),
+    )
 
 
-def as_begun(config: Config, journal: Path) -> Config:
+def pin_index_generation(config: Config, journal: Path) -> Config:
     """`config` with the state of its index that the run of `journal` began with: it may have been refreshed since.
 
     Costs one line of the journal. The user's own `index.generation` stays.
@@ -164,7 +172,7 @@ def _at_state(config: Config, fingerprint: str | None) -> Config:
     return replace(config, index=replace(config.index, generation=fingerprint))
 
 
-def config_of(config: Config, identity: Mapping[str, Any]) -> Config:
+def config_for_identity(config: Config, identity: Mapping[str, Any]) -> Config:
     """`config` with what surgery or a refresh may have changed as it is in `identity`."""
     return replace(
         _at_state(config, identity["index"]),

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.mixing.algorithm import MixingAlgorithm
-from mixtera_hpc.core.mixing.simplex import project
+from mixtera_hpc.core.mixing.bounds import project_to_bounds
 from mixtera_hpc.core.statistics import DomainStatistics
 
 __all__ = [
@@ -23,15 +23,15 @@ __all__ = [
     "DynamicMixer",
     "FixedMixer",
     "Mixer",
+    "MixerStage",
+    "ScheduleShape",
     "ScheduledMixer",
-    "Shape",
-    "Stage",
-    "below",
+    "strip_prefix",
 ]
 
 Weights = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
-Shape = Literal["stepwise", "linear", "cosine"]
+ScheduleShape = Literal["stepwise", "linear", "cosine"]
 
 
 class Mixer(Protocol):
@@ -110,7 +110,7 @@ class DynamicMixer:
         chunks = arrays["mixer/chunks"].tolist()
         self._known = dict(zip(chunks, np.array(arrays["mixer/weights"]), strict=True))
         self._newest = np.array(arrays["mixer/newest"])
-        self._state = self._algorithm.state_from_arrays(below("algorithm/", arrays))
+        self._state = self._algorithm.state_from_arrays(strip_prefix("algorithm/", arrays))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -146,7 +146,7 @@ class BoundedMixer:
 
     def weights_of(self, chunk: int) -> Weights | None:
         wish = self._inner.weights_of(chunk)
-        return None if wish is None else project(wish, self._floor, self._cap)
+        return None if wish is None else project_to_bounds(wish, self._floor, self._cap)
 
     def feed(self, statistics: DomainStatistics) -> None:
         self._inner.feed(statistics)
@@ -162,7 +162,7 @@ class BoundedMixer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class MixerStage:
     """One mixture of a schedule."""
 
     start: float
@@ -172,7 +172,7 @@ class Stage:
 class ScheduledMixer:
     """Mixers that follow each other. All of them see every step's statistics, those whose turn is still to come too."""
 
-    def __init__(self, stages: Sequence[Stage], shape: Shape, position_of: Callable[[int], float]) -> None:
+    def __init__(self, stages: Sequence[MixerStage], shape: ScheduleShape, position_of: Callable[[int], float]) -> None:
         """
         Args:
             stages: by ascending start; the first counts from the run's beginning.
@@ -202,7 +202,7 @@ class ScheduledMixer:
 
     def load(self, arrays: Arrays) -> None:
         for i, stage in enumerate(self._stages):
-            stage.mixer.load(below(f"stage{i}/", arrays))
+            stage.mixer.load(strip_prefix(f"stage{i}/", arrays))
 
     def close(self) -> None:
         for stage in self._stages:
@@ -216,6 +216,6 @@ class ScheduledMixer:
         return gone if self._shape == "linear" else (1 - math.cos(math.pi * gone)) / 2
 
 
-def below(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
+def strip_prefix(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
     """The arrays whose names begin with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

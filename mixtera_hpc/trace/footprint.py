@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.source import Source
 
-__all__ = ["Footprint", "footprint"]
+__all__ = ["StepFootprint", "step_footprint"]
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Footprint:
+class StepFootprint:
     """Of one step."""
 
     documents: float
@@ -30,7 +30,7 @@ class Footprint:
     Parquet) and none is kept. Rows of plain JSONL are read by themselves: 1."""
 
 
-def footprint(source: Source, served_per_step: Floats) -> Footprint:
+def step_footprint(source: Source, served_per_step: Floats) -> StepFootprint:
     """What a step touches that serves so many items of each domain; shape (K,)."""
     table, blocks = source.layout.table, source.blocks
     domain = np.repeat(np.arange(source.num_domains), np.diff(table.indptr))
@@ -43,7 +43,7 @@ def footprint(source: Source, served_per_step: Floats) -> Footprint:
     length = np.bincount(domain, blocks.length[table.block], minlength=source.num_domains)
     share = blocks.length[table.block] / np.maximum(blocks.rows[table.block], 1) * table.rows
     used = documents * np.bincount(domain, share, minlength=source.num_domains) / np.maximum(rows, 1)
-    return Footprint(
+    return StepFootprint(
         documents=float(documents.sum()),
         blocks=float(touched.sum()),
         shards=_shards_touched(source, domain, touched / num_blocks),

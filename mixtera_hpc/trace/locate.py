@@ -14,15 +14,15 @@ import numpy as np
 from mixtera_hpc.core.planner import ChunkPlan, Slots
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.trace import Sources
 from mixtera_hpc.errors import DataError, did_you_mean
+from mixtera_hpc.trace.list import AttemptSources
 
-__all__ = ["seen"]
+__all__ = ["locate_row"]
 
 Record = dict[str, Any]
 
 
-def seen(sources: Sources, history: History, shard: str, row: int) -> Iterator[Record]:
+def locate_row(sources: AttemptSources, history: History, shard: str, row: int) -> Iterator[Record]:
     """Every time that a row was served, by the attempts that count, in order of attempts and epochs.
 
     Of an attempt that has not closed in order, what it has planned counts too: up to two chunks more than it consumed.
@@ -69,7 +69,7 @@ def _occurrences(source: Source, attempt: AttemptRecord, place: _Place) -> Itera
         return
     d, expanded = place.domain, _Expanded(source, attempt)
     begin, end = int(attempt.plans[0].cursors[d]), int(source.planner.after(attempt.plans[-1]).cursors[d])
-    items, grid, origin = int(source.layout.epoch_items()[d]), source.grid, int(source.era.origins[d])
+    items, grid, origin = int(source.layout.epoch_items()[d]), source.grid, int(source.stream_version.origins[d])
     if end == begin or not items:
         return
     first_item, last_item = source.span(d, begin, end - begin)
@@ -128,7 +128,11 @@ class _Expanded:
     def _at(self, plan: ChunkPlan, slot: int) -> tuple[int, int] | None:
         data_step, position = divmod(slot, self._source.planner.global_batch_size)
         data_step += plan.first_step
-        return None if self._source.era.skipped(data_step) else (self._source.era.step_at(data_step), position)
+        return (
+            None
+            if self._source.stream_version.skipped(data_step)
+            else (self._source.stream_version.step_at(data_step), position)
+        )
 
     def _of(self, number: int) -> Slots:
         if number not in self._slots:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["Node", "check_served", "natural", "tree_weights", "unimax"]
+__all__ = ["WeightNode", "check_available", "natural_weights", "tree_weights", "unimax_weights"]
 
 Weights = NDArray[np.float64]
 Sizes = NDArray[np.int64]
@@ -22,19 +22,19 @@ NOTHING = "The query selects no sample of any domain. Run mixtera-hpc query to s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class WeightNode:
     """A domain, or a group of them."""
 
     weight: float | None
     """Relative to its siblings; None: they share by size."""
     domain: int = -1
     """The domain_id of a leaf."""
-    parts: tuple["Node", ...] = ()
+    parts: tuple["WeightNode", ...] = ()
     """The members of a group."""
 
-    def weighs(self) -> bool:
+    def has_weight(self) -> bool:
         """Whether there is a weight on it or anywhere below."""
-        return self.weight is not None or any(part.weighs() for part in self.parts)
+        return self.weight is not None or any(part.has_weight() for part in self.parts)
 
     def domains(self) -> Iterator[int]:
         """The domain_ids below, in written order."""
@@ -44,7 +44,7 @@ class Node:
             yield from part.domains()
 
 
-def natural(sizes: Sizes, temperature: float = 1.0) -> Weights:
+def natural_weights(sizes: Sizes, temperature: float = 1.0) -> Weights:
     """Shares in proportion to size^(1/temperature); shape (K,), sum 1, and 0 for empty domains.
 
     Temperature 1 gives the natural shares, more makes them more equal (Devlin et al. 2019, multilingual BERT, exponent 0.7;
@@ -61,7 +61,7 @@ def natural(sizes: Sizes, temperature: float = 1.0) -> Weights:
     return wish / wish.sum()
 
 
-def unimax(sizes: Sizes, max_epochs: float, budget: float) -> Weights:
+def unimax_weights(sizes: Sizes, max_epochs: float, budget: float) -> Weights:
     """As equal as `max_epochs` passes over every domain allow; shape (K,), sum 1.
 
     UniMax (Chung et al. 2023, arXiv 2304.09151, algorithm 1): from the smallest domain to the largest, each takes an equal
@@ -81,7 +81,7 @@ def unimax(sizes: Sizes, max_epochs: float, budget: float) -> Weights:
     return taken / taken.sum()
 
 
-def tree_weights(nodes: Sequence[Node], sizes: Sizes) -> Weights:
+def tree_weights(nodes: Sequence[WeightNode], sizes: Sizes) -> Weights:
     """Weights of all domains, those that `nodes` does not name at 0; shape (K,), sum 1.
 
     Siblings' weights count relative to their sum; config checks have refused sums other than 1 where that was not asked for.
@@ -91,7 +91,7 @@ def tree_weights(nodes: Sequence[Node], sizes: Sizes) -> Weights:
     return weights / weights.sum()
 
 
-def _spread(nodes: Sequence[Node], share: float, sizes: Sizes, weights: Weights) -> None:
+def _spread(nodes: Sequence[WeightNode], share: float, sizes: Sizes, weights: Weights) -> None:
     """Divide `share` among siblings."""
     wishes = [node.weight for node in nodes]
     known = [float(w) for w in wishes if w is not None]
@@ -107,7 +107,7 @@ def _spread(nodes: Sequence[Node], share: float, sizes: Sizes, weights: Weights)
             weights[node.domain] += share * wish / total
 
 
-def check_served(weights: Weights, sizes: Sizes, names: Sequence[str]) -> None:
+def check_available(weights: Weights, sizes: Sizes, names: Sequence[str]) -> None:
     """Refuse to promise what is not there.
 
     Raises:

@@ -15,15 +15,23 @@ from mixtera_hpc.dataplane.plane_state import check_identity
 from mixtera_hpc.dataplane.reading.batches import BatchMaker, Share
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, Streams
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.surgery import config_of
+from mixtera_hpc.dataplane.run_edits import config_for_identity
 from mixtera_hpc.errors import ConfigError, DataError
 
-__all__ = ["Sources", "Verdict", "audited", "planned", "sequences", "traced", "verify"]
+__all__ = [
+    "AttemptSources",
+    "VerifyResult",
+    "planned_sequences",
+    "read_audit",
+    "sequences_of_plan",
+    "served_sequences",
+    "verify_run",
+]
 
 Record = dict[str, Any]
 
 
-class Sources:
+class AttemptSources:
     """The sources that the attempts of a run served from; one for every era."""
 
     def __init__(self, config: Config) -> None:
@@ -36,18 +44,18 @@ class Sources:
         Raises:
             DataError: the index, the tokenizer or the settings are not those the attempt had.
         """
-        key = msgspec.json.encode([attempt.identity, attempt.era.to_dict()])
+        key = msgspec.json.encode([attempt.identity, attempt.stream_version.to_dict()])
         if key not in self._opened:
-            source = open_source(config_of(self._config, attempt.identity), Local(), check=False)
+            source = open_source(config_for_identity(self._config, attempt.identity), Local(), check=False)
             try:
                 check_identity(attempt.identity, source.identity())
             except ConfigError as error:
                 raise DataError(str(error).partition("\n  Resume")[0].replace("saved state", "journal")) from None
-            self._opened[key] = source.in_era(attempt.era)
+            self._opened[key] = source.at_version(attempt.stream_version)
         return self._opened[key]
 
 
-def planned(source: Source, first_step: int, num_steps: int) -> Iterator[Record]:
+def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterator[Record]:
     """The sequences of steps [first_step, first_step + num_steps) of a fresh run, in served order.
 
     Where weights are learned, these are the sequences that the ones it begins with would give. With `plan.digests` the data
@@ -59,7 +67,7 @@ def planned(source: Source, first_step: int, num_steps: int) -> Iterator[Record]
     while state.step < first_step + num_steps and (weights := mixer.weights_of(state.chunk)) is not None:
         plan, state = source.planner.plan(state, weights)
         if state.step > first_step or plan.last:
-            found = sequences(source, streams, plan, steps)
+            found = sequences_of_plan(source, streams, plan, steps)
             yield from _with_digests(maker, plan, steps, found) if maker else found
         if plan.last:
             return
@@ -79,23 +87,23 @@ def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Ite
             yield record | {"digest": digest}
 
 
-def traced(source: Source, attempt: AttemptRecord, steps: range) -> Iterator[Record]:
+def served_sequences(source: Source, attempt: AttemptRecord, steps: range) -> Iterator[Record]:
     """The sequences that `steps` of an attempt consist of, in served order; `source` is the attempt's."""
     streams, step = source.streams(), steps.start
     while step < steps.stop:
         plan = attempt.plan_of(step)
-        stop = min(steps.stop, source.era.step_at(plan.first_step + plan.num_steps))
-        yield from sequences(source, streams, plan, range(step, stop))
+        stop = min(steps.stop, source.stream_version.step_at(plan.first_step + plan.num_steps))
+        yield from sequences_of_plan(source, streams, plan, range(step, stop))
         step = stop
 
 
-def sequences(source: Source, streams: Streams, plan: ChunkPlan, steps: range) -> Iterator[Record]:
+def sequences_of_plan(source: Source, streams: Streams, plan: ChunkPlan, steps: range) -> Iterator[Record]:
     """The sequences of those training steps of `plan` that are in `steps`.
 
     Each has `step`, `position`, `domain_id`, `epoch` (of its first item) and `pieces`: `[shard, row, start, end]` in tokens
     of the row, special tokens included.
     """
-    slots, size, era = source.planner.slots(plan), source.planner.global_batch_size, source.era
+    slots, size, era = source.planner.slots(plan), source.planner.global_batch_size, source.stream_version
     last = era.step_at(plan.first_step + plan.num_steps)
     for step in range(max(steps.start, era.step_at(plan.first_step)), min(steps.stop, last)):
         base = (era.data_step(step) - plan.first_step) * size
@@ -119,8 +127,8 @@ def _pieces(source: Source, documents: Documents) -> list[list[Any]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What `verify` found."""
+class VerifyResult:
+    """What `verify_run` found."""
 
     num_steps: int
     """Steps proven, from the first of the run on."""
@@ -130,7 +138,7 @@ class Verdict:
     """A step that the last attempt was killed in; no part of the proof."""
 
 
-def verify(sources: Sources, folder: RunFolder, history: History) -> Verdict:
+def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> VerifyResult:
     """Prove that every planned sequence of every step was consumed exactly once, across all attempts and surgeries.
 
     The tokens of every sequence, or the samples, are made again from the plan, the index and the data, and their digests
@@ -159,7 +167,7 @@ def verify(sources: Sources, folder: RunFolder, history: History) -> Verdict:
             f"Steps {step} to {end - 1} were consumed, but the journal ends before step {step}: it has lost lines.\n"
             "  Bring the whole journal.jsonl back."
         )
-    return Verdict(
+    return VerifyResult(
         num_steps=end, num_sequences=num_sequences, num_attempts=len(history.attempts), unfinished_step=unfinished
     )
 
@@ -232,7 +240,7 @@ def _extent(history: History, consumed: _Consumed) -> tuple[int, int | None]:
     return end, unfinished
 
 
-def audited(folder: RunFolder, attempt: int, steps: range) -> dict[tuple[int, int], str]:
+def read_audit(folder: RunFolder, attempt: int, steps: range) -> dict[tuple[int, int], str]:
     """(Step, position) → digest of the sequences of `steps` that an attempt consumed; empty when it was not audited."""
     lines = (line for path in sorted(folder.audit(attempt).glob("rank_*.jsonl")) for line in read_lines(path))
     found = [line for line in lines if line["step"] in steps]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["floor_of", "project"]
+__all__ = ["project_to_bounds", "weight_floor"]
 
 
-def floor_of(num_domains: int, *, delta_min: float, floor_share: float) -> float:
+def weight_floor(num_domains: int, *, delta_min: float, floor_share: float) -> float:
     """The smallest weight a domain may have: `delta_min`, but all floors together take at most `floor_share`.
 
     A fixed floor of 0.01 leaves nothing to decide from 100 domains on.
@@ -24,7 +24,7 @@ def floor_of(num_domains: int, *, delta_min: float, floor_share: float) -> float
     return min(delta_min, floor_share / num_domains)
 
 
-def project(
+def project_to_bounds(
     weights: NDArray[np.float64],
     floor: float | NDArray[np.float64],
     cap: float | NDArray[np.float64] = 1.0,

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.objective import HUBER_DELTA, LawBounds, LossPoints, objective, predict
+from mixtera_hpc.core.mixing.law_objective import HUBER_DELTA, LawBounds, LossPoints, huber_objective, predict
 
-__all__ = ["refine"]
+__all__ = ["refine_laws"]
 
 MAX_STEPS = 30
 TOLERANCE = 1e-12
@@ -31,9 +31,9 @@ class _Walk:
     damping: NDArray[np.float64]
 
 
-def refine(theta: NDArray[np.float64], points: LossPoints, bounds: LawBounds) -> NDArray[np.float64]:
+def refine_laws(theta: NDArray[np.float64], points: LossPoints, bounds: LawBounds) -> NDArray[np.float64]:
     """Laws at least as good as `theta`, shape (num_domains, 3), and within `bounds` as `theta` is."""
-    value = objective(predict(theta, points).residual, points.weight)
+    value = huber_objective(predict(theta, points).residual, points.weight)
     walk = _Walk(theta.copy(), value, np.full(len(theta), DAMPING[1]))
     moving = np.arange(len(theta))
     for _ in range(MAX_STEPS):
@@ -49,7 +49,7 @@ def _step(walk: _Walk, rows: NDArray[np.intp], points: LossPoints, bounds: LawBo
     gradient, curvature = _derivatives(theta, damping, points)
     tried = _within(theta, _newton(theta, gradient, curvature, bounds), bounds)
     promise = np.abs(np.einsum("ki,ki->k", gradient, tried - theta))
-    value = objective(predict(tried, points).residual, points.weight)
+    value = huber_objective(predict(tried, points).residual, points.weight)
     better = value < walk.value[rows]
     walk.theta[rows[better]] = tried[better]
     walk.value[rows[better]] = value[better]

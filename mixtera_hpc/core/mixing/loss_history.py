@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.objective import LossPoints
+from mixtera_hpc.core.mixing.law_objective import LossPoints
 from mixtera_hpc.core.statistics import DomainStatistics
 
 __all__ = ["MAX_BINS", "LossBin", "LossHistory"]

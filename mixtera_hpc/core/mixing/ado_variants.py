@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from mixtera_hpc.core.mixing.objective import LawBounds
+from mixtera_hpc.core.mixing.law_objective import LawBounds
 
-__all__ = ["VARIANTS", "Variant"]
+__all__ = ["ADO_VARIANTS", "AdoVariant"]
 
 
 OURS = LawBounds()
@@ -22,7 +22,7 @@ PUBLISHED = LawBounds(min_epsilon=float(np.exp(0.5)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
+class AdoVariant:
     """Where the published rules differ."""
 
     share: Literal["realised", "previous", "new"] = "realised"
@@ -43,13 +43,13 @@ class Variant:
     """Where laws are searched."""
 
 
-VARIANTS = MappingProxyType(
+ADO_VARIANTS = MappingProxyType(
     {
-        "default": Variant(),
-        "paper": Variant(share="previous", binned=False, bounds=PUBLISHED),
-        "authors": Variant(
+        "default": AdoVariant(),
+        "paper": AdoVariant(share="previous", binned=False, bounds=PUBLISHED),
+        "authors": AdoVariant(
             credit_in_warmup=True, credit="spread", floor="preference", min_alpha=0.05, binned=False, bounds=PUBLISHED
         ),
-        "mixtera": Variant(share="new", floor="seen", first_step=1, binned=False, bounds=PUBLISHED),
+        "mixtera": AdoVariant(share="new", floor="seen", first_step=1, binned=False, bounds=PUBLISHED),
     }
 )

@@ -17,16 +17,23 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.convert import from_plain, raise_problems, to_plain
-from mixtera_hpc.config.mixture import leaves
+from mixtera_hpc.config.domain_tree import domain_entries
 from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.domain_keys import canonical
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import read_lines
-from mixtera_hpc.dataplane.mixer import Mixer, below
-from mixtera_hpc.dataplane.mixture import Ground, make_mixer
+from mixtera_hpc.dataplane.mixing.from_config import MixtureContext, make_mixer
+from mixtera_hpc.dataplane.mixing.mixers import Mixer, strip_prefix
 from mixtera_hpc.errors import ConfigError, MixteraError
 
-__all__ = ["Change", "Request", "SwitchedMixer", "ask", "decisions", "successor"]
+__all__ = [
+    "MixtureDecision",
+    "MixtureRequest",
+    "MixtureSequence",
+    "read_decisions",
+    "requested_mixture",
+    "write_request",
+]
 
 Weights = NDArray[np.float64]
 REQUEST = "mixture.json"
@@ -35,7 +42,7 @@ KEPT = ("unit", "on_exhausted", "max_epochs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class MixtureRequest:
     """What somebody wishes."""
 
     mixture: MixtureConfig
@@ -44,7 +51,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class MixtureDecision:
     """What was decided."""
 
     chunk: int
@@ -54,17 +61,17 @@ class Change:
     """Why nothing changes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """A line of `decisions.jsonl` and of the journal."""
+        """A line of `read_decisions.jsonl` and of the journal."""
         return {"kind": "mixture", "chunk": self.chunk, "mixture": to_plain(self.mixture), "refused": self.refused}
 
     @classmethod
-    def from_dict(cls, line: Mapping[str, Any]) -> "Change":
+    def from_dict(cls, line: Mapping[str, Any]) -> "MixtureDecision":
         """The inverse of `to_dict`."""
         mixture = from_plain(MixtureConfig, line["mixture"], "mixture")
         return cls(chunk=line["chunk"], mixture=mixture, refused=line["refused"])
 
 
-def successor(current: MixtureConfig, wish: Mapping[str, Any]) -> MixtureConfig:
+def requested_mixture(current: MixtureConfig, wish: Mapping[str, Any]) -> MixtureConfig:
     """The mixture that `wish`, as it is written in YAML, makes of a run's.
 
     Raises:
@@ -91,14 +98,14 @@ def _moved(current: MixtureConfig, wish: MixtureConfig) -> list[str]:
         found.append("mixture.kind=arbitrary")
     if wish.by and wish.by != current.by:
         found.append("mixture.by")
-    limits = {canonical(leaf.key): leaf.domain.max_epochs for leaf in leaves(current)}
-    for leaf in leaves(wish):
+    limits = {canonical(leaf.key): leaf.domain.max_epochs for leaf in domain_entries(current)}
+    for leaf in domain_entries(wish):
         if leaf.domain.max_epochs not in (None, limits.get(canonical(leaf.key))):
             found.append(f"{leaf.path}.max_epochs")
     return found
 
 
-def ask(control: Path, request: Request) -> None:
+def write_request(control: Path, request: MixtureRequest) -> None:
     """Leave a request for rank 0, all of it or nothing.
 
     Raises:
@@ -118,49 +125,49 @@ def ask(control: Path, request: Request) -> None:
         part.unlink()
 
 
-def _request(text: str) -> Request:
+def _request(text: str) -> MixtureRequest:
     try:
         data = json.loads(text)
-        return Request(chunk=data["chunk"], mixture=from_plain(MixtureConfig, data["mixture"], "mixture"))
+        return MixtureRequest(chunk=data["chunk"], mixture=from_plain(MixtureConfig, data["mixture"], "mixture"))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"control/{REQUEST} cannot be read: {error}") from None
 
 
-def decisions(path: Path | None) -> list[Change]:
-    """All decisions on mixtures in `decisions.jsonl`, oldest first."""
+def read_decisions(path: Path | None) -> list[MixtureDecision]:
+    """All decisions on mixtures in `read_decisions.jsonl`, oldest first."""
     if path is None or not path.is_file():
         return []
-    return [Change.from_dict(line) for line in read_lines(path) if line["kind"] == "mixture"]
+    return [MixtureDecision.from_dict(line) for line in read_lines(path) if line["kind"] == "mixture"]
 
 
-class SwitchedMixer:
+class MixtureSequence:
     """Mixers that reign one after the other, each from a named chunk on. Each sees the statistics of its own chunks only."""
 
-    def __init__(self, mixture: MixtureConfig, ground: Ground) -> None:
+    def __init__(self, mixture: MixtureConfig, ground: MixtureContext) -> None:
         self._ground = ground
         self._mixers: dict[int, Mixer] = {0: make_mixer(mixture, ground)}
-        self._changes: dict[int, Change] = {}
+        self._changes: dict[int, MixtureDecision] = {}
 
     @property
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[MixtureDecision]:
         """What was decided, by chunk."""
         return [self._changes[chunk] for chunk in sorted(self._changes)]
 
-    def adopt(self, changes: Sequence[Change]) -> None:
+    def restore(self, changes: Sequence[MixtureDecision]) -> None:
         """Take over what was decided before; of several for one chunk the last one counts, and begins anew where it is new."""
         latest = {change.chunk: change for change in changes if change.refused is None}
         for change in latest.values():
             if self._changes.get(change.chunk) != change:
                 self._reign(change)
 
-    def consider(self, text: str, first: int) -> Change:
-        """Decide on what `ask` left when `first` is the first chunk that is not planned."""
+    def decide_request(self, text: str, first: int) -> MixtureDecision:
+        """Decide on what `write_request` left when `first` is the first chunk that is not planned."""
         try:
             request = _request(text)
         except ConfigError as error:
-            return Change(chunk=first, mixture=MixtureConfig(), refused=str(error))
+            return MixtureDecision(chunk=first, mixture=MixtureConfig(), refused=str(error))
         chunk = first if request.chunk is None else request.chunk
-        change = Change(chunk=chunk, mixture=request.mixture)
+        change = MixtureDecision(chunk=chunk, mixture=request.mixture)
         if chunk < first:
             why = f"chunk {chunk} is planned already; the first that can still change is {first}"
             return replace(change, refused=why)
@@ -182,11 +189,11 @@ class SwitchedMixer:
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {f"from{begin}/{k}": v for begin, mixer in self._mixers.items() for k, v in mixer.arrays().items()}
 
-    def load(self, changes: Sequence[Change], arrays: Mapping[str, NDArray[Any]]) -> None:
+    def load(self, changes: Sequence[MixtureDecision], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `changes` and `arrays` gave."""
-        self.adopt(changes)
+        self.restore(changes)
         for begin, mixer in self._mixers.items():
-            if own := below(f"from{begin}/", arrays):
+            if own := strip_prefix(f"from{begin}/", arrays):
                 mixer.load(own)
 
     def close(self) -> None:
@@ -196,7 +203,7 @@ class SwitchedMixer:
     def _begin_of(self, chunk: int) -> int:
         return max(begin for begin in self._mixers if begin <= chunk)
 
-    def _reign(self, change: Change) -> None:
+    def _reign(self, change: MixtureDecision) -> None:
         """Every mixer counts chunks from its own first one, and its timeline says where that lies."""
         line = self._ground.timeline
         timeline = replace(line, step=line.step_of(change.chunk), items=line.items_before(change.chunk))

@@ -7,16 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import Planner, PlannerState
-from mixtera_hpc.dataplane.footprint import Footprint, footprint
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.trace.footprint import StepFootprint, step_footprint
 
-__all__ = ["DomainForecast", "Forecast", "forecast"]
+__all__ = ["MixtureDomainForecast", "MixtureForecast", "forecast_mixture"]
 
 NEVER = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DomainForecast:
+class MixtureDomainForecast:
     """One domain over the whole run."""
 
     name: str
@@ -31,7 +31,7 @@ class DomainForecast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
+class MixtureForecast:
     """The whole run."""
 
     unit: str
@@ -40,12 +40,12 @@ class Forecast:
     """Fewer than asked when the data ends before."""
     bytes_per_step: float
     """Read from disk by all ranks together, for the documents that are used."""
-    step: Footprint
+    step: StepFootprint
     """What a step touches, on average."""
-    domains: list[DomainForecast]
+    domains: list[MixtureDomainForecast]
 
 
-def forecast(source: Source, num_steps: int) -> Forecast:
+def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
     """Plan `num_steps` steps. Chunks that follow each other with the same weights are planned as one: what is served by
     their end does not depend on what happens inside."""
     state, stretches = _planned(source, num_steps)
@@ -53,14 +53,14 @@ def forecast(source: Source, num_steps: int) -> Forecast:
     out = _run_out(stretches, _sequences(source), source.planner.global_batch_size)
     out[(weights == 0) & (out == 0)] = NEVER  # Nothing is there, and nothing is wished for.
     served = state.cursors * source.grid.stride
-    return Forecast(
+    return MixtureForecast(
         unit=source.config.mixture.unit,
         steps_asked=num_steps,
         num_steps=state.step,
         bytes_per_step=float(_bytes_per_item(source) @ served) / max(state.step, 1),
-        step=footprint(source, served / max(state.step, 1)),
+        step=step_footprint(source, served / max(state.step, 1)),
         domains=[
-            DomainForecast(
+            MixtureDomainForecast(
                 name=name,
                 weight=float(weights[d]),
                 items=int(items[d]),

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.objective import LossPoints
+from mixtera_hpc.core.mixing.law_objective import LossPoints
 from mixtera_hpc.core.statistics import DomainStatistics
 
-__all__ = ["LossSeries", "smoothed"]
+__all__ = ["LossSeries", "smooth"]
 
 WINDOW = 101
 DEGREE = 3
@@ -51,7 +51,7 @@ class LossSeries:
         filled = _filled(losses, observed)
         for start in np.unique(first[first < len(losses)]):
             domains = np.flatnonzero(first == start)
-            filled[start:, domains] = smoothed(filled[start:, domains])
+            filled[start:, domains] = smooth(filled[start:, domains])
         kept = slice(self.first_fitted, None, KEEP_EVERY)
         log_n = np.log(np.array(self.num_seen, np.float64))[kept]
         loss = filled[kept].T
@@ -76,7 +76,7 @@ class LossSeries:
         )
 
 
-def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Savitzky-Golay along axis 0, shape (num_steps, num_domains); the ends follow the first and last window's cubic.
 
     With fewer steps than the window, the largest odd window that fits; unchanged where no cubic has anything to smooth.
