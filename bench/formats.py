@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from bench._corpus import make_rows
-from mixtera_hpc.formats.base import Fields, Format, TokenReader
+from mixtera_hpc.formats.base import Format, ScanSpec, TokenReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.testing.formats import read_blocks
@@ -69,7 +69,7 @@ def measure(stored: str, rows: list[dict[str, Any]], folder: Path) -> Row:
     """Write the rows, scan them, read some."""
     name, write = STORED[stored]
     fmt, (shard,) = load_format(name), write(folder, rows)
-    fields = Fields(text="txt" if name == "webdataset" else "text", seek_folder=str(folder / "seek"))
+    fields = ScanSpec(text="txt" if name == "webdataset" else "text", seek_folder=str(folder / "seek"))
     scanned: list[Any] = []
     scan_s = cpu_s(lambda: scanned.extend(_scan(fmt, shard, fields)))
     blocks = read_blocks(scanned)
@@ -95,7 +95,7 @@ def measure(stored: str, rows: list[dict[str, Any]], folder: Path) -> Row:
     )
 
 
-def _scan(fmt: Format, shard: Path, fields: Fields) -> list[Any]:
+def _scan(fmt: Format, shard: Path, fields: ScanSpec) -> list[Any]:
     units = fmt.units(shard, shard.stat().st_size)
     return [batch for unit in units for batch in fmt.scan(shard, unit, fields, BLOCK_ROWS)]
 

@@ -33,7 +33,7 @@ from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.dataplane.reading.batches import BatchMaker, Share
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.formats.base import Field, Fields
+from mixtera_hpc.formats.base import PropertyField, ScanSpec
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
@@ -46,7 +46,9 @@ MIXTERA_REGISTRATION = 0.6e5, 1.1e5
 MIXTERA_LOCAL = 0.9e3, 5e3
 """The same of its local mode, rows read."""
 TORCHDATA_MMAP = 1.3e5
-FIELDS = Fields(text="text", properties=(Field(name="source", path="meta.redpajama_set_name", kind=Kind.CATEGORY),))
+FIELDS = ScanSpec(
+    text="text", properties=(PropertyField(name="source", path="meta.redpajama_set_name", kind=Kind.CATEGORY),)
+)
 TEXT_ROW = msgspec.defstruct("TextRow", [("text", str)], gc=False)
 
 

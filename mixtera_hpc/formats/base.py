@@ -21,18 +21,18 @@ from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 
 __all__ = [
-    "Batch",
+    "BlockRanges",
     "BlockRef",
     "Column",
-    "Field",
-    "Fields",
     "Format",
-    "Parser",
+    "ParserSpec",
+    "PropertyField",
     "RangeReader",
-    "Ranges",
+    "RowBatch",
+    "ScanSpec",
+    "ScanUnit",
     "ShardReader",
     "TokenReader",
-    "Unit",
     "Vocabulary",
     "bad_rows",
     "cut",
@@ -50,7 +50,7 @@ Column = Categories | NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class ScanUnit:
     """A byte range of a shard; a row, row group or frame belongs to the unit in which it begins."""
 
     start: int
@@ -58,7 +58,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Field:
+class PropertyField:
     """One property and where a row has it."""
 
     name: str
@@ -70,7 +70,7 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parser:
+class ParserSpec:
     """The user's function from a row to its properties."""
 
     path: str
@@ -90,19 +90,19 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fields:
+class ScanSpec:
     """What a scan looks at."""
 
     text: str | None
     """Dotted path to the document, and every row must have it; None: rows have none."""
-    properties: tuple[Field, ...] = ()
+    properties: tuple[PropertyField, ...] = ()
     documents: bool = False
     """Whether the texts themselves are wanted: to count tokens, or for functions over them."""
     skip_bad: bool = False
-    """Whether rows that cannot be read are listed in `Batch.bad` instead of ending the scan."""
+    """Whether rows that cannot be read are listed in `RowBatch.bad` instead of ending the scan."""
     rows: bool = False
     """Whether whole rows are wanted, for a parser."""
-    parser: Parser | None = None
+    parser: ParserSpec | None = None
     """Where properties come from instead of the row itself."""
     vocabulary: Vocabulary | None = None
     """For shards that hold token ids."""
@@ -113,7 +113,7 @@ class Fields:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranges:
+class BlockRanges:
     """Blocks of a shard, in order; shape (n,) each."""
 
     offset: NDArray[np.int64]
@@ -123,31 +123,31 @@ class Ranges:
     rows: NDArray[np.int64]
 
     @classmethod
-    def of(cls, ranges: list[tuple[int, int, int]]) -> "Ranges":
+    def of(cls, ranges: list[tuple[int, int, int]]) -> "BlockRanges":
         """From (offset, length, rows) of every block."""
         table = np.array(ranges, np.int64).reshape(-1, 3)
         return cls(offset=table[:, 0], length=table[:, 1], rows=table[:, 2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class RowBatch:
     """Consecutive rows of a unit, at most some megabytes of them."""
 
     rows: int
-    blocks: Ranges
+    blocks: BlockRanges
     """The blocks that end with one of these rows; the rows of a long block come in several batches."""
     columns: Mapping[str, Column]
     """Per property, shape (rows,)."""
     lengths: NDArray[np.int64] | None = None
     """Bytes of every row on disk, shape (rows,), adding up to the blocks'; None where rows have no byte range."""
     documents: list[str] | None = None
-    """The texts, when `Fields.documents` asked for them."""
+    """The texts, when `ScanSpec.documents` asked for them."""
     tokens: NDArray[np.int64] | None = None
     """Tokens of every row, shape (rows,), of formats that hold token ids."""
     raw: list[Any] | None = None
-    """The whole rows, when `Fields.rows` asked for them; anything for bad rows."""
+    """The whole rows, when `ScanSpec.rows` asked for them; anything for bad rows."""
     bad: tuple[tuple[int, str], ...] = ()
-    """With `Fields.skip_bad`, the rows that cannot be read: position in the batch, ascending, and the problem. They count as
+    """With `ScanSpec.skip_bad`, the rows that cannot be read: position in the batch, ascending, and the problem. They count as
     rows everywhere, so that the positions of all others stay right; columns and documents hold anything for them."""
 
 
@@ -237,11 +237,11 @@ class Format(Protocol):
         """Whether its readers are `TokenReader`s."""
         ...
 
-    def units(self, path: Path, size_bytes: int) -> list[Unit]:
+    def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         """Cut a shard into pieces that can be scanned independently; together they cover every row once."""
         ...
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         """Read the rows of one unit, in order.
 
         Args:
@@ -280,9 +280,9 @@ def open_shard(path: Path) -> int:
         raise DataError(f"{path} cannot be opened: {error.strerror}.\n  Run mixtera-hpc index verify.") from None
 
 
-def cut(size_bytes: int, unit_bytes: int) -> list[Unit]:
+def cut(size_bytes: int, unit_bytes: int) -> list[ScanUnit]:
     """Units of equal size, the last one shorter."""
-    return [Unit(start, min(start + unit_bytes, size_bytes)) for start in range(0, size_bytes, unit_bytes)]
+    return [ScanUnit(start, min(start + unit_bytes, size_bytes)) for start in range(0, size_bytes, unit_bytes)]
 
 
 def bad_rows(path: Path, bad: list[tuple[int, str]]) -> DataError:

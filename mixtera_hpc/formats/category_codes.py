@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import as_text
 
-__all__ = ["Categories", "encode", "map_values"]
+__all__ = ["Categories", "encode_categories", "map_categories"]
 
 Values = tuple[str, ...]
 """The values of one row, sorted, each once; empty for null."""
@@ -31,7 +31,7 @@ class Categories:
     """Shape (rows,)."""
 
 
-def encode(column: Sequence[Any]) -> Categories:
+def encode_categories(column: Sequence[Any]) -> Categories:
     """Code the raw values of a column: None, scalars, or tuples of scalars.
 
     Raises:
@@ -44,7 +44,7 @@ def encode(column: Sequence[Any]) -> Categories:
     return _merge_equal([_canonical(v) for v in codes], code)
 
 
-def map_values(column: Categories, change: Callable[[str], str | None]) -> Categories:
+def map_categories(column: Categories, change: Callable[[str], str | None]) -> Categories:
     """Put every value through `change`, once per distinct value; None drops it."""
     changed = [tuple(sorted({c for v in values if (c := change(v)) is not None})) for values in column.values]
     return _merge_equal(changed, column.code)

@@ -18,13 +18,13 @@ from pathlib import PurePosixPath
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.registry import SUFFIXES
 
-__all__ = ["is_origin", "origin_of"]
+__all__ = ["is_path_property", "path_property_value"]
 
 _WHOLE = ("__path__", "__name__", "__stem__", "__parent__", "__folder__", "__format__")
 _WITH_KEY = ("__folder__", "__partition__")
 
 
-def is_origin(path: str) -> bool:
+def is_path_property(path: str) -> bool:
     """Whether a property's path speaks of the shard and not of the row.
 
     Raises:
@@ -39,7 +39,7 @@ def is_origin(path: str) -> bool:
     raise ConfigError(f"{path!r} names nothing that a shard has; expected {wanted.get(name, name)}.")
 
 
-def origin_of(path: str, shard: str, format_name: str) -> str | None:
+def path_property_value(path: str, shard: str, format_name: str) -> str | None:
     """The value that `path` has for every row of `shard`; None where there is none.
 
     Args:

@@ -7,20 +7,20 @@ from pathlib import PurePath
 from mixtera_hpc.errors import ConfigError, did_you_mean
 from mixtera_hpc.formats.base import Format
 
-__all__ = ["SIDECAR", "SUFFIXES", "format_of", "load_format"]
+__all__ = ["SIDECAR_SUFFIX", "SUFFIXES", "format_name_of", "load_format"]
 
 _CLASSES = {
-    "jsonl": "mixtera_hpc.formats.readers.jsonl:Jsonl",
-    "jsonl.gz": "mixtera_hpc.formats.readers.jsonl_gz:JsonlGz",
-    "jsonl.zst": "mixtera_hpc.formats.readers.jsonl_zst:JsonlZst",
-    "jsonl.bz2": "mixtera_hpc.formats.readers.jsonl_bz2:JsonlBz2",
-    "jsonl.xz": "mixtera_hpc.formats.readers.jsonl_xz:JsonlXz",
-    "json": "mixtera_hpc.formats.readers.json_array:JsonArray",
-    "parquet": "mixtera_hpc.formats.readers.parquet:Parquet",
-    "arrow": "mixtera_hpc.formats.readers.arrow:Arrow",
-    "webdataset": "mixtera_hpc.formats.readers.webdataset:WebDataset",
-    "megatron": "mixtera_hpc.formats.readers.megatron:Megatron",
-    "text": "mixtera_hpc.formats.readers.plain_text:Text",
+    "jsonl": "mixtera_hpc.formats.readers.jsonl:JsonlFormat",
+    "jsonl.gz": "mixtera_hpc.formats.readers.jsonl_gz:JsonlGzFormat",
+    "jsonl.zst": "mixtera_hpc.formats.readers.jsonl_zst:JsonlZstFormat",
+    "jsonl.bz2": "mixtera_hpc.formats.readers.jsonl_bz2:JsonlBz2Format",
+    "jsonl.xz": "mixtera_hpc.formats.readers.jsonl_xz:JsonlXzFormat",
+    "json": "mixtera_hpc.formats.readers.json_array:JsonArrayFormat",
+    "parquet": "mixtera_hpc.formats.readers.parquet:ParquetFormat",
+    "arrow": "mixtera_hpc.formats.readers.arrow:ArrowFormat",
+    "webdataset": "mixtera_hpc.formats.readers.webdataset:WebDatasetFormat",
+    "megatron": "mixtera_hpc.formats.readers.megatron:MegatronFormat",
+    "text": "mixtera_hpc.formats.readers.plain_text:PlainTextFormat",
 }
 """Loaded when first used: pyarrow alone takes longer than the command's help."""
 
@@ -53,14 +53,14 @@ SUFFIXES: dict[str, str] = {
 """How a file's name ends, in lower case → the name of its format."""
 
 
-SIDECAR = ".sidecar.jsonl"
+SIDECAR_SUFFIX = ".sidecar.jsonl"
 """How files end that hold the properties of another file's documents."""
 
 
-def format_of(path: str) -> str | None:
+def format_name_of(path: str) -> str | None:
     """The name of the format of a file, None when its ending is unknown, or it only says something of another file."""
     name = PurePath(path).name.lower()
-    if name.endswith(SIDECAR):
+    if name.endswith(SIDECAR_SUFFIX):
         return None
     return next((fmt for suffix, fmt in SUFFIXES.items() if name.endswith(suffix)), None)
 

@@ -16,14 +16,23 @@ import numpy as np
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError, UserError
-from mixtera_hpc.formats.base import MAX_BAD_ROWS, Batch, Column, Field, Fields, Parser, Unit, Vocabulary
+from mixtera_hpc.formats.base import (
+    MAX_BAD_ROWS,
+    Column,
+    ParserSpec,
+    PropertyField,
+    RowBatch,
+    ScanSpec,
+    ScanUnit,
+    Vocabulary,
+)
 from mixtera_hpc.formats.batching.row_type import RowType
-from mixtera_hpc.formats.category_codes import Categories, map_values
-from mixtera_hpc.formats.path_properties import is_origin, origin_of
+from mixtera_hpc.formats.category_codes import Categories, map_categories
+from mixtera_hpc.formats.path_properties import is_path_property, path_property_value
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.user_functions import import_function, source_digest
 
-__all__ = ["ShardFile", "fields_of", "scan_shard"]
+__all__ = ["ShardFile", "scan_shard", "scan_spec_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +45,7 @@ class ShardFile:
     format: str
 
 
-def fields_of(data: DataConfig, *, documents: bool, vocabulary: Vocabulary | None = None) -> Fields:
+def scan_spec_of(data: DataConfig, *, documents: bool, vocabulary: Vocabulary | None = None) -> ScanSpec:
     """What a configuration wants of every row; properties sorted by name.
 
     Args:
@@ -48,11 +57,11 @@ def fields_of(data: DataConfig, *, documents: bool, vocabulary: Vocabulary | Non
             that cannot be imported.
     """
     properties = tuple(
-        Field(name=name, path=spec.path, kind=Kind(spec.kind), pattern=spec.pattern)
+        PropertyField(name=name, path=spec.path, kind=Kind(spec.kind), pattern=spec.pattern)
         for name, spec in sorted(data.properties.items())
         if spec.path is not None
     )
-    fields = Fields(
+    fields = ScanSpec(
         text=data.text,
         properties=properties,
         documents=documents,
@@ -65,11 +74,11 @@ def fields_of(data: DataConfig, *, documents: bool, vocabulary: Vocabulary | Non
     return fields
 
 
-def _parser(path: str) -> Parser:
-    return Parser(path=path, fingerprint=source_digest(import_function(path, "data.parser")))
+def _parser(path: str) -> ParserSpec:
+    return ParserSpec(path=path, fingerprint=source_digest(import_function(path, "data.parser")))
 
 
-def scan_shard(shard: ShardFile, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+def scan_shard(shard: ShardFile, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
     """Read the rows of one unit, as `Format.scan` does, with all properties.
 
     Raises:
@@ -85,24 +94,24 @@ def scan_shard(shard: ShardFile, unit: Unit, fields: Fields, block_rows: int) ->
         parsed.check()
 
 
-def _row_fields(fields: Fields) -> tuple[Field, ...]:
+def _row_fields(fields: ScanSpec) -> tuple[PropertyField, ...]:
     """The properties that rows (or what a parser makes of them) have; with a pattern they are read as text."""
-    rows = (f for f in fields.properties if not is_origin(f.path))
+    rows = (f for f in fields.properties if not is_path_property(f.path))
     return tuple(replace(f, kind=Kind.CATEGORY) if f.pattern and f.kind is Kind.NUMBER else f for f in rows)
 
 
-def _column(field: Field, batch: Batch, shard: ShardFile) -> Column:
-    column = batch.columns[field.name] if not is_origin(field.path) else _constant(field, batch.rows, shard)
+def _column(field: PropertyField, batch: RowBatch, shard: ShardFile) -> Column:
+    column = batch.columns[field.name] if not is_path_property(field.path) else _constant(field, batch.rows, shard)
     if field.pattern is not None and isinstance(column, Categories):
         search = re.compile(field.pattern).search
-        column = map_values(column, lambda value: _first_group(search(value)))
+        column = map_categories(column, lambda value: _first_group(search(value)))
     if field.kind is Kind.NUMBER and isinstance(column, Categories):
         return _numbers(field, column, shard)
     return column
 
 
-def _constant(field: Field, rows: int, shard: ShardFile) -> Categories:
-    value = origin_of(field.path, shard.path, shard.format)
+def _constant(field: PropertyField, rows: int, shard: ShardFile) -> Categories:
+    value = path_property_value(field.path, shard.path, shard.format)
     return Categories([() if value is None else (value,)], np.zeros(rows, np.int32))
 
 
@@ -113,7 +122,7 @@ def _first_group(match: "re.Match[str] | None") -> str | None:
     return found
 
 
-def _numbers(field: Field, column: Categories, shard: ShardFile) -> Column:
+def _numbers(field: PropertyField, column: Categories, shard: ShardFile) -> Column:
     try:
         values = [float(value[0]) if value else np.nan for value in column.values]
     except ValueError as error:
@@ -126,16 +135,16 @@ def _numbers(field: Field, column: Categories, shard: ShardFile) -> Column:
 class _Parsed:
     """Runs the user's parser over the rows of one unit."""
 
-    def __init__(self, shard: ShardFile, unit: Unit, fields: Fields) -> None:
+    def __init__(self, shard: ShardFile, unit: ScanUnit, fields: ScanSpec) -> None:
         self._shard, self._unit, self._skip = shard, unit, fields.skip_bad
         self._name = fields.parser.path if fields.parser else ""
         self._parser = import_function(self._name, "data.parser")
-        self._type = RowType(Fields(text=None, properties=_row_fields(fields)))
+        self._type = RowType(ScanSpec(text=None, properties=_row_fields(fields)))
         self._blank = self._type.blank()
         self._rows = 0
         self._bad: list[tuple[int, str]] = []
 
-    def add(self, batch: Batch) -> Batch:
+    def add(self, batch: RowBatch) -> RowBatch:
         """The batch with the columns of what the parser returns."""
         known, found, rows = {row for row, _ in batch.bad}, [], []
         for number, raw in enumerate(batch.raw or []):

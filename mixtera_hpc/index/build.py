@@ -12,10 +12,10 @@ from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.formats.base import Unit, Vocabulary
-from mixtera_hpc.formats.codecs.seek_points import folder_beside
+from mixtera_hpc.formats.base import ScanUnit, Vocabulary
+from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.shard_scan import fields_of
+from mixtera_hpc.formats.shard_scan import scan_spec_of
 from mixtera_hpc.index.attempt import Attempt, Plan, Records, attempt
 from mixtera_hpc.index.discover import Shard, discover, roots_of
 from mixtera_hpc.index.finish import Asked, BuildReport, finish
@@ -57,9 +57,9 @@ def scan_job(config: Config) -> ScanJob:
     tokenizer, functions = load_vocabulary(config.dataplane), Functions.of(config.data)
     vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
     documents = tokenizer is not None or bool(functions.all)
-    fields = fields_of(config.data, documents=documents, vocabulary=vocabulary)
+    fields = scan_spec_of(config.data, documents=documents, vocabulary=vocabulary)
     if config.index.seek_points:
-        fields = replace(fields, seek_folder=str(folder_beside(config.index.path)))
+        fields = replace(fields, seek_folder=str(seek_folder_of(config.index.path)))
     return ScanJob(
         roots=roots_of(config.data),
         fields=fields,
@@ -74,7 +74,7 @@ def scan_attempt(config: Config, job: ScanJob) -> Attempt:
 
     def scan(plan: Plan, number: int) -> Iterator[UnitPart]:
         shard, start, stop = plan.units[number]
-        return scan_unit(job, plan.shards[shard], Unit(start, stop))
+        return scan_unit(job, plan.shards[shard], ScanUnit(start, stop))
 
     tokenizer = job.tokenizer.fingerprint if job.tokenizer else None
     return Attempt(

@@ -19,10 +19,10 @@ from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
-from mixtera_hpc.formats.base import BlockRef, Column, Field, ShardReader
+from mixtera_hpc.formats.base import BlockRef, Column, PropertyField, ShardReader
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.seek_points import folder_beside
+from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.attempt import Attempt, Plan, Records, attempt
 from mixtera_hpc.index.functions import Functions
@@ -117,7 +117,7 @@ def _new(index: PropertyIndex, functions: Functions, again: bool) -> Functions:
     return Functions(wanted)
 
 
-def _is_new(index: PropertyIndex, field: Field) -> bool:
+def _is_new(index: PropertyIndex, field: PropertyField) -> bool:
     found = index.tables.properties.get(field.name)
     return found is None or found.kind != field.kind or index.sources[field.name] != f"function:{field.path}"
 
@@ -146,7 +146,7 @@ def _unit(index: PropertyIndex, combos: list[Combo | None], functions: Functions
     shard = int(index.tables.blocks.shard[first])
     path = index.data_root / index.shard_paths()[shard]
     reader = load_format(index.tables.shards.format[shard]).open(
-        path, index.text, BlockCache(seek_folders=[folder_beside(index.path)])
+        path, index.text, BlockCache(seek_folders=[seek_folder_of(index.path)])
     )
     try:
         found = list(_columns(index, part, functions, reader, first))
@@ -193,7 +193,9 @@ def _one(columns: list[Column]) -> Column:
     return Categories(list(values), np.concatenate(codes))
 
 
-def _with(part: UnitPart, names: list[str], fields: tuple[Field, ...], columns: Mapping[str, Column]) -> UnitPart:
+def _with(
+    part: UnitPart, names: list[str], fields: tuple[PropertyField, ...], columns: Mapping[str, Column]
+) -> UnitPart:
     """A part with more properties; one it has by that name is replaced."""
     numbers = {n: v for n, v in part.numbers.items() if n not in columns}
     zones = {n: z for n, z in part.zones.items() if n not in columns}
@@ -243,7 +245,7 @@ def _recombined(
 def _end(index: PropertyIndex, functions: Functions, plan: Plan, records: Records, began: float) -> DeriveReport:
     """Rank 0: merge, write, publish."""
     new = {field.name: field for field in functions.fields}
-    stored = {p.name: Field(name=p.name, path="", kind=Kind(p.kind)) for p in index.tables.properties.values()}
+    stored = {p.name: PropertyField(name=p.name, path="", kind=Kind(p.kind)) for p in index.tables.properties.values()}
     pieces: list[PlacedPiece] = [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
     merged = merge([field for _, field in sorted((stored | new).items())], pieces, (), index.chunk_rows)
     facts = IndexFacts(

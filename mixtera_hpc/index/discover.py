@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.registry import SUFFIXES, format_of, load_format
+from mixtera_hpc.formats.registry import SUFFIXES, format_name_of, load_format
 
 __all__ = ["Shard", "discover", "escapes", "fingerprint_of_shard", "roots_of"]
 
@@ -120,7 +120,7 @@ def _shards(
 
 def _format(path: str, pattern: str, data: DataConfig, all_stars: bool) -> str | None:
     """The format of a file; None when only stars matched it and it has none."""
-    name = format_of(path) if data.format == "auto" else data.format
+    name = format_name_of(path) if data.format == "auto" else data.format
     if name in ("text", "json") and all_stars and data.format == "auto":
         return None
     if name is None and not all_stars:

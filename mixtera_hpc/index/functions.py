@@ -14,8 +14,8 @@ import numpy as np
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Column, Field
-from mixtera_hpc.formats.category_codes import encode
+from mixtera_hpc.formats.base import Column, PropertyField
+from mixtera_hpc.formats.category_codes import encode_categories
 from mixtera_hpc.formats.user_functions import import_function, source_digest
 
 __all__ = ["DocumentFunction", "Functions"]
@@ -25,7 +25,7 @@ __all__ = ["DocumentFunction", "Functions"]
 class DocumentFunction:
     """One function and the property that it computes."""
 
-    field: Field
+    field: PropertyField
     """Its path is the function's name."""
     call: Callable[[list[str]], Sequence[Any]]
     source: str
@@ -50,12 +50,12 @@ class Functions:
         for name, spec in sorted(data.properties.items()):
             if spec.function:
                 call = import_function(spec.function, f"data.properties.{name}.function")
-                field = Field(name=name, path=spec.function, kind=Kind(spec.kind))
+                field = PropertyField(name=name, path=spec.function, kind=Kind(spec.kind))
                 found.append(DocumentFunction(field=field, call=call, source=source_digest(call)))
         return cls(tuple(found))
 
     @property
-    def fields(self) -> tuple[Field, ...]:
+    def fields(self) -> tuple[PropertyField, ...]:
         """The properties, sorted by name."""
         return tuple(function.field for function in self.all)
 
@@ -87,7 +87,7 @@ def _column(function: DocumentFunction, documents: list[str]) -> Column:
     try:
         if field.kind is Kind.NUMBER:
             return np.array([np.nan if v is None else v for v in values], np.float64)
-        return encode([_categorical(v, field.kind) for v in values])
+        return encode_categories([_categorical(v, field.kind) for v in values])
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{field.path} returned a value that is no {field.kind} of data.properties.{field.name}: {error}."

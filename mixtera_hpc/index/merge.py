@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.formats.base import Field
+from mixtera_hpc.formats.base import PropertyField
 from mixtera_hpc.index.layout import MAX_CHUNK_ROWS, MIN_CHUNK_ROWS, with_zero
 from mixtera_hpc.index.part import Combo, Summary, UnitPart
 
@@ -74,7 +74,10 @@ class Translated:
 
 
 def merge(
-    fields: Sequence[Field], pieces: Iterable[PlacedPiece], known: Sequence[Combo | None] = (), chunk_rows: int = 0
+    fields: Sequence[PropertyField],
+    pieces: Iterable[PlacedPiece],
+    known: Sequence[Combo | None] = (),
+    chunk_rows: int = 0,
 ) -> Merged:
     """The first pass.
 
@@ -169,7 +172,7 @@ class _Totals:
         return sum(-(-rows // chunk_rows) * chunk_rows * blocks for rows, blocks in self._block_rows.items())
 
 
-def _dictionary(field: Field, names: Sequence[str], combos: Sequence[Combo | None]) -> tuple[str, ...]:
+def _dictionary(field: PropertyField, names: Sequence[str], combos: Sequence[Combo | None]) -> tuple[str, ...]:
     if field.kind is Kind.NUMBER:
         return ()
     column = names.index(field.name)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Batch, Column, Field, Fields, Unit
+from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanSpec, ScanUnit
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
 from mixtera_hpc.index.discover import Shard, fingerprint_of_shard
@@ -40,7 +40,7 @@ class ScanJob:
 
     roots: Mapping[str, Path]
     """Dataset → the folder its shards are in; a single one is called ''."""
-    fields: Fields
+    fields: ScanSpec
     """What is read from rows."""
     functions: Functions
     """What is computed from documents."""
@@ -48,14 +48,14 @@ class ScanJob:
     tokenizer: Tokenizer | None
 
     @property
-    def properties(self) -> tuple[Field, ...]:
+    def properties(self) -> tuple[PropertyField, ...]:
         """All of them, sorted by name; `dataset` is one when roots have names."""
-        built_in = [] if "" in self.roots else [Field(name=DATASET, path="", kind=Kind.CATEGORY)]
+        built_in = [] if "" in self.roots else [PropertyField(name=DATASET, path="", kind=Kind.CATEGORY)]
         found = (*self.fields.properties, *self.functions.fields, *built_in)
         return tuple(sorted(found, key=lambda field: field.name))
 
 
-def scan_unit(job: ScanJob, shard: Shard, unit: Unit) -> Iterator[UnitPart]:
+def scan_unit(job: ScanJob, shard: Shard, unit: ScanUnit) -> Iterator[UnitPart]:
     """Read one unit; its parts, in order, at least one.
 
     Raises:
@@ -84,7 +84,7 @@ def scan_unit(job: ScanJob, shard: Shard, unit: Unit) -> Iterator[UnitPart]:
     yield rows.part(fingerprint)
 
 
-def _batches(job: ScanJob, shard: Shard, unit: Unit, rows: "_Rows") -> Iterator[Batch]:
+def _batches(job: ScanJob, shard: Shard, unit: ScanUnit, rows: "_Rows") -> Iterator[RowBatch]:
     """The batches of a unit; with bad samples skipped, those before the place where it is damaged."""
     path, file = shard.below(job.roots), ShardFile(root=job.roots[shard.dataset], path=shard.path, format=shard.format)
     try:
@@ -118,7 +118,7 @@ class _Rows:
         self.complete = 0
         """Of these, the rows of blocks that have ended."""
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: RowBatch) -> None:
         ranges = batch.blocks
         self._blocks.append(np.stack([ranges.offset, ranges.length, ranges.rows]))
         self.held += batch.rows
@@ -203,7 +203,7 @@ class _Rows:
         return codes[code]
 
 
-def _documents(batch: Batch, bad: Sequence[int]) -> list[str] | None:
+def _documents(batch: RowBatch, bad: Sequence[int]) -> list[str] | None:
     """The texts, empty for rows that cannot be read; None where there are none."""
     if batch.documents is None or not bad:
         return batch.documents

@@ -17,7 +17,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.errors import DataError, PropertyIndexError
 from mixtera_hpc.formats.base import BlockRef
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.seek_points import folder_beside
+from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.discover import fingerprint_of_shard
 from mixtera_hpc.index.open import PropertyIndex
@@ -134,7 +134,7 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     has_texts = index.text is not None and not load_format(tables.shards.format[shard]).holds_tokens
     first, last = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
     reader = load_format(tables.shards.format[shard]).open(
-        path, index.text, BlockCache(seek_folders=[folder_beside(index.path)])
+        path, index.text, BlockCache(seek_folders=[seek_folder_of(index.path)])
     )
     try:
         for block in _sampled(np.arange(first, last)).tolist():

@@ -1,4 +1,4 @@
-"""What every format must do. Give each check a `Case`, the format and how rows are written in it, and an empty folder.
+"""What every format must do. Give each check a `FormatCase`, the format and how rows are written in it, and an empty folder.
 
 A new format passes when all of `CHECKS` do: the same rows give the same properties, blocks that hold every row once, and
 the same documents back, whatever the file looks like inside.
@@ -15,23 +15,23 @@ import numpy as np
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import (
-    Batch,
     BlockRef,
-    Field,
-    Fields,
     Format,
+    PropertyField,
     RangeReader,
+    RowBatch,
+    ScanSpec,
     ShardReader,
     TokenReader,
     Vocabulary,
 )
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.positioned_reads import row_ranges
+from mixtera_hpc.formats.codecs.positioned_reads import row_byte_ranges
 
 __all__ = [
     "CHECKS",
-    "Case",
+    "FormatCase",
     "check_a_missing_shard_is_refused",
     "check_a_parser_gets_whole_rows",
     "check_bad_rows_are_listed_when_they_are_skipped",
@@ -45,8 +45,8 @@ __all__ = [
     "check_threads_share_a_reader",
     "check_units_partition_the_shard",
     "read_blocks",
-    "rows_of",
-    "scan",
+    "sample_rows",
+    "scan_whole_shard",
 ]
 
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class FormatCase:
     """A format, and what rows look like when they are written in it."""
 
     format: Format
@@ -73,14 +73,14 @@ class Case:
     texts_may_be_empty: bool = True
 
     @property
-    def fields(self) -> Fields:
+    def fields(self) -> ScanSpec:
         """What is asked of rows."""
         properties = (
-            Field(name="language", path=f"{self.below}meta.language", kind=Kind.CATEGORY),
-            Field(name="quality", path=f"{self.below}meta.quality", kind=Kind.NUMBER),
-            Field(name="tags", path=f"{self.below}tags", kind=Kind.CATEGORIES),
+            PropertyField(name="language", path=f"{self.below}meta.language", kind=Kind.CATEGORY),
+            PropertyField(name="quality", path=f"{self.below}meta.quality", kind=Kind.NUMBER),
+            PropertyField(name="tags", path=f"{self.below}tags", kind=Kind.CATEGORIES),
         )
-        return Fields(
+        return ScanSpec(
             text=self.text,
             properties=properties if self.has_properties else (),
             documents=True,
@@ -88,8 +88,8 @@ class Case:
         )
 
     def rows(self, num_rows: int) -> list[Row]:
-        """`rows_of`, within what the format can hold."""
-        rows = rows_of(num_rows)
+        """`sample_rows`, within what the format can hold."""
+        rows = sample_rows(num_rows)
         return rows if self.texts_may_be_empty else [r | {"text": r["text"] or "-"} for r in rows]
 
     def document(self, row: Row) -> Any:
@@ -97,7 +97,7 @@ class Case:
         return list(self.encode(row["text"])) if self.encode else row["text"]
 
 
-def rows_of(num_rows: int, seed: int = 0) -> list[Row]:
+def sample_rows(num_rows: int, seed: int = 0) -> list[Row]:
     """Rows with nested, missing, null and multi-valued properties, and texts from empty to long, of many scripts."""
     rng = np.random.Generator(np.random.Philox(seed))
     letters = list('abc é€漢字🙂\n\t"\\ ،0')
@@ -111,13 +111,13 @@ def rows_of(num_rows: int, seed: int = 0) -> list[Row]:
     return rows
 
 
-def scan(fmt: Format, path: Path, fields: Fields) -> list[Batch]:
+def scan_whole_shard(fmt: Format, path: Path, fields: ScanSpec) -> list[RowBatch]:
     """All batches of all units of a shard, in order."""
     units = fmt.units(path, path.stat().st_size)
     return [batch for unit in units for batch in fmt.scan(path, unit, fields, BLOCK_ROWS)]
 
 
-def read_blocks(batches: Sequence[Batch]) -> list[tuple[BlockRef, Any]]:
+def read_blocks(batches: Sequence[RowBatch]) -> list[tuple[BlockRef, Any]]:
     """Every block of a shard's batches, with the lengths of its rows (zeros where the format has none)."""
     per_batch = [np.zeros(b.rows, np.int64) if b.lengths is None else b.lengths for b in batches]
     lengths = np.concatenate([np.zeros(0, np.int64), *per_batch])
@@ -136,27 +136,27 @@ class _Stored:
 
     path: Path
     rows: list[Row]
-    batches: list[Batch]
+    batches: list[RowBatch]
 
 
-def _stored(case: Case, folder: Path, rows: list[Row], fields: Fields | None = None) -> list[_Stored]:
+def _stored(case: FormatCase, folder: Path, rows: list[Row], fields: ScanSpec | None = None) -> list[_Stored]:
     folder.mkdir(exist_ok=True)
     paths = case.write(folder, rows)
     parts = [rows] if len(paths) == 1 else [[row] for row in rows]
     return [
-        _Stored(path, part, scan(case.format, path, fields or case.fields))
+        _Stored(path, part, scan_whole_shard(case.format, path, fields or case.fields))
         for path, part in zip(paths, parts, strict=True)
     ]
 
 
-def _read(case: Case, reader: ShardReader, block: BlockRef, lengths: Any, rows: Any) -> list[Any]:
+def _read(case: FormatCase, reader: ShardReader, block: BlockRef, lengths: Any, rows: Any) -> list[Any]:
     """Documents, whatever they are made of."""
     if case.format.holds_tokens:
         return [ids.tolist() for ids in cast(TokenReader, reader).tokens(block, rows)]
     return reader.documents(block, lengths, rows)
 
 
-def check_units_partition_the_shard(case: Case, folder: Path) -> None:
+def check_units_partition_the_shard(case: FormatCase, folder: Path) -> None:
     """Units follow each other and cover the file."""
     for path in case.write(folder, case.rows(500)):
         size = path.stat().st_size
@@ -166,7 +166,7 @@ def check_units_partition_the_shard(case: Case, folder: Path) -> None:
         _same([a for a, _ in bounds[1:]], [b for _, b in bounds[:-1]], "units begin where the one before ends:")
 
 
-def check_blocks_partition_the_rows(case: Case, folder: Path) -> None:
+def check_blocks_partition_the_rows(case: FormatCase, folder: Path) -> None:
     """Every row is in one block; lengths of rows, where there are any, add up to those of blocks."""
     for shard in _stored(case, folder, case.rows(500)):
         _same(sum(b.rows for b in shard.batches), len(shard.rows), "rows")
@@ -177,7 +177,7 @@ def check_blocks_partition_the_rows(case: Case, folder: Path) -> None:
             _same(sums, [block.length for block, _ in blocks], "bytes of blocks")
 
 
-def check_properties_are_those_of_the_rows(case: Case, folder: Path) -> None:
+def check_properties_are_those_of_the_rows(case: FormatCase, folder: Path) -> None:
     """Categories, sets of categories and numbers come out as they went in, null included."""
     if not case.has_properties:
         return
@@ -189,7 +189,7 @@ def check_properties_are_those_of_the_rows(case: Case, folder: Path) -> None:
         _same(np.array_equal(quality, expected, equal_nan=True), True, "quality as it was")
 
 
-def check_documents_read_back(case: Case, folder: Path) -> None:
+def check_documents_read_back(case: FormatCase, folder: Path) -> None:
     """Texts (or token ids) are those of the rows: while scanning, block by block, and for a few rows of a block."""
     for shard in _stored(case, folder, case.rows(500)):
         documents = [case.document(row) for row in shard.rows]
@@ -210,12 +210,12 @@ def check_documents_read_back(case: Case, folder: Path) -> None:
         reader.close()
 
 
-def check_rows_have_their_bytes(case: Case, folder: Path) -> None:
+def check_rows_have_their_bytes(case: FormatCase, folder: Path) -> None:
     """A reader that takes byte ranges finds the rows of several blocks in one call."""
     for shard in _stored(case, folder, case.rows(300)):
         reader = case.format.open(shard.path, case.text, BlockCache())
         if isinstance(reader, RangeReader):
-            ranges = [row_ranges(b, n, np.arange(b.rows)) for b, n in read_blocks(shard.batches)]
+            ranges = [row_byte_ranges(b, n, np.arange(b.rows)) for b, n in read_blocks(shard.batches)]
             starts, lengths = (np.concatenate(part)[::2] for part in zip(*ranges, strict=True))
             _same(reader.documents_at(starts, lengths), [case.document(r) for r in shard.rows[::2]], "texts by bytes")
             expected = [case.payload(i, r) for i, r in enumerate(shard.rows)][::2]
@@ -223,7 +223,7 @@ def check_rows_have_their_bytes(case: Case, folder: Path) -> None:
         reader.close()
 
 
-def check_payloads_read_back(case: Case, folder: Path) -> None:
+def check_payloads_read_back(case: FormatCase, folder: Path) -> None:
     """Whole rows come back."""
     for shard in _stored(case, folder, case.rows(200)):
         payloads = [case.payload(i, row) for i, row in enumerate(shard.rows)]
@@ -235,7 +235,7 @@ def check_payloads_read_back(case: Case, folder: Path) -> None:
         reader.close()
 
 
-def check_a_parser_gets_whole_rows(case: Case, folder: Path) -> None:
+def check_a_parser_gets_whole_rows(case: FormatCase, folder: Path) -> None:
     """With `rows`, whole rows come with the batches."""
     fields = replace(case.fields, properties=(), rows=True)
     for shard in _stored(case, folder, case.rows(200), fields):
@@ -247,7 +247,7 @@ def check_a_parser_gets_whole_rows(case: Case, folder: Path) -> None:
             _same(tags, [row["tags"] for row in shard.rows], "what a parser sees")
 
 
-def check_missing_text_is_refused(case: Case, folder: Path) -> None:
+def check_missing_text_is_refused(case: FormatCase, folder: Path) -> None:
     """A row that cannot be read is named."""
     rows = case.rows(100)
     rows[42]["text"] = None
@@ -255,7 +255,7 @@ def check_missing_text_is_refused(case: Case, folder: Path) -> None:
     shard, row = (paths[0], 42) if len(paths) == 1 else (paths[42], 0)
     for documents in (False, True):
         try:
-            scan(case.format, shard, replace(case.fields, documents=documents))
+            scan_whole_shard(case.format, shard, replace(case.fields, documents=documents))
         except DataError as error:
             notes = " ".join(error.__notes__)
             _same(f"row={row}:" in notes and str(shard) in notes, True, f"{notes} names row {row} of {shard}:")
@@ -263,7 +263,7 @@ def check_missing_text_is_refused(case: Case, folder: Path) -> None:
             raise AssertionError("a row whose text is null was accepted")
 
 
-def check_bad_rows_are_listed_when_they_are_skipped(case: Case, folder: Path) -> None:
+def check_bad_rows_are_listed_when_they_are_skipped(case: FormatCase, folder: Path) -> None:
     """With `skip_bad`, rows that cannot be read are listed, and all others read as if they were not there."""
     rows, bad = case.rows(500), [0, 42, 43, 499]
     for row in bad:
@@ -288,7 +288,7 @@ def check_bad_rows_are_listed_when_they_are_skipped(case: Case, folder: Path) ->
         reader.close()
 
 
-def check_a_missing_shard_is_refused(case: Case, folder: Path) -> None:
+def check_a_missing_shard_is_refused(case: FormatCase, folder: Path) -> None:
     """Opening a file that is not there is the user's affair, not a traceback."""
     try:
         case.format.open(folder / "gone.bin", case.text, BlockCache())
@@ -298,7 +298,7 @@ def check_a_missing_shard_is_refused(case: Case, folder: Path) -> None:
         raise AssertionError("a missing shard was opened")
 
 
-def check_every_cut_is_refused_or_shorter(case: Case, folder: Path) -> None:
+def check_every_cut_is_refused_or_shorter(case: FormatCase, folder: Path) -> None:
     """Of a file that was cut off, scanning raises a DataError that names it, or finds no more than its first rows."""
     rows = case.rows(40)
     shard = case.write(folder, rows)[0]
@@ -306,7 +306,7 @@ def check_every_cut_is_refused_or_shorter(case: Case, folder: Path) -> None:
     for size in np.linspace(0, len(data) - 1, 60).astype(int).tolist():
         shard.write_bytes(data[:size])
         try:
-            batches = scan(case.format, shard, case.fields)
+            batches = scan_whole_shard(case.format, shard, case.fields)
         except DataError as error:
             _same(shard.stem in str(error), True, f"{error} names the file:")
             continue
@@ -321,7 +321,7 @@ def check_every_cut_is_refused_or_shorter(case: Case, folder: Path) -> None:
         )
 
 
-def check_threads_share_a_reader(case: Case, folder: Path) -> None:
+def check_threads_share_a_reader(case: FormatCase, folder: Path) -> None:
     """Many threads read different blocks through one reader, with a cache too small for all."""
     for shard in _stored(case, folder, case.rows(400))[:3]:
         blocks = read_blocks(shard.batches)
@@ -362,7 +362,7 @@ def _set(value: str | None) -> tuple[str, ...]:
     return () if value is None else (value,)
 
 
-def _categories(batches: Sequence[Batch], name: str) -> list[tuple[str, ...]]:
+def _categories(batches: Sequence[RowBatch], name: str) -> list[tuple[str, ...]]:
     found = []
     for batch in batches:
         column = batch.columns[name]

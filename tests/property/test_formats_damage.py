@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import UserError
-from mixtera_hpc.formats.base import Field, Fields, Vocabulary
+from mixtera_hpc.formats.base import PropertyField, ScanSpec, Vocabulary
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import read_blocks, rows_of, scan
+from mixtera_hpc.testing.formats import read_blocks, sample_rows, scan_whole_shard
 from mixtera_hpc.testing.writers import (
     write_arrow,
     write_arrow_stream,
@@ -27,7 +27,7 @@ from mixtera_hpc.testing.writers import (
     write_tokens,
 )
 
-ROWS = rows_of(60)
+ROWS = sample_rows(60)
 FORMATS = {
     "jsonl": ("jsonl", write_jsonl, "text", ""),
     "json": ("json", write_json, "text", ""),
@@ -44,23 +44,23 @@ FORMATS = {
 }
 
 
-def fields(text: str | None, below: str) -> Fields:
-    return Fields(
+def fields(text: str | None, below: str) -> ScanSpec:
+    return ScanSpec(
         text=text,
         properties=(
-            Field(name="language", path=f"{below}meta.language", kind=Kind.CATEGORY),
-            Field(name="quality", path=f"{below}meta.quality", kind=Kind.NUMBER),
-            Field(name="tags", path=f"{below}tags", kind=Kind.CATEGORIES),
+            PropertyField(name="language", path=f"{below}meta.language", kind=Kind.CATEGORY),
+            PropertyField(name="quality", path=f"{below}meta.quality", kind=Kind.NUMBER),
+            PropertyField(name="tags", path=f"{below}tags", kind=Kind.CATEGORIES),
         ),
         documents=True,
         vocabulary=Vocabulary(size=256, eos_id=0),
     )
 
 
-def look(name: str, shard: Path, wanted: Fields) -> None:
+def look(name: str, shard: Path, wanted: ScanSpec) -> None:
     """Scan a shard and read all of it, as a build and a run would."""
     fmt = load_format(name)
-    blocks = read_blocks(scan(fmt, shard, wanted))
+    blocks = read_blocks(scan_whole_shard(fmt, shard, wanted))
     reader: Any = fmt.open(shard, wanted.text, BlockCache())
     for block, lengths in blocks:
         if fmt.holds_tokens:

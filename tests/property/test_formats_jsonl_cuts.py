@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.formats.base import Field, Fields
+from mixtera_hpc.formats.base import PropertyField, ScanSpec
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.readers.jsonl import Jsonl
+from mixtera_hpc.formats.readers.jsonl import JsonlFormat
 from mixtera_hpc.testing.formats import read_blocks
 
-FIELDS = Fields(text="a.text", properties=(Field(name="kind", path="a.kind", kind=Kind.CATEGORY),), documents=True)
+FIELDS = ScanSpec(
+    text="a.text", properties=(PropertyField(name="kind", path="a.kind", kind=Kind.CATEGORY),), documents=True
+)
 texts = st.one_of(st.text(max_size=12), st.text('x🙂{}"\\', max_size=300))
 rows = st.tuples(texts, st.one_of(st.none(), st.text(max_size=3), st.integers(), st.booleans()))
 ends = st.sampled_from(["\n", "\r\n", "\n\n", "\n  \n\t\n", " \n"])
@@ -41,7 +43,7 @@ def test_every_row_comes_out_once_and_reads_back(
     encoded = [json.dumps({"z": [1], "a": {"text": t, "kind": k}}, ensure_ascii=False) + end for (t, k), end in lines]
     content = (head + "".join(encoded)).encode("utf-8", "strict")
     content = content if ends_with_newline else content.rstrip()
-    fmt = Jsonl(unit_bytes=unit_bytes, piece_bytes=piece_bytes)
+    fmt = JsonlFormat(unit_bytes=unit_bytes, segment_bytes=piece_bytes)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "shard.jsonl"
         path.write_bytes(content)

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Fields
-from mixtera_hpc.formats.readers.arrow import Arrow
+from mixtera_hpc.formats.base import ScanSpec
+from mixtera_hpc.formats.readers.arrow import ArrowFormat
 
 
 def test_a_damaged_batch_is_the_matter_of_its_own_unit(tmp_path: Path) -> None:
@@ -20,11 +20,11 @@ def test_a_damaged_batch_is_the_matter_of_its_own_unit(tmp_path: Path) -> None:
     content, offsets = path.read_bytes(), np.array([0, 4, 8, 12], "<i4")
     damaged = content.replace(offsets.tobytes(), (offsets * [0, 99, 0, 1]).astype("<i4").tobytes(), 1)
     path.write_bytes(damaged)
-    fmt = Arrow(unit_bytes=len(content) // 2)
+    fmt = ArrowFormat(unit_bytes=len(content) // 2)
     first, second = fmt.units(path, len(content))[:2]
     with pytest.raises(DataError, match="record batch 0 cannot be read"):
-        list(fmt.scan(path, first, Fields(text="text", documents=True), 256))
-    (batch,) = fmt.scan(path, second, Fields(text="text", documents=True), 256)
+        list(fmt.scan(path, first, ScanSpec(text="text", documents=True), 256))
+    (batch,) = fmt.scan(path, second, ScanSpec(text="text", documents=True), 256)
     assert batch.documents == ["aaaa", "bbbb", "cccc"]
 
 
@@ -33,8 +33,8 @@ def test_a_null_entry_of_a_dictionary_is_no_text(tmp_path: Path) -> None:
     texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["a", None]))
     with pa.ipc.new_file(path, pa.schema({"text": texts.type})) as file:
         file.write_batch(pa.record_batch({"text": texts}))
-    (unit,) = Arrow().units(path, path.stat().st_size)
-    (batch,) = Arrow().scan(path, unit, Fields(text="text", documents=True, skip_bad=True), 256)
+    (unit,) = ArrowFormat().units(path, path.stat().st_size)
+    (batch,) = ArrowFormat().scan(path, unit, ScanSpec(text="text", documents=True, skip_bad=True), 256)
     assert batch.documents == ["a", "", "a"] and batch.bad == ((1, "'text' is null"),)
 
 
@@ -47,8 +47,8 @@ def test_what_decodes_to_too_much_is_refused(new: Any, message: str, tmp_path: P
     for codec, is_refused in ((None, False), ("zstd", True)):
         with new(path, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec)) as file:
             file.write_table(table, max_chunksize=1)
-        (unit,) = Arrow().units(path, path.stat().st_size)
-        scan = Arrow().scan(path, unit, Fields(text="text", max_block_bytes=100_000), 256)
+        (unit,) = ArrowFormat().units(path, path.stat().st_size)
+        scan = ArrowFormat().scan(path, unit, ScanSpec(text="text", max_block_bytes=100_000), 256)
         if is_refused:
             with pytest.raises(DataError, match=rf"{message} decodes to more than data\.max_block_bytes=100000"):
                 list(scan)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixtera_hpc.formats.category_codes import encode
+from mixtera_hpc.formats.category_codes import encode_categories
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from mixtera_hpc.formats.category_codes import encode
     ],
 )
 def test_values_become_sorted_texts(values: list[Any], expected: list[tuple[str, ...]]) -> None:
-    column = encode(values)
+    column = encode_categories(values)
     assert [column.values[c] for c in column.code] == expected
     assert len(set(column.values)) == len(column.values), "no value has two codes"
     assert column.code.dtype == np.int32

@@ -10,12 +10,12 @@ import pytest
 import zstandard
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Batch, Fields
+from mixtera_hpc.formats.base import RowBatch, ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.testing.formats import read_blocks
 
-FIELDS = Fields(text="text", documents=True)
+FIELDS = ScanSpec(text="text", documents=True)
 SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"table"
 
 
@@ -23,7 +23,7 @@ def lines(*texts: str) -> bytes:
     return b"".join(json.dumps({"text": t}).encode() + b"\n" for t in texts)
 
 
-def scan(path: Path, name: str) -> list[Batch]:
+def scan(path: Path, name: str) -> list[RowBatch]:
     fmt = load_format(name)
     return [b for u in fmt.units(path, path.stat().st_size) for b in fmt.scan(path, u, FIELDS, 256)]
 

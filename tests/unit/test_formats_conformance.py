@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from mixtera_hpc.formats.registry import SUFFIXES, load_format
-from mixtera_hpc.testing.formats import CHECKS, Case
+from mixtera_hpc.testing.formats import CHECKS, FormatCase
 from mixtera_hpc.testing.writers import (
     PIXELS,
     json_lines,
@@ -34,9 +34,9 @@ def frames_mid_line(folder: Path, rows: Rows) -> list[Path]:
     return [folder / "shard.jsonl.zst"]
 
 
-def compressed(ending: str, frame_rows: int | None = None) -> Case:
+def compressed(ending: str, frame_rows: int | None = None) -> FormatCase:
     write = partial(write_compressed, ending=ending, frame_rows=frame_rows)
-    return Case(format=load_format(f"jsonl.{ending}"), write=write)
+    return FormatCase(format=load_format(f"jsonl.{ending}"), write=write)
 
 
 def sample(number: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -46,31 +46,33 @@ def sample(number: int, row: dict[str, Any]) -> dict[str, Any]:
 
 
 CASES = {
-    "jsonl": Case(format=load_format("jsonl"), write=write_jsonl),
-    "json": Case(format=load_format("json"), write=write_json),
+    "jsonl": FormatCase(format=load_format("jsonl"), write=write_jsonl),
+    "json": FormatCase(format=load_format("json"), write=write_json),
     **{f"jsonl.{e}": compressed(e) for e in ("gz", "bz2", "xz", "zst")},
     **{f"jsonl.{e} of many frames": compressed(e, 37) for e in ("gz", "bz2", "xz", "zst")},
-    "jsonl.zst cut anywhere": Case(format=load_format("jsonl.zst"), write=frames_mid_line),
-    "parquet": Case(format=load_format("parquet"), write=write_parquet),
-    "arrow": Case(format=load_format("arrow"), write=write_arrow),
-    "arrow, compressed": Case(format=load_format("arrow"), write=partial(write_arrow, compression="zstd")),
-    "arrow, as a stream": Case(format=load_format("arrow"), write=write_arrow_stream),
-    "webdataset": Case(format=load_format("webdataset"), write=write_tar, text="txt", below="json.", payload=sample),
-    "text": Case(
+    "jsonl.zst cut anywhere": FormatCase(format=load_format("jsonl.zst"), write=frames_mid_line),
+    "parquet": FormatCase(format=load_format("parquet"), write=write_parquet),
+    "arrow": FormatCase(format=load_format("arrow"), write=write_arrow),
+    "arrow, compressed": FormatCase(format=load_format("arrow"), write=partial(write_arrow, compression="zstd")),
+    "arrow, as a stream": FormatCase(format=load_format("arrow"), write=write_arrow_stream),
+    "webdataset": FormatCase(
+        format=load_format("webdataset"), write=write_tar, text="txt", below="json.", payload=sample
+    ),
+    "text": FormatCase(
         format=load_format("text"),
         write=write_text,
         has_properties=False,
         texts_may_be_empty=False,
         payload=lambda _, row: {"text": row["text"]},
     ),
-    "megatron": Case(
+    "megatron": FormatCase(
         format=load_format("megatron"),
         write=write_tokens,
         text=None,
         encode=str.encode,
         payload=lambda _, row: {"tokens": list(row["text"].encode())},
     ),
-    "megatron of int32": Case(
+    "megatron of int32": FormatCase(
         format=load_format("megatron"),
         write=partial(write_tokens, dtype="<i4"),
         text=None,
@@ -82,7 +84,7 @@ CASES = {
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("kind", CASES)
-def test_format_conforms(kind: str, check: Callable[[Case, Path], None], tmp_path: Path) -> None:
+def test_format_conforms(kind: str, check: Callable[[FormatCase, Path], None], tmp_path: Path) -> None:
     check(CASES[kind], tmp_path)
 
 

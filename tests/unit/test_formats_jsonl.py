@@ -9,21 +9,21 @@ import pytest
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.base import BlockRef, Field, Fields
+from mixtera_hpc.formats.base import BlockRef, PropertyField, ScanSpec
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
-from mixtera_hpc.formats.readers.jsonl import Jsonl
-from mixtera_hpc.formats.registry import format_of, load_format
+from mixtera_hpc.formats.readers.jsonl import JsonlFormat
+from mixtera_hpc.formats.registry import format_name_of, load_format
 from mixtera_hpc.testing.formats import read_blocks
 
-LANGUAGE = Field(name="language", path="meta.language", kind=Kind.CATEGORY)
-QUALITY = Field(name="quality", path="quality", kind=Kind.NUMBER)
+LANGUAGE = PropertyField(name="language", path="meta.language", kind=Kind.CATEGORY)
+QUALITY = PropertyField(name="quality", path="quality", kind=Kind.NUMBER)
 
 
-def scan(path: Path, *properties: Field, text: str = "text", fmt: Jsonl | None = None) -> list[str]:
-    fmt = fmt or Jsonl()
-    fields = Fields(text=text, properties=properties, documents=True)
+def scan(path: Path, *properties: PropertyField, text: str = "text", fmt: JsonlFormat | None = None) -> list[str]:
+    fmt = fmt or JsonlFormat()
+    fields = ScanSpec(text=text, properties=properties, documents=True)
     batches = [b for u in fmt.units(path, path.stat().st_size) for b in fmt.scan(path, u, fields, 4)]
     return [d for b in batches for d in b.documents or []]
 
@@ -72,7 +72,7 @@ def test_the_first_ten_bad_rows_are_named_and_no_more(tmp_path: Path) -> None:
 def test_bad_rows_of_a_later_unit_are_counted_from_the_start_of_the_shard(tmp_path: Path) -> None:
     path = written(tmp_path, *['{"text": "x"}\n' if i != 41 else "oops" for i in range(60)])
     with pytest.raises(DataError) as caught:
-        scan(path, fmt=Jsonl(unit_bytes=100, piece_bytes=32))
+        scan(path, fmt=JsonlFormat(unit_bytes=100, segment_bytes=32))
     assert "row=41: " in caught.value.__notes__[0]
 
 
@@ -85,7 +85,7 @@ def test_two_rows_on_one_line_and_one_row_on_two_lines_do_not_cancel_out(tmp_pat
 def test_a_line_longer_than_a_unit_belongs_to_the_unit_where_it_begins(tmp_path: Path) -> None:
     texts = ["a" * 10, "b" * 5000, "c"]
     path = written(tmp_path, *[json.dumps({"text": t}) for t in texts])
-    assert scan(path, fmt=Jsonl(unit_bytes=64, piece_bytes=16)) == texts
+    assert scan(path, fmt=JsonlFormat(unit_bytes=64, segment_bytes=16)) == texts
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 64, 1000])
@@ -93,7 +93,7 @@ def test_every_size_of_unit_gives_every_row_once(piece_bytes: int, tmp_path: Pat
     texts = ["", "b", "long " * 8, "d"]
     path = written(tmp_path, "", *[json.dumps({"text": t}) for t in texts], " ")
     for unit_bytes in range(1, path.stat().st_size + 2):
-        assert scan(path, fmt=Jsonl(unit_bytes=unit_bytes, piece_bytes=piece_bytes)) == texts, unit_bytes
+        assert scan(path, fmt=JsonlFormat(unit_bytes=unit_bytes, segment_bytes=piece_bytes)) == texts, unit_bytes
 
 
 def test_the_text_may_lie_deep_in_the_row(tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_property_below_a_null_parent_is_null(tmp_path: Path) -> None:
     path = written(
         tmp_path, '{"text": "x", "meta": null}', '{"text": "x", "meta": {"language": "en"}}', '{"text": "x"}'
     )
-    fields = Fields(text="text", properties=(LANGUAGE,))
-    (batch, _) = Jsonl().scan(path, Jsonl().units(path, 200)[0], fields, 4)
+    fields = ScanSpec(text="text", properties=(LANGUAGE,))
+    (batch, _) = JsonlFormat().scan(path, JsonlFormat().units(path, 200)[0], fields, 4)
     column = batch.columns["language"]
     assert not isinstance(column, np.ndarray)
     assert [column.values[c] for c in column.code] == [(), ("en",), ()]
@@ -116,14 +116,14 @@ def test_a_property_below_a_null_parent_is_null(tmp_path: Path) -> None:
 def test_only_wanted_rows_are_read_again(tmp_path: Path) -> None:
     rows = [json.dumps({"text": f"{i}" * 50_000}) for i in range(8)]
     path = written(tmp_path, *rows)
-    fields = Fields(text="text")
-    blocks = read_blocks([b for u in Jsonl().units(path, 10**6) for b in Jsonl().scan(path, u, fields, 8)])
+    fields = ScanSpec(text="text")
+    blocks = read_blocks([b for u in JsonlFormat().units(path, 10**6) for b in JsonlFormat().scan(path, u, fields, 8)])
     (block, lengths), *_ = blocks
     with path.open("r+b") as file:  # Everything but rows 1 and 6 is destroyed: reading it would fail.
         for row in (0, 2, 3, 4, 5, 7):
             file.seek(int(lengths[:row].sum()))
             file.write(b"!" * int(lengths[row]))
-    reader = Jsonl().open(path, "text", BlockCache())
+    reader = JsonlFormat().open(path, "text", BlockCache())
     assert reader.documents(block, lengths, np.array([1, 6])) == ["1" * 50_000, "6" * 50_000]
     reader.close()
 
@@ -135,7 +135,7 @@ def test_a_shard_that_changed_is_refused_when_read(damage: str, tmp_path: Path) 
     lengths = np.full(4, block.length // 4)
     content = path.read_bytes()
     path.write_bytes({"cut": content[:50], "shift": b"  " + content, "emptied": b""}[damage])
-    reader = Jsonl().open(path, "text", BlockCache())
+    reader = JsonlFormat().open(path, "text", BlockCache())
     for rows in ([0, 1, 2, 3], [1, 3]):
         with pytest.raises(DataError, match=r"not what it was when it was indexed(.|\n)*index verify"):
             reader.documents(block, lengths, np.array(rows))
@@ -153,14 +153,14 @@ def test_a_shard_that_changed_is_refused_when_read(damage: str, tmp_path: Path) 
     ],
 )
 def test_paths_that_contradict_each_other_are_refused(paths: list[str], message: str) -> None:
-    properties = tuple(Field(name=f"p{i}", path=p, kind=Kind.CATEGORY) for i, p in enumerate(paths))
+    properties = tuple(PropertyField(name=f"p{i}", path=p, kind=Kind.CATEGORY) for i, p in enumerate(paths))
     with pytest.raises(ConfigError, match=message):
-        RowType(Fields(text="text", properties=properties))
+        RowType(ScanSpec(text="text", properties=properties))
 
 
 def test_two_properties_may_read_the_same_path(tmp_path: Path) -> None:
     path = written(tmp_path, '{"text": "x", "meta": {"language": "en"}}')
-    twin = Field(name="twin", path="meta.language", kind=Kind.CATEGORY)
+    twin = PropertyField(name="twin", path="meta.language", kind=Kind.CATEGORY)
     assert scan(path, LANGUAGE, twin) == ["x"]
 
 
@@ -179,7 +179,7 @@ def test_two_properties_may_read_the_same_path(tmp_path: Path) -> None:
     ],
 )
 def test_a_format_is_known_by_the_end_of_the_name(name: str, expected: str | None) -> None:
-    assert format_of(name) == expected
+    assert format_name_of(name) == expected
 
 
 def test_an_unknown_format_is_refused_with_near_misses() -> None:

@@ -11,19 +11,19 @@ import pytest
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Field, Fields
+from mixtera_hpc.formats.base import PropertyField, ScanSpec
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.readers.parquet import Parquet
+from mixtera_hpc.formats.readers.parquet import ParquetFormat
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import read_blocks, scan
+from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
 
 
 def column(path: Path, kind: Kind, name: str = "p") -> list[Any]:
     """The values of one property in all rows."""
-    fields = Fields(text="text", properties=(Field(name="x", path=name, kind=kind),))
+    fields = ScanSpec(text="text", properties=(PropertyField(name="x", path=name, kind=kind),))
     found: list[Any] = []
-    for batch in scan(Parquet(), path, fields):
+    for batch in scan_whole_shard(ParquetFormat(), path, fields):
         values = batch.columns["x"]
         found += [values.values[c] for c in values.code] if isinstance(values, Categories) else values.tolist()
     return found
@@ -98,10 +98,10 @@ def test_a_column_of_another_kind_is_refused(values: Any, kind: Kind, message: s
 
 def test_row_groups_are_blocks_and_units_share_them(tmp_path: Path) -> None:
     path = written(tmp_path, pa.array([str(i) for i in range(100)]), row_group_size=7, use_dictionary=False)
-    fields, footer = Fields(text="text", documents=True), pq.read_metadata(path)
+    fields, footer = ScanSpec(text="text", documents=True), pq.read_metadata(path)
     begins = [footer.row_group(i).column(0).data_page_offset for i in range(15)]
     for unit_bytes in (300, 10**9, *begins[:5]):
-        blocks = read_blocks(scan(Parquet(unit_bytes=unit_bytes), path, fields))
+        blocks = read_blocks(scan_whole_shard(ParquetFormat(unit_bytes=unit_bytes), path, fields))
         assert [(b.offset, b.rows) for b, _ in blocks] == [(i, 7) for i in range(14)] + [(14, 2)]
 
 
@@ -111,35 +111,35 @@ def test_rows_without_text_are_named_with_or_without_statistics(statistics: bool
     texts = [None if i in (3, 8) else "t" for i in range(10)]
     pq.write_table(pa.table({"text": texts}), path, row_group_size=4, write_statistics=statistics)
     with pytest.raises(DataError) as caught:
-        scan(Parquet(), path, Fields(text="text"))
+        scan_whole_shard(ParquetFormat(), path, ScanSpec(text="text"))
     assert [note.split("row=")[1].split(":")[0] for note in caught.value.__notes__] == ["3", "8"]
 
 
 def test_a_file_without_the_text_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no column 'body', which data\.text names(.|\n)*It has: text, p"):
-        scan(Parquet(), written(tmp_path, pa.array(["a"])), Fields(text="body"))
+        scan_whole_shard(ParquetFormat(), written(tmp_path, pa.array(["a"])), ScanSpec(text="body"))
 
 
 def test_a_text_column_of_another_type_is_refused(tmp_path: Path) -> None:
     for values in (pa.array([1]), pa.array([["a"]])):
         with pytest.raises(DataError, match=r"column 'p', which data\.text names, has type .* which is no text"):
-            scan(Parquet(), written(tmp_path, values), Fields(text="p"))
+            scan_whole_shard(ParquetFormat(), written(tmp_path, values), ScanSpec(text="p"))
 
 
 def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     with pytest.raises(DataError, match="has several columns 'text'"):
-        scan(Parquet(), path, Fields(text="text"))
+        scan_whole_shard(ParquetFormat(), path, ScanSpec(text="text"))
 
 
 def test_texts_that_are_no_utf8_are_bad_rows(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     pq.write_table(pa.table({"text": [b"a", None, b"\xff", b"b"]}), path)
     with pytest.raises(DataError) as caught:
-        scan(Parquet(), path, Fields(text="text", documents=True))
+        scan_whole_shard(ParquetFormat(), path, ScanSpec(text="text", documents=True))
     assert [note.split("row=")[1].split(":")[0] for note in caught.value.__notes__] == ["1", "2"]
-    (batch,) = scan(Parquet(), path, Fields(text="text", documents=True, skip_bad=True))
+    (batch,) = scan_whole_shard(ParquetFormat(), path, ScanSpec(text="text", documents=True, skip_bad=True))
     assert batch.documents == ["a", "", "", "b"] and [row for row, _ in batch.bad] == [1, 2]
 
 
@@ -155,7 +155,7 @@ def test_views_are_texts_like_any_other(ending: str, tmp_path: Path) -> None:
         with pa.ipc.new_file(path, table.schema) as file:
             file.write_table(table)
     reader = load_format(ending).open(path, "text", BlockCache())
-    ((block, lengths),) = read_blocks(scan(load_format(ending), path, Fields(text="text")))
+    ((block, lengths),) = read_blocks(scan_whole_shard(load_format(ending), path, ScanSpec(text="text")))
     assert reader.documents(block, lengths, np.array([2, 7])) == [rows[2]["text"], rows[7]["text"]]
     assert reader.payloads(block, lengths, np.array([2, 7])) == [rows[2], rows[7]]
     reader.close()
@@ -165,26 +165,26 @@ def test_a_text_that_many_rows_share_counts_for_each(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     pq.write_table(pa.table({"text": ["long " * 1000] * 100}), path)
     assert pq.read_metadata(path).row_group(0).total_byte_size < 10_000
-    fields = Fields(text="text", documents=True, max_block_bytes=100_000)
+    fields = ScanSpec(text="text", documents=True, max_block_bytes=100_000)
     with pytest.raises(
         DataError, match=r"row group 0 decodes to \d{6} bytes or more, beyond data\.max_block_bytes=100000"
     ):
-        scan(Parquet(), path, fields)
+        scan_whole_shard(ParquetFormat(), path, fields)
 
 
 def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"not parquet, but long enough to be looked at")
     with pytest.raises(DataError, match="not a readable Parquet file"):
-        scan(Parquet(), tmp_path / "x.parquet", Fields(text="text"))
+        scan_whole_shard(ParquetFormat(), tmp_path / "x.parquet", ScanSpec(text="text"))
 
 
 def test_text_may_be_binary_or_dictionary_and_lie_in_a_struct(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     for text in (pa.array([b"a", "ü".encode()]), pa.array(["a", "ü"]).dictionary_encode()):
         pq.write_table(pa.table({"doc": pa.StructArray.from_arrays([text], ["text"])}), path)
-        batches = scan(Parquet(), path, Fields(text="doc.text", documents=True))
+        batches = scan_whole_shard(ParquetFormat(), path, ScanSpec(text="doc.text", documents=True))
         assert [d for b in batches for d in b.documents or []] == ["a", "ü"]
-        reader = Parquet().open(path, "doc.text", BlockCache())
+        reader = ParquetFormat().open(path, "doc.text", BlockCache())
         ((block, lengths),) = read_blocks(batches)
         assert reader.documents(block, lengths, np.array([1])) == ["ü"]
         reader.close()
@@ -192,14 +192,14 @@ def test_text_may_be_binary_or_dictionary_and_lie_in_a_struct(tmp_path: Path) ->
 
 def test_a_file_of_no_rows_has_no_blocks(tmp_path: Path) -> None:
     path = written(tmp_path, pa.array([], pa.string()))
-    assert read_blocks(scan(Parquet(), path, Fields(text="text"))) == []
+    assert read_blocks(scan_whole_shard(ParquetFormat(), path, ScanSpec(text="text"))) == []
 
 
 def test_a_shard_that_changed_is_refused_when_read(tmp_path: Path) -> None:
     path = written(tmp_path, pa.array(["a", "b"]))
-    ((block, lengths),) = read_blocks(scan(Parquet(), path, Fields(text="text")))
+    ((block, lengths),) = read_blocks(scan_whole_shard(ParquetFormat(), path, ScanSpec(text="text")))
     written(tmp_path, pa.array(["a", "b", "c"]))
-    reader = Parquet().open(path, "text", BlockCache())
+    reader = ParquetFormat().open(path, "text", BlockCache())
     with pytest.raises(DataError, match="not what it was when it was indexed"):
         reader.documents(block, lengths, np.array([0]))
     reader.close()

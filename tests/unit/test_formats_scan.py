@@ -11,22 +11,22 @@ import pytest
 
 from mixtera_hpc.config.schema import DataConfig, PropertyConfig
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.base import Batch
+from mixtera_hpc.formats.base import RowBatch
 from mixtera_hpc.formats.category_codes import Categories
-from mixtera_hpc.formats.path_properties import is_origin, origin_of
+from mixtera_hpc.formats.path_properties import is_path_property, path_property_value
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.shard_scan import ShardFile, fields_of, scan_shard
+from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard, scan_spec_of
 from mixtera_hpc.formats.user_functions import source_digest
 
 
-def scan(root: Path, path: str, **data: Any) -> list[Batch]:
-    fields = fields_of(DataConfig(root=str(root), **data), documents=True)
+def scan(root: Path, path: str, **data: Any) -> list[RowBatch]:
+    fields = scan_spec_of(DataConfig(root=str(root), **data), documents=True)
     shard = ShardFile(root=root, path=path, format="jsonl")
     units = load_format("jsonl").units(root / path, (root / path).stat().st_size)
     return [batch for unit in units for batch in scan_shard(shard, unit, fields, 2)]
 
 
-def values(batches: list[Batch], name: str) -> list[Any]:
+def values(batches: list[RowBatch], name: str) -> list[Any]:
     found: list[Any] = []
     for batch in batches:
         column = batch.columns[name]
@@ -62,19 +62,19 @@ def written(root: Path, path: str, *rows: dict[str, Any]) -> str:
     ],
 )
 def test_a_path_says_where_a_row_comes_from(origin: str, shard: str, expected: str | None) -> None:
-    assert is_origin(origin)
-    assert origin_of(origin, shard, "jsonl") == expected
+    assert is_path_property(origin)
+    assert path_property_value(origin, shard, "jsonl") == expected
 
 
 @pytest.mark.parametrize("path", ["__index_level_0__", "meta.__path__", "path", "__key__"])
 def test_other_names_between_underscores_are_keys_of_the_row(path: str) -> None:
-    assert not is_origin(path)
+    assert not is_path_property(path)
 
 
 @pytest.mark.parametrize("path", ["__partition__", "__folder__.first", "__path__.x", "__partition__."])
 def test_an_origin_that_no_shard_has_is_refused(path: str) -> None:
     with pytest.raises(ConfigError, match="names nothing that a shard has"):
-        is_origin(path)
+        is_path_property(path)
 
 
 def test_origins_and_rows_give_properties_side_by_side(tmp_path: Path) -> None:
@@ -188,12 +188,12 @@ def test_a_parser_without_python_source_can_be_told_from_others_by_its_name_only
 )
 def test_a_parser_that_is_not_there_is_refused(parser: str, message: str, parsers: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        fields_of(DataConfig(root="x", parser=parser), documents=False)
+        scan_spec_of(DataConfig(root="x", parser=parser), documents=False)
 
 
 def test_another_version_of_a_parser_is_another_parser(parsers: Path) -> None:
     data = DataConfig(root="x", parser="team_parsers.sizes")
-    before = fields_of(data, documents=False).parser
+    before = scan_spec_of(data, documents=False).parser
     with (parsers / "team_parsers.py").open("a") as file:
         file.write("# changed\n")
-    assert fields_of(data, documents=False).parser != before
+    assert scan_spec_of(data, documents=False).parser != before

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.errors import DataError, PropertyIndexError
-from mixtera_hpc.formats.base import Fields
+from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import SeekPoints, find_points, write_points
-from mixtera_hpc.formats.readers.jsonl_gz import JsonlGz
-from mixtera_hpc.testing.formats import CHECKS, Case, read_blocks, scan
+from mixtera_hpc.formats.readers.jsonl_gz import JsonlGzFormat
+from mixtera_hpc.testing.formats import CHECKS, FormatCase, read_blocks, scan_whole_shard
 from mixtera_hpc.testing.writers import write_compressed
 
-SMALL = JsonlGz(long_bytes=1000, block_bytes=5000)
-FORMAT = JsonlGz(long_bytes=100_000, block_bytes=200_000)
+SMALL = JsonlGzFormat(long_bytes=1000, block_bytes=5000)
+FORMAT = JsonlGzFormat(long_bytes=100_000, block_bytes=200_000)
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -34,7 +34,7 @@ def lines(found: list[str]) -> bytes:
     return "".join(json.dumps({"text": t}) + "\n" for t in found).encode()
 
 
-def read(path: Path, batches: Any, cache: BlockCache, fmt: JsonlGz = FORMAT) -> list[str]:
+def read(path: Path, batches: Any, cache: BlockCache, fmt: JsonlGzFormat = FORMAT) -> list[str]:
     reader = fmt.open(path, "text", cache)
     blocks = read_blocks(batches)
     found = {b.first_row: reader.documents(b, lengths, np.arange(b.rows)) for b, lengths in reversed(blocks)}
@@ -48,12 +48,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def scanned(path: Path, folder: Path | None) -> Any:
-    return scan(FORMAT, path, Fields(text="text", documents=True, seek_folder=str(folder) if folder else None))
+    return scan_whole_shard(
+        FORMAT, path, ScanSpec(text="text", documents=True, seek_folder=str(folder) if folder else None)
+    )
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_long_members_conform(check: Any, tmp_path: Path) -> None:
-    check(Case(format=SMALL, write=lambda folder, rows: write_compressed(folder, rows, "gz")), tmp_path)
+    check(FormatCase(format=SMALL, write=lambda folder, rows: write_compressed(folder, rows, "gz")), tmp_path)
 
 
 @pytest.mark.parametrize("level", [1, 6, 9])

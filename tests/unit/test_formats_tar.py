@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixtera_hpc.formats.base import Fields
+from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.tar_headers import TarError, members
-from mixtera_hpc.formats.readers.webdataset import WebDataset
-from mixtera_hpc.testing.formats import read_blocks, scan
+from mixtera_hpc.formats.readers.webdataset import WebDatasetFormat
+from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
 
 NAMES = [
     "short.txt",
@@ -111,8 +111,8 @@ def rows_of_archive(tmp_path: Path, names: list[str]) -> list[dict[str, Any]]:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    blocks = read_blocks(scan(WebDataset(), path, Fields(text=None, rows=True)))
-    reader = WebDataset().open(path, None, BlockCache())
+    blocks = read_blocks(scan_whole_shard(WebDatasetFormat(), path, ScanSpec(text=None, rows=True)))
+    reader = WebDatasetFormat().open(path, None, BlockCache())
     rows = [row for block, lengths in blocks for row in reader.payloads(block, lengths, np.arange(block.rows))]
     reader.close()
     return rows

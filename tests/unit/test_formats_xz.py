@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Fields
+from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.xz_blocks import xz_blocks
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import read_blocks, scan
+from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
 
 XZ = shutil.which("xz")
 
@@ -38,7 +38,7 @@ def test_blocks_in_the_middle_of_lines_are_joined(check: str, threads: str, tmp_
     with path.open("rb") as file:
         blocks = xz_blocks(file.fileno(), path)
     assert len(blocks) > 10 and sum(b.decoded_bytes for b in blocks) == len(lzma.decompress(path.read_bytes()))
-    found = scan(load_format("jsonl.xz"), path, Fields(text="text", documents=True))
+    found = scan_whole_shard(load_format("jsonl.xz"), path, ScanSpec(text="text", documents=True))
     assert [d for b in found for d in b.documents or []] == TEXTS
 
 
@@ -47,7 +47,7 @@ def test_a_block_that_ends_a_line_is_read_alone(tmp_path: Path) -> None:
     half = compressed(tmp_path / "a.xz", ["x" * 87] * 99, "--block-size=5100").read_bytes()
     path = tmp_path / "s.xz"
     path.write_bytes(half + bytes(8) + half + bytes(4))
-    batches = scan(load_format("jsonl.xz"), path, Fields(text="text", documents=True))
+    batches = scan_whole_shard(load_format("jsonl.xz"), path, ScanSpec(text="text", documents=True))
     reader, cache = load_format("jsonl.xz").open(path, "text", BlockCache()), read_blocks(batches)
     assert len(cache) >= 4, "51 lines end a block of 5100 bytes"
     for block, lengths in reversed(cache):
@@ -62,7 +62,7 @@ def test_a_flipped_byte_is_named(where: int, tmp_path: Path) -> None:
     data[where] ^= 0x41
     path.write_bytes(bytes(data))
     with pytest.raises(DataError, match=r"s\.xz cannot be decompressed: .*near byte"):
-        scan(load_format("jsonl.xz"), path, Fields(text="text"))
+        scan_whole_shard(load_format("jsonl.xz"), path, ScanSpec(text="text"))
 
 
 def test_no_cut_goes_unnoticed(tmp_path: Path) -> None:
@@ -71,4 +71,4 @@ def test_no_cut_goes_unnoticed(tmp_path: Path) -> None:
     for size in range(1, len(data), 7):
         path.write_bytes(data[:size])
         with pytest.raises(DataError):
-            scan(load_format("jsonl.xz"), path, Fields(text="text"))
+            scan_whole_shard(load_format("jsonl.xz"), path, ScanSpec(text="text"))

@@ -18,7 +18,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.query import parse
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.base import BlockRef, Unit
+from mixtera_hpc.formats.base import BlockRef, ScanUnit
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.build import build_index, scan_job
@@ -177,7 +177,7 @@ def test_a_missing_file_is_no_bad_sample(tmp_path: Path) -> None:
     job, shards = scan_job(config), discover(config.data)
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(DataError, match=r"b\.jsonl cannot be read: No such file"):
-        list(scan_unit(job, shards[1], Unit(0, shards[1].size_bytes)))
+        list(scan_unit(job, shards[1], ScanUnit(0, shards[1].size_bytes)))
 
 
 def test_a_file_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_shard_that_changed_since_it_was_listed_is_named(tmp_path: Path) -> No
     with (tmp_path / "a.jsonl").open("ab") as file:
         file.write(b'{"text": "late"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was being indexed"):
-        list(scan_unit(job, shard, Unit(0, shard.size_bytes)))
+        list(scan_unit(job, shard, ScanUnit(0, shard.size_bytes)))
 
 
 def test_a_state_from_before_there_were_bad_rows_is_seen_without_them(tmp_path: Path) -> None:

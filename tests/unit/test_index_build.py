@@ -14,8 +14,8 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
-from mixtera_hpc.formats.base import Unit
-from mixtera_hpc.formats.readers.jsonl import Jsonl
+from mixtera_hpc.formats.base import ScanUnit
+from mixtera_hpc.formats.readers.jsonl import JsonlFormat
 from mixtera_hpc.index.build import BuildProgress, build_index, scan_job
 from mixtera_hpc.index.discover import discover
 from mixtera_hpc.index.open import open_index
@@ -256,7 +256,7 @@ def test_long_units_come_in_parts_that_say_the_same(
     monkeypatch.setattr("mixtera_hpc.index.scan.PART_ROWS", part_rows)
     monkeypatch.setattr("mixtera_hpc.formats.codecs.frames.PIECE_BYTES", 256)
     if suffix == "jsonl":
-        monkeypatch.setattr("mixtera_hpc.formats.shard_scan.load_format", lambda name: Jsonl(piece_bytes=256))
+        monkeypatch.setattr("mixtera_hpc.formats.shard_scan.load_format", lambda name: JsonlFormat(segment_bytes=256))
     parts = list(scan_unit(*_only_unit(config)))
     assert len(parts) > 5 or part_rows == 1000
     assert [n for part in parts for n in part.blocks["rows"].tolist()] == blocks
@@ -264,6 +264,6 @@ def test_long_units_come_in_parts_that_say_the_same(
     assert build_index(config).fingerprint == whole.fingerprint
 
 
-def _only_unit(config: Config) -> tuple[Any, Any, Unit]:
+def _only_unit(config: Config) -> tuple[Any, Any, ScanUnit]:
     (shard,) = discover(config.data)
-    return scan_job(config), shard, Unit(0, shard.size_bytes)
+    return scan_job(config), shard, ScanUnit(0, shard.size_bytes)

@@ -18,7 +18,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef, RangeReader, ShardReader, TokenReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.seek_points import folder_beside
+from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ class DocumentReader:
         self._source = source
         self._readers: OrderedDict[int, _Open] = OrderedDict()
         indexes = source.config.index
-        self._cache = BlockCache(seek_folders=[folder_beside(path) for path in (indexes.path, *indexes.also)])
+        self._cache = BlockCache(seek_folders=[seek_folder_of(path) for path in (indexes.path, *indexes.also)])
         self._kept: dict[int, tuple[int, Tokens]] = {}
         """Domain → key and tokens of the document it was read to."""
         ends = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None

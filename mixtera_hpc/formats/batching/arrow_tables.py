@@ -13,8 +13,18 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.base import MAX_BAD_ROWS, Batch, Column, Field, Fields, Ranges, bad_rows, nulls, unreadable
-from mixtera_hpc.formats.category_codes import Categories, encode
+from mixtera_hpc.formats.base import (
+    MAX_BAD_ROWS,
+    BlockRanges,
+    Column,
+    PropertyField,
+    RowBatch,
+    ScanSpec,
+    bad_rows,
+    nulls,
+    unreadable,
+)
+from mixtera_hpc.formats.category_codes import Categories, encode_categories
 
 __all__ = ["TableScanner", "column_at", "first_key", "rows_of", "texts_of", "type_at", "without_views"]
 
@@ -27,7 +37,7 @@ _TEXTS = (pa.string(), pa.binary(), *_WIDE, *_WIDE.values())
 class TableScanner:
     """Turns the tables of one unit into batches, and remembers rows whose text cannot be read."""
 
-    def __init__(self, path: Path, schema: Any, fields: Fields) -> None:
+    def __init__(self, path: Path, schema: Any, fields: ScanSpec) -> None:
         self._path, self._fields = path, fields
         self._bad: list[tuple[int, str]] = []
         if (twice := next((name for name in schema.names if schema.names.count(name) > 1), None)) is not None:
@@ -37,7 +47,7 @@ class TableScanner:
         self.properties = {f.path for f in fields.properties if type_at(schema, f.path) is not None}
         """Paths of the properties that the file has."""
 
-    def batch(self, rows: int, first_row: int, table: Any, blocks: Ranges) -> Batch | None:
+    def batch(self, rows: int, first_row: int, table: Any, blocks: BlockRanges) -> RowBatch | None:
         """The next `rows` rows, of which `table` holds the needed columns (None: none is needed); None after bad rows.
 
         Args:
@@ -77,14 +87,14 @@ class TableScanner:
         return texts, bad
 
     def _batch(
-        self, rows: int, table: Any, blocks: Ranges, documents: list[str] | None, bad: list[tuple[int, str]]
-    ) -> Batch:
+        self, rows: int, table: Any, blocks: BlockRanges, documents: list[str] | None, bad: list[tuple[int, str]]
+    ) -> RowBatch:
         columns: dict[str, Column] = {}
         for field in self._fields.properties:
             values = column_at(table, field.path)
             columns[field.name] = nulls(field.kind, rows) if values is None else _column(values, field, self._path)
         raw = rows_of(table, self._path) if self._fields.rows else None
-        return Batch(rows=rows, blocks=blocks, columns=columns, documents=documents, raw=raw, bad=tuple(bad))
+        return RowBatch(rows=rows, blocks=blocks, columns=columns, documents=documents, raw=raw, bad=tuple(bad))
 
 
 def _check_text(schema: Any, text: str, path: Path) -> None:
@@ -187,7 +197,7 @@ def _without_views(found: Any) -> Any:
     return _WIDE.get(found, found)
 
 
-def _column(values: Any, field: Field, path: Path) -> Column:
+def _column(values: Any, field: PropertyField, path: Path) -> Column:
     kind, found = field.kind, values.type
     is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
     if pa.types.is_null(found):
@@ -206,9 +216,9 @@ def _column(values: Any, field: Field, path: Path) -> Column:
         )
     try:
         if is_list:
-            return encode([None if v is None else tuple(v) for v in values.to_pylist()])
+            return encode_categories([None if v is None else tuple(v) for v in values.to_pylist()])
         if pa.types.is_boolean(found) or pa.types.is_integer(found) or pa.types.is_floating(found):
-            return encode(values.to_pylist())
+            return encode_categories(values.to_pylist())
         return _encode_text(values)
     except _UNREADABLE as error:
         raise unreadable(path, f"column {field.path!r}", error) from None

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.base import MAX_BAD_ROWS, Batch, Fields, Ranges, bad_rows
+from mixtera_hpc.formats.base import MAX_BAD_ROWS, BlockRanges, RowBatch, ScanSpec, bad_rows
 from mixtera_hpc.formats.batching.row_type import RowType
 
 __all__ = ["BadRow", "RowScanner"]
@@ -23,14 +23,14 @@ class BadRow(msgspec.Struct, frozen=True):
 class RowScanner:
     """Checks the rows of one unit against what is wanted of them, and remembers those that do not have it."""
 
-    def __init__(self, fields: Fields, path: Path, first_row: int = 0) -> None:
+    def __init__(self, fields: ScanSpec, path: Path, first_row: int = 0) -> None:
         self._fields, self._path = fields, path
         self._type = RowType(fields)
         self._blank = self._type.blank()
         self._bad: list[tuple[int, str]] = []
         self._rows = first_row
 
-    def batch(self, rows: Sequence[Any], blocks: Ranges, lengths: NDArray[np.int64]) -> Batch | None:
+    def batch(self, rows: Sequence[Any], blocks: BlockRanges, lengths: NDArray[np.int64]) -> RowBatch | None:
         """A batch of dicts and `BadRow`s; None once a row was bad, unless bad rows are skipped."""
         decoded, bad = [], []
         for number, row in enumerate(rows):
@@ -62,8 +62,8 @@ class RowScanner:
         if self._bad:
             raise bad_rows(self._path, self._bad[:MAX_BAD_ROWS])
 
-    def _batch(self, rows: Sequence[Any], decoded: list[Any], blocks: Ranges, lengths: Any, bad: Any) -> Batch:
-        return Batch(
+    def _batch(self, rows: Sequence[Any], decoded: list[Any], blocks: BlockRanges, lengths: Any, bad: Any) -> RowBatch:
+        return RowBatch(
             rows=len(rows),
             blocks=blocks,
             columns=self._type.columns(decoded),

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.base import MAX_BAD_ROWS, Batch, Column, Fields, Ranges, bad_rows
+from mixtera_hpc.formats.base import MAX_BAD_ROWS, BlockRanges, Column, RowBatch, ScanSpec, bad_rows
 from mixtera_hpc.formats.batching.row_type import RowType
 
 __all__ = ["LineScanner", "Lines", "line_ends"]
@@ -68,7 +68,7 @@ def _is_blank(data: Buffer, start: int, stop: int) -> bool:
 class LineScanner:
     """Decodes the buffers of one unit and remembers the rows it cannot read."""
 
-    def __init__(self, fields: Fields, path: Path) -> None:
+    def __init__(self, fields: ScanSpec, path: Path) -> None:
         self._type = RowType(fields)
         self._decoder = msgspec.json.Decoder(self._type.struct)
         self._raw = msgspec.json.Decoder() if fields.rows else None
@@ -92,11 +92,11 @@ class LineScanner:
         self.rows += len(rows)
         return Lines(rows, ends, raw)
 
-    def batch(self, lines: Lines, blocks: Ranges, lengths: NDArray[np.int64] | None) -> Batch:
+    def batch(self, lines: Lines, blocks: BlockRanges, lengths: NDArray[np.int64] | None) -> RowBatch:
         """Columns and texts of decoded rows."""
         columns: dict[str, Column] = self._type.columns(lines.rows)
         documents = self._type.documents(lines.rows) if self._documents else None
-        return Batch(
+        return RowBatch(
             rows=len(lines.rows),
             blocks=blocks,
             columns=columns,

@@ -13,8 +13,8 @@ import numpy as np
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.formats.base import Column, Fields
-from mixtera_hpc.formats.category_codes import encode
+from mixtera_hpc.formats.base import Column, ScanSpec
+from mixtera_hpc.formats.category_codes import encode_categories
 
 __all__ = ["RowType"]
 
@@ -33,7 +33,7 @@ Tree = dict[str, Any]
 class RowType:
     """The generated type of a row and how to take columns out of its instances."""
 
-    def __init__(self, fields: Fields) -> None:
+    def __init__(self, fields: ScanSpec) -> None:
         tree: Tree = {}
         if fields.text is not None:
             _add(tree, fields.text, _TEXT, "data.text")
@@ -65,7 +65,7 @@ class RowType:
         found: dict[str, Column] = {}
         for field in self._fields.properties:
             values = _values(rows, _attributes(field.path))
-            found[field.name] = np.array(values, np.float64) if field.kind is Kind.NUMBER else encode(values)
+            found[field.name] = np.array(values, np.float64) if field.kind is Kind.NUMBER else encode_categories(values)
         return found
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.formats.base import BlockRef
 
-__all__ = ["neighbours", "read_fully", "row_ranges"]
+__all__ = ["merge_nearby", "read_fully", "row_byte_ranges"]
 
 MERGE_BYTES = 32 << 10
 """Wanted rows nearer than this are read together with what lies between them."""
@@ -23,14 +23,14 @@ def read_fully(fd: int, size: int, offset: int) -> bytes:
     return data
 
 
-def neighbours(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+def merge_nearby(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Slices of rows that are read at once."""
     gaps = np.flatnonzero(starts[1:] - stops[:-1] > MERGE_BYTES) + 1
     bounds = [0, *gaps.tolist(), len(starts)] if len(starts) else [0]
     return itertools.pairwise(bounds)
 
 
-def row_ranges(
+def row_byte_ranges(
     block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First byte inside the shard, and bytes, of some rows of a block; `lengths` has all rows of the block."""

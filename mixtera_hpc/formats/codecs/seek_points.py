@@ -25,7 +25,7 @@ from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.formats.codecs.frames import damaged
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 
-__all__ = ["SPACING_BYTES", "SeekPoints", "find_points", "folder_beside", "write_points"]
+__all__ = ["SPACING_BYTES", "SeekPoints", "find_points", "seek_folder_of", "write_points"]
 
 SPACING_BYTES = 4 << 20
 WINDOW_BYTES = 32 << 10
@@ -43,7 +43,7 @@ _EMPTY_DYNAMIC = 0x46AFF90000000000081C004, 91
 """Another, with codes of its own (3.2.7): one bit each for literal 255, the end, and a distance. An odd number of bits."""
 
 
-def folder_beside(index: str | Path) -> Path:
+def seek_folder_of(index: str | Path) -> Path:
     """Where the seek points of the shards of an index are kept."""
     return Path(f"{index}.seek")
 

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import (
-    Batch,
+    BlockRanges,
     BlockRef,
-    Fields,
-    Ranges,
+    RowBatch,
+    ScanSpec,
+    ScanUnit,
     ShardReader,
-    Unit,
     cut,
     shard_changed,
     unreadable,
@@ -38,7 +38,7 @@ from mixtera_hpc.formats.batching.arrow_tables import (
 )
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 
-__all__ = ["Arrow"]
+__all__ = ["ArrowFormat"]
 
 UNIT_BYTES = 256 << 20
 BATCH_ROWS = 8192
@@ -47,17 +47,17 @@ _FEATHER_1 = b"FEA1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arrow:
+class ArrowFormat:
     """`Format` of Arrow IPC files and streams."""
 
     name: str = "arrow"
     holds_tokens: bool = False
     unit_bytes: int = UNIT_BYTES
 
-    def units(self, path: Path, size_bytes: int) -> list[Unit]:
+    def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         return cut(size_bytes, self.unit_bytes)
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         with _open(path, _wanted(fields), fields.max_block_bytes) as batches:
             scanner = TableScanner(path, batches.schema, fields)
             first_row, size = 0, path.stat().st_size
@@ -76,17 +76,17 @@ class Arrow:
         return _Reader(path, text, cache)
 
 
-def _scanned(scanner: TableScanner, table: Any, first_row: int, block: tuple[int, int, int]) -> Iterator[Batch]:
+def _scanned(scanner: TableScanner, table: Any, first_row: int, block: tuple[int, int, int]) -> Iterator[RowBatch]:
     """One record batch, some rows at a time."""
     for start in range(0, table.num_rows, BATCH_ROWS):
         part = table.slice(start, BATCH_ROWS)
         ends = [block] if start + part.num_rows == table.num_rows else []
-        batch = scanner.batch(part.num_rows, first_row + start, part, Ranges.of(ends))
+        batch = scanner.batch(part.num_rows, first_row + start, part, BlockRanges.of(ends))
         if batch:
             yield batch
 
 
-def _wanted(fields: Fields) -> set[str] | None:
+def _wanted(fields: ScanSpec) -> set[str] | None:
     """Paths that are looked at; None for all."""
     if fields.rows:
         return None

@@ -16,17 +16,26 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.base import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
+from mixtera_hpc.formats.base import (
+    BlockRanges,
+    BlockRef,
+    RowBatch,
+    ScanSpec,
+    ScanUnit,
+    ShardReader,
+    open_shard,
+    shard_changed,
+)
 from mixtera_hpc.formats.batching.json_lines import LineScanner, line_ends
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.frames import Codec, Piece, bounded, pieces_of, whole_lines
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 
-__all__ = ["CompressedJsonl", "CompressedReader"]
+__all__ = ["CompressedJsonlFormat", "CompressedJsonlReader"]
 
 
-class CompressedJsonl:
+class CompressedJsonlFormat:
     """`Format` of compressed JSON lines; the codec makes the difference."""
 
     holds_tokens = False
@@ -35,10 +44,10 @@ class CompressedJsonl:
         self.name = name
         self._codec = codec
 
-    def units(self, path: Path, size_bytes: int) -> list[Unit]:
-        return [Unit(0, size_bytes)] if size_bytes else []
+    def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
+        return [ScanUnit(0, size_bytes)] if size_bytes else []
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         scanner = LineScanner(fields, path)
         with path.open("rb") as file:
             start, rows = 0, 0
@@ -47,7 +56,7 @@ class CompressedJsonl:
                 lines = scanner.lines(data)
                 rows += len(lines.rows)
                 closes = end is not None and rows > 0
-                blocks = Ranges.of([(start, end - start, rows)] if end is not None and closes else [])
+                blocks = BlockRanges.of([(start, end - start, rows)] if end is not None and closes else [])
                 if scanner.has_enough:
                     break
                 if not scanner.failed:
@@ -56,7 +65,7 @@ class CompressedJsonl:
         scanner.check()
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return CompressedReader(path, text, cache, self._codec)
+        return CompressedJsonlReader(path, text, cache, self._codec)
 
     def _pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
         """The decoded bytes; where a piece says that a frame ends, a block may."""
@@ -69,12 +78,12 @@ class _Block:
     ends: NDArray[np.int64]
 
 
-class CompressedReader:
+class CompressedJsonlReader:
     """Decodes whole blocks into the cache and takes rows out of them."""
 
     def __init__(self, path: Path, text: str | None, cache: BlockCache, codec: Codec) -> None:
         self._path, self._cache, self._codec = path, cache, codec
-        self._type = RowType(Fields(text=text))
+        self._type = RowType(ScanSpec(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
         self._fd = open_shard(path)
 

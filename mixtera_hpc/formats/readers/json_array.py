@@ -14,28 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Batch, Fields, Ranges, ShardReader, Unit
+from mixtera_hpc.formats.base import BlockRanges, RowBatch, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.batching.dict_rows import BadRow, RowScanner
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.readers.jsonl import JsonReader
+from mixtera_hpc.formats.readers.jsonl import JsonRowReader
 
-__all__ = ["JsonArray"]
+__all__ = ["JsonArrayFormat"]
 
 BATCH_ROWS = 4096
 BETWEEN_ROWS = b", \t\r\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JsonArray:
+class JsonArrayFormat:
     """`Format` of `.json` files that hold an array."""
 
     name: str = "json"
     holds_tokens: bool = False
 
-    def units(self, path: Path, size_bytes: int) -> list[Unit]:
-        return [Unit(0, size_bytes)] if size_bytes else []
+    def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
+        return [ScanUnit(0, size_bytes)] if size_bytes else []
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         if unit.stop > fields.max_block_bytes:
             raise DataError(
                 f"{path} is one JSON array of {unit.stop} bytes, more than data.max_block_bytes={fields.max_block_bytes}.\n"
@@ -56,7 +56,7 @@ class JsonArray:
         scanner.check()
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return JsonReader(path, text, after_row=BETWEEN_ROWS)
+        return JsonRowReader(path, text, after_row=BETWEEN_ROWS)
 
 
 def _split(data: bytes, path: Path) -> list[msgspec.Raw]:
@@ -83,11 +83,11 @@ def _address(buffer: Any) -> int:
     return address
 
 
-def _blocks(starts: NDArray[np.int64], first: int, count: int, block_rows: int, total: int) -> Ranges:
+def _blocks(starts: NDArray[np.int64], first: int, count: int, block_rows: int, total: int) -> BlockRanges:
     """The blocks that end with one of `count` rows from `first` on."""
     ends = [*range(block_rows, total, block_rows), total]
     bounds = [(max(end - 1, 0) // block_rows * block_rows, end) for end in ends if first < end <= first + count]
-    return Ranges.of([(int(starts[a]), int(starts[b] - starts[a]), b - a) for a, b in bounds])
+    return BlockRanges.of([(int(starts[a]), int(starts[b] - starts[a]), b - a) for a, b in bounds])
 
 
 def _decoded(row: msgspec.Raw) -> Any:

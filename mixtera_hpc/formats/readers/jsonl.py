@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import (
-    Batch,
+    BlockRanges,
     BlockRef,
-    Fields,
-    Ranges,
+    RowBatch,
+    ScanSpec,
+    ScanUnit,
     ShardReader,
-    Unit,
     cut,
     open_shard,
     shard_changed,
@@ -29,9 +29,9 @@ from mixtera_hpc.formats.base import (
 from mixtera_hpc.formats.batching.json_lines import Lines, LineScanner, line_ends
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.positioned_reads import neighbours, read_fully, row_ranges
+from mixtera_hpc.formats.codecs.positioned_reads import merge_nearby, read_fully, row_byte_ranges
 
-__all__ = ["JsonReader", "Jsonl"]
+__all__ = ["JsonRowReader", "JsonlFormat"]
 
 UNIT_BYTES = 64 << 20
 PIECE_BYTES = 1 << 20
@@ -40,24 +40,24 @@ _PLAIN: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Jsonl:
+class JsonlFormat:
     """`Format` of `.jsonl` files."""
 
     name: str = "jsonl"
     holds_tokens: bool = False
     unit_bytes: int = UNIT_BYTES
-    piece_bytes: int = PIECE_BYTES
+    segment_bytes: int = PIECE_BYTES
 
-    def units(self, path: Path, size_bytes: int) -> list[Unit]:
+    def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         return cut(size_bytes, self.unit_bytes)
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         scanner = LineScanner(fields, path)
         with path.open("rb", buffering=0) as file:
             begin = _first_line(file.fileno(), unit)
             blocks = _Blocks(begin, block_rows)
             limit = _Limit(path, fields.max_block_bytes)
-            for offset, data in _pieces(file.fileno(), (begin, unit.stop), self.piece_bytes, limit):
+            for offset, data in _pieces(file.fileno(), (begin, unit.stop), self.segment_bytes, limit):
                 lines = scanner.lines(data)
                 if not scanner.failed:
                     ranges, lengths = blocks.add(lines.ends + offset)
@@ -66,10 +66,10 @@ class Jsonl:
                     break
         scanner.check(_rows_before(path, begin) if scanner.failed else 0)
         if last := blocks.rest():
-            yield scanner.batch(Lines.none(), Ranges.of([last]), np.zeros(0, np.int64))
+            yield scanner.batch(Lines.none(), BlockRanges.of([last]), np.zeros(0, np.int64))
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return JsonReader(path, text)
+        return JsonRowReader(path, text)
 
 
 class _Blocks:
@@ -81,7 +81,7 @@ class _Blocks:
         self._end = begin
         self._rows = 0
 
-    def add(self, ends: NDArray[np.int64]) -> tuple[Ranges, NDArray[np.int64]]:
+    def add(self, ends: NDArray[np.int64]) -> tuple[BlockRanges, NDArray[np.int64]]:
         """Take the next rows, given where each ends; returns the blocks now full and the bytes of every row."""
         lengths = np.diff(ends, prepend=self._end)
         last = ends[self._block_rows - self._rows - 1 :: self._block_rows]
@@ -90,14 +90,14 @@ class _Blocks:
         self._start = int(starts[-1])
         self._rows = (self._rows + len(ends)) % self._block_rows
         self._end = int(ends[-1]) if len(ends) else self._end
-        return Ranges(offset=table[0], length=table[1], rows=table[2]), lengths
+        return BlockRanges(offset=table[0], length=table[1], rows=table[2]), lengths
 
     def rest(self) -> tuple[int, int, int] | None:
         """The last block of the unit, when it is not full."""
         return (self._start, self._end - self._start, self._rows) if self._rows else None
 
 
-def _first_line(fd: int, unit: Unit) -> int:
+def _first_line(fd: int, unit: ScanUnit) -> int:
     """Where the first line begins that belongs to `unit`; its stop when none does."""
     if unit.start == 0:
         return 0
@@ -161,20 +161,20 @@ def _rows_before(path: Path, offset: int) -> int:
     return rows
 
 
-class JsonReader:
+class JsonRowReader:
     """Reads wanted rows with `pread`; threads share nothing but the descriptor."""
 
     def __init__(self, path: Path, text: str | None, after_row: bytes = b"") -> None:
         self._path, self._after_row = path, after_row
-        self._type = RowType(Fields(text=text))
+        self._type = RowType(ScanSpec(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
         self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
-        return self._type.documents(self._decode(self._decoder, *row_ranges(block, lengths, rows), block))
+        return self._type.documents(self._decode(self._decoder, *row_byte_ranges(block, lengths, rows), block))
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        return self._decode(_PLAIN, *row_ranges(block, lengths, rows), block)
+        return self._decode(_PLAIN, *row_byte_ranges(block, lengths, rows), block)
 
     def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
         return self._type.documents(self._decode(self._decoder, starts, lengths))
@@ -209,7 +209,7 @@ def _decoded(
 ) -> Iterator[list[Any]]:
     """Rows, those that lie near each other out of one read."""
     begins, ends = starts.tolist(), stops.tolist()
-    for first, last in neighbours(starts, stops):
+    for first, last in merge_nearby(starts, stops):
         begin = begins[first]
         data = read_fully(fd, ends[last - 1] - begin, begin)
         if last == first + 1:

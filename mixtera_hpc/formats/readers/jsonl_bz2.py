@@ -3,12 +3,12 @@
 import bz2
 
 from mixtera_hpc.formats.codecs.frames import Codec
-from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonl
+from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlFormat
 
-__all__ = ["JsonlBz2"]
+__all__ = ["JsonlBz2Format"]
 
 
-class JsonlBz2(CompressedJsonl):
+class JsonlBz2Format(CompressedJsonlFormat):
     """`Format` of `.jsonl.bz2` files; a block is a run of streams that ends where a line does."""
 
     def __init__(self) -> None:

@@ -12,13 +12,13 @@ from typing import BinaryIO, cast
 
 from isal import igzip_lib
 
-from mixtera_hpc.formats.base import Batch, BlockRef, Fields, ShardReader, Unit
+from mixtera_hpc.formats.base import BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.frames import Codec, Decompressor, Piece, pieces_of
 from mixtera_hpc.formats.codecs.seek_points import SeekPoints, find_points, write_points
-from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonl, CompressedReader
+from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlFormat, CompressedJsonlReader
 
-__all__ = ["JsonlGz"]
+__all__ = ["JsonlGzFormat"]
 
 LONG_BYTES = 8 << 20
 """A first member that decodes to more is long."""
@@ -38,14 +38,14 @@ _CODEC = Codec(start=_start, errors=(_ERROR, EOFError), padding=b"\0")
 """Zeros after a member are padding, as gzip itself has it."""
 
 
-class JsonlGz(CompressedJsonl):
+class JsonlGzFormat(CompressedJsonlFormat):
     """`Format` of `.jsonl.gz` files."""
 
     def __init__(self, long_bytes: int = LONG_BYTES, block_bytes: int = BLOCK_BYTES) -> None:
         super().__init__("jsonl.gz", _CODEC)
         self._long_bytes, self._block_bytes = long_bytes, block_bytes
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         yield from super().scan(path, unit, fields, block_rows)
         if fields.seek_folder is not None and self._is_long(path):
             write_points(path, Path(fields.seek_folder), max(self._block_bytes, MIN_SPACING_BYTES))
@@ -53,7 +53,7 @@ class JsonlGz(CompressedJsonl):
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         points = find_points(path, cache.seek_folders)
         if points is None and not self._is_long(path):
-            return CompressedReader(path, text, cache, _CODEC)
+            return CompressedJsonlReader(path, text, cache, _CODEC)
         return _LongReader(path, text, cache, points)
 
     def _pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
@@ -92,7 +92,7 @@ def _cut(pieces: Iterator[Piece], block_bytes: int) -> Iterator[Piece]:
         yield Piece(b"", position + size)
 
 
-class _LongReader(CompressedReader):
+class _LongReader(CompressedJsonlReader):
     """Takes blocks out of the middle of long members."""
 
     def __init__(self, path: Path, text: str | None, cache: BlockCache, points: SeekPoints | None) -> None:

@@ -9,14 +9,14 @@ from mixtera_hpc.formats.base import BlockRef, ShardReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.frames import Codec, Piece
 from mixtera_hpc.formats.codecs.xz_blocks import decoded, xz_blocks
-from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonl, CompressedReader
+from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlFormat, CompressedJsonlReader
 
-__all__ = ["JsonlXz"]
+__all__ = ["JsonlXzFormat"]
 
 _CODEC = Codec(start=lzma.LZMADecompressor, errors=(lzma.LZMAError, EOFError))
 
 
-class JsonlXz(CompressedJsonl):
+class JsonlXzFormat(CompressedJsonlFormat):
     """`Format` of `.jsonl.xz` files; a block is a run of xz's own blocks that ends where a line does."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class JsonlXz(CompressedJsonl):
         return decoded(file.fileno(), xz_blocks(file.fileno(), path), path)
 
 
-class _Reader(CompressedReader):
+class _Reader(CompressedJsonlReader):
     def __init__(self, path: Path, text: str | None, cache: BlockCache) -> None:
         super().__init__(path, text, cache, _CODEC)
         self._blocks = xz_blocks(self._fd, path)

@@ -3,9 +3,9 @@
 import zstandard
 
 from mixtera_hpc.formats.codecs.frames import Codec
-from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonl
+from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlFormat
 
-__all__ = ["JsonlZst"]
+__all__ = ["JsonlZstFormat"]
 
 MAX_WINDOW_BYTES = 1 << 31
 """Reads what `zstd --long=31` writes."""
@@ -44,7 +44,7 @@ class _Frame:
         return b"".join(found)
 
 
-class JsonlZst(CompressedJsonl):
+class JsonlZstFormat(CompressedJsonlFormat):
     """`Format` of `.jsonl.zst` files; skippable frames (a seek table, say) hold no rows."""
 
     def __init__(self) -> None:

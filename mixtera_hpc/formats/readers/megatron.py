@@ -17,23 +17,23 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import (
-    Batch,
+    BlockRanges,
     BlockRef,
     Column,
-    Fields,
-    Ranges,
+    RowBatch,
+    ScanSpec,
+    ScanUnit,
     ShardReader,
-    Unit,
     cut,
     nulls,
     shard_changed,
 )
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.readers.jsonl import Jsonl
-from mixtera_hpc.formats.registry import SIDECAR
+from mixtera_hpc.formats.readers.jsonl import JsonlFormat
+from mixtera_hpc.formats.registry import SIDECAR_SUFFIX
 
-__all__ = ["DTYPES", "HEADER", "MAGIC", "Megatron", "sidecar_of"]
+__all__ = ["DTYPES", "HEADER", "MAGIC", "MegatronFormat", "sidecar_of"]
 
 UNIT_BYTES = 1 << 30
 BATCH_ROWS = 8192
@@ -45,17 +45,17 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Megatron:
+class MegatronFormat:
     """`Format` of `.bin` files with an `.idx` beside them."""
 
     name: str = "megatron"
     holds_tokens: bool = True
     unit_bytes: int = UNIT_BYTES
 
-    def units(self, path: Path, size_bytes: int) -> list[Unit]:
+    def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         return cut(size_bytes, self.unit_bytes)
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         documents = _Documents(path)
         last_unit = unit.stop == documents.starts[-1]
         first, last = np.searchsorted(documents.starts[:-1], [unit.start, unit.stop]).tolist()
@@ -70,7 +70,7 @@ class Megatron:
 
 def sidecar_of(path: Path) -> Path:
     """Where the properties of a shard's documents may be."""
-    return path.with_name(path.stem + SIDECAR)
+    return path.with_name(path.stem + SIDECAR_SUFFIX)
 
 
 class _Documents:
@@ -140,17 +140,17 @@ def _read_idx(path: Path, shard: Path) -> tuple[np.dtype[Any], NDArray[Any], NDA
 class _Scan:
     """Counts the tokens of one unit and holds its ids against the vocabulary."""
 
-    def __init__(self, documents: _Documents, fields: Fields, block_rows: int) -> None:
+    def __init__(self, documents: _Documents, fields: ScanSpec, block_rows: int) -> None:
         self._documents, self._fields, self._block_rows = documents, fields, block_rows
         self._bounds = documents.bounds
 
     def batch(
         self, begin: int, end: int, columns: dict[str, Column], raw: list[Any] | None, blocks_of: tuple[int, int]
-    ) -> Batch:
+    ) -> RowBatch:
         """Documents [begin, end) of the unit's documents `blocks_of`."""
         first, last = blocks_of
         bad = self._check_ids(begin, end)
-        return Batch(
+        return RowBatch(
             rows=end - begin,
             blocks=self._blocks(begin, end, first, last),
             columns=columns,
@@ -160,12 +160,12 @@ class _Scan:
             bad=bad,
         )
 
-    def _blocks(self, begin: int, end: int, first: int, last: int) -> Ranges:
+    def _blocks(self, begin: int, end: int, first: int, last: int) -> BlockRanges:
         """Blocks that end in (begin, end]."""
         starts = self._documents.starts
         stops = [s for s in [*range(first + self._block_rows, last, self._block_rows), last] if begin < s <= end]
         firsts = [max(first, s - 1 - (s - 1 - first) % self._block_rows) for s in stops]
-        return Ranges.of(
+        return BlockRanges.of(
             [(int(starts[a]), int(starts[b] - starts[a]), b - a) for a, b in zip(firsts, stops, strict=True)]
         )
 
@@ -205,7 +205,7 @@ class _Scan:
 Part = tuple[int, int, dict[str, Column], list[Any] | None]
 
 
-def _properties(path: Path, documents: _Documents, fields: Fields, unit: tuple[int, int]) -> Iterator[Part]:
+def _properties(path: Path, documents: _Documents, fields: ScanSpec, unit: tuple[int, int]) -> Iterator[Part]:
     """Documents [begin, end) with their properties, until the unit is through."""
     first, last = unit
     sidecar = sidecar_of(path)
@@ -217,7 +217,7 @@ def _properties(path: Path, documents: _Documents, fields: Fields, unit: tuple[i
         return
     position = 0
     wanted = replace(fields, text=None, documents=False, skip_bad=False)
-    for batch in Jsonl().scan(sidecar, Unit(0, sidecar.stat().st_size), wanted, BATCH_ROWS):
+    for batch in JsonlFormat().scan(sidecar, ScanUnit(0, sidecar.stat().st_size), wanted, BATCH_ROWS):
         begin, end = max(position, first), min(position + batch.rows, last)
         if begin < end:
             rows = slice(begin - position, end - position)

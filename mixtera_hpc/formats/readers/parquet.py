@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import (
-    Batch,
+    BlockRanges,
     BlockRef,
-    Fields,
-    Ranges,
+    RowBatch,
+    ScanSpec,
+    ScanUnit,
     ShardReader,
-    Unit,
     cut,
     shard_changed,
     unreadable,
@@ -28,24 +28,24 @@ from mixtera_hpc.formats.base import (
 from mixtera_hpc.formats.batching.arrow_tables import TableScanner, column_at, rows_of, texts_of, type_at, without_views
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 
-__all__ = ["Parquet"]
+__all__ = ["ParquetFormat"]
 
 UNIT_BYTES = 256 << 20
 BATCH_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parquet:
+class ParquetFormat:
     """`Format` of `.parquet` files."""
 
     name: str = "parquet"
     holds_tokens: bool = False
     unit_bytes: int = UNIT_BYTES
 
-    def units(self, path: Path, size_bytes: int) -> list[Unit]:
+    def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         return cut(size_bytes, self.unit_bytes)
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         with _open(path) as file:
             groups = _Groups(file, path, fields)
             for group in range(file.metadata.num_row_groups):
@@ -74,11 +74,11 @@ def _first_byte(group: Any) -> int:
 class _Groups:
     """Reads what `fields` names out of the row groups of one unit."""
 
-    def __init__(self, file: pq.ParquetFile, path: Path, fields: Fields) -> None:
+    def __init__(self, file: pq.ParquetFile, path: Path, fields: ScanSpec) -> None:
         self._file, self._path, self._fields = file, path, fields
         self._scanner = TableScanner(path, file.schema_arrow, fields)
 
-    def scan(self, group: int) -> Iterator[Batch]:
+    def scan(self, group: int) -> Iterator[RowBatch]:
         metadata = self._file.metadata.row_group(group)
         self._check_size(group, metadata.total_byte_size)
         size = sum(metadata.column(i).total_compressed_size for i in range(metadata.num_columns))
@@ -86,7 +86,7 @@ class _Groups:
         seen = 0
         for rows, table in self._tables(group, metadata):
             ends = [(group, size, metadata.num_rows)] if seen + rows == metadata.num_rows else []
-            batch = self._scanner.batch(rows, first_row + seen, table, Ranges.of(ends))
+            batch = self._scanner.batch(rows, first_row + seen, table, BlockRanges.of(ends))
             if batch:
                 yield batch
             seen += rows

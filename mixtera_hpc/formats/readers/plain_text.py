@@ -13,25 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
+from mixtera_hpc.formats.base import (
+    BlockRanges,
+    BlockRef,
+    RowBatch,
+    ScanSpec,
+    ScanUnit,
+    ShardReader,
+    open_shard,
+    shard_changed,
+)
 from mixtera_hpc.formats.batching.dict_rows import BadRow, RowScanner
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 
-__all__ = ["Text"]
+__all__ = ["PlainTextFormat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class PlainTextFormat:
     """`Format` of plain text files in UTF-8; an empty file holds no document. `data.text` is not looked at."""
 
     name: str = "text"
     holds_tokens: bool = False
 
-    def units(self, path: Path, size_bytes: int) -> list[Unit]:
-        return [Unit(0, size_bytes)] if size_bytes else []
+    def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
+        return [ScanUnit(0, size_bytes)] if size_bytes else []
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         size = unit.stop
         if size > fields.max_block_bytes:
             raise DataError(
@@ -40,7 +49,7 @@ class Text:
             )
         row = _row(path.read_bytes(), fields.text)
         scanner = RowScanner(fields, path)
-        batch = scanner.batch([row], Ranges.of([(0, size, 1)]), np.array([size]))
+        batch = scanner.batch([row], BlockRanges.of([(0, size, 1)]), np.array([size]))
         scanner.check()
         if batch:
             yield batch

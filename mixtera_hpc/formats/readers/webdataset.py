@@ -18,14 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Batch, BlockRef, Fields, Ranges, ShardReader, Unit, open_shard, shard_changed
+from mixtera_hpc.formats.base import (
+    BlockRanges,
+    BlockRef,
+    RowBatch,
+    ScanSpec,
+    ScanUnit,
+    ShardReader,
+    open_shard,
+    shard_changed,
+)
 from mixtera_hpc.formats.batching.dict_rows import BadRow, RowScanner
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.positioned_reads import neighbours, read_fully, row_ranges
+from mixtera_hpc.formats.codecs.positioned_reads import merge_nearby, read_fully, row_byte_ranges
 from mixtera_hpc.formats.codecs.tar_headers import Member, TarError, members, window
 
-__all__ = ["WebDataset"]
+__all__ = ["WebDatasetFormat"]
 
 BLOCK_BYTES = 64 << 20
 BATCH_BYTES = 8 << 20
@@ -36,16 +45,16 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WebDataset:
+class WebDatasetFormat:
     """`Format` of WebDataset archives."""
 
     name: str = "webdataset"
     holds_tokens: bool = False
 
-    def units(self, path: Path, size_bytes: int) -> list[Unit]:
-        return [Unit(0, size_bytes)] if size_bytes else []
+    def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
+        return [ScanUnit(0, size_bytes)] if size_bytes else []
 
-    def scan(self, path: Path, unit: Unit, fields: Fields, block_rows: int) -> Iterator[Batch]:
+    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         fd = open_shard(path)
         try:
             yield from _Scan(path, fd, fields, block_rows).batches(unit)
@@ -103,13 +112,13 @@ def _split(name: str, path: Path) -> tuple[str, str]:
 class _Scan:
     """Reads the headers of one archive, and the members that somebody wants."""
 
-    def __init__(self, path: Path, fd: int, fields: Fields, block_rows: int) -> None:
+    def __init__(self, path: Path, fd: int, fields: ScanSpec, block_rows: int) -> None:
         self._path, self._fd, self._fields, self._block_rows = path, fd, fields, block_rows
         self._scanner = RowScanner(fields, path)
         self._wanted = [f.path for f in fields.properties] + ([fields.text] if fields.text else [])
         self._read = window(fd)
 
-    def batches(self, unit: Unit) -> Iterator[Batch]:
+    def batches(self, unit: ScanUnit) -> Iterator[RowBatch]:
         """The samples, a batch at a time."""
         rows: list[Row | BadRow] = []
         lengths: list[int] = []
@@ -134,8 +143,10 @@ class _Scan:
         yield from self._batch(rows, lengths, blocks)
         self._scanner.check()
 
-    def _batch(self, rows: list[Any], lengths: list[int], blocks: list[tuple[int, int, int]]) -> Iterator[Batch]:
-        batch = self._scanner.batch(rows, Ranges.of(blocks), np.array(lengths, np.int64)) if rows or blocks else None
+    def _batch(self, rows: list[Any], lengths: list[int], blocks: list[tuple[int, int, int]]) -> Iterator[RowBatch]:
+        batch = (
+            self._scanner.batch(rows, BlockRanges.of(blocks), np.array(lengths, np.int64)) if rows or blocks else None
+        )
         if batch:
             yield batch
 
@@ -223,14 +234,14 @@ class _Reader:
 
     def __init__(self, path: Path, text: str | None) -> None:
         self._path, self._text = path, text
-        self._type = RowType(Fields(text=text))
+        self._type = RowType(ScanSpec(text=text))
         self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
-        return self.documents_at(*row_ranges(block, lengths, rows))
+        return self.documents_at(*row_byte_ranges(block, lengths, rows))
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        return self.payloads_at(*row_ranges(block, lengths, rows))
+        return self.payloads_at(*row_byte_ranges(block, lengths, rows))
 
     def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
         text = self._text or ""
@@ -250,7 +261,7 @@ class _Reader:
 
     def _rows(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], path: str | None) -> Iterator[Row]:
         stops = starts + lengths
-        for first, last in neighbours(starts, stops):
+        for first, last in merge_nearby(starts, stops):
             begin = int(starts[first])
             data = read_fully(self._fd, int(stops[last - 1]) - begin, begin)
             spans = zip((starts[first:last] - begin).tolist(), (stops[first:last] - begin).tolist(), strict=True)
