@@ -30,7 +30,7 @@ SOURCE = "data.properties.source=meta.redpajama_set_name"
 NUM_ROWS, NUM_SEQUENCES = 1000, 320
 PLAN = [
     "mixture=natural",
-    "mixture.by=[source]",
+    "mixture.group_by=[source]",
     "dataplane.shuffle=none",
     "dataplane.seq_len=256",
     "dataplane.global_batch_size=8",

@@ -218,7 +218,7 @@ def _queries(num_blocks: int) -> Iterator[Line]:
         yield _at_most(name + ", memory", peak / GIB, "GiB", "goal", 1)
     path = make_index(FOLDER, num_blocks, 1)
     root = make_shards(FOLDER, path)
-    wish = ["mixture.unit=samples", "mixture.by=[source]", f"index.path={path}", f"data.root={root}"]
+    wish = ["mixture.unit=samples", "mixture.group_by=[source]", f"index.path={path}", f"data.root={root}"]
     cpu_s, _ = _command("plan", *wish, "training.num_steps=100000")
     yield _at_most(f"plan, {samples:.2g}e9 samples, 10 domains, 100,000 steps", cpu_s, "s", "goal", 5)
 
@@ -274,7 +274,7 @@ def _whole_process(command: list[str]) -> tuple[float, int]:
 def _reads(data: Path, num_steps: int) -> Iterator[Line]:
     index = FOLDER / "built.h5"
     wish = [f"data.root={data}", SOURCE, f"index.path={index}", f"dataplane.tokenizer={make_tokenizer()}"]
-    wish += ["mixture.by=[source]", "dataplane.audit=false"]
+    wish += ["mixture.group_by=[source]", "dataplane.audit=false"]
     for seq_len, batch in ((1024, 64), (8192, 32)):
         steps = max(4, num_steps * 1024 * 64 // (seq_len * batch))
         more = [f"dataplane.seq_len={seq_len}", f"dataplane.global_batch_size={batch}"]

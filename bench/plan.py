@@ -202,7 +202,7 @@ def collection(folder: Path, num_domains: int) -> list[str]:
         f"index.path={folder / 'index.h5'}",
         f"dataplane.tokenizer={make_tokenizer()}",
         f"dataplane.global_batch_size={BATCH}",
-        "mixture.by=[source]",
+        "mixture.group_by=[source]",
     ]
 
 

@@ -13,7 +13,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.config.runfolder import RunFolder, runs_root
+    from mixtera_hpc.config.run_folder import RunFolder, runs_root
     from mixtera_hpc.launch.cancel import cancel_after_save, cancel_now
 
     folder = RunFolder.find(args.run_name, args.root or runs_root())

@@ -30,7 +30,7 @@ def open_collection(overrides: Sequence[str]) -> "tuple[Config, PropertyIndex]":
         plain["data"]["root"] = ""
     config = _config(plain)
     index = open_configured(config)
-    if not config.data.root and not config.data.roots:
+    if not config.data.root and not config.data.sets:
         config = replace(config, data=replace(config.data, root=str(index.data_root)))
     check_data(config)
     return config, index

@@ -76,7 +76,7 @@ def _train_and_report(overrides: Sequence[str]) -> int:
     from datetime import UTC, datetime
 
     from mixtera_hpc.config.compose import compose
-    from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.config.run_folder import RunFolder
 
     config = compose(overrides)
     steps = config.training.num_steps

@@ -10,7 +10,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.config.runfolder import runs_root
+    from mixtera_hpc.config.run_folder import runs_root
     from mixtera_hpc.launch.doctor import examine_machine
 
     findings = examine_machine(runs_root())

@@ -16,7 +16,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.config.runfolder import RunFolder, runs_root
+    from mixtera_hpc.config.run_folder import RunFolder, runs_root
     from mixtera_hpc.errors import LaunchError
     from mixtera_hpc.launch.follow import follow_run
     from mixtera_hpc.launch.logs import all_lines

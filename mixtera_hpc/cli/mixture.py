@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.config.run_folder import RunFolder
 
 __all__ = ["arguments", "run"]
 
@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mixtera_hpc.config.runfolder import RunFolder, runs_root
+    from mixtera_hpc.config.run_folder import RunFolder, runs_root
     from mixtera_hpc.errors import ConfigError
 
     folder = RunFolder.find(args.run_name, args.root or runs_root())

@@ -12,7 +12,7 @@ __all__ = ["arguments", "run"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. query.where=... mixture.by=[source]")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. query.where=... mixture.group_by=[source]")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--explain", action="store_true", help="say how the answer was found and what it took")
 

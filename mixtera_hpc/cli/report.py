@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.config.run_folder import RunFolder
 
 __all__ = ["arguments", "run"]
 
@@ -23,7 +23,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.config.runfolder import RunFolder, runs_root
+    from mixtera_hpc.config.run_folder import RunFolder, runs_root
 
     folders = [RunFolder.find(name, args.root or runs_root()) for name in args.runs]
     if args.scaling:

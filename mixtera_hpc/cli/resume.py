@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.config.run_folder import RunFolder
     from mixtera_hpc.launch.resume import ResumeRequest
 
 __all__ = ["arguments", "run"]
@@ -45,7 +45,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     from mixtera_hpc.comm.launcher import started_by_mpi
-    from mixtera_hpc.config.runfolder import RunFolder, runs_root
+    from mixtera_hpc.config.run_folder import RunFolder, runs_root
     from mixtera_hpc.launch.resume import was_submitted
 
     folder = RunFolder.find(args.run_name, args.root or runs_root())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mixtera_hpc.comm.communicator import Communicator
-    from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.config.run_folder import RunFolder
     from mixtera_hpc.config.schema import Config
     from mixtera_hpc.launch.resume import ResumeRequest
 
@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.config.run_folder import RunFolder
     from mixtera_hpc.dataplane.control import hold_warnings
     from mixtera_hpc.errors import ConfigError, MixteraError
 
@@ -119,7 +119,7 @@ def _train(comm: "Communicator", prepare: "Prepare", places: "list[tuple[RunFold
     from mixtera_hpc.comm.communicator import bcast_bytes
     from mixtera_hpc.comm.failure_watch import start_watch
     from mixtera_hpc.config.compose import load_config
-    from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.config.run_folder import RunFolder
     from mixtera_hpc.track.progress import Progress
     from mixtera_hpc.training.trainer import run_training
 

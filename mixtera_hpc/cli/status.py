@@ -44,7 +44,7 @@ def clock(seconds: int | None) -> str:
 def _statuses(args: Namespace) -> list["RunStatus"]:
     from datetime import UTC, datetime
 
-    from mixtera_hpc.config.runfolder import RunFolder, find_runs, runs_root
+    from mixtera_hpc.config.run_folder import RunFolder, find_runs, runs_root
     from mixtera_hpc.launch.status import run_statuses
 
     root = args.root or runs_root()

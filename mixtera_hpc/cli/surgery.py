@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixtera_hpc.config.runfolder import RunFolder
+    from mixtera_hpc.config.run_folder import RunFolder
     from mixtera_hpc.config.schema import Config
     from mixtera_hpc.dataplane.run_edits import RunEdit
     from mixtera_hpc.launch.resume import ResumeRequest

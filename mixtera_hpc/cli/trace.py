@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from mixtera_hpc.config.runfolder import RunFolder, runs_root
+    from mixtera_hpc.config.run_folder import RunFolder, runs_root
     from mixtera_hpc.errors import ConfigError
 
     if args.row is not None and args.shard is None:
@@ -159,7 +159,7 @@ def _steps(args: argparse.Namespace, end: int) -> range:
 
 def _was_given(rank: int | None, attempt: Any, record: dict[str, Any]) -> bool:
     """Whether a rank, or its dp_group, was given a sequence; records name the first rank of a group."""
-    return rank is None or rank // attempt.dp_group_size * attempt.dp_group_size == record["rank"]
+    return rank is None or rank // attempt.model_parallel_size * attempt.model_parallel_size == record["rank"]
 
 
 def _check_rank(rank: int | None, attempts: Iterable[Any]) -> None:

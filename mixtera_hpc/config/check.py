@@ -100,12 +100,12 @@ def _index(config: Config) -> list[str]:
 
 
 def _roots(data: DataConfig) -> list[str]:
-    found = [] if data.root or data.roots else ["data.root is missing. Set it on the command line or in a config file."]
-    for name, root in data.roots.items():
+    found = [] if data.root or data.sets else ["data.root is missing. Set it on the command line or in a config file."]
+    for name, root in data.sets.items():
         if not name or not root:
-            found.append(f"data.roots has {name!r}: {root!r}, expected a name and a folder.")
-    if data.roots and "dataset" in data.properties:
-        found.append("data.properties.dataset is the name of the root with data.roots. Give the property another name.")
+            found.append(f"data.sets has {name!r}: {root!r}, expected a name and a folder.")
+    if data.sets and "dataset" in data.properties:
+        found.append("data.properties.dataset is the name of the root with data.sets. Give the property another name.")
     return found
 
 
@@ -143,7 +143,14 @@ def _pattern(name: str, pattern: str | None) -> list[str]:
 
 def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     found = []
-    for name in ("seq_len", "global_batch_size", "chunk_steps", "shuffle_window", "prefetch_batches", "dp_group_size"):
+    for name in (
+        "seq_len",
+        "global_batch_size",
+        "chunk_steps",
+        "shuffle_window",
+        "prefetch_batches",
+        "model_parallel_size",
+    ):
         found += _at_least(f"dataplane.{name}", getattr(plane, name), 1)
     found += _at_least("dataplane.feedback_lag", plane.feedback_lag, 2)
     found += _at_least("dataplane.workers", plane.workers, 0)
@@ -287,12 +294,14 @@ def _limits(job: JobConfig, cluster: ClusterConfig, seconds: int) -> list[str]:
 def _batch_split(config: Config) -> list[str]:
     """Whether the job's ranks can share a batch. One rank says nothing: mpiexec may start more, and they check again."""
     ranks, plane = num_ranks(config), config.dataplane
-    if ranks <= 1 or plane.dp_group_size < 1:
+    if ranks <= 1 or plane.model_parallel_size < 1:
         return []
-    if ranks % plane.dp_group_size:
-        return [f"dataplane.dp_group_size is {plane.dp_group_size}, which does not divide the job's {ranks} ranks."]
-    groups = ranks // plane.dp_group_size
-    sharers = "ranks" if plane.dp_group_size == 1 else f"groups of {plane.dp_group_size} ranks"
+    if ranks % plane.model_parallel_size:
+        return [
+            f"dataplane.model_parallel_size is {plane.model_parallel_size}, which does not divide the job's {ranks} ranks."
+        ]
+    groups = ranks // plane.model_parallel_size
+    sharers = "ranks" if plane.model_parallel_size == 1 else f"groups of {plane.model_parallel_size} ranks"
     if plane.global_batch_size % groups:
         return [
             f"dataplane.global_batch_size is {plane.global_batch_size}, which {groups} {sharers} cannot share evenly. "

@@ -205,7 +205,7 @@ def _kind(mixture: MixtureConfig) -> list[str]:
     if mixture.schedule.stages:
         found.append(f"mixture.schedule has stages, but mixture.kind is {mixture.kind}. Set mixture.kind=schedule.")
     if mixture.kind == "arbitrary":
-        for name in ("domains", "by", "floor", "cap", "remainder"):
+        for name in ("domains", "group_by", "floor", "cap", "remainder"):
             if getattr(mixture, name):
                 found.append(
                     f"mixture.kind=arbitrary serves everything selected in index order, without domains; mixture.{name} is set. "

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 CONFIG_NAME = "config"
-OPEN_KEYS = ("data.properties", "data.roots", "mixture.algorithm", "cluster.env", "cluster.sbatch")
+OPEN_KEYS = ("data.properties", "data.sets", "mixture.algorithm", "cluster.env", "cluster.sbatch")
 """Mappings whose keys are the user's: they are set without Hydra's `+`."""
 TEXT_KEYS = ("query.where", "job.constraint", "job.comment", "job.time")
 """Keys whose value is text, whatever it looks like: taken as typed, without a second pair of quotes for Hydra."""

@@ -53,7 +53,7 @@ def display_name(key: DomainKey) -> str:
 
 
 def domain_entries(mixture: MixtureConfig) -> list[DomainEntry]:
-    """The domains in written order, the remainder last; empty where the index decides (`mixture.by`).
+    """The domains in written order, the remainder last; empty where the index decides (`mixture.group_by`).
 
     Raises:
         MixtureError: a key is not one; a group and its member name the same property.

@@ -119,8 +119,8 @@ class MixtureConfig:
     unit: Literal["tokens", "samples"] = "tokens"
     """What is counted: packed sequences of tokens, or samples."""
     domains: list[DomainConfig] = field(default_factory=list)
-    """The components. Empty: one domain per value of `by`, or a single domain of everything."""
-    by: list[str] = field(default_factory=list)
+    """The components. Empty: one domain per value of `group_by`, or a single domain of everything."""
+    group_by: list[str] = field(default_factory=list)
     """With no `domains`: the properties whose distinct values make the domains."""
     remainder: DomainConfig | None = None
     """One more domain, the last, of everything that matches no key: `{weight: 0.1}`."""
@@ -157,7 +157,7 @@ class DataPlaneConfig:
     """With `vocab_size`: the token that ends a document."""
     seq_len: int = 1024
     """Predicted tokens per sequence; a sequence holds one more."""
-    overlap: bool = True
+    overlap_one_token: bool = True
     """A sequence begins with the last token of the one before, so that every token is predicted once. False: no token is
     handed out twice, and every (seq_len + 1)th is never predicted."""
     global_batch_size: int = 64
@@ -182,7 +182,7 @@ class DataPlaneConfig:
     """Batches that are kept ready."""
     workers: int = 0
     """Processes that read for each rank, for data that one thread cannot keep up with; 0: a thread."""
-    dp_group_size: int = 1
+    model_parallel_size: int = 1
     """Neighbouring ranks that receive the same batch (tensor, pipeline and context parallel peers)."""
     comm: Literal["auto", "local", "mpi"] = "auto"
     """How ranks talk: `auto` uses MPI when the process was started by an MPI launcher."""

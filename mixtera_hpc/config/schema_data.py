@@ -31,7 +31,7 @@ class DataConfig:
 
     root: str = ""
     """Folder that all shard paths are relative to."""
-    roots: dict[str, str] = field(default_factory=dict)
+    sets: dict[str, str] = field(default_factory=dict)
     """Instead of `root`, several data sets: name → folder. The name is the built-in property `dataset` of its samples."""
     include: list[str] = field(default_factory=lambda: ["**/*"])
     """Globs below `root`; files of unknown format are ignored by `**/*` and refused when a glob names them."""
@@ -55,8 +55,8 @@ class DataConfig:
 
     @classmethod
     def from_short(cls, value: Any) -> Any:
-        """With `roots` there need not be a `root`."""
-        if isinstance(value, dict) and value.get("roots") and value.get("root") == "???":
+        """With `sets` there need not be a `root`."""
+        if isinstance(value, dict) and value.get("sets") and value.get("root") == "???":
             return {key: part for key, part in value.items() if key != "root"}
         return value
 
@@ -67,7 +67,7 @@ class IndexConfig:
 
     path: str
     """The HDF5 file."""
-    also: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     """Further indexes whose samples take part in a run; `dataset`, the name of the file, tells them apart."""
     generation: str | None = None
     """Fingerprint of an earlier state of a refreshed index; a run sees that state, and not the shards added since."""

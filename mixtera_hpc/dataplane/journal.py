@@ -84,7 +84,7 @@ class Opening:
 
     first_step: int
     num_ranks: int
-    dp_group_size: int
+    model_parallel_size: int
     identity: Mapping[str, Any]
     stream_version: StreamVersion
 
@@ -155,7 +155,7 @@ class AttemptRecord:
     number: int
     first_step: int
     num_ranks: int
-    dp_group_size: int
+    model_parallel_size: int
     identity: Mapping[str, Any]
     """Of the source it served from."""
     stream_version: StreamVersion
@@ -182,8 +182,8 @@ class AttemptRecord:
 
     def rank_of(self, position: int) -> int:
         """The rank (first of its dp_group) that was given `position` of the global batch."""
-        per_group = self.global_batch_size // (self.num_ranks // self.dp_group_size)
-        return position // per_group * self.dp_group_size
+        per_group = self.global_batch_size // (self.num_ranks // self.model_parallel_size)
+        return position // per_group * self.model_parallel_size
 
     def plan_of(self, step: int) -> ChunkPlan:
         """The plan that `step` was served from.
@@ -257,7 +257,7 @@ def _attempt(record: dict[str, Any]) -> AttemptRecord:
         number=record["attempt"],
         first_step=record["first_step"],
         num_ranks=record["num_ranks"],
-        dp_group_size=record["dp_group_size"],
+        model_parallel_size=record["model_parallel_size"],
         identity=record["identity"],
         stream_version=StreamVersion.from_dict(record["stream_version"]),
         plans=[],

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.launcher import open_communicator
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.planner import ChunkPlan
@@ -266,7 +266,7 @@ class DataPlane:
             Opening(
                 first_step=self._next_step,
                 num_ranks=self._comm.size,
-                dp_group_size=plane.dp_group_size,
+                model_parallel_size=plane.model_parallel_size,
                 identity=source.identity(),
                 stream_version=source.stream_version,
             )

@@ -167,7 +167,7 @@ def pin_index_generation(config: Config, journal: Path) -> Config:
 
 def _at_state(config: Config, fingerprint: str | None) -> Config:
     """`config` over the state of its index that has `fingerprint`; unchanged where several are joined, which have no states."""
-    if config.index.also or not fingerprint:
+    if config.index.paths or not fingerprint:
         return config
     return replace(config, index=replace(config.index, generation=fingerprint))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
@@ -25,7 +25,7 @@ class Sinks:
         self._tracker = tracker if rank == 0 else Silent()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
         audit = folder.audit(attempt) / f"rank_{rank:05d}.jsonl" if folder and config.dataplane.audit else None
-        self._audit = Audit(audit) if audit and rank % config.dataplane.dp_group_size == 0 else None
+        self._audit = Audit(audit) if audit and rank % config.dataplane.model_parallel_size == 0 else None
 
     def run_edits(self) -> list[RunEdit]:
         """What the run has been through."""

@@ -32,7 +32,7 @@ class Shard:
     size_bytes: int
     mtime_ns: int
     dataset: str = ""
-    """The name of its root in `data.roots`; empty where there is only `data.root`."""
+    """The name of its root in `data.sets`; empty where there is only `data.root`."""
 
     def below(self, roots: Mapping[str, Path]) -> Path:
         """Where it lies."""
@@ -41,7 +41,7 @@ class Shard:
 
 def roots_of(data: DataConfig) -> dict[str, Path]:
     """Dataset → folder; a single root is called ''."""
-    return {name: Path(root) for name, root in sorted(data.roots.items())} if data.roots else {"": Path(data.root)}
+    return {name: Path(root) for name, root in sorted(data.sets.items())} if data.sets else {"": Path(data.root)}
 
 
 def discover(data: DataConfig) -> list[Shard]:
@@ -89,7 +89,7 @@ Found = tuple[Shard, tuple[int, int]]
 def _below(root: Path, dataset: str, data: DataConfig) -> list[Found]:
     """The shards of one root, sorted by path."""
     if not root.is_dir():
-        key = f"data.roots.{dataset}" if dataset else "data.root"
+        key = f"data.sets.{dataset}" if dataset else "data.root"
         raise DataError(
             f"{key} is {str(root)!r}, which is not a folder.\n  Give the folder that the data files are below."
         )

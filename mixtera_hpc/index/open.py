@@ -131,7 +131,7 @@ def _roots(group: h5py.Group, given: Roots, path: Path) -> dict[str, Path]:
     if roots.keys() != stored.keys():
         have, want = (", ".join(sorted(names)) or "none" for names in (set(stored) - {""}, set(roots) - {""}))
         raise PropertyIndexError(
-            f"{path} was built from the data sets {have}, but data.roots names {want}.\n"
-            "  Give every one of them its folder in data.roots (a single unnamed one in data.root), or build again."
+            f"{path} was built from the data sets {have}, but data.sets names {want}.\n"
+            "  Give every one of them its folder in data.sets (a single unnamed one in data.root), or build again."
         )
     return {name: Path(roots[name]) for name in stored}

@@ -47,7 +47,7 @@ class Cost:
 
 
 def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
-    """The domains that `mixture.domains` or `mixture.by` name, or one of everything, counted in the index.
+    """The domains that `mixture.domains` or `mixture.group_by` name, or one of everything, counted in the index.
 
     Raises:
         ConfigError: `query.where` does not parse, or names what the index does not have.
@@ -90,7 +90,7 @@ def weights_of(config: Config, chosen: ChosenDomains, has_tokens: bool) -> NDArr
     rows, tokens = chosen.selection.table.totals()
     in_tokens, plane = config.mixture.unit == "tokens", config.dataplane
     sizes = np.where(has_tokens, tokens, 0) if in_tokens else rows
-    items = Grid.of_unit(in_tokens, plane.seq_len, plane.overlap).stride * plane.global_batch_size
+    items = Grid.of_unit(in_tokens, plane.seq_len, plane.overlap_one_token).stride * plane.global_batch_size
     stock = DomainSizes(keys=chosen.keys, sizes=sizes, budget=items * config.training.num_steps)
     try:
         weights = initial_weights(config.mixture, config.mixture, stock)
@@ -105,7 +105,7 @@ def weights_of(config: Config, chosen: ChosenDomains, has_tokens: bool) -> NDArr
 def _keys(config: Config, index: PropertyIndex) -> list[DomainKey]:
     if found := domain_entries(config.mixture):
         return [leaf.key for leaf in found]
-    keys = keys_by(config.mixture.by, index.tables.combos)
+    keys = keys_by(config.mixture.group_by, index.tables.combos)
     if not keys:
-        raise MixtureError(f"mixture.by is {config.mixture.by}, but no sample has any of these properties.")
+        raise MixtureError(f"mixture.group_by is {config.mixture.group_by}, but no sample has any of these properties.")
     return keys

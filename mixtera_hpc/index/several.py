@@ -57,11 +57,11 @@ def open_configured(config: Config) -> PropertyIndex:
             do not fit together.
     """
     data, names = config.data, config.index
-    first = open_index(names.path, data.roots or data.root or None, names.generation)
+    first = open_index(names.path, data.sets or data.root or None, names.generation)
     _check_described(first, data)
-    if not names.also:
+    if not names.paths:
         return first
-    others = [open_index(path) for path in names.also]
+    others = [open_index(path) for path in names.paths]
     return _Joined([first, *others])
 
 
@@ -217,7 +217,7 @@ def _names(indexes: Sequence[PropertyIndex]) -> list[str]:
     if twice or len({i.path.absolute() for i in indexes}) < len(indexes):
         raise PropertyIndexError(
             f"Two of the indexes {', '.join(str(i.path) for i in indexes)} have the same name, which is their samples' dataset.\n"
-            "  Rename one of the files, or build it over data.roots={NAME: DIR}."
+            "  Rename one of the files, or build it over data.sets={NAME: DIR}."
         )
     return names
 

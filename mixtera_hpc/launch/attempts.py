@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixtera_hpc.config.check import num_ranks, parse_time
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 

@@ -5,7 +5,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import is_alive, read_end, read_start
 from mixtera_hpc.launch.slurm_commands import JobState, query_jobs, scancel

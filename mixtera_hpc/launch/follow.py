@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.launch.attempts import read_end, read_start
 from mixtera_hpc.launch.logs import LogTail, RankSelection, attempt_heading, failed_rank_lines
 from mixtera_hpc.launch.slurm_commands import JobState

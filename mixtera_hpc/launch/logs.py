@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.launch.attempts import read_start
 
 __all__ = ["LogTail", "RankSelection", "all_lines", "attempt_heading", "failed_rank_lines"]

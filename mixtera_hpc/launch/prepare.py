@@ -10,7 +10,7 @@ from typing import Any
 
 from mixtera_hpc.config.compose import dump_yaml
 from mixtera_hpc.config.convert import to_plain
-from mixtera_hpc.config.runfolder import RunFolder, new_run_id
+from mixtera_hpc.config.run_folder import RunFolder, new_run_id
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.manifest import git_diff, manifest
@@ -47,8 +47,8 @@ def with_absolute_paths(config: Config) -> Config:
     return replace(
         config,
         run=replace(config.run, root=str(Path(config.run.root).absolute())),
-        data=replace(data, root=_rooted(data.root), roots={name: _rooted(root) for name, root in data.roots.items()}),
-        index=replace(index, path=_rooted(index.path), also=[_rooted(path) for path in index.also]),
+        data=replace(data, root=_rooted(data.root), sets={name: _rooted(root) for name, root in data.sets.items()}),
+        index=replace(index, path=_rooted(index.path), paths=[_rooted(path) for path in index.paths]),
         dataplane=replace(plane, tokenizer=_rooted(plane.tokenizer) if plane.tokenizer else None),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 from mixtera_hpc.config.check import check
 from mixtera_hpc.config.compose import compose_plain, load_yaml
 from mixtera_hpc.config.convert import from_plain, to_plain
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import read_start
@@ -34,7 +34,7 @@ IDENTITY_KEYS = (
     *(
         f"dataplane.{name}"
         for name in (
-            *("seq_len", "overlap", "global_batch_size", "chunk_steps", "feedback_lag", "seed", "shuffle"),
+            *("seq_len", "overlap_one_token", "global_batch_size", "chunk_steps", "feedback_lag", "seed", "shuffle"),
             *(
                 "shuffle_window",
                 "tokenizer",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import AttemptEnd, AttemptStart, is_alive, read_end, read_start
 from mixtera_hpc.launch.slurm_commands import JobInfo, JobState, query_jobs

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from mixtera_hpc.config.check import parse_time
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.convert import to_plain
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.sweep import expand
 from mixtera_hpc.launch.prepare import replace_config, with_absolute_paths

@@ -1,6 +1,6 @@
 """What to type next."""
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.report.summary import RunSummary
 
 __all__ = ["next_commands"]

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.report.canvas import Canvas
 from mixtera_hpc.report.html_page import render_page
 from mixtera_hpc.report.plot_style import save_png, to_svg, use_plot_style

@@ -37,7 +37,7 @@ def make_collection(folder: Path, num_rows: int = 480) -> list[str]:
         f"index.path={folder / 'index.h5'}",
         "index.block_rows=16",
         f"dataplane.tokenizer={folder / 'tokenizer.json'}",
-        "mixture.by=[source]",
+        "mixture.group_by=[source]",
     ]
     build_index(compose(overrides))
     return overrides

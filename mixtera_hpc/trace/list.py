@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from mixtera_hpc.comm.communicator import Local
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 
 __all__ = ["Fanout", "JsonLines", "Silent", "Tracker", "open_append", "open_tracker"]

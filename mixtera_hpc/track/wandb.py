@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixtera_hpc.config.convert import to_plain
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.track.scalars import Flattener

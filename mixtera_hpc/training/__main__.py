@@ -20,7 +20,7 @@ import hydra
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.compose import conf_dir, search_path
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, MixteraError
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.run_edits import is_abandoned, pin_index_generation, read_run_edits

@@ -34,9 +34,9 @@ def cli() -> Cli:
 def small(collection: list[str]) -> list[str]:
     """A run small enough to train in seconds, with a mixture that is learned."""
     return [
-        *(o for o in collection if not o.startswith("mixture.by")),
+        *(o for o in collection if not o.startswith("mixture.group_by")),
         "mixture=ado",
-        "mixture.by=[source]",
+        "mixture.group_by=[source]",
         "mixture.algorithm.warmup=4",
         "mixture.algorithm.refit_interval=4",
         "dataplane.seq_len=32",

@@ -77,7 +77,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Callabl
 
 PLAN = [
     "mixture=natural",
-    "mixture.by=[source]",
+    "mixture.group_by=[source]",
     "dataplane.shuffle=none",
     "dataplane.seq_len=64",
     "dataplane.global_batch_size=8",

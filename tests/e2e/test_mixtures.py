@@ -12,8 +12,8 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 BATCH, STEPS, CHUNK_STEPS = 16, 24, 3
 A, B = "{key: {source: 'a*'}", "{key: {source: [difflib, enum]}"
 KINDS = {
-    "natural": ["mixture.by=[source]", "mixture.temperature=3.0"],
-    "unimax": ["mixture=unimax", "mixture.by=[source]", "mixture.cap=0.3"],
+    "natural": ["mixture.group_by=[source]", "mixture.temperature=3.0"],
+    "unimax": ["mixture=unimax", "mixture.group_by=[source]", "mixture.cap=0.3"],
     "static": [f"mixture.domains=[{A}, weight: 0.7}}, {B}, weight: 0.2}}]", "mixture.remainder={weight: 0.1}"],
     "hierarchical": [
         f"mixture.domains=[{{key: {{tags: def}}, weight: 0.6, domains: [{A}}}, {B}}}]}}, {{key: {{tags: null}}, weight: 0.4}}]"
@@ -23,7 +23,7 @@ KINDS = {
         "mixture.schedule.shape=linear",
         "mixture.schedule.stages=[{start: 0, kind: natural}, {start: 9, kind: dynamic, algorithm: {name: odm}}]",
     ],
-    "dynamic": ["mixture.by=[source]", "mixture.algorithm={name: exponentiated-gradient}", "mixture.floor=0.02"],
+    "dynamic": ["mixture.group_by=[source]", "mixture.algorithm={name: exponentiated-gradient}", "mixture.floor=0.02"],
     "arbitrary": ["dataplane.shuffle=none"],
 }
 
@@ -99,7 +99,7 @@ def test_a_schedule_by_tokens_counts_predicted_tokens(collection: list[str], ove
     stages = f"[{{start: 0, domains: [{A}, weight: 1}}]}}, {{start: {9 * BATCH * 2}, domains: [{B}, weight: 1}}]}}]"
     shape = [f"dataplane.global_batch_size={BATCH}", "dataplane.chunk_steps=3", "dataplane.seq_len=2"]
     mixture = ["mixture=schedule", "mixture.schedule.unit=tokens", "mixture.schedule.shape=stepwise"]
-    words = [*plain, *shape, *mixture, f"mixture.schedule.stages={stages}", f"dataplane.overlap={overlap}"]
+    words = [*plain, *shape, *mixture, f"mixture.schedule.stages={stages}", f"dataplane.overlap_one_token={overlap}"]
     with DataPlane.open(compose(words), Local()) as plane:
         domains = [set(batch.domain_ids.tolist()) for batch in train(plane, 12)]
     assert domains == [{0}] * 9 + [{1}] * 3

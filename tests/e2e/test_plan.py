@@ -9,12 +9,12 @@ import pytest
 from .conftest import Cli
 
 STEPS = 30
-FIXED = ["mixture=natural", "mixture.by=[source]", "dataplane.global_batch_size=12"]
+FIXED = ["mixture=natural", "mixture.group_by=[source]", "dataplane.global_batch_size=12"]
 
 
 @pytest.fixture(scope="module")
 def words(collection: list[str]) -> list[str]:
-    return [*(o for o in collection if not o.startswith("mixture.by")), *FIXED, "dataplane.seq_len=32"]
+    return [*(o for o in collection if not o.startswith("mixture.group_by")), *FIXED, "dataplane.seq_len=32"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_forecast_says_when_data_runs_out(cli: Cli, words: list[str]) -> Non
     [
         (["query.where=sourc == 'ast'"], "Did you mean 'source'"),
         (["query.where=source == 'asd'"], "Did you mean 'ast'"),
-        (["mixture.by=[sources]"], "Did you mean 'source'"),
+        (["mixture.group_by=[sources]"], "Did you mean 'source'"),
         (["dataplane.shuffel=none"], "Did you mean 'dataplane.shuffle'"),
         (["mixture=adoo"], "Did you mean 'ado'"),
         (["--json", "mixture.max_epochs=1", "plan.first_step=100000"], "the data has ended by then"),

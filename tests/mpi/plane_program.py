@@ -13,7 +13,7 @@ import numpy as np
 
 from mixtera_hpc.comm.launcher import open_communicator
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.plane import DataPlane
 
 

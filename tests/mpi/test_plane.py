@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.run_edits import record_run_edit, run_edit_between
 from mixtera_hpc.trace.list import AttemptSources, verify_run
@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("plane_program.py")
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 LEARNED = [
     "mixture=ado",
-    "mixture.by=[source]",
+    "mixture.group_by=[source]",
     "mixture.algorithm={name:ado,warmup:6,refit_interval:6}",
     "dataplane.seq_len=16",
     "dataplane.global_batch_size=24",
@@ -33,7 +33,7 @@ Serve = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def overrides(collection: list[str]) -> list[str]:
-    return [*(o for o in collection if not o.startswith("mixture.by")), *LEARNED]
+    return [*(o for o in collection if not o.startswith("mixture.group_by")), *LEARNED]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_the_proof_holds_over_both_attempts(serve: Serve, overrides: list[str], 
 def test_peers_of_a_dp_group_get_the_same_and_are_counted_once(
     serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert serve(tmp_path / "run", 4, more=("dataplane.dp_group_size=2",)) == alone[1]
+    assert serve(tmp_path / "run", 4, more=("dataplane.model_parallel_size=2",)) == alone[1]
     assert consumed(tmp_path / "run") == consumed(alone[0])
 
 

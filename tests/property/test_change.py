@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, read_decisions, requested_mixture, write_request
@@ -23,7 +23,7 @@ STATIC = {
     "kind": "static",
     "domains": [{"key": {"source": "ast"}, "weight": 0.75}, {"key": {"source": "enum"}, "weight": 0.25}],
 }
-LEARNED = {"kind": "dynamic", "by": ["source"], "algorithm": {"name": "ado", "warmup": 3, "refit_interval": 3}}
+LEARNED = {"kind": "dynamic", "group_by": ["source"], "algorithm": {"name": "ado", "warmup": 3, "refit_interval": 3}}
 CHUNK = 3
 
 
@@ -157,7 +157,7 @@ def test_a_damaged_request_is_refused_in_writing(config: Config, tmp_path: Path)
         ({"kind": "statc"}, "mixture.kind"),
         ({"weights": {}}, "mixture.weights is not a known key"),
         ({"mixture": STATIC, "query": {"where": "source == 'ast'"}}, "query stands beside mixture"),
-        ({"kind": "natural", "by": ["package"]}, "mixture.by cannot change"),
+        ({"kind": "natural", "group_by": ["package"]}, "mixture.group_by cannot change"),
         (
             {**STATIC, "domains": [{"key": {"source": "ast"}, "weight": 1, "max_epochs": 2}]},
             r"mixture.domains\[0\].max_epochs cannot change",

@@ -33,7 +33,7 @@ def source_of(plain: dict[str, object], mixture: Settings, plane: Settings) -> S
 MIXTURES = st.fixed_dictionaries(
     {
         "kind": st.just("natural"),
-        "by": st.sampled_from([["source"], [], ["tags"]]),
+        "group_by": st.sampled_from([["source"], [], ["tags"]]),
         "on_exhausted": st.sampled_from(["repeat", "redistribute", "stop"]),
         "max_epochs": st.sampled_from([None, 0.5, 1.0, 2.5]),
         "unit": st.sampled_from(["tokens", "samples"]),
@@ -42,7 +42,7 @@ MIXTURES = st.fixed_dictionaries(
 PLANES = st.fixed_dictionaries(
     {
         "seq_len": st.sampled_from([5, 32, 200]),
-        "overlap": st.booleans(),
+        "overlap_one_token": st.booleans(),
         "add_eos": st.booleans(),
         "chunk_steps": st.integers(1, 5),
         "seed": st.integers(0, 3),
@@ -98,7 +98,7 @@ def test_ranks_groups_and_restarts_change_nothing(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLANES, st.sampled_from([["source"], []]))
 def test_an_epoch_of_samples_holds_every_sample_once(plain: dict[str, object], plane: Settings, by: list[str]) -> None:
-    mixture = {"by": by, "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
+    mixture = {"group_by": by, "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
     source = source_of(plain, mixture, plane)
     batches = served(source, 0, 1, 1, [plan for plan, _ in plans(source, 1000)])
     payloads = [p for b in batches for p in b.payloads or []]

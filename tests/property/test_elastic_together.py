@@ -21,8 +21,8 @@ BATCH, STEPS = 12, 14
 PAIR = [{"key": {"source": "argparse"}, "weight": 0.7}, {"key": {"source": ["ast", "enum"]}, "weight": 0.3}]
 LEARNED = {"kind": "dynamic", "algorithm": {"name": "ado", "warmup": 3, "refit_interval": 3}}
 MIXTURES: list[dict[str, Any]] = [
-    {"kind": "natural", "by": ["source"]},
-    {"kind": "natural", "by": ["source"], "temperature": 3.0, "floor": 0.02},
+    {"kind": "natural", "group_by": ["source"]},
+    {"kind": "natural", "group_by": ["source"], "temperature": 3.0, "floor": 0.02},
     {"kind": "static", "domains": PAIR},
     {"kind": "static", "domains": [PAIR[0] | {"weight": 0.6}], "remainder": {"weight": 0.4}},
     {
@@ -40,9 +40,9 @@ MIXTURES: list[dict[str, Any]] = [
         },
     },
     {"kind": "arbitrary"},
-    {**LEARNED, "by": ["source"]},
-    {**LEARNED, "by": ["source"], "cap": 0.5},
-    {"kind": "dynamic", "by": ["source"], "algorithm": {"name": "odm"}},
+    {**LEARNED, "group_by": ["source"]},
+    {**LEARNED, "group_by": ["source"], "cap": 0.5},
+    {"kind": "dynamic", "group_by": ["source"], "algorithm": {"name": "odm"}},
 ]
 
 
@@ -84,7 +84,7 @@ RUNS = st.fixed_dictionaries(
 PLANES = st.fixed_dictionaries(
     {
         "seq_len": st.sampled_from([5, 32, 150]),
-        "overlap": st.booleans(),
+        "overlap_one_token": st.booleans(),
         "chunk_steps": st.integers(1, 5),
         "feedback_lag": st.integers(2, 3),
         "seed": st.integers(0, 3),
@@ -96,7 +96,7 @@ PLANES = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def plain(collection: list[str]) -> dict[str, Any]:
-    words = [w for w in collection if not w.startswith("mixture.by")]
+    words = [w for w in collection if not w.startswith("mixture.group_by")]
     return compose_plain([*words, f"dataplane.global_batch_size={BATCH}", "dataplane.audit=true"])
 
 
@@ -158,7 +158,7 @@ def check_pieces(
 ) -> None:
     def config(attempt: Attempt) -> Config:
         shape = {
-            "dp_group_size": attempt.group,
+            "model_parallel_size": attempt.group,
             "prefetch_batches": attempt.prefetch,
             "workers": attempt.workers,
         }

@@ -49,7 +49,7 @@ def test_training_and_validation_share_the_samples_between_them(
 ) -> None:
     def config(held_out: float) -> Config:
         query = {**plain["query"], "where": where, "holdout": {"fraction": held_out, "seed": seed}}
-        mixture = {**plain["mixture"], **ONCE, "by": by}
+        mixture = {**plain["mixture"], **ONCE, "group_by": by}
         return from_plain(
             Config,
             {**plain, "query": query, "mixture": mixture, "dataplane": {**plain["dataplane"], "shuffle": shuffle}},

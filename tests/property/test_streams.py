@@ -46,7 +46,7 @@ def test_spans_together_are_the_spans_one_by_one(source: Source, domain: int, wa
 
 def test_a_document_that_changed_is_named_at_its_step(own_collection: list[str]) -> None:
     """Steps are read together, but those before the damage are served."""
-    wish = ["mixture.by=[]", "dataplane.shuffle=none", "dataplane.seq_len=32", "dataplane.global_batch_size=4"]
+    wish = ["mixture.group_by=[]", "dataplane.shuffle=none", "dataplane.seq_len=32", "dataplane.global_batch_size=4"]
     source = open_source(compose([*own_collection, *wish, "dataplane.chunk_steps=1000"]), Local())
     shard = Path(source.config.data.root) / source.facts.shard_paths[0]
     lines = shard.read_bytes().splitlines(keepends=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
@@ -23,7 +23,7 @@ from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.trace.list import AttemptSources, verify_run
 
 STATE = dict[str, Any]
-DYNAMIC = {"kind": "dynamic", "by": ["source"], "algorithm": {"name": "ado", "warmup": 4, "refit_interval": 4}}
+DYNAMIC = {"kind": "dynamic", "group_by": ["source"], "algorithm": {"name": "ado", "warmup": 4, "refit_interval": 4}}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_steps_count_the_data_steps_that_are_not_skipped(spans: list[tuple[int, 
 def test_skipped_steps_are_the_only_ones_missing(
     plain: dict[str, Any], new_folder: Callable[[], Path], kind: str, stop: int, ahead: int, count: int, chunk: int
 ) -> None:
-    mixture = DYNAMIC if kind == "dynamic" else {"by": ["source"]}
+    mixture = DYNAMIC if kind == "dynamic" else {"group_by": ["source"]}
     config = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": chunk})
     folder = new_folder()
     first = stop + ahead
@@ -129,7 +129,7 @@ def test_after_a_drop_the_rest_of_the_epoch_is_served_once(
     batch: int,
     by: str | None,
 ) -> None:
-    mixture = {"by": [by] if by else [], "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
+    mixture = {"group_by": [by] if by else [], "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
     plane = {"global_batch_size": 6, "chunk_steps": 4, "shuffle": shuffle, "shuffle_window": window}
     before, folder = config_of(plain, mixture=mixture, dataplane=plane), new_folder()
     begun, state = serve(before, folder, 1, stop)
@@ -168,7 +168,7 @@ def test_replay_proves_a_run_through_several_surgeries(
     reseed: bool,
     grow: bool,
 ) -> None:
-    mixture = DYNAMIC if kind == "dynamic" else {"by": ["source"]}
+    mixture = DYNAMIC if kind == "dynamic" else {"group_by": ["source"]}
     one, folder = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": 3}), new_folder()
     two = replace(one, query=replace(one.query, drop=["source == 'argparse'"]))
     plane = replace(two.dataplane, seed=9 if reseed else 0, global_batch_size=10 if grow else 6)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane

@@ -10,7 +10,7 @@ import pytest
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History, sample_digest
 from mixtera_hpc.dataplane.plane import DataPlane

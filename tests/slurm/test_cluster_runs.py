@@ -23,8 +23,13 @@ def small(collection: list[str]) -> list[str]:
     dataplane = {"seq_len": 32, "global_batch_size": 12, "chunk_steps": 2, "audit": "true"}
     training = {"num_layers": 1, "num_heads": 2, "embedding_dim": 16, "num_steps": 12}
     return [
-        *(word for word in collection if not word.startswith("mixture.by")),
-        *("mixture=ado", "mixture.by=[source]", "mixture.algorithm.warmup=4", "mixture.algorithm.refit_interval=4"),
+        *(word for word in collection if not word.startswith("mixture.group_by")),
+        *(
+            "mixture=ado",
+            "mixture.group_by=[source]",
+            "mixture.algorithm.warmup=4",
+            "mixture.algorithm.refit_interval=4",
+        ),
         *(f"dataplane.{key}={value}" for key, value in dataplane.items()),
         *(f"training.{key}={value}" for key, value in training.items()),
         *("cluster=dev", "job.nodes=2", 'job.time="00:10:00"', "run.name=small"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.config.compose import compose, dump_yaml
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.track.tracker import JsonLines
 

@@ -25,7 +25,7 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
             "job.nodes=3",
             r"^dataplane\.global_batch_size is 64, which 3 ranks cannot share evenly\. Use a multiple of 3\.$",
         ),
-        ("dataplane.dp_group_size=0", r"dataplane\.dp_group_size is 0, expected at least 1"),
+        ("dataplane.model_parallel_size=0", r"dataplane\.model_parallel_size is 0, expected at least 1"),
         ("query.were=a > 1", r"^query\.were is not a known key\. Did you mean 'query\.where'"),
         ("job.time=12h", r"^job\.time is '12h', expected HH:MM:SS or D-HH:MM:SS, e\.g\. job\.time=12:30:00"),
         ("plan.steps=-1", r"plan\.steps is -1, expected at least 1"),
@@ -64,10 +64,10 @@ def test_a_near_miss_may_be_a_config_of_ones_own(own: Path, group: str) -> None:
     [
         (
             "experiment/mine.yaml",
-            "# @package _global_\nmixture: {by: [a}\n",
+            "# @package _global_\nmixture: {group_by: [a}\n",
             r"no YAML: (?s:.*)/experiment/mine\.yaml\", line 2",
         ),
-        ("experiment/mine.yaml", "mixture: {by: [a]}\n", "Begin its file with the line `# @package _global_`"),
+        ("experiment/mine.yaml", "mixture: {group_by: [a]}\n", "Begin its file with the line `# @package _global_`"),
         (
             "cluster/mine.yaml",
             "name: mine\nranks_per_node: 2\n",

@@ -52,7 +52,7 @@ def counts(index: PropertyIndex, *keys: dict[str, tuple[str | None, ...]], where
 
 class TestRoots:
     def test_the_name_of_the_root_is_a_property(self, roots: dict[str, str], tmp_path: Path) -> None:
-        build_index(configured(tmp_path, data={"roots": roots}))
+        build_index(configured(tmp_path, data={"sets": roots}))
         with open_index(tmp_path / "i.h5") as index:
             assert index.tables.properties["dataset"].values == ("code", "web")
             assert counts(index, {"dataset": ("web",)}, {"dataset": ("code",)}) == [10, 7]
@@ -60,7 +60,7 @@ class TestRoots:
             check_fresh(index)
 
     def test_roots_can_be_moved_but_not_renamed(self, roots: dict[str, str], tmp_path: Path) -> None:
-        build_index(configured(tmp_path, data={"roots": roots}))
+        build_index(configured(tmp_path, data={"sets": roots}))
         shutil.move(roots["web"], tmp_path / "elsewhere")
         with open_index(tmp_path / "i.h5", roots | {"web": str(tmp_path / "elsewhere")}) as index:
             assert changed_shards(index) == []
@@ -68,7 +68,7 @@ class TestRoots:
             open_index(tmp_path / "i.h5", {"web": roots["web"]})
 
     def test_a_refresh_tells_equal_paths_apart(self, roots: dict[str, str], tmp_path: Path) -> None:
-        config = configured(tmp_path, data={"roots": roots})
+        config = configured(tmp_path, data={"sets": roots})
         build_index(config)
         write(Path(roots["web"]) / "a.jsonl", 11, c="x")
         report = refresh_index(config)
@@ -79,10 +79,10 @@ class TestRoots:
     @pytest.mark.parametrize(
         ("data", "said"),
         [
-            ({"roots": {"a": ""}}, "expected a name and a folder"),
+            ({"sets": {"a": ""}}, "expected a name and a folder"),
             ({}, r"data\.root is missing"),
             (
-                {"roots": {"a": "/x"}, "properties": {"dataset": "d"}},
+                {"sets": {"a": "/x"}, "properties": {"dataset": "d"}},
                 r"data\.properties\.dataset is the name of the root",
             ),
             ({"root": "/x", "properties": {"c": {"kind": "number"}}}, "either a path in the row or a function"),
@@ -93,9 +93,9 @@ class TestRoots:
             check_data(configured(tmp_path, data=data))
 
     def test_roots_are_set_on_the_command_line(self, roots: dict[str, str], tmp_path: Path) -> None:
-        words = [f"data.roots={{web: {roots['web']}, code: {roots['code']}}}", f"index.path={tmp_path}/i.h5"]
+        words = [f"data.sets={{web: {roots['web']}, code: {roots['code']}}}", f"index.path={tmp_path}/i.h5"]
         config = compose([*words, "mixture.unit=samples"])
-        assert config.data.roots == roots and config.data.root == ""
+        assert config.data.sets == roots and config.data.root == ""
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def two(roots: dict[str, str], tmp_path: Path) -> Config:
     code = {"root": roots["code"], "properties": properties}
     build_index(configured(tmp_path, data=code, path=str(tmp_path / "code.h5")))
     return configured(
-        tmp_path, data={"root": roots["web"]}, path=str(tmp_path / "prose.h5"), also=[str(tmp_path / "code.h5")]
+        tmp_path, data={"root": roots["web"]}, path=str(tmp_path / "prose.h5"), paths=[str(tmp_path / "code.h5")]
     )
 
 
@@ -127,13 +127,13 @@ class TestIndexes:
             assert counts(index, {}, where="n >= 5") == [2]
 
     def test_a_run_reads_the_samples_of_all(self, two: Config) -> None:
-        plain = {"unit": "samples", "by": ["dataset"]}
+        plain = {"unit": "samples", "group_by": ["dataset"]}
         plane = {"global_batch_size": 17, "chunk_steps": 1, "shuffle": "block"}
         config = from_plain(
             Config,
             {
                 "data": {"root": two.data.root, "properties": {"c": "c"}},
-                "index": {"path": two.index.path, "also": two.index.also},
+                "index": {"path": two.index.path, "paths": two.index.paths},
                 "mixture": plain,
                 "dataplane": plane,
             },
@@ -157,7 +157,7 @@ class TestIndexes:
         build_index(configured(tmp_path, data=data, path=str(tmp_path / "code.h5")))
         with pytest.raises(PropertyIndexError, match=r"the kind of c: category in .*prose\.h5, number in .*code\.h5"):
             open_configured(two)
-        twice = configured(tmp_path, data={"root": roots["web"]}, path=two.index.path, also=[two.index.path])
+        twice = configured(tmp_path, data={"root": roots["web"]}, path=two.index.path, paths=[two.index.path])
         with pytest.raises(PropertyIndexError, match="have the same name"):
             open_configured(twice)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
 from mixtera_hpc.launch.prepare import prepare_run

@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.launch.prepare import prepare_run
 

@@ -11,7 +11,7 @@ import pytest
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane import plane as plane_module
@@ -30,7 +30,7 @@ def config(collection: list[str]) -> Config:
 
 @pytest.fixture(scope="module")
 def ending(collection: list[str]) -> Config:
-    return compose([*collection, *SMALL, "mixture.by=[]", "mixture.on_exhausted=stop", "mixture.max_epochs=0.2"])
+    return compose([*collection, *SMALL, "mixture.group_by=[]", "mixture.on_exhausted=stop", "mixture.max_epochs=0.2"])
 
 
 def test_after_the_end_there_is_nothing_more_however_often_one_asks(ending: Config) -> None:
@@ -134,7 +134,7 @@ def test_a_reader_that_is_left_alone_frees_what_it_holds_when_its_read_returns()
 
 
 def test_ranks_of_a_dp_group_share_and_one_of_them_speaks() -> None:
-    plane = DataPlaneConfig(global_batch_size=12, dp_group_size=2)
+    plane = DataPlaneConfig(global_batch_size=12, model_parallel_size=2)
     shares = [Share.of(plane, rank, 6) for rank in range(6)]
     assert [(share.first, share.size) for share in shares] == [(0, 4), (0, 4), (4, 4), (4, 4), (8, 4), (8, 4)]
     assert [share.speaks for share in shares] == [True, False] * 3
@@ -146,7 +146,7 @@ def test_ranks_of_a_dp_group_share_and_one_of_them_speaks() -> None:
 )
 def test_ranks_that_cannot_share_a_batch_are_refused(num_ranks: int, answer: str) -> None:
     with pytest.raises(ConfigError, match=answer):
-        Share.of(DataPlaneConfig(global_batch_size=12, dp_group_size=2), 0, num_ranks)
+        Share.of(DataPlaneConfig(global_batch_size=12, model_parallel_size=2), 0, num_ranks)
 
 
 def test_a_sequence_recorded_twice_is_named(config: Config) -> None:

@@ -67,7 +67,7 @@ def test_where_selects(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("unit", ["tokens", "samples"])
 def test_natural_weights_are_shares_of_the_unit(unit: str, index: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer = ask(capsys, index, "mixture.by=[source]", f"mixture.unit={unit}")
+    answer = ask(capsys, index, "mixture.group_by=[source]", f"mixture.unit={unit}")
     assert [d["key"] for d in answer["domains"]] == [{"source": "Book"}, {"source": "C4"}, {"source": None}]
     assert [d["samples"] for d in answer["domains"]] == [8, 20, 2]
     total = sum(d[unit] for d in answer["domains"])
@@ -87,7 +87,7 @@ def test_static_weights_are_those_configured(index: Path, capsys: pytest.Capture
 def test_dynamic_weights_begin_as_given_or_natural(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = "mixture.domains=[{key:{source:C4},weight:0.1},{key:{source:Book},weight:0.9}]"
     assert [d["weight"] for d in ask(capsys, index, "mixture=ado", given)["domains"]] == [0.1, 0.9]
-    natural = ask(capsys, index, "mixture=ado", "mixture.by=[source]", "mixture.unit=samples")
+    natural = ask(capsys, index, "mixture=ado", "mixture.group_by=[source]", "mixture.unit=samples")
     assert [d["weight"] for d in natural["domains"]] == pytest.approx([8 / 30, 20 / 30, 2 / 30])
 
 
@@ -114,7 +114,7 @@ def test_text_names_domains_overlaps_and_what_is_left_out(index: Path, capsys: p
     ("override", "message"),
     [
         ("query.where=qality>1", "ConfigError: query.where names 'qality'"),
-        ("mixture.by=[sorce]", "MixtureError: A domain key names 'sorce'"),
+        ("mixture.group_by=[sorce]", "MixtureError: A domain key names 'sorce'"),
         ("mixture.domains=[{key:{source:c4}}]", "MixtureError: A domain key wants source = 'c4'"),
         ("index.path=/none.h5", "PropertyIndexError: There is no property index at /none.h5"),
         ("mixture.kind=static", "ConfigError: mixture.kind=static needs mixture.domains"),

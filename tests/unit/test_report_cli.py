@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 
 RunMaker = Callable[..., RunFolder]
 

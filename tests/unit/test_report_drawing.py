@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.report.canvas import spread
 from mixtera_hpc.report.domain_groups import MAX_BANDS, bands_of, common_key, merged_loss, merged_sum, short_names
 from mixtera_hpc.report.downsample import even_indices, percentile_ranges, weighted_means

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.text import Annotation
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.report.canvas import Canvas
 from mixtera_hpc.report.html_page import render_page
 from mixtera_hpc.report.plot_style import LIGHT

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.report.projection import project_run
 from mixtera_hpc.report.run_metrics import load_run_metrics
 from mixtera_hpc.report.scaling import scaling_table

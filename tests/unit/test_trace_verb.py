@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.launch.prepare import prepare_run
@@ -92,7 +92,7 @@ def test_a_rank_stands_for_its_dp_group(
 ) -> None:
     folder = served(own_collection, tmp_path / "runs")
     opened, *rest = folder.journal.read_text().splitlines(keepends=True)
-    as_if = opened.replace('"num_ranks":1,"dp_group_size":1', '"num_ranks":4,"dp_group_size":2')
+    as_if = opened.replace('"num_ranks":1,"model_parallel_size":1', '"num_ranks":4,"model_parallel_size":2')
     assert as_if != opened
     folder.journal.write_text("".join([as_if, *rest]))
     given = []

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, DataConfig, IndexConfig, TrackConfig
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.track.scalars import Flattener

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixtera_hpc.comm.communicator import Local
-from mixtera_hpc.config.runfolder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import (
     Config,
     DataConfig,
@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     made = Config(
         data=DataConfig(root=str(root), include=["*.jsonl"], properties={"kind": PropertyConfig(path="kind")}),
         index=IndexConfig(path=str(root / "index.h5"), block_rows=16),
-        mixture=MixtureConfig(kind="dynamic", by=["kind"]),
+        mixture=MixtureConfig(kind="dynamic", group_by=["kind"]),
         dataplane=DataPlaneConfig(
             tokenizer=str(train_bpe(texts, 300, root / "tokenizer.json")),
             seq_len=16,

@@ -58,7 +58,9 @@ def test_plans_of_many_domains_and_large_batches_do_not_wait_for_each_other(tmp_
     rows = [{"blob": "x" * 8000, "domain": str(number)} for number in range(1000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = [f"data.root={tmp_path}", "data.text=null", "data.properties.domain=domain", "mixture.unit=samples"]
-    config = compose([*data, "mixture.by=[domain]", "dataplane.global_batch_size=128", "dataplane.chunk_steps=16"])
+    config = compose(
+        [*data, "mixture.group_by=[domain]", "dataplane.global_batch_size=128", "dataplane.chunk_steps=16"]
+    )
     build_index(config)
     source = open_source(config, Local())
     plan = source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]

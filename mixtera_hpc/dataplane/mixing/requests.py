@@ -96,8 +96,8 @@ def _moved(current: MixtureConfig, wish: MixtureConfig) -> list[str]:
     found = [f"mixture.{name}" for name in KEPT if getattr(wish, name) != getattr(current, name)]
     if "arbitrary" in (wish.kind, current.kind):
         found.append("mixture.kind=arbitrary")
-    if wish.by and wish.by != current.by:
-        found.append("mixture.by")
+    if wish.group_by and wish.group_by != current.group_by:
+        found.append("mixture.group_by")
     limits = {canonical(leaf.key): leaf.domain.max_epochs for leaf in domain_entries(current)}
     for leaf in domain_entries(wish):
         if leaf.domain.max_epochs not in (None, limits.get(canonical(leaf.key))):

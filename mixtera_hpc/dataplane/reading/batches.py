@@ -73,23 +73,23 @@ class Share:
         Raises:
             ConfigError: the global batch cannot be shared evenly.
         """
-        groups, left = divmod(num_ranks, plane.dp_group_size)
+        groups, left = divmod(num_ranks, plane.model_parallel_size)
         if left:
             raise ConfigError(
-                f"dataplane.dp_group_size is {plane.dp_group_size}, which does not divide the {num_ranks} ranks that were "
-                f"started.\n  Start a multiple of {plane.dp_group_size} ranks, or change it."
+                f"dataplane.model_parallel_size is {plane.model_parallel_size}, which does not divide the {num_ranks} ranks that were "
+                f"started.\n  Start a multiple of {plane.model_parallel_size} ranks, or change it."
             )
         if plane.global_batch_size % groups:
             raise ConfigError(
                 f"dataplane.global_batch_size={plane.global_batch_size} cannot be shared evenly by {num_ranks} ranks in "
-                f"groups of {plane.dp_group_size} (dataplane.dp_group_size).\n  Change the number of ranks, or make it a multiple of {groups}."
+                f"groups of {plane.model_parallel_size} (dataplane.model_parallel_size).\n  Change the number of ranks, or make it a multiple of {groups}."
             )
-        return cls.of_rank(rank, num_ranks, plane.dp_group_size, plane.global_batch_size)
+        return cls.of_rank(rank, num_ranks, plane.model_parallel_size, plane.global_batch_size)
 
     @classmethod
-    def of_rank(cls, rank: int, num_ranks: int, dp_group_size: int, global_batch_size: int) -> "Share":
-        size = global_batch_size // (num_ranks // dp_group_size)
-        return cls(first=rank // dp_group_size * size, size=size, speaks=rank % dp_group_size == 0)
+    def of_rank(cls, rank: int, num_ranks: int, model_parallel_size: int, global_batch_size: int) -> "Share":
+        size = global_batch_size // (num_ranks // model_parallel_size)
+        return cls(first=rank // model_parallel_size * size, size=size, speaks=rank % model_parallel_size == 0)
 
 
 class Batches(Protocol):

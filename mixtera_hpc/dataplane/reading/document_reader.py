@@ -73,7 +73,7 @@ class DocumentReader:
         self._source = source
         self._readers: OrderedDict[int, _Open] = OrderedDict()
         indexes = source.config.index
-        self._cache = BlockCache(seek_folders=[seek_folder_of(path) for path in (indexes.path, *indexes.also)])
+        self._cache = BlockCache(seek_folders=[seek_folder_of(path) for path in (indexes.path, *indexes.paths)])
         self._kept: dict[int, tuple[int, Tokens]] = {}
         """Domain → key and tokens of the document it was read to."""
         ends = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None

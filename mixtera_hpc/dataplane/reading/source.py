@@ -173,7 +173,7 @@ class Source:
             "on_exhausted": self.config.mixture.on_exhausted,
             "max_epochs": _epoch_limits(self.config.mixture),
             "seq_len": plane.seq_len,
-            "overlap": plane.overlap,
+            "overlap_one_token": plane.overlap_one_token,
             "add_eos": plane.add_eos,
             "global_batch_size": plane.global_batch_size,
             "chunk_steps": plane.chunk_steps,
@@ -306,7 +306,7 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
     table = DomainTable(**{f.name: arrays[f"table/{f.name}"] for f in fields(DomainTable)})
     plane, mixture = config.dataplane, config.mixture
     layout = _layout(config, table)
-    grid = Grid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap)
+    grid = Grid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
     sizes = layout.epoch_items()
     source = Source(
         config=config,
