@@ -31,7 +31,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.dataplane.reading.batches import BatchMaker, Share
+from mixtera_hpc.dataplane.reading.batches import BatchMaker, BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.formats.base import PropertyField, ScanSpec
 from mixtera_hpc.formats.batching.row_type import RowType
@@ -325,7 +325,7 @@ def _serve(source: Source, num_steps: int) -> int:
 
 
 def _batches(source: Source, num_steps: int) -> Iterator[Any]:
-    maker, step = BatchMaker(source, Share(first=0, size=source.planner.global_batch_size), audit=False), 0
+    maker, step = BatchMaker(source, BatchSlice(first=0, size=source.planner.global_batch_size), audit=False), 0
     state = PlannerState.start(source.num_domains)
     while step < num_steps:
         plan, state = source.planner.plan(state, source.weights)

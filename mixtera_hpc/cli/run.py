@@ -32,10 +32,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from mixtera_hpc.config.run_folder import RunFolder
-    from mixtera_hpc.dataplane.control import hold_warnings
+    from mixtera_hpc.dataplane.control import block_time_limit_signal
     from mixtera_hpc.errors import ConfigError, MixteraError
 
-    hold_warnings()
+    block_time_limit_signal()
     try:
         if args.folder is None and args.attempt is not None:
             raise ConfigError("--attempt is the number of an attempt of a prepared run; give its --folder as well.")
@@ -59,7 +59,7 @@ def run_folder(
     change: "ResumeRequest | None" = None,
 ) -> int:
     """Continue the run in `folder`; every rank calls this. Returns the exit code. **Collective.**"""
-    from mixtera_hpc.dataplane.reading.batches import Share
+    from mixtera_hpc.dataplane.reading.batches import BatchSlice
     from mixtera_hpc.launch.attempts import new_attempt
     from mixtera_hpc.launch.resume import NO_EDITS, amended_config, check_ended
 
@@ -70,7 +70,7 @@ def run_folder(
         if attempt is not None:
             return folder, attempt
         newest = check_ended(folder)
-        Share.of(config.dataplane, 0, ranks)  # What these ranks cannot share is refused before it is recorded.
+        BatchSlice.of(config.dataplane, 0, ranks)  # What these ranks cannot share is refused before it is recorded.
         take_over(folder, config, overrides, change)
         return folder, new_attempt(folder, config, ranks=ranks, after=newest)
 

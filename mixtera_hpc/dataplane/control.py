@@ -7,14 +7,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ["STOP_SIGNALS", "Control", "hold_warnings"]
+__all__ = ["STOP_SIGNALS", "RunControl", "block_time_limit_signal"]
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """Slurm's warning before the time limit (USR2; USR1 is NCCL's) and a plain request to end."""
 
 
-def hold_warnings() -> None:
-    """From now on the kernel keeps Slurm's warning until a `Control` is there to take it; once that is gone, it is ignored.
+def block_time_limit_signal() -> None:
+    """From now on the kernel keeps Slurm's warning until a `RunControl` is there to take it; once that is gone, it is ignored.
 
     By default the signal ends a process: one that is still opening its index, or has just saved and is leaving. A program
     calls this first of all.
@@ -22,7 +22,7 @@ def hold_warnings() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
 
 
-class Control:
+class RunControl:
     """What this rank has been asked. `control/stop` and `control/save` are looked for by rank 0 only, and removed when seen."""
 
     def __init__(self, folder: Path | None, watch_files: bool) -> None:

@@ -14,15 +14,15 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.statistics import DomainStatistics, accumulate, from_buffer
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, Share
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, BatchSlice
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.step_losses import sequence_sums
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["Validation"]
+__all__ = ["HeldOutBatches"]
 
 
-class Validation:
+class HeldOutBatches:
     """One rank's part of the validation of a run."""
 
     def __init__(self, config: Config, comm: Communicator) -> None:
@@ -43,7 +43,7 @@ class Validation:
         self._comm = comm
         self._weights = np.where(capacity > 0, sizes, 0) / max(sizes[capacity > 0].sum(), 1)
         self._planner = replace(source.planner, capacity=capacity, chunk_steps=steps, on_exhausted="redistribute")
-        self._share = Share.of(config.dataplane, comm.rank, comm.size)
+        self._share = BatchSlice.of(config.dataplane, comm.rank, comm.size)
         self._source = replace(source, planner=self._planner)
         self.num_domains = source.num_domains
 
@@ -64,4 +64,4 @@ class Validation:
 
     def reduced(self, step: int, sums: NDArray[np.int64]) -> DomainStatistics:
         """The sums of all ranks, each sequence counted once. **Collective.**"""
-        return from_buffer(step, self._comm.Allreduce(sums if self._share.speaks else np.zeros_like(sums)))
+        return from_buffer(step, self._comm.Allreduce(sums if self._share.is_group_leader else np.zeros_like(sums)))

@@ -26,10 +26,10 @@ from mixtera_hpc.track.tracker import open_append
 
 __all__ = [
     "AttemptRecord",
-    "Audit",
+    "AttemptStart",
+    "AuditLog",
     "History",
     "Journal",
-    "Opening",
     "append_line",
     "read_lines",
     "sample_digest",
@@ -56,7 +56,7 @@ def _plain(value: Any) -> Any:
     return [value.dtype.str, list(value.shape), value.tobytes()] if isinstance(value, np.ndarray) else repr(value)
 
 
-class _Lines:
+class AppendOnlyLines:
     """A JSONL file that is only ever appended to."""
 
     def __init__(self, path: Path) -> None:
@@ -79,7 +79,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
+class AttemptStart:
     """What an attempt begins with."""
 
     first_step: int
@@ -89,14 +89,14 @@ class Opening:
     stream_version: StreamVersion
 
 
-class Journal(_Lines):
+class Journal(AppendOnlyLines):
     """The planner's log; rank 0 only."""
 
     def __init__(self, path: Path, attempt: int) -> None:
         super().__init__(path)
         self._attempt = attempt
 
-    def opened(self, opening: Opening) -> None:
+    def opened(self, opening: AttemptStart) -> None:
         """An attempt begins: what earlier attempts planned from its first step on does not count."""
         facts = {field.name: getattr(opening, field.name) for field in dataclasses.fields(opening)}
         self.write(
@@ -124,7 +124,7 @@ class Journal(_Lines):
         self.write({"kind": "close", "attempt": self._attempt, "next_step": next_step})
 
 
-class Audit(_Lines):
+class AuditLog(AppendOnlyLines):
     """What one rank handed to its trainer."""
 
     def consumed(self, step: int, positions: NDArray[np.int64], digests: list[str]) -> None:

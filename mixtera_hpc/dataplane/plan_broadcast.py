@@ -15,10 +15,10 @@ from mixtera_hpc.comm.communicator import Communicator, Request
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
 from mixtera_hpc.errors import CommError
 
-__all__ = ["PlanFeed"]
+__all__ = ["PlanBroadcaster"]
 
 
-class PlanFeed:
+class PlanBroadcaster:
     """Delivers one `ChunkPlan` after the other, the same ones on every rank."""
 
     def __init__(

@@ -30,18 +30,18 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, from_buffer
-from mixtera_hpc.dataplane.control import Control
-from mixtera_hpc.dataplane.journal import Opening
+from mixtera_hpc.dataplane.control import RunControl
+from mixtera_hpc.dataplane.journal import AttemptStart
 from mixtera_hpc.dataplane.mixing.requests import MixtureSequence
-from mixtera_hpc.dataplane.plan_broadcast import PlanFeed
+from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
-from mixtera_hpc.dataplane.reading.batches import Batch, Prefetcher, Share
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, Prefetcher
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.workers import open_batches
 from mixtera_hpc.dataplane.run_edits import find_resume_point, share_resume_point
-from mixtera_hpc.dataplane.run_recorder import Sinks
+from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.step_losses import StepLosses
-from mixtera_hpc.dataplane.step_reducer import Agreement, Feedback, Notes
+from mixtera_hpc.dataplane.step_reducer import RankFlags, StepReducer, StepResult
 from mixtera_hpc.errors import leaves_in_order
 from mixtera_hpc.track.tracker import Silent, Tracker
 
@@ -59,17 +59,17 @@ ABANDON_S = 1.0
 class DataPlane:
     """One rank's view of the data of a run. Every rank makes the same calls in the same order."""
 
-    def __init__(self, source: Source, comm: Communicator, sinks: Sinks) -> None:
+    def __init__(self, source: Source, comm: Communicator, sinks: RunRecorder) -> None:
         """Use `DataPlane.open`."""
         config = source.config
         self._source = source
         self._comm = comm
         self._sinks = sinks
-        self._share = Share.of(config.dataplane, comm.rank, comm.size)
-        self._control = Control(sinks.control, watch_files=comm.rank == 0)
+        self._share = BatchSlice.of(config.dataplane, comm.rank, comm.size)
+        self._control = RunControl(sinks.control, watch_files=comm.rank == 0)
         self._mixer: MixtureSequence
-        self._feedback = Feedback(comm, source.num_domains)
-        self._plans: PlanFeed
+        self._feedback = StepReducer(comm, source.num_domains)
+        self._plans: PlanBroadcaster
         self._prefetcher: Prefetcher
         self._losses = StepLosses(source.num_domains)
         self._open_step: Batch | None = None
@@ -114,7 +114,7 @@ class DataPlane:
         if split is not None:
             config = replace(config, query=replace(config.query, split=split))
         source = open_source(config, communicator)
-        return cls(source, communicator, Sinks(folder, attempt, communicator.rank, config, tracker or Silent()))
+        return cls(source, communicator, RunRecorder(folder, attempt, communicator.rank, config, tracker or Silent()))
 
     @property
     def domain_names(self) -> list[str]:
@@ -257,13 +257,13 @@ class DataPlane:
         self._reduced, self._fed = beginning.step, state.fed if state is not None else 0
         served = plan.num_steps and source.stream_version.data_step(self._next_step) >= plan.first_step + plan.num_steps
         self._current_chunk = plan.chunk if served else plan.chunk - 1
-        self._plans = PlanFeed(self._comm, source.planner, self._weights_of, self._deliver)
+        self._plans = PlanBroadcaster(self._comm, source.planner, self._weights_of, self._deliver)
         self._plans.resume(plan)
         plane = source.config.dataplane
         self._prefetcher = Prefetcher(open_batches(source, self._share), plane.prefetch_batches)
         self._started = True
         self._sinks.opened(
-            Opening(
+            AttemptStart(
                 first_step=self._next_step,
                 num_ranks=self._comm.size,
                 model_parallel_size=plane.model_parallel_size,
@@ -345,14 +345,14 @@ class DataPlane:
         self._change_mind()
         stop, save = self._control.poll()
         sums = self._losses.take(batch)
-        sums = sums if self._share.speaks else np.zeros_like(sums)
-        self._feedback.post(batch.step, sums, Notes(stop=stop, save=save, digest=batch.plan_digest))
+        sums = sums if self._share.is_group_leader else np.zeros_like(sums)
+        self._feedback.post(batch.step, sums, RankFlags(stop=stop, save=save, digest=batch.plan_digest))
 
     def _agree(self) -> None:
         """Have what all ranks said of the step before this one, on every rank alike. This step's losses are left alone."""
         self._absorb(self._feedback.wait_for(self._next_step - 2))
 
-    def _absorb(self, agreements: list[Agreement]) -> None:
+    def _absorb(self, agreements: list[StepResult]) -> None:
         for agreement in agreements:
             step = agreement.statistics.step
             if agreement.stop and self._first_stop is None:

@@ -216,7 +216,7 @@ def _place(before: Source, after: Source, domain: int, item: int) -> int:
     passed = before.streams().documents(domain, first + int(full.starts[window]), first + item)
     blocks, which = np.unique(passed.block, return_inverse=True)
     rows = after.blocks.rows[blocks].astype(np.int64)
-    kept = after.is_kept(after.block_reader()(blocks))[(np.cumsum(rows) - rows)[which] + passed.row]
+    kept = after.is_not_dropped(after.make_block_reader()(blocks))[(np.cumsum(rows) - rows)[which] + passed.row]
     return begin + int((passed.last - passed.first)[kept].sum())
 
 

@@ -6,17 +6,17 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.journal import Audit, Journal, Opening, append_line
+from mixtera_hpc.dataplane.journal import AttemptStart, AuditLog, Journal, append_line
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.run_edits import RunEdit, read_run_edits
 from mixtera_hpc.track.tracker import Silent, Tracker
 
-__all__ = ["Sinks"]
+__all__ = ["RunRecorder"]
 
 
-class Sinks:
+class RunRecorder:
     """Where a data plane writes: journal and metrics on rank 0, the audit on every rank. Nowhere without a folder."""
 
     def __init__(self, folder: RunFolder | None, attempt: int, rank: int, config: Config, tracker: Tracker) -> None:
@@ -25,7 +25,7 @@ class Sinks:
         self._tracker = tracker if rank == 0 else Silent()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
         audit = folder.audit(attempt) / f"rank_{rank:05d}.jsonl" if folder and config.dataplane.audit else None
-        self._audit = Audit(audit) if audit and rank % config.dataplane.model_parallel_size == 0 else None
+        self._audit = AuditLog(audit) if audit and rank % config.dataplane.model_parallel_size == 0 else None
 
     def run_edits(self) -> list[RunEdit]:
         """What the run has been through."""
@@ -41,7 +41,7 @@ class Sinks:
             append_line(self._decisions, change.to_dict())
             self._journal.write(change.to_dict())
 
-    def opened(self, opening: Opening) -> None:
+    def opened(self, opening: AttemptStart) -> None:
         if self._journal:
             self._journal.opened(opening)
 

@@ -15,7 +15,7 @@ from mixtera_hpc.comm.communicator import Communicator, Request, wait
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, from_buffer
 from mixtera_hpc.errors import CommError
 
-__all__ = ["Agreement", "Feedback", "Notes"]
+__all__ = ["RankFlags", "StepReducer", "StepResult"]
 
 Ints = NDArray[np.int64]
 _LOW = (1 << 32) - 1
@@ -23,7 +23,7 @@ _LOW = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Notes:
+class RankFlags:
     """What one rank says beside its losses."""
 
     stop: bool
@@ -33,7 +33,7 @@ class Notes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
+class StepResult:
     """What all ranks said of one step."""
 
     statistics: DomainStatistics
@@ -51,17 +51,17 @@ class _UnderWay:
     request: Request
 
 
-class Feedback:
+class StepReducer:
     """Reductions of consecutive steps, in order."""
 
     def __init__(self, comm: Communicator, num_domains: int) -> None:
         self._comm = comm.Dup()
         self._num_domains = num_domains
         self._under_way: deque[_UnderWay] = deque()
-        self._done: list[Agreement] = []
+        self._done: list[StepResult] = []
         self._odd: _UnderWay | None = None
 
-    def post(self, step: int, rows: Ints, notes: Notes) -> None:
+    def post(self, step: int, rows: Ints, notes: RankFlags) -> None:
         """Start the reduction of `step`, once those before the last are done. **Collective.**
 
         Args:
@@ -77,13 +77,13 @@ class Feedback:
         request = self._comm.Iallreduce(buffer, result)
         self._under_way.append(_UnderWay(step, buffer, result, request))
 
-    def poll(self) -> list[Agreement]:
+    def poll(self) -> list[StepResult]:
         """What has completed since the last call."""
         while self._under_way and self._under_way[0].request.Test():
             self._take(reduce_s=0.0)
         return self._hand_over()
 
-    def wait_for(self, step: int) -> list[Agreement]:
+    def wait_for(self, step: int) -> list[StepResult]:
         """Like `poll`, but with everything up to `step` in it. **Collective.**
 
         Raises:
@@ -97,7 +97,7 @@ class Feedback:
             self._name_the_odd_ones(self._odd)
         return self._hand_over()
 
-    def _hand_over(self) -> list[Agreement]:
+    def _hand_over(self) -> list[StepResult]:
         done, self._done = self._done, []
         return done
 
@@ -108,7 +108,7 @@ class Feedback:
         if digest != self._comm.size * int(sent.buffer[-1]):
             self._odd = self._odd or sent
         statistics = from_buffer(sent.step, rows)
-        self._done.append(Agreement(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
+        self._done.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
 
     def _name_the_odd_ones(self, sent: _UnderWay) -> None:
         """Every rank sees the wrong sum, and comes here at the same point of its program, whenever it saw it."""

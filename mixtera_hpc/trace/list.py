@@ -12,8 +12,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
 from mixtera_hpc.dataplane.plane_state import check_identity
-from mixtera_hpc.dataplane.reading.batches import BatchMaker, Share
-from mixtera_hpc.dataplane.reading.domain_streams import Documents, Streams
+from mixtera_hpc.dataplane.reading.batches import BatchMaker, BatchSlice
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.run_edits import config_for_identity
 from mixtera_hpc.errors import ConfigError, DataError
@@ -75,7 +75,7 @@ def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterat
 
 def _maker(source: Source) -> BatchMaker:
     """Makes whole global batches."""
-    return BatchMaker(source, Share(first=0, size=source.planner.global_batch_size), audit=True)
+    return BatchMaker(source, BatchSlice(first=0, size=source.planner.global_batch_size), audit=True)
 
 
 def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Iterator[Record]) -> Iterator[Record]:
@@ -97,7 +97,7 @@ def served_sequences(source: Source, attempt: AttemptRecord, steps: range) -> It
         step = stop
 
 
-def sequences_of_plan(source: Source, streams: Streams, plan: ChunkPlan, steps: range) -> Iterator[Record]:
+def sequences_of_plan(source: Source, streams: DomainStreams, plan: ChunkPlan, steps: range) -> Iterator[Record]:
     """The sequences of those training steps of `plan` that are in `steps`.
 
     Each has `step`, `position`, `domain_id`, `epoch` (of its first item) and `pieces`: `[shard, row, start, end]` in tokens

@@ -57,10 +57,10 @@ def _place(source: Source, shard: str, row: int) -> _Place | None:
     inside = of_shard[(blocks.first_row[of_shard] <= row) & (row < blocks.first_row[of_shard] + blocks.rows[of_shard])]
     if not len(inside):
         raise DataError(f"{shard} has rows 0 to {int(blocks.rows[of_shard].sum()) - 1} in the index, not row {row}.")
-    columns = source.block_reader()(inside.astype(np.int32))
+    columns = source.make_block_reader()(inside.astype(np.int32))
     at = row - int(blocks.first_row[inside[0]])
     domain = int(source.domain_of(columns)[at])
-    return _Place(domain, int(inside[0]), at) if domain >= 0 and source.is_kept(columns)[at] else None
+    return _Place(domain, int(inside[0]), at) if domain >= 0 and source.is_not_dropped(columns)[at] else None
 
 
 def _occurrences(source: Source, attempt: AttemptRecord, place: _Place) -> Iterator[Record]:

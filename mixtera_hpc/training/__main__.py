@@ -36,9 +36,9 @@ def main(composed: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from mixtera_hpc.comm.launcher import guarded, open_communicator
-    from mixtera_hpc.dataplane.control import hold_warnings
+    from mixtera_hpc.dataplane.control import block_time_limit_signal
 
-    hold_warnings()
+    block_time_limit_signal()
     settings = HydraConfig.get()
     output, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
     comm = open_communicator(str(composed.dataplane.comm))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics
-from mixtera_hpc.dataplane.held_out import Validation
+from mixtera_hpc.dataplane.held_out import HeldOutBatches
 from mixtera_hpc.track.event_types import ValidationEvent
 from mixtera_hpc.track.tracker import Tracker
 from mixtera_hpc.training.distributed import Replicas
@@ -26,7 +26,7 @@ class Validator:
         self._every = config.training.validate_every
         self._rows = config.training.micro_batch_size
         self._device, self._tracker = replicas.device, tracker
-        self._data = Validation(config, replicas.comm) if self._every else None
+        self._data = HeldOutBatches(config, replicas.comm) if self._every else None
         self._last = -1
 
     def after(self, step: int, model: GPT, at_end: bool = False) -> None:

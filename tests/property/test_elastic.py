@@ -13,7 +13,7 @@ from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, Share
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 
 BATCH = 12
@@ -69,7 +69,7 @@ def content(batch: Batch) -> list[object]:
 def served(
     source: Source, rank: int, num_ranks: int, group: int, chosen: list[ChunkPlan], first: int = 0
 ) -> list[Batch]:
-    maker = BatchMaker(source, Share.of_rank(rank, num_ranks, group, BATCH), audit=True)
+    maker = BatchMaker(source, BatchSlice.of_rank(rank, num_ranks, group, BATCH), audit=True)
     return [batch for plan in chosen for batch in maker.batches(plan, first)]
 
 
@@ -121,7 +121,7 @@ def test_sequences_of_a_domain_are_its_stream_cut_without_gaps(
     capacity = int(source.planner.capacity[domain])
     if not capacity:
         return
-    maker = BatchMaker(source, Share(first=0, size=BATCH), audit=False)
+    maker = BatchMaker(source, BatchSlice(first=0, size=BATCH), audit=False)
 
     def tokens(start: int, stop: int) -> NDArray[np.int32]:
         documents = maker._streams.documents(domain, start, stop)
@@ -139,7 +139,7 @@ def test_sequences_of_a_domain_are_its_stream_cut_without_gaps(
 def test_tokens_count_except_where_a_document_begins(plain: dict[str, object], plane: Settings) -> None:
     source = source_of(plain, {}, plane)
     [plan] = [p for p, _ in plans(source, 1)]
-    for batch in islice(BatchMaker(source, Share(first=0, size=BATCH), audit=False).batches(plan, 0), 3):
+    for batch in islice(BatchMaker(source, BatchSlice(first=0, size=BATCH), audit=False).batches(plan, 0), 3):
         borders = np.diff(batch.document_ids, axis=1) != 0
         assert np.array_equal(batch.loss_mask, ~borders)
         assert (np.diff(batch.document_ids, axis=1) >= 0).all()

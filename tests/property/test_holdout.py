@@ -14,7 +14,7 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import HELD_OUT, shard_keys, with_places
 from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
-from mixtera_hpc.dataplane.held_out import Validation
+from mixtera_hpc.dataplane.held_out import HeldOutBatches
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError, MixtureError
 from mixtera_hpc.index.build import build_index
@@ -109,7 +109,7 @@ def test_the_hash_is_uniform_and_another_seed_holds_out_other_samples() -> None:
 def test_every_validation_is_the_same_whatever_was_trained_and_reports_domains(collection: list[str]) -> None:
     words = ["query.holdout.fraction=0.3", "dataplane.seq_len=16", "dataplane.global_batch_size=4"]
     config = compose([*collection, *words, "training.validate_every=5", "training.validate_steps=6"])
-    validation = Validation(config, Local())
+    validation = HeldOutBatches(config, Local())
     first, second = (list(validation.batches()) for _ in range(2))
     assert [b.tokens.tolist() for b in first] == [b.tokens.tolist() for b in second]
     assert 1 <= len(first) <= 6
@@ -122,7 +122,7 @@ def test_every_validation_is_the_same_whatever_was_trained_and_reports_domains(c
 def test_less_than_a_global_batch_held_out_is_refused(collection: list[str]) -> None:
     config = compose([*collection, "query.holdout.fraction=0.3", "dataplane.global_batch_size=100000"])
     with pytest.raises(MixtureError, match=r"fraction=0\.3 holds \d+ sequences out, fewer than one global batch"):
-        Validation(config, Local())
+        HeldOutBatches(config, Local())
 
 
 @pytest.mark.parametrize(

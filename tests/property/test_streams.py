@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import PlannerState
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, Share
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
@@ -58,6 +58,6 @@ def test_a_document_that_changed_is_named_at_its_step(own_collection: list[str])
     plan, _ = source.planner.plan(PlannerState.start(1), source.weights)
     served: list[Batch] = []
     with pytest.raises(DataError, match=r"row 100 has \d+ tokens, the index counted"):
-        for batch in BatchMaker(source, Share(first=0, size=4), audit=False).batches(plan, 0):
+        for batch in BatchMaker(source, BatchSlice(first=0, size=4), audit=False).batches(plan, 0):
             served.append(batch)
     assert len(served) == (begins - 1) // (4 * source.grid.stride)

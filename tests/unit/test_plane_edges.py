@@ -16,7 +16,7 @@ from mixtera_hpc.config.schema import Config, DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane import plane as plane_module
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, Prefetcher, Share
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, BatchSlice, Prefetcher
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import CommError, ConfigError, DataError
 
@@ -100,7 +100,7 @@ class Hanging(BatchMaker):
 
 def test_files_are_not_closed_under_a_read_and_closing_waits_for_it(config: Config) -> None:
     source = open_source(config, Local())
-    maker = Hanging(source, Share(first=0, size=4), audit=False)
+    maker = Hanging(source, BatchSlice(first=0, size=4), audit=False)
     prefetcher = Prefetcher(maker, 2)
     plan, _ = source.planner.plan(PlannerState.start(source.num_domains), source.weights)
     prefetcher.submit(plan, 0)
@@ -135,9 +135,9 @@ def test_a_reader_that_is_left_alone_frees_what_it_holds_when_its_read_returns()
 
 def test_ranks_of_a_dp_group_share_and_one_of_them_speaks() -> None:
     plane = DataPlaneConfig(global_batch_size=12, model_parallel_size=2)
-    shares = [Share.of(plane, rank, 6) for rank in range(6)]
+    shares = [BatchSlice.of(plane, rank, 6) for rank in range(6)]
     assert [(share.first, share.size) for share in shares] == [(0, 4), (0, 4), (4, 4), (4, 4), (8, 4), (8, 4)]
-    assert [share.speaks for share in shares] == [True, False] * 3
+    assert [share.is_group_leader for share in shares] == [True, False] * 3
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_ranks_of_a_dp_group_share_and_one_of_them_speaks() -> None:
 )
 def test_ranks_that_cannot_share_a_batch_are_refused(num_ranks: int, answer: str) -> None:
     with pytest.raises(ConfigError, match=answer):
-        Share.of(DataPlaneConfig(global_batch_size=12, model_parallel_size=2), 0, num_ranks)
+        BatchSlice.of(DataPlaneConfig(global_batch_size=12, model_parallel_size=2), 0, num_ranks)
 
 
 def test_a_sequence_recorded_twice_is_named(config: Config) -> None:

@@ -11,7 +11,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.dataplane.reading import domain_streams as expand
-from mixtera_hpc.dataplane.reading.domain_streams import Streams
+from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
 
@@ -33,25 +33,25 @@ def test_windows_are_kept_within_a_budget(
     source: Source, budget_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(expand, "WINDOW_BUDGET_BYTES", budget_bytes)
-    read, reads = source.block_reader(), []
+    read, reads = source.make_block_reader(), []
 
     def counted(blocks: NDArray[np.int32]) -> SampleColumns:
         reads.append(blocks)
         return read(blocks)
 
-    streams = Streams(source.layout, source.blocks.rows, counted, source.domain_of)
+    streams = DomainStreams(source.layout, source.blocks.rows, counted, source.domain_of)
     for _, item in zip(range(6), visits(source), strict=False):
         assert len(streams.documents(0, item, item + 1).block) == 1
     assert len(reads) == num_reads
 
 
 def test_samples_that_do_not_add_up_to_what_the_index_counted_are_refused(source: Source) -> None:
-    read = source.block_reader()
+    read = source.make_block_reader()
 
     def wrong(blocks: NDArray[np.int32]) -> SampleColumns:
         columns = read(blocks)
         return replace(columns, tokens=columns.tokens + 1)
 
-    streams = Streams(source.layout, source.blocks.rows, wrong, source.domain_of)
+    streams = DomainStreams(source.layout, source.blocks.rows, wrong, source.domain_of)
     with pytest.raises(DataError, match=r"items, the index counted \d+: the index file is damaged"):
         streams.documents(0, 0, 1)

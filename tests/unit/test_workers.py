@@ -16,13 +16,13 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.reading.batches import Batches, BatchMaker, Share
+from mixtera_hpc.dataplane.reading.batches import BatchMaker, BatchSlice, BatchSource
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.workers import Workers
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.build import build_index
 
-SHARE = Share(first=0, size=4)
+SHARE = BatchSlice(first=0, size=4)
 WORDS = ["dataplane.seq_len=32", "dataplane.global_batch_size=4", "dataplane.chunk_steps=7", "dataplane.audit=true"]
 
 
@@ -64,7 +64,7 @@ def test_plans_of_many_domains_and_large_batches_do_not_wait_for_each_other(tmp_
     build_index(config)
     source = open_source(config, Local())
     plan = source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
-    workers = Workers(source, Share(first=0, size=128), 1)
+    workers = Workers(source, BatchSlice(first=0, size=128), 1)
     with socket.socket(fileno=os.dup(workers._workers[0][1].fileno())) as ours:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     found: list[int] = []
@@ -84,7 +84,7 @@ def test_what_is_wrong_with_the_data_is_raised_at_its_step(own_collection: list[
     assert served_until_error(source, Workers(source, SHARE, 2)) == by_thread
 
 
-def served_until_error(source: Source, maker: Batches) -> tuple[list[list[str]], str]:
+def served_until_error(source: Source, maker: BatchSource) -> tuple[list[list[str]], str]:
     """Digests of the batches before it, and what it says."""
     found, state = [], PlannerState.start(source.num_domains)
     with pytest.raises(DataError) as caught:

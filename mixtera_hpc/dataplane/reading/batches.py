@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, Slots
 from mixtera_hpc.dataplane.journal import sample_digest, sequence_digest
-from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, Span
-from mixtera_hpc.dataplane.reading.domain_streams import Documents, Streams
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import ConfigError, MixteraError
 
-__all__ = ["Batch", "BatchMaker", "Batches", "Prefetcher", "Share", "steps_of", "steps_together"]
+__all__ = ["Batch", "BatchMaker", "BatchSlice", "BatchSource", "Prefetcher", "steps_per_read", "training_steps_of"]
 
 TOKENS_TOGETHER = 1 << 18
 SAMPLE_BYTES_TOGETHER = 4 << 20
@@ -56,18 +56,18 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class BatchSlice:
     """Which part of every global batch a rank gets: the same for all ranks of its dp_group."""
 
     first: int
     """First position in the global batch."""
     size: int
     """Sequences per step."""
-    speaks: bool = True
+    is_group_leader: bool = True
     """Whether the rank is the first of its dp_group: it alone counts in sums over ranks."""
 
     @classmethod
-    def of(cls, plane: DataPlaneConfig, rank: int, num_ranks: int) -> "Share":
+    def of(cls, plane: DataPlaneConfig, rank: int, num_ranks: int) -> "BatchSlice":
         """What `rank` of a job gets.
 
         Raises:
@@ -87,12 +87,12 @@ class Share:
         return cls.of_rank(rank, num_ranks, plane.model_parallel_size, plane.global_batch_size)
 
     @classmethod
-    def of_rank(cls, rank: int, num_ranks: int, model_parallel_size: int, global_batch_size: int) -> "Share":
+    def of_rank(cls, rank: int, num_ranks: int, model_parallel_size: int, global_batch_size: int) -> "BatchSlice":
         size = global_batch_size // (num_ranks // model_parallel_size)
-        return cls(first=rank // model_parallel_size * size, size=size, speaks=rank % model_parallel_size == 0)
+        return cls(first=rank // model_parallel_size * size, size=size, is_group_leader=rank % model_parallel_size == 0)
 
 
-class Batches(Protocol):
+class BatchSource(Protocol):
     """Where batches come from."""
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
@@ -105,18 +105,18 @@ class Batches(Protocol):
 class BatchMaker:
     """Makes batches from slots. Not thread-safe."""
 
-    def __init__(self, source: Source, share: Share, audit: bool) -> None:
+    def __init__(self, source: Source, share: BatchSlice, audit: bool) -> None:
         self._source = source
         self._share = share
         self._audit = audit
-        self._streams: Streams = source.streams()
+        self._streams: DomainStreams = source.streams()
         self._reader = DocumentReader(source)
-        self._together = steps_together(source, share)
+        self._together = steps_per_read(source, share)
         self._expanded: tuple[ChunkPlan, Slots] | None = None
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         """This rank's batches of `plan`, from training step `first_step` on."""
-        return self.batches_of(plan, steps_of(self._source, plan, first_step))
+        return self.batches_of(plan, training_steps_of(self._source, plan, first_step))
 
     def batches_of(self, plan: ChunkPlan, steps: range) -> Iterator[Batch]:
         """This rank's batches of some steps of `plan`.
@@ -172,7 +172,7 @@ class BatchMaker:
         return self._batches_of_tokens(plan, steps, placed, span)
 
     def _batches_of_tokens(
-        self, plan: ChunkPlan, steps: "list[_Step]", placed: "list[tuple[_Run, int, int]]", span: Span
+        self, plan: ChunkPlan, steps: "list[_Step]", placed: "list[tuple[_Run, int, int]]", span: PackedTokens
     ) -> list[Batch]:
         """Cut what was read into sequences: runs, the position of their step and where they begin in `span`."""
         grid, count = self._source.grid, self._share.size
@@ -248,13 +248,13 @@ class _Run:
     """Of the batch, in order."""
 
 
-def steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:
+def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:
     """The training steps of `plan` from `first_step` on."""
     era = source.stream_version
     return range(max(first_step, era.step_at(plan.first_step)), era.step_at(plan.first_step + plan.num_steps))
 
 
-def steps_together(source: Source, share: Share) -> int:
+def steps_per_read(source: Source, share: BatchSlice) -> int:
     """How many steps are read together: some tokens' worth, or some samples' of usual size."""
     if source.layout.in_tokens:
         return max(1, TOKENS_TOGETHER // (share.size * source.grid.length))
@@ -276,7 +276,7 @@ class _End:
 class Prefetcher:
     """Makes batches in a daemon thread, between a queue of plans and a bounded queue of batches."""
 
-    def __init__(self, maker: Batches, prefetch_batches: int) -> None:
+    def __init__(self, maker: BatchSource, prefetch_batches: int) -> None:
         self._maker = maker
         self._plans: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._ready: queue.Queue[Batch | _End | BaseException] = queue.Queue(maxsize=prefetch_batches)

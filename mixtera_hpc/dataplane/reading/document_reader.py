@@ -22,7 +22,7 @@ from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["DocumentReader", "Span"]
+__all__ = ["DocumentReader", "PackedTokens"]
 
 MAX_OPEN_SHARDS = 64
 ENCODED_TOGETHER = 128
@@ -32,7 +32,7 @@ Tokens = NDArray[np.uint32]
 _NO_TOKENS: Tokens = np.zeros(0, np.uint32)
 
 
-class Span:
+class PackedTokens:
     """Items of streams in a row, and the documents they come from."""
 
     def __init__(self, tokens: NDArray[np.int32], document: NDArray[np.int32], goes_on: NDArray[np.bool_]) -> None:
@@ -79,7 +79,7 @@ class DocumentReader:
         ends = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None
         self._special: Tokens = _NO_TOKENS if ends is None else np.array([ends], np.uint32)
 
-    def read(self, documents: Documents, read_to: Mapping[int, int]) -> Span:
+    def read(self, documents: Documents, read_to: Mapping[int, int]) -> PackedTokens:
         """The tokens of `documents`, of one stream or several, special tokens included; one that comes twice is read once.
 
         Args:
@@ -107,7 +107,7 @@ class DocumentReader:
             opened.reader.close()
         self._readers.clear()
 
-    def _cut(self, documents: Documents, tokens: list[Tokens]) -> Span:
+    def _cut(self, documents: Documents, tokens: list[Tokens]) -> PackedTokens:
         """What is wanted of each document, in a row; the specials of those that are wanted to their end."""
         first, last = documents.first, documents.last
         lengths = last - first
@@ -120,7 +120,7 @@ class DocumentReader:
         flat = np.concatenate(pieces).view(np.int32)
         goes_on = np.ones(len(flat), np.bool_)
         goes_on[(np.cumsum(lengths) - lengths)[first == 0]] = False
-        return Span(flat, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), goes_on)
+        return PackedTokens(flat, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), goes_on)
 
     def _tokenized(self, documents: Documents) -> list[Tokens]:
         """The tokens of each document, whole, without specials."""

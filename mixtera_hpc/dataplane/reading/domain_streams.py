@@ -17,7 +17,7 @@ from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.core.order import EpochOrder, Order
 from mixtera_hpc.errors import DataError
 
-__all__ = ["Documents", "StreamLayout", "Streams"]
+__all__ = ["Documents", "DomainStreams", "StreamLayout"]
 
 Ints = NDArray[np.int64]
 
@@ -104,7 +104,7 @@ class _Window:
         return sum(a.nbytes for a in [*arrays, *self.lengths.values()])
 
 
-class Streams:
+class DomainStreams:
     """Looks up any position of any stream. Not thread-safe: one per reading thread."""
 
     def __init__(

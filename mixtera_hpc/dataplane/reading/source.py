@@ -29,8 +29,8 @@ from mixtera_hpc.core.query import Entries, Predicate, parse
 from mixtera_hpc.core.sequence_grid import Grid
 from mixtera_hpc.dataplane.mixing.from_config import ChunkTimeline, MixtureContext, make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
-from mixtera_hpc.dataplane.reading.domain_streams import StreamLayout, Streams
-from mixtera_hpc.dataplane.reading.token_counts import check_tokens
+from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams, StreamLayout
+from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
 from mixtera_hpc.dataplane.stream_version import StreamVersion
 from mixtera_hpc.index.open import PropertyIndex
 from mixtera_hpc.index.selection import select_domains
@@ -131,7 +131,7 @@ class Source:
         origin = int(self.stream_version.origins[domain])
         return origin + start, origin + stop
 
-    def block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
+    def make_block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
         """Reads the samples of some blocks, one block after the other."""
         samples = open_samples(self.facts.samples, COLUMNS_KEPT_BYTES)
         first, rows, keys = self.blocks.first_sample, self.blocks.rows, self.holdout_keys
@@ -148,16 +148,16 @@ class Source:
         """The domain of every sample, dropped or not; -1 for none."""
         return self.selection.domain_of(self.combos, columns)
 
-    def is_kept(self, columns: SampleColumns) -> NDArray[np.bool_]:
+    def is_not_dropped(self, columns: SampleColumns) -> NDArray[np.bool_]:
         """Which samples are not dropped."""
         if self.kept is None:
             return np.ones(len(columns.combo), np.bool_)
         return self.kept.evaluate(Entries.of_samples(self.combos, columns.combo, columns.numbers)).must
 
-    def streams(self) -> Streams:
+    def streams(self) -> DomainStreams:
         """A view of the streams for one reading thread."""
-        kept = self.is_kept if self.kept else None
-        return Streams(self.layout, self.blocks.rows, self.block_reader(), self.domain_of, kept)
+        kept = self.is_not_dropped if self.kept else None
+        return DomainStreams(self.layout, self.blocks.rows, self.make_block_reader(), self.domain_of, kept)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a state or a journal to belong to this run."""
@@ -236,7 +236,7 @@ def _gather(
     """Rank 0's part: what there is to share."""
     if check:
         check_fresh(index)
-    check_tokens(config, index, tokenizer)
+    check_token_counts(config, index, tokenizer)
     chosen = select_domains(config, index)
     tables, table = index.tables, chosen.selection.table
     kept = _kept_text(config)

@@ -5,10 +5,10 @@ from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.open import PropertyIndex
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["check_tokens"]
+__all__ = ["check_token_counts"]
 
 
-def check_tokens(config: Config, index: PropertyIndex, tokenizer: Tokenizer | None) -> None:
+def check_token_counts(config: Config, index: PropertyIndex, tokenizer: Tokenizer | None) -> None:
     """Refuse an index without the token counts a run needs.
 
     Raises:

@@ -16,7 +16,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.reading.batches import Batch, Batches, BatchMaker, Share, steps_of, steps_together
+from mixtera_hpc.dataplane.reading.batches import (
+    Batch,
+    BatchMaker,
+    BatchSlice,
+    BatchSource,
+    steps_per_read,
+    training_steps_of,
+)
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import DataError
 
@@ -28,7 +35,7 @@ NOT_FOR_WORKERS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 """Slurm and terminals send them to every process of a job; the rank decides what they mean."""
 
 
-def open_batches(source: Source, share: Share) -> Batches:
+def open_batches(source: Source, share: BatchSlice) -> BatchSource:
     """What makes this rank's batches: this process, or `dataplane.workers` others."""
     plane = source.config.dataplane
     if not plane.workers:
@@ -37,22 +44,22 @@ def open_batches(source: Source, share: Share) -> Batches:
 
 
 class Workers:
-    """`Batches`, made by several processes."""
+    """`BatchSource`, made by several processes."""
 
-    def __init__(self, source: Source, share: Share, count: int) -> None:
+    def __init__(self, source: Source, share: BatchSlice, count: int) -> None:
         self._source, self._share = source, share
         self._workers = [_start() for _ in range(count)]
         self._ready = False
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
-        """See `Batches`.
+        """See `BatchSource`.
 
         Raises:
             DataError: a process has died.
         """
         self._send_source()
-        steps, count = steps_of(self._source, plan, first_step), len(self._workers)
-        size = min(steps_together(self._source, self._share), -(-len(steps) // count)) or 1
+        steps, count = training_steps_of(self._source, plan, first_step), len(self._workers)
+        size = min(steps_per_read(self._source, self._share), -(-len(steps) // count)) or 1
         pieces = [steps[i : i + size] for i in range(0, len(steps), size)]
         for number in range(count):
             self._put(number, plan)
