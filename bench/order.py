@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtera_hpc.core.order import Order
+from mixtera_hpc.core.order import ShuffleOrder
 
 OUT = Path(__file__).resolve().parent / "out" / "order.json"
 NUM_BLOCKS, BLOCK_ROWS = 4096, 256
@@ -43,7 +43,7 @@ class Quality:
     """Rows of blocks that have to be kept to read each block once."""
 
 
-def stream(order: Order, epoch: int = 0) -> np.ndarray:
+def stream(order: ShuffleOrder, epoch: int = 0) -> np.ndarray:
     """Positions on disk of one epoch's rows, in served order."""
     epoch_order = order.epoch(0, epoch, np.full(NUM_BLOCKS, BLOCK_ROWS))
     parts = []
@@ -53,7 +53,7 @@ def stream(order: Order, epoch: int = 0) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def quality(order: Order, batch: int) -> Quality:
+def quality(order: ShuffleOrder, batch: int) -> Quality:
     """Over a whole epoch."""
     rows = stream(order)
     blocks = rows // BLOCK_ROWS
@@ -76,14 +76,14 @@ def quality(order: Order, batch: int) -> Quality:
 def qualities() -> Iterator[Quality]:
     for batch in BATCHES:
         for shuffle in ("none", "block"):
-            yield quality(Order(seed=0, shuffle=shuffle, window=1), batch)
+            yield quality(ShuffleOrder(seed=0, shuffle=shuffle, window=1), batch)
         for window in WINDOWS[1:]:
-            yield quality(Order(seed=0, shuffle="window", window=window), batch)
+            yield quality(ShuffleOrder(seed=0, shuffle="window", window=window), batch)
 
 
 def seeks(num_blocks: int) -> dict[str, Any]:
     """What it takes to stand anywhere: order the epoch's blocks once, then look up positions."""
-    order, sizes = Order(seed=0, shuffle="window", window=64), np.full(num_blocks, BLOCK_ROWS)
+    order, sizes = ShuffleOrder(seed=0, shuffle="window", window=64), np.full(num_blocks, BLOCK_ROWS)
     began = time.perf_counter()
     epoch = order.epoch(0, 12345, sizes)
     ordered = time.perf_counter()
@@ -95,7 +95,7 @@ def seeks(num_blocks: int) -> dict[str, Any]:
 
 def epochs_agree(num_epochs: int = 8) -> float:
     """Share of positions at which two epochs serve the same row; 1 / rows is perfect."""
-    order = Order(seed=0, shuffle="window", window=64)
+    order = ShuffleOrder(seed=0, shuffle="window", window=64)
     first = stream(order)
     return float(np.mean([np.mean(stream(order, epoch) == first) for epoch in range(1, num_epochs)]))
 

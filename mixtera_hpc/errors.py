@@ -24,7 +24,7 @@ __all__ = [
     "SavedAndStopped",
     "UserError",
     "did_you_mean",
-    "leaves_in_order",
+    "is_clean_exit",
 ]
 
 
@@ -70,7 +70,7 @@ class SavedAndStopped(MixteraError):
     exit_code = 75
 
 
-def leaves_in_order(error: BaseException) -> bool:
+def is_clean_exit(error: BaseException) -> bool:
     """Whether `error` is how a program leaves that has done, or saved, its work, on every rank alike: `sys.exit(75)`, say."""
     return isinstance(error, SavedAndStopped) or (isinstance(error, SystemExit) and error.code in (None, 0, 75))
 

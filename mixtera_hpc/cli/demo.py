@@ -62,13 +62,13 @@ def _tokenizer(demo: Path) -> None:
         return
     from mixtera_hpc.cli.demo_corpus import collect
     from mixtera_hpc.tokens.bpe_training import train_bpe
-    from mixtera_hpc.tokens.tokenizer import Gigatoken, HuggingFace, check_equal
+    from mixtera_hpc.tokens.tokenizer import GigatokenTokenizer, HuggingFaceTokenizer, check_same_encoding
 
     _say(f"training {VOCAB_SIZE} tokens …")
     train_bpe((d.text for d in itertools.islice(collect(), 0, None, 8)), VOCAB_SIZE, path)
     sample = [d.text for d in itertools.islice(collect(), 1, None, 100)]
     definition = path.read_bytes()
-    check_equal(Gigatoken(definition), HuggingFace(definition), sample)
+    check_same_encoding(GigatokenTokenizer(definition), HuggingFaceTokenizer(definition), sample)
     _say(f"gigatoken and tokenizers agree on {len(sample)} documents")
 
 

@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
         return submit(args)
     if args.action == "inspect":
         return _inspect(args)
-    from mixtera_hpc.comm.launcher import guarded, open_communicator
+    from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 
     comm = open_communicator()
     answers: list[Answer] = []
-    failed = guarded(comm, lambda: answers.append(_WORK[args.action](args, comm)))
+    failed = run_guarded(comm, lambda: answers.append(_WORK[args.action](args, comm)))
     if failed or comm.rank > 0:
         return failed
     print(answers[0].text)

@@ -39,17 +39,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _explained(chosen: Any, num_samples: int, open_s: float) -> dict[str, Any]:
     """The field `explain` of `query --explain --json`: every block is in one of its four counts."""
-    effort, cost = chosen.selection.effort, chosen.cost
+    effort, cost = chosen.selection.pruning, chosen.cost
     return {
         "where": chosen.selection.predicate.text,
         "numbers": sorted(chosen.selection.predicate.numbers),
         "blocks": effort.blocks,
-        "pruned_by_histogram": effort.without_match,
-        "pruned_by_zones": effort.outside_zones,
-        "whole": effort.whole,
-        "scanned": effort.scanned,
+        "pruned_by_histogram": effort.pruned_by_histogram,
+        "pruned_by_zones": effort.pruned_by_zones,
+        "whole": effort.decided_whole,
+        "scanned": effort.scanned_blocks,
         "samples": num_samples,
-        "samples_scanned": effort.samples,
+        "samples_scanned": effort.scanned_samples,
         "bytes_read": cost.bytes_read,
         "open_s": open_s,
         "parse_s": cost.parse_s,
@@ -60,7 +60,7 @@ def _explained(chosen: Any, num_samples: int, open_s: float) -> dict[str, Any]:
 
 def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
     """The fields of `query --json`."""
-    from mixtera_hpc.core.domain_keys import written
+    from mixtera_hpc.core.domain_keys import domain_key_to_plain
 
     selection = chosen.selection
     rows, tokens = selection.table.totals()
@@ -70,13 +70,13 @@ def _answer(chosen: Any, weights: Any, has_tokens: bool) -> dict[str, Any]:
 
     shares = [None] * len(chosen.keys) if weights is None else weights.tolist()
     domains = [
-        {"domain_id": i, "key": written(key), **counts(rows[i], tokens[i]), "weight": shares[i]}
+        {"domain_id": i, "key": domain_key_to_plain(key), **counts(rows[i], tokens[i]), "weight": shares[i]}
         for i, key in enumerate(chosen.keys)
     ]
     return {
         "selected": counts(*selection.selected),
         "domains": domains,
-        "left_out": counts(*selection.left_out),
+        "left_out": counts(*selection.unassigned),
         "overlaps": [{"domain_id": a, "also_matches": b, "samples": n} for a, b, n in selection.overlaps],
     }
 

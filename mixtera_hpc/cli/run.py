@@ -104,12 +104,12 @@ def _run_new(overrides: Sequence[str]) -> int:
 
 
 def _guarded(config: "Config", prepare: "Prepare") -> int:
-    from mixtera_hpc.comm.launcher import guarded, open_communicator
+    from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 
     comm = open_communicator(config.dataplane.comm)
     began = time.monotonic()
     places: list[tuple[RunFolder, int]] = []
-    code = guarded(comm, lambda: _train(comm, prepare, places))
+    code = run_guarded(comm, lambda: _train(comm, prepare, places))
     if comm.rank == 0 and places:
         _tell_end(*places[0], code, time.monotonic() - began)
     return code
@@ -117,10 +117,10 @@ def _guarded(config: "Config", prepare: "Prepare") -> int:
 
 def _train(comm: "Communicator", prepare: "Prepare", places: "list[tuple[RunFolder, int]]") -> None:
     from mixtera_hpc.comm.communicator import bcast_bytes
-    from mixtera_hpc.comm.failure_watch import start_watch
+    from mixtera_hpc.comm.failure_watch import start_failure_watch
     from mixtera_hpc.config.compose import load_config
     from mixtera_hpc.config.run_folder import RunFolder
-    from mixtera_hpc.track.progress import Progress
+    from mixtera_hpc.track.progress import ProgressPrinter
     from mixtera_hpc.training.trainer import run_training
 
     prepared = prepare(comm.size) if comm.rank == 0 else None
@@ -129,8 +129,8 @@ def _train(comm: "Communicator", prepare: "Prepare", places: "list[tuple[RunFold
     folder, attempt = RunFolder(Path(path)), int(number)
     places.append((folder, attempt))
     config = load_config(folder.config)
-    with start_watch(comm, folder.attempt(attempt)) as watch:
-        run_training(config, comm, folder, attempt, Progress(config.training.num_steps, watch.step))
+    with start_failure_watch(comm, folder.attempt(attempt)) as watch:
+        run_training(config, comm, folder, attempt, ProgressPrinter(config.training.num_steps, watch.step))
 
 
 def _tell_end(folder: "RunFolder", attempt: int, code: int, elapsed_s: float) -> None:

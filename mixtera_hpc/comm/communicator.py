@@ -10,12 +10,21 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DONE", "Communicator", "Counters", "Local", "Op", "Request", "bcast_bytes", "wait"]
+__all__ = [
+    "COMPLETED_REQUEST",
+    "CollectiveRequest",
+    "Communicator",
+    "Local",
+    "Op",
+    "SharedCounters",
+    "bcast_bytes",
+    "wait",
+]
 
 Op = Literal["sum", "max", "min"]
 
 
-class Request(Protocol):
+class CollectiveRequest(Protocol):
     """A collective under way."""
 
     def Test(self) -> bool:
@@ -23,7 +32,7 @@ class Request(Protocol):
         ...
 
 
-class Counters(Protocol):
+class SharedCounters(Protocol):
     """A few integers that all ranks count with, each when it pleases; they lie on rank 0.
 
     Where the network cannot add by itself, an addition waits until rank 0 makes some call of this communicator.
@@ -62,7 +71,7 @@ class Communicator(Protocol):
         """Copy root's `buffer` into everybody's. **Collective.**"""
         ...
 
-    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> Request:
+    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> CollectiveRequest:
         """Start a `Bcast`; the buffer belongs to MPI until the request is done. **Collective.**"""
         ...
 
@@ -70,7 +79,7 @@ class Communicator(Protocol):
         """Combine everybody's `buffer` element by element. **Collective.**"""
         ...
 
-    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> Request:
+    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> CollectiveRequest:
         """Start an `Allreduce` into `result`; both belong to MPI until the request is done. **Collective.**"""
         ...
 
@@ -82,7 +91,7 @@ class Communicator(Protocol):
         """Root's `array` (others give None), read-only on every rank and stored once per node. **Collective.**"""
         ...
 
-    def Counters(self, count: int) -> Counters:
+    def Allocate_counters(self, count: int) -> SharedCounters:
         """Shared counters, all 0. **Collective.**"""
         ...
 
@@ -95,7 +104,7 @@ class Communicator(Protocol):
         ...
 
 
-def wait(request: Request, poll_s: float = 1e-4) -> None:
+def wait(request: CollectiveRequest, poll_s: float = 1e-4) -> None:
     """Poll `request` until it is done, sleeping between polls; starts eagerly and backs off to 1 ms."""
     for _ in range(10):
         if request.Test():
@@ -114,12 +123,12 @@ def bcast_bytes(comm: Communicator, data: bytes | None) -> bytes:
     return buffer.tobytes()
 
 
-class _Done:
+class _CompletedRequest:
     def Test(self) -> bool:
         return True
 
 
-DONE: Request = _Done()
+COMPLETED_REQUEST: CollectiveRequest = _CompletedRequest()
 """A request that has completed."""
 
 
@@ -158,15 +167,15 @@ class Local:
     def Bcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         return None
 
-    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> Request:
-        return DONE
+    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> CollectiveRequest:
+        return COMPLETED_REQUEST
 
     def Allreduce(self, buffer: NDArray[Any], op: Op = "sum") -> NDArray[Any]:
         return buffer.copy()
 
-    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> Request:
+    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> CollectiveRequest:
         result[...] = buffer
-        return DONE
+        return COMPLETED_REQUEST
 
     def Allgather(self, buffer: NDArray[Any]) -> NDArray[Any]:
         return buffer[None].copy()
@@ -176,7 +185,7 @@ class Local:
         shared.flags.writeable = False
         return shared
 
-    def Counters(self, count: int) -> Counters:
+    def Allocate_counters(self, count: int) -> SharedCounters:
         return _LocalCounters(count)
 
     def Free(self) -> None:

@@ -21,15 +21,15 @@ import numpy as np
 from mixtera_hpc.comm import sentinel
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.sentinel import GOODBYE, SLOT, TOLD
-from mixtera_hpc.errors import MixteraError, leaves_in_order
+from mixtera_hpc.errors import MixteraError, is_clean_exit
 
-__all__ = ["Watch", "start_watch"]
+__all__ = ["FailureWatch", "start_failure_watch"]
 
 GIVE_WAY_S = 2.0
 """How long the sentinel gets to name a dead rank before a survivor's error is taken for the cause."""
 
 
-class Watch:
+class FailureWatch:
     """One rank's word to the sentinel of its node. As a context manager it takes leave, or records what failed."""
 
     def __init__(self, comm: Communicator, folder: Path | None, board: mmap.mmap | None = None, slot: int = 0) -> None:
@@ -65,13 +65,13 @@ class Watch:
             step = self._step if self._step >= 0 else None
             sentinel.report(str(self._folder), {**facts, "step": step, "reason": reason})
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "FailureWatch":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or leaves_in_order(error):
+        if error is None or is_clean_exit(error):
             self.goodbye()
         else:
             self.failed(error)
@@ -93,20 +93,20 @@ class Watch:
             SLOT.pack_into(self._board, self._offset, self._step, state)
 
 
-def start_watch(comm: Communicator, folder: Path | None) -> Watch:
+def start_failure_watch(comm: Communicator, folder: Path | None) -> FailureWatch:
     """Watch over the ranks of every node; `folder` is the attempt's, for `failure.json`. **Collective.**
 
     Where the kernel has no pidfds (before 5.3), or ranks of a node cannot see each other, nothing is named.
     """
     if comm.size == 1:
-        return Watch(comm, folder)
+        return FailureWatch(comm, folder)
     own = _make_board(comm.size)
     reading, writing = os.pipe()
     rows = comm.Allgather(np.array([_node_key(), os.getpid(), own, reading], np.int64))
     mates = [rank for rank in range(comm.size) if rows[rank, 0] == rows[comm.rank, 0]]
     board = _open_board(pid=int(rows[mates[0], 1]), fd=int(rows[mates[0], 2]))
     ready = bool(comm.Allgather(np.array([board is not None], np.int64))[mates].all())
-    watch = Watch(comm, folder, board if ready else None, mates.index(comm.rank))
+    watch = FailureWatch(comm, folder, board if ready else None, mates.index(comm.rank))
     if ready and comm.rank == mates[0]:
         words = [f"{rank}:{rows[rank, 1]}:{rows[rank, 3]}" for rank in mates]
         watch.hold(_start_sentinel([str(own), str(folder or ""), comm.hostname, *words], own))

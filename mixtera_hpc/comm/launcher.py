@@ -9,7 +9,7 @@ from pathlib import Path
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.errors import MixteraError, SavedAndStopped
 
-__all__ = ["guarded", "open_communicator", "started_by_mpi"]
+__all__ = ["open_communicator", "run_guarded", "started_by_mpi"]
 
 
 def started_by_mpi() -> bool:
@@ -29,7 +29,7 @@ def open_communicator(kind: str = "auto") -> Communicator:
     return Mpi.world()
 
 
-def guarded(comm: Communicator, body: Callable[[], None]) -> int:
+def run_guarded(comm: Communicator, body: Callable[[], None]) -> int:
     """Run `body` and return the process's exit code; a failure of one rank ends all of them, and says which it was.
 
     An agreed stop (`SavedAndStopped`) is no failure: every rank leaves with 75 by itself. Any other exception while others

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Counters, Op, Request, wait
+from mixtera_hpc.comm.communicator import CollectiveRequest, Op, SharedCounters, wait
 from mixtera_hpc.errors import CommError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Mpi:
         for piece in _pieces(buffer):
             wait(self._comm.Ibcast(piece, root))
 
-    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> Request:
+    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> CollectiveRequest:
         return self._comm.Ibcast(buffer, root)
 
     def Allreduce(self, buffer: NDArray[Any], op: Op = "sum") -> NDArray[Any]:
@@ -71,7 +71,7 @@ class Mpi:
         wait(self.Iallreduce(buffer, result, op))
         return result
 
-    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> Request:
+    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> CollectiveRequest:
         operation = {"sum": self._mpi.SUM, "max": self._mpi.MAX, "min": self._mpi.MIN}[op]
         return self._comm.Iallreduce(buffer, result, operation)
 
@@ -95,8 +95,8 @@ class Mpi:
         shared.flags.writeable = False
         return shared
 
-    def Counters(self, count: int) -> Counters:
-        counters = _Counters(self._mpi, self._comm, count)
+    def Allocate_counters(self, count: int) -> SharedCounters:
+        counters = _MpiCounters(self._mpi, self._comm, count)
         wait(self._comm.Ibarrier())
         return counters
 
@@ -136,7 +136,7 @@ class Mpi:
             wait(self._leaders.Ibcast(piece, 0))
 
 
-class _Counters:
+class _MpiCounters:
     """One-sided additions to a window of rank 0."""
 
     def __init__(self, mpi: Any, comm: Any, count: int) -> None:

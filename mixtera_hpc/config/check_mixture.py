@@ -7,7 +7,7 @@ from typing import Any
 
 from mixtera_hpc.config.domain_tree import domain_entries, list_entries
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, StageConfig
-from mixtera_hpc.core.domain_keys import canonical, key_of
+from mixtera_hpc.core.domain_keys import canonical_key, parse_domain_key
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 
 __all__ = ["mixture_problems"]
@@ -58,7 +58,7 @@ def _key(domain: DomainConfig, path: str) -> list[str]:
             "mixture.remainder."
         ]
     try:
-        key_of(domain.key)
+        parse_domain_key(domain.key)
     except MixtureError as error:
         return [f"{path}.key: {error}"]
     return []
@@ -73,7 +73,7 @@ def _repeated(mixture: MixtureConfig) -> list[str]:
         first: dict[object, str] = {}
         try:
             for leaf in list_entries(domains, path):
-                before = first.setdefault(canonical(leaf.key), leaf.path)
+                before = first.setdefault(canonical_key(leaf.key), leaf.path)
                 if before != leaf.path:
                     found.append(
                         f"{leaf.path}.key is that of {before}, which has all of its samples. Remove one of them."
@@ -262,9 +262,9 @@ def _stage(stage: StageConfig, mixture: MixtureConfig, path: str) -> list[str]:
         and not any(d.weight is not None for d in mixture.domains)
     ):
         found.append(f"{path} has no weights, and mixture.domains has none either. Give it domains, or kind: natural.")
-    known = {canonical(leaf.key): leaf.name for leaf in list_entries(mixture.domains, "")}
+    known = {canonical_key(leaf.key): leaf.name for leaf in list_entries(mixture.domains, "")}
     for leaf in list_entries(stage.domains, f"{path}.domains"):
-        if known and canonical(leaf.key) not in known:
+        if known and canonical_key(leaf.key) not in known:
             found.append(
                 f"{leaf.path} is {leaf.name}, which is not in mixture.domains. Add it there."
                 f"{did_you_mean(leaf.name, list(known.values()))}"

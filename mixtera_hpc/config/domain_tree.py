@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, StageConfig
-from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, canonical, domain_name, key_of
+from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, canonical_key, domain_name, parse_domain_key
 from mixtera_hpc.core.mixing.weights import WeightNode, check_available, natural_weights, tree_weights, unimax_weights
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
@@ -63,7 +63,7 @@ def domain_entries(mixture: MixtureConfig) -> list[DomainEntry]:
         first: dict[object, DomainEntry] = {}
         for i, stage in enumerate(mixture.schedule.stages):
             for leaf in list_entries(stage.domains, f"mixture.schedule.stages[{i}].domains"):
-                first.setdefault(canonical(leaf.key), leaf)
+                first.setdefault(canonical_key(leaf.key), leaf)
         found = list(first.values())
     remainders = [mixture.remainder, *(stage.remainder for stage in mixture.schedule.stages)]
     for remainder in [r for r in remainders if r is not None and found][:1]:
@@ -76,7 +76,7 @@ def list_entries(domains: Sequence[DomainConfig], path: str, above: DomainKey | 
     found = []
     for i, domain in enumerate(domains):
         here = f"{path}[{i}]"
-        key = _below(above or {}, key_of(domain.key), here)
+        key = _below(above or {}, parse_domain_key(domain.key), here)
         if domain.domains:
             found += list_entries(domain.domains, f"{here}.domains", key)
         else:
@@ -127,8 +127,8 @@ def domain_bounds(mixture: MixtureConfig, stock: DomainSizes) -> tuple[NDArray[n
     Raises:
         MixtureError: they leave no mixture at all, or promise a share to a domain without samples.
     """
-    own = {canonical(leaf.key): leaf.domain for leaf in domain_entries(mixture)}
-    domains = [own.get(canonical(key), DomainConfig()) for key in stock.keys]
+    own = {canonical_key(leaf.key): leaf.domain for leaf in domain_entries(mixture)}
+    domains = [own.get(canonical_key(key), DomainConfig()) for key in stock.keys]
     if mixture.floor is None and mixture.cap is None and all(d.floor is None and d.cap is None for d in domains):
         return None
     check_available(np.array([d.floor or 0.0 for d in domains]), stock.sizes, [display_name(key) for key in stock.keys])
@@ -147,7 +147,7 @@ def _tree(
     domains: Sequence[DomainConfig], remainder: DomainConfig | None, keys: Sequence[DomainKey]
 ) -> tuple[WeightNode, ...]:
     """The tree of weights over a run's domains."""
-    ids = {canonical(key): i for i, key in enumerate(keys)}
+    ids = {canonical_key(key): i for i, key in enumerate(keys)}
     nodes = _nodes(domains, {}, ids, [display_name(key) for key in keys])
     if remainder is not None:
         nodes.append(_leaf(remainder, {}, ids, []))
@@ -157,7 +157,7 @@ def _tree(
 def _nodes(domains: Sequence[DomainConfig], above: DomainKey, ids: Ids, names: list[str]) -> list[WeightNode]:
     nodes = []
     for domain in domains:
-        key = {**above, **key_of(domain.key)}
+        key = {**above, **parse_domain_key(domain.key)}
         if domain.domains:
             nodes.append(WeightNode(weight=domain.weight, parts=tuple(_nodes(domain.domains, key, ids, names))))
         else:
@@ -166,12 +166,12 @@ def _nodes(domains: Sequence[DomainConfig], above: DomainKey, ids: Ids, names: l
 
 
 def _leaf(domain: DomainConfig, key: DomainKey, ids: Ids, names: list[str]) -> WeightNode:
-    if canonical(key) not in ids:
+    if canonical_key(key) not in ids:
         name = display_name(key)
         raise MixtureError(
             f"{name} is not a domain of this run; weights change while it goes on, domains do not.{did_you_mean(name, names)}"
         )
-    return WeightNode(weight=domain.weight, domain=ids[canonical(key)])
+    return WeightNode(weight=domain.weight, domain=ids[canonical_key(key)])
 
 
 def _below(above: DomainKey, own: DomainKey, path: str) -> DomainKey:

@@ -6,7 +6,7 @@ et al. 1996, for one processor). Serving the earliest deadline among the release
 
 A chunk is decided in two parts. `advance` finds only how many sequences every domain has had at the end of n slots, in
 O(K log K) whatever n is: everything due by then, and of the sequences whose window is open, those with the earliest
-deadlines, as long as no suffix of the chunk is promised more newly released sequences than fit in it. `order` then runs the
+deadlines, as long as no suffix of the chunk is promised more newly released sequences than fit in it. `order_slots` then runs the
 earliest-deadline rule over exactly those sequences. docs/planner.md has the proof that the two agree: with unchanged
 weights every prefix of every chunk is exact; after a change of weights the boundaries are, whenever that is possible at all.
 
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BITS", "MAX_SLOTS", "UNIT", "advance", "order", "quantise", "slots_until"]
+__all__ = ["BITS", "MAX_SLOTS", "UNIT", "advance", "order_slots", "quantise_weights", "slots_until_exhausted"]
 
 BITS = 40
 UNIT = 1 << BITS
@@ -33,7 +33,7 @@ FEW = 200
 Ints = NDArray[np.int64]
 
 
-def quantise(weights: NDArray[np.float64]) -> Ints:
+def quantise_weights(weights: NDArray[np.float64]) -> Ints:
     """Non-negative weights as integers that sum to UNIT exactly; shape (K,).
 
     Each is within K + 1 units of its share, and a positive one keeps at least 1. Only correctly rounded operations on single
@@ -55,7 +55,7 @@ def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> tuple[I
     Args:
         lag: share due minus sequences served, in UNIT; sums to 0.
         weight: in UNIT; sums to UNIT.
-        remaining: sequences a domain still has; nobody's share may outgrow it within `num_slots` (see `slots_until`).
+        remaining: sequences a domain still has; nobody's share may outgrow it within `num_slots` (see `slots_until_exhausted`).
     """
     share = lag + weight * num_slots
     due = np.maximum(share >> BITS, 0)
@@ -152,7 +152,7 @@ def _earliest(part: Ints, age: Ints, deadline: Ints, limits: tuple[int, int]) ->
     return by_deadline[ranks[:rest]]
 
 
-def slots_until(lag: Ints, weight: Ints, remaining: Ints, horizon: int) -> Ints:
+def slots_until_exhausted(lag: Ints, weight: Ints, remaining: Ints, horizon: int) -> Ints:
     """Slots after which each domain's share equals all it has left; `NEVER` if beyond `horizon`. Shape (K,)."""
     slots = np.full(len(lag), NEVER)
     near = (remaining <= horizon + 1) & (weight > 0)
@@ -162,7 +162,7 @@ def slots_until(lag: Ints, weight: Ints, remaining: Ints, horizon: int) -> Ints:
     return slots
 
 
-def order(lag: Ints, weight: Ints, counts: Ints) -> NDArray[np.int32]:
+def order_slots(lag: Ints, weight: Ints, counts: Ints) -> NDArray[np.int32]:
     """The domain of every slot, when domain k is to get `counts[k]` of them; shape (counts.sum(),).
 
     Earliest deadline first among the released, O(n log K).

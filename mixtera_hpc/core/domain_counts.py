@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
 from mixtera_hpc.core.query import Entries, Predicate
 
-__all__ = ["NO_DOMAIN", "Counter", "DomainTable", "Effort", "ReadBlocks"]
+__all__ = ["NO_DOMAIN", "DomainCounter", "DomainTable", "PruningStatistics", "ReadBlocks"]
 
 NO_DOMAIN = -1
 """Selected, and in no domain."""
@@ -57,24 +57,24 @@ class DomainTable:
 
 
 @dataclass(slots=True, kw_only=True)
-class Effort:
+class PruningStatistics:
     """What an answer cost. Every block is in exactly one of the four counts of blocks."""
 
-    without_match: int = 0
+    pruned_by_histogram: int = 0
     """Blocks that no combo of theirs lets match."""
-    outside_zones: int = 0
+    pruned_by_zones: int = 0
     """Blocks that only their smallest and largest numbers rule out."""
-    whole: int = 0
+    decided_whole: int = 0
     """Blocks of which combos and zones decide every cell."""
-    scanned: int = 0
+    scanned_blocks: int = 0
     """Blocks whose samples had to be looked at."""
-    samples: int = 0
+    scanned_samples: int = 0
     """Samples in the scanned blocks; rows that cannot be read are none."""
 
     @property
     def blocks(self) -> int:
         """All blocks."""
-        return self.without_match + self.outside_zones + self.whole + self.scanned
+        return self.pruned_by_histogram + self.pruned_by_zones + self.decided_whole + self.scanned_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class _Piece:
     """Entries of every domain; shape (num_domains,)."""
 
 
-class Counter:
+class DomainCounter:
     """Counts one query's domains."""
 
     def __init__(
@@ -133,12 +133,12 @@ class Counter:
         )
         mask = predicate.evaluate(anything)
         readable = np.arange(num_combos) != tables.combos.bad
-        self._can, self._must = mask.can & readable, mask.must & readable
-        self.effort = Effort()
+        self._can, self._must = mask.may_match & readable, mask.must_match & readable
+        self.pruning = PruningStatistics()
         self._per_combo = per_combo
         self.rows_of_combo = np.zeros(num_combos, np.int64)
         """Rows that the query selects of every combo, where wanted; shape (num_combos,)."""
-        self.left_out = np.zeros(2, np.int64)
+        self.unassigned = np.zeros(2, np.int64)
         """Rows and tokens that the query selects and that are in no domain."""
 
     def table(self, num_domains: int) -> DomainTable:
@@ -152,7 +152,7 @@ class Counter:
             inside = domain != NO_DOMAIN
             if not inside.all():
                 out = cells.only(~inside)
-                self.left_out += out.rows.sum(dtype=np.int64), out.tokens.sum(dtype=np.int64)
+                self.unassigned += out.rows.sum(dtype=np.int64), out.tokens.sum(dtype=np.int64)
                 cells, domain = cells.only(inside), domain[inside]
             pieces.append(_piece(cells, domain, num_domains))
         return _joined(pieces, num_domains)
@@ -167,24 +167,24 @@ class Counter:
         cells = _Cells(block, combo, histogram.rows[where], histogram.tokens[where])
         cells = cells.only(self._can.take(cells.combo))
         possible = _distinct(cells.block)
-        self.effort.without_match += stop - start - possible
+        self.pruning.pruned_by_histogram += stop - start - possible
         if not self._predicate.numbers:
-            self.effort.whole += possible
+            self.pruning.decided_whole += possible
             return cells
         must = self._must.take(cells.combo)
         can, unclear = must.copy(), ~must
         can[unclear], must[unclear] = self._zoned(cells, unclear)
         undecided = np.unique(cells.block[can & ~must])
         left = _distinct(cells.block[can])
-        self.effort.outside_zones += possible - left
-        self.effort.whole += left - len(undecided)
+        self.pruning.pruned_by_zones += possible - left
+        self.pruning.decided_whole += left - len(undecided)
         if not len(undecided):
             return cells.only(must)
         cells = cells.only(must & ~np.isin(cells.block, undecided))
         return _merged([cells, *self._scanned(undecided)])
 
     def _zoned(self, cells: _Cells, unclear: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """`can` and `must` of the cells that need numbers, by the zones of their blocks."""
+        """`may_match` and `must_match` of the cells that need numbers, by the zones of their blocks."""
         block, combo, zones = cells.block[unclear], cells.combo[unclear], self._tables.blocks.zones
         names = self._predicate.numbers
         entries = Entries(
@@ -195,18 +195,18 @@ class Counter:
             has_null={n: zones[n].has_null[block] for n in names},
         )
         mask = self._predicate.evaluate(entries)
-        return mask.can, mask.must
+        return mask.may_match, mask.must_match
 
     def _scanned(self, blocks: NDArray[np.int32]) -> Iterator[_Cells]:
         """Count the samples of blocks, some blocks at a time."""
         combos, every_row = self._tables.combos, self._tables.blocks.rows[blocks]
-        self.effort.scanned += len(blocks)
+        self.pruning.scanned_blocks += len(blocks)
         at_most = max(COUNTERS_TOGETHER // combos.num_combos, 1)
         for some in _cut(every_row, at_most):
             columns, chosen = self._read_blocks(blocks[some]), blocks[some]
-            hit = self._predicate.evaluate(Entries.of_samples(combos, columns.combo, columns.numbers)).must
+            hit = self._predicate.evaluate(Entries.of_samples(combos, columns.combo, columns.numbers)).must_match
             readable = columns.combo != combos.bad
-            self.effort.samples += int(np.count_nonzero(readable))
+            self.pruning.scanned_samples += int(np.count_nonzero(readable))
             hit = hit & readable
             cell = np.repeat(np.arange(len(chosen)) * combos.num_combos, every_row[some]) + columns.combo
             rows = np.bincount(cell[hit], minlength=len(chosen) * combos.num_combos)

@@ -11,25 +11,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from mixtera_hpc.core.properties import as_text
-from mixtera_hpc.core.value_pattern import matching
+from mixtera_hpc.core.value_pattern import match_values
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
-__all__ = ["DomainKey", "KeyValue", "Matches", "canonical", "codes_of", "domain_name", "key_of", "written"]
+__all__ = [
+    "DomainKey",
+    "KeyValue",
+    "ValuePattern",
+    "canonical_key",
+    "domain_key_to_plain",
+    "domain_name",
+    "matching_codes",
+    "parse_domain_key",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Matches:
+class ValuePattern:
     """The values that a regular expression matches as a whole."""
 
     pattern: str
 
 
-KeyValue = str | None | Matches
+KeyValue = str | None | ValuePattern
 DomainKey = Mapping[str, tuple[KeyValue, ...]]
 """Property → the values that match; None matches null. An empty key matches everything."""
 
 
-def key_of(plain: Mapping[str, Any]) -> DomainKey:
+def parse_domain_key(plain: Mapping[str, Any]) -> DomainKey:
     """A key as YAML and JSON have it: one value, or a list of them; numbers and booleans are matched as text.
 
     Raises:
@@ -38,8 +47,8 @@ def key_of(plain: Mapping[str, Any]) -> DomainKey:
     return {str(name): _values(str(name), value) for name, value in plain.items()}
 
 
-def written(key: DomainKey) -> dict[str, Any]:
-    """The inverse of `key_of`: a single value bare, several as a list."""
+def domain_key_to_plain(key: DomainKey) -> dict[str, Any]:
+    """The inverse of `parse_domain_key`: a single value bare, several as a list."""
     plain = {name: [_plain(v) for v in values] for name, values in key.items()}
     return {name: values[0] if len(values) == 1 else values for name, values in plain.items()}
 
@@ -49,16 +58,16 @@ def domain_name(key: DomainKey) -> str:
     return " ".join(f"{name}={'|'.join(map(_text, values))}" for name, values in key.items()) or "all"
 
 
-def codes_of(name: str, value: str | Matches, values: Sequence[str]) -> list[int]:
+def matching_codes(name: str, value: str | ValuePattern, values: Sequence[str]) -> list[int]:
     """Positions in the dictionary `values` of property `name` that one entry of a key stands for.
 
     Raises:
         MixtureError: there is none, or the expression is not one that is allowed.
     """
-    text = value.pattern if isinstance(value, Matches) else value
-    if isinstance(value, Matches):
+    text = value.pattern if isinstance(value, ValuePattern) else value
+    if isinstance(value, ValuePattern):
         try:
-            codes, verb = matching(text, values), "to match"
+            codes, verb = match_values(text, values), "to match"
         except ValueError as error:
             raise MixtureError(f"A domain key's {name}: {error}") from None
     elif text in values or "*" not in text:
@@ -85,7 +94,7 @@ def _like(value: str, pieces: list[str]) -> bool:
     return True
 
 
-def canonical(key: DomainKey) -> frozenset[tuple[str, frozenset[KeyValue]]]:
+def canonical_key(key: DomainKey) -> frozenset[tuple[str, frozenset[KeyValue]]]:
     """Equal for keys that say the same in another order."""
     return frozenset((name, frozenset(values)) for name, values in key.items())
 
@@ -101,17 +110,17 @@ def _value(name: str, value: Any) -> KeyValue:
     if isinstance(value, Mapping):
         if list(value) != ["matches"] or not isinstance(value["matches"], str):
             raise MixtureError(f"A domain key has {name} = {dict(value)!r}; write a value, or {{matches: 'c4-.*'}}.")
-        return Matches(value["matches"])
+        return ValuePattern(value["matches"])
     if isinstance(value, list | tuple):
         raise MixtureError(f"A domain key has a list inside the list of {name!r}: {value!r}. Write one flat list.")
     return None if value is None else as_text(value)
 
 
 def _plain(value: KeyValue) -> Any:
-    return {"matches": value.pattern} if isinstance(value, Matches) else value
+    return {"matches": value.pattern} if isinstance(value, ValuePattern) else value
 
 
 def _text(value: KeyValue) -> str:
-    if isinstance(value, Matches):
+    if isinstance(value, ValuePattern):
         return f"~{value.pattern}"
     return "null" if value is None else value

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.domain_counts import NO_DOMAIN, Counter, DomainTable, Effort, ReadBlocks
-from mixtera_hpc.core.domain_keys import DomainKey, codes_of
+from mixtera_hpc.core.domain_counts import NO_DOMAIN, DomainCounter, DomainTable, PruningStatistics, ReadBlocks
+from mixtera_hpc.core.domain_keys import DomainKey, matching_codes
 from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
 from mixtera_hpc.core.properties import ComboTable
 from mixtera_hpc.core.query import Entries, Predicate
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
-__all__ = ["DomainKey", "DomainTable", "Selection", "keys_by", "select"]
+__all__ = ["DomainKey", "DomainTable", "Selection", "keys_for_group_by", "select"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +32,11 @@ class Selection:
     """Combo → domain, -1 for none; the predicate not applied. Shape (num_combos,)."""
     selected: tuple[int, int]
     """Samples and tokens that pass the predicate."""
-    left_out: tuple[int, int]
+    unassigned: tuple[int, int]
     """Samples and tokens that pass the predicate and match no key."""
     overlaps: tuple[tuple[int, int, int], ...]
     """(domain, later domain, samples): samples of the first that the later key matches as well."""
-    effort: Effort = field(default_factory=Effort)
+    pruning: PruningStatistics = field(default_factory=PruningStatistics)
     """What it took."""
 
     def domain_of(self, combos: ComboTable, columns: SampleColumns) -> NDArray[np.int32]:
@@ -44,11 +44,11 @@ class Selection:
         domain = self.combo_domain[columns.combo]
         if self.predicate.text or self.predicate.numbers:
             entries = Entries.of_samples(combos, columns.combo, columns.numbers)
-            domain = np.where(self.predicate.evaluate(entries).must, domain, NO_DOMAIN).astype(np.int32)
+            domain = np.where(self.predicate.evaluate(entries).must_match, domain, NO_DOMAIN).astype(np.int32)
         return domain
 
 
-def keys_by(names: Sequence[str], combos: ComboTable) -> list[DomainKey]:
+def keys_for_group_by(names: Sequence[str], combos: ComboTable) -> list[DomainKey]:
     """One key for every combination of values of `names` that occurs; with no names, one key that matches everything.
 
     A multi-valued property contributes its values one by one.
@@ -86,18 +86,18 @@ def select(
     combo_domain = np.where(matches.any(axis=0), matches.argmax(axis=0), NO_DOMAIN).astype(np.int32)
     named = matches & np.array([len(key) > 0 for key in keys])[:, None]
     shared = named.sum(axis=0) > 1
-    counter = Counter(tables, predicate, combo_domain, read_blocks, per_combo=bool(shared.any()))
+    counter = DomainCounter(tables, predicate, combo_domain, read_blocks, per_combo=bool(shared.any()))
     table = counter.table(len(keys))
     rows, tokens = table.totals()
-    left_rows, left_tokens = counter.left_out.tolist()
+    left_rows, left_tokens = counter.unassigned.tolist()
     return Selection(
         table=table,
         predicate=predicate,
         combo_domain=combo_domain,
         selected=(int(rows.sum()) + left_rows, int(tokens.sum()) + left_tokens),
-        left_out=(left_rows, left_tokens),
+        unassigned=(left_rows, left_tokens),
         overlaps=_overlaps(counter.rows_of_combo, combo_domain, named),
-        effort=counter.effort,
+        pruning=counter.pruning,
     )
 
 
@@ -120,7 +120,7 @@ def _matches(key: DomainKey, combos: ComboTable) -> NDArray[np.bool_]:
     mask = np.ones(combos.num_combos, np.bool_)
     for name, values in key.items():
         hit = combos.any_of(
-            name, [c for v in values if v is not None for c in codes_of(name, v, combos.properties[name].values)]
+            name, [c for v in values if v is not None for c in matching_codes(name, v, combos.properties[name].values)]
         )
         mask &= (hit | combos.is_null(name)) if None in values else hit
     return mask

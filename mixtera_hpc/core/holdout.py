@@ -15,25 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns, Zones
-from mixtera_hpc.core.query import Entries, Mask, Predicate
+from mixtera_hpc.core.query import Entries, MatchMask, Predicate
 
-__all__ = ["HELD_OUT", "Split", "shard_keys", "split_predicate", "with_places", "with_zones"]
+__all__ = ["HOLDOUT_HASH", "Split", "add_holdout_hashes", "add_holdout_zones", "restrict_to_split", "shard_hash_keys"]
 
 Split = Literal["train", "validation"]
-HELD_OUT = "held out"
+HOLDOUT_HASH = "held out"
 """Name of the number; no identifier, so that it collides with no property."""
 
 Words = NDArray[np.uint64]
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
-def shard_keys(paths: Sequence[str], seed: int) -> Words:
+def shard_hash_keys(paths: Sequence[str], seed: int) -> Words:
     """One word for every shard; shape (num_shards,)."""
     digests = [hashlib.blake2b(f"{seed}\n{path}".encode(), digest_size=8).digest() for path in paths]
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
-def with_places(columns: SampleColumns, keys: Words, blocks: BlockTable, chosen: NDArray[np.int32]) -> SampleColumns:
+def add_holdout_hashes(
+    columns: SampleColumns, keys: Words, blocks: BlockTable, chosen: NDArray[np.int32]
+) -> SampleColumns:
     """`columns` of the blocks `chosen`, one after the other, with every sample's hash as a number."""
     rows = blocks.rows[chosen].astype(np.int64)
     ends = np.cumsum(rows)
@@ -43,25 +45,25 @@ def with_places(columns: SampleColumns, keys: Words, blocks: BlockTable, chosen:
     words += np.repeat(keys[blocks.shard[chosen]], rows)
     place = (_mixed(words) >> np.uint64(11)).astype(np.float64)
     place *= 2.0**-53
-    return replace(columns, numbers={**columns.numbers, HELD_OUT: place})
+    return replace(columns, numbers={**columns.numbers, HOLDOUT_HASH: place})
 
 
-def with_zones(tables: IndexTables) -> IndexTables:
+def add_holdout_zones(tables: IndexTables) -> IndexTables:
     """`tables` whose blocks may hold samples of both sides."""
     count = len(tables.blocks)
     zone = Zones(low=np.zeros(count), high=np.ones(count), has_null=np.zeros(count, np.bool_))
-    return replace(tables, blocks=replace(tables.blocks, zones={**tables.blocks.zones, HELD_OUT: zone}))
+    return replace(tables, blocks=replace(tables.blocks, zones={**tables.blocks.zones, HOLDOUT_HASH: zone}))
 
 
-def split_predicate(predicate: Predicate, fraction: float, split: Split) -> Predicate:
+def restrict_to_split(predicate: Predicate, fraction: float, split: Split) -> Predicate:
     """`predicate` on one side of the split."""
 
-    def evaluate(entries: Entries) -> Mask:
-        low, high = entries.low[HELD_OUT], entries.high[HELD_OUT]
-        held_out = Mask(low < fraction, high < fraction)
+    def evaluate(entries: Entries) -> MatchMask:
+        low, high = entries.low[HOLDOUT_HASH], entries.high[HOLDOUT_HASH]
+        held_out = MatchMask(low < fraction, high < fraction)
         return predicate.evaluate(entries) & (held_out if split == "validation" else ~held_out)
 
-    return Predicate(predicate.text, evaluate, predicate.numbers | {HELD_OUT})
+    return Predicate(predicate.text, evaluate, predicate.numbers | {HOLDOUT_HASH})
 
 
 def _mixed(words: Words) -> Words:

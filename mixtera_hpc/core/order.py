@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EpochOrder", "Order", "Shuffle"]
+__all__ = ["EpochOrder", "Shuffle", "ShuffleOrder"]
 
 Shuffle = Literal["none", "block", "window"]
 Ints = NDArray[np.int64]
@@ -42,7 +42,7 @@ class EpochOrder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class ShuffleOrder:
     """How streams are shuffled."""
 
     seed: int

@@ -12,7 +12,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.apportion import BITS, MAX_SLOTS, UNIT, advance, order, quantise, slots_until
+from mixtera_hpc.core.apportion import (
+    BITS,
+    MAX_SLOTS,
+    UNIT,
+    advance,
+    order_slots,
+    quantise_weights,
+    slots_until_exhausted,
+)
 from mixtera_hpc.errors import CommError, MixtureError
 
 __all__ = ["ChunkPlan", "OnExhausted", "Planner", "PlannerState", "Slots"]
@@ -179,11 +187,11 @@ class Planner:
 
     def slots(self, plan: ChunkPlan) -> Slots:
         """Expand a plan to its sequences; O(n log K)."""
-        pieces = [order(s.lags, s.weights, s.counts) for s in self._segments_of(plan)]
+        pieces = [order_slots(s.lags, s.weights, s.counts) for s in self._segments_of(plan)]
         domain = np.concatenate([np.zeros(0, np.int32), *pieces])
         return Slots(domain=domain, ordinal=plan.cursors[domain] + _running_count(domain))
 
-    def stretches(self, plan: ChunkPlan) -> list[Ints]:
+    def segment_counts(self, plan: ChunkPlan) -> list[Ints]:
         """Sequences of every domain from each exhaustion inside `plan` to the next; shape (K,) each."""
         return [segment.counts for segment in self._segments_of(plan)]
 
@@ -238,7 +246,7 @@ def _next_exhaustion(now: _Start, remaining: Ints, num_slots: int) -> tuple[NDAr
     """The domains that run out first, None if none does within `num_slots`, and the slots until then."""
     if remaining.min() > num_slots + 1:
         return None, num_slots
-    until = slots_until(now.lags, now.weights, remaining, num_slots)
+    until = slots_until_exhausted(now.lags, now.weights, remaining, num_slots)
     length = min(num_slots, int(until.min()))
     gone = until <= length
     return (gone if gone.any() else None), length
@@ -246,7 +254,7 @@ def _next_exhaustion(now: _Start, remaining: Ints, num_slots: int) -> tuple[NDAr
 
 def _retire(now: _Start, gone: NDArray[np.bool_]) -> _Start:
     """Give the share of exhausted domains, and what they were still due, to the others."""
-    weights = quantise(np.where(gone, 0, now.weights).astype(np.float64))
+    weights = quantise_weights(np.where(gone, 0, now.weights).astype(np.float64))
     due = int(now.lags[gone].sum())
     extra = np.floor(weights * (due / UNIT)).astype(np.int64)
     extra[np.argmax(weights)] += due - int(extra.sum())
@@ -254,10 +262,10 @@ def _retire(now: _Start, gone: NDArray[np.bool_]) -> _Start:
 
 
 def quantise_or_refuse(weights: NDArray[np.float64]) -> Ints:
-    """`quantise`, refusing weights that are negative, not finite or all zero."""
+    """`quantise_weights`, refusing weights that are negative, not finite or all zero."""
     low, high = weights.min(), weights.max()
     if low >= 0 and 0 < high < np.inf:
-        return quantise(weights)
+        return quantise_weights(weights)
     if low == high == 0:
         raise MixtureError(
             "All weights of the mixture are 0, or of domains that were dropped.\n  Give another domain a weight; in a run that has "

@@ -2,7 +2,7 @@
 
 One evaluator serves blocks and samples. It works on *entries*: things that have one combo and a range [low, high] for every
 number. For a (block, combo) cell of the histogram the range is the block's zone; for a sample low == high. The result is
-two masks: `can` (some sample of the entry may match) and `must` (all of them do); for samples they are equal. Cells where
+two masks: `may_match` (some sample of the entry may match) and `must_match` (all of them do); for samples they are equal. Cells where
 they differ are the only ones whose samples have to be looked at.
 
 Null is a value: it equals only `None`, differs from everything else, and fails every ordering comparison and pattern.
@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import ComboTable, Kind, Property, as_text
-from mixtera_hpc.core.value_pattern import matching
+from mixtera_hpc.core.value_pattern import match_values
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["Entries", "Mask", "Predicate", "parse"]
+__all__ = ["Entries", "MatchMask", "Predicate", "parse_predicate"]
 
 MAX_DEPTH = 100
 """Of nested and, or, not: deeper than anyone writes, shallow enough to be evaluated."""
@@ -51,20 +51,20 @@ class Entries:
 
 
 @dataclass(frozen=True, slots=True)
-class Mask:
-    """`can`: some sample of the entry may match. `must`: every one does. Shape (n,) each."""
+class MatchMask:
+    """`may_match`: some sample of the entry may match. `must_match`: every one does. Shape (n,) each."""
 
-    can: NDArray[np.bool_]
-    must: NDArray[np.bool_]
+    may_match: NDArray[np.bool_]
+    must_match: NDArray[np.bool_]
 
-    def __and__(self, other: "Mask") -> "Mask":
-        return Mask(self.can & other.can, self.must & other.must)
+    def __and__(self, other: "MatchMask") -> "MatchMask":
+        return MatchMask(self.may_match & other.may_match, self.must_match & other.must_match)
 
-    def __or__(self, other: "Mask") -> "Mask":
-        return Mask(self.can | other.can, self.must | other.must)
+    def __or__(self, other: "MatchMask") -> "MatchMask":
+        return MatchMask(self.may_match | other.may_match, self.must_match | other.must_match)
 
-    def __invert__(self) -> "Mask":
-        return Mask(~self.must, ~self.can)
+    def __invert__(self) -> "MatchMask":
+        return MatchMask(~self.must_match, ~self.may_match)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +72,15 @@ class Predicate:
     """A parsed expression."""
 
     text: str
-    evaluate: Callable[[Entries], Mask]
+    evaluate: Callable[[Entries], MatchMask]
     numbers: frozenset[str]
     """The number properties it looks at; empty means that combos alone decide."""
 
 
-_Node = tuple[Callable[[Entries], Mask], frozenset[str]]
+_Node = tuple[Callable[[Entries], MatchMask], frozenset[str]]
 
 
-def parse(text: str | None, properties: Mapping[str, Property]) -> Predicate:
+def parse_predicate(text: str | None, properties: Mapping[str, Property]) -> Predicate:
     """Compile `text`; None selects everything.
 
     Raises:
@@ -101,9 +101,9 @@ def parse(text: str | None, properties: Mapping[str, Property]) -> Predicate:
     return Predicate(text, evaluate, numbers)
 
 
-def _constant(entries: Entries, value: bool) -> Mask:
+def _constant(entries: Entries, value: bool) -> MatchMask:
     mask = np.full(len(entries.combo), value)
-    return Mask(mask, mask)
+    return MatchMask(mask, mask)
 
 
 class _Parser:
@@ -118,16 +118,16 @@ class _Parser:
             raise RecursionError
         match tree:
             case ast.BoolOp(op=ast.And(), values=values):
-                return self._join([self.node(v, depth + 1) for v in values], Mask.__and__)
+                return self._join([self.node(v, depth + 1) for v in values], MatchMask.__and__)
             case ast.BoolOp(op=ast.Or(), values=values):
-                return self._join([self.node(v, depth + 1) for v in values], Mask.__or__)
+                return self._join([self.node(v, depth + 1) for v in values], MatchMask.__or__)
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 inner, numbers = self.node(operand, depth + 1)
                 return (lambda e: ~inner(e)), numbers
             case ast.Compare(left=left, ops=ops, comparators=rights):
                 operands = [left, *rights]
                 pairs = [self._compare(operands[i], op, operands[i + 1]) for i, op in enumerate(ops)]
-                return self._join(pairs, Mask.__and__)
+                return self._join(pairs, MatchMask.__and__)
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
                 return self._call(name, arguments)
             case ast.Constant(value=bool() as value):
@@ -135,8 +135,8 @@ class _Parser:
         raise self._refuse(tree)
 
     @staticmethod
-    def _join(nodes: list[_Node], combine: Callable[[Mask, Mask], Mask]) -> _Node:
-        def evaluate(entries: Entries) -> Mask:
+    def _join(nodes: list[_Node], combine: Callable[[MatchMask, MatchMask], MatchMask]) -> _Node:
+        def evaluate(entries: Entries) -> MatchMask:
             mask = nodes[0][0](entries)
             for inner, _ in nodes[1:]:
                 mask = combine(mask, inner(entries))
@@ -178,7 +178,7 @@ class _Parser:
                 f"query.where: {prop.name!r} is a number, which has no pattern; compare it, as in 0 < {prop.name} <= 1."
             )
         try:
-            codes = matching(pattern, prop.values)
+            codes = match_values(pattern, prop.values)
         except ValueError as error:
             raise ConfigError(f"query.where: {error}") from None
         if not codes:
@@ -222,16 +222,16 @@ class _Parser:
                 decided[:] = [(combos, (hit | combos.is_null(prop.name) if null else hit) ^ negate)]
             return decided[-1][1]
 
-        def evaluate(entries: Entries) -> Mask:
+        def evaluate(entries: Entries) -> MatchMask:
             mask = decide(entries.combos)[entries.combo]
-            return Mask(mask, mask)
+            return MatchMask(mask, mask)
 
         return evaluate, frozenset()
 
     def _number(self, prop: Property, op: ast.cmpop, value: Any) -> _Node:
         if isinstance(op, ast.In | ast.NotIn):
             values = value if isinstance(value, list) else [value]
-            node = self._join([self._number(prop, ast.Eq(), v) for v in values], Mask.__or__) if values else None
+            node = self._join([self._number(prop, ast.Eq(), v) for v in values], MatchMask.__or__) if values else None
             evaluate = node[0] if node else (lambda e: _constant(e, False))
             return ((lambda e: ~evaluate(e)) if isinstance(op, ast.NotIn) else evaluate), frozenset({prop.name})
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -300,14 +300,14 @@ def _float(value: float) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _null_test(name: str) -> Callable[[Entries], Mask]:
-    return lambda e: Mask(e.has_null[name], np.isnan(e.low[name]))
+def _null_test(name: str) -> Callable[[Entries], MatchMask]:
+    return lambda e: MatchMask(e.has_null[name], np.isnan(e.low[name]))
 
 
-def _range_test(name: str, op: ast.cmpop, value: float) -> Callable[[Entries], Mask]:
+def _range_test(name: str, op: ast.cmpop, value: float) -> Callable[[Entries], MatchMask]:
     """Ordering comparisons and ==; NaN bounds (all null) compare false, as they should."""
 
-    def evaluate(entries: Entries) -> Mask:
+    def evaluate(entries: Entries) -> MatchMask:
         low, high = entries.low[name], entries.high[name]
         match op:
             case ast.Lt():
@@ -320,6 +320,6 @@ def _range_test(name: str, op: ast.cmpop, value: float) -> Callable[[Entries], M
                 can, must = high >= value, low >= value
             case _:
                 can, must = (low <= value) & (high >= value), (low == value) & (high == value)
-        return Mask(can, must & ~entries.has_null[name])
+        return MatchMask(can, must & ~entries.has_null[name])
 
     return evaluate

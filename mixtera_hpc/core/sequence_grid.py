@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import Planner
 
-__all__ = ["Grid"]
+__all__ = ["SequenceGrid"]
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
+class SequenceGrid:
     """How a stream is cut into sequences."""
 
     length: int
@@ -27,15 +27,15 @@ class Grid:
     """Items between the beginnings of neighbours: `length`, or one less when they overlap."""
 
     @classmethod
-    def of_unit(cls, in_tokens: bool, seq_len: int, overlap: bool) -> "Grid":
+    def of_unit(cls, in_tokens: bool, seq_len: int, overlap: bool) -> "SequenceGrid":
         return cls.of_tokens(seq_len, overlap) if in_tokens else cls.of_samples()
 
     @classmethod
-    def of_tokens(cls, seq_len: int, overlap: bool) -> "Grid":
+    def of_tokens(cls, seq_len: int, overlap: bool) -> "SequenceGrid":
         return cls(length=seq_len + 1, stride=seq_len if overlap else seq_len + 1)
 
     @classmethod
-    def of_samples(cls) -> "Grid":
+    def of_samples(cls) -> "SequenceGrid":
         return cls(length=1, stride=1)
 
     def capacity(self, epoch_items: Ints, max_epochs: NDArray[np.float64], origins: Ints | int = 0) -> Ints:

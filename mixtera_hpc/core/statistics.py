@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 __all__ = [
     "MAX_SEQUENCE_LOSS",
-    "NUM_ROWS",
+    "NUM_BUFFER_ROWS",
     "DomainStatistics",
-    "accumulate",
-    "dequantise",
-    "from_buffer",
-    "quantise",
+    "accumulate_losses",
+    "dequantise_losses",
+    "quantise_losses",
+    "statistics_from_buffer",
 ]
 
 QUANTA_PER_NAT = float(2**24)
@@ -26,7 +26,7 @@ QUANTA_PER_NAT = float(2**24)
 MAX_SEQUENCE_LOSS = float(2**24)
 """Nats. A sequence whose loss sum is beyond this (16 nats per token at 2^20 tokens) counts as not finite."""
 
-NUM_ROWS = 4
+NUM_BUFFER_ROWS = 4
 """Rows of the reduction buffer: loss in units of 2^-24 nats, tokens, sequences, sequences with a non-finite loss."""
 
 
@@ -56,18 +56,18 @@ class DomainStatistics:
         return np.divide(self.loss_sum, self.num_tokens, out=mean, where=self.observed)
 
 
-def quantise(loss_sums: NDArray[np.float64]) -> NDArray[np.int64]:
+def quantise_losses(loss_sums: NDArray[np.float64]) -> NDArray[np.int64]:
     """Round finite loss sums in nats to whole multiples of 2^-24 nats, saturating at ±`MAX_SEQUENCE_LOSS`."""
     bounded = np.clip(loss_sums, -MAX_SEQUENCE_LOSS, MAX_SEQUENCE_LOSS)
     return np.rint(bounded * QUANTA_PER_NAT).astype(np.int64)
 
 
-def dequantise(quanta: NDArray[np.int64]) -> NDArray[np.float64]:
+def dequantise_losses(quanta: NDArray[np.int64]) -> NDArray[np.float64]:
     """Nats of sums of quantised losses; exact below 2^29 nats, correctly rounded above."""
     return quanta / QUANTA_PER_NAT
 
 
-def accumulate(
+def accumulate_losses(
     domain_ids: NDArray[np.integer],
     sequence_loss_sums: NDArray[np.float64],
     sequence_num_tokens: NDArray[np.integer],
@@ -91,20 +91,20 @@ def accumulate(
         raise ValueError(f"domain_ids span {domains.min()} to {domains.max()}, expected 0 to {num_domains - 1}.")
     losses = np.asarray(sequence_loss_sums, np.float64)
     finite = np.abs(losses) <= MAX_SEQUENCE_LOSS
-    buffer = np.zeros((NUM_ROWS, num_domains), np.int64)
-    np.add.at(buffer[0], domains[finite], quantise(losses[finite]))
+    buffer = np.zeros((NUM_BUFFER_ROWS, num_domains), np.int64)
+    np.add.at(buffer[0], domains[finite], quantise_losses(losses[finite]))
     np.add.at(buffer[1], domains[finite], np.asarray(sequence_num_tokens, np.int64)[finite])
     np.add.at(buffer[2], domains, 1)
     np.add.at(buffer[3], domains[~finite], 1)
     return buffer
 
 
-def from_buffer(step: int, buffer: NDArray[np.int64]) -> DomainStatistics:
-    """Read the buffer of `accumulate`, summed over ranks."""
+def statistics_from_buffer(step: int, buffer: NDArray[np.int64]) -> DomainStatistics:
+    """Read the buffer of `accumulate_losses`, summed over ranks."""
     loss, tokens, sequences, nonfinite = buffer.astype(np.int64)
     return DomainStatistics(
         step=step,
-        loss_sum=dequantise(loss),
+        loss_sum=dequantise_losses(loss),
         num_tokens=tokens,
         num_sequences=sequences,
         num_nonfinite=nonfinite,

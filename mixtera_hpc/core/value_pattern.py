@@ -8,12 +8,12 @@ as low as these numbers.
 import re
 from collections.abc import Sequence
 
-__all__ = ["matching"]
+__all__ = ["match_values"]
 
 MAX_REPEATS, MAX_GROUPS, MAX_LENGTH = 3, 3, 500
 
 
-def matching(pattern: str, values: Sequence[str]) -> list[int]:
+def match_values(pattern: str, values: Sequence[str]) -> list[int]:
     """Positions of the values that `pattern` matches as a whole.
 
     Raises:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
-from mixtera_hpc.core.statistics import DomainStatistics, accumulate, from_buffer
+from mixtera_hpc.core.statistics import DomainStatistics, accumulate_losses, statistics_from_buffer
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, BatchSlice
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.step_losses import sequence_sums
@@ -60,8 +60,10 @@ class HeldOutBatches:
         """What some sequences of a batch say about every domain, to be added up; shape (NUM_ROWS, num_domains)."""
         mask = batch.loss_mask[rows]
         losses = sequence_sums(loss_per_token, mask)()
-        return accumulate(batch.domain_ids[rows], losses, mask.sum(axis=1), self.num_domains)
+        return accumulate_losses(batch.domain_ids[rows], losses, mask.sum(axis=1), self.num_domains)
 
     def reduced(self, step: int, sums: NDArray[np.int64]) -> DomainStatistics:
         """The sums of all ranks, each sequence counted once. **Collective.**"""
-        return from_buffer(step, self._comm.Allreduce(sums if self._share.is_group_leader else np.zeros_like(sums)))
+        return statistics_from_buffer(
+            step, self._comm.Allreduce(sums if self._share.is_group_leader else np.zeros_like(sums))
+        )

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Communicator, Request
+from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
 from mixtera_hpc.errors import CommError
 
@@ -38,7 +38,7 @@ class PlanBroadcaster:
         self._weights_of = weights_of
         self._deliver = deliver
         self._buffer = np.zeros(ChunkPlan.array_size(len(planner.capacity)), np.int64)
-        self._request: Request | None = None
+        self._request: CollectiveRequest | None = None
         self._posted_s = 0.0
         self._state = PlannerState.start(len(planner.capacity))
         self._resumed: ChunkPlan | None = None
@@ -79,7 +79,7 @@ class PlanBroadcaster:
     def _ended(self) -> bool:
         return self.latest is not None and self.latest.last
 
-    def _post(self) -> Request | None:
+    def _post(self) -> CollectiveRequest | None:
         if self._comm.rank == 0:
             plan = self._next_plan()
             if plan is None:

@@ -29,7 +29,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, from_buffer
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.journal import AttemptStart
 from mixtera_hpc.dataplane.mixing.requests import MixtureSequence
@@ -42,8 +42,8 @@ from mixtera_hpc.dataplane.run_edits import find_resume_point, share_resume_poin
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.step_losses import StepLosses
 from mixtera_hpc.dataplane.step_reducer import RankFlags, StepReducer, StepResult
-from mixtera_hpc.errors import leaves_in_order
-from mixtera_hpc.track.tracker import Silent, Tracker
+from mixtera_hpc.errors import is_clean_exit
+from mixtera_hpc.track.tracker import NullTracker, Tracker
 
 __all__ = ["Batch", "DataPlane"]
 
@@ -114,7 +114,9 @@ class DataPlane:
         if split is not None:
             config = replace(config, query=replace(config.query, split=split))
         source = open_source(config, communicator)
-        return cls(source, communicator, RunRecorder(folder, attempt, communicator.rank, config, tracker or Silent()))
+        return cls(
+            source, communicator, RunRecorder(folder, attempt, communicator.rank, config, tracker or NullTracker())
+        )
 
     @property
     def domain_names(self) -> list[str]:
@@ -146,7 +148,7 @@ class DataPlane:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(orderly=error is None or leaves_in_order(error))
+        self.close(orderly=error is None or is_clean_exit(error))
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches until the data ends; every rank gets the same number. **Collective.**"""
@@ -374,7 +376,7 @@ class DataPlane:
     def _pass_over(self, data_step: int) -> None:
         """Tell the mixer that the data steps before `data_step` that it has heard nothing of are skipped."""
         while self._fed < data_step:
-            self._mixer.feed(from_buffer(self._fed, np.zeros((NUM_ROWS, self.num_domains), np.int64)))
+            self._mixer.feed(statistics_from_buffer(self._fed, np.zeros((NUM_BUFFER_ROWS, self.num_domains), np.int64)))
             self._fed += 1
 
 

@@ -11,7 +11,7 @@ from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decision
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.run_edits import RunEdit, read_run_edits
-from mixtera_hpc.track.tracker import Silent, Tracker
+from mixtera_hpc.track.tracker import NullTracker, Tracker
 
 __all__ = ["RunRecorder"]
 
@@ -22,7 +22,7 @@ class RunRecorder:
     def __init__(self, folder: RunFolder | None, attempt: int, rank: int, config: Config, tracker: Tracker) -> None:
         self.control = folder.control if folder else None
         self._decisions = folder.decisions if folder else None
-        self._tracker = tracker if rank == 0 else Silent()
+        self._tracker = tracker if rank == 0 else NullTracker()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
         audit = folder.audit(attempt) / f"rank_{rank:05d}.jsonl" if folder and config.dataplane.audit else None
         self._audit = AuditLog(audit) if audit and rank % config.dataplane.model_parallel_size == 0 else None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.statistics import NUM_ROWS, accumulate
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, accumulate_losses
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import CommError
 
@@ -37,12 +37,12 @@ class StepLosses:
             CommError: a sequence was added twice, or left out.
         """
         recorded, self._recorded = self._recorded, []
-        total = np.zeros((NUM_ROWS, self._num_domains), np.int64)
+        total = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
         times = np.zeros(len(batch.domain_ids), np.int64)
         for rows, sums in recorded:
             times[rows] += 1
             counted = batch.loss_mask[rows].sum(axis=1)
-            total += accumulate(batch.domain_ids[rows], sums(), counted, self._num_domains)
+            total += accumulate_losses(batch.domain_ids[rows], sums(), counted, self._num_domains)
         if recorded and (times != 1).any():
             odd = int(np.argmax(times != 1))
             raise CommError(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Communicator, Request, wait
-from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics, from_buffer
+from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.errors import CommError
 
 __all__ = ["RankFlags", "StepReducer", "StepResult"]
@@ -48,7 +48,7 @@ class _UnderWay:
     step: int
     buffer: Ints
     result: Ints
-    request: Request
+    request: CollectiveRequest
 
 
 class StepReducer:
@@ -103,11 +103,11 @@ class StepReducer:
 
     def _take(self, reduce_s: float) -> None:
         sent = self._under_way.popleft()
-        rows = sent.result[:-3].reshape(NUM_ROWS, self._num_domains)
+        rows = sent.result[:-3].reshape(NUM_BUFFER_ROWS, self._num_domains)
         stop, save, digest = (int(n) for n in sent.result[-3:])
         if digest != self._comm.size * int(sent.buffer[-1]):
             self._odd = self._odd or sent
-        statistics = from_buffer(sent.step, rows)
+        statistics = statistics_from_buffer(sent.step, rows)
         self._done.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
 
     def _name_the_odd_ones(self, sent: _UnderWay) -> None:

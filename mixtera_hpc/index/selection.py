@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.domain_tree import DomainSizes, display_name, domain_bounds, domain_entries, initial_weights
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import DomainKey, domain_name
-from mixtera_hpc.core.domains import Selection, keys_by, select
-from mixtera_hpc.core.holdout import shard_keys, split_predicate, with_places, with_zones
+from mixtera_hpc.core.domains import Selection, keys_for_group_by, select
+from mixtera_hpc.core.holdout import add_holdout_hashes, add_holdout_zones, restrict_to_split, shard_hash_keys
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.core.mixing.bounds import project_to_bounds
-from mixtera_hpc.core.query import parse
-from mixtera_hpc.core.sequence_grid import Grid
+from mixtera_hpc.core.query import parse_predicate
+from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.errors import MixtureError
 from mixtera_hpc.index.open import PropertyIndex
 
@@ -55,12 +55,12 @@ def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
     """
     began = time.perf_counter()
     keys = _keys(config, index)
-    predicate = parse(config.query.where, index.tables.properties)
+    predicate = parse_predicate(config.query.where, index.tables.properties)
     only = {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers)}
     tables, holdout = index.tables, config.query.holdout
     if holdout.fraction:
-        tables, keys_of_shards = with_zones(tables), shard_keys(tables.shards.path, holdout.seed)
-        predicate = split_predicate(predicate, holdout.fraction, config.query.split)
+        tables, keys_of_shards = add_holdout_zones(tables), shard_hash_keys(tables.shards.path, holdout.seed)
+        predicate = restrict_to_split(predicate, holdout.fraction, config.query.split)
     bytes_before, read_s, parsed = index.samples.bytes_read, 0.0, time.perf_counter()
 
     def read(blocks: NDArray[np.int32]) -> SampleColumns:
@@ -68,7 +68,7 @@ def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
         start = time.perf_counter()
         columns = index.read_blocks(blocks, only)
         read_s += time.perf_counter() - start
-        return with_places(columns, keys_of_shards, tables.blocks, blocks) if holdout.fraction else columns
+        return add_holdout_hashes(columns, keys_of_shards, tables.blocks, blocks) if holdout.fraction else columns
 
     selection = select(tables, predicate, keys, read)
     names = tuple(map(display_name if len(keys) > 1 else domain_name, keys))
@@ -90,7 +90,7 @@ def weights_of(config: Config, chosen: ChosenDomains, has_tokens: bool) -> NDArr
     rows, tokens = chosen.selection.table.totals()
     in_tokens, plane = config.mixture.unit == "tokens", config.dataplane
     sizes = np.where(has_tokens, tokens, 0) if in_tokens else rows
-    items = Grid.of_unit(in_tokens, plane.seq_len, plane.overlap_one_token).stride * plane.global_batch_size
+    items = SequenceGrid.of_unit(in_tokens, plane.seq_len, plane.overlap_one_token).stride * plane.global_batch_size
     stock = DomainSizes(keys=chosen.keys, sizes=sizes, budget=items * config.training.num_steps)
     try:
         weights = initial_weights(config.mixture, config.mixture, stock)
@@ -105,7 +105,7 @@ def weights_of(config: Config, chosen: ChosenDomains, has_tokens: bool) -> NDArr
 def _keys(config: Config, index: PropertyIndex) -> list[DomainKey]:
     if found := domain_entries(config.mixture):
         return [leaf.key for leaf in found]
-    keys = keys_by(config.mixture.group_by, index.tables.combos)
+    keys = keys_for_group_by(config.mixture.group_by, index.tables.combos)
     if not keys:
         raise MixtureError(f"mixture.group_by is {config.mixture.group_by}, but no sample has any of these properties.")
     return keys

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtera_hpc.comm.communicator import Communicator, Counters
+from mixtera_hpc.comm.communicator import Communicator, SharedCounters
 from mixtera_hpc.index.part import UnitPart
 from mixtera_hpc.index.parts import PartLog
 
@@ -74,7 +74,7 @@ def scan_together(tasks: Tasks, scan: Scan, comm: Communicator, report: Report |
         scan: the parts of a unit; called by several threads at once.
         report: called on rank 0 after each of its units, and some times a second for those of others.
     """
-    counters = comm.Counters(4)
+    counters = comm.Allocate_counters(4)
     rank = _Rank(tasks, comm, counters, report if comm.rank == 0 else None)
     rank.work(scan)
     while comm.rank == 0 and not rank.tell():
@@ -86,7 +86,7 @@ def scan_together(tasks: Tasks, scan: Scan, comm: Communicator, report: Report |
 class _Rank:
     """The main thread of one rank."""
 
-    def __init__(self, tasks: Tasks, comm: Communicator, counters: Counters, report: Report | None) -> None:
+    def __init__(self, tasks: Tasks, comm: Communicator, counters: SharedCounters, report: Report | None) -> None:
         self._tasks = tasks
         self._comm = comm
         self._counters = counters

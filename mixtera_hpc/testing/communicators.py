@@ -95,7 +95,7 @@ def check_shared_arrays_are_read_only_copies(comm: Communicator) -> None:
 
 def check_counters_are_atomic(comm: Communicator) -> None:
     """Whoever asks, whenever: what was there before an addition is told to one rank only, and nothing is lost."""
-    counters = comm.Counters(2)
+    counters = comm.Allocate_counters(2)
     taken = [counters.Fetch_and_add(0, 1) for _ in range(50 + comm.rank)]
     for number in taken:
         counters.Fetch_and_add(1, number)

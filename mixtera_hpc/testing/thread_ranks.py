@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Counters, Op, Request, wait
+from mixtera_hpc.comm.communicator import CollectiveRequest, Op, SharedCounters, wait
 from mixtera_hpc.errors import CommError
 
 __all__ = ["ThreadCommunicator", "run_ranks"]
@@ -92,7 +92,7 @@ class ThreadCommunicator:
     def Bcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         wait(self.Ibcast(buffer, root))
 
-    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> Request:
+    def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> CollectiveRequest:
         def finish(given: dict[int, NDArray[Any]]) -> None:
             if self.rank != root:
                 buffer[...] = given[root]
@@ -104,7 +104,7 @@ class ThreadCommunicator:
         wait(self.Iallreduce(buffer, result, op))
         return result
 
-    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> Request:
+    def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> CollectiveRequest:
         def finish(given: dict[int, NDArray[Any]]) -> None:
             result[...] = _COMBINE[op](np.stack([given[r] for r in range(self.size)]), axis=0)
 
@@ -127,7 +127,7 @@ class ThreadCommunicator:
         shared.flags.writeable = False
         return shared
 
-    def Counters(self, count: int) -> Counters:
+    def Allocate_counters(self, count: int) -> SharedCounters:
         self._calls += 1
         with self._world.lock:
             values = self._world.counters.setdefault((self._path, self._calls), np.zeros(count, np.int64))
@@ -140,7 +140,7 @@ class ThreadCommunicator:
         self._world.failed = True
         raise SystemExit(code)
 
-    def _post(self, given: NDArray[Any], awaited: tuple[int, ...], finish: Callable[..., None]) -> Request:
+    def _post(self, given: NDArray[Any], awaited: tuple[int, ...], finish: Callable[..., None]) -> CollectiveRequest:
         self._calls += 1
         key = (self._path, self._calls)
         with self._world.lock:

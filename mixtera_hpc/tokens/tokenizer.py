@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["Gigatoken", "HuggingFace", "StoredIds", "Tokenizer", "check_equal", "load_tokenizer", "load_vocabulary"]
+__all__ = [
+    "GigatokenTokenizer",
+    "HuggingFaceTokenizer",
+    "StoredTokenIds",
+    "Tokenizer",
+    "check_same_encoding",
+    "load_tokenizer",
+    "load_vocabulary",
+]
 
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
 
@@ -63,7 +71,7 @@ class Tokenizer(Protocol):
 _NO_TOKENS = np.zeros(0, np.uint32)
 
 
-class Gigatoken:
+class GigatokenTokenizer:
     """`Tokenizer` over gigatoken; one thread per call, the GIL released.
 
     One call per document: the library's own batches cost 0.1 to 0.4 ms before the first token, and win back a tenth only from
@@ -89,7 +97,7 @@ class Gigatoken:
         return _joined(self.encode_each(documents))
 
 
-class HuggingFace:
+class HuggingFaceTokenizer:
     """`Tokenizer` over Hugging Face's `tokenizers`, some fifty times slower."""
 
     def __init__(self, definition: bytes, eos_token: str | None = None) -> None:
@@ -114,7 +122,7 @@ class HuggingFace:
         return _joined(self.encode_each(documents))
 
 
-class StoredIds:
+class StoredTokenIds:
     """Stands in for a `Tokenizer` where all shards hold token ids already: it knows the vocabulary and encodes nothing."""
 
     def __init__(self, vocab_size: int, eos_id: int | None) -> None:
@@ -160,7 +168,7 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
         ) from None
     eos_token = eos_token or _configured_eos(file.parent)
     try:
-        return Gigatoken(definition, eos_token)
+        return GigatokenTokenizer(definition, eos_token)
     except ConfigError:
         raise
     except Exception as first:
@@ -175,10 +183,10 @@ def load_vocabulary(plane: DataPlaneConfig) -> Tokenizer | None:
     """
     if plane.tokenizer is not None:
         return load_tokenizer(Path(plane.tokenizer), plane.eos_token)
-    return StoredIds(plane.vocab_size, plane.eos_id) if plane.vocab_size is not None else None
+    return StoredTokenIds(plane.vocab_size, plane.eos_id) if plane.vocab_size is not None else None
 
 
-def check_equal(a: Tokenizer, b: Tokenizer, documents: Sequence[str]) -> None:
+def check_same_encoding(a: Tokenizer, b: Tokenizer, documents: Sequence[str]) -> None:
     """Compare two tokenizers on `documents`.
 
     Raises:
@@ -195,7 +203,7 @@ def check_equal(a: Tokenizer, b: Tokenizer, documents: Sequence[str]) -> None:
 
 def _fallback(definition: bytes, eos_token: str | None, file: Path, first: Exception) -> Tokenizer:
     try:
-        return HuggingFace(definition, eos_token)
+        return HuggingFaceTokenizer(definition, eos_token)
     except ConfigError:
         raise
     except Exception as second:

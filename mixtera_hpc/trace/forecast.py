@@ -94,7 +94,7 @@ def _planned(source: Source, num_steps: int) -> tuple[PlannerState, list[_Stretc
             planner = replace(planner, global_batch_size=1, chunk_steps=length * size)
             plan = planner.decide(state, weights)
         slot, before = state.step * size, state.cursors
-        for counts in planner.stretches(plan):
+        for counts in planner.segment_counts(plan):
             found.append(_Stretch(slot, before, counts))
             slot, before = slot + int(counts.sum()), before + counts
         state = after

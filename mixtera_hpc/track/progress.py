@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["Progress"]
+__all__ = ["ProgressPrinter"]
 
 INTERVAL_S = 2.0
 
 
-class Progress:
+class ProgressPrinter:
     """Prints metric events, and passes on every step of this rank."""
 
     def __init__(self, num_steps: int, on_step: Callable[[int], None]) -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Flattener"]
+__all__ = ["ScalarFlattener"]
 
 
-class Flattener:
+class ScalarFlattener:
     """`{"loss": 1.5, "domain_loss": [1, 2]}` of stream `steps` → `steps/loss`, `steps/domain_loss/<domain>`.
 
     Domain names come by with the `attempts` event; until then, and for lists of another length, positions stand in.

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.track.scalars import Flattener
+from mixtera_hpc.track.scalars import ScalarFlattener
 
-__all__ = ["TensorBoard"]
+__all__ = ["TensorBoardTracker"]
 
 
-class TensorBoard:
+class TensorBoardTracker:
     """A `Tracker` that writes event files below `folder`.
 
     The first event of an attempt tells TensorBoard to forget what earlier attempts wrote from that step on.
@@ -31,7 +31,7 @@ class TensorBoard:
             ) from None
         self._events, self._summaries = event_pb2, summary_pb2
         self._writer = EventFileWriter(str(folder))
-        self._flattener = Flattener()
+        self._flattener = ScalarFlattener()
         self._begun = False
 
     def log(self, stream: str, event: Mapping[str, Any]) -> None:

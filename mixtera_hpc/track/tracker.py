@@ -14,7 +14,7 @@ import msgspec
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 
-__all__ = ["Fanout", "JsonLines", "Silent", "Tracker", "open_append", "open_tracker"]
+__all__ = ["JsonLinesTracker", "MultiTracker", "NullTracker", "Tracker", "open_append", "open_tracker"]
 
 
 class Tracker(Protocol):
@@ -29,7 +29,7 @@ class Tracker(Protocol):
         ...
 
 
-class Silent:
+class NullTracker:
     """Tracks nothing: ranks other than 0, and runs without a folder."""
 
     def log(self, stream: str, event: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ class Silent:
         return None
 
 
-class Fanout:
+class MultiTracker:
     """Sends every event to several trackers, in order."""
 
     def __init__(self, trackers: list[Tracker]) -> None:
@@ -54,7 +54,7 @@ class Fanout:
             tracker.close()
 
 
-class JsonLines:
+class JsonLinesTracker:
     """Appends events to `<folder>/<stream>.jsonl`, each with `time` and `attempt`."""
 
     def __init__(self, folder: Path, attempt: int, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -86,17 +86,17 @@ def open_tracker(config: Config, folder: RunFolder | None, *, rank: int, attempt
         ConfigError: `track.tensorboard` or `track.wandb` is on and its package is not installed.
     """
     if rank != 0 or folder is None:
-        return Silent()
-    trackers: list[Tracker] = [JsonLines(folder.metrics, attempt)]
+        return NullTracker()
+    trackers: list[Tracker] = [JsonLinesTracker(folder.metrics, attempt)]
     if config.track.tensorboard:
-        from mixtera_hpc.track.tensorboard import TensorBoard
+        from mixtera_hpc.track.tensorboard import TensorBoardTracker
 
-        trackers.append(TensorBoard(folder.metrics / "tensorboard"))
+        trackers.append(TensorBoardTracker(folder.metrics / "tensorboard"))
     if config.track.wandb:
-        from mixtera_hpc.track.wandb import WeightsAndBiases
+        from mixtera_hpc.track.wandb import WandbTracker
 
-        trackers.append(WeightsAndBiases(config, folder))
-    return trackers[0] if len(trackers) == 1 else Fanout(trackers)
+        trackers.append(WandbTracker(config, folder))
+    return trackers[0] if len(trackers) == 1 else MultiTracker(trackers)
 
 
 def open_append(path: Path) -> Any:

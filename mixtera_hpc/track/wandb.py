@@ -7,12 +7,12 @@ from mixtera_hpc.config.convert import to_plain
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.track.scalars import Flattener
+from mixtera_hpc.track.scalars import ScalarFlattener
 
-__all__ = ["WeightsAndBiases"]
+__all__ = ["WandbTracker"]
 
 
-class WeightsAndBiases:
+class WandbTracker:
     """A `Tracker` that continues one W&B run per run folder, however many attempts it takes.
 
     Raises:
@@ -36,7 +36,7 @@ class WeightsAndBiases:
             resume="allow",
         )
         self._run.define_metric("*", step_metric="step")
-        self._flattener = Flattener()
+        self._flattener = ScalarFlattener()
 
     def log(self, stream: str, event: Mapping[str, Any]) -> None:
         self._run.log({"step": int(event.get("step", 0)), **self._flattener.flatten(stream, event)})

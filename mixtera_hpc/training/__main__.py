@@ -35,32 +35,32 @@ def main(composed: Any) -> None:
     """One job, on every rank; leaves the process when it fails, so that no launcher takes it for done."""
     from hydra.core.hydra_config import HydraConfig
 
-    from mixtera_hpc.comm.launcher import guarded, open_communicator
+    from mixtera_hpc.comm.launcher import open_communicator, run_guarded
     from mixtera_hpc.dataplane.control import block_time_limit_signal
 
     block_time_limit_signal()
     settings = HydraConfig.get()
     output, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
     comm = open_communicator(str(composed.dataplane.comm))
-    code = guarded(comm, lambda: _train(composed, comm, output, overrides))
+    code = run_guarded(comm, lambda: _train(composed, comm, output, overrides))
     if code:
         sys.stdout.flush()
         sys.exit(code)  # Hydra catches exceptions and lets its launchers report success; not this one.
 
 
 def _train(composed: Any, comm: Communicator, output: Path, overrides: Sequence[str]) -> None:
-    from mixtera_hpc.comm.failure_watch import start_watch
+    from mixtera_hpc.comm.failure_watch import start_failure_watch
     from mixtera_hpc.config.check import check
     from mixtera_hpc.config.compose import from_omegaconf
     from mixtera_hpc.config.convert import from_plain
-    from mixtera_hpc.track.progress import Progress
+    from mixtera_hpc.track.progress import ProgressPrinter
     from mixtera_hpc.training.trainer import run_training
 
     config = from_plain(Config, from_omegaconf(composed))
     check(config)
     folder, attempt = _agreed_attempt(config, comm, output, overrides)
-    with start_watch(comm, folder.attempt(attempt)) as watch, _recorded_end(folder, attempt, comm.rank):
-        run_training(config, comm, folder, attempt, Progress(config.training.num_steps, watch.step))
+    with start_failure_watch(comm, folder.attempt(attempt)) as watch, _recorded_end(folder, attempt, comm.rank):
+        run_training(config, comm, folder, attempt, ProgressPrinter(config.training.num_steps, watch.step))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.run_edits import is_abandoned, pin_index_generation, read_run_edits
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.event_types import AttemptEvent
-from mixtera_hpc.track.tracker import Fanout, Tracker, open_tracker
+from mixtera_hpc.track.tracker import MultiTracker, Tracker, open_tracker
 from mixtera_hpc.training.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -69,7 +69,7 @@ def run_training(
     config = pin_index_generation(config, folder.journal)
     tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)
     if observer and comm.rank == 0:
-        tracker = Fanout([tracker, observer])
+        tracker = MultiTracker([tracker, observer])
     replicas = Replicas(comm, config.training.device)
     with DataPlane.open(config, comm=comm, folder=folder, attempt=attempt, tracker=tracker) as plane:
         trainer = Trainer(

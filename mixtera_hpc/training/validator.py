@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.statistics import NUM_ROWS, DomainStatistics
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
 from mixtera_hpc.track.event_types import ValidationEvent
 from mixtera_hpc.track.tracker import Tracker
@@ -34,7 +34,7 @@ class Validator:
         if self._data is None or step == self._last or not (at_end or step % self._every == 0):
             return
         self._last = step
-        sums = np.zeros((NUM_ROWS, self._data.num_domains), np.int64)
+        sums = np.zeros((NUM_BUFFER_ROWS, self._data.num_domains), np.int64)
         model.eval()
         with torch.no_grad():
             for batch in self._data.batches():

@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 
-from mixtera_hpc.comm.launcher import guarded, open_communicator
-from mixtera_hpc.core.statistics import NUM_ROWS
+from mixtera_hpc.comm.launcher import open_communicator, run_guarded
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
 from mixtera_hpc.dataplane.step_reducer import RankFlags, StepReducer
 
 
@@ -19,14 +19,16 @@ def main() -> None:
         feedback = StepReducer(comm, 3)
         for step in range(9):
             digest = 8 if comm.rank == 1 and step == 2 else 7
-            feedback.post(step, np.zeros((NUM_ROWS, 3), np.int64), RankFlags(stop=False, save=False, digest=digest))
+            feedback.post(
+                step, np.zeros((NUM_BUFFER_ROWS, 3), np.int64), RankFlags(stop=False, save=False, digest=digest)
+            )
             if comm.rank == 0:
                 time.sleep(0.1)  # Long enough for the reduction to be done when it is polled.
                 feedback.poll()
             comm.Barrier()
         feedback.wait_for(8)
 
-    raise SystemExit(guarded(comm, body))
+    raise SystemExit(run_guarded(comm, body))
 
 
 main()

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from mixtera_hpc.comm.failure_watch import Watch, start_watch
-from mixtera_hpc.comm.launcher import guarded
+from mixtera_hpc.comm.failure_watch import FailureWatch, start_failure_watch
+from mixtera_hpc.comm.launcher import run_guarded
 from mixtera_hpc.comm.mpi import Mpi
 from mixtera_hpc.errors import SavedAndStopped
 
@@ -28,7 +28,7 @@ def main() -> int:
     mode, folder = sys.argv[1], Path(sys.argv[2])
     comm = Mpi.world()
 
-    def steps(watch: Watch) -> None:
+    def steps(watch: FailureWatch) -> None:
         for step in range(5):
             comm.Barrier()
             watch.step(step)
@@ -43,10 +43,10 @@ def main() -> int:
         comm.Barrier()
 
     def body() -> None:
-        with start_watch(comm, folder) as watch:
+        with start_failure_watch(comm, folder) as watch:
             steps(watch)
 
-    return guarded(comm, body)
+    return run_guarded(comm, body)
 
 
 if __name__ == "__main__":

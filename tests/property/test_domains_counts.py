@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtera_hpc.core import domain_counts as count
-from mixtera_hpc.core.domains import DomainKey, keys_by, select
+from mixtera_hpc.core.domains import DomainKey, keys_for_group_by, select
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.core.query import parse
+from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
 KINDS = {"source": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER}
@@ -79,7 +79,7 @@ def test_counts_equal_those_of_a_walk_over_all_samples(
     blocks: list[list[Sample]], keys: list[DomainKey], query: str | None
 ) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
-    answer = select(tables, parse(query, tables.properties), keys, make_block_reader(read_block))
+    answer = select(tables, parse_predicate(query, tables.properties), keys, make_block_reader(read_block))
     rows: Counter[tuple[int, int]] = Counter()
     tokens: Counter[tuple[int, int]] = Counter()
     overlaps: Counter[tuple[int, int]] = Counter()
@@ -103,7 +103,7 @@ def test_counts_equal_those_of_a_walk_over_all_samples(
     assert cells == sorted(rows)
     assert table.rows.tolist() == [rows[c] for c in cells]
     assert table.tokens.tolist() == [tokens[c] for c in cells]
-    assert list(answer.selected) == selected and list(answer.left_out) == left_out
+    assert list(answer.selected) == selected and list(answer.unassigned) == left_out
     assert answer.overlaps == tuple((a, b, n) for (a, b), n in sorted(overlaps.items()))
 
 
@@ -111,9 +111,9 @@ def test_counts_equal_those_of_a_walk_over_all_samples(
 @settings(max_examples=100, deadline=None)
 def test_keys_by_properties_leave_no_sample_out(blocks: list[list[Sample]], names: list[str]) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
-    keys = keys_by(names, tables.combos)
-    answer = select(tables, parse(None, tables.properties), keys, make_block_reader(read_block))
-    assert answer.left_out == (0, 0)
+    keys = keys_for_group_by(names, tables.combos)
+    answer = select(tables, parse_predicate(None, tables.properties), keys, make_block_reader(read_block))
+    assert answer.unassigned == (0, 0)
     assert len({tuple(k.items()) for k in keys}) == len(keys)
     if "tags" not in names:
         assert not answer.overlaps and (answer.table.totals()[0] > 0).all()

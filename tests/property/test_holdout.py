@@ -12,7 +12,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose, compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.holdout import HELD_OUT, shard_keys, with_places
+from mixtera_hpc.core.holdout import HOLDOUT_HASH, add_holdout_hashes, shard_hash_keys
 from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
 from mixtera_hpc.dataplane.plane import DataPlane
@@ -97,7 +97,8 @@ def test_the_hash_is_uniform_and_another_seed_holds_out_other_samples() -> None:
     columns = SampleColumns(combo=nothing.astype(np.int32), length=nothing, tokens=nothing, numbers={})
     every = np.arange(num_blocks, dtype=np.int32)
     one, two = (
-        with_places(columns, shard_keys(["train/a.jsonl"], seed), blocks, every).numbers[HELD_OUT] for seed in (0, 1)
+        add_holdout_hashes(columns, shard_hash_keys(["train/a.jsonl"], seed), blocks, every).numbers[HOLDOUT_HASH]
+        for seed in (0, 1)
     )
     for values in (one, two):
         counts = np.histogram(values, bins=50, range=(0, 1))[0]

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core.statistics import NUM_ROWS, accumulate, from_buffer
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, accumulate_losses, statistics_from_buffer
 
 NUM_DOMAINS = 4
 losses = st.floats(0, 2.0**17) | st.sampled_from([np.nan, np.inf, 1e300])
@@ -13,7 +13,7 @@ sequences = st.lists(st.tuples(st.integers(0, NUM_DOMAINS - 1), losses, st.integ
 
 def part(rows: list[tuple[int, float, int]]) -> np.ndarray:
     domains, sums, tokens = (np.array(column) for column in zip(*rows, strict=True)) if rows else (np.zeros(0),) * 3
-    return accumulate(domains.astype(np.int64), sums, tokens.astype(np.int64), NUM_DOMAINS)
+    return accumulate_losses(domains.astype(np.int64), sums, tokens.astype(np.int64), NUM_DOMAINS)
 
 
 @settings(deadline=None)
@@ -23,18 +23,18 @@ def test_any_partition_in_any_order_gives_the_same_bits(
 ) -> None:
     shuffled = data.draw(st.permutations(rows))
     rank_of = data.draw(st.lists(st.integers(0, 7), min_size=len(rows), max_size=len(rows)))
-    total = np.zeros((NUM_ROWS, NUM_DOMAINS), np.int64)
+    total = np.zeros((NUM_BUFFER_ROWS, NUM_DOMAINS), np.int64)
     for rank in data.draw(st.permutations(range(8))):
         total += part([row for row, owner in zip(shuffled, rank_of, strict=True) if owner == rank])
     assert np.array_equal(total, part(rows))
-    expected, got = from_buffer(0, part(rows)), from_buffer(0, total)
+    expected, got = statistics_from_buffer(0, part(rows)), statistics_from_buffer(0, total)
     assert expected.loss_sum.tobytes() == got.loss_sum.tobytes()
 
 
 @settings(deadline=None)
 @given(sequences)
 def test_every_sequence_is_counted_once(rows: list[tuple[int, float, int]]) -> None:
-    got = from_buffer(0, part(rows))
+    got = statistics_from_buffer(0, part(rows))
     usable = [row for row in rows if np.isfinite(row[1]) and row[1] < 1e300]
     assert got.num_sequences.sum() == len(rows)
     assert got.num_nonfinite.sum() == len(rows) - len(usable)

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core.apportion import UNIT, _earliest, advance, order, quantise
+from mixtera_hpc.core.apportion import UNIT, _earliest, advance, order_slots, quantise_weights
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
-from mixtera_hpc.core.sequence_grid import Grid
+from mixtera_hpc.core.sequence_grid import SequenceGrid
 
 ENDLESS = 1 << 61
 
@@ -45,13 +45,13 @@ def endless(weight: np.ndarray) -> np.ndarray:
 @settings(max_examples=300, deadline=None)
 @given(weights(), st.lists(st.integers(1, 200), min_size=1, max_size=12))
 def test_every_prefix_is_exact_whatever_the_chunk_sizes(wish: np.ndarray, chunks: list[int]) -> None:
-    weight = quantise(wish)
+    weight = quantise_weights(wish)
     lag = np.zeros(len(weight), np.int64)
     forever = endless(weight)
     for num_slots in chunks:
         counts, end = advance(lag, weight, num_slots, forever)
         assert counts.sum() == num_slots
-        served = order(lag, weight, counts)
+        served = order_slots(lag, weight, counts)
         assert np.array_equal(np.bincount(served, minlength=len(weight)), counts)
         assert largest_deviation(lag, weight, served) < UNIT
         lag = lag + weight * num_slots - counts * UNIT
@@ -61,11 +61,11 @@ def test_every_prefix_is_exact_whatever_the_chunk_sizes(wish: np.ndarray, chunks
 @settings(max_examples=15, deadline=None)
 @given(weights(2000), st.lists(st.integers(1, 4000), min_size=1, max_size=4))
 def test_two_thousand_domains_with_weights_down_to_1e_9_stay_exact(wish: np.ndarray, chunks: list[int]) -> None:
-    weight = quantise(wish)
+    weight = quantise_weights(wish)
     lag = np.zeros(len(weight), np.int64)
     for num_slots in chunks:
         counts, _ = advance(lag, weight, num_slots, endless(weight))
-        assert largest_deviation(lag, weight, order(lag, weight, counts)) < UNIT
+        assert largest_deviation(lag, weight, order_slots(lag, weight, counts)) < UNIT
         lag = lag + weight * num_slots - counts * UNIT
 
 
@@ -73,14 +73,14 @@ def test_two_thousand_domains_with_weights_down_to_1e_9_stay_exact(wish: np.ndar
 @given(weights(300), st.lists(st.integers(1, 3000), min_size=1, max_size=6))
 def test_both_rules_for_a_chunks_end_keep_every_prefix_exact(wish: np.ndarray, chunks: list[int]) -> None:
     """The largest remainders are taken where they are safe; where not, what is due first. Either, always, must do."""
-    weight = quantise(wish)
+    weight = quantise_weights(wish)
     for earliest in (False, True):
         lag = np.zeros(len(weight), np.int64)
         for num_slots in chunks:
             usual, _ = advance(lag, weight, num_slots, endless(weight))
             counts = due_first(lag, weight, num_slots) if earliest else usual
             assert counts.sum() == num_slots
-            assert largest_deviation(lag, weight, order(lag, weight, counts)) < UNIT
+            assert largest_deviation(lag, weight, order_slots(lag, weight, counts)) < UNIT
             lag = lag + weight * num_slots - counts * UNIT
 
 
@@ -127,7 +127,7 @@ def test_changing_weights_stay_exact_at_chunk_boundaries_when_every_domain_is_se
     for turn in range(20):
         wish = pair[turn % 2][:num_domains] * rng.uniform(0.5, 1.5, num_domains)
         floored = wish / wish.sum() * (1 - num_domains * 1.01 / num_slots) + 1.01 / num_slots
-        weight = quantise(floored)
+        weight = quantise_weights(floored)
         _, lag = advance(lag, weight, num_slots, endless(weight))
         assert np.abs(lag).max() < UNIT
 
@@ -198,7 +198,7 @@ def test_a_plan_survives_its_way_through_a_buffer(wish: np.ndarray, batch: int) 
 
 @given(weights())
 def test_quantised_weights_sum_to_one_and_keep_every_domain(wish: np.ndarray) -> None:
-    weight = quantise(wish)
+    weight = quantise_weights(wish)
     assert weight.sum() == UNIT
     assert (weight > 0).all()
     assert np.abs(weight / UNIT - wish / wish.sum()).max() < len(wish) * 2.0**-39
@@ -243,7 +243,7 @@ def test_epochs_end_where_they_should_and_shares_stay_exact_around_it(
 ) -> None:
     """With `redistribute` every domain is served its epochs to the last sequence, and what is due stays below two."""
     items, epochs = (np.array(side) for side in zip(*domains, strict=True))
-    capacity = Grid.of_samples().capacity(items, epochs)
+    capacity = SequenceGrid.of_samples().capacity(items, epochs)
     planner = Planner(capacity=capacity, global_batch_size=batch, chunk_steps=3, on_exhausted="redistribute")
     wish = np.random.default_rng(seed).dirichlet(np.ones(len(items)))
     state, last = PlannerState.start(len(items)), False

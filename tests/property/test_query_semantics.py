@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mixtera_hpc.core import domain_counts as count
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.core.query import Entries, parse
+from mixtera_hpc.core.query import Entries, parse_predicate
 from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
 KINDS = {"language": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER, "year": Kind.NUMBER}
@@ -164,13 +164,13 @@ def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
 @settings(max_examples=300, deadline=None)
 def test_samples_match_as_python_says(blocks: list[list[Sample]], expression: Expression) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
-    predicate = parse(expression.text, tables.properties)
+    predicate = parse_predicate(expression.text, tables.properties)
     for number, block in enumerate(blocks):
         columns = read_block(number)
         mask = predicate.evaluate(Entries.of_samples(tables.combos, columns.combo, columns.numbers))
         expected = [expression.holds(s) for s in block]
-        assert mask.must.tolist() == expected
-        assert mask.can.tolist() == expected
+        assert mask.must_match.tolist() == expected
+        assert mask.may_match.tolist() == expected
 
 
 @given(corpora, expressions)
@@ -179,7 +179,7 @@ def test_zones_decide_a_cell_only_when_all_its_samples_agree(
     blocks: list[list[Sample]], expression: Expression
 ) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
-    predicate = parse(expression.text, tables.properties)
+    predicate = parse_predicate(expression.text, tables.properties)
     histogram, zones = tables.histogram, tables.blocks.zones
     block_of_cell = np.repeat(np.arange(len(blocks)), np.diff(histogram.indptr))
     cells = Entries(
@@ -190,12 +190,12 @@ def test_zones_decide_a_cell_only_when_all_its_samples_agree(
         has_null={n: zones[n].has_null[block_of_cell] for n in zones},
     )
     mask = predicate.evaluate(cells)
-    assert not (mask.must & ~mask.can).any(), "what all samples match, some do"
+    assert not (mask.must_match & ~mask.may_match).any(), "what all samples match, some do"
     for cell, (block, combo) in enumerate(zip(block_of_cell, histogram.combo, strict=True)):
         inside = [s for s, c in zip(blocks[block], read_block(block).combo, strict=True) if c == combo]
         holds = [expression.holds(s) for s in inside]
-        assert not mask.must[cell] or all(holds)
-        assert mask.can[cell] or not any(holds)
+        assert not mask.must_match[cell] or all(holds)
+        assert mask.may_match[cell] or not any(holds)
 
 
 @given(corpora, expressions)
@@ -210,17 +210,17 @@ def test_blocks_and_scanned_samples_together_count_what_matches(
         scanned.append(block)
         return read_block(block)
 
-    predicate = parse(expression.text, tables.properties)
+    predicate = parse_predicate(expression.text, tables.properties)
     selection = select(tables, predicate, [{}], make_block_reader(read))
     hits = [[s for s in block if expression.holds(s)] for block in blocks]
     assert selection.selected == (sum(map(len, hits)), sum(s.tokens for block in hits for s in block))
     expected = [(b, len(block), sum(s.tokens for s in block)) for b, block in enumerate(hits) if block]
     table = selection.table
     assert list(zip(table.block.tolist(), table.rows.tolist(), table.tokens.tolist(), strict=True)) == expected
-    assert len(scanned) == len(set(scanned)) == selection.effort.scanned
+    assert len(scanned) == len(set(scanned)) == selection.pruning.scanned_blocks
     if not predicate.numbers:
         assert not scanned
-    effort = selection.effort
-    assert effort.blocks == len(blocks) and effort.samples == sum(len(blocks[b]) for b in scanned)
+    effort = selection.pruning
+    assert effort.blocks == len(blocks) and effort.scanned_samples == sum(len(blocks[b]) for b in scanned)
     possible = sum(any(map(expression.holds, block)) for block in blocks)
-    assert effort.whole + effort.scanned >= possible, "no block that has a match is passed over"
+    assert effort.decided_whole + effort.scanned_blocks >= possible, "no block that has a match is passed over"

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.comm.failure_watch import start_watch
-from mixtera_hpc.comm.launcher import guarded, open_communicator
+from mixtera_hpc.comm.failure_watch import start_failure_watch
+from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 from mixtera_hpc.errors import SavedAndStopped
 
 FAILING_RANK = 1
@@ -39,7 +39,7 @@ class StandIn:
         self.comm.Barrier()
         first = int(self.latest.read_text().split("_")[1]) if self.latest.exists() else 0
         print(f"rank {self.comm.rank} of {self.comm.size} on {self.comm.hostname} from step {first}")
-        with start_watch(self.comm, self.folder / f"attempts/{self.attempt:03d}") as watch:
+        with start_failure_watch(self.comm, self.folder / f"attempts/{self.attempt:03d}") as watch:
             for step in range(first, num_steps):
                 time.sleep(step_s)
                 if step == fail_at and self.comm.rank == FAILING_RANK:
@@ -62,7 +62,7 @@ def main() -> int:
     num_steps, step_s, fail_at = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else -1
     comm = open_communicator()
     rank = StandIn(comm, Path(os.environ["MIXTERA_RUN_FOLDER"]), int(os.environ["MIXTERA_ATTEMPT"]))
-    return guarded(comm, lambda: rank.work(num_steps, step_s, fail_at))
+    return run_guarded(comm, lambda: rank.work(num_steps, step_s, fail_at))
 
 
 if __name__ == "__main__":

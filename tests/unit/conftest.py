@@ -15,7 +15,7 @@ import pytest
 from mixtera_hpc.config.compose import compose, dump_yaml
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.track.tracker import JsonLines
+from mixtera_hpc.track.tracker import JsonLinesTracker
 
 RunMaker = Callable[..., RunFolder]
 
@@ -50,7 +50,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> RunMaker:
 
 def _record(run: RunFolder, attempt: int, names: list[str], steps: range, facts: dict[str, Any]) -> None:
     clock = _ticks()
-    tracker = JsonLines(run.metrics, attempt, clock=lambda: next(clock))
+    tracker = JsonLinesTracker(run.metrics, attempt, clock=lambda: next(clock))
     ranks, count = facts.get("num_ranks", 2), len(names)
     about = {"step": steps.start, "num_ranks": ranks, "num_nodes": 1, "domains": names, "num_parameters": 1000}
     tracker.log("attempts", {**about, "device": "cpu × 1"})

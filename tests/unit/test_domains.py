@@ -2,9 +2,9 @@
 
 import pytest
 
-from mixtera_hpc.core.domains import DomainKey, Selection, keys_by, select
+from mixtera_hpc.core.domains import DomainKey, Selection, keys_for_group_by, select
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.core.query import parse
+from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.errors import MixtureError
 from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
@@ -25,7 +25,7 @@ TABLES, READ = make_index_tables(BLOCKS, KINDS)
 
 
 def ask(keys: list[DomainKey], where: str | None = None) -> Selection:
-    return select(TABLES, parse(where, TABLES.properties), keys, make_block_reader(READ))
+    return select(TABLES, parse_predicate(where, TABLES.properties), keys, make_block_reader(READ))
 
 
 def test_a_sample_belongs_to_the_first_key_it_matches() -> None:
@@ -43,12 +43,12 @@ def test_written_order_decides_between_keys() -> None:
 
 def test_samples_of_no_key_are_left_out_and_counted() -> None:
     answer = ask([{"source": ("C4",)}])
-    assert answer.selected == (6, 50) and answer.left_out == (4, 30)
+    assert answer.selected == (6, 50) and answer.unassigned == (4, 30)
 
 
 def test_samples_that_the_query_drops_are_not_left_out_but_gone() -> None:
     answer = ask([{"source": ("C4",)}], "quality >= 0.5")
-    assert answer.selected == (4, 30) and answer.left_out == (3, 20)
+    assert answer.selected == (4, 30) and answer.unassigned == (3, 20)
     assert answer.table.rows.tolist() == [1]
 
 
@@ -64,7 +64,7 @@ def test_none_matches_null_alone_or_among_values() -> None:
 
 def test_an_empty_key_takes_everything() -> None:
     answer = ask([{}])
-    assert answer.table.totals()[0].tolist() == [6] and answer.left_out == (0, 0)
+    assert answer.table.totals()[0].tolist() == [6] and answer.unassigned == (0, 0)
 
 
 def test_a_domain_that_holds_nothing_keeps_its_place() -> None:
@@ -78,10 +78,10 @@ def test_a_query_that_selects_nothing_leaves_empty_domains() -> None:
 
 
 def test_only_undecided_blocks_are_scanned() -> None:
-    assert ask([{}], "source == 'C4'").effort.scanned == 0
-    assert ask([{}], "quality >= 0.9").effort.scanned == 0
-    assert ask([{}], "quality >= 0.2").effort.scanned == 2
-    assert ask([{}], "quality >= 0.2 and source == 'C4'").effort.scanned == 1
+    assert ask([{}], "source == 'C4'").pruning.scanned_blocks == 0
+    assert ask([{}], "quality >= 0.9").pruning.scanned_blocks == 0
+    assert ask([{}], "quality >= 0.2").pruning.scanned_blocks == 2
+    assert ask([{}], "quality >= 0.2 and source == 'C4'").pruning.scanned_blocks == 1
 
 
 def test_every_sample_knows_its_domain() -> None:
@@ -90,7 +90,7 @@ def test_every_sample_knows_its_domain() -> None:
 
 
 def test_keys_by_a_property_are_its_values_and_null_last() -> None:
-    assert keys_by(["source"], TABLES.combos) == [
+    assert keys_for_group_by(["source"], TABLES.combos) == [
         {"source": ("ArXiv",)},
         {"source": ("Book",)},
         {"source": ("C4",)},
@@ -99,7 +99,7 @@ def test_keys_by_a_property_are_its_values_and_null_last() -> None:
 
 
 def test_keys_by_several_properties_are_the_combinations_that_occur() -> None:
-    found = [(k["source"][0], k["tags"][0]) for k in keys_by(["source", "tags"], TABLES.combos)]
+    found = [(k["source"][0], k["tags"][0]) for k in keys_for_group_by(["source", "tags"], TABLES.combos)]
     assert found == [
         ("ArXiv", None),
         ("Book", "a"),
@@ -112,7 +112,7 @@ def test_keys_by_several_properties_are_the_combinations_that_occur() -> None:
 
 
 def test_keys_by_nothing_is_one_key_of_everything() -> None:
-    assert keys_by([], TABLES.combos) == [{}]
+    assert keys_for_group_by([], TABLES.combos) == [{}]
 
 
 @pytest.mark.parametrize(

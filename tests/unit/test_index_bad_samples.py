@@ -16,7 +16,7 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domains import select
-from mixtera_hpc.core.query import parse
+from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.base import BlockRef, ScanUnit
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
@@ -82,9 +82,11 @@ def readable(index: PropertyIndex) -> list[str]:
 
 
 def test_only_readable_rows_count_as_looked_at(index: PropertyIndex) -> None:
-    effort = select(index.tables, parse("quality >= 0.2", index.tables.properties), [{}], index.read_blocks).effort
-    assert effort.scanned == 1
-    assert effort.samples == np.count_nonzero(index.read_block(0).combo != index.tables.combos.bad) > 0
+    effort = select(
+        index.tables, parse_predicate("quality >= 0.2", index.tables.properties), [{}], index.read_blocks
+    ).pruning
+    assert effort.scanned_blocks == 1
+    assert effort.scanned_samples == np.count_nonzero(index.read_block(0).combo != index.tables.combos.bad) > 0
 
 
 def test_all_other_rows_are_there_and_read_back(index: PropertyIndex) -> None:
@@ -101,7 +103,7 @@ def test_bad_rows_are_counted_per_shard_and_reason(index: PropertyIndex) -> None
 
 def test_no_query_selects_them_not_even_one_for_null(index: PropertyIndex) -> None:
     for where in (None, "source is None", "quality is None", "not source == 'a'", "quality < 0.65 or quality is None"):
-        chosen = select(index.tables, parse(where, index.tables.properties), [{}], index.read_blocks)
+        chosen = select(index.tables, parse_predicate(where, index.tables.properties), [{}], index.read_blocks)
         rows, tokens = chosen.table.totals()
         listed = [
             row
@@ -248,5 +250,7 @@ def test_a_state_from_before_there_were_bad_rows_is_seen_without_them(tmp_path: 
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "cut"\n{"text": "x"}')
     refresh_index(config)
     with open_index(tmp_path / "index.h5", generation=before) as index:
-        chosen = select(index.tables, parse("source == 'a'", index.tables.properties), [{}], index.read_blocks)
+        chosen = select(
+            index.tables, parse_predicate("source == 'a'", index.tables.properties), [{}], index.read_blocks
+        )
         assert index.tables.combos.bad == -1 and chosen.selected[0] == index.tables.num_samples == 1

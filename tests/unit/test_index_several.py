@@ -14,7 +14,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domains import select
-from mixtera_hpc.core.query import parse
+from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.build import build_index
@@ -45,7 +45,7 @@ def roots(tmp_path: Path) -> dict[str, str]:
 
 
 def counts(index: PropertyIndex, *keys: dict[str, tuple[str | None, ...]], where: str | None = None) -> list[int]:
-    chosen = select(index.tables, parse(where, index.tables.properties), list(keys), index.read_blocks)
+    chosen = select(index.tables, parse_predicate(where, index.tables.properties), list(keys), index.read_blocks)
     rows: list[int] = chosen.table.totals()[0].tolist()
     return rows
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from mixtera_hpc.core.domain_keys import Matches, canonical, domain_name, key_of, written
+from mixtera_hpc.core.domain_keys import ValuePattern, canonical_key, domain_key_to_plain, domain_name, parse_domain_key
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.core.query import parse
+from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.errors import MixtureError
 from mixtera_hpc.testing.fabricated_tables import Sample, make_index_tables
 
@@ -19,7 +19,7 @@ TABLES, READ = make_index_tables(
 
 
 def matched(plain: dict[str, Any]) -> list[str | None]:
-    selection = select(TABLES, parse(None, TABLES.properties), [key_of(plain)], READ)
+    selection = select(TABLES, parse_predicate(None, TABLES.properties), [parse_domain_key(plain)], READ)
     domain = selection.domain_of(TABLES.combos, READ(0))
     return [v for v, d in zip(VALUES, domain, strict=True) if d == 0]
 
@@ -75,21 +75,23 @@ def test_what_matches_nothing_is_refused(value: Any, message: str) -> None:
 @pytest.mark.parametrize("value", [{"match": "x"}, {"matches": 3}, {}, [], [["a"]]])
 def test_what_is_no_value_is_refused(value: Any) -> None:
     with pytest.raises(MixtureError, match="source"):
-        key_of({"source": value})
+        parse_domain_key({"source": value})
 
 
 def test_a_key_is_written_as_it_was_read() -> None:
     plain = {"source": ["a*", None, {"matches": "b?"}], "lang": "en", "flag": "true"}
-    assert written(key_of(plain)) == plain
-    assert key_of({"flag": True, "year": 2020}) == {"flag": ("true",), "year": ("2020",)}
-    assert key_of(plain)["source"][2] == Matches("b?")
+    assert domain_key_to_plain(parse_domain_key(plain)) == plain
+    assert parse_domain_key({"flag": True, "year": 2020}) == {"flag": ("true",), "year": ("2020",)}
+    assert parse_domain_key(plain)["source"][2] == ValuePattern("b?")
 
 
 def test_a_name_says_what_matches() -> None:
-    assert domain_name(key_of({"lang": "en", "source": ["a*", None]})) == "lang=en source=a*|null"
+    assert domain_name(parse_domain_key({"lang": "en", "source": ["a*", None]})) == "lang=en source=a*|null"
     assert domain_name({}) == "all"
 
 
 def test_keys_that_say_the_same_are_equal() -> None:
-    assert canonical(key_of({"a": ["x", "y"], "b": 1})) == canonical(key_of({"b": "1", "a": ["y", "x"]}))
-    assert canonical(key_of({"a": "x*"})) != canonical(key_of({"a": {"matches": "x*"}}))
+    assert canonical_key(parse_domain_key({"a": ["x", "y"], "b": 1})) == canonical_key(
+        parse_domain_key({"b": "1", "a": ["y", "x"]})
+    )
+    assert canonical_key(parse_domain_key({"a": "x*"})) != canonical_key(parse_domain_key({"a": {"matches": "x*"}}))

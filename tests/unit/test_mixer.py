@@ -9,7 +9,7 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.domain_tree import DomainSizes
 from mixtera_hpc.config.schema import MixtureConfig
-from mixtera_hpc.core.domain_keys import key_of
+from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.mixing.from_config import ChunkTimeline, MixtureContext, make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
@@ -18,7 +18,7 @@ from mixtera_hpc.errors import MixtureError
 CHUNK_STEPS, LAG = 4, 2
 GROUND = MixtureContext(
     domain_sizes=DomainSizes(
-        keys=tuple(key_of({"source": s}) for s in "abc"), sizes=np.array([600, 300, 100]), budget=10_000
+        keys=tuple(parse_domain_key({"source": s}) for s in "abc"), sizes=np.array([600, 300, 100]), budget=10_000
     ),
     names=("source=a", "source=b", "source=c"),
     has_samples=np.ones(3, np.bool_),

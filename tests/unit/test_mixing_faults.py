@@ -8,7 +8,7 @@ import pytest
 
 from mixtera_hpc.core.mixing.ado import LAW_FITTED, LAW_OLDER, LAW_UNKNOWN, Ado, AdoState
 from mixtera_hpc.core.mixing.loss_history import MAX_BINS, LossHistory
-from mixtera_hpc.core.statistics import DomainStatistics, accumulate, from_buffer
+from mixtera_hpc.core.statistics import DomainStatistics, accumulate_losses, statistics_from_buffer
 
 BATCH, SEQ_LEN = 64, 512
 
@@ -46,7 +46,9 @@ def steps(
         counts = random.multinomial(BATCH, present / present.sum())
         ids = np.repeat(np.arange(len(domains)), counts)
         mean = np.array([d.loss(step) for d in domains])[ids] + noise * random.standard_normal(len(ids))
-        yield from_buffer(step, accumulate(ids, mean * seq_len, np.full(len(ids), seq_len), len(domains)))
+        yield statistics_from_buffer(
+            step, accumulate_losses(ids, mean * seq_len, np.full(len(ids), seq_len), len(domains))
+        )
 
 
 def prior(domains: list[Domain]) -> np.ndarray:
@@ -99,8 +101,8 @@ def test_nonfinite_losses_are_counted_per_domain() -> None:
     algorithm = ado()
     state = algorithm.start(np.array([0.5, 0.5]))
     for step in range(3):
-        buffer = accumulate(np.array([0, 1, 1]), np.array([600.0, np.nan, 700.0]), np.full(3, SEQ_LEN), 2)
-        state, _ = algorithm.update(state, from_buffer(step, buffer))
+        buffer = accumulate_losses(np.array([0, 1, 1]), np.array([600.0, np.nan, 700.0]), np.full(3, SEQ_LEN), 2)
+        state, _ = algorithm.update(state, statistics_from_buffer(step, buffer))
     assert algorithm.describe(state)["num_nonfinite"].tolist() == [0, 3]
 
 

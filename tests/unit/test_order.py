@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from mixtera_hpc.core.order import Order
+from mixtera_hpc.core.order import ShuffleOrder
 from mixtera_hpc.core.planner import Planner
-from mixtera_hpc.core.sequence_grid import Grid
+from mixtera_hpc.core.sequence_grid import SequenceGrid
 
 SIZES = np.arange(1, 41)
 RECORDED_BLOCKS = [0, 38, 21, 2, 11, 20]
 RECORDED_ROWS = [2, 7, 4, 6, 0, 5, 3, 1]
 
 
-def order(shuffle: str = "window", seed: int = 0, window: int = 8) -> Order:
-    return Order(seed=seed, shuffle=shuffle, window=window)
+def order(shuffle: str = "window", seed: int = 0, window: int = 8) -> ShuffleOrder:
+    return ShuffleOrder(seed=seed, shuffle=shuffle, window=window)
 
 
 def test_the_order_is_the_one_recorded() -> None:
@@ -65,7 +65,7 @@ def test_a_domain_without_blocks_has_an_empty_epoch() -> None:
 
 
 def test_overlapping_sequences_share_one_token() -> None:
-    grid = Grid.of_tokens(seq_len=10, overlap=True)
+    grid = SequenceGrid.of_tokens(seq_len=10, overlap=True)
     assert grid.span(0, 1) == (0, 11)
     assert grid.span(1, 1) == (10, 21)
     assert grid.span(0, 2) == (0, 21)
@@ -73,7 +73,7 @@ def test_overlapping_sequences_share_one_token() -> None:
 
 def test_capacity_counts_only_whole_sequences() -> None:
     items = np.array([0, 10, 11, 20, 21])
-    assert Grid.of_tokens(10, overlap=True).capacity(items, np.full(5, 1.0)).tolist() == [0, 0, 1, 1, 2]
-    assert Grid.of_tokens(10, overlap=False).capacity(items, np.full(5, 2.0)).tolist() == [0, 1, 2, 3, 3]
-    assert Grid.of_samples().capacity(items, np.full(5, 0.5)).tolist() == [0, 5, 5, 10, 10]
-    assert Grid.of_samples().capacity(items, np.full(5, np.inf)).tolist() == [0, *[Planner.UNLIMITED] * 4]
+    assert SequenceGrid.of_tokens(10, overlap=True).capacity(items, np.full(5, 1.0)).tolist() == [0, 0, 1, 1, 2]
+    assert SequenceGrid.of_tokens(10, overlap=False).capacity(items, np.full(5, 2.0)).tolist() == [0, 1, 2, 3, 3]
+    assert SequenceGrid.of_samples().capacity(items, np.full(5, 0.5)).tolist() == [0, 5, 5, 10, 10]
+    assert SequenceGrid.of_samples().capacity(items, np.full(5, np.inf)).tolist() == [0, *[Planner.UNLIMITED] * 4]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixtera_hpc.core.value_pattern import matching
+from mixtera_hpc.core.value_pattern import match_values
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from mixtera_hpc.core.value_pattern import matching
 )
 def test_a_pattern_that_could_run_away_is_refused(pattern: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        matching(pattern, ["a" * 40])
+        match_values(pattern, ["a" * 40])
 
 
 @pytest.mark.parametrize(
@@ -34,4 +34,4 @@ def test_a_pattern_that_could_run_away_is_refused(pattern: str, problem: str) ->
     ],
 )
 def test_what_looks_like_a_repeat_and_is_none_is_allowed(pattern: str, values: list[str]) -> None:
-    assert matching(pattern, [*values, "other"]) == list(range(len(values)))
+    assert match_values(pattern, [*values, "other"]) == list(range(len(values)))

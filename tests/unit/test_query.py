@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.query import Entries, parse
+from mixtera_hpc.core.query import Entries, parse_predicate
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.fabricated_tables import Sample, make_index_tables
 
@@ -36,7 +36,7 @@ def matching(text: str | None) -> list[int]:
     tables, read = make_index_tables([block], {n: p.kind for n, p in PROPERTIES.items()})
     columns = read(0)
     entries = Entries.of_samples(tables.combos, columns.combo, columns.numbers)
-    return np.flatnonzero(parse(text, tables.properties).evaluate(entries).must).tolist()
+    return np.flatnonzero(parse_predicate(text, tables.properties).evaluate(entries).must_match).tolist()
 
 
 @pytest.mark.parametrize(
@@ -122,18 +122,18 @@ def test_expression_selects(text: str | None, expected: list[int]) -> None:
 )
 def test_anything_else_is_refused_with_a_reason(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse(text, PROPERTIES)
+        parse_predicate(text, PROPERTIES)
 
 
 def test_only_numbers_that_are_looked_at_are_named() -> None:
-    assert parse("quality > 1 or language == 'en'", PROPERTIES).numbers == {"quality"}
-    assert parse("language == 'en'", PROPERTIES).numbers == frozenset()
+    assert parse_predicate("quality > 1 or language == 'en'", PROPERTIES).numbers == {"quality"}
+    assert parse_predicate("language == 'en'", PROPERTIES).numbers == frozenset()
 
 
 def test_an_index_without_combos_can_be_asked() -> None:
     combos = ComboTable(num_combos=0, properties={}, indptr={}, codes={})
     entries = Entries.of_samples(combos, np.zeros(0, np.int32), {})
-    assert parse("True", {}).evaluate(entries).must.tolist() == []
+    assert parse_predicate("True", {}).evaluate(entries).must_match.tolist() == []
 
 
 class Garbage:
@@ -161,7 +161,7 @@ def test_threads_may_parse_at_once() -> None:
     def refused(_: int) -> bool:
         Garbage()
         with pytest.raises(ConfigError):  # At the first name, so that there is time for many trees.
-            parse(text, PROPERTIES)
+            parse_predicate(text, PROPERTIES)
         return True
 
     with ThreadPoolExecutor(8) as pool:

@@ -6,15 +6,17 @@ import pytest
 from mixtera_hpc.core.statistics import (
     MAX_SEQUENCE_LOSS,
     DomainStatistics,
-    accumulate,
-    dequantise,
-    from_buffer,
-    quantise,
+    accumulate_losses,
+    dequantise_losses,
+    quantise_losses,
+    statistics_from_buffer,
 )
 
 
 def statistics_of(domain_ids: list[int], losses: list[float], tokens: list[int], num_domains: int) -> DomainStatistics:
-    return from_buffer(7, accumulate(np.array(domain_ids), np.array(losses), np.array(tokens), num_domains))
+    return statistics_from_buffer(
+        7, accumulate_losses(np.array(domain_ids), np.array(losses), np.array(tokens), num_domains)
+    )
 
 
 def test_sums_tokens_and_sequences_land_in_their_domain() -> None:
@@ -43,35 +45,42 @@ def test_mean_is_tokens_weighted_and_nan_where_nothing_was_observed() -> None:
 
 def test_quantising_errs_by_at_most_half_a_unit() -> None:
     losses = np.random.default_rng(0).uniform(0, 2**17, 1000)
-    assert np.abs(dequantise(quantise(losses)) - losses).max() <= 0.5 * 2.0**-24
+    assert np.abs(dequantise_losses(quantise_losses(losses)) - losses).max() <= 0.5 * 2.0**-24
 
 
 def test_quantising_saturates_instead_of_wrapping() -> None:
-    assert dequantise(quantise(np.array([1e30, -1e30]))).tolist() == [MAX_SEQUENCE_LOSS, -MAX_SEQUENCE_LOSS]
+    assert dequantise_losses(quantise_losses(np.array([1e30, -1e30]))).tolist() == [
+        MAX_SEQUENCE_LOSS,
+        -MAX_SEQUENCE_LOSS,
+    ]
 
 
 def test_the_stated_number_of_largest_losses_does_not_overflow() -> None:
     most = 2**15 - 1
-    got = from_buffer(0, accumulate(np.zeros(most, np.int64), np.full(most, MAX_SEQUENCE_LOSS), np.ones(most), 1))
+    got = statistics_from_buffer(
+        0, accumulate_losses(np.zeros(most, np.int64), np.full(most, MAX_SEQUENCE_LOSS), np.ones(most), 1)
+    )
     assert got.loss_sum[0] == most * MAX_SEQUENCE_LOSS
 
 
 def test_sums_keep_bits_that_float64_would_lose() -> None:
     losses = np.array([*[MAX_SEQUENCE_LOSS] * 64, 2.0**-24])
-    buffer = accumulate(np.zeros(65, np.int64), losses, np.ones(65, np.int64), 1)
+    buffer = accumulate_losses(np.zeros(65, np.int64), losses, np.ones(65, np.int64), 1)
     assert buffer[0, 0].item() == 2**54 + 1
 
 
 def test_token_counts_pass_int32() -> None:
-    buffer = accumulate(np.array([0, 0], np.int32), np.array([1.0, 1.0]), np.array([2**31 - 1, 2**31 - 1], np.int32), 1)
-    assert from_buffer(0, buffer + buffer).num_tokens[0] == 4 * (2**31 - 1)
+    buffer = accumulate_losses(
+        np.array([0, 0], np.int32), np.array([1.0, 1.0]), np.array([2**31 - 1, 2**31 - 1], np.int32), 1
+    )
+    assert statistics_from_buffer(0, buffer + buffer).num_tokens[0] == 4 * (2**31 - 1)
 
 
 def test_an_empty_part_is_all_zeros() -> None:
-    assert not accumulate(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64), 4).any()
+    assert not accumulate_losses(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64), 4).any()
 
 
 @pytest.mark.parametrize("domain", [-1, 2])
 def test_a_domain_that_does_not_exist_is_refused(domain: int) -> None:
     with pytest.raises(ValueError, match="expected 0 to 1"):
-        accumulate(np.array([domain]), np.ones(1), np.ones(1, np.int64), 2)
+        accumulate_losses(np.array([domain]), np.ones(1), np.ones(1, np.int64), 2)

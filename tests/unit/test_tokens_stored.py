@@ -13,7 +13,7 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.build import build_index
 from mixtera_hpc.testing.megatron import write_megatron
-from mixtera_hpc.tokens.tokenizer import StoredIds, load_vocabulary
+from mixtera_hpc.tokens.tokenizer import StoredTokenIds, load_vocabulary
 
 
 @pytest.mark.parametrize(
@@ -35,12 +35,17 @@ def test_a_vocabulary_that_cannot_be_is_refused(settings: dict[str, object], mes
 
 
 def test_the_same_size_and_end_are_the_same_vocabulary() -> None:
-    assert StoredIds(10, 3).fingerprint == StoredIds(10, 3).fingerprint
-    assert len({StoredIds(10, 3).fingerprint, StoredIds(11, 3).fingerprint, StoredIds(10, None).fingerprint}) == 3
+    assert StoredTokenIds(10, 3).fingerprint == StoredTokenIds(10, 3).fingerprint
+    assert (
+        len(
+            {StoredTokenIds(10, 3).fingerprint, StoredTokenIds(11, 3).fingerprint, StoredTokenIds(10, None).fingerprint}
+        )
+        == 3
+    )
 
 
 def test_stored_ids_encode_nothing() -> None:
-    for encode in (StoredIds(10, 3).encode_batch, StoredIds(10, 3).encode_each):
+    for encode in (StoredTokenIds(10, 3).encode_batch, StoredTokenIds(10, 3).encode_each):
         with pytest.raises(ConfigError, match=r"Set dataplane\.tokenizer instead"):
             encode(["text"])
 

@@ -12,9 +12,15 @@ from tokenizers import models, pre_tokenizers, processors
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.tokenizers import CHECKS, DOCUMENTS
 from mixtera_hpc.tokens.bpe_training import train_bpe
-from mixtera_hpc.tokens.tokenizer import Gigatoken, HuggingFace, Tokenizer, check_equal, load_tokenizer
+from mixtera_hpc.tokens.tokenizer import (
+    GigatokenTokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    check_same_encoding,
+    load_tokenizer,
+)
 
-LIBRARIES = [Gigatoken, HuggingFace]
+LIBRARIES = [GigatokenTokenizer, HuggingFaceTokenizer]
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +46,13 @@ def test_a_library_conforms(
 
 def test_both_libraries_agree(path: Path) -> None:
     definition = path.read_bytes()
-    check_equal(Gigatoken(definition), HuggingFace(definition), DOCUMENTS)
+    check_same_encoding(GigatokenTokenizer(definition), HuggingFaceTokenizer(definition), DOCUMENTS)
 
 
 def test_a_difference_between_tokenizers_is_named(path: Path, tmp_path: Path) -> None:
     other = train_bpe(["entirely different words " * 20], 300, tmp_path / "other.json")
     with pytest.raises(ConfigError, match=r"The quick brown fox no\. 0"):
-        check_equal(load_tokenizer(path), load_tokenizer(other), DOCUMENTS)
+        check_same_encoding(load_tokenizer(path), load_tokenizer(other), DOCUMENTS)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -65,7 +71,7 @@ def test_a_file_gigatoken_cannot_read_falls_back_to_hugging_face(tmp_path: Path)
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "words.json"))
     tokenizer = load_tokenizer(tmp_path / "words.json")
-    assert isinstance(tokenizer, HuggingFace)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
     assert tokenizer.encode_batch(["a c b"])[0].tolist() == [0, 2, 1]
 
 

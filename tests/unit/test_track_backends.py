@@ -9,7 +9,7 @@ import pytest
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, DataConfig, IndexConfig, TrackConfig
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.track.scalars import Flattener
+from mixtera_hpc.track.scalars import ScalarFlattener
 from mixtera_hpc.track.tracker import open_tracker
 
 
@@ -48,7 +48,7 @@ def test_tensorboard_shows_the_numbers_under_domain_names(tmp_path: Path) -> Non
 
 
 def test_lists_over_domains_are_named_after_them_and_nothing_is_made_of_what_is_missing() -> None:
-    flattener = Flattener()
+    flattener = ScalarFlattener()
     flattener.flatten("attempts", {"step": 0, "domains": ["en", "de"]})
     event = {
         "step": 3,

@@ -9,13 +9,13 @@ import pytest
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.event_reader import read_events
-from mixtera_hpc.track.tracker import JsonLines
+from mixtera_hpc.track.tracker import JsonLinesTracker
 
 NOON = datetime(2026, 1, 2, 12, 0, tzinfo=UTC)
 
 
 def write(folder: Path, attempt: int, steps: range) -> None:
-    tracker = JsonLines(folder, attempt, clock=lambda: NOON)
+    tracker = JsonLinesTracker(folder, attempt, clock=lambda: NOON)
     for step in steps:
         tracker.log("steps", {"step": step, "loss": attempt + step / 100})
     tracker.close()
@@ -28,7 +28,7 @@ def test_every_event_carries_the_time_and_the_attempt(tmp_path: Path) -> None:
 
 
 def test_arrays_are_lists_and_a_loss_that_does_not_exist_is_null(tmp_path: Path) -> None:
-    tracker = JsonLines(tmp_path, 1)
+    tracker = JsonLinesTracker(tmp_path, 1)
     tracker.log("steps", {"step": np.int64(7), "domain_loss": np.array([1.5, np.nan]), "tokens": np.array([3, 4])})
     tracker.close()
     (event,) = read_events(tmp_path / "steps.jsonl")
@@ -36,7 +36,7 @@ def test_arrays_are_lists_and_a_loss_that_does_not_exist_is_null(tmp_path: Path)
 
 
 def test_an_event_is_in_the_file_before_the_tracker_is_closed(tmp_path: Path) -> None:
-    tracker = JsonLines(tmp_path, 1)
+    tracker = JsonLinesTracker(tmp_path, 1)
     tracker.log("comm", {"step": 0, "plan_s": 0.1})
     assert len(read_events(tmp_path / "comm.jsonl")) == 1
 

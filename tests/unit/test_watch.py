@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.comm.communicator import Local
-from mixtera_hpc.comm.failure_watch import start_watch
+from mixtera_hpc.comm.failure_watch import start_failure_watch
 from mixtera_hpc.errors import SavedAndStopped
 
 
 def test_a_failure_of_a_single_process_is_recorded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="torn"), start_watch(Local(), tmp_path) as watch:
+    with pytest.raises(ValueError, match="torn"), start_failure_watch(Local(), tmp_path) as watch:
         watch.step(7)
         raise ValueError("a shard is torn\nsecond line")
 
@@ -21,7 +21,7 @@ def test_a_failure_of_a_single_process_is_recorded(tmp_path: Path) -> None:
 
 
 def test_the_first_failure_is_kept(tmp_path: Path) -> None:
-    watch = start_watch(Local(), tmp_path)
+    watch = start_failure_watch(Local(), tmp_path)
     watch.failed(ValueError("first"))
     watch.failed(ValueError("second"))
 
@@ -30,7 +30,7 @@ def test_the_first_failure_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [SavedAndStopped("saved"), SystemExit(0), SystemExit(75)])
 def test_leaving_with_saved_state_is_no_failure(end: BaseException, tmp_path: Path) -> None:
-    with pytest.raises(type(end)), start_watch(Local(), tmp_path):
+    with pytest.raises(type(end)), start_failure_watch(Local(), tmp_path):
         raise end
 
     assert not (tmp_path / "failure.json").exists()

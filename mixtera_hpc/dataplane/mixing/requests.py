@@ -19,7 +19,7 @@ from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.convert import from_plain, raise_problems, to_plain
 from mixtera_hpc.config.domain_tree import domain_entries
 from mixtera_hpc.config.schema import MixtureConfig
-from mixtera_hpc.core.domain_keys import canonical
+from mixtera_hpc.core.domain_keys import canonical_key
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import read_lines
 from mixtera_hpc.dataplane.mixing.from_config import MixtureContext, make_mixer
@@ -98,9 +98,9 @@ def _moved(current: MixtureConfig, wish: MixtureConfig) -> list[str]:
         found.append("mixture.kind=arbitrary")
     if wish.group_by and wish.group_by != current.group_by:
         found.append("mixture.group_by")
-    limits = {canonical(leaf.key): leaf.domain.max_epochs for leaf in domain_entries(current)}
+    limits = {canonical_key(leaf.key): leaf.domain.max_epochs for leaf in domain_entries(current)}
     for leaf in domain_entries(wish):
-        if leaf.domain.max_epochs not in (None, limits.get(canonical(leaf.key))):
+        if leaf.domain.max_epochs not in (None, limits.get(canonical_key(leaf.key))):
             found.append(f"{leaf.path}.max_epochs")
     return found
 

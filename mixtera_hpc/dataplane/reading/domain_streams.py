@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.domains import DomainTable
 from mixtera_hpc.core.index_tables import SampleColumns
-from mixtera_hpc.core.order import EpochOrder, Order
+from mixtera_hpc.core.order import EpochOrder, ShuffleOrder
 from mixtera_hpc.errors import DataError
 
 __all__ = ["Documents", "DomainStreams", "StreamLayout"]
@@ -29,7 +29,7 @@ class StreamLayout:
     """What streams are made of; the same on every rank."""
 
     table: DomainTable
-    order: Order
+    order: ShuffleOrder
     num_specials: int
     """Special tokens added to every document."""
     in_tokens: bool

@@ -18,15 +18,15 @@ from mixtera_hpc.config.check import holdout_problems
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.domain_tree import DomainSizes, domain_entries
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
-from mixtera_hpc.core.domain_keys import key_of, written
+from mixtera_hpc.core.domain_keys import domain_key_to_plain, parse_domain_key
 from mixtera_hpc.core.domains import DomainTable, Selection
-from mixtera_hpc.core.holdout import shard_keys, split_predicate, with_places
+from mixtera_hpc.core.holdout import add_holdout_hashes, restrict_to_split, shard_hash_keys
 from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, SampleColumns
-from mixtera_hpc.core.order import Order
+from mixtera_hpc.core.order import ShuffleOrder
 from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.core.query import Entries, Predicate, parse
-from mixtera_hpc.core.sequence_grid import Grid
+from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
+from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.dataplane.mixing.from_config import ChunkTimeline, MixtureContext, make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams, StreamLayout
@@ -79,7 +79,7 @@ class Source:
     """Without zones."""
     combos: ComboTable
     selection: Selection
-    grid: Grid
+    grid: SequenceGrid
     tokenizer: Tokenizer | None
     mixture_context: MixtureContext
     """What mixtures are made over."""
@@ -140,7 +140,7 @@ class Source:
 
         def read_blocks(chosen: NDArray[np.int32]) -> SampleColumns:
             columns = samples.read_many(first[chosen].tolist(), rows[chosen].tolist(), only)
-            return columns if keys is None else with_places(columns, keys, self.blocks, chosen)
+            return columns if keys is None else add_holdout_hashes(columns, keys, self.blocks, chosen)
 
         return read_blocks
 
@@ -152,7 +152,7 @@ class Source:
         """Which samples are not dropped."""
         if self.kept is None:
             return np.ones(len(columns.combo), np.bool_)
-        return self.kept.evaluate(Entries.of_samples(self.combos, columns.combo, columns.numbers)).must
+        return self.kept.evaluate(Entries.of_samples(self.combos, columns.combo, columns.numbers)).must_match
 
     def streams(self) -> DomainStreams:
         """A view of the streams for one reading thread."""
@@ -252,7 +252,7 @@ def _gather(
         shard_formats=list(tables.shards.format),
         properties=[(p.name, p.kind.value, list(p.values)) for p in tables.properties.values()],
         names=list(chosen.names),
-        keys=[written(key) for key in chosen.keys],
+        keys=[domain_key_to_plain(key) for key in chosen.keys],
         where=chosen.selection.predicate.text,
         kept=kept if config.query.drop else "",
         domain_sizes=stock.tolist(),
@@ -261,7 +261,7 @@ def _gather(
     arrays |= {f"table/{f.name}": getattr(table, f.name) for f in fields(table)}
     arrays["combo_domain"] = chosen.selection.combo_domain
     if config.query.holdout.fraction:
-        arrays["holdout_keys"] = shard_keys(tables.shards.path, config.query.holdout.seed).view(np.int64)
+        arrays["holdout_keys"] = shard_hash_keys(tables.shards.path, config.query.holdout.seed).view(np.int64)
     for name in tables.combos.properties:
         arrays[f"combos/indptr/{name}"] = tables.combos.indptr[name]
         arrays[f"combos/codes/{name}"] = tables.combos.codes[name]
@@ -306,7 +306,7 @@ def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], to
     table = DomainTable(**{f.name: arrays[f"table/{f.name}"] for f in fields(DomainTable)})
     plane, mixture = config.dataplane, config.mixture
     layout = _layout(config, table)
-    grid = Grid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
+    grid = SequenceGrid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
     sizes = layout.epoch_items()
     source = Source(
         config=config,
@@ -342,17 +342,17 @@ def _layout(config: Config, table: DomainTable) -> StreamLayout:
     plane, in_tokens = config.dataplane, config.mixture.unit == "tokens"
     return StreamLayout(
         table=table,
-        order=Order(seed=plane.seed, shuffle=plane.shuffle, window=plane.shuffle_window),
+        order=ShuffleOrder(seed=plane.seed, shuffle=plane.shuffle, window=plane.shuffle_window),
         num_specials=int(plane.add_eos) if in_tokens else 0,
         in_tokens=in_tokens,
     )
 
 
-def _ground(config: Config, facts: _Facts, grid: Grid, left: NDArray[np.bool_]) -> MixtureContext:
+def _ground(config: Config, facts: _Facts, grid: SequenceGrid, left: NDArray[np.bool_]) -> MixtureContext:
     plane = config.dataplane
     budget = config.training.num_steps * plane.global_batch_size * grid.stride
     predicted = max(grid.length - 1, 1)  # Of a sequence; also without overlap, where its first token is not predicted.
-    keys = tuple(key_of(key) for key in facts.keys)
+    keys = tuple(parse_domain_key(key) for key in facts.keys)
     return MixtureContext(
         domain_sizes=DomainSizes(keys=keys, sizes=np.array(facts.domain_sizes, np.int64), budget=budget),
         names=tuple(facts.names),
@@ -377,8 +377,8 @@ def _combos(facts: _Facts, arrays: dict[str, NDArray[Any]]) -> ComboTable:
 
 
 def _predicate(config: Config, facts: _Facts, text: str) -> Predicate:
-    predicate, holdout = parse(text, _properties(facts)), config.query.holdout
-    return split_predicate(predicate, holdout.fraction, config.query.split) if holdout.fraction else predicate
+    predicate, holdout = parse_predicate(text, _properties(facts)), config.query.holdout
+    return restrict_to_split(predicate, holdout.fraction, config.query.split) if holdout.fraction else predicate
 
 
 def _selection(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], table: DomainTable) -> Selection:
@@ -387,6 +387,6 @@ def _selection(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], t
         predicate=_predicate(config, facts, facts.where),
         combo_domain=arrays["combo_domain"],
         selected=(0, 0),
-        left_out=(0, 0),
+        unassigned=(0, 0),
         overlaps=(),
     )
