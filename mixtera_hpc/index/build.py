@@ -22,10 +22,10 @@ from mixtera_hpc.index.finish import Asked, BuildReport, finish
 from mixtera_hpc.index.functions import Functions
 from mixtera_hpc.index.part import UnitPart
 from mixtera_hpc.index.scan import ScanJob, scan_unit
-from mixtera_hpc.index.together import BuildProgress, Report
+from mixtera_hpc.index.together import Report
 from mixtera_hpc.tokens.tokenizer import load_vocabulary
 
-__all__ = ["BuildProgress", "BuildReport", "build_index", "plan_of", "scan_attempt", "scan_job"]
+__all__ = ["BuildReport", "build_index", "plan_of", "scan_attempt", "scan_job"]
 
 
 def build_index(config: Config, comm: Communicator | None = None, progress: Report | None = None) -> BuildReport:

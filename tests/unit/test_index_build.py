@@ -16,10 +16,11 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
 from mixtera_hpc.formats.base import ScanUnit
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
-from mixtera_hpc.index.build import BuildProgress, build_index, scan_job
+from mixtera_hpc.index.build import build_index, scan_job
 from mixtera_hpc.index.discover import discover
 from mixtera_hpc.index.open import open_index
 from mixtera_hpc.index.scan import scan_unit
+from mixtera_hpc.index.together import BuildProgress
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
 PROPERTIES = {"source": "meta.source", "quality": {"path": "meta.quality", "kind": "number"}}
