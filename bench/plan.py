@@ -160,7 +160,7 @@ def saved(source: Source, step: int) -> dict[str, Any]:
         plan=plan,
         mixer={},
         fed=step,
-        changes=[],
+        decisions=[],
         stream_version=source.stream_version,
         identity=source.identity(),
     )

@@ -159,7 +159,7 @@ def _nodes(domains: Sequence[DomainConfig], above: DomainKey, ids: Ids, names: l
     for domain in domains:
         key = {**above, **parse_domain_key(domain.key)}
         if domain.domains:
-            nodes.append(WeightNode(weight=domain.weight, parts=tuple(_nodes(domain.domains, key, ids, names))))
+            nodes.append(WeightNode(weight=domain.weight, members=tuple(_nodes(domain.domains, key, ids, names))))
         else:
             nodes.append(_leaf(domain, key, ids, names))
     return nodes

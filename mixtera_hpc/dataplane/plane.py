@@ -206,7 +206,7 @@ class DataPlane:
             plan=self._plan_of(self._next_step),
             mixer=self._mixer.arrays(),
             fed=self._fed,
-            changes=self._mixer.changes,
+            decisions=self._mixer.decisions,
             stream_version=self._source.stream_version,
             identity=self._source.identity(),
         )
@@ -254,8 +254,8 @@ class DataPlane:
         self._next_step, plan = beginning.step, beginning.plan
         if self._comm.rank == 0:
             if state is not None:
-                self._mixer.load(state.changes, state.mixer)
-            self._mixer.restore(self._sinks.changes())
+                self._mixer.load(state.decisions, state.mixer)
+            self._mixer.restore(self._sinks.decisions())
         self._reduced, self._fed = beginning.step, state.fed if state is not None else 0
         served = plan.num_steps and source.stream_version.data_step(self._next_step) >= plan.first_step + plan.num_steps
         self._current_chunk = plan.chunk if served else plan.chunk - 1

@@ -32,7 +32,7 @@ class PlaneState:
     """What the mixing algorithm knows."""
     fed: int
     """Data steps it has heard of."""
-    changes: Sequence[MixtureDecision]
+    decisions: Sequence[MixtureDecision]
     """Of its mixture."""
     stream_version: StreamVersion
     identity: Mapping[str, Any]
@@ -44,7 +44,7 @@ class PlaneState:
             "version": VERSION,
             "next_step": self.next_step,
             "fed": self.fed,
-            "changes": [change.to_dict() for change in self.changes],
+            "decisions": [change.to_dict() for change in self.decisions],
             "stream_version": self.stream_version.to_dict(),
             "identity": dict(self.identity),
         }
@@ -69,7 +69,7 @@ class PlaneState:
             plan=plan,
             mixer=arrays,
             fed=facts["fed"],
-            changes=[MixtureDecision.from_dict(line) for line in facts["changes"]],
+            decisions=[MixtureDecision.from_dict(line) for line in facts["decisions"]],
             stream_version=StreamVersion.from_dict(facts["stream_version"]),
             identity=facts["identity"],
         )

@@ -31,7 +31,7 @@ class RunRecorder:
         """What the run has been through."""
         return read_run_edits(self._decisions)
 
-    def changes(self) -> list[MixtureDecision]:
+    def decisions(self) -> list[MixtureDecision]:
         """What was decided about its mixture."""
         return read_decisions(self._decisions)
 

@@ -33,24 +33,24 @@ def test_unimax_with_more_budget_than_passes_is_natural() -> None:
 
 
 def test_a_leaf_weighs_the_product_along_its_path() -> None:
-    tree = [WeightNode(weight=0.6, parts=(leaf(2, 0.75), leaf(0, 0.25))), leaf(3, 0.4)]
+    tree = [WeightNode(weight=0.6, members=(leaf(2, 0.75), leaf(0, 0.25))), leaf(3, 0.4)]
     assert tree_weights(tree, SIZES) == pytest.approx([0.15, 0, 0.45, 0.4])
 
 
 def test_weights_count_relative_to_their_siblings() -> None:
-    tree = [WeightNode(weight=3, parts=(leaf(0, 1), leaf(2, 1))), leaf(3, 1)]
+    tree = [WeightNode(weight=3, members=(leaf(0, 1), leaf(2, 1))), leaf(3, 1)]
     assert tree_weights(tree, SIZES) == pytest.approx([0.375, 0, 0.375, 0.25])
 
 
 def test_members_without_weights_share_their_groups_by_size() -> None:
-    tree = [WeightNode(weight=0.5, parts=(leaf(2), leaf(3))), leaf(0, 0.5)]
+    tree = [WeightNode(weight=0.5, members=(leaf(2), leaf(3))), leaf(0, 0.5)]
     assert tree_weights(tree, SIZES) == pytest.approx([0.5, 0, 0.375, 0.125])
 
 
 def test_a_group_without_samples_keeps_its_weight_and_can_be_refused() -> None:
-    tree = [WeightNode(weight=0.5, parts=(leaf(1), leaf(1))), leaf(0, 0.5)]
+    tree = [WeightNode(weight=0.5, members=(leaf(1), leaf(1))), leaf(0, 0.5)]
     assert tree_weights(tree, SIZES) == pytest.approx([0.5, 0.5, 0, 0])
-    assert tree_weights([WeightNode(weight=1.0, parts=(leaf(1),))], SIZES) == pytest.approx([0, 1, 0, 0])
+    assert tree_weights([WeightNode(weight=1.0, members=(leaf(1),))], SIZES) == pytest.approx([0, 1, 0, 0])
 
 
 def test_a_weight_on_nothing_is_refused() -> None:

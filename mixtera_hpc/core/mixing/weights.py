@@ -29,18 +29,18 @@ class WeightNode:
     """Relative to its siblings; None: they share by size."""
     domain: int = -1
     """The domain_id of a leaf."""
-    parts: tuple["WeightNode", ...] = ()
+    members: tuple["WeightNode", ...] = ()
     """The members of a group."""
 
     def has_weight(self) -> bool:
         """Whether there is a weight on it or anywhere below."""
-        return self.weight is not None or any(part.has_weight() for part in self.parts)
+        return self.weight is not None or any(part.has_weight() for part in self.members)
 
     def domains(self) -> Iterator[int]:
         """The domain_ids below, in written order."""
-        if not self.parts:
+        if not self.members:
             yield self.domain
-        for part in self.parts:
+        for part in self.members:
             yield from part.domains()
 
 
@@ -101,8 +101,8 @@ def _spread(nodes: Sequence[WeightNode], share: float, sizes: Sizes, weights: We
         known = [1.0] * len(nodes)  # A group without samples keeps its weight, so that it is refused.
     total = sum(known)
     for node, wish in zip(nodes, known, strict=True):
-        if node.parts:
-            _spread(node.parts, share * wish / total, sizes, weights)
+        if node.members:
+            _spread(node.members, share * wish / total, sizes, weights)
         else:
             weights[node.domain] += share * wish / total
 

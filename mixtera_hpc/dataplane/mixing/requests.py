@@ -149,7 +149,7 @@ class MixtureSequence:
         self._changes: dict[int, MixtureDecision] = {}
 
     @property
-    def changes(self) -> list[MixtureDecision]:
+    def decisions(self) -> list[MixtureDecision]:
         """What was decided, by chunk."""
         return [self._changes[chunk] for chunk in sorted(self._changes)]
 
@@ -190,7 +190,7 @@ class MixtureSequence:
         return {f"from{begin}/{k}": v for begin, mixer in self._mixers.items() for k, v in mixer.arrays().items()}
 
     def load(self, changes: Sequence[MixtureDecision], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from what `changes` and `arrays` gave."""
+        """Go on from what `decisions` and `arrays` gave."""
         self.restore(changes)
         for begin, mixer in self._mixers.items():
             if own := strip_prefix(f"from{begin}/", arrays):
