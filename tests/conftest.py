@@ -1,19 +1,114 @@
-"""What several kinds of tests share."""
+"""Fixtures that all kinds of tests share."""
 
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from mixtera_hpc.testing.small_collection import make_collection
 
+MAX_LEAKED_DESCRIPTORS = 4
+"""Some libraries open a file once per process, for example a random source or a time zone."""
+
+GRACE_S = 2.0
+"""How long threads and processes that were told to end may take."""
+
 
 @pytest.fixture(scope="session")
 def collection(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that name a small real collection with an index; nobody changes it."""
+    """Return overrides that name a small real collection with an index. Tests only read it."""
     return make_collection(tmp_path_factory.mktemp("collection"))
 
 
 @pytest.fixture
 def own_collection(tmp_path: Path) -> list[str]:
-    """Like `collection`, to be damaged."""
+    """Return overrides like those of `collection`, for a copy that a test may damage."""
     return make_collection(tmp_path / "own")
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    """Fail a test that leaves descriptors, threads, child processes or shared memory behind.
+
+    The usual limit is 1,024 open files: a test that leaves a hundred of them open makes others fail.
+    """
+    before = _Resources.now()
+    yield
+    leaks = _Resources.now().leaked_since(before)
+    deadline = time.monotonic() + GRACE_S
+    while leaks and time.monotonic() < deadline:
+        gc.collect()  # Objects in reference cycles free what they hold when they are collected.
+        time.sleep(0.05)
+        leaks = _Resources.now().leaked_since(before)
+    if leaks:
+        pytest.fail(f"the test left {len(leaks)} things behind: {'; '.join(leaks[:8])}", pytrace=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Resources:
+    """What this process holds at one moment."""
+
+    descriptors: dict[int, str]
+    """Number → what it refers to."""
+    threads: frozenset[threading.Thread]
+    children: frozenset[str]
+    """Process ids."""
+    segments: frozenset[str]
+    """Shared memory that is mapped."""
+
+    @classmethod
+    def now(cls) -> "_Resources":
+        return cls(
+            descriptors=_open_descriptors(),
+            threads=frozenset(threading.enumerate()),
+            children=frozenset(_child_processes()),
+            segments=frozenset(_shared_memory()),
+        )
+
+    def leaked_since(self, before: "_Resources") -> list[str]:
+        leaks = [f"thread {thread.name}" for thread in self.threads - before.threads]
+        leaks += [f"child process {pid}" for pid in self.children - before.children]
+        leaks += [f"shared memory {name}" for name in self.segments - before.segments]
+        opened = [target for number, target in self.descriptors.items() if number not in before.descriptors]
+        if len(opened) > MAX_LEAKED_DESCRIPTORS:
+            leaks += [f"descriptor of {target}" for target in opened]
+        return leaks
+
+
+def _open_descriptors() -> dict[int, str]:
+    """Return what each open descriptor of this process refers to."""
+    targets = {}
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            targets[int(link.name)] = str(link.readlink())
+        except OSError:
+            continue  # The descriptor that listed the folder.
+    return targets
+
+
+def _child_processes() -> set[str]:
+    """Return the process ids of direct children that still run, without Python's own resource tracker."""
+    pids: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            pids.update((task / "children").read_text().split())
+        except OSError:
+            continue  # The thread has ended meanwhile.
+    return {pid for pid in pids if b"resource_tracker" not in _command_line(pid)}
+
+
+def _command_line(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _shared_memory() -> set[str]:
+    """Return the shared-memory segments that this process has mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[5] for line in lines if "/dev/shm/" in line}

@@ -101,22 +101,27 @@ class _Rank:
         done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         workers = [_Worker(scan, self._log(number), done) for number in range(self._tasks.threads)]
         idle, poll_s = list(workers), POLL_S if self._comm.rank == 0 and self._comm.size > 1 else None
-        while True:
-            while idle and (unit := self._next()) is not None:
-                idle.pop().units.put(unit)
-            if len(idle) == len(workers):
-                break
-            try:
-                finished = done.get(timeout=poll_s)
-            except queue.Empty:
-                self.tell()
-                continue
-            if finished.error is not None:
-                raise finished.error
-            self._count(finished)
-            idle.append(finished.worker)
-        for worker in workers:
-            worker.end()
+        try:
+            while True:
+                while idle and (unit := self._next()) is not None:
+                    idle.pop().units.put(unit)
+                if len(idle) == len(workers):
+                    break
+                try:
+                    finished = done.get(timeout=poll_s)
+                except queue.Empty:
+                    self.tell()
+                    continue
+                idle.append(finished.worker)
+                if finished.error is not None:
+                    raise finished.error
+                self._count(finished)
+        finally:
+            # After an error, a worker that still scans ends after its unit; nobody waits for it.
+            for worker in workers:
+                worker.units.put(None)
+            for worker in idle:
+                worker.join()
 
     def tell(self) -> bool:
         """Report what all ranks have done; returns whether that is everything."""
@@ -169,9 +174,8 @@ class _Worker:
         self._thread = threading.Thread(target=self._run, daemon=True, name="scan")
         self._thread.start()
 
-    def end(self) -> None:
-        """Wait until it has left."""
-        self.units.put(None)
+    def join(self) -> None:
+        """Wait until the thread has ended; put None into `units` first."""
         self._thread.join()
 
     def _run(self) -> None:

@@ -1,5 +1,6 @@
 """Promises 2 and 3: what a step contains depends neither on ranks nor on where a run was stopped, and nothing is lost or doubled."""
 
+from contextlib import closing
 from itertools import islice
 
 import numpy as np
@@ -69,8 +70,8 @@ def content(batch: Batch) -> list[object]:
 def served(
     source: Source, rank: int, num_ranks: int, group: int, chosen: list[ChunkPlan], first: int = 0
 ) -> list[Batch]:
-    maker = BatchMaker(source, BatchSlice.of_rank(rank, num_ranks, group, BATCH), audit=True)
-    return [batch for plan in chosen for batch in maker.batches(plan, first)]
+    with closing(BatchMaker(source, BatchSlice.of_rank(rank, num_ranks, group, BATCH), audit=True)) as maker:
+        return [batch for plan in chosen for batch in maker.batches(plan, first)]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,8 +128,9 @@ def test_sequences_of_a_domain_are_its_stream_cut_without_gaps(
         documents = maker._streams.documents(domain, start, stop)
         return maker._reader.read(documents, {domain: len(documents.block) - 1}).tokens
 
-    stream = np.concatenate([tokens(*grid.span(k, 1))[: grid.stride] for k in range(capacity)])
-    whole = tokens(0, 2 * items)
+    with closing(maker):
+        stream = np.concatenate([tokens(*grid.span(k, 1))[: grid.stride] for k in range(capacity)])
+        whole = tokens(0, 2 * items)
     assert np.array_equal(stream, whole[: len(stream)])
     assert len(whole) - len(stream) < grid.length + grid.stride
     assert np.array_equal(np.sort(whole[:items]), np.sort(whole[items:]))
@@ -139,7 +141,9 @@ def test_sequences_of_a_domain_are_its_stream_cut_without_gaps(
 def test_tokens_count_except_where_a_document_begins(plain: dict[str, object], plane: Settings) -> None:
     source = source_of(plain, {}, plane)
     [plan] = [p for p, _ in plans(source, 1)]
-    for batch in islice(BatchMaker(source, BatchSlice(first=0, size=BATCH), audit=False).batches(plan, 0), 3):
+    with closing(BatchMaker(source, BatchSlice(first=0, size=BATCH), audit=False)) as maker:
+        batches = list(islice(maker.batches(plan, 0), 3))
+    for batch in batches:
         borders = np.diff(batch.document_ids, axis=1) != 0
         assert np.array_equal(batch.loss_mask, ~borders)
         assert (np.diff(batch.document_ids, axis=1) >= 0).all()

@@ -1,6 +1,7 @@
 """Looking up many spans of a stream at once finds what one by one finds, whatever windows and epochs they cross."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,8 @@ def test_a_document_that_changed_is_named_at_its_step(own_collection: list[str])
     begins = int(documents.size[:100].sum())
     plan, _ = source.planner.plan(PlannerState.start(1), source.weights)
     served: list[Batch] = []
-    with pytest.raises(DataError, match=r"row 100 has \d+ tokens, the index counted"):
-        for batch in BatchMaker(source, BatchSlice(first=0, size=4), audit=False).batches(plan, 0):
+    maker = BatchMaker(source, BatchSlice(first=0, size=4), audit=False)
+    with closing(maker), pytest.raises(DataError, match=r"row 100 has \d+ tokens, the index counted"):
+        for batch in maker.batches(plan, 0):
             served.append(batch)
     assert len(served) == (begins - 1) // (4 * source.grid.stride)
