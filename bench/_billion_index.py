@@ -13,9 +13,9 @@ import h5py
 import numpy as np
 
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.layout import narrow, put_column, put_texts
-from mixtera_hpc.index.open import open_index
+from mixtera_hpc.index.read.open import open_index
 
 __all__ = ["BLOCK_ROWS", "make_index", "make_shards"]
 

@@ -35,7 +35,7 @@ from mixtera_hpc.dataplane.reading.batches import BatchMaker, BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.formats.base import PropertyField, ScanSpec
 from mixtera_hpc.formats.batching.row_type import RowType
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
 
 OUT = Path(__file__).resolve().parent / "out" / "index.json"

@@ -77,7 +77,7 @@ def _rank(folder: Path, words: list[str]) -> None:
 
     from mixtera_hpc.cli.collection import compose_data
     from mixtera_hpc.comm.launcher import open_communicator
-    from mixtera_hpc.index.build import build_index
+    from mixtera_hpc.index.build.build import build_index
 
     comm, config = open_communicator("mpi"), compose_data(words)
     comm.Barrier()

@@ -28,7 +28,7 @@ from mixtera_hpc.core.planner import Planner, PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 
 OUT = Path(__file__).resolve().parent / "out" / "plan.json"
 BATCH, REPEATS, ROUNDS = 1024, 200, 8

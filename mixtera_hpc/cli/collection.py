@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mixtera_hpc.config.schema import Config
-    from mixtera_hpc.index.open import PropertyIndex
+    from mixtera_hpc.index.read.open import PropertyIndex
 
 __all__ = ["compose_data", "open_collection"]
 
@@ -23,7 +23,7 @@ def compose_data(overrides: Sequence[str]) -> "Config":
 def open_collection(overrides: Sequence[str]) -> "tuple[Config, PropertyIndex]":
     """The configuration and its index; without `data.root` the shards are where the index says they were."""
     from mixtera_hpc.config.check import check_data
-    from mixtera_hpc.index.several import open_configured
+    from mixtera_hpc.index.read.joined import open_configured
 
     plain = _plain(overrides)
     if plain["data"]["root"] == "???":

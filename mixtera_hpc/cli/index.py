@@ -12,7 +12,7 @@ from mixtera_hpc.errors import ConfigError
 if TYPE_CHECKING:
     from mixtera_hpc.comm.communicator import Communicator
     from mixtera_hpc.config.schema import Config
-    from mixtera_hpc.index.together import Report
+    from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 
 __all__ = ["arguments", "run"]
 
@@ -82,21 +82,21 @@ class Answer:
 
 def _build(args: argparse.Namespace, comm: "Communicator") -> Answer:
     from mixtera_hpc.cli.index_text import build_text
-    from mixtera_hpc.index.build import build_index
+    from mixtera_hpc.index.build.build import build_index
 
     return _carried_out(args, comm, lambda config, report: build_index(config, comm, report), build_text)
 
 
 def _refresh(args: argparse.Namespace, comm: "Communicator") -> Answer:
     from mixtera_hpc.cli.index_text import refresh_text
-    from mixtera_hpc.index.refresh import refresh_index
+    from mixtera_hpc.index.build.refresh import refresh_index
 
     return _carried_out(args, comm, lambda config, report: refresh_index(config, comm, report), refresh_text)
 
 
 def _derive(args: argparse.Namespace, comm: "Communicator") -> Answer:
     from mixtera_hpc.cli.index_text import derive_text
-    from mixtera_hpc.index.derive import derive_properties
+    from mixtera_hpc.index.build.derive import derive_properties
 
     return _carried_out(
         args, comm, lambda config, report: derive_properties(config, comm, report, args.again), derive_text
@@ -106,7 +106,7 @@ def _derive(args: argparse.Namespace, comm: "Communicator") -> Answer:
 def _carried_out(
     args: argparse.Namespace,
     comm: "Communicator",
-    work: Callable[["Config", "Report | None"], Any],
+    work: Callable[["Config", "ProgressCallback | None"], Any],
     text_of: Callable[[Any], list[str]],
 ) -> Answer:
     """Compose, work with progress shown, put the report into words."""
@@ -141,7 +141,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace, comm: "Communicator") -> Answer:
     from mixtera_hpc.cli.collection import open_collection
-    from mixtera_hpc.index.verify import changed_shards, deeply_changed_shards, refuse
+    from mixtera_hpc.index.read.verify import changed_shards, deeply_changed_shards, refuse_changed
 
     config, index = open_collection(args.overrides)
     with index:
@@ -155,7 +155,7 @@ def _verify(args: argparse.Namespace, comm: "Communicator") -> Answer:
         if args.json:
             told = [{"path": c.path, "problem": c.problem} for c in changed]
             return Answer(text=json.dumps({"fresh": not changed, "changed": told}), code=2 if changed else 0)
-        refuse(index, changed)
+        refuse_changed(index, changed)
         how = "by fingerprint and samples" if args.deep else "by size and time of change"
         how += ", token counts included" if tokenizer is not None else ""
         shards = len(index.tables.shards.path)

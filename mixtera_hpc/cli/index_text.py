@@ -11,11 +11,11 @@ from mixtera_hpc.cli.console import open_console, pluralize
 
 if TYPE_CHECKING:
     from mixtera_hpc.comm.communicator import Communicator
-    from mixtera_hpc.index.derive import DeriveReport
-    from mixtera_hpc.index.finish import BuildReport
-    from mixtera_hpc.index.open import PropertyIndex
-    from mixtera_hpc.index.refresh import RefreshReport
-    from mixtera_hpc.index.together import BuildProgress, Report
+    from mixtera_hpc.index.build.assemble import BuildReport
+    from mixtera_hpc.index.build.derive import DeriveReport
+    from mixtera_hpc.index.build.refresh import RefreshReport
+    from mixtera_hpc.index.read.open import PropertyIndex
+    from mixtera_hpc.index.scan.parallel_scan import ProgressCallback, ScanProgress
 
 __all__ = ["build_text", "derive_text", "facts_of", "print_facts", "progress", "refresh_text"]
 
@@ -24,7 +24,7 @@ NAMED = 5
 
 
 @contextlib.contextmanager
-def progress(comm: "Communicator") -> "Iterator[Report | None]":
+def progress(comm: "Communicator") -> "Iterator[ProgressCallback | None]":
     """A bar on a terminal, a line every ten seconds elsewhere; of all ranks together, on standard error of rank 0."""
     if comm.rank > 0:
         yield None
@@ -41,7 +41,7 @@ class _Lines:
         self._ranks = pluralize(num_ranks, "rank")
         self._began_s = self._told_s = 0.0
 
-    def __call__(self, state: "BuildProgress") -> None:
+    def __call__(self, state: "ScanProgress") -> None:
         now = time.monotonic()
         if not self._began_s:
             self._began_s = self._told_s = now
@@ -58,7 +58,7 @@ class _Lines:
         sys.stderr.flush()
 
 
-def _bar(num_ranks: int) -> "Iterator[Report]":
+def _bar(num_ranks: int) -> "Iterator[ProgressCallback]":
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -67,7 +67,7 @@ def _bar(num_ranks: int) -> "Iterator[Report]":
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("scan", total=None, rows=0)
 
-        def show(state: "BuildProgress") -> None:
+        def show(state: "ScanProgress") -> None:
             bar.update(task, completed=state.bytes_done, total=state.bytes_total, rows=state.rows)
 
         yield show
@@ -137,12 +137,12 @@ def facts_of(index: "PropertyIndex") -> dict[str, Any]:
     """The fields of `index inspect --json`."""
     from pathlib import Path
 
-    from mixtera_hpc.index.several import sample_sources
-    from mixtera_hpc.index.storage import stored_columns
+    from mixtera_hpc.index.read.joined import sample_sources
+    from mixtera_hpc.index.read.stored_sizes import column_sizes
 
     tables = index.tables
     files = [Path(source.path) for source in sample_sources(index)]
-    columns = stored_columns(files[0]) if len(files) == 1 else []
+    columns = column_sizes(files[0]) if len(files) == 1 else []
     size = sum(path.stat().st_size for path in files)
     paths = index.shard_paths()
     return {

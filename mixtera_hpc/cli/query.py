@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from mixtera_hpc.cli.collection import open_collection
-    from mixtera_hpc.index.selection import select_domains, weights_of
+    from mixtera_hpc.index.read.selection import mixture_weights, select_domains
 
     began = time.perf_counter()
     config, index = open_collection(args.overrides)
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     with index:
         chosen = select_domains(config, index)
     has_tokens = index.tables.has_tokens
-    answer = _answer(chosen, weights_of(config, chosen, has_tokens), has_tokens)
+    answer = _answer(chosen, mixture_weights(config, chosen, has_tokens), has_tokens)
     if args.explain:
         answer["explain"] = _explained(chosen, index.tables.num_samples, open_s)
     if args.json:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
 __all__ = ["make_collection", "paragraphs"]

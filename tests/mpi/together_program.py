@@ -9,11 +9,11 @@ import numpy as np
 from mpi4py import MPI
 
 from mixtera_hpc.comm.mpi import Mpi
-from mixtera_hpc.index.part import UnitPart
-from mixtera_hpc.index.together import Tasks, scan_together
+from mixtera_hpc.index.scan.parallel_scan import ScanTasks, scan_in_parallel
+from mixtera_hpc.index.scan.scan_result import ScanResult
 
 NONE = np.zeros(0, np.int64)
-EMPTY = UnitPart(
+EMPTY = ScanResult(
     combos=[],
     blocks=dict.fromkeys(("offset", "length", "rows", "count"), NONE),
     cells=dict.fromkeys(("combo", "rows", "tokens"), NONE),
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     comm = Mpi(MPI.COMM_WORLD)
     num_units = 8 * comm.size
 
-    def scan(unit: int) -> Iterator[UnitPart]:
+    def scan(unit: int) -> Iterator[ScanResult]:
         deadline = time.monotonic() + 60
         while comm.rank == 1 and len(list(folder.glob("done-*"))) < num_units - 1:
             if time.monotonic() > deadline:
@@ -36,9 +36,9 @@ def main(folder: Path) -> None:
         (folder / f"done-{unit}").touch(exist_ok=False)
         yield EMPTY
 
-    tasks = Tasks(sizes=[100] * num_units, missing=range(num_units), folder=folder, attempt=1, threads=1)
+    tasks = ScanTasks(sizes=[100] * num_units, missing=range(num_units), folder=folder, attempt=1, threads=1)
     told = []
-    scan_together(tasks, scan, comm, lambda state: told.append(state.bytes_done))
+    scan_in_parallel(tasks, scan, comm, lambda state: told.append(state.bytes_done))
     if comm.rank == 0:
         assert told[-1] == 100 * num_units and told == sorted(told), told
         print("all done")

@@ -17,7 +17,7 @@ from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError, MixtureError
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ONCE = {"unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}

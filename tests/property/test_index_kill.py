@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.open import open_index
-from mixtera_hpc.index.parts import building_folder
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.read.open import open_index
+from mixtera_hpc.index.scan.scan_log import building_folder
 
 NUM_SHARDS = 8
 PROGRAM = """
 import sys
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 root = sys.argv[1]
 properties = {"n": {"path": "n", "kind": "number"}, "c": "c"}
 config = from_plain(Config, {"data": {"root": root, "properties": properties}, "index": {"path": root + "/index.h5"}})

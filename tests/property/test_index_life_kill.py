@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.derive import derive_properties
-from mixtera_hpc.index.open import open_index
-from mixtera_hpc.index.parts import building_folder
-from mixtera_hpc.index.refresh import refresh_index
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.build.derive import derive_properties
+from mixtera_hpc.index.build.refresh import refresh_index
+from mixtera_hpc.index.read.open import open_index
+from mixtera_hpc.index.scan.scan_log import building_folder
 
 NUM_SHARDS = 6
 BASE = {"n": {"path": "n", "kind": "number"}, "c": "c"}
@@ -30,8 +30,8 @@ PROGRAM = """
 import json, sys
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.index.derive import derive_properties
-from mixtera_hpc.index.refresh import refresh_index
+from mixtera_hpc.index.build.derive import derive_properties
+from mixtera_hpc.index.build.refresh import refresh_index
 work = {"refresh": refresh_index, "derive": derive_properties}[sys.argv[1]]
 config = from_plain(Config, json.loads(sys.argv[2]))
 work(config, progress=lambda state: print("unit", flush=True) or sys.stdin.readline())

@@ -20,8 +20,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.formats.base import BlockRef
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.open import PropertyIndex, open_index
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
 from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
 

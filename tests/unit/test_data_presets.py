@@ -14,8 +14,8 @@ import zstandard
 
 from mixtera_hpc.cli.collection import compose_data
 from mixtera_hpc.config.compose import conf_dir
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.open import open_index
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.read.open import open_index
 
 Row = dict[str, Any]
 Write = Callable[[Path], None]

@@ -21,8 +21,8 @@ from mixtera_hpc.cli.collection import compose_data
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import UserError
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.open import open_index
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.read.open import open_index
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.writers import json_lines, write_arrow, write_parquet, write_tar
 

@@ -21,12 +21,12 @@ from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.base import BlockRef, ScanUnit
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.index.build import build_index, scan_job
-from mixtera_hpc.index.discover import discover
+from mixtera_hpc.index.build.build import build_index, scan_settings
+from mixtera_hpc.index.build.discover import discover_shards
+from mixtera_hpc.index.build.refresh import refresh_index
 from mixtera_hpc.index.layout import BadRows
-from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.refresh import refresh_index
-from mixtera_hpc.index.scan import scan_unit
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.scan.unit_scan import scan_unit
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
@@ -176,7 +176,7 @@ def test_a_missing_file_is_no_bad_sample(tmp_path: Path) -> None:
     plain(tmp_path, lines(1))
     (tmp_path / "b.jsonl").write_text('{"text": "x"}')
     config = configured(tmp_path)
-    job, shards = scan_job(config), discover(config.data)
+    job, shards = scan_settings(config), discover_shards(config.data)
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(DataError, match=r"b\.jsonl cannot be read: No such file"):
         list(scan_unit(job, shards[1], ScanUnit(0, shards[1].size_bytes)))
@@ -236,7 +236,7 @@ def test_a_pattern_that_finds_no_numbers_is_no_fault_of_the_samples(tmp_path: Pa
 def test_a_shard_that_changed_since_it_was_listed_is_named(tmp_path: Path) -> None:
     plain(tmp_path, lines(9))
     config = configured(tmp_path)
-    job, (shard,) = scan_job(config), discover(config.data)
+    job, (shard,) = scan_settings(config), discover_shards(config.data)
     with (tmp_path / "a.jsonl").open("ab") as file:
         file.write(b'{"text": "late"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was being indexed"):

@@ -16,11 +16,11 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
 from mixtera_hpc.formats.base import ScanUnit
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
-from mixtera_hpc.index.build import build_index, scan_job
-from mixtera_hpc.index.discover import discover
-from mixtera_hpc.index.open import open_index
-from mixtera_hpc.index.scan import scan_unit
-from mixtera_hpc.index.together import BuildProgress
+from mixtera_hpc.index.build.build import build_index, scan_settings
+from mixtera_hpc.index.build.discover import discover_shards
+from mixtera_hpc.index.read.open import open_index
+from mixtera_hpc.index.scan.parallel_scan import ScanProgress
+from mixtera_hpc.index.scan.unit_scan import scan_unit
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
 PROPERTIES = {"source": "meta.source", "quality": {"path": "meta.quality", "kind": "number"}}
@@ -60,7 +60,7 @@ def test_many_domains_line_by_line_cost_no_more_blocks_than_one(tmp_path: Path) 
 
 
 def test_a_category_of_every_sample_s_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mixtera_hpc.index.merge.MAX_COMBOS", 100)
+    monkeypatch.setattr("mixtera_hpc.index.build.merge.MAX_COMBOS", 100)
     write(tmp_path / "a.jsonl", 100)
     properties = {"name": "meta.quality"}
     assert build_index(configured(tmp_path, data={"properties": properties})).combos == 100
@@ -160,7 +160,7 @@ def test_nothing_in_the_file_tells_when_it_was_written(tmp_path: Path) -> None:
 def test_progress_adds_up(tmp_path: Path) -> None:
     for i in range(3):
         write(tmp_path / f"{i}.jsonl", 10)
-    seen: list[BuildProgress] = []
+    seen: list[ScanProgress] = []
     report = build_index(configured(tmp_path), progress=seen.append)
     assert [p.rows for p in seen] == [10, 20, 30]
     assert seen[-1].bytes_done == seen[-1].bytes_total == report.bytes_read
@@ -254,7 +254,7 @@ def test_long_units_come_in_parts_that_say_the_same(
     whole = build_index(config)
     with open_index(whole.path) as index:
         blocks = index.tables.blocks.rows.tolist()
-    monkeypatch.setattr("mixtera_hpc.index.scan.PART_ROWS", part_rows)
+    monkeypatch.setattr("mixtera_hpc.index.scan.unit_scan.RESULT_ROWS", part_rows)
     monkeypatch.setattr("mixtera_hpc.formats.codecs.frames.PIECE_BYTES", 256)
     if suffix == "jsonl":
         monkeypatch.setattr("mixtera_hpc.formats.shard_scan.load_format", lambda name: JsonlFormat(segment_bytes=256))
@@ -266,5 +266,5 @@ def test_long_units_come_in_parts_that_say_the_same(
 
 
 def _only_unit(config: Config) -> tuple[Any, Any, ScanUnit]:
-    (shard,) = discover(config.data)
-    return scan_job(config), shard, ScanUnit(0, shard.size_bytes)
+    (shard,) = discover_shards(config.data)
+    return scan_settings(config), shard, ScanUnit(0, shard.size_bytes)

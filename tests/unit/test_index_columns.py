@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.kept import PART_BYTES, KeptParts
-from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.samples import SampleReader
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.read.column_cache import ENTRY_BYTES, ColumnCache
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.read.sample_reader import SampleReader
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def test_blocks_that_are_kept_are_the_same_and_not_read_again(index: PropertyInd
 
 @pytest.mark.parametrize("max_bytes", [0, 100, 1000, 5000])
 def test_no_more_is_kept_than_allowed_and_the_oldest_leaves_first(max_bytes: int) -> None:
-    kept, read = KeptParts(max_bytes), []
-    room = max_bytes // (64 + PART_BYTES)
+    kept, read = ColumnCache(max_bytes), []
+    room = max_bytes // (64 + ENTRY_BYTES)
 
     def part(number: int) -> np.ndarray:
         read.append(number)

@@ -13,10 +13,10 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
 from mixtera_hpc.index import document_functions
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.derive import derive_properties
-from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.refresh import refresh_index
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.build.derive import derive_properties
+from mixtera_hpc.index.build.refresh import refresh_index
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
 
 BASE = {"c": "c", "n": {"path": "n", "kind": "number"}}
 DERIVED = {

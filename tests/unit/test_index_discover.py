@@ -10,11 +10,11 @@ import pytest
 
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.errors import ConfigError, DataError, UserError
-from mixtera_hpc.index.discover import discover, fingerprint_of_shard
+from mixtera_hpc.index.build.discover import discover_shards, fingerprint_of_shard
 
 
 def found(root: Path, **settings: Any) -> list[str]:
-    return [shard.path for shard in discover(DataConfig(root=str(root), **settings))]
+    return [shard.path for shard in discover_shards(DataConfig(root=str(root), **settings))]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_all_data_files_are_found_in_one_order_and_nothing_else(tree: Path) -> None:
     assert found(tree) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "b/c/x.parquet", "z.jsonl.zst"]
-    assert [s.format for s in discover(DataConfig(root=str(tree)))] == [
+    assert [s.format for s in discover_shards(DataConfig(root=str(tree)))] == [
         "jsonl",
         "jsonl",
         "jsonl",
@@ -65,7 +65,7 @@ def test_globs_choose(include: list[str], exclude: list[str], expected: list[str
 
 def test_a_json_file_is_data_only_where_a_glob_names_it(tree: Path) -> None:
     assert "b/data.json" not in found(tree)
-    (shard,) = discover(DataConfig(root=str(tree), include=["b/*.json"]))
+    (shard,) = discover_shards(DataConfig(root=str(tree), include=["b/*.json"]))
     assert (shard.path, shard.format) == ("b/data.json", "json")
 
 
@@ -81,7 +81,7 @@ def test_a_sidecar_is_no_shard(tree: Path) -> None:
 
 
 def test_a_format_that_is_named_reads_any_file(tree: Path) -> None:
-    (shard,) = discover(DataConfig(root=str(tree), include=["b/*.json"], format="jsonl"))
+    (shard,) = discover_shards(DataConfig(root=str(tree), include=["b/*.json"], format="jsonl"))
     assert (shard.path, shard.format) == ("b/data.json", "jsonl")
 
 
@@ -157,7 +157,7 @@ def test_names_with_newlines_quotes_and_spaces_are_names(tmp_path: Path) -> None
     names = ["a\nb.jsonl", "c d.jsonl", "e'f.jsonl", "g\\h.jsonl", "漢.jsonl"]
     for name in names:
         (tmp_path / name).write_text('{"text": "x"}')
-    assert sorted(shard.path for shard in discover(DataConfig(root=str(tmp_path)))) == sorted(names)
+    assert sorted(shard.path for shard in discover_shards(DataConfig(root=str(tmp_path)))) == sorted(names)
 
 
 def test_pipes_and_dead_links_never_match(tmp_path: Path) -> None:
@@ -166,13 +166,13 @@ def test_pipes_and_dead_links_never_match(tmp_path: Path) -> None:
     (tmp_path / "self.jsonl").symlink_to(tmp_path / "self.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
-    assert [shard.path for shard in discover(DataConfig(root=str(tmp_path)))] == ["a.jsonl"]
+    assert [shard.path for shard in discover_shards(DataConfig(root=str(tmp_path)))] == ["a.jsonl"]
 
 
 def test_a_file_that_two_globs_match_counts_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     data = DataConfig(root=str(tmp_path), include=["*.jsonl", "a*", "**/*"])
-    assert len(discover(data)) == 1
+    assert len(discover_shards(data)) == 1
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -180,7 +180,7 @@ def test_a_file_nobody_may_read_is_named_before_anything_is_scanned(tmp_path: Pa
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     (tmp_path / "a.jsonl").chmod(0)
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read: Permission denied"):
-        discover(DataConfig(root=str(tmp_path)))
+        discover_shards(DataConfig(root=str(tmp_path)))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane_state import check_identity
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.index.refresh import refresh_index
+from mixtera_hpc.index.build.refresh import refresh_index
 from mixtera_hpc.testing.small_collection import make_collection
 from mixtera_hpc.trace.list import planned_sequences
 

@@ -12,9 +12,9 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.open import open_index
-from mixtera_hpc.index.samples import SampleReader
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.read.open import open_index
+from mixtera_hpc.index.read.sample_reader import SampleReader
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixtera_hpc.index.part import UnitPart
-from mixtera_hpc.index.parts import PartLog, recover_parts, whole_units
+from mixtera_hpc.index.scan.scan_log import ScanLog, complete_units, recover_logs
+from mixtera_hpc.index.scan.scan_result import ScanResult
 
 
-def part(rows: int) -> UnitPart:
+def part(rows: int) -> ScanResult:
     column = np.arange(rows)
-    return UnitPart(
+    return ScanResult(
         combos=[(("en",),)],
         blocks={name: np.array([rows]) for name in ("offset", "length", "rows", "count")},
         cells={"combo": np.array([0]), "rows": np.array([rows]), "tokens": np.array([0])},
@@ -26,7 +26,7 @@ def part(rows: int) -> UnitPart:
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     """Three units of one part each."""
-    written = PartLog(tmp_path, "001")
+    written = ScanLog(tmp_path, "001")
     for unit in range(3):
         written.append(unit, 0, part(100 + unit), last=True)
     written.close()
@@ -34,7 +34,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_a_part_is_read_back_as_it_was(log: Path) -> None:
-    units = whole_units(recover_parts(log.parent))
+    units = complete_units(recover_logs(log.parent))
     assert list(units) == [0, 1, 2]
     found, expected = units[1][0].load(), part(101)
     assert (found.combos, found.fingerprint, found.reasons) == (expected.combos, "ab", {"cut": 1})
@@ -43,14 +43,14 @@ def test_a_part_is_read_back_as_it_was(log: Path) -> None:
 
 
 def test_a_damaged_record_and_what_follows_it_are_not_found_again(log: Path) -> None:
-    second = recover_parts(log.parent)[1]
+    second = recover_logs(log.parent)[1]
     damaged = bytearray(log.read_bytes())
     damaged[second.position + len(damaged) // 3 - 8] ^= 1
     log.write_bytes(damaged)
-    assert list(whole_units(recover_parts(log.parent))) == [0]
+    assert list(complete_units(recover_logs(log.parent))) == [0]
     assert log.stat().st_size == second.position
 
 
 def test_a_record_that_was_cut_short_is_not_found_again(log: Path) -> None:
     log.write_bytes(log.read_bytes()[:-1])
-    assert list(whole_units(recover_parts(log.parent))) == [0, 1]
+    assert list(complete_units(recover_logs(log.parent))) == [0, 1]

@@ -12,11 +12,11 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.parts import building_folder
-from mixtera_hpc.index.refresh import refresh_index
-from mixtera_hpc.index.samples import SampleReader
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.build.refresh import refresh_index
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.read.sample_reader import SampleReader
+from mixtera_hpc.index.scan.scan_log import building_folder
 
 
 def configured(root: Path, **more: Any) -> Config:

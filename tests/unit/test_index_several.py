@@ -17,12 +17,12 @@ from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.build.refresh import refresh_index
 from mixtera_hpc.index.layout import put_texts
-from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.refresh import refresh_index
-from mixtera_hpc.index.several import open_configured
-from mixtera_hpc.index.verify import changed_shards, check_fresh
+from mixtera_hpc.index.read.joined import open_configured
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.read.verify import changed_shards, check_fresh
 from mixtera_hpc.trace.list import planned_sequences
 
 

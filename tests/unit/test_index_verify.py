@@ -12,9 +12,9 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.build import build_index
-from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.verify import changed_shards, check_fresh, deeply_changed_shards
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.read.verify import changed_shards, check_fresh, deeply_changed_shards
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from mixtera_hpc.config.check import problems
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.tokens.tokenizer import StoredTokenIds, load_vocabulary
 

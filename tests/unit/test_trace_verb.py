@@ -10,7 +10,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.launch.prepare import prepare_run
 
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]

@@ -20,7 +20,7 @@ from mixtera_hpc.config.schema import (
     TrainingConfig,
 )
 from mixtera_hpc.errors import ConfigError, MixtureError, SavedAndStopped
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.track.event_reader import read_events
 from mixtera_hpc.training.checkpoint import load_newest_checkpoint

@@ -20,7 +20,7 @@ from mixtera_hpc.dataplane.reading.batches import BatchMaker, BatchSlice, BatchS
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.workers import Workers
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.index.build import build_index
+from mixtera_hpc.index.build.build import build_index
 
 SHARE = BatchSlice(first=0, size=4)
 WORDS = ["dataplane.seq_len=32", "dataplane.global_batch_size=4", "dataplane.chunk_steps=7", "dataplane.audit=true"]

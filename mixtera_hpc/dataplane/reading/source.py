@@ -32,10 +32,10 @@ from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams, StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
 from mixtera_hpc.dataplane.stream_version import StreamVersion
-from mixtera_hpc.index.open import PropertyIndex
-from mixtera_hpc.index.selection import select_domains
-from mixtera_hpc.index.several import SampleSource, open_configured, open_samples, sample_sources
-from mixtera_hpc.index.verify import check_fresh
+from mixtera_hpc.index.read.joined import SampleSource, open_configured, open_samples, sample_sources
+from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.read.selection import select_domains
+from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["Source", "count_samples", "open_source"]

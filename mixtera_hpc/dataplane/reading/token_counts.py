@@ -2,7 +2,7 @@
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
-from mixtera_hpc.index.open import PropertyIndex
+from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["check_token_counts"]

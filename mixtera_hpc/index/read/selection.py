@@ -16,24 +16,24 @@ from mixtera_hpc.core.mixing.bounds import project_to_bounds
 from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.errors import MixtureError
-from mixtera_hpc.index.open import PropertyIndex
+from mixtera_hpc.index.read.open import PropertyIndex
 
-__all__ = ["ChosenDomains", "Cost", "select_domains", "weights_of"]
+__all__ = ["SelectedDomains", "SelectionCost", "mixture_weights", "select_domains"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChosenDomains:
+class SelectedDomains:
     """The domains of a mixture; domain_id is the position in every list."""
 
     selection: Selection
     keys: tuple[DomainKey, ...]
     names: tuple[str, ...]
     """The keys as text, for people."""
-    cost: "Cost"
+    cost: "SelectionCost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
+class SelectionCost:
     """What answering a query took."""
 
     bytes_read: int
@@ -46,7 +46,7 @@ class Cost:
     """Everything else: the block tables, and looking at the samples that were read."""
 
 
-def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
+def select_domains(config: Config, index: PropertyIndex) -> SelectedDomains:
     """The domains that `mixture.domains` or `mixture.group_by` name, or one of everything, counted in the index.
 
     Raises:
@@ -72,16 +72,16 @@ def select_domains(config: Config, index: PropertyIndex) -> ChosenDomains:
 
     selection = select(tables, predicate, keys, read)
     names = tuple(map(display_name if len(keys) > 1 else domain_name, keys))
-    cost = Cost(
+    cost = SelectionCost(
         bytes_read=index.samples.bytes_read - bytes_before,
         parse_s=parsed - began,
         read_s=read_s,
         count_s=time.perf_counter() - parsed - read_s,
     )
-    return ChosenDomains(selection=selection, keys=tuple(keys), names=names, cost=cost)
+    return SelectedDomains(selection=selection, keys=tuple(keys), names=names, cost=cost)
 
 
-def weights_of(config: Config, chosen: ChosenDomains, has_tokens: bool) -> NDArray[np.float64] | None:
+def mixture_weights(config: Config, chosen: SelectedDomains, has_tokens: bool) -> NDArray[np.float64] | None:
     """The weights the mixture begins with, shape (num_domains,); None when nobody knows.
 
     Natural weights are shares of what the mixture counts, without special tokens; where that is tokens and the index has not

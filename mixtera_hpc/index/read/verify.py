@@ -19,11 +19,11 @@ from mixtera_hpc.formats.base import BlockRef
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.index.discover import fingerprint_of_shard
-from mixtera_hpc.index.open import PropertyIndex
+from mixtera_hpc.index.build.discover import fingerprint_of_shard
+from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["ChangedShard", "changed_shards", "check_fresh", "deeply_changed_shards", "refuse"]
+__all__ = ["ChangedShard", "changed_shards", "check_fresh", "deeply_changed_shards", "refuse_changed"]
 
 NAMED = 5
 STATS_AT_ONCE = 32
@@ -76,10 +76,10 @@ def check_fresh(index: PropertyIndex) -> None:
     Raises:
         PropertyIndexError: names the first few of them.
     """
-    refuse(index, changed_shards(index))
+    refuse_changed(index, changed_shards(index))
 
 
-def refuse(index: PropertyIndex, changed: list[ChangedShard]) -> None:
+def refuse_changed(index: PropertyIndex, changed: list[ChangedShard]) -> None:
     """Raise for changed shards; nothing when there are none.
 
     Raises:

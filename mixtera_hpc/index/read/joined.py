@@ -26,8 +26,8 @@ from mixtera_hpc.core.index_tables import (
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import DATASET, path_source, with_zero
-from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.samples import SampleReader
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.read.sample_reader import SampleReader
 
 __all__ = ["SampleSource", "open_configured", "open_samples", "sample_sources"]
 
@@ -62,7 +62,7 @@ def open_configured(config: Config) -> PropertyIndex:
     if not names.paths:
         return first
     others = [open_index(path) for path in names.paths]
-    return _Joined([first, *others])
+    return JoinedIndex([first, *others])
 
 
 def _check_described(index: PropertyIndex, data: DataConfig) -> None:
@@ -85,7 +85,7 @@ def _check_described(index: PropertyIndex, data: DataConfig) -> None:
 
 def sample_sources(index: PropertyIndex) -> list[SampleSource]:
     """Where the samples of an open index are."""
-    if isinstance(index, _Joined):
+    if isinstance(index, JoinedIndex):
         return index.readers
     return [SampleSource(path=str(index.path), fingerprint=index.fingerprint)]
 
@@ -94,10 +94,10 @@ def open_samples(sources: Sequence[SampleSource], keep_bytes: int = 0) -> Sample
     """A reader of the samples of all sources; nothing is opened before it is read. `keep_bytes` as for `SampleReader`."""
     if len(sources) == 1:
         return SampleReader(sources[0].path, sources[0].fingerprint, keep_bytes)
-    return _JoinedSamples(sources, keep_bytes)
+    return JoinedSampleReader(sources, keep_bytes)
 
 
-class _JoinedSamples(SampleReader):
+class JoinedSampleReader(SampleReader):
     """Asks the reader of the index that a position lies in."""
 
     def __init__(self, sources: Sequence[SampleSource], keep_bytes: int) -> None:
@@ -151,7 +151,7 @@ def _concatenated(parts: Sequence[SampleColumns], numbers: Sequence[str]) -> Sam
     )
 
 
-class _Joined(PropertyIndex):
+class JoinedIndex(PropertyIndex):
     """Several open indexes behind the face of one."""
 
     def __init__(self, indexes: Sequence[PropertyIndex]) -> None:

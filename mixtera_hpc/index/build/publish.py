@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import ShardTable
+from mixtera_hpc.index.build.merge import MergedTables, PlacedSource, TranslatedResult, translate_result
 from mixtera_hpc.index.layout import (
     FORMAT,
     TABLE_CHUNK,
@@ -32,10 +33,9 @@ from mixtera_hpc.index.layout import (
     put_text,
     put_texts,
 )
-from mixtera_hpc.index.merge import Merged, PlacedPiece, Translated, translated
-from mixtera_hpc.index.parts import building_folder
+from mixtera_hpc.index.scan.scan_log import building_folder
 
-__all__ = ["IndexFacts", "Written", "publish_index"]
+__all__ = ["IndexFacts", "PublishedIndex", "publish_index"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class IndexFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class PublishedIndex:
     """What went into the file."""
 
     fingerprint: str
@@ -68,8 +68,8 @@ class Written:
 
 
 def publish_index(
-    path: Path, facts: IndexFacts, shards: ShardTable, merged: Merged, pieces: Iterable[PlacedPiece]
-) -> Written:
+    path: Path, facts: IndexFacts, shards: ShardTable, merged: MergedTables, pieces: Iterable[PlacedSource]
+) -> PublishedIndex:
     """Write the file where it is built, then give it its name; an older one is replaced in the same instant."""
     part = building_folder(path) / "index.h5"
     written = _write_file(part, facts, shards, merged, pieces)
@@ -79,8 +79,8 @@ def publish_index(
 
 
 def _write_file(
-    path: Path, facts: IndexFacts, shards: ShardTable, merged: Merged, pieces: Iterable[PlacedPiece]
-) -> Written:
+    path: Path, facts: IndexFacts, shards: ShardTable, merged: MergedTables, pieces: Iterable[PlacedSource]
+) -> PublishedIndex:
     """Write the file to `path`, flushed to disk."""
     file = h5py.File(path, "w", libver=("v110", "v110"), track_order=False, locking=False)
     try:
@@ -95,14 +95,14 @@ def _write_file(
 
 
 def _write(
-    file: h5py.File, facts: IndexFacts, shards: ShardTable, merged: Merged, pieces: Iterable[PlacedPiece]
-) -> Written:
+    file: h5py.File, facts: IndexFacts, shards: ShardTable, merged: MergedTables, pieces: Iterable[PlacedSource]
+) -> PublishedIndex:
     tables = _Tables(file)
     _write_shards(tables, facts, shards)
     _write_properties(tables, facts, merged)
     content = _Content(tables, merged, len(shards.path))
     for shard, piece in pieces:
-        content.add(shard, translated(merged, piece.load()))
+        content.add(shard, translate_result(merged, piece.load()))
     content.finish()
     kinds = [(p.name, str(p.kind)) for p in merged.properties.values()]
     fingerprint = tables.fingerprint(repr((VERSION, facts.text, facts.tokenizer, facts.parser, kinds)))
@@ -116,7 +116,7 @@ def _write(
     file.attrs["chunk_rows"] = merged.chunk_rows
     file.flush()
     empty = tuple(name for name in merged.properties if name not in merged.has_values | content.known_numbers)
-    return Written(fingerprint=fingerprint, tokens=content.tokens, empty_properties=empty)
+    return PublishedIndex(fingerprint=fingerprint, tokens=content.tokens, empty_properties=empty)
 
 
 def _abandon(file: h5py.File) -> None:
@@ -193,7 +193,7 @@ class _Column:
 class _Content:
     """The columns of blocks and samples, piece by piece."""
 
-    def __init__(self, tables: _Tables, merged: Merged, num_shards: int) -> None:
+    def __init__(self, tables: _Tables, merged: MergedTables, num_shards: int) -> None:
         self._merged = merged
         self._columns = {
             name: _made(tables, name, dtype, length)
@@ -217,7 +217,7 @@ class _Content:
         self.tokens = 0
         self.known_numbers: set[str] = set()
 
-    def add(self, shard: int | NDArray[np.int64], piece: Translated) -> None:
+    def add(self, shard: int | NDArray[np.int64], piece: TranslatedResult) -> None:
         blocks = piece.blocks
         self._columns["blocks/shard"].add(np.broadcast_to(shard, len(blocks["rows"])))
         for name in ("rows", "offset", "length"):
@@ -263,7 +263,7 @@ class _Content:
         self._next_sample, self._num_held = end, 0
 
 
-def _block_columns(merged: Merged, num_shards: int) -> dict[str, tuple[np.dtype[Any], int]]:
+def _block_columns(merged: MergedTables, num_shards: int) -> dict[str, tuple[np.dtype[Any], int]]:
     """Type and length of every column of the block tables."""
 
     def type_of(name: str) -> np.dtype[Any]:
@@ -279,7 +279,7 @@ def _block_columns(merged: Merged, num_shards: int) -> dict[str, tuple[np.dtype[
     return columns | {f"histogram/{name}": (type_of(f"cells/{name}"), merged.cells) for name in ("rows", "tokens")}
 
 
-def _sample_types(merged: Merged) -> dict[str, np.dtype[Any]]:
+def _sample_types(merged: MergedTables) -> dict[str, np.dtype[Any]]:
     """Type of every sample column."""
     types = {"combo": narrow_type(max(merged.combos.num_combos - 1, 0))}
     for name in ("length", "tokens"):
@@ -310,7 +310,7 @@ def _write_shards(tables: _Tables, facts: IndexFacts, shards: ShardTable) -> Non
     tables.column("shards", "fingerprint", digests.reshape(len(shards.path), -1))
 
 
-def _write_properties(tables: _Tables, facts: IndexFacts, merged: Merged) -> None:
+def _write_properties(tables: _Tables, facts: IndexFacts, merged: MergedTables) -> None:
     tables.file.require_group("properties")
     for prop in merged.properties.values():
         tables.texts(f"properties/{prop.name}", "values", prop.values)
@@ -331,7 +331,7 @@ def _write_bad(file: h5py.File, bad: tuple[BadRows, ...]) -> None:
     put_texts(group, "reason", [b.reason for b in bad])
 
 
-def _generation(fingerprint: str, merged: Merged, num_shards: int) -> Generation:
+def _generation(fingerprint: str, merged: MergedTables, num_shards: int) -> Generation:
     return Generation(
         fingerprint=fingerprint,
         shards=num_shards,

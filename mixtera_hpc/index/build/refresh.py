@@ -14,14 +14,14 @@ import numpy as np
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.attempt import Plan, Records, attempt
-from mixtera_hpc.index.build import plan_of, scan_attempt, scan_job
-from mixtera_hpc.index.discover import Shard, discover
-from mixtera_hpc.index.finish import Asked, BuildReport, Kept, finish, sources_of
-from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.pieces import StoredBlocks, combos_of, runs_of
-from mixtera_hpc.index.scan import ScanJob
-from mixtera_hpc.index.together import Report
+from mixtera_hpc.index.build.assemble import BuildReport, BuildRequest, ReusedShards, assemble_index, property_sources
+from mixtera_hpc.index.build.build import plan_shards, scan_settings, shard_scan_job
+from mixtera_hpc.index.build.discover import Shard, discover_shards
+from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords, run_index_job
+from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
+from mixtera_hpc.index.scan.unit_scan import ScanSettings
 
 __all__ = ["RefreshReport", "refresh_index"]
 
@@ -42,7 +42,7 @@ class RefreshReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Difference:
+class _ShardChanges:
     """What became of the shards of an index."""
 
     kept: list[int]
@@ -52,47 +52,49 @@ class _Difference:
     deleted: list[str]
 
 
-def refresh_index(config: Config, comm: Communicator | None = None, progress: Report | None = None) -> RefreshReport:
+def refresh_index(
+    config: Config, comm: Communicator | None = None, progress: ProgressCallback | None = None
+) -> RefreshReport:
     """Refresh `config.index.path`, which was built with the same settings. **Collective.**
 
     Raises:
         PropertyIndexError: there is no index, or it was built with other settings.
         ConfigError, DataError: as for `build_index`.
     """
-    comm, began, job = comm or Local(), time.monotonic(), scan_job(config)
-    opened: list[_Old] = []  # On rank 0, by `plan`.
+    comm, began, job = comm or Local(), time.monotonic(), scan_settings(config)
+    opened: list[_OpenedIndex] = []  # On rank 0, by `plan`.
 
-    def plan() -> Plan:
+    def plan() -> ScanPlan:
         index = open_index(config.index.path, {name: str(root) for name, root in job.roots.items()})
         _check_settings(index, config, job)
-        difference = _difference(index, discover(config.data))
-        opened.append(_Old(index, difference, began))
+        difference = _difference(index, discover_shards(config.data))
+        opened.append(_OpenedIndex(index, difference, began))
         new = sorted([*difference.added, *difference.changed], key=lambda shard: (shard.dataset, shard.path))
-        return plan_of(job, [*(_stored(index, i) for i in difference.kept), *new], first=len(difference.kept))
+        return plan_shards(job, [*(_stored(index, i) for i in difference.kept), *new], first=len(difference.kept))
 
-    def end(made: Plan, records: Records) -> RefreshReport:
+    def end(made: ScanPlan, records: UnitRecords) -> RefreshReport:
         (old,) = opened
         with old.index:
             return _end(config, job, made, records, old)
 
-    return attempt(scan_attempt(config, job), comm, plan, end, RefreshReport, progress)
+    return run_index_job(shard_scan_job(config, job), comm, plan, end, RefreshReport, progress)
 
 
 @dataclass(frozen=True, slots=True)
-class _Old:
+class _OpenedIndex:
     """What is refreshed."""
 
     index: PropertyIndex
-    difference: _Difference
+    difference: _ShardChanges
     began_s: float
     """Of the monotonic clock."""
 
 
-def _end(config: Config, job: ScanJob, plan: Plan, records: Records, old: _Old) -> RefreshReport:
+def _end(config: Config, job: ScanSettings, plan: ScanPlan, records: UnitRecords, old: _OpenedIndex) -> RefreshReport:
     difference = old.difference
     kept, report = _kept(old.index, difference), None
     if difference.added or difference.changed or difference.deleted:
-        report = finish(Asked(config, job, old.began_s), plan, records, kept)
+        report = assemble_index(BuildRequest(config, job, old.began_s), plan, records, kept)
     return RefreshReport(
         kept=len(difference.kept),
         added=tuple(shard.path for shard in difference.added),
@@ -103,11 +105,11 @@ def _end(config: Config, job: ScanJob, plan: Plan, records: Records, old: _Old) 
     )
 
 
-def _check_settings(index: PropertyIndex, config: Config, job: ScanJob) -> None:
+def _check_settings(index: PropertyIndex, config: Config, job: ScanSettings) -> None:
     """Refuse to scan some shards differently from the others."""
     tokenizer = job.tokenizer.fingerprint if job.tokenizer else None
     kinds = {field.name: str(field.kind) for field in job.properties}
-    wanted = {name: f"{kinds[name]} {source}" for name, source in sources_of(job).items()}
+    wanted = {name: f"{kinds[name]} {source}" for name, source in property_sources(job).items()}
     stored = {name: f"{prop.kind} {index.sources[name]}" for name, prop in index.tables.properties.items()}
     pairs = [("data.text", index.text, config.data.text), ("the tokenizer", index.tokenizer_fingerprint, tokenizer)]
     pairs.append(("data.parser", index.parser, job.fields.parser.path if job.fields.parser else None))
@@ -120,11 +122,11 @@ def _check_settings(index: PropertyIndex, config: Config, job: ScanJob) -> None:
         )
 
 
-def _difference(index: PropertyIndex, found: list[Shard]) -> _Difference:
+def _difference(index: PropertyIndex, found: list[Shard]) -> _ShardChanges:
     shards = [_stored(index, number) for number in range(len(index.tables.shards.path))]
     now = {(shard.dataset, shard.path): shard for shard in found}
     before = {(shard.dataset, shard.path): shard for shard in shards}
-    return _Difference(
+    return _ShardChanges(
         kept=[i for i, shard in enumerate(shards) if now.get((shard.dataset, shard.path)) == shard],
         added=[shard for key, shard in now.items() if key not in before],
         changed=[shard for key, shard in now.items() if key in before and before[key] != shard],
@@ -143,20 +145,20 @@ def _stored(index: PropertyIndex, number: int) -> Shard:
     )
 
 
-def _kept(index: PropertyIndex, difference: _Difference) -> Kept:
+def _kept(index: PropertyIndex, difference: _ShardChanges) -> ReusedShards:
     """What of the index stays, in its new numbers."""
     tables, kept = index.tables, np.array(difference.kept, np.int64)
     position = np.full(len(tables.shards.path), -1, np.int64)
     position[kept] = np.arange(len(kept))
     shard_of_block = position[tables.blocks.shard]
-    combos = combos_of(tables.combos)
+    combos = combo_values(tables.combos)
     prefix = int(np.argmax(np.append(position, -1) < 0))
-    return Kept(
+    return ReusedShards(
         rows=tables.shards.rows[kept].tolist(),
         fingerprints=[tables.shards.fingerprint[i] for i in difference.kept],
         pieces=[
             (shard_of_block[first:last], StoredBlocks(index, combos, first, last))
-            for first, last in runs_of(index, np.flatnonzero(shard_of_block >= 0))
+            for first, last in block_ranges(index, np.flatnonzero(shard_of_block >= 0))
         ],
         combos=combos,
         bad=[replace(b, shard=int(position[b.shard])) for b in index.bad if position[b.shard] >= 0],

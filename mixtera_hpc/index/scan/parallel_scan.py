@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, SharedCounters
-from mixtera_hpc.index.part import UnitPart
-from mixtera_hpc.index.parts import PartLog
+from mixtera_hpc.index.scan.scan_log import ScanLog
+from mixtera_hpc.index.scan.scan_result import ScanResult
 
-__all__ = ["BuildProgress", "Tasks", "scan_together"]
+__all__ = ["ScanProgress", "ScanTasks", "scan_in_parallel"]
 
 POLL_S = 5e-3
 HANDFUL_BYTES = 16 << 20
@@ -27,7 +27,7 @@ NEXT, UNITS, ROWS, BYTES = range(4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BuildProgress:
+class ScanProgress:
     """How far all ranks have come."""
 
     rows: int
@@ -36,7 +36,7 @@ class BuildProgress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tasks:
+class ScanTasks:
     """What there is to scan; the same on every rank."""
 
     sizes: Sequence[int]
@@ -63,11 +63,11 @@ class Tasks:
         return found
 
 
-Scan = Callable[[int], Iterator[UnitPart]]
-Report = Callable[[BuildProgress], None]
+ScanFunction = Callable[[int], Iterator[ScanResult]]
+ProgressCallback = Callable[[ScanProgress], None]
 
 
-def scan_together(tasks: Tasks, scan: Scan, comm: Communicator, report: Report | None) -> None:
+def scan_in_parallel(tasks: ScanTasks, scan: ScanFunction, comm: Communicator, report: ProgressCallback | None) -> None:
     """Scan all units and log their parts. **Collective.**
 
     Args:
@@ -75,7 +75,7 @@ def scan_together(tasks: Tasks, scan: Scan, comm: Communicator, report: Report |
         report: called on rank 0 after each of its units, and some times a second for those of others.
     """
     counters = comm.Allocate_counters(4)
-    rank = _Rank(tasks, comm, counters, report if comm.rank == 0 else None)
+    rank = _RankScanner(tasks, comm, counters, report if comm.rank == 0 else None)
     rank.work(scan)
     while comm.rank == 0 and not rank.tell():
         time.sleep(10 * POLL_S)
@@ -83,10 +83,12 @@ def scan_together(tasks: Tasks, scan: Scan, comm: Communicator, report: Report |
     counters.Free()
 
 
-class _Rank:
+class _RankScanner:
     """The main thread of one rank."""
 
-    def __init__(self, tasks: Tasks, comm: Communicator, counters: SharedCounters, report: Report | None) -> None:
+    def __init__(
+        self, tasks: ScanTasks, comm: Communicator, counters: SharedCounters, report: ProgressCallback | None
+    ) -> None:
         self._tasks = tasks
         self._comm = comm
         self._counters = counters
@@ -96,10 +98,10 @@ class _Rank:
         self._total = sum(tasks.sizes[i] for i in tasks.missing)
         self._told = -1
 
-    def work(self, scan: Scan) -> None:
+    def work(self, scan: ScanFunction) -> None:
         """Keep all workers busy until no unit is left."""
-        done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
-        workers = [_Worker(scan, self._log(number), done) for number in range(self._tasks.threads)]
+        done: queue.SimpleQueue[_FinishedUnit] = queue.SimpleQueue()
+        workers = [_ScanWorker(scan, self._log(number), done) for number in range(self._tasks.threads)]
         idle, poll_s = list(workers), POLL_S if self._comm.rank == 0 and self._comm.size > 1 else None
         try:
             while True:
@@ -128,7 +130,7 @@ class _Rank:
         units = self._counters.Fetch_and_add(UNITS, 0)
         if self._report is not None and units > max(self._told, 0):
             self._report(
-                BuildProgress(
+                ScanProgress(
                     rows=self._counters.Fetch_and_add(ROWS, 0),
                     bytes_done=self._counters.Fetch_and_add(BYTES, 0),
                     bytes_total=self._total,
@@ -137,7 +139,7 @@ class _Rank:
         self._told = units
         return units == len(self._tasks.missing)
 
-    def _count(self, finished: "_Done") -> None:
+    def _count(self, finished: "_FinishedUnit") -> None:
         self._counters.Fetch_and_add(ROWS, finished.rows)
         self._counters.Fetch_and_add(BYTES, self._tasks.sizes[finished.unit])
         self._counters.Fetch_and_add(UNITS, 1)
@@ -153,22 +155,22 @@ class _Rank:
                 self._handfuls = []
         return self._claimed.popleft() if self._claimed else None
 
-    def _log(self, worker: int) -> PartLog:
-        return PartLog(self._tasks.folder, f"{self._tasks.attempt:03d}-{self._comm.rank:05d}-{worker:03d}")
+    def _log(self, worker: int) -> ScanLog:
+        return ScanLog(self._tasks.folder, f"{self._tasks.attempt:03d}-{self._comm.rank:05d}-{worker:03d}")
 
 
 @dataclass(frozen=True, slots=True)
-class _Done:
-    worker: "_Worker"
+class _FinishedUnit:
+    worker: "_ScanWorker"
     unit: int
     rows: int
     error: BaseException | None
 
 
-class _Worker:
+class _ScanWorker:
     """A thread that scans the units it is given, and logs them."""
 
-    def __init__(self, scan: Scan, log: PartLog, done: "queue.SimpleQueue[_Done]") -> None:
+    def __init__(self, scan: ScanFunction, log: ScanLog, done: "queue.SimpleQueue[_FinishedUnit]") -> None:
         self.units: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._scan, self._log, self._done = scan, log, done
         self._thread = threading.Thread(target=self._run, daemon=True, name="scan")
@@ -181,9 +183,9 @@ class _Worker:
     def _run(self) -> None:
         while (unit := self.units.get()) is not None:
             try:
-                self._done.put(_Done(self, unit, self._unit(unit), None))
+                self._done.put(_FinishedUnit(self, unit, self._unit(unit), None))
             except BaseException as error:  # The main thread raises it.
-                self._done.put(_Done(self, unit, 0, error))
+                self._done.put(_FinishedUnit(self, unit, 0, error))
         self._log.close()
 
     def _unit(self, unit: int) -> int:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import ComboTable
 from mixtera_hpc.index.layout import first_samples
-from mixtera_hpc.index.open import PropertyIndex
-from mixtera_hpc.index.part import Combo, Summary, UnitPart
+from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, ScanSummary
 
-__all__ = ["StoredBlocks", "combos_of", "runs_of"]
+__all__ = ["StoredBlocks", "block_ranges", "combo_values"]
 
 MAX_ROWS = 1 << 19
 
@@ -31,7 +31,7 @@ class StoredBlocks:
     first: int
     last: int
 
-    def summary(self) -> Summary:
+    def summary(self) -> ScanSummary:
         """What there is in them; samples are not looked at, their types stay as wide as they are."""
         blocks, cells = self._blocks(), self._cells()
         rows, good = int(blocks["rows"].sum()), int(cells["rows"].sum())
@@ -41,7 +41,7 @@ class StoredBlocks:
         maxima |= {f"cells/{name}": int(values.max(initial=0)) for name, values in cells.items()}
         types = self.index.samples.column_types()
         maxima |= {f"samples/{name}": int(np.iinfo(t).max) for name, t in types.items() if name != "combo"}
-        return Summary(
+        return ScanSummary(
             combos=used if rows == good else [*used, None],
             rows=rows,
             bad_rows=rows - good,
@@ -51,7 +51,7 @@ class StoredBlocks:
             maxima=maxima | {"samples/combo": 0},
         )
 
-    def load(self) -> UnitPart:
+    def load(self) -> ScanResult:
         """Everything, samples included."""
         blocks, cells = self._blocks(), self._cells()
         found = self.index.samples.read(int(self.index.tables.blocks.first_sample[self.first]), self._padded_rows())
@@ -60,7 +60,7 @@ class StoredBlocks:
         stored = self.index.samples.column_types()
         samples: dict[str, NDArray[np.int64]] = {"combo": combo}
         samples |= {name: getattr(found, name)[place] for name in ("length", "tokens") if name in stored}
-        return UnitPart(
+        return ScanResult(
             combos=[self.combos[code] for code in used.tolist()],
             blocks=blocks,
             cells=cells | {"combo": np.searchsorted(used, cells["combo"])},
@@ -102,14 +102,14 @@ class StoredBlocks:
         return np.repeat(starts - (np.cumsum(rows) - rows), rows) + np.arange(int(rows.sum()))
 
 
-def combos_of(combos: ComboTable) -> list[Combo | None]:
+def combo_values(combos: ComboTable) -> list[Combo | None]:
     """The values of every combo, None for the one of bad rows."""
     names = list(combos.properties)
     found = (tuple(combos.values(name, number) for name in names) for number in range(combos.num_combos))
     return [None if number == combos.bad else combo for number, combo in enumerate(found)]
 
 
-def runs_of(index: PropertyIndex, blocks: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+def block_ranges(index: PropertyIndex, blocks: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """The given blocks, ascending, as ranges of neighbours with at most some hundred thousand rows each (or one block)."""
     rows = index.tables.blocks.rows
     start, held = 0, 0

@@ -6,7 +6,7 @@ import h5py
 
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import FORMAT, VERSION, get_text
-from mixtera_hpc.index.parts import building_folder
+from mixtera_hpc.index.scan.scan_log import building_folder
 
 __all__ = ["DAMAGE", "damaged", "open_file"]
 

@@ -9,16 +9,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-__all__ = ["KeptParts"]
+__all__ = ["ColumnCache"]
 
-PART_BYTES = 256
+ENTRY_BYTES = 256
 """What keeping a part takes beside its values."""
 
 Key = tuple[str, int, int]
 """Column, first row, and one past the last."""
 
 
-class KeptParts:
+class ColumnCache:
     """At most `max_bytes` of them, 0 for none. Not thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -33,7 +33,7 @@ class KeptParts:
 
     def _keep(self, key: Key, part: NDArray[Any]) -> NDArray[Any]:
         self._parts[key] = part
-        self._left_bytes -= part.nbytes + PART_BYTES
+        self._left_bytes -= part.nbytes + ENTRY_BYTES
         while self._left_bytes < 0:
-            self._left_bytes += self._parts.pop(next(iter(self._parts))).nbytes + PART_BYTES
+            self._left_bytes += self._parts.pop(next(iter(self._parts))).nbytes + ENTRY_BYTES
         return part

@@ -19,30 +19,30 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanSpec, ScanUnit
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
-from mixtera_hpc.index.discover import Shard, fingerprint_of_shard
-from mixtera_hpc.index.functions import Functions
+from mixtera_hpc.index.build.discover import Shard, fingerprint_of_shard
 from mixtera_hpc.index.layout import DATASET
-from mixtera_hpc.index.part import Combo, UnitPart, histogram_of, joined_combos, reason_of, zones_of
+from mixtera_hpc.index.scan.computed_properties import DocumentFunctions
+from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, combine_columns, histogram_of, reason_of, zones_of
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["ScanJob", "scan_unit"]
+__all__ = ["ScanSettings", "scan_unit"]
 
 Ints = NDArray[np.int64]
-PART_ROWS = 1 << 19
+RESULT_ROWS = 1 << 19
 IS_BAD = -1
 MAX_REASONS = 30
 """Told apart in a part: what a user's function says of a row may be new every time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScanJob:
+class ScanSettings:
     """What is the same for all units of a build."""
 
     roots: Mapping[str, Path]
     """Dataset → the folder its shards are in; a single one is called ''."""
     fields: ScanSpec
     """What is read from rows."""
-    functions: Functions
+    functions: DocumentFunctions
     """What is computed from documents."""
     block_rows: int
     tokenizer: Tokenizer | None
@@ -55,19 +55,19 @@ class ScanJob:
         return tuple(sorted(found, key=lambda field: field.name))
 
 
-def scan_unit(job: ScanJob, shard: Shard, unit: ScanUnit) -> Iterator[UnitPart]:
+def scan_unit(job: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[ScanResult]:
     """Read one unit; its parts, in order, at least one.
 
     Raises:
         DataError: rows that cannot be read, the first ten named in its notes, unless they are skipped; or the file is not
             the one discovered.
     """
-    path, rows = shard.below(job.roots), _Rows(job, shard)
+    path, rows = shard.below(job.roots), _RowCollector(job, shard)
     try:
         fingerprint = fingerprint_of_shard(path, shard.size_bytes) if unit.start == 0 else ""
         for batch in _batches(job, shard, unit, rows):
             rows.add(batch)
-            if rows.complete >= PART_ROWS:
+            if rows.complete >= RESULT_ROWS:
                 yield rows.part(fingerprint)
                 fingerprint = ""
         status = path.stat()
@@ -84,7 +84,7 @@ def scan_unit(job: ScanJob, shard: Shard, unit: ScanUnit) -> Iterator[UnitPart]:
     yield rows.part(fingerprint)
 
 
-def _batches(job: ScanJob, shard: Shard, unit: ScanUnit, rows: "_Rows") -> Iterator[RowBatch]:
+def _batches(job: ScanSettings, shard: Shard, unit: ScanUnit, rows: "_RowCollector") -> Iterator[RowBatch]:
     """The batches of a unit; with bad samples skipped, those before the place where it is damaged."""
     path, file = shard.below(job.roots), ShardFile(root=job.roots[shard.dataset], path=shard.path, format=shard.format)
     try:
@@ -100,10 +100,10 @@ def _is_of_the_system(error: DataError) -> bool:
     return isinstance(error.__context__, OSError) and error.__context__.errno is not None
 
 
-class _Rows:
+class _RowCollector:
     """Collects the batches of one unit: some dozen bytes per row, no texts."""
 
-    def __init__(self, job: ScanJob, shard: Shard) -> None:
+    def __init__(self, job: ScanSettings, shard: Shard) -> None:
         self._job = job
         self._dataset = shard.dataset
         kinds = {f.name: f.kind for f in job.properties}
@@ -151,7 +151,7 @@ class _Rows:
         self.held = self.complete
         self._reasons[reason_of(reason)] += 0
 
-    def part(self, fingerprint: str) -> UnitPart:
+    def part(self, fingerprint: str) -> ScanResult:
         """The blocks that have ended; rows of the one that has not stay here."""
         samples, numbers = self._columns()
         self._keep(samples, numbers, slice(self.complete, None))
@@ -164,7 +164,7 @@ class _Rows:
 
     def _part(
         self, ranges: Ints, samples: dict[str, Ints], numbers: dict[str, NDArray[np.float64]], fingerprint: str
-    ) -> UnitPart:
+    ) -> ScanResult:
         offset, length, rows = ranges
         known = list(self._codes)
         occurs = np.bincount(samples["combo"] - IS_BAD, minlength=1) > 0
@@ -172,7 +172,7 @@ class _Rows:
         samples["combo"] = (np.cumsum(occurs) - 1)[samples["combo"] - IS_BAD]
         is_bad = (used == IS_BAD)[samples["combo"]]
         per_block, cells = histogram_of(rows, samples, len(used), 0 if is_bad.any() else None)  # IS_BAD sorts first.
-        return UnitPart(
+        return ScanResult(
             combos=[None if code == IS_BAD else known[code] for code in used.tolist()],
             blocks={"offset": offset, "length": length, "rows": rows, "count": per_block},
             cells=cells,
@@ -198,7 +198,7 @@ class _Rows:
         if self._dataset:
             columns = {**columns, DATASET: Categories([(self._dataset,)], np.zeros(rows, np.int32))}
         found = [columns[name] for name in self._categorical]
-        values, code = joined_combos([c for c in found if isinstance(c, Categories)], rows)
+        values, code = combine_columns([c for c in found if isinstance(c, Categories)], rows)
         codes = np.fromiter((self._codes[v] for v in values), np.int64, len(values))
         return codes[code]
 

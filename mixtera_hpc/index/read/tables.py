@@ -7,7 +7,7 @@ import numpy as np
 
 from mixtera_hpc.core.index_tables import BlockTable, Histogram, IndexTables, ShardTable, Zones
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.index.discover import escapes
+from mixtera_hpc.index.build.discover import escapes
 from mixtera_hpc.index.layout import (
     BadRows,
     Generation,
@@ -20,7 +20,7 @@ from mixtera_hpc.index.layout import (
     with_zero,
 )
 
-__all__ = ["read_bad", "read_generations", "read_tables"]
+__all__ = ["read_bad_rows", "read_generations", "read_tables"]
 
 
 def read_tables(file: h5py.File, datasets: tuple[str, ...]) -> IndexTables:
@@ -49,7 +49,7 @@ def read_tables(file: h5py.File, datasets: tuple[str, ...]) -> IndexTables:
     )
 
 
-def read_bad(group: h5py.Group) -> tuple[BadRows, ...]:
+def read_bad_rows(group: h5py.Group) -> tuple[BadRows, ...]:
     """What was skipped, by shard and reason."""
     columns = zip(group["shard"][...].tolist(), read_texts(group, "reason"), group["rows"][...].tolist(), strict=True)
     return tuple(BadRows(shard=shard, reason=reason, rows=rows) for shard, reason, rows in columns)

@@ -13,22 +13,22 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.file import DAMAGE, damaged, open_file
-from mixtera_hpc.index.generation import tables_at
 from mixtera_hpc.index.layout import children, get_text, read_texts
-from mixtera_hpc.index.samples import SampleReader
-from mixtera_hpc.index.tables import read_bad, read_generations, read_tables
+from mixtera_hpc.index.open_file import DAMAGE, damaged, open_file
+from mixtera_hpc.index.read.generations import tables_of_generation
+from mixtera_hpc.index.read.sample_reader import SampleReader
+from mixtera_hpc.index.read.tables import read_bad_rows, read_generations, read_tables
 
 __all__ = ["PropertyIndex", "open_index"]
 
-Roots = str | Mapping[str, str] | None
+DataRoots = str | Mapping[str, str] | None
 """Where the shards lie now: a folder, or one for each data set; None: where they lay at the build."""
 
 
 class PropertyIndex:
     """An open index. Closing it leaves the tables usable."""
 
-    def __init__(self, path: Path, file: h5py.File, data_root: Roots) -> None:
+    def __init__(self, path: Path, file: h5py.File, data_root: DataRoots) -> None:
         self.path = path
         self.roots = _roots(file["roots"], data_root, path)
         """Data set → folder; a single root is called ''."""
@@ -40,7 +40,7 @@ class PropertyIndex:
         self.sources = {name: get_text(group, "source") for name, group in children(file["properties"]).items()}
         """Property → where its values come from."""
         self.chunk_rows = int(file.attrs["chunk_rows"])
-        self.bad = read_bad(file["bad"])
+        self.bad = read_bad_rows(file["bad"])
         self.generations = read_generations(file["generations"])
         """States that the index begins with, oldest first; the last is the whole."""
         self.text = get_text(file, "text") or None
@@ -77,7 +77,7 @@ class PropertyIndex:
                 f"{self.path} does not begin with a state {fingerprint[:12]!r}; it has {known}.\n  Shards of that state were "
                 "changed or deleted, a property was derived, or the index was built again: start a new run, or put the old file back."
             )
-        self.tables, self.fingerprint = tables_at(self.tables, found), found.fingerprint
+        self.tables, self.fingerprint = tables_of_generation(self.tables, found), found.fingerprint
 
     def read_block(self, block: int) -> SampleColumns:
         """The samples of one block."""
@@ -102,7 +102,7 @@ class PropertyIndex:
         self.close()
 
 
-def open_index(path: str | Path, data_root: Roots = None, generation: str | None = None) -> PropertyIndex:
+def open_index(path: str | Path, data_root: DataRoots = None, generation: str | None = None) -> PropertyIndex:
     """Open an index and load its tables.
 
     Args:
@@ -123,7 +123,7 @@ def open_index(path: str | Path, data_root: Roots = None, generation: str | None
     return index
 
 
-def _roots(group: h5py.Group, given: Roots, path: Path) -> dict[str, Path]:
+def _roots(group: h5py.Group, given: DataRoots, path: Path) -> dict[str, Path]:
     stored = dict(zip(read_texts(group, "dataset"), read_texts(group, "path"), strict=True))
     if not given:
         return {name: Path(root) for name, root in stored.items()}

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.file import DAMAGE, damaged, open_file
-from mixtera_hpc.index.kept import KeptParts
 from mixtera_hpc.index.layout import children, read_texts
+from mixtera_hpc.index.open_file import DAMAGE, damaged, open_file
+from mixtera_hpc.index.read.column_cache import ColumnCache
 
 __all__ = ["SampleReader"]
 
@@ -32,7 +32,7 @@ class SampleReader:
             keep_bytes: so much of what was read lately is kept.
         """
         self.path = Path(path)
-        self._kept = KeptParts(keep_bytes)
+        self._kept = ColumnCache(keep_bytes)
         self._fingerprint = fingerprint
         self._lock = threading.Lock()
         self._file: h5py.File | None = None

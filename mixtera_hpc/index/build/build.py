@@ -16,19 +16,21 @@ from mixtera_hpc.formats.base import ScanUnit, Vocabulary
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.shard_scan import scan_spec_of
-from mixtera_hpc.index.attempt import Attempt, Plan, Records, attempt
-from mixtera_hpc.index.discover import Shard, discover, roots_of
-from mixtera_hpc.index.finish import Asked, BuildReport, finish
-from mixtera_hpc.index.functions import Functions
-from mixtera_hpc.index.part import UnitPart
-from mixtera_hpc.index.scan import ScanJob, scan_unit
-from mixtera_hpc.index.together import Report
+from mixtera_hpc.index.build.assemble import BuildReport, BuildRequest, assemble_index
+from mixtera_hpc.index.build.discover import Shard, discover_shards, roots_of
+from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, run_index_job
+from mixtera_hpc.index.scan.computed_properties import DocumentFunctions
+from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
+from mixtera_hpc.index.scan.scan_result import ScanResult
+from mixtera_hpc.index.scan.unit_scan import ScanSettings, scan_unit
 from mixtera_hpc.tokens.tokenizer import load_vocabulary
 
-__all__ = ["BuildReport", "build_index", "plan_of", "scan_attempt", "scan_job"]
+__all__ = ["BuildReport", "build_index", "plan_shards", "scan_settings", "shard_scan_job"]
 
 
-def build_index(config: Config, comm: Communicator | None = None, progress: Report | None = None) -> BuildReport:
+def build_index(
+    config: Config, comm: Communicator | None = None, progress: ProgressCallback | None = None
+) -> BuildReport:
     """Build `config.index.path` from the shards of `config.data`. **Collective.**
 
     Args:
@@ -39,28 +41,30 @@ def build_index(config: Config, comm: Communicator | None = None, progress: Repo
         DataError: a shard or a row that cannot be read.
         PropertyIndexError: the index cannot be written, or is being built already.
     """
-    began, job = time.monotonic(), scan_job(config)
+    began, job = time.monotonic(), scan_settings(config)
 
-    def end(plan: Plan, records: Records) -> BuildReport:
-        return finish(Asked(config, job, began), plan, records)
+    def end(plan: ScanPlan, records: UnitRecords) -> BuildReport:
+        return assemble_index(BuildRequest(config, job, began), plan, records)
 
-    work = scan_attempt(config, job)
-    return attempt(work, comm or Local(), lambda: plan_of(job, discover(config.data)), end, BuildReport, progress)
+    work = shard_scan_job(config, job)
+    return run_index_job(
+        work, comm or Local(), lambda: plan_shards(job, discover_shards(config.data)), end, BuildReport, progress
+    )
 
 
-def scan_job(config: Config) -> ScanJob:
+def scan_settings(config: Config) -> ScanSettings:
     """What a configuration says of scanning.
 
     Raises:
         ConfigError: paths that contradict each other, a function or a tokenizer that cannot be loaded.
     """
-    tokenizer, functions = load_vocabulary(config.dataplane), Functions.of(config.data)
+    tokenizer, functions = load_vocabulary(config.dataplane), DocumentFunctions.of(config.data)
     vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
     documents = tokenizer is not None or bool(functions.all)
     fields = scan_spec_of(config.data, documents=documents, vocabulary=vocabulary)
     if config.index.seek_points:
         fields = replace(fields, seek_folder=str(seek_folder_of(config.index.path)))
-    return ScanJob(
+    return ScanSettings(
         roots=roots_of(config.data),
         fields=fields,
         functions=functions,
@@ -69,15 +73,15 @@ def scan_job(config: Config) -> ScanJob:
     )
 
 
-def scan_attempt(config: Config, job: ScanJob) -> Attempt:
+def shard_scan_job(config: Config, job: ScanSettings) -> IndexJob:
     """How units of shards are scanned."""
 
-    def scan(plan: Plan, number: int) -> Iterator[UnitPart]:
+    def scan(plan: ScanPlan, number: int) -> Iterator[ScanResult]:
         shard, start, stop = plan.units[number]
         return scan_unit(job, plan.shards[shard], ScanUnit(start, stop))
 
     tokenizer = job.tokenizer.fingerprint if job.tokenizer else None
-    return Attempt(
+    return IndexJob(
         path=Path(config.index.path),
         depends=[job.fields, job.functions.fields, job.functions.sources, job.block_rows, tokenizer],
         threads=config.index.threads,
@@ -85,7 +89,7 @@ def scan_attempt(config: Config, job: ScanJob) -> Attempt:
     )
 
 
-def plan_of(job: ScanJob, shards: list[Shard], first: int = 0) -> Plan:
+def plan_shards(job: ScanSettings, shards: list[Shard], first: int = 0) -> ScanPlan:
     """The units of all shards from position `first` on."""
     units = [
         (number, unit.start, unit.stop)
@@ -93,4 +97,4 @@ def plan_of(job: ScanJob, shards: list[Shard], first: int = 0) -> Plan:
         if number >= first
         for unit in load_format(shard.format).units(shard.below(job.roots), shard.size_bytes)
     ]
-    return Plan(shards=shards, units=units, sizes=[stop - start for _, start, stop in units])
+    return ScanPlan(shards=shards, units=units, sizes=[stop - start for _, start, stop in units])

@@ -20,18 +20,25 @@ import msgspec
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.discover import Shard
+from mixtera_hpc.index.build.discover import Shard
 from mixtera_hpc.index.layout import VERSION
-from mixtera_hpc.index.part import UnitPart
-from mixtera_hpc.index.parts import PartRecord, building_folder, find_parts, locked, recover_parts, whole_units
-from mixtera_hpc.index.together import Report, Tasks, scan_together
+from mixtera_hpc.index.scan.parallel_scan import ProgressCallback, ScanTasks, scan_in_parallel
+from mixtera_hpc.index.scan.scan_log import (
+    LogRecord,
+    build_lock,
+    building_folder,
+    complete_units,
+    read_logs,
+    recover_logs,
+)
+from mixtera_hpc.index.scan.scan_result import ScanResult
 
-__all__ = ["Attempt", "Plan", "attempt"]
+__all__ = ["IndexJob", "ScanPlan", "run_index_job"]
 
 T = TypeVar("T")
 
 
-class Plan(msgspec.Struct, kw_only=True):
+class ScanPlan(msgspec.Struct, kw_only=True):
     """What rank 0 tells the others."""
 
     shards: list[Shard]
@@ -54,7 +61,7 @@ class Plan(msgspec.Struct, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
+class IndexJob:
     """The parts of one."""
 
     path: Path
@@ -62,21 +69,21 @@ class Attempt:
     depends: Any
     """What a part depends on besides its unit; goes through JSON."""
     threads: int
-    scan: Callable[[Plan, int], Iterator[UnitPart]]
+    scan: Callable[[ScanPlan, int], Iterator[ScanResult]]
     """The parts of a unit; called by several threads at once."""
 
 
-Records = dict[int, list[PartRecord]]
+UnitRecords = dict[int, list[LogRecord]]
 """The parts of every unit."""
 
 
-def attempt(
-    job: Attempt,
+def run_index_job(
+    job: IndexJob,
     comm: Communicator,
-    make_plan: Callable[[], Plan],
-    finish: Callable[[Plan, Records], T],
+    make_plan: Callable[[], ScanPlan],
+    finish: Callable[[ScanPlan, UnitRecords], T],
     kind: type[T],
-    report: Report | None,
+    report: ProgressCallback | None,
 ) -> T:
     """Carry it out; returns what `finish` returned, which runs on rank 0 like `make_plan`. **Collective.**
 
@@ -86,12 +93,12 @@ def attempt(
     folder = building_folder(job.path)
     if comm.rank > 0:
         with _room(folder):
-            _scan(job, msgspec.json.decode(bcast_bytes(comm, None), type=Plan), comm, None)
+            _scan(job, msgspec.json.decode(bcast_bytes(comm, None), type=ScanPlan), comm, None)
         return msgspec.json.decode(bcast_bytes(comm, None), type=kind)
     _check_place(job.path)
     plan = make_plan()
     _make(folder)
-    with locked(folder), _room(folder):
+    with build_lock(folder), _room(folder):
         _resume(folder, plan, job.depends)
         bcast_bytes(comm, msgspec.json.encode(plan))
         _scan(job, plan, comm, report)
@@ -101,16 +108,16 @@ def attempt(
     return result
 
 
-def _scan(job: Attempt, plan: Plan, comm: Communicator, report: Report | None) -> None:
+def _scan(job: IndexJob, plan: ScanPlan, comm: Communicator, report: ProgressCallback | None) -> None:
     done = set(plan.done)
-    tasks = Tasks(
+    tasks = ScanTasks(
         sizes=plan.sizes,
         missing=[unit for unit in range(len(plan.units)) if unit not in done],
         folder=building_folder(job.path),
         attempt=plan.number,
         threads=job.threads,
     )
-    scan_together(tasks, lambda unit: job.scan(plan, unit), comm, report)
+    scan_in_parallel(tasks, lambda unit: job.scan(plan, unit), comm, report)
 
 
 def _check_place(path: Path) -> None:
@@ -157,13 +164,13 @@ def _room(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _resume(folder: Path, plan: Plan, depends: Any) -> None:
+def _resume(folder: Path, plan: ScanPlan, depends: Any) -> None:
     """Keep the parts of an earlier attempt at the very same thing, remove others."""
     described = msgspec.json.encode([VERSION, plan.shards, plan.units, depends])
     plan.key = hashlib.blake2b(described, digest_size=16).hexdigest()
     marker = folder / "key"
     if marker.exists() and marker.read_text() == plan.key:
-        plan.done = sorted(whole_units(recover_parts(folder)))
+        plan.done = sorted(complete_units(recover_logs(folder)))
     else:
         for path in folder.glob("*.parts"):
             path.unlink()
@@ -171,8 +178,8 @@ def _resume(folder: Path, plan: Plan, depends: Any) -> None:
     plan.number = 1 + max((int(p.stem.split("-")[0]) for p in folder.glob("*.parts")), default=0)
 
 
-def _found(folder: Path, num_units: int) -> Records:
-    found = whole_units(find_parts(folder))
+def _found(folder: Path, num_units: int) -> UnitRecords:
+    found = complete_units(read_logs(folder))
     missing = num_units - len(found)
     if missing:
         raise PropertyIndexError(

@@ -22,15 +22,24 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import narrow
-from mixtera_hpc.index.part import Summary, UnitPart
+from mixtera_hpc.index.scan.scan_result import ScanResult, ScanSummary
 
-__all__ = ["Header", "PartLog", "PartRecord", "building_folder", "find_parts", "locked", "recover_parts", "whole_units"]
+__all__ = [
+    "LogRecord",
+    "RecordHeader",
+    "ScanLog",
+    "build_lock",
+    "building_folder",
+    "complete_units",
+    "read_logs",
+    "recover_logs",
+]
 
 _PREFIX = struct.Struct("<8sIQI")
 _MAGIC = b"mixpart2"
 
 
-class Header(msgspec.Struct):
+class RecordHeader(msgspec.Struct):
     """What a part says of itself."""
 
     unit: int
@@ -40,13 +49,13 @@ class Header(msgspec.Struct):
     fingerprint: str
     """Of the shard, when this is its first part."""
     reasons: dict[str, int]
-    summary: Summary
+    summary: ScanSummary
     arrays: list[tuple[str, str, int]]
     """Name, dtype and length of every array, in the order of the body."""
 
 
 @dataclass(frozen=True, slots=True)
-class PartRecord:
+class LogRecord:
     """A part that lies in a log."""
 
     path: Path
@@ -55,38 +64,38 @@ class PartRecord:
     number: int
     last: bool
 
-    def header(self) -> Header:
+    def header(self) -> RecordHeader:
         """What it says of itself, without loading it."""
         with self.path.open("rb") as file:
             return self._header(file)
 
-    def summary(self) -> Summary:
+    def summary(self) -> ScanSummary:
         """What there is in it."""
         return self.header().summary
 
-    def load(self) -> UnitPart:
+    def load(self) -> ScanResult:
         """Read it."""
         with self.path.open("rb") as file:
             header = self._header(file)
             arrays = {name: np.fromfile(file, dtype, length) for name, dtype, length in header.arrays}
         return _part(header, arrays)
 
-    def _header(self, file: BinaryIO) -> Header:
+    def _header(self, file: BinaryIO) -> RecordHeader:
         file.seek(self.position)
         _, header_size, _, _ = _PREFIX.unpack(file.read(_PREFIX.size))
-        return msgspec.json.decode(file.read(header_size), type=Header)
+        return msgspec.json.decode(file.read(header_size), type=RecordHeader)
 
 
-class PartLog:
+class ScanLog:
     """Where one thread appends its parts."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._file = (folder / f"{name}.parts").open("xb")
 
-    def append(self, unit: int, number: int, part: UnitPart, *, last: bool) -> None:
+    def append(self, unit: int, number: int, part: ScanResult, *, last: bool) -> None:
         """Write one part of a unit."""
         arrays = {name: narrow(values) for name, values in _flat(part)}
-        fields = Header(
+        fields = RecordHeader(
             unit=unit,
             number=number,
             last=last,
@@ -108,7 +117,7 @@ class PartLog:
         self._file.close()
 
 
-def _flat(part: UnitPart) -> Iterator[tuple[str, NDArray[Any]]]:
+def _flat(part: ScanResult) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every array of a part under a name of its own."""
     for group in ("blocks", "cells", "samples", "numbers"):
         yield from ((f"{group}/{name}", values) for name, values in getattr(part, group).items())
@@ -116,7 +125,7 @@ def _flat(part: UnitPart) -> Iterator[tuple[str, NDArray[Any]]]:
         yield from ((f"zones/{name}/{number}", values) for name, values in zones.items())
 
 
-def _part(header: Header, arrays: dict[str, NDArray[Any]]) -> UnitPart:
+def _part(header: RecordHeader, arrays: dict[str, NDArray[Any]]) -> ScanResult:
     """The inverse of `_flat`."""
 
     def group(name: str) -> dict[str, NDArray[Any]]:
@@ -124,7 +133,7 @@ def _part(header: Header, arrays: dict[str, NDArray[Any]]) -> UnitPart:
         return {key: v if v.dtype.kind == "f" else v.astype(np.int64) for key, v in found.items()}
 
     numbers = group("numbers")
-    return UnitPart(
+    return ScanResult(
         combos=header.summary.combos,
         blocks=group("blocks"),
         cells=group("cells"),
@@ -142,7 +151,7 @@ def building_folder(index: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def build_lock(folder: Path) -> Iterator[None]:
     """Keep a second build of the same index out for as long as this process lives.
 
     Raises:
@@ -160,9 +169,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def recover_parts(folder: Path) -> list[PartRecord]:
+def recover_logs(folder: Path) -> list[LogRecord]:
     """Every whole record of every log, after cutting each log where a kill or a crash left it damaged."""
-    found: list[PartRecord] = []
+    found: list[LogRecord] = []
     for path in sorted(folder.glob("*.parts")):
         with path.open("r+b") as file:
             end = 0
@@ -173,9 +182,9 @@ def recover_parts(folder: Path) -> list[PartRecord]:
     return found
 
 
-def find_parts(folder: Path) -> list[PartRecord]:
-    """Every record of every log; logs of earlier attempts have been through `recover_parts`."""
-    found: list[PartRecord] = []
+def read_logs(folder: Path) -> list[LogRecord]:
+    """Every record of every log; logs of earlier attempts have been through `recover_logs`."""
+    found: list[LogRecord] = []
     for path in sorted(folder.glob("*.parts")):
         with path.open("rb") as file:
             while record := _read_record(path, file, verify=False):
@@ -183,16 +192,16 @@ def find_parts(folder: Path) -> list[PartRecord]:
     return found
 
 
-def whole_units(records: list[PartRecord]) -> dict[int, list[PartRecord]]:
+def complete_units(records: list[LogRecord]) -> dict[int, list[LogRecord]]:
     """The units all of whose parts are there, with their parts in order."""
-    units: dict[int, dict[int, PartRecord]] = {}
+    units: dict[int, dict[int, LogRecord]] = {}
     for record in records:
         units.setdefault(record.unit, {}).setdefault(record.number, record)
     ordered = {unit: [parts[number] for number in sorted(parts)] for unit, parts in units.items()}
     return {unit: parts for unit, parts in ordered.items() if parts[-1].last and parts[-1].number == len(parts) - 1}
 
 
-def _read_record(path: Path, file: BinaryIO, verify: bool) -> PartRecord | None:
+def _read_record(path: Path, file: BinaryIO, verify: bool) -> LogRecord | None:
     """The record at the file's position, which then moves behind it; None where there is no whole one."""
     position = file.tell()
     prefix = file.read(_PREFIX.size)
@@ -205,11 +214,11 @@ def _read_record(path: Path, file: BinaryIO, verify: bool) -> PartRecord | None:
     if verify and _checksum(header, file, body_size) != checksum:
         return None
     file.seek(body + body_size)
-    decoded = msgspec.json.decode(header, type=_Place)
-    return PartRecord(path, position, decoded.unit, decoded.number, decoded.last)
+    decoded = msgspec.json.decode(header, type=_RecordPosition)
+    return LogRecord(path, position, decoded.unit, decoded.number, decoded.last)
 
 
-class _Place(msgspec.Struct):
+class _RecordPosition(msgspec.Struct):
     """The part of a header that finding it needs."""
 
     unit: int

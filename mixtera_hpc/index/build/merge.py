@@ -17,27 +17,27 @@ from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.base import PropertyField
 from mixtera_hpc.index.layout import MAX_CHUNK_ROWS, MIN_CHUNK_ROWS, with_zero
-from mixtera_hpc.index.part import Combo, Summary, UnitPart
+from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, ScanSummary
 
-__all__ = ["Merged", "Piece", "PlacedPiece", "Translated", "merge", "translated"]
+__all__ = ["MergedTables", "PlacedSource", "ResultSource", "TranslatedResult", "merge_results", "translate_result"]
 
 MAX_COMBOS = 1 << 20
 """Some 500 bytes each, in every process that plans: what stays below a gigabyte."""
 
 
-class Piece(Protocol):
+class ResultSource(Protocol):
     """Some consecutive blocks of one shard, not loaded yet."""
 
-    def summary(self) -> Summary: ...
-    def load(self) -> UnitPart: ...
+    def summary(self) -> ScanSummary: ...
+    def load(self) -> ScanResult: ...
 
 
-PlacedPiece = tuple[int | NDArray[np.int64], Piece]
+PlacedSource = tuple[int | NDArray[np.int64], ResultSource]
 """Blocks, and the position of the shard they are in, or of each one's; pieces follow each other in index order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Merged:
+class MergedTables:
     """What is known of all pieces together."""
 
     properties: dict[str, Property]
@@ -63,7 +63,7 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Translated:
+class TranslatedResult:
     """A piece in the numbers of the whole index."""
 
     blocks: dict[str, NDArray[np.int64]]
@@ -73,12 +73,12 @@ class Translated:
     """`combo`, `length` and `tokens` where the index has them, and `numbers/NAME`; shape (rows,) each."""
 
 
-def merge(
+def merge_results(
     fields: Sequence[PropertyField],
-    pieces: Iterable[PlacedPiece],
+    pieces: Iterable[PlacedSource],
     known: Sequence[Combo | None] = (),
     chunk_rows: int = 0,
-) -> Merged:
+) -> MergedTables:
     """The first pass.
 
     Args:
@@ -90,7 +90,7 @@ def merge(
         ConfigError: there are more combos than memory should hold.
     """
     names = [f.name for f in fields if f.kind is not Kind.NUMBER]
-    totals, used, maxima = _Totals(), set[Combo | None](), dict[str, int]()
+    totals, used, maxima = _MergeTotals(), set[Combo | None](), dict[str, int]()
     for _, piece in pieces:
         summary = piece.summary()
         totals.add(summary)
@@ -104,7 +104,7 @@ def merge(
     combos += [None] if None in used and None not in combos else []
     chunk_rows = chunk_rows or totals.usual_block_rows()
     properties = {f.name: Property(name=f.name, kind=f.kind, values=_dictionary(f, names, combos)) for f in fields}
-    return Merged(
+    return MergedTables(
         properties=properties,
         combos=_combo_table(names, combos, properties),
         position={combo: i for i, combo in enumerate(combos)},
@@ -119,7 +119,7 @@ def merge(
     )
 
 
-def translated(merged: Merged, part: UnitPart) -> Translated:
+def translate_result(merged: MergedTables, part: ScanResult) -> TranslatedResult:
     """A loaded piece, its combos renumbered and ascending within each block."""
     translate = np.array([merged.position[c] for c in part.combos], np.int64)
     block = np.repeat(np.arange(len(part.blocks["rows"])), part.blocks["count"])
@@ -131,7 +131,7 @@ def translated(merged: Merged, part: UnitPart) -> Translated:
         if f"samples/{name}" in merged.maxima and name not in samples:
             samples[name] = part.samples.get(name, np.zeros(part.num_rows, np.int64))
     samples |= {f"numbers/{name}": part.numbers[name] for name in merged.numbers}
-    return Translated(blocks=part.blocks, cells=cells, zones=part.zones, samples=samples)
+    return TranslatedResult(blocks=part.blocks, cells=cells, zones=part.zones, samples=samples)
 
 
 def _too_many(names: Sequence[str], combos: Iterable[Combo | None]) -> ConfigError:
@@ -144,14 +144,14 @@ def _too_many(names: Sequence[str], combos: Iterable[Combo | None]) -> ConfigErr
     )
 
 
-class _Totals:
+class _MergeTotals:
     """Sums over pieces."""
 
     def __init__(self) -> None:
         self.rows = self.bad_rows = self.blocks = self.cells = 0
         self._block_rows: Counter[int] = Counter()
 
-    def add(self, summary: Summary) -> None:
+    def add(self, summary: ScanSummary) -> None:
         self.rows += summary.rows
         self.bad_rows += summary.bad_rows
         self.blocks += summary.blocks

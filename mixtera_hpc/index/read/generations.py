@@ -12,10 +12,10 @@ from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, Histogram, 
 from mixtera_hpc.core.properties import ComboTable, Property
 from mixtera_hpc.index.layout import Generation
 
-__all__ = ["tables_at"]
+__all__ = ["tables_of_generation"]
 
 
-def tables_at(tables: IndexTables, generation: Generation) -> IndexTables:
+def tables_of_generation(tables: IndexTables, generation: Generation) -> IndexTables:
     """The tables as they were."""
     combos = _combos(tables.combos, generation.combos)
     blocks = slice(0, generation.blocks)

@@ -17,7 +17,7 @@ from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.registry import SUFFIXES, format_name_of, load_format
 
-__all__ = ["Shard", "discover", "escapes", "fingerprint_of_shard", "roots_of"]
+__all__ = ["Shard", "discover_shards", "escapes", "fingerprint_of_shard", "roots_of"]
 
 ENDS_BYTES = 1 << 20
 
@@ -44,7 +44,7 @@ def roots_of(data: DataConfig) -> dict[str, Path]:
     return {name: Path(root) for name, root in sorted(data.sets.items())} if data.sets else {"": Path(data.root)}
 
 
-def discover(data: DataConfig) -> list[Shard]:
+def discover_shards(data: DataConfig) -> list[Shard]:
     """The shards of a data collection, sorted by dataset and path.
 
     Hidden files never match. A glob whose last part is only stars skips files of unknown format and plain text and `.json`,

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import h5py
 
-__all__ = ["StoredColumn", "stored_columns"]
+__all__ = ["ColumnSize", "column_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredColumn:
+class ColumnSize:
     """One column of the file."""
 
     name: str
@@ -19,14 +19,14 @@ class StoredColumn:
     """In memory; for sample columns with the gaps behind short blocks."""
 
 
-def stored_columns(path: Path) -> list[StoredColumn]:
+def column_sizes(path: Path) -> list[ColumnSize]:
     """Every column, in the file's order; nothing is read but the metadata."""
-    found: list[StoredColumn] = []
+    found: list[ColumnSize] = []
 
     def look(name: str, node: object) -> None:
         if isinstance(node, h5py.Dataset):
             sizes = {"size_bytes": int(node.id.get_storage_size()), "unpacked_bytes": int(node.nbytes)}
-            found.append(StoredColumn(name=name, **sizes))
+            found.append(ColumnSize(name=name, **sizes))
 
     with h5py.File(path, "r", locking=False) as file:
         file.visititems(look)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.formats.category_codes import Categories
 
-__all__ = ["Combo", "Summary", "UnitPart", "histogram_of", "joined_combos", "reason_of", "zones_of"]
+__all__ = ["Combo", "ScanResult", "ScanSummary", "combine_columns", "histogram_of", "reason_of", "zones_of"]
 
 Combo = tuple[tuple[str, ...], ...]
 """The values of every categorical property, properties sorted by name."""
@@ -29,7 +29,7 @@ MAX_REASON = 120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class ScanSummary:
     """What the merge needs to know of a part before it loads it."""
 
     combos: list[Combo | None]
@@ -45,7 +45,7 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnitPart:
+class ScanResult:
     """Some blocks of one shard."""
 
     combos: list[Combo | None]
@@ -69,11 +69,11 @@ class UnitPart:
     def num_rows(self) -> int:
         return len(self.samples["combo"])
 
-    def summary(self) -> Summary:
+    def summary(self) -> ScanSummary:
         """What there is in it."""
         rows, numbers = np.unique(self.blocks["rows"], return_counts=True)
         groups = {"blocks": self.blocks, "cells": self.cells, "samples": self.samples}
-        return Summary(
+        return ScanSummary(
             combos=self.combos,
             rows=self.num_rows,
             bad_rows=self.num_rows - int(self.cells["rows"].sum()),
@@ -84,7 +84,7 @@ class UnitPart:
         )
 
 
-def joined_combos(columns: Sequence[Categories], rows: int) -> tuple[list[Combo], NDArray[np.intp]]:
+def combine_columns(columns: Sequence[Categories], rows: int) -> tuple[list[Combo], NDArray[np.intp]]:
     """Distinct combos of several columns, those that occur and perhaps others, and each row's position among them."""
     if not columns:
         return [()], np.zeros(rows, np.intp)

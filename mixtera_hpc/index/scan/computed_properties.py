@@ -18,7 +18,7 @@ from mixtera_hpc.formats.base import Column, PropertyField
 from mixtera_hpc.formats.category_codes import encode_categories
 from mixtera_hpc.formats.user_functions import import_function, source_digest
 
-__all__ = ["DocumentFunction", "Functions"]
+__all__ = ["DocumentFunction", "DocumentFunctions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +33,14 @@ class DocumentFunction:
 
 
 @dataclass(frozen=True, slots=True)
-class Functions:
+class DocumentFunctions:
     """The computed properties of a build."""
 
     all: tuple[DocumentFunction, ...] = ()
     """Sorted by the name of the property."""
 
     @classmethod
-    def of(cls, data: DataConfig) -> "Functions":
+    def of(cls, data: DataConfig) -> "DocumentFunctions":
         """Import the functions that a configuration names.
 
         Raises:

@@ -24,15 +24,15 @@ from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.index.attempt import Attempt, Plan, Records, attempt
-from mixtera_hpc.index.functions import Functions
-from mixtera_hpc.index.merge import PlacedPiece, merge
-from mixtera_hpc.index.open import PropertyIndex, open_index
-from mixtera_hpc.index.part import Combo, UnitPart, histogram_of, joined_combos, zones_of
-from mixtera_hpc.index.pieces import StoredBlocks, combos_of, runs_of
-from mixtera_hpc.index.together import Report
-from mixtera_hpc.index.verify import check_fresh
-from mixtera_hpc.index.write import IndexFacts, publish_index
+from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, run_index_job
+from mixtera_hpc.index.build.merge import PlacedSource, merge_results
+from mixtera_hpc.index.build.publish import IndexFacts, publish_index
+from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
+from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.read.verify import check_fresh
+from mixtera_hpc.index.scan.computed_properties import DocumentFunctions
+from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
+from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, combine_columns, histogram_of, zones_of
 
 __all__ = ["DeriveReport", "derive_properties"]
 
@@ -59,7 +59,7 @@ class DeriveReport:
 
 
 def derive_properties(
-    config: Config, comm: Communicator | None = None, progress: Report | None = None, again: bool = False
+    config: Config, comm: Communicator | None = None, progress: ProgressCallback | None = None, again: bool = False
 ) -> DeriveReport:
     """Add every property of `config.data.properties` that has a `function` and that the index lacks. **Collective.**
 
@@ -74,31 +74,31 @@ def derive_properties(
     comm, began = comm or Local(), time.monotonic()
     roots = config.data.sets or config.data.root or None
     index = open_index(config.index.path, roots)
-    functions = _new(index, Functions.of(config.data), again)
-    combos = combos_of(index.tables.combos)
+    functions = _new(index, DocumentFunctions.of(config.data), again)
+    combos = combo_values(index.tables.combos)
 
-    def plan() -> Plan:
+    def plan() -> ScanPlan:
         check_fresh(index)
         return _plan(index)
 
-    def scan(made: Plan, unit: int) -> Iterator[UnitPart]:
+    def scan(made: ScanPlan, unit: int) -> Iterator[ScanResult]:
         _, first, last = made.units[unit]
         yield _unit(index, combos, functions, first, last)
 
-    def end(made: Plan, records: Records) -> DeriveReport:
+    def end(made: ScanPlan, records: UnitRecords) -> DeriveReport:
         return _end(index, functions, made, records, began)
 
-    job = Attempt(
+    job = IndexJob(
         path=Path(config.index.path),
         depends=["derive", index.fingerprint, functions.fields, functions.sources],
         threads=config.index.threads,
         scan=scan,
     )
     with index:
-        return attempt(job, comm, plan, end, DeriveReport, progress)
+        return run_index_job(job, comm, plan, end, DeriveReport, progress)
 
 
-def _new(index: PropertyIndex, functions: Functions, again: bool) -> Functions:
+def _new(index: PropertyIndex, functions: DocumentFunctions, again: bool) -> DocumentFunctions:
     """The functions whose properties are to be computed."""
     have = index.tables.properties
     for field in functions.fields:
@@ -114,7 +114,7 @@ def _new(index: PropertyIndex, functions: Functions, again: bool) -> Functions:
             f"There is nothing to derive: {what}.\n  Add data.properties.NAME={{function: package.module.function, kind: "
             "category}, or compute what is there once more with --again."
         )
-    return Functions(wanted)
+    return DocumentFunctions(wanted)
 
 
 def _is_new(index: PropertyIndex, field: PropertyField) -> bool:
@@ -122,15 +122,15 @@ def _is_new(index: PropertyIndex, field: PropertyField) -> bool:
     return found is None or found.kind != field.kind or index.sources[field.name] != f"function:{field.path}"
 
 
-def _plan(index: PropertyIndex) -> Plan:
+def _plan(index: PropertyIndex) -> ScanPlan:
     """Units of some dozen megabytes, each within one shard."""
     blocks, units, sizes = index.tables.blocks, [], []
-    for first, last in runs_of(index, np.arange(len(blocks), dtype=np.int64)):
+    for first, last in block_ranges(index, np.arange(len(blocks), dtype=np.int64)):
         cuts = _cuts(blocks.shard[first:last], blocks.length[first:last])
         for a, b in itertools.pairwise(cuts):
             units.append((int(blocks.shard[first + a]), first + a, first + b))
             sizes.append(int(blocks.length[first + a : first + b].sum()))
-    return Plan(shards=[], units=units, sizes=sizes)
+    return ScanPlan(shards=[], units=units, sizes=sizes)
 
 
 def _cuts(shard: NDArray[np.int32], length: NDArray[np.int64]) -> list[int]:
@@ -140,7 +140,9 @@ def _cuts(shard: NDArray[np.int32], length: NDArray[np.int64]) -> list[int]:
     return [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(shard)]
 
 
-def _unit(index: PropertyIndex, combos: list[Combo | None], functions: Functions, first: int, last: int) -> UnitPart:
+def _unit(
+    index: PropertyIndex, combos: list[Combo | None], functions: DocumentFunctions, first: int, last: int
+) -> ScanResult:
     """What the index says of some blocks of a shard, and the new properties."""
     part = StoredBlocks(index, combos, first, last).load()
     shard = int(index.tables.blocks.shard[first])
@@ -157,7 +159,7 @@ def _unit(index: PropertyIndex, combos: list[Combo | None], functions: Functions
 
 
 def _columns(
-    index: PropertyIndex, part: UnitPart, functions: Functions, reader: ShardReader, first: int
+    index: PropertyIndex, part: ScanResult, functions: DocumentFunctions, reader: ShardReader, first: int
 ) -> Iterator[Mapping[str, Column]]:
     """The new properties of every block, computed from some thousand documents at a time."""
     blocks = index.tables.blocks
@@ -194,8 +196,8 @@ def _one(columns: list[Column]) -> Column:
 
 
 def _with(
-    part: UnitPart, names: list[str], fields: tuple[PropertyField, ...], columns: Mapping[str, Column]
-) -> UnitPart:
+    part: ScanResult, names: list[str], fields: tuple[PropertyField, ...], columns: Mapping[str, Column]
+) -> ScanResult:
     """A part with more properties; one it has by that name is replaced."""
     numbers = {n: v for n, v in part.numbers.items() if n not in columns}
     zones = {n: z for n, z in part.zones.items() if n not in columns}
@@ -223,12 +225,12 @@ def _with(
 
 
 def _recombined(
-    part: UnitPart, names: list[str], added: Mapping[str, Categories], replaced: Mapping[str, Column]
+    part: ScanResult, names: list[str], added: Mapping[str, Categories], replaced: Mapping[str, Column]
 ) -> tuple[list[Combo | None], NDArray[np.int64]]:
     """The combos with more values, and the combo of every row."""
     kept = [(i, name) for i, name in enumerate(names) if name not in replaced]
     order = sorted([*(name for _, name in kept), *added])
-    new, code = joined_combos([added[name] for name in sorted(added)], part.num_rows)
+    new, code = combine_columns([added[name] for name in sorted(added)], part.num_rows)
     pairs, row_of = np.unique(part.samples["combo"] * max(len(new), 1) + code, return_inverse=True)
     position: dict[Combo | None, int] = {}
     number = np.zeros(len(pairs), np.int64)
@@ -242,12 +244,14 @@ def _recombined(
     return list(position), number[row_of]
 
 
-def _end(index: PropertyIndex, functions: Functions, plan: Plan, records: Records, began: float) -> DeriveReport:
+def _end(
+    index: PropertyIndex, functions: DocumentFunctions, plan: ScanPlan, records: UnitRecords, began: float
+) -> DeriveReport:
     """Rank 0: merge, write, publish."""
     new = {field.name: field for field in functions.fields}
     stored = {p.name: PropertyField(name=p.name, path="", kind=Kind(p.kind)) for p in index.tables.properties.values()}
-    pieces: list[PlacedPiece] = [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
-    merged = merge([field for _, field in sorted((stored | new).items())], pieces, (), index.chunk_rows)
+    pieces: list[PlacedSource] = [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
+    merged = merge_results([field for _, field in sorted((stored | new).items())], pieces, (), index.chunk_rows)
     facts = IndexFacts(
         roots={name: str(root.resolve()) for name, root in index.roots.items()},
         text=index.text,

@@ -11,15 +11,15 @@ import numpy as np
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.index_tables import ShardTable
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.index.attempt import Plan, Records
-from mixtera_hpc.index.discover import fingerprint_of_shard
+from mixtera_hpc.index.build.discover import fingerprint_of_shard
+from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords
+from mixtera_hpc.index.build.merge import PlacedSource, merge_results
+from mixtera_hpc.index.build.publish import IndexFacts, publish_index
 from mixtera_hpc.index.layout import BadRows, Generation, path_source
-from mixtera_hpc.index.merge import PlacedPiece, merge
-from mixtera_hpc.index.part import Combo
-from mixtera_hpc.index.scan import ScanJob
-from mixtera_hpc.index.write import IndexFacts, publish_index
+from mixtera_hpc.index.scan.scan_result import Combo
+from mixtera_hpc.index.scan.unit_scan import ScanSettings
 
-__all__ = ["Asked", "BuildReport", "Kept", "finish", "sources_of"]
+__all__ = ["BuildReport", "BuildRequest", "ReusedShards", "assemble_index", "property_sources"]
 
 NAMED = 5
 
@@ -55,13 +55,13 @@ class BuildReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class ReusedShards:
     """What a new file takes over from an older one: the shards it begins with."""
 
     rows: Sequence[int] = ()
     """Of every shard."""
     fingerprints: Sequence[str] = ()
-    pieces: Sequence[PlacedPiece] = ()
+    pieces: Sequence[PlacedSource] = ()
     combos: Sequence[Combo | None] = ()
     bad: Sequence[BadRows] = ()
     generations: Sequence[Generation] = ()
@@ -69,16 +69,18 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class BuildRequest:
     """What was asked for, and when."""
 
     config: Config
-    job: ScanJob
+    job: ScanSettings
     began_s: float
     """Of the monotonic clock."""
 
 
-def finish(asked: Asked, plan: Plan, records: Records, kept: Kept = Kept()) -> BuildReport:
+def assemble_index(
+    asked: BuildRequest, plan: ScanPlan, records: UnitRecords, kept: ReusedShards = ReusedShards()
+) -> BuildReport:
     """Merge, write, publish.
 
     Raises:
@@ -87,8 +89,8 @@ def finish(asked: Asked, plan: Plan, records: Records, kept: Kept = Kept()) -> B
     config, job, started = asked.config, asked.job, time.monotonic()
     path = Path(config.index.path)
     new = [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
-    pieces: list[PlacedPiece] = [*kept.pieces, *new]
-    merged = merge(job.properties, pieces, kept.combos, kept.chunk_rows)
+    pieces: list[PlacedSource] = [*kept.pieces, *new]
+    merged = merge_results(job.properties, pieces, kept.combos, kept.chunk_rows)
     shards, bad = _shards(job, plan, records, kept)
     if merged.rows == merged.bad_rows:
         raise _no_rows(job, shards, bad)
@@ -97,7 +99,7 @@ def finish(asked: Asked, plan: Plan, records: Records, kept: Kept = Kept()) -> B
         text=config.data.text,
         tokenizer=job.tokenizer.fingerprint if job.tokenizer else None,
         parser=job.fields.parser.path if job.fields.parser else None,
-        sources=sources_of(job),
+        sources=property_sources(job),
         bad=tuple(bad),
         generations=tuple(kept.generations),
     )
@@ -123,7 +125,7 @@ def finish(asked: Asked, plan: Plan, records: Records, kept: Kept = Kept()) -> B
     )
 
 
-def _no_rows(job: ScanJob, shards: ShardTable, bad: Sequence[BadRows]) -> DataError:
+def _no_rows(job: ScanSettings, shards: ShardTable, bad: Sequence[BadRows]) -> DataError:
     """The error for shards of which nothing can be read, with some of the reasons."""
     where = f"The {len(shards.path)} shards below {', '.join(map(str, job.roots.values()))} hold no rows"
     if not bad:
@@ -134,14 +136,16 @@ def _no_rows(job: ScanJob, shards: ShardTable, bad: Sequence[BadRows]) -> DataEr
     )
 
 
-def sources_of(job: ScanJob) -> dict[str, str]:
+def property_sources(job: ScanSettings) -> dict[str, str]:
     """Property → where its values come from, as the index stores it."""
     found = {f.name: path_source(f.path, f.pattern) for f in job.fields.properties}
     found |= {field.name: f"function:{field.path}" for field in job.functions.fields}
     return {field.name: found.get(field.name, field.name) for field in job.properties}
 
 
-def _shards(job: ScanJob, plan: Plan, records: Records, kept: Kept) -> tuple[ShardTable, list[BadRows]]:
+def _shards(
+    job: ScanSettings, plan: ScanPlan, records: UnitRecords, kept: ReusedShards
+) -> tuple[ShardTable, list[BadRows]]:
     """The table of all shards, and what was skipped of each; parts are looked at once more for what they say of theirs."""
     rows = np.zeros(len(plan.shards), np.int64)
     rows[: len(kept.rows)] = kept.rows
