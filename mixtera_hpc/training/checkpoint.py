@@ -1,8 +1,11 @@
-"""Checkpoints: a folder per step that is either complete or not there.
+"""Checkpoints: one folder per step, which is either complete or absent.
 
-Everything is written to a temporary folder, fsynced and renamed. `training.json` names every file with its size and checksum, so
-a copy that was cut short is recognised and the one before it is taken. Nothing in a checkpoint depends on the number of
-ranks. Price: one replica's weights and optimizer state written by rank 0, and read once more at loading to check them.
+A checkpoint is written to a temporary folder, synced to disk and renamed. `training.json` lists every file with its
+size and CRC-32, so an incomplete copy is detected at loading and the previous checkpoint is used instead. A checkpoint
+does not depend on the number of ranks.
+
+Price: rank 0 writes the weights and the optimizer state of one replica, and reads all files twice when it loads a
+checkpoint (once for the checksums).
 """
 
 import json
@@ -22,127 +25,165 @@ from mixtera_hpc.errors import DataError
 
 __all__ = ["Checkpoint", "checkpoint_path", "load_newest_checkpoint", "read_checkpoint", "write_checkpoint"]
 
-VERSION = 1
-CONTENTS = "training.json"
+FORMAT_VERSION = 1
+"""Version of the files of a checkpoint; other versions are refused."""
+
+CONTENTS_FILE = "training.json"
+MODEL_FILE = "model.pt"
+OPTIMIZER_FILE = "optimizer.pt"
+DATAPLANE_JSON_FILE = "dataplane.json"
+DATAPLANE_ARRAYS_FILE = "dataplane.npz"
+
+READ_BYTES = 1 << 20
+"""Bytes read at a time to compute a checksum."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What a run needs to go on."""
+    """Everything that a run needs to continue."""
 
     step: int
-    """Steps done, and so the number of the next one."""
-    facts: Mapping[str, Any]
-    """What must be the same to go on: the model's sizes. JSON."""
+    """Number of finished steps, which is also the number of the next step."""
+    model_settings: Mapping[str, Any]
+    """Settings that the resumed run must share, by key, for example `training.num_layers`. Values are JSON."""
     model: Mapping[str, torch.Tensor]
+    """State dict of the model."""
     optimizer: Mapping[str, Any]
+    """State dict of the optimizer."""
     dataplane: Mapping[str, Any]
-    """`{"json": …, "arrays": {name: array}}`, as the data plane gave it."""
+    """State of the data plane: `{"json": …, "arrays": {name: array}}`."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps lies."""
+    """Return the folder of the checkpoint after `step` steps."""
     return folder / f"step_{step:08d}"
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step_XXXXXXXX` and point LATEST to it; returns its path.
+    """Write a checkpoint to `folder/step_XXXXXXXX`, update LATEST and remove old checkpoints.
 
-    Of older checkpoints the newest `keep` - 1 stay. Later ones go: the run did not continue from them, so they are broken or of a
-    past that was abandoned.
+    Args:
+        folder: the folder of all checkpoints of a run.
+        checkpoint: what to write. An existing checkpoint of the same step is replaced.
+        keep: number of checkpoints to keep, this one included. Checkpoints of later steps are always removed: the run
+            did not continue from them, so they are damaged or belong to an abandoned history.
+
+    Returns:
+        The folder of the new checkpoint.
     """
     target = checkpoint_path(folder, checkpoint.step)
     partial = folder / f".{target.name}.partial"
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step_*.partial"):
-        shutil.rmtree(leftover)
+
+    # A killed job may have left a temporary folder behind.
+    for abandoned in folder.glob(".step_*.partial"):
+        shutil.rmtree(abandoned)
     partial.mkdir()
-    _write_contents(partial, checkpoint)
+    _write_files(partial, checkpoint)
+
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
+
     _write_text(folder / ".LATEST.partial", target.name + "\n")
     (folder / ".LATEST.partial").rename(folder / "LATEST")
     _sync(folder)
-    _prune(folder, target, keep)
+
+    _remove_old_checkpoints(folder, target, keep)
     return target
 
 
 def load_newest_checkpoint(
     folder: Path, accept: Callable[[Mapping[str, Any]], bool] = lambda state: True
 ) -> Checkpoint | None:
-    """The newest checkpoint that is complete; None when none was ever written. Broken ones are skipped with a warning.
+    """Load the newest complete checkpoint. Warn about damaged ones and skip them.
 
     Args:
-        accept: whether a checkpoint whose data plane's state has this "json" is of this run's past.
+        folder: the folder of all checkpoints of a run.
+        accept: whether to use a checkpoint, given the JSON part of its data plane state. The caller rejects checkpoints
+            of an abandoned history.
+
+    Returns:
+        The checkpoint, or None if there is none and the run starts at step 0.
 
     Raises:
-        DataError: there are checkpoints and none can be used; beginning anew would remove them.
+        DataError: all checkpoints are damaged. Starting again from step 0 would remove them.
     """
-    faults = []
-    for path in _candidates(folder):
-        broken = _fault(path)
-        if broken is None:
-            if accept(json.loads((path / "dataplane.json").read_text())):
-                return read_checkpoint(path)
-            continue
-        warnings.warn(f"Checkpoint {path} is skipped: {broken}.", stacklevel=2)
-        faults.append(f"\n    {path.name}: {broken}")
-    if faults:
+    damaged = []
+    for path in _newest_first(folder):
+        damage = _find_damage(path)
+        if damage is not None:
+            warnings.warn(f"Checkpoint {path} is skipped: {damage}.", stacklevel=2)
+            damaged.append(f"\n    {path.name}: {damage}")
+        elif accept(_read_json(path / DATAPLANE_JSON_FILE)):
+            return read_checkpoint(path)
+
+    if damaged:
         raise DataError(
-            f"None of the checkpoints in {folder} can be used:{''.join(faults)}\n"
-            "  Bring one back; or, to begin again from step 0, move that folder away."
+            f"No checkpoint in {folder} can be used:{''.join(damaged)}\n"
+            "  Restore one of them. To start again from step 0 instead, move that folder away."
         )
     return None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint, tensors onto the CPU. Code in the files is never run."""
-    contents = json.loads((path / CONTENTS).read_text())
-    with np.load(path / "dataplane.npz", allow_pickle=False) as arrays:
-        dataplane = {"json": json.loads((path / "dataplane.json").read_text()), "arrays": dict(arrays)}
+    """Read one checkpoint; tensors are placed on the CPU. Code in the files is never executed."""
+    contents = _read_json(path / CONTENTS_FILE)
+    with np.load(path / DATAPLANE_ARRAYS_FILE, allow_pickle=False) as arrays:
+        dataplane = {"json": _read_json(path / DATAPLANE_JSON_FILE), "arrays": dict(arrays)}
     return Checkpoint(
         step=contents["step"],
-        facts=contents["facts"],
-        model=torch.load(path / "model.pt", map_location="cpu", weights_only=True),
-        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        model_settings=contents["model_settings"],
+        model=torch.load(path / MODEL_FILE, map_location="cpu", weights_only=True),
+        optimizer=torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True),
         dataplane=dataplane,
     )
 
 
-def _write_contents(folder: Path, checkpoint: Checkpoint) -> None:
-    torch.save(dict(checkpoint.model), folder / "model.pt")
-    torch.save(dict(checkpoint.optimizer), folder / "optimizer.pt")
-    (folder / "dataplane.json").write_text(json.dumps(checkpoint.dataplane["json"]))
-    np.savez(folder / "dataplane.npz", **checkpoint.dataplane["arrays"])
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write and sync all files. The table of contents comes last: it holds the sizes and checksums of the others."""
+    torch.save(dict(checkpoint.model), folder / MODEL_FILE)
+    torch.save(dict(checkpoint.optimizer), folder / OPTIMIZER_FILE)
+    (folder / DATAPLANE_JSON_FILE).write_text(json.dumps(checkpoint.dataplane["json"]))
+    np.savez(folder / DATAPLANE_ARRAYS_FILE, **checkpoint.dataplane["arrays"])
+
     files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(folder.iterdir())}
     for name in files:
         _sync(folder / name)
-    contents = {"version": VERSION, "step": checkpoint.step, "facts": dict(checkpoint.facts), "files": files}
-    _write_text(folder / CONTENTS, json.dumps(contents, indent=1) + "\n")
+
+    contents = {
+        "version": FORMAT_VERSION,
+        "step": checkpoint.step,
+        "model_settings": dict(checkpoint.model_settings),
+        "files": files,
+    }
+    _write_text(folder / CONTENTS_FILE, json.dumps(contents, indent=1) + "\n")
     _sync(folder)
 
 
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    older = [path for path in _candidates(folder) if path.name < newest.name]
-    later = [path for path in _candidates(folder) if path.name > newest.name]
-    for path in later + older[keep - 1 :]:
+def _remove_old_checkpoints(folder: Path, current: Path, keep: int) -> None:
+    """Remove all checkpoints but `current` and the `keep` - 1 before it."""
+    paths = _newest_first(folder)
+    earlier = [path for path in paths if path.name < current.name]
+    later = [path for path in paths if path.name > current.name]
+    for path in later + earlier[keep - 1 :]:
         shutil.rmtree(path)
 
 
-def _candidates(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    return sorted((p for p in folder.glob("step_[0-9]*") if p.is_dir()), reverse=True)
+def _newest_first(folder: Path) -> list[Path]:
+    """Return the folders of all checkpoints, newest first."""
+    return sorted((path for path in folder.glob("step_[0-9]*") if path.is_dir()), reverse=True)
 
 
-def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None when nothing is."""
+def _find_damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, as the end of a sentence, or None if it is complete."""
     try:
-        contents = json.loads((path / CONTENTS).read_text())
+        contents = _read_json(path / CONTENTS_FILE)
     except (OSError, ValueError) as error:
-        return f"{CONTENTS} cannot be read ({error})"
-    if contents.get("version") != VERSION:
-        return f"its version is {contents.get('version')}, this program writes {VERSION}"
+        return f"{CONTENTS_FILE} cannot be read ({error})"
+    if contents.get("version") != FORMAT_VERSION:
+        return f"its version is {contents.get('version')}, but this program reads version {FORMAT_VERSION}"
+
     for name, expected in contents["files"].items():
         file = path / name
         if not file.is_file():
@@ -155,14 +196,19 @@ def _fault(path: Path) -> str | None:
 
 
 def _crc32(path: Path) -> int:
-    value = 0
+    checksum = 0
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            value = zlib.crc32(piece, value)
-    return value
+        while data := file.read(READ_BYTES):
+            checksum = zlib.crc32(data, checksum)
+    return checksum
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def _write_text(path: Path, text: str) -> None:
+    """Write a small file and sync it to disk."""
     with path.open("w") as file:
         file.write(text)
         file.flush()
@@ -170,6 +216,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Flush a file or the entries of a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

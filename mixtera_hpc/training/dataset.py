@@ -1,4 +1,4 @@
-"""A data plane as the dataset of a torch loader, for trainers that insist on one."""
+"""`PlaneDataset`: a data plane as a torch `IterableDataset`, for trainers that require a `DataLoader`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,41 +12,49 @@ __all__ = ["PlaneDataset"]
 
 
 class PlaneDataset(IterableDataset[Any]):
-    """The batches of an open `DataPlane`, for `DataLoader(dataset, batch_size=None)` or torchdata's `StatefulDataLoader`.
+    """The batches of an open `DataPlane` as a torch dataset.
 
-    They are whole batches, read ahead: the loader must neither put them together nor have workers of its own
-    (`dataplane.workers` reads in processes). With a `StatefulDataLoader`, its `state_dict()` is the plane's, **collective** like it,
-    and only rank 0's says something: save that one, and give it back with any number of ranks.
+    Use it with `DataLoader(dataset, batch_size=None)` or torchdata's `StatefulDataLoader`. The data plane already
+    builds whole batches and reads ahead. The loader must therefore neither collate them (`batch_size=None`) nor start
+    worker processes (`num_workers=0`); `dataplane.workers` reads in processes instead.
+
+    With a `StatefulDataLoader`, `state_dict()` is that of the data plane. Only the state of rank 0 has content: save
+    that one and load it on any number of ranks.
     """
 
     def __init__(self, plane: DataPlane, transform: Callable[[Batch], Any] | None = None) -> None:
-        """
+        """Wrap an open data plane.
+
         Args:
-            transform: what is yielded of a batch, made in the thread that asks; None: the `Batch`, as `plane.record` wants it.
+            plane: the data plane; the caller opens and closes it.
+            transform: maps each `Batch` to the value that the loader yields; called in the thread that iterates. By
+                default the `Batch` itself is yielded, as `DataPlane.record` needs it.
         """
         self._plane = plane
         self._transform = transform
 
     def __iter__(self) -> Iterator[Any]:
+        """Yield the remaining batches of the run. **Collective.**"""
         if get_worker_info() is not None:
-            raise _no_workers()
+            raise _worker_processes_error()
         for batch in self._plane:
             yield batch if self._transform is None else self._transform(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `DataPlane.state_dict`. **Collective.**"""
+        """Return the state of the data plane, see `DataPlane.state_dict`. **Collective.**"""
         return {"plane": self._plane.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `DataPlane.load_state_dict`. **Collective.**"""
+        """Restore the state of the data plane, see `DataPlane.load_state_dict`. **Collective.**"""
         self._plane.load_state_dict(state["plane"])
 
     def __getstate__(self) -> Any:
-        raise _no_workers()
+        """Refuse to be pickled, which a loader does to start worker processes by spawning."""
+        raise _worker_processes_error()
 
 
-def _no_workers() -> ConfigError:
+def _worker_processes_error() -> ConfigError:
     return ConfigError(
-        "A loader with num_workers > 0 was given a PlaneDataset: every worker would be a data plane of its own.\n"
-        "  Set num_workers=0; dataplane.workers reads in processes."
+        "A DataLoader with num_workers > 0 got a PlaneDataset. Each worker process would open its own data plane.\n"
+        "  Set num_workers=0 in the loader. To read in several processes, set dataplane.workers."
     )

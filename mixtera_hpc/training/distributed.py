@@ -1,14 +1,19 @@
-"""torch.distributed started from a Communicator, for the one thing the trainer needs of it: summing gradients.
+"""Data parallelism of the reference trainer: a torch process group and one all-reduce of all gradients per step.
 
-Plain all-reduce of one flat buffer instead of DDP: the right divisor, the number of counted tokens of the global batch, is only
-known when every micro-batch of every rank is done, and it travels at the end of the same buffer; DDP divides by the number of
-ranks and would need the count in advance. Price: the sum starts after the backward pass instead of during it. At a model
-that fits one GPU and a trainer that exists to exercise a data plane, that is the simpler side of the bargain.
+The trainer does not use DDP. The loss is a mean over the counted tokens of the global batch, and that count is known
+only after the last micro-batch of every rank. DDP divides by the number of ranks and would need the count in advance.
+Here each rank sums gradients in one flat buffer whose last element is its token count, so a single all-reduce delivers
+both.
+
+Price: the all-reduce starts after the backward pass instead of overlapping with it. That is acceptable for a model that
+fits on one GPU and a trainer whose purpose is to exercise the data plane.
 """
 
 import os
 import socket
+import zlib
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,126 +23,168 @@ from torch import Tensor, nn
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.errors import CommError, ConfigError
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore  # torch.distributed does not export the type.
+else:
+    from torch.distributed import TCPStore
+
 __all__ = ["GradientBuffer", "Replicas"]
 
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 
+MAX_RANKS_IN_MESSAGE = 8
+
 
 class Replicas:
-    """The copies of the model, one per rank, and the device each computes on.
+    """The identical copies of the model, one per rank, and the device of this rank.
 
-    With one rank no process group is made. The rendezvous is a store on rank 0, on a port the kernel picks, so any number of
-    jobs share a node; rank 0's address is what MASTER_ADDR says there, or what its host name resolves to.
+    With several ranks, the constructor creates the process group (NCCL on GPUs, gloo on CPUs). Ranks meet at a
+    `TCPStore` on rank 0, which listens on a port chosen by the kernel, so several jobs can share a node. Its address is
+    `MASTER_ADDR` if rank 0 has that variable, else the host name of rank 0. A single rank needs no process group.
     """
 
     def __init__(self, comm: Communicator, device: str) -> None:
-        """Start the process group. **Collective.**
+        """Choose the device and create the process group. **Collective.**
+
+        Args:
+            comm: the communicator of the training job.
+            device: `training.device`: auto, cpu or cuda.
 
         Raises:
-            ConfigError: `device` is cuda and a rank sees no GPU.
-            CommError: rank 0's host name cannot be resolved.
+            ConfigError: `device` is cuda and at least one rank sees no GPU.
+            CommError: the host name of rank 0 cannot be resolved.
         """
         self.comm = comm
-        self.device = _device(comm, device)
-        self._store: dist.TCPStore | None = None
+        self.device = _select_device(comm, device)
+        # The store serves the process group and must live as long as the group does.
+        self._store: TCPStore | None = None
         if comm.size > 1:
-            self._start()
+            self._store = _open_store(comm)
+            self._create_process_group(self._store)
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Add up `tensor` over all ranks, in place. **Collective.**"""
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum `tensor` over all ranks, in place. **Collective.**"""
         if self.comm.size > 1:
             dist.all_reduce(tensor)
 
     def check_identical(self, model: nn.Module) -> None:
-        """Make sure that no replica has drifted from the others. **Collective.**
+        """Check that every rank has the same weights. **Collective.**
 
         Raises:
-            CommError: names the ranks whose weights differ from rank 0's.
+            CommError: names the ranks whose weights differ from those of rank 0.
         """
-        digests = self.comm.Allgather(np.array([_digest(model)], np.int64))[:, 0]
-        different = np.flatnonzero(digests != digests[0])
+        checksums = self.comm.Allgather(np.array([_weights_checksum(model)], np.int64))[:, 0]
+        different = np.flatnonzero(checksums != checksums[0])
         if len(different):
-            raise CommError(f"The model's weights on ranks {different.tolist()[:8]} differ from rank 0's.")
+            ranks = different.tolist()[:MAX_RANKS_IN_MESSAGE]
+            raise CommError(f"The model's weights on ranks {ranks} differ from rank 0's.")
 
     def close(self) -> None:
-        """End the process group. **Collective.**"""
+        """Destroy the process group. **Collective.**"""
         if self._store is not None:
             self.comm.Barrier()
             dist.destroy_process_group()
             self._store = None
 
-    def _start(self) -> None:
-        comm, backend = self.comm, "nccl" if self.device.type == "cuda" else "gloo"
-        address, port = "", 0
-        if comm.rank == 0:
-            address = _own_address(comm)
-            self._store = _open_store(address, 0, comm)
-            port = self._store.port
-        address, port = _broadcast_endpoint(comm, address, port)
-        if comm.rank != 0:
-            self._store = _open_store(address, port, comm)
-        on_gpu = self.device if self.device.type == "cuda" else None
-        dist.init_process_group(backend, store=self._store, rank=comm.rank, world_size=comm.size, device_id=on_gpu)
+    def _create_process_group(self, store: TCPStore) -> None:
+        on_gpu = self.device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=self.comm.rank,
+            world_size=self.comm.size,
+            device_id=self.device if on_gpu else None,
+        )
 
 
 class GradientBuffer:
-    """All gradients of a model in one flat buffer, and behind them the number of tokens they are the sum over.
+    """All gradients of a model in one flat float32 buffer, followed by the number of tokens they are summed over.
 
-    Parameters' `.grad` are views of the buffer, so nothing is copied before or after the all-reduce.
+    The `.grad` of every parameter is a view into the buffer, so nothing is copied before or after the all-reduce.
     """
 
     def __init__(self, model: nn.Module) -> None:
         parameters = list(model.parameters())
-        total = sum(p.numel() for p in parameters)
-        self._buffer = torch.zeros(total + 1, dtype=torch.float32, device=parameters[0].device)
-        self._sums, self._num_tokens = self._buffer[:total], self._buffer[total:]
+        num_gradients = sum(parameter.numel() for parameter in parameters)
+        self._buffer = torch.zeros(num_gradients + 1, dtype=torch.float32, device=parameters[0].device)
+        self._gradients = self._buffer[:num_gradients]
+        self._num_tokens = self._buffer[num_gradients:]
+
         start = 0
         for parameter in parameters:
-            parameter.grad = self._sums[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+            end = start + parameter.numel()
+            parameter.grad = self._gradients[start:end].view_as(parameter)
+            start = end
 
     def zero(self) -> None:
-        """Begin a step."""
+        """Reset gradients and token count at the beginning of a step."""
         self._buffer.zero_()
 
-    def add(self, loss: Tensor, counted: Tensor) -> None:
-        """Add the gradients of the summed losses of the tokens that count; `loss` and bool `counted` are (B, T)."""
-        loss.masked_fill(~counted, 0.0).sum().backward()
+    def backward(self, loss: Tensor, counted: Tensor) -> None:
+        """Add the gradient of the summed loss of all counted tokens.
+
+        Args:
+            loss: loss of every token, float (B, T).
+            counted: whether the loss of a token counts, bool (B, T).
+        """
+        loss_sum = loss.masked_fill(~counted, 0.0).sum()
+        torch.autograd.backward(loss_sum)
         self._num_tokens += counted.sum()
 
     def average(self, replicas: Replicas) -> None:
-        """Turn this rank's sums into the mean over the global batch's counted tokens. **Collective.**"""
-        replicas.sum_(self._buffer)
-        self._sums /= self._num_tokens.clamp(min=1)
+        """Replace the sums of this rank by the mean over all counted tokens of the global batch. **Collective.**"""
+        replicas.all_reduce(self._buffer)
+        self._gradients /= self._num_tokens.clamp(min=1)
 
     def clip(self, max_norm: float) -> None:
-        """Scale down to a Euclidean norm of at most `max_norm`; never waits for the device."""
-        self._sums *= (max_norm / (self._sums.norm() + 1e-6)).clamp(max=1)
+        """Scale the gradients to a Euclidean norm of at most `max_norm` without waiting for the device."""
+        scale = max_norm / (self._gradients.norm() + 1e-6)
+        self._gradients *= scale.clamp(max=1)
 
 
-def _device(comm: Communicator, wanted: str) -> torch.device:
-    num_devices = torch.cuda.device_count() if wanted != "cpu" else 0
+def _select_device(comm: Communicator, requested: str) -> torch.device:
+    """Return this rank's GPU if every rank has one, else the CPU. **Collective.**"""
+    num_devices = 0 if requested == "cpu" else torch.cuda.device_count()
     fewest = int(comm.Allreduce(np.array([num_devices], np.int64), "min")[0])
-    if wanted == "cuda" and fewest == 0:
+    if requested == "cuda" and fewest == 0:
         raise ConfigError(
-            "training.device is cuda, but at least one rank sees no CUDA device. Set training.device=auto or cpu, or ask for GPUs."
+            "training.device is cuda, but at least one rank sees no CUDA device.\n"
+            "  Set training.device=auto or training.device=cpu, or request GPUs for the job."
         )
     if fewest == 0:
         return torch.device("cpu")
+
     device = torch.device("cuda", comm.local_rank % num_devices)
     torch.cuda.set_device(device)
     return device
 
 
-def _open_store(address: str, port: int, comm: Communicator) -> dist.TCPStore:
-    """Rank 0 listens on `port` (0: any free one), the others connect."""
-    return dist.TCPStore(
-        address, port, comm.size, is_master=comm.rank == 0, timeout=RENDEZVOUS_TIMEOUT, wait_for_workers=False
+def _open_store(comm: Communicator) -> TCPStore:
+    """Open the key-value store at which the ranks meet: rank 0 listens, the others connect. **Collective.**"""
+    if comm.rank == 0:
+        address = _own_address(comm)
+        # Port 0 lets the kernel choose a free port.
+        store = _tcp_store(comm, address, port=0)
+        _broadcast_endpoint(comm, address, store.port)
+    else:
+        address, port = _broadcast_endpoint(comm)
+        store = _tcp_store(comm, address, port)
+    return store
+
+
+def _tcp_store(comm: Communicator, address: str, port: int) -> TCPStore:
+    return TCPStore(
+        address,
+        port,
+        comm.size,
+        is_master=comm.rank == 0,
+        timeout=RENDEZVOUS_TIMEOUT,
+        wait_for_workers=False,
     )
 
 
 def _own_address(comm: Communicator) -> str:
-    """Where the other ranks find this one."""
+    """Return the address at which the other ranks reach this one."""
     if comm.size == comm.local_size:
         return "127.0.0.1"
     name = os.environ.get("MASTER_ADDR", comm.hostname)
@@ -145,24 +192,25 @@ def _own_address(comm: Communicator) -> str:
         address = socket.gethostbyname(name)
     except OSError as error:
         raise CommError(
-            f"The host name {name!r} of rank 0 cannot be resolved ({error}). Set MASTER_ADDR to an address of that node "
-            "which the others reach."
+            f"The host name {name!r} of rank 0 cannot be resolved ({error}).\n"
+            "  Set MASTER_ADDR to an address of that node that the other nodes can reach."
         ) from None
-    return name if address.startswith("127.") else address
+
+    # Some hosts resolve their own name to a loopback address, which means something else on the other nodes.
+    is_loopback = address.startswith("127.")
+    return name if is_loopback else address
 
 
-def _broadcast_endpoint(comm: Communicator, address: str, port: int) -> tuple[str, int]:
-    """Rank 0's address and port, on every rank. **Collective.**"""
-    own = f"{address} {port}".encode() if comm.rank == 0 else None
-    address, _, number = bcast_bytes(comm, own).decode().partition(" ")
+def _broadcast_endpoint(comm: Communicator, address: str = "", port: int = 0) -> tuple[str, int]:
+    """Return the address and port that rank 0 passes. **Collective.**"""
+    message = f"{address} {port}".encode() if comm.rank == 0 else None
+    address, _, number = bcast_bytes(comm, message).decode().partition(" ")
     return address, int(number)
 
 
-def _digest(model: nn.Module) -> int:
-    """A checksum of all weights that fits an int64."""
-    import zlib
-
-    value = 0
+def _weights_checksum(model: nn.Module) -> int:
+    """Return a CRC-32 over all weights."""
+    checksum = 0
     for parameter in model.parameters():
-        value = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), value)
-    return value
+        checksum = zlib.crc32(parameter.detach().cpu().numpy().tobytes(), checksum)
+    return checksum

@@ -1,7 +1,8 @@
-"""A small GPT: pre-norm blocks, rotary positions, tied embeddings; it returns the loss of every token, not a mean.
+"""A small GPT with pre-norm blocks, rotary position embeddings (RoPE) and tied input and output embeddings.
 
-Which tokens count and how losses are averaged is the trainer's business: a mean taken here would be wrong as soon as ranks or
-micro-batches count different numbers of tokens. Price: the logits of one micro-batch, (B, T, vocabulary) floats, are kept.
+The model returns the loss of every token instead of a mean. Ranks and micro-batches may count different numbers of
+tokens, so only the trainer can compute a correct mean. Price: the logits of one micro-batch, (B, T, vocab_size)
+float32, stay in memory until the backward pass.
 """
 
 from dataclasses import dataclass
@@ -14,116 +15,147 @@ from mixtera_hpc.config.schema import TrainingConfig
 
 __all__ = ["GPT", "GPTConfig", "build_model"]
 
+INIT_STD = 0.02
+"""Standard deviation of the initial weights, as in GPT-2."""
+
+ROPE_BASE = 10_000.0
+"""Base of the rotation frequencies (RoPE, arXiv 2104.09864, section 3.4.3)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPTConfig:
-    """The sizes of a GPT."""
+    """Sizes of a `GPT`."""
 
     num_layers: int
     num_heads: int
     embedding_dim: int
-    """A multiple of 2 × `num_heads`."""
+    """Width of the residual stream; a multiple of 2 × `num_heads`."""
     vocab_size: int
     seq_len: int
-    """Predicted tokens of the longest sequence."""
+    """Largest number of tokens that one sequence predicts."""
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal multi-head self-attention with rotary position embeddings."""
 
-    def __init__(self, shape: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.num_heads = shape.num_heads
-        self.qkv = nn.Linear(shape.embedding_dim, 3 * shape.embedding_dim, bias=False)
-        self.out = nn.Linear(shape.embedding_dim, shape.embedding_dim, bias=False)
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embedding_dim, 3 * config.embedding_dim, bias=False)
+        self.out = nn.Linear(config.embedding_dim, config.embedding_dim, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        b, t, d = x.shape
-        heads = self.qkv(x).view(b, t, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k = _rotate(heads[0], rotation), _rotate(heads[1], rotation)
-        y = scaled_dot_product_attention(q, k, heads[2], is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(b, t, d))
+        """Return the attention output for `x` (B, T, embedding_dim); `rotation` is (T, 2, head_dim / 2)."""
+        batch_size, num_tokens, width = x.shape
+        head_dim = width // self.num_heads
+
+        # One projection computes queries, keys and values: (3, B, heads, T, head_dim).
+        qkv = self.qkv(x).view(batch_size, num_tokens, 3, self.num_heads, head_dim).permute(2, 0, 3, 1, 4)
+        query = _rotate(qkv[0], rotation)
+        key = _rotate(qkv[1], rotation)
+        value = qkv[2]
+
+        attended = scaled_dot_product_attention(query, key, value, is_causal=True)
+        merged: Tensor = self.out(attended.transpose(1, 2).reshape(batch_size, num_tokens, width))
+        return merged
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each added to what came in."""
+    """One transformer layer: attention, then a feed-forward network; both read a layer norm and add to the residual."""
 
-    def __init__(self, shape: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.norm_attention = nn.LayerNorm(shape.embedding_dim, bias=False)
-        self.attention = Attention(shape)
-        self.norm_feed = nn.LayerNorm(shape.embedding_dim, bias=False)
-        self.up = nn.Linear(shape.embedding_dim, 4 * shape.embedding_dim, bias=False)
-        self.down = nn.Linear(4 * shape.embedding_dim, shape.embedding_dim, bias=False)
+        self.norm_attention = nn.LayerNorm(config.embedding_dim, bias=False)
+        self.attention = Attention(config)
+        self.norm_feed = nn.LayerNorm(config.embedding_dim, bias=False)
+        self.up = nn.Linear(config.embedding_dim, 4 * config.embedding_dim, bias=False)
+        self.down = nn.Linear(4 * config.embedding_dim, config.embedding_dim, bias=False)
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """Return the residual stream after this layer, (B, T, embedding_dim)."""
         x = x + self.attention(self.norm_attention(x), rotation)
-        return x + self.down(gelu(self.up(self.norm_feed(x)), approximate="tanh"))
+        update: Tensor = self.down(gelu(self.up(self.norm_feed(x)), approximate="tanh"))
+        return x + update
 
 
 class GPT(nn.Module):
-    """Tokens (B, T + 1) in, the loss of each of the T predictions out."""
+    """A decoder-only language model that maps tokens (B, T + 1) to the losses of its T predictions."""
 
     rotation: Tensor
 
-    def __init__(self, shape: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
-        self.blocks = nn.ModuleList([Block(shape) for _ in range(shape.num_layers)])
-        self.norm = nn.LayerNorm(shape.embedding_dim, bias=False)
-        self.register_buffer("rotation", _rotation(shape), persistent=False)
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.norm = nn.LayerNorm(config.embedding_dim, bias=False)
+        # Computed from the sizes, therefore not part of a checkpoint.
+        self.register_buffer("rotation", _rotation_table(config), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Plain cross-entropy in nats; int64 (B, T + 1) → float32 (B, T)."""
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        """Return the cross-entropy of every predicted token in nats; int64 (B, T + 1) → float32 (B, T)."""
+        inputs = tokens[:, :-1]
+        targets = tokens[:, 1:]
+
         x = self.embedding(inputs)
         for block in self.blocks:
             x = block(x, self.rotation[: inputs.shape[1]])
+
+        # The output projection reuses the embedding matrix (tied weights).
         logits = linear(self.norm(x), self.embedding.weight)
         return cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        """Number of trainable weights; tied embeddings count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
 
 def build_model(training: TrainingConfig, vocab_size: int, seq_len: int) -> GPT:
-    """A GPT whose initial weights depend on `training.seed` and its sizes alone: the same on every rank, on every device."""
-    shape = GPTConfig(
+    """Build a GPT on the CPU with reproducible initial weights.
+
+    The weights depend only on `training.seed` and the sizes, so they are equal on all ranks and for all devices.
+    """
+    config = GPTConfig(
         num_layers=training.num_layers,
         num_heads=training.num_heads,
         embedding_dim=training.embedding_dim,
         vocab_size=vocab_size,
         seq_len=seq_len,
     )
-    model = GPT(shape)
-    _initialise(model, training.seed, shape.num_layers)
+    model = GPT(config)
+    _initialize(model, training.seed, config.num_layers)
     return model
 
 
-def _initialise(model: GPT, seed: int, num_layers: int) -> None:
-    """GPT-2's: normal with 0.02, and narrower by sqrt(2 × layers) where a block adds to the residual stream."""
+def _initialize(model: GPT, seed: int, num_layers: int) -> None:
+    """Set the initial weights as GPT-2 does.
+
+    Matrices are normal with standard deviation `INIT_STD`. The 2 × `num_layers` projections that add to the residual
+    stream use a smaller one, so that the variance of their sum does not grow with depth. Gains of layer norms are 1.
+    """
     generator = torch.Generator().manual_seed(seed)
-    residual_std = 0.02 / (2 * num_layers) ** 0.5
+    residual_std = INIT_STD / (2 * num_layers) ** 0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(1.0)
-            else:
-                std = residual_std if name.endswith(("out.weight", "down.weight")) else 0.02
-                parameter.normal_(0.0, std, generator=generator)
+                continue
+            adds_to_residual = name.endswith(("out.weight", "down.weight"))
+            std = residual_std if adds_to_residual else INIT_STD
+            parameter.normal_(0.0, std, generator=generator)
 
 
-def _rotation(shape: GPTConfig) -> Tensor:
-    """Cosines and sines of every position's angles (RoPE, arXiv 2104.09864); shape (seq_len, 2, head_dim / 2)."""
-    half = shape.embedding_dim // shape.num_heads // 2
-    frequency = 10_000.0 ** (-torch.arange(half) / half)
-    angle = torch.arange(shape.seq_len)[:, None] * frequency
+def _rotation_table(config: GPTConfig) -> Tensor:
+    """Return cosine and sine of the rotation angles of every position (RoPE); shape (seq_len, 2, head_dim / 2)."""
+    half = config.embedding_dim // config.num_heads // 2
+    frequency = ROPE_BASE ** (-torch.arange(half) / half)
+    angle = torch.arange(config.seq_len)[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()], dim=1)
 
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (i, i + half) of (B, heads, T, head_dim) by their position's angles."""
-    cos, sin = rotation[:, 0].to(x.dtype), rotation[:, 1].to(x.dtype)
+    """Rotate each feature pair (i, i + head_dim / 2) by the angle of its position; `x` is (B, heads, T, head_dim)."""
+    cos = rotation[:, 0].to(x.dtype)
+    sin = rotation[:, 1].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

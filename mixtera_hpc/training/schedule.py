@@ -1,4 +1,4 @@
-"""The learning rate of every step."""
+"""The learning rate of each optimizer step: linear warm-up, then cosine decay."""
 
 import math
 
@@ -7,13 +7,18 @@ from mixtera_hpc.config.schema import TrainingConfig
 __all__ = ["FINAL_FRACTION", "learning_rate"]
 
 FINAL_FRACTION = 0.1
-"""The last step's learning rate as a share of the highest."""
+"""Learning rate of the last step, as a fraction of `training.learning_rate`."""
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine down to a tenth at the last of `num_steps`; steps count from 0."""
+    """Return the learning rate of `step`, counted from 0.
+
+    The rate rises linearly over `warmup_steps` and falls along a cosine to `FINAL_FRACTION` of its peak at the last of
+    `num_steps`.
+    """
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
+
     decay_steps = max(training.num_steps - 1 - training.warmup_steps, 1)
     progress = min((step - training.warmup_steps) / decay_steps, 1.0)
     cosine = (1 + math.cos(math.pi * progress)) / 2

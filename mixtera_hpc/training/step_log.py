@@ -1,7 +1,8 @@
-"""Turns timings and reduced statistics into the events of `steps.jsonl`.
+"""Builds the events of `steps.jsonl` from step timings and reduced loss statistics.
 
-Timings are known at the end of a step; its losses arrive with the data plane's reduction, a step or two later. Neither waits for
-the other, and nothing is reduced twice.
+Timings are known at the end of a step. Losses arrive with the data plane's asynchronous reduction, one or two steps
+later. The log keeps timings until their losses arrive, so the trainer neither waits for losses nor reduces them a
+second time.
 """
 
 from collections.abc import Iterable
@@ -19,64 +20,77 @@ __all__ = ["StepLog", "StepTiming"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTiming:
-    """What rank 0's clock says about a step."""
+    """What rank 0 measured for one step."""
 
     step: int
     step_s: float
+    """Wall time of the step, including `data_wait_s`."""
     data_wait_s: float
+    """Time spent waiting for the batch."""
     learning_rate: float
 
 
 class StepLog:
-    """Pairs timings with statistics, in step order, and logs one event per `log_every` steps."""
+    """Pairs timings with statistics in step order and logs one event per `log_every` steps."""
 
     def __init__(self, tracker: Tracker, *, num_ranks: int, log_every: int) -> None:
         self._tracker = tracker
         self._num_ranks = num_ranks
         self._log_every = log_every
         self._timings: dict[int, StepTiming] = {}
-        self._covered: list[tuple[StepTiming, DomainStatistics]] = []
+        """Timings of steps whose losses have not arrived, by step."""
+        self._pending: list[tuple[StepTiming, DomainStatistics]] = []
+        """Complete steps that are not logged yet."""
 
-    def timed(self, timing: StepTiming) -> None:
-        """A step's work is done."""
+    def add_timing(self, timing: StepTiming) -> None:
+        """Add the timing of a step that has just ended."""
         self._timings[timing.step] = timing
 
-    def completed(self, statistics: Iterable[DomainStatistics]) -> None:
-        """Statistics of steps that were timed before, in order."""
-        for one in statistics:
-            self._covered.append((self._timings.pop(one.step), one))
-            if (one.step + 1) % self._log_every == 0:
+    def add_statistics(self, statistics: Iterable[DomainStatistics]) -> None:
+        """Add the reduced losses of steps whose timing was added before, in step order."""
+        for step_statistics in statistics:
+            step = step_statistics.step
+            self._pending.append((self._timings.pop(step), step_statistics))
+            if (step + 1) % self._log_every == 0:
                 self.flush()
 
     def flush(self) -> None:
-        """Log what is complete, even between two multiples of `log_every`."""
-        if self._covered:
-            self._tracker.log("steps", _event(self._covered, self._num_ranks))
-            self._covered.clear()
+        """Log all complete steps, even if their number is not a multiple of `log_every`."""
+        if self._pending:
+            self._tracker.log("steps", _step_event(self._pending, self._num_ranks))
+            self._pending.clear()
 
 
-def _event(covered: list[tuple[StepTiming, DomainStatistics]], num_ranks: int) -> StepEvent:
-    timings, statistics = [t for t, _ in covered], [s for _, s in covered]
+def _step_event(steps: list[tuple[StepTiming, DomainStatistics]], num_ranks: int) -> StepEvent:
+    """Combine consecutive steps into one event: losses weighted by tokens, timings averaged."""
+    timings = [timing for timing, _ in steps]
+    statistics = [step_statistics for _, step_statistics in steps]
+
+    # Sums over the steps, per domain: shape (num_domains,).
     loss_sum = np.sum([s.loss_sum for s in statistics], axis=0)
     num_tokens = np.sum([s.num_tokens for s in statistics], axis=0)
-    total, duration = int(num_tokens.sum()), sum(t.step_s for t in timings)
+    num_sequences = np.sum([s.num_sequences for s in statistics], axis=0)
+
+    total_tokens = int(num_tokens.sum())
+    duration_s = sum(timing.step_s for timing in timings)
     return {
         "step": timings[-1].step,
-        "num_steps": len(covered),
-        "loss": float(loss_sum.sum()) / total if total else None,
-        "tokens": total,
-        "tokens_per_s": total / duration if duration else 0.0,
-        "step_s": duration / len(covered),
-        "data_wait_s": sum(t.data_wait_s for t in timings) / len(covered),
+        "num_steps": len(steps),
+        "loss": float(loss_sum.sum()) / total_tokens if total_tokens else None,
+        "tokens": total_tokens,
+        "tokens_per_s": total_tokens / duration_s if duration_s else 0.0,
+        "step_s": duration_s / len(steps),
+        "data_wait_s": sum(timing.data_wait_s for timing in timings) / len(steps),
         "learning_rate": timings[-1].learning_rate,
         "num_ranks": num_ranks,
         "num_nonfinite": int(np.sum([s.num_nonfinite for s in statistics])),
-        "domain_loss": _means(loss_sum, num_tokens),
+        "domain_loss": _mean_loss(loss_sum, num_tokens),
         "domain_tokens": num_tokens.tolist(),
-        "domain_sequences": np.sum([s.num_sequences for s in statistics], axis=0).tolist(),
+        "domain_sequences": num_sequences.tolist(),
     }
 
 
-def _means(loss_sum: NDArray[np.float64], num_tokens: NDArray[np.int64]) -> list[float | None]:
+def _mean_loss(loss_sum: NDArray[np.float64], num_tokens: NDArray[np.int64]) -> list[float | None]:
+    """Return the mean loss of every domain; None for a domain without tokens."""
     pairs = zip(loss_sum.tolist(), num_tokens.tolist(), strict=True)
     return [loss / tokens if tokens else None for loss, tokens in pairs]

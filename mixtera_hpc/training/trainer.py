@@ -1,11 +1,15 @@
-"""The reference trainer: next batch, gradients, one all-reduce, AdamW; and on the way losses to the data plane.
+"""The reference trainer: data-parallel training of a small GPT on a data plane.
 
-On a GPU nothing in a step waits for the device: losses reach the metrics through the data plane's asynchronous reduction. A
-rank's state is a full replica, so a run continues on any number of ranks.
+A step takes the next batch, computes gradients, sums them over all ranks with one all-reduce, and updates the weights
+with AdamW. The loss of every token goes to the data plane, which reduces it per domain in the background. On a GPU, no
+part of a step waits for the device.
+
+Every rank holds a full replica of the model, so a checkpoint can be resumed with any number of ranks.
 """
 
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,232 +39,302 @@ from mixtera_hpc.training.schedule import learning_rate
 from mixtera_hpc.training.step_log import StepLog, StepTiming
 from mixtera_hpc.training.validator import Validator
 
-__all__ = ["Observer", "run_training"]
+__all__ = ["StepObserver", "Trainer", "TrainerContext", "run_training"]
+
+ADAM_BETAS = (0.9, 0.95)
+
+MODEL_SETTINGS = ("num_layers", "num_heads", "embedding_dim")
+"""Keys of `training` that define the shapes of the weights. A resumed run must not change them."""
 
 
-class Observer(Tracker, Protocol):
-    """Somebody who wants to know how far this rank is."""
+class StepObserver(Tracker, Protocol):
+    """Receives the progress of a run: every finished step on each rank, and all metric events on rank 0."""
 
     def step(self, number: int) -> None:
-        """`number` steps are done."""
+        """Note that `number` steps are finished on this rank."""
         ...
 
 
 def run_training(
-    config: Config, comm: Communicator, folder: RunFolder, attempt: int, observer: Observer | None = None
+    config: Config, comm: Communicator, folder: RunFolder, attempt: int, observer: StepObserver | None = None
 ) -> None:
     """Train from the newest checkpoint of `folder`, or from the start, to `training.num_steps`. **Collective.**
 
     Args:
-        observer: told of every step on this rank, and on rank 0 of every metric event.
+        config: the composed configuration of the run.
+        comm: the communicator of all ranks of the job.
+        folder: the run folder, which receives metrics, journal and checkpoints.
+        attempt: number of this attempt of the run, from 1.
+        observer: receives the progress, for example to display it.
 
     Raises:
-        ConfigError: the configuration cannot train, or does not fit the checkpoint.
+        ConfigError: the configuration cannot be trained with, or does not match the checkpoint.
+        MixtureError: the data do not suffice for a single step.
         SavedAndStopped: a stop was requested and the state is saved.
     """
-    if config.dataplane.tokenizer is None and config.dataplane.vocab_size is None:
-        raise ConfigError("dataplane.tokenizer is not set; the trainer predicts tokens. Give a tokenizer.json.")
-    if config.mixture.unit != "tokens":
-        raise ConfigError(
-            f"mixture.unit is {config.mixture.unit}, but the reference trainer predicts tokens. Set mixture.unit=tokens, or give "
-            "your own trainer with job.command."
-        )
+    _check_trainable(config)
     torch.set_num_threads(config.training.num_threads)
     config = pin_index_generation(config, folder.journal)
+
     tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)
     if observer and comm.rank == 0:
         tracker = MultiTracker([tracker, observer])
+
     replicas = Replicas(comm, config.training.device)
     with DataPlane.open(config, comm=comm, folder=folder, attempt=attempt, tracker=tracker) as plane:
-        trainer = Trainer(
-            TrainerContext(config=config, folder=folder, tracker=tracker, observer=observer), replicas, plane
+        context = TrainerContext(
+            config=config, folder=folder, tracker=tracker, observer=observer, replicas=replicas, plane=plane
         )
+        trainer = Trainer(context)
         trainer.restore()
-        stopped = trainer.train()
+        stop_message = trainer.train()
         replicas.close()
     tracker.close()
-    if stopped:
-        raise SavedAndStopped(stopped)
+
+    if stop_message:
+        raise SavedAndStopped(stop_message)
+
+
+def _check_trainable(config: Config) -> None:
+    """Raise ConfigError if the reference trainer cannot train with `config`."""
+    if config.dataplane.tokenizer is None and config.dataplane.vocab_size is None:
+        raise ConfigError(
+            "dataplane.tokenizer is not set, but the reference trainer predicts tokens.\n"
+            "  Set dataplane.tokenizer to the path of a tokenizer.json."
+        )
+    if config.mixture.unit != "tokens":
+        raise ConfigError(
+            f"mixture.unit is {config.mixture.unit}, but the reference trainer predicts tokens.\n"
+            "  Set mixture.unit=tokens, or run your own trainer with job.command."
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerContext:
-    """What a trainer is told."""
+    """The parts of a run that a `Trainer` works with."""
 
     config: Config
     folder: RunFolder
     tracker: Tracker
-    observer: Observer | None
+    observer: StepObserver | None
+    replicas: Replicas
+    plane: DataPlane
 
 
 class Trainer:
-    """One rank's replica of the model, and the loop that trains it."""
+    """The model replica of one rank and the loop that trains it. Every rank makes the same calls."""
 
-    def __init__(self, setting: TrainerContext, replicas: Replicas, plane: DataPlane) -> None:
-        config = setting.config
-        self._config, self._training, self._folder = config, config.training, setting.folder
-        self._tracker, self._replicas, self._plane = setting.tracker, replicas, plane
-        self._observer = setting.observer
-        self._model = build_model(config.training, plane.vocab_size, config.dataplane.seq_len).to(replicas.device)
+    def __init__(self, context: TrainerContext) -> None:
+        """Build the model, the optimizer and the validator. **Collective.**"""
+        config = context.config
+        self._config = config
+        self._training = config.training
+        self._folder = context.folder
+        self._tracker = context.tracker
+        self._observer = context.observer
+        self._replicas = context.replicas
+        self._plane = context.plane
+
+        model = build_model(config.training, self._plane.vocab_size, config.dataplane.seq_len)
+        self._model = model.to(self._replicas.device)
         self._gradients = GradientBuffer(self._model)
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self._model, config.training.weight_decay),
-            betas=(0.9, 0.95),
-            fused=replicas.device.type == "cuda",
+            betas=ADAM_BETAS,
+            fused=self._on_gpu,
         )
-        self._log = StepLog(setting.tracker, num_ranks=replicas.comm.size, log_every=config.training.log_every)
-        self._validator = Validator(config, replicas, setting.tracker)
+
+        self._log = StepLog(self._tracker, num_ranks=self._comm.size, log_every=config.training.log_every)
+        self._validator = Validator(config, self._replicas, self._tracker)
         self._step = 0
+        """Number of finished steps."""
         self._saved_step: int | None = None
+        """Value of `_step` in the newest checkpoint that this attempt wrote or loaded."""
+
+    @property
+    def _comm(self) -> Communicator:
+        return self._replicas.comm
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._replicas.device.type == "cuda"
 
     def restore(self) -> None:
         """Continue from the newest complete checkpoint, if there is one. **Collective.**
 
         Raises:
-            ConfigError: the model or the data is not that of the checkpoint.
+            ConfigError: the model or the data of the run differ from those of the checkpoint.
+            DataError: all checkpoints are damaged.
         """
-        found = self._agreed_checkpoint()
-        if found is None:
+        checkpoint = self._load_checkpoint()
+        if checkpoint is None:
             return
-        self._plane.load_state_dict(found.dataplane)
-        facts = self._facts()
-        for name, value in found.facts.items():
-            if facts.get(name) != value:
-                raise ConfigError(
-                    f"{name} is {facts.get(name)}, but the checkpoint of step {found.step} was written with {value}.\n"
-                    f"  Set {name}={value}, or start a new run."
-                )
-        self._model.load_state_dict(dict(found.model))
-        self._optimizer.load_state_dict(dict(found.optimizer))
-        self._step = self._saved_step = found.step
+        self._plane.load_state_dict(checkpoint.dataplane)
+        _check_same_model(checkpoint, self._model_settings())
+        self._model.load_state_dict(dict(checkpoint.model))
+        self._optimizer.load_state_dict(dict(checkpoint.optimizer))
+        self._step = checkpoint.step
+        self._saved_step = checkpoint.step
 
     def train(self) -> str | None:
-        """Train until the end, the end of the data or an agreed stop; says why when it was a stop. **Collective.**"""
+        """Train to the last step, the end of the data or an agreed stop; save a checkpoint at the end. **Collective.**
+
+        Returns:
+            The message for the user after an agreed stop, else None.
+        """
         self._tracker.log("attempts", self._attempt_event())
         batches = iter(self._plane)
         while self._step < self._training.num_steps:
-            began = time.perf_counter()
+            started = time.perf_counter()
             batch = next(batches, None)
             if batch is None:
-                self._data_ended()
+                self._report_end_of_data()
                 break
-            self._take_step(batch)
+
+            self._train_step(batch)
             if self._observer:
                 self._observer.step(self._step)
-            stop, save = self._plane.stop_requested(), self._plane.save_requested()
-            self._note(batch.step, time.perf_counter() - began)
-            self._validator.after(self._step, self._model)
+            # All ranks get the same answers: the data plane agrees on requests with the reduction of a step.
+            stop = self._plane.stop_requested()
+            save = self._plane.save_requested()
+            self._log_step(batch.step, time.perf_counter() - started)
+            self._validator.validate_if_due(self._step, self._model)
+
             if self._step == self._training.num_steps:
                 break
             stop = stop or self._step == self._training.stop_after
-            if stop or save or (self._training.checkpoint_every and self._step % self._training.checkpoint_every == 0):
-                self._save()
+            if stop or save or self._checkpoint_is_due():
+                self._save_checkpoint()
             if stop:
                 return self._stop_message()
-        self._validator.after(self._step, self._model, at_end=True)
-        self._save()
+
+        self._validator.validate_if_due(self._step, self._model, is_last=True)
+        self._save_checkpoint()
         return None
 
-    def _data_ended(self) -> None:
-        """Say that the run is shorter than it was asked to be.
-
-        Raises:
-            MixtureError: there is not a single step in the data.
-        """
-        mixture = self._config.mixture
-        told = (
-            f"The data ended after {self._step} of training.num_steps={self._training.num_steps} steps: "
-            f"mixture.on_exhausted is {mixture.on_exhausted}, mixture.max_epochs {mixture.max_epochs}.\n"
-            "  See which domain runs out when with mixtera-hpc plan; a new run can have a higher max_epochs, of the mixture or of that domain."
-        )
-        if self._step == 0:
-            raise MixtureError(told)
-        if self._replicas.comm.rank == 0:
-            warnings.warn(told, stacklevel=2)
-
-    def _take_step(self, batch: Batch) -> None:
+    def _train_step(self, batch: Batch) -> None:
+        """Update the weights with one global batch, of which `batch` is this rank's part. **Collective.**"""
         if batch.step != self._step:
-            raise CommError(f"The data plane served step {batch.step}, the trainer expected step {self._step}.")
+            raise CommError(f"The data plane served step {batch.step}, but the trainer expected step {self._step}.")
+
         self._gradients.zero()
-        size = self._training.micro_batch_size or self._plane.local_batch_size
-        for first in range(0, self._plane.local_batch_size, size):
-            self._backward(batch, slice(first, first + size))
+        micro_batch_size = self._training.micro_batch_size or self._plane.local_batch_size
+        for start in range(0, self._plane.local_batch_size, micro_batch_size):
+            self._backward(batch, slice(start, start + micro_batch_size))
         self._gradients.average(self._replicas)
         self._gradients.clip(self._training.grad_clip)
+
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._step, self._training)
         self._optimizer.step()
         self._step += 1
 
     def _backward(self, batch: Batch, rows: slice) -> None:
-        """Add the gradients of some sequences' summed losses, over the tokens that count, and record these losses."""
-        tokens, counted = self._to_device(batch.tokens[rows]), self._to_device(batch.loss_mask[rows])
-        device = self._replicas.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        """Add the gradients of some sequences of a batch, and record their losses in the data plane."""
+        tokens = self._to_device(batch.tokens[rows])
+        counted = self._to_device(batch.loss_mask[rows])
+        with torch.autocast(self._replicas.device.type, torch.bfloat16, enabled=self._on_gpu):
             loss = self._model(tokens)
-        self._gradients.add(loss, counted)
+        self._gradients.backward(loss, counted)
         self._plane.record(batch, loss.detach(), rows)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
+        """Copy an array to the device of this rank, without waiting for the copy to finish."""
         tensor = torch.tensor(array)
-        if self._replicas.device.type == "cuda":
+        if self._on_gpu:
+            # Only a copy from pinned memory is asynchronous.
             return tensor.pin_memory().to(self._replicas.device, non_blocking=True)
         return tensor
 
-    def _note(self, step: int, step_s: float) -> None:
-        rate = learning_rate(step, self._training)
-        waited = self._plane.data_wait_s
-        self._log.timed(StepTiming(step=step, step_s=step_s, data_wait_s=waited, learning_rate=rate))
-        self._log.completed(self._plane.completed_statistics())
+    def _log_step(self, step: int, step_s: float) -> None:
+        """Log the timing of `step`, and the losses of all steps whose reduction has completed."""
+        timing = StepTiming(
+            step=step,
+            step_s=step_s,
+            data_wait_s=self._plane.data_wait_s,
+            learning_rate=learning_rate(step, self._training),
+        )
+        self._log.add_timing(timing)
+        self._log.add_statistics(self._plane.completed_statistics())
 
-    def _save(self) -> None:
-        """Write a checkpoint; every rank goes on only once it is on disk. **Collective.**"""
+    def _report_end_of_data(self) -> None:
+        """Warn that the run is shorter than configured.
+
+        Raises:
+            MixtureError: the data do not suffice for a single step.
+        """
+        mixture = self._config.mixture
+        max_epochs = "null" if mixture.max_epochs is None else mixture.max_epochs
+        message = (
+            f"The data ended after {self._step} of training.num_steps={self._training.num_steps} steps, because of "
+            f"mixture.on_exhausted={mixture.on_exhausted} and mixture.max_epochs={max_epochs}.\n"
+            "  Run mixtera-hpc plan to see when each domain runs out. To train longer, start a new run with a higher "
+            "max_epochs of the mixture or of that domain."
+        )
+        if self._step == 0:
+            raise MixtureError(message)
+        if self._comm.rank == 0:
+            warnings.warn(message, stacklevel=2)
+
+    def _checkpoint_is_due(self) -> bool:
+        every_steps = self._training.checkpoint_every
+        return every_steps > 0 and self._step % every_steps == 0
+
+    def _save_checkpoint(self) -> None:
+        """Write a checkpoint on rank 0; all ranks continue when it is on disk. **Collective.**"""
         if self._saved_step == self._step:
             return
         self._replicas.check_identical(self._model)
         state = self._plane.state_dict()
-        self._log.completed(self._plane.completed_statistics())
+
+        # state_dict() waited for the reduction of all finished steps, so their metrics are complete: a resumed attempt
+        # logs no step twice.
+        self._log.add_statistics(self._plane.completed_statistics())
         self._log.flush()
-        if state is not None and self._replicas.comm.rank == 0:
+
+        if state is not None and self._comm.rank == 0:
             checkpoint = Checkpoint(
                 step=self._step,
-                facts=self._facts(),
+                model_settings=self._model_settings(),
                 model=self._model.state_dict(),
                 optimizer=self._optimizer.state_dict(),
                 dataplane=state,
             )
             write_checkpoint(self._folder.checkpoints, checkpoint, self._training.keep_checkpoints)
-        self._replicas.comm.Barrier()
+        self._comm.Barrier()
         self._saved_step = self._step
 
-    def _agreed_checkpoint(self) -> Checkpoint | None:
-        """The newest complete checkpoint as rank 0 sees it; every rank reads the same one. **Collective.**"""
-        comm, folder = self._replicas.comm, self._folder.checkpoints
-        found = None
-        if comm.rank == 0:
-            operated = read_run_edits(self._folder.decisions)
-            found = load_newest_checkpoint(folder, lambda state: not is_abandoned(state, operated))
-        step = np.array([found.step if found else -1], np.int64)
-        comm.Bcast(step)
-        if step[0] < 0 or found:
-            return found
-        return read_checkpoint(checkpoint_path(folder, int(step[0])))
+    def _load_checkpoint(self) -> Checkpoint | None:
+        """Load the newest usable checkpoint: rank 0 selects it, every rank reads it. **Collective.**"""
+        checkpoint = self._select_checkpoint() if self._comm.rank == 0 else None
 
-    def _facts(self) -> dict[str, Any]:
-        """Settings that a checkpoint cannot be loaded without."""
-        names = ("num_layers", "num_heads", "embedding_dim")
-        return {f"training.{name}": getattr(self._training, name) for name in names}
+        # -1 tells the other ranks that there is no checkpoint.
+        step = np.array([checkpoint.step if checkpoint else -1], np.int64)
+        self._comm.Bcast(step)
+        if step[0] < 0 or checkpoint:
+            return checkpoint
+        return read_checkpoint(checkpoint_path(self._folder.checkpoints, int(step[0])))
+
+    def _select_checkpoint(self) -> Checkpoint | None:
+        """Load the newest complete checkpoint that no later edit of the run has abandoned."""
+        run_edits = read_run_edits(self._folder.decisions)
+        return load_newest_checkpoint(self._folder.checkpoints, lambda state: not is_abandoned(state, run_edits))
+
+    def _model_settings(self) -> dict[str, Any]:
+        return {f"training.{name}": getattr(self._training, name) for name in MODEL_SETTINGS}
 
     def _attempt_event(self) -> AttemptEvent:
-        comm, device = self._replicas.comm, self._replicas.device
-        on_gpu = device.type == "cuda"
+        """Describe this attempt for `attempts.jsonl`. **Collective.**"""
+        device = self._replicas.device
+        is_first_of_node = np.array([self._comm.local_rank == 0], np.int64)
+        cpu_name = f"cpu × {self._training.num_threads}"
         return {
             "step": self._step,
             "num_steps": self._training.num_steps,
-            "num_ranks": comm.size,
-            "num_nodes": int(comm.Allreduce(np.array([comm.local_rank == 0], np.int64))[0]),
-            "hostname": comm.hostname,
-            "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu × {self._training.num_threads}",
+            "num_ranks": self._comm.size,
+            "num_nodes": int(self._comm.Allreduce(is_first_of_node)[0]),
+            "hostname": self._comm.hostname,
+            "device": torch.cuda.get_device_name(device) if self._on_gpu else cpu_name,
             "num_parameters": self._model.num_parameters,
             "vocab_size": self._plane.vocab_size,
             "seq_len": self._config.dataplane.seq_len,
@@ -269,17 +343,29 @@ class Trainer:
         }
 
     def _stop_message(self) -> str:
-        name = f"{self._folder.name}/{self._folder.run_id}"
         return (
-            f"Stopped after {self._step} of {self._training.num_steps} steps; the state is saved in {self._folder.checkpoints}.\n"
-            f"  Go on with: mixtera-hpc resume {name}"
+            f"Stopped after {self._step} of {self._training.num_steps} steps. The state is saved in "
+            f"{self._folder.checkpoints}.\n"
+            f"  Continue with: mixtera-hpc resume {self._folder.name}/{self._folder.run_id}"
         )
 
 
+def _check_same_model(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the checkpoint was written with other sizes of the model."""
+    for name, saved in checkpoint.model_settings.items():
+        if settings.get(name) != saved:
+            raise ConfigError(
+                f"{name} is {settings.get(name)}, but the checkpoint of step {checkpoint.step} was written with "
+                f"{saved}.\n  Set {name}={saved}, or start a new run."
+            )
+
+
 def _parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, the gains of norms do not."""
+    """Split the parameters for AdamW: matrices have weight decay, the gains of layer norms do not."""
     parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    gains = [parameter for parameter in parameters if parameter.ndim < 2]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": gains, "weight_decay": 0.0},
     ]

@@ -1,4 +1,4 @@
-"""Validation of the reference trainer: the loss of every domain on samples it never trains on."""
+"""Validation of the reference trainer: the loss of every domain on samples that are never trained on."""
 
 from collections.abc import Callable
 
@@ -19,44 +19,61 @@ __all__ = ["Validator"]
 
 
 class Validator:
-    """Knows when to validate, and does it; nothing where nothing is held out for it."""
+    """Validates the model every `training.validate_every` steps; does nothing if that is 0."""
 
     def __init__(self, config: Config, replicas: Replicas, tracker: Tracker) -> None:
-        """Open the samples that are held out. **Collective.**"""
-        self._every = config.training.validate_every
-        self._rows = config.training.micro_batch_size
-        self._device, self._tracker = replicas.device, tracker
-        self._data = HeldOutBatches(config, replicas.comm) if self._every else None
-        self._last = -1
+        """Open the held-out samples. **Collective.**"""
+        self._every_steps = config.training.validate_every
+        self._micro_batch_size = config.training.micro_batch_size
+        self._device = replicas.device
+        self._tracker = tracker
+        self._data = HeldOutBatches(config, replicas.comm) if self._every_steps else None
+        self._last_step = -1
+        """Step of the newest validation."""
 
-    def after(self, step: int, model: GPT, at_end: bool = False) -> None:
-        """Validate `model`, which has taken `step` steps, if it is time to. **Collective.**"""
-        if self._data is None or step == self._last or not (at_end or step % self._every == 0):
+    def validate_if_due(self, step: int, model: GPT, is_last: bool = False) -> None:
+        """Validate and log the result if a validation is due. **Collective.**
+
+        Args:
+            step: number of finished steps.
+            model: the model after these steps.
+            is_last: whether the run ends here; the end is always validated, but no step twice.
+        """
+        if self._data is None or step == self._last_step:
             return
-        self._last = step
-        sums = np.zeros((NUM_BUFFER_ROWS, self._data.num_domains), np.int64)
+        if not is_last and step % self._every_steps != 0:
+            return
+        self._last_step = step
+        statistics = self._data.reduced(step, self._loss_sums(self._data, model))
+        self._tracker.log("validation", _validation_event(statistics))
+
+    def _loss_sums(self, data: HeldOutBatches, model: GPT) -> NDArray[np.int64]:
+        """Return this rank's sums of losses per domain, as integers that add up exactly; (NUM_ROWS, num_domains)."""
+        sums = np.zeros((NUM_BUFFER_ROWS, data.num_domains), np.int64)
         model.eval()
         with torch.no_grad():
-            for batch in self._data.batches():
-                size = self._rows or len(batch.tokens)
-                for first in range(0, len(batch.tokens), size):
-                    rows = slice(first, first + size)
-                    sums += self._data.sums(batch, self._loss(model, batch.tokens[rows]), rows)
+            for batch in data.batches():
+                micro_batch_size = self._micro_batch_size or len(batch.tokens)
+                for start in range(0, len(batch.tokens), micro_batch_size):
+                    rows = slice(start, start + micro_batch_size)
+                    loss = self._loss(model, batch.tokens[rows])
+                    sums += data.sums(batch, loss, rows)
         model.train()
-        self._tracker.log("validation", _event(self._data.reduced(step, sums)))
+        return sums
 
     def _loss(self, model: Callable[[Tensor], Tensor], tokens: NDArray[np.int64]) -> Tensor:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+        on_gpu = self._device.type == "cuda"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=on_gpu):
             return model(torch.tensor(tokens).to(self._device))
 
 
-def _event(found: DomainStatistics) -> ValidationEvent:
-    total = int(found.num_tokens.sum())
-    pairs = zip(found.loss_sum.tolist(), found.num_tokens.tolist(), strict=True)
+def _validation_event(statistics: DomainStatistics) -> ValidationEvent:
+    total_tokens = int(statistics.num_tokens.sum())
+    pairs = zip(statistics.loss_sum.tolist(), statistics.num_tokens.tolist(), strict=True)
     return {
-        "step": found.step,
-        "loss": float(found.loss_sum.sum()) / total if total else None,
+        "step": statistics.step,
+        "loss": float(statistics.loss_sum.sum()) / total_tokens if total_tokens else None,
         "domain_loss": [loss / tokens if tokens else None for loss, tokens in pairs],
-        "domain_tokens": found.num_tokens.tolist(),
-        "num_nonfinite": int(found.num_nonfinite.sum()),
+        "domain_tokens": statistics.num_tokens.tolist(),
+        "num_nonfinite": int(statistics.num_nonfinite.sum()),
     }

@@ -32,7 +32,7 @@ def main() -> None:
     model, share = build(), 6 // comm.size
     gradients = GradientBuffer(model)
     mine = slice(comm.rank * share, (comm.rank + 1) * share)
-    gradients.add(model(TOKENS[mine]), mask(mine))
+    gradients.backward(model(TOKENS[mine]), mask(mine))
     gradients.average(replicas)
     alone, everything = build(), mask(slice(0, 6))
     (alone(TOKENS)[everything].sum() / everything.sum()).backward()

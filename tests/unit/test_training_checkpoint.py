@@ -23,7 +23,7 @@ def checkpoint(step: int) -> Checkpoint:
     state = {"json": {"next_step": step}, "arrays": {"plan": np.arange(step), "mixer/weights": np.array([0.25, 0.75])}}
     return Checkpoint(
         step=step,
-        facts={"training.num_layers": 1},
+        model_settings={"training.num_layers": 1},
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
         dataplane=state,
@@ -50,7 +50,7 @@ def test_what_is_loaded_is_what_was_written(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, written, keep=1)
     found = load_newest_checkpoint(tmp_path)
     assert found is not None
-    assert (found.step, found.facts) == (7, {"training.num_layers": 1})
+    assert (found.step, found.model_settings) == (7, {"training.num_layers": 1})
     assert torch.equal(found.model["weight"], written.model["weight"])
     assert torch.equal(found.optimizer["state"][0]["exp_avg"], written.optimizer["state"][0]["exp_avg"])
     assert found.optimizer["param_groups"] == written.optimizer["param_groups"]
@@ -69,7 +69,9 @@ def test_with_only_broken_checkpoints_a_run_does_not_begin_again(tmp_path: Path)
     forget_version(tmp_path / "step_00000005" / "training.json")
     with (
         pytest.warns(UserWarning, match="is skipped"),
-        pytest.raises(DataError, match=r"(?s)None of the checkpoints .* its version is 0.* move that folder away"),
+        pytest.raises(
+            DataError, match=r"(?s)No checkpoint in .* can be used:.* its version is 0.* move that folder away"
+        ),
     ):
         load_newest_checkpoint(tmp_path)
 
@@ -150,6 +152,6 @@ def test_code_hidden_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
             return (exec, ("raise SystemExit('boom')",))
 
     bomb = {"json": {}, "arrays": {"plan": np.array([Bomb()], dtype=object)}}
-    write_checkpoint(tmp_path, Checkpoint(step=1, facts={}, model={}, optimizer={}, dataplane=bomb), keep=1)
+    write_checkpoint(tmp_path, Checkpoint(step=1, model_settings={}, model={}, optimizer={}, dataplane=bomb), keep=1)
     with pytest.raises(ValueError, match="allow_pickle"):
         load_newest_checkpoint(tmp_path)

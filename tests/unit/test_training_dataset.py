@@ -70,5 +70,5 @@ def test_a_transform_says_what_is_yielded(collection: list[str]) -> None:
 def test_workers_of_the_loader_are_refused(collection: list[str], context: str) -> None:
     with open_plane(collection) as plane:
         loader = DataLoader(PlaneDataset(plane), batch_size=None, num_workers=1, multiprocessing_context=context)
-        with pytest.raises(ConfigError, match=r"num_workers=0; dataplane\.workers"):
+        with pytest.raises(ConfigError, match=r"Set num_workers=0 .* set dataplane\.workers"):
             next(iter(loader))

@@ -34,7 +34,7 @@ def test_gradients_of_unequal_pieces_are_the_mean_over_all_counted_tokens() -> N
     gradients = GradientBuffer(model)
     gradients.zero()
     for rows, counted in zip(tokens.split([1, 3, 2]), mask.split([1, 3, 2]), strict=True):
-        gradients.add(model(rows), counted)
+        gradients.backward(model(rows), counted)
     gradients.average(Replicas(Local(), "cpu"))
     for got, want in zip([p.grad for p in model.parameters()], expected(), strict=True):
         assert got is not None
@@ -46,7 +46,7 @@ def test_a_new_step_forgets_the_last_one() -> None:
     gradients, replicas = GradientBuffer(model), Replicas(Local(), "cpu")
     for _ in range(2):
         gradients.zero()
-        gradients.add(model(tokens), mask)
+        gradients.backward(model(tokens), mask)
         gradients.average(replicas)
     for got, want in zip([p.grad for p in model.parameters()], expected(), strict=True):
         assert got is not None

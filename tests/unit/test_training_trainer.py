@@ -161,7 +161,7 @@ def test_training_ends_with_the_data(config: Config, tmp_path: Path) -> None:
 
 def test_data_without_a_single_step_are_refused(config: Config, tmp_path: Path) -> None:
     mixture = dataclasses.replace(config.mixture, kind="natural", on_exhausted="stop", max_epochs=0.001)
-    with pytest.raises(MixtureError, match=r"The data ended after 0 of .* mixture\.max_epochs 0\.001"):
+    with pytest.raises(MixtureError, match=r"The data ended after 0 of .* mixture\.max_epochs=0\.001"):
         train(dataclasses.replace(config, mixture=mixture), tmp_path)
     assert not RunFolder(tmp_path).checkpoints.exists()
 

@@ -39,10 +39,10 @@ def statistics(step: int, loss_sum: list[float], num_tokens: list[int]) -> Domai
 def test_an_event_pairs_a_step_with_its_own_losses_however_late_they_come() -> None:
     recorder = Recorder()
     log = StepLog(recorder, num_ranks=4, log_every=1)
-    log.timed(timing(0))
-    log.timed(timing(1))
+    log.add_timing(timing(0))
+    log.add_timing(timing(1))
     assert recorder.events == []
-    log.completed([statistics(0, [30.0, 0.0], [10, 0])])
+    log.add_statistics([statistics(0, [30.0, 0.0], [10, 0])])
     (event,) = recorder.events
     assert event == {
         "step": 0,
@@ -64,9 +64,9 @@ def test_an_event_pairs_a_step_with_its_own_losses_however_late_they_come() -> N
 def test_an_event_over_several_steps_weighs_losses_by_tokens() -> None:
     recorder = Recorder()
     log = StepLog(recorder, num_ranks=1, log_every=2)
-    log.timed(timing(0))
-    log.timed(timing(1))
-    log.completed([statistics(0, [10.0, 0.0], [10, 0]), statistics(1, [90.0, 8.0], [30, 4])])
+    log.add_timing(timing(0))
+    log.add_timing(timing(1))
+    log.add_statistics([statistics(0, [10.0, 0.0], [10, 0]), statistics(1, [90.0, 8.0], [30, 4])])
     (event,) = recorder.events
     assert (event["step"], event["num_steps"], event["tokens"]) == (1, 2, 44)
     assert event["loss"] == pytest.approx(108 / 44)
@@ -78,8 +78,8 @@ def test_flushing_before_a_checkpoint_counts_every_step_once() -> None:
     recorder = Recorder()
     log = StepLog(recorder, num_ranks=1, log_every=4)
     for step in range(8):
-        log.timed(timing(step))
-        log.completed([statistics(step, [1.0, 1.0], [1, 1])])
+        log.add_timing(timing(step))
+        log.add_statistics([statistics(step, [1.0, 1.0], [1, 1])])
         if step == 4:
             log.flush()
             log.flush()
@@ -89,7 +89,7 @@ def test_flushing_before_a_checkpoint_counts_every_step_once() -> None:
 def test_a_step_without_a_counted_token_has_no_loss() -> None:
     recorder = Recorder()
     log = StepLog(recorder, num_ranks=1, log_every=1)
-    log.timed(timing(0))
-    log.completed([statistics(0, [0.0, 0.0], [0, 0])])
+    log.add_timing(timing(0))
+    log.add_statistics([statistics(0, [0.0, 0.0], [0, 0])])
     assert recorder.events[0]["loss"] is None
     assert recorder.events[0]["domain_loss"] == [None, None]
