@@ -9,7 +9,7 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench slurm-up slurm-down clean
+.PHONY: help setup demo test test-fast check surface format bench docs coverage slurm-up slurm-down clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -28,11 +28,23 @@ demo: setup ## train on this machine's own text and write a report
 test: setup ## run all tests
 	$(BIN)/python -m pytest
 
-check: setup ## lint, format, types, layers
+test-fast: setup ## run the unit tests that take no more than some seconds, on two processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
+
+check: setup ## lint, format, types, imports and layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/unit/test_layers.py
+	$(BIN)/python -m pytest -q tests/unit/test_layers.py tests/unit/test_layout.py
+
+surface: setup ## print figures of how the code reads, next to their targets
+	$(BIN)/python -m bench.surface
+
+coverage: setup ## run the unit and property tests and print which lines they reach
+	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered tests/unit tests/property
+
+docs: setup ## build the documentation site in build/site
+	$(BIN)/mkdocs build --strict
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .
