@@ -19,7 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from mixtera_hpc.cli.collection import open_collection
-    from mixtera_hpc.index.read.selection import mixture_weights, select_domains
+    from mixtera_hpc.dataplane.mixing.from_config import query_weights
+    from mixtera_hpc.index.read.selection import select_domains
 
     began = time.perf_counter()
     config, index = open_collection(args.overrides)
@@ -27,7 +28,9 @@ def run(args: argparse.Namespace) -> int:
     with index:
         chosen = select_domains(config, index)
     has_tokens = index.tables.has_tokens
-    answer = _answer(chosen, mixture_weights(config, chosen, has_tokens), has_tokens)
+    rows, tokens = chosen.selection.table.totals()
+    weights = query_weights(config, chosen.keys, rows=rows, tokens=tokens if has_tokens else None)
+    answer = _answer(chosen, weights, has_tokens)
     if args.explain:
         answer["explain"] = _explained(chosen, index.tables.num_samples, open_s)
     if args.json:

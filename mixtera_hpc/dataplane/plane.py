@@ -32,7 +32,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.journal import AttemptStart
-from mixtera_hpc.dataplane.mixing.requests import MixtureSequence
+from mixtera_hpc.dataplane.mixing.sequence import MixtureSequence
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, Prefetcher

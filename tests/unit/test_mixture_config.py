@@ -9,8 +9,10 @@ import pytest
 from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.compose import compose, conf_dir
 from mixtera_hpc.config.convert import from_plain
-from mixtera_hpc.config.domain_tree import DomainSizes, domain_bounds, domain_entries, initial_weights
+from mixtera_hpc.config.domain_tree import domain_entries
 from mixtera_hpc.config.schema import MixtureConfig
+from mixtera_hpc.dataplane.mixing.context import DomainSizes
+from mixtera_hpc.dataplane.mixing.from_config import config_bounds, config_weights
 from mixtera_hpc.errors import ConfigError, MixtureError
 
 NESTED = [
@@ -28,10 +30,14 @@ def mixture(**plain: Any) -> MixtureConfig:
 
 
 def weights(config: MixtureConfig, *sizes: int, budget: int = 1000) -> list[float]:
-    stock = DomainSizes(keys=tuple(leaf.key for leaf in domain_entries(config)), sizes=np.array(sizes), budget=budget)
     assert not mixture_problems(config)
-    found: list[float] = initial_weights(config, config, stock).tolist()
-    return found
+    result: list[float] = config_weights(config, config, domain_sizes(config, *sizes, budget=budget)).tolist()
+    return result
+
+
+def domain_sizes(config: MixtureConfig, *sizes: int, budget: int = 1000) -> DomainSizes:
+    keys = tuple(entry.key for entry in domain_entries(config))
+    return DomainSizes(keys=keys, sizes=np.array(sizes), budget=budget)
 
 
 def at(kind: str, weight: float | None = None, **more: Any) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def at(kind: str, weight: float | None = None, **more: Any) -> dict[str, Any]:
 def test_domains_of_groups_come_in_written_order_and_the_remainder_last() -> None:
     config = mixture(kind="hierarchical", domains=NESTED, remainder={"weight": 0.1})
     names = ["lang=en source=web", "lang=en source=books", "lang=de", "remainder"]
-    assert [leaf.name for leaf in domain_entries(config)] == names
+    assert [entry.name for entry in domain_entries(config)] == names
     assert weights(config, 1, 1, 1, 1) == pytest.approx([0.6, 0.2, 0.1, 0.1])
 
 
@@ -51,7 +57,7 @@ def test_stages_name_domains_in_the_order_they_are_first_named() -> None:
         {"start": 5, "domains": [at("a", 0.5), at("b", 0.5)]},
     ]
     config = mixture(kind="schedule", schedule={"stages": stages})
-    assert [leaf.name for leaf in domain_entries(config)] == ["source=b", "source=a"]
+    assert [entry.name for entry in domain_entries(config)] == ["source=b", "source=a"]
     assert weights(config, 10, 10) == [1.0, 0.0]
 
 
@@ -74,18 +80,16 @@ def test_unimax_spreads_the_whole_runs_budget() -> None:
 
 def test_floors_and_caps_of_a_domain_come_before_the_mixtures() -> None:
     config = mixture(floor=0.1, cap=0.6, domains=[at("a", floor=0.3), at("b", cap=0.9), at("c")])
-    stock = DomainSizes(keys=tuple(leaf.key for leaf in domain_entries(config)), sizes=np.array([5, 5, 0]), budget=1)
-    limits = domain_bounds(config, stock)
-    assert limits is not None
-    assert [side.tolist() for side in limits] == [[0.3, 0.1, 0.0], [0.6, 0.9, 0.0]]
-    assert domain_bounds(mixture(domains=[at("a")]), DomainSizes(keys=({},), sizes=np.array([1]), budget=1)) is None
+    bounds = config_bounds(config, domain_sizes(config, 5, 5, 0))
+    assert bounds is not None
+    assert [side.tolist() for side in bounds] == [[0.3, 0.1, 0.0], [0.6, 0.9, 0.0]]
+    assert config_bounds(mixture(domains=[at("a")]), DomainSizes(keys=({},), sizes=np.array([1]), budget=1)) is None
 
 
 def test_bounds_that_leave_no_mixture_are_refused() -> None:
     config = mixture(cap=0.4, domains=[at("a"), at("b")])
-    stock = DomainSizes(keys=tuple(leaf.key for leaf in domain_entries(config)), sizes=np.array([5, 5]), budget=1)
-    with pytest.raises(MixtureError, match=r"the caps to 0\.8"):
-        domain_bounds(config, stock)
+    with pytest.raises(MixtureError, match=r"their caps to 0\.8"):
+        config_bounds(config, domain_sizes(config, 5, 5))
 
 
 MISTAKES = {

@@ -1,18 +1,23 @@
-"""From `mixture` in a configuration to what decides the weights of every chunk.
+"""From `mixture` in a configuration to the object that decides the weights of every chunk.
 
-`make_mixer` is all there is to a mixture: a change of mind in a running job makes another one over the same `MixtureContext`, and a
-schedule makes one per stage.
+`make_mixer` builds that object for a run, for one stage of a schedule, and for a mixture that is requested while the run
+goes on: always from a `MixtureConfig` and the `MixtureContext` of the run. The weights, bounds and schedules themselves
+are computed in `core.mixing`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.domain_tree import DomainSizes, domain_bounds, domain_entries, initial_weights
-from mixtera_hpc.config.schema import MixtureConfig, StageConfig
+from mixtera_hpc.config.domain_tree import display_name, domain_entries
+from mixtera_hpc.config.schema import Config, DomainConfig, MixtureConfig, StageConfig
+from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, canonical_key, parse_domain_key
 from mixtera_hpc.core.mixing.algorithm import make_algorithm
-from mixtera_hpc.core.mixing.weights import check_available
+from mixtera_hpc.core.mixing.bounds import domain_bounds, project_to_bounds
+from mixtera_hpc.core.mixing.weights import WeightNode, WeightRule, check_available, initial_weights
+from mixtera_hpc.core.sequence_grid import SequenceGrid
+from mixtera_hpc.dataplane.mixing.context import DomainSizes, MixtureContext
 from mixtera_hpc.dataplane.mixing.mixers import (
     BoundedMixer,
     DynamicMixer,
@@ -21,105 +26,198 @@ from mixtera_hpc.dataplane.mixing.mixers import (
     MixerStage,
     ScheduledMixer,
 )
-from mixtera_hpc.errors import MixtureError
+from mixtera_hpc.errors import MixtureError, did_you_mean
 
-__all__ = ["MAX_EPOCHS_DEFAULT", "ChunkTimeline", "MixtureContext", "make_mixer", "max_epochs_per_domain"]
+__all__ = [
+    "config_bounds",
+    "config_weights",
+    "make_mixer",
+    "max_epochs_per_domain",
+    "query_weights",
+]
 
 Weights = NDArray[np.float64]
+DomainIds = Mapping[frozenset[tuple[str, frozenset[KeyValue]]], int]
+"""Canonical key of a domain → its domain_id."""
 
-MAX_EPOCHS_DEFAULT = {"repeat": None, "redistribute": 1.0, "stop": 1.0}
+DEFAULT_MAX_EPOCHS = {"repeat": None, "redistribute": 1.0, "stop": 1.0}
+"""`mixture.on_exhausted` → passes over a domain when `mixture.max_epochs` is null; None is endless."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkTimeline:
-    """Where the chunks of a mixture lie: of a run's first one, or of one that took its place at a later chunk."""
-
-    chunk_steps: int
-    items_per_step: int
-    """Predicted tokens, or samples, of a global batch."""
-    step: int = 0
-    """The first step of its chunk 0."""
-    items: int = 0
-    """Items served before that; see `Era.items`."""
-
-    def step_of(self, chunk: int) -> int:
-        """The first step of `chunk`."""
-        return self.step + chunk * self.chunk_steps
-
-    def items_before(self, chunk: int) -> int:
-        """Items served before `chunk`."""
-        return self.items + chunk * self.chunk_steps * self.items_per_step
+MAX_NAMES = 5
+"""Domain names listed in a message."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MixtureContext:
-    """What of a run its mixtures depend on; the same whatever mixture is served."""
-
-    domain_sizes: DomainSizes
-    names: tuple[str, ...]
-    """Of the domains."""
-    has_samples: NDArray[np.bool_]
-    """Which of them have samples left, after what was dropped; shape (K,)."""
-    timeline: ChunkTimeline
-    feedback_lag: int
-    """In chunks."""
-
-
-def make_mixer(mixture: MixtureConfig, ground: MixtureContext, *, learn: bool = True) -> Mixer:
-    """What decides the weights of every chunk.
+def make_mixer(mixture: MixtureConfig, context: MixtureContext, *, learn: bool = True) -> Mixer:
+    """Build the object that decides the weights of every chunk.
 
     Args:
-        mixture: its domains are among those of `mixture_context`; the others get weight 0.
-        learn: False leaves dynamic mixtures at the weights they begin with, to look ahead.
+        mixture: its domains are among those of `context`; all other domains get weight 0.
+        learn: False keeps dynamic mixtures at their initial weights, for a forecast.
 
     Raises:
-        MixtureError: it names a domain that is not the run's, wishes for one without samples or for dropped ones only, or its
-            floors and caps leave no mixture at all.
+        MixtureError: the mixture names a domain that the run does not have, requests a domain without samples, requests
+            dropped domains only, or its floors and caps leave no mixture.
     """
-    scheduled = mixture.kind == "schedule"
-    mixer = _scheduled(mixture, ground, learn) if scheduled else _plain(mixture, mixture, ground, learn)
-    _check_left(mixture, ground)
-    limits = domain_bounds(mixture, ground.domain_sizes)
-    return mixer if limits is None else BoundedMixer(mixer, *limits)
+    if mixture.kind == "schedule":
+        mixer = _scheduled_mixer(mixture, context, learn)
+    else:
+        mixer = _single_mixer(mixture, mixture, context, learn)
+    _check_not_all_dropped(mixture, context)
+    bounds = config_bounds(mixture, context.domain_sizes)
+    return mixer if bounds is None else BoundedMixer(mixer, *bounds)
 
 
-def max_epochs_per_domain(mixture: MixtureConfig, num_domains: int) -> Weights:
-    """Passes over each domain before it is exhausted, `inf` for endless; shape (K,)."""
-    default = MAX_EPOCHS_DEFAULT[mixture.on_exhausted] if mixture.max_epochs is None else mixture.max_epochs
-    own = [leaf.domain.max_epochs for leaf in domain_entries(mixture)] or [None] * num_domains
-    return np.array([np.inf if e is None else e for e in (default if e is None else e for e in own)], np.float64)
+def config_weights(part: MixtureConfig | StageConfig, mixture: MixtureConfig, domains: DomainSizes) -> Weights:
+    """Return the initial weights of `mixture`, or of one stage of its schedule; shape (K,), sum 1.
+
+    Args:
+        part: `mixture` itself, or a stage of its schedule. A schedule begins with the weights of its first stage.
+
+    Raises:
+        MixtureError: the mixture names a domain that the run does not have, or natural shares are requested and there is
+            no data.
+    """
+    if part is mixture and mixture.kind == "schedule":
+        return config_weights(mixture.schedule.stages[0], mixture, domains)
+    return initial_weights(_weight_rule(part, mixture, domains.keys), domains.sizes, domains.budget)
 
 
-def _scheduled(mixture: MixtureConfig, ground: MixtureContext, learn: bool) -> Mixer:
-    schedule = mixture.schedule
-    stages = [MixerStage(start=s.start, mixer=_plain(s, mixture, ground, learn)) for s in schedule.stages]
-    timeline = ground.timeline
-    return ScheduledMixer(
-        stages, schedule.shape, timeline.step_of if schedule.unit == "steps" else timeline.items_before
+def config_bounds(mixture: MixtureConfig, domains: DomainSizes) -> tuple[Weights, Weights] | None:
+    """Return floor and cap of every domain, shape (K,) each; None if the mixture has no bounds.
+
+    Raises:
+        MixtureError: see `core.mixing.bounds.domain_bounds`.
+    """
+    by_key = {canonical_key(entry.key): entry.domain for entry in domain_entries(mixture)}
+    configs = [by_key.get(canonical_key(key), DomainConfig()) for key in domains.keys]
+    return domain_bounds(
+        [domain.floor for domain in configs],
+        [domain.cap for domain in configs],
+        default_floor=mixture.floor,
+        default_cap=mixture.cap,
+        sizes=domains.sizes,
+        names=[display_name(key) for key in domains.keys],
     )
 
 
-def _plain(stage: StageConfig | MixtureConfig, mixture: MixtureConfig, ground: MixtureContext, learn: bool) -> Mixer:
-    """The mixer of a mixture that is no schedule, or of one stage."""
-    weights = initial_weights(stage, mixture, ground.domain_sizes)
-    check_available(weights, ground.domain_sizes.sizes, ground.names)
-    if stage.kind != "dynamic" or not learn:
+def query_weights(
+    config: Config, keys: tuple[DomainKey, ...], *, rows: NDArray[np.int64], tokens: NDArray[np.int64] | None
+) -> Weights | None:
+    """Return the initial weights of selected domains, to show them before a run; shape (K,). None if they are unknown.
+
+    They are unknown if they depend on tokens and the index has not counted any, or if nothing is selected. A run refuses a
+    weight on an empty domain; this function returns it.
+
+    Args:
+        keys: keys of the domains.
+        rows: samples of each domain; shape (K,).
+        tokens: tokens of each domain, without special tokens, shape (K,); None if the index has not counted them.
+
+    Raises:
+        MixtureError: see `config_weights` and `config_bounds`.
+    """
+    plane = config.dataplane
+    in_tokens = config.mixture.unit == "tokens"
+    sizes = tokens if in_tokens else rows
+    if sizes is None:
+        sizes = np.zeros_like(rows)
+    grid = SequenceGrid.of_unit(in_tokens, plane.seq_len, plane.overlap_one_token)
+    budget = grid.stride * plane.global_batch_size * config.training.num_steps
+    domains = DomainSizes(keys=keys, sizes=sizes, budget=budget)
+    try:
+        weights = config_weights(config.mixture, config.mixture, domains)
+    except MixtureError:
+        if sizes.any():
+            raise
+        return None  # Natural shares of nothing.
+    bounds = config_bounds(config.mixture, domains) if sizes.any() else None
+    return weights if bounds is None else project_to_bounds(weights, *bounds)
+
+
+def max_epochs_per_domain(mixture: MixtureConfig, num_domains: int) -> Weights:
+    """Return the passes over each domain before it is exhausted, `inf` for endless; shape (K,)."""
+    default = DEFAULT_MAX_EPOCHS[mixture.on_exhausted] if mixture.max_epochs is None else mixture.max_epochs
+    own = [entry.domain.max_epochs for entry in domain_entries(mixture)] or [None] * num_domains
+    limits = [default if limit is None else limit for limit in own]
+    return np.array([np.inf if limit is None else limit for limit in limits], np.float64)
+
+
+def _scheduled_mixer(mixture: MixtureConfig, context: MixtureContext, learn: bool) -> Mixer:
+    """Build the mixers of all stages, and the schedule over them."""
+    schedule = mixture.schedule
+    stages = [
+        MixerStage(start=stage.start, mixer=_single_mixer(stage, mixture, context, learn)) for stage in schedule.stages
+    ]
+    timeline = context.timeline
+    position_of = timeline.step_of if schedule.unit == "steps" else timeline.items_before
+    return ScheduledMixer(stages, schedule.shape, position_of)
+
+
+def _single_mixer(
+    part: StageConfig | MixtureConfig, mixture: MixtureConfig, context: MixtureContext, learn: bool
+) -> Mixer:
+    """Build the mixer of one stage, or of a mixture that is not a schedule."""
+    weights = config_weights(part, mixture, context.domain_sizes)
+    check_available(weights, context.domain_sizes.sizes, context.names)
+    if part.kind != "dynamic" or not learn:
         return FixedMixer(weights)
-    parameters = dict(stage.algorithm)
+    parameters = dict(part.algorithm)
     algorithm = make_algorithm(str(parameters.pop("name", "ado")), parameters)
-    return DynamicMixer(algorithm, weights, ground.timeline.chunk_steps, ground.feedback_lag)
+    return DynamicMixer(algorithm, weights, context.timeline.chunk_steps, context.feedback_lag)
 
 
-def _check_left(mixture: MixtureConfig, ground: MixtureContext) -> None:
-    """Refuse a mixture of dropped domains only; where some are left, theirs are the shares of the others.
+def _check_not_all_dropped(mixture: MixtureConfig, context: MixtureContext) -> None:
+    """Refuse a mixture of dropped domains only. If some domains remain, they take the shares of the others.
 
-    Stages of a schedule count together: those of dropped domains may be over.
+    The stages of a schedule count together: a stage of dropped domains may already have ended.
     """
     parts = mixture.schedule.stages if mixture.kind == "schedule" else [mixture]
-    wished = np.sum([initial_weights(part, mixture, ground.domain_sizes) for part in parts], axis=0) > 0
-    if not (wished & ground.has_samples).any():
-        names = [name for name, is_wished in zip(ground.names, wished, strict=True) if is_wished]
+    requested = np.sum([config_weights(part, mixture, context.domain_sizes) for part in parts], axis=0) > 0
+    if (requested & context.has_samples).any():
+        return
+    names = [name for name, is_requested in zip(context.names, requested, strict=True) if is_requested]
+    more = ", …" if len(names) > MAX_NAMES else ""
+    raise MixtureError(
+        f"All domains of the mixture have been dropped: {', '.join(names[:MAX_NAMES])}{more}.\n"
+        "  Give a domain that still has samples a weight, or drop less."
+    )
+
+
+def _weight_rule(part: MixtureConfig | StageConfig, mixture: MixtureConfig, keys: Sequence[DomainKey]) -> WeightRule:
+    """Return the rule for the initial weights of `part`; a stage without domains takes those of `mixture`."""
+    source = part if part.domains else mixture
+    ids = {canonical_key(key): domain for domain, key in enumerate(keys)}
+    names = [display_name(key) for key in keys]
+    nodes = _nodes(source.domains, {}, ids, names)
+    if source.remainder is not None:
+        nodes.append(_leaf(source.remainder, {}, ids, names))
+    return WeightRule(
+        nodes=tuple(nodes),
+        natural=part.kind == "natural",
+        temperature=1.0 if part.temperature is None else part.temperature,
+        unimax_epochs=part.unimax_epochs,
+    )
+
+
+def _nodes(domains: Sequence[DomainConfig], group_key: DomainKey, ids: DomainIds, names: list[str]) -> list[WeightNode]:
+    """Return the nodes of a list of domains and groups."""
+    nodes = []
+    for domain in domains:
+        key = {**group_key, **parse_domain_key(domain.key)}
+        if domain.domains:
+            members = tuple(_nodes(domain.domains, key, ids, names))
+            nodes.append(WeightNode(weight=domain.weight, members=members))
+        else:
+            nodes.append(_leaf(domain, key, ids, names))
+    return nodes
+
+
+def _leaf(domain: DomainConfig, key: DomainKey, ids: DomainIds, names: list[str]) -> WeightNode:
+    """Return the node of one domain; refuse a domain that the run does not have."""
+    if canonical_key(key) not in ids:
+        name = display_name(key)
         raise MixtureError(
-            f"All that the mixture serves has been dropped: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}.\n"
-            "  Give a domain that has samples left a weight, or drop less."
+            f"{name} is not a domain of this run. Weights can change while a run goes on, domains cannot."
+            f"{did_you_mean(name, names)}"
         )
+    return WeightNode(weight=domain.weight, domain=ids[canonical_key(key)])

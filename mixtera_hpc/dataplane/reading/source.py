@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.config.check import holdout_problems
 from mixtera_hpc.config.convert import raise_problems
-from mixtera_hpc.config.domain_tree import DomainSizes, domain_entries
+from mixtera_hpc.config.domain_tree import domain_entries
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
 from mixtera_hpc.core.domain_keys import domain_key_to_plain, parse_domain_key
 from mixtera_hpc.core.domains import DomainTable, Selection
@@ -27,7 +27,8 @@ from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
 from mixtera_hpc.core.sequence_grid import SequenceGrid
-from mixtera_hpc.dataplane.mixing.from_config import ChunkTimeline, MixtureContext, make_mixer, max_epochs_per_domain
+from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, MixtureContext
+from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams, StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_token_counts

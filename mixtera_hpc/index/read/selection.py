@@ -6,19 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.domain_tree import DomainSizes, display_name, domain_bounds, domain_entries, initial_weights
+from mixtera_hpc.config.domain_tree import display_name, domain_entries
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import DomainKey, domain_name
 from mixtera_hpc.core.domains import Selection, keys_for_group_by, select
 from mixtera_hpc.core.holdout import add_holdout_hashes, add_holdout_zones, restrict_to_split, shard_hash_keys
 from mixtera_hpc.core.index_tables import SampleColumns
-from mixtera_hpc.core.mixing.bounds import project_to_bounds
 from mixtera_hpc.core.query import parse_predicate
-from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.errors import MixtureError
 from mixtera_hpc.index.read.open import PropertyIndex
 
-__all__ = ["SelectedDomains", "SelectionCost", "mixture_weights", "select_domains"]
+__all__ = ["SelectedDomains", "SelectionCost", "select_domains"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,27 +77,6 @@ def select_domains(config: Config, index: PropertyIndex) -> SelectedDomains:
         count_s=time.perf_counter() - parsed - read_s,
     )
     return SelectedDomains(selection=selection, keys=tuple(keys), names=names, cost=cost)
-
-
-def mixture_weights(config: Config, chosen: SelectedDomains, has_tokens: bool) -> NDArray[np.float64] | None:
-    """The weights the mixture begins with, shape (num_domains,); None when nobody knows.
-
-    Natural weights are shares of what the mixture counts, without special tokens; where that is tokens and the index has not
-    counted them, or nothing is selected, there are none. A run refuses weights on empty domains; this is there to show them.
-    """
-    rows, tokens = chosen.selection.table.totals()
-    in_tokens, plane = config.mixture.unit == "tokens", config.dataplane
-    sizes = np.where(has_tokens, tokens, 0) if in_tokens else rows
-    items = SequenceGrid.of_unit(in_tokens, plane.seq_len, plane.overlap_one_token).stride * plane.global_batch_size
-    stock = DomainSizes(keys=chosen.keys, sizes=sizes, budget=items * config.training.num_steps)
-    try:
-        weights = initial_weights(config.mixture, config.mixture, stock)
-    except MixtureError:
-        if sizes.any():
-            raise
-        return None
-    limits = domain_bounds(config.mixture, stock) if sizes.any() else None
-    return weights if limits is None else project_to_bounds(weights, *limits)
 
 
 def _keys(config: Config, index: PropertyIndex) -> list[DomainKey]:

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.config.convert import from_plain
-from mixtera_hpc.config.domain_tree import DomainSizes
 from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.dataplane.mixing.from_config import ChunkTimeline, MixtureContext, make_mixer, max_epochs_per_domain
+from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, MixtureContext
+from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.errors import MixtureError
 
 CHUNK_STEPS, LAG = 4, 2
-GROUND = MixtureContext(
+CONTEXT = MixtureContext(
     domain_sizes=DomainSizes(
         keys=tuple(parse_domain_key({"source": s}) for s in "abc"), sizes=np.array([600, 300, 100]), budget=10_000
     ),
@@ -29,8 +29,8 @@ NATURAL = [0.6, 0.3, 0.1]
 LEARN = {"name": "exponentiated-gradient"}
 
 
-def mixer(learn: bool = True, ground: MixtureContext = GROUND, **plain: Any) -> Mixer:
-    return make_mixer(from_plain(MixtureConfig, plain, "mixture"), ground, learn=learn)
+def mixer(learn: bool = True, context: MixtureContext = CONTEXT, **plain: Any) -> Mixer:
+    return make_mixer(from_plain(MixtureConfig, plain, "mixture"), context, learn=learn)
 
 
 def schedule(*stages: dict[str, Any], shape: str = "stepwise", unit: str = "steps", **plain: Any) -> dict[str, Any]:
@@ -185,21 +185,21 @@ def test_bounds_go_around_a_mixture_that_learns() -> None:
 
 
 def test_an_empty_domain_gets_nothing_from_a_floor_or_a_cap() -> None:
-    stock = DomainSizes(keys=GROUND.domain_sizes.keys, sizes=np.array([900, 100, 0]), budget=1)
-    ground = replace(GROUND, domain_sizes=stock)
-    assert weights(mixer(mixture_context=ground, floor=0.2, cap=0.6), 0) == pytest.approx([0.6, 0.4, 0])
+    domain_sizes = DomainSizes(keys=CONTEXT.domain_sizes.keys, sizes=np.array([900, 100, 0]), budget=1)
+    context = replace(CONTEXT, domain_sizes=domain_sizes)
+    assert weights(mixer(context=context, floor=0.2, cap=0.6), 0) == pytest.approx([0.6, 0.4, 0])
 
 
 def test_a_mixture_of_dropped_domains_only_is_refused() -> None:
-    ground = replace(GROUND, has_samples=np.array([False, True, True]))
-    with pytest.raises(MixtureError, match="has been dropped: source=a"):
-        mixer(mixture_context=ground, kind="static", domains=[{"key": {"source": "a"}, "weight": 1.0}])
-    assert weights(mixer(mixture_context=ground), 0) == NATURAL
+    context = replace(CONTEXT, has_samples=np.array([False, True, True]))
+    with pytest.raises(MixtureError, match="have been dropped: source=a"):
+        mixer(context=context, kind="static", domains=[{"key": {"source": "a"}, "weight": 1.0}])
+    assert weights(mixer(context=context), 0) == NATURAL
 
 
 def test_a_stage_of_dropped_domains_may_be_over() -> None:
-    ground = replace(GROUND, has_samples=np.array([False, True, True]))
-    assert weights(mixer(mixture_context=ground, **schedule(static(0, 1, 0, 0), static(40, 0, 1, 0))), 10) == [0, 1, 0]
+    context = replace(CONTEXT, has_samples=np.array([False, True, True]))
+    assert weights(mixer(context=context, **schedule(static(0, 1, 0, 0), static(40, 0, 1, 0))), 10) == [0, 1, 0]
 
 
 def test_another_mixture_over_the_same_domains_may_name_some_of_them() -> None:
