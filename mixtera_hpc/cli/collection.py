@@ -25,10 +25,7 @@ def open_collection(overrides: Sequence[str]) -> "tuple[Config, PropertyIndex]":
     from mixtera_hpc.config.check import check_data
     from mixtera_hpc.index.read.joined import open_configured
 
-    plain = _plain(overrides)
-    if plain["data"]["root"] == "???":
-        plain["data"]["root"] = ""
-    config = _config(plain)
+    config = _config(_plain(overrides))
     index = open_configured(config)
     if not config.data.root and not config.data.sets:
         config = replace(config, data=replace(config.data, root=str(index.data_root)))

@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _set(folder: "RunFolder", file: Path, chunk: int | None) -> int:
     from mixtera_hpc.comm.communicator import Local
-    from mixtera_hpc.config.compose import load_config, read_yaml
+    from mixtera_hpc.config.compose import load_config
+    from mixtera_hpc.config.yaml_files import read_yaml
     from mixtera_hpc.dataplane.mixing.from_config import make_mixer
     from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, requested_mixture, write_request
     from mixtera_hpc.dataplane.reading.source import open_source

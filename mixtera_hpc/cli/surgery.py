@@ -49,7 +49,7 @@ def _checkpoint_before(folder: "RunFolder", skip: tuple[int, int] | None, operat
     if steps and not usable and skip is not None:
         raise LaunchError(
             f"The data of step {skip[0]} cannot be skipped: the oldest checkpoint left is of step {steps[0]}.\n"
-            f"  Skip from step {steps[0]} on, or keep more of them with training.keep_checkpoints."
+            f"  Skip from step {steps[0]} on, or keep more of them with checkpoint.keep."
         )
     return usable[-1] if usable else 0
 

@@ -1,4 +1,4 @@
-"""Nested dicts → frozen dataclasses, with every problem listed and none hidden behind the first."""
+"""Nested dicts ↔ frozen dataclasses. Every problem is listed, so that the first one does not hide the others."""
 
 import dataclasses
 import math
@@ -7,15 +7,23 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
+from mixtera_hpc.config.schema.composed_default import NOT_GIVEN, composed_default
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
 __all__ = ["from_plain", "raise_problems", "to_plain"]
 
 T = TypeVar("T")
 
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
 
 def from_plain(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
     """Build the dataclass `cls` from nested dicts and lists.
+
+    Args:
+        cls: the dataclass.
+        data: the values of its fields.
+        path: dotted path of `data` inside the configuration, for messages.
 
     Raises:
         ConfigError: unknown keys (with near misses), missing keys and wrong types, all of them in one message.
@@ -27,7 +35,7 @@ def from_plain(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
 
 
 def raise_problems(problems: list[str]) -> None:
-    """Raise one ConfigError that lists `problems`; nothing when there are none."""
+    """Raise one ConfigError that lists `problems`; do nothing if there are none."""
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
@@ -35,39 +43,46 @@ def raise_problems(problems: list[str]) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """The inverse of `from_plain`: nested dicts, lists and scalars, fit for JSON and YAML."""
+    """Return the inverse of `from_plain`: nested dicts, lists and scalars, fit for JSON and YAML."""
     if dataclasses.is_dataclass(value):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {spec.name: to_plain(getattr(value, spec.name)) for spec in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
+        return {str(key): to_plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(v) for v in value]
+        return [to_plain(part) for part in value]
     return value
 
 
 def _dataclass(cls: Any, data: Any, path: str, problems: list[str]) -> Any:
-    shorten = getattr(cls, "from_short", None)
-    data = shorten(data) if shorten else data
+    expand = getattr(cls, "from_short", None)
+    data = expand(data) if expand else data
     if not isinstance(data, Mapping):
         problems.append(f"{path} is {data!r}, expected keys and values.")
         return None
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {spec.name: spec for spec in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
             problems.append(f"{_join(path, key)} is not a known key.{did_you_mean(str(key), list(fields))}")
-    values, before = {}, len(problems)
+
+    values: dict[str, Any] = {}
+    num_before = len(problems)
     for name, spec in fields.items():
-        if name in data:
+        if name in data and not _is_left_out(spec, data[name]):
             values[name] = _value(hints[name], data[name], _join(path, name), problems)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            problems.append(f"{_join(path, name)} is missing. Set it on the command line or in a config file.")
-    return None if len(problems) > before else cls(**values)
+            problems.append(_missing(_join(path, name)))
+    return None if len(problems) > num_before else cls(**values)
+
+
+def _is_left_out(spec: "dataclasses.Field[Any]", value: Any) -> bool:
+    """Return whether a composed value only says that the user may leave the key out."""
+    return bool(value == NOT_GIVEN and composed_default(spec) == NOT_GIVEN)
 
 
 def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if value == "???":
-        problems.append(f"{path} is missing. Set it on the command line or in a config file.")
+    if value == NOT_GIVEN:
+        problems.append(_missing(path))
         return None
     origin = get_origin(hint)
     if hint is Any:
@@ -75,10 +90,7 @@ def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if origin in (Union, types.UnionType):
         return _optional(hint, value, path, problems)
     if origin is Literal:
-        if value not in get_args(hint):
-            options = [str(a) for a in get_args(hint)]
-            problems.append(f"{path} is {value!r}, expected one of {', '.join(options)}.{_near(value, options)}")
-        return value
+        return _choice(hint, value, path, problems)
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, value, path, problems)
     if origin is list:
@@ -89,42 +101,50 @@ def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 
 def _optional(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    inner = [a for a in get_args(hint) if a is not type(None)]
-    return None if value is None else _value(inner[0], value, path, problems)
+    if value is None:
+        return None
+    inner = [part for part in get_args(hint) if part is not type(None)]
+    return _value(inner[0], value, path, problems)
+
+
+def _choice(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    options = [str(option) for option in get_args(hint)]
+    if value not in get_args(hint):
+        near = did_you_mean(str(value), options)
+        suffix = near if near.startswith(" Did") else ""  # The options are listed already.
+        problems.append(f"{path} is {value!r}, expected one of {', '.join(options)}.{suffix}")
+    return value
 
 
 def _list(item: Any, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, list | tuple):
         problems.append(f"{path} is {value!r}, expected a list. Write {path}=[{value}].")
         return None
-    return [_value(item, v, f"{path}[{i}]", problems) for i, v in enumerate(value)]
+    return [_value(item, part, f"{path}[{i}]", problems) for i, part in enumerate(value)]
 
 
 def _dict(item: Any, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
         problems.append(f"{path} is {value!r}, expected keys and values.")
         return None
-    return {str(k): _value(item, v, _join(path, k), problems) for k, v in value.items()}
+    return {str(key): _value(item, part, _join(path, key), problems) for key, part in value.items()}
 
 
 def _scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and is_number and math.isfinite(value):
         return float(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+    if hint is str and is_number:
         problems.append(f"{path} is the {type(value).__name__} {value!r}, expected text. Put it in quotes.")
     elif isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{path} is {value!r}, expected a finite number.")
     elif not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        problems.append(f"{path} is {value!r}, expected {_NAMES.get(hint, hint.__name__)}.")
+        problems.append(f"{path} is {value!r}, expected {_TYPE_NAMES.get(hint, hint.__name__)}.")
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def _near(value: Any, options: list[str]) -> str:
-    hint = did_you_mean(str(value), options)
-    return hint if hint.startswith(" Did") else ""
+def _missing(path: str) -> str:
+    return f"{path} is missing. Set it on the command line or in a config file."
 
 
 def _join(path: str, key: Any) -> str:

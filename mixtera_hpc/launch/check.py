@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtera_hpc.config.compose import compose, conf_folders
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.composition.conf_folders import conf_folders
 from mixtera_hpc.errors import MixteraError
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 

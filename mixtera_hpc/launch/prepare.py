@@ -8,10 +8,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from mixtera_hpc.config.compose import dump_yaml
 from mixtera_hpc.config.convert import to_plain
 from mixtera_hpc.config.run_folder import RunFolder, new_run_id
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.yaml_files import dump_yaml
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.manifest import git_diff, manifest
 
@@ -44,10 +44,11 @@ def prepare_run(config: Config, overrides: Sequence[str], now: datetime) -> RunF
 def with_absolute_paths(config: Config) -> Config:
     """`config` with paths that mean the same from any folder; what does not exist below this one stays as it is."""
     plane, data, index = config.dataplane, config.data, config.index
+    sets = {name: replace(data_set, root=_rooted(data_set.root)) for name, data_set in data.sets.items()}
     return replace(
         config,
         run=replace(config.run, root=str(Path(config.run.root).absolute())),
-        data=replace(data, root=_rooted(data.root), sets={name: _rooted(root) for name, root in data.sets.items()}),
+        data=replace(data, root=_rooted(data.root), sets=sets),
         index=replace(index, path=_rooted(index.path), paths=[_rooted(path) for path in index.paths]),
         dataplane=replace(plane, tokenizer=_rooted(plane.tokenizer) if plane.tokenizer else None),
     )

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.check import check
-from mixtera_hpc.config.compose import compose_plain, load_yaml
+from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain, to_plain
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.yaml_files import load_yaml
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import read_start
 from mixtera_hpc.launch.prepare import replace_config
@@ -132,7 +133,11 @@ def amended_config(folder: RunFolder, overrides: Sequence[str], change: ResumeRe
     new = old
     if overrides:
         typed = recorded_overrides(folder)
-        new = from_plain(Config, _laid_over(recorded, compose_plain(typed), compose_plain(_merged(typed, overrides))))
+        amended = compose_plain(_merged(typed, overrides))
+        plain = _laid_over(recorded, compose_plain(typed), amended)
+        for override in overrides:
+            _copy_value(amended, plain, _key(override).split("."))
+        new = from_plain(Config, plain)
     new = replace(new, query=replace(new.query, drop=[*new.query.drop, *change.drop]))
     check_resume(old, new, change)
     check(new)
@@ -201,6 +206,17 @@ def _laid_over(recorded: Any, before: Any, after: Any) -> Any:
         if key not in before or before[key] != value:
             merged[key] = _laid_over(recorded.get(key), before.get(key), value)
     return merged
+
+
+def _copy_value(source: Any, target: Any, path: list[str]) -> None:
+    """Copy the value at `path`, if there is one: a key set to its default shows no difference between compositions."""
+    *above, name = path
+    for part in above:
+        if not (isinstance(source, Mapping) and isinstance(target, dict) and part in source and part in target):
+            return
+        source, target = source[part], target[part]
+    if above and isinstance(source, Mapping) and isinstance(target, dict) and name in source:
+        target[name] = source[name]
 
 
 def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:

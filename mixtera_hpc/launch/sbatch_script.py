@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtera_hpc.config.check import num_ranks, parse_time
-from mixtera_hpc.config.compose import dump_yaml
 from mixtera_hpc.config.convert import to_plain
+from mixtera_hpc.config.job_shape import num_ranks, parse_time
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.yaml_files import dump_yaml
 
 __all__ = ["RANKS_WITH_OWN_LOG", "SbatchJob", "render_script"]
 

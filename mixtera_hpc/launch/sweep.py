@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mixtera_hpc.config.check import parse_time
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.convert import to_plain
+from mixtera_hpc.config.job_shape import parse_time
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.sweep import expand
@@ -26,6 +26,8 @@ from mixtera_hpc.launch.submit import Submitted, submit_attempt, submit_run
 __all__ = ["SweepPlan", "SweepPoint", "plan_sweep", "submit_point"]
 
 Action = Literal["new", "continue", "finished", "active"]
+_TRAINED = ("data", "index", "query", "mixture", "dataplane", "training", "checkpoint")
+"""Groups of the configuration that make two points of a sweep different."""
 _UNKNOWN: tuple[RunFolder | None, Action] = (None, "new")
 
 
@@ -133,7 +135,7 @@ def _action(state: JobState) -> Action:
 def _fingerprint(config: Config) -> str:
     """What makes two points the same: all that is trained on, and how many ranks of which cluster."""
     plain = to_plain(config)
-    what: dict[str, Any] = {k: plain[k] for k in ("data", "index", "query", "mixture", "dataplane", "training")}
+    what: dict[str, Any] = {k: plain[k] for k in _TRAINED}
     what["where"] = [config.run.name, config.cluster.name, config.job.nodes, config.job.ranks_per_node]
     what["command"] = config.job.command
     return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()

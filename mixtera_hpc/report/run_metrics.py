@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.compose import load_yaml
 from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.config.yaml_files import load_yaml
 from mixtera_hpc.errors import DataError, LaunchError
 from mixtera_hpc.track.event_reader import read_events
 

@@ -19,7 +19,8 @@ from typing import Any
 import hydra
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.config.compose import conf_dir, search_path
+from mixtera_hpc.config.compose import prepare_application
+from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, MixteraError
@@ -110,18 +111,15 @@ def _make_attempt(config: Config, num_ranks: int, output: Path, overrides: Seque
     return f"{attempt} {folder.path}"
 
 
-def _find_own_configs() -> None:
-    """`MIXTERA_CONF` counts here as it does for every verb; Hydra reads the command line by itself."""
+def _prepare() -> None:
+    """Let Hydra find our schema and the user's configs, and report mistakes of the command line as every verb does."""
     try:
-        own = search_path()
+        sys.argv[1:] = prepare_application(sys.argv[1:])
     except ConfigError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(error.exit_code)
-    overrides = [at for at, word in enumerate(sys.argv) if at and "=" in word and not word.startswith("-")]
-    at = overrides[0] if overrides else len(sys.argv)
-    sys.argv[at:at] = own  # Beside the others: argparse wants them in one piece.
 
 
 if __name__ == "__main__":
-    _find_own_configs()
+    _prepare()
     main()

@@ -277,7 +277,7 @@ class Trainer:
             warnings.warn(message, stacklevel=2)
 
     def _checkpoint_is_due(self) -> bool:
-        every_steps = self._training.checkpoint_every
+        every_steps = self._config.checkpoint.every_steps
         return every_steps > 0 and self._step % every_steps == 0
 
     def _save_checkpoint(self) -> None:
@@ -300,7 +300,7 @@ class Trainer:
                 optimizer=self._optimizer.state_dict(),
                 dataplane=state,
             )
-            write_checkpoint(self._folder.checkpoints, checkpoint, self._training.keep_checkpoints)
+            write_checkpoint(self._folder.checkpoints, checkpoint, self._config.checkpoint.keep)
         self._comm.Barrier()
         self._saved_step = self._step
 

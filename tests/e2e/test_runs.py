@@ -57,7 +57,7 @@ def wait_for(root: Path, glob: str, lines: int, process: subprocess.Popen[str]) 
 @pytest.fixture(scope="module")
 def trained(cli: Cli, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
-    cli("run", *small, f"run.root={root}", "training.num_steps=14", "training.checkpoint_every=5")
+    cli("run", *small, f"run.root={root}", "training.num_steps=14", "checkpoint.every_steps=5")
     return the_run(root)
 
 

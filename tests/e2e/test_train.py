@@ -46,7 +46,7 @@ def killed(
 ) -> tuple[Path, subprocess.CompletedProcess[str], float]:
     """A run of 4 ranks of which rank 2 was killed after step 8; how it ended, and how long that took."""
     root = tmp_path_factory.mktemp("killed")
-    words = ["run", *small, f"run.root={root}", "training.checkpoint_every=3", "training.num_steps=2000"]
+    words = ["run", *small, f"run.root={root}", "checkpoint.every_steps=3", "training.num_steps=2000"]
     with (root / "out").open("w+") as out:
         process = subprocess.Popen([MPIEXEC, "-n", "4", *COMMAND, *words], stdout=out, stderr=subprocess.STDOUT)
         wait_for_step(root, 8, process)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtera_hpc.config.compose import compose, conf_dir
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 
 GOLDEN = Path(__file__).with_name("golden")

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixtera_hpc.config.compose import compose, dump_yaml
+from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.yaml_files import dump_yaml
 from mixtera_hpc.track.tracker import JsonLinesTracker
 
 RunMaker = Callable[..., RunFolder]

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.config.compose import compose, load_config, read_yaml
+from mixtera_hpc.config.compose import compose, load_config
+from mixtera_hpc.config.schema import ClusterConfig
+from mixtera_hpc.config.yaml_files import read_yaml
 from mixtera_hpc.errors import ConfigError
 
 BASE = ["data.root=/data", "mixture.unit=samples"]
@@ -65,13 +67,13 @@ def test_a_near_miss_may_be_a_config_of_ones_own(own: Path, group: str) -> None:
         (
             "experiment/mine.yaml",
             "# @package _global_\nmixture: {group_by: [a}\n",
-            r"no YAML: (?s:.*)/experiment/mine\.yaml\", line 2",
+            r"Invalid YAML in a config file: (?s:.*)/experiment/mine\.yaml\", line 2",
         ),
         ("experiment/mine.yaml", "mixture: {group_by: [a]}\n", "Begin its file with the line `# @package _global_`"),
         (
             "cluster/mine.yaml",
-            "name: mine\nranks_per_node: 2\n",
-            r"^cluster\.\w+ is not set\. Set it, or begin .*`defaults: \[local\]`",
+            "name: mine\nmem: ${cluster.memory}\n",
+            r"^cluster\.memory is not a known key, but \S+\.mem refers to it\.",
         ),
     ],
 )
@@ -81,6 +83,15 @@ def test_a_mistake_in_a_file_of_ones_own_is_named(own: Path, file: str, text: st
 
     with pytest.raises(ConfigError, match=answer):
         compose([*(BASE if group == "cluster" else []), f"{group}=mine"])
+
+
+def test_a_file_of_ones_own_says_only_what_differs(own: Path) -> None:
+    (own / "cluster/mine.yaml").write_text("name: mine\nranks_per_node: 2\n")
+
+    config = compose([*BASE, "cluster=mine"])
+
+    assert config.cluster == ClusterConfig(name="mine", ranks_per_node=2)
+    assert config.job.ranks_per_node == 2
 
 
 def test_a_folder_of_configs_that_is_not_there_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from mixtera_hpc.cli.collection import compose_data
-from mixtera_hpc.config.compose import conf_dir
+from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.read.open import open_index
 

@@ -64,7 +64,7 @@ class TestRoots:
         shutil.move(roots["web"], tmp_path / "elsewhere")
         with open_index(tmp_path / "i.h5", roots | {"web": str(tmp_path / "elsewhere")}) as index:
             assert changed_shards(index) == []
-        with pytest.raises(PropertyIndexError, match=r"from the data sets code, web, but data\.roots names web"):
+        with pytest.raises(PropertyIndexError, match=r"from the data sets code, web, but data\.sets names web"):
             open_index(tmp_path / "i.h5", {"web": roots["web"]})
 
     def test_a_refresh_tells_equal_paths_apart(self, roots: dict[str, str], tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ class TestRoots:
             ({}, r"data\.root is missing"),
             (
                 {"sets": {"a": "/x"}, "properties": {"dataset": "d"}},
-                r"data\.properties\.dataset is the name of the root",
+                r"data\.properties\.dataset is the name of the data set",
             ),
             ({"root": "/x", "properties": {"c": {"kind": "number"}}}, "either a path in the row or a function"),
         ],
@@ -95,7 +95,7 @@ class TestRoots:
     def test_roots_are_set_on_the_command_line(self, roots: dict[str, str], tmp_path: Path) -> None:
         words = [f"data.sets={{web: {roots['web']}, code: {roots['code']}}}", f"index.path={tmp_path}/i.h5"]
         config = compose([*words, "mixture.unit=samples"])
-        assert config.data.sets == roots and config.data.root == ""
+        assert config.data.roots() == roots and config.data.root == ""
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def submitted(folder: RunFolder, config: Config, job_id: str = "4711") -> None:
 
 
 def test_time_nodes_and_length_may_change(folder: RunFolder) -> None:
-    changes = ["job.nodes=4", 'job.time="02:00:00"', "training.num_steps=500", "training.checkpoint_every=9"]
+    changes = ["job.nodes=4", 'job.time="02:00:00"', "training.num_steps=500", "checkpoint.every_steps=9"]
 
     config = amended_config(folder, changes)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtera_hpc.config.compose import conf_dir
+from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.launch.check import CheckResult, check_all_pairs
 
 CONFIGS = sorted(conf_dir().rglob("*.yaml"))

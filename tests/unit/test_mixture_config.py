@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.config.check_mixture import mixture_problems
-from mixtera_hpc.config.compose import compose, conf_dir
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.domain_tree import domain_entries
 from mixtera_hpc.config.schema import MixtureConfig

@@ -11,6 +11,7 @@ import torch
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import (
+    CheckpointConfig,
     Config,
     DataConfig,
     DataPlaneConfig,
@@ -114,7 +115,7 @@ def test_stopped_and_continued_is_as_if_never_stopped(
 def test_a_lost_attempt_is_done_again_from_its_last_checkpoint(
     config: Config, whole: RunFolder, tmp_path: Path
 ) -> None:
-    run = train(with_training(config, checkpoint_every=3, keep_checkpoints=9), tmp_path)
+    run = train(dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=3, keep=9)), tmp_path)
     assert [p.name[-2:] for p in sorted(run.checkpoints.glob("step_*"))] == ["03", "06", "09", "10"]
     for step in (9, 10):
         (run.checkpoints / f"step_{step:08d}" / "model.pt").unlink()

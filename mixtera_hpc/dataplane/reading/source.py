@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
-from mixtera_hpc.config.check import holdout_problems
+from mixtera_hpc.config.check_data import holdout_problems
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.domain_tree import domain_entries
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig

@@ -72,7 +72,7 @@ def derive_properties(
         DataError: a function returned something else than a value of its kind for each document.
     """
     comm, began = comm or Local(), time.monotonic()
-    roots = config.data.sets or config.data.root or None
+    roots = config.data.roots() or config.data.root or None
     index = open_index(config.index.path, roots)
     functions = _new(index, DocumentFunctions.of(config.data), again)
     combos = combo_values(index.tables.combos)

@@ -41,7 +41,7 @@ class Shard:
 
 def roots_of(data: DataConfig) -> dict[str, Path]:
     """Dataset → folder; a single root is called ''."""
-    return {name: Path(root) for name, root in sorted(data.sets.items())} if data.sets else {"": Path(data.root)}
+    return {name: Path(root) for name, root in sorted(data.roots().items())} if data.sets else {"": Path(data.root)}
 
 
 def discover_shards(data: DataConfig) -> list[Shard]:

@@ -57,7 +57,7 @@ def open_configured(config: Config) -> PropertyIndex:
             do not fit together.
     """
     data, names = config.data, config.index
-    first = open_index(names.path, data.sets or data.root or None, names.generation)
+    first = open_index(names.path, data.roots() or data.root or None, names.generation)
     _check_described(first, data)
     if not names.paths:
         return first

@@ -1,0 +1,70 @@
+"""Problems of the groups `data`, `index` and `query` that can be seen without opening an index."""
+
+import keyword
+import re
+
+from mixtera_hpc.config.check_numbers import at_least
+from mixtera_hpc.config.schema import DataConfig, IndexConfig, PropertyConfig, QueryConfig
+
+__all__ = ["data_problems", "holdout_problems"]
+
+
+def data_problems(data: DataConfig, index: IndexConfig) -> list[str]:
+    """Return everything wrong with the data and the index, one or two sentences each."""
+    problems = [
+        *_roots(data),
+        *at_least("index.block_rows", index.block_rows, 1),
+        *at_least("index.threads", index.threads, 1),
+        *at_least("data.max_block_bytes", data.max_block_bytes, 1 << 16),
+    ]
+    for name, spec in data.properties.items():
+        problems += [*_pattern(name, spec.pattern), *_source_of_values(name, spec), *_name(name)]
+    return problems
+
+
+def holdout_problems(query: QueryConfig) -> list[str]:
+    """Return why the requested side of the holdout cannot be served."""
+    problems = []
+    if not 0 <= query.holdout.fraction < 1:
+        problems.append(f"query.holdout.fraction is {query.holdout.fraction}, expected at least 0 and less than 1.")
+    if query.split == "validation" and not query.holdout.fraction:
+        problems.append("query.split=validation, but nothing is held out. Set query.holdout.fraction, e.g. to 0.01.")
+    return problems
+
+
+def _roots(data: DataConfig) -> list[str]:
+    if not data.root and not data.sets:
+        return ["data.root is missing. Set it on the command line or in a config file."]
+    problems = [
+        f"data.sets has {name!r}: {root!r}, expected a name and a folder."
+        for name, root in data.roots().items()
+        if not name or not root
+    ]
+    if data.sets and "dataset" in data.properties:
+        problems.append(
+            "data.properties.dataset is the name of the data set with data.sets. Give the property another name."
+        )
+    return problems
+
+
+def _pattern(name: str, pattern: str | None) -> list[str]:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        return [f"data.properties.{name}.pattern is {pattern!r}, which is no regular expression: {error}."]
+    return []
+
+
+def _source_of_values(name: str, spec: PropertyConfig) -> list[str]:
+    if (spec.path is None) == (spec.function is None):
+        return [f"data.properties.{name} needs either a path in the row or a function over documents."]
+    if spec.function is not None and spec.pattern is not None:
+        return [f"data.properties.{name} has a function and a pattern. Apply the pattern inside the function."]
+    return []
+
+
+def _name(name: str) -> list[str]:
+    """Check that queries can use the name."""
+    if name.isidentifier() and not keyword.iskeyword(name) and name != "null":
+        return []
+    return [f"data.properties.{name} is not a usable name. Use letters, digits and _, and no keyword of Python."]

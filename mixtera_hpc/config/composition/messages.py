@@ -1,0 +1,110 @@
+"""What Hydra and OmegaConf say about a wrong configuration → what the user has to do."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from mixtera_hpc.config.composition.conf_folders import group_options
+from mixtera_hpc.config.composition.override_words import hydra_words
+from mixtera_hpc.config.key_paths import hint_of, schema_keys, without_none
+from mixtera_hpc.errors import did_you_mean
+
+__all__ = ["explain", "near_keys"]
+
+MISSING = "is missing. Set it on the command line or in a config file."
+
+
+def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
+    """Return the message for an error of Hydra's or OmegaConf's to which `overrides`, as typed, led."""
+    text = str(error).strip()
+    for pattern, message in _MESSAGES:
+        if match := re.search(pattern, text):
+            return message(match, text)
+    return _unparsable(overrides) or text + (f"\n  The overrides were: {' '.join(overrides)}" if overrides else "")
+
+
+def near_keys(key: str) -> str:
+    """Return a hint that names keys similar to `key`, or equal to it but for the group."""
+    known = [known.path for known in schema_keys() if not known.is_group]
+    leaf = key.rpartition(".")[2]
+    same = [repr(path) for path in known if path.rpartition(".")[2] == leaf]
+    return f" Did you mean {' or '.join(same)}?" if same else did_you_mean(key, known)
+
+
+def _environment(match: "re.Match[str]", text: str) -> str:
+    name, key = match.group(1), _full_key(text)
+    needs = f"{key} needs" if key else "The configuration needs"
+    return (
+        f"{needs} the environment variable {name}, which is not set.\n  Set {name}, or give {key or 'the key'}=<value>."
+    )
+
+
+def _dangling(match: "re.Match[str]", text: str) -> str:
+    key, target = _full_key(text), match.group(1)
+    refers = f"{key} refers to it" if key else "a value refers to it"
+    return f"{target} is not a known key, but {refers}.{near_keys(target)}"
+
+
+def _refers_to_missing(match: "re.Match[str]", text: str) -> str:
+    key, target = _full_key(text), match.group(1)
+    return f"{target} {MISSING}" + (f"\n  The default of {key} is taken from it." if key else "")
+
+
+def _missing(match: "re.Match[str]", text: str) -> str:
+    return f"{match.group(1)} {MISSING}"
+
+
+def _unknown_key(match: "re.Match[str]", text: str) -> str:
+    return unknown_key(match.group(1))
+
+
+def _no_such_file(match: "re.Match[str]", text: str) -> str:
+    group, _, option = match.group(1).rpartition("/")
+    return f"{group}={option} does not exist.{did_you_mean(option, group_options(group))}"
+
+
+_MESSAGES = (
+    (r"Environment variable '(\w+)' not found", _environment),
+    (r"Interpolation key '([\w.]+)' not found", _dangling),
+    (r"MissingMandatoryValue while resolving interpolation: Missing mandatory value: (\S+)", _refers_to_missing),
+    (r"Missing mandatory value: (\S+)", _missing),
+    (r"is not in struct\s+full_key: (\S+)", _unknown_key),
+    (r"Could not override '([\w.]+)'", _unknown_key),
+    (r"Could not find '([^']+)'", _no_such_file),
+)
+
+
+def unknown_key(key: str) -> str:
+    """Return the message for a key that cannot be set."""
+    for known in schema_keys():
+        is_optional = dataclasses.is_dataclass(without_none(known.hint)) and not known.is_group
+        if is_optional and key.startswith(f"{known.path}.") and hint_of(key) is not None:
+            return f"{known.path} is null, so {key} cannot be set alone.\n  Set it as a whole: {known.path}='{{…}}'"
+    return f"{key} is not a known key.{near_keys(key)}"
+
+
+def _full_key(text: str) -> str | None:
+    match = re.search(r"full_key: (\S+)", text)
+    return match.group(1) if match else None
+
+
+def _unparsable(overrides: Sequence[str]) -> str | None:
+    """Return the message for the first override that is not in Hydra's grammar; None if all are."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # Slow to import.
+    from hydra.errors import HydraException
+
+    for override, word in zip(overrides, hydra_words(overrides), strict=True):
+        key, _, value = override.partition("=")
+        try:
+            OverridesParser.create().parse_override(word)
+            parses = bool(key)
+        except HydraException:
+            parses = False
+        if parses:
+            continue
+        if not key or not value:
+            return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
+        if "." in key and hint_of(key) is None:
+            return unknown_key(key)
+        return f"{override!r} is not a Hydra override. Put its value in quotes of its own: '{key}=\"{value}\"'"
+    return None

@@ -1,0 +1,89 @@
+"""Overrides as users type them → overrides in Hydra's grammar.
+
+Hydra parses every value with a grammar of its own, in which `query.where=q >= 0.5` is an error and `job.name=7` a number. The
+schema knows better: the value of a key that takes text is quoted here, so that it arrives as it was typed.
+"""
+
+import re
+from collections.abc import Iterable
+
+from mixtera_hpc.config.key_paths import groups, hint_of, takes_text
+from mixtera_hpc.errors import ConfigError
+
+__all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "quoted", "sweep_values"]
+
+_IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
+_HOME = re.compile(r"~[\w-]*(/|$)")
+
+
+def hydra_words(words: Iterable[str], *, sweep: bool = False) -> list[str]:
+    """Return `words` with every text value in quotes.
+
+    Args:
+        words: overrides, `key=value` each. Flags (`--cfg`) and keys outside the schema are left as they are.
+        sweep: whether commas separate values (`hydra --multirun`). Each value is quoted then.
+
+    Raises:
+        ConfigError: a value begins with `~`, which neither the shell nor Hydra expands.
+    """
+    return [_hydra_word(word, sweep) for word in words]
+
+
+def chosen_groups(words: Iterable[str]) -> frozenset[str]:
+    """Return the groups for which `words` choose a config file, as `mixture=unimax` does."""
+    known = set(groups())
+    return frozenset(key for key in (word.partition("=")[0].lstrip("+") for word in words) if key in known)
+
+
+def is_text_key(key: str) -> bool:
+    """Return whether the key of an override takes text."""
+    return takes_text(hint_of(key.lstrip("+")))
+
+
+def first_of_sweep(words: Iterable[str]) -> list[str]:
+    """Return `words` with the first value of every override that lists several, for checks before a sweep starts."""
+    return [f"{word.partition('=')[0]}={values[0]}" if (values := sweep_values(word)) else word for word in words]
+
+
+def sweep_values(word: str) -> list[str]:
+    """Return the values of an override that lists several (`a,b`, `choice(…)`, `range(…)`); an empty list for any other.
+
+    Values of a key that takes text are returned as typed, without the escapes that Hydra needs.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # Slow to import.
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return []
+    if not parsed.is_discrete_sweep() or "glob(" in word:
+        return []
+    texts = list(parsed.sweep_string_iterator())
+    if not is_text_key(word.partition("=")[0]):
+        return texts
+    pairs = zip(parsed.sweep_iterator(), texts, strict=True)
+    return [value if type(value) is str else text for value, text in pairs]
+
+
+def quoted(text: str) -> str:
+    """Return `text` as a quoted value of Hydra's grammar. A backslash is special only before a quote or at the end."""
+    escaped = re.sub(r'(\\*)"', r"\1\1\\" + '"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
+
+
+def _hydra_word(word: str, sweep: bool) -> str:
+    key, equals, value = word.partition("=")
+    if not equals or word.startswith("-") or not is_text_key(key):
+        return word
+    values = sweep_values(word) if sweep else []
+    return f"{key}={','.join(_hydra_value(key, part) for part in values or [value])}"
+
+
+def _hydra_value(key: str, value: str) -> str:
+    if _HOME.match(value):
+        raise ConfigError(f"'{key}={value}': the shell leaves ~ as it is behind a =. Write {key}=$HOME{value[1:]}")
+    # These have a meaning of their own: nothing, null, an interpolation, a mapping (for a key with a short form), quotes.
+    if value in ("", "null") or value.startswith(("${", "{")) or _IN_QUOTES.fullmatch(value):
+        return value
+    return quoted(value)

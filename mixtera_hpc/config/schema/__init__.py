@@ -1,0 +1,69 @@
+"""Every key that a user can set: its type, its default and its description.
+
+The dataclasses here are the only place a default is written. The string below a field is its documentation, from which
+`docs/config.md` is generated. `config/composition/schema_store.py` registers the tree in Hydra's ConfigStore, and
+`config/convert.py` builds the dataclasses from what Hydra composed. No other module sees OmegaConf objects.
+"""
+
+from dataclasses import dataclass, field
+
+from mixtera_hpc.config.schema.data import DataConfig, DataSetConfig, IndexConfig, PropertyConfig
+from mixtera_hpc.config.schema.dataplane import DataPlaneConfig
+from mixtera_hpc.config.schema.job import ClusterConfig, JobConfig, PartitionConfig
+from mixtera_hpc.config.schema.mixture import DomainConfig, MixtureConfig, ScheduleConfig, StageConfig
+from mixtera_hpc.config.schema.query import HoldoutConfig, QueryConfig
+from mixtera_hpc.config.schema.run import PlanConfig, RunConfig, TrackConfig
+from mixtera_hpc.config.schema.training import CheckpointConfig, TrainingConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "DataPlaneConfig",
+    "DataSetConfig",
+    "DomainConfig",
+    "HoldoutConfig",
+    "IndexConfig",
+    "JobConfig",
+    "MixtureConfig",
+    "PartitionConfig",
+    "PlanConfig",
+    "PropertyConfig",
+    "QueryConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "StageConfig",
+    "TrackConfig",
+    "TrainingConfig",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole configuration of a run."""
+
+    data: DataConfig
+    """Which files hold the samples, and where a row has its text and its properties."""
+    index: IndexConfig
+    """The property index files, and how an index is built."""
+    query: QueryConfig = field(default_factory=QueryConfig)
+    """Which samples take part, and which of them are held out for validation."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """The domains and the proportions in which they are served."""
+    dataplane: DataPlaneConfig = field(default_factory=DataPlaneConfig)
+    """How samples become the batches of every rank."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The reference trainer."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the reference trainer saves, and how many checkpoints stay."""
+    track: TrackConfig = field(default_factory=TrackConfig)
+    """Where metrics go in addition to the JSONL files of the run folder."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """The name and the folder of the run."""
+    job: JobConfig = field(default_factory=JobConfig)
+    """What the job requests from Slurm."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """What the nodes of a cluster look like, and how ranks are started on them."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """What `mixtera-hpc plan` prints."""

@@ -1,0 +1,26 @@
+"""Defaults that are taken from another key or from the environment while Hydra composes."""
+
+from dataclasses import MISSING, Field, field
+from typing import Any
+
+__all__ = ["NOT_GIVEN", "composed_default", "composed_from"]
+
+NOT_GIVEN = "???"
+"""OmegaConf's marker of a value that the user has to give."""
+
+
+def composed_from(expression: str, default: Any = MISSING) -> Any:
+    """Return a dataclass field whose default in a composed configuration is `expression`, an OmegaConf interpolation.
+
+    Args:
+        expression: for example `${cluster.mem}`, or `NOT_GIVEN` for a value that only some verbs need.
+        default: the value of the field where Python code builds the dataclass itself. Without one the field is required.
+    """
+    if default is MISSING:
+        return field(metadata={"composed": expression})
+    return field(default=default, metadata={"composed": expression})
+
+
+def composed_default(spec: "Field[Any]") -> str | None:
+    """Return the expression given to `composed_from`, or None for a field with a plain default."""
+    return spec.metadata.get("composed")

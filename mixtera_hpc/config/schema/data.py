@@ -1,0 +1,99 @@
+"""Settings of the groups `data` and `index`: which files hold the samples, and how they are indexed."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mixtera_hpc.config.schema.composed_default import NOT_GIVEN, composed_from
+
+__all__ = ["DataConfig", "DataSetConfig", "IndexConfig", "PropertyConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PropertyConfig:
+    """Where one property of a sample comes from. A bare string is short for `{path: STRING, kind: category}`."""
+
+    path: str | None = None
+    """Dotted path inside the row (`meta.language`), or a value taken from the location of the row: `__path__`, `__name__`,
+    `__stem__`, `__parent__`, `__folder__`, `__folder__.N`, `__partition__.KEY`, `__format__` (docs/formats.md)."""
+    function: str | None = None
+    """Used instead of `path`: the import path `package.module.function` of your function from a list of documents to a list
+    with one value for each of them."""
+    kind: Literal["category", "categories", "number"] = "category"
+    """`category`: one string per sample. `categories`: several strings per sample. `number`: one float64 per sample."""
+    pattern: str | None = None
+    """Regular expression that is searched for in the value. The property is its first group, or the whole match if it has no
+    group, and null if there is no match."""
+
+    @classmethod
+    def from_short(cls, value: Any) -> Any:
+        """Expand a bare string into the mapping that it is short for."""
+        return {"path": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSetConfig:
+    """One of several data sets that share an index. A bare string is short for `{root: STRING}`."""
+
+    root: str
+    """Folder that the shard paths of this set are relative to."""
+
+    @classmethod
+    def from_short(cls, value: Any) -> Any:
+        """Expand a bare string into the mapping that it is short for."""
+        return {"root": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which files hold the samples, and where a row has its text and its properties."""
+
+    root: str = composed_from(NOT_GIVEN, default="")
+    """Folder that all shard paths are relative to. Required by `index build`, unless `data.sets` is given."""
+    sets: dict[str, DataSetConfig] = field(default_factory=dict)
+    """Used instead of `data.root` for several data sets in one index: name → folder, for example `{web: /a, code: /b}`. All
+    other keys of `data` apply to every set. The name becomes the built-in property `dataset` of the samples."""
+    include: list[str] = field(default_factory=lambda: ["**/*"])
+    """Glob patterns of the shards, relative to the root. `**/*` ignores files of unknown format. A pattern that names such a
+    file explicitly is refused."""
+    exclude: list[str] = field(default_factory=list)
+    """Glob patterns of files to leave out again, relative to the root."""
+    format: str = "auto"
+    """Name of the format of all shards, or `auto` to take the format from each file name (docs/formats.md)."""
+    text: str | None = "text"
+    """Dotted path to the document inside a row. Null for samples without text, which need `mixture.unit=samples`."""
+    properties: dict[str, PropertyConfig] = field(default_factory=dict)
+    """Properties of every sample: name → where its value comes from, for example `{language: meta.lang}`."""
+    parser: str | None = None
+    """Import path `package.module.function` of your function from a row (a dict) to a dict. The paths in `data.properties` then
+    refer to the dict that it returns. The function runs with your rights."""
+    max_block_bytes: int = 4294967296
+    """Largest decoded size, in bytes, of a row and of a compressed frame or file that can only be decoded as a whole. The index
+    build refuses larger ones, so that no rank runs out of memory later. At least 65536."""
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+    """What an index build does with rows that cannot be read. `fail`: end the build and name the first ten. `skip`: leave them
+    out and record their number per shard and reason in the index. If a shard is damaged, `skip` leaves out the rest of it."""
+
+    def roots(self) -> dict[str, str]:
+        """Return the folder of every named data set; empty where only `data.root` is used."""
+        return {name: data_set.root for name, data_set in self.sets.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexConfig:
+    """The property index files, and how an index is built."""
+
+    path: str = composed_from("${data.root}/index.h5")
+    """The HDF5 file that `index build` writes."""
+    paths: list[str] = field(default_factory=list)
+    """Further indexes whose samples take part in a run. The property `dataset` (the name of the file) tells them apart."""
+    generation: str | None = None
+    """Fingerprint of an earlier state of a refreshed index. The run sees that state, without the shards added since. Null takes
+    the newest state."""
+    block_rows: int = 256
+    """Rows per block for formats that leave the choice (JSONL, WebDataset, Megatron). A block is the unit of I/O and of
+    shuffling."""
+    seek_points: bool = True
+    """Find seek points of long `.gz` members during the build and store them in the folder `PATH.seek`. This costs a second
+    decompression. Without seek points, reading a block decodes its file from the start."""
+    threads: int = 1
+    """Threads that scan shards in each rank of a build."""

@@ -1,0 +1,54 @@
+"""Settings of the group `dataplane`: how samples become the batches of every rank."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["DataPlaneConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPlaneConfig:
+    """How samples become the batches of every rank."""
+
+    tokenizer: str | None = None
+    """Path of a Hugging Face `tokenizer.json`. Required by `mixture.unit=tokens`, unless all shards hold token ids."""
+    vocab_size: int | None = None
+    """Used instead of a tokenizer when all shards hold token ids (Megatron): the largest id plus one."""
+    eos_id: int | None = None
+    """The token id that ends a document. Used with `dataplane.vocab_size`."""
+    seq_len: int = 1024
+    """Predicted tokens per sequence. A sequence holds one token more."""
+    overlap_one_token: bool = True
+    """True: each sequence begins with the last token of the one before, so that every token is predicted once. False: no token
+    appears in two sequences, and every (seq_len + 1)th token is never predicted."""
+    global_batch_size: int = 64
+    """Sequences (or samples, with `mixture.unit=samples`) of one step, over all ranks."""
+    chunk_steps: int = 8
+    """Steps per chunk. The weights of the mixture change at chunk boundaries only, and each chunk costs one broadcast."""
+    feedback_lag: int = 2
+    """Losses of chunk c change the weights of chunk c + feedback_lag and later ones. At least 2."""
+    seed: int = 0
+    """Seed of every shuffle, 0 to 2**63 - 1."""
+    shuffle: Literal["none", "block", "window"] = "window"
+    """`none`: index order. `block`: blocks in random order. `window`: blocks in random order, and rows in random order inside
+    windows of `dataplane.shuffle_window` blocks."""
+    shuffle_window: int = 64
+    """Blocks whose rows are shuffled together, for `dataplane.shuffle=window`."""
+    add_eos: bool = True
+    """End every document with the end-of-text token."""
+    eos_token: str | None = None
+    """Text of the end-of-text token. Null takes it from the tokenizer file."""
+    predict_across_documents: bool = False
+    """Count the loss of the first token of a document, which is predicted from the document before it."""
+    prefetch_batches: int = 4
+    """Batches that are prepared ahead of the trainer."""
+    workers: int = 0
+    """Processes that read and tokenize for each rank, for data that one thread cannot deliver fast enough. With 0 a thread
+    reads."""
+    model_parallel_size: int = 1
+    """Number of neighbouring ranks that receive the same batch: tensor × pipeline × context parallel size. Must divide the
+    number of ranks."""
+    comm: Literal["auto", "local", "mpi"] = "auto"
+    """How ranks communicate. `auto`: MPI if the process was started by an MPI launcher, else a single process."""
+    audit: bool = False
+    """Log a digest of every sequence (or sample) handed to the trainer, for `mixtera-hpc trace --verify`."""

@@ -1,0 +1,110 @@
+"""Settings of the groups `job` and `cluster`: what a job requests from Slurm, and what the nodes of a cluster look like."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mixtera_hpc.config.schema.composed_default import composed_from
+
+__all__ = ["ClusterConfig", "JobConfig", "PartitionConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """What the job requests from Slurm."""
+
+    name: str | None = None
+    """Job name. Null takes `run.name`."""
+    nodes: int = 1
+    """Number of nodes."""
+    ranks_per_node: int | None = composed_from("${cluster.ranks_per_node}", default=None)
+    """Processes per node; one per GPU on a cluster with GPUs."""
+    time: str = "01:00:00"
+    """Time limit, as `HH:MM:SS` or `D-HH:MM:SS`. Put it in quotes in a YAML file."""
+    account: str | None = None
+    """Slurm account that is charged. Required where `cluster.needs_account` is true."""
+    partition: str | None = composed_from("${cluster.partition}", default=None)
+    """Slurm partition. Null takes the default partition of Slurm."""
+    qos: str | None = None
+    """Slurm quality of service."""
+    constraint: str | None = None
+    """Slurm constraint: features that the nodes must have, for example `gpu&hbm80g`."""
+    reservation: str | None = None
+    """Slurm reservation to run in."""
+    cpus_per_rank: int | None = None
+    """Cores per rank. Null divides the cores of a node (`cluster.cpus_per_node`) by its ranks."""
+    mem: str | None = composed_from("${cluster.mem}", default=None)
+    """Memory per node in Slurm's units, for example `460000` (MB) or `200G`. Null takes the default of Slurm."""
+    signal_lead_s: int = 120
+    """Seconds before the time limit at which the job is asked to save. At most a third of `job.time`."""
+    max_attempts: int = 1
+    """Largest number of jobs in a chain. A job that saved and exited with code 75 is followed by the next one."""
+    comment: str | None = None
+    """Comment that Slurm stores with the job."""
+    exclude: str | None = None
+    """Nodes that the job must not use, in Slurm's notation, for example `nid[001-004]`."""
+    dependency: str | None = None
+    """Slurm dependency, for example `afterok:4711`."""
+    container: str | None = None
+    """Value for `cluster.container_flag`: an environment file, an image or a uenv."""
+    srun_args: list[str] = field(default_factory=list)
+    """Further arguments of srun, after those of the cluster."""
+    command: list[str] | None = None
+    """Words of the command that every rank executes instead of the reference trainer. It gets the run folder and the number of
+    the attempt in the environment variables `MIXTERA_RUN_FOLDER` and `MIXTERA_ATTEMPT`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionConfig:
+    """Limits of one partition. Null takes the limit of the cluster."""
+
+    max_nodes: int | None = None
+    """Largest number of nodes per job."""
+    max_time: str | None = None
+    """Longest time limit, as `HH:MM:SS` or `D-HH:MM:SS`."""
+    max_node_minutes: int | None = None
+    """Largest product of nodes and minutes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """What the nodes of a cluster look like, and how ranks are started on them."""
+
+    name: str = "local"
+    """Name of the cluster, for messages."""
+    ranks_per_node: int = 1
+    """Default of `job.ranks_per_node`."""
+    gpus_per_node: int = 0
+    """GPUs of a node, and the largest value of `job.ranks_per_node`. With 0 ranks are not bound to GPUs."""
+    gpu_request: Literal["gpus-per-task", "gpus-per-node", "gres"] = "gpus-per-task"
+    """How GPUs are requested from Slurm: one per rank, all of a node, or all of a node as a generic resource."""
+    cpus_per_node: int | None = None
+    """Cores of a node that ranks may use. Null: not known and not checked."""
+    max_nodes: int | None = None
+    """Largest number of nodes per job. Null: not checked."""
+    max_time: str | None = None
+    """Longest time limit, as `HH:MM:SS` or `D-HH:MM:SS`. Null: not checked."""
+    mem: str | None = None
+    """Default of `job.mem`."""
+    partition: str | None = None
+    """Default of `job.partition`."""
+    partitions: dict[str, PartitionConfig] = field(default_factory=dict)
+    """Partitions of the cluster and their limits. An empty mapping is not checked."""
+    needs_account: bool = False
+    """Whether `job.account` must be given."""
+    mpi: str | None = None
+    """Value of `srun --mpi`, for example `pmix`. Null takes the default of Slurm."""
+    srun_args: list[str] = field(default_factory=list)
+    """Further arguments of srun."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """Further `#SBATCH` parameters, which keys of `job` may replace: parameter → value, true for a flag without a value, null to
+    remove one that would be written otherwise."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of every rank, taken literally. Write values that the shell has to expand into `cluster.setup`."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines of the batch script that run before srun."""
+    wrapper: list[str] = field(default_factory=list)
+    """Words between srun and the Python interpreter, for example `[numactl, --membind=0-3]`."""
+    container_flag: str | None = None
+    """Flag of srun that takes `job.container`. Null: the cluster has no containers."""
+    python: str | None = None
+    """Python interpreter on the compute nodes. Null takes the interpreter that submits, or `python` in a container."""

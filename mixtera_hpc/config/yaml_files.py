@@ -1,0 +1,51 @@
+"""YAML files: what a run folder records, and what people write."""
+
+from pathlib import Path
+from typing import Any
+
+from mixtera_hpc.errors import ConfigError
+
+__all__ = ["dump_yaml", "load_yaml", "read_yaml"]
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a file written by `dump_yaml` (`config.yaml` of a run folder). Interpolations stay as they are.
+
+    Raises:
+        ConfigError: the file is missing, or is not valid YAML.
+    """
+    import yaml  # type: ignore[import-untyped]  # Imported here to keep --help fast.
+
+    try:
+        plain = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}.\n  Give the folder of a run, which has a config.yaml."
+        ) from None
+    return plain if isinstance(plain, dict) else {}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a file that a person wrote, with the rules of `conf/`: 2e9 is a number, and `${…}` is resolved.
+
+    Raises:
+        ConfigError: the file is missing, is not valid YAML, or has no keys.
+    """
+    import yaml  # Imported here, like OmegaConf, to keep --help fast.
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.\n  Give a YAML file of `key: value` lines.") from None
+    if not isinstance(plain, dict) or not plain:
+        raise ConfigError(f"{path} has no keys.\n  Give a YAML file of `key: value` lines.")
+    return {str(key): value for key, value in plain.items()}
+
+
+def dump_yaml(plain: dict[str, Any]) -> str:
+    """Return the text that `load_yaml` reads back. A `${…}` in it belongs to the shell and stays."""
+    import yaml  # Imported here to keep --help fast.
+
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
