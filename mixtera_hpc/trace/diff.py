@@ -1,11 +1,12 @@
-"""Where two runs part: the first step and position at which they were served different data, and why.
+"""Find the first step and position at which two runs were served different data, and why.
 
-Chunks whose plans are the same over the same streams are compared by their digests; only where streams differ are the documents
-themselves looked up, from the first step on.
+Chunks with equal plans over equal streams are compared by their digests. Documents are looked up only where streams differ,
+from the first such step on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,113 +14,143 @@ import numpy as np
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.trace.list import AttemptSources, served_sequences
+from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
+from mixtera_hpc.trace.list import served_sequences
 
 __all__ = ["RunDifference", "first_difference"]
 
-PLANNING = frozenset(["global_batch_size", "chunk_steps", "feedback_lag", "on_exhausted", "max_epochs"])
-"""Fields of an identity that leave the streams as they are."""
+PLANNING_FIELDS = frozenset(["global_batch_size", "chunk_steps", "feedback_lag", "on_exhausted", "max_epochs"])
+"""Fields of an identity that do not change the streams."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunDifference:
-    """What `trace --diff` found."""
+    """The result of `first_difference`."""
 
     num_same_steps: int
-    """Steps from the first on that were served the same."""
+    """Steps from the first on that both runs were served alike."""
     step: int | None
-    """The first that was not; None when one run is the beginning of the other, or they are the same."""
+    """The first step that differs; None if all steps that both runs have are the same."""
     position: int | None
     first: Mapping[str, Any] | None
-    """The sequence that the first run has there; None where its global batch has ended."""
+    """The sequence of the first run at that position; None if its global batch is smaller."""
     second: Mapping[str, Any] | None
+    """The sequence of the second run at that position; None if its global batch is smaller."""
     causes: list[str]
     """Settings, skipped steps or weights that differ."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepOrigin:
+    """What one run served a step from."""
+
+    attempt: AttemptRecord
+    plan: ChunkPlan
+    source: Source
+    step: int
+
+    @property
+    def plan_end(self) -> int:
+        """One past the last step served from the plan."""
+        return self.source.stream_version.step_at(self.plan.first_step + self.plan.num_steps)
+
+    def slots(self) -> list[tuple[int, int]]:
+        """Return (domain, ordinal) of every sequence of the step."""
+        slots = self.source.planner.slots(self.plan)
+        size = self.source.planner.global_batch_size
+        first = (self.source.stream_version.data_step(self.step) - self.plan.first_step) * size
+        of_step = slice(first, first + size)
+        return list(zip(slots.domain[of_step].tolist(), slots.ordinal[of_step].tolist(), strict=True))
+
+    def records(self) -> list[Record]:
+        """Return the sequences of the step."""
+        return list(served_sequences(self.source, self.attempt, range(self.step, self.step + 1)))
+
+
 @dataclass(frozen=True, slots=True)
-class _Side:
+class _ComparedRun:
     sources: AttemptSources
     history: History
 
-    def at(self, step: int) -> tuple[AttemptRecord, ChunkPlan, Source]:
+    def origin_of(self, step: int) -> _StepOrigin:
         attempt = self.history.attempt_of(step)
-        return attempt, attempt.plan_of(step), self.sources.of(attempt)
+        return _StepOrigin(attempt=attempt, plan=attempt.plan_of(step), source=self.sources.of(attempt), step=step)
+
+    def next_attempt(self, step: int, end: int) -> int:
+        """Return the next step after `step` that another attempt may have served, or `end`."""
+        return min([attempt.first_step for attempt in self.history.attempts if attempt.first_step > step] + [end])
 
 
 def first_difference(first: tuple[AttemptSources, History], second: tuple[AttemptSources, History]) -> RunDifference:
-    """The first difference between two runs."""
-    a, b = _Side(*first), _Side(*second)
-    step, end = 0, min(a.history.end, b.history.end)
+    """Return the first difference between two runs."""
+    a = _ComparedRun(*first)
+    b = _ComparedRun(*second)
+    end = min(a.history.end, b.history.end)
+    step = 0
     while step < end:
-        (attempt_a, plan_a, source_a), (attempt_b, plan_b, source_b) = a.at(step), b.at(step)
-        if _same_streams(attempt_a, attempt_b):
-            if plan_a.digest == plan_b.digest and _same_steps(attempt_a, attempt_b):
-                step = min(
-                    source_a.stream_version.step_at(plan_a.first_step + plan_a.num_steps),
-                    _next_attempt(a, b, step, end),
-                )
-                continue
-            if _slots(source_a, plan_a, step) == _slots(source_b, plan_b, step):
-                step += 1
-                continue
-        for position, (one, two) in enumerate(
-            _pairs(_records(source_a, attempt_a, step), _records(source_b, attempt_b, step))
-        ):
-            if one is None or two is None or one["pieces"] != two["pieces"]:
-                causes = _causes((attempt_a, plan_a), (attempt_b, plan_b), source_a.names)
-                return RunDifference(
-                    num_same_steps=step, step=step, position=position, first=one, second=two, causes=causes
-                )
+        origin_a = a.origin_of(step)
+        origin_b = b.origin_of(step)
+        if _is_same_chunk(origin_a, origin_b):
+            # Everything up to the end of the chunk is the same, unless another attempt takes over inside it.
+            step = min(origin_a.plan_end, a.next_attempt(step, end), b.next_attempt(step, end))
+            continue
+        if not (_has_same_streams(origin_a, origin_b) and origin_a.slots() == origin_b.slots()):
+            difference = _difference_in_step(origin_a, origin_b)
+            if difference is not None:
+                return difference
         step += 1
     return RunDifference(num_same_steps=end, step=None, position=None, first=None, second=None, causes=[])
 
 
-def _next_attempt(a: _Side, b: _Side, step: int, end: int) -> int:
-    """The next step that another attempt of either run may serve."""
-    later = [x.first_step for side in (a, b) for x in side.history.attempts if x.first_step > step]
-    return min([*later, end])
-
-
-def _same_streams(a: AttemptRecord, b: AttemptRecord) -> bool:
-    names = (a.identity.keys() | b.identity.keys()) - PLANNING
-    return all(a.identity.get(n) == b.identity.get(n) for n in names) and np.array_equal(
-        a.stream_version.origins, b.stream_version.origins
+def _is_same_chunk(a: _StepOrigin, b: _StepOrigin) -> bool:
+    """Return True if the rest of both chunks is served alike."""
+    return (
+        _has_same_streams(a, b)
+        and a.plan.digest == b.plan.digest
+        and a.attempt.stream_version.skips == b.attempt.stream_version.skips
+        and a.attempt.global_batch_size == b.attempt.global_batch_size
     )
 
 
-def _same_steps(a: AttemptRecord, b: AttemptRecord) -> bool:
-    return a.stream_version.skips == b.stream_version.skips and a.global_batch_size == b.global_batch_size
+def _has_same_streams(a: _StepOrigin, b: _StepOrigin) -> bool:
+    """Return True if equal slots mean equal documents."""
+    before = a.attempt.identity
+    after = b.attempt.identity
+    names = (before.keys() | after.keys()) - PLANNING_FIELDS
+    if any(before.get(name) != after.get(name) for name in names):
+        return False
+    return np.array_equal(a.attempt.stream_version.origins, b.attempt.stream_version.origins)
 
 
-def _slots(source: Source, plan: ChunkPlan, step: int) -> list[tuple[int, int]]:
-    slots, size = source.planner.slots(plan), source.planner.global_batch_size
-    first = (source.stream_version.data_step(step) - plan.first_step) * size
-    mine = slice(first, first + size)
-    return list(zip(slots.domain[mine].tolist(), slots.ordinal[mine].tolist(), strict=True))
+def _difference_in_step(a: _StepOrigin, b: _StepOrigin) -> RunDifference | None:
+    """Compare the documents of one step; return the first difference, None if there is none."""
+    for position, (one, other) in enumerate(zip_longest(a.records(), b.records())):
+        if one is None or other is None or one["segments"] != other["segments"]:
+            return RunDifference(
+                num_same_steps=a.step, step=a.step, position=position, first=one, second=other, causes=_causes(a, b)
+            )
+    return None
 
 
-def _records(source: Source, attempt: AttemptRecord, step: int) -> list[dict[str, Any]]:
-    return list(served_sequences(source, attempt, range(step, step + 1)))
+def _causes(a: _StepOrigin, b: _StepOrigin) -> list[str]:
+    """Return the settings, skipped steps and weights that differ."""
+    before = a.attempt.identity
+    after = b.attempt.identity
+    causes = [
+        f"{name}: {value!r} and {after.get(name)!r}" for name, value in before.items() if value != after.get(name)
+    ]
+    skips_a = a.attempt.stream_version.skips
+    skips_b = b.attempt.stream_version.skips
+    if skips_a != skips_b:
+        causes.append(f"skipped data steps: {list(skips_a)} and {list(skips_b)}")
 
-
-def _pairs(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
-    for position in range(max(len(a), len(b))):
-        yield (a[position] if position < len(a) else None, b[position] if position < len(b) else None)
-
-
-def _causes(
-    first: tuple[AttemptRecord, ChunkPlan], second: tuple[AttemptRecord, ChunkPlan], names: list[str]
-) -> list[str]:
-    (a, plan_a), (b, plan_b) = first, second
-    fields = [n for n in a.identity if a.identity[n] != b.identity.get(n)]
-    causes = [f"{name}: {a.identity[name]!r} and {b.identity.get(name)!r}" for name in fields]
-    if a.stream_version.skips != b.stream_version.skips:
-        causes.append(f"skipped data steps: {list(a.stream_version.skips)} and {list(b.stream_version.skips)}")
-    if len(plan_a.weights) == len(plan_b.weights) and not np.array_equal(plan_a.weights, plan_b.weights):
-        worst = int(np.argmax(np.abs(plan_a.weights - plan_b.weights)))
-        shares = plan_a.weights[worst] / plan_a.weights.sum(), plan_b.weights[worst] / plan_b.weights.sum()
-        causes.append(f"weights: most for {names[worst]}, {shares[0]:.6f} and {shares[1]:.6f}")
-    if not causes and not np.array_equal(plan_a.cursors, plan_b.cursors):
+    weights_a = a.plan.weights
+    weights_b = b.plan.weights
+    if len(weights_a) == len(weights_b) and not np.array_equal(weights_a, weights_b):
+        most = int(np.argmax(np.abs(weights_a - weights_b)))
+        share_a = weights_a[most] / weights_a.sum()
+        share_b = weights_b[most] / weights_b.sum()
+        causes.append(f"weights: most for {a.source.names[most]}, {share_a:.6f} and {share_b:.6f}")
+    if not causes and not np.array_equal(a.plan.cursors, b.plan.cursors):
         causes.append("weights of an earlier chunk")
     return causes

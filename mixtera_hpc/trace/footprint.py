@@ -1,7 +1,7 @@
-"""What a step touches on disk, on average over all ranks: expected from the order's shape, without expanding a step.
+"""Estimate what a step touches on disk, on average over all ranks, without expanding a step.
 
-A domain's documents of one step come from one window of its shuffled blocks, or from neighbours where rows are not shuffled. Price:
-one pass over the blocks of all domains.
+The documents of a domain in one step come from one window of its shuffled blocks, or from neighbouring blocks if rows are not
+shuffled. The estimate follows from the sizes of windows and blocks. Price: one pass over the blocks of all domains.
 """
 
 from dataclasses import dataclass
@@ -18,56 +18,69 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFootprint:
-    """Of one step."""
+    """Expected reads of one step, all ranks together."""
 
     documents: float
     blocks: float
-    """At most: one that several domains need counts for each."""
+    """An upper bound: a block that several domains need counts for each of them."""
     shards: float
-    """At most, where nothing is shuffled: domains then go through the same shards together."""
+    """An upper bound if nothing is shuffled: all domains then pass through the same shards together."""
     read_amplification: float
-    """Bytes of these blocks per byte of the documents: what is read where blocks can only be read whole (compressed files,
-    Parquet) and none is kept. Rows of plain JSONL are read by themselves: 1."""
+    """Bytes of these blocks per byte of the documents. This is what formats cost that can read blocks only as a whole
+    (compressed files, Parquet), without a cache. Rows of plain JSONL are read one by one: 1."""
 
 
 def step_footprint(source: Source, served_per_step: Floats) -> StepFootprint:
-    """What a step touches that serves so many items of each domain; shape (K,)."""
-    table, blocks = source.layout.table, source.blocks
+    """Estimate the footprint of a step that serves `served_per_step` items of each domain; shape (K,)."""
+    table = source.layout.table
+    blocks = source.blocks
     domain = np.repeat(np.arange(source.num_domains), np.diff(table.indptr))
-    rows, num_blocks = table.totals()[0], np.maximum(np.diff(table.indptr), 1)
-    # The first item of a run of sequences lies in some document; every further document adds its own items.
+    rows = table.totals()[0]
+    num_blocks = np.maximum(np.diff(table.indptr), 1)
+
+    # The first item of a run of consecutive sequences lies in one document. Each further document adds its own items.
     runs = np.minimum(served_per_step / source.grid.length, 1)
     documents = runs + (served_per_step - runs) * rows / np.maximum(source.layout.epoch_items(), 1)
     documents = np.minimum(documents, rows)
-    touched = _blocks_touched(source, documents, num_blocks, rows)
-    length = np.bincount(domain, blocks.length[table.block], minlength=source.num_domains)
-    share = blocks.length[table.block] / np.maximum(blocks.rows[table.block], 1) * table.rows
-    used = documents * np.bincount(domain, share, minlength=source.num_domains) / np.maximum(rows, 1)
+    touched = _touched_blocks(source, documents, num_blocks, rows)
+
+    # Bytes of whole blocks against the share of them that the documents of the domain take.
+    block_bytes = blocks.length[table.block]
+    domain_bytes = np.bincount(domain, block_bytes, minlength=source.num_domains)
+    row_bytes = block_bytes / np.maximum(blocks.rows[table.block], 1) * table.rows
+    used = documents * np.bincount(domain, row_bytes, minlength=source.num_domains) / np.maximum(rows, 1)
+    amplification = float((touched * domain_bytes / num_blocks).sum() / max(used.sum(), 1e-9))
     return StepFootprint(
         documents=float(documents.sum()),
         blocks=float(touched.sum()),
-        shards=_shards_touched(source, domain, touched / num_blocks),
-        read_amplification=max(float((touched * length / num_blocks).sum() / max(used.sum(), 1e-9)), 1.0),
+        shards=_touched_shards(source, domain, touched / num_blocks),
+        read_amplification=max(amplification, 1.0),
     )
 
 
-def _blocks_touched(
+def _touched_blocks(
     source: Source, documents: Floats, num_blocks: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> Floats:
-    """Distinct blocks that the documents of each domain lie in; shape (K,)."""
+    """Return the expected number of distinct blocks that the documents of each domain lie in; shape (K,)."""
     order = source.layout.order
-    neighbours = np.where(documents > 0, np.maximum(documents - 1, 0) * num_blocks / np.maximum(rows, 1) + 1, 0.0)
     if order.shuffle != "window":
+        # Consecutive documents: every block holds rows / num_blocks of them.
+        blocks_spanned = np.maximum(documents - 1, 0) * num_blocks / np.maximum(rows, 1) + 1
+        neighbours = np.where(documents > 0, blocks_spanned, 0.0)
         return np.minimum(np.minimum(neighbours, documents), num_blocks)
+
+    # Documents drawn at random from the blocks of a window: a block is missed with probability (1 - 1/window)^documents.
     window = np.minimum(order.window, num_blocks).astype(np.float64)
-    per_window = window * rows / num_blocks
-    windows = np.maximum(documents / np.maximum(per_window, 1), 1)
-    inside = window * -np.expm1(documents / windows * np.log1p(-1 / np.maximum(window, 1.0 + 1e-9)))
-    return np.minimum(np.minimum(windows * inside, documents), num_blocks)
+    rows_per_window = window * rows / num_blocks
+    windows = np.maximum(documents / np.maximum(rows_per_window, 1), 1)
+    log_missed = documents / windows * np.log1p(-1 / np.maximum(window, 1.0 + 1e-9))
+    hit_per_window = window * -np.expm1(log_missed)
+    return np.minimum(np.minimum(windows * hit_per_window, documents), num_blocks)
 
 
-def _shards_touched(source: Source, domain: NDArray[np.int64], chance: Floats) -> float:
-    """Distinct shards, when every block of a domain is touched with the same chance."""
+def _touched_shards(source: Source, domain: NDArray[np.int64], chance: Floats) -> float:
+    """Return the expected number of distinct shards, if every block of a domain is touched with probability `chance`."""
     shard = source.blocks.shard[source.layout.table.block]
-    missed = np.bincount(shard, np.log1p(-np.minimum(chance, 1 - 1e-12))[domain])
-    return float(np.sum(1 - np.exp(missed)))
+    # Log of the probability that no block of the shard is touched; clipped so that a certain hit stays finite.
+    log_missed = np.bincount(shard, np.log1p(-np.minimum(chance, 1 - 1e-12))[domain])
+    return float(np.sum(1 - np.exp(log_missed)))

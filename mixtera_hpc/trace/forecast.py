@@ -1,4 +1,4 @@
-"""What a mixture will serve over a whole run, without expanding a single step: O(domains) per exhausted domain."""
+"""Forecast what a mixture will serve over a whole run, without expanding a single step: O(domains) per exhausted domain."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from mixtera_hpc.trace.footprint import StepFootprint, step_footprint
 __all__ = ["MixtureDomainForecast", "MixtureForecast", "forecast_mixture"]
 
 NEVER = -1
+"""Stands for the step of a domain that does not run out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,37 +22,45 @@ class MixtureDomainForecast:
 
     name: str
     weight: float
+    """Initial weight."""
     items: int
     """Tokens (special tokens included) or samples of one epoch."""
     served: int
     """Items served."""
     epochs: float
+    """Passes over the domain."""
     runs_out_at_step: int | None
-    """The step in which its last epoch ends, or, where nothing limits them, its first; None when that is beyond the run."""
+    """The step in which the last epoch of the domain ends, or, without a limit, its first epoch; None if that is after the
+    run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureForecast:
-    """The whole run."""
+    """What a mixture serves over the whole run."""
 
     unit: str
+    """`tokens` or `samples`."""
     steps_asked: int
     num_steps: int
-    """Fewer than asked when the data ends before."""
+    """Fewer than asked if the data ends before."""
     bytes_per_step: float
-    """Read from disk by all ranks together, for the documents that are used."""
+    """Bytes read from disk by all ranks together, for the documents that are used."""
     step: StepFootprint
     """What a step touches, on average."""
     domains: list[MixtureDomainForecast]
 
 
 def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
-    """Plan `num_steps` steps. Chunks that follow each other with the same weights are planned as one: what is served by
-    their end does not depend on what happens inside."""
-    state, stretches = _planned(source, num_steps)
-    items, weights = source.layout.epoch_items(), source.weights
-    out = _run_out(stretches, _sequences(source), source.planner.global_batch_size)
-    out[(weights == 0) & (out == 0)] = NEVER  # Nothing is there, and nothing is wished for.
+    """Forecast `num_steps` steps of a new run.
+
+    Consecutive chunks with the same weights are planned as one: what has been served by their end does not depend on
+    where chunks end between.
+    """
+    state, segments = _plan_segments(source, num_steps)
+    items = source.layout.epoch_items()
+    weights = source.weights
+    run_out = _run_out_steps(segments, _available_sequences(source), source.planner.global_batch_size)
+    run_out[(weights == 0) & (run_out == 0)] = NEVER  # An empty domain that nothing is requested of does not run out.
     served = state.cursors * source.grid.stride
     return MixtureForecast(
         unit=source.config.mixture.unit,
@@ -66,7 +75,7 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
                 items=int(items[d]),
                 served=int(served[d]),
                 epochs=float(served[d] / items[d]) if items[d] else 0.0,
-                runs_out_at_step=None if out[d] == NEVER else int(out[d]),
+                runs_out_at_step=None if run_out[d] == NEVER else int(run_out[d]),
             )
             for d, name in enumerate(source.names)
         ],
@@ -74,72 +83,86 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Slots in which every domain is served at a constant rate."""
+class _ConstantRateSegment:
+    """Consecutive slots in which every domain is served at a constant rate."""
 
     first_slot: int
     before: NDArray[np.int64]
-    """Sequences served of each domain; shape (K,)."""
+    """Sequences of each domain served before the segment; shape (K,)."""
     counts: NDArray[np.int64]
-    """Sequences in this stretch."""
+    """Sequences of each domain served in the segment; shape (K,)."""
 
 
-def _planned(source: Source, num_steps: int) -> tuple[PlannerState, list[_Stretch]]:
-    """The state after `num_steps`, or where the data ends, and how it came to that."""
-    state, found, size = PlannerState.start(source.num_domains), [], source.planner.global_batch_size
-    for weights, length in _weights(source, num_steps):
+def _plan_segments(source: Source, num_steps: int) -> tuple[PlannerState, list[_ConstantRateSegment]]:
+    """Return the state after `num_steps`, or where the data ends, and the segments up to there."""
+    state = PlannerState.start(source.num_domains)
+    size = source.planner.global_batch_size
+    segments = []
+    for weights, length in _constant_weights(source, num_steps):
         planner = replace(source.planner, chunk_steps=length)
         plan, after = planner.plan(state, weights)
-        if plan.last:  # Slot by slot, for what ends the data does so inside a step that is not served any more.
+        if plan.last:
+            # The data ends inside a step that is not served any more. Plan single slots, to find in which slot.
             planner = replace(planner, global_batch_size=1, chunk_steps=length * size)
             plan = planner.decide(state, weights)
-        slot, before = state.step * size, state.cursors
+        slot = state.step * size
+        before = state.cursors
         for counts in planner.segment_counts(plan):
-            found.append(_Stretch(slot, before, counts))
-            slot, before = slot + int(counts.sum()), before + counts
+            segments.append(_ConstantRateSegment(slot, before, counts))
+            slot += int(counts.sum())
+            before = before + counts
         state = after
         if plan.last:
             break
-    return state, found
+    return state, segments
 
 
-def _sequences(source: Source) -> NDArray[np.float64]:
-    """Sequences that every domain has: of all its epochs, or of one where nothing limits them; shape (K,)."""
+def _available_sequences(source: Source) -> NDArray[np.float64]:
+    """Return the sequences of every domain: of all its epochs, or of one epoch without a limit; shape (K,)."""
     capacity = source.planner.capacity
     return np.where(capacity < Planner.UNLIMITED, capacity, source.layout.epoch_items() / source.grid.stride)
 
 
-def _weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[np.float64], int]]:
-    """Weights, and for how many steps they stay."""
-    mixer, chunk_steps = source.mixer(learn=False), source.planner.chunk_steps
+def _constant_weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[np.float64], int]]:
+    """Yield weights, and the number of steps for which they stay the same."""
     if source.config.mixture.kind != "schedule":
         yield source.weights, num_steps
         return
-    now, length = source.weights, 0
-    for chunk in range(-(-num_steps // chunk_steps)):
+    mixer = source.mixer(learn=False)
+    chunk_steps = source.planner.chunk_steps
+    current = source.weights
+    length = 0
+    num_chunks = -(-num_steps // chunk_steps)  # Division that rounds up.
+    for chunk in range(num_chunks):
         weights = mixer.weights_of(chunk)
-        if weights is not None and not np.array_equal(weights, now):
-            yield now, length
-            now, length = weights, 0
+        if weights is not None and not np.array_equal(weights, current):
+            yield current, length
+            current = weights
+            length = 0
         length += min(chunk_steps, num_steps - chunk * chunk_steps)
-    yield now, length
+    yield current, length
 
 
-def _run_out(stretches: list[_Stretch], has: NDArray[np.float64], batch_size: int) -> NDArray[np.int64]:
-    """The step in which each domain is served the last of the sequences it has, `NEVER` where it is not; shape (K,)."""
-    steps = np.where(has > 0, NEVER, 0)
-    for stretch in stretches:
-        missing = has - stretch.before
-        gone = np.flatnonzero((missing > 0) & (missing <= stretch.counts))
-        slots = np.ceil(missing[gone] / stretch.counts[gone] * int(stretch.counts.sum())).astype(np.int64)
-        steps[gone] = (stretch.first_slot + slots - 1) // batch_size
+def _run_out_steps(
+    segments: list[_ConstantRateSegment], available: NDArray[np.float64], batch_size: int
+) -> NDArray[np.int64]:
+    """Return the step in which each domain is served its last sequence, `NEVER` if it does not run out; shape (K,)."""
+    steps = np.where(available > 0, NEVER, 0)
+    for segment in segments:
+        remaining = available - segment.before
+        run_out = np.flatnonzero((remaining > 0) & (remaining <= segment.counts))
+        # A domain is served at a constant rate, so its last sequence lies at this share of the slots of the segment.
+        share = remaining[run_out] / segment.counts[run_out]
+        slots = np.ceil(share * int(segment.counts.sum())).astype(np.int64)
+        steps[run_out] = (segment.first_slot + slots - 1) // batch_size
     return steps
 
 
 def _bytes_per_item(source: Source) -> NDArray[np.float64]:
-    """Mean bytes on disk of an item of each domain, from the blocks it lies in; shape (K,)."""
-    table, blocks = source.layout.table, source.blocks
-    per_row = blocks.length[table.block] / np.maximum(blocks.rows[table.block], 1)
+    """Return the mean bytes on disk per item of each domain, from the blocks that it lies in; shape (K,)."""
+    table = source.layout.table
+    blocks = source.blocks
+    bytes_per_row = blocks.length[table.block] / np.maximum(blocks.rows[table.block], 1)
     domain = np.repeat(np.arange(source.num_domains), np.diff(table.indptr))
-    total = np.bincount(domain, per_row * table.rows, minlength=source.num_domains)
-    return total / np.maximum(source.layout.epoch_items(), 1)
+    total_bytes = np.bincount(domain, bytes_per_row * table.rows, minlength=source.num_domains)
+    return total_bytes / np.maximum(source.layout.epoch_items(), 1)

@@ -1,85 +1,146 @@
-"""Which samples a step consists of, and the proof that a run consumed them: offline, from the index and the journal alone."""
+"""List the samples that a step consists of: offline, from the index and the journal alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
-
-from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
-from mixtera_hpc.dataplane.plane_state import check_identity
 from mixtera_hpc.dataplane.reading.batches import BatchMaker, BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
-from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.run_edits import config_for_identity
-from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.errors import ConfigError, DataError, did_you_mean
+from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
+from mixtera_hpc.trace.rank_filter import check_rank, is_served_to
 
 __all__ = [
-    "AttemptSources",
-    "VerifyResult",
+    "SequenceFilter",
+    "global_batch_maker",
+    "list_sequences",
     "planned_sequences",
-    "read_audit",
     "sequences_of_plan",
     "served_sequences",
-    "verify_run",
 ]
 
-Record = dict[str, Any]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceFilter:
+    """Which served sequences to list; None does not restrict."""
+
+    steps: range | None = None
+    rank: int | None = None
+    domain: str | None = None
+    """Name or domain_id."""
+    shard: str | None = None
+    """Path of a shard; lists the sequences that hold tokens or samples of it."""
 
 
-class AttemptSources:
-    """The sources that the attempts of a run served from; one for every era."""
+def list_sequences(
+    sources: AttemptSources, folder: RunFolder, history: History, wanted: SequenceFilter
+) -> Iterator[tuple[Record, list[str]]]:
+    """Yield the served sequences that pass a filter, each with the names of the domains.
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._opened: dict[bytes, Source] = {}
+    A record has the fields of `sequences_of_plan` and the `rank`; with an audit log also the `digest`.
 
-    def of(self, attempt: AttemptRecord) -> Source:
-        """What `attempt` served from.
+    Raises:
+        DataError: the run has not served the steps, or the index has no such shard.
+        ConfigError: the run has no such rank or domain.
+    """
+    steps = _check_steps(wanted.steps, history.end)
+    extents = [
+        (attempt, range(max(served.start, steps.start), min(served.stop, steps.stop)))
+        for attempt, served in history.extents()
+    ]
+    extents = [(attempt, own) for attempt, own in extents if len(own)]
+    check_rank(wanted.rank, [attempt for attempt, _ in extents])
 
-        Raises:
-            DataError: the index, the tokenizer or the settings are not those the attempt had.
-        """
-        key = msgspec.json.encode([attempt.identity, attempt.stream_version.to_dict()])
-        if key not in self._opened:
-            source = open_source(config_for_identity(self._config, attempt.identity), Local(), check=False)
-            try:
-                check_identity(attempt.identity, source.identity())
-            except ConfigError as error:
-                raise DataError(str(error).partition("\n  Resume")[0].replace("saved state", "journal")) from None
-            self._opened[key] = source.at_version(attempt.stream_version)
-        return self._opened[key]
+    for attempt, own in extents:
+        source = sources.of(attempt)
+        _check_shard(wanted.shard, source)
+        domain = None if wanted.domain is None else _domain_id(wanted.domain, source.names)
+        for record in _records_with_ranks(source, folder, attempt, own):
+            shards = [shard for shard, _, _, _ in record["segments"]]
+            if (
+                is_served_to(wanted.rank, attempt, record)
+                and domain in (None, record["domain_id"])
+                and wanted.shard in (None, *shards)
+            ):
+                yield record, source.names
+
+
+def _check_steps(steps: range | None, end: int) -> range:
+    """Return the steps to list; refuse steps that the run has not served."""
+    if steps is None:
+        return range(end)
+    if steps.stop > end or steps.start < 0:
+        raise DataError(f"Step {steps.stop - 1} has not been served: the run has {end} steps so far.")
+    return steps
+
+
+def _check_shard(shard: str | None, source: Source) -> None:
+    """Refuse a shard that the index does not have."""
+    paths = source.facts.shard_paths
+    if shard is not None and shard not in paths:
+        raise DataError(f"The index has no shard {shard!r}.{did_you_mean(shard, paths)}")
+
+
+def _domain_id(text: str, names: list[str]) -> int:
+    """Return the domain_id that a name or a number stands for."""
+    if text in names:
+        return names.index(text)
+    if text.isdigit() and int(text) < len(names):
+        return int(text)
+    raise ConfigError(f"{text!r} is not a domain of this run.{did_you_mean(text, names)}")
+
+
+def _records_with_ranks(source: Source, folder: RunFolder, attempt: AttemptRecord, steps: range) -> Iterator[Record]:
+    """Yield the served sequences with their ranks and, where an audit log has them, their digests."""
+    digests = _audited_digests(folder, attempt.number, steps)
+    for record in served_sequences(source, attempt, steps):
+        record["rank"] = attempt.rank_of(record["position"])
+        if (digest := digests.get((record["step"], record["position"]))) is not None:
+            record["digest"] = digest
+        yield record
+
+
+def _audited_digests(folder: RunFolder, attempt: int, steps: range) -> dict[tuple[int, int], str]:
+    """Return (step, position) → digest of the sequences that an attempt consumed; empty if it was not audited."""
+    digests = {}
+    for path in sorted(folder.audit(attempt).glob("rank_*.jsonl")):
+        for line in read_lines(path):
+            if line["step"] in steps:
+                pairs = zip(line["positions"], line["digests"], strict=True)
+                digests.update({(line["step"], position): digest for position, digest in pairs})
+    return digests
 
 
 def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterator[Record]:
-    """The sequences of steps [first_step, first_step + num_steps) of a fresh run, in served order.
+    """Yield the sequences of steps [first_step, first_step + num_steps) of a new run, in served order.
 
-    Where weights are learned, these are the sequences that the ones it begins with would give. With `plan.digests` the data
-    is read, and every record has the `digest` of its tokens or sample: the one that a run with `dataplane.audit` would log.
+    If weights are learned, these are the sequences that the initial weights would give. With `plan.digests` the data is read,
+    and every record has the `digest` of its tokens or sample that a run with `dataplane.audit` would log.
     """
-    state, streams, mixer = PlannerState.start(source.num_domains), source.streams(), source.mixer(learn=False)
+    state = PlannerState.start(source.num_domains)
+    streams = source.streams()
+    mixer = source.mixer(learn=False)
     steps = range(first_step, first_step + num_steps)
-    maker = _maker(source) if source.config.plan.digests else None
-    while state.step < first_step + num_steps and (weights := mixer.weights_of(state.chunk)) is not None:
+    maker = global_batch_maker(source) if source.config.plan.digests else None
+    while state.step < steps.stop and (weights := mixer.weights_of(state.chunk)) is not None:
         plan, state = source.planner.plan(state, weights)
         if state.step > first_step or plan.last:
-            found = sequences_of_plan(source, streams, plan, steps)
-            yield from _with_digests(maker, plan, steps, found) if maker else found
+            records = sequences_of_plan(source, streams, plan, steps)
+            yield from _with_digests(maker, plan, steps, records) if maker else records
         if plan.last:
             return
 
 
-def _maker(source: Source) -> BatchMaker:
-    """Makes whole global batches."""
+def global_batch_maker(source: Source) -> BatchMaker:
+    """Build a maker of whole global batches with digests."""
     return BatchMaker(source, BatchSlice(first=0, size=source.planner.global_batch_size), audit=True)
 
 
 def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Iterator[Record]) -> Iterator[Record]:
-    """Records with the digests of the tokens they stand for."""
+    """Yield `records` with the digests of their tokens or samples."""
     for batch in maker.batches(plan, steps.start):
         if batch.step >= steps.stop:
             return
@@ -88,8 +149,9 @@ def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Ite
 
 
 def served_sequences(source: Source, attempt: AttemptRecord, steps: range) -> Iterator[Record]:
-    """The sequences that `steps` of an attempt consist of, in served order; `source` is the attempt's."""
-    streams, step = source.streams(), steps.start
+    """Yield the sequences of `steps` of an attempt, in served order; `source` is the source of the attempt."""
+    streams = source.streams()
+    step = steps.start
     while step < steps.stop:
         plan = attempt.plan_of(step)
         stop = min(steps.stop, source.stream_version.step_at(plan.first_step + plan.num_steps))
@@ -98,150 +160,37 @@ def served_sequences(source: Source, attempt: AttemptRecord, steps: range) -> It
 
 
 def sequences_of_plan(source: Source, streams: DomainStreams, plan: ChunkPlan, steps: range) -> Iterator[Record]:
-    """The sequences of those training steps of `plan` that are in `steps`.
+    """Yield the sequences of those training steps of `plan` that are in `steps`.
 
-    Each has `step`, `position`, `domain_id`, `epoch` (of its first item) and `pieces`: `[shard, row, start, end]` in tokens
-    of the row, special tokens included.
+    A record has `step`, `position`, `domain_id`, `epoch` (of the first item) and `segments`: a list of
+    `[shard, row, start, end]` in tokens of the row, special tokens included.
     """
-    slots, size, era = source.planner.slots(plan), source.planner.global_batch_size, source.stream_version
-    last = era.step_at(plan.first_step + plan.num_steps)
-    for step in range(max(steps.start, era.step_at(plan.first_step)), min(steps.stop, last)):
-        base = (era.data_step(step) - plan.first_step) * size
+    slots = source.planner.slots(plan)
+    size = source.planner.global_batch_size
+    version = source.stream_version
+    first = max(steps.start, version.step_at(plan.first_step))
+    stop = min(steps.stop, version.step_at(plan.first_step + plan.num_steps))
+    for step in range(first, stop):
+        # Plans count data steps, which include the steps that `resume --skip-steps` skipped.
+        first_slot = (version.data_step(step) - plan.first_step) * size
         for position in range(size):
-            domain, ordinal = int(slots.domain[base + position]), int(slots.ordinal[base + position])
-            start, stop = source.span(domain, ordinal, 1)
+            domain = int(slots.domain[first_slot + position])
+            ordinal = int(slots.ordinal[first_slot + position])
+            start, end = source.span(domain, ordinal, 1)
             yield {
                 "step": step,
                 "position": position,
                 "domain_id": domain,
                 "epoch": streams.epoch_of(domain, start),
-                "pieces": _pieces(source, streams.documents(domain, start, stop)),
+                "segments": _segments(source, streams.documents(domain, start, end)),
             }
 
 
-def _pieces(source: Source, documents: Documents) -> list[list[Any]]:
-    blocks, paths = source.blocks, source.facts.shard_paths
-    shards = [paths[s] for s in blocks.shard[documents.block].tolist()]
+def _segments(source: Source, documents: Documents) -> list[list[object]]:
+    """Return `[shard, row, start, end]` of documents."""
+    blocks = source.blocks
+    paths = source.facts.shard_paths
+    shards = [paths[shard] for shard in blocks.shard[documents.block].tolist()]
     rows = (blocks.first_row[documents.block] + documents.row).tolist()
-    return [list(p) for p in zip(shards, rows, documents.first.tolist(), documents.last.tolist(), strict=True)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyResult:
-    """What `verify_run` found."""
-
-    num_steps: int
-    """Steps proven, from the first of the run on."""
-    num_sequences: int
-    num_attempts: int
-    unfinished_step: int | None
-    """A step that the last attempt was killed in; no part of the proof."""
-
-
-def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> VerifyResult:
-    """Prove that every planned sequence of every step was consumed exactly once, across all attempts and surgeries.
-
-    The tokens of every sequence, or the samples, are made again from the plan, the index and the data, and their digests
-    compared with those of what the trainers were handed.
-
-    Raises:
-        DataError: the run was not audited, or a sequence was consumed not at all, twice, or with other tokens; the first
-            such is named.
-    """
-    consumed = _Consumed(folder, history)
-    end, unfinished = _extent(history, consumed)
-    num_sequences = step = 0
-    for attempt, steps in history.extents():
-        consumed.check_audited(attempt, range(steps.start, min(steps.stop, end)))
-        maker = _maker(sources.of(attempt))
-        step, stop = steps.start, min(steps.stop, end)
-        while step < stop:
-            for batch in maker.batches(attempt.plan_of(step), step):
-                if batch.step >= stop:
-                    break
-                consumed.check(batch.step, batch.digests or [])
-                step, num_sequences = batch.step + 1, num_sequences + attempt.global_batch_size
-        maker.close()
-    if step < end:
-        raise DataError(
-            f"Steps {step} to {end - 1} were consumed, but the journal ends before step {step}: it has lost lines.\n"
-            "  Bring the whole journal.jsonl back."
-        )
-    return VerifyResult(
-        num_steps=end, num_sequences=num_sequences, num_attempts=len(history.attempts), unfinished_step=unfinished
-    )
-
-
-class _Consumed:
-    """The audit logs of a run: by (attempt, step), the digests at each position."""
-
-    def __init__(self, folder: RunFolder, history: History) -> None:
-        self._history = history
-        self._digests: dict[tuple[int, int], dict[int, list[str]]] = {}
-        for attempt in history.attempts:
-            for path in sorted(folder.audit(attempt.number).glob("rank_*.jsonl")):
-                self._add(attempt.number, read_lines(path))
-        if not self._digests:
-            raise DataError(f"{folder.path} has no audit log. Run with dataplane.audit=true to be able to verify.")
-
-    def _add(self, attempt: int, lines: Iterable[Record]) -> None:
-        for line in lines:
-            at = self._digests.setdefault((attempt, line["step"]), {})
-            for position, digest in zip(line["positions"], line["digests"], strict=True):
-                at.setdefault(position, []).append(digest)
-
-    def count(self, step: int) -> int:
-        """Sequences of `step` consumed by the attempt that counts."""
-        return sum(len(d) for d in self._of(step).values())
-
-    def check_audited(self, attempt: AttemptRecord, steps: range) -> None:
-        """Say which attempt was not audited, rather than that it consumed nothing."""
-        if len(steps) and self.last_step(attempt.number) < 0:
-            raise DataError(
-                f"Attempt {attempt.number}, of steps {steps.start} to {steps.stop - 1}, has no audit log, so nothing "
-                "can be proven of them.\n  Train with dataplane.audit=true from the first step on."
-            )
-
-    def last_step(self, attempt: int) -> int:
-        return max((step for number, step in self._digests if number == attempt), default=-1)
-
-    def check(self, step: int, expected: list[str]) -> None:
-        at, attempt = self._of(step), self._history.attempt_of(step).number
-        for position, digest in enumerate(expected):
-            got = at.get(position, [])
-            if got != [digest]:
-                raise DataError(
-                    f"Step {step} position {position} (attempt {attempt}) {_fault(got, digest)}.\n"
-                    f"  See which samples it has with mixtera-hpc trace RUN --step {step}."
-                )
-
-    def _of(self, step: int) -> dict[int, list[str]]:
-        return self._digests.get((self._history.attempt_of(step).number, step), {})
-
-
-def _fault(got: list[str], digest: str) -> str:
-    if not got:
-        return "was planned and not consumed"
-    if len(got) > 1:
-        return f"was consumed {len(got)} times"
-    return f"was consumed with other tokens or another sample: digest {got[0]}, planned {digest}"
-
-
-def _extent(history: History, consumed: _Consumed) -> tuple[int, int | None]:
-    """One past the last step to prove, and the step the last attempt was killed in."""
-    last = history.attempts[-1]
-    if last.next_step is not None:
-        return last.next_step, None
-    end = max(consumed.last_step(last.number) + 1, last.first_step)
-    unfinished = None
-    while end > last.first_step and consumed.count(end - 1) < last.global_batch_size:
-        end -= 1
-        unfinished = end
-    return end, unfinished
-
-
-def read_audit(folder: RunFolder, attempt: int, steps: range) -> dict[tuple[int, int], str]:
-    """(Step, position) → digest of the sequences of `steps` that an attempt consumed; empty when it was not audited."""
-    lines = (line for path in sorted(folder.audit(attempt).glob("rank_*.jsonl")) for line in read_lines(path))
-    found = [line for line in lines if line["step"] in steps]
-    return {(line["step"], p): d for line in found for p, d in zip(line["positions"], line["digests"], strict=True)}
+    columns = zip(shards, rows, documents.first.tolist(), documents.last.tolist(), strict=True)
+    return [list(segment) for segment in columns]

@@ -48,8 +48,8 @@ def test_every_prefix_keeps_every_domain_within_one_sequence(cli: Cli, words: li
 
 def test_sequences_have_the_fields_that_are_promised(printed: str) -> None:
     first = json.loads(printed.splitlines()[0])
-    assert list(first) == ["step", "position", "domain_id", "epoch", "pieces"]
-    assert sum(end - start for _, _, start, end in first["pieces"]) == 33
+    assert list(first) == ["step", "position", "domain_id", "epoch", "segments"]
+    assert sum(end - start for _, _, start, end in first["segments"]) == 33
 
 
 def test_the_forecast_says_when_data_runs_out(cli: Cli, words: list[str]) -> None:

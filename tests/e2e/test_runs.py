@@ -96,7 +96,7 @@ def test_a_run_through_surgery_is_proven_and_its_samples_are_found(trained: Path
     verdict = json.loads(cli("trace", trained, "--verify", "--json").stdout)
     assert (verdict["num_steps"], verdict["num_sequences"]) == (34, 24 * 12 + 10 * 8)
     rows = [json.loads(line) for line in cli("trace", trained, "--step", "30", "--json").stdout.splitlines()]
-    shard, row, _, _ = rows[0]["pieces"][0]
+    shard, row, _, _ = rows[0]["segments"][0]
     found = [json.loads(x) for x in cli("trace", trained, "--shard", shard, "--row", row, "--json").stdout.splitlines()]
     assert (30, 0) in [(f["step"], f["position"]) for f in found]
     kinds = [json.loads(line)["kind"] for line in (trained / "decisions.jsonl").read_text().splitlines()]

@@ -17,7 +17,8 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, read_decisions, requested_mixture, write_request
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.trace.list import AttemptSources, verify_run
+from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.verify import verify_run
 
 STATIC = {
     "kind": "static",

@@ -20,7 +20,8 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.run_edits import read_run_edits, record_run_edit, run_edit_between
 from mixtera_hpc.dataplane.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.trace.list import AttemptSources, verify_run
+from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.verify import verify_run
 
 STATE = dict[str, Any]
 DYNAMIC = {"kind": "dynamic", "group_by": ["source"], "algorithm": {"name": "ado", "warmup": 4, "refit_interval": 4}}

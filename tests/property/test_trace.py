@@ -16,8 +16,9 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.run_edits import read_run_edits, record_run_edit, run_edit_between
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.diff import first_difference
-from mixtera_hpc.trace.list import AttemptSources, served_sequences
+from mixtera_hpc.trace.list import served_sequences
 from mixtera_hpc.trace.locate import locate_row
 
 Run = tuple[AttemptSources, History]
@@ -61,7 +62,7 @@ def operated(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     naive: dict[Any, list[Any]] = {}
     for attempt, steps in run[1].extents():
         for record in served_sequences(run[0].of(attempt), attempt, range(steps.start, min(steps.stop, 160))):
-            for shard, row, start, end in record["pieces"]:
+            for shard, row, start, end in record["segments"]:
                 naive.setdefault((shard, row), []).append((record["step"], record["position"], [start, end]))
     return run, naive
 
@@ -72,7 +73,7 @@ def test_every_time_a_row_was_served_is_found_and_no_other(
     operated: tuple[Run, dict[Any, list[Any]]], shard: tuple[str, int], row: int
 ) -> None:
     run, naive = operated
-    found = [(r["step"], r["position"], r["piece"]) for r in locate_row(*run, shard[0], row)]
+    found = [(r["step"], r["position"], r["items"]) for r in locate_row(*run, shard[0], row)]
     expected = naive.get((shard[0], row), [])
     assert sorted(found) == sorted(expected)
 

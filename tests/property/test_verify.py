@@ -15,7 +15,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History, sample_digest
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.trace.list import AttemptSources, VerifyResult, verify_run
+from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.verify import VerifyResult, verify_run
 
 
 @pytest.fixture(params=["tokens", "samples"])

@@ -20,7 +20,7 @@ def test_the_expected_footprint_is_close_to_that_of_planned_steps(
     source = open_source(compose([*collection, *words, "dataplane.seq_len=64"]), Local())
     rows: list[set[tuple[int, str, int]]] = [set() for _ in range(60)]
     for record in planned_sequences(source, 0, 60):
-        rows[record["step"]] |= {(record["domain_id"], shard, row) for shard, row, _, _ in record["pieces"]}
+        rows[record["step"]] |= {(record["domain_id"], shard, row) for shard, row, _, _ in record["segments"]}
     shards = np.mean([len({shard for _, shard, _ in each}) for each in rows])
     blocks = [{(domain, block_of(source, shard, row)) for domain, shard, row in each} for each in rows]
     row_bytes = source.blocks.length / source.blocks.rows
@@ -43,7 +43,7 @@ def block_of(source: Source, shard: str, row: int) -> int:
 def test_documents_longer_than_sequences_are_counted_in_every_step_they_are_touched_in(collection: list[str]) -> None:
     source = open_source(compose([*collection, "dataplane.global_batch_size=16", "dataplane.seq_len=8"]), Local())
     touched = [
-        {(shard, row) for shard, row, _, _ in r["pieces"]} | {r["step"]} for r in planned_sequences(source, 0, 60)
+        {(shard, row) for shard, row, _, _ in r["segments"]} | {r["step"]} for r in planned_sequences(source, 0, 60)
     ]
     per_step = [set().union(*touched[at : at + 16]) for at in range(0, len(touched), 16)]
     assert forecast_mixture(source, 60).step.documents == pytest.approx(

@@ -1,0 +1,136 @@
+"""Prove that a run consumed exactly what was planned: every planned sequence once, with the planned content.
+
+The tokens of every sequence, or the samples, are made again from the plan, the index and the data. Their digests are compared
+with those in the audit log, which holds what the trainers were handed. Price: all data of the run is read once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
+from mixtera_hpc.trace.list import global_batch_maker
+
+__all__ = ["VerifyResult", "verify_run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyResult:
+    """What `verify_run` has proven."""
+
+    num_steps: int
+    """Steps proven, from the first step of the run on."""
+    num_sequences: int
+    num_attempts: int
+    unfinished_step: int | None
+    """The step in which the last attempt was killed; it is not part of the proof."""
+
+
+def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> VerifyResult:
+    """Prove that every planned sequence was consumed exactly once, across all attempts and run edits.
+
+    Raises:
+        DataError: the run was not audited, or a sequence was not consumed, consumed twice, or consumed with other content;
+            the message names the first such sequence.
+    """
+    consumed = _ConsumedSequences(folder, history)
+    end, unfinished = _proven_end(history, consumed)
+    num_sequences = 0
+    step = 0
+    for attempt, served in history.extents():
+        steps = range(served.start, min(served.stop, end))
+        consumed.check_audited(attempt, steps)
+        maker = global_batch_maker(sources.of(attempt))
+        step = steps.start
+        while step < steps.stop:
+            for batch in maker.batches(attempt.plan_of(step), step):
+                if batch.step >= steps.stop:
+                    break
+                consumed.check_step(batch.step, batch.digests or [])
+                step = batch.step + 1
+                num_sequences += attempt.global_batch_size
+        maker.close()
+
+    if step < end:
+        raise DataError(
+            f"Steps {step} to {end - 1} were consumed, but the journal ends before step {step}: it has lost lines.\n"
+            "  Restore the whole journal.jsonl."
+        )
+    return VerifyResult(
+        num_steps=end, num_sequences=num_sequences, num_attempts=len(history.attempts), unfinished_step=unfinished
+    )
+
+
+class _ConsumedSequences:
+    """The audit logs of a run: (attempt, step) → the digests at each position."""
+
+    def __init__(self, folder: RunFolder, history: History) -> None:
+        self._history = history
+        self._digests: dict[tuple[int, int], dict[int, list[str]]] = {}
+        for attempt in history.attempts:
+            for path in sorted(folder.audit(attempt.number).glob("rank_*.jsonl")):
+                self._add(attempt.number, read_lines(path))
+        if not self._digests:
+            raise DataError(f"{folder.path} has no audit log. Run with dataplane.audit=true to be able to verify.")
+
+    def _add(self, attempt: int, lines: Iterable[Record]) -> None:
+        for line in lines:
+            positions = self._digests.setdefault((attempt, line["step"]), {})
+            for position, digest in zip(line["positions"], line["digests"], strict=True):
+                positions.setdefault(position, []).append(digest)
+
+    def count(self, step: int) -> int:
+        """Return the number of sequences of `step` consumed by the attempt that counts."""
+        return sum(len(digests) for digests in self._digests_of(step).values())
+
+    def check_audited(self, attempt: AttemptRecord, steps: range) -> None:
+        """Refuse an attempt without an audit log, which would look like one that consumed nothing."""
+        if len(steps) and self.last_step(attempt.number) < 0:
+            raise DataError(
+                f"Attempt {attempt.number}, of steps {steps.start} to {steps.stop - 1}, has no audit log, so nothing "
+                "can be proven of them.\n  Train with dataplane.audit=true from the first step on."
+            )
+
+    def last_step(self, attempt: int) -> int:
+        """Return the last step that `attempt` consumed a sequence of; -1 if it has no audit log."""
+        return max((step for number, step in self._digests if number == attempt), default=-1)
+
+    def check_step(self, step: int, expected: list[str]) -> None:
+        """Compare the digests of one step with the planned ones, in order of positions."""
+        positions = self._digests_of(step)
+        attempt = self._history.attempt_of(step).number
+        for position, digest in enumerate(expected):
+            actual = positions.get(position, [])
+            if actual != [digest]:
+                raise DataError(
+                    f"Step {step} position {position} (attempt {attempt}) {_fault(actual, digest)}.\n"
+                    f"  See which samples it has with mixtera-hpc trace RUN --step {step}."
+                )
+
+    def _digests_of(self, step: int) -> dict[int, list[str]]:
+        return self._digests.get((self._history.attempt_of(step).number, step), {})
+
+
+def _fault(actual: list[str], digest: str) -> str:
+    """Return what is wrong with the digests logged for one position."""
+    if not actual:
+        return "was planned and not consumed"
+    if len(actual) > 1:
+        return f"was consumed {len(actual)} times"
+    return f"was consumed with other tokens or another sample: digest {actual[0]}, planned {digest}"
+
+
+def _proven_end(history: History, consumed: _ConsumedSequences) -> tuple[int, int | None]:
+    """Return one past the last step to prove, and the step in which the last attempt was killed, if any."""
+    last = history.attempts[-1]
+    if last.next_step is not None:
+        return last.next_step, None
+    # A killed attempt logs no end. Its last steps count as far as all of their sequences were consumed.
+    end = max(consumed.last_step(last.number) + 1, last.first_step)
+    unfinished = None
+    while end > last.first_step and consumed.count(end - 1) < last.global_batch_size:
+        end -= 1
+        unfinished = end
+    return end, unfinished
