@@ -1,0 +1,1 @@
+"""Reports: numbers, plots and an HTML page from the recorded metrics of runs."""

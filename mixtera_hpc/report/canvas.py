@@ -1,4 +1,4 @@
-"""Where a plot is drawn: axes over the steps of a run, attempts marked, names at the lines' ends."""
+"""Axes for the plots of a report: steps on the x axis, marks where attempts began, labels at the ends of lines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,77 +12,103 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from mixtera_hpc.report.plot_style import INK, MUTED
 from mixtera_hpc.report.run_metrics import Floats, RunMetrics
 
-__all__ = ["MAX_IN_LEGEND", "Canvas", "spread"]
+__all__ = ["MAX_IN_LEGEND", "Canvas", "spread_labels"]
 
-MAX_NAME = 27
+MAX_LABEL_LENGTH = 27
 MAX_IN_LEGEND = 3
-"""Names above a narrow plot."""
+"""Number of names that fit above a narrow plot."""
+MAX_MARKED_ATTEMPTS = 8
+"""With more attempts, the marks have no text."""
+LABEL_GAP = 0.07
+"""Vertical distance of labels, as a fraction of the height of the axes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canvas:
-    """A size to draw at: wide with names beside the plot, or narrow, for a phone, without."""
+    """The size of a plot: wide with labels at the right, or narrow, for a phone, without."""
 
     wide: bool
 
-    def axes(self, record: RunMetrics, y_label: str, *, labels: bool = True) -> tuple[Figure, Any]:
-        """An empty figure; taller, and with room at the right, when `labels` are to come."""
-        width, height = (9.4, 3.3 if labels else 2.4) if self.wide else (3.9, 2.9 if labels else 2.3)
+    def axes(self, metrics: RunMetrics, y_label: str, *, labels: bool = True) -> tuple[Figure, Any]:
+        """Create a figure with empty axes. With `labels`, it is taller and a wide one leaves room at the right."""
+        # All sizes are in inches; axes positions are fractions of the figure.
+        if self.wide:
+            width = 9.4
+            height = 3.3 if labels else 2.4
+        else:
+            width = 3.9
+            height = 2.9 if labels else 2.3
         figure = Figure(figsize=(width, height))
-        left, right = 0.55 / width, 0.79 if self.wide and labels else 1 - 0.14 / width
+        left = 0.55 / width
+        right = 0.79 if self.wide and labels else 1 - 0.14 / width
         axes = figure.add_axes((left, 0.36 / height, right - left, 1 - 0.74 / height))
-        axes.set_xlim(0, max(int(record.steps.step[-1]) + 1, 1))
+
+        axes.set_xlim(0, max(int(metrics.steps.step[-1]) + 1, 1))
         axes.xaxis.set_major_locator(MaxNLocator(7 if self.wide else 4, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("step", loc="right", color=MUTED, labelpad=1, fontsize=8)
         figure.text(0.03 / width, 1 - 0.17 / height, y_label, color=MUTED, fontsize=8)
-        self._mark_attempts(axes, record)
+        self._mark_attempts(axes, metrics)
         return figure, axes
 
     def label(self, axes: Any, names: Sequence[str], heights: Sequence[float], colors: Sequence[str]) -> None:
-        """Write each name at the right edge, at its height in data units, moved apart where they would touch.
+        """Write each name at the right edge at its height in data units; move labels apart that would overlap.
 
-        A narrow plot has room for a few names above it; more are the page's to explain.
+        A narrow plot has a legend above it instead, if there are few names. Otherwise the page has the legend.
         """
         if not self.wide:
-            self._legend(axes, names, colors)
+            self._add_legend(axes, names, colors)
             return
-        axes.get_ylim()  # Settles the limits, which the transform does not do.
+
+        axes.get_ylim()  # Forces matplotlib to compute the limits; the transform below needs them.
         to_fraction = axes.transData + axes.transAxes.inverted()
-        wanted = np.clip([to_fraction.transform((1, height))[1] for height in heights], 0, 1)
-        for name, at, placed, color in zip(names, wanted, spread(wanted, 0.07), colors, strict=True):
-            axes.plot([1, 1.012], [at, placed], transform=axes.transAxes, color=color, lw=1.2, clip_on=False)
-            text = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
-            axes.text(1.018, placed, text, transform=axes.transAxes, va="center", color=INK)
+        preferred = np.clip([to_fraction.transform((1, height))[1] for height in heights], 0, 1)
+        placed = spread_labels(preferred, LABEL_GAP)
+        for name, line_end, label_y, color in zip(names, preferred, placed, colors, strict=True):
+            axes.plot([1, 1.012], [line_end, label_y], transform=axes.transAxes, color=color, lw=1.2, clip_on=False)
+            axes.text(1.018, label_y, _shorten(name), transform=axes.transAxes, va="center", color=INK)
 
-    def _legend(self, axes: Any, names: Sequence[str], colors: Sequence[str]) -> None:
-        if len(names) <= MAX_IN_LEGEND:
-            lines = [Line2D([], [], color=color) for color in colors]
-            place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "ncols": len(names), "frameon": False}
-            axes.legend(lines, names, **place, fontsize=7, handlelength=1, columnspacing=1, borderpad=0.2)
+    def _add_legend(self, axes: Any, names: Sequence[str], colors: Sequence[str]) -> None:
+        if len(names) > MAX_IN_LEGEND:
+            return
+        lines = [Line2D([], [], color=color) for color in colors]
+        position = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "ncols": len(names), "frameon": False}
+        axes.legend(lines, names, **position, fontsize=7, handlelength=1, columnspacing=1, borderpad=0.2)
 
-    def _mark_attempts(self, axes: Any, record: RunMetrics) -> None:
-        resumed = record.resumed_at
+    def _mark_attempts(self, axes: Any, metrics: RunMetrics) -> None:
+        """Draw a vertical line where each resumed attempt began."""
+        resumed = metrics.resumed_attempts
         for attempt, step in resumed:
             axes.axvline(step, color=MUTED, lw=0.7, zorder=3)
-            if self.wide and len(resumed) <= 8:
-                place = {"xy": (step, 1.02), "xycoords": ("data", "axes fraction"), "ha": "center"}
-                axes.annotate(f"attempt {attempt}", **place, color=MUTED, fontsize=7.5)
+            if self.wide and len(resumed) <= MAX_MARKED_ATTEMPTS:
+                position = {"xy": (step, 1.02), "xycoords": ("data", "axes fraction"), "ha": "center"}
+                axes.annotate(f"attempt {attempt}", **position, color=MUTED, fontsize=7.5)
 
 
-def spread(wanted: Floats, gap: float) -> Floats:
-    """Positions as near to `wanted` as keeps neighbours `gap` apart; they squeeze together when there is no room."""
-    count = len(wanted)
+def spread_labels(preferred: Floats, gap: float) -> Floats:
+    """Return positions in [0, 1] that are at least `gap` apart and close to the preferred ones.
+
+    The order is kept. If the labels do not fit, the gap is reduced until they do.
+    """
+    count = len(preferred)
     gap = min(gap, 1 / max(count - 1, 1))
-    order = np.argsort(wanted, kind="stable")
-    groups: list[list[float]] = []  # [sum of shifted positions, members]; pools that collide become one.
+    order = np.argsort(preferred, kind="stable")
+
+    # Subtracting rank × gap turns "at least gap apart" into "not decreasing". Pool adjacent violators: labels that
+    # would overlap form a block, and a block lies at the mean of its preferred positions. Entries are [sum, size].
+    blocks: list[list[float]] = []
     for rank, index in enumerate(order):
-        groups.append([wanted[index] - rank * gap, 1])
-        while len(groups) > 1 and groups[-2][0] / groups[-2][1] > groups[-1][0] / groups[-1][1]:
-            total, members = groups.pop()
-            groups[-1] = [groups[-1][0] + total, groups[-1][1] + members]
-    shifted = np.concatenate([np.full(int(n), total / n) for total, n in groups])
+        blocks.append([preferred[index] - rank * gap, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, size = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + size]
+
+    shifted = np.concatenate([np.full(int(size), total / size) for total, size in blocks])
     shifted = np.clip(shifted, 0, 1 - (count - 1) * gap)
     placed = np.empty(count)
     placed[order] = shifted + np.arange(count) * gap
     return placed
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 1]}…"

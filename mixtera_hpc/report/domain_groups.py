@@ -1,4 +1,7 @@
-"""Domains as they are drawn: the largest by name and colour, the small ones together as `other`, alike in every plot."""
+"""Groups of domains for plots: each large domain has its own color, all small domains share a gray one.
+
+Every plot of a report uses the same groups, so a color means the same domain everywhere.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,55 +11,71 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.report.run_metrics import Floats, Ints, RunMetrics
 
-__all__ = ["MAX_BANDS", "Band", "bands_of", "common_key", "merged_loss", "merged_sum", "short_names"]
+__all__ = [
+    "MAX_GROUPS",
+    "DomainGroup",
+    "common_property",
+    "group_domains",
+    "group_loss",
+    "shorten_names",
+    "sum_by_group",
+]
 
-MAX_BANDS = 9
-"""As many as have colours that can be told apart; `other` comes on top."""
+MAX_GROUPS = 9
+"""Number of domains with a color of their own; more colors cannot be told apart. The gray group comes in addition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Band:
-    """One colour of the plots."""
+class DomainGroup:
+    """Domains that are drawn together in one color."""
 
     name: str
     domains: tuple[int, ...]
-    """domain_ids."""
+    """Domain ids."""
     color: int
-    """Position in the palette; `MAX_BANDS` is the grey of `other`."""
+    """Index into the palette; `MAX_GROUPS` is the gray of the small domains."""
 
 
-def bands_of(record: RunMetrics) -> list[Band]:
-    """Largest first by sequences served; at most `MAX_BANDS` and `other`."""
-    served = record.steps.domain_sequences.sum(axis=0)
-    order, names = np.argsort(-served, kind="stable").tolist(), short_names(record.domains)
-    shown = order if len(order) <= MAX_BANDS + 1 else order[:MAX_BANDS]
-    bands = [Band(name=names[d], domains=(d,), color=i) for i, d in enumerate(shown)]
-    rest = order[len(shown) :]
-    if rest:
-        bands.append(Band(name=f"{len(rest)} others", domains=tuple(rest), color=MAX_BANDS))
-    return bands
+def group_domains(metrics: RunMetrics) -> list[DomainGroup]:
+    """Group the domains of a run, largest first by sequences served: at most `MAX_GROUPS` domains, then all others."""
+    num_sequences = metrics.steps.domain_sequences.sum(axis=0)
+    by_size = np.argsort(-num_sequences, kind="stable").tolist()
+    names = shorten_names(metrics.domains)
+
+    # A single small domain takes the place of the gray group.
+    num_single = len(by_size) if len(by_size) <= MAX_GROUPS + 1 else MAX_GROUPS
+    groups = [
+        DomainGroup(name=names[domain], domains=(domain,), color=i) for i, domain in enumerate(by_size[:num_single])
+    ]
+    others = by_size[num_single:]
+    if others:
+        groups.append(DomainGroup(name=f"{len(others)} others", domains=tuple(others), color=MAX_GROUPS))
+    return groups
 
 
-def common_key(names: Sequence[str]) -> str | None:
-    """The property when all names are of the form `<property>=…` with the same one."""
-    keys = {name.partition("=")[0] if "=" in name else None for name in names}
-    return keys.pop() if len(keys) == 1 else None
+def common_property(names: Sequence[str]) -> str | None:
+    """Return the property if all names are of the form `<property>=<value>` with the same property."""
+    properties = {name.partition("=")[0] if "=" in name else None for name in names}
+    return properties.pop() if len(properties) == 1 else None
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the property they have in common: `source=C4`, `source=Book` → `C4`, `Book`."""
-    key = common_key(names)
-    return list(names) if key is None else [name.removeprefix(f"{key}=") for name in names]
+def shorten_names(names: Sequence[str]) -> list[str]:
+    """Remove the common property from domain names: `source=C4`, `source=Book` → `C4`, `Book`."""
+    common = common_property(names)
+    return list(names) if common is None else [name.removeprefix(f"{common}=") for name in names]
 
 
-def merged_sum(bands: list[Band], values: NDArray[np.float64]) -> Floats:
-    """Per-domain values (N, K) added up per band; (N, number of bands)."""
-    return np.stack([values[:, list(band.domains)].sum(axis=1) for band in bands], axis=1)
+def sum_by_group(groups: list[DomainGroup], values: NDArray[np.float64]) -> Floats:
+    """Sum per-domain values (N, K) over the domains of each group; returns (N, number of groups)."""
+    return np.stack([values[:, list(group.domains)].sum(axis=1) for group in groups], axis=1)
 
 
-def merged_loss(band: Band, domain_loss: Floats, domain_tokens: Ints) -> tuple[Floats, Floats]:
-    """Loss sum and tokens of a band, from (N, K) per domain; (N,) each."""
-    members = list(band.domains)
+def group_loss(group: DomainGroup, domain_loss: Floats, domain_tokens: Ints) -> tuple[Floats, Floats]:
+    """Return summed loss and number of tokens of a group, shape (N,) each, from mean losses and tokens (N, K).
+
+    A domain without a loss (NaN) has no tokens either and adds nothing.
+    """
+    members = list(group.domains)
     tokens = domain_tokens[:, members].astype(np.float64)
     loss = np.nan_to_num(domain_loss[:, members])
     return (loss * tokens).sum(axis=1), tokens.sum(axis=1)

@@ -1,110 +1,147 @@
-"""One HTML file that needs nothing else: styles and plots inside, no script, no network, light and dark, wide and narrow."""
+"""The report as one self-contained HTML file: no scripts, no network, for light and dark, wide and narrow screens."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
 from mixtera_hpc.report.canvas import MAX_IN_LEGEND
-from mixtera_hpc.report.commands import next_commands
-from mixtera_hpc.report.domain_groups import bands_of, common_key, short_names
-from mixtera_hpc.report.number_format import format_count, format_duration, format_percent, format_seconds
+from mixtera_hpc.report.domain_groups import common_property, group_domains, shorten_names
+from mixtera_hpc.report.number_format import (
+    MISSING,
+    format_count,
+    format_duration,
+    format_loss,
+    format_percent,
+    format_seconds,
+    format_share,
+)
+from mixtera_hpc.report.phrases import describe_progress, describe_ranks, median_and_p95, next_commands
 from mixtera_hpc.report.plot_style import DARK, LIGHT
 from mixtera_hpc.report.projection import RunProjection
 from mixtera_hpc.report.run_metrics import RunMetrics
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
 
-__all__ = ["Figures", "render_page"]
+__all__ = ["RenderedPlot", "render_page"]
 
-BY_DOMAIN = ("mixture", "loss", "validation")
-"""Figures with one band or curve per domain."""
-Figures = Mapping[str, tuple[str, str, str, str]]
-"""Name → title, caption, wide `<svg>`, narrow `<svg>`."""
+DOMAIN_PLOTS = ("mixture", "loss", "validation")
+"""Plots with a band or a curve per domain group; the page shows them above the table of domains."""
+
+LIGHT_PAGE = "#f5f6f8"
+DARK_PAGE = "#0d0f12"
+"""Background of the page around the sections."""
+
+FOOTER = (
+    "<footer>Mixtera-HPC · All numbers come from <code>metrics/*.jsonl</code> in the run folder. If several attempts "
+    "trained the same step, the last one counts.</footer>"
+)
 
 
-def render_page(record: RunMetrics, summary: RunSummary, ahead: RunProjection, figures: Figures) -> str:
-    """The report of one run as HTML text."""
-    parts = [
-        _header(record, summary),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderedPlot:
+    """A plot as `<svg>` elements, with the text above it."""
+
+    title: str
+    caption: str
+    wide_svg: str
+    narrow_svg: str
+
+
+def render_page(
+    metrics: RunMetrics, summary: RunSummary, projection: RunProjection, plots: Mapping[str, RenderedPlot]
+) -> str:
+    """Return the report of one run as HTML text."""
+    domain_plots = [_plot(metrics, name, plot) for name, plot in plots.items() if name in DOMAIN_PLOTS]
+    other_plots = [_plot(metrics, name, plot) for name, plot in plots.items() if name not in DOMAIN_PLOTS]
+    body = [
+        _header(metrics, summary),
         _tiles(summary),
-        *_notices(summary, ahead),
-        *(_figure(record, name, *figure) for name, figure in figures.items() if name in BY_DOMAIN),
-        _domains(record, summary, ahead),
-        *(_figure(record, name, *figure) for name, figure in figures.items() if name not in BY_DOMAIN),
-        _forecast(summary, ahead),
-        _facts(record, summary),
-        _next(record, summary),
-        "<footer>Mixtera-HPC · numbers from <code>metrics/*.jsonl</code> of the run folder; each step is told once, by the "
-        "last attempt that did it.</footer>",
+        *_notices(summary, projection),
+        *domain_plots,
+        _domain_table(metrics, summary, projection),
+        *other_plots,
+        _projection(projection),
+        _run_details(metrics, summary),
+        _next_commands(metrics, summary),
+        FOOTER,
     ]
-    title = f"{summary.name} · {summary.run_id}"
+    title = escape(f"{summary.name} · {summary.run_id}")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_styles()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
+        f"<title>{title}</title>\n<style>\n{_styles()}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
 
 
 def _styles() -> str:
     css = resources.files("mixtera_hpc.report").joinpath("page.css").read_text()
-    light = _variables({**LIGHT, "page": "#f5f6f8"})
-    dark = _variables({**DARK, "page": "#0d0f12"})
+    light = _css_variables({**LIGHT, "page": LIGHT_PAGE})
+    dark = _css_variables({**DARK, "page": DARK_PAGE})
     return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{css}"
 
 
-def _variables(colors: Mapping[str, str]) -> str:
+def _css_variables(colors: Mapping[str, str]) -> str:
     return " ".join(f"--{name}: {color};" for name, color in colors.items())
 
 
-def _header(record: RunMetrics, summary: RunSummary) -> str:
-    done = (
-        f"{format_count(summary.steps, 4)} of {format_count(summary.num_steps, 4)} steps"
-        if summary.num_steps
-        else "running"
-    )
-    attempts = f"{summary.num_attempts} attempt{'s' if summary.num_attempts != 1 else ''}"
-    ranks = _ranks(summary)
-    when = record.started[:16].replace("T", " ")
+def _header(metrics: RunMetrics, summary: RunSummary) -> str:
+    started = metrics.started[:16].replace("T", " ")
     return (
         f'<header><p class="over">Run report</p><h1>{escape(summary.name)}</h1>'
-        f"<p>{escape(summary.run_id)} · {escape(when)} UTC · {done} · {attempts} · {ranks}</p></header>"
+        f"<p>{escape(summary.run_id)} · started {escape(started)} UTC · {describe_progress(summary)}</p></header>"
     )
 
 
 def _tiles(summary: RunSummary) -> str:
-    speed = summary.speed
-    first = "nats per token" if summary.loss_first is None else f"nats, from {summary.loss_first:.2f}"
-    validated = [("Held-out loss", f"{summary.held_out:.3f}", "nats, newest")] if summary.held_out is not None else []
-    tiles = [
-        ("Loss", "–" if summary.loss_last is None else f"{summary.loss_last:.3f}", first),
-        *validated,
-        ("Tokens", format_count(summary.tokens), f"in {format_duration(summary.train_s)} of steps"),
+    """Return the most important numbers: label, value, note."""
+    performance = summary.performance
+    loss_note = "nats per token"
+    if summary.loss_first is not None:
+        loss_note = f"nats/token, from {summary.loss_first:.2f}"
+    tiles = [("Loss", format_loss(summary.loss_last, 3), loss_note)]
+    if summary.held_out_loss is not None:
+        tiles.append(("Held-out loss", format_loss(summary.held_out_loss, 3), "newest validation"))
+    tiles += [
+        ("Tokens", format_count(summary.tokens), f"in {format_duration(summary.train_s)} of training"),
         (
-            "Throughput",
-            f"{format_count(speed.tokens_per_s)}/s",
-            f"{format_count(speed.tokens_per_s / speed.num_ranks)}/s per rank",
+            "Tokens per second",
+            format_count(performance.tokens_per_s),
+            f"{format_count(performance.tokens_per_s / performance.num_ranks)} per rank",
         ),
-        ("Step", format_seconds(speed.step_p50_s), f"p95 {format_seconds(speed.step_p95_s)}"),
-        ("Waiting for data", format_percent(speed.data_wait_share), f"p99 {format_percent(speed.data_wait_p99_share)}"),
-        ("Waiting for reductions", format_seconds(speed.reduce_p50_s), f"p95 {format_seconds(speed.reduce_p95_s)}"),
+        ("Step time", format_seconds(performance.step_p50_s), f"p95 {format_seconds(performance.step_p95_s)}"),
+        (
+            "Data wait",
+            format_percent(performance.data_wait_share),
+            f"of step time, p99 {format_percent(performance.data_wait_p99_share)}",
+        ),
+        (
+            "Wait for reduction",
+            format_seconds(performance.reduce_p50_s),
+            f"per step, p95 {format_seconds(performance.reduce_p95_s)}",
+        ),
     ]
-    cells = "".join(f'<div class="tile"><span>{t}</span><b>{v}</b><span>{n}</span></div>' for t, v, n in tiles)
+    cells = "".join(
+        f'<div class="tile"><span>{label}</span><b>{value}</b><span>{note}</span></div>' for label, value, note in tiles
+    )
     return f'<div class="tiles">{cells}</div>'
 
 
-def _notices(summary: RunSummary, ahead: RunProjection) -> Iterable[str]:
-    """What a reader must not miss."""
+def _notices(summary: RunSummary, projection: RunProjection) -> Iterable[str]:
+    """Yield warnings that a reader must not miss."""
     if summary.num_nonfinite:
         yield _notice(
-            f"{format_count(summary.num_nonfinite)} sequences had a loss that is not finite; they are left out of all losses."
+            f"{format_count(summary.num_nonfinite)} sequences had a loss that is not finite (NaN or infinity). "
+            "All losses of this report exclude them."
         )
-    exhausted = [d for d in ahead.domains if d.exhausted_at is not None]
-    if exhausted and ahead.steps_left:
-        first = min(exhausted, key=lambda d: d.exhausted_at or 0)
+    exhausted = [domain for domain in projection.domains if domain.exhausted_at_step is not None]
+    if exhausted and projection.remaining_steps:
+        first = min(exhausted, key=lambda domain: domain.exhausted_at_step or 0)
         yield _notice(
-            f"{escape(first.name)} reaches mixture.max_epochs={ahead.max_epochs:g} around step "
-            f"{format_count(first.exhausted_at, 4)}, before the run ends."
+            f"{escape(first.name)} reaches mixture.max_epochs={projection.max_epochs:g} around step "
+            f"{format_count(first.exhausted_at_step, 4)}, before the run ends. "
+            "mixture.on_exhausted decides what happens then."
         )
 
 
@@ -112,105 +149,123 @@ def _notice(text: str) -> str:
     return f'<section class="notice"><p>{text}</p></section>'
 
 
-def _figure(record: RunMetrics, name: str, title: str, caption: str, wide: str, narrow: str) -> str:
-    legend = ""
-    bands = bands_of(record)
-    if name in BY_DOMAIN and len(bands) > (MAX_IN_LEGEND if name == "mixture" else MAX_IN_LEGEND - 1):
-        items = "".join(f"<li>{_swatch(b.color)}{escape(b.name)}</li>" for b in bands)
-        legend = f'<ul class="legend narrow">{items}</ul>'
+def _plot(metrics: RunMetrics, name: str, plot: RenderedPlot) -> str:
     return (
-        f"<section><h2>{escape(title)}</h2><p>{escape(caption)}</p>{legend}"
-        f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div></section>'
+        f"<section><h2>{escape(plot.title)}</h2><p>{escape(plot.caption)}</p>{_narrow_legend(metrics, name)}"
+        f'<div class="wide">{plot.wide_svg}</div><div class="narrow">{plot.narrow_svg}</div></section>'
     )
 
 
-def _domains(record: RunMetrics, summary: RunSummary, ahead: RunProjection) -> str:
-    color = {domain: band.color for band in bands_of(record) for domain in band.domains}
-    key, names = common_key(record.domains), short_names(record.domains)
-    validated = summary.held_out is not None
-    rows = "".join(_domain_row(summary.domains[d], names[d], color[d], ahead.max_epochs, validated) for d in color)
-    columns = ["weight", "served", "tokens", "epochs", "loss", *(["held out"] if validated else [])]
-    head = _cells("th", [escape(key or "domain"), *columns])
+def _narrow_legend(metrics: RunMetrics, name: str) -> str:
+    """Return a legend for narrow screens if the narrow plot has no room for its own."""
+    if name not in DOMAIN_PLOTS:
+        return ""
+    groups = group_domains(metrics)
+    # Plots of losses have one more curve, that of all domains.
+    max_groups = MAX_IN_LEGEND if name == "mixture" else MAX_IN_LEGEND - 1
+    if len(groups) <= max_groups:
+        return ""
+    items = "".join(f"<li>{_swatch(group.color)}{escape(group.name)}</li>" for group in groups)
+    return f'<ul class="legend narrow">{items}</ul>'
+
+
+def _domain_table(metrics: RunMetrics, summary: RunSummary, projection: RunProjection) -> str:
+    """Return the table of domains, largest first."""
+    colors = {domain: group.color for group in group_domains(metrics) for domain in group.domains}
+    names = shorten_names(metrics.domains)
+    with_held_out = summary.held_out_loss is not None
+
+    columns = [escape(common_property(metrics.domains) or "domain"), "weight", "served", "tokens", "epochs", "loss"]
+    if with_held_out:
+        columns.append("held-out loss")
+    rows = []
+    for domain_id, color in colors.items():
+        domain = summary.domains[domain_id]
+        cells = [f"{_swatch(color)}{escape(names[domain_id])}", *_domain_cells(domain, projection.max_epochs)]
+        if with_held_out:
+            cells.append(format_loss(domain.held_out_loss))
+        rows.append(f"<tr>{_cells('td', cells)}</tr>")
     return (
-        "<section><h2>Domains</h2><p>Weight and loss from the first step to the last; served is the share of all sequences, "
-        "epochs the passes over a domain's data so far.</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>'
+        "<section><h2>Domains</h2><p>Weight and loss: first and last value. Served: share of all sequences so far. "
+        "Epochs: passes over the data of the domain so far.</p>"
+        f'<div class="scroll"><table><thead><tr>{_cells("th", columns)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 
-def _domain_row(domain: DomainSummary, name: str, color: int, limit: float | None, validated: bool) -> str:
-    epochs = "–" if domain.epochs is None else f"{domain.epochs:.2f}"
-    if limit is not None and domain.epochs is not None and domain.epochs >= limit:
+def _domain_cells(domain: DomainSummary, max_epochs: float | None) -> list[str]:
+    epochs = MISSING if domain.epochs is None else f"{domain.epochs:.2f}"
+    if max_epochs is not None and domain.epochs is not None and domain.epochs >= max_epochs:
         epochs = f"<em>{epochs}</em>"
-    cells = [
-        f"{_swatch(color)}{escape(name)}",
-        _change(_share(domain.weight_first), _share(domain.weight_last)),
-        _share(domain.served),
+    return [
+        _change(format_share(domain.weight_first), format_share(domain.weight_last)),
+        format_share(domain.served_share),
         format_count(domain.tokens),
         epochs,
-        _change(_loss(domain.loss_first), _loss(domain.loss_last)),
-        *([_loss(domain.held_out)] if validated else []),
+        _change(format_loss(domain.loss_first), format_loss(domain.loss_last)),
     ]
-    return f"<tr>{_cells('td', cells)}</tr>"
 
 
-def _forecast(summary: RunSummary, ahead: RunProjection) -> str:
-    if ahead.steps_left == 0:
-        text = "The run has done all its steps."
+def _projection(projection: RunProjection) -> str:
+    if projection.remaining_steps == 0:
+        text = "All steps are finished."
     else:
         text = (
-            f"{format_count(ahead.steps_left, 4)} steps are left, about {format_duration(ahead.seconds_left)} at the median step; "
-            f"{format_count(ahead.tokens)} tokens in the end."
+            f"{format_count(projection.remaining_steps, 4)} steps remain: about "
+            f"{format_duration(projection.remaining_s)} at the median step time, and "
+            f"{format_count(projection.total_tokens)} tokens in total at the end."
         )
-    most = [d for d in ahead.domains if d.epochs >= 1][:5]
-    if most:
-        named = ", ".join(f"{escape(d.name)} {d.epochs:.1f}" for d in most)
-        text += f" Domains seen more than once by then, in passes over their data: {named}."
-    return f"<section><h2>Forecast</h2><p>{text}</p></section>"
+    repeated = [domain for domain in projection.domains if domain.epochs >= 1][:5]
+    if repeated:
+        domains = ", ".join(f"{escape(domain.name)} {domain.epochs:.1f}" for domain in repeated)
+        text += f" Epochs of the most repeated domains at the end: {domains}."
+    return f"<section><h2>Projection</h2><p>{text}</p></section>"
 
 
-def _facts(record: RunMetrics, summary: RunSummary) -> str:
-    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in _fact_list(record, summary))
+def _run_details(metrics: RunMetrics, summary: RunSummary) -> str:
+    items = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>"
+        for label, value in _detail_list(metrics, summary)
+        if not value.startswith(MISSING)
+    )
     return f"<section><h2>Run</h2><dl>{items}</dl></section>"
 
 
-def _fact_list(record: RunMetrics, summary: RunSummary) -> list[tuple[str, str]]:
-    config, last = record.config, record.attempts[-1] if record.attempts else {}
-    mixture, plane = config.get("mixture", {}), config.get("dataplane", {})
-    kind = str(mixture.get("kind", "–"))
-    algorithm = mixture.get("algorithm", {}).get("name") if kind == "dynamic" else None
-    speed = summary.speed
-    facts = [
-        ("Mixture", f"{kind} ({algorithm})" if algorithm else kind),
-        ("Data", str(config.get("data", {}).get("root", "–"))),
-        ("Query", str(config.get("query", {}).get("where") or "everything")),
-        (
-            "Global batch",
-            f"{format_count(plane.get('global_batch_size'))} sequences × {format_count(plane.get('seq_len'))} tokens",
-        ),
-        ("Model", f"{format_count(last.get('num_parameters'))} parameters"),
-        ("Ran on", f"{_ranks(summary)}, {last.get('device', '–')}"),
-        ("Cluster", str(config.get("cluster", {}).get("name", "–"))),
-        ("Planning a chunk", format_seconds(speed.plan_p50_s)),
-        ("Broadcasting it", f"{format_seconds(speed.broadcast_p50_s)}; p95 {format_seconds(speed.broadcast_p95_s)}"),
-        ("First batch after", format_seconds(speed.start_wait_s)),
-        ("Last recorded", f"{record.ended[:19].replace('T', ' ')} UTC"),
-        ("Folder", str(record.run.path)),
+def _detail_list(metrics: RunMetrics, summary: RunSummary) -> list[tuple[str, str]]:
+    config = metrics.config
+    attempt = metrics.attempts[-1] if metrics.attempts else {}
+    plane = config.get("dataplane", {})
+    batch_size = format_count(plane.get("global_batch_size"))
+    performance = summary.performance
+    return [
+        ("Mixture", _describe_mixture(config.get("mixture", {}))),
+        ("Data", str(config.get("data", {}).get("root", MISSING))),
+        ("Query", str(config.get("query", {}).get("where") or "all samples")),
+        ("Global batch", f"{batch_size} sequences × {format_count(plane.get('seq_len'))} tokens"),
+        ("Model", f"{format_count(attempt.get('num_parameters'))} parameters"),
+        ("Hardware", f"{describe_ranks(performance)}, {attempt.get('device', MISSING)}"),
+        ("Cluster", str(config.get("cluster", {}).get("name", MISSING))),
+        ("Time to plan a chunk", format_seconds(performance.plan_p50_s)),
+        ("Time to broadcast a plan", median_and_p95(performance.broadcast_p50_s, performance.broadcast_p95_s)),
+        ("Wait for the first batches", format_seconds(performance.start_wait_s)),
+        ("Last event", f"{metrics.ended[:19].replace('T', ' ')} UTC"),
+        ("Run folder", str(metrics.run.path)),
     ]
-    return [(k, v) for k, v in facts if not v.startswith("–")]
 
 
-def _next(record: RunMetrics, summary: RunSummary) -> str:
-    lines = "\n".join(f"{escape(c)}  <u># {escape(why)}</u>" for c, why in next_commands(record.run, summary))
-    return f"<section><h2>Next</h2><pre>{lines}</pre></section>"
+def _describe_mixture(mixture: Mapping[str, object]) -> str:
+    kind = str(mixture.get("kind", MISSING))
+    algorithm = mixture.get("algorithm")
+    if kind == "dynamic" and isinstance(algorithm, Mapping) and algorithm.get("name"):
+        return f"{kind} ({algorithm['name']})"
+    return kind
 
 
-def _ranks(summary: RunSummary) -> str:
-    speed = summary.speed
-    ranks = f"{speed.num_ranks} rank{'s' if speed.num_ranks != 1 else ''}"
-    if speed.num_nodes is None:
-        return ranks
-    return f"{ranks} on {speed.num_nodes} node{'s' if speed.num_nodes != 1 else ''}"
+def _next_commands(metrics: RunMetrics, summary: RunSummary) -> str:
+    lines = "\n".join(
+        f"{escape(command)}  <u># {escape(purpose)}</u>" for command, purpose in next_commands(metrics.run, summary)
+    )
+    return f"<section><h2>Next commands</h2><pre>{lines}</pre></section>"
 
 
 def _cells(tag: str, values: Sequence[str]) -> str:
@@ -219,14 +274,6 @@ def _cells(tag: str, values: Sequence[str]) -> str:
 
 def _change(first: str, last: str) -> str:
     return last if first == last else f"{first}<i>→</i>{last}"
-
-
-def _share(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def _loss(loss: float | None) -> str:
-    return "–" if loss is None else f"{loss:.2f}"
 
 
 def _swatch(color: int) -> str:

@@ -1,6 +1,7 @@
-"""The look of all plots, and a figure as PNG or as SVG that takes its colours from the page it stands in.
+"""Colors and style of all plots, and their export as PNG or as SVG that takes its colors from the surrounding page.
 
-Figures are drawn in the colours of `LIGHT`; in SVG each becomes a CSS variable, so one drawing serves light and dark.
+Figures are drawn in the colors of `LIGHT`. In the SVG each color becomes a CSS variable, so that one drawing works on a
+light and on a dark page.
 """
 
 import io
@@ -13,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mixtera_hpc.report.domain_groups import MAX_BANDS
+from mixtera_hpc.report.domain_groups import MAX_GROUPS
 
 __all__ = [
     "DARK",
@@ -29,25 +30,36 @@ __all__ = [
     "use_plot_style",
 ]
 
-SURFACE, INK, MUTED, LINE = "#fffffe", "#1b1f24", "#69707a", "#e4e7eb"
+SURFACE = "#fffffe"
+"""Background. Not pure white, so that no other color of a drawing equals it."""
+INK = "#1b1f24"
+MUTED = "#69707a"
+LINE = "#e4e7eb"
+
 PALETTE = (
     *("#3e6fd8", "#ef9f20", "#e4604e", "#45b5a2", "#8a5bd1", "#5aa746", "#e77bab", "#7db7ee", "#9a6c4c"),
     *("#b4bac2",),
 )
-"""One colour per band, and the grey of `other`; a tenth domain takes the grey."""
-LIGHT = {"surface": SURFACE, "ink": INK, "muted": MUTED, "line": LINE, **{f"d{i}": c for i, c in enumerate(PALETTE)}}
-"""CSS variable → colour."""
+"""One color per domain group; the last one is the gray of the small domains."""
+
+_PALETTE_VARIABLES = {f"d{i}": color for i, color in enumerate(PALETTE)}
+
+LIGHT = {"surface": SURFACE, "ink": INK, "muted": MUTED, "line": LINE, **_PALETTE_VARIABLES}
+"""CSS variable → color on a light page."""
+
 DARK = {
     "surface": "#15181d",
     "ink": "#e8eaed",
     "muted": "#969ea9",
     "line": "#2b3038",
-    **{f"d{i}": c for i, c in enumerate(PALETTE)},
+    **_PALETTE_VARIABLES,
     "d0": "#6b94f0",
     "d4": "#a781e6",
     "d8": "#b88a69",
     "d9": "#6d747e",
 }
+"""CSS variable → color on a dark page."""
+
 _STYLE = {
     "font.size": 8.5,
     "font.family": "sans-serif",
@@ -79,35 +91,49 @@ _STYLE = {
 
 @contextmanager
 def use_plot_style() -> Iterator[None]:
-    """The settings that figures are made and saved under."""
+    """Apply the style within a `with` block; figures must be created and saved inside it."""
     with rc_context(_STYLE):
         yield
 
 
-def group_color(position: int) -> str:
-    """The palette's colour for a band."""
-    return PALETTE[min(position, MAX_BANDS)]
+def group_color(index: int) -> str:
+    """Return the color of a domain group."""
+    return PALETTE[min(index, MAX_GROUPS)]
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """The figure in its light colours, sharp on any screen."""
+    """Save the figure in its light colors, at a resolution for high-density screens."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=200)
 
 
 def to_svg(figure: Figure, title: str) -> str:
-    """The figure as an `<svg>` element to stand inside a page that defines `--surface`, `--ink`, `--d0` and so on."""
+    """Return the figure as an `<svg>` element for a page that defines `--surface`, `--ink`, `--d0` and so on.
+
+    The same figure always gives the same text.
+    """
     buffer = io.StringIO()
+    # A fixed salt makes the ids reproducible; a different one per figure makes them unique within the page.
     with rc_context({"svg.hashsalt": title + str(figure.get_size_inches())}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[A-Za-z.]+\w*_\d+"', "", text)
-    text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{title}"', text, count=1)
-    text = text.replace("'DejaVu Sans', sans-serif", "var(--font)").replace("'DejaVu Sans'", "var(--font)")
-    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return _compact(_use_page_style(svg, title))
+
+
+def _use_page_style(svg: str, title: str) -> str:
+    """Remove fixed size, fonts and colors, so that those of the page apply."""
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
+    svg = svg.replace("'DejaVu Sans', sans-serif", "var(--font)").replace("'DejaVu Sans'", "var(--font)")
     for name, color in LIGHT.items():
-        text = text.replace(color, f"var(--{name})")
-    return re.sub(r"\n\s*", "\n", text)
+        svg = svg.replace(color, f"var(--{name})")
+    return svg
+
+
+def _compact(svg: str) -> str:
+    """Remove unused ids, indentation, and all but two decimals of coordinates."""
+    svg = re.sub(r' id="[A-Za-z.]+\w*_\d+"', "", svg)
+    svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+    return re.sub(r"\n\s*", "\n", svg)

@@ -1,6 +1,7 @@
-"""The plots of a report. Each function draws one figure from a record."""
+"""The plots of a report. Each function draws one figure from the metrics of a run."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 
 from mixtera_hpc.report.canvas import Canvas
-from mixtera_hpc.report.domain_groups import Band, bands_of, merged_loss, merged_sum
+from mixtera_hpc.report.domain_groups import DomainGroup, group_domains, group_loss, sum_by_group
 from mixtera_hpc.report.downsample import even_indices, percentile_ranges, weighted_means
 from mixtera_hpc.report.number_format import format_seconds
 from mixtera_hpc.report.plot_style import INK, MUTED, PALETTE, SURFACE, group_color
@@ -16,6 +17,7 @@ from mixtera_hpc.report.run_metrics import Floats, Ints, RunMetrics, StepHistory
 
 __all__ = [
     "PLOTS",
+    "Plot",
     "communication_plot",
     "data_wait_plot",
     "loss_plot",
@@ -24,148 +26,205 @@ __all__ = [
     "validation_plot",
 ]
 
+DASHED = (0, (4, 2))
+DATA_WAIT_GOAL = 1e-3
+"""Share of step time that a run should not wait for data; drawn as a dashed line."""
+MIN_SHARE = 1e-5
+"""Lower end of the logarithmic axis of shares."""
 
-def mixture_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
-    """The weights of every chunk, stacked; None when they were not recorded, or there is only one domain."""
-    if not len(record.mixture.step) or len(record.domains) == 1:
+
+def mixture_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
+    """Draw the requested weights of every chunk, stacked; None if there are none or only one domain."""
+    if not len(metrics.mixture.step) or len(metrics.domains) == 1:
         return None
-    bands = bands_of(record)
-    shares = merged_sum(bands, record.mixture.weights)
-    some = even_indices(len(shares))
-    x = np.append(record.mixture.step[some], record.steps.step[-1] + 1)
-    shares = np.vstack([shares[some], shares[-1:]])
-    figure, axes = canvas.axes(record, "weight")
-    colors = [group_color(band.color) for band in bands]
-    axes.stackplot(x, shares.T, colors=colors, edgecolor=SURFACE, linewidth=0.6)
+    groups = group_domains(metrics)
+    weights = sum_by_group(groups, metrics.mixture.weights)
+
+    # Repeat the last weights at the end of the run, so that the last chunk has a width.
+    indices = even_indices(len(weights))
+    x = np.append(metrics.mixture.step[indices], metrics.steps.step[-1] + 1)
+    weights = np.vstack([weights[indices], weights[-1:]])
+
+    figure, axes = canvas.axes(metrics, "weight")
+    colors = [group_color(group.color) for group in groups]
+    axes.stackplot(x, weights.T, colors=colors, edgecolor=SURFACE, linewidth=0.6)
     axes.set_ylim(0, 1)
     axes.grid(False)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    middle = np.cumsum(shares[-1]) - shares[-1] / 2
-    names = [f"{share:5.1%}  {band.name}" for band, share in zip(bands, shares[-1], strict=True)]
-    canvas.label(axes, names, middle.tolist(), colors)
+
+    final = weights[-1]
+    centers = np.cumsum(final) - final / 2
+    names = [f"{weight:5.1%}  {group.name}" for group, weight in zip(groups, final, strict=True)]
+    canvas.label(axes, names, centers.tolist(), colors)
     return figure
 
 
-def loss_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
-    """Mean token loss of every band and of all tokens."""
-    return _losses(record, canvas, record.steps)
+def loss_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
+    """Draw the mean loss per token of every domain group and of all tokens."""
+    return _draw_losses(metrics, canvas, metrics.steps)
 
 
-def validation_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
-    """The same on held-out samples; None when nothing was validated."""
-    return _losses(record, canvas, record.validation) if len(record.validation.step) else None
+def validation_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
+    """Draw the same for held-out samples; None if there was no validation."""
+    if not len(metrics.validation.step):
+        return None
+    return _draw_losses(metrics, canvas, metrics.validation)
 
 
-def _losses(record: RunMetrics, canvas: Canvas, lines: StepHistory | ValidationHistory) -> Figure:
-    figure, axes = canvas.axes(record, "loss, nats per token")
-    curves = [(band.name, group_color(band.color), *_band_loss(lines, band)) for band in bands_of(record)]
-    if len(record.domains) > 1:
-        all_tokens = lines.domain_tokens.sum(axis=1).astype(np.float64)
-        curves.append(("all", INK, *weighted_means(lines.step, lines.loss, all_tokens)))
-    curves = [curve for curve in curves if len(curve[2])]
-    for name, color, x, loss in curves:
-        dashes = (0, (4, 2)) if name == "all" else "-"
-        axes.plot(x, loss, color=color, ls=dashes, **_dot(x))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Curve:
+    name: str
+    color: str
+    x: Floats
+    loss: Floats
+    dashed: bool = False
+
+
+def _draw_losses(metrics: RunMetrics, canvas: Canvas, history: StepHistory | ValidationHistory) -> Figure:
+    figure, axes = canvas.axes(metrics, "loss, nats per token")
+    curves = _loss_curves(metrics, history)
+    for curve in curves:
+        style = DASHED if curve.dashed else "-"
+        axes.plot(curve.x, curve.loss, color=curve.color, ls=style, **_marker(curve.x))
     if curves:
-        _leave_out_the_fall(axes, [loss for *_, loss in curves])
-    names = [f"{loss[-1]:.2f}  {name}" for name, _, _, loss in curves]
-    canvas.label(axes, names, [float(loss[-1]) for *_, loss in curves], [color for _, color, *_ in curves])
+        _hide_initial_fall(axes, [curve.loss for curve in curves])
+    canvas.label(
+        axes,
+        [f"{curve.loss[-1]:.2f}  {curve.name}" for curve in curves],
+        [float(curve.loss[-1]) for curve in curves],
+        [curve.color for curve in curves],
+    )
     return figure
 
 
-def throughput_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
-    """Tokens per second: the median of neighbouring lines and their range."""
-    figure, axes = canvas.axes(record, "tokens per second, all ranks", labels=False)
-    _median_in_band(axes, record.steps.step, record.steps.tokens_per_s, PALETTE[0])
-    axes.set_ylim(0, max(float(np.percentile(record.steps.tokens_per_s, 99)) * 1.15, 1))
+def _loss_curves(metrics: RunMetrics, history: StepHistory | ValidationHistory) -> list[_Curve]:
+    curves = []
+    for group in group_domains(metrics):
+        x, loss = _mean_group_loss(history, group)
+        curves.append(_Curve(name=group.name, color=group_color(group.color), x=x, loss=loss))
+    if len(metrics.domains) > 1:
+        tokens = history.domain_tokens.sum(axis=1).astype(np.float64)
+        x, loss = weighted_means(history.step, history.loss, tokens)
+        curves.append(_Curve(name="all", color=INK, x=x, loss=loss, dashed=True))
+    return [curve for curve in curves if len(curve.x)]
+
+
+def _mean_group_loss(history: StepHistory | ValidationHistory, group: DomainGroup) -> tuple[Floats, Floats]:
+    loss_sum, tokens = group_loss(group, history.domain_loss, history.domain_tokens)
+    return weighted_means(history.step, loss_sum / np.maximum(tokens, 1), tokens)
+
+
+def throughput_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
+    """Draw tokens per second over all ranks: median and range of neighbouring lines."""
+    figure, axes = canvas.axes(metrics, "tokens per second, all ranks", labels=False)
+    _draw_median_and_range(axes, metrics.steps.step, metrics.steps.tokens_per_s, PALETTE[0])
+    axes.set_ylim(0, max(float(np.percentile(metrics.steps.tokens_per_s, 99)) * 1.15, 1))
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     return figure
 
 
-def data_wait_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
-    """Waiting for a batch as a share of step time, on a logarithmic scale down to 0.001 %."""
-    figure, axes = canvas.axes(record, "waiting for data, share of step time", labels=False)
-    share = np.maximum(record.steps.data_wait_s / np.maximum(record.steps.step_s, 1e-9), 1e-5)
-    _median_in_band(axes, record.steps.step, share, PALETTE[3])
+def data_wait_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
+    """Draw the share of step time that rank 0 waited for data, on a logarithmic axis."""
+    figure, axes = canvas.axes(metrics, "share of step time", labels=False)
+    share = np.maximum(metrics.steps.data_wait_s / np.maximum(metrics.steps.step_s, 1e-9), MIN_SHARE)
+    _draw_median_and_range(axes, metrics.steps.step, share, PALETTE[3])
     axes.set_yscale("log")
-    axes.set_ylim(1e-5, 1)
+    axes.set_ylim(MIN_SHARE, 1)
     axes.minorticks_off()
-    axes.axhline(1e-3, color=MUTED, lw=0.8, ls=(0, (4, 3)))
+    axes.axhline(DATA_WAIT_GOAL, color=MUTED, lw=0.8, ls=(0, (4, 3)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
     return figure
 
 
-def communication_plot(record: RunMetrics, canvas: Canvas) -> Figure | None:
-    """Durations of plans, broadcasts and reductions on rank 0; None when none was recorded."""
-    series = {
-        "plan": record.talk.plan,
-        "broadcast": record.talk.broadcast,
-        "waiting for reductions": record.talk.reduce,
-    }
-    series = {name: pair for name, pair in series.items() if len(pair[0])}
-    if not series:
-        return None
-    figure, axes = canvas.axes(record, "seconds on rank 0")
-    colors = dict(
-        zip(("plan", "broadcast", "waiting for reductions"), (PALETTE[4], PALETTE[1], PALETTE[0]), strict=True)
+def communication_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
+    """Draw the durations of planning, broadcasts and waits for reductions on rank 0; None if none was recorded."""
+    all_series = (
+        ("planning a chunk", PALETTE[4], metrics.comm.plan),
+        ("broadcast", PALETTE[1], metrics.comm.broadcast),
+        ("wait for reduction", PALETTE[0], metrics.comm.reduce),
     )
+    recorded = [(name, color, series) for name, color, series in all_series if len(series.step)]
+    if not recorded:
+        return None
+
+    figure, axes = canvas.axes(metrics, "seconds on rank 0")
     axes.set_yscale("log")
-    for name, (x, seconds) in series.items():
-        _median_in_band(axes, x, np.maximum(seconds, 1e-7), colors[name])
+    for _, color, series in recorded:
+        # Zero has no logarithm, and timers resolve no less than this.
+        _draw_median_and_range(axes, series.step, np.maximum(series.seconds, 1e-7), color)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value)))
     axes.minorticks_off()
-    medians = {name: float(np.median(seconds)) for name, (_, seconds) in series.items()}
-    names = [f"{name}  {format_seconds(median)}" for name, median in medians.items()]
-    canvas.label(axes, names, list(medians.values()), [colors[name] for name in medians])
+
+    medians = [float(np.median(series.seconds)) for _, _, series in recorded]
+    names = [f"{name}  {format_seconds(median)}" for (name, _, _), median in zip(recorded, medians, strict=True)]
+    canvas.label(axes, names, medians, [color for _, color, _ in recorded])
     return figure
 
 
-PLOTS: dict[str, tuple[Callable[[RunMetrics, Canvas], Figure | None], str, str]] = {
-    "mixture": (
-        mixture_plot,
-        "Mixture",
-        "The weight of every domain, chunk by chunk; percentages are the last chunk's.",
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """A plot of the report: the function that draws it, and the text above it."""
+
+    draw: Callable[[RunMetrics, Canvas], Figure | None]
+    title: str
+    caption: str
+
+
+PLOTS: dict[str, Plot] = {
+    "mixture": Plot(
+        draw=mixture_plot,
+        title="Mixture",
+        caption="Weight of every domain, chunk by chunk. The percentages are those of the last chunk.",
     ),
-    "loss": (loss_plot, "Loss by domain", "Mean loss per counted token; a dashed line is all domains together."),
-    "validation": (
-        validation_plot,
-        "Held-out loss by domain",
-        "Mean loss per token of samples that training never sees, the same ones every time; dashed is all together.",
+    "loss": Plot(
+        draw=loss_plot,
+        title="Loss by domain",
+        caption="Mean loss per counted token. The dashed line is the mean over all domains.",
     ),
-    "throughput": (throughput_plot, "Throughput", "Counted tokens per second over all ranks."),
-    "data_wait": (
-        data_wait_plot,
-        "Waiting for data",
-        "How much of each step rank 0 waited for its batch; dashed is a thousandth.",
+    "validation": Plot(
+        draw=validation_plot,
+        title="Held-out loss by domain",
+        caption="Mean loss per token of held-out samples, the same samples at every validation. "
+        "The dashed line is the mean over all domains.",
     ),
-    "communication": (
-        communication_plot,
-        "Communication",
-        "Planning a chunk and broadcasting it, beside training; and what each step waited for the reduction of losses.",
+    "throughput": Plot(
+        draw=throughput_plot,
+        title="Throughput",
+        caption="Counted tokens per second over all ranks. The line is the median of neighbouring steps, "
+        "the band spans their 5th to 95th percentile.",
+    ),
+    "data_wait": Plot(
+        draw=data_wait_plot,
+        title="Data wait",
+        caption="Share of the step time that rank 0 waited for its batch. The dashed line is 0.1 %.",
+    ),
+    "communication": Plot(
+        draw=communication_plot,
+        title="Communication",
+        caption="Time to plan a chunk and to broadcast the plan, both in the background, and time that each step waited for "
+        "the reduction of losses.",
     ),
 }
-"""Name of the file → the function, its title, and a sentence that says what is seen."""
+"""File name → plot, in the order of the page."""
 
 
-def _band_loss(lines: StepHistory | ValidationHistory, band: Band) -> tuple[Floats, Floats]:
-    loss_sum, tokens = merged_loss(band, lines.domain_loss, lines.domain_tokens)
-    return weighted_means(lines.step, loss_sum / np.maximum(tokens, 1), tokens)
+def _hide_initial_fall(axes: Any, curves: list[Floats]) -> None:
+    """Limit the y axis to the losses after the first 1/40 of the run.
 
-
-def _leave_out_the_fall(axes: Any, curves: list[Floats]) -> None:
-    """The first fortieth of a run falls from the untrained loss; a scale that holds it shows nothing else."""
+    The fall from the untrained loss would otherwise take most of the height.
+    """
     high = max(float(loss[len(loss) // 40 :].max()) for loss in curves)
     low = min(float(loss.min()) for loss in curves)
     axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.02 * (high - low) + 1e-3)
 
 
-def _median_in_band(axes: Any, x: Ints, values: Floats, color: str) -> None:
-    """The median of neighbouring lines, and faintly the range of nine tenths of them."""
-    place, low, middle, high = percentile_ranges(x, values)
-    axes.fill_between(place, low, high, color=color, alpha=0.22, lw=0)
-    axes.plot(place, middle, color=color, **_dot(place))
+def _draw_median_and_range(axes: Any, x: Ints, values: Floats, color: str) -> None:
+    """Draw the median of neighbouring values as a line, and their 5th to 95th percentile as a band."""
+    centers, low, median, high = percentile_ranges(x, values)
+    axes.fill_between(centers, low, high, color=color, alpha=0.22, lw=0)
+    axes.plot(centers, median, color=color, **_marker(centers))
 
 
-def _dot(x: Floats) -> dict[str, Any]:
-    """A curve of one point is a dot."""
+def _marker(x: Floats) -> dict[str, Any]:
+    """Return the style that draws a curve of a single point as a dot; a line of one point is invisible."""
     return {"marker": "o", "markersize": 4, "clip_on": False} if len(x) == 1 else {}

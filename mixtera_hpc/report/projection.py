@@ -1,4 +1,4 @@
-"""Where a run is heading if it goes on as in its last quarter."""
+"""Projection of a running run to its last step, at the rate of its last quarter."""
 
 from dataclasses import dataclass
 
@@ -17,48 +17,54 @@ class DomainProjection:
     name: str
     epochs: float
     """Passes over its data after the last step."""
-    exhausted_at: int | None
-    """Step at which `mixture.max_epochs` is reached; None when it is not reached, or there is no limit."""
+    exhausted_at_step: int | None
+    """Step at which the domain reaches `mixture.max_epochs`; None if it never does or there is no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProjection:
-    """The rest of the run."""
+    """What remains of a run."""
 
-    steps_left: int
-    seconds_left: float
-    tokens: int
+    remaining_steps: int
+    remaining_s: float
+    total_tokens: int
     """Counted tokens of the whole run."""
     max_epochs: float | None
     domains: tuple[DomainProjection, ...]
-    """Most repeated first; empty when the mixture was not recorded."""
+    """Most repeated first; empty if the mixture was not recorded."""
 
 
-def project_run(record: RunMetrics, summary: RunSummary) -> RunProjection:
-    """Extrapolate speed, tokens and epochs linearly."""
-    left = max(summary.num_steps - summary.steps, 0)
-    limit = record.config.get("mixture", {}).get("max_epochs")
+def project_run(metrics: RunMetrics, summary: RunSummary) -> RunProjection:
+    """Extrapolate time, tokens and epochs linearly to the last step."""
+    remaining_steps = max(summary.num_steps - summary.steps, 0)
+    last_step = summary.steps + remaining_steps
+    max_epochs = metrics.config.get("mixture", {}).get("max_epochs")
     return RunProjection(
-        steps_left=left,
-        seconds_left=left * summary.speed.step_p50_s,
-        tokens=round(summary.tokens * (summary.steps + left) / summary.steps),
-        max_epochs=limit,
-        domains=_domains(record, summary.steps + left, limit),
+        remaining_steps=remaining_steps,
+        remaining_s=remaining_steps * summary.performance.step_p50_s,
+        total_tokens=round(summary.tokens * last_step / summary.steps),
+        max_epochs=max_epochs,
+        domains=_project_domains(metrics, last_step, max_epochs),
     )
 
 
-def _domains(record: RunMetrics, end: int, limit: float | None) -> tuple[DomainProjection, ...]:
-    mixture = record.mixture
+def _project_domains(metrics: RunMetrics, last_step: int, max_epochs: float | None) -> tuple[DomainProjection, ...]:
+    mixture = metrics.mixture
     if len(mixture.step) < 2:
         return ()
-    since = max(len(mixture.step) * 3 // 4 - 1, 0)
-    span = mixture.step[-1] - mixture.step[since]
-    now, rate = mixture.epochs[-1], (mixture.epochs[-1] - mixture.epochs[since]) / max(span, 1)
-    found = []
-    for name, epochs, per_step in zip(record.domains, now.tolist(), rate.tolist(), strict=True):
-        at_end = epochs + per_step * (end - int(mixture.step[-1]))
-        exhausted = None
-        if limit is not None and at_end >= limit:
-            exhausted = int(mixture.step[-1] + np.ceil((limit - epochs) / per_step)) if per_step > 0 else end
-        found.append(DomainProjection(name=name, epochs=at_end, exhausted_at=exhausted))
-    return tuple(sorted(found, key=lambda d: -d.epochs))
+
+    # Epochs per step of every domain over the last quarter of the chunks.
+    first = max(len(mixture.step) * 3 // 4 - 1, 0)
+    num_steps = max(mixture.step[-1] - mixture.step[first], 1)
+    epochs_per_step = (mixture.epochs[-1] - mixture.epochs[first]) / num_steps
+
+    newest_step = int(mixture.step[-1])
+    domains = []
+    for name, epochs, rate in zip(metrics.domains, mixture.epochs[-1].tolist(), epochs_per_step.tolist(), strict=True):
+        final_epochs = epochs + rate * (last_step - newest_step)
+        exhausted_at_step = None
+        if max_epochs is not None and final_epochs >= max_epochs:
+            steps_until = int(np.ceil((max_epochs - epochs) / rate)) if rate > 0 else last_step - newest_step
+            exhausted_at_step = newest_step + steps_until
+        domains.append(DomainProjection(name=name, epochs=final_epochs, exhausted_at_step=exhausted_at_step))
+    return tuple(sorted(domains, key=lambda domain: -domain.epochs))

@@ -1,4 +1,4 @@
-"""A run's report on disk: `report.html`, and every plot as PNG beside it."""
+"""Writes the report of a run: `report.html`, and every plot as a PNG file beside it."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.report.canvas import Canvas
-from mixtera_hpc.report.html_page import render_page
+from mixtera_hpc.report.html_page import RenderedPlot, render_page
 from mixtera_hpc.report.plot_style import save_png, to_svg, use_plot_style
 from mixtera_hpc.report.plots import PLOTS
 from mixtera_hpc.report.projection import RunProjection, project_run
@@ -18,43 +18,59 @@ __all__ = ["WrittenReport", "write_report"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenReport:
-    """What was found and where it was written."""
+    """The content of a report and the files it was written to."""
 
-    record: RunMetrics
+    metrics: RunMetrics
     summary: RunSummary
     projection: RunProjection
     page: Path
     plots: tuple[Path, ...]
+    """PNG files."""
 
 
 def write_report(run: RunFolder, folder: Path | None = None) -> WrittenReport:
-    """Write the report of `run` into `folder`, by default the run's own `report/`.
+    """Write the report of `run` into `folder`, by default into `report/` of the run folder.
 
     Raises:
-        LaunchError: `run` is no run.
-        DataError: it has recorded no step, or its metrics are damaged.
+        LaunchError: `run` is not a run folder.
+        DataError: no step was recorded yet, or the metrics are damaged.
     """
-    record = load_run_metrics(run)
-    summary = summarize_run(record)
-    ahead = project_run(record, summary)
+    metrics = load_run_metrics(run)
+    summary = summarize_run(metrics)
+    projection = project_run(metrics, summary)
+
     target = folder or run.report
     target.mkdir(parents=True, exist_ok=True)
-    figures, plots = {}, []
+    rendered, png_files = _write_plots(metrics, target)
+    page = target / "report.html"
+    _replace_file(page, render_page(metrics, summary, projection, rendered))
+    return WrittenReport(metrics=metrics, summary=summary, projection=projection, page=page, plots=tuple(png_files))
+
+
+def _write_plots(metrics: RunMetrics, folder: Path) -> tuple[dict[str, RenderedPlot], list[Path]]:
+    """Draw every plot that has data; return them as SVG for the page, and the paths of the PNG files."""
+    rendered = {}
+    png_files = []
     with use_plot_style():
-        for name, (draw, title, caption) in PLOTS.items():
-            wide, narrow = (draw(record, Canvas(wide=wide)) for wide in (True, False))
+        for name, plot in PLOTS.items():
+            wide = plot.draw(metrics, Canvas(wide=True))
+            narrow = plot.draw(metrics, Canvas(wide=False))
             if wide is None or narrow is None:
                 continue
-            plots.append(target / f"{name}.png")
-            save_png(wide, plots[-1])
-            figures[name] = (title, caption, to_svg(wide, title), to_svg(narrow, title))
-    page = target / "report.html"
-    _replace(page, render_page(record, summary, ahead, figures))
-    return WrittenReport(record=record, summary=summary, projection=ahead, page=page, plots=tuple(plots))
+            png_file = folder / f"{name}.png"
+            save_png(wide, png_file)
+            png_files.append(png_file)
+            rendered[name] = RenderedPlot(
+                title=plot.title,
+                caption=plot.caption,
+                wide_svg=to_svg(wide, plot.title),
+                narrow_svg=to_svg(narrow, plot.title),
+            )
+    return rendered, png_files
 
 
-def _replace(path: Path, text: str) -> None:
-    """Whoever has the page open, or reloads it, never sees half of one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
+def _replace_file(path: Path, text: str) -> None:
+    """Write a file atomically, so that a browser that reloads the page never reads an incomplete one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)

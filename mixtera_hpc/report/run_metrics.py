@@ -1,4 +1,7 @@
-"""What a run recorded, as arrays. S lines of steps, C chunks, K domains."""
+"""The recorded metrics of a run as numpy arrays.
+
+Shapes: S lines of `steps.jsonl`, C chunks, V validations, K domains.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +16,17 @@ from mixtera_hpc.config.yaml_files import load_yaml
 from mixtera_hpc.errors import DataError, LaunchError
 from mixtera_hpc.track.event_reader import read_events
 
-__all__ = ["CommTimings", "MixtureHistory", "RunMetrics", "StepHistory", "ValidationHistory", "load_run_metrics"]
+__all__ = [
+    "CommTimings",
+    "Floats",
+    "Ints",
+    "MixtureHistory",
+    "RunMetrics",
+    "StepHistory",
+    "TimeSeries",
+    "ValidationHistory",
+    "load_run_metrics",
+]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -22,12 +35,12 @@ Events = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepHistory:
-    """`steps.jsonl`; shape (S,) unless it says otherwise. NaN where a value was null."""
+    """The lines of `steps.jsonl`; arrays have shape (S,) unless stated otherwise. NaN stands for null."""
 
     step: Ints
     attempt: Ints
     num_steps: Ints
-    """Steps that a line covers."""
+    """Number of steps that a line covers."""
     num_ranks: Ints
     loss: Floats
     tokens: Ints
@@ -43,112 +56,129 @@ class StepHistory:
     """Shape (S, K)."""
 
     @property
-    def opens_attempt(self) -> NDArray[np.bool_]:
-        """Lines that an attempt began with: their timings hold its start-up."""
-        return np.diff(self.attempt, prepend=-1) != 0
+    def is_attempt_start(self) -> NDArray[np.bool_]:
+        """Whether a line is the first of its attempt; its timings include the start-up. Shape (S,)."""
+        is_start: NDArray[np.bool_] = np.diff(self.attempt, prepend=-1) != 0
+        return is_start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtureHistory:
-    """`mixture.jsonl`."""
+    """The chunks of `mixture.jsonl`."""
 
     step: Ints
     """First step of each chunk; shape (C,)."""
     weights: Floats
-    """Shape (C, K)."""
+    """Requested domain weights; shape (C, K)."""
     epochs: Floats
-    """Passes over each domain when the chunk begins; shape (C, K)."""
+    """Passes over the data of each domain when the chunk begins; shape (C, K)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationHistory:
-    """`validation.jsonl`: losses on held-out samples."""
+    """The lines of `validation.jsonl`: losses on held-out samples."""
 
     step: Ints
-    """Steps that had been taken; shape (V,)."""
+    """Number of steps finished before the validation; shape (V,)."""
     loss: Floats
-    """Of all tokens; shape (V,)."""
+    """Mean over all tokens; shape (V,)."""
     domain_loss: Floats
-    """Shape (V, K), NaN where a domain has nothing held out."""
+    """Shape (V, K); NaN for a domain without held-out samples."""
     domain_tokens: Ints
     """Shape (V, K)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CommTimings:
-    """`comm.jsonl`: each duration with the step it was recorded for; both of shape (N,), N its own."""
+class TimeSeries:
+    """Durations measured during a run; both arrays have shape (N,)."""
 
-    plan: tuple[Ints, Floats]
-    broadcast: tuple[Ints, Floats]
-    reduce: tuple[Ints, Floats]
+    step: Ints
+    seconds: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommTimings:
+    """The durations of `comm.jsonl`, measured on rank 0."""
+
+    plan: TimeSeries
+    """Planning a chunk."""
+    broadcast: TimeSeries
+    """Broadcasting the plan of a chunk."""
+    reduce: TimeSeries
+    """Waiting for the reduction of the losses of a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunMetrics:
-    """Everything one run recorded."""
+    """Everything that one run recorded."""
 
     run: RunFolder
     config: Mapping[str, Any]
-    """`config.yaml`, as nested dicts."""
+    """Content of `config.yaml`, as nested dicts."""
     domains: tuple[str, ...]
-    """K names."""
+    """Names of the K domains."""
     attempts: tuple[Mapping[str, Any], ...]
-    """The `attempts` events of all attempts, superseded ones too."""
+    """The `attempts` events of all attempts, including those whose steps were repeated later."""
     started: str
-    """UTC time of the first event, ISO 8601."""
+    """Time of the first event in UTC, ISO 8601."""
     ended: str
-    """UTC time of the last event."""
+    """Time of the last event in UTC, ISO 8601."""
     steps: StepHistory
     mixture: MixtureHistory
     validation: ValidationHistory
-    talk: CommTimings
+    comm: CommTimings
 
     @property
     def num_steps(self) -> int:
-        """Steps that the run was asked for."""
+        """Configured number of steps of the run."""
         return int(self.config.get("training", {}).get("num_steps", 0))
 
     @property
-    def resumed_at(self) -> list[tuple[int, int]]:
-        """(attempt, its first step) of every attempt but the first that steps were kept of."""
-        first = np.flatnonzero(self.steps.opens_attempt)[1:]
-        return [(int(self.steps.attempt[i]), int(self.steps.step[i])) for i in first]
+    def resumed_attempts(self) -> list[tuple[int, int]]:
+        """Number and first step of every attempt but the first, if steps of it are part of the history."""
+        lines = np.flatnonzero(self.steps.is_attempt_start)[1:]
+        return [(int(self.steps.attempt[i]), int(self.steps.step[i])) for i in lines]
 
 
 def load_run_metrics(run: RunFolder) -> RunMetrics:
     """Read the metrics of `run`.
 
     Raises:
-        LaunchError: the folder is no run.
-        DataError: nothing was recorded yet, or a line lacks what every line has.
+        LaunchError: the folder is not a run folder.
+        DataError: no step was recorded yet, or a line lacks a required field.
     """
     if not run.config.is_file():
-        raise LaunchError(f"{run.path} is not a run: it has no config.yaml. See mixtera-hpc status.")
+        raise LaunchError(
+            f"{run.path} is not a run folder: it has no config.yaml.\n  Run mixtera-hpc status to list all runs."
+        )
     path = run.metrics / "steps.jsonl"
     events = read_events(path)
     if not events:
+        state = "empty" if path.is_file() else "missing"
         raise DataError(
-            f"Run {run.run_id} has recorded no step yet: {path} is {'empty' if path.is_file() else 'missing'}.\n"
-            f"  See mixtera-hpc logs {run.run_id}."
+            f"Run {run.run_id} has not recorded any step yet: {path} is {state}.\n"
+            f"  Run mixtera-hpc logs {run.run_id} to see what it is doing."
         )
+
     mixture = read_events(run.metrics / "mixture.jsonl")
     attempts = read_events(run.metrics / "attempts.jsonl", every_attempt=True)
-    steps = _steps(events, path)
+    steps = _step_history(events, path)
+    num_domains = steps.domain_loss.shape[1]
     return RunMetrics(
         run=run,
         config=load_yaml(run.config),
-        domains=_names(steps.domain_loss.shape[1], [*attempts, *mixture]),
+        domains=_domain_names(num_domains, [*attempts, *mixture]),
         attempts=tuple(attempts),
         started=str((attempts or events)[0].get("time", "")),
         ended=str(events[-1].get("time", "")),
         steps=steps,
-        mixture=_mixture(mixture, steps.domain_loss.shape[1], run.metrics / "mixture.jsonl"),
-        validation=_validation(run.metrics / "validation.jsonl", steps.domain_loss.shape[1]),
-        talk=_talk(read_events(run.metrics / "comm.jsonl")),
+        mixture=_mixture_history(mixture, num_domains, run.metrics / "mixture.jsonl"),
+        validation=_validation_history(run.metrics / "validation.jsonl", num_domains),
+        comm=_comm_timings(read_events(run.metrics / "comm.jsonl")),
     )
 
 
-def _steps(events: Events, path: Path) -> StepHistory:
+def _step_history(events: Events, path: Path) -> StepHistory:
     def floats(name: str) -> Floats:
         return _column(events, name, path).astype(np.float64)
 
@@ -157,25 +187,25 @@ def _steps(events: Events, path: Path) -> StepHistory:
 
     return StepHistory(
         step=ints("step"),
-        attempt=ints("attempt", 1),
-        num_steps=ints("num_steps", 1),
-        num_ranks=ints("num_ranks", 1),
+        attempt=ints("attempt", default=1),
+        num_steps=ints("num_steps", default=1),
+        num_ranks=ints("num_ranks", default=1),
         loss=floats("loss"),
         tokens=ints("tokens"),
         tokens_per_s=floats("tokens_per_s"),
         step_s=floats("step_s"),
         data_wait_s=floats("data_wait_s"),
-        num_nonfinite=ints("num_nonfinite", 0),
+        num_nonfinite=ints("num_nonfinite", default=0),
         domain_loss=floats("domain_loss"),
         domain_tokens=ints("domain_tokens"),
         domain_sequences=ints("domain_sequences"),
     )
 
 
-def _mixture(events: Events, num_domains: int, path: Path) -> MixtureHistory:
+def _mixture_history(events: Events, num_domains: int, path: Path) -> MixtureHistory:
     if not events:
-        nothing = np.zeros((0, num_domains))
-        return MixtureHistory(step=np.zeros(0, np.int64), weights=nothing, epochs=nothing)
+        empty = np.zeros((0, num_domains))
+        return MixtureHistory(step=np.zeros(0, np.int64), weights=empty, epochs=empty)
     return MixtureHistory(
         step=_column(events, "step", path).astype(np.int64),
         weights=_column(events, "weights", path).astype(np.float64),
@@ -183,12 +213,14 @@ def _mixture(events: Events, num_domains: int, path: Path) -> MixtureHistory:
     )
 
 
-def _validation(path: Path, num_domains: int) -> ValidationHistory:
+def _validation_history(path: Path, num_domains: int) -> ValidationHistory:
     events = read_events(path)
     if not events:
-        nothing = np.zeros((0, num_domains))
         return ValidationHistory(
-            step=np.zeros(0, np.int64), loss=nothing[:, 0], domain_loss=nothing, domain_tokens=nothing.astype(np.int64)
+            step=np.zeros(0, np.int64),
+            loss=np.zeros(0),
+            domain_loss=np.zeros((0, num_domains)),
+            domain_tokens=np.zeros((0, num_domains), np.int64),
         )
     return ValidationHistory(
         step=_column(events, "step", path).astype(np.int64),
@@ -198,27 +230,43 @@ def _validation(path: Path, num_domains: int) -> ValidationHistory:
     )
 
 
-def _talk(events: Events) -> CommTimings:
-    def one(name: str) -> tuple[Ints, Floats]:
-        found = [(e["step"], e[name]) for e in events if e.get(name) is not None and "step" in e]
-        return np.array([s for s, _ in found], np.int64), np.array([v for _, v in found], np.float64)
+def _comm_timings(events: Events) -> CommTimings:
+    def time_series(name: str) -> TimeSeries:
+        # Events differ in their fields: some have the timings of a chunk, others those of a step.
+        measured = [event for event in events if event.get(name) is not None and "step" in event]
+        return TimeSeries(
+            step=np.array([event["step"] for event in measured], np.int64),
+            seconds=np.array([event[name] for event in measured], np.float64),
+        )
 
-    return CommTimings(plan=one("plan_s"), broadcast=one("broadcast_s"), reduce=one("reduce_s"))
+    return CommTimings(plan=time_series("plan_s"), broadcast=time_series("broadcast_s"), reduce=time_series("reduce_s"))
 
 
 def _column(events: Events, name: str, path: Path, default: int | None = None) -> NDArray[Any]:
-    """One field of all events; numbers, or lists of one length."""
-    missing = object()
-    values = [event.get(name, default if default is not None else missing) for event in events]
-    if missing in values:
-        raise DataError(f"{path}: event {values.index(missing) + 1} has no {name!r}; another program wrote it.")
+    """Return one field of all events as an array: numbers, or lists of equal length.
+
+    Raises:
+        DataError: an event lacks the field and there is no default, or the values do not form an array.
+    """
+    for number, event in enumerate(events, 1):
+        if name not in event and default is None:
+            raise DataError(
+                f"{path}: event {number} has no {name!r}.\n"
+                "  Another version of Mixtera-HPC wrote this file. Use that version for the report."
+            )
+    values = [event.get(name, default) for event in events]
+    dtype = np.int64 if name == "step" else np.float64
     try:
-        return np.array(values, np.float64) if name != "step" else np.array(values, np.int64)
+        return np.array(values, dtype)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: {name!r} is not the same kind of value on every line ({error}).") from None
+        raise DataError(
+            f"{path}: {name!r} must have the same type and length on every line ({error}).\n"
+            "  The file is damaged. Remove the lines that differ."
+        ) from None
 
 
-def _names(num_domains: int, events: Events) -> tuple[str, ...]:
+def _domain_names(num_domains: int, events: Events) -> tuple[str, ...]:
+    """Return the domain names from the newest event that has as many, else numbered names."""
     for event in reversed(events):
         if len(event.get("domains", ())) == num_domains:
             return tuple(map(str, event["domains"]))

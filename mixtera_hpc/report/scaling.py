@@ -1,4 +1,4 @@
-"""How throughput grows with ranks, over several runs."""
+"""Throughput of several runs against their number of ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ __all__ = ["ScalingRow", "scaling_table"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingRow:
-    """One run; compared with the one of fewest ranks."""
+    """One run, compared with the run of fewest ranks."""
 
     name: str
     run_id: str
@@ -21,8 +21,9 @@ class ScalingRow:
     tokens_per_s: float
     tokens_per_s_per_rank: float
     speedup: float
+    """Throughput divided by that of the reference run."""
     efficiency: float
-    """Speed-up divided by how many times more ranks there are."""
+    """Speed-up divided by the ratio of the numbers of ranks; 1 is perfect scaling."""
     step_p50_s: float
     step_p95_s: float
     data_wait_share: float
@@ -33,35 +34,36 @@ class ScalingRow:
     reduce_p95_s: float | None
 
 
-def scaling_table(records: Sequence[RunMetrics]) -> list[ScalingRow]:
-    """One row per run, fewest ranks first; of runs with as few ranks the slowest is the reference."""
-    pairs = [(summarize_run(record), record) for record in records]
-    pairs.sort(key=lambda pair: (pair[0].speed.num_ranks, pair[0].speed.tokens_per_s))
-    base = pairs[0][0].speed
-    return [
-        _row(summary, base, record.config.get("dataplane", {}).get("global_batch_size")) for summary, record in pairs
-    ]
+def scaling_table(runs: Sequence[RunMetrics]) -> list[ScalingRow]:
+    """Return one row per run, fewest ranks first.
+
+    The first row is the reference: of the runs with the fewest ranks, the slowest.
+    """
+    pairs = [(summarize_run(metrics), metrics) for metrics in runs]
+    pairs.sort(key=lambda pair: (pair[0].performance.num_ranks, pair[0].performance.tokens_per_s))
+    reference = pairs[0][0].performance
+    return [_scaling_row(summary, metrics, reference) for summary, metrics in pairs]
 
 
-def _row(summary: RunSummary, base: RunPerformance, global_batch_size: int | None) -> ScalingRow:
-    speed = summary.speed
-    speedup = speed.tokens_per_s / max(base.tokens_per_s, 1e-9)
+def _scaling_row(summary: RunSummary, metrics: RunMetrics, reference: RunPerformance) -> ScalingRow:
+    performance = summary.performance
+    speedup = performance.tokens_per_s / max(reference.tokens_per_s, 1e-9)
     return ScalingRow(
         name=summary.name,
         run_id=summary.run_id,
-        nodes=speed.num_nodes,
-        ranks=speed.num_ranks,
-        global_batch_size=global_batch_size,
-        tokens_per_s=speed.tokens_per_s,
-        tokens_per_s_per_rank=speed.tokens_per_s / speed.num_ranks,
+        nodes=performance.num_nodes,
+        ranks=performance.num_ranks,
+        global_batch_size=metrics.config.get("dataplane", {}).get("global_batch_size"),
+        tokens_per_s=performance.tokens_per_s,
+        tokens_per_s_per_rank=performance.tokens_per_s / performance.num_ranks,
         speedup=speedup,
-        efficiency=speedup * base.num_ranks / speed.num_ranks,
-        step_p50_s=speed.step_p50_s,
-        step_p95_s=speed.step_p95_s,
-        data_wait_share=speed.data_wait_share,
-        data_wait_p99_share=speed.data_wait_p99_share,
-        broadcast_p50_s=speed.broadcast_p50_s,
-        broadcast_p95_s=speed.broadcast_p95_s,
-        reduce_p50_s=speed.reduce_p50_s,
-        reduce_p95_s=speed.reduce_p95_s,
+        efficiency=speedup * reference.num_ranks / performance.num_ranks,
+        step_p50_s=performance.step_p50_s,
+        step_p95_s=performance.step_p95_s,
+        data_wait_share=performance.data_wait_share,
+        data_wait_p99_share=performance.data_wait_p99_share,
+        broadcast_p50_s=performance.broadcast_p50_s,
+        broadcast_p95_s=performance.broadcast_p95_s,
+        reduce_p50_s=performance.reduce_p50_s,
+        reduce_p95_s=performance.reduce_p95_s,
     )

@@ -1,4 +1,4 @@
-"""The verb: what it prints, what it writes, how it ends."""
+"""`mixtera-hpc report`: output, files and exit codes."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 RunMaker = Callable[..., RunFolder]
 
 
-def test_a_report_is_written_into_the_run_and_says_where(
+def test_a_report_is_written_into_the_run_folder_and_its_path_is_printed(
     make_run: RunMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(["source=C4", "source=Book"], [(0, 10), (8, 20)], num_steps=30)
@@ -31,22 +31,24 @@ def test_a_run_is_found_by_name_below_the_root(make_run: RunMaker, tmp_path: Pat
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_several_reports_go_to_folders_of_their_own(make_run: RunMaker, tmp_path: Path) -> None:
+def test_several_reports_are_written_to_separate_folders(make_run: RunMaker, tmp_path: Path) -> None:
     runs = [make_run(["en"], [(0, 2)], run_id=name) for name in ("one", "two")]
     assert main(["report", *(str(run.path) for run in runs), "--out", str(tmp_path / "out")]) == 0
     assert sorted(p.parent.name for p in (tmp_path / "out").glob("*/report.html")) == ["one", "two"]
 
 
-def test_json_is_one_object_per_run_and_writes_nothing(make_run: RunMaker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_prints_one_object_per_run_and_writes_no_file(
+    make_run: RunMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [make_run(["en", "de"], [(0, 4)], run_id=name) for name in ("one", "two")]
     assert main(["report", "--json", *(str(run.path) for run in runs)]) == 0
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (first["run_id"], second["run_id"]) == ("one", "two")
-    assert (first["tokens"], first["speed"]["num_ranks"], len(first["domains"])) == (800, 2, 2)
+    assert (first["tokens"], first["performance"]["num_ranks"], len(first["domains"])) == (800, 2, 2)
     assert not runs[0].report.exists()
 
 
-def test_scaling_compares_runs(make_run: RunMaker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scaling_prints_one_row_per_run(make_run: RunMaker, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [make_run(["en"], [(0, 8)], run_id=f"r{n}", num_ranks=n, tokens_per_s=90.0 * n) for n in (1, 2)]
     paths = [str(run.path) for run in runs]
     assert main(["report", "--scaling", *paths]) == 0
@@ -58,12 +60,12 @@ def test_scaling_compares_runs(make_run: RunMaker, capsys: pytest.CaptureFixture
     assert [(row["ranks"], row["speedup"]) for row in rows] == [(1, 1.0), (2, 2.0)]
 
 
-def test_an_unknown_run_is_the_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_run_exits_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "nothing", "--root", str(tmp_path)]) == 2
     assert "No run 'nothing'" in capsys.readouterr().err
 
 
-def test_a_run_without_metrics_is_no_traceback(make_run: RunMaker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_metrics_exits_with_a_message(make_run: RunMaker, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(["en"], [])
     assert main(["report", str(run.path)]) == 2
-    assert "has recorded no step yet" in capsys.readouterr().err
+    assert "has not recorded any step yet" in capsys.readouterr().err

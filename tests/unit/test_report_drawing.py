@@ -1,4 +1,4 @@
-"""What is drawn: grouped, thinned, readable numbers, names that do not touch."""
+"""Plots: groups of domains, downsampling, number formats, and labels that do not overlap."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.report.canvas import spread
-from mixtera_hpc.report.domain_groups import MAX_BANDS, bands_of, common_key, merged_loss, merged_sum, short_names
+from mixtera_hpc.report.canvas import spread_labels
+from mixtera_hpc.report.domain_groups import (
+    MAX_GROUPS,
+    common_property,
+    group_domains,
+    group_loss,
+    shorten_names,
+    sum_by_group,
+)
 from mixtera_hpc.report.downsample import even_indices, percentile_ranges, weighted_means
 from mixtera_hpc.report.number_format import format_count, format_duration, format_percent, format_seconds
 from mixtera_hpc.report.run_metrics import load_run_metrics
@@ -15,66 +22,68 @@ from mixtera_hpc.report.run_metrics import load_run_metrics
 RunMaker = Callable[..., RunFolder]
 
 
-@pytest.mark.parametrize(("num_domains", "num_bands"), [(1, 1), (MAX_BANDS + 1, MAX_BANDS + 1), (40, MAX_BANDS + 1)])
-def test_every_domain_is_in_exactly_one_band(make_run: RunMaker, num_domains: int, num_bands: int) -> None:
-    record = load_run_metrics(make_run([f"d{i}" for i in range(num_domains)], [(0, 5)]))
-    bands = bands_of(record)
-    assert len(bands) == num_bands
-    assert sorted(d for band in bands for d in band.domains) == list(range(num_domains))
-    assert len({band.color for band in bands}) == num_bands
-    assert merged_sum(bands, record.mixture.weights).sum(axis=1) == pytest.approx(1)
+@pytest.mark.parametrize(
+    ("num_domains", "num_groups"), [(1, 1), (MAX_GROUPS + 1, MAX_GROUPS + 1), (40, MAX_GROUPS + 1)]
+)
+def test_every_domain_is_in_exactly_one_group(make_run: RunMaker, num_domains: int, num_groups: int) -> None:
+    metrics = load_run_metrics(make_run([f"d{i}" for i in range(num_domains)], [(0, 5)]))
+    groups = group_domains(metrics)
+    assert len(groups) == num_groups
+    assert sorted(d for group in groups for d in group.domains) == list(range(num_domains))
+    assert len({group.color for group in groups}) == num_groups
+    assert sum_by_group(groups, metrics.mixture.weights).sum(axis=1) == pytest.approx(1)
 
 
-def test_the_loss_of_a_band_is_weighted_by_tokens_and_ignores_absent_domains(make_run: RunMaker) -> None:
+def test_the_loss_of_a_group_is_weighted_by_tokens_and_ignores_absent_domains(make_run: RunMaker) -> None:
     run = make_run([f"d{i}" for i in range(12)], [(0, 1)])
     path = run.metrics / "steps.jsonl"
     text = path.read_text().replace(
         "[" + ",".join(["100"] * 12) + "]", "[" + ",".join(["100"] * 10 + ["300", "0"]) + "]"
     )
     path.write_text(text.replace("20.0,21.0]", "20.0,null]"))
-    record = load_run_metrics(run)
-    (other,) = [band for band in bands_of(record) if band.color == MAX_BANDS]
-    loss_sum, tokens = merged_loss(other, record.steps.domain_loss, record.steps.domain_tokens)
+    metrics = load_run_metrics(run)
+    (other,) = [group for group in group_domains(metrics) if group.color == MAX_GROUPS]
+    loss_sum, tokens = group_loss(other, metrics.steps.domain_loss, metrics.steps.domain_tokens)
     assert other.domains == (9, 10, 11)
     assert (loss_sum[0], tokens[0]) == (19 * 100 + 20 * 300, 400)
 
 
-def test_a_property_that_all_names_share_is_said_once() -> None:
-    assert short_names(["source=C4", "source=Book"]) == ["C4", "Book"]
-    assert common_key(["source=C4", "source=Book"]) == "source"
-    assert short_names(["source=C4", "language=en"]) == ["source=C4", "language=en"]
-    assert short_names(["everything"]) == ["everything"]
+def test_the_common_property_is_removed_from_names() -> None:
+    assert shorten_names(["source=C4", "source=Book"]) == ["C4", "Book"]
+    assert common_property(["source=C4", "source=Book"]) == "source"
+    assert shorten_names(["source=C4", "language=en"]) == ["source=C4", "language=en"]
+    assert shorten_names(["everything"]) == ["everything"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 13, 30])
-def test_names_keep_their_order_and_their_distance(size: int) -> None:
-    wanted = np.random.Generator(np.random.Philox(size)).random(size)
-    placed = spread(wanted, 0.07)
+def test_labels_keep_their_order_and_a_minimum_gap(size: int) -> None:
+    preferred = np.random.Generator(np.random.Philox(size)).random(size)
+    placed = spread_labels(preferred, 0.07)
     gaps = np.diff(np.sort(placed))
-    assert np.array_equal(np.argsort(placed), np.argsort(wanted))
+    assert np.array_equal(np.argsort(placed), np.argsort(preferred))
     assert placed.min() >= 0
     assert placed.max() <= 1 + 1e-9
     assert (gaps >= min(0.07, 1 / max(size - 1, 1)) - 1e-9).all()
 
 
-def test_names_that_have_room_stay_where_they_belong() -> None:
-    assert spread(np.array([0.9, 0.1, 0.5]), 0.07) == pytest.approx([0.9, 0.1, 0.5])
+def test_labels_with_enough_room_are_not_moved() -> None:
+    assert spread_labels(np.array([0.9, 0.1, 0.5]), 0.07) == pytest.approx([0.9, 0.1, 0.5])
 
 
-def test_thinning_keeps_the_mean_and_leaves_out_what_is_missing() -> None:
+def test_weighted_means_keep_the_mean_and_skip_nan() -> None:
     values = np.where(np.arange(1000) % 10 == 0, np.nan, np.arange(1000.0))
-    x, thinned = weighted_means(np.arange(1000), values, np.ones(1000), at_most=50)
-    assert len(x) == len(thinned) == 50
-    assert thinned.mean() == pytest.approx(np.nanmean(values))
-    assert x == pytest.approx(thinned)
+    x, means = weighted_means(np.arange(1000), values, np.ones(1000), max_points=50)
+    assert len(x) == len(means) == 50
+    assert means.mean() == pytest.approx(np.nanmean(values))
+    assert x == pytest.approx(means)
 
 
-def test_ranges_hold_the_median_and_points_keep_both_ends() -> None:
-    x, low, middle, high = percentile_ranges(np.arange(900), np.arange(900.0) % 9, at_most=100)
+def test_percentile_ranges_contain_the_median_and_even_indices_keep_both_ends() -> None:
+    x, low, median, high = percentile_ranges(np.arange(900), np.arange(900.0) % 9, max_points=100)
     assert len(x) == 100
-    assert (low < middle).all()
-    assert (middle == 4).all()
-    assert (high > middle).all()
+    assert (low < median).all()
+    assert (median == 4).all()
+    assert (high > median).all()
     assert even_indices(1000, 10)[[0, -1]].tolist() == [0, 999]
     assert even_indices(3, 10).tolist() == [0, 1, 2]
 
@@ -101,5 +110,5 @@ def test_ranges_hold_the_median_and_points_keep_both_ends() -> None:
         (format_duration(187_200), "2 d 4 h"),
     ],
 )
-def test_numbers_read_well(text: str, expected: str) -> None:
+def test_numbers_are_formatted_for_people(text: str, expected: str) -> None:
     assert text == expected

@@ -1,4 +1,4 @@
-"""A page that stands alone, for any number of domains."""
+"""The HTML page is self-contained and complete for any number of domains."""
 
 import re
 from collections.abc import Callable
@@ -22,8 +22,8 @@ RunMaker = Callable[..., RunFolder]
 VOID = {"meta", "br", "path", "use", "rect", "circle", "line"}
 
 
-class Balance(HTMLParser):
-    """Checks that elements close in the order they were opened."""
+class BalanceChecker(HTMLParser):
+    """Check that elements are closed in the reverse order of opening."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Balance(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
-            assert self.open.pop() == tag, f"</{tag}> closes something else"
+            assert self.open.pop() == tag, f"</{tag}> does not match the open element"
 
     def handle_startendtag(self, tag: str, attrs: object) -> None:
         return None
@@ -51,7 +51,7 @@ def report(request: pytest.FixtureRequest, make_run: RunMaker) -> WrittenReport:
     return write_report(make_run(names, [(0, 10), (8, 20)], num_steps=30))
 
 
-def test_the_page_needs_no_network_and_no_other_file(report: WrittenReport) -> None:
+def test_the_page_references_no_other_file_and_no_network(report: WrittenReport) -> None:
     page = page_of(report)
     links = re.findall(r"""(?:href|src|srcset|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
     assert links
@@ -61,14 +61,14 @@ def test_the_page_needs_no_network_and_no_other_file(report: WrittenReport) -> N
 
 
 def test_the_page_is_well_formed_and_escapes_names(report: WrittenReport) -> None:
-    balance = Balance()
+    balance = BalanceChecker()
     balance.feed(page_of(report))
     assert balance.open == []
     assert "<b>0</b>" not in page_of(report)
     assert "&lt;b&gt;0&lt;/b&gt;" in page_of(report)
 
 
-def test_every_colour_of_a_plot_follows_the_page(report: WrittenReport) -> None:
+def test_plots_take_all_colors_from_the_page(report: WrittenReport) -> None:
     page = page_of(report)
     plots = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     assert not [color for color in LIGHT.values() if color in plots]
@@ -78,9 +78,9 @@ def test_every_colour_of_a_plot_follows_the_page(report: WrittenReport) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
-def test_every_plot_is_there_twice_and_as_an_image(report: WrittenReport) -> None:
+def test_every_plot_exists_for_wide_and_narrow_screens_and_as_png(report: WrittenReport) -> None:
     expected = {"loss", "throughput", "data_wait", "communication"}
-    if len(report.record.domains) > 1:
+    if len(report.metrics.domains) > 1:
         expected.add("mixture")
     assert {plot.stem for plot in report.plots} == expected
     assert page_of(report).count("<svg") == 2 * len(expected)
@@ -88,22 +88,22 @@ def test_every_plot_is_there_twice_and_as_an_image(report: WrittenReport) -> Non
         assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_small_domains_are_drawn_together_and_listed_alone(report: WrittenReport) -> None:
-    names = [band for band in ("31 others",) if band in page_of(report)]
-    assert names == (["31 others"] if len(report.record.domains) == 40 else [])
-    assert all(f"&lt;b&gt;{i}&lt;/b&gt;</td>" in page_of(report) for i in range(len(report.record.domains)))
+def test_small_domains_share_a_group_in_plots_but_have_rows_of_their_own(report: WrittenReport) -> None:
+    names = [name for name in ("31 others",) if name in page_of(report)]
+    assert names == (["31 others"] if len(report.metrics.domains) == 40 else [])
+    assert all(f"&lt;b&gt;{i}&lt;/b&gt;</td>" in page_of(report) for i in range(len(report.metrics.domains)))
 
 
 @pytest.mark.parametrize("attempts", [[(0, 20)], [(0, 10), (8, 20)]])
-def test_attempts_are_marked_where_they_resumed(make_run: RunMaker, attempts: list[tuple[int, int]]) -> None:
-    record = load_run_metrics(make_run(["en"], attempts))
-    figure = throughput_plot(record, Canvas(wide=True))
+def test_plots_mark_the_step_where_an_attempt_resumed(make_run: RunMaker, attempts: list[tuple[int, int]]) -> None:
+    metrics = load_run_metrics(make_run(["en"], attempts))
+    figure = throughput_plot(metrics, Canvas(wide=True))
     assert figure is not None
     marks = [note.xy[0] for note in figure.findobj(Annotation) if note.get_text() == "attempt 2"]
     assert marks == [8] * (len(attempts) - 1)
 
 
-def test_a_run_that_recorded_steps_only_has_a_page(make_run: RunMaker) -> None:
+def test_a_run_with_only_steps_recorded_has_a_page(make_run: RunMaker) -> None:
     run = make_run(["en", "de"], [(0, 4)], with_mixture=False)
     (run.metrics / "comm.jsonl").unlink()
     (run.metrics / "attempts.jsonl").unlink()
@@ -111,23 +111,23 @@ def test_a_run_that_recorded_steps_only_has_a_page(make_run: RunMaker) -> None:
     assert {plot.stem for plot in report.plots} == {"loss", "throughput", "data_wait"}
 
 
-def test_what_must_not_be_missed_is_said_first(make_run: RunMaker) -> None:
-    record = load_run_metrics(make_run(["en", "de"], [(0, 20)], num_steps=100, max_epochs=1.5, num_nonfinite=2))
-    summary = summarize_run(record)
-    page = render_page(record, summary, project_run(record, summary), {})
-    assert "40 sequences had a loss that is not finite" in page
+def test_notices_report_nonfinite_losses_and_exhausted_domains(make_run: RunMaker) -> None:
+    metrics = load_run_metrics(make_run(["en", "de"], [(0, 20)], num_steps=100, max_epochs=1.5, num_nonfinite=2))
+    summary = summarize_run(metrics)
+    page = render_page(metrics, summary, project_run(metrics, summary), {})
+    assert "40 sequences had a loss that is not finite (NaN or infinity)" in page
     assert "de reaches mixture.max_epochs=1.5 around step 75" in page
 
 
-def test_the_same_record_gives_the_same_page(make_run: RunMaker, tmp_path: Path) -> None:
+def test_the_same_metrics_give_the_same_page(make_run: RunMaker, tmp_path: Path) -> None:
     run = make_run(["en"], [(0, 2)])
     first, second = (write_report(run, tmp_path / name) for name in "ab")
     assert first.page.read_bytes() == second.page.read_bytes()
 
 
-def test_held_out_losses_have_a_plot_and_a_column(make_run: RunMaker) -> None:
+def test_held_out_losses_have_a_plot_and_a_table_column(make_run: RunMaker) -> None:
     report = write_report(make_run(["a", "b"], [(0, 20)], validated_at=(5, 10, 15)))
     page = report.page.read_text()
-    assert "Held-out loss by domain" in page and ">held out</th>" in page
+    assert "Held-out loss by domain" in page and ">held-out loss</th>" in page
     assert report.page.with_name("validation.png").exists()
-    assert "held out" not in write_report(make_run(["a", "b"], [(0, 20)])).page.read_text()
+    assert "held-out" not in write_report(make_run(["a", "b"], [(0, 20)])).page.read_text()

@@ -1,0 +1,42 @@
+"""Phrases and suggested commands that the HTML page and the terminal share."""
+
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.report.number_format import format_count, format_seconds, plural
+from mixtera_hpc.report.summary import RunPerformance, RunSummary
+
+__all__ = ["describe_progress", "describe_ranks", "median_and_p95", "next_commands"]
+
+
+def describe_progress(summary: RunSummary) -> str:
+    """Return `20 of 30 steps · 2 attempts · 2 ranks on 1 node`."""
+    steps = f"{format_count(summary.steps, 4)} steps"
+    if summary.num_steps:
+        steps = f"{format_count(summary.steps, 4)} of {format_count(summary.num_steps, 4)} steps"
+    return f"{steps} · {plural(summary.num_attempts, 'attempt')} · {describe_ranks(summary.performance)}"
+
+
+def describe_ranks(performance: RunPerformance) -> str:
+    """Return `2 ranks on 1 node`, or `2 ranks` if the number of nodes is unknown."""
+    ranks = plural(performance.num_ranks, "rank")
+    if performance.num_nodes is None:
+        return ranks
+    return f"{ranks} on {plural(performance.num_nodes, 'node')}"
+
+
+def median_and_p95(median: float | None, p95: float | None) -> str:
+    """Return `2.00 ms, p95 3.10 ms`."""
+    return f"{format_seconds(median)}, p95 {format_seconds(p95)}"
+
+
+def next_commands(run: RunFolder, summary: RunSummary) -> list[tuple[str, str]]:
+    """Return commands that make sense for the state of the run, each with its purpose."""
+    last_step = max(summary.steps - 1, 0)
+    commands = [
+        (f"mixtera-hpc trace {run.run_id} --step {last_step}", "list the samples of the last step"),
+        (f"mixtera-hpc report --scaling {run.run_id} OTHER_RUN", "compare the throughput with other runs"),
+        (f"mixtera-hpc report {run.run_id} --json", "print these numbers as JSON"),
+    ]
+    remaining_steps = summary.num_steps - summary.steps
+    if remaining_steps > 0:
+        commands.insert(0, (f"mixtera-hpc resume {run.run_id}", f"train the remaining {remaining_steps} steps"))
+    return commands
