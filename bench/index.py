@@ -31,7 +31,8 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.properties import Kind
-from mixtera_hpc.dataplane.reading.batches import BatchMaker, BatchSlice
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.formats.base import PropertyField, ScanSpec
 from mixtera_hpc.formats.batching.row_type import RowType

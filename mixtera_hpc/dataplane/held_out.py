@@ -14,7 +14,8 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.statistics import DomainStatistics, accumulate_losses, statistics_from_buffer
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, BatchSlice
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.step_losses import sequence_sums
 from mixtera_hpc.errors import MixtureError

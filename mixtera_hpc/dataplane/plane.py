@@ -35,9 +35,10 @@ from mixtera_hpc.dataplane.journal import AttemptStart
 from mixtera_hpc.dataplane.mixing.sequence import MixtureSequence
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, Prefetcher
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
+from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.reading.workers import open_batches
+from mixtera_hpc.dataplane.reading.workers import open_batch_source
 from mixtera_hpc.dataplane.run_edits import find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.step_losses import StepLosses
@@ -262,7 +263,7 @@ class DataPlane:
         self._plans = PlanBroadcaster(self._comm, source.planner, self._weights_of, self._deliver)
         self._plans.resume(plan)
         plane = source.config.dataplane
-        self._prefetcher = Prefetcher(open_batches(source, self._share), plane.prefetch_batches)
+        self._prefetcher = Prefetcher(open_batch_source(source, self._share), plane.prefetch_batches)
         self._started = True
         self._sinks.opened(
             AttemptStart(
@@ -286,7 +287,7 @@ class DataPlane:
         decisive = (chunk - plane.feedback_lag + 1) * plane.chunk_steps
         self._pass_over(min(decisive, self._source.stream_version.data_step(self._reduced)))
         weights = self._mixer.weights_of(chunk)
-        if weights is None or self._source.kept is None:
+        if weights is None or self._source.drop_filter is None:
             return weights
         return np.where(self._source.planner.capacity > 0, weights, 0.0)
 

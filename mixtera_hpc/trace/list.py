@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
-from mixtera_hpc.dataplane.reading.batches import BatchMaker, BatchSlice
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import ConfigError, DataError, did_you_mean
@@ -79,7 +80,7 @@ def _check_steps(steps: range | None, end: int) -> range:
 
 def _check_shard(shard: str | None, source: Source) -> None:
     """Refuse a shard that the index does not have."""
-    paths = source.facts.shard_paths
+    paths = source.index.shard_paths
     if shard is not None and shard not in paths:
         raise DataError(f"The index has no shard {shard!r}.{did_you_mean(shard, paths)}")
 
@@ -189,7 +190,7 @@ def sequences_of_plan(source: Source, streams: DomainStreams, plan: ChunkPlan, s
 def _segments(source: Source, documents: Documents) -> list[list[object]]:
     """Return `[shard, row, start, end]` of documents."""
     blocks = source.blocks
-    paths = source.facts.shard_paths
+    paths = source.index.shard_paths
     shards = [paths[shard] for shard in blocks.shard[documents.block].tolist()]
     rows = (blocks.first_row[documents.block] + documents.row).tolist()
     columns = zip(shards, rows, documents.first.tolist(), documents.last.tolist(), strict=True)

@@ -58,7 +58,7 @@ class _RowPlace:
 
 def _find_place(source: Source, shard: str, row: int) -> _RowPlace | None:
     """Return where a row lies; None if it belongs to no domain or was dropped."""
-    paths = source.facts.shard_paths
+    paths = source.index.shard_paths
     blocks = source.blocks
     if shard not in paths:
         raise DataError(f"The index has no shard {shard!r}.{did_you_mean(shard, paths)}")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import PlannerState
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, BatchSlice
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
@@ -49,7 +50,7 @@ def test_a_document_that_changed_is_named_at_its_step(own_collection: list[str])
     """Steps are read together, but those before the damage are served."""
     wish = ["mixture.group_by=[]", "dataplane.shuffle=none", "dataplane.seq_len=32", "dataplane.global_batch_size=4"]
     source = open_source(compose([*own_collection, *wish, "dataplane.chunk_steps=1000"]), Local())
-    shard = Path(source.config.data.root) / source.facts.shard_paths[0]
+    shard = Path(source.config.data.root) / source.index.shard_paths[0]
     lines = shard.read_bytes().splitlines(keepends=True)
     text = json.dumps(json.loads(lines[100])["text"]).encode()
     lines[100] = lines[100].replace(text, b'"' + b"z" * (len(text) - 2) + b'"')
@@ -59,7 +60,7 @@ def test_a_document_that_changed_is_named_at_its_step(own_collection: list[str])
     plan, _ = source.planner.plan(PlannerState.start(1), source.weights)
     served: list[Batch] = []
     maker = BatchMaker(source, BatchSlice(first=0, size=4), audit=False)
-    with closing(maker), pytest.raises(DataError, match=r"row 100 has \d+ tokens, the index counted"):
+    with closing(maker), pytest.raises(DataError, match=r"row 100 has \d+ tokens, but the index counted"):
         for batch in maker.batches(plan, 0):
             served.append(batch)
     assert len(served) == (begins - 1) // (4 * source.grid.stride)

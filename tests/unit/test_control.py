@@ -7,8 +7,8 @@ import pytest
 
 BEGIN = """
 import os, signal
-from mixtera_hpc.dataplane.control import Control, hold_warnings
-hold_warnings()
+from mixtera_hpc.dataplane.control import RunControl, block_time_limit_signal
+block_time_limit_signal()
 warn = lambda: os.kill(os.getpid(), signal.SIGUSR2)
 """
 
@@ -16,15 +16,15 @@ warn = lambda: os.kill(os.getpid(), signal.SIGUSR2)
 @pytest.mark.parametrize(
     ("life", "said"),
     [
-        ("warn(); control = Control(None, False); print(control.poll())", "(True, False)"),
-        ("control = Control(None, False); warn(); print(control.poll())", "(True, False)"),
+        ("warn(); control = RunControl(None, False); print(control.poll())", "(True, False)"),
+        ("control = RunControl(None, False); warn(); print(control.poll())", "(True, False)"),
         (
-            "import threading; control = Control(None, False); never = threading.Event(); "
+            "import threading; control = RunControl(None, False); never = threading.Event(); "
             "threading.Thread(target=never.wait, daemon=True).start(); control.close(); warn(); print('left in peace')",
             "left in peace",
         ),
         (
-            "control = Control(None, False); control.close(); control = Control(None, False); print(control.poll())",
+            "control = RunControl(None, False); control.close(); control = RunControl(None, False); print(control.poll())",
             "(False, False)",
         ),
     ],

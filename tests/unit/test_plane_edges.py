@@ -16,7 +16,9 @@ from mixtera_hpc.config.schema import Config, DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane import plane as plane_module
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchMaker, BatchSlice, Prefetcher
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
+from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import CommError, ConfigError, DataError
 

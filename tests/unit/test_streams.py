@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.index_tables import SampleColumns
-from mixtera_hpc.dataplane.reading import domain_streams as expand
+from mixtera_hpc.dataplane.reading import domain_streams
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
@@ -32,7 +32,7 @@ def visits(source: Source) -> Iterator[int]:
 def test_windows_are_kept_within_a_budget(
     source: Source, budget_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expand, "WINDOW_BUDGET_BYTES", budget_bytes)
+    monkeypatch.setattr(domain_streams, "WINDOW_CACHE_BYTES", budget_bytes)
     read, reads = source.make_block_reader(), []
 
     def counted(blocks: NDArray[np.int32]) -> SampleColumns:

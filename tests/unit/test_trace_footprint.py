@@ -36,7 +36,7 @@ def test_the_expected_footprint_is_close_to_that_of_planned_steps(
 
 def block_of(source: Source, shard: str, row: int) -> int:
     """The block that a row lies in."""
-    blocks = np.flatnonzero(source.blocks.shard == source.facts.shard_paths.index(shard))
+    blocks = np.flatnonzero(source.blocks.shard == source.index.shard_paths.index(shard))
     return int(blocks[np.searchsorted(source.blocks.first_row[blocks], row, side="right") - 1])
 
 

@@ -16,7 +16,8 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.reading.batches import BatchMaker, BatchSlice, BatchSource
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import BatchSlice, BatchSource
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.workers import Workers
 from mixtera_hpc.errors import ConfigError, DataError
@@ -77,7 +78,7 @@ def test_plans_of_many_domains_and_large_batches_do_not_wait_for_each_other(tmp_
 
 def test_what_is_wrong_with_the_data_is_raised_at_its_step(own_collection: list[str]) -> None:
     source, _ = opened(own_collection)
-    shard = Path(source.facts.data_root) / source.facts.shard_paths[0]
+    shard = Path(source.index.data_root) / source.index.shard_paths[0]
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     by_thread = served_until_error(source, BatchMaker(source, SHARE, audit=True))
     assert by_thread[0]

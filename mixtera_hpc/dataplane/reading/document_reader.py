@@ -1,11 +1,12 @@
-"""From documents of a stream to what the trainer gets: tokens of whole sequences, or raw payloads.
+"""From documents of a stream to what the trainer gets: tokens of whole sequences, or raw samples.
 
-The spans of several steps and domains are read together: every document once, in the order of the disk, and the last of each
-domain is kept for the next time. Price per document: one positioned read, one JSON decode, one encode, a microsecond of our own.
+The documents of several steps and domains are read together, each once, in the order of the disk. The last document of
+each domain stays in memory, because the next sequence of that domain begins inside it. Price per document: one positioned
+read, one JSON decode, one encode, and about a microsecond of this module.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,116 +26,116 @@ from mixtera_hpc.tokens.tokenizer import Tokenizer
 __all__ = ["DocumentReader", "PackedTokens"]
 
 MAX_OPEN_SHARDS = 64
-ENCODED_TOGETHER = 128
-"""Documents in memory as text at once."""
+DOCUMENTS_PER_ENCODE = 128
+"""Documents that are in memory as text at the same time."""
 
+Ints = NDArray[np.int64]
 Tokens = NDArray[np.uint32]
 _NO_TOKENS: Tokens = np.zeros(0, np.uint32)
 
 
-class PackedTokens:
-    """Items of streams in a row, and the documents they come from."""
+class PackedTokens(NamedTuple):
+    """The wanted tokens of consecutive documents, one after the other; shape (n,) each."""
 
-    def __init__(self, tokens: NDArray[np.int32], document: NDArray[np.int32], goes_on: NDArray[np.bool_]) -> None:
-        self.tokens = tokens
-        """Shape (n,)."""
-        self.document = document
-        """Which document each token belongs to, numbers ascending by one; shape (n,)."""
-        self.goes_on = goes_on
-        """Whether a token is any but the first of its document; shape (n,)."""
+    tokens: NDArray[np.int32]
+    document: NDArray[np.int32]
+    """Number of the document of each token, ascending from 0."""
+    continues_document: NDArray[np.bool_]
+    """False for the first token of a document."""
 
 
-class _Open(NamedTuple):
-    """An open shard."""
+class _OpenShard(NamedTuple):
+    """An open data file. The fields after the first are the same reader, where it can do more."""
 
     reader: ShardReader
-    ranged: RangeReader | None
-    """The same, where rows have bytes of their own."""
-    tokens: TokenReader | None
-    """The same, where rows are token ids."""
-
-
-class _What(NamedTuple):
-    """What is read of a row."""
-
-    at: Callable[[RangeReader, NDArray[np.int64], NDArray[np.int64]], list[Any]]
-    of_block: Callable[[ShardReader, BlockRef, NDArray[np.int64], NDArray[np.int64]], list[Any]]
-
-
-_DOCUMENTS = _What(lambda reader, *where: reader.documents_at(*where), lambda reader, *at: reader.documents(*at))
-_TOKENS = _What(_DOCUMENTS.at, lambda reader, block, lengths, rows: cast(TokenReader, reader).tokens(block, rows))
-_PAYLOADS = _What(lambda reader, *where: reader.payloads_at(*where), lambda reader, *at: reader.payloads(*at))
+    range_reader: RangeReader | None
+    """Set for formats whose rows have a byte range of their own."""
+    token_reader: TokenReader | None
+    """Set for formats whose rows are token ids."""
 
 
 class DocumentReader:
-    """Reads documents; keeps shards open and the last document of every domain tokenized. One per reading thread."""
+    """Reads documents. Keeps shards open and the last document of every domain tokenized. One per reading thread."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._readers: OrderedDict[int, _Open] = OrderedDict()
-        indexes = source.config.index
-        self._cache = BlockCache(seek_folders=[seek_folder_of(path) for path in (indexes.path, *indexes.paths)])
-        self._kept: dict[int, tuple[int, Tokens]] = {}
-        """Domain → key and tokens of the document it was read to."""
-        ends = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None
-        self._special: Tokens = _NO_TOKENS if ends is None else np.array([ends], np.uint32)
+        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        index = source.config.index
+        self._cache = BlockCache(seek_folders=[seek_folder_of(path) for path in (index.path, *index.paths)])
+        self._last_documents: dict[int, tuple[int, Tokens]] = {}
+        """Domain → row key and tokens of the document in which its next sequence begins."""
+        eos_id = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None
+        self._specials: Tokens = _NO_TOKENS if eos_id is None else np.array([eos_id], np.uint32)
 
-    def read(self, documents: Documents, read_to: Mapping[int, int]) -> PackedTokens:
-        """The tokens of `documents`, of one stream or several, special tokens included; one that comes twice is read once.
+    def read(self, documents: Documents, last_of_domain: Mapping[int, int]) -> PackedTokens:
+        """Return the tokens of `documents`, special tokens included. A document that occurs twice is read once.
 
         Args:
-            read_to: domain → position of the document that its stream will go on with.
+            last_of_domain: domain → position of the last document of its stream in `documents`.
 
         Raises:
             DataError: a document cannot be read, or has other tokens than the index counted.
         """
-        tokens = self._tokenized(documents)
-        for domain, last in read_to.items():
-            self._kept[domain] = int(_key(documents.block[last], documents.row[last])), tokens[last]
-        return self._cut(documents, tokens)
+        tokens = self._tokenize(documents)
+        for domain, last in last_of_domain.items():
+            key = int(_row_key(documents.block[last], documents.row[last]))
+            self._last_documents[domain] = key, tokens[last]
+        return self._pack(documents, tokens)
 
     def payloads(self, documents: Documents) -> list[Any]:
-        """The raw rows of `documents`."""
-        order = np.lexsort((documents.row, documents.block))
-        results: list[Any] = [None] * len(order)
-        for at, found in zip(order.tolist(), self._read(documents.only(order), _PAYLOADS), strict=True):
-            results[at] = found
+        """Return the raw rows of `documents`."""
+        disk_order = np.lexsort((documents.row, documents.block))
+        rows = self._read_rows(documents.select(disk_order), raw=True)
+        results: list[Any] = [None] * len(disk_order)
+        for position, row in zip(disk_order.tolist(), rows, strict=True):
+            results[position] = row
         return results
 
     def close(self) -> None:
         """Close every shard."""
-        for opened in self._readers.values():
-            opened.reader.close()
-        self._readers.clear()
+        for shard in self._shards.values():
+            shard.reader.close()
+        self._shards.clear()
 
-    def _cut(self, documents: Documents, tokens: list[Tokens]) -> PackedTokens:
-        """What is wanted of each document, in a row; the specials of those that are wanted to their end."""
-        first, last = documents.first, documents.last
+    def _pack(self, documents: Documents, tokens: list[Tokens]) -> PackedTokens:
+        """Concatenate the wanted tokens of each document; a document that is wanted to its end gets its specials."""
+        first = documents.first
+        last = documents.last
         lengths = last - first
-        pieces = [_NO_TOKENS] * (2 * len(tokens))
-        pieces[0::2] = tokens
-        pieces[1::2] = [self._special] * len(tokens)
+
+        # Most documents are wanted whole. Only the others are sliced in Python.
+        segments = [_NO_TOKENS] * (2 * len(tokens))
+        segments[0::2] = tokens
+        segments[1::2] = [self._specials] * len(tokens)
         for i in np.flatnonzero((first > 0) | (last < documents.size)).tolist():
-            pieces[2 * i] = tokens[i][first[i] : last[i]]
-            pieces[2 * i + 1] = self._special if last[i] == documents.size[i] else _NO_TOKENS
-        flat = np.concatenate(pieces).view(np.int32)
-        goes_on = np.ones(len(flat), np.bool_)
-        goes_on[(np.cumsum(lengths) - lengths)[first == 0]] = False
-        return PackedTokens(flat, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), goes_on)
+            segments[2 * i] = tokens[i][first[i] : last[i]]
+            if last[i] != documents.size[i]:
+                segments[2 * i + 1] = _NO_TOKENS
+        packed = np.concatenate(segments).view(np.int32)
 
-    def _tokenized(self, documents: Documents) -> list[Tokens]:
-        """The tokens of each document, whole, without specials."""
-        key, chosen, position = np.unique(_key(documents.block, documents.row), return_index=True, return_inverse=True)
-        kept = dict(self._kept.values())
-        known = [kept.get(k) for k in key.tolist()]
-        missing = [i for i, tokens in enumerate(known) if tokens is None]
+        starts = np.cumsum(lengths) - lengths
+        continues_document = np.ones(len(packed), np.bool_)
+        continues_document[starts[first == 0]] = False
+        document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        return PackedTokens(packed, document, continues_document)
+
+    def _tokenize(self, documents: Documents) -> list[Tokens]:
+        """Return all tokens of each document, without specials."""
+        keys, chosen, position = np.unique(
+            _row_key(documents.block, documents.row), return_index=True, return_inverse=True
+        )
+        in_memory = dict(self._last_documents.values())
+        distinct = [in_memory.get(key) for key in keys.tolist()]
+
+        missing = [i for i, tokens in enumerate(distinct) if tokens is None]
         if missing:
-            unread = documents.only(chosen[missing])
-            for i, tokens in zip(missing, self._encoded(unread), strict=True):
-                known[i] = tokens
-        return [known[i] for i in position.tolist()]
+            # Keys ascend as rows lie on disk, so these documents are sorted by block and row.
+            unread = documents.select(chosen[missing])
+            for i, tokens in zip(missing, self._read_tokens(unread), strict=True):
+                distinct[i] = tokens
+        return [distinct[i] for i in position.tolist()]
 
-    def _encoded(self, documents: Documents) -> list[Tokens]:
+    def _read_tokens(self, documents: Documents) -> list[Tokens]:
         """Read and tokenize documents that are sorted by block and row, some at a time."""
         tokenizer = self._source.tokenizer
         if tokenizer is None:
@@ -142,84 +143,105 @@ class DocumentReader:
                 "Tokens were asked for without a tokenizer.\n  Set dataplane.tokenizer, or mixture.unit=samples."
             )
         tokens: list[Tokens] = []
-        for first in range(0, len(documents.block), ENCODED_TOGETHER):
-            part = documents.only(slice(first, first + ENCODED_TOGETHER))
-            tokens += _ids(tokenizer, self._read(part, _DOCUMENTS))
+        for first in range(0, len(documents.block), DOCUMENTS_PER_ENCODE):
+            some = documents.select(slice(first, first + DOCUMENTS_PER_ENCODE))
+            tokens += _encode(tokenizer, self._read_rows(some, raw=False))
+
         sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.num_specials
         wrong = np.flatnonzero(sizes != documents.size)
         if len(wrong):
-            raise self._other_tokens(documents, int(wrong[0]), int(sizes[wrong[0]]))
+            raise self._wrong_token_count(documents, int(wrong[0]), int(sizes[wrong[0]]))
         return tokens
 
-    def _read(self, documents: Documents, what: "_What") -> list[Any]:
-        """Read rows that are sorted by block and row."""
+    def _read_rows(self, documents: Documents, *, raw: bool) -> list[Any]:
+        """Read rows that are sorted by block and row: raw samples, or texts (token ids from a format that holds them)."""
         blocks = self._source.blocks
-        shards, starts = blocks.shard[documents.block], blocks.offset[documents.block] + documents.offset
-        results: list[Any] = []
-        for first, last in _runs(shards):
-            reader, ranged, ids = self._reader(int(shards[first]))
-            some = slice(first, last)
-            if ranged is not None:
-                results += what.at(ranged, starts[some], documents.length[some])
+        shards = blocks.shard[documents.block]
+        starts = blocks.offset[documents.block] + documents.offset
+        rows: list[Any] = []
+        for first, last in _equal_runs(shards):
+            shard = self._shard(int(shards[first]))
+            of_shard = slice(first, last)
+            if shard.range_reader is None:
+                rows += self._read_by_block(shard, documents.select(of_shard), raw=raw)
+            elif raw:
+                rows += shard.range_reader.payloads_at(starts[of_shard], documents.length[of_shard])
             else:
-                of_block = _TOKENS if ids and what is _DOCUMENTS else what
-                results += self._by_block(reader, documents.only(some), of_block)
-        return results
+                rows += shard.range_reader.documents_at(starts[of_shard], documents.length[of_shard])
+        return rows
 
-    def _by_block(self, reader: ShardReader, documents: Documents, what: "_What") -> Iterator[Any]:
-        """Read the rows of each block together."""
-        blocks = self._source.blocks
-        for first, last in _runs(documents.block):
-            block = int(documents.block[first])
+    def _read_by_block(self, shard: _OpenShard, documents: Documents, *, raw: bool) -> Iterator[Any]:
+        """Read rows of a format without byte ranges, those of one block together."""
+        for first, last in _equal_runs(documents.block):
+            number = int(documents.block[first])
+            block = BlockRef.of(self._source.blocks, number)
+            lengths = documents.lengths[number]
             rows, position = np.unique(documents.row[first:last].astype(np.int64), return_inverse=True)
-            found = what.of_block(reader, BlockRef.of(blocks, block), documents.lengths[block], rows)
-            yield from (found[i] for i in position.tolist())
+            results: Sequence[Any]
+            if raw:
+                results = shard.reader.payloads(block, lengths, rows)
+            elif shard.token_reader is not None:
+                results = shard.token_reader.tokens(block, rows)
+            else:
+                results = shard.reader.documents(block, lengths, rows)
+            yield from (results[i] for i in position.tolist())
 
-    def _reader(self, shard: int) -> "_Open":
-        if shard in self._readers:
-            self._readers.move_to_end(shard)
-            return self._readers[shard]
-        facts = self._source.facts
-        path = Path(facts.data_root) / facts.shard_paths[shard]
-        fmt = load_format(facts.shard_formats[shard])
-        reader = fmt.open(path, facts.text, self._cache)
-        ids = cast(TokenReader, reader) if fmt.holds_tokens else None
-        self._readers[shard] = _Open(reader, reader if isinstance(reader, RangeReader) else None, ids)
-        if len(self._readers) > MAX_OPEN_SHARDS:
-            self._readers.popitem(last=False)[1].reader.close()
-        return self._readers[shard]
+    def _shard(self, number: int) -> _OpenShard:
+        """Return an open shard; the one that was not used for longest is closed when there are too many."""
+        if number in self._shards:
+            self._shards.move_to_end(number)
+            return self._shards[number]
 
-    def _other_tokens(self, documents: Documents, number: int, got: int) -> DataError:
-        blocks, block = self._source.blocks, int(documents.block[number])
-        shard = self._source.facts.shard_paths[int(blocks.shard[block])]
-        row = int(blocks.first_row[block]) + int(documents.row[number])
+        index = self._source.index
+        fmt = load_format(index.shard_formats[number])
+        reader = fmt.open(Path(index.data_root) / index.shard_paths[number], index.text, self._cache)
+        shard = _OpenShard(
+            reader,
+            range_reader=reader if isinstance(reader, RangeReader) else None,
+            token_reader=cast(TokenReader, reader) if fmt.holds_tokens else None,
+        )
+        self._shards[number] = shard
+        if len(self._shards) > MAX_OPEN_SHARDS:
+            _, oldest = self._shards.popitem(last=False)
+            oldest.reader.close()
+        return shard
+
+    def _wrong_token_count(self, documents: Documents, position: int, num_tokens: int) -> DataError:
+        blocks = self._source.blocks
+        block = int(documents.block[position])
+        shard = self._source.index.shard_paths[int(blocks.shard[block])]
+        row = int(blocks.first_row[block]) + int(documents.row[position])
         return DataError(
-            f"{shard} row {row} has {got} tokens, the index counted {int(documents.size[number])}: the file changed, or the "
-            "tokenizer is another one.\n  Run mixtera-hpc index verify, and build the index again."
+            f"{shard} row {row} has {num_tokens} tokens, but the index counted {int(documents.size[position])}: "
+            "the file or the tokenizer has changed.\n  Run mixtera-hpc index verify, and build the index again."
         )
 
 
-def _ids(tokenizer: Tokenizer, documents: Sequence[Any]) -> list[Tokens]:
-    """The tokens of documents, of which some may be ids already; these without an end-of-text token at their end."""
-    texts = [d for d in documents if isinstance(d, str)]
+def _encode(tokenizer: Tokenizer, documents: Sequence[Any]) -> list[Tokens]:
+    """Return the tokens of documents that are texts, or token ids already."""
+    texts = [document for document in documents if isinstance(document, str)]
     encoded = tokenizer.encode_each(texts) if texts else []
     if len(texts) == len(documents):
         return encoded
-    rest = iter(encoded)
-    return [next(rest) if isinstance(d, str) else _without_eos(d, tokenizer.eos_id) for d in documents]
+    remaining = iter(encoded)
+    return [
+        next(remaining) if isinstance(document, str) else _without_eos(document, tokenizer.eos_id)
+        for document in documents
+    ]
 
 
 def _without_eos(ids: NDArray[Any], eos_id: int | None) -> Tokens:
-    ends = eos_id is not None and len(ids) > 0 and int(ids[-1]) == eos_id
-    return ids[: len(ids) - ends].astype(np.uint32)
+    """Remove the end-of-text token that stored token ids may end with; `_pack` adds it again."""
+    ends_with_eos = eos_id is not None and len(ids) > 0 and int(ids[-1]) == eos_id
+    return ids[: len(ids) - int(ends_with_eos)].astype(np.uint32)
 
 
-def _key(block: Any, row: Any) -> Any:
-    """One integer per row, ascending as rows lie on disk; of arrays or of single numbers."""
+def _row_key(block: Any, row: Any) -> Any:
+    """Return one integer per row, ascending as rows lie on disk; for arrays or for single numbers."""
     return np.int64(block) << 32 | row
 
 
-def _runs(values: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Slices of equal neighbours."""
+def _equal_runs(values: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Yield (first, last + 1) of each run of equal neighbours."""
     borders = np.flatnonzero(values[1:] != values[:-1]) + 1
     return pairwise([0, *borders.tolist(), len(values)])

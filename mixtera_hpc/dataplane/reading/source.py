@@ -1,178 +1,175 @@
-"""What every rank needs to know of the index, opened once by rank 0 and kept once per node.
+"""`Source`: the selected data of a run, the same on every rank.
 
-Rank 0 opens the index, refuses a stale one, selects the domains and broadcasts: the tables into memory that the ranks of a node
-share, everything small as JSON. The others never read a table from disk; they open the file when they first need the samples
-of a block. Price: one open of the index per run plus one per rank, O(blocks) memory per node.
+It knows how large each domain is, in which order its samples come, and which bytes hold them. Samples are read later, and
+only by the ranks that serve them: a rank opens the index file when it first needs the samples of a block.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
+from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.check_data import holdout_problems
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.domain_tree import domain_entries
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
-from mixtera_hpc.core.domain_keys import domain_key_to_plain, parse_domain_key
-from mixtera_hpc.core.domains import DomainTable, Selection
-from mixtera_hpc.core.holdout import add_holdout_hashes, restrict_to_split, shard_hash_keys
-from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, SampleColumns
-from mixtera_hpc.core.order import ShuffleOrder
+from mixtera_hpc.core.domain_keys import parse_domain_key
+from mixtera_hpc.core.domains import Selection
+from mixtera_hpc.core.holdout import add_holdout_hashes, restrict_to_split
+from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
 from mixtera_hpc.core.planner import Planner
-from mixtera_hpc.core.properties import ComboTable, Kind, Property
+from mixtera_hpc.core.properties import ComboTable
 from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, MixtureContext
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams, StreamLayout
-from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
+from mixtera_hpc.dataplane.reading.shared_index import (
+    IndexDescription,
+    SharedTables,
+    apply_drops,
+    read_shared_index,
+    share_index,
+)
 from mixtera_hpc.dataplane.stream_version import StreamVersion
-from mixtera_hpc.index.read.joined import SampleSource, open_configured, open_samples, sample_sources
-from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.read.joined import open_configured, open_samples
 from mixtera_hpc.index.read.selection import select_domains
-from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["Source", "count_samples", "open_source"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Facts:
-    """The small part, as it is broadcast."""
-
-    index_fingerprint: str
-    samples: list[SampleSource]
-    data_root: str
-    text: str | None
-    shard_paths: list[str]
-    shard_formats: list[str]
-    properties: list[tuple[str, str, list[str]]]
-    """Name, kind and dictionary."""
-    names: list[str]
-    """Of the domains."""
-    keys: list[dict[str, Any]]
-    """Of the domains, as written."""
-    where: str
-    kept: str
-    """`where` without what is dropped; empty when nothing is."""
-    domain_sizes: list[int]
-    """Items of one epoch of every domain, dropped ones included: what the mixture was wished over."""
-
-
-COLUMNS_KEPT_BYTES = 128 << 20
-"""Sample columns that a reading thread keeps, as they are stored: every domain comes back to blocks that it shares."""
+COLUMN_CACHE_BYTES = 128 << 20
+"""Sample columns that a reading thread keeps, compressed as stored: all domains return to the blocks they share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The selected data of one run; the same on every rank."""
+    """The selected data of one run. Make it with `open_source`."""
 
     config: Config
-    facts: _Facts
+    index: IndexDescription
+    tables: SharedTables
     layout: StreamLayout
-    blocks: BlockTable
-    """Without zones."""
-    combos: ComboTable
     selection: Selection
     grid: SequenceGrid
     tokenizer: Tokenizer | None
     mixture_context: MixtureContext
-    """What mixtures are made over."""
     planner: Planner
-    kept: Predicate | None
-    """What is left of the selection; None when nothing is dropped."""
+    drop_filter: Predicate | None
+    """Matches the samples that are served after `query.drop`; None when nothing is dropped."""
     stream_version: StreamVersion
-    holdout_keys: NDArray[np.uint64] | None
-    """A word for every shard, where samples are held out; see `core.holdout`."""
-    arrays: Mapping[str, NDArray[Any]]
-    """The large part, as it was shared."""
 
     def __reduce__(self) -> Any:
-        """Pickle as what it was assembled from; a tokenizer is loaded again."""
-        return _again, (self.config, self.facts, dict(self.arrays), self.stream_version)
+        """Pickle the configuration and the shared arrays; the rest is computed again, and the tokenizer loaded again."""
+        return _rebuild_source, (self.config, self.index, self.tables.pack(), self.stream_version)
+
+    @property
+    def blocks(self) -> BlockTable:
+        """All blocks of the index, without zones."""
+        return self.tables.blocks
+
+    @property
+    def combos(self) -> ComboTable:
+        """The distinct combinations of categorical values."""
+        return self.tables.combos
 
     @property
     def num_domains(self) -> int:
+        """Number of domains, K."""
         return self.layout.table.num_domains
 
     @property
+    def names(self) -> list[str]:
+        """Name of every domain, by domain_id."""
+        return self.index.domain_names
+
+    @property
     def weights(self) -> NDArray[np.float64]:
-        """The weights a run begins with; shape (K,)."""
+        """The weights of chunk 0; shape (K,)."""
         weights = self.mixer(learn=False).weights_of(0)
         return np.zeros(self.num_domains) if weights is None else weights
 
     def mixer(self, *, learn: bool = True) -> Mixer:
-        """What decides the weights of every chunk; see `make_mixer`."""
+        """Return a new mixer for the configured mixture; see `make_mixer`."""
         return make_mixer(self.config.mixture, self.mixture_context, learn=learn)
 
-    @property
-    def names(self) -> list[str]:
-        """What each domain is called."""
-        return self.facts.names
-
-    def at_version(self, era: StreamVersion) -> "Source":
-        """The same data as a later era of a run counts it."""
-        timeline = replace(self.mixture_context.timeline, items=era.items)
+    def at_version(self, version: StreamVersion) -> "Source":
+        """Return the same data with the steps and stream positions of another version of the run."""
+        timeline = replace(self.mixture_context.timeline, items=version.items)
+        limits = max_epochs_per_domain(self.config.mixture, self.num_domains)
+        capacity = self.grid.capacity(self.layout.epoch_items(), limits, version.origins)
         return replace(
             self,
-            stream_version=era,
+            stream_version=version,
             mixture_context=replace(self.mixture_context, timeline=timeline),
-            planner=replace(self.planner, capacity=_capacity(self, era)),
+            planner=replace(self.planner, capacity=capacity),
         )
 
     def span(self, domain: int, first: int, count: int) -> tuple[int, int]:
-        """Items [start, stop) of `domain`'s stream that `count` sequences from sequence `first` on cover."""
+        """Return the items [start, stop) of `domain`'s stream that `count` sequences from sequence `first` on cover."""
         start, stop = self.grid.span(first, count)
         origin = int(self.stream_version.origins[domain])
         return origin + start, origin + stop
 
     def make_block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
-        """Reads the samples of some blocks, one block after the other."""
-        samples = open_samples(self.facts.samples, COLUMNS_KEPT_BYTES)
-        first, rows, keys = self.blocks.first_sample, self.blocks.rows, self.holdout_keys
-        numbers = self.selection.predicate.numbers | (self.kept.numbers if self.kept else frozenset())
-        only = {"combo", "length", *(["tokens"] if self.layout.in_tokens else []), *(f"numbers/{n}" for n in numbers)}
+        """Return a function that reads the sample columns of some blocks, one block after the other."""
+        reader = open_samples(self.index.sample_sources, COLUMN_CACHE_BYTES)
+        blocks = self.blocks
+        holdout_keys = self.tables.holdout_keys
+
+        numbers = self.selection.predicate.numbers
+        if self.drop_filter is not None:
+            numbers |= self.drop_filter.numbers
+        columns = {"combo", "length", *(f"numbers/{name}" for name in numbers)}
+        if self.layout.in_tokens:
+            columns.add("tokens")
 
         def read_blocks(chosen: NDArray[np.int32]) -> SampleColumns:
-            columns = samples.read_many(first[chosen].tolist(), rows[chosen].tolist(), only)
-            return columns if keys is None else add_holdout_hashes(columns, keys, self.blocks, chosen)
+            first_samples = blocks.first_sample[chosen].tolist()
+            samples = reader.read_many(first_samples, blocks.rows[chosen].tolist(), columns)
+            return samples if holdout_keys is None else add_holdout_hashes(samples, holdout_keys, blocks, chosen)
 
         return read_blocks
 
     def domain_of(self, columns: SampleColumns) -> NDArray[np.int32]:
-        """The domain of every sample, dropped or not; -1 for none."""
+        """Return the domain of every sample, dropped or not, or -1 for none; shape (rows,)."""
         return self.selection.domain_of(self.combos, columns)
 
     def is_not_dropped(self, columns: SampleColumns) -> NDArray[np.bool_]:
-        """Which samples are not dropped."""
-        if self.kept is None:
+        """Return which samples `query.drop` leaves in the streams; shape (rows,)."""
+        if self.drop_filter is None:
             return np.ones(len(columns.combo), np.bool_)
-        return self.kept.evaluate(Entries.of_samples(self.combos, columns.combo, columns.numbers)).must_match
+        entries = Entries.of_samples(self.combos, columns.combo, columns.numbers)
+        return self.drop_filter.evaluate(entries).must_match
 
     def streams(self) -> DomainStreams:
-        """A view of the streams for one reading thread."""
-        kept = self.is_not_dropped if self.kept else None
-        return DomainStreams(self.layout, self.blocks.rows, self.make_block_reader(), self.domain_of, kept)
+        """Return a view of the streams for one reading thread."""
+        return DomainStreams(
+            self.layout,
+            self.blocks.rows,
+            self.make_block_reader(),
+            self.domain_of,
+            None if self.drop_filter is None else self.is_not_dropped,
+        )
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a state or a journal to belong to this run."""
+        """Return what must be equal for a state or a journal to belong to this run; fit for JSON."""
         plane = self.config.dataplane
+        mixture = self.config.mixture
         return {
-            "index": self.facts.index_fingerprint,
+            "index": self.index.fingerprint,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
-            "where": self.facts.where,
+            "where": self.index.where,
             "drop": list(self.config.query.drop),
-            "holdout": _holdout(self.config.query),
-            "domains": self.facts.names,
-            "unit": self.config.mixture.unit,
-            "on_exhausted": self.config.mixture.on_exhausted,
-            "max_epochs": _epoch_limits(self.config.mixture),
+            "holdout": _holdout_identity(self.config.query),
+            "domains": self.index.domain_names,
+            "unit": mixture.unit,
+            "on_exhausted": mixture.on_exhausted,
+            "max_epochs": _epoch_limits(mixture),
             "seq_len": plane.seq_len,
             "overlap_one_token": plane.overlap_one_token,
             "add_eos": plane.add_eos,
@@ -185,16 +182,6 @@ class Source:
         }
 
 
-def _holdout(query: QueryConfig) -> list[Any] | None:
-    return [query.split, query.holdout.fraction, query.holdout.seed] if query.holdout.fraction else None
-
-
-def _epoch_limits(mixture: MixtureConfig) -> float | list[float | None] | None:
-    """The limit of all domains, or each one's where some have their own."""
-    own = [leaf.domain.max_epochs for leaf in domain_entries(mixture)]
-    return mixture.max_epochs if all(e is None for e in own) else [mixture.max_epochs if e is None else e for e in own]
-
-
 def open_source(config: Config, comm: Communicator, *, check: bool = True) -> Source:
     """Open the index and share it. **Collective.**
 
@@ -202,192 +189,117 @@ def open_source(config: Config, comm: Communicator, *, check: bool = True) -> So
         check: refuse an index whose shards have changed on disk.
 
     Raises:
-        ConfigError: held-out samples are wished for, and nothing is held out.
-        PropertyIndexError: it is missing, damaged, stale, or was built with another tokenizer or without one.
-        MixtureError: a domain key matches nothing, a wished domain is empty, or all wished ones are dropped.
+        ConfigError: `query.split` is "validation", but nothing is held out.
+        PropertyIndexError: the index is missing, damaged or stale, or was built with another tokenizer or without one.
+        MixtureError: a domain key matches nothing, a domain with a weight has no samples, or all of them are dropped.
     """
     raise_problems(holdout_problems(config.query))
     tokenizer = load_vocabulary(config.dataplane)
-    facts: _Facts | None = None
-    arrays: dict[str, NDArray[Any]] = {}
+    own: tuple[IndexDescription, SharedTables] | None = None
     if comm.rank == 0:
-        index = open_configured(config)
-        try:
-            facts, arrays = _gather(config, index, tokenizer, check)
-        finally:
-            index.close()
-    known = msgspec.json.decode(bcast_bytes(comm, msgspec.json.encode(facts) if facts else None), type=_Facts)
-    return _assemble(config, known, _share(comm, arrays), tokenizer)
+        with open_configured(config) as index:
+            own = read_shared_index(config, index, tokenizer, check=check)
+
+    description, tables = share_index(comm, own)
+    source = _make_source(config, description, tables, tokenizer)
+    if config.query.split == "train":
+        source.mixer(learn=False)  # Refuses a mixture that cannot be served before anything starts.
+    return source
 
 
 def count_samples(config: Config) -> int:
-    """Samples of all domains together, without those dropped; opens the index and nothing else.
+    """Return how many samples all domains have together after drops; opens only the index.
 
     Raises:
         ConfigError: `query.where` or `query.drop` does not parse, or names what the index does not have.
     """
     with open_configured(config) as index:
-        rows, _ = select_domains(_with_where(config, _kept_text(config)), index).selection.table.totals()
+        rows, _ = select_domains(apply_drops(config), index).selection.table.totals()
     return int(rows.sum())
 
 
-def _gather(
-    config: Config, index: PropertyIndex, tokenizer: Tokenizer | None, check: bool
-) -> tuple[_Facts, dict[str, NDArray[Any]]]:
-    """Rank 0's part: what there is to share."""
-    if check:
-        check_fresh(index)
-    check_token_counts(config, index, tokenizer)
-    chosen = select_domains(config, index)
-    tables, table = index.tables, chosen.selection.table
-    kept = _kept_text(config)
-    stock = _layout(config, table).epoch_items()
-    if config.query.drop:
-        table = _left_in(table, select_domains(_with_where(config, kept), index).selection.table, len(tables.blocks))
-    facts = _Facts(
-        index_fingerprint=index.fingerprint,
-        samples=sample_sources(index),
-        data_root=str(index.data_root),
-        text=index.text,
-        shard_paths=index.shard_paths(),
-        shard_formats=list(tables.shards.format),
-        properties=[(p.name, p.kind.value, list(p.values)) for p in tables.properties.values()],
-        names=list(chosen.names),
-        keys=[domain_key_to_plain(key) for key in chosen.keys],
-        where=chosen.selection.predicate.text,
-        kept=kept if config.query.drop else "",
-        domain_sizes=stock.tolist(),
-    )
-    arrays = {f"blocks/{name}": getattr(tables.blocks, name) for name in BLOCK_COLUMNS}
-    arrays |= {f"table/{f.name}": getattr(table, f.name) for f in fields(table)}
-    arrays["combo_domain"] = chosen.selection.combo_domain
-    if config.query.holdout.fraction:
-        arrays["holdout_keys"] = shard_hash_keys(tables.shards.path, config.query.holdout.seed).view(np.int64)
-    for name in tables.combos.properties:
-        arrays[f"combos/indptr/{name}"] = tables.combos.indptr[name]
-        arrays[f"combos/codes/{name}"] = tables.combos.codes[name]
-    return facts, arrays
+def _rebuild_source(
+    config: Config, index: IndexDescription, arrays: list[NDArray[Any]], version: StreamVersion
+) -> Source:
+    """Restore a pickled source, in another process."""
+    tables = SharedTables.unpack(arrays, index.properties)
+    return _make_source(config, index, tables, load_vocabulary(config.dataplane)).at_version(version)
 
 
-def _kept_text(config: Config) -> str:
-    """`query.where` without what `query.drop` names."""
-    where = (config.query.where or "").strip()
-    return " and ".join([f"({where})"] * bool(where) + [f"not ({expression})" for expression in config.query.drop])
-
-
-def _with_where(config: Config, where: str) -> Config:
-    return replace(config, query=replace(config.query, where=where))
-
-
-def _left_in(table: DomainTable, kept: DomainTable, num_blocks: int) -> DomainTable:
-    """`table` with every entry, but only the rows and tokens that `kept` counts: the order of blocks stays as it was."""
-
-    def place(entries: DomainTable) -> NDArray[np.int64]:
-        domain = np.repeat(np.arange(entries.num_domains), np.diff(entries.indptr))
-        return domain * num_blocks + entries.block
-
-    rows, tokens = np.zeros_like(table.rows), np.zeros_like(table.tokens)
-    at = np.searchsorted(place(table), place(kept))
-    rows[at], tokens[at] = kept.rows, kept.tokens
-    return replace(table, rows=rows, tokens=tokens)
-
-
-def _capacity(source: Source, era: StreamVersion) -> NDArray[np.int64]:
-    limits = max_epochs_per_domain(source.config.mixture, source.num_domains)
-    return source.grid.capacity(source.layout.epoch_items(), limits, era.origins)
-
-
-def _share(comm: Communicator, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """Every array of rank 0 on every rank, once per node. **Collective.**"""
-    names = msgspec.json.decode(bcast_bytes(comm, msgspec.json.encode(list(arrays)) if comm.rank == 0 else None))
-    return {name: comm.Allocate_shared(arrays.get(name)) for name in names}
-
-
-def _assemble(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], tokenizer: Tokenizer | None) -> Source:
-    table = DomainTable(**{f.name: arrays[f"table/{f.name}"] for f in fields(DomainTable)})
-    plane, mixture = config.dataplane, config.mixture
-    layout = _layout(config, table)
+def _make_source(config: Config, index: IndexDescription, tables: SharedTables, tokenizer: Tokenizer | None) -> Source:
+    """Compute what follows from the configuration and the shared index."""
+    plane = config.dataplane
+    layout = StreamLayout.of_config(config, tables.domains)
     grid = SequenceGrid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
-    sizes = layout.epoch_items()
-    source = Source(
+    epoch_items = layout.epoch_items()
+    num_domains = len(epoch_items)
+    return Source(
         config=config,
-        facts=facts,
+        index=index,
+        tables=tables,
         layout=layout,
-        blocks=BlockTable(**{name: arrays[f"blocks/{name}"] for name in BLOCK_COLUMNS}, zones={}),
-        combos=_combos(facts, arrays),
-        selection=_selection(config, facts, arrays, table),
+        selection=_selection(config, index, tables),
         grid=grid,
         tokenizer=tokenizer,
-        mixture_context=_ground(config, facts, grid, sizes > 0),
+        mixture_context=_mixture_context(config, index, grid, epoch_items > 0),
         planner=Planner(
-            capacity=grid.capacity(sizes, max_epochs_per_domain(mixture, len(sizes))),
+            capacity=grid.capacity(epoch_items, max_epochs_per_domain(config.mixture, num_domains)),
             global_batch_size=plane.global_batch_size,
             chunk_steps=plane.chunk_steps,
-            on_exhausted=mixture.on_exhausted,
+            on_exhausted=config.mixture.on_exhausted,
         ),
-        kept=_predicate(config, facts, facts.kept) if facts.kept else None,
-        stream_version=StreamVersion.start(len(facts.names)),
-        holdout_keys=arrays["holdout_keys"].view(np.uint64) if config.query.holdout.fraction else None,
-        arrays=arrays,
-    )
-    if config.query.split == "train":
-        source.mixer(learn=False)  # A mixture that cannot be served is refused here, before anything starts.
-    return source
-
-
-def _again(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], era: StreamVersion) -> Source:
-    return _assemble(config, facts, arrays, load_vocabulary(config.dataplane)).at_version(era)
-
-
-def _layout(config: Config, table: DomainTable) -> StreamLayout:
-    plane, in_tokens = config.dataplane, config.mixture.unit == "tokens"
-    return StreamLayout(
-        table=table,
-        order=ShuffleOrder(seed=plane.seed, shuffle=plane.shuffle, window=plane.shuffle_window),
-        num_specials=int(plane.add_eos) if in_tokens else 0,
-        in_tokens=in_tokens,
+        drop_filter=_predicate(config, index, index.where_after_drops) if index.where_after_drops else None,
+        stream_version=StreamVersion.start(num_domains),
     )
 
 
-def _ground(config: Config, facts: _Facts, grid: SequenceGrid, left: NDArray[np.bool_]) -> MixtureContext:
-    plane = config.dataplane
-    budget = config.training.num_steps * plane.global_batch_size * grid.stride
-    predicted = max(grid.length - 1, 1)  # Of a sequence; also without overlap, where its first token is not predicted.
-    keys = tuple(parse_domain_key(key) for key in facts.keys)
-    return MixtureContext(
-        domain_sizes=DomainSizes(keys=keys, sizes=np.array(facts.domain_sizes, np.int64), budget=budget),
-        names=tuple(facts.names),
-        has_samples=left,
-        timeline=ChunkTimeline(chunk_steps=plane.chunk_steps, items_per_step=plane.global_batch_size * predicted),
-        feedback_lag=plane.feedback_lag,
-    )
-
-
-def _properties(facts: _Facts) -> dict[str, Property]:
-    return {name: Property(name=name, kind=Kind(kind), values=tuple(values)) for name, kind, values in facts.properties}
-
-
-def _combos(facts: _Facts, arrays: dict[str, NDArray[Any]]) -> ComboTable:
-    categorical = {n: p for n, p in _properties(facts).items() if p.kind is not Kind.NUMBER}
-    return ComboTable(
-        num_combos=len(arrays["combo_domain"]),
-        properties=categorical,
-        indptr={name: arrays[f"combos/indptr/{name}"] for name in categorical},
-        codes={name: arrays[f"combos/codes/{name}"] for name in categorical},
-    )
-
-
-def _predicate(config: Config, facts: _Facts, text: str) -> Predicate:
-    predicate, holdout = parse_predicate(text, _properties(facts)), config.query.holdout
-    return restrict_to_split(predicate, holdout.fraction, config.query.split) if holdout.fraction else predicate
-
-
-def _selection(config: Config, facts: _Facts, arrays: dict[str, NDArray[Any]], table: DomainTable) -> Selection:
+def _selection(config: Config, index: IndexDescription, tables: SharedTables) -> Selection:
+    """Return rank 0's selection, without the counts that only a query prints."""
     return Selection(
-        table=table,
-        predicate=_predicate(config, facts, facts.where),
-        combo_domain=arrays["combo_domain"],
+        table=tables.domains,
+        predicate=_predicate(config, index, index.where),
+        combo_domain=tables.combo_domain,
         selected=(0, 0),
         unassigned=(0, 0),
         overlaps=(),
     )
+
+
+def _predicate(config: Config, index: IndexDescription, text: str) -> Predicate:
+    """Parse a query over the index's properties, restricted to the configured side of the holdout."""
+    predicate = parse_predicate(text, {prop.name: prop for prop in index.properties})
+    fraction = config.query.holdout.fraction
+    return restrict_to_split(predicate, fraction, config.query.split) if fraction else predicate
+
+
+def _mixture_context(
+    config: Config, index: IndexDescription, grid: SequenceGrid, has_samples: NDArray[np.bool_]
+) -> MixtureContext:
+    plane = config.dataplane
+    # The model predicts all tokens of a sequence but the first, with and without overlap. A sample counts as one item.
+    predicted_items = max(grid.length - 1, 1)
+    sizes = DomainSizes(
+        keys=tuple(parse_domain_key(key) for key in index.domain_keys),
+        sizes=np.array(index.domain_items, np.int64),
+        budget=config.training.num_steps * plane.global_batch_size * grid.stride,
+    )
+    return MixtureContext(
+        domain_sizes=sizes,
+        names=tuple(index.domain_names),
+        has_samples=has_samples,
+        timeline=ChunkTimeline(chunk_steps=plane.chunk_steps, items_per_step=plane.global_batch_size * predicted_items),
+        feedback_lag=plane.feedback_lag,
+    )
+
+
+def _holdout_identity(query: QueryConfig) -> list[Any] | None:
+    """Return what decides which samples are held out; None when none are."""
+    return [query.split, query.holdout.fraction, query.holdout.seed] if query.holdout.fraction else None
+
+
+def _epoch_limits(mixture: MixtureConfig) -> float | list[float | None] | None:
+    """Return `mixture.max_epochs`, or a list with each domain's limit when some domains have their own."""
+    own_limits = [entry.domain.max_epochs for entry in domain_entries(mixture)]
+    if all(limit is None for limit in own_limits):
+        return mixture.max_epochs
+    return [mixture.max_epochs if limit is None else limit for limit in own_limits]

@@ -1,4 +1,4 @@
-"""Whether an index holds the token counts that a run's tokenizer gives."""
+"""The check that an index holds the token counts that a run's tokenizer gives."""
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
@@ -9,32 +9,37 @@ __all__ = ["check_token_counts"]
 
 
 def check_token_counts(config: Config, index: PropertyIndex, tokenizer: Tokenizer | None) -> None:
-    """Refuse an index without the token counts a run needs.
+    """Refuse an index without the token counts that a run needs.
 
     Raises:
-        PropertyIndexError: there are none, or they are of another tokenizer.
-        ConfigError: documents are to end with a token that nobody named.
+        PropertyIndexError: the index has no token counts, or those of another tokenizer.
+        ConfigError: `dataplane.add_eos` is set, but no key says which token ends a document.
     """
     if config.mixture.unit != "tokens":
         return
+
     if not index.tables.has_tokens:
         raise PropertyIndexError(
             f"{config.index.path} holds no token counts, and mixture.unit=tokens needs them.\n"
             "  Build it again with dataplane.tokenizer set, or set mixture.unit=samples."
         )
-    if config.dataplane.add_eos and tokenizer is not None and tokenizer.eos_id is None:
+    if tokenizer is None:
+        return
+
+    if config.dataplane.add_eos and tokenizer.eos_id is None:
         raise ConfigError(
-            "dataplane.add_eos is true, but nothing says which token ends a document.\n"
+            "dataplane.add_eos is true, but no key says which token ends a document.\n"
             "  Set dataplane.eos_token (dataplane.eos_id with dataplane.vocab_size), or dataplane.add_eos=false."
         )
-    if tokenizer is not None and tokenizer.fingerprint != index.tokenizer_fingerprint:
+    if tokenizer.fingerprint != index.tokenizer_fingerprint:
         raise PropertyIndexError(
-            f"{config.index.path} was counted with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but "
-            f"{_named(config)} is {tokenizer.fingerprint[:12]}.\n"
-            "  Give the tokenizer the index was built with, or build the index again with this one."
+            f"{config.index.path} was built with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but "
+            f"{_configured_tokenizer(config)} is {tokenizer.fingerprint[:12]}.\n"
+            "  Give the tokenizer that the index was built with, or build the index again with this one."
         )
 
 
-def _named(config: Config) -> str:
+def _configured_tokenizer(config: Config) -> str:
+    """Return the key and value that the tokenizer comes from."""
     plane = config.dataplane
     return f"dataplane.tokenizer={plane.tokenizer}" if plane.tokenizer else f"dataplane.vocab_size={plane.vocab_size}"

@@ -1,9 +1,10 @@
-"""Reading in processes of their own, for data that one thread cannot keep up with.
+"""Reading in separate processes, for data that one thread cannot read fast enough.
 
-`dataplane.workers` processes, each with a `BatchMaker`, get the steps of a chunk in turns, and their batches are put in order again:
-what is served does not depend on how many there are. They are started anew, never forked (MPI forbids that), find modules where the
-rank finds them, run nothing of the user's script, and end with their rank. Price: the tables of the index once per process, one
-copy of every batch through a socket, and a document that two neighbouring pieces share is read twice.
+`dataplane.workers` processes, each with a `BatchMaker`, take turns with ranges of a chunk's steps. Their batches are put
+back in order, so that what is served does not depend on the number of processes. The processes are started anew, never
+forked (MPI forbids that). They import modules from where the rank imports them, run nothing of the user's script, and end
+with their rank. Price: the tables of the index once per process, one copy of every batch through a socket, and a document
+on the border of two step ranges is read twice.
 """
 
 import os
@@ -13,43 +14,45 @@ import sys
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.reading.batches import (
-    Batch,
-    BatchMaker,
-    BatchSlice,
-    BatchSource,
-    steps_per_read,
-    training_steps_of,
-)
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, steps_per_read, training_steps_of
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchSource
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import DataError
 
-__all__ = ["Workers", "open_batches"]
+__all__ = ["Workers", "open_batch_source"]
 
-PIECES_AHEAD = 2
-"""Pieces of a chunk that each process has been given and not handed back."""
-NOT_FOR_WORKERS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
-"""Slurm and terminals send them to every process of a job; the rank decides what they mean."""
+RANGES_AHEAD = 2
+"""Step ranges that each process has been given and not returned."""
+IGNORED_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+"""Slurm and terminals send these to every process of a job; the rank alone decides what they mean."""
 
 
-def open_batches(source: Source, share: BatchSlice) -> BatchSource:
-    """What makes this rank's batches: this process, or `dataplane.workers` others."""
+def open_batch_source(source: Source, batch_slice: BatchSlice) -> BatchSource:
+    """Return what makes this rank's batches: this process, or `dataplane.workers` others."""
     plane = source.config.dataplane
     if not plane.workers:
-        return BatchMaker(source, share, plane.audit)
-    return Workers(source, share, plane.workers)
+        return BatchMaker(source, batch_slice, plane.audit)
+    return Workers(source, batch_slice, plane.workers)
+
+
+class _Worker(NamedTuple):
+    """A running process and our end of the pipe to it."""
+
+    process: "subprocess.Popen[bytes]"
+    pipe: Connection
 
 
 class Workers:
-    """`BatchSource`, made by several processes."""
+    """A `BatchSource` of several processes."""
 
-    def __init__(self, source: Source, share: BatchSlice, count: int) -> None:
-        self._source, self._share = source, share
-        self._workers = [_start() for _ in range(count)]
-        self._ready = False
+    def __init__(self, source: Source, batch_slice: BatchSlice, count: int) -> None:
+        self._source = source
+        self._slice = batch_slice
+        self._workers = [_start_process() for _ in range(count)]
+        self._has_source = False
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         """See `BatchSource`.
@@ -58,93 +61,107 @@ class Workers:
             DataError: a process has died.
         """
         self._send_source()
-        steps, count = training_steps_of(self._source, plan, first_step), len(self._workers)
-        size = min(steps_per_read(self._source, self._share), -(-len(steps) // count)) or 1
-        pieces = [steps[i : i + size] for i in range(0, len(steps), size)]
+        count = len(self._workers)
+        ranges = self._step_ranges(plan, first_step)
         for number in range(count):
-            self._put(number, plan)
-        sent = 0
-        for number in range(len(pieces)):
-            for piece in pieces[sent : number + PIECES_AHEAD * count]:
-                self._put(sent % count, piece)
-                sent += 1
-            batches, error = self._get(number % count)
+            self._send(number, plan)
+
+        num_sent = 0
+        for number in range(len(ranges)):
+            # Keep every process `RANGES_AHEAD` ranges ahead of the one whose batches come next.
+            for steps in ranges[num_sent : number + RANGES_AHEAD * count]:
+                self._send(num_sent % count, steps)
+                num_sent += 1
+            batches, error = self._receive(number % count)
             yield from batches
             if error is not None:
                 raise error
 
     def close(self) -> None:
-        """End the processes, whatever they do: they hold nothing that could be lost."""
-        for process, pipe in self._workers:
-            process.kill()
-            process.wait()
-            pipe.close()
+        """Kill the processes, whatever they do: they hold nothing that could be lost."""
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.wait()
+            worker.pipe.close()
+
+    def _step_ranges(self, plan: ChunkPlan, first_step: int) -> list[range]:
+        """Cut the steps of a plan into ranges that are read together, at least one per process if there are enough."""
+        steps = training_steps_of(self._source, plan, first_step)
+        steps_per_process = -(-len(steps) // len(self._workers))
+        size = max(1, min(steps_per_read(self._source, self._slice), steps_per_process))
+        return [steps[i : i + size] for i in range(0, len(steps), size)]
 
     def _send_source(self) -> None:
-        """Once, when the first batch is asked for, in the thread that asks."""
-        if not self._ready:
+        """Send the source once, in the thread that asks for the first batch: pickling it must not delay the trainer."""
+        if not self._has_source:
             for number in range(len(self._workers)):
-                self._put(number, (self._source, self._share))
-            self._ready = True
+                self._send(number, (self._source, self._slice))
+            self._has_source = True
 
-    def _put(self, number: int, what: Any) -> None:
-        """Send to a process that waits for it, or so little that it need not: both ends would wait to be read for ever."""
+    def _send(self, number: int, message: Any) -> None:
+        """Send to a process that is waiting for the message, or a message that fits into the socket's buffer.
+
+        Otherwise both ends could wait for ever for the other one to read.
+        """
         try:
-            self._workers[number][1].send(what)
+            self._workers[number].pipe.send(message)
         except OSError:
-            raise self._died(number) from None
+            raise self._death(number) from None
 
-    def _get(self, number: int) -> tuple[list[Batch], Exception | None]:
+    def _receive(self, number: int) -> tuple[list[Batch], Exception | None]:
+        """Return the batches of a step range, and the error after them, if any."""
         try:
-            found: tuple[list[Batch], Exception | None] = self._workers[number][1].recv()
+            answer: tuple[list[Batch], Exception | None] = self._workers[number].pipe.recv()
         except (EOFError, OSError):
-            raise self._died(number) from None
-        return found
+            raise self._death(number) from None
+        return answer
 
-    def _died(self, number: int) -> DataError:
-        code = self._workers[number][0].wait()
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    def _death(self, number: int) -> DataError:
+        """Return the error that describes how a process ended."""
+        code = self._workers[number].process.wait()
+        reason = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return DataError(
-            f"Reading process {number} of {len(self._workers)} {how}; what it said is in the log.\n"
-            "  Signal 9 mostly means too little memory: set dataplane.workers lower, or give the job more."
+            f"Reading process {number} of {len(self._workers)} {reason}; its messages are in the log.\n"
+            "  Signal 9 usually means too little memory: set dataplane.workers lower, or request more memory for the job."
         )
 
 
-def _start() -> tuple["subprocess.Popen[bytes]", Connection]:
-    """Start a process that waits for signals it ignores to be ignored: none may end it before."""
+def _start_process() -> _Worker:
+    """Start a process in which the ignored signals are blocked until it ignores them: none may end it before."""
     ours, theirs = Pipe()
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
+        # -P: the current folder must not shadow modules.
         command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno())]
-        places = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=places)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
         theirs.close()
-    return process, ours
+    return _Worker(process, ours)
 
 
-def _work(pipe: Connection) -> None:
-    """A process's life: a source and a share, then plans, each with its pieces, until the rank hangs up."""
-    for number in NOT_FOR_WORKERS:
+def _serve(pipe: Connection) -> None:
+    """Run a process: receive a source and a slice, then plans, each followed by step ranges, until the rank hangs up."""
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_WORKERS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     try:
-        source, share = pipe.recv()
-        maker = BatchMaker(source, share, source.config.dataplane.audit)
+        source, batch_slice = pipe.recv()
+        maker = BatchMaker(source, batch_slice, source.config.dataplane.audit)
         plan: ChunkPlan = pipe.recv()
         while True:
-            found = pipe.recv()
-            if isinstance(found, ChunkPlan):
-                plan = found
+            message = pipe.recv()
+            if isinstance(message, ChunkPlan):
+                plan = message
             else:
-                pipe.send(_made(maker, plan, found))
+                pipe.send(_make_batches(maker, plan, message))
     except (EOFError, OSError):
         return
 
 
-def _made(maker: BatchMaker, plan: ChunkPlan, steps: range) -> tuple[list[Batch], Exception | None]:
-    """The batches of some steps, and what went wrong after them."""
+def _make_batches(maker: BatchMaker, plan: ChunkPlan, steps: range) -> tuple[list[Batch], Exception | None]:
+    """Return the batches of some steps, and the error that ended them early, if any."""
     batches: list[Batch] = []
     try:
         for batch in maker.batches_of(plan, steps):
@@ -155,4 +172,4 @@ def _made(maker: BatchMaker, plan: ChunkPlan, steps: range) -> tuple[list[Batch]
 
 
 if __name__ == "__main__":
-    _work(Connection(int(sys.argv[1])))
+    _serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,234 @@
+"""From a chunk plan to one rank's batches: which sequences, which documents, which tokens.
+
+Several steps are read together, domain by domain, so that neighbouring sequences of a stream need one lookup and one read
+of the document they share.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.planner import ChunkPlan, Slots
+from mixtera_hpc.dataplane.journal import sample_digest, sequence_digest
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens
+from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.errors import MixteraError
+
+__all__ = ["BatchMaker", "steps_per_read", "training_steps_of"]
+
+TOKENS_PER_READ = 1 << 18
+SAMPLE_BYTES_PER_READ = 4 << 20
+"""Target sizes of what is read together: large enough that calls are rare, small enough that a read takes milliseconds."""
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _SequenceRun:
+    """This rank's sequences of one domain in one step: neighbours in the domain's stream."""
+
+    domain: int
+    first: int
+    """Number of the first sequence in the stream."""
+    rows: list[int]
+    """Rows of the batch that they fill, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StepContent:
+    """What this rank has to read for one step."""
+
+    step: int
+    """Training step."""
+    domain_ids: NDArray[np.int32]
+    """Domain of each row of the batch."""
+    runs: list[_SequenceRun]
+
+
+@dataclass(frozen=True, slots=True)
+class _PlacedRun:
+    """A run among those of several steps that are read together."""
+
+    step_index: int
+    """Position of its step among these steps."""
+    run: _SequenceRun
+    start: int
+    """First and one past the last item of its stream."""
+    stop: int
+
+
+class BatchMaker:
+    """Makes batches in this process. Not thread-safe."""
+
+    def __init__(self, source: Source, batch_slice: BatchSlice, audit: bool) -> None:
+        self._source = source
+        self._slice = batch_slice
+        self._audit = audit
+        self._streams = source.streams()
+        self._reader = DocumentReader(source)
+        self._steps_per_read = steps_per_read(source, batch_slice)
+        self._slots: tuple[ChunkPlan, Slots] | None = None
+        """The plan that was expanded last."""
+
+    def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
+        """Yield this rank's batches of `plan`, from training step `first_step` on."""
+        return self.batches_of(plan, training_steps_of(self._source, plan, first_step))
+
+    def batches_of(self, plan: ChunkPlan, steps: range) -> Iterator[Batch]:
+        """Yield this rank's batches of some training steps of `plan`.
+
+        Several steps are read together, but an error in the data of a step is raised at that step.
+        """
+        slots = self._slots_of(plan)
+        for first in range(0, len(steps), self._steps_per_read):
+            together = [self._content_of(plan, step, slots) for step in steps[first : first + self._steps_per_read]]
+            try:
+                batches = self._read_steps(plan, together)
+            except MixteraError:
+                # Read step by step, so that the steps before the damaged one are served.
+                for content in together:
+                    yield from self._read_steps(plan, [content])
+            else:
+                yield from batches
+
+    def close(self) -> None:
+        """Close all files."""
+        self._reader.close()
+
+    def _slots_of(self, plan: ChunkPlan) -> Slots:
+        if self._slots is None or self._slots[0] is not plan:
+            self._slots = plan, self._source.planner.slots(plan)
+        return self._slots[1]
+
+    def _content_of(self, plan: ChunkPlan, step: int, slots: Slots) -> _StepContent:
+        step_in_plan = self._source.stream_version.data_step(step) - plan.first_step
+        first_slot = step_in_plan * self._source.planner.global_batch_size + self._slice.first
+        own = slice(first_slot, first_slot + self._slice.size)
+        domain = slots.domain[own]
+        ordinal = slots.ordinal[own]
+
+        # Rows of the batch grouped by domain. The sort is stable, so that each group's sequences ascend by one.
+        by_domain = np.argsort(domain, kind="stable")
+        borders = np.flatnonzero(np.diff(domain[by_domain])) + 1
+        runs = [
+            _SequenceRun(int(domain[rows[0]]), int(ordinal[rows[0]]), rows.tolist())
+            for rows in np.split(by_domain, borders)
+        ]
+        return _StepContent(step, domain, runs)
+
+    def _read_steps(self, plan: ChunkPlan, steps: list[_StepContent]) -> list[Batch]:
+        """Return the batches of consecutive steps, whose documents are read together."""
+        runs = self._placed_runs(steps)
+        by_domain = {
+            domain: self._streams.documents_of(domain, [(run.start, run.stop) for run in of_domain])
+            for domain, of_domain in itertools.groupby(runs, key=lambda placed: placed.run.domain)
+        }
+        documents = Documents.join(list(by_domain.values()))
+        if not self._source.layout.in_tokens:
+            return self._sample_batches(plan, steps, runs, self._reader.payloads(documents))
+
+        last_of_domain = np.cumsum([len(of_domain.block) for of_domain in by_domain.values()]) - 1
+        packed = self._reader.read(documents, dict(zip(by_domain, last_of_domain.tolist(), strict=True)))
+        return self._token_batches(plan, steps, runs, packed)
+
+    def _placed_runs(self, steps: list[_StepContent]) -> list[_PlacedRun]:
+        """Return all runs of `steps`, sorted by domain, then by step."""
+        placed = []
+        for step_index, content in enumerate(steps):
+            for run in content.runs:
+                start, stop = self._source.span(run.domain, run.first, len(run.rows))
+                placed.append(_PlacedRun(step_index, run, start, stop))
+        return sorted(placed, key=lambda item: item.run.domain)
+
+    def _token_batches(
+        self, plan: ChunkPlan, steps: list[_StepContent], runs: list[_PlacedRun], packed: PackedTokens
+    ) -> list[Batch]:
+        """Cut packed tokens, in which the spans of `runs` follow each other, into the sequences of each step."""
+        grid = self._source.grid
+
+        # First token of each row of each step's batch. Neighbouring sequences of a run are `stride` tokens apart.
+        starts = np.empty((len(steps), self._slice.size), np.int64)
+        begin = 0
+        for placed in runs:
+            starts[placed.step_index, placed.run.rows] = begin + grid.stride * np.arange(len(placed.run.rows))
+            begin += placed.stop - placed.start
+
+        # Views: row i is the window of `length` tokens that begins at token i. Indexing them copies whole sequences.
+        token_windows = sliding_window_view(packed.tokens, grid.length)
+        document_windows = sliding_window_view(packed.document, grid.length)
+        counted = packed.continues_document
+        if self._source.config.dataplane.predict_across_documents:
+            counted = np.ones_like(counted)
+        counted_windows = sliding_window_view(counted, grid.length - 1)
+
+        batches = []
+        for content, first in zip(steps, starts, strict=True):
+            tokens = token_windows[first].astype(np.int64)
+            batches.append(
+                self._batch(
+                    plan,
+                    content,
+                    tokens=tokens,
+                    document_ids=document_windows[first] - packed.document[first, None],
+                    # The first token of a sequence is input only: targets begin one token later.
+                    loss_mask=counted_windows[first + 1],
+                    digests=[sequence_digest(row) for row in tokens] if self._audit else None,
+                )
+            )
+        return batches
+
+    def _sample_batches(
+        self, plan: ChunkPlan, steps: list[_StepContent], runs: list[_PlacedRun], samples: list[Any]
+    ) -> list[Batch]:
+        """Distribute samples, in the order of `runs`, to the rows of each step's batch."""
+        count = self._slice.size
+        remaining = iter(samples)
+        payloads: list[list[Any]] = [[None] * count for _ in steps]
+        for placed in runs:
+            for row in placed.run.rows:
+                payloads[placed.step_index][row] = next(remaining)
+
+        empty = {
+            "tokens": np.empty((count, 0), np.int64),
+            "document_ids": np.empty((count, 0), np.int32),
+            "loss_mask": np.empty((count, 0), np.bool_),
+        }
+        batches = []
+        for content, of_step in zip(steps, payloads, strict=True):
+            digests = [sample_digest(sample) for sample in of_step] if self._audit else None
+            batches.append(self._batch(plan, content, **empty, payloads=of_step, digests=digests))
+        return batches
+
+    def _batch(self, plan: ChunkPlan, content: _StepContent, **fields: Any) -> Batch:
+        return Batch(
+            step=content.step,
+            domain_ids=content.domain_ids.astype(np.int64),
+            positions=np.arange(self._slice.first, self._slice.first + self._slice.size),
+            chunk=plan.chunk,
+            plan_digest=plan.digest,
+            **fields,
+        )
+
+
+def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:
+    """Return the training steps that `plan` serves, without those before `first_step`."""
+    version = source.stream_version
+    first_of_plan = version.step_at(plan.first_step)
+    return range(max(first_step, first_of_plan), version.step_at(plan.first_step + plan.num_steps))
+
+
+def steps_per_read(source: Source, batch_slice: BatchSlice) -> int:
+    """Return how many steps are read together, at least 1; for samples, from their average size."""
+    if source.layout.in_tokens:
+        return max(1, TOKENS_PER_READ // (batch_slice.size * source.grid.length))
+    num_samples = int(source.blocks.rows.sum(dtype=np.int64))
+    num_bytes = max(int(source.blocks.length.sum()), 1)
+    samples_per_read = SAMPLE_BYTES_PER_READ * num_samples // num_bytes
+    return max(1, samples_per_read // batch_slice.size)

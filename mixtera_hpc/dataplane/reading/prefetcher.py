@@ -1,0 +1,95 @@
+"""Batches made ahead of time, in a background thread.
+
+The thread expands plans, reads, decompresses, tokenizes and packs. It never calls MPI. It stays at most `prefetch_batches`
+ahead of the trainer. An error in it is raised in the main thread, at the step it belongs to.
+"""
+
+import queue
+import threading
+from dataclasses import dataclass
+
+from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSource
+
+__all__ = ["Prefetcher"]
+
+PUT_TIMEOUT_S = 0.1
+"""How often the thread looks whether it should stop while the queue of batches is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class _QueuedPlan:
+    plan: ChunkPlan
+    first_step: int
+
+
+class _EndOfData:
+    """Follows the last batch in the queue."""
+
+
+class Prefetcher:
+    """Makes batches in a daemon thread, between a queue of plans and a bounded queue of batches."""
+
+    def __init__(self, maker: BatchSource, prefetch_batches: int) -> None:
+        self._maker = maker
+        self._plans: queue.SimpleQueue[_QueuedPlan | None] = queue.SimpleQueue()
+        self._ready: queue.Queue[Batch | _EndOfData | BaseException] = queue.Queue(maxsize=prefetch_batches)
+        self._end: _EndOfData | BaseException | None = None
+        """What came instead of another batch; `get` repeats it."""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+        self._thread.start()
+
+    def submit(self, plan: ChunkPlan, first_step: int) -> None:
+        """Queue a plan; its steps before `first_step` are skipped."""
+        self._plans.put(_QueuedPlan(plan, first_step))
+
+    def get(self, timeout_s: float) -> Batch | None:
+        """Return the next batch, or None after the end of the data, however often one asks.
+
+        Raises:
+            queue.Empty: no batch is ready within `timeout_s`.
+            Exception: the error that ended the thread, in every call from then on.
+        """
+        item = self._end or self._ready.get(timeout=timeout_s)
+        if isinstance(item, Batch):
+            return item
+        self._end = item
+        if isinstance(item, BaseException):
+            raise item
+        return None
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Stop the thread and drop the batches that it has prepared.
+
+        Args:
+            timeout_s: how long to wait for a read in progress. After that the thread frees its files by itself, once the
+                read returns. None waits without limit, so that the caller may free what the thread reads from.
+        """
+        self._stopping.set()
+        self._plans.put(None)
+        self._thread.join(timeout=timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while (work := self._plans.get()) is not None:
+                for batch in self._maker.batches(work.plan, work.first_step):
+                    if not self._put(batch):
+                        return
+                if work.plan.last:
+                    self._put(_EndOfData())
+                    return
+        except BaseException as error:
+            self._put(error)
+        finally:
+            self._maker.close()
+
+    def _put(self, item: Batch | _EndOfData | BaseException) -> bool:
+        """Wait for room in the queue; return False when `close` was called meanwhile."""
+        while not self._stopping.is_set():
+            try:
+                self._ready.put(item, timeout=PUT_TIMEOUT_S)
+            except queue.Full:
+                continue
+            return True
+        return False

@@ -1,0 +1,223 @@
+"""What all ranks know about the index of a run: a small description, and tables that each node stores once.
+
+Rank 0 opens the index, selects the domains and shares the result. The other ranks never read a table from disk. Price:
+one open of the index per run, one broadcast of JSON, and O(blocks) memory per node.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.domain_keys import domain_key_to_plain
+from mixtera_hpc.core.domains import DomainTable
+from mixtera_hpc.core.holdout import shard_hash_keys
+from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable
+from mixtera_hpc.core.properties import ComboTable, Kind, Property
+from mixtera_hpc.dataplane.reading.domain_streams import StreamLayout
+from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
+from mixtera_hpc.index.read.joined import SampleSource, sample_sources
+from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.read.selection import select_domains
+from mixtera_hpc.index.read.verify import check_fresh
+from mixtera_hpc.tokens.tokenizer import Tokenizer
+
+__all__ = ["IndexDescription", "SharedTables", "apply_drops", "read_shared_index", "share_index"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexDescription:
+    """The small part of the index, broadcast as JSON."""
+
+    fingerprint: str
+    sample_sources: list[SampleSource]
+    """The files that hold the per-sample columns."""
+    data_root: str
+    text: str | None
+    """Place of the document's text in a row; None when a sample is the whole row."""
+    shard_paths: list[str]
+    """Relative to `data_root`."""
+    shard_formats: list[str]
+    properties: list[Property]
+    """In the order in which `SharedTables.pack` writes their columns."""
+    domain_names: list[str]
+    domain_keys: list[dict[str, Any]]
+    """The keys of the domains, as YAML has them."""
+    where: str
+    """`query.where`."""
+    where_after_drops: str
+    """`query.where` without the samples of `query.drop`; empty when nothing is dropped."""
+    domain_items: list[int]
+    """Items of one epoch of every domain, dropped samples included: mixture weights refer to these sizes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedTables:
+    """The large part of the index, in memory that the ranks of a node share."""
+
+    blocks: BlockTable
+    """Without zones."""
+    domains: DomainTable
+    """Rows and tokens that each domain still has in its blocks after drops."""
+    combos: ComboTable
+    """Without the number of the combo of damaged rows: no domain contains it."""
+    combo_domain: NDArray[np.int32]
+    """Combo → domain, -1 for none; shape (num_combos,)."""
+    holdout_keys: NDArray[np.uint64] | None
+    """One hash key per shard when samples are held out (see `core.holdout`), else None; shape (num_shards,)."""
+
+    def pack(self) -> list[NDArray[Any]]:
+        """Return all arrays in the order that `unpack` expects; nothing is copied."""
+        arrays: list[NDArray[Any]] = [getattr(self.blocks, name) for name in BLOCK_COLUMNS]
+        arrays += [getattr(self.domains, field.name) for field in fields(DomainTable)]
+        arrays.append(self.combo_domain)
+        for name in self.combos.properties:
+            arrays += [self.combos.indptr[name], self.combos.codes[name]]
+        if self.holdout_keys is not None:
+            arrays.append(self.holdout_keys.view(np.int64))
+        return arrays
+
+    @classmethod
+    def unpack(cls, arrays: Sequence[NDArray[Any]], properties: Iterable[Property]) -> "SharedTables":
+        """Restore what `pack` returned.
+
+        Args:
+            properties: all properties of the index, in the order of `IndexDescription.properties`.
+        """
+        remaining = iter(arrays)
+        blocks = BlockTable(**{name: next(remaining) for name in BLOCK_COLUMNS}, zones={})
+        domains = DomainTable(**{field.name: next(remaining) for field in fields(DomainTable)})
+        combo_domain = next(remaining)
+
+        categorical = _categorical(properties)
+        columns = {name: (next(remaining), next(remaining)) for name in categorical}
+        combos = ComboTable(
+            num_combos=len(combo_domain),
+            properties=categorical,
+            indptr={name: indptr for name, (indptr, _) in columns.items()},
+            codes={name: codes for name, (_, codes) in columns.items()},
+        )
+
+        holdout_keys = next(remaining, None)
+        return cls(
+            blocks=blocks,
+            domains=domains,
+            combos=combos,
+            combo_domain=combo_domain,
+            holdout_keys=None if holdout_keys is None else holdout_keys.view(np.uint64),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _IndexHeader:
+    """The message that precedes the tables."""
+
+    description: IndexDescription
+    num_arrays: int
+
+
+def share_index(
+    comm: Communicator, index: tuple[IndexDescription, SharedTables] | None
+) -> tuple[IndexDescription, SharedTables]:
+    """Return rank 0's `index` on every rank; the others give None. **Collective.**"""
+    packed: list[NDArray[Any]] = []
+    header: bytes | None = None
+    if index is not None:
+        description, tables = index
+        packed = tables.pack()
+        header = msgspec.json.encode(_IndexHeader(description=description, num_arrays=len(packed)))
+
+    received = msgspec.json.decode(bcast_bytes(comm, header), type=_IndexHeader)
+    if index is None:
+        arrays = [comm.Allocate_shared(None) for _ in range(received.num_arrays)]
+    else:
+        arrays = [comm.Allocate_shared(array) for array in packed]
+    return received.description, SharedTables.unpack(arrays, received.description.properties)
+
+
+def read_shared_index(
+    config: Config, index: PropertyIndex, tokenizer: Tokenizer | None, *, check: bool
+) -> tuple[IndexDescription, SharedTables]:
+    """Select the domains of `config` in an open index; rank 0 only.
+
+    Args:
+        check: refuse an index whose shards have changed on disk.
+
+    Raises:
+        PropertyIndexError: the index is stale, or was built with another tokenizer or without one.
+        MixtureError: a domain key matches nothing.
+    """
+    if check:
+        check_fresh(index)
+    check_token_counts(config, index, tokenizer)
+
+    chosen = select_domains(config, index)
+    tables = index.tables
+    after_drops = apply_drops(config)
+    full_table = chosen.selection.table
+    domains = full_table
+    if config.query.drop:
+        remaining = select_domains(after_drops, index).selection.table
+        domains = _with_counts_of(full_table, remaining, len(tables.blocks))
+
+    properties = list(tables.properties.values())
+    holdout = config.query.holdout
+    description = IndexDescription(
+        fingerprint=index.fingerprint,
+        sample_sources=sample_sources(index),
+        data_root=str(index.data_root),
+        text=index.text,
+        shard_paths=index.shard_paths(),
+        shard_formats=list(tables.shards.format),
+        properties=properties,
+        domain_names=list(chosen.names),
+        domain_keys=[domain_key_to_plain(key) for key in chosen.keys],
+        where=chosen.selection.predicate.text,
+        where_after_drops=after_drops.query.where or "" if config.query.drop else "",
+        domain_items=StreamLayout.of_config(config, full_table).epoch_items().tolist(),
+    )
+    shared = SharedTables(
+        blocks=replace(tables.blocks, zones={}),
+        domains=domains,
+        combos=replace(tables.combos, properties=_categorical(properties)),
+        combo_domain=chosen.selection.combo_domain,
+        holdout_keys=shard_hash_keys(tables.shards.path, holdout.seed) if holdout.fraction else None,
+    )
+    return description, shared
+
+
+def apply_drops(config: Config) -> Config:
+    """Return `config` with the samples of `query.drop` excluded by `query.where`."""
+    where = (config.query.where or "").strip()
+    terms = [f"({where})"] if where else []
+    terms += [f"not ({expression})" for expression in config.query.drop]
+    return replace(config, query=replace(config.query, where=" and ".join(terms)))
+
+
+def _with_counts_of(table: DomainTable, remaining: DomainTable, num_blocks: int) -> DomainTable:
+    """Return `table` with all its entries, but with the rows and tokens of `remaining`.
+
+    The entries stay, because the order of a domain's blocks depends on how many there are.
+    """
+
+    def entry_key(entries: DomainTable) -> NDArray[np.int64]:
+        # One ascending integer per (domain, block).
+        domain = np.repeat(np.arange(entries.num_domains), np.diff(entries.indptr))
+        return domain * num_blocks + entries.block
+
+    rows = np.zeros_like(table.rows)
+    tokens = np.zeros_like(table.tokens)
+    positions = np.searchsorted(entry_key(table), entry_key(remaining))
+    rows[positions] = remaining.rows
+    tokens[positions] = remaining.tokens
+    return replace(table, rows=rows, tokens=tokens)
+
+
+def _categorical(properties: Iterable[Property]) -> dict[str, Property]:
+    """Return the properties that combos have values of, by name."""
+    return {prop.name: prop for prop in properties if prop.kind is not Kind.NUMBER}
