@@ -269,7 +269,7 @@ def quantise_or_refuse(weights: NDArray[np.float64]) -> Ints:
     if low == high == 0:
         raise MixtureError(
             "All weights of the mixture are 0, or of domains that were dropped.\n  Give another domain a weight; in a run that has "
-            "begun, with mixtera-hpc mixture RUN --set."
+            "begun, with mixtera-hpc mixture set RUN FILE."
         )
     worst = int(np.flatnonzero(~np.isfinite(weights) | (weights < 0))[0])
     raise MixtureError(f"The weight of domain {worst} is {weights[worst]}; weights are finite and at least 0.")

@@ -25,24 +25,24 @@ def test_a_running_job_of_several_ranks_changes_its_mixture(cli: Cli, small: lis
         try:
             wait_for(tmp_path, "runs/small/*/metrics/steps.jsonl", 4, process)
             folder = the_run(tmp_path / "runs")
-            assert "not going on" not in cli("mixture", folder, "--set", tmp_path / "static.yaml").stdout
+            assert "not active" not in cli("mixture", "set", folder, tmp_path / "static.yaml").stdout
             wait_for(tmp_path, "runs/small/*/decisions.jsonl", 1, process)
             time.sleep(2.0)
             (folder / "control" / "stop").touch()
             assert process.wait(timeout=90) == 75, (tmp_path / "out").read_text()
         finally:
             process.kill()
-    lines = [json.loads(line) for line in cli("mixture", folder, "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in cli("mixture", "show", folder, "--json").stdout.splitlines()]
     [decision] = [line for line in lines if line["kind"] == "mixture"]
     newest = [line for line in lines if line["kind"] == "chunk"][-1]
     assert newest["chunk"] == decision["chunk"]
     assert sorted(newest["weights"])[-2:] == pytest.approx([0.25, 0.75])
     cli("trace", folder, "--verify")
-    done = cli("mixture", folder, "--set", tmp_path / "static.yaml", "--at-chunk", 1, rc=2)
+    done = cli("mixture", "set", folder, tmp_path / "static.yaml", "--at-chunk", 1, rc=2)
     assert "planned already" in done.stderr
-    asked = cli("mixture", folder, "--set", tmp_path / "static.yaml").stdout
-    assert "takes this up with: mixtera-hpc resume small/" in asked
-    assert "Give --set FILE" in cli("mixture", folder, "--at-chunk", 99, rc=2).stderr
+    asked = cli("mixture", "set", folder, tmp_path / "static.yaml").stdout
+    assert "reads the request with: mixtera-hpc resume small/" in asked
+    assert "needs a file" in cli("mixture", "set", folder, "--at-chunk", 99, rc=2).stderr
 
 
 def wait_for(root: Path, glob: str, lines: int, process: subprocess.Popen[str]) -> None:
@@ -71,7 +71,7 @@ def trained(cli: Cli, small: list[str], tmp_path_factory: pytest.TempPathFactory
         (["--skip-steps", "2..3"], "the oldest checkpoint left is of step"),
         (["--drop", "sourc == 'ast'"], "--drop names 'sourc'"),
         (["--drop", "size > 1e12"], "matches no sample"),
-        (["--drop", "source == 'ast' or source != 'ast'"], "All that the mixture serves has been dropped"),
+        (["--drop", "source == 'ast' or source != 'ast'"], "All domains of the mixture have been dropped"),
     ],
 )
 def test_surgery_that_is_not_meant_or_not_possible_is_refused(

@@ -1,0 +1,77 @@
+"""Submit a request for another mixture to a run: check it against the run's data, and leave it for rank 0."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.mixing.from_config import make_mixer
+from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, requested_mixture, write_request
+from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.run_edits import pin_index_generation
+from mixtera_hpc.errors import ConfigError
+
+__all__ = ["SubmittedRequest", "submit_request"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmittedRequest:
+    """A request that waits for the run."""
+
+    names: Sequence[str]
+    """Names of the domains."""
+    weights: NDArray[np.float64] | None
+    """Weights that the requested mixture begins with; shape (K,)."""
+
+
+def submit_request(
+    folder: RunFolder, config: Config, written: Any, *, chunk: int | None, is_active: bool
+) -> SubmittedRequest:
+    """Check a requested mixture and leave it in the control folder of the run.
+
+    Price: one open of the index.
+
+    Args:
+        config: the recorded configuration of the run.
+        written: the requested mixture, as YAML.
+        chunk: first chunk to be served from it; None: the next one that is not planned.
+        is_active: an attempt of the run is going on.
+
+    Raises:
+        ConfigError: it is not a valid mixture, changes more than proportions, names a chunk that is planned, or another
+            request is waiting.
+        MixtureError: the data of the run cannot be served in these proportions.
+    """
+    config = pin_index_generation(config, folder.journal)
+    mixture = requested_mixture(config.mixture, written)
+    source = open_source(config, Local(), check=False)
+    weights = make_mixer(mixture, source.mixture_context, learn=False).weights_of(0)
+    _check_not_planned(folder, chunk, is_active)
+    write_request(folder.control, MixtureRequest(mixture=mixture, chunk=chunk))
+    return SubmittedRequest(names=source.names, weights=weights)
+
+
+def _check_not_planned(folder: RunFolder, chunk: int | None, is_active: bool) -> None:
+    """Refuse now what rank 0 would refuse later: a chunk that is planned.
+
+    An attempt that was killed does not count. The next one continues from a checkpoint and plans its chunks anew.
+    """
+    if chunk is None or not folder.journal.is_file():
+        return
+    attempts = History(folder.journal).attempts
+    if not attempts or not attempts[-1].plans:
+        return
+    was_killed = attempts[-1].next_step is None and not is_active
+    last_planned = attempts[-1].plans[-1].chunk
+    if chunk <= last_planned and not was_killed:
+        # While the user reads this, the run plans on; two chunks ahead is safe.
+        raise ConfigError(
+            f"Chunk {chunk} is planned already; the run has planned up to chunk {last_planned}.\n"
+            f"  Give --at-chunk next, or {last_planned + 2} or later."
+        )

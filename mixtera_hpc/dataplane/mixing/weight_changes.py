@@ -1,0 +1,57 @@
+"""The chunks of a run at which its weights changed, from the journal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mixtera_hpc.dataplane.journal import History
+
+__all__ = ["WeightChange", "weight_changes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightChange:
+    """A chunk whose weights differ from those of the chunk before."""
+
+    attempt: int
+    chunk: int
+    step: int
+    """First training step of the chunk that counts."""
+    domains: Sequence[str]
+    """Names of the domains."""
+    weights: Sequence[float]
+    """Shares of the domains; sum 1."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a line of `mixture show --json`."""
+        return {
+            "kind": "chunk",
+            "attempt": self.attempt,
+            "chunk": self.chunk,
+            "step": self.step,
+            "domains": list(self.domains),
+            "weights": list(self.weights),
+        }
+
+
+def weight_changes(history: History) -> list[WeightChange]:
+    """Return the chunks with new weights, in order of steps; chunks that a later attempt planned anew do not count."""
+    changes: list[WeightChange] = []
+    for attempt, steps in history.extents():
+        version = attempt.stream_version
+        for plan in attempt.plans:
+            first = max(version.step_at(plan.first_step), steps.start)
+            end = min(version.step_at(plan.first_step + plan.num_steps), steps.stop)
+            shares = (plan.weights / plan.weights.sum()).tolist()
+            if first >= end or (changes and changes[-1].weights == shares):
+                continue
+            changes.append(
+                WeightChange(
+                    attempt=attempt.number,
+                    chunk=plan.chunk,
+                    step=first,
+                    domains=attempt.identity["domains"],
+                    weights=shares,
+                )
+            )
+    return changes
