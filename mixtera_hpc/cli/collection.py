@@ -13,10 +13,10 @@ __all__ = ["compose_data", "open_collection"]
 
 def compose_data(overrides: Sequence[str]) -> "Config":
     """Compose, and check data, index and mixture; a tokenizer is not asked for."""
-    from mixtera_hpc.config.check import check_data
+    from mixtera_hpc.config.check import check_build
 
     config = _config(_plain(overrides))
-    check_data(config)
+    check_build(config)
     return config
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-from mixtera_hpc.config.check_data import data_problems, holdout_problems
+from mixtera_hpc.config.check_data import data_problems, holdout_problems, root_problems
 from mixtera_hpc.config.check_job import job_problems
 from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.check_numbers import all_at_least, at_least
@@ -18,7 +18,7 @@ from mixtera_hpc.config.schema import (
     TrainingConfig,
 )
 
-__all__ = ["check", "check_data", "check_index_job", "problems"]
+__all__ = ["check", "check_build", "check_data", "check_index_job", "problems"]
 
 MAX_CHUNK_SEQUENCES = 1_000_000
 """Sequences of one chunk. The planner decides them one by one on rank 0, and a broadcast must stay small."""
@@ -30,36 +30,24 @@ def check(config: Config) -> None:
 
 
 def check_data(config: Config) -> None:
-    """Check what verbs need that look at data and index only; the keys of a run are not checked."""
-    raise_problems(
-        [
-            *data_problems(config.data, config.index),
-            *_vocabulary(config.dataplane),
-            *holdout_problems(config.query),
-            *mixture_problems(config.mixture),
-        ]
-    )
+    """Check what verbs need that read data and indexes, but nothing of a run."""
+    raise_problems(_data(config))
+
+
+def check_build(config: Config) -> None:
+    """Check what `index build` and `index refresh` need: `check_data`, and a data root."""
+    raise_problems([*root_problems(config.data), *_data(config)])
 
 
 def check_index_job(config: Config) -> None:
-    """Check what a job needs that works on an index; the keys of the data plane are not checked."""
-    raise_problems(
-        [
-            *data_problems(config.data, config.index),
-            *_vocabulary(config.dataplane),
-            *_run(config.run),
-            *job_problems(config.job, config.cluster),
-        ]
-    )
+    """Check what a job that works on an index needs besides `check_build` or `check_data`."""
+    raise_problems([*_run(config.run), *job_problems(config.job, config.cluster)])
 
 
 def problems(config: Config) -> list[str]:
     """Return everything wrong with `config`, one or two sentences each."""
     return [
-        *data_problems(config.data, config.index),
-        *_vocabulary(config.dataplane),
-        *mixture_problems(config.mixture),
-        *holdout_problems(config.query),
+        *_data(config),
         *_dataplane(config.dataplane, config.mixture),
         *_training(config.training),
         *_checkpoint(config.checkpoint),
@@ -68,6 +56,15 @@ def problems(config: Config) -> list[str]:
         *_plan(config.plan),
         *job_problems(config.job, config.cluster),
         *_batch_split(config),
+    ]
+
+
+def _data(config: Config) -> list[str]:
+    return [
+        *data_problems(config.data, config.index),
+        *_vocabulary(config.dataplane),
+        *mixture_problems(config.mixture),
+        *holdout_problems(config.query),
     ]
 
 

@@ -6,13 +6,17 @@ import re
 from mixtera_hpc.config.check_numbers import at_least
 from mixtera_hpc.config.schema import DataConfig, IndexConfig, PropertyConfig, QueryConfig
 
-__all__ = ["data_problems", "holdout_problems"]
+__all__ = ["data_problems", "holdout_problems", "root_problems"]
+
+INDEX_PATH_WITHOUT_ROOT = "/index.h5"
+"""What the default of `index.path`, `${data.root}/index.h5`, becomes when `data.root` is empty."""
 
 
 def data_problems(data: DataConfig, index: IndexConfig) -> list[str]:
     """Return everything wrong with the data and the index, one or two sentences each."""
     problems = [
-        *_roots(data),
+        *_sets(data),
+        *_index_path(data, index),
         *at_least("index.block_rows", index.block_rows, 1),
         *at_least("index.threads", index.threads, 1),
         *at_least("data.max_block_bytes", data.max_block_bytes, 1 << 16),
@@ -32,9 +36,23 @@ def holdout_problems(query: QueryConfig) -> list[str]:
     return problems
 
 
-def _roots(data: DataConfig) -> list[str]:
-    if not data.root and not data.sets:
-        return ["data.root is missing. Set it on the command line or in a config file."]
+def root_problems(data: DataConfig) -> list[str]:
+    """Return the problem of an index build that has no folder to look for shards in."""
+    if data.root or data.sets:
+        return []
+    return [
+        "data.root is missing; it is the folder that the index is built from. Set it on the command line or in a "
+        "config file."
+    ]
+
+
+def _index_path(data: DataConfig, index: IndexConfig) -> list[str]:
+    if index.path != INDEX_PATH_WITHOUT_ROOT or data.root or index.paths:
+        return []
+    return ["index.path is missing: without data.root it has no default. Set index.path or data.root."]
+
+
+def _sets(data: DataConfig) -> list[str]:
     problems = [
         f"data.sets has {name!r}: {root!r}, expected a name and a folder."
         for name, root in data.roots().items()

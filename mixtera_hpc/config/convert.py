@@ -7,12 +7,14 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from mixtera_hpc.config.schema.composed_default import NOT_GIVEN, composed_default
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["from_plain", "raise_problems", "to_plain"]
+__all__ = ["NOT_GIVEN", "from_plain", "raise_problems", "to_plain"]
 
 T = TypeVar("T")
+
+NOT_GIVEN = "???"
+"""OmegaConf's marker of a value that the user has to give."""
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -68,16 +70,11 @@ def _dataclass(cls: Any, data: Any, path: str, problems: list[str]) -> Any:
     values: dict[str, Any] = {}
     num_before = len(problems)
     for name, spec in fields.items():
-        if name in data and not _is_left_out(spec, data[name]):
+        if name in data:
             values[name] = _value(hints[name], data[name], _join(path, name), problems)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             problems.append(_missing(_join(path, name)))
     return None if len(problems) > num_before else cls(**values)
-
-
-def _is_left_out(spec: "dataclasses.Field[Any]", value: Any) -> bool:
-    """Return whether a composed value only says that the user may leave the key out."""
-    return bool(value == NOT_GIVEN and composed_default(spec) == NOT_GIVEN)
 
 
 def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:

@@ -9,7 +9,7 @@ import h5py
 import pytest
 
 from mixtera_hpc.comm.communicator import Local
-from mixtera_hpc.config.check import check_data
+from mixtera_hpc.config.check import check_build
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
@@ -90,7 +90,7 @@ class TestRoots:
     )
     def test_wrong_settings_are_refused(self, data: dict[str, Any], said: str, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=said):
-            check_data(configured(tmp_path, data=data))
+            check_build(configured(tmp_path, data=data))
 
     def test_roots_are_set_on_the_command_line(self, roots: dict[str, str], tmp_path: Path) -> None:
         words = [f"data.sets={{web: {roots['web']}, code: {roots['code']}}}", f"index.path={tmp_path}/i.h5"]

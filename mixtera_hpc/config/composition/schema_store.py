@@ -13,9 +13,9 @@ from typing import Any, get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from mixtera_hpc.config.convert import to_plain
+from mixtera_hpc.config.convert import NOT_GIVEN, to_plain
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.config.schema.composed_default import NOT_GIVEN, composed_default
+from mixtera_hpc.config.schema.composed_default import composed_default
 
 __all__ = ["SCHEMA_NAME", "register_schema", "schema_defaults"]
 

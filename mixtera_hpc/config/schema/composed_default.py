@@ -3,17 +3,14 @@
 from dataclasses import MISSING, Field, field
 from typing import Any
 
-__all__ = ["NOT_GIVEN", "composed_default", "composed_from"]
-
-NOT_GIVEN = "???"
-"""OmegaConf's marker of a value that the user has to give."""
+__all__ = ["composed_default", "composed_from"]
 
 
 def composed_from(expression: str, default: Any = MISSING) -> Any:
     """Return a dataclass field whose default in a composed configuration is `expression`, an OmegaConf interpolation.
 
     Args:
-        expression: for example `${cluster.mem}`, or `NOT_GIVEN` for a value that only some verbs need.
+        expression: for example `${cluster.mem}`.
         default: the value of the field where Python code builds the dataclass itself. Without one the field is required.
     """
     if default is MISSING:

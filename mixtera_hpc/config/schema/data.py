@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mixtera_hpc.config.schema.composed_default import NOT_GIVEN, composed_from
+from mixtera_hpc.config.schema.composed_default import composed_from
 
 __all__ = ["DataConfig", "DataSetConfig", "IndexConfig", "PropertyConfig"]
 
@@ -47,8 +47,9 @@ class DataSetConfig:
 class DataConfig:
     """Which files hold the samples, and where a row has its text and its properties."""
 
-    root: str = composed_from(NOT_GIVEN, default="")
-    """Folder that all shard paths are relative to. Required by `index build`, unless `data.sets` is given."""
+    root: str = ""
+    """Folder that all shard paths are relative to. `index build` and `index refresh` need it, unless `data.sets` is given. A run
+    without it uses the folder that the index was built from; see `index.trusted_roots`."""
     sets: dict[str, DataSetConfig] = field(default_factory=dict)
     """Used instead of `data.root` for several data sets in one index: name → folder, for example `{web: /a, code: /b}`. All
     other keys of `data` apply to every set. The name becomes the built-in property `dataset` of the samples."""
@@ -83,7 +84,7 @@ class IndexConfig:
     """The property index files, and how an index is built."""
 
     path: str = composed_from("${data.root}/index.h5")
-    """The HDF5 file that `index build` writes."""
+    """The HDF5 file that `index build`, `refresh` and `derive` write, on a file system that all nodes share."""
     paths: list[str] = field(default_factory=list)
     """Further indexes whose samples take part in a run. The property `dataset` (the name of the file) tells them apart."""
     generation: str | None = None
