@@ -43,8 +43,12 @@ surface: setup ## print figures of how the code reads, next to their targets
 coverage: setup ## run the unit and property tests and print which lines they reach
 	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered tests/unit tests/property
 
-docs: setup ## build the documentation site in build/site
+docs: $(VENV)/.docs-ready ## build the documentation site in build/site
 	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs-ready: $(VENV)/.ready
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .
