@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mixtera_hpc.config.run_folder import RunFolder
     from mixtera_hpc.config.schema import Config
-    from mixtera_hpc.dataplane.run_edits import RunEdit
+    from mixtera_hpc.dataplane.resume.run_edits import RunEdit
     from mixtera_hpc.launch.resume import ResumeRequest
 
 __all__ = ["operate"]
@@ -22,7 +22,12 @@ def operate(folder: "RunFolder", before: "Config", after: "Config", change: "Res
         ConfigError: an expression does not parse or names what the index does not have.
         MixtureError: nothing would be left of the domains that are mixed.
     """
-    from mixtera_hpc.dataplane.run_edits import pin_index_generation, read_run_edits, record_run_edit, run_edit_between
+    from mixtera_hpc.dataplane.resume.run_edits import (
+        pin_index_generation,
+        read_run_edits,
+        record_run_edit,
+        run_edit_between,
+    )
 
     operated = read_run_edits(folder.decisions)
     at_step = _checkpoint_before(folder, change.skip_steps, operated)
@@ -40,7 +45,7 @@ def operate(folder: "RunFolder", before: "Config", after: "Config", change: "Res
 
 def _checkpoint_before(folder: "RunFolder", skip: tuple[int, int] | None, operated: Sequence["RunEdit"]) -> int:
     """The newest checkpoint's step, at or before the first one to skip; 0 when the run has none."""
-    from mixtera_hpc.dataplane.run_edits import is_abandoned
+    from mixtera_hpc.dataplane.resume.run_edits import is_abandoned
     from mixtera_hpc.errors import LaunchError
 
     states = [_state(path) for path in folder.checkpoints.glob("step_[0-9]*/dataplane.json")]

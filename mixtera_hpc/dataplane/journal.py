@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.stream_version import StreamVersion
+from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.tracker import open_append
 

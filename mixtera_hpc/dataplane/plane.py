@@ -39,7 +39,7 @@ from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.workers import open_batch_source
-from mixtera_hpc.dataplane.run_edits import find_resume_point, share_resume_point
+from mixtera_hpc.dataplane.resume.run_edits import find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.step_losses import StepLosses
 from mixtera_hpc.dataplane.step_reducer import RankFlags, StepReducer, StepResult

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
-from mixtera_hpc.dataplane.stream_version import StreamVersion
+from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["PlaneState", "check_identity"]

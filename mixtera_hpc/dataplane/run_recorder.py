@@ -10,7 +10,7 @@ from mixtera_hpc.dataplane.journal import AttemptStart, AuditLog, Journal, appen
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.run_edits import RunEdit, read_run_edits
+from mixtera_hpc.dataplane.resume.run_edits import RunEdit, read_run_edits
 from mixtera_hpc.track.tracker import NullTracker, Tracker
 
 __all__ = ["RunRecorder"]

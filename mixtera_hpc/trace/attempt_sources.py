@@ -9,7 +9,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.plane_state import check_identity
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.run_edits import config_for_identity
+from mixtera_hpc.dataplane.resume.run_edits import config_for_identity
 from mixtera_hpc.errors import ConfigError, DataError
 
 __all__ = ["AttemptSources", "Record"]

@@ -165,7 +165,7 @@ class _ExpandedPlans:
         steps_in_plan, position = divmod(slot, self._source.planner.global_batch_size)
         data_step = plan.first_step + steps_in_plan
         version = self._source.stream_version
-        return None if version.skipped(data_step) else (version.step_at(data_step), position)
+        return None if version.is_skipped(data_step) else (version.step_at(data_step), position)
 
     def _expand(self, number: int) -> Slots:
         if number not in self._slots:

@@ -22,7 +22,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
-from mixtera_hpc.dataplane.run_edits import is_abandoned, pin_index_generation, read_run_edits
+from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, pin_index_generation, read_run_edits
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import MultiTracker, Tracker, open_tracker

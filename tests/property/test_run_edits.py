@@ -17,8 +17,8 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
-from mixtera_hpc.dataplane.run_edits import read_run_edits, record_run_edit, run_edit_between
-from mixtera_hpc.dataplane.stream_version import StreamVersion
+from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
+from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.verify import verify_run
@@ -85,7 +85,7 @@ def test_steps_count_the_data_steps_that_are_not_skipped(spans: list[tuple[int, 
     left = [d for d in range(200) if not any(a <= d <= b for a, b in skips)]
     assert [era.data_step(s) for s in range(100)] == left[:100]
     assert era.step_at(data_step) == sum(d < data_step for d in left)
-    assert era.skipped(data_step) == (data_step not in left)
+    assert era.is_skipped(data_step) == (data_step not in left)
 
 
 @SLOW

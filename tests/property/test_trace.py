@@ -14,7 +14,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.run_edits import read_run_edits, record_run_edit, run_edit_between
+from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.diff import first_difference

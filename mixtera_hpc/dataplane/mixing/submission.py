@@ -14,7 +14,7 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer
 from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, requested_mixture, write_request
 from mixtera_hpc.dataplane.reading.source import open_source
-from mixtera_hpc.dataplane.run_edits import pin_index_generation
+from mixtera_hpc.dataplane.resume.run_edits import pin_index_generation
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["SubmittedRequest", "submit_request"]

@@ -35,7 +35,7 @@ from mixtera_hpc.dataplane.reading.shared_index import (
     read_shared_index,
     share_index,
 )
-from mixtera_hpc.dataplane.stream_version import StreamVersion
+from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.index.read.joined import open_configured, open_samples
 from mixtera_hpc.index.read.selection import select_domains
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary

@@ -20,7 +20,7 @@ from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.journal import append_line, read_lines
 from mixtera_hpc.dataplane.plane_state import PlaneState, check_identity
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.stream_version import StreamVersion
+from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
 
 __all__ = [

@@ -48,7 +48,7 @@ class StreamVersion:
         """The training step that takes `data_step`, or the first one after it that is not passed over."""
         return data_step - sum(min(last + 1, data_step) - first for first, last in self.skips if first < data_step)
 
-    def skipped(self, data_step: int) -> bool:
+    def is_skipped(self, data_step: int) -> bool:
         """Whether no training step takes `data_step`."""
         return any(first <= data_step <= last for first, last in self.skips)
 
