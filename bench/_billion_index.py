@@ -14,7 +14,7 @@ import numpy as np
 
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.index.build.build import build_index
-from mixtera_hpc.index.layout import narrow, put_column, put_texts
+from mixtera_hpc.index.layout import narrow, write_column, write_texts
 from mixtera_hpc.index.read.open import open_index
 
 __all__ = ["BLOCK_ROWS", "make_index", "make_shards"]
@@ -75,7 +75,7 @@ def make_shards(folder: Path, path: Path) -> Path:
 def _put(group: h5py.Group, **columns: np.ndarray) -> None:
     for name, values in columns.items():
         del group[name]
-        put_column(group, name, narrow(values))
+        write_column(group, name, narrow(values))
 
 
 def _put_shards(group: h5py.Group, num_blocks: int, length: np.ndarray) -> None:
@@ -86,7 +86,7 @@ def _put_shards(group: h5py.Group, num_blocks: int, length: np.ndarray) -> None:
         ("format", ["jsonl"] * len(first)),
     ):
         del group[f"{name}_utf8"], group[f"{name}_end"]
-        put_texts(group, name, texts)
+        write_texts(group, name, texts)
     size = np.add.reduceat(length, first)
     fingerprint = np.zeros((len(first), group["fingerprint"].shape[1]), np.uint8)
     _put(group, rows=blocks * BLOCK_ROWS, size_bytes=size, mtime_ns=size, fingerprint=fingerprint)

@@ -1,46 +1,37 @@
-"""Opening what verbs look at: a configuration and the index it names, nothing of a run."""
+"""Compose configurations, and open indexes, for the verbs that need nothing of a run."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mixtera_hpc.config.check import check_build, check_data
+from mixtera_hpc.config.compose import compose_plain
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
 
 if TYPE_CHECKING:
-    from mixtera_hpc.config.schema import Config
     from mixtera_hpc.index.read.open import PropertyIndex
 
-__all__ = ["compose_data", "open_collection"]
+__all__ = ["compose_build", "compose_data", "open_collection"]
 
 
-def compose_data(overrides: Sequence[str]) -> "Config":
-    """Compose, and check data, index and mixture; a tokenizer is not asked for."""
-    from mixtera_hpc.config.check import check_build
+def compose_data(overrides: Sequence[str]) -> Config:
+    """Compose a configuration, and check data, index and mixture; a tokenizer is not required."""
+    config = from_plain(Config, compose_plain(overrides))
+    check_data(config)
+    return config
 
-    config = _config(_plain(overrides))
+
+def compose_build(overrides: Sequence[str]) -> Config:
+    """Compose a configuration for `index build` or `index refresh`, which need a data root."""
+    config = from_plain(Config, compose_plain(overrides))
     check_build(config)
     return config
 
 
-def open_collection(overrides: Sequence[str]) -> "tuple[Config, PropertyIndex]":
-    """The configuration and its index; without `data.root` the shards are where the index says they were."""
-    from mixtera_hpc.config.check import check_data
-    from mixtera_hpc.index.read.joined import open_configured
+def open_collection(overrides: Sequence[str], *, reads_shards: bool = False) -> "tuple[Config, PropertyIndex]":
+    """Compose a configuration and open the indexes it reads; `reads_shards` as in `open_configured`."""
+    # h5py takes 0.2 s to import, which `--help` should not pay.
+    from mixtera_hpc.index.read.configured import open_configured
 
-    config = _config(_plain(overrides))
-    index = open_configured(config)
-    if not config.data.root and not config.data.sets:
-        config = replace(config, data=replace(config.data, root=str(index.data_root)))
-    check_data(config)
-    return config, index
-
-
-def _plain(overrides: Sequence[str]) -> dict[str, Any]:
-    from mixtera_hpc.config.compose import compose_plain
-
-    return compose_plain(overrides)
-
-
-def _config(plain: dict[str, Any]) -> "Config":
-    from mixtera_hpc.config.convert import from_plain
-    from mixtera_hpc.config.schema import Config
-
-    return from_plain(Config, plain)
+    config = compose_data(overrides)
+    return config, open_configured(config, reads_shards=reads_shards)

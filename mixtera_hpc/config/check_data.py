@@ -17,6 +17,7 @@ def data_problems(data: DataConfig, index: IndexConfig) -> list[str]:
     problems = [
         *_sets(data),
         *_index_path(data, index),
+        *_generations(index),
         *at_least("index.block_rows", index.block_rows, 1),
         *at_least("index.threads", index.threads, 1),
         *at_least("data.max_block_bytes", data.max_block_bytes, 1 << 16),
@@ -50,6 +51,16 @@ def _index_path(data: DataConfig, index: IndexConfig) -> list[str]:
     if index.path != INDEX_PATH_WITHOUT_ROOT or data.root or index.paths:
         return []
     return ["index.path is missing: without data.root it has no default. Set index.path or data.root."]
+
+
+def _generations(index: IndexConfig) -> list[str]:
+    num_indexes = len(index.paths_to_read)
+    if not index.generations or len(index.generations) == num_indexes:
+        return []
+    return [
+        f"index.generations has {len(index.generations)} entries, but {num_indexes} indexes are read. Give one fingerprint for "
+        "each of them, '' for its newest state."
+    ]
 
 
 def _sets(data: DataConfig) -> list[str]:

@@ -87,7 +87,8 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
         lines = "".join(f"\n  - {name} was {before.get(name)!r}, is {now[name]!r}" for name in refused)
         advice = ["Resume with the old ones."]
         if "index" in refused:
-            advice.append(f"For an index that was refreshed since, set index.generation={before.get('index')}.")
+            generations = ",".join(before.get("index", []))
+            advice.append(f"For an index that was refreshed since, set index.generations=[{generations}].")
         if refused != ["index"]:
             advice.append("What can be changed knowingly: mixtera-hpc resume --help.")
         raise ConfigError(f"The saved state belongs to a run with other settings:{lines}\n  {' '.join(advice)}")

@@ -36,19 +36,19 @@ __all__ = [
     "VERSION",
     "BadRows",
     "Generation",
-    "children",
     "first_rows",
     "first_samples",
-    "get_text",
     "narrow",
     "narrow_type",
+    "open_children",
     "path_source",
-    "put_column",
-    "put_text",
-    "put_texts",
+    "prepend_zero",
     "read_column",
+    "read_text",
     "read_texts",
-    "with_zero",
+    "write_column",
+    "write_text",
+    "write_texts",
 ]
 
 DATASET = "dataset"
@@ -98,7 +98,7 @@ def narrow(values: NDArray[Any]) -> NDArray[Any]:
 
 def first_samples(block_rows: NDArray[Any], chunk_rows: int) -> NDArray[np.int64]:
     """Where each block begins in the sample columns, and at last their length; shape (num_blocks + 1,)."""
-    return with_zero(np.cumsum(-(-block_rows.astype(np.int64) // chunk_rows) * chunk_rows))
+    return prepend_zero(np.cumsum(-(-block_rows.astype(np.int64) // chunk_rows) * chunk_rows))
 
 
 def first_rows(shard: NDArray[Any], block_rows: NDArray[Any]) -> NDArray[np.int64]:
@@ -108,12 +108,12 @@ def first_rows(shard: NDArray[Any], block_rows: NDArray[Any]) -> NDArray[np.int6
     return starts - np.repeat(starts[first], np.diff(np.r_[first, len(shard)]))
 
 
-def with_zero(ends: NDArray[np.int64]) -> NDArray[np.int64]:
+def prepend_zero(ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Ends of consecutive ranges → their bounds, 0 first."""
     return np.concatenate([np.zeros(1, np.int64), ends])
 
 
-def put_column(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
+def write_column(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
     """Store one table column, checksummed."""
     if len(values):
         chunk = min(len(values), TABLE_CHUNK)
@@ -128,18 +128,18 @@ def read_column(group: h5py.Group, name: str, dtype: Any) -> NDArray[Any]:
     return values.astype(dtype, copy=False)
 
 
-def children(group: h5py.Group) -> dict[str, Any]:
+def open_children(group: h5py.Group) -> dict[str, Any]:
     """What is in a group, by name; unlike h5py's `items` it fails on what cannot be opened."""
     return {name: group[name] for name in group}
 
 
-def put_text(node: h5py.Group, name: str, text: str) -> None:
+def write_text(node: h5py.Group, name: str, text: str) -> None:
     """Store a short text as an attribute, of fixed length: HDF5 has no checksum over those of variable length."""
     node.attrs[name] = np.void(text.encode() + b"\0")
 
 
-def get_text(node: h5py.Group, name: str) -> str:
-    """The inverse of `put_text`."""
+def read_text(node: h5py.Group, name: str) -> str:
+    """The inverse of `write_text`."""
     return bytes(node.attrs[name])[:-1].decode()
 
 
@@ -148,16 +148,16 @@ def path_source(path: str, pattern: str | None) -> str:
     return f"path:{path}" + (f" pattern:{pattern}" if pattern else "")
 
 
-def put_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
+def write_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
     """Store texts, which may hold any character, NUL included: their UTF-8 in a row, and where each ends."""
     encoded = [text.encode() for text in texts]
     ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
-    put_column(group, f"{name}_utf8", np.frombuffer(b"".join(encoded), np.uint8))
-    put_column(group, f"{name}_end", narrow(ends))
+    write_column(group, f"{name}_utf8", np.frombuffer(b"".join(encoded), np.uint8))
+    write_column(group, f"{name}_end", narrow(ends))
 
 
 def read_texts(group: h5py.Group, name: str) -> tuple[str, ...]:
-    """The inverse of `put_texts`."""
+    """The inverse of `write_texts`."""
     data = group[f"{name}_utf8"][...].tobytes()
-    bounds = with_zero(read_column(group, f"{name}_end", np.int64)).tolist()
+    bounds = prepend_zero(read_column(group, f"{name}_end", np.int64)).tolist()
     return tuple(data[a:b].decode() for a, b in pairwise(bounds))

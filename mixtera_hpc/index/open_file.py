@@ -5,7 +5,7 @@ from pathlib import Path
 import h5py
 
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.layout import FORMAT, VERSION, get_text
+from mixtera_hpc.index.layout import FORMAT, VERSION, read_text
 from mixtera_hpc.index.scan.scan_log import building_folder
 
 __all__ = ["DAMAGE", "damaged", "open_file"]
@@ -36,7 +36,7 @@ def open_file(path: Path) -> h5py.File:
 
 def _format_of(file: h5py.File) -> str | None:
     """What the file says it is; None when another program wrote it."""
-    return get_text(file, "format") if "format" in file.attrs else None
+    return read_text(file, "format") if "format" in file.attrs else None
 
 
 def _missing(path: Path) -> PropertyIndexError:

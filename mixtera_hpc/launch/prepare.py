@@ -49,7 +49,12 @@ def with_absolute_paths(config: Config) -> Config:
         config,
         run=replace(config.run, root=str(Path(config.run.root).absolute())),
         data=replace(data, root=_rooted(data.root), sets=sets),
-        index=replace(index, path=_rooted(index.path), paths=[_rooted(path) for path in index.paths]),
+        index=replace(
+            index,
+            path=_rooted(index.path),
+            paths=[_rooted(path) for path in index.paths],
+            trusted_roots=[_rooted(root) for root in index.trusted_roots],
+        ),
         dataplane=replace(plane, tokenizer=_rooted(plane.tokenizer) if plane.tokenizer else None),
     )
 

@@ -47,7 +47,7 @@ def test_no_blocks_are_no_samples(index: PropertyIndex) -> None:
 
 def test_blocks_that_are_kept_are_the_same_and_not_read_again(index: PropertyIndex) -> None:
     bounds, rows = index.tables.blocks.first_sample, index.tables.blocks.rows
-    reader = SampleReader(index.path, keep_bytes=1 << 20)
+    reader = SampleReader(index.path, cache_bytes=1 << 20)
     for blocks in ([9, 2, 3, 15, 0], [3, 15, 7]):
         found = reader.read_many(bounds[blocks].tolist(), rows[blocks].tolist())
         assert np.array_equal(found.numbers["n"], index.read_blocks(np.array(blocks, np.int32)).numbers["n"])

@@ -23,13 +23,13 @@ def test_a_run_goes_on_after_shards_were_added(tmp_path: Path) -> None:
     rows = [{"text": f"more {i} " * 30, "meta": {"source": "ast", "tags": ["new"], "size": 7}} for i in range(60)]
     (tmp_path / "data" / "0-new.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = refresh_index(compose(words))
-    assert report.generations == (before.index.fingerprint,)
+    assert list(report.generations) == before.index.fingerprints
 
     newest = open_source(compose(words), Local())
     assert newest.layout.epoch_items().sum() > before.layout.epoch_items().sum()
-    with pytest.raises(ConfigError, match=f"index.generation={before.index.fingerprint}"):
+    with pytest.raises(ConfigError, match=rf"index\.generations=\[{before.index.fingerprints[0]}\]"):
         check_identity(before.identity(), newest.identity())
 
-    again = open_source(compose([*words, f"index.generation={before.index.fingerprint[:12]}"]), Local())
+    again = open_source(compose([*words, f"index.generations=[{before.index.fingerprints[0][:12]}]"]), Local())
     assert check_identity(before.identity(), again.identity()) == []
     assert list(planned_sequences(again, 0, 12)) == expected

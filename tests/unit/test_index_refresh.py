@@ -61,7 +61,7 @@ def rebuilt(root: Path) -> dict[str, list[tuple[Any, ...]]]:
 def test_nothing_changed_leaves_the_file_alone(root: Path) -> None:
     before, inode = (root / "i.h5").read_bytes(), (root / "i.h5").stat().st_ino
     report = refresh_index(configured(root))
-    assert report.build is None and report.kept == 3
+    assert report.build is None and report.unchanged == 3
     assert (root / "i.h5").read_bytes() == before and (root / "i.h5").stat().st_ino == inode
     assert not building_folder(root / "i.h5").exists()
 
@@ -71,7 +71,12 @@ def test_after_any_change_the_content_is_that_of_a_new_build(root: Path) -> None
     write(root, "d.jsonl", 12, "yv")
     (root / "data" / "f.jsonl").unlink()
     report = refresh_index(configured(root))
-    assert (report.added, report.changed, report.deleted, report.kept) == (("a.jsonl",), ("d.jsonl",), ("f.jsonl",), 1)
+    assert (report.added, report.changed, report.deleted, report.unchanged) == (
+        ("a.jsonl",),
+        ("d.jsonl",),
+        ("f.jsonl",),
+        1,
+    )
     with open_index(root / "i.h5") as index:
         assert content(index) == rebuilt(root)
         assert index.tables.shards.path == ("b.jsonl", "a.jsonl", "d.jsonl"), "kept first, then the others sorted"
@@ -124,9 +129,9 @@ def test_a_run_whose_shards_are_gone_is_refused(root: Path) -> None:
         reader, fingerprint = SampleReader(index.path, index.fingerprint), index.fingerprint
     (root / "data" / "b.jsonl").unlink()
     assert refresh_index(configured(root)).generations == ()
-    with pytest.raises(PropertyIndexError, match="is another index than the one this began with"):
+    with pytest.raises(PropertyIndexError, match="is no longer the index that this run began with"):
         reader.read(0, 8)
-    with pytest.raises(PropertyIndexError, match=r"does not begin with a state '\w{12}'; it has \w{12}\.\n"):
+    with pytest.raises(PropertyIndexError, match=r"has no generation '\w{12}'; it has \w{12}\.\n"):
         open_index(root / "i.h5", None, fingerprint)
 
 

@@ -19,8 +19,8 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.refresh import refresh_index
-from mixtera_hpc.index.layout import put_texts
-from mixtera_hpc.index.read.joined import open_configured
+from mixtera_hpc.index.layout import write_texts
+from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.open import PropertyIndex, open_index
 from mixtera_hpc.index.read.verify import changed_shards, check_fresh
 from mixtera_hpc.trace.list import planned_sequences
@@ -72,7 +72,7 @@ class TestRoots:
         build_index(config)
         write(Path(roots["web"]) / "a.jsonl", 11, c="x")
         report = refresh_index(config)
-        assert report.changed == ("a.jsonl",) and report.kept == 1
+        assert report.changed == ("a.jsonl",) and report.unchanged == 1
         with open_index(tmp_path / "i.h5") as index:
             assert counts(index, {"dataset": ("web",)}, {"dataset": ("code",)}) == [11, 7]
 
@@ -110,7 +110,10 @@ def two(roots: dict[str, str], tmp_path: Path) -> Config:
     code = {"root": roots["code"], "properties": properties}
     build_index(configured(tmp_path, data=code, path=str(tmp_path / "code.h5")))
     return configured(
-        tmp_path, data={"root": roots["web"]}, path=str(tmp_path / "prose.h5"), paths=[str(tmp_path / "code.h5")]
+        tmp_path,
+        data={"root": roots["web"]},
+        path=str(tmp_path / "prose.h5"),
+        paths=[str(tmp_path / "prose.h5"), str(tmp_path / "code.h5")],
     )
 
 
@@ -157,7 +160,7 @@ class TestIndexes:
         build_index(configured(tmp_path, data=data, path=str(tmp_path / "code.h5")))
         with pytest.raises(PropertyIndexError, match=r"the kind of c: category in .*prose\.h5, number in .*code\.h5"):
             open_configured(two)
-        twice = configured(tmp_path, data={"root": roots["web"]}, path=two.index.path, paths=[two.index.path])
+        twice = configured(tmp_path, data={"root": roots["web"]}, path=two.index.path, paths=[two.index.path] * 2)
         with pytest.raises(PropertyIndexError, match="have the same name"):
             open_configured(twice)
 
@@ -167,6 +170,6 @@ def test_an_index_that_points_outside_its_root_is_refused(path: str, roots: dict
     build_index(configured(tmp_path, data={"root": roots["web"]}))
     with h5py.File(tmp_path / "i.h5", "r+") as file:
         del file["shards/path_utf8"], file["shards/path_end"]
-        put_texts(file["shards"], "path", [path])
+        write_texts(file["shards"], "path", [path])
     with pytest.raises(PropertyIndexError, match="is outside the data root"):
         open_index(tmp_path / "i.h5")

@@ -86,10 +86,15 @@ class IndexConfig:
     path: str = composed_from("${data.root}/index.h5")
     """The HDF5 file that `index build`, `refresh` and `derive` write, on a file system that all nodes share."""
     paths: list[str] = field(default_factory=list)
-    """Further indexes whose samples take part in a run. The property `dataset` (the name of the file) tells them apart."""
-    generation: str | None = None
-    """Fingerprint of an earlier state of a refreshed index. The run sees that state, without the shards added since. Null takes
-    the newest state."""
+    """The indexes that runs, `plan` and `query` read, in this order. Empty takes `index.path`. Several are joined: the property
+    `dataset` of their samples is the name of the file, without its ending."""
+    generations: list[str] = field(default_factory=list)
+    """For each index that is read, in the order of `index.paths`, the fingerprint of an earlier state, or its first characters.
+    The run sees that state, without the shards added by a later refresh. An empty string takes the newest state of that index,
+    an empty list the newest state of all."""
+    trusted_roots: list[str] = field(default_factory=list)
+    """Where `data.root` is empty: folders below which the data root stored in an index of another user is accepted. The data
+    root stored in an index of your own is always accepted."""
     block_rows: int = 256
     """Rows per block for formats that leave the choice (JSONL, WebDataset, Megatron). A block is the unit of I/O and of
     shuffling."""
@@ -98,3 +103,8 @@ class IndexConfig:
     decompression. Without seek points, reading a block decodes its file from the start."""
     threads: int = 1
     """Threads that scan shards in each rank of a build."""
+
+    @property
+    def paths_to_read(self) -> list[str]:
+        """Return the indexes that a run reads, in order."""
+        return self.paths or [self.path]

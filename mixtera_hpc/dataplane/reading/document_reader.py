@@ -61,7 +61,7 @@ class DocumentReader:
         self._source = source
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         index = source.config.index
-        self._cache = BlockCache(seek_folders=[seek_folder_of(path) for path in (index.path, *index.paths)])
+        self._cache = BlockCache(seek_folders=[seek_folder_of(path) for path in index.paths_to_read])
         self._last_documents: dict[int, tuple[int, Tokens]] = {}
         """Domain → row key and tokens of the document in which its next sequence begins."""
         eos_id = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None

@@ -21,8 +21,8 @@ from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.dataplane.reading.domain_streams import StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
-from mixtera_hpc.index.read.joined import SampleSource, sample_sources
 from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.read.sample_reader import SampleSource
 from mixtera_hpc.index.read.selection import select_domains
 from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.tokens.tokenizer import Tokenizer
@@ -34,7 +34,8 @@ __all__ = ["IndexDescription", "SharedTables", "apply_drops", "read_shared_index
 class IndexDescription:
     """The small part of the index, broadcast as JSON."""
 
-    fingerprint: str
+    fingerprints: list[str]
+    """Of each index that is read, in the order of `index.paths`."""
     sample_sources: list[SampleSource]
     """The files that hold the per-sample columns."""
     data_root: str
@@ -168,8 +169,8 @@ def read_shared_index(
     properties = list(tables.properties.values())
     holdout = config.query.holdout
     description = IndexDescription(
-        fingerprint=index.fingerprint,
-        sample_sources=sample_sources(index),
+        fingerprints=index.fingerprints,
+        sample_sources=index.sample_sources(),
         data_root=str(index.data_root),
         text=index.text,
         shard_paths=index.shard_paths(),

@@ -36,7 +36,8 @@ from mixtera_hpc.dataplane.reading.shared_index import (
     share_index,
 )
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
-from mixtera_hpc.index.read.joined import open_configured, open_samples
+from mixtera_hpc.index.read.configured import open_configured
+from mixtera_hpc.index.read.joined_samples import open_samples
 from mixtera_hpc.index.read.selection import select_domains
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
@@ -161,7 +162,7 @@ class Source:
         plane = self.config.dataplane
         mixture = self.config.mixture
         return {
-            "index": self.index.fingerprint,
+            "index": self.index.fingerprints,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
             "where": self.index.where,
             "drop": list(self.config.query.drop),

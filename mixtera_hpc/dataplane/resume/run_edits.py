@@ -153,11 +153,11 @@ def share_resume_point(comm: Communicator, found: ResumePoint | None, num_domain
 
 
 def pin_index_generation(config: Config, journal: Path) -> Config:
-    """`config` with the state of its index that the run of `journal` began with: it may have been refreshed since.
+    """Return `config` with the generation of each index that the run of `journal` began with: it may have been refreshed since.
 
-    Costs one line of the journal. The user's own `index.generation` stays.
+    Reads one line of the journal. `index.generations` that the user has set stay.
     """
-    if config.index.generation is not None or not journal.is_file():
+    if config.index.generations or not journal.is_file():
         return config
     with journal.open("rb") as file:
         line = file.readline()
@@ -165,11 +165,11 @@ def pin_index_generation(config: Config, journal: Path) -> Config:
     return _at_state(config, opened.get("identity", {}).get("index"))
 
 
-def _at_state(config: Config, fingerprint: str | None) -> Config:
-    """`config` over the state of its index that has `fingerprint`; unchanged where several are joined, which have no states."""
-    if config.index.paths or not fingerprint:
+def _at_state(config: Config, fingerprints: Sequence[str] | None) -> Config:
+    """Return `config` with the given generation of each index; unchanged when it reads another number of indexes."""
+    if fingerprints is None or len(fingerprints) != len(config.index.paths_to_read):
         return config
-    return replace(config, index=replace(config.index, generation=fingerprint))
+    return replace(config, index=replace(config.index, generations=list(fingerprints)))
 
 
 def config_for_identity(config: Config, identity: Mapping[str, Any]) -> Config:

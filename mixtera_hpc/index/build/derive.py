@@ -28,7 +28,8 @@ from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, r
 from mixtera_hpc.index.build.merge import PlacedSource, merge_results
 from mixtera_hpc.index.build.publish import IndexFacts, publish_index
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
-from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.read.configured import open_written
+from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.index.scan.computed_properties import DocumentFunctions
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
@@ -72,8 +73,7 @@ def derive_properties(
         DataError: a function returned something else than a value of its kind for each document.
     """
     comm, began = comm or Local(), time.monotonic()
-    roots = config.data.roots() or config.data.root or None
-    index = open_index(config.index.path, roots)
+    index = open_written(config)
     functions = _new(index, DocumentFunctions.of(config.data), again)
     combos = combo_values(index.tables.combos)
 
@@ -257,8 +257,8 @@ def _end(
         text=index.text,
         tokenizer=index.tokenizer_fingerprint,
         parser=index.parser,
-        sources=index.sources | {name: f"function:{field.path}" for name, field in new.items()},
-        bad=index.bad,
+        sources={**index.sources} | {name: f"function:{field.path}" for name, field in new.items()},
+        bad=tuple(index.bad),
     )
     written = publish_index(index.path, facts, index.tables.shards, merged, pieces)
     return DeriveReport(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.base import PropertyField
-from mixtera_hpc.index.layout import MAX_CHUNK_ROWS, MIN_CHUNK_ROWS, with_zero
+from mixtera_hpc.index.layout import MAX_CHUNK_ROWS, MIN_CHUNK_ROWS, prepend_zero
 from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, ScanSummary
 
 __all__ = ["MergedTables", "PlacedSource", "ResultSource", "TranslatedResult", "merge_results", "translate_result"]
@@ -184,7 +184,7 @@ def _combo_table(names: Sequence[str], combos: Sequence[Combo | None], propertie
     for column, name in enumerate(names):
         code = {value: i for i, value in enumerate(properties[name].values)}
         found = [() if combo is None else combo[column] for combo in combos]
-        indptr[name] = with_zero(np.cumsum([len(values) for values in found], dtype=np.int64))
+        indptr[name] = prepend_zero(np.cumsum([len(values) for values in found], dtype=np.int64))
         codes[name] = np.array([code[value] for values in found for value in values], np.int32)
     return ComboTable(
         num_combos=len(combos),

@@ -29,9 +29,9 @@ from mixtera_hpc.index.layout import (
     first_samples,
     narrow,
     narrow_type,
-    put_column,
-    put_text,
-    put_texts,
+    write_column,
+    write_text,
+    write_texts,
 )
 from mixtera_hpc.index.scan.scan_log import building_folder
 
@@ -110,7 +110,7 @@ def _write(
     _write_bad(file, facts.bad)
     told = {"text": facts.text, "tokenizer": facts.tokenizer, "parser": facts.parser, "fingerprint": fingerprint}
     for name, text in {"format": FORMAT, **told}.items():
-        put_text(file, name, text or "")
+        write_text(file, name, text or "")
     file.attrs["version"] = VERSION
     file.attrs["num_samples"] = merged.rows - merged.bad_rows
     file.attrs["chunk_rows"] = merged.chunk_rows
@@ -138,13 +138,13 @@ class _Tables:
     def column(self, group: str, name: str, values: NDArray[Any], *, counts: bool = True) -> None:
         """Store a small table column; `counts` says whether it is part of the fingerprint."""
         stored = narrow(values)
-        put_column(self.file.require_group(group), name, stored)
+        write_column(self.file.require_group(group), name, stored)
         if counts:
             self.digest(f"{group}/{name}", stored.dtype).update(np.ascontiguousarray(stored).data)
 
     def texts(self, group: str, name: str, texts: tuple[str, ...]) -> None:
         """Store a column of texts."""
-        put_texts(self.file.require_group(group), name, texts)
+        write_texts(self.file.require_group(group), name, texts)
         digest = self.digest(f"{group}/{name}", np.dtype("u1"))
         for text in texts:
             encoded = text.encode()
@@ -297,8 +297,8 @@ def _made(tables: _Tables, name: str, dtype: np.dtype[Any], length: int) -> _Col
 
 def _write_shards(tables: _Tables, facts: IndexFacts, shards: ShardTable) -> None:
     datasets = list(facts.roots)
-    put_texts(tables.file.require_group("roots"), "dataset", datasets)
-    put_texts(tables.file["roots"], "path", list(facts.roots.values()))
+    write_texts(tables.file.require_group("roots"), "dataset", datasets)
+    write_texts(tables.file["roots"], "path", list(facts.roots.values()))
     tables.texts("shards", "path", shards.path)
     code, names = {name: i for i, name in enumerate(datasets)}, shards.dataset or ("",) * len(shards.path)
     tables.column("shards", "dataset", np.array([code[name] for name in names], np.int64), counts=False)
@@ -314,8 +314,8 @@ def _write_properties(tables: _Tables, facts: IndexFacts, merged: MergedTables) 
     tables.file.require_group("properties")
     for prop in merged.properties.values():
         tables.texts(f"properties/{prop.name}", "values", prop.values)
-        put_text(tables.file[f"properties/{prop.name}"], "kind", prop.kind)
-        put_text(tables.file[f"properties/{prop.name}"], "source", facts.sources[prop.name])
+        write_text(tables.file[f"properties/{prop.name}"], "kind", prop.kind)
+        write_text(tables.file[f"properties/{prop.name}"], "source", facts.sources[prop.name])
     group = tables.file.require_group("combos")
     group.attrs["num_combos"] = merged.combos.num_combos
     group.attrs["bad"] = merged.combos.bad
@@ -326,9 +326,9 @@ def _write_properties(tables: _Tables, facts: IndexFacts, merged: MergedTables) 
 
 def _write_bad(file: h5py.File, bad: tuple[BadRows, ...]) -> None:
     group = file.require_group("bad")
-    put_column(group, "shard", narrow(np.array([b.shard for b in bad], np.int64)))
-    put_column(group, "rows", narrow(np.array([b.rows for b in bad], np.int64)))
-    put_texts(group, "reason", [b.reason for b in bad])
+    write_column(group, "shard", narrow(np.array([b.shard for b in bad], np.int64)))
+    write_column(group, "rows", narrow(np.array([b.rows for b in bad], np.int64)))
+    write_texts(group, "reason", [b.reason for b in bad])
 
 
 def _generation(fingerprint: str, merged: MergedTables, num_shards: int) -> Generation:
@@ -344,9 +344,9 @@ def _generation(fingerprint: str, merged: MergedTables, num_shards: int) -> Gene
 
 def _write_generations(file: h5py.File, generations: tuple[Generation, ...]) -> None:
     group = file.require_group("generations")
-    put_texts(group, "fingerprint", [g.fingerprint for g in generations])
+    write_texts(group, "fingerprint", [g.fingerprint for g in generations])
     for name in ("shards", "blocks", "cells", "combos", "samples"):
-        put_column(group, name, np.array([getattr(g, name) for g in generations], np.int64))
+        write_column(group, name, np.array([getattr(g, name) for g in generations], np.int64))
 
 
 def _sync(path: Path) -> None:

@@ -30,8 +30,8 @@ __all__ = ["RefreshReport", "refresh_index"]
 class RefreshReport:
     """What a refresh found and did."""
 
-    kept: int
-    """Shards that are what they were."""
+    unchanged: int
+    """Shards that have not changed."""
     added: tuple[str, ...]
     changed: tuple[str, ...]
     deleted: tuple[str, ...]
@@ -96,7 +96,7 @@ def _end(config: Config, job: ScanSettings, plan: ScanPlan, records: UnitRecords
     if difference.added or difference.changed or difference.deleted:
         report = assemble_index(BuildRequest(config, job, old.began_s), plan, records, kept)
     return RefreshReport(
-        kept=len(difference.kept),
+        unchanged=len(difference.kept),
         added=tuple(shard.path for shard in difference.added),
         changed=tuple(shard.path for shard in difference.changed),
         deleted=tuple(difference.deleted),

@@ -1,9 +1,11 @@
-"""An index file, opened: its tables at once, its samples when they are asked for.
+"""Open an index file: load its tables, and read its samples block by block on request.
 
-Only the process that plans opens an index; every other rank has a `SampleReader`. Costs what reading the tables does.
+Only the process that plans opens an index. Every other rank reads samples through a `SampleReader`. Opening costs one read
+of all tables, about 20 µs per block.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -11,81 +13,75 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.index_tables import SampleColumns
+from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.layout import children, get_text, read_texts
+from mixtera_hpc.index.layout import BadRows, Generation, open_children, read_text, read_texts
 from mixtera_hpc.index.open_file import DAMAGE, damaged, open_file
 from mixtera_hpc.index.read.generations import tables_of_generation
-from mixtera_hpc.index.read.sample_reader import SampleReader
+from mixtera_hpc.index.read.sample_reader import SampleReader, SampleSource
 from mixtera_hpc.index.read.tables import read_bad_rows, read_generations, read_tables
 
-__all__ = ["PropertyIndex", "open_index"]
+__all__ = ["DataRoots", "PropertyIndex", "open_index", "read_stored_roots"]
 
 DataRoots = str | Mapping[str, str] | None
-"""Where the shards lie now: a folder, or one for each data set; None: where they lay at the build."""
+"""Where the shards are now: one folder, or one folder per data set; None: where they were when the index was built."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PropertyIndex:
-    """An open index. Closing it leaves the tables usable."""
+    """An open index. Its tables stay usable after `close`."""
 
-    def __init__(self, path: Path, file: h5py.File, data_root: DataRoots) -> None:
-        self.path = path
-        self.roots = _roots(file["roots"], data_root, path)
-        """Data set → folder; a single root is called ''."""
-        self.tables = read_tables(file, tuple(self.roots))
-        self.fingerprint = get_text(file, "fingerprint")
-        """Hex digest of all content; neither the data root nor times of change are in it."""
-        self.tokenizer_fingerprint = get_text(file, "tokenizer") or None
-        self.parser = get_text(file, "parser") or None
-        self.sources = {name: get_text(group, "source") for name, group in children(file["properties"]).items()}
-        """Property → where its values come from."""
-        self.chunk_rows = int(file.attrs["chunk_rows"])
-        self.bad = read_bad_rows(file["bad"])
-        self.generations = read_generations(file["generations"])
-        """States that the index begins with, oldest first; the last is the whole."""
-        self.text = get_text(file, "text") or None
-        """Dotted path to the document; None when samples have none."""
-        self.samples = SampleReader(path)
+    path: Path
+    roots: Mapping[str, Path]
+    """Data set → folder of its shards; a single unnamed data set has the name ''."""
+    tables: IndexTables
+    fingerprint: str
+    """Hex digest of the content. It does not depend on the data root or on modification times."""
+    text: str | None
+    """Dotted path of the document in a row; None when samples have no text."""
+    tokenizer_fingerprint: str | None
+    """The tokenizer that counted the tokens; None when tokens were not counted."""
+    parser: str | None
+    """Import path of the user's parser; None without one."""
+    sources: Mapping[str, str]
+    """Property → where its values come from."""
+    bad: Sequence[BadRows]
+    """The rows that the build skipped."""
+    generations: Sequence[Generation]
+    """The states that this file begins with, oldest first; the last is the newest."""
+    chunk_rows: int
+    """Rows per chunk of the sample columns."""
+    samples: SampleReader
 
     @property
     def data_root(self) -> Path:
-        """The folder of all shards; with several, the file system's root, since `shard_paths` are absolute then."""
+        """Return the folder that `shard_paths` are relative to: `/` with several data sets, whose paths are absolute."""
         return self.roots.get("", Path("/"))
 
+    @property
+    def fingerprints(self) -> list[str]:
+        """Return the fingerprint of each index file that was opened, in order."""
+        return [self.fingerprint]
+
     def shard_paths(self) -> list[str]:
-        """What every shard is called: its path below `data_root`."""
+        """Return the path of every shard, relative to `data_root`."""
         shards = self.tables.shards
         if "" in self.roots:
             return list(shards.path)
         pairs = zip(shards.dataset, shards.path, strict=True)
         return [str(self.roots[dataset].absolute() / path) for dataset, path in pairs]
 
-    def go_back(self, fingerprint: str) -> None:
-        """See what there was before the last refreshes; nothing to do when that is what there is.
-
-        Raises:
-            PropertyIndexError: the index does not begin with a state of that fingerprint.
-        """
-        if fingerprint and self.fingerprint.startswith(fingerprint):
-            return
-        found = next((g for g in self.generations if fingerprint and g.fingerprint.startswith(fingerprint)), None)
-        if found is None:
-            known = ", ".join(
-                dict.fromkeys(f[:12] for f in (*(g.fingerprint for g in self.generations), self.fingerprint))
-            )
-            raise PropertyIndexError(
-                f"{self.path} does not begin with a state {fingerprint[:12]!r}; it has {known}.\n  Shards of that state were "
-                "changed or deleted, a property was derived, or the index was built again: start a new run, or put the old file back."
-            )
-        self.tables, self.fingerprint = tables_of_generation(self.tables, found), found.fingerprint
+    def sample_sources(self) -> list[SampleSource]:
+        """Return what any rank needs to read the samples; see `open_samples`."""
+        return [SampleSource(path=str(self.path), fingerprint=self.fingerprint)]
 
     def read_block(self, block: int) -> SampleColumns:
-        """The samples of one block."""
+        """Read the samples of one block."""
         blocks = self.tables.blocks
         return self.samples.read(int(blocks.first_sample[block]), int(blocks.rows[block]))
 
     def read_blocks(self, chosen: NDArray[np.int32], only: Collection[str] | None = None) -> SampleColumns:
-        """The samples of some blocks, one block after the other; `only` as for `SampleReader.read_many`."""
+        """Read the samples of several blocks, concatenated in the given order; `only` as in `SampleReader.read_many`."""
         blocks = self.tables.blocks
         return self.samples.read_many(blocks.first_sample[chosen].tolist(), blocks.rows[chosen].tolist(), only)
 
@@ -105,33 +101,93 @@ class PropertyIndex:
 def open_index(path: str | Path, data_root: DataRoots = None, generation: str | None = None) -> PropertyIndex:
     """Open an index and load its tables.
 
+    The stored data root is used unchecked when `data_root` is None; `read.configured` checks who may name it.
+
     Args:
-        data_root: where the shards lie now, when not where they lay at the build: a folder, or one for each data set.
-        generation: the beginning of the fingerprint of an earlier state, which is then all that is seen.
+        path: the index file.
+        data_root: where the shards are now, if they have moved since the build: one folder, or one per data set.
+        generation: the first characters of an earlier state's fingerprint; only that state is visible then.
 
     Raises:
-        PropertyIndexError: there is none, it is damaged or cut short, or of another version.
+        PropertyIndexError: the file is missing, damaged, truncated or of another version, or has no such generation.
     """
     path = Path(path)
     with open_file(path) as file:
         try:
-            index = PropertyIndex(path, file, data_root)
+            return _read_index(file, path, data_root, generation)
         except DAMAGE as error:
             raise damaged(path, error) from None
-    if generation is not None:
-        index.go_back(generation)
-    return index
 
 
-def _roots(group: h5py.Group, given: DataRoots, path: Path) -> dict[str, Path]:
+def read_stored_roots(path: str | Path) -> list[Path]:
+    """Return the data roots stored in an index, without loading its tables.
+
+    Raises:
+        PropertyIndexError: as for `open_index`.
+    """
+    path = Path(path)
+    with open_file(path) as file:
+        try:
+            return [Path(root) for root in read_texts(file["roots"], "path")]
+        except DAMAGE as error:
+            raise damaged(path, error) from None
+
+
+def _read_index(file: h5py.File, path: Path, data_root: DataRoots, generation: str | None) -> PropertyIndex:
+    roots = _current_roots(file["roots"], data_root, path)
+    generations = read_generations(file["generations"])
+    tables = read_tables(file, tuple(roots))
+    fingerprint = read_text(file, "fingerprint")
+
+    if generation and not fingerprint.startswith(generation):
+        chosen = _find_generation(path, generations, fingerprint, generation)
+        tables = tables_of_generation(tables, chosen)
+        fingerprint = chosen.fingerprint
+
+    return PropertyIndex(
+        path=path,
+        roots=roots,
+        tables=tables,
+        fingerprint=fingerprint,
+        text=read_text(file, "text") or None,
+        tokenizer_fingerprint=read_text(file, "tokenizer") or None,
+        parser=read_text(file, "parser") or None,
+        sources={name: read_text(group, "source") for name, group in open_children(file["properties"]).items()},
+        bad=read_bad_rows(file["bad"]),
+        generations=generations,
+        chunk_rows=int(file.attrs["chunk_rows"]),
+        samples=SampleReader(path),
+    )
+
+
+def _find_generation(path: Path, generations: Sequence[Generation], newest: str, wanted: str) -> Generation:
+    """Return the generation whose fingerprint begins with `wanted`.
+
+    Raises:
+        PropertyIndexError: there is none.
+    """
+    for generation in generations:
+        if generation.fingerprint.startswith(wanted):
+            return generation
+    known = dict.fromkeys(fingerprint[:12] for fingerprint in (*(g.fingerprint for g in generations), newest))
+    raise PropertyIndexError(
+        f"{path} has no generation {wanted[:12]!r}; it has {', '.join(known)}.\n"
+        "  Shards of that generation were changed or deleted, a property was derived, or the index was rebuilt. Start a new "
+        "run, or restore the old index file."
+    )
+
+
+def _current_roots(group: h5py.Group, given: DataRoots, path: Path) -> dict[str, Path]:
+    """Return data set → folder: the given folders, or those stored in the index."""
     stored = dict(zip(read_texts(group, "dataset"), read_texts(group, "path"), strict=True))
     if not given:
         return {name: Path(root) for name, root in stored.items()}
     roots = {"": given} if isinstance(given, str) else dict(given)
     if roots.keys() != stored.keys():
-        have, want = (", ".join(sorted(names)) or "none" for names in (set(stored) - {""}, set(roots) - {""}))
+        have = ", ".join(sorted(stored.keys() - {""})) or "none"
+        want = ", ".join(sorted(roots.keys() - {""})) or "none"
         raise PropertyIndexError(
             f"{path} was built from the data sets {have}, but data.sets names {want}.\n"
-            "  Give every one of them its folder in data.sets (a single unnamed one in data.root), or build again."
+            "  Give the folder of each of them in data.sets (of a single unnamed one in data.root), or rebuild the index."
         )
     return {name: Path(roots[name]) for name in stored}

@@ -1,13 +1,14 @@
-"""The samples of an index, block by block when they are asked for.
+"""Read the per-sample columns of an index, block by block on request.
 
-Every rank has a `SampleReader`, which touches the file when the first block is read and no sooner.
+Every rank has a `SampleReader`. It opens the file when it reads the first block, not before.
 """
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -15,34 +16,52 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.layout import children, read_texts
+from mixtera_hpc.index.layout import open_children, read_texts
 from mixtera_hpc.index.open_file import DAMAGE, damaged, open_file
 from mixtera_hpc.index.read.column_cache import ColumnCache
 
-__all__ = ["SampleReader"]
+__all__ = ["SampleReader", "SampleSource"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSource:
+    """Where the samples of one index are. Rank 0 sends it to every rank."""
+
+    path: str
+    fingerprint: str
+    first_sample: int = 0
+    """Position of its first sample among the samples of all joined indexes."""
+    combos: list[int] | None = None
+    """Own combo number → number among the joined combos; None: the index is not joined with others."""
+    numbers: list[str] | None = None
+    """Names of the number properties of all joined indexes; None: its own."""
 
 
 class SampleReader:
-    """Reads per-sample columns; may be used by several threads at once, which then wait for each other."""
+    """Reads per-sample columns. Several threads may share one; they take turns."""
 
-    def __init__(self, path: str | Path, fingerprint: str | None = None, keep_bytes: int = 0) -> None:
-        """
+    def __init__(self, path: str | Path, fingerprint: str | None = None, cache_bytes: int = 0) -> None:
+        """Prepare to read; nothing is opened yet.
+
         Args:
-            fingerprint: the state of an index that the file must hold.
-            keep_bytes: so much of what was read lately is kept.
+            path: the index file.
+            fingerprint: the generation that the file must contain; None accepts any.
+            cache_bytes: size of the cache of column ranges that were read last.
         """
         self.path = Path(path)
-        self._kept = ColumnCache(keep_bytes)
+        self._cache = ColumnCache(cache_bytes)
         self._fingerprint = fingerprint
         self._lock = threading.Lock()
         self._file: h5py.File | None = None
         self._columns: dict[str, Any] = {}
         self._numbers: dict[str, Any] = {}
         self.bytes_read = 0
-        """Of columns, decompressed, as wide as they are stored."""
+        """Bytes of the column values read so far: decompressed, in their stored types."""
 
     def read(self, first_sample: int, rows: int) -> SampleColumns:
-        """The samples of one block, from `BlockTable.first_sample` and `BlockTable.rows`.
+        """Read the samples of one block, given its `BlockTable.first_sample` and `BlockTable.rows`.
 
         Raises:
             PropertyIndexError: the file is missing or damaged.
@@ -52,78 +71,88 @@ class SampleReader:
     def read_many(
         self, first_samples: Sequence[int], rows: Sequence[int], only: Collection[str] | None = None
     ) -> SampleColumns:
-        """The samples of several blocks, one after the other.
+        """Read the samples of several blocks and concatenate them.
 
         Args:
-            only: the columns that are looked at, numbers as `numbers/NAME`; others are zero. None reads them all.
+            first_samples: `BlockTable.first_sample` of every block.
+            rows: `BlockTable.rows` of every block.
+            only: the columns to read, numbers as `numbers/NAME`; the others are returned as zeros. None reads all.
+
+        Raises:
+            PropertyIndexError: the file is missing or damaged.
         """
-        spans = [(int(a), int(a) + int(n)) for a, n in zip(first_samples, rows, strict=True)]
-        with self._lock:
-            try:
-                self._open()
-                return self._read(spans, only)
-            except DAMAGE as error:
-                raise damaged(self.path, error) from None
+        ranges = [(int(first), int(first) + int(count)) for first, count in zip(first_samples, rows, strict=True)]
+        return self._with_file(lambda: self._read_ranges(ranges, only))
 
     def column_types(self) -> dict[str, np.dtype[Any]]:
-        """The integer columns that are stored, and as what."""
-        with self._lock:
-            try:
-                self._open()
-                return {name: column.dtype for name, column in self._columns.items()}
-            except DAMAGE as error:
-                raise damaged(self.path, error) from None
+        """Return the stored type of every integer column."""
+        return self._with_file(lambda: {name: column.dtype for name, column in self._columns.items()})
 
     def close(self) -> None:
-        """Close the file; a later read opens it again."""
+        """Close the file. A later read opens it again."""
         with self._lock:
             if self._file is not None:
                 self._file.close()
             self._file = None
 
+    def _with_file(self, read: Callable[[], T]) -> T:
+        """Call `read` with the file open, one thread at a time."""
+        with self._lock:
+            try:
+                self._open()
+                return read()
+            except DAMAGE as error:
+                raise damaged(self.path, error) from None
+
     def _open(self) -> None:
         if self._file is None:
             self._file = open_file(self.path)
-            self._check_state(self._file)
-            self._columns = children(self._file["samples"])
-            self._numbers = children(self._columns.pop("numbers"))
+            self._check_generation(self._file)
+            self._columns = open_children(self._file["samples"])
+            self._numbers = open_children(self._columns.pop("numbers"))
 
-    def _check_state(self, file: h5py.File) -> None:
-        """Refuse a file that took the place of the one whose tables are being read along."""
+    def _check_generation(self, file: h5py.File) -> None:
+        """Refuse a file that replaced the one whose tables are in use."""
         if self._fingerprint in (None, *read_texts(file["generations"], "fingerprint")):
             return
         raise PropertyIndexError(
-            f"{self.path} is another index than the one this began with: it was built again, derived, or refreshed after "
-            "shards were changed or deleted.\n  Put the old file back to go on, or start a new run."
+            f"{self.path} is no longer the index that this run began with. It was rebuilt, derived, or refreshed after "
+            "shards were changed or deleted.\n  Restore the old file to continue, or start a new run."
         )
 
-    def _read(self, spans: Sequence[tuple[int, int]], only: Collection[str] | None) -> SampleColumns:
-        rows, together = sum(b - a for a, b in spans), spans if self._kept.max_bytes else _neighbours_joined(spans)
+    def _read_ranges(self, ranges: Sequence[tuple[int, int]], only: Collection[str] | None) -> SampleColumns:
+        rows = sum(stop - start for start, stop in ranges)
+        # The cache works block by block; without one, neighbouring blocks are read in one call.
+        reads = ranges if self._cache.max_bytes else _merge_adjacent(ranges)
 
         def column(name: str, stored: Any, dtype: Any) -> NDArray[Any]:
-            if stored is None or not spans or (only is not None and name not in only):
+            if stored is None or not ranges or (only is not None and name not in only):
                 return np.zeros(rows, dtype)
-            found = [self._kept.get((name, a, b), partial(self._from_file, stored, a, b)) for a, b in together]
-            return (found[0] if len(found) == 1 else np.concatenate(found)).astype(dtype, copy=False)
+            values = [
+                self._cache.get((name, start, stop), partial(self._read_from_file, stored, start, stop))
+                for start, stop in reads
+            ]
+            joined = values[0] if len(values) == 1 else np.concatenate(values)
+            return joined.astype(dtype, copy=False)
 
         return SampleColumns(
             combo=column("combo", self._columns.get("combo"), np.int32),
             length=column("length", self._columns.get("length"), np.int64),
             tokens=column("tokens", self._columns.get("tokens"), np.int64),
-            numbers={n: column(f"numbers/{n}", stored, np.float64) for n, stored in self._numbers.items()},
+            numbers={name: column(f"numbers/{name}", stored, np.float64) for name, stored in self._numbers.items()},
         )
 
-    def _from_file(self, stored: Any, start: int, stop: int) -> NDArray[Any]:
-        part: NDArray[Any] = stored[start:stop]
-        self.bytes_read += part.nbytes
-        return part
+    def _read_from_file(self, stored: Any, start: int, stop: int) -> NDArray[Any]:
+        values: NDArray[Any] = stored[start:stop]
+        self.bytes_read += values.nbytes
+        return values
 
 
-def _neighbours_joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Fewer, longer spans that cover the same."""
-    found: list[tuple[int, int]] = []
-    for a, b in spans:
-        if found and found[-1][1] == a:
-            a = found.pop()[0]
-        found.append((a, b))
-    return found
+def _merge_adjacent(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Merge ranges that follow each other without a gap."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if merged and merged[-1][1] == start:
+            start, _ = merged.pop()
+        merged.append((start, stop))
+    return merged

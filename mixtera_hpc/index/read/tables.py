@@ -11,13 +11,13 @@ from mixtera_hpc.index.build.discover import escapes
 from mixtera_hpc.index.layout import (
     BadRows,
     Generation,
-    children,
     first_rows,
     first_samples,
-    get_text,
+    open_children,
+    prepend_zero,
     read_column,
+    read_text,
     read_texts,
-    with_zero,
 )
 
 __all__ = ["read_bad_rows", "read_generations", "read_tables"]
@@ -32,7 +32,7 @@ def read_tables(file: h5py.File, datasets: tuple[str, ...]) -> IndexTables:
     Raises:
         ValueError: they contradict each other, or a shard's path leads out of its root.
     """
-    properties = {name: _property(name, group) for name, group in sorted(children(file["properties"]).items())}
+    properties = {name: _property(name, group) for name, group in sorted(open_children(file["properties"]).items())}
     numbers = [name for name, prop in properties.items() if prop.kind is Kind.NUMBER]
     blocks = _blocks(file, int(file.attrs["chunk_rows"]), numbers)
     num_samples, num_bad = int(file.attrs["num_samples"]), int(read_column(file["bad"], "rows", np.int64).sum())
@@ -45,7 +45,7 @@ def read_tables(file: h5py.File, datasets: tuple[str, ...]) -> IndexTables:
         blocks=blocks,
         histogram=_histogram(file["histogram"]),
         num_samples=num_samples,
-        has_tokens=bool(get_text(file, "tokenizer")),
+        has_tokens=bool(read_text(file, "tokenizer")),
     )
 
 
@@ -63,7 +63,7 @@ def read_generations(group: h5py.Group) -> tuple[Generation, ...]:
 
 
 def _property(name: str, group: h5py.Group) -> Property:
-    return Property(name=name, kind=Kind(get_text(group, "kind")), values=read_texts(group, "values"))
+    return Property(name=name, kind=Kind(read_text(group, "kind")), values=read_texts(group, "values"))
 
 
 def _shards(group: h5py.Group, datasets: tuple[str, ...]) -> ShardTable:
@@ -88,7 +88,7 @@ def _combos(file: h5py.File, properties: Mapping[str, Property]) -> ComboTable:
     return ComboTable(
         num_combos=int(file["combos"].attrs["num_combos"]),
         properties=categorical,
-        indptr={name: with_zero(np.cumsum(count)) for name, count in counts.items()},
+        indptr={name: prepend_zero(np.cumsum(count)) for name, count in counts.items()},
         codes={name: read_column(group, "code", np.int32) for name, group in groups.items()},
         bad=int(file["combos"].attrs["bad"]),
     )
@@ -96,7 +96,7 @@ def _combos(file: h5py.File, properties: Mapping[str, Property]) -> ComboTable:
 
 def _histogram(group: h5py.Group) -> Histogram:
     return Histogram(
-        indptr=with_zero(np.cumsum(read_column(group, "count", np.int64))),
+        indptr=prepend_zero(np.cumsum(read_column(group, "count", np.int64))),
         combo=group["combo"][...],
         rows=group["rows"][...],
         tokens=group["tokens"][...],

@@ -1,0 +1,135 @@
+"""Run the actions of `mixtera-hpc index` on every rank, and print their results on rank 0."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from mixtera_hpc.cli.collection import compose_build, compose_data, open_collection
+from mixtera_hpc.cli.console import pluralize
+from mixtera_hpc.cli.index_progress import show_progress
+from mixtera_hpc.cli.index_text import (
+    build_lines,
+    derive_lines,
+    index_facts,
+    print_facts,
+    refresh_lines,
+)
+from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.comm.launcher import open_communicator, run_guarded
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.build.derive import derive_properties
+from mixtera_hpc.index.build.refresh import refresh_index
+from mixtera_hpc.index.read.verify import changed_shards, deeply_changed_shards, refuse_changed
+from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
+from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
+
+__all__ = ["run_action"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionOutput:
+    """What rank 0 prints after all ranks have finished."""
+
+    text: str = ""
+    exit_code: int = 0
+
+
+def run_action(args: argparse.Namespace) -> int:
+    """Run one action and return the exit code. **Collective.**"""
+    if args.action == "inspect":
+        return _inspect(args)
+    actions = {"build": _build, "derive": _derive, "refresh": _refresh, "verify": _verify}
+    comm = open_communicator()
+    outputs: list[ActionOutput] = []
+    failed = run_guarded(comm, lambda: outputs.append(actions[args.action](args, comm)))
+    if failed or comm.rank > 0:
+        return failed
+    # Printed after the last collective call: a reader of the pipe that has left cannot hang the other ranks.
+    (output,) = outputs
+    print(output.text)
+    return output.exit_code
+
+
+def _build(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
+    config = compose_build(args.overrides)
+    return _with_progress(args, comm, lambda progress: build_index(config, comm, progress), build_lines)
+
+
+def _refresh(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
+    config = compose_build(args.overrides)
+    return _with_progress(args, comm, lambda progress: refresh_index(config, comm, progress), refresh_lines)
+
+
+def _derive(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
+    config = compose_data(args.overrides)
+
+    def derive(progress: ProgressCallback | None) -> Any:
+        return derive_properties(config, comm, progress, again=args.again)
+
+    return _with_progress(args, comm, derive, derive_lines)
+
+
+def _with_progress(
+    args: argparse.Namespace,
+    comm: Communicator,
+    work: Callable[[ProgressCallback | None], Any],
+    lines_of: Callable[[Any], list[str]],
+) -> ActionOutput:
+    """Do the work, show its progress, and describe its report. **Collective.**"""
+    with show_progress(comm) as progress:
+        report = work(progress)
+    if comm.rank > 0:
+        return ActionOutput()
+    if args.json:
+        return ActionOutput(text=msgspec.json.encode(report).decode())
+    return ActionOutput(text="\n".join(lines_of(report)))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    _, index = open_collection(args.overrides)
+    with index:
+        facts = index_facts(index)
+        if args.json:
+            print(json.dumps(facts, ensure_ascii=False))
+        else:
+            print_facts(index, facts)
+    return 0
+
+
+def _verify(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
+    config, index = open_collection(args.overrides, reads_shards=True)
+    with index:
+        tokenizer = _load_counting_tokenizer(config, index.tokenizer_fingerprint) if args.deep else None
+        changed = changed_shards(index) if comm.rank == 0 else []
+        if args.deep:
+            known = {shard.path for shard in changed}
+            changed += [s for s in deeply_changed_shards(index, tokenizer, comm) if s.path not in known]
+        if comm.rank > 0:
+            return ActionOutput()
+        if args.json:
+            listed = [{"path": shard.path, "problem": shard.problem} for shard in changed]
+            text = json.dumps({"fresh": not changed, "changed": listed})
+            return ActionOutput(text=text, exit_code=2 if changed else 0)
+        refuse_changed(index, changed)
+        compared = "fingerprints and samples" if args.deep else "size and modification time"
+        if tokenizer is not None:
+            compared += ", token counts included"
+        shards = pluralize(len(index.tables.shards.path), "shard")
+        return ActionOutput(text=f"{index.path}: {shards} below {index.data_root} unchanged (compared {compared})")
+
+
+def _load_counting_tokenizer(config: Config, fingerprint: str | None) -> Tokenizer | None:
+    """Load the tokenizer that counted the tokens of the index, if it is configured; None skips token counts."""
+    tokenizer = load_vocabulary(config.dataplane)
+    if tokenizer is not None and tokenizer.fingerprint != fingerprint:
+        raise ConfigError(
+            f"dataplane.tokenizer is not the tokenizer that this index was counted with ({str(fingerprint)[:12]}).\n"
+            "  Set that one, or leave it out: token counts are not compared then."
+        )
+    return tokenizer

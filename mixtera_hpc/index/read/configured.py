@@ -1,0 +1,132 @@
+"""Open the indexes that a configuration names, and decide where their shards are.
+
+A configured `data.root` (or `data.sets`) wins. Without one, the data root stored in the index is used. An index file can name
+any folder, and a run reads that folder with the user's rights, so the stored root is accepted only if the index file belongs
+to the user, or if the root is below one of `index.trusted_roots`.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mixtera_hpc.config.schema import Config, DataConfig
+from mixtera_hpc.errors import ConfigError, PropertyIndexError
+from mixtera_hpc.index.layout import path_source
+from mixtera_hpc.index.read.joined import join_indexes
+from mixtera_hpc.index.read.open import PropertyIndex, open_index, read_stored_roots
+
+__all__ = ["check_stored_roots", "open_configured", "open_written"]
+
+TEXT_DEFAULT = "text"
+"""Default of `data.text`. A run need not repeat the setting of the build, so the default is not compared with the index."""
+LOGGER = logging.getLogger("mixtera_hpc")
+
+
+def open_configured(config: Config, *, reads_shards: bool = True) -> PropertyIndex:
+    """Open the indexes of `index.paths` at `index.generations`, joined into one if there are several.
+
+    `data.root`, `data.sets`, `data.text` and `data.properties` describe one index: the only one, or `index.path` among several.
+
+    Args:
+        config: the configuration.
+        reads_shards: False if only the index is read; its stored data root need not be trusted then.
+
+    Raises:
+        ConfigError: `data.root` is set, but the index that it describes is none of `index.paths`.
+        PropertyIndexError: an index is missing, damaged, was built with other settings than `config.data` gives, names a data
+            root that is not trusted, or the indexes do not fit together.
+    """
+    paths = config.index.paths_to_read
+    generations = config.index.generations or [""] * len(paths)
+    described = _described_position(config)
+    indexes = []
+    for position, (path, generation) in enumerate(zip(paths, generations, strict=True)):
+        given = config.data if position == described else DataConfig()
+        index = open_index(path, given.roots() or given.root or None, generation)
+        if position == described:
+            _check_build_settings(index, config.data)
+        if reads_shards and not (given.sets or given.root):
+            _accept_stored_roots(index.path, index.roots.values(), config.index.trusted_roots)
+        indexes.append(index)
+    return indexes[0] if len(indexes) == 1 else join_indexes(indexes)
+
+
+def open_written(config: Config) -> PropertyIndex:
+    """Open `index.path`, the index that `index build`, `refresh` and `derive` write.
+
+    Raises:
+        PropertyIndexError: as for `open_configured`.
+    """
+    data = config.data
+    index = open_index(config.index.path, data.roots() or data.root or None)
+    if not (data.sets or data.root):
+        _accept_stored_roots(index.path, index.roots.values(), config.index.trusted_roots)
+    return index
+
+
+def check_stored_roots(config: Config) -> None:
+    """Check the stored data roots that a run of `config` will use, before it starts. An index that does not exist yet is skipped.
+
+    Raises:
+        ConfigError, PropertyIndexError: as for `open_configured`.
+    """
+    described = _described_position(config)
+    for position, path in enumerate(config.index.paths_to_read):
+        has_root = position == described and (config.data.root or config.data.sets)
+        if not has_root and Path(path).is_file():
+            _accept_stored_roots(Path(path), read_stored_roots(path), config.index.trusted_roots)
+
+
+def _described_position(config: Config) -> int | None:
+    """Return the position, among the indexes to read, of the one that `config.data` describes; None if it is not read.
+
+    Raises:
+        ConfigError: `data.root` or `data.sets` would have no effect.
+    """
+    paths = [Path(path).absolute() for path in config.index.paths_to_read]
+    own = Path(config.index.path).absolute()
+    if len(paths) == 1:
+        return 0
+    if own in paths:
+        return paths.index(own)
+    if config.data.root or config.data.sets:
+        key = "data.sets" if config.data.sets else "data.root"
+        raise ConfigError(
+            f"{key} gives the shards of index.path={config.index.path}, but runs read index.paths={config.index.paths}.\n"
+            f"  Remove {key}: each index knows where its shards are. Or add index.path to index.paths."
+        )
+    return None
+
+
+def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Sequence[str]) -> None:
+    """Log the data roots stored in the index at `path`, or refuse them."""
+    trusted = [Path(folder).expanduser().resolve() for folder in trusted_roots]
+    is_own = path.stat().st_uid == os.geteuid()
+    for root in roots:
+        is_trusted = any(root.resolve().is_relative_to(folder) for folder in trusted)
+        if not is_own and not is_trusted:
+            raise PropertyIndexError(
+                f"data.root is not set, and {path}, which belongs to another user, names the data root {root}. A stored "
+                "data root is used only if the index file is yours or the root is below one of index.trusted_roots.\n"
+                f"  Set data.root={root}, or add the folder to index.trusted_roots."
+            )
+        LOGGER.info("data.root is %s, as stored in %s", root, path)
+
+
+def _check_build_settings(index: PropertyIndex, data: DataConfig) -> None:
+    """Refuse settings that only a build reads and that differ from those the index was built with."""
+    differing: list[tuple[str, str | None, str | None]] = []
+    if data.text not in (TEXT_DEFAULT, index.text):
+        differing.append(("data.text", data.text, index.text))
+    for name, spec in data.properties.items():
+        if name in index.sources and spec.path is not None:
+            given = f"{spec.kind} {path_source(spec.path, spec.pattern)}"
+            stored = f"{index.tables.properties[name].kind} {index.sources[name]}"
+            if given != stored:
+                differing.append((f"data.properties.{name}", given, stored))
+    if differing:
+        lines = "".join(f"\n  - {key} is {given!r}, the index has {stored!r}" for key, given, stored in differing)
+        raise PropertyIndexError(
+            f"{index.path} was built with other settings:{lines}\n  Use the settings of the build, or rebuild the index."
+        )
