@@ -1,1 +1,5 @@
-"""Conformance suites, shipped: what every implementation of one of our protocols must do."""
+"""Conformance suites for implementations of this package's protocols, and small data sets for tests.
+
+Each suite is a tuple `CHECKS` of functions that raise AssertionError: communicators, formats, mixing algorithms,
+tokenizers.
+"""

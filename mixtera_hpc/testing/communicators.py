@@ -1,13 +1,13 @@
-"""What every communicator must do. Call each check on all ranks, with the communicator of that rank.
+"""Conformance suite for communicators: every rank calls every function of `CHECKS` with its communicator.
 
-A new one passes when all of `CHECKS` do, for any number of ranks: collectives agree for every root and type the data plane
-uses, requests complete while others are still to come, and shared arrays are the same and read-only everywhere.
+Each check is collective and raises AssertionError. A communicator must pass with any number of ranks: collectives are
+correct for every root and dtype that the data plane uses, requests complete in any order, and shared arrays are equal
+and read-only on all ranks.
 """
 
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes, wait
 
@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 LARGE = 300_001
-"""Elements: more than one message of a small-message protocol, and no round number."""
+"""Number of elements that exceeds any small-message protocol, and is not a multiple of a block size."""
 
 
 def check_ranks_are_numbered(comm: Communicator) -> None:
-    """Ranks are 0 to size − 1, each once; node-local ranks too, on every host."""
+    """Check that ranks are 0 to size - 1, each once, and that node-local ranks are so on every node."""
     assert isinstance(comm, Communicator)
     ranks = comm.Allgather(np.array([comm.rank, comm.local_rank, comm.local_size], np.int64))
     assert ranks[:, 0].tolist() == list(range(comm.size))
@@ -39,6 +39,7 @@ def check_ranks_are_numbered(comm: Communicator) -> None:
 
 
 def check_bcast_reaches_every_rank_from_every_root(comm: Communicator) -> None:
+    """Check `Bcast` for every root and for empty, small and large arrays."""
     for root in range(comm.size):
         for size in (0, 1, LARGE):
             expected = np.arange(size, dtype=np.int64) * (root + 1)
@@ -48,24 +49,25 @@ def check_bcast_reaches_every_rank_from_every_root(comm: Communicator) -> None:
 
 
 def check_reductions_are_exact_integers(comm: Communicator) -> None:
-    """Sums of int64 beyond 2^53 keep their last bit, and minimum and maximum their sign."""
+    """Check that int64 sums beyond 2^53 are exact (float64 would round them), and minimum and maximum of any sign."""
     big = np.array([(1 << 55) + comm.rank, -comm.rank, 1], np.int64)
-    above = comm.size * (comm.size - 1) // 2
-    assert comm.Allreduce(big).tolist() == [comm.size * (1 << 55) + above, -above, comm.size]
+    sum_of_ranks = comm.size * (comm.size - 1) // 2
+    assert comm.Allreduce(big).tolist() == [comm.size * (1 << 55) + sum_of_ranks, -sum_of_ranks, comm.size]
     assert comm.Allreduce(big, "max").tolist() == [(1 << 55) + comm.size - 1, 0, 1]
     assert comm.Allreduce(big, "min").tolist() == [1 << 55, 1 - comm.size, 1]
     assert big.tolist() == [(1 << 55) + comm.rank, -comm.rank, 1]
 
 
 def check_allgather_stacks_by_rank(comm: Communicator) -> None:
+    """Check that `Allgather` returns the arrays of all ranks in rank order."""
     own = np.full((2, 3), comm.rank, np.float64)
     gathered = comm.Allgather(own)
     assert gathered.shape == (comm.size, 2, 3)
-    assert [set(part.ravel()) for part in gathered] == [{float(rank)} for rank in range(comm.size)]
+    assert [set(array.ravel()) for array in gathered] == [{float(rank)} for rank in range(comm.size)]
 
 
 def check_requests_complete_in_any_order(comm: Communicator) -> None:
-    """Several collectives under way at once complete in any order of asking."""
+    """Check that several collectives can be in progress at once and waited for in any order."""
     plans = [np.full(64, 10 + i if comm.rank == 0 else 0, np.int64) for i in range(4)]
     sums = [np.zeros(64, np.int64) for _ in range(4)]
     requests = [comm.Ibcast(plan) for plan in plans]
@@ -77,16 +79,21 @@ def check_requests_complete_in_any_order(comm: Communicator) -> None:
 
 
 def check_duplicates_do_not_mix_messages(comm: Communicator) -> None:
-    """Ranks may wait for two communicators in different orders."""
-    first, second = comm.Dup(), comm.Dup()
-    a, b = (np.full(8, value if comm.rank == 0 else 0, np.int64) for value in (1, 2))
-    started = [first.Ibcast(a), second.Ibcast(b)]
-    for request in started if comm.rank % 2 else reversed(started):
+    """Check that ranks may wait for requests of two duplicates in different orders."""
+    first = comm.Dup()
+    second = comm.Dup()
+    a = np.full(8, 1 if comm.rank == 0 else 0, np.int64)
+    b = np.full(8, 2 if comm.rank == 0 else 0, np.int64)
+    requests = [first.Ibcast(a), second.Ibcast(b)]
+    if comm.rank % 2 == 0:
+        requests.reverse()
+    for request in requests:
         wait(request)
     assert (int(a[0]), int(b[0])) == (1, 2)
 
 
 def check_shared_arrays_are_read_only_copies(comm: Communicator) -> None:
+    """Check that `Allocate_shared` gives every rank the array of rank 0, read-only."""
     for array in (np.arange(LARGE, dtype=np.int64), np.ones((7, 3), np.float32), np.zeros(0, np.uint8)):
         shared = comm.Allocate_shared(array if comm.rank == 0 else None)
         assert shared.dtype == array.dtype and np.array_equal(shared, array)
@@ -94,7 +101,7 @@ def check_shared_arrays_are_read_only_copies(comm: Communicator) -> None:
 
 
 def check_counters_are_atomic(comm: Communicator) -> None:
-    """Whoever asks, whenever: what was there before an addition is told to one rank only, and nothing is lost."""
+    """Check that `Fetch_and_add` returns each previous value to one rank only, and loses no addition."""
     counters = comm.Allocate_counters(2)
     taken = [counters.Fetch_and_add(0, 1) for _ in range(50 + comm.rank)]
     for number in taken:
@@ -108,22 +115,19 @@ def check_counters_are_atomic(comm: Communicator) -> None:
 
 
 def check_bcast_bytes_keeps_every_byte(comm: Communicator) -> None:
+    """Check `bcast_bytes` for empty, short and long messages with all byte values."""
     for data in (b"", b"\x00", bytes(range(256)) * 1000):
         assert bcast_bytes(comm, data if comm.rank == 0 else None) == data
 
 
 def check_free_is_idempotent(comm: Communicator) -> None:
-    """Shared memory and duplicates go with the communicator they came from."""
-    own = comm.Dup()
-    own.Dup().Barrier()
-    own.Allocate_shared(_ones() if comm.rank == 0 else None)
-    own.Free()
-    own.Free()
+    """Check that `Free` also frees duplicates and shared memory of a communicator, and may be called twice."""
+    duplicate = comm.Dup()
+    duplicate.Dup().Barrier()
+    duplicate.Allocate_shared(np.ones(1000, np.int64) if comm.rank == 0 else None)
+    duplicate.Free()
+    duplicate.Free()
     comm.Barrier()
-
-
-def _ones() -> NDArray[np.int64]:
-    return np.ones(1000, np.int64)
 
 
 CHECKS: tuple[Callable[[Communicator], None], ...] = (

@@ -1,7 +1,7 @@
-"""What every mixing algorithm promises, as checks that fail with AssertionError.
+"""Conformance suite for mixing algorithms: checks that raise AssertionError.
 
-Hand a check an algorithm that is configured to move within `NUM_STEPS` steps, with whatever interval it works in at most
-`NUM_STEPS // 4`:
+Configure the algorithm so that its weights change within `NUM_STEPS` steps, and every interval it has is at most
+`NUM_STEPS // 4`. Then run all checks:
 
     for check in CHECKS:
         check(make_algorithm("ado", {"warmup": 40, "refit_interval": 15}))
@@ -40,18 +40,27 @@ __all__ = [
 ]
 
 NUM_STEPS = 60
+"""Number of steps that most checks run an algorithm for."""
 SEQ_LEN = 128
 
 
 def synthetic_statistics(num_domains: int, num_steps: int = NUM_STEPS, seed: int = 0) -> list[DomainStatistics]:
-    """Steps of a made-up run: each domain's loss follows a power law of its own, with noise; all domains in every step."""
+    """Return the statistics of a fabricated run.
+
+    The loss of each domain follows a power law of its own, with noise. Every step has sequences of every domain.
+    """
     random = np.random.Generator(np.random.Philox(seed))
-    epsilon, beta = random.uniform(0.5, 2.5, num_domains), random.uniform(3.0, 9.0, num_domains)
-    alpha, batch = random.uniform(0.1, 0.5, num_domains), 64 + num_domains
+    epsilon = random.uniform(0.5, 2.5, num_domains)
+    beta = random.uniform(3.0, 9.0, num_domains)
+    alpha = random.uniform(0.1, 0.5, num_domains)
+    batch_size = 64 + num_domains
+    uniform = np.full(num_domains, 1 / num_domains)
     steps = []
     for step in range(num_steps):
-        sequences = 1 + random.multinomial(batch - num_domains, np.full(num_domains, 1 / num_domains))
-        loss = epsilon + beta * ((step + 1) * batch) ** -alpha + 0.02 * random.standard_normal(num_domains)
+        # One sequence per domain, the others at random.
+        sequences = 1 + random.multinomial(batch_size - num_domains, uniform)
+        noise = 0.02 * random.standard_normal(num_domains)
+        loss = epsilon + beta * ((step + 1) * batch_size) ** -alpha + noise
         tokens = sequences * SEQ_LEN
         steps.append(
             DomainStatistics(
@@ -66,27 +75,27 @@ def synthetic_statistics(num_domains: int, num_steps: int = NUM_STEPS, seed: int
 
 
 def without_domains(statistics: DomainStatistics, domains: Iterable[int]) -> DomainStatistics:
-    """The same step without the sequences of `domains`."""
-    kept = ~np.isin(np.arange(len(statistics.loss_sum)), list(domains))
+    """Return the same step without the sequences of `domains`."""
+    present = ~np.isin(np.arange(len(statistics.loss_sum)), list(domains))
     return replace(
         statistics,
-        loss_sum=statistics.loss_sum * kept,
-        num_tokens=statistics.num_tokens * kept,
-        num_sequences=statistics.num_sequences * kept,
+        loss_sum=statistics.loss_sum * present,
+        num_tokens=statistics.num_tokens * present,
+        num_sequences=statistics.num_sequences * present,
     )
 
 
 def run_algorithm(algorithm: MixingAlgorithm[Any], state: Any, steps: Iterable[DomainStatistics]) -> Any:
-    """The state after `steps`; every mixture on the way is checked."""
+    """Return the state after `steps`; assert after every step that the weights are valid."""
     for statistics in steps:
         state, weights = algorithm.update(state, statistics)
-        _assert_mixture(weights)
-        assert np.array_equal(weights, state.weights), "update returns other weights than its state holds"
+        _assert_valid_weights(weights)
+        assert np.array_equal(weights, state.weights), "update() returned weights that differ from state.weights"
     return state
 
 
 def round_trip_npz(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """What comes back after `arrays` were written as an npz file and read without pickle."""
+    """Write `arrays` as an npz file and read it back, both without pickle."""
     file = io.BytesIO()
     np.savez(file, allow_pickle=False, **arrays)
     file.seek(0)
@@ -95,6 +104,7 @@ def round_trip_npz(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]
 
 
 def check_starts_with_the_prior(algorithm: MixingAlgorithm[Any]) -> None:
+    """Check that the initial weights are the prior."""
     prior = _prior(5)
     state = algorithm.start(prior)
     assert state.step == 0
@@ -102,19 +112,18 @@ def check_starts_with_the_prior(algorithm: MixingAlgorithm[Any]) -> None:
 
 
 def check_weights_are_valid(algorithm: MixingAlgorithm[Any]) -> None:
-    """Finite, of sum 1, and at or above the floor once they have moved."""
+    """Check that weights are finite, sum to 1, and are at or above the floor once they differ from the prior."""
     prior = _prior(5)
     state = algorithm.start(prior)
     for statistics in synthetic_statistics(5):
         state = run_algorithm(algorithm, state, [statistics])
         if not np.array_equal(state.weights, prior):
-            assert state.weights.min() >= algorithm.floor(5) - 1e-15, (
-                f"{state.weights} falls below {algorithm.floor(5)}"
-            )
+            floor = algorithm.floor(5)
+            assert state.weights.min() >= floor - 1e-15, f"{state.weights} has a weight below the floor {floor}"
 
 
 def check_weights_move(algorithm: MixingAlgorithm[Any]) -> None:
-    """Without this the other checks would say nothing."""
+    """Check that the weights change; the other checks would otherwise prove nothing."""
     prior = _prior(5)
     state = run_algorithm(algorithm, algorithm.start(prior), synthetic_statistics(5))
     assert np.abs(state.weights - prior).max() > 1e-4, f"after {NUM_STEPS} steps the weights are still {prior}"
@@ -122,7 +131,7 @@ def check_weights_move(algorithm: MixingAlgorithm[Any]) -> None:
 
 
 def check_state_is_immutable(algorithm: MixingAlgorithm[Any]) -> None:
-    """`update` changes neither the state nor the statistics it is given, and repeats itself bit for bit."""
+    """Check that `update` changes neither its state nor its statistics, and is deterministic bit for bit."""
     steps = synthetic_statistics(5)
     early = run_algorithm(algorithm, algorithm.start(_prior(5)), steps[:45])
     before = _copied(algorithm.state_arrays(early))
@@ -132,7 +141,7 @@ def check_state_is_immutable(algorithm: MixingAlgorithm[Any]) -> None:
 
 
 def check_resume_equals_no_resume(algorithm: MixingAlgorithm[Any]) -> None:
-    """Written to npz and read back after any step, the state goes on as if nothing had happened, bit for bit."""
+    """Check that a run that is saved to npz and resumed equals an uninterrupted run, bit for bit."""
     steps = synthetic_statistics(5)
     expected = algorithm.state_arrays(run_algorithm(algorithm, algorithm.start(_prior(5)), steps))
     for stop in (0, 1, NUM_STEPS // 2, NUM_STEPS - 1):
@@ -142,11 +151,12 @@ def check_resume_equals_no_resume(algorithm: MixingAlgorithm[Any]) -> None:
 
 
 def check_absent_domain_keeps_learned_values(algorithm: MixingAlgorithm[Any]) -> None:
-    """No sequence of a domain, no change in what is learned of it, while the others go on.
+    """Check that values learned about a domain do not change while it is absent, but those of other domains do.
 
-    For the first quarter without it an algorithm may still take in what it has seen before.
+    During the first quarter without the domain, the algorithm may still process what it has seen before.
     """
-    steps, quarter = synthetic_statistics(5), NUM_STEPS // 4
+    steps = synthetic_statistics(5)
+    quarter = NUM_STEPS // 4
     without = [without_domains(s, [0]) for s in steps]
     state = run_algorithm(algorithm, algorithm.start(_prior(5)), steps[: 2 * quarter])
     state = run_algorithm(algorithm, state, without[2 * quarter : 3 * quarter])
@@ -158,6 +168,7 @@ def check_absent_domain_keeps_learned_values(algorithm: MixingAlgorithm[Any]) ->
 
 
 def check_a_domain_may_never_appear(algorithm: MixingAlgorithm[Any]) -> None:
+    """Check that the algorithm works if a domain has no sequence in the whole run."""
     state = run_algorithm(
         algorithm, algorithm.start(_prior(5)), (without_domains(s, [2]) for s in synthetic_statistics(5))
     )
@@ -165,14 +176,15 @@ def check_a_domain_may_never_appear(algorithm: MixingAlgorithm[Any]) -> None:
 
 
 def check_a_step_may_have_no_sequences(algorithm: MixingAlgorithm[Any]) -> None:
+    """Check that the algorithm works if a step has no sequences, be it the first or a later one."""
     steps = synthetic_statistics(5)
-    for at in (0, NUM_STEPS // 2):
-        steps[at] = without_domains(steps[at], range(5))
+    for step in (0, NUM_STEPS // 2):
+        steps[step] = without_domains(steps[step], range(5))
     run_algorithm(algorithm, algorithm.start(_prior(5)), steps)
 
 
 def check_nonfinite_losses_are_counted(algorithm: MixingAlgorithm[Any]) -> None:
-    """A NaN that was excluded is counted, and one that reaches the sums stays in its domain and step."""
+    """Check that an excluded NaN is counted, and that a NaN in the sums affects only its domain and step."""
     steps = synthetic_statistics(5)
     excluded = without_domains(steps[30], [1])
     steps[30] = replace(excluded, num_sequences=steps[30].num_sequences, num_nonfinite=np.array([0, 3, 0, 0, 0]))
@@ -187,17 +199,19 @@ def check_nonfinite_losses_are_counted(algorithm: MixingAlgorithm[Any]) -> None:
 
 
 def check_one_domain(algorithm: MixingAlgorithm[Any]) -> None:
+    """Check that a single domain always has weight 1."""
     state = run_algorithm(algorithm, algorithm.start(np.ones(1)), synthetic_statistics(1))
     assert np.allclose(state.weights, [1.0], rtol=0, atol=1e-12)
 
 
 def check_many_domains(algorithm: MixingAlgorithm[Any]) -> None:
-    """A thousand domains: still a mixture, still above the floor."""
+    """Check that the weights of 1,000 domains are valid and at or above the floor."""
     state = run_algorithm(algorithm, algorithm.start(_prior(1000)), synthetic_statistics(1000, 45))
     assert state.weights.min() >= algorithm.floor(1000) - 1e-15
 
 
 def check_description_is_per_domain(algorithm: MixingAlgorithm[Any]) -> None:
+    """Check that `describe` returns one value per domain for every name."""
     for num_steps in (0, NUM_STEPS):
         state = run_algorithm(algorithm, algorithm.start(_prior(5)), synthetic_statistics(5, num_steps))
         described = algorithm.describe(state)
@@ -222,11 +236,12 @@ CHECKS: tuple[Callable[[MixingAlgorithm[Any]], None], ...] = (
 
 
 def _prior(num_domains: int) -> NDArray[np.float64]:
-    weights = np.arange(1.0, num_domains + 1)
-    return weights / weights.sum()
+    weights = np.arange(1, num_domains + 1, dtype=np.float64)
+    prior: NDArray[np.float64] = weights / weights.sum()
+    return prior
 
 
-def _assert_mixture(weights: NDArray[np.float64]) -> None:
+def _assert_valid_weights(weights: NDArray[np.float64]) -> None:
     assert weights.dtype == np.float64
     assert np.isfinite(weights).all(), f"weights are {weights}"
     assert (weights >= 0).all(), f"weights are {weights}"

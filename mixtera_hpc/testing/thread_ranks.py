@@ -1,6 +1,7 @@
-"""Ranks as threads of one process: a communicator for tests that want many small jobs without a launcher.
+"""A communicator whose ranks are threads of one process, for tests that run many small jobs without a launcher.
 
-Collectives are matched by their order on each duplicate, as MPI matches them; buffers are copied under one lock.
+As in MPI, the n-th collective call of a rank on a communicator matches the n-th call of every other rank on it. Buffers
+are copied under one lock.
 """
 
 import threading
@@ -17,74 +18,101 @@ from mixtera_hpc.errors import CommError
 __all__ = ["ThreadCommunicator", "run_ranks"]
 
 T = TypeVar("T")
-Key = tuple[tuple[int, ...], int]
-_COMBINE: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min}
+
+Arrays = dict[int, NDArray[Any]]
+"""Rank → the array that it contributes to a collective."""
+
+CallKey = tuple[tuple[int, ...], int]
+"""One collective call of all ranks: the `Dup` calls that lead to the communicator, and the number of the call on it."""
+
+_REDUCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min}
 
 
 @dataclass
-class _World:
-    """What the ranks of one job share."""
+class _ThreadJob:
+    """State shared by the ranks of one job; guarded by `lock`."""
 
     size: int
     lock: threading.Lock = field(default_factory=threading.Lock)
-    given: dict[Key, dict[int, NDArray[Any]]] = field(default_factory=dict)
-    taken: dict[Key, int] = field(default_factory=dict)
-    counters: dict[Key, NDArray[np.int64]] = field(default_factory=dict)
+    contributions: dict[CallKey, Arrays] = field(default_factory=dict)
+    num_finished: dict[CallKey, int] = field(default_factory=dict)
+    """Number of ranks that have finished a call; its contributions are freed when all have."""
+    counters: dict[CallKey, NDArray[np.int64]] = field(default_factory=dict)
     failed: bool = False
 
 
-class _Pending:
-    """One rank's part of a collective."""
+class _ThreadRequest:
+    """The pending collective of one rank: it completes when all `senders` have contributed."""
 
-    def __init__(self, world: _World, key: Key, awaited: tuple[int, ...], finish: Callable[..., None]) -> None:
-        self._world, self._key, self._awaited, self._finish = world, key, awaited, finish
-        self._done = False
+    def __init__(
+        self, job: _ThreadJob, key: CallKey, senders: tuple[int, ...], finish: Callable[[Arrays], None]
+    ) -> None:
+        self._job = job
+        self._key = key
+        self._senders = senders
+        self._finish = finish
+        self._is_complete = False
 
     def Test(self) -> bool:
-        if self._done:
+        """Complete the collective if possible; return whether it is complete."""
+        if self._is_complete:
             return True
-        with self._world.lock:
-            if self._world.failed:
+        with self._job.lock:
+            if self._job.failed:
                 raise CommError("Another rank has failed.")
-            given = self._world.given[self._key]
-            if any(rank not in given for rank in self._awaited):
+            contributions = self._job.contributions[self._key]
+            if any(rank not in contributions for rank in self._senders):
                 return False
-            self._finish(given)
-            self._done = True
-            self._world.taken[self._key] = self._world.taken.get(self._key, 0) + 1
-            if self._world.taken[self._key] == self._world.size:
-                del self._world.given[self._key], self._world.taken[self._key]
+            self._finish(contributions)
+            self._is_complete = True
+            self._free_if_last()
         return True
 
+    def _free_if_last(self) -> None:
+        num_finished = self._job.num_finished.get(self._key, 0) + 1
+        self._job.num_finished[self._key] = num_finished
+        if num_finished == self._job.size:
+            del self._job.contributions[self._key]
+            del self._job.num_finished[self._key]
 
-class _Counters:
-    def __init__(self, world: _World, values: NDArray[np.int64]) -> None:
-        self._world, self._values = world, values
+
+class _ThreadCounters:
+    """Counters shared by all ranks, with atomic additions."""
+
+    def __init__(self, job: _ThreadJob, values: NDArray[np.int64]) -> None:
+        self._job = job
+        self._values = values
 
     def Fetch_and_add(self, position: int, value: int) -> int:
-        with self._world.lock:
-            before = int(self._values[position])
+        """Add `value` to a counter and return its previous value."""
+        with self._job.lock:
+            previous = int(self._values[position])
             self._values[position] += value
-        return before
+        return previous
 
     def Free(self) -> None:
-        return None
+        """Do nothing: the memory is freed with the job."""
 
 
 class ThreadCommunicator:
-    """One thread's view of a job; see `run_ranks`."""
+    """The communicator of one thread; `run_ranks` creates them. See `Communicator` for the methods."""
 
     hostname = "localhost"
 
-    def __init__(self, world: _World, rank: int, path: tuple[int, ...] = ()) -> None:
-        self.rank = self.local_rank = rank
-        self.size = self.local_size = world.size
-        self._world, self._path = world, path
-        self._calls = self._duplicates = 0
+    def __init__(self, job: _ThreadJob, rank: int, path: tuple[int, ...] = ()) -> None:
+        self.rank = rank
+        self.size = job.size
+        self.local_rank = rank
+        self.local_size = job.size
+        self._job = job
+        self._path = path
+        """Numbers of the `Dup` calls that lead to this communicator; equal on all ranks."""
+        self._num_calls = 0
+        self._num_duplicates = 0
 
     def Dup(self) -> "ThreadCommunicator":
-        self._duplicates += 1
-        return ThreadCommunicator(self._world, self.rank, (*self._path, self._duplicates))
+        self._num_duplicates += 1
+        return ThreadCommunicator(self._job, self.rank, (*self._path, self._num_duplicates))
 
     def Barrier(self) -> None:
         self.Allgather(np.zeros(1))
@@ -93,9 +121,9 @@ class ThreadCommunicator:
         wait(self.Ibcast(buffer, root))
 
     def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> CollectiveRequest:
-        def finish(given: dict[int, NDArray[Any]]) -> None:
+        def finish(contributions: Arrays) -> None:
             if self.rank != root:
-                buffer[...] = given[root]
+                buffer[...] = contributions[root]
 
         return self._post(buffer.copy(), (root,), finish)
 
@@ -105,61 +133,70 @@ class ThreadCommunicator:
         return result
 
     def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> CollectiveRequest:
-        def finish(given: dict[int, NDArray[Any]]) -> None:
-            result[...] = _COMBINE[op](np.stack([given[r] for r in range(self.size)]), axis=0)
+        def finish(contributions: Arrays) -> None:
+            by_rank = np.stack([contributions[rank] for rank in range(self.size)])
+            result[...] = _REDUCTIONS[op](by_rank, axis=0)
 
         return self._post(buffer.copy(), tuple(range(self.size)), finish)
 
     def Allgather(self, buffer: NDArray[Any]) -> NDArray[Any]:
         result = np.empty((self.size, *buffer.shape), buffer.dtype)
 
-        def finish(given: dict[int, NDArray[Any]]) -> None:
+        def finish(contributions: Arrays) -> None:
             for rank in range(self.size):
-                result[rank] = given[rank]
+                result[rank] = contributions[rank]
 
         wait(self._post(buffer.copy(), tuple(range(self.size)), finish))
         return result
 
     def Allocate_shared(self, array: NDArray[Any] | None) -> NDArray[Any]:
-        found: list[NDArray[Any]] = []
-        wait(self._post(np.zeros(0) if array is None else array, (0,), lambda given: found.append(given[0])))
-        shared = found[0].view()
+        received: list[NDArray[Any]] = []
+        contribution = np.zeros(0) if array is None else array
+        wait(self._post(contribution, (0,), lambda contributions: received.append(contributions[0])))
+        shared = received[0].view()
         shared.flags.writeable = False
         return shared
 
     def Allocate_counters(self, count: int) -> SharedCounters:
-        self._calls += 1
-        with self._world.lock:
-            values = self._world.counters.setdefault((self._path, self._calls), np.zeros(count, np.int64))
-        return _Counters(self._world, values)
+        self._num_calls += 1
+        key = (self._path, self._num_calls)
+        with self._job.lock:
+            values = self._job.counters.setdefault(key, np.zeros(count, np.int64))
+        return _ThreadCounters(self._job, values)
 
     def Free(self) -> None:
-        return None
+        """Do nothing: the memory is freed with the job."""
 
     def Abort(self, code: int) -> None:
-        self._world.failed = True
+        self._job.failed = True
         raise SystemExit(code)
 
-    def _post(self, given: NDArray[Any], awaited: tuple[int, ...], finish: Callable[..., None]) -> CollectiveRequest:
-        self._calls += 1
-        key = (self._path, self._calls)
-        with self._world.lock:
-            self._world.given.setdefault(key, {})[self.rank] = given
-        return _Pending(self._world, key, awaited, finish)
+    def _post(
+        self, contribution: NDArray[Any], senders: tuple[int, ...], finish: Callable[[Arrays], None]
+    ) -> CollectiveRequest:
+        """Start a collective: contribute an array, and call `finish` when all `senders` have contributed."""
+        self._num_calls += 1
+        key = (self._path, self._num_calls)
+        with self._job.lock:
+            self._job.contributions.setdefault(key, {})[self.rank] = contribution
+        return _ThreadRequest(self._job, key, senders, finish)
 
 
 def run_ranks(num_ranks: int, body: Callable[[ThreadCommunicator], T]) -> list[T]:
-    """Run `body` as every rank of a job; results by rank. The first failure is raised, and ends the others."""
-    world = _World(num_ranks)
+    """Run `body` once per rank, each in its own thread, and return the results by rank.
+
+    If a rank fails, the others fail at their next collective, and the first exception is raised.
+    """
+    job = _ThreadJob(num_ranks)
     results: list[Any] = [None] * num_ranks
     failures: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
-            results[rank] = body(ThreadCommunicator(world, rank))
+            results[rank] = body(ThreadCommunicator(job, rank))
         except BaseException as error:
             failures.append(error)
-            world.failed = True
+            job.failed = True
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(num_ranks)]
     for thread in threads:

@@ -1,7 +1,7 @@
-"""What every tokenizer must do. Give each check the tokenizer.
+"""Conformance suite for tokenizers: call every function of `CHECKS` with the tokenizer; each raises AssertionError.
 
-A new one passes when all of `CHECKS` do: flat arrays of the promised types, documents encoded as if alone whatever stands beside
-them, ids below `vocab_size`, and the same answer from several threads.
+A tokenizer returns flat arrays of the documented dtypes, encodes each document independently of the others, uses token
+ids below `vocab_size`, and may be called from several threads at once.
 """
 
 import itertools
@@ -29,10 +29,11 @@ DOCUMENTS = [
     ),
     *("", " ", "\x00", "a" * 5000, "é" * 300),
 ]
-"""Scripts, white space, a special token as text, nothing, a NUL and long runs."""
+"""Several scripts, white space, a special token as text, an empty document, a NUL character and long repetitions."""
 
 
 def check_arrays_have_documented_dtypes_and_shapes(tokenizer: Tokenizer) -> None:
+    """Check the arrays of `encode_batch`: flat uint32 tokens and ascending int64 offsets."""
     for documents in ([], [""], ["a"], ["", "b", ""], DOCUMENTS * 4):
         tokens, offsets = tokenizer.encode_batch(documents)
         assert tokens.dtype == np.uint32 and tokens.ndim == 1
@@ -41,22 +42,23 @@ def check_arrays_have_documented_dtypes_and_shapes(tokenizer: Tokenizer) -> None
 
 
 def check_documents_are_encoded_independently(tokenizer: Tokenizer) -> None:
-    """A document's tokens do not depend on how many are encoded with it."""
+    """Check that the tokens of a document do not depend on the documents encoded in the same batch."""
     alone = [tokenizer.encode_batch([document])[0].tolist() for document in DOCUMENTS]
     for copies in (1, 4):
-        assert _pieces(tokenizer, DOCUMENTS * copies) == alone * copies
+        assert _split_tokens(tokenizer, DOCUMENTS * copies) == alone * copies
 
 
 def check_encode_each_equals_encode_batch(tokenizer: Tokenizer) -> None:
-    """One array per document, the same tokens as in a row."""
+    """Check that `encode_each` and `count_each` agree with `encode_batch`."""
     each = tokenizer.encode_each(DOCUMENTS)
     assert all(tokens.dtype == np.uint32 and tokens.ndim == 1 for tokens in each)
-    assert [tokens.tolist() for tokens in each] == _pieces(tokenizer, DOCUMENTS)
+    assert [tokens.tolist() for tokens in each] == _split_tokens(tokenizer, DOCUMENTS)
     assert tokenizer.count_each(DOCUMENTS).tolist() == [len(tokens) for tokens in each]
     assert tokenizer.encode_each([]) == [] and tokenizer.count_each([]).dtype == np.int64
 
 
 def check_ids_are_below_vocab_size(tokenizer: Tokenizer) -> None:
+    """Check that all token ids are below `vocab_size`, and that the fingerprint is a string."""
     tokens, _ = tokenizer.encode_batch(DOCUMENTS)
     assert len(tokens) and int(tokens.max()) < tokenizer.vocab_size
     assert tokenizer.eos_id is None or 0 <= tokenizer.eos_id < tokenizer.vocab_size
@@ -64,15 +66,17 @@ def check_ids_are_below_vocab_size(tokenizer: Tokenizer) -> None:
 
 
 def check_concurrent_calls_give_equal_tokens(tokenizer: Tokenizer) -> None:
+    """Check that several threads can use one tokenizer at the same time."""
     expected = tokenizer.encode_batch(DOCUMENTS)[0].tolist()
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: tokenizer.encode_batch(DOCUMENTS)[0].tolist(), range(20)))
     assert results == [expected] * 20
 
 
-def _pieces(tokenizer: Tokenizer, documents: Sequence[str]) -> list[list[int]]:
+def _split_tokens(tokenizer: Tokenizer, documents: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each document."""
     tokens, offsets = tokenizer.encode_batch(documents)
-    return [tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+    return [tokens[start:end].tolist() for start, end in itertools.pairwise(offsets)]
 
 
 CHECKS: tuple[Callable[[Tokenizer], None], ...] = (
