@@ -1,16 +1,17 @@
-"""The exceptions users meet, and the exit code each one becomes.
+"""The exceptions that users see, and the exit code of each.
 
-MixteraError            1   ours: a bug or a broken machine
- ├─ UserError           2   something the user wrote or gave; the message says what, got, rule, do
- │   ├─ ConfigError         a config key or value
- │   ├─ PropertyIndexError  an index file: missing, stale, truncated, of another version or tokenizer
- │   ├─ MixtureError        domains, weights or exhaustion of a mixture
- │   ├─ DataError           a shard or a sample that cannot be read
- │   └─ LaunchError         a job that cannot be rendered, submitted or found
- ├─ CommError           1   ranks disagree, or the MPI launch is wrong
- └─ SavedAndStopped    75   not a failure: state is saved, run me again
+MixteraError                1   an internal error, or a broken machine
+├─ UserError                2   invalid input; the message says what is wrong, the value, the rule and what to do
+│  ├─ ConfigError               a config key or value
+│  ├─ PropertyIndexError        an index file: missing, stale, truncated, or built by another version or tokenizer
+│  ├─ MixtureError              the domains, the weights or the exhaustion of a mixture
+│  ├─ DataError                 a shard or a sample that cannot be read
+│  └─ LaunchError               a job that cannot be rendered, submitted, found or continued
+├─ CommError                1   ranks disagree, or MPI was started incorrectly
+└─ SavedAndStopped         75   not a failure: the state is saved, and running again continues
 """
 
+import difflib
 from typing import ClassVar
 
 __all__ = [
@@ -29,13 +30,13 @@ __all__ = [
 
 
 class MixteraError(Exception):
-    """Base of every exception this package raises on purpose."""
+    """Base class of every exception that this package raises on purpose."""
 
     exit_code: ClassVar[int] = 1
 
 
 class UserError(MixteraError):
-    """The user's input is wrong; the message says what, got, rule and do."""
+    """The input is invalid; the message says what is wrong, the value, the rule and what to do."""
 
     exit_code = 2
 
@@ -45,11 +46,11 @@ class ConfigError(UserError):
 
 
 class PropertyIndexError(UserError):
-    """A property index cannot be used as it is."""
+    """A property index is missing, stale, damaged, or does not fit the run."""
 
 
 class MixtureError(UserError):
-    """A mixture cannot be served as it is written."""
+    """The domains or weights of a mixture are invalid, or its data runs out."""
 
 
 class DataError(UserError):
@@ -61,24 +62,27 @@ class LaunchError(UserError):
 
 
 class CommError(MixteraError):
-    """Ranks disagree, or were started the wrong way."""
+    """Ranks disagree, or were started incorrectly."""
 
 
 class SavedAndStopped(MixteraError):
-    """State was saved after an agreed stop; running again continues."""
+    """All ranks agreed to stop and the state was saved; running again continues."""
 
     exit_code = 75
 
 
 def is_clean_exit(error: BaseException) -> bool:
-    """Whether `error` is how a program leaves that has done, or saved, its work, on every rank alike: `sys.exit(75)`, say."""
-    return isinstance(error, SavedAndStopped) or (isinstance(error, SystemExit) and error.code in (None, 0, 75))
+    """Return True for a clean exit (finished or saved) that all ranks take together, such as `sys.exit(75)`."""
+    if isinstance(error, SavedAndStopped):
+        return True
+    return isinstance(error, SystemExit) and error.code in (None, 0, SavedAndStopped.exit_code)
 
 
 def did_you_mean(got: str, valid: list[str] | tuple[str, ...]) -> str:
-    """A hint naming near misses of `got` among `valid`, or all of them when they are few; empty when there are none."""
-    import difflib
+    """Return a hint for an error message: near misses of `got`, else all of `valid` if they are few, else nothing.
 
+    The hint starts with a space, so that it can be appended to a sentence.
+    """
     near = difflib.get_close_matches(got, valid, n=3, cutoff=0.6)
     if near:
         return f" Did you mean {' or '.join(repr(n) for n in near)}?"

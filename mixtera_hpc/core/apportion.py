@@ -1,20 +1,36 @@
-"""Exact apportionment: which domain gets each slot, so that no prefix is ever a full sequence away from its share.
+"""Exact apportionment: decide which domain gets each slot, so that every prefix stays within one sequence of its share.
 
-Give the m-th sequence of a domain with lag l and weight w the window of slots in which serving it keeps the domain's count
-within 1 of its share: not before slot ⌊(m-1-l)/w⌋ + 1, not after slot ⌈(m-l)/w⌉ (the proportionate-fairness windows of Baruah
-et al. 1996, for one processor). Serving the earliest deadline among the released fills every window, so all prefixes are exact.
+Terms (docs/planner.md has the proofs):
 
-A chunk is decided in two parts. `advance` finds only how many sequences every domain has had at the end of n slots, in
-O(K log K) whatever n is: everything due by then, and of the sequences whose window is open, those with the earliest
-deadlines, as long as no suffix of the chunk is promised more newly released sequences than fit in it. `order_slots` then runs the
-earliest-deadline rule over exactly those sequences. docs/planner.md has the proof that the two agree: with unchanged
-weights every prefix of every chunk is exact; after a change of weights the boundaries are, whenever that is possible at all.
+- A slot is one sequence of the global order.
+- A domain's share is the sum of its weights over the slots so far. Its lag is the share minus the sequences served.
+- The m-th sequence of a domain with weight w and lag l keeps the lag below 1 in absolute value exactly if it is served
+  between its release, slot ⌊(m-1-l)/w⌋ + 1, and its deadline, slot ⌈(m-l)/w⌉. These are the windows of proportionate
+  fairness (Baruah, Cohen, Plaxton, Varvel 1996) for one processor.
+- Earliest deadline first (EDF): serve the earliest deadline among the released sequences. EDF meets all windows whenever
+  any order does, and with constant weights one does.
 
-Shares are integers in units of 2^-40 sequence, so that nothing is ever rounded and every machine gets the same answer.
+A chunk is planned in two steps:
+
+1. `advance` computes only how many sequences each domain gets in n slots. It takes O(K log K) time for K domains,
+   whatever n is. Every sequence with a deadline inside the chunk is due and is counted. The remaining slots go to open
+   sequences: those that are released inside the chunk and due after it.
+2. `order_slots` runs EDF over exactly those sequences, in O(n log K) time.
+
+Which open sequences to take is decided by one of two rules. The first rule takes the largest remainders and is checked
+against the two conditions of docs/planner.md: the choice must fit into the chunk, and it must be forward-safe (not
+leave more urgent sequences than the slots after the chunk can serve). If a check fails, the second rule takes the
+earliest deadlines, which always satisfies both.
+
+With unchanged weights every prefix of every chunk is exact. After a change of weights the chunk boundaries are exact
+whenever that is possible at all.
+
+Shares, lags and weights are integers in units of 2^-40 sequence. Nothing is rounded, so every machine gets the same
+result.
 """
 
 import heapq
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,156 +39,221 @@ __all__ = ["BITS", "MAX_SLOTS", "UNIT", "advance", "order_slots", "quantise_weig
 
 BITS = 40
 UNIT = 1 << BITS
-"""Fixed-point one."""
+"""One sequence, and the sum of all weights, in fixed-point units."""
 MAX_SLOTS = 1 << 21
-"""Slots of one call; keeps every product below 2^62."""
+"""Maximum number of slots of one call; keeps every product below 2^62."""
 NEVER = np.int64(1 << 62)
-FAR = 1 << 42
-FEW = 200
+"""Number of slots until a domain is exhausted that lies beyond the horizon."""
+NOT_OPEN_KEY = 1 << 42
+"""Sort key of domains without an open sequence; larger than the key of any open sequence."""
+STABLE_SORT_LIMIT = 200
+"""Number of keys below which numpy's stable sort is faster than the packed sort of `_sort_stable`."""
 
 Ints = NDArray[np.int64]
 
 
-def quantise_weights(weights: NDArray[np.float64]) -> Ints:
-    """Non-negative weights as integers that sum to UNIT exactly; shape (K,).
+class _ChunkEnd(NamedTuple):
+    """The end of a chunk, for the choice of the open sequences that are served before it."""
 
-    Each is within K + 1 units of its share, and a positive one keeps at least 1. Only correctly rounded operations on single
-    numbers and sums of integers are used, so every machine gets the same.
+    num_choices: int
+    """How many open sequences to choose."""
+    num_slots: int
+    """Slots in the chunk."""
+
+
+def quantise_weights(weights: NDArray[np.float64]) -> Ints:
+    """Convert non-negative weights to integers that sum to exactly `UNIT`; shape (K,).
+
+    Each result is within K + 1 units of its exact share. A positive weight gets at least 1 unit. The result is the same
+    on every machine, because only correctly rounded operations on single numbers and integer sums are used.
     """
+    # The sum is taken over integers: a floating-point sum would depend on the order of its terms.
     scaled = np.rint(weights * (UNIT / weights.max()))
-    units = np.rint(scaled * (UNIT / int(scaled.astype(np.int64).sum()))).astype(np.int64)
+    total = int(scaled.astype(np.int64).sum())
+    units: Ints = np.rint(scaled * (UNIT / total)).astype(np.int64)
     if not units.all():
         units[(units == 0) & (weights > 0)] = 1
+
+    # The largest weight absorbs the rounding error of the sum.
     units[units.argmax()] += UNIT - int(units.sum())
     return units
 
 
 def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> tuple[Ints, Ints]:
-    """How many sequences each domain gets in the next `num_slots` slots, and the lags after them; shape (K,) each.
+    """Return how many sequences each domain gets in the next `num_slots` slots, and the lags after them; shape (K,) each.
 
     The counts sum to `num_slots`.
 
     Args:
-        lag: share due minus sequences served, in UNIT; sums to 0.
-        weight: in UNIT; sums to UNIT.
-        remaining: sequences a domain still has; nobody's share may outgrow it within `num_slots` (see `slots_until_exhausted`).
+        lag: share minus sequences served, in `UNIT`; sums to 0. Shape (K,).
+        weight: in `UNIT`; sums to `UNIT`. Shape (K,).
+        num_slots: at most `MAX_SLOTS`.
+        remaining: sequences that each domain can still serve; shape (K,). No domain's share may exceed it within
+            `num_slots` slots (see `slots_until_exhausted`).
     """
+    # The integer part of the outstanding share is due inside the chunk. The rest is the remainder f of docs/planner.md:
+    # a domain with f > 0 has an open sequence at the end.
     share = lag + weight * num_slots
-    due = np.maximum(share >> BITS, 0)
-    left = share - (due << BITS)
-    rest = num_slots - int(due.sum())
-    if rest > 0:
-        early = _served_early(left, weight, (left > 0) & (due < remaining), (rest, num_slots))
-        due[early] += 1
-        left[early] -= UNIT
-    return due, left
+    counts = np.maximum(share >> BITS, 0)
+    remainder = share - (counts << BITS)
+
+    num_choices = num_slots - int(counts.sum())
+    if num_choices > 0:
+        is_open = (remainder > 0) & (counts < remaining)
+        chosen = _choose_open(remainder, weight, is_open, _ChunkEnd(num_choices, num_slots))
+        counts[chosen] += 1
+        remainder[chosen] -= UNIT
+    return counts, remainder
 
 
-def _served_early(
-    part: Ints, weight: Ints, open_: NDArray[np.bool_], limits: tuple[int, int]
-) -> NDArray[np.integer[Any]]:
-    """The domains whose open sequence, released and not due by the boundary, is served before it.
+def _choose_open(remainder: Ints, weight: Ints, is_open: NDArray[np.bool_], end: _ChunkEnd) -> NDArray[np.integer[Any]]:
+    """Return the domains whose open sequence is served inside the chunk; shape (end.num_choices,).
 
     Args:
-        part: share outstanding beside what is due; at most 0 where the next sequence is not released.
-        open_: which have an open sequence.
-        limits: how many are wanted, and the slots of the chunk.
+        remainder: share outstanding at the end of the chunk after all due sequences; at most 0 where the next sequence
+            is not released.
+        is_open: whether the domain has an open sequence; shape (K,).
     """
-    rest, num_slots = limits
-    missing, fall = UNIT - part, -np.maximum(weight, 1)
-    deadline, age = -(missing // fall), -(part // fall)
-    all_open = open_.all()
+    # Floor division by a negative number and negation round up. Counted from the end of the chunk, the next sequence is
+    # due `deadline` slots later and was released in the last `age` slots of the chunk.
+    until_due = UNIT - remainder
+    negative_weight = -np.maximum(weight, 1)
+    deadline = -(until_due // negative_weight)
+    age = -(remainder // negative_weight)
+    all_open = is_open.all()
     if not all_open:
-        missing, age = np.where(open_, missing, FAR), np.where(open_, age, FAR)
-    _, order = _ascending(missing)
-    chosen = order[:rest]
-    left = part.copy()
-    left[chosen] -= UNIT
-    if _rest_fits(left, weight, deadline):
+        until_due = np.where(is_open, until_due, NOT_OPEN_KEY)
+        age = np.where(is_open, age, NOT_OPEN_KEY)
+
+    # First rule: the largest remainders. Accept it if both conditions hold.
+    _, largest_first = _sort_stable(until_due)
+    chosen = largest_first[: end.num_choices]
+    lag_after = remainder.copy()
+    lag_after[chosen] -= UNIT
+    if _is_forward_safe(lag_after, weight, deadline):
         if not all_open:
-            left, weight = left * open_, weight * open_
-        if _chunk_fits(left, weight, age, num_slots):
+            lag_after = lag_after * is_open
+            weight = weight * is_open
+        if _fits(lag_after, weight, age, end.num_slots):
             return chosen
-    candidates = np.flatnonzero(open_)
-    return candidates[_earliest(part[candidates], age[candidates], deadline[candidates], limits)]
+
+    # Second rule: the earliest deadlines.
+    candidates = np.flatnonzero(is_open)
+    return candidates[_choose_due_first(remainder[candidates], age[candidates], deadline[candidates], end)]
 
 
-def _ascending(key: Ints) -> tuple[Ints, Ints]:
-    """`key`, at most 2^42, in order, and whose each is; equal ones stay as they were."""
-    if len(key) < FEW:
-        order = key.argsort(kind="stable")
-        return key.take(order), order
-    tie = len(key).bit_length()
-    keys = (key << tie) + np.arange(len(key))  # Plain sorts are vectorised, stable ones are not.
-    keys.sort()
-    return keys >> tie, keys & ((1 << tie) - 1)
+def _sort_stable(key: Ints) -> tuple[Ints, Ints]:
+    """Return `key` in ascending order and the permutation that sorts it; equal keys stay in order.
 
-
-def _rest_fits(left: Ints, weight: Ints, deadline: Ints) -> bool:
-    """Whether, for every b, at most b of what is left at the boundary is due within b slots.
-
-    That is Σ ⌊left + weight · b⌋ ≤ b over those with a deadline by then. In floating point, which cannot overflow, and on the safe
-    side: a product is off by at most 2^-52 of it, and one above 2^62 outweighs every sum of parts.
+    Keys are in [0, 2^42].
     """
-    b, urgent = _ascending(deadline)
-    ahead = np.multiply(b, UNIT - weight.take(urgent).cumsum(), dtype=np.float64)
-    due = left.take(urgent).cumsum() - ahead
-    return bool(due.max() < UNIT - (1 << 12))
+    if len(key) < STABLE_SORT_LIMIT:
+        permutation = key.argsort(kind="stable")
+        return key.take(permutation), permutation
+
+    # Pack the position into the low bits of the key: numpy vectorises plain sorts, but not stable ones.
+    position_bits = len(key).bit_length()
+    packed = (key << position_bits) + np.arange(len(key))
+    packed.sort()
+    return packed >> position_bits, packed & ((1 << position_bits) - 1)
 
 
-def _chunk_fits(left: Ints, weight: Ints, age: Ints, num_slots: int) -> bool:
-    """Whether, for every L, the last L slots of the chunk have room for what is chosen of the sequences released in them."""
-    slots, young = _ascending(age)
-    others = int(weight.sum()) - weight.take(young).cumsum()
-    room = left.take(young).cumsum() + slots * others  # May overflow beyond the chunk, where it does not count.
-    return bool(((room > -UNIT) | (slots >= num_slots)).all())
+def _is_forward_safe(lag_after: Ints, weight: Ints, deadline: Ints) -> bool:
+    """Return True if, for every b ≥ 1, at most b sequences not served in the chunk are due within the b slots after it.
 
+    The condition is Σ (lag_after + weight · b) < b + 1 over the domains whose next sequence is due within b slots.
 
-def _earliest(part: Ints, age: Ints, deadline: Ints, limits: tuple[int, int]) -> Ints:
-    """The positions of those that are due first, among those that fit into the chunk.
-
-    A set that holds at most ⌈Σ part⌉ of the sequences released in the last L slots, for every L < num_slots, can be served
-    without crowding the end of the chunk. Among such sets the one with the earliest deadlines is found by a sweep over
-    ascending L: the bound grows by at most one per sequence, so each either joins or replaces the latest deadline.
+    The sums are computed in floating point, which cannot overflow, and err on the safe side: a product is off by at most
+    2^-52 of its value, and a product above 2^62 outweighs every sum of lags.
     """
-    rest, num_slots = limits
-    (_, by_age), (_, by_deadline) = _ascending(age), _ascending(deadline)
-    rank = np.empty(len(part), np.int64)
-    rank[by_deadline] = np.arange(len(part))
-    inside = int(np.count_nonzero(age < num_slots))
-    sweep, outside = by_age[:inside], by_age[inside:]
-    bound = np.concatenate([[0], -(-part[sweep].cumsum() >> BITS)])
-    chosen: list[int] = []
-    for key, joins in zip((-rank[sweep]).tolist(), (bound[1:] > bound[:-1]).tolist(), strict=True):
+    b, soonest_first = _sort_stable(deadline)
+    weight_sum = weight.take(soonest_first).cumsum()
+    others_share = np.multiply(b, UNIT - weight_sum, dtype=np.float64)
+    excess = lag_after.take(soonest_first).cumsum() - others_share
+    return bool(excess.max() < UNIT - (1 << 12))
+
+
+def _fits(lag_after: Ints, weight: Ints, age: Ints, num_slots: int) -> bool:
+    """Return True if the last L slots of the chunk have room for the chosen sequences released in them, for every L.
+
+    The condition is that of docs/planner.md, |S ∩ A_L| ≤ ⌈Σ_{A_L} f + L · W⌉, rewritten as Σ_{A_L} lag_after + L · W > -1.
+
+    Args:
+        lag_after: remainder minus the chosen sequences; 0 for domains that are not open.
+        weight: 0 for domains that are not open.
+    """
+    last_slots, youngest_first = _sort_stable(age)
+    others_weight = int(weight.sum()) - weight.take(youngest_first).cumsum()
+    # The product may overflow where L exceeds the chunk. Those entries are ignored.
+    room = lag_after.take(youngest_first).cumsum() + last_slots * others_weight
+    return bool(((room > -UNIT) | (last_slots >= num_slots)).all())
+
+
+def _choose_due_first(remainder: Ints, age: Ints, deadline: Ints, end: _ChunkEnd) -> Ints:
+    """Return the positions of the sequences with the earliest deadlines, among the choices that fit into the chunk.
+
+    A choice fits if it has at most ⌈Σ_{A_L} f⌉ members of A_L, the sequences released in the last L slots, for every
+    L < num_slots. The sets A_L are nested, so a sweep over ascending L finds the best choice: the bound grows by at most
+    one per sequence, and each sequence either joins the choice or replaces its latest deadline.
+
+    Args:
+        remainder: of the open domains only; shape (num_open,), as the following.
+        age: number of last slots of the chunk in which the sequence is released.
+        deadline: slots from the end of the chunk until the sequence is due.
+    """
+    _, by_age = _sort_stable(age)
+    _, by_deadline = _sort_stable(deadline)
+    deadline_rank = np.empty(len(remainder), np.int64)
+    deadline_rank[by_deadline] = np.arange(len(remainder))
+
+    # Sequences released before the chunk are bound by nothing but their number.
+    num_inside = int(np.count_nonzero(age < end.num_slots))
+    inside = by_age[:num_inside]
+    outside = by_age[num_inside:]
+    bound = np.concatenate([[0], -(-remainder[inside].cumsum() >> BITS)])
+    bound_grows = bound[1:] > bound[:-1]
+
+    # A heap of negated ranks has the latest deadline on top.
+    heap: list[int] = []
+    for negated_rank, joins in zip((-deadline_rank[inside]).tolist(), bound_grows.tolist(), strict=True):
         if joins:
-            heapq.heappush(chosen, key)
+            heapq.heappush(heap, negated_rank)
         else:
-            heapq.heappushpop(chosen, key)
-    ranks = np.sort(np.concatenate([-np.array(chosen, np.int64), rank[outside]]))
-    return by_deadline[ranks[:rest]]
+            heapq.heappushpop(heap, negated_rank)
+    ranks = np.sort(np.concatenate([-np.array(heap, np.int64), deadline_rank[outside]]))
+    chosen: Ints = by_deadline[ranks[: end.num_choices]]
+    return chosen
 
 
 def slots_until_exhausted(lag: Ints, weight: Ints, remaining: Ints, horizon: int) -> Ints:
-    """Slots after which each domain's share equals all it has left; `NEVER` if beyond `horizon`. Shape (K,)."""
+    """Return the number of slots after which each domain's share uses up its remaining sequences; shape (K,).
+
+    The value is `NEVER` for domains that last longer than `horizon` slots.
+    """
     slots = np.full(len(lag), NEVER)
-    near = (remaining <= horizon + 1) & (weight > 0)
-    if near.any():
-        missing = (remaining[near] << BITS) - lag[near]
-        slots[near] = np.maximum(-(-missing // weight[near]), 0)
+    is_near = (remaining <= horizon + 1) & (weight > 0)
+    if is_near.any():
+        missing = (remaining[is_near] << BITS) - lag[is_near]
+        slots[is_near] = np.maximum(-(-missing // weight[is_near]), 0)
     return slots
 
 
 def order_slots(lag: Ints, weight: Ints, counts: Ints) -> NDArray[np.int32]:
-    """The domain of every slot, when domain k is to get `counts[k]` of them; shape (counts.sum(),).
+    """Return the domain of every slot if domain k gets `counts[k]` of the slots; shape (counts.sum(),).
 
-    Earliest deadline first among the released, O(n log K).
+    Runs EDF in O(n log K) time for n slots.
     """
+    # One entry per sequence: its domain and its number m - 1 inside the chunk.
     num_slots = int(counts.sum())
     domain = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     nth = np.arange(num_slots) - np.repeat(np.cumsum(counts) - counts, counts)
+
+    # Windows, cut at the borders of the chunk. The release is a 0-based slot, the deadline 1-based.
     rate = np.maximum(weight, 1)[domain]
     release = np.clip((nth * UNIT - lag[domain]) // rate, 0, num_slots - 1)
     deadline = np.clip(-(-((nth + 1) * UNIT - lag[domain]) // rate), 1, num_slots)
+
+    # Equal deadlines are served by domain, so the order is the same on every rank.
     priority = np.empty(num_slots, np.int64)
     priority[np.lexsort((nth, domain, deadline))] = np.arange(num_slots)
     by_release = np.argsort(release, kind="stable")
@@ -183,12 +264,21 @@ def order_slots(lag: Ints, weight: Ints, counts: Ints) -> NDArray[np.int32]:
 
 
 def _earliest_deadline_first(release: list[int], priority: list[int]) -> list[int]:
-    """Priorities in the order they are served; when nothing is released, the next to be released is taken early."""
+    """Return the priorities in the order in which they are served; a lower number is served first.
+
+    If nothing is released, the sequence that is released next is served early.
+
+    Args:
+        release: first slot of each sequence, ascending.
+        priority: rank of each sequence by deadline.
+    """
     waiting: list[int] = []
-    served, taken, total = [], 0, len(release)
+    served: list[int] = []
+    num_released = 0
+    total = len(release)
     for slot in range(total):
-        while taken < total and (release[taken] <= slot or not waiting):
-            heapq.heappush(waiting, priority[taken])
-            taken += 1
+        while num_released < total and (release[num_released] <= slot or not waiting):
+            heapq.heappush(waiting, priority[num_released])
+            num_released += 1
         served.append(heapq.heappop(waiting))
     return served

@@ -1,7 +1,14 @@
-"""Rows and tokens of every domain in every block, a range of the histogram at a time.
+"""Count the rows and tokens of every domain in every block, a range of the histogram at a time.
 
-What a combo decides is decided once per combo; cells that need numbers look at their block's zones; blocks that even those
-leave open have their samples read, many blocks at once. Memory is that of the answer plus some megabytes, whatever the index.
+The index stores a histogram: for every block, the rows and tokens of each combo (a distinct combination of categorical
+values) in it. One (block, combo) pair is a cell. A query is decided in three steps, each only for what the step before
+leaves open:
+
+1. per combo, if categorical properties decide;
+2. per cell, from the zones of its block (the smallest and largest value of each number);
+3. per sample, by reading the samples of the blocks that are still undecided, many blocks at once.
+
+Memory is that of the result plus a few megabytes, whatever the size of the index.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,23 +25,23 @@ from mixtera_hpc.core.query import Entries, Predicate
 __all__ = ["NO_DOMAIN", "DomainCounter", "DomainTable", "PruningStatistics", "ReadBlocks"]
 
 NO_DOMAIN = -1
-"""Selected, and in no domain."""
-CELLS_TOGETHER = 1 << 18
-"""Cells of the histogram that are looked at together: their columns stay in a core's cache."""
-SAMPLES_TOGETHER = 1 << 17
-"""Samples read together, at least one block's."""
-COUNTERS_TOGETHER = 1 << 21
-"""Bound on blocks × combos while samples are counted."""
+"""Domain of selected samples that belong to no domain."""
+CELLS_PER_RANGE = 1 << 18
+"""Histogram cells that are processed together: their columns stay in a core's cache."""
+SAMPLES_PER_READ = 1 << 17
+"""Samples that are read together; one block may have more."""
+COUNTERS_PER_READ = 1 << 21
+"""Limit of blocks × combos while samples are counted."""
 
 ReadBlocks = Callable[[NDArray[np.int32]], SampleColumns]
-"""Reads the samples of some blocks, one block after the other."""
+"""Read the samples of the given blocks, concatenated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainTable:
-    """The blocks of every domain and what they hold of it.
+    """The rows and tokens that every domain has in every block.
 
-    Entries of domain d are `indptr[d]:indptr[d + 1]`, blocks ascending; a block may belong to several domains.
+    Entries of domain d are `indptr[d]:indptr[d + 1]`, with ascending blocks. A block may belong to several domains.
     """
 
     indptr: NDArray[np.int64]
@@ -49,8 +56,8 @@ class DomainTable:
         return len(self.indptr) - 1
 
     def totals(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows and tokens of every domain; shape (num_domains,) each."""
-        slices = [slice(a, b) for a, b in pairwise(self.indptr.tolist())]
+        """Return the rows and the tokens of every domain; shape (num_domains,) each."""
+        slices = [slice(start, stop) for start, stop in pairwise(self.indptr.tolist())]
         rows = [self.rows[s].sum(dtype=np.int64) for s in slices]
         tokens = [self.tokens[s].sum(dtype=np.int64) for s in slices]
         return np.array(rows, np.int64), np.array(tokens, np.int64)
@@ -58,55 +65,60 @@ class DomainTable:
 
 @dataclass(slots=True, kw_only=True)
 class PruningStatistics:
-    """What an answer cost. Every block is in exactly one of the four counts of blocks."""
+    """How the blocks of a query were decided. Every block is in exactly one of the four block counts."""
 
     pruned_by_histogram: int = 0
-    """Blocks that no combo of theirs lets match."""
+    """Blocks without a combo that may match."""
     pruned_by_zones: int = 0
-    """Blocks that only their smallest and largest numbers rule out."""
+    """Blocks that are ruled out only by their smallest and largest numbers."""
     decided_whole: int = 0
-    """Blocks of which combos and zones decide every cell."""
+    """Blocks in which combos and zones decide every cell."""
     scanned_blocks: int = 0
-    """Blocks whose samples had to be looked at."""
+    """Blocks whose samples were read."""
     scanned_samples: int = 0
-    """Samples in the scanned blocks; rows that cannot be read are none."""
+    """Samples in the scanned blocks, without unreadable rows."""
 
     @property
     def blocks(self) -> int:
-        """All blocks."""
+        """Number of all blocks."""
         return self.pruned_by_histogram + self.pruned_by_zones + self.decided_whole + self.scanned_blocks
 
 
 @dataclass(frozen=True, slots=True)
-class _Cells:
-    """Some cells of the histogram, blocks ascending."""
+class _HistogramCells:
+    """Some cells of the histogram, with ascending blocks; shape (num_cells,) each."""
 
     block: NDArray[np.int32]
     combo: NDArray[Any]
     rows: NDArray[Any]
     tokens: NDArray[Any]
 
-    def only(self, keep: NDArray[np.bool_]) -> "_Cells":
-        """Some of the cells; no copy when it is all of them."""
-        kept = np.flatnonzero(keep)  # Taking positions is six times as fast as taking by a mask.
-        if len(kept) == len(keep):
+    def select(self, mask: NDArray[np.bool_]) -> "_HistogramCells":
+        """Return the cells where `mask` is set, without a copy if all are."""
+        positions = np.flatnonzero(mask)  # Taking positions is six times as fast as taking by a mask.
+        if len(positions) == len(mask):
             return self
-        return _Cells(*(column.take(kept) for column in (self.block, self.combo, self.rows, self.tokens)))
+        return _HistogramCells(
+            block=self.block.take(positions),
+            combo=self.combo.take(positions),
+            rows=self.rows.take(positions),
+            tokens=self.tokens.take(positions),
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """What a range of blocks has: entries sorted by domain, then block."""
+class _RangeCounts:
+    """The counts of a range of blocks: entries sorted by domain, then block."""
 
     block: NDArray[np.int32]
     rows: NDArray[np.int32]
     tokens: NDArray[np.int64]
-    per_domain: NDArray[np.int64]
-    """Entries of every domain; shape (num_domains,)."""
+    entries_per_domain: NDArray[np.int64]
+    """Shape (num_domains,)."""
 
 
 class DomainCounter:
-    """Counts one query's domains."""
+    """Counts the domains of one query."""
 
     def __init__(
         self,
@@ -116,167 +128,231 @@ class DomainCounter:
         read_blocks: ReadBlocks,
         per_combo: bool = False,
     ) -> None:
-        """
+        """Evaluate the predicate on every combo.
+
         Args:
-            per_combo: `rows_of_combo` is wanted.
+            tables: the index.
+            predicate: selects the samples.
+            combo_domain: domain of every combo, `NO_DOMAIN` for none; shape (num_combos,).
+            read_blocks: called for the blocks that combos and zones do not decide.
+            per_combo: also fill `rows_of_combo`.
         """
-        self._tables, self._predicate, self._read_blocks = tables, predicate, read_blocks
+        self._tables = tables
+        self._predicate = predicate
+        self._read_blocks = read_blocks
+        # 16 bits, where they are enough, let numpy sort by domain with a radix sort.
         self._domain = combo_domain.astype(np.int16 if len(combo_domain) < 1 << 15 else np.int32)
-        num_combos = tables.combos.num_combos
-        unknown = np.full(num_combos, np.inf)
-        anything = Entries(
-            combos=tables.combos,
-            combo=np.arange(num_combos),
-            low=dict.fromkeys(predicate.numbers, -unknown),
-            high=dict.fromkeys(predicate.numbers, unknown),
-            has_null=dict.fromkeys(predicate.numbers, np.ones(num_combos, np.bool_)),
-        )
-        mask = predicate.evaluate(anything)
-        readable = np.arange(num_combos) != tables.combos.bad
-        self._can, self._must = mask.may_match & readable, mask.must_match & readable
-        self.pruning = PruningStatistics()
+        mask = predicate.evaluate(_any_sample_of_each_combo(tables, predicate))
+        readable = np.arange(tables.combos.num_combos) != tables.combos.bad
+        self._may_match = mask.may_match & readable
+        self._must_match = mask.must_match & readable
         self._per_combo = per_combo
-        self.rows_of_combo = np.zeros(num_combos, np.int64)
-        """Rows that the query selects of every combo, where wanted; shape (num_combos,)."""
+        self.pruning = PruningStatistics()
+        self.rows_of_combo = np.zeros(tables.combos.num_combos, np.int64)
+        """Selected rows of every combo, if `per_combo`; shape (num_combos,)."""
         self.unassigned = np.zeros(2, np.int64)
-        """Rows and tokens that the query selects and that are in no domain."""
+        """Selected rows and tokens that belong to no domain."""
 
     def table(self, num_domains: int) -> DomainTable:
-        """Count."""
-        pieces = []
-        for start, stop in _ranges(self._tables.histogram.indptr):
-            cells = self._decided(start, stop)
-            if self._per_combo:  # Exact below 2^53 rows, which a range has.
-                self.rows_of_combo += np.bincount(cells.combo, cells.rows, len(self._can)).astype(np.int64)
+        """Count the whole index; call it once."""
+        ranges = []
+        for start, stop in _block_ranges(self._tables.histogram.indptr):
+            cells = self._selected_cells(start, stop)
+            if self._per_combo:
+                # bincount sums in float64, which is exact below 2^53 rows. A range has fewer.
+                self.rows_of_combo += np.bincount(cells.combo, cells.rows, len(self._may_match)).astype(np.int64)
+
             domain = self._domain.take(cells.combo)
-            inside = domain != NO_DOMAIN
-            if not inside.all():
-                out = cells.only(~inside)
-                self.unassigned += out.rows.sum(dtype=np.int64), out.tokens.sum(dtype=np.int64)
-                cells, domain = cells.only(inside), domain[inside]
-            pieces.append(_piece(cells, domain, num_domains))
-        return _joined(pieces, num_domains)
+            in_domain = domain != NO_DOMAIN
+            if not in_domain.all():
+                outside = cells.select(~in_domain)
+                self.unassigned += outside.rows.sum(dtype=np.int64), outside.tokens.sum(dtype=np.int64)
+                cells = cells.select(in_domain)
+                domain = domain[in_domain]
+            ranges.append(_sum_by_domain(cells, domain, num_domains))
+        return _concatenate_ranges(ranges, num_domains)
 
-    def _decided(self, start: int, stop: int) -> _Cells:
-        """What the query selects of the blocks [start, stop)."""
-        histogram = self._tables.histogram
-        where = slice(int(histogram.indptr[start]), int(histogram.indptr[stop]))
-        count = np.diff(histogram.indptr[start : stop + 1])
-        block = np.repeat(np.arange(start, stop, dtype=np.int32), count)
-        combo = histogram.combo[where].astype(np.intp)  # What every look-up would make of it.
-        cells = _Cells(block, combo, histogram.rows[where], histogram.tokens[where])
-        cells = cells.only(self._can.take(cells.combo))
-        possible = _distinct(cells.block)
-        self.pruning.pruned_by_histogram += stop - start - possible
+    def _selected_cells(self, start: int, stop: int) -> _HistogramCells:
+        """Return the cells that the query selects in the blocks [start, stop); rows and tokens count selected samples only."""
+        cells = self._cells_that_may_match(start, stop)
+        num_possible = _count_distinct(cells.block)
+        self.pruning.pruned_by_histogram += stop - start - num_possible
         if not self._predicate.numbers:
-            self.pruning.decided_whole += possible
+            self.pruning.decided_whole += num_possible
             return cells
-        must = self._must.take(cells.combo)
-        can, unclear = must.copy(), ~must
-        can[unclear], must[unclear] = self._zoned(cells, unclear)
-        undecided = np.unique(cells.block[can & ~must])
-        left = _distinct(cells.block[can])
-        self.pruning.pruned_by_zones += possible - left
-        self.pruning.decided_whole += left - len(undecided)
-        if not len(undecided):
-            return cells.only(must)
-        cells = cells.only(must & ~np.isin(cells.block, undecided))
-        return _merged([cells, *self._scanned(undecided)])
 
-    def _zoned(self, cells: _Cells, unclear: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """`may_match` and `must_match` of the cells that need numbers, by the zones of their blocks."""
-        block, combo, zones = cells.block[unclear], cells.combo[unclear], self._tables.blocks.zones
-        names = self._predicate.numbers
+        # Cells whose combo does not decide are evaluated on the zones of their block.
+        must_match = self._must_match.take(cells.combo)
+        may_match = must_match.copy()
+        unclear = ~must_match
+        may_match[unclear], must_match[unclear] = self._evaluate_zones(cells, unclear)
+
+        # Blocks with a cell that is still undecided are read. All cells of these blocks are then counted from samples.
+        undecided = np.unique(cells.block[may_match & ~must_match])
+        num_possible_by_zones = _count_distinct(cells.block[may_match])
+        self.pruning.pruned_by_zones += num_possible - num_possible_by_zones
+        self.pruning.decided_whole += num_possible_by_zones - len(undecided)
+        if not len(undecided):
+            return cells.select(must_match)
+        cells = cells.select(must_match & ~np.isin(cells.block, undecided))
+        return _merge_by_block([cells, *self._scan_blocks(undecided)])
+
+    def _cells_that_may_match(self, start: int, stop: int) -> _HistogramCells:
+        """Return the cells of the blocks [start, stop) whose combo may match."""
+        histogram = self._tables.histogram
+        entries = slice(int(histogram.indptr[start]), int(histogram.indptr[stop]))
+        cells_per_block = np.diff(histogram.indptr[start : stop + 1])
+        block = np.repeat(np.arange(start, stop, dtype=np.int32), cells_per_block)
+        combo = histogram.combo[entries].astype(np.intp)  # numpy would convert it for every look-up otherwise.
+        cells = _HistogramCells(block, combo, histogram.rows[entries], histogram.tokens[entries])
+        return cells.select(self._may_match.take(cells.combo))
+
+    def _evaluate_zones(
+        self, cells: _HistogramCells, unclear: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return `may_match` and `must_match` of the `unclear` cells, from the zones of their blocks."""
+        block = cells.block[unclear]
+        zones = self._tables.blocks.zones
+        numbers = self._predicate.numbers
         entries = Entries(
             combos=self._tables.combos,
-            combo=combo,
-            low={n: zones[n].low[block] for n in names},
-            high={n: zones[n].high[block] for n in names},
-            has_null={n: zones[n].has_null[block] for n in names},
+            combo=cells.combo[unclear],
+            low={name: zones[name].low[block] for name in numbers},
+            high={name: zones[name].high[block] for name in numbers},
+            has_null={name: zones[name].has_null[block] for name in numbers},
         )
         mask = self._predicate.evaluate(entries)
         return mask.may_match, mask.must_match
 
-    def _scanned(self, blocks: NDArray[np.int32]) -> Iterator[_Cells]:
-        """Count the samples of blocks, some blocks at a time."""
-        combos, every_row = self._tables.combos, self._tables.blocks.rows[blocks]
+    def _scan_blocks(self, blocks: NDArray[np.int32]) -> Iterator[_HistogramCells]:
+        """Read the samples of `blocks` and yield the cells they form, some blocks at a time."""
+        combos = self._tables.combos
+        rows_per_block = self._tables.blocks.rows[blocks]
         self.pruning.scanned_blocks += len(blocks)
-        at_most = max(COUNTERS_TOGETHER // combos.num_combos, 1)
-        for some in _cut(every_row, at_most):
-            columns, chosen = self._read_blocks(blocks[some]), blocks[some]
-            hit = self._predicate.evaluate(Entries.of_samples(combos, columns.combo, columns.numbers)).must_match
+        max_blocks = max(COUNTERS_PER_READ // combos.num_combos, 1)
+        for batch in _cut_into_reads(rows_per_block, max_blocks):
+            columns = self._read_blocks(blocks[batch])
+            entries = Entries.of_samples(combos, columns.combo, columns.numbers)
             readable = columns.combo != combos.bad
+            selected = self._predicate.evaluate(entries).must_match & readable
             self.pruning.scanned_samples += int(np.count_nonzero(readable))
-            hit = hit & readable
-            cell = np.repeat(np.arange(len(chosen)) * combos.num_combos, every_row[some]) + columns.combo
-            rows = np.bincount(cell[hit], minlength=len(chosen) * combos.num_combos)
-            found = np.flatnonzero(rows)
-            tokens = np.bincount(cell[hit], columns.tokens[hit], len(rows))[found].astype(np.int64)
-            block, combo = np.divmod(found, combos.num_combos)
-            yield _Cells(chosen[block], combo, rows[found], tokens)
+
+            # Number the cells of these blocks as block × num_combos + combo, and count the selected samples of each.
+            num_cells = len(blocks[batch]) * combos.num_combos
+            block_number = np.repeat(np.arange(len(blocks[batch])), rows_per_block[batch])
+            cell = (block_number * combos.num_combos + columns.combo)[selected]
+            rows = np.bincount(cell, minlength=num_cells)
+            tokens = np.bincount(cell, columns.tokens[selected], num_cells)
+            occupied = np.flatnonzero(rows)
+            block, combo = np.divmod(occupied, combos.num_combos)
+            yield _HistogramCells(blocks[batch][block], combo, rows[occupied], tokens[occupied].astype(np.int64))
 
 
-def _ranges(indptr: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Ranges of blocks that have `CELLS_TOGETHER` cells or a little more."""
-    last = len(indptr) - 1
-    wanted = np.arange(CELLS_TOGETHER, int(indptr[-1]), CELLS_TOGETHER)
-    return pairwise(np.unique([0, *np.searchsorted(indptr, wanted).tolist(), last]).tolist())
+def _any_sample_of_each_combo(tables: IndexTables, predicate: Predicate) -> Entries:
+    """Return one entry per combo, with numbers of any value."""
+    num_combos = tables.combos.num_combos
+    infinity = np.full(num_combos, np.inf)
+    return Entries(
+        combos=tables.combos,
+        combo=np.arange(num_combos),
+        low=dict.fromkeys(predicate.numbers, -infinity),
+        high=dict.fromkeys(predicate.numbers, infinity),
+        has_null=dict.fromkeys(predicate.numbers, np.ones(num_combos, np.bool_)),
+    )
 
 
-def _cut(rows: NDArray[np.int32], at_most: int) -> Iterator[slice]:
-    """Slices of blocks of up to `SAMPLES_TOGETHER` rows and `at_most` blocks, at least one."""
-    ends, start = np.cumsum(rows, dtype=np.int64), 0
+def _block_ranges(indptr: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield ranges of blocks with `CELLS_PER_RANGE` cells or a few more."""
+    num_blocks = len(indptr) - 1
+    targets = np.arange(CELLS_PER_RANGE, int(indptr[-1]), CELLS_PER_RANGE)
+    borders = np.unique([0, *np.searchsorted(indptr, targets).tolist(), num_blocks])
+    return pairwise(borders.tolist())
+
+
+def _cut_into_reads(rows: NDArray[np.int32], max_blocks: int) -> Iterator[slice]:
+    """Yield slices of blocks with up to `SAMPLES_PER_READ` rows and `max_blocks` blocks; at least one block each."""
+    ends = np.cumsum(rows, dtype=np.int64)
+    start = 0
     while start < len(rows):
-        before = ends[start - 1] if start else 0
-        stop = int(np.searchsorted(ends, before + SAMPLES_TOGETHER, side="right"))
-        stop = max(start + 1, min(stop, start + at_most))
+        rows_before = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, rows_before + SAMPLES_PER_READ, side="right"))
+        stop = max(start + 1, min(stop, start + max_blocks))
         yield slice(start, stop)
         start = stop
 
 
-def _distinct(ascending: NDArray[Any]) -> int:
-    """How many different values there are."""
-    return int(np.count_nonzero(ascending[1:] != ascending[:-1])) + 1 if len(ascending) else 0
+def _count_distinct(ascending: NDArray[Any]) -> int:
+    """Return the number of distinct values."""
+    if not len(ascending):
+        return 0
+    return int(np.count_nonzero(ascending[1:] != ascending[:-1])) + 1
 
 
-def _merged(parts: list[_Cells]) -> _Cells:
-    columns = [
-        np.concatenate(column) for column in zip(*((p.block, p.combo, p.rows, p.tokens) for p in parts), strict=True)
-    ]
-    order = np.argsort(columns[0], kind="stable")
-    return _Cells(*(column[order] for column in columns))
-
-
-def _piece(cells: _Cells, domain: NDArray[Any], num_domains: int) -> _Piece:
-    """Add up the cells of one (domain, block)."""
-    block, rows, tokens = cells.block, cells.rows, cells.tokens
-    if (domain[1:] < domain[:-1]).any():
-        order = np.argsort(domain, kind="stable")  # A radix sort, when there are 16 bits.
-        domain, block, rows, tokens = domain[order], block[order], rows[order], tokens[order]
-    first = np.flatnonzero(np.r_[True, (domain[1:] != domain[:-1]) | (block[1:] != block[:-1])][: len(domain)])
-    return _Piece(
-        block=block[first],
-        rows=_sum_runs(rows, first, np.int32),
-        tokens=_sum_runs(tokens, first, np.int64),
-        per_domain=np.bincount(domain[first], minlength=num_domains),
+def _merge_by_block(groups: list[_HistogramCells]) -> _HistogramCells:
+    """Concatenate groups of cells and sort them by block."""
+    block = np.concatenate([cells.block for cells in groups])
+    order = np.argsort(block, kind="stable")
+    return _HistogramCells(
+        block=block[order],
+        combo=np.concatenate([cells.combo for cells in groups])[order],
+        rows=np.concatenate([cells.rows for cells in groups])[order],
+        tokens=np.concatenate([cells.tokens for cells in groups])[order],
     )
 
 
-def _sum_runs(values: NDArray[Any], first: NDArray[np.intp], dtype: Any) -> NDArray[Any]:
-    """Sums of consecutive runs that begin at `first`."""
-    return np.add.reduceat(values, first, dtype=dtype) if len(first) else np.zeros(0, dtype)
+def _sum_by_domain(cells: _HistogramCells, domain: NDArray[Any], num_domains: int) -> _RangeCounts:
+    """Sum the cells that have the same domain and block.
+
+    Args:
+        domain: of every cell; shape (num_cells,).
+    """
+    block = cells.block
+    rows = cells.rows
+    tokens = cells.tokens
+    if (domain[1:] < domain[:-1]).any():
+        order = np.argsort(domain, kind="stable")
+        domain = domain[order]
+        block = block[order]
+        rows = rows[order]
+        tokens = tokens[order]
+
+    # Cells of one (domain, block) pair are now neighbours. Each run of them becomes one entry.
+    differs = (domain[1:] != domain[:-1]) | (block[1:] != block[:-1])
+    run_start = np.flatnonzero(np.r_[True, differs][: len(domain)])
+    return _RangeCounts(
+        block=block[run_start],
+        rows=_sum_runs(rows, run_start, np.int32),
+        tokens=_sum_runs(tokens, run_start, np.int64),
+        entries_per_domain=np.bincount(domain[run_start], minlength=num_domains),
+    )
 
 
-def _joined(pieces: list[_Piece], num_domains: int) -> DomainTable:
-    """Put the entries of every domain together, blocks ascending as the pieces are; a piece is given up when it is placed."""
-    per_domain = np.array([piece.per_domain for piece in pieces], np.int64).reshape(len(pieces), num_domains)
-    indptr = np.concatenate([[0], np.cumsum(per_domain.sum(axis=0))]).astype(np.int64)
-    begin = indptr[:-1].copy()
-    block, rows = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.int32)
+def _sum_runs(values: NDArray[Any], run_start: NDArray[np.intp], dtype: Any) -> NDArray[Any]:
+    """Return the sum of each run of `values`; a run ends where the next one starts."""
+    if not len(run_start):
+        return np.zeros(0, dtype)
+    return np.add.reduceat(values, run_start, dtype=dtype)
+
+
+def _concatenate_ranges(ranges: list[_RangeCounts], num_domains: int) -> DomainTable:
+    """Bring the entries of every domain together; blocks stay ascending, as they are in `ranges`.
+
+    Empties `ranges`, so that each of them is freed as soon as it is copied.
+    """
+    entries = np.array([r.entries_per_domain for r in ranges], np.int64).reshape(len(ranges), num_domains)
+    indptr = np.concatenate([[0], np.cumsum(entries.sum(axis=0))]).astype(np.int64)
+    block = np.empty(indptr[-1], np.int32)
+    rows = np.empty(indptr[-1], np.int32)
     tokens = np.empty(indptr[-1], np.int64)
-    for counts in per_domain:
-        piece = pieces.pop(0)
-        at = np.repeat(begin - (np.cumsum(counts) - counts), counts) + np.arange(len(piece.block))
-        block[at], rows[at], tokens[at] = piece.block, piece.rows, piece.tokens
-        begin += counts
+
+    next_free = indptr[:-1].copy()
+    for per_domain in entries:
+        counts = ranges.pop(0)
+        # Entry i of the range moves by the distance between its domain's place in the table and in the range.
+        start_in_range = np.cumsum(per_domain) - per_domain
+        target = np.repeat(next_free - start_in_range, per_domain) + np.arange(len(counts.block))
+        block[target] = counts.block
+        rows[target] = counts.rows
+        tokens[target] = counts.tokens
+        next_free += per_domain
     return DomainTable(indptr=indptr, block=block, rows=rows, tokens=tokens)

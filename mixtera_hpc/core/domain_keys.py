@@ -1,9 +1,12 @@
-"""Domain keys: which values of which properties make a component of a mixture, as users write them.
+"""Domain keys: the property values that define a component of a mixture, as users write them.
 
-`{language: en, source: [c4, "cc-*", null]}`: every property named must match, by any of its values. In a value `*` stands for
-any text, unless the index has exactly that value; `{matches: "c4-(en|de)"}` is a regular expression over the whole value, like
-`matches` in queries. `null` matches samples without a value. A sample with several values of a property matches by any one of
-them.
+Example: `{language: en, source: [c4, "cc-*", null]}`. A sample must match every property of the key, by any of its values.
+
+- `*` in a value stands for any text, unless the index has exactly that value.
+- `{matches: "c4-(en|de)"}` is a regular expression for the whole value, like `matches` in queries.
+- `null` matches samples without a value.
+
+A sample with several values of a property matches by any one of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,74 +42,87 @@ DomainKey = Mapping[str, tuple[KeyValue, ...]]
 
 
 def parse_domain_key(plain: Mapping[str, Any]) -> DomainKey:
-    """A key as YAML and JSON have it: one value, or a list of them; numbers and booleans are matched as text.
+    """Build a key from YAML or JSON: each property has one value or a list; numbers and booleans are matched as text.
 
     Raises:
-        MixtureError: a value is a mapping other than `{matches: pattern}`, or a list has none.
+        MixtureError: a value is a mapping other than `{matches: pattern}`, or a list is empty or nested.
     """
-    return {str(name): _values(str(name), value) for name, value in plain.items()}
+    return {str(name): _parse_values(str(name), value) for name, value in plain.items()}
 
 
 def domain_key_to_plain(key: DomainKey) -> dict[str, Any]:
-    """The inverse of `parse_domain_key`: a single value bare, several as a list."""
-    plain = {name: [_plain(v) for v in values] for name, values in key.items()}
+    """Return `key` as YAML or JSON, such that `parse_domain_key` reads it back; a single value is not put in a list."""
+    plain = {name: [_value_to_plain(v) for v in values] for name, values in key.items()}
     return {name: values[0] if len(values) == 1 else values for name, values in plain.items()}
 
 
 def domain_name(key: DomainKey) -> str:
-    """A key as people read it: `language=en source=C4|CC`."""
-    return " ".join(f"{name}={'|'.join(map(_text, values))}" for name, values in key.items()) or "all"
+    """Return a readable name, such as `language=en source=C4|CC`; an empty key is `all`."""
+    return " ".join(f"{name}={'|'.join(map(_value_to_text, values))}" for name, values in key.items()) or "all"
 
 
 def matching_codes(name: str, value: str | ValuePattern, values: Sequence[str]) -> list[int]:
-    """Positions in the dictionary `values` of property `name` that one entry of a key stands for.
+    """Return the codes of property `name` that one value of a key matches.
+
+    Args:
+        name: the property, for messages.
+        value: an exact value, a value with `*`, or a pattern.
+        values: the dictionary of the property; a code is a position in it.
 
     Raises:
-        MixtureError: there is none, or the expression is not one that is allowed.
+        MixtureError: nothing matches, or the regular expression is not allowed.
     """
-    text = value.pattern if isinstance(value, ValuePattern) else value
     if isinstance(value, ValuePattern):
+        text = value.pattern
+        relation = "matching"
         try:
-            codes, verb = match_values(text, values), "to match"
+            codes = match_values(text, values)
         except ValueError as error:
             raise MixtureError(f"A domain key's {name}: {error}") from None
-    elif text in values or "*" not in text:
-        codes, verb = [values.index(text)] if text in values else [], "="
+    elif value in values or "*" not in value:
+        text = value
+        relation = "="
+        codes = [values.index(value)] if value in values else []
     else:
-        codes, verb = [c for c, known in enumerate(values) if _like(known, text.split("*"))], "like"
+        text = value
+        relation = "like"
+        codes = [code for code, candidate in enumerate(values) if _matches_wildcard(candidate, value.split("*"))]
     if not codes:
         near = did_you_mean(text.replace("*", ""), list(values))
-        raise MixtureError(f"A domain key wants {name} {verb} {text!r}, which no sample has.{near}")
+        raise MixtureError(f"A domain key names {name} {relation} {text!r}, but no sample matches.{near}")
     return codes
 
 
-def _like(value: str, pieces: list[str]) -> bool:
-    """Whether `value` is `pieces` with any text between them."""
-    first, *middle, last = pieces
+def _matches_wildcard(value: str, literals: list[str]) -> bool:
+    """Return True if `value` is `literals` with any text between them."""
+    first, *middle, last = literals
     if not value.startswith(first) or not value.endswith(last) or len(value) < len(first) + len(last):
         return False
-    at, end = len(first), len(value) - len(last)
-    for piece in middle:
-        found = value.find(piece, at, end)
-        if found < 0:
+
+    # Taking the leftmost place of each literal leaves the most room for the next ones.
+    start = len(first)
+    end = len(value) - len(last)
+    for literal in middle:
+        position = value.find(literal, start, end)
+        if position < 0:
             return False
-        at = found + len(piece)
+        start = position + len(literal)
     return True
 
 
 def canonical_key(key: DomainKey) -> frozenset[tuple[str, frozenset[KeyValue]]]:
-    """Equal for keys that say the same in another order."""
+    """Return a value that is equal for keys that differ only in the order of properties or values."""
     return frozenset((name, frozenset(values)) for name, values in key.items())
 
 
-def _values(name: str, value: Any) -> tuple[KeyValue, ...]:
+def _parse_values(name: str, value: Any) -> tuple[KeyValue, ...]:
     values = value if isinstance(value, list | tuple) else [value]
     if not values:
         raise MixtureError(f"A domain key has no value for {name!r}. Give one, a list of them, or null.")
-    return tuple(_value(name, v) for v in values)
+    return tuple(_parse_value(name, v) for v in values)
 
 
-def _value(name: str, value: Any) -> KeyValue:
+def _parse_value(name: str, value: Any) -> KeyValue:
     if isinstance(value, Mapping):
         if list(value) != ["matches"] or not isinstance(value["matches"], str):
             raise MixtureError(f"A domain key has {name} = {dict(value)!r}; write a value, or {{matches: 'c4-.*'}}.")
@@ -116,11 +132,11 @@ def _value(name: str, value: Any) -> KeyValue:
     return None if value is None else as_text(value)
 
 
-def _plain(value: KeyValue) -> Any:
+def _value_to_plain(value: KeyValue) -> Any:
     return {"matches": value.pattern} if isinstance(value, ValuePattern) else value
 
 
-def _text(value: KeyValue) -> str:
+def _value_to_text(value: KeyValue) -> str:
     if isinstance(value, ValuePattern):
         return f"~{value.pattern}"
     return "null" if value is None else value

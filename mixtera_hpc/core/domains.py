@@ -1,8 +1,8 @@
-"""Domains: which samples belong to which component of a mixture, counted per block.
+"""Domains: decide which samples belong to which component of a mixture, and count them per block.
 
-A sample belongs to the *first* domain, in written order, whose key it matches; samples that match none are left out. Over
-categorical properties this is decided per combo; a predicate over numbers makes the samples of undecided blocks, and only
-those, be looked at.
+A sample belongs to the *first* domain, in configured order, whose key it matches. Samples that match no key are unassigned.
+Categorical properties are decided once per combo. If the query compares numbers, the samples of the blocks that stay
+undecided are read, and no others.
 """
 
 import itertools
@@ -24,23 +24,23 @@ __all__ = ["DomainKey", "DomainTable", "Selection", "keys_for_group_by", "select
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """The answer to a query: domains, and what became of everything else."""
+    """The result of a query: the selected samples by domain, and statistics of the rest."""
 
     table: DomainTable
     predicate: Predicate
     combo_domain: NDArray[np.int32]
-    """Combo → domain, -1 for none; the predicate not applied. Shape (num_combos,)."""
+    """Domain of every combo, -1 for none, whether or not the predicate selects it. Shape (num_combos,)."""
     selected: tuple[int, int]
-    """Samples and tokens that pass the predicate."""
+    """Samples and tokens that the predicate selects."""
     unassigned: tuple[int, int]
-    """Samples and tokens that pass the predicate and match no key."""
+    """Samples and tokens that the predicate selects and that match no key."""
     overlaps: tuple[tuple[int, int, int], ...]
-    """(domain, later domain, samples): samples of the first that the later key matches as well."""
+    """(domain, later domain, samples): samples of the first domain that match the later key as well."""
     pruning: PruningStatistics = field(default_factory=PruningStatistics)
-    """What it took."""
+    """How the blocks were decided."""
 
     def domain_of(self, combos: ComboTable, columns: SampleColumns) -> NDArray[np.int32]:
-        """The domain of every sample of `columns`, -1 for none; shape (rows,)."""
+        """Return the domain of every sample of `columns`, -1 for none; shape (rows,)."""
         domain = self.combo_domain[columns.combo]
         if self.predicate.text or self.predicate.numbers:
             entries = Entries.of_samples(combos, columns.combo, columns.numbers)
@@ -49,20 +49,21 @@ class Selection:
 
 
 def keys_for_group_by(names: Sequence[str], combos: ComboTable) -> list[DomainKey]:
-    """One key for every combination of values of `names` that occurs; with no names, one key that matches everything.
+    """Return one key for every combination of values of the properties `names` that occurs.
 
-    A multi-valued property contributes its values one by one.
+    A property with several values per sample contributes each value by itself. Without names, the result is one key that
+    matches everything.
     """
     _check_names(names, combos)
     if not names:
         return [{}]
-    found = {
-        tuple(choice)
-        for combo in range(combos.num_combos)
-        if combo != combos.bad
-        for choice in itertools.product(*(combos.values(name, combo) or (None,) for name in names))
-    }
-    ordered = sorted(found, key=lambda values: tuple((v is None, v or "") for v in values))
+    combinations: set[tuple[str | None, ...]] = set()
+    for combo in range(combos.num_combos):
+        if combo != combos.bad:
+            combinations.update(itertools.product(*(combos.values(name, combo) or (None,) for name in names)))
+
+    # Null sorts last.
+    ordered = sorted(combinations, key=lambda values: tuple((v is None, v or "") for v in values))
     return [{name: (value,) for name, value in zip(names, values, strict=True)} for values in ordered]
 
 
@@ -72,61 +73,74 @@ def select(
     keys: Sequence[DomainKey],
     read_blocks: ReadBlocks,
 ) -> Selection:
-    """Count rows and tokens of every domain in every block.
+    """Count the rows and tokens of every domain in every block.
 
     Args:
-        read_blocks: called only for blocks that zones and combos cannot decide.
+        tables: the index.
+        predicate: selects the samples.
+        keys: one per domain, in the order that decides between them.
+        read_blocks: called for the blocks that combos and zones do not decide.
 
     Raises:
-        MixtureError: a key names an unknown property or value, or a property that is a number.
+        MixtureError: a key names an unknown property or value, or a number property.
     """
+    # Which keys match which combos; shape (num_domains, num_combos). The first key that matches wins.
     matches = np.stack([_matches(key, tables.combos) for key in keys])
     if tables.combos.bad >= 0:
         matches[:, tables.combos.bad] = False
     combo_domain = np.where(matches.any(axis=0), matches.argmax(axis=0), NO_DOMAIN).astype(np.int32)
-    named = matches & np.array([len(key) > 0 for key in keys])[:, None]
-    shared = named.sum(axis=0) > 1
-    counter = DomainCounter(tables, predicate, combo_domain, read_blocks, per_combo=bool(shared.any()))
+
+    # An empty key takes the rest by intention, so it does not count as an overlap.
+    is_named = np.array([len(key) > 0 for key in keys])
+    named_matches = matches & is_named[:, None]
+    has_overlaps = bool((named_matches.sum(axis=0) > 1).any())
+    counter = DomainCounter(tables, predicate, combo_domain, read_blocks, per_combo=has_overlaps)
     table = counter.table(len(keys))
     rows, tokens = table.totals()
-    left_rows, left_tokens = counter.unassigned.tolist()
+    unassigned_rows, unassigned_tokens = counter.unassigned.tolist()
     return Selection(
         table=table,
         predicate=predicate,
         combo_domain=combo_domain,
-        selected=(int(rows.sum()) + left_rows, int(tokens.sum()) + left_tokens),
-        unassigned=(left_rows, left_tokens),
-        overlaps=_overlaps(counter.rows_of_combo, combo_domain, named),
+        selected=(int(rows.sum()) + unassigned_rows, int(tokens.sum()) + unassigned_tokens),
+        unassigned=(unassigned_rows, unassigned_tokens),
+        overlaps=_overlaps(counter.rows_of_combo, combo_domain, named_matches),
         pruning=counter.pruning,
     )
 
 
 def _overlaps(
-    per_combo: NDArray[np.int64], combo_domain: NDArray[np.int32], named: NDArray[np.bool_]
+    rows_of_combo: NDArray[np.int64], combo_domain: NDArray[np.int32], named_matches: NDArray[np.bool_]
 ) -> tuple[tuple[int, int, int], ...]:
-    """Keys that share samples; a key that takes everything (not `named`) shares nothing."""
-    found: dict[tuple[int, int], int] = {}
-    for combo in np.flatnonzero((named.sum(axis=0) > 1) & (per_combo > 0)):
+    """Return (domain, later domain, shared samples) for every pair of named keys that share samples."""
+    shared: dict[tuple[int, int], int] = {}
+    for combo in np.flatnonzero((named_matches.sum(axis=0) > 1) & (rows_of_combo > 0)):
         first = combo_domain[combo]
-        for other in np.flatnonzero(named[:, combo]) if named[first, combo] else ():
+        if not named_matches[first, combo]:
+            continue
+        for other in np.flatnonzero(named_matches[:, combo]):
             if other != first:
                 pair = (int(first), int(other))
-                found[pair] = found.get(pair, 0) + int(per_combo[combo])
-    return tuple((a, b, n) for (a, b), n in sorted(found.items()))
+                shared[pair] = shared.get(pair, 0) + int(rows_of_combo[combo])
+    return tuple((domain, later, samples) for (domain, later), samples in sorted(shared.items()))
 
 
 def _matches(key: DomainKey, combos: ComboTable) -> NDArray[np.bool_]:
+    """Return which combos match `key`; shape (num_combos,)."""
     _check_names(list(key), combos)
     mask = np.ones(combos.num_combos, np.bool_)
     for name, values in key.items():
-        hit = combos.any_of(
-            name, [c for v in values if v is not None for c in matching_codes(name, v, combos.properties[name].values)]
-        )
-        mask &= (hit | combos.is_null(name)) if None in values else hit
+        dictionary = combos.properties[name].values
+        codes = [code for v in values if v is not None for code in matching_codes(name, v, dictionary)]
+        matches = combos.any_of(name, codes)
+        if None in values:
+            matches = matches | combos.is_null(name)
+        mask &= matches
     return mask
 
 
 def _check_names(names: Sequence[str], combos: ComboTable) -> None:
+    """Raise MixtureError if one of `names` is not a categorical property of the index."""
     for name in names:
         if name not in combos.properties:
             raise MixtureError(

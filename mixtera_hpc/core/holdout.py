@@ -1,9 +1,12 @@
-"""Which samples are held out for validation: a hash of each sample's own identity decides, and nothing else.
+"""Hold samples out for validation: a hash of each sample's own identity decides, and nothing else.
 
-The identity is the shard's path below the data root and the row in it, so a sample stays on its side when shards are added,
-blocks are cut differently, domains or queries change. To a query the hash is one more number, uniform in [0, 1), that no
-expression can name. Price: the counts of a split need one pass over the combos and tokens of all selected samples, where a query
-over categories needs none; docs/decisions says why.
+The identity of a sample is the path of its shard below the data root and its row in the shard. A sample therefore stays
+on its side of the split if shards are added, blocks are cut differently, or domains and queries change.
+
+To a query the hash is one more number property, uniform in [0, 1), whose name no expression can contain.
+
+Price: counting a split takes one pass over the combos and tokens of all selected samples, where a query over categorical
+properties reads no samples at all. docs/decisions has the reasons.
 """
 
 import hashlib
@@ -21,53 +24,71 @@ __all__ = ["HOLDOUT_HASH", "Split", "add_holdout_hashes", "add_holdout_zones", "
 
 Split = Literal["train", "validation"]
 HOLDOUT_HASH = "held out"
-"""Name of the number; no identifier, so that it collides with no property."""
+"""Name of the number property. It is not an identifier, so it cannot collide with a user's property."""
 
-Words = NDArray[np.uint64]
-GAMMA = np.uint64(0x9E3779B97F4A7C15)
+HashWords = NDArray[np.uint64]
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+"""Increment of SplitMix64, 2^64 divided by the golden ratio."""
 
 
-def shard_hash_keys(paths: Sequence[str], seed: int) -> Words:
-    """One word for every shard; shape (num_shards,)."""
+def shard_hash_keys(paths: Sequence[str], seed: int) -> HashWords:
+    """Return the hash key of every shard, derived from its path and the seed; shape (num_shards,)."""
     digests = [hashlib.blake2b(f"{seed}\n{path}".encode(), digest_size=8).digest() for path in paths]
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
 def add_holdout_hashes(
-    columns: SampleColumns, keys: Words, blocks: BlockTable, chosen: NDArray[np.int32]
+    columns: SampleColumns, keys: HashWords, blocks: BlockTable, chosen: NDArray[np.int32]
 ) -> SampleColumns:
-    """`columns` of the blocks `chosen`, one after the other, with every sample's hash as a number."""
+    """Return `columns` with the hash of every sample as the number `HOLDOUT_HASH`.
+
+    Args:
+        columns: the samples of the blocks `chosen`, concatenated.
+        keys: of `shard_hash_keys`.
+        blocks: all blocks of the index.
+        chosen: block numbers.
+    """
+    # The row of every sample inside its shard.
     rows = blocks.rows[chosen].astype(np.int64)
     ends = np.cumsum(rows)
     row = np.arange(int(rows.sum())) - np.repeat(ends - rows - blocks.first_row[chosen], rows)
+
+    # SplitMix64 with the shard's key as the seed, at position `row`. uint64 arithmetic wraps around, as it must.
     words = row.astype(np.uint64)
-    words *= GAMMA
+    words *= GOLDEN_GAMMA
     words += np.repeat(keys[blocks.shard[chosen]], rows)
-    place = (_mixed(words) >> np.uint64(11)).astype(np.float64)
-    place *= 2.0**-53
-    return replace(columns, numbers={**columns.numbers, HOLDOUT_HASH: place})
+
+    # The upper 53 bits as a float64 in [0, 1).
+    position = (_mix_in_place(words) >> np.uint64(11)).astype(np.float64)
+    position *= 2.0**-53
+    return replace(columns, numbers={**columns.numbers, HOLDOUT_HASH: position})
 
 
 def add_holdout_zones(tables: IndexTables) -> IndexTables:
-    """`tables` whose blocks may hold samples of both sides."""
-    count = len(tables.blocks)
-    zone = Zones(low=np.zeros(count), high=np.ones(count), has_null=np.zeros(count, np.bool_))
+    """Return `tables` with zones of [0, 1] for `HOLDOUT_HASH`: every block may hold samples of both sides."""
+    num_blocks = len(tables.blocks)
+    zone = Zones(low=np.zeros(num_blocks), high=np.ones(num_blocks), has_null=np.zeros(num_blocks, np.bool_))
     return replace(tables, blocks=replace(tables.blocks, zones={**tables.blocks.zones, HOLDOUT_HASH: zone}))
 
 
 def restrict_to_split(predicate: Predicate, fraction: float, split: Split) -> Predicate:
-    """`predicate` on one side of the split."""
+    """Return `predicate` restricted to one side of the split.
+
+    Args:
+        fraction: share of the samples that is held out for validation.
+    """
 
     def evaluate(entries: Entries) -> MatchMask:
-        low, high = entries.low[HOLDOUT_HASH], entries.high[HOLDOUT_HASH]
+        low = entries.low[HOLDOUT_HASH]
+        high = entries.high[HOLDOUT_HASH]
         held_out = MatchMask(low < fraction, high < fraction)
         return predicate.evaluate(entries) & (held_out if split == "validation" else ~held_out)
 
     return Predicate(predicate.text, evaluate, predicate.numbers | {HOLDOUT_HASH})
 
 
-def _mixed(words: Words) -> Words:
-    """SplitMix64's output function (Steele, Lea, Flood 2014) in place: a shard's rows are a stream of that generator."""
+def _mix_in_place(words: HashWords) -> HashWords:
+    """Apply the output function of SplitMix64 (Steele, Lea, Flood 2014) to `words` in place, and return them."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         words ^= words >> np.uint64(shift)
         words *= np.uint64(factor)

@@ -1,4 +1,4 @@
-"""The tables of an index that planning needs: O(blocks), never O(samples)."""
+"""The tables of an index that planning needs. Their size is O(blocks + histogram cells), never O(samples)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,24 +14,27 @@ __all__ = ["BLOCK_COLUMNS", "BlockTable", "Histogram", "IndexTables", "SampleCol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTable:
-    """The data files, in index order; every field has shape (num_shards,)."""
+    """The data files (shards), in index order; every field has shape (num_shards,)."""
 
     path: tuple[str, ...]
-    """Relative to its data root."""
+    """Path below the data root."""
     format: tuple[str, ...]
-    """Name of the format that reads it."""
+    """Name of the format that reads the shard."""
     rows: NDArray[np.int64]
     size_bytes: NDArray[np.int64]
     mtime_ns: NDArray[np.int64]
     fingerprint: tuple[str, ...]
-    """Hex digest of the content."""
+    """Digest of the content, in hexadecimal."""
     dataset: tuple[str, ...] = ()
-    """Name of its data root; empty where there is only one."""
+    """Name of the data root; empty if there is only one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zones:
-    """Smallest and largest value of one number in every block; shape (num_blocks,) each. NaN where all are null."""
+    """Smallest and largest value of one number property in every block; shape (num_blocks,) each.
+
+    `low` and `high` are NaN in blocks whose values are all null.
+    """
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
@@ -40,35 +43,35 @@ class Zones:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockTable:
-    """Units of I/O and shuffling, in index order; every field has shape (num_blocks,)."""
+    """The blocks, which are the units of I/O and shuffling, in index order; every field has shape (num_blocks,)."""
 
     shard: NDArray[np.int32]
     first_row: NDArray[np.int64]
-    """Row inside the shard."""
+    """Position of the first row inside the shard."""
     rows: NDArray[np.int32]
     offset: NDArray[np.int64]
-    """First byte inside the shard; for Parquet the row group's number."""
+    """First byte inside the shard; for Parquet the number of the row group."""
     length: NDArray[np.int64]
     """Bytes on disk."""
     first_sample: NDArray[np.int64]
     """Position of the block's first row in the per-sample columns."""
     zones: Mapping[str, Zones]
-    """Per number property."""
+    """By name of the number property."""
 
     def __len__(self) -> int:
         return len(self.shard)
 
 
 BLOCK_COLUMNS = ("shard", "first_row", "rows", "offset", "length", "first_sample")
-"""The arrays of a `BlockTable`: all its fields but the zones."""
+"""Names of the array fields of a `BlockTable`, which are all but `zones`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
-    """How many rows and tokens of every combo each block holds, sparse.
+    """The rows and tokens of every combo in every block, sparse.
 
-    The entries of block b are `indptr[b]:indptr[b + 1]`, combos ascending. They are of any integer type, unsigned and as narrow
-    as in the file where they come from one: there may be a hundred million.
+    The entries of block b are `indptr[b]:indptr[b + 1]`, with ascending combos. There may be a hundred million entries, so
+    the arrays keep the narrow unsigned integer types of the index file.
     """
 
     indptr: NDArray[np.int64]
@@ -76,24 +79,24 @@ class Histogram:
     combo: NDArray[np.integer[Any]]
     rows: NDArray[np.integer[Any]]
     tokens: NDArray[np.integer[Any]]
-    """Without special tokens; 0 when the index was built without a tokenizer."""
+    """Without special tokens; 0 if the index was built without a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleColumns:
-    """The samples of one block (or several, concatenated), one entry per row."""
+    """The samples of one block, or of several blocks concatenated; one entry per row."""
 
     combo: NDArray[np.int32]
     length: NDArray[np.int64]
-    """Bytes of the row on disk; 0 where rows have no byte range of their own (Parquet)."""
+    """Bytes of the row on disk; 0 if rows have no byte range of their own (Parquet)."""
     tokens: NDArray[np.int64]
     numbers: Mapping[str, NDArray[np.float64]]
-    """Per number property; null is NaN."""
+    """By name of the number property; null is NaN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexTables:
-    """All that an index says before a single sample is looked at."""
+    """The content of an index without its per-sample columns."""
 
     properties: Mapping[str, Property]
     combos: ComboTable
@@ -102,4 +105,4 @@ class IndexTables:
     histogram: Histogram
     num_samples: int
     has_tokens: bool
-    """Whether token counts were stored."""
+    """True if the index holds token counts."""

@@ -1,8 +1,13 @@
 """The planner: a pure state machine that decides what every step contains.
 
-`plan(state, weights) → (ChunkPlan, state)`. A plan is 24 bytes per domain whatever the chunk's size: the cursors, lags and
-weights its first slot starts from. `slots` expands it, the same on every rank, to the domain and the position in that
-domain's stream of every sequence. Number of ranks, of nodes and of readers are not among the arguments of anything here.
+`plan(state, weights) → (ChunkPlan, state)`. A plan takes 24 bytes per domain, whatever the number of steps in the chunk: the
+cursor, lag and weight of each domain at the first slot. `slots` expands a plan into the domain and the stream position
+of every sequence, and gives the same result on every rank. No function here takes the number of ranks, nodes or readers.
+
+A chunk is cut into segments where a domain runs out of data. Inside a segment the weights are constant, and
+`core/apportion.py` decides the slots. With `on_exhausted="redistribute"` the weight and the lag of an exhausted domain go
+to the others, and the next segment starts. With `stop` and `repeat` the data ends with the last full step. Every rank finds
+the same segments, from integers that all ranks have.
 """
 
 import hashlib
@@ -31,19 +36,20 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerState:
-    """Where a run stands: O(domains) integers, the same size at step 10 and at step 10,000,000."""
+    """The position of a run: O(K) integers for K domains, whatever the number of steps."""
 
     chunk: int
     """Chunks planned so far."""
     step: int
     """Steps planned so far."""
     cursors: Ints
-    """Sequences each domain has been asked for; shape (K,)."""
+    """Sequences planned from each domain's stream; shape (K,)."""
     lags: Ints
-    """Share due minus sequences served, in units of 2^-40 sequence; sums to 0. Shape (K,)."""
+    """Share minus sequences served, in units of 2^-40 sequence; sums to 0. Shape (K,)."""
 
     @classmethod
     def start(cls, num_domains: int) -> "PlannerState":
+        """Return the state before the first step."""
         zeros = np.zeros(num_domains, np.int64)
         return cls(chunk=0, step=0, cursors=zeros, lags=zeros)
 
@@ -55,31 +61,31 @@ class ChunkPlan:
     chunk: int
     first_step: int
     num_steps: int
-    """Fewer than asked, possibly 0, when the data ends in this chunk."""
+    """Fewer than `chunk_steps`, possibly 0, if the data ends in this chunk."""
     last: bool
-    """Nothing follows: a domain, or all of them, is exhausted."""
+    """True if no chunk follows, because one domain or all of them are exhausted."""
     cursors: Ints
     """At the first slot; shape (K,)."""
     lags: Ints
-    """At the first slot."""
+    """At the first slot, in units of 2^-40 sequence; shape (K,)."""
     weights: Ints
-    """In units of 2^-40; sums to 2^40."""
+    """At the first slot, in units of 2^-40; sums to 2^40. Shape (K,)."""
 
     def to_array(self) -> Ints:
-        """The plan as one int64 buffer of `array_size(K)`, its digest last."""
+        """Return the plan as one int64 buffer of shape (array_size(K),); the last element is the digest."""
         head = np.array([self.chunk, self.first_step, self.num_steps, int(self.last)], np.int64)
         body = np.concatenate([head, self.cursors, self.lags, self.weights])
         return np.append(body, _digest(body))
 
     @classmethod
     def from_array(cls, buffer: Ints) -> "ChunkPlan":
-        """The inverse of `to_array`.
+        """Rebuild a plan from the buffer of `to_array`.
 
         Raises:
-            CommError: the digest does not match: the buffer was damaged on its way.
+            CommError: the digest does not match the content, so the buffer was damaged in transit.
         """
         if _digest(buffer[:-1]) != buffer[-1]:
-            raise CommError("A chunk plan arrived damaged: its digest does not match its content.")
+            raise CommError("A chunk plan was damaged in transit: its digest does not match its content.")
         cursors, lags, weights = buffer[4:-1].reshape(3, -1).copy()
         chunk, first_step, num_steps, last = (int(n) for n in buffer[:4])
         return cls(
@@ -94,73 +100,86 @@ class ChunkPlan:
 
     @staticmethod
     def array_size(num_domains: int) -> int:
+        """Return the number of elements of `to_array`: 4 scalars, 3 values per domain and the digest."""
         return 5 + 3 * num_domains
 
     @property
     def digest(self) -> int:
-        """64-bit digest of the content."""
+        """64-bit digest of the content, as a signed integer."""
         return int(self.to_array()[-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
-    """Every sequence of a chunk, in served order; shape (num_steps * global_batch_size,) each."""
+    """All sequences of a chunk, in the order in which they are served; shape (num_steps * global_batch_size,) each."""
 
     domain: NDArray[np.int32]
     ordinal: Ints
     """Position in the domain's stream, counted in sequences from the start of the run."""
 
 
-class _Start(NamedTuple):
-    """What slots begin with."""
+class _SegmentStart(NamedTuple):
+    """Lags and weights at the first slot of a segment; shape (K,) each."""
 
     lags: Ints
     weights: Ints
 
 
 class _Segment(NamedTuple):
-    """Slots under constant weights: from the chunk's start, or from a domain's exhaustion, on."""
+    """Consecutive slots with constant weights; shape (K,) each.
+
+    A segment starts at the first slot of a chunk or where a domain is exhausted.
+    """
 
     lags: Ints
+    """At the first slot."""
     weights: Ints
     counts: Ints
-    end: Ints
-    """Lags after them."""
+    """Sequences of each domain in the segment."""
+    lags_after: Ints
+    """After the last slot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planner:
-    """What stays the same during a run."""
+    """Plan chunks with settings that are constant during a run."""
 
     capacity: Ints
-    """Sequences each domain can serve over all its epochs; `UNLIMITED` for endless. Shape (K,)."""
+    """Sequences each domain can serve over all its epochs; `UNLIMITED` if they do not end. Shape (K,)."""
     global_batch_size: int
+    """Sequences in a step, over all ranks."""
     chunk_steps: int
+    """Steps in a chunk."""
     on_exhausted: OnExhausted
 
     UNLIMITED = 1 << 61
 
     def plan(self, state: PlannerState, weights: NDArray[np.float64]) -> tuple[ChunkPlan, PlannerState]:
-        """Decide the next chunk, and where it leads: `decide` and `after` in one."""
+        """Return the next chunk and the state after it: `decide` and `after` in one call."""
         plan = self.decide(state, weights)
         return plan, self.after(plan)
 
     def decide(self, state: PlannerState, weights: NDArray[np.float64]) -> ChunkPlan:
-        """What the next chunk contains.
+        """Return the next chunk.
 
-        Every prefix of the served order keeps every domain within 1 sequence of its share while weights stay the same;
-        over changing weights the same holds at chunk boundaries (docs/planner.md says exactly when). O(K) time, O(K log K)
-        where data may end.
+        While the weights stay the same, every prefix of the order keeps every domain within 1 sequence of its share. If
+        they change from chunk to chunk, the same holds at chunk boundaries (docs/planner.md says exactly when).
+
+        Takes O(K) time, or O(K log K) if a domain may run out of data in the chunk.
 
         Args:
-            weights: the wish, non-negative, shape (K,). Exhausted domains are left out under `redistribute`.
+            weights: requested weights, non-negative, shape (K,). With `redistribute` the weights of exhausted domains
+                are ignored.
 
         Raises:
             MixtureError: the weights are negative, not finite or all zero.
         """
-        num_slots = asked = self.chunk_steps * self.global_batch_size
-        start = self._start(state, weights)
+        requested_slots = self.chunk_steps * self.global_batch_size
+        num_slots = requested_slots
+        start = self._first_segment_start(state, weights)
         remaining = np.maximum(self.capacity - state.cursors, 0)
+
+        # No domain gets more than num_slots + 1 sequences. Segments are needed only where one may have fewer.
         if not remaining.min() > num_slots + 1:
             served = sum(int(s.counts.sum()) for s in self._segments(start, remaining, num_slots))
             num_slots = served - served % self.global_batch_size
@@ -168,123 +187,147 @@ class Planner:
             chunk=state.chunk,
             first_step=state.step,
             num_steps=num_slots // self.global_batch_size,
-            last=num_slots < asked,
+            last=num_slots < requested_slots,
             cursors=state.cursors,
             lags=start.lags,
             weights=start.weights,
         )
 
     def after(self, plan: ChunkPlan) -> PlannerState:
-        """The state that follows `plan`. O(K log K), whatever the chunk's size."""
+        """Return the state after `plan`, in O(K log K) time whatever the size of the chunk."""
         segments = self._segments_of(plan)
         counts = [segment.counts for segment in segments]
         return PlannerState(
             chunk=plan.chunk + 1,
             step=plan.first_step + plan.num_steps,
             cursors=sum(counts, plan.cursors),
-            lags=segments[-1].end if segments else plan.lags,
+            lags=segments[-1].lags_after if segments else plan.lags,
         )
 
     def slots(self, plan: ChunkPlan) -> Slots:
-        """Expand a plan to its sequences; O(n log K)."""
-        pieces = [order_slots(s.lags, s.weights, s.counts) for s in self._segments_of(plan)]
-        domain = np.concatenate([np.zeros(0, np.int32), *pieces])
+        """Expand `plan` to its n sequences, in O(n log K) time."""
+        domains = [order_slots(s.lags, s.weights, s.counts) for s in self._segments_of(plan)]
+        domain = np.concatenate([np.zeros(0, np.int32), *domains])
         return Slots(domain=domain, ordinal=plan.cursors[domain] + _running_count(domain))
 
     def segment_counts(self, plan: ChunkPlan) -> list[Ints]:
-        """Sequences of every domain from each exhaustion inside `plan` to the next; shape (K,) each."""
+        """Return the sequences of every domain in each segment of `plan`; shape (K,) each.
+
+        A segment ends where a domain is exhausted, and at the end of the chunk.
+        """
         return [segment.counts for segment in self._segments_of(plan)]
 
     def state_at(self, plan: ChunkPlan, step: int) -> PlannerState:
-        """The state between two steps of `plan`: what is left of its chunk can be planned anew from there. O(n log K)."""
+        """Return the state before `step` inside `plan`, in O(n log K) time.
+
+        The rest of the chunk can be planned again from there, with other weights.
+        """
         if step >= plan.first_step + plan.num_steps:
             return self.after(plan)
+        num_domains = len(plan.cursors)
         domain = self.slots(plan).domain[: (step - plan.first_step) * self.global_batch_size]
-        lags, done = plan.lags, 0
+
+        # Find the segment that holds the last slot before `step`: its counts up to there give the lags.
+        lags = plan.lags
+        num_done = 0
         for segment in self._segments_of(plan):
-            part = domain[done : done + int(segment.counts.sum())]
-            if not len(part):
+            served = domain[num_done : num_done + int(segment.counts.sum())]
+            if not len(served):
                 break
-            counts = np.bincount(part, minlength=len(plan.cursors))
-            lags = segment.lags + segment.weights * len(part) - (counts << BITS)
-            done += len(part)
-        cursors = plan.cursors + np.bincount(domain, minlength=len(plan.cursors))
+            counts = np.bincount(served, minlength=num_domains)
+            lags = segment.lags + segment.weights * len(served) - (counts << BITS)
+            num_done += len(served)
+        cursors = plan.cursors + np.bincount(domain, minlength=num_domains)
         return PlannerState(chunk=plan.chunk, step=step, cursors=cursors, lags=lags)
 
-    def _start(self, state: PlannerState, weights: NDArray[np.float64]) -> _Start:
-        start = _Start(state.lags, quantise_or_refuse(weights))
+    def _first_segment_start(self, state: PlannerState, weights: NDArray[np.float64]) -> _SegmentStart:
+        """Quantise the requested weights and leave out domains that are already exhausted."""
+        start = _SegmentStart(state.lags, _quantise_requested(weights))
         if self.on_exhausted == "redistribute":
-            gone = (state.cursors >= self.capacity) & (state.lags >= 0)
-            if gone.any() and (weights[~gone] > 0).any():
-                return _retire(start, gone)
+            # A domain that was served ahead of its share (negative lag) keeps its weight until the share has caught up.
+            exhausted = (state.cursors >= self.capacity) & (state.lags >= 0)
+            if exhausted.any() and (weights[~exhausted] > 0).any():
+                return _redistribute(start, exhausted)
         return start
 
     def _segments_of(self, plan: ChunkPlan) -> list[_Segment]:
+        start = _SegmentStart(plan.lags, plan.weights)
         remaining = np.maximum(self.capacity - plan.cursors, 0)
-        return self._segments(_Start(plan.lags, plan.weights), remaining, plan.num_steps * self.global_batch_size)
+        return self._segments(start, remaining, plan.num_steps * self.global_batch_size)
 
-    def _segments(self, now: _Start, remaining: Ints, num_slots: int) -> list[_Segment]:
-        """Cut `num_slots` at exhaustions; they cover less when the data ends."""
+    def _segments(self, start: _SegmentStart, remaining: Ints, num_slots: int) -> list[_Segment]:
+        """Cut `num_slots` slots where domains are exhausted; the segments cover fewer slots if the data ends."""
         segments: list[_Segment] = []
         while num_slots > 0:
-            gone, length = _next_exhaustion(now, remaining, min(num_slots, MAX_SLOTS))
-            counts, end = advance(now.lags, now.weights, length, remaining)
-            segments.append(_Segment(now.lags, now.weights, counts, end))
+            exhausted, length = _next_exhaustion(start, remaining, min(num_slots, MAX_SLOTS))
+            counts, lags_after = advance(start.lags, start.weights, length, remaining)
+            segments.append(_Segment(start.lags, start.weights, counts, lags_after))
             num_slots -= length
             if num_slots == 0:
                 break
+
             remaining = remaining - counts
-            now = _Start(end, now.weights)
-            if gone is not None:
-                if self.on_exhausted != "redistribute" or not (now.weights[~gone] > 0).any():
+            start = _SegmentStart(lags_after, start.weights)
+            if exhausted is not None:
+                if self.on_exhausted != "redistribute" or not (start.weights[~exhausted] > 0).any():
                     break
-                now = _retire(now, gone)
+                start = _redistribute(start, exhausted)
         return segments
 
 
-def _next_exhaustion(now: _Start, remaining: Ints, num_slots: int) -> tuple[NDArray[np.bool_] | None, int]:
-    """The domains that run out first, None if none does within `num_slots`, and the slots until then."""
+def _next_exhaustion(start: _SegmentStart, remaining: Ints, num_slots: int) -> tuple[NDArray[np.bool_] | None, int]:
+    """Return the domains that are exhausted first within `num_slots` slots (None if none is), and the slots until then."""
     if remaining.min() > num_slots + 1:
         return None, num_slots
-    until = slots_until_exhausted(now.lags, now.weights, remaining, num_slots)
-    length = min(num_slots, int(until.min()))
-    gone = until <= length
-    return (gone if gone.any() else None), length
+    slots_left = slots_until_exhausted(start.lags, start.weights, remaining, num_slots)
+    length = min(num_slots, int(slots_left.min()))
+    exhausted = slots_left <= length
+    return (exhausted if exhausted.any() else None), length
 
 
-def _retire(now: _Start, gone: NDArray[np.bool_]) -> _Start:
-    """Give the share of exhausted domains, and what they were still due, to the others."""
-    weights = quantise_weights(np.where(gone, 0, now.weights).astype(np.float64))
-    due = int(now.lags[gone].sum())
-    extra = np.floor(weights * (due / UNIT)).astype(np.int64)
-    extra[np.argmax(weights)] += due - int(extra.sum())
-    return _Start(np.where(gone, 0, now.lags) + extra, weights)
+def _redistribute(start: _SegmentStart, exhausted: NDArray[np.bool_]) -> _SegmentStart:
+    """Give the weights and lags of exhausted domains to the others, in proportion to their weights."""
+    weights = quantise_weights(np.where(exhausted, 0, start.weights).astype(np.float64))
+
+    # Floor every part of the lag and give the remainder to the largest weight, so that the lags still sum to 0.
+    freed_lag = int(start.lags[exhausted].sum())
+    extra_lag = np.floor(weights * (freed_lag / UNIT)).astype(np.int64)
+    extra_lag[np.argmax(weights)] += freed_lag - int(extra_lag.sum())
+    return _SegmentStart(np.where(exhausted, 0, start.lags) + extra_lag, weights)
 
 
-def quantise_or_refuse(weights: NDArray[np.float64]) -> Ints:
-    """`quantise_weights`, refusing weights that are negative, not finite or all zero."""
-    low, high = weights.min(), weights.max()
+def _quantise_requested(weights: NDArray[np.float64]) -> Ints:
+    """Convert weights with `quantise_weights` after checking them.
+
+    Raises:
+        MixtureError: a weight is negative or not finite, or all weights are zero.
+    """
+    low = weights.min()
+    high = weights.max()
     if low >= 0 and 0 < high < np.inf:
         return quantise_weights(weights)
     if low == high == 0:
         raise MixtureError(
-            "All weights of the mixture are 0, or of domains that were dropped.\n  Give another domain a weight; in a run that has "
-            "begun, with mixtera-hpc mixture set RUN FILE."
+            "All weights of the mixture are 0, or belong to domains that were dropped.\n"
+            "  Give another domain a weight; in a run that has begun, with mixtera-hpc mixture set RUN FILE."
         )
-    worst = int(np.flatnonzero(~np.isfinite(weights) | (weights < 0))[0])
-    raise MixtureError(f"The weight of domain {worst} is {weights[worst]}; weights are finite and at least 0.")
+    invalid = int(np.flatnonzero(~np.isfinite(weights) | (weights < 0))[0])
+    raise MixtureError(f"The weight of domain {invalid} is {weights[invalid]}; weights must be finite and at least 0.")
 
 
 def _running_count(domain: NDArray[np.int32]) -> Ints:
-    """How often each entry's value occurred before it."""
+    """Return how often the value of each entry occurs before that entry; shape of `domain`."""
+    # A stable sort groups equal values. The count is the position inside the group.
     by_domain = np.argsort(domain, kind="stable")
     counts = np.bincount(domain)
-    first = np.repeat(np.cumsum(counts) - counts, counts)
+    group_start = np.repeat(np.cumsum(counts) - counts, counts)
     running = np.empty(len(domain), np.int64)
-    running[by_domain] = np.arange(len(domain)) - first
+    running[by_domain] = np.arange(len(domain)) - group_start
     return running
 
 
 def _digest(body: Ints) -> np.int64:
+    """Return the first 8 bytes of the BLAKE2b digest of the little-endian buffer as a signed integer."""
     raw = hashlib.blake2b(np.ascontiguousarray(body, "<i8").tobytes(), digest_size=8).digest()
-    return np.frombuffer(raw, "<i8")[0]
+    digest: np.int64 = np.frombuffer(raw, "<i8")[0]
+    return digest

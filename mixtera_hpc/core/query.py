@@ -1,11 +1,15 @@
-"""Boolean expressions over properties: parsed with `ast` into a small whitelist, evaluated with numpy, never `eval`'d.
+"""Boolean expressions over properties: parsed with `ast` into a small whitelist, evaluated with numpy, never with `eval`.
 
-One evaluator serves blocks and samples. It works on *entries*: things that have one combo and a range [low, high] for every
-number. For a (block, combo) cell of the histogram the range is the block's zone; for a sample low == high. The result is
-two masks: `may_match` (some sample of the entry may match) and `must_match` (all of them do); for samples they are equal. Cells where
-they differ are the only ones whose samples have to be looked at.
+One evaluator serves blocks and samples. It works on *entries*. An entry has one combo and, for every number, a range
+[low, high]:
 
-Null is a value: it equals only `None`, differs from everything else, and fails every ordering comparison and pattern.
+- A (block, combo) cell of the histogram has the zones of its block as ranges.
+- A sample has low == high.
+
+The result is a pair of masks. `may_match` is False if no sample of the entry matches. `must_match` is True if all of them
+match. For samples the two are equal. Only cells where they differ need their samples to be read.
+
+Null is a value. It equals only `None`, differs from everything else, and fails every ordering comparison and every pattern.
 """
 
 import ast
@@ -13,7 +17,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,19 +29,19 @@ from mixtera_hpc.errors import ConfigError, did_you_mean
 __all__ = ["Entries", "MatchMask", "Predicate", "parse_predicate"]
 
 MAX_DEPTH = 100
-"""Of nested and, or, not: deeper than anyone writes, shallow enough to be evaluated."""
-_ONE_AT_A_TIME = threading.Lock()
-"""CPython 3.11 counts the depth of all threads' syntax trees together: parsing in two at once can end in a SystemError."""
+"""Levels of nested and, or and not. Deeper expressions could exceed Python's recursion limit when evaluated."""
+_PARSE_LOCK = threading.Lock()
+"""CPython 3.11 adds up the depth of the syntax trees of all threads, so parsing in two threads may raise SystemError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
-    """What a predicate is evaluated on; n entries."""
+    """The n entries that a predicate is evaluated on; every array has shape (n,)."""
 
     combos: ComboTable
     combo: NDArray[np.integer[Any]]
-    """Shape (n,)."""
     low: Mapping[str, NDArray[np.float64]]
+    """By name of the number property; NaN if all values of the entry are null."""
     high: Mapping[str, NDArray[np.float64]]
     has_null: Mapping[str, NDArray[np.bool_]]
 
@@ -45,17 +49,19 @@ class Entries:
     def of_samples(
         cls, combos: ComboTable, combo: NDArray[np.integer[Any]], numbers: Mapping[str, NDArray[np.float64]]
     ) -> "Entries":
-        """Entries that are single samples; null numbers are NaN."""
+        """Return one entry per sample; null numbers are NaN."""
         nulls = {name: np.isnan(values) for name, values in numbers.items()}
         return cls(combos=combos, combo=combo, low=numbers, high=numbers, has_null=nulls)
 
 
 @dataclass(frozen=True, slots=True)
 class MatchMask:
-    """`may_match`: some sample of the entry may match. `must_match`: every one does. Shape (n,) each."""
+    """The result of a predicate for n entries; shape (n,) each."""
 
     may_match: NDArray[np.bool_]
+    """False if no sample of the entry matches."""
     must_match: NDArray[np.bool_]
+    """True if every sample of the entry matches."""
 
     def __and__(self, other: "MatchMask") -> "MatchMask":
         return MatchMask(self.may_match & other.may_match, self.must_match & other.must_match)
@@ -67,38 +73,47 @@ class MatchMask:
         return MatchMask(~self.must_match, ~self.may_match)
 
 
+Evaluate = Callable[[Entries], MatchMask]
+
+
 @dataclass(frozen=True, slots=True)
 class Predicate:
     """A parsed expression."""
 
     text: str
-    evaluate: Callable[[Entries], MatchMask]
+    evaluate: Evaluate
     numbers: frozenset[str]
-    """The number properties it looks at; empty means that combos alone decide."""
+    """The number properties that it compares; if empty, combos alone decide."""
 
 
-_Node = tuple[Callable[[Entries], MatchMask], frozenset[str]]
+class _Node(NamedTuple):
+    """A compiled part of an expression."""
+
+    evaluate: Evaluate
+    numbers: frozenset[str]
 
 
 def parse_predicate(text: str | None, properties: Mapping[str, Property]) -> Predicate:
-    """Compile `text`; None selects everything.
+    """Compile `text`; None or an empty text selects everything.
 
     Raises:
-        ConfigError: it does not parse, uses something outside the language, or names an unknown property or value.
+        ConfigError: `text` does not parse, uses something outside the query language, or names an unknown property or
+            value.
     """
     text = (text or "").replace("\n", " ").strip()
     if not text:
         return Predicate("", lambda e: _constant(e, True), frozenset())
     try:
-        with _ONE_AT_A_TIME:
+        with _PARSE_LOCK:
             tree = ast.parse(text, mode="eval")
-        evaluate, numbers = _Parser(text, properties).node(tree.body)
+        node = _Compiler(text, properties).compile(tree.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        where = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
+        column = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
         raise ConfigError(
-            f"query.where does not parse{where}: {text[:200]!r}.\n  Write e.g. language in ['en', 'de'] and quality >= 0.7."
+            f"query.where does not parse{column}: {text[:200]!r}.\n"
+            "  Write e.g. language in ['en', 'de'] and quality >= 0.7."
         ) from None
-    return Predicate(text, evaluate, numbers)
+    return Predicate(text, node.evaluate, node.numbers)
 
 
 def _constant(entries: Entries, value: bool) -> MatchMask:
@@ -106,58 +121,61 @@ def _constant(entries: Entries, value: bool) -> MatchMask:
     return MatchMask(mask, mask)
 
 
-class _Parser:
-    """Walks the syntax tree; every node becomes a function Entries → Mask and the numbers it reads."""
+class _Compiler:
+    """Walk a syntax tree and turn every node into a function from entries to masks."""
 
     def __init__(self, text: str, properties: Mapping[str, Property]) -> None:
-        self.text = text
-        self.properties = properties
+        self._text = text
+        self._properties = properties
 
-    def node(self, tree: ast.expr, depth: int = 0) -> _Node:
+    def compile(self, tree: ast.expr, depth: int = 0) -> _Node:
+        """Compile one node of the tree.
+
+        Raises:
+            ConfigError: the node is not part of the query language.
+            RecursionError: and, or and not are nested more than `MAX_DEPTH` levels deep.
+        """
         if depth > MAX_DEPTH:
             raise RecursionError
         match tree:
             case ast.BoolOp(op=ast.And(), values=values):
-                return self._join([self.node(v, depth + 1) for v in values], MatchMask.__and__)
+                return _combine([self.compile(v, depth + 1) for v in values], MatchMask.__and__)
             case ast.BoolOp(op=ast.Or(), values=values):
-                return self._join([self.node(v, depth + 1) for v in values], MatchMask.__or__)
+                return _combine([self.compile(v, depth + 1) for v in values], MatchMask.__or__)
             case ast.UnaryOp(op=ast.Not(), operand=operand):
-                inner, numbers = self.node(operand, depth + 1)
-                return (lambda e: ~inner(e)), numbers
+                return _negate(self.compile(operand, depth + 1))
             case ast.Compare(left=left, ops=ops, comparators=rights):
+                # a < b < c means a < b and b < c.
                 operands = [left, *rights]
                 pairs = [self._compare(operands[i], op, operands[i + 1]) for i, op in enumerate(ops)]
-                return self._join(pairs, MatchMask.__and__)
+                return _combine(pairs, MatchMask.__and__)
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
                 return self._call(name, arguments)
             case ast.Constant(value=bool() as value):
-                return (lambda e: _constant(e, value)), frozenset()
-        raise self._refuse(tree)
-
-    @staticmethod
-    def _join(nodes: list[_Node], combine: Callable[[MatchMask, MatchMask], MatchMask]) -> _Node:
-        def evaluate(entries: Entries) -> MatchMask:
-            mask = nodes[0][0](entries)
-            for inner, _ in nodes[1:]:
-                mask = combine(mask, inner(entries))
-            return mask
-
-        return evaluate, frozenset().union(*(numbers for _, numbers in nodes))
+                return _Node(lambda e: _constant(e, value), frozenset())
+        raise self._not_in_language(tree)
 
     def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> _Node:
+        """Compile one comparison of a property with a literal, in either order."""
         if isinstance(left, ast.Name):
-            prop, value = self._property(left.id), self._literal(right)
+            prop = self._property(left.id)
+            value = self._literal(right)
         elif isinstance(right, ast.Name) and type(op) in _MIRRORED:
-            prop, value, op = self._property(right.id), self._literal(left), _MIRRORED[type(op)]()
+            prop = self._property(right.id)
+            value = self._literal(left)
+            op = _MIRRORED[type(op)]()
         elif isinstance(right, ast.Name) and isinstance(op, ast.In | ast.NotIn):
             return self._contains(self._property(right.id), self._literal(left), isinstance(op, ast.NotIn))
         else:
-            raise self._refuse(left)
+            raise self._not_in_language(left)
+
         if isinstance(op, ast.Is | ast.IsNot):
             if value is not None:
                 raise ConfigError(f"query.where: 'is' compares with None only; write {prop.name} == {value!r}.")
             op = ast.Eq() if isinstance(op, ast.Is) else ast.NotEq()
-        return self._number(prop, op, value) if prop.kind is Kind.NUMBER else self._category(prop, op, value)
+        if prop.kind is Kind.NUMBER:
+            return self._number(prop, op, value)
+        return self._category(prop, op, value)
 
     def _call(self, name: str, arguments: list[ast.expr]) -> _Node:
         if name != "matches":
@@ -184,73 +202,65 @@ class _Parser:
         if not codes:
             near = did_you_mean(pattern, prop.values)
             raise ConfigError(f"query.where: no value of {prop.name!r} matches {pattern!r} as a whole.{near}")
-        return self._coded(prop, codes)
+        return _has_code(prop, codes)
 
     def _contains(self, prop: Property, value: Any, negate: bool) -> _Node:
+        """Compile `value in prop`, which is for properties with several values per sample."""
         if prop.kind is Kind.NUMBER:
             raise ConfigError(f"query.where: {prop.name!r} is a number; write {prop.name} == {value!r}.")
         if prop.kind is not Kind.CATEGORIES:
             raise ConfigError(
-                f"query.where: {prop.name!r} has one value per sample; write {prop.name} == {value!r}, or {prop.name} in [...], "
-                f"or for a part of it matches({prop.name}, '.*{value}.*')."
+                f"query.where: {prop.name!r} has one value per sample; write {prop.name} == {value!r}, "
+                f"or {prop.name} in [...], or for a part of it matches({prop.name}, '.*{value}.*')."
             )
-        return self._member(prop, [value], negate)
+        return self._is_member(prop, [value], negate)
 
     def _category(self, prop: Property, op: ast.cmpop, value: Any) -> _Node:
+        """Compile ==, !=, in [...] and not in [...] for a categorical property."""
         if prop.kind is Kind.CATEGORIES and value is not None:
             raise ConfigError(
-                f"query.where: {prop.name!r} has several values per sample; write {_one(value)!r} in {prop.name}."
+                f"query.where: {prop.name!r} has several values per sample; write {_first(value)!r} in {prop.name}."
             )
         match op:
             case ast.Eq() | ast.NotEq() if not isinstance(value, list):
-                return self._member(prop, [value], isinstance(op, ast.NotEq))
+                return self._is_member(prop, [value], isinstance(op, ast.NotEq))
             case ast.In() | ast.NotIn() if isinstance(value, list):
-                return self._member(prop, value, isinstance(op, ast.NotIn))
+                return self._is_member(prop, value, isinstance(op, ast.NotIn))
         raise ConfigError(f"query.where: {prop.name!r} is a category, which has no order; use ==, != or in [...].")
 
-    def _member(self, prop: Property, values: list[Any], negate: bool) -> _Node:
+    def _is_member(self, prop: Property, values: list[Any], negate: bool) -> _Node:
         codes = [self._code(prop, v) for v in values if v is not None]
-        return self._coded(prop, codes, null=None in values, negate=negate)
-
-    def _coded(self, prop: Property, codes: list[int], *, null: bool = False, negate: bool = False) -> _Node:
-        """Entries with one of `codes`, or with null; decided per combo, once for all entries."""
-        decided: list[tuple[ComboTable, NDArray[np.bool_]]] = []
-
-        def decide(combos: ComboTable) -> NDArray[np.bool_]:
-            if not decided or decided[-1][0] is not combos:
-                hit = combos.any_of(prop.name, codes)
-                decided[:] = [(combos, (hit | combos.is_null(prop.name) if null else hit) ^ negate)]
-            return decided[-1][1]
-
-        def evaluate(entries: Entries) -> MatchMask:
-            mask = decide(entries.combos)[entries.combo]
-            return MatchMask(mask, mask)
-
-        return evaluate, frozenset()
+        return _has_code(prop, codes, or_null=None in values, negate=negate)
 
     def _number(self, prop: Property, op: ast.cmpop, value: Any) -> _Node:
+        """Compile a comparison of a number property."""
+        numbers = frozenset({prop.name})
         if isinstance(op, ast.In | ast.NotIn):
             values = value if isinstance(value, list) else [value]
-            node = self._join([self._number(prop, ast.Eq(), v) for v in values], MatchMask.__or__) if values else None
-            evaluate = node[0] if node else (lambda e: _constant(e, False))
-            return ((lambda e: ~evaluate(e)) if isinstance(op, ast.NotIn) else evaluate), frozenset({prop.name})
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if values:
+                node = _combine([self._number(prop, ast.Eq(), v) for v in values], MatchMask.__or__)
+            else:
+                node = _Node(lambda e: _constant(e, False), numbers)
+            return _negate(node) if isinstance(op, ast.NotIn) else node
+
+        if value is None:
+            if not isinstance(op, ast.Eq | ast.NotEq):
+                raise ConfigError(f"query.where: {prop.name!r} can only be == or != None.")
+            node = _Node(_null_test(prop.name), numbers)
+        elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"query.where: {prop.name!r} is a number and cannot be compared with {value!r}.")
-        compare = _null_test(prop.name) if value is None else _range_test(prop.name, op, _float(value))
-        if value is None and not isinstance(op, ast.Eq | ast.NotEq):
-            raise ConfigError(f"query.where: {prop.name!r} can only be == or != None.")
-        if isinstance(op, ast.NotEq):
-            return (lambda e: ~compare(e)), frozenset({prop.name})
-        return compare, frozenset({prop.name})
+        else:
+            node = _Node(_range_test(prop.name, op, _to_float(value)), numbers)
+        return _negate(node) if isinstance(op, ast.NotEq) else node
 
     def _property(self, name: str) -> Property:
-        if name not in self.properties:
-            raise ConfigError(
-                f"query.where names {name!r}, which is not a property of the index.{did_you_mean(name, list(self.properties))}"
-            )
-        return self.properties[name]
+        if name not in self._properties:
+            near = did_you_mean(name, list(self._properties))
+            raise ConfigError(f"query.where names {name!r}, which is not a property of the index.{near}")
+        return self._properties[name]
 
     def _code(self, prop: Property, value: Any) -> int:
+        """Return the code of `value` in the dictionary of `prop`."""
         if isinstance(value, list):
             raise ConfigError(f"query.where: {value!r} is a list where one value of {prop.name!r} is expected.")
         text = as_text(value)
@@ -260,6 +270,7 @@ class _Parser:
         return prop.values.index(text)
 
     def _literal(self, tree: ast.expr) -> Any:
+        """Return the value of a text, a number, None, or a list of them."""
         match tree:
             case ast.Constant(value=str() | int() | float() | None as value):
                 return value
@@ -269,13 +280,14 @@ class _Parser:
                 return -value
             case ast.List(elts=elements) | ast.Tuple(elts=elements) | ast.Set(elts=elements):
                 return [self._literal(e) for e in elements]
-        raise self._refuse(tree)
+        raise self._not_in_language(tree)
 
-    def _refuse(self, tree: ast.AST) -> ConfigError:
-        piece = ast.get_source_segment(self.text, tree) or type(tree).__name__
+    def _not_in_language(self, tree: ast.AST) -> ConfigError:
+        source = ast.get_source_segment(self._text, tree) or type(tree).__name__
         return ConfigError(
-            f"query.where: {piece!r} is not part of the query language.\n"
-            "  Use property names, text, numbers, lists, None, and: and or not == != < <= > >= in not in is matches(name, 'pattern')."
+            f"query.where: {source!r} is not part of the query language.\n"
+            "  Use property names, text, numbers, lists, None, and: "
+            "and or not == != < <= > >= in not in is matches(name, 'pattern')."
         )
 
 
@@ -287,39 +299,88 @@ _MIRRORED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.Eq,
     ast.NotEq: ast.NotEq,
 }
+"""Operator for the operands in the other order: 1 < x is x > 1."""
 
 
-def _one(value: Any) -> Any:
+def _combine(nodes: list[_Node], operator: Callable[[MatchMask, MatchMask], MatchMask]) -> _Node:
+    """Return a node that combines the masks of `nodes` from left to right."""
+
+    def evaluate(entries: Entries) -> MatchMask:
+        mask = nodes[0].evaluate(entries)
+        for node in nodes[1:]:
+            mask = operator(mask, node.evaluate(entries))
+        return mask
+
+    return _Node(evaluate, frozenset().union(*(node.numbers for node in nodes)))
+
+
+def _negate(node: _Node) -> _Node:
+    evaluate = node.evaluate
+    return _Node(lambda e: ~evaluate(e), node.numbers)
+
+
+def _has_code(prop: Property, codes: list[int], *, or_null: bool = False, negate: bool = False) -> _Node:
+    """Return a node for entries with one of `codes`, or with null if `or_null`."""
+    # The combos of the last call and their result: a query evaluates the same combos again for every block.
+    cache: list[tuple[ComboTable, NDArray[np.bool_]]] = []
+
+    def matching_combos(combos: ComboTable) -> NDArray[np.bool_]:
+        if not cache or cache[-1][0] is not combos:
+            matches = combos.any_of(prop.name, codes)
+            if or_null:
+                matches = matches | combos.is_null(prop.name)
+            cache[:] = [(combos, matches ^ negate)]
+        return cache[-1][1]
+
+    def evaluate(entries: Entries) -> MatchMask:
+        mask = matching_combos(entries.combos)[entries.combo]
+        return MatchMask(mask, mask)
+
+    return _Node(evaluate, frozenset())
+
+
+def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) and value else value
 
 
-def _float(value: float) -> float:
+def _to_float(value: float) -> float:
+    """Convert a number; an integer beyond the range of float64 becomes infinite."""
     try:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
 
 
-def _null_test(name: str) -> Callable[[Entries], MatchMask]:
+def _null_test(name: str) -> Evaluate:
+    """Return a test for null. All values of an entry are null exactly if its bounds are NaN."""
     return lambda e: MatchMask(e.has_null[name], np.isnan(e.low[name]))
 
 
-def _range_test(name: str, op: ast.cmpop, value: float) -> Callable[[Entries], MatchMask]:
-    """Ordering comparisons and ==; NaN bounds (all null) compare false, as they should."""
+def _range_test(name: str, op: ast.cmpop, value: float) -> Evaluate:
+    """Return a test for `<`, `<=`, `>`, `>=` or `==` with `value`.
+
+    Bounds of NaN, where all values are null, compare false, as nulls must.
+    """
 
     def evaluate(entries: Entries) -> MatchMask:
-        low, high = entries.low[name], entries.high[name]
+        low = entries.low[name]
+        high = entries.high[name]
         match op:
             case ast.Lt():
-                can, must = low < value, high < value
+                may_match = low < value
+                must_match = high < value
             case ast.LtE():
-                can, must = low <= value, high <= value
+                may_match = low <= value
+                must_match = high <= value
             case ast.Gt():
-                can, must = high > value, low > value
+                may_match = high > value
+                must_match = low > value
             case ast.GtE():
-                can, must = high >= value, low >= value
+                may_match = high >= value
+                must_match = low >= value
             case _:
-                can, must = (low <= value) & (high >= value), (low == value) & (high == value)
-        return MatchMask(can, must & ~entries.has_null[name])
+                may_match = (low <= value) & (high >= value)
+                must_match = (low == value) & (high == value)
+        return MatchMask(may_match, must_match & ~entries.has_null[name])
 
     return evaluate

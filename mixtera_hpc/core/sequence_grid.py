@@ -1,8 +1,8 @@
-"""Streams and sequences: where in a domain's endless stream a sequence lies.
+"""The grid that cuts a domain's stream into sequences.
 
-A domain's stream is its epochs one after the other, counted in items: tokens (every document followed by its special tokens)
-or samples. Sequence k covers the items [k * stride, k * stride + length), across borders of documents, windows and epochs;
-nothing is padded and nothing is left over.
+The stream of a domain is its epochs, one after the other. It is counted in items: tokens (each document followed by its
+special tokens) or samples. Sequence k covers the items [k * stride, k * stride + length), across the borders of documents,
+windows and epochs. Nothing is padded, and no item is skipped.
 """
 
 from dataclasses import dataclass
@@ -19,36 +19,50 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceGrid:
-    """How a stream is cut into sequences."""
+    """The length of a sequence, and the distance between the starts of neighbouring sequences."""
 
     length: int
-    """Items of a sequence: `seq_len + 1` tokens, or one sample."""
+    """Items in a sequence: `seq_len + 1` tokens, or one sample."""
     stride: int
-    """Items between the beginnings of neighbours: `length`, or one less when they overlap."""
+    """Items between the starts of neighbouring sequences: `length`, or `length - 1` if they overlap by one token."""
 
     @classmethod
     def of_unit(cls, in_tokens: bool, seq_len: int, overlap: bool) -> "SequenceGrid":
+        """Return the grid of `of_tokens` if `in_tokens`, else that of `of_samples`."""
         return cls.of_tokens(seq_len, overlap) if in_tokens else cls.of_samples()
 
     @classmethod
     def of_tokens(cls, seq_len: int, overlap: bool) -> "SequenceGrid":
+        """Return a grid of `seq_len` inputs and one more token, which is the last target.
+
+        Args:
+            seq_len: tokens that a model sees of one sequence.
+            overlap: the last token of a sequence is also the first of the next one.
+        """
         return cls(length=seq_len + 1, stride=seq_len if overlap else seq_len + 1)
 
     @classmethod
     def of_samples(cls) -> "SequenceGrid":
+        """Return a grid of one sample per sequence."""
         return cls(length=1, stride=1)
 
     def capacity(self, epoch_items: Ints, max_epochs: NDArray[np.float64], origins: Ints | int = 0) -> Ints:
-        """Sequences that fit in `max_epochs` passes over domains of `epoch_items` items; shape (K,) each, `inf` for endless.
+        """Return the number of whole sequences that each domain can serve; shape (K,).
 
         Args:
-            origins: item at which sequence 0 of each domain begins.
+            epoch_items: items in one epoch of each domain; shape (K,).
+            max_epochs: epochs of each domain, possibly fractional; `inf` for no limit. Shape (K,).
+            origins: item at which sequence 0 of each domain starts; shape (K,) or one number.
+
+        Returns:
+            `Planner.UNLIMITED` for domains without a limit, 0 for empty domains.
         """
         endless = np.isinf(max_epochs)
         items = np.floor(epoch_items * np.where(endless, 0.0, max_epochs)).astype(np.int64) - origins
         limited = np.where(items >= self.length, (items - self.length) // self.stride + 1, 0)
-        return np.where(epoch_items > 0, np.where(endless, Planner.UNLIMITED, limited), 0)
+        capacity = np.where(endless, Planner.UNLIMITED, limited)
+        return np.where(epoch_items > 0, capacity, 0)
 
     def span(self, first: int, count: int) -> tuple[int, int]:
-        """Items [start, stop) of `count` consecutive sequences from sequence `first` on."""
+        """Return the items [start, stop) that `count` consecutive sequences cover, starting at sequence `first`."""
         return first * self.stride, (first + count - 1) * self.stride + self.length

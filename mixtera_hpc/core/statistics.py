@@ -1,8 +1,9 @@
 """Losses per domain of one step, summed over ranks exactly.
 
-Floating-point sums depend on the order of their terms, so a reduction over 8 and over 64 ranks would disagree in the last
-bits, and with them every later mixture. Each sequence's loss sum is therefore rounded once to a multiple of 2^-24 nats and
-added as an int64: integer addition is associative, and any number of ranks and any reduction tree give the same bits.
+Floating-point sums depend on the order of their terms. A reduction over 8 ranks and one over 64 ranks would differ in the
+last bits, and every later mixture with them. Therefore the loss sum of each sequence is rounded once to a multiple of 2^-24
+nats and added as int64. Integer addition is associative, so any number of ranks and any reduction tree give the same bits.
+
 Price: one all-reduce of 4 int64 per domain per step, and an error below 3e-8 nats per sequence.
 """
 
@@ -22,9 +23,10 @@ __all__ = [
 ]
 
 QUANTA_PER_NAT = float(2**24)
+"""Units of a quantised loss in one nat."""
 
 MAX_SEQUENCE_LOSS = float(2**24)
-"""Nats. A sequence whose loss sum is beyond this (16 nats per token at 2^20 tokens) counts as not finite."""
+"""Largest loss sum of a sequence, in nats (16 nats per token at 2^20 tokens); a larger one counts as not finite."""
 
 NUM_BUFFER_ROWS = 4
 """Rows of the reduction buffer: loss in units of 2^-24 nats, tokens, sequences, sequences with a non-finite loss."""
@@ -32,28 +34,29 @@ NUM_BUFFER_ROWS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DomainStatistics:
-    """What one optimizer step says about every domain, summed over the global batch; shape (num_domains,) each."""
+    """The losses of every domain in one optimizer step, summed over the global batch; shape (num_domains,) each."""
 
     step: int
     loss_sum: NDArray[np.float64]
-    """Nats, over the tokens of `num_tokens`."""
+    """In nats, over the tokens counted in `num_tokens`."""
     num_tokens: NDArray[np.int64]
-    """Target tokens that counted: not masked, not padded, not of a sequence with a non-finite loss."""
+    """Counted target tokens: not masked, not padded, and not of a sequence with a non-finite loss."""
     num_sequences: NDArray[np.int64]
-    """Sequences in the global batch, those with a non-finite loss included; the realised shares come from these."""
+    """Sequences in the global batch, including those with a non-finite loss. The realised shares are computed from these."""
     num_nonfinite: NDArray[np.int64]
-    """Sequences left out of `loss_sum` and `num_tokens` because their loss was not finite."""
+    """Sequences excluded from `loss_sum` and `num_tokens` because their loss was not finite."""
 
     @property
     def observed(self) -> NDArray[np.bool_]:
-        """Domains that have a mean loss this step; shape (num_domains,)."""
+        """Mask of the domains that have a mean loss in this step; shape (num_domains,)."""
         return (self.num_tokens > 0) & np.isfinite(self.loss_sum)
 
     @property
     def loss_mean(self) -> NDArray[np.float64]:
-        """Mean token loss in nats, NaN where nothing was observed; shape (num_domains,)."""
+        """Mean token loss in nats, NaN for domains without one; shape (num_domains,)."""
         mean = np.full(len(self.loss_sum), np.nan)
-        return np.divide(self.loss_sum, self.num_tokens, out=mean, where=self.observed)
+        np.divide(self.loss_sum, self.num_tokens, out=mean, where=self.observed)
+        return mean
 
 
 def quantise_losses(loss_sums: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -63,7 +66,7 @@ def quantise_losses(loss_sums: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def dequantise_losses(quanta: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Nats of sums of quantised losses; exact below 2^29 nats, correctly rounded above."""
+    """Convert sums of quantised losses to nats; exact below 2^29 nats, correctly rounded above."""
     return quanta / QUANTA_PER_NAT
 
 
@@ -73,23 +76,26 @@ def accumulate_losses(
     sequence_num_tokens: NDArray[np.integer],
     num_domains: int,
 ) -> NDArray[np.int64]:
-    """One rank's part of a step as the buffer that is summed over ranks; shape (NUM_ROWS, num_domains).
+    """Build one rank's buffer of a step, to be summed over ranks; shape (NUM_BUFFER_ROWS, num_domains).
 
-    A loss is at most 2^48 units, so a domain may have 32,767 sequences at `MAX_SEQUENCE_LOSS` in one global batch before an
-    int64 could overflow, and four million at 2^17 nats (12,000 tokens at 11 nats): the bound is 2^39 nats per domain and step.
+    The sum of a domain overflows an int64 only above 2^39 nats in one step. This is 32,767 sequences at
+    `MAX_SEQUENCE_LOSS`, or four million sequences at 2^17 nats (12,000 tokens at 11 nats).
 
     Args:
         domain_ids: domain of every sequence; shape (B,).
-        sequence_loss_sums: nats summed over the sequence's counted target tokens; shape (B,).
-        sequence_num_tokens: how many target tokens counted; shape (B,).
+        sequence_loss_sums: loss of every sequence, summed over its counted target tokens, in nats; shape (B,).
+        sequence_num_tokens: counted target tokens of every sequence; shape (B,).
+        num_domains: K.
 
     Raises:
-        ValueError: a domain id outside [0, num_domains).
+        ValueError: a domain id is outside [0, num_domains).
     """
     domains = np.asarray(domain_ids, np.int64)
     if len(domains) and not 0 <= domains.min() <= domains.max() < num_domains:
         raise ValueError(f"domain_ids span {domains.min()} to {domains.max()}, expected 0 to {num_domains - 1}.")
     losses = np.asarray(sequence_loss_sums, np.float64)
+
+    # NaN compares false, so it counts as not finite. np.add.at adds repeated domains one by one.
     finite = np.abs(losses) <= MAX_SEQUENCE_LOSS
     buffer = np.zeros((NUM_BUFFER_ROWS, num_domains), np.int64)
     np.add.at(buffer[0], domains[finite], quantise_losses(losses[finite]))
@@ -100,7 +106,7 @@ def accumulate_losses(
 
 
 def statistics_from_buffer(step: int, buffer: NDArray[np.int64]) -> DomainStatistics:
-    """Read the buffer of `accumulate_losses`, summed over ranks."""
+    """Convert the buffer of `accumulate_losses`, summed over ranks."""
     loss, tokens, sequences, nonfinite = buffer.astype(np.int64)
     return DomainStatistics(
         step=step,

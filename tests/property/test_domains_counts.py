@@ -68,8 +68,8 @@ def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
     """The histogram and the samples all at once, or a few cells and blocks at a time."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in pieces":
-            patch.setattr(count, "CELLS_TOGETHER", 2)
-            patch.setattr(count, "SAMPLES_TOGETHER", 1)
+            patch.setattr(count, "CELLS_PER_RANGE", 2)
+            patch.setattr(count, "SAMPLES_PER_READ", 1)
         yield
 
 

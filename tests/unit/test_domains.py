@@ -120,7 +120,7 @@ def test_keys_by_nothing_is_one_key_of_everything() -> None:
     [
         ({"sauce": ("C4",)}, r"'sauce', which is not a categorical property of the index\. Did you mean 'source'\?"),
         ({"quality": ("1",)}, r"'quality', which is not a categorical property"),
-        ({"source": ("c4",)}, r"wants source = 'c4', which no sample has\."),
+        ({"source": ("c4",)}, r"names source = 'c4', but no sample matches\."),
     ],
 )
 def test_an_unknown_name_or_value_is_refused(key: DomainKey, message: str) -> None:

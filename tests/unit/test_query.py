@@ -117,7 +117,7 @@ def test_expression_selects(text: str | None, expected: list[int]) -> None:
         ("matches(langauge, 'en')", r"Did you mean 'language'\?"),
         ("matches(quality, '0.*')", r"is a number, which has no pattern"),
         ("matches(language, 'e')", r"no value of 'language' matches 'e' as a whole"),
-        ("matches(language, 'e(')", r"'e\(' is no regular expression"),
+        ("matches(language, 'e(')", r"'e\(' is not a valid regular expression"),
     ],
 )
 def test_anything_else_is_refused_with_a_reason(text: str, message: str) -> None:

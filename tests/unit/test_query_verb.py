@@ -115,7 +115,7 @@ def test_text_names_domains_overlaps_and_what_is_left_out(index: Path, capsys: p
     [
         ("query.where=qality>1", "ConfigError: query.where names 'qality'"),
         ("mixture.group_by=[sorce]", "MixtureError: A domain key names 'sorce'"),
-        ("mixture.domains=[{key:{source:c4}}]", "MixtureError: A domain key wants source = 'c4'"),
+        ("mixture.domains=[{key:{source:c4}}]", "MixtureError: A domain key names source = 'c4'"),
         ("index.path=/none.h5", "PropertyIndexError: There is no property index at /none.h5"),
         ("mixture.kind=static", "ConfigError: mixture.kind=static needs mixture.domains"),
         ("data.rot=x", "ConfigError: data.rot is not a known key"),

@@ -1,4 +1,4 @@
-"""Domain keys: what is written, and what it matches."""
+"""Domain keys: how they are parsed, written and matched."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def matched(plain: dict[str, Any]) -> list[str | None]:
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "expected"),
     [
         ("cc", ["cc"]),
         (["cc", None], ["cc", None]),
@@ -40,19 +40,19 @@ def matched(plain: dict[str, Any]) -> list[str | None]:
         ({"matches": r"c4\*"}, ["c4*"]),
     ],
 )
-def test_a_value_matches_itself_or_by_its_pattern(value: Any, found: list[str | None]) -> None:
-    if found:
-        assert matched({"source": value}) == found
+def test_a_value_matches_exactly_by_wildcard_or_by_pattern(value: Any, expected: list[str | None]) -> None:
+    if expected:
+        assert matched({"source": value}) == expected
     else:
-        with pytest.raises(MixtureError, match="which no sample has"):
+        with pytest.raises(MixtureError, match="but no sample matches"):
             matched({"source": value})
 
 
-def test_a_value_that_exists_is_no_pattern() -> None:
+def test_a_value_that_exists_is_not_treated_as_a_wildcard() -> None:
     assert matched({"source": "c4*"}) == ["c4*"]
 
 
-def test_every_property_of_a_key_must_match_and_several_values_match_by_any() -> None:
+def test_every_property_of_a_key_must_match_and_any_of_several_values_matches() -> None:
     assert matched({"source": "c4-*", "lang": "de"}) == ["c4-en", "c4-de"]
     assert matched({"source": "c4-*", "lang": None}) == []
 
@@ -60,37 +60,37 @@ def test_every_property_of_a_key_must_match_and_several_values_match_by_any() ->
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("c5*", r"source like 'c5\*', which no sample has"),
-        ({"matches": "c("}, "A domain key's source: 'c\\(' is no regular expression"),
+        ("c5*", r"source like 'c5\*', but no sample matches"),
+        ({"matches": "c("}, "A domain key's source: 'c\\(' is not a valid regular expression"),
         ({"matches": "(a*)*"}, "repeats a group"),
-        ({"matches": "c"}, "to match 'c'"),
-        ("c4-", r"no sample has. Did you mean"),
+        ({"matches": "c"}, "source matching 'c'"),
+        ("c4-", r"no sample matches. Did you mean"),
     ],
 )
-def test_what_matches_nothing_is_refused(value: Any, message: str) -> None:
+def test_a_key_that_matches_no_sample_is_refused(value: Any, message: str) -> None:
     with pytest.raises(MixtureError, match=message):
         matched({"source": value})
 
 
 @pytest.mark.parametrize("value", [{"match": "x"}, {"matches": 3}, {}, [], [["a"]]])
-def test_what_is_no_value_is_refused(value: Any) -> None:
+def test_an_invalid_value_is_refused(value: Any) -> None:
     with pytest.raises(MixtureError, match="source"):
         parse_domain_key({"source": value})
 
 
-def test_a_key_is_written_as_it_was_read() -> None:
+def test_a_key_is_written_as_it_was_parsed() -> None:
     plain = {"source": ["a*", None, {"matches": "b?"}], "lang": "en", "flag": "true"}
     assert domain_key_to_plain(parse_domain_key(plain)) == plain
     assert parse_domain_key({"flag": True, "year": 2020}) == {"flag": ("true",), "year": ("2020",)}
     assert parse_domain_key(plain)["source"][2] == ValuePattern("b?")
 
 
-def test_a_name_says_what_matches() -> None:
+def test_the_name_of_a_key_shows_its_values() -> None:
     assert domain_name(parse_domain_key({"lang": "en", "source": ["a*", None]})) == "lang=en source=a*|null"
     assert domain_name({}) == "all"
 
 
-def test_keys_that_say_the_same_are_equal() -> None:
+def test_keys_are_equal_in_any_order_of_properties_and_values() -> None:
     assert canonical_key(parse_domain_key({"a": ["x", "y"], "b": 1})) == canonical_key(
         parse_domain_key({"b": "1", "a": ["y", "x"]})
     )
