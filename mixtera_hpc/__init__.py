@@ -1,23 +1,81 @@
-"""Mixtera-HPC: a Slurm-integrated data plane for foundation-model training."""
+"""Mixtera-HPC: a Slurm-integrated data plane for foundation-model training.
 
+The names of `__all__` are the public interface. Each is imported when it is first used, so that `import mixtera_hpc`
+imports neither numpy nor torch.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixtera_hpc.config.compose import compose
-    from mixtera_hpc.dataplane.plane import Batch, DataPlane
+    from mixtera_hpc.comm.communicator import Communicator
+    from mixtera_hpc.config.compose import compose, load_config
+    from mixtera_hpc.config.run_folder import RunFolder
+    from mixtera_hpc.dataplane.plane import DataPlane
+    from mixtera_hpc.dataplane.reading.batches import Batch
+    from mixtera_hpc.errors import (
+        CommError,
+        ConfigError,
+        DataError,
+        LaunchError,
+        MixteraError,
+        MixtureError,
+        PropertyIndexError,
+        SavedAndStopped,
+        UserError,
+    )
+    from mixtera_hpc.training.dataset import PlaneDataset
 
-__all__ = ["Batch", "DataPlane", "__version__", "compose"]
+__all__ = [
+    "Batch",
+    "CommError",
+    "Communicator",
+    "ConfigError",
+    "DataError",
+    "DataPlane",
+    "LaunchError",
+    "MixteraError",
+    "MixtureError",
+    "PlaneDataset",
+    "PropertyIndexError",
+    "RunFolder",
+    "SavedAndStopped",
+    "UserError",
+    "__version__",
+    "compose",
+    "load_config",
+]
 __version__ = "0.1.0"
+
+_MODULE_OF_NAME = {
+    "Batch": "mixtera_hpc.dataplane.reading.batches",
+    "CommError": "mixtera_hpc.errors",
+    "Communicator": "mixtera_hpc.comm.communicator",
+    "ConfigError": "mixtera_hpc.errors",
+    "DataError": "mixtera_hpc.errors",
+    "DataPlane": "mixtera_hpc.dataplane.plane",
+    "LaunchError": "mixtera_hpc.errors",
+    "MixteraError": "mixtera_hpc.errors",
+    "MixtureError": "mixtera_hpc.errors",
+    "PlaneDataset": "mixtera_hpc.training.dataset",
+    "PropertyIndexError": "mixtera_hpc.errors",
+    "RunFolder": "mixtera_hpc.config.run_folder",
+    "SavedAndStopped": "mixtera_hpc.errors",
+    "UserError": "mixtera_hpc.errors",
+    "compose": "mixtera_hpc.config.compose",
+    "load_config": "mixtera_hpc.config.compose",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names only when they are asked for, so that the command line stays fast."""
-    if name == "compose":
-        from mixtera_hpc.config.compose import compose
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _MODULE_OF_NAME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    globals()[name] = value
+    return value
 
-        return compose
-    if name in ("Batch", "DataPlane"):
-        from mixtera_hpc.dataplane import plane
 
-        return getattr(plane, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    """Return the public names, those that are not imported yet included."""
+    return sorted({*globals(), *__all__})

@@ -25,6 +25,7 @@ __all__ = [
     "SavedAndStopped",
     "UserError",
     "did_you_mean",
+    "exit_code_of",
     "is_clean_exit",
 ]
 
@@ -76,6 +77,23 @@ def is_clean_exit(error: BaseException) -> bool:
     if isinstance(error, SavedAndStopped):
         return True
     return isinstance(error, SystemExit) and error.code in (None, 0, SavedAndStopped.exit_code)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a process that `error` ends."""
+    if isinstance(error, MixteraError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return _system_exit_code(error)
+    return 1
+
+
+def _system_exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    return error.code if isinstance(error.code, int) else 1
 
 
 def did_you_mean(got: str, valid: list[str] | tuple[str, ...]) -> str:

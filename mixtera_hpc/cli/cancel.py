@@ -1,22 +1,28 @@
 """`mixtera-hpc cancel`: end a run, now or after it has saved."""
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
+
+from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
+from mixtera_hpc.launch.cancel import cancel_after_save, cancel_now
 
 __all__ = ["arguments", "run"]
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run_name", metavar="RUN", help="run id, name or folder")
-    parser.add_argument("--after-save", action="store_true", help="let it save first; nothing follows")
-    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
+    """Declare the verb's arguments."""
+    add_run_argument(parser)
+    parser.add_argument(
+        "--after-save",
+        action="store_true",
+        help="let running jobs write a checkpoint before they stop; waiting jobs are cancelled at once",
+    )
+    parser.epilog = """\
+Follow-up jobs of the run are cancelled too. A cancelled run can be continued with mixtera-hpc resume RUN."""
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.config.run_folder import RunFolder, runs_root
-    from mixtera_hpc.launch.cancel import cancel_after_save, cancel_now
-
-    folder = RunFolder.find(args.run_name, args.root or runs_root())
+    """Cancel the run and print what was ended."""
+    folder = find_run(args)
     done = cancel_after_save(folder) if args.after_save else cancel_now(folder)
     if done.ended:
         print(f"ended   {' '.join(done.ended)}")

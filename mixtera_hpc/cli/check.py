@@ -1,28 +1,35 @@
-"""`mixtera-hpc validate`: every experiment on every cluster, every problem listed."""
+"""`mixtera-hpc check`: compose every experiment on every cluster and list every problem."""
 
 from argparse import ArgumentParser, Namespace
+
+from mixtera_hpc.cli.console import print_json
+from mixtera_hpc.launch.check import CheckResult, check_all_pairs
 
 __all__ = ["arguments", "run"]
 
 
 def arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's arguments."""
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.epilog = """\
+The pairs are those of conf/experiment (and no experiment) with conf/cluster, including your own in $MIXTERA_CONF.
+The exit code is 2 if a pair does not fit."""
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.launch.check import check_all_pairs
-
+    """Check all pairs and print the problems."""
     result = check_all_pairs()
     if args.json:
-        import json
-        from dataclasses import asdict
+        print_json(result)
+    else:
+        _print_problems(result)
+    return 2 if result.failures else 0
 
-        print(json.dumps(asdict(result)))
-        return 2 if result.misfits else 0
-    for misfit in result.misfits:
-        print(f"experiment={misfit.experiment or '(none)'} cluster={misfit.cluster}\n  {misfit.problem}")
+
+def _print_problems(result: CheckResult) -> None:
+    for pair in result.failures:
+        print(f"experiment={pair.experiment or '(none)'} cluster={pair.cluster}\n  {pair.problem}")
     if result.unset:
-        print(f"Not set here, a placeholder stood in: {', '.join(result.unset)}")
-    pairs = (len(result.experiments) + 1) * len(result.clusters)
-    print(f"{pairs - len(result.misfits)} of {pairs} pairs of experiment and cluster fit.")
-    return 2 if result.misfits else 0
+        print(f"Environment variables that are not set here, replaced by placeholders: {', '.join(result.unset)}")
+    num_good = result.num_pairs - len(result.failures)
+    print(f"{num_good} of {result.num_pairs} pairs of experiment and cluster fit.")

@@ -1,28 +1,41 @@
-"""What is printed, as people read it."""
+"""Format what verbs print."""
 
 import sys
 from typing import TYPE_CHECKING
 
+import msgspec
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["open_console", "pluralize"]
+__all__ = ["open_console", "pluralize", "print_json"]
+
+PIPE_COLUMNS = 160
+"""Width of output to a file or a pipe."""
 
 
 def pluralize(number: int, noun: str) -> str:
-    """`1 row`, `1,234 rows`."""
+    """Return `1 row`, `1,234 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def open_console(*, soft_wrap: bool = False) -> "Console":
-    """A terminal as wide as it is, anything else 160 columns wide, so that files and pipes get whole names.
+def print_json(value: object) -> None:
+    """Print one JSON object on a line; NaN becomes null."""
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
 
-    Nothing in a text is markup: names of domains may have brackets. A reader that has left is `BrokenPipeError`, for `main` to answer; rich would leave the process with 1.
+
+def open_console(*, soft_wrap: bool = False) -> "Console":
+    """Return a console as wide as the terminal; for files and pipes it has 160 columns, so that names stay whole.
+
+    Markup is off, because names of domains may contain brackets. If the reader closes the pipe, the console raises
+    `BrokenPipeError` for `main` to handle; rich itself would end the process with exit code 1.
     """
+    # Imported here because rich takes 0.1 s, and most verbs print plain text.
     from rich.console import Console
 
-    class Stdout(Console):
+    class StdoutConsole(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return Stdout(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=soft_wrap, markup=False)
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    return StdoutConsole(width=width, highlight=False, soft_wrap=soft_wrap, markup=False)

@@ -1,126 +1,142 @@
-"""`mixtera-hpc demo`: the main job, end to end, on real text, with nothing to configure.
+"""`mixtera-hpc demo`: train, stop, resume, verify and report on real text, with nothing to configure.
 
-Every step is one that a user would type; the demo prints the command before it runs it.
+Every step is a command that a user would type. The demo prints each command before it runs it.
 """
 
-import argparse
 import itertools
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+
+from mixtera_hpc.cli import main as command_line
+from mixtera_hpc.cli.demo_corpus import collect, write_corpus
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.tokens.bpe_training import train_bpe
+from mixtera_hpc.tokens.tokenizer import GigatokenTokenizer, HuggingFaceTokenizer, check_same_encoding
 
 __all__ = ["arguments", "run"]
 
 VOCAB_SIZE = 4096
+TRAINING_STRIDE = 8
+"""The tokenizer is trained on every eighth document."""
+COMPARISON_STRIDE = 100
+"""Every hundredth document is encoded by both tokenizer libraries and compared."""
+
 RANKS = (4, 2)
-"""Before and after the checkpoint."""
+"""Number of ranks before and after the checkpoint, where there is an mpiexec."""
+EXIT_SAVED = 75
 
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides of experiment=demo, e.g. training.num_steps=40")
-
-
-def run(args: argparse.Namespace) -> int:
-    demo = Path(os.environ.get("MIXTERA_DEMO", "demo"))
-    overrides = ["experiment=demo", *args.overrides]
-    _collect(demo)
-    _tokenizer(demo)
-    for number, (title, verb) in enumerate(_LOOKS, start=3):
-        _title(number, title)
-        if code := _verb([*verb, *overrides]):
-            return code
-    return _train_and_report(overrides)
-
-
-_LOOKS = (
-    ("Index: what every sample is and where it lies", ["index", "build"]),
-    ("Query: how much there is of every domain", ["query"]),
+DATA_STEPS = (
+    ("Index: the properties and the place of every sample", ["index", "build"]),
+    ("Query: the size of every domain", ["query"]),
     ("Forecast: what the mixture will serve", ["plan"]),
 )
 
 
-def _collect(demo: Path) -> None:
-    _title(1, "Real text: this machine's own Python installation")
+def arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="Hydra overrides of experiment=demo, e.g. training.num_steps=40",
+    )
+    parser.epilog = """\
+Corpus and tokenizer are written to ./demo ($MIXTERA_DEMO), the run to ./runs ($MIXTERA_RUNS)."""
+
+
+def run(args: Namespace) -> int:
+    """Run every step; stop at the first one that fails."""
+    demo = Path(os.environ.get("MIXTERA_DEMO", "demo"))
+    overrides = ["experiment=demo", *args.overrides]
+    _write_corpus(demo)
+    _train_tokenizer(demo)
+    for number, (title, verb) in enumerate(DATA_STEPS, start=3):
+        _print_title(number, title)
+        if code := _run_verb([*verb, *overrides]):
+            return code
+    return _train_and_report(overrides)
+
+
+def _write_corpus(demo: Path) -> None:
+    _print_title(1, "Real text: this machine's own Python installation")
     if (demo / "corpus").is_dir():
-        _say(f"already in {demo / 'corpus'}")
+        _print_line(f"already in {demo / 'corpus'}")
         return
-    from mixtera_hpc.cli.demo_corpus import write_corpus
-
-    _say("collecting source files, tests, stubs, headers, licences and documentation …")
-    write_corpus(demo / "corpus", _say)
+    _print_line("collecting source files, tests, stubs, headers, licences and documentation …")
+    write_corpus(demo / "corpus", _print_line)
 
 
-def _tokenizer(demo: Path) -> None:
-    _title(2, "Tokenizer: a byte-level BPE trained on it")
+def _train_tokenizer(demo: Path) -> None:
+    _print_title(2, "Tokenizer: a byte-level BPE trained on that text")
     path = demo / "tokenizer.json"
     if path.is_file():
-        _say(f"already in {path}")
+        _print_line(f"already in {path}")
         return
-    from mixtera_hpc.cli.demo_corpus import collect
-    from mixtera_hpc.tokens.bpe_training import train_bpe
-    from mixtera_hpc.tokens.tokenizer import GigatokenTokenizer, HuggingFaceTokenizer, check_same_encoding
 
-    _say(f"training {VOCAB_SIZE} tokens …")
-    train_bpe((d.text for d in itertools.islice(collect(), 0, None, 8)), VOCAB_SIZE, path)
-    sample = [d.text for d in itertools.islice(collect(), 1, None, 100)]
+    _print_line(f"training {VOCAB_SIZE} tokens …")
+    train_bpe((document.text for document in itertools.islice(collect(), 0, None, TRAINING_STRIDE)), VOCAB_SIZE, path)
+    texts = [document.text for document in itertools.islice(collect(), 1, None, COMPARISON_STRIDE)]
     definition = path.read_bytes()
-    check_same_encoding(GigatokenTokenizer(definition), HuggingFaceTokenizer(definition), sample)
-    _say(f"gigatoken and tokenizers agree on {len(sample)} documents")
+    check_same_encoding(GigatokenTokenizer(definition), HuggingFaceTokenizer(definition), texts)
+    _print_line(f"gigatoken and tokenizers agree on {len(texts)} documents")
 
 
 def _train_and_report(overrides: Sequence[str]) -> int:
-    from datetime import UTC, datetime
-
-    from mixtera_hpc.config.compose import compose
-    from mixtera_hpc.config.run_folder import RunFolder
-
     config = compose(overrides)
-    steps = config.training.num_steps
-    folder = RunFolder(Path(config.run.root) / config.run.name / datetime.now(UTC).strftime("%Y%m%d-%H%M%S-demo"))
+    num_steps = config.training.num_steps
+    run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-demo")
+    folder = RunFolder(Path(config.run.root) / config.run.name / run_id)
     first, second = RANKS if _mpiexec() else (1, 1)
-    _title(6, f"Train: {first} ranks, until half of {steps} steps")
-    begin = ["run", *overrides, f"run.id={folder.run_id}", f"training.stop_after={max(steps // 2, 1)}"]
-    code = _launch(first, begin)
-    if code != 75:
+
+    _print_title(6, f"Train: {first} ranks, until half of {num_steps} steps")
+    stop_after = max(num_steps // 2, 1)
+    code = _run_ranks(first, ["run", *overrides, f"run.id={run_id}", f"training.stop_after={stop_after}"])
+    if code != EXIT_SAVED:
         return code or 1
-    _title(7, f"Resume: the same run with {second} ranks")
-    if code := _launch(second, ["resume", str(folder.path), "training.stop_after=null"]):
+
+    _print_title(7, f"Resume: the same run with {second} ranks")
+    if code := _run_ranks(second, ["resume", str(folder.path), "training.stop_after=null"]):
         return code
-    _title(8, "Verify: every planned sequence was consumed exactly once")
-    if code := _verb(["trace", str(folder.path), "--verify"]):
+    _print_title(8, "Verify: every planned sequence was consumed exactly once")
+    if code := _run_verb(["trace", str(folder.path), "--verify"]):
         return code
-    _title(9, "Report")
-    return _verb(["report", str(folder.path)])
+    _print_title(9, "Report")
+    return _run_verb(["report", str(folder.path)])
 
 
-def _verb(words: list[str]) -> int:
-    from mixtera_hpc.cli.main import main
-
-    _say(f"$ mixtera-hpc {shlex.join(words)}")
-    return main(words)
+def _run_verb(words: list[str]) -> int:
+    _print_line(f"$ mixtera-hpc {shlex.join(words)}")
+    return command_line.main(words)
 
 
-def _launch(num_ranks: int, words: list[str]) -> int:
-    """Run a verb on every rank; returns the launcher's exit code."""
-    prefix = [_mpiexec() or "", "-n", str(num_ranks)] if num_ranks > 1 else []
-    shown = [Path(prefix[0]).name, *prefix[1:], "mixtera-hpc", *words] if prefix else ["mixtera-hpc", *words]
-    _say(f"$ {shlex.join(shown)}")
-    return subprocess.run([*prefix, sys.executable, "-u", "-m", "mixtera_hpc", *words], check=False).returncode
+def _run_ranks(num_ranks: int, words: list[str]) -> int:
+    """Run a verb on every rank and return the launcher's exit code."""
+    mpiexec = _mpiexec()
+    prefix = [mpiexec, "-n", str(num_ranks)] if mpiexec is not None and num_ranks > 1 else []
+    shown = [Path(word).name if word == mpiexec else word for word in prefix]
+    _print_line(f"$ {shlex.join([*shown, 'mixtera-hpc', *words])}")
+    command = [*prefix, sys.executable, "-u", "-m", "mixtera_hpc", *words]
+    return subprocess.run(command, check=False).returncode
 
 
 def _mpiexec() -> str | None:
-    """The launcher of this environment's MPI, if it has one."""
-    own = Path(sys.executable).with_name("mpiexec")
-    return str(own) if own.exists() else shutil.which("mpiexec")
+    """Return the mpiexec of this Python environment, else the one on PATH; None if there is neither."""
+    beside_python = Path(sys.executable).with_name("mpiexec")
+    return str(beside_python) if beside_python.exists() else shutil.which("mpiexec")
 
 
-def _title(number: int, text: str) -> None:
-    print(f"\n\033[1m{number}. {text}\033[0m" if sys.stdout.isatty() else f"\n{number}. {text}", flush=True)
+def _print_title(number: int, text: str) -> None:
+    title = f"{number}. {text}"
+    print(f"\n\033[1m{title}\033[0m" if sys.stdout.isatty() else f"\n{title}", flush=True)
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     print(f"   {text}", flush=True)

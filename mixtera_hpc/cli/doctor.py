@@ -1,29 +1,36 @@
-"""`mixtera-hpc doctor`: what works on this machine, and how to cure what does not."""
+"""`mixtera-hpc doctor`: report what works on this machine, and how to repair what does not."""
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from mixtera_hpc.cli.console import print_json
+from mixtera_hpc.config.run_folder import runs_root
+from mixtera_hpc.launch.doctor import Finding, examine_machine
 
 __all__ = ["arguments", "run"]
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object per check and line")
+    """Declare the verb's arguments."""
+    parser.add_argument("--json", action="store_true", help="one JSON object per check")
+    parser.epilog = """\
+Each check is ok, absent (not here, and not needed everywhere) or wrong. The exit code is 1 if one is wrong."""
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.config.run_folder import runs_root
-    from mixtera_hpc.launch.doctor import examine_machine
-
+    """Examine this machine and print the findings."""
     findings = examine_machine(runs_root())
     if args.json:
-        import json
-        from dataclasses import asdict
-
         for finding in findings:
-            print(json.dumps(asdict(finding)))
+            print_json(finding)
     else:
-        width = max(len(finding.what) for finding in findings)
-        for finding in findings:
-            print(f"{finding.verdict:<6}  {finding.what:<{width}}  {finding.detail}")
-            if finding.do:
-                print(f"{'':<6}  {'':<{width}}  → {finding.do}")
+        _print_table(findings)
     return 1 if any(finding.verdict == "wrong" for finding in findings) else 0
+
+
+def _print_table(findings: Sequence[Finding]) -> None:
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        print(f"{finding.verdict:<6}  {finding.check:<{width}}  {finding.detail}")
+        if finding.fix:
+            print(f"{'':<6}  {'':<{width}}  → {finding.fix}")

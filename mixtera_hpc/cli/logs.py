@@ -1,36 +1,44 @@
-"""`mixtera-hpc logs`: what ranks and batch scripts wrote, over all attempts."""
+"""`mixtera-hpc logs`: print what ranks and batch scripts wrote, over all attempts."""
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from pathlib import Path
+
+from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
+from mixtera_hpc.errors import LaunchError
+from mixtera_hpc.launch.follow import follow_run
+from mixtera_hpc.launch.logs import all_lines
 
 __all__ = ["arguments", "run"]
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run_name", metavar="RUN", help="run id, name or folder")
+    """Declare the verb's arguments."""
+    add_run_argument(parser)
     parser.add_argument(
-        "--rank", type=_rank, default="main", help="a rank, or all (default: rank 0 and the batch script)"
+        "--rank",
+        type=_rank,
+        default="main",
+        help="number of a rank, or all (default: rank 0, the batch script, and the end of the first rank that failed)",
     )
-    parser.add_argument("-f", "--follow", action="store_true", help="go on with new lines until the run has ended")
-    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
+    parser.add_argument("-f", "--follow", action="store_true", help="print new lines until the run has ended")
+    parser.epilog = """\
+Examples:
+  mixtera-hpc logs demo --follow
+  mixtera-hpc logs demo --rank 17"""
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.config.run_folder import RunFolder, runs_root
-    from mixtera_hpc.errors import LaunchError
-    from mixtera_hpc.launch.follow import follow_run
-    from mixtera_hpc.launch.logs import all_lines
-
-    folder = RunFolder.find(args.run_name, args.root or runs_root())
+    """Print the lines."""
+    folder = find_run(args)
     lines = follow_run(folder, args.rank) if args.follow else all_lines(folder, args.rank)
-    empty = True
+    is_empty = True
     for line in lines:
         print(line, flush=args.follow)
-        empty = False
-    if empty:
+        is_empty = False
+    if is_empty:
+        of_rank = "" if args.rank == "main" else f" of rank {args.rank}"
         raise LaunchError(
-            f"{folder.run_id} has no log lines{'' if args.rank == 'main' else f' of rank {args.rank}'}.\n  A run started "
-            "with mpiexec or mixtera-hpc run writes to its terminal; see mixtera-hpc status for the others."
+            f"{folder.run_id} has no log lines{of_rank}.\n  A run that was started with mixtera-hpc run, also under "
+            "mpiexec, writes to its terminal only; see mixtera-hpc status for others."
         )
     return 0
 
@@ -41,4 +49,4 @@ def _rank(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is neither a rank nor 'all'") from None
+        raise ArgumentTypeError(f"{text!r} is neither the number of a rank nor 'all'") from None

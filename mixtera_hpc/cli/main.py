@@ -1,46 +1,59 @@
-"""The `mixtera-hpc` command: picks the verb, imports only that verb's module, turns errors into exit codes.
+"""The `mixtera-hpc` command: choose the verb, import only that verb's module, turn errors into exit codes.
 
-A verb is a module with `arguments(parser)` and `run(args) -> int`; nothing heavier than argparse is imported before it.
+A verb is a module of its own name with `arguments(parser)` and `run(args) -> int`. Nothing heavier than argparse is
+imported before the verb is known.
 """
 
 import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mixtera_hpc import __version__
+from mixtera_hpc.cli.logging_setup import messages_on_stderr
 from mixtera_hpc.errors import MixteraError, did_you_mean
 
-__all__ = ["VERBS", "main"]
+__all__ = ["GROUPS", "VERBS", "main"]
 
-VERBS: dict[str, tuple[str, str]] = {
-    "demo": ("demo", "run everything once on this machine, on real text, and write a report"),
-    "index": ("index", "build, inspect, verify, refresh or extend the property index of a data collection"),
-    "query": ("query", "count samples and tokens of every domain"),
-    "plan": ("plan", "forecast what a mixture will serve, or list the sequences of chosen steps"),
-    "trace": ("trace", "name the samples of any step of a run, or prove what it consumed"),
-    "mixture": ("mixture", "show what a run is served from, or change it while the run goes on"),
-    "run": ("run", "train here: one process, or every rank of an mpiexec or srun"),
-    "submit": ("submit", "send a run to Slurm; --dry-run prints the script"),
-    "sweep": ("sweep", "submit one run per combination of values"),
-    "status": ("status", "list runs and what Slurm says of them"),
-    "logs": ("logs", "show or follow the logs of a run"),
-    "cancel": ("cancel", "cancel a run's jobs"),
-    "resume": ("resume", "continue a run in its folder, with any number of ranks"),
-    "report": ("report", "tables, plots and an HTML page from recorded metrics"),
-    "validate": ("validate", "check that every experiment fits every cluster"),
-    "doctor": ("doctor", "say what works on this machine: MPI, HDF5, Slurm, GPUs"),
+GROUPS: Mapping[str, Mapping[str, str]] = {
+    "Start here": {
+        "demo": "train, stop, resume, verify and report on this machine's own text, with nothing to configure",
+    },
+    "Data": {
+        "index": "build, inspect, verify, refresh or extend the property index of a data collection",
+        "query": "count the samples and tokens of every domain",
+        "plan": "forecast what a mixture will serve, or list the sequences of chosen steps",
+    },
+    "Runs": {
+        "run": "train here, in one process or as every rank of mpiexec or srun",
+        "submit": "submit a run to Slurm; --dry-run prints the script",
+        "sweep": "submit one run per combination of values",
+        "resume": "continue a run in its folder, with any number of ranks",
+        "status": "list runs and their state",
+        "logs": "print or follow the logs of a run",
+        "cancel": "cancel the jobs of a run",
+        "mixture": "show the mixture of a run, or change it while the run goes on",
+        "trace": "list the samples of any step of a run, or prove what it consumed",
+        "report": "write tables, plots and an HTML page from recorded metrics",
+    },
+    "Cluster": {
+        "check": "check that every experiment fits every cluster, without submitting anything",
+        "doctor": "report what works on this machine: MPI, HDF5, Slurm, GPUs",
+    },
 }
+"""Verbs and their summaries, in the order of `--help`."""
+
+VERBS: Mapping[str, str] = {verb: summary for group in GROUPS.values() for verb, summary in group.items()}
 
 _EPILOG = """\
 Settings are Hydra overrides: mixtera-hpc plan experiment=demo dataplane.seed=3
-Exit codes: 0 done · 2 your input · 1 our fault · 75 saved, run me again
-mixtera-hpc VERB --help says more."""
+Exit codes: 0 success, 1 internal error, 2 wrong input, 75 state saved (continue with resume)
+Options of a verb: mixtera-hpc VERB --help"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one verb and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -49,23 +62,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mixtera-hpc {__version__}")
         return 0
     if argv[0] not in VERBS:
-        print(
-            f"{argv[0]!r} is not a verb.{did_you_mean(argv[0], list(VERBS))}\n  See mixtera-hpc --help.",
-            file=sys.stderr,
-        )
+        hint = did_you_mean(argv[0], list(VERBS))
+        print(f"mixtera-hpc has no verb {argv[0]!r}.{hint}\n  List them with mixtera-hpc --help.", file=sys.stderr)
         return 2
     return _run_verb(argv[0], argv[1:])
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:
-    module_name, summary = VERBS[verb]
-    module = importlib.import_module(f"mixtera_hpc.cli.{module_name}")
-    parser = argparse.ArgumentParser(prog=f"mixtera-hpc {verb}", description=summary, allow_abbrev=False)
+    module = importlib.import_module(f"mixtera_hpc.cli.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"mixtera-hpc {verb}",
+        description=f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     module.arguments(parser)
     args = parser.parse_intermixed_args(argv)
     try:
-        code = int(module.run(args))
-        sys.stdout.flush()  # Here, where a reader that has left is answered; the interpreter would complain at its end.
+        with messages_on_stderr():
+            code = int(module.run(args))
+        # A reader that closed the pipe is noticed here. At exit, the interpreter would print an error about it.
+        sys.stdout.flush()
         return code
     except MixteraError as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
@@ -81,8 +98,10 @@ def _run_verb(verb: str, argv: list[str]) -> int:
 
 def _usage() -> str:
     width = max(map(len, VERBS)) + 2
-    verbs = "\n".join(f"  {verb:<{width}}{summary}" for verb, (_, summary) in VERBS.items())
-    return f"usage: mixtera-hpc VERB [overrides] [options]\n\n{verbs}\n\n{_EPILOG}"
+    lines = ["usage: mixtera-hpc VERB [overrides] [options]"]
+    for group, verbs in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {verb:<{width}}{summary}" for verb, summary in verbs.items())]
+    return "\n".join([*lines, "", _EPILOG])
 
 
 if __name__ == "__main__":

@@ -1,79 +1,68 @@
-"""`mixtera-hpc report`: tables, plots and an HTML page from what runs recorded."""
+"""`mixtera-hpc report`: write tables, plots and an HTML page from what runs recorded."""
 
-import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.cli.console import open_console, print_json
+from mixtera_hpc.cli.run_arguments import add_root_argument, find_run_named
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.report.run_metrics import load_run_metrics
+from mixtera_hpc.report.scaling import scaling_table
+from mixtera_hpc.report.summary import summarize_run
 
 __all__ = ["arguments", "run"]
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run id, name or folder")
-    parser.add_argument("--scaling", action="store_true", help="one table that compares the runs' throughput")
-    parser.add_argument("--json", action="store_true", help="the numbers, one JSON object per run and line; no page")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where pages and plots go (default: the run's report/)")
-    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
+    """Declare the verb's arguments."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run id, name or folder; a name means its newest run")
+    parser.add_argument(
+        "--scaling", action="store_true", help="print one table that compares the throughput of the runs"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the numbers as one JSON object per run; write no page"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of pages and plots (default: report/ in each run's folder)"
+    )
+    add_root_argument(parser)
+    parser.epilog = """\
+Examples:
+  mixtera-hpc report demo
+  mixtera-hpc report nodes1 nodes2 nodes4 --scaling"""
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.config.run_folder import RunFolder, runs_root
-
-    folders = [RunFolder.find(name, args.root or runs_root()) for name in args.runs]
+    """Print or write the reports."""
+    folders = [find_run_named(name, args) for name in args.runs]
     if args.scaling:
-        _scaling(folders, args.json)
+        _print_scaling(folders, args.json)
     elif args.json:
-        _numbers(folders)
+        for folder in folders:
+            print_json(summarize_run(load_run_metrics(folder)))
     else:
-        _pages(folders, args.out)
+        _write_pages(folders, args.out)
     return 0
 
 
-def _scaling(folders: list["RunFolder"], as_json: bool) -> None:
-    from mixtera_hpc.report.run_metrics import load_run_metrics
-    from mixtera_hpc.report.scaling import scaling_table
-
+def _print_scaling(folders: Sequence[RunFolder], as_json: bool) -> None:
     rows = scaling_table([load_run_metrics(folder) for folder in folders])
     if as_json:
         for row in rows:
-            _print_json(row)
+            print_json(row)
         return
+    # Imported here because it imports matplotlib, which takes half a second.
     from mixtera_hpc.report.terminal import scaling_text
 
-    _print(scaling_text(rows))
+    open_console().print(scaling_text(rows))
 
 
-def _numbers(folders: list["RunFolder"]) -> None:
-    from mixtera_hpc.report.run_metrics import load_run_metrics
-    from mixtera_hpc.report.summary import summarize_run
-
-    for folder in folders:
-        _print_json(summarize_run(load_run_metrics(folder)))
-
-
-def _pages(folders: list["RunFolder"], out: Path | None) -> None:
+def _write_pages(folders: Sequence[RunFolder], out: Path | None) -> None:
+    # Imported here because they import matplotlib, which takes half a second.
     from mixtera_hpc.report.report_files import write_report
     from mixtera_hpc.report.terminal import report_text
 
     for folder in folders:
         target = out / folder.run_id if out is not None and len(folders) > 1 else out
-        _print(report_text(write_report(folder, target)))
-
-
-def _print_json(value: Any) -> None:
-    import msgspec
-
-    sys.stdout.write(msgspec.json.encode(asdict(value)).decode() + "\n")
-
-
-def _print(text: "RenderableType") -> None:
-    """As wide as it needs to be where nobody folds it: in a pipe or a file."""
-    from mixtera_hpc.cli.console import open_console
-
-    open_console().print(text)
+        open_console().print(report_text(write_report(folder, target)))

@@ -1,93 +1,83 @@
-"""`mixtera-hpc resume`: the next attempt of a run, in its folder.
+"""`mixtera-hpc resume`: start the next attempt of a run, in its folder.
 
-A run that Slurm ran is submitted again. A local run, or any run when an MPI launcher started this process, goes on here:
-`mpiexec -n 8 mixtera-hpc resume RUN` runs this file in every rank.
+A run that Slurm ran is submitted again. A local run continues in this process, and so does every run under an MPI
+launcher: `mpiexec -n 8 mixtera-hpc resume RUN` runs this module in every rank.
 """
 
 import re
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mixtera_hpc.config.run_folder import RunFolder
-    from mixtera_hpc.launch.resume import ResumeRequest
+from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
+from mixtera_hpc.cli.submit import follow_submitted, print_submitted
+from mixtera_hpc.comm.launcher import started_by_mpi
+from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.launch.resume import ResumeRequest, was_submitted
+from mixtera_hpc.training.continue_run import continue_run, submit_next_attempt
 
 __all__ = ["arguments", "run"]
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("run_name", metavar="RUN", help="run id, name or folder")
-    parser.add_argument("overrides", nargs="*", help="what changes, e.g. job.nodes=4 training.num_steps=2000")
+    """Declare the verb's arguments."""
+    add_run_argument(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides on the recorded configuration"
+    )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--here", action="store_true", help="go on in this process, whoever ran it before")
-    where.add_argument("--submit", action="store_true", help="submit it, even if it ran here before")
-    parser.add_argument("--wait", action="store_true", help="follow a submitted run and leave with its exit code")
-    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
-    surgery = parser.add_argument_group(
-        "surgery", "each takes effect at the checkpoint gone on from, and is recorded in the run's journal"
+    where.add_argument(
+        "--here", action="store_true", help="train in this process, even if the run was a Slurm job before"
     )
-    surgery.add_argument(
-        "--skip-steps", metavar="A..B", help="pass over the data of steps A to B; goes on from a checkpoint before A"
+    where.add_argument("--submit", action="store_true", help="submit a job, even if the run was local before")
+    parser.add_argument(
+        "--wait", action="store_true", help="after submitting, print logs until the run ends; exit like it"
     )
-    surgery.add_argument(
+    edits = parser.add_argument_group(
+        "run edits",
+        "Changes to the data of the coming steps. They take effect at the checkpoint that the run\n"
+        "continues from, and are recorded in the run's decisions.jsonl.",
+    )
+    edits.add_argument(
+        "--skip-steps",
+        metavar="A..B",
+        help="skip the data of steps A to B; the run continues from a checkpoint at or before step A",
+    )
+    edits.add_argument(
         "--drop",
         action="append",
         default=[],
-        metavar="EXPR",
-        help="leave samples out from now on, e.g. \"source == 'x'\"",
+        metavar="EXPRESSION",
+        help="do not serve samples that match, e.g. \"source == 'x'\"; repeatable, and permanent for the run",
     )
-    surgery.add_argument("--change-seed", action="store_true", help="allow dataplane.seed=N to differ")
-    surgery.add_argument(
-        "--change-batch-size", action="store_true", help="allow dataplane.global_batch_size=N to differ"
-    )
+    edits.add_argument("--change-seed", action="store_true", help="allow a new dataplane.seed=N")
+    edits.add_argument("--change-batch-size", action="store_true", help="allow a new dataplane.global_batch_size=N")
+    parser.epilog = """\
+Examples:
+  mixtera-hpc resume demo job.nodes=4 training.num_steps=2000
+  mpiexec -n 2 mixtera-hpc resume demo
+  mixtera-hpc resume demo --drop "source == 'x'" --skip-steps 990..1010
+Keys that identify the run's data or model cannot change; the error message names them."""
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.comm.launcher import started_by_mpi
-    from mixtera_hpc.config.run_folder import RunFolder, runs_root
-    from mixtera_hpc.launch.resume import was_submitted
-
-    folder = RunFolder.find(args.run_name, args.root or runs_root())
-    change = _change(args)
+    """Continue the run here or submit it."""
+    folder = find_run(args)
+    request = ResumeRequest(
+        skip_steps=_steps(args.skip_steps) if args.skip_steps else None,
+        drop=tuple(args.drop),
+        change_seed=args.change_seed,
+        change_batch_size=args.change_batch_size,
+    )
     if not args.submit and (args.here or started_by_mpi() or not was_submitted(folder)):
-        from mixtera_hpc.cli.run import run_folder
-
-        return int(run_folder(folder, args.overrides, change=change))
-    return _submit(folder, args, change)
-
-
-def _submit(folder: "RunFolder", args: Namespace, change: "ResumeRequest") -> int:
-    from mixtera_hpc.cli.run import take_over
-    from mixtera_hpc.cli.submit import follow_submitted, print_submitted
-    from mixtera_hpc.launch.resume import amended_config, check_ended
-    from mixtera_hpc.launch.submit import submit_attempt
-
-    newest = check_ended(folder)
-    config = amended_config(folder, args.overrides, change)
-    take_over(folder, config, args.overrides, change)
-    submitted = submit_attempt(folder, config, after=newest)
+        return continue_run(folder, args.overrides, request)
+    submitted = submit_next_attempt(folder, args.overrides, request)
     print_submitted(submitted)
     return follow_submitted(submitted) if args.wait else 0
 
 
-def _change(args: Namespace) -> "ResumeRequest":
-    from mixtera_hpc.launch.resume import ResumeRequest
-
-    return ResumeRequest(
-        skip_steps=_steps(args.skip_steps) if args.skip_steps else None,
-        drop=tuple(args.drop),
-        seed=args.change_seed,
-        batch_size=args.change_batch_size,
-    )
-
-
 def _steps(text: str) -> tuple[int, int]:
-    from mixtera_hpc.errors import ConfigError
-
     match = re.fullmatch(r"(\d+)\.\.(\d+)", text)
     if not match or int(match[1]) > int(match[2]):
         raise ConfigError(
-            f"--skip-steps is {text!r}, expected the first and the last step, e.g. --skip-steps 990..1010."
+            f"--skip-steps is {text!r}, but must be the first and the last step.\n  For example --skip-steps 990..1010."
         )
     return int(match[1]), int(match[2])

@@ -1,88 +1,98 @@
-"""`mixtera-hpc status`: what became of runs."""
+"""`mixtera-hpc status`: list runs and their state."""
 
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from datetime import UTC, datetime
 
-if TYPE_CHECKING:
-    from mixtera_hpc.launch.status import RunStatus
+from mixtera_hpc.cli.console import print_json
+from mixtera_hpc.cli.run_arguments import add_root_argument, find_run_named
+from mixtera_hpc.config.run_folder import find_runs, runs_root
+from mixtera_hpc.launch.status import RunStatus, run_statuses
 
-__all__ = ["arguments", "clock", "run"]
+__all__ = ["arguments", "format_duration", "run"]
 
-SHOWN = 20
-"""Newest runs listed when none is named; --all lists every one."""
+NUM_NEWEST = 20
+"""Number of runs that are listed if no run is named; --all lists every run."""
+
+HEADER = ("run", "state", "job", "nodes", "time / limit", "step", "tokens/s", "log age", "reason")
+CLEAR_SCREEN = "\033[2J\033[H"
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run id, name or folder; all runs when none is given")
-    parser.add_argument("--json", action="store_true", help="one JSON object per run and line")
-    parser.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="again and again")
-    parser.add_argument("--all", action="store_true", help=f"more than the {SHOWN} newest runs")
-    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", help=f"run id, name or folder (default: the {NUM_NEWEST} newest runs)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per run")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=5.0,
+        metavar="SECONDS",
+        help="repeat until no run waits or runs (every 5 s by default)",
+    )
+    parser.add_argument("--all", action="store_true", help="list all runs")
+    add_root_argument(parser)
+    parser.epilog = """\
+States: PENDING, RUNNING, COMPLETED, SAVED (stopped with its state saved), FAILED, CANCELLED, TIMEOUT, NODE_FAIL, and
+UNKNOWN where neither the run folder nor Slurm can tell."""
 
 
 def run(args: Namespace) -> int:
+    """Print the table, again and again with --watch."""
     while True:
         statuses = _statuses(args)
         if args.watch is not None and sys.stdout.isatty():
-            print("\033[2J\033[H", end="")
-        print(_lines(statuses) if args.json else _table(statuses), flush=True)
+            print(CLEAR_SCREEN, end="")
+        if args.json:
+            for status in statuses:
+                print_json(status)
+        else:
+            print(_table(statuses))
+        sys.stdout.flush()
         if args.watch is None or not any(status.state.active for status in statuses):
             return 0
         time.sleep(max(1.0, args.watch))
 
 
-def clock(seconds: int | None) -> str:
-    """`H:MM:SS`, or a dash."""
+def format_duration(seconds: int | None) -> str:
+    """Return `H:MM:SS`, or a dash for None."""
     if seconds is None:
         return "-"
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def _statuses(args: Namespace) -> list["RunStatus"]:
-    from datetime import UTC, datetime
-
-    from mixtera_hpc.config.run_folder import RunFolder, find_runs, runs_root
-    from mixtera_hpc.launch.status import run_statuses
-
-    root = args.root or runs_root()
+def _statuses(args: Namespace) -> list[RunStatus]:
     if args.runs:
-        folders = [RunFolder.find(name, root) for name in args.runs]
+        folders = [find_run_named(name, args) for name in args.runs]
     else:
-        folders = find_runs(root) if args.all else find_runs(root)[-SHOWN:]
+        folders = find_runs(args.root or runs_root())
+        if not args.all:
+            folders = folders[-NUM_NEWEST:]
     return run_statuses(folders, datetime.now(UTC))
 
 
-def _lines(statuses: list["RunStatus"]) -> str:
-    import json
-    from dataclasses import asdict
-
-    return "\n".join(json.dumps(asdict(status)) for status in statuses)
-
-
-def _table(statuses: list["RunStatus"]) -> str:
+def _table(statuses: Sequence[RunStatus]) -> str:
     if not statuses:
-        return "No runs here yet. Start one: mixtera-hpc demo"
-    rows: list[tuple[str, ...]] = [
-        ("run", "state", "job", "nodes", "time / limit", "step", "tokens/s", "log age", "reason")
-    ]
-    rows += [_row(status) for status in statuses]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "There are no runs here yet. Start one with mixtera-hpc demo"
+    rows = [HEADER, *(_row(status) for status in statuses)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _row(status: "RunStatus") -> tuple[str, ...]:
-    elapsed, limit = clock(status.elapsed_s), clock(status.limit_s)
+def _row(status: RunStatus) -> tuple[str, ...]:
+    reason_lines = (status.reason or "").splitlines()
     return (
         f"{status.name}/{status.run_id}",
         str(status.state),
         status.job_id or "-",
         "-" if status.nodes is None else str(status.nodes),
-        f"{elapsed} / {limit}",
+        f"{format_duration(status.elapsed_s)} / {format_duration(status.limit_s)}",
         "-" if status.step is None else str(status.step),
         "-" if status.tokens_per_s is None else f"{status.tokens_per_s:,.0f}",
-        clock(status.last_log_age_s),
-        (status.reason or "").splitlines()[0] if status.reason else "",
+        format_duration(status.last_log_age_s),
+        reason_lines[0] if reason_lines else "",
     )

@@ -1,37 +1,43 @@
-"""`mixtera-hpc submit`: a configuration becomes a job, or with --dry-run only its script."""
+"""`mixtera-hpc submit`: submit a configuration as a Slurm job, or with --dry-run print its script."""
 
+import logging
 import sys
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mixtera_hpc.config.schema import Config
-    from mixtera_hpc.launch.submit import Submitted
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.launch.follow import follow_run, run_exit_code
+from mixtera_hpc.launch.submit import Submitted, missing_account_message, script_text, submit_run
 
 __all__ = ["arguments", "follow_submitted", "print_submitted", "run", "submit_or_print"]
 
+_logger = logging.getLogger("mixtera_hpc")
+
 
 def arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    parser.add_argument("--dry-run", action="store_true", help="print the script and do nothing else")
     parser.add_argument(
-        "overrides", nargs="*", help="Hydra overrides, e.g. experiment=demo cluster=clariden job.nodes=4"
+        "--wait", action="store_true", help="print the run's logs until it ends; exit with its exit code"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the script and do nothing")
-    parser.add_argument("--wait", action="store_true", help="follow the run and leave with its exit code")
+    parser.epilog = """\
+Examples:
+  mixtera-hpc submit experiment=demo cluster=clariden job.nodes=4 job.account=PROJECT
+  mixtera-hpc submit experiment=demo cluster=clariden --dry-run >job.sh; sbatch job.sh
+A printed script needs no run folder: it makes one when it starts."""
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.config.compose import compose
-
+    """Compose the configuration and submit it."""
     return submit_or_print(compose(args.overrides), args)
 
 
-def submit_or_print(config: "Config", args: Namespace) -> int:
-    """Submit `config`, or with `--dry-run` print its script; with `--wait` see it to its end."""
-    from mixtera_hpc.launch.submit import missing_account_message, script_text, submit_run
-
+def submit_or_print(config: Config, args: Namespace) -> int:
+    """Submit `config`, or with `--dry-run` print its script; with `--wait` follow the run to its end."""
     if args.dry_run:
         if problem := missing_account_message(config):
-            print(f"warning: {problem}", file=sys.stderr)
+            _logger.warning(problem)
         sys.stdout.write(script_text(config, args.overrides))
         return 0
     submitted = submit_run(config, args.overrides)
@@ -39,18 +45,17 @@ def submit_or_print(config: "Config", args: Namespace) -> int:
     return follow_submitted(submitted) if args.wait else 0
 
 
-def print_submitted(submitted: "Submitted") -> None:
-    """Say what was submitted and how to look after it."""
-    print(f"job     {submitted.job_id}" + (f" (attempt {submitted.attempt})" if submitted.attempt > 1 else ""))
+def print_submitted(submitted: Submitted) -> None:
+    """Print the job, its folder, and the verbs that look after it."""
+    attempt = f" (attempt {submitted.attempt})" if submitted.attempt > 1 else ""
+    print(f"job     {submitted.job_id}{attempt}")
     print(f"folder  {submitted.folder.path}")
     for verb in ("status", "logs", "cancel"):
         print(f"  mixtera-hpc {verb} {submitted.folder.path}")
 
 
-def follow_submitted(submitted: "Submitted") -> int:
-    """Print its lines until it has ended; returns what it left with."""
-    from mixtera_hpc.launch.follow import follow_run, run_exit_code
-
+def follow_submitted(submitted: Submitted) -> int:
+    """Print the run's lines until it has ended, and return its exit code."""
     for line in follow_run(submitted.folder, attempt=submitted.attempt):
         print(line, flush=True)
     return run_exit_code(submitted.folder)

@@ -1,59 +1,75 @@
-"""`mixtera-hpc sweep`: one run per combination of values, its price told first."""
+"""`mixtera-hpc sweep`: submit one run per combination of values, after printing what the sweep may cost."""
 
 import sys
 from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING
 
 from mixtera_hpc.errors import LaunchError
-
-if TYPE_CHECKING:
-    from mixtera_hpc.launch.sweep import SweepPlan
+from mixtera_hpc.launch.sweep import SweepPlan, plan_sweep, submit_point
 
 __all__ = ["arguments", "run"]
 
-_WORDS = {
+_TEXT_OF_ACTION = {
     "new": "new",
-    "continue": "continues",
-    "finished": "finished before, skipped",
-    "active": "waits or runs, left alone",
+    "continue": "is continued",
+    "finished": "has finished, is skipped",
+    "active": "waits or runs, is left alone",
 }
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="any may list values: job.nodes=1,2,4 dataplane.seed=0,1")
-    parser.add_argument("--max-parallel", type=int, metavar="N", help="at most N jobs at a time")
-    parser.add_argument("--dry-run", action="store_true", help="list the points and their price, submit nothing")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    """Declare the verb's arguments."""
     parser.add_argument(
-        "--ask-above", type=float, default=100.0, metavar="NODE_HOURS", help="ask first above this (default: 100)"
+        "overrides", nargs="*", metavar="KEY=VALUES", help="Hydra overrides; commas separate the values of a key"
     )
+    parser.add_argument("--max-parallel", type=int, metavar="N", help="run at most N jobs at a time")
+    parser.add_argument("--dry-run", action="store_true", help="list the points and their price; submit nothing")
+    parser.add_argument("--yes", action="store_true", help="submit without asking")
+    parser.add_argument(
+        "--ask-above",
+        type=float,
+        default=100.0,
+        metavar="NODE_HOURS",
+        help="ask before submitting more node-hours than this (default: 100)",
+    )
+    parser.epilog = """\
+Example: 6 runs, at most 2 at a time
+  mixtera-hpc sweep experiment=demo cluster=clariden job.nodes=1,2,4 dataplane.seed=0,1 --max-parallel 2
+The price is an upper bound: nodes × job.time × job.max_attempts. Repeating the command submits only points that are
+new or have not finished."""
 
 
 def run(args: Namespace) -> int:
-    from mixtera_hpc.launch.sweep import plan_sweep, submit_point
-
+    """Plan the sweep, print it, and submit the points that are due."""
     if args.max_parallel is not None and args.max_parallel < 1:
-        raise LaunchError(f"--max-parallel is {args.max_parallel}, expected at least 1.")
+        raise LaunchError(
+            f"--max-parallel is {args.max_parallel}, but at least 1 job must run at a time.\n  Give 1 or more."
+        )
     plan = plan_sweep(args.overrides, args.max_parallel)
-    _tell(plan)
+    _print_plan(plan)
     if args.dry_run or not plan.due:
         return 0
     _confirm(plan.node_hours, args)
-    for number, point in enumerate(plan.due):
-        try:
-            submitted = submit_point(point)
-        except LaunchError as error:
-            error.add_note(f"{number} of {len(plan.due)} jobs were submitted; the same command submits the rest.")
-            raise
-        print(f"{submitted.job_id}  {submitted.folder.path}", flush=True)
+    _submit(plan)
     print("  mixtera-hpc status")
     return 0
 
 
-def _tell(plan: "SweepPlan") -> None:
+def _submit(plan: SweepPlan) -> None:
+    for num_submitted, point in enumerate(plan.due):
+        try:
+            submitted = submit_point(point)
+        except LaunchError as error:
+            error.add_note(
+                f"{num_submitted} of {len(plan.due)} jobs were submitted; the same command submits the rest."
+            )
+            raise
+        print(f"{submitted.job_id}  {submitted.folder.path}", flush=True)
+
+
+def _print_plan(plan: SweepPlan) -> None:
     for point in plan.points:
         job = point.config.job
-        print(f"{job.nodes:>4} nodes × {job.time}  {' '.join(point.overrides)}  ({_WORDS[point.action]})")
+        print(f"{job.nodes:>4} nodes × {job.time}  {' '.join(point.overrides)}  ({_TEXT_OF_ACTION[point.action]})")
     print(f"{len(plan.due)} of {len(plan.points)} points to submit, at most {plan.node_hours:g} node-hours")
 
 
@@ -62,7 +78,8 @@ def _confirm(node_hours: float, args: Namespace) -> None:
         return
     if not sys.stdin.isatty():
         raise LaunchError(
-            f"{node_hours:g} node-hours are more than --ask-above={args.ask_above:g}. Add --yes to submit."
+            f"The sweep may cost {node_hours:g} node-hours, which is more than --ask-above={args.ask_above:g}.\n"
+            "  Add --yes to submit it."
         )
     if input("Submit? [y/N] ").strip().lower() not in ("y", "yes"):
         raise LaunchError("Nothing was submitted.")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, Local
-from mixtera_hpc.errors import MixteraError, SavedAndStopped
+from mixtera_hpc.errors import MixteraError, SavedAndStopped, exit_code_of
 
 __all__ = ["open_communicator", "run_guarded", "started_by_mpi"]
 
@@ -68,14 +68,11 @@ def _report(comm: Communicator, error: BaseException) -> int:
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, MixteraError):
         _say(f"{where}{type(error).__name__}: {error}{notes}")
-        return error.exit_code
-    if isinstance(error, KeyboardInterrupt):
+    elif isinstance(error, KeyboardInterrupt):
         _say(f"{where}interrupted")
-        return 130
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    _say(f"{where}failed:\n{traceback.format_exc()}")
-    return 1
+    elif not isinstance(error, SystemExit):
+        _say(f"{where}failed:\n{traceback.format_exc()}")
+    return exit_code_of(error)
 
 
 def _say(text: str) -> None:

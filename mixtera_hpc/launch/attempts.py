@@ -1,6 +1,7 @@
-"""Attempts of a run: one folder each, with what was started (`job.json`) and how it ended (`exit.json`).
+"""Record the attempts of a run: one folder each, with what was started (`job.json`) and how it ended (`exit.json`).
 
-Both files are also written by the batch script, in shell, for attempts no Python of ours started.
+A batch script writes both files itself, in shell, for the attempts that it starts. Readers therefore accept files that
+are missing, half written, or without some of the fields.
 """
 
 import json
@@ -20,13 +21,21 @@ from mixtera_hpc.errors import LaunchError
 __all__ = [
     "AttemptEnd",
     "AttemptStart",
+    "batch_script_attempt",
+    "claim_attempt",
     "end_attempt",
     "is_alive",
-    "new_attempt",
     "read_end",
     "read_start",
     "record_start",
+    "start_local_attempt",
 ]
+
+CONTROL_FILES = ("stop", "save", "cancelled")
+"""Requests in `control/` that concern one attempt only; a new attempt begins without them."""
+
+START_TIME_FIELD = 19
+"""Index of `starttime` in `/proc/PID/stat`, counted behind the process name (proc(5), field 22)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,94 +44,133 @@ class AttemptStart:
 
     kind: Literal["slurm", "local"]
     job_id: str | None = None
-    """Slurm's; None for a local run."""
+    """Slurm's job id; None for a local run."""
     submitted: str
     """UTC, ISO 8601."""
     nodes: int
     ranks: int
     limit_s: int | None = None
     host: str | None = None
-    """Where a local run's rank 0 lives."""
+    """Host of rank 0; local runs only."""
     pid: int | None = None
-    """Rank 0 of a local run."""
-    born: int | None = None
-    """When that process began, in the kernel's ticks since boot: a number is given to another process one day."""
+    """Process id of rank 0; local runs only."""
+    pid_start_ticks: int | None = None
+    """When that process started, in clock ticks since boot. It tells the process from a later one with the same id."""
+
+    @classmethod
+    def slurm(cls, config: Config, job_id: str) -> "AttemptStart":
+        """Describe the batch job of `config` that was submitted just now."""
+        return cls(
+            kind="slurm",
+            job_id=job_id,
+            submitted=_now(),
+            nodes=config.job.nodes,
+            ranks=num_ranks(config),
+            limit_s=parse_time(config.job.time),
+        )
+
+    @classmethod
+    def local(cls, config: Config, ranks: int | None = None) -> "AttemptStart":
+        """Describe a run whose rank 0 is this process."""
+        pid = os.getpid()
+        return cls(
+            kind="local",
+            submitted=_now(),
+            nodes=1,
+            ranks=ranks or num_ranks(config),
+            host=socket.gethostname(),
+            pid=pid,
+            pid_start_ticks=_process_start_ticks(pid),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptEnd:
-    """How it ended, if somebody was left to say so."""
+    """How an attempt ended. It is missing where every process was killed."""
 
     exit_code: int
     elapsed_s: int
 
 
-def new_attempt(
-    folder: RunFolder,
-    config: Config,
-    kind: Literal["slurm", "local"] = "local",
-    ranks: int | None = None,
-    after: int | None = None,
-) -> int:
-    """Make the folder of the next attempt, take earlier wishes to stop away, and return its number.
+def batch_script_attempt(folder: RunFolder) -> int | None:
+    """Return the attempt that the surrounding batch script made for this run; None outside of such a script."""
+    if os.environ.get("MIXTERA_RUN_FOLDER") != str(folder.path):
+        return None
+    return int(os.environ["MIXTERA_ATTEMPT"])
 
-    Called by one process: rank 0 of a local run, or whoever submits. Inside a batch job of this run it is the attempt of
-    that job, which its script has made.
+
+def claim_attempt(folder: RunFolder, after: int | None = None) -> int:
+    """Make the folder of the next attempt, remove earlier requests to stop or save, and return the attempt's number.
+
+    One process calls this: rank 0 of a local run, or the process that submits.
 
     Args:
-        after: the newest attempt that the caller knows to have ended; another one since then is somebody else's.
+        after: The newest attempt that the caller saw ended. If another attempt exists by now, another process made it.
 
     Raises:
-        LaunchError: somebody else is starting an attempt of this run right now.
+        LaunchError: Another process starts an attempt of this run at the same time.
     """
-    if os.environ.get("MIXTERA_RUN_FOLDER") == str(folder.path):
-        return int(os.environ["MIXTERA_ATTEMPT"])
-    number = (max(folder.attempts(), default=0) if after is None else after) + 1
+    newest = max(folder.attempts(), default=0) if after is None else after
+    number = newest + 1
     try:
         folder.logs(number).mkdir(parents=True)
     except FileExistsError:
-        raise LaunchError(f"Attempt {number} of {folder.run_id} is being started by somebody else.") from None
+        raise LaunchError(
+            f"Attempt {number} of {folder.run_id} is being started by another process.\n"
+            f"  See mixtera-hpc status {folder.path}"
+        ) from None
+
     folder.control.mkdir(exist_ok=True)
-    for wish in ("stop", "save", "cancelled"):
-        (folder.control / wish).unlink(missing_ok=True)
-    if kind == "local":
-        record_start(folder, number, config, pid=os.getpid(), host=socket.gethostname(), ranks=ranks)
+    for name in CONTROL_FILES:
+        (folder.control / name).unlink(missing_ok=True)
     return number
 
 
-def record_start(folder: RunFolder, attempt: int, config: Config, **facts: Any) -> None:
-    """Write `job.json`; `facts` are the `AttemptStart` fields that `config` does not know."""
-    known: dict[str, Any] = {
-        "kind": "local" if facts.get("job_id") is None else "slurm",
-        "submitted": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "nodes": config.job.nodes if facts.get("job_id") is not None else 1,
-        "limit_s": parse_time(config.job.time) if facts.get("job_id") is not None else None,
-        **facts,
-    }
-    known["ranks"] = facts.get("ranks") or num_ranks(config)
-    known["born"] = _born(facts["pid"]) if facts.get("pid") else None
-    _write(folder.attempt(attempt) / "job.json", asdict(AttemptStart(**known)))
+def start_local_attempt(
+    folder: RunFolder, config: Config, *, ranks: int | None = None, after: int | None = None
+) -> int:
+    """Claim the next attempt for this process and record it; inside the run's batch script return the script's attempt.
+
+    Args:
+        ranks: Number of ranks that were started; None takes the number that `config` asks for.
+        after: See `claim_attempt`.
+
+    Raises:
+        LaunchError: Another process starts an attempt of this run at the same time.
+    """
+    existing = batch_script_attempt(folder)
+    if existing is not None:
+        return existing
+
+    number = claim_attempt(folder, after)
+    record_start(folder, number, AttemptStart.local(config, ranks))
+    return number
+
+
+def record_start(folder: RunFolder, attempt: int, start: AttemptStart) -> None:
+    """Write `job.json`."""
+    _write(folder.attempt(attempt) / "job.json", asdict(start))
 
 
 def end_attempt(folder: RunFolder, attempt: int, end: AttemptEnd) -> None:
-    """Write `exit.json`: the run verb does, for a local run; the batch script for a Slurm job."""
+    """Write `exit.json`."""
     _write(folder.attempt(attempt) / "exit.json", asdict(end))
 
 
 def read_start(folder: RunFolder, attempt: int) -> AttemptStart | None:
-    """What was started; None where nothing was recorded."""
+    """Return what was started; None where nothing was recorded."""
     data = _read(folder.attempt(attempt) / "job.json")
-    return AttemptStart(**_only(AttemptStart, data)) if data else None
+    return AttemptStart(**_known_fields(AttemptStart, data)) if data else None
 
 
 def read_end(folder: RunFolder, attempt: int) -> AttemptEnd | None:
-    """How it ended; None while it runs, or when nobody was left to say."""
+    """Return how the attempt ended; None while it runs, or if every process was killed."""
     data = _read(folder.attempt(attempt) / "exit.json")
-    return AttemptEnd(**_only(AttemptEnd, data)) if data else None
+    return AttemptEnd(**_known_fields(AttemptEnd, data)) if data else None
 
 
 def is_alive(start: AttemptStart) -> bool:
-    """Whether the process of a local run on this machine is there; another one with its number is not it."""
+    """Return True if rank 0 of a local run still runs on this machine."""
     if start.pid is None or start.host != socket.gethostname():
         return False
     try:
@@ -130,33 +178,38 @@ def is_alive(start: AttemptStart) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
-    return start.born is None or _born(start.pid) == start.born
+        pass  # The process exists and belongs to another user.
+    return start.pid_start_ticks is None or _process_start_ticks(start.pid) == start.pid_start_ticks
 
 
-def _born(pid: int) -> int | None:
-    """None where the kernel does not tell."""
+def _process_start_ticks(pid: int) -> int | None:
+    """Return None where the kernel has no /proc."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return int(stat.rpartition(")")[2].split()[START_TIME_FIELD])
     except (OSError, IndexError):
         return None
 
 
-def _only(cls: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _known_fields(cls: type[AttemptStart] | type[AttemptEnd], data: Mapping[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(cls)}
     return {key: value for key, value in data.items() if key in names}
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    """Replace `path` in one step: readers see the old file or the new one."""
+    """Replace `path` atomically, so that a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(data) + "\n")
-    part.rename(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(data) + "\n")
+    temporary.rename(path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None where there is no file, or one still being written by a shell."""
+    """Return None where there is no file, or where a shell is still writing it."""
     try:
         data = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):

@@ -1,4 +1,4 @@
-"""Ending a run, with everything that would follow it."""
+"""Cancel a run: its Slurm jobs or its local process, and every attempt that would follow."""
 
 import os
 import signal
@@ -12,57 +12,70 @@ from mixtera_hpc.launch.slurm_commands import JobState, query_jobs, scancel
 
 __all__ = ["Cancelled", "cancel_after_save", "cancel_now"]
 
-SECOND_LOOK_S = 1.0
+RECHECK_DELAY_S = 1.0
+"""Pause before jobs are listed again, for a follow-up job that was submitted at the same moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
-    """What was done."""
+    """What was cancelled: Slurm job ids, or the process id of a local run."""
 
     ended: tuple[str, ...]
-    """Jobs (or process numbers) told to end now."""
+    """Ended at once."""
     saving: tuple[str, ...] = ()
-    """Those that save first."""
+    """Asked to save and stop."""
 
 
 def cancel_now(folder: RunFolder) -> Cancelled:
-    """End the run's jobs now, a follow-up submitted this very moment included.
+    """End the run's jobs at once, including a follow-up job that is being submitted at this moment.
 
     Raises:
-        LaunchError: nothing of the run waits or runs.
+        LaunchError: No job or process of the run is waiting or running.
     """
-    _mark(folder, "cancelled")
-    jobs, local = _open_jobs(folder), _local_pid(folder)
-    if not jobs and local is None:
-        raise LaunchError(f"Nothing of {folder.run_id} waits or runs.")
+    _request(folder, "cancelled")
+    jobs = _open_jobs(folder)
+    pid = _local_pid(folder)
+    _require_any(folder, jobs, pid)
+
     scancel(list(jobs))
-    if local is not None:
-        os.kill(local, signal.SIGTERM)
-    time.sleep(SECOND_LOOK_S if jobs else 0)  # A batch script may just have passed the mark.
+    if pid is not None:
+        os.kill(pid, signal.SIGTERM)
+
+    # A batch script may have checked for `cancelled` just before it was written, and submitted the next attempt.
+    if jobs:
+        time.sleep(RECHECK_DELAY_S)
     late = [job for job in _open_jobs(folder) if job not in jobs]
     scancel(late)
-    return Cancelled(ended=(*jobs, *late, *([str(local)] if local is not None else [])))
+    return Cancelled(ended=(*jobs, *late, *_as_text(pid)))
 
 
 def cancel_after_save(folder: RunFolder) -> Cancelled:
-    """Ask running jobs to save and leave; end waiting ones; nothing follows.
+    """Ask running jobs to save and stop, end waiting jobs, and let nothing follow.
 
     Raises:
-        LaunchError: nothing of the run waits or runs.
+        LaunchError: No job or process of the run is waiting or running.
     """
-    jobs, local = _open_jobs(folder), _local_pid(folder)
-    if not jobs and local is None:
-        raise LaunchError(f"Nothing of {folder.run_id} waits or runs.")
-    _mark(folder, "cancelled")
-    _mark(folder, "stop")
+    jobs = _open_jobs(folder)
+    pid = _local_pid(folder)
+    _require_any(folder, jobs, pid)
+
+    _request(folder, "cancelled")
+    _request(folder, "stop")
     waiting = [job for job, state in jobs.items() if state == JobState.PENDING]
     scancel(waiting)
-    running = [job for job in jobs if job not in waiting] + ([str(local)] if local is not None else [])
-    return Cancelled(ended=tuple(waiting), saving=tuple(running))
+    running = [job for job in jobs if job not in waiting]
+    return Cancelled(ended=tuple(waiting), saving=(*running, *_as_text(pid)))
+
+
+def _require_any(folder: RunFolder, jobs: dict[str, JobState], pid: int | None) -> None:
+    if not jobs and pid is None:
+        raise LaunchError(
+            f"No job or process of {folder.run_id} is waiting or running.\n  See mixtera-hpc status {folder.path}"
+        )
 
 
 def _open_jobs(folder: RunFolder) -> dict[str, JobState]:
-    """Jobs of any attempt that Slurm still waits for or runs."""
+    """Return the jobs of all attempts that wait or run in Slurm."""
     ids = []
     for attempt in folder.attempts():
         start = read_start(folder, attempt)
@@ -72,12 +85,18 @@ def _open_jobs(folder: RunFolder) -> dict[str, JobState]:
 
 
 def _local_pid(folder: RunFolder) -> int | None:
+    """Return the process id of rank 0 if the newest attempt is a local one that runs on this machine."""
     attempt = max(folder.attempts(), default=0)
-    start = read_start(folder, attempt) if attempt else None
-    ended = start is None or read_end(folder, attempt) is not None
-    return start.pid if start is not None and not ended and is_alive(start) else None
+    start = read_start(folder, attempt)
+    if start is None or read_end(folder, attempt) is not None or not is_alive(start):
+        return None
+    return start.pid
 
 
-def _mark(folder: RunFolder, wish: str) -> None:
+def _as_text(pid: int | None) -> tuple[str, ...]:
+    return () if pid is None else (str(pid),)
+
+
+def _request(folder: RunFolder, name: str) -> None:
     folder.control.mkdir(exist_ok=True)
-    (folder.control / wish).touch()
+    (folder.control / name).touch()

@@ -1,4 +1,4 @@
-"""Does every experiment fit every cluster? Composes and checks all pairs; asks no cluster and starts no MPI."""
+"""Check that every experiment fits every cluster. All pairs are composed and checked; no cluster is asked."""
 
 import os
 import re
@@ -14,13 +14,13 @@ from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 
 __all__ = ["CheckResult", "FailedPair", "check_all_pairs"]
 
-_BARE = ("data.root=/data", "mixture.unit=samples")
-"""Enough for a configuration without an experiment, so that clusters are checked where there is none."""
+MINIMAL_OVERRIDES = ("data.root=/data", "mixture.unit=samples")
+"""Enough for a configuration without an experiment, so that clusters are checked even if there is no experiment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedPair:
-    """A pair that does not work."""
+    """An experiment and a cluster that do not fit."""
 
     experiment: str | None
     cluster: str
@@ -29,34 +29,40 @@ class FailedPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """All pairs that were tried."""
+    """All pairs that were tried; the field names are those of `--json`."""
 
     experiments: tuple[str, ...]
     clusters: tuple[str, ...]
-    misfits: tuple[FailedPair, ...]
+    failures: tuple[FailedPair, ...]
     unset: tuple[str, ...]
-    """Environment variables the configs need that are not set here; a placeholder stood in for them."""
+    """Environment variables that the configs need and that are not set here. A placeholder was used for each."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs, those without an experiment included."""
+        return (len(self.experiments) + 1) * len(self.clusters)
 
 
 def check_all_pairs() -> CheckResult:
-    """Try every `conf/experiment` (and none) with every `conf/cluster`, team configs on MIXTERA_CONF included."""
+    """Try every `conf/experiment` (and none) with every `conf/cluster`, including your own configs in MIXTERA_CONF."""
     folders = conf_folders()
     experiments = _options(folders, "experiment")
     clusters = _options(folders, "cluster")
     unset = sorted(name for name in _needed_variables(folders) if name not in os.environ)
-    misfits = []
+
+    failures = []
     with _placeholders(unset):
         for experiment in (None, *experiments):
             for cluster in clusters:
                 if problem := _problem(experiment, cluster):
-                    misfits.append(FailedPair(experiment=experiment, cluster=cluster, problem=problem))
+                    failures.append(FailedPair(experiment=experiment, cluster=cluster, problem=problem))
     return CheckResult(
-        experiments=tuple(experiments), clusters=tuple(clusters), misfits=tuple(misfits), unset=tuple(unset)
+        experiments=tuple(experiments), clusters=tuple(clusters), failures=tuple(failures), unset=tuple(unset)
     )
 
 
 def _problem(experiment: str | None, cluster: str) -> str | None:
-    chosen = [*_BARE] if experiment is None else [f"experiment={experiment}"]
+    chosen = list(MINIMAL_OVERRIDES) if experiment is None else [f"experiment={experiment}"]
     try:
         render_script(SbatchJob(config=compose([*chosen, f"cluster={cluster}"])))
     except MixteraError as error:
@@ -69,13 +75,14 @@ def _options(folders: list[Path], group: str) -> list[str]:
 
 
 def _needed_variables(folders: list[Path]) -> set[str]:
-    """Names in `${oc.env:NAME}` without a default."""
-    texts = (path.read_text() for folder in folders for path in folder.rglob("*.yaml"))
+    """Return the names in `${oc.env:NAME}` without a default."""
+    texts = [path.read_text() for folder in folders for path in folder.rglob("*.yaml")]
     return {name for text in texts for name in re.findall(r"\$\{oc\.env:(\w+)\}", text)}
 
 
 @contextmanager
 def _placeholders(names: list[str]) -> Iterator[None]:
+    """Set the environment variables `names` to placeholder paths, and unset them afterwards."""
     os.environ.update({name: f"/{name}" for name in names})
     try:
         yield

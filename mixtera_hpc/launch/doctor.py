@@ -1,5 +1,10 @@
-"""What works on this machine. Every check runs in a process of its own, all at once; the slowest (torch) decides how long."""
+"""Check what works on this machine: Python packages, MPI, the network, file locks, HDF5, Slurm, GPUs.
 
+Each check starts a process of its own where a library may abort Python. All checks run at once, so the slowest one
+(importing torch) decides how long the verb takes.
+"""
+
+import fcntl
 import json
 import os
 import platform
@@ -18,154 +23,181 @@ from mixtera_hpc.launch.manifest import PACKAGES, installed_version
 __all__ = ["Finding", "examine_machine"]
 
 CHECK_LIMIT_S = 120
+LAUNCHER_VARIABLES = ("PMI", "OMPI_", "PRTE_", "SLURM_", "HYDI_", "HYDRA_")
+"""Prefixes of the environment variables that tell a process that it is a rank of an MPI job."""
+
 Verdict = Literal["ok", "absent", "wrong"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line of the doctor's table."""
+    """One line of the doctor's table; the field names are those of `--json`."""
 
-    what: str
+    check: str
     verdict: Verdict
-    """`absent` is no fault: a laptop has no Slurm."""
+    """`absent` is not a fault: a laptop has no Slurm."""
     detail: str
-    do: str | None = None
-    """How to cure it."""
+    fix: str | None = None
+    """What to do about it."""
 
 
 def examine_machine(runs_root: Path) -> list[Finding]:
-    """Run every check."""
+    """Run every check.
+
+    Args:
+        runs_root: Folder of all runs, whose file system is checked.
+    """
     checks: list[Callable[[], list[Finding]]] = [
-        _python,
-        _mpi_library,
-        _mpi_ranks,
-        _fabric,
-        lambda: _file_system(runs_root),
-        _hdf5,
-        _slurm,
-        _accounting,
-        _gpus,
+        _check_python,
+        _check_mpi_library,
+        _check_mpiexec,
+        _check_fabric,
+        lambda: _check_file_system(runs_root),
+        _check_hdf5,
+        _check_slurm,
+        _check_accounting,
+        _check_gpus,
     ]
     with ThreadPoolExecutor(len(checks)) as pool:
         return [finding for findings in pool.map(lambda check: check(), checks) for finding in findings]
 
 
-def _python() -> list[Finding]:
-    versions = [f"{name} {version}" for name in PACKAGES if (version := installed_version(name))]
-    missing = [name for name in PACKAGES if not installed_version(name) and name != "mpich"]
-    do = f"pip install {' '.join(missing)}" if missing else None
+def _check_python() -> list[Finding]:
+    versions = {name: installed_version(name) for name in PACKAGES}
+    present = [f"{name} {version}" for name, version in versions.items() if version]
+    missing = [name for name, version in versions.items() if not version and name != "mpich"]
+    interpreter = f"{platform.python_version()} {platform.machine()} {sys.executable}"
     return [
+        Finding(check="python", verdict="ok", detail=interpreter),
         Finding(
-            what="python",
-            verdict="ok",
-            detail=f"{platform.python_version()} {platform.machine()} {sys.executable}",
+            check="packages",
+            verdict="wrong" if missing else "ok",
+            detail=", ".join(present),
+            fix=f"pip install {' '.join(missing)}" if missing else None,
         ),
-        Finding(what="packages", verdict="wrong" if missing else "ok", detail=", ".join(versions), do=do),
     ]
 
 
-def _mpi_library() -> list[Finding]:
-    done = _run([sys.executable, "-m", "mixtera_hpc.comm.probe"], alone=True)
+def _check_mpi_library() -> list[Finding]:
+    done = _run([sys.executable, "-m", "mixtera_hpc.comm.probe"], single_process=True)
     if done.returncode:
-        do = "Install an MPI: pip install mpich on a laptop; on a cluster load its module, or set MPI4PY_LIBMPI."
-        return [Finding(what="mpi", verdict="wrong", detail=_last_line(done), do=do)]
-    return [Finding(what="mpi", verdict="ok", detail=json.loads(done.stdout)["library"])]
+        fix = "Install an MPI: pip install mpich on a laptop; on a cluster load its module, or set MPI4PY_LIBMPI."
+        return [Finding(check="mpi", verdict="wrong", detail=_last_line(done), fix=fix)]
+    return [Finding(check="mpi", verdict="ok", detail=json.loads(done.stdout)["library"])]
 
 
-def _mpi_ranks() -> list[Finding]:
-    """Two ranks must see each other: with another MPI's mpiexec each believes to be alone."""
-    beside = Path(sys.executable).with_name("mpiexec")
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+def _check_mpiexec() -> list[Finding]:
+    """Start two ranks. With the mpiexec of another MPI library, each of them would run alone."""
+    beside_python = Path(sys.executable).with_name("mpiexec")
+    mpiexec = str(beside_python) if beside_python.exists() else shutil.which("mpiexec")
     if mpiexec is None:
-        return [Finding(what="mpiexec", verdict="absent", detail="not found; srun starts ranks on a cluster")]
-    done = _run([mpiexec, "-n", "2", sys.executable, "-m", "mixtera_hpc.comm.probe"], alone=True)
-    if done.returncode:
-        do = f"Use the mpiexec that belongs to this MPI; {mpiexec} does not."
-        return [Finding(what="mpiexec", verdict="wrong", detail=_last_line(done), do=do)]
-    facts = json.loads(done.stdout.splitlines()[-1])
+        return [Finding(check="mpiexec", verdict="absent", detail="not found; on a cluster srun starts the ranks")]
+
+    probe = [mpiexec, "-n", "2", sys.executable, "-m", "mixtera_hpc.comm.probe"]
+    done = _run(probe, single_process=True)
+    facts = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+    if facts.get("size") != 2:
+        fix = f"Use the mpiexec of the MPI library above; {mpiexec} belongs to another one."
+        return [Finding(check="mpiexec", verdict="wrong", detail=_last_line(done), fix=fix)]
+
     speed = f"broadcast {facts['broadcast_bytes_per_s'] / 1e9:.2f} GB/s between 2 ranks of this node"
-    return [Finding(what="mpiexec", verdict="ok", detail=f"{mpiexec}: {facts['size']} ranks, {speed}")]
+    return [Finding(check="mpiexec", verdict="ok", detail=f"{mpiexec}: 2 ranks, {speed}")]
 
 
-def _fabric() -> list[Finding]:
-    cards = sorted(p.name for p in Path("/sys/class/cxi").glob("*")) if Path("/sys/class/cxi").is_dir() else []
+def _check_fabric() -> list[Finding]:
+    """Check that libfabric can use a Slingshot network (CXI), where there is one."""
+    cards = sorted(path.name for path in Path("/sys/class/cxi").glob("*"))
     if shutil.which("fi_info") is None:
-        return [
-            Finding(what="fabric", verdict="ok" if cards else "absent", detail=", ".join(cards) or "no fi_info, no CXI")
-        ]
+        verdict: Verdict = "ok" if cards else "absent"
+        return [Finding(check="fabric", verdict=verdict, detail=", ".join(cards) or "no fi_info, no CXI device")]
+
     done = _run(["fi_info", "-l"])
     providers = [line.rstrip(":") for line in done.stdout.splitlines() if line.endswith(":")]
     if cards and "cxi" not in providers:
-        do = "Slingshot is here but libfabric has no cxi provider: broadcasts would run over TCP, 10 to 100 times slower."
-        return [Finding(what="fabric", verdict="wrong", detail=", ".join(providers), do=do)]
-    return [Finding(what="fabric", verdict="ok", detail=f"libfabric providers: {', '.join(providers)}")]
+        fix = (
+            "This node has a Slingshot network, but libfabric has no cxi provider. MPI would use TCP, which is 10 to "
+            "100 times slower. Load the site's libfabric."
+        )
+        return [Finding(check="fabric", verdict="wrong", detail=", ".join(providers), fix=fix)]
+    return [Finding(check="fabric", verdict="ok", detail=f"libfabric providers: {', '.join(providers)}")]
 
 
-def _file_system(root: Path) -> list[Finding]:
-    """Where runs will lie: can we write, and lock as HDF5 does?"""
-    import fcntl
-
-    folder = root if root.is_dir() else Path.cwd()
-    free = shutil.disk_usage(folder).free / 1e9
-    detail = f"{folder.resolve()}: {free:,.0f} GB free"
+def _check_file_system(runs_root: Path) -> list[Finding]:
+    """Check that runs can be written, and locked in the way HDF5 does."""
+    folder = runs_root if runs_root.is_dir() else Path.cwd()
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    detail = f"{folder.resolve()}: {free_gb:,.0f} GB free"
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        do = "Set HDF5_USE_FILE_LOCKING=FALSE (the configs of known clusters do), or choose another MIXTERA_RUNS."
-        return [Finding(what="runs", verdict="wrong", detail=f"{detail}; {error}", do=do)]
+        fix = (
+            "Set HDF5_USE_FILE_LOCKING=FALSE (the configs of known clusters do), or set MIXTERA_RUNS to a folder on "
+            "another file system."
+        )
+        return [Finding(check="runs", verdict="wrong", detail=f"{detail}; {error}", fix=fix)]
     locking = os.environ.get("HDF5_USE_FILE_LOCKING", "unset")
-    return [Finding(what="runs", verdict="ok", detail=f"{detail}, locks work, HDF5_USE_FILE_LOCKING {locking}")]
+    return [Finding(check="runs", verdict="ok", detail=f"{detail}, locks work, HDF5_USE_FILE_LOCKING {locking}")]
 
 
-def _hdf5() -> list[Finding]:
+def _check_hdf5() -> list[Finding]:
     done = _run([sys.executable, "-c", "import h5py; print(h5py.version.hdf5_version)"])
     if done.returncode:
-        return [Finding(what="hdf5", verdict="wrong", detail=_last_line(done), do="pip install h5py")]
-    return [Finding(what="hdf5", verdict="ok", detail=f"HDF5 {done.stdout.strip()}, opened without locks")]
+        return [Finding(check="hdf5", verdict="wrong", detail=_last_line(done), fix="pip install h5py")]
+    return [Finding(check="hdf5", verdict="ok", detail=f"HDF5 {done.stdout.strip()}; indexes are opened without locks")]
 
 
-def _slurm() -> list[Finding]:
+def _check_slurm() -> list[Finding]:
     if shutil.which("sinfo") is None:
-        return [Finding(what="slurm", verdict="absent", detail="no sinfo: submit from a login node, or make slurm-up")]
-    done = _run(["sinfo", "--noheader", "--format=%P %D nodes %l"])
-    if done.returncode:
-        return [Finding(what="slurm", verdict="wrong", detail=_last_line(done), do="Is the controller up?")]
+        detail = "no sinfo here; submit from a login node, or start a local cluster with make slurm-up"
+        return [Finding(check="slurm", verdict="absent", detail=detail)]
+
+    partitions = _run(["sinfo", "--noheader", "--format=%P %D nodes %l"])
+    if partitions.returncode:
+        fix = "Check with scontrol ping that the Slurm controller is up."
+        return [Finding(check="slurm", verdict="wrong", detail=_last_line(partitions), fix=fix)]
+
     version = _run(["sinfo", "--version"]).stdout.strip()
-    partitions = ", ".join(line.strip() for line in done.stdout.splitlines())
-    kinds = _run(["srun", "--mpi=list"])
-    offered = " ".join((kinds.stdout + kinds.stderr).replace("MPI plugin types are...", "").split())
+    listed = ", ".join(line.strip() for line in partitions.stdout.splitlines())
+    plugins = _run(["srun", "--mpi=list"])
+    offered = " ".join((plugins.stdout + plugins.stderr).replace("MPI plugin types are...", "").split())
     return [
-        Finding(what="slurm", verdict="ok", detail=f"{version}: {partitions}"),
-        Finding(what="srun --mpi", verdict="ok", detail=offered),
+        Finding(check="slurm", verdict="ok", detail=f"{version}: {listed}"),
+        Finding(check="srun --mpi", verdict="ok", detail=offered),
     ]
 
 
-def _accounting() -> list[Finding]:
+def _check_accounting() -> list[Finding]:
     if shutil.which("sacct") is None:
         return []
     done = _run(["sacct", "--noheader", "--allocations", "--starttime=now"])
     if done.returncode:
-        detail = f"{_last_line(done)}; ends are read from the batch script's own record"
-        return [Finding(what="sacct", verdict="absent", detail=detail)]
-    return [Finding(what="sacct", verdict="ok", detail="accounting answers")]
+        detail = f"{_last_line(done)}; the end of a job is read from the record that its batch script writes"
+        return [Finding(check="sacct", verdict="absent", detail=detail)]
+    return [Finding(check="sacct", verdict="ok", detail="accounting answers")]
 
 
-def _gpus() -> list[Finding]:
-    code = "import torch; print([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])"
-    done = _run([sys.executable, "-c", code])
+def _check_gpus() -> list[Finding]:
+    program = "import torch; print([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])"
+    done = _run([sys.executable, "-c", program])
     if done.returncode:
-        return [Finding(what="gpus", verdict="wrong", detail=_last_line(done), do="pip install torch")]
+        return [Finding(check="gpus", verdict="wrong", detail=_last_line(done), fix="pip install torch")]
     names = done.stdout.strip()
     if names == "[]":
-        return [Finding(what="gpus", verdict="absent", detail="torch sees none")]
-    return [Finding(what="gpus", verdict="ok", detail=names)]
+        return [Finding(check="gpus", verdict="absent", detail="torch finds no GPU")]
+    return [Finding(check="gpus", verdict="ok", detail=names)]
 
 
-def _run(command: Sequence[str], *, alone: bool = False) -> subprocess.CompletedProcess[str]:
-    """With `alone`, without the launcher's variables: a probe must not believe that it is a rank of the doctor's job."""
-    launchers = ("PMI", "OMPI_", "PRTE_", "SLURM_", "HYDI_", "HYDRA_") if alone else ()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(launchers)} if launchers else None
+def _run(command: Sequence[str], *, single_process: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a command; failure to start it and a timeout become exit code 1.
+
+    Args:
+        single_process: Remove the launcher's variables, so that a probe does not take itself for a rank of the job in
+            which the doctor runs.
+    """
+    environment = dict(os.environ)
+    if single_process:
+        environment = {k: v for k, v in environment.items() if not k.startswith(LAUNCHER_VARIABLES)}
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=CHECK_LIMIT_S, env=environment, stdin=subprocess.DEVNULL

@@ -1,7 +1,7 @@
-"""Stays with a run until its last attempt has ended: new log lines, changes of state, then the exit code.
+"""Follow a run until its last attempt has ended: new log lines, changes of state, then the exit code.
 
-Our own loop, because submitit takes a node failure for the end although Slurm starts the job again, and asks less and less
-often. Files are looked at twice a second, Slurm after 2 s and then ever more rarely, up to every 30 s.
+submitit's own loop is not used: it takes a node failure for the end although Slurm starts the job again. Log files are
+read twice a second. Slurm is asked after 2 s and then less and less often, at least every 30 s.
 """
 
 import time
@@ -16,13 +16,19 @@ from mixtera_hpc.launch.status import RunStatus, run_statuses
 
 __all__ = ["follow_run", "run_exit_code"]
 
-LOOK_S = 0.5
-FIRST_QUESTION_S = 2.0
-LONGEST_PAUSE_S = 30.0
+LOG_INTERVAL_S = 0.5
+FIRST_QUERY_S = 2.0
+LONGEST_QUERY_INTERVAL_S = 30.0
+QUERY_BACKOFF = 1.5
+OUR_EXIT_CODES = (0, 2, 75)
 
 
 def follow_run(folder: RunFolder, ranks: RankSelection = "main", attempt: int | None = None) -> Iterator[str]:
-    """Yield lines from `attempt` (the first when None) on, follow-ups included, until the run has ended."""
+    """Yield log lines from `attempt` on until the run has ended, follow-up attempts included.
+
+    Args:
+        attempt: The first attempt to show; None shows all.
+    """
     current = attempt or min(folder.attempts(), default=1)
     while True:
         yield attempt_heading(folder, current)
@@ -33,40 +39,43 @@ def follow_run(folder: RunFolder, ranks: RankSelection = "main", attempt: int | 
 
 
 def run_exit_code(folder: RunFolder) -> int:
-    """What `--wait` leaves with: the newest attempt's own code where it is one of ours, else 1."""
+    """Return the exit code for `--wait`: 0, 2 or 75 as the newest attempt had it, 1 for every other end."""
     attempt = max(folder.attempts(), default=0)
     end = read_end(folder, attempt) if attempt else None
     if end is not None:
-        return end.exit_code if end.exit_code in (0, 2, 75) else 1
+        return end.exit_code if end.exit_code in OUR_EXIT_CODES else 1
     state = _status(folder).state
     return {JobState.COMPLETED: 0, JobState.SAVED: 75}.get(state, 1)
 
 
 def _follow_attempt(folder: RunFolder, ranks: RankSelection, attempt: int) -> Iterator[str]:
     tail = LogTail(folder.logs(attempt), ranks)
-    told: str | None = None
-    pause_s = FIRST_QUESTION_S
-    next_question = time.monotonic()
-    while not _over(folder, attempt):
-        if time.monotonic() >= next_question:
+    shown: str | None = None
+    interval_s = FIRST_QUERY_S
+    next_query = time.monotonic()
+
+    while not _is_over(folder, attempt):
+        if time.monotonic() >= next_query:
             status = _status(folder)
-            if told != _words(status):
-                told = _words(status)
-                yield f"[{status.job_id or 'here'}] {told}"
+            text = _state_text(status)
+            if text != shown:
+                shown = text
+                yield f"[{status.job_id or 'local'}] {text}"
             if status.attempt == attempt and not status.state.active and status.state != JobState.UNKNOWN:
                 break
-            next_question = time.monotonic() + pause_s
-            pause_s = min(pause_s * 1.5, LONGEST_PAUSE_S)
+            next_query = time.monotonic() + interval_s
+            interval_s = min(interval_s * QUERY_BACKOFF, LONGEST_QUERY_INTERVAL_S)
         yield from tail.lines()
-        time.sleep(LOOK_S)
+        time.sleep(LOG_INTERVAL_S)
+
     if read_end(folder, attempt) is None:
-        time.sleep(LOOK_S)  # The batch script submits what follows and then says so.
+        time.sleep(LOG_INTERVAL_S)  # The batch script submits the next attempt before it prints that it did.
     yield from tail.lines(last=True)
     yield from failed_rank_lines(folder, attempt, ranks)
 
 
-def _over(folder: RunFolder, attempt: int) -> bool:
-    """Whether the attempt's end is recorded, or a newer one has been started."""
+def _is_over(folder: RunFolder, attempt: int) -> bool:
+    """Return True if the attempt's end is recorded or a newer attempt has been started."""
     return read_end(folder, attempt) is not None or read_start(folder, attempt + 1) is not None
 
 
@@ -74,5 +83,5 @@ def _status(folder: RunFolder) -> RunStatus:
     return run_statuses([folder], datetime.now(UTC))[0]
 
 
-def _words(status: RunStatus) -> str:
-    return f"{status.state}" + (f" ({status.reason})" if status.reason else "")
+def _state_text(status: RunStatus) -> str:
+    return f"{status.state} ({status.reason})" if status.reason else str(status.state)

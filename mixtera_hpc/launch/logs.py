@@ -1,6 +1,7 @@
-"""The lines that ranks and the batch script wrote, over all attempts, each with where it came from.
+"""Read the lines that ranks and the batch script wrote, over all attempts, each with its origin.
 
-One file per rank, or beyond 255 ranks one per node whose lines srun labelled; whoever reads sees no difference.
+There is one file per rank. Beyond 255 ranks there is one file per node, whose lines srun labels with their rank. Users
+of this module see no difference.
 """
 
 import re
@@ -15,55 +16,56 @@ from mixtera_hpc.launch.attempts import read_start
 __all__ = ["LogTail", "RankSelection", "all_lines", "attempt_heading", "failed_rank_lines"]
 
 RankSelection = int | Literal["all", "main"]
-"""One rank; everything; or `main`: rank 0 and the batch script, and the last words of the rank that failed first."""
+"""One rank; every rank; or `main`: rank 0, the batch script, and the last lines of the rank that failed first."""
 
-LAST_WORDS = 20
-"""Lines."""
+NUM_FAILED_RANK_LINES = 20
 
 
 @dataclass(slots=True)
-class _Position:
+class _ReadPosition:
     """How far a file has been read."""
 
     offset: int = 0
-    rest: bytes = b""
+    """Bytes."""
+    incomplete: bytes = b""
     """The beginning of a line whose end is not written yet."""
 
 
 class LogTail:
-    """Reads an attempt's logs from where it last stopped; costs one `stat` and `read` per file and call."""
+    """Read an attempt's logs from where the last call stopped. Price: one `stat` and one `read` per file and call."""
 
     def __init__(self, folder: Path, ranks: RankSelection) -> None:
         self._folder = folder
         self._ranks = ranks
-        self._positions: dict[Path, _Position] = {}
+        self._positions: dict[Path, _ReadPosition] = {}
 
     def lines(self, *, last: bool = False) -> list[str]:
-        """Complete lines written since the last call; with `last` also what has no end of line."""
-        found = []
+        """Return the lines completed since the last call; with `last` also a final line without an end of line."""
+        result = []
         for path in sorted(self._folder.glob("*.*")):
-            source = _source(path)
-            if source is None or not self._wanted(source):
+            source = _file_source(path)
+            if source is None or not self._is_selected(source):
                 continue
             for line in self._read(path, last=last):
-                labelled = _labelled(source, line)
-                if labelled is not None and self._wanted(labelled[0]):
-                    found.append(f"[{labelled[0]}] {labelled[1]}")
-        return found
+                line_source, text = _split_label(source, line)
+                if self._is_selected(line_source):
+                    result.append(f"[{line_source}] {text}")
+        return result
 
     def _read(self, path: Path, *, last: bool) -> list[str]:
-        at = self._positions.setdefault(path, _Position())
+        position = self._positions.setdefault(path, _ReadPosition())
         with path.open("rb") as file:
-            file.seek(at.offset)
+            file.seek(position.offset)
             data = file.read()
-        at.offset += len(data)
-        *lines, at.rest = (at.rest + data).split(b"\n")
-        if last and at.rest:
-            lines.append(at.rest)
-            at.rest = b""
+
+        position.offset += len(data)
+        *lines, position.incomplete = (position.incomplete + data).split(b"\n")
+        if last and position.incomplete:
+            lines.append(position.incomplete)
+            position.incomplete = b""
         return [line.decode(errors="replace") for line in lines]
 
-    def _wanted(self, source: str) -> bool:
+    def _is_selected(self, source: str) -> bool:
         if self._ranks == "all" or source == "node":
             return True
         if self._ranks == "main":
@@ -72,46 +74,54 @@ class LogTail:
 
 
 def all_lines(folder: RunFolder, ranks: RankSelection) -> Iterator[str]:
-    """Everything written so far, attempt by attempt, each under its heading."""
+    """Yield everything written so far, attempt by attempt, each below its heading."""
     for attempt in folder.attempts():
-        lines = LogTail(folder.logs(attempt), ranks).lines(last=True) + failed_rank_lines(folder, attempt, ranks)
+        lines = LogTail(folder.logs(attempt), ranks).lines(last=True)
+        lines += failed_rank_lines(folder, attempt, ranks)
         if lines:
             yield attempt_heading(folder, attempt)
             yield from lines
 
 
 def failed_rank_lines(folder: RunFolder, attempt: int, ranks: RankSelection) -> list[str]:
-    """With `main`, the last lines of the rank that failed, where that is not rank 0.
+    """Return the last lines of the rank that failed first, if `ranks` is `main` and that rank is not rank 0.
 
-    srun kills the others when one leaves with a code of its own, and tells all of them in any order.
+    srun kills the other ranks when one exits with an error, and reports all of them in any order. A rank that is
+    reported with an exit code of its own failed by itself; a rank that was killed did not.
     """
-    batch = folder.logs(attempt) / "batch.out"
-    if ranks != "main" or not batch.is_file():
+    batch_log = folder.logs(attempt) / "batch.out"
+    if ranks != "main" or not batch_log.is_file():
         return []
-    ended = re.findall(r"srun: error: \S+: tasks? (\d+)\S* (.*)", batch.read_text(errors="replace"))
-    by_themselves = [int(rank) for rank, how in ended if how.startswith("Exited with")]
-    rank = next(iter(by_themselves or (int(rank) for rank, _ in ended)), 0)
-    return LogTail(folder.logs(attempt), rank).lines(last=True)[-LAST_WORDS:] if rank else []
+
+    text = batch_log.read_text(errors="replace")
+    reports = re.findall(r"srun: error: \S+: tasks? (\d+)\S* (.*)", text)
+    exited = [int(rank) for rank, report in reports if report.startswith("Exited with")]
+    candidates = exited or [int(rank) for rank, _ in reports]
+    if not candidates or candidates[0] == 0:
+        return []
+    return LogTail(folder.logs(attempt), candidates[0]).lines(last=True)[-NUM_FAILED_RANK_LINES:]
 
 
 def attempt_heading(folder: RunFolder, attempt: int) -> str:
-    """The line above an attempt's lines."""
+    """Return the line above an attempt's lines."""
     start = read_start(folder, attempt)
     job = f" · job {start.job_id}" if start and start.job_id else ""
     return f"--- {folder.run_id} · attempt {attempt}{job}"
 
 
-def _source(path: Path) -> str | None:
-    """`batch`, a rank's number, or `node` for a file of labelled lines; None for any other file."""
+def _file_source(path: Path) -> str | None:
+    """Return `batch`, a rank's number, or `node` for a file of labelled lines; None for any other file."""
     if path.name == "batch.out":
         return "batch"
     match = re.fullmatch(r"(rank|node)_(\d+)\.(?:out|err)", path.name)
     if not match:
         return None
-    return str(int(match.group(2))) if match.group(1) == "rank" else "node"
+    kind, number = match.groups()
+    return str(int(number)) if kind == "rank" else "node"
 
 
-def _labelled(source: str, line: str) -> tuple[str, str] | None:
+def _split_label(source: str, line: str) -> tuple[str, str]:
+    """Return the origin and the text of a line; a line without srun's label belongs to all ranks of the node."""
     if source != "node":
         return source, line
     match = re.match(r"\s*(\d+): ?(.*)", line)

@@ -1,4 +1,7 @@
-"""Where a run came from: code, versions, host and an allow-list of the environment; never all of it, keys would leak."""
+"""Record where a run came from: code, versions, host, and selected environment variables.
+
+Only variables on an allow-list are recorded. The whole environment would leak keys and tokens.
+"""
 
 import os
 import platform
@@ -10,7 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "git_diff", "git_state", "installed_version", "manifest", "visible_environment"]
+__all__ = ["PACKAGES", "collect_manifest", "git_diff", "git_state", "installed_version", "visible_environment"]
+
+GIT_LIMIT_S = 30
 
 PACKAGES = (
     *("mixtera-hpc", "numpy", "torch", "mpi4py", "mpich", "h5py", "pyarrow", "gigatoken", "tokenizers"),
@@ -27,8 +32,12 @@ _PREFIXES = ("FI_", "HDF5_", "MPI4PY_", "MPICH_", "MPIR_", "NCCL_", "OMPI_MCA_",
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASS", "CREDENTIAL", "JWT")
 
 
-def manifest(container: str | None = None) -> dict[str, Any]:
-    """Everything here that might explain a result one day; fit for JSON."""
+def collect_manifest(container: str | None = None) -> dict[str, Any]:
+    """Return what may explain a result later, as JSON types.
+
+    Args:
+        container: `job.container`, if the run uses one.
+    """
     return {
         "command": sys.argv,
         "folder": str(Path.cwd()),
@@ -37,13 +46,13 @@ def manifest(container: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
         "git": git_state(),
-        "container": _container(container),
+        "container": _describe_container(container),
         "environment": visible_environment(os.environ),
     }
 
 
 def visible_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables on the allow-list, without any whose name smells of a secret."""
+    """Return the variables on the allow-list, except those whose name suggests a secret."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -52,7 +61,7 @@ def visible_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout this package runs from, and whether files differ from it; None outside a checkout."""
+    """Return the commit of the checkout that holds this package, and whether files differ from it; None elsewhere."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None
@@ -60,31 +69,33 @@ def git_state() -> dict[str, Any] | None:
 
 
 def git_diff() -> str:
-    """What differs from that commit, as a patch; empty when nothing does."""
+    """Return the difference to that commit as a patch; empty if there is none."""
     return _git("diff", "HEAD") or ""
 
 
-def _git(*words: str) -> str | None:
-    folder = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=30)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
 def installed_version(name: str) -> str | None:
-    """Version of a distribution; None when it is not installed."""
+    """Return the version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _container(named: str | None) -> dict[str, str] | None:
-    """The container and, where it is described by a file, that file's text."""
-    if named is None:
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_LIMIT_S)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
-    path = Path(named)
-    text = path.suffix == ".toml" and path.is_file()
-    return {"name": named, "text": path.read_text()} if text else {"name": named}
+    return done.stdout if done.returncode == 0 else None
+
+
+def _describe_container(name: str | None) -> dict[str, str] | None:
+    """Return the container's name and, if a TOML file describes it, that file's text."""
+    if name is None:
+        return None
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return {"name": name, "text": path.read_text()}
+    return {"name": name}

@@ -1,4 +1,4 @@
-"""A run's folder is made before anything starts: a job that begins at once finds its logs' place and its configuration."""
+"""Make the folder of a run before anything starts, so that a job finds its configuration and the place of its logs."""
 
 import json
 import os
@@ -13,36 +13,45 @@ from mixtera_hpc.config.run_folder import RunFolder, new_run_id
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import dump_yaml
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.manifest import git_diff, manifest
+from mixtera_hpc.launch.manifest import collect_manifest, git_diff
 
 __all__ = ["ensure_manifest", "prepare_run", "replace_config", "with_absolute_paths"]
 
 
 def prepare_run(config: Config, overrides: Sequence[str], now: datetime) -> RunFolder:
-    """Make the folder of a new run, with `config.yaml`, `overrides.txt` and `manifest.json`; one process does it.
+    """Make the folder of a new run, with `config.yaml`, `overrides.txt` and `manifest.json`. One process calls this.
+
+    Args:
+        config: The composed configuration; its paths become absolute.
+        overrides: What the user typed.
+        now: Time for the run id.
 
     Raises:
-        LaunchError: `run.id` names a run that exists, or `run.root` is no place for folders.
+        LaunchError: `run.id` names an existing run, or no folder can be made in `run.root`.
     """
     config = with_absolute_paths(config)
     try:
         folder = _make_folder(config, now)
     except OSError as error:
         raise LaunchError(
-            f"run.root is {config.run.root!r}, where no folder can be made: {error.strerror}.\n"
-            "  Set run.root (or MIXTERA_RUNS) to a folder you may write to, on a file system that all nodes share."
+            f"No folder can be made in run.root={config.run.root!r}: {error.strerror}.\n"
+            "  Set run.root (or MIXTERA_RUNS) to a folder that you may write to, on a file system that all nodes share."
         ) from None
     folder.control.mkdir()
     folder.metrics.mkdir()
     folder.overrides.write_text("".join(f"{word}\n" for word in overrides))
     config = replace(config, run=replace(config.run, id=folder.run_id))
     ensure_manifest(folder, config)
-    _write(folder.config, dump_yaml(to_plain(config)))  # Last: this file is what makes the folder a run.
+    # This file makes the folder a run, so it is written last.
+    _write(folder.config, dump_yaml(to_plain(config)))
     return folder
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """`config` with paths that mean the same from any folder; what does not exist below this one stays as it is."""
+    """Return `config` with absolute paths, so that it means the same from any folder.
+
+    A text that is not a path below the working folder (such as the name of a tokenizer) stays as it is.
+    """
     plane, data, index = config.dataplane, config.data, config.index
     sets = {name: replace(data_set, root=_rooted(data_set.root)) for name, data_set in data.sets.items()}
     return replace(
@@ -60,23 +69,23 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def ensure_manifest(folder: RunFolder, config: Config) -> None:
-    """Write `manifest.json` and, for a checkout that differs from its commit, `git.diff`; keeps what is there.
+    """Write `manifest.json` unless it exists, and `git.diff` if the checkout differs from its commit.
 
-    A run whose batch script made the folder has none until its rank 0 calls this.
+    If the batch script made the run folder, there is no manifest until rank 0 calls this.
     """
     if folder.manifest.exists():
         return
-    facts = manifest(config.job.container)
+    facts = collect_manifest(config.job.container)
     if facts["git"] and facts["git"]["dirty"]:
         _write(folder.path / "git.diff", git_diff())
     _write(folder.manifest, json.dumps(facts, indent=1) + "\n")
 
 
 def replace_config(folder: RunFolder, plain: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Continue with another configuration; the one before stays with the last attempt that ran with it."""
-    last = max(folder.attempts(), default=0)
-    if last:
-        _write(folder.attempt(last) / "config.yaml", folder.config.read_text())
+    """Replace the run's configuration; the folder of the newest attempt gets a copy of the old one."""
+    newest = max(folder.attempts(), default=0)
+    if newest:
+        _write(folder.attempt(newest) / "config.yaml", folder.config.read_text())
     with folder.overrides.open("a") as file:
         file.writelines(f"{word}\n" for word in overrides)
     _write(folder.config, dump_yaml(plain))
@@ -89,12 +98,13 @@ def _make_folder(config: Config, now: datetime) -> RunFolder:
         if folder.config.exists():
             raise LaunchError(
                 f"run.id={config.run.id} exists: {folder.path}\n  Continue it with mixtera-hpc resume {config.run.id}, "
-                "or leave run.id out for a new run."
+                "or remove run.id to start a new run."
             )
         folder.path.mkdir(parents=True, exist_ok=True)
         return folder
+
     plain = to_plain(config)
-    while True:  # The same configuration twice in a second: the later one takes the next second's name.
+    while True:  # If the same configuration starts twice within a second, the later run takes the next second's name.
         folder = RunFolder(parent / new_run_id(plain, now))
         try:
             folder.path.mkdir(parents=True)
@@ -112,6 +122,6 @@ def _rooted(path: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    part.rename(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.rename(path)

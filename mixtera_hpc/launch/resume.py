@@ -1,4 +1,4 @@
-"""Continuing a run in its folder: which keys may change, and which make it another run."""
+"""Continue a run in its folder: decide which keys may change, and refuse changes that would make it another run."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,173 +30,190 @@ __all__ = [
     "was_submitted",
 ]
 
+_IDENTITY_OF_DATAPLANE = (
+    *(
+        "seq_len",
+        "overlap_one_token",
+        "global_batch_size",
+        "chunk_steps",
+        "feedback_lag",
+        "seed",
+        "shuffle",
+        "shuffle_window",
+    ),
+    *("tokenizer", "vocab_size", "eos_id", "add_eos", "eos_token", "predict_across_documents"),
+)
 IDENTITY_KEYS = (
     *("data", "index.path", "query", "mixture"),
-    *(
-        f"dataplane.{name}"
-        for name in (
-            *("seq_len", "overlap_one_token", "global_batch_size", "chunk_steps", "feedback_lag", "seed", "shuffle"),
-            *(
-                "shuffle_window",
-                "tokenizer",
-                "vocab_size",
-                "eos_id",
-                "add_eos",
-                "eos_token",
-                "predict_across_documents",
-            ),
-        )
-    ),
+    *(f"dataplane.{name}" for name in _IDENTITY_OF_DATAPLANE),
     *("training.num_layers", "training.num_heads", "training.embedding_dim"),
     *("run.name", "run.root", "run.id"),
 )
-"""What a run is: with any of these changed, the samples or the model of the steps to come would be another run's."""
-
+"""The keys that identify a run. If one of them changed, the coming steps would have another run's samples or model."""
 
 FLAG_OF_KEY = {
     "dataplane.seed": "--change-seed",
     "dataplane.global_batch_size": "--change-batch-size",
     "query.drop": "--drop EXPRESSION",
 }
-"""Keys of the identity that may be changed all the same, with a flag that says it is meant."""
+"""The identity keys that may change nevertheless, and the flag that allows each one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeRequest:
-    """What a user changes knowingly about what a run is."""
+    """The changes to a run's identity that the user asks for explicitly."""
 
     skip_steps: tuple[int, int] | None = None
-    """First and last step whose data is passed over."""
+    """First and last step whose data is skipped."""
     drop: tuple[str, ...] = ()
-    """Expressions; samples that match one are left out from now on."""
-    seed: bool = False
-    batch_size: bool = False
+    """Expressions. From now on, samples that match one of them are not served."""
+    change_seed: bool = False
+    change_batch_size: bool = False
 
     @property
-    def keys(self) -> dict[str, str]:
-        """The keys that may change, each with the flag that allows it."""
-        wished = {
-            "--change-seed": self.seed,
-            "--change-batch-size": self.batch_size,
+    def allowed_keys(self) -> dict[str, str]:
+        """The identity keys that may change, and the flag that allows each one."""
+        given = {
+            "--change-seed": self.change_seed,
+            "--change-batch-size": self.change_batch_size,
             "--drop EXPRESSION": bool(self.drop),
         }
-        return {key: flag for key, flag in FLAG_OF_KEY.items() if wished[flag]}
+        return {key: flag for key, flag in FLAG_OF_KEY.items() if given[flag]}
 
 
 NO_EDITS = ResumeRequest()
 
 
-def check_resume(old: Config, new: Config, change: ResumeRequest = NO_EDITS) -> None:
-    """Refuse a changed identity, but for what is changed knowingly.
+def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) -> None:
+    """Raise if an identity key differs, unless `request` allows it.
 
     Raises:
-        LaunchError: names every key that differs, with both values; or a flag that nothing was changed for; or what would come
-            back after it was dropped.
+        LaunchError: Names every key that differs, with both values; or a flag whose key did not change; or a dropped
+            expression that would be served again.
     """
-    before, after = dict(_leaves(to_plain(old))), dict(_leaves(to_plain(new)))
+    before = dict(_leaves(to_plain(old)))
+    after = dict(_leaves(to_plain(new)))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    refused = [key for key in changed if any(key == name or key.startswith(f"{name}.") for name in IDENTITY_KEYS)]
-    for key, flag in change.keys.items():
+
+    for key, flag in request.allowed_keys.items():
         if key not in changed:
-            raise LaunchError(f"{flag} is given, but {key} stays {before.get(key)!r}.\n  Give {key}=<value> as well.")
-    if change.drop and (back := [text for text in old.query.drop if text not in new.query.drop]):
-        raise LaunchError(
-            f"query.drop no longer has {back[0]!r}, but what was dropped stays dropped.\n  Leave query.drop to --drop, which adds "
-            "to it."
-        )
-    refused = [key for key in refused if key not in change.keys]
+            raise LaunchError(
+                f"{flag} is given, but {key} is still {before.get(key)!r}.\n  Give {key}=<value> as well, or remove it."
+            )
+    if request.drop:
+        _check_nothing_undropped(old, new)
+
+    refused = [key for key in changed if _is_identity(key) and key not in request.allowed_keys]
     if refused:
-        lines = "".join(f"\n  - {key}: {before.get(key)!r} before, {after.get(key)!r} now" for key in refused)
+        values = "".join(f"\n  - {key}: {before.get(key)!r} before, {after.get(key)!r} now" for key in refused)
         raise LaunchError(
-            f"A resumed run keeps what it trains on and what it trains; changed:{lines}\n  Leave "
-            f"{'these' if len(refused) > 1 else 'this'} as {'they were' if len(refused) > 1 else 'it was'}, or start a "
-            f"new run with mixtera-hpc submit or run.{_knowingly(refused)}"
+            f"A resumed run must keep its data and its model, but these keys changed:{values}\n  Restore the recorded "
+            f"values, or start a new run with mixtera-hpc submit or run.{_flag_hint(refused)}"
         )
 
 
-def _knowingly(refused: Sequence[str]) -> str:
+def _is_identity(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in IDENTITY_KEYS)
+
+
+def _check_nothing_undropped(old: Config, new: Config) -> None:
+    missing = [expression for expression in old.query.drop if expression not in new.query.drop]
+    if missing:
+        raise LaunchError(
+            f"query.drop no longer has {missing[0]!r}, but dropped samples cannot be served again.\n  Do not set "
+            "query.drop; --drop adds to it."
+        )
+
+
+def _flag_hint(refused: Sequence[str]) -> str:
     flags = [f"{FLAG_OF_KEY[key]} for {key}" for key in refused if key in FLAG_OF_KEY]
-    return f"\n  To change it knowingly, from the last checkpoint on, add {', '.join(flags)}." if flags else ""
+    return f"\n  To allow a change from the last checkpoint on, add {', '.join(flags)}." if flags else ""
 
 
-def amended_config(folder: RunFolder, overrides: Sequence[str], change: ResumeRequest = NO_EDITS) -> Config:
-    """The recorded configuration with what `overrides` and `change` change, checked; other identity fields may not.
+def amended_config(folder: RunFolder, overrides: Sequence[str], request: ResumeRequest = NO_EDITS) -> Config:
+    """Return the recorded configuration with the changes of `overrides` and `request`, checked.
 
-    The difference that the overrides make to a composition is laid over the recorded one, so files in `conf/` may have
-    changed since, and it does not matter from which folder one resumes.
+    Only the difference that the overrides make to a composition is applied to the recorded configuration. So files in
+    `conf/` may have changed since, and the working folder does not matter.
 
     Raises:
-        LaunchError, ConfigError: see `check_resume` and `check`.
+        LaunchError: See `check_resume`.
+        ConfigError: The result is not a valid configuration.
     """
     recorded = load_yaml(folder.config)
     old = from_plain(Config, recorded)
     new = old
     if overrides:
         typed = recorded_overrides(folder)
-        amended = compose_plain(_merged(typed, overrides))
-        plain = _laid_over(recorded, compose_plain(typed), amended)
+        before = compose_plain(typed)
+        after = compose_plain(_merged(typed, overrides))
+        plain = _apply_difference(recorded, before, after)
+        # A key that is set to its default makes no difference between the compositions, but may differ from the record.
         for override in overrides:
-            _copy_value(amended, plain, _key(override).split("."))
+            _copy_value(after, plain, _key(override).split("."))
         new = from_plain(Config, plain)
-    new = replace(new, query=replace(new.query, drop=[*new.query.drop, *change.drop]))
-    check_resume(old, new, change)
+    new = replace(new, query=replace(new.query, drop=[*new.query.drop, *request.drop]))
+    check_resume(old, new, request)
     check(new)
     return new
 
 
 def record_config(folder: RunFolder, config: Config, overrides: Sequence[str]) -> None:
-    """Record an amended configuration for the attempts to come; one process does it."""
+    """Record an amended configuration for the next attempts. One process calls this."""
     if to_plain(config) != load_yaml(folder.config):
         replace_config(folder, to_plain(config), overrides)
 
 
 def check_ended(folder: RunFolder) -> int:
-    """Refuse to continue a run that has not ended; returns its newest attempt, for `new_attempt(after=…)`.
+    """Raise if the run has not ended; return its newest attempt, for `claim_attempt(after=…)`.
 
     Raises:
-        LaunchError: names the job; or somebody is starting an attempt right now.
+        LaunchError: A job or process of the run waits or runs, or another process starts an attempt right now.
     """
     newest = max(folder.attempts(), default=0)
     status = run_statuses([folder], datetime.now(UTC))[0]
     if newest and read_start(folder, newest) is None and _age_s(folder.attempt(newest)) < JUST_SUBMITTED_S:
-        raise LaunchError(f"Attempt {newest} of {folder.run_id} is being started by somebody else.")
-    if status.state.active:
-        which = f"job {status.job_id}" if status.job_id else "this machine"
         raise LaunchError(
-            f"Attempt {status.attempt} of {folder.run_id} is {status.state} as {which}; two attempts would write over "
-            f"each other.\n  End it first: mixtera-hpc cancel {folder.path} --after-save"
+            f"Attempt {newest} of {folder.run_id} is being started by another process.\n"
+            f"  See mixtera-hpc status {folder.path}"
+        )
+    if status.state.active:
+        where = f"job {status.job_id}" if status.job_id else "a process of this machine"
+        raise LaunchError(
+            f"Attempt {status.attempt} of {folder.run_id} is {status.state} as {where}. A second attempt would "
+            f"overwrite its files.\n  End it first: mixtera-hpc cancel {folder.path} --after-save"
         )
     return newest
+
+
+def was_submitted(folder: RunFolder) -> bool:
+    """Return True if the newest attempt was a Slurm job."""
+    start = read_start(folder, max(folder.attempts(), default=0))
+    return start is not None and start.kind == "slurm"
+
+
+def recorded_overrides(folder: RunFolder) -> list[str]:
+    """Return the overrides that were typed for this run so far; of several for one key, the last one."""
+    lines = folder.overrides.read_text().splitlines() if folder.overrides.is_file() else []
+    return list({_key(line): line for line in lines}.values())
 
 
 def _age_s(path: Path) -> float:
     return time.time() - path.stat().st_mtime
 
 
-def was_submitted(folder: RunFolder) -> bool:
-    """Whether the newest attempt was a Slurm job."""
-    start = read_start(folder, max(folder.attempts(), default=0))
-    return start is not None and start.kind == "slurm"
-
-
-def recorded_overrides(folder: RunFolder) -> list[str]:
-    """What was typed for this run so far, the last word on every key."""
-    lines = folder.overrides.read_text().splitlines() if folder.overrides.is_file() else []
-    return list({_key(line): line for line in lines}.values())
-
-
 def _merged(typed: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """A key given again takes the place of what was given before."""
-    again = {_key(word) for word in overrides}
-    return [*(word for word in typed if _key(word) not in again), *overrides]
+    """Return all overrides; a key that is given again replaces its earlier value."""
+    given_again = {_key(word) for word in overrides}
+    return [*(word for word in typed if _key(word) not in given_again), *overrides]
 
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _laid_over(recorded: Any, before: Any, after: Any) -> Any:
-    """`recorded` with every leaf replaced that differs between `before` and `after`."""
+def _apply_difference(recorded: Any, before: Any, after: Any) -> Any:
+    """Return `recorded` with every leaf replaced that differs between `before` and `after`."""
     if before == after:
         return recorded
     if not all(isinstance(part, Mapping) for part in (recorded, before, after)):
@@ -204,12 +221,12 @@ def _laid_over(recorded: Any, before: Any, after: Any) -> Any:
     merged = {key: value for key, value in recorded.items() if key in after or key not in before}
     for key, value in after.items():
         if key not in before or before[key] != value:
-            merged[key] = _laid_over(recorded.get(key), before.get(key), value)
+            merged[key] = _apply_difference(recorded.get(key), before.get(key), value)
     return merged
 
 
 def _copy_value(source: Any, target: Any, path: list[str]) -> None:
-    """Copy the value at `path`, if there is one: a key set to its default shows no difference between compositions."""
+    """Copy the value at `path` from one nested mapping to another; do nothing where either lacks the path."""
     *above, name = path
     for part in above:
         if not (isinstance(source, Mapping) and isinstance(target, dict) and part in source and part in target):

@@ -1,8 +1,9 @@
-"""A `Config` becomes the text of a batch script: nothing is read, asked or written, the same input gives the same bytes.
+"""Render the batch script of a `Config` as text. The renderer is pure: the same input gives the same bytes.
 
-submitit's renderer writes the `#SBATCH` block (it is private: pinned below 1.6, and golden files watch it). The command is
-ours instead of its pickled closure, so nothing is unpickled on thousands of ranks and the script shows what it runs.
-Between the two lie `batch/prologue.sh` and `batch/epilogue.sh`: the run folder, and what follows an attempt that saved.
+submitit's renderer writes the `#SBATCH` block. It is private, so its version is pinned below 1.6 and golden files
+record its output. The command is our own instead of submitit's pickled closure: nothing is unpickled on thousands of
+ranks, and the script shows what it runs. `batch/prologue.sh` finds the run folder, and `batch/epilogue.sh` submits the
+next attempt after an attempt that saved its state.
 """
 
 import shlex
@@ -14,19 +15,21 @@ from typing import Any
 
 from mixtera_hpc.config.convert import to_plain
 from mixtera_hpc.config.job_shape import num_ranks, parse_time
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import ClusterConfig, Config
 from mixtera_hpc.config.yaml_files import dump_yaml
 
 __all__ = ["RANKS_WITH_OWN_LOG", "SbatchJob", "render_script"]
 
 RANKS_WITH_OWN_LOG = 255
-"""Beyond this many ranks there is one labelled log per node: shared file systems count inodes."""
+"""Jobs with more ranks write one labelled log per node, because shared file systems limit the number of files."""
 
-_ASKED = (
+_JOB_FLAGS = (
     *("account", "partition", "qos", "constraint", "reservation"),
     *("mem", "comment", "exclude", "dependency"),
 )
-_END = "END_OF_MIXTERA_FILE"
+"""Keys of `job` that are passed to sbatch under their own name."""
+
+_HEREDOC_END = "END_OF_MIXTERA_FILE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,57 +38,71 @@ class SbatchJob:
 
     config: Config
     overrides: Sequence[str] = ()
-    """What was typed; kept in the folder of a run that makes its own."""
+    """The overrides that the user typed. A script that makes its own run folder records them there."""
     folder: Path | None = None
-    """The prepared run folder; None: the script makes one when it starts."""
+    """The prepared run folder; None if the script makes one when it starts."""
     attempt: int = 1
 
 
 def render_script(job: SbatchJob) -> str:
-    """The batch script of `job`; `sbatch` takes it from a file or from standard input."""
+    """Return the batch script of `job`; `sbatch` accepts it from a file or from standard input."""
+    # Imported here because submitit takes 0.1 s, and only verbs that render a script need it.
     from submitit.slurm.slurm import _get_default_parameters, _make_sbatch_string
 
     flags = _flags(job)
-    known = {k: flags.pop(k) for k in list(flags) if k in _get_default_parameters()}
-    return _make_sbatch_string(
+    known = {name: flags.pop(name) for name in list(flags) if name in _get_default_parameters()}
+    script: str = _make_sbatch_string(
         command=_srun(job),
         folder=".",
-        setup=[*_variables(job), *_shipped("prologue.sh"), *_make_folder(job), *_environment(job.config)],
-        teardown=[*_shipped("epilogue.sh"), ""],
+        setup=[*_variables(job), *_shipped_lines("prologue.sh"), *_make_folder(job), *_environment(job.config)],
+        teardown=[*_shipped_lines("epilogue.sh"), ""],
         stderr_to_stdout=True,
         use_srun=False,
-        additional_parameters={k.replace("_", "-"): v for k, v in flags.items()},
+        additional_parameters={name.replace("_", "-"): value for name, value in flags.items()},
         **{"wckey": None, **known},
     )
+    return script
 
 
 def _flags(job: SbatchJob) -> dict[str, Any]:
-    """`#SBATCH` parameters: ours, over them the cluster's, over those what was asked for."""
-    asked, cluster = job.config.job, job.config.cluster
-    output = "%x-%j.out" if job.folder is None else f"{_percent(job.folder)}/attempts/{job.attempt:03d}/logs/batch.out"
-    ours: dict[str, Any] = {
-        "partition": cluster.partition,
-        "mem": cluster.mem,
+    """Return the `#SBATCH` parameters.
+
+    Our defaults are overridden by `cluster.sbatch`, that by what `job` asks for, and that by what the run needs.
+    """
+    config = job.config
+    defaults: dict[str, Any] = {
+        "partition": config.cluster.partition,
+        "mem": config.cluster.mem,
         "no_requeue": True,
-        **_gpu_flags(job.config),
-        **{key.replace("-", "_"): value for key, value in cluster.sbatch.items()},
+        **_gpu_flags(config.cluster),
     }
-    wanted = {name: value for name in _ASKED if (value := getattr(asked, name)) is not None}
-    fixed: dict[str, Any] = {
-        "job_name": asked.name or job.config.run.name,
-        "nodes": asked.nodes,
-        "ntasks_per_node": num_ranks(job.config) // asked.nodes,
-        "cpus_per_task": _cpus_per_rank(job.config),
-        "time": asked.time,
-        "signal": f"USR2@{asked.signal_lead_s}",
+    of_cluster = {name.replace("-", "_"): value for name, value in config.cluster.sbatch.items()}
+    of_job = {name: value for name in _JOB_FLAGS if (value := getattr(config.job, name)) is not None}
+    flags = {**defaults, **of_cluster, **of_job, **_fixed_flags(job)}
+    return {name: value for name, value in flags.items() if value is not None and value is not False}
+
+
+def _fixed_flags(job: SbatchJob) -> dict[str, Any]:
+    config = job.config
+    return {
+        "job_name": config.job.name or config.run.name,
+        "nodes": config.job.nodes,
+        "ntasks_per_node": num_ranks(config) // config.job.nodes,
+        "cpus_per_task": _cpus_per_rank(config),
+        "time": config.job.time,
+        "signal": f"USR2@{config.job.signal_lead_s}",
         "open_mode": "append",
-        "output": output,
+        "output": _batch_log(job),
     }
-    return {key: v for key, v in {**ours, **wanted, **fixed}.items() if v is not None and v is not False}
 
 
-def _gpu_flags(config: Config) -> dict[str, Any]:
-    cluster = config.cluster
+def _batch_log(job: SbatchJob) -> str:
+    if job.folder is None:
+        return "%x-%j.out"
+    return f"{_escape_percent(job.folder)}/attempts/{job.attempt:03d}/logs/batch.out"
+
+
+def _gpu_flags(cluster: ClusterConfig) -> dict[str, Any]:
     if not cluster.gpus_per_node:
         return {}
     if cluster.gpu_request == "gpus-per-task":
@@ -98,39 +115,46 @@ def _gpu_flags(config: Config) -> dict[str, Any]:
 def _cpus_per_rank(config: Config) -> int | None:
     if config.job.cpus_per_rank is not None or config.cluster.cpus_per_node is None:
         return config.job.cpus_per_rank
-    return max(1, config.cluster.cpus_per_node // (num_ranks(config) // config.job.nodes))
+    ranks_per_node = num_ranks(config) // config.job.nodes
+    return max(1, config.cluster.cpus_per_node // ranks_per_node)
 
 
 def _variables(job: SbatchJob) -> list[str]:
-    """What the shipped shell lines read. A follow-up gets its attempt and folder as arguments."""
+    """Return the shell variables that the shipped shell code reads."""
     asked = job.config.job
-    run = job.config.run
-    own = shlex.quote(f"{Path(run.root).absolute() / run.name}/") + '"$(date -u +%Y%m%d-%H%M%S)-$SLURM_JOB_ID"'
+    folder = _new_folder(job.config) if job.folder is None else shlex.quote(str(job.folder))
+    follow_up = "singleton" if asked.dependency == "singleton" else '"afterany:$SLURM_JOB_ID"'
     return [
-        "# Which attempt of which run this is; a follow-up is told.",
+        "# The attempt number and the run folder. A follow-up job gets both as arguments.",
         f"attempt=${{1:-{job.attempt}}}",
         "folder=$2",
-        f'if [ -z "$folder" ]; then folder={own if job.folder is None else shlex.quote(str(job.folder))}; fi',
+        f'if [ -z "$folder" ]; then folder={folder}; fi',
         f"nodes={asked.nodes} ranks={num_ranks(job.config)} limit_s={parse_time(asked.time)}",
         f"last_attempt={job.attempt + asked.max_attempts - 1}",
-        "follow_up=singleton" if asked.dependency == "singleton" else 'follow_up="afterany:$SLURM_JOB_ID"',
+        f"follow_up={follow_up}",
     ]
 
 
+def _new_folder(config: Config) -> str:
+    """Return a shell word for the folder that the script makes, named by the time and the job id."""
+    runs = Path(config.run.root).absolute() / config.run.name
+    return shlex.quote(f"{runs}/") + '"$(date -u +%Y%m%d-%H%M%S)-$SLURM_JOB_ID"'
+
+
 def _make_folder(job: SbatchJob) -> list[str]:
-    """For a run that makes its own folder: what `prepare_run` would have written, `config.yaml` last."""
+    """Return the commands that write what `prepare_run` would have written; `config.yaml` last, as there."""
     if job.folder is not None:
         return []
     config = dump_yaml(to_plain(job.config)).rstrip("\n")
     return [
         "",
         'if [ ! -e "$folder/config.yaml" ]; then',
-        f"cat >\"$folder/overrides.txt\" <<'{_END}'",
+        f"cat >\"$folder/overrides.txt\" <<'{_HEREDOC_END}'",
         *job.overrides,
-        _END,
-        f"cat >\"$folder/.config.yaml\" <<'{_END}'",
+        _HEREDOC_END,
+        f"cat >\"$folder/.config.yaml\" <<'{_HEREDOC_END}'",
         *config.split("\n"),
-        _END,
+        _HEREDOC_END,
         'cp "$0" "$here/submit.sh"',
         'mv "$folder/.config.yaml" "$folder/config.yaml"',
         "fi",
@@ -144,37 +168,46 @@ def _environment(config: Config) -> list[str]:
 
 
 def _srun(job: SbatchJob) -> str:
-    """`srun` keeps its exit code, ends the step when a rank fails, and is told the CPUs again (it forgot them in 22.05)."""
+    """Return the srun command. It ends the step when a rank fails, and keeps the rank's exit code.
+
+    `--cpus-per-task` is repeated because srun does not inherit it from sbatch since Slurm 22.05.
+    """
     config = job.config
-    cluster, asked = config.cluster, config.job
+    cluster = config.cluster
     cpus = _cpus_per_rank(config)
-    options = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *_logs(num_ranks(config))]
-    options += [f"--mpi={shlex.quote(cluster.mpi)}"] if cluster.mpi else []
-    options += [f"--cpus-per-task={cpus}"] if cpus else []
-    options += [shlex.quote(f"{cluster.container_flag}={asked.container}")] if asked.container else []
-    options += [shlex.quote(word) for word in (*cluster.srun_args, *asked.srun_args)]
+    options = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *_log_options(num_ranks(config))]
+    if cluster.mpi:
+        options.append(f"--mpi={shlex.quote(cluster.mpi)}")
+    if cpus:
+        options.append(f"--cpus-per-task={cpus}")
+    if config.job.container:
+        options.append(shlex.quote(f"{cluster.container_flag}={config.job.container}"))
+    options += [shlex.quote(word) for word in (*cluster.srun_args, *config.job.srun_args)]
+
     rank = [shlex.quote(word) for word in (*cluster.wrapper, *_rank_command(config))]
-    rank += [] if asked.command else ["--folder", '"$folder"', "--attempt", '"$attempt"']
+    if not config.job.command:
+        rank += ["--folder", '"$folder"', "--attempt", '"$attempt"']
     return " ".join(options) + " \\\n  " + " ".join(rank)
 
 
 def _rank_command(config: Config) -> list[str]:
     if config.job.command:
         return config.job.command
-    python = config.cluster.python or ("python" if config.job.container else sys.executable)
-    return [python, "-u", "-m", "mixtera_hpc", "run"]
+    # A container has its own interpreter.
+    python = "python" if config.job.container else sys.executable
+    return [config.cluster.python or python, "-u", "-m", "mixtera_hpc", "run"]
 
 
-def _logs(ranks: int) -> list[str]:
+def _log_options(ranks: int) -> list[str]:
     if ranks <= RANKS_WITH_OWN_LOG:
         return ['--output="$logs/rank_%05t.out"', '--error="$logs/rank_%05t.err"']
     return ["--label", '--output="$logs/node_%05n.out"', '--error="$logs/node_%05n.err"']
 
 
-def _shipped(name: str) -> list[str]:
+def _shipped_lines(name: str) -> list[str]:
     return (Path(__file__).parent / "batch" / name).read_text().rstrip("\n").split("\n")
 
 
-def _percent(path: Path) -> str:
-    """sbatch expands % in file names."""
+def _escape_percent(path: Path) -> str:
+    """Double each %, which sbatch would expand in file names."""
     return str(path).replace("%", "%%")

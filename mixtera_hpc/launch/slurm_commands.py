@@ -1,7 +1,7 @@
-"""Slurm's commands: sbatch, scancel, and one squeue plus one sacct for any number of jobs.
+"""Call Slurm's commands: sbatch, scancel, and one squeue plus one sacct for any number of jobs.
 
-What squeue still lists has not ended, whatever sacct says: a job requeued after a node failure is recorded as NODE_FAIL
-and runs again. Where accounting is disabled the batch script's own `exit.json` has to do.
+squeue wins over sacct: a job that squeue lists as active has not ended. After a node failure, sacct records a requeued
+job as NODE_FAIL although it runs again. Where accounting is disabled, only the batch script's `exit.json` is left.
 """
 
 import re
@@ -20,13 +20,13 @@ COMMAND_LIMIT_S = 60
 
 
 class JobState(StrEnum):
-    """Slurm's two dozen states, as far as they differ for a user."""
+    """The states that differ for a user; Slurm has two dozen."""
 
     PENDING = "PENDING"
     RUNNING = "RUNNING"
     COMPLETED = "COMPLETED"
     SAVED = "SAVED"
-    """Left with 75: state is saved, and there is more to do."""
+    """Ended with exit code 75: the state is saved and the run is not finished."""
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
     TIMEOUT = "TIMEOUT"
@@ -35,7 +35,7 @@ class JobState(StrEnum):
 
     @property
     def active(self) -> bool:
-        """Whether it waits or runs."""
+        """True if the job waits or runs."""
         return self in (JobState.PENDING, JobState.RUNNING)
 
 
@@ -51,14 +51,26 @@ _STATES: Mapping[str, JobState] = {
     "NODE_FAIL": JobState.NODE_FAIL,
 }
 
+_KEY_OF_WORD: Mapping[str, str] = {
+    "account": "job.account",
+    "partition": "job.partition",
+    "qos": "job.qos",
+    "time limit": "job.time",
+    "node count": "job.nodes",
+    "memory": "job.mem",
+    "cpu": "job.cpus_per_rank",
+    "gres": "cluster.gpu_request",
+}
+"""Words in sbatch's refusals, and the config key that each one is about."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobInfo:
-    """What Slurm knows of one job."""
+    """What Slurm reports about one job."""
 
     state: JobState
     reason: str | None = None
-    """Why it waits, or Slurm's own word for how it ended."""
+    """Why the job waits, or Slurm's own name for how it ended."""
     nodes: int | None = None
     elapsed_s: int | None = None
     limit_s: int | None = None
@@ -66,30 +78,40 @@ class JobInfo:
 
 
 def require_sbatch() -> None:
-    """Refuse where no job can be submitted from."""
+    """Raise unless jobs can be submitted from this machine.
+
+    Raises:
+        LaunchError: There is no sbatch.
+    """
     if shutil.which("sbatch") is None:
         raise LaunchError(
-            "There is no sbatch on this machine, so nothing can be submitted from here.\n  Run on a login node of the "
-            "cluster, run here with mixtera-hpc run, or print the script with submit --dry-run."
+            "sbatch was not found, so no job can be submitted from this machine.\n  Submit from a login node of the "
+            "cluster, train here with mixtera-hpc run, or print the script with submit --dry-run."
         )
 
 
 def sbatch(script: Path) -> str:
-    """Submit `script` and return the job's id.
+    """Submit `script` and return the job id.
 
     Raises:
-        LaunchError: Slurm refuses, in its own words, with the key to change where it is known.
+        LaunchError: Slurm refuses the job. The message quotes Slurm and names the config key to change, if it is known.
     """
     require_sbatch()
     done = _run(["sbatch", "--parsable", str(script)])
     if done.returncode:
         refusal = done.stderr.strip().removeprefix("sbatch: error: ")
-        raise LaunchError(f"Slurm refused the job: {refusal}{_hint(refusal)}\n  submit --dry-run prints the script.")
+        raise LaunchError(
+            f"Slurm refused the job: {refusal}{_hint(refusal)}\n  Print the script with submit --dry-run."
+        )
     return done.stdout.strip().partition(";")[0]
 
 
 def scancel(job_ids: Sequence[str]) -> None:
-    """End jobs; those that have ended already are no error."""
+    """End jobs. A job that has already ended is not an error.
+
+    Raises:
+        LaunchError: scancel fails for another reason.
+    """
     if not job_ids:
         return
     done = _run(["scancel", "--quiet", *job_ids])
@@ -98,7 +120,7 @@ def scancel(job_ids: Sequence[str]) -> None:
 
 
 def query_jobs(job_ids: Iterable[str]) -> dict[str, JobInfo]:
-    """What is known of each job; ids that Slurm does not know (any more) are absent.
+    """Return what Slurm reports about each job; jobs that Slurm does not know, or has forgotten, are absent.
 
     Raises:
         LaunchError: Slurm does not answer.
@@ -107,8 +129,10 @@ def query_jobs(job_ids: Iterable[str]) -> dict[str, JobInfo]:
     if not ids:
         return {}
     queued = _squeue(ids)
-    ended = [i for i in ids if i not in queued or not queued[i].state.active]
-    return {**queued, **(_sacct(ended) if ended else {})}
+    not_active = [i for i in ids if i not in queued or not queued[i].state.active]
+    if not not_active:
+        return queued
+    return {**queued, **_sacct(not_active)}
 
 
 def _squeue(ids: Sequence[str]) -> dict[str, JobInfo]:
@@ -131,18 +155,19 @@ def _squeue(ids: Sequence[str]) -> dict[str, JobInfo]:
 
 
 def _sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
-    """Empty where accounting is disabled."""
+    """Return an empty dictionary where accounting is disabled."""
     fields = "JobID,State,ExitCode,NNodes,ElapsedRaw,TimelimitRaw"
-    done = _run(
-        ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={','.join(ids)}", f"--format={fields}"]
-    )
+    jobs = f"--jobs={','.join(ids)}"
+    done = _run(["sacct", "--noheader", "--allocations", "--parsable2", jobs, f"--format={fields}"])
+    if done.returncode:
+        return {}
+
     infos = {}
-    for line in done.stdout.splitlines() if done.returncode == 0 else ():
+    for line in done.stdout.splitlines():
         job_id, state, code, nodes, elapsed, limit = line.split("|")
-        word = state.split()[0]  # "CANCELLED by 1000"
         exit_code, _, signal = code.partition(":")
         infos[job_id] = JobInfo(
-            state=_ended(word, int(exit_code or 0)),
+            state=_final_state(state, int(exit_code or 0)),
             reason=state if signal in ("", "0") else f"{state} (signal {signal})",
             nodes=int(nodes or 0),
             elapsed_s=int(elapsed or 0),
@@ -152,32 +177,23 @@ def _sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
     return infos
 
 
-def _ended(word: str, exit_code: int) -> JobState:
-    state = _STATES.get(word, JobState.UNKNOWN)
+def _final_state(text: str, exit_code: int) -> JobState:
+    first_word = text.split()[0]  # As in "CANCELLED by 1000".
+    state = _STATES.get(first_word, JobState.UNKNOWN)
     return JobState.SAVED if state == JobState.FAILED and exit_code == 75 else state
 
 
 def _seconds(text: str) -> int | None:
-    """`[D-][[HH:]MM:]SS` as squeue prints it; None for UNLIMITED and the like."""
+    """Parse squeue's `[D-][HH:]MM:SS`; return None for UNLIMITED and other words."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if not match:
         return None
-    days, hours, minutes, seconds = (int(g or 0) for g in match.groups())
+    days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _hint(refusal: str) -> str:
-    hints = {
-        "account": "job.account",
-        "partition": "job.partition",
-        "qos": "job.qos",
-        "time limit": "job.time",
-        "node count": "job.nodes",
-        "memory": "job.mem",
-        "cpu": "job.cpus_per_rank",
-        "gres": "cluster.gpu_request",
-    }
-    keys = [key for word, key in hints.items() if word in refusal.lower()]
+    keys = [key for word, key in _KEY_OF_WORD.items() if word in refusal.lower()]
     return f"\n  See {' and '.join(keys)}." if keys else ""
 
 
@@ -187,7 +203,9 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
             command, capture_output=True, text=True, timeout=COMMAND_LIMIT_S, stdin=subprocess.DEVNULL
         )
     except FileNotFoundError:
-        raise LaunchError(f"There is no {command[0]} on this machine, so Slurm cannot be asked.") from None
+        raise LaunchError(
+            f"{command[0]} was not found, so Slurm cannot be asked.\n  Use a login node of the cluster."
+        ) from None
     except subprocess.TimeoutExpired:
         raise LaunchError(
             f"{command[0]} did not answer within {COMMAND_LIMIT_S} s. Is the Slurm controller up?"

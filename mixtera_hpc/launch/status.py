@@ -1,4 +1,4 @@
-"""What became of runs: recorded ends first, then one question to Slurm for all that is left."""
+"""Report the state of runs: from recorded ends where there are any, and from one query to Slurm for all other runs."""
 
 import json
 import os
@@ -16,7 +16,13 @@ from mixtera_hpc.launch.slurm_commands import JobInfo, JobState, query_jobs
 __all__ = ["JUST_SUBMITTED_S", "RunStatus", "last_step", "run_statuses"]
 
 JUST_SUBMITTED_S = 60
-"""Slurm's accounting lags behind; a job younger than this that it does not know is on its way."""
+"""Slurm's accounting lags behind. A job that is younger than this and that Slurm does not know counts as pending."""
+
+_STATE_OF_EXIT_CODE = {0: JobState.COMPLETED, 75: JobState.SAVED, 130: JobState.CANCELLED}
+"""Every other exit code is a failure."""
+
+TAIL_BYTES = 65_536
+"""How much of the metrics file is read to find its last complete line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,35 +41,45 @@ class RunStatus:
     step: int | None = None
     tokens_per_s: float | None = None
     last_log_age_s: int | None = None
-    """Seconds since the last line of a log or metric of the newest attempt."""
+    """Seconds since the newest attempt last wrote a log line or a metric."""
     folder: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Attempt:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _NewestAttempt:
     folder: RunFolder
-    number: int | None
+    number: int
+    """0 if the run has no attempt."""
     start: AttemptStart | None
     end: AttemptEnd | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SlurmAnswer:
+    jobs: Mapping[str, JobInfo]
+    """By job id; jobs that Slurm does not know are absent."""
+    problem: str | None = None
+    """Why Slurm could not be asked."""
+
+
 def run_statuses(folders: Sequence[RunFolder], now: datetime) -> list[RunStatus]:
-    """The newest attempt of every run, at most one squeue and one sacct for all of them."""
+    """Return the state of each run's newest attempt, with at most one squeue and one sacct for all of them."""
     attempts = [_newest(folder) for folder in folders]
     open_ids = [a.start.job_id for a in attempts if a.end is None and a.start is not None and a.start.job_id]
     try:
-        infos, trouble = query_jobs(open_ids), None
+        answer = _SlurmAnswer(jobs=query_jobs(open_ids))
     except LaunchError as error:
-        infos, trouble = {}, str(error)
-    return [_status(attempt, infos, trouble, now) for attempt in attempts]
+        answer = _SlurmAnswer(jobs={}, problem=str(error))
+    return [_status(attempt, answer, now) for attempt in attempts]
 
 
 def last_step(folder: RunFolder) -> Mapping[str, Any]:
-    """The last complete line of `metrics/steps.jsonl`; empty when there is none."""
+    """Return the last complete line of `metrics/steps.jsonl`; empty if there is none."""
     try:
         with (folder.metrics / "steps.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
-            lines = file.read().split(b"\n")[:-1]
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]  # What follows the last end of line is incomplete.
     except FileNotFoundError:
         return {}
     for line in reversed(lines):
@@ -75,79 +91,88 @@ def last_step(folder: RunFolder) -> Mapping[str, Any]:
     return {}
 
 
-def _newest(folder: RunFolder) -> _Attempt:
-    number = max(folder.attempts(), default=None)
-    if number is None:
-        return _Attempt(folder, None, None, None)
-    return _Attempt(folder, number, read_start(folder, number), read_end(folder, number))
+def _newest(folder: RunFolder) -> _NewestAttempt:
+    number = max(folder.attempts(), default=0)
+    return _NewestAttempt(folder=folder, number=number, start=read_start(folder, number), end=read_end(folder, number))
 
 
-def _status(attempt: _Attempt, infos: Mapping[str, JobInfo], trouble: str | None, now: datetime) -> RunStatus:
-    folder, start = attempt.folder, attempt.start
-    info = _info(attempt, infos, trouble, now)
+def _status(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> RunStatus:
+    folder = attempt.folder
+    start = attempt.start
+    info = _info(attempt, answer, now)
+    nodes = info.nodes
+    limit_s = info.limit_s
+    if start is not None:
+        nodes = start.nodes if nodes is None else nodes
+        limit_s = start.limit_s if limit_s is None else limit_s
+
     event = last_step(folder)
     return RunStatus(
         run_id=folder.run_id,
         name=folder.name,
         state=info.state,
         reason=info.reason,
-        attempt=attempt.number,
+        attempt=attempt.number or None,
         job_id=start.job_id if start else None,
-        nodes=info.nodes if info.nodes is not None else (start.nodes if start else None),
+        nodes=nodes,
         elapsed_s=info.elapsed_s,
-        limit_s=info.limit_s if info.limit_s is not None else (start.limit_s if start else None),
+        limit_s=limit_s,
         step=event.get("step"),
         tokens_per_s=event.get("tokens_per_s"),
-        last_log_age_s=_log_age(attempt, now),
+        last_log_age_s=_log_age_s(attempt, now),
         folder=str(folder.path),
     )
 
 
-def _info(attempt: _Attempt, infos: Mapping[str, JobInfo], trouble: str | None, now: datetime) -> JobInfo:
-    if attempt.number is None or attempt.start is None:
+def _info(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> JobInfo:
+    """Combine what the attempt recorded, what Slurm reports, and whether a local process lives."""
+    if attempt.start is None:
         return JobInfo(state=JobState.UNKNOWN, reason="never started")
     if attempt.end is not None:
-        return _recorded(attempt, attempt.number, attempt.end)
+        return _ended_info(attempt, attempt.end)
+
     age_s = int((now - datetime.fromisoformat(attempt.start.submitted)).total_seconds())
     if attempt.start.kind == "local":
-        return _local(attempt.start, age_s, _failure(attempt.folder, attempt.number))
-    if info := infos.get(attempt.start.job_id or ""):
+        return _local_info(attempt.start, age_s, _failure(attempt))
+    if info := answer.jobs.get(attempt.start.job_id or ""):
         return info
-    if trouble is not None:
-        return JobInfo(state=JobState.UNKNOWN, reason=trouble)
+    if answer.problem is not None:
+        return JobInfo(state=JobState.UNKNOWN, reason=answer.problem)
     if age_s < JUST_SUBMITTED_S:
         return JobInfo(state=JobState.PENDING, reason="just submitted")
     return JobInfo(state=JobState.UNKNOWN, reason="Slurm does not know this job any more")
 
 
-def _recorded(attempt: _Attempt, number: int, end: AttemptEnd) -> JobInfo:
-    states = {0: JobState.COMPLETED, 75: JobState.SAVED, 130: JobState.CANCELLED}
-    state = states.get(end.exit_code, JobState.FAILED)
-    reason = _failure(attempt.folder, number) or f"exit code {end.exit_code}" if state == JobState.FAILED else None
+def _ended_info(attempt: _NewestAttempt, end: AttemptEnd) -> JobInfo:
+    state = _STATE_OF_EXIT_CODE.get(end.exit_code, JobState.FAILED)
+    reason = None
+    if state == JobState.FAILED:
+        reason = _failure(attempt) or f"exit code {end.exit_code}"
     return JobInfo(state=state, reason=reason, elapsed_s=end.elapsed_s, exit_code=end.exit_code)
 
 
-def _failure(folder: RunFolder, number: int) -> str | None:
-    """Which rank failed first, where that is known."""
+def _failure(attempt: _NewestAttempt) -> str | None:
+    """Return which rank failed first; None if that is not known."""
     try:
-        failure = json.loads((folder.attempt(number) / "failure.json").read_text())
+        failure = json.loads((attempt.folder.attempt(attempt.number) / "failure.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return f"rank {failure.get('rank')} on {failure.get('host')}: {failure.get('reason')}"
 
 
-def _local(start: AttemptStart, age_s: int, failure: str | None) -> JobInfo:
+def _local_info(start: AttemptStart, age_s: int, failure: str | None) -> JobInfo:
     if start.host != socket.gethostname():
-        return JobInfo(state=JobState.UNKNOWN, reason=f"started by hand on {start.host}")
+        return JobInfo(state=JobState.UNKNOWN, reason=f"a local run on host {start.host}")
     if is_alive(start):
         return JobInfo(state=JobState.RUNNING, elapsed_s=age_s)
     return JobInfo(state=JobState.FAILED, reason=failure or "its processes are gone")
 
 
-def _log_age(attempt: _Attempt, now: datetime) -> int | None:
-    logs = attempt.folder.logs(attempt.number) if attempt.number else attempt.folder.path
+def _log_age_s(attempt: _NewestAttempt, now: datetime) -> int | None:
+    logs = attempt.folder.logs(attempt.number)
     files = [*logs.glob("*.out"), *logs.glob("*.err"), attempt.folder.metrics / "steps.jsonl"]
-    times = [path.stat().st_mtime for path in files if path.is_file() and path.stat().st_size]
+    stats = [path.stat() for path in files if path.is_file()]
+    times = [stat.st_mtime for stat in stats if stat.st_size]
     if not times:
         return None
     return max(0, int((now - datetime.fromtimestamp(max(times), UTC)).total_seconds()))

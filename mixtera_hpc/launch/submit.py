@@ -1,4 +1,4 @@
-"""From a checked configuration to a job in Slurm's queue."""
+"""Submit runs: from a checked configuration to a job in Slurm's queue."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import new_attempt, record_start
+from mixtera_hpc.launch.attempts import AttemptStart, claim_attempt, record_start
 from mixtera_hpc.launch.prepare import prepare_run, with_absolute_paths
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 from mixtera_hpc.launch.slurm_commands import require_sbatch, sbatch
@@ -30,7 +30,7 @@ def submit_run(config: Config, overrides: Sequence[str]) -> Submitted:
     """Prepare a new run's folder and submit its first attempt.
 
     Raises:
-        LaunchError: no Slurm here, no account where one is needed, or Slurm refuses.
+        LaunchError: There is no Slurm here, the cluster needs an account, or Slurm refuses the job.
     """
     _check_submittable(config)
     folder = prepare_run(config, overrides, datetime.now(UTC))
@@ -42,9 +42,16 @@ def submit_run(config: Config, overrides: Sequence[str]) -> Submitted:
 
 
 def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) -> Submitted:
-    """Submit the next attempt of a run that has a folder; see `new_attempt` for `after`."""
+    """Submit the next attempt of a run that has a folder.
+
+    Args:
+        after: See `claim_attempt`.
+
+    Raises:
+        LaunchError: See `submit_run`; or another process starts an attempt of this run at the same time.
+    """
     _check_submittable(config)
-    attempt = new_attempt(folder, config, kind="slurm", after=after)
+    attempt = claim_attempt(folder, after)
     script = folder.attempt(attempt) / "submit.sh"
     script.write_text(render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt)))
     try:
@@ -52,17 +59,17 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     except LaunchError:
         shutil.rmtree(folder.attempt(attempt))
         raise
-    record_start(folder, attempt, config, job_id=job_id)
+    record_start(folder, attempt, AttemptStart.slurm(config, job_id))
     return Submitted(folder=folder, attempt=attempt, job_id=job_id)
 
 
 def script_text(config: Config, overrides: Sequence[str]) -> str:
-    """The script alone, of a run that makes its folder when it starts. Touches nothing."""
+    """Return the script of a run that makes its own folder when it starts. Nothing is written."""
     return render_script(SbatchJob(config=with_absolute_paths(config), overrides=overrides))
 
 
 def missing_account_message(config: Config) -> str | None:
-    """What to do about a cluster that charges an account when none is named; None when all is well."""
+    """Return what to do if the cluster charges jobs to an account and none is set; None otherwise."""
     given = config.job.account or os.environ.get("SBATCH_ACCOUNT") or os.environ.get("SLURM_ACCOUNT")
     if given or not config.cluster.needs_account:
         return None

@@ -1,7 +1,7 @@
-"""One run per combination of values, each its own job: points may differ in nodes, which one job array cannot.
+"""Submit one run per combination of values. Each is a job of its own: points may differ in nodes, array tasks cannot.
 
-What was submitted is kept in `<runs>/<name>/sweep.jsonl` by what a point trains on and where. Repeating a sweep therefore
-skips points that finished, leaves those that wait or run alone, and continues the others in their folders.
+`<runs>/<name>/sweep.jsonl` records what was submitted, with a fingerprint of what each point trains on and where.
+A repeated sweep therefore skips points that finished, leaves points alone that wait or run, and continues the others.
 """
 
 import hashlib
@@ -25,10 +25,11 @@ from mixtera_hpc.launch.submit import Submitted, submit_attempt, submit_run
 
 __all__ = ["SweepPlan", "SweepPoint", "plan_sweep", "submit_point"]
 
+IDENTITY_GROUPS = ("data", "index", "query", "mixture", "dataplane", "training", "checkpoint")
+"""The config groups that make a point another one."""
+
 Action = Literal["new", "continue", "finished", "active"]
-_TRAINED = ("data", "index", "query", "mixture", "dataplane", "training", "checkpoint")
-"""Groups of the configuration that make two points of a sweep different."""
-_UNKNOWN: tuple[RunFolder | None, Action] = (None, "new")
+"""What submitting the sweep does about a point: `continue` resumes it in its folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +41,11 @@ class SweepPoint:
     fingerprint: str
     action: Action
     folder: RunFolder | None = None
-    """Of the run that was this point before."""
+    """The folder of the run that was submitted for this point before."""
 
     @property
     def node_hours(self) -> float:
-        """What it may cost at most, follow-ups included."""
+        """Upper bound of the price, with all attempts that `job.max_attempts` allows."""
         if self.action in ("finished", "active"):
             return 0.0
         job = self.config.job
@@ -53,49 +54,55 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPlan:
-    """What repeating the same command would submit right now."""
+    """All points of a sweep, and what submitting it now would do about each."""
 
     points: tuple[SweepPoint, ...]
 
     @property
     def due(self) -> list[SweepPoint]:
-        """Points to submit."""
+        """The points to submit."""
         return [point for point in self.points if point.action in ("new", "continue")]
 
     @property
     def node_hours(self) -> float:
+        """Upper bound of the price of all points to submit."""
         return sum(point.node_hours for point in self.points)
 
 
 def plan_sweep(overrides: Sequence[str], max_parallel: int | None = None) -> SweepPlan:
-    """Compose and check every point, and look up what became of it before.
+    """Compose and check every point, and look up the run that was submitted for it before.
 
-    With `max_parallel` points share that many job names, one job of a name at a time (`--dependency=singleton`): a
-    follow-up takes its turn like any other job. Price: a lane that ends early stays empty.
+    With `max_parallel`, the points share that many job names ("lanes"), and Slurm runs one job per name at a time
+    (`--dependency=singleton`). Follow-up jobs wait in their lane like all others. Price: a lane that ends early stays
+    empty.
 
     Raises:
-        ConfigError: any point that does not compose or fails a check.
+        ConfigError: A point does not compose or fails a check.
     """
     combinations = expand(overrides)
     configs = [with_absolute_paths(compose(point)) for point in combinations]
-    known = _known_runs(configs)
+    previous = _previous_runs(configs)
+
     points: list[SweepPoint] = []
-    lane = 0
+    num_due = 0
     for config, point in zip(configs, combinations, strict=True):
-        key = _fingerprint(config)
-        folder, action = known.get(key, _UNKNOWN)
-        if max_parallel is not None and action in ("new", "continue"):
-            config = _in_lane(config, lane % max_parallel)
-            lane += 1
-        points.append(SweepPoint(config=config, overrides=tuple(point), fingerprint=key, action=action, folder=folder))
+        fingerprint = _fingerprint(config)
+        folder, action = previous.get(fingerprint, (None, "new"))
+        is_due = action in ("new", "continue")
+        if max_parallel is not None and is_due:
+            config = _in_lane(config, num_due % max_parallel)
+        num_due += is_due
+        points.append(
+            SweepPoint(config=config, overrides=tuple(point), fingerprint=fingerprint, action=action, folder=folder)
+        )
     return SweepPlan(points=tuple(points))
 
 
 def submit_point(point: SweepPoint) -> Submitted:
-    """Submit one due point and record it.
+    """Submit one point that is due, and record it.
 
     Raises:
-        LaunchError: Slurm refuses.
+        LaunchError: See `submit_run`.
     """
     if point.folder is None:
         submitted = submit_run(point.config, point.overrides)
@@ -111,18 +118,21 @@ def _in_lane(config: Config, lane: int) -> Config:
     return replace(config, job=job)
 
 
-def _known_runs(configs: Sequence[Config]) -> dict[str, tuple[RunFolder, Action]]:
-    """Fingerprint → the latest run of that point and what is to be done about it."""
+def _previous_runs(configs: Sequence[Config]) -> dict[str, tuple[RunFolder | None, Action]]:
+    """Return the latest run of each fingerprint, and what is to be done about it."""
     folders: dict[str, RunFolder] = {}
     for path in sorted({_record_path(config) for config in configs}):
-        for line in path.read_text().splitlines() if path.is_file() else ():
+        lines = path.read_text().splitlines() if path.is_file() else []
+        for line in lines:
             entry = json.loads(line)
             folder = RunFolder(path.parent / entry["run_id"])
             if folder.config.exists():
                 folders[entry["fingerprint"]] = folder
+
     statuses = run_statuses(list(folders.values()), datetime.now(UTC))
     return {
-        key: (folder, _action(status.state)) for (key, folder), status in zip(folders.items(), statuses, strict=True)
+        fingerprint: (folder, _action(status.state))
+        for (fingerprint, folder), status in zip(folders.items(), statuses, strict=True)
     }
 
 
@@ -133,12 +143,12 @@ def _action(state: JobState) -> Action:
 
 
 def _fingerprint(config: Config) -> str:
-    """What makes two points the same: all that is trained on, and how many ranks of which cluster."""
+    """Return the same text for two points if they train the same run on equally many ranks of the same cluster."""
     plain = to_plain(config)
-    what: dict[str, Any] = {k: plain[k] for k in _TRAINED}
-    what["where"] = [config.run.name, config.cluster.name, config.job.nodes, config.job.ranks_per_node]
-    what["command"] = config.job.command
-    return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
+    identity: dict[str, Any] = {name: plain[name] for name in IDENTITY_GROUPS}
+    identity["where"] = [config.run.name, config.cluster.name, config.job.nodes, config.job.ranks_per_node]
+    identity["command"] = config.job.command
+    return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _record(point: SweepPoint, submitted: Submitted) -> None:

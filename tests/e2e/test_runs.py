@@ -66,11 +66,11 @@ def trained(cli: Cli, small: list[str], tmp_path_factory: pytest.TempPathFactory
     [
         (["dataplane.seed=3"], "add --change-seed"),
         (["dataplane.global_batch_size=6"], "add --change-batch-size"),
-        (["--change-seed"], "dataplane.seed stays 0"),
+        (["--change-seed"], "dataplane.seed is still 0"),
         (["--skip-steps", "9..4"], "--skip-steps is '9..4'"),
-        (["--skip-steps", "2..3"], "the oldest checkpoint left is of step"),
+        (["--skip-steps", "2..3"], "the oldest checkpoint is of step"),
         (["--drop", "sourc == 'ast'"], "--drop names 'sourc'"),
-        (["--drop", "size > 1e12"], "matches no sample"),
+        (["--drop", "size > 1e12"], "matches none of the samples"),
         (["--drop", "source == 'ast' or source != 'ast'"], "All domains of the mixture have been dropped"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Log lines of any rank and attempt, wherever they were written."""
+"""Log lines of any rank and attempt, from files of ranks and of nodes."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
+from mixtera_hpc.launch.attempts import AttemptEnd, AttemptStart, claim_attempt, end_attempt, record_start
 from mixtera_hpc.launch.follow import follow_run, run_exit_code
 from mixtera_hpc.launch.logs import LogTail, all_lines
 from mixtera_hpc.launch.prepare import prepare_run
@@ -16,11 +16,11 @@ from mixtera_hpc.launch.prepare import prepare_run
 
 @pytest.fixture
 def folder(make_config: Callable[..., Config]) -> RunFolder:
-    """Two attempts that ended: one that saved, one that completed."""
+    """Make a run with two attempts that ended: one saved, one completed."""
     config = make_config()
     folder = prepare_run(config, [], datetime.now(UTC))
     for attempt, code in ((1, 75), (2, 0)):
-        record_start(folder, new_attempt(folder, config, kind="slurm"), config, job_id=f"471{attempt}")
+        record_start(folder, claim_attempt(folder), AttemptStart.slurm(config, f"471{attempt}"))
         logs = folder.logs(attempt)
         (logs / "batch.out").write_text(f"batch {attempt}\n")
         for rank in (0, 1):
@@ -30,20 +30,20 @@ def folder(make_config: Callable[..., Config]) -> RunFolder:
     return folder
 
 
-def test_one_rank_over_all_attempts(folder: RunFolder) -> None:
+def test_lines_of_one_rank_come_from_all_attempts(folder: RunFolder) -> None:
     lines = list(all_lines(folder, 1))
 
     assert [line for line in lines if not line.startswith("---")] == ["[1] attempt 1", "[1] attempt 2"]
     assert [line.rpartition(" ")[2] for line in lines if line.startswith("---")] == ["4711", "4712"]
 
 
-def test_unasked_one_sees_rank_0_and_the_batch_script(folder: RunFolder) -> None:
+def test_the_default_shows_rank_0_and_the_batch_script(folder: RunFolder) -> None:
     assert "[batch] batch 1" in list(all_lines(folder, "main"))
     assert "[1] attempt 1" not in list(all_lines(folder, "main"))
     assert "[1] attempt 1" in list(all_lines(folder, "all"))
 
 
-def test_of_a_rank_that_failed_one_sees_the_last_words_unasked(folder: RunFolder) -> None:
+def test_the_default_shows_the_last_lines_of_the_rank_that_failed_first(folder: RunFolder) -> None:
     logs = folder.logs(2)
     (logs / "rank_00001.err").write_text("".join(f"line {i}\n" for i in range(30)))
     (logs / "batch.out").write_text(
@@ -55,14 +55,14 @@ def test_of_a_rank_that_failed_one_sees_the_last_words_unasked(folder: RunFolder
     assert "[1] line 29" not in list(all_lines(folder, 0))
 
 
-def test_labelled_files_of_nodes_read_like_files_of_ranks(folder: RunFolder) -> None:
+def test_labelled_node_files_read_like_rank_files(folder: RunFolder) -> None:
     (folder.logs(2) / "node_00000.out").write_text("  3: three\n 12: twelve: and more\n")
 
     assert LogTail(folder.logs(2), 12).lines() == ["[12] twelve: and more"]
     assert "[3] three" in LogTail(folder.logs(2), "all").lines()
 
 
-def test_a_line_is_told_when_it_is_complete(folder: RunFolder) -> None:
+def test_a_line_is_returned_when_it_is_complete(folder: RunFolder) -> None:
     path = folder.logs(2) / "rank_00000.out"
     tail = LogTail(folder.logs(2), 0)
     path.write_text("half")
@@ -74,7 +74,7 @@ def test_a_line_is_told_when_it_is_complete(folder: RunFolder) -> None:
     assert tail.lines(last=True) == ["[0] rest"]
 
 
-def test_following_goes_from_attempt_to_attempt_and_ends_with_the_run(folder: RunFolder) -> None:
+def test_following_shows_all_attempts_and_ends_with_the_run(folder: RunFolder) -> None:
     lines = list(follow_run(folder, 0))
 
     assert [line for line in lines if line.startswith("[0]")] == ["[0] attempt 1", "[0] attempt 2"]
@@ -82,13 +82,13 @@ def test_following_goes_from_attempt_to_attempt_and_ends_with_the_run(folder: Ru
 
 
 @pytest.mark.parametrize(("code", "expected"), [(75, 75), (2, 2), (1, 1), (137, 1)])
-def test_waiting_leaves_with_the_outcome(folder: RunFolder, code: int, expected: int) -> None:
+def test_waiting_returns_the_exit_code_of_the_run(folder: RunFolder, code: int, expected: int) -> None:
     end_attempt(folder, 2, AttemptEnd(exit_code=code, elapsed_s=1))
 
     assert run_exit_code(folder) == expected
 
 
-def test_a_run_without_logs_says_where_its_output_went(
+def test_logs_of_a_run_without_logs_name_the_terminal(
     make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = prepare_run(make_config("run.name=bare"), [], datetime.now(UTC))

@@ -1,4 +1,4 @@
-"""A run's folder before anything runs, and the attempts in it."""
+"""The folder of a run before anything runs, and its attempts."""
 
 import json
 import os
@@ -12,7 +12,16 @@ import pytest
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, read_end, read_start, record_start
+from mixtera_hpc.launch.attempts import (
+    AttemptEnd,
+    AttemptStart,
+    claim_attempt,
+    end_attempt,
+    read_end,
+    read_start,
+    record_start,
+    start_local_attempt,
+)
 from mixtera_hpc.launch.manifest import visible_environment
 from mixtera_hpc.launch.prepare import prepare_run, replace_config
 
@@ -30,7 +39,7 @@ def test_the_recorded_configuration_is_the_composed_one(make_config: MakeConfig)
     assert folder.overrides.read_text() == "dataplane.seed=7\n"
 
 
-def test_shell_variables_in_a_configuration_stay_as_they_are(make_config: MakeConfig) -> None:
+def test_shell_variables_in_a_configuration_are_not_expanded(make_config: MakeConfig) -> None:
     config = make_config()
     config = replace(config, cluster=replace(config.cluster, setup=["echo ${HOME%%/*} $((1 + 1))"]))
 
@@ -39,13 +48,13 @@ def test_shell_variables_in_a_configuration_stay_as_they_are(make_config: MakeCo
     assert load_config(folder.config).cluster.setup == ["echo ${HOME%%/*} $((1 + 1))"]
 
 
-def test_the_same_run_twice_in_a_second_has_two_folders(make_config: MakeConfig) -> None:
+def test_the_same_run_started_twice_within_a_second_has_two_folders(make_config: MakeConfig) -> None:
     config = make_config()
 
     assert prepare_run(config, [], NOW).path != prepare_run(config, [], NOW).path
 
 
-def test_a_run_id_is_given_once(make_config: MakeConfig) -> None:
+def test_a_run_id_cannot_be_used_twice(make_config: MakeConfig) -> None:
     config = make_config("run.id=mine")
     prepare_run(config, [], NOW)
 
@@ -53,9 +62,7 @@ def test_a_run_id_is_given_once(make_config: MakeConfig) -> None:
         prepare_run(config, [], NOW)
 
 
-def test_paths_mean_the_same_from_any_folder(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recorded_paths_are_absolute(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
 
@@ -74,34 +81,33 @@ def test_the_manifest_names_code_and_versions(make_config: MakeConfig) -> None:
     assert set(facts) >= {"command", "git", "host", "python", "environment"}
 
 
-def test_secrets_do_not_leave_the_environment() -> None:
+def test_secrets_of_the_environment_are_not_recorded() -> None:
     environment = {"WANDB_API_KEY": "x", "SLURM_JWT": "x", "NCCL_TOKEN": "x", "HOME": "/h", "NCCL_DEBUG": "INFO"}
 
     assert visible_environment(environment) == {"NCCL_DEBUG": "INFO"}
 
 
-def test_attempts_are_counted_and_old_wishes_forgotten(make_config: MakeConfig) -> None:
-    config = make_config()
-    folder = prepare_run(config, [], NOW)
-    for wish in ("stop", "save", "cancelled"):
-        (folder.control / wish).touch()
+def test_attempts_are_numbered_and_old_requests_removed(make_config: MakeConfig) -> None:
+    folder = prepare_run(make_config(), [], NOW)
+    for name in ("stop", "save", "cancelled"):
+        (folder.control / name).touch()
 
-    assert [new_attempt(folder, config), new_attempt(folder, config)] == [1, 2]
+    assert [claim_attempt(folder), claim_attempt(folder)] == [1, 2]
     assert folder.logs(2).is_dir()
     assert list(folder.control.iterdir()) == []
 
 
-def test_a_local_attempt_knows_its_process(make_config: MakeConfig) -> None:
+def test_a_local_attempt_records_its_process(make_config: MakeConfig) -> None:
     config = make_config()
     folder = prepare_run(config, [], NOW)
 
-    start = read_start(folder, new_attempt(folder, config, ranks=8))
+    start = read_start(folder, start_local_attempt(folder, config, ranks=8))
 
     assert start is not None
     assert (start.kind, start.pid, start.ranks, start.limit_s) == ("local", os.getpid(), 8, None)
 
 
-def test_inside_a_batch_job_the_attempt_is_the_script_s(
+def test_inside_a_batch_job_the_attempt_is_that_of_the_script(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config()
@@ -109,17 +115,17 @@ def test_inside_a_batch_job_the_attempt_is_the_script_s(
     monkeypatch.setenv("MIXTERA_RUN_FOLDER", str(folder.path))
     monkeypatch.setenv("MIXTERA_ATTEMPT", "3")
 
-    assert new_attempt(folder, config) == 3
+    assert start_local_attempt(folder, config) == 3
     assert folder.attempts() == []
 
 
-def test_what_started_and_how_it_ended_is_read_back(make_config: MakeConfig) -> None:
+def test_start_and_end_of_an_attempt_are_read_back(make_config: MakeConfig) -> None:
     config = make_config("job.nodes=2", 'job.time="00:30:00"')
     folder = prepare_run(config, [], NOW)
-    attempt = new_attempt(folder, config, kind="slurm")
+    attempt = claim_attempt(folder)
     assert read_start(folder, attempt) is None
 
-    record_start(folder, attempt, config, job_id="4711")
+    record_start(folder, attempt, AttemptStart.slurm(config, "4711"))
     end_attempt(folder, attempt, AttemptEnd(exit_code=75, elapsed_s=12))
 
     start = read_start(folder, attempt)
@@ -128,20 +134,18 @@ def test_what_started_and_how_it_ended_is_read_back(make_config: MakeConfig) -> 
     assert read_end(folder, attempt) == AttemptEnd(exit_code=75, elapsed_s=12)
 
 
-def test_a_half_written_record_is_no_record(make_config: MakeConfig) -> None:
-    config = make_config()
-    folder = prepare_run(config, [], NOW)
-    attempt = new_attempt(folder, config)
+def test_a_half_written_record_is_ignored(make_config: MakeConfig) -> None:
+    folder = prepare_run(make_config(), [], NOW)
+    attempt = claim_attempt(folder)
     (folder.attempt(attempt) / "exit.json").write_text('{"exit_co')
 
     assert read_end(folder, attempt) is None
 
 
-def test_a_replaced_configuration_stays_with_its_attempt(make_config: MakeConfig) -> None:
-    config = make_config()
-    folder = prepare_run(config, ["a=1"], NOW)
+def test_a_replaced_configuration_is_kept_with_its_attempt(make_config: MakeConfig) -> None:
+    folder = prepare_run(make_config(), ["a=1"], NOW)
     before = folder.config.read_text()
-    new_attempt(folder, config)
+    claim_attempt(folder)
 
     replace_config(folder, {"data": "other"}, ["b=2"])
 

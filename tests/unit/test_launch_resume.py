@@ -1,4 +1,4 @@
-"""Continuing a run: what may change, what may not, and where the changes are laid over."""
+"""Continuing a run: which keys may change, which may not, and how changes are applied."""
 
 import json
 import os
@@ -13,7 +13,14 @@ from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, LaunchError
-from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
+from mixtera_hpc.launch.attempts import (
+    AttemptEnd,
+    AttemptStart,
+    claim_attempt,
+    end_attempt,
+    record_start,
+    start_local_attempt,
+)
 from mixtera_hpc.launch.cancel import cancel_after_save, cancel_now
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.launch.resume import ResumeRequest, amended_config, check_ended, record_config, was_submitted
@@ -28,20 +35,20 @@ def folder(make_config: MakeConfig) -> RunFolder:
     return prepare_run(make_config(), TYPED, datetime.now(UTC))
 
 
-def submitted(folder: RunFolder, config: Config, job_id: str = "4711") -> None:
-    record_start(folder, new_attempt(folder, config, kind="slurm"), config, job_id=job_id)
+def submit(folder: RunFolder, config: Config, job_id: str = "4711") -> None:
+    record_start(folder, claim_attempt(folder), AttemptStart.slurm(config, job_id))
 
 
 def test_time_nodes_and_length_may_change(folder: RunFolder) -> None:
-    changes = ["job.nodes=4", 'job.time="02:00:00"', "training.num_steps=500", "checkpoint.every_steps=9"]
+    overrides = ["job.nodes=4", 'job.time="02:00:00"', "training.num_steps=500", "checkpoint.every_steps=9"]
 
-    config = amended_config(folder, changes)
+    config = amended_config(folder, overrides)
 
     assert (config.job.nodes, config.job.time, config.training.num_steps) == (4, "02:00:00", 500)
     assert config.run == load_config(folder.config).run
 
 
-def test_a_change_of_cluster_brings_all_of_it(folder: RunFolder) -> None:
+def test_another_cluster_replaces_all_keys_of_the_cluster(folder: RunFolder) -> None:
     config = amended_config(folder, ["cluster=clariden"])
 
     assert (config.cluster.name, config.cluster.gpus_per_node, config.job.partition) == ("clariden", 4, "normal")
@@ -53,7 +60,7 @@ def test_a_change_of_cluster_brings_all_of_it(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    "override",
     [
         "dataplane.seed=1",
         "dataplane.global_batch_size=128",
@@ -66,14 +73,15 @@ def test_a_change_of_cluster_brings_all_of_it(folder: RunFolder) -> None:
         "run.name=other",
     ],
 )
-def test_identity_is_kept_and_the_key_named(folder: RunFolder, change: str) -> None:
-    key = {"mixture": "mixture.kind"}.get(change.partition("=")[0], change.partition("=")[0])
+def test_a_changed_identity_key_is_refused_and_named(folder: RunFolder, override: str) -> None:
+    name = override.partition("=")[0]
+    key = "mixture.kind" if name == "mixture" else name
 
     with pytest.raises(LaunchError, match=key.replace(".", r"\.")):
-        amended_config(folder, [change])
+        amended_config(folder, [override])
 
 
-def test_every_changed_identity_key_is_named_at_once(folder: RunFolder) -> None:
+def test_all_changed_identity_keys_are_named_at_once(folder: RunFolder) -> None:
     with pytest.raises(LaunchError) as caught:
         amended_config(folder, ["dataplane.seed=1", "training.num_layers=9", "job.nodes=2"])
 
@@ -87,23 +95,23 @@ def test_a_resumed_configuration_is_checked(folder: RunFolder) -> None:
         amended_config(folder, ["job.time=45000"])
 
 
-def test_the_recorded_value_stands_where_nothing_is_said(folder: RunFolder, make_config: MakeConfig) -> None:
-    """Shipped configs may have changed since; what was recorded counts."""
+def test_a_key_that_is_not_given_keeps_its_recorded_value(folder: RunFolder, make_config: MakeConfig) -> None:
+    """Configs may have changed since; the recorded configuration wins."""
     recorded = load_config(folder.config)
     record_config(folder, replace(recorded, training=replace(recorded.training, learning_rate=0.5)), ["job.nodes=1"])
 
     assert amended_config(folder, ["job.nodes=2"]).training.learning_rate == 0.5
 
 
-def test_changes_add_up_over_attempts(folder: RunFolder) -> None:
-    for change in ("job.nodes=2", "job.nodes=4", 'job.time="00:20:00"'):
-        record_config(folder, amended_config(folder, [change]), [change])
+def test_changes_accumulate_over_attempts(folder: RunFolder) -> None:
+    for override in ("job.nodes=2", "job.nodes=4", 'job.time="00:20:00"'):
+        record_config(folder, amended_config(folder, [override]), [override])
 
     config = amended_config(folder, [])
     assert (config.job.nodes, config.job.time) == (4, "00:20:00")
 
 
-def test_what_was_dropped_does_not_come_back(folder: RunFolder) -> None:
+def test_dropped_samples_stay_dropped(folder: RunFolder) -> None:
     first, second = (ResumeRequest(drop=(f"source == '{name}'",)) for name in "ab")
     record_config(folder, amended_config(folder, [], first), [])
     assert amended_config(folder, [], second).query.drop == ["source == 'a'", "source == 'b'"]
@@ -111,10 +119,8 @@ def test_what_was_dropped_does_not_come_back(folder: RunFolder) -> None:
         amended_config(folder, ["query.drop=[]"], second)
 
 
-def test_a_run_that_still_runs_is_not_continued(
-    folder: RunFolder, make_config: MakeConfig, command: MakeCommand
-) -> None:
-    submitted(folder, make_config())
+def test_a_running_run_is_not_continued(folder: RunFolder, make_config: MakeConfig, command: MakeCommand) -> None:
+    submit(folder, make_config())
     command("squeue", "echo '4711|RUNNING|None|2|0:10|1:00:00'")
 
     with pytest.raises(LaunchError, match="job 4711"):
@@ -124,54 +130,54 @@ def test_a_run_that_still_runs_is_not_continued(
     check_ended(folder)
 
 
-def test_of_two_that_continue_a_run_at_once_one_is_refused(folder: RunFolder, make_config: MakeConfig) -> None:
-    config = make_config()
-    for _ in range(2):
-        end_attempt(folder, new_attempt(folder, config), AttemptEnd(exit_code=75, elapsed_s=1))
-    both = [check_ended(folder), check_ended(folder)]
-    assert new_attempt(folder, config, after=both[0]) == 3
-    with pytest.raises(LaunchError, match=r"Attempt 3 of .* is being started by somebody else"):
-        new_attempt(folder, config, after=both[1])
-
-
-def test_a_run_whose_next_attempt_is_on_its_way_to_slurm_is_not_continued(
+def test_one_of_two_processes_that_continue_a_run_at_once_is_refused(
     folder: RunFolder, make_config: MakeConfig
 ) -> None:
-    new_attempt(folder, make_config(), kind="slurm")
-    with pytest.raises(LaunchError, match="is being started by somebody else"):
+    config = make_config()
+    for _ in range(2):
+        end_attempt(folder, start_local_attempt(folder, config), AttemptEnd(exit_code=75, elapsed_s=1))
+    both = [check_ended(folder), check_ended(folder)]
+    assert claim_attempt(folder, after=both[0]) == 3
+    with pytest.raises(LaunchError, match=r"Attempt 3 of .* is being started by another process"):
+        claim_attempt(folder, after=both[1])
+
+
+def test_a_run_whose_next_attempt_is_being_submitted_is_not_continued(folder: RunFolder) -> None:
+    claim_attempt(folder)
+    with pytest.raises(LaunchError, match="is being started by another process"):
         check_ended(folder)
     long_ago = 1_700_000_000
     os.utime(folder.attempt(1), (long_ago, long_ago))
     assert check_ended(folder) == 1
 
 
-def test_another_process_with_the_number_of_a_killed_run_is_left_alone(
+def test_a_process_that_reuses_the_id_of_a_killed_run_is_not_taken_for_it(
     folder: RunFolder, make_config: MakeConfig
 ) -> None:
-    attempt = new_attempt(folder, make_config())
+    attempt = start_local_attempt(folder, make_config())
     path = folder.attempt(attempt) / "job.json"
-    told = json.loads(path.read_text())
-    path.write_text(json.dumps({**told, "born": told["born"] - 1}))
-    with pytest.raises(LaunchError, match=r"Nothing of .* waits or runs"):
+    start = json.loads(path.read_text())
+    path.write_text(json.dumps({**start, "pid_start_ticks": start["pid_start_ticks"] - 1}))
+    with pytest.raises(LaunchError, match=r"No job or process of .* is waiting or running"):
         cancel_now(folder)
     assert check_ended(folder) == attempt
 
 
-def test_where_a_run_continues_is_where_it_ran(folder: RunFolder, make_config: MakeConfig) -> None:
+def test_a_run_was_submitted_if_its_newest_attempt_was(folder: RunFolder, make_config: MakeConfig) -> None:
     assert not was_submitted(folder)
-    submitted(folder, make_config())
+    submit(folder, make_config())
     assert was_submitted(folder)
-    new_attempt(folder, make_config(), kind="local")
+    start_local_attempt(folder, make_config())
     assert not was_submitted(folder)
 
 
-def test_cancel_ends_the_run_and_what_follows_it(
+def test_cancel_ends_the_run_and_its_follow_up_jobs(
     folder: RunFolder, make_config: MakeConfig, command: MakeCommand
 ) -> None:
-    submitted(folder, make_config(), "1")
+    submit(folder, make_config(), "1")
     end_attempt(folder, 1, AttemptEnd(exit_code=75, elapsed_s=1))
-    submitted(folder, make_config(), "2")
-    submitted(folder, make_config(), "3")
+    submit(folder, make_config(), "2")
+    submit(folder, make_config(), "3")
     command("squeue", "echo '2|RUNNING|None|2|0:10|1:00:00'; echo '3|PENDING|Dependency|2|0:00|1:00:00'")
     calls = command("scancel", "exit 0")
 
@@ -181,11 +187,11 @@ def test_cancel_ends_the_run_and_what_follows_it(
     assert (folder.control / "cancelled").exists()
 
 
-def test_cancel_after_save_asks_the_running_and_ends_the_waiting(
+def test_cancel_after_save_stops_running_jobs_and_ends_waiting_jobs(
     folder: RunFolder, make_config: MakeConfig, command: MakeCommand
 ) -> None:
-    submitted(folder, make_config(), "2")
-    submitted(folder, make_config(), "3")
+    submit(folder, make_config(), "2")
+    submit(folder, make_config(), "3")
     command("squeue", "echo '2|RUNNING|None|2|0:10|1:00:00'; echo '3|PENDING|Dependency|2|0:00|1:00:00'")
     calls = command("scancel", "exit 0")
 
@@ -196,9 +202,9 @@ def test_cancel_after_save_asks_the_running_and_ends_the_waiting(
     assert {path.name for path in folder.control.iterdir()} == {"cancelled", "stop"}
 
 
-def test_cancelling_what_has_ended_says_so(folder: RunFolder, make_config: MakeConfig) -> None:
-    submitted(folder, make_config())
+def test_a_run_that_has_ended_cannot_be_cancelled(folder: RunFolder, make_config: MakeConfig) -> None:
+    submit(folder, make_config())
     end_attempt(folder, 1, AttemptEnd(exit_code=0, elapsed_s=1))
 
-    with pytest.raises(LaunchError, match="waits or runs"):
+    with pytest.raises(LaunchError, match="is waiting or running"):
         cancel_now(folder)

@@ -1,9 +1,10 @@
-"""What is said of a run, from its folder and from Slurm."""
+"""The state of a run, from its folder and from Slurm."""
 
 import json
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +13,13 @@ import pytest
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, new_attempt, record_start
+from mixtera_hpc.launch.attempts import (
+    AttemptEnd,
+    AttemptStart,
+    claim_attempt,
+    end_attempt,
+    record_start,
+)
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.launch.slurm_commands import JobState
 from mixtera_hpc.launch.status import RunStatus, last_step, run_statuses
@@ -27,8 +34,8 @@ def folder(make_config: MakeConfig) -> RunFolder:
     return prepare_run(make_config(), [], NOW)
 
 
-def submitted(folder: RunFolder, config: Config, job_id: str = "4711", **facts: str) -> None:
-    record_start(folder, new_attempt(folder, config, kind="slurm"), config, job_id=job_id, **facts)
+def submit(folder: RunFolder, config: Config, job_id: str = "4711", **fields: str) -> None:
+    record_start(folder, claim_attempt(folder), replace(AttemptStart.slurm(config, job_id), **fields))
 
 
 def status(folder: RunFolder) -> RunStatus:
@@ -38,10 +45,10 @@ def status(folder: RunFolder) -> RunStatus:
 @pytest.mark.parametrize(
     ("code", "state"), [(0, JobState.COMPLETED), (75, JobState.SAVED), (1, JobState.FAILED), (137, JobState.FAILED)]
 )
-def test_a_recorded_end_needs_no_slurm(
+def test_a_recorded_end_is_reported_without_slurm(
     folder: RunFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, code: int, state: JobState
 ) -> None:
-    submitted(folder, make_config())
+    submit(folder, make_config())
     end_attempt(folder, 1, AttemptEnd(exit_code=code, elapsed_s=9))
     monkeypatch.setenv("PATH", "")
 
@@ -49,7 +56,7 @@ def test_a_recorded_end_needs_no_slurm(
 
 
 def test_the_first_failing_rank_is_the_reason(folder: RunFolder, make_config: MakeConfig) -> None:
-    submitted(folder, make_config())
+    submit(folder, make_config())
     failure = {"rank": 2, "host": "nid7", "reason": "vanished after step 17"}
     (folder.attempt(1) / "failure.json").write_text(json.dumps(failure))
     end_attempt(folder, 1, AttemptEnd(exit_code=137, elapsed_s=9))
@@ -57,10 +64,12 @@ def test_the_first_failing_rank_is_the_reason(folder: RunFolder, make_config: Ma
     assert status(folder).reason == "rank 2 on nid7: vanished after step 17"
 
 
-def test_the_newest_attempt_counts(folder: RunFolder, make_config: MakeConfig, command: MakeCommand) -> None:
-    submitted(folder, make_config(), "1")
+def test_the_state_is_that_of_the_newest_attempt(
+    folder: RunFolder, make_config: MakeConfig, command: MakeCommand
+) -> None:
+    submit(folder, make_config(), "1")
     end_attempt(folder, 1, AttemptEnd(exit_code=75, elapsed_s=9))
-    submitted(folder, make_config(), "2")
+    submit(folder, make_config(), "2")
     command("squeue", "echo '2|PENDING|Dependency|1|0:00|1:00:00'")
 
     one = status(folder)
@@ -68,23 +77,23 @@ def test_the_newest_attempt_counts(folder: RunFolder, make_config: MakeConfig, c
     assert (one.state, one.reason, one.attempt, one.job_id) == (JobState.PENDING, "Dependency", 2, "2")
 
 
-def test_a_job_slurm_has_not_heard_of_yet_is_pending(
+def test_a_job_that_slurm_does_not_know_yet_is_pending(
     folder: RunFolder, make_config: MakeConfig, command: MakeCommand
 ) -> None:
     command("squeue", "echo 'Invalid job id specified' >&2; exit 1")
     command("sacct", "exit 0")
-    submitted(folder, make_config())
+    submit(folder, make_config())
     assert status(folder).state == JobState.PENDING
 
-    submitted(folder, make_config(), submitted="2020-01-01T00:00:00Z")
+    submit(folder, make_config(), submitted="2020-01-01T00:00:00Z")
     assert status(folder).state == JobState.UNKNOWN
 
 
-def test_a_slurm_that_does_not_answer_is_said_so(
+def test_the_state_is_unknown_if_slurm_does_not_answer(
     folder: RunFolder, make_config: MakeConfig, command: MakeCommand
 ) -> None:
     command("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
-    submitted(folder, make_config())
+    submit(folder, make_config())
 
     one = status(folder)
 
@@ -92,11 +101,10 @@ def test_a_slurm_that_does_not_answer_is_said_so(
     assert "Unable to contact" in (one.reason or "")
 
 
-def test_a_local_run_lives_as_long_as_its_process(folder: RunFolder, make_config: MakeConfig) -> None:
+def test_a_local_run_is_running_while_its_process_lives(folder: RunFolder, make_config: MakeConfig) -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
-        record_start(
-            folder, new_attempt(folder, make_config()), make_config(), pid=process.pid, host=os.uname().nodename
-        )
+        start = replace(AttemptStart.local(make_config()), pid=process.pid, pid_start_ticks=None)
+        record_start(folder, claim_attempt(folder), start)
         assert status(folder).state == JobState.RUNNING
         process.kill()
 
@@ -105,7 +113,7 @@ def test_a_local_run_lives_as_long_as_its_process(folder: RunFolder, make_config
     assert status(folder).reason == "rank 3 on n1: DataError: a row"
 
 
-def test_step_and_speed_are_those_of_the_last_complete_line(folder: RunFolder) -> None:
+def test_step_and_speed_come_from_the_last_complete_line(folder: RunFolder) -> None:
     lines = "".join(json.dumps({"step": n, "tokens_per_s": 10.0 * n, "filler": "x" * 900}) + "\n" for n in range(200))
     (folder.metrics / "steps.jsonl").write_text(lines + '{"step": 200, "tok')
 
@@ -113,8 +121,8 @@ def test_step_and_speed_are_those_of_the_last_complete_line(folder: RunFolder) -
     assert (status(folder).step, status(folder).tokens_per_s) == (199, 1990.0)
 
 
-def test_the_age_of_the_last_line_is_that_of_the_newest_log(folder: RunFolder, make_config: MakeConfig) -> None:
-    submitted(folder, make_config())
+def test_the_log_age_is_the_age_of_the_newest_log_that_is_not_empty(folder: RunFolder, make_config: MakeConfig) -> None:
+    submit(folder, make_config())
     for name, age in (("rank_00000.out", 50), ("rank_00001.err", 20), ("rank_00002.err", 5)):
         path = folder.logs(1) / name
         path.write_text("" if age == 5 else "line\n")
@@ -138,10 +146,10 @@ FIELDS = (
 )
 
 
-def test_json_is_one_object_per_run(
+def test_json_prints_one_object_per_run(
     folder: RunFolder, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    submitted(folder, make_config())
+    submit(folder, make_config())
     end_attempt(folder, 1, AttemptEnd(exit_code=0, elapsed_s=9))
 
     assert main(["status", folder.run_id, "--json", "--root", str(folder.path.parents[1])]) == 0
@@ -151,9 +159,7 @@ def test_json_is_one_object_per_run(
     assert (one["run_id"], one["state"], one["job_id"]) == (folder.run_id, "COMPLETED", "4711")
 
 
-def test_a_run_that_is_not_there_is_answered_with_near_misses(
-    folder: RunFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_run_is_refused_with_similar_names(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "trail", "--root", str(folder.path.parents[1])]) == 2
 
     assert "Did you mean 'trial'" in capsys.readouterr().err

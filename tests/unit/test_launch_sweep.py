@@ -1,4 +1,4 @@
-"""Sweeps: points, their price, and what repeating a sweep does."""
+"""Sweeps: their points, their price, and repeated sweeps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +22,13 @@ def usual(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def slurm(command: MakeCommand) -> Path:
-    """A Slurm that takes every job, knows none afterwards; returns sbatch's log."""
+    """Install a Slurm that accepts every job and knows none afterwards; return the log of sbatch calls."""
     command("squeue", "echo 'Invalid job id specified' >&2; exit 1")
     command("sacct", "exit 0")
     return command("sbatch", "echo $RANDOM")
 
 
-def test_lists_and_ranges_are_multiplied_out() -> None:
+def test_lists_and_ranges_give_all_combinations() -> None:
     points = expand(["a=1", "b=1,2", "c=range(0,2)", "d='x,y'", "e=[1,2]"])
 
     assert len(points) == 4
@@ -44,36 +44,36 @@ def test_lists_and_ranges_are_multiplied_out() -> None:
         ("query.where='a == 1',\"b == 'x'\"", ["'a == 1'", "\"b == 'x'\""]),
     ],
 )
-def test_text_is_taken_as_typed(override: str, values: list[str]) -> None:
+def test_commas_inside_text_do_not_separate_values(override: str, values: list[str]) -> None:
     assert expand([override]) == [[f"{override.partition('=')[0]}={value}"] for value in values]
 
 
 @pytest.mark.parametrize("override", ["experiment=glob(*)", "a=interval(0,1)", "not an override"])
-def test_what_cannot_be_listed_is_refused(override: str) -> None:
+def test_an_override_without_a_list_of_values_is_refused(override: str) -> None:
     with pytest.raises(ConfigError):
         expand([override])
 
 
-def test_every_point_has_its_own_shape_of_job(usual: list[str]) -> None:
+def test_points_may_differ_in_nodes(usual: list[str]) -> None:
     plan = plan_sweep([*usual, "job.nodes=1,2,4", 'job.time="00:30:00"', "job.max_attempts=2"])
 
     assert [point.config.job.nodes for point in plan.points] == [1, 2, 4]
     assert plan.node_hours == (1 + 2 + 4) * 0.5 * 2
 
 
-def test_one_bad_point_stops_the_sweep_before_anything_is_submitted(usual: list[str]) -> None:
+def test_a_bad_point_is_refused_before_anything_is_submitted(usual: list[str]) -> None:
     with pytest.raises(ConfigError, match="at most 4"):
         plan_sweep([*usual, "job.nodes=1,16"])
 
 
-def test_lanes_bound_how_many_run_at_a_time(usual: list[str]) -> None:
+def test_lanes_limit_how_many_jobs_run_at_a_time(usual: list[str]) -> None:
     plan = plan_sweep([*usual, "dataplane.seed=0,1,2,3"], max_parallel=2)
 
     assert [point.config.job.name for point in plan.points] == ["sweep.lane0", "sweep.lane1"] * 2
     assert {point.config.job.dependency for point in plan.points} == {"singleton"}
 
 
-def test_repeating_skips_what_finished_and_continues_the_rest(usual: list[str], slurm: Path) -> None:
+def test_a_repeated_sweep_skips_finished_points_and_continues_others(usual: list[str], slurm: Path) -> None:
     sweep = [*usual, "dataplane.seed=0,1,2"]
     folders = [submit_point(point).folder for point in plan_sweep(sweep).due]
     end_attempt(folders[0], 1, AttemptEnd(exit_code=0, elapsed_s=1))
@@ -97,22 +97,22 @@ def test_more_points_of_a_sweep_are_new(usual: list[str], slurm: Path) -> None:
     assert actions == ["finished", "new", "new", "new"]
 
 
-def test_an_expensive_sweep_asks_first(
+def test_an_expensive_sweep_needs_confirmation(
     usual: list[str], slurm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command_line = ["sweep", *usual, "job.nodes=2,4", 'job.time="24:00:00"', "--ask-above", "100"]
 
     assert main(command_line) == 2
 
-    told = capsys.readouterr()
-    assert "144 node-hours" in told.out
-    assert "--yes" in told.err
+    output = capsys.readouterr()
+    assert "144 node-hours" in output.out
+    assert "--yes" in output.err
     assert not slurm.exists()
     assert main([*command_line, "--yes"]) == 0
     assert len(slurm.read_text().splitlines()) == 2
 
 
-def test_a_refusal_says_how_many_were_submitted(
+def test_a_refusal_by_slurm_names_how_many_jobs_were_submitted(
     usual: list[str], slurm: Path, command: MakeCommand, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command("sbatch", f'[ "$(wc -l <{slurm})" -le 1 ] && echo 7 || {{ echo QOSMaxSubmitJob >&2; exit 1; }}')

@@ -18,7 +18,7 @@ BELOW: dict[str, set[str]] = {
     "index": {"core", "config", "comm", "formats", "tokens", "errors"},
     "dataplane": {"core", "config", "comm", "index", "formats", "tokens", "track", "errors"},
     "trace": {"core", "config", "comm", "index", "formats", "tokens", "track", "dataplane", "errors"},
-    "training": {"core", "config", "comm", "index", "formats", "tokens", "track", "dataplane", "errors"},
+    "training": {"core", "config", "comm", "index", "formats", "tokens", "track", "dataplane", "launch", "errors"},
     "report": {"core", "config", "track", "errors"},
     "launch": {"core", "config", "errors"},
     "cli": {

@@ -1,18 +1,18 @@
 code=$?
-# Ranks that saved leave with 0 and this file, because --kill-on-bad-exit would kill those still on their way out.
+# Ranks that saved exit with 0 and create this file, since --kill-on-bad-exit kills the others at any other code.
 if [ "$code" -eq 0 ] && [ -e "$MIXTERA_SAVED_FILE" ]; then code=75; fi
 if [ "$code" -ne 75 ]; then
   [ -e "$here/failure.json" ] && echo "First failure: $(cat "$here/failure.json")"
   finish "$code"
 fi
 
-echo "Attempt $attempt saved its state ($(newest_checkpoint)) and left."
+echo "Attempt $attempt saved its state ($(newest_checkpoint)) and stopped."
 if [ -e "$folder/control/cancelled" ]; then
-  echo "The run was cancelled: nothing follows."
+  echo "The run was cancelled, so no other attempt is submitted."
 elif [ "$attempt" -ge "$last_attempt" ]; then
-  echo "It was the last that job.max_attempts allows."
+  echo "This was the last attempt that job.max_attempts allows."
 elif [ "$(newest_checkpoint)" = "$checkpoint_before" ]; then
-  echo "It made no new checkpoint: another attempt would not get further."
+  echo "It made no new checkpoint, so another attempt would make no progress."
 else
   next_attempt=$((attempt + 1))
   next=$folder/attempts/$(printf %03d "$next_attempt")
@@ -25,7 +25,7 @@ else
     finish 75
   fi
   rm -r "$next"
-  echo "This node may not submit jobs."
+  echo "sbatch failed on this node; the cluster may not allow jobs to submit jobs."
 fi
 echo "Continue with: mixtera-hpc resume $folder"
 finish 75

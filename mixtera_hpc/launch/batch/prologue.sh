@@ -1,4 +1,5 @@
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then # Requeued by somebody: what it did before belongs to the attempt it was then.
+# A job that Slurm requeued begins a new attempt: the files of its earlier attempt stay as they are.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
   while [ -e "$folder/attempts/$(printf %03d "$attempt")/job.json" ]; do attempt=$((attempt + 1)); done
 fi
 here=$folder/attempts/$(printf %03d "$attempt")
@@ -6,11 +7,11 @@ logs=${here//%/%%}/logs # srun expands % in file names.
 mkdir -p "$here/logs" "$folder/control"
 rm -f "$here/saved" "$here/exit.json"
 
-record_job() { # the attempt's folder, its job id: what `mixtera-hpc status` reads
+record_job() { # Arguments: the attempt's folder, the job id. `mixtera-hpc status` reads this file.
   printf '{"kind": "slurm", "job_id": "%s", "submitted": "%s", "nodes": %d, "ranks": %d, "limit_s": %d}\n' \
     "$2" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$nodes" "$ranks" "$limit_s" >"$1/job.json"
 }
-finish() { # exit code
+finish() { # Argument: the exit code.
   printf '{"exit_code": %d, "elapsed_s": %d}\n' "$1" "$SECONDS" >"$here/exit.json"
   exit "$1"
 }

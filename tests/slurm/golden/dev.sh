@@ -13,14 +13,15 @@
 #SBATCH --time=01:00:00
 
 # setup
-# Which attempt of which run this is; a follow-up is told.
+# The attempt number and the run folder. A follow-up job gets both as arguments.
 attempt=${1:-1}
 folder=$2
 if [ -z "$folder" ]; then folder=/runs/golden/20261123-161004-7f3a; fi
 nodes=2 ranks=4 limit_s=3600
 last_attempt=3
 follow_up="afterany:$SLURM_JOB_ID"
-if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then # Requeued by somebody: what it did before belongs to the attempt it was then.
+# A job that Slurm requeued begins a new attempt: the files of its earlier attempt stay as they are.
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
   while [ -e "$folder/attempts/$(printf %03d "$attempt")/job.json" ]; do attempt=$((attempt + 1)); done
 fi
 here=$folder/attempts/$(printf %03d "$attempt")
@@ -28,11 +29,11 @@ logs=${here//%/%%}/logs # srun expands % in file names.
 mkdir -p "$here/logs" "$folder/control"
 rm -f "$here/saved" "$here/exit.json"
 
-record_job() { # the attempt's folder, its job id: what `mixtera-hpc status` reads
+record_job() { # Arguments: the attempt's folder, the job id. `mixtera-hpc status` reads this file.
   printf '{"kind": "slurm", "job_id": "%s", "submitted": "%s", "nodes": %d, "ranks": %d, "limit_s": %d}\n' \
     "$2" "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$nodes" "$ranks" "$limit_s" >"$1/job.json"
 }
-finish() { # exit code
+finish() { # Argument: the exit code.
   printf '{"exit_code": %d, "elapsed_s": %d}\n' "$1" "$SECONDS" >"$here/exit.json"
   exit "$1"
 }
@@ -54,20 +55,20 @@ srun --unbuffered --kill-on-bad-exit=1 --output="$logs/rank_%05t.out" --error="$
 
 # teardown
 code=$?
-# Ranks that saved leave with 0 and this file, because --kill-on-bad-exit would kill those still on their way out.
+# Ranks that saved exit with 0 and create this file, since --kill-on-bad-exit kills the others at any other code.
 if [ "$code" -eq 0 ] && [ -e "$MIXTERA_SAVED_FILE" ]; then code=75; fi
 if [ "$code" -ne 75 ]; then
   [ -e "$here/failure.json" ] && echo "First failure: $(cat "$here/failure.json")"
   finish "$code"
 fi
 
-echo "Attempt $attempt saved its state ($(newest_checkpoint)) and left."
+echo "Attempt $attempt saved its state ($(newest_checkpoint)) and stopped."
 if [ -e "$folder/control/cancelled" ]; then
-  echo "The run was cancelled: nothing follows."
+  echo "The run was cancelled, so no other attempt is submitted."
 elif [ "$attempt" -ge "$last_attempt" ]; then
-  echo "It was the last that job.max_attempts allows."
+  echo "This was the last attempt that job.max_attempts allows."
 elif [ "$(newest_checkpoint)" = "$checkpoint_before" ]; then
-  echo "It made no new checkpoint: another attempt would not get further."
+  echo "It made no new checkpoint, so another attempt would make no progress."
 else
   next_attempt=$((attempt + 1))
   next=$folder/attempts/$(printf %03d "$next_attempt")
@@ -80,7 +81,7 @@ else
     finish 75
   fi
   rm -r "$next"
-  echo "This node may not submit jobs."
+  echo "sbatch failed on this node; the cluster may not allow jobs to submit jobs."
 fi
 echo "Continue with: mixtera-hpc resume $folder"
 finish 75

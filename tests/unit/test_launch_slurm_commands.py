@@ -1,4 +1,4 @@
-"""Slurm's answers, as recorded from Slurm 22.05, given by stand-ins for its commands."""
+"""Slurm's output, recorded from Slurm 22.05 and replayed by shell scripts named like its commands."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ MakeCommand = Callable[[str, str], Path]
 NOT_QUEUED = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 
 
-def test_any_number_of_jobs_is_one_question_each(command: MakeCommand) -> None:
+def test_any_number_of_jobs_takes_one_squeue_and_one_sacct(command: MakeCommand) -> None:
     squeue = command("squeue", "echo '1|RUNNING|None|2|1:02:03|2:00:00'")
     sacct = command("sacct", "echo '2|COMPLETED|0:0|1|61|60'")
 
@@ -24,7 +24,7 @@ def test_any_number_of_jobs_is_one_question_each(command: MakeCommand) -> None:
     assert len(squeue.read_text().splitlines()) == len(sacct.read_text().splitlines()) == 1
 
 
-def test_running_jobs_alone_need_no_accounting(command: MakeCommand) -> None:
+def test_sacct_is_not_called_if_all_jobs_are_active(command: MakeCommand) -> None:
     command("squeue", "echo '1|PENDING|Priority|2|0:00|1-00:00:00'")
     sacct = command("sacct", "exit 1")
 
@@ -34,7 +34,7 @@ def test_running_jobs_alone_need_no_accounting(command: MakeCommand) -> None:
     assert not sacct.exists()
 
 
-def test_a_job_requeued_after_a_node_failure_has_not_ended(command: MakeCommand) -> None:
+def test_a_job_requeued_after_a_node_failure_is_pending(command: MakeCommand) -> None:
     command("squeue", "echo '1|PENDING|BeginTime|2|0:00|1:00:00'")
     command("sacct", "echo '1|NODE_FAIL|0:0|2|100|60'")
 
@@ -53,48 +53,48 @@ def test_a_job_requeued_after_a_node_failure_has_not_ended(command: MakeCommand)
         ("1|A_NEW_WORD|0:0|2|100|60", JobState.UNKNOWN),
     ],
 )
-def test_ends_are_told_apart(command: MakeCommand, line: str, state: JobState) -> None:
+def test_every_kind_of_end_has_its_state(command: MakeCommand, line: str, state: JobState) -> None:
     command("squeue", NOT_QUEUED)
     command("sacct", f"echo '{line}'")
 
     assert query_jobs(["1"])["1"].state == state
 
 
-def test_without_accounting_recent_ends_come_from_the_queue(command: MakeCommand) -> None:
+def test_without_accounting_recent_ends_come_from_squeue(command: MakeCommand) -> None:
     command("squeue", "echo '1|TIMEOUT|TimeLimit|2|1:00:20|1:00:00'")
     command("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
 
     assert query_jobs(["1"])["1"].state == JobState.TIMEOUT
 
 
-def test_a_silent_controller_is_not_the_end_of_a_job(command: MakeCommand) -> None:
+def test_a_controller_that_does_not_answer_is_an_error(command: MakeCommand) -> None:
     command("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
 
     with pytest.raises(LaunchError, match="Unable to contact"):
         query_jobs(["1"])
 
 
-def test_no_jobs_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_jobs_no_command_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
 
     assert query_jobs([]) == {}
     scancel([])
 
 
-def test_the_job_id_of_a_federated_cluster_is_its_number(command: MakeCommand, tmp_path: Path) -> None:
+def test_the_cluster_name_behind_a_job_id_is_removed(command: MakeCommand, tmp_path: Path) -> None:
     command("sbatch", "echo '4711;alps'")
 
     assert sbatch(tmp_path / "submit.sh") == "4711"
 
 
-def test_a_refusal_names_the_key_to_change(command: MakeCommand, tmp_path: Path) -> None:
+def test_a_refusal_by_sbatch_names_the_config_key(command: MakeCommand, tmp_path: Path) -> None:
     command("sbatch", "echo 'sbatch: error: invalid partition specified: gpuu' >&2; exit 1")
 
     with pytest.raises(LaunchError, match=r"invalid partition specified: gpuu\n  See job.partition"):
         sbatch(tmp_path / "submit.sh")
 
 
-def test_a_machine_without_slurm_says_what_else_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_slurm_names_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
     with pytest.raises(LaunchError, match="--dry-run"):

@@ -1,4 +1,4 @@
-"""Experiments on clusters, without any cluster; and what must never stand in a shared config."""
+"""Experiments on clusters, without any cluster; and what a shared config must not contain."""
 
 import os
 import re
@@ -14,7 +14,7 @@ CONFIGS = sorted(conf_dir().rglob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> CheckResult:
-    """With a team's own experiments, one of which fits nowhere."""
+    """Check all pairs, with two experiments of the user, one of which fits no cluster."""
     folder = tmp_path_factory.mktemp("conf")
     (folder / "experiment").mkdir()
     usual = "# @package _global_\ndata: {root: '${oc.env:TEAM_SCRATCH}/data'}\nmixture: {unit: samples}\n"
@@ -28,23 +28,23 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> CheckResult:
 
 def test_every_shipped_experiment_fits_every_shipped_cluster(result: CheckResult) -> None:
     assert "demo" in result.experiments
-    assert [misfit for misfit in result.misfits if misfit.experiment != "bad"] == []
+    assert [pair for pair in result.failures if pair.experiment != "bad"] == []
 
 
 def test_every_problem_of_every_pair_is_listed(result: CheckResult) -> None:
-    misfits = [misfit for misfit in result.misfits if misfit.experiment == "bad"]
+    failures = [pair for pair in result.failures if pair.experiment == "bad"]
 
-    assert {misfit.cluster for misfit in misfits} == set(result.clusters)
-    assert all("job.time" in misfit.problem and "chunk_steps" in misfit.problem for misfit in misfits)
+    assert {pair.cluster for pair in failures} == set(result.clusters)
+    assert all("job.time" in pair.problem and "chunk_steps" in pair.problem for pair in failures)
 
 
-def test_an_unset_variable_is_stood_in_for_and_named(result: CheckResult) -> None:
+def test_an_unset_variable_is_replaced_by_a_placeholder_and_named(result: CheckResult) -> None:
     assert "TEAM_SCRATCH" in result.unset
     assert "TEAM_SCRATCH" not in os.environ
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(conf_dir())))
-def test_no_shipped_config_holds_an_account_or_somebody_s_folder(path: Path) -> None:
+def test_no_shipped_config_contains_an_account_or_a_personal_folder(path: Path) -> None:
     text = path.read_text()
 
     assert not re.search(r"^\s*account:\s*(?!null|\$\{)\S", text, re.MULTILINE), "an account"

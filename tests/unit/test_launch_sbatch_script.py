@@ -1,9 +1,10 @@
-"""The batch script: what it asks of Slurm, that any text survives the shell, and what its shell lines do."""
+"""The batch script: its sbatch parameters, shell quoting of any text, and its own shell code."""
 
 import json
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ MakeCommand = Callable[[str, str], Path]
 
 
 def flags(script: str) -> dict[str, str | None]:
-    """`#SBATCH` parameters."""
+    """Return the `#SBATCH` parameters of a script."""
     words = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
     return {word.partition("=")[0]: word.partition("=")[2] or None for word in words}
 
@@ -34,7 +35,7 @@ def test_the_same_input_gives_the_same_bytes(make_config: MakeConfig, tmp_path: 
     assert len(texts) == 1
 
 
-def test_resources_are_asked_for_and_repeated_on_srun(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_resources_are_requested_and_repeated_on_srun(make_config: MakeConfig, tmp_path: Path) -> None:
     script = render_script(SbatchJob(config=make_config("cluster=dev", "job.nodes=4"), folder=tmp_path))
 
     asked = flags(script)
@@ -46,7 +47,7 @@ def test_resources_are_asked_for_and_repeated_on_srun(make_config: MakeConfig, t
         assert word in srun_line(script)
 
 
-def test_what_a_job_asks_for_wins_over_its_cluster(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_job_keys_win_over_cluster_keys(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("cluster=perlmutter", "job.qos=debug", "dataplane.global_batch_size=64")
 
     asked = flags(render_script(SbatchJob(config=config, folder=tmp_path)))
@@ -54,7 +55,7 @@ def test_what_a_job_asks_for_wins_over_its_cluster(make_config: MakeConfig, tmp_
     assert (asked["qos"], asked["constraint"]) == ("debug", "gpu")
 
 
-def test_a_cluster_may_take_one_of_our_parameters_away(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_cluster_can_remove_a_default_parameter(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("cluster=dev", "+cluster.sbatch.no-requeue=null", "+cluster.sbatch.requeue=true")
 
     asked = flags(render_script(SbatchJob(config=config, folder=tmp_path)))
@@ -67,7 +68,7 @@ def test_a_cluster_may_take_one_of_our_parameters_away(make_config: MakeConfig, 
     ("request_kind", "name", "value"),
     [("gpus-per-task", "gpus-per-task", "1"), ("gpus-per-node", "gpus-per-node", "4"), ("gres", "gres", "gpu:4")],
 )
-def test_gpus_are_asked_for_in_the_words_of_the_site(
+def test_gpus_are_requested_with_the_parameter_of_the_cluster(
     make_config: MakeConfig, tmp_path: Path, request_kind: str, name: str, value: str
 ) -> None:
     config = make_config("cluster=dev", "cluster.gpus_per_node=4", f"cluster.gpu_request={request_kind}")
@@ -83,7 +84,7 @@ def test_many_ranks_share_one_labelled_log_per_node(make_config: MakeConfig, tmp
     )
 
 
-def test_a_container_is_named_on_srun_only(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_container_is_passed_to_srun_only(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("cluster=clariden", "job.container=/x/mixtera.toml")
 
     script = render_script(SbatchJob(config=config, folder=tmp_path))
@@ -93,13 +94,11 @@ def test_a_container_is_named_on_srun_only(make_config: MakeConfig, tmp_path: Pa
     assert "numactl --membind=0-3 python -u -m mixtera_hpc run" in srun_line(script)
 
 
-NASTY = "a b'c\"d$(touch pwned)`touch pwned`;touch pwned"
+UNSAFE_TEXT = "a b'c\"d$(touch pwned)`touch pwned`;touch pwned"
 
 
-def test_no_text_of_the_user_reaches_the_shell_unquoted(
-    make_config: MakeConfig, command: MakeCommand, tmp_path: Path
-) -> None:
-    folder = tmp_path / f"{NASTY.replace('/', '')} 100%"
+def test_all_user_text_is_quoted_for_the_shell(make_config: MakeConfig, command: MakeCommand, tmp_path: Path) -> None:
+    folder = tmp_path / f"{UNSAFE_TEXT.replace('/', '')} 100%"
     config = make_config("cluster=dev", "job.command=[hello]", "+cluster.env={SAID: placeholder}")
     config = with_text(config)
     calls = command("srun", f'echo "$SAID" >{tmp_path}/said')
@@ -110,16 +109,14 @@ def test_no_text_of_the_user_reaches_the_shell_unquoted(
 
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.rglob("pwned"))
-    assert (tmp_path / "said").read_text() == NASTY + "\n"
-    assert NASTY in calls.read_text()
+    assert (tmp_path / "said").read_text() == UNSAFE_TEXT + "\n"
+    assert UNSAFE_TEXT in calls.read_text()
     assert (folder / "attempts/001/exit.json").exists()
 
 
 def with_text(config: Config) -> Config:
-    from dataclasses import replace
-
-    job = replace(config.job, command=["hello", NASTY], srun_args=[NASTY], comment=NASTY)
-    return replace(config, job=job, cluster=replace(config.cluster, env={"SAID": NASTY}))
+    job = replace(config.job, command=["hello", UNSAFE_TEXT], srun_args=[UNSAFE_TEXT], comment=UNSAFE_TEXT)
+    return replace(config, job=job, cluster=replace(config.cluster, env={"SAID": UNSAFE_TEXT}))
 
 
 def job_environment() -> dict[str, str]:
@@ -130,7 +127,7 @@ def job_environment() -> dict[str, str]:
 def attempt(
     make_config: MakeConfig, command: MakeCommand, tmp_path: Path
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the first of up to three attempts with an srun whose body is given."""
+    """Return a function that runs the first of up to three attempts with an srun whose body is given."""
     command("sbatch", 'echo "4712;lab"')
     folder = tmp_path / "run"
 
@@ -158,7 +155,7 @@ def test_the_exit_code_of_srun_is_the_exit_code_of_the_job(attempt: Attempt, tmp
 
 
 @pytest.mark.parametrize("leave", ["exit 75", 'touch "$MIXTERA_SAVED_FILE"'])
-def test_an_attempt_that_saved_submits_the_next(attempt: Attempt, tmp_path: Path, leave: str) -> None:
+def test_an_attempt_that_saved_submits_the_next_one(attempt: Attempt, tmp_path: Path, leave: str) -> None:
     done = attempt(SAVE + leave)
 
     assert done.returncode == 75
@@ -169,11 +166,11 @@ def test_an_attempt_that_saved_submits_the_next(attempt: Attempt, tmp_path: Path
     assert json.loads((folder / "attempts/002/job.json").read_text())["job_id"] == "4712"
 
 
-def test_a_rank_that_fails_after_others_saved_is_still_a_failure(attempt: Attempt) -> None:
+def test_a_rank_that_fails_after_others_saved_is_a_failure(attempt: Attempt) -> None:
     assert attempt(SAVE + 'touch "$MIXTERA_SAVED_FILE"; exit 9').returncode == 9
 
 
-def test_a_link_without_progress_ends_the_chain(attempt: Attempt, tmp_path: Path) -> None:
+def test_an_attempt_without_a_new_checkpoint_is_the_last(attempt: Attempt, tmp_path: Path) -> None:
     done = attempt("exit 75")
 
     assert done.returncode == 75
@@ -181,7 +178,7 @@ def test_a_link_without_progress_ends_the_chain(attempt: Attempt, tmp_path: Path
     assert not (tmp_path / "bin/sbatch.calls").exists()
 
 
-def test_the_last_attempt_allowed_ends_the_chain(attempt: Attempt, tmp_path: Path) -> None:
+def test_no_more_than_max_attempts_are_submitted(attempt: Attempt, tmp_path: Path) -> None:
     done = attempt(SAVE + "exit 75", "job.max_attempts=1")
 
     assert done.returncode == 75
@@ -189,14 +186,14 @@ def test_the_last_attempt_allowed_ends_the_chain(attempt: Attempt, tmp_path: Pat
     assert not (tmp_path / "bin/sbatch.calls").exists()
 
 
-def test_a_cancelled_run_is_not_continued(attempt: Attempt, tmp_path: Path) -> None:
+def test_an_attempt_of_a_cancelled_run_submits_no_other(attempt: Attempt, tmp_path: Path) -> None:
     done = attempt(SAVE + 'touch "$MIXTERA_RUN_FOLDER/control/cancelled"; exit 75')
 
     assert done.returncode == 75
     assert not (tmp_path / "bin/sbatch.calls").exists()
 
 
-def test_a_follow_up_of_a_cancelled_run_does_not_begin(attempt: Attempt, tmp_path: Path) -> None:
+def test_a_follow_up_job_of_a_cancelled_run_does_not_train(attempt: Attempt, tmp_path: Path) -> None:
     (tmp_path / "run/control").mkdir(parents=True)
     (tmp_path / "run/control/cancelled").touch()
 
@@ -204,9 +201,7 @@ def test_a_follow_up_of_a_cancelled_run_does_not_begin(attempt: Attempt, tmp_pat
     assert not (tmp_path / "bin/srun.calls").exists()
 
 
-def test_a_node_that_may_not_submit_says_how_to_continue(
-    attempt: Attempt, command: MakeCommand, tmp_path: Path
-) -> None:
+def test_the_log_says_how_to_continue_if_sbatch_fails(attempt: Attempt, command: MakeCommand, tmp_path: Path) -> None:
     command("sbatch", "echo refused >&2; exit 1")
 
     done = attempt(SAVE + "exit 75")
@@ -216,7 +211,7 @@ def test_a_node_that_may_not_submit_says_how_to_continue(
     assert not (tmp_path / "run/attempts/002").exists()
 
 
-def test_points_of_a_lane_wait_for_their_turn(attempt: Attempt, tmp_path: Path) -> None:
+def test_follow_up_jobs_of_a_sweep_lane_use_singleton(attempt: Attempt, tmp_path: Path) -> None:
     attempt(SAVE + "exit 75", "job.dependency=singleton")
 
     assert "--dependency=singleton" in (tmp_path / "bin/sbatch.calls").read_text()
@@ -228,7 +223,7 @@ def test_the_first_failing_rank_is_named_in_the_batch_log(attempt: Attempt) -> N
     assert 'First failure: {"rank": 2}' in done.stdout
 
 
-def test_a_script_without_a_folder_makes_its_own(make_config: MakeConfig, command: MakeCommand, tmp_path: Path) -> None:
+def test_a_script_without_a_folder_makes_one(make_config: MakeConfig, command: MakeCommand, tmp_path: Path) -> None:
     config = make_config("cluster=dev")
     command("srun", "exit 0")
     script = render_script(SbatchJob(config=config, overrides=["cluster=dev", "data.root=it's here"]))

@@ -1,0 +1,102 @@
+"""Check and record the run edits of a `resume`: skipped steps, dropped samples, another seed or batch size.
+
+An edit takes effect at the checkpoint that the run continues from. It is recorded in the run's `decisions.jsonl` before
+the next attempt begins.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.dataplane.reading.source import count_samples, open_source
+from mixtera_hpc.dataplane.resume.run_edits import (
+    RunEdit,
+    is_abandoned,
+    pin_index_generation,
+    read_run_edits,
+    record_run_edit,
+    run_edit_between,
+)
+from mixtera_hpc.errors import ConfigError, LaunchError
+
+__all__ = ["check_and_record_edit"]
+
+_logger = logging.getLogger("mixtera_hpc")
+
+
+def check_and_record_edit(
+    folder: RunFolder,
+    before: Config,
+    after: Config,
+    *,
+    skip_steps: tuple[int, int] | None = None,
+    drop: Sequence[str] = (),
+) -> None:
+    """Check and record the run edit that turns `before` into `after`. One process calls this, between attempts.
+
+    Args:
+        before: The recorded configuration.
+        after: The configuration of the coming attempts.
+        skip_steps: First and last training step whose data is skipped.
+        drop: The expressions that `after` drops in addition.
+
+    Raises:
+        LaunchError: No checkpoint is old enough, no sample would be dropped, or the run has done all its steps.
+        ConfigError: An expression is not valid for the index.
+        MixtureError: No sample would be left of a domain in the mixture.
+    """
+    earlier = read_run_edits(folder.decisions)
+    at_step = _checkpoint_step(folder, skip_steps, earlier)
+    edit = run_edit_between(before, after, skip_steps, at_step, earlier)
+    if drop:
+        _check_drop(pin_index_generation(before, folder.journal), pin_index_generation(after, folder.journal), drop)
+    _check_steps_remain(folder, at_step, after.training.num_steps)
+    if edit is None:
+        return
+    record_run_edit(folder.decisions, edit)
+    _logger.info("The run continues from step %d; the edit is recorded in %s.", at_step, folder.decisions)
+
+
+def _checkpoint_step(folder: RunFolder, skip_steps: tuple[int, int] | None, earlier: Sequence[RunEdit]) -> int:
+    """Return the step of the newest usable checkpoint, at or before the first skipped step; 0 without checkpoints."""
+    paths = folder.checkpoints.glob("step_[0-9]*/dataplane.json")
+    states = [json.loads(path.read_text()) for path in paths]
+    steps = sorted(state["next_step"] for state in states if not is_abandoned(state, earlier))
+    if skip_steps is None:
+        return steps[-1] if steps else 0
+
+    first = skip_steps[0]
+    usable = [step for step in steps if step <= first]
+    if steps and not usable:
+        raise LaunchError(
+            f"The data of step {first} cannot be skipped: the oldest checkpoint is of step {steps[0]}.\n"
+            f"  Skip from step {steps[0]} on. To keep more checkpoints, set checkpoint.keep."
+        )
+    return usable[-1] if usable else 0
+
+
+def _check_steps_remain(folder: RunFolder, at_step: int, num_steps: int) -> None:
+    if at_step >= num_steps:
+        raise LaunchError(
+            f"{folder.run_id} has done all its steps: its checkpoint is of step {at_step}, and training.num_steps is "
+            f"{num_steps}.\n  To train it longer: mixtera-hpc resume {folder.path} training.num_steps={2 * at_step}"
+        )
+
+
+def _check_drop(before: Config, after: Config, drop: Sequence[str]) -> None:
+    """Log how many samples are dropped; raise if there are none, or if a domain of the mixture would be empty."""
+    try:
+        num_before = count_samples(before)
+        num_after = count_samples(after)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("query.where", "--drop")) from None
+    if num_before == num_after:
+        raise LaunchError(
+            f"--drop {' --drop '.join(drop)} matches none of the samples that the run serves.\n"
+            "  Count matches with mixtera-hpc query query.where=EXPRESSION."
+        )
+    open_source(after, Local(), check=False)  # Raises if the mixture has a domain without samples.
+    _logger.info("%s of %s samples are dropped.", f"{num_before - num_after:,}", f"{num_before:,}")

@@ -1,0 +1,75 @@
+"""Continue a run: check that it has ended, record what changes, then run or submit its next attempt.
+
+Everything is checked before anything is recorded, so a refused change leaves the run as it was.
+"""
+
+from collections.abc import Sequence
+
+from mixtera_hpc.config.compose import load_config
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.launch.attempts import start_local_attempt
+from mixtera_hpc.launch.resume import NO_EDITS, ResumeRequest, amended_config, check_ended, record_config
+from mixtera_hpc.launch.submit import Submitted, submit_attempt
+from mixtera_hpc.training.run_attempt import Attempt, run_attempt
+
+__all__ = ["continue_run", "submit_next_attempt"]
+
+
+def continue_run(
+    folder: RunFolder, overrides: Sequence[str] = (), request: ResumeRequest = NO_EDITS, attempt: int | None = None
+) -> int:
+    """Train the next attempt of a run in this process and the other ranks; return the exit code. **Collective.**
+
+    Args:
+        overrides: Hydra overrides on top of the recorded configuration.
+        request: Changes to what identifies the run.
+        attempt: The attempt that a batch script has made already. Then nothing changes and nothing is recorded.
+
+    Raises:
+        LaunchError: The run has not ended, or a change is not allowed.
+        ConfigError: The amended configuration is not valid.
+    """
+    config = amended_config(folder, overrides, request)
+
+    def prepare(num_ranks: int) -> Attempt:
+        if attempt is not None:
+            return Attempt(folder=folder, number=attempt)
+        newest = check_ended(folder)
+        _check_num_ranks(config, num_ranks)
+        _record_changes(folder, config, overrides, request)
+        number = start_local_attempt(folder, config, ranks=num_ranks, after=newest)
+        return Attempt(folder=folder, number=number)
+
+    return run_attempt(config.dataplane.comm, prepare)
+
+
+def submit_next_attempt(folder: RunFolder, overrides: Sequence[str], request: ResumeRequest) -> Submitted:
+    """Submit the next attempt of a run to Slurm.
+
+    Raises:
+        LaunchError: The run has not ended, a change is not allowed, or Slurm refuses the job.
+        ConfigError: The amended configuration is not valid.
+    """
+    newest = check_ended(folder)
+    config = amended_config(folder, overrides, request)
+    _record_changes(folder, config, overrides, request)
+    return submit_attempt(folder, config, after=newest)
+
+
+def _check_num_ranks(config: Config, num_ranks: int) -> None:
+    """Raise `ConfigError` unless a global batch can be divided among this number of ranks."""
+    # Imported here because it imports h5py, which `--help` does not need.
+    from mixtera_hpc.dataplane.reading.batches import BatchSlice
+
+    BatchSlice.of(config.dataplane, 0, num_ranks)
+
+
+def _record_changes(folder: RunFolder, config: Config, overrides: Sequence[str], request: ResumeRequest) -> None:
+    """Record the run edit that leads to `config`, then `config` itself. One process calls this."""
+    # Imported here because it imports h5py, which `--help` does not need.
+    from mixtera_hpc.dataplane.resume.edit_checks import check_and_record_edit
+
+    recorded = load_config(folder.config)
+    check_and_record_edit(folder, recorded, config, skip_steps=request.skip_steps, drop=request.drop)
+    record_config(folder, config, overrides)
