@@ -1,4 +1,4 @@
-"""Parsers for collections whose rows no dotted path describes; they are to `data.parser` what a user's own would be."""
+"""Parsers of public collections whose rows need more than dotted paths. They are used like a user's `data.parser`."""
 
 from typing import Any
 
@@ -6,8 +6,12 @@ __all__ = ["red_pajama"]
 
 
 def red_pajama(row: dict[str, Any]) -> dict[str, Any]:
-    """`language`, the names of all, and `publication_date`: RedPajama writes a language as text, as a list, or not at all."""
+    """Return `language` and `publication_date` of a RedPajama row.
+
+    RedPajama writes the language as a text, as a list of objects with a name, or not at all.
+    """
     meta = row.get("meta") or {}
     language = meta.get("language")
-    names = [part["name"] for part in language] if isinstance(language, list) else language
-    return {"language": names, "publication_date": meta.get("publication_date")}
+    if isinstance(language, list):
+        language = [entry["name"] for entry in language]
+    return {"language": language, "publication_date": meta.get("publication_date")}

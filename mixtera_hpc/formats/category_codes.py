@@ -1,7 +1,7 @@
-"""Categorical values as codes: every distinct value is looked at once, however many rows have it.
+"""Encode categorical values as codes. Each distinct value is processed once, however many rows have it.
 
-Values are text. Numbers and truth values that stand where a category is expected become their text (`7`, `true`); a list is
-a set of values; null and the empty list are the same, no value.
+Values are text. A number or a truth value where a category is expected becomes its text (`7`, `true`). A list is a set
+of values. Null and the empty list are the same: no value.
 """
 
 from collections import defaultdict
@@ -17,62 +17,72 @@ from mixtera_hpc.core.properties import as_text
 
 __all__ = ["Categories", "encode_categories", "map_categories"]
 
-Values = tuple[str, ...]
-"""The values of one row, sorted, each once; empty for null."""
+ValueSet = tuple[str, ...]
+"""The values of one row, sorted, each once. Empty for null."""
 
 
 @dataclass(frozen=True, slots=True)
 class Categories:
     """A column of categorical values."""
 
-    values: list[Values]
-    """What the codes stand for; no two are equal."""
+    values: list[ValueSet]
+    """The value set of every code. No two are equal."""
     code: NDArray[np.int32]
-    """Shape (rows,)."""
+    """One code per row, shape (rows,)."""
 
 
 def encode_categories(column: Sequence[Any]) -> Categories:
-    """Code the raw values of a column: None, scalars, or tuples of scalars.
+    """Encode the raw values of a column: None, scalars, or tuples of scalars.
 
     Raises:
-        ValueError: a text has no UTF-8 (half of a surrogate pair), which Python code may return and no file can hold.
+        ValueError: a text cannot be encoded as UTF-8 (a lone surrogate). Only Python code can return such a text.
     """
+    # The default of a missing key is the next unused code, so the dict numbers the values in order of appearance.
     codes: defaultdict[Any, int] = defaultdict(count().__next__)
     code = np.fromiter(map(codes.__getitem__, column), np.int32, len(column))
-    if not all(map(_is_plain, codes)):
-        return _encode_slowly(column)
-    return _merge_equal([_canonical(v) for v in codes], code)
+    if not all(map(_hashes_like_its_text, codes)):
+        return _encode_by_text(column)
+    return _merge_equal([_value_set(value) for value in codes], code)
 
 
 def map_categories(column: Categories, change: Callable[[str], str | None]) -> Categories:
-    """Put every value through `change`, once per distinct value; None drops it."""
-    changed = [tuple(sorted({c for v in values if (c := change(v)) is not None})) for values in column.values]
+    """Apply `change` to every distinct value; a value for which it returns None is dropped."""
+    changed = []
+    for values in column.values:
+        results = {change(value) for value in values}
+        changed.append(tuple(sorted(result for result in results if result is not None)))
     return _merge_equal(changed, column.code)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether hashing tells `value` from every other: 1, 1.0 and True are equal, their texts are not."""
+def _hashes_like_its_text(value: Any) -> bool:
+    """Return False if a dict may confuse `value` with another one: 1, 1.0 and True are equal, their texts are not."""
     parts = value if isinstance(value, tuple) else (value,)
-    return all(isinstance(v, str) or v is None for v in parts)
+    return all(isinstance(part, str) or part is None for part in parts)
 
 
-def _encode_slowly(column: Iterable[Any]) -> Categories:
-    codes: defaultdict[Values, int] = defaultdict(count().__next__)
-    code = np.array([codes[_canonical(v)] for v in column], np.int32)
+def _encode_by_text(column: Iterable[Any]) -> Categories:
+    """Encode a column whose raw values cannot be dict keys, converting every row to text first."""
+    codes: defaultdict[ValueSet, int] = defaultdict(count().__next__)
+    code = np.array([codes[_value_set(value)] for value in column], np.int32)
     return Categories(list(codes), code)
 
 
-def _canonical(value: Any) -> Values:
+def _value_set(value: Any) -> ValueSet:
+    """Convert a raw value to its value set.
+
+    Raises:
+        ValueError: a text cannot be encoded as UTF-8.
+    """
     parts = value if isinstance(value, tuple) else (value,)
-    texts = sorted({as_text(v) for v in parts if v is not None})
+    texts = sorted({as_text(part) for part in parts if part is not None})
     "".join(texts).encode()
     return tuple(texts)
 
 
-def _merge_equal(values: list[Values], code: NDArray[np.int32]) -> Categories:
-    """Lists that differ only in order or repetition are one value."""
-    position: dict[Values, int] = {}
-    target = np.array([position.setdefault(v, len(position)) for v in values], np.int32)
-    if len(position) == len(values):
+def _merge_equal(values: list[ValueSet], code: NDArray[np.int32]) -> Categories:
+    """Build the column, giving equal value sets one code: lists may differ only in order or repetition."""
+    positions: dict[ValueSet, int] = {}
+    new_code = np.array([positions.setdefault(value, len(positions)) for value in values], np.int32)
+    if len(positions) == len(values):
         return Categories(values, code)
-    return Categories(list(position), target[code])
+    return Categories(list(positions), new_code[code])

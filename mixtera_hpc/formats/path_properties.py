@@ -1,14 +1,14 @@
-"""Properties that say where a row comes from: constant over a shard, taken from its path, for every format alike.
+"""Properties that come from a shard's path. They are constant over the shard, and every format has them.
 
-They are written where a dotted path into the row would stand, between two underscores, so that they cannot be mistaken for a
-key of the row; a key of the row that happens to look so is shadowed only when it has one of these very names.
+In `data.properties` they stand where a dotted path into the row would stand, between double underscores, so that they
+cannot be mistaken for a key of the row. A key of the row is hidden only if it has exactly one of these names.
 
 __path__           a/lang=en/x.jsonl.gz   the shard, relative to the data root
 __name__           x.jsonl.gz             its file name
-__stem__           x                      the same without the ending that tells the format
-__parent__         lang=en                the folder it lies in; null at the root
+__stem__           x                      the file name without the ending of its format
+__parent__         lang=en                the folder that contains it; null at the root
 __folder__         a/lang=en              all folders below the root; null at the root
-__folder__.0       a                      one of them, from the root, or from the shard when negative (`__folder__.-1`)
+__folder__.0       a                      one of these folders, from the root; negative numbers count from the shard
 __partition__.lang en                     the value of a folder named `lang=…`
 __format__         jsonl.gz
 """
@@ -20,53 +20,70 @@ from mixtera_hpc.formats.registry import SUFFIXES
 
 __all__ = ["is_path_property", "path_property_value"]
 
-_WHOLE = ("__path__", "__name__", "__stem__", "__parent__", "__folder__", "__format__")
+_WITHOUT_KEY = ("__path__", "__name__", "__stem__", "__parent__", "__folder__", "__format__")
 _WITH_KEY = ("__folder__", "__partition__")
+_USAGE = {"__partition__": "__partition__.KEY", "__folder__": "__folder__.N with a whole number N"}
 
 
 def is_path_property(path: str) -> bool:
-    """Whether a property's path speaks of the shard and not of the row.
+    """Return True if a property's path names a property of the shard's path instead of a key of the row.
 
     Raises:
-        ConfigError: it names an origin with a key it cannot have, or without the key it needs.
+        ConfigError: it has a key that it cannot have, or lacks the key it needs.
     """
     name, _, key = path.partition(".")
-    if name not in (*_WHOLE, *_WITH_KEY):
+    if name not in (*_WITHOUT_KEY, *_WITH_KEY):
         return False
-    if path in _WHOLE or (name == "__partition__" and key) or (name == "__folder__" and _is_number(key)):
+    if path in _WITHOUT_KEY:
         return True
-    wanted = {"__partition__": "__partition__.KEY", "__folder__": "__folder__.N, N a whole number"}
-    raise ConfigError(f"{path!r} names nothing that a shard has; expected {wanted.get(name, name)}.")
+    if name == "__partition__" and key:
+        return True
+    if name == "__folder__" and _is_integer(key):
+        return True
+    raise ConfigError(f"{path!r} is not a property of a shard's path; expected {_USAGE.get(name, name)}.")
 
 
 def path_property_value(path: str, shard: str, format_name: str) -> str | None:
-    """The value that `path` has for every row of `shard`; None where there is none.
+    """Return the value of a path property for all rows of a shard; None if the shard has no such value.
 
     Args:
-        shard: relative to the data root.
+        path: the path property, for example `__folder__.0`.
+        shard: path relative to the data root.
+        format_name: name of the shard's format.
     """
     name, _, key = path.partition(".")
-    place = PurePosixPath(shard)
-    folders = place.parts[:-1]
+    shard_path = PurePosixPath(shard)
+    folders = shard_path.parts[:-1]
     if name == "__partition__":
-        return next((f.partition("=")[2] for f in reversed(folders) if f.partition("=")[0] == key and "=" in f), None)
+        return _partition_value(folders, key)
     if name == "__folder__" and key:
         return folders[int(key)] if -len(folders) <= int(key) < len(folders) else None
-    found = {
+
+    values = {
         "__path__": shard,
-        "__name__": place.name,
-        "__stem__": _stem(place.name),
+        "__name__": shard_path.name,
+        "__stem__": _stem(shard_path.name),
         "__parent__": folders[-1] if folders else None,
         "__folder__": "/".join(folders) or None,
         "__format__": format_name,
     }
-    return found[name]
+    return values[name]
 
 
-def _is_number(key: str) -> bool:
+def _partition_value(folders: tuple[str, ...], key: str) -> str | None:
+    """Return the value of the innermost folder named `key=value`."""
+    for folder in reversed(folders):
+        folder_key, equals, value = folder.partition("=")
+        if equals and folder_key == key:
+            return value
+    return None
+
+
+def _is_integer(key: str) -> bool:
     return key.removeprefix("-").isdecimal()
 
 
 def _stem(name: str) -> str:
-    ending = max((s for s in SUFFIXES if name.lower().endswith(s)), key=len, default="")
-    return name[: len(name) - len(ending)] if ending else PurePosixPath(name).stem
+    """Remove the longest ending that names a format, or else the last suffix."""
+    suffix = max((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), key=len, default="")
+    return name[: -len(suffix)] if suffix else PurePosixPath(name).stem

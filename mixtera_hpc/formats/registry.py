@@ -1,4 +1,4 @@
-"""Which format reads a file: by name, or by how its name ends."""
+"""Select the format of a file by name, or by the ending of the file name."""
 
 import importlib
 from functools import cache
@@ -22,7 +22,7 @@ _CLASSES = {
     "megatron": "mixtera_hpc.formats.readers.megatron:MegatronFormat",
     "text": "mixtera_hpc.formats.readers.plain_text:PlainTextFormat",
 }
-"""Loaded when first used: pyarrow alone takes longer than the command's help."""
+"""Format name → module and class. Loaded at the first use: importing pyarrow alone takes longer than `--help`."""
 
 SUFFIXES: dict[str, str] = {
     ".jsonl": "jsonl",
@@ -50,30 +50,29 @@ SUFFIXES: dict[str, str] = {
     ".bin": "megatron",
     ".txt": "text",
 }
-"""How a file's name ends, in lower case → the name of its format."""
-
+"""Ending of a file name, in lower case → format name."""
 
 SIDECAR_SUFFIX = ".sidecar.jsonl"
-"""How files end that hold the properties of another file's documents."""
+"""Ending of files that contain the properties of another file's documents; they are not shards."""
 
 
 def format_name_of(path: str) -> str | None:
-    """The name of the format of a file, None when its ending is unknown, or it only says something of another file."""
+    """Return the format name of a file. None if its ending is unknown, or if it is a sidecar."""
     name = PurePath(path).name.lower()
     if name.endswith(SIDECAR_SUFFIX):
         return None
-    return next((fmt for suffix, fmt in SUFFIXES.items() if name.endswith(suffix)), None)
+    return next((format_name for suffix, format_name in SUFFIXES.items() if name.endswith(suffix)), None)
 
 
 @cache
 def load_format(name: str) -> Format:
-    """The format called `name`.
+    """Import and return the format `name`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no format has this name.
     """
     if name not in _CLASSES:
-        raise ConfigError(f"data.format is {name!r}, which is no format.{did_you_mean(name, ['auto', *_CLASSES])}")
-    module, _, attribute = _CLASSES[name].partition(":")
-    loaded: Format = getattr(importlib.import_module(module), attribute)()
+        raise ConfigError(f"data.format is {name!r}, which is not a format.{did_you_mean(name, ['auto', *_CLASSES])}")
+    module_name, _, class_name = _CLASSES[name].partition(":")
+    loaded: Format = getattr(importlib.import_module(module_name), class_name)()
     return loaded

@@ -1,7 +1,8 @@
-"""A shard → batches with every property the configuration names, wherever it comes from.
+"""Scan a shard with every property of the configuration, wherever its value comes from.
 
-A format knows rows; this adds what the path says (`origin`), what the user's function makes of a row (`parser`), and takes
-patterns out of values. Constant columns cost nothing per row; patterns are matched once per distinct value.
+A format reads rows. This module adds the properties of the shard's path (`path_properties`), calls the user's parser
+(`user_functions`), and applies patterns to values. A constant column costs nothing per row, and a pattern is matched
+once per distinct value.
 """
 
 import re
@@ -16,20 +17,12 @@ import numpy as np
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError, UserError
-from mixtera_hpc.formats.base import (
-    MAX_BAD_ROWS,
-    Column,
-    ParserSpec,
-    PropertyField,
-    RowBatch,
-    ScanSpec,
-    ScanUnit,
-    Vocabulary,
-)
+from mixtera_hpc.formats.base import Column, ParserSpec, PropertyField, RowBatch, ScanSpec, ScanUnit, Vocabulary
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.category_codes import Categories, map_categories
 from mixtera_hpc.formats.path_properties import is_path_property, path_property_value
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS
 from mixtera_hpc.formats.user_functions import import_function, source_digest
 
 __all__ = ["ShardFile", "scan_shard", "scan_spec_of"]
@@ -46,145 +39,193 @@ class ShardFile:
 
 
 def scan_spec_of(data: DataConfig, *, documents: bool, vocabulary: Vocabulary | None = None) -> ScanSpec:
-    """What a configuration wants of every row; properties sorted by name.
+    """Build the scan spec of a configuration; properties are sorted by name.
 
     Args:
-        documents: whether texts are wanted, to count their tokens or for functions over them.
-        vocabulary: what token ids on disk are held against.
+        data: the configuration.
+        documents: whether texts are needed, to count their tokens or to call functions on them.
+        vocabulary: the vocabulary of token ids on disk.
 
     Raises:
-        ConfigError: a path looks inside what another takes as a value, or both take it as values of different kinds; a parser
-            that cannot be imported.
+        ConfigError: two paths contradict each other, or the parser cannot be imported.
     """
     properties = tuple(
-        PropertyField(name=name, path=spec.path, kind=Kind(spec.kind), pattern=spec.pattern)
-        for name, spec in sorted(data.properties.items())
-        if spec.path is not None
+        PropertyField(name=name, path=config.path, kind=Kind(config.kind), pattern=config.pattern)
+        for name, config in sorted(data.properties.items())
+        if config.path is not None
     )
-    fields = ScanSpec(
+    spec = ScanSpec(
         text=data.text,
         properties=properties,
         documents=documents,
         skip_bad=data.on_bad_sample == "skip",
-        parser=_parser(data.parser) if data.parser is not None else None,
+        parser=_parser_spec(data.parser) if data.parser is not None else None,
         vocabulary=vocabulary,
         max_block_bytes=data.max_block_bytes,
     )
-    RowType(replace(fields, properties=_row_fields(fields)))  # Paths that clash are refused before a shard is read.
-    return fields
+    # Refuse paths that contradict each other before any shard is read.
+    RowType(replace(spec, properties=_row_properties(spec)))
+    return spec
 
 
-def _parser(path: str) -> ParserSpec:
+def _parser_spec(path: str) -> ParserSpec:
     return ParserSpec(path=path, fingerprint=source_digest(import_function(path, "data.parser")))
 
 
-def scan_shard(shard: ShardFile, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+def scan_shard(shard: ShardFile, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
     """Read the rows of one unit, as `Format.scan` does, with all properties.
 
     Raises:
-        DataError: rows that cannot be read, or that the parser fails on.
-        ConfigError: a pattern that is to find numbers finds others, or a parser returns what no file can hold: no fault of the data.
+        DataError: rows cannot be read, or the parser fails on them.
+        ConfigError: a pattern for numbers matches something else, or the parser returns a value that cannot be stored.
     """
-    inner = replace(fields, properties=() if fields.parser else _row_fields(fields), rows=fields.parser is not None)
-    parsed = _Parsed(shard, unit, fields) if fields.parser else None
-    for found in load_format(shard.format).scan(shard.root / shard.path, unit, inner, block_rows):
-        batch = parsed.add(found) if parsed else found
-        yield replace(batch, columns={f.name: _column(f, batch, shard) for f in fields.properties}, raw=None)
-    if parsed:
-        parsed.check()
+    parser = _ParserRunner(shard, unit, spec) if spec.parser else None
+    format_spec = replace(
+        spec,
+        properties=() if parser else _row_properties(spec),
+        whole_rows=parser is not None,
+    )
+    batches = load_format(shard.format).scan(shard.root / shard.path, unit, format_spec, block_rows)
+    for batch in batches:
+        parsed = parser.apply(batch) if parser else batch
+        columns = {field.name: _column(field, parsed, shard) for field in spec.properties}
+        yield replace(parsed, columns=columns, raw_rows=None)
+    if parser:
+        parser.check()
 
 
-def _row_fields(fields: ScanSpec) -> tuple[PropertyField, ...]:
-    """The properties that rows (or what a parser makes of them) have; with a pattern they are read as text."""
-    rows = (f for f in fields.properties if not is_path_property(f.path))
-    return tuple(replace(f, kind=Kind.CATEGORY) if f.pattern and f.kind is Kind.NUMBER else f for f in rows)
+def _row_properties(spec: ScanSpec) -> tuple[PropertyField, ...]:
+    """Return the properties that come from rows, or from the parser's result.
+
+    A number with a pattern is read as text first: its digits are only a part of the value.
+    """
+    properties = []
+    for field in spec.properties:
+        if is_path_property(field.path):
+            continue
+        is_matched_number = field.pattern and field.kind is Kind.NUMBER
+        properties.append(replace(field, kind=Kind.CATEGORY) if is_matched_number else field)
+    return tuple(properties)
 
 
 def _column(field: PropertyField, batch: RowBatch, shard: ShardFile) -> Column:
-    column = batch.columns[field.name] if not is_path_property(field.path) else _constant(field, batch.rows, shard)
+    """Return the column of a property, with its pattern applied and in its kind."""
+    column: Column
+    if is_path_property(field.path):
+        column = _constant_column(field, batch.rows, shard)
+    else:
+        column = batch.columns[field.name]
+
     if field.pattern is not None and isinstance(column, Categories):
         search = re.compile(field.pattern).search
         column = map_categories(column, lambda value: _first_group(search(value)))
     if field.kind is Kind.NUMBER and isinstance(column, Categories):
-        return _numbers(field, column, shard)
+        column = _to_numbers(field, column, shard)
     return column
 
 
-def _constant(field: PropertyField, rows: int, shard: ShardFile) -> Categories:
+def _constant_column(field: PropertyField, rows: int, shard: ShardFile) -> Categories:
+    """Return the column of a path property: one code for all rows."""
     value = path_property_value(field.path, shard.path, shard.format)
     return Categories([() if value is None else (value,)], np.zeros(rows, np.int32))
 
 
 def _first_group(match: "re.Match[str] | None") -> str | None:
+    """Return the first group of a match, or the whole match if the pattern has no group."""
     if match is None:
         return None
-    found: str | None = match.group(1 if match.re.groups else 0)
-    return found
+    group: str | None = match.group(1 if match.re.groups else 0)
+    return group
 
 
-def _numbers(field: PropertyField, column: Categories, shard: ShardFile) -> Column:
+def _to_numbers(field: PropertyField, column: Categories, shard: ShardFile) -> Column:
+    """Convert texts to numbers.
+
+    Raises:
+        ConfigError: a text is not a number.
+    """
     try:
-        values = [float(value[0]) if value else np.nan for value in column.values]
+        numbers = [float(values[0]) if values else np.nan for values in column.values]
     except ValueError as error:
         raise ConfigError(
-            f"{shard.path}: data.properties.{field.name} is of kind number, but {error}.\n  Make its pattern match digits only."
+            f"{shard.path}: data.properties.{field.name} has kind number, but {error}.\n"
+            "  Change its pattern so that it matches digits only."
         ) from None
-    return np.array([*values, np.nan])[column.code]
+    # The extra NaN keeps the float64 type if there are no values.
+    return np.array([*numbers, np.nan])[column.code]
 
 
-class _Parsed:
-    """Runs the user's parser over the rows of one unit."""
+class _ParserRunner:
+    """Calls the user's parser on the rows of one unit, and collects the rows on which it fails."""
 
-    def __init__(self, shard: ShardFile, unit: ScanUnit, fields: ScanSpec) -> None:
-        self._shard, self._unit, self._skip = shard, unit, fields.skip_bad
-        self._name = fields.parser.path if fields.parser else ""
-        self._parser = import_function(self._name, "data.parser")
-        self._type = RowType(ScanSpec(text=None, properties=_row_fields(fields)))
+    def __init__(self, shard: ShardFile, unit: ScanUnit, spec: ScanSpec) -> None:
+        self._shard = shard
+        self._unit = unit
+        self._skip_bad = spec.skip_bad
+        self._name = spec.parser.path if spec.parser else ""
+        self._parse = import_function(self._name, "data.parser")
+        self._type = RowType(ScanSpec(text=None, properties=_row_properties(spec)))
         self._blank = self._type.blank()
         self._rows = 0
         self._bad: list[tuple[int, str]] = []
 
-    def add(self, batch: RowBatch) -> RowBatch:
-        """The batch with the columns of what the parser returns."""
-        known, found, rows = {row for row, _ in batch.bad}, [], []
-        for number, raw in enumerate(batch.raw or []):
-            try:
-                rows.append(self._blank if number in known else self._parse(raw))
-            except UserError:
-                raise
-            except Exception as error:
-                rows.append(self._blank)
-                found.append((number, f"{self._name}: {type(error).__name__}: {error}"))
-        if not self._skip:
-            self._bad += [(self._rows + number, problem) for number, problem in found]
-            found = []
+    def apply(self, batch: RowBatch) -> RowBatch:
+        """Return the batch with the columns of the parser's results.
+
+        Raises:
+            DataError: the parser has failed on many rows.
+        """
+        already_bad = {row for row, _ in batch.bad}
+        rows = []
+        failed = []
+        for number, raw in enumerate(batch.raw_rows or []):
+            row, problem = (self._blank, "") if number in already_bad else self._parse_row(raw)
+            rows.append(row)
+            if problem:
+                failed.append((number, problem))
+
+        if not self._skip_bad:
+            self._bad += [(self._rows + number, problem) for number, problem in failed]
+            failed = []
         self._rows += batch.rows
         if len(self._bad) >= MAX_BAD_ROWS:
             self.check()
-        return replace(batch, columns=self._columns(rows), bad=tuple(sorted([*batch.bad, *found])))
+        return replace(batch, columns=self._columns(rows), bad=tuple(sorted([*batch.bad, *failed])))
+
+    def _parse_row(self, raw: Any) -> tuple[Any, str]:
+        """Return the parser's result for a row, and the problem (empty if there is none)."""
+        try:
+            return msgspec.convert(self._parse(raw), self._type.struct), ""
+        except UserError:
+            raise
+        except Exception as error:
+            return self._blank, f"{self._name}: {type(error).__name__}: {error}"
 
     def _columns(self, rows: list[Any]) -> dict[str, Column]:
         try:
             return self._type.columns(rows)
         except ValueError as error:
             raise ConfigError(
-                f"data.parser {self._name} returned a value for a row of {self._shard.path} that cannot be stored: {error}.\n"
-                "  Make it return texts of valid characters, and numbers."
+                f"data.parser {self._name} returned a value for a row of {self._shard.path} that cannot be stored: "
+                f"{error}.\n"
+                "  Change it to return numbers and texts of valid characters."
             ) from None
 
     def check(self) -> None:
-        """Raise for the rows that the parser failed on."""
+        """Raise the error for the rows on which the parser failed, if there are any.
+
+        Raises:
+            DataError: the parser failed on some rows.
+        """
         if not self._bad:
             return
-        where = f" of those that begin at byte {self._unit.start} or later" if self._unit.start else ""
         path = str(self._shard.root / self._shard.path)
         error = DataError(
             f"data.parser {self._name} fails on rows of {path}, or returns what data.properties does not expect.\n"
-            "  Repair it, or leave these rows out with data.on_bad_sample=skip."
+            "  Repair it, or skip these rows with data.on_bad_sample=skip."
         )
+        # The unit does not know how many rows come before it.
+        where = f" of those that begin at byte {self._unit.start} or later" if self._unit.start else ""
         for row, problem in self._bad[:MAX_BAD_ROWS]:
             error.add_note(f"shard={path!r} row={row}{where}: {problem}")
         raise error
-
-    def _parse(self, raw: Any) -> Any:
-        return msgspec.convert(self._parser(raw), self._type.struct)

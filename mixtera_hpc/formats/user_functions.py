@@ -1,7 +1,7 @@
-"""Functions of the user's, over rows (`data.parser`) or documents (`data.properties.NAME.function`).
+"""Import the user's functions: of rows (`data.parser`) and of documents (`data.properties.NAME.function`).
 
-They are imported by name, from the user's own code, when the index is built and never later. A digest of the file one is
-written in is part of what a build goes on from, so one that was interrupted does not mix the results of two versions.
+They are imported by name while the index is built, and at no other time. A digest of the source file is part of the
+state of a build, so that a continued build does not mix the results of two versions.
 """
 
 import hashlib
@@ -20,41 +20,45 @@ Function = Callable[[Any], Any]
 
 
 def source_digest(function: Function) -> str:
-    """Hex digest of the file that a function is written in; the same for all that have none."""
+    """Return the hex digest of a function's source file; the same digest for all functions without one."""
     try:
         source = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # Written in C, or an object that can be called.
+    except TypeError:  # A function written in C, or a callable object.
         source = None
     content = Path(source).read_bytes() if source and Path(source).is_file() else b""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def import_function(path: str, key: str) -> Function:
-    """Import the function at `package.module.function`, which the configuration names under `key`.
+    """Import the function `package.module.function`.
+
+    Args:
+        path: dotted path of the function.
+        key: the config key that names it, for messages.
 
     Raises:
-        ConfigError: it cannot be imported, or is no function.
+        ConfigError: it cannot be imported, or is not a function.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise ConfigError(f"{key} is {path!r}, expected package.module.function.")
+        raise ConfigError(f"{key} is {path!r}; expected package.module.function.")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(
             f"{key} is {path!r}, but {module_name} cannot be imported: {type(error).__name__}: {error}.\n"
-            "  Install the package it is in, or put its folder on PYTHONPATH."
+            "  Install its package, or add its folder to PYTHONPATH."
         ) from None
-    found = getattr(module, name, None)
-    if not callable(found):
-        problem = "is not there" if found is None else f"is of type {type(found).__name__}, no function"
+
+    function: Function | None = getattr(module, name, None)
+    if function is None or not callable(function):
+        problem = "does not exist" if function is None else f"is of type {type(function).__name__}, not a function,"
         raise ConfigError(
             f"{key} is {path!r}, but {name} {problem} in {module_name} ({module.__file__})."
-            f"{did_you_mean(name, _functions(module))}\n  Name a function of that module, or write it there."
+            f"{did_you_mean(name, _public_functions(module))}\n  Name a function of that module, or define it there."
         )
-    function: Function = found
     return function
 
 
-def _functions(module: ModuleType) -> list[str]:
+def _public_functions(module: ModuleType) -> list[str]:
     return [name for name, value in vars(module).items() if inspect.isfunction(value) and not name.startswith("_")]

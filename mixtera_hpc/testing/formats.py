@@ -1,7 +1,7 @@
-"""What every format must do. Give each check a `FormatCase`, the format and how rows are written in it, and an empty folder.
+"""The conformance suite of formats. Call each check with a `FormatCase` (a format and a writer) and an empty folder.
 
-A new format passes when all of `CHECKS` do: the same rows give the same properties, blocks that hold every row once, and
-the same documents back, whatever the file looks like inside.
+A new format conforms if all of `CHECKS` pass: the same rows give the same properties, every row is in exactly one
+block, and the same documents come back, whatever the file looks like inside.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
@@ -55,26 +56,27 @@ BLOCK_ROWS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FormatCase:
-    """A format, and what rows look like when they are written in it."""
+    """A format, and how rows are written in it."""
 
     format: Format
     write: Callable[[Path, Sequence[Row]], list[Path]]
-    """Writes rows into a folder; returns the shards, one for all or one for each. A row whose text is None must be unreadable."""
+    """Writes rows into a folder and returns the shards: one for all rows, or one for each. A row whose text is None
+    must be unreadable."""
     text: str | None = "text"
-    """What `data.text` is for it."""
+    """The value of `data.text` for this format."""
     below: str = ""
-    """What comes before the paths of properties."""
+    """Prefix of the paths of properties, for example `json.`."""
     has_properties: bool = True
-    """Whether rows can say something of themselves."""
+    """Rows can have properties."""
     payload: Callable[[int, Row], Any] = lambda _, row: row
-    """(position in the shard, row) → what a trainer gets with `mixture.unit=samples`."""
+    """(position in the shard, row) → the payload that a trainer gets with `mixture.unit=samples`."""
     encode: Callable[[str], Any] | None = None
-    """Of formats that hold token ids: text → ids below 256."""
+    """For formats that hold token ids: text → ids below 256."""
     texts_may_be_empty: bool = True
 
     @property
-    def fields(self) -> ScanSpec:
-        """What is asked of rows."""
+    def spec(self) -> ScanSpec:
+        """What the checks ask of rows."""
         properties = (
             PropertyField(name="language", path=f"{self.below}meta.language", kind=Kind.CATEGORY),
             PropertyField(name="quality", path=f"{self.below}meta.quality", kind=Kind.NUMBER),
@@ -88,249 +90,288 @@ class FormatCase:
         )
 
     def rows(self, num_rows: int) -> list[Row]:
-        """`sample_rows`, within what the format can hold."""
+        """Return `sample_rows` that the format can hold."""
         rows = sample_rows(num_rows)
-        return rows if self.texts_may_be_empty else [r | {"text": r["text"] or "-"} for r in rows]
+        if self.texts_may_be_empty:
+            return rows
+        return [row | {"text": row["text"] or "-"} for row in rows]
 
     def document(self, row: Row) -> Any:
-        """What a reader returns for a row."""
+        """Return what a reader returns for a row."""
         return list(self.encode(row["text"])) if self.encode else row["text"]
 
 
 def sample_rows(num_rows: int, seed: int = 0) -> list[Row]:
-    """Rows with nested, missing, null and multi-valued properties, and texts from empty to long, of many scripts."""
+    """Return rows with nested, missing, null and multi-valued properties, and texts of any length in many scripts."""
     rng = np.random.Generator(np.random.Philox(seed))
     letters = list('abc é€漢字🙂\n\t"\\ ،0')
     rows: list[Row] = []
     for i in range(num_rows):
-        text = "".join(rng.choice(letters, int(rng.integers(0, 200)))) * (50 if i % 97 == 5 else 1)
+        repeats = 50 if i % 97 == 5 else 1
+        text = "".join(rng.choice(letters, int(rng.integers(0, 200)))) * repeats
         language = [None, "en", "de", "zh,tw;x"][int(rng.integers(4))]
-        tags = [["a", "b", "ü"][t] for t in np.flatnonzero(rng.random(3) < 0.4)]
+        tags = [["a", "b", "ü"][tag] for tag in np.flatnonzero(rng.random(3) < 0.4)]
         quality = None if i % 11 == 3 else float(rng.random())
         rows.append({"text": text, "meta": {"language": language, "quality": quality}, "tags": tags})
     return rows
 
 
-def scan_whole_shard(fmt: Format, path: Path, fields: ScanSpec) -> list[RowBatch]:
-    """All batches of all units of a shard, in order."""
+def scan_whole_shard(fmt: Format, path: Path, spec: ScanSpec) -> list[RowBatch]:
+    """Return all batches of all units of a shard, in order."""
     units = fmt.units(path, path.stat().st_size)
-    return [batch for unit in units for batch in fmt.scan(path, unit, fields, BLOCK_ROWS)]
+    return [batch for unit in units for batch in fmt.scan(path, unit, spec, BLOCK_ROWS)]
 
 
-def read_blocks(batches: Sequence[RowBatch]) -> list[tuple[BlockRef, Any]]:
-    """Every block of a shard's batches, with the lengths of its rows (zeros where the format has none)."""
-    per_batch = [np.zeros(b.rows, np.int64) if b.lengths is None else b.lengths for b in batches]
+def read_blocks(batches: Sequence[RowBatch]) -> list[tuple[BlockRef, NDArray[np.int64]]]:
+    """Return every block of a shard with the lengths of its rows (zeros if rows have no byte range)."""
+    per_batch = [np.zeros(batch.rows, np.int64) if batch.lengths is None else batch.lengths for batch in batches]
     lengths = np.concatenate([np.zeros(0, np.int64), *per_batch])
-    found, first_row = [], 0
+    blocks = []
+    first_row = 0
     for batch in batches:
         for offset, length, rows in zip(batch.blocks.offset, batch.blocks.length, batch.blocks.rows, strict=True):
             block = BlockRef(offset=int(offset), length=int(length), first_row=first_row, rows=int(rows))
-            found.append((block, lengths[first_row : first_row + block.rows]))
+            blocks.append((block, lengths[first_row : first_row + block.rows]))
             first_row += block.rows
-    return found
+    return blocks
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """One shard, scanned."""
+class _ScannedShard:
+    """One shard, its rows as they were written, and its batches."""
 
     path: Path
     rows: list[Row]
     batches: list[RowBatch]
 
 
-def _stored(case: FormatCase, folder: Path, rows: list[Row], fields: ScanSpec | None = None) -> list[_Stored]:
+def _write_and_scan(
+    case: FormatCase, folder: Path, rows: list[Row], spec: ScanSpec | None = None
+) -> list[_ScannedShard]:
     folder.mkdir(exist_ok=True)
     paths = case.write(folder, rows)
-    parts = [rows] if len(paths) == 1 else [[row] for row in rows]
+    rows_of_shard = [rows] if len(paths) == 1 else [[row] for row in rows]
     return [
-        _Stored(path, part, scan_whole_shard(case.format, path, fields or case.fields))
-        for path, part in zip(paths, parts, strict=True)
+        _ScannedShard(path, shard_rows, scan_whole_shard(case.format, path, spec or case.spec))
+        for path, shard_rows in zip(paths, rows_of_shard, strict=True)
     ]
 
 
-def _read(case: FormatCase, reader: ShardReader, block: BlockRef, lengths: Any, rows: Any) -> list[Any]:
-    """Documents, whatever they are made of."""
+def _read(
+    case: FormatCase, reader: ShardReader, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]
+) -> list[Any]:
+    """Return the documents, as texts or as lists of token ids."""
     if case.format.holds_tokens:
         return [ids.tolist() for ids in cast(TokenReader, reader).tokens(block, rows)]
     return reader.documents(block, lengths, rows)
 
 
 def check_units_partition_the_shard(case: FormatCase, folder: Path) -> None:
-    """Units follow each other and cover the file."""
+    """Check that units follow each other and cover the file."""
     for path in case.write(folder, case.rows(500)):
         size = path.stat().st_size
-        bounds = [(u.start, u.stop) for u in case.format.units(path, size)]
-        _same(bounds[0][0], 0, "the first unit begins at")
-        _same(bounds[-1][1], size, "the last unit ends at")
-        _same([a for a, _ in bounds[1:]], [b for _, b in bounds[:-1]], "units begin where the one before ends:")
+        units = case.format.units(path, size)
+        _same(units[0].start, 0, "start of the first unit")
+        _same(units[-1].stop, size, "stop of the last unit")
+        _same([unit.start for unit in units[1:]], [unit.stop for unit in units[:-1]], "starts of the other units")
 
 
 def check_blocks_partition_the_rows(case: FormatCase, folder: Path) -> None:
-    """Every row is in one block; lengths of rows, where there are any, add up to those of blocks."""
-    for shard in _stored(case, folder, case.rows(500)):
-        _same(sum(b.rows for b in shard.batches), len(shard.rows), "rows")
+    """Check that every row is in one block, and that lengths of rows, if there are any, add up to those of blocks."""
+    for shard in _write_and_scan(case, folder, case.rows(500)):
+        _same(sum(batch.rows for batch in shard.batches), len(shard.rows), "number of rows")
         blocks = read_blocks(shard.batches)
-        _same(sum(block.rows for block, _ in blocks), len(shard.rows), "rows in blocks")
-        if any(b.lengths is not None for b in shard.batches):
+        _same(sum(block.rows for block, _ in blocks), len(shard.rows), "number of rows in blocks")
+        if any(batch.lengths is not None for batch in shard.batches):
             sums = [int(lengths.sum()) for _, lengths in blocks]
             _same(sums, [block.length for block, _ in blocks], "bytes of blocks")
 
 
 def check_properties_are_those_of_the_rows(case: FormatCase, folder: Path) -> None:
-    """Categories, sets of categories and numbers come out as they went in, null included."""
+    """Check that categories, sets of categories and numbers are read as written, null included."""
     if not case.has_properties:
         return
-    for shard in _stored(case, folder, case.rows(500)):
-        _same(_categories(shard.batches, "language"), [_set(r["meta"]["language"]) for r in shard.rows], "language")
-        _same(_categories(shard.batches, "tags"), [tuple(sorted(r["tags"])) for r in shard.rows], "tags")
-        quality = np.concatenate([b.columns["quality"] for b in shard.batches])
-        expected = np.array([r["meta"]["quality"] for r in shard.rows], np.float64)
-        _same(np.array_equal(quality, expected, equal_nan=True), True, "quality as it was")
+    for shard in _write_and_scan(case, folder, case.rows(500)):
+        languages = [_value_set(row["meta"]["language"]) for row in shard.rows]
+        _same(_categories(shard.batches, "language"), languages, "language")
+        _same(_categories(shard.batches, "tags"), _tags(shard.rows), "tags")
+        quality = np.concatenate([batch.columns["quality"] for batch in shard.batches])
+        expected = np.array([row["meta"]["quality"] for row in shard.rows], np.float64)
+        _same(np.array_equal(quality, expected, equal_nan=True), True, "quality equals what was written")
 
 
 def check_documents_read_back(case: FormatCase, folder: Path) -> None:
-    """Texts (or token ids) are those of the rows: while scanning, block by block, and for a few rows of a block."""
-    for shard in _stored(case, folder, case.rows(500)):
+    """Check the texts (or token ids) while scanning, block by block, and for a few rows of a block."""
+    for shard in _write_and_scan(case, folder, case.rows(500)):
         documents = [case.document(row) for row in shard.rows]
-        if case.format.holds_tokens:
-            counts = np.concatenate([b.tokens for b in shard.batches if b.tokens is not None])
-            _same(counts.tolist(), list(map(len, documents)), "tokens counted")
-        else:
-            _same([d for b in shard.batches for d in b.documents or []], documents, "scanned texts")
+        _check_scanned_documents(case, shard, documents)
+
         reader = case.format.open(shard.path, case.text, BlockCache())
         for block, lengths in read_blocks(shard.batches):
             expected = documents[block.first_row : block.first_row + block.rows]
             for step in (1, 3, block.rows):
-                wanted = np.arange(0, block.rows, step)
-                found = _read(case, reader, block, lengths, wanted)
-                _same(found, expected[::step], f"documents of every {step}th row")
+                got = _read(case, reader, block, lengths, np.arange(0, block.rows, step))
+                _same(got, expected[::step], f"documents of rows 0, {step}, …")
             _same(_read(case, reader, block, lengths, np.zeros(0, np.int64)), [], "documents of no rows")
+        # A second call of close must do nothing.
         reader.close()
         reader.close()
+
+
+def _check_scanned_documents(case: FormatCase, shard: _ScannedShard, documents: list[Any]) -> None:
+    if case.format.holds_tokens:
+        counts = np.concatenate([batch.tokens for batch in shard.batches if batch.tokens is not None])
+        _same(counts.tolist(), list(map(len, documents)), "number of tokens")
+    else:
+        _same(_scanned_texts(shard.batches), documents, "scanned texts")
 
 
 def check_rows_have_their_bytes(case: FormatCase, folder: Path) -> None:
-    """A reader that takes byte ranges finds the rows of several blocks in one call."""
-    for shard in _stored(case, folder, case.rows(300)):
+    """Check that a reader of byte ranges reads the rows of several blocks in one call."""
+    for shard in _write_and_scan(case, folder, case.rows(300)):
         reader = case.format.open(shard.path, case.text, BlockCache())
         if isinstance(reader, RangeReader):
-            ranges = [row_byte_ranges(b, n, np.arange(b.rows)) for b, n in read_blocks(shard.batches)]
-            starts, lengths = (np.concatenate(part)[::2] for part in zip(*ranges, strict=True))
-            _same(reader.documents_at(starts, lengths), [case.document(r) for r in shard.rows[::2]], "texts by bytes")
-            expected = [case.payload(i, r) for i, r in enumerate(shard.rows)][::2]
-            _same(reader.payloads_at(starts, lengths), expected, "payloads by bytes")
+            ranges = [
+                row_byte_ranges(block, lengths, np.arange(block.rows)) for block, lengths in read_blocks(shard.batches)
+            ]
+            starts = np.concatenate([block_starts for block_starts, _ in ranges])[::2]
+            lengths = np.concatenate([block_lengths for _, block_lengths in ranges])[::2]
+            documents = [case.document(row) for row in shard.rows[::2]]
+            _same(reader.documents_at(starts, lengths), documents, "texts by byte ranges")
+            payloads = [case.payload(i, row) for i, row in enumerate(shard.rows)][::2]
+            _same(reader.payloads_at(starts, lengths), payloads, "payloads by byte ranges")
         reader.close()
 
 
 def check_payloads_read_back(case: FormatCase, folder: Path) -> None:
-    """Whole rows come back."""
-    for shard in _stored(case, folder, case.rows(200)):
+    """Check that whole rows are read as written."""
+    for shard in _write_and_scan(case, folder, case.rows(200)):
         payloads = [case.payload(i, row) for i, row in enumerate(shard.rows)]
         reader = case.format.open(shard.path, None, BlockCache())
         for block, lengths in read_blocks(shard.batches):
             expected = payloads[block.first_row : block.first_row + block.rows][::2]
-            found = reader.payloads(block, lengths, np.arange(0, block.rows, 2))
-            _same(_plain(found), _plain(expected), "payloads")
+            got = reader.payloads(block, lengths, np.arange(0, block.rows, 2))
+            _same(_without_arrays(got), _without_arrays(expected), "payloads")
         reader.close()
 
 
 def check_a_parser_gets_whole_rows(case: FormatCase, folder: Path) -> None:
-    """With `rows`, whole rows come with the batches."""
-    fields = replace(case.fields, properties=(), rows=True)
-    for shard in _stored(case, folder, case.rows(200), fields):
-        raw = [row for batch in shard.batches for row in batch.raw or []]
-        _same(len(raw), len(shard.rows), "rows for a parser")
+    """Check that batches contain whole rows if the spec asks for them."""
+    spec = replace(case.spec, properties=(), whole_rows=True)
+    for shard in _write_and_scan(case, folder, case.rows(200), spec):
+        raw_rows = [row for batch in shard.batches for row in batch.raw_rows or []]
+        _same(len(raw_rows), len(shard.rows), "number of rows for a parser")
         if case.has_properties:
             key = case.below.removesuffix(".")
-            tags = [(row[key] if key else row)["tags"] for row in raw]
-            _same(tags, [row["tags"] for row in shard.rows], "what a parser sees")
+            tags = [(row[key] if key else row)["tags"] for row in raw_rows]
+            _same(tags, [row["tags"] for row in shard.rows], "tags in the rows for a parser")
 
 
 def check_missing_text_is_refused(case: FormatCase, folder: Path) -> None:
-    """A row that cannot be read is named."""
+    """Check that the error for an unreadable row names it."""
     rows = case.rows(100)
     rows[42]["text"] = None
     paths = case.write(folder, rows)
     shard, row = (paths[0], 42) if len(paths) == 1 else (paths[42], 0)
     for documents in (False, True):
         try:
-            scan_whole_shard(case.format, shard, replace(case.fields, documents=documents))
+            scan_whole_shard(case.format, shard, replace(case.spec, documents=documents))
         except DataError as error:
             notes = " ".join(error.__notes__)
-            _same(f"row={row}:" in notes and str(shard) in notes, True, f"{notes} names row {row} of {shard}:")
+            names_row = f"row={row}:" in notes and str(shard) in notes
+            _same(names_row, True, f"{notes} names row {row} of {shard}")
         else:
             raise AssertionError("a row whose text is null was accepted")
 
 
 def check_bad_rows_are_listed_when_they_are_skipped(case: FormatCase, folder: Path) -> None:
-    """With `skip_bad`, rows that cannot be read are listed, and all others read as if they were not there."""
-    rows, bad = case.rows(500), [0, 42, 43, 499]
-    for row in bad:
+    """Check that with `skip_bad` unreadable rows are listed, and that all others are read as if they were not there."""
+    rows = case.rows(500)
+    for row in (0, 42, 43, 499):
         rows[row]["text"] = None
     for documents in (False, True):
-        fields = replace(case.fields, documents=documents, skip_bad=True)
-        shards = _stored(case, folder, rows, fields)
+        spec = replace(case.spec, documents=documents, skip_bad=True)
+        shards = _write_and_scan(case, folder, rows, spec)
         for shard in shards:
-            starts = np.cumsum([0, *(b.rows for b in shard.batches)]).tolist()
-            found = [start + row for start, b in zip(starts, shard.batches, strict=False) for row, _ in b.bad]
-            _same(found, [i for i, r in enumerate(shard.rows) if r["text"] is None], "rows listed as bad")
-            if case.has_properties:
-                tags = [t for i, t in enumerate(_categories(shard.batches, "tags")) if i not in found]
-                _same(tags, [tuple(sorted(r["tags"])) for r in shard.rows if r["text"] is not None], "tags")
+            _check_bad_rows(case, shard)
     for shard in shards:
-        reader = case.format.open(shard.path, case.text, BlockCache())
-        for block, lengths in read_blocks(shard.batches):
-            part = shard.rows[block.first_row : block.first_row + block.rows]
-            wanted = np.array([i for i, row in enumerate(part) if row["text"] is not None], np.int64)
-            texts = [case.document(part[i]) for i in wanted]
-            _same(_read(case, reader, block, lengths, wanted), texts, "documents of the other rows")
-        reader.close()
+        _check_readable_rows(case, shard)
+
+
+def _check_bad_rows(case: FormatCase, shard: _ScannedShard) -> None:
+    """Check the list of bad rows and the properties of the others."""
+    bad = []
+    first_row = 0
+    for batch in shard.batches:
+        bad += [first_row + row for row, _ in batch.bad]
+        first_row += batch.rows
+    _same(bad, [i for i, row in enumerate(shard.rows) if row["text"] is None], "rows listed as bad")
+    if case.has_properties:
+        tags = [tags for i, tags in enumerate(_categories(shard.batches, "tags")) if i not in bad]
+        _same(tags, _tags([row for row in shard.rows if row["text"] is not None]), "tags of the other rows")
+
+
+def _check_readable_rows(case: FormatCase, shard: _ScannedShard) -> None:
+    """Check that all rows with a text are read as written."""
+    reader = case.format.open(shard.path, case.text, BlockCache())
+    for block, lengths in read_blocks(shard.batches):
+        block_rows = shard.rows[block.first_row : block.first_row + block.rows]
+        readable = np.array([i for i, row in enumerate(block_rows) if row["text"] is not None], np.int64)
+        expected = [case.document(block_rows[i]) for i in readable]
+        _same(_read(case, reader, block, lengths, readable), expected, "documents of the other rows")
+    reader.close()
 
 
 def check_a_missing_shard_is_refused(case: FormatCase, folder: Path) -> None:
-    """Opening a file that is not there is the user's affair, not a traceback."""
+    """Check that opening a missing file raises a `DataError` that names the file."""
     try:
         case.format.open(folder / "gone.bin", case.text, BlockCache())
     except DataError as error:
-        _same("gone" in str(error), True, f"{error} names the file:")
+        _same("gone" in str(error), True, f"{error} names the file")
     else:
         raise AssertionError("a missing shard was opened")
 
 
 def check_every_cut_is_refused_or_shorter(case: FormatCase, folder: Path) -> None:
-    """Of a file that was cut off, scanning raises a DataError that names it, or finds no more than its first rows."""
+    """Check that scanning a truncated file raises a `DataError` that names it, or returns the first rows only."""
     rows = case.rows(40)
     shard = case.write(folder, rows)[0]
-    data, texts = shard.read_bytes(), [row["text"] for row in rows]
+    data = shard.read_bytes()
+    texts = [row["text"] for row in rows]
     for size in np.linspace(0, len(data) - 1, 60).astype(int).tolist():
         shard.write_bytes(data[:size])
         try:
-            batches = scan_whole_shard(case.format, shard, case.fields)
+            batches = scan_whole_shard(case.format, shard, case.spec)
         except DataError as error:
-            _same(shard.stem in str(error), True, f"{error} names the file:")
+            _same(shard.stem in str(error), True, f"{error} names the file")
             continue
-        found = [d for b in batches for d in b.documents or []]
-        whole = all(
-            text == texts[i] or (i == len(found) - 1 and texts[i].startswith(text)) for i, text in enumerate(found)
-        )
-        _same(
-            whole and sum(b.rows for b in batches) <= len(rows),
-            True,
-            f"rows of a file cut at byte {size} are as written:",
-        )
+        are_first_rows = _is_prefix(_scanned_texts(batches), texts)
+        has_no_more = sum(batch.rows for batch in batches) <= len(rows)
+        _same(are_first_rows and has_no_more, True, f"rows of a file cut at byte {size} are as written")
+
+
+def _is_prefix(texts: list[str], expected: list[str]) -> bool:
+    """Return True if `texts` are the first of `expected`; the last one may be cut off."""
+    if not texts:
+        return True
+    if len(texts) > len(expected):
+        return False
+    *whole, last = texts
+    return whole == expected[: len(whole)] and expected[len(whole)].startswith(last)
 
 
 def check_threads_share_a_reader(case: FormatCase, folder: Path) -> None:
-    """Many threads read different blocks through one reader, with a cache too small for all."""
-    for shard in _stored(case, folder, case.rows(400))[:3]:
-        blocks = read_blocks(shard.batches)
+    """Check that many threads can read different blocks through one reader, with a cache too small for all."""
+    for shard in _write_and_scan(case, folder, case.rows(400))[:3]:
+        blocks = read_blocks(shard.batches) * 4
         reader = case.format.open(shard.path, case.text, BlockCache(max_bytes=1000))
         with ThreadPoolExecutor(8) as pool:
-            texts = pool.map(lambda b: _read(case, reader, b[0], b[1], np.arange(b[0].rows)), blocks * 4)  # noqa: B023
-            found = [text for block in texts for text in block]
-        _same(found, [case.document(r) for r in shard.rows] * 4, "documents read by threads")
+            reads = [
+                pool.submit(_read, case, reader, block, lengths, np.arange(block.rows)) for block, lengths in blocks
+            ]
+            documents = [document for read in reads for document in read.result()]
         reader.close()
+        _same(documents, [case.document(row) for row in shard.rows] * 4, "documents read by threads")
 
 
 CHECKS = (
@@ -349,27 +390,38 @@ CHECKS = (
 )
 
 
-def _plain(value: Any) -> Any:
-    """Arrays as lists, so that everything compares."""
+def _without_arrays(value: Any) -> Any:
+    """Convert arrays at any depth to lists, so that everything can be compared."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else value
+        return {name: _without_arrays(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_arrays(item) for item in value]
+    return value
 
 
-def _set(value: str | None) -> tuple[str, ...]:
+def _scanned_texts(batches: Sequence[RowBatch]) -> list[str]:
+    return [text for batch in batches for text in batch.documents or []]
+
+
+def _value_set(value: str | None) -> tuple[str, ...]:
     return () if value is None else (value,)
 
 
+def _tags(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    return [tuple(sorted(row["tags"])) for row in rows]
+
+
 def _categories(batches: Sequence[RowBatch], name: str) -> list[tuple[str, ...]]:
-    found = []
+    """Return the value sets of a property in all rows."""
+    values = []
     for batch in batches:
         column = batch.columns[name]
         if not isinstance(column, Categories):
-            raise AssertionError(f"{name} came as {type(column).__name__}, expected Categories")
-        found += [column.values[code] for code in column.code]
-    return found
+            raise AssertionError(f"{name} is {type(column).__name__}, expected Categories")
+        values += [column.values[code] for code in column.code]
+    return values
 
 
 def _same(got: Any, expected: Any, what: str) -> None:

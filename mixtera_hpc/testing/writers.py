@@ -1,6 +1,6 @@
-"""The same rows, `{"text": …, "meta": …, "tags": …}`, written in every format: one shard, or for plain text one per row.
+"""Write the same rows, `{"text": …, "meta": …, "tags": …}`, in every format: one shard, or for plain text one per row.
 
-Rows whose text is None are written so that they cannot be read, each format in its own way.
+A row whose text is None is written so that it cannot be read, in the way of each format.
 """
 
 import bz2
@@ -32,71 +32,85 @@ __all__ = [
 Row = dict[str, Any]
 Compress = Callable[[bytes], bytes]
 PIXELS = bytes(range(256)) * 3
-"""What stands for an image."""
+"""Bytes that take the place of an image."""
+UNKNOWN_ID = 65535
+"""Token id that takes the place of an unreadable text."""
 
 
 def json_lines(rows: Sequence[Row]) -> list[bytes]:
-    """Every row as a line."""
+    """Return every row as a line of JSON."""
     return [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
 
 
 def write_jsonl(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """Uncompressed."""
-    return _written(folder / "shard.jsonl", b"".join(json_lines(rows)))
+    """Write uncompressed JSON lines."""
+    return _write(folder / "shard.jsonl", b"".join(json_lines(rows)))
 
 
 def write_json(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """One array."""
-    return _written(folder / "shard.json", json.dumps(list(rows), ensure_ascii=False, indent=1).encode())
+    """Write one JSON array."""
+    return _write(folder / "shard.json", json.dumps(list(rows), ensure_ascii=False, indent=1).encode())
 
 
 def write_compressed(folder: Path, rows: Sequence[Row], ending: str, frame_rows: int | None = None) -> list[Path]:
-    """Compressed by `ending`: `gz`, `bz2`, `xz` or `zst`; a frame per `frame_rows` rows, or one in all."""
-    lines, step = json_lines(rows), frame_rows or max(len(rows), 1)
-    frames = [b"".join(lines[i : i + step]) for i in range(0, max(len(rows), 1), step)]
-    return _written(folder / f"shard.jsonl.{ending}", b"".join(map(_compressor(ending), frames)))
+    """Write compressed JSON lines.
+
+    Args:
+        folder: where to write.
+        rows: the rows.
+        ending: `gz`, `bz2`, `xz` or `zst`.
+        frame_rows: rows per compressed frame; None for one frame.
+    """
+    lines = json_lines(rows)
+    step = frame_rows or max(len(rows), 1)
+    compress = _compressor(ending)
+    frames = [compress(b"".join(lines[i : i + step])) for i in range(0, max(len(rows), 1), step)]
+    return _write(folder / f"shard.jsonl.{ending}", b"".join(frames))
 
 
 def _compressor(ending: str) -> Compress:
     if ending == "zst":
-        import zstandard
+        import zstandard  # Imported only where it is needed, like pyarrow below.
 
         return zstandard.ZstdCompressor().compress
-    known: dict[str, Compress] = {
+    compressors: dict[str, Compress] = {
         "gz": lambda data: gzip.compress(data, mtime=0),
         "bz2": bz2.compress,
         "xz": lzma.compress,
     }
-    return known[ending]
+    return compressors[ending]
 
 
 def write_parquet(folder: Path, rows: Sequence[Row], group_rows: int = 97) -> list[Path]:
-    """Row groups of `group_rows`."""
-    import pyarrow
-    import pyarrow.parquet
+    """Write Parquet with row groups of `group_rows` rows."""
+    import pyarrow.parquet  # Heavy: it is imported by the functions that write Arrow tables only.
 
-    pyarrow.parquet.write_table(_table(rows), folder / "shard.parquet", row_group_size=group_rows)
-    return [folder / "shard.parquet"]
+    path = folder / "shard.parquet"
+    pyarrow.parquet.write_table(_table(rows), path, row_group_size=group_rows)
+    return [path]
 
 
 def write_arrow(folder: Path, rows: Sequence[Row], batch_rows: int = 97, compression: str | None = None) -> list[Path]:
-    """Arrow's file format."""
+    """Write Arrow's file format."""
     import pyarrow
 
-    table, options = _table(rows), pyarrow.ipc.IpcWriteOptions(compression=compression)
-    with pyarrow.ipc.new_file(str(folder / "shard.arrow"), table.schema, options=options) as file:
+    path = folder / "shard.arrow"
+    table = _table(rows)
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with pyarrow.ipc.new_file(str(path), table.schema, options=options) as file:
         file.write_table(table, max_chunksize=batch_rows)
-    return [folder / "shard.arrow"]
+    return [path]
 
 
 def write_arrow_stream(folder: Path, rows: Sequence[Row], batch_rows: int = 97) -> list[Path]:
-    """Arrow's stream format, as Hugging Face `datasets` has it."""
+    """Write Arrow's stream format, as Hugging Face `datasets` does."""
     import pyarrow
 
+    path = folder / "shard.arrow"
     table = _table(rows)
-    with pyarrow.ipc.new_stream(str(folder / "shard.arrow"), table.schema) as file:
+    with pyarrow.ipc.new_stream(str(path), table.schema) as file:
         file.write_table(table, max_chunksize=batch_rows)
-    return [folder / "shard.arrow"]
+    return [path]
 
 
 def _table(rows: Sequence[Row]) -> Any:
@@ -106,18 +120,19 @@ def _table(rows: Sequence[Row]) -> Any:
 
 
 def write_tar(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """A WebDataset of `txt`, `json` and `jpg` members; folders and long names in between."""
-    with tarfile.open(folder / "shard.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+    """Write a WebDataset of `txt`, `json` and `jpg` members, with folders and long names in between."""
+    path = folder / "shard.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
         for number, row in enumerate(rows):
-            key = f"{'long/' * 30 if number % 50 == 7 else ''}{number:06d}"
+            prefix = "long/" * 30 if number % 50 == 7 else ""
+            key = f"{prefix}{number:06d}"
             if number % 20 == 0:
                 archive.addfile(_folder(f"part{number}"))
-            rest = {name: value for name, value in row.items() if name != "text"}
             if row["text"] is not None:
-                _add(archive, f"{key}.txt", row["text"].encode())
-            _add(archive, f"{key}.json", json.dumps(rest, ensure_ascii=False).encode())
-            _add(archive, f"{key}.jpg", PIXELS)
-    return [folder / "shard.tar"]
+                _add_member(archive, f"{key}.txt", row["text"].encode())
+            _add_member(archive, f"{key}.json", json.dumps(_without_text(row), ensure_ascii=False).encode())
+            _add_member(archive, f"{key}.jpg", PIXELS)
+    return [path]
 
 
 def _folder(name: str) -> tarfile.TarInfo:
@@ -126,32 +141,37 @@ def _folder(name: str) -> tarfile.TarInfo:
     return info
 
 
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))
 
 
 def write_text(folder: Path, rows: Sequence[Row]) -> list[Path]:
-    """A file per row, named so that their order is that of the rows."""
-    return [
-        path
-        for number, row in enumerate(rows)
-        for path in _written(folder / f"{number:06d}.txt", b"\xff" if row["text"] is None else row["text"].encode())
-    ]
+    """Write one file per row; the names sort like the rows."""
+    paths = []
+    for number, row in enumerate(rows):
+        data = b"\xff" if row["text"] is None else row["text"].encode()
+        paths += _write(folder / f"{number:06d}.txt", data)
+    return paths
 
 
 def write_tokens(
     folder: Path, rows: Sequence[Row], encode: Callable[[str], Any] = str.encode, dtype: str = "<u2"
 ) -> list[Path]:
-    """A Megatron file of what `encode` makes of the texts, and its sidecar; 65535 stands for what cannot be read."""
-    documents = [[65535] if row["text"] is None else list(encode(row["text"])) for row in rows]
-    write_megatron(folder / "shard.bin", documents, dtype)
-    rest = [{name: value for name, value in row.items() if name != "text"} for row in rows]
-    _written(folder / "shard.sidecar.jsonl", b"".join(json_lines(rest)))
-    return [folder / "shard.bin"]
+    """Write a Megatron file of token ids, and a sidecar with the other keys of the rows."""
+    path = folder / "shard.bin"
+    documents = [[UNKNOWN_ID] if row["text"] is None else list(encode(row["text"])) for row in rows]
+    write_megatron(path, documents, dtype)
+    properties = [_without_text(row) for row in rows]
+    _write(folder / "shard.sidecar.jsonl", b"".join(json_lines(properties)))
+    return [path]
 
 
-def _written(path: Path, data: bytes) -> list[Path]:
+def _without_text(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "text"}
+
+
+def _write(path: Path, data: bytes) -> list[Path]:
     path.write_bytes(data)
     return [path]

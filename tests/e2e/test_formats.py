@@ -1,4 +1,4 @@
-"""One corpus in every format: the same tokens reach the trainer, and what is damaged is named."""
+"""One corpus in every format: the same tokens reach the trainer."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from mixtera_hpc import DataPlane, compose
 from mixtera_hpc.testing.small_collection import paragraphs
 from mixtera_hpc.testing.writers import (
+    PIXELS,
     write_arrow,
     write_compressed,
     write_jsonl,
@@ -55,7 +57,7 @@ STORED: dict[str, tuple[Callable[..., list[Path]], list[str]]] = {
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Callable[..., list[str]]:
-    """Writes the corpus in one format, a folder per module; returns the overrides that name it."""
+    """Return a function that writes the corpus in one format and returns the overrides that select it."""
 
     def write(kind: str, **more: Any) -> list[str]:
         folder = tmp_path_factory.mktemp(kind)
@@ -95,9 +97,10 @@ def digests(cli: Cli, words: list[str]) -> list[tuple[int, int, int, str]]:
 
 @pytest.fixture(scope="module")
 def expected(cli: Cli, stored: Callable[..., list[str]], tokenizer: Path) -> list[tuple[int, int, int, str]]:
-    found = digests(cli, [*stored("jsonl"), f"dataplane.tokenizer={tokenizer}"])
-    assert len(found) == 320 and len({digest for *_, digest in found}) > 300
-    return found
+    rows = digests(cli, [*stored("jsonl"), f"dataplane.tokenizer={tokenizer}"])
+    assert len(rows) == 320
+    assert len({digest for *_, digest in rows}) > 300
+    return rows
 
 
 @pytest.mark.parametrize("kind", [k for k in STORED if k not in ("jsonl", "megatron")])
@@ -127,7 +130,7 @@ def test_stored_ids_need_no_tokenizer(
 def test_formats_mix_in_one_index(
     cli: Cli, stored: Callable[..., list[str]], tokenizer: Path, tmp_path: Path, expected: Any
 ) -> None:
-    """Each module in another format; text and properties at the same paths."""
+    """Each module is in another format, with text and properties at the same paths."""
     writers = [
         write_arrow,
         partial(write_compressed, ending="zst"),
@@ -143,10 +146,7 @@ def test_formats_mix_in_one_index(
     assert facts["shards"] == 3
 
 
-def test_samples_of_a_tar_reach_the_trainer_as_bytes(cli: Cli, stored: Callable[..., list[str]]) -> None:
-    from mixtera_hpc import DataPlane, compose
-    from mixtera_hpc.testing.writers import PIXELS
-
+def test_images_of_a_tar_reach_the_trainer_as_bytes(cli: Cli, stored: Callable[..., list[str]]) -> None:
     words = [*stored("webdataset"), "mixture.unit=samples", "dataplane.global_batch_size=4"]
     cli("index", "build", *words)
     with DataPlane.open(compose(words)) as plane:

@@ -1,4 +1,4 @@
-"""Bytes that were changed anywhere in a shard of any format are refused in the user's words, or make other rows: never a crash."""
+"""Bytes changed anywhere in a shard of any format give a `UserError` that names the file, or other rows."""
 
 import tempfile
 from functools import partial
@@ -44,7 +44,7 @@ FORMATS = {
 }
 
 
-def fields(text: str | None, below: str) -> ScanSpec:
+def spec_of(text: str | None, below: str) -> ScanSpec:
     return ScanSpec(
         text=text,
         properties=(
@@ -57,11 +57,11 @@ def fields(text: str | None, below: str) -> ScanSpec:
     )
 
 
-def look(name: str, shard: Path, wanted: ScanSpec) -> None:
-    """Scan a shard and read all of it, as a build and a run would."""
+def scan_and_read(name: str, shard: Path, spec: ScanSpec) -> None:
+    """Scan a shard and read all of it, as a build and a run do."""
     fmt = load_format(name)
-    blocks = read_blocks(scan_whole_shard(fmt, shard, wanted))
-    reader: Any = fmt.open(shard, wanted.text, BlockCache())
+    blocks = read_blocks(scan_whole_shard(fmt, shard, spec))
+    reader: Any = fmt.open(shard, spec.text, BlockCache())
     for block, lengths in blocks:
         if fmt.holds_tokens:
             reader.tokens(block, np.arange(block.rows))
@@ -72,7 +72,7 @@ def look(name: str, shard: Path, wanted: ScanSpec) -> None:
 
 
 class Files(dict[str, bytes]):
-    """Contents by name; they are in no message."""
+    """File name → content. The content is left out of failure messages."""
 
     def __repr__(self) -> str:
         return f"Files({', '.join(self)})"
@@ -80,13 +80,13 @@ class Files(dict[str, bytes]):
 
 @pytest.fixture(scope="module")
 def shards() -> dict[str, Files]:
-    """The files of every format."""
-    found = {}
+    """Return the files of every format."""
+    files = {}
     for kind, (_, write, _, _) in FORMATS.items():
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), ROWS)
-            found[kind] = Files({path.name: path.read_bytes() for path in Path(folder).iterdir()})
-    return found
+            files[kind] = Files({path.name: path.read_bytes() for path in Path(folder).iterdir()})
+    return files
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -102,9 +102,10 @@ def test_changed_bytes_never_crash(kind: str, place: float, new: bytes, grow: bo
         shard = next(Path(folder) / file for file in shards[kind] if not file.endswith((".idx", ".sidecar.jsonl")))
         target = shard.with_suffix(".idx") if kind == "megatron idx" else shard
         data = target.read_bytes()
-        at = int(place * len(data))
-        target.write_bytes(data[:at] + new + data[at + (0 if grow else len(new)) :])
+        position = int(place * len(data))
+        replaced = 0 if grow else len(new)
+        target.write_bytes(data[:position] + new + data[position + replaced :])
         try:
-            look(name, shard, fields(text, below))
+            scan_and_read(name, shard, spec_of(text, below))
         except UserError as error:
             assert "shard" in f"{error} {getattr(error, '__notes__', '')}", "the file is named"

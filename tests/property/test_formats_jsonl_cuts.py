@@ -1,4 +1,4 @@
-"""However a JSONL file is cut into units, pieces and blocks, the same rows come out and can be read again."""
+"""Any division of a JSONL file into units, segments and blocks gives the same rows, which can be read again."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
 from mixtera_hpc.testing.formats import read_blocks
 
-FIELDS = ScanSpec(
+SPEC = ScanSpec(
     text="a.text", properties=(PropertyField(name="kind", path="a.kind", kind=Kind.CATEGORY),), documents=True
 )
 texts = st.one_of(st.text(max_size=12), st.text('x🙂{}"\\', max_size=300))
@@ -32,22 +32,22 @@ ends = st.sampled_from(["\n", "\r\n", "\n\n", "\n  \n\t\n", " \n"])
     st.integers(1, 9),
 )
 @settings(max_examples=400, deadline=None)
-def test_every_row_comes_out_once_and_reads_back(
+def test_every_row_is_scanned_once_and_read_back(
     lines: list[tuple[tuple[str, str | int | bool | None], str]],
     head: str,
     ends_with_newline: bool,
     unit_bytes: int,
-    piece_bytes: int,
+    segment_bytes: int,
     block_rows: int,
 ) -> None:
     encoded = [json.dumps({"z": [1], "a": {"text": t, "kind": k}}, ensure_ascii=False) + end for (t, k), end in lines]
     content = (head + "".join(encoded)).encode("utf-8", "strict")
     content = content if ends_with_newline else content.rstrip()
-    fmt = JsonlFormat(unit_bytes=unit_bytes, segment_bytes=piece_bytes)
+    fmt = JsonlFormat(unit_bytes=unit_bytes, segment_bytes=segment_bytes)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "shard.jsonl"
         path.write_bytes(content)
-        batches = [b for unit in fmt.units(path, len(content)) for b in fmt.scan(path, unit, FIELDS, block_rows)]
+        batches = [b for unit in fmt.units(path, len(content)) for b in fmt.scan(path, unit, SPEC, block_rows)]
         expected = [t for (t, _), _ in lines]
         assert [d for b in batches for d in b.documents or []] == expected
         assert sum(b.rows for b in batches) == len(expected)
@@ -56,11 +56,11 @@ def test_every_row_comes_out_once_and_reads_back(
             () if k is None else ((str(k).lower(),) if isinstance(k, bool) else (str(k),)) for (_, k), _ in lines
         ]
         reader = fmt.open(path, "a.text", BlockCache())
-        found = []
+        documents = []
         for block, lengths in read_blocks(batches):
             assert block.rows <= block_rows and lengths.sum() == block.length
-            found += reader.documents(block, lengths, np.arange(block.rows))
+            documents += reader.documents(block, lengths, np.arange(block.rows))
             last = np.array([block.rows - 1])
             assert reader.documents(block, lengths, last) == expected[block.first_row + block.rows - 1 :][:1]
         reader.close()
-        assert found == expected
+        assert documents == expected

@@ -1,4 +1,4 @@
-"""The presets of `conf/data`, each on a small file of the shape that its collection really has."""
+"""The presets of `conf/data`, each on a small file with the same structure as its collection."""
 
 import gzip
 import io
@@ -187,27 +187,28 @@ PRESETS: dict[str, tuple[Write, dict[str, Any]]] = {
 
 
 def properties(path: Path) -> dict[str, list[Any]]:
-    """Every property of every sample, in index order; several values joined by a bar."""
+    """Return every property of every sample, in index order; several values are joined by a bar."""
     with open_index(path) as index:
         tables = index.tables
         columns = [index.read_block(block) for block in range(len(tables.blocks))]
     combo = np.concatenate([c.combo for c in columns])
-    found: dict[str, list[Any]] = {
+    values: dict[str, list[Any]] = {
         name: ["|".join(tables.combos.values(name, int(c))) or None for c in combo] for name in tables.combos.properties
     }
     for name in columns[0].numbers:
-        found[name] = np.concatenate([c.numbers[name] for c in columns]).tolist()
-    return found
+        values[name] = np.concatenate([c.numbers[name] for c in columns]).tolist()
+    return values
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_finds_the_properties_of_its_collection(name: str, tmp_path: Path) -> None:
+def test_a_preset_reads_the_properties_of_its_collection(name: str, tmp_path: Path) -> None:
     write, expected = PRESETS[name]
     write(tmp_path / "data")
     config = compose_data([f"data={name}", f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'index.h5'}"])
     report = build_index(config)
-    found = {name: repr(values) for name, values in properties(tmp_path / "index.h5").items() if name != "dataset"}
-    assert found == {name: repr(values) for name, values in expected.items()}, "as text, for NaN is not equal to itself"
+    # Compare as text, because NaN is not equal to itself.
+    got = {name: repr(values) for name, values in properties(tmp_path / "index.h5").items() if name != "dataset"}
+    assert got == {name: repr(values) for name, values in expected.items()}
     assert [p for p in report.empty_properties if p != "score"] == []
 
 

@@ -1,4 +1,4 @@
-"""Arrow files: what a damaged batch leaves of the others."""
+"""Arrow files: damaged batches, dictionaries, and size limits."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.readers.arrow import ArrowFormat
 
 
-def test_a_damaged_batch_is_the_matter_of_its_own_unit(tmp_path: Path) -> None:
+def test_a_damaged_batch_fails_only_in_the_unit_that_owns_it(tmp_path: Path) -> None:
     path = tmp_path / "shard.arrow"
     table = pa.table({"text": ["aaaa", "bbbb", "cccc"] * 2})
     with pa.ipc.new_file(path, table.schema) as file:
         file.write_table(table, max_chunksize=3)
-    content, offsets = path.read_bytes(), np.array([0, 4, 8, 12], "<i4")
+    content = path.read_bytes()
+    offsets = np.array([0, 4, 8, 12], "<i4")
     damaged = content.replace(offsets.tobytes(), (offsets * [0, 99, 0, 1]).astype("<i4").tobytes(), 1)
     path.write_bytes(damaged)
     fmt = ArrowFormat(unit_bytes=len(content) // 2)
@@ -28,7 +29,7 @@ def test_a_damaged_batch_is_the_matter_of_its_own_unit(tmp_path: Path) -> None:
     assert batch.documents == ["aaaa", "bbbb", "cccc"]
 
 
-def test_a_null_entry_of_a_dictionary_is_no_text(tmp_path: Path) -> None:
+def test_a_null_entry_of_a_dictionary_is_a_missing_text(tmp_path: Path) -> None:
     path = tmp_path / "shard.arrow"
     texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array(["a", None]))
     with pa.ipc.new_file(path, pa.schema({"text": texts.type})) as file:
@@ -41,7 +42,7 @@ def test_a_null_entry_of_a_dictionary_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("new", "message"), [(pa.ipc.new_file, "record batch 1"), (pa.ipc.new_stream, "it is a compressed stream, which")]
 )
-def test_what_decodes_to_too_much_is_refused(new: Any, message: str, tmp_path: Path) -> None:
+def test_a_batch_that_decodes_to_too_much_is_refused(new: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "shard.arrow"
     table = pa.table({"text": ["short", "long " * 100_000]})
     for codec, is_refused in ((None, False), ("zstd", True)):

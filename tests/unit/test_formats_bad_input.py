@@ -1,4 +1,4 @@
-"""Whatever is wrong with a data file, `index build` ends with code 2 and says which file, where in it, and what to do."""
+"""Damaged or malformed data files: `index build` exits with code 2 and names the file, the place and a remedy."""
 
 import bz2
 import functools
@@ -94,13 +94,13 @@ GOOD_TXT = ("a.txt", b"good")
 CASES: dict[str, tuple[Make, list[str], str]] = {
     "broken JSON": (jsonl('{"text": "x'), [], r"row=1: Input data was truncated"),
     "a value of another type": (jsonl('{"text": 3}'), [], r"row=1: Expected `str`, got `int`"),
-    "a property of another kind": (
+    "a value of another kind than its property": (
         jsonl('{"text": "x", "q": "high"}'),
         ["data.properties.q={path:q,kind:number}"],
         r"row=1: Expected `float \| null`, got `str` - at `\$\.q`",
     ),
     "a missing field": (jsonl("{}"), [], "row=1: Object missing required field `text`"),
-    "no UTF-8": (jsonl(b'{"text": "\xff"}'), [], "row=1: 'utf-8' codec can't decode"),
+    "invalid UTF-8": (jsonl(b'{"text": "\xff"}'), [], "row=1: 'utf-8' codec can't decode"),
     "NUL bytes": (jsonl(b'{"text": "\0"}'), [], "row=1: JSON is malformed: invalid character"),
     "a hole of NUL bytes": (jsonl(b"\0" * 5000), [], "row=1: JSON is malformed"),
     "only empty files": (lambda folder: put(folder / "bad.jsonl", b""), [], "hold no rows"),
@@ -109,11 +109,11 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         for e in COMPRESS
     },
     **{
-        f".{e} that is none": (compressed(e, lambda _: b"plain text, no frame at all"), [], "near byte")
+        f"plain text named .{e}": (compressed(e, lambda _: b"plain text, no frame at all"), [], "near byte")
         for e in COMPRESS
     },
     **{
-        f".{e} with more behind it": (compressed(e, lambda d: d + b"junk"), [], "cannot be decompressed")
+        f"trailing bytes after .{e}": (compressed(e, lambda d: d + b"junk"), [], "cannot be decompressed")
         for e in COMPRESS
     },
     **{
@@ -139,15 +139,15 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         r"is one JSON array of 3000014 bytes, more than data\.max_block_bytes=1000000",
     ),
     "Parquet cut off": (cut(write_parquet, 0.7), [], "not a readable Parquet file"),
-    "Parquet that is none": (lambda f: put(f / "bad.parquet", b"x" * 500), [], "not a readable Parquet file"),
+    "plain bytes named .parquet": (lambda f: put(f / "bad.parquet", b"x" * 500), [], "not a readable Parquet file"),
     "an Arrow file cut off": (cut(write_arrow, 0.7), [], "not a readable Arrow file"),
-    "Arrow that is none": (lambda f: put(f / "bad.arrow", b"x" * 500), [], "not a readable Arrow file"),
+    "plain bytes named .arrow": (lambda f: put(f / "bad.arrow", b"x" * 500), [], "not a readable Arrow file"),
     "an empty Arrow file": (lambda f: put(f / "bad.arrow", b"ARROW1"), [], "not a readable Arrow file"),
     "Feather of version 1": (lambda f: put(f / "bad.feather", b"FEA1" + bytes(100)), [], "Feather of version 1"),
     "an Arrow file without text": (
         lambda f: write_arrow(f, [{"body": "x"}])[0].rename(f / "bad.arrow"),
         [],
-        "has no column 'text', which data.text names.\n  It has: body",
+        "has no column 'text', which data.text names. Its columns are: body",
     ),
     "a tar cut off": (
         cut(write_tar, 0.503),
@@ -155,8 +155,12 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         r"is damaged: it ends inside member '\d+\.\w+', which begins at byte",
     ),
     "a tar without its end": (tar(GOOD_TXT, end_mark=False), TAR_TEXT, "ends at byte 1024 without an end mark"),
-    "a tar header with a wrong sum": (tar(GOOD_TXT, flip=3), TAR_TEXT, "there is no valid header at byte 0"),
-    "a tar that is none": (lambda f: put(f / "bad.tar", b"x" * 9999), TAR_TEXT, "there is no valid header at byte 0"),
+    "a tar header with a wrong checksum": (tar(GOOD_TXT, flip=3), TAR_TEXT, "there is no valid header at byte 0"),
+    "plain bytes named .tar": (
+        lambda f: put(f / "bad.tar", b"x" * 9999),
+        TAR_TEXT,
+        "there is no valid header at byte 0",
+    ),
     "a member above the archive": (
         tar(("../../up.txt", b"x")),
         TAR_TEXT,
@@ -167,7 +171,7 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         TAR_TEXT,
         "named '/etc/passwd.txt', which points",
     ),
-    "a member that comes twice": (
+    "two members of one name": (
         tar(GOOD_TXT, GOOD_TXT),
         TAR_TEXT,
         "row=0: sample 'a' has two members with ending 'txt'",
@@ -182,18 +186,30 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         [*TAR_TEXT, "data.properties.x=json.x"],
         r"row=0: member a\.json: Input data was truncated",
     ),
-    "a caption that is no UTF-8": (tar(("a.txt", b"\xff")), TAR_TEXT, r"row=0: member a\.txt: 'utf-8' codec"),
+    "a caption that is not UTF-8": (tar(("a.txt", b"\xff")), TAR_TEXT, r"row=0: member a\.txt: 'utf-8' codec"),
     "a sample that is too long": (
         tar(GOOD_TXT, ("b.jpg", bytes(200_000))),
         [*TAR_TEXT, "data.max_block_bytes=100000"],
         r"sample 'b' has \d+ bytes, more than data\.max_block_bytes",
     ),
-    "an .idx cut off": (megatron(rewritten("bad.idx", lambda d: d[:-5])), IDS, r"bad\.idx is truncated: \d+ bytes"),
-    "an .idx of nothing": (megatron(rewritten("bad.idx", lambda d: d[:3])), IDS, "is not the index of a Megatron file"),
-    "another .idx": (megatron(rewritten("bad.idx", lambda d: b"TNTIDX" + d[6:])), IDS, "magic b'TNTIDX"),
+    "an .idx cut off": (
+        megatron(rewritten("bad.idx", lambda d: d[:-5])),
+        IDS,
+        r"bad\.idx is truncated: it has \d+ bytes",
+    ),
+    "an .idx of three bytes": (
+        megatron(rewritten("bad.idx", lambda d: d[:3])),
+        IDS,
+        "is not the index of a Megatron file",
+    ),
+    "an .idx of another format": (megatron(rewritten("bad.idx", lambda d: b"TNTIDX" + d[6:])), IDS, "magic b'TNTIDX"),
     "an .idx of floats": (megatron(rewritten("bad.idx", lambda d: d[:17] + b"\7" + d[18:])), IDS, "type code 7"),
     "no .idx": (megatron(lambda f: (f / "bad.idx").unlink()), IDS, "needs bad.idx beside it"),
-    "a .bin cut off": (megatron(rewritten("bad.bin", lambda d: d[:-2])), IDS, "has 4 bytes, but its .idx speaks of 6"),
+    "a .bin cut off": (
+        megatron(rewritten("bad.bin", lambda d: d[:-2])),
+        IDS,
+        "has 4 bytes, but its .idx file describes 6",
+    ),
     "ids of another vocabulary": (
         megatron(lambda f: None, [[1], [2, 500]]),
         IDS,
@@ -214,12 +230,12 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         IDS,
         "A shard holds texts, but dataplane.vocab_size says",
     ),
-    "text that is no UTF-8": (
+    "text that is not UTF-8": (
         lambda f: put(f / "bad.txt", b"abc\xff"),
         ["data.include=['*.txt']"],
-        "row=0: no UTF-8: invalid start byte at byte 3",
+        "row=0: not UTF-8: invalid start byte at byte 3",
     ),
-    "text that is none": (
+    "binary data named .txt": (
         lambda f: put(f / "bad.txt", b"ELF\0\1"),
         ["data.include=['*.txt']"],
         "row=0: a NUL character at byte 3",
@@ -229,12 +245,12 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         ["data.include=['*.json']"],
         "is not a JSON array of rows: Input data was truncated",
     ),
-    "JSON lines under the name of an array": (
+    "JSON lines named .json": (
         lambda f: put(f / "bad.json", LINES),
         ["data.include=['*.json']"],
-        "Set data.format=jsonl where it has a row per line",
+        "Set data.format=jsonl if it has one row per line",
     ),
-    "an array of other things": (
+    "an array with a number in it": (
         lambda f: put(f / "bad.json", b'[{"text": "x"}, 7]'),
         ["data.include=['*.json']"],
         "row=1: Expected `object`, got `int`",
@@ -248,28 +264,34 @@ def composed(*overrides: str) -> Config:
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_bad_input_is_named(what: str, tmp_path: Path) -> None:
+def test_bad_input_is_refused_with_its_file_and_place(what: str, tmp_path: Path) -> None:
     make, overrides, message = CASES[what]
     (tmp_path / "data").mkdir()
     make(tmp_path / "data")
     config = composed(*overrides)
-    data, index = replace(config.data, root=str(tmp_path / "data")), replace(config.index, path=str(tmp_path / "i.h5"))
+    data = replace(config.data, root=str(tmp_path / "data"))
+    index = replace(config.index, path=str(tmp_path / "i.h5"))
     with pytest.raises(UserError) as caught:
         build_index(replace(config, data=data, index=index))
-    said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
-    assert re.search(message, said), said
-    assert "bad" in said or "hold no rows" in said or "A shard holds texts" in said, "the file is named"
+    output = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert re.search(message, output), output
+    names_file = "bad" in output or "hold no rows" in output or "A shard holds texts" in output
+    assert names_file, "the file is named"
     assert not (tmp_path / "i.h5").exists()
 
 
-def test_bad_input_is_no_fault_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_exits_with_code_2_and_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     put(tmp_path / "bad.jsonl", b'{"text": "good"}\n{"text": 3}\n')
     assert main(["index", "build", f"data.root={tmp_path}", f"index.path={tmp_path / 'index.h5'}"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("DataError: ") and "row=1: Expected `str`, got `int`" in said and "Traceback" not in said
+    output = capsys.readouterr().err
+    assert output.startswith("DataError: ")
+    assert "row=1: Expected `str`, got `int`" in output
+    assert "Traceback" not in output
 
 
-def test_nothing_of_a_tar_is_written_anywhere(tmp_path: Path) -> None:
+def test_a_tar_is_never_extracted(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     tar(("../escaped.txt", b"x"), ("sub/ok.txt", b"y"))(tmp_path / "data")
     words = [f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'index.h5'}", *TAR_TEXT]
@@ -278,7 +300,7 @@ def test_nothing_of_a_tar_is_written_anywhere(tmp_path: Path) -> None:
     assert not (tmp_path / "escaped.txt").exists()
 
 
-def test_a_line_of_twenty_megabytes_is_a_row_like_any_other(tmp_path: Path) -> None:
+def test_a_line_of_twenty_megabytes_is_read(tmp_path: Path) -> None:
     rows = [{"text": "short"}, {"text": "x" * 20_000_000}, {"text": "last"}]
     (tmp_path / "data").mkdir()
     put(tmp_path / "data/a.jsonl", b"".join(json_lines(rows)))

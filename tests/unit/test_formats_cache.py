@@ -1,4 +1,4 @@
-"""The cache of decoded blocks."""
+"""The LRU cache of decoded blocks."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +8,9 @@ import pytest
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 
 
-def test_the_least_recently_used_block_leaves_first() -> None:
-    cache, loads = BlockCache(max_bytes=30), []
+def test_the_least_recently_used_block_is_evicted_first() -> None:
+    cache = BlockCache(max_bytes=30)
+    loads = []
 
     def get(key: str, size: int = 10) -> str:
         return cache.get(key, lambda: (loads.append(key) or key.upper(), size))
@@ -18,12 +19,12 @@ def test_the_least_recently_used_block_leaves_first() -> None:
     get("d")
     assert cache.size_bytes == 30
     get("a")
-    assert loads == ["a", "b", "c", "d"], "a was used after b, so b had to go"
+    assert loads == ["a", "b", "c", "d"], "a was used after b, so b is evicted"
     get("b")
     assert loads == ["a", "b", "c", "d", "b"]
 
 
-def test_a_block_larger_than_the_bound_is_kept_alone() -> None:
+def test_a_block_larger_than_the_bound_stays_alone() -> None:
     cache = BlockCache(max_bytes=5)
     cache.get("small", lambda: (1, 2))
     cache.get("large", lambda: (2, 100))
@@ -32,23 +33,25 @@ def test_a_block_larger_than_the_bound_is_kept_alone() -> None:
     assert cache.size_bytes == 3
 
 
-def test_a_block_wanted_by_many_threads_is_decoded_once() -> None:
-    cache, loads, together = BlockCache(), [], threading.Barrier(8)
+def test_a_block_requested_by_many_threads_is_decoded_once() -> None:
+    cache = BlockCache()
+    loads = []
+    barrier = threading.Barrier(8)
 
     def load() -> tuple[str, int]:
         loads.append(1)
         return "block", 1
 
-    def want(_: int) -> str:
-        together.wait()
+    def request(_: int) -> str:
+        barrier.wait()
         return cache.get("key", load)
 
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(want, range(8))) == ["block"] * 8
+        assert list(pool.map(request, range(8))) == ["block"] * 8
     assert len(loads) == 1
 
 
-def test_a_block_that_failed_is_tried_again() -> None:
+def test_a_block_that_failed_is_decoded_again() -> None:
     cache = BlockCache()
 
     def fail() -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Raw values as codes."""
+"""Encoding raw values as categories."""
 
 from typing import Any
 

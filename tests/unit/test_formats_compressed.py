@@ -1,4 +1,4 @@
-"""Compressed JSON lines: where blocks begin and end, and what damage is called."""
+"""Compressed JSON lines: block boundaries, and errors for damaged files."""
 
 import gzip
 import json
@@ -13,9 +13,9 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import RowBatch, ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import read_blocks
+from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
 
-FIELDS = ScanSpec(text="text", documents=True)
+SPEC = ScanSpec(text="text", documents=True)
 SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"table"
 
 
@@ -24,23 +24,22 @@ def lines(*texts: str) -> bytes:
 
 
 def scan(path: Path, name: str) -> list[RowBatch]:
-    fmt = load_format(name)
-    return [b for u in fmt.units(path, path.stat().st_size) for b in fmt.scan(path, u, FIELDS, 256)]
+    return scan_whole_shard(load_format(name), path, SPEC)
 
 
 def blocks_of(path: Path, name: str) -> list[tuple[int, int, int]]:
-    """Offset, length and rows of every block, after checking that each reads back what was scanned."""
+    """Return (offset, length, rows) of every block, after checking that each reads back what was scanned."""
     batches = scan(path, name)
     texts = [d for b in batches for d in b.documents or []]
     reader = load_format(name).open(path, "text", BlockCache())
-    found = read_blocks(batches)
-    read = [t for block, lengths in found for t in reader.documents(block, lengths, np.arange(block.rows))]
+    blocks = read_blocks(batches)
+    read = [t for block, lengths in blocks for t in reader.documents(block, lengths, np.arange(block.rows))]
     reader.close()
     assert read == texts
-    return [(block.offset, block.length, block.rows) for block, _ in found]
+    return [(block.offset, block.length, block.rows) for block, _ in blocks]
 
 
-def test_every_frame_that_ends_a_line_is_a_block(tmp_path: Path) -> None:
+def test_a_block_ends_with_every_frame_that_ends_a_line(tmp_path: Path) -> None:
     frames = [
         zstandard.compress(lines("a", "b")),
         zstandard.compress(lines("c")),
@@ -51,7 +50,7 @@ def test_every_frame_that_ends_a_line_is_a_block(tmp_path: Path) -> None:
     assert blocks_of(tmp_path / "s", "jsonl.zst") == [(0, a, 2), (a, b, 1), (a + b, c, 3)]
 
 
-def test_frames_that_cut_a_line_make_one_block(tmp_path: Path) -> None:
+def test_frames_that_share_a_line_are_one_block(tmp_path: Path) -> None:
     data = lines("a", "b", "c", "d")
     frames = [
         zstandard.compress(data[:20]),
@@ -63,7 +62,7 @@ def test_frames_that_cut_a_line_make_one_block(tmp_path: Path) -> None:
     assert blocks_of(tmp_path / "s", "jsonl.zst") == [(0, a + b, 2), (a + b, c, 2)]
 
 
-def test_a_single_frame_is_a_single_block_however_long(tmp_path: Path) -> None:
+def test_a_single_frame_is_a_single_block_of_any_length(tmp_path: Path) -> None:
     rng = np.random.Generator(np.random.Philox(0))
     texts = [rng.bytes(500).hex() for _ in range(5000)]
     (tmp_path / "s").write_bytes(zstandard.compress(lines(*texts)))
@@ -94,7 +93,7 @@ def test_the_last_line_needs_no_newline(name: str, tmp_path: Path) -> None:
     assert [rows for _, _, rows in blocks_of(tmp_path / "s", name)] == [2]
 
 
-def test_gzip_members_are_blocks_and_padding_means_nothing(tmp_path: Path) -> None:
+def test_gzip_members_are_blocks_and_padding_is_skipped(tmp_path: Path) -> None:
     members = [gzip.compress(lines("a")), gzip.compress(lines("b", "c"))]
     padding = b"\0" * 600_000
     (tmp_path / "s").write_bytes(members[0] + padding + members[1] + padding)
@@ -111,7 +110,7 @@ def test_a_file_without_rows_has_no_blocks(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["jsonl.zst", "jsonl.gz"])
-def test_damage_is_named(name: str, tmp_path: Path) -> None:
+def test_damage_is_refused_with_its_place(name: str, tmp_path: Path) -> None:
     compress = zstandard.compress if name == "jsonl.zst" else gzip.compress
     whole = compress(lines(*[f"{i}" * i for i in range(99)]))
     (tmp_path / "s").write_bytes(whole[:-5])
@@ -123,7 +122,7 @@ def test_damage_is_named(name: str, tmp_path: Path) -> None:
             scan(tmp_path / "s", name)
 
 
-def test_bad_rows_are_counted_across_pieces(tmp_path: Path) -> None:
+def test_bad_rows_are_numbered_across_segments(tmp_path: Path) -> None:
     good = lines(*["x" * 1000] * 5000)
     (tmp_path / "s").write_bytes(zstandard.compress(good) + zstandard.compress(b"oops\n" + lines("y")))
     with pytest.raises(DataError) as caught:
@@ -140,6 +139,6 @@ def test_a_shard_that_changed_is_refused_when_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"index verify|cannot be decompressed"):
         reader.documents(block, lengths, np.array([0]))
     path.write_bytes(zstandard.compress(lines("ab")))
-    with pytest.raises(DataError, match="2 rows were expected, 1 are there"):
+    with pytest.raises(DataError, match="2 rows were expected, but it has 1"):
         reader.documents(block, lengths, np.array([0]))
     reader.close()

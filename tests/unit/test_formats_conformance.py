@@ -27,7 +27,7 @@ from mixtera_hpc.testing.writers import (
 Rows = Sequence[dict[str, Any]]
 
 
-def frames_mid_line(folder: Path, rows: Rows) -> list[Path]:
+def write_frames_inside_lines(folder: Path, rows: Rows) -> list[Path]:
     data = b"".join(json_lines(rows))
     frames = [zstandard.compress(data[i : i + 1000]) for i in range(0, len(data), 1000)]
     (folder / "shard.jsonl.zst").write_bytes(b"".join(frames))
@@ -40,7 +40,8 @@ def compressed(ending: str, frame_rows: int | None = None) -> FormatCase:
 
 
 def sample(number: int, row: dict[str, Any]) -> dict[str, Any]:
-    key = f"{'long/' * 30 if number % 50 == 7 else ''}{number:06d}"
+    prefix = "long/" * 30 if number % 50 == 7 else ""
+    key = f"{prefix}{number:06d}"
     rest = {name: value for name, value in row.items() if name != "text"}
     return {"__key__": key, "txt": row["text"], "json": rest, "jpg": PIXELS}
 
@@ -50,7 +51,9 @@ CASES = {
     "json": FormatCase(format=load_format("json"), write=write_json),
     **{f"jsonl.{e}": compressed(e) for e in ("gz", "bz2", "xz", "zst")},
     **{f"jsonl.{e} of many frames": compressed(e, 37) for e in ("gz", "bz2", "xz", "zst")},
-    "jsonl.zst cut anywhere": FormatCase(format=load_format("jsonl.zst"), write=frames_mid_line),
+    "jsonl.zst with frames that end inside lines": FormatCase(
+        format=load_format("jsonl.zst"), write=write_frames_inside_lines
+    ),
     "parquet": FormatCase(format=load_format("parquet"), write=write_parquet),
     "arrow": FormatCase(format=load_format("arrow"), write=write_arrow),
     "arrow, compressed": FormatCase(format=load_format("arrow"), write=partial(write_arrow, compression="zstd")),
@@ -88,5 +91,5 @@ def test_format_conforms(kind: str, check: Callable[[FormatCase, Path], None], t
     check(CASES[kind], tmp_path)
 
 
-def test_no_format_is_left_out() -> None:
+def test_every_format_is_tested() -> None:
     assert {case.format.name for case in CASES.values()} == set(SUFFIXES.values())

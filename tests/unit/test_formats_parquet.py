@@ -1,4 +1,4 @@
-"""Parquet: types of columns, nesting, statistics, and what is refused."""
+"""Parquet: column types, nesting, statistics, and errors."""
 
 import datetime
 from pathlib import Path
@@ -20,16 +20,19 @@ from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
 
 
 def column(path: Path, kind: Kind, name: str = "p") -> list[Any]:
-    """The values of one property in all rows."""
-    fields = ScanSpec(text="text", properties=(PropertyField(name="x", path=name, kind=kind),))
-    found: list[Any] = []
-    for batch in scan_whole_shard(ParquetFormat(), path, fields):
-        values = batch.columns["x"]
-        found += [values.values[c] for c in values.code] if isinstance(values, Categories) else values.tolist()
-    return found
+    """Return the values of one property in all rows."""
+    spec = ScanSpec(text="text", properties=(PropertyField(name="x", path=name, kind=kind),))
+    values: list[Any] = []
+    for batch in scan_whole_shard(ParquetFormat(), path, spec):
+        column = batch.columns["x"]
+        if isinstance(column, Categories):
+            values += [column.values[code] for code in column.code]
+        else:
+            values += column.tolist()
+    return values
 
 
-def written(folder: Path, values: Any, **more: Any) -> Path:
+def write(folder: Path, values: Any, **more: Any) -> Path:
     path = folder / "shard.parquet"
     pq.write_table(pa.table({"text": ["t"] * len(values), "p": values}), path, **more)
     return path
@@ -48,29 +51,29 @@ def written(folder: Path, values: Any, **more: Any) -> Path:
     ],
 )
 def test_scalars_become_categories(values: Any, expected: list[Any], tmp_path: Path) -> None:
-    assert column(written(tmp_path, values), Kind.CATEGORY) == expected
-    assert column(written(tmp_path, values), Kind.CATEGORIES) == expected
+    assert column(write(tmp_path, values), Kind.CATEGORY) == expected
+    assert column(write(tmp_path, values), Kind.CATEGORIES) == expected
 
 
 def test_lists_become_sets_of_categories(tmp_path: Path) -> None:
-    path = written(tmp_path, pa.array([["b", "a", "b"], [], None, ["a", None]]))
+    path = write(tmp_path, pa.array([["b", "a", "b"], [], None, ["a", None]]))
     assert column(path, Kind.CATEGORIES) == [("a", "b"), (), (), ("a",)]
 
 
 @pytest.mark.parametrize("values", [pa.array([1, None, 3]), pa.array([1.0, None, 3.0], pa.float32())])
 def test_numbers_are_float64_and_null_is_nan(values: Any, tmp_path: Path) -> None:
-    assert np.array_equal(column(written(tmp_path, values), Kind.NUMBER), [1.0, np.nan, 3.0], equal_nan=True)
+    assert np.array_equal(column(write(tmp_path, values), Kind.NUMBER), [1.0, np.nan, 3.0], equal_nan=True)
 
 
-def test_structs_are_entered_by_dots_and_a_column_with_dots_comes_first(tmp_path: Path) -> None:
-    path = written(tmp_path, pa.array([{"q": {"r": "in"}}, None, {"q": None}]))
+def test_dots_lead_into_structs_and_a_column_with_dots_takes_precedence(tmp_path: Path) -> None:
+    path = write(tmp_path, pa.array([{"q": {"r": "in"}}, None, {"q": None}]))
     assert column(path, Kind.CATEGORY, "p.q.r") == [("in",), (), ()]
     pq.write_table(pa.table({"text": ["t"], "p": [{"q": "in"}], "p.q": ["flat"]}), path)
     assert column(path, Kind.CATEGORY, "p.q") == [("flat",)]
 
 
-def test_a_column_that_is_not_there_is_null(tmp_path: Path) -> None:
-    path = written(tmp_path, pa.array(["a", "b"]))
+def test_a_missing_column_is_null(tmp_path: Path) -> None:
+    path = write(tmp_path, pa.array(["a", "b"]))
     assert column(path, Kind.CATEGORY, "other") == [(), ()]
     assert column(path, Kind.CATEGORY, "p.q") == [(), ()]
     assert np.isnan(column(path, Kind.NUMBER, "other")).all()
@@ -84,7 +87,7 @@ def test_a_column_that_is_not_there_is_null(tmp_path: Path) -> None:
         (
             pa.array([["a"]]),
             Kind.CATEGORY,
-            r"cannot be read as the category of data\.properties\.x\.\n  Give it kind: categories",
+            r"cannot be read as the category of data\.properties\.x\.\n  Set kind: categories",
         ),
         (pa.array([{"a": 1}]), Kind.CATEGORIES, "cannot be read as the categories"),
         (pa.array([[{"a": 1}]]), Kind.CATEGORIES, "cannot be read as the categories"),
@@ -93,15 +96,16 @@ def test_a_column_that_is_not_there_is_null(tmp_path: Path) -> None:
 )
 def test_a_column_of_another_kind_is_refused(values: Any, kind: Kind, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
-        column(written(tmp_path, values), kind)
+        column(write(tmp_path, values), kind)
 
 
-def test_row_groups_are_blocks_and_units_share_them(tmp_path: Path) -> None:
-    path = written(tmp_path, pa.array([str(i) for i in range(100)]), row_group_size=7, use_dictionary=False)
-    fields, footer = ScanSpec(text="text", documents=True), pq.read_metadata(path)
+def test_row_groups_are_blocks_and_each_belongs_to_one_unit(tmp_path: Path) -> None:
+    path = write(tmp_path, pa.array([str(i) for i in range(100)]), row_group_size=7, use_dictionary=False)
+    spec = ScanSpec(text="text", documents=True)
+    footer = pq.read_metadata(path)
     begins = [footer.row_group(i).column(0).data_page_offset for i in range(15)]
     for unit_bytes in (300, 10**9, *begins[:5]):
-        blocks = read_blocks(scan_whole_shard(ParquetFormat(unit_bytes=unit_bytes), path, fields))
+        blocks = read_blocks(scan_whole_shard(ParquetFormat(unit_bytes=unit_bytes), path, spec))
         assert [(b.offset, b.rows) for b, _ in blocks] == [(i, 7) for i in range(14)] + [(14, 2)]
 
 
@@ -116,24 +120,24 @@ def test_rows_without_text_are_named_with_or_without_statistics(statistics: bool
 
 
 def test_a_file_without_the_text_column_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no column 'body', which data\.text names(.|\n)*It has: text, p"):
-        scan_whole_shard(ParquetFormat(), written(tmp_path, pa.array(["a"])), ScanSpec(text="body"))
+    with pytest.raises(DataError, match=r"has no column 'body', which data\.text names\. Its columns are: text, p"):
+        scan_whole_shard(ParquetFormat(), write(tmp_path, pa.array(["a"])), ScanSpec(text="body"))
 
 
 def test_a_text_column_of_another_type_is_refused(tmp_path: Path) -> None:
     for values in (pa.array([1]), pa.array([["a"]])):
-        with pytest.raises(DataError, match=r"column 'p', which data\.text names, has type .* which is no text"):
-            scan_whole_shard(ParquetFormat(), written(tmp_path, values), ScanSpec(text="p"))
+        with pytest.raises(DataError, match=r"column 'p', which data\.text names, has type .*; text is required"):
+            scan_whole_shard(ParquetFormat(), write(tmp_path, values), ScanSpec(text="p"))
 
 
-def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     with pytest.raises(DataError, match="has several columns 'text'"):
         scan_whole_shard(ParquetFormat(), path, ScanSpec(text="text"))
 
 
-def test_texts_that_are_no_utf8_are_bad_rows(tmp_path: Path) -> None:
+def test_texts_that_are_not_utf8_are_bad_rows(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     pq.write_table(pa.table({"text": [b"a", None, b"\xff", b"b"]}), path)
     with pytest.raises(DataError) as caught:
@@ -144,8 +148,9 @@ def test_texts_that_are_no_utf8_are_bad_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
-def test_views_are_texts_like_any_other(ending: str, tmp_path: Path) -> None:
-    path, view = tmp_path / f"shard.{ending}", pa.string_view()
+def test_string_views_are_read_as_texts(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"shard.{ending}"
+    view = pa.string_view()
     rows = [{"text": f"text {i} " * i, "tags": ["a", "b"], "meta": {"source": "web"}} for i in range(9)]
     kinds = {"text": view, "tags": pa.large_list(view), "meta": pa.struct([("source", view)])}
     table = pa.Table.from_pylist(rows, pa.schema(kinds.items()))
@@ -161,18 +166,18 @@ def test_views_are_texts_like_any_other(ending: str, tmp_path: Path) -> None:
     reader.close()
 
 
-def test_a_text_that_many_rows_share_counts_for_each(tmp_path: Path) -> None:
+def test_a_text_that_many_rows_share_counts_once_per_row(tmp_path: Path) -> None:
     path = tmp_path / "shard.parquet"
     pq.write_table(pa.table({"text": ["long " * 1000] * 100}), path)
     assert pq.read_metadata(path).row_group(0).total_byte_size < 10_000
-    fields = ScanSpec(text="text", documents=True, max_block_bytes=100_000)
+    spec = ScanSpec(text="text", documents=True, max_block_bytes=100_000)
     with pytest.raises(
         DataError, match=r"row group 0 decodes to \d{6} bytes or more, beyond data\.max_block_bytes=100000"
     ):
-        scan_whole_shard(ParquetFormat(), path, fields)
+        scan_whole_shard(ParquetFormat(), path, spec)
 
 
-def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"not parquet, but long enough to be looked at")
     with pytest.raises(DataError, match="not a readable Parquet file"):
         scan_whole_shard(ParquetFormat(), tmp_path / "x.parquet", ScanSpec(text="text"))
@@ -191,15 +196,15 @@ def test_text_may_be_binary_or_dictionary_and_lie_in_a_struct(tmp_path: Path) ->
 
 
 def test_a_file_of_no_rows_has_no_blocks(tmp_path: Path) -> None:
-    path = written(tmp_path, pa.array([], pa.string()))
+    path = write(tmp_path, pa.array([], pa.string()))
     assert read_blocks(scan_whole_shard(ParquetFormat(), path, ScanSpec(text="text"))) == []
 
 
 def test_a_shard_that_changed_is_refused_when_read(tmp_path: Path) -> None:
-    path = written(tmp_path, pa.array(["a", "b"]))
+    path = write(tmp_path, pa.array(["a", "b"]))
     ((block, lengths),) = read_blocks(scan_whole_shard(ParquetFormat(), path, ScanSpec(text="text")))
-    written(tmp_path, pa.array(["a", "b", "c"]))
+    write(tmp_path, pa.array(["a", "b", "c"]))
     reader = ParquetFormat().open(path, "text", BlockCache())
-    with pytest.raises(DataError, match="not what it was when it was indexed"):
+    with pytest.raises(DataError, match="has changed since it was indexed"):
         reader.documents(block, lengths, np.array([0]))
     reader.close()

@@ -1,7 +1,8 @@
-"""Properties that no dotted path reaches: from the shard's path, through a pattern, by a function of the user's."""
+"""Properties from the shard's path, through a pattern, and from the user's parser."""
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,32 @@ from mixtera_hpc.formats.user_functions import source_digest
 
 
 def scan(root: Path, path: str, **data: Any) -> list[RowBatch]:
-    fields = scan_spec_of(DataConfig(root=str(root), **data), documents=True)
+    spec = scan_spec_of(DataConfig(root=str(root), **data), documents=True)
     shard = ShardFile(root=root, path=path, format="jsonl")
     units = load_format("jsonl").units(root / path, (root / path).stat().st_size)
-    return [batch for unit in units for batch in scan_shard(shard, unit, fields, 2)]
+    return [batch for unit in units for batch in scan_shard(shard, unit, spec, 2)]
 
 
 def values(batches: list[RowBatch], name: str) -> list[Any]:
-    found: list[Any] = []
+    """Return the values of one property in all rows."""
+    result: list[Any] = []
     for batch in batches:
         column = batch.columns[name]
-        found += [column.values[c] for c in column.code] if isinstance(column, Categories) else column.tolist()
-    return found
+        if isinstance(column, Categories):
+            result += [column.values[code] for code in column.code]
+        else:
+            result += column.tolist()
+    return result
 
 
-def written(root: Path, path: str, *rows: dict[str, Any]) -> str:
+def write(root: Path, path: str, *rows: dict[str, Any]) -> str:
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     (root / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.mark.parametrize(
-    ("origin", "shard", "expected"),
+    ("path", "shard", "expected"),
     [
         ("__path__", "a/lang=en/x.jsonl.gz", "a/lang=en/x.jsonl.gz"),
         ("__name__", "a/lang=en/x.jsonl.gz", "x.jsonl.gz"),
@@ -61,9 +66,9 @@ def written(root: Path, path: str, *rows: dict[str, Any]) -> str:
         ("__format__", "x.jsonl", "jsonl"),
     ],
 )
-def test_a_path_says_where_a_row_comes_from(origin: str, shard: str, expected: str | None) -> None:
-    assert is_path_property(origin)
-    assert path_property_value(origin, shard, "jsonl") == expected
+def test_a_path_property_has_the_value_of_the_shard(path: str, shard: str, expected: str | None) -> None:
+    assert is_path_property(path)
+    assert path_property_value(path, shard, "jsonl") == expected
 
 
 @pytest.mark.parametrize("path", ["__index_level_0__", "meta.__path__", "path", "__key__"])
@@ -72,21 +77,21 @@ def test_other_names_between_underscores_are_keys_of_the_row(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["__partition__", "__folder__.first", "__path__.x", "__partition__."])
-def test_an_origin_that_no_shard_has_is_refused(path: str) -> None:
-    with pytest.raises(ConfigError, match="names nothing that a shard has"):
+def test_an_unknown_path_property_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="is not a property of a shard"):
         is_path_property(path)
 
 
-def test_origins_and_rows_give_properties_side_by_side(tmp_path: Path) -> None:
-    path = written(tmp_path, "web/x.jsonl", {"text": "a", "language": "en"}, {"text": "b"}, {"text": "c"})
+def test_properties_come_from_the_path_and_from_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, "web/x.jsonl", {"text": "a", "language": "en"}, {"text": "b"}, {"text": "c"})
     properties = {"source": PropertyConfig(path="__parent__"), "language": PropertyConfig(path="language")}
     batches = scan(tmp_path, path, properties=properties)
     assert values(batches, "source") == [("web",)] * 3
     assert values(batches, "language") == [("en",), (), ()]
 
 
-def test_a_pattern_takes_its_first_group_or_all_it_matches(tmp_path: Path) -> None:
-    path = written(tmp_path, "y/2023-06/x.jsonl", {"text": "", "url": "http://a.org/1"}, {"text": "", "url": "ftp:"})
+def test_a_pattern_extracts_its_first_group_or_the_whole_match(tmp_path: Path) -> None:
+    path = write(tmp_path, "y/2023-06/x.jsonl", {"text": "", "url": "http://a.org/1"}, {"text": "", "url": "ftp:"})
     properties = {
         "host": PropertyConfig(path="url", pattern="//([^/]+)"),
         "scheme": PropertyConfig(path="url", pattern="^[a-z]+"),
@@ -101,15 +106,15 @@ def test_a_pattern_takes_its_first_group_or_all_it_matches(tmp_path: Path) -> No
 
 
 def test_a_pattern_that_matches_no_number_is_refused(tmp_path: Path) -> None:
-    path = written(tmp_path, "x.jsonl", {"text": ""})
+    path = write(tmp_path, "x.jsonl", {"text": ""})
     properties = {"year": PropertyConfig(path="__name__", pattern="(x)", kind="number")}
-    with pytest.raises(ConfigError, match=r"data\.properties\.year is of kind number, but .*'x'"):
+    with pytest.raises(ConfigError, match=r"data\.properties\.year has kind number, but .*'x'"):
         scan(tmp_path, path, properties=properties)
 
 
 @pytest.fixture
 def parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A module `team_parsers` of the user's."""
+    """Write a user's module `team_parsers` and return its folder."""
     folder = tmp_path / "code"
     folder.mkdir()
     (folder / "team_parsers.py").write_text(
@@ -124,8 +129,6 @@ def parsers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     monkeypatch.syspath_prepend(str(folder))
     yield folder
-    import sys
-
     sys.modules.pop("team_parsers", None)
 
 
@@ -137,8 +140,8 @@ PARSED = {
 }
 
 
-def test_a_parser_makes_properties_of_whole_rows(parsers: Path, tmp_path: Path) -> None:
-    path = written(tmp_path, "x.jsonl", *[{"text": t} for t in ("b a", "c", "a a b")])
+def test_a_parser_computes_properties_from_whole_rows(parsers: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, "x.jsonl", *[{"text": t} for t in ("b a", "c", "a a b")])
     batches = scan(tmp_path, path, properties=PARSED, parser="team_parsers.sizes")
     assert values(batches, "words") == [2, 1, 3]
     assert values(batches, "first") == [("b",), ("c",), ("a",)]
@@ -148,7 +151,7 @@ def test_a_parser_makes_properties_of_whole_rows(parsers: Path, tmp_path: Path) 
 
 
 def test_rows_that_a_parser_fails_on_are_named_or_skipped(parsers: Path, tmp_path: Path) -> None:
-    path = written(tmp_path, "x.jsonl", *[{"text": t} for t in ("a", "", "b", "")])
+    path = write(tmp_path, "x.jsonl", *[{"text": t} for t in ("a", "", "b", "")])
     with pytest.raises(DataError, match=r"team_parsers\.sizes fails on rows of .*x\.jsonl") as caught:
         scan(tmp_path, path, properties=PARSED, parser="team_parsers.sizes")
     assert ["row=1: " in n or "row=3: " in n for n in caught.value.__notes__] == [True, True]
@@ -159,21 +162,21 @@ def test_rows_that_a_parser_fails_on_are_named_or_skipped(parsers: Path, tmp_pat
 
 
 def test_values_of_another_kind_from_a_parser_are_refused(parsers: Path, tmp_path: Path) -> None:
-    path = written(tmp_path, "x.jsonl", {"text": "a"})
+    path = write(tmp_path, "x.jsonl", {"text": "a"})
     with pytest.raises(DataError) as caught:
         scan(tmp_path, path, properties=PARSED, parser="team_parsers.wrong")
     assert "Expected `float | null`, got `str` - at `$.words`" in caught.value.__notes__[0]
 
 
-def test_half_characters_from_a_parser_are_refused(parsers: Path, tmp_path: Path) -> None:
-    path = written(tmp_path, "x.jsonl", {"text": "a"})
+def test_lone_surrogates_from_a_parser_are_refused(parsers: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, "x.jsonl", {"text": "a"})
     with pytest.raises(
         ConfigError, match=r"data\.parser team_parsers\.half returned a value for a row of x\.jsonl .*surrogates"
     ):
         scan(tmp_path, path, properties=PARSED, parser="team_parsers.half")
 
 
-def test_a_parser_without_python_source_can_be_told_from_others_by_its_name_only() -> None:
+def test_functions_without_python_source_share_one_digest() -> None:
     assert source_digest(os.getcwd) == source_digest(os.getpid)
 
 
@@ -182,16 +185,16 @@ def test_a_parser_without_python_source_can_be_told_from_others_by_its_name_only
     [
         ("sizes", r"expected package\.module\.function"),
         ("no_such_package.sizes", r"no_such_package cannot be imported.*\n.*PYTHONPATH"),
-        ("team_parsers.size", r"size is not there in team_parsers.*Did you mean .sizes.*\n  Name a function"),
-        ("team_parsers.LIMIT", "LIMIT is of type int, no function"),
+        ("team_parsers.size", r"size does not exist in team_parsers.*Did you mean .sizes.*\n  Name a function"),
+        ("team_parsers.LIMIT", "LIMIT is of type int, not a function"),
     ],
 )
-def test_a_parser_that_is_not_there_is_refused(parser: str, message: str, parsers: Path) -> None:
+def test_a_missing_parser_is_refused(parser: str, message: str, parsers: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         scan_spec_of(DataConfig(root="x", parser=parser), documents=False)
 
 
-def test_another_version_of_a_parser_is_another_parser(parsers: Path) -> None:
+def test_a_changed_parser_has_another_fingerprint(parsers: Path) -> None:
     data = DataConfig(root="x", parser="team_parsers.sizes")
     before = scan_spec_of(data, documents=False).parser
     with (parsers / "team_parsers.py").open("a") as file:

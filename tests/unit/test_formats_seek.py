@@ -1,4 +1,4 @@
-"""Long gzip members: blocks of decoded bytes, seek points that lead to them, and what happens without."""
+"""Long gzip members: blocks of decoded bytes, reading them from seek points, and reading them without."""
 
 import gzip
 import json
@@ -24,22 +24,22 @@ FORMAT = JsonlGzFormat(long_bytes=100_000, block_bytes=200_000)
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """Text that deflate makes blocks of every kind of: words, noise, and runs."""
+    """Return texts for which deflate uses blocks of every type: words, noise, and runs."""
     rng = np.random.Generator(np.random.Philox(seed))
     kinds = [lambda: "word " * int(rng.integers(300)), lambda: rng.bytes(700).hex(), lambda: "x" * 900]
     return [f"{i} {kinds[int(rng.integers(3))]()}" for i in range(count)]
 
 
-def lines(found: list[str]) -> bytes:
-    return "".join(json.dumps({"text": t}) + "\n" for t in found).encode()
+def lines(documents: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
 
 
 def read(path: Path, batches: Any, cache: BlockCache, fmt: JsonlGzFormat = FORMAT) -> list[str]:
     reader = fmt.open(path, "text", cache)
     blocks = read_blocks(batches)
-    found = {b.first_row: reader.documents(b, lengths, np.arange(b.rows)) for b, lengths in reversed(blocks)}
+    read = {b.first_row: reader.documents(b, lengths, np.arange(b.rows)) for b, lengths in reversed(blocks)}
     reader.close()
-    return [text for first in sorted(found) for text in found[first]]
+    return [text for first_row in sorted(read) for text in read[first_row]]
 
 
 @pytest.fixture
@@ -71,24 +71,22 @@ def test_blocks_are_read_from_seek_points(level: int, tmp_path: Path, folder: Pa
 
 
 def flushed(data: bytes, level: int, mode: int) -> bytes:
-    """One member whose blocks are flushed every 50 kB, as `pigz` and whoever writes a log do: an empty stored block follows each."""
-    packer = zlib.compressobj(level, zlib.DEFLATED, 31)
-    pieces = [packer.compress(data[i : i + 50_000]) + packer.flush(mode) for i in range(0, len(data), 50_000)]
-    return b"".join([*pieces, packer.flush()])
+    """Return one member that is flushed every 50 kB, as `pigz` does: an empty stored block follows each flush."""
+    compressor = zlib.compressobj(level, zlib.DEFLATED, 31)
+    parts = [compressor.compress(data[i : i + 50_000]) + compressor.flush(mode) for i in range(0, len(data), 50_000)]
+    return b"".join([*parts, compressor.flush()])
 
 
 @pytest.mark.parametrize("mode", [zlib.Z_SYNC_FLUSH, zlib.Z_FULL_FLUSH])
 @pytest.mark.parametrize("level", [1, 6])
-def test_members_that_were_flushed_are_read_from_seek_points(
-    level: int, mode: int, tmp_path: Path, folder: Path
-) -> None:
+def test_flushed_members_are_read_from_seek_points(level: int, mode: int, tmp_path: Path, folder: Path) -> None:
     expected = texts(4000)
     (tmp_path / "s.gz").write_bytes(flushed(lines(expected), level, mode))
     batches = scanned(tmp_path / "s.gz", folder)
     assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
 
 
-def test_a_block_costs_no_more_than_its_surroundings(
+def test_reading_a_block_reads_only_the_bytes_near_it(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(8000))))
@@ -113,14 +111,16 @@ def test_long_members_follow_each_other(tmp_path: Path, folder: Path) -> None:
     assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
 
 
-def test_points_that_cannot_be_written_are_no_fault_of_the_shard(tmp_path: Path, folder: Path) -> None:
+def test_points_that_cannot_be_written_are_reported_as_an_index_error(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(2000))))
     folder.write_text("in the way")
-    with pytest.raises(PropertyIndexError, match=r"(?s)seek points of .* cannot be made in .*index\.seek_points=false"):
+    with pytest.raises(
+        PropertyIndexError, match=r"(?s)Cannot store the seek points of .* in .*index\.seek_points=false"
+    ):
         scanned(tmp_path / "s.gz", folder)
 
 
-def test_without_seek_points_everything_is_read_and_it_is_said(tmp_path: Path, folder: Path) -> None:
+def test_without_seek_points_everything_is_read_with_a_warning(tmp_path: Path, folder: Path) -> None:
     expected = texts(2000)
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(expected)))
     batches = scanned(tmp_path / "s.gz", None)
@@ -128,7 +128,7 @@ def test_without_seek_points_everything_is_read_and_it_is_said(tmp_path: Path, f
         assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
 
 
-def test_points_serve_a_file_that_was_moved_and_no_other(tmp_path: Path, folder: Path) -> None:
+def test_points_belong_to_the_content_of_a_file_and_not_to_its_path(tmp_path: Path, folder: Path) -> None:
     for name, seed in (("a.gz", 1), ("b.gz", 2)):
         (tmp_path / name).write_bytes(gzip.compress(lines(texts(2000, seed))))
     write_points(tmp_path / "a.gz", folder)
@@ -137,7 +137,7 @@ def test_points_serve_a_file_that_was_moved_and_no_other(tmp_path: Path, folder:
     assert find_points(tmp_path / "b.gz", [folder]) is None
 
 
-def test_damaged_points_are_as_good_as_none(tmp_path: Path, folder: Path) -> None:
+def test_damaged_points_are_ignored(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(2000))))
     path = write_points(tmp_path / "s.gz", folder)
     data = path.read_bytes()
@@ -148,7 +148,7 @@ def test_damaged_points_are_as_good_as_none(tmp_path: Path, folder: Path) -> Non
             SeekPoints(path)
 
 
-def test_a_shard_that_was_cut_is_refused_when_read(tmp_path: Path, folder: Path) -> None:
+def test_a_truncated_shard_is_refused_when_read(tmp_path: Path, folder: Path) -> None:
     path = tmp_path / "s.gz"
     path.write_bytes(gzip.compress(lines(texts(4000))))
     batches = scanned(path, folder)

@@ -1,4 +1,4 @@
-"""Where members lie, with Python's own `tarfile` as the judge; and what becomes of names that are no WebDataset's."""
+"""Headers of tar archives, compared with Python's `tarfile`, and the grouping of members into samples."""
 
 import io
 import tarfile
@@ -10,7 +10,7 @@ import pytest
 
 from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.tar_headers import TarError, members
+from mixtera_hpc.formats.codecs.tar_headers import TarError, iter_members
 from mixtera_hpc.formats.readers.webdataset import WebDatasetFormat
 from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
 
@@ -25,15 +25,13 @@ NAMES = [
 
 
 def archive(path: Path, form: int, names: list[str], **changes: Any) -> list[tuple[str, int, int]]:
-    """Write one, with folders and links between the files; name, place and size of every file by `tarfile`."""
+    """Write an archive with links between the files; return each file's (name, position, size) by `tarfile`."""
     with tarfile.open(path, "w", format=form) as tar:
         for number, name in enumerate(names):
             if number % 2:
                 link = tarfile.TarInfo(f"link{number}")
-                link.type, link.linkname = (
-                    (tarfile.SYMTYPE, tarfile.LNKTYPE)[number % 4 // 2],
-                    "z" * (90 if form == tarfile.USTAR_FORMAT else 150),
-                )
+                link.type = (tarfile.SYMTYPE, tarfile.LNKTYPE)[number % 4 // 2]
+                link.linkname = "z" * (90 if form == tarfile.USTAR_FORMAT else 150)
                 tar.addfile(link)
             info = tarfile.TarInfo(name)
             info.size = 100 * number
@@ -44,65 +42,67 @@ def archive(path: Path, form: int, names: list[str], **changes: Any) -> list[tup
         return [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isreg()]
 
 
-def found(path: Path) -> list[tuple[str, int, int]]:
+def read_members(path: Path) -> list[tuple[str, int, int]]:
     data = path.read_bytes()
-    listed = members(lambda at, size: data[at : at + size], 0, len(data), to_end=True)
-    return [(m.name, m.data, m.size) for m in listed]
+    members = iter_members(lambda offset, size: data[offset : offset + size], 0, len(data), to_end=True)
+    return [(member.name, member.data, member.size) for member in members]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_those_that_tarfile_finds(form: int, tmp_path: Path) -> None:
+def test_members_are_those_of_tarfile(form: int, tmp_path: Path) -> None:
     names = [n for n in NAMES if form != tarfile.USTAR_FORMAT or (len(n.encode()) < 100 or n.startswith("d/"))]
-    assert archive(tmp_path / "t.tar", form, names) == found(tmp_path / "t.tar")
+    assert archive(tmp_path / "t.tar", form, names) == read_members(tmp_path / "t.tar")
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_numbers_that_octal_cannot_hold_are_read(form: int, tmp_path: Path) -> None:
+def test_numbers_too_large_for_octal_are_read(form: int, tmp_path: Path) -> None:
     expected = archive(tmp_path / "t.tar", form, NAMES[:3], uid=2**31, mtime=-1)
-    assert expected == found(tmp_path / "t.tar")
+    assert expected == read_members(tmp_path / "t.tar")
 
 
 def test_a_size_in_base_256_is_read() -> None:
     info = tarfile.TarInfo("big.bin")
     info.size = 9 << 33
     header = info.tobuf(tarfile.GNU_FORMAT)
-    (member,) = members(lambda at, size: (header if at == 0 else bytes(size))[:size], 0, 1024 + (9 << 33), to_end=True)
+    (member,) = iter_members(
+        lambda offset, size: (header if offset == 0 else bytes(size))[:size], 0, 1024 + (9 << 33), to_end=True
+    )
     assert (member.name, member.size, member.end) == ("big.bin", 9 << 33, 512 + (9 << 33))
 
 
-def test_a_damaged_extended_header_is_named() -> None:
+def test_a_damaged_extended_header_is_refused() -> None:
     info = tarfile.TarInfo("ü" * 200)
     header = bytearray(info.tobuf(tarfile.PAX_FORMAT))
     header[512:515] = b"999"
     with pytest.raises(TarError, match="extended header at byte 0 is damaged"):
-        list(members(lambda at, size: bytes(header)[at : at + size], 0, len(header), to_end=False))
+        list(iter_members(lambda offset, size: bytes(header)[offset : offset + size], 0, len(header), to_end=False))
 
 
 @pytest.mark.parametrize("size", ["abc", "-1024", ""])
-def test_a_size_that_is_none_is_named(size: str, tmp_path: Path) -> None:
+def test_an_invalid_size_in_an_extended_header_is_refused(size: str, tmp_path: Path) -> None:
     archive(tmp_path / "t.tar", tarfile.PAX_FORMAT, ["a.txt"], pax_headers={"size": size})
     with pytest.raises(TarError, match="extended header at byte 0 is damaged: size="):
-        found(tmp_path / "t.tar")
+        read_members(tmp_path / "t.tar")
 
 
-def test_a_negative_size_is_no_size() -> None:
+def test_a_negative_size_is_refused() -> None:
     header = bytearray(tarfile.TarInfo("a.txt").tobuf(tarfile.GNU_FORMAT))
     header[124:136] = b"-0000002000\0"
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     with pytest.raises(TarError, match="no valid header at byte 0"):
-        list(members(lambda at, size: bytes(header)[at : at + size], 0, 512, to_end=False))
+        list(iter_members(lambda offset, size: bytes(header)[offset : offset + size], 0, 512, to_end=False))
 
 
-def test_archives_that_were_put_together_are_read_to_the_end(tmp_path: Path) -> None:
+def test_joined_archives_are_read_to_the_end(tmp_path: Path) -> None:
     for name, names in (("a.tar", ["a.txt", "b.txt"]), ("b.tar", ["c.txt"])):
         archive(tmp_path / name, tarfile.PAX_FORMAT, names)
-    together = tmp_path / "t.tar"
-    together.write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
-    assert [row["__key__"] for row in rows_of(together)] == ["a", "b", "c"]
-    together.write_bytes(together.read_bytes()[: 20 * 512 + 512])
+    joined = tmp_path / "t.tar"
+    joined.write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    assert [row["__key__"] for row in rows_of(joined)] == ["a", "b", "c"]
+    joined.write_bytes(joined.read_bytes()[: 20 * 512 + 512])
     with pytest.raises(TarError, match="without an end mark"):
-        found(together)
+        read_members(joined)
 
 
 def rows_of_archive(tmp_path: Path, names: list[str]) -> list[dict[str, Any]]:
@@ -111,7 +111,7 @@ def rows_of_archive(tmp_path: Path, names: list[str]) -> list[dict[str, Any]]:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    blocks = read_blocks(scan_whole_shard(WebDatasetFormat(), path, ScanSpec(text=None, rows=True)))
+    blocks = read_blocks(scan_whole_shard(WebDatasetFormat(), path, ScanSpec(text=None, whole_rows=True)))
     reader = WebDatasetFormat().open(path, None, BlockCache())
     rows = [row for block, lengths in blocks for row in reader.payloads(block, lengths, np.arange(block.rows))]
     reader.close()
@@ -130,6 +130,6 @@ def test_consecutive_members_of_one_key_are_one_sample(tmp_path: Path) -> None:
     ]
 
 
-def test_hidden_files_and_names_without_ending_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_and_names_without_an_ending_are_skipped(tmp_path: Path) -> None:
     rows = rows_of_archive(tmp_path, [".hidden.jpg", "a.jpg", "._a.jpg", "README", "a.txt", "d/.x.jpg"])
     assert [(row["__key__"], sorted(row)[1:]) for row in rows] == [("a", ["jpg", "txt"])]

@@ -255,7 +255,7 @@ def test_long_units_come_in_parts_that_say_the_same(
     with open_index(whole.path) as index:
         blocks = index.tables.blocks.rows.tolist()
     monkeypatch.setattr("mixtera_hpc.index.scan.unit_scan.RESULT_ROWS", part_rows)
-    monkeypatch.setattr("mixtera_hpc.formats.codecs.frames.PIECE_BYTES", 256)
+    monkeypatch.setattr("mixtera_hpc.formats.codecs.frames.SEGMENT_BYTES", 256)
     if suffix == "jsonl":
         monkeypatch.setattr("mixtera_hpc.formats.shard_scan.load_format", lambda name: JsonlFormat(segment_bytes=256))
     parts = list(scan_unit(*_only_unit(config)))

@@ -94,7 +94,7 @@ def test_a_format_that_is_named_reads_any_file(tree: Path) -> None:
         ({"include": ["../*.jsonl"]}, r"expected a glob below data\.root"),
         ({"exclude": ["/x"]}, r"data\.exclude has '/x', expected a glob below data\.root"),
         ({"include": ["b/c/*"], "exclude": ["b/c/*"]}, r"No data file below"),
-        ({"format": "jsonlines"}, r"data\.format is 'jsonlines', which is no format"),
+        ({"format": "jsonlines"}, r"data\.format is 'jsonlines', which is not a format"),
     ],
 )
 def test_a_wrong_choice_is_refused(settings: dict[str, Any], message: str, tree: Path) -> None:

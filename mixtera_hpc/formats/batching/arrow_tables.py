@@ -1,6 +1,7 @@
-"""Columns of Arrow tables → properties and texts: what Parquet and Arrow files have in common.
+"""Batches from Arrow tables: what Parquet and Arrow files have in common.
 
-Dotted paths go into struct columns; a top-level column whose name has dots in it comes first.
+Dotted paths lead into struct columns. A top-level column whose own name contains dots takes precedence. Arrow's objects
+have the type Any here, because pyarrow ships no type information.
 """
 
 from pathlib import Path
@@ -13,142 +14,161 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.base import (
-    MAX_BAD_ROWS,
-    BlockRanges,
-    Column,
-    PropertyField,
-    RowBatch,
-    ScanSpec,
-    bad_rows,
-    nulls,
-    unreadable,
-)
+from mixtera_hpc.formats.base import BlockRanges, Column, PropertyField, RowBatch, ScanSpec, null_column
 from mixtera_hpc.formats.category_codes import Categories, encode_categories
+from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error, unreadable_error
 
-__all__ = ["TableScanner", "column_at", "first_key", "rows_of", "texts_of", "type_at", "without_views"]
+__all__ = ["TableBatcher", "column_at", "first_key", "rows_of", "texts_of", "type_at", "without_views"]
 
-_WIDE = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-_UNREADABLE = (pa.ArrowException, UnicodeDecodeError)
-"""What Arrow raises on values that are not what their type says."""
-_TEXTS = (pa.string(), pa.binary(), *_WIDE, *_WIDE.values())
+_PLAIN_TYPES = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+_TEXT_TYPES = (pa.string(), pa.binary(), *_PLAIN_TYPES, *_PLAIN_TYPES.values())
+_VALUE_ERRORS = (pa.ArrowException, UnicodeDecodeError)
+"""What Arrow raises on values that do not match their type."""
 
 
-class TableScanner:
-    """Turns the tables of one unit into batches, and remembers rows whose text cannot be read."""
+class TableBatcher:
+    """Turns the tables of one unit into batches, and collects rows whose text cannot be read.
 
-    def __init__(self, path: Path, schema: Any, fields: ScanSpec) -> None:
-        self._path, self._fields = path, fields
+    Raises:
+        DataError: the schema has no usable text column, or has two columns of one name.
+    """
+
+    def __init__(self, path: Path, schema: Any, spec: ScanSpec) -> None:
+        self._path = path
+        self._spec = spec
         self._bad: list[tuple[int, str]] = []
-        if (twice := next((name for name in schema.names if schema.names.count(name) > 1), None)) is not None:
-            raise DataError(f"{path} has several columns {twice!r}.\n  Rename them, or leave it out with data.exclude.")
-        if fields.text is not None:
-            _check_text(schema, fields.text, path)
-        self.properties = {f.path for f in fields.properties if type_at(schema, f.path) is not None}
+        _check_unique_names(schema.names, path)
+        if spec.text is not None:
+            _check_text_column(schema, spec.text, path)
+        self.properties = {field.path for field in spec.properties if type_at(schema, field.path) is not None}
         """Paths of the properties that the file has."""
 
     def batch(self, rows: int, first_row: int, table: Any, blocks: BlockRanges) -> RowBatch | None:
-        """The next `rows` rows, of which `table` holds the needed columns (None: none is needed); None after bad rows.
+        """Build the batch of the next rows. Return None after a bad row, unless bad rows are skipped.
 
         Args:
-            first_row: of the shard.
+            rows: number of rows.
+            first_row: number of the first one in the shard.
+            table: the needed columns of these rows; None if no column is needed.
+            blocks: the blocks that end with these rows.
         """
         texts, bad = self._texts(table)
-        if not self._fields.skip_bad:
+        if bad and not self._spec.skip_bad:
             self._bad += [(first_row + row, problem) for row, problem in bad[: MAX_BAD_ROWS - len(self._bad)]]
-            bad = []
-        return None if self._bad else self._batch(rows, table, blocks, texts, bad)
+        if self._bad:
+            return None
+
+        columns: dict[str, Column] = {}
+        for field in self._spec.properties:
+            values = column_at(table, field.path)
+            columns[field.name] = (
+                null_column(field.kind, rows) if values is None else _column(values, field, self._path)
+            )
+        raw_rows = rows_of(table, self._path) if self._spec.whole_rows else None
+        return RowBatch(rows=rows, blocks=blocks, columns=columns, documents=texts, raw_rows=raw_rows, bad=tuple(bad))
 
     def check(self) -> None:
-        """Raise for the bad rows found."""
+        """Raise the error for the bad rows of the unit, if there are any.
+
+        Raises:
+            DataError: there are bad rows.
+        """
         if self._bad:
-            raise bad_rows(self._path, self._bad)
+            raise bad_rows_error(self._path, self._bad)
 
     def _texts(self, table: Any) -> tuple[list[str] | None, list[tuple[int, str]]]:
-        """The texts, where they are wanted, and the rows of `table` that have none, with the problem."""
-        if self._fields.documents and self._fields.text is None:
-            raise ConfigError("Texts were asked for, but data.text is null. Set it, or leave dataplane.tokenizer out.")
-        text = column_at(table, self._fields.text) if self._fields.text is not None else None
+        """Return the texts, if the spec asks for them, and (row, problem) for every row of `table` without one."""
+        if self._spec.documents and self._spec.text is None:
+            raise ConfigError("Texts are needed, but data.text is null. Set it, or remove dataplane.tokenizer.")
+        text = column_at(table, self._spec.text) if self._spec.text is not None else None
         if text is None:
             return None, []
+
+        # A null entry of the dictionary does not count in `null_count` of the rows: decode the dictionary first.
         if pa.types.is_dictionary(text.type) and text.dictionary.null_count:
-            text = pc.cast(text, text.type.value_type)  # Nulls among the entries do not count as nulls of the rows.
+            text = pc.cast(text, text.type.value_type)
         missing = np.flatnonzero(text.is_null().to_numpy(zero_copy_only=False)) if text.null_count else ()
-        bad = [(int(i), f"{self._fields.text!r} is null") for i in missing]
-        if not self._fields.documents:
+        bad = [(int(row), f"{self._spec.text!r} is null") for row in missing]
+        if not self._spec.documents:
             return None, bad
+
         try:
-            texts = _texts(text)
-        except _UNREADABLE:
-            texts, unread = _texts_one_by_one(text)
-            bad = sorted([*bad, *unread])
+            texts = _to_texts(text)
+        except _VALUE_ERRORS:
+            texts, undecodable = _to_texts_one_by_one(text)
+            bad = sorted([*bad, *undecodable])
         for row, _ in bad:
             texts[row] = ""
         return texts, bad
 
-    def _batch(
-        self, rows: int, table: Any, blocks: BlockRanges, documents: list[str] | None, bad: list[tuple[int, str]]
-    ) -> RowBatch:
-        columns: dict[str, Column] = {}
-        for field in self._fields.properties:
-            values = column_at(table, field.path)
-            columns[field.name] = nulls(field.kind, rows) if values is None else _column(values, field, self._path)
-        raw = rows_of(table, self._path) if self._fields.rows else None
-        return RowBatch(rows=rows, blocks=blocks, columns=columns, documents=documents, raw=raw, bad=tuple(bad))
+
+def _check_unique_names(names: list[str], path: Path) -> None:
+    """Refuse a file with two columns of one name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(
+                f"{path} has several columns {name!r}.\n  Rename them, or exclude the file with data.exclude."
+            )
 
 
-def _check_text(schema: Any, text: str, path: Path) -> None:
-    """Refuse a file that has no texts where they should be."""
-    found = type_at(schema, text)
-    if found is None:
+def _check_text_column(schema: Any, text: str, path: Path) -> None:
+    """Refuse a file without a text column at the path `text`."""
+    text_type = type_at(schema, text)
+    if text_type is None:
         columns = ", ".join(schema.names[:20])
-        raise DataError(f"{path} has no column {text!r}, which data.text names.\n  It has: {columns}.")
-    plain = found.value_type if pa.types.is_dictionary(found) else found
-    if plain not in _TEXTS and not pa.types.is_null(plain):
         raise DataError(
-            f"{path}: column {text!r}, which data.text names, has type {found}, which is no text.\n  Set data.text to another "
-            "column, or leave the file out with data.exclude."
+            f"{path} has no column {text!r}, which data.text names. Its columns are: {columns}.\n"
+            "  Set data.text to one of them, or exclude the file with data.exclude."
+        )
+    value_type = text_type.value_type if pa.types.is_dictionary(text_type) else text_type
+    if value_type not in _TEXT_TYPES and not pa.types.is_null(value_type):
+        raise DataError(
+            f"{path}: column {text!r}, which data.text names, has type {text_type}; text is required.\n"
+            "  Set data.text to another column, or exclude the file with data.exclude."
         )
 
 
-def _texts(text: Any) -> list[str]:
-    """The texts of a column; None where it is null."""
-    found: list[str] = pc.cast(text, pa.large_string()).to_pylist()
-    return found
+def _to_texts(text: Any) -> list[str]:
+    """Convert a text column; null becomes None."""
+    texts: list[str] = pc.cast(text, pa.large_string()).to_pylist()
+    return texts
 
 
-def _texts_one_by_one(text: Any) -> tuple[list[str], list[tuple[int, str]]]:
-    """The texts of a column, and the rows whose text cannot be read, with the problem."""
-    texts, bad = [], []
+def _to_texts_one_by_one(text: Any) -> tuple[list[str], list[tuple[int, str]]]:
+    """Convert a text column row by row, and return (row, problem) for texts that are not valid UTF-8."""
+    texts = []
+    bad = []
     for row in range(len(text)):
         try:
-            texts += _texts(text.slice(row, 1))
-        except _UNREADABLE as error:
+            texts += _to_texts(text.slice(row, 1))
+        except _VALUE_ERRORS as error:
             texts.append("")
             bad.append((row, f"the text column cannot be read: {error}"))
     return texts, bad
 
 
 def first_key(names: list[str], path: str) -> str:
-    """The top-level column that `path` begins with."""
+    """Return the top-level column in which a path begins."""
     return path if path in names else path.partition(".")[0]
 
 
 def type_at(schema: Any, path: str) -> Any:
-    """The Arrow type at a path, None when the file has nothing there."""
+    """Return the Arrow type at a path; None if the schema has nothing there."""
     if path in schema.names:
         return schema.field(path).type
     first, *rest = path.split(".")
-    found: Any = schema.field(first).type if first in schema.names else None
+    if first not in schema.names:
+        return None
+    arrow_type: Any = schema.field(first).type
     for key in rest:
-        if not pa.types.is_struct(found) or found.get_field_index(key) < 0:
+        if not pa.types.is_struct(arrow_type) or arrow_type.get_field_index(key) < 0:
             return None
-        found = found.field(key).type
-    return found
+        arrow_type = arrow_type.field(key).type
+    return arrow_type
 
 
 def column_at(table: Any, path: str) -> Any:
-    """The column at a path, null where a parent is; None when the table has nothing there."""
+    """Return the column at a path, null where a parent is null; None if the table has nothing there."""
     if table is None or type_at(table.schema, path) is None:
         return None
     if path in table.schema.names:
@@ -158,74 +178,102 @@ def column_at(table: Any, path: str) -> Any:
 
 
 def texts_of(text: Any, path: Path) -> list[str]:
-    """The texts of a column; None where it is null.
+    """Return the texts of a column; None where it is null.
 
     Raises:
-        DataError: it is of another type, or not UTF-8.
+        DataError: the column has another type, or is not valid UTF-8.
     """
     try:
-        return _texts(text)
-    except _UNREADABLE as error:
-        raise unreadable(path, "the text column", error) from None
+        return _to_texts(text)
+    except _VALUE_ERRORS as error:
+        raise unreadable_error(path, "the text column", error) from None
 
 
 def rows_of(table: Any, path: Path) -> list[dict[str, Any]]:
-    """The rows of a table as dicts.
+    """Return the rows of a table as dicts.
 
     Raises:
-        DataError: a text in them is not UTF-8.
+        DataError: a text in them is not valid UTF-8.
     """
     try:
-        found: list[dict[str, Any]] = table.to_pylist()
-    except _UNREADABLE as error:
-        raise unreadable(path, "a row", error) from None
-    return found
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except _VALUE_ERRORS as error:
+        raise unreadable_error(path, "a row", error) from None
+    return rows
 
 
 def without_views(table: Any) -> Any:
-    """The same with texts stored as they used to be: Arrow has views (Polars writes them), but cannot take rows out of them yet."""
-    fields = [field.with_type(_without_views(field.type)) for field in table.schema]
-    return table if all(map(pa.Field.equals, fields, table.schema)) else table.cast(pa.schema(fields))
+    """Convert string views (Polars writes them) to plain strings: Arrow cannot take rows out of views yet."""
+    fields = [field.with_type(_plain_type(field.type)) for field in table.schema]
+    if all(map(pa.Field.equals, fields, table.schema)):
+        return table
+    return table.cast(pa.schema(fields))
 
 
-def _without_views(found: Any) -> Any:
-    if pa.types.is_struct(found):
-        return pa.struct([field.with_type(_without_views(field.type)) for field in found])
-    if pa.types.is_list(found) or pa.types.is_large_list(found):
-        wide = pa.large_list if pa.types.is_large_list(found) else pa.list_
-        return wide(found.value_field.with_type(_without_views(found.value_type)))
-    return _WIDE.get(found, found)
+def _plain_type(arrow_type: Any) -> Any:
+    """Return the type with all views in it, at any depth, replaced by plain types."""
+    if pa.types.is_struct(arrow_type):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in arrow_type])
+    if pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type):
+        list_type = pa.large_list if pa.types.is_large_list(arrow_type) else pa.list_
+        return list_type(arrow_type.value_field.with_type(_plain_type(arrow_type.value_type)))
+    return _PLAIN_TYPES.get(arrow_type, arrow_type)
 
 
 def _column(values: Any, field: PropertyField, path: Path) -> Column:
-    kind, found = field.kind, values.type
-    is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
-    if pa.types.is_null(found):
-        return nulls(field.kind, len(values))
-    if kind is Kind.NUMBER and (
-        pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_decimal(found)
-    ):
+    """Convert the values of one property.
+
+    Raises:
+        DataError: the column cannot have the property's kind, or its values are damaged.
+    """
+    if pa.types.is_null(values.type):
+        return null_column(field.kind, len(values))
+    if not _can_have_kind(values.type, field.kind):
+        raise _wrong_kind_error(values.type, field, path)
+    if field.kind is Kind.NUMBER:
         numbers: NDArray[np.float64] = pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         return numbers
-    is_flat = not pa.types.is_nested(found.value_type if is_list and kind is Kind.CATEGORIES else found)
-    if kind is Kind.NUMBER or not is_flat:
-        hint = "Give it kind: categories" if is_list and kind is Kind.CATEGORY else "Give it another path or kind"
-        raise DataError(
-            f"{path}: column {field.path!r} has type {found}, which cannot be read as the {kind} of "
-            f"data.properties.{field.name}.\n  {hint}, or leave the file out with data.exclude."
-        )
     try:
-        if is_list:
-            return encode_categories([None if v is None else tuple(v) for v in values.to_pylist()])
-        if pa.types.is_boolean(found) or pa.types.is_integer(found) or pa.types.is_floating(found):
-            return encode_categories(values.to_pylist())
-        return _encode_text(values)
-    except _UNREADABLE as error:
-        raise unreadable(path, f"column {field.path!r}", error) from None
+        return _encode_values(values)
+    except _VALUE_ERRORS as error:
+        raise unreadable_error(path, f"column {field.path!r}", error) from None
 
 
-def _encode_text(values: Any) -> Categories:
-    """Arrow's own dictionary; null is its last entry, where there is one."""
+def _can_have_kind(arrow_type: Any, kind: Kind) -> bool:
+    """Return True if values of this type can be numbers, a category, or (also in lists) categories."""
+    if kind is Kind.NUMBER:
+        is_float = pa.types.is_floating(arrow_type) or pa.types.is_decimal(arrow_type)
+        return bool(pa.types.is_integer(arrow_type) or is_float)
+    if kind is Kind.CATEGORIES and _is_list(arrow_type):
+        arrow_type = arrow_type.value_type
+    return not bool(pa.types.is_nested(arrow_type))
+
+
+def _is_list(arrow_type: Any) -> bool:
+    return bool(pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type))
+
+
+def _wrong_kind_error(arrow_type: Any, field: PropertyField, path: Path) -> DataError:
+    is_list_of_category = _is_list(arrow_type) and field.kind is Kind.CATEGORY
+    hint = "Set kind: categories" if is_list_of_category else "Set another path or kind"
+    return DataError(
+        f"{path}: column {field.path!r} has type {arrow_type}, which cannot be read as the {field.kind} of "
+        f"data.properties.{field.name}.\n  {hint}, or exclude the file with data.exclude."
+    )
+
+
+def _encode_values(values: Any) -> Categories:
+    """Encode a column of scalars or lists."""
+    if _is_list(values.type):
+        return encode_categories([None if value is None else tuple(value) for value in values.to_pylist()])
+    if pa.types.is_boolean(values.type) or pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        return encode_categories(values.to_pylist())
+    return _encode_texts(values)
+
+
+def _encode_texts(values: Any) -> Categories:
+    """Encode a column as text with Arrow's dictionary encoding. Null becomes the last code, if there is a null."""
+    # An existing dictionary may have duplicate or unused entries: decode it, then build a new one.
     if pa.types.is_dictionary(values.type):
         values = pc.cast(values, values.type.value_type)
     values = pc.cast(values, pa.large_string())

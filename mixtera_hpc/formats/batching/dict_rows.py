@@ -1,4 +1,4 @@
-"""Rows that a format has as dicts → batches: for formats whose rows are not written as one piece of JSON or one table."""
+"""Batches from rows that a format has as dicts: for formats whose rows are neither JSON lines nor Arrow tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,67 +8,74 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.base import MAX_BAD_ROWS, BlockRanges, RowBatch, ScanSpec, bad_rows
+from mixtera_hpc.formats.base import BlockRanges, RowBatch, ScanSpec
 from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error
 
-__all__ = ["BadRow", "RowScanner"]
+__all__ = ["BadRow", "DictRowBatcher"]
 
 
 class BadRow(msgspec.Struct, frozen=True):
-    """Stands where a row cannot be read."""
+    """Takes the place of a row that cannot be read."""
 
     problem: str
 
 
-class RowScanner:
-    """Checks the rows of one unit against what is wanted of them, and remembers those that do not have it."""
+class DictRowBatcher:
+    """Validates the rows of one unit against the spec, and collects the bad ones."""
 
-    def __init__(self, fields: ScanSpec, path: Path, first_row: int = 0) -> None:
-        self._fields, self._path = fields, path
-        self._type = RowType(fields)
+    def __init__(self, spec: ScanSpec, path: Path) -> None:
+        self._spec = spec
+        self._path = path
+        self._type = RowType(spec)
         self._blank = self._type.blank()
         self._bad: list[tuple[int, str]] = []
-        self._rows = first_row
+        self._rows = 0
 
     def batch(self, rows: Sequence[Any], blocks: BlockRanges, lengths: NDArray[np.int64]) -> RowBatch | None:
-        """A batch of dicts and `BadRow`s; None once a row was bad, unless bad rows are skipped."""
-        decoded, bad = [], []
+        """Build a batch from dicts and `BadRow`s. Return None after a bad row, unless bad rows are skipped."""
+        decoded = []
+        bad = []
         for number, row in enumerate(rows):
-            try:
-                problem = row.problem if isinstance(row, BadRow) else None
-                decoded.append(self._blank if problem else msgspec.convert(row, self._type.struct))
-            except msgspec.ValidationError as error:
-                decoded.append(self._blank)
-                problem = str(error)
+            values, problem = self._convert(row)
+            decoded.append(values)
             if problem:
                 bad.append((number, problem))
-        if not self._fields.skip_bad:
+
+        if not self._spec.skip_bad:
             self._bad += [(self._rows + number, problem) for number, problem in bad]
-            bad = []
         self._rows += len(rows)
-        return None if self._bad else self._batch(rows, decoded, blocks, lengths, bad)
-
-    @property
-    def has_enough(self) -> bool:
-        """Whether so many bad rows were found that more would not help."""
-        return len(self._bad) >= MAX_BAD_ROWS
-
-    def check(self) -> None:
-        """Raise for the bad rows found.
-
-        Raises:
-            DataError: there are any.
-        """
         if self._bad:
-            raise bad_rows(self._path, self._bad[:MAX_BAD_ROWS])
-
-    def _batch(self, rows: Sequence[Any], decoded: list[Any], blocks: BlockRanges, lengths: Any, bad: Any) -> RowBatch:
+            return None
         return RowBatch(
             rows=len(rows),
             blocks=blocks,
             columns=self._type.columns(decoded),
             lengths=lengths,
-            documents=self._type.documents(decoded) if self._fields.documents else None,
-            raw=list(rows) if self._fields.rows else None,
+            documents=self._type.documents(decoded) if self._spec.documents else None,
+            raw_rows=list(rows) if self._spec.whole_rows else None,
             bad=tuple(bad),
         )
+
+    def _convert(self, row: Any) -> tuple[Any, str]:
+        """Return the row as an instance of the row type, and the problem (empty if there is none)."""
+        if isinstance(row, BadRow):
+            return self._blank, row.problem
+        try:
+            return msgspec.convert(row, self._type.struct), ""
+        except msgspec.ValidationError as error:
+            return self._blank, str(error)
+
+    @property
+    def should_stop(self) -> bool:
+        """True after so many bad rows that the error will not name more."""
+        return len(self._bad) >= MAX_BAD_ROWS
+
+    def check(self) -> None:
+        """Raise the error for the bad rows of the unit, if there are any.
+
+        Raises:
+            DataError: there are bad rows.
+        """
+        if self._bad:
+            raise bad_rows_error(self._path, self._bad[:MAX_BAD_ROWS])

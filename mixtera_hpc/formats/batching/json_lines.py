@@ -1,7 +1,7 @@
-"""JSON lines in memory: where every row ends, what it says, and which rows cannot be read.
+"""Batches from buffers of JSON lines: where every row ends, its values, and which rows cannot be read.
 
-A whole buffer of lines is decoded by one call. Only when that fails, or when its rows do not fall on its lines, is the
-buffer looked at line by line to name the culprits. Blank lines are no rows; their bytes count to the row that follows.
+One call decodes a whole buffer of lines. Only if that fails, or if its rows do not match its lines, the buffer is
+decoded line by line to find the bad rows. Blank lines are not rows; their bytes belong to the row that follows.
 """
 
 import codecs
@@ -14,47 +14,52 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.base import MAX_BAD_ROWS, BlockRanges, Column, RowBatch, ScanSpec, bad_rows
+from mixtera_hpc.formats.base import BlockRanges, RowBatch, ScanSpec
 from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error
 
-__all__ = ["LineScanner", "Lines", "line_ends"]
+__all__ = ["JsonLineBatcher", "JsonLines", "line_ends"]
 
 Buffer = bytes | memoryview
-NEWLINE, OPEN, CLOSE = b"\n{}"
-JSON_SPACE = b" \t\r\n"
-"""More is space to Python, and an error to whoever decodes the row that such a line would count to."""
-SHORTEST_ROW = 5
-"""`{"":0`: a shorter line may be blank, and is looked at."""
+NEWLINE, OPEN_BRACE, CLOSE_BRACE = b"\n{}"
+JSON_WHITESPACE = b" \t\r\n"
+"""RFC 8259, section 2. Python strips more bytes than these, but a JSON decoder refuses them."""
+SHORTEST_ROW_BYTES = 5
+"""`{"":0`. A line of at most this many bytes may be blank; longer ones are not examined."""
+_DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
-class Lines:
-    """The rows of a buffer."""
+class JsonLines:
+    """The decoded rows of a buffer."""
 
     rows: list[Any]
     """Instances of the row type."""
     ends: NDArray[np.int64]
-    """Where the line of every row ends, newline included; shape (rows,)."""
-    raw: list[Any] | None = None
-    """The whole rows, where a parser wants them."""
+    """End of every row's line inside the buffer, newline included; shape (rows,)."""
+    raw_rows: list[Any] | None = None
+    """The whole rows, if a parser needs them."""
     bad: tuple[tuple[int, str], ...] = ()
-    """Rows that stand for lines that cannot be read, where those are skipped: position and problem."""
+    """If bad rows are skipped, their positions and problems. `rows` has a blank row for each."""
 
     @classmethod
-    def none(cls) -> "Lines":
-        """No rows."""
+    def none(cls) -> "JsonLines":
+        """Return no rows."""
         return cls([], np.zeros(0, np.int64), [])
 
 
 def line_ends(data: Buffer) -> NDArray[np.int64]:
-    """Where every line that is not blank ends, newline included."""
-    ends = _newlines(data)
+    """Return the end of every line that is not blank, newline included."""
+    ends = _all_line_ends(data)
     lengths = np.diff(ends, prepend=0)
-    blank = [i for i in np.flatnonzero(lengths <= SHORTEST_ROW) if _is_blank(data, ends[i] - lengths[i], ends[i])]
+    # Only short lines can be blank: look at the bytes of those alone.
+    candidates = np.flatnonzero(lengths <= SHORTEST_ROW_BYTES)
+    blank = [i for i in candidates if _is_blank(data, ends[i] - lengths[i], ends[i])]
     return np.delete(ends, blank) if blank else ends
 
 
-def _newlines(data: Buffer) -> NDArray[np.int64]:
+def _all_line_ends(data: Buffer) -> NDArray[np.int64]:
+    """Return the end of every line; the last one may lack its newline."""
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == NEWLINE) + 1
     if len(data) and (not len(ends) or ends[-1] != len(data)):
         ends = np.append(ends, len(data))
@@ -62,115 +67,125 @@ def _newlines(data: Buffer) -> NDArray[np.int64]:
 
 
 def _is_blank(data: Buffer, start: int, stop: int) -> bool:
-    return not bytes(data[start:stop]).strip(JSON_SPACE)
+    return not bytes(data[start:stop]).strip(JSON_WHITESPACE)
 
 
-class LineScanner:
-    """Decodes the buffers of one unit and remembers the rows it cannot read."""
+class JsonLineBatcher:
+    """Decodes the buffers of one unit, and collects the rows that cannot be read."""
 
-    def __init__(self, fields: ScanSpec, path: Path) -> None:
-        self._type = RowType(fields)
+    def __init__(self, spec: ScanSpec, path: Path) -> None:
+        self._type = RowType(spec)
         self._decoder = msgspec.json.Decoder(self._type.struct)
-        self._raw = msgspec.json.Decoder() if fields.rows else None
-        self._documents = fields.documents
-        self._blank = self._type.blank() if fields.skip_bad else None
+        self._raw_decoder = msgspec.json.Decoder() if spec.whole_rows else None
+        self._documents = spec.documents
+        self._blank = self._type.blank() if spec.skip_bad else None
         self._path = path
         self._bad: list[tuple[int, str]] = []
-        self.rows = 0
-        """Rows seen so far in this unit, readable or not."""
+        self._rows = 0
 
-    def lines(self, data: Buffer) -> Lines:
-        """Decode a buffer of whole lines; a row that cannot be read is blank, or missing from it and remembered."""
+    def decode(self, data: Buffer) -> JsonLines:
+        """Decode a buffer of whole lines.
+
+        A bad row becomes a blank row if bad rows are skipped. Otherwise it is left out and remembered for `check`.
+        """
         ends = line_ends(data)
         try:
             rows = self._decoder.decode_lines(data)
-            raw = self._raw.decode_lines(data) if self._raw else None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            rows, raw = [], None
+            raw_rows = self._raw_decoder.decode_lines(data) if self._raw_decoder else None
+        except _DECODE_ERRORS:
+            return self._decode_line_by_line(data)
         if len(rows) != len(ends) or not _rows_are_lines(data, ends):
-            return self._line_by_line(data)
-        self.rows += len(rows)
-        return Lines(rows, ends, raw)
+            return self._decode_line_by_line(data)
+        self._rows += len(rows)
+        return JsonLines(rows, ends, raw_rows)
 
-    def batch(self, lines: Lines, blocks: BlockRanges, lengths: NDArray[np.int64] | None) -> RowBatch:
-        """Columns and texts of decoded rows."""
-        columns: dict[str, Column] = self._type.columns(lines.rows)
-        documents = self._type.documents(lines.rows) if self._documents else None
+    def batch(self, lines: JsonLines, blocks: BlockRanges, lengths: NDArray[np.int64] | None) -> RowBatch:
+        """Build the batch of decoded rows."""
         return RowBatch(
             rows=len(lines.rows),
             blocks=blocks,
-            columns=columns,
+            columns=self._type.columns(lines.rows),
             lengths=lengths,
-            documents=documents,
-            raw=lines.raw,
+            documents=self._type.documents(lines.rows) if self._documents else None,
+            raw_rows=lines.raw_rows,
             bad=lines.bad,
         )
 
     @property
     def failed(self) -> bool:
-        """Whether a row could not be read; nothing more of the unit is of use."""
+        """True after a bad row that is not skipped: the scan will raise, and only looks for more bad rows."""
         return bool(self._bad)
 
     @property
-    def has_enough(self) -> bool:
-        """Whether so many bad rows were found that more would not help."""
+    def should_stop(self) -> bool:
+        """True after so many bad rows that the error will not name more."""
         return len(self._bad) >= MAX_BAD_ROWS
 
     def check(self, rows_before: int = 0) -> None:
-        """Raise for the bad rows found.
+        """Raise the error for the bad rows of the unit, if there are any.
 
         Args:
-            rows_before: rows of the shard before this unit.
+            rows_before: number of rows of the shard before this unit.
 
         Raises:
-            DataError: there are any.
+            DataError: there are bad rows.
         """
         if self._bad:
-            raise bad_rows(self._path, [(rows_before + row, problem) for row, problem in self._bad])
+            raise bad_rows_error(self._path, [(rows_before + row, problem) for row, problem in self._bad])
 
-    def _line_by_line(self, data: Buffer) -> Lines:
-        rows, ends, raw, bad = [], [], [], []
-        for start, stop in _spans(data):
+    def _decode_line_by_line(self, data: Buffer) -> JsonLines:
+        rows: list[Any] = []
+        ends: list[int] = []
+        raw_rows: list[Any] = []
+        bad: list[tuple[int, str]] = []
+        for start, stop in _lines(data):
+            line = data[start:stop]
             try:
-                rows.append(self._decoder.decode(data[start:stop]))
-                ends.append(stop)
-                raw.append(self._raw.decode(data[start:stop]) if self._raw else None)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                problem = f"{error}{_hint(data[start : start + 3])}"
+                row: Any = self._decoder.decode(line)
+                raw = self._raw_decoder.decode(line) if self._raw_decoder else None
+            except _DECODE_ERRORS as error:
+                problem = f"{error}{_hint(line[:3])}"
+                row, raw = self._blank, None
                 if self._blank is not None:
                     bad.append((len(rows), problem))
-                    rows.append(self._blank)
-                    ends.append(stop)
-                    raw.append(None)
-                elif not self.has_enough:
-                    self._bad.append((self.rows, problem))
-            self.rows += 1
-        return Lines(rows, np.array(ends, np.int64), raw if self._raw else None, tuple(bad))
+                elif not self.should_stop:
+                    self._bad.append((self._rows, problem))
+            if row is not None:
+                rows.append(row)
+                ends.append(stop)
+                raw_rows.append(raw)
+            self._rows += 1
+        return JsonLines(rows, np.array(ends, np.int64), raw_rows if self._raw_decoder else None, tuple(bad))
 
 
-def _hint(begin: Buffer) -> str:
-    """What the first bytes of a line that cannot be read may tell of the reason."""
-    if bytes(begin).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+def _hint(first_bytes: Buffer) -> str:
+    """Return what the first bytes of an unreadable line say about the reason."""
+    if bytes(first_bytes).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "; it begins with a byte order mark: write the file as UTF-8 without one"
     return ""
 
 
 def _rows_are_lines(data: Buffer, ends: NDArray[np.int64]) -> bool:
-    """Whether every line begins and ends with a brace: then no row can span lines, and no line hold two halves of rows."""
+    """Return True if every line begins and ends with a brace.
+
+    Then no row spans two lines and no line holds parts of two rows, so the n-th row is the n-th line.
+    """
     if not len(ends):
         return True
     view = np.frombuffer(data, np.uint8)
     starts = np.concatenate([[0], ends[:-1]])
     stops = ends - (view[ends - 1] == NEWLINE)
-    unclear = np.flatnonzero((view[starts] != OPEN) | (view[stops - 1] != CLOSE))
+
+    # One vector comparison settles nearly all lines; the others may have whitespace around the braces.
+    unclear = np.flatnonzero((view[starts] != OPEN_BRACE) | (view[stops - 1] != CLOSE_BRACE))
     texts = (bytes(data[starts[i] : stops[i]]).strip() for i in unclear)
     return all(text.startswith(b"{") and text.endswith(b"}") for text in texts)
 
 
-def _spans(data: Buffer) -> Iterator[tuple[int, int]]:
-    """Start and end of every line that is not blank."""
+def _lines(data: Buffer) -> Iterator[tuple[int, int]]:
+    """Yield the start and the end of every line that is not blank."""
     start = 0
-    for stop in _newlines(data).tolist():
+    for stop in _all_line_ends(data).tolist():
         if not _is_blank(data, start, stop):
             yield start, stop
         start = stop

@@ -1,7 +1,7 @@
-"""Dotted paths → a generated `msgspec.Struct`, so that decoding a row touches only what is needed.
+"""Generate a `msgspec.Struct` from dotted paths, so that decoding a row touches only the keys that are needed.
 
-The decoder skips every other key without building objects for it, and checks types on the way: what comes out needs no
-second look.
+The decoder skips every other key without building objects, and it checks the types: decoded rows need no further
+checks.
 """
 
 from collections.abc import Sequence
@@ -25,92 +25,117 @@ _TYPES: dict[Kind, Any] = {
     Kind.NUMBER: float | None,
 }
 _TEXT = str
+"""Type of the document. No property has it, so it also marks the path to the document in a `PathTree`."""
 
-Tree = dict[str, Any]
-"""Key → a leaf's type, or another tree."""
+PathTree = dict[str, Any]
+"""Key → type of a value, or another tree."""
 
 
 class RowType:
-    """The generated type of a row and how to take columns out of its instances."""
+    """The generated type of a row, and how to take columns out of decoded rows.
 
-    def __init__(self, fields: ScanSpec) -> None:
-        tree: Tree = {}
-        if fields.text is not None:
-            _add(tree, fields.text, _TEXT, "data.text")
-        for field in fields.properties:
-            _add(tree, field.path, _TYPES[field.kind], f"data.properties.{field.name}")
-        self.struct = _struct("Row", tree)
-        self._fields = fields
-        self._text = attrgetter(_attributes(fields.text)) if fields.text is not None else None
+    Raises:
+        ConfigError: two paths contradict each other.
+    """
+
+    def __init__(self, spec: ScanSpec) -> None:
+        tree: PathTree = {}
+        if spec.text is not None:
+            _add_path(tree, spec.text, _TEXT, "data.text")
+        for field in spec.properties:
+            _add_path(tree, field.path, _TYPES[field.kind], f"data.properties.{field.name}")
+        self.struct = _define_struct("Row", tree)
+        self._spec = spec
+        self._get_text = attrgetter(_attributes(spec.text)) if spec.text is not None else None
 
     def blank(self) -> Any:
-        """A row without properties, whose document is empty."""
+        """Return a row with an empty document and without properties."""
         row: Any = ""
-        for key in reversed(self._fields.text.split(".") if self._fields.text is not None else []):
+        for key in reversed(self._spec.text.split(".") if self._spec.text is not None else []):
             row = {key: row}
         return msgspec.convert(row or {}, self.struct)
 
     def documents(self, rows: Sequence[Any]) -> list[str]:
-        """The text of every row.
+        """Return the text of every row.
 
         Raises:
-            ConfigError: rows have none.
+            ConfigError: rows have no text.
         """
-        if self._text is None:
-            raise ConfigError("Texts were asked for, but data.text is null. Set it, or set mixture.unit=samples.")
-        return list(map(self._text, rows))
+        if self._get_text is None:
+            raise ConfigError("Texts are needed, but data.text is null. Set it, or set mixture.unit=samples.")
+        return list(map(self._get_text, rows))
 
     def columns(self, rows: Sequence[Any]) -> dict[str, Column]:
-        """The properties of the rows, by name."""
-        found: dict[str, Column] = {}
-        for field in self._fields.properties:
-            values = _values(rows, _attributes(field.path))
-            found[field.name] = np.array(values, np.float64) if field.kind is Kind.NUMBER else encode_categories(values)
-        return found
+        """Return the properties of the rows, by name."""
+        columns: dict[str, Column] = {}
+        for field in self._spec.properties:
+            values = _values_at(rows, _attributes(field.path))
+            if field.kind is Kind.NUMBER:
+                columns[field.name] = np.array(values, np.float64)
+            else:
+                columns[field.name] = encode_categories(values)
+        return columns
 
 
-def _values(rows: Sequence[Any], attributes: str) -> list[Any]:
-    """The value at a path in every row; None below a parent that is null."""
+def _values_at(rows: Sequence[Any], attributes: str) -> list[Any]:
+    """Return the value at a path in every row; None where a parent is null."""
     try:
         return list(map(attrgetter(attributes), rows))
     except AttributeError:
+        # A parent is None in some row: go down one key at a time.
         values = list(rows)
         for name in attributes.split("."):
-            values = [None if v is None else getattr(v, name) for v in values]
+            values = [None if value is None else getattr(value, name) for value in values]
         return values
 
 
 def _attributes(path: str) -> str:
-    """A key may be any text, an attribute may not: every attribute has a letter before it and no other character."""
+    """Convert a dotted path of keys to a dotted path of struct attributes."""
     return ".".join(_attribute(key) for key in path.split("."))
 
 
 def _attribute(key: str) -> str:
+    """Return a valid attribute name for any key: the letter k and the key's bytes in hexadecimal."""
     return "k" + key.encode("utf-8", "surrogatepass").hex()
 
 
-def _add(tree: Tree, path: str, leaf: Any, name: str) -> None:
+def _add_path(tree: PathTree, path: str, value_type: Any, config_key: str) -> None:
+    """Add a path to the tree.
+
+    Raises:
+        ConfigError: the path is malformed, or contradicts one that is in the tree already.
+    """
     *parents, last = path.split(".")
     if not all(parents) or not last:
-        raise ConfigError(f"{name} is {path!r}, expected keys with dots between them, e.g. meta.language.")
+        raise ConfigError(f"{config_key} is {path!r}; expected keys with dots between them, e.g. meta.language.")
+
     for key in parents:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"{name} looks inside {path.rpartition('.')[0]!r}, which another path takes as a value.")
-    if tree.setdefault(last, leaf) != leaf:
-        raise ConfigError(f"{name} reads {path!r} as something else than another path does. Give both the same kind.")
+            parent = path.rpartition(".")[0]
+            raise ConfigError(f"{config_key} looks inside {parent!r}, which another path reads as a value.")
+
+    if tree.setdefault(last, value_type) != value_type:
+        raise ConfigError(
+            f"{config_key} reads {path!r} as another kind than a second path does. Use one kind for both."
+        )
 
 
-def _struct(name: str, tree: Tree) -> type[msgspec.Struct]:
-    """Keys that lead to the document are required, all others may be missing or null."""
+def _define_struct(name: str, tree: PathTree) -> type[msgspec.Struct]:
+    """Define the struct of a tree. Keys on the way to the document are required, all others may be missing or null."""
     members: list[Any] = []
     for key, value in tree.items():
-        required = value is _TEXT or (isinstance(value, dict) and _leads_to_text(value))
-        hint: Any = _struct(key, value) if isinstance(value, dict) else value
-        members.append((_attribute(key), hint) if required else (_attribute(key), hint | None, None))
+        member_type: Any = _define_struct(key, value) if isinstance(value, dict) else value
+        if _leads_to_text(value):
+            members.append((_attribute(key), member_type))
+        else:
+            members.append((_attribute(key), member_type | None, None))
     rename = {_attribute(key): key for key in tree}
     return msgspec.defstruct(name, members, rename=rename, gc=False, kw_only=True)
 
 
-def _leads_to_text(tree: Tree) -> bool:
-    return any(v is _TEXT or (isinstance(v, dict) and _leads_to_text(v)) for v in tree.values())
+def _leads_to_text(value: Any) -> bool:
+    """Return True for the document's type and for a tree that contains it."""
+    if isinstance(value, dict):
+        return any(map(_leads_to_text, value.values()))
+    return value is _TEXT

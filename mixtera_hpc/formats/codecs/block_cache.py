@@ -1,7 +1,8 @@
-"""Decoded blocks, the most recently used first, bounded in bytes.
+"""An LRU cache of decoded blocks, bounded in bytes.
 
-For formats whose blocks can only be decoded as a whole (compressed, Parquet). One cache serves all open shards of a rank, so
-its bound is the rank's bound. A block wanted by several threads at once is decoded by one of them.
+For formats whose blocks can only be decoded as a whole (compressed files, Parquet). One cache serves all open shards of
+a rank, so its bound is the bound of the rank. If several threads request the same block, one of them decodes it and the
+others wait.
 """
 
 import threading
@@ -17,35 +18,43 @@ T = TypeVar("T")
 
 
 class BlockCache:
-    """Least recently used blocks leave first; the newest stays even when it alone exceeds the bound."""
+    """Keeps the most recently used blocks. The newest block stays even if it alone exceeds the bound."""
 
     def __init__(self, max_bytes: int = 256 << 20, seek_folders: Sequence[Path] = ()) -> None:
         self.max_bytes = max_bytes
         self.seek_folders = tuple(seek_folders)
-        """Where seek points of shards may lie that cannot be read at random without."""
+        """Folders to search for the seek points of shards that need them for random access."""
         self._lock = threading.Lock()
+        # Key → (block, its bytes), least recently used first. A block that is still being decoded has 0 bytes.
         self._entries: OrderedDict[Hashable, tuple[Future[Any], int]] = OrderedDict()
         self._size_bytes = 0
 
     @property
     def size_bytes(self) -> int:
-        """Bytes held now."""
+        """Bytes of all decoded blocks in the cache."""
         return self._size_bytes
 
     def get(self, key: Hashable, load: Callable[[], tuple[T, int]]) -> T:
-        """The block called `key`; `load` decodes it and says how many bytes it takes."""
+        """Return the block `key`, decoding it if needed.
+
+        Args:
+            key: names the block among all blocks of all shards.
+            load: decodes the block and returns it with its size in bytes.
+        """
         with self._lock:
-            found = self._entries.get(key)
-            if found:
+            entry = self._entries.get(key)
+            future: Future[T] = entry[0] if entry is not None else Future()
+            if entry is not None:
                 self._entries.move_to_end(key)
-            future: Future[T] = found[0] if found else Future()
-            if not found:
+            else:
                 self._entries[key] = (future, 0)
-        if not found:
+
+        if entry is None:
             self._load(key, future, load)
         return future.result()
 
     def _load(self, key: Hashable, future: "Future[T]", load: Callable[[], tuple[T, int]]) -> None:
+        """Decode a block outside the lock. An error reaches every waiting thread; the next request tries again."""
         try:
             block, size = load()
         except BaseException as error:
@@ -53,15 +62,16 @@ class BlockCache:
                 self._entries.pop(key, None)
             future.set_exception(error)
             return
+
         with self._lock:
             if key in self._entries:
                 self._entries[key] = (future, size)
                 self._size_bytes += size
-            self._evict(key)
+            self._evict(newest=key)
         future.set_result(block)
 
     def _evict(self, newest: Hashable) -> None:
-        """Drop the oldest blocks that are decoded until the rest fits."""
+        """Drop the least recently used blocks until the others fit; blocks that are being decoded stay."""
         for key in list(self._entries):
             if self._size_bytes <= self.max_bytes:
                 return

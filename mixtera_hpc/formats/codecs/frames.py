@@ -1,4 +1,8 @@
-"""Compressed files as runs of decoded bytes, frame after frame, never more in memory than a piece and the longest line."""
+"""Decode a compressed file frame after frame, as a stream of bounded segments.
+
+A frame is what the compression can decode on its own: a gzip member, a Zstandard frame, a bzip2 stream, an xz block.
+Memory holds one segment and the longest line, whatever the size of the file.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,119 +10,166 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.shard_errors import decompression_error
 
-__all__ = ["PIECE_BYTES", "Codec", "Decompressor", "Piece", "bounded", "damaged", "pieces_of", "whole_lines"]
+__all__ = [
+    "SEGMENT_BYTES",
+    "Codec",
+    "DecodedSegment",
+    "Decompressor",
+    "decode_frames",
+    "join_whole_lines",
+    "limit_block_bytes",
+]
 
 READ_BYTES = 256 << 10
-PIECE_BYTES = 2 << 20
+SEGMENT_BYTES = 2 << 20
+"""Most decoded bytes that a decompressor returns at once."""
 
 
 class Decompressor(Protocol):
-    """Decodes one frame, as `bz2.BZ2Decompressor` does."""
+    """Decodes one frame; the interface of `bz2.BZ2Decompressor` and `lzma.LZMADecompressor`."""
 
     @property
-    def eof(self) -> bool: ...
+    def eof(self) -> bool:
+        """True after the end of the frame."""
+        ...
+
     @property
-    def unused_data(self) -> bytes: ...
+    def unused_data(self) -> bytes:
+        """Input bytes after the end of the frame."""
+        ...
+
     @property
-    def needs_input(self) -> bool: ...
-    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+    def needs_input(self) -> bool:
+        """False if more output is available without more input."""
+        ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        """Decode `data` and return about `max_length` bytes at most."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
-    """How one compression is undone."""
+    """How to decode one kind of compression."""
 
     start: Callable[[], Decompressor]
-    """A decompressor for the next frame."""
+    """Creates the decompressor of the next frame."""
     errors: tuple[type[Exception], ...]
-    """What it raises on bytes that are not its own."""
+    """The exceptions that a decompressor raises on invalid input."""
     padding: bytes = b""
-    """Bytes that may stand between and after frames, meaning nothing."""
+    """Bytes that may stand between and after frames without a meaning."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Some decoded bytes."""
+class DecodedSegment:
+    """Consecutive decoded bytes."""
 
     data: bytes
     frame_end: int | None
-    """Compressed position, when a frame ends with this data."""
+    """Compressed position of the frame's end if `data` ends a frame."""
 
 
-def bounded(pieces: Iterator[Piece], limit: int, path: Path) -> Iterator[Piece]:
-    """Refuse a run of bytes that can only be decoded as a whole, and is too long for it."""
-    size, start, ends_line = 0, 0, True
-    for piece in pieces:
-        size += len(piece.data)
-        ends_line = piece.data.endswith(b"\n") if piece.data else ends_line
-        if size > limit:
-            raise DataError(
-                f"{path}: what begins at byte {start} decodes to more than data.max_block_bytes={limit}, and none of it can be "
-                "read without the rest.\n"
-                "  Compress it in frames that end with a line (docs/formats.md has the command), or raise data.max_block_bytes."
-            )
-        yield piece
-        if piece.frame_end is not None and ends_line:
-            size, start = 0, piece.frame_end
-
-
-def whole_lines(pieces: Iterator[Piece]) -> Iterator[tuple[bytes, int | None]]:
-    """Buffers of whole lines, and the compressed position after each where it ends a frame as well."""
-    held: list[bytes] = []
-    size, end, has_line = 0, 0, False
-    for piece in pieces:
-        held.append(piece.data)
-        size += len(piece.data)
-        has_line = has_line or b"\n" in piece.data
-        end = piece.frame_end if piece.frame_end is not None else end
-        if piece.frame_end is None and (size < PIECE_BYTES or not has_line):
-            continue
-        data = b"".join(held)
-        cut = data.rfind(b"\n") + 1
-        complete = cut == len(data) and piece.frame_end is not None
-        held, size, has_line = [data[cut:]], len(data) - cut, False
-        if cut or complete:
-            yield data[:cut], piece.frame_end if complete else None
-    if size:
-        yield b"".join(held), end
-
-
-def pieces_of(file: BinaryIO, codec: Codec, path: Path) -> Iterator[Piece]:
-    """Decode a file frame after frame, some bytes at a time.
+def decode_frames(file: BinaryIO, codec: Codec, path: Path) -> Iterator[DecodedSegment]:
+    """Decode a file frame after frame.
 
     Raises:
-        DataError: it is damaged, or ends inside a frame.
+        DataError: the file is damaged, or ends inside a frame.
     """
-    position, data = 0, b""
+    position = 0
+    data = b""
     while data := _skip_padding(file, data, codec.padding):
         frame = codec.start()
         while True:
             try:
-                decoded = frame.decompress(data, PIECE_BYTES)
+                decoded = frame.decompress(data, SEGMENT_BYTES)
             except codec.errors as error:
-                raise damaged(path, f"{error}, near byte {position}") from None
+                raise decompression_error(path, f"{error}, near byte {position}") from None
             if frame.eof:
                 break
-            yield Piece(decoded, None)
+            yield DecodedSegment(decoded, None)
+
             data = file.read(READ_BYTES) if frame.needs_input else b""
             if not data and frame.needs_input:
-                raise damaged(path, "it ends inside a compressed frame")
-        position = file.tell() - len(frame.unused_data)
-        yield Piece(decoded, position)
+                raise decompression_error(path, "it ends inside a compressed frame")
+
+        # The next frame begins with the bytes that this one did not use.
         data = frame.unused_data
+        position = file.tell() - len(data)
+        yield DecodedSegment(decoded, position)
 
 
 def _skip_padding(file: BinaryIO, data: bytes, padding: bytes) -> bytes:
-    """The next bytes that mean something; empty at the end of the file."""
+    """Return the next bytes after any padding; empty at the end of the file."""
     while True:
         data = data.lstrip(padding) if padding else data
-        if data or not (data := file.read(READ_BYTES)):
+        if data:
+            return data
+        data = file.read(READ_BYTES)
+        if not data:
             return data
 
 
-def damaged(path: Path, problem: str) -> DataError:
-    """The error for a file that cannot be decompressed."""
-    return DataError(
-        f"{path} cannot be decompressed: {problem}.\n  Copy or download it again, or leave it out with data.exclude."
-    )
+def limit_block_bytes(segments: Iterator[DecodedSegment], limit: int, path: Path) -> Iterator[DecodedSegment]:
+    """Pass segments on, and refuse a block that decodes to more than `limit` bytes.
+
+    A block ends where a frame ends together with a line.
+
+    Raises:
+        DataError: a block is too large.
+    """
+    size = 0
+    start = 0
+    ends_line = True
+    for segment in segments:
+        size += len(segment.data)
+        if segment.data:
+            ends_line = segment.data.endswith(b"\n")
+        if size > limit:
+            raise DataError(
+                f"{path}: the block that begins at byte {start} decodes to more than data.max_block_bytes={limit}, and "
+                "it can only be read as a whole.\n"
+                "  Compress it in frames that end with a line (docs/formats.md has the command), or raise "
+                "data.max_block_bytes."
+            )
+        yield segment
+
+        if segment.frame_end is not None and ends_line:
+            size = 0
+            start = segment.frame_end
+
+
+def join_whole_lines(segments: Iterator[DecodedSegment]) -> Iterator[tuple[bytes, int | None]]:
+    """Join segments into buffers of whole lines.
+
+    Yields:
+        (lines, frame end): the compressed position after the lines if a frame ends there as well, else None.
+    """
+    pending: list[bytes] = []
+    size = 0
+    has_line = False
+    last_frame_end = 0
+    for segment in segments:
+        pending.append(segment.data)
+        size += len(segment.data)
+        has_line = has_line or b"\n" in segment.data
+        ends_frame = segment.frame_end is not None
+        if segment.frame_end is not None:
+            last_frame_end = segment.frame_end
+        # Collect more until there is a buffer worth decoding. A frame end is always handed on: a block may end there.
+        if not ends_frame and (size < SEGMENT_BYTES or not has_line):
+            continue
+
+        data = b"".join(pending)
+        line_end = data.rfind(b"\n") + 1
+        ends_both = ends_frame and line_end == len(data)
+        pending = [data[line_end:]]
+        size = len(data) - line_end
+        has_line = False
+        if line_end or ends_both:
+            yield data[:line_end], segment.frame_end if ends_both else None
+
+    # The last line of a file may lack its newline.
+    if size:
+        yield b"".join(pending), last_frame_end

@@ -1,4 +1,4 @@
-"""Positioned reads that several threads share a descriptor for, and which neighbouring rows to read at once."""
+"""Positioned reads: threads share one file descriptor without a lock, and rows near each other share one read."""
 
 import itertools
 import os
@@ -11,12 +11,12 @@ from mixtera_hpc.formats.base import BlockRef
 
 __all__ = ["merge_nearby", "read_fully", "row_byte_ranges"]
 
-MERGE_BYTES = 32 << 10
-"""Wanted rows nearer than this are read together with what lies between them."""
+MAX_GAP_BYTES = 32 << 10
+"""Two rows with at most this many bytes between them are read in one call, together with the bytes between them."""
 
 
 def read_fully(fd: int, size: int, offset: int) -> bytes:
-    """`size` bytes from `offset`, fewer only at the end of the file; network file systems may return less at once."""
+    """Read `size` bytes at `offset`; fewer only at the end of the file. Network file systems may return short reads."""
     data = os.pread(fd, size, offset)
     while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
         data += more
@@ -24,15 +24,23 @@ def read_fully(fd: int, size: int, offset: int) -> bytes:
 
 
 def merge_nearby(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Slices of rows that are read at once."""
-    gaps = np.flatnonzero(starts[1:] - stops[:-1] > MERGE_BYTES) + 1
-    bounds = [0, *gaps.tolist(), len(starts)] if len(starts) else [0]
+    """Yield slices (first, last) of rows to read in one call, given the byte range of each row in ascending order."""
+    # A new read begins at every row that is too far from the end of the row before it.
+    breaks = np.flatnonzero(starts[1:] - stops[:-1] > MAX_GAP_BYTES) + 1
+    bounds = [0, *breaks.tolist(), len(starts)] if len(starts) else [0]
     return itertools.pairwise(bounds)
 
 
 def row_byte_ranges(
     block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First byte inside the shard, and bytes, of some rows of a block; `lengths` has all rows of the block."""
+    """Return the first byte inside the shard and the length of the named rows of a block.
+
+    Args:
+        block: the block.
+        lengths: bytes of every row of the block, shape (block.rows,).
+        rows: positions inside the block.
+    """
     stops = block.offset + np.cumsum(lengths)
-    return (stops - lengths)[rows], lengths[rows]
+    starts = stops - lengths
+    return starts[rows], lengths[rows]

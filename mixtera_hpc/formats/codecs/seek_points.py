@@ -1,11 +1,13 @@
-"""Seek points of gzip files: what is needed to begin decoding in the middle.
+"""Seek points of gzip files: what is needed to begin decoding in the middle of a long member.
 
-Every few megabytes of decoded text: where a deflate block begins, to the bit, and the 32 KiB before it that it may refer to. They
-are found by `indexed_gzip` in a pass of its own (zlib's speed, once per shard and index) and kept in a file beside the index,
-some 2 kB per decoded megabyte. Reading needs ISA-L alone: empty blocks fill the byte in the middle of which the block begins.
+A seek point is the position, to the bit, where a deflate block begins, and the 32 KiB of decoded text before it, which
+the block may refer to. There is one every few megabytes of decoded text. `indexed_gzip` finds them in one pass of its
+own at the speed of zlib; they are stored in a file next to the index, about 2 kB per decoded megabyte. Reading needs
+ISA-L only.
 
-A shard is known by its size, its first bytes and its last, which hold the checksum of all that is in it: the points of a shard
-serve every index and survive moves. Without them everything can still be read, at the price of decoding from the start.
+The file name depends on the size, the first and the last bytes of the shard. The last bytes contain the checksum of all
+its content, so the points of a shard serve every index and survive when the shard is moved. Without them everything can
+still be read, by decoding from the start of the file.
 """
 
 import hashlib
@@ -14,7 +16,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -22,63 +24,79 @@ from isal import igzip_lib
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.formats.codecs.frames import damaged
+from mixtera_hpc.formats.codecs.deflate_bits import align_to_bit
+from mixtera_hpc.formats.codecs.gzip_members import IsalError
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
+from mixtera_hpc.formats.shard_errors import decompression_error
 
 __all__ = ["SPACING_BYTES", "SeekPoints", "find_points", "seek_folder_of", "write_points"]
 
 SPACING_BYTES = 4 << 20
+"""Decoded bytes from one point to the next."""
 WINDOW_BYTES = 32 << 10
-_MAGIC = b"mixseek1"
-_HEAD = struct.Struct("<8sII")
-"""Magic, number of points, checksum of the table."""
-_POINT = np.dtype([("at", "<u8"), ("bit", "<u8"), ("window", "<u8"), ("size", "<u4")])
-"""Decoded position, position in the compressed file in bits, where the compressed window lies and how long it is (0: none)."""
-_EXPORTED = struct.Struct("<5sBBQQIII")
-_EXPORTED_POINT = np.dtype([("cmp", "<u8"), ("at", "<u8"), ("bits", "u1"), ("has_window", "u1")])
+"""How far back a deflate block may refer (RFC 1951, section 2)."""
 IDENTITY_BYTES = 64
-_EMPTY_FIXED = 2, 10
-"""A deflate block that says nothing, with the fixed codes, and how many bits it has; the lowest comes first (RFC 1951, 3.2.6)."""
-_EMPTY_DYNAMIC = 0x46AFF90000000000081C004, 91
-"""Another, with codes of its own (3.2.7): one bit each for literal 255, the end, and a distance. An odd number of bits."""
+"""Bytes at each end of a shard that enter its file name."""
+
+# File: header, one _POINT per seek point, then the windows, each compressed with Zstandard.
+_MAGIC = b"mixseek1"
+_HEADER = struct.Struct("<8sII")
+"""Magic, number of points, checksum of the table."""
+_POINT = np.dtype([("decoded", "<u8"), ("bit", "<u8"), ("window", "<u8"), ("window_bytes", "<u4")])
+"""Decoded position; compressed position in bits; position of the compressed window in this file, its size (0: none)."""
+
+# What `IndexedGzipFile.export_index` writes (indexed_gzip, zran.c): header, one record per point, then the raw windows.
+_EXPORT_HEADER = struct.Struct("<5sBBQQIII")
+"""Magic, version, reserved, compressed and decoded size, spacing, window size, number of points."""
+_EXPORT_POINT = np.dtype([("byte", "<u8"), ("decoded", "<u8"), ("bits", "u1"), ("has_window", "u1")])
+"""A point lies `bits` bits before `byte`."""
 
 
 def seek_folder_of(index: str | Path) -> Path:
-    """Where the seek points of the shards of an index are kept."""
+    """Return the folder that contains the seek points of an index's shards."""
     return Path(f"{index}.seek")
 
 
 def write_points(shard: Path, folder: Path, spacing_bytes: int = SPACING_BYTES) -> Path:
-    """Find the seek points of a gzip file that is known to be whole, and keep them in `folder`."""
+    """Find the seek points of an undamaged gzip file and store them in `folder`, unless they are there already.
+
+    Raises:
+        PropertyIndexError: the points cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _name(shard)
+        path = folder / _file_name(shard)
         if not path.exists():
-            _write(path, *_found(shard, spacing_bytes))
+            table, windows = _build_points(shard, spacing_bytes)
+            _write(path, table, windows)
     except OSError as error:
         raise PropertyIndexError(
-            f"The seek points of {shard} cannot be made in {folder}: {error.strerror or error}.\n  Make room, set index.path "
-            "to another place, or do without them: index.seek_points=false."
+            f"Cannot store the seek points of {shard} in {folder}: {error.strerror or error}.\n"
+            "  Free some space, set index.path to another place, or build without them: index.seek_points=false."
         ) from None
     return path
 
 
 def _write(path: Path, table: NDArray[Any], windows: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(_HEAD.pack(_MAGIC, len(table), _checksum(table)) + table.tobytes() + windows)
+    """Write a file under a temporary name and publish it with a rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with temporary.open("wb") as file:
+        file.write(_HEADER.pack(_MAGIC, len(table), _checksum(table)) + table.tobytes() + windows)
         file.flush()
         os.fsync(file.fileno())
-    part.replace(path)
+    temporary.replace(path)
 
 
 def find_points(shard: Path, folders: Sequence[Path]) -> "SeekPoints | None":
-    """The seek points of a shard, from the first folder that has them whole; None where none has."""
+    """Return the seek points of a shard from the first folder that has them undamaged; None if there is none."""
+    folders = [folder for folder in folders if folder.is_dir()]
+    if not folders:
+        return None
     try:
-        name = _name(shard) if any(folder.is_dir() for folder in folders) else ""
+        name = _file_name(shard)
     except OSError:
         return None
-    for folder in folders if name else ():
+    for folder in folders:
         try:
             return SeekPoints(folder / name)
         except (OSError, ValueError):
@@ -86,110 +104,124 @@ def find_points(shard: Path, folders: Sequence[Path]) -> "SeekPoints | None":
     return None
 
 
-def _name(shard: Path) -> str:
-    """What a shard's points are called, wherever it lies."""
+def _file_name(shard: Path) -> str:
+    """Return the name of a shard's seek points, which depends on its content and not on its path."""
     with shard.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        ends = os.pread(file.fileno(), IDENTITY_BYTES, 0), os.pread(file.fileno(), IDENTITY_BYTES, max(size - 64, 0))
-    return hashlib.blake2b(b"%d " % size + b"".join(ends), digest_size=16).hexdigest() + ".seek"
+        fd = file.fileno()
+        size = os.fstat(fd).st_size
+        head = os.pread(fd, IDENTITY_BYTES, 0)
+        tail = os.pread(fd, IDENTITY_BYTES, max(size - IDENTITY_BYTES, 0))
+    digest = hashlib.blake2b(b"%d " % size + head + tail, digest_size=16)
+    return digest.hexdigest() + ".seek"
 
 
 def _checksum(table: NDArray[Any]) -> int:
     return int.from_bytes(hashlib.blake2b(table.tobytes(), digest_size=4).digest(), "little")
 
 
-def _found(shard: Path, spacing_bytes: int) -> tuple[NDArray[Any], bytes]:
-    """The table of points and their windows, compressed one by one."""
+def _build_points(shard: Path, spacing_bytes: int) -> tuple[NDArray[Any], bytes]:
+    """Return the table of points, and their compressed windows one after the other."""
+    data = _export_index(shard, spacing_bytes)
+    *_, window_bytes, count = _EXPORT_HEADER.unpack(data[: _EXPORT_HEADER.size])
+    exported = np.frombuffer(data, _EXPORT_POINT, count, _EXPORT_HEADER.size)
+    position = _EXPORT_HEADER.size + exported.nbytes
+
+    table = np.zeros(count, _POINT)
+    table["decoded"] = exported["decoded"]
+    table["bit"] = exported["byte"] * 8 - exported["bits"]
+
+    # A point at the start of a member refers to nothing and has no window.
+    windows = []
+    compress = zstandard.ZstdCompressor(level=9, write_checksum=True).compress
+    for number in np.flatnonzero(exported["has_window"]).tolist():
+        windows.append(compress(data[position : position + window_bytes]))
+        position += window_bytes
+        table["window_bytes"][number] = len(windows[-1])
+
+    # Windows follow the table; each begins where the ones before it end.
+    window_ends = np.cumsum(table["window_bytes"])
+    table["window"] = _HEADER.size + table.nbytes + window_ends - table["window_bytes"]
+    return table, b"".join(windows)
+
+
+def _export_index(shard: Path, spacing_bytes: int) -> memoryview:
+    """Let `indexed_gzip` decode the file once and return the index that it exports."""
+    # Needed only while an index with long gzip members is built.
     import indexed_gzip
 
     exported = io.BytesIO()
     with indexed_gzip.IndexedGzipFile(str(shard), spacing=spacing_bytes, window_size=WINDOW_BYTES) as file:
         file.build_full_index()
         file.export_index(fileobj=exported)
-    data = exported.getbuffer()
-    _, _, _, _, _, _, window_bytes, count = _EXPORTED.unpack(data[: _EXPORTED.size])
-    found = np.frombuffer(data, _EXPORTED_POINT, count, _EXPORTED.size)
-    position = _EXPORTED.size + found.nbytes
-    table, windows = np.zeros(count, _POINT), []
-    table["at"], table["bit"] = found["at"], found["cmp"] * 8 - found["bits"]
-    compress = zstandard.ZstdCompressor(level=9, write_checksum=True).compress
-    for number in np.flatnonzero(found["has_window"]).tolist():
-        windows.append(compress(data[position : position + window_bytes]))
-        position += window_bytes
-        table["size"][number] = len(windows[-1])
-    table["window"] = _HEAD.size + table.nbytes + np.cumsum(table["size"]) - table["size"]
-    return table, b"".join(windows)
+    return exported.getbuffer()
 
 
 class SeekPoints:
-    """The points of one shard; the table is in memory, windows are read when they are needed."""
+    """The seek points of one shard. The table is in memory; windows are read when needed."""
 
     def __init__(self, path: Path) -> None:
         """Read the table.
 
         Raises:
-            OSError: there is no such file.
+            OSError: the file does not exist.
             ValueError: it is damaged.
         """
         with path.open("rb") as file:
-            head = file.read(_HEAD.size)
-            magic, count, checksum = _HEAD.unpack(head.ljust(_HEAD.size, b"\0"))
+            header = file.read(_HEADER.size)
+            magic, count, checksum = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
             self._table = np.frombuffer(file.read(count * _POINT.itemsize), _POINT)
         if magic != _MAGIC or not count or len(self._table) != count or _checksum(self._table) != checksum:
             raise ValueError("no seek points")
         self._path = path
-        self._at: list[int] = self._table["at"].tolist()
+        self._decoded: list[int] = self._table["decoded"].tolist()
         self._bit: list[int] = self._table["bit"].tolist()
 
     def read(self, fd: int, shard: Path, offset: int, size: int) -> bytes:
-        """`size` decoded bytes from decoded position `offset`.
+        """Return `size` decoded bytes from decoded position `offset`.
 
         Raises:
             DataError: the shard is damaged.
         """
-        first = int(np.searchsorted(self._table["at"], offset, side="right")) - 1
-        last = int(np.searchsorted(self._table["at"], offset + size, side="left"))
+        stop = offset + size
+        first = int(np.searchsorted(self._table["decoded"], offset, side="right")) - 1
+        last = int(np.searchsorted(self._table["decoded"], stop, side="left"))
         try:
-            decoded = [data for number in range(first, last) for data in self._segment(fd, number, offset + size)]
-        except (cast("type[Exception]", igzip_lib.IsalError), zstandard.ZstdError, OSError, EOFError) as error:
-            raise damaged(shard, f"{error}, between seek points {first} and {last}") from None
-        data = b"".join(decoded)
-        skip = offset - self._at[first]
-        return data[skip : skip + size]
+            decoded = [data for number in range(first, last) for data in self._decode_from(fd, number, stop)]
+        except (IsalError, zstandard.ZstdError, OSError, EOFError) as error:
+            raise decompression_error(shard, f"{error}, between seek points {first} and {last}") from None
+        skip = offset - self._decoded[first]
+        return b"".join(decoded)[skip : skip + size]
 
-    def _segment(self, fd: int, number: int, stop: int) -> Iterator[bytes]:
-        """Decode from one point to the next, or to `stop`."""
-        is_last = number + 1 == len(self._at)
-        end = stop if is_last else min(stop, self._at[number + 1])
-        start_byte, bit = divmod(self._bit[number], 8)
-        end_byte = os.fstat(fd).st_size if is_last else self._bit[number + 1] // 8 + 1
-        raw = read_fully(fd, end_byte - start_byte, start_byte)
-        decoder = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE, hist_bits=15, zdict=self._window(number))
-        wanted = end - self._at[number]
-        data = decoder.decompress(_filled(raw, bit), wanted)
+    def _decode_from(self, fd: int, number: int, stop: int) -> Iterator[bytes]:
+        """Decode from one point to the next, or to decoded position `stop` if that comes first."""
+        start_byte, start_bit = divmod(self._bit[number], 8)
+        if number + 1 == len(self._decoded):
+            decoded_stop = stop
+            stop_byte = os.fstat(fd).st_size
+        else:
+            decoded_stop = min(stop, self._decoded[number + 1])
+            stop_byte = self._bit[number + 1] // 8 + 1
+
+        compressed = align_to_bit(read_fully(fd, stop_byte - start_byte, start_byte), start_bit)
+        window = self._read_window(number)
+        decoder = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE, hist_bits=15, zdict=window)
+        missing = decoded_stop - self._decoded[number]
+        data = decoder.decompress(compressed, missing)
         yield data
-        while (wanted := wanted - len(data)) > 0:
+
+        missing -= len(data)
+        while missing > 0:
             if decoder.eof or decoder.needs_input:
                 raise EOFError("the file is not the one that was indexed")
-            data = decoder.decompress(b"", wanted)
+            data = decoder.decompress(b"", missing)
             yield data
+            missing -= len(data)
 
-    def _window(self, number: int) -> bytes:
-        size = int(self._table["size"][number])
+    def _read_window(self, number: int) -> bytes:
+        """Return the decoded text before a point; empty if it has none."""
+        size = int(self._table["window_bytes"][number])
         if not size:
             return b""
         with self._path.open("rb") as file:
             data = os.pread(file.fileno(), size, int(self._table["window"][number]))
         return zstandard.decompress(data, max_output_size=WINDOW_BYTES)
-
-
-def _filled(data: bytes, bit: int) -> bytes:
-    """`data`, which begins with bit `bit` of its first byte, as a stream of its own: empty blocks end at that bit.
-
-    Shifting it there instead would misplace stored blocks, whose content begins at a whole byte.
-    """
-    filler, size = _EMPTY_DYNAMIC if bit % 2 else (0, 0)
-    while size % 8 != bit:
-        filler, size = filler | _EMPTY_FIXED[0] << size, size + _EMPTY_FIXED[1]
-    head = filler | data[0] >> bit << size
-    return head.to_bytes(size // 8 + 1, "little") + data[1:]

@@ -1,7 +1,8 @@
-"""Where the members of a tar archive lie: headers only, nothing is extracted, no name is ever used as a path.
+"""Read the headers of a tar archive. Nothing is extracted, and no name is ever used as a path.
 
-Understands ustar, GNU long names and sizes, and pax. `tarfile` takes twice as long for the headers alone as this for a scan with the
-texts (bench/formats.py): it builds an object with twenty attributes per member.
+Understands ustar and pax (POSIX.1-2017, `pax`, sections "ustar Interchange Format" and "pax Extended Header") and GNU
+long names and sizes. `tarfile` needs twice as long for the headers alone as this module for a scan with the texts
+(bench/formats.py), because it builds an object with twenty attributes per member.
 """
 
 import os
@@ -10,132 +11,167 @@ from dataclasses import dataclass
 
 from mixtera_hpc.errors import DataError
 
-__all__ = ["Member", "Read", "TarError", "members", "window"]
+__all__ = ["ReadBytes", "TarError", "TarMember", "buffered_reads", "iter_members"]
 
-Read = Callable[[int, int], bytes]
-"""(offset, size) → bytes, fewer at the end."""
+ReadBytes = Callable[[int, int], bytes]
+"""(offset, size) → bytes; fewer at the end of the archive."""
 
 SECTOR = 512
-_ZEROS = bytes(SECTOR)
-_FILES = b"0\0" + b"7"
-_LONG_NAME, _PAX, _PAX_GLOBAL = b"L", b"x", b"g"
-_WITHOUT_DATA = b"123456"
-NEAR, FAR = 256 << 10, 4 << 10
-"""Bytes read at once: among small members, and past large ones."""
+"""Headers and contents begin at multiples of this many bytes."""
+READ_AHEAD_BYTES = 256 << 10
+"""Bytes per read while members are small: one read serves many headers."""
+HEADER_READ_BYTES = 4 << 10
+"""Bytes per read after a large member, whose content is skipped."""
+
+_ZERO_SECTOR = bytes(SECTOR)
+
+# Types of members (header byte 156).
+_REGULAR_FILES = (b"0", b"\0", b"7")
+_GNU_LONG_NAME = b"L"
+_PAX_HEADER = b"x"
+_PAX_GLOBAL_HEADER = b"g"
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices, folders and pipes. Their size field does not count."""
 
 
 class TarError(DataError):
-    """An archive is damaged; the message says at which byte."""
+    """An archive is damaged. The message names the byte."""
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """A file inside an archive."""
+class TarMember:
+    """A regular file inside an archive."""
 
     name: str
     data: int
-    """Where its content begins."""
+    """First byte of the content."""
     size: int
     end: int
-    """Where the next member begins."""
+    """First byte of the next member's header."""
 
 
-def window(fd: int) -> Read:
-    """Reads of headers that mostly follow each other, few system calls."""
-    start, held = 0, b""
+def buffered_reads(fd: int) -> ReadBytes:
+    """Return a function that reads from `fd` through a buffer: headers near each other cost one system call."""
+    start = 0
+    buffer = b""
 
     def read(offset: int, size: int) -> bytes:
-        nonlocal start, held
-        if not start <= offset or offset + size > start + len(held):
-            ahead = FAR if offset - start - len(held) > NEAR // 8 else NEAR
-            start, held = offset, os.pread(fd, max(size, ahead), offset)
-        return held[offset - start : offset - start + size]
+        nonlocal start, buffer
+        if offset < start or offset + size > start + len(buffer):
+            # A jump over a large content: the bytes after this header are probably content as well.
+            jump = offset - start - len(buffer)
+            ahead = HEADER_READ_BYTES if jump > READ_AHEAD_BYTES // 8 else READ_AHEAD_BYTES
+            buffer = os.pread(fd, max(size, ahead), offset)
+            start = offset
+        return buffer[offset - start : offset - start + size]
 
     return read
 
 
-def members(read: Read, start: int, stop: int, *, to_end: bool) -> Iterator[Member]:
-    """The regular files between two bytes of an archive; folders, links and devices are passed over.
+def iter_members(read: ReadBytes, start: int, stop: int, *, to_end: bool) -> Iterator[TarMember]:
+    """Yield the regular files between two bytes of an archive; skip folders, links and devices.
 
-    Archives that were put together with `cat` have end marks in between, which are passed over too.
+    Archives that were joined with `cat` have end marks in the middle, which are skipped as well.
 
     Args:
-        to_end: whether the archive's end mark must come before `stop`.
+        read: reads bytes of the archive.
+        start: position of the first header.
+        stop: position after the last member.
+        to_end: require the archive's end mark before `stop`.
 
     Raises:
-        TarError: a header is no header, or the archive ends inside a member or without its end mark.
+        TarError: a header is invalid, or the archive ends inside a member or without its end mark.
     """
-    position, long_name, long_size, has_ended = start, None, None, False
+    position = start
+    has_ended = False
+    # A pax or GNU header changes the name and the size of the member that follows it.
+    long_name: str | None = None
+    long_size: int | None = None
     while position < stop:
         header = read(position, SECTOR)
-        if header == _ZEROS[: len(header)]:
-            has_ended, position = has_ended or header == _ZEROS, position + SECTOR
+        if header == _ZERO_SECTOR[: len(header)]:
+            has_ended = has_ended or header == _ZERO_SECTOR
+            position += SECTOR
             continue
         has_ended = False
-        name, size, kind = _parsed(header, position)
-        size = long_size if long_size is not None and kind in _FILES else size
+
+        name, size, kind = _parse_header(header, position)
+        if long_size is not None and kind in _REGULAR_FILES:
+            size = long_size
         data = position + SECTOR
         end = data + -(-size // SECTOR) * SECTOR
         if end > stop:
             raise TarError(f"it ends inside member {long_name or name!r}, which begins at byte {position}")
-        if kind == _LONG_NAME:
+
+        if kind == _GNU_LONG_NAME:
             long_name = _text(read(data, size))
-        elif kind in (_PAX, _PAX_GLOBAL):
-            found = _pax(read(data, size), position) if kind == _PAX else {}
-            long_name = found.get("path", long_name)
-            long_size = _decimal(found["size"], position) if "size" in found else long_size
-        else:
-            if kind in _FILES:
-                yield Member(long_name or name, data, size, end)
-            long_name = long_size = None
+        elif kind == _PAX_HEADER:
+            records = _parse_pax(read(data, size), position)
+            long_name = records.get("path", long_name)
+            if "size" in records:
+                long_size = _parse_decimal(records["size"], position)
+        elif kind != _PAX_GLOBAL_HEADER:
+            if kind in _REGULAR_FILES:
+                yield TarMember(long_name or name, data, size, end)
+            long_name = None
+            long_size = None
         position = end
+
     if to_end and not has_ended:
         raise TarError(f"it ends at byte {stop} without an end mark: it was cut off")
 
 
-def _parsed(header: bytes, position: int) -> tuple[str, int, bytes]:
-    """Name, size and kind."""
+def _parse_header(header: bytes, position: int) -> tuple[str, int, bytes]:
+    """Return the name, size and type of a ustar header.
+
+    Fields: name (byte 0, 100 bytes), size (124, 12), checksum (148, 8), type (156, 1), magic (257, 6), name prefix
+    (345, 155).
+    """
     try:
-        if len(header) < SECTOR or sum(header) - sum(header[148:156]) + 256 != _number(header[148:156]):
+        # The checksum is the sum of all bytes, with its own field taken as eight spaces (8 * 32 = 256).
+        checksum = sum(header) - sum(header[148:156]) + 256
+        if len(header) < SECTOR or checksum != _parse_number(header[148:156]):
             raise ValueError
         kind = header[156:157]
-        size = 0 if kind in _WITHOUT_DATA else _number(header[124:136])
+        size = 0 if kind in _WITHOUT_CONTENT else _parse_number(header[124:136])
         if size < 0:
             raise ValueError
     except ValueError:
         raise TarError(f"there is no valid header at byte {position}") from None
+
     name = header[:100]
     if header[257:263] == b"ustar\0" and header[345] != 0:
         name = header[345:500].rstrip(b"\0") + b"/" + name.rstrip(b"\0")
     return _text(name), size, kind
 
 
-def _number(field: bytes) -> int:
-    """Octal, or with the highest bit set big-endian."""
+def _parse_number(field: bytes) -> int:
+    """Parse octal digits, or a big-endian integer if the highest bit is set (GNU "base-256")."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
     return int(digits, 8) if digits else 0
 
 
-def _decimal(text: str, position: int) -> int:
+def _parse_decimal(text: str, position: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise TarError(f"the extended header at byte {position} is damaged: size={text[:20]!r}")
     return int(text)
 
 
 def _text(data: bytes) -> str:
+    """Decode a name that ends at the first NUL."""
     return data.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 
-def _pax(data: bytes, position: int) -> dict[str, str]:
-    """The records `length key=value`."""
-    found = {}
+def _parse_pax(data: bytes, position: int) -> dict[str, str]:
+    """Parse the records `LENGTH KEY=VALUE\\n` of a pax header; the length counts the whole record."""
+    records = {}
     while data:
         length, _, _ = data.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(data):
             raise TarError(f"the extended header at byte {position} is damaged")
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        found[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
         data = data[int(length) :].lstrip(b"\0")
-    return found
+    return records

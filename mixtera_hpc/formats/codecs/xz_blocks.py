@@ -1,7 +1,8 @@
-"""Where the blocks of an `.xz` file lie: its own index says so, and each can be decoded alone.
+"""List the blocks of an `.xz` file from its own index, and decode each block alone.
 
-`xz -T` and `pixz` write many (24 MiB of text each by default), `xz` of one thread a single one. A block becomes a stream of its own
-between a made-up header and footer, so liblzma checks its checksum as always. Follows the .xz format specification 1.2.
+`xz -T` and `pixz` write many blocks (24 MiB of text each by default), `xz` with one thread writes a single one. To
+decode a block, it is put between a stream header, an index and a footer made for it, so that liblzma verifies its
+checksum as usual. References are to the .xz file format specification, version 1.2.1 (https://xz.tukaani.org/format).
 """
 
 import lzma
@@ -12,72 +13,83 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.codecs.frames import PIECE_BYTES, Piece, damaged
+from mixtera_hpc.formats.codecs.frames import SEGMENT_BYTES, DecodedSegment
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
+from mixtera_hpc.formats.shard_errors import decompression_error
 
-__all__ = ["XzBlock", "decoded", "xz_blocks"]
+__all__ = ["XzBlock", "decode_blocks", "list_blocks"]
 
 MAX_DICTIONARY_BYTES = 1 << 30
 READ_BYTES = 256 << 10
-_MAGIC, _FOOTER_MAGIC = b"\xfd7zXZ\0", b"YZ"
-_ENDS = 12
-"""Bytes of a stream's header, and of its footer."""
+
+_HEADER_MAGIC = b"\xfd7zXZ\0"
+_FOOTER_MAGIC = b"YZ"
+_HEADER_BYTES = 12
+"""Stream header (section 2.1.1): magic (6), flags (2), CRC32 of the flags (4)."""
+_FOOTER_BYTES = 12
+"""Stream footer (section 2.1.2): CRC32 (4) of the next two fields, backward size (4), flags (2), magic (2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XzBlock:
-    """One block."""
+    """One block of a stream."""
 
     begin: int
     end: int
+    """Compressed positions, padding included."""
     unpadded_bytes: int
     decoded_bytes: int
     flags: bytes
-    """Of the stream; they name the checksum."""
+    """Flags of the stream, which name the type of the checksum."""
 
 
-def xz_blocks(fd: int, path: Path) -> list[XzBlock]:
-    """Every block of a file, from the indexes at the ends of its streams.
+def list_blocks(fd: int, path: Path) -> list[XzBlock]:
+    """Return every block of a file. Streams are read backwards, because the index stands at the end of each.
 
     Raises:
         DataError: the file is damaged or cut off.
     """
-    stop, found = os.fstat(fd).st_size, []
+    stop = os.fstat(fd).st_size
+    per_stream: list[list[XzBlock]] = []
     while stop := _without_padding(fd, stop):
         try:
-            stop, blocks = _stream(fd, stop)
+            stop, blocks = _read_stream(fd, stop)
         except (ValueError, IndexError):
-            raise _cut_off(path, stop) from None
-        found.append(blocks)
-    return [block for blocks in reversed(found) for block in blocks]
+            raise _cut_off_error(path, stop) from None
+        per_stream.append(blocks)
+    return [block for blocks in reversed(per_stream) for block in blocks]
 
 
-def _cut_off(path: Path, stop: int) -> DataError:
-    return damaged(
-        path, f"it is cut off or ends inside a compressed frame; no stream ends at byte {stop}, near byte {stop}"
-    )
+def _cut_off_error(path: Path, stop: int) -> DataError:
+    problem = f"it is cut off or ends inside a compressed frame; no stream ends at byte {stop}, near byte {stop}"
+    return decompression_error(path, problem)
 
 
 def _without_padding(fd: int, stop: int) -> int:
+    """Return the position before any stream padding (section 2.2): zeros, four at a time."""
     while stop >= 4 and read_fully(fd, 4, stop - 4) == bytes(4):
         stop -= 4
     return stop
 
 
-def _stream(fd: int, stop: int) -> tuple[int, list[XzBlock]]:
-    """Where the stream begins that ends at `stop`, and its blocks."""
-    footer = read_fully(fd, _ENDS, stop - _ENDS) if stop >= 2 * _ENDS else b""
-    if footer[10:] != _FOOTER_MAGIC or zlib.crc32(footer[4:10]) != int.from_bytes(footer[:4], "little"):
+def _read_stream(fd: int, stop: int) -> tuple[int, list[XzBlock]]:
+    """Return the first byte and the blocks of the stream that ends at `stop`.
+
+    Raises:
+        ValueError: no valid stream ends there.
+        IndexError: its index is truncated.
+    """
+    index_bytes, flags = _read_footer(fd, stop)
+    index_start = stop - _FOOTER_BYTES - index_bytes
+    sizes = _read_index(fd, index_start, index_bytes)
+
+    # The blocks lie directly before the index, the stream header before the first of them.
+    begin = index_start - sum(_padded(unpadded) for unpadded, _ in sizes) - _HEADER_BYTES
+    if begin < 0 or read_fully(fd, 8, begin) != _HEADER_MAGIC + flags:
         raise ValueError
-    index_bytes, flags = 4 * (int.from_bytes(footer[4:8], "little") + 1), footer[8:10]
-    index = read_fully(fd, index_bytes, stop - _ENDS - index_bytes) if index_bytes <= stop - 2 * _ENDS else b""
-    if len(index) < 8 or zlib.crc32(index[:-4]) != int.from_bytes(index[-4:], "little") or index[0]:
-        raise ValueError
-    sizes = _records(index)
-    begin = stop - _ENDS - index_bytes - sum(_padded(unpadded) for unpadded, _ in sizes) - _ENDS
-    if begin < 0 or read_fully(fd, 8, begin) != _MAGIC + flags:
-        raise ValueError
-    blocks, position = [], begin + _ENDS
+
+    blocks = []
+    position = begin + _HEADER_BYTES
     for unpadded, size in sizes:
         end = position + _padded(unpadded)
         block = XzBlock(begin=position, end=end, unpadded_bytes=unpadded, decoded_bytes=size, flags=flags)
@@ -86,42 +98,70 @@ def _stream(fd: int, stop: int) -> tuple[int, list[XzBlock]]:
     return begin, blocks
 
 
+def _read_footer(fd: int, stop: int) -> tuple[int, bytes]:
+    """Return the size of the index and the flags of the stream that ends at `stop` (section 2.1.2)."""
+    if stop < _HEADER_BYTES + _FOOTER_BYTES:
+        raise ValueError
+    footer = read_fully(fd, _FOOTER_BYTES, stop - _FOOTER_BYTES)
+    checksum = int.from_bytes(footer[:4], "little")
+    if footer[10:] != _FOOTER_MAGIC or zlib.crc32(footer[4:10]) != checksum:
+        raise ValueError
+
+    # The backward size is stored in units of four bytes, less one.
+    index_bytes = 4 * (int.from_bytes(footer[4:8], "little") + 1)
+    if index_bytes > stop - _HEADER_BYTES - _FOOTER_BYTES:
+        raise ValueError
+    return index_bytes, footer[8:10]
+
+
+def _read_index(fd: int, start: int, size: int) -> list[tuple[int, int]]:
+    """Return the unpadded and decoded bytes of every block.
+
+    The index (section 4): indicator 0 (1 byte), number of records, the records, padding, CRC32 (4 bytes).
+    """
+    index = read_fully(fd, size, start)
+    if len(index) < 8 or index[0] != 0 or zlib.crc32(index[:-4]) != int.from_bytes(index[-4:], "little"):
+        raise ValueError
+
+    count, position = _read_varint(index, 1)
+    records = []
+    for _ in range(count):
+        unpadded, position = _read_varint(index, position)
+        decoded, position = _read_varint(index, position)
+        records.append((unpadded, decoded))
+    return records
+
+
 def _padded(size: int) -> int:
+    """Round up to a multiple of four bytes."""
     return -(-size // 4) * 4
 
 
-def _records(index: bytes) -> list[tuple[int, int]]:
-    """Unpadded and decoded bytes of every block."""
-    count, position = _number(index, 1)
-    found = []
-    for _ in range(count):
-        unpadded, position = _number(index, position)
-        size, position = _number(index, position)
-        found.append((unpadded, size))
-    return found
-
-
-def _number(data: bytes, position: int) -> tuple[int, int]:
-    """A variable-length integer, and where the next begins."""
-    value = shift = 0
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """Return a variable-length integer (section 1.2: seven bits per byte, low first) and the position after it."""
+    value = 0
+    shift = 0
     while True:
         byte = data[position]
         value |= (byte & 0x7F) << shift
-        position, shift = position + 1, shift + 7
+        shift += 7
+        position += 1
         if not byte & 0x80:
             return value, position
 
 
-def _encoded(value: int) -> bytes:
-    found = bytearray()
+def _varint(value: int) -> bytes:
+    """Encode a variable-length integer (section 1.2)."""
+    encoded = bytearray()
     while value >= 0x80:
-        found.append(value & 0x7F | 0x80)
+        encoded.append(value & 0x7F | 0x80)
         value >>= 7
-    return bytes([*found, value])
+    encoded.append(value)
+    return bytes(encoded)
 
 
-def decoded(fd: int, blocks: list[XzBlock], path: Path) -> Iterator[Piece]:
-    """The decoded bytes of blocks, some at a time; every block ends a frame.
+def decode_blocks(fd: int, blocks: list[XzBlock], path: Path) -> Iterator[DecodedSegment]:
+    """Decode blocks segment by segment. Every block ends a frame.
 
     Raises:
         DataError: a block is damaged.
@@ -130,23 +170,29 @@ def decoded(fd: int, blocks: list[XzBlock], path: Path) -> Iterator[Piece]:
         decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_DICTIONARY_BYTES)
         try:
             for data in _as_stream(fd, block):
-                yield Piece(decoder.decompress(data, PIECE_BYTES), None)
+                yield DecodedSegment(decoder.decompress(data, SEGMENT_BYTES), None)
                 while not decoder.eof and not decoder.needs_input:
-                    yield Piece(decoder.decompress(b"", PIECE_BYTES), None)
+                    yield DecodedSegment(decoder.decompress(b"", SEGMENT_BYTES), None)
         except (lzma.LZMAError, EOFError) as error:
-            raise damaged(path, f"{error}, near byte {block.begin}") from None
+            raise decompression_error(path, f"{error}, near byte {block.begin}") from None
         if not decoder.eof:
-            raise damaged(path, f"it ends inside a compressed frame, near byte {block.begin}")
-        yield Piece(b"", block.end)
+            raise decompression_error(path, f"it ends inside a compressed frame, near byte {block.begin}")
+        yield DecodedSegment(b"", block.end)
 
 
 def _as_stream(fd: int, block: XzBlock) -> Iterator[bytes]:
-    """A whole stream that has this block alone."""
-    yield _MAGIC + block.flags + zlib.crc32(block.flags).to_bytes(4, "little")
+    """Yield the bytes of a whole stream that contains only this block."""
+    yield _HEADER_MAGIC + block.flags + zlib.crc32(block.flags).to_bytes(4, "little")
+
     for position in range(block.begin, block.end, READ_BYTES):
         yield read_fully(fd, min(READ_BYTES, block.end - position), position)
-    index = b"\0\1" + _encoded(block.unpadded_bytes) + _encoded(block.decoded_bytes)
+
+    # Indicator 0, one record, padding to four bytes, checksum.
+    index = b"\0\1" + _varint(block.unpadded_bytes) + _varint(block.decoded_bytes)
     index += bytes(-len(index) % 4)
     index += zlib.crc32(index).to_bytes(4, "little")
-    ending = (len(index) // 4 - 1).to_bytes(4, "little") + block.flags
-    yield index + zlib.crc32(ending).to_bytes(4, "little") + ending + _FOOTER_MAGIC
+    yield index
+
+    backward_size = (len(index) // 4 - 1).to_bytes(4, "little")
+    footer = backward_size + block.flags
+    yield zlib.crc32(footer).to_bytes(4, "little") + footer + _FOOTER_MAGIC

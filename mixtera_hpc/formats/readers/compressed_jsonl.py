@@ -1,8 +1,8 @@
-"""JSON lines inside a compressed file, read as a stream and, later, block by block.
+"""JSON lines inside a compressed file: scanned as a stream, read block by block.
 
-A block is a run of compressed frames (gzip: members) that ends where a line ends: with one frame per so many lines, as
-`pzstd` or a careful writer makes them, that is every frame; a shard of a single frame is a single block. Rows inside a block
-have no byte range of their own: reading one decodes its block, and the cache keeps it.
+A block is a run of compressed frames that ends where a line ends. If each frame contains whole lines, as `pzstd` or a
+careful writer makes them, every frame is a block; a file of one frame is a single block. Rows inside a block have no
+byte range of their own: reading one decodes its block, which stays in the cache.
 """
 
 import io
@@ -16,27 +16,25 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.formats.base import (
-    BlockRanges,
-    BlockRef,
-    RowBatch,
-    ScanSpec,
-    ScanUnit,
-    ShardReader,
-    open_shard,
-    shard_changed,
-)
-from mixtera_hpc.formats.batching.json_lines import LineScanner, line_ends
+from mixtera_hpc.formats.base import BlockRanges, BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
+from mixtera_hpc.formats.batching.json_lines import JsonLineBatcher, line_ends
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.frames import Codec, Piece, bounded, pieces_of, whole_lines
+from mixtera_hpc.formats.codecs.frames import (
+    Codec,
+    DecodedSegment,
+    decode_frames,
+    join_whole_lines,
+    limit_block_bytes,
+)
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
+from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
 
 __all__ = ["CompressedJsonlFormat", "CompressedJsonlReader"]
 
 
 class CompressedJsonlFormat:
-    """`Format` of compressed JSON lines; the codec makes the difference."""
+    """`Format` of compressed JSON lines. The codec makes the difference between the formats."""
 
     holds_tokens = False
 
@@ -45,76 +43,93 @@ class CompressedJsonlFormat:
         self._codec = codec
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
+        """Return the whole file as one unit: decoding can only begin at its start."""
         return [ScanUnit(0, size_bytes)] if size_bytes else []
 
-    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
-        scanner = LineScanner(fields, path)
+    def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+        """Read the rows of the file; `block_rows` is ignored, because the frames decide where blocks end."""
+        batcher = JsonLineBatcher(spec, path)
         with path.open("rb") as file:
-            start, rows = 0, 0
-            pieces = bounded(self._pieces(file, path), fields.max_block_bytes, path)
-            for data, end in whole_lines(pieces):
-                lines = scanner.lines(data)
+            segments = limit_block_bytes(self._segments(file, path), spec.max_block_bytes, path)
+            block_start = 0
+            rows = 0
+            for data, frame_end in join_whole_lines(segments):
+                lines = batcher.decode(data)
                 rows += len(lines.rows)
-                closes = end is not None and rows > 0
-                blocks = BlockRanges.of([(start, end - start, rows)] if end is not None and closes else [])
-                if scanner.has_enough:
+                # Frames without rows become part of the next block.
+                ranges = []
+                if frame_end is not None and rows > 0:
+                    ranges.append((block_start, frame_end - block_start, rows))
+                    block_start = frame_end
+                    rows = 0
+                if batcher.should_stop:
                     break
-                if not scanner.failed:
-                    yield scanner.batch(lines, blocks, None)
-                start, rows = (end, 0) if end is not None and closes else (start, rows)
-        scanner.check()
+                if not batcher.failed:
+                    yield batcher.batch(lines, BlockRanges.of(ranges), None)
+        batcher.check()
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
+        """Open a shard for random access by block."""
         return CompressedJsonlReader(path, text, cache, self._codec)
 
-    def _pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
-        """The decoded bytes; where a piece says that a frame ends, a block may."""
-        return pieces_of(file, self._codec, path)
+    def _segments(self, file: BinaryIO, path: Path) -> Iterator[DecodedSegment]:
+        """Decode the file. A block may end wherever a segment ends a frame."""
+        return decode_frames(file, self._codec, path)
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _DecodedLines:
+    """A decoded block."""
+
     data: memoryview
     ends: NDArray[np.int64]
+    """End of every row inside `data`."""
 
 
 class CompressedJsonlReader:
     """Decodes whole blocks into the cache and takes rows out of them."""
 
     def __init__(self, path: Path, text: str | None, cache: BlockCache, codec: Codec) -> None:
-        self._path, self._cache, self._codec = path, cache, codec
+        self._path = path
+        self._cache = cache
+        self._codec = codec
         self._type = RowType(ScanSpec(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
         self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
-        return self._type.documents(self._decode(self._decoder, block, rows))
+        """Return the texts of the named rows; see `ShardReader`."""
+        return self._type.documents(self._decode_rows(self._decoder, block, rows))
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        return self._decode(msgspec.json.Decoder(), block, rows)
+        """Return the named rows as dicts; see `ShardReader`."""
+        return self._decode_rows(msgspec.json.Decoder(), block, rows)
 
     def close(self) -> None:
+        """Release the file descriptor."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
-    def _decode(self, decoder: "msgspec.json.Decoder[Any]", block: BlockRef, rows: NDArray[np.int64]) -> list[Any]:
-        decoded = self._cache.get((str(self._path), block.offset), lambda: self._load(block))
-        stops = decoded.ends[rows].tolist()
-        starts = np.concatenate([[0], decoded.ends])[rows].tolist()
+    def _decode_rows(self, decoder: "msgspec.json.Decoder[Any]", block: BlockRef, rows: NDArray[np.int64]) -> list[Any]:
+        lines = self._cache.get((str(self._path), block.offset), lambda: self._load(block))
+        stops = lines.ends[rows].tolist()
+        starts = np.concatenate([[0], lines.ends])[rows].tolist()
         try:
-            return [decoder.decode(decoded.data[a:b]) for a, b in zip(starts, stops, strict=True)]
+            return [decoder.decode(lines.data[start:stop]) for start, stop in zip(starts, stops, strict=True)]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise shard_changed(self._path, block, f"{error}") from None
+            raise shard_changed_error(self._path, block, f"{error}") from None
 
-    def _load(self, block: BlockRef) -> tuple[_Block, int]:
-        data = self._decoded(block)
+    def _load(self, block: BlockRef) -> tuple[_DecodedLines, int]:
+        """Decode a block for the cache."""
+        data = self._read_block(block)
         ends = line_ends(data)
         if len(ends) != block.rows:
-            raise shard_changed(self._path, block, f"{block.rows} rows were expected, {len(ends)} are there")
-        return _Block(memoryview(data), ends), len(data) + ends.nbytes
+            raise shard_changed_error(self._path, block, f"{block.rows} rows were expected, but it has {len(ends)}")
+        return _DecodedLines(memoryview(data), ends), len(data) + ends.nbytes
 
-    def _decoded(self, block: BlockRef) -> bytes:
-        """The lines of a block."""
-        raw = read_fully(self._fd, block.length, block.offset)
-        return b"".join(piece.data for piece in pieces_of(io.BytesIO(raw), self._codec, self._path))
+    def _read_block(self, block: BlockRef) -> bytes:
+        """Return the decoded lines of a block."""
+        compressed = read_fully(self._fd, block.length, block.offset)
+        segments = decode_frames(io.BytesIO(compressed), self._codec, self._path)
+        return b"".join(segment.data for segment in segments)

@@ -1,7 +1,7 @@
-"""A JSON file that is one array of objects (`.json`), as LLaVA and others ship theirs.
+"""A JSON file that is one array of objects (`.json`), as LLaVA and others publish theirs.
 
-The whole file is in memory while it is scanned, so `data.max_block_bytes` bounds it; afterwards every row has its bytes and is
-read alone, as in JSON lines.
+The whole file is in memory while it is scanned, so `data.max_block_bytes` bounds its size. Afterwards every row has a
+byte range and is read alone, as in JSON lines.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRanges, RowBatch, ScanSpec, ScanUnit, ShardReader
-from mixtera_hpc.formats.batching.dict_rows import BadRow, RowScanner
+from mixtera_hpc.formats.batching.dict_rows import BadRow, DictRowBatcher
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.readers.jsonl import JsonRowReader
 
@@ -23,74 +23,91 @@ __all__ = ["JsonArrayFormat"]
 
 BATCH_ROWS = 4096
 BETWEEN_ROWS = b", \t\r\n"
+"""Bytes between two rows; they belong to the byte range of the row before them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JsonArrayFormat:
-    """`Format` of `.json` files that hold an array."""
+    """`Format` of `.json` files that contain one array."""
 
     name: str = "json"
     holds_tokens: bool = False
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
+        """Return the whole file as one unit."""
         return [ScanUnit(0, size_bytes)] if size_bytes else []
 
-    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
-        if unit.stop > fields.max_block_bytes:
+    def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+        """Read the rows of the array."""
+        if unit.stop > spec.max_block_bytes:
             raise DataError(
-                f"{path} is one JSON array of {unit.stop} bytes, more than data.max_block_bytes={fields.max_block_bytes}.\n"
-                "  Raise it, or write a row per line: jq -c '.[]' FILE > FILE.jsonl"
+                f"{path} is one JSON array of {unit.stop} bytes, more than data.max_block_bytes="
+                f"{spec.max_block_bytes}.\n"
+                "  Raise it, or write one row per line: jq -c '.[]' FILE > FILE.jsonl"
             )
         data = path.read_bytes()
-        rows, scanner = _split(data, path), RowScanner(fields, path)
-        starts = _starts(data, rows)
+        rows = _split_array(data, path)
+        starts = _row_starts(data, rows)
+        batcher = DictRowBatcher(spec, path)
         for first in range(0, len(rows), BATCH_ROWS):
-            part = rows[first : first + BATCH_ROWS]
-            lengths = np.diff(starts[first : first + len(part) + 1])
-            blocks = _blocks(starts, first, len(part), block_rows, len(rows))
-            batch = scanner.batch(list(map(_decoded, part)), blocks, lengths)
+            batch_rows = rows[first : first + BATCH_ROWS]
+            stop = first + len(batch_rows)
+            lengths = np.diff(starts[first : stop + 1])
+            blocks = _blocks_ending_in(first, stop, starts, block_rows)
+            batch = batcher.batch(list(map(_decode_row, batch_rows)), blocks, lengths)
             if batch:
                 yield batch
-            if scanner.has_enough:
+            if batcher.should_stop:
                 break
-        scanner.check()
+        batcher.check()
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
+        """Open a shard for random access by row."""
         return JsonRowReader(path, text, after_row=BETWEEN_ROWS)
 
 
-def _split(data: bytes, path: Path) -> list[msgspec.Raw]:
+def _split_array(data: bytes, path: Path) -> list[msgspec.Raw]:
+    """Return the undecoded rows: views of `data`."""
     try:
         return msgspec.json.decode(data, type=list[msgspec.Raw])
     except (msgspec.DecodeError, RecursionError) as error:
-        hint = "Set data.format=jsonl where it has a row per line" if data.lstrip()[:1] == b"{" else "Repair it"
+        is_object = data.lstrip()[:1] == b"{"
+        hint = "Set data.format=jsonl if it has one row per line" if is_object else "Repair it"
         raise DataError(
-            f"{path} is not a JSON array of rows: {error}.\n  {hint}, or leave it out with data.exclude."
+            f"{path} is not a JSON array of rows: {error}.\n  {hint}, or exclude it with data.exclude."
         ) from None
 
 
-def _starts(data: bytes, rows: list[msgspec.Raw]) -> NDArray[np.int64]:
-    """Where every row begins, and where the last one ends; shape (rows + 1,)."""
+def _row_starts(data: bytes, rows: list[msgspec.Raw]) -> NDArray[np.int64]:
+    """Return the first byte of every row, and the end of the last; shape (rows + 1,)."""
     if not rows:
         return np.zeros(1, np.int64)
+    # The rows are views of `data`, so differences of memory addresses are positions in the file.
     addresses = [_address(row) for row in rows]
     end = addresses[-1] + len(memoryview(rows[-1]))
     return np.array([*addresses, end], np.int64) - _address(data)
 
 
 def _address(buffer: Any) -> int:
+    """Return the memory address of a buffer's first byte."""
     address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
     return address
 
 
-def _blocks(starts: NDArray[np.int64], first: int, count: int, block_rows: int, total: int) -> BlockRanges:
-    """The blocks that end with one of `count` rows from `first` on."""
-    ends = [*range(block_rows, total, block_rows), total]
-    bounds = [(max(end - 1, 0) // block_rows * block_rows, end) for end in ends if first < end <= first + count]
-    return BlockRanges.of([(int(starts[a]), int(starts[b] - starts[a]), b - a) for a, b in bounds])
+def _blocks_ending_in(first: int, stop: int, starts: NDArray[np.int64], block_rows: int) -> BlockRanges:
+    """Return the blocks whose last row is one of the rows [first, stop)."""
+    num_rows = len(starts) - 1
+    block_stops = [*range(block_rows, num_rows, block_rows), num_rows]
+    ranges = []
+    for block_stop in block_stops:
+        if first < block_stop <= stop:
+            block_start = (block_stop - 1) // block_rows * block_rows
+            offset = int(starts[block_start])
+            ranges.append((offset, int(starts[block_stop]) - offset, block_stop - block_start))
+    return BlockRanges.of(ranges)
 
 
-def _decoded(row: msgspec.Raw) -> Any:
+def _decode_row(row: msgspec.Raw) -> Any:
     try:
         return msgspec.json.decode(row)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""JSON lines, uncompressed: any row can be read on its own, so a plan costs exactly the bytes it names.
+"""JSON lines, uncompressed: any row can be read alone, so a plan costs exactly the bytes of its rows.
 
 A unit is a byte range of fixed size; a line belongs to the unit in which it begins. A block is a fixed number of lines.
 """
@@ -22,21 +22,22 @@ from mixtera_hpc.formats.base import (
     ScanSpec,
     ScanUnit,
     ShardReader,
-    cut,
-    open_shard,
-    shard_changed,
+    split_evenly,
 )
-from mixtera_hpc.formats.batching.json_lines import Lines, LineScanner, line_ends
+from mixtera_hpc.formats.batching.json_lines import JsonLineBatcher, JsonLines, line_ends
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import merge_nearby, read_fully, row_byte_ranges
+from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
 
 __all__ = ["JsonRowReader", "JsonlFormat"]
 
 UNIT_BYTES = 64 << 20
-PIECE_BYTES = 1 << 20
-"""Read and decoded at once; small enough to stay in a core's cache on its way."""
-_PLAIN: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
+SEGMENT_BYTES = 1 << 20
+"""Bytes read and decoded at once; few enough to stay in the cache of a core in between."""
+
+Decode = Callable[[bytes | memoryview], Any]
+_DICT_DECODER: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,96 +47,130 @@ class JsonlFormat:
     name: str = "jsonl"
     holds_tokens: bool = False
     unit_bytes: int = UNIT_BYTES
-    segment_bytes: int = PIECE_BYTES
+    segment_bytes: int = SEGMENT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
-        return cut(size_bytes, self.unit_bytes)
+        """Split the shard into byte ranges of equal size, anywhere inside lines."""
+        return split_evenly(size_bytes, self.unit_bytes)
 
-    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
-        scanner = LineScanner(fields, path)
+    def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+        """Read the lines that begin in the unit."""
+        batcher = JsonLineBatcher(spec, path)
         with path.open("rb", buffering=0) as file:
-            begin = _first_line(file.fileno(), unit)
-            blocks = _Blocks(begin, block_rows)
-            limit = _Limit(path, fields.max_block_bytes)
-            for offset, data in _pieces(file.fileno(), (begin, unit.stop), self.segment_bytes, limit):
-                lines = scanner.lines(data)
-                if not scanner.failed:
+            fd = file.fileno()
+            begin = _first_line(fd, unit)
+            blocks = _LineBlocks(begin, block_rows)
+            limit = _LineLimit(path, spec.max_block_bytes)
+            for offset, data in _read_lines(fd, begin, unit.stop, self.segment_bytes, limit):
+                lines = batcher.decode(data)
+                if not batcher.failed:
                     ranges, lengths = blocks.add(lines.ends + offset)
-                    yield scanner.batch(lines, ranges, lengths)
-                elif scanner.has_enough:
+                    yield batcher.batch(lines, ranges, lengths)
+                elif batcher.should_stop:
                     break
-        scanner.check(_rows_before(path, begin) if scanner.failed else 0)
-        if last := blocks.rest():
-            yield scanner.batch(Lines.none(), BlockRanges.of([last]), np.zeros(0, np.int64))
+        batcher.check(_rows_before(path, begin) if batcher.failed else 0)
+
+        last_block = blocks.unfinished()
+        if last_block:
+            yield batcher.batch(JsonLines.none(), BlockRanges.of([last_block]), np.zeros(0, np.int64))
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
+        """Open a shard for random access by row."""
         return JsonRowReader(path, text)
 
 
-class _Blocks:
-    """Cuts the rows of a unit into blocks of equal numbers of rows."""
+class _LineBlocks:
+    """Divides the rows of a unit into blocks of `block_rows` rows."""
 
     def __init__(self, begin: int, block_rows: int) -> None:
         self._block_rows = block_rows
         self._start = begin
+        """First byte of the unfinished block."""
         self._end = begin
+        """End of the last row."""
         self._rows = 0
+        """Rows of the unfinished block."""
 
     def add(self, ends: NDArray[np.int64]) -> tuple[BlockRanges, NDArray[np.int64]]:
-        """Take the next rows, given where each ends; returns the blocks now full and the bytes of every row."""
+        """Add the next rows, given the end of each. Return the blocks that are now full, and the bytes of every row."""
         lengths = np.diff(ends, prepend=self._end)
-        last = ends[self._block_rows - self._rows - 1 :: self._block_rows]
-        starts = np.concatenate([[self._start], last])
-        table = np.stack([starts[:-1], np.diff(starts), np.full(len(last), self._block_rows)])
-        self._start = int(starts[-1])
-        self._rows = (self._rows + len(ends)) % self._block_rows
-        self._end = int(ends[-1]) if len(ends) else self._end
-        return BlockRanges(offset=table[0], length=table[1], rows=table[2]), lengths
 
-    def rest(self) -> tuple[int, int, int] | None:
-        """The last block of the unit, when it is not full."""
+        # The unfinished block needs `block_rows - rows` more rows; after that, every `block_rows`-th row ends a block.
+        block_ends = ends[self._block_rows - self._rows - 1 :: self._block_rows]
+        bounds = np.concatenate([[self._start], block_ends])
+        full = BlockRanges(
+            offset=bounds[:-1],
+            length=np.diff(bounds),
+            rows=np.full(len(block_ends), self._block_rows),
+        )
+
+        self._start = int(bounds[-1])
+        self._rows = (self._rows + len(ends)) % self._block_rows
+        if len(ends):
+            self._end = int(ends[-1])
+        return full, lengths
+
+    def unfinished(self) -> tuple[int, int, int] | None:
+        """Return the last block of the unit as (offset, length, rows) if it is not full."""
         return (self._start, self._end - self._start, self._rows) if self._rows else None
 
 
 def _first_line(fd: int, unit: ScanUnit) -> int:
-    """Where the first line begins that belongs to `unit`; its stop when none does."""
+    """Return the first byte of the first line that begins in the unit; the unit's stop if there is none."""
     if unit.start == 0:
         return 0
+    # If the byte before the unit is a newline, a line begins at the unit's first byte.
     position = unit.start - 1
-    while position < unit.stop and (data := os.pread(fd, PIECE_BYTES, position)):
-        found = data.find(b"\n")
-        if found >= 0:
-            return min(position + found + 1, unit.stop)
+    while position < unit.stop and (data := os.pread(fd, SEGMENT_BYTES, position)):
+        newline = data.find(b"\n")
+        if newline >= 0:
+            return min(position + newline + 1, unit.stop)
         position += len(data)
     return unit.stop
 
 
 @dataclass(frozen=True, slots=True)
-class _Limit:
-    """How long a line may be."""
+class _LineLimit:
+    """The maximum length of a line."""
 
     path: Path
     line_bytes: int
 
     def check(self, offset: int, size: int) -> None:
-        """Refuse a line that begins at `offset` and has `size` bytes or more."""
+        """Refuse a line that begins at `offset` and has at least `size` bytes.
+
+        Raises:
+            DataError: the line is too long.
+        """
         if size >= self.line_bytes:
             raise DataError(
-                f"{self.path}: the line that begins at byte {offset} has more than data.max_block_bytes={self.line_bytes} bytes.\n"
-                "  Is this JSON with a row per line? Raise data.max_block_bytes, or leave the file out with data.exclude."
+                f"{self.path}: the line that begins at byte {offset} has more than data.max_block_bytes="
+                f"{self.line_bytes} bytes.\n"
+                "  Is this JSON with one row per line? Raise data.max_block_bytes, or exclude it with data.exclude."
             )
 
 
-def _pieces(fd: int, span: tuple[int, int], size_bytes: int, limit: _Limit) -> Iterator[tuple[int, memoryview]]:
-    """Whole lines that begin in `span`, with the offset of the first; valid until the next are asked for."""
-    (begin, stop), buffer = span, bytearray(size_bytes)
+def _read_lines(
+    fd: int, begin: int, stop: int, segment_bytes: int, limit: _LineLimit
+) -> Iterator[tuple[int, memoryview]]:
+    """Yield (offset, whole lines) for the lines that begin in [begin, stop). The buffer is reused for the next ones."""
+    buffer = bytearray(segment_bytes)
     while begin < stop:
         size = _fill(fd, buffer, begin)
         if not size:
             return
-        last = buffer.find(b"\n", max(stop - 1 - begin, 0), size)
-        at_end = size < len(buffer)
-        cut = last + 1 or (size if at_end else buffer.rfind(b"\n", 0, size) + 1)
+
+        # Stop after the line that contains the last byte of the range. If it does not end in this buffer, stop after
+        # the last whole line; the last line of the file may lack its newline.
+        last_newline = buffer.find(b"\n", max(stop - 1 - begin, 0), size)
+        is_end_of_file = size < len(buffer)
+        if last_newline >= 0:
+            cut = last_newline + 1
+        elif is_end_of_file:
+            cut = size
+        else:
+            cut = buffer.rfind(b"\n", 0, size) + 1
+
         if cut:
             yield begin, memoryview(buffer)[:cut]
             begin += cut
@@ -145,52 +180,61 @@ def _pieces(fd: int, span: tuple[int, int], size_bytes: int, limit: _Limit) -> I
 
 
 def _fill(fd: int, buffer: bytearray, offset: int) -> int:
-    """Read into `buffer`; fewer bytes than it holds only at the end of the file, though file systems may return less."""
-    view, size = memoryview(buffer), 0
-    while size < len(buffer) and (more := os.preadv(fd, [view[size:]], offset + size)):
-        size += more
+    """Read into the buffer and return the number of bytes: fewer than it holds only at the end of the file."""
+    view = memoryview(buffer)
+    size = 0
+    # File systems may return short reads anywhere.
+    while size < len(buffer) and (count := os.preadv(fd, [view[size:]], offset + size)):
+        size += count
     return size
 
 
 def _rows_before(path: Path, offset: int) -> int:
-    """Rows of a shard that begin before a byte; for messages only."""
+    """Count the rows of a shard that begin before a byte. Reads the file up to there; used for error messages only."""
     rows = 0
     with path.open("rb") as file:
-        while file.tell() < offset and (data := b"".join(file.readlines(PIECE_BYTES))):
-            rows += len(line_ends(data[: max(offset - file.tell() + len(data), 0)]))
+        while file.tell() < offset and (data := b"".join(file.readlines(SEGMENT_BYTES))):
+            start = file.tell() - len(data)
+            rows += len(line_ends(data[: max(offset - start, 0)]))
     return rows
 
 
 class JsonRowReader:
-    """Reads wanted rows with `pread`; threads share nothing but the descriptor."""
+    """Reads single rows of JSON with `pread`. Threads share nothing but the file descriptor."""
 
     def __init__(self, path: Path, text: str | None, after_row: bytes = b"") -> None:
-        self._path, self._after_row = path, after_row
+        self._path = path
+        self._after_row = after_row
+        """Bytes to strip from the end of a row's byte range."""
         self._type = RowType(ScanSpec(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
         self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
-        return self._type.documents(self._decode(self._decoder, *row_byte_ranges(block, lengths, rows), block))
+        """Return the texts of the named rows; see `ShardReader`."""
+        starts, row_lengths = row_byte_ranges(block, lengths, rows)
+        return self._type.documents(self._decode_at(self._decoder, starts, row_lengths, block))
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
-        return self._decode(_PLAIN, *row_byte_ranges(block, lengths, rows), block)
+        """Return the named rows as dicts; see `ShardReader`."""
+        starts, row_lengths = row_byte_ranges(block, lengths, rows)
+        return self._decode_at(_DICT_DECODER, starts, row_lengths, block)
 
     def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
-        return self._type.documents(self._decode(self._decoder, starts, lengths))
+        """Return the texts of the rows at these byte ranges; see `RangeReader`."""
+        return self._type.documents(self._decode_at(self._decoder, starts, lengths))
 
     def payloads_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[dict[str, Any]]:
-        return self._decode(_PLAIN, starts, lengths)
+        """Return the rows at these byte ranges as dicts; see `RangeReader`."""
+        return self._decode_at(_DICT_DECODER, starts, lengths)
 
     def close(self) -> None:
+        """Release the file descriptor."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
-    def _trimmed(self, decode: Callable[[bytes | memoryview], Any]) -> Callable[[bytes | memoryview], Any]:
-        return lambda row: decode(bytes(row).rstrip(self._after_row))
-
-    def _decode(
+    def _decode_at(
         self,
         decoder: "msgspec.json.Decoder[Any]",
         starts: NDArray[np.int64],
@@ -198,24 +242,26 @@ class JsonRowReader:
         block: BlockRef | None = None,
     ) -> list[Any]:
         try:
-            decode = self._trimmed(decoder.decode) if self._after_row else decoder.decode
-            return list(itertools.chain.from_iterable(_decoded(self._fd, decode, starts, starts + lengths)))
+            decode = self._strip_first(decoder.decode) if self._after_row else decoder.decode
+            return list(itertools.chain.from_iterable(_decode_rows(self._fd, decode, starts, starts + lengths)))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise shard_changed(self._path, block, f"{error}") from None
+            raise shard_changed_error(self._path, block, f"{error}") from None
+
+    def _strip_first(self, decode: Decode) -> Decode:
+        """Return a function that strips `after_row` and then decodes."""
+        return lambda row: decode(bytes(row).rstrip(self._after_row))
 
 
-def _decoded(
-    fd: int, decode: Callable[[bytes | memoryview], Any], starts: NDArray[np.int64], stops: NDArray[np.int64]
-) -> Iterator[list[Any]]:
-    """Rows, those that lie near each other out of one read."""
-    begins, ends = starts.tolist(), stops.tolist()
+def _decode_rows(fd: int, decode: Decode, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[list[Any]]:
+    """Yield the decoded rows of one read after the other; rows near each other share a read."""
+    row_starts = starts.tolist()
+    row_stops = stops.tolist()
     for first, last in merge_nearby(starts, stops):
-        begin = begins[first]
-        data = read_fully(fd, ends[last - 1] - begin, begin)
+        begin = row_starts[first]
+        data = read_fully(fd, row_stops[last - 1] - begin, begin)
         if last == first + 1:
             yield [decode(data)]
-        else:
-            view = memoryview(data)
-            yield [
-                decode(view[a - begin : b - begin]) for a, b in zip(begins[first:last], ends[first:last], strict=True)
-            ]
+            continue
+        view = memoryview(data)
+        bounds = zip(row_starts[first:last], row_stops[first:last], strict=True)
+        yield [decode(view[start - begin : stop - begin]) for start, stop in bounds]

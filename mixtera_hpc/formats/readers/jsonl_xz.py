@@ -7,33 +7,38 @@ from typing import BinaryIO
 
 from mixtera_hpc.formats.base import BlockRef, ShardReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.frames import Codec, Piece
-from mixtera_hpc.formats.codecs.xz_blocks import decoded, xz_blocks
+from mixtera_hpc.formats.codecs.frames import Codec, DecodedSegment
+from mixtera_hpc.formats.codecs.xz_blocks import decode_blocks, list_blocks
 from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlFormat, CompressedJsonlReader
 
 __all__ = ["JsonlXzFormat"]
 
-_CODEC = Codec(start=lzma.LZMADecompressor, errors=(lzma.LZMAError, EOFError))
+_XZ = Codec(start=lzma.LZMADecompressor, errors=(lzma.LZMAError, EOFError))
 
 
 class JsonlXzFormat(CompressedJsonlFormat):
-    """`Format` of `.jsonl.xz` files; a block is a run of xz's own blocks that ends where a line does."""
+    """`Format` of `.jsonl.xz` files. A block is a run of xz's own blocks that ends where a line ends."""
 
     def __init__(self) -> None:
-        super().__init__("jsonl.xz", _CODEC)
+        super().__init__("jsonl.xz", _XZ)
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return _Reader(path, text, cache)
+        """Open a shard for random access by block."""
+        return JsonlXzReader(path, text, cache)
 
-    def _pieces(self, file: BinaryIO, path: Path) -> Iterator[Piece]:
-        return decoded(file.fileno(), xz_blocks(file.fileno(), path), path)
+    def _segments(self, file: BinaryIO, path: Path) -> Iterator[DecodedSegment]:
+        blocks = list_blocks(file.fileno(), path)
+        return decode_blocks(file.fileno(), blocks, path)
 
 
-class _Reader(CompressedJsonlReader):
+class JsonlXzReader(CompressedJsonlReader):
+    """Decodes the xz blocks of one of our blocks, and nothing before them."""
+
     def __init__(self, path: Path, text: str | None, cache: BlockCache) -> None:
-        super().__init__(path, text, cache, _CODEC)
-        self._blocks = xz_blocks(self._fd, path)
+        super().__init__(path, text, cache, _XZ)
+        self._blocks = list_blocks(self._fd, path)
 
-    def _decoded(self, block: BlockRef) -> bytes:
-        wanted = [b for b in self._blocks if block.offset <= b.begin < block.offset + block.length]
-        return b"".join(piece.data for piece in decoded(self._fd, wanted, self._path))
+    def _read_block(self, block: BlockRef) -> bytes:
+        stop = block.offset + block.length
+        xz_blocks = [xz_block for xz_block in self._blocks if block.offset <= xz_block.begin < stop]
+        return b"".join(segment.data for segment in decode_blocks(self._fd, xz_blocks, self._path))

@@ -1,12 +1,11 @@
-"""Megatron-LM's token files: `NAME.bin` holds the ids of all documents in a row, `NAME.idx` where each begins.
+"""Megatron-LM's token files: `NAME.bin` holds the token ids of all documents, `NAME.idx` says where each begins.
 
-A row is a document, a block `index.block_rows` of them. Ids are mapped into memory and handed out as they lie there. What
-else is known of a document comes from the path, or from `NAME.sidecar.jsonl`: one line per document, in order. A document that
-ends with the end-of-text token is counted without it, and gets it back where `dataplane.add_eos` wants it: files written with
-and without `--append-eod` give the same stream.
+A row is a document, a block is `index.block_rows` documents. Ids are memory mapped and returned as they are stored.
+Properties come from the path, or from `NAME.sidecar.jsonl` with one line per document, in order. An end-of-text token
+at the end of a document is not counted as part of it; the data plane adds one where `dataplane.add_eos` asks for it. So
+files written with and without `--append-eod` give the same stream.
 """
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,238 +23,266 @@ from mixtera_hpc.formats.base import (
     ScanSpec,
     ScanUnit,
     ShardReader,
-    cut,
-    nulls,
-    shard_changed,
+    null_column,
+    split_evenly,
 )
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.megatron_index import read_token_layout
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
 from mixtera_hpc.formats.registry import SIDECAR_SUFFIX
+from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, shard_changed_error
 
-__all__ = ["DTYPES", "HEADER", "MAGIC", "MegatronFormat", "sidecar_of"]
+__all__ = ["MegatronFormat", "sidecar_of"]
 
 UNIT_BYTES = 1 << 30
 BATCH_ROWS = 8192
-MAGIC = b"MMIDIDX\0\0"
-HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, code of the dtype, number of sequences, length of the document table."""
-DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-"""Megatron's codes of integer types (6 and 7 are floats)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MegatronFormat:
-    """`Format` of `.bin` files with an `.idx` beside them."""
+    """`Format` of `.bin` files with an `.idx` file in the same folder."""
 
     name: str = "megatron"
     holds_tokens: bool = True
     unit_bytes: int = UNIT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
-        return cut(size_bytes, self.unit_bytes)
+        """Split the shard into byte ranges of equal size; a document belongs to the unit in which it begins."""
+        return split_evenly(size_bytes, self.unit_bytes)
 
-    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
-        documents = _Documents(path)
-        last_unit = unit.stop == documents.starts[-1]
-        first, last = np.searchsorted(documents.starts[:-1], [unit.start, unit.stop]).tolist()
-        last = documents.count if last_unit else last
-        scan = _Scan(documents, fields, block_rows)
-        for begin, end, columns, raw in _properties(path, documents, fields, (first, last)):
-            yield scan.batch(begin, end, columns, raw, blocks_of=(first, last))
+    def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+        """Count the tokens of the documents that begin in the unit, and check their ids."""
+        documents = _TokenDocuments(path)
+        first, stop = np.searchsorted(documents.starts[:-1], [unit.start, unit.stop]).tolist()
+        # Empty documents at the end of the file begin at its size, and belong to the last unit.
+        if unit.stop == documents.starts[-1]:
+            stop = documents.count
+
+        unit_scan = _TokenScan(documents, spec, block_rows, first, stop)
+        for segment in _read_properties(path, documents, spec, first, stop):
+            yield unit_scan.batch(segment)
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return _Reader(path)
+        """Map the shard into memory."""
+        return MegatronReader(path)
 
 
 def sidecar_of(path: Path) -> Path:
-    """Where the properties of a shard's documents may be."""
+    """Return the path of the file that may contain the properties of a shard's documents."""
     return path.with_name(path.stem + SIDECAR_SUFFIX)
 
 
-class _Documents:
-    """A shard and its table of documents, both mapped into memory."""
+class _TokenDocuments:
+    """The token ids of a shard, memory mapped, and where its documents lie.
+
+    Raises:
+        DataError: the `.bin` or the `.idx` file cannot be read, or they do not belong together.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        dtype, lengths, pointers, table = _read_idx(path.with_suffix(".idx"), path)
+        layout = read_token_layout(path)
         try:
             size = path.stat().st_size
-            self.ids: NDArray[Any] = np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
+            # An empty file cannot be mapped.
+            self.ids: NDArray[Any] = np.memmap(path, layout.dtype, "r") if size else np.zeros(0, layout.dtype)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}.\n  Run mixtera-hpc index verify.") from None
-        ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-        if len(table) < 2:
-            table = np.arange(len(lengths) + 1)
-        bounds = np.concatenate([[0], ends])
-        follow = np.array_equal(pointers, bounds[:-1]) and (lengths >= 0).all() and table[0] == 0
-        if not follow or table[-1] != len(lengths) or (np.diff(table) < 0).any():
-            raise DataError(
-                f"{path.with_suffix('.idx')} is damaged: its sequences do not follow each other.\n"
-                "  Copy it again, or leave the shard out with data.exclude."
-            )
-        if bounds[-1] != size:
-            raise DataError(
-                f"{path} has {size} bytes, but its .idx speaks of {int(bounds[-1])}: one of the two was cut off or replaced.\n"
-                "  Copy both again, or leave the shard out with data.exclude."
-            )
-        self.starts: NDArray[np.int64] = bounds[table]
+        self.starts = layout.starts
         """First byte of every document, and the end of the last; shape (count + 1,)."""
+        expected = int(self.starts[-1])
+        if size != expected:
+            raise DataError(
+                f"{path} has {size} bytes, but its .idx file describes {expected}: one of the two was "
+                "cut off or replaced.\n"
+                "  Copy both again, or exclude the shard with data.exclude."
+            )
 
     @property
     def count(self) -> int:
+        """Number of documents."""
         return len(self.starts) - 1
 
     @property
-    def bounds(self) -> NDArray[np.int64]:
-        """As `starts`, in tokens."""
+    def token_starts(self) -> NDArray[np.int64]:
+        """Like `starts`, but in tokens instead of bytes."""
         return self.starts // self.ids.itemsize
 
 
-def _read_idx(path: Path, shard: Path) -> tuple[np.dtype[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Type of the ids, lengths and first bytes of the sequences, and the first sequence of every document."""
-    try:
-        data = np.memmap(path, np.uint8, "r")
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{shard} needs {path.name} beside it, which cannot be read: {error}.\n"
-            "  Where it is no Megatron file at all, leave it out with data.exclude."
-        ) from None
-    head = bytes(data[: HEADER.size])
-    magic, version, code, sequences, documents = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
-    if magic != MAGIC or version != 1 or code not in DTYPES:
-        raise DataError(
-            f"{path} is not the index of a Megatron file of integer ids: magic {magic!r}, version {version}, type code {code}.\n"
-            "  Write it again with integer ids, or leave the .bin file beside it out with data.exclude."
-        )
-    wanted = HEADER.size + 12 * sequences + 8 * documents
-    if len(data) not in (wanted, wanted + sequences):
-        raise DataError(f"{path} is truncated: {len(data)} bytes, its header speaks of {wanted}.\n  Copy it again.")
-    lengths = np.frombuffer(data, "<i4", sequences, HEADER.size)
-    pointers = np.frombuffer(data, "<i8", sequences, HEADER.size + 4 * sequences)
-    table = np.frombuffer(data, "<i8", documents, HEADER.size + 12 * sequences)
-    return np.dtype(DTYPES[code]), lengths, pointers, table
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DocumentSegment:
+    """Documents [first, stop) of a shard and their properties."""
+
+    first: int
+    stop: int
+    columns: dict[str, Column]
+    raw_rows: list[Any] | None
 
 
-class _Scan:
-    """Counts the tokens of one unit and holds its ids against the vocabulary."""
+class _TokenScan:
+    """Builds the batches of one unit, which has the documents [first, stop)."""
 
-    def __init__(self, documents: _Documents, fields: ScanSpec, block_rows: int) -> None:
-        self._documents, self._fields, self._block_rows = documents, fields, block_rows
-        self._bounds = documents.bounds
+    def __init__(self, documents: _TokenDocuments, spec: ScanSpec, block_rows: int, first: int, stop: int) -> None:
+        self._documents = documents
+        self._spec = spec
+        self._block_rows = block_rows
+        self._first = first
+        self._stop = stop
+        self._token_starts = documents.token_starts
 
-    def batch(
-        self, begin: int, end: int, columns: dict[str, Column], raw: list[Any] | None, blocks_of: tuple[int, int]
-    ) -> RowBatch:
-        """Documents [begin, end) of the unit's documents `blocks_of`."""
-        first, last = blocks_of
-        bad = self._check_ids(begin, end)
+    def batch(self, segment: _DocumentSegment) -> RowBatch:
+        """Build the batch of some documents of the unit.
+
+        Raises:
+            DataError: a document has ids that the vocabulary lacks, and bad rows are not skipped.
+        """
+        bad = self._find_foreign_ids(segment.first, segment.stop)
+        if bad and not self._spec.skip_bad:
+            raise self._foreign_ids_error(segment.first, bad)
         return RowBatch(
-            rows=end - begin,
-            blocks=self._blocks(begin, end, first, last),
-            columns=columns,
-            tokens=self._counts(begin, end),
-            documents=[] if self._fields.documents else None,
-            raw=raw,
+            rows=segment.stop - segment.first,
+            blocks=self._blocks_ending_in(segment.first, segment.stop),
+            columns=segment.columns,
+            tokens=self._count_tokens(segment.first, segment.stop),
+            documents=[] if self._spec.documents else None,
+            raw_rows=segment.raw_rows,
             bad=bad,
         )
 
-    def _blocks(self, begin: int, end: int, first: int, last: int) -> BlockRanges:
-        """Blocks that end in (begin, end]."""
+    def _blocks_ending_in(self, first: int, stop: int) -> BlockRanges:
+        """Return the blocks whose last document is one of [first, stop)."""
         starts = self._documents.starts
-        stops = [s for s in [*range(first + self._block_rows, last, self._block_rows), last] if begin < s <= end]
-        firsts = [max(first, s - 1 - (s - 1 - first) % self._block_rows) for s in stops]
-        return BlockRanges.of(
-            [(int(starts[a]), int(starts[b] - starts[a]), b - a) for a, b in zip(firsts, stops, strict=True)]
-        )
+        ranges = []
+        for block_first in range(self._first, self._stop, self._block_rows):
+            block_stop = min(block_first + self._block_rows, self._stop)
+            if first < block_stop <= stop:
+                offset = int(starts[block_first])
+                ranges.append((offset, int(starts[block_stop]) - offset, block_stop - block_first))
+        return BlockRanges.of(ranges)
 
-    def _counts(self, begin: int, end: int) -> NDArray[np.int64]:
-        """Tokens of every document, without an end-of-text token at its end."""
-        bounds = self._bounds[begin : end + 1]
+    def _count_tokens(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Count the tokens of every document, without an end-of-text token at its end."""
+        bounds = self._token_starts[first : stop + 1]
         counts = np.diff(bounds)
-        eos = self._fields.vocabulary.eos_id if self._fields.vocabulary else None
-        if eos is not None:
-            some = np.flatnonzero(counts)
-            counts[some] -= self._documents.ids[bounds[some + 1] - 1] == eos
+        eos_id = self._spec.vocabulary.eos_id if self._spec.vocabulary else None
+        if eos_id is not None:
+            # Compare the last id of every document that is not empty.
+            nonempty = np.flatnonzero(counts)
+            last_ids = self._documents.ids[bounds[nonempty + 1] - 1]
+            counts[nonempty] -= last_ids == eos_id
         return counts
 
-    def _check_ids(self, begin: int, end: int) -> tuple[tuple[int, str], ...]:
-        """Refuse, or list, documents with ids that the vocabulary does not have."""
-        vocabulary, bounds = self._fields.vocabulary, self._bounds[begin : end + 1]
+    def _find_foreign_ids(self, first: int, stop: int) -> tuple[tuple[int, str], ...]:
+        """Return (position, problem) for every document that has an id outside the vocabulary."""
+        vocabulary = self._spec.vocabulary
+        bounds = self._token_starts[first : stop + 1]
         ids = self._documents.ids[bounds[0] : bounds[-1]]
         if vocabulary is None or not len(ids) or (int(ids.max()) < vocabulary.size and int(ids.min()) >= 0):
             return ()
-        at = np.flatnonzero((ids >= vocabulary.size) | (ids < 0))
-        rows, firsts = np.unique(np.searchsorted(bounds - bounds[0], at, side="right") - 1, return_index=True)
-        found = [
-            (int(r), f"id {int(ids[at[i]])} in a vocabulary of {vocabulary.size}")
-            for r, i in zip(rows, firsts, strict=True)
-        ]
-        if self._fields.skip_bad:
-            return tuple(found)
-        error = DataError(
-            f"{self._documents.path} holds token ids of another vocabulary than dataplane.tokenizer or dataplane.vocab_size.\n"
-            "  Give the tokenizer the file was written with."
+
+        # Assign every foreign id to its document, and keep the first one of each document.
+        positions = np.flatnonzero((ids >= vocabulary.size) | (ids < 0))
+        document_of = np.searchsorted(bounds - bounds[0], positions, side="right") - 1
+        rows, first_of_row = np.unique(document_of, return_index=True)
+        foreign_ids = ids[positions[first_of_row]].tolist()
+        return tuple(
+            (row, f"id {token_id} in a vocabulary of {vocabulary.size}")
+            for row, token_id in zip(rows.tolist(), foreign_ids, strict=True)
         )
-        for row, problem in found[:10]:
-            error.add_note(f"shard={str(self._documents.path)!r} row={begin + row}: {problem}")
-        raise error
+
+    def _foreign_ids_error(self, first: int, bad: tuple[tuple[int, str], ...]) -> DataError:
+        path = self._documents.path
+        error = DataError(
+            f"{path} holds token ids outside the vocabulary of dataplane.tokenizer or dataplane.vocab_size.\n"
+            "  Set dataplane.tokenizer to the one with which the file was written."
+        )
+        for row, problem in bad[:MAX_BAD_ROWS]:
+            error.add_note(f"shard={str(path)!r} row={first + row}: {problem}")
+        return error
 
 
-Part = tuple[int, int, dict[str, Column], list[Any] | None]
-
-
-def _properties(path: Path, documents: _Documents, fields: ScanSpec, unit: tuple[int, int]) -> Iterator[Part]:
-    """Documents [begin, end) with their properties, until the unit is through."""
-    first, last = unit
+def _read_properties(
+    path: Path, documents: _TokenDocuments, spec: ScanSpec, first: int, stop: int
+) -> Iterator[_DocumentSegment]:
+    """Yield the documents [first, stop) with their properties, from the sidecar if there is one."""
     sidecar = sidecar_of(path)
-    if not sidecar.exists() or not (fields.properties or fields.rows):
-        for begin in range(first, last, BATCH_ROWS):
-            end = min(begin + BATCH_ROWS, last)
-            nothing: dict[str, Column] = {f.name: nulls(f.kind, end - begin) for f in fields.properties}
-            yield begin, end, nothing, [{} for _ in range(end - begin)] if fields.rows else None
+    if sidecar.exists() and (spec.properties or spec.whole_rows):
+        yield from _read_sidecar(sidecar, documents, spec, first, stop)
         return
-    position = 0
-    wanted = replace(fields, text=None, documents=False, skip_bad=False)
-    for batch in JsonlFormat().scan(sidecar, ScanUnit(0, sidecar.stat().st_size), wanted, BATCH_ROWS):
-        begin, end = max(position, first), min(position + batch.rows, last)
-        if begin < end:
-            rows = slice(begin - position, end - position)
-            columns = {name: _sliced(column, rows) for name, column in batch.columns.items()}
-            yield begin, end, columns, batch.raw[rows] if batch.raw is not None else None
+    for segment_first in range(first, stop, BATCH_ROWS):
+        segment_stop = min(segment_first + BATCH_ROWS, stop)
+        rows = segment_stop - segment_first
+        yield _DocumentSegment(
+            first=segment_first,
+            stop=segment_stop,
+            columns={field.name: null_column(field.kind, rows) for field in spec.properties},
+            raw_rows=[{} for _ in range(rows)] if spec.whole_rows else None,
+        )
+
+
+def _read_sidecar(
+    sidecar: Path, documents: _TokenDocuments, spec: ScanSpec, first: int, stop: int
+) -> Iterator[_DocumentSegment]:
+    """Yield the documents [first, stop) with the properties in the lines of the sidecar.
+
+    Raises:
+        DataError: a line cannot be read, or the sidecar has not exactly one line per document.
+    """
+    line_spec = replace(spec, text=None, documents=False, skip_bad=False)
+    whole_file = ScanUnit(0, sidecar.stat().st_size)
+    position = 0  # Documents before the current batch of lines.
+    for batch in JsonlFormat().scan(sidecar, whole_file, line_spec, BATCH_ROWS):
+        segment_first = max(position, first)
+        segment_stop = min(position + batch.rows, stop)
+        if segment_first < segment_stop:
+            rows = slice(segment_first - position, segment_stop - position)
+            yield _DocumentSegment(
+                first=segment_first,
+                stop=segment_stop,
+                columns={name: _slice_column(column, rows) for name, column in batch.columns.items()},
+                raw_rows=batch.raw_rows[rows] if batch.raw_rows is not None else None,
+            )
         position += batch.rows
+
     if position != documents.count:
         raise DataError(
-            f"{sidecar} has {position} lines, but {path.name} has {documents.count} documents.\n"
-            "  Write a line for every document, in order, or remove the sidecar."
+            f"{sidecar} has {position} lines, but {documents.path.name} has {documents.count} documents.\n"
+            "  Write one line for every document, in order, or remove the sidecar."
         )
 
 
-def _sliced(column: Column, rows: slice) -> Column:
-    return Categories(column.values, column.code[rows]) if isinstance(column, Categories) else column[rows]
+def _slice_column(column: Column, rows: slice) -> Column:
+    if isinstance(column, Categories):
+        return Categories(column.values, column.code[rows])
+    return column[rows]
 
 
-class _Reader:
-    """Hands out views of the mapped ids."""
+class MegatronReader:
+    """`TokenReader` that returns views of the mapped ids."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._documents = _Documents(path)
-        self._bounds = self._documents.bounds
+        self._documents = _TokenDocuments(path)
+        self._token_starts = self._documents.token_starts
 
     def tokens(self, block: BlockRef, rows: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """Return the ids of the named documents; see `TokenReader`."""
         last = block.first_row + block.rows
         if last > self._documents.count or self._documents.starts[block.first_row] != block.offset:
-            raise shard_changed(self._path, block, "its documents lie elsewhere")
-        at = block.first_row + rows
-        bounds = zip(self._bounds[at].tolist(), self._bounds[at + 1].tolist(), strict=True)
-        return [self._documents.ids[a:b] for a, b in bounds]
+            raise shard_changed_error(self._path, block, "its documents lie elsewhere")
+        numbers = block.first_row + rows
+        starts = self._token_starts[numbers].tolist()
+        stops = self._token_starts[numbers + 1].tolist()
+        return [self._documents.ids[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
-        raise DataError(f"{self._path} holds token ids, no texts.")
+        """Refuse the call: the shard has no texts."""
+        raise DataError(f"{self._path} holds token ids instead of texts.")
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return `{"tokens": ids}` for every named document; see `ShardReader`."""
         return [{"tokens": ids} for ids in self.tokens(block, rows)]
 
     def close(self) -> None:
-        """Mapped memory goes when the last view of it does."""
+        """Do nothing: mapped memory is released together with the last view of it."""

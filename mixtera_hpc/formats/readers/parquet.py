@@ -1,6 +1,7 @@
-"""Parquet: a row group is a block, and only the columns that are needed are read.
+"""Parquet: a row group is a block, and only the needed columns are read.
 
-Rows have no byte range: reading one decodes the text column of its row group, and the cache keeps that.
+Rows have no byte range: reading one decodes the text column of its row group, which stays in the cache. Pyarrow's
+objects have the type Any here, because it ships no type information.
 """
 
 import threading
@@ -21,12 +22,18 @@ from mixtera_hpc.formats.base import (
     ScanSpec,
     ScanUnit,
     ShardReader,
-    cut,
-    shard_changed,
-    unreadable,
+    split_evenly,
 )
-from mixtera_hpc.formats.batching.arrow_tables import TableScanner, column_at, rows_of, texts_of, type_at, without_views
+from mixtera_hpc.formats.batching.arrow_tables import (
+    TableBatcher,
+    column_at,
+    rows_of,
+    texts_of,
+    type_at,
+    without_views,
+)
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.shard_errors import shard_changed_error, unreadable_error
 
 __all__ = ["ParquetFormat"]
 
@@ -43,130 +50,154 @@ class ParquetFormat:
     unit_bytes: int = UNIT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
-        return cut(size_bytes, self.unit_bytes)
+        """Split the shard into byte ranges of equal size; a row group belongs to the unit of its first page."""
+        return split_evenly(size_bytes, self.unit_bytes)
 
-    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
-        with _open(path) as file:
-            groups = _Groups(file, path, fields)
+    def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+        """Read the row groups that begin in the unit."""
+        with _open_file(path) as file:
+            group_scan = _RowGroupScan(file, path, spec)
             for group in range(file.metadata.num_row_groups):
                 if unit.start <= _first_byte(file.metadata.row_group(group)) < unit.stop:
-                    yield from groups.scan(group)
-            groups.check()
+                    yield from group_scan.batches(group)
+            group_scan.check()
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return _Reader(path, text, cache)
+        """Open a shard for random access by row group."""
+        return ParquetReader(path, text, cache)
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _open_file(path: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
-        _ = file.schema_arrow.names  # Fails where they are no UTF-8.
+        _ = file.schema_arrow.names  # Raises if the names are not valid UTF-8.
         return file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}.\n  Leave it out with data.exclude.") from None
+        raise DataError(f"{path} is not a readable Parquet file: {error}.\n  Exclude it with data.exclude.") from None
 
 
 def _first_byte(group: Any) -> int:
+    """Return the position of a row group's first page."""
     column = group.column(0)
     return int(column.dictionary_page_offset or column.data_page_offset)
 
 
-class _Groups:
-    """Reads what `fields` names out of the row groups of one unit."""
+class _RowGroupScan:
+    """Reads what the spec asks for from the row groups of one unit."""
 
-    def __init__(self, file: pq.ParquetFile, path: Path, fields: ScanSpec) -> None:
-        self._file, self._path, self._fields = file, path, fields
-        self._scanner = TableScanner(path, file.schema_arrow, fields)
+    def __init__(self, file: pq.ParquetFile, path: Path, spec: ScanSpec) -> None:
+        self._file = file
+        self._path = path
+        self._spec = spec
+        self._batcher = TableBatcher(path, file.schema_arrow, spec)
 
-    def scan(self, group: int) -> Iterator[RowBatch]:
+    def batches(self, group: int) -> Iterator[RowBatch]:
+        """Yield the batches of one row group.
+
+        Raises:
+            DataError: the row group is damaged or too large.
+        """
         metadata = self._file.metadata.row_group(group)
         self._check_size(group, metadata.total_byte_size)
         size = sum(metadata.column(i).total_compressed_size for i in range(metadata.num_columns))
         first_row = sum(self._file.metadata.row_group(i).num_rows for i in range(group))
-        seen = 0
+        rows_before = 0
         for rows, table in self._tables(group, metadata):
-            ends = [(group, size, metadata.num_rows)] if seen + rows == metadata.num_rows else []
-            batch = self._scanner.batch(rows, first_row + seen, table, BlockRanges.of(ends))
+            is_last = rows_before + rows == metadata.num_rows
+            ranges = [(group, size, metadata.num_rows)] if is_last else []
+            batch = self._batcher.batch(rows, first_row + rows_before, table, BlockRanges.of(ranges))
             if batch:
                 yield batch
-            seen += rows
+            rows_before += rows
 
     def check(self) -> None:
-        """Raise for rows without text."""
-        self._scanner.check()
+        """Raise the error for rows without a readable text, if there are any."""
+        self._batcher.check()
 
     def _check_size(self, group: int, size_bytes: int) -> None:
-        if size_bytes > self._fields.max_block_bytes:
+        if size_bytes > self._spec.max_block_bytes:
             raise DataError(
                 f"{self._path}: row group {group} decodes to {size_bytes} bytes or more, beyond data.max_block_bytes="
-                f"{self._fields.max_block_bytes}.\n"
+                f"{self._spec.max_block_bytes}.\n"
                 "  Write the file again with smaller row groups, or raise data.max_block_bytes."
             )
 
     def _tables(self, group: int, metadata: Any) -> Iterator[tuple[int, Any]]:
-        """The needed columns, some rows at a time; None where none is needed."""
-        columns = self._columns(metadata)
+        """Yield (number of rows, needed columns) of one row group; None instead of columns if none is needed."""
+        columns = self._needed_columns(metadata)
         if columns == []:
             for start in range(0, metadata.num_rows, BATCH_ROWS):
                 yield min(BATCH_ROWS, metadata.num_rows - start), None
             return
-        decoded = 0  # A text that many rows share is in the file once, and told of once.
+
+        # The footer counts a text that many rows share once; decoded, it counts for each row.
+        decoded_bytes = 0
         try:
             for batch in self._file.iter_batches(BATCH_ROWS, [group], columns, use_threads=False):
-                self._check_size(group, decoded := decoded + batch.nbytes)
+                decoded_bytes += batch.nbytes
+                self._check_size(group, decoded_bytes)
                 yield batch.num_rows, batch
         except (pa.ArrowException, OSError) as error:
-            raise unreadable(self._path, f"row group {group}", error) from None
+            raise unreadable_error(self._path, f"row group {group}", error) from None
 
-    def _columns(self, metadata: Any) -> list[str] | None:
-        """Names of the columns to read; None for all."""
-        if self._fields.rows:
+    def _needed_columns(self, metadata: Any) -> list[str] | None:
+        """Return the names of the columns to read; None for all."""
+        if self._spec.whole_rows:
             return None
-        paths, text = set(self._scanner.properties), self._fields.text
-        if text is not None and (self._fields.documents or not _is_never_null(metadata, text)):
+        paths = set(self._batcher.properties)
+        text = self._spec.text
+        if text is not None and (self._spec.documents or not _is_never_null(metadata, text)):
             paths.add(text)
         return sorted(paths)
 
 
 def _is_never_null(metadata: Any, path: str) -> bool:
-    """Whether the statistics of a row group promise a value in every row."""
+    """Return True if the statistics of a row group promise a value in every row: the column need not be read."""
     for i in range(metadata.num_columns):
         column = metadata.column(i)
         if column.path_in_schema == path:
-            found = column.statistics
-            return found is not None and found.has_null_count and found.null_count == 0
+            statistics = column.statistics
+            return statistics is not None and statistics.has_null_count and statistics.null_count == 0
     return False
 
 
-class _Reader:
-    """Decodes the text column (or all columns) of a row group into the cache and takes rows out of it."""
+class ParquetReader:
+    """Decodes the text column, or all columns, of a row group into the cache and takes rows out of it."""
 
     def __init__(self, path: Path, text: str | None, cache: BlockCache) -> None:
-        self._path, self._text, self._cache = path, text, cache
-        self._file = _open(path)
+        self._path = path
+        self._text = text
+        self._cache = cache
+        self._file = _open_file(path)
         self._lock = threading.Lock()
 
     def documents(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[str]:
+        """Return the texts of the named rows; see `ShardReader`."""
         text = self._text or ""
-        return texts_of(column_at(self._table(block, text), text).take(pa.array(rows)), self._path)
+        column = column_at(self._cached_table(block, text), text)
+        return texts_of(column.take(pa.array(rows)), self._path)
 
     def payloads(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[dict[str, Any]]:
-        return rows_of(self._table(block, None).take(pa.array(rows)), self._path)
+        """Return the named rows as dicts; see `ShardReader`."""
+        return rows_of(self._cached_table(block, None).take(pa.array(rows)), self._path)
 
     def close(self) -> None:
+        """Close the file."""
         with self._lock:
             self._file.close()
 
-    def _table(self, block: BlockRef, column: str | None) -> Any:
+    def _cached_table(self, block: BlockRef, column: str | None) -> Any:
+        """Return one column of a row group, or all columns."""
         return self._cache.get((str(self._path), block.offset, column), lambda: self._load(block, column))
 
     def _load(self, block: BlockRef, column: str | None) -> tuple[Any, int]:
         try:
+            # A ParquetFile is not safe for use from several threads.
             with self._lock:
                 columns = None if column is None else [column]
                 table = self._file.read_row_group(block.offset, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError, IndexError) as error:
-            raise shard_changed(self._path, block, f"{error}") from None
+            raise shard_changed_error(self._path, block, f"{error}") from None
         if table.num_rows != block.rows or (column is not None and type_at(table.schema, column) is None):
-            raise shard_changed(self._path, block, f"row group {block.offset} has other rows or columns")
+            raise shard_changed_error(self._path, block, f"row group {block.offset} has other rows or columns")
         return without_views(table.combine_chunks()), table.nbytes

@@ -1,6 +1,6 @@
-"""Plain text: one file is one document, and what is known of it is its path.
+"""Plain text: one file is one document, and its properties come from its path.
 
-Costs a shard, a block and an open file per document: right for books, wrong for millions of short texts.
+Every document costs a shard, a block and an open file: right for books, wrong for millions of short texts.
 """
 
 import os
@@ -13,87 +13,87 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import (
-    BlockRanges,
-    BlockRef,
-    RowBatch,
-    ScanSpec,
-    ScanUnit,
-    ShardReader,
-    open_shard,
-    shard_changed,
-)
-from mixtera_hpc.formats.batching.dict_rows import BadRow, RowScanner
+from mixtera_hpc.formats.base import BlockRanges, BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
+from mixtera_hpc.formats.batching.dict_rows import BadRow, DictRowBatcher
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
+from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
 
 __all__ = ["PlainTextFormat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainTextFormat:
-    """`Format` of plain text files in UTF-8; an empty file holds no document. `data.text` is not looked at."""
+    """`Format` of plain text files in UTF-8. An empty file holds no document. `data.text` is ignored."""
 
     name: str = "text"
     holds_tokens: bool = False
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
+        """Return the whole file as one unit."""
         return [ScanUnit(0, size_bytes)] if size_bytes else []
 
-    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+    def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+        """Read the file as one row, which is one block."""
         size = unit.stop
-        if size > fields.max_block_bytes:
+        if size > spec.max_block_bytes:
             raise DataError(
-                f"{path} has {size} bytes in one document, more than data.max_block_bytes={fields.max_block_bytes}.\n"
-                "  Split it, raise data.max_block_bytes, or leave it out with data.exclude."
+                f"{path} has {size} bytes in one document, more than data.max_block_bytes={spec.max_block_bytes}.\n"
+                "  Split it, raise data.max_block_bytes, or exclude it with data.exclude."
             )
-        row = _row(path.read_bytes(), fields.text)
-        scanner = RowScanner(fields, path)
-        batch = scanner.batch([row], BlockRanges.of([(0, size, 1)]), np.array([size]))
-        scanner.check()
+        row = _as_row(path.read_bytes(), spec.text)
+        batcher = DictRowBatcher(spec, path)
+        batch = batcher.batch([row], BlockRanges.of([(0, size, 1)]), np.array([size]))
+        batcher.check()
         if batch:
             yield batch
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return _Reader(path)
+        """Open the file."""
+        return PlainTextReader(path)
 
 
-def _row(data: bytes, text: str | None) -> dict[str, Any] | BadRow:
-    """The document as a row that has it where every other format's rows have theirs."""
-    if (nul := data.find(b"\0")) >= 0:
-        return BadRow(f"a NUL character at byte {nul}; this is no text")
+def _as_row(data: bytes, text: str | None) -> dict[str, Any] | BadRow:
+    """Build a row with the document at the path `data.text`, as the rows of other formats have it."""
+    nul = data.find(b"\0")
+    if nul >= 0:
+        return BadRow(f"a NUL character at byte {nul}: the file is not text")
     try:
-        found: Any = data.decode()
+        value: Any = data.decode()
     except UnicodeDecodeError as error:
-        return BadRow(f"no UTF-8: {error.reason} at byte {error.start}")
+        return BadRow(f"not UTF-8: {error.reason} at byte {error.start}")
     for key in reversed((text or "text").split(".")):
-        found = {key: found}
-    row: dict[str, Any] = found
+        value = {key: value}
+    row: dict[str, Any] = value
     return row
 
 
-class _Reader:
+class PlainTextReader:
+    """Reads the file."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
+        """Return the text for every named row; see `ShardReader`."""
         return [self._read(block) for _ in rows]
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return `{"text": …}` for every named row; see `ShardReader`."""
         return [{"text": self._read(block)} for _ in rows]
 
     def close(self) -> None:
+        """Release the file descriptor."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def _read(self, block: BlockRef) -> str:
         data = read_fully(self._fd, block.length, 0)
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            raise shard_changed(self._path, block, f"{error}") from None
         if len(data) != block.length:
-            raise shard_changed(self._path, block, f"{block.length} bytes were expected, {len(data)} are there")
-        return text
+            raise shard_changed_error(self._path, block, f"{block.length} bytes were expected, but it has {len(data)}")
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise shard_changed_error(self._path, block, f"{error}") from None

@@ -1,15 +1,13 @@
 """WebDataset: a tar archive in which consecutive files of one name and different endings are one sample.
 
-A row is a dict from ending to content: `jpg` bytes, `json` the decoded object, `txt` text, `cls` a number, and `__key__` the
-name without ending; dotted paths go on inside JSON (`json.caption`). Endings of several parts nest (`seg.png` is below `seg`).
-A sample's bytes lie in a row, so reading one is one positioned read; a block is `index.block_rows` samples or 64 MiB of them.
-Names are keys and nothing else: no file is ever written. Members whose names leave the archive are refused all the same.
+A row is a sample (`tar_samples`). Its bytes are contiguous, so reading one is one positioned read. A block is
+`index.block_rows` samples or 64 MiB of them. Dotted paths go on inside JSON (`json.caption`). Names are used as keys
+only: no file is ever written. Members whose names lead out of the archive are refused all the same.
 """
 
 import os
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +16,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import (
-    BlockRanges,
-    BlockRef,
-    RowBatch,
-    ScanSpec,
-    ScanUnit,
-    ShardReader,
-    open_shard,
-    shard_changed,
-)
-from mixtera_hpc.formats.batching.dict_rows import BadRow, RowScanner
+from mixtera_hpc.formats.base import BlockRanges, BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
+from mixtera_hpc.formats.batching.dict_rows import BadRow, DictRowBatcher
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import merge_nearby, read_fully, row_byte_ranges
-from mixtera_hpc.formats.codecs.tar_headers import Member, TarError, members, window
+from mixtera_hpc.formats.codecs.tar_headers import TarError, TarMember, buffered_reads, iter_members
+from mixtera_hpc.formats.readers.tar_samples import (
+    KEY,
+    TarSample,
+    WdsRow,
+    decode_sample,
+    group_samples,
+    nest_endings,
+)
+from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
 
 __all__ = ["WebDatasetFormat"]
 
 BLOCK_BYTES = 64 << 20
 BATCH_BYTES = 8 << 20
-"""Content decoded before a batch is handed on."""
-_NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<ending>[^/]+)", re.DOTALL)
-KEY = "__key__"
-Row = dict[str, Any]
+"""Content decoded for one batch."""
+BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,232 +48,220 @@ class WebDatasetFormat:
     holds_tokens: bool = False
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
+        """Return the whole archive as one unit: headers can only be found one after the other."""
         return [ScanUnit(0, size_bytes)] if size_bytes else []
 
-    def scan(self, path: Path, unit: ScanUnit, fields: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+    def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
+        """Read the headers of all members, and the contents that the spec asks for."""
         fd = open_shard(path)
         try:
-            yield from _Scan(path, fd, fields, block_rows).batches(unit)
+            yield from _ArchiveScan(path, fd, spec, block_rows).batches(unit)
         except TarError as error:
             raise DataError(
-                f"{path} is damaged: {error}.\n  Copy or download it again, or leave it out with data.exclude."
+                f"{path} is damaged: {error}.\n  Copy or download it again, or exclude it with data.exclude."
             ) from None
         finally:
             os.close(fd)
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
-        return _Reader(path, text)
+        """Open an archive for random access by sample."""
+        return WebDatasetReader(path, text)
 
 
-@dataclass(slots=True)
-class _Sample:
-    key: str
-    start: int
-    end: int
-    members: dict[str, Member] = field(default_factory=dict)
-    """By ending."""
-    problem: str = ""
+class _SampleBlocks:
+    """Divides samples into blocks of `block_rows` samples or `BLOCK_BYTES`, whichever comes first."""
+
+    def __init__(self, start: int, block_rows: int) -> None:
+        self._block_rows = block_rows
+        self._start = start
+        self._end = start
+        self._rows = 0
+        self._full: list[tuple[int, int, int]] = []
+
+    def add(self, end: int) -> None:
+        """Add the next sample, which ends at byte `end`."""
+        self._end = end
+        self._rows += 1
+        if self._rows >= self._block_rows or end - self._start >= BLOCK_BYTES:
+            self.close_block()
+
+    def close_block(self) -> None:
+        """End the current block, if it has any samples."""
+        if self._rows:
+            self._full.append((self._start, self._end - self._start, self._rows))
+            self._start = self._end
+            self._rows = 0
+
+    def take(self) -> list[tuple[int, int, int]]:
+        """Return the (offset, length, rows) of the blocks ended since the last call."""
+        full, self._full = self._full, []
+        return full
 
 
-def _samples(found: Iterator[Member], start: int, path: Path) -> Iterator[_Sample]:
-    """Group consecutive members of one key; what has no key counts to the sample that follows."""
-    sample: _Sample | None = None
-    for member in found:
-        key, ending = _split(member.name, path)
-        if not ending:
-            continue
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield sample
-            sample = _Sample(key, start if sample is None else sample.end, member.end)
-        if ending in sample.members:
-            sample.problem = f"sample {key!r} has two members with ending {ending!r}"
-        sample.members[ending] = member
-        sample.end = member.end
-    if sample is not None:
-        yield sample
+class _ArchiveScan:
+    """Reads the headers of one archive, and the members that the spec asks for."""
 
-
-def _split(name: str, path: Path) -> tuple[str, str]:
-    """Key and ending, in lower case; an empty ending where the name has none or is hidden."""
-    if name.startswith("/") or ".." in name.split("/"):
-        raise DataError(
-            f"{path} has a member named {name!r}, which points out of the archive. Nothing is extracted here, but whoever "
-            "unpacks it would overwrite other files.\n  Leave the archive out with data.exclude."
-        )
-    match = _NAME.fullmatch(name.removeprefix("./"))
-    return (match["key"], match["ending"].lower()) if match else ("", "")
-
-
-class _Scan:
-    """Reads the headers of one archive, and the members that somebody wants."""
-
-    def __init__(self, path: Path, fd: int, fields: ScanSpec, block_rows: int) -> None:
-        self._path, self._fd, self._fields, self._block_rows = path, fd, fields, block_rows
-        self._scanner = RowScanner(fields, path)
-        self._wanted = [f.path for f in fields.properties] + ([fields.text] if fields.text else [])
-        self._read = window(fd)
+    def __init__(self, path: Path, fd: int, spec: ScanSpec, block_rows: int) -> None:
+        self._path = path
+        self._fd = fd
+        self._spec = spec
+        self._block_rows = block_rows
+        self._batcher = DictRowBatcher(spec, path)
+        self._paths = [field.path for field in spec.properties]
+        if spec.text:
+            self._paths.append(spec.text)
+        self._read = buffered_reads(fd)
 
     def batches(self, unit: ScanUnit) -> Iterator[RowBatch]:
-        """The samples, a batch at a time."""
-        rows: list[Row | BadRow] = []
+        """Yield the samples, a batch at a time."""
+        rows: list[WdsRow | BadRow] = []
         lengths: list[int] = []
-        blocks: list[tuple[int, int, int]] = []
-        block_start, block_rows, size, end = unit.start, 0, 0, unit.start
-        found = members(self._read, unit.start, unit.stop, to_end=True)
-        for sample in _samples(found, unit.start, self._path):
-            row, read = self._row(sample)
+        content_bytes = 0
+        blocks = _SampleBlocks(unit.start, self._block_rows)
+        members = iter_members(self._read, unit.start, unit.stop, to_end=True)
+        for sample in group_samples(members, unit.start, self._path):
+            row, row_bytes = self._row(sample)
             rows.append(row)
             lengths.append(sample.end - sample.start)
-            block_rows, size, end = block_rows + 1, size + read, sample.end
-            if block_rows >= self._block_rows or end - block_start >= BLOCK_BYTES:
-                blocks.append((block_start, end - block_start, block_rows))
-                block_start, block_rows = end, 0
-            if size >= BATCH_BYTES or len(rows) >= 1024:
-                yield from self._batch(rows, lengths, blocks)
-                rows, lengths, blocks, size = [], [], [], 0
-                if self._scanner.has_enough:
+            content_bytes += row_bytes
+            blocks.add(sample.end)
+            if content_bytes >= BATCH_BYTES or len(rows) >= BATCH_ROWS:
+                yield from self._batch(rows, lengths, blocks.take())
+                rows = []
+                lengths = []
+                content_bytes = 0
+                if self._batcher.should_stop:
                     break
-        if block_rows:
-            blocks.append((block_start, end - block_start, block_rows))
-        yield from self._batch(rows, lengths, blocks)
-        self._scanner.check()
+
+        blocks.close_block()
+        yield from self._batch(rows, lengths, blocks.take())
+        self._batcher.check()
 
     def _batch(self, rows: list[Any], lengths: list[int], blocks: list[tuple[int, int, int]]) -> Iterator[RowBatch]:
-        batch = (
-            self._scanner.batch(rows, BlockRanges.of(blocks), np.array(lengths, np.int64)) if rows or blocks else None
-        )
+        """Yield one batch; nothing if it would be empty, or after a bad row."""
+        if not rows and not blocks:
+            return
+        batch = self._batcher.batch(rows, BlockRanges.of(blocks), np.array(lengths, np.int64))
         if batch:
             yield batch
 
-    def _row(self, sample: _Sample) -> tuple[Row | BadRow, int]:
-        """The members that are wanted, decoded, and their bytes."""
+    def _row(self, sample: TarSample) -> tuple[WdsRow | BadRow, int]:
+        """Return the decoded members that the spec asks for, and their bytes.
+
+        Raises:
+            DataError: the sample is too large.
+        """
+        self._check_size(sample)
+        contents = {
+            ending: self._content(member)
+            for ending, member in sample.members.items()
+            if self._spec.whole_rows or self._is_needed(ending)
+        }
+        content_bytes = sum(map(len, contents.values()))
+
+        problem = sample.problem or self._missing_text(sample)
+        if problem:
+            return BadRow(problem), content_bytes
+        try:
+            row = decode_sample(sample.key, contents)
+            if not self._spec.whole_rows:
+                row = nest_endings(row, self._paths)
+            return row, content_bytes
+        except ValueError as error:
+            return BadRow(str(error)), content_bytes
+
+    def _check_size(self, sample: TarSample) -> None:
         size = sample.end - sample.start
-        if size > self._fields.max_block_bytes:
+        if size > self._spec.max_block_bytes:
             raise DataError(
                 f"{self._path}: sample {sample.key!r} has {size} bytes, more than data.max_block_bytes="
-                f"{self._fields.max_block_bytes}.\n  Raise it, or leave the archive out with data.exclude."
+                f"{self._spec.max_block_bytes}.\n  Raise it, or exclude the archive with data.exclude."
             )
-        wanted = {e: m for e, m in sample.members.items() if self._fields.rows or self._is_wanted(e)}
-        contents = {e: self._content(m) for e, m in wanted.items()}
-        read = sum(map(len, contents.values()))
-        problem = sample.problem or self._missing(sample)
-        if problem:
-            return BadRow(problem), read
-        try:
-            row = _decoded(sample.key, contents)
-            return row if self._fields.rows else _with_texts(row, self._wanted), read
-        except ValueError as error:
-            return BadRow(str(error)), read
 
-    def _missing(self, sample: _Sample) -> str:
-        """What is wrong with a sample that has nothing where the text should be."""
-        text = self._fields.text
-        if text is None or text == KEY or any(f"{text}.".startswith(f"{ending}.") for ending in sample.members):
+    def _missing_text(self, sample: TarSample) -> str:
+        """Return the problem of a sample that has no member for its text; empty if it has one."""
+        text = self._spec.text
+        if text is None or text == KEY or any(_covers(ending, text) for ending in sample.members):
             return ""
         return f"sample {sample.key!r} has no member for data.text={text}; it has {', '.join(sorted(sample.members))}"
 
-    def _is_wanted(self, ending: str) -> bool:
-        return any(path == ending or path.startswith(f"{ending}.") for path in self._wanted)
+    def _is_needed(self, ending: str) -> bool:
+        return any(_covers(ending, path) for path in self._paths)
 
-    def _content(self, member: Member) -> bytes:
-        data = self._read(member.data, member.size) if member.size < BATCH_BYTES else b""
-        return data if len(data) == member.size else read_fully(self._fd, member.size, member.data)
-
-
-def _decoded(key: str, contents: dict[str, bytes]) -> Row:
-    """A row as the trainer gets it.
-
-    Raises:
-        ValueError: a member is not what its ending says.
-    """
-    row: Row = {KEY: key}
-    for ending, data in contents.items():
-        kind = ending.rpartition(".")[2]
-        try:
-            row[ending] = _DECODE[kind](data) if kind in _DECODE else data
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-            raise ValueError(f"member {key}.{ending}: {error}") from None
-    return row
+    def _content(self, member: TarMember) -> bytes:
+        """Read a member: a small one through the buffer of the headers, a large one directly."""
+        if member.size < BATCH_BYTES:
+            data = self._read(member.data, member.size)
+            if len(data) == member.size:
+                return data
+        return read_fully(self._fd, member.size, member.data)
 
 
-def _class(data: bytes) -> int | str:
-    """A label: a number, or a name."""
-    text = data.decode().strip()
-    return int(text) if text.removeprefix("-").isdecimal() else text
+def _covers(ending: str, path: str) -> bool:
+    """Return True if a dotted path begins in the member with this ending."""
+    return path == ending or path.startswith(f"{ending}.")
 
 
-_DECODE: dict[str, Any] = {
-    "json": msgspec.json.Decoder().decode,
-    "cls": _class,
-    "txt": bytes.decode,
-    "text": bytes.decode,
-}
-
-
-def _with_texts(row: Row, paths: Sequence[str]) -> Row:
-    """The row as dotted paths see it: what they name and is bytes is text, endings with dots nest."""
-    nested: Row = {}
-    for ending, value in row.items():
-        value = value.decode() if isinstance(value, bytes) and ending in paths else value
-        *parents, last = ending.split(".")
-        place: Any = nested
-        for parent in parents:
-            place = place.setdefault(parent, {}) if isinstance(place, dict) else place
-        if isinstance(place, dict):
-            place[last] = value
-    return nested
-
-
-class _Reader:
-    """Reads samples with `pread`; threads share nothing but the descriptor."""
+class WebDatasetReader:
+    """Reads samples with `pread`. Threads share nothing but the file descriptor."""
 
     def __init__(self, path: Path, text: str | None) -> None:
-        self._path, self._text = path, text
+        self._path = path
+        self._text = text
         self._type = RowType(ScanSpec(text=text))
         self._fd = open_shard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
+        """Return the texts of the named samples; see `ShardReader`."""
         return self.documents_at(*row_byte_ranges(block, lengths, rows))
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return the named samples as dicts; see `ShardReader`."""
         return self.payloads_at(*row_byte_ranges(block, lengths, rows))
 
     def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
+        """Return the texts of the samples at these byte ranges; see `RangeReader`."""
         text = self._text or ""
         try:
-            found = [_with_texts(row, [text]) for row in self._rows(starts, lengths, text)]
-            return self._type.documents([msgspec.convert(row, self._type.struct) for row in found])
+            rows = [nest_endings(row, [text]) for row in self._rows(starts, lengths, text)]
+            return self._type.documents([msgspec.convert(row, self._type.struct) for row in rows])
         except (msgspec.ValidationError, UnicodeDecodeError) as error:
-            raise shard_changed(self._path, None, f"{error}") from None
+            raise shard_changed_error(self._path, None, f"{error}") from None
 
     def payloads_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return the samples at these byte ranges as dicts; see `RangeReader`."""
         return list(self._rows(starts, lengths, None))
 
     def close(self) -> None:
+        """Release the file descriptor."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
-    def _rows(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], path: str | None) -> Iterator[Row]:
+    def _rows(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], path: str | None) -> Iterator[WdsRow]:
+        """Yield the decoded samples; samples near each other share a read."""
         stops = starts + lengths
         for first, last in merge_nearby(starts, stops):
             begin = int(starts[first])
             data = read_fully(self._fd, int(stops[last - 1]) - begin, begin)
-            spans = zip((starts[first:last] - begin).tolist(), (stops[first:last] - begin).tolist(), strict=True)
-            yield from (self._row(data[a:b], path) for a, b in spans)
+            row_starts = (starts[first:last] - begin).tolist()
+            row_stops = (stops[first:last] - begin).tolist()
+            for start, stop in zip(row_starts, row_stops, strict=True):
+                yield self._decode_row(data[start:stop], path)
 
-    def _row(self, data: bytes, path: str | None) -> Row:
-        """The sample whose members `data` holds; with `path`, only what it names."""
+    def _decode_row(self, data: bytes, path: str | None) -> WdsRow:
+        """Decode the sample whose members are in `data`; only the member in which `path` begins, if it is given."""
         try:
-            found = members(lambda offset, size: data[offset : offset + size], 0, len(data), to_end=False)
-            samples = list(_samples(found, 0, self._path))
+            members = iter_members(lambda offset, size: data[offset : offset + size], 0, len(data), to_end=False)
+            samples = list(group_samples(members, 0, self._path))
             if len(samples) != 1:
-                raise ValueError(f"one sample was expected, {len(samples)} are there")
-            wanted = samples[0].members.items()
+                raise ValueError(f"one sample was expected, but it has {len(samples)}")
+            (sample,) = samples
             contents = {
-                e: data[m.data : m.data + m.size] for e, m in wanted if path is None or f"{path}.".startswith(f"{e}.")
+                ending: data[member.data : member.data + member.size]
+                for ending, member in sample.members.items()
+                if path is None or _covers(ending, path)
             }
-            return _decoded(samples[0].key, contents)
+            return decode_sample(sample.key, contents)
         except (TarError, ValueError) as error:
-            raise shard_changed(self._path, None, f"{error}") from None
+            raise shard_changed_error(self._path, None, f"{error}") from None

@@ -1,0 +1,100 @@
+"""Read the `.idx` file of a Megatron-LM token file, which describes the sequences in the `.bin` file.
+
+Layout, little-endian (Megatron-core, `megatron/core/datasets/indexed_dataset.py`):
+
+- header: magic (9 bytes), version (8), code of the integer type (1), number of sequences (8), length of the document
+  table (8)
+- length of every sequence in tokens (int32 each), first byte of every sequence in the `.bin` file (int64 each)
+- document table: the number of the first sequence of every document, and the number of sequences (int64 each)
+- optional: one mode byte per sequence (multimodal data), ignored here
+"""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.errors import DataError
+
+__all__ = ["DTYPES", "HEADER", "MAGIC", "VERSION", "TokenLayout", "read_token_layout"]
+
+MAGIC = b"MMIDIDX\0\0"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+"""Megatron's codes of integer types. 6 and 7 are floats, which cannot be token ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLayout:
+    """Where the documents of a `.bin` file lie."""
+
+    dtype: np.dtype[Any]
+    """Type of the token ids."""
+    starts: NDArray[np.int64]
+    """First byte of every document, and the end of the last; shape (documents + 1,)."""
+
+
+def read_token_layout(shard: Path) -> TokenLayout:
+    """Read the `.idx` file next to a `.bin` file.
+
+    Raises:
+        DataError: it is missing, damaged, or not an index of integer ids.
+    """
+    path = shard.with_suffix(".idx")
+    data = _map_file(path, shard)
+    dtype, num_sequences, num_documents = _read_header(data, path)
+
+    lengths = np.frombuffer(data, "<i4", num_sequences, HEADER.size)
+    pointers = np.frombuffer(data, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
+    table: NDArray[Any] = np.frombuffer(data, "<i8", num_documents, HEADER.size + 12 * num_sequences)
+    # Without a document table, every sequence is a document.
+    if len(table) < 2:
+        table = np.arange(num_sequences + 1)
+
+    bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * dtype.itemsize])
+    follow_each_other = bool(np.array_equal(pointers, bounds[:-1]) and (lengths >= 0).all())
+    if not follow_each_other or not _is_partition(table, num_sequences):
+        raise DataError(
+            f"{path} is damaged: its sequences do not follow each other.\n"
+            "  Copy it again, or exclude the shard with data.exclude."
+        )
+    return TokenLayout(dtype=dtype, starts=bounds[table])
+
+
+def _map_file(path: Path, shard: Path) -> NDArray[np.uint8]:
+    try:
+        return np.memmap(path, np.uint8, "r")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{shard} needs {path.name} beside it, which cannot be read: {error}.\n"
+            "  Copy it there. If the shard is not a Megatron file, exclude it with data.exclude."
+        ) from None
+
+
+def _read_header(data: NDArray[np.uint8], path: Path) -> tuple[np.dtype[Any], int, int]:
+    """Return the type of the ids, the number of sequences and the length of the document table."""
+    header = bytes(data[: HEADER.size]).ljust(HEADER.size, b"\0")
+    magic, version, code, num_sequences, num_documents = HEADER.unpack(header)
+    if magic != MAGIC or version != VERSION or code not in DTYPES:
+        raise DataError(
+            f"{path} is not the index of a Megatron file of integer ids: magic {magic!r}, version {version}, type code "
+            f"{code}.\n"
+            "  Write the file again with integer ids, or exclude its .bin file with data.exclude."
+        )
+
+    size = HEADER.size + 12 * num_sequences + 8 * num_documents
+    size_with_modes = size + num_sequences
+    if len(data) not in (size, size_with_modes):
+        raise DataError(
+            f"{path} is truncated: it has {len(data)} bytes, but its header needs {size}.\n  Copy it again."
+        )
+    return np.dtype(DTYPES[code]), num_sequences, num_documents
+
+
+def _is_partition(table: NDArray[Any], num_sequences: int) -> bool:
+    """Return True if the document table goes from the first sequence to the last without a step back."""
+    return bool(table[0] == 0 and table[-1] == num_sequences and (np.diff(table) >= 0).all())

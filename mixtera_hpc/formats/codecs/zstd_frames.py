@@ -1,0 +1,49 @@
+"""Decode Zstandard frames (RFC 8878) with bounded output."""
+
+import zstandard
+
+from mixtera_hpc.formats.codecs.frames import Codec
+
+__all__ = ["ZSTD"]
+
+MAX_WINDOW_BYTES = 1 << 31
+"""The window of `zstd --long=31`, the largest one that the zstd program writes."""
+FEED_BYTES = 8 << 10
+"""Compressed bytes per call. The library cannot limit what one call decodes; from this much input it is 256 MiB at the
+format's highest ratio, and usually some 30 kB."""
+
+
+class _ZstdFrame:
+    """`Decompressor` of one frame, fed `FEED_BYTES` at a time."""
+
+    def __init__(self) -> None:
+        self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
+        self._pending = memoryview(b"")
+
+    @property
+    def eof(self) -> bool:
+        return self._frame.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._pending
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data + bytes(self._pending)
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes:
+        """Decode until `max_length` bytes are reached; one feed may exceed it."""
+        if data:
+            self._pending = memoryview(bytes(self._pending) + data) if self._pending else memoryview(data)
+        decoded = []
+        size = 0
+        while self._pending and size < max_length and not self._frame.eof:
+            decoded.append(self._frame.decompress(self._pending[:FEED_BYTES]))
+            self._pending = self._pending[FEED_BYTES:]
+            size += len(decoded[-1])
+        return b"".join(decoded)
+
+
+ZSTD = Codec(start=_ZstdFrame, errors=(zstandard.ZstdError,))
+"""Skippable frames (a seek table, for example) decode to nothing."""

@@ -1,0 +1,75 @@
+"""Errors about shards. Every message names the file, the place inside it, and what the user can do."""
+
+import os
+from pathlib import Path
+
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.base import BlockRef
+
+__all__ = [
+    "MAX_BAD_ROWS",
+    "bad_rows_error",
+    "decompression_error",
+    "open_shard",
+    "shard_changed_error",
+    "unreadable_error",
+]
+
+MAX_BAD_ROWS = 10
+"""A scan without `skip_bad` stops after this many unreadable rows of a unit and names them all."""
+
+
+def open_shard(path: Path) -> int:
+    """Open a shard for reading and return the file descriptor.
+
+    Raises:
+        DataError: the shard cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened: {error.strerror}.\n  Run mixtera-hpc index verify.") from None
+
+
+def bad_rows_error(path: Path, bad: list[tuple[int, str]]) -> DataError:
+    """Build the error for unreadable rows.
+
+    Args:
+        path: the shard.
+        bad: (row of the shard, problem); `MAX_BAD_ROWS` entries at most.
+    """
+    plural = "" if len(bad) == 1 else "s"
+    prefix = "at least " if len(bad) >= MAX_BAD_ROWS else ""
+    error = DataError(
+        f"{path} has {prefix}{len(bad)} unreadable row{plural}. Every row needs a text at the path data.text, and "
+        "values of the kinds that data.properties names.\n"
+        "  Repair or remove them, exclude the file with data.exclude, or skip such rows with data.on_bad_sample=skip."
+    )
+    for row, problem in bad:
+        error.add_note(f"shard={str(path)!r} row={row}: {problem}")
+    return error
+
+
+def unreadable_error(path: Path, what: str, error: Exception) -> DataError:
+    """Build the error for a part of a shard that its library cannot read, for example `what="row group 3"`."""
+    return DataError(
+        f"{path}: {what} cannot be read: {error}.\n  Write or copy the file again, or exclude it with data.exclude."
+    )
+
+
+def decompression_error(path: Path, problem: str) -> DataError:
+    """Build the error for a file that cannot be decompressed."""
+    return DataError(
+        f"{path} cannot be decompressed: {problem}.\n  Copy or download it again, or exclude it with data.exclude."
+    )
+
+
+def shard_changed_error(path: Path, block: BlockRef | None, problem: str) -> DataError:
+    """Build the error for a shard whose rows differ from the index. `block` is the block that was read, if known."""
+    error = DataError(
+        f"{path} has changed since it was indexed: {problem}.\n"
+        "  Run mixtera-hpc index verify, then mixtera-hpc index build."
+    )
+    if block is not None:
+        error.add_note(f"shard={str(path)!r} rows {block.first_row} to {block.first_row + block.rows - 1}")
+    return error
