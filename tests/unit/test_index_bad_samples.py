@@ -229,7 +229,7 @@ def test_reasons_that_are_new_every_time_do_not_fill_the_index(tmp_path: Path, m
 def test_a_pattern_that_finds_no_numbers_is_no_fault_of_the_samples(tmp_path: Path) -> None:
     plain(tmp_path, lines(1))
     properties = {"number": {"path": "source", "kind": "number", "pattern": "."}}
-    with pytest.raises(ConfigError, match="Make its pattern match digits only"):
+    with pytest.raises(ConfigError, match="Change its pattern so that it matches digits only"):
         build_index(configured(tmp_path, data={"properties": properties}))
 
 

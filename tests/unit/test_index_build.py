@@ -116,7 +116,7 @@ def test_data_without_any_row_is_refused(tmp_path: Path) -> None:
 def test_bad_rows_end_the_build_and_leave_no_index(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", 3)
     (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"no": "text"}\n')
-    with pytest.raises(DataError, match=r"b\.jsonl has 1 row") as caught:
+    with pytest.raises(DataError, match=r"b\.jsonl has 1 unreadable row") as caught:
         build_index(configured(tmp_path))
     assert "row=1: " in caught.value.__notes__[0]
     assert not (tmp_path / "index.h5").exists()
