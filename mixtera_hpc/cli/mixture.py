@@ -11,7 +11,7 @@ from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder, runs_root
 from mixtera_hpc.config.yaml_files import read_yaml
 from mixtera_hpc.dataplane.journal import History
-from mixtera_hpc.dataplane.mixing.requests import REQUEST_FILE, MixtureDecision, read_decisions
+from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.mixing.submission import submit_request
 from mixtera_hpc.dataplane.mixing.weight_changes import WeightChange, weight_changes
 from mixtera_hpc.errors import ConfigError
@@ -93,7 +93,7 @@ def _show(folder: RunFolder, as_json: bool) -> None:
     _print_table(changes)
     for decision in decisions:
         _print_decision(decision)
-    if (folder.control / REQUEST_FILE).exists():
+    if folder.mixture_request.exists():
         print("another request is waiting for the run to read it")
 
 

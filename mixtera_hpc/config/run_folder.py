@@ -1,21 +1,23 @@
 """Every path of a run, in one place.
 
 <root>/<name>/<run_id>/
-  config.yaml  overrides.txt  manifest.json
-  journal.jsonl                      what was planned, chunk by chunk
-  decisions.jsonl                    what people changed about the run since: surgery and mixtures
-  attempts/001/{submit.sh,job.json,exit.json,ranks.json,failure.json,logs/,audit/}
-  attempts/001/logs/batch.out rank_00000.{out,err}      beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
-  metrics/{steps,mixture,comm}.jsonl
+  config.yaml overrides.txt manifest.json git.diff
+  journal.jsonl                           what was planned, chunk by chunk
+  decisions.jsonl                         what people changed about the run since: edits and mixtures
+  attempts/001/{submit.sh,job.json,exit.json,ranks.json,failure.json,config.yaml}
+  attempts/001/logs/batch.out rank_00000.{out,err}   beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
+  attempts/001/audit/rank_00000.jsonl     digests of what each rank handed to the trainer
+  metrics/{attempts,steps,mixture,comm,validation}.jsonl
   checkpoints/step_00001000/ LATEST
-  control/mixture.json               another mixture that is wished for
-  control/{save,stop}                touch to ask for it; `cancelled` ends the chain of attempts
+  control/mixture.json                    a requested mixture
+  control/{save,stop}                     a touched file is a request; `cancelled` ends the chain of attempts
   report/
 """
 
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +29,7 @@ __all__ = ["RunFolder", "find_runs", "new_run_id", "runs_root"]
 
 
 def new_run_id(config: dict[str, Any], now: datetime | None = None) -> str:
-    """UTC time and four hex digits of the configuration: runs started in the same second do not collide."""
+    """Return UTC time and four hex digits of the configuration, so that two runs started in one second differ."""
     text = json.dumps(config, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=2).hexdigest()
     return f"{(now or datetime.now(UTC)).strftime('%Y%m%d-%H%M%S')}-{digest}"
@@ -35,21 +37,21 @@ def new_run_id(config: dict[str, Any], now: datetime | None = None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The layout of one run's folder; makes nothing by itself."""
+    """The paths of one run. Creates nothing."""
 
     path: Path
 
     @classmethod
     def find(cls, name: str, root: Path) -> "RunFolder":
-        """The run meant by `name`: a path, a run id, `<name>/<run_id>`, or a run name (its newest run).
+        """Return the run meant by `name`: a path, a run id, `<name>/<run_id>`, or a run name (its newest run).
 
         Raises:
-            LaunchError: there is none; names near misses.
+            LaunchError: there is none; the message names near misses.
         """
-        if (Path(name) / "config.yaml").is_file():
+        if cls(Path(name)).config.is_file():
             return cls(Path(name).resolve())
         runs = find_runs(root)
-        matching = [r for r in runs if name in (r.run_id, f"{r.name}/{r.run_id}", r.name)]
+        matching = [run for run in runs if name in (run.run_id, f"{run.name}/{run.run_id}", run.name)]
         if matching:
             return max(matching, key=lambda run: run.run_id)
         known = sorted({run.run_id for run in runs} | {run.name for run in runs})
@@ -57,68 +59,165 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
+        """Name of the folder."""
         return self.path.name
 
     @property
     def name(self) -> str:
+        """Name of the group of runs, `run.name`."""
         return self.path.parent.name
 
     @property
     def config(self) -> Path:
+        """The resolved configuration. This file is what makes the folder a run."""
         return self.path / "config.yaml"
 
     @property
     def overrides(self) -> Path:
+        """The overrides as typed, one per line."""
         return self.path / "overrides.txt"
 
     @property
     def manifest(self) -> Path:
+        """Versions, host and commit that the run was started with."""
         return self.path / "manifest.json"
 
     @property
+    def git_diff(self) -> Path:
+        """Changes of the checkout that were not committed."""
+        return self.path / "git.diff"
+
+    @property
     def journal(self) -> Path:
+        """What was planned, written by rank 0: one line per attempt and chunk."""
         return self.path / "journal.jsonl"
 
     @property
     def decisions(self) -> Path:
+        """What people changed about the run since it began."""
         return self.path / "decisions.jsonl"
 
     @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.path / "report"
+
+    # Metrics
+
+    @property
     def metrics(self) -> Path:
+        """Folder of the metric files."""
         return self.path / "metrics"
+
+    def metric(self, stream: str) -> Path:
+        """Return the file of one stream of events, for example `steps`."""
+        return self.metrics / f"{stream}.jsonl"
+
+    # Checkpoints
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of all checkpoints."""
         return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint after `step` steps."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    @property
+    def latest_checkpoint(self) -> Path:
+        """File with the name of the newest checkpoint's folder."""
+        return self.checkpoints / "LATEST"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Return the steps of the checkpoints that exist, ascending."""
+        names = (path.name for path in self.checkpoints.glob("step_*") if path.is_dir())
+        return sorted(int(match.group(1)) for name in names if (match := re.fullmatch(r"step_(\d{8,})", name)))
+
+    # Control files
 
     @property
     def control(self) -> Path:
+        """Folder of requests to a running job."""
         return self.path / "control"
 
     @property
-    def report(self) -> Path:
-        return self.path / "report"
+    def stop_request(self) -> Path:
+        """Exists if the run shall save and stop."""
+        return self.control / "stop"
 
-    def attempt(self, number: int) -> Path:
-        """Folder of one attempt, counted from 1."""
-        return self.path / "attempts" / f"{number:03d}"
+    @property
+    def save_request(self) -> Path:
+        """Exists if the run shall save and go on."""
+        return self.control / "save"
 
-    def logs(self, attempt: int) -> Path:
-        return self.attempt(attempt) / "logs"
+    @property
+    def cancelled(self) -> Path:
+        """Exists if no attempt shall follow."""
+        return self.control / "cancelled"
 
-    def audit(self, attempt: int) -> Path:
-        return self.attempt(attempt) / "audit"
+    @property
+    def mixture_request(self) -> Path:
+        """Another mixture that the run shall change to."""
+        return self.control / "mixture.json"
+
+    # Attempts
 
     def attempts(self) -> list[int]:
-        """Numbers of the attempts that exist, ascending."""
-        return sorted(int(p.name) for p in (self.path / "attempts").glob("[0-9]*") if p.is_dir())
+        """Return the numbers of the attempts that exist, ascending."""
+        return sorted(int(path.name) for path in (self.path / "attempts").glob("[0-9]*") if path.is_dir())
+
+    def attempt(self, number: int) -> Path:
+        """Return the folder of one attempt, counted from 1."""
+        return self.path / "attempts" / f"{number:03d}"
+
+    def submit_script(self, attempt: int) -> Path:
+        """Return the batch script of an attempt."""
+        return self.attempt(attempt) / "submit.sh"
+
+    def job_record(self, attempt: int) -> Path:
+        """Return the file that says how an attempt was started."""
+        return self.attempt(attempt) / "job.json"
+
+    def exit_record(self, attempt: int) -> Path:
+        """Return the file that says how an attempt ended."""
+        return self.attempt(attempt) / "exit.json"
+
+    def failure(self, attempt: int) -> Path:
+        """Return the file in which the first failing rank describes its error."""
+        return self.attempt(attempt) / "failure.json"
+
+    def replaced_config(self, attempt: int) -> Path:
+        """Return the configuration that an attempt ran with, written when a later one replaces it."""
+        return self.attempt(attempt) / "config.yaml"
+
+    def logs(self, attempt: int) -> Path:
+        """Return the folder of what the ranks of an attempt printed."""
+        return self.attempt(attempt) / "logs"
+
+    def batch_log(self, attempt: int) -> Path:
+        """Return the output of the batch script of an attempt."""
+        return self.logs(attempt) / "batch.out"
+
+    def audit(self, attempt: int) -> Path:
+        """Return the folder of the digests that the ranks of an attempt logged."""
+        return self.attempt(attempt) / "audit"
+
+    def audit_of_rank(self, attempt: int, rank: int) -> Path:
+        """Return the digests that one rank logged."""
+        return self.audit(attempt) / f"rank_{rank:05d}.jsonl"
+
+    def audit_files(self, attempt: int) -> list[Path]:
+        """Return the digest files of all ranks that exist, by rank."""
+        return sorted(self.audit(attempt).glob("rank_*.jsonl"))
 
 
 def runs_root() -> Path:
-    """Where runs lie when nobody says: $MIXTERA_RUNS, or `runs` below the working folder, like `run.root`."""
+    """Return where runs are looked for by default: $MIXTERA_RUNS, or `runs` in the working folder, like `run.root`."""
     return Path(os.environ.get("MIXTERA_RUNS", "runs"))
 
 
 def find_runs(root: Path) -> list[RunFolder]:
-    """Every run below `root`, oldest first."""
-    return sorted((RunFolder(p.parent.resolve()) for p in root.glob("*/*/config.yaml")), key=lambda run: run.run_id)
+    """Return every run below `root`, oldest first."""
+    runs = (RunFolder(path.parent.resolve()) for path in root.glob("*/*/config.yaml"))
+    return sorted(runs, key=lambda run: run.run_id)

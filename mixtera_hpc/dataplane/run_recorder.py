@@ -24,7 +24,7 @@ class RunRecorder:
         self._decisions = folder.decisions if folder else None
         self._tracker = tracker if rank == 0 else NullTracker()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
-        audit = folder.audit(attempt) / f"rank_{rank:05d}.jsonl" if folder and config.dataplane.audit else None
+        audit = folder.audit_of_rank(attempt, rank) if folder and config.dataplane.audit else None
         self._audit = AuditLog(audit) if audit and rank % config.dataplane.model_parallel_size == 0 else None
 
     def run_edits(self) -> list[RunEdit]:

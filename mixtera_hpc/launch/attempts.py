@@ -31,9 +31,6 @@ __all__ = [
     "start_local_attempt",
 ]
 
-CONTROL_FILES = ("stop", "save", "cancelled")
-"""Requests in `control/` that concern one attempt only; a new attempt begins without them."""
-
 START_TIME_FIELD = 19
 """Index of `starttime` in `/proc/PID/stat`, counted behind the process name (proc(5), field 22)."""
 
@@ -121,8 +118,9 @@ def claim_attempt(folder: RunFolder, after: int | None = None) -> int:
         ) from None
 
     folder.control.mkdir(exist_ok=True)
-    for name in CONTROL_FILES:
-        (folder.control / name).unlink(missing_ok=True)
+    # These requests concern one attempt only; a new attempt begins without them.
+    for request in (folder.stop_request, folder.save_request, folder.cancelled):
+        request.unlink(missing_ok=True)
     return number
 
 
@@ -149,23 +147,23 @@ def start_local_attempt(
 
 def record_start(folder: RunFolder, attempt: int, start: AttemptStart) -> None:
     """Write `job.json`."""
-    _write(folder.attempt(attempt) / "job.json", asdict(start))
+    _write(folder.job_record(attempt), asdict(start))
 
 
 def end_attempt(folder: RunFolder, attempt: int, end: AttemptEnd) -> None:
     """Write `exit.json`."""
-    _write(folder.attempt(attempt) / "exit.json", asdict(end))
+    _write(folder.exit_record(attempt), asdict(end))
 
 
 def read_start(folder: RunFolder, attempt: int) -> AttemptStart | None:
     """Return what was started; None where nothing was recorded."""
-    data = _read(folder.attempt(attempt) / "job.json")
+    data = _read(folder.job_record(attempt))
     return AttemptStart(**_known_fields(AttemptStart, data)) if data else None
 
 
 def read_end(folder: RunFolder, attempt: int) -> AttemptEnd | None:
     """Return how the attempt ended; None while it runs, or if every process was killed."""
-    data = _read(folder.attempt(attempt) / "exit.json")
+    data = _read(folder.exit_record(attempt))
     return AttemptEnd(**_known_fields(AttemptEnd, data)) if data else None
 
 

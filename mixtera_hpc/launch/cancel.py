@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import LaunchError
@@ -32,7 +33,7 @@ def cancel_now(folder: RunFolder) -> Cancelled:
     Raises:
         LaunchError: No job or process of the run is waiting or running.
     """
-    _request(folder, "cancelled")
+    _request(folder.cancelled)
     jobs = _open_jobs(folder)
     pid = _local_pid(folder)
     _require_any(folder, jobs, pid)
@@ -59,8 +60,8 @@ def cancel_after_save(folder: RunFolder) -> Cancelled:
     pid = _local_pid(folder)
     _require_any(folder, jobs, pid)
 
-    _request(folder, "cancelled")
-    _request(folder, "stop")
+    _request(folder.cancelled)
+    _request(folder.stop_request)
     waiting = [job for job, state in jobs.items() if state == JobState.PENDING]
     scancel(waiting)
     running = [job for job in jobs if job not in waiting]
@@ -97,6 +98,6 @@ def _as_text(pid: int | None) -> tuple[str, ...]:
     return () if pid is None else (str(pid),)
 
 
-def _request(folder: RunFolder, name: str) -> None:
-    folder.control.mkdir(exist_ok=True)
-    (folder.control / name).touch()
+def _request(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.touch()

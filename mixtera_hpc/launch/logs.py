@@ -89,7 +89,7 @@ def failed_rank_lines(folder: RunFolder, attempt: int, ranks: RankSelection) -> 
     srun kills the other ranks when one exits with an error, and reports all of them in any order. A rank that is
     reported with an exit code of its own failed by itself; a rank that was killed did not.
     """
-    batch_log = folder.logs(attempt) / "batch.out"
+    batch_log = folder.batch_log(attempt)
     if ranks != "main" or not batch_log.is_file():
         return []
 

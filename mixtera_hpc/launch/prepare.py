@@ -77,7 +77,7 @@ def ensure_manifest(folder: RunFolder, config: Config) -> None:
         return
     facts = collect_manifest(config.job.container)
     if facts["git"] and facts["git"]["dirty"]:
-        _write(folder.path / "git.diff", git_diff())
+        _write(folder.git_diff, git_diff())
     _write(folder.manifest, json.dumps(facts, indent=1) + "\n")
 
 
@@ -85,7 +85,7 @@ def replace_config(folder: RunFolder, plain: dict[str, Any], overrides: Sequence
     """Replace the run's configuration; the folder of the newest attempt gets a copy of the old one."""
     newest = max(folder.attempts(), default=0)
     if newest:
-        _write(folder.attempt(newest) / "config.yaml", folder.config.read_text())
+        _write(folder.replaced_config(newest), folder.config.read_text())
     with folder.overrides.open("a") as file:
         file.writelines(f"{word}\n" for word in overrides)
     _write(folder.config, dump_yaml(plain))

@@ -76,7 +76,7 @@ def run_statuses(folders: Sequence[RunFolder], now: datetime) -> list[RunStatus]
 def last_step(folder: RunFolder) -> Mapping[str, Any]:
     """Return the last complete line of `metrics/steps.jsonl`; empty if there is none."""
     try:
-        with (folder.metrics / "steps.jsonl").open("rb") as file:
+        with folder.metric("steps").open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]  # What follows the last end of line is incomplete.
@@ -154,7 +154,7 @@ def _ended_info(attempt: _NewestAttempt, end: AttemptEnd) -> JobInfo:
 def _failure(attempt: _NewestAttempt) -> str | None:
     """Return which rank failed first; None if that is not known."""
     try:
-        failure = json.loads((attempt.folder.attempt(attempt.number) / "failure.json").read_text())
+        failure = json.loads(attempt.folder.failure(attempt.number).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return f"rank {failure.get('rank')} on {failure.get('host')}: {failure.get('reason')}"
@@ -170,7 +170,7 @@ def _local_info(start: AttemptStart, age_s: int, failure: str | None) -> JobInfo
 
 def _log_age_s(attempt: _NewestAttempt, now: datetime) -> int | None:
     logs = attempt.folder.logs(attempt.number)
-    files = [*logs.glob("*.out"), *logs.glob("*.err"), attempt.folder.metrics / "steps.jsonl"]
+    files = [*logs.glob("*.out"), *logs.glob("*.err"), attempt.folder.metric("steps")]
     stats = [path.stat() for path in files if path.is_file()]
     times = [stat.st_mtime for stat in stats if stat.st_size]
     if not times:

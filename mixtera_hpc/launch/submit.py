@@ -52,7 +52,7 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     """
     _check_submittable(config)
     attempt = claim_attempt(folder, after)
-    script = folder.attempt(attempt) / "submit.sh"
+    script = folder.submit_script(attempt)
     script.write_text(render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt)))
     try:
         job_id = sbatch(script)

@@ -151,7 +151,7 @@ def load_run_metrics(run: RunFolder) -> RunMetrics:
         raise LaunchError(
             f"{run.path} is not a run folder: it has no config.yaml.\n  Run mixtera-hpc status to list all runs."
         )
-    path = run.metrics / "steps.jsonl"
+    path = run.metric("steps")
     events = read_events(path)
     if not events:
         state = "empty" if path.is_file() else "missing"
@@ -160,8 +160,8 @@ def load_run_metrics(run: RunFolder) -> RunMetrics:
             f"  Run mixtera-hpc logs {run.run_id} to see what it is doing."
         )
 
-    mixture = read_events(run.metrics / "mixture.jsonl")
-    attempts = read_events(run.metrics / "attempts.jsonl", every_attempt=True)
+    mixture = read_events(run.metric("mixture"))
+    attempts = read_events(run.metric("attempts"), every_attempt=True)
     steps = _step_history(events, path)
     num_domains = steps.domain_loss.shape[1]
     return RunMetrics(
@@ -172,9 +172,9 @@ def load_run_metrics(run: RunFolder) -> RunMetrics:
         started=str((attempts or events)[0].get("time", "")),
         ended=str(events[-1].get("time", "")),
         steps=steps,
-        mixture=_mixture_history(mixture, num_domains, run.metrics / "mixture.jsonl"),
-        validation=_validation_history(run.metrics / "validation.jsonl", num_domains),
-        comm=_comm_timings(read_events(run.metrics / "comm.jsonl")),
+        mixture=_mixture_history(mixture, num_domains, run.metric("mixture")),
+        validation=_validation_history(run.metric("validation"), num_domains),
+        comm=_comm_timings(read_events(run.metric("comm"))),
     )
 
 

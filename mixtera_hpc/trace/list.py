@@ -107,7 +107,7 @@ def _records_with_ranks(source: Source, folder: RunFolder, attempt: AttemptRecor
 def _audited_digests(folder: RunFolder, attempt: int, steps: range) -> dict[tuple[int, int], str]:
     """Return (step, position) → digest of the sequences that an attempt consumed; empty if it was not audited."""
     digests = {}
-    for path in sorted(folder.audit(attempt).glob("rank_*.jsonl")):
+    for path in folder.audit_files(attempt):
         for line in read_lines(path):
             if line["step"] in steps:
                 pairs = zip(line["positions"], line["digests"], strict=True)

@@ -70,7 +70,7 @@ class _ConsumedSequences:
         self._history = history
         self._digests: dict[tuple[int, int], dict[int, list[str]]] = {}
         for attempt in history.attempts:
-            for path in sorted(folder.audit(attempt.number).glob("rank_*.jsonl")):
+            for path in folder.audit_files(attempt.number):
                 self._add(attempt.number, read_lines(path))
         if not self._digests:
             raise DataError(f"{folder.path} has no audit log. Run with dataplane.audit=true to be able to verify.")

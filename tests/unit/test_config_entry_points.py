@@ -25,6 +25,7 @@ SPECIAL = {
     "data.properties": {"language": "meta.lang", "size": {"path": "n", "kind": "number"}},
     "index.path": "/i dex.h5",
     "index.paths": ["/a.h5", "/b.h5"],
+    "index.trusted_roots": ["/trusted"],
     "mixture.kind": "static",
     "mixture.domains": [{"key": {"language": "en"}, "weight": 0.5}],
     "mixture.remainder": {"weight": 0.5},
