@@ -5,6 +5,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from mixtera_hpc.cli.run_or_overrides import add_run_or_overrides, find_run
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -12,21 +14,29 @@ __all__ = ["arguments", "run"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. query.where=... mixture.group_by=[source]")
+    add_run_or_overrides(parser, "query.where=... mixture.group_by=[source]")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--explain", action="store_true", help="say how the answer was found and what it took")
 
 
 def run(args: argparse.Namespace) -> int:
-    from mixtera_hpc.cli.collection import open_collection
+    from mixtera_hpc.cli.collection import compose_data
     from mixtera_hpc.dataplane.mixing.from_config import query_weights
-    from mixtera_hpc.index.read.selection import select_domains
+    from mixtera_hpc.dataplane.reading.shared_index import select_subset
+    from mixtera_hpc.dataplane.resume.run_identity import data_of_run
+    from mixtera_hpc.dataplane.sample_subset import SampleSubset
+    from mixtera_hpc.index.read.configured import open_configured
 
     began = time.perf_counter()
-    config, index = open_collection(args.overrides)
+    folder = find_run(args)
+    if folder is not None:
+        config, subset = data_of_run(folder, args.split)
+    else:
+        config, subset = compose_data(args.overrides), SampleSubset(split=args.split)
+    index = open_configured(config)
     open_s = time.perf_counter() - began
     with index:
-        chosen = select_domains(config, index)
+        chosen = select_subset(config, index, subset)
     has_tokens = index.tables.has_tokens
     rows, tokens = chosen.selection.table.totals()
     weights = query_weights(config, chosen.keys, rows=rows, tokens=tokens if has_tokens else None)

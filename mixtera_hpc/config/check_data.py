@@ -28,13 +28,10 @@ def data_problems(data: DataConfig, index: IndexConfig) -> list[str]:
 
 
 def holdout_problems(query: QueryConfig) -> list[str]:
-    """Return why the requested side of the holdout cannot be served."""
-    problems = []
-    if not 0 <= query.holdout.fraction < 1:
-        problems.append(f"query.holdout.fraction is {query.holdout.fraction}, expected at least 0 and less than 1.")
-    if query.split == "validation" and not query.holdout.fraction:
-        problems.append("query.split=validation, but nothing is held out. Set query.holdout.fraction, e.g. to 0.01.")
-    return problems
+    """Return the problem of a holdout that leaves nothing to train on."""
+    if 0 <= query.holdout.fraction < 1:
+        return []
+    return [f"query.holdout.fraction is {query.holdout.fraction}, expected at least 0 and less than 1."]
 
 
 def root_problems(data: DataConfig) -> list[str]:

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.statistics import DomainStatistics, accumulate_losses, statistics_from_buffer
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.step_losses import sequence_sums
 from mixtera_hpc.errors import MixtureError
 
@@ -26,13 +28,16 @@ __all__ = ["HeldOutBatches"]
 class HeldOutBatches:
     """One rank's part of the validation of a run."""
 
-    def __init__(self, config: Config, comm: Communicator) -> None:
+    def __init__(self, config: Config, comm: Communicator, folder: RunFolder | None = None) -> None:
         """Open what `config` holds out. **Collective.**
+
+        Args:
+            folder: the folder of the run, which records what was dropped.
 
         Raises:
             MixtureError: that is not one global batch.
         """
-        source = open_source(replace(config, query=replace(config.query, split="validation")), comm)
+        source = open_source(config, comm, subset=subset_of_run(folder if comm.rank == 0 else None, "validation"))
         sizes = source.layout.epoch_items()
         capacity = source.grid.capacity(sizes, np.ones(len(sizes)))
         steps = min(config.training.validate_steps, int(capacity.sum()) // config.dataplane.global_batch_size)

@@ -39,7 +39,8 @@ from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.workers import open_batch_source
-from mixtera_hpc.dataplane.resume.run_edits import find_resume_point, share_resume_point
+from mixtera_hpc.dataplane.resume.resume_point import find_resume_point, share_resume_point
+from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.step_losses import StepLosses
 from mixtera_hpc.dataplane.step_reducer import RankFlags, StepReducer, StepResult
@@ -95,7 +96,7 @@ class DataPlane:
         folder: RunFolder | None = None,
         attempt: int = 1,
         tracker: Tracker | None = None,
-        split: Split | None = None,
+        split: Split = "train",
     ) -> Self:
         """Open the index and get ready to serve. **Collective.**
 
@@ -104,7 +105,7 @@ class DataPlane:
             folder: of the run; without one nothing is journalled.
             attempt: number of this attempt in the folder.
             tracker: where metric events go (rank 0).
-            split: with `query.holdout`, which side is served; None: what `query.split` says.
+            split: with `query.holdout`, which side is served.
 
         Raises:
             ConfigError: the global batch cannot be shared evenly by the ranks.
@@ -112,9 +113,9 @@ class DataPlane:
             MixtureError: a domain of the mixture has no samples.
         """
         communicator = _communicator(config, comm)
-        if split is not None:
-            config = replace(config, query=replace(config.query, split=split))
-        source = open_source(config, communicator)
+        source = open_source(
+            config, communicator, subset=subset_of_run(folder if communicator.rank == 0 else None, split)
+        )
         return cls(
             source, communicator, RunRecorder(folder, attempt, communicator.rank, config, tracker or NullTracker())
         )

@@ -89,6 +89,8 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
         if "index" in refused:
             generations = ",".join(before.get("index", []))
             advice.append(f"For an index that was refreshed since, set index.generations=[{generations}].")
+        if "drop" in refused:
+            advice.append("Drops are recorded in the run: open the data plane with the folder of the run.")
         if refused != ["index"]:
             advice.append("What can be changed knowingly: mixtera-hpc resume --help.")
         raise ConfigError(f"The saved state belongs to a run with other settings:{lines}\n  {' '.join(advice)}")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,6 @@ IDENTITY_KEYS = (
 FLAG_OF_KEY = {
     "dataplane.seed": "--change-seed",
     "dataplane.global_batch_size": "--change-batch-size",
-    "query.drop": "--drop EXPRESSION",
 }
 """The identity keys that may change nevertheless, and the flag that allows each one."""
 
@@ -76,7 +75,6 @@ class ResumeRequest:
         given = {
             "--change-seed": self.change_seed,
             "--change-batch-size": self.change_batch_size,
-            "--drop EXPRESSION": bool(self.drop),
         }
         return {key: flag for key, flag in FLAG_OF_KEY.items() if given[flag]}
 
@@ -88,8 +86,7 @@ def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) ->
     """Raise if an identity key differs, unless `request` allows it.
 
     Raises:
-        LaunchError: Names every key that differs, with both values; or a flag whose key did not change; or a dropped
-            expression that would be served again.
+        LaunchError: Names every key that differs, with both values; or a flag whose key did not change.
     """
     before = dict(_leaves(to_plain(old)))
     after = dict(_leaves(to_plain(new)))
@@ -100,9 +97,6 @@ def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) ->
             raise LaunchError(
                 f"{flag} is given, but {key} is still {before.get(key)!r}.\n  Give {key}=<value> as well, or remove it."
             )
-    if request.drop:
-        _check_nothing_undropped(old, new)
-
     refused = [key for key in changed if _is_identity(key) and key not in request.allowed_keys]
     if refused:
         values = "".join(f"\n  - {key}: {before.get(key)!r} before, {after.get(key)!r} now" for key in refused)
@@ -114,15 +108,6 @@ def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) ->
 
 def _is_identity(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in IDENTITY_KEYS)
-
-
-def _check_nothing_undropped(old: Config, new: Config) -> None:
-    missing = [expression for expression in old.query.drop if expression not in new.query.drop]
-    if missing:
-        raise LaunchError(
-            f"query.drop no longer has {missing[0]!r}, but dropped samples cannot be served again.\n  Do not set "
-            "query.drop; --drop adds to it."
-        )
 
 
 def _flag_hint(refused: Sequence[str]) -> str:
@@ -152,7 +137,6 @@ def amended_config(folder: RunFolder, overrides: Sequence[str], request: ResumeR
         for override in overrides:
             _copy_value(after, plain, _key(override).split("."))
         new = from_plain(Config, plain)
-    new = replace(new, query=replace(new.query, drop=[*new.query.drop, *request.drop]))
     check_resume(old, new, request)
     check(new)
     return new

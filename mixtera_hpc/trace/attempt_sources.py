@@ -9,7 +9,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import AttemptRecord
 from mixtera_hpc.dataplane.plane_state import check_identity
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.resume.run_edits import config_for_identity
+from mixtera_hpc.dataplane.resume.run_identity import config_for_identity, subset_for_identity
 from mixtera_hpc.errors import ConfigError, DataError
 
 __all__ = ["AttemptSources", "Record"]
@@ -34,7 +34,8 @@ class AttemptSources:
         """
         key = msgspec.json.encode([attempt.identity, attempt.stream_version.to_dict()])
         if key not in self._opened:
-            source = open_source(config_for_identity(self._config, attempt.identity), Local(), check=False)
+            config = config_for_identity(self._config, attempt.identity)
+            source = open_source(config, Local(), subset=subset_for_identity(attempt.identity), check=False)
             try:
                 check_identity(attempt.identity, source.identity())
             except ConfigError as error:

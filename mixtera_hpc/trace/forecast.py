@@ -135,6 +135,8 @@ def _constant_weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[
     num_chunks = -(-num_steps // chunk_steps)  # Division that rounds up.
     for chunk in range(num_chunks):
         weights = mixer.weights_of(chunk)
+        if weights is not None:
+            weights = source.without_dropped_domains(weights)
         if weights is not None and not np.array_equal(weights, current):
             yield current, length
             current = weights

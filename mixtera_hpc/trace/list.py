@@ -127,7 +127,7 @@ def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterat
     steps = range(first_step, first_step + num_steps)
     maker = global_batch_maker(source) if source.config.plan.digests else None
     while state.step < steps.stop and (weights := mixer.weights_of(state.chunk)) is not None:
-        plan, state = source.planner.plan(state, weights)
+        plan, state = source.planner.plan(state, source.without_dropped_domains(weights))
         if state.step > first_step or plan.last:
             records = sequences_of_plan(source, streams, plan, steps)
             yield from _with_digests(maker, plan, steps, records) if maker else records

@@ -22,7 +22,8 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
-from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, pin_index_generation, read_run_edits
+from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, read_run_edits
+from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import MultiTracker, Tracker, open_tracker
@@ -145,7 +146,7 @@ class Trainer:
         )
 
         self._log = StepLog(self._tracker, num_ranks=self._comm.size, log_every=config.training.log_every)
-        self._validator = Validator(config, self._replicas, self._tracker)
+        self._validator = Validator(config, self._replicas, self._tracker, self._folder)
         self._step = 0
         """Number of finished steps."""
         self._saved_step: int | None = None

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
@@ -21,13 +22,13 @@ __all__ = ["Validator"]
 class Validator:
     """Validates the model every `training.validate_every` steps; does nothing if that is 0."""
 
-    def __init__(self, config: Config, replicas: Replicas, tracker: Tracker) -> None:
+    def __init__(self, config: Config, replicas: Replicas, tracker: Tracker, folder: RunFolder) -> None:
         """Open the held-out samples. **Collective.**"""
         self._every_steps = config.training.validate_every
         self._micro_batch_size = config.training.micro_batch_size
         self._device = replicas.device
         self._tracker = tracker
-        self._data = HeldOutBatches(config, replicas.comm) if self._every_steps else None
+        self._data = HeldOutBatches(config, replicas.comm, folder) if self._every_steps else None
         self._last_step = -1
         """Step of the newest validation."""
 

@@ -65,7 +65,7 @@ def test_the_forecast_says_when_data_runs_out(cli: Cli, words: list[str]) -> Non
         (["mixture.group_by=[sources]"], "Did you mean 'source'"),
         (["dataplane.shuffel=none"], "Did you mean 'dataplane.shuffle'"),
         (["mixture=adoo"], "Did you mean 'ado'"),
-        (["--json", "mixture.max_epochs=1", "plan.first_step=100000"], "the data has ended by then"),
+        (["--json", "mixture.max_epochs=1", "plan.first_step=100000"], "the data ends before it"),
         (["index.path=/nowhere/index.h5"], "mixtera-hpc index build"),
         (["dataplane.tokenizer=/nowhere/tokenizer.json"], "dataplane.tokenizer"),
     ],

@@ -133,7 +133,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(serve: Serve, overrides: lis
     assert "cannot be shared evenly by 5 ranks" in done.stderr
 
 
-def test_surgery_between_attempts_of_different_ranks_is_proven(
+def test_an_edit_between_attempts_of_different_ranks_is_proven(
     serve: Serve, overrides: list[str], tmp_path: Path
 ) -> None:
     """Data steps 12 to 16 are skipped and the batch grows; one rank and three agree on what follows."""
@@ -141,9 +141,9 @@ def test_surgery_between_attempts_of_different_ranks_is_proven(
     for name, ranks in (("one", 1), ("many", 3)):
         folder = tmp_path / name
         serve(folder, 2, 1, 10)
-        surgery = run_edit_between(before, after, (12, 16), 10, [])
-        assert surgery is not None
-        record_run_edit(RunFolder(folder).decisions, surgery)
+        edit = run_edit_between(before, after, [], at_step=10, skip_steps=(12, 16))
+        assert edit is not None
+        record_run_edit(RunFolder(folder).decisions, edit)
         serve(folder, ranks, 2, 24, more=("dataplane.global_batch_size=30",))
     assert consumed(tmp_path / "one") == consumed(tmp_path / "many")
     run = RunFolder(tmp_path / "many")

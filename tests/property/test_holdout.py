@@ -130,7 +130,6 @@ def test_less_than_a_global_batch_held_out_is_refused(collection: list[str]) -> 
     ("wrong", "said"),
     [
         ("query.holdout.fraction=1.0", "query.holdout.fraction is 1.0"),
-        ("query.split=validation", "nothing is held out"),
         ("training.validate_every=3", "nothing is held out"),
     ],
 )

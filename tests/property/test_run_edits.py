@@ -1,7 +1,7 @@
-"""What surgery promises: the data that is skipped is skipped, the rest of an epoch is served once, and replay agrees."""
+"""Run edits: skipped data is skipped, the rest of an epoch is served once, and a replay proves it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
-from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between
+from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between, subset_of_run
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.trace.attempt_sources import AttemptSources
@@ -39,7 +39,7 @@ def config_of(plain: dict[str, Any], **sections: dict[str, object]) -> Config:
 def serve(
     config: Config, folder: Path, attempt: int, steps: int, state: STATE | None = None
 ) -> tuple[list[Batch], STATE]:
-    """Batches until `steps` are done or the data ends, and the state then."""
+    """Return the batches until `steps` are done or the data ends, and the state after them."""
     with DataPlane.open(config, Local(), RunFolder(folder), attempt) as plane:
         if state is not None:
             plane.load_state_dict(state)
@@ -55,11 +55,18 @@ def serve(
         return batches, {"json": json.loads(json.dumps(saved["json"])), "arrays": saved["arrays"]}
 
 
-def operate(before: Config, after: Config, folder: Path, at_step: int, skip: tuple[int, int] | None = None) -> None:
+def record_edit(
+    before: Config,
+    after: Config,
+    folder: Path,
+    at_step: int,
+    skip: tuple[int, int] | None = None,
+    drop: Sequence[str] = (),
+) -> None:
     path = RunFolder(folder).decisions
-    surgery = run_edit_between(before, after, skip, at_step, read_run_edits(path))
-    assert surgery is not None
-    record_run_edit(path, surgery)
+    edit = run_edit_between(before, after, read_run_edits(path), at_step=at_step, skip_steps=skip, drop=drop)
+    assert edit is not None
+    record_run_edit(path, edit)
 
 
 @pytest.fixture
@@ -81,11 +88,11 @@ SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=5), st.integers(0, 80))
 def test_steps_count_the_data_steps_that_are_not_skipped(spans: list[tuple[int, int]], data_step: int) -> None:
     skips = [(first, first + length) for first, length in spans]
-    era = StreamVersion.start(1).with_skips(skips)
-    left = [d for d in range(200) if not any(a <= d <= b for a, b in skips)]
-    assert [era.data_step(s) for s in range(100)] == left[:100]
-    assert era.step_at(data_step) == sum(d < data_step for d in left)
-    assert era.is_skipped(data_step) == (data_step not in left)
+    version = StreamVersion.start(1).with_skips(skips)
+    served = [d for d in range(200) if not any(a <= d <= b for a, b in skips)]
+    assert [version.data_step(s) for s in range(100)] == served[:100]
+    assert version.step_at(data_step) == sum(d < data_step for d in served)
+    assert version.is_skipped(data_step) == (data_step not in served)
 
 
 @SLOW
@@ -99,14 +106,14 @@ def test_skipped_steps_are_the_only_ones_missing(
     config = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": chunk})
     folder = new_folder()
     first = stop + ahead
-    begun, state = serve(config, folder, 1, stop)
-    operate(config, config, folder, stop, (first, first + count - 1))
-    went_on, _ = serve(config, folder, 2, 30, state)
-    assert [b.step for b in begun + went_on] == list(range(30))
+    before_edit, state = serve(config, folder, 1, stop)
+    record_edit(config, config, folder, stop, (first, first + count - 1))
+    after_edit, _ = serve(config, folder, 2, 30, state)
+    assert [b.step for b in before_edit + after_edit] == list(range(30))
     if kind == "natural":
         whole, _ = serve(config, new_folder(), 1, 30 + count)
         expected = [b.digests for b in whole if not first <= b.step < first + count]
-        assert [b.digests for b in begun + went_on] == expected
+        assert [b.digests for b in before_edit + after_edit] == expected
     run = RunFolder(folder)
     assert verify_run(AttemptSources(config), run, History(run.journal)).num_steps == 30
 
@@ -132,18 +139,15 @@ def test_after_a_drop_the_rest_of_the_epoch_is_served_once(
 ) -> None:
     mixture = {"group_by": [by] if by else [], "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
     plane = {"global_batch_size": 6, "chunk_steps": 4, "shuffle": shuffle, "shuffle_window": window}
-    before, folder = config_of(plain, mixture=mixture, dataplane=plane), new_folder()
-    begun, state = serve(before, folder, 1, stop)
-    after = replace(
-        before,
-        query=replace(before.query, drop=drop),
-        dataplane=replace(before.dataplane, global_batch_size=batch),
-    )
-    operate(before, after, folder, stop)
-    went_on, _ = serve(after, folder, 2, 1000, state)
-    ids = [p["meta"]["id"] for b in begun + went_on for p in b.payloads or []]
+    before = config_of(plain, mixture=mixture, dataplane=plane)
+    folder = new_folder()
+    first_batches, state = serve(before, folder, 1, stop)
+    after = replace(before, dataplane=replace(before.dataplane, global_batch_size=batch))
+    record_edit(before, after, folder, stop, drop=drop)
+    later_batches, _ = serve(after, folder, 2, 1000, state)
+    ids = [p["meta"]["id"] for b in first_batches + later_batches for p in b.payloads or []]
     assert len(set(ids)) == len(ids)
-    later = {p["meta"]["id"] for b in went_on for p in b.payloads or []}
+    later = {p["meta"]["id"] for b in later_batches for p in b.payloads or []}
     everything, _ = serve(before, new_folder(), 1, 1000)
     rows = {p["meta"]["id"]: p for b in everything for p in b.payloads or []}
     dropped = {i for i, row in rows.items() if is_dropped(row, drop)}
@@ -160,7 +164,7 @@ def is_dropped(row: dict[str, Any], drop: list[str]) -> bool:
 
 @SLOW
 @given(st.integers(0, 12), st.integers(0, 12), st.sampled_from(["natural", "dynamic"]), st.booleans(), st.booleans())
-def test_replay_proves_a_run_through_several_surgeries(
+def test_a_replay_proves_a_run_with_several_edits(
     plain: dict[str, Any],
     new_folder: Callable[[], Path],
     first: int,
@@ -170,19 +174,19 @@ def test_replay_proves_a_run_through_several_surgeries(
     grow: bool,
 ) -> None:
     mixture = DYNAMIC if kind == "dynamic" else {"group_by": ["source"]}
-    one, folder = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": 3}), new_folder()
-    two = replace(one, query=replace(one.query, drop=["source == 'argparse'"]))
-    plane = replace(two.dataplane, seed=9 if reseed else 0, global_batch_size=10 if grow else 6)
-    three = replace(two, dataplane=plane, query=replace(two.query, drop=[*two.query.drop, "size > 2000"]))
-    _, state = serve(one, folder, 1, first)
-    operate(one, two, folder, first, (first + 2, first + 3))
-    _, state = serve(two, folder, 2, first + more, state)
-    operate(two, three, folder, first + more)
-    serve(three, folder, 3, 30, state)
+    config = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": 3})
+    folder = new_folder()
+    plane = replace(config.dataplane, seed=9 if reseed else 0, global_batch_size=10 if grow else 6)
+    changed = replace(config, dataplane=plane)
+    _, state = serve(config, folder, 1, first)
+    record_edit(config, config, folder, first, (first + 2, first + 3), drop=["source == 'argparse'"])
+    _, state = serve(config, folder, 2, first + more, state)
+    record_edit(config, changed, folder, first + more, drop=["size > 2000"])
+    serve(changed, folder, 3, 30, state)
     run = RunFolder(folder)
-    verdict = verify_run(AttemptSources(three), run, History(run.journal))
-    assert verdict.num_steps == 30
-    assert verdict.num_sequences == 6 * (first + more) + (10 if grow else 6) * (30 - first - more)
+    result = verify_run(AttemptSources(changed), run, History(run.journal))
+    assert result.num_steps == 30
+    assert result.num_sequences == 6 * (first + more) + (10 if grow else 6) * (30 - first - more)
 
 
 @pytest.mark.parametrize("on_exhausted", ["repeat", "redistribute", "stop"])
@@ -191,24 +195,24 @@ def test_the_others_take_the_share_of_a_domain_that_was_dropped(
 ) -> None:
     domains = [{"key": {"source": s}, "weight": w} for s, w in (("ast", 0.5), ("enum", 0.3), ("inspect", 0.2))]
     mixture = {"kind": "static", "domains": domains, "on_exhausted": on_exhausted, "max_epochs": 4.0}
-    before, folder = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6}), new_folder()
-    _, state = serve(before, folder, 1, 3)
-    after = replace(before, query=replace(before.query, drop=["source == 'ast'"]))
-    operate(before, after, folder, 3)
-    batches, _ = serve(after, folder, 2, 8, state)
+    config = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6})
+    folder = new_folder()
+    _, state = serve(config, folder, 1, 3)
+    record_edit(config, config, folder, 3, drop=["source == 'ast'"])
+    batches, _ = serve(config, folder, 2, 8, state)
     assert len(batches) == 5
     assert {d for batch in batches for d in batch.domain_ids.tolist()} == {1, 2}
 
 
-def test_a_state_of_a_past_that_was_abandoned_is_refused(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
+def test_a_state_that_an_edit_abandoned_is_refused(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
     config, folder = config_of(plain, dataplane={"global_batch_size": 6}), new_folder()
     _, state = serve(config, folder, 1, 9)
-    operate(config, config, folder, 5, (6, 7))
-    with pytest.raises(ConfigError, match="go on from step 5"):
+    record_edit(config, config, folder, 5, (6, 7))
+    with pytest.raises(ConfigError, match="continue from step 5"):
         serve(config, folder, 2, 12, state)
 
 
-def test_a_change_that_nobody_recorded_is_refused(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
+def test_a_change_that_is_not_recorded_is_refused(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
     config, folder = config_of(plain, dataplane={"global_batch_size": 6}), new_folder()
     _, state = serve(config, folder, 1, 4)
     with pytest.raises(ConfigError, match="seed was 0, is 3"):
@@ -225,14 +229,32 @@ def test_a_schedule_by_tokens_counts_steps_as_large_as_they_were(
         for start, name in ((0, "argparse"), (tokens, "ast"))
     ]
     mixture = {"kind": "schedule", "schedule": {"unit": "tokens", "stages": stages}}
-    before, folder = (
-        config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": 3}),
-        new_folder(),
-    )
+    before = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": 3})
+    folder = new_folder()
     after = replace(before, dataplane=replace(before.dataplane, global_batch_size=12))
     _, state = serve(before, folder, 1, at_step)
-    operate(before, after, folder, at_step)
+    record_edit(before, after, folder, at_step)
     batches, state = serve(after, folder, 2, 10, state)
     more, _ = serve(after, folder, 3, 16, state)
-    found = {batch.step: set(batch.domain_ids.tolist()) for batch in [*batches, *more]}
-    assert found == {step: {0} if step < 12 else {1} for step in range(at_step, 16)}
+    domains = {batch.step: set(batch.domain_ids.tolist()) for batch in [*batches, *more]}
+    assert domains == {step: {0} if step < 12 else {1} for step in range(at_step, 16)}
+
+
+def test_drops_accumulate_and_are_not_lost(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
+    config = config_of(plain, dataplane={"global_batch_size": 6})
+    folder = new_folder()
+    record_edit(config, config, folder, 0, drop=["source == 'ast'"])
+    record_edit(config, replace(config, dataplane=replace(config.dataplane, seed=1)), folder, 0)
+    record_edit(config, config, folder, 0, drop=["source == 'enum'"])
+    assert subset_of_run(RunFolder(folder)).drop == ("source == 'ast'", "source == 'enum'")
+
+
+def test_a_state_with_drops_is_refused_without_the_folder_that_records_them(
+    plain: dict[str, Any], new_folder: Callable[[], Path]
+) -> None:
+    config = config_of(plain, dataplane={"global_batch_size": 6})
+    folder = new_folder()
+    record_edit(config, config, folder, 0, drop=["source == 'ast'"])
+    _, state = serve(config, folder, 1, 3)
+    with DataPlane.open(config, Local()) as plane, pytest.raises(ConfigError, match="with the folder of the run"):
+        plane.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""A sample is found wherever it was served, through epochs, restarts and surgery; two runs are told apart where they part."""
+"""A sample is found wherever it was served, through epochs, restarts and run edits; two runs are compared."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,19 +44,17 @@ def opened(config: Config, folder: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def operated(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[Any, list[Any]]]:
-    """A run of several epochs with a skip, a drop, another seed and batch size; and where each row was served, looked up naively."""
-    folder = tmp_path_factory.mktemp("operated")
-    after = replace(
-        config,
-        query=replace(config.query, drop=["source == 'ast'"]),
-        dataplane=replace(config.dataplane, seed=4, global_batch_size=6),
-    )
+def edited_run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[Any, list[Any]]]:
+    """Serve several epochs with a skip, a drop, another seed and batch size; also return where each row was served, naively."""
+    folder = tmp_path_factory.mktemp("edited")
+    after = replace(config, dataplane=replace(config.dataplane, seed=4, global_batch_size=6))
     state = serve(config, folder, 1, 61)
     path = RunFolder(folder).decisions
-    surgery = run_edit_between(config, after, (70, 75), 61, read_run_edits(path))
-    assert surgery is not None
-    record_run_edit(path, surgery)
+    edit = run_edit_between(
+        config, after, read_run_edits(path), at_step=61, skip_steps=(70, 75), drop=["source == 'ast'"]
+    )
+    assert edit is not None
+    record_run_edit(path, edit)
     serve(after, folder, 2, 160, state)
     run = opened(after, folder)
     naive: dict[Any, list[Any]] = {}
@@ -69,53 +67,53 @@ def operated(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(SHARDS), st.integers(0, 119))
-def test_every_time_a_row_was_served_is_found_and_no_other(
-    operated: tuple[Run, dict[Any, list[Any]]], shard: tuple[str, int], row: int
+def test_every_service_of_a_row_is_located_and_no_other(
+    edited_run: tuple[Run, dict[Any, list[Any]]], shard: tuple[str, int], row: int
 ) -> None:
-    run, naive = operated
-    found = [(r["step"], r["position"], r["items"]) for r in locate_row(*run, shard[0], row)]
+    run, naive = edited_run
+    located = [(r["step"], r["position"], r["items"]) for r in locate_row(*run, shard[0], row)]
     expected = naive.get((shard[0], row), [])
-    assert sorted(found) == sorted(expected)
+    assert sorted(located) == sorted(expected)
 
 
-def test_rows_were_seen_in_more_than_one_epoch_and_across_the_surgery(
-    operated: tuple[Run, dict[Any, list[Any]]],
+def test_rows_were_served_in_several_epochs_and_on_both_sides_of_the_edit(
+    edited_run: tuple[Run, dict[Any, list[Any]]],
 ) -> None:
-    """The test above looks at something that happens."""
-    run, naive = operated
+    """Without this, the test above would compare nothing."""
+    run, naive = edited_run
     epochs = {r["epoch"] for (shard, row) in list(naive)[:40] for r in locate_row(*run, shard, row)}
     attempts = {r["attempt"] for (shard, row) in list(naive)[:40] for r in locate_row(*run, shard, row)}
     assert len(epochs) > 1 and attempts == {1, 2}
 
 
 @pytest.mark.parametrize(
-    ("shard", "row", "said"), [("a.json", 0, "Did you mean 'a.jsonl'"), ("a.jsonl", 120, "rows 0 to 119")]
+    ("shard", "row", "message"), [("a.json", 0, "Did you mean 'a.jsonl'"), ("a.jsonl", 120, "rows 0 to 119")]
 )
 def test_a_row_that_does_not_exist_is_refused(
-    operated: tuple[Run, dict[Any, list[Any]]], shard: str, row: int, said: str
+    edited_run: tuple[Run, dict[Any, list[Any]]], shard: str, row: int, message: str
 ) -> None:
-    with pytest.raises(DataError, match=said):
-        list(locate_row(*operated[0], shard, row))
+    with pytest.raises(DataError, match=message):
+        list(locate_row(*edited_run[0], shard, row))
 
 
 def test_the_same_run_twice_has_no_difference(config: Config, tmp_path: Path) -> None:
     for name, until in (("one", 14), ("two", 20)):
         serve(config, tmp_path / name, 1, until)
-    found = first_difference(opened(config, tmp_path / "one"), opened(config, tmp_path / "two"))
-    assert (found.step, found.causes) == (None, [])
-    assert found.num_same_steps == 14
+    difference = first_difference(opened(config, tmp_path / "one"), opened(config, tmp_path / "two"))
+    assert (difference.step, difference.causes) == (None, [])
+    assert difference.num_same_steps == 14
 
 
-def test_what_was_planned_and_never_served_is_no_part_of_a_run(config: Config, tmp_path: Path) -> None:
-    """A run that ended in order had planned a chunk more; another went on with other data from there."""
+def test_steps_that_were_planned_and_not_served_do_not_count(config: Config, tmp_path: Path) -> None:
+    """A run that ended normally had planned one more chunk; the other run continued with other data from there."""
     for name, until in (("one", 12), ("two", 12)):
         state = serve(config, tmp_path / name, 1, until)
-    surgery = run_edit_between(config, config, (12, 13), 12, [])
-    assert surgery is not None
-    record_run_edit(RunFolder(tmp_path / "two").decisions, surgery)
+    edit = run_edit_between(config, config, [], at_step=12, skip_steps=(12, 13))
+    assert edit is not None
+    record_run_edit(RunFolder(tmp_path / "two").decisions, edit)
     serve(config, tmp_path / "two", 2, 20, state)
-    found = first_difference(opened(config, tmp_path / "one"), opened(config, tmp_path / "two"))
-    assert (found.step, found.num_same_steps) == (None, 12)
+    difference = first_difference(opened(config, tmp_path / "one"), opened(config, tmp_path / "two"))
+    assert (difference.step, difference.num_same_steps) == (None, 12)
     assert History(RunFolder(tmp_path / "one").journal).end == 12
 
 
@@ -130,18 +128,18 @@ def test_what_was_planned_and_never_served_is_no_part_of_a_run(config: Config, t
 def test_other_settings_are_named_as_the_cause(config: Config, tmp_path: Path, change: Any, cause: str) -> None:
     serve(config, tmp_path / "one", 1, 4)
     serve(change(config), tmp_path / "two", 1, 4)
-    found = first_difference(opened(config, tmp_path / "one"), opened(change(config), tmp_path / "two"))
-    assert found.step == 0
-    assert any(c.startswith(cause) for c in found.causes)
+    difference = first_difference(opened(config, tmp_path / "one"), opened(change(config), tmp_path / "two"))
+    assert difference.step == 0
+    assert any(c.startswith(cause) for c in difference.causes)
 
 
 def test_a_skip_is_the_first_difference_at_its_step(config: Config, tmp_path: Path) -> None:
     serve(config, tmp_path / "one", 1, 20)
     state = serve(config, tmp_path / "two", 1, 5)
-    surgery = run_edit_between(config, config, (8, 9), 5, [])
-    assert surgery is not None
-    record_run_edit(RunFolder(tmp_path / "two").decisions, surgery)
+    edit = run_edit_between(config, config, [], at_step=5, skip_steps=(8, 9))
+    assert edit is not None
+    record_run_edit(RunFolder(tmp_path / "two").decisions, edit)
     serve(config, tmp_path / "two", 2, 20, state)
-    found = first_difference(opened(config, tmp_path / "one"), opened(config, tmp_path / "two"))
-    assert found.step == 8
-    assert found.causes == ["skipped data steps: [] and [(8, 9)]"]
+    difference = first_difference(opened(config, tmp_path / "one"), opened(config, tmp_path / "two"))
+    assert difference.step == 8
+    assert difference.causes == ["skipped data steps: [] and [(8, 9)]"]

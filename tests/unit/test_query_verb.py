@@ -192,5 +192,5 @@ def test_names_with_brackets_and_long_names_are_shown_whole(index: Path, capsys:
 
 
 def test_the_other_side_of_no_holdout_is_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "query", f"index.path={index}", "query.split=validation")
-    assert code == 2 and "nothing is held out. Set query.holdout.fraction" in err
+    code, _, err = run(capsys, "query", f"index.path={index}", "--split", "validation")
+    assert code == 2 and "nothing is held out.\n  Set query.holdout.fraction" in err

@@ -1,7 +1,6 @@
 """Settings of the group `query`: which samples take part."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 __all__ = ["HoldoutConfig", "QueryConfig"]
 
@@ -23,10 +22,5 @@ class QueryConfig:
     where: str | None = None
     """Boolean expression over properties, for example `language in ['en', 'de'] and quality >= 0.7 and 'python' in tags`
     (docs/query.md). Null selects every sample."""
-    drop: list[str] = field(default_factory=list)
-    """Expressions. Samples that match one of them are skipped; the order of the others does not change. Written by
-    `mixtera-hpc resume RUN --drop`."""
     holdout: HoldoutConfig = field(default_factory=HoldoutConfig)
     """Samples that are held out for validation."""
-    split: Literal["train", "validation"] = "train"
-    """Which side of the holdout is served."""

@@ -14,7 +14,8 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer
 from mixtera_hpc.dataplane.mixing.requests import MixtureRequest, requested_mixture, write_request
 from mixtera_hpc.dataplane.reading.source import open_source
-from mixtera_hpc.dataplane.resume.run_edits import pin_index_generation
+from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
+from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["SubmittedRequest", "submit_request"]
@@ -50,7 +51,7 @@ def submit_request(
     """
     config = pin_index_generation(config, folder.journal)
     mixture = requested_mixture(config.mixture, written)
-    source = open_source(config, Local(), check=False)
+    source = open_source(config, Local(), subset=subset_of_run(folder), check=False)
     weights = make_mixer(mixture, source.mixture_context, learn=False).weights_of(0)
     _check_not_planned(folder, chunk, is_active)
     write_request(folder.control, MixtureRequest(mixture=mixture, chunk=chunk))

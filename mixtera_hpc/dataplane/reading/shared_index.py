@@ -21,13 +21,14 @@ from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.dataplane.reading.domain_streams import StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
+from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_reader import SampleSource
-from mixtera_hpc.index.read.selection import select_domains
+from mixtera_hpc.index.read.selection import SelectedDomains, select_domains
 from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["IndexDescription", "SharedTables", "apply_drops", "read_shared_index", "share_index"]
+__all__ = ["IndexDescription", "SharedTables", "read_shared_index", "select_subset", "share_index"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,10 @@ class IndexDescription:
     """The keys of the domains, as YAML has them."""
     where: str
     """`query.where`."""
+    drop: list[str]
+    """Expressions whose samples are dropped."""
     where_after_drops: str
-    """`query.where` without the samples of `query.drop`; empty when nothing is dropped."""
+    """`query.where` without the dropped samples."""
     domain_items: list[int]
     """Items of one epoch of every domain, dropped samples included: mixture weights refer to these sizes."""
 
@@ -142,7 +145,7 @@ def share_index(
 
 
 def read_shared_index(
-    config: Config, index: PropertyIndex, tokenizer: Tokenizer | None, *, check: bool
+    config: Config, index: PropertyIndex, subset: SampleSubset, tokenizer: Tokenizer | None, *, check: bool
 ) -> tuple[IndexDescription, SharedTables]:
     """Select the domains of `config` in an open index; rank 0 only.
 
@@ -157,13 +160,12 @@ def read_shared_index(
         check_fresh(index)
     check_token_counts(config, index, tokenizer)
 
-    chosen = select_domains(config, index)
+    chosen = select_domains(config, index, subset.split)
     tables = index.tables
-    after_drops = apply_drops(config)
     full_table = chosen.selection.table
     domains = full_table
-    if config.query.drop:
-        remaining = select_domains(after_drops, index).selection.table
+    if subset.drop:
+        remaining = select_subset(config, index, subset).selection.table
         domains = _with_counts_of(full_table, remaining, len(tables.blocks))
 
     properties = list(tables.properties.values())
@@ -179,7 +181,8 @@ def read_shared_index(
         domain_names=list(chosen.names),
         domain_keys=[domain_key_to_plain(key) for key in chosen.keys],
         where=chosen.selection.predicate.text,
-        where_after_drops=after_drops.query.where or "" if config.query.drop else "",
+        drop=list(subset.drop),
+        where_after_drops=subset.restrict(config.query.where),
         domain_items=StreamLayout.of_config(config, full_table).epoch_items().tolist(),
     )
     shared = SharedTables(
@@ -192,12 +195,15 @@ def read_shared_index(
     return description, shared
 
 
-def apply_drops(config: Config) -> Config:
-    """Return `config` with the samples of `query.drop` excluded by `query.where`."""
-    where = (config.query.where or "").strip()
-    terms = [f"({where})"] if where else []
-    terms += [f"not ({expression})" for expression in config.query.drop]
-    return replace(config, query=replace(config.query, where=" and ".join(terms)))
+def select_subset(config: Config, index: PropertyIndex, subset: SampleSubset) -> SelectedDomains:
+    """Select the domains of `config` among the samples of `subset`.
+
+    Raises:
+        ConfigError: `query.where` or a drop does not parse, or names what the index does not have.
+        MixtureError: a domain key names what the index does not have.
+    """
+    query = replace(config.query, where=subset.restrict(config.query.where))
+    return select_domains(replace(config, query=query), index, subset.split)
 
 
 def _with_counts_of(table: DomainTable, remaining: DomainTable, num_blocks: int) -> DomainTable:

@@ -12,13 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.config.check_data import holdout_problems
-from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.domain_tree import domain_entries
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
 from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.domains import Selection
-from mixtera_hpc.core.holdout import add_holdout_hashes, restrict_to_split
+from mixtera_hpc.core.holdout import Split, add_holdout_hashes, restrict_to_split
 from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
 from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.properties import ComboTable
@@ -31,14 +29,15 @@ from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams, StreamLa
 from mixtera_hpc.dataplane.reading.shared_index import (
     IndexDescription,
     SharedTables,
-    apply_drops,
     read_shared_index,
+    select_subset,
     share_index,
 )
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
+from mixtera_hpc.dataplane.sample_subset import TRAINING_SAMPLES, SampleSubset
 from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.joined_samples import open_samples
-from mixtera_hpc.index.read.selection import select_domains
+from mixtera_hpc.index.read.selection import check_split
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["Source", "count_samples", "open_source"]
@@ -60,13 +59,15 @@ class Source:
     tokenizer: Tokenizer | None
     mixture_context: MixtureContext
     planner: Planner
+    subset: SampleSubset
+    """The side of the holdout that is served, and what was dropped."""
     drop_filter: Predicate | None
-    """Matches the samples that are served after `query.drop`; None when nothing is dropped."""
+    """Matches the samples that are served after drops; None when nothing is dropped."""
     stream_version: StreamVersion
 
     def __reduce__(self) -> Any:
         """Pickle the configuration and the shared arrays; the rest is computed again, and the tokenizer loaded again."""
-        return _rebuild_source, (self.config, self.index, self.tables.pack(), self.stream_version)
+        return _rebuild_source, (self.config, self.index, self.subset, self.tables.pack(), self.stream_version)
 
     @property
     def blocks(self) -> BlockTable:
@@ -92,7 +93,16 @@ class Source:
     def weights(self) -> NDArray[np.float64]:
         """The weights of chunk 0; shape (K,)."""
         weights = self.mixer(learn=False).weights_of(0)
-        return np.zeros(self.num_domains) if weights is None else weights
+        return np.zeros(self.num_domains) if weights is None else self.without_dropped_domains(weights)
+
+    def without_dropped_domains(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return `weights` with 0 for domains that have nothing left after drops; shape (K,).
+
+        Without drops the weights stay: a domain without samples is then refused, not passed over.
+        """
+        if self.drop_filter is None:
+            return weights
+        return np.where(self.planner.capacity > 0, weights, 0.0)
 
     def mixer(self, *, learn: bool = True) -> Mixer:
         """Return a new mixer for the configured mixture; see `make_mixer`."""
@@ -141,7 +151,7 @@ class Source:
         return self.selection.domain_of(self.combos, columns)
 
     def is_not_dropped(self, columns: SampleColumns) -> NDArray[np.bool_]:
-        """Return which samples `query.drop` leaves in the streams; shape (rows,)."""
+        """Return which samples drops leave in the streams; shape (rows,)."""
         if self.drop_filter is None:
             return np.ones(len(columns.combo), np.bool_)
         entries = Entries.of_samples(self.combos, columns.combo, columns.numbers)
@@ -165,8 +175,8 @@ class Source:
             "index": self.index.fingerprints,
             "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
             "where": self.index.where,
-            "drop": list(self.config.query.drop),
-            "holdout": _holdout_identity(self.config.query),
+            "drop": list(self.subset.drop),
+            "holdout": _holdout_identity(self.config.query, self.subset),
             "domains": self.index.domain_names,
             "unit": mixture.unit,
             "on_exhausted": mixture.on_exhausted,
@@ -183,51 +193,57 @@ class Source:
         }
 
 
-def open_source(config: Config, comm: Communicator, *, check: bool = True) -> Source:
+def open_source(
+    config: Config, comm: Communicator, *, subset: SampleSubset = TRAINING_SAMPLES, check: bool = True
+) -> Source:
     """Open the index and share it. **Collective.**
 
     Args:
+        subset: which of the selected samples are served. Rank 0 decides what is dropped.
         check: refuse an index whose shards have changed on disk.
 
     Raises:
-        ConfigError: `query.split` is "validation", but nothing is held out.
+        ConfigError: the side "validation" is requested, but nothing is held out.
         PropertyIndexError: the index is missing, damaged or stale, or was built with another tokenizer or without one.
         MixtureError: a domain key matches nothing, a domain with a weight has no samples, or all of them are dropped.
     """
-    raise_problems(holdout_problems(config.query))
+    check_split(config, subset.split)
     tokenizer = load_vocabulary(config.dataplane)
     own: tuple[IndexDescription, SharedTables] | None = None
     if comm.rank == 0:
         with open_configured(config) as index:
-            own = read_shared_index(config, index, tokenizer, check=check)
+            own = read_shared_index(config, index, subset, tokenizer, check=check)
 
     description, tables = share_index(comm, own)
-    source = _make_source(config, description, tables, tokenizer)
-    if config.query.split == "train":
+    subset = replace(subset, drop=tuple(description.drop))
+    source = _make_source(config, description, subset, tables, tokenizer)
+    if subset.split == "train":
         source.mixer(learn=False)  # Refuses a mixture that cannot be served before anything starts.
     return source
 
 
-def count_samples(config: Config) -> int:
-    """Return how many samples all domains have together after drops; opens only the index.
+def count_samples(config: Config, subset: SampleSubset = TRAINING_SAMPLES) -> int:
+    """Return how many samples of `subset` all domains have together; opens only the index.
 
     Raises:
-        ConfigError: `query.where` or `query.drop` does not parse, or names what the index does not have.
+        ConfigError: `query.where` or a drop does not parse, or names what the index does not have.
     """
     with open_configured(config) as index:
-        rows, _ = select_domains(apply_drops(config), index).selection.table.totals()
+        rows, _ = select_subset(config, index, subset).selection.table.totals()
     return int(rows.sum())
 
 
 def _rebuild_source(
-    config: Config, index: IndexDescription, arrays: list[NDArray[Any]], version: StreamVersion
+    config: Config, index: IndexDescription, subset: SampleSubset, arrays: list[NDArray[Any]], version: StreamVersion
 ) -> Source:
     """Restore a pickled source, in another process."""
     tables = SharedTables.unpack(arrays, index.properties)
-    return _make_source(config, index, tables, load_vocabulary(config.dataplane)).at_version(version)
+    return _make_source(config, index, subset, tables, load_vocabulary(config.dataplane)).at_version(version)
 
 
-def _make_source(config: Config, index: IndexDescription, tables: SharedTables, tokenizer: Tokenizer | None) -> Source:
+def _make_source(
+    config: Config, index: IndexDescription, subset: SampleSubset, tables: SharedTables, tokenizer: Tokenizer | None
+) -> Source:
     """Compute what follows from the configuration and the shared index."""
     plane = config.dataplane
     layout = StreamLayout.of_config(config, tables.domains)
@@ -239,7 +255,7 @@ def _make_source(config: Config, index: IndexDescription, tables: SharedTables, 
         index=index,
         tables=tables,
         layout=layout,
-        selection=_selection(config, index, tables),
+        selection=_selection(config, index, subset.split, tables),
         grid=grid,
         tokenizer=tokenizer,
         mixture_context=_mixture_context(config, index, grid, epoch_items > 0),
@@ -249,16 +265,17 @@ def _make_source(config: Config, index: IndexDescription, tables: SharedTables, 
             chunk_steps=plane.chunk_steps,
             on_exhausted=config.mixture.on_exhausted,
         ),
-        drop_filter=_predicate(config, index, index.where_after_drops) if index.where_after_drops else None,
+        subset=subset,
+        drop_filter=_predicate(config, index, subset.split, index.where_after_drops) if subset.drop else None,
         stream_version=StreamVersion.start(num_domains),
     )
 
 
-def _selection(config: Config, index: IndexDescription, tables: SharedTables) -> Selection:
+def _selection(config: Config, index: IndexDescription, split: Split, tables: SharedTables) -> Selection:
     """Return rank 0's selection, without the counts that only a query prints."""
     return Selection(
         table=tables.domains,
-        predicate=_predicate(config, index, index.where),
+        predicate=_predicate(config, index, split, index.where),
         combo_domain=tables.combo_domain,
         selected=(0, 0),
         unassigned=(0, 0),
@@ -266,11 +283,11 @@ def _selection(config: Config, index: IndexDescription, tables: SharedTables) ->
     )
 
 
-def _predicate(config: Config, index: IndexDescription, text: str) -> Predicate:
-    """Parse a query over the index's properties, restricted to the configured side of the holdout."""
+def _predicate(config: Config, index: IndexDescription, split: Split, text: str) -> Predicate:
+    """Parse a query over the index's properties, restricted to one side of the holdout."""
     predicate = parse_predicate(text, {prop.name: prop for prop in index.properties})
     fraction = config.query.holdout.fraction
-    return restrict_to_split(predicate, fraction, config.query.split) if fraction else predicate
+    return restrict_to_split(predicate, fraction, split) if fraction else predicate
 
 
 def _mixture_context(
@@ -293,9 +310,9 @@ def _mixture_context(
     )
 
 
-def _holdout_identity(query: QueryConfig) -> list[Any] | None:
+def _holdout_identity(query: QueryConfig, subset: SampleSubset) -> list[Any] | None:
     """Return what decides which samples are held out; None when none are."""
-    return [query.split, query.holdout.fraction, query.holdout.seed] if query.holdout.fraction else None
+    return [subset.split, query.holdout.fraction, query.holdout.seed] if query.holdout.fraction else None
 
 
 def _epoch_limits(mixture: MixtureConfig) -> float | list[float | None] | None:

@@ -14,12 +14,14 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.reading.source import count_samples, open_source
 from mixtera_hpc.dataplane.resume.run_edits import (
     RunEdit,
+    dropped_expressions,
     is_abandoned,
-    pin_index_generation,
     read_run_edits,
     record_run_edit,
     run_edit_between,
 )
+from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
+from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, LaunchError
 
 __all__ = ["check_and_record_edit"]
@@ -41,7 +43,7 @@ def check_and_record_edit(
         before: The recorded configuration.
         after: The configuration of the coming attempts.
         skip_steps: First and last training step whose data is skipped.
-        drop: The expressions that `after` drops in addition.
+        drop: Expressions whose samples are dropped in addition to those that the run has dropped before.
 
     Raises:
         LaunchError: No checkpoint is old enough, no sample would be dropped, or the run has done all its steps.
@@ -50,9 +52,9 @@ def check_and_record_edit(
     """
     earlier = read_run_edits(folder.decisions)
     at_step = _checkpoint_step(folder, skip_steps, earlier)
-    edit = run_edit_between(before, after, skip_steps, at_step, earlier)
+    edit = run_edit_between(before, after, earlier, at_step=at_step, skip_steps=skip_steps, drop=drop)
     if drop:
-        _check_drop(pin_index_generation(before, folder.journal), pin_index_generation(after, folder.journal), drop)
+        _check_drop(pin_index_generation(after, folder.journal), dropped_expressions(earlier), drop)
     _check_steps_remain(folder, at_step, after.training.num_steps)
     if edit is None:
         return
@@ -86,11 +88,12 @@ def _check_steps_remain(folder: RunFolder, at_step: int, num_steps: int) -> None
         )
 
 
-def _check_drop(before: Config, after: Config, drop: Sequence[str]) -> None:
+def _check_drop(config: Config, dropped: Sequence[str], drop: Sequence[str]) -> None:
     """Log how many samples are dropped; raise if there are none, or if a domain of the mixture would be empty."""
+    remaining = SampleSubset(drop=(*dropped, *drop))
     try:
-        num_before = count_samples(before)
-        num_after = count_samples(after)
+        num_before = count_samples(config, SampleSubset(drop=tuple(dropped)))
+        num_after = count_samples(config, remaining)
     except ConfigError as error:
         raise ConfigError(str(error).replace("query.where", "--drop")) from None
     if num_before == num_after:
@@ -98,5 +101,5 @@ def _check_drop(before: Config, after: Config, drop: Sequence[str]) -> None:
             f"--drop {' --drop '.join(drop)} matches none of the samples that the run serves.\n"
             "  Count matches with mixtera-hpc query query.where=EXPRESSION."
         )
-    open_source(after, Local(), check=False)  # Raises if the mixture has a domain without samples.
+    open_source(config, Local(), subset=remaining, check=False)  # Raises if the mixture has a domain without samples.
     _logger.info("%s of %s samples are dropped.", f"{num_before - num_after:,}", f"{num_before:,}")

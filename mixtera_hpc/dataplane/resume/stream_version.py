@@ -1,8 +1,8 @@
-"""An era of a run: what holds from one surgery to the next.
+"""The version of a run's streams: how training steps and stream positions are counted between two run edits.
 
-Training counts steps; plans count *data steps*. The two are the same until `resume --skip-steps` passes data over: then a
-later training step takes the data of a later data step, and everything about plans stays as it was. After `resume --drop`
-a domain's stream is a shorter one, and `origins` says where in it the run goes on. Price: one integer per domain.
+Training counts steps; plans count *data steps*. The two are equal until `resume --skip-steps` skips data: from then on a
+training step takes the data of a later data step, and plans stay as they were. After `resume --drop` the stream of a domain is
+shorter, and `origins` says where in it the run continues. Price: one integer per domain.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["StreamVersion"]
+__all__ = ["StepRange", "StreamVersion"]
 
 Ints = NDArray[np.int64]
 StepRange = tuple[int, int]
-"""First and last data step that is passed over."""
+"""First and last data step of a range that is skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,20 +24,22 @@ class StreamVersion:
     """How training steps and stream positions are counted; a run begins with `StreamVersion.start`."""
 
     number: int
-    """Surgeries behind it."""
+    """Run edits so far."""
     skips: tuple[StepRange, ...]
-    """Disjoint and ascending."""
+    """Skipped data steps; disjoint and ascending."""
     origins: Ints
-    """Item of each domain's stream at which its sequence 0 would begin; below 0 where surgery shortened it. Shape (K,)."""
+    """Item of each domain's stream at which its sequence 0 would begin; shape (K,). Negative if a drop shortened the stream."""
     items: int = 0
-    """Items that data step 0 would have had before it, had all steps been as large as they are now: where schedules by tokens count from."""
+    """Items that steps of the present size would have served before data step 0, so that a schedule in tokens continues where
+    it was after a change of the batch size."""
 
     @classmethod
     def start(cls, num_domains: int) -> "StreamVersion":
+        """Return the version that a run begins with."""
         return cls(number=0, skips=(), origins=np.zeros(num_domains, np.int64))
 
     def data_step(self, step: int) -> int:
-        """The data step whose data training step `step` takes."""
+        """Return the data step whose data training step `step` takes."""
         for first, last in self.skips:
             if step < first:
                 break
@@ -45,34 +47,37 @@ class StreamVersion:
         return step
 
     def step_at(self, data_step: int) -> int:
-        """The training step that takes `data_step`, or the first one after it that is not passed over."""
-        return data_step - sum(min(last + 1, data_step) - first for first, last in self.skips if first < data_step)
+        """Return the training step that takes `data_step`, or the first data step after it that is not skipped."""
+        skipped = sum(min(last + 1, data_step) - first for first, last in self.skips if first < data_step)
+        return data_step - skipped
 
     def is_skipped(self, data_step: int) -> bool:
-        """Whether no training step takes `data_step`."""
+        """Return True if no training step takes `data_step`."""
         return any(first <= data_step <= last for first, last in self.skips)
 
     def with_skips(self, more: Iterable[StepRange]) -> "StreamVersion":
-        """Pass over these data steps too; they may overlap with what is passed over already."""
+        """Return this version with more skipped data steps, which may overlap with those skipped already."""
         merged: list[StepRange] = []
         for first, last in sorted([*self.skips, *more]):
             if merged and first <= merged[-1][1] + 1:
-                first, last = merged[-1][0], max(last, merged.pop()[1])
-            merged.append((first, last))
+                before_first, before_last = merged.pop()
+                merged.append((before_first, max(last, before_last)))
+            else:
+                merged.append((first, last))
         return replace(self, skips=tuple(merged))
 
     def to_dict(self) -> dict[str, Any]:
-        """Fit for JSON."""
+        """Return the version as plain values for JSON."""
         return {
             "number": self.number,
-            "skips": [list(s) for s in self.skips],
+            "skips": [list(skip) for skip in self.skips],
             "origins": self.origins.tolist(),
             "items": self.items,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "StreamVersion":
-        """The inverse of `to_dict`."""
+        """Parse what `to_dict` returned."""
         return cls(
             number=data["number"],
             skips=tuple((first, last) for first, last in data["skips"]),

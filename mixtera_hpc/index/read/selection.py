@@ -10,13 +10,13 @@ from mixtera_hpc.config.domain_tree import display_name, domain_entries
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import DomainKey, domain_name
 from mixtera_hpc.core.domains import Selection, keys_for_group_by, select
-from mixtera_hpc.core.holdout import add_holdout_hashes, add_holdout_zones, restrict_to_split, shard_hash_keys
+from mixtera_hpc.core.holdout import Split, add_holdout_hashes, add_holdout_zones, restrict_to_split, shard_hash_keys
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.core.query import parse_predicate
-from mixtera_hpc.errors import MixtureError
+from mixtera_hpc.errors import ConfigError, MixtureError
 from mixtera_hpc.index.read.open import PropertyIndex
 
-__all__ = ["SelectedDomains", "SelectionCost", "select_domains"]
+__all__ = ["SelectedDomains", "SelectionCost", "check_split", "select_domains"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +44,29 @@ class SelectionCost:
     """Everything else: the block tables, and looking at the samples that were read."""
 
 
-def select_domains(config: Config, index: PropertyIndex) -> SelectedDomains:
-    """The domains that `mixture.domains` or `mixture.group_by` name, or one of everything, counted in the index.
+def check_split(config: Config, split: Split) -> None:
+    """Refuse the side "validation" of a holdout that holds nothing out.
 
     Raises:
-        ConfigError: `query.where` does not parse, or names what the index does not have.
-        MixtureError: a domain key does.
+        ConfigError: `query.holdout.fraction` is 0.
     """
+    if split == "validation" and not config.query.holdout.fraction:
+        raise ConfigError(
+            "The held-out samples are requested, but nothing is held out.\n  Set query.holdout.fraction, e.g. to 0.01."
+        )
+
+
+def select_domains(config: Config, index: PropertyIndex, split: Split = "train") -> SelectedDomains:
+    """Count the domains that `mixture.domains` or `mixture.group_by` name, or one domain of everything.
+
+    Args:
+        split: side of the holdout whose samples are counted.
+
+    Raises:
+        ConfigError: `query.where` does not parse or names what the index does not have, or nothing is held out.
+        MixtureError: a domain key names what the index does not have.
+    """
+    check_split(config, split)
     began = time.perf_counter()
     keys = _keys(config, index)
     predicate = parse_predicate(config.query.where, index.tables.properties)
@@ -58,7 +74,7 @@ def select_domains(config: Config, index: PropertyIndex) -> SelectedDomains:
     tables, holdout = index.tables, config.query.holdout
     if holdout.fraction:
         tables, keys_of_shards = add_holdout_zones(tables), shard_hash_keys(tables.shards.path, holdout.seed)
-        predicate = restrict_to_split(predicate, holdout.fraction, config.query.split)
+        predicate = restrict_to_split(predicate, holdout.fraction, split)
     bytes_before, read_s, parsed = index.samples.bytes_read, 0.0, time.perf_counter()
 
     def read(blocks: NDArray[np.int32]) -> SampleColumns:

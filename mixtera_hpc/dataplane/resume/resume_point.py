@@ -1,0 +1,161 @@
+"""Find where an attempt continues: the step, the plan and the stream version, after all run edits.
+
+Price of an edit: one more open of the index, and for a drop one window of sample columns per domain.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Communicator, Local, bcast_bytes
+from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.dataplane.plane_state import PlaneState, check_identity
+from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.resume.run_edits import RunEdit
+from mixtera_hpc.dataplane.resume.run_identity import config_for_identity, subset_for_identity
+from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
+from mixtera_hpc.errors import ConfigError
+
+__all__ = ["ResumePoint", "find_resume_point", "share_resume_point"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePoint:
+    """Where an attempt continues."""
+
+    step: int
+    plan: ChunkPlan
+    """The plan of the chunk that `step` lies in, or of the chunk before. A plan of no steps only says where planning begins."""
+    stream_version: StreamVersion
+
+
+def find_resume_point(source: Source, state: PlaneState | None, edits: Sequence[RunEdit]) -> ResumePoint:
+    """Return where an attempt continues from `state`, or from the start. Rank 0 only.
+
+    Args:
+        source: the data as the attempt will serve it.
+        edits: all edits of the run; those that `state` does not know yet take effect.
+
+    Raises:
+        ConfigError: the state belongs to another run, or an edit has abandoned it.
+    """
+    pending = edits[state.stream_version.number if state else 0 :]
+    version = state.stream_version if state else StreamVersion.start(source.num_domains)
+    version = replace(version.with_skips(edit.skip for edit in pending if edit.skip), number=len(edits))
+    if state is None:
+        start = PlannerState.start(source.num_domains)
+        return ResumePoint(step=0, plan=_empty_plan(start), stream_version=version)
+
+    _check_not_abandoned(state, pending)
+    changed = check_identity(state.identity, source.identity(), {name for edit in pending for name in edit.changes})
+    if not changed:
+        return ResumePoint(step=state.next_step, plan=state.plan, stream_version=version)
+    return _edited_resume_point(source, state, version, changed)
+
+
+def _check_not_abandoned(state: PlaneState, pending: Sequence[RunEdit]) -> None:
+    bound = min((edit.at_step for edit in pending), default=state.next_step)
+    if state.next_step > bound:
+        raise ConfigError(
+            f"The saved state is of step {state.next_step}, but an edit made the run continue from step {bound}.\n"
+            f"  Load the state of step {bound}, or of an earlier step."
+        )
+
+
+def _edited_resume_point(
+    source: Source, state: PlaneState, version: StreamVersion, changed: Sequence[str]
+) -> ResumePoint:
+    """Carry cursors and lags over to data that an edit has changed."""
+    before = open_source(
+        config_for_identity(source.config, state.identity),
+        Local(),
+        subset=subset_for_identity(state.identity),
+        check=False,
+    ).at_version(state.stream_version)
+
+    # The state inside the chunk, step by step, because chunks end at other slots with another batch size.
+    data_step = state.stream_version.data_step(state.next_step)
+    position = before.planner.state_at(state.plan, data_step)
+    position = replace(position, chunk=data_step // source.planner.chunk_steps)
+
+    if "global_batch_size" in changed:
+        old_items = before.mixture_context.timeline.items_per_step
+        new_items = source.mixture_context.timeline.items_per_step
+        version = replace(version, items=version.items + data_step * (old_items - new_items))
+    if "drop" in changed:
+        version = replace(version, origins=_origins_after_drop(before, source, position.cursors))
+    return ResumePoint(step=state.next_step, plan=_empty_plan(position), stream_version=version)
+
+
+def share_resume_point(comm: Communicator, point: ResumePoint | None, num_domains: int) -> ResumePoint:
+    """Return rank 0's `point` on every rank; the others give None. **Collective.**"""
+    header: bytes | None = None
+    buffer = np.zeros(ChunkPlan.array_size(num_domains), np.int64)
+    if point is not None:
+        header = msgspec.json.encode({"step": point.step, "stream_version": point.stream_version.to_dict()})
+        buffer = point.plan.to_array()
+
+    received = msgspec.json.decode(bcast_bytes(comm, header))
+    comm.Bcast(buffer)
+    return ResumePoint(
+        step=received["step"],
+        plan=ChunkPlan.from_array(buffer),
+        stream_version=StreamVersion.from_dict(received["stream_version"]),
+    )
+
+
+def _empty_plan(state: PlannerState) -> ChunkPlan:
+    """Return a plan of no steps, after which planning continues from `state`."""
+    return ChunkPlan(
+        chunk=state.chunk,
+        first_step=state.step,
+        num_steps=0,
+        last=False,
+        cursors=state.cursors,
+        lags=state.lags,
+        weights=np.zeros_like(state.lags),
+    )
+
+
+def _origins_after_drop(before: Source, after: Source, cursors: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return origins under which `cursors` mean, in the shorter streams, the same place as before; shape (K,)."""
+    items = [
+        _item_after_drop(before, after, domain, before.span(domain, int(cursor), 1)[0])
+        for domain, cursor in enumerate(cursors)
+    ]
+    return np.array(items, np.int64) - cursors * after.grid.stride
+
+
+def _item_after_drop(before: Source, after: Source, domain: int, item: int) -> int:
+    """Return the position in the shorter stream of a domain that corresponds to `item` of the longer one.
+
+    The order of blocks and rows is that of the longer stream; the shorter one lacks the dropped rows. So the position is the
+    number of items in front of `item` that were not dropped: whole epochs, whole windows, and the rows of one window.
+    """
+    old_items = int(before.layout.epoch_items()[domain])
+    new_items = int(after.layout.epoch_items()[domain])
+    if not old_items or not new_items:
+        return 0
+    epoch, item_in_epoch = divmod(item, old_items)
+    # Positions are carried over in the order in which they were reached: that of the old seed.
+    same_order = replace(after, layout=replace(after.layout, order=before.layout.order))
+    long_order, short_order = (
+        source.layout.order.epoch(domain, epoch, source.layout.sizes(domain)) for source in (before, same_order)
+    )
+    window = long_order.window_at(item_in_epoch)
+    window_start = int(long_order.starts[window])
+    position = epoch * new_items + int(short_order.starts[window])
+    if item_in_epoch == window_start:
+        return position
+
+    # Rows of the window in front of the item: which of them does `after` still serve?
+    epoch_start = epoch * old_items
+    passed = before.streams().documents(domain, epoch_start + window_start, epoch_start + item_in_epoch)
+    blocks, block_number = np.unique(passed.block, return_inverse=True)
+    rows = after.blocks.rows[blocks].astype(np.int64)
+    first_row = np.cumsum(rows) - rows
+    is_served = after.is_not_dropped(after.make_block_reader()(blocks))[first_row[block_number] + passed.row]
+    return position + int((passed.last - passed.first)[is_served].sum())

@@ -1,0 +1,55 @@
+"""Open the data of a run as an attempt had it: index generation, drops, seed and batch size of an identity."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from mixtera_hpc.config.compose import load_config
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.holdout import Split
+from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
+from mixtera_hpc.dataplane.sample_subset import SampleSubset
+
+__all__ = ["config_for_identity", "data_of_run", "pin_index_generation", "subset_for_identity"]
+
+
+def data_of_run(folder: RunFolder, split: Split = "train") -> tuple[Config, SampleSubset]:
+    """Return the recorded configuration of a run over its index generations, and the samples that it still serves."""
+    config = pin_index_generation(load_config(folder.config), folder.journal)
+    return config, subset_of_run(folder, split)
+
+
+def pin_index_generation(config: Config, journal: Path) -> Config:
+    """Return `config` with the generation of each index that the run began with; an index may have been refreshed since.
+
+    Generations that the user set stay. Price: one line of the journal.
+    """
+    if config.index.generations or not journal.is_file():
+        return config
+    with journal.open("rb") as file:
+        line = file.readline()
+    start = msgspec.json.decode(line) if line.endswith(b"\n") else {}  # The first line may be cut short.
+    return _at_generations(config, start.get("identity", {}).get("index"))
+
+
+def config_for_identity(config: Config, identity: Mapping[str, Any]) -> Config:
+    """Return `config` with the values of `identity` where run edits or a refresh may have changed them."""
+    plane = replace(config.dataplane, seed=identity["seed"], global_batch_size=identity["global_batch_size"])
+    return replace(_at_generations(config, identity["index"]), dataplane=plane)
+
+
+def subset_for_identity(identity: Mapping[str, Any]) -> SampleSubset:
+    """Return the samples that an attempt with `identity` served."""
+    split: Split = identity["holdout"][0] if identity["holdout"] else "train"
+    return SampleSubset(split=split, drop=tuple(identity["drop"]))
+
+
+def _at_generations(config: Config, fingerprints: Sequence[str] | None) -> Config:
+    """Return `config` with this generation of each index; unchanged if it reads another number of indexes."""
+    if fingerprints is None or len(fingerprints) != len(config.index.paths_to_read):
+        return config
+    return replace(config, index=replace(config.index, generations=list(fingerprints)))
