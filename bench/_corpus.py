@@ -1,8 +1,9 @@
-"""Corpora to measure on, made of the Python installation's own text: nothing is downloaded, the same bytes every time.
+"""Reproducible corpora made of the Python installation's own source code; nothing is downloaded.
 
-Shaped like SlimPajama: `{"text": …, "meta": {"redpajama_set_name": …}}`, documents of log-normal length, 1.1 kB a row on
-average, sources in SlimPajama's shares, alternating row by row. Texts are cut out of the installation's sources, so every byte
-comes back some dozen times in 1.1 GB; a peer and ours always read the same rows.
+Rows have the shape of SlimPajama: `{"text": …, "meta": {"redpajama_set_name": …}}`. Document lengths are log-normal,
+and a row has 1.1 kB on average. Sources occur in SlimPajama's proportions, in random order. Texts are cut from 64 MB of
+source code, so a corpus of 1.1 GB contains every byte several times. That does not favor any system: all read the same
+rows.
 """
 
 import sysconfig
@@ -13,13 +14,18 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from bench._results import OUT
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
 __all__ = ["FOLDER", "make_number_rows", "make_rows", "make_tokenizer", "source_text"]
 
-FOLDER = Path(__file__).resolve().parent / "out" / "corpus"
+FOLDER = OUT / "corpus"
 ROWS_PER_SHARD = 100_000
-MEAN_CHARACTERS, SIGMA = 1000, 0.8
+
+MEAN_CHARACTERS = 1000
+LOG_SIGMA = 0.8
+"""Standard deviation of the logarithm of document lengths."""
+
 SHARES = {
     "RedPajamaCommonCrawl": 0.522,
     "RedPajamaC4": 0.267,
@@ -33,8 +39,9 @@ SHARES = {
 
 @cache
 def source_text() -> str:
-    """The sources of the standard library and what is installed beside it, up to 64 MB."""
-    texts, size = [], 0
+    """Return the source code of the standard library and installed packages, up to about 64 MB."""
+    texts = []
+    size = 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         text = path.read_text(encoding="utf-8", errors="ignore")
         texts.append(text)
@@ -45,30 +52,32 @@ def source_text() -> str:
 
 
 def make_rows(num_rows: int, folder: Path = FOLDER) -> Path:
-    """A folder with `num_rows` rows in shards of JSONL; made once, kept."""
+    """Return a folder of JSONL shards with `num_rows` rows; write it unless it exists."""
     target = folder / f"rows-{num_rows}"
     if target.is_dir():
         return target
-    part = target.with_name(f".{target.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
+    partial = _make_partial(target)
     for number, start in enumerate(range(0, num_rows, ROWS_PER_SHARD)):
-        rows = _shard(number, min(ROWS_PER_SHARD, num_rows - start))
-        (part / f"shard-{number:05d}.jsonl").write_bytes(b"".join(rows))
-    return part.rename(target)
+        rows = _shard_rows(number, min(ROWS_PER_SHARD, num_rows - start))
+        (partial / f"shard-{number:05d}.jsonl").write_bytes(b"".join(rows))
+    return partial.rename(target)
 
 
 def make_number_rows(num_rows: int, folder: Path = FOLDER) -> Path:
-    """One JSONL shard of `num_rows` tiny rows with two numbers: `day` grows along the shard, `quality` is anywhere."""
+    """Return a folder with one JSONL shard of tiny rows with two numbers; write it unless it exists.
+
+    `day` grows along the shard, so that few blocks hold a range of days. `quality` is independent of the position.
+    """
     target = folder / f"numbers-{num_rows}"
     if target.is_dir():
         return target
-    part = target.with_name(f".{target.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    with (part / "shard.jsonl").open("wb") as file:
+    partial = _make_partial(target)
+    with (partial / "shard.jsonl").open("wb") as file:
         for start in range(0, num_rows, ROWS_PER_SHARD):
             count = min(ROWS_PER_SHARD, num_rows - start)
             random = np.random.Generator(np.random.Philox(start))
             quality = np.round(random.random(count), 4).tolist()
+            # Days of ten years, with up to two weeks of disorder.
             days = (np.arange(start, start + count) * 3650 // num_rows + random.integers(0, 14, count)).tolist()
             source = random.integers(0, 7, count).tolist()
             lines = [
@@ -76,27 +85,38 @@ def make_number_rows(num_rows: int, folder: Path = FOLDER) -> Path:
                 for s, d, q in zip(source, days, quality, strict=True)
             ]
             file.write("".join(lines).encode())
-    return part.rename(target)
+    return partial.rename(target)
 
 
 def make_tokenizer(vocab_size: int = 32_768, folder: Path = FOLDER) -> Path:
-    """A byte-level BPE trained on some of the text."""
+    """Return a byte-level BPE tokenizer trained on a quarter of the text; train it unless it exists."""
     target = folder / f"tokenizer-{vocab_size}.json"
     if not target.exists():
         text = source_text()
-        train_bpe((text[i : i + 4000] for i in range(0, len(text), 16_000)), vocab_size, target)
+        train_bpe((text[start : start + 4000] for start in range(0, len(text), 16_000)), vocab_size, target)
     return target
 
 
-def _shard(number: int, num_rows: int) -> Iterator[bytes]:
+def _make_partial(target: Path) -> Path:
+    """Create the folder that is written to before it is renamed to `target`."""
+    partial = target.with_name(f".{target.name}.part")
+    partial.mkdir(parents=True, exist_ok=True)
+    return partial
+
+
+def _shard_rows(number: int, num_rows: int) -> Iterator[bytes]:
     text = source_text()
     random = np.random.Generator(np.random.Philox(number))
-    mean = np.log(MEAN_CHARACTERS) - SIGMA**2 / 2
-    length = np.clip(random.lognormal(mean, SIGMA, num_rows), 20, 200_000).astype(np.int64)
+
+    # A log-normal variable has the mean exp(mu + sigma² / 2).
+    mu = np.log(MEAN_CHARACTERS) - LOG_SIGMA**2 / 2
+    length = np.clip(random.lognormal(mu, LOG_SIGMA, num_rows), 20, 200_000).astype(np.int64)
     start = random.integers(0, len(text) - length)
     names = list(SHARES)
-    weights = np.array(list(SHARES.values()))
-    source = random.choice(len(names), num_rows, p=weights / weights.sum())
+    shares = np.array(list(SHARES.values()))
+    source = random.choice(len(names), num_rows, p=shares / shares.sum())
+
     encode = msgspec.json.Encoder().encode
-    for a, n, s in zip(start.tolist(), length.tolist(), source.tolist(), strict=True):
-        yield encode({"text": text[a : a + n], "meta": {"redpajama_set_name": names[s]}}) + b"\n"
+    for first, size, name in zip(start.tolist(), length.tolist(), source.tolist(), strict=True):
+        row = {"text": text[first : first + size], "meta": {"redpajama_set_name": names[name]}}
+        yield encode(row) + b"\n"

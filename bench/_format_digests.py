@@ -1,4 +1,4 @@
-"""One corpus stored in every format, and what `plan --json plan.digests=true` says of each."""
+"""Digests of the sequences that a run serves from one corpus stored in every format; they must all be equal."""
 
 import hashlib
 import json
@@ -27,24 +27,30 @@ from mixtera_hpc.tokens.tokenizer import load_tokenizer
 
 Rows = Sequence[dict[str, Any]]
 SOURCE = "data.properties.source=meta.redpajama_set_name"
-NUM_ROWS, NUM_SEQUENCES = 1000, 320
+"""Override that selects the source of a row as a property."""
+
+NUM_ROWS = 1000
+NUM_SEQUENCES = 320
+"""Number of sequences that are compared."""
+
+GLOBAL_BATCH_SIZE = 8
 PLAN = [
     "mixture=natural",
     "mixture.group_by=[source]",
     "dataplane.shuffle=none",
     "dataplane.seq_len=256",
-    "dataplane.global_batch_size=8",
-    f"plan.steps={NUM_SEQUENCES // 8}",
+    f"dataplane.global_batch_size={GLOBAL_BATCH_SIZE}",
+    f"plan.steps={NUM_SEQUENCES // GLOBAL_BATCH_SIZE}",
     "plan.digests=true",
 ]
 
 
-def _tokens(folder: Path, rows: Rows) -> list[Path]:
+def _write_tokens(folder: Path, rows: Rows) -> list[Path]:
     tokenizer = load_tokenizer(make_tokenizer())
     return write_tokens(folder, rows, lambda text: [*tokenizer.encode_batch([text])[0], tokenizer.eos_id])
 
 
-STORED: dict[str, tuple[Callable[..., list[Path]], str]] = {
+FORMATS: dict[str, tuple[Callable[..., list[Path]], str]] = {
     "JSONL": (write_jsonl, SOURCE),
     "JSON": (write_json, SOURCE),
     "JSONL.gz": (partial(write_compressed, ending="gz"), SOURCE),
@@ -54,37 +60,52 @@ STORED: dict[str, tuple[Callable[..., list[Path]], str]] = {
     "Parquet": (partial(write_parquet, group_rows=97), SOURCE),
     "Arrow": (partial(write_arrow, batch_rows=97), SOURCE),
     "WebDataset": (write_tar, "data.properties.source=json.meta.redpajama_set_name"),
-    "Megatron": (_tokens, "data.properties.source=__parent__"),
+    "Megatron": (_write_tokens, "data.properties.source=__parent__"),
     "text": (write_text, "data.properties.source=__parent__"),
 }
+"""Format → the function that writes rows in it, and the override that selects the source of a row."""
 
-MORE = {"JSON": ["data.include=['**/*.json']"], "text": ["data.include=['**/*.txt']"], "WebDataset": ["data.text=txt"]}
+EXTRA_OVERRIDES = {
+    "JSON": ["data.include=['**/*.json']"],
+    "text": ["data.include=['**/*.txt']"],
+    "WebDataset": ["data.text=txt"],
+}
 
 
 def digests() -> dict[str, str]:
-    """Format → digest of the digests of the first sequences, in served order. Each source is a folder with one shard."""
+    """Return for every format one digest over the first sequences in served order.
+
+    Each source is stored in a folder of its own, with one shard.
+    """
     lines = min(make_rows(NUM_ROWS).glob("*.jsonl")).read_bytes()
     by_source: dict[str, list[dict[str, Any]]] = {}
     for row in msgspec.json.Decoder().decode_lines(lines):
         by_source.setdefault(row["meta"]["redpajama_set_name"], []).append({"tags": [], **row})
-    return {stored: _digest(stored, by_source) for stored in STORED}
+    return {name: _digest(name, by_source) for name in FORMATS}
 
 
-def _digest(stored: str, by_source: dict[str, list[dict[str, Any]]]) -> str:
-    write, source = STORED[stored]
+def _digest(format_name: str, rows_by_source: dict[str, list[dict[str, Any]]]) -> str:
+    write, source_override = FORMATS[format_name]
     with tempfile.TemporaryDirectory() as folder:
-        for name, rows in by_source.items():
-            (Path(folder) / "data" / name).mkdir(parents=True)
-            write(Path(folder) / "data" / name, rows)
-        words = [f"data.root={folder}/data", f"index.path={folder}/index.h5", source]
-        words += [f"dataplane.tokenizer={make_tokenizer()}"]
-        words += MORE.get(stored, [])
-        _run("index", "build", *words)
-        found = [json.loads(line)["digest"] for line in _run("plan", "--json", *words, *PLAN).splitlines()]
-    assert len(found) == NUM_SEQUENCES
-    return hashlib.blake2b(" ".join(found).encode(), digest_size=8).hexdigest()
+        for source, rows in rows_by_source.items():
+            source_folder = Path(folder) / "data" / source
+            source_folder.mkdir(parents=True)
+            write(source_folder, rows)
+        overrides = [
+            f"data.root={folder}/data",
+            f"index.path={folder}/index.h5",
+            source_override,
+            f"dataplane.tokenizer={make_tokenizer()}",
+            *EXTRA_OVERRIDES.get(format_name, []),
+        ]
+        _run("index", "build", *overrides)
+        lines = _run("plan", "--json", *overrides, *PLAN).splitlines()
+    sequence_digests = [json.loads(line)["digest"] for line in lines]
+    assert len(sequence_digests) == NUM_SEQUENCES
+    return hashlib.blake2b(" ".join(sequence_digests).encode(), digest_size=8).hexdigest()
 
 
-def _run(*words: str) -> str:
-    command = [sys.executable, "-m", "mixtera_hpc", *words]
+def _run(*arguments: str) -> str:
+    """Run `mixtera-hpc` in a process of its own and return what it prints."""
+    command = [sys.executable, "-m", "mixtera_hpc", *arguments]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -1,127 +1,147 @@
-"""What ADO costs on rank 0: CPU time of a step and of a refit, by number of domains and length of the run.
+"""CPU time of the ADO mixing algorithm on rank 0: per step and per refit, by number of domains and length of the run.
 
-    python -m bench.ado
+    python -m bench ado
 
-Prints a table and writes bench/out/ado.json. CPU time of this process, all threads. The published codes' figures are quoted
-from measurements made elsewhere, not taken in this run.
+Prints a table and writes bench/out/ado.json. Times are CPU time of this process, over all threads. Times of the
+published implementations are quoted from earlier measurements; they are not measured in this run.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
+from bench._results import write_results
 from mixtera_hpc.core.mixing.ado import Ado, AdoState
 from mixtera_hpc.core.statistics import DomainStatistics
 
-OUT = Path(__file__).resolve().parent / "out" / "ado.json"
 NUM_DOMAINS = (3, 22, 200, 1000)
 NUM_STEPS = (100, 10_000)
 SEQ_LEN = 1024
+
 GOALS = {"update_ms at 1000 domains": 1.0, "refit_ms at 22 domains": 30.0, "refit_ms at 1000 domains": 1000.0}
+"""Largest time in ms, over all lengths of a run."""
+
 QUOTED = {
-    "refit at 22 domains": "195 s (authors, recompiling each time), 190 s (Mixtera)",
-    "refit at 1000 domains": "about 24,000 s (authors), 9,200 s (Mixtera)",
-    "update at 1000 domains after 10,000 steps": "113 ms and 37 ms (the two public codes)",
+    "refit at 22 domains": "195 s (authors' code, compiles at each refit), 190 s (Mixtera)",
+    "refit at 1000 domains": "about 24,000 s (authors' code), 9,200 s (Mixtera)",
+    "update at 1000 domains after 10,000 steps": "113 ms and 37 ms (the two published implementations)",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One measurement."""
+class AdoTiming:
+    """The cost of ADO after `num_steps` steps."""
 
     num_domains: int
     num_steps: int
     num_bins: int
+    """Bins of the loss history."""
     history_bytes: int
     update_ms: float
+    """A step without a refit."""
     refit_ms: float
+    """A step with a refit of all scaling laws."""
 
 
-def steps(num_domains: int, batches: np.ndarray) -> Iterator[DomainStatistics]:
-    """Losses that follow power laws with noise; `batches` are the sequences of every step."""
+def main() -> None:
+    """Measure, print and write all results."""
+    print("CPU time on rank 0. update: a step without a refit. refit: a step that fits all scaling laws.")
+    print(f"{'domains':>8} {'steps':>9} {'bins':>5} {'history':>10} {'update':>10} {'refit':>10}")
+    timings = []
+    for timing in measure_all():
+        timings.append(timing)
+        print(
+            f"{timing.num_domains:8,} {timing.num_steps:9,} {timing.num_bins:5} "
+            f"{timing.history_bytes / 1e6:7.2f} MB {timing.update_ms:7.3f} ms {timing.refit_ms:7.1f} ms"
+        )
+
+    worst = {name: _worst(timings, name) for name in GOALS}
+    for name, goal in GOALS.items():
+        verdict = "" if worst[name] <= goal else "   MISSED"
+        print(f"goal: {name} at most {goal:g}, measured {worst[name]:.3g}{verdict}")
+    for name, figure in QUOTED.items():
+        print(f"quoted, not measured in this run: {name}: {figure}")
+
+    rows = [asdict(timing) for timing in timings]
+    write_results("ado", {"rows": rows, "worst": worst, "goals": GOALS, "quoted": QUOTED})
+
+
+def measure_all() -> Iterator[AdoTiming]:
+    """Measure every number of domains with short, long and very long runs."""
+    for num_domains in NUM_DOMAINS:
+        batch_size = max(64, 2 * num_domains)
+        for num_steps in NUM_STEPS:
+            yield measure(num_domains, np.full(num_steps, batch_size), num_steps)
+
+        # A run of 100,000 steps, simulated by 600 steps of growing size. It has as many bins as a run can have.
+        ends = np.geomspace(500, 100_000, 600).astype(np.int64)
+        yield measure(num_domains, np.diff(ends, prepend=0) * batch_size, 100_000)
+
+
+def measure(num_domains: int, batch_sizes: np.ndarray, num_steps: int) -> AdoTiming:
+    """Feed a run to ADO whose last step triggers a refit; time that step and the one before it."""
+    size = len(batch_sizes)
+    warmup = size // 2
+    algorithm = Ado(Ado.Config(warmup=warmup, refit_interval=size - warmup, first_fitted_step=size // 20))
+    state = algorithm.start(np.full(num_domains, 1 / num_domains))
+    before = state
+    for statistics in synthetic_statistics(num_domains, np.append(batch_sizes, batch_sizes[-1])):
+        if statistics.step < size:
+            before = state
+            state, _ = algorithm.update(state, statistics)
+    arrays = state.history.arrays()
+    return AdoTiming(
+        num_domains=num_domains,
+        num_steps=num_steps,
+        num_bins=len(arrays["history_key"]),
+        history_bytes=sum(values.nbytes for values in arrays.values()),
+        update_ms=cpu_ms(lambda: algorithm.update(before, statistics), repeats=200),
+        refit_ms=cpu_ms(lambda: update_with_refit(algorithm, state, statistics), repeats=5),
+    )
+
+
+def synthetic_statistics(num_domains: int, batch_sizes: np.ndarray) -> Iterator[DomainStatistics]:
+    """Yield statistics of steps whose losses follow power laws with noise; `batch_sizes` in sequences."""
     random = np.random.Generator(np.random.Philox(0))
     shares = random.dirichlet(np.full(num_domains, 2.0))
-    epsilon, beta = random.uniform(0.5, 2.5, num_domains), random.uniform(4.0, 12.0, num_domains)
+    epsilon = random.uniform(0.5, 2.5, num_domains)
+    beta = random.uniform(4.0, 12.0, num_domains)
     alpha = random.uniform(0.15, 0.4, num_domains)
-    for step, n in enumerate(np.cumsum(batches)):
-        sequences = random.multinomial(batches[step], shares)
+    for step, num_seen in enumerate(np.cumsum(batch_sizes)):
+        sequences = random.multinomial(batch_sizes[step], shares)
         noise = 0.35 * random.standard_normal(num_domains) / np.sqrt(np.maximum(sequences, 1))
+        loss = epsilon + beta * float(num_seen) ** -alpha + noise
         tokens = sequences * SEQ_LEN
         yield DomainStatistics(
             step=step,
-            loss_sum=(epsilon + beta * float(n) ** -alpha + noise) * tokens,
+            loss_sum=loss * tokens,
             num_tokens=tokens,
             num_sequences=sequences,
             num_nonfinite=np.zeros(num_domains, np.int64),
         )
 
 
-def measure(num_domains: int, batches: np.ndarray, num_steps: int) -> Row:
-    """Train up to the last step, which is due for a refit, and time it and the step before."""
-    size, half = len(batches), len(batches) // 2
-    algorithm = Ado(Ado.Config(warmup=half, refit_interval=size - half, first_fitted_step=size // 20))
-    state = before = algorithm.start(np.full(num_domains, 1 / num_domains))
-    for last in steps(num_domains, np.append(batches, batches[-1])):
-        if last.step < size:
-            before, (state, _) = state, algorithm.update(state, last)
-    arrays = state.history.arrays()
-    return Row(
-        num_domains=num_domains,
-        num_steps=num_steps,
-        num_bins=len(arrays["history_key"]),
-        history_bytes=sum(values.nbytes for values in arrays.values()),
-        update_ms=cpu_ms(lambda: algorithm.update(before, last), repeats=200),
-        refit_ms=cpu_ms(lambda: refitted(algorithm, state, last), repeats=5),
-    )
-
-
-def refitted(algorithm: Ado, state: AdoState, last: DomainStatistics) -> None:
-    after, _ = algorithm.update(state, last)
+def update_with_refit(algorithm: Ado, state: AdoState, statistics: DomainStatistics) -> None:
+    after, _ = algorithm.update(state, statistics)
     if after.stale.any():
-        raise RuntimeError("the last step was not due for a refit")
+        raise RuntimeError("The last step did not trigger a refit.")
 
 
 def cpu_ms(call: Callable[[], object], repeats: int) -> float:
-    """Mean CPU time of a call; states are values, so the same step can be taken again and again."""
+    """Return the mean CPU time of a call. States are immutable, so the same step can be repeated."""
     call()
-    began = time.process_time()
+    started = time.process_time()
     for _ in range(repeats):
         call()
-    return (time.process_time() - began) * 1e3 / repeats
+    return (time.process_time() - started) * 1e3 / repeats
 
 
-def rows() -> Iterator[Row]:
-    for num_domains in NUM_DOMAINS:
-        batch = max(64, 2 * num_domains)
-        for num_steps in NUM_STEPS:
-            yield measure(num_domains, np.full(num_steps, batch), num_steps)
-        # A long run, its steps taken in growing strides, that has as many bins as there ever are.
-        ends = np.geomspace(500, 100_000, 600).astype(np.int64)
-        yield measure(num_domains, np.diff(ends, prepend=0) * batch, 100_000)
-
-
-def main() -> None:
-    """Measure, print, write."""
-    print(f"{'domains':>8} {'steps':>9} {'bins':>5} {'history':>10} {'update':>10} {'refit':>10}   (CPU time)")
-    measured = []
-    for row in rows():
-        measured.append(row)
-        print(
-            f"{row.num_domains:8,} {row.num_steps:9,} {row.num_bins:5} {row.history_bytes / 1e6:7.2f} MB "
-            f"{row.update_ms:7.3f} ms {row.refit_ms:7.1f} ms"
-        )
-    worst = {name: max(getattr(r, name.split()[0]) for r in measured if f" {r.num_domains} " in name) for name in GOALS}
-    for name, goal in GOALS.items():
-        print(f"goal  {name}: {worst[name]:.3g} of at most {goal:g}{'' if worst[name] <= goal else '   MISSED'}")
-    for name, figure in QUOTED.items():
-        print(f"quoted, not measured here  {name}: {figure}")
-    OUT.parent.mkdir(exist_ok=True)
-    content = {"rows": [asdict(r) for r in measured], "worst": worst, "goals": GOALS, "quoted": QUOTED}
-    OUT.write_text(json.dumps(content, indent=2) + "\n")
+def _worst(timings: list[AdoTiming], goal: str) -> float:
+    """Return the largest value for a goal such as `update_ms at 1000 domains`."""
+    field, _, scope = goal.partition(" at ")
+    return max(getattr(timing, field) for timing in timings if scope == f"{timing.num_domains} domains")
 
 
 if __name__ == "__main__":

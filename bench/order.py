@@ -1,124 +1,166 @@
-"""How far a shuffled stream is from a perfect shuffle, and what that costs in reads.
+"""Quality of the shuffled order within a domain, and what it costs in reads.
 
-    python -m bench.order
+    python -m bench order
 
-One domain of 1,048,576 rows in blocks of 256, stored in the worst order there is: sorted by what is to be mixed. Prints a table and
-writes bench/out/order.json. Numbers are counts and ratios; nothing here depends on the machine.
+The domain has 1,048,576 rows in blocks of 256. It is stored in the worst possible order: sorted by the property that a
+shuffle should mix. The results are counts and ratios and do not depend on the machine, except for the two times. Prints
+a table and writes bench/out/order.json.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from bench._results import write_results
 from mixtera_hpc.core.order import ShuffleOrder
 
-OUT = Path(__file__).resolve().parent / "out" / "order.json"
-NUM_BLOCKS, BLOCK_ROWS = 4096, 256
+NUM_BLOCKS = 4096
+BLOCK_ROWS = 256
 NUM_ROWS = NUM_BLOCKS * BLOCK_ROWS
-BATCHES = (64, 1024)
-WINDOWS = (1, 4, 16, 64, 256, 1024, 4096)
+BATCH_SIZES = (64, 1024)
+WINDOWS = (4, 16, 64, 256, 1024, 4096)
+"""Values of `dataplane.shuffle_window`."""
+DEFAULT_WINDOW = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
-    """One way to shuffle, seen in batches of `batch` rows."""
+class OrderQuality:
+    """One shuffle, measured in batches of `batch_size` rows."""
 
     shuffle: str
     window: int
-    batch: int
+    batch_size: int
     spread: float
-    """Standard deviation of a batch's mean position on disk over that of a perfect shuffle; 1 is perfect, √batch is none."""
+    """Standard deviation of a batch's mean position on disk, relative to a perfect shuffle: 1 is perfect, √batch_size
+    is no shuffle."""
     same_block: float
-    """Chance that two neighbours in the stream come from the same block; 1 / blocks is perfect."""
+    """Probability that two consecutive rows come from the same block; 1 / number of blocks is perfect."""
     blocks_per_batch: float
-    """Blocks that a batch touches."""
-    amplification: float
-    """Rows read per row used, where a block can only be read whole and none is kept."""
-    kept_rows: int
-    """Rows of blocks that have to be kept to read each block once."""
+    """Number of different blocks in a batch."""
+    read_amplification: float
+    """Rows read per row used, for formats that read whole blocks, without a cache."""
+    cached_rows: int
+    """Rows that a cache must hold so that each block is read only once."""
 
 
-def stream(order: ShuffleOrder, epoch: int = 0) -> np.ndarray:
-    """Positions on disk of one epoch's rows, in served order."""
-    epoch_order = order.epoch(0, epoch, np.full(NUM_BLOCKS, BLOCK_ROWS))
-    parts = []
-    for window in range(len(epoch_order.starts) - 1):
-        rows = (epoch_order.blocks_of(window)[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
-        parts.append(rows[order.rows(0, epoch, window, len(rows))])
-    return np.concatenate(parts)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeekTime:
+    """Time to find any position of an epoch."""
 
-
-def quality(order: ShuffleOrder, batch: int) -> Quality:
-    """Over a whole epoch."""
-    rows = stream(order)
-    blocks = rows // BLOCK_ROWS
-    means = rows.reshape(-1, batch).mean(axis=1)
-    perfect = NUM_ROWS / np.sqrt(12 * batch) * np.sqrt((NUM_ROWS - batch) / (NUM_ROWS - 1))
-    touched = np.mean([len(np.unique(part)) for part in blocks.reshape(-1, batch)])
-    window = order.window if order.shuffle == "window" else 1
-    return Quality(
-        shuffle=order.shuffle,
-        window=window,
-        batch=batch,
-        spread=float(means.std() / perfect),
-        same_block=float(np.mean(blocks[1:] == blocks[:-1])),
-        blocks_per_batch=float(touched),
-        amplification=float(touched * BLOCK_ROWS / batch),
-        kept_rows=window * BLOCK_ROWS,
-    )
-
-
-def qualities() -> Iterator[Quality]:
-    for batch in BATCHES:
-        for shuffle in ("none", "block"):
-            yield quality(ShuffleOrder(seed=0, shuffle=shuffle, window=1), batch)
-        for window in WINDOWS[1:]:
-            yield quality(ShuffleOrder(seed=0, shuffle="window", window=window), batch)
-
-
-def seeks(num_blocks: int) -> dict[str, Any]:
-    """What it takes to stand anywhere: order the epoch's blocks once, then look up positions."""
-    order, sizes = ShuffleOrder(seed=0, shuffle="window", window=64), np.full(num_blocks, BLOCK_ROWS)
-    began = time.perf_counter()
-    epoch = order.epoch(0, 12345, sizes)
-    ordered = time.perf_counter()
-    for item in range(0, num_blocks * BLOCK_ROWS, num_blocks * BLOCK_ROWS // 1000):
-        epoch.window_at(item)
-    looked_up = time.perf_counter()
-    return {"blocks": num_blocks, "order_ms": (ordered - began) * 1e3, "position_us": (looked_up - ordered) * 1e3}
-
-
-def epochs_agree(num_epochs: int = 8) -> float:
-    """Share of positions at which two epochs serve the same row; 1 / rows is perfect."""
-    order = ShuffleOrder(seed=0, shuffle="window", window=64)
-    first = stream(order)
-    return float(np.mean([np.mean(stream(order, epoch) == first) for epoch in range(1, num_epochs)]))
+    num_blocks: int
+    order_ms: float
+    """Ordering the blocks of the epoch, once."""
+    position_us: float
+    """Looking up one position."""
 
 
 def main() -> None:
-    """Measure, print, write."""
-    rows = list(qualities())
-    print(
-        f"{'batch':>5} {'shuffle':>8} {'window':>6} {'spread':>7} {'same block':>10} {'blocks':>7} {'read/used':>9} {'kept rows':>10}"
-    )
-    for r in rows:
+    """Measure, print and write all results."""
+    qualities = list(measure_qualities())
+    print_qualities(qualities)
+
+    seeks = [measure_seek(num_blocks) for num_blocks in (10_000, 100_000, 1_000_000)]
+    for seek in seeks:
         print(
-            f"{r.batch:5} {r.shuffle:>8} {r.window:6} {r.spread:7.2f} {r.same_block:10.4f} {r.blocks_per_batch:7.1f} "
-            f"{r.amplification:9.1f} {r.kept_rows:10,}"
+            f"{seek.num_blocks:9,} blocks: {seek.order_ms:.1f} ms to order them once per epoch, "
+            f"{seek.position_us:.1f} µs to find a position"
         )
-    places = [seeks(n) for n in (10_000, 100_000, 1_000_000)]
-    for p in places:
-        print(f"{p['blocks']:9,} blocks: ordered in {p['order_ms']:.1f} ms, any position in {p['position_us']:.1f} µs")
-    same = epochs_agree()
-    print(f"two epochs serve the same row at {same:.1e} of all positions (chance: {1 / NUM_ROWS:.1e})")
-    OUT.parent.mkdir(exist_ok=True)
-    content = {"qualities": [asdict(r) for r in rows], "seeks": places, "epochs_agree": same}
-    OUT.write_text(json.dumps(content, indent=2) + "\n")
+
+    agreement = measure_epoch_agreement()
+    print(f"two epochs serve the same row at {agreement:.1e} of all positions (by chance: {1 / NUM_ROWS:.1e})")
+
+    content = {
+        "qualities": [asdict(quality) for quality in qualities],
+        "seeks": [asdict(seek) for seek in seeks],
+        "epoch_agreement": agreement,
+    }
+    write_results("order", content)
+
+
+def served_positions(order: ShuffleOrder, epoch: int = 0) -> np.ndarray:
+    """Return the positions on disk of all rows of an epoch, in served order."""
+    epoch_order = order.epoch(0, epoch, np.full(NUM_BLOCKS, BLOCK_ROWS))
+    windows = []
+    for window in range(len(epoch_order.starts) - 1):
+        # The rows of the window's blocks, block by block, then permuted within the window.
+        rows = (epoch_order.blocks_of(window)[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
+        windows.append(rows[order.rows(0, epoch, window, len(rows))])
+    return np.concatenate(windows)
+
+
+def measure_qualities() -> Iterator[OrderQuality]:
+    """Measure every shuffle and window with every batch size."""
+    for batch_size in BATCH_SIZES:
+        for shuffle in ("none", "block"):
+            yield measure_quality(ShuffleOrder(seed=0, shuffle=shuffle, window=1), batch_size)
+        for window in WINDOWS:
+            yield measure_quality(ShuffleOrder(seed=0, shuffle="window", window=window), batch_size)
+
+
+def measure_quality(order: ShuffleOrder, batch_size: int) -> OrderQuality:
+    """Measure one shuffle over a whole epoch."""
+    rows = served_positions(order)
+    blocks = rows // BLOCK_ROWS
+    batch_means = rows.reshape(-1, batch_size).mean(axis=1)
+
+    # Mean of batch_size draws without replacement from NUM_ROWS uniform positions.
+    finite_population = np.sqrt((NUM_ROWS - batch_size) / (NUM_ROWS - 1))
+    perfect_std = NUM_ROWS / np.sqrt(12 * batch_size) * finite_population
+
+    blocks_per_batch = float(np.mean([len(np.unique(batch)) for batch in blocks.reshape(-1, batch_size)]))
+    window = order.window if order.shuffle == "window" else 1
+    return OrderQuality(
+        shuffle=order.shuffle,
+        window=window,
+        batch_size=batch_size,
+        spread=float(batch_means.std() / perfect_std),
+        same_block=float(np.mean(blocks[1:] == blocks[:-1])),
+        blocks_per_batch=blocks_per_batch,
+        read_amplification=blocks_per_batch * BLOCK_ROWS / batch_size,
+        cached_rows=window * BLOCK_ROWS,
+    )
+
+
+def measure_seek(num_blocks: int) -> SeekTime:
+    """Measure how long it takes to order an epoch and to find 1,000 positions in it."""
+    order = ShuffleOrder(seed=0, shuffle="window", window=DEFAULT_WINDOW)
+    sizes = np.full(num_blocks, BLOCK_ROWS)
+    started = time.perf_counter()
+    epoch = order.epoch(0, 12345, sizes)
+    ordered = time.perf_counter()
+    num_rows = num_blocks * BLOCK_ROWS
+    for item in range(0, num_rows, num_rows // 1000):
+        epoch.window_at(item)
+    finished = time.perf_counter()
+    return SeekTime(
+        num_blocks=num_blocks,
+        order_ms=(ordered - started) * 1e3,
+        position_us=(finished - ordered) * 1e3,  # Milliseconds for 1,000 positions are microseconds for one.
+    )
+
+
+def measure_epoch_agreement(num_epochs: int = 8) -> float:
+    """Return the share of positions at which two epochs serve the same row; 1 / NUM_ROWS is perfect."""
+    order = ShuffleOrder(seed=0, shuffle="window", window=DEFAULT_WINDOW)
+    first = served_positions(order)
+    return float(np.mean([np.mean(served_positions(order, epoch) == first) for epoch in range(1, num_epochs)]))
+
+
+def print_qualities(qualities: list[OrderQuality]) -> None:
+    print("spread: 1 is a perfect shuffle. read ampl.: rows read per row used, whole blocks without a cache.")
+    print("cached rows: cache size that avoids reading a block twice.")
+    print(
+        f"{'batch':>5} {'shuffle':>8} {'window':>6} {'spread':>7} {'same block':>10} {'blocks/batch':>12} "
+        f"{'read ampl.':>10} {'cached rows':>11}"
+    )
+    for quality in qualities:
+        print(
+            f"{quality.batch_size:5} {quality.shuffle:>8} {quality.window:6} {quality.spread:7.2f} "
+            f"{quality.same_block:10.4f} {quality.blocks_per_batch:12.1f} {quality.read_amplification:10.1f} "
+            f"{quality.cached_rows:11,}"
+        )
 
 
 if __name__ == "__main__":

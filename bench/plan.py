@@ -1,10 +1,11 @@
-"""What planning costs on rank 0, what other systems' planning costs on the same mixture, and what resuming costs.
+"""Cost of planning on rank 0, of planning the same mixture with other systems, and of resuming a run.
 
-    python -m bench.plan
+    python -m bench plan
 
-Prints tables and writes bench/out/plan.json. Peers run in processes of their own: MIXTERA_BENCH_PEERS names one or more
-interpreters, separated by colons, that have mosaicml-streaming, megatron-core, grain or datasets; what none of them has is
-listed as absent. Times are wall clock: of planning the median of 200 chunks in the quietest of eight rounds, all else once.
+Prints tables and writes bench/out/plan.json. Each peer runs in its own process. MIXTERA_BENCH_PEERS lists Python
+interpreters, separated by colons, that have mosaicml-streaming, megatron-core, grain or datasets installed. A peer that
+no interpreter has is reported as absent. All times are wall-clock times. Planning is measured as the median of 200
+chunks in the fastest of eight rounds, everything else once.
 """
 
 import json
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from bench._corpus import make_tokenizer, source_text
+from bench._results import write_results
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
@@ -30,25 +32,31 @@ from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.index.build.build import build_index
 
-OUT = Path(__file__).resolve().parent / "out" / "plan.json"
-BATCH, REPEATS, ROUNDS = 1024, 200, 8
-SAMPLES = 10_000_000
+GLOBAL_BATCH_SIZE = 1024
+CHUNKS_PER_ROUND = 200
+NUM_ROUNDS = 8
+NUM_SAMPLES = 10_000_000
+"""Samples that every system plans."""
 GOALS_US = {7: 50, 100: 80, 1000: 200}
+"""Number of domains → largest time to plan a chunk, in µs."""
 KIB = 1024
+MIB = 1 << 20
+
+PEERS = ("mosaic", "megatron", "grain", "huggingface")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """One way to plan a chunk."""
+class PlanTiming:
+    """The cost of planning a chunk."""
 
     num_domains: int
     chunk_steps: int
     step: int
-    """Where the run stood."""
+    """Step at which the run is."""
     decide_us: float
-    """Until the plan can be broadcast."""
+    """Time until the plan can be broadcast."""
     after_us: float
-    """The state for the next chunk, while this one is on its way."""
+    """Time to compute the planner state for the next chunk, during the broadcast."""
     broadcast_bytes: int
 
     @property
@@ -56,38 +64,93 @@ class Planned:
         return self.decide_us + self.after_us
 
 
-def quietest() -> list[Planned]:
-    """Every way, in rounds; of each the round that was least disturbed by what else the machine does."""
-    rounds = [[planned(*way) for way in ways()] for _ in range(ROUNDS)]
-    return [min(tries, key=lambda r: r.total_us) for tries in zip(*rounds, strict=True)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeTiming:
+    """The cost of opening a run of 1,000 domains and continuing at a step."""
+
+    step: int
+    open_ms: float
+    """Opening the index, its tables and the domains; a new run does the same."""
+    restore_ms: float
+    """Restoring the saved state."""
+    first_batch_ms: float
+    """Expanding the plan, ordering the epochs of the domains, and reading, tokenizing and packing the first batch of
+    1,048,576 tokens."""
+    state_bytes: int
 
 
-def planned(num_domains: int, chunk_steps: int, step: int) -> Planned:
-    """Plan `REPEATS` chunks in a row, weights from Zipf's law."""
+def main() -> None:
+    """Measure, print and write all results."""
+    plan_timings = measure_planning()
+    print_planning(plan_timings)
+    missed = check_goals(plan_timings)
+
+    peers = list(measure_systems(NUM_SAMPLES))
+    print_systems(peers)
+
+    resume_timings = list(measure_resumes())
+    print_resumes(resume_timings)
+
+    content = {
+        "chunks": [asdict(timing) for timing in plan_timings],
+        "peers": peers,
+        "resumes": [asdict(timing) for timing in resume_timings],
+        "goals_us": GOALS_US,
+        "missed": missed,
+    }
+    write_results("plan", content)
+
+
+def measure_planning() -> list[PlanTiming]:
+    """Measure all cases in several rounds; return for each case the round that other processes disturbed least."""
+    rounds = [[measure_chunks(*case) for case in planning_cases()] for _ in range(NUM_ROUNDS)]
+    return [min(timings, key=lambda timing: timing.total_us) for timings in zip(*rounds, strict=True)]
+
+
+def planning_cases() -> Iterator[tuple[int, int, int]]:
+    """Yield numbers of domains, steps per chunk, and the step at which the run is."""
+    for num_domains in GOALS_US:
+        yield (num_domains, 8, 10)
+        yield (num_domains, 8, 10_000_000)
+        yield (num_domains, 1, 10)
+        yield (num_domains, 1000, 10)
+
+
+def measure_chunks(num_domains: int, chunk_steps: int, step: int) -> PlanTiming:
+    """Plan `CHUNKS_PER_ROUND` consecutive chunks with weights from Zipf's law."""
     weights = 1 / np.arange(1, num_domains + 1)
     weights /= weights.sum()
-    endless = np.full(num_domains, Planner.UNLIMITED)
-    planner = Planner(capacity=endless, global_batch_size=BATCH, chunk_steps=chunk_steps, on_exhausted="repeat")
-    state = state_at(planner, weights, step)
-    decide, after = np.empty(REPEATS), np.empty(REPEATS)
-    for i in range(REPEATS):
-        began = time.perf_counter()
+    planner = Planner(
+        capacity=np.full(num_domains, Planner.UNLIMITED),
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        chunk_steps=chunk_steps,
+        on_exhausted="repeat",
+    )
+    state = state_at_step(planner, weights, step)
+    decide_s = np.empty(CHUNKS_PER_ROUND)
+    after_s = np.empty(CHUNKS_PER_ROUND)
+    for i in range(CHUNKS_PER_ROUND):
+        started = time.perf_counter()
         plan = planner.decide(state, weights)
         decided = time.perf_counter()
         state = planner.after(plan)
-        decide[i], after[i] = decided - began, time.perf_counter() - decided
-    return Planned(
+        decide_s[i] = decided - started
+        after_s[i] = time.perf_counter() - decided
+    return PlanTiming(
         num_domains=num_domains,
         chunk_steps=chunk_steps,
         step=step,
-        decide_us=float(np.median(decide)) * 1e6,
-        after_us=float(np.median(after)) * 1e6,
+        decide_us=float(np.median(decide_s)) * 1e6,
+        after_us=float(np.median(after_s)) * 1e6,
         broadcast_bytes=plan.to_array().nbytes,
     )
 
 
-def state_at(planner: Planner, weights: np.ndarray, step: int) -> PlannerState:
-    """Where a run with these weights stands at `step`: planned as one chunk, for the way there does not matter."""
+def state_at_step(planner: Planner, weights: np.ndarray, step: int) -> PlannerState:
+    """Return the planner state of a run with constant weights at `step`.
+
+    One large chunk leads there; how the steps are divided into chunks does not change the state.
+    """
     start = PlannerState.start(len(weights))
     if step == 0:
         return start
@@ -95,69 +158,56 @@ def state_at(planner: Planner, weights: np.ndarray, step: int) -> PlannerState:
     return replace(state, chunk=step // planner.chunk_steps)
 
 
-def ways() -> Iterator[tuple[int, int, int]]:
-    """Domains, steps per chunk, and where the run stands."""
-    for num_domains in GOALS_US:
-        yield from ((num_domains, 8, 10), (num_domains, 8, 10_000_000), (num_domains, 1, 10), (num_domains, 1000, 10))
+def measure_systems(num_samples: int) -> Iterator[dict[str, Any]]:
+    """Measure our planner and the peers with `_plan_peers.py`, each in its own process."""
+    yield run_system(Path(sys.executable), "mixtera-hpc", num_samples)
+    interpreters = [Path(path) for path in os.environ.get("MIXTERA_BENCH_PEERS", "").split(":") if path]
+    for name in PEERS:
+        result = {"name": name, "absent": "MIXTERA_BENCH_PEERS is not set"}
+        for interpreter in interpreters:
+            result = run_system(interpreter, name, num_samples)
+            if "absent" not in result:
+                break
+        yield result
 
 
-def peers(num_samples: int) -> Iterator[dict[str, Any]]:
-    """The systems of `_plan_peers`, each in a process of its own."""
-    found = [Path(p) for p in os.environ.get("MIXTERA_BENCH_PEERS", "").split(":") if p]
-    for name in ("mixtera-hpc", "mosaic", "megatron", "grain", "huggingface"):
-        tried = [in_process(i, name, num_samples) for i in ([Path(sys.executable)] if name == "mixtera-hpc" else found)]
-        marks = next((t for t in tried if "window" in t), None)
-        yield marks or {"name": name, "absent": tried[-1]["absent"] if tried else "MIXTERA_BENCH_PEERS is not set"}
-
-
-def in_process(interpreter: Path, name: str, num_samples: int) -> dict[str, Any]:
+def run_system(interpreter: Path, name: str, num_samples: int) -> dict[str, Any]:
+    """Return what `_plan_peers.py` measures, or the reason under `absent` if it fails."""
     script = Path(__file__).with_name("_plan_peers.py")
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(script.parents[1]) if "mixtera" in name else "",
-    }
+    # Peers must not import this repository by accident.
+    python_path = str(script.parents[1]) if name == "mixtera-hpc" else ""
     done = subprocess.run(
-        [interpreter, script, name, str(num_samples)], capture_output=True, text=True, env=environment, check=False
+        [interpreter, script, name, str(num_samples)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path},
+        check=False,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        return {"name": name, "absent": (done.stderr.strip().splitlines() or ["no answer"])[-1]}
-    marks: dict[str, Any] = json.loads(lines[-1])
-    return marks
+        errors = done.stderr.strip().splitlines() or ["the process printed nothing"]
+        return {"name": name, "absent": errors[-1]}
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resumed:
-    """Opening a run of 1,000 domains in the middle."""
-
-    step: int
-    open_ms: float
-    """The index, its tables and the domains; the same for a fresh run."""
-    restore_ms: float
-    """Take over the saved state."""
-    first_batch_ms: float
-    """Expand the plan, order the domains' epochs, read, tokenize and pack the first batch of 1,048,576 tokens."""
-    state_bytes: int
-
-
-def resumes(num_domains: int = 1000) -> Iterator[Resumed]:
-    """At steps early and late; the quickest of three, each with a data plane of its own."""
+def measure_resumes(num_domains: int = 1000) -> Iterator[ResumeTiming]:
+    """Resume a run at an early and at a late step; the fastest of three tries each."""
     with tempfile.TemporaryDirectory() as folder:
-        config = compose(collection(Path(folder), num_domains))
+        config = compose(make_collection(Path(folder), num_domains))
         build_index(config)
         for step in (10, 1_000_000):
-            state = saved(open_source(config, Local()), step)
-            tries = [resumed(config, state, step) for _ in range(3)]
-            yield min(tries, key=lambda r: r.open_ms + r.restore_ms + r.first_batch_ms)
+            state = fabricate_state(open_source(config, Local()), step)
+            tries = [measure_resume(config, state, step) for _ in range(3)]
+            yield min(tries, key=lambda timing: timing.open_ms + timing.restore_ms + timing.first_batch_ms)
 
 
-def saved(source: Source, step: int) -> dict[str, Any]:
-    """The state of a run that has served `step` steps."""
-    plan = source.planner.decide(state_at(source.planner, source.weights, step), source.weights)
+def fabricate_state(source: Source, step: int) -> dict[str, Any]:
+    """Return the state of a run that has served `step` steps."""
+    planner_state = state_at_step(source.planner, source.weights, step)
     state = PlaneState(
         next_step=step,
-        plan=plan,
+        plan=source.planner.decide(planner_state, source.weights),
         mixer={},
         fed=step,
         decisions=[],
@@ -167,9 +217,10 @@ def saved(source: Source, step: int) -> dict[str, Any]:
     return state.to_dict()
 
 
-def resumed(config: Config, state: dict[str, Any], step: int) -> Resumed:
+def measure_resume(config: Config, state: dict[str, Any], step: int) -> ResumeTiming:
+    """Open a data plane, restore a state and take the first batch."""
     text = json.dumps(state["json"])
-    began = time.perf_counter()
+    started = time.perf_counter()
     with DataPlane.open(config, Local()) as plane:
         opened = time.perf_counter()
         plane.load_state_dict({"json": json.loads(text), "arrays": state["arrays"]})
@@ -177,91 +228,92 @@ def resumed(config: Config, state: dict[str, Any], step: int) -> Resumed:
         batch = next(iter(plane))
         served = time.perf_counter()
         if batch.step != step:
-            raise RuntimeError(f"resumed at step {batch.step}, expected {step}")
-    return Resumed(
+            raise RuntimeError(f"The data plane resumed at step {batch.step}, expected step {step}.")
+    return ResumeTiming(
         step=step,
-        open_ms=(opened - began) * 1e3,
+        open_ms=(opened - started) * 1e3,
         restore_ms=(restored - opened) * 1e3,
         first_batch_ms=(served - restored) * 1e3,
-        state_bytes=len(text) + sum(a.nbytes for a in state["arrays"].values()),
+        state_bytes=len(text) + sum(array.nbytes for array in state["arrays"].values()),
     )
 
 
-def collection(folder: Path, num_domains: int) -> list[str]:
-    """30,000 rows of 300 characters; the names of their sources are as long as real ones."""
-    text, rows = source_text(), 30_000
-    source = np.minimum(np.random.Generator(np.random.Philox(0)).zipf(1.3, rows) - 1, num_domains - 1)
-    source[:num_domains] = np.arange(num_domains)
+def make_collection(folder: Path, num_domains: int) -> list[str]:
+    """Write 30,000 rows of 300 characters whose sources have names of realistic length; return the overrides."""
+    text = source_text()
+    num_rows = 30_000
+    source = np.minimum(np.random.Generator(np.random.Philox(0)).zipf(1.3, num_rows) - 1, num_domains - 1)
+    source[:num_domains] = np.arange(num_domains)  # Every domain has at least one row.
     with (folder / "rows.jsonl").open("w") as file:
-        for i, s in enumerate(source.tolist()):
-            file.write(json.dumps({"text": text[i * 300 : i * 300 + 300], "source": f"crawl-{s:04d}"}) + "\n")
+        for i, domain in enumerate(source.tolist()):
+            row = {"text": text[i * 300 : (i + 1) * 300], "source": f"crawl-{domain:04d}"}
+            file.write(json.dumps(row) + "\n")
     return [
         f"data.root={folder}",
         "data.include=[rows.jsonl]",
         "data.properties.source=source",
         f"index.path={folder / 'index.h5'}",
         f"dataplane.tokenizer={make_tokenizer()}",
-        f"dataplane.global_batch_size={BATCH}",
+        f"dataplane.global_batch_size={GLOBAL_BATCH_SIZE}",
         "mixture.group_by=[source]",
     ]
 
 
-def show_planned(rows: list[Planned]) -> list[str]:
+def print_planning(timings: list[PlanTiming]) -> None:
+    print("planning a chunk on rank 0; the plan is broadcast after `decide`, `next state` overlaps with the broadcast")
     print(
-        f"{'domains':>7} {'steps/chunk':>11} {'at step':>10} {'decide':>9} {'+ after':>9} {'= chunk':>9} {'broadcast':>10}"
+        f"{'domains':>7} {'steps/chunk':>11} {'at step':>10} {'decide':>9} {'next state':>10} {'total':>9} "
+        f"{'broadcast':>10}"
     )
-    for r in rows:
-        times = f"{r.decide_us:6.0f} µs {r.after_us:6.0f} µs {r.total_us:6.0f} µs"
-        print(f"{r.num_domains:7,} {r.chunk_steps:11,} {r.step:10,} {times} {r.broadcast_bytes / KIB:6.1f} KiB")
+    for timing in timings:
+        print(
+            f"{timing.num_domains:7,} {timing.chunk_steps:11,} {timing.step:10,} {timing.decide_us:6.0f} µs "
+            f"{timing.after_us:7.0f} µs {timing.total_us:6.0f} µs {timing.broadcast_bytes / KIB:6.1f} KiB"
+        )
+
+
+def check_goals(timings: list[PlanTiming]) -> list[str]:
+    """Print every goal next to the largest measured time; return those that were missed."""
     missed = []
-    for count, goal in GOALS_US.items():
-        worst = max(r.total_us for r in rows if r.num_domains == count)
-        missed += [f"{count} domains: {worst:.0f} µs of {goal}"] if worst > goal else []
-        print(f"goal  {count:5,} domains: {worst:.0f} µs of at most {goal}{'   MISSED' if worst > goal else ''}")
+    for num_domains, goal in GOALS_US.items():
+        worst = max(timing.total_us for timing in timings if timing.num_domains == num_domains)
+        text = f"{num_domains:5,} domains: at most {goal} µs, measured {worst:.0f} µs"
+        if worst > goal:
+            missed.append(text.strip())
+            text += "   MISSED"
+        print(f"goal: {text}")
     return missed
 
 
-def show_peers(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{SAMPLES:,} samples of 7 domains (largest deviations in sequences)")
+def print_systems(results: list[dict[str, Any]]) -> None:
+    print(f"\nplanning {NUM_SAMPLES:,} samples of 7 domains")
     print(
-        f"{'':>12} {'first plan':>11} {'whole plan':>11} {'memory':>9} {'prefix':>9} {'window 1024':>12} {'of 1024':>8}  version"
+        "prefix, window: largest deviation from the weights, in sequences, over any prefix and over any 1,024 samples"
     )
-    for r in rows:
-        if "absent" in r:
-            print(f"{r['name']:>12} absent: {r['absent']}")
+    print(
+        f"{'system':>12} {'first plan':>11} {'whole plan':>11} {'memory':>9} {'prefix':>9} {'window':>9} "
+        f"{'of 1,024':>8}  version"
+    )
+    for result in results:
+        if "absent" in result:
+            print(f"{result['name']:>12} absent: {result['absent']}")
             continue
-        times = f"{r['first_s'] * 1e3:8.2f} ms {r['plan_s'] * 1e3:8.1f} ms {r['bytes'] / (1 << 20):6.1f} MB"
+        note = "" if result["samples"] > 0.99 * NUM_SAMPLES else f"  (deviations over {result['samples']:,} samples)"
         print(
-            f"{r['name']:>12} {times} {r['prefix']:9.2f} {r['window']:12.2f} {r['window'] / 10.24:7.2f}%  {r['version']}"
-            f"{'' if r['samples'] > 0.99 * SAMPLES else '  (deviations over ' + format(r['samples'], ',') + ')'}"
+            f"{result['name']:>12} {result['first_s'] * 1e3:8.2f} ms {result['plan_s'] * 1e3:8.1f} ms "
+            f"{result['bytes'] / MIB:6.1f} MB {result['prefix']:9.2f} {result['window']:9.2f} "
+            f"{result['window'] / 10.24:7.2f}%  {result['version']}{note}"
         )
 
 
-def show_resumes(rows: list[Resumed]) -> None:
-    print(f"\nresume, 1,000 domains\n{'at step':>9} {'open':>9} {'restore':>9} {'first batch':>12} {'state':>9}")
-    for r in rows:
+def print_resumes(timings: list[ResumeTiming]) -> None:
+    print("\nresuming a run of 1,000 domains")
+    print(f"{'at step':>9} {'open':>9} {'restore':>9} {'first batch':>12} {'state':>9}")
+    for timing in timings:
         print(
-            f"{r.step:9,} {r.open_ms:6.0f} ms {r.restore_ms:6.1f} ms {r.first_batch_ms:9.0f} ms {r.state_bytes / KIB:5.1f} KiB"
+            f"{timing.step:9,} {timing.open_ms:6.0f} ms {timing.restore_ms:6.1f} ms {timing.first_batch_ms:9.0f} ms "
+            f"{timing.state_bytes / KIB:5.1f} KiB"
         )
-
-
-def main() -> None:
-    """Measure, print, write."""
-    chunks = quietest()
-    missed = show_planned(chunks)
-    others = list(peers(SAMPLES))
-    show_peers(others)
-    starts = list(resumes())
-    show_resumes(starts)
-    OUT.parent.mkdir(exist_ok=True)
-    content = {
-        "chunks": [asdict(r) for r in chunks],
-        "peers": others,
-        "resumes": [asdict(r) for r in starts],
-        "goals_us": GOALS_US,
-        "missed": missed,
-    }
-    OUT.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
