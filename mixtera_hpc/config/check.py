@@ -18,15 +18,15 @@ from mixtera_hpc.config.schema import (
     TrainingConfig,
 )
 
-__all__ = ["check", "check_build", "check_data", "check_index_job", "problems"]
+__all__ = ["check_build", "check_data", "check_index_job", "check_run", "run_problems"]
 
 MAX_CHUNK_SEQUENCES = 1_000_000
 """Sequences of one chunk. The planner decides them one by one on rank 0, and a broadcast must stay small."""
 
 
-def check(config: Config) -> None:
+def check_run(config: Config) -> None:
     """Raise one ConfigError that names every problem of `config`."""
-    raise_problems(problems(config))
+    raise_problems(run_problems(config))
 
 
 def check_data(config: Config) -> None:
@@ -44,7 +44,7 @@ def check_index_job(config: Config) -> None:
     raise_problems([*_run(config.run), *job_problems(config.job, config.cluster)])
 
 
-def problems(config: Config) -> list[str]:
+def run_problems(config: Config) -> list[str]:
     """Return everything wrong with `config`, one or two sentences each."""
     return [
         *_data(config),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mixtera_hpc.config.check import check
+from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.composition.conf_folders import CONFIG_NAME, conf_dir, conf_folders
 from mixtera_hpc.config.composition.override_words import chosen_groups, first_of_sweep, hydra_words
 from mixtera_hpc.config.convert import from_plain
@@ -22,7 +22,7 @@ def compose(overrides: Sequence[str]) -> Config:
         ConfigError: an override that does not parse, an unknown group, key or value, or any failed check.
     """
     config = from_plain(Config, compose_plain(overrides))
-    check(config)
+    check_run(config)
     return config
 
 

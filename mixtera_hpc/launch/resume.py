@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mixtera_hpc.config.check import check
+from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain, to_plain
 from mixtera_hpc.config.run_folder import RunFolder
@@ -138,7 +138,7 @@ def amended_config(folder: RunFolder, overrides: Sequence[str], request: ResumeR
             _copy_value(after, plain, _key(override).split("."))
         new = from_plain(Config, plain)
     check_resume(old, new, request)
-    check(new)
+    check_run(new)
     return new
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
-from mixtera_hpc.config.check import check
+from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import from_omegaconf, prepare_application
 from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.config.convert import from_plain
@@ -46,7 +46,7 @@ def main(composed: Any) -> None:
 
     def prepare(num_ranks: int) -> Attempt:
         config = from_plain(Config, from_omegaconf(composed))
-        check(config)
+        check_run(config)
         folder = _run_folder(config, output, overrides)
         return Attempt(folder=folder, number=_start_attempt(folder, config, num_ranks))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.comm.communicator import Local
-from mixtera_hpc.config.check import problems
+from mixtera_hpc.config.check import run_problems
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
@@ -28,7 +28,7 @@ from mixtera_hpc.tokens.tokenizer import StoredTokenIds, load_vocabulary
 )
 def test_a_vocabulary_that_cannot_be_is_refused(settings: dict[str, object], message: str) -> None:
     config = compose(["data.root=/data", "mixture.unit=samples"])
-    (problem,) = problems(replace(config, dataplane=replace(config.dataplane, **settings)))
+    (problem,) = run_problems(replace(config, dataplane=replace(config.dataplane, **settings)))
     import re
 
     assert re.search(message, problem)
