@@ -9,7 +9,7 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check surface format bench docs coverage slurm-up slurm-down clean
+.PHONY: help setup demo test test-fast check surface format bench reference docs coverage slurm-up slurm-down clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ surface: setup ## print figures of how the code reads, next to their targets
 
 coverage: setup ## run the unit and property tests and print which lines they reach
 	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered tests/unit tests/property
+
+reference: setup ## write docs/config.md and docs/cli.md from the code
+	$(BIN)/python -m mixtera_hpc.config.reference > docs/config.md
+	$(BIN)/python -m mixtera_hpc.cli.reference > docs/cli.md
 
 docs: $(VENV)/.docs-ready ## build the documentation site in build/site
 	$(BIN)/mkdocs build --strict

@@ -9,12 +9,13 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 from mixtera_hpc import __version__
 from mixtera_hpc.cli.logging_setup import messages_on_stderr
 from mixtera_hpc.errors import MixteraError, did_you_mean
 
-__all__ = ["GROUPS", "VERBS", "main"]
+__all__ = ["GROUPS", "VERBS", "main", "verb_parser"]
 
 GROUPS: Mapping[str, Mapping[str, str]] = {
     "Start here": {
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run_verb(argv[0], argv[1:])
 
 
-def _run_verb(verb: str, argv: list[str]) -> int:
+def verb_parser(verb: str) -> tuple[argparse.ArgumentParser, ModuleType]:
+    """Import the module of `verb` and return the parser of its arguments, and the module."""
     module = importlib.import_module(f"mixtera_hpc.cli.{verb}")
     parser = argparse.ArgumentParser(
         prog=f"mixtera-hpc {verb}",
@@ -77,6 +79,11 @@ def _run_verb(verb: str, argv: list[str]) -> int:
         allow_abbrev=False,
     )
     module.arguments(parser)
+    return parser, module
+
+
+def _run_verb(verb: str, argv: list[str]) -> int:
+    parser, module = verb_parser(verb)
     args = parser.parse_intermixed_args(argv)
     try:
         with messages_on_stderr():
