@@ -17,8 +17,8 @@ from mixtera_hpc.core.properties import as_text
 
 __all__ = ["Categories", "encode_categories", "map_categories"]
 
+# The values of one row, sorted, each once. Empty for null.
 ValueSet = tuple[str, ...]
-"""The values of one row, sorted, each once. Empty for null."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ def _value_set(value: Any) -> ValueSet:
     """
     parts = value if isinstance(value, tuple) else (value,)
     texts = sorted({as_text(part) for part in parts if part is not None})
+    # Values are stored as UTF-8: fail here, where the row is known, and not when the index is written.
     "".join(texts).encode()
     return tuple(texts)
 
@@ -82,6 +83,7 @@ def _value_set(value: Any) -> ValueSet:
 def _merge_equal(values: list[ValueSet], code: NDArray[np.int32]) -> Categories:
     """Build the column, giving equal value sets one code: lists may differ only in order or repetition."""
     positions: dict[ValueSet, int] = {}
+    # Old code → new code.
     new_code = np.array([positions.setdefault(value, len(positions)) for value in values], np.int32)
     if len(positions) == len(values):
         return Categories(values, code)

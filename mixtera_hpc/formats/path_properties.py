@@ -31,6 +31,7 @@ def is_path_property(path: str) -> bool:
     Raises:
         ConfigError: it has a key that it cannot have, or lacks the key it needs.
     """
+    # `meta.__path__` and `__index_level_0__` are ordinary keys of a row.
     name, _, key = path.partition(".")
     if name not in (*_WITHOUT_KEY, *_WITH_KEY):
         return False
@@ -56,6 +57,7 @@ def path_property_value(path: str, shard: str, format_name: str) -> str | None:
     folders = shard_path.parts[:-1]
     if name == "__partition__":
         return _partition_value(folders, key)
+    # A folder number outside the path is null, because shards may lie at different depths.
     if name == "__folder__" and key:
         return folders[int(key)] if -len(folders) <= int(key) < len(folders) else None
 
@@ -72,6 +74,7 @@ def path_property_value(path: str, shard: str, format_name: str) -> str | None:
 
 def _partition_value(folders: tuple[str, ...], key: str) -> str | None:
     """Return the value of the innermost folder named `key=value`."""
+    # The value may contain further equal signs.
     for folder in reversed(folders):
         folder_key, equals, value = folder.partition("=")
         if equals and folder_key == key:

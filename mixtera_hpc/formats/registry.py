@@ -9,6 +9,7 @@ from mixtera_hpc.formats.base import Format
 
 __all__ = ["SIDECAR_SUFFIX", "SUFFIXES", "format_name_of", "load_format"]
 
+# Format name → module and class. Loaded at the first use: importing pyarrow alone takes longer than `--help`.
 _CLASSES = {
     "jsonl": "mixtera_hpc.formats.readers.jsonl:JsonlFormat",
     "jsonl.gz": "mixtera_hpc.formats.readers.jsonl_gz:JsonlGzFormat",
@@ -22,7 +23,6 @@ _CLASSES = {
     "megatron": "mixtera_hpc.formats.readers.megatron:MegatronFormat",
     "text": "mixtera_hpc.formats.readers.plain_text:PlainTextFormat",
 }
-"""Format name → module and class. Loaded at the first use: importing pyarrow alone takes longer than `--help`."""
 
 SUFFIXES: dict[str, str] = {
     ".jsonl": "jsonl",
@@ -58,6 +58,7 @@ SIDECAR_SUFFIX = ".sidecar.jsonl"
 
 def format_name_of(path: str) -> str | None:
     """Return the format name of a file. None if its ending is unknown, or if it is a sidecar."""
+    # A sidecar ends like JSON lines, but is read together with the shard beside it.
     name = PurePath(path).name.lower()
     if name.endswith(SIDECAR_SUFFIX):
         return None
@@ -71,6 +72,7 @@ def load_format(name: str) -> Format:
     Raises:
         ConfigError: no format has this name.
     """
+    # `auto` is handled by the caller, but is a valid value of the key.
     if name not in _CLASSES:
         raise ConfigError(f"data.format is {name!r}, which is not a format.{did_you_mean(name, ['auto', *_CLASSES])}")
     module_name, _, class_name = _CLASSES[name].partition(":")

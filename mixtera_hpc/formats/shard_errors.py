@@ -38,6 +38,7 @@ def bad_rows_error(path: Path, bad: list[tuple[int, str]]) -> DataError:
         path: the shard.
         bad: (row of the shard, problem); `MAX_BAD_ROWS` entries at most.
     """
+    # A scan stops at the limit, so there may be more.
     plural = "" if len(bad) == 1 else "s"
     prefix = "at least " if len(bad) >= MAX_BAD_ROWS else ""
     error = DataError(
@@ -70,6 +71,7 @@ def shard_changed_error(path: Path, block: BlockRef | None, problem: str) -> Dat
         f"{path} has changed since it was indexed: {problem}.\n"
         "  Run mixtera-hpc index verify, then mixtera-hpc index build."
     )
+    # Readers of byte ranges do not know the block.
     if block is not None:
         error.add_note(f"shard={str(path)!r} rows {block.first_row} to {block.first_row + block.rows - 1}")
     return error

@@ -80,6 +80,7 @@ def scan_shard(shard: ShardFile, unit: ScanUnit, spec: ScanSpec, block_rows: int
         ConfigError: a pattern for numbers matches something else, or the parser returns a value that cannot be stored.
     """
     parser = _ParserRunner(shard, unit, spec) if spec.parser else None
+    # With a parser, the format returns whole rows and no properties.
     format_spec = replace(
         spec,
         properties=() if parser else _row_properties(spec),
@@ -88,6 +89,7 @@ def scan_shard(shard: ShardFile, unit: ScanUnit, spec: ScanSpec, block_rows: int
     batches = load_format(shard.format).scan(shard.root / shard.path, unit, format_spec, block_rows)
     for batch in batches:
         parsed = parser.apply(batch) if parser else batch
+        # Whole rows are dropped as soon as they are parsed, because they are large.
         columns = {field.name: _column(field, parsed, shard) for field in spec.properties}
         yield replace(parsed, columns=columns, raw_rows=None)
     if parser:
@@ -116,6 +118,7 @@ def _column(field: PropertyField, batch: RowBatch, shard: ShardFile) -> Column:
     else:
         column = batch.columns[field.name]
 
+    # Only categories can have a pattern: numbers were read as text for it.
     if field.pattern is not None and isinstance(column, Categories):
         search = re.compile(field.pattern).search
         column = map_categories(column, lambda value: _first_group(search(value)))
@@ -175,6 +178,7 @@ class _ParserRunner:
         Raises:
             DataError: the parser has failed on many rows.
         """
+        # Rows that the format could not read have no value to parse.
         already_bad = {row for row, _ in batch.bad}
         rows = []
         failed = []
@@ -184,6 +188,7 @@ class _ParserRunner:
             if problem:
                 failed.append((number, problem))
 
+        # Positions in the batch become rows of the unit.
         if not self._skip_bad:
             self._bad += [(self._rows + number, problem) for number, problem in failed]
             failed = []
@@ -196,6 +201,7 @@ class _ParserRunner:
         """Return the parser's result for a row, and the problem (empty if there is none)."""
         try:
             return msgspec.convert(self._parse(raw), self._type.struct), ""
+        # A configuration error is no property of the row; anything else the user's code raises makes a bad row.
         except UserError:
             raise
         except Exception as error:

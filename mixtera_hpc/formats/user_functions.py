@@ -21,6 +21,7 @@ Function = Callable[[Any], Any]
 
 def source_digest(function: Function) -> str:
     """Return the hex digest of a function's source file; the same digest for all functions without one."""
+    # The digest covers the whole file: helper functions in it may change the result as well.
     try:
         source = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:  # A function written in C, or a callable object.
@@ -42,6 +43,7 @@ def import_function(path: str, key: str) -> Function:
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise ConfigError(f"{key} is {path!r}; expected package.module.function.")
+    # Importing runs the user's code, which may raise anything.
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

@@ -20,10 +20,11 @@ from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error, unrea
 
 __all__ = ["TableBatcher", "column_at", "first_key", "rows_of", "texts_of", "type_at", "without_views"]
 
+# Types without views; the large ones have 64-bit offsets, so that any column can be converted.
 _PLAIN_TYPES = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
 _TEXT_TYPES = (pa.string(), pa.binary(), *_PLAIN_TYPES, *_PLAIN_TYPES.values())
+# What Arrow raises on values that do not match their type.
 _VALUE_ERRORS = (pa.ArrowException, UnicodeDecodeError)
-"""What Arrow raises on values that do not match their type."""
 
 
 class TableBatcher:
@@ -53,6 +54,7 @@ class TableBatcher:
             blocks: the blocks that end with these rows.
         """
         texts, bad = self._texts(table)
+        # Collect no more bad rows than the error will name.
         if bad and not self._spec.skip_bad:
             self._bad += [(first_row + row, problem) for row, problem in bad[: MAX_BAD_ROWS - len(self._bad)]]
         if self._bad:
@@ -92,6 +94,7 @@ class TableBatcher:
         if not self._spec.documents:
             return None, bad
 
+        # One conversion for all rows; row by row only if a text in it is not valid UTF-8.
         try:
             texts = _to_texts(text)
         except _VALUE_ERRORS:
@@ -120,6 +123,7 @@ def _check_text_column(schema: Any, text: str, path: Path) -> None:
             f"{path} has no column {text!r}, which data.text names. Its columns are: {columns}.\n"
             "  Set data.text to one of them, or exclude the file with data.exclude."
         )
+    # A dictionary-encoded column counts as a column of its values. A column of nulls has bad rows only.
     value_type = text_type.value_type if pa.types.is_dictionary(text_type) else text_type
     if value_type not in _TEXT_TYPES and not pa.types.is_null(value_type):
         raise DataError(
@@ -130,6 +134,7 @@ def _check_text_column(schema: Any, text: str, path: Path) -> None:
 
 def _to_texts(text: Any) -> list[str]:
     """Convert a text column; null becomes None."""
+    # The cast also decodes dictionaries, and verifies that binary data is UTF-8.
     texts: list[str] = pc.cast(text, pa.large_string()).to_pylist()
     return texts
 
@@ -154,6 +159,7 @@ def first_key(names: list[str], path: str) -> str:
 
 def type_at(schema: Any, path: str) -> Any:
     """Return the Arrow type at a path; None if the schema has nothing there."""
+    # A column named `meta.language` hides the field `language` of a column `meta`.
     if path in schema.names:
         return schema.field(path).type
     first, *rest = path.split(".")
@@ -173,6 +179,7 @@ def column_at(table: Any, path: str) -> Any:
         return None
     if path in table.schema.names:
         return table.column(path)
+    # struct_field applies the null mask of every parent.
     first, *rest = path.split(".")
     return pc.struct_field(table.column(first), rest)
 
@@ -230,6 +237,7 @@ def _column(values: Any, field: PropertyField, path: Path) -> Column:
         return null_column(field.kind, len(values))
     if not _can_have_kind(values.type, field.kind):
         raise _wrong_kind_error(values.type, field, path)
+    # Large integers lose precision here: numbers are stored as float64.
     if field.kind is Kind.NUMBER:
         numbers: NDArray[np.float64] = pc.cast(values, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         return numbers
@@ -244,6 +252,7 @@ def _can_have_kind(arrow_type: Any, kind: Kind) -> bool:
     if kind is Kind.NUMBER:
         is_float = pa.types.is_floating(arrow_type) or pa.types.is_decimal(arrow_type)
         return bool(pa.types.is_integer(arrow_type) or is_float)
+    # Categories may be scalars or lists of scalars, but not structs or lists of lists.
     if kind is Kind.CATEGORIES and _is_list(arrow_type):
         arrow_type = arrow_type.value_type
     return not bool(pa.types.is_nested(arrow_type))
@@ -268,6 +277,7 @@ def _encode_values(values: Any) -> Categories:
         return encode_categories([None if value is None else tuple(value) for value in values.to_pylist()])
     if pa.types.is_boolean(values.type) or pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
         return encode_categories(values.to_pylist())
+    # Texts, and other types (dates, for example) as Arrow writes them.
     return _encode_texts(values)
 
 
@@ -280,6 +290,7 @@ def _encode_texts(values: Any) -> Categories:
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     values = values.dictionary_encode()
+    # Code len(texts) is null, which gets an entry of its own only if it occurs.
     texts: list[tuple[str, ...]] = [(text,) for text in values.dictionary.to_pylist()]
     code = pc.fill_null(values.indices.cast(pa.int32()), len(texts)).to_numpy(zero_copy_only=False)
     return Categories([*texts, ()] if values.null_count else texts, code)

@@ -42,6 +42,7 @@ class DictRowBatcher:
             if problem:
                 bad.append((number, problem))
 
+        # Positions in the batch become rows of the unit; formats that use this class have one unit per shard.
         if not self._spec.skip_bad:
             self._bad += [(self._rows + number, problem) for number, problem in bad]
         self._rows += len(rows)
@@ -59,6 +60,7 @@ class DictRowBatcher:
 
     def _convert(self, row: Any) -> tuple[Any, str]:
         """Return the row as an instance of the row type, and the problem (empty if there is none)."""
+        # A blank row keeps the positions of the rows after it.
         if isinstance(row, BadRow):
             return self._blank, row.problem
         try:

@@ -22,10 +22,10 @@ __all__ = ["JsonLineBatcher", "JsonLines", "line_ends"]
 
 Buffer = bytes | memoryview
 NEWLINE, OPEN_BRACE, CLOSE_BRACE = b"\n{}"
+# RFC 8259, section 2. Python strips more bytes than these, but a JSON decoder refuses them.
 JSON_WHITESPACE = b" \t\r\n"
-"""RFC 8259, section 2. Python strips more bytes than these, but a JSON decoder refuses them."""
+# `{"":0`. A line of at most this many bytes may be blank; longer ones are not examined.
 SHORTEST_ROW_BYTES = 5
-"""`{"":0`. A line of at most this many bytes may be blank; longer ones are not examined."""
 _DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -60,6 +60,7 @@ def line_ends(data: Buffer) -> NDArray[np.int64]:
 
 def _all_line_ends(data: Buffer) -> NDArray[np.int64]:
     """Return the end of every line; the last one may lack its newline."""
+    # Compare all bytes in one vector operation; `splitlines` would copy every line.
     ends = np.flatnonzero(np.frombuffer(data, np.uint8) == NEWLINE) + 1
     if len(data) and (not len(ends) or ends[-1] != len(data)):
         ends = np.append(ends, len(data))
@@ -88,12 +89,14 @@ class JsonLineBatcher:
 
         A bad row becomes a blank row if bad rows are skipped. Otherwise it is left out and remembered for `check`.
         """
+        # The fast path: one call for all lines. A parser needs the rows a second time, as dicts.
         ends = line_ends(data)
         try:
             rows = self._decoder.decode_lines(data)
             raw_rows = self._raw_decoder.decode_lines(data) if self._raw_decoder else None
         except _DECODE_ERRORS:
             return self._decode_line_by_line(data)
+        # A row may have spanned two lines, or two rows may have stood on one: then rows and lines do not match.
         if len(rows) != len(ends) or not _rows_are_lines(data, ends):
             return self._decode_line_by_line(data)
         self._rows += len(rows)
@@ -150,6 +153,7 @@ class JsonLineBatcher:
                     bad.append((len(rows), problem))
                 elif not self.should_stop:
                     self._bad.append((self._rows, problem))
+            # None: a bad row that is not skipped. Its line still counts in the numbers of rows.
             if row is not None:
                 rows.append(row)
                 ends.append(stop)
@@ -174,6 +178,7 @@ def _rows_are_lines(data: Buffer, ends: NDArray[np.int64]) -> bool:
         return True
     view = np.frombuffer(data, np.uint8)
     starts = np.concatenate([[0], ends[:-1]])
+    # End of every line without its newline.
     stops = ends - (view[ends - 1] == NEWLINE)
 
     # One vector comparison settles nearly all lines; the others may have whitespace around the braces.

@@ -19,16 +19,17 @@ from mixtera_hpc.formats.category_codes import encode_categories
 __all__ = ["RowType"]
 
 Scalar = bool | int | float | str
+# Every property may be null. A single scalar is a set of categories with one element.
 _TYPES: dict[Kind, Any] = {
     Kind.CATEGORY: Scalar | None,
     Kind.CATEGORIES: tuple[Scalar | None, ...] | Scalar | None,
     Kind.NUMBER: float | None,
 }
+# Type of the document. No property has it, so it also marks the path to the document in a `PathTree`.
 _TEXT = str
-"""Type of the document. No property has it, so it also marks the path to the document in a `PathTree`."""
 
+# Key → type of a value, or another tree.
 PathTree = dict[str, Any]
-"""Key → type of a value, or another tree."""
 
 
 class RowType:
@@ -46,10 +47,12 @@ class RowType:
             _add_path(tree, field.path, _TYPES[field.kind], f"data.properties.{field.name}")
         self.struct = _define_struct("Row", tree)
         self._spec = spec
+        # attrgetter follows a dotted path in C, which is faster than a Python loop per row.
         self._get_text = attrgetter(_attributes(spec.text)) if spec.text is not None else None
 
     def blank(self) -> Any:
         """Return a row with an empty document and without properties."""
+        # Wrap the empty text in its parents, from the inside out.
         row: Any = ""
         for key in reversed(self._spec.text.split(".") if self._spec.text is not None else []):
             row = {key: row}
@@ -109,12 +112,14 @@ def _add_path(tree: PathTree, path: str, value_type: Any, config_key: str) -> No
     if not all(parents) or not last:
         raise ConfigError(f"{config_key} is {path!r}; expected keys with dots between them, e.g. meta.language.")
 
+    # Go down to the last parent, creating trees on the way.
     for key in parents:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
             parent = path.rpartition(".")[0]
             raise ConfigError(f"{config_key} looks inside {parent!r}, which another path reads as a value.")
 
+    # Two properties may read the same path, if they agree about its kind.
     if tree.setdefault(last, value_type) != value_type:
         raise ConfigError(
             f"{config_key} reads {path!r} as another kind than a second path does. Use one kind for both."
@@ -130,7 +135,9 @@ def _define_struct(name: str, tree: PathTree) -> type[msgspec.Struct]:
             members.append((_attribute(key), member_type))
         else:
             members.append((_attribute(key), member_type | None, None))
+    # Struct attributes must be identifiers, keys of a row need not be: the decoder translates.
     rename = {_attribute(key): key for key in tree}
+    # Rows hold no reference cycles, so they need not be tracked by the garbage collector.
     return msgspec.defstruct(name, members, rename=rename, gc=False, kw_only=True)
 
 

@@ -43,6 +43,7 @@ class BlockCache:
         """
         with self._lock:
             entry = self._entries.get(key)
+            # The thread that creates the future decodes the block; every other thread waits for its result.
             future: Future[T] = entry[0] if entry is not None else Future()
             if entry is not None:
                 self._entries.move_to_end(key)
@@ -63,6 +64,7 @@ class BlockCache:
             future.set_exception(error)
             return
 
+        # The bytes are known only now, so this is where the bound is enforced.
         with self._lock:
             if key in self._entries:
                 self._entries[key] = (future, size)

@@ -22,6 +22,7 @@ __all__ = [
     "limit_block_bytes",
 ]
 
+# Compressed bytes per read.
 READ_BYTES = 256 << 10
 SEGMENT_BYTES = 2 << 20
 """Most decoded bytes that a decompressor returns at once."""
@@ -80,6 +81,7 @@ def decode_frames(file: BinaryIO, codec: Codec, path: Path) -> Iterator[DecodedS
     position = 0
     data = b""
     while data := _skip_padding(file, data, codec.padding):
+        # One frame: the decompressor says when it has reached its end, and keeps the bytes behind it.
         frame = codec.start()
         while True:
             try:
@@ -90,6 +92,7 @@ def decode_frames(file: BinaryIO, codec: Codec, path: Path) -> Iterator[DecodedS
                 break
             yield DecodedSegment(decoded, None)
 
+            # A decompressor that has more output for the bytes it got is called again without new ones.
             data = file.read(READ_BYTES) if frame.needs_input else b""
             if not data and frame.needs_input:
                 raise decompression_error(path, "it ends inside a compressed frame")
@@ -135,6 +138,7 @@ def limit_block_bytes(segments: Iterator[DecodedSegment], limit: int, path: Path
             )
         yield segment
 
+        # A block ends here: the next one starts with nothing in memory.
         if segment.frame_end is not None and ends_line:
             size = 0
             start = segment.frame_end
@@ -161,6 +165,7 @@ def join_whole_lines(segments: Iterator[DecodedSegment]) -> Iterator[tuple[bytes
         if not ends_frame and (size < SEGMENT_BYTES or not has_line):
             continue
 
+        # Hand on everything up to the last newline; the rest begins the next buffer.
         data = b"".join(pending)
         line_end = data.rfind(b"\n") + 1
         ends_both = ends_frame and line_end == len(data)

@@ -10,8 +10,10 @@ from mixtera_hpc.formats.codecs.frames import Codec, DecodedSegment, Decompresso
 
 __all__ = ["GZIP", "IsalError", "first_member_exceeds", "mark_line_blocks"]
 
+# Compressed bytes per read.
 READ_BYTES = 64 << 10
 
+# The library ships no type information.
 IsalError = cast("type[Exception]", igzip_lib.IsalError)
 
 
@@ -50,6 +52,7 @@ def mark_line_blocks(segments: Iterator[DecodedSegment], block_bytes: int) -> It
     for segment in segments:
         data = segment.data
         size += len(data)
+        # The block is full: cut it at the last line that ends in this segment, if one does.
         line_end = data.rfind(b"\n") + 1 if size >= block_bytes else 0
         if line_end:
             block_start += size - len(data) + line_end
@@ -58,5 +61,6 @@ def mark_line_blocks(segments: Iterator[DecodedSegment], block_bytes: int) -> It
             size = len(data)
         if data:
             yield DecodedSegment(data, None)
+    # The last block, which may be shorter.
     if size:
         yield DecodedSegment(b"", block_start + size)

@@ -48,6 +48,7 @@ def read_token_layout(shard: Path) -> TokenLayout:
     data = _map_file(path, shard)
     dtype, num_sequences, num_documents = _read_header(data, path)
 
+    # Views of the mapped file: only the bytes that are used below are read from disk.
     lengths = np.frombuffer(data, "<i4", num_sequences, HEADER.size)
     pointers = np.frombuffer(data, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
     table: NDArray[Any] = np.frombuffer(data, "<i8", num_documents, HEADER.size + 12 * num_sequences)
@@ -55,6 +56,7 @@ def read_token_layout(shard: Path) -> TokenLayout:
     if len(table) < 2:
         table = np.arange(num_sequences + 1)
 
+    # Bounds of the sequences, in bytes. The pointers repeat them, which shows damage.
     bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64) * dtype.itemsize])
     follow_each_other = bool(np.array_equal(pointers, bounds[:-1]) and (lengths >= 0).all())
     if not follow_each_other or not _is_partition(table, num_sequences):
@@ -77,6 +79,7 @@ def _map_file(path: Path, shard: Path) -> NDArray[np.uint8]:
 
 def _read_header(data: NDArray[np.uint8], path: Path) -> tuple[np.dtype[Any], int, int]:
     """Return the type of the ids, the number of sequences and the length of the document table."""
+    # Pad a shorter file with zeros, so that its magic can be shown in the message.
     header = bytes(data[: HEADER.size]).ljust(HEADER.size, b"\0")
     magic, version, code, num_sequences, num_documents = HEADER.unpack(header)
     if magic != MAGIC or version != VERSION or code not in DTYPES:
@@ -86,6 +89,7 @@ def _read_header(data: NDArray[np.uint8], path: Path) -> tuple[np.dtype[Any], in
             "  Write the file again with integer ids, or exclude its .bin file with data.exclude."
         )
 
+    # int32 length and int64 pointer of every sequence, int64 entry for every document.
     size = HEADER.size + 12 * num_sequences + 8 * num_documents
     size_with_modes = size + num_sequences
     if len(data) not in (size, size_with_modes):

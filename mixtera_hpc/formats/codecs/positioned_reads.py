@@ -11,12 +11,13 @@ from mixtera_hpc.formats.base import BlockRef
 
 __all__ = ["merge_nearby", "read_fully", "row_byte_ranges"]
 
+# Two rows with at most this many bytes between them are read in one call, together with the bytes between them.
 MAX_GAP_BYTES = 32 << 10
-"""Two rows with at most this many bytes between them are read in one call, together with the bytes between them."""
 
 
 def read_fully(fd: int, size: int, offset: int) -> bytes:
     """Read `size` bytes at `offset`; fewer only at the end of the file. Network file systems may return short reads."""
+    # Nearly always one call: the loop runs for short reads only.
     data = os.pread(fd, size, offset)
     while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
         data += more
@@ -41,6 +42,7 @@ def row_byte_ranges(
         lengths: bytes of every row of the block, shape (block.rows,).
         rows: positions inside the block.
     """
+    # The rows of a block lie one after the other from its first byte.
     stops = block.offset + np.cumsum(lengths)
     starts = stops - lengths
     return starts[rows], lengths[rows]

@@ -33,23 +33,23 @@ __all__ = ["SPACING_BYTES", "SeekPoints", "find_points", "seek_folder_of", "writ
 
 SPACING_BYTES = 4 << 20
 """Decoded bytes from one point to the next."""
+# How far back a deflate block may refer (RFC 1951, section 2).
 WINDOW_BYTES = 32 << 10
-"""How far back a deflate block may refer (RFC 1951, section 2)."""
+# Bytes at each end of a shard that enter its file name.
 IDENTITY_BYTES = 64
-"""Bytes at each end of a shard that enter its file name."""
 
 # File: header, one _POINT per seek point, then the windows, each compressed with Zstandard.
 _MAGIC = b"mixseek1"
+# Magic, number of points, checksum of the table.
 _HEADER = struct.Struct("<8sII")
-"""Magic, number of points, checksum of the table."""
+# Decoded position; compressed position in bits; position of the compressed window in this file, its size (0: none).
 _POINT = np.dtype([("decoded", "<u8"), ("bit", "<u8"), ("window", "<u8"), ("window_bytes", "<u4")])
-"""Decoded position; compressed position in bits; position of the compressed window in this file, its size (0: none)."""
 
 # What `IndexedGzipFile.export_index` writes (indexed_gzip, zran.c): header, one record per point, then the raw windows.
+# Magic, version, flags, compressed and decoded size, spacing, window size, number of points.
 _EXPORT_HEADER = struct.Struct("<5sBBQQIII")
-"""Magic, version, reserved, compressed and decoded size, spacing, window size, number of points."""
+# A point lies `bits` bits before `byte`.
 _EXPORT_POINT = np.dtype([("byte", "<u8"), ("decoded", "<u8"), ("bits", "u1"), ("has_window", "u1")])
-"""A point lies `bits` bits before `byte`."""
 
 
 def seek_folder_of(index: str | Path) -> Path:
@@ -79,6 +79,7 @@ def write_points(shard: Path, folder: Path, spacing_bytes: int = SPACING_BYTES) 
 
 def _write(path: Path, table: NDArray[Any], windows: bytes) -> None:
     """Write a file under a temporary name and publish it with a rename."""
+    # Two builds may write the same points at the same time: each has its own file, and the last rename wins.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with temporary.open("wb") as file:
         file.write(_HEADER.pack(_MAGIC, len(table), _checksum(table)) + table.tobytes() + windows)
@@ -96,6 +97,7 @@ def find_points(shard: Path, folders: Sequence[Path]) -> "SeekPoints | None":
         name = _file_name(shard)
     except OSError:
         return None
+    # A damaged or missing file is not an error: another folder may have the points.
     for folder in folders:
         try:
             return SeekPoints(folder / name)
@@ -130,6 +132,7 @@ def _build_points(shard: Path, spacing_bytes: int) -> tuple[NDArray[Any], bytes]
     table["decoded"] = exported["decoded"]
     table["bit"] = exported["byte"] * 8 - exported["bits"]
 
+    # Compress the windows one by one, so that each can be read alone.
     # A point at the start of a member refers to nothing and has no window.
     windows = []
     compress = zstandard.ZstdCompressor(level=9, write_checksum=True).compress
@@ -149,6 +152,7 @@ def _export_index(shard: Path, spacing_bytes: int) -> memoryview:
     # Needed only while an index with long gzip members is built.
     import indexed_gzip
 
+    # `spacing` and `window_size` are in decoded bytes.
     exported = io.BytesIO()
     with indexed_gzip.IndexedGzipFile(str(shard), spacing=spacing_bytes, window_size=WINDOW_BYTES) as file:
         file.build_full_index()
@@ -170,6 +174,7 @@ class SeekPoints:
             header = file.read(_HEADER.size)
             magic, count, checksum = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
             self._table = np.frombuffer(file.read(count * _POINT.itemsize), _POINT)
+        # Only the table is verified here; every window has a checksum of its own, from Zstandard.
         if magic != _MAGIC or not count or len(self._table) != count or _checksum(self._table) != checksum:
             raise ValueError("no seek points")
         self._path = path
@@ -183,6 +188,7 @@ class SeekPoints:
             DataError: the shard is damaged.
         """
         stop = offset + size
+        # From the last point at or before the first byte, to the first point at or after the end.
         first = int(np.searchsorted(self._table["decoded"], offset, side="right")) - 1
         last = int(np.searchsorted(self._table["decoded"], stop, side="left"))
         try:
@@ -195,6 +201,7 @@ class SeekPoints:
     def _decode_from(self, fd: int, number: int, stop: int) -> Iterator[bytes]:
         """Decode from one point to the next, or to decoded position `stop` if that comes first."""
         start_byte, start_bit = divmod(self._bit[number], 8)
+        # The compressed bytes up to the next point are enough, its own first byte included: it may share that byte.
         if number + 1 == len(self._decoded):
             decoded_stop = stop
             stop_byte = os.fstat(fd).st_size
@@ -203,6 +210,7 @@ class SeekPoints:
             stop_byte = self._bit[number + 1] // 8 + 1
 
         compressed = align_to_bit(read_fully(fd, stop_byte - start_byte, start_byte), start_bit)
+        # A raw deflate stream that may refer to the window, as if it had just been decoded.
         window = self._read_window(number)
         decoder = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE, hist_bits=15, zdict=window)
         missing = decoded_stop - self._decoded[number]

@@ -16,12 +16,12 @@ __all__ = ["ReadBytes", "TarError", "TarMember", "buffered_reads", "iter_members
 ReadBytes = Callable[[int, int], bytes]
 """(offset, size) → bytes; fewer at the end of the archive."""
 
+# Headers and contents begin at multiples of this many bytes.
 SECTOR = 512
-"""Headers and contents begin at multiples of this many bytes."""
+# Bytes per read while members are small: one read serves many headers.
 READ_AHEAD_BYTES = 256 << 10
-"""Bytes per read while members are small: one read serves many headers."""
+# Bytes per read after a large member, whose content is skipped.
 HEADER_READ_BYTES = 4 << 10
-"""Bytes per read after a large member, whose content is skipped."""
 
 _ZERO_SECTOR = bytes(SECTOR)
 
@@ -30,8 +30,8 @@ _REGULAR_FILES = (b"0", b"\0", b"7")
 _GNU_LONG_NAME = b"L"
 _PAX_HEADER = b"x"
 _PAX_GLOBAL_HEADER = b"g"
+# Links, devices, folders and pipes. Their size field does not count.
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")
-"""Links, devices, folders and pipes. Their size field does not count."""
 
 
 class TarError(DataError):
@@ -48,6 +48,17 @@ class TarMember:
     size: int
     end: int
     """First byte of the next member's header."""
+
+
+@dataclass(frozen=True, slots=True)
+class _MemberOverride:
+    """What GNU and pax headers say about the member that follows them; None leaves the member's own header in force."""
+
+    name: str | None = None
+    size: int | None = None
+
+
+_NO_OVERRIDE = _MemberOverride()
 
 
 def buffered_reads(fd: int) -> ReadBytes:
@@ -69,26 +80,20 @@ def buffered_reads(fd: int) -> ReadBytes:
 
 
 def iter_members(read: ReadBytes, start: int, stop: int, *, to_end: bool) -> Iterator[TarMember]:
-    """Yield the regular files between two bytes of an archive; skip folders, links and devices.
+    """Yield the regular files between bytes `start` and `stop` of an archive; skip folders, links and devices.
 
-    Archives that were joined with `cat` have end marks in the middle, which are skipped as well.
-
-    Args:
-        read: reads bytes of the archive.
-        start: position of the first header.
-        stop: position after the last member.
-        to_end: require the archive's end mark before `stop`.
+    End marks (zeros) in the middle, as `cat` leaves them between archives, are skipped. With `to_end`, the archive's
+    end mark must come before `stop`.
 
     Raises:
         TarError: a header is invalid, or the archive ends inside a member or without its end mark.
     """
     position = start
     has_ended = False
-    # A pax or GNU header changes the name and the size of the member that follows it.
-    long_name: str | None = None
-    long_size: int | None = None
+    override = _NO_OVERRIDE
     while position < stop:
         header = read(position, SECTOR)
+        # An end mark, or a part of one at the end of a truncated file.
         if header == _ZERO_SECTOR[: len(header)]:
             has_ended = has_ended or header == _ZERO_SECTOR
             position += SECTOR
@@ -96,25 +101,20 @@ def iter_members(read: ReadBytes, start: int, stop: int, *, to_end: bool) -> Ite
         has_ended = False
 
         name, size, kind = _parse_header(header, position)
-        if long_size is not None and kind in _REGULAR_FILES:
-            size = long_size
+        if override.size is not None and kind in _REGULAR_FILES:
+            size = override.size
         data = position + SECTOR
-        end = data + -(-size // SECTOR) * SECTOR
+        end = data + -(-size // SECTOR) * SECTOR  # The content is padded to whole sectors.
         if end > stop:
-            raise TarError(f"it ends inside member {long_name or name!r}, which begins at byte {position}")
+            raise TarError(f"it ends inside member {override.name or name!r}, which begins at byte {position}")
 
-        if kind == _GNU_LONG_NAME:
-            long_name = _text(read(data, size))
-        elif kind == _PAX_HEADER:
-            records = _parse_pax(read(data, size), position)
-            long_name = records.get("path", long_name)
-            if "size" in records:
-                long_size = _parse_decimal(records["size"], position)
+        if kind in (_GNU_LONG_NAME, _PAX_HEADER):
+            override = _parse_override(kind, read(data, size), position, override)
         elif kind != _PAX_GLOBAL_HEADER:
+            # An override counts for one member, whatever its type.
             if kind in _REGULAR_FILES:
-                yield TarMember(long_name or name, data, size, end)
-            long_name = None
-            long_size = None
+                yield TarMember(override.name or name, data, size, end)
+            override = _NO_OVERRIDE
         position = end
 
     if to_end and not has_ended:
@@ -139,6 +139,7 @@ def _parse_header(header: bytes, position: int) -> tuple[str, int, bytes]:
     except ValueError:
         raise TarError(f"there is no valid header at byte {position}") from None
 
+    # The prefix field has the leading folders of names of more than 100 bytes. GNU's own magic (`ustar  `) has other fields there.
     name = header[:100]
     if header[257:263] == b"ustar\0" and header[345] != 0:
         name = header[345:500].rstrip(b"\0") + b"/" + name.rstrip(b"\0")
@@ -149,11 +150,13 @@ def _parse_number(field: bytes) -> int:
     """Parse octal digits, or a big-endian integer if the highest bit is set (GNU "base-256")."""
     if field[0] & 0x80:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    # Digits end with a NUL or a space, and some writers pad them with spaces.
     digits = field.split(b"\0", 1)[0].strip()
     return int(digits, 8) if digits else 0
 
 
 def _parse_decimal(text: str, position: int) -> int:
+    # `int` alone would accept signs, underscores and digits of other scripts.
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise TarError(f"the extended header at byte {position} is damaged: size={text[:20]!r}")
     return int(text)
@@ -164,13 +167,24 @@ def _text(data: bytes) -> str:
     return data.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 
+def _parse_override(kind: bytes, data: bytes, position: int, override: _MemberOverride) -> _MemberOverride:
+    """Return `override` with the name and the size that an extended header has; one header may follow another."""
+    if kind == _GNU_LONG_NAME:
+        return _MemberOverride(_text(data), override.size)
+    records = _parse_pax(data, position)
+    name = records.get("path", override.name)
+    size = _parse_decimal(records["size"], position) if "size" in records else override.size
+    return _MemberOverride(name, size)
+
+
 def _parse_pax(data: bytes, position: int) -> dict[str, str]:
-    """Parse the records `LENGTH KEY=VALUE\\n` of a pax header; the length counts the whole record."""
+    """Parse the records of a pax header: length in decimal, space, KEY=VALUE, newline. The length counts it all."""
     records = {}
     while data:
         length, _, _ = data.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(data):
             raise TarError(f"the extended header at byte {position} is damaged")
+        # Skip the length and its space; leave out the newline at the end.
         key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
         data = data[int(length) :].lstrip(b"\0")

@@ -19,15 +19,17 @@ from mixtera_hpc.formats.shard_errors import decompression_error
 
 __all__ = ["XzBlock", "decode_blocks", "list_blocks"]
 
+# Memory limit of a decoder, which holds the dictionary of a block (`xz -9` uses 64 MiB).
 MAX_DICTIONARY_BYTES = 1 << 30
+# Compressed bytes per read.
 READ_BYTES = 256 << 10
 
 _HEADER_MAGIC = b"\xfd7zXZ\0"
 _FOOTER_MAGIC = b"YZ"
+# Stream header (section 2.1.1): magic (6), flags (2), CRC32 of the flags (4).
 _HEADER_BYTES = 12
-"""Stream header (section 2.1.1): magic (6), flags (2), CRC32 of the flags (4)."""
+# Stream footer (section 2.1.2): CRC32 (4) of the next two fields, backward size (4), flags (2), magic (2).
 _FOOTER_BYTES = 12
-"""Stream footer (section 2.1.2): CRC32 (4) of the next two fields, backward size (4), flags (2), magic (2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,7 @@ def list_blocks(fd: int, path: Path) -> list[XzBlock]:
     per_stream: list[list[XzBlock]] = []
     while stop := _without_padding(fd, stop):
         try:
+            # The stream before this one ends where this one begins.
             stop, blocks = _read_stream(fd, stop)
         except (ValueError, IndexError):
             raise _cut_off_error(path, stop) from None
@@ -123,6 +126,7 @@ def _read_index(fd: int, start: int, size: int) -> list[tuple[int, int]]:
     if len(index) < 8 or index[0] != 0 or zlib.crc32(index[:-4]) != int.from_bytes(index[-4:], "little"):
         raise ValueError
 
+    # Skip the indicator byte; the checksum has shown that the records are complete.
     count, position = _read_varint(index, 1)
     records = []
     for _ in range(count):
@@ -143,6 +147,7 @@ def _read_varint(data: bytes, position: int) -> tuple[int, int]:
     shift = 0
     while True:
         byte = data[position]
+        # The highest bit says that another byte follows.
         value |= (byte & 0x7F) << shift
         shift += 7
         position += 1
@@ -171,6 +176,7 @@ def decode_blocks(fd: int, blocks: list[XzBlock], path: Path) -> Iterator[Decode
         try:
             for data in _as_stream(fd, block):
                 yield DecodedSegment(decoder.decompress(data, SEGMENT_BYTES), None)
+                # The decoder may have more output than one segment for the bytes it got.
                 while not decoder.eof and not decoder.needs_input:
                     yield DecodedSegment(decoder.decompress(b"", SEGMENT_BYTES), None)
         except (lzma.LZMAError, EOFError) as error:
@@ -182,6 +188,7 @@ def decode_blocks(fd: int, blocks: list[XzBlock], path: Path) -> Iterator[Decode
 
 def _as_stream(fd: int, block: XzBlock) -> Iterator[bytes]:
     """Yield the bytes of a whole stream that contains only this block."""
+    # Stream header; the flags select the checksum that the block itself carries.
     yield _HEADER_MAGIC + block.flags + zlib.crc32(block.flags).to_bytes(4, "little")
 
     for position in range(block.begin, block.end, READ_BYTES):
@@ -193,6 +200,7 @@ def _as_stream(fd: int, block: XzBlock) -> Iterator[bytes]:
     index += zlib.crc32(index).to_bytes(4, "little")
     yield index
 
+    # Stream footer, which gives the size of the index in units of four bytes, less one.
     backward_size = (len(index) // 4 - 1).to_bytes(4, "little")
     footer = backward_size + block.flags
     yield zlib.crc32(footer).to_bytes(4, "little") + footer + _FOOTER_MAGIC

@@ -6,11 +6,11 @@ from mixtera_hpc.formats.codecs.frames import Codec
 
 __all__ = ["ZSTD"]
 
+# The window of `zstd --long=31`, the largest one that the zstd program writes.
 MAX_WINDOW_BYTES = 1 << 31
-"""The window of `zstd --long=31`, the largest one that the zstd program writes."""
+# Compressed bytes per call. The library cannot limit what one call decodes; from this much input it is 256 MiB at the
+# format's highest ratio, and usually some 30 kB.
 FEED_BYTES = 8 << 10
-"""Compressed bytes per call. The library cannot limit what one call decodes; from this much input it is 256 MiB at the
-format's highest ratio, and usually some 30 kB."""
 
 
 class _ZstdFrame:
@@ -34,10 +34,12 @@ class _ZstdFrame:
 
     def decompress(self, data: bytes, max_length: int, /) -> bytes:
         """Decode until `max_length` bytes are reached; one feed may exceed it."""
+        # New input comes behind what is left of the last one; nothing is copied if nothing is left.
         if data:
             self._pending = memoryview(bytes(self._pending) + data) if self._pending else memoryview(data)
         decoded = []
         size = 0
+        # Stop at the end of the frame: the bytes behind it are `unused_data`.
         while self._pending and size < max_length and not self._frame.eof:
             decoded.append(self._frame.decompress(self._pending[:FEED_BYTES]))
             self._pending = self._pending[FEED_BYTES:]

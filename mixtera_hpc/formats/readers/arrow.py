@@ -60,6 +60,7 @@ class ArrowFormat:
                 stop = (number + 1) * size // batches.count
                 if start >= unit.stop:
                     break
+                # Batches of earlier units are counted, not read: only their number of rows is needed.
                 if start >= unit.start:
                     table = batches.read(number)
                     block = (number, max(stop - start, 1), table.num_rows)
@@ -85,6 +86,7 @@ def _split_table(batcher: TableBatcher, table: Any, first_row: int, block: tuple
 
 def _needed_paths(spec: ScanSpec) -> set[str] | None:
     """Return the dotted paths that a scan looks at; None for all."""
+    # A parser may look at any column.
     if spec.whole_rows:
         return None
     paths = {field.path for field in spec.properties}
@@ -102,8 +104,8 @@ class ArrowReader:
         self._cache = cache
         self._lock = threading.Lock()
         self._text_batches = open_record_batches(path, {text} if text is not None else None)
+        # All columns, opened by the first call of `payloads`.
         self._whole_batches: RecordBatches | None = None
-        """All columns, opened by the first call of `payloads`."""
 
     def documents(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[str]:
         """Return the texts of the named rows; see `ShardReader`."""
@@ -115,6 +117,7 @@ class ArrowReader:
 
     def payloads(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
+        # Most runs need texts only, so the second mapping is made on demand.
         with self._lock:
             if self._whole_batches is None:
                 self._whole_batches = open_record_batches(self._path, None)
@@ -135,6 +138,7 @@ class ArrowReader:
         if block.offset >= batches.count:
             raise shard_changed_error(self._path, block, f"it has only {batches.count} record batches")
         table = batches.read(block.offset)
+        # Another number of rows would return rows of other samples without an error.
         if table.num_rows != block.rows:
             raise shard_changed_error(self._path, block, f"record batch {block.offset} has {table.num_rows} rows")
         table = without_views(table)

@@ -18,8 +18,10 @@ from mixtera_hpc.formats.shard_errors import unreadable_error
 
 __all__ = ["RecordBatches", "open_record_batches"]
 
+# The first bytes of the layouts. A stream has no magic.
 _FILE_MAGIC = b"ARROW1"
 _FEATHER_1_MAGIC = b"FEA1"
+# Text type → numpy type of its offsets.
 _OFFSET_TYPES = {pa.string(): "<i4", pa.binary(): "<i4", pa.large_string(): "<i8", pa.large_binary(): "<i8"}
 
 
@@ -55,6 +57,7 @@ class RecordBatches:
         self._source = source
         self._paths = paths
         self._max_bytes = max_bytes
+        # pyarrow does not promise that several threads can use one reader.
         self._lock = threading.Lock()
 
         magic = source.read(len(_FILE_MAGIC))
@@ -82,6 +85,7 @@ class RecordBatches:
             return reader
         needed = {first_key(reader.schema.names, path) for path in self._paths}
         columns = [number for number, name in enumerate(reader.schema.names) if name in needed]
+        # An empty list would select all columns.
         options = pa.ipc.IpcReadOptions(included_fields=columns or [0])
         return pa.ipc.open_file(self._source, options=options)
 
@@ -108,6 +112,7 @@ class RecordBatches:
             if self._paths is not None:
                 needed = {first_key(batch.schema.names, path) for path in self._paths}
                 batch = batch.select([name for name in batch.schema.names if name in needed])
+            # Checks the lengths of buffers and children, but not their values.
             batch.validate()
             for column in batch.columns:
                 _check_column(column)

@@ -62,6 +62,7 @@ class CompressedJsonlFormat:
                     ranges.append((block_start, frame_end - block_start, rows))
                     block_start = frame_end
                     rows = 0
+                # After a bad row, only look for more of them.
                 if batcher.should_stop:
                     break
                 if not batcher.failed:
@@ -107,12 +108,14 @@ class CompressedJsonlReader:
 
     def close(self) -> None:
         """Release the file descriptor."""
+        # Take the descriptor first: a second call must not close one that was opened in between.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def _decode_rows(self, decoder: "msgspec.json.Decoder[Any]", block: BlockRef, rows: NDArray[np.int64]) -> list[Any]:
         lines = self._cache.get((str(self._path), block.offset), lambda: self._load(block))
+        # Row i lies between the ends of rows i - 1 and i.
         stops = lines.ends[rows].tolist()
         starts = np.concatenate([[0], lines.ends])[rows].tolist()
         try:
@@ -124,6 +127,7 @@ class CompressedJsonlReader:
         """Decode a block for the cache."""
         data = self._read_block(block)
         ends = line_ends(data)
+        # Another number of rows would return rows of other samples without an error.
         if len(ends) != block.rows:
             raise shard_changed_error(self._path, block, f"{block.rows} rows were expected, but it has {len(ends)}")
         return _DecodedLines(memoryview(data), ends), len(data) + ends.nbytes

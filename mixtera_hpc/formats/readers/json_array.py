@@ -22,8 +22,8 @@ from mixtera_hpc.formats.readers.jsonl import JsonRowReader
 __all__ = ["JsonArrayFormat"]
 
 BATCH_ROWS = 4096
+# Bytes between two rows; they belong to the byte range of the row before them.
 BETWEEN_ROWS = b", \t\r\n"
-"""Bytes between two rows; they belong to the byte range of the row before them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,7 @@ class JsonArrayFormat:
                 f"{spec.max_block_bytes}.\n"
                 "  Raise it, or write one row per line: jq -c '.[]' FILE > FILE.jsonl"
             )
+        # Find the rows first, without decoding them; then decode a batch at a time.
         data = path.read_bytes()
         rows = _split_array(data, path)
         starts = _row_starts(data, rows)
@@ -99,6 +100,7 @@ def _blocks_ending_in(first: int, stop: int, starts: NDArray[np.int64], block_ro
     num_rows = len(starts) - 1
     block_stops = [*range(block_rows, num_rows, block_rows), num_rows]
     ranges = []
+    # A block may be longer than a batch, or end in the middle of one.
     for block_stop in block_stops:
         if first < block_stop <= stop:
             block_start = (block_stop - 1) // block_rows * block_rows

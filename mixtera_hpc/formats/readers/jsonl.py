@@ -33,8 +33,8 @@ from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
 __all__ = ["JsonRowReader", "JsonlFormat"]
 
 UNIT_BYTES = 64 << 20
+# Bytes read and decoded at once; few enough to stay in the cache of a core in between.
 SEGMENT_BYTES = 1 << 20
-"""Bytes read and decoded at once; few enough to stay in the cache of a core in between."""
 
 Decode = Callable[[bytes | memoryview], Any]
 _DICT_DECODER: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
@@ -68,8 +68,10 @@ class JsonlFormat:
                     yield batcher.batch(lines, ranges, lengths)
                 elif batcher.should_stop:
                     break
+        # Only an error message needs the number of rows before the unit, which costs a read of all of them.
         batcher.check(_rows_before(path, begin) if batcher.failed else 0)
 
+        # This batch has no rows: it only reports the last block, whose rows came with the batches before.
         last_block = blocks.unfinished()
         if last_block:
             yield batcher.batch(JsonLines.none(), BlockRanges.of([last_block]), np.zeros(0, np.int64))
@@ -84,12 +86,12 @@ class _LineBlocks:
 
     def __init__(self, begin: int, block_rows: int) -> None:
         self._block_rows = block_rows
+        # First byte of the unfinished block.
         self._start = begin
-        """First byte of the unfinished block."""
+        # End of the last row.
         self._end = begin
-        """End of the last row."""
+        # Rows of the unfinished block.
         self._rows = 0
-        """Rows of the unfinished block."""
 
     def add(self, ends: NDArray[np.int64]) -> tuple[BlockRanges, NDArray[np.int64]]:
         """Add the next rows, given the end of each. Return the blocks that are now full, and the bytes of every row."""
@@ -122,6 +124,7 @@ def _first_line(fd: int, unit: ScanUnit) -> int:
     # If the byte before the unit is a newline, a line begins at the unit's first byte.
     position = unit.start - 1
     while position < unit.stop and (data := os.pread(fd, SEGMENT_BYTES, position)):
+        # Otherwise it begins after the first newline, possibly outside the unit.
         newline = data.find(b"\n")
         if newline >= 0:
             return min(position + newline + 1, unit.stop)
@@ -175,6 +178,7 @@ def _read_lines(
             yield begin, memoryview(buffer)[:cut]
             begin += cut
         else:
+            # A line that is longer than the buffer.
             limit.check(begin, size)
             buffer = bytearray(2 * len(buffer))
 
@@ -204,8 +208,8 @@ class JsonRowReader:
 
     def __init__(self, path: Path, text: str | None, after_row: bytes = b"") -> None:
         self._path = path
+        # Bytes to strip from the end of a row's byte range.
         self._after_row = after_row
-        """Bytes to strip from the end of a row's byte range."""
         self._type = RowType(ScanSpec(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
         self._fd = open_shard(path)
@@ -230,6 +234,7 @@ class JsonRowReader:
 
     def close(self) -> None:
         """Release the file descriptor."""
+        # Take the descriptor first: a second call must not close one that was opened in between.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -259,6 +264,7 @@ def _decode_rows(fd: int, decode: Decode, starts: NDArray[np.int64], stops: NDAr
     for first, last in merge_nearby(starts, stops):
         begin = row_starts[first]
         data = read_fully(fd, row_stops[last - 1] - begin, begin)
+        # Most reads are of a single row, which needs no view.
         if last == first + 1:
             yield [decode(data)]
             continue

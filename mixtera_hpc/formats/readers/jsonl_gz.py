@@ -19,11 +19,11 @@ from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlFormat, 
 
 __all__ = ["JsonlGzFormat"]
 
+# A first member that decodes to more than this makes a file one of long members.
 LONG_MEMBER_BYTES = 8 << 20
-"""A first member that decodes to more than this makes a file one of long members."""
 BLOCK_BYTES = 4 << 20
+# Least distance of seek points, each of which stores a window of 32 KiB.
 MIN_SPACING_BYTES = 1 << 17
-"""Least distance of seek points, each of which stores a window of 32 KiB."""
 
 
 class JsonlGzFormat(CompressedJsonlFormat):
@@ -37,11 +37,13 @@ class JsonlGzFormat(CompressedJsonlFormat):
     def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         """Read the rows of the file, then find the seek points of long members if the spec has a folder for them."""
         yield from super().scan(path, unit, spec, block_rows)
+        # The scan has shown that the file is undamaged.
         if spec.seek_folder is not None and self._has_long_members(path):
             write_points(path, Path(spec.seek_folder), max(self._block_bytes, MIN_SPACING_BYTES))
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         """Open a shard for random access by block."""
+        # Points exist for long members only, so finding them answers the question without decoding.
         points = find_points(path, cache.seek_folders)
         if points is None and not self._has_long_members(path):
             return CompressedJsonlReader(path, text, cache, GZIP)
@@ -77,6 +79,7 @@ class LongMemberReader(CompressedJsonlReader):
         parts = []
         with self._path.open("rb") as file:
             for segment in decode_frames(file, GZIP, self._path):
+                # The block's range relative to this segment; it may begin before it or end after it.
                 start = block.offset - position
                 stop = start + block.length
                 parts.append(segment.data[max(start, 0) : max(stop, 0)])

@@ -152,6 +152,7 @@ class _TokenScan:
 
     def _blocks_ending_in(self, first: int, stop: int) -> BlockRanges:
         """Return the blocks whose last document is one of [first, stop)."""
+        # A block begins every `block_rows` documents from the start of the unit.
         starts = self._documents.starts
         ranges = []
         for block_first in range(self._first, self._stop, self._block_rows):
@@ -178,6 +179,7 @@ class _TokenScan:
         vocabulary = self._spec.vocabulary
         bounds = self._token_starts[first : stop + 1]
         ids = self._documents.ids[bounds[0] : bounds[-1]]
+        # Nearly always all ids are in the vocabulary; two reductions over the mapped ids show it.
         if vocabulary is None or not len(ids) or (int(ids.max()) < vocabulary.size and int(ids.min()) >= 0):
             return ()
 
@@ -229,10 +231,12 @@ def _read_sidecar(
     Raises:
         DataError: a line cannot be read, or the sidecar has not exactly one line per document.
     """
+    # Every line is needed to keep the numbers of documents right, so bad lines cannot be skipped.
     line_spec = replace(spec, text=None, documents=False, skip_bad=False)
     whole_file = ScanUnit(0, sidecar.stat().st_size)
     position = 0  # Documents before the current batch of lines.
     for batch in JsonlFormat().scan(sidecar, whole_file, line_spec, BATCH_ROWS):
+        # The part of these lines that belongs to the unit.
         segment_first = max(position, first)
         segment_stop = min(position + batch.rows, stop)
         if segment_first < segment_stop:
@@ -268,6 +272,7 @@ class MegatronReader:
 
     def tokens(self, block: BlockRef, rows: NDArray[np.int64]) -> list[NDArray[Any]]:
         """Return the ids of the named documents; see `TokenReader`."""
+        # Documents are found by number: their place shows whether they are still the indexed ones.
         last = block.first_row + block.rows
         if last > self._documents.count or self._documents.starts[block.first_row] != block.offset:
             raise shard_changed_error(self._path, block, "its documents lie elsewhere")

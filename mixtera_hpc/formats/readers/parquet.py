@@ -99,6 +99,7 @@ class _RowGroupScan:
         """
         metadata = self._file.metadata.row_group(group)
         self._check_size(group, metadata.total_byte_size)
+        # The footer has all sizes and numbers of rows; no page is read for them.
         size = sum(metadata.column(i).total_compressed_size for i in range(metadata.num_columns))
         first_row = sum(self._file.metadata.row_group(i).num_rows for i in range(group))
         rows_before = 0
@@ -144,6 +145,7 @@ class _RowGroupScan:
         """Return the names of the columns to read; None for all."""
         if self._spec.whole_rows:
             return None
+        # The text column is large: read it for the texts, or to find nulls if the statistics do not rule them out.
         paths = set(self._batcher.properties)
         text = self._spec.text
         if text is not None and (self._spec.documents or not _is_never_null(metadata, text)):
@@ -198,6 +200,7 @@ class ParquetReader:
                 table = self._file.read_row_group(block.offset, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise shard_changed_error(self._path, block, f"{error}") from None
+        # Another number of rows would return rows of other samples without an error.
         if table.num_rows != block.rows or (column is not None and type_at(table.schema, column) is None):
             raise shard_changed_error(self._path, block, f"row group {block.offset} has other rows or columns")
         return without_views(table.combine_chunks()), table.nbytes

@@ -55,6 +55,7 @@ class PlainTextFormat:
 
 def _as_row(data: bytes, text: str | None) -> dict[str, Any] | BadRow:
     """Build a row with the document at the path `data.text`, as the rows of other formats have it."""
+    # Valid UTF-8 can contain NUL, but text files do not; binary files nearly always do.
     nul = data.find(b"\0")
     if nul >= 0:
         return BadRow(f"a NUL character at byte {nul}: the file is not text")
@@ -62,6 +63,7 @@ def _as_row(data: bytes, text: str | None) -> dict[str, Any] | BadRow:
         value: Any = data.decode()
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8: {error.reason} at byte {error.start}")
+    # Wrap the text in its parents, from the inside out.
     for key in reversed((text or "text").split(".")):
         value = {key: value}
     row: dict[str, Any] = value
@@ -85,6 +87,7 @@ class PlainTextReader:
 
     def close(self) -> None:
         """Release the file descriptor."""
+        # Take the descriptor first: a second call must not close one that was opened in between.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

@@ -62,6 +62,7 @@ def group_samples(members: Iterator[TarMember], start: int, path: Path) -> Itera
         elif sample.key != key:
             yield sample
             sample = TarSample(key, sample.end, member.end)
+        # The second one would silently replace the first.
         if ending in sample.members:
             sample.problem = f"sample {key!r} has two members with ending {ending!r}"
         sample.members[ending] = member
@@ -72,6 +73,7 @@ def group_samples(members: Iterator[TarMember], start: int, path: Path) -> Itera
 
 def _split_name(name: str, path: Path) -> tuple[str, str]:
     """Return the key and the ending in lower case; both empty if the name has no ending or is hidden."""
+    # A name is only a key here, but such an archive is an attack or a mistake.
     if name.startswith("/") or ".." in name.split("/"):
         raise DataError(
             f"{path} has a member named {name!r}, which points out of the archive. Nothing is extracted here, but a "
@@ -95,6 +97,7 @@ def decode_sample(key: str, contents: dict[str, bytes]) -> WdsRow:
     """
     row: WdsRow = {KEY: key}
     for ending, data in contents.items():
+        # The last part of an ending decides: `meta.json` is JSON.
         decode = _DECODERS.get(ending.rpartition(".")[2])
         try:
             row[ending] = decode(data) if decode else data
@@ -109,13 +112,13 @@ def _decode_class(data: bytes) -> int | str:
     return int(text) if text.removeprefix("-").isdecimal() else text
 
 
+# Last part of an ending → decoder. All other contents stay bytes.
 _DECODERS: dict[str, Any] = {
     "json": msgspec.json.Decoder().decode,
     "cls": _decode_class,
     "txt": bytes.decode,
     "text": bytes.decode,
 }
-"""Last part of an ending → decoder. All other contents stay bytes."""
 
 
 def nest_endings(row: WdsRow, text_paths: Sequence[str]) -> WdsRow:
@@ -130,6 +133,7 @@ def nest_endings(row: WdsRow, text_paths: Sequence[str]) -> WdsRow:
     for ending, value in row.items():
         if isinstance(value, bytes) and ending in text_paths:
             value = value.decode()
+        # `seg.png` → {"seg": {"png": value}}.
         *parents, last = ending.split(".")
         parent: Any = nested
         for key in parents:

@@ -35,8 +35,9 @@ from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
 __all__ = ["WebDatasetFormat"]
 
 BLOCK_BYTES = 64 << 20
+# Content decoded for one batch.
 BATCH_BYTES = 8 << 20
-"""Content decoded for one batch."""
+# Rows of one batch, if their contents are small.
 BATCH_ROWS = 1024
 
 
@@ -107,6 +108,7 @@ class _ArchiveScan:
         self._spec = spec
         self._block_rows = block_rows
         self._batcher = DictRowBatcher(spec, path)
+        # Dotted paths that the spec looks at; they decide which members are read.
         self._paths = [field.path for field in spec.properties]
         if spec.text:
             self._paths.append(spec.text)
@@ -125,6 +127,7 @@ class _ArchiveScan:
             lengths.append(sample.end - sample.start)
             content_bytes += row_bytes
             blocks.add(sample.end)
+            # Hand the samples on before they take too much memory.
             if content_bytes >= BATCH_BYTES or len(rows) >= BATCH_ROWS:
                 yield from self._batch(rows, lengths, blocks.take())
                 rows = []
@@ -152,6 +155,7 @@ class _ArchiveScan:
             DataError: the sample is too large.
         """
         self._check_size(sample)
+        # Only what the spec asks for is read: images are skipped unless a parser needs them.
         contents = {
             ending: self._content(member)
             for ending, member in sample.members.items()
@@ -159,6 +163,7 @@ class _ArchiveScan:
         }
         content_bytes = sum(map(len, contents.values()))
 
+        # A bad row still counts as a row, and its bytes were read.
         problem = sample.problem or self._missing_text(sample)
         if problem:
             return BadRow(problem), content_bytes
@@ -190,6 +195,7 @@ class _ArchiveScan:
 
     def _content(self, member: TarMember) -> bytes:
         """Read a member: a small one through the buffer of the headers, a large one directly."""
+        # The header of a small member was read together with its content.
         if member.size < BATCH_BYTES:
             data = self._read(member.data, member.size)
             if len(data) == member.size:
@@ -234,6 +240,7 @@ class WebDatasetReader:
 
     def close(self) -> None:
         """Release the file descriptor."""
+        # Take the descriptor first: a second call must not close one that was opened in between.
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -251,6 +258,7 @@ class WebDatasetReader:
 
     def _decode_row(self, data: bytes, path: str | None) -> WdsRow:
         """Decode the sample whose members are in `data`; only the member in which `path` begins, if it is given."""
+        # The bytes of a sample have the layout of an archive without an end mark.
         try:
             members = iter_members(lambda offset, size: data[offset : offset + size], 0, len(data), to_end=False)
             samples = list(group_samples(members, 0, self._path))
