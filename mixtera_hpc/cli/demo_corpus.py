@@ -1,7 +1,8 @@
-"""Real text for the demo: what this machine's own Python installation is made of.
+"""Collect real text for the demo: the files of this machine's own Python installation.
 
-Source files of the standard library, its tests, installed packages, type stubs, C headers, licences and documentation, written as
-JSONL, JSONL.zst and Parquet shards in which the kinds alternate line by line. The same installation gives the same bytes.
+The corpus holds source files of the standard library, tests, installed packages, type stubs, C headers, licences and
+documentation. It is written as JSONL, JSONL.zst and Parquet shards, in which the kinds of files are mixed line by line.
+The same installation gives the same bytes.
 """
 
 import hashlib
@@ -16,20 +17,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgspec
+import zstandard
 
 __all__ = ["Document", "collect", "write_corpus"]
 
-MAX_DOCUMENT_BYTES = 6_000
-MAX_KIND_BYTES = {"package": 12_000_000, "test": 8_000_000, "stdlib": 8_000_000, "header": 5_000_000}
-OTHER_KIND_BYTES = 4_000_000
-SHARD_BYTES = 5_000_000
+MAX_DOCUMENT_CHARACTERS = 6_000
+MAX_KIND_CHARACTERS = {"package": 12_000_000, "test": 8_000_000, "stdlib": 8_000_000, "header": 5_000_000}
+OTHER_KIND_CHARACTERS = 4_000_000
+"""The limit for every other kind."""
+SHARD_CHARACTERS = 5_000_000
 FRAME_BYTES = 256_000
+"""Size of a zstd frame before compression."""
 ROW_GROUP_ROWS = 256
+
+KIND_OF_SUFFIX = {
+    ".rst": "documentation",
+    ".md": "documentation",
+    ".pyi": "stub",
+    ".h": "header",
+    ".hpp": "header",
+    ".cuh": "header",
+}
+TEST_FOLDERS = ("test", "tests", "testing", "idle_test")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One file, or one part of a long one."""
+    """A file, or a part of a long file."""
 
     text: str
     kind: str
@@ -42,7 +56,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Origin:
-    """What a whole distribution says of its files."""
+    """What is known of all files of a distribution."""
 
     package: str
     license: str | None
@@ -50,12 +64,13 @@ class _Origin:
 
 
 def write_corpus(folder: Path, progress: Callable[[str], None]) -> int:
-    """Write the corpus to `folder`, whole or not at all; returns the number of documents."""
+    """Write the corpus to `folder` and return the number of documents. An interrupted call leaves no folder."""
     temporary = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     documents = list(collect())
-    progress(f"{len(documents)} documents, {sum(len(d.text) for d in documents) / 1e6:.1f} MB")
+    num_characters = sum(len(document.text) for document in documents)
+    progress(f"{len(documents)} documents, {num_characters / 1e6:.1f} million characters")
     writers = itertools.cycle((_write_jsonl, _write_zst, _write_parquet))
     for number, (shard, write) in enumerate(zip(_shards(documents), writers, strict=False)):
         write(temporary / f"part_{number:03d}", shard)
@@ -65,22 +80,28 @@ def write_corpus(folder: Path, progress: Callable[[str], None]) -> int:
 
 
 def collect() -> Iterator[Document]:
-    """Every document, kinds mixed by a hash of its path; each kind bounded in bytes."""
+    """Yield every document. A hash of the path decides the order, which mixes the kinds; each kind has a size limit."""
     files = [*_standard_library(), *_distributions()]
-    budget: dict[str, int] = {}
-    for kind, path, origin in sorted(files, key=lambda f: hashlib.blake2b(f[1].as_posix().encode()).digest()):
-        if budget.get(kind, 0) < MAX_KIND_BYTES.get(kind, OTHER_KIND_BYTES):
-            for text in _parts(path):
-                budget[kind] = budget.get(kind, 0) + len(text)
-                yield Document(
-                    text=text,
-                    kind=kind,
-                    package=origin.package,
-                    license=origin.license,
-                    topics=origin.topics,
-                    num_lines=text.count("\n") + 1,
-                    path=path.name,
-                )
+    used: dict[str, int] = {}
+    for kind, path, origin in sorted(files, key=_path_hash):
+        if used.get(kind, 0) >= MAX_KIND_CHARACTERS.get(kind, OTHER_KIND_CHARACTERS):
+            continue
+        for text in _parts(path):
+            used[kind] = used.get(kind, 0) + len(text)
+            yield Document(
+                text=text,
+                kind=kind,
+                package=origin.package,
+                license=origin.license,
+                topics=origin.topics,
+                num_lines=text.count("\n") + 1,
+                path=path.name,
+            )
+
+
+def _path_hash(file: tuple[str, Path, _Origin]) -> bytes:
+    _, path, _ = file
+    return hashlib.blake2b(path.as_posix().encode()).digest()
 
 
 def _standard_library() -> Iterator[tuple[str, Path, _Origin]]:
@@ -92,7 +113,7 @@ def _standard_library() -> Iterator[tuple[str, Path, _Origin]]:
         kind = _kind(path)
         if kind is not None:
             origin = _Origin(package=parts[0].removesuffix(".py"), license="PSF-2.0", topics=["Standard Library"])
-            yield ("stdlib" if kind == "package" else kind), path, origin
+            yield "stdlib" if kind == "package" else kind, path, origin
 
 
 def _distributions() -> Iterator[tuple[str, Path, _Origin]]:
@@ -110,38 +131,43 @@ def _origin(distribution: importlib.metadata.Distribution) -> _Origin:
     topics = sorted({c.split(" :: ")[1] for c in classifiers if c.startswith("Topic :: ")})
     licenses = [c.rpartition(" :: ")[2] for c in classifiers if c.startswith("License :: ")]
     expression = distribution.metadata["License-Expression"]
+    if expression:
+        licenses = [str(expression)]
     return _Origin(
         package=str(distribution.metadata["Name"]).lower(),
-        license=str(expression) if expression else (licenses[0] if licenses else None),
+        license=licenses[0] if licenses else None,
         topics=topics,
     )
 
 
 def _kind(path: Path) -> str | None:
-    """What a file is, by its name; None for what is not text of a kind we know."""
-    name, folders = path.name.lower(), {p.lower() for p in path.parts}
+    """Return the kind of a file, judged by its name; None for other files."""
+    name = path.name.lower()
     if re.match(r"(licen[cs]e|copying|notice|authors|copyright)", name) and path.suffix in ("", ".txt", ".md", ".rst"):
         return "license"
-    if path.suffix in (".rst", ".md") or name == "metadata":
-        return "documentation"
-    if path.suffix == ".pyi":
-        return "stub"
-    if path.suffix in (".h", ".hpp", ".cuh"):
-        return "header"
     if path.suffix == ".py":
-        return "test" if folders & {"test", "tests", "testing", "idle_test"} or name.startswith("test_") else "package"
-    return None
+        return "test" if _is_test(path) else "package"
+    if name == "metadata":
+        return "documentation"
+    return KIND_OF_SUFFIX.get(path.suffix)
+
+
+def _is_test(path: Path) -> bool:
+    folders = {part.lower() for part in path.parts}
+    return path.name.lower().startswith("test_") or not folders.isdisjoint(TEST_FOLDERS)
 
 
 def _parts(path: Path) -> Iterator[str]:
-    """The file's text, cut at line ends into pieces of at most `MAX_DOCUMENT_BYTES`; nothing if it is not UTF-8 text."""
+    """Yield the file's text, cut after ends of lines into parts of limited length; nothing if it is not UTF-8 text."""
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
         return
     while text.strip():
-        cut = len(text) if len(text) <= MAX_DOCUMENT_BYTES else text.rfind("\n", 0, MAX_DOCUMENT_BYTES) + 1
-        cut = cut or MAX_DOCUMENT_BYTES
+        cut = len(text)
+        if cut > MAX_DOCUMENT_CHARACTERS:
+            # rfind returns -1 for a line that is longer than a document; such a line is cut in the middle.
+            cut = text.rfind("\n", 0, MAX_DOCUMENT_CHARACTERS) + 1 or MAX_DOCUMENT_CHARACTERS
         yield text[:cut]
         text = text[cut:]
 
@@ -152,15 +178,16 @@ def _shards(documents: list[Document]) -> Iterator[list[Document]]:
     for document in documents:
         shard.append(document)
         size += len(document.text)
-        if size >= SHARD_BYTES:
+        if size >= SHARD_CHARACTERS:
             yield shard
-            shard, size = [], 0
+            shard = []
+            size = 0
     if shard:
         yield shard
 
 
 def _line(document: Document) -> bytes:
-    """Properties lie below `meta`, as in most public collections."""
+    """Return a JSON line with the properties below `meta`, as in most public collections."""
     meta = asdict(document)
     return msgspec.json.encode({"text": meta.pop("text"), "meta": meta}) + b"\n"
 
@@ -170,9 +197,7 @@ def _write_jsonl(path: Path, documents: list[Document]) -> None:
 
 
 def _write_zst(path: Path, documents: list[Document]) -> None:
-    """Frames that end with a line, so that a frame can be read by itself."""
-    import zstandard
-
+    """Write frames that end with a line, so that a frame can be read by itself."""
     compressor = zstandard.ZstdCompressor(level=3)
     with path.with_suffix(".jsonl.zst").open("wb") as file:
         lines: list[bytes] = []
@@ -186,9 +211,10 @@ def _write_zst(path: Path, documents: list[Document]) -> None:
 
 
 def _write_parquet(path: Path, documents: list[Document]) -> None:
+    # Imported here because pyarrow takes 0.3 s, and `--help` does not need it.
     import pyarrow
     import pyarrow.parquet
 
-    rows = [json.loads(_line(d)) for d in documents]
+    rows = [json.loads(_line(document)) for document in documents]
     table = pyarrow.Table.from_pylist(rows)
     pyarrow.parquet.write_table(table, path.with_suffix(".parquet"), row_group_size=ROW_GROUP_ROWS)

@@ -36,9 +36,17 @@ POINTER = "run_folder"
 """File in Hydra's output folder that holds the path of the run's folder."""
 
 
-@hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
-def main(composed: Any) -> None:
-    """Run one job on every rank. A failure exits the process, so that no launcher takes the job for successful."""
+def main() -> None:
+    """Let Hydra compose the configuration and run the job, or with `-m` many jobs."""
+    decorate = hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")
+    decorate(_run_job)()
+
+
+def _run_job(composed: Any) -> None:
+    """Run one job on every rank. **Collective.**
+
+    A failure exits the process, so that no launcher takes the job for successful.
+    """
     block_time_limit_signal()
     settings = HydraConfig.get()
     output = Path(settings.runtime.output_dir)

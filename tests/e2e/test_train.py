@@ -36,7 +36,7 @@ def test_one_process_trains_without_mpi_and_can_be_traced(cli: Cli, small: list[
     assert [line["position"] for line in lines] == list(range(12))
     assert {"step", "position", "domain_id", "epoch", "segments", "rank", "digest"} == set(lines[0])
     done = cli("resume", folder, rc=2)
-    assert "has all its steps" in done.stderr and "training.num_steps=12" in done.stderr
+    assert "has done all its steps" in done.stderr and "training.num_steps=12" in done.stderr
     assert [attempt.name for attempt in (folder / "attempts").iterdir()] == ["001"]
 
 

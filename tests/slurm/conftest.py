@@ -1,4 +1,4 @@
-"""The real cluster of `make slurm-up`, for the tests that need one."""
+"""Fixtures for tests that need the real cluster of `make slurm-up`."""
 
 import json
 import os
@@ -17,14 +17,16 @@ Mixtera = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def _missing() -> str | None:
-    """Why there is no cluster; None when there is one with two idle nodes or more."""
+    """Return why there is no usable cluster; None if at least two of its nodes are up."""
     if shutil.which("sinfo") is None:
         return "no Slurm on this machine; start one with make slurm-up"
     done = subprocess.run(["sinfo", "-h", "-N", "-p", "normal", "-o", "%t"], capture_output=True, text=True, timeout=30)
     if done.returncode:
         return "the Slurm controller does not answer; start it with make slurm-up"
     usable = [word for word in done.stdout.split() if word in ("idle", "mix", "alloc", "comp")]
-    return None if len(usable) >= 2 else "fewer than two nodes are up; start them with make slurm-up"
+    if len(usable) < 2:
+        return "fewer than two nodes are up; start them with make slurm-up"
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A new folder of runs; at the end none of its jobs is left."""
+    """Return a new folder of runs, and cancel all of its jobs afterwards."""
     root = tmp_path_factory.mktemp("runs")
     yield root
     starts = [json.loads(path.read_text()) for path in root.glob("*/*/attempts/*/job.json")]
@@ -46,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def mixtera(runs: Path) -> Mixtera:
-    """The command line, with its runs below `runs`."""
+    """Return a function that calls `mixtera-hpc` with its runs below `runs`."""
 
     def call(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "MIXTERA_RUNS": str(runs)}

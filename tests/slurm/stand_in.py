@@ -1,4 +1,4 @@
-"""What cluster tests run instead of the trainer: ranks that step together, save when asked and leave as the trainer does.
+"""A small program that cluster tests run instead of the trainer: its ranks step together, save on request, and stop.
 
 stand_in.py STEPS SECONDS_PER_STEP [FAIL_AT_STEP]
 """
@@ -21,19 +21,21 @@ FAILING_RANK = 1
 
 
 class StandIn:
-    """One rank's life."""
+    """One rank: it sleeps through its steps and saves when a signal or `control/stop` asks for it."""
 
     def __init__(self, comm: Communicator, folder: Path, attempt: int) -> None:
-        self.comm, self.folder, self.attempt = comm, folder, attempt
+        self.comm = comm
+        self.folder = folder
+        self.attempt = attempt
         self.latest = folder / "checkpoints/LATEST"
-        self.asked = False
+        self.stop_requested = False
         for number in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, self.ask)
+            signal.signal(number, self.request_stop)
 
-    def ask(self, *_: object) -> None:
-        self.asked = True
+    def request_stop(self, *_: object) -> None:
+        self.stop_requested = True
 
-    def work(self, num_steps: int, step_s: float, fail_at: int) -> None:
+    def run(self, num_steps: int, step_s: float, fail_at: int) -> None:
         for name in ("checkpoints", "metrics"):
             (self.folder / name).mkdir(exist_ok=True)
         self.comm.Barrier()
@@ -51,18 +53,20 @@ class StandIn:
         if self.comm.rank == 0:
             with (self.folder / "metrics/steps.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, "tokens_per_s": 1000.0, "time": time.time()}) + "\n")
-            self.asked |= (self.folder / "control/stop").exists()
-        if self.comm.Allreduce(np.array([self.asked], np.int64), "max")[0]:
+            self.stop_requested |= (self.folder / "control/stop").exists()
+        if self.comm.Allreduce(np.array([self.stop_requested], np.int64), "max")[0]:
             if self.comm.rank == 0:
                 self.latest.write_text(f"step_{step + 1:08d}")
             raise SavedAndStopped(f"saved after step {step}")
 
 
 def main() -> int:
-    num_steps, step_s, fail_at = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else -1
+    num_steps = int(sys.argv[1])
+    step_s = float(sys.argv[2])
+    fail_at = int(sys.argv[3]) if len(sys.argv) > 3 else -1
     comm = open_communicator()
     rank = StandIn(comm, Path(os.environ["MIXTERA_RUN_FOLDER"]), int(os.environ["MIXTERA_ATTEMPT"]))
-    return run_guarded(comm, lambda: rank.work(num_steps, step_s, fail_at))
+    return run_guarded(comm, lambda: rank.run(num_steps, step_s, fail_at))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slurm
 
 
 def words(num_steps: int, step_s: float, *more: str, fail_at: int = -1) -> list[str]:
-    """Overrides of a run of 2 nodes × 2 ranks."""
+    """Return the overrides of a run on 2 nodes × 2 ranks."""
     command = f"job.command=[{sys.executable},-u,{STAND_IN},'{num_steps}','{step_s}','{fail_at}']"
     return ["cluster=dev", "job.nodes=2", "data.root=/data", "mixture.unit=samples", "run.name=test", command, *more]
 
@@ -27,9 +27,9 @@ def status(mixtera: Mixtera) -> dict[str, Any]:
     return dict(json.loads(mixtera("status", "test", "--json").stdout))
 
 
-def wait_until(mixtera: Mixtera, good: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def wait_until(mixtera: Mixtera, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     deadline = time.monotonic() + LIMIT_S
-    while not good(now := status(mixtera)):
+    while not condition(now := status(mixtera)):
         assert time.monotonic() < deadline, now
         time.sleep(0.3)
     return now
@@ -45,7 +45,7 @@ def test_a_run_is_submitted_followed_and_completed(mixtera: Mixtera) -> None:
     assert all(f"[{rank}] rank {rank} of 4" in lines for rank in range(4))
 
 
-def test_a_printed_script_runs_as_it_is(mixtera: Mixtera, runs: Path) -> None:
+def test_a_printed_script_runs_unchanged(mixtera: Mixtera, runs: Path) -> None:
     script = mixtera("submit", "--dry-run", *words(3, 0.1)).stdout
     assert not list(runs.iterdir())
 
@@ -64,7 +64,7 @@ def wait_for_folder(runs: Path) -> None:
         time.sleep(0.3)
 
 
-def test_a_signal_saves_and_the_next_attempt_goes_on(mixtera: Mixtera) -> None:
+def test_a_signalled_run_saves_and_continues_in_the_next_attempt(mixtera: Mixtera) -> None:
     mixtera("submit", *words(12, 0.3, "job.max_attempts=3"))
     first = wait_until(mixtera, lambda now: (now["step"] or 0) >= 2)
     subprocess.run(["scancel", "--signal=USR2", first["job_id"]], check=True)
@@ -79,8 +79,8 @@ def test_a_signal_saves_and_the_next_attempt_goes_on(mixtera: Mixtera) -> None:
     assert steps == list(range(12))
 
 
-def test_slurm_warns_before_the_time_limit_and_75_is_the_outcome(mixtera: Mixtera) -> None:
-    """Slurm may send its warning up to a minute early; sooner or later it comes before the end."""
+def test_a_run_saves_before_the_time_limit_and_ends_with_75(mixtera: Mixtera) -> None:
+    """Slurm may send its signal up to a minute early, but always before the limit."""
     limits = ['job.time="00:01:00"', "job.signal_lead_s=20"]
 
     done = mixtera("submit", *words(10_000, 0.2, *limits), "--wait", check=False)

@@ -1,4 +1,4 @@
-"""An index built as a job on the real cluster is the one that is built here."""
+"""An index built by a job on the real cluster equals one that is built here."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Training on the real cluster: sbatch, chains and Hydra's launcher serve the samples that one process would."""
+"""Training on the real cluster: jobs, chains of jobs and Hydra's launcher serve the same samples as one process."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture
 def small(collection: list[str]) -> list[str]:
-    """A run of 2 nodes × 2 ranks that trains in seconds, with a mixture that is learned."""
+    """Return the overrides of a run on 2 nodes × 2 ranks that trains in seconds, with a learned mixture."""
     dataplane = {"seq_len": 32, "global_batch_size": 12, "chunk_steps": 2, "audit": "true"}
     training = {"num_layers": 1, "num_heads": 2, "embedding_dim": 16, "num_steps": 12}
     return [
@@ -40,16 +40,16 @@ def status(mixtera: Mixtera) -> dict[str, Any]:
     return dict(json.loads(mixtera("status", "small", "--json").stdout))
 
 
-def wait_until(mixtera: Mixtera, good: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def wait_until(mixtera: Mixtera, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     deadline = time.monotonic() + LIMIT_S
-    while not good(now := status(mixtera)):
+    while not condition(now := status(mixtera)):
         assert time.monotonic() < deadline, f"{now}\n{mixtera('logs', 'small', '--rank', 'all').stdout}"
         time.sleep(0.5)
     return now
 
 
-def served(mixtera: Mixtera, run: str, step: int) -> list[dict[str, Any]]:
-    """What every sequence of a step was made of, whichever rank had it."""
+def served_at(mixtera: Mixtera, run: str, step: int) -> list[dict[str, Any]]:
+    """Return the samples of every sequence of a step, without the rank that was served."""
     lines = mixtera("trace", run, "--step", str(step), "--json").stdout.splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "rank"} for line in lines]
 
@@ -64,10 +64,10 @@ def test_a_submitted_run_serves_what_one_process_serves(mixtera: Mixtera, small:
     mixtera("run", *small, "run.name=alone")
 
     for step in (0, 11):
-        assert served(mixtera, "alone", step) == served(mixtera, "small", step)
+        assert served_at(mixtera, "alone", step) == served_at(mixtera, "small", step)
 
 
-def test_a_warned_run_goes_on_in_the_next_job_and_is_proven_whole(mixtera: Mixtera, small: list[str]) -> None:
+def test_a_run_that_is_signalled_continues_in_the_next_job_without_a_gap(mixtera: Mixtera, small: list[str]) -> None:
     mixtera("submit", *small, "job.max_attempts=3", "training.num_steps=5000")
     first = wait_until(mixtera, lambda now: (now["step"] or 0) >= 3)
     subprocess.run(["scancel", "--signal=USR2", first["job_id"]], check=True)
@@ -84,13 +84,10 @@ def test_a_warned_run_goes_on_in_the_next_job_and_is_proven_whole(mixtera: Mixte
     assert (verdict["num_steps"], verdict["num_attempts"]) == (saved["step"] + 5, 3)
 
 
-def test_hydra_s_launcher_starts_mpi_ranks(small: list[str], runs: Path, tmp_path: Path) -> None:
+def test_the_launcher_of_hydra_starts_mpi_ranks(small: list[str], runs: Path, tmp_path: Path) -> None:
     program = [sys.executable, "-m", "mixtera_hpc.training", "-m", "hydra/launcher=submitit_slurm"]
-    free = ("data.properties.", "mixture.algorithm.")  # Keys that Hydra does not know beforehand.
-    words = [*program, *(f"+{word}" if word.startswith(free) else word for word in small)]
-
     done = subprocess.run(
-        [*words, "dataplane.seed=1,2", "training.num_steps=4"],
+        [*program, *small, "dataplane.seed=1,2", "training.num_steps=4"],
         env={**os.environ, "MIXTERA_RUNS": str(runs)},
         cwd=tmp_path,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The scripts of all clusters, byte by byte: a new submitit or a changed template shows here before it reaches a cluster."""
+"""The scripts of all clusters, byte by byte: they show what a new submitit or a changed template does."""
 
 import difflib
 import os
@@ -23,13 +23,14 @@ def script(cluster: str) -> str:
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
-def test_the_script_is_the_recorded_one(cluster: str) -> None:
-    path, text = GOLDEN / f"{cluster}.sh", script(cluster)
+def test_the_script_equals_the_recorded_one(cluster: str) -> None:
+    path = GOLDEN / f"{cluster}.sh"
+    text = script(cluster)
     if os.environ.get("MIXTERA_ACCEPT"):
         path.write_text(text)
     recorded = path.read_text() if path.exists() else ""
     diff = "\n".join(difflib.unified_diff(recorded.splitlines(), text.splitlines(), str(path), "rendered", lineterm=""))
-    assert text == recorded, f"{diff}\nIf this is meant, accept it: {ACCEPT}"
+    assert text == recorded, f"{diff}\nIf this change is intended, accept it with: {ACCEPT}"
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
@@ -39,5 +40,5 @@ def test_bash_can_read_the_script(cluster: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_no_recorded_script_is_left_over() -> None:
+def test_every_recorded_script_has_its_cluster() -> None:
     assert sorted(path.stem for path in GOLDEN.glob("*.sh")) == CLUSTERS

@@ -155,9 +155,9 @@ def test_runs_that_cannot_have_a_folder_are_refused(
 ) -> None:
     (tmp_path / "file").touch()
     assert main(["run", *collection, f"run.root={tmp_path / 'file'}"]) == 2
-    assert "where no folder can be made: Not a directory" in capsys.readouterr().err
+    assert "No folder can be made in run.root=" in capsys.readouterr().err
 
 
 def test_an_attempt_without_its_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *BASE, "--attempt=3"]) == 2
-    assert "give its --folder as well" in capsys.readouterr().err
+    assert "--attempt needs --folder" in capsys.readouterr().err
