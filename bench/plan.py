@@ -209,7 +209,7 @@ def fabricate_state(source: Source, step: int) -> dict[str, Any]:
         next_step=step,
         plan=source.planner.decide(planner_state, source.weights),
         mixer={},
-        fed=step,
+        num_fed=step,
         decisions=[],
         stream_version=source.stream_version,
         identity=source.identity(),

@@ -1,4 +1,8 @@
-"""Requests to save or to stop, from signals and from files. A handler only sets a flag; ranks agree on it later."""
+"""Requests to save or to stop, from signals and control files.
+
+A signal handler only sets a flag. The flags of all ranks travel with the reduction of a step's losses, see `step_reducer`.
+This module imports nothing heavy: signals must be blocked before numpy starts threads that would receive them.
+"""
 
 import signal
 import threading
@@ -14,50 +18,57 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
 def block_time_limit_signal() -> None:
-    """From now on the kernel keeps Slurm's warning until a `RunControl` is there to take it; once that is gone, it is ignored.
+    """Block SIGUSR2, so that the kernel keeps Slurm's warning until a `RunControl` takes it.
 
-    By default the signal ends a process: one that is still opening its index, or has just saved and is leaving. A program
-    calls this first of all.
+    By default the signal kills a process: one that is still opening its index, or one that has saved and is leaving. A
+    program calls this before anything else. After the `RunControl` is closed, the signal is ignored.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
 
 
 class RunControl:
-    """What this rank has been asked. `control/stop` and `control/save` are looked for by rank 0 only, and removed when seen."""
+    """What this rank was asked to do. Takes over the stop signals of the process until it is closed."""
 
     def __init__(self, folder: Path | None, watch_files: bool) -> None:
+        """
+        Args:
+            folder: the run's control folder; None for a run without a folder.
+            watch_files: look for control files; True on rank 0 only, which removes each file when it sees it.
+        """
         self._folder = folder if watch_files else None
         self._stop = threading.Event()
         self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
-        self._held: set[signal.Signals] = set()
+        """The handlers to restore. Only the main thread may install handlers."""
+        self._blocked_before: set[signal.Signals] = set()
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
-            self._held = {signal.Signals(s) for s in signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)}
+            self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+            mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            self._blocked_before = {signal.Signals(number) for number in mask}
 
     def poll(self) -> tuple[bool, bool]:
-        """Whether a stop, and whether a save, was asked for since the last poll. A stop stays."""
-        if self._take("stop"):
+        """Return whether a stop was ever requested, and whether a save was requested since the last call."""
+        if self._take_file("stop"):
             self._stop.set()
-        return self._stop.is_set(), self._take("save")
+        return self._stop.is_set(), self._take_file("save")
 
-    def mixture_request(self) -> str | None:
-        """What was left in `control/mixture.json` since the last call, which takes it away."""
-        if self._folder is None or not (path := self._folder / "mixture.json").exists():
+    def take_text(self, name: str) -> str | None:
+        """Return the text of a control file and remove the file; None when there is none, or files are not watched."""
+        if self._folder is None or not (path := self._folder / name).exists():
             return None
         text = path.read_text()
         path.unlink(missing_ok=True)
         return text
 
     def close(self) -> None:
-        """Put the signal handlers back; a warning that was held before is ignored: there is nothing more to save."""
+        """Restore the signal handlers. Signals that were blocked before are ignored: there is nothing left to save."""
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_IGN if number in self._held else handler)
+            signal.signal(number, signal.SIG_IGN if number in self._blocked_before else handler)
         self._previous = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
 
-    def _take(self, name: str) -> bool:
+    def _take_file(self, name: str) -> bool:
         if self._folder is None or not (self._folder / name).exists():
             return False
         (self._folder / name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Batches of the samples that training never sees: the same ones every time, in natural proportions, each at most once.
 
-Every rank plans for itself, since all it takes is the index: nothing is broadcast, nothing journalled. Price: one more open of
-the index, at the start.
+Every rank plans for itself, because the index is all that this takes: nothing is broadcast, nothing journalled. Price: one
+more open of the index, at the start.
 """
 
 from collections.abc import Iterator
@@ -35,41 +35,47 @@ class HeldOutBatches:
             folder: the folder of the run, which records what was dropped.
 
         Raises:
-            MixtureError: that is not one global batch.
+            MixtureError: less than one global batch is held out.
         """
-        source = open_source(config, comm, subset=subset_of_run(folder if comm.rank == 0 else None, "validation"))
+        plane = config.dataplane
+        subset = subset_of_run(folder if comm.rank == 0 else None, "validation")
+        source = open_source(config, comm, subset=subset)
         sizes = source.layout.epoch_items()
         capacity = source.grid.capacity(sizes, np.ones(len(sizes)))
-        steps = min(config.training.validate_steps, int(capacity.sum()) // config.dataplane.global_batch_size)
+        num_sequences = int(capacity.sum())
+        steps = min(config.training.validate_steps, num_sequences // plane.global_batch_size)
         if steps < 1:
             raise MixtureError(
-                f"query.holdout.fraction={config.query.holdout.fraction:g} holds {int(capacity.sum())} sequences out, fewer than "
-                "one global batch.\n  Raise it, or lower dataplane.seq_len or dataplane.global_batch_size."
+                f"query.holdout.fraction={config.query.holdout.fraction:g} holds {num_sequences} sequences out, fewer "
+                "than one global batch.\n"
+                "  Raise it, or lower dataplane.seq_len or dataplane.global_batch_size."
             )
+
         self._comm = comm
-        self._weights = np.where(capacity > 0, sizes, 0) / max(sizes[capacity > 0].sum(), 1)
+        # Weights proportional to size, among the domains that have at least one sequence.
+        has_sequences = capacity > 0
+        self._weights = np.where(has_sequences, sizes, 0) / max(sizes[has_sequences].sum(), 1)
         self._planner = replace(source.planner, capacity=capacity, chunk_steps=steps, on_exhausted="redistribute")
-        self._share = BatchSlice.of(config.dataplane, comm.rank, comm.size)
         self._source = replace(source, planner=self._planner)
+        self._slice = BatchSlice.of(plane, comm.rank, comm.size)
         self.num_domains = source.num_domains
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's batches, from the first one on."""
+        """Yield this rank's batches, from the first one on."""
         plan = self._planner.decide(PlannerState.start(self.num_domains), self._weights)
-        maker = BatchMaker(self._source, self._share, audit=False)
+        maker = BatchMaker(self._source, self._slice, audit=False)
         try:
             yield from maker.batches(plan, 0)
         finally:
             maker.close()
 
     def sums(self, batch: Batch, loss_per_token: object, rows: slice = slice(None)) -> NDArray[np.int64]:
-        """What some sequences of a batch say about every domain, to be added up; shape (NUM_ROWS, num_domains)."""
+        """Return the statistics of some sequences of a batch, to be added up; shape (NUM_BUFFER_ROWS, num_domains)."""
         mask = batch.loss_mask[rows]
         losses = sequence_sums(loss_per_token, mask)()
         return accumulate_losses(batch.domain_ids[rows], losses, mask.sum(axis=1), self.num_domains)
 
-    def reduced(self, step: int, sums: NDArray[np.int64]) -> DomainStatistics:
-        """The sums of all ranks, each sequence counted once. **Collective.**"""
-        return statistics_from_buffer(
-            step, self._comm.Allreduce(sums if self._share.is_group_leader else np.zeros_like(sums))
-        )
+    def reduce(self, step: int, sums: NDArray[np.int64]) -> DomainStatistics:
+        """Add up the sums of all ranks, each sequence counted once. **Collective.**"""
+        own = sums if self._slice.is_group_leader else np.zeros_like(sums)
+        return statistics_from_buffer(step, self._comm.Allreduce(own))

@@ -1,9 +1,9 @@
 """What was planned and what was consumed, kept on disk.
 
-The journal is one append-only JSONL file per run, written by rank 0: a line when an attempt opens (`open`), one per chunk
-(`chunk`, O(domains) numbers) and one when it closes in order (`close`). The audit, when asked for, is one JSONL file per rank
-and attempt with a digest of every sequence handed to the trainer. Lines are written whole and flushed, so a killed run
-loses at most its last line, which readers skip.
+The journal is one append-only JSONL file per run, written by rank 0: a line when an attempt begins (`open`), one per chunk
+(`chunk`, O(domains) numbers) and one when it ends in order (`close`). The audit log, with `dataplane.audit`, is one JSONL
+file per rank and attempt with a digest of every sequence handed to the trainer. Lines are written whole and flushed, so a
+killed run loses at most its last line, which readers skip.
 """
 
 import bisect
@@ -31,6 +31,7 @@ __all__ = [
     "History",
     "Journal",
     "append_line",
+    "last_attempt",
     "read_lines",
     "sample_digest",
     "sequence_digest",
@@ -38,21 +39,21 @@ __all__ = [
 
 
 def sequence_digest(tokens: NDArray[np.integer[Any]]) -> str:
-    """16 hex digits of the tokens of one sequence."""
+    """Return 16 hex digits that depend on the tokens of one sequence."""
     return hashlib.blake2b(np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8).hexdigest()
 
 
 def sample_digest(payload: Any) -> str:
-    """16 hex digits of a sample's content."""
+    """Return 16 hex digits that depend on the content of a sample."""
     try:
-        raw = msgspec.msgpack.encode(payload, enc_hook=_plain)
+        raw = msgspec.msgpack.encode(payload, enc_hook=_plain_value)
     except OverflowError:  # An integer of more than 64 bits.
         raw = repr(payload).encode()
     return hashlib.blake2b(raw, digest_size=8).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """What arrays and others are to a digest."""
+def _plain_value(value: Any) -> Any:
+    """Return what is hashed of an array, or of an object that msgpack cannot encode."""
     return [value.dtype.str, list(value.shape), value.tobytes()] if isinstance(value, np.ndarray) else repr(value)
 
 
@@ -64,14 +65,16 @@ class AppendOnlyLines:
         self._file: IO[bytes] = open_append(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record."""
         self._file.write(msgspec.json.encode(record) + b"\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Add one record to a JSONL file, on disk when this returns."""
+    """Append one record to a JSONL file; it is on disk when this returns."""
     with open_append(path) as file:
         file.write(msgspec.json.encode(record) + b"\n")
         file.flush()
@@ -86,24 +89,25 @@ class AttemptStart:
     num_ranks: int
     model_parallel_size: int
     identity: Mapping[str, Any]
+    """Identity of the source that the attempt serves; see `Source.identity`."""
     stream_version: StreamVersion
 
 
 class Journal(AppendOnlyLines):
-    """The planner's log; rank 0 only."""
+    """The plans of a run; written by rank 0 only."""
 
     def __init__(self, path: Path, attempt: int) -> None:
         super().__init__(path)
         self._attempt = attempt
 
-    def opened(self, opening: AttemptStart) -> None:
-        """An attempt begins: what earlier attempts planned from its first step on does not count."""
-        facts = {field.name: getattr(opening, field.name) for field in dataclasses.fields(opening)}
-        self.write(
-            {"kind": "open", "attempt": self._attempt, **facts, "stream_version": opening.stream_version.to_dict()}
-        )
+    def write_start(self, start: AttemptStart) -> None:
+        """Record that an attempt begins. What earlier attempts planned from its first step on no longer counts."""
+        facts = {field.name: getattr(start, field.name) for field in dataclasses.fields(start)}
+        facts["stream_version"] = start.stream_version.to_dict()
+        self.write({"kind": "open", "attempt": self._attempt, **facts})
 
-    def planned(self, plan: ChunkPlan) -> None:
+    def write_plan(self, plan: ChunkPlan) -> None:
+        """Record the plan of a chunk."""
         self.write(
             {
                 "kind": "chunk",
@@ -119,20 +123,31 @@ class Journal(AppendOnlyLines):
             }
         )
 
-    def closed(self, next_step: int) -> None:
-        """The attempt ends in order; every step before `next_step` was consumed."""
+    def write_close(self, next_step: int) -> None:
+        """Record that the attempt ends in order; every step before `next_step` was consumed."""
         self.write({"kind": "close", "attempt": self._attempt, "next_step": next_step})
 
 
 class AuditLog(AppendOnlyLines):
-    """What one rank handed to its trainer."""
+    """Digests of what one rank handed to its trainer."""
 
-    def consumed(self, step: int, positions: NDArray[np.int64], digests: list[str]) -> None:
+    def write_batch(self, step: int, positions: NDArray[np.int64], digests: list[str]) -> None:
+        """Record one batch."""
         self.write({"step": step, "positions": positions.tolist(), "digests": digests})
 
 
+def last_attempt(path: Path) -> int:
+    """Return the number of the last attempt in the journal at `path`; 0 when there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        # Decode one line per attempt, not one per chunk.
+        starts = [line for line in file if line.startswith(b'{"kind":"open"') and line.endswith(b"\n")]
+    return max((int(msgspec.json.decode(line)["attempt"]) for line in starts), default=0)
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file, without a last line that was cut short.
+    """Yield the records of a JSONL file, without a last line that was cut short.
 
     Raises:
         DataError: another line is damaged.
@@ -150,51 +165,54 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptRecord:
-    """What one attempt planned."""
+    """What one attempt planned, as the journal has it."""
 
     number: int
     first_step: int
     num_ranks: int
     model_parallel_size: int
     identity: Mapping[str, Any]
-    """Of the source it served from."""
+    """Identity of the source that it served from."""
     stream_version: StreamVersion
     plans: list[ChunkPlan]
-    """Ascending."""
+    """In order of chunks."""
     next_step: int | None
-    """Where it closed; None when it was killed."""
+    """One past the last step that it consumed; None when it did not end in order."""
 
     @property
     def global_batch_size(self) -> int:
+        """Sequences per step."""
         return int(self.identity["global_batch_size"])
 
     @property
     def end(self) -> int:
-        """One past the last step it planned."""
-        return max(
-            (self.stream_version.step_at(p.first_step + p.num_steps) for p in self.plans), default=self.first_step
-        )
+        """One past the last training step that it planned."""
+        ends = (plan.first_step + plan.num_steps for plan in self.plans)
+        return max((self.stream_version.step_at(end) for end in ends), default=self.first_step)
 
     @property
     def served_end(self) -> int:
-        """One past the last step it served, as far as that is known."""
+        """One past the last training step that it served; of an attempt without a `close` line, that it planned."""
         return self.end if self.next_step is None else self.next_step
 
     def rank_of(self, position: int) -> int:
-        """The rank (first of its dp_group) that was given `position` of the global batch."""
-        per_group = self.global_batch_size // (self.num_ranks // self.model_parallel_size)
-        return position // per_group * self.model_parallel_size
+        """Return the rank (the leader of its model-parallel group) that was given `position` of the global batch."""
+        num_groups = self.num_ranks // self.model_parallel_size
+        group = position // (self.global_batch_size // num_groups)
+        return group * self.model_parallel_size
 
     def plan_of(self, step: int) -> ChunkPlan:
-        """The plan that `step` was served from.
+        """Return the plan that training step `step` was served from.
 
         Raises:
-            DataError: it has not been planned.
+            DataError: the step has not been planned.
         """
         data_step = self.stream_version.data_step(step)
-        at = bisect.bisect_right(self.plans, data_step, key=lambda plan: plan.first_step) - 1
-        if at >= 0 and data_step < self.plans[at].first_step + self.plans[at].num_steps:
-            return self.plans[at]
+        position = bisect.bisect_right(self.plans, data_step, key=lambda plan: plan.first_step) - 1
+        if position >= 0:
+            plan = self.plans[position]
+            if data_step < plan.first_step + plan.num_steps:
+                return plan
         raise DataError(f"Step {step} has not been planned; the journal ends before step {self.end}.")
 
 
@@ -205,7 +223,7 @@ class History:
         """Read the journal at `path`.
 
         Raises:
-            DataError: there is none, or it is damaged.
+            DataError: the journal does not exist, or is damaged.
         """
         if not path.is_file():
             raise DataError(f"{path} does not exist: this run has planned nothing yet.")
@@ -213,46 +231,52 @@ class History:
         for record in read_lines(path):
             self._add(record)
 
-    def _add(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "open":
-            self.attempts.append(_attempt(record))
-        elif record["kind"] == "chunk":
-            self.attempts[-1].plans.append(_plan(record))
-        elif record["kind"] == "close":
-            self.attempts[-1] = dataclasses.replace(self.attempts[-1], next_step=record["next_step"])
-
     def attempt_of(self, step: int) -> AttemptRecord:
-        """The attempt whose service of `step` counts: the last that began at or before it."""
-        covering = [a for a in self.attempts if a.first_step <= step]
+        """Return the last attempt that began at or before `step`: what it served counts.
+
+        Raises:
+            DataError: no attempt began there.
+        """
+        covering = [attempt for attempt in self.attempts if attempt.first_step <= step]
         if not covering:
             raise DataError(f"Step {step} was planned by no attempt.")
         return covering[-1]
 
     def plan_of(self, step: int) -> ChunkPlan:
-        """The plan that `step` was served from.
+        """Return the plan that training step `step` was served from.
 
         Raises:
-            DataError: it has not been planned.
+            DataError: the step has not been planned.
         """
         return self.attempt_of(step).plan_of(step)
 
     @property
     def end(self) -> int:
-        """One past the last step of the run: served, or, where the last attempt was killed or goes on, planned."""
+        """One past the last step of the run: served, or, if the last attempt was killed or is running, planned."""
         return self.attempts[-1].served_end if self.attempts else 0
 
     def extents(self) -> list[tuple[AttemptRecord, range]]:
-        """Every attempt with the steps whose service counts, in order; attempts without any are left out."""
-        found, stop = [], self.end
+        """Return every attempt with the steps of it that count, in order, without attempts of which none count."""
+        extents = []
+        stop = self.end
         for attempt in reversed(self.attempts):
+            # An attempt replaces everything that earlier ones served from its first step on.
             steps = range(attempt.first_step, min(attempt.served_end, stop))
             stop = min(stop, attempt.first_step)
             if len(steps):
-                found.append((attempt, steps))
-        return found[::-1]
+                extents.append((attempt, steps))
+        return extents[::-1]
+
+    def _add(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "open":
+            self.attempts.append(_parse_attempt(record))
+        elif record["kind"] == "chunk":
+            self.attempts[-1].plans.append(_parse_plan(record))
+        elif record["kind"] == "close":
+            self.attempts[-1] = dataclasses.replace(self.attempts[-1], next_step=record["next_step"])
 
 
-def _attempt(record: dict[str, Any]) -> AttemptRecord:
+def _parse_attempt(record: dict[str, Any]) -> AttemptRecord:
     return AttemptRecord(
         number=record["attempt"],
         first_step=record["first_step"],
@@ -265,7 +289,7 @@ def _attempt(record: dict[str, Any]) -> AttemptRecord:
     )
 
 
-def _plan(record: dict[str, Any]) -> ChunkPlan:
+def _parse_plan(record: dict[str, Any]) -> ChunkPlan:
     plan = ChunkPlan(
         chunk=record["chunk"],
         first_step=record["first_step"],

@@ -1,7 +1,7 @@
-"""Chunk plans on their way from rank 0 to everybody: one broadcast of 24 bytes per domain per chunk, one chunk ahead.
+"""Chunk plans on their way from rank 0 to all ranks: one broadcast of 24 bytes per domain per chunk, one chunk ahead.
 
-Chunk c + 1 is planned and broadcast while chunk c is trained on. Rank 0 starts the broadcast when the weights of the chunk are
-known; the others have posted theirs already. Nobody blocks: `poll` drives it, from the main thread only.
+Chunk c + 1 is planned and broadcast while chunk c is trained on. Rank 0 starts the broadcast when the weights of the chunk
+are known; the other ranks have posted theirs already. Nobody blocks: `poll` drives the broadcast, from the main thread only.
 """
 
 import time
@@ -26,62 +26,61 @@ class PlanBroadcaster:
         comm: Communicator,
         planner: Planner,
         weights_of: Callable[[int], NDArray[np.float64] | None],
-        deliver: Callable[[ChunkPlan], None],
+        resumed: ChunkPlan,
     ) -> None:
-        """
+        """Begin with `resumed`, a plan that every rank knows: deliver it again, and continue after it. **Collective.**
+
         Args:
-            weights_of: the weights of a chunk, None while they are not known; asked on rank 0 only.
-            deliver: called on every rank with each plan, in order.
+            weights_of: returns the weights of a chunk, or None while they are not known; called on rank 0 only.
+            resumed: a plan without steps is not delivered; it only says at which chunk, step and cursors planning begins.
         """
         self._comm = comm.Dup()
         self._planner = planner
         self._weights_of = weights_of
-        self._deliver = deliver
         self._buffer = np.zeros(ChunkPlan.array_size(len(planner.capacity)), np.int64)
         self._request: CollectiveRequest | None = None
         self._posted_s = 0.0
-        self._state = PlannerState.start(len(planner.capacity))
-        self._resumed: ChunkPlan | None = None
+        self._state = PlannerState(
+            chunk=resumed.chunk, step=resumed.first_step, cursors=resumed.cursors, lags=resumed.lags
+        )
+        self._resumed = resumed if resumed.num_steps or resumed.last else None
+        self._latest: ChunkPlan | None = None
         self.plan_s = 0.0
         """Seconds that rank 0 took for its last plan."""
         self.broadcast_s = 0.0
         """Seconds from posting the last broadcast to its completion on this rank."""
-        self.latest: ChunkPlan | None = None
-        """The plan delivered last."""
-
-    def resume(self, plan: ChunkPlan) -> None:
-        """Deliver `plan`, known on every rank, again, and go on after it; one of no steps only says where to go on."""
-        self._state = PlannerState(chunk=plan.chunk, step=plan.first_step, cursors=plan.cursors, lags=plan.lags)
-        self._resumed = plan if plan.num_steps or plan.last else None
-
-    def poll(self, current_chunk: int) -> None:
-        """Drive the broadcast of the next chunk, at most one beyond `current_chunk`."""
-        if self._request is None and self._state.chunk <= current_chunk + 1 and not self._ended:
-            self._request = self._post()
-        if self._request is not None and self._request.Test():
-            self._request = None
-            self._receive()
-
-    def settled(self, current_chunk: int) -> bool:
-        """Whether `poll(current_chunk)` has nothing left to drive."""
-        return self._ended or (self._request is None and self._state.chunk > current_chunk + 1)
 
     @property
     def next_chunk(self) -> int:
         """The first chunk that rank 0 has not planned yet."""
-        return self._state.chunk + int(self._request is not None or self._resumed is not None)
+        is_planned = self._request is not None or self._resumed is not None
+        return self._state.chunk + int(is_planned)
 
-    def reaches(self, step: int) -> bool:
-        """Whether the plans delivered cover everything in front of `step`."""
-        return self.latest is not None and (self._state.step >= step or self.latest.last)
+    def poll(self, last_chunk: int) -> ChunkPlan | None:
+        """Drive the broadcasts of chunks up to `last_chunk`; return a plan that has just arrived."""
+        if self._request is None and self._state.chunk <= last_chunk and not self._has_ended:
+            self._request = self._post()
+        if self._request is None or not self._request.Test():
+            return None
+        self._request = None
+        return self._receive()
+
+    def is_settled(self, last_chunk: int) -> bool:
+        """Return whether `poll(last_chunk)` has nothing to drive."""
+        return self._has_ended or (self._request is None and self._state.chunk > last_chunk)
+
+    def covers(self, data_step: int) -> bool:
+        """Return whether the delivered plans cover all data steps before `data_step`."""
+        return self._latest is not None and (self._state.step >= data_step or self._latest.last)
 
     @property
-    def _ended(self) -> bool:
-        return self.latest is not None and self.latest.last
+    def _has_ended(self) -> bool:
+        return self._latest is not None and self._latest.last
 
     def _post(self) -> CollectiveRequest | None:
+        """Start the broadcast of the next plan; on rank 0, None while its weights are not known."""
         if self._comm.rank == 0:
-            plan = self._next_plan()
+            plan = self._next_plan() if self._resumed is None else self._resumed
             if plan is None:
                 return None
             self._buffer[...] = plan.to_array()
@@ -89,31 +88,31 @@ class PlanBroadcaster:
         return self._comm.Ibcast(self._buffer)
 
     def _next_plan(self) -> ChunkPlan | None:
-        if self._resumed is not None:
-            return self._resumed
         weights = self._weights_of(self._state.chunk)
         if weights is None:
             return None
         began = time.perf_counter()
-        plan = self._to_next_border().decide(self._state, weights)
+        plan = self._planner_to_chunk_end().decide(self._state, weights)
         self.plan_s = time.perf_counter() - began
         return plan
 
-    def _to_next_border(self) -> Planner:
-        """A planner for the steps that the chunk still has: all of them, unless planning begins inside it."""
-        begun = self._state.step % self._planner.chunk_steps
-        return replace(self._planner, chunk_steps=self._planner.chunk_steps - begun) if begun else self._planner
+    def _planner_to_chunk_end(self) -> Planner:
+        """Return a planner for the remaining steps of the chunk: all of them, unless a run edit begins inside it."""
+        steps_done = self._state.step % self._planner.chunk_steps
+        return (
+            replace(self._planner, chunk_steps=self._planner.chunk_steps - steps_done) if steps_done else self._planner
+        )
 
-    def _receive(self) -> None:
+    def _receive(self) -> ChunkPlan:
         self.broadcast_s = time.perf_counter() - self._posted_s
         plan = ChunkPlan.from_array(self._buffer)
         if plan.chunk != self._state.chunk or not np.array_equal(plan.cursors, self._state.cursors):
             raise CommError(
-                f"Rank {self._comm.rank} was sent chunk {plan.chunk} from other cursors than its own for chunk "
+                f"Rank {self._comm.rank} received chunk {plan.chunk} with other cursors than its own for chunk "
                 f"{self._state.chunk}: ranks run different code or read different indexes.\n"
                 "  Give all nodes the same installation and the same index.path."
             )
         self._resumed = None
         self._state = self._planner.after(plan)
-        self.latest = plan
-        self._deliver(plan)
+        self._latest = plan
+        return plan

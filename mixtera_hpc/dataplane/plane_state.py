@@ -1,7 +1,7 @@
 """The state of a data plane: JSON and arrays, O(domains), never pickle.
 
-It holds the plan of the chunk that is being served, the next step, and what the mixing algorithm knows. Restoring it costs
-the same at every step, with any number of ranks.
+It holds the plan of the chunk that is being served, the next step, and what the mixing algorithm has learned. Restoring it
+costs the same at every step, with any number of ranks.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -23,28 +23,29 @@ VERSION = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaneState:
-    """Where a run stands between two steps."""
+    """Where a run is between two steps."""
 
     next_step: int
+    """The training step of the next batch."""
     plan: ChunkPlan
-    """Of the chunk that `next_step` lies in; when that chunk is not planned yet, of the one before it."""
+    """The plan of the chunk that `next_step` lies in, or of the chunk before it when that chunk is not planned yet."""
     mixer: Mapping[str, NDArray[Any]]
-    """What the mixing algorithm knows."""
-    fed: int
-    """Data steps it has heard of."""
+    """What the mixing algorithms have learned."""
+    num_fed: int
+    """Data steps that they have learned from."""
     decisions: Sequence[MixtureDecision]
-    """Of its mixture."""
+    """The accepted requests for other mixtures."""
     stream_version: StreamVersion
     identity: Mapping[str, Any]
-    """Of the source it was served from."""
+    """Identity of the source that the run was served from; see `Source.identity`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"json": …, "arrays": …}`, for `json.dump` and `numpy.savez`."""
+        """Return `{"json": …, "arrays": …}`, for `json.dump` and `numpy.savez`."""
         facts = {
             "version": VERSION,
             "next_step": self.next_step,
-            "fed": self.fed,
-            "decisions": [change.to_dict() for change in self.decisions],
+            "num_fed": self.num_fed,
+            "decisions": [decision.to_dict() for decision in self.decisions],
             "stream_version": self.stream_version.to_dict(),
             "identity": dict(self.identity),
         }
@@ -52,15 +53,16 @@ class PlaneState:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> "PlaneState":
-        """The inverse of `to_dict`.
+        """Restore what `to_dict` returned.
 
         Raises:
             ConfigError: the state was written by another version.
         """
-        facts, arrays = state["json"], dict(state["arrays"])
+        facts = state["json"]
+        arrays = dict(state["arrays"])
         if facts["version"] != VERSION:
             raise ConfigError(
-                f"The saved state has version {facts['version']}, this code writes and reads {VERSION}.\n"
+                f"The saved state has version {facts['version']}, but this code writes and reads version {VERSION}.\n"
                 "  Resume with the release that wrote it, or start a new run."
             )
         plan = ChunkPlan.from_array(np.asarray(arrays.pop("plan"), np.int64))
@@ -68,7 +70,7 @@ class PlaneState:
             next_step=facts["next_step"],
             plan=plan,
             mixer=arrays,
-            fed=facts["fed"],
+            num_fed=facts["num_fed"],
             decisions=[MixtureDecision.from_dict(line) for line in facts["decisions"]],
             stream_version=StreamVersion.from_dict(facts["stream_version"]),
             identity=facts["identity"],
@@ -76,22 +78,22 @@ class PlaneState:
 
 
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:
-    """The fields that differ, all of which must be `allowed` to.
+    """Return the names of the fields that differ between two identities; all of them must be `allowed` to.
 
     Raises:
-        ConfigError: others differ as well; every one is named.
+        ConfigError: other fields differ too; the message names every one.
     """
     differing = [name for name, value in now.items() if before.get(name) != value]
     refused = [name for name in differing if name not in allowed]
     if refused:
         lines = "".join(f"\n  - {name} was {before.get(name)!r}, is {now[name]!r}" for name in refused)
-        advice = ["Resume with the old ones."]
+        advice = ["Resume with the old values."]
         if "index" in refused:
             generations = ",".join(before.get("index", []))
-            advice.append(f"For an index that was refreshed since, set index.generations=[{generations}].")
+            advice.append(f"If the index was refreshed since, set index.generations=[{generations}].")
         if "drop" in refused:
             advice.append("Drops are recorded in the run: open the data plane with the folder of the run.")
         if refused != ["index"]:
-            advice.append("What can be changed knowingly: mixtera-hpc resume --help.")
+            advice.append("mixtera-hpc resume --help lists what can be changed in a run.")
         raise ConfigError(f"The saved state belongs to a run with other settings:{lines}\n  {' '.join(advice)}")
     return differing

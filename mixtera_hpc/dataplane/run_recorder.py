@@ -1,4 +1,8 @@
-"""Where a data plane writes down what it does: the journal and metric events on rank 0, the audit on every rank."""
+"""What a data plane reads from and writes to the folder of its run.
+
+Rank 0 writes the journal and metric events; with `dataplane.audit`, the leader of each model-parallel group writes an audit
+log. Without a folder nothing is written.
+"""
 
 import numpy as np
 
@@ -17,46 +21,55 @@ __all__ = ["RunRecorder"]
 
 
 class RunRecorder:
-    """Where a data plane writes: journal and metrics on rank 0, the audit on every rank. Nowhere without a folder."""
+    """One rank's records of a run."""
 
     def __init__(self, folder: RunFolder | None, attempt: int, rank: int, config: Config, tracker: Tracker) -> None:
-        self.control = folder.control if folder else None
+        self.control_folder = folder.control if folder else None
+        """Where requests for the run appear; None without a folder."""
         self._decisions = folder.decisions if folder else None
         self._tracker = tracker if rank == 0 else NullTracker()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
-        audit = folder.audit_of_rank(attempt, rank) if folder and config.dataplane.audit else None
-        self._audit = AuditLog(audit) if audit and rank % config.dataplane.model_parallel_size == 0 else None
+        self._audit: AuditLog | None = None
+        is_group_leader = rank % config.dataplane.model_parallel_size == 0
+        if folder and config.dataplane.audit and is_group_leader:
+            self._audit = AuditLog(folder.audit_of_rank(attempt, rank))
 
     def run_edits(self) -> list[RunEdit]:
-        """What the run has been through."""
+        """Return the edits of the run, oldest first."""
         return read_run_edits(self._decisions)
 
     def decisions(self) -> list[MixtureDecision]:
-        """What was decided about its mixture."""
+        """Return the decisions about the run's mixture, oldest first."""
         return read_decisions(self._decisions)
 
-    def record_decision(self, change: MixtureDecision) -> None:
-        """Write a decision down; it holds from now on."""
+    def record_decision(self, decision: MixtureDecision) -> None:
+        """Record a decision about the mixture; it holds from now on, also after a crash."""
         if self._decisions and self._journal:
-            append_line(self._decisions, change.to_dict())
-            self._journal.write(change.to_dict())
+            append_line(self._decisions, decision.to_dict())
+            self._journal.write(decision.to_dict())
 
-    def opened(self, opening: AttemptStart) -> None:
+    def record_start(self, start: AttemptStart) -> None:
+        """Record that the attempt begins to serve."""
         if self._journal:
-            self._journal.opened(opening)
+            self._journal.write_start(start)
 
-    def planned(self, plan: ChunkPlan) -> None:
+    def record_plan(self, plan: ChunkPlan) -> None:
+        """Record a plan that all ranks have received."""
         if self._journal:
-            self._journal.planned(plan)
+            self._journal.write_plan(plan)
 
-    def consumed(self, batch: Batch) -> None:
+    def record_batch(self, batch: Batch) -> None:
+        """Record that a batch was handed to the trainer."""
         if self._audit and batch.digests is not None:
-            self._audit.consumed(batch.step, batch.positions, batch.digests)
+            self._audit.write_batch(batch.step, batch.positions, batch.digests)
 
-    def entered(self, plan: ChunkPlan, source: Source, plan_s: float, broadcast_s: float) -> None:
-        """Tell the metrics what the chunk that begins is made of."""
+    def log_chunk(self, plan: ChunkPlan, source: Source, plan_s: float, broadcast_s: float) -> None:
+        """Log the mixture of a chunk whose first batch is served now, and what it took to plan and broadcast it."""
+        # Sequences of each domain before the chunk, as a share of all, and as passes over the domain.
         served = plan.cursors / max(int(plan.cursors.sum()), 1)
-        items = np.maximum(source.layout.epoch_items(), 1)
+        items = source.stream_version.origins + plan.cursors * source.grid.stride
+        epochs = items / np.maximum(source.layout.epoch_items(), 1)
+
         step = source.stream_version.step_at(plan.first_step)
         event = {
             "step": step,
@@ -65,18 +78,24 @@ class RunRecorder:
             "weights": plan.weights / UNIT,
             "served": served,
             "cursors": plan.cursors,
-            "epochs": (source.stream_version.origins + plan.cursors * source.grid.stride) / items,
+            "epochs": epochs,
         }
         self._tracker.log("mixture", event)
         self._tracker.log("comm", {"step": step, "plan_s": plan_s, "broadcast_s": broadcast_s})
 
-    def reduced(self, step: int, reduce_s: float) -> None:
+    def log_reduction(self, step: int, reduce_s: float) -> None:
+        """Log how long this rank waited for the reduction of a step."""
         self._tracker.log("comm", {"step": step, "reduce_s": reduce_s})
 
     def close(self, next_step: int | None) -> None:
+        """Close all files.
+
+        Args:
+            next_step: every step before it was consumed; None when the attempt did not end in order.
+        """
         if self._journal:
             if next_step is not None:
-                self._journal.closed(next_step)
+                self._journal.write_close(next_step)
             self._journal.close()
         if self._audit:
             self._audit.close()

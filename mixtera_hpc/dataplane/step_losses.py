@@ -1,7 +1,7 @@
-"""Per-token losses → per-sequence sums, wherever the losses are → what this rank says of a step.
+"""Per-token losses → per-sequence sums, wherever the losses are → this rank's part of a step's statistics.
 
-Arrays and CPU tensors are summed in float64 on the spot. Losses on an accelerator are summed there and copied without
-waiting; the copy is looked at when the step is closed, one step later, so the trainer's stream never stalls.
+Arrays and CPU tensors are summed in float64 at once. Losses on an accelerator are summed there, and the sums are copied
+without waiting. The copy is read when the step is closed, one step later, so that the trainer's stream never stalls.
 """
 
 from collections.abc import Callable
@@ -20,34 +20,36 @@ Sums = NDArray[np.float64]
 
 
 class StepLosses:
-    """What one rank has recorded of the step that is being trained on."""
+    """The losses that one rank has recorded for the current step."""
 
     def __init__(self, num_domains: int) -> None:
         self._num_domains = num_domains
         self._recorded: list[tuple[slice, Callable[[], Sums]]] = []
 
     def add(self, batch: Batch, loss_per_token: Any, rows: slice) -> None:
-        """Take the losses of some sequences of `batch`; see `DataPlane.record`."""
+        """Add the losses of some sequences of `batch`; see `DataPlane.record`."""
         self._recorded.append((rows, sequence_sums(loss_per_token, batch.loss_mask[rows])))
 
     def take(self, batch: Batch) -> NDArray[np.int64]:
-        """The sums over all that was added, all of `batch` or nothing; shape (NUM_ROWS, num_domains). Begins anew.
+        """Return the sums over the losses of `batch`, and forget them; shape (NUM_BUFFER_ROWS, K).
 
         Raises:
-            CommError: a sequence was added twice, or left out.
+            CommError: some sequences were recorded, but not every sequence exactly once.
         """
-        recorded, self._recorded = self._recorded, []
+        recorded = self._recorded
+        self._recorded = []
         total = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
-        times = np.zeros(len(batch.domain_ids), np.int64)
+        times_recorded = np.zeros(len(batch.domain_ids), np.int64)
         for rows, sums in recorded:
-            times[rows] += 1
-            counted = batch.loss_mask[rows].sum(axis=1)
-            total += accumulate_losses(batch.domain_ids[rows], sums(), counted, self._num_domains)
-        if recorded and (times != 1).any():
-            odd = int(np.argmax(times != 1))
+            times_recorded[rows] += 1
+            num_tokens = batch.loss_mask[rows].sum(axis=1)
+            total += accumulate_losses(batch.domain_ids[rows], sums(), num_tokens, self._num_domains)
+
+        if recorded and (times_recorded != 1).any():
+            wrong = int(np.argmax(times_recorded != 1))
             raise CommError(
-                f"Sequence {batch.positions[odd]} of step {batch.step} was recorded {times[odd]} times: call record() once for "
-                "every micro-batch, with its rows."
+                f"Sequence {batch.positions[wrong]} of step {batch.step} was recorded {times_recorded[wrong]} times.\n"
+                "  Call record() once for every micro-batch, with its rows."
             )
         return total
 
@@ -60,27 +62,30 @@ def sequence_sums(loss_per_token: Any, mask: NDArray[np.bool_]) -> Callable[[], 
         mask: which tokens count; shape (B, T).
 
     Returns:
-        A function that gives the sums, waiting for the accelerator if it has to.
+        A function that returns the sums, and waits for the accelerator if it has to.
 
     Raises:
         ValueError: the shapes differ.
     """
     if tuple(loss_per_token.shape) != mask.shape:
         raise ValueError(
-            f"record() was given losses of shape {tuple(loss_per_token.shape)}, the batch has {mask.shape}: one loss per "
-            "predicted token, cross-entropy with reduction='none'."
+            f"record() got losses of shape {tuple(loss_per_token.shape)}, but the batch has {mask.shape}.\n"
+            "  Give one loss per predicted token: cross-entropy with reduction='none'."
         )
-    if getattr(getattr(loss_per_token, "device", None), "type", "cpu") != "cpu":
-        return _on_device(loss_per_token.detach(), mask)
-    losses = (
-        loss_per_token.detach().float().numpy() if hasattr(loss_per_token, "detach") else np.asarray(loss_per_token)
-    )
+    device = getattr(loss_per_token, "device", None)
+    if getattr(device, "type", "cpu") != "cpu":
+        return _sums_on_device(loss_per_token.detach(), mask)
+    if hasattr(loss_per_token, "detach"):
+        losses = loss_per_token.detach().float().numpy()
+    else:
+        losses = np.asarray(loss_per_token)
     sums = np.where(mask, losses, 0).sum(axis=1, dtype=np.float64)
     return lambda: sums
 
 
-def _on_device(losses: Any, mask: NDArray[np.bool_]) -> Callable[[], Sums]:
-    import torch
+def _sums_on_device(losses: Any, mask: NDArray[np.bool_]) -> Callable[[], Sums]:
+    """Sum on the accelerator and start the copy to pinned memory; only the returned function waits."""
+    import torch  # Heavy and optional; a caller with losses on an accelerator has imported it.
 
     counted = torch.from_numpy(mask).pin_memory().to(losses.device, non_blocking=True)
     sums = torch.where(counted, losses.double(), 0.0).sum(dim=1)

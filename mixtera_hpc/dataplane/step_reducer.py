@@ -1,4 +1,4 @@
-"""Per-domain losses on their way to everybody: one non-blocking integer reduction per step, overlapping the next step.
+"""Per-domain losses on their way to all ranks: one non-blocking integer reduction per step, overlapping the next step.
 
 The same reduction carries what ranks must agree on: requests to stop or save, and the digest of the plan they serve. Price:
 32 bytes per domain and step.
@@ -15,36 +15,47 @@ from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.errors import CommError
 
-__all__ = ["RankFlags", "StepReducer", "StepResult"]
+__all__ = ["AgreedRequests", "RankFlags", "StepReducer", "StepResult"]
 
 Ints = NDArray[np.int64]
-_LOW = (1 << 32) - 1
-"""The part of a digest that is compared, so that sums over all ranks fit."""
+
+DIGEST_MASK = (1 << 32) - 1
+"""The bits of a digest that are compared: sums of 32-bit numbers over all ranks fit into an int64."""
+
+NUM_FLAGS = 3
+"""Integers that follow the losses in the buffer: stop, save, digest."""
+
+MAX_RUNNING = 2
+"""Reductions in progress at the same time: the step that has just ended, and the one before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFlags:
-    """What one rank says beside its losses."""
+    """What one rank reports about a step besides its losses."""
 
     stop: bool
     save: bool
     digest: int
-    """Of the plan it served the step from."""
+    """Digest of the plan that it served the step from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What all ranks said of one step."""
+    """What all ranks reported about one step."""
 
     statistics: DomainStatistics
     stop: bool
+    """Whether any rank was asked to stop."""
     save: bool
+    """Whether any rank was asked to save."""
     reduce_s: float
-    """Seconds this rank waited for it; 0 when it was done before it was needed."""
+    """Seconds that this rank waited for the reduction; 0 when it was complete before it was needed."""
 
 
 @dataclass(slots=True)
-class _UnderWay:
+class _Reduction:
+    """A reduction in progress."""
+
     step: int
     buffer: Ints
     result: Ints
@@ -55,67 +66,109 @@ class StepReducer:
     """Reductions of consecutive steps, in order."""
 
     def __init__(self, comm: Communicator, num_domains: int) -> None:
+        """Use a duplicate of `comm`. **Collective.**"""
         self._comm = comm.Dup()
         self._num_domains = num_domains
-        self._under_way: deque[_UnderWay] = deque()
-        self._done: list[StepResult] = []
-        self._odd: _UnderWay | None = None
+        self._running: deque[_Reduction] = deque()
+        self._results: list[StepResult] = []
+        """Complete, and not returned yet."""
+        self._mismatch: _Reduction | None = None
+        """The first step that ranks served from different plans."""
 
-    def post(self, step: int, rows: Ints, notes: RankFlags) -> None:
-        """Start the reduction of `step`, once those before the last are done. **Collective.**
+    def post(self, step: int, rows: Ints, flags: RankFlags) -> None:
+        """Start the reduction of `step`; first wait for all but the one before it. **Collective.**
 
         Args:
-            rows: this rank's sums, shape (NUM_ROWS, K); see `core.statistics.accumulate`.
+            rows: this rank's sums, shape (NUM_BUFFER_ROWS, K); see `core.statistics.accumulate_losses`.
 
         Raises:
             CommError: ranks served an earlier step from different plans.
         """
-        self._done = self.wait_for(step - 2)
-        tail = [int(notes.stop), int(notes.save), notes.digest & _LOW]
+        self._results = self.wait_for(step - MAX_RUNNING)
+        tail = [int(flags.stop), int(flags.save), flags.digest & DIGEST_MASK]
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
         request = self._comm.Iallreduce(buffer, result)
-        self._under_way.append(_UnderWay(step, buffer, result, request))
+        self._running.append(_Reduction(step, buffer, result, request))
 
     def poll(self) -> list[StepResult]:
-        """What has completed since the last call."""
-        while self._under_way and self._under_way[0].request.Test():
-            self._take(reduce_s=0.0)
-        return self._hand_over()
+        """Return the results that have become complete since the last call, in order."""
+        while self._running and self._running[0].request.Test():
+            self._complete_first(reduce_s=0.0)
+        return self._take_results()
 
     def wait_for(self, step: int) -> list[StepResult]:
-        """Like `poll`, but with everything up to `step` in it. **Collective.**
+        """Return the same as `poll`, after waiting for every reduction up to that of `step`. **Collective.**
 
         Raises:
             CommError: ranks served one of those steps from different plans.
         """
-        while self._under_way and self._under_way[0].step <= step:
+        while self._running and self._running[0].step <= step:
             began = time.perf_counter()
-            wait(self._under_way[0].request)
-            self._take(reduce_s=time.perf_counter() - began)
-        if self._odd is not None and self._odd.step <= step:
-            self._name_the_odd_ones(self._odd)
-        return self._hand_over()
+            wait(self._running[0].request)
+            self._complete_first(reduce_s=time.perf_counter() - began)
+        if self._mismatch is not None and self._mismatch.step <= step:
+            self._raise_mismatch(self._mismatch)
+        return self._take_results()
 
-    def _hand_over(self) -> list[StepResult]:
-        done, self._done = self._done, []
-        return done
+    def _take_results(self) -> list[StepResult]:
+        results = self._results
+        self._results = []
+        return results
 
-    def _take(self, reduce_s: float) -> None:
-        sent = self._under_way.popleft()
-        rows = sent.result[:-3].reshape(NUM_BUFFER_ROWS, self._num_domains)
-        stop, save, digest = (int(n) for n in sent.result[-3:])
-        if digest != self._comm.size * int(sent.buffer[-1]):
-            self._odd = self._odd or sent
-        statistics = statistics_from_buffer(sent.step, rows)
-        self._done.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
+    def _complete_first(self, reduce_s: float) -> None:
+        """Move the oldest reduction to the results."""
+        reduction = self._running.popleft()
+        rows = reduction.result[:-NUM_FLAGS].reshape(NUM_BUFFER_ROWS, self._num_domains)
+        stop, save, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
 
-    def _name_the_odd_ones(self, sent: _UnderWay) -> None:
-        """Every rank sees the wrong sum, and comes here at the same point of its program, whenever it saw it."""
-        digests = self._comm.Allgather(sent.buffer[-1:])[:, 0]
+        # Equal digests add up to a multiple of this rank's own.
+        own_digest = int(reduction.buffer[-1])
+        if digest_sum != self._comm.size * own_digest and self._mismatch is None:
+            self._mismatch = reduction
+
+        statistics = statistics_from_buffer(reduction.step, rows)
+        self._results.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
+
+    def _raise_mismatch(self, reduction: _Reduction) -> None:
+        """Name the ranks that served a step from another plan than most. **Collective.**
+
+        Ranks may notice a wrong sum at different times. They all raise in the first `wait_for` that includes its step, which
+        is the same call of the program on every rank.
+        """
+        digests = self._comm.Allgather(reduction.buffer[-1:])[:, 0]
         values, counts = np.unique(digests, return_counts=True)
-        odd = np.flatnonzero(digests != values[np.argmax(counts)])
+        differing = np.flatnonzero(digests != values[np.argmax(counts)])
         raise CommError(
-            f"Ranks {odd.tolist()} served step {sent.step} from another plan than the others: they run different code or "
-            "read different indexes.\n  Give all nodes the same installation and the same index.path."
+            f"Ranks {differing.tolist()} served step {reduction.step} from another plan than the others: they run different "
+            "code or read different indexes.\n  Give all nodes the same installation and the same index.path."
         )
+
+
+class AgreedRequests:
+    """What any rank was asked to do, as all ranks know it from the results of steps.
+
+    Ranks receive results at different times. They ask about the same step, and get the same answer.
+    """
+
+    def __init__(self) -> None:
+        self._first_stop: int | None = None
+        self._saves: set[int] = set()
+
+    def add(self, result: StepResult) -> None:
+        """Take the requests from the result of a step; results arrive in order."""
+        step = result.statistics.step
+        if result.stop and self._first_stop is None:
+            self._first_stop = step
+        if result.save:
+            self._saves.add(step)
+
+    def stop_by(self, step: int) -> bool:
+        """Return whether a stop was requested up to training step `step`."""
+        return self._first_stop is not None and self._first_stop <= step
+
+    def take_save_by(self, step: int) -> bool:
+        """Return whether a save was requested up to `step` and not returned before."""
+        due = {requested for requested in self._saves if requested <= step}
+        self._saves -= due
+        return bool(due)

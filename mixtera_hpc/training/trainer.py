@@ -23,7 +23,6 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, read_run_edits
-from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import MultiTracker, Tracker, open_tracker
@@ -75,7 +74,6 @@ def run_training(
     """
     _check_trainable(config)
     torch.set_num_threads(config.training.num_threads)
-    config = pin_index_generation(config, folder.journal)
 
     tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)
     if observer and comm.rank == 0:
@@ -84,7 +82,7 @@ def run_training(
     replicas = Replicas(comm, config.training.device)
     with DataPlane.open(config, comm=comm, folder=folder, attempt=attempt, tracker=tracker) as plane:
         context = TrainerContext(
-            config=config, folder=folder, tracker=tracker, observer=observer, replicas=replicas, plane=plane
+            config=plane.config, folder=folder, tracker=tracker, observer=observer, replicas=replicas, plane=plane
         )
         trainer = Trainer(context)
         trainer.restore()

@@ -45,7 +45,7 @@ class Validator:
         if not is_last and step % self._every_steps != 0:
             return
         self._last_step = step
-        statistics = self._data.reduced(step, self._loss_sums(self._data, model))
+        statistics = self._data.reduce(step, self._loss_sums(self._data, model))
         self._tracker.log("validation", _validation_event(statistics))
 
     def _loss_sums(self, data: HeldOutBatches, model: GPT) -> NDArray[np.int64]:

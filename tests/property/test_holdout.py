@@ -115,7 +115,7 @@ def test_every_validation_is_the_same_whatever_was_trained_and_reports_domains(c
     assert [b.tokens.tolist() for b in first] == [b.tokens.tolist() for b in second]
     assert 1 <= len(first) <= 6
     sums = sum(validation.sums(b, np.full(b.loss_mask.shape, 2.0)) for b in first)
-    found = validation.reduced(5, sums)
+    found = validation.reduce(5, sums)
     assert found.loss_sum.sum() == pytest.approx(2.0 * sum(int(b.loss_mask.sum()) for b in first))
     assert (found.num_sequences > 0).sum() >= 2
 

@@ -14,7 +14,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
-from mixtera_hpc.dataplane import plane as plane_module
+from mixtera_hpc.dataplane import session
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
@@ -71,7 +71,7 @@ def test_a_script_that_leaves_with_a_failure_does_not(config: Config, tmp_path: 
 
 
 def test_statistics_nobody_asks_for_do_not_pile_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plane_module, "MAX_UNREAD", 3)
+    monkeypatch.setattr(session, "MAX_UNREAD_STATISTICS", 3)
     with DataPlane.open(config, comm=Local()) as plane:
         for batch in plane:
             if batch.step == 9:

@@ -36,7 +36,7 @@ def test_a_killed_process_is_named_with_its_signal(collection: list[str]) -> Non
     source, plan = opened(collection)
     workers = Workers(source, SHARE, 2)
     assert len(list(workers.batches(plan, 0))) == 7
-    workers._workers[1][0].kill()
+    workers._workers[1].process.kill()
     with pytest.raises(DataError, match=r"Reading process 1 of 2 was ended by signal 9"):
         list(workers.batches(plan, 0))
     workers.close()
@@ -46,11 +46,11 @@ def test_signals_for_the_job_do_not_end_them(collection: list[str]) -> None:
     source, plan = opened(collection)
     workers = Workers(source, SHARE, 1)
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT):
-        os.kill(workers._workers[0][0].pid, number)  # Still starting.
+        os.kill(workers._workers[0].process.pid, number)  # Still starting.
     expected = [batch.digests for batch in BatchMaker(source, SHARE, audit=True).batches(plan, 2)]
     assert [batch.digests for batch in workers.batches(plan, 2)] == expected
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT):
-        os.kill(workers._workers[0][0].pid, number)
+        os.kill(workers._workers[0].process.pid, number)
     assert [batch.digests for batch in workers.batches(plan, 0)][2:] == expected
     workers.close()
 
@@ -66,7 +66,7 @@ def test_plans_of_many_domains_and_large_batches_do_not_wait_for_each_other(tmp_
     source = open_source(config, Local())
     plan = source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
     workers = Workers(source, BatchSlice(first=0, size=128), 1)
-    with socket.socket(fileno=os.dup(workers._workers[0][1].fileno())) as ours:
+    with socket.socket(fileno=os.dup(workers._workers[0].pipe.fileno())) as ours:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     found: list[int] = []
     reader = threading.Thread(target=lambda: found.extend(b.step for b in workers.batches(plan, 0)), daemon=True)
@@ -104,7 +104,7 @@ def test_they_end_with_a_rank_that_is_killed(collection: list[str], tmp_path: Pa
         "from mixtera_hpc import DataPlane, compose\n"
         "plane = DataPlane.open(compose(sys.argv[1:]))\n"
         "next(iter(plane))\n"
-        "print(*(process.pid for process, _ in plane._prefetcher._maker._workers), flush=True)\n"
+        "print(*(worker.process.pid for worker in plane._session._prefetcher._maker._workers), flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     words = [*collection, *WORDS, "dataplane.workers=2", "dataplane.comm=local"]
@@ -144,7 +144,7 @@ def is_running(pid: int) -> bool:
 def test_a_plane_with_workers_leaves_none_behind(collection: list[str]) -> None:
     with DataPlane.open(compose([*collection, *WORDS, "dataplane.workers=2"]), Local()) as plane:
         next(iter(plane))
-        processes = [process for process, _ in plane._prefetcher._maker._workers]  # type: ignore[attr-defined]
+        processes = [worker.process for worker in plane._session._prefetcher._maker._workers]  # type: ignore[attr-defined]
         assert all(process.poll() is None for process in processes)
     assert all(process.poll() is not None for process in processes)
 
