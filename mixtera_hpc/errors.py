@@ -29,6 +29,9 @@ __all__ = [
     "is_clean_exit",
 ]
 
+EXIT_INTERRUPTED = 130
+"""Exit code of a process that ended on SIGINT, as shells report it."""
+
 
 class MixteraError(Exception):
     """Base class of every exception that this package raises on purpose."""
@@ -84,7 +87,7 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, MixteraError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return EXIT_INTERRUPTED
     if isinstance(error, SystemExit):
         return _system_exit_code(error)
     return 1

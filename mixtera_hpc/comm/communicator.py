@@ -1,9 +1,11 @@
-"""How ranks talk: one protocol, and `Local`, the communicator of a single process.
+"""Communication between ranks: one protocol, and `Local`, the communicator of a single process.
 
-Verbs keep MPI's names. Buffers are contiguous numpy arrays, never pickled objects. Waiting polls and sleeps, so that ranks
-that share cores leave them to those that work and Python signal handlers get to run.
+Collectives keep the names and meanings of MPI. Buffers are contiguous numpy arrays; nothing is pickled. Blocking calls
+poll and sleep instead of spinning, so that ranks that share cores do not slow each other down, and Python signal
+handlers run.
 """
 
+import socket
 import time
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -25,87 +27,121 @@ Op = Literal["sum", "max", "min"]
 
 
 class CollectiveRequest(Protocol):
-    """A collective under way."""
+    """A non-blocking collective in progress, like MPI's request."""
 
     def Test(self) -> bool:
-        """Whether it has completed; drives it forward."""
+        """Return True if the collective is complete, after advancing it. Does not block, and is not collective."""
         ...
 
 
 class SharedCounters(Protocol):
-    """A few integers that all ranks count with, each when it pleases; they lie on rank 0.
-
-    Where the network cannot add by itself, an addition waits until rank 0 makes some call of this communicator.
-    """
+    """Integers on rank 0 that every rank can add to at any time."""
 
     def Fetch_and_add(self, position: int, value: int) -> int:
-        """Add to one of them; returns what it was before. Not collective."""
+        """Add `value` to the counter at `position` and return its previous value. Blocks, but is not collective.
+
+        If the network has no atomic operations, this may wait until rank 0 calls any method of the communicator.
+        """
         ...
 
     def Free(self) -> None:
-        """Give them back. **Collective.**"""
+        """Release the counters. **Collective.**"""
         ...
 
 
 @runtime_checkable
 class Communicator(Protocol):
-    """A group of ranks. Every method but `Abort` is collective: all ranks call it, in the same order."""
+    """A group of ranks.
+
+    Every method but `Abort` is collective: all ranks must call it, in the same order. The methods that return a
+    `CollectiveRequest` return at once. The others block until this rank's part of the operation is complete.
+    """
 
     rank: int
+    """Number of this process, in [0, size)."""
     size: int
     local_rank: int
-    """Position among the ranks of this node."""
+    """Number of this process among those of its node, in [0, local_size)."""
     local_size: int
-    """Ranks of this node."""
     hostname: str
 
     def Dup(self) -> "Communicator":
-        """The same ranks with their own ordering of collectives. **Collective.**"""
+        """Return a communicator of the same ranks whose collectives are ordered independently. **Collective.**
+
+        Blocks. The duplicate is released with this communicator.
+        """
         ...
 
     def Barrier(self) -> None:
-        """Wait until every rank is here. **Collective.**"""
+        """Block until every rank has called it. **Collective.**"""
         ...
 
     def Bcast(self, buffer: NDArray[Any], root: int = 0) -> None:
-        """Copy root's `buffer` into everybody's. **Collective.**"""
+        """Copy the `buffer` of rank `root` into the `buffer` of every rank. **Collective.**
+
+        Blocks until this rank may use its buffer. The buffers have the same shape and dtype on all ranks, and any size.
+        """
         ...
 
     def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> CollectiveRequest:
-        """Start a `Bcast`; the buffer belongs to MPI until the request is done. **Collective.**"""
+        """Start a `Bcast`. **Collective.**
+
+        Neither read nor write `buffer` until the request is complete.
+        """
         ...
 
     def Allreduce(self, buffer: NDArray[Any], op: Op = "sum") -> NDArray[Any]:
-        """Combine everybody's `buffer` element by element. **Collective.**"""
+        """Return the element-wise `op` of the buffers of all ranks; shape and dtype of `buffer`. **Collective.**
+
+        Blocks until the result is complete.
+        """
         ...
 
     def Iallreduce(self, buffer: NDArray[Any], result: NDArray[Any], op: Op = "sum") -> CollectiveRequest:
-        """Start an `Allreduce` into `result`; both belong to MPI until the request is done. **Collective.**"""
+        """Start an `Allreduce` into `result`. **Collective.**
+
+        Neither read `result` nor write either array until the request is complete.
+        """
         ...
 
     def Allgather(self, buffer: NDArray[Any]) -> NDArray[Any]:
-        """Everybody's `buffer`, stacked; shape (size, *buffer.shape). **Collective.**"""
+        """Return the buffers of all ranks, in rank order; shape (size, *buffer.shape). **Collective.**
+
+        Blocks until the result is complete.
+        """
         ...
 
     def Allocate_shared(self, array: NDArray[Any] | None) -> NDArray[Any]:
-        """Root's `array` (others give None), read-only on every rank and stored once per node. **Collective.**"""
+        """Return the `array` of rank 0, read-only, in memory that the ranks of a node share. **Collective.**
+
+        Blocks until the array is complete. It is valid until `Free`.
+
+        Args:
+            array: the content on rank 0; ignored on other ranks.
+        """
         ...
 
     def Allocate_counters(self, count: int) -> SharedCounters:
-        """Shared counters, all 0. **Collective.**"""
+        """Return `count` shared counters, all 0. **Collective.**
+
+        Blocks until every rank may add to them.
+        """
         ...
 
     def Free(self) -> None:
-        """Give back shared memory and duplicates. **Collective.**"""
+        """Release shared memory and duplicates; calling it twice does no harm. **Collective.**"""
         ...
 
     def Abort(self, code: int) -> None:
-        """End the whole job now; does not return."""
+        """End all processes of the job with exit code `code`. Does not return, and is not collective."""
         ...
 
 
 def wait(request: CollectiveRequest, poll_s: float = 1e-4) -> None:
-    """Poll `request` until it is done, sleeping between polls; starts eagerly and backs off to 1 ms."""
+    """Block until `request` is complete.
+
+    Polls ten times without sleeping, then every `poll_s` seconds with a pause that grows to 1 ms.
+    """
     for _ in range(10):
         if request.Test():
             return
@@ -115,10 +151,19 @@ def wait(request: CollectiveRequest, poll_s: float = 1e-4) -> None:
 
 
 def bcast_bytes(comm: Communicator, data: bytes | None) -> bytes:
-    """Root's `data` on every rank; others give None. **Collective.**"""
+    """Return the `data` of rank 0 on every rank. **Collective.**
+
+    Blocks until the data is there.
+
+    Args:
+        data: the bytes on rank 0, of any length; None on other ranks.
+    """
     length = np.array([0 if data is None else len(data)], np.int64)
     comm.Bcast(length)
-    buffer = np.frombuffer(data, np.uint8).copy() if data is not None else np.empty(int(length[0]), np.uint8)
+    if data is not None:
+        buffer = np.frombuffer(data, np.uint8).copy()
+    else:
+        buffer = np.empty(int(length[0]), np.uint8)
     comm.Bcast(buffer)
     return buffer.tobytes()
 
@@ -129,7 +174,7 @@ class _CompletedRequest:
 
 
 COMPLETED_REQUEST: CollectiveRequest = _CompletedRequest()
-"""A request that has completed."""
+"""A request that is already complete."""
 
 
 class _LocalCounters:
@@ -137,16 +182,16 @@ class _LocalCounters:
         self._values = [0] * count
 
     def Fetch_and_add(self, position: int, value: int) -> int:
-        before = self._values[position]
+        previous = self._values[position]
         self._values[position] += value
-        return before
+        return previous
 
     def Free(self) -> None:
         return None
 
 
 class Local:
-    """A group of one: the same code runs with no MPI installed."""
+    """The communicator of one process, which needs no MPI library."""
 
     rank = 0
     size = 1
@@ -154,8 +199,6 @@ class Local:
     local_size = 1
 
     def __init__(self) -> None:
-        import socket
-
         self.hostname = socket.gethostname()
 
     def Dup(self) -> "Local":

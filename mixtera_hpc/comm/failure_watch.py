@@ -1,8 +1,9 @@
-"""Naming the rank that dies without a word: killed by the kernel, by a node's owner, or by a bug in a library.
+"""Report the rank that dies without an exception: killed by the kernel, killed by a user, or crashed in native code.
 
-MPICH's mpiexec prints a process number at best. Every node gets one `sentinel.py`, which waits on the processes of its
-ranks, and a board in shared memory on which each rank notes its step and its goodbye. Price: one Allgather of 24 bytes per
-rank and one of 8 at start, one store per step.
+MPICH's mpiexec prints a process id at best. Every node gets one sentinel process (`sentinel.py`), which waits for the
+ends of the node's ranks, and a board in shared memory, where each rank stores its step and its state.
+
+Price: one Allgather of 32 bytes per rank and one of 8 bytes at start, and one store per step.
 """
 
 import contextlib
@@ -20,50 +21,64 @@ import numpy as np
 
 from mixtera_hpc.comm import sentinel
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.comm.sentinel import GOODBYE, SLOT, TOLD
+from mixtera_hpc.comm.sentinel import FINISHED, REPORTED, RUNNING, SLOT
 from mixtera_hpc.errors import MixteraError, is_clean_exit
 
 __all__ = ["FailureWatch", "start_failure_watch"]
 
-GIVE_WAY_S = 2.0
-"""How long the sentinel gets to name a dead rank before a survivor's error is taken for the cause."""
+SENTINEL_GRACE_S = 2.0
+"""How long a rank with a foreign error waits for the sentinel to report another rank as the cause."""
 
 
 class FailureWatch:
-    """One rank's word to the sentinel of its node. As a context manager it takes leave, or records what failed."""
+    """Tell the sentinel of this node how this rank is doing.
+
+    As a context manager it marks a clean exit as such, and records any other exception as the failure of the run.
+    """
 
     def __init__(self, comm: Communicator, folder: Path | None, board: mmap.mmap | None = None, slot: int = 0) -> None:
+        """Use `start_failure_watch`, which makes the board and starts the sentinel.
+
+        Args:
+            folder: of the attempt, for `failure.json`; None to record nothing.
+            board: shared memory with one slot per rank of the node; None without a sentinel.
+            slot: position of this rank on the board.
+        """
         self._comm = comm
         self._folder = folder
         self._board = board
         self._offset = slot * SLOT.size
         self._step = -1
-        self._held: list[object] = []
+        self._owned: list[object] = []
 
     def step(self, number: int) -> None:
-        """Note that step `number` is done; costs a store."""
+        """Record that step `number` is complete. Costs one store."""
         self._step = number
-        self._put(sentinel.RUNNING)
+        self._set_state(RUNNING)
 
-    def goodbye(self) -> None:
-        """This rank leaves in an orderly way; its end is not news."""
-        self._put(GOODBYE)
+    def mark_finished(self) -> None:
+        """Record that this rank exits cleanly, so that its end is not reported."""
+        self._set_state(FINISHED)
 
-    def failed(self, error: BaseException) -> None:
-        """Record that this rank failed, unless another did before; others may be killed from now on without being named.
+    def record_failure(self, error: BaseException) -> None:
+        """Record that this rank failed, unless another failure is recorded. Ranks killed from now on are not reported.
 
-        What a library says of a peer it lost (gloo: connection reset) is heard sooner than the death itself: an error that is
-        not our own gives way to the sentinel.
+        A library notices a lost peer before the kernel has ended it (gloo: connection reset). So an exception that is
+        not one of ours waits for the sentinel first, which may know the rank that caused it.
         """
         if isinstance(error, Exception) and not isinstance(error, MixteraError):
-            self._give_way()
-        self._put(TOLD)
+            self._wait_for_sentinel()
+        self._set_state(REPORTED)
         if self._folder is not None:
-            words = str(error).strip().splitlines()
-            facts = {"rank": self._comm.rank, "host": self._comm.hostname, "pid": os.getpid()}
-            reason = f"{type(error).__name__}: {words[0] if words else ''}"
-            step = self._step if self._step >= 0 else None
-            sentinel.report(str(self._folder), {**facts, "step": step, "reason": reason})
+            lines = str(error).strip().splitlines()
+            facts = {
+                "rank": self._comm.rank,
+                "host": self._comm.hostname,
+                "pid": os.getpid(),
+                "step": self._step if self._step >= 0 else None,
+                "reason": f"{type(error).__name__}: {lines[0] if lines else ''}",
+            }
+            sentinel.record_failure(str(self._folder), facts)
 
     def __enter__(self) -> "FailureWatch":
         return self
@@ -72,63 +87,72 @@ class FailureWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None or is_clean_exit(error):
-            self.goodbye()
+            self.mark_finished()
         else:
-            self.failed(error)
+            self.record_failure(error)
 
-    def hold(self, thing: object) -> None:
-        """Keep what must live as long as this rank."""
-        self._held.append(thing)
+    def own(self, resource: object) -> None:
+        """Keep a reference to `resource` for as long as this object lives."""
+        self._owned.append(resource)
 
-    def _give_way(self) -> None:
-        deadline = time.monotonic() + GIVE_WAY_S
-        while self._board is not None and time.monotonic() < deadline and not self._is_named():
+    def _wait_for_sentinel(self) -> None:
+        deadline = time.monotonic() + SENTINEL_GRACE_S
+        while self._board is not None and time.monotonic() < deadline and not self._failure_is_recorded():
             time.sleep(0.02)
 
-    def _is_named(self) -> bool:
+    def _failure_is_recorded(self) -> bool:
         return self._folder is not None and (self._folder / "failure.json").exists()
 
-    def _put(self, state: int) -> None:
+    def _set_state(self, state: int) -> None:
         if self._board is not None:
             SLOT.pack_into(self._board, self._offset, self._step, state)
 
 
 def start_failure_watch(comm: Communicator, folder: Path | None) -> FailureWatch:
-    """Watch over the ranks of every node; `folder` is the attempt's, for `failure.json`. **Collective.**
+    """Start the sentinel of every node and return this rank's connection to it. **Collective.**
 
-    Where the kernel has no pidfds (before 5.3), or ranks of a node cannot see each other, nothing is named.
+    Without pidfds (kernels before 5.3), or if the ranks of a node cannot see each other's processes, no sentinel is
+    started. Exceptions are still recorded.
+
+    Args:
+        folder: of the attempt, for `failure.json`; None to record nothing.
     """
     if comm.size == 1:
         return FailureWatch(comm, folder)
-    own = _make_board(comm.size)
-    reading, writing = os.pipe()
-    rows = comm.Allgather(np.array([_node_key(), os.getpid(), own, reading], np.int64))
-    mates = [rank for rank in range(comm.size) if rows[rank, 0] == rows[comm.rank, 0]]
-    board = _open_board(pid=int(rows[mates[0], 1]), fd=int(rows[mates[0], 2]))
-    ready = bool(comm.Allgather(np.array([board is not None], np.int64))[mates].all())
-    watch = FailureWatch(comm, folder, board if ready else None, mates.index(comm.rank))
-    if ready and comm.rank == mates[0]:
-        words = [f"{rank}:{rows[rank, 1]}:{rows[rank, 3]}" for rank in mates]
-        watch.hold(_start_sentinel([str(own), str(folder or ""), comm.hostname, *words], own))
+
+    # The first rank of every node makes the board; the others open it through /proc.
+    own_board = _make_board(comm.size)
+    read_end, write_end = os.pipe()
+    rows = comm.Allgather(np.array([_node_key(), os.getpid(), own_board, read_end], np.int64))
+    node_ranks = [rank for rank in range(comm.size) if rows[rank, 0] == rows[comm.rank, 0]]
+    first = node_ranks[0]
+    board = _open_board(pid=int(rows[first, 1]), fd=int(rows[first, 2]))
+    can_watch = bool(comm.Allgather(np.array([board is not None], np.int64))[node_ranks].all())
+    watch = FailureWatch(comm, folder, board if can_watch else None, node_ranks.index(comm.rank))
+    if can_watch and comm.rank == first:
+        ranks = [f"{rank}:{rows[rank, 1]}:{rows[rank, 3]}" for rank in node_ranks]
+        watch.own(_start_sentinel([str(own_board), str(folder or ""), comm.hostname, *ranks], own_board))
     comm.Barrier()
-    watch.hold(writing)  # The kernel closes it with the process, which is what the sentinel waits for.
-    os.close(reading)
-    if own >= 0:
-        os.close(own)
+
+    # The sentinel has opened the pipes by now. The kernel closes the write end when this process dies.
+    watch.own(write_end)
+    os.close(read_end)
+    if own_board >= 0:
+        os.close(own_board)
     return watch
 
 
 def _node_key() -> int:
-    """The same for two processes that see each other's process numbers."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    parts = [socket.gethostname(), boot.read_text() if boot.exists() else ""]
+    """Return a number that is equal for two processes that see each other's process ids."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    parts = [socket.gethostname(), boot_id.read_text() if boot_id.exists() else ""]
     with contextlib.suppress(OSError):
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
     return int.from_bytes(hashlib.blake2b("|".join(parts).encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _make_board(num_ranks: int) -> int:
-    """Nameless shared memory with a slot per rank; -1 where there is none, or no pidfds to go with it."""
+    """Create anonymous shared memory with one slot per rank; return -1 if that or pidfds are not available."""
     try:
         os.close(os.pidfd_open(os.getpid()))
         board = os.memfd_create("mixtera-watch", os.MFD_CLOEXEC)
@@ -139,7 +163,7 @@ def _make_board(num_ranks: int) -> int:
 
 
 def _open_board(pid: int, fd: int) -> mmap.mmap | None:
-    """The board of the node's first rank; None when it made none or cannot be reached."""
+    """Map the board of the node's first rank; return None if it has none or cannot be reached."""
     try:
         board = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -149,9 +173,9 @@ def _open_board(pid: int, fd: int) -> mmap.mmap | None:
 
 
 def _start_sentinel(arguments: list[str], board: int) -> subprocess.Popen[bytes]:
-    """Start it and wait until it watches. Its own session, so that a launcher's clean-up passes it by.
+    """Start the sentinel in a session of its own, and wait until it watches.
 
-    `Popen` uses vfork, which is safe after MPI_Init; nothing of the network stack is copied.
+    `Popen` uses vfork, which is safe after MPI_Init: no state of the network library is copied.
     """
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-E", sentinel.__file__, *arguments],

@@ -1,4 +1,4 @@
-"""Which communicator this process should use, and what happens when a rank fails."""
+"""Choose the communicator of this process, and turn the failure of one rank into the end of the job."""
 
 import os
 import sys
@@ -13,68 +13,80 @@ __all__ = ["open_communicator", "run_guarded", "started_by_mpi"]
 
 
 def started_by_mpi() -> bool:
-    """Whether an MPI launcher (mpiexec, srun with several tasks) started this process. Imports nothing."""
+    """Return True if mpiexec, or srun with several tasks, started this process. Does not import MPI."""
     env = os.environ
     if "PMI_RANK" in env or "OMPI_COMM_WORLD_RANK" in env or "PMIX_RANK" in env:
         return True
-    return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1
+    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+    return "SLURM_PROCID" in env and num_tasks > 1
 
 
 def open_communicator(kind: str = "auto") -> Communicator:
-    """`local`, `mpi`, or with `auto` whichever fits how this process was started. **Collective.**"""
+    """Open the communicator of all ranks of the job. **Collective.**
+
+    Args:
+        kind: `local`, `mpi`, or `auto`, which takes MPI if an MPI launcher started this process.
+
+    Raises:
+        CommError: MPI sees another number of ranks than the launcher started.
+    """
     if kind == "local" or (kind == "auto" and not started_by_mpi()):
         return Local()
+
+    # Importing mpi4py starts MPI, which a single process does not need and may not have.
     from mixtera_hpc.comm.mpi import Mpi
 
     return Mpi.world()
 
 
 def run_guarded(comm: Communicator, body: Callable[[], None]) -> int:
-    """Run `body` and return the process's exit code; a failure of one rank ends all of them, and says which it was.
+    """Run `body` and return the exit code of the process. If one rank fails, name it and end all ranks.
 
-    An agreed stop (`SavedAndStopped`) is no failure: every rank leaves with 75 by itself. Any other exception while others
-    may sit in a collective would hang them, so the job is aborted at once.
+    An agreed stop (`SavedAndStopped`) is not a failure: every rank exits by itself. After any other exception the other
+    ranks may be blocked in a collective, so the job is aborted at once.
     """
     try:
         body()
     except SavedAndStopped as stop:
         if comm.rank == 0:
-            _say(f"{stop}")
-        return _leave_saved(comm, stop.exit_code)
+            _write_last_words(f"{stop}")
+        return _exit_code_when_saved(comm, stop.exit_code)
     except BaseException as error:
-        code = _report(comm, error)
+        code = _report_failure(comm, error)
         if comm.size > 1:
             comm.Abort(code)
         return code
     return 0
 
 
-def _leave_saved(comm: Communicator, code: int) -> int:
-    """Exit code of a saved rank: `code`, or in a batch script that named a file for it, that file and 0.
+def _exit_code_when_saved(comm: Communicator, code: int) -> int:
+    """Return `code`; in a batch script that sets `MIXTERA_SAVED_FILE`, create that file and return 0.
 
-    Under `srun --kill-on-bad-exit` the first rank to leave with 75 gets those still on their way out killed, and the job
-    their code instead. The script turns the file back into 75.
+    With `srun --kill-on-bad-exit` the first rank that exits with 75 would get the ranks killed that are still exiting,
+    and the job would end with their exit code. The script turns the file back into 75.
     """
-    saved = os.environ.get("MIXTERA_SAVED_FILE")
-    if saved is None:
+    saved_file = os.environ.get("MIXTERA_SAVED_FILE")
+    if saved_file is None:
         return code
     if comm.rank == 0:
-        Path(saved).touch()
+        Path(saved_file).touch()
     return 0
 
 
-def _report(comm: Communicator, error: BaseException) -> int:
+def _report_failure(comm: Communicator, error: BaseException) -> int:
+    """Write why this rank failed, and return its exit code."""
     where = f"[rank {comm.rank} on {comm.hostname}] " if comm.size > 1 else ""
-    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, MixteraError):
-        _say(f"{where}{type(error).__name__}: {error}{notes}")
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        _write_last_words(f"{where}{type(error).__name__}: {error}{notes}")
     elif isinstance(error, KeyboardInterrupt):
-        _say(f"{where}interrupted")
+        _write_last_words(f"{where}interrupted")
     elif not isinstance(error, SystemExit):
-        _say(f"{where}failed:\n{traceback.format_exc()}")
+        _write_last_words(f"{where}failed:\n{traceback.format_exc()}")
     return exit_code_of(error)
 
 
-def _say(text: str) -> None:
+def _write_last_words(text: str) -> None:
+    """Write to stderr and not to a logger: the process ends now, whether or not a handler is configured."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

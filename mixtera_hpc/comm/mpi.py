@@ -1,4 +1,7 @@
-"""MPI ranks. The only file that imports mpi4py, and only inside functions: importing it starts MPI."""
+"""The MPI communicator.
+
+This is the only file that imports mpi4py, and it does so inside functions only, because importing mpi4py starts MPI.
+"""
 
 import os
 import socket
@@ -20,14 +23,17 @@ __all__ = ["Mpi"]
 class Mpi:
     """A `Communicator` over an mpi4py communicator.
 
-    Blocking verbs are their non-blocking twins polled with `wait`: MPICH spins when it blocks, and no signal handler runs
-    meanwhile. Price: two communicators are duplicated at start, a few milliseconds.
+    A blocking call starts the non-blocking collective and polls it with `wait`. A blocking call of MPICH would spin,
+    and Python would run no signal handler meanwhile.
+
+    Price: a few milliseconds at start, to duplicate and split communicators.
     """
 
     def __init__(self, comm: "MPI.Intracomm | None" = None) -> None:
         from mpi4py import MPI
 
         self._mpi = MPI
+        # A duplicate: collectives of other libraries on the same communicator cannot interfere.
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
         self._node: Any = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self._leaders = self._comm.Split(0 if self._node.rank == 0 else MPI.UNDEFINED, self._comm.rank)
@@ -41,10 +47,10 @@ class Mpi:
 
     @classmethod
     def world(cls) -> "Mpi":
-        """All ranks of the job.
+        """Return the communicator of all ranks of the job. **Collective.**
 
         Raises:
-            CommError: the launcher says how many there are, and MPI sees another number.
+            CommError: MPI sees another number of ranks than the launcher started.
         """
         from mpi4py import MPI
 
@@ -60,8 +66,8 @@ class Mpi:
         wait(self._comm.Ibarrier())
 
     def Bcast(self, buffer: NDArray[Any], root: int = 0) -> None:
-        for piece in _pieces(buffer):
-            wait(self._comm.Ibcast(piece, root))
+        for segment in _segments(buffer):
+            wait(self._comm.Ibcast(segment, root))
 
     def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> CollectiveRequest:
         return self._comm.Ibcast(buffer, root)
@@ -81,12 +87,16 @@ class Mpi:
         return result
 
     def Allocate_shared(self, array: NDArray[Any] | None) -> NDArray[Any]:
-        dtype, shape = self._describe(array)
+        dtype, shape = self._bcast_dtype_and_shape(array)
+
+        # The first rank of every node allocates the memory; the others map it.
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         window = self._mpi.Win.Allocate_shared(size if self.local_rank == 0 else 0, 1, comm=self._node)
         self._windows.append(window)
         memory, _ = window.Shared_query(0)
         shared = np.frombuffer(cast("Any", memory), np.uint8, size).view(dtype).reshape(shape)
+
+        # Rank 0 fills its own memory and sends the content to the first rank of every other node.
         if self.rank == 0:
             shared[...] = array
         if self.local_rank == 0 and self.size > self.local_size:
@@ -108,36 +118,39 @@ class Mpi:
         self._windows.clear()
         self._duplicates.clear()
         for comm in (self._leaders, self._node, self._comm):
-            if comm != self._mpi.COMM_NULL:  # Free sets it: freeing twice does no harm.
+            if comm != self._mpi.COMM_NULL:  # comm.Free sets the handle to COMM_NULL, so Free may be called twice.
                 comm.Free()
 
     def library(self) -> str:
-        """Name and version of the MPI library."""
+        """Return the name and version of the MPI library."""
         return str(self._mpi.Get_library_version()).splitlines()[0].strip()
 
     def Abort(self, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self._mpi.COMM_WORLD.Abort(code)
-        os._exit(code)  # Abort returns under MPICH with PMI2: the rank would go on and report success.
+        os._exit(code)  # With MPICH and PMI2, Abort returns. The rank would go on and report success.
 
-    def _describe(self, array: NDArray[Any] | None) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """Root's dtype and shape, on every rank."""
+    def _bcast_dtype_and_shape(self, array: NDArray[Any] | None) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """Return the dtype and shape of rank 0's `array` on every rank. **Collective.**"""
+        # [kind of dtype as a character code, bytes per item, number of dimensions, shape…]
         header = np.zeros(10, np.int64)
         if array is not None and self.rank == 0:
-            header[0], header[1] = ord(array.dtype.kind), array.dtype.itemsize
+            header[0] = ord(array.dtype.kind)
+            header[1] = array.dtype.itemsize
             header[2 : 3 + array.ndim] = [array.ndim, *array.shape]
         self.Bcast(header)
-        return np.dtype(f"{chr(header[0])}{header[1]}"), tuple(int(n) for n in header[3 : 3 + header[2]])
+        shape = tuple(int(n) for n in header[3 : 3 + header[2]])
+        return np.dtype(f"{chr(header[0])}{header[1]}"), shape
 
     def _bcast_to_leaders(self, shared: NDArray[Any]) -> None:
-        """Root is the first rank of its node and of the leaders."""
-        for piece in _pieces(shared):
-            wait(self._leaders.Ibcast(piece, 0))
+        """Copy rank 0's content to the first rank of every node; all of these call it. Rank 0 is the first of them."""
+        for segment in _segments(shared):
+            wait(self._leaders.Ibcast(segment, 0))
 
 
 class _MpiCounters:
-    """One-sided additions to a window of rank 0."""
+    """Shared counters in a window of rank 0, changed by one-sided operations."""
 
     def __init__(self, mpi: Any, comm: Any, count: int) -> None:
         self._mpi = mpi
@@ -147,31 +160,37 @@ class _MpiCounters:
         self._window.Lock_all()
 
     def Fetch_and_add(self, position: int, value: int) -> int:
-        given, before = np.array([value], np.int64), np.empty(1, np.int64)
-        self._window.Fetch_and_op(given, before, 0, position, self._mpi.SUM)
+        addend = np.array([value], np.int64)
+        previous = np.empty(1, np.int64)
+        self._window.Fetch_and_op(addend, previous, 0, position, self._mpi.SUM)
         self._window.Flush(0)
-        return int(before[0])
+        return int(previous[0])
 
     def Free(self) -> None:
         self._window.Unlock_all()
         self._window.Free()
 
 
-def _pieces(buffer: NDArray[Any], limit: int = 2**30) -> list[NDArray[Any]]:
-    """Views of `buffer` of at most `limit` bytes each: counts in MPI are 32-bit."""
+def _segments(buffer: NDArray[Any], limit: int = 2**30) -> list[NDArray[Any]]:
+    """Return views of `buffer` of at most `limit` bytes each, because MPI counts elements in 32 bits."""
     flat = buffer.reshape(-1).view(np.uint8)
     return [flat[i : i + limit] for i in range(0, len(flat), limit)]
 
 
 def _check_size(size: int) -> None:
-    """N processes that each believe to be alone are N runs writing over each other: find out before they start."""
-    in_step = "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_STEP_ID") not in ("4294967291", "4294967290")
-    expected = os.environ.get("SLURM_STEP_NUM_TASKS") if in_step else None
+    """Raise CommError if the launcher started another number of ranks than MPI sees.
+
+    Otherwise N processes that each see one rank would be N runs that overwrite each other's files.
+    """
+    # Slurm gives the batch script and the interactive step of salloc their own step ids; neither has several tasks.
+    in_srun_step = os.environ.get("SLURM_STEP_ID") not in (None, "4294967291", "4294967290")
+    expected = os.environ.get("SLURM_STEP_NUM_TASKS") if in_srun_step else None
     for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
         expected = os.environ.get(name, expected)
     if expected is not None and int(expected) != size:
         raise CommError(
-            f"The launcher started {expected} ranks, but MPI sees {size}: this MPI and the launcher do not understand each "
-            "other.\n  Under Slurm choose the right srun --mpi (cluster.mpi=pmi2 for MPICH, pmix for Open MPI); elsewhere use "
-            "the mpiexec that belongs to this MPI."
+            f"The launcher started {expected} ranks, but MPI sees {size}: "
+            "the launcher does not support this MPI library.\n"
+            "  Under Slurm choose the right srun --mpi (cluster.mpi=pmi2 for MPICH, pmix for Open MPI); "
+            "elsewhere use the mpiexec that belongs to this MPI library."
         )

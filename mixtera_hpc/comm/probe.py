@@ -1,6 +1,7 @@
-"""`python -m mixtera_hpc.comm.probe`: what MPI this is, how many ranks see each other, how fast one broadcast is.
+"""Report the MPI library, the number of ranks that see each other, and the speed of one broadcast.
 
-Started by `mixtera-hpc doctor` as a process of its own: importing MPI aborts Python on some login nodes.
+`mixtera-hpc doctor` runs `python -m mixtera_hpc.comm.probe` in a separate process, because importing MPI aborts Python
+on some login nodes.
 """
 
 import json
@@ -15,25 +16,26 @@ __all__ = ["main"]
 
 BROADCAST_BYTES = 32 * 2**20
 REPEATS = 5
+"""Number of broadcasts; the fastest one is reported."""
 
 
 def main() -> None:
     """Print one JSON object from rank 0. **Collective.**"""
     comm = Mpi.world()
     buffer = np.ones(BROADCAST_BYTES // 8, np.int64)
-    durations = []
+    durations_s = []
     for _ in range(REPEATS):
         comm.Barrier()
         start = time.perf_counter()
         comm.Bcast(buffer)
         comm.Barrier()
-        durations.append(time.perf_counter() - start)
+        durations_s.append(time.perf_counter() - start)
     if comm.rank == 0:
         facts = {
             "library": comm.library(),
             "size": comm.size,
             "local_size": comm.local_size,
-            "broadcast_bytes_per_s": BROADCAST_BYTES / min(durations) if comm.size > 1 else None,
+            "broadcast_bytes_per_s": BROADCAST_BYTES / min(durations_s) if comm.size > 1 else None,
         }
         sys.stdout.write(json.dumps(facts) + "\n")
     comm.Free()

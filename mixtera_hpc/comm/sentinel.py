@@ -1,12 +1,18 @@
-"""One small process per node that names the rank that died first. Started by `watch.py` as a script; standard library only.
+"""The process that reports which rank of a node died first. `failure_watch.py` starts one per node.
 
     python -I -S -E sentinel.py BOARD_FD FOLDER HOST RANK:PID:PIPE_FD…
 
-Every rank holds one end of a pipe, which the kernel closes when it dies, before the launcher's own socket (later files go
-first); epoll keeps the order of such events however late we are woken. A process's end itself, its pidfd, is told only
-after the last of its threads is gone, and by then the launcher is killing the others: measured, that alone names the wrong
-rank 4 times in 10. The sentinel has its own session, where that clean-up does not reach it; a thread in a surviving rank is
-dead before it can speak. Price: one interpreter of 8 MB per node, no CPU. It ends with its report, or with the last rank.
+It runs as a script with the standard library only.
+
+How a death is seen: every rank holds the write end of a pipe. When a rank dies, the kernel closes its files, the pipe
+before the launcher's socket (files opened later are closed first). epoll keeps the order of these events, however late
+this process is scheduled. A process's own end (its pidfd) is signalled only after its last thread is gone. By then the
+launcher is already killing the other ranks, so pidfds alone named the wrong rank in 4 of 10 measured cases.
+
+Why a process: it has a session of its own, which the launcher's clean-up does not reach. A thread in a surviving rank
+would be killed before it could report.
+
+Price: one interpreter of 8 MB per node, and no CPU time. It ends after its report, or with the last rank.
 """
 
 import contextlib
@@ -19,18 +25,23 @@ import sys
 import time
 from collections.abc import Iterator
 
-__all__ = ["GOODBYE", "RUNNING", "SLOT", "TOLD", "main", "report"]
+__all__ = ["FINISHED", "REPORTED", "RUNNING", "SLOT", "main", "record_failure"]
 
 SLOT = struct.Struct("<qq")
-"""A rank's place on the board: last step (-1: none), and one of the states below."""
-RUNNING, GOODBYE, TOLD = 0, 1, 2
-"""At work; left in an orderly way; failed and has said so itself."""
+"""One rank's slot on the board: its last step (-1 before the first one), and its state."""
+RUNNING = 0
+"""The rank is at work."""
+FINISHED = 1
+"""The rank exits cleanly."""
+REPORTED = 2
+"""The rank failed and has reported it itself."""
 
 
-def report(folder: str, facts: "dict[str, object]") -> bool:
-    """Write `failure.json` unless a failure is recorded already, whoever saw it; whether this was the first."""
+def record_failure(folder: str, facts: "dict[str, object]") -> bool:
+    """Write `failure.json` unless a failure of any rank is recorded already; return True if it was written."""
     facts = {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     try:
+        # Exclusive creation: of several nodes, the first one wins.
         file = os.open(os.path.join(folder, "failure.json"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)  # noqa: PTH118
     except OSError:
         return False
@@ -40,38 +51,47 @@ def report(folder: str, facts: "dict[str, object]") -> bool:
 
 
 def main(argv: "list[str]") -> None:
+    """Wait until a rank dies without having finished or reported, and report it."""
     board = mmap.mmap(int(argv[1]), 0, prot=mmap.PROT_READ)
-    folder, host = argv[2], argv[3]
+    folder = argv[2]
+    host = argv[3]
     ranks = [tuple(map(int, word.split(":"))) for word in argv[4:]]
     for slot in _deaths([(pid, pipe) for _, pid, pipe in ranks]):
         slots = [SLOT.unpack_from(board, number * SLOT.size) for number in range(len(ranks))]
         step, state = slots[slot]
-        if any(state == TOLD for _, state in slots):
+        if any(state == REPORTED for _, state in slots):
             return
         if state == RUNNING:
-            facts = {"rank": ranks[slot][0], "host": host, "pid": ranks[slot][1], "step": step if step >= 0 else None}
-            _name(facts, folder)
+            rank, pid, _ = ranks[slot]
+            _report({"rank": rank, "host": host, "pid": pid, "step": step if step >= 0 else None}, folder)
             return
 
 
 def _deaths(processes: "list[tuple[int, int]]") -> "Iterator[int]":
-    """Positions in `processes` in the order in which they die, some of them twice; ends when all are gone."""
-    epoll, alive, slots = select.epoll(), set(), {}
-    early = []
+    """Yield positions in `processes` in the order in which they die, some twice; end when all are gone.
+
+    Args:
+        processes: process id, and number of its pipe's write end in that process.
+    """
+    epoll = select.epoll()
+    alive = set()
+    slots = {}
+    already_dead = []
     for slot, (pid, pipe) in enumerate(processes):
         try:
-            end = os.pidfd_open(pid)
-            closing = os.open(f"/proc/{pid}/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK)
+            process_end = os.pidfd_open(pid)
+            pipe_end = os.open(f"/proc/{pid}/fd/{pipe}", os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
-            early.append(slot)
+            already_dead.append(slot)
             continue
-        slots[end] = slots[closing] = slot
-        alive.add(end)
-        epoll.register(end, select.EPOLLIN)
-        epoll.register(closing, 0)  # A hang-up is always told.
-    os.write(1, b"!")  # Ready: `start_watch` waits for this.
+        slots[process_end] = slots[pipe_end] = slot
+        alive.add(process_end)
+        epoll.register(process_end, select.EPOLLIN)
+        epoll.register(pipe_end, 0)  # epoll always reports a hang-up; no other event is of interest.
+    os.write(1, b"!")  # Ready: `start_failure_watch` waits for this.
     os.close(1)
-    yield from early
+
+    yield from already_dead
     while alive:
         for fd, _ in epoll.poll():
             epoll.unregister(fd)
@@ -79,15 +99,16 @@ def _deaths(processes: "list[tuple[int, int]]") -> "Iterator[int]":
             yield slots[fd]
 
 
-def _name(facts: "dict[str, object]", folder: str) -> None:
+def _report(facts: "dict[str, object]", folder: str) -> None:
+    """Write to stderr and to `failure.json` that a rank died."""
     if folder and os.path.exists(os.path.join(folder, "failure.json")):  # noqa: PTH110, PTH118
-        return  # Another node lost the first one; ours were cleaned up after it.
+        return  # A rank of another node failed first, and the launcher killed the ranks of this node.
     when = "before its first step ended" if facts["step"] is None else f"after step {facts['step']}"
-    facts["reason"] = f"vanished {when}"
-    with contextlib.suppress(OSError):  # Perhaps nobody listens any more; the file remains.
+    facts["reason"] = f"was killed or crashed {when}"
+    with contextlib.suppress(OSError):  # stderr may be closed by now; the file remains.
         os.write(2, "[rank {rank} on {host}] {reason} (pid {pid})\n".format(**facts).encode())
     if folder:
-        report(folder, facts)
+        record_failure(folder, facts)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Terms (docs/planner.md has the proofs):
 - The m-th sequence of a domain with weight w and lag l keeps the lag below 1 in absolute value exactly if it is served
   between its release, slot ⌊(m-1-l)/w⌋ + 1, and its deadline, slot ⌈(m-l)/w⌉. These are the windows of proportionate
   fairness (Baruah, Cohen, Plaxton, Varvel 1996) for one processor.
-- Earliest deadline first (EDF): serve the earliest deadline among the released sequences. EDF meets all windows whenever
-  any order does, and with constant weights one does.
+- Earliest deadline first (EDF): serve the earliest deadline among the released sequences. EDF meets all windows
+  whenever any order does, and with constant weights one does.
 
 A chunk is planned in two steps:
 
@@ -80,7 +80,7 @@ def quantise_weights(weights: NDArray[np.float64]) -> Ints:
 
 
 def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> tuple[Ints, Ints]:
-    """Return how many sequences each domain gets in the next `num_slots` slots, and the lags after them; shape (K,) each.
+    """Return the sequences that each domain gets in the next `num_slots` slots, and the lags after; shape (K,) each.
 
     The counts sum to `num_slots`.
 
@@ -163,8 +163,8 @@ def _is_forward_safe(lag_after: Ints, weight: Ints, deadline: Ints) -> bool:
 
     The condition is Σ (lag_after + weight · b) < b + 1 over the domains whose next sequence is due within b slots.
 
-    The sums are computed in floating point, which cannot overflow, and err on the safe side: a product is off by at most
-    2^-52 of its value, and a product above 2^62 outweighs every sum of lags.
+    The sums are computed in floating point, which cannot overflow, and err on the safe side: a product is off by at
+    most 2^-52 of its value, and a product above 2^62 outweighs every sum of lags.
     """
     b, soonest_first = _sort_stable(deadline)
     weight_sum = weight.take(soonest_first).cumsum()
@@ -176,7 +176,7 @@ def _is_forward_safe(lag_after: Ints, weight: Ints, deadline: Ints) -> bool:
 def _fits(lag_after: Ints, weight: Ints, age: Ints, num_slots: int) -> bool:
     """Return True if the last L slots of the chunk have room for the chosen sequences released in them, for every L.
 
-    The condition is that of docs/planner.md, |S ∩ A_L| ≤ ⌈Σ_{A_L} f + L · W⌉, rewritten as Σ_{A_L} lag_after + L · W > -1.
+    The condition of docs/planner.md, |S ∩ A_L| ≤ ⌈Σ_{A_L} f + L · W⌉, is rewritten as Σ_{A_L} lag_after + L · W > -1.
 
     Args:
         lag_after: remainder minus the chosen sequences; 0 for domains that are not open.
@@ -193,8 +193,8 @@ def _choose_due_first(remainder: Ints, age: Ints, deadline: Ints, end: _ChunkEnd
     """Return the positions of the sequences with the earliest deadlines, among the choices that fit into the chunk.
 
     A choice fits if it has at most ⌈Σ_{A_L} f⌉ members of A_L, the sequences released in the last L slots, for every
-    L < num_slots. The sets A_L are nested, so a sweep over ascending L finds the best choice: the bound grows by at most
-    one per sequence, and each sequence either joins the choice or replaces its latest deadline.
+    L < num_slots. The sets A_L are nested, so a sweep over ascending L finds the best choice: the bound grows by at
+    most one per sequence, and each sequence either joins the choice or replaces its latest deadline.
 
     Args:
         remainder: of the open domains only; shape (num_open,), as the following.

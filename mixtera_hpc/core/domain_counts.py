@@ -173,7 +173,7 @@ class DomainCounter:
         return _concatenate_ranges(ranges, num_domains)
 
     def _selected_cells(self, start: int, stop: int) -> _HistogramCells:
-        """Return the cells that the query selects in the blocks [start, stop); rows and tokens count selected samples only."""
+        """Return the selected cells of the blocks [start, stop), with the rows and tokens of selected samples only."""
         cells = self._cells_that_may_match(start, stop)
         num_possible = _count_distinct(cells.block)
         self.pruning.pruned_by_histogram += stop - start - num_possible

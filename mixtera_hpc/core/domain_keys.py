@@ -1,6 +1,7 @@
 """Domain keys: the property values that define a component of a mixture, as users write them.
 
-Example: `{language: en, source: [c4, "cc-*", null]}`. A sample must match every property of the key, by any of its values.
+Example: `{language: en, source: [c4, "cc-*", null]}`. A sample must match every property of the key, by any of its
+values.
 
 - `*` in a value stands for any text, unless the index has exactly that value.
 - `{matches: "c4-(en|de)"}` is a regular expression for the whole value, like `matches` in queries.

@@ -1,8 +1,8 @@
 """Domains: decide which samples belong to which component of a mixture, and count them per block.
 
-A sample belongs to the *first* domain, in configured order, whose key it matches. Samples that match no key are unassigned.
-Categorical properties are decided once per combo. If the query compares numbers, the samples of the blocks that stay
-undecided are read, and no others.
+A sample belongs to the *first* domain, in configured order, whose key it matches. Samples that match no key are
+unassigned. Categorical properties are decided once per combo. If the query compares numbers, the samples of the blocks
+that stay undecided are read, and no others.
 """
 
 import itertools
@@ -51,8 +51,8 @@ class Selection:
 def keys_for_group_by(names: Sequence[str], combos: ComboTable) -> list[DomainKey]:
     """Return one key for every combination of values of the properties `names` that occurs.
 
-    A property with several values per sample contributes each value by itself. Without names, the result is one key that
-    matches everything.
+    A property with several values per sample contributes each value by itself. Without names, the result is one key
+    that matches everything.
     """
     _check_names(names, combos)
     if not names:

@@ -5,8 +5,8 @@ on its side of the split if shards are added, blocks are cut differently, or dom
 
 To a query the hash is one more number property, uniform in [0, 1), whose name no expression can contain.
 
-Price: counting a split takes one pass over the combos and tokens of all selected samples, where a query over categorical
-properties reads no samples at all. docs/decisions has the reasons.
+Price: counting a split takes one pass over the combos and tokens of all selected samples, where a query over
+categorical properties reads no samples at all. docs/decisions has the reasons.
 """
 
 import hashlib

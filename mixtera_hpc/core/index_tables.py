@@ -70,8 +70,8 @@ BLOCK_COLUMNS = ("shard", "first_row", "rows", "offset", "length", "first_sample
 class Histogram:
     """The rows and tokens of every combo in every block, sparse.
 
-    The entries of block b are `indptr[b]:indptr[b + 1]`, with ascending combos. There may be a hundred million entries, so
-    the arrays keep the narrow unsigned integer types of the index file.
+    The entries of block b are `indptr[b]:indptr[b + 1]`, with ascending combos. There may be a hundred million entries,
+    so the arrays keep the narrow unsigned integer types of the index file.
     """
 
     indptr: NDArray[np.int64]

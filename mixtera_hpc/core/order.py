@@ -1,10 +1,11 @@
 """The order of a domain's stream: blocks are permuted every epoch, rows are permuted within windows of permuted blocks.
 
-A permutation is never stored. It is a stable sort of counter-based random words (Philox, Salmon et al. 2011) with the key
-(seed, domain) and the counter (epoch, window). Any position of any epoch is therefore reached with one O(blocks) pass over
-the domain's blocks and a binary search.
+A permutation is never stored. It is a stable sort of counter-based random words (Philox, Salmon et al. 2011) with the
+key (seed, domain) and the counter (epoch, window). Any position of any epoch is therefore reached with one O(blocks)
+pass over the domain's blocks and a binary search.
 
-Only raw Philox words are used, because their stream is fixed. `Generator.permutation` may change between numpy releases.
+Only raw Philox words are used, because their stream is fixed. `Generator.permutation` may change between numpy
+releases.
 """
 
 from dataclasses import dataclass

@@ -1,13 +1,14 @@
 """The planner: a pure state machine that decides what every step contains.
 
-`plan(state, weights) → (ChunkPlan, state)`. A plan takes 24 bytes per domain, whatever the number of steps in the chunk: the
-cursor, lag and weight of each domain at the first slot. `slots` expands a plan into the domain and the stream position
-of every sequence, and gives the same result on every rank. No function here takes the number of ranks, nodes or readers.
+`plan(state, weights) → (ChunkPlan, state)`. A plan takes 24 bytes per domain, whatever the number of steps in the
+chunk: the cursor, lag and weight of each domain at the first slot. `slots` expands a plan into the domain and the
+stream position of every sequence, and gives the same result on every rank. No function here takes the number of ranks,
+nodes or readers.
 
 A chunk is cut into segments where a domain runs out of data. Inside a segment the weights are constant, and
-`core/apportion.py` decides the slots. With `on_exhausted="redistribute"` the weight and the lag of an exhausted domain go
-to the others, and the next segment starts. With `stop` and `repeat` the data ends with the last full step. Every rank finds
-the same segments, from integers that all ranks have.
+`core/apportion.py` decides the slots. With `on_exhausted="redistribute"` the weight and the lag of an exhausted domain
+go to the others, and the next segment starts. With `stop` and `repeat` the data ends with the last full step. Every
+rank finds the same segments, from integers that all ranks have.
 """
 
 import hashlib
@@ -276,7 +277,10 @@ class Planner:
 
 
 def _next_exhaustion(start: _SegmentStart, remaining: Ints, num_slots: int) -> tuple[NDArray[np.bool_] | None, int]:
-    """Return the domains that are exhausted first within `num_slots` slots (None if none is), and the slots until then."""
+    """Return the domains that are exhausted first, and the slots until then.
+
+    Without an exhaustion within `num_slots` slots, return None and `num_slots`.
+    """
     if remaining.min() > num_slots + 1:
         return None, num_slots
     slots_left = slots_until_exhausted(start.lags, start.weights, remaining, num_slots)

@@ -1,7 +1,7 @@
 """Properties of samples, the dictionaries of their values, and combos.
 
-Every distinct combination of categorical values is one **combo**. A sample stores the position of its combo, so a predicate
-over categorical properties is evaluated once per combo and never per sample.
+Every distinct combination of categorical values is one **combo**. A sample stores the position of its combo, so a
+predicate over categorical properties is evaluated once per combo and never per sample.
 """
 
 from collections.abc import Iterable, Mapping
@@ -47,8 +47,8 @@ class Property:
 class ComboTable:
     """The distinct combinations of categorical values, one row each.
 
-    The values of a property in combo c are `codes[name][indptr[name][c]:indptr[name][c + 1]]`: ascending positions in the
-    property's dictionary. An empty slice is null.
+    The values of a property in combo c are `codes[name][indptr[name][c]:indptr[name][c + 1]]`: ascending positions in
+    the property's dictionary. An empty slice is null.
     """
 
     num_combos: int

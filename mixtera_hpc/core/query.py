@@ -1,4 +1,4 @@
-"""Boolean expressions over properties: parsed with `ast` into a small whitelist, evaluated with numpy, never with `eval`.
+"""Boolean expressions over properties, parsed with `ast` into a small whitelist and evaluated with numpy (not `eval`).
 
 One evaluator serves blocks and samples. It works on *entries*. An entry has one combo and, for every number, a range
 [low, high]:
@@ -6,10 +6,11 @@ One evaluator serves blocks and samples. It works on *entries*. An entry has one
 - A (block, combo) cell of the histogram has the zones of its block as ranges.
 - A sample has low == high.
 
-The result is a pair of masks. `may_match` is False if no sample of the entry matches. `must_match` is True if all of them
-match. For samples the two are equal. Only cells where they differ need their samples to be read.
+The result is a pair of masks. `may_match` is False if no sample of the entry matches. `must_match` is True if all of
+them match. For samples the two are equal. Only cells where they differ need their samples to be read.
 
-Null is a value. It equals only `None`, differs from everything else, and fails every ordering comparison and every pattern.
+Null is a value. It equals only `None`, differs from everything else, and fails every ordering comparison and every
+pattern.
 """
 
 import ast
@@ -31,7 +32,7 @@ __all__ = ["Entries", "MatchMask", "Predicate", "parse_predicate"]
 MAX_DEPTH = 100
 """Levels of nested and, or and not. Deeper expressions could exceed Python's recursion limit when evaluated."""
 _PARSE_LOCK = threading.Lock()
-"""CPython 3.11 adds up the depth of the syntax trees of all threads, so parsing in two threads may raise SystemError."""
+"""CPython 3.11 adds up the depth of all threads' syntax trees, so parsing in two at once may raise SystemError."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The grid that cuts a domain's stream into sequences.
 
 The stream of a domain is its epochs, one after the other. It is counted in items: tokens (each document followed by its
-special tokens) or samples. Sequence k covers the items [k * stride, k * stride + length), across the borders of documents,
-windows and epochs. Nothing is padded, and no item is skipped.
+special tokens) or samples. Sequence k covers the items [k * stride, k * stride + length), across the borders of
+documents, windows and epochs. Nothing is padded, and no item is skipped.
 """
 
 from dataclasses import dataclass

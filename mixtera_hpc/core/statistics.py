@@ -1,8 +1,9 @@
 """Losses per domain of one step, summed over ranks exactly.
 
-Floating-point sums depend on the order of their terms. A reduction over 8 ranks and one over 64 ranks would differ in the
-last bits, and every later mixture with them. Therefore the loss sum of each sequence is rounded once to a multiple of 2^-24
-nats and added as int64. Integer addition is associative, so any number of ranks and any reduction tree give the same bits.
+Floating-point sums depend on the order of their terms. A reduction over 8 ranks and one over 64 ranks would differ in
+the last bits, and every later mixture with them. Therefore the loss sum of each sequence is rounded once to a multiple
+of 2^-24 nats and added as int64. Integer addition is associative, so any number of ranks and any reduction tree give
+the same bits.
 
 Price: one all-reduce of 4 int64 per domain per step, and an error below 3e-8 nats per sequence.
 """
@@ -42,7 +43,7 @@ class DomainStatistics:
     num_tokens: NDArray[np.int64]
     """Counted target tokens: not masked, not padded, and not of a sequence with a non-finite loss."""
     num_sequences: NDArray[np.int64]
-    """Sequences in the global batch, including those with a non-finite loss. The realised shares are computed from these."""
+    """Sequences in the global batch, including those with a non-finite loss; served shares are computed from them."""
     num_nonfinite: NDArray[np.int64]
     """Sequences excluded from `loss_sum` and `num_tokens` because their loss was not finite."""
 

@@ -1,8 +1,8 @@
 """Regular expressions over category values, restricted so that matching takes polynomial time.
 
-A pattern is matched once against every value of a dictionary, never against samples. Repeats (`*`, `+`, `?`, `{…}`) apply to
-single characters and character classes only, groups cannot be repeated, and the numbers of repeats and groups are limited.
-The time to match is then polynomial in the length of a value, with these limits as the degree.
+A pattern is matched once against every value of a dictionary, never against samples. Repeats (`*`, `+`, `?`, `{…}`)
+apply to single characters and character classes only, groups cannot be repeated, and the numbers of repeats and groups
+are limited. The time to match is then polynomial in the length of a value, with these limits as the degree.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""A small byte-level BPE, trained on the spot: for demos, tests and tokenizers of one's own."""
+"""Train a small byte-level BPE tokenizer, for demos, tests and custom vocabularies."""
 
 import os
 from collections.abc import Iterable
@@ -10,21 +10,26 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int, path: str | Path) -> Path:
-    """Train on `documents` and write a `tokenizer.json`; the same documents give the same file.
+    """Train a tokenizer on `documents`, write it as a `tokenizer.json`, and return its path.
+
+    The same documents give the same file.
 
     Args:
-        vocab_size: at most this many tokens, of which 256 are bytes and one ends a text; fewer when the documents hold no
-            more pairs.
+        vocab_size: maximum number of tokens. 256 of them are bytes, and one ends a document. There are fewer if the
+            documents have too few pairs to merge.
+        path: of the file to write.
 
     Raises:
-        ValueError: `vocab_size` leaves no room for the bytes.
+        ValueError: `vocab_size` is less than 257.
     """
+    # Heavy, and only training needs it.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 1:
         raise ValueError(
-            f"vocab_size is {vocab_size}, expected at least {len(alphabet) + 1}: every byte and {END_OF_TEXT}."
+            f"vocab_size is {vocab_size}, but must be at least {len(alphabet) + 1}: "
+            f"one token for each byte, and {END_OF_TEXT}."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,9 +38,11 @@ def train_bpe(documents: Iterable[str], vocab_size: int, path: str | Path) -> Pa
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(documents, trainer)
+
+    # Write a temporary file and rename it, so that no reader sees half a file.
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    part.replace(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    temporary.replace(target)
     return target

@@ -1,7 +1,9 @@
-"""One protocol over tokenizers, and the two libraries behind it.
+"""The tokenizer protocol, and its implementations over two libraries.
 
-`gigatoken` does the work; Hugging Face's `tokenizers` reads what it cannot, and checks it. Neither adds special tokens here:
-where a document ends is the data plane's decision. Price: some 3 µs per kB and core.
+`gigatoken` is used for every tokenizer that it supports. Hugging Face's `tokenizers` is used for the others, and to
+check gigatoken's results. Special tokens are never added here: the data plane decides how documents end.
+
+Price: about 3 µs per kB of text on one core, with gigatoken.
 """
 
 import hashlib
@@ -27,8 +29,10 @@ __all__ = [
 ]
 
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
+"""The tokens of several documents, concatenated, and their offsets; shapes (num_tokens,) and (num_documents + 1,)."""
 
-_USUAL_EOS = (
+# Names of the end-of-document token, in order of preference.
+_COMMON_EOS_TOKENS = (
     "<|endoftext|>",
     "<|end_of_text|>",
     "</s>",
@@ -41,29 +45,29 @@ _USUAL_EOS = (
 
 
 class Tokenizer(Protocol):
-    """Text → token ids. May be used by several threads at once."""
+    """Convert text to token ids. Several threads may use one tokenizer at once."""
 
     vocab_size: int
-    """One more than the largest id."""
+    """The largest id plus one."""
     eos_id: int | None
-    """The token that ends a document; None when the vocabulary has none that is known as such."""
+    """Id of the token that ends a document; None if the vocabulary has no token that is known as such."""
     fingerprint: str
-    """Hex digest of the tokenizer's file: token counts of one are worth nothing for another."""
+    """Digest of the tokenizer's file, in hexadecimal. Token counts are valid only for the tokenizer that made them."""
 
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Encode documents, adding no special tokens; the tokens of each."""
+        """Return the tokens of each document, without special tokens."""
         ...
 
     def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
-        """How many tokens `encode_each` finds in every document; shape (len(documents),)."""
+        """Return the number of tokens of each document; shape (len(documents),)."""
         ...
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
-        """Encode documents, adding no special tokens.
+        """Encode documents, without special tokens.
 
         Returns:
-            The tokens of all documents in a row, and offsets of shape (len(documents) + 1,): document i has
-            `tokens[offsets[i]:offsets[i + 1]]`.
+            The tokens of all documents, concatenated, and offsets of shape (len(documents) + 1,). The tokens of
+            document i are `tokens[offsets[i]:offsets[i + 1]]`.
         """
         ...
 
@@ -72,14 +76,14 @@ _NO_TOKENS = np.zeros(0, np.uint32)
 
 
 class GigatokenTokenizer:
-    """`Tokenizer` over gigatoken; one thread per call, the GIL released.
+    """`Tokenizer` over gigatoken. A call uses one thread and releases the GIL.
 
-    One call per document: the library's own batches cost 0.1 to 0.4 ms before the first token, and win back a tenth only from
-    some thousand documents on.
+    Documents are encoded one by one. The library's own batches cost 0.1 to 0.4 ms before the first token, and are 10 %
+    faster only from some thousand documents on.
     """
 
     def __init__(self, definition: bytes, eos_token: str | None = None) -> None:
-        import gigatoken
+        import gigatoken  # Heavy, and only this class needs it.
 
         self._tokenizer = gigatoken.Tokenizer.from_json(definition)
         self._encode = self._tokenizer.backend.encode
@@ -94,14 +98,14 @@ class GigatokenTokenizer:
         return np.fromiter(map(len, map(self._encode, documents)), np.int64, len(documents))
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
-        return _joined(self.encode_each(documents))
+        return _concatenate(self.encode_each(documents))
 
 
 class HuggingFaceTokenizer:
-    """`Tokenizer` over Hugging Face's `tokenizers`, some fifty times slower."""
+    """`Tokenizer` over Hugging Face's `tokenizers`; about 50 times slower than gigatoken."""
 
     def __init__(self, definition: bytes, eos_token: str | None = None) -> None:
-        import tokenizers
+        import tokenizers  # Heavy, and only this class needs it.
 
         self._tokenizer = tokenizers.Tokenizer.from_buffer(definition)
         self._tokenizer.no_truncation()
@@ -119,14 +123,15 @@ class HuggingFaceTokenizer:
         return np.array([len(tokens) for tokens in self.encode_each(documents)], np.int64)
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
-        return _joined(self.encode_each(documents))
+        return _concatenate(self.encode_each(documents))
 
 
 class StoredTokenIds:
-    """Stands in for a `Tokenizer` where all shards hold token ids already: it knows the vocabulary and encodes nothing."""
+    """The `Tokenizer` of shards that hold token ids: it knows the vocabulary, and refuses to encode."""
 
     def __init__(self, vocab_size: int, eos_id: int | None) -> None:
-        self.vocab_size, self.eos_id = vocab_size, eos_id
+        self.vocab_size = vocab_size
+        self.eos_id = eos_id
         self.fingerprint = _fingerprint(f"stored ids below {vocab_size}, {eos_id} ends a document".encode())
 
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -137,26 +142,28 @@ class StoredTokenIds:
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         raise ConfigError(
-            "A shard holds texts, but dataplane.vocab_size says that all of them hold token ids.\n"
-            "  Set dataplane.tokenizer instead, or leave the shard out with data.exclude."
+            "A shard holds text, but dataplane.vocab_size is set, which requires token ids in all shards.\n"
+            "  Set dataplane.tokenizer instead, or exclude the shard with data.exclude."
         )
 
 
-def _joined(tokens: Sequence[NDArray[np.uint32]]) -> Encoded:
+def _concatenate(tokens: Sequence[NDArray[np.uint32]]) -> Encoded:
     offsets = np.zeros(len(tokens) + 1, np.int64)
     np.cumsum([len(t) for t in tokens], out=offsets[1:])
     return np.concatenate([_NO_TOKENS, *tokens]), offsets
 
 
 def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, or of a folder that has one.
+    """Load a tokenizer.
 
     Args:
-        eos_token: the token that ends a document; found in `tokenizer_config.json` beside it, or among the usual names,
-            when None.
+        path: of a `tokenizer.json`, or of the folder that has one.
+        eos_token: the token that ends a document. If None, it is taken from `tokenizer_config.json` in the same folder,
+        or
+            else the first of the common names that the vocabulary has.
 
     Raises:
-        ConfigError: there is no such file, no library can read it, or it has no token `eos_token`.
+        ConfigError: the file cannot be read, no library supports it, or it has no token `eos_token`.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     try:
@@ -172,36 +179,40 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
     except ConfigError:
         raise
     except Exception as first:
-        return _fallback(definition, eos_token, file, first)
+        return _load_with_huggingface(definition, eos_token, file, first)
 
 
 def load_vocabulary(plane: DataPlaneConfig) -> Tokenizer | None:
-    """The tokenizer that `dataplane.tokenizer` names, or what `dataplane.vocab_size` says of stored ids; None without both.
+    """Load the tokenizer `dataplane.tokenizer`, or describe stored ids by `dataplane.vocab_size`; None without both.
 
     Raises:
-        ConfigError: the tokenizer cannot be read.
+        ConfigError: the tokenizer cannot be loaded.
     """
     if plane.tokenizer is not None:
         return load_tokenizer(Path(plane.tokenizer), plane.eos_token)
-    return StoredTokenIds(plane.vocab_size, plane.eos_id) if plane.vocab_size is not None else None
+    if plane.vocab_size is not None:
+        return StoredTokenIds(plane.vocab_size, plane.eos_id)
+    return None
 
 
 def check_same_encoding(a: Tokenizer, b: Tokenizer, documents: Sequence[str]) -> None:
-    """Compare two tokenizers on `documents`.
+    """Check that two tokenizers encode every one of `documents` equally.
 
     Raises:
-        ConfigError: they differ; names the first document on which they do.
+        ConfigError: they differ; the message shows the first document that differs.
     """
     for document in documents:
-        left, right = a.encode_batch([document])[0], b.encode_batch([document])[0]
-        if not np.array_equal(left, right):
+        tokens_a, _ = a.encode_batch([document])
+        tokens_b, _ = b.encode_batch([document])
+        if not np.array_equal(tokens_a, tokens_b):
             raise ConfigError(
                 f"{type(a).__name__} and {type(b).__name__} encode {document[:80]!r} differently: "
-                f"{left[:16].tolist()} and {right[:16].tolist()}."
+                f"{tokens_a[:16].tolist()} and {tokens_b[:16].tolist()}."
             )
 
 
-def _fallback(definition: bytes, eos_token: str | None, file: Path, first: Exception) -> Tokenizer:
+def _load_with_huggingface(definition: bytes, eos_token: str | None, file: Path, first: Exception) -> Tokenizer:
+    """Load a tokenizer that gigatoken refuses with the error `first`."""
     try:
         return HuggingFaceTokenizer(definition, eos_token)
     except ConfigError:
@@ -209,8 +220,8 @@ def _fallback(definition: bytes, eos_token: str | None, file: Path, first: Excep
     except Exception as second:
         reason = str(second).strip().splitlines() or [str(first)]
         raise ConfigError(
-            f"dataplane.tokenizer is {str(file)!r}, which is no tokenizer.json that can be read: {reason[0]}.\n"
-            "  Name a tokenizer.json of Hugging Face's tokenizers, or the folder that has one."
+            f"dataplane.tokenizer is {str(file)!r}, which is not a readable tokenizer.json: {reason[0]}.\n"
+            "  Give the path of a Hugging Face tokenizer.json, or of the folder that has one."
         ) from None
 
 
@@ -219,31 +230,37 @@ def _fingerprint(definition: bytes) -> str:
 
 
 def _eos_id(definition: bytes, eos_token: str | None) -> int | None:
-    """The id of `eos_token`, or of the first of the usual ones that the vocabulary has."""
+    """Return the id of `eos_token`; if None, that of the first common name that the vocabulary has."""
     tokens = _vocabulary(definition)
     if eos_token is None:
-        return next((tokens[name] for name in _USUAL_EOS if name in tokens), None)
+        return next((tokens[name] for name in _COMMON_EOS_TOKENS if name in tokens), None)
     if eos_token not in tokens:
         special = [name for name in tokens if name.startswith(("<", "[")) and name.endswith((">", "]"))]
         raise ConfigError(
-            f"dataplane.eos_token is {eos_token!r}, which the tokenizer does not have.{did_you_mean(eos_token, special)}"
+            f"dataplane.eos_token is {eos_token!r}, but the tokenizer has no such token."
+            f"{did_you_mean(eos_token, special)}"
         )
     return tokens[eos_token]
 
 
 def _vocabulary(definition: bytes) -> dict[str, int]:
+    """Return the ids of all tokens of a `tokenizer.json`, by their text."""
     content: dict[str, Any] = json.loads(definition)
     vocabulary = content.get("model", {}).get("vocab", {})
-    found = {str(k): int(v) for k, v in vocabulary.items()} if isinstance(vocabulary, dict) else {}
-    if isinstance(vocabulary, list):
-        found = {str(entry[0]): position for position, entry in enumerate(vocabulary)}
-    return found | {str(t["content"]): int(t["id"]) for t in content.get("added_tokens", [])}
+    ids: dict[str, int] = {}
+    if isinstance(vocabulary, dict):
+        ids = {str(token): int(number) for token, number in vocabulary.items()}
+    elif isinstance(vocabulary, list):  # Unigram models list [token, score] in the order of ids.
+        ids = {str(entry[0]): position for position, entry in enumerate(vocabulary)}
+    return ids | {str(t["content"]): int(t["id"]) for t in content.get("added_tokens", [])}
 
 
 def _configured_eos(folder: Path) -> str | None:
-    """The end-of-text token that Hugging Face's `tokenizer_config.json` names."""
+    """Return `eos_token` of the Hugging Face `tokenizer_config.json` in `folder`; None if there is none."""
     try:
         token = json.loads((folder / "tokenizer_config.json").read_bytes()).get("eos_token")
     except (OSError, ValueError, AttributeError):
         return None
-    return str(token["content"]) if isinstance(token, dict) and "content" in token else token
+    if isinstance(token, dict) and "content" in token:
+        return str(token["content"])
+    return None if token is None else str(token)

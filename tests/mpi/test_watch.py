@@ -46,7 +46,7 @@ def test_a_rank_that_dies_without_a_word_is_named(mode: str, tmp_path: Path) -> 
     done = launch(mode, tmp_path)
 
     assert done.returncode != 0
-    assert done.stderr.count("vanished") == 1
+    assert done.stderr.count("was killed or crashed") == 1
     assert "[rank 2 on " in done.stderr
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert (failure["rank"], failure["step"]) == (2, 4)
@@ -57,7 +57,7 @@ def test_a_rank_that_raises_speaks_for_itself(tmp_path: Path) -> None:
     done = launch("raise", tmp_path)
 
     assert done.returncode == 1
-    assert "vanished" not in done.stderr
+    assert "was killed or crashed" not in done.stderr
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert (failure["rank"], failure["reason"]) == (2, "ValueError: a shard is torn")
     assert ends_soon(tmp_path)
@@ -68,6 +68,6 @@ def test_an_orderly_end_is_no_news(mode: str, code: int, tmp_path: Path) -> None
     done = launch(mode, tmp_path)
 
     assert done.returncode == code
-    assert "vanished" not in done.stderr
+    assert "was killed or crashed" not in done.stderr
     assert not (tmp_path / "failure.json").exists()
     assert ends_soon(tmp_path)

@@ -96,7 +96,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(mixtera: Mixtera) -> None:
     assert "First failure: {" in done.stdout
     now = status(mixtera)
     assert (now["state"], now["reason"].partition(" on ")[0]) == ("FAILED", "rank 1")
-    assert "vanished after step 1" in now["reason"]
+    assert "was killed or crashed after step 1" in now["reason"]
 
 
 def test_cancel_ends_a_run_and_its_chain(mixtera: Mixtera) -> None:

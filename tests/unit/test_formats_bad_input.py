@@ -228,7 +228,7 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
     "texts without a tokenizer": (
         lambda f: put(f / "bad.jsonl", LINES),
         IDS,
-        "A shard holds texts, but dataplane.vocab_size says",
+        "A shard holds text, but dataplane.vocab_size is set",
     ),
     "text that is not UTF-8": (
         lambda f: put(f / "bad.txt", b"abc\xff"),
@@ -275,7 +275,7 @@ def test_bad_input_is_refused_with_its_file_and_place(what: str, tmp_path: Path)
         build_index(replace(config, data=data, index=index))
     output = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
     assert re.search(message, output), output
-    names_file = "bad" in output or "hold no rows" in output or "A shard holds texts" in output
+    names_file = "bad" in output or "hold no rows" in output or "A shard holds text" in output
     assert names_file, "the file is named"
     assert not (tmp_path / "i.h5").exists()
 

@@ -57,11 +57,11 @@ def test_a_recorded_end_is_reported_without_slurm(
 
 def test_the_first_failing_rank_is_the_reason(folder: RunFolder, make_config: MakeConfig) -> None:
     submit(folder, make_config())
-    failure = {"rank": 2, "host": "nid7", "reason": "vanished after step 17"}
+    failure = {"rank": 2, "host": "nid7", "reason": "was killed or crashed after step 17"}
     (folder.attempt(1) / "failure.json").write_text(json.dumps(failure))
     end_attempt(folder, 1, AttemptEnd(exit_code=137, elapsed_s=9))
 
-    assert status(folder).reason == "rank 2 on nid7: vanished after step 17"
+    assert status(folder).reason == "rank 2 on nid7: was killed or crashed after step 17"
 
 
 def test_the_state_is_that_of_the_newest_attempt(

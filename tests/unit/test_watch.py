@@ -22,8 +22,8 @@ def test_a_failure_of_a_single_process_is_recorded(tmp_path: Path) -> None:
 
 def test_the_first_failure_is_kept(tmp_path: Path) -> None:
     watch = start_failure_watch(Local(), tmp_path)
-    watch.failed(ValueError("first"))
-    watch.failed(ValueError("second"))
+    watch.record_failure(ValueError("first"))
+    watch.record_failure(ValueError("second"))
 
     assert json.loads((tmp_path / "failure.json").read_text())["reason"] == "ValueError: first"
 
