@@ -55,8 +55,8 @@ def _generations(index: IndexConfig) -> list[str]:
     if not index.generations or len(index.generations) == num_indexes:
         return []
     return [
-        f"index.generations has {len(index.generations)} entries, but {num_indexes} indexes are read. Give one fingerprint for "
-        "each of them, '' for its newest state."
+        f"index.generations has {len(index.generations)} entries, but {num_indexes} indexes are read. Give one "
+        "fingerprint for each of them, '' for its newest state."
     ]
 
 

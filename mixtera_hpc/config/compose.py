@@ -14,6 +14,10 @@ from mixtera_hpc.errors import ConfigError
 
 __all__ = ["compose", "compose_plain", "from_omegaconf", "load_config", "prepare_application"]
 
+_SWEEP_FLAGS = frozenset({"-m", "--multirun"})
+_CONFIG_FLAGS = frozenset({"-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name"})
+"""Flags of Hydra that replace or add config files; only Hydra itself can compose then."""
+
 
 def compose(overrides: Sequence[str]) -> Config:
     """Compose the primary config with Hydra `overrides` and check it.
@@ -61,8 +65,8 @@ def from_omegaconf(node: Any) -> dict[str, Any]:
 def prepare_application(arguments: Sequence[str]) -> list[str]:
     """Prepare this process for `hydra.main` and return the command line for it, given that of the user.
 
-    Afterwards Hydra finds the schema and the configs of the user, and text values are quoted. Mistakes are reported here, as
-    by every verb: Hydra's own messages name no near misses.
+    Afterwards Hydra finds the schema and the configs of the user, and text values are quoted. Mistakes are reported
+    here, as by every verb: Hydra's own messages name no near misses.
 
     Raises:
         ConfigError: what the command line asks for cannot be composed.
@@ -70,14 +74,16 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
     from mixtera_hpc.config.composition.experiments import find_configs  # Imports Hydra, which is slow.
     from mixtera_hpc.config.composition.schema_store import register_schema
 
-    sweep = any(flag in arguments for flag in ("-m", "--multirun"))
-    words = [word for word in arguments if "=" in word and not word.startswith("-")]
-    quoted = dict(zip(words, hydra_words(words, sweep=sweep), strict=True))
-    _composed(first_of_sweep(words) if sweep else words)
+    words = [word for word in arguments if word.startswith("~") or ("=" in word and not word.startswith("-"))]
+    flags = [argument for argument in arguments if argument not in words]
+    sweep = not _SWEEP_FLAGS.isdisjoint(flags)
+    if _CONFIG_FLAGS.isdisjoint(flag.partition("=")[0] for flag in flags):
+        _composed(first_of_sweep(words) if sweep else words)
 
     register_schema()
     find_configs(chosen_groups(words))
-    return [quoted.get(argument, argument) for argument in arguments]
+    # Hydra's parser of arguments wants all overrides in one piece.
+    return [*flags, *hydra_words(words, sweep=sweep)]
 
 
 def _composed(overrides: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""The keys of the schema by their dotted paths, for whoever works with `key=value` words: overrides, messages, documentation."""
+"""The keys of the schema by their dotted paths: used by overrides, messages and the documentation."""
 
 import dataclasses
 import types

@@ -12,7 +12,7 @@ CONFIG_NAME = "config"
 
 
 def conf_dir() -> Path:
-    """Return the folder of the shipped configs: `conf/` beside the package in a checkout, inside the package in a wheel."""
+    """Return the folder of the shipped configs: `conf/` beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parents[2]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / f"{CONFIG_NAME}.yaml").is_file():

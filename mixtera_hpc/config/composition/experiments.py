@@ -1,9 +1,10 @@
 """Where Hydra looks for our configs, and what an experiment says about groups that the command line chooses.
 
-Hydra merges an experiment after all groups: in `experiment=demo mixture=unimax` the values of the experiment would change the
-file that the user asked for. Our rule is the other way round. If the command line chooses a file for a group, everything that
-the experiment sets inside this group is ignored; its other groups stay. To this end Hydra gets a config source of ours, placed
-before all others. It serves the files of `experiment/` without the keys of the chosen groups.
+Hydra merges an experiment after all groups: in `experiment=demo mixture=unimax` the values of the experiment would
+change the file that the user asked for. Our rule is the other way round. If the command line chooses a file for a
+group, everything that the experiment sets inside this group is ignored; its other groups stay. To this end Hydra gets a
+config source of ours, placed before all others. It serves the files of `experiment/` without the keys of the chosen
+groups.
 """
 
 import contextlib
@@ -25,13 +26,14 @@ __all__ = ["ExperimentSource", "MixteraSearchPath", "find_configs", "search_our_
 EXPERIMENT = "experiment"
 _GROUPS = "?without="
 _CHOSEN: ContextVar[frozenset[str] | None] = ContextVar("chosen_groups", default=None)
-"""Groups chosen on the command line while Hydra builds a search path for us; None while it builds one for somebody else."""
+"""Groups chosen on the command line while Hydra builds a search path for us; None while it builds one for others."""
 
 
 class ExperimentSource(FileConfigSource):
     """Read the files of `experiment/` in one folder, without the keys of some groups.
 
-    The path is `mixtera-experiment://FOLDER?without=GROUP,GROUP`. It is a string because Hydra hands it to other processes.
+    The path is `mixtera-experiment://FOLDER?without=GROUP,GROUP`. It is a string because Hydra hands it to other
+    processes.
     """
 
     def __init__(self, provider: str, path: str) -> None:

@@ -1,7 +1,7 @@
 """Overrides as users type them → overrides in Hydra's grammar.
 
-Hydra parses every value with a grammar of its own, in which `query.where=q >= 0.5` is an error and `job.name=7` a number. The
-schema knows better: the value of a key that takes text is quoted here, so that it arrives as it was typed.
+Hydra parses every value with a grammar of its own, in which `query.where=q >= 0.5` is an error and `job.name=7` a
+number. The schema knows better: the value of a key that takes text is quoted here, so that it arrives as it was typed.
 """
 
 import re
@@ -13,11 +13,13 @@ from mixtera_hpc.errors import ConfigError
 __all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "quoted", "sweep_values"]
 
 _IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
+_PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/][\w./-]*", re.IGNORECASE)
+"""Text that Hydra reads as the same text."""
 _HOME = re.compile(r"~[\w-]*(/|$)")
 
 
 def hydra_words(words: Iterable[str], *, sweep: bool = False) -> list[str]:
-    """Return `words` with every text value in quotes.
+    """Return `words` with text values in quotes, where Hydra would read them as something else.
 
     Args:
         words: overrides, `key=value` each. Flags (`--cfg`) and keys outside the schema are left as they are.
@@ -46,7 +48,7 @@ def first_of_sweep(words: Iterable[str]) -> list[str]:
 
 
 def sweep_values(word: str) -> list[str]:
-    """Return the values of an override that lists several (`a,b`, `choice(…)`, `range(…)`); an empty list for any other.
+    """Return the values of an override that lists several (`a,b`, `choice(…)`, `range(…)`), or an empty list.
 
     Values of a key that takes text are returned as typed, without the escapes that Hydra needs.
     """
@@ -83,7 +85,7 @@ def _hydra_word(word: str, sweep: bool) -> str:
 def _hydra_value(key: str, value: str) -> str:
     if _HOME.match(value):
         raise ConfigError(f"'{key}={value}': the shell leaves ~ as it is behind a =. Write {key}=$HOME{value[1:]}")
-    # These have a meaning of their own: nothing, null, an interpolation, a mapping (for a key with a short form), quotes.
+    # These have a meaning of their own: nothing, null, an interpolation, quotes, a mapping (if the key has a short form).
     if value in ("", "null") or value.startswith(("${", "{")) or _IN_QUOTES.fullmatch(value):
         return value
-    return quoted(value)
+    return value if _PLAIN_WORD.fullmatch(value) else quoted(value)

@@ -1,8 +1,8 @@
 """The schema in Hydra's ConfigStore: the first entry of every composition, on which config files only set differences.
 
-OmegaConf's structured configs know neither `Literal` nor recursive types nor our short forms. So the store gets plain nodes
-with the defaults of the dataclasses, and `config/convert.py` checks the types afterwards. A mapping whose keys belong to the
-user (`data.properties`, `cluster.env`) is marked as open, so that it takes new keys without Hydra's `+`.
+OmegaConf's structured configs know neither `Literal` nor recursive types nor our short forms. So the store gets plain
+nodes with the defaults of the dataclasses, and `config/convert.py` checks the types afterwards. A mapping whose keys
+belong to the user (`data.properties`, `cluster.env`) is marked as open, so that it takes new keys without Hydra's `+`.
 """
 
 import dataclasses

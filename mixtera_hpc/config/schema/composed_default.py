@@ -7,11 +7,11 @@ __all__ = ["composed_default", "composed_from"]
 
 
 def composed_from(expression: str, default: Any = MISSING) -> Any:
-    """Return a dataclass field whose default in a composed configuration is `expression`, an OmegaConf interpolation.
+    """Return a dataclass field whose default is the OmegaConf interpolation `expression` when Hydra composes.
 
     Args:
         expression: for example `${cluster.mem}`.
-        default: the value of the field where Python code builds the dataclass itself. Without one the field is required.
+        default: the value of the field where Python code builds the dataclass. Without one it is required.
     """
     if default is MISSING:
         return field(metadata={"composed": expression})

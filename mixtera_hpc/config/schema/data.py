@@ -13,16 +13,17 @@ class PropertyConfig:
     """Where one property of a sample comes from. A bare string is short for `{path: STRING, kind: category}`."""
 
     path: str | None = None
-    """Dotted path inside the row (`meta.language`), or a value taken from the location of the row: `__path__`, `__name__`,
-    `__stem__`, `__parent__`, `__folder__`, `__folder__.N`, `__partition__.KEY`, `__format__` (docs/formats.md)."""
+    """Dotted path inside the row (`meta.language`), or a value taken from the location of the row: `__path__`,
+    `__name__`, `__stem__`, `__parent__`, `__folder__`, `__folder__.N`, `__partition__.KEY`, `__format__`
+    (docs/formats.md)."""
     function: str | None = None
-    """Used instead of `path`: the import path `package.module.function` of your function from a list of documents to a list
-    with one value for each of them."""
+    """Used instead of `path`: the import path `package.module.function` of your function from a list of documents to a
+    list with one value for each of them."""
     kind: Literal["category", "categories", "number"] = "category"
     """`category`: one string per sample. `categories`: several strings per sample. `number`: one float64 per sample."""
     pattern: str | None = None
-    """Regular expression that is searched for in the value. The property is its first group, or the whole match if it has no
-    group, and null if there is no match."""
+    """Regular expression that is searched for in the value. The property is its first group, or the whole match if it
+    has no group, and null if there is no match."""
 
     @classmethod
     def from_short(cls, value: Any) -> Any:
@@ -48,14 +49,14 @@ class DataConfig:
     """Which files hold the samples, and where a row has its text and its properties."""
 
     root: str = ""
-    """Folder that all shard paths are relative to. `index build` and `index refresh` need it, unless `data.sets` is given. A run
-    without it uses the folder that the index was built from; see `index.trusted_roots`."""
+    """Folder that all shard paths are relative to. `index build` and `index refresh` need it, unless `data.sets` is
+    given. A run without it uses the folder that the index was built from; see `index.trusted_roots`."""
     sets: dict[str, DataSetConfig] = field(default_factory=dict)
-    """Used instead of `data.root` for several data sets in one index: name → folder, for example `{web: /a, code: /b}`. All
-    other keys of `data` apply to every set. The name becomes the built-in property `dataset` of the samples."""
+    """Used instead of `data.root` for several data sets in one index: name → folder, for example `{web: /a, code: /b}`.
+    All other keys of `data` apply to every set. The name becomes the built-in property `dataset` of the samples."""
     include: list[str] = field(default_factory=lambda: ["**/*"])
-    """Glob patterns of the shards, relative to the root. `**/*` ignores files of unknown format. A pattern that names such a
-    file explicitly is refused."""
+    """Glob patterns of the shards, relative to the root. `**/*` ignores files of unknown format. A pattern that names
+    such a file explicitly is refused."""
     exclude: list[str] = field(default_factory=list)
     """Glob patterns of files to leave out again, relative to the root."""
     format: str = "auto"
@@ -65,14 +66,15 @@ class DataConfig:
     properties: dict[str, PropertyConfig] = field(default_factory=dict)
     """Properties of every sample: name → where its value comes from, for example `{language: meta.lang}`."""
     parser: str | None = None
-    """Import path `package.module.function` of your function from a row (a dict) to a dict. The paths in `data.properties` then
-    refer to the dict that it returns. The function runs with your rights."""
+    """Import path `package.module.function` of your function from a row (a dict) to a dict. The paths in
+    `data.properties` then refer to the dict that it returns. The function runs with your rights."""
     max_block_bytes: int = 4294967296
-    """Largest decoded size, in bytes, of a row and of a compressed frame or file that can only be decoded as a whole. The index
-    build refuses larger ones, so that no rank runs out of memory later. At least 65536."""
+    """Largest decoded size, in bytes, of a row and of a compressed frame or file that can only be decoded as a whole.
+    The index build refuses larger ones, so that no rank runs out of memory later. At least 65536."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
-    """What an index build does with rows that cannot be read. `fail`: end the build and name the first ten. `skip`: leave them
-    out and record their number per shard and reason in the index. If a shard is damaged, `skip` leaves out the rest of it."""
+    """What an index build does with rows that cannot be read. `fail`: end the build and name the first ten. `skip`:
+    leave them out and record their number per shard and reason in the index. If a shard is damaged, `skip` leaves out
+    the rest of it."""
 
     def roots(self) -> dict[str, str]:
         """Return the folder of every named data set; empty where only `data.root` is used."""
@@ -86,21 +88,21 @@ class IndexConfig:
     path: str = composed_from("${data.root}/index.h5")
     """The HDF5 file that `index build`, `refresh` and `derive` write, on a file system that all nodes share."""
     paths: list[str] = field(default_factory=list)
-    """The indexes that runs, `plan` and `query` read, in this order. Empty takes `index.path`. Several are joined: the property
-    `dataset` of their samples is the name of the file, without its ending."""
+    """The indexes that runs, `plan` and `query` read, in this order. Empty takes `index.path`. Several are joined: the
+    property `dataset` of their samples is the name of the file, without its ending."""
     generations: list[str] = field(default_factory=list)
-    """For each index that is read, in the order of `index.paths`, the fingerprint of an earlier state, or its first characters.
-    The run sees that state, without the shards added by a later refresh. An empty string takes the newest state of that index,
-    an empty list the newest state of all."""
+    """For each index that is read, in the order of `index.paths`, the fingerprint of an earlier state, or its first
+    characters. The run sees that state, without the shards added by a later refresh. An empty string takes the newest
+    state of that index, an empty list the newest state of all."""
     trusted_roots: list[str] = field(default_factory=list)
-    """Where `data.root` is empty: folders below which the data root stored in an index of another user is accepted. The data
-    root stored in an index of your own is always accepted."""
+    """Where `data.root` is empty: folders below which the data root stored in an index of another user is accepted. The
+    data root stored in an index of your own is always accepted."""
     block_rows: int = 256
     """Rows per block for formats that leave the choice (JSONL, WebDataset, Megatron). A block is the unit of I/O and of
     shuffling."""
     seek_points: bool = True
-    """Find seek points of long `.gz` members during the build and store them in the folder `PATH.seek`. This costs a second
-    decompression. Without seek points, reading a block decodes its file from the start."""
+    """Find seek points of long `.gz` members during the build and store them in the folder `PATH.seek`. This costs a
+    second decompression. Without seek points, reading a block decodes its file from the start."""
     threads: int = 1
     """Threads that scan shards in each rank of a build."""
 

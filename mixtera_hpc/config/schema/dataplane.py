@@ -19,19 +19,20 @@ class DataPlaneConfig:
     seq_len: int = 1024
     """Predicted tokens per sequence. A sequence holds one token more."""
     overlap_one_token: bool = True
-    """True: each sequence begins with the last token of the one before, so that every token is predicted once. False: no token
-    appears in two sequences, and every (seq_len + 1)th token is never predicted."""
+    """True: each sequence begins with the last token of the one before, so that every token is predicted once. False:
+    no token appears in two sequences, and every (seq_len + 1)th token is never predicted."""
     global_batch_size: int = 64
     """Sequences (or samples, with `mixture.unit=samples`) of one step, over all ranks."""
     chunk_steps: int = 8
-    """Steps per chunk. The weights of the mixture change at chunk boundaries only, and each chunk costs one broadcast."""
+    """Steps per chunk. The weights of the mixture change at chunk boundaries only, and each chunk costs one
+    broadcast."""
     feedback_lag: int = 2
     """Losses of chunk c change the weights of chunk c + feedback_lag and later ones. At least 2."""
     seed: int = 0
     """Seed of every shuffle, 0 to 2**63 - 1."""
     shuffle: Literal["none", "block", "window"] = "window"
-    """`none`: index order. `block`: blocks in random order. `window`: blocks in random order, and rows in random order inside
-    windows of `dataplane.shuffle_window` blocks."""
+    """`none`: index order. `block`: blocks in random order. `window`: blocks in random order, and rows in random order
+    inside windows of `dataplane.shuffle_window` blocks."""
     shuffle_window: int = 64
     """Blocks whose rows are shuffled together, for `dataplane.shuffle=window`."""
     add_eos: bool = True
@@ -43,11 +44,11 @@ class DataPlaneConfig:
     prefetch_batches: int = 4
     """Batches that are prepared ahead of the trainer."""
     workers: int = 0
-    """Processes that read and tokenize for each rank, for data that one thread cannot deliver fast enough. With 0 a thread
-    reads."""
+    """Processes that read and tokenize for each rank, for data that one thread cannot deliver fast enough. With 0 a
+    thread reads."""
     model_parallel_size: int = 1
-    """Number of neighbouring ranks that receive the same batch: tensor × pipeline × context parallel size. Must divide the
-    number of ranks."""
+    """Number of neighbouring ranks that receive the same batch: tensor × pipeline × context parallel size. Must divide
+    the number of ranks."""
     comm: Literal["auto", "local", "mpi"] = "auto"
     """How ranks communicate. `auto`: MPI if the process was started by an MPI launcher, else a single process."""
     audit: bool = False

@@ -1,4 +1,5 @@
-"""Settings of the groups `job` and `cluster`: what a job requests from Slurm, and what the nodes of a cluster look like."""
+"""Settings of the groups `job` and `cluster`: what a job requests from Slurm, and what the nodes of a cluster look
+like."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -49,8 +50,8 @@ class JobConfig:
     srun_args: list[str] = field(default_factory=list)
     """Further arguments of srun, after those of the cluster."""
     command: list[str] | None = None
-    """Words of the command that every rank executes instead of the reference trainer. It gets the run folder and the number of
-    the attempt in the environment variables `MIXTERA_RUN_FOLDER` and `MIXTERA_ATTEMPT`."""
+    """Words of the command that every rank executes instead of the reference trainer. It gets the run folder and the
+    number of the attempt in the environment variables `MIXTERA_RUN_FOLDER` and `MIXTERA_ATTEMPT`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +97,11 @@ class ClusterConfig:
     srun_args: list[str] = field(default_factory=list)
     """Further arguments of srun."""
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """Further `#SBATCH` parameters, which keys of `job` may replace: parameter → value, true for a flag without a value, null to
-    remove one that would be written otherwise."""
+    """Further `#SBATCH` parameters, which keys of `job` may replace: parameter → value, true for a flag without a
+    value, null to remove one that would be written otherwise."""
     env: dict[str, str] = field(default_factory=dict)
-    """Environment variables of every rank, taken literally. Write values that the shell has to expand into `cluster.setup`."""
+    """Environment variables of every rank, taken literally. Write values that the shell has to expand into
+    `cluster.setup`."""
     setup: list[str] = field(default_factory=list)
     """Shell lines of the batch script that run before srun."""
     wrapper: list[str] = field(default_factory=list)

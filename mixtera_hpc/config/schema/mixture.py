@@ -11,8 +11,9 @@ class DomainConfig:
     """One domain of the mixture, or a group of domains."""
 
     key: dict[str, Any] = field(default_factory=dict)
-    """Property → value, pattern (`c4*`, or `{matches: c4-(en|de)}`), null, or a list of these. A sample belongs to the first
-    domain, in written order, whose key it matches. The members of a group must match the key of the group as well."""
+    """Property → value, pattern (`c4*`, or `{matches: c4-(en|de)}`), null, or a list of these. A sample belongs to the
+    first domain, in written order, whose key it matches. The members of a group must match the key of the group as
+    well."""
     weight: float | None = None
     """Share of the mixture; for a member of a group, share of the group. At least 0. Siblings without weights share in
     proportion to their sizes."""
@@ -35,7 +36,8 @@ class StageConfig:
     kind: Literal["natural", "static", "hierarchical", "dynamic"] = "static"
     """Like `mixture.kind`. A dynamic stage uses the losses of all steps since the first step of the run."""
     domains: list[DomainConfig] = field(default_factory=list)
-    """Keys and weights. Domains of the mixture that are not listed get weight 0. An empty list takes `mixture.domains`."""
+    """Keys and weights. Domains of the mixture that are not listed get weight 0. An empty list takes
+    `mixture.domains`."""
     remainder: DomainConfig | None = None
     """Like `mixture.remainder`; needs `domains`."""
     normalize: bool = False
@@ -65,26 +67,27 @@ class MixtureConfig:
     """The domains and the proportions in which they are served."""
 
     kind: Literal["natural", "static", "hierarchical", "schedule", "arbitrary", "dynamic"] = "natural"
-    """`natural`: domain sizes in the index. `static`: fixed weights. `hierarchical`: weights of groups and of their members.
-    `schedule`: mixtures that follow each other. `arbitrary`: index order, without domains. `dynamic`: weights that an algorithm
-    learns during training (docs/mixtures.md)."""
+    """`natural`: domain sizes in the index. `static`: fixed weights. `hierarchical`: weights of groups and of their
+    members. `schedule`: mixtures that follow each other. `arbitrary`: index order, without domains. `dynamic`: weights
+    that an algorithm learns during training (docs/mixtures.md)."""
     unit: Literal["tokens", "samples"] = "tokens"
     """What weights and batches count: packed sequences of tokens, or samples."""
     domains: list[DomainConfig] = field(default_factory=list)
-    """The domains. An empty list makes one domain for each distinct value of `mixture.group_by`, or a single domain of all
-    samples."""
+    """The domains. An empty list makes one domain for each distinct value of `mixture.group_by`, or a single domain of
+    all samples."""
     group_by: list[str] = field(default_factory=list)
     """Properties whose distinct values (combinations of values, for several properties) become the domains. Used when
     `mixture.domains` is empty."""
     remainder: DomainConfig | None = None
-    """One more domain, the last one, of all samples that match no key in `mixture.domains`. For example `{weight: 0.1}`."""
+    """One more domain, the last one, of all samples that match no key in `mixture.domains`. For example `{weight:
+    0.1}`."""
     normalize: bool = False
     """Scale weights that do not sum to 1, instead of refusing them."""
     temperature: float | None = None
     """Natural weights become size^(1/temperature). 1 keeps them; larger values make the domains more equal. Above 0."""
     unimax_epochs: float | None = None
-    """Natural weights become as equal as possible with at most this many passes over each domain within `training.num_steps`
-    (UniMax). Above 0."""
+    """Natural weights become as equal as possible with at most this many passes over each domain within
+    `training.num_steps` (UniMax). Above 0."""
     floor: float | None = None
     """Smallest share of every domain, between 0 and 1, for every kind of mixture. Null means no lower bound."""
     cap: float | None = None
@@ -92,10 +95,11 @@ class MixtureConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The stages of `mixture.kind=schedule`."""
     on_exhausted: Literal["repeat", "redistribute", "stop"] = "repeat"
-    """What happens when a domain was served `max_epochs` times. `repeat` and `stop`: the data end. `redistribute`: its share
-    goes to the other domains in proportion to their weights."""
+    """What happens when a domain was served `max_epochs` times. `repeat` and `stop`: the data end. `redistribute`: its
+    share goes to the other domains in proportion to their weights."""
     max_epochs: float | None = None
-    """Passes over a domain before it is exhausted. Null: unlimited for `repeat`, 1 for `redistribute` and `stop`. Above 0."""
+    """Passes over a domain before it is exhausted. Null: unlimited for `repeat`, 1 for `redistribute` and `stop`. Above
+    0."""
     algorithm: dict[str, Any] = field(default_factory=lambda: {"name": "ado"})
     """The mixing algorithm of `mixture.kind=dynamic`: its `name` and its parameters, for example
     `{name: ado, warmup: 200}` (docs/mixtures.md)."""

@@ -20,7 +20,7 @@ class QueryConfig:
     """Which samples take part in a run."""
 
     where: str | None = None
-    """Boolean expression over properties, for example `language in ['en', 'de'] and quality >= 0.7 and 'python' in tags`
-    (docs/query.md). Null selects every sample."""
+    """Boolean expression over properties, for example `language in ['en', 'de'] and quality >= 0.7 and 'python' in
+    tags` (docs/query.md). Null selects every sample."""
     holdout: HoldoutConfig = field(default_factory=HoldoutConfig)
     """Samples that are held out for validation."""

@@ -35,8 +35,8 @@ class TrainingConfig:
     num_threads: int = 1
     """CPU threads of torch in each rank."""
     validate_every: int = 0
-    """Steps between two validations on the held-out samples (`query.holdout`); one more follows at the end. With 0 there is no
-    validation."""
+    """Steps between two validations on the held-out samples (`query.holdout`); one more follows at the end. With 0
+    there is no validation."""
     validate_steps: int = 8
     """Global batches per validation, always the same ones. Fewer if the held-out samples fill fewer."""
     stop_after: int | None = None
