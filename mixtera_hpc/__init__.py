@@ -71,7 +71,12 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used (PEP 562)."""
     if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    try:
+        value = getattr(importlib.import_module(_MODULE_OF_NAME[name]), name)
+    except ModuleNotFoundError as error:
+        from mixtera_hpc.errors import missing_package  # Here, so that `import mixtera_hpc` imports nothing else.
+
+        raise missing_package(error) or error from None
     globals()[name] = value
     return value
 

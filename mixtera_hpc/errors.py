@@ -12,6 +12,7 @@ MixteraError                1   an internal error, or a broken machine
 """
 
 import difflib
+import importlib.util
 from typing import ClassVar
 
 __all__ = [
@@ -27,7 +28,20 @@ __all__ = [
     "did_you_mean",
     "exit_code_of",
     "is_clean_exit",
+    "missing_package",
+    "require_package",
 ]
+
+EXTRAS = {
+    "mpi4py": "mpi",
+    "torch": "train",
+    "submitit": "slurm",
+    "matplotlib": "report",
+    "tensorboard": "track",
+    "wandb": "track",
+    "torchdata": "integrations",
+}
+"""Optional package → the extra of `pyproject.toml` that installs it."""
 
 EXIT_INTERRUPTED = 130
 """Exit code of a process that ended on SIGINT, as shells report it."""
@@ -110,3 +124,28 @@ def did_you_mean(got: str, valid: list[str] | tuple[str, ...]) -> str:
     if valid and len(valid) <= 12:
         return f" Known: {', '.join(repr(v) for v in valid)}."
     return ""
+
+
+def missing_package(error: ModuleNotFoundError) -> UserError | None:
+    """Return the error for users if an optional package is not installed, None for any other module."""
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return UserError(
+        f"The package {package} is not installed, which this needs.\n"
+        f"  Install it: pip install 'mixtera-hpc[{EXTRAS[package]}]'"
+    )
+
+
+def require_package(package: str) -> None:
+    """Check that an optional package is installed, without importing it.
+
+    Raises:
+        UserError: It is not; the message names the extra that installs it.
+    """
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # `sys.modules[package]` is None, which forbids the import.
+        spec = None
+    if spec is None:
+        raise missing_package(ModuleNotFoundError(name=package)) or ModuleNotFoundError(name=package)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from mixtera_hpc import __version__
 from mixtera_hpc.cli.logging_setup import messages_on_stderr
-from mixtera_hpc.errors import MixteraError, did_you_mean
+from mixtera_hpc.errors import MixteraError, did_you_mean, missing_package
 
 __all__ = ["GROUPS", "VERBS", "main", "verb_parser"]
 
@@ -91,6 +91,12 @@ def _run_verb(verb: str, argv: list[str]) -> int:
         # A reader that closed the pipe is noticed here. At exit, the interpreter would print an error about it.
         sys.stdout.flush()
         return code
+    except ModuleNotFoundError as error:
+        explained = missing_package(error)
+        if explained is None:
+            raise
+        print(f"{type(explained).__name__}: {explained}", file=sys.stderr)
+        return explained.exit_code
     except MixteraError as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         print(f"{type(error).__name__}: {error}{notes}", file=sys.stderr)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, Local
-from mixtera_hpc.errors import MixteraError, SavedAndStopped, exit_code_of
+from mixtera_hpc.errors import MixteraError, SavedAndStopped, exit_code_of, missing_package
 
 __all__ = ["open_communicator", "run_guarded", "started_by_mpi"]
 
@@ -36,7 +36,10 @@ def open_communicator(kind: str = "auto") -> Communicator:
     # Importing mpi4py starts MPI, which a single process does not need and may not have.
     from mixtera_hpc.comm.mpi import Mpi
 
-    return Mpi.world()
+    try:
+        return Mpi.world()
+    except ModuleNotFoundError as error:
+        raise missing_package(error) or error from None
 
 
 def run_guarded(comm: Communicator, body: Callable[[], None]) -> int:

@@ -16,7 +16,7 @@ from mixtera_hpc.comm.failure_watch import start_failure_watch
 from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.errors import exit_code_of
+from mixtera_hpc.errors import exit_code_of, require_package
 from mixtera_hpc.launch.attempts import AttemptEnd, batch_script_attempt, end_attempt
 from mixtera_hpc.track.progress import ProgressPrinter
 
@@ -42,6 +42,7 @@ def run_attempt(comm_kind: str, prepare: PrepareAttempt) -> int:
         comm_kind: `dataplane.comm`.
         prepare: What rank 0 does first. If it raises, all ranks end.
     """
+    require_package("torch")  # Refused here, before a run folder exists.
     comm = open_communicator(comm_kind)
     return run_guarded(comm, lambda: _train(comm, prepare))
 
