@@ -82,7 +82,8 @@ def test_frames_without_rows_belong_to_the_next_block(tmp_path: Path) -> None:
     frames += [zstandard.compress(lines("b")), SKIPPABLE]
     (tmp_path / "s").write_bytes(b"".join(frames))
     sizes = list(map(len, frames))
-    first, second = sum(sizes[:2]), sum(sizes[2:6])
+    first = sum(sizes[:2])
+    second = sum(sizes[2:6])
     assert blocks_of(tmp_path / "s", "jsonl.zst") == [(0, first, 1), (first, second, 1)]
 
 
@@ -97,7 +98,7 @@ def test_gzip_members_are_blocks_and_padding_is_skipped(tmp_path: Path) -> None:
     members = [gzip.compress(lines("a")), gzip.compress(lines("b", "c"))]
     padding = b"\0" * 600_000
     (tmp_path / "s").write_bytes(members[0] + padding + members[1] + padding)
-    a, b = len(members[0]), len(members[1])
+    a, b = map(len, members)
     assert blocks_of(tmp_path / "s", "jsonl.gz") == [(0, a, 1), (a, len(padding) + b, 2)]
 
 

@@ -48,12 +48,13 @@ class DictRowBatcher:
         self._rows += len(rows)
         if self._bad:
             return None
+        texts = self._type.documents(decoded) if self._spec.documents else None
         return RowBatch(
             rows=len(rows),
             blocks=blocks,
             columns=self._type.columns(decoded),
             lengths=lengths,
-            documents=self._type.documents(decoded) if self._spec.documents else None,
+            documents=texts,
             raw_rows=list(rows) if self._spec.whole_rows else None,
             bad=tuple(bad),
         )

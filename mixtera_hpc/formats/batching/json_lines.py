@@ -148,7 +148,8 @@ class JsonLineBatcher:
                 raw = self._raw_decoder.decode(line) if self._raw_decoder else None
             except _DECODE_ERRORS as error:
                 problem = f"{error}{_hint(line[:3])}"
-                row, raw = self._blank, None
+                row = self._blank
+                raw = None
                 if self._blank is not None:
                     bad.append((len(rows), problem))
                 elif not self.should_stop:

@@ -3,16 +3,36 @@
 import itertools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.formats.base import BlockRef
+from mixtera_hpc.formats.shard_errors import open_shard
 
-__all__ = ["merge_nearby", "read_fully", "row_byte_ranges"]
+__all__ = ["OpenShard", "merge_nearby", "read_fully", "row_byte_ranges"]
 
 # Two rows with at most this many bytes between them are read in one call, together with the bytes between them.
 MAX_GAP_BYTES = 32 << 10
+
+
+class OpenShard:
+    """An open shard. Several threads may read from `fd` at the same time.
+
+    Raises:
+        DataError: the shard cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.fd = open_shard(path)
+
+    def close(self) -> None:
+        """Release the file descriptor. A second call does nothing."""
+        # Take the descriptor first: its number may belong to another file as soon as it is closed.
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def read_fully(fd: int, size: int, offset: int) -> bytes:

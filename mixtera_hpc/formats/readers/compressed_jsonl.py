@@ -6,7 +6,6 @@ byte range of their own: reading one decodes its block, which stays in the cache
 """
 
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,8 @@ from mixtera_hpc.formats.codecs.frames import (
     join_whole_lines,
     limit_block_bytes,
 )
-from mixtera_hpc.formats.codecs.positioned_reads import read_fully
-from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
+from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, read_fully
+from mixtera_hpc.formats.shard_errors import shard_changed_error
 
 __all__ = ["CompressedJsonlFormat", "CompressedJsonlReader"]
 
@@ -96,7 +95,7 @@ class CompressedJsonlReader:
         self._codec = codec
         self._type = RowType(ScanSpec(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
-        self._fd = open_shard(path)
+        self._shard = OpenShard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         """Return the texts of the named rows; see `ShardReader`."""
@@ -108,10 +107,7 @@ class CompressedJsonlReader:
 
     def close(self) -> None:
         """Release the file descriptor."""
-        # Take the descriptor first: a second call must not close one that was opened in between.
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._shard.close()
 
     def _decode_rows(self, decoder: "msgspec.json.Decoder[Any]", block: BlockRef, rows: NDArray[np.int64]) -> list[Any]:
         lines = self._cache.get((str(self._path), block.offset), lambda: self._load(block))
@@ -134,6 +130,6 @@ class CompressedJsonlReader:
 
     def _read_block(self, block: BlockRef) -> bytes:
         """Return the decoded lines of a block."""
-        compressed = read_fully(self._fd, block.length, block.offset)
+        compressed = read_fully(self._shard.fd, block.length, block.offset)
         segments = decode_frames(io.BytesIO(compressed), self._codec, self._path)
         return b"".join(segment.data for segment in segments)

@@ -27,8 +27,8 @@ from mixtera_hpc.formats.base import (
 from mixtera_hpc.formats.batching.json_lines import JsonLineBatcher, JsonLines, line_ends
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.positioned_reads import merge_nearby, read_fully, row_byte_ranges
-from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
+from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, merge_nearby, read_fully, row_byte_ranges
+from mixtera_hpc.formats.shard_errors import shard_changed_error
 
 __all__ = ["JsonRowReader", "JsonlFormat"]
 
@@ -212,7 +212,7 @@ class JsonRowReader:
         self._after_row = after_row
         self._type = RowType(ScanSpec(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
-        self._fd = open_shard(path)
+        self._shard = OpenShard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         """Return the texts of the named rows; see `ShardReader`."""
@@ -234,10 +234,7 @@ class JsonRowReader:
 
     def close(self) -> None:
         """Release the file descriptor."""
-        # Take the descriptor first: a second call must not close one that was opened in between.
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._shard.close()
 
     def _decode_at(
         self,
@@ -248,7 +245,7 @@ class JsonRowReader:
     ) -> list[Any]:
         try:
             decode = self._strip_first(decoder.decode) if self._after_row else decoder.decode
-            return list(itertools.chain.from_iterable(_decode_rows(self._fd, decode, starts, starts + lengths)))
+            return list(itertools.chain.from_iterable(_decode_rows(self._shard.fd, decode, starts, starts + lengths)))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise shard_changed_error(self._path, block, f"{error}") from None
 

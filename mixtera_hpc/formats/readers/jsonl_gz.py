@@ -73,7 +73,7 @@ class LongMemberReader(CompressedJsonlReader):
 
     def _read_block(self, block: BlockRef) -> bytes:
         if self._points is not None:
-            return self._points.read(self._fd, self._path, block.offset, block.length)
+            return self._points.read(self._shard.fd, self._path, block.offset, block.length)
 
         position = 0  # Decoded bytes before the current segment.
         parts = []

@@ -37,10 +37,10 @@ class JsonlXzReader(CompressedJsonlReader):
     def __init__(self, path: Path, text: str | None, cache: BlockCache) -> None:
         super().__init__(path, text, cache, _XZ)
         # Read once per open: the index stands at the end of the file.
-        self._blocks = list_blocks(self._fd, path)
+        self._blocks = list_blocks(self._shard.fd, path)
 
     def _read_block(self, block: BlockRef) -> bytes:
         # A row may end in the next xz block, but never outside the block of the index.
         stop = block.offset + block.length
         xz_blocks = [xz_block for xz_block in self._blocks if block.offset <= xz_block.begin < stop]
-        return b"".join(segment.data for segment in decode_blocks(self._fd, xz_blocks, self._path))
+        return b"".join(segment.data for segment in decode_blocks(self._shard.fd, xz_blocks, self._path))

@@ -3,7 +3,6 @@
 Every document costs a shard, a block and an open file: right for books, wrong for millions of short texts.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRanges, BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.batching.dict_rows import BadRow, DictRowBatcher
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.positioned_reads import read_fully
-from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
+from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, read_fully
+from mixtera_hpc.formats.shard_errors import shard_changed_error
 
 __all__ = ["PlainTextFormat"]
 
@@ -75,7 +74,7 @@ class PlainTextReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._fd = open_shard(path)
+        self._shard = OpenShard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         """Return the text for every named row; see `ShardReader`."""
@@ -87,13 +86,10 @@ class PlainTextReader:
 
     def close(self) -> None:
         """Release the file descriptor."""
-        # Take the descriptor first: a second call must not close one that was opened in between.
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._shard.close()
 
     def _read(self, block: BlockRef) -> str:
-        data = read_fully(self._fd, block.length, 0)
+        data = read_fully(self._shard.fd, block.length, 0)
         if len(data) != block.length:
             raise shard_changed_error(self._path, block, f"{block.length} bytes were expected, but it has {len(data)}")
         try:

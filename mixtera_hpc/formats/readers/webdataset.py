@@ -20,7 +20,7 @@ from mixtera_hpc.formats.base import BlockRanges, BlockRef, RowBatch, ScanSpec, 
 from mixtera_hpc.formats.batching.dict_rows import BadRow, DictRowBatcher
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.positioned_reads import merge_nearby, read_fully, row_byte_ranges
+from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, merge_nearby, read_fully, row_byte_ranges
 from mixtera_hpc.formats.codecs.tar_headers import TarError, TarMember, buffered_reads, iter_members
 from mixtera_hpc.formats.readers.tar_samples import (
     KEY,
@@ -215,7 +215,7 @@ class WebDatasetReader:
         self._path = path
         self._text = text
         self._type = RowType(ScanSpec(text=text))
-        self._fd = open_shard(path)
+        self._shard = OpenShard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         """Return the texts of the named samples; see `ShardReader`."""
@@ -240,17 +240,14 @@ class WebDatasetReader:
 
     def close(self) -> None:
         """Release the file descriptor."""
-        # Take the descriptor first: a second call must not close one that was opened in between.
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._shard.close()
 
     def _rows(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], path: str | None) -> Iterator[WdsRow]:
         """Yield the decoded samples; samples near each other share a read."""
         stops = starts + lengths
         for first, last in merge_nearby(starts, stops):
             begin = int(starts[first])
-            data = read_fully(self._fd, int(stops[last - 1]) - begin, begin)
+            data = read_fully(self._shard.fd, int(stops[last - 1]) - begin, begin)
             row_starts = (starts[first:last] - begin).tolist()
             row_stops = (stops[first:last] - begin).tolist()
             for start, stop in zip(row_starts, row_stops, strict=True):
