@@ -39,9 +39,9 @@ class Canvas:
             width = 3.9
             height = 2.9 if labels else 2.3
         figure = Figure(figsize=(width, height))
-        left = 0.55 / width
-        right = 0.79 if self.wide and labels else 1 - 0.14 / width
-        axes = figure.add_axes((left, 0.36 / height, right - left, 1 - 0.74 / height))
+        x_min = 0.55 / width
+        x_max = 0.79 if self.wide and labels else 1 - 0.14 / width
+        axes = figure.add_axes((x_min, 0.36 / height, x_max - x_min, 1 - 0.74 / height))
 
         axes.set_xlim(0, max(int(metrics.steps.step[-1]) + 1, 1))
         axes.xaxis.set_major_locator(MaxNLocator(7 if self.wide else 4, integer=True))

@@ -1,4 +1,4 @@
-"""Commands as a user types them."""
+"""Fixtures that run commands as a user types them."""
 
 import subprocess
 import sys
@@ -13,9 +13,15 @@ COMMAND = [sys.executable, "-m", "mixtera_hpc"]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def only_run(root: Path) -> Path:
+    """Return the folder of the only run of name `small` below `root`."""
+    [folder] = (root / "small").iterdir()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def cli() -> Cli:
-    """Runs `mixtera-hpc`, under mpiexec when `ranks` are asked for."""
+    """Return a function that runs `mixtera-hpc` and checks its exit code; several `ranks` run under mpiexec."""
 
     def call(
         *words: object, ranks: int = 1, cwd: Path | None = None, rc: int | None = 0
@@ -32,7 +38,7 @@ def cli() -> Cli:
 
 @pytest.fixture(scope="session")
 def small(collection: list[str]) -> list[str]:
-    """A run small enough to train in seconds, with a mixture that is learned."""
+    """Return the overrides of a run that trains in seconds, with a dynamic mixture."""
     return [
         *(o for o in collection if not o.startswith("mixture.group_by")),
         "mixture=ado",

@@ -1,4 +1,4 @@
-"""`mixtera-hpc demo` as a newcomer starts it: an empty folder, no configuration, and nothing left anywhere else."""
+"""`mixtera-hpc demo` in an empty folder, without any configuration."""
 
 import json
 import os
@@ -11,13 +11,13 @@ import pytest
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder it ran in, and what it printed."""
+    """Return the folder of the demo and its output."""
     here = tmp_path_factory.mktemp("newcomer")
     for name in ("work", "home", "tmp"):
         (here / name).mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MIXTERA_", "XDG_"))}
     environment |= {"HOME": str(here / "home"), "TMPDIR": str(here / "tmp")}
-    caches = str(here / "work" / ".cache")  # As `make` does: matplotlib and torch keep theirs at home otherwise.
+    caches = str(here / "work" / ".cache")  # As `make` does. By default, matplotlib and torch cache below HOME.
     environment |= {"MPLCONFIGDIR": caches, "TORCHINDUCTOR_CACHE_DIR": caches}
     done = subprocess.run(
         [sys.executable, "-m", "mixtera_hpc", "demo", "training.num_steps=24"],
@@ -31,7 +31,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return here, done.stdout
 
 
-def test_leaves_a_run_and_a_report(demo: tuple[Path, str]) -> None:
+def test_the_demo_writes_a_run_and_a_report(demo: tuple[Path, str]) -> None:
     here, printed = demo
     assert "verified: 768 sequences of 24 steps, each consumed exactly once" in printed
     (report,) = here.glob("work/runs/demo/*/report/report.html")
@@ -40,7 +40,7 @@ def test_leaves_a_run_and_a_report(demo: tuple[Path, str]) -> None:
     assert len(list(report.parent.glob("*.png"))) >= 3
 
 
-def test_finds_domains_of_very_unequal_size(demo: tuple[Path, str]) -> None:
+def test_the_demo_has_domains_of_very_different_size(demo: tuple[Path, str]) -> None:
     here, _ = demo
     done = subprocess.run(
         [sys.executable, "-m", "mixtera_hpc", "query", "experiment=demo", "--json"],
@@ -54,7 +54,7 @@ def test_finds_domains_of_very_unequal_size(demo: tuple[Path, str]) -> None:
     assert max(sizes) > 5 * min(sizes)
 
 
-def test_writes_nothing_outside_its_folder(demo: tuple[Path, str]) -> None:
+def test_the_demo_writes_nothing_outside_its_folder(demo: tuple[Path, str]) -> None:
     here, _ = demo
     assert list((here / "home").iterdir()) == []
     assert list((here / "tmp").iterdir()) == []

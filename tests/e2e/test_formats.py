@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_bpe(texts, 512, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
-def as_tokens(folder: Path, rows: Rows, tokenizer: Path, append_eod: bool) -> list[Path]:
+def write_as_tokens(folder: Path, rows: Rows, tokenizer: Path, append_eod: bool) -> list[Path]:
     loaded = load_tokenizer(tokenizer)
     end = [loaded.eos_id] if append_eod else []
     return write_tokens(folder, rows, lambda text: [*loaded.encode_batch([text])[0], *end])
@@ -51,7 +51,7 @@ STORED: dict[str, tuple[Callable[..., list[Path]], list[str]]] = {
     "arrow": (partial(write_arrow, batch_rows=21), []),
     "webdataset": (write_tar, ["data.text=txt", "data.properties.source=json.meta.source"]),
     "text": (write_text, ["data.include=['**/*.txt']", "data.properties.source=__parent__"]),
-    "megatron": (as_tokens, []),
+    "megatron": (write_as_tokens, []),
 }
 
 
@@ -134,7 +134,7 @@ def test_formats_mix_in_one_index(
     writers = [
         write_arrow,
         partial(write_compressed, ending="zst"),
-        partial(as_tokens, tokenizer=tokenizer, append_eod=True),
+        partial(write_as_tokens, tokenizer=tokenizer, append_eod=True),
     ]
     for module, write in zip(MODULES, writers, strict=True):
         (tmp_path / "data" / module).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Every kind of mixture, served by a real data plane: what comes out, and that a stop in the middle changes nothing."""
+"""Every kind of mixture on a real data plane: served proportions, and resuming in the middle of a chunk."""
 
 from typing import Any
 
@@ -9,14 +9,18 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 
-BATCH, STEPS, CHUNK_STEPS = 16, 24, 3
-A, B = "{key: {source: 'a*'}", "{key: {source: [difflib, enum]}"
+BATCH = 16
+STEPS = 24
+CHUNK_STEPS = 3
+A = "{key: {source: 'a*'}"
+B = "{key: {source: [difflib, enum]}"
 KINDS = {
     "natural": ["mixture.group_by=[source]", "mixture.temperature=3.0"],
     "unimax": ["mixture=unimax", "mixture.group_by=[source]", "mixture.cap=0.3"],
     "static": [f"mixture.domains=[{A}, weight: 0.7}}, {B}, weight: 0.2}}]", "mixture.remainder={weight: 0.1}"],
     "hierarchical": [
-        f"mixture.domains=[{{key: {{tags: def}}, weight: 0.6, domains: [{A}}}, {B}}}]}}, {{key: {{tags: null}}, weight: 0.4}}]"
+        f"mixture.domains=[{{key: {{tags: def}}, weight: 0.6, domains: [{A}}}, {B}}}]}}, "
+        "{key: {tags: null}, weight: 0.4}]"
     ],
     "schedule": [
         f"mixture.domains=[{A}}}, {B}}}]",
@@ -29,7 +33,7 @@ KINDS = {
 
 
 def open_plane(collection: list[str], kind: str, unit: str) -> DataPlane:
-    plain = [o for o in collection if not o.startswith("mixture.")]
+    plain = [override for override in collection if not override.startswith("mixture.")]
     group = kind if kind != "unimax" else "natural"
     shape = [f"dataplane.global_batch_size={BATCH}", f"dataplane.chunk_steps={CHUNK_STEPS}", "dataplane.seq_len=32"]
     overrides = [*plain, *shape, f"mixture.unit={unit}", f"mixture.kind={group}", "dataplane.audit=true", *KINDS[kind]]
@@ -37,7 +41,7 @@ def open_plane(collection: list[str], kind: str, unit: str) -> DataPlane:
 
 
 def train(plane: DataPlane, steps: int) -> list[Batch]:
-    """Losses that depend on the domain and fall; samples mode has none."""
+    """Take `steps` batches and record a loss that falls and differs by domain; samples have no tokens to record."""
     batches = []
     for batch in plane:
         batches.append(batch)
@@ -54,7 +58,7 @@ def content(batches: list[Batch]) -> list[Any]:
 
 @pytest.mark.parametrize("unit", ["tokens", "samples"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stop_in_the_middle_of_a_chunk_changes_nothing(collection: list[str], kind: str, unit: str) -> None:
+def test_resuming_in_the_middle_of_a_chunk_changes_nothing(collection: list[str], kind: str, unit: str) -> None:
     with open_plane(collection, kind, unit) as plane:
         whole = content(train(plane, STEPS))
     with open_plane(collection, kind, unit) as plane:
@@ -69,12 +73,12 @@ def test_a_stop_in_the_middle_of_a_chunk_changes_nothing(collection: list[str], 
 @pytest.mark.parametrize(
     ("kind", "weights"), [("static", [0.7, 0.2, 0.1]), ("natural", None), ("unimax", None), ("hierarchical", None)]
 )
-def test_what_is_served_is_what_query_promises(collection: list[str], kind: str, weights: list[float] | None) -> None:
+def test_served_proportions_equal_the_weights(collection: list[str], kind: str, weights: list[float] | None) -> None:
     with open_plane(collection, kind, "tokens") as plane:
-        promised = plane._source.weights
+        expected = plane._source.weights
         served = np.bincount(np.concatenate([b.domain_ids for b in train(plane, STEPS)]), minlength=plane.num_domains)
-    assert weights is None or promised.tolist() == pytest.approx(weights)
-    assert np.abs(served - promised * BATCH * STEPS).max() < 1
+    assert weights is None or expected.tolist() == pytest.approx(weights)
+    assert np.abs(served - expected * BATCH * STEPS).max() < 1
 
 
 def test_arbitrary_serves_every_sample_once_in_index_order(collection: list[str]) -> None:
@@ -83,19 +87,23 @@ def test_arbitrary_serves_every_sample_once_in_index_order(collection: list[str]
     assert ids == list(range(BATCH * STEPS))
 
 
-def test_a_schedule_ends_where_its_last_stage_is(collection: list[str]) -> None:
+def test_a_schedule_ends_with_the_learned_weights_of_its_last_stage(collection: list[str]) -> None:
     with open_plane(collection, "schedule", "tokens") as plane:
         natural = plane._source.weights
         batches = train(plane, STEPS)
-    early, late = (np.concatenate([b.domain_ids for b in batches[s]]) for s in (slice(0, 3), slice(12, 24)))
+    early = np.concatenate([batch.domain_ids for batch in batches[:3]])
+    late = np.concatenate([batch.domain_ids for batch in batches[12:24]])
     assert abs(np.mean(early == 0) - natural[0]) < 1 / (3 * BATCH)
-    assert abs(np.mean(late == 0) - natural[0]) > 0.05, "what was learned is not what it began with"
+    assert abs(np.mean(late == 0) - natural[0]) > 0.05, "the learned weights equal the initial ones"
 
 
 @pytest.mark.parametrize("overlap", ["true", "false"])
 def test_a_schedule_by_tokens_counts_predicted_tokens(collection: list[str], overlap: str) -> None:
-    """At 9 steps of 16 sequences of 2: with overlap or without, where each takes 3 tokens of its stream."""
-    plain = [o for o in collection if not o.startswith("mixture.")]
+    """The second stage starts after 9 steps of 16 sequences of 2 predicted tokens, with and without overlap.
+
+    Without overlap, a sequence takes 3 tokens of its stream, of which 2 are predicted.
+    """
+    plain = [override for override in collection if not override.startswith("mixture.")]
     stages = f"[{{start: 0, domains: [{A}, weight: 1}}]}}, {{start: {9 * BATCH * 2}, domains: [{B}, weight: 1}}]}}]"
     shape = [f"dataplane.global_batch_size={BATCH}", "dataplane.chunk_steps=3", "dataplane.seq_len=2"]
     mixture = ["mixture=schedule", "mixture.schedule.unit=tokens", "mixture.schedule.shape=stepwise"]

@@ -1,4 +1,4 @@
-"""What `plan` and `query` print: stable, exact, and the same whatever the job looks like."""
+"""Output of `plan` and `query`: exact, reproducible, and independent of the job."""
 
 import json
 from itertools import accumulate
@@ -25,19 +25,19 @@ def printed(cli: Cli, words: list[str]) -> str:
 @pytest.mark.parametrize(
     "shape", ["job.ranks_per_node=2", "job.nodes=3", "job.ranks_per_node=4 dataplane.prefetch_batches=1"]
 )
-def test_the_plan_is_the_same_for_any_job(shape: str, cli: Cli, words: list[str], printed: str) -> None:
+def test_the_plan_does_not_depend_on_the_job(shape: str, cli: Cli, words: list[str], printed: str) -> None:
     assert cli("plan", *words, "--json", f"plan.steps={STEPS}", *shape.split()).stdout == printed
 
 
 @pytest.mark.parametrize("first", [1, 8, 17])
-def test_the_plan_from_any_step_on_is_the_rest_of_the_plan(
+def test_a_plan_that_starts_later_equals_the_rest_of_the_whole_plan(
     first: int, cli: Cli, words: list[str], printed: str
 ) -> None:
     rest = cli("plan", *words, "--json", f"plan.first_step={first}", f"plan.steps={STEPS - first}").stdout
     assert rest == "".join(line for line in printed.splitlines(True) if json.loads(line)["step"] >= first)
 
 
-def test_every_prefix_keeps_every_domain_within_one_sequence(cli: Cli, words: list[str], printed: str) -> None:
+def test_every_prefix_is_within_one_sequence_of_the_weights(cli: Cli, words: list[str], printed: str) -> None:
     weights = {d["domain_id"]: d["weight"] for d in json.loads(cli("query", *words, "--json").stdout)["domains"]}
     sequences = [json.loads(line) for line in printed.splitlines()]
     assert len(sequences) == STEPS * 12
@@ -46,19 +46,19 @@ def test_every_prefix_keeps_every_domain_within_one_sequence(cli: Cli, words: li
         assert all(abs(count - weight * length) < 1 + 0.01 * length for length, count in enumerate(counts, 1))
 
 
-def test_sequences_have_the_fields_that_are_promised(printed: str) -> None:
+def test_sequences_have_the_documented_fields(printed: str) -> None:
     first = json.loads(printed.splitlines()[0])
     assert list(first) == ["step", "position", "domain_id", "epoch", "segments"]
     assert sum(end - start for _, _, start, end in first["segments"]) == 33
 
 
-def test_the_forecast_says_when_data_runs_out(cli: Cli, words: list[str]) -> None:
+def test_the_forecast_reports_when_data_run_out(cli: Cli, words: list[str]) -> None:
     done = cli("plan", *words, "mixture.on_exhausted=stop", "training.num_steps=1000")
     assert "The data ends after" in done.stdout and "mixture.on_exhausted=redistribute" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("overrides", "message"),
     [
         (["query.where=sourc == 'ast'"], "Did you mean 'source'"),
         (["query.where=source == 'asd'"], "Did you mean 'ast'"),
@@ -70,13 +70,13 @@ def test_the_forecast_says_when_data_runs_out(cli: Cli, words: list[str]) -> Non
         (["dataplane.tokenizer=/nowhere/tokenizer.json"], "dataplane.tokenizer"),
     ],
 )
-def test_wrong_input_is_answered_with_what_to_do(
-    wrong: list[str], said: str, cli: Cli, words: list[str], tmp_path: Path
+def test_invalid_input_is_refused_with_a_suggestion(
+    overrides: list[str], message: str, cli: Cli, words: list[str], tmp_path: Path
 ) -> None:
-    done = cli("plan", *words, *wrong, cwd=tmp_path, rc=2)
-    assert said in done.stderr
+    done = cli("plan", *words, *overrides, cwd=tmp_path, rc=2)
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_digests_are_of_sequences_that_json_lists(cli: Cli, words: list[str]) -> None:
+def test_digests_require_json(cli: Cli, words: list[str]) -> None:
     assert "Add --json" in cli("plan", *words, "plan.digests=true", rc=2).stderr

@@ -1,4 +1,4 @@
-"""A run is changed while it goes on and between attempts, as a user types it; replay still proves it."""
+"""Changes of a run while it trains and between attempts; the trace of the run verifies afterwards."""
 
 import json
 import subprocess
@@ -7,24 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import COMMAND, MPIEXEC, Cli
+from .conftest import COMMAND, MPIEXEC, Cli, only_run
 
 STATIC = "kind: static\ndomains:\n  - {key: {source: ast}, weight: 0.75}\n  - {key: {source: enum}, weight: 0.25}\n"
 
 
-def the_run(root: Path) -> Path:
-    [folder] = (root / "small").iterdir()
-    return folder
-
-
-def test_a_running_job_of_several_ranks_changes_its_mixture(cli: Cli, small: list[str], tmp_path: Path) -> None:
+def test_the_mixture_of_a_running_job_can_be_changed(cli: Cli, small: list[str], tmp_path: Path) -> None:
     (tmp_path / "static.yaml").write_text(STATIC)
     words = ["run", *small, f"run.root={tmp_path / 'runs'}", "training.num_steps=20000"]
     with (tmp_path / "out").open("w+") as out:
         process = subprocess.Popen([MPIEXEC, "-n", "3", *COMMAND, *words], stdout=out, stderr=subprocess.STDOUT)
         try:
             wait_for(tmp_path, "runs/small/*/metrics/steps.jsonl", 4, process)
-            folder = the_run(tmp_path / "runs")
+            folder = only_run(tmp_path / "runs")
             assert "not active" not in cli("mixture", "set", folder, tmp_path / "static.yaml").stdout
             wait_for(tmp_path, "runs/small/*/decisions.jsonl", 1, process)
             time.sleep(2.0)
@@ -51,18 +46,18 @@ def wait_for(root: Path, glob: str, lines: int, process: subprocess.Popen[str]) 
         if any(len(path.read_text().splitlines()) >= lines for path in root.glob(glob)):
             return
         time.sleep(0.2)
-    raise AssertionError(f"{glob} did not come:\n{(root / 'out').read_text()}")
+    raise AssertionError(f"{glob} did not have {lines} lines in time:\n{(root / 'out').read_text()}")
 
 
 @pytest.fixture(scope="module")
 def trained(cli: Cli, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
     cli("run", *small, f"run.root={root}", "training.num_steps=14", "checkpoint.every_steps=5")
-    return the_run(root)
+    return only_run(root)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["dataplane.seed=3"], "add --change-seed"),
         (["dataplane.global_batch_size=6"], "add --change-batch-size"),
@@ -74,22 +69,22 @@ def trained(cli: Cli, small: list[str], tmp_path_factory: pytest.TempPathFactory
         (["--drop", "source == 'ast' or source != 'ast'"], "All domains of the mixture have been dropped"),
     ],
 )
-def test_surgery_that_is_not_meant_or_not_possible_is_refused(
-    trained: Path, cli: Cli, words: list[str], said: str
+def test_a_run_edit_that_is_unconfirmed_or_impossible_is_refused(
+    trained: Path, cli: Cli, words: list[str], message: str
 ) -> None:
     done = cli("resume", trained, *words, rc=2)
-    assert said in done.stderr
+    assert message in done.stderr
     assert not (trained / "decisions.jsonl").exists()
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused_before_it_is_recorded(trained: Path, cli: Cli) -> None:
+def test_a_batch_size_that_the_ranks_cannot_share_is_refused_and_not_recorded(trained: Path, cli: Cli) -> None:
     words = ["training.num_steps=20", "--change-batch-size", "dataplane.global_batch_size=7"]
     assert "cannot be shared evenly by 2 ranks" in cli("resume", trained, *words, ranks=2, rc=2).stderr
     assert not (trained / "decisions.jsonl").exists()
     assert "global_batch_size: 12" in (trained / "config.yaml").read_text()
 
 
-def test_a_run_through_surgery_is_proven_and_its_samples_are_found(trained: Path, cli: Cli) -> None:
+def test_a_run_with_edits_verifies_and_its_samples_can_be_located(trained: Path, cli: Cli) -> None:
     cli("resume", trained, "training.num_steps=24", "--skip-steps", "12..19")
     changed = ["--change-seed", "dataplane.seed=5", "--change-batch-size", "dataplane.global_batch_size=8"]
     cli("resume", trained, "training.num_steps=34", "--drop", "source == 'argparse'", *changed, ranks=2)
@@ -97,26 +92,28 @@ def test_a_run_through_surgery_is_proven_and_its_samples_are_found(trained: Path
     assert (verdict["num_steps"], verdict["num_sequences"]) == (34, 24 * 12 + 10 * 8)
     rows = [json.loads(line) for line in cli("trace", trained, "--step", "30", "--json").stdout.splitlines()]
     shard, row, _, _ = rows[0]["segments"][0]
-    found = [json.loads(x) for x in cli("trace", trained, "--shard", shard, "--row", row, "--json").stdout.splitlines()]
-    assert (30, 0) in [(f["step"], f["position"]) for f in found]
+    places = [
+        json.loads(x) for x in cli("trace", trained, "--shard", shard, "--row", row, "--json").stdout.splitlines()
+    ]
+    assert (30, 0) in [(f["step"], f["position"]) for f in places]
     kinds = [json.loads(line)["kind"] for line in (trained / "decisions.jsonl").read_text().splitlines()]
     assert kinds == ["run_edit", "run_edit"]
 
 
-def test_validation_reports_every_domain_on_samples_not_trained_on(cli: Cli, small: list[str], tmp_path: Path) -> None:
+def test_validation_reports_the_held_out_loss_of_every_domain(cli: Cli, small: list[str], tmp_path: Path) -> None:
     words = [f"run.root={tmp_path}", "training.num_steps=6", "training.validate_every=4", "query.holdout.fraction=0.2"]
     cli("run", *small, *words, ranks=2)
-    events = [json.loads(x) for x in (the_run(tmp_path) / "metrics" / "validation.jsonl").read_text().splitlines()]
+    events = [json.loads(x) for x in (only_run(tmp_path) / "metrics" / "validation.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events] == [4, 6]
     assert events[0]["domain_tokens"] == events[1]["domain_tokens"]
     assert sum(loss is not None for loss in events[0]["domain_loss"]) >= 3
 
 
-def test_a_run_goes_on_over_an_index_that_grew(cli: Cli, own_collection: list[str], tmp_path: Path) -> None:
+def test_a_run_continues_after_its_index_was_refreshed(cli: Cli, own_collection: list[str], tmp_path: Path) -> None:
     words = [*own_collection, "dataplane.seq_len=32", "dataplane.global_batch_size=8", "dataplane.audit=true"]
     words += ["training.num_layers=1", "training.embedding_dim=16", "training.num_heads=2", "run.name=small"]
     cli("run", *words, f"run.root={tmp_path}", "training.num_steps=10", "training.stop_after=5", rc=75)
-    folder = the_run(tmp_path)
+    folder = only_run(tmp_path)
     before = cli("trace", folder, "--step", 2, "--json").stdout
 
     data = next(Path(word.partition("=")[2]) for word in own_collection if word.startswith("data.root="))

@@ -1,4 +1,4 @@
-"""Train, be killed, resume with other ranks: the same samples, and a proof of it."""
+"""Training, kill and resume with another number of ranks; the trace proves that every sample was served once."""
 
 import json
 import os
@@ -10,14 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import COMMAND, MPIEXEC, Cli
+from .conftest import COMMAND, MPIEXEC, Cli, only_run
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_training_loop.py"
-
-
-def the_run(root: Path) -> Path:
-    [folder] = (root / "small").iterdir()
-    return folder
 
 
 def steps(folder: Path) -> list[dict[str, object]]:
@@ -27,7 +22,7 @@ def steps(folder: Path) -> list[dict[str, object]]:
 
 def test_one_process_trains_without_mpi_and_can_be_traced(cli: Cli, small: list[str], tmp_path: Path) -> None:
     cli("run", *small, f"run.root={tmp_path}", "training.num_steps=6")
-    folder = the_run(tmp_path)
+    folder = only_run(tmp_path)
     losses = [event["loss"] for event in steps(folder)]
     assert len(losses) == 6
     assert all(isinstance(loss, float) and loss > 0 for loss in losses)
@@ -44,17 +39,17 @@ def test_one_process_trains_without_mpi_and_can_be_traced(cli: Cli, small: list[
 def killed(
     small: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str], float]:
-    """A run of 4 ranks of which rank 2 was killed after step 8; how it ended, and how long that took."""
+    """Kill rank 2 of 4 after step 8; return the run, the result of the job, and the seconds until the job ended."""
     root = tmp_path_factory.mktemp("killed")
     words = ["run", *small, f"run.root={root}", "checkpoint.every_steps=3", "training.num_steps=2000"]
     with (root / "out").open("w+") as out:
         process = subprocess.Popen([MPIEXEC, "-n", "4", *COMMAND, *words], stdout=out, stderr=subprocess.STDOUT)
         wait_for_step(root, 8, process)
         os.kill(pid_of_rank(process.pid, 2), signal.SIGKILL)
-        began = time.monotonic()
+        killed_at = time.monotonic()
         code = process.wait(timeout=60)
-        took = time.monotonic() - began
-    return the_run(root), subprocess.CompletedProcess(words, code, (root / "out").read_text(), ""), took
+        seconds = time.monotonic() - killed_at
+    return only_run(root), subprocess.CompletedProcess(words, code, (root / "out").read_text(), ""), seconds
 
 
 def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -68,56 +63,57 @@ def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None
 
 
 def pid_of_rank(launcher: int, rank: int) -> int:
-    """Among the descendants of mpiexec, the python that has this PMI_RANK."""
-    waiting, found = [launcher], []
+    """Return the first descendant of mpiexec with this PMI_RANK."""
+    waiting = [launcher]
+    matching = []
     while waiting:
         pid = waiting.pop()
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
         waiting += [int(p) for p in children.stdout.split()]
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         if f"PMI_RANK={rank}".encode() in environment:
-            found.append(pid)
-    return min(found)
+            matching.append(pid)
+    return min(matching)
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(killed: tuple[Path, subprocess.CompletedProcess[str], float]) -> None:
-    folder, done, took = killed
+    folder, done, seconds = killed
     assert done.returncode != 0
-    assert took < 15
+    assert seconds < 15
     assert "rank 2" in done.stdout
     assert json.loads((folder / "attempts" / "001" / "failure.json").read_text())["rank"] == 2
 
 
-def test_a_killed_run_resumes_with_other_ranks_and_is_proven_whole(
+def test_a_killed_run_resumes_with_another_number_of_ranks_and_verifies(
     killed: tuple[Path, subprocess.CompletedProcess[str], float], cli: Cli
 ) -> None:
     folder, _, _ = killed
-    begun = max(int(event["step"]) for event in steps(folder))
-    cli("resume", folder, f"training.num_steps={begun + 12}", ranks=2)
+    num_steps = max(int(event["step"]) for event in steps(folder))
+    cli("resume", folder, f"training.num_steps={num_steps + 12}", ranks=2)
     verdict = json.loads(cli("trace", folder, "--verify", "--json").stdout)
-    assert verdict["num_steps"] == begun + 12
+    assert verdict["num_steps"] == num_steps + 12
     assert verdict["num_attempts"] == 2
 
 
-def test_a_stop_file_saves_and_leaves_with_75(cli: Cli, small: list[str], tmp_path: Path) -> None:
+def test_a_stop_file_saves_and_exits_with_code_75(cli: Cli, small: list[str], tmp_path: Path) -> None:
     words = ["run", *small, f"run.root={tmp_path}", "training.num_steps=2000"]
     with (tmp_path / "out").open("w+") as out:
         process = subprocess.Popen([MPIEXEC, "-n", "2", *COMMAND, *words], stdout=out, stderr=subprocess.STDOUT)
         wait_for_step(tmp_path, 3, process)
-        (the_run(tmp_path) / "control" / "stop").touch()
+        (only_run(tmp_path) / "control" / "stop").touch()
         assert process.wait(timeout=60) == 75, (tmp_path / "out").read_text()
-    cli("resume", the_run(tmp_path), "training.num_steps=40", "training.stop_after=20", rc=None)
-    cli("trace", the_run(tmp_path), "--verify")
+    cli("resume", only_run(tmp_path), "training.num_steps=40", "training.stop_after=20", rc=None)
+    cli("trace", only_run(tmp_path), "--verify")
 
 
-def test_resuming_another_run_is_refused_and_names_the_keys(
+def test_resuming_with_changed_identity_keys_is_refused_and_names_them(
     killed: tuple[Path, subprocess.CompletedProcess[str], float], cli: Cli
 ) -> None:
     done = cli("resume", killed[0], "dataplane.seed=9", rc=2)
     assert "dataplane.seed: 0 before, 9 now" in done.stderr
 
 
-def test_a_training_loop_of_ones_own_runs_under_mpiexec(small: list[str], tmp_path: Path) -> None:
+def test_the_example_training_loop_runs_under_mpiexec(small: list[str], tmp_path: Path) -> None:
     words = [sys.executable, "-m", "mpi4py", EXAMPLE, *small, "training.num_steps=8"]
     done = subprocess.run([MPIEXEC, "-n", "2", *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Run by `mpiexec`: each rank holds a part of one batch; rank 0 prints what came out as JSON."""
+"""Compute the gradients of one batch on all ranks of `mpiexec`; rank 0 prints the error and a message as JSON."""
 
 import json
 
@@ -29,26 +29,31 @@ def flat(model: GPT) -> torch.Tensor:
 def main() -> None:
     comm = Mpi.world()
     replicas = Replicas(comm, "cpu")
-    model, share = build(), 6 // comm.size
+    model = build()
+    num_rows = 6 // comm.size
     gradients = GradientBuffer(model)
-    mine = slice(comm.rank * share, (comm.rank + 1) * share)
-    gradients.backward(model(TOKENS[mine]), mask(mine))
+    rows = slice(comm.rank * num_rows, (comm.rank + 1) * num_rows)
+    gradients.backward(model(TOKENS[rows]), mask(rows))
     gradients.average(replicas)
-    alone, everything = build(), mask(slice(0, 6))
-    (alone(TOKENS)[everything].sum() / everything.sum()).backward()
-    error = (flat(model) - flat(alone)).abs().max().item()
 
+    # The same gradients, computed by one process over the whole batch.
+    reference = build()
+    counted = mask(slice(0, 6))
+    (reference(TOKENS)[counted].sum() / counted.sum()).backward()
+    error = (flat(model) - flat(reference)).abs().max().item()
+
+    # Change a weight on rank 1 only.
     replicas.check_identical(model)
-    complaint = ""
+    message = ""
     with torch.no_grad():
         model.norm.weight[0] += comm.rank == 1
     try:
         replicas.check_identical(model)
     except CommError as caught:
-        complaint = str(caught)
+        message = str(caught)
     replicas.close()
     if comm.rank == 0:
-        print(json.dumps({"error": error, "largest": flat(alone).abs().max().item(), "complaint": complaint}))
+        print(json.dumps({"error": error, "largest": flat(reference).abs().max().item(), "message": message}))
     comm.Free()
 
 

@@ -1,4 +1,4 @@
-"""Replicas on several ranks: gradients that are right for uneven counts, and drift that is found."""
+"""Replicas on several ranks: gradients for unequal token counts, and detection of weights that differ."""
 
 import json
 import subprocess
@@ -23,5 +23,5 @@ def test_gradients_are_the_mean_over_the_counted_tokens_of_all_ranks(outcome: di
     assert outcome["error"] < 1e-6 < outcome["largest"]
 
 
-def test_a_replica_that_drifted_is_named(outcome: dict[str, str]) -> None:
-    assert outcome["complaint"] == "The model's weights on ranks [1] differ from rank 0's."
+def test_a_rank_with_different_weights_is_named(outcome: dict[str, str]) -> None:
+    assert outcome["message"] == "The model's weights on ranks [1] differ from rank 0's."

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by several test files."""
 
 import functools
 import os
@@ -23,72 +23,76 @@ RunMaker = Callable[..., RunFolder]
 
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory: pytest.TempPathFactory) -> RunMaker:
-    """Makes the folder of a run that recorded `attempts`, (first step, one past the last) each, over domains `names`.
+    """Return a function that fabricates the folder of a run with domains `names`.
 
-    The folder lies below `root`, by default a new one. Steps take 0.5 s of which 0.05 s are waiting, the first of an attempt 5 s and 4 s. Loss of domain d at step s is
-    10 + d - s / 100; every step counts 100 tokens and 4 sequences per domain. Chunks have 4 steps.
-    At steps `validated_at` the held-out losses are 10 higher, and the last domain has none.
+    Each attempt is given as (first step, one past the last step). The folder is below `root`, by default a new one.
+
+    A step takes 0.5 s, of which 0.05 s are data wait; the first step of an attempt takes 5 s and 4 s. The loss of domain d
+    at step s is 10 + d - s / 100. Every step counts 100 tokens and 4 sequences per domain. A chunk has 4 steps. After the
+    steps `validated_at` there are held-out losses, which are higher by 10; the last domain has none.
     """
 
     def make(
-        names: list[str], attempts: list[tuple[int, int]], *, run_id: str = "20260101-000000-aaaa", **facts: Any
+        names: list[str], attempts: list[tuple[int, int]], *, run_id: str = "20260101-000000-aaaa", **options: Any
     ) -> RunFolder:
-        root = facts.pop("root", None) or tmp_path_factory.mktemp("runs")
-        run = RunFolder(root / str(facts.pop("name", "trial")) / run_id)
+        root = options.pop("root", None) or tmp_path_factory.mktemp("runs")
+        run = RunFolder(root / str(options.pop("name", "trial")) / run_id)
         run.metrics.mkdir(parents=True)
         config = {
-            "training": {"num_steps": facts.pop("num_steps", 20)},
-            "mixture": {"kind": "static", "max_epochs": facts.pop("max_epochs", None)},
+            "training": {"num_steps": options.pop("num_steps", 20)},
+            "mixture": {"kind": "static", "max_epochs": options.pop("max_epochs", None)},
             "dataplane": {"global_batch_size": 8, "seq_len": 32},
         }
         run.config.write_text(dump_yaml(config))
         for number, (first, end) in enumerate(attempts, 1):
-            _record(run, number, names, range(first, end), facts)
+            _record(run, number, names, range(first, end), options)
         return run
 
     return make
 
 
-def _record(run: RunFolder, attempt: int, names: list[str], steps: range, facts: dict[str, Any]) -> None:
+def _record(run: RunFolder, attempt: int, names: list[str], steps: range, options: dict[str, Any]) -> None:
     clock = _ticks()
     tracker = JsonLinesTracker(run.metrics, attempt, clock=lambda: next(clock))
-    ranks, count = facts.get("num_ranks", 2), len(names)
+    count = len(names)
+    ranks = options.get("num_ranks", 2)
     about = {"step": steps.start, "num_ranks": ranks, "num_nodes": 1, "domains": names, "num_parameters": 1000}
     tracker.log("attempts", {**about, "device": "cpu × 1"})
     for step in steps:
-        if step % 4 == 0 and facts.get("with_mixture", True):
+        if step % 4 == 0 and options.get("with_mixture", True):
             weights = np.full(count, 1 / count)
             epochs = np.arange(1, count + 1) * step / 100
             tracker.log("mixture", {"step": step, "domains": names, "weights": weights, "epochs": epochs})
             tracker.log("comm", {"step": step, "plan_s": 1e-4, "broadcast_s": 2e-3})
         tracker.log("comm", {"step": step, "reduce_s": 3e-3})
-        tracker.log("steps", _step(step, count, facts, begins=step == steps.start))
-        if step in facts.get("validated_at", ()):
+        tracker.log("steps", _step(step, count, options, is_first=step == steps.start))
+        if step in options.get("validated_at", ()):
             tracker.log("validation", _validation(step, count))
     tracker.close()
 
 
 def _validation(step: int, count: int) -> dict[str, Any]:
-    """The last domain has nothing held out."""
+    """Return a validation event in which the last domain has no held-out samples."""
     losses = [20 + d - step / 100 for d in range(count - 1)]
     tokens = [50] * (count - 1) + [0]
     return {"step": step, "loss": 20 - step / 100, "domain_loss": [*losses, None], "domain_tokens": tokens}
 
 
-def _step(step: int, count: int, facts: dict[str, Any], begins: bool) -> dict[str, Any]:
-    step_s, wait_s = (5.0, 4.0) if begins else (0.5, 0.05)
+def _step(step: int, count: int, options: dict[str, Any], is_first: bool) -> dict[str, Any]:
+    step_s = 5.0 if is_first else 0.5
+    wait_s = 4.0 if is_first else 0.05
     loss = [10 + d - step / 100 for d in range(count)]
     return {
         "step": step,
         "num_steps": 1,
         "loss": float(np.mean(loss)),
         "tokens": 100 * count,
-        "tokens_per_s": facts.get("tokens_per_s", 100 * count / step_s),
+        "tokens_per_s": options.get("tokens_per_s", 100 * count / step_s),
         "step_s": step_s,
         "data_wait_s": wait_s,
         "learning_rate": 1e-3,
-        "num_ranks": facts.get("num_ranks", 2),
-        "num_nonfinite": facts.get("num_nonfinite", 0),
+        "num_ranks": options.get("num_ranks", 2),
+        "num_nonfinite": options.get("num_nonfinite", 0),
         "domain_loss": loss,
         "domain_tokens": [100] * count,
         "domain_sequences": [4] * count,
@@ -107,7 +111,7 @@ composed = functools.cache(lambda *overrides: compose(list(overrides)))
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Config]:
-    """A checked configuration of a run below `tmp_path`, from overrides."""
+    """Return a function that composes the configuration of a run below `tmp_path` from overrides."""
 
     def make(*overrides: str) -> Config:
         config: Config = composed("data.root=/data", "mixture.unit=samples", "run.name=trial", *overrides)
@@ -119,7 +123,7 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
-    """Puts a shell script on PATH under the name of one of Slurm's commands; returns the file its calls are logged in."""
+    """Return a function that puts a fake Slurm command on PATH and returns the file in which its calls are logged."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")

@@ -1,4 +1,4 @@
-"""Every registered algorithm, and every variant of it, keeps the promises of the protocol."""
+"""Every registered mixing algorithm, in all its variants, passes the conformance suite."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +23,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_algorithm_keeps_promise(check: Callable[[MixingAlgorithm[Any]], None], case: str) -> None:
+def test_algorithm_conforms(check: Callable[[MixingAlgorithm[Any]], None], case: str) -> None:
     name, parameters = CASES[case]
     check(make_algorithm(name, parameters))
 
 
-def test_every_registered_algorithm_is_among_the_cases() -> None:
+def test_every_registered_algorithm_is_tested() -> None:
     assert {name for name, _ in CASES.values()} == set(ALGORITHMS)

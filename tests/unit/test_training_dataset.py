@@ -1,4 +1,4 @@
-"""A data plane in torch's loaders: the same batches, resumable at every step, and no second plane in a worker."""
+"""`PlaneDataset` in torch loaders: same batches, resume at every step, and no worker processes."""
 
 from typing import Any
 
@@ -30,13 +30,13 @@ def expected(collection: list[str]) -> list[list[str]]:
         return served(plane, STEPS)
 
 
-def test_a_loader_yields_the_planes_batches(collection: list[str], expected: list[list[str]]) -> None:
+def test_a_loader_yields_the_batches_of_the_data_plane(collection: list[str], expected: list[list[str]]) -> None:
     with open_plane(collection) as plane:
         assert served(DataLoader(PlaneDataset(plane), batch_size=None), STEPS) == expected
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 7])
-def test_a_stateful_loader_goes_on_where_it_was_saved(
+def test_a_stateful_loader_resumes_at_the_saved_step(
     collection: list[str], expected: list[list[str]], stop: int
 ) -> None:
     with open_plane(collection) as plane:
@@ -50,24 +50,24 @@ def test_a_stateful_loader_goes_on_where_it_was_saved(
         assert [*first, *served(loader, STEPS - stop)] == expected
 
 
-def test_a_loop_over_a_loader_learns(collection: list[str]) -> None:
+def test_losses_recorded_in_a_loop_over_a_loader_are_reduced(collection: list[str]) -> None:
     with open_plane(collection) as plane:
         batches = iter(StatefulDataLoader(PlaneDataset(plane), batch_size=None))
         for _ in range(3):
             batch = next(batches)
             plane.record(batch, (batch.tokens[:, 1:] % 7).astype("float32"))
         plane.state_dict()
-        assert [found.step for found in plane.completed_statistics()] == [0, 1, 2]
+        assert [statistics.step for statistics in plane.completed_statistics()] == [0, 1, 2]
 
 
-def test_a_transform_says_what_is_yielded(collection: list[str]) -> None:
+def test_a_loader_yields_the_result_of_the_transform(collection: list[str]) -> None:
     with open_plane(collection) as plane:
         loader = DataLoader(PlaneDataset(plane, lambda batch: {"input_ids": batch.tokens[:, :-1]}), batch_size=None)
         assert next(iter(loader))["input_ids"].shape == (4, 32)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_of_the_loader_are_refused(collection: list[str], context: str) -> None:
+def test_worker_processes_of_a_loader_are_refused(collection: list[str], context: str) -> None:
     with open_plane(collection) as plane:
         loader = DataLoader(PlaneDataset(plane), batch_size=None, num_workers=1, multiprocessing_context=context)
         with pytest.raises(ConfigError, match=r"Set num_workers=0 .* set dataplane\.workers"):

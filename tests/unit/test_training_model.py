@@ -1,4 +1,4 @@
-"""The reference model: the same everywhere, causal, and honest about its losses."""
+"""The reference model and its learning rate: reproducible weights, causal predictions, losses per token."""
 
 import dataclasses
 import math
@@ -21,23 +21,25 @@ def build(**changes: int) -> GPT:
     return build_model(dataclasses.replace(TINY, **changes), vocab_size=50, seq_len=12)
 
 
-def test_initial_weights_depend_on_the_seed_and_nothing_else() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     torch.manual_seed(1)
     first = build().state_dict()
     torch.manual_seed(2)
-    again, other = build().state_dict(), build(seed=1).state_dict()
+    again = build().state_dict()
+    other = build(seed=1).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
 
 
-def test_an_untrained_model_finds_all_tokens_equally_likely() -> None:
+def test_an_untrained_model_predicts_all_tokens_with_equal_probability() -> None:
     loss = build()(tokens(4, 13))
     assert loss.shape == (4, 12)
     assert loss.mean().item() == pytest.approx(math.log(50), rel=0.02)
 
 
-def test_a_prediction_sees_no_later_token() -> None:
-    model, before = build(), tokens(1, 13)
+def test_a_prediction_does_not_depend_on_later_tokens() -> None:
+    model = build()
+    before = tokens(1, 13)
     after = before.clone()
     after[0, 8] = (after[0, 8] + 1) % 50
     changed = (model(before) - model(after)).abs()[0] > 1e-7
@@ -45,17 +47,19 @@ def test_a_prediction_sees_no_later_token() -> None:
     assert changed[7:].all()
 
 
-def test_positions_matter() -> None:
-    """Without them, one layer would not notice that two early tokens changed places."""
-    model, before = build(num_layers=1), tokens(1, 13)
-    before[0, 0], before[0, 1] = 3, 4
+def test_predictions_depend_on_token_positions() -> None:
+    """Without positions, one layer would give the same predictions after two early tokens are swapped."""
+    model = build(num_layers=1)
+    before = tokens(1, 13)
+    before[0, :2] = torch.tensor([3, 4])
     after = before.clone()
-    after[0, 0], after[0, 1] = 4, 3
+    after[0, :2] = torch.tensor([4, 3])
     assert not torch.allclose(model(before)[0, 4:], model(after)[0, 4:], atol=1e-9)
 
 
-def test_losses_are_those_of_each_sequence_alone() -> None:
-    model, batch = build(), tokens(3, 13)
+def test_the_loss_of_a_sequence_does_not_depend_on_the_rest_of_the_batch() -> None:
+    model = build()
+    batch = tokens(3, 13)
     alone = torch.cat([model(row[None]) for row in batch])
     assert torch.allclose(model(batch), alone, atol=1e-6)
 
@@ -69,6 +73,6 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 100, 200])
-def test_any_warm_up_gives_a_learning_rate_for_every_step(warmup_steps: int) -> None:
+def test_the_learning_rate_is_positive_for_any_warm_up(warmup_steps: int) -> None:
     training = dataclasses.replace(TINY, warmup_steps=warmup_steps)
     assert all(0 < learning_rate(step, training) <= 1 for step in range(100))

@@ -1,4 +1,4 @@
-"""Timings and statistics meet in the right event."""
+"""The step log pairs each timing with the losses of its step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ def statistics(step: int, loss_sum: list[float], num_tokens: list[int]) -> Domai
     )
 
 
-def test_an_event_pairs_a_step_with_its_own_losses_however_late_they_come() -> None:
+def test_an_event_pairs_a_step_with_its_own_losses_even_if_they_are_late() -> None:
     recorder = Recorder()
     log = StepLog(recorder, num_ranks=4, log_every=1)
     log.add_timing(timing(0))
@@ -86,7 +86,7 @@ def test_flushing_before_a_checkpoint_counts_every_step_once() -> None:
     assert [(e["step"], e["num_steps"]) for e in recorder.events] == [(3, 4), (4, 1), (7, 3)]
 
 
-def test_a_step_without_a_counted_token_has_no_loss() -> None:
+def test_a_step_without_counted_tokens_has_a_null_loss() -> None:
     recorder = Recorder()
     log = StepLog(recorder, num_ranks=1, log_every=1)
     log.add_timing(timing(0))

@@ -1,4 +1,4 @@
-"""The reference trainer over a real index: what it records, saves and continues from."""
+"""The reference trainer over a real index: metrics, checkpoints and resuming."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ TRAINING = TrainingConfig(num_steps=10, num_layers=1, num_heads=2, embedding_dim
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Three domains of 60 documents, indexed; ADO over chunks of 2 steps."""
+    """Configure ADO with chunks of 2 steps over an index of three domains of 60 documents each."""
     root = tmp_path_factory.mktemp("data")
     texts = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 60 + i % 7)) for i in range(180)]
     rows = [json.dumps({"text": text, "kind": "abc"[i % 3]}) for i, text in enumerate(texts)]
@@ -63,15 +63,15 @@ def train(config: Config, path: Path, attempt: int = 1) -> RunFolder:
     return RunFolder(path)
 
 
-def told(run: RunFolder) -> list[tuple[Any, ...]]:
-    """What must not depend on interruptions."""
+def step_results(run: RunFolder) -> list[tuple[Any, ...]]:
+    """Return the recorded values that must not depend on interruptions."""
     events = read_events(run.metrics / "steps.jsonl")
     return [(e["step"], e["loss"], e["domain_loss"], e["domain_tokens"], e["learning_rate"]) for e in events]
 
 
 @pytest.fixture(scope="module")
 def whole(config: Config, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run without interruption."""
+    """Train a run without interruption."""
     return train(config, tmp_path_factory.mktemp("whole"))
 
 
@@ -85,34 +85,35 @@ def test_every_step_is_recorded_with_every_token_counted_once(whole: RunFolder) 
     assert events[-1]["loss"] < events[0]["loss"]
 
 
-def test_an_attempt_says_what_it_ran_on(whole: RunFolder) -> None:
+def test_the_attempt_event_describes_hardware_and_model(whole: RunFolder) -> None:
     (event,) = read_events(whole.metrics / "attempts.jsonl")
     assert (event["step"], event["num_ranks"], event["num_nodes"], event["device"]) == (0, 1, 1, "cpu × 1")
     assert event["domains"] == ["kind=a", "kind=b", "kind=c"]
     assert event["num_parameters"] == event["vocab_size"] * 16 + 12 * 16**2 + 3 * 16
 
 
-def test_the_end_is_saved(whole: RunFolder) -> None:
-    found = load_newest_checkpoint(whole.checkpoints)
-    assert found is not None
-    assert found.step == 10
+def test_a_checkpoint_is_saved_after_the_last_step(whole: RunFolder) -> None:
+    checkpoint = load_newest_checkpoint(whole.checkpoints)
+    assert checkpoint is not None
+    assert checkpoint.step == 10
 
 
 @pytest.mark.parametrize("stop_after", [1, 5, 9])
-def test_stopped_and_continued_is_as_if_never_stopped(
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_run(
     config: Config, whole: RunFolder, tmp_path: Path, stop_after: int
 ) -> None:
     with pytest.raises(SavedAndStopped, match=f"Stopped after {stop_after} of 10 steps"):
         train(with_training(config, stop_after=stop_after), tmp_path)
     run = train(config, tmp_path, attempt=2)
-    assert told(run) == told(whole)
-    mine, theirs = load_newest_checkpoint(run.checkpoints), load_newest_checkpoint(whole.checkpoints)
-    assert mine is not None
-    assert theirs is not None
-    assert all(torch.equal(mine.model[name], theirs.model[name]) for name in theirs.model)
+    assert step_results(run) == step_results(whole)
+    resumed = load_newest_checkpoint(run.checkpoints)
+    uninterrupted = load_newest_checkpoint(whole.checkpoints)
+    assert resumed is not None
+    assert uninterrupted is not None
+    assert all(torch.equal(resumed.model[name], uninterrupted.model[name]) for name in uninterrupted.model)
 
 
-def test_a_lost_attempt_is_done_again_from_its_last_checkpoint(
+def test_steps_after_the_last_complete_checkpoint_are_trained_again(
     config: Config, whole: RunFolder, tmp_path: Path
 ) -> None:
     run = train(dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=3, keep=9)), tmp_path)
@@ -124,50 +125,50 @@ def test_a_lost_attempt_is_done_again_from_its_last_checkpoint(
     assert ["step_00000010" in str(caught[0].message), "step_00000009" in str(caught[1].message)] == [True, True]
     attempts = [e["attempt"] for e in read_events(run.metrics / "steps.jsonl")]
     assert attempts == [1] * 6 + [2] * 4
-    assert told(run) == told(whole)
+    assert step_results(run) == step_results(whole)
 
 
-def test_micro_batches_change_nothing_but_the_memory_needed(config: Config, whole: RunFolder, tmp_path: Path) -> None:
+def test_micro_batches_do_not_change_losses_and_counts(config: Config, whole: RunFolder, tmp_path: Path) -> None:
     cut = train(with_training(config, micro_batch_size=4), tmp_path)
-    assert [e[1] for e in told(cut)] == pytest.approx([e[1] for e in told(whole)], abs=1e-5)
-    assert [e[3] for e in told(cut)] == [e[3] for e in told(whole)]
+    assert [e[1] for e in step_results(cut)] == pytest.approx([e[1] for e in step_results(whole)], abs=1e-5)
+    assert [e[3] for e in step_results(cut)] == [e[3] for e in step_results(whole)]
 
 
-def test_lines_over_several_steps_add_up_to_the_same_tokens(config: Config, whole: RunFolder, tmp_path: Path) -> None:
+def test_events_over_several_steps_sum_to_the_same_tokens(config: Config, whole: RunFolder, tmp_path: Path) -> None:
     events = read_events(train(with_training(config, log_every=4), tmp_path).metrics / "steps.jsonl")
     assert [(e["step"], e["num_steps"]) for e in events] == [(3, 4), (7, 4), (9, 2)]
     assert sum(e["tokens"] for e in events) == sum(e["tokens"] for e in read_events(whole.metrics / "steps.jsonl"))
 
 
-def test_a_finished_run_has_nothing_to_do(config: Config, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_records_nothing(config: Config, tmp_path: Path) -> None:
     run = train(config, tmp_path)
-    before = told(run)
+    before = step_results(run)
     train(config, tmp_path, attempt=2)
-    assert told(run) == before
+    assert step_results(run) == before
 
 
-def test_a_stop_at_the_last_step_is_the_end(config: Config, tmp_path: Path) -> None:
+def test_a_stop_at_the_last_step_ends_the_run_normally(config: Config, tmp_path: Path) -> None:
     train(with_training(config, stop_after=10), tmp_path)
 
 
-def test_training_ends_with_the_data(config: Config, tmp_path: Path) -> None:
+def test_training_ends_with_a_warning_when_the_data_end(config: Config, tmp_path: Path) -> None:
     mixture = dataclasses.replace(config.mixture, kind="natural", on_exhausted="stop", max_epochs=0.2)
     with pytest.warns(UserWarning, match=r"The data ended after \d+ of training\.num_steps=1000 steps"):
         run = train(dataclasses.replace(with_training(config, num_steps=1000), mixture=mixture), tmp_path)
-    found = load_newest_checkpoint(run.checkpoints)
-    assert found is not None
-    assert 0 < found.step < 1000
-    assert len(told(run)) == found.step
+    checkpoint = load_newest_checkpoint(run.checkpoints)
+    assert checkpoint is not None
+    assert 0 < checkpoint.step < 1000
+    assert len(step_results(run)) == checkpoint.step
 
 
-def test_data_without_a_single_step_are_refused(config: Config, tmp_path: Path) -> None:
+def test_data_for_less_than_one_step_are_refused(config: Config, tmp_path: Path) -> None:
     mixture = dataclasses.replace(config.mixture, kind="natural", on_exhausted="stop", max_epochs=0.001)
     with pytest.raises(MixtureError, match=r"The data ended after 0 of .* mixture\.max_epochs=0\.001"):
         train(dataclasses.replace(config, mixture=mixture), tmp_path)
     assert not RunFolder(tmp_path).checkpoints.exists()
 
 
-def test_samples_cannot_be_predicted(config: Config, tmp_path: Path) -> None:
+def test_unit_samples_is_refused(config: Config, tmp_path: Path) -> None:
     mixture = dataclasses.replace(config.mixture, unit="samples")
     with pytest.raises(ConfigError, match=r"mixture\.unit is samples, but the reference trainer predicts tokens"):
         train(dataclasses.replace(config, mixture=mixture), tmp_path)
@@ -179,10 +180,10 @@ def test_a_control_file_stops_the_run(config: Config, tmp_path: Path) -> None:
     (run.control / "stop").touch()
     with pytest.raises(SavedAndStopped):
         train(config, tmp_path)
-    assert told(train(config, tmp_path, attempt=2))[-1][0] == 9
+    assert step_results(train(config, tmp_path, attempt=2))[-1][0] == 9
 
 
-def test_another_model_cannot_continue(config: Config, tmp_path: Path) -> None:
+def test_resuming_with_another_model_size_is_refused(config: Config, tmp_path: Path) -> None:
     train(with_training(config, num_steps=2), tmp_path)
     with pytest.raises(
         ConfigError, match=r"training\.num_layers is 2, but the checkpoint of step 2 was written with 1"
@@ -190,7 +191,7 @@ def test_another_model_cannot_continue(config: Config, tmp_path: Path) -> None:
         train(with_training(config, num_layers=2), tmp_path, attempt=2)
 
 
-def test_a_trainer_needs_tokens(config: Config, tmp_path: Path) -> None:
+def test_a_run_without_a_tokenizer_is_refused(config: Config, tmp_path: Path) -> None:
     plane = dataclasses.replace(config.dataplane, tokenizer=None)
     with pytest.raises(ConfigError, match=r"dataplane\.tokenizer is not set"):
         train(dataclasses.replace(config, dataplane=plane), tmp_path)
