@@ -156,6 +156,7 @@ def bcast_bytes(comm: Communicator, data: bytes | None) -> bytes:
     Blocks until the data is there.
 
     Args:
+        comm: all of its ranks call this.
         data: the bytes on rank 0, of any length; None on other ranks.
     """
     length = np.array([0 if data is None else len(data)], np.int64)

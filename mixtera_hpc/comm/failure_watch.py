@@ -40,6 +40,7 @@ class FailureWatch:
         """Use `start_failure_watch`, which makes the board and starts the sentinel.
 
         Args:
+            comm: names this rank in reports.
             folder: of the attempt, for `failure.json`; None to record nothing.
             board: shared memory with one slot per rank of the node; None without a sentinel.
             slot: position of this rank on the board.
@@ -115,6 +116,7 @@ def start_failure_watch(comm: Communicator, folder: Path | None) -> FailureWatch
     started. Exceptions are still recorded.
 
     Args:
+        comm: the ranks to watch.
         folder: of the attempt, for `failure.json`; None to record nothing.
     """
     if comm.size == 1:

@@ -111,8 +111,10 @@ def _choose_open(remainder: Ints, weight: Ints, is_open: NDArray[np.bool_], end:
 
     Args:
         remainder: share outstanding at the end of the chunk after all due sequences; at most 0 where the next sequence
-            is not released.
-        is_open: whether the domain has an open sequence; shape (K,).
+            is not released. Shape (K,), as the following.
+        weight: in `UNIT`.
+        is_open: True for domains with an open sequence.
+        end: the number of choices, and the size of the chunk.
     """
     # Floor division by a negative number and negation round up. Counted from the end of the chunk, the next sequence is
     # due `deadline` slots later and was released in the last `age` slots of the chunk.
@@ -181,6 +183,8 @@ def _fits(lag_after: Ints, weight: Ints, age: Ints, num_slots: int) -> bool:
     Args:
         lag_after: remainder minus the chosen sequences; 0 for domains that are not open.
         weight: 0 for domains that are not open.
+        age: number of last slots of the chunk in which the domain's next sequence is released.
+        num_slots: slots in the chunk.
     """
     last_slots, youngest_first = _sort_stable(age)
     others_weight = int(weight.sum()) - weight.take(youngest_first).cumsum()
@@ -200,6 +204,7 @@ def _choose_due_first(remainder: Ints, age: Ints, deadline: Ints, end: _ChunkEnd
         remainder: of the open domains only; shape (num_open,), as the following.
         age: number of last slots of the chunk in which the sequence is released.
         deadline: slots from the end of the chunk until the sequence is due.
+        end: the number of choices, and the size of the chunk.
     """
     _, by_age = _sort_stable(age)
     _, by_deadline = _sort_stable(deadline)

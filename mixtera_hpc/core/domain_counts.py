@@ -304,7 +304,9 @@ def _sum_by_domain(cells: _HistogramCells, domain: NDArray[Any], num_domains: in
     """Sum the cells that have the same domain and block.
 
     Args:
+        cells: with ascending blocks.
         domain: of every cell; shape (num_cells,).
+        num_domains: K.
     """
     block = cells.block
     rows = cells.rows

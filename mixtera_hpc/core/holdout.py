@@ -75,7 +75,9 @@ def restrict_to_split(predicate: Predicate, fraction: float, split: Split) -> Pr
     """Return `predicate` restricted to one side of the split.
 
     Args:
+        predicate: selects samples of both sides.
         fraction: share of the samples that is held out for validation.
+        split: the side to select.
     """
 
     def evaluate(entries: Entries) -> MatchMask:

@@ -59,6 +59,8 @@ class ShuffleOrder:
         """Order the blocks of `domain` for `epoch`, in O(blocks) time.
 
         Args:
+            domain: domain_id.
+            epoch: number of passes over the domain before.
             sizes: items in every block; shape (num_blocks,).
         """
         if self.shuffle == "none":

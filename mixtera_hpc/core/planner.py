@@ -169,6 +169,7 @@ class Planner:
         Takes O(K) time, or O(K log K) if a domain may run out of data in the chunk.
 
         Args:
+            state: position of the run before the chunk.
             weights: requested weights, non-negative, shape (K,). With `redistribute` the weights of exhausted domains
                 are ignored.
 

@@ -15,6 +15,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int, path: str | Path) -> Pa
     The same documents give the same file.
 
     Args:
+        documents: texts to train on.
         vocab_size: maximum number of tokens. 256 of them are bytes, and one ends a document. There are fewer if the
             documents have too few pairs to merge.
         path: of the file to write.

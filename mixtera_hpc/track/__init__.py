@@ -1,0 +1,1 @@
+"""Record and read the metric events of a run."""

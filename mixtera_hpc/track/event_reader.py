@@ -1,4 +1,4 @@
-"""Recorded events, as one uninterrupted run would have written them."""
+"""Read recorded events, as one uninterrupted run would have written them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,23 @@ __all__ = ["read_events"]
 
 
 def read_events(path: Path, *, every_attempt: bool = False) -> list[dict[str, Any]]:
-    """The events of one stream, in order, each step told once.
+    """Return the events of one stream, in order, with one event per step.
 
-    An attempt that resumed at step s did everything from s on again, so what earlier attempts wrote about those steps is
-    dropped: the last attempt that covers a step wins (`every_attempt` keeps all of them). A last line cut by a kill is
-    skipped; a missing file has no events.
+    An attempt that resumes at step s repeats everything from s on. So the events of earlier attempts from s on are
+    dropped: the last attempt that covers a step wins. An incomplete last line, left by a killed process, is skipped. A
+    missing file has no events.
+
+    Args:
+        path: of `metrics/<stream>.jsonl`.
+        every_attempt: return the events of all attempts, including repeated steps.
 
     Raises:
-        DataError: a line that is no event, other than the last; names it.
+        DataError: a complete line is not an event; the message has its number.
     """
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")
-    complete = lines[:-1]  # What follows the last newline was cut, or is empty.
+    complete = lines[:-1]  # The text after the last newline is empty, or an incomplete line.
     events = [_decode(line, number, path) for number, line in enumerate(complete, 1) if line]
     return events if every_attempt else _without_repeats(events)
 
@@ -34,11 +38,13 @@ def _decode(line: bytes, number: int, path: Path) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError):
         event = None
     if not isinstance(event, dict):
-        raise DataError(f"{path} line {number} is not a metric event: {line[:60]!r}.\n  Delete that line to go on.")
+        raise DataError(f"{path} line {number} is not a metric event: {line[:60]!r}.\n  Delete that line to continue.")
     return event
 
 
 def _without_repeats(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events that no later attempt repeats."""
+    # An attempt counts up to the first step of any later attempt.
     first: dict[int, float] = {}
     for event in events:
         attempt = event.get("attempt", 1)

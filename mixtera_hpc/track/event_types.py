@@ -1,7 +1,7 @@
-"""What is written down while a run goes on: five streams of events, each a file `metrics/<stream>.jsonl`.
+"""The metric events of a run: five streams, each recorded in a file `metrics/<stream>.jsonl`.
 
-K is the number of domains; lists over domains are in domain_id order. Every event also carries `time` (UTC, ISO 8601) and
-`attempt`, which the tracker adds. A number that does not exist (a loss of no tokens) is null.
+K is the number of domains. Lists over domains are in domain_id order. Every event also has `time` (UTC, ISO 8601) and
+`attempt`, which the tracker adds. A number that is not defined (the mean loss over no tokens) is null.
 """
 
 from typing import TypedDict
@@ -10,18 +10,18 @@ __all__ = ["AttemptEvent", "CommEvent", "MixtureEvent", "StepEvent", "Validation
 
 
 class AttemptEvent(TypedDict, total=False):
-    """`attempts.jsonl`: one line when an attempt begins; what the other streams' numbers refer to."""
+    """`attempts.jsonl`: one line at the start of an attempt, with the settings that the other streams refer to."""
 
     step: int
-    """The first step this attempt takes."""
+    """First step of this attempt."""
     num_steps: int
-    """Steps of the whole run."""
+    """Number of steps of the whole run."""
     num_ranks: int
     num_nodes: int
     hostname: str
-    """Of rank 0."""
+    """Host of rank 0."""
     device: str
-    """What the trainer computes on, e.g. `cpu` or `NVIDIA GH200 120GB`."""
+    """Device of the trainer, e.g. `cpu` or `NVIDIA GH200 120GB`."""
     num_parameters: int
     vocab_size: int
     seq_len: int
@@ -31,24 +31,24 @@ class AttemptEvent(TypedDict, total=False):
 
 
 class StepEvent(TypedDict, total=False):
-    """`steps.jsonl`: one line every `training.log_every` steps, covering the `num_steps` steps that end with `step`."""
+    """`steps.jsonl`: one line every `training.log_every` steps, over the `num_steps` steps that end with `step`."""
 
     step: int
-    """The last step covered, from 0."""
+    """Last step covered; the first step of a run is 0."""
     num_steps: int
     loss: float | None
-    """Mean over all counted tokens of the steps covered, nats."""
+    """Mean loss over all counted tokens of the steps covered, in nats."""
     tokens: int
     """Counted (predicted) tokens of the steps covered, over all ranks."""
     tokens_per_s: float
     step_s: float
-    """Wall time of a step on rank 0, mean over the steps covered."""
+    """Mean wall time of a step on rank 0, over the steps covered."""
     data_wait_s: float
-    """Part of `step_s` that rank 0 waited for its batch."""
+    """The part of `step_s` in which rank 0 waited for its batch."""
     learning_rate: float
     num_ranks: int
     num_nonfinite: int
-    """Sequences whose loss was not finite; they are in no other number but `domain_sequences`."""
+    """Sequences whose loss was not finite. Of the other numbers only `domain_sequences` includes them."""
     domain_loss: list[float | None]
     domain_tokens: list[int]
     domain_sequences: list[int]
@@ -58,22 +58,22 @@ class MixtureEvent(TypedDict, total=False):
     """`mixture.jsonl`: one line per chunk, written by the data plane."""
 
     step: int
-    """The chunk's first step."""
+    """First step of the chunk."""
     chunk: int
     domains: list[str]
     """Names of the K domains."""
     weights: list[float]
-    """The wish."""
+    """Requested weights of the chunk."""
     served: list[float]
-    """Share of each domain in everything served before the chunk."""
+    """Share of each domain in all sequences served before the chunk."""
     cursors: list[int]
-    """Where each domain's stream stands when the chunk begins."""
+    """Sequences served from each domain's stream before the chunk."""
     epochs: list[float]
-    """Passes over each domain when the chunk begins; 1.25 is one and a quarter."""
+    """Epochs of each domain served before the chunk; 1.25 is one and a quarter."""
 
 
 class CommEvent(TypedDict, total=False):
-    """`comm.jsonl`: what the ranks' talking takes on rank 0, written by the data plane.
+    """`comm.jsonl`: the time that communication takes on rank 0, written by the data plane.
 
     One line per chunk with `plan_s` and `broadcast_s`, one per step with `reduce_s`.
     """
@@ -81,18 +81,18 @@ class CommEvent(TypedDict, total=False):
     step: int
     plan_s: float
     broadcast_s: float
-    """From posting to completion; the steps meanwhile go on."""
+    """From the start of the broadcast to its completion. Training continues meanwhile."""
     reduce_s: float
-    """What training waited for the reduction of the step's losses; 0 when it was done before it was needed."""
+    """Time that training waited for the reduction of the step's losses; 0 if it was complete before it was needed."""
 
 
 class ValidationEvent(TypedDict, total=False):
     """`validation.jsonl`: one line every `training.validate_every` steps, and one at the end."""
 
     step: int
-    """Steps that had been taken."""
+    """Number of steps taken before the validation."""
     loss: float | None
-    """Mean over all counted tokens, nats."""
+    """Mean loss over all counted tokens, in nats."""
     domain_loss: list[float | None]
     domain_tokens: list[int]
     num_nonfinite: int

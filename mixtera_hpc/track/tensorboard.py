@@ -1,4 +1,4 @@
-"""Events as TensorBoard scalars. Needs the package `tensorboard`, not torch."""
+"""Record events as TensorBoard scalars. Needs the package `tensorboard`, but not torch."""
 
 import time
 from collections.abc import Mapping
@@ -12,32 +12,33 @@ __all__ = ["TensorBoardTracker"]
 
 
 class TensorBoardTracker:
-    """A `Tracker` that writes event files below `folder`.
+    """A `Tracker` that writes TensorBoard event files into `folder`.
 
-    The first event of an attempt tells TensorBoard to forget what earlier attempts wrote from that step on.
+    The first event of an attempt makes TensorBoard discard the events of earlier attempts from its step on.
 
     Raises:
         ConfigError: the package is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
+        try:  # An optional package.
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
             raise ConfigError(
                 f"track.tensorboard=true, but the package tensorboard cannot be imported ({error}).\n"
-                "  pip install tensorboard, or set track.tensorboard=false."
+                "  Run pip install tensorboard, or set track.tensorboard=false."
             ) from None
-        self._events, self._summaries = event_pb2, summary_pb2
+        self._events = event_pb2
+        self._summaries = summary_pb2
         self._writer = EventFileWriter(str(folder))
         self._flattener = ScalarFlattener()
-        self._begun = False
+        self._has_started = False
 
     def log(self, stream: str, event: Mapping[str, Any]) -> None:
         step = int(event.get("step", 0))
-        if not self._begun:
-            self._begin(step)
+        if not self._has_started:
+            self._start_session(step)
         values = [
             self._summaries.Summary.Value(tag=tag, simple_value=value)
             for tag, value in self._flattener.flatten(stream, event).items()
@@ -48,7 +49,8 @@ class TensorBoardTracker:
     def close(self) -> None:
         self._writer.close()
 
-    def _begin(self, step: int) -> None:
+    def _start_session(self, step: int) -> None:
+        """Write the event that makes TensorBoard discard older events from `step` on."""
         start = self._events.SessionLog(status=self._events.SessionLog.START)
         self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, session_log=start))
-        self._begun = True
+        self._has_started = True

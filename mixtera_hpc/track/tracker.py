@@ -1,7 +1,7 @@
-"""One stream of metric events, to JSONL always and to TensorBoard or W&B when asked.
+"""Record metric events: always as JSONL, and in TensorBoard or W&B if configured.
 
-Only rank 0 tracks. An event costs one encode and one `write` of a few hundred bytes, no fsync: what a killed process leaves
-behind is complete up to at most its last line.
+Only rank 0 records. Price: an event costs one encoding and one `write` of a few hundred bytes, without fsync. The files
+of a killed process are complete except for at most the last line.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,19 +18,19 @@ __all__ = ["JsonLinesTracker", "MultiTracker", "NullTracker", "Tracker", "open_a
 
 
 class Tracker(Protocol):
-    """Where metric events go."""
+    """The protocol of everything that records metric events."""
 
     def log(self, stream: str, event: Mapping[str, Any]) -> None:
-        """Record one event; values are numbers, texts, lists of them, or numpy arrays."""
+        """Record one event of `stream`; values are numbers, texts, lists of them, or numpy arrays."""
         ...
 
     def close(self) -> None:
-        """Write out what is still held back."""
+        """Write everything that is still buffered."""
         ...
 
 
 class NullTracker:
-    """Tracks nothing: ranks other than 0, and runs without a folder."""
+    """A tracker that records nothing, for ranks other than 0 and for runs without a folder."""
 
     def log(self, stream: str, event: Mapping[str, Any]) -> None:
         return None
@@ -40,7 +40,7 @@ class NullTracker:
 
 
 class MultiTracker:
-    """Sends every event to several trackers, in order."""
+    """A tracker that sends every event to several trackers, in order."""
 
     def __init__(self, trackers: list[Tracker]) -> None:
         self._trackers = trackers
@@ -55,7 +55,7 @@ class MultiTracker:
 
 
 class JsonLinesTracker:
-    """Appends events to `<folder>/<stream>.jsonl`, each with `time` and `attempt`."""
+    """A tracker that appends events to `<folder>/<stream>.jsonl`, each with `time` and `attempt`."""
 
     def __init__(self, folder: Path, attempt: int, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self._folder = folder
@@ -80,7 +80,7 @@ class JsonLinesTracker:
 
 
 def open_tracker(config: Config, folder: RunFolder | None, *, rank: int, attempt: int) -> Tracker:
-    """The tracker of one rank.
+    """Return the tracker of one rank.
 
     Raises:
         ConfigError: `track.tensorboard` or `track.wandb` is on and its package is not installed.
@@ -88,6 +88,7 @@ def open_tracker(config: Config, folder: RunFolder | None, *, rank: int, attempt
     if rank != 0 or folder is None:
         return NullTracker()
     trackers: list[Tracker] = [JsonLinesTracker(folder.metrics, attempt)]
+    # Optional packages: imported only if configured.
     if config.track.tensorboard:
         from mixtera_hpc.track.tensorboard import TensorBoardTracker
 
@@ -100,8 +101,10 @@ def open_tracker(config: Config, folder: RunFolder | None, *, rank: int, attempt
 
 
 def open_append(path: Path) -> Any:
-    """Open unbuffered at the end, after cutting off what a killed writer left of a line."""
+    """Open `path` for unbuffered appending, after truncating an incomplete last line of a killed writer."""
     file = path.open("ab+", buffering=0)
+
+    # Search the last newline from the end, in blocks of 64 KiB.
     end = file.seek(0, 2)
     while end > 0:
         start = max(end - 65536, 0)
@@ -116,5 +119,5 @@ def open_append(path: Path) -> Any:
 
 
 def _from_numpy(value: Any) -> Any:
-    """Arrays become lists and numpy scalars numbers; NaN becomes null."""
+    """Convert numpy arrays to lists and numpy scalars to numbers. msgspec writes NaN as null."""
     return value.tolist()

@@ -1,4 +1,4 @@
-"""Events as Weights & Biases metrics. Needs the package `wandb`; offline machines set WANDB_MODE=offline."""
+"""Record events as Weights & Biases metrics. Needs the package `wandb`; set WANDB_MODE=offline on offline machines."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,19 +13,19 @@ __all__ = ["WandbTracker"]
 
 
 class WandbTracker:
-    """A `Tracker` that continues one W&B run per run folder, however many attempts it takes.
+    """A `Tracker` that records all attempts of a run folder in one W&B run.
 
     Raises:
         ConfigError: the package is not installed.
     """
 
     def __init__(self, config: Config, folder: RunFolder) -> None:
-        try:
+        try:  # An optional package.
             import wandb
         except ImportError as error:
             raise ConfigError(
                 f"track.wandb=true, but the package wandb cannot be imported ({error}).\n"
-                "  pip install wandb, or set track.wandb=false."
+                "  Run pip install wandb, or set track.wandb=false."
             ) from None
         self._run = wandb.init(
             project=folder.name,
