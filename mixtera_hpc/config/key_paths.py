@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from mixtera_hpc.config.schema import Config
 
-__all__ = ["SchemaKey", "groups", "hint_of", "schema_keys", "takes_text", "without_none"]
+__all__ = ["SchemaKey", "groups", "has_short_form", "hint_of", "schema_keys", "takes_text", "without_none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,12 @@ def hint_of(path: str) -> Any:
 def takes_text(hint: Any) -> bool:
     """Return whether a value of type `hint` can be text: strings, choices, and mappings with a short form."""
     hint = without_none(hint)
-    return hint is str or get_origin(hint) is Literal or hasattr(hint, "from_short")
+    return hint is str or get_origin(hint) is Literal or has_short_form(hint)
+
+
+def has_short_form(hint: Any) -> bool:
+    """Return whether a value of type `hint` is a mapping for which a bare string can be short."""
+    return hasattr(without_none(hint), "from_short")
 
 
 def without_none(hint: Any) -> Any:

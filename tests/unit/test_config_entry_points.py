@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import mixtera_hpc
 from mixtera_hpc.cli.main import main
+from mixtera_hpc.config.composition.override_words import hydra_words
 from mixtera_hpc.config.composition.schema_store import schema_defaults
 from mixtera_hpc.config.convert import from_plain, to_plain
 from mixtera_hpc.config.key_paths import SchemaKey, schema_keys, without_none
@@ -162,6 +164,47 @@ def test_keys_below_open_mappings_are_set_without_a_plus() -> None:
     assert config.cluster.sbatch == {"exclusive": True}
     assert config.cluster.partitions["fast"].max_time == "02:00:00"
     assert from_plain(Config, hydra_application(*words)) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'spam' not in tags and a == \"b\"",
+        "matches(l, 'zh-.*|en')",
+        "q >= 0.5, [x]",
+        "{a: b",
+        "ends with \\",
+        'a \\" quote',
+        "1e5",
+        "true",
+        "01:00:00",
+        "a=b=c",
+        "choice(a,b)",
+        "#no comment",
+        " ",
+    ],
+)
+def test_text_arrives_as_typed(text: str) -> None:
+    (word,) = hydra_words([f"job.comment={text}"])
+    override = OverridesParser.create().parse_override(word)
+
+    assert override.key_or_group == "job.comment"
+    assert str(override.value()) == text
+    assert not override.is_sweep_override()
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("job.time=01:00:00,1-02:00:00", 'job.time="01:00:00","1-02:00:00"'),
+        ("run.name=a,b", "run.name=a,b"),
+        ("query.where='a == 1',\"b == 'x'\"", "query.where='a == 1',\"b == 'x'\""),
+        ("job.qos=null,high", "job.qos=null,high"),
+        ("dataplane.seed=1,2", "dataplane.seed=1,2"),
+    ],
+)
+def test_values_of_a_sweep_are_quoted_one_by_one(word: str, expected: str) -> None:
+    assert hydra_words([word], sweep=True) == [expected]
 
 
 def hydra_application(*words: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a user may type by mistake, and the sentence that answers it; never a traceback."""
+"""Mistakes that a user may type, and the message for each of them. There is never a traceback."""
 
 import subprocess
 import sys
@@ -38,14 +38,14 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
         ("data.properties.class=label", r"data\.properties\.class is not a usable name\..*no keyword of Python"),
     ],
 )
-def test_a_wrong_word_is_answered(word: str, answer: str) -> None:
+def test_a_wrong_override_is_explained(word: str, answer: str) -> None:
     with pytest.raises(ConfigError, match=answer):
         compose([*BASE, word])
 
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A team's own configs."""
+    """A folder of the user's configs, on MIXTERA_CONF."""
     for group in ("experiment", "cluster"):
         (tmp_path / group).mkdir()
         (tmp_path / group / "mine.yaml").write_text(
@@ -56,7 +56,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("group", ["experiment", "cluster"])
-def test_a_near_miss_may_be_a_config_of_ones_own(own: Path, group: str) -> None:
+def test_near_misses_include_configs_of_the_user(own: Path, group: str) -> None:
     with pytest.raises(ConfigError, match=rf"{group}=mien does not exist\. Did you mean 'mine'\?"):
         compose([*BASE, f"{group}=mien"])
 
@@ -77,7 +77,7 @@ def test_a_near_miss_may_be_a_config_of_ones_own(own: Path, group: str) -> None:
         ),
     ],
 )
-def test_a_mistake_in_a_file_of_ones_own_is_named(own: Path, file: str, text: str, answer: str) -> None:
+def test_a_mistake_in_a_config_of_the_user_is_explained(own: Path, file: str, text: str, answer: str) -> None:
     (own / file).write_text(text)
     group, _, _ = file.partition("/")
 
@@ -85,7 +85,7 @@ def test_a_mistake_in_a_file_of_ones_own_is_named(own: Path, file: str, text: st
         compose([*(BASE if group == "cluster" else []), f"{group}=mine"])
 
 
-def test_a_file_of_ones_own_says_only_what_differs(own: Path) -> None:
+def test_a_cluster_file_of_the_user_holds_differences_only(own: Path) -> None:
     (own / "cluster/mine.yaml").write_text("name: mine\nranks_per_node: 2\n")
 
     config = compose([*BASE, "cluster=mine"])
@@ -94,7 +94,7 @@ def test_a_file_of_ones_own_says_only_what_differs(own: Path) -> None:
     assert config.job.ranks_per_node == 2
 
 
-def test_a_folder_of_configs_that_is_not_there_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_of_configs_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIXTERA_CONF", f"{own}:{own}/typo")
 
     with pytest.raises(ConfigError, match=r"MIXTERA_CONF names .*/typo, which is not a folder"):
@@ -103,7 +103,7 @@ def test_a_folder_of_configs_that_is_not_there_is_named(own: Path, monkeypatch: 
     assert (done.returncode, done.stderr.startswith("ConfigError: MIXTERA_CONF names")) == (2, True)
 
 
-def test_the_hydra_application_finds_configs_of_ones_own(own: Path) -> None:
+def test_the_hydra_application_finds_configs_of_the_user(own: Path) -> None:
     done = _hydra_application("cluster=mine", "experiment=mine")
 
     assert done.returncode == 0, done.stderr
@@ -129,7 +129,7 @@ def test_a_query_needs_no_second_pair_of_quotes(typed: str, meant: str) -> None:
     assert compose([*BASE, f"query.where={typed}"]).query.where == meant
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_config_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml cannot be read: .*No such file"):
         load_config(tmp_path / "config.yaml")
     (tmp_path / "config.yaml").write_text("a: [")
@@ -137,20 +137,20 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "config.yaml")
 
 
-def test_numbers_of_a_file_that_people_write_are_those_of_conf(tmp_path: Path) -> None:
+def test_numbers_of_a_file_are_read_as_in_conf(tmp_path: Path) -> None:
     (tmp_path / "mixture.yaml").write_text("kind: schedule\nschedule: {stages: [{start: 2e9}]}\n")
     assert read_yaml(tmp_path / "mixture.yaml") == {"kind": "schedule", "schedule": {"stages": [{"start": 2e9}]}}
 
 
 @pytest.mark.parametrize("content", [None, "", "- a\n", "a: [", "a: ${nowhere}", "{1: 2"])
-def test_a_file_that_is_no_mapping_is_named(content: str | None, tmp_path: Path) -> None:
+def test_a_file_without_keys_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "mixture.yaml").write_text(content)
     with pytest.raises(ConfigError, match=r"mixture\.yaml (cannot be read|has no keys)[^$]*\n  Give a YAML file"):
         read_yaml(tmp_path / "mixture.yaml")
 
 
-def test_runs_that_cannot_have_a_folder_are_refused(
+def test_a_run_whose_folder_cannot_be_made_is_refused(
     tmp_path: Path, collection: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()

@@ -7,7 +7,7 @@ number. The schema knows better: the value of a key that takes text is quoted he
 import re
 from collections.abc import Iterable
 
-from mixtera_hpc.config.key_paths import groups, hint_of, takes_text
+from mixtera_hpc.config.key_paths import groups, has_short_form, hint_of, takes_text
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "quoted", "sweep_values"]
@@ -86,6 +86,8 @@ def _hydra_value(key: str, value: str) -> str:
     if _HOME.match(value):
         raise ConfigError(f"'{key}={value}': the shell leaves ~ as it is behind a =. Write {key}=$HOME{value[1:]}")
     # These have a meaning of their own: nothing, null, an interpolation, quotes, a mapping (if the key has a short form).
-    if value in ("", "null") or value.startswith(("${", "{")) or _IN_QUOTES.fullmatch(value):
+    if value in ("", "null") or value.startswith("${") or _IN_QUOTES.fullmatch(value):
+        return value
+    if value.startswith("{") and has_short_form(hint_of(key.lstrip("+"))):
         return value
     return value if _PLAIN_WORD.fullmatch(value) else quoted(value)
