@@ -17,7 +17,8 @@ def arguments(parser: ArgumentParser) -> None:
         help="let running jobs write a checkpoint before they stop; waiting jobs are cancelled at once",
     )
     parser.epilog = """\
-Follow-up jobs of the run are cancelled too. A cancelled run can be continued with mixtera-hpc resume RUN."""
+Follow-up jobs of the run are cancelled too. A local run gets SIGTERM; the reference trainer then saves and stops.
+A cancelled run can be continued with mixtera-hpc resume RUN."""
 
 
 def run(args: Namespace) -> int:

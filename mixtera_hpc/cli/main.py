@@ -36,7 +36,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "cancel": "cancel the jobs of a run",
         "mixture": "show the mixture of a run, or change it while the run goes on",
         "trace": "list the samples of any step of a run, or prove what it consumed",
-        "report": "write tables, plots and an HTML page from recorded metrics",
+        "report": "print tables and write plots and an HTML page from recorded metrics",
     },
     "Cluster": {
         "check": "check that every experiment fits every cluster, without submitting anything",

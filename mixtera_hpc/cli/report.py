@@ -24,7 +24,10 @@ def arguments(parser: ArgumentParser) -> None:
         "--json", action="store_true", help="print the numbers as one JSON object per run; write no page"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of pages and plots (default: report/ in each run's folder)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of pages and plots, with a subfolder per run if there are several (default: report/ of the run)",
     )
     add_root_argument(parser)
     parser.epilog = """\

@@ -51,10 +51,14 @@ def arguments(parser: ArgumentParser) -> None:
     edits.add_argument("--change-seed", action="store_true", help="allow a new dataplane.seed=N")
     edits.add_argument("--change-batch-size", action="store_true", help="allow a new dataplane.global_batch_size=N")
     parser.epilog = """\
+Without --here and --submit, a run that was a Slurm job is submitted again, and any other run continues in this process.
+Under mpiexec or srun, every run continues in these ranks.
+
 Examples:
   mixtera-hpc resume demo job.nodes=4 training.num_steps=2000
   mpiexec -n 2 mixtera-hpc resume demo
   mixtera-hpc resume demo --drop "source == 'x'" --skip-steps 990..1010
+
 Keys that identify the run's data or model cannot change; the error message names them."""
 
 

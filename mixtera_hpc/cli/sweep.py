@@ -29,7 +29,7 @@ def arguments(parser: ArgumentParser) -> None:
         type=float,
         default=100.0,
         metavar="NODE_HOURS",
-        help="ask before submitting more node-hours than this (default: 100)",
+        help="ask before submitting more node-hours than this (default: 100); without a terminal, --yes is needed",
     )
     parser.epilog = """\
 Example: 6 runs, at most 2 at a time

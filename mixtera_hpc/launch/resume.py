@@ -31,20 +31,12 @@ __all__ = [
 ]
 
 _IDENTITY_OF_DATAPLANE = (
-    *(
-        "seq_len",
-        "overlap_one_token",
-        "global_batch_size",
-        "chunk_steps",
-        "feedback_lag",
-        "seed",
-        "shuffle",
-        "shuffle_window",
-    ),
+    *("seq_len", "overlap_one_token", "global_batch_size", "chunk_steps", "feedback_lag"),
+    *("seed", "shuffle", "shuffle_window"),
     *("tokenizer", "vocab_size", "eos_id", "add_eos", "eos_token", "predict_across_documents"),
 )
 IDENTITY_KEYS = (
-    *("data", "index.path", "query", "mixture"),
+    *("data", "index.path", "index.paths", "query", "mixture"),
     *(f"dataplane.{name}" for name in _IDENTITY_OF_DATAPLANE),
     *("training.num_layers", "training.num_heads", "training.embedding_dim"),
     *("run.name", "run.root", "run.id"),
@@ -72,10 +64,7 @@ class ResumeRequest:
     @property
     def allowed_keys(self) -> dict[str, str]:
         """The identity keys that may change, and the flag that allows each one."""
-        given = {
-            "--change-seed": self.change_seed,
-            "--change-batch-size": self.change_batch_size,
-        }
+        given = {"--change-seed": self.change_seed, "--change-batch-size": self.change_batch_size}
         return {key: flag for key, flag in FLAG_OF_KEY.items() if given[flag]}
 
 

@@ -67,6 +67,7 @@ def test_another_cluster_replaces_all_keys_of_the_cluster(folder: RunFolder) -> 
         "dataplane.shuffle=none",
         "data.root=/elsewhere",
         "index.path=/elsewhere.h5",
+        "index.paths=[/elsewhere.h5]",
         "query.where='a > 1'",
         "mixture=ado",
         "training.embedding_dim=256",
