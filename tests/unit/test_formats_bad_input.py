@@ -27,6 +27,7 @@ from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.writers import json_lines, write_arrow, write_parquet, write_tar
 
 Make = Callable[[Path], None]
+"""Writes a bad file into a folder."""
 ROWS = [{"text": f"text {i} " * 20, "meta": {"language": "en", "quality": 0.5}, "tags": ["a"]} for i in range(300)]
 LINES = b"".join(json_lines(ROWS))
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -38,7 +39,9 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def jsonl(*lines: str | bytes) -> Make:
-    data = b"\n".join(line.encode() if isinstance(line, str) else line for line in ['{"text": "good"}', *lines])
+    """Write these lines after a good one."""
+    encoded = [line.encode() if isinstance(line, str) else line for line in lines]
+    data = b"\n".join([b'{"text": "good"}', *encoded])
     return lambda folder: put(folder / "bad.jsonl", data)
 
 
@@ -46,20 +49,25 @@ def put(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def cut(write: Callable[[Path, Any], list[Path]], share: float) -> Make:
+def truncated(write: Callable[[Path, Any], list[Path]], fraction: float) -> Make:
+    """Write a good file and keep this fraction of its bytes."""
+
     def make(folder: Path) -> None:
         (path,) = write(folder, ROWS)
         data = path.read_bytes()
-        path.rename(path.with_stem("bad")).write_bytes(data[: int(share * len(data))])
+        path.rename(path.with_stem("bad")).write_bytes(data[: int(fraction * len(data))])
 
     return make
 
 
 def compressed(ending: str, change: Callable[[bytes], bytes]) -> Make:
+    """Write a good compressed file with its bytes changed."""
     return lambda folder: put(folder / f"bad.jsonl.{ending}", change(COMPRESS[ending](LINES)))
 
 
 def tar(*members: tuple[str, bytes], end_mark: bool = True, flip: int | None = None) -> Make:
+    """Write an archive, without its end mark or with the byte `flip` inverted."""
+
     def make(folder: Path) -> None:
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -77,6 +85,8 @@ def tar(*members: tuple[str, bytes], end_mark: bool = True, flip: int | None = N
 
 
 def megatron(change: Callable[[Path], None], ids: Any = ((1, 2), (3,))) -> Make:
+    """Write a Megatron file and change it or its index."""
+
     def make(folder: Path) -> None:
         write_megatron(folder / "bad.bin", ids)
         change(folder)
@@ -85,12 +95,14 @@ def megatron(change: Callable[[Path], None], ids: Any = ((1, 2), (3,))) -> Make:
 
 
 def rewritten(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    """Return a function that changes the bytes of a file."""
     return lambda folder: put(folder / name, change((folder / name).read_bytes()))
 
 
 TAR_TEXT = ["data.text=txt"]
 IDS = ["dataplane.vocab_size=100"]
 GOOD_TXT = ("a.txt", b"good")
+# Name → (how to write the bad file, overrides, pattern of the message).
 CASES: dict[str, tuple[Make, list[str], str]] = {
     "broken JSON": (jsonl('{"text": "x'), [], r"row=1: Input data was truncated"),
     "a value of another type": (jsonl('{"text": 3}'), [], r"row=1: Expected `str`, got `int`"),
@@ -138,9 +150,9 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         ["data.max_block_bytes=1000000", "data.include=[bad.json]"],
         r"is one JSON array of 3000014 bytes, more than data\.max_block_bytes=1000000",
     ),
-    "Parquet cut off": (cut(write_parquet, 0.7), [], "not a readable Parquet file"),
+    "Parquet cut off": (truncated(write_parquet, 0.7), [], "not a readable Parquet file"),
     "plain bytes named .parquet": (lambda f: put(f / "bad.parquet", b"x" * 500), [], "not a readable Parquet file"),
-    "an Arrow file cut off": (cut(write_arrow, 0.7), [], "not a readable Arrow file"),
+    "an Arrow file cut off": (truncated(write_arrow, 0.7), [], "not a readable Arrow file"),
     "plain bytes named .arrow": (lambda f: put(f / "bad.arrow", b"x" * 500), [], "not a readable Arrow file"),
     "an empty Arrow file": (lambda f: put(f / "bad.arrow", b"ARROW1"), [], "not a readable Arrow file"),
     "Feather of version 1": (lambda f: put(f / "bad.feather", b"FEA1" + bytes(100)), [], "Feather of version 1"),
@@ -150,7 +162,7 @@ CASES: dict[str, tuple[Make, list[str], str]] = {
         "has no column 'text', which data.text names. Its columns are: body",
     ),
     "a tar cut off": (
-        cut(write_tar, 0.503),
+        truncated(write_tar, 0.503),
         TAR_TEXT,
         r"is damaged: it ends inside member '\d+\.\w+', which begins at byte",
     ),
@@ -263,9 +275,9 @@ def composed(*overrides: str) -> Config:
     return compose_data(["data.root=/data", "index.path=/index.h5", *overrides])
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_bad_input_is_refused_with_its_file_and_place(what: str, tmp_path: Path) -> None:
-    make, overrides, message = CASES[what]
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_with_its_file_and_place(case: str, tmp_path: Path) -> None:
+    make, overrides, message = CASES[case]
     (tmp_path / "data").mkdir()
     make(tmp_path / "data")
     config = composed(*overrides)

@@ -4,6 +4,7 @@ import gzip
 import json
 import warnings
 import zlib
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.errors import DataError, PropertyIndexError
-from mixtera_hpc.formats.base import ScanSpec
+from mixtera_hpc.formats.base import RowBatch, ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 from mixtera_hpc.formats.codecs.seek_points import SeekPoints, find_points, write_points
 from mixtera_hpc.formats.readers.jsonl_gz import JsonlGzFormat
 from mixtera_hpc.testing.formats import CHECKS, FormatCase, read_blocks, scan_whole_shard
@@ -26,7 +28,11 @@ FORMAT = JsonlGzFormat(long_bytes=100_000, block_bytes=200_000)
 def texts(count: int, seed: int = 0) -> list[str]:
     """Return texts for which deflate uses blocks of every type: words, noise, and runs."""
     rng = np.random.Generator(np.random.Philox(seed))
-    kinds = [lambda: "word " * int(rng.integers(300)), lambda: rng.bytes(700).hex(), lambda: "x" * 900]
+    kinds: list[Callable[[], str]] = [
+        lambda: "word " * int(rng.integers(300)),
+        lambda: rng.bytes(700).hex(),
+        lambda: "x" * 900,
+    ]
     return [f"{i} {kinds[int(rng.integers(3))]()}" for i in range(count)]
 
 
@@ -34,23 +40,26 @@ def lines(documents: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
 
 
-def read(path: Path, batches: Any, cache: BlockCache, fmt: JsonlGzFormat = FORMAT) -> list[str]:
-    reader = fmt.open(path, "text", cache)
-    blocks = read_blocks(batches)
-    read = {b.first_row: reader.documents(b, lengths, np.arange(b.rows)) for b, lengths in reversed(blocks)}
+def read_all(path: Path, batches: list[RowBatch], cache: BlockCache) -> list[str]:
+    """Read every block, the last one first, and return all texts in order."""
+    reader = FORMAT.open(path, "text", cache)
+    texts_of_block = {
+        block.first_row: reader.documents(block, lengths, np.arange(block.rows))
+        for block, lengths in reversed(read_blocks(batches))
+    }
     reader.close()
-    return [text for first_row in sorted(read) for text in read[first_row]]
+    return [text for first_row in sorted(texts_of_block) for text in texts_of_block[first_row]]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def seek_folder(tmp_path: Path) -> Path:
     return tmp_path / "index.h5.seek"
 
 
-def scanned(path: Path, folder: Path | None) -> Any:
-    return scan_whole_shard(
-        FORMAT, path, ScanSpec(text="text", documents=True, seek_folder=str(folder) if folder else None)
-    )
+def scan(path: Path, seek_folder: Path | None) -> list[RowBatch]:
+    """Scan a shard and, with a seek folder, store its seek points."""
+    spec = ScanSpec(text="text", documents=True, seek_folder=str(seek_folder) if seek_folder else None)
+    return scan_whole_shard(FORMAT, path, spec)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
@@ -59,15 +68,16 @@ def test_long_members_conform(check: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", [1, 6, 9])
-def test_blocks_are_read_from_seek_points(level: int, tmp_path: Path, folder: Path) -> None:
+def test_blocks_are_read_from_seek_points(level: int, tmp_path: Path, seek_folder: Path) -> None:
     expected = texts(4000)
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(expected), level))
-    batches = scanned(tmp_path / "s.gz", folder)
+    batches = scan(tmp_path / "s.gz", seek_folder)
     blocks = [b for b, _ in read_blocks(batches)]
-    assert len(blocks) > 3 and [b.offset for b in blocks] == np.cumsum([0, *(b.length for b in blocks)])[:-1].tolist()
+    assert len(blocks) > 3
+    assert [b.offset for b in blocks] == np.cumsum([0, *(b.length for b in blocks)])[:-1].tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
+        assert read_all(tmp_path / "s.gz", batches, BlockCache(seek_folders=[seek_folder])) == expected
 
 
 def flushed(data: bytes, level: int, mode: int) -> bytes:
@@ -79,80 +89,82 @@ def flushed(data: bytes, level: int, mode: int) -> bytes:
 
 @pytest.mark.parametrize("mode", [zlib.Z_SYNC_FLUSH, zlib.Z_FULL_FLUSH])
 @pytest.mark.parametrize("level", [1, 6])
-def test_flushed_members_are_read_from_seek_points(level: int, mode: int, tmp_path: Path, folder: Path) -> None:
+def test_flushed_members_are_read_from_seek_points(level: int, mode: int, tmp_path: Path, seek_folder: Path) -> None:
     expected = texts(4000)
     (tmp_path / "s.gz").write_bytes(flushed(lines(expected), level, mode))
-    batches = scanned(tmp_path / "s.gz", folder)
-    assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
+    batches = scan(tmp_path / "s.gz", seek_folder)
+    assert read_all(tmp_path / "s.gz", batches, BlockCache(seek_folders=[seek_folder])) == expected
 
 
 def test_reading_a_block_reads_only_the_bytes_near_it(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, seek_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(8000))))
-    block, lengths = read_blocks(scanned(tmp_path / "s.gz", folder))[-2]
+    block, lengths = read_blocks(scan(tmp_path / "s.gz", seek_folder))[-2]
     reads: list[int] = []
-    import mixtera_hpc.formats.codecs.seek_points as seek
 
-    original = seek.read_fully
-    monkeypatch.setattr(seek, "read_fully", lambda fd, size, at: reads.append(size) or original(fd, size, at))
-    reader = FORMAT.open(tmp_path / "s.gz", "text", BlockCache(seek_folders=[folder]))
+    def read_and_count(fd: int, size: int, offset: int) -> bytes:
+        reads.append(size)
+        return read_fully(fd, size, offset)
+
+    monkeypatch.setattr("mixtera_hpc.formats.codecs.seek_points.read_fully", read_and_count)
+    reader = FORMAT.open(tmp_path / "s.gz", "text", BlockCache(seek_folders=[seek_folder]))
     reader.documents(block, lengths, np.arange(3))
     assert 0 < sum(reads) < (tmp_path / "s.gz").stat().st_size / 4
 
 
-def test_long_members_follow_each_other(tmp_path: Path, folder: Path) -> None:
+def test_long_members_follow_each_other(tmp_path: Path, seek_folder: Path) -> None:
     expected = texts(3000)
     data = lines(expected)
     cuts = [0, 700_001, 1_000_003, len(data)]
     members = [gzip.compress(data[a:b]) for a, b in pairwise(cuts)]
     (tmp_path / "s.gz").write_bytes(b"".join(members) + bytes(1000))
-    batches = scanned(tmp_path / "s.gz", folder)
-    assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
+    batches = scan(tmp_path / "s.gz", seek_folder)
+    assert read_all(tmp_path / "s.gz", batches, BlockCache(seek_folders=[seek_folder])) == expected
 
 
-def test_points_that_cannot_be_written_are_reported_as_an_index_error(tmp_path: Path, folder: Path) -> None:
+def test_points_that_cannot_be_written_are_reported_as_an_index_error(tmp_path: Path, seek_folder: Path) -> None:
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(2000))))
-    folder.write_text("in the way")
+    seek_folder.write_text("in the way")
     with pytest.raises(
         PropertyIndexError, match=r"(?s)Cannot store the seek points of .* in .*index\.seek_points=false"
     ):
-        scanned(tmp_path / "s.gz", folder)
+        scan(tmp_path / "s.gz", seek_folder)
 
 
-def test_without_seek_points_everything_is_read_with_a_warning(tmp_path: Path, folder: Path) -> None:
+def test_without_seek_points_everything_is_read_with_a_warning(tmp_path: Path, seek_folder: Path) -> None:
     expected = texts(2000)
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(expected)))
-    batches = scanned(tmp_path / "s.gz", None)
+    batches = scan(tmp_path / "s.gz", None)
     with pytest.warns(UserWarning, match="decoded from the start of the file"):
-        assert read(tmp_path / "s.gz", batches, BlockCache(seek_folders=[folder])) == expected
+        assert read_all(tmp_path / "s.gz", batches, BlockCache(seek_folders=[seek_folder])) == expected
 
 
-def test_points_belong_to_the_content_of_a_file_and_not_to_its_path(tmp_path: Path, folder: Path) -> None:
+def test_points_belong_to_the_content_of_a_file_and_not_to_its_path(tmp_path: Path, seek_folder: Path) -> None:
     for name, seed in (("a.gz", 1), ("b.gz", 2)):
         (tmp_path / name).write_bytes(gzip.compress(lines(texts(2000, seed))))
-    write_points(tmp_path / "a.gz", folder)
+    write_points(tmp_path / "a.gz", seek_folder)
     (tmp_path / "a.gz").rename(tmp_path / "moved.gz")
-    assert find_points(tmp_path / "moved.gz", [folder]) is not None
-    assert find_points(tmp_path / "b.gz", [folder]) is None
+    assert find_points(tmp_path / "moved.gz", [seek_folder]) is not None
+    assert find_points(tmp_path / "b.gz", [seek_folder]) is None
 
 
-def test_damaged_points_are_ignored(tmp_path: Path, folder: Path) -> None:
+def test_damaged_points_are_ignored(tmp_path: Path, seek_folder: Path) -> None:
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(2000))))
-    path = write_points(tmp_path / "s.gz", folder)
+    path = write_points(tmp_path / "s.gz", seek_folder)
     data = path.read_bytes()
     for damaged in (b"", data[:10], data[:20] + bytes(9) + data[29:], b"x" + data[1:]):
         path.write_bytes(damaged)
-        assert find_points(tmp_path / "s.gz", [folder]) is None
+        assert find_points(tmp_path / "s.gz", [seek_folder]) is None
         with pytest.raises((ValueError, OSError)):
             SeekPoints(path)
 
 
-def test_a_truncated_shard_is_refused_when_read(tmp_path: Path, folder: Path) -> None:
+def test_a_truncated_shard_is_refused_when_read(tmp_path: Path, seek_folder: Path) -> None:
     path = tmp_path / "s.gz"
     path.write_bytes(gzip.compress(lines(texts(4000))))
-    batches = scanned(path, folder)
-    points = find_points(path, [folder])
+    batches = scan(path, seek_folder)
+    points = find_points(path, [seek_folder])
     assert points is not None
     path.write_bytes(path.read_bytes()[:-50_000])
     block, _ = read_blocks(batches)[-1]
@@ -160,8 +172,8 @@ def test_a_truncated_shard_is_refused_when_read(tmp_path: Path, folder: Path) ->
         points.read(file.fileno(), path, block.offset, block.length)
 
 
-def test_a_short_member_stays_one_block(tmp_path: Path, folder: Path) -> None:
+def test_a_short_member_stays_one_block(tmp_path: Path, seek_folder: Path) -> None:
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(20))))
-    (block,) = [b for b, _ in read_blocks(scanned(tmp_path / "s.gz", folder))]
+    (block,) = [b for b, _ in read_blocks(scan(tmp_path / "s.gz", seek_folder))]
     assert (block.offset, block.length, block.rows) == (0, (tmp_path / "s.gz").stat().st_size, 20)
-    assert not folder.exists()
+    assert not seek_folder.exists()
