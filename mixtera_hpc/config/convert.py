@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["NOT_GIVEN", "from_plain", "raise_problems", "to_plain"]
+__all__ = ["NOT_GIVEN", "from_plain", "missing_key", "raise_problems", "to_plain"]
 
 T = TypeVar("T")
 
@@ -55,6 +55,11 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+def missing_key(path: str) -> str:
+    """Return the problem of a key that the user has to set."""
+    return f"{path} is missing. Set it on the command line or in a config file."
+
+
 def _dataclass(cls: Any, data: Any, path: str, problems: list[str]) -> Any:
     expand = getattr(cls, "from_short", None)
     data = expand(data) if expand else data
@@ -73,13 +78,13 @@ def _dataclass(cls: Any, data: Any, path: str, problems: list[str]) -> Any:
         if name in data:
             values[name] = _value(hints[name], data[name], _join(path, name), problems)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            problems.append(_missing(_join(path, name)))
+            problems.append(missing_key(_join(path, name)))
     return None if len(problems) > num_before else cls(**values)
 
 
 def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if value == NOT_GIVEN:
-        problems.append(_missing(path))
+        problems.append(missing_key(path))
         return None
     origin = get_origin(hint)
     if hint is Any:
@@ -138,10 +143,6 @@ def _scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
     elif not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         problems.append(f"{path} is {value!r}, expected {_TYPE_NAMES.get(hint, hint.__name__)}.")
     return value
-
-
-def _missing(path: str) -> str:
-    return f"{path} is missing. Set it on the command line or in a config file."
 
 
 def _join(path: str, key: Any) -> str:

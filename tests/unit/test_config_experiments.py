@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from mixtera_hpc.config.compose import compose, compose_plain
 from mixtera_hpc.config.composition.conf_folders import group_options
@@ -76,6 +79,23 @@ def test_the_next_composition_does_not_remember_the_choice(own: Path) -> None:
     compose(["experiment=mine", "mixture=natural", "mixture.unit=samples"])
 
     assert compose(["experiment=mine"]).mixture.kind == "static"
+
+
+def test_other_hydra_applications_of_the_process_are_left_alone(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/main.yaml").write_text("seed: 1\n")
+
+    with initialize_config_dir(str(tmp_path / "app"), version_base="1.3"):
+        inside = compose(["experiment=mine", "mixture=natural", "mixture.unit=samples"])
+        theirs = hydra_compose("main")
+        providers = [
+            element.provider for element in GlobalHydra.instance().config_loader().get_search_path().get_path()
+        ]
+
+    assert (inside.mixture.kind, theirs) == ("natural", {"seed": 1})
+    with initialize_config_dir(str(tmp_path / "app"), version_base="1.3"):
+        again = [element.provider for element in GlobalHydra.instance().config_loader().get_search_path().get_path()]
+    assert not {"mixtera_hpc", "MIXTERA_CONF"} & {*providers, *again}
 
 
 def test_the_hydra_application_has_the_same_rule(own: Path) -> None:

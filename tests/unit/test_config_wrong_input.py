@@ -85,6 +85,13 @@ def test_a_mistake_in_a_config_of_the_user_is_explained(own: Path, file: str, te
         compose([*(BASE if group == "cluster" else []), f"{group}=mine"])
 
 
+def test_a_key_that_is_left_open_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^dataplane\.tokenizer is missing\. Set it"):
+        compose([*BASE, "dataplane.tokenizer=???"])
+    with pytest.raises(ConfigError, match=r"^data\.root is missing\.(?s:.*)The value of index\.path is taken from it"):
+        compose(["data.root=???"])
+
+
 def test_a_cluster_file_of_the_user_holds_differences_only(own: Path) -> None:
     (own / "cluster/mine.yaml").write_text("name: mine\nranks_per_node: 2\n")
 

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
@@ -101,13 +102,16 @@ def find_configs(chosen: frozenset[str]) -> None:
 
 @contextlib.contextmanager
 def search_our_configs(chosen: frozenset[str]) -> Iterator[None]:
-    """Do what `find_configs` does, until the block ends."""
+    """Do what `find_configs` does, until the block ends. The caller may itself run inside a Hydra application."""
     before = _CHOSEN.get()
+    application = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     find_configs(chosen)
     try:
         yield
     finally:
         _CHOSEN.set(before)
+        GlobalHydra.instance().hydra = application
 
 
 def _is_experiment(config_path: str) -> bool:

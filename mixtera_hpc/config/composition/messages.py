@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from mixtera_hpc.config.composition.conf_folders import group_options
 from mixtera_hpc.config.composition.override_words import hydra_words
+from mixtera_hpc.config.convert import missing_key
 from mixtera_hpc.config.key_paths import hint_of, schema_keys, without_none
 from mixtera_hpc.errors import did_you_mean
 
 __all__ = ["explain", "near_keys"]
-
-MISSING = "is missing. Set it on the command line or in a config file."
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
@@ -47,11 +46,11 @@ def _dangling(match: "re.Match[str]", text: str) -> str:
 
 def _refers_to_missing(match: "re.Match[str]", text: str) -> str:
     key, target = _full_key(text), match.group(1)
-    return f"{target} {MISSING}" + (f"\n  The default of {key} is taken from it." if key else "")
+    return missing_key(target) + (f"\n  The value of {key} is taken from it." if key else "")
 
 
 def _missing(match: "re.Match[str]", text: str) -> str:
-    return f"{match.group(1)} {MISSING}"
+    return missing_key(match.group(1))
 
 
 def _unknown_key(match: "re.Match[str]", text: str) -> str:
