@@ -143,6 +143,7 @@ class DomainCounter:
         # 16 bits, where they are enough, let numpy sort by domain with a radix sort.
         self._domain = combo_domain.astype(np.int16 if len(combo_domain) < 1 << 15 else np.int32)
         mask = predicate.evaluate(_any_sample_of_each_combo(tables, predicate))
+        # No query selects unreadable rows, not even a negation.
         readable = np.arange(tables.combos.num_combos) != tables.combos.bad
         self._may_match = mask.may_match & readable
         self._must_match = mask.must_match & readable
@@ -264,6 +265,7 @@ def _any_sample_of_each_combo(tables: IndexTables, predicate: Predicate) -> Entr
 def _block_ranges(indptr: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """Yield ranges of blocks with `CELLS_PER_RANGE` cells or a few more."""
     num_blocks = len(indptr) - 1
+    # Cut at the first block border at or after every multiple of CELLS_PER_RANGE cells.
     targets = np.arange(CELLS_PER_RANGE, int(indptr[-1]), CELLS_PER_RANGE)
     borders = np.unique([0, *np.searchsorted(indptr, targets).tolist(), num_blocks])
     return pairwise(borders.tolist())
@@ -290,6 +292,7 @@ def _count_distinct(ascending: NDArray[Any]) -> int:
 
 def _merge_by_block(groups: list[_HistogramCells]) -> _HistogramCells:
     """Concatenate groups of cells and sort them by block."""
+    # Every group is sorted by block already, but their blocks interleave.
     block = np.concatenate([cells.block for cells in groups])
     order = np.argsort(block, kind="stable")
     return _HistogramCells(

@@ -73,6 +73,7 @@ def matching_codes(name: str, value: str | ValuePattern, values: Sequence[str]) 
     Raises:
         MixtureError: nothing matches, or the regular expression is not allowed.
     """
+    # `relation` and `text` describe the value in the message below.
     if isinstance(value, ValuePattern):
         text = value.pattern
         relation = "matching"
@@ -80,7 +81,7 @@ def matching_codes(name: str, value: str | ValuePattern, values: Sequence[str]) 
             codes = match_values(text, values)
         except ValueError as error:
             raise MixtureError(f"A domain key's {name}: {error}") from None
-    elif value in values or "*" not in value:
+    elif value in values or "*" not in value:  # An exact value wins over the wildcard that it also is.
         text = value
         relation = "="
         codes = [values.index(value)] if value in values else []
@@ -130,6 +131,7 @@ def _parse_value(name: str, value: Any) -> KeyValue:
         return ValuePattern(value["matches"])
     if isinstance(value, list | tuple):
         raise MixtureError(f"A domain key has a list inside the list of {name!r}: {value!r}. Write one flat list.")
+    # YAML reads `true` and `2020` as a boolean and a number, but the dictionary holds text.
     return None if value is None else as_text(value)
 
 

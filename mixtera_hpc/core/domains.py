@@ -41,6 +41,7 @@ class Selection:
 
     def domain_of(self, combos: ComboTable, columns: SampleColumns) -> NDArray[np.int32]:
         """Return the domain of every sample of `columns`, -1 for none; shape (rows,)."""
+        # An empty predicate selects everything, so combos alone decide.
         domain = self.combo_domain[columns.combo]
         if self.predicate.text or self.predicate.numbers:
             entries = Entries.of_samples(combos, columns.combo, columns.numbers)
@@ -118,6 +119,7 @@ def _overlaps(
         first = combo_domain[combo]
         if not named_matches[first, combo]:
             continue
+        # The combo belongs to its first key. Every later key that matches shares all of its samples.
         for other in np.flatnonzero(named_matches[:, combo]):
             if other != first:
                 pair = (int(first), int(other))
@@ -130,6 +132,7 @@ def _matches(key: DomainKey, combos: ComboTable) -> NDArray[np.bool_]:
     _check_names(list(key), combos)
     mask = np.ones(combos.num_combos, np.bool_)
     for name, values in key.items():
+        # Any value of the property may match, but every property must.
         dictionary = combos.properties[name].values
         codes = [code for v in values if v is not None for code in matching_codes(name, v, dictionary)]
         matches = combos.any_of(name, codes)

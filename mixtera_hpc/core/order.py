@@ -63,6 +63,7 @@ class ShuffleOrder:
             epoch: number of passes over the domain before.
             sizes: items in every block; shape (num_blocks,).
         """
+        # "block" is a shuffle with windows of one block, whose rows stay in order.
         if self.shuffle == "none":
             block_order = np.arange(len(sizes))
         else:

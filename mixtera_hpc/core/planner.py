@@ -74,6 +74,7 @@ class ChunkPlan:
 
     def to_array(self) -> Ints:
         """Return the plan as one int64 buffer of shape (array_size(K),); the last element is the digest."""
+        # Layout: chunk, first_step, num_steps, last, K cursors, K lags, K weights, digest.
         head = np.array([self.chunk, self.first_step, self.num_steps, int(self.last)], np.int64)
         body = np.concatenate([head, self.cursors, self.lags, self.weights])
         return np.append(body, _digest(body))
@@ -87,6 +88,7 @@ class ChunkPlan:
         """
         if _digest(buffer[:-1]) != buffer[-1]:
             raise CommError("A chunk plan was damaged in transit: its digest does not match its content.")
+        # Copy: the caller receives the next plan into the same buffer.
         cursors, lags, weights = buffer[4:-1].reshape(3, -1).copy()
         chunk, first_step, num_steps, last = (int(n) for n in buffer[:4])
         return cls(
@@ -184,6 +186,7 @@ class Planner:
         # No domain gets more than num_slots + 1 sequences. Segments are needed only where one may have fewer.
         if not remaining.min() > num_slots + 1:
             served = sum(int(s.counts.sum()) for s in self._segments(start, remaining, num_slots))
+            # Only full steps are served.
             num_slots = served - served % self.global_batch_size
         return ChunkPlan(
             chunk=state.chunk,
@@ -208,6 +211,7 @@ class Planner:
 
     def slots(self, plan: ChunkPlan) -> Slots:
         """Expand `plan` to its n sequences, in O(n log K) time."""
+        # The empty array gives the right dtype if the plan has no steps.
         domains = [order_slots(s.lags, s.weights, s.counts) for s in self._segments_of(plan)]
         domain = np.concatenate([np.zeros(0, np.int32), *domains])
         return Slots(domain=domain, ordinal=plan.cursors[domain] + _running_count(domain))
@@ -261,6 +265,7 @@ class Planner:
         """Cut `num_slots` slots where domains are exhausted; the segments cover fewer slots if the data ends."""
         segments: list[_Segment] = []
         while num_slots > 0:
+            # A segment ends at the first exhaustion, at the end of the chunk, or after MAX_SLOTS slots.
             exhausted, length = _next_exhaustion(start, remaining, min(num_slots, MAX_SLOTS))
             counts, lags_after = advance(start.lags, start.weights, length, remaining)
             segments.append(_Segment(start.lags, start.weights, counts, lags_after))
@@ -271,6 +276,7 @@ class Planner:
             remaining = remaining - counts
             start = _SegmentStart(lags_after, start.weights)
             if exhausted is not None:
+                # The data ends here unless other domains can take the weight.
                 if self.on_exhausted != "redistribute" or not (start.weights[~exhausted] > 0).any():
                     break
                 start = _redistribute(start, exhausted)
@@ -282,6 +288,7 @@ def _next_exhaustion(start: _SegmentStart, remaining: Ints, num_slots: int) -> t
 
     Without an exhaustion within `num_slots` slots, return None and `num_slots`.
     """
+    # A domain gets at most one sequence per slot, and its lag is below 1.
     if remaining.min() > num_slots + 1:
         return None, num_slots
     slots_left = slots_until_exhausted(start.lags, start.weights, remaining, num_slots)
@@ -292,6 +299,7 @@ def _next_exhaustion(start: _SegmentStart, remaining: Ints, num_slots: int) -> t
 
 def _redistribute(start: _SegmentStart, exhausted: NDArray[np.bool_]) -> _SegmentStart:
     """Give the weights and lags of exhausted domains to the others, in proportion to their weights."""
+    # float64 is exact here: weights are at most 2^40.
     weights = quantise_weights(np.where(exhausted, 0, start.weights).astype(np.float64))
 
     # Floor every part of the lag and give the remainder to the largest weight, so that the lags still sum to 0.

@@ -17,6 +17,7 @@ __all__ = ["ComboTable", "Kind", "Property", "as_text"]
 
 def as_text(value: Any) -> str:
     """Return a scalar as a category value: `true` and `false` as in JSON, everything else as `str` writes it."""
+    # `str` would write True and False.
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
@@ -63,6 +64,7 @@ class ComboTable:
 
     def any_of(self, name: str, codes: Iterable[int]) -> NDArray[np.bool_]:
         """Return which combos have at least one of `codes` in property `name`; shape (num_combos,)."""
+        # A combo may have several codes in a property. Count the wanted ones of each.
         is_wanted = np.isin(self.codes[name], np.fromiter(codes, np.int32))
         combo_of_code = np.repeat(np.arange(self.num_combos), np.diff(self.indptr[name]))
         num_wanted = np.bincount(combo_of_code[is_wanted], minlength=self.num_combos)

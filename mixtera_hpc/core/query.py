@@ -71,6 +71,7 @@ class MatchMask:
         return MatchMask(self.may_match | other.may_match, self.must_match | other.must_match)
 
     def __invert__(self) -> "MatchMask":
+        # If all samples match, none matches the negation. If none may match, all match it.
         return MatchMask(~self.must_match, ~self.may_match)
 
 
@@ -101,6 +102,7 @@ def parse_predicate(text: str | None, properties: Mapping[str, Property]) -> Pre
         ConfigError: `text` does not parse, uses something outside the query language, or names an unknown property or
             value.
     """
+    # YAML folds long queries into lines; Python's grammar would end the expression there.
     text = (text or "").replace("\n", " ").strip()
     if not text:
         return Predicate("", lambda e: _constant(e, True), frozenset())
@@ -161,15 +163,16 @@ class _Compiler:
         if isinstance(left, ast.Name):
             prop = self._property(left.id)
             value = self._literal(right)
-        elif isinstance(right, ast.Name) and type(op) in _MIRRORED:
+        elif isinstance(right, ast.Name) and type(op) in _MIRRORED:  # 0.5 < quality
             prop = self._property(right.id)
             value = self._literal(left)
             op = _MIRRORED[type(op)]()
-        elif isinstance(right, ast.Name) and isinstance(op, ast.In | ast.NotIn):
+        elif isinstance(right, ast.Name) and isinstance(op, ast.In | ast.NotIn):  # 'en' in languages
             return self._contains(self._property(right.id), self._literal(left), isinstance(op, ast.NotIn))
         else:
             raise self._not_in_language(left)
 
+        # `is None` is accepted as a synonym of `== None`.
         if isinstance(op, ast.Is | ast.IsNot):
             if value is not None:
                 raise ConfigError(f"query.where: 'is' compares with None only; write {prop.name} == {value!r}.")
@@ -235,6 +238,7 @@ class _Compiler:
 
     def _number(self, prop: Property, op: ast.cmpop, value: Any) -> _Node:
         """Compile a comparison of a number property."""
+        # `in` is a disjunction of equalities; an empty list matches nothing.
         numbers = frozenset({prop.name})
         if isinstance(op, ast.In | ast.NotIn):
             values = value if isinstance(value, list) else [value]
@@ -248,9 +252,11 @@ class _Compiler:
             if not isinstance(op, ast.Eq | ast.NotEq):
                 raise ConfigError(f"query.where: {prop.name!r} can only be == or != None.")
             node = _Node(_null_test(prop.name), numbers)
+        # A bool is an int in Python, but not a number of the query language.
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"query.where: {prop.name!r} is a number and cannot be compared with {value!r}.")
         else:
+            # != has no case of its own: it is tested as == and negated, so that nulls differ from every number.
             node = _Node(_range_test(prop.name, op, _to_float(value)), numbers)
         return _negate(node) if isinstance(op, ast.NotEq) else node
 
@@ -265,6 +271,7 @@ class _Compiler:
         if isinstance(value, list):
             raise ConfigError(f"query.where: {value!r} is a list where one value of {prop.name!r} is expected.")
         text = as_text(value)
+        # Refuse a value that no sample has: it is far more often a typo than a query for nothing.
         if text not in prop.values:
             near = did_you_mean(text, prop.values)
             raise ConfigError(f"query.where: no sample has {prop.name} = {value!r}.{near}")
@@ -272,6 +279,7 @@ class _Compiler:
 
     def _literal(self, tree: ast.expr) -> Any:
         """Return the value of a text, a number, None, or a list of them."""
+        # The grammar has no negative literals: -1 is a minus applied to 1.
         match tree:
             case ast.Constant(value=str() | int() | float() | None as value):
                 return value
@@ -334,6 +342,7 @@ def _has_code(prop: Property, codes: list[int], *, or_null: bool = False, negate
         return cache[-1][1]
 
     def evaluate(entries: Entries) -> MatchMask:
+        # A combo is the same for all samples of an entry, so the result is certain.
         mask = matching_combos(entries.combos)[entries.combo]
         return MatchMask(mask, mask)
 
@@ -379,9 +388,11 @@ def _range_test(name: str, op: ast.cmpop, value: float) -> Evaluate:
             case ast.GtE():
                 may_match = high >= value
                 must_match = low >= value
-            case _:
+            case _:  # ==
                 may_match = (low <= value) & (high >= value)
                 must_match = (low == value) & (high == value)
+
+        # The bounds ignore nulls, and a null sample does not match.
         return MatchMask(may_match, must_match & ~entries.has_null[name])
 
     return evaluate

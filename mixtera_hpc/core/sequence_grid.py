@@ -57,8 +57,10 @@ class SequenceGrid:
         Returns:
             `Planner.UNLIMITED` for domains without a limit, 0 for empty domains.
         """
+        # An infinite number of epochs cannot be converted to an integer, so it is replaced before and handled after.
         endless = np.isinf(max_epochs)
         items = np.floor(epoch_items * np.where(endless, 0.0, max_epochs)).astype(np.int64) - origins
+        # The first sequence needs `length` items, each further one `stride` more.
         limited = np.where(items >= self.length, (items - self.length) // self.stride + 1, 0)
         capacity = np.where(endless, Planner.UNLIMITED, limited)
         return np.where(epoch_items > 0, capacity, 0)

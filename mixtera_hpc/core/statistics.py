@@ -62,6 +62,7 @@ class DomainStatistics:
 
 def quantise_losses(loss_sums: NDArray[np.float64]) -> NDArray[np.int64]:
     """Round finite loss sums in nats to whole multiples of 2^-24 nats, saturating at ±`MAX_SEQUENCE_LOSS`."""
+    # A power of two: the product is exact, so the loss is rounded once.
     bounded = np.clip(loss_sums, -MAX_SEQUENCE_LOSS, MAX_SEQUENCE_LOSS)
     return np.rint(bounded * QUANTA_PER_NAT).astype(np.int64)
 
@@ -94,6 +95,8 @@ def accumulate_losses(
     domains = np.asarray(domain_ids, np.int64)
     if len(domains) and not 0 <= domains.min() <= domains.max() < num_domains:
         raise ValueError(f"domain_ids span {domains.min()} to {domains.max()}, expected 0 to {num_domains - 1}.")
+
+    # The only rounding is that of each sequence's loss; the sums below are integer sums.
     losses = np.asarray(sequence_loss_sums, np.float64)
 
     # NaN compares false, so it counts as not finite. np.add.at adds repeated domains one by one.
@@ -101,6 +104,7 @@ def accumulate_losses(
     buffer = np.zeros((NUM_BUFFER_ROWS, num_domains), np.int64)
     np.add.at(buffer[0], domains[finite], quantise_losses(losses[finite]))
     np.add.at(buffer[1], domains[finite], np.asarray(sequence_num_tokens, np.int64)[finite])
+    # All sequences count as served, whether or not their loss is finite.
     np.add.at(buffer[2], domains, 1)
     np.add.at(buffer[3], domains[~finite], 1)
     return buffer
