@@ -4,10 +4,10 @@ import re
 
 from mixtera_hpc.config.check_data import data_problems, holdout_problems, root_problems
 from mixtera_hpc.config.check_job import job_problems
-from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.check_numbers import all_at_least, at_least
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.job_shape import num_ranks
+from mixtera_hpc.config.mixture.check_mixture import mixture_problems
 from mixtera_hpc.config.schema import (
     CheckpointConfig,
     Config,

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.config.convert import from_plain
-from mixtera_hpc.config.domain_tree import domain_entries
+from mixtera_hpc.config.mixture.check_mixture import mixture_problems
+from mixtera_hpc.config.mixture.domain_tree import domain_entries
 from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.dataplane.mixing.context import DomainSizes
 from mixtera_hpc.dataplane.mixing.from_config import config_bounds, config_weights

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.domain_tree import display_name, domain_entries
+from mixtera_hpc.config.mixture.domain_tree import display_name, domain_entries
 from mixtera_hpc.config.schema import Config, DomainConfig, MixtureConfig, StageConfig
 from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, canonical_key, parse_domain_key
 from mixtera_hpc.core.mixing.algorithm import make_algorithm

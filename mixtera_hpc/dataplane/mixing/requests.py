@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtera_hpc.config.check_mixture import mixture_problems
 from mixtera_hpc.config.convert import from_plain, raise_problems, to_plain
-from mixtera_hpc.config.domain_tree import domain_entries
+from mixtera_hpc.config.mixture.check_mixture import mixture_problems
+from mixtera_hpc.config.mixture.domain_tree import domain_entries
 from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.domain_keys import canonical_key
 from mixtera_hpc.dataplane.journal import read_lines

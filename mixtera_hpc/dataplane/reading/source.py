@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.config.domain_tree import domain_entries
+from mixtera_hpc.config.mixture.domain_tree import domain_entries
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
 from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.domains import Selection

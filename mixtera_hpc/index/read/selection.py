@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.domain_tree import display_name, domain_entries
+from mixtera_hpc.config.mixture.domain_tree import display_name, domain_entries
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import DomainKey, domain_name
 from mixtera_hpc.core.domains import Selection, keys_for_group_by, select

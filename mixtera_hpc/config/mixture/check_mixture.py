@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mixtera_hpc.config.domain_tree import domain_entries, list_entries
+from mixtera_hpc.config.mixture.domain_tree import domain_entries, list_entries
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, StageConfig
 from mixtera_hpc.core.domain_keys import canonical_key, parse_domain_key
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
