@@ -147,7 +147,7 @@ def test_a_warmup_that_ends_before_the_first_fitted_step_is_refused() -> None:
 
 @pytest.mark.parametrize("prior", [[0.5, 0.6], [1.5, -0.5], [np.nan, 1.0], []])
 def test_a_prior_that_is_no_mixture_is_refused(prior: list[float]) -> None:
-    with pytest.raises(MixtureError, match="starting mixture"):
+    with pytest.raises(MixtureError, match="initial mixture"):
         ado().start(np.array(prior))
 
 

@@ -131,11 +131,11 @@ MISTAKES = {
     ),
     "no domain twice": (
         {"domains": [at("a"), {"key": {"source": ["a"]}}]},
-        r"domains\[1\].key is that of mixture.domains\[0\]",
+        r"domains\[1\].key equals that of mixture.domains\[0\]",
     ),
-    "all weights or none": ({"domains": [at("a", 1.0), at("b")]}, "some have a weight"),
+    "all weights or none": ({"domains": [at("a", 1.0), at("b")]}, "some domains have a weight"),
     "floors fit": ({"domains": [at("a", floor=0.7), at("b", floor=0.7)]}, "sum to 1.4"),
-    "floor below cap": ({"floor": 0.5, "domains": [at("a", cap=0.2)]}, "floor 0.5 is above its cap 0.2"),
+    "floor below cap": ({"floor": 0.5, "domains": [at("a", cap=0.2)]}, "the floor 0.5 is above the cap 0.2"),
     "shares": ({"cap": 1.5}, "mixture.cap is 1.5"),
     "epochs": ({"domains": [at("a", max_epochs=0.0)]}, "max_epochs is 0.0"),
     "limits are of domains": (

@@ -1,13 +1,14 @@
 """Adaptive Data Optimization: serve more of the domains whose loss falls fastest per sequence, by their own scaling laws.
 
-Every step: credit follows what was served, the preference is prior × credit × speed, and the mixture leans a tenth towards
-it from the average of all preferences so far. Every `refit_interval` steps the laws are fitted anew. Price at 1,000 domains:
-a fraction of a millisecond per step, a fraction of a second per refit, 4 MB of history however long the run.
+In every step, credit follows the shares that were served, and the preference is prior × credit × speed. The mixture is the
+average of all preferences so far, moved a tenth of the way towards the present preference. Every `refit_interval` steps the
+laws are fitted again. Price at 1,000 domains: a fraction of a millisecond per step, a fraction of a second per refit, and
+4 MB of history, no matter how long the run is.
 
-The published codes' faults this does not have: a floor under epsilon that writes low-entropy domains off; one NaN ending all
-refits; a floor so high that many domains become uniform, and weights that end below it; zeros in place of missing losses;
-one failed fit discarding the others; cost that grows with the run; an optimizer that stops where it starts; int32 counts.
-Source: arXiv 2410.11820, equations (1) to (5).
+The published codes have faults that this code does not have: a floor under epsilon that makes low-entropy domains look
+fully learned; one NaN ends all refits; a floor so high that many domains become uniform, and weights that end below it;
+zeros in place of missing losses; one failed fit discards the others; cost that grows with the run; an optimizer that stops
+where it starts; int32 counts. Source: arXiv 2410.11820, equations (1) to (5).
 """
 
 from collections.abc import Mapping
@@ -28,67 +29,72 @@ from mixtera_hpc.errors import ConfigError
 
 __all__ = ["LAW_FITTED", "LAW_OLDER", "LAW_UNKNOWN", "Ado", "AdoState"]
 
-LAW_UNKNOWN, LAW_FITTED, LAW_OLDER = 0, 1, 2
-"""No law yet: too few points · fitted at the last refit · older, because the last refit had nothing new or failed."""
+LAW_UNKNOWN = 0
+"""The domain has no law yet: too few points."""
+LAW_FITTED = 1
+"""The law was fitted in the last refit."""
+LAW_OLDER = 2
+"""The law is older: the domain had no new losses in the last refit, or its fit failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AdoState:
-    """Everything ADO knows after `step` updates; arrays have shape (num_domains,)."""
+    """The state of ADO after `step` updates; arrays have shape (num_domains,)."""
 
     step: int
     prior: NDArray[np.float64]
-    """mu: the mixture the run started with."""
+    """mu: the mixture that the run started with."""
     weights: NDArray[np.float64]
-    """pi: the mixture now."""
+    """pi: the present mixture."""
     credit: NDArray[np.float64]
-    """h: moving average of the shares served."""
+    """h: moving average of the served shares."""
     average: NDArray[np.float64]
     """pi bar: average of all preferences so far."""
     laws: ScalingLaws
     law_status: NDArray[np.int8]
     """LAW_UNKNOWN, LAW_FITTED or LAW_KEPT."""
     stale: NDArray[np.bool_]
-    """Observed since the last refit."""
+    """Domains with new losses since the last refit."""
     num_sequences: NDArray[np.int64]
-    """Sequences seen so far; their sum is n."""
+    """Sequences of each domain seen so far; their sum is n."""
     num_nonfinite: NDArray[np.int64]
     """Sequences so far whose loss was not finite."""
     history: LossHistory | LossSeries
 
     @property
     def num_seen(self) -> int:
+        """n: sequences of all domains seen so far."""
         return int(self.num_sequences.sum())
 
 
 class Ado:
-    """The algorithm with its parameters; all memory is in `AdoState`."""
+    """The algorithm with its parameters; everything that changes is in `AdoState`."""
 
     name: ClassVar[str] = "ado"
     learned: ClassVar[tuple[str, ...]] = ("epsilon", "beta", "alpha")
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
-        """Parameters of ADO, with the paper's defaults."""
+        """Parameters of ADO, with the defaults of the paper."""
 
         variant: Literal["default", "paper", "authors", "mixtera"] = "default"
-        """Ours, or one of the published ones, to reproduce it."""
+        """`default` is ours. The others reproduce published codes."""
         warmup: int = 1000
-        """Steps before the mixture begins to move."""
+        """Steps before the mixture begins to change."""
         refit_interval: int = 1000
-        """Steps between fits of the scaling laws; the first is at the end of the warm-up."""
+        """Steps between fits of the scaling laws; the first fit is at the end of the warm-up."""
         first_fitted_step: int | None = None
-        """Losses of earlier steps are not fitted; null is half of the warm-up."""
+        """Losses of earlier steps are not fitted. Null takes half of the warm-up."""
         credit_rate: float = 0.1
-        """gamma_1: how fast credit follows the shares served."""
+        """gamma_1: how fast credit follows the served shares."""
         mixture_rate: float = 0.1
-        """gamma_2: how far the mixture leans from the average preference towards the present one."""
+        """gamma_2: how far the mixture moves from the average preference towards the present one."""
         credit_power: float = 0.5
-        """s: 0 ignores what was served."""
+        """s: the exponent of credit; 0 ignores what was served."""
         delta_min: float = 0.01
         """Smallest weight of a domain."""
         floor_share: float = 0.25
-        """With many domains the smallest weight is this divided by their number, so that floors together take no more."""
+        """All floors together take at most this share: with many domains the smallest weight is this divided by their number."""
 
         def __post_init__(self) -> None:
             check_range("warmup", self.warmup, 0)
@@ -99,12 +105,13 @@ class Ado:
                 check_range(name, getattr(self, name), 0, 1)
             if self.first_fitted > self.warmup:
                 raise ConfigError(
-                    f"{CONFIG_KEY}.first_fitted_step is {self.first_fitted}, after the warm-up of {self.warmup} steps, whose end "
-                    f"needs a fit. Set {CONFIG_KEY}.first_fitted_step below {CONFIG_KEY}.warmup, or leave it out."
+                    f"{CONFIG_KEY}.first_fitted_step is {self.first_fitted}, after the warm-up of {self.warmup} steps, but the "
+                    f"first fit is at its end. Set {CONFIG_KEY}.first_fitted_step below {CONFIG_KEY}.warmup, or leave it out."
                 )
 
         @property
         def first_fitted(self) -> int:
+            """The first step whose losses are fitted."""
             return self.warmup // 2 if self.first_fitted_step is None else self.first_fitted_step
 
     def __init__(self, config: Config) -> None:
@@ -112,16 +119,18 @@ class Ado:
         self.variant = ADO_VARIANTS[config.variant]
 
     def floor(self, num_domains: int) -> float:
-        """What every weight stays above, once it has moved; 0 for the variants that promise nothing."""
+        """Return the lower bound of every weight after the warm-up; 0 for variants without an exact floor."""
         if self.variant.floor != "exact":
             return 0.0
         return weight_floor(num_domains, delta_min=self.config.delta_min, floor_share=self.config.floor_share)
 
     def start(self, prior: NDArray[np.float64]) -> AdoState:
-        """Begin with the mixture `prior`, which is served until the end of the warm-up."""
+        """Return the initial state; the mixture `prior` is served until the end of the warm-up."""
         prior = check_prior(prior)
         size = len(prior)
-        binned, first = self.variant.binned, self.config.first_fitted
+        history: LossHistory | LossSeries = LossHistory(num_domains=size)
+        if not self.variant.binned:
+            history = LossSeries(num_domains=size, first_fitted=self.config.first_fitted)
         return AdoState(
             step=0,
             prior=prior,
@@ -133,24 +142,24 @@ class Ado:
             stale=np.zeros(size, np.bool_),
             num_sequences=np.zeros(size, np.int64),
             num_nonfinite=np.zeros(size, np.int64),
-            history=LossHistory(num_domains=size) if binned else LossSeries(num_domains=size, first_fitted=first),
+            history=history,
         )
 
     def update(self, state: AdoState, statistics: DomainStatistics) -> tuple[AdoState, NDArray[np.float64]]:
-        """Take in one optimizer step; returns the new state and the mixture, shape (num_domains,)."""
+        """Return the state after one more optimizer step, and the mixture; shape (num_domains,)."""
         share = _share(statistics)
         state = self._observe(state, statistics)
-        due = state.step - self.config.warmup
-        if due >= 0 and due % self.config.refit_interval == 0:
+        steps_after_warmup = state.step - self.config.warmup
+        if steps_after_warmup >= 0 and steps_after_warmup % self.config.refit_interval == 0:
             state = self._refit(state)
-        if due >= 0 and state.laws.known.any():
-            state = self._move(state, share)
+        if steps_after_warmup >= 0 and state.laws.known.any():
+            state = self._update_mixture(state, share)
         elif self.variant.credit_in_warmup:
             state = replace(state, credit=self._follow(state.credit, share))
         return replace(state, step=state.step + 1), state.weights
 
     def describe(self, state: AdoState) -> dict[str, NDArray[Any]]:
-        """What a report shows of every domain; shape (num_domains,) each."""
+        """Return the arrays that a report shows; shape (num_domains,) each."""
         return {
             "weight": state.weights,
             "credit": state.credit,
@@ -164,16 +173,16 @@ class Ado:
         }
 
     def state_arrays(self, state: AdoState) -> dict[str, NDArray[Any]]:
-        """The state as flat arrays, for an npz file without pickle."""
+        """Return the state as flat arrays, for an npz file without pickle."""
         per_domain = {name: getattr(state, name) for name in _PER_DOMAIN}
         scalars = {"origin": np.array(self._origin), "step": np.array(state.step)}
         return {**scalars, **per_domain, "theta": state.laws.theta, **state.history.arrays()}
 
     def state_from_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> AdoState:
-        """The inverse of `state_arrays`.
+        """Restore what `state_arrays` returned.
 
         Raises:
-            ConfigError: another algorithm or variant wrote them.
+            ConfigError: another algorithm or variant wrote the arrays.
         """
         check_origin(arrays, self._origin)
         history = LossHistory if self.variant.binned else LossSeries
@@ -189,6 +198,7 @@ class Ado:
         return f"{self.name} variant={self.config.variant}"
 
     def _observe(self, state: AdoState, statistics: DomainStatistics) -> AdoState:
+        """Count the sequences of a step, and add its losses to the history."""
         observed = statistics.observed
         state = replace(
             state,
@@ -201,7 +211,7 @@ class Ado:
         return replace(state, history=history, stale=state.stale | observed)
 
     def _refit(self, state: AdoState) -> AdoState:
-        """Fit the laws of all domains observed since the last time; where that fails, the old law stays."""
+        """Fit the laws of all domains with new losses. Where a fit fails, the old law stays."""
         fitted = np.zeros_like(state.stale)
         laws = state.laws
         rows = np.flatnonzero(state.stale)
@@ -215,40 +225,49 @@ class Ado:
         status = np.where(fitted, LAW_FITTED, older).astype(np.int8)
         return replace(state, laws=laws, law_status=status, stale=np.zeros_like(state.stale))
 
-    def _move(self, state: AdoState, share: NDArray[np.float64] | None) -> AdoState:
-        """Equations (2) to (5)."""
-        rule, rate = self.variant, self.config.mixture_rate
+    def _update_mixture(self, state: AdoState, share: NDArray[np.float64] | None) -> AdoState:
+        """Apply equations (2) to (5): credit, preference, mixture and average preference."""
+        rule = self.variant
+        rate = self.config.mixture_rate
         followed = {"realised": share, "previous": state.weights, "new": None}[rule.share]
         credit = self._follow(state.credit, followed)
         preference = self._preference(state, credit)
-        weights = self._floored(rate * preference + (1 - rate) * state.average, state)
+        weights = self._with_floor(rate * preference + (1 - rate) * state.average, state)
         if rule.share == "new":
             credit = self._follow(credit, weights)
-        part = 1.0 / (state.step + rule.first_step + 1)
-        average = part * preference + (1 - part) * state.average
+        # Running average over all steps, the warm-up included.
+        newest = 1.0 / (state.step + rule.first_step + 1)
+        average = newest * preference + (1 - newest) * state.average
         return replace(state, weights=weights, credit=credit, average=average)
 
     def _follow(self, credit: NDArray[np.float64], share: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        """Return the moving average of served shares after one more step; unchanged if the batch was empty."""
         rate = self.config.credit_rate
         return credit if share is None else rate * share + (1 - rate) * credit
 
     def _preference(self, state: AdoState, credit: NDArray[np.float64]) -> NDArray[np.float64]:
-        """rho. A domain without a law counts as of typical speed; with nothing to prefer, the prior."""
-        rule, known = self.variant, state.laws.known
+        """Return rho, the preference: prior × credit × speed, sum 1; the prior if all of them are 0.
+
+        A domain without a law gets the mean speed of the others, weighted by the prior.
+        """
+        rule = self.variant
+        known = state.laws.known
         speed = state.laws.speed(state.num_seen, rule.min_alpha)
         measured = state.prior * known
         typical = (measured * np.where(known, speed, 0.0)).sum() / max(measured.sum(), np.finfo(np.float64).tiny)
+
         factor = np.sqrt(credit * (1 - credit)) if rule.credit == "spread" else credit**self.config.credit_power
         preference = state.prior * factor * np.where(known, speed, typical)
         total = preference.sum()
         preference = preference / total if total > 0 else state.prior
-        return _clipped(preference, self.config.delta_min) if rule.floor == "preference" else preference
+        return _clip_to_floor(preference, self.config.delta_min) if rule.floor == "preference" else preference
 
-    def _floored(self, weights: NDArray[np.float64], state: AdoState) -> NDArray[np.float64]:
+    def _with_floor(self, weights: NDArray[np.float64], state: AdoState) -> NDArray[np.float64]:
+        """Return `weights` with the floor of the variant, sum 1."""
         if self.variant.floor == "exact":
             return project_to_bounds(weights, self.floor(len(weights)))
         if self.variant.floor == "seen":
-            return _clipped(weights, np.where(state.num_sequences > 0, self.config.delta_min, 0.0))
+            return _clip_to_floor(weights, np.where(state.num_sequences > 0, self.config.delta_min, 0.0))
         return weights / weights.sum()
 
 
@@ -256,12 +275,12 @@ _PER_DOMAIN = ("prior", "weights", "credit", "average", "law_status", "stale", "
 
 
 def _share(statistics: DomainStatistics) -> NDArray[np.float64] | None:
-    """Shares of the batch that were served; None for an empty one."""
+    """Return the shares of the domains in the batch; None for an empty batch."""
     total = statistics.num_sequences.sum()
     return statistics.num_sequences / total if total > 0 else None
 
 
-def _clipped(weights: NDArray[np.float64], floor: float | NDArray[np.float64]) -> NDArray[np.float64]:
-    """Raised to the floor and renormalised, which ends below the floor: what the published codes do."""
+def _clip_to_floor(weights: NDArray[np.float64], floor: float | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Raise weights to the floor and renormalise, as the published codes do; the result may lie below the floor."""
     raised = np.maximum(weights, floor)
     return raised / raised.sum()

@@ -1,8 +1,8 @@
-"""Adaptive Data Optimization as four people wrote it, as data: what differs is here, what is shared is in `ado`.
+"""Adaptive Data Optimization as four groups wrote it, as data: this file holds the differences, `ado` the shared part.
 
-`default` is ours: the paper's equations with the known faults of the public codes repaired. The others are kept to
-reproduce published trajectories, faults of the method included: `paper` (arXiv 2410.11820), `authors` (the code published
-with it) and `mixtera` (the code of arXiv 2502.19790). None of them reproduces a crash.
+`default` is ours: the equations of the paper, with the known faults of the public codes repaired. The others reproduce
+published trajectories, including faults of the method: `paper` (arXiv 2410.11820), `authors` (the code published with it)
+and `mixtera` (the code of arXiv 2502.19790). None of them reproduces a crash.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from mixtera_hpc.core.mixing.law_objective import LawBounds
 __all__ = ["ADO_VARIANTS", "AdoVariant"]
 
 
-OURS = LawBounds()
-PUBLISHED = LawBounds(min_epsilon=float(np.exp(0.5)))
-"""The published bound on epsilon, 1.65 nats: above the loss of code, which it makes look finished."""
+OUR_BOUNDS = LawBounds()
+PUBLISHED_BOUNDS = LawBounds(min_epsilon=float(np.exp(0.5)))
+"""The published bound on epsilon, 1.65 nats. It exceeds the loss of code, which then looks fully learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,30 +26,37 @@ class AdoVariant:
     """Where the published rules differ."""
 
     share: Literal["realised", "previous", "new"] = "realised"
-    """What credit follows: shares of the step's batch, weights before the update, or weights after it."""
+    """What credit follows: the shares of the step's batch, the weights before the update, or those after it."""
     credit_in_warmup: bool = False
     """Credit moves before the mixture does."""
     credit: Literal["power", "spread"] = "power"
-    """h^s, or sqrt(h (1 - h)) as the authors' code has it."""
+    """h^s, or sqrt(h (1 - h)) as in the authors' code."""
     floor: Literal["exact", "preference", "seen"] = "exact"
-    """Project the mixture; or clip and renormalise the preference; or the mixture's domains seen so far."""
+    """Project the mixture onto the floor; or clip and renormalise the preference; or clip and renormalise the mixture over the
+    domains seen so far."""
     min_alpha: float = 0.0
-    """Speeds are computed with at least this exponent."""
+    """Speeds are computed with at least this exponent as a factor."""
     first_step: int = 0
     """Number of the first step in the running average."""
     binned: bool = True
     """Fit binned means; otherwise the filled, smoothed and thinned series."""
-    bounds: LawBounds = OURS
-    """Where laws are searched."""
+    bounds: LawBounds = OUR_BOUNDS
+    """The box that laws are searched in."""
 
 
 ADO_VARIANTS = MappingProxyType(
     {
         "default": AdoVariant(),
-        "paper": AdoVariant(share="previous", binned=False, bounds=PUBLISHED),
+        "paper": AdoVariant(share="previous", binned=False, bounds=PUBLISHED_BOUNDS),
         "authors": AdoVariant(
-            credit_in_warmup=True, credit="spread", floor="preference", min_alpha=0.05, binned=False, bounds=PUBLISHED
+            credit_in_warmup=True,
+            credit="spread",
+            floor="preference",
+            min_alpha=0.05,
+            binned=False,
+            bounds=PUBLISHED_BOUNDS,
         ),
-        "mixtera": AdoVariant(share="new", floor="seen", first_step=1, binned=False, bounds=PUBLISHED),
+        "mixtera": AdoVariant(share="new", floor="seen", first_step=1, binned=False, bounds=PUBLISHED_BOUNDS),
     }
 )
+"""`mixture.algorithm.variant` → its rules."""

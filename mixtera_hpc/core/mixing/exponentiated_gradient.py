@@ -1,7 +1,7 @@
-"""Exponentiated gradient: multiply each weight by exp(eta · score), where the score says how far a domain is behind.
+"""Exponentiated gradient: multiply each weight by exp(eta · score), where the score is the excess loss of the domain.
 
-Group DRO as DoReMi and Sheared-LLaMA use it; they differ in score, step size and smoothing, so they are one file.
-Price: O(domains) per step, no history; needs a loss per domain to compare with, from a reference run or a scaling law.
+DoReMi and Sheared-LLaMA use Group DRO in this form. They differ only in score, step size and smoothing, so one file holds
+both. Price: O(domains) per step, no history. It compares with a loss per domain, from a reference run or a scaling law.
 Sources: arXiv 2305.10429 (DoReMi), algorithm 1; arXiv 2310.06694 (Sheared-LLaMA), algorithm 1.
 """
 
@@ -22,40 +22,40 @@ __all__ = ["ExponentiatedGradient", "ExponentiatedGradientState"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExponentiatedGradientState:
-    """What is known after `step` updates; arrays have shape (num_domains,)."""
+    """The state after `step` updates; arrays have shape (num_domains,)."""
 
     step: int
     weights: NDArray[np.float64]
     log_weight: NDArray[np.float64]
-    """Not normalised: a domain that is absent keeps its number."""
+    """Not normalised: a domain without sequences in a step keeps its value."""
     average: NDArray[np.float64]
-    """Mean of all weights so far: what DoReMi hands to the next run."""
+    """Mean of all weights so far, which DoReMi gives to the next run."""
     num_nonfinite: NDArray[np.int64]
     """Sequences so far whose loss was not finite."""
 
 
 class ExponentiatedGradient:
-    """The algorithm with its parameters; all memory is in `ExponentiatedGradientState`."""
+    """The algorithm with its parameters; everything that changes is in `ExponentiatedGradientState`."""
 
     name: ClassVar[str] = "exponentiated-gradient"
     learned: ClassVar[tuple[str, ...]] = ("log_weight",)
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
-        """Parameters of exponentiated gradient, with DoReMi's defaults."""
+        """Parameters of exponentiated gradient, with the defaults of DoReMi."""
 
         variant: Literal["doremi", "sheared-llama"] = "doremi"
-        """The score: max(loss - reference, 0), or loss - reference, which also takes weight from domains that are ahead."""
+        """The score: max(loss - reference, 0); or loss - reference, which also takes weight from domains below the reference."""
         eta: float = 1.0
         """Step size per nat."""
         smoothing: float | None = None
-        """Share handed out evenly; null is 0.001 for doremi, 0 for sheared-llama."""
+        """Share that is distributed evenly. Null takes 0.001 for doremi and 0 for sheared-llama."""
         reference_losses: tuple[float, ...] = ()
-        """Nats per domain to compare with, in the order of the domains; empty compares with 0."""
+        """Loss of each domain to compare with, in nats, in the order of the domains. Empty compares with 0."""
         delta_min: float = 0.01
         """Smallest weight of a domain."""
         floor_share: float = 0.25
-        """With many domains the smallest weight is this divided by their number, so that floors together take no more."""
+        """All floors together take at most this share: with many domains the smallest weight is this divided by their number."""
 
         def __post_init__(self) -> None:
             check_range("eta", self.eta, 0)
@@ -64,6 +64,7 @@ class ExponentiatedGradient:
 
         @property
         def smoothed(self) -> float:
+            """The share that is distributed evenly."""
             default = 1e-3 if self.variant == "doremi" else 0.0
             return default if self.smoothing is None else self.smoothing
 
@@ -71,45 +72,53 @@ class ExponentiatedGradient:
         self.config = config
 
     def floor(self, num_domains: int) -> float:
-        """What every weight stays above, once it has moved."""
+        """Return the lower bound of every weight after the first update."""
         return weight_floor(num_domains, delta_min=self.config.delta_min, floor_share=self.config.floor_share)
 
     def start(self, prior: NDArray[np.float64]) -> ExponentiatedGradientState:
-        """Begin with the mixture `prior`."""
-        prior, given = check_prior(prior), len(self.config.reference_losses)
-        if given not in (0, len(prior)):
+        """Return the initial state, with the mixture `prior`."""
+        prior = check_prior(prior)
+        num_references = len(self.config.reference_losses)
+        if num_references not in (0, len(prior)):
             raise ConfigError(
-                f"{CONFIG_KEY}.reference_losses has {given} numbers, but the mixture has {len(prior)} domains. "
+                f"{CONFIG_KEY}.reference_losses has {num_references} numbers, but the mixture has {len(prior)} domains. "
                 f"Give one per domain, in the mixture's order."
             )
-        log_weight = np.log(np.maximum(prior, np.finfo(np.float64).tiny))
-        nothing = np.zeros(len(prior), np.int64)
         return ExponentiatedGradientState(
-            step=0, weights=prior, log_weight=log_weight, average=prior, num_nonfinite=nothing
+            step=0,
+            weights=prior,
+            log_weight=np.log(np.maximum(prior, np.finfo(np.float64).tiny)),  # Weight 0 gets a very small one.
+            average=prior,
+            num_nonfinite=np.zeros(len(prior), np.int64),
         )
 
     def update(
         self, state: ExponentiatedGradientState, statistics: DomainStatistics
     ) -> tuple[ExponentiatedGradientState, NDArray[np.float64]]:
-        """Take in one optimizer step; returns the new state and the mixture, shape (num_domains,)."""
-        size, step, config = len(state.weights), state.step + 1, self.config
+        """Return the state after one more optimizer step, and the mixture; shape (num_domains,)."""
+        size = len(state.weights)
+        step = state.step + 1
+        config = self.config
+
         score = statistics.loss_mean - np.asarray(config.reference_losses or 0.0)
         score = np.maximum(score, 0.0) if config.variant == "doremi" else score
         log_weight = state.log_weight + config.eta * np.where(statistics.observed, score, 0.0)
+
+        # Back from logarithms, mixed with an equal share for every domain. Subtracting the maximum avoids overflow.
         sharp = np.exp(log_weight - log_weight.max())
         weights = (1 - config.smoothed) * sharp / sharp.sum() + config.smoothed / size
         weights = project_to_bounds(weights, self.floor(size))
-        state = ExponentiatedGradientState(
+        new_state = ExponentiatedGradientState(
             step=step,
             weights=weights,
             log_weight=log_weight,
             average=state.average + (weights - state.average) / step,
             num_nonfinite=state.num_nonfinite + statistics.num_nonfinite,
         )
-        return state, weights
+        return new_state, weights
 
     def describe(self, state: ExponentiatedGradientState) -> dict[str, NDArray[Any]]:
-        """What a report shows of every domain; shape (num_domains,) each."""
+        """Return the arrays that a report shows; shape (num_domains,) each."""
         return {
             "weight": state.weights,
             "average_weight": state.average,
@@ -118,15 +127,15 @@ class ExponentiatedGradient:
         }
 
     def state_arrays(self, state: ExponentiatedGradientState) -> dict[str, NDArray[Any]]:
-        """The state as flat arrays, for an npz file without pickle."""
+        """Return the state as flat arrays, for an npz file without pickle."""
         scalars = {"origin": np.array(self.name), "step": np.array(state.step)}
         return scalars | {name: getattr(state, name) for name in _PER_DOMAIN}
 
     def state_from_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> ExponentiatedGradientState:
-        """The inverse of `state_arrays`.
+        """Restore what `state_arrays` returned.
 
         Raises:
-            ConfigError: another algorithm wrote them.
+            ConfigError: another algorithm wrote the arrays.
         """
         check_origin(arrays, self.name)
         return ExponentiatedGradientState(step=int(arrays["step"]), **{name: arrays[name] for name in _PER_DOMAIN})

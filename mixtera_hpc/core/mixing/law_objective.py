@@ -1,4 +1,4 @@
-"""What a fitted scaling law is judged by: observed losses, bounds on the law, and a Huber loss on log L.
+"""The objective of a fitted scaling law: observed losses, bounds on the law, and a Huber loss on log L.
 
 A law is a row theta = (log beta, alpha, epsilon) of L(n) = epsilon + beta · n^-alpha.
 """
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 __all__ = ["HUBER_DELTA", "LawBounds", "LossPoints", "Prediction", "huber_objective", "predict"]
 
 HUBER_DELTA = 1e-3
-"""Residuals of log L beyond this count linearly."""
+"""Residuals of log L above this count linearly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,11 +23,11 @@ class LossPoints:
     log_loss: NDArray[np.float64]
     """Log of the mean token loss in nats, 0 where `weight` is 0; shape (num_domains, num_points)."""
     weight: NDArray[np.float64]
-    """How much each point counts, rows of sum 1; 0 where a domain has no observation. Shape (num_domains, num_points)."""
+    """Weight of each point. Rows sum to 1; 0 where a domain has no observation. Shape (num_domains, num_points)."""
 
     @classmethod
     def of(cls, log_n: NDArray[np.float64], loss: NDArray[np.float64], weight: NDArray[np.float64]) -> "LossPoints":
-        """Points from mean losses in nats; those that are not finite and positive get no weight."""
+        """Return points of mean losses in nats; losses that are not finite and positive get weight 0."""
         usable = np.isfinite(loss) & (loss > 0) & (weight > 0)
         weight = np.where(usable, weight, 0.0)
         total = weight.sum(axis=1, keepdims=True)
@@ -35,12 +35,13 @@ class LossPoints:
         return cls(log_n=log_n, log_loss=log_loss, weight=weight / np.where(total > 0, total, 1.0))
 
     def take(self, rows: NDArray[np.intp]) -> "LossPoints":
+        """Return the points of some domains."""
         return LossPoints(log_n=self.log_n, log_loss=self.log_loss[rows], weight=self.weight[rows])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LawBounds:
-    """The box laws are searched in."""
+    """The box that laws are searched in."""
 
     max_alpha: float = 0.8
     max_log_beta: float = 6.5
@@ -52,33 +53,35 @@ class LawBounds:
 
     @property
     def low(self) -> NDArray[np.float64]:
+        """Lower bounds of theta; shape (3,)."""
         return np.array([self.min_log_beta, 0.0, self.min_epsilon])
 
     @property
     def high(self) -> NDArray[np.float64]:
+        """Upper bounds of theta; shape (3,)."""
         return np.array([self.max_log_beta, self.max_alpha, np.inf])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prediction:
-    """What laws predict at the points; shape (num_domains, num_points) each."""
+    """Losses that laws predict at the points; shape (num_domains, num_points) each."""
 
     loss: NDArray[np.float64]
     reducible: NDArray[np.float64]
     """beta · n^-alpha, nats."""
     residual: NDArray[np.float64]
-    """Log of the predicted loss, less log of the observed one."""
+    """Log of the predicted loss minus log of the observed loss."""
 
 
 def predict(theta: NDArray[np.float64], points: LossPoints) -> Prediction:
-    """Evaluate the laws `theta`, shape (num_domains, 3)."""
+    """Evaluate the laws `theta`, shape (num_domains, 3), at the points."""
     reducible = np.exp(theta[:, :1] - theta[:, 1:2] * points.log_n)
     loss = theta[:, 2:] + reducible
     return Prediction(loss, reducible, np.log(loss) - points.log_loss)
 
 
 def huber_objective(residual: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weighted Huber loss divided by its delta, about the mean absolute residual; shape (num_domains,)."""
+    """Return the weighted Huber loss divided by its delta, about the mean absolute residual; shape (num_domains,)."""
     size = np.abs(residual)
     near = np.minimum(size, HUBER_DELTA)
     return np.einsum("km,km->k", weight, near * (size - 0.5 * near)) / HUBER_DELTA

@@ -1,9 +1,9 @@
-"""What is remembered of every loss ever seen: sums in at most 256 bins along log n.
+"""The history of all losses so far: sums in at most 256 bins along log n.
 
-A power law is straight in log n, so its evidence is, too: equally wide bins on that axis hold as much as the whole series,
-and a bin's mean over all its tokens needs no smoothing filter, no filling of gaps and no guess for a domain not yet seen.
-When the bins run out, neighbours merge and all become twice as wide. Price: 16 bytes per domain and bin, so 4 MB at 1,000
-domains, however long the run; a step costs one addition of two arrays.
+A power law is straight in log n, so equally wide bins on that axis hold as much evidence as the whole series. The mean of a
+bin over all its tokens needs no smoothing filter, no filled gaps, and no guess for a domain that has not been seen yet. When
+the bins run out, neighbours merge and all bins become twice as wide. Price: 16 bytes per domain and bin, so 4 MB at 1,000
+domains, no matter how long the run is; a step costs one addition of two arrays.
 """
 
 import itertools
@@ -22,7 +22,7 @@ __all__ = ["MAX_BINS", "LossBin", "LossHistory"]
 
 MAX_BINS = 256
 FIRST_BINS_PER_OCTAVE = 32
-"""256 bins last for a factor of 2^8 in n; each further doubling of the run then costs half of what was there before."""
+"""256 bins last for a factor of 2^8 in n. Each further doubling of the run then costs half of the resolution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,8 +47,8 @@ class LossBin:
             num_tokens=self.num_tokens + other.num_tokens,
         )
 
-    def halved(self) -> "LossBin":
-        """The same steps in an interval twice as wide."""
+    def widened(self) -> "LossBin":
+        """Return the same steps in an interval twice as wide."""
         return LossBin(
             key=self.key // 2,
             num_steps=self.num_steps,
@@ -60,10 +60,11 @@ class LossBin:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossHistory:
-    """Immutable: `observe` returns a new history that shares all closed bins with the old one."""
+    """Binned losses. Immutable: `observe` returns a new history that shares all closed bins with the old one."""
 
     num_domains: int
     bins: tuple[LossBin, ...] = ()
+    """In ascending order of n; the last one may still grow."""
     bins_per_octave: int = FIRST_BINS_PER_OCTAVE
 
     def observe(self, num_seen: int, statistics: DomainStatistics) -> "LossHistory":
@@ -78,12 +79,12 @@ class LossHistory:
         )
         return LossHistory(
             num_domains=self.num_domains,
-            bins=_merged((*self.bins[-1:], step), before=self.bins[:-1]),
+            bins=_merge_equal_keys((*self.bins[-1:], step), before=self.bins[:-1]),
             bins_per_octave=self.bins_per_octave,
-        )._bounded()
+        )._within_limit()
 
     def points(self) -> LossPoints:
-        """Mean losses of all bins, weighted by their tokens."""
+        """Return the mean losses of all bins, weighted by their tokens."""
         if not self.bins:
             empty = np.zeros((self.num_domains, 0))
             return LossPoints.of(np.zeros(0), empty, empty)
@@ -93,7 +94,7 @@ class LossHistory:
         return LossPoints.of(log_n, loss, tokens.astype(np.float64))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Everything as flat arrays, for an npz file."""
+        """Return the history as flat arrays, for an npz file."""
         empty = np.zeros((0, self.num_domains))
         return {
             "history_bins_per_octave": np.array(self.bins_per_octave),
@@ -106,24 +107,29 @@ class LossHistory:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "LossHistory":
+        """Restore what `arrays` returned."""
         columns = [arrays[f"history_{name}"] for name in ("key", "num_steps", "log_n_sum", "loss_sum", "num_tokens")]
         bins = tuple(
-            LossBin(key=int(k), num_steps=int(s), log_n_sum=float(x), loss_sum=loss, num_tokens=tokens)
-            for k, s, x, loss, tokens in zip(*columns, strict=True)
+            LossBin(
+                key=int(key), num_steps=int(num_steps), log_n_sum=float(log_n_sum), loss_sum=loss, num_tokens=tokens
+            )
+            for key, num_steps, log_n_sum, loss, tokens in zip(*columns, strict=True)
         )
         num_domains = arrays["history_loss_sum"].shape[1]
         return cls(num_domains=num_domains, bins=bins, bins_per_octave=int(arrays["history_bins_per_octave"]))
 
-    def _bounded(self) -> "LossHistory":
+    def _within_limit(self) -> "LossHistory":
+        """Return a history of at most `MAX_BINS` bins, each twice as wide as often as needed."""
         if len(self.bins) <= MAX_BINS:
             return self
-        halved = _merged(tuple(b.halved() for b in self.bins))
         return LossHistory(
-            num_domains=self.num_domains, bins=halved, bins_per_octave=self.bins_per_octave // 2
-        )._bounded()
+            num_domains=self.num_domains,
+            bins=_merge_equal_keys(tuple(b.widened() for b in self.bins)),
+            bins_per_octave=self.bins_per_octave // 2,
+        )._within_limit()
 
 
-def _merged(bins: tuple[LossBin, ...], before: tuple[LossBin, ...] = ()) -> tuple[LossBin, ...]:
-    """`before`, then `bins` with those of equal key added up."""
+def _merge_equal_keys(bins: tuple[LossBin, ...], before: tuple[LossBin, ...] = ()) -> tuple[LossBin, ...]:
+    """Return `before`, then `bins` with neighbours of equal key added up."""
     groups = itertools.groupby(bins, key=lambda b: b.key)
     return before + tuple(reduce(LossBin.__add__, group) for _, group in groups)

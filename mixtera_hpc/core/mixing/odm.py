@@ -1,8 +1,7 @@
 """Online Data Mixing: a bandit (EXP3) that serves more of the domains whose loss is high.
 
-Each observed domain's reward is its loss divided by its weight, so that rarely served ones are not forgotten; rewards are
-averaged with decay and turned into weights by a softmax whose sharpness and exploration shrink as the run goes on.
-Price: O(domains) per step, no history.
+The reward of an observed domain is its loss divided by its weight, so that rarely served domains are not neglected. Rewards
+are averaged with decay and turned into weights by a softmax, whose sharpness and exploration shrink during the run. Price: O(domains) per step, no history.
 Source: arXiv 2312.02406, algorithm 1.
 """
 
@@ -22,7 +21,7 @@ __all__ = ["OnlineDataMixing", "OnlineDataMixingState"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OnlineDataMixingState:
-    """What the bandit knows after `step` updates; arrays have shape (num_domains,)."""
+    """The state of the bandit after `step` updates; arrays have shape (num_domains,)."""
 
     step: int
     weights: NDArray[np.float64]
@@ -33,7 +32,7 @@ class OnlineDataMixingState:
 
 
 class OnlineDataMixing:
-    """The algorithm with its parameters; all memory is in `OnlineDataMixingState`."""
+    """The algorithm with its parameters; everything that changes is in `OnlineDataMixingState`."""
 
     name: ClassVar[str] = "odm"
     learned: ClassVar[tuple[str, ...]] = ("reward",)
@@ -43,11 +42,11 @@ class OnlineDataMixing:
         """Parameters of online data mixing."""
 
         decay: float = 0.9
-        """How much of the old reward an observation leaves in place."""
+        """Share of the old reward that remains after an observation."""
         delta_min: float = 0.01
         """Smallest weight of a domain."""
         floor_share: float = 0.25
-        """With many domains the smallest weight is this divided by their number, so that floors together take no more."""
+        """All floors together take at most this share: with many domains the smallest weight is this divided by their number."""
 
         def __post_init__(self) -> None:
             for name in ("decay", "delta_min", "floor_share"):
@@ -57,36 +56,51 @@ class OnlineDataMixing:
         self.config = config
 
     def floor(self, num_domains: int) -> float:
-        """What every weight stays above, once it has moved."""
+        """Return the lower bound of every weight after the first update."""
         return weight_floor(num_domains, delta_min=self.config.delta_min, floor_share=self.config.floor_share)
 
     def start(self, prior: NDArray[np.float64]) -> OnlineDataMixingState:
-        """Begin with the mixture `prior`, which the first update forgets."""
+        """Return the initial state; the mixture `prior` holds until the first update."""
         prior = check_prior(prior)
-        nothing = np.zeros(len(prior))
-        return OnlineDataMixingState(step=0, weights=prior, reward=nothing, num_nonfinite=nothing.astype(np.int64))
+        return OnlineDataMixingState(
+            step=0,
+            weights=prior,
+            reward=np.zeros(len(prior)),
+            num_nonfinite=np.zeros(len(prior), np.int64),
+        )
 
     def update(
         self, state: OnlineDataMixingState, statistics: DomainStatistics
     ) -> tuple[OnlineDataMixingState, NDArray[np.float64]]:
-        """Take in one optimizer step; returns the new state and the mixture, shape (num_domains,)."""
-        size, step = len(state.weights), state.step + 1
-        before, now = _exploration(size, step - 1), _exploration(size, step)
-        # The bandit's own weights never fall below its exploration; a prior may.
-        fresh = statistics.loss_mean / np.maximum(state.weights, before)
-        averaged = self.config.decay * state.reward + (1 - self.config.decay) * fresh
+        """Return the state after one more optimizer step, and the mixture; shape (num_domains,)."""
+        size = len(state.weights)
+        step = state.step + 1
+        exploration_before = _exploration(size, step - 1)
+        exploration = _exploration(size, step)
+
+        # The weights of the bandit never fall below its exploration, but those of a prior may: bound the divisor.
+        observed_reward = statistics.loss_mean / np.maximum(state.weights, exploration_before)
+        averaged = self.config.decay * state.reward + (1 - self.config.decay) * observed_reward
         reward = np.where(statistics.observed, averaged, state.reward)
-        sharp = np.exp(before * (reward - reward.max()))
-        weights = project_to_bounds((1 - size * now) * sharp / sharp.sum() + now, self.floor(size))
-        nonfinite = state.num_nonfinite + statistics.num_nonfinite
-        return OnlineDataMixingState(step=step, weights=weights, reward=reward, num_nonfinite=nonfinite), weights
+
+        # Softmax of the rewards, mixed with an equal share for every domain. Subtracting the maximum avoids overflow.
+        sharp = np.exp(exploration_before * (reward - reward.max()))
+        explored = (1 - size * exploration) * sharp / sharp.sum() + exploration
+        weights = project_to_bounds(explored, self.floor(size))
+        new_state = OnlineDataMixingState(
+            step=step,
+            weights=weights,
+            reward=reward,
+            num_nonfinite=state.num_nonfinite + statistics.num_nonfinite,
+        )
+        return new_state, weights
 
     def describe(self, state: OnlineDataMixingState) -> dict[str, NDArray[Any]]:
-        """What a report shows of every domain; shape (num_domains,) each."""
+        """Return the arrays that a report shows; shape (num_domains,) each."""
         return {"weight": state.weights, "reward": state.reward, "num_nonfinite": state.num_nonfinite}
 
     def state_arrays(self, state: OnlineDataMixingState) -> dict[str, NDArray[Any]]:
-        """The state as flat arrays, for an npz file without pickle."""
+        """Return the state as flat arrays, for an npz file without pickle."""
         return {
             "origin": np.array(self.name),
             "step": np.array(state.step),
@@ -96,10 +110,10 @@ class OnlineDataMixing:
         }
 
     def state_from_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> OnlineDataMixingState:
-        """The inverse of `state_arrays`.
+        """Restore what `state_arrays` returned.
 
         Raises:
-            ConfigError: another algorithm wrote them.
+            ConfigError: another algorithm wrote the arrays.
         """
         check_origin(arrays, self.name)
         values = {name: arrays[name] for name in ("weights", "reward", "num_nonfinite")}
@@ -107,6 +121,6 @@ class OnlineDataMixing:
 
 
 def _exploration(num_domains: int, step: int) -> float:
-    """The share every domain gets whatever its reward; all of it at step 0."""
+    """Return the share that every domain gets independent of its reward; at step 0 the whole mixture."""
     decayed = np.sqrt(np.log(num_domains) / (num_domains * step)) if step else np.inf
     return float(min(1.0 / num_domains, decayed))

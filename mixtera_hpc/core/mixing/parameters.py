@@ -1,4 +1,4 @@
-"""A mixing algorithm's parameters: from what the user wrote to a checked, frozen dataclass."""
+"""Parameters of mixing algorithms: convert the written values to a checked, frozen dataclass."""
 
 import types
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 __all__ = ["CONFIG_KEY", "check_origin", "check_prior", "check_range", "parse_parameters", "valid_options"]
 
 CONFIG_KEY = "mixture.algorithm"
-"""Where users write these parameters."""
+"""Key of these parameters in the configuration."""
 
 C = TypeVar("C")
 
@@ -35,30 +35,34 @@ def parse_parameters(config_class: type[C], parameters: Mapping[str, Any]) -> C:
 
 
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise ConfigError unless low <= value <= high."""
+    """Raise `ConfigError` unless low <= value <= high."""
     if not low <= value <= high:
         bounds = f"between {low:g} and {high:g}" if np.isfinite(high) else f"at least {low:g}"
         raise ConfigError(f"{CONFIG_KEY}.{name} is {value!r}, expected a number {bounds}.")
 
 
 def check_prior(prior: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The starting mixture as float64, or MixtureError unless it is a finite distribution."""
+    """Return the initial mixture as float64.
+
+    Raises:
+        MixtureError: it is not a finite distribution.
+    """
     prior = np.array(prior, np.float64)
     if prior.ndim != 1 or not len(prior):
-        raise MixtureError(f"The starting mixture has shape {prior.shape}, expected one weight per domain.")
+        raise MixtureError(f"The initial mixture has shape {prior.shape}, expected one weight per domain.")
     if not (np.isfinite(prior).all() and (prior >= 0).all() and abs(prior.sum() - 1) <= 1e-6):
         raise MixtureError(
-            f"The starting mixture spans {prior.min():.6g} to {prior.max():.6g} and sums to {prior.sum():.6g}; "
+            f"The initial mixture spans {prior.min():.6g} to {prior.max():.6g} and sums to {prior.sum():.6g}; "
             f"weights must be finite, at least 0 and sum to 1."
         )
     return prior
 
 
 def check_origin(arrays: Mapping[str, NDArray[Any]], origin: str) -> None:
-    """Refuse saved state that another algorithm or variant wrote.
+    """Refuse a saved state that another algorithm or variant wrote.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: names both.
     """
     written_by = str(arrays["origin"]) if "origin" in arrays else "something else"
     if written_by != origin:
@@ -69,13 +73,14 @@ def check_origin(arrays: Mapping[str, NDArray[Any]], origin: str) -> None:
 
 
 def valid_options(value: Any, valid: tuple[str, ...]) -> str:
-    """The end of a message about a wrong name: near misses, then every valid one."""
+    """Return the end of a message about a wrong name: near misses, then all valid names."""
     near = did_you_mean(str(value), valid)
     near = near if near.startswith(" Did") else ""
     return f"{near} Valid: {', '.join(sorted(valid))}."
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
+    """Return a written value as the type `hint`; refuse another type, naming `path`."""
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ConfigError(f"{path} is {value!r}.{valid_options(value, get_args(hint))}")
@@ -92,8 +97,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{path} is {value!r}, expected {_NAMES[hint]}.")
+        raise ConfigError(f"{path} is {value!r}, expected {_TYPE_NAMES[hint]}.")
     return value
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

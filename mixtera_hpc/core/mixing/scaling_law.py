@@ -1,13 +1,14 @@
-"""One power law per domain, L(n) = epsilon + beta · n^-alpha, fitted to the losses of all domains at once.
+"""Fit one power law per domain, L(n) = epsilon + beta · n^-alpha, to the losses of all domains at once.
 
-The objective is ADO's: a Huber loss on log L, quadratic below a residual of 0.001 and linear beyond, within bounds. Given
-alpha the law is linear in (epsilon, beta), so a grid over alpha turns each reweighted least-squares pass into three matrix
-products, and the best alpha of every domain is found globally; `refinement` then descends to the minimum of the objective
-itself. Price: about 15 passes over a (num_domains, num_points) array, then some twenty more over the rows still moving.
-The products are einsums, not BLAS calls: their bits do not depend on how many threads a node gives the process.
+The objective is that of ADO: a Huber loss on log L, quadratic below a residual of 0.001 and linear above, within bounds.
+For a given alpha the law is linear in (epsilon, beta). So a grid over alpha turns each pass of reweighted least squares
+into three matrix products, which find the best alpha of every domain globally. `law_refinement` then descends to the
+minimum of the objective itself. Price: about 15 passes over a (num_domains, num_points) array, then about twenty more over
+the domains that still move. The products are einsums and not BLAS calls, so their bits do not depend on the number of
+threads of the process.
 
-The three numbers are not identifiable from noisy losses; the slope at the current n is. Compare speeds, not parameters.
-Source: arXiv 2410.11820, equation (1).
+The three parameters are not identifiable from noisy losses, but the slope at the present n is. Compare speeds, not
+parameters. Source: arXiv 2410.11820, equation (1).
 """
 
 from dataclasses import dataclass
@@ -20,147 +21,183 @@ from mixtera_hpc.core.mixing.law_refinement import refine_laws
 
 __all__ = ["MIN_POINTS", "ScalingLaws", "fit_laws"]
 
+Floats = NDArray[np.float64]
+
 MIN_POINTS = 3
-"""A law has three numbers; with fewer distinct points there is no fit."""
+"""A law has three parameters; fewer distinct points do not determine it."""
 
 NUM_ALPHAS = 40
 """Exponents tried in the global search."""
 
 PASSES = (3e-2, 1e-2, 3e-3, HUBER_DELTA, HUBER_DELTA, HUBER_DELTA)
-"""Residuals beyond which losses count linearly, one per reweighting after the first, unweighted pass."""
+"""Residuals above which losses count linearly, one per reweighted pass; the pass before them is unweighted."""
+
+MIN_DETERMINANT = 1e-14
+"""Smallest determinant of the normal equations, relative to the product of their diagonal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScalingLaws:
     """L(n) = epsilon + beta · n^-alpha for every domain, n in sequences; rows of NaN where no law is known."""
 
-    theta: NDArray[np.float64]
+    theta: Floats
     """Columns log beta, alpha, epsilon (nats); shape (num_domains, 3)."""
 
     @classmethod
     def unknown(cls, num_domains: int) -> "ScalingLaws":
+        """Return laws of which none is known."""
         return cls(theta=np.full((num_domains, 3), np.nan))
 
     @property
     def known(self) -> NDArray[np.bool_]:
+        """Domains with a law; shape (num_domains,)."""
         return np.isfinite(self.theta.sum(axis=1))
 
     @property
-    def beta(self) -> NDArray[np.float64]:
+    def beta(self) -> Floats:
         """Reducible loss at n = 1, nats; shape (num_domains,)."""
         return np.exp(self.theta[:, 0])
 
     @property
-    def alpha(self) -> NDArray[np.float64]:
+    def alpha(self) -> Floats:
+        """Exponents; shape (num_domains,)."""
         return self.theta[:, 1]
 
     @property
-    def epsilon(self) -> NDArray[np.float64]:
+    def epsilon(self) -> Floats:
         """Irreducible loss, nats; shape (num_domains,)."""
         return self.theta[:, 2]
 
-    def speed(self, n: float, min_alpha: float = 0.0) -> NDArray[np.float64]:
-        """-dL/dn at `n`, in nats per sequence of whatever domain; the leading alpha is raised to `min_alpha`."""
+    def speed(self, n: float, min_alpha: float = 0.0) -> Floats:
+        """Return -dL/dn at `n`, in nats per sequence of any domain; shape (num_domains,).
+
+        Args:
+            min_alpha: lower bound for the factor alpha; the exponent keeps its value.
+        """
         reducible = np.exp(self.theta[:, 0] - self.alpha * np.log(n))
         return np.maximum(self.alpha, min_alpha) * reducible / n
 
 
 def fit_laws(points: LossPoints, bounds: LawBounds, start: ScalingLaws) -> ScalingLaws:
-    """The laws that fit `points` best, unknown for domains with fewer than `MIN_POINTS` of them. Never raises.
+    """Return the laws that fit `points` best; unknown for domains with fewer than `MIN_POINTS` points. Never raises.
 
     Args:
-        start: laws known from before; where one fits better than the grid's best, the descent begins there.
+        start: laws of an earlier fit. If one fits better than the best law of the grid, the descent begins there.
     """
     theta = np.full((len(points.log_loss), 3), np.nan)
     rows = np.flatnonzero((points.weight > 0).sum(axis=1) >= MIN_POINTS)
     if len(rows):
         chosen = points.take(rows)
-        found = _better(_search(chosen, bounds), start.theta[rows], chosen, bounds)
-        theta[rows] = refine_laws(found, chosen, bounds)
+        initial = _better_laws(_search_grid(chosen, bounds), start.theta[rows], chosen, bounds)
+        theta[rows] = refine_laws(initial, chosen, bounds)
     return ScalingLaws(theta=theta)
 
 
-def _better(
-    theta: NDArray[np.float64], old: NDArray[np.float64], points: LossPoints, bounds: LawBounds
-) -> NDArray[np.float64]:
-    """Per domain, whichever of two laws fits better; unknown ones never do."""
+def _better_laws(theta: Floats, old: Floats, points: LossPoints, bounds: LawBounds) -> Floats:
+    """Return, for each domain, the law that fits better; an unknown old law never does."""
     old = np.clip(old, bounds.low, bounds.high)
-    scores = [huber_objective(predict(t, points).residual, points.weight) for t in (theta, old)]
-    return np.where((scores[1] < scores[0])[:, None], old, theta)
+    score = huber_objective(predict(theta, points).residual, points.weight)
+    old_score = huber_objective(predict(old, points).residual, points.weight)
+    return np.where((old_score < score)[:, None], old, theta)
 
 
-def _search(points: LossPoints, bounds: LawBounds) -> NDArray[np.float64]:
-    """The best law on a grid of alphas, by least squares reweighted towards the Huber loss; shape (num_domains, 3)."""
-    grid, loss = _Grid.of(points, bounds), np.exp(points.log_loss)
+def _search_grid(points: LossPoints, bounds: LawBounds) -> Floats:
+    """Return the best laws on a grid of alphas, by least squares reweighted towards the Huber loss; (num_domains, 3)."""
+    grid = _AlphaGrid.of(points, bounds)
+    loss = np.exp(points.log_loss)
     theta = _least_squares(loss, points.weight / loss**2, grid)
     for delta in PASSES:
-        now = predict(theta, points)
-        robust = np.minimum(1.0, delta / np.maximum(np.abs(now.residual), delta))
-        linearised = now.loss * (1.0 - now.residual)
-        theta = _least_squares(linearised, points.weight * robust / now.loss**2, grid)
+        # Iteratively reweighted least squares: points with residuals above delta get weight delta / |residual|. The
+        # residual of log L becomes one of L by linearising around the present law.
+        present = predict(theta, points)
+        robust = np.minimum(1.0, delta / np.maximum(np.abs(present.residual), delta))
+        linearised = present.loss * (1.0 - present.residual)
+        theta = _least_squares(linearised, points.weight * robust / present.loss**2, grid)
     return theta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Grid:
+class _AlphaGrid:
     """Laws epsilon + last · power(alpha), where `last` is the reducible loss at the last point."""
 
-    alphas: NDArray[np.float64]
-    powers: NDArray[np.float64]
+    alphas: Floats
+    """Shape (num_alphas,)."""
+    powers: Floats
     """(n_last / n)^alpha; shape (num_alphas, num_points)."""
     log_n_last: float
     bounds: LawBounds
 
     @classmethod
-    def of(cls, points: LossPoints, bounds: LawBounds) -> "_Grid":
+    def of(cls, points: LossPoints, bounds: LawBounds) -> "_AlphaGrid":
         alphas = bounds.max_alpha * np.arange(1, NUM_ALPHAS + 1) / NUM_ALPHAS
         powers = np.exp(np.outer(alphas, points.log_n[-1] - points.log_n))
         return cls(alphas=alphas, powers=powers, log_n_last=float(points.log_n[-1]), bounds=bounds)
 
     @property
-    def max_last(self) -> NDArray[np.float64]:
+    def max_last(self) -> Floats:
+        """The bound on beta, as a bound on `last`; shape (num_alphas,)."""
         return np.exp(self.bounds.max_log_beta - self.alphas * self.log_n_last)
 
 
-def _least_squares(loss: NDArray[np.float64], weight: NDArray[np.float64], grid: _Grid) -> NDArray[np.float64]:
-    """Minimise sum weight · (law - loss)² over the grid's laws, exactly for every alpha; shape (num_domains, 3)."""
-    weighted = weight * loss
-    pairs = ((weight, grid.powers), (weight, grid.powers**2), (weighted, grid.powers))
-    x, xx, xy = (np.einsum("km,am->ka", values, powers) for values, powers in pairs)
-    one, y = weight.sum(axis=1)[:, None], weighted.sum(axis=1)[:, None]
-    epsilon, last = _boxed(_Normal(one, x, xx, y, xy), grid)
-    value = epsilon * (epsilon * one - 2 * y) + last * (2 * epsilon * x + last * xx - 2 * xy)
-    best = value.argmin(axis=1)
-    rows, alpha = np.arange(len(best)), grid.alphas[best]
-    last_best = np.maximum(last[rows, best], np.exp(grid.bounds.min_log_beta - alpha * grid.log_n_last))
-    log_beta = np.log(last_best) + alpha * grid.log_n_last
+def _least_squares(loss: Floats, weight: Floats, grid: _AlphaGrid) -> Floats:
+    """Minimise sum weight · (law - loss)² over the laws of the grid, exactly for every alpha; (num_domains, 3)."""
+    # Sums over points of the normal equations, with x = power(alpha) and y = loss.
+    weighted_loss = weight * loss
+    sums = _NormalSums(
+        one=weight.sum(axis=1)[:, None],
+        x=np.einsum("km,am->ka", weight, grid.powers),
+        xx=np.einsum("km,am->ka", weight, grid.powers**2),
+        y=weighted_loss.sum(axis=1)[:, None],
+        xy=np.einsum("km,am->ka", weighted_loss, grid.powers),
+    )
+    epsilon, last = _solve_in_box(sums, grid)
+    best = sums.value(epsilon, last).argmin(axis=1)
+
+    # Back from (alpha, last) to (log beta, alpha), with `last` large enough for the lower bound on beta.
+    rows = np.arange(len(best))
+    alpha = grid.alphas[best]
+    min_last = np.exp(grid.bounds.min_log_beta - alpha * grid.log_n_last)
+    log_beta = np.log(np.maximum(last[rows, best], min_last)) + alpha * grid.log_n_last
     return np.stack([log_beta, alpha, epsilon[rows, best]], axis=1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Normal:
-    """Weighted sums of the normal equations; shape (num_domains, num_alphas) or (num_domains, 1)."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _NormalSums:
+    """Weighted sums of the normal equations; shape (num_domains, num_alphas), or (num_domains, 1) without x."""
 
-    one: NDArray[np.float64]
-    x: NDArray[np.float64]
-    xx: NDArray[np.float64]
-    y: NDArray[np.float64]
-    xy: NDArray[np.float64]
+    one: Floats
+    x: Floats
+    xx: Floats
+    y: Floats
+    xy: Floats
+
+    def value(self, epsilon: Floats, last: Floats) -> Floats:
+        """Return the squared error of the laws epsilon + last · x, up to a constant; (num_domains, num_alphas)."""
+        return epsilon * (epsilon * self.one - 2 * self.y) + last * (
+            2 * epsilon * self.x + last * self.xx - 2 * self.xy
+        )
 
 
-def _boxed(sums: _Normal, grid: _Grid) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Least squares over epsilon >= min_epsilon and 0 <= last <= max_last: the inside if it is there, else the best edge."""
-    low, high = grid.bounds.min_epsilon, grid.max_last[None, :]
-    determinant = np.maximum(sums.one * sums.xx - sums.x**2, 1e-14 * sums.one * sums.xx)
+def _solve_in_box(sums: _NormalSums, grid: _AlphaGrid) -> tuple[Floats, Floats]:
+    """Solve least squares over epsilon >= min_epsilon and 0 <= last <= max_last; (num_domains, num_alphas) each.
+
+    The problem is convex: if the unconstrained solution lies outside the box, the minimum lies on an edge of it.
+    """
+    low = grid.bounds.min_epsilon
+    high = grid.max_last[None, :]
+
+    # The unconstrained solution. The determinant vanishes if all powers are equal.
+    determinant = np.maximum(sums.one * sums.xx - sums.x**2, MIN_DETERMINANT * sums.one * sums.xx)
     last = (sums.one * sums.xy - sums.x * sums.y) / determinant
     epsilon = (sums.y - last * sums.x) / sums.one
     inside = (epsilon >= low) & (last >= 0) & (last <= high)
-    edge_last = np.clip((sums.xy - low * sums.x) / sums.xx, 0, high)
-    edges = [(np.full_like(last, low), edge_last)]
-    edges += [
-        (np.maximum((sums.y - at * sums.x) / sums.one, low), np.broadcast_to(at, last.shape)) for at in (0 * high, high)
-    ]
-    values = [e * (e * sums.one - 2 * sums.y) + b * (2 * e * sums.x + b * sums.xx - 2 * sums.xy) for e, b in edges]
-    best = np.argmin(values, axis=0)
-    epsilon = np.where(inside, epsilon, np.choose(best, [e for e, _ in edges]))
-    return epsilon, np.where(inside, last, np.choose(best, [b for _, b in edges]))
+
+    # The best point of each of the three edges: epsilon at its bound, last at 0, last at its bound.
+    edge_points = [(np.full_like(last, low), np.clip((sums.xy - low * sums.x) / sums.xx, 0, high))]
+    for fixed in (0 * high, high):
+        free = np.maximum((sums.y - fixed * sums.x) / sums.one, low)
+        edge_points.append((free, np.broadcast_to(fixed, last.shape)))
+    best = np.argmin([sums.value(e, b) for e, b in edge_points], axis=0)
+    edge_epsilon = np.choose(best, [e for e, _ in edge_points])
+    edge_last = np.choose(best, [b for _, b in edge_points])
+    return np.where(inside, epsilon, edge_epsilon), np.where(inside, last, edge_last)
