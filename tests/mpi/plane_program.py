@@ -1,8 +1,8 @@
-"""Serves steps of a data plane on every rank, with losses that depend on the tokens only, and prints what it served.
+"""Serve steps of a data plane on every rank, with losses that depend on the tokens only, and print the statistics.
 
 mpiexec -n N python -m mpi4py plane_program.py FOLDER ATTEMPT STEPS [OVERRIDES…]
 
-With a state saved in FOLDER it goes on from there. Saves its state at the end.
+Resumes from a state saved in FOLDER, and saves its state there at the end.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The data plane over real ranks: the same samples, losses and learned mixtures for any number of them, restarts included."""
+"""The data plane with real MPI ranks: samples, losses and learned weights do not depend on how many there are."""
 
 import json
 import subprocess
@@ -58,32 +58,32 @@ def alone(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 def weights(folder: Path) -> list[list[int]]:
-    """Of every chunk, by the attempt that counts."""
+    """Return the weights of every chunk, from the attempt that counts."""
     history = History(RunFolder(folder).journal)
     return [history.plan_of(step).weights.tolist() for step in range(0, STEPS, 3)]
 
 
 def consumed(folder: Path) -> dict[tuple[int, int], str]:
-    """(step, position) → digest, by the attempt that counts."""
+    """Return (step, position) → digest, from the attempt that counts."""
     run = RunFolder(folder)
     history = History(run.journal)
-    found = {}
+    digests = {}
     for attempt in history.attempts:
         for path in run.audit(attempt.number).glob("*.jsonl"):
             for line in map(json.loads, path.read_text().splitlines()):
                 if history.attempt_of(line["step"]).number == attempt.number:
-                    found |= {(line["step"], p): d for p, d in zip(line["positions"], line["digests"], strict=True)}
-    return found
+                    digests |= {(line["step"], p): d for p, d in zip(line["positions"], line["digests"], strict=True)}
+    return digests
 
 
-def test_the_mixture_is_learned(alone: tuple[Path, dict[str, Any]]) -> None:
-    """The other tests compare something that moves."""
+def test_the_mixture_changes_while_training(alone: tuple[Path, dict[str, Any]]) -> None:
+    """Otherwise the other tests would compare constants."""
     first, *_, last = weights(alone[0])
     assert first != last
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_any_number_of_ranks_serves_and_learns_the_same(
+def test_served_samples_and_learned_weights_do_not_depend_on_the_number_of_ranks(
     ranks: int, serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, expected = alone
@@ -93,19 +93,19 @@ def test_any_number_of_ranks_serves_and_learns_the_same(
 
 
 @pytest.mark.parametrize(("first", "second", "stop"), [(4, 2, 13), (2, 3, 15), (1, 4, 2)])
-def test_a_restart_with_other_ranks_changes_nothing(
+def test_a_restart_with_another_number_of_ranks_changes_nothing(
     first: int, second: int, stop: int, serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, expected = alone
-    begun = serve(tmp_path / "run", first, 1, stop)
-    finished = serve(tmp_path / "run", second, 2)
-    assert begun["next_step"] == stop
-    assert begun["statistics"] + finished["statistics"] == expected["statistics"]
+    first_part = serve(tmp_path / "run", first, 1, stop)
+    second_part = serve(tmp_path / "run", second, 2)
+    assert first_part["next_step"] == stop
+    assert first_part["statistics"] + second_part["statistics"] == expected["statistics"]
     assert weights(tmp_path / "run") == weights(folder)
     assert consumed(tmp_path / "run") == consumed(folder)
 
 
-def test_the_proof_holds_over_both_attempts(serve: Serve, overrides: list[str], tmp_path: Path) -> None:
+def test_verify_accepts_a_run_of_two_attempts(serve: Serve, overrides: list[str], tmp_path: Path) -> None:
     serve(tmp_path / "run", 2, 1, 10)
     serve(tmp_path / "run", 3, 2, 20)
     run = RunFolder(tmp_path / "run")
@@ -113,14 +113,14 @@ def test_the_proof_holds_over_both_attempts(serve: Serve, overrides: list[str], 
     assert (verdict.num_steps, verdict.num_sequences, verdict.num_attempts) == (20, 480, 2)
 
 
-def test_peers_of_a_dp_group_get_the_same_and_are_counted_once(
+def test_ranks_of_a_model_parallel_group_get_the_same_and_are_counted_once(
     serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     assert serve(tmp_path / "run", 4, more=("dataplane.model_parallel_size=2",)) == alone[1]
     assert consumed(tmp_path / "run") == consumed(alone[0])
 
 
-def test_a_stop_asked_of_one_rank_stops_all_at_the_same_step(serve: Serve, tmp_path: Path) -> None:
+def test_a_stop_requested_of_one_rank_stops_all_at_the_same_step(serve: Serve, tmp_path: Path) -> None:
     (tmp_path / "run" / "control").mkdir(parents=True)
     (tmp_path / "run" / "control" / "stop").touch()
     assert serve(tmp_path / "run", 3)["next_step"] == 2
@@ -136,7 +136,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(serve: Serve, overrides: lis
 def test_an_edit_between_attempts_of_different_ranks_is_proven(
     serve: Serve, overrides: list[str], tmp_path: Path
 ) -> None:
-    """Data steps 12 to 16 are skipped and the batch grows; one rank and three agree on what follows."""
+    """Data steps 12 to 16 are skipped and the batch grows. One rank and three ranks serve the same afterwards."""
     before, after = compose(overrides), compose([*overrides, "dataplane.global_batch_size=30"])
     for name, ranks in (("one", 1), ("many", 3)):
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""Data planes may be opened as often as one likes: MPI has some two thousand communicators, and a plane gives its own back."""
+"""Many data planes can be opened one after the other: MPI has some two thousand communicators, and each plane frees its own."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ for _ in range(30):
 
 
 @pytest.mark.parametrize("given", ["none", "mpi4py", "ours"])
-def test_a_plane_gives_back_every_communicator_it_made(given: str, collection: list[str]) -> None:
+def test_a_plane_frees_every_communicator_it_made(given: str, collection: list[str]) -> None:
     small = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
     words = [MPIEXEC, "-n", "2", sys.executable, "-m", "mpi4py", "-c", PROGRAM, given, *collection, *small]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Promises 2 and 3: what a step contains depends neither on ranks nor on where a run was stopped, and nothing is lost or doubled."""
+"""Promises 2 and 3: a step's content depends neither on ranks nor on restarts, and no sample is lost or served twice."""
 
 from contextlib import closing
 from itertools import islice
@@ -54,14 +54,17 @@ PLANES = st.fixed_dictionaries(
 )
 
 
-def plans(source: Source, num_chunks: int, state: PlannerState | None = None) -> list[tuple[ChunkPlan, PlannerState]]:
-    state, found = state or PlannerState.start(source.num_domains), []
+def make_plans(
+    source: Source, num_chunks: int, state: PlannerState | None = None
+) -> list[tuple[ChunkPlan, PlannerState]]:
+    state = state or PlannerState.start(source.num_domains)
+    plans = []
     for _ in range(num_chunks):
         plan, state = source.planner.plan(state, source.weights)
-        found.append((plan, state))
+        plans.append((plan, state))
         if plan.last:
             break
-    return found
+    return plans
 
 
 def content(batch: Batch) -> list[object]:
@@ -77,11 +80,11 @@ def served(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(MIXTURES, PLANES, st.sampled_from([(2, 1), (3, 1), (4, 2), (12, 1), (6, 3)]), st.integers(0, 12))
-def test_ranks_groups_and_restarts_change_nothing(
+def test_content_does_not_depend_on_ranks_groups_and_restarts(
     plain: dict[str, object], mixture: Settings, plane: Settings, shape: tuple[int, int], stop: int
 ) -> None:
     source = source_of(plain, mixture, plane)
-    made = plans(source, 4)
+    made = make_plans(source, 4)
     whole = {b.step: content(b) for b in served(source, 0, 1, 1, [plan for plan, _ in made])}
     num_ranks, group = shape
     parts: dict[int, list[object]] = {}
@@ -99,10 +102,10 @@ def test_ranks_groups_and_restarts_change_nothing(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLANES, st.sampled_from([["source"], []]))
-def test_an_epoch_of_samples_holds_every_sample_once(plain: dict[str, object], plane: Settings, by: list[str]) -> None:
+def test_an_epoch_serves_every_sample_once(plain: dict[str, object], plane: Settings, by: list[str]) -> None:
     mixture = {"group_by": by, "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
     source = source_of(plain, mixture, plane)
-    batches = served(source, 0, 1, 1, [plan for plan, _ in plans(source, 1000)])
+    batches = served(source, 0, 1, 1, [plan for plan, _ in make_plans(source, 1000)])
     payloads = [p for b in batches for p in b.payloads or []]
     ids = [p["meta"]["id"] for p in payloads]
     rows, _ = source.layout.table.totals()
@@ -114,10 +117,10 @@ def test_an_epoch_of_samples_holds_every_sample_once(plain: dict[str, object], p
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLANES, st.integers(0, 9))
-def test_sequences_of_a_domain_are_its_stream_cut_without_gaps(
+def test_sequences_cover_the_stream_of_a_domain_without_gaps(
     plain: dict[str, object], plane: Settings, domain: int
 ) -> None:
-    """Two epochs of one domain, put together from sequences, hold the tokens of all its documents twice, none lost."""
+    """The sequences of two epochs contain the tokens of all documents of the domain twice."""
     source = source_of(plain, {"max_epochs": 2.0, "on_exhausted": "redistribute"}, plane)
     grid, items = source.grid, int(source.layout.epoch_items()[domain])
     capacity = int(source.planner.capacity[domain])
@@ -139,9 +142,9 @@ def test_sequences_of_a_domain_are_its_stream_cut_without_gaps(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLANES)
-def test_tokens_count_except_where_a_document_begins(plain: dict[str, object], plane: Settings) -> None:
+def test_all_tokens_count_except_the_first_of_a_document(plain: dict[str, object], plane: Settings) -> None:
     source = source_of(plain, {}, plane)
-    [plan] = [p for p, _ in plans(source, 1)]
+    [plan] = [p for p, _ in make_plans(source, 1)]
     with closing(BatchMaker(source, BatchSlice(first=0, size=BATCH), audit=False)) as maker:
         batches = list(islice(maker.batches(plan, 0), 3))
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Training never sees what is held out; where a sample lies depends on the sample alone."""
+"""Training never sees what is held out. On which side a sample is depends on the sample alone."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def plain(collection: list[str]) -> dict[str, Any]:
 
 
 def ids(config: Config, split: Any) -> set[int]:
-    """Of every sample that one epoch of a split serves."""
+    """Return the ids of all samples that one epoch of a split serves."""
     with DataPlane.open(config, Local(), split=split) as plane:
         served = [p["meta"]["id"] for batch in plane for p in batch.payloads or []]
     assert len(set(served)) == len(served)
@@ -44,7 +44,7 @@ def ids(config: Config, split: Any) -> set[int]:
     st.sampled_from([None, "size >= 200", "source != 'argparse'"]),
     st.sampled_from(["none", "window"]),
 )
-def test_training_and_validation_share_the_samples_between_them(
+def test_every_sample_is_in_either_training_or_validation(
     plain: dict[str, Any], fraction: float, seed: int, by: list[str], where: str | None, shuffle: str
 ) -> None:
     def config(held_out: float) -> Config:
@@ -56,7 +56,7 @@ def test_training_and_validation_share_the_samples_between_them(
         )
 
     whole, train, validation = (
-        ids(config(0.0), None),
+        ids(config(0.0), "train"),
         ids(config(fraction), "train"),
         ids(config(fraction), "validation"),
     )
@@ -65,7 +65,7 @@ def test_training_and_validation_share_the_samples_between_them(
     assert abs(len(validation) / len(whole) - fraction) < 4 * (fraction * (1 - fraction) / len(whole)) ** 0.5 + 1e-9
 
 
-def test_other_shards_and_blocks_move_no_sample(own_collection: list[str], tmp_path: Path) -> None:
+def test_new_shards_and_other_blocks_move_no_sample(own_collection: list[str], tmp_path: Path) -> None:
     words = [*own_collection, "query.holdout.fraction=0.3", "dataplane.global_batch_size=1", "mixture.unit=samples"]
     words += ["mixture.on_exhausted=redistribute"]
     before = ids(compose(words), "validation")
@@ -81,7 +81,7 @@ def test_other_shards_and_blocks_move_no_sample(own_collection: list[str], tmp_p
     assert len(after) > len(before)
 
 
-def test_the_hash_is_uniform_and_another_seed_holds_out_other_samples() -> None:
+def test_hashes_are_uniform_and_independent_between_seeds() -> None:
     num_blocks, rows = 400, 100
     first = np.arange(num_blocks, dtype=np.int64) * rows
     blocks = BlockTable(
@@ -107,7 +107,7 @@ def test_the_hash_is_uniform_and_another_seed_holds_out_other_samples() -> None:
     assert abs(np.corrcoef(one, two)[0, 1]) < 0.02
 
 
-def test_every_validation_is_the_same_whatever_was_trained_and_reports_domains(collection: list[str]) -> None:
+def test_every_validation_serves_the_same_and_reports_each_domain(collection: list[str]) -> None:
     words = ["query.holdout.fraction=0.3", "dataplane.seq_len=16", "dataplane.global_batch_size=4"]
     config = compose([*collection, *words, "training.validate_every=5", "training.validate_steps=6"])
     validation = HeldOutBatches(config, Local())
@@ -115,9 +115,9 @@ def test_every_validation_is_the_same_whatever_was_trained_and_reports_domains(c
     assert [b.tokens.tolist() for b in first] == [b.tokens.tolist() for b in second]
     assert 1 <= len(first) <= 6
     sums = sum(validation.sums(b, np.full(b.loss_mask.shape, 2.0)) for b in first)
-    found = validation.reduce(5, sums)
-    assert found.loss_sum.sum() == pytest.approx(2.0 * sum(int(b.loss_mask.sum()) for b in first))
-    assert (found.num_sequences > 0).sum() >= 2
+    statistics = validation.reduce(5, sums)
+    assert statistics.loss_sum.sum() == pytest.approx(2.0 * sum(int(b.loss_mask.sum()) for b in first))
+    assert (statistics.num_sequences > 0).sum() >= 2
 
 
 def test_less_than_a_global_batch_held_out_is_refused(collection: list[str]) -> None:
@@ -127,17 +127,17 @@ def test_less_than_a_global_batch_held_out_is_refused(collection: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("override", "message"),
     [
         ("query.holdout.fraction=1.0", "query.holdout.fraction is 1.0"),
         ("training.validate_every=3", "nothing is held out"),
     ],
 )
-def test_a_split_of_nothing_is_refused(collection: list[str], wrong: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        compose([*collection, wrong])
+def test_a_holdout_that_cannot_work_is_refused(collection: list[str], override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose([*collection, override])
 
 
-def test_a_loop_of_ones_own_is_not_given_training_data_to_validate_on(collection: list[str]) -> None:
+def test_validation_data_without_a_holdout_is_refused(collection: list[str]) -> None:
     with pytest.raises(ConfigError, match="nothing is held out"):
         DataPlane.open(compose(collection), Local(), split="validation")

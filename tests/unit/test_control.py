@@ -1,4 +1,4 @@
-"""Slurm's warning is never lost and never deadly, whenever it comes."""
+"""Slurm's warning signal is neither lost nor fatal, whenever it arrives."""
 
 import subprocess
 import sys
@@ -14,14 +14,14 @@ warn = lambda: os.kill(os.getpid(), signal.SIGUSR2)
 
 
 @pytest.mark.parametrize(
-    ("life", "said"),
+    ("program", "output"),
     [
         ("warn(); control = RunControl(None, False); print(control.poll())", "(True, False)"),
         ("control = RunControl(None, False); warn(); print(control.poll())", "(True, False)"),
         (
             "import threading; control = RunControl(None, False); never = threading.Event(); "
-            "threading.Thread(target=never.wait, daemon=True).start(); control.close(); warn(); print('left in peace')",
-            "left in peace",
+            "threading.Thread(target=never.wait, daemon=True).start(); control.close(); warn(); print('still running')",
+            "still running",
         ),
         (
             "control = RunControl(None, False); control.close(); control = RunControl(None, False); print(control.poll())",
@@ -30,6 +30,6 @@ warn = lambda: os.kill(os.getpid(), signal.SIGUSR2)
     ],
     ids=["before", "during", "after", "never"],
 )
-def test_a_warning_is_taken_by_whoever_can_save(life: str, said: str) -> None:
-    done = subprocess.run([sys.executable, "-c", BEGIN + life], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.strip()) == (0, said)
+def test_the_warning_signal_is_kept_until_it_can_be_handled(program: str, output: str) -> None:
+    done = subprocess.run([sys.executable, "-c", BEGIN + program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, output)

@@ -1,4 +1,4 @@
-"""A data plane at the edges of its life: asked after the end, left by a script, never asked for what it collects."""
+"""The beginning and the end of a data plane, and wrong calls."""
 
 import json
 import sys
@@ -35,13 +35,13 @@ def ending(collection: list[str]) -> Config:
     return compose([*collection, *SMALL, "mixture.group_by=[]", "mixture.on_exhausted=stop", "mixture.max_epochs=0.2"])
 
 
-def test_after_the_end_there_is_nothing_more_however_often_one_asks(ending: Config) -> None:
+def test_iterating_after_the_end_yields_nothing(ending: Config) -> None:
     with DataPlane.open(ending, comm=Local()) as plane:
         assert sum(1 for _ in plane) > 1
         assert [list(plane), list(plane)] == [[], []]
 
 
-def test_what_went_wrong_in_the_reader_is_said_again(own_collection: list[str]) -> None:
+def test_an_error_of_the_reading_thread_is_raised_in_every_iteration(own_collection: list[str]) -> None:
     shard = next(Path(word.partition("=")[2]) for word in own_collection if word.startswith("data.root")) / "a.jsonl"
     with DataPlane.open(compose([*own_collection, *SMALL, "dataplane.shuffle=none"]), comm=Local()) as plane:
         shard.write_bytes(b"")
@@ -51,9 +51,7 @@ def test_what_went_wrong_in_the_reader_is_said_again(own_collection: list[str]) 
 
 
 @pytest.mark.parametrize("code", [None, 0, 75])
-def test_a_script_that_leaves_with_a_code_of_success_closes_its_journal(
-    config: Config, tmp_path: Path, code: int | None
-) -> None:
+def test_an_exit_with_a_code_of_success_closes_the_journal(config: Config, tmp_path: Path, code: int | None) -> None:
     run = RunFolder(tmp_path)
     with pytest.raises(SystemExit), DataPlane.open(config, comm=Local(), folder=run) as plane:
         for batch in plane:
@@ -62,7 +60,7 @@ def test_a_script_that_leaves_with_a_code_of_success_closes_its_journal(
     assert json.loads(run.journal.read_text().splitlines()[-1]) == {"kind": "close", "attempt": 1, "next_step": 3}
 
 
-def test_a_script_that_leaves_with_a_failure_does_not(config: Config, tmp_path: Path) -> None:
+def test_an_exit_with_a_failure_does_not_close_the_journal(config: Config, tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     with pytest.raises(SystemExit), DataPlane.open(config, comm=Local(), folder=run) as plane:
         next(iter(plane))
@@ -70,7 +68,7 @@ def test_a_script_that_leaves_with_a_failure_does_not(config: Config, tmp_path: 
     assert "close" not in run.journal.read_text()
 
 
-def test_statistics_nobody_asks_for_do_not_pile_up(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_newest_unread_statistics_are_kept(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "MAX_UNREAD_STATISTICS", 3)
     with DataPlane.open(config, comm=Local()) as plane:
         for batch in plane:
@@ -80,13 +78,13 @@ def test_statistics_nobody_asks_for_do_not_pile_up(config: Config, monkeypatch: 
         assert [s.step for s in plane.completed_statistics()] == [7, 8, 9]
 
 
-def test_no_state_is_no_state_to_go_on_from(config: Config) -> None:
+def test_loading_no_state_is_refused(config: Config) -> None:
     with DataPlane.open(config, comm=Local()) as plane, pytest.raises(ValueError, match="no state on rank 0"):
         plane.load_state_dict(None)
 
 
-class Hanging(BatchMaker):
-    """A file system that does not answer until it is let go."""
+class HangingMaker(BatchMaker):
+    """Reads from a file system that does not answer until `let_go` is set."""
 
     let_go, reading, closed = threading.Event(), threading.Event(), threading.Event()
 
@@ -100,9 +98,9 @@ class Hanging(BatchMaker):
         super().close()
 
 
-def test_files_are_not_closed_under_a_read_and_closing_waits_for_it(config: Config) -> None:
+def test_closing_waits_for_a_read_in_progress(config: Config) -> None:
     source = open_source(config, Local())
-    maker = Hanging(source, BatchSlice(first=0, size=4), audit=False)
+    maker = HangingMaker(source, BatchSlice(first=0, size=4), audit=False)
     prefetcher = Prefetcher(maker, 2)
     plan, _ = source.planner.plan(PlannerState.start(source.num_domains), source.weights)
     prefetcher.submit(plan, 0)
@@ -114,10 +112,10 @@ def test_files_are_not_closed_under_a_read_and_closing_waits_for_it(config: Conf
     assert maker.closed.is_set()
 
 
-def test_a_reader_that_is_left_alone_frees_what_it_holds_when_its_read_returns() -> None:
+def test_an_abandoned_reading_thread_frees_its_files_when_its_read_returns() -> None:
     returns, closed = threading.Event(), threading.Event()
 
-    class Slow:
+    class SlowMaker:
         def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
             returns.wait()
             yield from ()
@@ -126,7 +124,7 @@ def test_a_reader_that_is_left_alone_frees_what_it_holds_when_its_read_returns()
             closed.set()
 
     none = np.zeros(0, np.int64)
-    prefetcher = Prefetcher(Slow(), 1)
+    prefetcher = Prefetcher(SlowMaker(), 1)
     plan = ChunkPlan(chunk=0, first_step=0, num_steps=1, last=False, cursors=none, lags=none, weights=none)
     prefetcher.submit(plan, 0)
     prefetcher.close(timeout_s=0)
@@ -135,23 +133,23 @@ def test_a_reader_that_is_left_alone_frees_what_it_holds_when_its_read_returns()
     assert closed.wait(timeout=10)
 
 
-def test_ranks_of_a_dp_group_share_and_one_of_them_speaks() -> None:
+def test_ranks_of_a_group_get_the_same_slice_and_the_first_is_the_leader() -> None:
     plane = DataPlaneConfig(global_batch_size=12, model_parallel_size=2)
-    shares = [BatchSlice.of(plane, rank, 6) for rank in range(6)]
-    assert [(share.first, share.size) for share in shares] == [(0, 4), (0, 4), (4, 4), (4, 4), (8, 4), (8, 4)]
-    assert [share.is_group_leader for share in shares] == [True, False] * 3
+    slices = [BatchSlice.of(plane, rank, 6) for rank in range(6)]
+    assert [(part.first, part.size) for part in slices] == [(0, 4), (0, 4), (4, 4), (4, 4), (8, 4), (8, 4)]
+    assert [part.is_group_leader for part in slices] == [True, False] * 3
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "answer"),
+    ("num_ranks", "message"),
     [(5, "does not divide the 5 ranks.*\n.*multiple of 2"), (10, "shared evenly by 10 ranks.*\n.*multiple of 5")],
 )
-def test_ranks_that_cannot_share_a_batch_are_refused(num_ranks: int, answer: str) -> None:
-    with pytest.raises(ConfigError, match=answer):
+def test_ranks_that_cannot_share_the_global_batch_are_refused(num_ranks: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         BatchSlice.of(DataPlaneConfig(global_batch_size=12, model_parallel_size=2), 0, num_ranks)
 
 
-def test_a_sequence_recorded_twice_is_named(config: Config) -> None:
+def test_a_sequence_recorded_twice_is_reported(config: Config) -> None:
     half = slice(0, 2)
     with (
         pytest.raises(CommError, match="Sequence 0 of step 0 was recorded 2 times"),
@@ -165,16 +163,16 @@ def test_a_sequence_recorded_twice_is_named(config: Config) -> None:
                 break
 
 
-def test_a_request_to_save_waits_for_the_one_who_asks_now_and_then(config: Config, tmp_path: Path) -> None:
+def test_a_save_request_waits_until_the_trainer_asks(config: Config, tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    asked = []
+    answers = []
     with DataPlane.open(config, comm=Local(), folder=run) as plane:
         for batch in plane:
             if batch.step == 1:
                 run.control.mkdir(exist_ok=True)
                 (run.control / "save").touch()
             if batch.step % 4 == 3:
-                asked.append(plane.save_requested())
+                answers.append(plane.save_requested())
             if batch.step == 11:
                 break
-    assert asked == [True, False, False]
+    assert answers == [True, False, False]

@@ -1,4 +1,4 @@
-"""Reading in processes: the same batches, the same errors, and nothing that is left behind."""
+"""Reading in worker processes: the same batches, the same errors, and no process left over."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def opened(collection: list[str]) -> tuple[Source, ChunkPlan]:
     return source, source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
 
 
-def test_a_killed_process_is_named_with_its_signal(collection: list[str]) -> None:
+def test_a_killed_worker_is_reported_with_its_signal(collection: list[str]) -> None:
     source, plan = opened(collection)
     workers = Workers(source, SHARE, 2)
     assert len(list(workers.batches(plan, 0))) == 7
@@ -42,7 +42,7 @@ def test_a_killed_process_is_named_with_its_signal(collection: list[str]) -> Non
     workers.close()
 
 
-def test_signals_for_the_job_do_not_end_them(collection: list[str]) -> None:
+def test_workers_ignore_the_signals_of_the_job(collection: list[str]) -> None:
     source, plan = opened(collection)
     workers = Workers(source, SHARE, 1)
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT):
@@ -55,7 +55,7 @@ def test_signals_for_the_job_do_not_end_them(collection: list[str]) -> None:
     workers.close()
 
 
-def test_plans_of_many_domains_and_large_batches_do_not_wait_for_each_other(tmp_path: Path) -> None:
+def test_large_plans_and_large_batches_do_not_deadlock(tmp_path: Path) -> None:
     rows = [{"blob": "x" * 8000, "domain": str(number)} for number in range(1000)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = [f"data.root={tmp_path}", "data.text=null", "data.properties.domain=domain", "mixture.unit=samples"]
@@ -68,15 +68,15 @@ def test_plans_of_many_domains_and_large_batches_do_not_wait_for_each_other(tmp_
     workers = Workers(source, BatchSlice(first=0, size=128), 1)
     with socket.socket(fileno=os.dup(workers._workers[0].pipe.fileno())) as ours:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    found: list[int] = []
-    reader = threading.Thread(target=lambda: found.extend(b.step for b in workers.batches(plan, 0)), daemon=True)
+    steps: list[int] = []
+    reader = threading.Thread(target=lambda: steps.extend(b.step for b in workers.batches(plan, 0)), daemon=True)
     reader.start()
     reader.join(timeout=60)
     workers.close()
-    assert found == list(range(16)), "both ends wait to be read"
+    assert steps == list(range(16)), "both ends of the pipe wait for each other"
 
 
-def test_what_is_wrong_with_the_data_is_raised_at_its_step(own_collection: list[str]) -> None:
+def test_a_data_error_is_raised_at_its_step(own_collection: list[str]) -> None:
     source, _ = opened(own_collection)
     shard = Path(source.index.data_root) / source.index.shard_paths[0]
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
@@ -86,18 +86,19 @@ def test_what_is_wrong_with_the_data_is_raised_at_its_step(own_collection: list[
 
 
 def served_until_error(source: Source, maker: BatchSource) -> tuple[list[list[str]], str]:
-    """Digests of the batches before it, and what it says."""
-    found, state = [], PlannerState.start(source.num_domains)
+    """Return the digests of the batches before the error, and its message."""
+    digests: list[list[str]] = []
+    state = PlannerState.start(source.num_domains)
     with pytest.raises(DataError) as caught:
         while True:
             plan, state = source.planner.plan(state, source.weights)
             for batch in maker.batches(plan, 0):
-                found.append(batch.digests)
+                digests.append(batch.digests)
     maker.close()
-    return found, str(caught.value)
+    return digests, str(caught.value)
 
 
-def test_they_end_with_a_rank_that_is_killed(collection: list[str], tmp_path: Path) -> None:
+def test_workers_end_with_a_killed_rank(collection: list[str], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"
@@ -113,14 +114,14 @@ def test_they_end_with_a_rank_that_is_killed(collection: list[str], tmp_path: Pa
     assert len(pids) == 2, done.stderr
     deadline = time.monotonic() + 30
     while any(is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, "they outlive their rank"
+        assert time.monotonic() < deadline, "workers outlive their rank"
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize("wrong", ["mixtera_hpc/__init__.py", "random.py"])
-def test_modules_come_from_where_the_rank_has_them(collection: list[str], tmp_path: Path, wrong: str) -> None:
+def test_workers_import_modules_from_where_the_rank_does(collection: list[str], tmp_path: Path, wrong: str) -> None:
     (tmp_path / "here" / wrong).parent.mkdir(parents=True)
-    (tmp_path / "here" / wrong).write_text("raise ImportError('of the folder one happens to be in')\n")
+    (tmp_path / "here" / wrong).write_text("raise ImportError('imported from the current folder')\n")
     program = tmp_path / "program.py"
     program.write_text(
         "import sys\n"
@@ -141,7 +142,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_a_plane_with_workers_leaves_none_behind(collection: list[str]) -> None:
+def test_closing_a_plane_ends_its_workers(collection: list[str]) -> None:
     with DataPlane.open(compose([*collection, *WORDS, "dataplane.workers=2"]), Local()) as plane:
         next(iter(plane))
         processes = [worker.process for worker in plane._session._prefetcher._maker._workers]  # type: ignore[attr-defined]
@@ -149,6 +150,6 @@ def test_a_plane_with_workers_leaves_none_behind(collection: list[str]) -> None:
     assert all(process.poll() is not None for process in processes)
 
 
-def test_fewer_than_none_is_refused(collection: list[str]) -> None:
+def test_a_negative_number_of_workers_is_refused(collection: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"dataplane.workers is -1"):
         DataPlane.open(compose([*collection, "dataplane.workers=-1"]), Local())

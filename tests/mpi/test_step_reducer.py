@@ -1,14 +1,14 @@
-"""Ranks that serve from different plans are found out, and named, without a hang."""
+"""Ranks that serve from different plans are named, without a hang."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).with_name("feedback_program.py")
+PROGRAM = Path(__file__).with_name("step_reducer_program.py")
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 
 
-def test_a_rank_with_another_plan_is_named_whoever_finds_out_first() -> None:
+def test_a_rank_with_another_plan_is_named_whichever_rank_notices_first() -> None:
     words = [MPIEXEC, "-n", "3", sys.executable, "-m", "mpi4py", PROGRAM]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1

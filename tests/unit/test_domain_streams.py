@@ -1,4 +1,4 @@
-"""Streams of one domain: what is read of the index to look a position up, and what is refused."""
+"""Streams of one domain: what a lookup reads of the index, and what it refuses."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,14 +22,14 @@ def source(collection: list[str]) -> Source:
 
 
 def visits(source: Source) -> Iterator[int]:
-    """First items of the first two windows of domain 0, again and again."""
+    """Yield the first items of the first two windows of domain 0, for ever."""
     order = source.layout.order.epoch(0, 0, source.layout.sizes(0))
     while True:
         yield from order.starts[:2].tolist()
 
 
 @pytest.mark.parametrize(("budget_bytes", "num_reads"), [(1 << 20, 2), (1, 6)])
-def test_windows_are_kept_within_a_budget(
+def test_the_window_cache_stays_within_its_budget(
     source: Source, budget_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(domain_streams, "WINDOW_CACHE_BYTES", budget_bytes)
@@ -45,7 +45,7 @@ def test_windows_are_kept_within_a_budget(
     assert len(reads) == num_reads
 
 
-def test_samples_that_do_not_add_up_to_what_the_index_counted_are_refused(source: Source) -> None:
+def test_samples_that_differ_from_the_counts_of_the_index_are_refused(source: Source) -> None:
     read = source.make_block_reader()
 
     def wrong(blocks: NDArray[np.int32]) -> SampleColumns:

@@ -1,6 +1,8 @@
-"""Rank 1 serves step 2 from another plan than the others; rank 0 looks early, the others late. Every step ends together, as with gradients.
+"""Rank 1 serves step 2 from another plan than the others. Rank 0 polls the reductions early, the others wait for them late.
 
-mpiexec -n N python -m mpi4py feedback_program.py
+A barrier ends every step, as the reduction of gradients does in training.
+
+mpiexec -n N python -m mpi4py step_reducer_program.py
 """
 
 import time
@@ -16,17 +18,17 @@ def main() -> None:
     comm = open_communicator()
 
     def body() -> None:
-        feedback = StepReducer(comm, 3)
+        reducer = StepReducer(comm, 3)
         for step in range(9):
             digest = 8 if comm.rank == 1 and step == 2 else 7
-            feedback.post(
+            reducer.post(
                 step, np.zeros((NUM_BUFFER_ROWS, 3), np.int64), RankFlags(stop=False, save=False, digest=digest)
             )
             if comm.rank == 0:
-                time.sleep(0.1)  # Long enough for the reduction to be done when it is polled.
-                feedback.poll()
+                time.sleep(0.1)  # Long enough for the reduction to be complete when it is polled.
+                reducer.poll()
             comm.Barrier()
-        feedback.wait_for(8)
+        reducer.wait_for(8)
 
     raise SystemExit(run_guarded(comm, body))
 

@@ -1,4 +1,4 @@
-"""Promises 2 and 3, everything at once: any mixture, unit, order, policy and job shape, stopped anywhere, serves what one rank does."""
+"""Promises 2 and 3 for whole runs: any mixture, unit, order, policy and job shape, stopped anywhere, serves what one rank serves."""
 
 import json
 from collections.abc import Callable
@@ -101,32 +101,34 @@ def plain(collection: list[str]) -> dict[str, Any]:
 
 
 Served = dict[int, dict[int, str]]
-"""Step → position → what was there."""
+"""Step → position → content."""
 
 
 def serve(
     config: Config, comm: Communicator, until: int, state: Any
 ) -> tuple[list[tuple[int, list[int], list[str]]], Any]:
-    found = []
+    served = []
     with DataPlane.open(config, comm) as plane:
         if state is not None:
             plane.load_state_dict(state if comm.rank == 0 else None)
         batches = iter(plane)
         while plane.next_step < until and (batch := next(batches, None)) is not None:
-            found.append((batch.step, batch.positions.tolist(), content(batch)))
+            served.append((batch.step, batch.positions.tolist(), content(batch)))
             if batch.tokens.size:
                 plane.record(batch, 1.0 + (batch.tokens[:, 1:] % 97) / (3 + batch.domain_ids[:, None] + batch.step))
         saved = plane.state_dict()
-    return found, saved
+    return served, saved
 
 
 def content(batch: Batch) -> list[str]:
-    what = batch.digests or [json.dumps(p, sort_keys=True) for p in batch.payloads or []]
-    return [f"{d} {w} {batch.plan_digest}" for d, w in zip(batch.domain_ids.tolist(), what, strict=True)]
+    contents = batch.digests or [json.dumps(p, sort_keys=True) for p in batch.payloads or []]
+    return [
+        f"{domain} {text} {batch.plan_digest}" for domain, text in zip(batch.domain_ids.tolist(), contents, strict=True)
+    ]
 
 
-def gathered(parts: list[list[tuple[int, list[int], list[str]]]], group: int) -> Served:
-    """Put ranks together; peers of a group must have been served the same."""
+def combine(parts: list[list[tuple[int, list[int], list[str]]]], group: int) -> Served:
+    """Combine what ranks were served; ranks of a group must have been served the same."""
     served: Served = {}
     for first in range(0, len(parts), group):
         assert all(part == parts[first] for part in parts[first : first + group])
@@ -139,21 +141,21 @@ def gathered(parts: list[list[tuple[int, list[int], list[str]]]], group: int) ->
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(MIXTURES), RUNS, PLANES, ATTEMPTS)
-def test_any_run_in_any_pieces_serves_what_one_rank_serves_at_once(
+def test_a_run_of_any_attempts_serves_what_one_rank_serves_in_one_attempt(
     plain: dict[str, Any], mixture: dict[str, Any], run: dict[str, Any], plane: dict[str, Any], attempts: list[Attempt]
 ) -> None:
-    check_pieces(plain, {**mixture, **run}, plane, attempts)
+    check_attempts(plain, {**mixture, **run}, plane, attempts)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(MIXTURES), RUNS, PLANES, WITH_WORKERS)
-def test_whatever_the_number_of_loader_workers(
+def test_content_does_not_depend_on_the_number_of_workers(
     plain: dict[str, Any], mixture: dict[str, Any], run: dict[str, Any], plane: dict[str, Any], attempts: list[Attempt]
 ) -> None:
-    check_pieces(plain, {**mixture, **run}, plane, attempts)
+    check_attempts(plain, {**mixture, **run}, plane, attempts)
 
 
-def check_pieces(
+def check_attempts(
     plain: dict[str, Any], mixture: dict[str, Any], plane: dict[str, Any], attempts: list[Attempt]
 ) -> None:
     def config(attempt: Attempt) -> Config:
@@ -172,20 +174,22 @@ def check_pieces(
         )
 
     whole, _ = serve(config(Attempt(1, 1, 4, 0)), Local(), STEPS, None)
-    expected = gathered([whole], 1)
-    state, done, found = None, 0, Served()
+    expected = combine([whole], 1)
+    state = None
+    done = 0
+    served = Served()
     for attempt in [*attempts, Attempt(2, 1, 2, STEPS)]:
         until = min(done + attempt.steps, STEPS)
         parts = run_ranks(attempt.ranks, lambda comm, a=attempt, u=until, s=state: serve(config(a), comm, u, s))  # type: ignore[misc]
-        for step, positions in gathered([part for part, _ in parts], attempt.group).items():
-            assert step not in found
-            found[step] = positions
+        for step, positions in combine([part for part, _ in parts], attempt.group).items():
+            assert step not in served
+            served[step] = positions
         state, done = parts[0][1], until
         assert state is not None
-    assert found == expected
+    assert served == expected
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_threads_are_a_communicator(check: Callable[[Communicator], None], ranks: int) -> None:
+def test_thread_ranks_conform_to_the_communicator_protocol(check: Callable[[Communicator], None], ranks: int) -> None:
     run_ranks(ranks, check)

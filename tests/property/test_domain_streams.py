@@ -1,4 +1,4 @@
-"""Looking up many spans of a stream at once finds what one by one finds, whatever windows and epochs they cross."""
+"""A lookup of many spans of a stream returns the same as one lookup per span, across windows and epochs."""
 
 import json
 from contextlib import closing
@@ -27,7 +27,7 @@ def source(collection: list[str], request: pytest.FixtureRequest) -> Source:
 
 
 def items_of(documents: Documents) -> np.ndarray:
-    """Block, row and position in the document of every item; shape (items, 3)."""
+    """Return block, row and position in the document of every item; shape (items, 3)."""
     count = documents.last - documents.first
     inside = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     places = (documents.block, documents.row, documents.first)
@@ -37,19 +37,27 @@ def items_of(documents: Documents) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 9), st.lists(st.tuples(st.floats(0, 2.5), st.integers(1, 700)), min_size=1, max_size=6))
-def test_spans_together_are_the_spans_one_by_one(source: Source, domain: int, wanted: list[tuple[float, int]]) -> None:
-    streams, epoch = source.streams(), int(source.layout.epoch_items()[domain])
-    spans = [(int(at * epoch), int(at * epoch) + count) for at, count in wanted]
+def test_many_spans_at_once_equal_one_span_at_a_time(
+    source: Source, domain: int, wanted: list[tuple[float, int]]
+) -> None:
+    streams = source.streams()
+    epoch = int(source.layout.epoch_items()[domain])
+    spans = [(int(start * epoch), int(start * epoch) + count) for start, count in wanted]
     whole = items_of(streams.documents(domain, 0, max(stop for _, stop in spans)))
-    found = source.streams().documents_of(domain, spans)
-    assert np.array_equal(items_of(found), np.concatenate([whole[a:b] for a, b in spans]))
-    assert (found.first < found.last).all() and (found.last <= found.size).all()
+    documents = source.streams().documents_of(domain, spans)
+    assert np.array_equal(items_of(documents), np.concatenate([whole[a:b] for a, b in spans]))
+    assert (documents.first < documents.last).all() and (documents.last <= documents.size).all()
 
 
-def test_a_document_that_changed_is_named_at_its_step(own_collection: list[str]) -> None:
-    """Steps are read together, but those before the damage are served."""
-    wish = ["mixture.group_by=[]", "dataplane.shuffle=none", "dataplane.seq_len=32", "dataplane.global_batch_size=4"]
-    source = open_source(compose([*own_collection, *wish, "dataplane.chunk_steps=1000"]), Local())
+def test_a_changed_document_is_reported_at_its_step(own_collection: list[str]) -> None:
+    """Several steps are read together, but the steps before the damage are served."""
+    settings = [
+        "mixture.group_by=[]",
+        "dataplane.shuffle=none",
+        "dataplane.seq_len=32",
+        "dataplane.global_batch_size=4",
+    ]
+    source = open_source(compose([*own_collection, *settings, "dataplane.chunk_steps=1000"]), Local())
     shard = Path(source.config.data.root) / source.index.shard_paths[0]
     lines = shard.read_bytes().splitlines(keepends=True)
     text = json.dumps(json.loads(lines[100])["text"]).encode()
