@@ -1,0 +1,1 @@
+"""The `mixtera-hpc` command: one module per verb. Verbs parse arguments, call the library and print."""

@@ -10,8 +10,8 @@ __all__ = ["render_reference"]
 
 INTRODUCTION = """# Command line
 
-`mixtera-hpc VERB [overrides] [options]`. Settings are Hydra overrides, for example `dataplane.seed=3`; [Configuration](config.md) lists
-all keys. A RUN is a run's id, its name (which means its newest run), or its folder.
+`mixtera-hpc VERB [overrides] [options]`. Settings are Hydra overrides, for example `dataplane.seed=3`;
+[Configuration](config.md) lists all keys. A RUN is a run's id, its name (which means its newest run), or its folder.
 
 | exit code | meaning |
 | --- | --- |
@@ -65,7 +65,8 @@ def _usage(action: argparse.Action) -> str:
     """Return the argument as it is typed."""
     value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     if action.choices is not None:
-        value = " \\| ".join(map(str, action.choices))
+        value = " | ".join(map(str, action.choices))
+    value = value.replace("|", "\\|")  # A bare | would end the cell of the table.
     if not action.option_strings:
         return value
     name = ", ".join(action.option_strings)

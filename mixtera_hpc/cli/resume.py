@@ -17,6 +17,18 @@ from mixtera_hpc.training.continue_run import continue_run, submit_next_attempt
 __all__ = ["arguments", "run"]
 
 
+EPILOG = """\
+Without --here and --submit, a run that was a Slurm job is submitted again, and any other run continues in this process.
+Under mpiexec or srun, every run continues in these ranks.
+
+Examples:
+  mixtera-hpc resume demo job.nodes=4 training.num_steps=2000
+  mpiexec -n 2 mixtera-hpc resume demo
+  mixtera-hpc resume demo --drop "source == 'x'" --skip-steps 990..1010
+
+Keys that identify the run's data or model cannot change; the error message names them."""
+
+
 def arguments(parser: ArgumentParser) -> None:
     """Declare the verb's arguments."""
     add_run_argument(parser)
@@ -31,6 +43,11 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--wait", action="store_true", help="after submitting, print logs until the run ends; exit like it"
     )
+    _add_edits(parser)
+    parser.epilog = EPILOG
+
+
+def _add_edits(parser: ArgumentParser) -> None:
     edits = parser.add_argument_group(
         "run edits",
         "Changes to the data of the coming steps. They take effect at the checkpoint that the run\n"
@@ -50,16 +67,6 @@ def arguments(parser: ArgumentParser) -> None:
     )
     edits.add_argument("--change-seed", action="store_true", help="allow a new dataplane.seed=N")
     edits.add_argument("--change-batch-size", action="store_true", help="allow a new dataplane.global_batch_size=N")
-    parser.epilog = """\
-Without --here and --submit, a run that was a Slurm job is submitted again, and any other run continues in this process.
-Under mpiexec or srun, every run continues in these ranks.
-
-Examples:
-  mixtera-hpc resume demo job.nodes=4 training.num_steps=2000
-  mpiexec -n 2 mixtera-hpc resume demo
-  mixtera-hpc resume demo --drop "source == 'x'" --skip-steps 990..1010
-
-Keys that identify the run's data or model cannot change; the error message names them."""
 
 
 def run(args: Namespace) -> int:

@@ -1,7 +1,7 @@
 """`mixtera-hpc run`: train here, in one process or as every rank of mpiexec or srun.
 
-Without `--folder`, rank 0 makes a run folder. Batch scripts start their ranks with `--folder` and `--attempt`, which name
-an attempt of a prepared run.
+Without `--folder`, rank 0 makes a run folder. Batch scripts start their ranks with `--folder` and `--attempt`, which
+name an attempt of a prepared run.
 """
 
 import os

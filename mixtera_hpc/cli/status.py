@@ -85,14 +85,19 @@ def _table(statuses: Sequence[RunStatus]) -> str:
 
 def _row(status: RunStatus) -> tuple[str, ...]:
     reason_lines = (status.reason or "").splitlines()
+    tokens_per_s = "-" if status.tokens_per_s is None else f"{status.tokens_per_s:,.0f}"
     return (
         f"{status.name}/{status.run_id}",
         str(status.state),
         status.job_id or "-",
-        "-" if status.nodes is None else str(status.nodes),
+        _or_dash(status.nodes),
         f"{format_duration(status.elapsed_s)} / {format_duration(status.limit_s)}",
-        "-" if status.step is None else str(status.step),
-        "-" if status.tokens_per_s is None else f"{status.tokens_per_s:,.0f}",
+        _or_dash(status.step),
+        tokens_per_s,
         format_duration(status.last_log_age_s),
-        reason_lines[0] if reason_lines else "",
+        next(iter(reason_lines), ""),
     )
+
+
+def _or_dash(number: int | None) -> str:
+    return "-" if number is None else str(number)

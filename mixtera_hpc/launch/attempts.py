@@ -102,6 +102,7 @@ def claim_attempt(folder: RunFolder, after: int | None = None) -> int:
     One process calls this: rank 0 of a local run, or the process that submits.
 
     Args:
+        folder: The run.
         after: The newest attempt that the caller saw ended. If another attempt exists by now, another process made it.
 
     Raises:
@@ -130,6 +131,8 @@ def start_local_attempt(
     """Claim the next attempt for this process and record it; inside the run's batch script return the script's attempt.
 
     Args:
+        folder: The run.
+        config: The run's configuration.
         ranks: Number of ranks that were started; None takes the number that `config` asks for.
         after: See `claim_attempt`.
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -67,15 +67,10 @@ def _check_python() -> list[Finding]:
     present = [f"{name} {version}" for name, version in versions.items() if version]
     missing = [name for name, version in versions.items() if not version and name != "mpich"]
     interpreter = f"{platform.python_version()} {platform.machine()} {sys.executable}"
-    return [
-        Finding(check="python", verdict="ok", detail=interpreter),
-        Finding(
-            check="packages",
-            verdict="wrong" if missing else "ok",
-            detail=", ".join(present),
-            fix=f"pip install {' '.join(missing)}" if missing else None,
-        ),
-    ]
+    packages = Finding(check="packages", verdict="ok", detail=", ".join(present))
+    if missing:
+        packages = replace(packages, verdict="wrong", fix=f"pip install {' '.join(missing)}")
+    return [Finding(check="python", verdict="ok", detail=interpreter), packages]
 
 
 def _check_mpi_library() -> list[Finding]:
@@ -192,6 +187,7 @@ def _run(command: Sequence[str], *, single_process: bool = False) -> subprocess.
     """Run a command; failure to start it and a timeout become exit code 1.
 
     Args:
+        command: The words of the command.
         single_process: Remove the launcher's variables, so that a probe does not take itself for a rank of the job in
             which the doctor runs.
     """

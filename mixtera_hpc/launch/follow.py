@@ -27,6 +27,8 @@ def follow_run(folder: RunFolder, ranks: RankSelection = "main", attempt: int | 
     """Yield log lines from `attempt` on until the run has ended, follow-up attempts included.
 
     Args:
+        folder: The run.
+        ranks: Whose lines to show.
         attempt: The first attempt to show; None shows all.
     """
     current = attempt or min(folder.attempts(), default=1)

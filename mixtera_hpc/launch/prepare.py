@@ -52,19 +52,20 @@ def with_absolute_paths(config: Config) -> Config:
 
     A text that is not a path below the working folder (such as the name of a tokenizer) stays as it is.
     """
-    plane, data, index = config.dataplane, config.data, config.index
-    sets = {name: replace(data_set, root=_rooted(data_set.root)) for name, data_set in data.sets.items()}
+    data_sets = {name: replace(data_set, root=_rooted(data_set.root)) for name, data_set in config.data.sets.items()}
+    index = replace(
+        config.index,
+        path=_rooted(config.index.path),
+        paths=[_rooted(path) for path in config.index.paths],
+        trusted_roots=[_rooted(root) for root in config.index.trusted_roots],
+    )
+    tokenizer = config.dataplane.tokenizer
     return replace(
         config,
         run=replace(config.run, root=str(Path(config.run.root).absolute())),
-        data=replace(data, root=_rooted(data.root), sets=sets),
-        index=replace(
-            index,
-            path=_rooted(index.path),
-            paths=[_rooted(path) for path in index.paths],
-            trusted_roots=[_rooted(root) for root in index.trusted_roots],
-        ),
-        dataplane=replace(plane, tokenizer=_rooted(plane.tokenizer) if plane.tokenizer else None),
+        data=replace(config.data, root=_rooted(config.data.root), sets=data_sets),
+        index=index,
+        dataplane=replace(config.dataplane, tokenizer=_rooted(tokenizer) if tokenizer else None),
     )
 
 

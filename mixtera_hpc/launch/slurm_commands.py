@@ -166,9 +166,10 @@ def _sacct(ids: Sequence[str]) -> dict[str, JobInfo]:
     for line in done.stdout.splitlines():
         job_id, state, code, nodes, elapsed, limit = line.split("|")
         exit_code, _, signal = code.partition(":")
+        reason = state if signal in ("", "0") else f"{state} (signal {signal})"
         infos[job_id] = JobInfo(
             state=_final_state(state, int(exit_code or 0)),
-            reason=state if signal in ("", "0") else f"{state} (signal {signal})",
+            reason=reason,
             nodes=int(nodes or 0),
             elapsed_s=int(elapsed or 0),
             limit_s=int(limit) * 60 if limit.isdigit() else None,

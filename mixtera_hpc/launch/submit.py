@@ -45,6 +45,8 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     """Submit the next attempt of a run that has a folder.
 
     Args:
+        folder: The run.
+        config: The run's configuration.
         after: See `claim_attempt`.
 
     Raises:

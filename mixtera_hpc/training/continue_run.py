@@ -22,6 +22,7 @@ def continue_run(
     """Train the next attempt of a run in this process and the other ranks; return the exit code. **Collective.**
 
     Args:
+        folder: The run.
         overrides: Hydra overrides on top of the recorded configuration.
         request: Changes to what identifies the run.
         attempt: The attempt that a batch script has made already. Then nothing changes and nothing is recorded.
