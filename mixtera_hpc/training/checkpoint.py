@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import DataError
 
-__all__ = ["Checkpoint", "checkpoint_path", "load_newest_checkpoint", "read_checkpoint", "write_checkpoint"]
+__all__ = ["Checkpoint", "load_newest_checkpoint", "read_checkpoint", "write_checkpoint"]
 
 FORMAT_VERSION = 1
 """Version of the files of a checkpoint; other versions are refused."""
@@ -54,16 +55,11 @@ class Checkpoint:
     """State of the data plane: `{"json": …, "arrays": {name: array}}`."""
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` steps."""
-    return folder / f"step_{step:08d}"
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint to `folder/step_XXXXXXXX`, update LATEST and remove old checkpoints.
+def write_checkpoint(run: RunFolder, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint into the run folder, update LATEST and remove old checkpoints.
 
     Args:
-        folder: the folder of all checkpoints of a run.
+        run: the run folder.
         checkpoint: what to write. An existing checkpoint of the same step is replaced.
         keep: number of checkpoints to keep, this one included. Checkpoints of later steps are always removed: the run
             did not continue from them, so they are damaged or belong to an abandoned history.
@@ -71,13 +67,13 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Returns:
         The folder of the new checkpoint.
     """
-    target = checkpoint_path(folder, checkpoint.step)
-    partial = folder / f".{target.name}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
+    target = run.checkpoint(checkpoint.step)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
 
     # A killed job may have left a temporary folder behind.
-    for abandoned in folder.glob(".step_*.partial"):
+    for abandoned in run.checkpoints.glob(".step_*.partial"):
         shutil.rmtree(abandoned)
+    partial = _temporary(target)
     partial.mkdir()
     _write_files(partial, checkpoint)
 
@@ -85,21 +81,22 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(target)
     partial.rename(target)
 
-    _write_text(folder / ".LATEST.partial", target.name + "\n")
-    (folder / ".LATEST.partial").rename(folder / "LATEST")
-    _sync(folder)
+    latest = run.latest_checkpoint
+    _write_text(_temporary(latest), target.name + "\n")
+    _temporary(latest).rename(latest)
+    _sync(run.checkpoints)
 
-    _remove_old_checkpoints(folder, target, keep)
+    _remove_old_checkpoints(run, checkpoint.step, keep)
     return target
 
 
 def load_newest_checkpoint(
-    folder: Path, accept: Callable[[Mapping[str, Any]], bool] = lambda state: True
+    run: RunFolder, accept: Callable[[Mapping[str, Any]], bool] = lambda state: True
 ) -> Checkpoint | None:
     """Load the newest complete checkpoint. Warn about damaged ones and skip them.
 
     Args:
-        folder: the folder of all checkpoints of a run.
+        run: the run folder.
         accept: whether to use a checkpoint, given the JSON part of its data plane state. The caller rejects checkpoints
             of an abandoned history.
 
@@ -110,7 +107,8 @@ def load_newest_checkpoint(
         DataError: all checkpoints are damaged. Starting again from step 0 would remove them.
     """
     damaged = []
-    for path in _newest_first(folder):
+    for step in reversed(run.checkpoint_steps()):
+        path = run.checkpoint(step)
         damage = _find_damage(path)
         if damage is not None:
             warnings.warn(f"Checkpoint {path} is skipped: {damage}.", stacklevel=2)
@@ -120,7 +118,7 @@ def load_newest_checkpoint(
 
     if damaged:
         raise DataError(
-            f"No checkpoint in {folder} can be used:{''.join(damaged)}\n"
+            f"No checkpoint in {run.checkpoints} can be used:{''.join(damaged)}\n"
             "  Restore one of them. To start again from step 0 instead, move that folder away."
         )
     return None
@@ -161,18 +159,14 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     _sync(folder)
 
 
-def _remove_old_checkpoints(folder: Path, current: Path, keep: int) -> None:
-    """Remove all checkpoints but `current` and the `keep` - 1 before it."""
-    paths = _newest_first(folder)
-    earlier = [path for path in paths if path.name < current.name]
-    later = [path for path in paths if path.name > current.name]
-    for path in later + earlier[keep - 1 :]:
-        shutil.rmtree(path)
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    """Return the folders of all checkpoints, newest first."""
-    return sorted((path for path in folder.glob("step_[0-9]*") if path.is_dir()), reverse=True)
+def _remove_old_checkpoints(run: RunFolder, step: int, keep: int) -> None:
+    """Remove all checkpoints but that of `step` and the `keep` - 1 before it."""
+    steps = run.checkpoint_steps()
+    later = [other for other in steps if other > step]
+    earlier = [other for other in steps if other < step]
+    num_removed = max(len(earlier) - (keep - 1), 0)
+    for other in later + earlier[:num_removed]:
+        shutil.rmtree(run.checkpoint(other))
 
 
 def _find_damage(path: Path) -> str | None:
@@ -193,6 +187,11 @@ def _find_damage(path: Path) -> str | None:
         if _crc32(file) != expected["crc32"]:
             return f"the checksum of {name} does not match"
     return None
+
+
+def _temporary(path: Path) -> Path:
+    """Return the path that is written to before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _crc32(path: Path) -> int:

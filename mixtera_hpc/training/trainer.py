@@ -28,7 +28,6 @@ from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import MultiTracker, Tracker, open_tracker
 from mixtera_hpc.training.checkpoint import (
     Checkpoint,
-    checkpoint_path,
     load_newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -299,7 +298,7 @@ class Trainer:
                 optimizer=self._optimizer.state_dict(),
                 dataplane=state,
             )
-            write_checkpoint(self._folder.checkpoints, checkpoint, self._config.checkpoint.keep)
+            write_checkpoint(self._folder, checkpoint, self._config.checkpoint.keep)
         self._comm.Barrier()
         self._saved_step = self._step
 
@@ -312,12 +311,12 @@ class Trainer:
         self._comm.Bcast(step)
         if step[0] < 0 or checkpoint:
             return checkpoint
-        return read_checkpoint(checkpoint_path(self._folder.checkpoints, int(step[0])))
+        return read_checkpoint(self._folder.checkpoint(int(step[0])))
 
     def _select_checkpoint(self) -> Checkpoint | None:
         """Load the newest complete checkpoint that no later edit of the run has abandoned."""
         run_edits = read_run_edits(self._folder.decisions)
-        return load_newest_checkpoint(self._folder.checkpoints, lambda state: not is_abandoned(state, run_edits))
+        return load_newest_checkpoint(self._folder, lambda state: not is_abandoned(state, run_edits))
 
     def _model_settings(self) -> dict[str, Any]:
         return {f"training.{name}": getattr(self._training, name) for name in MODEL_SETTINGS}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.training.checkpoint import Checkpoint, load_newest_checkpoint, write_checkpoint
 
@@ -30,25 +31,30 @@ def checkpoint(step: int) -> Checkpoint:
     )
 
 
-def write(folder: Path, *steps: int, keep: int = 10) -> None:
+def write(run: RunFolder, *steps: int, keep: int = 10) -> None:
     for step in steps:
-        write_checkpoint(folder, checkpoint(step), keep)
+        write_checkpoint(run, checkpoint(step), keep)
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
+def names(run: RunFolder) -> list[str]:
+    return sorted(path.name for path in run.checkpoints.iterdir())
 
 
-def newest(folder: Path) -> int:
-    checkpoint = load_newest_checkpoint(folder)
+def newest(run: RunFolder) -> int:
+    checkpoint = load_newest_checkpoint(run)
     assert checkpoint is not None
     return checkpoint.step
 
 
-def test_a_loaded_checkpoint_equals_the_written_one(tmp_path: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def test_a_loaded_checkpoint_equals_the_written_one(run: RunFolder) -> None:
     written = checkpoint(7)
-    write_checkpoint(tmp_path, written, keep=1)
-    loaded = load_newest_checkpoint(tmp_path)
+    write_checkpoint(run, written, keep=1)
+    loaded = load_newest_checkpoint(run)
     assert loaded is not None
     assert (loaded.step, loaded.model_settings) == (7, {"training.num_layers": 1})
     assert torch.equal(loaded.model["weight"], written.model["weight"])
@@ -59,46 +65,46 @@ def test_a_loaded_checkpoint_equals_the_written_one(tmp_path: Path) -> None:
     assert loaded.dataplane["arrays"]["mixer/weights"].tolist() == [0.25, 0.75]
 
 
-def test_a_folder_without_checkpoints_loads_none(tmp_path: Path) -> None:
-    assert load_newest_checkpoint(tmp_path / "checkpoints") is None
+def test_a_folder_without_checkpoints_loads_none(run: RunFolder) -> None:
+    assert load_newest_checkpoint(run) is None
 
 
-def test_a_run_with_only_damaged_checkpoints_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, 5, 10)
-    truncate(tmp_path / "step_00000010" / "model.pt")
-    reset_version(tmp_path / "step_00000005" / "training.json")
+def test_a_run_with_only_damaged_checkpoints_is_refused(run: RunFolder) -> None:
+    write(run, 5, 10)
+    truncate(run.checkpoints / "step_00000010" / "model.pt")
+    reset_version(run.checkpoints / "step_00000005" / "training.json")
     with (
         pytest.warns(UserWarning, match="is skipped"),
         pytest.raises(
             DataError, match=r"(?s)No checkpoint in .* can be used:.* its version is 0.* move that folder away"
         ),
     ):
-        load_newest_checkpoint(tmp_path)
+        load_newest_checkpoint(run)
 
 
-def test_latest_contains_the_name_of_the_newest_checkpoint(tmp_path: Path) -> None:
-    write(tmp_path, 5, 10)
-    assert (tmp_path / "LATEST").read_text() == "step_00000010\n"
+def test_latest_contains_the_name_of_the_newest_checkpoint(run: RunFolder) -> None:
+    write(run, 5, 10)
+    assert run.latest_checkpoint.read_text() == "step_00000010\n"
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    write(tmp_path, 5, 10, 15, keep=2)
-    assert names(tmp_path) == ["LATEST", "step_00000010", "step_00000015"]
+def test_only_the_newest_checkpoints_are_kept(run: RunFolder) -> None:
+    write(run, 5, 10, 15, keep=2)
+    assert names(run) == ["LATEST", "step_00000010", "step_00000015"]
 
 
-def test_a_second_checkpoint_of_a_step_replaces_the_first(tmp_path: Path) -> None:
-    write(tmp_path, 5, 5, keep=1)
-    assert newest(tmp_path) == 5
-    assert names(tmp_path) == ["LATEST", "step_00000005"]
+def test_a_second_checkpoint_of_a_step_replaces_the_first(run: RunFolder) -> None:
+    write(run, 5, 5, keep=1)
+    assert newest(run) == 5
+    assert names(run) == ["LATEST", "step_00000005"]
 
 
-def test_the_files_of_a_killed_save_are_ignored_and_later_removed(tmp_path: Path) -> None:
-    write(tmp_path, 5)
-    shutil.copytree(tmp_path / "step_00000005", tmp_path / ".step_00000010.partial")
-    (tmp_path / ".step_00000010.partial" / "model.pt").write_bytes(b"half")
-    assert newest(tmp_path) == 5
-    write(tmp_path, 12)
-    assert names(tmp_path) == ["LATEST", "step_00000005", "step_00000012"]
+def test_the_files_of_a_killed_save_are_ignored_and_later_removed(run: RunFolder) -> None:
+    write(run, 5)
+    shutil.copytree(run.checkpoints / "step_00000005", run.checkpoints / ".step_00000010.partial")
+    (run.checkpoints / ".step_00000010.partial" / "model.pt").write_bytes(b"half")
+    assert newest(run) == 5
+    write(run, 12)
+    assert names(run) == ["LATEST", "step_00000005", "step_00000012"]
 
 
 def truncate(path: Path) -> None:
@@ -129,29 +135,29 @@ def reset_version(path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(
-    tmp_path: Path, name: str, damage: Callable[[Path], None], reason: str
+    run: RunFolder, name: str, damage: Callable[[Path], None], reason: str
 ) -> None:
-    write(tmp_path, 5, 10)
-    damage(tmp_path / "step_00000010" / name)
+    write(run, 5, 10)
+    damage(run.checkpoints / "step_00000010" / name)
     with pytest.warns(UserWarning, match=rf"step_00000010 is skipped: .*{reason}"):
-        assert newest(tmp_path) == 5
+        assert newest(run) == 5
 
 
-def test_saving_removes_a_damaged_checkpoint_of_a_later_step(tmp_path: Path) -> None:
-    write(tmp_path, 5, 20, keep=1)
-    flip_one_bit(tmp_path / "step_00000020" / "model.pt")
-    write(tmp_path, 10, keep=1)
+def test_saving_removes_a_damaged_checkpoint_of_a_later_step(run: RunFolder) -> None:
+    write(run, 5, 20, keep=1)
+    flip_one_bit(run.checkpoints / "step_00000020" / "model.pt")
+    write(run, 10, keep=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert newest(tmp_path) == 10
+        assert newest(run) == 10
 
 
-def test_pickled_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
+def test_pickled_code_in_a_checkpoint_is_not_executed(run: RunFolder) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
             return (exec, ("raise SystemExit('boom')",))
 
     bomb = {"json": {}, "arrays": {"plan": np.array([Bomb()], dtype=object)}}
-    write_checkpoint(tmp_path, Checkpoint(step=1, model_settings={}, model={}, optimizer={}, dataplane=bomb), keep=1)
+    write_checkpoint(run, Checkpoint(step=1, model_settings={}, model={}, optimizer={}, dataplane=bomb), keep=1)
     with pytest.raises(ValueError, match="allow_pickle"):
-        load_newest_checkpoint(tmp_path)
+        load_newest_checkpoint(run)

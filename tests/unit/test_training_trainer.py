@@ -93,7 +93,7 @@ def test_the_attempt_event_describes_hardware_and_model(whole: RunFolder) -> Non
 
 
 def test_a_checkpoint_is_saved_after_the_last_step(whole: RunFolder) -> None:
-    checkpoint = load_newest_checkpoint(whole.checkpoints)
+    checkpoint = load_newest_checkpoint(whole)
     assert checkpoint is not None
     assert checkpoint.step == 10
 
@@ -106,8 +106,8 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_run(
         train(with_training(config, stop_after=stop_after), tmp_path)
     run = train(config, tmp_path, attempt=2)
     assert step_results(run) == step_results(whole)
-    resumed = load_newest_checkpoint(run.checkpoints)
-    uninterrupted = load_newest_checkpoint(whole.checkpoints)
+    resumed = load_newest_checkpoint(run)
+    uninterrupted = load_newest_checkpoint(whole)
     assert resumed is not None
     assert uninterrupted is not None
     assert all(torch.equal(resumed.model[name], uninterrupted.model[name]) for name in uninterrupted.model)
@@ -119,7 +119,7 @@ def test_steps_after_the_last_complete_checkpoint_are_trained_again(
     run = train(dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=3, keep=9)), tmp_path)
     assert [p.name[-2:] for p in sorted(run.checkpoints.glob("step_*"))] == ["03", "06", "09", "10"]
     for step in (9, 10):
-        (run.checkpoints / f"step_{step:08d}" / "model.pt").unlink()
+        (run.checkpoint(step) / "model.pt").unlink()
     with pytest.warns(UserWarning) as caught:
         train(config, tmp_path, attempt=2)
     assert ["step_00000010" in str(caught[0].message), "step_00000009" in str(caught[1].message)] == [True, True]
@@ -155,7 +155,7 @@ def test_training_ends_with_a_warning_when_the_data_end(config: Config, tmp_path
     mixture = dataclasses.replace(config.mixture, kind="natural", on_exhausted="stop", max_epochs=0.2)
     with pytest.warns(UserWarning, match=r"The data ended after \d+ of training\.num_steps=1000 steps"):
         run = train(dataclasses.replace(with_training(config, num_steps=1000), mixture=mixture), tmp_path)
-    checkpoint = load_newest_checkpoint(run.checkpoints)
+    checkpoint = load_newest_checkpoint(run)
     assert checkpoint is not None
     assert 0 < checkpoint.step < 1000
     assert len(step_results(run)) == checkpoint.step
