@@ -1,7 +1,7 @@
 """Run `mixtera-hpc index ACTION` as a Slurm job, with `--submit`.
 
-The job is an ordinary run whose `job.command` is the same index command, so `status`, `logs`, `cancel` and `resume` work on
-it. A job that was killed continues where it stopped when it is resumed.
+The job is an ordinary run whose `job.command` is the same index command, so `status`, `logs`, `cancel` and `resume`
+work on it. A job that was killed continues where it stopped when it is resumed.
 """
 
 import argparse

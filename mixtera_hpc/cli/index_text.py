@@ -68,8 +68,8 @@ def refresh_lines(report: RefreshReport) -> list[str]:
     if report.generations:
         known = ", ".join(fingerprint[:12] for fingerprint in report.generations)
         lines.append(
-            "  runs of earlier generations continue with the generation that they began with; your own loop selects one "
-            f"with index.generations, one of: {known}"
+            "  runs of earlier generations continue with the generation that they began with; your own loop selects "
+            f"one with index.generations, one of: {known}"
         )
     else:
         lines.append("  runs that used this index cannot continue: shards that they read were changed or deleted")

@@ -1,26 +1,28 @@
-"""What an index file looks like inside: names, types and the version.
+"""Define what an index file contains: names, types and version; and read and write its basic values.
 
 /                 attributes: format, version, text, tokenizer, parser, fingerprint, num_samples, chunk_rows
-/roots/           dataset, path; a single root has the data set ''
+/roots/           dataset, path; a single data root has the data set ''
 /shards/          path, dataset (position in roots), format, rows, size_bytes, mtime_ns, fingerprint
-/bad/             shard, reason, rows: what was skipped; 0 rows stand for a damaged end
+/bad/             shard, reason, rows: rows that were skipped; 0 rows mean that the end of the shard is damaged
 /properties/NAME  attributes kind, source (path:PATH in the row, function:NAME, or dataset); values
-/combos/NAME      count (values per combo), code; attributes num_combos and bad (the combo of bad rows, or -1) above them
+/combos/NAME      count (values per combo), code; attributes of /combos: num_combos, bad (combo of bad rows, or -1)
 /blocks/          shard, rows, offset, length
 /zones/NAME       low, high, has_null
 /histogram/       count (combos per block), combo, rows, tokens
 /samples/         combo, length, tokens, numbers/NAME
-/generations/     fingerprint, shards, blocks, cells, combos, samples: earlier states of the index that it begins with
+/generations/     fingerprint, shards, blocks, cells, combos, samples: earlier states that this file begins with
 
-Integers are stored in the narrowest unsigned type that holds them. What can be added up from other columns is not stored:
-the first row, first sample and tokens of a block. Every block begins at a chunk of the sample columns, which
-are as long as blocks usually are: reading a block reads one compressed chunk of each column, at the price of some padding.
-Every byte is under a checksum (metadata by HDF5 itself, columns by Fletcher's), so what was damaged cannot be opened.
+A *combo* is a combination of values of all categorical properties; a *cell* of the histogram is a (block, combo) pair.
+Integers are stored in the narrowest unsigned type that holds them. What is a sum over other columns is not stored: the
+first row, first sample and tokens of a block. Every block begins at a chunk of the sample columns. A chunk is as long
+as the usual block, so reading a block reads one compressed chunk of each column, at the price of some padding. Every
+byte has a checksum (HDF5's own for metadata, Fletcher-32 for columns), so a damaged file cannot be opened unnoticed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -36,6 +38,7 @@ __all__ = [
     "VERSION",
     "BadRows",
     "Generation",
+    "building_folder",
     "first_rows",
     "first_samples",
     "narrow",
@@ -52,12 +55,14 @@ __all__ = [
 ]
 
 DATASET = "dataset"
-"""The built-in property: which data set a sample is of."""
+"""The built-in property: the data set that a sample belongs to."""
 FORMAT = "mixtera-hpc property index"
 VERSION = 2
 TABLE_CHUNK = 1 << 18
-"""Entries of a chunk of the tables, which are always read whole."""
-MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 16384
+"""Entries per HDF5 chunk of a table column. Tables are always read whole, so a chunk may be large."""
+MIN_CHUNK_ROWS = 64
+MAX_CHUNK_ROWS = 16384
+"""Bounds of the rows per HDF5 chunk of a sample column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +72,12 @@ class BadRows:
     shard: int
     reason: str
     rows: int
-    """0: the shard is damaged from some place on, and nobody can count."""
+    """0 if the shard is damaged from some byte on, so that the rows cannot be counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """A state of an index, which is how the index begins still."""
+    """An earlier state of an index: the lengths of the tables then. The file still begins with them."""
 
     fingerprint: str
     shards: int
@@ -81,40 +86,50 @@ class Generation:
     """Entries of the histogram."""
     combos: int
     samples: int
-    """Rows, those that cannot be read included."""
+    """Rows, including those that cannot be read."""
+
+
+def building_folder(index: Path) -> Path:
+    """Return the hidden folder beside an index in which it is built."""
+    return index.with_name(f".{index.name}.building")
 
 
 def narrow_type(maximum: int) -> np.dtype[Any]:
-    """The narrowest unsigned little-endian integer type that holds `maximum`."""
+    """Return the narrowest unsigned little-endian integer type that holds `maximum`."""
     return np.dtype(f"<u{next(size for size in (1, 2, 4, 8) if maximum < 1 << (8 * size))}")
 
 
 def narrow(values: NDArray[Any]) -> NDArray[Any]:
-    """Non-negative integers in their narrowest type; other types stay as they are."""
+    """Convert non-negative integers to their narrowest type. Other types stay as they are."""
     if values.dtype.kind not in "iu":
         return values
     return values.astype(narrow_type(int(values.max(initial=0))), copy=False)
 
 
 def first_samples(block_rows: NDArray[Any], chunk_rows: int) -> NDArray[np.int64]:
-    """Where each block begins in the sample columns, and at last their length; shape (num_blocks + 1,)."""
-    return prepend_zero(np.cumsum(-(-block_rows.astype(np.int64) // chunk_rows) * chunk_rows))
+    """Return where each block begins in the sample columns, and as last entry their length; shape (num_blocks + 1,)."""
+    chunks = -(-block_rows.astype(np.int64) // chunk_rows)  # Rounded up: every block begins at a chunk.
+    return prepend_zero(np.cumsum(chunks * chunk_rows))
 
 
 def first_rows(shard: NDArray[Any], block_rows: NDArray[Any]) -> NDArray[np.int64]:
-    """The row inside its shard with which each block begins; shape (num_blocks,)."""
+    """Return the row, within its shard, that each block begins with; shape (num_blocks,)."""
     starts = np.cumsum(block_rows, dtype=np.int64) - block_rows
-    first = np.flatnonzero(np.r_[True, shard[1:] != shard[:-1]][: len(shard)])
-    return starts - np.repeat(starts[first], np.diff(np.r_[first, len(shard)]))
+    # Subtract the start of the shard's first block from those of all its blocks.
+    is_first = np.r_[True, shard[1:] != shard[:-1]][: len(shard)]
+    first = np.flatnonzero(is_first)
+    blocks_of_shard = np.diff(np.r_[first, len(shard)])
+    first_row: NDArray[np.int64] = starts - np.repeat(starts[first], blocks_of_shard)
+    return first_row
 
 
 def prepend_zero(ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ends of consecutive ranges → their bounds, 0 first."""
+    """Return the bounds of consecutive ranges, given their ends."""
     return np.concatenate([np.zeros(1, np.int64), ends])
 
 
 def write_column(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
-    """Store one table column, checksummed."""
+    """Write one table column with checksums."""
     if len(values):
         chunk = min(len(values), TABLE_CHUNK)
         group.create_dataset(name, data=values, chunks=(chunk, *values.shape[1:]), fletcher32=True)
@@ -123,41 +138,41 @@ def write_column(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
 
 
 def read_column(group: h5py.Group, name: str, dtype: Any) -> NDArray[Any]:
-    """Load a whole column as `dtype`."""
+    """Read a whole column as `dtype`."""
     values: NDArray[Any] = group[name][...]
     return values.astype(dtype, copy=False)
 
 
 def open_children(group: h5py.Group) -> dict[str, Any]:
-    """What is in a group, by name; unlike h5py's `items` it fails on what cannot be opened."""
+    """Open everything in a group, by name. Unlike h5py's `items`, it raises for children that cannot be opened."""
     return {name: group[name] for name in group}
 
 
 def write_text(node: h5py.Group, name: str, text: str) -> None:
-    """Store a short text as an attribute, of fixed length: HDF5 has no checksum over those of variable length."""
+    """Write a short text as an attribute of fixed length: HDF5 has no checksum for those of variable length."""
     node.attrs[name] = np.void(text.encode() + b"\0")
 
 
 def read_text(node: h5py.Group, name: str) -> str:
-    """The inverse of `write_text`."""
+    """Read an attribute written by `write_text`."""
     return bytes(node.attrs[name])[:-1].decode()
 
 
-def path_source(path: str, pattern: str | None) -> str:
-    """The `source` of a property that is read from a row or a shard's path."""
-    return f"path:{path}" + (f" pattern:{pattern}" if pattern else "")
-
-
 def write_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
-    """Store texts, which may hold any character, NUL included: their UTF-8 in a row, and where each ends."""
+    """Write texts, which may contain any character including NUL, as their joined UTF-8 and the end of each."""
     encoded = [text.encode() for text in texts]
-    ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+    ends = np.cumsum([len(data) for data in encoded], dtype=np.int64)
     write_column(group, f"{name}_utf8", np.frombuffer(b"".join(encoded), np.uint8))
     write_column(group, f"{name}_end", narrow(ends))
 
 
 def read_texts(group: h5py.Group, name: str) -> tuple[str, ...]:
-    """The inverse of `write_texts`."""
+    """Read texts written by `write_texts`."""
     data = group[f"{name}_utf8"][...].tobytes()
     bounds = prepend_zero(read_column(group, f"{name}_end", np.int64)).tolist()
-    return tuple(data[a:b].decode() for a, b in pairwise(bounds))
+    return tuple(data[start:stop].decode() for start, stop in pairwise(bounds))
+
+
+def path_source(path: str, pattern: str | None) -> str:
+    """Return the stored `source` of a property that is read from a row or from the path of a shard."""
+    return f"path:{path}" + (f" pattern:{pattern}" if pattern else "")

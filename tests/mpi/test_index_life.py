@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtera_hpc.index.scan.scan_log import building_folder
+from mixtera_hpc.index.layout import building_folder
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 FUNCTION = "mixtera_hpc.index.document_functions.length_bucket"

@@ -19,8 +19,8 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.layout import building_folder
 from mixtera_hpc.index.read.open import open_index
-from mixtera_hpc.index.scan.scan_log import building_folder
 
 NUM_SHARDS = 8
 PROGRAM = """
@@ -140,7 +140,7 @@ def test_a_log_cut_at_any_place_costs_only_the_units_it_lost(tmp_path: Path) -> 
     build_and_kill(tmp_path, 4)
     folder = building_folder(tmp_path / "index.h5")
     shutil.copytree(folder, tmp_path / "saved")
-    (log,) = (tmp_path / "saved").glob("*.parts")
+    (log,) = (tmp_path / "saved").glob("*.scanlog")
     content, resumed = log.read_bytes(), set()
     for cut in range(0, len(content), len(content) // 40):
         shutil.rmtree(folder, ignore_errors=True)
@@ -179,7 +179,7 @@ def test_a_file_cut_anywhere_is_refused(small: tuple[Path, bytes, str]) -> None:
     path = folder / "cut.h5"
     for size in {*range(0, len(content), 41), *range(600), *range(len(content) - 600, len(content))}:
         path.write_bytes(content[:size])
-        with pytest.raises(PropertyIndexError, match=r"cut\.h5 (is damaged or cut short|is not a property index)"):
+        with pytest.raises(PropertyIndexError, match=r"cut\.h5 (is damaged or truncated|is not a property index)"):
             contents(path)
 
 

@@ -19,8 +19,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.derive import derive_properties
 from mixtera_hpc.index.build.refresh import refresh_index
+from mixtera_hpc.index.layout import building_folder
 from mixtera_hpc.index.read.open import open_index
-from mixtera_hpc.index.scan.scan_log import building_folder
 
 NUM_SHARDS = 6
 BASE = {"n": {"path": "n", "kind": "number"}, "c": "c"}

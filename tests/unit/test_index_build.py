@@ -202,7 +202,7 @@ def test_nothing_but_an_index_is_replaced(tmp_path: Path) -> None:
         file["data"] = [1, 2, 3]
     (tmp_path / "folder.h5").mkdir()
     for name, what in (("a.jsonl", "no property index"), ("other.h5", "no property index"), ("folder.h5", "a folder")):
-        with pytest.raises(PropertyIndexError, match=rf"{name}, which is {what}, and would be replaced"):
+        with pytest.raises(PropertyIndexError, match=rf"{name}, which is {what} and would be replaced"):
             build_index(configured(tmp_path, index={"path": str(tmp_path / name)}))
     assert (tmp_path / "a.jsonl").read_bytes() == content
     (tmp_path / "index.h5").write_bytes(b"")

@@ -10,7 +10,8 @@ import pytest
 
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.errors import ConfigError, DataError, UserError
-from mixtera_hpc.index.build.discover import discover_shards, fingerprint_of_shard
+from mixtera_hpc.index.build.discover import discover_shards
+from mixtera_hpc.index.shards import fingerprint_of_shard
 
 
 def found(root: Path, **settings: Any) -> list[str]:

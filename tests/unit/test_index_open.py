@@ -111,7 +111,7 @@ def test_a_missing_index_says_how_to_build_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89HDF\r\n\x1a\n", b"\0" * 5000])
 def test_what_is_no_hdf5_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "i.h5").write_bytes(content)
-    with pytest.raises(PropertyIndexError, match="is damaged or cut short"):
+    with pytest.raises(PropertyIndexError, match="is damaged or truncated"):
         open_index(tmp_path / "i.h5")
 
 
@@ -126,5 +126,5 @@ def test_another_version_is_refused_by_number(path: Path, tmp_path: Path) -> Non
     shutil.copy(path, tmp_path / "i.h5")
     with h5py.File(tmp_path / "i.h5", "r+") as file:
         file.attrs["version"] = 99
-    with pytest.raises(PropertyIndexError, match="is of version 99, this is version 2"):
+    with pytest.raises(PropertyIndexError, match="has version 99, but this is version 2"):
         open_index(tmp_path / "i.h5")

@@ -14,9 +14,9 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.refresh import refresh_index
+from mixtera_hpc.index.layout import building_folder
 from mixtera_hpc.index.read.open import PropertyIndex, open_index
 from mixtera_hpc.index.read.sample_reader import SampleReader
-from mixtera_hpc.index.scan.scan_log import building_folder
 
 
 def configured(root: Path, **more: Any) -> Config:
@@ -173,7 +173,7 @@ def test_parts_of_a_build_are_not_taken_for_a_refresh(root: Path) -> None:
     folder = building_folder(root / "i.h5")
     folder.mkdir()
     (folder / "key").write_text("another")
-    (folder / "001-00000-000.parts").write_bytes(b"junk")
+    (folder / "001-00000-000.scanlog").write_bytes(b"junk")
     write(root, "h.jsonl", 3, "x")
     report = refresh_index(configured(root))
     assert report.build is not None and report.build.resumed_units == 0

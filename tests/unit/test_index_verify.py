@@ -72,7 +72,7 @@ def test_shards_are_looked_for_where_the_data_is_now(index: PropertyIndex, tmp_p
     shutil.copytree(index.data_root, tmp_path / "moved")
     shutil.rmtree(index.data_root)
     assert len(changed_shards(index)) == 8
-    assert changed_shards(index, tmp_path / "moved") == []
+    assert changed_shards(open_index(index.path, str(tmp_path / "moved"))) == []
 
 
 class TestDeep:

@@ -38,7 +38,7 @@ def test_a_run_is_not_explained_by_another_index(
     said = capsys.readouterr()
     assert told
     assert not said.out
-    assert "does not begin with a state" in said.err and "put the old file back" in said.err
+    assert "has no generation" in said.err and "restore the old index file" in said.err
 
 
 def test_an_index_built_again_explains_it(

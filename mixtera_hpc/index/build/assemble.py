@@ -1,4 +1,4 @@
-"""Rank 0's last part: what was scanned, and what an older index is taken over of it, becomes the file."""
+"""Assemble an index on rank 0, from scan results and from the shards that a refresh reuses of the older index."""
 
 import time
 from collections import Counter
@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.index_tables import ShardTable
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.index.build.discover import fingerprint_of_shard
 from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords
-from mixtera_hpc.index.build.merge import PlacedSource, merge_results
-from mixtera_hpc.index.build.publish import IndexFacts, publish_index
+from mixtera_hpc.index.build.merge import MergedTables, PlacedSource, merge_results
+from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
 from mixtera_hpc.index.layout import BadRows, Generation, path_source
 from mixtera_hpc.index.scan.scan_result import Combo
 from mixtera_hpc.index.scan.unit_scan import ScanSettings
+from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
 
-__all__ = ["BuildReport", "BuildRequest", "ReusedShards", "assemble_index", "property_sources"]
+__all__ = ["BuildReport", "BuildRequest", "ReusedShards", "assemble_index", "placed_records", "property_sources"]
 
-NAMED = 5
+MAX_LISTED = 5
+"""Reasons that an error message lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,125 +34,149 @@ class BuildReport:
     fingerprint: str
     shards: int
     samples: int
-    """Those that can be read."""
+    """Rows that can be read."""
     tokens: int | None
-    """None when they were not counted."""
+    """None if tokens were not counted."""
     blocks: int
     combos: int
     bytes_read: int
     """Of the shards."""
     index_bytes: int
+    """Size of the index."""
     units: int
     resumed_units: int
-    """Found in the logs of a build that did not come to its end."""
+    """Units taken from the logs of an interrupted build."""
     elapsed_s: float
     finish_s: float
-    """Of these, the part in which rank 0 merged and wrote."""
+    """The part of `elapsed_s` in which rank 0 merged and wrote."""
     empty_properties: tuple[str, ...]
-    """Properties that no sample has: most often a path with a typing error."""
+    """Properties that no sample has, most often because of a typing error in a path."""
     bad_rows: int
-    """Rows that cannot be read, and were skipped."""
+    """Rows that were skipped because they cannot be read."""
     damaged_shards: int
-    """Shards that were left out from some place on."""
+    """Shards whose end was skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReusedShards:
-    """What a new file takes over from an older one: the shards it begins with."""
+    """What a refreshed index takes from the older one: the unchanged shards, which come first."""
 
     rows: Sequence[int] = ()
-    """Of every shard."""
+    """Of every reused shard."""
     fingerprints: Sequence[str] = ()
-    pieces: Sequence[PlacedSource] = ()
+    """Of every reused shard."""
+    blocks: Sequence[PlacedSource] = ()
     combos: Sequence[Combo | None] = ()
+    """All combos of the older index, by number."""
     bad: Sequence[BadRows] = ()
     generations: Sequence[Generation] = ()
     chunk_rows: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """What was asked for, and when."""
+    """The settings of a build."""
 
     config: Config
-    job: ScanSettings
+    settings: ScanSettings
     began_s: float
-    """Of the monotonic clock."""
+    """When it began, by the monotonic clock."""
 
 
 def assemble_index(
-    asked: BuildRequest, plan: ScanPlan, records: UnitRecords, kept: ReusedShards = ReusedShards()
+    request: BuildRequest, plan: ScanPlan, records: UnitRecords, reused: ReusedShards | None = None
 ) -> BuildReport:
-    """Merge, write, publish.
+    """Merge all results, and write and publish the index.
 
     Raises:
-        DataError: there are no rows.
+        DataError: no row can be read.
     """
-    config, job, started = asked.config, asked.job, time.monotonic()
-    path = Path(config.index.path)
-    new = [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
-    pieces: list[PlacedSource] = [*kept.pieces, *new]
-    merged = merge_results(job.properties, pieces, kept.combos, kept.chunk_rows)
-    shards, bad = _shards(job, plan, records, kept)
+    began_s = time.monotonic()
+    reused = reused or ReusedShards()
+    settings = request.settings
+    sources = [*reused.blocks, *placed_records(plan, records)]
+    merged = merge_results(settings.properties, sources, reused.combos, reused.chunk_rows)
+    shards, bad = _shard_table(settings, plan, records, reused)
     if merged.rows == merged.bad_rows:
-        raise _no_rows(job, shards, bad)
+        raise _no_rows(settings, shards, bad)
+
     facts = IndexFacts(
-        roots={name: str(root.resolve()) for name, root in job.roots.items()},
-        text=config.data.text,
-        tokenizer=job.tokenizer.fingerprint if job.tokenizer else None,
-        parser=job.fields.parser.path if job.fields.parser else None,
-        sources=property_sources(job),
+        roots={name: str(root.resolve()) for name, root in settings.roots.items()},
+        text=request.config.data.text,
+        tokenizer=settings.tokenizer.fingerprint if settings.tokenizer else None,
+        parser=settings.spec.parser.path if settings.spec.parser else None,
+        sources=property_sources(settings),
         bad=tuple(bad),
-        generations=tuple(kept.generations),
+        generations=tuple(reused.generations),
     )
-    written = publish_index(path, facts, shards, merged, pieces)
+    published = publish_index(Path(request.config.index.path), facts, shards, merged, sources)
+    return _report(request, plan, merged, bad, published, began_s)
+
+
+def placed_records(plan: ScanPlan, records: UnitRecords) -> list[PlacedSource]:
+    """Return all logged results in index order, each with the position of its shard."""
+    return [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
+
+
+def property_sources(settings: ScanSettings) -> dict[str, str]:
+    """Return property → where its values come from, as stored in the index."""
+    sources = {field.name: path_source(field.path, field.pattern) for field in settings.spec.properties}
+    sources |= {field.name: f"function:{field.path}" for field in settings.functions.fields}
+    # The built-in property `dataset` is its own source.
+    return {field.name: sources.get(field.name, field.name) for field in settings.properties}
+
+
+def _report(
+    request: BuildRequest,
+    plan: ScanPlan,
+    merged: MergedTables,
+    bad: Sequence[BadRows],
+    published: PublishedIndex,
+    began_s: float,
+) -> BuildReport:
+    path = Path(request.config.index.path)
     now = time.monotonic()
     return BuildReport(
         path=str(path),
-        fingerprint=written.fingerprint,
+        fingerprint=published.fingerprint,
         shards=len(plan.shards),
         samples=merged.rows - merged.bad_rows,
-        tokens=written.tokens if job.tokenizer else None,
+        tokens=published.tokens if request.settings.tokenizer else None,
         blocks=merged.blocks,
         combos=merged.combos.num_combos,
         bytes_read=plan.missing_bytes,
         index_bytes=path.stat().st_size,
         units=len(plan.units),
         resumed_units=len(plan.done),
-        elapsed_s=now - asked.began_s,
-        finish_s=now - started,
-        empty_properties=written.empty_properties,
+        elapsed_s=now - request.began_s,
+        finish_s=now - began_s,
+        empty_properties=published.empty_properties,
         bad_rows=merged.bad_rows,
-        damaged_shards=len({b.shard for b in bad if not b.rows}),
+        damaged_shards=len({rows.shard for rows in bad if not rows.rows}),
     )
 
 
-def _no_rows(job: ScanSettings, shards: ShardTable, bad: Sequence[BadRows]) -> DataError:
-    """The error for shards of which nothing can be read, with some of the reasons."""
-    where = f"The {len(shards.path)} shards below {', '.join(map(str, job.roots.values()))} hold no rows"
+def _no_rows(settings: ScanSettings, shards: ShardTable, bad: Sequence[BadRows]) -> DataError:
+    """Return the error for shards of which nothing can be read, with some of the reasons."""
+    roots = ", ".join(map(str, settings.roots.values()))
+    where = f"The {len(shards.path)} shards below {roots} hold no rows"
     if not bad:
         return DataError(f"{where}.\n  Set data.root and data.include to files that have some.")
-    listed = "".join(f"\n    {shards.path[b.shard]}: {b.rows or 'the rest'}, {b.reason}" for b in bad[:NAMED])
+    reasons = [f"\n    {shards.path[b.shard]}: {b.rows or 'the rest'}, {b.reason}" for b in bad[:MAX_LISTED]]
     return DataError(
-        f"{where} that can be read:{listed}\n  Do data.text and data.properties name what the rows have? See docs/formats.md."
+        f"{where} that can be read:{''.join(reasons)}\n"
+        "  Do data.text and data.properties name fields that the rows have? See docs/formats.md."
     )
 
 
-def property_sources(job: ScanSettings) -> dict[str, str]:
-    """Property → where its values come from, as the index stores it."""
-    found = {f.name: path_source(f.path, f.pattern) for f in job.fields.properties}
-    found |= {field.name: f"function:{field.path}" for field in job.functions.fields}
-    return {field.name: found.get(field.name, field.name) for field in job.properties}
-
-
-def _shards(
-    job: ScanSettings, plan: ScanPlan, records: UnitRecords, kept: ReusedShards
+def _shard_table(
+    settings: ScanSettings, plan: ScanPlan, records: UnitRecords, reused: ReusedShards
 ) -> tuple[ShardTable, list[BadRows]]:
-    """The table of all shards, and what was skipped of each; parts are looked at once more for what they say of theirs."""
+    """Return the table of all shards, and what was skipped of each. Reads the header of every record."""
     rows = np.zeros(len(plan.shards), np.int64)
-    rows[: len(kept.rows)] = kept.rows
-    fingerprints = dict(enumerate(kept.fingerprints))
-    bad: Counter[tuple[int, str]] = Counter()
+    rows[: len(reused.rows)] = reused.rows
+    fingerprints = dict(enumerate(reused.fingerprints))
+    skipped: Counter[tuple[int, str]] = Counter()
     for unit in sorted(records):
         shard = plan.units[unit][0]
         for record in records[unit]:
@@ -159,18 +185,24 @@ def _shards(
             if header.fingerprint:
                 fingerprints[shard] = header.fingerprint
             for reason, number in header.reasons.items():
-                bad[(shard, reason)] += number
-    for number in set(range(len(plan.shards))).difference(fingerprints):  # An empty one has no units.
-        empty = plan.shards[number]
-        fingerprints[number] = fingerprint_of_shard(empty.below(job.roots), empty.size_bytes)
-    table = ShardTable(
-        path=tuple(s.path for s in plan.shards),
-        format=tuple(s.format for s in plan.shards),
+                skipped[(shard, reason)] += number
+
+    # An empty shard has no units, so no record carries its fingerprint.
+    for number, shard_file in enumerate(plan.shards):
+        if number not in fingerprints:
+            fingerprints[number] = fingerprint_of_shard(shard_file.below(settings.roots), shard_file.size_bytes)
+
+    bad = [BadRows(shard=shard, reason=reason, rows=number) for (shard, reason), number in sorted(skipped.items())]
+    return _table_of(plan.shards, rows, [fingerprints[i] for i in range(len(plan.shards))]), [*reused.bad, *bad]
+
+
+def _table_of(shards: Sequence[Shard], rows: NDArray[np.int64], fingerprints: Sequence[str]) -> ShardTable:
+    return ShardTable(
+        path=tuple(shard.path for shard in shards),
+        format=tuple(shard.format for shard in shards),
         rows=rows,
-        size_bytes=np.array([s.size_bytes for s in plan.shards], np.int64),
-        mtime_ns=np.array([s.mtime_ns for s in plan.shards], np.int64),
-        fingerprint=tuple(fingerprints[i] for i in range(len(plan.shards))),
-        dataset=tuple(s.dataset for s in plan.shards),
+        size_bytes=np.array([shard.size_bytes for shard in shards], np.int64),
+        mtime_ns=np.array([shard.mtime_ns for shard in shards], np.int64),
+        fingerprint=tuple(fingerprints),
+        dataset=tuple(shard.dataset for shard in shards),
     )
-    found = [BadRows(shard=shard, reason=reason, rows=number) for (shard, reason), number in sorted(bad.items())]
-    return table, [*kept.bad, *found]

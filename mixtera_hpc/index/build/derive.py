@@ -1,15 +1,15 @@
-"""Add properties to an index: functions over documents, which are read again; everything else is taken over.
+"""Add properties to an index that are functions of documents. Documents are read again; everything else is copied.
 
-Every unit is a run of neighbouring blocks of one shard. Its part has all that the index says of them and the new columns, so
-the merge is that of a build, and a killed attempt goes on like one. Blocks, rows and their order stay; combos are numbered
-anew, since every one may have split. Price: all documents are read once, the index is written once; every rank opens the
-index, O(blocks) memory each.
+A unit is a run of neighbouring blocks of one shard. Its result contains what the index stores about these blocks, and
+the new columns. So the merge is that of a build, and a killed derivation resumes like one. Blocks and rows keep their
+order; combos are renumbered, since each may have split. Price: all documents are read once and the index is written
+once. Every rank opens the index, which takes O(blocks) memory.
 """
 
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +20,27 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.formats.base import BlockRef, Column, PropertyField, ShardReader
-from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, run_index_job
-from mixtera_hpc.index.build.merge import PlacedSource, merge_results
-from mixtera_hpc.index.build.publish import IndexFacts, publish_index
+from mixtera_hpc.index.build.assemble import placed_records
+from mixtera_hpc.index.build.extend_result import add_columns, concatenate_columns
+from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, follow_index_job, lead_index_job
+from mixtera_hpc.index.build.merge import MergedTables, merge_results
+from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
 from mixtera_hpc.index.read.configured import open_written
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.index.scan.computed_properties import DocumentFunctions
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
-from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, combine_columns, histogram_of, zones_of
+from mixtera_hpc.index.scan.scan_result import Combo, ScanResult
 
 __all__ = ["DeriveReport", "derive_properties"]
 
 UNIT_BYTES = 64 << 20
-BATCH_BLOCKS_ROWS = 4096
-"""Documents handed to a function at once, about."""
+BATCH_DOCUMENTS = 4096
+"""Documents passed to a function at once, rounded up to whole blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +55,11 @@ class DeriveReport:
     combos: int
     bytes_read: int
     resumed_units: int
+    """Units taken from the logs of an interrupted derivation."""
     units: int
     elapsed_s: float
     empty_properties: tuple[str, ...]
+    """New properties that are null in every sample."""
 
 
 def derive_properties(
@@ -65,211 +68,176 @@ def derive_properties(
     """Add every property of `config.data.properties` that has a `function` and that the index lacks. **Collective.**
 
     Args:
-        again: compute those it has once more, with the functions as they are now.
+        config: the keys `data` and `index` count.
+        comm: the ranks that share the work; None for this process alone.
+        progress: called on rank 0 while documents are read.
+        again: recompute properties that the index has, with the functions as they are now.
 
     Raises:
         ConfigError: there is nothing to add, or a function cannot be imported.
-        PropertyIndexError: there is no index, its shards have changed, or a name is taken.
-        DataError: a function returned something else than a value of its kind for each document.
+        PropertyIndexError: there is no index, its shards have changed, or a property of that name is stored.
+        DataError: a function did not return one value of its kind for each document.
     """
-    comm, began = comm or Local(), time.monotonic()
-    index = open_written(config)
-    functions = _new(index, DocumentFunctions.of(config.data), again)
-    combos = combo_values(index.tables.combos)
-
-    def plan() -> ScanPlan:
+    comm = comm or Local()
+    began_s = time.monotonic()
+    with open_written(config) as index:
+        functions = _functions_to_run(index, DocumentFunctions.of(config.data), again)
+        derivation = _Derivation(index, functions, combo_values(index.tables.combos), began_s)
+        job = IndexJob(
+            path=Path(config.index.path),
+            depends_on=["derive", index.fingerprint, functions.fields, functions.sources],
+            threads=config.index.threads,
+            scan=derivation.scan,
+        )
+        if comm.rank > 0:
+            return follow_index_job(job, comm, DeriveReport)
         check_fresh(index)
-        return _plan(index)
-
-    def scan(made: ScanPlan, unit: int) -> Iterator[ScanResult]:
-        _, first, last = made.units[unit]
-        yield _unit(index, combos, functions, first, last)
-
-    def end(made: ScanPlan, records: UnitRecords) -> DeriveReport:
-        return _end(index, functions, made, records, began)
-
-    job = IndexJob(
-        path=Path(config.index.path),
-        depends=["derive", index.fingerprint, functions.fields, functions.sources],
-        threads=config.index.threads,
-        scan=scan,
-    )
-    with index:
-        return run_index_job(job, comm, plan, end, DeriveReport, progress)
+        return lead_index_job(job, _plan_units(index), comm, derivation.finish, progress)
 
 
-def _new(index: PropertyIndex, functions: DocumentFunctions, again: bool) -> DocumentFunctions:
-    """The functions whose properties are to be computed."""
-    have = index.tables.properties
+def _functions_to_run(index: PropertyIndex, functions: DocumentFunctions, again: bool) -> DocumentFunctions:
+    """Return the functions whose properties are to be computed.
+
+    Raises:
+        ConfigError: there are none.
+        PropertyIndexError: a property of that name is not computed by a function.
+    """
     for field in functions.fields:
-        if field.name in have and not index.sources[field.name].startswith("function:"):
+        source = index.sources.get(field.name, "function:")
+        if not source.startswith("function:"):
             raise PropertyIndexError(
-                f"{index.path} has a property {field.name!r} already, from {index.sources[field.name]}.\n"
+                f"{index.path} has a property {field.name!r} already, from {source}.\n"
                 f"  Give the new one another name than data.properties.{field.name}."
             )
-    wanted = tuple(function for function in functions.all if again or _is_new(index, function.field))
-    if not wanted:
-        what = "the index has all these properties already" if functions.all else "data.properties names no function"
+    missing = tuple(function for function in functions.all if again or not _is_stored(index, function.field))
+    if not missing:
+        problem = "data.properties names no function"
+        if functions.all:
+            problem = "the index has all these properties already"
         raise ConfigError(
-            f"There is nothing to derive: {what}.\n  Add data.properties.NAME={{function: package.module.function, kind: "
-            "category}, or compute what is there once more with --again."
+            f"There is nothing to derive: {problem}.\n  Add data.properties.NAME={{function: package.module.function, "
+            "kind: category}, or recompute existing properties with --again."
         )
-    return DocumentFunctions(wanted)
+    return DocumentFunctions(missing)
 
 
-def _is_new(index: PropertyIndex, field: PropertyField) -> bool:
-    found = index.tables.properties.get(field.name)
-    return found is None or found.kind != field.kind or index.sources[field.name] != f"function:{field.path}"
+def _is_stored(index: PropertyIndex, field: PropertyField) -> bool:
+    prop = index.tables.properties.get(field.name)
+    if prop is None:
+        return False
+    return prop.kind == field.kind and index.sources[field.name] == f"function:{field.path}"
 
 
-def _plan(index: PropertyIndex) -> ScanPlan:
-    """Units of some dozen megabytes, each within one shard."""
-    blocks, units, sizes = index.tables.blocks, [], []
+def _plan_units(index: PropertyIndex) -> ScanPlan:
+    """Cut the blocks into units of about 64 MiB, each within one shard; a unit is (shard, first block, last block +
+    1)."""
+    blocks = index.tables.blocks
+    units = []
+    sizes = []
     for first, last in block_ranges(index, np.arange(len(blocks), dtype=np.int64)):
         cuts = _cuts(blocks.shard[first:last], blocks.length[first:last])
-        for a, b in itertools.pairwise(cuts):
-            units.append((int(blocks.shard[first + a]), first + a, first + b))
-            sizes.append(int(blocks.length[first + a : first + b].sum()))
+        for start, stop in itertools.pairwise(cuts):
+            units.append((int(blocks.shard[first + start]), first + start, first + stop))
+            sizes.append(int(blocks.length[first + start : first + stop].sum()))
     return ScanPlan(shards=[], units=units, sizes=sizes)
 
 
 def _cuts(shard: NDArray[np.int32], length: NDArray[np.int64]) -> list[int]:
-    """Where consecutive blocks are cut: at every shard, and every so many bytes."""
+    """Return the bounds of the units among consecutive blocks: at every shard, and every `UNIT_BYTES` bytes."""
     ends = np.cumsum(length)
     is_cut = (shard[1:] != shard[:-1]) | (ends[1:] // UNIT_BYTES != ends[:-1] // UNIT_BYTES)
     return [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(shard)]
 
 
-def _unit(
-    index: PropertyIndex, combos: list[Combo | None], functions: DocumentFunctions, first: int, last: int
-) -> ScanResult:
-    """What the index says of some blocks of a shard, and the new properties."""
-    part = StoredBlocks(index, combos, first, last).load()
-    shard = int(index.tables.blocks.shard[first])
-    path = index.data_root / index.shard_paths()[shard]
-    reader = load_format(index.tables.shards.format[shard]).open(
-        path, index.text, BlockCache(seek_folders=[seek_folder_of(index.path)])
-    )
-    try:
-        found = list(_columns(index, part, functions, reader, first))
-    finally:
-        reader.close()
-    columns = {field.name: _one([each[field.name] for each in found]) for field in functions.fields}
-    return _with(part, list(index.tables.combos.properties), functions.fields, columns)
+@dataclass(frozen=True, slots=True)
+class _Derivation:
+    """What a derivation works with."""
 
+    index: PropertyIndex
+    functions: DocumentFunctions
+    combos: list[Combo | None]
+    """Of the index, by number."""
+    began_s: float
+    """When it began, by the monotonic clock."""
 
-def _columns(
-    index: PropertyIndex, part: ScanResult, functions: DocumentFunctions, reader: ShardReader, first: int
-) -> Iterator[Mapping[str, Column]]:
-    """The new properties of every block, computed from some thousand documents at a time."""
-    blocks = index.tables.blocks
-    bad = part.combos.index(None) if None in part.combos else -1
-    held: list[str] = []
-    row = 0
-    for number, rows in enumerate(part.blocks["rows"].tolist()):
-        place = BlockRef.of(blocks, first + number)
-        lengths = part.samples.get("length", np.zeros(part.num_rows, np.int64))[row : row + rows]
-        wanted = np.flatnonzero(part.samples["combo"][row : row + rows] != bad)
-        texts = [""] * rows
-        for where, text in zip(wanted.tolist(), reader.documents(place, lengths, wanted), strict=True):
-            texts[where] = text
-        held += texts
-        row += rows
-        if len(held) >= BATCH_BLOCKS_ROWS:
-            yield functions.columns(held)
-            held = []
-    yield functions.columns(held)
+    def scan(self, plan: ScanPlan, unit: int) -> Iterator[ScanResult]:
+        """Yield the only result of a unit: what the index stores about its blocks, and the new properties."""
+        shard, first, last = plan.units[unit]
+        result = StoredBlocks(self.index, self.combos, first, last).load()
+        path = self.index.data_root / self.index.shard_paths()[shard]
+        cache = BlockCache(seek_folders=[seek_folder_of(self.index.path)])
+        reader = load_format(self.index.tables.shards.format[shard]).open(path, self.index.text, cache)
+        try:
+            batches = list(self._compute(result, reader, first))
+        finally:
+            reader.close()
+        columns = {
+            field.name: concatenate_columns([batch[field.name] for batch in batches]) for field in self.functions.fields
+        }
+        yield add_columns(result, list(self.index.tables.combos.properties), columns)
 
+    def _compute(self, result: ScanResult, reader: ShardReader, first: int) -> Iterator[Mapping[str, Column]]:
+        """Yield the new properties of consecutive rows, computed from a few thousand documents at a time.
 
-def _one(columns: list[Column]) -> Column:
-    """Columns of consecutive rows as one."""
-    numbers = [column for column in columns if isinstance(column, np.ndarray)]
-    if numbers:
-        return np.concatenate(numbers)
-    values: dict[tuple[str, ...], int] = {}
-    codes = []
-    for column in columns:
-        if isinstance(column, Categories):
-            known = np.array([values.setdefault(value, len(values)) for value in column.values], np.int32)
-            codes.append(known[column.code] if len(known) else column.code)
-    return Categories(list(values), np.concatenate(codes))
+        Rows that cannot be read are passed to the functions as empty texts; the merge drops their values.
+        """
+        blocks = self.index.tables.blocks
+        bad = result.combos.index(None) if None in result.combos else -1
+        no_lengths = np.zeros(result.num_rows, np.int64)
+        texts: list[str] = []
+        row = 0
+        for number, rows in enumerate(result.blocks["rows"].tolist()):
+            own = slice(row, row + rows)
+            readable = np.flatnonzero(result.samples["combo"][own] != bad)
+            lengths = result.samples.get("length", no_lengths)[own]
+            documents = reader.documents(BlockRef.of(blocks, first + number), lengths, readable)
+            block_texts = [""] * rows
+            for position, text in zip(readable.tolist(), documents, strict=True):
+                block_texts[position] = text
+            texts += block_texts
+            row += rows
+            if len(texts) >= BATCH_DOCUMENTS:
+                yield self.functions.columns(texts)
+                texts = []
+        yield self.functions.columns(texts)
 
+    def finish(self, plan: ScanPlan, records: UnitRecords) -> DeriveReport:
+        """Merge, write and publish on rank 0."""
+        index = self.index
+        fields = {
+            prop.name: PropertyField(name=prop.name, path="", kind=Kind(prop.kind))
+            for prop in index.tables.properties.values()
+        }
+        fields |= {field.name: field for field in self.functions.fields}
+        sources = placed_records(plan, records)
+        merged = merge_results([field for _, field in sorted(fields.items())], sources, (), index.chunk_rows)
+        published = publish_index(index.path, self._facts(), index.tables.shards, merged, sources)
+        return self._report(plan, merged, published)
 
-def _with(
-    part: ScanResult, names: list[str], fields: tuple[PropertyField, ...], columns: Mapping[str, Column]
-) -> ScanResult:
-    """A part with more properties; one it has by that name is replaced."""
-    numbers = {n: v for n, v in part.numbers.items() if n not in columns}
-    zones = {n: z for n, z in part.zones.items() if n not in columns}
-    bad = part.combos.index(None) if None in part.combos else -1
-    is_bad = part.samples["combo"] == bad
-    for field in fields:
-        column = columns[field.name]
-        if isinstance(column, np.ndarray):
-            numbers[field.name] = np.where(is_bad, np.nan, column)
-            zones[field.name] = zones_of(numbers[field.name], part.blocks["rows"], is_bad)
-    combos, codes = _recombined(part, names, {n: c for n, c in columns.items() if isinstance(c, Categories)}, columns)
-    samples = part.samples | {"combo": codes}
-    counts, cells = histogram_of(
-        part.blocks["rows"], samples, len(combos), combos.index(None) if None in combos else None
-    )
-    return replace(
-        part,
-        combos=combos,
-        blocks=part.blocks | {"count": counts},
-        cells=cells,
-        samples=samples,
-        numbers=numbers,
-        zones=zones,
-    )
+    def _facts(self) -> IndexFacts:
+        # No generations: every combo may have a new number, so no earlier state is a prefix of this one.
+        index = self.index
+        derived = {field.name: f"function:{field.path}" for field in self.functions.fields}
+        return IndexFacts(
+            roots={name: str(root.resolve()) for name, root in index.roots.items()},
+            text=index.text,
+            tokenizer=index.tokenizer_fingerprint,
+            parser=index.parser,
+            sources={**index.sources, **derived},
+            bad=tuple(index.bad),
+        )
 
-
-def _recombined(
-    part: ScanResult, names: list[str], added: Mapping[str, Categories], replaced: Mapping[str, Column]
-) -> tuple[list[Combo | None], NDArray[np.int64]]:
-    """The combos with more values, and the combo of every row."""
-    kept = [(i, name) for i, name in enumerate(names) if name not in replaced]
-    order = sorted([*(name for _, name in kept), *added])
-    new, code = combine_columns([added[name] for name in sorted(added)], part.num_rows)
-    pairs, row_of = np.unique(part.samples["combo"] * max(len(new), 1) + code, return_inverse=True)
-    position: dict[Combo | None, int] = {}
-    number = np.zeros(len(pairs), np.int64)
-    for i, pair in enumerate(pairs.tolist()):
-        old, more = part.combos[pair // max(len(new), 1)], new[pair % max(len(new), 1)]
-        combo = None
-        if old is not None:
-            values = {name: old[column] for column, name in kept} | dict(zip(sorted(added), more, strict=True))
-            combo = tuple(values[name] for name in order)
-        number[i] = position.setdefault(combo, len(position))
-    return list(position), number[row_of]
-
-
-def _end(
-    index: PropertyIndex, functions: DocumentFunctions, plan: ScanPlan, records: UnitRecords, began: float
-) -> DeriveReport:
-    """Rank 0: merge, write, publish."""
-    new = {field.name: field for field in functions.fields}
-    stored = {p.name: PropertyField(name=p.name, path="", kind=Kind(p.kind)) for p in index.tables.properties.values()}
-    pieces: list[PlacedSource] = [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
-    merged = merge_results([field for _, field in sorted((stored | new).items())], pieces, (), index.chunk_rows)
-    facts = IndexFacts(
-        roots={name: str(root.resolve()) for name, root in index.roots.items()},
-        text=index.text,
-        tokenizer=index.tokenizer_fingerprint,
-        parser=index.parser,
-        sources={**index.sources} | {name: f"function:{field.path}" for name, field in new.items()},
-        bad=tuple(index.bad),
-    )
-    written = publish_index(index.path, facts, index.tables.shards, merged, pieces)
-    return DeriveReport(
-        path=str(index.path),
-        fingerprint=written.fingerprint,
-        derived=tuple(new),
-        samples=index.tables.num_samples,
-        combos=merged.combos.num_combos,
-        bytes_read=plan.missing_bytes,
-        resumed_units=len(plan.done),
-        units=len(plan.units),
-        elapsed_s=time.monotonic() - began,
-        empty_properties=tuple(name for name in written.empty_properties if name in new),
-    )
+    def _report(self, plan: ScanPlan, merged: MergedTables, published: PublishedIndex) -> DeriveReport:
+        derived = tuple(field.name for field in self.functions.fields)
+        return DeriveReport(
+            path=str(self.index.path),
+            fingerprint=published.fingerprint,
+            derived=derived,
+            samples=self.index.tables.num_samples,
+            combos=merged.combos.num_combos,
+            bytes_read=plan.missing_bytes,
+            resumed_units=len(plan.done),
+            units=len(plan.units),
+            elapsed_s=time.monotonic() - self.began_s,
+            empty_properties=tuple(name for name in published.empty_properties if name in derived),
+        )

@@ -1,54 +1,40 @@
-"""Which files are the shards: globs below the data roots, in an order that does not depend on the file system.
+"""Find the shards: expand globs below the data roots, in an order that does not depend on the file system.
 
-One `stat` per file that matches. Paths are relative to their root and stay below it, whatever links there are inside: `below`
-is the only way from a stored path to a file, and refuses any other.
+It costs one `stat` per file that matches. Paths are relative to their root and do not lead out of it, whatever links
+there are inside.
 """
 
 import errno
 import glob
-import hashlib
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mixtera_hpc.config.schema import DataConfig
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.registry import SUFFIXES, format_name_of, load_format
+from mixtera_hpc.index.shards import Shard
 
-__all__ = ["Shard", "discover_shards", "escapes", "fingerprint_of_shard", "roots_of"]
+__all__ = ["discover_shards", "roots_of"]
 
-ENDS_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """One data file as it was found."""
-
-    path: str
-    """Relative to its data root."""
-    format: str
-    size_bytes: int
-    mtime_ns: int
-    dataset: str = ""
-    """The name of its root in `data.sets`; empty where there is only `data.root`."""
-
-    def below(self, roots: Mapping[str, Path]) -> Path:
-        """Where it lies."""
-        return roots[self.dataset] / self.path
+FoundShard = tuple[Shard, tuple[int, int]]
+"""A shard, and the device and inode of its file."""
 
 
 def roots_of(data: DataConfig) -> dict[str, Path]:
-    """Dataset → folder; a single root is called ''."""
-    return {name: Path(root) for name, root in sorted(data.roots().items())} if data.sets else {"": Path(data.root)}
+    """Return data set → folder; a single unnamed one is called ''."""
+    if not data.sets:
+        return {"": Path(data.root)}
+    return {name: Path(root) for name, root in sorted(data.roots().items())}
 
 
 def discover_shards(data: DataConfig) -> list[Shard]:
-    """The shards of a data collection, sorted by dataset and path.
+    """Return the shards of a data collection, sorted by data set and path.
 
-    Hidden files never match. A glob whose last part is only stars skips files of unknown format and plain text and `.json`,
-    which are more often about the data than part of it; any other glob means what it names.
+    Hidden files never match. A glob whose last part consists of stars skips files of unknown format, plain text and
+    `.json`, which usually describe the data and are no part of it. Any other glob takes what it names.
 
     Raises:
         ConfigError: a glob leaves the data root, or matches a file of unknown format.
@@ -56,108 +42,113 @@ def discover_shards(data: DataConfig) -> list[Shard]:
     """
     if data.format != "auto":
         load_format(data.format)
-    found = [pair for dataset, root in roots_of(data).items() for pair in _below(root, dataset, data)]
-    if not found:
-        where = ", ".join(map(str, roots_of(data).values()))
+    roots = roots_of(data)
+    shards = [pair for dataset, root in roots.items() for pair in _RootSearch(root, dataset, data).search()]
+    if not shards:
+        where = ", ".join(map(str, roots.values()))
         raise DataError(
-            f"No data file below {where}: data.include is {', '.join(data.include)}.\n  Known endings: {_endings()}; .txt and "
-            ".json where a glob names them, as in data.include=['**/*.txt']."
+            f"No data file below {where}: data.include is {', '.join(data.include)}.\n  Known suffixes: {_suffixes()}; "
+            ".txt and .json only if a glob names them, as in data.include=['**/*.txt']."
         )
-    return _without_twins(found)
+    return _without_duplicates(shards)
 
 
-def fingerprint_of_shard(path: Path, size_bytes: int) -> str:
-    """Hex digest of a file's size and its first and last MiB: cheap, and different for whatever appends, cuts or replaces."""
-    digest = hashlib.blake2b(str(size_bytes).encode(), digest_size=16)
-    with path.open("rb") as file:
-        digest.update(file.read(ENDS_BYTES))
-        file.seek(max(size_bytes - ENDS_BYTES, 0))
-        digest.update(file.read(ENDS_BYTES))
-    return digest.hexdigest()
+@dataclass(frozen=True, slots=True)
+class _RootSearch:
+    """The search for shards below one data root."""
 
+    root: Path
+    dataset: str
+    data: DataConfig
 
-def escapes(path: str) -> bool:
-    """Whether a stored path would lead out of the folder it is said to be in, or names no file at all."""
-    parts = PurePosixPath(path).parts
-    return not parts or path.startswith("/") or ".." in parts or "\0" in path
+    def search(self) -> list[FoundShard]:
+        """Return the shards, sorted by path."""
+        if not self.root.is_dir():
+            key = f"data.sets.{self.dataset}" if self.dataset else "data.root"
+            raise DataError(
+                f"{key} is {str(self.root)!r}, which is not a folder.\n  Give the folder that contains the data files."
+            )
+        excluded = {
+            path.rstrip("/") for pattern in self.data.exclude for path in _expand(self.root, pattern, "data.exclude")
+        }
+        shards: dict[str, FoundShard] = {}
+        for pattern in self.data.include:
+            _check_folders(self.root, pattern, excluded)
+            shards |= {pair[0].path: pair for pair in self._shards_of(pattern, excluded, shards)}
+        return [shards[path] for path in sorted(shards)]
 
+    def _shards_of(self, pattern: str, excluded: set[str], known: Mapping[str, FoundShard]) -> Iterator[FoundShard]:
+        """Yield the shards that one glob adds to the known ones."""
+        num_matches = 0
+        only_stars = set(PurePosixPath(pattern).name) == {"*"}
+        for path in sorted(_expand(self.root, pattern, "data.include")):
+            if path in known:
+                num_matches += 1
+                continue
+            status = _stat_file(self.root / path)
+            if status is None:
+                continue
+            num_matches += 1
+            if path in excluded:
+                continue
+            name = self._format_of(path, pattern, only_stars)
+            if name is not None:
+                yield self._shard(path, name, status)
+        if not num_matches and not only_stars:
+            raise DataError(
+                f"data.include has {pattern!r}, which matches no file below {self.root}.\n  Correct it, or remove it."
+            )
 
-Found = tuple[Shard, tuple[int, int]]
-"""A shard and its device and inode."""
+    def _format_of(self, path: str, pattern: str, only_stars: bool) -> str | None:
+        """Return the format of a file; None if only stars matched it and it should be skipped."""
+        is_auto = self.data.format == "auto"
+        name = format_name_of(path) if is_auto else self.data.format
+        if name in ("text", "json") and only_stars and is_auto:
+            return None
+        if name is None and not only_stars:
+            raise ConfigError(
+                f"data.include has {pattern!r}, which matches {path!r}, a file of unknown format.\n"
+                f"  Known suffixes: {_suffixes()}. Set data.format to read it as one of these formats."
+            )
+        return name
 
-
-def _below(root: Path, dataset: str, data: DataConfig) -> list[Found]:
-    """The shards of one root, sorted by path."""
-    if not root.is_dir():
-        key = f"data.sets.{dataset}" if dataset else "data.root"
-        raise DataError(
-            f"{key} is {str(root)!r}, which is not a folder.\n  Give the folder that the data files are below."
+    def _shard(self, path: str, name: str, status: os.stat_result) -> FoundShard:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"The file name {path!r} is not UTF-8. Rename the file, or leave it out with data.exclude."
+            ) from None
+        shard = Shard(
+            path=path,
+            format=name,
+            size_bytes=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            dataset=self.dataset,
         )
-    left_out = {path.rstrip("/") for pattern in data.exclude for path in _matching(root, pattern, "data.exclude")}
-    found: dict[str, Found] = {}
-    for pattern in data.include:
-        _check_folders(root, pattern, left_out)
-        found |= {pair[0].path: pair for pair in _shards(root, dataset, pattern, data, left_out, found)}
-    return [found[path] for path in sorted(found)]
+        return shard, (status.st_dev, status.st_ino)
 
 
-def _shards(
-    root: Path, dataset: str, pattern: str, data: DataConfig, left_out: set[str], known: Mapping[str, Found]
-) -> Iterable[Found]:
-    """The shards that one glob matches."""
-    matched, all_stars = 0, set(PurePosixPath(pattern).name) == {"*"}
-    for path in sorted(_matching(root, pattern, "data.include")):
-        status = None if path in known else _stat(root / path)
-        if status is None and path not in known:
-            continue
-        matched += 1
-        name = None if path in left_out or status is None else _format(path, pattern, data, all_stars)
-        if name is not None and status is not None:
-            yield _shard(path, name, dataset, status)
-    if not matched and not all_stars:
-        raise DataError(f"data.include has {pattern!r}, which matches no file below {root}.\n  Mend it, or remove it.")
-
-
-def _format(path: str, pattern: str, data: DataConfig, all_stars: bool) -> str | None:
-    """The format of a file; None when only stars matched it and it has none."""
-    name = format_name_of(path) if data.format == "auto" else data.format
-    if name in ("text", "json") and all_stars and data.format == "auto":
-        return None
-    if name is None and not all_stars:
-        raise ConfigError(
-            f"data.include has {pattern!r}, which matches {path!r}, a file of unknown format.\n"
-            f"  Known endings: {_endings()}. Set data.format to read it as one of these formats."
-        )
-    return name
-
-
-def _shard(path: str, name: str, dataset: str, status: os.stat_result) -> Found:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            f"The file name {path!r} is not UTF-8. Rename the file, or leave it out with data.exclude."
-        ) from None
-    shard = Shard(path=path, format=name, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, dataset=dataset)
-    return shard, (status.st_dev, status.st_ino)
-
-
-def _matching(root: Path, pattern: str, key: str) -> list[str]:
+def _expand(root: Path, pattern: str, key: str) -> list[str]:
+    """Return the paths that a glob matches, relative to `root`."""
     if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
         raise ConfigError(f"{key} has {pattern!r}, expected a glob below data.root, without '..'.")
-    return glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 (pathlib's follows no links to folders)
+    return glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 (pathlib does not follow links to folders)
 
 
-def _check_folders(root: Path, pattern: str, left_out: set[str]) -> None:
-    """Refuse folders that a glob leads through and that cannot be listed: it would pass over them without a word."""
-    parts, folders = PurePosixPath(pattern).parts, set[str]()
+def _check_folders(root: Path, pattern: str, excluded: set[str]) -> None:
+    """Refuse folders on the way of a glob that cannot be listed: `glob` would skip them silently."""
+    parts = PurePosixPath(pattern).parts
+    folders = set[str]()
     for end, part in enumerate(parts):
-        if glob.has_magic(part):  # Others are looked up by their name.
-            above = [*parts[:end], *[part] * (part == "**")]
-            folders.update(_matching(root, "/".join([*above, ""]), "data.include") if above else ())
-            if end == 0:
-                folders.add("")
-    for folder in sorted({folder.rstrip("/") for folder in folders} - left_out):
+        if not glob.has_magic(part):
+            continue  # Looked up by name, not listed.
+        above = [*parts[:end], *[part] * (part == "**")]
+        if above:
+            folders.update(_expand(root, "/".join([*above, ""]), "data.include"))
+        if end == 0:
+            folders.add("")
+    for folder in sorted({folder.rstrip("/") for folder in folders} - excluded):
         try:
             os.scandir(root / folder).close()
         except (FileNotFoundError, NotADirectoryError):
@@ -166,11 +157,12 @@ def _check_folders(root: Path, pattern: str, left_out: set[str]) -> None:
             raise _unreadable(root / folder, error.strerror) from None
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    """Of a regular file; None for folders, loops of links, pipes, and what vanished since it was listed.
+def _stat_file(path: Path) -> os.stat_result | None:
+    """Return the status of a regular file; None for folders, loops of links, pipes, and files deleted since they were
+    listed.
 
     Raises:
-        DataError: nobody may look, or nobody may read.
+        DataError: the file may not be read.
     """
     try:
         status = path.stat()
@@ -188,23 +180,23 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _unreadable(path: Path, reason: str | None) -> DataError:
-    return DataError(f"{path} cannot be read: {reason}.\n  Give yourself access, or leave it out with data.exclude.")
+    return DataError(f"{path} cannot be read: {reason}.\n  Change its permissions, or leave it out with data.exclude.")
 
 
-def _without_twins(found: Iterable[Found]) -> list[Shard]:
+def _without_duplicates(shards: Iterable[FoundShard]) -> list[Shard]:
     """Refuse a file that is reached twice, through a link or a loop of links: its samples would count twice."""
-    seen: dict[tuple[int, int], str] = {}
-    shards = []
-    for shard, identity in found:
-        if identity in seen:
+    path_of_file: dict[tuple[int, int], str] = {}
+    unique = []
+    for shard, file_id in shards:
+        if file_id in path_of_file:
             raise DataError(
-                f"{seen[identity]!r} and {shard.path!r} are the same file; its samples would be counted twice.\n"
+                f"{path_of_file[file_id]!r} and {shard.path!r} are the same file; its samples would be counted twice.\n"
                 "  Leave one of them out with data.exclude."
             )
-        seen[identity] = shard.path
-        shards.append(shard)
-    return shards
+        path_of_file[file_id] = shard.path
+        unique.append(shard)
+    return unique
 
 
-def _endings() -> str:
+def _suffixes() -> str:
     return " ".join(sorted(SUFFIXES))

@@ -1,8 +1,8 @@
-"""One attempt at an index: what building, refreshing and deriving have in common.
+"""Run a job that writes an index: what building, refreshing and deriving have in common.
 
-Rank 0 makes a plan and tells it to the others; all scan what is missing; rank 0 finishes, removes the logs and tells what came
-of it. One process at a time works on an index; what an attempt that was killed has scanned is found by the next attempt at the
-same thing, and removed by one at anything else.
+Rank 0 makes a plan and broadcasts it. All ranks scan the units that are missing. Rank 0 writes the index, removes the
+logs and broadcasts the report. One job at a time may work on an index. What a killed job has scanned is reused by the
+next job that does the same; a job that does anything else removes it.
 """
 
 import contextlib
@@ -20,118 +20,116 @@ import msgspec
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.build.discover import Shard
-from mixtera_hpc.index.layout import VERSION
+from mixtera_hpc.index.layout import VERSION, building_folder
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback, ScanTasks, scan_in_parallel
-from mixtera_hpc.index.scan.scan_log import (
-    LogRecord,
-    build_lock,
-    building_folder,
-    complete_units,
-    read_logs,
-    recover_logs,
-)
+from mixtera_hpc.index.scan.scan_log import LOG_PATTERN, LogRecord, build_lock, complete_units, read_logs, recover_logs
 from mixtera_hpc.index.scan.scan_result import ScanResult
+from mixtera_hpc.index.shards import Shard
 
-__all__ = ["IndexJob", "ScanPlan", "run_index_job"]
+__all__ = ["IndexJob", "ScanPlan", "UnitRecords", "follow_index_job", "lead_index_job"]
 
 T = TypeVar("T")
+UnitRecords = dict[int, list[LogRecord]]
+"""Unit → its logged results, in order."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""The disk is full, over quota, does not take files of this size, or is read-only."""
 
 
 class ScanPlan(msgspec.Struct, kw_only=True):
-    """What rank 0 tells the others."""
+    """What is to be scanned. Rank 0 broadcasts it."""
 
     shards: list[Shard]
-    """What the index will hold, in order."""
+    """The shards of the new index, in order."""
     units: list[tuple[int, int, int]]
-    """Position of a shard, start and stop; in index order."""
+    """Position of a shard, start and stop of the unit; in index order."""
     sizes: list[int]
     """Bytes of every unit."""
     key: str = ""
-    """Of everything a part depends on."""
+    """Digest of everything that the results depend on."""
     done: list[int] = []
-    """Units whose parts were found."""
-    number: int = 1
-    """Of the attempt."""
+    """Units that an earlier attempt has scanned."""
+    attempt: int = 1
+    """Number of this attempt, counted from 1."""
 
     @property
     def missing_bytes(self) -> int:
-        """What is to be read."""
+        """Return the bytes that remain to be scanned."""
         return sum(self.sizes) - sum(self.sizes[unit] for unit in self.done)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexJob:
-    """The parts of one."""
+    """How units are scanned; the same on every rank."""
 
     path: Path
-    """Of the index."""
-    depends: Any
-    """What a part depends on besides its unit; goes through JSON."""
+    """The index to write."""
+    depends_on: Any
+    """What a result depends on besides its unit; must be convertible to JSON."""
     threads: int
+    """Scanning threads per rank."""
     scan: Callable[[ScanPlan, int], Iterator[ScanResult]]
-    """The parts of a unit; called by several threads at once."""
+    """Yields the results of a unit; several threads call it at once."""
 
 
-UnitRecords = dict[int, list[LogRecord]]
-"""The parts of every unit."""
-
-
-def run_index_job(
+def lead_index_job(
     job: IndexJob,
+    plan: ScanPlan,
     comm: Communicator,
-    make_plan: Callable[[], ScanPlan],
     finish: Callable[[ScanPlan, UnitRecords], T],
-    kind: type[T],
-    report: ProgressCallback | None,
+    progress: ProgressCallback | None,
 ) -> T:
-    """Carry it out; returns what `finish` returned, which runs on rank 0 like `make_plan`. **Collective.**
+    """Run a job on rank 0, and return the report of `finish`, which writes the index. **Collective** with
+    `follow_index_job`.
 
     Raises:
-        PropertyIndexError: the index cannot be written, would take the place of something else, or another process works on it.
+        PropertyIndexError: the index cannot be written, would replace another file, or another process works on it.
     """
     folder = building_folder(job.path)
-    if comm.rank > 0:
-        with _room(folder):
-            _scan(job, msgspec.json.decode(bcast_bytes(comm, None), type=ScanPlan), comm, None)
-        return msgspec.json.decode(bcast_bytes(comm, None), type=kind)
     _check_place(job.path)
-    plan = make_plan()
-    _make(folder)
-    with build_lock(folder), _room(folder):
-        _resume(folder, plan, job.depends)
+    _make_folder(folder)
+    with build_lock(folder), _explain_disk_errors(folder):
+        _resume(folder, plan, job.depends_on)
         bcast_bytes(comm, msgspec.json.encode(plan))
-        _scan(job, plan, comm, report)
-        result = finish(plan, _found(folder, len(plan.units)))
+        _scan_missing(job, plan, comm, progress)
+        report = finish(plan, _read_back(folder, len(plan.units)))
         shutil.rmtree(folder)
-    bcast_bytes(comm, msgspec.json.encode(result))
-    return result
+    bcast_bytes(comm, msgspec.json.encode(report))
+    return report
 
 
-def _scan(job: IndexJob, plan: ScanPlan, comm: Communicator, report: ProgressCallback | None) -> None:
+def follow_index_job(job: IndexJob, comm: Communicator, report_type: type[T]) -> T:
+    """Scan units on ranks other than 0, and return the report of rank 0. **Collective** with `lead_index_job`."""
+    plan = msgspec.json.decode(bcast_bytes(comm, None), type=ScanPlan)
+    with _explain_disk_errors(building_folder(job.path)):
+        _scan_missing(job, plan, comm, None)
+    return msgspec.json.decode(bcast_bytes(comm, None), type=report_type)
+
+
+def _scan_missing(job: IndexJob, plan: ScanPlan, comm: Communicator, progress: ProgressCallback | None) -> None:
     done = set(plan.done)
     tasks = ScanTasks(
         sizes=plan.sizes,
         missing=[unit for unit in range(len(plan.units)) if unit not in done],
         folder=building_folder(job.path),
-        attempt=plan.number,
+        attempt=plan.attempt,
         threads=job.threads,
     )
-    scan_in_parallel(tasks, lambda unit: job.scan(plan, unit), comm, report)
+    scan_in_parallel(tasks, lambda unit: job.scan(plan, unit), comm, progress)
 
 
 def _check_place(path: Path) -> None:
-    """Refuse to replace what is no index: most often a shard, or a folder of them."""
+    """Refuse to replace anything but an index: most often it is a shard, or a folder of shards."""
     if not path.exists() or (path.is_file() and _is_index(path)):
         return
+    kind = "a folder" if path.is_dir() else "no property index"
     raise PropertyIndexError(
-        f"index.path is {path}, which is {'a folder' if path.is_dir() else 'no property index'}, and would be replaced by one.\n"
-        "  Set index.path to a file of its own, or remove this one first."
+        f"index.path is {path}, which is {kind} and would be replaced.\n"
+        "  Set index.path to a new file, or remove this one first."
     )
 
 
 def _is_index(path: Path) -> bool:
-    """Whether a file is, or was before it was damaged, an index."""
+    """Return whether a file is an index, perhaps a damaged one."""
     if not h5py.is_hdf5(path):
         return path.stat().st_size == 0
     try:
@@ -141,49 +139,52 @@ def _is_index(path: Path) -> bool:
         return True
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PropertyIndexError(
-            f"The index cannot be written to {folder.parent}: {error.strerror}.\n  Set index.path to a place you can write to."
+            f"The index cannot be written to {folder.parent}: {error.strerror}.\n  Set index.path to a writable folder."
         ) from None
 
 
 @contextlib.contextmanager
-def _room(folder: Path) -> Iterator[None]:
-    """Say what to do where the disk takes no more."""
+def _explain_disk_errors(folder: Path) -> Iterator[None]:
+    """Say what to do if the disk does not accept the data."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if error.errno not in DISK_ERRORS:
             raise
         raise PropertyIndexError(
-            f"The index cannot be written to {folder.parent}: {os.strerror(error.errno)}.\n  Make room and run this again: it "
-            f"goes on from what was scanned, which is kept in {folder.name}. Or set index.path to another place."
+            f"The index cannot be written to {folder.parent}: {os.strerror(error.errno)}.\n  Make room and run this "
+            f"again: it continues from what was scanned so far, which is in {folder.name}. Or set index.path to another "
+            "place."
         ) from None
 
 
-def _resume(folder: Path, plan: ScanPlan, depends: Any) -> None:
-    """Keep the parts of an earlier attempt at the very same thing, remove others."""
-    described = msgspec.json.encode([VERSION, plan.shards, plan.units, depends])
+def _resume(folder: Path, plan: ScanPlan, depends_on: Any) -> None:
+    """Mark as done in `plan` what an earlier attempt at the same job has scanned; remove the logs of other jobs."""
+    described = msgspec.json.encode([VERSION, plan.shards, plan.units, depends_on])
     plan.key = hashlib.blake2b(described, digest_size=16).hexdigest()
     marker = folder / "key"
     if marker.exists() and marker.read_text() == plan.key:
         plan.done = sorted(complete_units(recover_logs(folder)))
     else:
-        for path in folder.glob("*.parts"):
+        for path in folder.glob(LOG_PATTERN):
             path.unlink()
         marker.write_text(plan.key)
-    plan.number = 1 + max((int(p.stem.split("-")[0]) for p in folder.glob("*.parts")), default=0)
+    # Log names are ATTEMPT-RANK-WORKER; see `parallel_scan`.
+    attempts = [int(path.stem.split("-")[0]) for path in folder.glob(LOG_PATTERN)]
+    plan.attempt = 1 + max(attempts, default=0)
 
 
-def _found(folder: Path, num_units: int) -> UnitRecords:
-    found = complete_units(read_logs(folder))
-    missing = num_units - len(found)
-    if missing:
+def _read_back(folder: Path, num_units: int) -> UnitRecords:
+    records = complete_units(read_logs(folder))
+    num_missing = num_units - len(records)
+    if num_missing:
         raise PropertyIndexError(
-            f"{missing} scanned units cannot be read back from {folder}: do all ranks see the same folder?\n"
+            f"{num_missing} scanned units are not in {folder}. Do all ranks see the same folder?\n"
             "  Set index.path to a file system that all nodes share, and build again."
         )
-    return found
+    return records

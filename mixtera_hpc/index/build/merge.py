@@ -1,8 +1,9 @@
-"""Parts of all units → one set of tables, in the order of shards and rows, whoever scanned what and when.
+"""Merge the scan results of all units into one set of tables, in the order of shards and rows.
 
-Two passes: the first reads what every part says of itself, and settles dictionaries, combos, sizes and types; the second, while
-the file is written, loads one part at a time. Nothing depends on the order in which values were met, and memory holds the
-distinct combos, never a column. Parts may also come out of an older index: its combos keep their numbers, new ones follow.
+Two passes. The first reads the summary of every result and determines dictionaries, combos, sizes and types. The
+second, while the file is written, loads one result at a time. The outcome does not depend on who scanned what and when,
+and memory holds the distinct combos, never a column. Results may also come out of an older index: its combos keep their
+numbers, new ones follow.
 """
 
 from collections import Counter
@@ -22,88 +23,92 @@ from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, ScanSummary
 __all__ = ["MergedTables", "PlacedSource", "ResultSource", "TranslatedResult", "merge_results", "translate_result"]
 
 MAX_COMBOS = 1 << 20
-"""Some 500 bytes each, in every process that plans: what stays below a gigabyte."""
+"""About 500 bytes each, in every process that plans: this many stay below a gigabyte."""
 
 
 class ResultSource(Protocol):
-    """Some consecutive blocks of one shard, not loaded yet."""
+    """Some consecutive blocks that are not loaded yet: a log record, or blocks of an older index."""
 
-    def summary(self) -> ScanSummary: ...
-    def load(self) -> ScanResult: ...
+    def summary(self) -> ScanSummary:
+        """Return the summary of the blocks."""
+        ...
+
+    def load(self) -> ScanResult:
+        """Load the blocks."""
+        ...
 
 
 PlacedSource = tuple[int | NDArray[np.int64], ResultSource]
-"""Blocks, and the position of the shard they are in, or of each one's; pieces follow each other in index order."""
+"""The position of the shard that all blocks are in (or of each block's shard), and the blocks. Sources are in index
+order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergedTables:
-    """What is known of all pieces together."""
+    """What is known about all results together."""
 
     properties: dict[str, Property]
     combos: ComboTable
     position: dict[Combo | None, int]
-    """The number of every combo."""
+    """Combo → its number."""
     rows: int
     bad_rows: int
     blocks: int
     cells: int
     chunk_rows: int
+    """Rows per chunk of the sample columns."""
     padded_rows: int
     """Entries of a sample column: every block begins at a chunk."""
     maxima: dict[str, int]
-    """Largest value of every integer array that some piece has, by name."""
+    """Largest value of every integer array that some result has, by name."""
     has_values: frozenset[str]
-    """Properties that some sample has."""
+    """Categorical properties that some sample has."""
 
     @property
     def numbers(self) -> list[str]:
-        """The properties that are numbers, sorted."""
+        """Return the number properties, sorted."""
         return [name for name, prop in self.properties.items() if prop.kind is Kind.NUMBER]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TranslatedResult:
-    """A piece in the numbers of the whole index."""
+    """A loaded result with the combo numbers of the whole index."""
 
     blocks: dict[str, NDArray[np.int64]]
     cells: dict[str, NDArray[np.int64]]
     zones: dict[str, dict[str, NDArray[np.float64]]]
     samples: dict[str, NDArray[Any]]
-    """`combo`, `length` and `tokens` where the index has them, and `numbers/NAME`; shape (rows,) each."""
+    """`combo`, `length` and `tokens` if the index has them, and `numbers/NAME`; shape (rows,) each."""
 
 
 def merge_results(
     fields: Sequence[PropertyField],
-    pieces: Iterable[PlacedSource],
+    sources: Iterable[PlacedSource],
     known: Sequence[Combo | None] = (),
     chunk_rows: int = 0,
 ) -> MergedTables:
-    """The first pass.
+    """Make the first pass over all results.
 
     Args:
         fields: the properties, sorted by name.
-        known: combos that keep their order, and come first, as far as they occur.
-        chunk_rows: rows of a chunk of the sample columns; 0 takes what blocks usually have.
+        sources: all results, in index order.
+        known: combos that come first, in this order, as far as they occur.
+        chunk_rows: rows per chunk of the sample columns; 0 takes the median number of rows of a block.
 
     Raises:
         ConfigError: there are more combos than memory should hold.
     """
-    names = [f.name for f in fields if f.kind is not Kind.NUMBER]
-    totals, used, maxima = _MergeTotals(), set[Combo | None](), dict[str, int]()
-    for _, piece in pieces:
-        summary = piece.summary()
-        totals.add(summary)
-        used.update(summary.combos)
-        if len(used) > MAX_COMBOS:
-            raise _too_many(names, used)
-        for name, largest in summary.maxima.items():
-            maxima[name] = max(maxima.get(name, 0), largest)
-    combos = [c for c in known if c in used]
-    combos += sorted(c for c in used.difference(combos) if c is not None)
-    combos += [None] if None in used and None not in combos else []
-    chunk_rows = chunk_rows or totals.usual_block_rows()
-    properties = {f.name: Property(name=f.name, kind=f.kind, values=_dictionary(f, names, combos)) for f in fields}
+    names = [field.name for field in fields if field.kind is not Kind.NUMBER]
+    totals = _MergeTotals(names)
+    for _, source in sources:
+        totals.add(source.summary())
+
+    combos = _ordered_combos(totals.combos, known)
+    properties = {
+        field.name: Property(name=field.name, kind=field.kind, values=_dictionary(field, names, combos))
+        for field in fields
+    }
+    chunk_rows = chunk_rows or totals.median_block_rows()
     return MergedTables(
         properties=properties,
         combos=_combo_table(names, combos, properties),
@@ -114,65 +119,97 @@ def merge_results(
         cells=totals.cells,
         chunk_rows=chunk_rows,
         padded_rows=totals.padded_rows(chunk_rows),
-        maxima=maxima,
-        has_values=frozenset(p.name for p in properties.values() if p.values),
+        maxima=totals.maxima,
+        has_values=frozenset(prop.name for prop in properties.values() if prop.values),
     )
 
 
-def translate_result(merged: MergedTables, part: ScanResult) -> TranslatedResult:
-    """A loaded piece, its combos renumbered and ascending within each block."""
-    translate = np.array([merged.position[c] for c in part.combos], np.int64)
-    block = np.repeat(np.arange(len(part.blocks["rows"])), part.blocks["count"])
-    combo = translate[part.cells["combo"]] if len(block) else np.zeros(0, np.int64)
-    order = np.lexsort((combo, block))
-    cells = {name: part.cells[name][order] for name in ("rows", "tokens")} | {"combo": combo[order]}
-    samples: dict[str, NDArray[Any]] = {"combo": translate[part.samples["combo"]]} if part.num_rows else {}
+def translate_result(merged: MergedTables, result: ScanResult) -> TranslatedResult:
+    """Renumber the combos of a loaded result, and sort the cells of each block by the new numbers."""
+    new_number = np.array([merged.position[combo] for combo in result.combos], np.int64)
+    block_of_cell = np.repeat(np.arange(len(result.blocks["rows"])), result.blocks["count"])
+    combo = new_number[result.cells["combo"]] if len(block_of_cell) else np.zeros(0, np.int64)
+    order = np.lexsort((combo, block_of_cell))  # By block, then combo.
+    cells = {name: result.cells[name][order] for name in ("rows", "tokens")} | {"combo": combo[order]}
+
+    samples: dict[str, NDArray[Any]] = {}
+    if result.num_rows:
+        samples["combo"] = new_number[result.samples["combo"]]
+    # A column that only other results have is zero here.
     for name in ("combo", "length", "tokens"):
         if f"samples/{name}" in merged.maxima and name not in samples:
-            samples[name] = part.samples.get(name, np.zeros(part.num_rows, np.int64))
-    samples |= {f"numbers/{name}": part.numbers[name] for name in merged.numbers}
-    return TranslatedResult(blocks=part.blocks, cells=cells, zones=part.zones, samples=samples)
-
-
-def _too_many(names: Sequence[str], combos: Iterable[Combo | None]) -> ConfigError:
-    values = {name: len({c[i] for c in combos if c is not None}) for i, name in enumerate(names)}
-    largest = max(values, key=lambda name: values[name])
-    return ConfigError(
-        f"The categories of data.properties have more than {MAX_COMBOS:,} combinations of values, {largest} alone has "
-        f"{values[largest]:,} or more; a category is for values that many samples share.\n"
-        f"  Leave out data.properties.{largest}, give it a pattern that takes a part of it, or kind: number."
-    )
+            samples[name] = result.samples.get(name, np.zeros(result.num_rows, np.int64))
+    samples |= {f"numbers/{name}": result.numbers[name] for name in merged.numbers}
+    return TranslatedResult(blocks=result.blocks, cells=cells, zones=result.zones, samples=samples)
 
 
 class _MergeTotals:
-    """Sums over pieces."""
+    """Sums, maxima and combos over all results."""
 
-    def __init__(self) -> None:
-        self.rows = self.bad_rows = self.blocks = self.cells = 0
-        self._block_rows: Counter[int] = Counter()
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._block_rows: Counter[int] = Counter()  # Rows per block → number of blocks.
+        self.combos: set[Combo | None] = set()
+        self.maxima: dict[str, int] = {}
+        self.rows = 0
+        self.bad_rows = 0
+        self.blocks = 0
+        self.cells = 0
 
     def add(self, summary: ScanSummary) -> None:
+        """Add one result.
+
+        Raises:
+            ConfigError: there are too many combos.
+        """
         self.rows += summary.rows
         self.bad_rows += summary.bad_rows
         self.blocks += summary.blocks
         self.cells += summary.cells
         self._block_rows.update(summary.block_rows)
+        for name, largest in summary.maxima.items():
+            self.maxima[name] = max(self.maxima.get(name, 0), largest)
+        self.combos.update(summary.combos)
+        if len(self.combos) > MAX_COMBOS:
+            raise _too_many_combos(self._names, self.combos)
 
-    def usual_block_rows(self) -> int:
-        """The median, within the bounds of chunks."""
-        rows = np.array(sorted(self._block_rows), np.int64)
-        if not len(rows):
+    def median_block_rows(self) -> int:
+        """Return the median number of rows of a block, within the bounds of a chunk."""
+        sizes = np.array(sorted(self._block_rows), np.int64)
+        if not len(sizes):
             return MIN_CHUNK_ROWS
-        ends = np.cumsum([self._block_rows[int(n)] for n in rows])
-        median = rows[np.searchsorted(ends, (ends[-1] + 1) // 2)]
+        ends = np.cumsum([self._block_rows[int(size)] for size in sizes])
+        median = sizes[np.searchsorted(ends, (ends[-1] + 1) // 2)]
         return int(np.clip(median, MIN_CHUNK_ROWS, MAX_CHUNK_ROWS))
 
     def padded_rows(self, chunk_rows: int) -> int:
-        """Rows when every block is filled up to whole chunks."""
-        return sum(-(-rows // chunk_rows) * chunk_rows * blocks for rows, blocks in self._block_rows.items())
+        """Return the number of rows if every block is padded to whole chunks."""
+        chunks = sum(-(-rows // chunk_rows) * blocks for rows, blocks in self._block_rows.items())
+        return chunks * chunk_rows
+
+
+def _ordered_combos(used: set[Combo | None], known: Sequence[Combo | None]) -> list[Combo | None]:
+    """Return the combos in the order of their numbers: known ones, new ones sorted, bad rows last unless known."""
+    combos = [combo for combo in known if combo in used]
+    combos += sorted(combo for combo in used.difference(combos) if combo is not None)
+    if None in used and None not in combos:
+        combos.append(None)
+    return combos
+
+
+def _too_many_combos(names: Sequence[str], combos: Iterable[Combo | None]) -> ConfigError:
+    known = [combo for combo in combos if combo is not None]
+    num_values = {name: len({combo[i] for combo in known}) for i, name in enumerate(names)}
+    largest = max(num_values, key=lambda name: num_values[name])
+    return ConfigError(
+        f"The categories of data.properties have more than {MAX_COMBOS:,} combinations of values, {largest} alone has "
+        f"{num_values[largest]:,} or more. A category is for values that many samples share.\n"
+        f"  Remove data.properties.{largest}, give it a pattern that takes a part of it, or kind: number."
+    )
 
 
 def _dictionary(field: PropertyField, names: Sequence[str], combos: Sequence[Combo | None]) -> tuple[str, ...]:
+    """Return the sorted values of a property; none for a number."""
     if field.kind is Kind.NUMBER:
         return ()
     column = names.index(field.name)
@@ -180,12 +217,14 @@ def _dictionary(field: PropertyField, names: Sequence[str], combos: Sequence[Com
 
 
 def _combo_table(names: Sequence[str], combos: Sequence[Combo | None], properties: dict[str, Property]) -> ComboTable:
-    indptr, codes = {}, {}
+    indptr: dict[str, NDArray[np.int64]] = {}
+    codes: dict[str, NDArray[np.int32]] = {}
     for column, name in enumerate(names):
         code = {value: i for i, value in enumerate(properties[name].values)}
-        found = [() if combo is None else combo[column] for combo in combos]
-        indptr[name] = prepend_zero(np.cumsum([len(values) for values in found], dtype=np.int64))
-        codes[name] = np.array([code[value] for values in found for value in values], np.int32)
+        values_of_combo = [() if combo is None else combo[column] for combo in combos]
+        # Values per combo in CSR form: those of combo c are codes[indptr[c]:indptr[c + 1]].
+        indptr[name] = prepend_zero(np.cumsum([len(values) for values in values_of_combo], dtype=np.int64))
+        codes[name] = np.array([code[value] for values in values_of_combo for value in values], np.int32)
     return ComboTable(
         num_combos=len(combos),
         properties={name: properties[name] for name in names},

@@ -1,9 +1,10 @@
-"""Bring an index up to date with its shards: new ones are added, gone ones dropped, changed ones scanned again.
+"""Bring an index up to date with its shards: new shards are added, deleted ones dropped, changed ones scanned again.
 
-Unchanged shards are not opened. They come first, in the order they had, with the combos numbered as they were; new and changed
-ones follow, sorted. So an index to which shards were only added begins with all it was before, and says so: every such earlier
-state is a *generation*, known by its fingerprint, and `index.generation` makes a run see that state and nothing else. Dropping
-a shard ends all generations that had it. Price: the whole file is written again; a shard is compared by size and time of change.
+Unchanged shards are not opened. They come first, in the order they had, and combos keep their numbers. New and changed
+shards follow, sorted. So an index to which shards were only added begins with everything it contained before. Each such
+earlier state is a *generation*, identified by its fingerprint, and `index.generations` makes a run read that state and
+nothing else. Dropping a shard ends all generations that contained it. Price: the whole file is written again. A shard
+is compared by size and modification time.
 """
 
 import time
@@ -14,21 +15,28 @@ import numpy as np
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.build.assemble import BuildReport, BuildRequest, ReusedShards, assemble_index, property_sources
+from mixtera_hpc.index.build.assemble import (
+    BuildReport,
+    BuildRequest,
+    ReusedShards,
+    assemble_index,
+    property_sources,
+)
 from mixtera_hpc.index.build.build import plan_shards, scan_settings, shard_scan_job
-from mixtera_hpc.index.build.discover import Shard, discover_shards
-from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords, run_index_job
+from mixtera_hpc.index.build.discover import discover_shards
+from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords, follow_index_job, lead_index_job
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
 from mixtera_hpc.index.read.open import PropertyIndex, open_index
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.unit_scan import ScanSettings
+from mixtera_hpc.index.shards import Shard
 
 __all__ = ["RefreshReport", "refresh_index"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefreshReport:
-    """What a refresh found and did."""
+    """What a refresh did."""
 
     unchanged: int
     """Shards that have not changed."""
@@ -36,20 +44,23 @@ class RefreshReport:
     changed: tuple[str, ...]
     deleted: tuple[str, ...]
     generations: tuple[str, ...]
-    """Fingerprints of the earlier states that runs can go on with."""
+    """Fingerprints of the earlier states that runs can continue with."""
     build: BuildReport | None
-    """None when nothing had changed: the file was left as it was."""
+    """None if nothing has changed; the file is not rewritten then."""
 
 
 @dataclass(frozen=True, slots=True)
 class _ShardChanges:
-    """What became of the shards of an index."""
+    """How the shards of an index differ from those on disk."""
 
-    kept: list[int]
+    unchanged: list[int]
     """Positions in the index, ascending."""
     added: list[Shard]
     changed: list[Shard]
     deleted: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed or self.deleted)
 
 
 def refresh_index(
@@ -57,84 +68,94 @@ def refresh_index(
 ) -> RefreshReport:
     """Refresh `config.index.path`, which was built with the same settings. **Collective.**
 
+    Args:
+        config: as for `build_index`.
+        comm: the ranks that share the work; None for this process alone.
+        progress: called on rank 0 while units are scanned.
+
     Raises:
         PropertyIndexError: there is no index, or it was built with other settings.
         ConfigError, DataError: as for `build_index`.
     """
-    comm, began, job = comm or Local(), time.monotonic(), scan_settings(config)
-    opened: list[_OpenedIndex] = []  # On rank 0, by `plan`.
+    comm = comm or Local()
+    request = BuildRequest(config=config, settings=scan_settings(config), began_s=time.monotonic())
+    settings = request.settings
+    job = shard_scan_job(config, settings)
+    if comm.rank > 0:
+        return follow_index_job(job, comm, RefreshReport)
 
-    def plan() -> ScanPlan:
-        index = open_index(config.index.path, {name: str(root) for name, root in job.roots.items()})
-        _check_settings(index, config, job)
-        difference = _difference(index, discover_shards(config.data))
-        opened.append(_OpenedIndex(index, difference, began))
-        new = sorted([*difference.added, *difference.changed], key=lambda shard: (shard.dataset, shard.path))
-        return plan_shards(job, [*(_stored(index, i) for i in difference.kept), *new], first=len(difference.kept))
+    roots = {name: str(root) for name, root in settings.roots.items()}
+    with open_index(config.index.path, roots) as index:
+        _check_settings(index, request)
+        changes = _compare_shards(index, discover_shards(config.data))
 
-    def end(made: ScanPlan, records: UnitRecords) -> RefreshReport:
-        (old,) = opened
-        with old.index:
-            return _end(config, job, made, records, old)
+        def finish(plan: ScanPlan, records: UnitRecords) -> RefreshReport:
+            return _finish(request, index, changes, plan, records)
 
-    return run_index_job(shard_scan_job(config, job), comm, plan, end, RefreshReport, progress)
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenedIndex:
-    """What is refreshed."""
-
-    index: PropertyIndex
-    difference: _ShardChanges
-    began_s: float
-    """Of the monotonic clock."""
+        return lead_index_job(job, _plan_changes(settings, index, changes), comm, finish, progress)
 
 
-def _end(config: Config, job: ScanSettings, plan: ScanPlan, records: UnitRecords, old: _OpenedIndex) -> RefreshReport:
-    difference = old.difference
-    kept, report = _kept(old.index, difference), None
-    if difference.added or difference.changed or difference.deleted:
-        report = assemble_index(BuildRequest(config, job, old.began_s), plan, records, kept)
+def _plan_changes(settings: ScanSettings, index: PropertyIndex, changes: _ShardChanges) -> ScanPlan:
+    """Plan the new index: unchanged shards first, which are not scanned; then the others, sorted."""
+    unchanged = [_stored_shard(index, number) for number in changes.unchanged]
+    others = sorted([*changes.added, *changes.changed], key=lambda shard: (shard.dataset, shard.path))
+    return plan_shards(settings, [*unchanged, *others], first=len(unchanged))
+
+
+def _finish(
+    request: BuildRequest, index: PropertyIndex, changes: _ShardChanges, plan: ScanPlan, records: UnitRecords
+) -> RefreshReport:
+    reused = _reused_shards(index, changes)
+    build = assemble_index(request, plan, records, reused) if changes else None
     return RefreshReport(
-        unchanged=len(difference.kept),
-        added=tuple(shard.path for shard in difference.added),
-        changed=tuple(shard.path for shard in difference.changed),
-        deleted=tuple(difference.deleted),
-        generations=tuple(generation.fingerprint for generation in kept.generations),
-        build=report,
+        unchanged=len(changes.unchanged),
+        added=tuple(shard.path for shard in changes.added),
+        changed=tuple(shard.path for shard in changes.changed),
+        deleted=tuple(changes.deleted),
+        generations=tuple(generation.fingerprint for generation in reused.generations),
+        build=build,
     )
 
 
-def _check_settings(index: PropertyIndex, config: Config, job: ScanSettings) -> None:
-    """Refuse to scan some shards differently from the others."""
-    tokenizer = job.tokenizer.fingerprint if job.tokenizer else None
-    kinds = {field.name: str(field.kind) for field in job.properties}
-    wanted = {name: f"{kinds[name]} {source}" for name, source in property_sources(job).items()}
+def _check_settings(index: PropertyIndex, request: BuildRequest) -> None:
+    """Refuse to scan some shards with other settings than the rest.
+
+    Raises:
+        PropertyIndexError: names every setting that differs.
+    """
+    settings = request.settings
+    tokenizer = settings.tokenizer.fingerprint if settings.tokenizer else None
+    parser = settings.spec.parser.path if settings.spec.parser else None
+    kinds = {field.name: str(field.kind) for field in settings.properties}
+    given = {name: f"{kinds[name]} {source}" for name, source in property_sources(settings).items()}
     stored = {name: f"{prop.kind} {index.sources[name]}" for name, prop in index.tables.properties.items()}
-    pairs = [("data.text", index.text, config.data.text), ("the tokenizer", index.tokenizer_fingerprint, tokenizer)]
-    pairs.append(("data.parser", index.parser, job.fields.parser.path if job.fields.parser else None))
-    pairs += [(f"data.properties.{name}", stored.get(name), wanted.get(name)) for name in sorted(stored | wanted)]
+    pairs = [
+        ("data.text", index.text, request.config.data.text),
+        ("the tokenizer", index.tokenizer_fingerprint, tokenizer),
+        ("data.parser", index.parser, parser),
+    ]
+    pairs += [(f"data.properties.{name}", stored.get(name), given.get(name)) for name in sorted(stored | given)]
     differing = [f"\n  - {name}: {was} in the index, {now} now" for name, was, now in pairs if was != now]
     if differing:
         raise PropertyIndexError(
-            f"{index.path} was made with other settings:{''.join(differing)}\n  Refresh it with the settings it has, add "
-            "properties of documents with mixtera-hpc index derive, or build it again."
+            f"{index.path} was built with other settings:{''.join(differing)}\n  Refresh it with the settings of the "
+            "build, add properties of documents with mixtera-hpc index derive, or rebuild the index."
         )
 
 
-def _difference(index: PropertyIndex, found: list[Shard]) -> _ShardChanges:
-    shards = [_stored(index, number) for number in range(len(index.tables.shards.path))]
-    now = {(shard.dataset, shard.path): shard for shard in found}
-    before = {(shard.dataset, shard.path): shard for shard in shards}
+def _compare_shards(index: PropertyIndex, on_disk: list[Shard]) -> _ShardChanges:
+    stored = [_stored_shard(index, number) for number in range(len(index.tables.shards.path))]
+    now = {(shard.dataset, shard.path): shard for shard in on_disk}
+    before = {(shard.dataset, shard.path): shard for shard in stored}
     return _ShardChanges(
-        kept=[i for i, shard in enumerate(shards) if now.get((shard.dataset, shard.path)) == shard],
+        unchanged=[i for i, shard in enumerate(stored) if now.get((shard.dataset, shard.path)) == shard],
         added=[shard for key, shard in now.items() if key not in before],
         changed=[shard for key, shard in now.items() if key in before and before[key] != shard],
         deleted=[shard.path for key, shard in before.items() if key not in now],
     )
 
 
-def _stored(index: PropertyIndex, number: int) -> Shard:
+def _stored_shard(index: PropertyIndex, number: int) -> Shard:
     shards = index.tables.shards
     return Shard(
         path=shards.path[number],
@@ -145,23 +166,26 @@ def _stored(index: PropertyIndex, number: int) -> Shard:
     )
 
 
-def _kept(index: PropertyIndex, difference: _ShardChanges) -> ReusedShards:
-    """What of the index stays, in its new numbers."""
-    tables, kept = index.tables, np.array(difference.kept, np.int64)
-    position = np.full(len(tables.shards.path), -1, np.int64)
-    position[kept] = np.arange(len(kept))
-    shard_of_block = position[tables.blocks.shard]
+def _reused_shards(index: PropertyIndex, changes: _ShardChanges) -> ReusedShards:
+    """Return what the new index takes from the old one, with the new shard positions."""
+    tables = index.tables
+    unchanged = np.array(changes.unchanged, np.int64)
+    new_position = np.full(len(tables.shards.path), -1, np.int64)  # Old position → new one, -1 for dropped shards.
+    new_position[unchanged] = np.arange(len(unchanged))
+    shard_of_block = new_position[tables.blocks.shard]
+    reused_blocks = np.flatnonzero(shard_of_block >= 0)
     combos = combo_values(tables.combos)
-    prefix = int(np.argmax(np.append(position, -1) < 0))
+    # A generation survives if all its shards are unchanged, that is, if it ends before the first dropped shard.
+    num_before_dropped = int(np.argmax(np.append(new_position, -1) < 0))
     return ReusedShards(
-        rows=tables.shards.rows[kept].tolist(),
-        fingerprints=[tables.shards.fingerprint[i] for i in difference.kept],
-        pieces=[
+        rows=tables.shards.rows[unchanged].tolist(),
+        fingerprints=[tables.shards.fingerprint[i] for i in changes.unchanged],
+        blocks=[
             (shard_of_block[first:last], StoredBlocks(index, combos, first, last))
-            for first, last in block_ranges(index, np.flatnonzero(shard_of_block >= 0))
+            for first, last in block_ranges(index, reused_blocks)
         ],
         combos=combos,
-        bad=[replace(b, shard=int(position[b.shard])) for b in index.bad if position[b.shard] >= 0],
-        generations=[generation for generation in index.generations if generation.shards <= prefix],
+        bad=[replace(rows, shard=int(new_position[rows.shard])) for rows in index.bad if new_position[rows.shard] >= 0],
+        generations=[generation for generation in index.generations if generation.shards <= num_before_dropped],
         chunk_rows=index.chunk_rows,
     )

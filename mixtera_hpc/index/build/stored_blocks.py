@@ -1,7 +1,7 @@
-"""Blocks of an index that exists, as pieces of one to be written.
+"""Read blocks of an existing index as scan results, for an index that is to be written.
 
-A piece is as many consecutive blocks as fit into some hundred thousand rows; its samples are read at once. What refreshing
-takes over, and what deriving adds to, comes through here.
+A refresh reuses unchanged shards through this, and a derivation extends all blocks. Consecutive blocks are read
+together, up to 524,288 rows at once.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, ScanSummary
 __all__ = ["StoredBlocks", "block_ranges", "combo_values"]
 
 MAX_ROWS = 1 << 19
+"""Rows of blocks that are read together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,96 +28,116 @@ class StoredBlocks:
 
     index: PropertyIndex
     combos: list[Combo | None]
-    """Of the whole index, by number."""
+    """All combos of the index, by number."""
     first: int
     last: int
 
     def summary(self) -> ScanSummary:
-        """What there is in them; samples are not looked at, their types stay as wide as they are."""
-        blocks, cells = self._blocks(), self._cells()
-        rows, good = int(blocks["rows"].sum()), int(cells["rows"].sum())
-        used = [self.combos[code] for code in np.unique(cells["combo"]).tolist()]
+        """Return the summary without reading samples: the maxima of their columns are those of the stored types."""
+        blocks = self._blocks()
+        cells = self._cells()
+        rows = int(blocks["rows"].sum())
+        good_rows = int(cells["rows"].sum())
+        combos = [self.combos[number] for number in np.unique(cells["combo"]).tolist()]
+        if good_rows < rows:
+            combos.append(None)
         sizes, counts = np.unique(blocks["rows"], return_counts=True)
-        maxima = {f"blocks/{name}": int(values.max(initial=0)) for name, values in blocks.items()}
-        maxima |= {f"cells/{name}": int(values.max(initial=0)) for name, values in cells.items()}
-        types = self.index.samples.column_types()
-        maxima |= {f"samples/{name}": int(np.iinfo(t).max) for name, t in types.items() if name != "combo"}
         return ScanSummary(
-            combos=used if rows == good else [*used, None],
+            combos=combos,
             rows=rows,
-            bad_rows=rows - good,
+            bad_rows=rows - good_rows,
             blocks=len(blocks["rows"]),
             cells=len(cells["combo"]),
             block_rows=dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
-            maxima=maxima | {"samples/combo": 0},
+            maxima=self._maxima(blocks, cells),
         )
 
     def load(self) -> ScanResult:
-        """Everything, samples included."""
-        blocks, cells = self._blocks(), self._cells()
-        found = self.index.samples.read(int(self.index.tables.blocks.first_sample[self.first]), self._padded_rows())
-        place = self._places(blocks["rows"])
-        used, combo = np.unique(found.combo[place], return_inverse=True)
-        stored = self.index.samples.column_types()
+        """Read the blocks with their samples."""
+        blocks = self._blocks()
+        cells = self._cells()
+        first_sample = int(self.index.tables.blocks.first_sample[self.first])
+        padded = self.index.samples.read(first_sample, self._padded_rows())
+        position = self._row_positions(blocks["rows"])
+        # Combos are renumbered to those that occur in these blocks, ascending.
+        used, combo = np.unique(padded.combo[position], return_inverse=True)
         samples: dict[str, NDArray[np.int64]] = {"combo": combo}
-        samples |= {name: getattr(found, name)[place] for name in ("length", "tokens") if name in stored}
+        stored = self.index.samples.column_types()
+        samples |= {name: getattr(padded, name)[position] for name in ("length", "tokens") if name in stored}
         return ScanResult(
-            combos=[self.combos[code] for code in used.tolist()],
+            combos=[self.combos[number] for number in used.tolist()],
             blocks=blocks,
             cells=cells | {"combo": np.searchsorted(used, cells["combo"])},
             zones=self._zones(),
             samples=samples,
-            numbers={name: values[place] for name, values in found.numbers.items()},
+            numbers={name: values[position] for name, values in padded.numbers.items()},
         )
 
+    def _maxima(self, blocks: dict[str, NDArray[np.int64]], cells: dict[str, NDArray[np.int64]]) -> dict[str, int]:
+        maxima = {f"blocks/{name}": int(values.max(initial=0)) for name, values in blocks.items()}
+        maxima |= {f"cells/{name}": int(values.max(initial=0)) for name, values in cells.items()}
+        types = self.index.samples.column_types()
+        maxima |= {f"samples/{name}": int(np.iinfo(dtype).max) for name, dtype in types.items() if name != "combo"}
+        return maxima | {"samples/combo": 0}  # The type of combo numbers depends on all combos, not on these.
+
     def _blocks(self) -> dict[str, NDArray[np.int64]]:
-        blocks, part = self.index.tables.blocks, slice(self.first, self.last)
-        found = {name: getattr(blocks, name)[part].astype(np.int64) for name in ("offset", "length", "rows")}
-        return found | {"count": np.diff(self.index.tables.histogram.indptr[self.first : self.last + 1])}
+        blocks = self.index.tables.blocks
+        own = slice(self.first, self.last)
+        columns = {name: getattr(blocks, name)[own].astype(np.int64) for name in ("offset", "length", "rows")}
+        return columns | {"count": np.diff(self.index.tables.histogram.indptr[self.first : self.last + 1])}
 
     def _cells(self) -> dict[str, NDArray[np.int64]]:
         histogram = self.index.tables.histogram
-        part = slice(int(histogram.indptr[self.first]), int(histogram.indptr[self.last]))
-        return {name: getattr(histogram, name)[part].astype(np.int64) for name in ("combo", "rows", "tokens")}
+        own = slice(int(histogram.indptr[self.first]), int(histogram.indptr[self.last]))
+        return {name: getattr(histogram, name)[own].astype(np.int64) for name in ("combo", "rows", "tokens")}
 
     def _zones(self) -> dict[str, dict[str, NDArray[Any]]]:
-        part = slice(self.first, self.last)
+        own = slice(self.first, self.last)
         return {
             number: {
-                "low": zones.low[part],
-                "high": zones.high[part],
-                "has_null": zones.has_null[part].astype(np.float64),
+                "low": zones.low[own],
+                "high": zones.high[own],
+                "has_null": zones.has_null[own].astype(np.float64),
             }
             for number, zones in self.index.tables.blocks.zones.items()
         }
 
     def _padded_rows(self) -> int:
-        """Entries of the sample columns from the first row of the first block to the last of the last."""
+        """Return the entries of a sample column from the first row of the first block to the last row of the last
+        block."""
         blocks = self.index.tables.blocks
-        begin, end = (int(blocks.first_sample[block]) for block in (self.first, self.last - 1))
-        return end - begin + int(blocks.rows[self.last - 1])
+        begin = int(blocks.first_sample[self.first])
+        end = int(blocks.first_sample[self.last - 1]) + int(blocks.rows[self.last - 1])
+        return end - begin
 
-    def _places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the rows lie among those entries."""
+    def _row_positions(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the position of each row among the padded entries."""
         starts = first_samples(rows, self.index.chunk_rows)[:-1]
-        return np.repeat(starts - (np.cumsum(rows) - rows), rows) + np.arange(int(rows.sum()))
+        rows_before = np.cumsum(rows) - rows
+        return np.repeat(starts - rows_before, rows) + np.arange(int(rows.sum()))
 
 
 def combo_values(combos: ComboTable) -> list[Combo | None]:
-    """The values of every combo, None for the one of bad rows."""
+    """Return the values of every combo, by number; None for the combo of bad rows."""
     names = list(combos.properties)
-    found = (tuple(combos.values(name, number) for name in names) for number in range(combos.num_combos))
-    return [None if number == combos.bad else combo for number, combo in enumerate(found)]
+    values = [tuple(combos.values(name, number) for name in names) for number in range(combos.num_combos)]
+    return [None if number == combos.bad else combo for number, combo in enumerate(values)]
 
 
 def block_ranges(index: PropertyIndex, blocks: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """The given blocks, ascending, as ranges of neighbours with at most some hundred thousand rows each (or one block)."""
-    rows = index.tables.blocks.rows
-    start, held = 0, 0
-    for i, block in enumerate(blocks.tolist()):
-        if i > start and (block != int(blocks[i - 1]) + 1 or held + int(rows[block]) > MAX_ROWS):
-            yield int(blocks[start]), int(blocks[i - 1]) + 1
-            start, held = i, 0
-        held += int(rows[block])
-    if len(blocks):
-        yield int(blocks[start]), int(blocks[-1]) + 1
+    """Cut the given blocks, ascending, into ranges [first, last) of neighbours with at most `MAX_ROWS` rows, or one
+    block."""
+    rows_of_block = index.tables.blocks.rows
+    numbers = blocks.tolist()
+    start = 0
+    rows = 0
+    for i, block in enumerate(numbers):
+        has_gap = i > start and block != numbers[i - 1] + 1
+        is_full = i > start and rows + int(rows_of_block[block]) > MAX_ROWS
+        if has_gap or is_full:
+            yield numbers[start], numbers[i - 1] + 1
+            start = i
+            rows = 0
+        rows += int(rows_of_block[block])
+    if numbers:
+        yield numbers[start], numbers[-1] + 1

@@ -1,7 +1,7 @@
 """Cache ranges of sample columns in their stored type, bounded in bytes.
 
-The oldest entry is evicted first, used or not: a shuffled domain returns to its blocks in random order, so recent use does
-not predict the next use. A lookup per column and block costs about 0.1 µs; reading the range costs about 10 µs.
+The oldest entry is evicted first, used or not: a shuffled domain returns to its blocks in random order, so recent use
+does not predict the next use. A lookup per column and block costs about 0.1 µs; reading the range costs about 10 µs.
 """
 
 from collections.abc import Callable

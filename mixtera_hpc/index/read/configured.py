@@ -1,8 +1,8 @@
 """Open the indexes that a configuration names, and decide where their shards are.
 
-A configured `data.root` (or `data.sets`) wins. Without one, the data root stored in the index is used. An index file can name
-any folder, and a run reads that folder with the user's rights, so the stored root is accepted only if the index file belongs
-to the user, or if the root is below one of `index.trusted_roots`.
+A configured `data.root` (or `data.sets`) wins. Without one, the data root stored in the index is used. An index file
+can name any folder, and a run reads that folder with the user's rights, so the stored root is accepted only if the
+index file belongs to the user, or if the root is below one of `index.trusted_roots`.
 """
 
 import logging
@@ -19,14 +19,16 @@ from mixtera_hpc.index.read.open import PropertyIndex, open_index, read_stored_r
 __all__ = ["check_stored_roots", "open_configured", "open_written"]
 
 TEXT_DEFAULT = "text"
-"""Default of `data.text`. A run need not repeat the setting of the build, so the default is not compared with the index."""
+"""Default of `data.text`. A run need not repeat the setting of the build, so the default is not compared with the
+index."""
 LOGGER = logging.getLogger("mixtera_hpc")
 
 
 def open_configured(config: Config, *, reads_shards: bool = True) -> PropertyIndex:
     """Open the indexes of `index.paths` at `index.generations`, joined into one if there are several.
 
-    `data.root`, `data.sets`, `data.text` and `data.properties` describe one index: the only one, or `index.path` among several.
+    `data.root`, `data.sets`, `data.text` and `data.properties` describe one index: the only one, or `index.path` among
+    several.
 
     Args:
         config: the configuration.
@@ -34,7 +36,8 @@ def open_configured(config: Config, *, reads_shards: bool = True) -> PropertyInd
 
     Raises:
         ConfigError: `data.root` is set, but the index that it describes is none of `index.paths`.
-        PropertyIndexError: an index is missing, damaged, was built with other settings than `config.data` gives, names a data
+        PropertyIndexError: an index is missing, damaged, was built with other settings than `config.data` gives, names
+        a data
             root that is not trusted, or the indexes do not fit together.
     """
     paths = config.index.paths_to_read
@@ -66,7 +69,8 @@ def open_written(config: Config) -> PropertyIndex:
 
 
 def check_stored_roots(config: Config) -> None:
-    """Check the stored data roots that a run of `config` will use, before it starts. An index that does not exist yet is skipped.
+    """Check the stored data roots that a run of `config` will use, before it starts. An index that does not exist yet
+    is skipped.
 
     Raises:
         ConfigError, PropertyIndexError: as for `open_configured`.
@@ -93,7 +97,8 @@ def _described_position(config: Config) -> int | None:
     if config.data.root or config.data.sets:
         key = "data.sets" if config.data.sets else "data.root"
         raise ConfigError(
-            f"{key} gives the shards of index.path={config.index.path}, but runs read index.paths={config.index.paths}.\n"
+            f"{key} gives the shards of index.path={config.index.path}, but runs read index.paths="
+            f"{config.index.paths}.\n"
             f"  Remove {key}: each index knows where its shards are. Or add index.path to index.paths."
         )
     return None
@@ -107,8 +112,9 @@ def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Seque
         is_trusted = any(root.resolve().is_relative_to(folder) for folder in trusted)
         if not is_own and not is_trusted:
             raise PropertyIndexError(
-                f"data.root is not set, and {path}, which belongs to another user, names the data root {root}. A stored "
-                "data root is used only if the index file is yours or the root is below one of index.trusted_roots.\n"
+                f"data.root is not set, and {path}, which belongs to another user, names the data root {root}. A "
+                "stored data root is used only if the index file is yours or the root is below one of "
+                "index.trusted_roots.\n"
                 f"  Set data.root={root}, or add the folder to index.trusted_roots."
             )
         LOGGER.info("data.root is %s, as stored in %s", root, path)
@@ -128,5 +134,6 @@ def _check_build_settings(index: PropertyIndex, data: DataConfig) -> None:
     if differing:
         lines = "".join(f"\n  - {key} is {given!r}, the index has {stored!r}" for key, given, stored in differing)
         raise PropertyIndexError(
-            f"{index.path} was built with other settings:{lines}\n  Use the settings of the build, or rebuild the index."
+            f"{index.path} was built with other settings:{lines}\n"
+            "  Use the settings of the build, or rebuild the index."
         )

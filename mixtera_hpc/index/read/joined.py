@@ -1,9 +1,9 @@
 """Join several indexes into one: block tables concatenated, properties merged.
 
-A property that an index does not have is null there. The built-in property `dataset` distinguishes the indexes: it is the
-name of the index file, unless the index was built from named data sets and has the property already. Shard paths are
-absolute. A joined index has no generations of its own; each of its indexes may be opened at one. Price: a copy of the block
-tables. Every rank opens an index file when it reads the first sample of it.
+A property that an index does not have is null there. The built-in property `dataset` distinguishes the indexes: it is
+the name of the index file, unless the index was built from named data sets and has the property already. Shard paths
+are absolute. A joined index has no generations of its own; each of its indexes may be opened at one. Price: a copy of
+the block tables. Every rank opens an index file when it reads the first sample of it.
 """
 
 import hashlib
@@ -119,8 +119,8 @@ def _dataset_names(indexes: Sequence[PropertyIndex]) -> list[str]:
     has_duplicates = len(set(unnamed)) < len(unnamed)
     if has_duplicates or len({index.path.absolute() for index in indexes}) < len(indexes):
         raise PropertyIndexError(
-            f"Two of the indexes {', '.join(str(index.path) for index in indexes)} have the same name. The name of the file "
-            "is the dataset of its samples.\n  Rename one of the files, or build it with data.sets={NAME: DIR}."
+            f"Two of the indexes {', '.join(str(index.path) for index in indexes)} have the same name. The name of the "
+            "file is the dataset of its samples.\n  Rename one of the files, or build it with data.sets={NAME: DIR}."
         )
     return names
 

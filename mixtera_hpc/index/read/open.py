@@ -1,7 +1,7 @@
 """Open an index file: load its tables, and read its samples block by block on request.
 
-Only the process that plans opens an index. Every other rank reads samples through a `SampleReader`. Opening costs one read
-of all tables, about 20 µs per block.
+Only the process that plans opens an index. Every other rank reads samples through a `SampleReader`. Opening costs one
+read of all tables, about 20 µs per block.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -55,7 +55,8 @@ class PropertyIndex:
 
     @property
     def data_root(self) -> Path:
-        """Return the folder that `shard_paths` are relative to: `/` with several data sets, whose paths are absolute."""
+        """Return the folder that `shard_paths` are relative to: `/` with several data sets, whose paths are
+        absolute."""
         return self.roots.get("", Path("/"))
 
     @property
@@ -81,7 +82,8 @@ class PropertyIndex:
         return self.samples.read(int(blocks.first_sample[block]), int(blocks.rows[block]))
 
     def read_blocks(self, chosen: NDArray[np.int32], only: Collection[str] | None = None) -> SampleColumns:
-        """Read the samples of several blocks, concatenated in the given order; `only` as in `SampleReader.read_many`."""
+        """Read the samples of several blocks, concatenated in the given order; `only` as in
+        `SampleReader.read_many`."""
         blocks = self.tables.blocks
         return self.samples.read_many(blocks.first_sample[chosen].tolist(), blocks.rows[chosen].tolist(), only)
 
@@ -172,8 +174,8 @@ def _find_generation(path: Path, generations: Sequence[Generation], newest: str,
     known = dict.fromkeys(fingerprint[:12] for fingerprint in (*(g.fingerprint for g in generations), newest))
     raise PropertyIndexError(
         f"{path} has no generation {wanted[:12]!r}; it has {', '.join(known)}.\n"
-        "  Shards of that generation were changed or deleted, a property was derived, or the index was rebuilt. Start a new "
-        "run, or restore the old index file."
+        "  Shards of that generation were changed or deleted, a property was derived, or the index was rebuilt. Start a "
+        "new run, or restore the old index file."
     )
 
 
@@ -188,6 +190,7 @@ def _current_roots(group: h5py.Group, given: DataRoots, path: Path) -> dict[str,
         want = ", ".join(sorted(roots.keys() - {""})) or "none"
         raise PropertyIndexError(
             f"{path} was built from the data sets {have}, but data.sets names {want}.\n"
-            "  Give the folder of each of them in data.sets (of a single unnamed one in data.root), or rebuild the index."
+            "  Give the folder of each of them in data.sets (of a single unnamed one in data.root), or rebuild the "
+            "index."
         )
     return {name: Path(roots[name]) for name in stored}

@@ -1,6 +1,7 @@
-"""A configuration's query and domains, asked of an index."""
+"""Apply the query and the domains of a configuration to an index."""
 
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,37 +12,55 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import DomainKey, domain_name
 from mixtera_hpc.core.domains import Selection, keys_for_group_by, select
 from mixtera_hpc.core.holdout import Split, add_holdout_hashes, add_holdout_zones, restrict_to_split, shard_hash_keys
-from mixtera_hpc.core.index_tables import SampleColumns
+from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
 from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.errors import ConfigError, MixtureError
 from mixtera_hpc.index.read.open import PropertyIndex
 
 __all__ = ["SelectedDomains", "SelectionCost", "check_split", "select_domains"]
 
+BlockRead = Callable[[NDArray[np.int32]], SampleColumns]
+"""Reads the samples of the given blocks."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedDomains:
-    """The domains of a mixture; domain_id is the position in every list."""
+    """The domains of a mixture. The domain_id is the position in every list."""
 
     selection: Selection
     keys: tuple[DomainKey, ...]
     names: tuple[str, ...]
-    """The keys as text, for people."""
+    """The keys as readable text."""
     cost: "SelectionCost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionCost:
-    """What answering a query took."""
+    """What evaluating a query took."""
 
     bytes_read: int
     """Of sample columns, decompressed."""
     parse_s: float
-    """Query and keys, over the dictionaries."""
+    """Parsing the query and matching the domain keys against the dictionaries."""
     read_s: float
     """Reading sample columns."""
     count_s: float
-    """Everything else: the block tables, and looking at the samples that were read."""
+    """The rest: evaluating block tables and the samples that were read."""
+
+
+class _TimedReader:
+    """Reads the columns that a query needs, and measures how long that takes."""
+
+    def __init__(self, index: PropertyIndex, only: Collection[str]) -> None:
+        self._index = index
+        self._only = only
+        self.seconds = 0.0
+
+    def read(self, blocks: NDArray[np.int32]) -> SampleColumns:
+        began = time.perf_counter()
+        columns = self._index.read_blocks(blocks, self._only)
+        self.seconds += time.perf_counter() - began
+        return columns
 
 
 def check_split(config: Config, split: Split) -> None:
@@ -57,9 +76,13 @@ def check_split(config: Config, split: Split) -> None:
 
 
 def select_domains(config: Config, index: PropertyIndex, split: Split = "train") -> SelectedDomains:
-    """Count the domains that `mixture.domains` or `mixture.group_by` name, or one domain of everything.
+    """Select the samples of `query`, and count them per domain of `mixture.domains` or `mixture.group_by`.
+
+    Without domains, all samples form one.
 
     Args:
+        config: the keys `query` and `mixture` count.
+        index: an open index.
         split: side of the holdout whose samples are counted.
 
     Raises:
@@ -68,36 +91,45 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
     """
     check_split(config, split)
     began = time.perf_counter()
-    keys = _keys(config, index)
+    bytes_before = index.samples.bytes_read
+    keys = _domain_keys(config, index)
     predicate = parse_predicate(config.query.where, index.tables.properties)
-    only = {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers)}
-    tables, holdout = index.tables, config.query.holdout
+    reader = _TimedReader(index, {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers)})
+    tables = index.tables
+    read: BlockRead = reader.read
+    holdout = config.query.holdout
     if holdout.fraction:
-        tables, keys_of_shards = add_holdout_zones(tables), shard_hash_keys(tables.shards.path, holdout.seed)
+        # A hash of each sample, seen by the query as one more number, decides on which side of the split it is.
+        hash_keys = shard_hash_keys(tables.shards.path, holdout.seed)
+        tables = add_holdout_zones(tables)
         predicate = restrict_to_split(predicate, holdout.fraction, split)
-    bytes_before, read_s, parsed = index.samples.bytes_read, 0.0, time.perf_counter()
+        read = _with_hashes(reader.read, hash_keys, tables.blocks)
 
-    def read(blocks: NDArray[np.int32]) -> SampleColumns:
-        nonlocal read_s
-        start = time.perf_counter()
-        columns = index.read_blocks(blocks, only)
-        read_s += time.perf_counter() - start
-        return add_holdout_hashes(columns, keys_of_shards, tables.blocks, blocks) if holdout.fraction else columns
-
+    parsed = time.perf_counter()
     selection = select(tables, predicate, keys, read)
-    names = tuple(map(display_name if len(keys) > 1 else domain_name, keys))
     cost = SelectionCost(
         bytes_read=index.samples.bytes_read - bytes_before,
         parse_s=parsed - began,
-        read_s=read_s,
-        count_s=time.perf_counter() - parsed - read_s,
+        read_s=reader.seconds,
+        count_s=time.perf_counter() - parsed - reader.seconds,
     )
+    names = tuple(map(display_name if len(keys) > 1 else domain_name, keys))
     return SelectedDomains(selection=selection, keys=tuple(keys), names=names, cost=cost)
 
 
-def _keys(config: Config, index: PropertyIndex) -> list[DomainKey]:
-    if found := domain_entries(config.mixture):
-        return [leaf.key for leaf in found]
+def _with_hashes(read: BlockRead, hash_keys: NDArray[np.uint64], blocks: BlockTable) -> BlockRead:
+    """Return a function that reads like `read` and adds the holdout hash of every sample."""
+
+    def read_with_hashes(chosen: NDArray[np.int32]) -> SampleColumns:
+        return add_holdout_hashes(read(chosen), hash_keys, blocks, chosen)
+
+    return read_with_hashes
+
+
+def _domain_keys(config: Config, index: PropertyIndex) -> list[DomainKey]:
+    entries = domain_entries(config.mixture)
+    if entries:
+        return [entry.key for entry in entries]
     keys = keys_for_group_by(config.mixture.group_by, index.tables.combos)
     if not keys:
         raise MixtureError(f"mixture.group_by is {config.mixture.group_by}, but no sample has any of these properties.")

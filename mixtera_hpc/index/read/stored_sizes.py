@@ -1,4 +1,4 @@
-"""What the columns of an index file take on disk."""
+"""Measure the size of the columns of an index file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,24 +10,24 @@ __all__ = ["ColumnSize", "column_sizes"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnSize:
-    """One column of the file."""
+    """The size of one column."""
 
     name: str
     size_bytes: int
-    """On disk, compressed where it is."""
+    """On disk, after compression."""
     unpacked_bytes: int
-    """In memory; for sample columns with the gaps behind short blocks."""
+    """In memory. For sample columns this includes the padding behind short blocks."""
 
 
 def column_sizes(path: Path) -> list[ColumnSize]:
-    """Every column, in the file's order; nothing is read but the metadata."""
-    found: list[ColumnSize] = []
+    """Return the size of every column, in the order of the file. Reads metadata only."""
+    sizes: list[ColumnSize] = []
 
-    def look(name: str, node: object) -> None:
+    def measure(name: str, node: object) -> None:
         if isinstance(node, h5py.Dataset):
-            sizes = {"size_bytes": int(node.id.get_storage_size()), "unpacked_bytes": int(node.nbytes)}
-            found.append(ColumnSize(name=name, **sizes))
+            stored = int(node.id.get_storage_size())
+            sizes.append(ColumnSize(name=name, size_bytes=stored, unpacked_bytes=int(node.nbytes)))
 
     with h5py.File(path, "r", locking=False) as file:
-        file.visititems(look)
-    return found
+        file.visititems(measure)
+    return sizes

@@ -1,8 +1,8 @@
-"""Whether the shards are still those that were indexed.
+"""Check whether the shards of an index are still those that were indexed.
 
-Fast: one `stat` per shard, size and time of change, some dozen at a time. Deep: the fingerprint of every shard (its size, first
-and last MiB), and some blocks read again, their documents decoded and their tokens counted. Files that were added since are
-nobody's samples, and no reason to refuse.
+The fast check is one `stat` per shard: size and modification time, 32 at a time. The deep check compares the
+fingerprint of every shard (size, first and last MiB) and reads some blocks again: documents are decoded and their
+tokens counted. Files that were added since the build belong to no sample and are ignored.
 """
 
 from collections.abc import Iterable
@@ -15,59 +15,60 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.errors import DataError, PropertyIndexError
-from mixtera_hpc.formats.base import BlockRef
+from mixtera_hpc.formats.base import BlockRef, ShardReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.index.build.discover import fingerprint_of_shard
 from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.shards import fingerprint_of_shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["ChangedShard", "changed_shards", "check_fresh", "deeply_changed_shards", "refuse_changed"]
 
-NAMED = 5
-STATS_AT_ONCE = 32
+MAX_LISTED = 5
+"""Shards that an error message lists."""
+STAT_THREADS = 32
 SAMPLED_BLOCKS = 4
-"""Of every shard: the first, the last, and others anywhere, the same ones on every rank and every time."""
+"""Blocks of every shard that the deep check reads: the first, the last, and random ones that are the same on every
+call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangedShard:
-    """A shard that is not what was indexed."""
+    """A shard that differs from what was indexed."""
 
     path: str
     problem: str
 
 
-def changed_shards(index: PropertyIndex, root: Path | None = None) -> list[ChangedShard]:
-    """The shards that are gone or differ in size or time of change, in index order.
-
-    Args:
-        root: where to look; the index's own data root when None.
-    """
-    shards, root = index.tables.shards, root or index.data_root
-    facts = zip(index.shard_paths(), shards.size_bytes.tolist(), shards.mtime_ns.tolist(), strict=True)
-    with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
-        problems = pool.map(lambda fact: _problem(root / fact[0], *fact[1:]), facts)
-        return _named(index, problems)
+def changed_shards(index: PropertyIndex) -> list[ChangedShard]:
+    """Return the shards that are missing or differ in size or modification time, in index order."""
+    shards = index.tables.shards
+    paths = [index.data_root / path for path in index.shard_paths()]
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        problems = pool.map(_stat_problem, paths, shards.size_bytes.tolist(), shards.mtime_ns.tolist())
+        return _with_problems(index, problems)
 
 
 def deeply_changed_shards(index: PropertyIndex, tokenizer: Tokenizer | None, comm: Communicator) -> list[ChangedShard]:
-    """The shards whose content differs from what was indexed, as far as samples show. **Collective.**
+    """Return, on rank 0, the shards whose content differs from what was indexed; nothing on other ranks.
+    **Collective.**
 
-    Every rank looks at its share; rank 0 looks again at those that failed, and returns them; others return nothing.
+    Every rank checks its share of the shards. Rank 0 checks those that failed again, to name the problem.
 
     Args:
-        tokenizer: counts the tokens of the documents again; None leaves that out.
+        index: an open index.
+        tokenizer: counts the tokens of the documents again; None skips that.
+        comm: the ranks that share the work.
     """
     count = len(index.tables.shards.path)
     failed = np.zeros(count, np.int8)
     for shard in range(comm.rank, count, comm.size):
-        failed[shard] = bool(_deep_problem(index, shard, tokenizer))
+        failed[shard] = bool(_content_problem(index, shard, tokenizer))
     failed = comm.Allreduce(failed, "max")
     if comm.rank > 0:
         return []
-    return _named(index, (_deep_problem(index, i, tokenizer) if failed[i] else "" for i in range(count)))
+    return _with_problems(index, (_content_problem(index, i, tokenizer) if failed[i] else "" for i in range(count)))
 
 
 def check_fresh(index: PropertyIndex) -> None:
@@ -80,87 +81,117 @@ def check_fresh(index: PropertyIndex) -> None:
 
 
 def refuse_changed(index: PropertyIndex, changed: list[ChangedShard]) -> None:
-    """Raise for changed shards; nothing when there are none.
+    """Raise an error if there are changed shards.
 
     Raises:
         PropertyIndexError: names the first few of them.
     """
     if not changed:
         return
-    named = [f"{shard.path} ({shard.problem})" for shard in changed[:NAMED]]
-    named += [f"and {len(changed) - NAMED} more"] if len(changed) > NAMED else []
-    listed = "".join(f"\n    {line}" for line in named)
+    lines = [f"{shard.path} ({shard.problem})" for shard in changed[:MAX_LISTED]]
+    if len(changed) > MAX_LISTED:
+        lines.append(f"and {len(changed) - MAX_LISTED} more")
+    listed = "".join(f"\n    {line}" for line in lines)
     raise PropertyIndexError(
-        f"{index.path} is stale: {len(changed)} of {len(index.tables.shards.path)} shards below {index.data_root} are not "
-        f"what was indexed:{listed}\n"
-        "  Bring them back, set data.root, or bring the index up to date with mixtera-hpc index refresh and the settings it "
-        "was built with."
+        f"{index.path} is stale: {len(changed)} of {len(index.tables.shards.path)} shards below {index.data_root} are "
+        f"not what was indexed:{listed}\n"
+        "  Restore them, set data.root, or update the index with mixtera-hpc index refresh and the settings of the "
+        "build."
     )
 
 
-def _named(index: PropertyIndex, problems: Iterable[str]) -> list[ChangedShard]:
+def _with_problems(index: PropertyIndex, problems: Iterable[str]) -> list[ChangedShard]:
     pairs = zip(index.shard_paths(), problems, strict=True)
     return [ChangedShard(path=path, problem=problem) for path, problem in pairs if problem]
 
 
-def _problem(path: Path, size_bytes: int, mtime_ns: int) -> str:
+def _stat_problem(path: Path, size_bytes: int, mtime_ns: int) -> str:
     try:
         status = path.stat()
     except OSError as error:
-        return "missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+        return _access_problem(error)
     if status.st_size != size_bytes:
-        return f"{status.st_size} bytes, indexed with {size_bytes}"
+        return _size_problem(status.st_size, size_bytes)
     return "" if status.st_mtime_ns == mtime_ns else "changed since, same size"
 
 
-def _deep_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None) -> str:
-    """What is wrong with the content of a shard; empty when nothing was found."""
+def _access_problem(error: OSError) -> str:
+    return "missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+
+
+def _size_problem(size_bytes: int, indexed_bytes: int) -> str:
+    return f"{size_bytes} bytes, indexed with {indexed_bytes}"
+
+
+def _content_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None) -> str:
+    """Return what is wrong with the content of a shard; empty if nothing is."""
     shards = index.tables.shards
+    size_bytes = int(shards.size_bytes[shard])
     path = index.data_root / index.shard_paths()[shard]
     try:
-        if path.stat().st_size != shards.size_bytes[shard]:
-            return f"{path.stat().st_size} bytes, indexed with {shards.size_bytes[shard]}"
-        if fingerprint_of_shard(path, int(shards.size_bytes[shard])) != shards.fingerprint[shard]:
+        if path.stat().st_size != size_bytes:
+            return _size_problem(path.stat().st_size, size_bytes)
+        if fingerprint_of_shard(path, size_bytes) != shards.fingerprint[shard]:
             return "its first or last MiB differs"
         return _blocks_problem(index, shard, tokenizer)
     except OSError as error:
-        return "missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+        return _access_problem(error)
     except DataError as error:
         return str(error).splitlines()[0].replace(str(path), "it")
 
 
 def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | None) -> str:
-    tables, path = index.tables, index.data_root / index.shard_paths()[shard]
-    has_texts = index.text is not None and not load_format(tables.shards.format[shard]).holds_tokens
-    first, last = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
-    reader = load_format(tables.shards.format[shard]).open(
-        path, index.text, BlockCache(seek_folders=[seek_folder_of(index.path)])
-    )
+    """Read some blocks of a shard again, and return the first problem."""
+    tables = index.tables
+    path = index.data_root / index.shard_paths()[shard]
+    file_format = load_format(tables.shards.format[shard])
+    has_text = index.text is not None and not file_format.holds_tokens
+    first, stop = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
+    reader = file_format.open(path, index.text, BlockCache(seek_folders=[seek_folder_of(index.path)]))
     try:
-        for block in _sampled(np.arange(first, last)).tolist():
-            place = BlockRef.of(tables.blocks, block)
-            samples = index.read_block(block)
-            rows = np.flatnonzero(samples.combo != tables.combos.bad)
-            if not has_texts:
-                reader.payloads(place, samples.length, rows)
+        for block in _sample_blocks(np.arange(first, stop)).tolist():
+            if not has_text:
+                _read_payloads(index, block, reader)
                 continue
-            texts = reader.documents(place, samples.length, rows)
-            if tokenizer is None or not tables.has_tokens:
-                continue
-            counts = np.diff(tokenizer.encode_batch(texts)[1])
-            other = np.flatnonzero(counts != samples.tokens[rows])
-            if len(other):
-                row = int(rows[other[0]])
-                return f"row {place.first_row + row} has {counts[other[0]]} tokens, indexed with {samples.tokens[row]}"
+            problem = _token_problem(index, block, reader, tokenizer)
+            if problem:
+                return problem
     finally:
         reader.close()
     return ""
 
 
-def _sampled(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Some of a shard's blocks, ascending."""
+def _read_payloads(index: PropertyIndex, block: int, reader: ShardReader) -> None:
+    """Decode the rows of a block that have no text; raises DataError if that fails."""
+    samples = index.read_block(block)
+    rows = np.flatnonzero(samples.combo != index.tables.combos.bad)
+    reader.payloads(BlockRef.of(index.tables.blocks, block), samples.length, rows)
+
+
+def _token_problem(index: PropertyIndex, block: int, reader: ShardReader, tokenizer: Tokenizer | None) -> str:
+    """Decode the documents of a block and compare their token counts."""
+    tables = index.tables
+    place = BlockRef.of(tables.blocks, block)
+    samples = index.read_block(block)
+    rows = np.flatnonzero(samples.combo != tables.combos.bad)
+    texts = reader.documents(place, samples.length, rows)
+    if tokenizer is None or not tables.has_tokens:
+        return ""
+    counts = np.diff(tokenizer.encode_batch(texts)[1])
+    differing = np.flatnonzero(counts != samples.tokens[rows])
+    if not len(differing):
+        return ""
+    first = differing[0]
+    row = int(rows[first])
+    return f"row {place.first_row + row} has {counts[first]} tokens, indexed with {samples.tokens[row]}"
+
+
+def _sample_blocks(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return some of a shard's blocks, ascending."""
     if len(blocks) <= SAMPLED_BLOCKS:
         return blocks
+    # Besides the ends, a random choice without replacement from those between; the shard's first block is the seed.
     words = np.random.Philox(key=int(blocks[0])).random_raw(len(blocks) - 2)
-    chosen = 1 + np.argsort(words, kind="stable")[: SAMPLED_BLOCKS - 2]
-    return np.asarray(blocks[np.sort([0, *chosen.tolist(), len(blocks) - 1])], np.int64)
+    between = 1 + np.argsort(words, kind="stable")[: SAMPLED_BLOCKS - 2]
+    positions = np.sort([0, *between.tolist(), len(blocks) - 1])
+    return np.asarray(blocks[positions], np.int64)

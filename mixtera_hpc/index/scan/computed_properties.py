@@ -1,8 +1,10 @@
-"""Properties that a Python function computes from documents: `data.properties.NAME={function: my_pkg.my_fn, kind: category}`.
+"""Compute properties of documents with Python functions: `data.properties.NAME={function: my_pkg.my_fn, kind:
+category}`.
 
-A function takes a list of texts and returns as many values: a text or None for a category, a sequence of texts or None for
-categories, a number or None for a number. It must not depend on anything but the texts, since any rank may see any of them.
-Functions come from the configuration only: an index names the ones it was made with, and nobody imports a name from a file.
+A function takes a list of texts and returns one value for each: a text or None for a category, a sequence of texts or
+None for categories, a number or None for a number. It must depend on the texts alone, since any rank may see any of
+them. Functions come from the configuration only: an index names those it was built with, but no name in a file is ever
+imported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,90 +25,97 @@ __all__ = ["DocumentFunction", "DocumentFunctions"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DocumentFunction:
-    """One function and the property that it computes."""
+    """A function and the property that it computes."""
 
     field: PropertyField
-    """Its path is the function's name."""
+    """The property; `path` is the import path of the function."""
     call: Callable[[list[str]], Sequence[Any]]
     source: str
-    """Hex digest of the file it is written in."""
+    """Hex digest of the file that defines the function."""
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentFunctions:
-    """The computed properties of a build."""
+    """All computed properties of a build."""
 
     all: tuple[DocumentFunction, ...] = ()
-    """Sorted by the name of the property."""
+    """Sorted by property name."""
 
     @classmethod
     def of(cls, data: DataConfig) -> "DocumentFunctions":
         """Import the functions that a configuration names.
 
         Raises:
-            ConfigError: one cannot be imported, or cannot be called.
+            ConfigError: one cannot be imported, or is not callable.
         """
-        found = []
+        functions = []
         for name, spec in sorted(data.properties.items()):
             if spec.function:
                 call = import_function(spec.function, f"data.properties.{name}.function")
                 field = PropertyField(name=name, path=spec.function, kind=Kind(spec.kind))
-                found.append(DocumentFunction(field=field, call=call, source=source_digest(call)))
-        return cls(tuple(found))
+                functions.append(DocumentFunction(field=field, call=call, source=source_digest(call)))
+        return cls(tuple(functions))
 
     @property
     def fields(self) -> tuple[PropertyField, ...]:
-        """The properties, sorted by name."""
+        """Return the properties, sorted by name."""
         return tuple(function.field for function in self.all)
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """What tells versions of the functions apart."""
+        """Return the digests that distinguish versions of the functions."""
         return tuple(function.source for function in self.all)
 
     def columns(self, documents: list[str] | None) -> dict[str, Column]:
-        """Every property of `documents`, by name.
+        """Compute all properties of `documents`; property → column.
 
         Raises:
-            DataError: rows have no documents, or a function returned something else than one value of its kind for each.
+            DataError: rows have no documents, or a function did not return one value of its kind for each document.
         """
         if self.all and documents is None:
             raise DataError(
-                f"data.properties.{self.all[0].field.name} is computed from documents, but these rows hold none that is text."
+                f"data.properties.{self.all[0].field.name} is computed from documents, but these rows have no text."
             )
-        return {function.field.name: _column(function, documents or []) for function in self.all}
+        return {function.field.name: _compute(function, documents or []) for function in self.all}
 
 
-def _column(function: DocumentFunction, documents: list[str]) -> Column:
-    values, field = _called(function, documents), function.field
+def _compute(function: DocumentFunction, documents: list[str]) -> Column:
+    field = function.field
+    values = _call(function, documents)
     if len(values) != len(documents):
         raise DataError(
-            f"{field.path} returned {len(values)} values for {len(documents)} documents; data.properties.{field.name} needs "
-            "one for each."
+            f"{field.path} returned {len(values)} values for {len(documents)} documents; data.properties.{field.name} "
+            "needs one for each."
         )
     try:
         if field.kind is Kind.NUMBER:
-            return np.array([np.nan if v is None else v for v in values], np.float64)
-        return encode_categories([_categorical(v, field.kind) for v in values])
+            return np.array([np.nan if value is None else value for value in values], np.float64)
+        return encode_categories([_as_category(value, field.kind) for value in values])
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{field.path} returned a value that is no {field.kind} of data.properties.{field.name}: {error}."
         ) from None
 
 
-def _called(function: DocumentFunction, documents: list[str]) -> Sequence[Any]:
+def _call(function: DocumentFunction, documents: list[str]) -> Sequence[Any]:
+    """Call the user's function; a note on its exception names the property."""
     try:
         values = function.call(list(documents))
         return values if hasattr(values, "__len__") else list(values)
-    except Exception as error:  # It is the user's; whatever it raises is theirs to see.
+    except Exception as error:
         error.add_note(f"raised by {function.field.path}, the function of data.properties.{function.field.name}")
         raise
 
 
-def _categorical(value: Any, kind: Kind) -> Any:
+def _as_category(value: Any, kind: Kind) -> Any:
+    """Return a value as `encode_categories` takes it.
+
+    Raises:
+        TypeError: it is not a value of that kind.
+    """
     scalar = value.item() if isinstance(value, np.generic) else value
     if scalar is None or isinstance(scalar, bool | int | float | str):
         return scalar
     if kind is Kind.CATEGORIES and not isinstance(scalar, bytes | Mapping):
-        return tuple(_categorical(part, Kind.CATEGORY) for part in scalar)
+        return tuple(_as_category(part, Kind.CATEGORY) for part in scalar)
     raise TypeError(f"got {type(value).__name__} {value!r:.60}")

@@ -1,9 +1,10 @@
-"""Scanned units on disk, so that a build needs no memory for them and goes on after a kill.
+"""Store scan results on disk, so that a build needs no memory for them and resumes after a kill.
 
-Every scanning thread appends the parts of its units to a log of its own in `.<index>.building/`. A record is checksummed; what
-a kill cut short is not found again, everything before it is. A unit counts when all its parts are there; parts of one unit
-from different attempts are the same, so any of them will do. In memory a record is its place, some hundred bytes. Price: the
-sample columns are written twice, once here.
+Every scanning thread appends the results of its units to a log of its own in `.<index>.building/`. A record has a
+checksum: whatever a kill truncated is dropped, everything before it is used. A unit is complete when all its results
+are in some log; results of one unit from different attempts are equal, so any of them will do. In memory a record takes
+about a hundred bytes.
+Price: the sample columns are written twice, once here.
 """
 
 import contextlib
@@ -25,38 +26,52 @@ from mixtera_hpc.index.layout import narrow
 from mixtera_hpc.index.scan.scan_result import ScanResult, ScanSummary
 
 __all__ = [
+    "LOG_PATTERN",
     "LogRecord",
     "RecordHeader",
     "ScanLog",
     "build_lock",
-    "building_folder",
     "complete_units",
     "read_logs",
     "recover_logs",
 ]
 
+LOG_PATTERN = "*.scanlog"
+"""File names of the logs in the folder of a build."""
 _PREFIX = struct.Struct("<8sIQI")
-_MAGIC = b"mixpart2"
+"""Before each record: magic, bytes of the header, bytes of the body, CRC-32 of both."""
+_MAGIC = b"mixscan3"
+_CHECKSUM_BYTES = 1 << 20
+"""Bytes of a body that are read at once."""
 
 
 class RecordHeader(msgspec.Struct):
-    """What a part says of itself."""
+    """What a record contains."""
 
     unit: int
     number: int
-    """Of the part in its unit."""
+    """Position of the result among those of its unit."""
     last: bool
+    """Whether it is the last result of its unit."""
     fingerprint: str
-    """Of the shard, when this is its first part."""
+    """Of the shard, if this is its first result."""
     reasons: dict[str, int]
     summary: ScanSummary
     arrays: list[tuple[str, str, int]]
     """Name, dtype and length of every array, in the order of the body."""
 
 
+class _RecordPosition(msgspec.Struct):
+    """The fields of a header that identify the record."""
+
+    unit: int
+    number: int
+    last: bool
+
+
 @dataclass(frozen=True, slots=True)
 class LogRecord:
-    """A part that lies in a log."""
+    """A scan result in a log."""
 
     path: Path
     position: int
@@ -65,144 +80,151 @@ class LogRecord:
     last: bool
 
     def header(self) -> RecordHeader:
-        """What it says of itself, without loading it."""
+        """Read the header alone."""
         with self.path.open("rb") as file:
-            return self._header(file)
+            return self._read_header(file)
 
     def summary(self) -> ScanSummary:
-        """What there is in it."""
+        """Read the summary of the result."""
         return self.header().summary
 
     def load(self) -> ScanResult:
-        """Read it."""
+        """Read the result."""
         with self.path.open("rb") as file:
-            header = self._header(file)
+            header = self._read_header(file)
             arrays = {name: np.fromfile(file, dtype, length) for name, dtype, length in header.arrays}
-        return _part(header, arrays)
+        return _result_from_arrays(header, arrays)
 
-    def _header(self, file: BinaryIO) -> RecordHeader:
+    def _read_header(self, file: BinaryIO) -> RecordHeader:
         file.seek(self.position)
         _, header_size, _, _ = _PREFIX.unpack(file.read(_PREFIX.size))
         return msgspec.json.decode(file.read(header_size), type=RecordHeader)
 
 
 class ScanLog:
-    """Where one thread appends its parts."""
+    """The log of one thread, open for appending."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._file = (folder / f"{name}.parts").open("xb")
+        self._file = (folder / LOG_PATTERN.replace("*", name)).open("xb")
 
-    def append(self, unit: int, number: int, part: ScanResult, *, last: bool) -> None:
-        """Write one part of a unit."""
-        arrays = {name: narrow(values) for name, values in _flat(part)}
+    def append(self, unit: int, number: int, result: ScanResult, *, last: bool) -> None:
+        """Append result `number` of a unit."""
+        arrays = {name: narrow(values) for name, values in _named_arrays(result)}
         fields = RecordHeader(
             unit=unit,
             number=number,
             last=last,
-            fingerprint=part.fingerprint,
-            reasons=part.reasons,
-            summary=part.summary(),
+            fingerprint=result.fingerprint,
+            reasons=result.reasons,
+            summary=result.summary(),
             arrays=[(name, values.dtype.str, len(values)) for name, values in arrays.items()],
         )
         header = msgspec.json.encode(fields)
         body = [values.tobytes() for values in arrays.values()]
         checksum = zlib.crc32(header)
-        for piece in body:
-            checksum = zlib.crc32(piece, checksum)
+        for data in body:
+            checksum = zlib.crc32(data, checksum)
         self._file.write(_PREFIX.pack(_MAGIC, len(header), sum(map(len, body)), checksum))
         self._file.writelines([header, *body])
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
-def _flat(part: ScanResult) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Every array of a part under a name of its own."""
+def _named_arrays(result: ScanResult) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield every array of a result under a unique name."""
     for group in ("blocks", "cells", "samples", "numbers"):
-        yield from ((f"{group}/{name}", values) for name, values in getattr(part, group).items())
-    for number, zones in part.zones.items():
+        yield from ((f"{group}/{name}", values) for name, values in getattr(result, group).items())
+    for number, zones in result.zones.items():
         yield from ((f"zones/{name}/{number}", values) for name, values in zones.items())
 
 
-def _part(header: RecordHeader, arrays: dict[str, NDArray[Any]]) -> ScanResult:
-    """The inverse of `_flat`."""
-
-    def group(name: str) -> dict[str, NDArray[Any]]:
-        found = {key.removeprefix(f"{name}/"): values for key, values in arrays.items() if key.startswith(f"{name}/")}
-        return {key: v if v.dtype.kind == "f" else v.astype(np.int64) for key, v in found.items()}
-
-    numbers = group("numbers")
+def _result_from_arrays(header: RecordHeader, arrays: dict[str, NDArray[Any]]) -> ScanResult:
+    """Build a result from the arrays of `_named_arrays`."""
+    numbers = _arrays_of_group(arrays, "numbers")
     return ScanResult(
         combos=header.summary.combos,
-        blocks=group("blocks"),
-        cells=group("cells"),
-        samples=group("samples"),
+        blocks=_arrays_of_group(arrays, "blocks"),
+        cells=_arrays_of_group(arrays, "cells"),
+        samples=_arrays_of_group(arrays, "samples"),
         numbers=numbers,
-        zones={n: {z: arrays[f"zones/{z}/{n}"] for z in ("low", "high", "has_null")} for n in numbers},
+        zones={
+            number: {name: arrays[f"zones/{name}/{number}"] for name in ("low", "high", "has_null")}
+            for number in numbers
+        },
         fingerprint=header.fingerprint,
         reasons=header.reasons,
     )
 
 
-def building_folder(index: Path) -> Path:
-    """Where an index is built; hidden, beside it."""
-    return index.with_name(f".{index.name}.building")
+def _arrays_of_group(arrays: dict[str, NDArray[Any]], group: str) -> dict[str, NDArray[Any]]:
+    """Return the arrays of one group under their own names, integers widened again."""
+    prefix = f"{group}/"
+    own = {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
+    return {name: values if values.dtype.kind == "f" else values.astype(np.int64) for name, values in own.items()}
 
 
 @contextlib.contextmanager
 def build_lock(folder: Path) -> Iterator[None]:
-    """Keep a second build of the same index out for as long as this process lives.
+    """Hold the lock of a build, which keeps other processes from building the same index.
 
     Raises:
-        PropertyIndexError: another process builds it.
+        PropertyIndexError: another process holds it.
     """
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PropertyIndexError(
-                f"Another process is building this index: {folder} is locked.\n  Wait for it, or set another index.path."
+                f"Another process is building this index: {folder} is locked.\n"
+                "  Wait for it, or set another index.path."
             ) from None
         except OSError:
-            pass  # This file system has no locks; whoever builds twice at once is on their own.
+            pass  # This file system has no locks, so two builds at once are not detected.
         yield
 
 
 def recover_logs(folder: Path) -> list[LogRecord]:
-    """Every whole record of every log, after cutting each log where a kill or a crash left it damaged."""
-    found: list[LogRecord] = []
-    for path in sorted(folder.glob("*.parts")):
+    """Return every intact record of every log, and truncate each log where a kill or a crash damaged it."""
+    records: list[LogRecord] = []
+    for path in sorted(folder.glob(LOG_PATTERN)):
         with path.open("r+b") as file:
             end = 0
             while record := _read_record(path, file, verify=True):
-                found.append(record)
+                records.append(record)
                 end = file.tell()
             file.truncate(end)
-    return found
+    return records
 
 
 def read_logs(folder: Path) -> list[LogRecord]:
-    """Every record of every log; logs of earlier attempts have been through `recover_logs`."""
-    found: list[LogRecord] = []
-    for path in sorted(folder.glob("*.parts")):
+    """Return every record of every log, without verifying checksums: earlier attempts went through `recover_logs`."""
+    records: list[LogRecord] = []
+    for path in sorted(folder.glob(LOG_PATTERN)):
         with path.open("rb") as file:
             while record := _read_record(path, file, verify=False):
-                found.append(record)
-    return found
+                records.append(record)
+    return records
 
 
 def complete_units(records: list[LogRecord]) -> dict[int, list[LogRecord]]:
-    """The units all of whose parts are there, with their parts in order."""
-    units: dict[int, dict[int, LogRecord]] = {}
+    """Return the units all of whose results are logged, with their records in order."""
+    numbered: dict[int, dict[int, LogRecord]] = {}
     for record in records:
-        units.setdefault(record.unit, {}).setdefault(record.number, record)
-    ordered = {unit: [parts[number] for number in sorted(parts)] for unit, parts in units.items()}
-    return {unit: parts for unit, parts in ordered.items() if parts[-1].last and parts[-1].number == len(parts) - 1}
+        numbered.setdefault(record.unit, {}).setdefault(record.number, record)
+    units = {unit: [results[number] for number in sorted(results)] for unit, results in numbered.items()}
+    return {unit: results for unit, results in units.items() if _is_complete(results)}
+
+
+def _is_complete(results: list[LogRecord]) -> bool:
+    """Return whether the numbers are 0, 1, … up to the last result of the unit."""
+    return results[-1].last and results[-1].number == len(results) - 1
 
 
 def _read_record(path: Path, file: BinaryIO, verify: bool) -> LogRecord | None:
-    """The record at the file's position, which then moves behind it; None where there is no whole one."""
+    """Read the record at the file's position and move behind it; return None if there is no intact one."""
     position = file.tell()
     prefix = file.read(_PREFIX.size)
     if len(prefix) < _PREFIX.size:
@@ -210,25 +232,18 @@ def _read_record(path: Path, file: BinaryIO, verify: bool) -> LogRecord | None:
     magic, header_size, body_size, checksum = _PREFIX.unpack(prefix)
     if magic != _MAGIC or header_size + body_size > os.fstat(file.fileno()).st_size - file.tell():
         return None
-    header, body = file.read(header_size), file.tell()
+    header = file.read(header_size)
+    body_start = file.tell()
     if verify and _checksum(header, file, body_size) != checksum:
         return None
-    file.seek(body + body_size)
+    file.seek(body_start + body_size)
     decoded = msgspec.json.decode(header, type=_RecordPosition)
     return LogRecord(path, position, decoded.unit, decoded.number, decoded.last)
 
 
-class _RecordPosition(msgspec.Struct):
-    """The part of a header that finding it needs."""
-
-    unit: int
-    number: int
-    last: bool
-
-
 def _checksum(header: bytes, file: BinaryIO, body_size: int) -> int:
-    found = zlib.crc32(header)
-    while body_size and (piece := file.read(min(body_size, 1 << 20))):
-        found = zlib.crc32(piece, found)
-        body_size -= len(piece)
-    return found
+    checksum = zlib.crc32(header)
+    while body_size and (data := file.read(min(body_size, _CHECKSUM_BYTES))):
+        checksum = zlib.crc32(data, checksum)
+        body_size -= len(data)
+    return checksum

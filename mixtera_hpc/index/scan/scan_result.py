@@ -1,7 +1,7 @@
-"""Rows that follow each other in a shard, summed up per block and listed: what scans make and the merge puts together.
+"""Hold the result of scanning consecutive rows of a shard: per-block summaries and per-sample columns.
 
-Combos are numbered inside the part; the merge translates. Rows that cannot be read have the combo None: they keep their place
-in the columns and count in no histogram.
+Combos are numbered within one result; the merge translates them to the numbers of the index. Rows that cannot be read
+have the combo None. They keep their position in the columns and are in no histogram.
 """
 
 import re
@@ -26,112 +26,152 @@ _PLACE = re.compile(
     re.DOTALL,
 )
 MAX_REASON = 120
+"""Characters of a reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanSummary:
-    """What the merge needs to know of a part before it loads it."""
+    """What the merge needs to know about a result before it loads the columns."""
 
     combos: list[Combo | None]
-    """Those that occur."""
+    """The combos that occur."""
     rows: int
     bad_rows: int
     blocks: int
     cells: int
     block_rows: dict[int, int]
-    """Rows of a block → blocks that have so many."""
+    """Rows per block → number of blocks with that many rows."""
     maxima: dict[str, int]
     """Largest value of every integer array, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanResult:
-    """Some blocks of one shard."""
+    """Some consecutive blocks of one shard."""
 
     combos: list[Combo | None]
-    """The combos that occur; all codes below are positions in it. None stands for rows that cannot be read."""
+    """The combos that occur; all combo codes below are positions in this list. None stands for rows that cannot be
+    read."""
     blocks: dict[str, Ints]
-    """`offset`, `length`, `rows` of every block; and `count`, its number of combos."""
+    """Per block: `offset`, `length`, `rows`, and `count`, the number of its combos."""
     cells: dict[str, Ints]
-    """`combo`, `rows`, `tokens`: for each block in turn, its combos ascending."""
+    """Per (block, combo) pair: `combo`, `rows`, `tokens`; sorted by block, then combo."""
     zones: dict[str, dict[str, NDArray[np.float64]]]
-    """Per number: `low`, `high` (NaN where all are null) and `has_null` of every block."""
+    """Per number property and block: `low`, `high` (NaN if all are null) and `has_null`."""
     samples: dict[str, Ints]
-    """`combo`, and where there are any `length` and `tokens` of every row."""
+    """Per row: `combo`, and `length` and `tokens` if the format and the tokenizer give them."""
     numbers: dict[str, NDArray[np.float64]]
-    """Per number, of every row; null is NaN."""
+    """Per number property and row; NaN for null."""
     fingerprint: str = ""
-    """Of the shard, when this is its first part."""
+    """Of the shard, if this is its first result."""
     reasons: dict[str, int] = field(default_factory=dict)
-    """Why rows cannot be read → how many; 0 stands for a damaged end, whose rows nobody can count."""
+    """Why rows cannot be read → how many; 0 for a damaged end, whose rows cannot be counted."""
 
     @property
     def num_rows(self) -> int:
+        """Return the number of rows, including those that cannot be read."""
         return len(self.samples["combo"])
 
     def summary(self) -> ScanSummary:
-        """What there is in it."""
-        rows, numbers = np.unique(self.blocks["rows"], return_counts=True)
+        """Return what the merge needs to know first."""
+        sizes, counts = np.unique(self.blocks["rows"], return_counts=True)
         groups = {"blocks": self.blocks, "cells": self.cells, "samples": self.samples}
+        maxima = {
+            f"{group}/{name}": int(values.max(initial=0))
+            for group, arrays in groups.items()
+            for name, values in arrays.items()
+        }
         return ScanSummary(
             combos=self.combos,
             rows=self.num_rows,
             bad_rows=self.num_rows - int(self.cells["rows"].sum()),
             blocks=len(self.blocks["rows"]),
             cells=len(self.cells["combo"]),
-            block_rows=dict(zip(rows.tolist(), numbers.tolist(), strict=True)),
-            maxima={f"{g}/{name}": int(v.max(initial=0)) for g, arrays in groups.items() for name, v in arrays.items()},
+            block_rows=dict(zip(sizes.tolist(), counts.tolist(), strict=True)),
+            maxima=maxima,
         )
 
 
 def combine_columns(columns: Sequence[Categories], rows: int) -> tuple[list[Combo], NDArray[np.intp]]:
-    """Distinct combos of several columns, those that occur and perhaps others, and each row's position among them."""
+    """Combine categorical columns into one column of combos.
+
+    Returns:
+        The distinct combos (some may occur in no row), and for each row the position of its combo.
+    """
     if not columns:
         return [()], np.zeros(rows, np.intp)
     first, *others = columns
     combos: list[Combo] = [(values,) for values in first.values]
     code = first.code.astype(np.intp)
     for column in others:
-        pairs, code = np.unique(code * len(column.values) + column.code, return_inverse=True)
-        before, value = np.divmod(pairs, len(column.values))
-        combos = [(*combos[b], column.values[v]) for b, v in zip(before.tolist(), value.tolist(), strict=True)]
+        # Append one column: number the (combo so far, value) pairs that occur, so the list never exceeds the rows.
+        num_values = len(column.values)
+        pairs, code = np.unique(code * num_values + column.code, return_inverse=True)
+        prefixes, values = np.divmod(pairs, num_values)
+        combos = [
+            (*combos[prefix], column.values[value])
+            for prefix, value in zip(prefixes.tolist(), values.tolist(), strict=True)
+        ]
     return combos, code
 
 
 def histogram_of(
     rows: Ints, samples: dict[str, Ints], num_combos: int, bad: int | None
 ) -> tuple[Ints, dict[str, Ints]]:
-    """Combos per block, and rows and tokens of every (block, combo) that occurs, combo `bad` left out."""
-    block, combo = np.repeat(np.arange(len(rows)), rows), samples["combo"]
-    tokens = samples.get("tokens")
+    """Count rows and tokens of every (block, combo) pair that occurs.
+
+    Args:
+        rows: of every block.
+        samples: the columns `combo` and, if counted, `tokens`.
+        num_combos: of all samples.
+        bad: the combo of rows that cannot be read, which is not counted; None without such rows.
+
+    Returns:
+        The number of combos per block; and the columns `combo`, `rows`, `tokens` of all cells, sorted by block, then
+        combo.
+    """
+    block = np.repeat(np.arange(len(rows)), rows)
+    combo = samples["combo"]
+    tokens = samples.get("tokens", np.zeros(len(combo), np.int64))
     if bad is not None:
-        good = combo != bad
-        block, combo, tokens = block[good], combo[good], None if tokens is None else tokens[good]
+        is_good = combo != bad
+        block, combo, tokens = block[is_good], combo[is_good], tokens[is_good]
+    # Sum by one integer key per cell; keys ascend by block, then combo.
     num_combos = max(num_combos, 1)
-    cell, counts, sums = _added_up(block * num_combos + combo, len(rows) * num_combos, tokens)
+    cell, counts, sums = _sum_by_key(block * num_combos + combo, len(rows) * num_combos, tokens)
     cell_block, cell_combo = np.divmod(cell, num_combos)
-    return np.bincount(cell_block, minlength=len(rows)), {"combo": cell_combo, "rows": counts, "tokens": sums}
+    combos_per_block = np.bincount(cell_block, minlength=len(rows))
+    return combos_per_block, {"combo": cell_combo, "rows": counts, "tokens": sums}
 
 
-def _added_up(key: Ints, num_keys: int, values: Ints | None) -> tuple[Ints, Ints, Ints]:
-    """The keys that occur, ascending, how often, and the sum of their values; sorts only where keys are thinly spread."""
-    if values is None:
-        values = np.zeros(len(key), np.int64)
+def _sum_by_key(key: Ints, num_keys: int, values: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return the keys that occur, ascending; how often each occurs; and the sum of its values.
+
+    Counting all possible keys takes O(num_keys), sorting O(n log n): sort only if most keys do not occur. The sums are
+    float64 inside `bincount`, exact below 2^53.
+    """
     if num_keys <= 4 * len(key):
         counts = np.bincount(key, minlength=num_keys)
-        found = np.flatnonzero(counts)
-        counts, sums = counts[found], np.bincount(key, values, num_keys)[found]
-    else:
-        found, position, counts = np.unique(key, return_inverse=True, return_counts=True)
-        sums = np.bincount(position, values, len(found))
-    return found, counts, sums.astype(np.int64)  # Exact below 2^53.
+        occurring = np.flatnonzero(counts)
+        sums = np.bincount(key, values, num_keys)[occurring]
+        return occurring, counts[occurring], sums.astype(np.int64)
+    occurring, position, counts = np.unique(key, return_inverse=True, return_counts=True)
+    sums = np.bincount(position, values, len(occurring))
+    return occurring, counts, sums.astype(np.int64)
 
 
 def zones_of(values: NDArray[np.float64], rows: Ints, is_bad: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
-    """Smallest and largest value of each block, nulls aside, and whether it has a null; rows that are bad have none."""
+    """Return the smallest and largest value of each block without nulls, and whether it has a null.
+
+    Args:
+        values: of every row; NaN for null.
+        rows: of every block.
+        is_bad: which rows cannot be read; they do not count as null.
+    """
     if not len(rows):
         return {name: np.zeros(0) for name in ("low", "high", "has_null")}
     starts = np.cumsum(rows) - rows
+    # fmin and fmax ignore NaN unless all values of the block are NaN.
     return {
         "low": np.fmin.reduceat(values, starts),
         "high": np.fmax.reduceat(values, starts),
@@ -140,5 +180,5 @@ def zones_of(values: NDArray[np.float64], rows: Ints, is_bad: NDArray[np.bool_])
 
 
 def reason_of(problem: str) -> str:
-    """A problem without the place where it was met, or the name of the sample, so that equal ones count together."""
+    """Return a problem without byte positions and sample names, so that equal problems are counted together."""
     return _PLACE.sub("", problem)[:MAX_REASON]

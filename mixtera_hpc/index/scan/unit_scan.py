@@ -1,8 +1,8 @@
-"""One unit of a shard → everything the index will say of it, in local numbers that the merge translates.
+"""Scan one unit (a byte range of a shard) into results that the merge translates to the numbers of the index.
 
-A unit's parts depend on nothing but the unit, so any rank may scan it, at any time, and a part found again after a kill is as
-good as new. A part ends where a block ends and has at most some hundred thousand rows more than the longest block, so memory
-does not grow with the unit.
+The results of a unit depend on nothing but the unit. Any rank may scan it at any time, and a result that was logged
+before a kill is as good as a new one. A result ends where a block ends, and it has at most 524,288 rows plus one batch
+and one block, so memory does not grow with the unit.
 """
 
 from collections import Counter, defaultdict
@@ -19,28 +19,32 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanSpec, ScanUnit
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
-from mixtera_hpc.index.build.discover import Shard, fingerprint_of_shard
 from mixtera_hpc.index.layout import DATASET
 from mixtera_hpc.index.scan.computed_properties import DocumentFunctions
 from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, combine_columns, histogram_of, reason_of, zones_of
+from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["ScanSettings", "scan_unit"]
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 RESULT_ROWS = 1 << 19
+"""Complete rows at which a result ends."""
 IS_BAD = -1
+"""Combo code of rows that cannot be read, while a unit is scanned."""
 MAX_REASONS = 30
-"""Told apart in a part: what a user's function says of a row may be new every time."""
+"""Reasons counted separately in a result; a user's function may give a new one for every row."""
+OTHER_REASONS = "other reasons"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanSettings:
-    """What is the same for all units of a build."""
+    """What all units of a build have in common."""
 
     roots: Mapping[str, Path]
-    """Dataset → the folder its shards are in; a single one is called ''."""
-    fields: ScanSpec
+    """Data set → folder of its shards; a single unnamed one is called ''."""
+    spec: ScanSpec
     """What is read from rows."""
     functions: DocumentFunctions
     """What is computed from documents."""
@@ -49,26 +53,29 @@ class ScanSettings:
 
     @property
     def properties(self) -> tuple[PropertyField, ...]:
-        """All of them, sorted by name; `dataset` is one when roots have names."""
-        built_in = [] if "" in self.roots else [PropertyField(name=DATASET, path="", kind=Kind.CATEGORY)]
-        found = (*self.fields.properties, *self.functions.fields, *built_in)
-        return tuple(sorted(found, key=lambda field: field.name))
+        """Return all properties, sorted by name; `dataset` is one of them if data sets have names."""
+        built_in = () if "" in self.roots else (PropertyField(name=DATASET, path="", kind=Kind.CATEGORY),)
+        fields = (*self.spec.properties, *self.functions.fields, *built_in)
+        return tuple(sorted(fields, key=lambda field: field.name))
 
 
-def scan_unit(job: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[ScanResult]:
-    """Read one unit; its parts, in order, at least one.
+def scan_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[ScanResult]:
+    """Scan one unit; yield its results in order, at least one.
 
     Raises:
-        DataError: rows that cannot be read, the first ten named in its notes, unless they are skipped; or the file is not
-            the one discovered.
+        DataError: rows cannot be read and are not skipped (the first ten are named in its notes), or the file has
+        changed
+            since it was discovered.
     """
-    path, rows = shard.below(job.roots), _RowCollector(job, shard)
+    path = shard.below(settings.roots)
+    rows = _RowCollector(settings, shard)
     try:
+        # Only the shard's first result carries its fingerprint.
         fingerprint = fingerprint_of_shard(path, shard.size_bytes) if unit.start == 0 else ""
-        for batch in _batches(job, shard, unit, rows):
+        for batch in _batches_of_unit(settings, shard, unit, rows):
             rows.add(batch)
             if rows.complete >= RESULT_ROWS:
-                yield rows.part(fingerprint)
+                yield rows.take_result(fingerprint)
                 fingerprint = ""
         status = path.stat()
     except OSError as error:
@@ -81,100 +88,108 @@ def scan_unit(job: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[ScanR
         )
     if rows.held != rows.complete:
         raise DataError(f"The format of {path} put {rows.complete} rows into blocks, but returned {rows.held}.")
-    yield rows.part(fingerprint)
+    yield rows.take_result(fingerprint)
 
 
-def _batches(job: ScanSettings, shard: Shard, unit: ScanUnit, rows: "_RowCollector") -> Iterator[RowBatch]:
-    """The batches of a unit; with bad samples skipped, those before the place where it is damaged."""
-    path, file = shard.below(job.roots), ShardFile(root=job.roots[shard.dataset], path=shard.path, format=shard.format)
+def _batches_of_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit, rows: "_RowCollector") -> Iterator[RowBatch]:
+    """Yield the batches of a unit; if bad samples are skipped, end quietly where the shard is damaged."""
+    path = shard.below(settings.roots)
+    file = ShardFile(root=settings.roots[shard.dataset], path=shard.path, format=shard.format)
     try:
-        yield from scan_shard(file, unit, job.fields, job.block_rows)
+        yield from scan_shard(file, unit, settings.spec, settings.block_rows)
     except DataError as error:
-        if not job.fields.skip_bad or _is_of_the_system(error):
+        if not settings.spec.skip_bad or _is_system_error(error):
             raise
-        rows.end_here(f"damaged: {str(error).splitlines()[0].replace(str(path), 'the shard')}")
+        reason = str(error).splitlines()[0].replace(str(path), "the shard")
+        rows.drop_incomplete(f"damaged: {reason}")
 
 
-def _is_of_the_system(error: DataError) -> bool:
-    """Whether a file could not be opened or read at all: what is in it may be whole, and there again in a minute."""
+def _is_system_error(error: DataError) -> bool:
+    """Return whether the file could not be opened or read at all: its content may be intact, so it is not skipped."""
     return isinstance(error.__context__, OSError) and error.__context__.errno is not None
 
 
 class _RowCollector:
-    """Collects the batches of one unit: some dozen bytes per row, no texts."""
+    """Collects the batches of one unit; a few dozen bytes per row, without texts."""
 
-    def __init__(self, job: ScanSettings, shard: Shard) -> None:
-        self._job = job
+    def __init__(self, settings: ScanSettings, shard: Shard) -> None:
+        self._settings = settings
         self._dataset = shard.dataset
-        kinds = {f.name: f.kind for f in job.properties}
+        kinds = {field.name: field.kind for field in settings.properties}
         self._categorical = [name for name, kind in kinds.items() if kind is not Kind.NUMBER]
-        self._codes: defaultdict[Combo, int] = defaultdict(count().__next__)
+        self._codes: defaultdict[Combo, int] = defaultdict(count().__next__)  # Combo → its code in this unit.
         self._samples: dict[str, list[Ints]] = {"combo": [], "length": [], "tokens": []}
-        self._numbers: dict[str, list[NDArray[np.float64]]] = {n: [] for n, k in kinds.items() if k is Kind.NUMBER}
-        self._blocks: list[Ints] = []
+        self._numbers: dict[str, list[Floats]] = {name: [] for name, kind in kinds.items() if kind is Kind.NUMBER}
+        self._blocks: list[Ints] = []  # Rows: offset, length, rows.
         self._reasons: Counter[str] = Counter()
         self.held = 0
-        """Rows."""
+        """Rows collected."""
         self.complete = 0
-        """Of these, the rows of blocks that have ended."""
+        """Rows of blocks that have ended; the last block may still be open."""
 
     def add(self, batch: RowBatch) -> None:
+        """Add the rows of a batch, and the blocks that end in it."""
         ranges = batch.blocks
         self._blocks.append(np.stack([ranges.offset, ranges.length, ranges.rows]))
         self.held += batch.rows
         self.complete += int(ranges.rows.sum())
         if not batch.rows:
             return
+        self._count_reasons(batch)
         bad = [row for row, _ in batch.bad]
-        for _, problem in batch.bad:
-            reason = reason_of(problem)
-            is_new = reason not in self._reasons and len(self._reasons) >= MAX_REASONS
-            self._reasons["other reasons" if is_new else reason] += 1
         documents = _documents(batch, bad)
-        columns = {**batch.columns, **self._job.functions.columns(documents)}
-        combo = self._combos(columns, batch.rows)
+        columns = {**batch.columns, **self._settings.functions.columns(documents)}
+        combo = self._combo_codes(columns, batch.rows)
         combo[bad] = IS_BAD
         self._samples["combo"].append(combo)
-        for name, found in self._numbers.items():
-            found.append(_numbers(columns[name], bad))
+        for name, arrays in self._numbers.items():
+            arrays.append(_numbers(columns[name], bad))
         if batch.lengths is not None:
             self._samples["length"].append(batch.lengths)
-        if self._job.tokenizer is not None:
+        if self._settings.tokenizer is not None:
             counts = batch.tokens
             if counts is None:
-                counts = self._job.tokenizer.count_each(documents or [])
-            self._samples["tokens"].append(_zeroed(counts, bad))
+                counts = self._settings.tokenizer.count_each(documents or [])
+            self._samples["tokens"].append(_with_zeros(counts, bad))
 
-    def end_here(self, reason: str) -> None:
-        """Forget the rows of a block that will never end."""
-        self._keep(*self._columns(), slice(0, self.complete))
+    def drop_incomplete(self, reason: str) -> None:
+        """Drop the rows of a block that will never end, because the shard is damaged."""
+        self._hold(*self._concatenated(), slice(0, self.complete))
         self.held = self.complete
         self._reasons[reason_of(reason)] += 0
 
-    def part(self, fingerprint: str) -> ScanResult:
-        """The blocks that have ended; rows of the one that has not stay here."""
-        samples, numbers = self._columns()
-        self._keep(samples, numbers, slice(self.complete, None))
-        taken = {name: values[: self.complete] for name, values in samples.items()}
-        rows = np.concatenate([np.zeros((3, 0), np.int64), *self._blocks], axis=1)
-        part = self._part(rows, taken, {name: values[: self.complete] for name, values in numbers.items()}, fingerprint)
-        self._blocks, self.held, self.complete = [], self.held - self.complete, 0
+    def take_result(self, fingerprint: str) -> ScanResult:
+        """Return the blocks that have ended, and hold only the rows of the open one."""
+        samples, numbers = self._concatenated()
+        self._hold(samples, numbers, slice(self.complete, None))
+        ranges = np.concatenate([np.zeros((3, 0), np.int64), *self._blocks], axis=1)
+        result = self._result(
+            ranges,
+            {name: values[: self.complete] for name, values in samples.items()},
+            {name: values[: self.complete] for name, values in numbers.items()},
+            fingerprint,
+        )
+        self._blocks = []
+        self.held -= self.complete
+        self.complete = 0
         self._reasons.clear()
-        return part
+        return result
 
-    def _part(
-        self, ranges: Ints, samples: dict[str, Ints], numbers: dict[str, NDArray[np.float64]], fingerprint: str
+    def _result(
+        self, ranges: Ints, samples: dict[str, Ints], numbers: dict[str, Floats], fingerprint: str
     ) -> ScanResult:
         offset, length, rows = ranges
-        known = list(self._codes)
+        combos = list(self._codes)
+        # Renumber combos to those that occur here. Codes are shifted by one, so that IS_BAD comes first.
         occurs = np.bincount(samples["combo"] - IS_BAD, minlength=1) > 0
         used = np.flatnonzero(occurs) + IS_BAD
         samples["combo"] = (np.cumsum(occurs) - 1)[samples["combo"] - IS_BAD]
         is_bad = (used == IS_BAD)[samples["combo"]]
-        per_block, cells = histogram_of(rows, samples, len(used), 0 if is_bad.any() else None)  # IS_BAD sorts first.
+        bad = 0 if is_bad.any() else None
+        combos_per_block, cells = histogram_of(rows, samples, len(used), bad)
         return ScanResult(
-            combos=[None if code == IS_BAD else known[code] for code in used.tolist()],
-            blocks={"offset": offset, "length": length, "rows": rows, "count": per_block},
+            combos=[None if code == IS_BAD else combos[code] for code in used.tolist()],
+            blocks={"offset": offset, "length": length, "rows": rows, "count": combos_per_block},
             cells=cells,
             zones={name: zones_of(values, rows, is_bad) for name, values in numbers.items()},
             samples=samples,
@@ -183,35 +198,43 @@ class _RowCollector:
             reasons=dict(self._reasons),
         )
 
-    def _columns(self) -> tuple[dict[str, Ints], dict[str, NDArray[np.float64]]]:
-        """Everything held."""
-        samples = {name: np.concatenate(found) for name, found in self._samples.items() if found}
-        samples.setdefault("combo", np.zeros(0, np.int64))
-        return samples, {name: np.concatenate([np.zeros(0), *found]) for name, found in self._numbers.items()}
+    def _count_reasons(self, batch: RowBatch) -> None:
+        for _, problem in batch.bad:
+            reason = reason_of(problem)
+            is_new = reason not in self._reasons
+            self._reasons[OTHER_REASONS if is_new and len(self._reasons) >= MAX_REASONS else reason] += 1
 
-    def _keep(self, samples: dict[str, Ints], numbers: dict[str, NDArray[np.float64]], rows: slice) -> None:
+    def _concatenated(self) -> tuple[dict[str, Ints], dict[str, Floats]]:
+        """Return all sample columns and numbers of the rows held."""
+        samples = {name: np.concatenate(arrays) for name, arrays in self._samples.items() if arrays}
+        samples.setdefault("combo", np.zeros(0, np.int64))
+        return samples, {name: np.concatenate([np.zeros(0), *arrays]) for name, arrays in self._numbers.items()}
+
+    def _hold(self, samples: dict[str, Ints], numbers: dict[str, Floats], rows: slice) -> None:
+        """Hold only the given rows."""
         self._samples |= {name: [values[rows]] for name, values in samples.items()}
         self._numbers = {name: [values[rows]] for name, values in numbers.items()}
 
-    def _combos(self, columns: Mapping[str, Column], rows: int) -> Ints:
-        """The unit's code of every row's combo."""
+    def _combo_codes(self, columns: Mapping[str, Column], rows: int) -> Ints:
+        """Return this unit's code of the combo of every row."""
         if self._dataset:
             columns = {**columns, DATASET: Categories([(self._dataset,)], np.zeros(rows, np.int32))}
-        found = [columns[name] for name in self._categorical]
-        values, code = combine_columns([c for c in found if isinstance(c, Categories)], rows)
-        codes = np.fromiter((self._codes[v] for v in values), np.int64, len(values))
-        return codes[code]
+        categorical = [columns[name] for name in self._categorical]
+        combos, position = combine_columns([c for c in categorical if isinstance(c, Categories)], rows)
+        codes = np.fromiter((self._codes[combo] for combo in combos), np.int64, len(combos))
+        return codes[position]
 
 
 def _documents(batch: RowBatch, bad: Sequence[int]) -> list[str] | None:
-    """The texts, empty for rows that cannot be read; None where there are none."""
+    """Return the texts of a batch, empty for rows that cannot be read; None if rows have no text."""
     if batch.documents is None or not bad:
         return batch.documents
-    known = set(bad)
-    return ["" if row in known else text for row, text in enumerate(batch.documents)]
+    bad_rows = set(bad)
+    return ["" if row in bad_rows else text for row, text in enumerate(batch.documents)]
 
 
-def _numbers(column: Column, bad: Sequence[int]) -> NDArray[np.float64]:
+def _numbers(column: Column, bad: Sequence[int]) -> Floats:
+    """Return a number column, null for rows that cannot be read."""
     values = column if isinstance(column, np.ndarray) else column.code.astype(np.float64)
     if not bad:
         return values
@@ -220,7 +243,8 @@ def _numbers(column: Column, bad: Sequence[int]) -> NDArray[np.float64]:
     return values
 
 
-def _zeroed(counts: Ints, bad: Sequence[int]) -> Ints:
+def _with_zeros(counts: Ints, bad: Sequence[int]) -> Ints:
+    """Return token counts, zero for rows that cannot be read."""
     if not bad:
         return counts
     counts = counts.copy()

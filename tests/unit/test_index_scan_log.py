@@ -30,7 +30,7 @@ def log(tmp_path: Path) -> Path:
     for unit in range(3):
         written.append(unit, 0, part(100 + unit), last=True)
     written.close()
-    return tmp_path / "001.parts"
+    return tmp_path / "001.scanlog"
 
 
 def test_a_part_is_read_back_as_it_was(log: Path) -> None:
