@@ -1,4 +1,4 @@
-"""Every check of the communicator suite on real ranks, in one launch: rank 0 prints what passed."""
+"""Run all checks of the communicator suite on MPI ranks; rank 0 prints the name of each check that passes."""
 
 from mixtera_hpc.comm.mpi import Mpi
 from mixtera_hpc.testing.communicators import CHECKS

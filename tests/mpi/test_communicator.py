@@ -1,4 +1,4 @@
-"""MPI ranks pass the same checks as a single process."""
+"""`Mpi` passes the conformance suite of communicators."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ MPIEXEC = Path(sys.executable).with_name("mpiexec")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
-def test_mpi_conforms(ranks: int) -> None:
-    words = [MPIEXEC, "-n", str(ranks), sys.executable, "-m", "mpi4py", PROGRAM]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+def test_mpi_conforms_to_the_protocol(ranks: int) -> None:
+    command = [MPIEXEC, "-n", str(ranks), sys.executable, "-m", "mpi4py", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.split() == [check.__name__ for check in CHECKS]

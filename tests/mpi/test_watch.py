@@ -1,4 +1,4 @@
-"""A rank that dies is named under bare mpiexec, the job ends, and nothing outlives it."""
+"""Under plain mpiexec the rank that dies is reported, the job ends, and no process remains."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def launch(mode: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def sentinels_of(folder: Path) -> list[str]:
-    """Command lines of processes that still watch over `folder`."""
+    """Return the command lines of the sentinels that watch `folder`."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -34,15 +34,15 @@ def sentinels_of(folder: Path) -> list[str]:
 
 
 def ends_soon(folder: Path) -> bool:
-    """Whether the sentinel goes away by itself; it may outlive mpiexec by milliseconds."""
+    """Return True if the sentinel ends by itself within 5 s. It may outlive mpiexec by milliseconds."""
     deadline = time.monotonic() + 5
     while sentinels_of(folder) and time.monotonic() < deadline:
         time.sleep(0.01)
     return not sentinels_of(folder)
 
 
-@pytest.mark.parametrize("mode", ["SIGKILL", "exit", "heard"])
-def test_a_rank_that_dies_without_a_word_is_named(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["SIGKILL", "exit", "peers fail first"])
+def test_a_killed_rank_is_reported(mode: str, tmp_path: Path) -> None:
     done = launch(mode, tmp_path)
 
     assert done.returncode != 0
@@ -53,18 +53,18 @@ def test_a_rank_that_dies_without_a_word_is_named(mode: str, tmp_path: Path) -> 
     assert ends_soon(tmp_path)
 
 
-def test_a_rank_that_raises_speaks_for_itself(tmp_path: Path) -> None:
+def test_an_exception_is_reported_instead_of_a_crash(tmp_path: Path) -> None:
     done = launch("raise", tmp_path)
 
     assert done.returncode == 1
     assert "was killed or crashed" not in done.stderr
     failure = json.loads((tmp_path / "failure.json").read_text())
-    assert (failure["rank"], failure["reason"]) == (2, "ValueError: a shard is torn")
+    assert (failure["rank"], failure["reason"]) == (2, "ValueError: a shard is truncated")
     assert ends_soon(tmp_path)
 
 
 @pytest.mark.parametrize(("mode", "code"), [("clean", 0), ("saved", 75)])
-def test_an_orderly_end_is_no_news(mode: str, code: int, tmp_path: Path) -> None:
+def test_a_clean_exit_is_not_reported(mode: str, code: int, tmp_path: Path) -> None:
     done = launch(mode, tmp_path)
 
     assert done.returncode == code

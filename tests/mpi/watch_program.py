@@ -1,4 +1,4 @@
-"""Run by `mpiexec` as MODE FOLDER: every rank steps under a watch, then rank 2 fails in the way of MODE."""
+"""Run steps with a failure watch on every rank, then let rank 2 fail as MODE says. Arguments: MODE FOLDER."""
 
 import os
 import signal
@@ -15,17 +15,18 @@ FAILING_RANK = 2
 
 
 def fail(mode: str) -> None:
-    if mode == "heard":  # Its peers' libraries are faster than the kernel.
+    if mode == "peers fail first":  # The libraries of the other ranks notice before the kernel ends it.
         time.sleep(0.3)
-    if mode in ("SIGKILL", "heard"):
+    if mode in ("SIGKILL", "peers fail first"):
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "exit":
         os._exit(3)
-    raise ValueError("a shard is torn")
+    raise ValueError("a shard is truncated")
 
 
 def main() -> int:
-    mode, folder = sys.argv[1], Path(sys.argv[2])
+    mode = sys.argv[1]
+    folder = Path(sys.argv[2])
     comm = Mpi.world()
 
     def steps(watch: FailureWatch) -> None:
@@ -38,7 +39,7 @@ def main() -> int:
             return
         if comm.rank == FAILING_RANK:
             fail(mode)
-        if mode == "heard":
+        if mode == "peers fail first":
             raise RuntimeError("Connection reset by peer")
         comm.Barrier()
 

@@ -1,4 +1,4 @@
-"""Domains counted from block tables are domains counted sample by sample."""
+"""Counting domains from block tables gives the same result as counting them sample by sample."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core import domain_counts as count
+from mixtera_hpc.core import domain_counts
 from mixtera_hpc.core.domains import DomainKey, keys_for_group_by, select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import parse_predicate
@@ -63,19 +63,19 @@ def passes(query: str | None, sample: Sample) -> bool:
     }[query]
 
 
-@pytest.fixture(params=["together", "in pieces"], scope="module", autouse=True)
-def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The histogram and the samples all at once, or a few cells and blocks at a time."""
+@pytest.fixture(params=["one range", "many ranges"], scope="module", autouse=True)
+def range_size(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Process the whole histogram and all samples at once, or a few cells and one block at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "in pieces":
-            patch.setattr(count, "CELLS_PER_RANGE", 2)
-            patch.setattr(count, "SAMPLES_PER_READ", 1)
+        if request.param == "many ranges":
+            patch.setattr(domain_counts, "CELLS_PER_RANGE", 2)
+            patch.setattr(domain_counts, "SAMPLES_PER_READ", 1)
         yield
 
 
 @given(corpora, keys, queries)
 @settings(max_examples=300, deadline=None)
-def test_counts_equal_those_of_a_walk_over_all_samples(
+def test_counts_equal_those_of_a_loop_over_all_samples(
     blocks: list[list[Sample]], keys: list[DomainKey], query: str | None
 ) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
@@ -83,13 +83,13 @@ def test_counts_equal_those_of_a_walk_over_all_samples(
     rows: Counter[tuple[int, int]] = Counter()
     tokens: Counter[tuple[int, int]] = Counter()
     overlaps: Counter[tuple[int, int]] = Counter()
-    selected, left_out = [0, 0], [0, 0]
+    selected, unassigned = [0, 0], [0, 0]
     for number, block in enumerate(blocks):
         domains = []
         for sample in block:
             hits = [d for d, key in enumerate(keys) if passes(query, sample) and matches(key, sample)]
             domains.append(hits[0] if hits else -1)
-            for total in (selected, left_out) if not hits else (selected,):
+            for total in (selected, unassigned) if not hits else (selected,):
                 if passes(query, sample):
                     total[0], total[1] = total[0] + 1, total[1] + sample.tokens
             if hits:
@@ -103,13 +103,13 @@ def test_counts_equal_those_of_a_walk_over_all_samples(
     assert cells == sorted(rows)
     assert table.rows.tolist() == [rows[c] for c in cells]
     assert table.tokens.tolist() == [tokens[c] for c in cells]
-    assert list(answer.selected) == selected and list(answer.unassigned) == left_out
+    assert list(answer.selected) == selected and list(answer.unassigned) == unassigned
     assert answer.overlaps == tuple((a, b, n) for (a, b), n in sorted(overlaps.items()))
 
 
 @given(corpora, st.lists(st.sampled_from(["source", "tags"]), unique=True))
 @settings(max_examples=100, deadline=None)
-def test_keys_by_properties_leave_no_sample_out(blocks: list[list[Sample]], names: list[str]) -> None:
+def test_keys_for_group_by_leave_no_sample_unassigned(blocks: list[list[Sample]], names: list[str]) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
     keys = keys_for_group_by(names, tables.combos)
     answer = select(tables, parse_predicate(None, tables.properties), keys, make_block_reader(read_block))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core.apportion import UNIT, _earliest, advance, order_slots, quantise_weights
+from mixtera_hpc.core.apportion import UNIT, _choose_due_first, _ChunkEnd, advance, order_slots, quantise_weights
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 
@@ -15,7 +15,7 @@ ENDLESS = 1 << 61
 
 @st.composite
 def weights(draw: st.DrawFn, max_domains: int = 60) -> np.ndarray:
-    """Groups of equal weights on scales from 1 to 1e-9, or weights all over them: ties and long tails break apportionment."""
+    """Draw weights that are hard to apportion: groups of equal weights (ties), or weights spread from 1 to 1e-9."""
     groups = draw(st.lists(st.tuples(st.integers(1, max_domains // 3), st.floats(-9, 0)), min_size=1, max_size=3))
     jitter = draw(st.sampled_from([0.0, 0.01, 0.5, 1.0]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -26,7 +26,10 @@ def weights(draw: st.DrawFn, max_domains: int = 60) -> np.ndarray:
 
 
 def largest_deviation(lag: np.ndarray, weight: np.ndarray, served: np.ndarray) -> int:
-    """In units of 2^-40 sequence, over every prefix: a lag is largest before a service, smallest after it, or at the end."""
+    """Return the largest absolute lag of any prefix, in units of 2^-40 sequence.
+
+    A domain's lag is largest before one of its sequences is served, smallest after it, or extreme at the end.
+    """
     slot = np.arange(1, len(served) + 1)
     nth = np.empty(len(served), np.int64)
     by_domain = np.argsort(served, kind="stable")
@@ -39,13 +42,14 @@ def largest_deviation(lag: np.ndarray, weight: np.ndarray, served: np.ndarray) -
 
 
 def endless(weight: np.ndarray) -> np.ndarray:
+    """Return capacities without a limit."""
     return np.full(len(weight), ENDLESS)
 
 
 @settings(max_examples=300, deadline=None)
 @given(weights(), st.lists(st.integers(1, 200), min_size=1, max_size=12))
-def test_every_prefix_is_exact_whatever_the_chunk_sizes(wish: np.ndarray, chunks: list[int]) -> None:
-    weight = quantise_weights(wish)
+def test_every_prefix_is_exact_whatever_the_chunk_sizes(requested: np.ndarray, chunks: list[int]) -> None:
+    weight = quantise_weights(requested)
     lag = np.zeros(len(weight), np.int64)
     forever = endless(weight)
     for num_slots in chunks:
@@ -60,8 +64,8 @@ def test_every_prefix_is_exact_whatever_the_chunk_sizes(wish: np.ndarray, chunks
 
 @settings(max_examples=15, deadline=None)
 @given(weights(2000), st.lists(st.integers(1, 4000), min_size=1, max_size=4))
-def test_two_thousand_domains_with_weights_down_to_1e_9_stay_exact(wish: np.ndarray, chunks: list[int]) -> None:
-    weight = quantise_weights(wish)
+def test_two_thousand_domains_with_weights_down_to_1e_9_stay_exact(requested: np.ndarray, chunks: list[int]) -> None:
+    weight = quantise_weights(requested)
     lag = np.zeros(len(weight), np.int64)
     for num_slots in chunks:
         counts, _ = advance(lag, weight, num_slots, endless(weight))
@@ -71,9 +75,9 @@ def test_two_thousand_domains_with_weights_down_to_1e_9_stay_exact(wish: np.ndar
 
 @settings(max_examples=120, deadline=None)
 @given(weights(300), st.lists(st.integers(1, 3000), min_size=1, max_size=6))
-def test_both_rules_for_a_chunks_end_keep_every_prefix_exact(wish: np.ndarray, chunks: list[int]) -> None:
-    """The largest remainders are taken where they are safe; where not, what is due first. Either, always, must do."""
-    weight = quantise_weights(wish)
+def test_both_rules_for_a_chunks_end_keep_every_prefix_exact(requested: np.ndarray, chunks: list[int]) -> None:
+    """`advance` uses due first only where largest remainders are unsafe, but both rules must always be exact."""
+    weight = quantise_weights(requested)
     for earliest in (False, True):
         lag = np.zeros(len(weight), np.int64)
         for num_slots in chunks:
@@ -86,31 +90,33 @@ def test_both_rules_for_a_chunks_end_keep_every_prefix_exact(wish: np.ndarray, c
 
 @settings(max_examples=100, deadline=None)
 @given(weights(), st.integers(1, 40), st.integers(2, 9), st.data())
-def test_a_chunk_planned_anew_from_a_step_inside_it_stays_exact(
-    wish: np.ndarray, batch: int, steps: int, data: st.DataObject
+def test_a_chunk_replanned_from_a_step_inside_it_stays_exact(
+    requested: np.ndarray, batch: int, steps: int, data: st.DataObject
 ) -> None:
-    """What a surgery does: lags and cursors are those of the step, not of the chunk's start."""
+    """An edit of a run replans from a step, with its lags and cursors instead of those of the chunk's start."""
     step = data.draw(st.integers(1, steps - 1))
-    planner = Planner(capacity=endless(wish), global_batch_size=batch, chunk_steps=steps, on_exhausted="repeat")
-    plan = planner.decide(PlannerState.start(len(wish)), wish)
+    planner = Planner(capacity=endless(requested), global_batch_size=batch, chunk_steps=steps, on_exhausted="repeat")
+    plan = planner.decide(PlannerState.start(len(requested)), requested)
     state = planner.state_at(plan, step)
     rest = replace(planner, chunk_steps=steps - step)
-    before, after = planner.slots(plan).domain[: step * batch], rest.slots(rest.decide(state, wish)).domain
-    assert np.array_equal(state.cursors, np.bincount(before, minlength=len(wish)))
+    before, after = planner.slots(plan).domain[: step * batch], rest.slots(rest.decide(state, requested)).domain
+    assert np.array_equal(state.cursors, np.bincount(before, minlength=len(requested)))
     served = np.concatenate([before, after])
     assert len(served) == steps * batch
-    assert largest_deviation(np.zeros(len(wish), np.int64), plan.weights, served) < UNIT
+    assert largest_deviation(np.zeros(len(requested), np.int64), plan.weights, served) < UNIT
 
 
 def due_first(lag: np.ndarray, weight: np.ndarray, num_slots: int) -> np.ndarray:
-    """`advance`, with the rule it falls back to."""
+    """Return the counts of `advance` if it always used its second rule, due first."""
     share = lag + weight * num_slots
     counts = np.maximum(share // UNIT, 0)
-    part = share - counts * UNIT
-    open_ = np.flatnonzero(part > 0)
-    age, deadline = -(-part // weight), -((part - UNIT) // weight)
-    chosen = _earliest(part[open_], age[open_], deadline[open_], (num_slots - int(counts.sum()), num_slots))
-    counts[open_[chosen]] += 1
+    remainder = share - counts * UNIT
+    candidates = np.flatnonzero(remainder > 0)
+    age = -(-remainder // weight)
+    deadline = -((remainder - UNIT) // weight)
+    end = _ChunkEnd(num_choices=num_slots - int(counts.sum()), num_slots=num_slots)
+    chosen = _choose_due_first(remainder[candidates], age[candidates], deadline[candidates], end)
+    counts[candidates[chosen]] += 1
     return counts
 
 
@@ -119,14 +125,14 @@ def due_first(lag: np.ndarray, weight: np.ndarray, num_slots: int) -> np.ndarray
 def test_changing_weights_stay_exact_at_chunk_boundaries_when_every_domain_is_served(
     pair: list[np.ndarray], extra: int, seed: int
 ) -> None:
-    """The condition of docs/planner.md: every weight is worth at least one sequence a chunk."""
+    """As docs/planner.md requires, every weight is worth at least one sequence per chunk."""
     num_domains = min(len(p) for p in pair)
     rng = np.random.default_rng(seed)
     num_slots = 2 * num_domains + extra
     lag = np.zeros(num_domains, np.int64)
     for turn in range(20):
-        wish = pair[turn % 2][:num_domains] * rng.uniform(0.5, 1.5, num_domains)
-        floored = wish / wish.sum() * (1 - num_domains * 1.01 / num_slots) + 1.01 / num_slots
+        requested = pair[turn % 2][:num_domains] * rng.uniform(0.5, 1.5, num_domains)
+        floored = requested / requested.sum() * (1 - num_domains * 1.01 / num_slots) + 1.01 / num_slots
         weight = quantise_weights(floored)
         _, lag = advance(lag, weight, num_slots, endless(weight))
         assert np.abs(lag).max() < UNIT
@@ -146,10 +152,10 @@ def test_no_sequence_is_served_twice_or_skipped_while_domains_run_out(
     planner = Planner(
         capacity=np.array(capacity, np.int64), global_batch_size=batch, chunk_steps=steps, on_exhausted=policy
     )
-    wish = np.random.default_rng(seed).uniform(0.01, 1, len(capacity))
+    requested = np.random.default_rng(seed).uniform(0.01, 1, len(capacity))
     state, served = PlannerState.start(len(capacity)), [[] for _ in capacity]
     for _ in range(1000):
-        plan, after = planner.plan(state, wish)
+        plan, after = planner.plan(state, requested)
         slots = planner.slots(plan)
         assert len(slots.domain) == plan.num_steps * batch
         for domain, ordinal in zip(slots.domain, slots.ordinal, strict=True):
@@ -170,38 +176,38 @@ def test_no_sequence_is_served_twice_or_skipped_while_domains_run_out(
 @settings(max_examples=100, deadline=None)
 @given(weights(30), st.integers(1, 20), st.integers(1, 20), st.integers(1, 10))
 def test_counts_stay_exact_before_a_domain_runs_out(
-    wish: np.ndarray, batch: int, steps: int, first_domain: int
+    requested: np.ndarray, batch: int, steps: int, first_domain: int
 ) -> None:
-    """Until the first exhaustion a bounded domain changes nothing."""
-    capacity = np.full(len(wish), ENDLESS)
+    """A capacity has no effect before the domain is exhausted."""
+    capacity = np.full(len(requested), ENDLESS)
     planner = Planner(capacity=capacity, global_batch_size=batch, chunk_steps=steps, on_exhausted="redistribute")
-    plan, _ = planner.plan(PlannerState.start(len(wish)), wish)
+    plan, _ = planner.plan(PlannerState.start(len(requested)), requested)
     slots = planner.slots(plan)
     limited = capacity.copy()
-    domain = first_domain % len(wish)
+    domain = first_domain % len(requested)
     limited[domain] = np.count_nonzero(slots.domain == domain) + 1
     bounded = Planner(capacity=limited, global_batch_size=batch, chunk_steps=steps, on_exhausted="redistribute")
-    other, _ = bounded.plan(PlannerState.start(len(wish)), wish)
+    other, _ = bounded.plan(PlannerState.start(len(requested)), requested)
     assert np.array_equal(bounded.slots(other).domain, slots.domain)
 
 
 @given(weights(20), st.integers(1, 50))
-def test_a_plan_survives_its_way_through_a_buffer(wish: np.ndarray, batch: int) -> None:
+def test_a_plan_is_the_same_after_a_round_trip_through_its_buffer(requested: np.ndarray, batch: int) -> None:
     planner = Planner(
-        capacity=np.full(len(wish), ENDLESS), global_batch_size=batch, chunk_steps=3, on_exhausted="repeat"
+        capacity=np.full(len(requested), ENDLESS), global_batch_size=batch, chunk_steps=3, on_exhausted="repeat"
     )
-    plan, _ = planner.plan(PlannerState.start(len(wish)), wish)
+    plan, _ = planner.plan(PlannerState.start(len(requested)), requested)
     back = ChunkPlan.from_array(plan.to_array())
     assert np.array_equal(back.to_array(), plan.to_array())
-    assert len(plan.to_array()) == ChunkPlan.array_size(len(wish))
+    assert len(plan.to_array()) == ChunkPlan.array_size(len(requested))
 
 
 @given(weights())
-def test_quantised_weights_sum_to_one_and_keep_every_domain(wish: np.ndarray) -> None:
-    weight = quantise_weights(wish)
+def test_quantised_weights_sum_to_one_and_keep_every_domain(requested: np.ndarray) -> None:
+    weight = quantise_weights(requested)
     assert weight.sum() == UNIT
     assert (weight > 0).all()
-    assert np.abs(weight / UNIT - wish / wish.sum()).max() < len(wish) * 2.0**-39
+    assert np.abs(weight / UNIT - requested / requested.sum()).max() < len(requested) * 2.0**-39
 
 
 def assert_same(a: PlannerState, b: PlannerState) -> None:
@@ -212,18 +218,18 @@ def assert_same(a: PlannerState, b: PlannerState) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 40), st.integers(1, 30), st.integers(1, 6), st.integers(0, 2**32))
-def test_weights_of_every_chunk_are_served_and_carried_over(
+def test_lags_carry_the_unserved_weights_from_chunk_to_chunk(
     num_domains: int, batch: int, steps: int, seed: int
 ) -> None:
-    """Unrelated weights chunk after chunk, some of them 0: what is served plus what is still due is the sum of the weights."""
+    """With unrelated weights in every chunk, some of them 0, sequences served plus lags equal the sum of the weights."""
     rng = np.random.default_rng(seed)
     planner = Planner(
         capacity=np.full(num_domains, ENDLESS), global_batch_size=batch, chunk_steps=steps, on_exhausted="repeat"
     )
     state, share = PlannerState.start(num_domains), np.zeros(num_domains, np.int64)
     for _ in range(30):
-        wish = rng.dirichlet(np.full(num_domains, rng.choice([0.05, 1.0, 50.0])))
-        plan, state = planner.plan(state, wish)
+        requested = rng.dirichlet(np.full(num_domains, rng.choice([0.05, 1.0, 50.0])))
+        plan, state = planner.plan(state, requested)
         share += plan.weights * batch * steps
         assert np.array_equal(share, state.cursors * UNIT + state.lags)
         assert np.array_equal(
@@ -238,17 +244,17 @@ def test_weights_of_every_chunk_are_served_and_carried_over(
     st.integers(1, 12),
     st.integers(0, 2**32),
 )
-def test_epochs_end_where_they_should_and_shares_stay_exact_around_it(
+def test_every_domain_serves_all_its_epochs_and_shares_stay_exact(
     domains: list[tuple[int, float]], batch: int, seed: int
 ) -> None:
-    """With `redistribute` every domain is served its epochs to the last sequence, and what is due stays below two."""
+    """With `redistribute` every domain is served to the last sequence of its epochs, and lags stay below 2."""
     items, epochs = (np.array(side) for side in zip(*domains, strict=True))
     capacity = SequenceGrid.of_samples().capacity(items, epochs)
     planner = Planner(capacity=capacity, global_batch_size=batch, chunk_steps=3, on_exhausted="redistribute")
-    wish = np.random.default_rng(seed).dirichlet(np.ones(len(items)))
+    requested = np.random.default_rng(seed).dirichlet(np.ones(len(items)))
     state, last = PlannerState.start(len(items)), False
     while not last:
-        plan, state = planner.plan(state, wish)
+        plan, state = planner.plan(state, requested)
         last = plan.last
         assert np.abs(state.lags).max() < 2 * UNIT
     assert capacity.sum() - batch < state.cursors.sum() <= capacity.sum()

@@ -1,4 +1,4 @@
-"""Query expressions mean what plain Python says they mean, decided by blocks or looked up in samples."""
+"""Query expressions have the meaning of the same Python expression, whether blocks decide them or samples are read."""
 
 import math
 import re
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core import domain_counts as count
+from mixtera_hpc.core import domain_counts
 from mixtera_hpc.core.domains import select
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.core.query import Entries, parse_predicate
@@ -150,19 +150,19 @@ expressions = st.recursive(
 )
 
 
-@pytest.fixture(params=["together", "in pieces"], scope="module", autouse=True)
-def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The histogram and the samples all at once, or a few cells and blocks at a time."""
+@pytest.fixture(params=["one range", "many ranges"], scope="module", autouse=True)
+def range_size(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Process the whole histogram and all samples at once, or a few cells and one block at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "in pieces":
-            patch.setattr(count, "CELLS_PER_RANGE", 2)
-            patch.setattr(count, "SAMPLES_PER_READ", 1)
+        if request.param == "many ranges":
+            patch.setattr(domain_counts, "CELLS_PER_RANGE", 2)
+            patch.setattr(domain_counts, "SAMPLES_PER_READ", 1)
         yield
 
 
 @given(corpora, expressions)
 @settings(max_examples=300, deadline=None)
-def test_samples_match_as_python_says(blocks: list[list[Sample]], expression: Expression) -> None:
+def test_samples_match_as_in_python(blocks: list[list[Sample]], expression: Expression) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
     predicate = parse_predicate(expression.text, tables.properties)
     for number, block in enumerate(blocks):
@@ -175,9 +175,7 @@ def test_samples_match_as_python_says(blocks: list[list[Sample]], expression: Ex
 
 @given(corpora, expressions)
 @settings(max_examples=300, deadline=None)
-def test_zones_decide_a_cell_only_when_all_its_samples_agree(
-    blocks: list[list[Sample]], expression: Expression
-) -> None:
+def test_zones_decide_a_cell_only_if_all_its_samples_agree(blocks: list[list[Sample]], expression: Expression) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
     predicate = parse_predicate(expression.text, tables.properties)
     histogram, zones = tables.histogram, tables.blocks.zones
@@ -190,7 +188,7 @@ def test_zones_decide_a_cell_only_when_all_its_samples_agree(
         has_null={n: zones[n].has_null[block_of_cell] for n in zones},
     )
     mask = predicate.evaluate(cells)
-    assert not (mask.must_match & ~mask.may_match).any(), "what all samples match, some do"
+    assert not (mask.must_match & ~mask.may_match).any(), "must_match implies may_match"
     for cell, (block, combo) in enumerate(zip(block_of_cell, histogram.combo, strict=True)):
         inside = [s for s, c in zip(blocks[block], read_block(block).combo, strict=True) if c == combo]
         holds = [expression.holds(s) for s in inside]
@@ -200,7 +198,7 @@ def test_zones_decide_a_cell_only_when_all_its_samples_agree(
 
 @given(corpora, expressions)
 @settings(max_examples=300, deadline=None)
-def test_blocks_and_scanned_samples_together_count_what_matches(
+def test_decided_blocks_and_scanned_samples_together_count_all_matches(
     blocks: list[list[Sample]], expression: Expression
 ) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
@@ -220,7 +218,7 @@ def test_blocks_and_scanned_samples_together_count_what_matches(
     assert len(scanned) == len(set(scanned)) == selection.pruning.scanned_blocks
     if not predicate.numbers:
         assert not scanned
-    effort = selection.pruning
-    assert effort.blocks == len(blocks) and effort.scanned_samples == sum(len(blocks[b]) for b in scanned)
+    pruning = selection.pruning
+    assert pruning.blocks == len(blocks) and pruning.scanned_samples == sum(len(blocks[b]) for b in scanned)
     possible = sum(any(map(expression.holds, block)) for block in blocks)
-    assert effort.decided_whole + effort.scanned_blocks >= possible, "no block that has a match is passed over"
+    assert pruning.decided_whole + pruning.scanned_blocks >= possible, "every block with a match is counted"

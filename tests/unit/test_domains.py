@@ -1,4 +1,4 @@
-"""Domain keys: which sample goes where, and what is said about the rest."""
+"""Domains: which samples belong to which key, and how the others are counted."""
 
 import pytest
 
@@ -36,17 +36,17 @@ def test_a_sample_belongs_to_the_first_key_it_matches() -> None:
     assert table.tokens.tolist() == [17, 10, 3]
 
 
-def test_written_order_decides_between_keys() -> None:
+def test_the_order_of_keys_decides_between_keys_that_match() -> None:
     rows, _ = ask([{"source": ("C4", "Book")}, {"tags": ("a",)}]).table.totals()
     assert rows.tolist() == [4, 0]
 
 
-def test_samples_of_no_key_are_left_out_and_counted() -> None:
+def test_samples_that_match_no_key_are_counted_as_unassigned() -> None:
     answer = ask([{"source": ("C4",)}])
     assert answer.selected == (6, 50) and answer.unassigned == (4, 30)
 
 
-def test_samples_that_the_query_drops_are_not_left_out_but_gone() -> None:
+def test_samples_that_the_query_excludes_do_not_count_as_unassigned() -> None:
     answer = ask([{"source": ("C4",)}], "quality >= 0.5")
     assert answer.selected == (4, 30) and answer.unassigned == (3, 20)
     assert answer.table.rows.tolist() == [1]
@@ -62,17 +62,17 @@ def test_none_matches_null_alone_or_among_values() -> None:
     assert rows.tolist() == [1, 2]
 
 
-def test_an_empty_key_takes_everything() -> None:
+def test_an_empty_key_matches_everything() -> None:
     answer = ask([{}])
     assert answer.table.totals()[0].tolist() == [6] and answer.unassigned == (0, 0)
 
 
-def test_a_domain_that_holds_nothing_keeps_its_place() -> None:
+def test_an_empty_domain_keeps_its_id() -> None:
     table = ask([{"source": ("C4",)}, {"source": ("C4",)}, {"source": ("ArXiv",)}]).table
     assert table.indptr.tolist() == [0, 1, 1, 2]
 
 
-def test_a_query_that_selects_nothing_leaves_empty_domains() -> None:
+def test_a_query_that_selects_nothing_gives_empty_domains() -> None:
     answer = ask([{"source": ("C4",)}, {}], "quality > 5")
     assert answer.table.indptr.tolist() == [0, 0, 0] and answer.selected == (0, 0)
 
@@ -84,12 +84,12 @@ def test_only_undecided_blocks_are_scanned() -> None:
     assert ask([{}], "quality >= 0.2 and source == 'C4'").pruning.scanned_blocks == 1
 
 
-def test_every_sample_knows_its_domain() -> None:
+def test_the_domain_of_every_sample_can_be_looked_up() -> None:
     answer = ask([{"tags": ("a",)}, {"source": ("C4",)}], "quality >= 0.5")
     assert [answer.domain_of(TABLES.combos, READ(b)).tolist() for b in range(3)] == [[0, -1, 0], [-1, -1], [-1]]
 
 
-def test_keys_by_a_property_are_its_values_and_null_last() -> None:
+def test_group_by_one_property_gives_a_key_per_value_with_null_last() -> None:
     assert keys_for_group_by(["source"], TABLES.combos) == [
         {"source": ("ArXiv",)},
         {"source": ("Book",)},
@@ -98,7 +98,7 @@ def test_keys_by_a_property_are_its_values_and_null_last() -> None:
     ]
 
 
-def test_keys_by_several_properties_are_the_combinations_that_occur() -> None:
+def test_group_by_several_properties_gives_the_combinations_that_occur() -> None:
     found = [(k["source"][0], k["tags"][0]) for k in keys_for_group_by(["source", "tags"], TABLES.combos)]
     assert found == [
         ("ArXiv", None),
@@ -111,7 +111,7 @@ def test_keys_by_several_properties_are_the_combinations_that_occur() -> None:
     ]
 
 
-def test_keys_by_nothing_is_one_key_of_everything() -> None:
+def test_group_by_no_property_gives_one_key_that_matches_everything() -> None:
     assert keys_for_group_by([], TABLES.combos) == [{}]
 
 

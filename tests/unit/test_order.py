@@ -1,4 +1,4 @@
-"""The order of streams: fixed by seed, domain, epoch and window, and by nothing else."""
+"""The order of streams depends on seed, domain, epoch and window, and on nothing else."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ def order(shuffle: str = "window", seed: int = 0, window: int = 8) -> ShuffleOrd
     return ShuffleOrder(seed=seed, shuffle=shuffle, window=window)
 
 
-def test_the_order_is_the_one_recorded() -> None:
-    """These numbers must never change: saved runs depend on them."""
+def test_the_order_equals_the_recorded_one() -> None:
+    """The recorded numbers must never change, because saved runs depend on them."""
     assert order().epoch(0, 0, SIZES).block_order[:6].tolist() == RECORDED_BLOCKS
     assert order().rows(3, 2, 1, 8).tolist() == RECORDED_ROWS
 
@@ -48,13 +48,13 @@ def test_an_item_is_found_in_its_window() -> None:
         assert epoch.window_at(int(end) - 1) == window
 
 
-def test_none_keeps_index_order_and_rows() -> None:
+def test_shuffle_none_keeps_the_order_of_blocks_and_rows() -> None:
     plain = order("none")
     assert plain.epoch(0, 3, SIZES).block_order.tolist() == list(range(40))
     assert plain.rows(0, 3, 0, 5).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_block_shuffles_blocks_and_keeps_rows() -> None:
+def test_shuffle_block_permutes_blocks_and_keeps_the_order_of_rows() -> None:
     blocks = order("block")
     assert blocks.epoch(0, 0, SIZES).block_order.tolist() != list(range(40))
     assert blocks.rows(0, 0, 0, 5).tolist() == [0, 1, 2, 3, 4]

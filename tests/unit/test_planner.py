@@ -1,4 +1,4 @@
-"""What the planner decides, in cases small enough to write down."""
+"""Plans of small cases, compared with results that are written out."""
 
 import numpy as np
 import pytest
@@ -21,16 +21,17 @@ def test_equal_weights_alternate() -> None:
     assert machine.slots(plan).domain.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
 
 
-def test_a_rare_domain_is_never_forgotten() -> None:
+def test_a_rare_domain_is_served_in_proportion() -> None:
     machine = planner(ENDLESS, ENDLESS, batch=10, steps=1)
-    state, counts = PlannerState.start(2), []
+    state = PlannerState.start(2)
+    counts = []
     for _ in range(100):
         plan, state = machine.plan(state, np.array([0.999, 0.001]))
         counts.append(np.count_nonzero(machine.slots(plan).domain == 1))
     assert sum(counts) == 1
 
 
-def test_a_weight_of_zero_is_never_served() -> None:
+def test_a_domain_of_weight_zero_is_never_served() -> None:
     machine = planner(ENDLESS, ENDLESS, ENDLESS)
     plan, _ = machine.plan(PlannerState.start(3), np.array([0.5, 0.0, 0.5]))
     assert 1 not in machine.slots(plan).domain
@@ -51,7 +52,7 @@ def test_redistribute_gives_the_share_to_the_others() -> None:
     assert 0 not in machine.slots(following).domain
 
 
-def test_data_that_ended_stays_ended() -> None:
+def test_no_steps_are_planned_after_the_data_has_ended() -> None:
     machine = planner(4, policy="redistribute")
     plan, state = machine.plan(PlannerState.start(1), np.array([1.0]))
     assert plan.last
@@ -72,6 +73,6 @@ def test_a_damaged_plan_is_refused() -> None:
 
 
 @pytest.mark.parametrize("weights", [[np.nan, 1.0], [-0.1, 1.1], [np.inf, 0.0], [0.0, 0.0]])
-def test_impossible_weights_are_refused(weights: list[float]) -> None:
+def test_invalid_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(MixtureError):
         planner(ENDLESS, ENDLESS).plan(PlannerState.start(2), np.array(weights))

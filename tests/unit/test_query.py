@@ -1,4 +1,4 @@
-"""The query language: what it accepts, what it refuses, and what it says then."""
+"""The query language: accepted expressions, refused expressions, and their messages."""
 
 import sys
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ PROPERTIES = {
 }
 
 
-def matching(text: str | None) -> list[int]:
-    """Which of five samples match."""
+def matching_samples(text: str | None) -> list[int]:
+    """Return the positions of the samples that match, out of five."""
 
     def sample(language: str | None, tags: list[str], quality: float | None) -> Sample:
         known = frozenset([language] if language else [])
@@ -77,8 +77,8 @@ def matching(text: str | None) -> list[int]:
         ("matches(tags, 'py.*') or matches(language, 'tr.e')", [0, 1, 4]),
     ],
 )
-def test_expression_selects(text: str | None, expected: list[int]) -> None:
-    assert matching(text) == expected
+def test_an_expression_selects_the_matching_samples(text: str | None, expected: list[int]) -> None:
+    assert matching_samples(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,24 +120,24 @@ def test_expression_selects(text: str | None, expected: list[int]) -> None:
         ("matches(language, 'e(')", r"'e\(' is not a valid regular expression"),
     ],
 )
-def test_anything_else_is_refused_with_a_reason(text: str, message: str) -> None:
+def test_an_invalid_expression_is_refused_with_the_reason(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_predicate(text, PROPERTIES)
 
 
-def test_only_numbers_that_are_looked_at_are_named() -> None:
+def test_a_predicate_names_only_the_numbers_that_it_compares() -> None:
     assert parse_predicate("quality > 1 or language == 'en'", PROPERTIES).numbers == {"quality"}
     assert parse_predicate("language == 'en'", PROPERTIES).numbers == frozenset()
 
 
-def test_an_index_without_combos_can_be_asked() -> None:
+def test_a_predicate_can_be_evaluated_without_combos() -> None:
     combos = ComboTable(num_combos=0, properties={}, indptr={}, codes={})
     entries = Entries.of_samples(combos, np.zeros(0, np.int32), {})
     assert parse_predicate("True", {}).evaluate(entries).must_match.tolist() == []
 
 
 class Garbage:
-    """Found by the collector, wherever it runs; what is done then lets other threads in."""
+    """An object that only the garbage collector frees, and whose finaliser gives other threads a chance to run."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -147,20 +147,20 @@ class Garbage:
 
 
 @pytest.fixture
-def threads_that_change_often() -> Iterator[None]:
+def frequent_thread_switches() -> Iterator[None]:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval)
 
 
-@pytest.mark.usefixtures("threads_that_change_often")
-def test_threads_may_parse_at_once() -> None:
+@pytest.mark.usefixtures("frequent_thread_switches")
+def test_threads_can_parse_at_the_same_time() -> None:
     text = " and ".join(f"(unknown{i} in ['x', 'y'])" for i in range(60))
 
     def refused(_: int) -> bool:
         Garbage()
-        with pytest.raises(ConfigError):  # At the first name, so that there is time for many trees.
+        with pytest.raises(ConfigError):  # Refused at the first name, so that most of the time is spent in ast.parse.
             parse_predicate(text, PROPERTIES)
         return True
 

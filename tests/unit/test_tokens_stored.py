@@ -1,5 +1,6 @@
-"""Shards that hold token ids: what says which vocabulary they are of, and what is refused."""
+"""Shards that hold token ids: the configured vocabulary, and what is refused."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,33 +27,27 @@ from mixtera_hpc.tokens.tokenizer import StoredTokenIds, load_vocabulary
         ({"eos_id": 1, "tokenizer": "t.json"}, r"name its token with dataplane\.eos_token"),
     ],
 )
-def test_a_vocabulary_that_cannot_be_is_refused(settings: dict[str, object], message: str) -> None:
+def test_an_invalid_vocabulary_is_refused(settings: dict[str, object], message: str) -> None:
     config = compose(["data.root=/data", "mixture.unit=samples"])
     (problem,) = run_problems(replace(config, dataplane=replace(config.dataplane, **settings)))
-    import re
-
     assert re.search(message, problem)
 
 
-def test_the_same_size_and_end_are_the_same_vocabulary() -> None:
+def test_the_fingerprint_depends_on_the_size_and_the_end_token_only() -> None:
     assert StoredTokenIds(10, 3).fingerprint == StoredTokenIds(10, 3).fingerprint
-    assert (
-        len(
-            {StoredTokenIds(10, 3).fingerprint, StoredTokenIds(11, 3).fingerprint, StoredTokenIds(10, None).fingerprint}
-        )
-        == 3
-    )
+    vocabularies = [StoredTokenIds(10, 3), StoredTokenIds(11, 3), StoredTokenIds(10, None)]
+    assert len({vocabulary.fingerprint for vocabulary in vocabularies}) == 3
 
 
-def test_stored_ids_encode_nothing() -> None:
+def test_stored_token_ids_refuse_to_encode() -> None:
     for encode in (StoredTokenIds(10, 3).encode_batch, StoredTokenIds(10, 3).encode_each):
         with pytest.raises(ConfigError, match=r"Set dataplane\.tokenizer instead"):
             encode(["text"])
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> list[str]:
-    """Ten documents of ids below 50, of which every other ends with 7."""
+def overrides(tmp_path: Path) -> list[str]:
+    """Return overrides for a file of ten documents of ids below 50, of which every second one ends with 7."""
     (tmp_path / "data").mkdir()
     rng = np.random.Generator(np.random.Philox(0))
     documents = [[*rng.integers(10, 50, 40).tolist(), *([7] if i % 2 else [])] for i in range(10)]
@@ -60,21 +55,21 @@ def words(tmp_path: Path) -> list[str]:
     return [f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'i.h5'}"]
 
 
-def test_tokens_are_counted_without_the_ones_that_end_documents(words: list[str]) -> None:
-    with_end = build_index(compose([*words, "dataplane.vocab_size=50", "dataplane.eos_id=7"]))
-    without = build_index(compose([*words, "dataplane.vocab_size=50", "dataplane.add_eos=false"]))
+def test_the_token_count_excludes_end_tokens(overrides: list[str]) -> None:
+    with_end = build_index(compose([*overrides, "dataplane.vocab_size=50", "dataplane.eos_id=7"]))
+    without = build_index(compose([*overrides, "dataplane.vocab_size=50", "dataplane.add_eos=false"]))
     assert (with_end.tokens, without.tokens) == (400, 406)
 
 
-def test_an_end_that_nobody_knows_cannot_be_added(words: list[str]) -> None:
-    config = compose([*words, "dataplane.vocab_size=50"])
+def test_an_unknown_end_token_cannot_be_added(overrides: list[str]) -> None:
+    config = compose([*overrides, "dataplane.vocab_size=50"])
     assert load_vocabulary(config.dataplane) is not None
     build_index(config)
     with pytest.raises(ConfigError, match=r"Set dataplane\.eos_token \(dataplane\.eos_id with dataplane\.vocab_size\)"):
         open_source(config, Local())
 
 
-def test_an_index_of_another_vocabulary_is_refused(words: list[str]) -> None:
-    build_index(compose([*words, "dataplane.vocab_size=50", "dataplane.eos_id=7"]))
+def test_an_index_of_another_vocabulary_is_refused(overrides: list[str]) -> None:
+    build_index(compose([*overrides, "dataplane.vocab_size=50", "dataplane.eos_id=7"]))
     with pytest.raises(PropertyIndexError, match=r"but dataplane\.vocab_size=60 is"):
-        open_source(compose([*words, "dataplane.vocab_size=60", "dataplane.eos_id=7"]), Local())
+        open_source(compose([*overrides, "dataplane.vocab_size=60", "dataplane.eos_id=7"]), Local())

@@ -1,4 +1,4 @@
-"""Which trackers a run gets, and what they call the numbers."""
+"""The trackers of a run, and the names of the numbers that they record."""
 
 import importlib.util
 from pathlib import Path
@@ -18,7 +18,7 @@ def config(track: TrackConfig) -> Config:
 
 
 @pytest.mark.parametrize("rank", [1, 7])
-def test_only_rank_0_writes(tmp_path: Path, rank: int) -> None:
+def test_ranks_other_than_0_write_nothing(tmp_path: Path, rank: int) -> None:
     tracker = open_tracker(config(TrackConfig(tensorboard=True)), RunFolder(tmp_path), rank=rank, attempt=1)
     tracker.log("steps", {"step": 0})
     tracker.close()
@@ -33,7 +33,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: 
         open_tracker(config(TrackConfig(**{package: True})), RunFolder(tmp_path), rank=0, attempt=1)
 
 
-def test_tensorboard_shows_the_numbers_under_domain_names(tmp_path: Path) -> None:
+def test_tensorboard_records_numbers_by_domain_name(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -43,11 +43,11 @@ def test_tensorboard_shows_the_numbers_under_domain_names(tmp_path: Path) -> Non
         for step in steps:
             tracker.log("steps", {"step": step, "domain_loss": [float(attempt), step]})
         tracker.close()
-    found = EventAccumulator(str(tmp_path / "metrics" / "tensorboard")).Reload().Scalars("steps/domain_loss/en")
-    assert [(e.step, e.value) for e in found] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    scalars = EventAccumulator(str(tmp_path / "metrics" / "tensorboard")).Reload().Scalars("steps/domain_loss/en")
+    assert [(e.step, e.value) for e in scalars] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
 
-def test_lists_over_domains_are_named_after_them_and_nothing_is_made_of_what_is_missing() -> None:
+def test_lists_over_domains_are_flattened_by_domain_name_and_undefined_numbers_are_skipped() -> None:
     flattener = ScalarFlattener()
     flattener.flatten("attempts", {"step": 0, "domains": ["en", "de"]})
     event = {

@@ -1,4 +1,4 @@
-"""A watch over one process: nothing to start, failures still recorded, the first one kept."""
+"""The failure watch of a single process: no sentinel, and the first failure is recorded."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,16 @@ from mixtera_hpc.errors import SavedAndStopped
 
 
 def test_a_failure_of_a_single_process_is_recorded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="torn"), start_failure_watch(Local(), tmp_path) as watch:
+    with pytest.raises(ValueError, match="truncated"), start_failure_watch(Local(), tmp_path) as watch:
         watch.step(7)
-        raise ValueError("a shard is torn\nsecond line")
+        raise ValueError("a shard is truncated\nsecond line")
 
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert failure["step"] == 7
-    assert failure["reason"] == "ValueError: a shard is torn"
+    assert failure["reason"] == "ValueError: a shard is truncated"
 
 
-def test_the_first_failure_is_kept(tmp_path: Path) -> None:
+def test_a_later_failure_does_not_replace_the_first(tmp_path: Path) -> None:
     watch = start_failure_watch(Local(), tmp_path)
     watch.record_failure(ValueError("first"))
     watch.record_failure(ValueError("second"))
@@ -29,7 +29,7 @@ def test_the_first_failure_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [SavedAndStopped("saved"), SystemExit(0), SystemExit(75)])
-def test_leaving_with_saved_state_is_no_failure(end: BaseException, tmp_path: Path) -> None:
+def test_a_clean_exit_is_not_a_failure(end: BaseException, tmp_path: Path) -> None:
     with pytest.raises(type(end)), start_failure_watch(Local(), tmp_path):
         raise end
 
