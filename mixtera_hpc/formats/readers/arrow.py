@@ -138,7 +138,7 @@ class ArrowReader:
         if block.offset >= batches.count:
             raise shard_changed_error(self._path, block, f"it has only {batches.count} record batches")
         table = batches.read(block.offset)
-        # Another number of rows would return rows of other samples without an error.
+        # Rows are found by their position, so a block with other rows would return wrong ones.
         if table.num_rows != block.rows:
             raise shard_changed_error(self._path, block, f"record batch {block.offset} has {table.num_rows} rows")
         table = without_views(table)

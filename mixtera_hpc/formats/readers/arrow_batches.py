@@ -42,6 +42,9 @@ def open_record_batches(path: Path, paths: set[str] | None, max_bytes: int = sys
         raise DataError(f"{path} cannot be opened: {error}.\n  Run mixtera-hpc index verify.") from None
     try:
         return RecordBatches(path, source, paths, max_bytes)
+    except DataError:
+        source.close()
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         source.close()
         raise DataError(

@@ -123,7 +123,7 @@ class CompressedJsonlReader:
         """Decode a block for the cache."""
         data = self._read_block(block)
         ends = line_ends(data)
-        # Another number of rows would return rows of other samples without an error.
+        # Rows are found by their position, so a block with other rows would return wrong ones.
         if len(ends) != block.rows:
             raise shard_changed_error(self._path, block, f"{block.rows} rows were expected, but it has {len(ends)}")
         return _DecodedLines(memoryview(data), ends), len(data) + ends.nbytes

@@ -61,7 +61,7 @@ class JsonlFormat:
             begin = _first_line(fd, unit)
             blocks = _LineBlocks(begin, block_rows)
             limit = _LineLimit(path, spec.max_block_bytes)
-            for offset, data in _read_lines(fd, begin, unit.stop, self.segment_bytes, limit):
+            for offset, data in _read_lines(fd, ScanUnit(begin, unit.stop), self.segment_bytes, limit):
                 lines = batcher.decode(data)
                 if not batcher.failed:
                     ranges, lengths = blocks.add(lines.ends + offset)
@@ -153,19 +153,21 @@ class _LineLimit:
             )
 
 
-def _read_lines(
-    fd: int, begin: int, stop: int, segment_bytes: int, limit: _LineLimit
-) -> Iterator[tuple[int, memoryview]]:
-    """Yield (offset, whole lines) for the lines that begin in [begin, stop). The buffer is reused for the next ones."""
+def _read_lines(fd: int, unit: ScanUnit, segment_bytes: int, limit: _LineLimit) -> Iterator[tuple[int, memoryview]]:
+    """Yield (offset, whole lines) for the lines that begin in the unit, whose start must be the start of a line.
+
+    The buffer is reused for the next lines.
+    """
     buffer = bytearray(segment_bytes)
-    while begin < stop:
+    begin = unit.start
+    while begin < unit.stop:
         size = _fill(fd, buffer, begin)
         if not size:
             return
 
-        # Stop after the line that contains the last byte of the range. If it does not end in this buffer, stop after
+        # Stop after the line that contains the last byte of the unit. If it does not end in this buffer, stop after
         # the last whole line; the last line of the file may lack its newline.
-        last_newline = buffer.find(b"\n", max(stop - 1 - begin, 0), size)
+        last_newline = buffer.find(b"\n", max(unit.stop - 1 - begin, 0), size)
         is_end_of_file = size < len(buffer)
         if last_newline >= 0:
             cut = last_newline + 1

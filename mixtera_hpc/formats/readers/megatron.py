@@ -59,8 +59,9 @@ class MegatronFormat:
         if unit.stop == documents.starts[-1]:
             stop = documents.count
 
-        unit_scan = _TokenScan(documents, spec, block_rows, first, stop)
-        for segment in _read_properties(path, documents, spec, first, stop):
+        unit_documents = range(first, stop)
+        unit_scan = _TokenScan(documents, spec, block_rows, unit_documents)
+        for segment in _read_properties(documents, spec, unit_documents):
             yield unit_scan.batch(segment)
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
@@ -112,23 +113,22 @@ class _TokenDocuments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DocumentSegment:
-    """Documents [first, stop) of a shard and their properties."""
+    """Consecutive documents of a shard and their properties."""
 
-    first: int
-    stop: int
+    numbers: range
+    """Numbers of the documents."""
     columns: dict[str, Column]
     raw_rows: list[Any] | None
 
 
 class _TokenScan:
-    """Builds the batches of one unit, which has the documents [first, stop)."""
+    """Builds the batches of one unit, whose documents have the numbers `unit_documents`."""
 
-    def __init__(self, documents: _TokenDocuments, spec: ScanSpec, block_rows: int, first: int, stop: int) -> None:
+    def __init__(self, documents: _TokenDocuments, spec: ScanSpec, block_rows: int, unit_documents: range) -> None:
         self._documents = documents
         self._spec = spec
         self._block_rows = block_rows
-        self._first = first
-        self._stop = stop
+        self._unit_documents = unit_documents
         self._token_starts = documents.token_starts
 
     def batch(self, segment: _DocumentSegment) -> RowBatch:
@@ -137,14 +137,16 @@ class _TokenScan:
         Raises:
             DataError: a document has ids that the vocabulary lacks, and bad rows are not skipped.
         """
-        bad = self._find_foreign_ids(segment.first, segment.stop)
+        first = segment.numbers.start
+        stop = segment.numbers.stop
+        bad = self._find_foreign_ids(first, stop)
         if bad and not self._spec.skip_bad:
-            raise self._foreign_ids_error(segment.first, bad)
+            raise self._foreign_ids_error(first, bad)
         return RowBatch(
-            rows=segment.stop - segment.first,
-            blocks=self._blocks_ending_in(segment.first, segment.stop),
+            rows=stop - first,
+            blocks=self._blocks_ending_in(first, stop),
             columns=segment.columns,
-            tokens=self._count_tokens(segment.first, segment.stop),
+            tokens=self._count_tokens(first, stop),
             documents=[] if self._spec.documents else None,
             raw_rows=segment.raw_rows,
             bad=bad,
@@ -155,8 +157,8 @@ class _TokenScan:
         # A block begins every `block_rows` documents from the start of the unit.
         starts = self._documents.starts
         ranges = []
-        for block_first in range(self._first, self._stop, self._block_rows):
-            block_stop = min(block_first + self._block_rows, self._stop)
+        for block_first in self._unit_documents[:: self._block_rows]:
+            block_stop = min(block_first + self._block_rows, self._unit_documents.stop)
             if first < block_stop <= stop:
                 offset = int(starts[block_first])
                 ranges.append((offset, int(starts[block_stop]) - offset, block_stop - block_first))
@@ -204,46 +206,39 @@ class _TokenScan:
         return error
 
 
-def _read_properties(
-    path: Path, documents: _TokenDocuments, spec: ScanSpec, first: int, stop: int
-) -> Iterator[_DocumentSegment]:
-    """Yield the documents [first, stop) with their properties, from the sidecar if there is one."""
-    sidecar = sidecar_of(path)
-    if sidecar.exists() and (spec.properties or spec.whole_rows):
-        yield from _read_sidecar(sidecar, documents, spec, first, stop)
+def _read_properties(documents: _TokenDocuments, spec: ScanSpec, unit_documents: range) -> Iterator[_DocumentSegment]:
+    """Yield the documents of a unit with their properties, from the sidecar if there is one."""
+    if sidecar_of(documents.path).exists() and (spec.properties or spec.whole_rows):
+        yield from _read_sidecar(documents, spec, unit_documents)
         return
-    for segment_first in range(first, stop, BATCH_ROWS):
-        segment_stop = min(segment_first + BATCH_ROWS, stop)
-        rows = segment_stop - segment_first
+    for start in range(0, len(unit_documents), BATCH_ROWS):
+        numbers = unit_documents[start : start + BATCH_ROWS]
         yield _DocumentSegment(
-            first=segment_first,
-            stop=segment_stop,
-            columns={field.name: null_column(field.kind, rows) for field in spec.properties},
-            raw_rows=[{} for _ in range(rows)] if spec.whole_rows else None,
+            numbers=numbers,
+            columns={field.name: null_column(field.kind, len(numbers)) for field in spec.properties},
+            raw_rows=[{} for _ in numbers] if spec.whole_rows else None,
         )
 
 
-def _read_sidecar(
-    sidecar: Path, documents: _TokenDocuments, spec: ScanSpec, first: int, stop: int
-) -> Iterator[_DocumentSegment]:
-    """Yield the documents [first, stop) with the properties in the lines of the sidecar.
+def _read_sidecar(documents: _TokenDocuments, spec: ScanSpec, unit_documents: range) -> Iterator[_DocumentSegment]:
+    """Yield the documents of a unit with the properties in the lines of the sidecar.
 
     Raises:
         DataError: a line cannot be read, or the sidecar has not exactly one line per document.
     """
     # Every line is needed to keep the numbers of documents right, so bad lines cannot be skipped.
     line_spec = replace(spec, text=None, documents=False, skip_bad=False)
+    sidecar = sidecar_of(documents.path)
     whole_file = ScanUnit(0, sidecar.stat().st_size)
     position = 0  # Documents before the current batch of lines.
     for batch in JsonlFormat().scan(sidecar, whole_file, line_spec, BATCH_ROWS):
         # The part of these lines that belongs to the unit.
-        segment_first = max(position, first)
-        segment_stop = min(position + batch.rows, stop)
-        if segment_first < segment_stop:
-            rows = slice(segment_first - position, segment_stop - position)
+        first = max(position, unit_documents.start)
+        stop = min(position + batch.rows, unit_documents.stop)
+        if first < stop:
+            rows = slice(first - position, stop - position)
             yield _DocumentSegment(
-                first=segment_first,
-                stop=segment_stop,
+                numbers=range(first, stop),
                 columns={name: _slice_column(column, rows) for name, column in batch.columns.items()},
                 raw_rows=batch.raw_rows[rows] if batch.raw_rows is not None else None,
             )

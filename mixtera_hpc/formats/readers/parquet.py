@@ -200,7 +200,7 @@ class ParquetReader:
                 table = self._file.read_row_group(block.offset, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise shard_changed_error(self._path, block, f"{error}") from None
-        # Another number of rows would return rows of other samples without an error.
+        # Rows are found by their position, so a block with other rows would return wrong ones.
         if table.num_rows != block.rows or (column is not None and type_at(table.schema, column) is None):
             raise shard_changed_error(self._path, block, f"row group {block.offset} has other rows or columns")
         return without_views(table.combine_chunks()), table.nbytes
