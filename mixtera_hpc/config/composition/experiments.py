@@ -38,6 +38,7 @@ class ExperimentSource(FileConfigSource):
     """
 
     def __init__(self, provider: str, path: str) -> None:
+        """Open the folder that `path` names."""
         folder, _, names = path.partition(_GROUPS)
         super().__init__(provider, folder)
         self._ignored = names.split(",")

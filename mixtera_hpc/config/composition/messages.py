@@ -24,7 +24,7 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
 
 def near_keys(key: str) -> str:
     """Return a hint that names keys similar to `key`, or equal to it but for the group."""
-    known = [known.path for known in schema_keys() if not known.is_group]
+    known = [schema_key.path for schema_key in schema_keys() if not schema_key.is_group]
     leaf = key.rpartition(".")[2]
     same = [repr(path) for path in known if path.rpartition(".")[2] == leaf]
     return f" Did you mean {' or '.join(same)}?" if same else did_you_mean(key, known)

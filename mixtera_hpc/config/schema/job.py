@@ -1,5 +1,4 @@
-"""Settings of the groups `job` and `cluster`: what a job requests from Slurm, and what the nodes of a cluster look
-like."""
+"""Settings of the groups `job` and `cluster`: what a job requests from Slurm, and what the nodes look like."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
