@@ -40,8 +40,11 @@ class RunControl:
         self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         """The handlers to restore. Only the main thread may install handlers."""
         self._blocked_before: set[signal.Signals] = set()
+        # Python allows only the main thread to install handlers. A plane that is opened elsewhere sees control files
+        # only.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+            # A signal that was blocked and is pending arrives now, at our handler.
             mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             self._blocked_before = {signal.Signals(number) for number in mask}
 
@@ -56,11 +59,13 @@ class RunControl:
         if self._folder is None or not (path := self._folder / name).exists():
             return None
         text = path.read_text()
+        # The user may have withdrawn the request meanwhile.
         path.unlink(missing_ok=True)
         return text
 
     def close(self) -> None:
         """Restore the signal handlers. Signals that were blocked before are ignored: there is nothing left to save."""
+        # Restoring the default handler would let a late warning kill a process that is leaving in order.
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if number in self._blocked_before else handler)
         self._previous = {}

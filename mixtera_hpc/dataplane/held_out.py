@@ -41,6 +41,7 @@ class HeldOutBatches:
         subset = subset_of_run(folder if comm.rank == 0 else None, "validation")
         source = open_source(config, comm, subset=subset)
         sizes = source.layout.epoch_items()
+        # Sequences in one pass over each domain.
         capacity = source.grid.capacity(sizes, np.ones(len(sizes)))
         num_sequences = int(capacity.sum())
         steps = min(config.training.validate_steps, num_sequences // plane.global_batch_size)
@@ -55,6 +56,7 @@ class HeldOutBatches:
         # Weights proportional to size, among the domains that have at least one sequence.
         has_sequences = capacity > 0
         self._weights = np.where(has_sequences, sizes, 0) / max(sizes[has_sequences].sum(), 1)
+        # One chunk covers all steps, so that a single plan describes the whole validation.
         self._planner = replace(source.planner, capacity=capacity, chunk_steps=steps, on_exhausted="redistribute")
         self._source = replace(source, planner=self._planner)
         self._slice = BatchSlice.of(plane, comm.rank, comm.size)
@@ -77,5 +79,6 @@ class HeldOutBatches:
 
     def reduce(self, step: int, sums: NDArray[np.int64]) -> DomainStatistics:
         """Add up the sums of all ranks, each sequence counted once. **Collective.**"""
+        # Ranks of one group computed the losses of the same sequences.
         own = sums if self._slice.is_group_leader else np.zeros_like(sums)
         return statistics_from_buffer(step, self._comm.Allreduce(own))

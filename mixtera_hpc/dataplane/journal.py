@@ -46,6 +46,7 @@ def sequence_digest(tokens: NDArray[np.integer[Any]]) -> str:
 def sample_digest(payload: Any) -> str:
     """Return 16 hex digits that depend on the content of a sample."""
     try:
+        # Msgpack and not JSON: payloads may hold bytes.
         raw = msgspec.msgpack.encode(payload, enc_hook=_plain_value)
     except OverflowError:  # An integer of more than 64 bits.
         raw = repr(payload).encode()
@@ -77,6 +78,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record to a JSONL file; it is on disk when this returns."""
     with open_append(path) as file:
         file.write(msgspec.json.encode(record) + b"\n")
+        # A decision must survive a crash of the node before anything acts on it.
         file.flush()
         os.fsync(file.fileno())
 
@@ -152,6 +154,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: another line is damaged.
     """
+    # The element after the last newline is empty, or a line that was cut short.
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines):
         if not line:
@@ -208,6 +211,7 @@ class AttemptRecord:
             DataError: the step has not been planned.
         """
         data_step = self.stream_version.data_step(step)
+        # Plans are in order of steps: the candidate is the last one that begins at or before the step.
         position = bisect.bisect_right(self.plans, data_step, key=lambda plan: plan.first_step) - 1
         if position >= 0:
             plan = self.plans[position]
@@ -237,6 +241,7 @@ class History:
         Raises:
             DataError: no attempt began there.
         """
+        # Attempts are in order of time: a later one replaces what earlier ones served from its first step on.
         covering = [attempt for attempt in self.attempts if attempt.first_step <= step]
         if not covering:
             raise DataError(f"Step {step} was planned by no attempt.")
@@ -273,6 +278,7 @@ class History:
         elif record["kind"] == "chunk":
             self.attempts[-1].plans.append(_parse_plan(record))
         elif record["kind"] == "close":
+            # Records are frozen, and an attempt is complete only with its last line.
             self.attempts[-1] = dataclasses.replace(self.attempts[-1], next_step=record["next_step"])
 
 
@@ -299,6 +305,7 @@ def _parse_plan(record: dict[str, Any]) -> ChunkPlan:
         lags=np.array(record["lags"], np.int64),
         weights=np.array(record["weights"], np.int64),
     )
+    # The digest covers every number of the plan, so that an edited or damaged line is noticed.
     if plan.digest != record["digest"]:
         raise DataError(f"The journal's chunk {plan.chunk} is damaged: its digest does not match.")
     return plan

@@ -37,6 +37,7 @@ class MixtureFeed:
         self._mixtures = MixtureSequence(source.config.mixture, source.mixture_context)
         if state is not None:
             self._mixtures.load(state.decisions, state.mixer)
+        # A decision that was made after the state was saved holds again at its chunk: the run repeats what it did.
         self._mixtures.restore(decisions)
 
     @property
@@ -77,6 +78,7 @@ class MixtureFeed:
         self._mixtures.close()
 
     def _feed_skipped(self, data_step: int) -> None:
+        # Mixing algorithms ignore steps without sequences, but count them.
         for skipped in self._ledger.feed_skipped(data_step):
             empty = np.zeros((NUM_BUFFER_ROWS, self._source.num_domains), np.int64)
             self._mixtures.feed(statistics_from_buffer(skipped, empty))

@@ -34,6 +34,7 @@ class PlanBroadcaster:
             weights_of: returns the weights of a chunk, or None while they are not known; called on rank 0 only.
             resumed: a plan without steps is not delivered; it only says at which chunk, step and cursors planning begins.
         """
+        # Own ordering of collectives: broadcasts must not mix with reductions that other ranks post in between.
         self._comm = comm.Dup()
         self._planner = planner
         self._weights_of = weights_of
@@ -58,6 +59,7 @@ class PlanBroadcaster:
 
     def poll(self, last_chunk: int) -> ChunkPlan | None:
         """Drive the broadcasts of chunks up to `last_chunk`; return a plan that has just arrived."""
+        # All ranks but 0 post their part of the broadcast before the plan exists.
         if self._request is None and self._state.chunk <= last_chunk and not self._has_ended:
             self._request = self._post()
         if self._request is None or not self._request.Test():
@@ -67,6 +69,7 @@ class PlanBroadcaster:
 
     def is_settled(self, last_chunk: int) -> bool:
         """Return whether `poll(last_chunk)` has nothing to drive."""
+        # A broadcast that only some ranks complete would hang the others.
         return self._has_ended or (self._request is None and self._state.chunk > last_chunk)
 
     def covers(self, data_step: int) -> bool:
@@ -83,6 +86,7 @@ class PlanBroadcaster:
             plan = self._next_plan() if self._resumed is None else self._resumed
             if plan is None:
                 return None
+            # The buffer is free: at most one broadcast is in progress.
             self._buffer[...] = plan.to_array()
         self._posted_s = time.perf_counter()
         return self._comm.Ibcast(self._buffer)
@@ -106,6 +110,7 @@ class PlanBroadcaster:
     def _receive(self) -> ChunkPlan:
         self.broadcast_s = time.perf_counter() - self._posted_s
         plan = ChunkPlan.from_array(self._buffer)
+        # Every rank derives the state after a plan by itself. Equal cursors show that all ranks agree.
         if plan.chunk != self._state.chunk or not np.array_equal(plan.cursors, self._state.cursors):
             raise CommError(
                 f"Rank {self._comm.rank} received chunk {plan.chunk} with other cursors than its own for chunk "

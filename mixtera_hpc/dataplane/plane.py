@@ -77,15 +77,14 @@ class DataPlane:
             MixtureError: a domain of the mixture has no samples.
         """
         communicator = _own_communicator(config, comm)
-        is_root = communicator.rank == 0
+        # Wrong sizes are refused first: opening a large index takes seconds.
         batch_slice = BatchSlice.of(config.dataplane, communicator.rank, communicator.size)
-        if folder is not None:
-            config = pin_index_generation(config, folder.journal)
-            attempt = _next_attempt(communicator, folder) if attempt is None else attempt
+        config, attempt = _settings_of_attempt(config, communicator, folder, attempt)
 
-        subset = subset_of_run(folder if is_root else None, split)
-        source = open_source(config, communicator, subset=subset)
-        recorder = RunRecorder(folder, attempt or 1, communicator.rank, config, tracker or NullTracker())
+        # Rank 0 reads what was dropped from the run, and shares it with the index.
+        is_root = communicator.rank == 0
+        source = open_source(config, communicator, subset=subset_of_run(folder if is_root else None, split))
+        recorder = RunRecorder(folder, attempt, communicator.rank, config, tracker or NullTracker())
         resources = PlaneResources(
             source=source,
             comm=communicator,
@@ -198,6 +197,7 @@ class DataPlane:
         """
         if self._session is not None:
             raise ValueError("load_state_dict() was called after the first batch. Call it before.")
+        # Launchers often load a checkpoint on every rank. Only the state of rank 0 counts.
         if self._resources.comm.rank != 0:
             state = None
         elif not state:
@@ -216,6 +216,7 @@ class DataPlane:
         self._is_closed = True
         next_step: int | None = None
         if self._session is not None:
+            # Other ranks may be waiting for our part of a broadcast or reduction.
             if orderly:
                 self._session.finish()
                 next_step = self.next_step
@@ -223,6 +224,7 @@ class DataPlane:
         self._resources.control.close()
         self._resources.recorder.close(next_step)
         if orderly:
+            # A rank that fails by itself must not free collectively: the others do not take part.
             self._resources.comm.Free()
 
     def _started_session(self) -> Session:
@@ -241,6 +243,18 @@ def _own_communicator(config: Config, comm: Any) -> Communicator:
     from mixtera_hpc.comm.mpi import Mpi  # Optional: needs mpi4py.
 
     return Mpi(comm)
+
+
+def _settings_of_attempt(
+    config: Config, comm: Communicator, folder: RunFolder | None, attempt: int | None
+) -> tuple[Config, int]:
+    """Return the configuration with what the run in `folder` began with, and the number of the attempt. **Collective.**"""
+    if folder is None:
+        return config, 1 if attempt is None else attempt
+    if attempt is None:
+        attempt = _next_attempt(comm, folder)
+    # The index may have been refreshed since the run began; its steps refer to the old state.
+    return pin_index_generation(config, folder.journal), attempt
 
 
 def _next_attempt(comm: Communicator, folder: RunFolder) -> int:

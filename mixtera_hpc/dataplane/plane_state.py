@@ -65,6 +65,7 @@ class PlaneState:
                 f"The saved state has version {facts['version']}, but this code writes and reads version {VERSION}.\n"
                 "  Resume with the release that wrote it, or start a new run."
             )
+        # The plan shares the file with the arrays of the mixing algorithms, whose names have a prefix.
         plan = ChunkPlan.from_array(np.asarray(arrays.pop("plan"), np.int64))
         return cls(
             next_step=facts["next_step"],
@@ -85,6 +86,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     """
     differing = [name for name, value in now.items() if before.get(name) != value]
     refused = [name for name in differing if name not in allowed]
+    # Every differing field is named, so that one attempt is enough to repair a configuration.
     if refused:
         lines = "".join(f"\n  - {name} was {before.get(name)!r}, is {now[name]!r}" for name in refused)
         advice = ["Resume with the old values."]

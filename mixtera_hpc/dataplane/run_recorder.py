@@ -45,6 +45,7 @@ class RunRecorder:
     def record_decision(self, decision: MixtureDecision) -> None:
         """Record a decision about the mixture; it holds from now on, also after a crash."""
         if self._decisions and self._journal:
+            # First the decisions file, which is synced to disk: the journal only shows it.
             append_line(self._decisions, decision.to_dict())
             self._journal.write(decision.to_dict())
 

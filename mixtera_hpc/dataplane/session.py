@@ -80,6 +80,7 @@ class Session:
 
     def __init__(self, resources: PlaneResources, start: ResumePoint, state: PlaneState | None) -> None:
         """Begin to serve at `start`. **Collective.**"""
+        # Run edits may have changed how steps and positions are counted.
         self._source = resources.source.at_version(start.stream_version)
         self._comm = resources.comm
         self._slice = resources.batch_slice
@@ -89,6 +90,7 @@ class Session:
         source = self._source
         plane = source.config.dataplane
         self.ledger = _ledger_at(source, start, num_fed=state.num_fed if state is not None else 0)
+        # Only rank 0 computes weights; the others receive plans.
         decisions = self._recorder.decisions() if self._comm.rank == 0 else []
         self._mixture = MixtureFeed(source, self.ledger, state, decisions)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
@@ -125,6 +127,7 @@ class Session:
         if batch is None:
             return None
 
+        # Also after a resume inside a chunk: metrics then show its mixture again.
         if batch.chunk != self.ledger.current_chunk:
             self._enter_chunk(batch.chunk)
         self._current_batch = batch
@@ -159,6 +162,7 @@ class Session:
         self._close_all_steps()
         if self._comm.rank != 0:
             return None
+        # The state must hold the plan of the next step, or show that the steps before it were all planned.
         self._poll_plans_until(lambda: self._plans.covers(self.ledger.next_data_step))
         return PlaneState(
             next_step=self.ledger.next_step,
@@ -177,14 +181,17 @@ class Session:
 
     def close(self, orderly: bool) -> None:
         """Stop the threads; a rank that fails (not `orderly`) does not wait long for a read in progress."""
+        # The thread may be inside a read that a broken file system never answers.
         self._prefetcher.close(timeout_s=None if orderly else ABANDON_S)
         self._mixture.close()
 
     def _wait_for_batch(self) -> Batch | None:
         while True:
+            # First the statistics: the weights of the next chunk may wait for them.
             self._apply_reductions(self._reducer.poll())
             self._poll_plans()
             try:
+                # Waits in the queue, so that the reading thread gets the interpreter.
                 return self._prefetcher.get(POLL_S)
             except queue.Empty:
                 continue
@@ -204,6 +211,7 @@ class Session:
 
     def _enter_chunk(self, chunk: int) -> None:
         """Forget the plans of earlier chunks, and log the one that begins."""
+        # The plan of the current chunk stays: a state may still need it.
         self._delivered_plans = {number: plan for number, plan in self._delivered_plans.items() if number >= chunk}
         plan = self._delivered_plans[chunk]
         self._recorder.log_chunk(plan, self._source, self._plans.plan_s, self._plans.broadcast_s)
@@ -215,6 +223,7 @@ class Session:
         for plan in plans:
             if plan.first_step <= data_step < plan.first_step + plan.num_steps:
                 return plan
+        # Rank 0 has delivered all plans before the next step, see `state`; the last one says where to go on.
         return plans[-1]
 
     def _close_step(self) -> None:
@@ -222,10 +231,12 @@ class Session:
         batch = self._current_batch
         if batch is None:
             return
+        # Requests are looked for once per step, whether or not the trainer asks about them.
         self._current_batch = None
         self._poll_mixture_request()
         stop, save = self._control.poll()
         sums = self._losses.take(batch)
+        # All ranks of a group record the same sequences; each must be counted once.
         if not self._slice.is_group_leader:
             sums = np.zeros_like(sums)
         self._reducer.post(batch.step, sums, RankFlags(stop=stop, save=save, digest=batch.plan_digest))
@@ -241,6 +252,7 @@ class Session:
 
     def _apply_reductions(self, results: list[StepResult]) -> None:
         for result in results:
+            # Results arrive in order of steps, which the mixing algorithm relies on.
             self._requests.add(result)
             if self._comm.rank == 0:
                 self._mixture.feed(result.statistics)

@@ -75,6 +75,7 @@ class StepLedger:
         That is one chunk beyond the current one, so that it is broadcast while the current one is trained on. Where skipped
         data steps cover whole chunks, it is the chunk of the next batch, because chunks are planned one after the other.
         """
+        # `next_data_step` lies in the current chunk or the one after it, unless data steps are skipped.
         return max(self._current_chunk + 1, self.next_data_step // self._chunk_steps)
 
     @property
@@ -95,6 +96,7 @@ class StepLedger:
     def feed(self, step: int) -> int:
         """Record that the statistics of training step `step` go to the mixing algorithm; return its data step."""
         data_step = self._version.data_step(step)
+        # Training steps and data steps advance together here: this is the only place that counts both.
         self._num_reduced = step + 1
         self._num_fed = data_step + 1
         return data_step

@@ -28,6 +28,7 @@ class StepLosses:
 
     def add(self, batch: Batch, loss_per_token: Any, rows: slice) -> None:
         """Add the losses of some sequences of `batch`; see `DataPlane.record`."""
+        # Only sums are kept: the losses of a step would be B x T numbers.
         self._recorded.append((rows, sequence_sums(loss_per_token, batch.loss_mask[rows])))
 
     def take(self, batch: Batch) -> NDArray[np.int64]:
@@ -79,6 +80,7 @@ def sequence_sums(loss_per_token: Any, mask: NDArray[np.bool_]) -> Callable[[], 
         losses = loss_per_token.detach().float().numpy()
     else:
         losses = np.asarray(loss_per_token)
+    # Not `losses * mask`: a masked loss may be infinite or NaN.
     sums = np.where(mask, losses, 0).sum(axis=1, dtype=np.float64)
     return lambda: sums
 
@@ -91,6 +93,7 @@ def _sums_on_device(losses: Any, mask: NDArray[np.bool_]) -> Callable[[], Sums]:
     sums = torch.where(counted, losses.double(), 0.0).sum(dim=1)
     host = torch.empty(sums.shape, dtype=torch.float64, pin_memory=True)
     host.copy_(sums, non_blocking=True)
+    # The event marks the end of the copy in the trainer's stream.
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(losses.device))
 

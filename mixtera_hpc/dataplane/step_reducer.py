@@ -84,11 +84,15 @@ class StepReducer:
         Raises:
             CommError: ranks served an earlier step from different plans.
         """
+        # Every rank waits here for the same step, whatever it has polled before: errors are raised by all of them
+        # together.
         self._results = self.wait_for(step - MAX_RUNNING)
         tail = [int(flags.stop), int(flags.save), flags.digest & DIGEST_MASK]
+        # One buffer, so that losses and flags need a single collective.
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
         request = self._comm.Iallreduce(buffer, result)
+        # MPI owns both arrays until the request is complete; the entry keeps them alive.
         self._running.append(_Reduction(step, buffer, result, request))
 
     def poll(self) -> list[StepResult]:
@@ -158,6 +162,7 @@ class AgreedRequests:
     def add(self, result: StepResult) -> None:
         """Take the requests from the result of a step; results arrive in order."""
         step = result.statistics.step
+        # The first request counts; a stop is never withdrawn.
         if result.stop and self._first_stop is None:
             self._first_stop = step
         if result.save:

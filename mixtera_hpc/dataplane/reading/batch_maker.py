@@ -103,11 +103,13 @@ class BatchMaker:
         self._reader.close()
 
     def _slots_of(self, plan: ChunkPlan) -> Slots:
+        # Workers ask for several step ranges of one plan; expanding it costs O(slots of the chunk).
         if self._slots is None or self._slots[0] is not plan:
             self._slots = plan, self._source.planner.slots(plan)
         return self._slots[1]
 
     def _content_of(self, plan: ChunkPlan, step: int, slots: Slots) -> _StepContent:
+        # Slots of a plan are numbered step by step, positions of the global batch inside each step.
         step_in_plan = self._source.stream_version.data_step(step) - plan.first_step
         first_slot = step_in_plan * self._source.planner.global_batch_size + self._slice.first
         own = slice(first_slot, first_slot + self._slice.size)
@@ -134,6 +136,7 @@ class BatchMaker:
         if not self._source.layout.in_tokens:
             return self._sample_batches(plan, steps, runs, self._reader.payloads(documents))
 
+        # Position of each domain's last document among all documents: its next sequence begins in it.
         last_of_domain = np.cumsum([len(of_domain.block) for of_domain in by_domain.values()]) - 1
         packed = self._reader.read(documents, dict(zip(by_domain, last_of_domain.tolist(), strict=True)))
         return self._token_batches(plan, steps, runs, packed)
@@ -189,6 +192,7 @@ class BatchMaker:
     ) -> list[Batch]:
         """Distribute samples, in the order of `runs`, to the rows of each step's batch."""
         count = self._slice.size
+        # Samples come in the order of runs, and inside a run in the order of its rows.
         remaining = iter(samples)
         payloads: list[list[Any]] = [[None] * count for _ in steps]
         for placed in runs:
@@ -228,6 +232,7 @@ def steps_per_read(source: Source, batch_slice: BatchSlice) -> int:
     """Return how many steps are read together, at least 1; for samples, from their average size."""
     if source.layout.in_tokens:
         return max(1, TOKENS_PER_READ // (batch_slice.size * source.grid.length))
+    # The average over the whole index is good enough: only the size of reads depends on it.
     num_samples = int(source.blocks.rows.sum(dtype=np.int64))
     num_bytes = max(int(source.blocks.length.sum()), 1)
     samples_per_read = SAMPLE_BYTES_PER_READ * num_samples // num_bytes

@@ -60,6 +60,7 @@ class BatchSlice:
             ConfigError: the ranks cannot form groups, or the groups cannot share the global batch evenly.
         """
         group_size = plane.model_parallel_size
+        # Ranks of a group are neighbours: group g consists of ranks [g * group_size, (g + 1) * group_size).
         num_groups, ungrouped = divmod(num_ranks, group_size)
         if ungrouped:
             raise ConfigError(

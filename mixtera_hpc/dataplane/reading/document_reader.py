@@ -84,6 +84,7 @@ class DocumentReader:
 
     def payloads(self, documents: Documents) -> list[Any]:
         """Return the raw rows of `documents`."""
+        # Read in the order of the disk, return in the order of the stream.
         disk_order = np.lexsort((documents.row, documents.block))
         rows = self._read_rows(documents.select(disk_order), raw=True)
         results: list[Any] = [None] * len(disk_order)
@@ -104,6 +105,7 @@ class DocumentReader:
         lengths = last - first
 
         # Most documents are wanted whole. Only the others are sliced in Python.
+        # Two segments per document: its tokens, then its specials.
         segments = [_NO_TOKENS] * (2 * len(tokens))
         segments[0::2] = tokens
         segments[1::2] = [self._specials] * len(tokens)
@@ -114,6 +116,7 @@ class DocumentReader:
         packed = np.concatenate(segments).view(np.int32)
 
         starts = np.cumsum(lengths) - lengths
+        # A sequence may begin inside a document; that token continues it.
         continues_document = np.ones(len(packed), np.bool_)
         continues_document[starts[first == 0]] = False
         document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -124,6 +127,7 @@ class DocumentReader:
         keys, chosen, position = np.unique(
             _row_key(documents.block, documents.row), return_index=True, return_inverse=True
         )
+        # Row key → tokens; a few entries, one per domain.
         in_memory = dict(self._last_documents.values())
         distinct = [in_memory.get(key) for key in keys.tolist()]
 
@@ -147,6 +151,7 @@ class DocumentReader:
             some = documents.select(slice(first, first + DOCUMENTS_PER_ENCODE))
             tokens += _encode(tokenizer, self._read_rows(some, raw=False))
 
+        # A wrong count would shift every later sequence of the stream without a sign.
         sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.num_specials
         wrong = np.flatnonzero(sizes != documents.size)
         if len(wrong):
@@ -162,6 +167,8 @@ class DocumentReader:
         for first, last in _equal_runs(shards):
             shard = self._shard(int(shards[first]))
             of_shard = slice(first, last)
+            # Formats with byte ranges read only the rows. The others decode the whole block, so its rows are read
+            # together.
             if shard.range_reader is None:
                 rows += self._read_by_block(shard, documents.select(of_shard), raw=raw)
             elif raw:
@@ -176,6 +183,7 @@ class DocumentReader:
             number = int(documents.block[first])
             block = BlockRef.of(self._source.blocks, number)
             lengths = documents.lengths[number]
+            # A row may occur twice, when two sequences need it.
             rows, position = np.unique(documents.row[first:last].astype(np.int64), return_inverse=True)
             results: Sequence[Any]
             if raw:
@@ -201,6 +209,7 @@ class DocumentReader:
             token_reader=cast(TokenReader, reader) if fmt.holds_tokens else None,
         )
         self._shards[number] = shard
+        # Each open shard costs a file descriptor; a run may have many thousands of shards.
         if len(self._shards) > MAX_OPEN_SHARDS:
             _, oldest = self._shards.popitem(last=False)
             oldest.reader.close()
@@ -219,6 +228,7 @@ class DocumentReader:
 
 def _encode(tokenizer: Tokenizer, documents: Sequence[Any]) -> list[Tokens]:
     """Return the tokens of documents that are texts, or token ids already."""
+    # A collection may mix shards of text with shards of token ids.
     texts = [document for document in documents if isinstance(document, str)]
     encoded = tokenizer.encode_each(texts) if texts else []
     if len(texts) == len(documents):

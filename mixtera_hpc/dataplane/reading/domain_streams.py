@@ -64,6 +64,7 @@ class StreamLayout:
     def epoch_items(self) -> Ints:
         """Return the items of one epoch of every domain; shape (K,)."""
         rows, tokens = self.table.totals()
+        # Every document is followed by its special tokens.
         return tokens + self.num_specials * rows if self.in_tokens else rows
 
 
@@ -93,6 +94,7 @@ class Documents:
         if len(parts) == 1:
             return parts[0]
         arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _PER_DOCUMENT}
+        # Documents of one window share one mapping; of many windows each is chained once.
         distinct_lengths = {id(part.lengths): part.lengths for part in parts}
         return cls(**arrays, lengths=ChainMap(*distinct_lengths.values()))
 
@@ -182,6 +184,7 @@ class DomainStreams:
         for start, stop in spans:
             while start < stop:
                 if window is None or not window_start <= start < window_stop:
+                    # Everything that is wanted of the previous window is known now.
                     if window is not None:
                         yield window, begins, ends
                     epoch, item = divmod(start, epoch_items)
@@ -199,6 +202,7 @@ class DomainStreams:
             yield window, begins, ends
 
     def _epoch_order(self, domain: int, epoch: int) -> EpochOrder:
+        # A stream stays in an epoch for long: the order of one epoch per domain is enough.
         cached = self._epochs.get(domain)
         if cached is None or cached[0] != epoch:
             cached = epoch, self._layout.order.epoch(domain, epoch, self._layout.sizes(domain))
@@ -215,6 +219,7 @@ class DomainStreams:
         window = self._make_window(domain, epoch, number, order)
         self._windows[key] = window
         self._window_bytes += window.num_bytes
+        # The window in use stays, even if it alone exceeds the budget.
         while self._window_bytes > WINDOW_CACHE_BYTES and len(self._windows) > 1:
             _, oldest = self._windows.popitem(last=False)
             self._window_bytes -= oldest.num_bytes
@@ -225,6 +230,7 @@ class DomainStreams:
         blocks = layout.table.block[layout.entries(domain)][order.blocks_of(number)]
         block_rows = self._block_rows[blocks]
         columns = self._read_blocks(blocks)
+        # A block may hold samples of many domains.
         samples = np.flatnonzero(self._domain_of(columns) == domain)
 
         # The permutation covers dropped samples too, so that a drop does not reorder the samples that remain.
@@ -273,6 +279,7 @@ def _locate_samples(block_rows: NDArray[np.int32], length: Ints, samples: Ints) 
 
 
 def _lengths_by_block(blocks: NDArray[np.int32], block_rows: NDArray[np.int32], length: Ints) -> dict[int, Ints]:
+    # `lengths` are per row of each block, those of other domains included: readers need them to find a row.
     return dict(zip(blocks.tolist(), np.split(length, np.cumsum(block_rows)[:-1]), strict=True))
 
 

@@ -51,6 +51,7 @@ class Prefetcher:
             queue.Empty: no batch is ready within `timeout_s`.
             Exception: the error that ended the thread, in every call from then on.
         """
+        # After the end the queue stays empty: waiting for it would be for ever.
         item = self._end or self._ready.get(timeout=timeout_s)
         if isinstance(item, Batch):
             return item
@@ -67,6 +68,7 @@ class Prefetcher:
                 read returns. None waits without limit, so that the caller may free what the thread reads from.
         """
         self._stopping.set()
+        # Wakes the thread if it waits for a plan.
         self._plans.put(None)
         self._thread.join(timeout=timeout_s)
 
@@ -76,9 +78,11 @@ class Prefetcher:
                 for batch in self._maker.batches(work.plan, work.first_step):
                     if not self._put(batch):
                         return
+                # No plan follows the last one.
                 if work.plan.last:
                     self._put(_EndOfData())
                     return
+        # Anything, so that the main thread does not wait for batches that will never come.
         except BaseException as error:
             self._put(error)
         finally:

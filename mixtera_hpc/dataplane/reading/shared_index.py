@@ -83,7 +83,7 @@ class SharedTables:
         for name in self.combos.properties:
             arrays += [self.combos.indptr[name], self.combos.codes[name]]
         if self.holdout_keys is not None:
-            arrays.append(self.holdout_keys.view(np.int64))
+            arrays.append(self.holdout_keys)
         return arrays
 
     @classmethod
@@ -96,6 +96,7 @@ class SharedTables:
         remaining = iter(arrays)
         blocks = BlockTable(**{name: next(remaining) for name in BLOCK_COLUMNS}, zones={})
         domains = DomainTable(**{field.name: next(remaining) for field in fields(DomainTable)})
+        # The order below is the order of `pack`.
         combo_domain = next(remaining)
 
         categorical = _categorical(properties)
@@ -107,13 +108,12 @@ class SharedTables:
             codes={name: codes for name, (_, codes) in columns.items()},
         )
 
-        holdout_keys = next(remaining, None)
         return cls(
             blocks=blocks,
             domains=domains,
             combos=combos,
             combo_domain=combo_domain,
-            holdout_keys=None if holdout_keys is None else holdout_keys.view(np.uint64),
+            holdout_keys=next(remaining, None),
         )
 
 
@@ -133,6 +133,7 @@ def share_index(
     header: bytes | None = None
     if index is not None:
         description, tables = index
+        # Names and sizes of the arrays follow from the description and from this order: no keys are sent.
         packed = tables.pack()
         header = msgspec.json.encode(_IndexHeader(description=description, num_arrays=len(packed)))
 
@@ -168,31 +169,36 @@ def read_shared_index(
         remaining = select_subset(config, index, subset).selection.table
         domains = _with_counts_of(full_table, remaining, len(tables.blocks))
 
-    properties = list(tables.properties.values())
     holdout = config.query.holdout
-    description = IndexDescription(
+    shared = SharedTables(
+        blocks=replace(tables.blocks, zones={}),
+        domains=domains,
+        combos=replace(tables.combos, properties=_categorical(tables.properties.values())),
+        combo_domain=chosen.selection.combo_domain,
+        holdout_keys=shard_hash_keys(tables.shards.path, holdout.seed) if holdout.fraction else None,
+    )
+    return _describe(config, index, subset, chosen), shared
+
+
+def _describe(config: Config, index: PropertyIndex, subset: SampleSubset, chosen: SelectedDomains) -> IndexDescription:
+    """Return the small part of what ranks share."""
+    tables = index.tables
+    selection = chosen.selection
+    return IndexDescription(
         fingerprints=index.fingerprints,
         sample_sources=index.sample_sources(),
         data_root=str(index.data_root),
         text=index.text,
         shard_paths=index.shard_paths(),
         shard_formats=list(tables.shards.format),
-        properties=properties,
+        properties=list(tables.properties.values()),
         domain_names=list(chosen.names),
         domain_keys=[domain_key_to_plain(key) for key in chosen.keys],
-        where=chosen.selection.predicate.text,
+        where=selection.predicate.text,
         drop=list(subset.drop),
         where_after_drops=subset.restrict(config.query.where),
-        domain_items=StreamLayout.of_config(config, full_table).epoch_items().tolist(),
+        domain_items=StreamLayout.of_config(config, selection.table).epoch_items().tolist(),
     )
-    shared = SharedTables(
-        blocks=replace(tables.blocks, zones={}),
-        domains=domains,
-        combos=replace(tables.combos, properties=_categorical(properties)),
-        combo_domain=chosen.selection.combo_domain,
-        holdout_keys=shard_hash_keys(tables.shards.path, holdout.seed) if holdout.fraction else None,
-    )
-    return description, shared
 
 
 def select_subset(config: Config, index: PropertyIndex, subset: SampleSubset) -> SelectedDomains:

@@ -102,6 +102,7 @@ class Source:
         """
         if self.drop_filter is None:
             return weights
+        # The planner gives the share of a dropped domain to the others.
         return np.where(self.planner.capacity > 0, weights, 0.0)
 
     def mixer(self, *, learn: bool = True) -> Mixer:
@@ -111,6 +112,7 @@ class Source:
     def at_version(self, version: StreamVersion) -> "Source":
         """Return the same data with the steps and stream positions of another version of the run."""
         timeline = replace(self.mixture_context.timeline, items=version.items)
+        # Streams that became shorter hold fewer sequences.
         limits = max_epochs_per_domain(self.config.mixture, self.num_domains)
         capacity = self.grid.capacity(self.layout.epoch_items(), limits, version.origins)
         return replace(
@@ -123,6 +125,7 @@ class Source:
     def span(self, domain: int, first: int, count: int) -> tuple[int, int]:
         """Return the items [start, stop) of `domain`'s stream that `count` sequences from sequence `first` on cover."""
         start, stop = self.grid.span(first, count)
+        # After a drop, sequences are counted from another item of the shortened stream.
         origin = int(self.stream_version.origins[domain])
         return origin + start, origin + stop
 
@@ -132,6 +135,7 @@ class Source:
         blocks = self.blocks
         holdout_keys = self.tables.holdout_keys
 
+        # Only the columns that this run evaluates are read and decompressed.
         numbers = self.selection.predicate.numbers
         if self.drop_filter is not None:
             numbers |= self.drop_filter.numbers
@@ -208,6 +212,7 @@ def open_source(
         MixtureError: a domain key matches nothing, a domain with a weight has no samples, or all of them are dropped.
     """
     check_split(config, subset.split)
+    # Every rank loads the tokenizer: it is needed to tokenize, and cannot be shared as an array.
     tokenizer = load_vocabulary(config.dataplane)
     own: tuple[IndexDescription, SharedTables] | None = None
     if comm.rank == 0:
@@ -215,6 +220,7 @@ def open_source(
             own = read_shared_index(config, index, subset, tokenizer, check=check)
 
     description, tables = share_index(comm, own)
+    # Only rank 0 has read the records of the run.
     subset = replace(subset, drop=tuple(description.drop))
     source = _make_source(config, description, subset, tables, tokenizer)
     if subset.split == "train":
@@ -246,6 +252,7 @@ def _make_source(
 ) -> Source:
     """Compute what follows from the configuration and the shared index."""
     plane = config.dataplane
+    # Cheap: every rank and worker computes the rest from the shared tables.
     layout = StreamLayout.of_config(config, tables.domains)
     grid = SequenceGrid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
     epoch_items = layout.epoch_items()
@@ -317,6 +324,7 @@ def _holdout_identity(query: QueryConfig, subset: SampleSubset) -> list[Any] | N
 
 def _epoch_limits(mixture: MixtureConfig) -> float | list[float | None] | None:
     """Return `mixture.max_epochs`, or a list with each domain's limit when some domains have their own."""
+    # Where all domains share one limit, the identity holds the value that the user wrote.
     own_limits = [entry.domain.max_epochs for entry in domain_entries(mixture)]
     if all(limit is None for limit in own_limits):
         return mixture.max_epochs

@@ -26,11 +26,13 @@ def check_token_counts(config: Config, index: PropertyIndex, tokenizer: Tokenize
     if tokenizer is None:
         return
 
+    # Streams would contain one item per document that no token stands for.
     if config.dataplane.add_eos and tokenizer.eos_id is None:
         raise ConfigError(
             "dataplane.add_eos is true, but no key says which token ends a document.\n"
             "  Set dataplane.eos_token (dataplane.eos_id with dataplane.vocab_size), or dataplane.add_eos=false."
         )
+    # Positions in streams are token counts: with another tokenizer every one of them would be wrong.
     if tokenizer.fingerprint != index.tokenizer_fingerprint:
         raise PropertyIndexError(
             f"{config.index.path} was built with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but "

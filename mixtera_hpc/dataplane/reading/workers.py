@@ -87,12 +87,14 @@ class Workers:
     def _step_ranges(self, plan: ChunkPlan, first_step: int) -> list[range]:
         """Cut the steps of a plan into ranges that are read together, at least one per process if there are enough."""
         steps = training_steps_of(self._source, plan, first_step)
+        # Rounded up.
         steps_per_process = -(-len(steps) // len(self._workers))
         size = max(1, min(steps_per_read(self._source, self._slice), steps_per_process))
         return [steps[i : i + size] for i in range(0, len(steps), size)]
 
     def _send_source(self) -> None:
         """Send the source once, in the thread that asks for the first batch: pickling it must not delay the trainer."""
+        # Worker processes take most of a second to start; sending here overlaps with what the rank does meanwhile.
         if not self._has_source:
             for number in range(len(self._workers)):
                 self._send(number, (self._source, self._slice))
@@ -145,6 +147,7 @@ def _serve(pipe: Connection) -> None:
     """Run a process: receive a source and a slice, then plans, each followed by step ranges, until the rank hangs up."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # The mask was inherited from the rank; blocked signals would stay pending for ever.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     try:
         source, batch_slice = pipe.recv()
@@ -156,6 +159,7 @@ def _serve(pipe: Connection) -> None:
                 plan = message
             else:
                 pipe.send(_make_batches(maker, plan, message))
+    # The rank has closed its end, or was killed.
     except (EOFError, OSError):
         return
 
@@ -167,6 +171,7 @@ def _make_batches(maker: BatchMaker, plan: ChunkPlan, steps: range) -> tuple[lis
         for batch in maker.batches_of(plan, steps):
             batches.append(batch)
     except Exception as error:
+        # The error travels after the batches before it, so that it is raised at its step.
         return batches, error
     return batches, None
 
