@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
 from mixtera_hpc.core.query import Entries, Predicate
 
-__all__ = ["NO_DOMAIN", "DomainCounter", "DomainTable", "PruningStatistics", "ReadBlocks"]
+__all__ = ["NO_DOMAIN", "DomainCounter", "DomainCounts", "DomainTable", "PruningStatistics", "ReadBlocks"]
 
 NO_DOMAIN = -1
 """Domain of selected samples that belong to no domain."""
@@ -117,8 +117,20 @@ class _RangeCounts:
     """Shape (num_domains,)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainCounts:
+    """The result of counting the domains of a query."""
+
+    table: DomainTable
+    unassigned: tuple[int, int]
+    """Selected rows and tokens that belong to no domain."""
+    rows_of_combo: NDArray[np.int64]
+    """Selected rows of every combo, or zeros if they were not requested; shape (num_combos,)."""
+    pruning: PruningStatistics
+
+
 class DomainCounter:
-    """Counts the domains of one query."""
+    """Count the rows and tokens of the domains of one query."""
 
     def __init__(
         self,
@@ -126,7 +138,6 @@ class DomainCounter:
         predicate: Predicate,
         combo_domain: NDArray[np.int32],
         read_blocks: ReadBlocks,
-        per_combo: bool = False,
     ) -> None:
         """Evaluate the predicate on every combo.
 
@@ -135,7 +146,6 @@ class DomainCounter:
             predicate: selects the samples.
             combo_domain: domain of every combo, `NO_DOMAIN` for none; shape (num_combos,).
             read_blocks: called for the blocks that combos and zones do not decide.
-            per_combo: also fill `rows_of_combo`.
         """
         self._tables = tables
         self._predicate = predicate
@@ -147,39 +157,52 @@ class DomainCounter:
         readable = np.arange(tables.combos.num_combos) != tables.combos.bad
         self._may_match = mask.may_match & readable
         self._must_match = mask.must_match & readable
-        self._per_combo = per_combo
-        self.pruning = PruningStatistics()
-        self.rows_of_combo = np.zeros(tables.combos.num_combos, np.int64)
-        """Selected rows of every combo, if `per_combo`; shape (num_combos,)."""
-        self.unassigned = np.zeros(2, np.int64)
-        """Selected rows and tokens that belong to no domain."""
 
-    def table(self, num_domains: int) -> DomainTable:
-        """Count the whole index; call it once."""
+    def count(self, num_domains: int, *, per_combo: bool) -> DomainCounts:
+        """Count the whole index.
+
+        Args:
+            num_domains: K.
+            per_combo: also count the rows of every combo.
+        """
+        num_combos = self._tables.combos.num_combos
+        rows_of_combo = np.zeros(num_combos, np.int64)
+        unassigned = np.zeros(2, np.int64)
+        pruning = PruningStatistics()
         ranges = []
         for start, stop in _block_ranges(self._tables.histogram.indptr):
-            cells = self._selected_cells(start, stop)
-            if self._per_combo:
+            cells = self._selected_cells(start, stop, pruning)
+            if per_combo:
                 # bincount sums in float64, which is exact below 2^53 rows. A range has fewer.
-                self.rows_of_combo += np.bincount(cells.combo, cells.rows, len(self._may_match)).astype(np.int64)
+                rows_of_combo += np.bincount(cells.combo, cells.rows, num_combos).astype(np.int64)
 
             domain = self._domain.take(cells.combo)
             in_domain = domain != NO_DOMAIN
             if not in_domain.all():
                 outside = cells.select(~in_domain)
-                self.unassigned += outside.rows.sum(dtype=np.int64), outside.tokens.sum(dtype=np.int64)
+                unassigned += outside.rows.sum(dtype=np.int64), outside.tokens.sum(dtype=np.int64)
                 cells = cells.select(in_domain)
                 domain = domain[in_domain]
             ranges.append(_sum_by_domain(cells, domain, num_domains))
-        return _concatenate_ranges(ranges, num_domains)
 
-    def _selected_cells(self, start: int, stop: int) -> _HistogramCells:
-        """Return the selected cells of the blocks [start, stop), with the rows and tokens of selected samples only."""
+        unassigned_rows, unassigned_tokens = unassigned.tolist()
+        return DomainCounts(
+            table=_concatenate_ranges(ranges, num_domains),
+            unassigned=(unassigned_rows, unassigned_tokens),
+            rows_of_combo=rows_of_combo,
+            pruning=pruning,
+        )
+
+    def _selected_cells(self, start: int, stop: int, pruning: PruningStatistics) -> _HistogramCells:
+        """Return the selected cells of the blocks [start, stop), with the rows and tokens of selected samples only.
+
+        Adds the blocks to `pruning`.
+        """
         cells = self._cells_that_may_match(start, stop)
         num_possible = _count_distinct(cells.block)
-        self.pruning.pruned_by_histogram += stop - start - num_possible
+        pruning.pruned_by_histogram += stop - start - num_possible
         if not self._predicate.numbers:
-            self.pruning.decided_whole += num_possible
+            pruning.decided_whole += num_possible
             return cells
 
         # Cells whose combo does not decide are evaluated on the zones of their block.
@@ -191,12 +214,12 @@ class DomainCounter:
         # Blocks with a cell that is still undecided are read. All cells of these blocks are then counted from samples.
         undecided = np.unique(cells.block[may_match & ~must_match])
         num_possible_by_zones = _count_distinct(cells.block[may_match])
-        self.pruning.pruned_by_zones += num_possible - num_possible_by_zones
-        self.pruning.decided_whole += num_possible_by_zones - len(undecided)
+        pruning.pruned_by_zones += num_possible - num_possible_by_zones
+        pruning.decided_whole += num_possible_by_zones - len(undecided)
         if not len(undecided):
             return cells.select(must_match)
         cells = cells.select(must_match & ~np.isin(cells.block, undecided))
-        return _merge_by_block([cells, *self._scan_blocks(undecided)])
+        return _merge_by_block([cells, *self._scan_blocks(undecided, pruning)])
 
     def _cells_that_may_match(self, start: int, stop: int) -> _HistogramCells:
         """Return the cells of the blocks [start, stop) whose combo may match."""
@@ -225,18 +248,18 @@ class DomainCounter:
         mask = self._predicate.evaluate(entries)
         return mask.may_match, mask.must_match
 
-    def _scan_blocks(self, blocks: NDArray[np.int32]) -> Iterator[_HistogramCells]:
-        """Read the samples of `blocks` and yield the cells they form, some blocks at a time."""
+    def _scan_blocks(self, blocks: NDArray[np.int32], pruning: PruningStatistics) -> Iterator[_HistogramCells]:
+        """Read the samples of `blocks`, some blocks at a time, and yield their cells. Adds them to `pruning`."""
         combos = self._tables.combos
         rows_per_block = self._tables.blocks.rows[blocks]
-        self.pruning.scanned_blocks += len(blocks)
+        pruning.scanned_blocks += len(blocks)
         max_blocks = max(COUNTERS_PER_READ // combos.num_combos, 1)
         for batch in _cut_into_reads(rows_per_block, max_blocks):
             columns = self._read_blocks(blocks[batch])
             entries = Entries.of_samples(combos, columns.combo, columns.numbers)
             readable = columns.combo != combos.bad
             selected = self._predicate.evaluate(entries).must_match & readable
-            self.pruning.scanned_samples += int(np.count_nonzero(readable))
+            pruning.scanned_samples += int(np.count_nonzero(readable))
 
             # Number the cells of these blocks as block × num_combos + combo, and count the selected samples of each.
             num_cells = len(blocks[batch]) * combos.num_combos

@@ -95,18 +95,17 @@ def select(
     is_named = np.array([len(key) > 0 for key in keys])
     named_matches = matches & is_named[:, None]
     has_overlaps = bool((named_matches.sum(axis=0) > 1).any())
-    counter = DomainCounter(tables, predicate, combo_domain, read_blocks, per_combo=has_overlaps)
-    table = counter.table(len(keys))
-    rows, tokens = table.totals()
-    unassigned_rows, unassigned_tokens = counter.unassigned.tolist()
+    counts = DomainCounter(tables, predicate, combo_domain, read_blocks).count(len(keys), per_combo=has_overlaps)
+    rows, tokens = counts.table.totals()
+    unassigned_rows, unassigned_tokens = counts.unassigned
     return Selection(
-        table=table,
+        table=counts.table,
         predicate=predicate,
         combo_domain=combo_domain,
         selected=(int(rows.sum()) + unassigned_rows, int(tokens.sum()) + unassigned_tokens),
-        unassigned=(unassigned_rows, unassigned_tokens),
-        overlaps=_overlaps(counter.rows_of_combo, combo_domain, named_matches),
-        pruning=counter.pruning,
+        unassigned=counts.unassigned,
+        overlaps=_overlaps(counts.rows_of_combo, combo_domain, named_matches),
+        pruning=counts.pruning,
     )
 
 
