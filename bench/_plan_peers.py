@@ -68,10 +68,20 @@ def mosaic(num_samples: int) -> tuple[Measured, np.ndarray]:
     from streaming.base.world import World
 
     num_shards = 500
-    rows = 4096
+    shard_rows = 4096
+    dataset = _mosaic_dataset(num_samples, num_shards, shard_rows)
+    dataset.resample_streams = types.MethodType(StreamingDataset.resample_streams, dataset)
+    measured, work = timed(lambda: generate_work("random", dataset, World(1, 1, 1, 0), 0, 0))
+    ids = work.transpose(3, 0, 1, 2, 4).reshape(-1)
+    # Negative ids are padding.
+    return measured, (ids[ids >= 0] // (num_shards * shard_rows)).astype(np.int8)
+
+
+def _mosaic_dataset(num_samples: int, num_shards: int, shard_rows: int) -> types.SimpleNamespace:
+    """Return the attributes of a StreamingDataset that planning reads, without any files."""
     choose = np.floor(SHARES / SHARES.sum() * num_samples).astype(int)
     total_shards = len(SHARES) * num_shards
-    dataset = types.SimpleNamespace(
+    return types.SimpleNamespace(
         num_canonical_nodes=64,
         batch_size=1024,
         partition_algo="relaxed",
@@ -87,15 +97,10 @@ def mosaic(num_samples: int) -> tuple[Measured, np.ndarray]:
         num_streams=len(SHARES),
         shard_offset_per_stream=np.arange(len(SHARES)) * num_shards,
         shards_per_stream=np.full(len(SHARES), num_shards),
-        samples_per_shard=np.full(total_shards, rows),
-        sample_offset_per_shard=np.arange(total_shards) * rows,
+        samples_per_shard=np.full(total_shards, shard_rows),
+        sample_offset_per_shard=np.arange(total_shards) * shard_rows,
         streams=[types.SimpleNamespace(choose=int(n)) for n in choose],
     )
-    dataset.resample_streams = types.MethodType(StreamingDataset.resample_streams, dataset)
-    measured, work = timed(lambda: generate_work("random", dataset, World(1, 1, 1, 0), 0, 0))
-    ids = work.transpose(3, 0, 1, 2, 4).reshape(-1)
-    # Negative ids are padding.
-    return measured, (ids[ids >= 0] // (num_shards * rows)).astype(np.int8)
 
 
 def megatron(num_samples: int) -> tuple[Measured, np.ndarray]:

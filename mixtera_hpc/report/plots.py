@@ -201,8 +201,8 @@ PLOTS: dict[str, Plot] = {
     "communication": Plot(
         draw=communication_plot,
         title="Communication",
-        caption="Time to plan a chunk and to broadcast the plan, both in the background, and time that each step waited "
-        "for the reduction of losses.",
+        caption="Time to plan a chunk and to broadcast the plan, both in the background; and time that each step "
+        "waited for the reduction of losses.",
     ),
 }
 """File name → plot, in the order of the page."""

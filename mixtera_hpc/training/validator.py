@@ -49,7 +49,7 @@ class Validator:
         self._tracker.log("validation", _validation_event(statistics))
 
     def _loss_sums(self, data: HeldOutBatches, model: GPT) -> NDArray[np.int64]:
-        """Return this rank's sums of losses per domain, as integers that add up exactly; (NUM_ROWS, num_domains)."""
+        """Return the loss sums of this rank as exact integers, shape (NUM_BUFFER_ROWS, num_domains)."""
         sums = np.zeros((NUM_BUFFER_ROWS, data.num_domains), np.int64)
         model.eval()
         with torch.no_grad():
