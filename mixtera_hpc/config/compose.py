@@ -78,7 +78,9 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
     flags = [argument for argument in arguments if argument not in words]
     sweep = not _SWEEP_FLAGS.isdisjoint(flags)
     if _CONFIG_FLAGS.isdisjoint(flag.partition("=")[0] for flag in flags):
-        _composed(first_of_sweep(words) if sweep else words)
+        composed = _composed(first_of_sweep(words) if sweep else words)
+        if "--resolve" in flags:
+            from_omegaconf(composed)
 
     register_schema()
     find_configs(chosen_groups(words))

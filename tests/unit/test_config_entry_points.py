@@ -228,6 +228,12 @@ def hydra_application(*words: str) -> dict[str, Any]:
             "mixture.remainder is null, so mixture.remainder.weight cannot be set alone",
         ),
         (["experiment=demon"], "experiment=demon does not exist. Did you mean 'demo'?"),
+        (
+            ["--cfg", "job", "--resolve", "index.path=${oc.env:UNSET_FOLDER}/i.h5"],
+            "index.path needs the environment variable UNSET_FOLDER, which is not set.\n  Set UNSET_FOLDER, or give index.path",
+        ),
+        (["--cfg", "job", "--resolve", "job.mem=${cluster.memory}"], "cluster.memory is not a known key, but job.mem"),
+        (["mixture=unimx"], "mixture=unimx does not exist. Did you mean 'unimax'?"),
         (["-m", "training.sead=1,2"], "training.sead is not a known key. Did you mean 'training.seed'"),
     ],
 )
