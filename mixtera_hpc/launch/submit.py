@@ -14,7 +14,7 @@ from mixtera_hpc.launch.prepare import prepare_run, with_absolute_paths
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 from mixtera_hpc.launch.slurm_commands import require_sbatch, sbatch
 
-__all__ = ["Submitted", "missing_account_message", "script_text", "submit_attempt", "submit_run"]
+__all__ = ["Submitted", "check_submittable", "missing_account_message", "script_text", "submit_attempt", "submit_run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ def submit_run(config: Config, overrides: Sequence[str]) -> Submitted:
     Raises:
         LaunchError: There is no Slurm here, the cluster needs an account, or Slurm refuses the job.
     """
-    _check_submittable(config)
+    check_submittable(config)
     folder = prepare_run(config, overrides, datetime.now(UTC))
     try:
         return submit_attempt(folder, config)
@@ -52,7 +52,7 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     Raises:
         LaunchError: See `submit_run`; or another process starts an attempt of this run at the same time.
     """
-    _check_submittable(config)
+    check_submittable(config)
     attempt = claim_attempt(folder, after)
     script = folder.submit_script(attempt)
     script.write_text(render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt)))
@@ -81,7 +81,12 @@ def missing_account_message(config: Config) -> str | None:
     )
 
 
-def _check_submittable(config: Config) -> None:
+def check_submittable(config: Config) -> None:
+    """Raise unless a job of `config` can be submitted from this machine.
+
+    Raises:
+        LaunchError: There is no Slurm here, or the cluster needs an account.
+    """
     if problem := missing_account_message(config):
         raise LaunchError(problem)
     require_sbatch()

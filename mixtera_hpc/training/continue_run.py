@@ -1,6 +1,7 @@
 """Continue a run: check that it has ended, record what changes, then run or submit its next attempt.
 
-Everything is checked before anything is recorded, so a refused change leaves the run as it was.
+Everything that can be checked is checked before anything is recorded, so a refused change leaves the run as it was.
+Only if sbatch itself refuses the job, the recorded changes stay; then `mixtera-hpc resume RUN` submits it with them.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.attempts import start_local_attempt
 from mixtera_hpc.launch.resume import NO_EDITS, ResumeRequest, amended_config, check_ended, record_config
-from mixtera_hpc.launch.submit import Submitted, submit_attempt
+from mixtera_hpc.launch.submit import Submitted, check_submittable, submit_attempt
 from mixtera_hpc.training.run_attempt import Attempt, run_attempt
 
 __all__ = ["continue_run", "submit_next_attempt"]
@@ -54,6 +55,7 @@ def submit_next_attempt(folder: RunFolder, overrides: Sequence[str], request: Re
     """
     newest = check_ended(folder)
     config = amended_config(folder, overrides, request)
+    check_submittable(config)
     _record_changes(folder, config, overrides, request)
     return submit_attempt(folder, config, after=newest)
 

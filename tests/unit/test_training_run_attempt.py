@@ -10,8 +10,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, read_end, start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
-from mixtera_hpc.launch.resume import ResumeRequest
-from mixtera_hpc.training.continue_run import continue_run
+from mixtera_hpc.launch.resume import NO_EDITS, ResumeRequest
+from mixtera_hpc.training.continue_run import continue_run, submit_next_attempt
 from mixtera_hpc.training.run_attempt import Attempt, run_attempt
 
 
@@ -57,6 +57,17 @@ def test_a_refused_change_leaves_the_run_as_it_was(attempt: Attempt) -> None:
     before = contents(attempt.folder)
     with pytest.raises(LaunchError, match="--change-seed is given"):
         continue_run(attempt.folder, ["job.nodes=2"], ResumeRequest(change_seed=True))
+    assert contents(attempt.folder) == before
+
+
+def test_a_change_is_not_recorded_if_nothing_can_be_submitted(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_attempt(attempt.folder, 1, AttemptEnd(exit_code=75, elapsed_s=1))
+    before = contents(attempt.folder)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(LaunchError, match="sbatch was not found"):
+        submit_next_attempt(attempt.folder, ["job.nodes=2"], NO_EDITS)
     assert contents(attempt.folder) == before
 
 
