@@ -1,4 +1,4 @@
-"""`mixtera-hpc plan`: forecast what a mixture will serve, or list the sequences of chosen steps, before anything is submitted."""
+"""`mixtera-hpc plan`: forecast what a mixture will serve, or list the sequences of chosen steps."""
 
 import argparse
 import sys
@@ -54,7 +54,8 @@ def _print_sequences(source: Source) -> None:
         sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
     if record is None:
         raise MixtureError(
-            f"plan.first_step is {plan.first_step}, but the data ends before it.\n  See the last step with mixtera-hpc plan."
+            f"plan.first_step is {plan.first_step}, but the data ends before it.\n"
+            "  See the last step with mixtera-hpc plan."
         )
 
 
@@ -63,8 +64,8 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
     console = open_console()
     step = forecast.step
     console.print(
-        f"{forecast.bytes_per_step / 1e6:.3g} MB read per step over all ranks: {step.documents:,.0f} documents of about "
-        f"{step.blocks:,.0f} blocks in {step.shards:,.0f} shards"
+        f"{forecast.bytes_per_step / 1e6:.3g} MB read per step over all ranks: {step.documents:,.0f} documents "
+        f"of about {step.blocks:,.0f} blocks in {step.shards:,.0f} shards"
     )
     console.print(
         f"Read amplification: {step.read_amplification:.1f}× for formats that read whole blocks, without a cache; "
@@ -74,8 +75,8 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
     if forecast.num_steps < forecast.steps_asked:
         share = "" if mixture.on_exhausted == "redistribute" else ", or set mixture.on_exhausted=redistribute"
         console.print(
-            f"The data ends after {forecast.num_steps} of {forecast.steps_asked} steps: raise max_epochs of the mixture "
-            f"or of the domains that run out{share}."
+            f"The data ends after {forecast.num_steps} of {forecast.steps_asked} steps: raise max_epochs of the "
+            f"mixture or of the domains that run out{share}."
         )
     if "dynamic" in (mixture.kind, *(stage.kind for stage in mixture.schedule.stages)):
         console.print("The mixture is learned while training; this is what its initial weights would serve.")

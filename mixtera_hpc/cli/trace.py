@@ -1,4 +1,4 @@
-"""`mixtera-hpc trace`: which samples a step of a run consisted of, when a sample was served, and what a run consumed."""
+"""`mixtera-hpc trace`: the samples of a step, the steps of a sample, and the proof of what a run consumed."""
 
 import argparse
 import re
@@ -66,8 +66,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     given = (args.step, args.steps, args.rank, args.domain, args.shard, args.row, args.diff)
     if not args.verify and all(value is None for value in given):
         raise ConfigError(
-            "trace needs --step S or --steps A..B to list steps, --rank, --domain or --shard to list one of these, --shard "
-            "FILE --row N to find a sample, --verify to prove the whole run, or --diff RUN_B to compare."
+            "trace needs --step S or --steps A..B to list steps, --rank, --domain or --shard to list one of these, "
+            "--shard FILE --row N to find a sample, --verify to prove the whole run, or --diff RUN_B to compare."
         )
 
 
@@ -94,8 +94,8 @@ def _print_verified(result: VerifyResult, as_json: bool) -> None:
         return
     plural = "s" if result.num_attempts != 1 else ""
     print(
-        f"verified: {result.num_sequences:,} sequences of {result.num_steps} steps, each consumed exactly once as planned, "
-        f"over {result.num_attempts} attempt{plural}"
+        f"verified: {result.num_sequences:,} sequences of {result.num_steps} steps, each consumed exactly once as "
+        f"planned, over {result.num_attempts} attempt{plural}"
     )
     if result.unfinished_step is not None:
         print(f"The last attempt was killed in step {result.unfinished_step}, which is not part of the proof.")

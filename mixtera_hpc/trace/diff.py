@@ -1,7 +1,7 @@
 """Find the first step and position at which two runs were served different data, and why.
 
-Chunks with equal plans over equal streams are compared by their digests. Documents are looked up only where streams differ,
-from the first such step on.
+Chunks with equal plans over equal streams are compared by their digests. Documents are looked up only where streams
+differ, from the first such step on.
 """
 
 from collections.abc import Mapping
@@ -94,6 +94,7 @@ def first_difference(first: tuple[AttemptSources, History], second: tuple[Attemp
             # Everything up to the end of the chunk is the same, unless another attempt takes over inside it.
             step = min(origin_a.plan_end, a.next_attempt(step, end), b.next_attempt(step, end))
             continue
+        # Equal slots over equal streams are equal documents, so most steps need no look-up.
         if not (_has_same_streams(origin_a, origin_b) and origin_a.slots() == origin_b.slots()):
             difference = _difference_in_step(origin_a, origin_b)
             if difference is not None:
@@ -124,6 +125,7 @@ def _has_same_streams(a: _StepOrigin, b: _StepOrigin) -> bool:
 
 def _difference_in_step(a: _StepOrigin, b: _StepOrigin) -> RunDifference | None:
     """Compare the documents of one step; return the first difference, None if there is none."""
+    # With another batch size one side has more positions; the other has None there.
     for position, (one, other) in enumerate(zip_longest(a.records(), b.records())):
         if one is None or other is None or one["segments"] != other["segments"]:
             return RunDifference(
@@ -151,6 +153,7 @@ def _causes(a: _StepOrigin, b: _StepOrigin) -> list[str]:
         share_a = weights_a[most] / weights_a.sum()
         share_b = weights_b[most] / weights_b.sum()
         causes.append(f"weights: most for {a.source.names[most]}, {share_a:.6f} and {share_b:.6f}")
+    # Same settings and weights, but other positions: the weights differed before.
     if not causes and not np.array_equal(a.plan.cursors, b.plan.cursors):
         causes.append("weights of an earlier chunk")
     return causes

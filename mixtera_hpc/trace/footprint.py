@@ -1,7 +1,8 @@
 """Estimate what a step touches on disk, on average over all ranks, without expanding a step.
 
-The documents of a domain in one step come from one window of its shuffled blocks, or from neighbouring blocks if rows are not
-shuffled. The estimate follows from the sizes of windows and blocks. Price: one pass over the blocks of all domains.
+The documents of a domain in one step come from one window of its shuffled blocks, or from neighbouring blocks if rows
+are not shuffled. The estimate follows from the sizes of windows and blocks. Price: one pass over the blocks of all
+domains.
 """
 
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def _touched_blocks(
         neighbours = np.where(documents > 0, blocks_spanned, 0.0)
         return np.minimum(np.minimum(neighbours, documents), num_blocks)
 
-    # Documents drawn at random from the blocks of a window: a block is missed with probability (1 - 1/window)^documents.
+    # Documents come from random blocks of a window: a block is missed with probability (1 - 1/window)^documents.
     window = np.minimum(order.window, num_blocks).astype(np.float64)
     rows_per_window = window * rows / num_blocks
     windows = np.maximum(documents / np.maximum(rows_per_window, 1), 1)
@@ -79,7 +80,7 @@ def _touched_blocks(
 
 
 def _touched_shards(source: Source, domain: NDArray[np.int64], chance: Floats) -> float:
-    """Return the expected number of distinct shards, if every block of a domain is touched with probability `chance`."""
+    """Return the expected number of distinct shards, if `chance` is the probability of each block of a domain."""
     shard = source.blocks.shard[source.layout.table.block]
     # Log of the probability that no block of the shard is touched; clipped so that a certain hit stays finite.
     log_missed = np.bincount(shard, np.log1p(-np.minimum(chance, 1 - 1e-12))[domain])

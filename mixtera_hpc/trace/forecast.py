@@ -1,4 +1,7 @@
-"""Forecast what a mixture will serve over a whole run, without expanding a single step: O(domains) per exhausted domain."""
+"""Forecast what a mixture will serve over a whole run, without expanding a step.
+
+Price: O(domains) per exhausted domain and per change of weights.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,8 +33,8 @@ class MixtureDomainForecast:
     epochs: float
     """Passes over the domain."""
     runs_out_at_step: int | None
-    """The step in which the last epoch of the domain ends, or, without a limit, its first epoch; None if that is after the
-    run."""
+    """The step in which the last epoch of the domain ends, or, without a limit, its first epoch; None if that is after
+    the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,11 +138,9 @@ def _constant_weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[
     num_chunks = -(-num_steps // chunk_steps)  # Division that rounds up.
     for chunk in range(num_chunks):
         weights = mixer.weights_of(chunk)
-        if weights is not None:
-            weights = source.without_dropped_domains(weights)
-        if weights is not None and not np.array_equal(weights, current):
+        if weights is not None and not np.array_equal(source.without_dropped_domains(weights), current):
             yield current, length
-            current = weights
+            current = source.without_dropped_domains(weights)
             length = 0
         length += min(chunk_steps, num_steps - chunk * chunk_steps)
     yield current, length
@@ -162,6 +163,7 @@ def _run_out_steps(
 
 def _bytes_per_item(source: Source) -> NDArray[np.float64]:
     """Return the mean bytes on disk per item of each domain, from the blocks that it lies in; shape (K,)."""
+    # Blocks know their bytes and rows only; a domain that has some rows of a block gets their share of its bytes.
     table = source.layout.table
     blocks = source.blocks
     bytes_per_row = blocks.length[table.block] / np.maximum(blocks.rows[table.block], 1)

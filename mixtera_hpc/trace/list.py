@@ -48,6 +48,7 @@ def list_sequences(
         ConfigError: the run has no such rank or domain.
     """
     steps = _check_steps(wanted.steps, history.end)
+    # The steps to list of each attempt that counts.
     extents = [
         (attempt, range(max(served.start, steps.start), min(served.stop, steps.stop)))
         for attempt, served in history.extents()
@@ -106,6 +107,7 @@ def _records_with_ranks(source: Source, folder: RunFolder, attempt: AttemptRecor
 
 def _audited_digests(folder: RunFolder, attempt: int, steps: range) -> dict[tuple[int, int], str]:
     """Return (step, position) → digest of the sequences that an attempt consumed; empty if it was not audited."""
+    # Every rank has its own log.
     digests = {}
     for path in folder.audit_files(attempt):
         for line in read_lines(path):
@@ -118,8 +120,8 @@ def _audited_digests(folder: RunFolder, attempt: int, steps: range) -> dict[tupl
 def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterator[Record]:
     """Yield the sequences of steps [first_step, first_step + num_steps) of a new run, in served order.
 
-    If weights are learned, these are the sequences that the initial weights would give. With `plan.digests` the data is read,
-    and every record has the `digest` of its tokens or sample that a run with `dataplane.audit` would log.
+    If weights are learned, these are the sequences that the initial weights would give. With `plan.digests` the data is
+    read, and every record has the `digest` of its tokens or sample that a run with `dataplane.audit` would log.
     """
     state = PlannerState.start(source.num_domains)
     streams = source.streams()
@@ -127,6 +129,7 @@ def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterat
     steps = range(first_step, first_step + num_steps)
     maker = global_batch_maker(source) if source.config.plan.digests else None
     while state.step < steps.stop and (weights := mixer.weights_of(state.chunk)) is not None:
+        # Plan all chunks from the first one on, because cursors depend on them, but expand only those asked for.
         plan, state = source.planner.plan(state, source.without_dropped_domains(weights))
         if state.step > first_step or plan.last:
             records = sequences_of_plan(source, streams, plan, steps)
@@ -153,6 +156,7 @@ def served_sequences(source: Source, attempt: AttemptRecord, steps: range) -> It
     """Yield the sequences of `steps` of an attempt, in served order; `source` is the source of the attempt."""
     streams = source.streams()
     step = steps.start
+    # One chunk after the other; a chunk may end in the middle of a skip.
     while step < steps.stop:
         plan = attempt.plan_of(step)
         stop = min(steps.stop, source.stream_version.step_at(plan.first_step + plan.num_steps))

@@ -1,7 +1,7 @@
 """Find every step, rank and position at which a document was served, from its shard and row.
 
-Positions are exact, so nothing has to be searched: in every epoch that a run has reached, the block of the document has one
-place in the block order of its domain, and the document has one place in its window. Price per epoch: one O(blocks)
+Positions are exact, so nothing has to be searched: in every epoch that a run has reached, the block of the document has
+one place in the block order of its domain, and the document has one place in its window. Price per epoch: one O(blocks)
 permutation and the sample columns of one window; per sequence found: one expanded chunk. The length of the run does not
 matter.
 """
@@ -26,8 +26,8 @@ def locate_row(
 ) -> Iterator[Record]:
     """Yield every service of a row by the attempts that count, in order of attempts and epochs.
 
-    A record has `step`, `position`, `rank`, `attempt`, `domain_id`, `epoch` and `items`: the items [start, end) of the row.
-    If an attempt was killed, what it had planned counts too: up to two chunks more than it consumed.
+    A record has `step`, `position`, `rank`, `attempt`, `domain_id`, `epoch` and `items`: the items [start, end) of the
+    row. If an attempt was killed, what it had planned counts too: up to two chunks more than it consumed.
 
     Args:
         rank: only what was served to this rank or its model-parallel group.
@@ -90,6 +90,7 @@ def _services(source: Source, attempt: AttemptRecord, place: _RowPlace) -> Itera
     if end == first or not epoch_items:
         return
 
+    # Items of the stream that the attempt planned, and with them the epochs that it touched.
     first_item, end_item = source.span(domain, first, end - first)
     for epoch in range(first_item // epoch_items, (end_item - 1) // epoch_items + 1):
         start, stop = _stream_items(source, place, epoch)
@@ -155,6 +156,7 @@ class _ExpandedPlans:
 
     def step_and_position(self, domain: int, ordinal: int) -> tuple[int, int] | None:
         """Return where a sequence was served; None if its data step was skipped."""
+        # Plan i serves the ordinals from its cursor up to the cursor of plan i + 1.
         first_ordinals = np.array([int(plan.cursors[domain]) for plan in self._plans])
         number = int(np.searchsorted(first_ordinals, ordinal, side="right")) - 1
         slots = self._expand(number)

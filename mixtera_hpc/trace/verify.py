@@ -1,7 +1,8 @@
 """Prove that a run consumed exactly what was planned: every planned sequence once, with the planned content.
 
-The tokens of every sequence, or the samples, are made again from the plan, the index and the data. Their digests are compared
-with those in the audit log, which holds what the trainers were handed. Price: all data of the run is read once.
+The tokens of every sequence, or the samples, are made again from the plan, the index and the data. Their digests are
+compared with those in the audit log, which holds what the trainers were handed. Price: all data of the run is read
+once.
 """
 
 from collections.abc import Iterable
@@ -32,8 +33,8 @@ def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> 
     """Prove that every planned sequence was consumed exactly once, across all attempts and run edits.
 
     Raises:
-        DataError: the run was not audited, or a sequence was not consumed, consumed twice, or consumed with other content;
-            the message names the first such sequence.
+        DataError: the run was not audited, or a sequence was not consumed, consumed twice, or consumed with other
+            content; the message names the first such sequence.
     """
     consumed = _ConsumedSequences(folder, history)
     end, unfinished = _proven_end(history, consumed)
@@ -42,6 +43,7 @@ def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> 
     for attempt, served in history.extents():
         steps = range(served.start, min(served.stop, end))
         consumed.check_audited(attempt, steps)
+        # Each chunk is made again from its plan; `step` is the first step that is not proven yet.
         maker = global_batch_maker(sources.of(attempt))
         step = steps.start
         while step < steps.stop:
@@ -68,6 +70,7 @@ class _ConsumedSequences:
 
     def __init__(self, folder: RunFolder, history: History) -> None:
         self._history = history
+        # A list of digests for each position, to notice a sequence that was consumed twice.
         self._digests: dict[tuple[int, int], dict[int, list[str]]] = {}
         for attempt in history.attempts:
             for path in folder.audit_files(attempt.number):
@@ -102,6 +105,7 @@ class _ConsumedSequences:
         positions = self._digests_of(step)
         attempt = self._history.attempt_of(step).number
         for position, digest in enumerate(expected):
+            # Exactly one digest: a sequence that two ranks consumed has two.
             actual = positions.get(position, [])
             if actual != [digest]:
                 raise DataError(

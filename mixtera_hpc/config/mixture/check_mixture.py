@@ -64,8 +64,8 @@ def _single_weight(domain: DomainConfig, path: str) -> list[str]:
 def _key_problems(domain: DomainConfig, path: str) -> list[str]:
     if not domain.key and not domain.domains:
         return [
-            f"{path}.key is empty. Name at least one property, e.g. key: {{language: en}}. For everything that matches no "
-            "key, use mixture.remainder."
+            f"{path}.key is empty. Name at least one property, e.g. key: {{language: en}}. For everything that matches "
+            "no key, use mixture.remainder."
         ]
     try:
         parse_domain_key(domain.key)

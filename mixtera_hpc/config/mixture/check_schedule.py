@@ -33,7 +33,8 @@ def schedule_problems(mixture: MixtureConfig) -> list[str]:
     stages = mixture.schedule.stages
     if not stages:
         return [
-            "mixture.kind=schedule needs mixture.schedule.stages, a list of {start, kind, …}; the first stage starts at 0."
+            "mixture.kind=schedule needs mixture.schedule.stages, a list of {start, kind, …}. The first stage starts "
+            "at 0."
         ]
     problems = []
     starts = [stage.start for stage in stages]

@@ -1,4 +1,4 @@
-"""Check the weights of a mixture, or of one stage of its schedule: where they are required, refused, and what they sum to."""
+"""Check the weights of a mixture, or of a stage of its schedule: where they are needed, and what they sum to."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,8 +21,8 @@ def weight_problems(part: MixtureConfig | StageConfig, path: str) -> list[str]:
     is_mixture = path == "mixture"
     if part.kind in ("static", "hierarchical") and not part.domains and is_mixture:
         return [
-            f"mixture.kind={part.kind} needs mixture.domains, a list of {{key, weight}}. Use mixture.kind=natural for the "
-            "shares of the index."
+            f"mixture.kind={part.kind} needs mixture.domains, a list of {{key, weight}}. Use mixture.kind=natural for "
+            "the shares of the index."
         ]
     if part.kind == "static" and any(domain.domains for domain in part.domains):
         return [f"{path}.domains has groups, but {path}.kind=static allows none. Set {path}.kind=hierarchical."]
@@ -41,8 +41,8 @@ def _ignored_weight(part: MixtureConfig | StageConfig, path: str) -> list[str]:
     if part.remainder is not None and part.remainder.weight is not None:
         weights.append((f"{path}.remainder", part.remainder.weight))
     return [
-        f"{place}.weight is {weight:g}, but {path}.kind=natural takes the shares of the index. Set {path}.kind=static, or "
-        "remove the weights."
+        f"{place}.weight is {weight:g}, but {path}.kind=natural takes the shares of the index. Set {path}.kind=static, "
+        "or remove the weights."
         for place, weight in weights[:1]
     ]
 

@@ -1,14 +1,14 @@
-"""Adaptive Data Optimization: serve more of the domains whose loss falls fastest per sequence, by their own scaling laws.
+"""Adaptive Data Optimization: serve more of the domains whose loss falls fastest, by their own scaling laws.
 
-In every step, credit follows the shares that were served, and the preference is prior × credit × speed. The mixture is the
-average of all preferences so far, moved a tenth of the way towards the present preference. Every `refit_interval` steps the
-laws are fitted again. Price at 1,000 domains: a fraction of a millisecond per step, a fraction of a second per refit, and
-4 MB of history, no matter how long the run is.
+In every step, credit follows the shares that were served, and the preference is prior × credit × speed. The mixture is
+the average of all preferences so far, moved a tenth of the way towards the present preference. Every `refit_interval`
+steps the laws are fitted again. Price at 1,000 domains: a fraction of a millisecond per step, a fraction of a second
+per refit, and 4 MB of history, no matter how long the run is.
 
 The published codes have faults that this code does not have: a floor under epsilon that makes low-entropy domains look
 fully learned; one NaN ends all refits; a floor so high that many domains become uniform, and weights that end below it;
-zeros in place of missing losses; one failed fit discards the others; cost that grows with the run; an optimizer that stops
-where it starts; int32 counts. Source: arXiv 2410.11820, equations (1) to (5).
+zeros in place of missing losses; one failed fit discards the others; cost that grows with the run; an optimizer that
+stops where it starts; int32 counts. Source: arXiv 2410.11820, equations (1) to (5).
 """
 
 from collections.abc import Mapping
@@ -94,7 +94,8 @@ class Ado:
         delta_min: float = 0.01
         """Smallest weight of a domain."""
         floor_share: float = 0.25
-        """All floors together take at most this share: with many domains the smallest weight is this divided by their number."""
+        """All floors together take at most this share: with many domains the smallest weight is this divided by their
+        number."""
 
         def __post_init__(self) -> None:
             check_range("warmup", self.warmup, 0)
@@ -105,8 +106,9 @@ class Ado:
                 check_range(name, getattr(self, name), 0, 1)
             if self.first_fitted > self.warmup:
                 raise ConfigError(
-                    f"{CONFIG_KEY}.first_fitted_step is {self.first_fitted}, after the warm-up of {self.warmup} steps, but the "
-                    f"first fit is at its end. Set {CONFIG_KEY}.first_fitted_step below {CONFIG_KEY}.warmup, or leave it out."
+                    f"{CONFIG_KEY}.first_fitted_step is {self.first_fitted}, after the warm-up of {self.warmup} steps, "
+                    "but the first fit is at its end.\n"
+                    f"  Set {CONFIG_KEY}.first_fitted_step below {CONFIG_KEY}.warmup, or leave it out."
                 )
 
         @property
@@ -150,6 +152,7 @@ class Ado:
         share = _share(statistics)
         state = self._observe(state, statistics)
         steps_after_warmup = state.step - self.config.warmup
+        # The first fit is at the end of the warm-up, so that the mixture has laws when it begins to move.
         if steps_after_warmup >= 0 and steps_after_warmup % self.config.refit_interval == 0:
             state = self._refit(state)
         if steps_after_warmup >= 0 and state.laws.known.any():
@@ -205,6 +208,7 @@ class Ado:
             num_sequences=state.num_sequences + statistics.num_sequences,
             num_nonfinite=state.num_nonfinite + statistics.num_nonfinite,
         )
+        # The smoothing filter of the series needs the early steps too; it drops them after smoothing.
         if not observed.any() or (self.variant.binned and state.step < self.config.first_fitted):
             return state
         history = state.history.observe(state.num_seen, statistics)
@@ -214,6 +218,7 @@ class Ado:
         """Fit the laws of all domains with new losses. Where a fit fails, the old law stays."""
         fitted = np.zeros_like(state.stale)
         laws = state.laws
+        # Domains without new losses would give the same law again.
         rows = np.flatnonzero(state.stale)
         if len(rows):
             new = np.full_like(laws.theta, np.nan)
@@ -221,6 +226,7 @@ class Ado:
             new[rows] = fit_laws(state.history.points().take(rows), self.variant.bounds, start).theta
             fitted = ScalingLaws(theta=new).known
             laws = ScalingLaws(theta=np.where(fitted[:, None], new, laws.theta))
+        # A law of NaN is a failed fit; its domain keeps the law it had.
         older = np.where(laws.known, LAW_OLDER, LAW_UNKNOWN)
         status = np.where(fitted, LAW_FITTED, older).astype(np.int8)
         return replace(state, laws=laws, law_status=status, stale=np.zeros_like(state.stale))
@@ -233,6 +239,7 @@ class Ado:
         credit = self._follow(state.credit, followed)
         preference = self._preference(state, credit)
         weights = self._with_floor(rate * preference + (1 - rate) * state.average, state)
+        # One published code lets credit follow the weights that it has just computed.
         if rule.share == "new":
             credit = self._follow(credit, weights)
         # Running average over all steps, the warm-up included.
@@ -253,6 +260,7 @@ class Ado:
         rule = self.variant
         known = state.laws.known
         speed = state.laws.speed(state.num_seen, rule.min_alpha)
+        # `tiny` avoids a division by 0 if no domain with a law has a prior.
         measured = state.prior * known
         typical = (measured * np.where(known, speed, 0.0)).sum() / max(measured.sum(), np.finfo(np.float64).tiny)
 

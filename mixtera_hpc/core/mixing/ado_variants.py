@@ -1,8 +1,8 @@
 """Adaptive Data Optimization as four groups wrote it, as data: this file holds the differences, `ado` the shared part.
 
 `default` is ours: the equations of the paper, with the known faults of the public codes repaired. The others reproduce
-published trajectories, including faults of the method: `paper` (arXiv 2410.11820), `authors` (the code published with it)
-and `mixtera` (the code of arXiv 2502.19790). None of them reproduces a crash.
+published trajectories, including faults of the method: `paper` (arXiv 2410.11820), `authors` (the code published with
+it) and `mixtera` (the code of arXiv 2502.19790). None of them reproduces a crash.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class AdoVariant:
     credit: Literal["power", "spread"] = "power"
     """h^s, or sqrt(h (1 - h)) as in the authors' code."""
     floor: Literal["exact", "preference", "seen"] = "exact"
-    """Project the mixture onto the floor; or clip and renormalise the preference; or clip and renormalise the mixture over the
-    domains seen so far."""
+    """Project the mixture onto the floor; or clip and renormalise the preference; or clip and renormalise the mixture
+    over the domains seen so far."""
     min_alpha: float = 0.0
     """Speeds are computed with at least this exponent as a factor."""
     first_step: int = 0

@@ -1,8 +1,8 @@
 """Mixing algorithms: compute the mixture of a later step from the statistics of earlier ones.
 
-A mixing algorithm is a pure function of values. It reads no clock, no file and no random numbers, and does not know about
-ranks: the same statistics give the same weights on every machine that has the state. This file registers three algorithms;
-all of them pass the checks of `mixtera_hpc.testing.mixing`.
+A mixing algorithm is a pure function of values. It reads no clock, no file and no random numbers, and does not know
+about ranks: the same statistics give the same weights on every machine that has the state. This file registers three
+algorithms; all of them pass the checks of `mixtera_hpc.testing.mixing`.
 """
 
 from collections.abc import Mapping
@@ -40,8 +40,8 @@ State = TypeVar("State", bound=MixingState)
 class MixingAlgorithm(Protocol[State]):
     """A pure state machine: call `start` once, then `update` after every optimizer step.
 
-    A domain without sequences in a step keeps its learned values. Losses that are not finite are ignored and counted. Weights
-    are finite and sum to 1. Once they have left the initial mixture, they are at least `floor`.
+    A domain without sequences in a step keeps its learned values. Losses that are not finite are ignored and counted.
+    Weights are finite and sum to 1. Once they have left the initial mixture, they are at least `floor`.
     """
 
     @property

@@ -1,8 +1,8 @@
 """Exponentiated gradient: multiply each weight by exp(eta · score), where the score is the excess loss of the domain.
 
-DoReMi and Sheared-LLaMA use Group DRO in this form. They differ only in score, step size and smoothing, so one file holds
-both. Price: O(domains) per step, no history. It compares with a loss per domain, from a reference run or a scaling law.
-Sources: arXiv 2305.10429 (DoReMi), algorithm 1; arXiv 2310.06694 (Sheared-LLaMA), algorithm 1.
+DoReMi and Sheared-LLaMA use Group DRO in this form. They differ only in score, step size and smoothing, so one file
+holds both. Price: O(domains) per step, no history. It compares with a loss per domain, from a reference run or a
+scaling law. Sources: arXiv 2305.10429 (DoReMi), algorithm 1; arXiv 2310.06694 (Sheared-LLaMA), algorithm 1.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,8 @@ class ExponentiatedGradient:
         """Parameters of exponentiated gradient, with the defaults of DoReMi."""
 
         variant: Literal["doremi", "sheared-llama"] = "doremi"
-        """The score: max(loss - reference, 0); or loss - reference, which also takes weight from domains below the reference."""
+        """The score: max(loss - reference, 0); or loss - reference, which also takes weight from domains below the
+        reference."""
         eta: float = 1.0
         """Step size per nat."""
         smoothing: float | None = None
@@ -55,7 +56,8 @@ class ExponentiatedGradient:
         delta_min: float = 0.01
         """Smallest weight of a domain."""
         floor_share: float = 0.25
-        """All floors together take at most this share: with many domains the smallest weight is this divided by their number."""
+        """All floors together take at most this share: with many domains the smallest weight is this divided by their
+        number."""
 
         def __post_init__(self) -> None:
             check_range("eta", self.eta, 0)
@@ -81,8 +83,8 @@ class ExponentiatedGradient:
         num_references = len(self.config.reference_losses)
         if num_references not in (0, len(prior)):
             raise ConfigError(
-                f"{CONFIG_KEY}.reference_losses has {num_references} numbers, but the mixture has {len(prior)} domains. "
-                f"Give one per domain, in the mixture's order."
+                f"{CONFIG_KEY}.reference_losses has {num_references} numbers, but the mixture has {len(prior)} "
+                "domains. Give one per domain, in the order of the mixture."
             )
         return ExponentiatedGradientState(
             step=0,
@@ -100,6 +102,7 @@ class ExponentiatedGradient:
         step = state.step + 1
         config = self.config
 
+        # Excess loss in nats. Domains without sequences in this step are NaN here and masked below.
         score = statistics.loss_mean - np.asarray(config.reference_losses or 0.0)
         score = np.maximum(score, 0.0) if config.variant == "doremi" else score
         log_weight = state.log_weight + config.eta * np.where(statistics.observed, score, 0.0)

@@ -28,6 +28,7 @@ class LossPoints:
     @classmethod
     def of(cls, log_n: NDArray[np.float64], loss: NDArray[np.float64], weight: NDArray[np.float64]) -> "LossPoints":
         """Return points of mean losses in nats; losses that are not finite and positive get weight 0."""
+        # The logarithm exists only for positive losses; one wild value must not end a fit.
         usable = np.isfinite(loss) & (loss > 0) & (weight > 0)
         weight = np.where(usable, weight, 0.0)
         total = weight.sum(axis=1, keepdims=True)
@@ -82,6 +83,7 @@ def predict(theta: NDArray[np.float64], points: LossPoints) -> Prediction:
 
 def huber_objective(residual: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the weighted Huber loss divided by its delta, about the mean absolute residual; shape (num_domains,)."""
+    # With size = |r|: r²/2 up to delta, then delta · (size - delta/2); both cases in one expression.
     size = np.abs(residual)
     near = np.minimum(size, HUBER_DELTA)
     return np.einsum("km,km->k", weight, near * (size - 0.5 * near)) / HUBER_DELTA

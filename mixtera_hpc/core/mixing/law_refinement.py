@@ -1,9 +1,10 @@
 """Descend from good laws to the minimum of the objective, for all domains at once.
 
 The method is damped Newton steps in (log beta, alpha, epsilon) within a box. The Huber loss has curvature only where
-residuals are small. Elsewhere the curvature of the reweighted quadratic that bounds it from above is used, mixed in with a
-damping factor per domain. Newton steps do not depend on how the three parameters are scaled and correlated, and neither
-does this damping. Price: a step costs ten sums over the (num_domains, num_points) array of the domains that still move.
+residuals are small. Elsewhere the curvature of the reweighted quadratic that bounds it from above is used, mixed in
+with a damping factor per domain. Newton steps do not depend on how the three parameters are scaled and correlated, and
+neither does this damping. Price: a step costs ten sums over the (num_domains, num_points) array of the domains that
+still move.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """The history of all losses so far: sums in at most 256 bins along log n.
 
-A power law is straight in log n, so equally wide bins on that axis hold as much evidence as the whole series. The mean of a
-bin over all its tokens needs no smoothing filter, no filled gaps, and no guess for a domain that has not been seen yet. When
-the bins run out, neighbours merge and all bins become twice as wide. Price: 16 bytes per domain and bin, so 4 MB at 1,000
-domains, no matter how long the run is; a step costs one addition of two arrays.
+A power law is straight in log n, so equally wide bins on that axis hold as much evidence as the whole series. The mean
+of a bin over all its tokens needs no smoothing filter, no filled gaps, and no guess for a domain that has not been seen
+yet. When the bins run out, neighbours merge and all bins become twice as wide. Price: 16 bytes per domain and bin, so 4
+MB at 1,000 domains, no matter how long the run is; a step costs one addition of two arrays.
 """
 
 import itertools
@@ -70,6 +70,7 @@ class LossHistory:
     def observe(self, num_seen: int, statistics: DomainStatistics) -> "LossHistory":
         """Add one step, after which `num_seen` sequences of all domains had been seen; ascending from call to call."""
         observed = statistics.observed
+        # A step is a bin of its own, which merges with the last bin if it falls into the same interval.
         step = LossBin(
             key=int(np.floor(np.log2(num_seen) * self.bins_per_octave)),
             num_steps=1,
@@ -88,6 +89,7 @@ class LossHistory:
         if not self.bins:
             empty = np.zeros((self.num_domains, 0))
             return LossPoints.of(np.zeros(0), empty, empty)
+        # A bin without tokens of a domain has loss 0 and weight 0.
         tokens = np.stack([b.num_tokens for b in self.bins], axis=1)
         loss = np.stack([b.loss_sum for b in self.bins], axis=1) / np.maximum(tokens, 1)
         log_n = np.array([b.log_n_sum / b.num_steps for b in self.bins])
@@ -95,6 +97,7 @@ class LossHistory:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the history as flat arrays, for an npz file."""
+        # `np.stack` refuses an empty list.
         empty = np.zeros((0, self.num_domains))
         return {
             "history_bins_per_octave": np.array(self.bins_per_octave),
@@ -122,6 +125,7 @@ class LossHistory:
         """Return a history of at most `MAX_BINS` bins, each twice as wide as often as needed."""
         if len(self.bins) <= MAX_BINS:
             return self
+        # floor(2x) // 2 == floor(x), so halving all keys gives the bins that wider intervals would have given.
         return LossHistory(
             num_domains=self.num_domains,
             bins=_merge_equal_keys(tuple(b.widened() for b in self.bins)),

@@ -1,7 +1,7 @@
 """The loss series as the ADO paper prepares it; only used to reproduce published trajectories.
 
-For each domain, from its first observation on: gaps filled with the last value, a Savitzky-Golay filter (window 101, cubic),
-the first steps dropped, every tenth step kept. Price: memory and fitting time grow with steps × domains, which
+For each domain, from its first observation on: gaps filled with the last value, a Savitzky-Golay filter (window 101,
+cubic), the first steps dropped, every tenth step kept. Price: memory and fitting time grow with steps × domains, which
 `loss_history` avoids. Source: arXiv 2410.11820, section 3, and the settings its authors published.
 """
 
@@ -27,7 +27,7 @@ KEEP_EVERY = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossSeries:
-    """The mean losses of every step. Immutable: `observe` returns a longer series that shares the rows of the old one."""
+    """The mean losses of every step. Immutable: `observe` returns a longer series that shares the old rows."""
 
     num_domains: int
     first_fitted: int
@@ -86,8 +86,8 @@ class LossSeries:
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Apply a Savitzky-Golay filter along axis 0, shape (num_steps, num_domains).
 
-    The ends follow the cubic of the first and of the last window. With fewer steps than the window, the largest odd window
-    that fits is used. Four steps or fewer stay unchanged: a cubic passes through all of them.
+    The ends follow the cubic of the first and of the last window. With fewer steps than the window, the largest odd
+    window that fits is used. Four steps or fewer stay unchanged: a cubic passes through all of them.
     """
     window = min(WINDOW, len(values) - (len(values) + 1) % 2)
     if window <= DEGREE + 1:

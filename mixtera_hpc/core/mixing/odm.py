@@ -1,8 +1,8 @@
 """Online Data Mixing: a bandit (EXP3) that serves more of the domains whose loss is high.
 
-The reward of an observed domain is its loss divided by its weight, so that rarely served domains are not neglected. Rewards
-are averaged with decay and turned into weights by a softmax, whose sharpness and exploration shrink during the run. Price: O(domains) per step, no history.
-Source: arXiv 2312.02406, algorithm 1.
+The reward of an observed domain is its loss divided by its weight, so that rarely served domains are not neglected.
+Rewards are averaged with decay and turned into weights by a softmax, whose sharpness and exploration shrink during the
+run. Price: O(domains) per step, no history. Source: arXiv 2312.02406, algorithm 1.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,8 @@ class OnlineDataMixing:
         delta_min: float = 0.01
         """Smallest weight of a domain."""
         floor_share: float = 0.25
-        """All floors together take at most this share: with many domains the smallest weight is this divided by their number."""
+        """All floors together take at most this share: with many domains the smallest weight is this divided by their
+        number."""
 
         def __post_init__(self) -> None:
             for name in ("decay", "delta_min", "floor_share"):

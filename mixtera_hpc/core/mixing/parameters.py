@@ -85,6 +85,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if value not in get_args(hint):
             raise ConfigError(f"{path} is {value!r}.{valid_options(value, get_args(hint))}")
         return value
+    # `int | None`: null is a value, everything else must have the other type.
     if isinstance(hint, types.UnionType):
         inner = [kind for kind in get_args(hint) if kind is not type(None)]
         return None if value is None else _value(inner[0], value, path)
@@ -94,6 +95,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
                 f"{path} is {value!r}, expected a list of numbers, one per domain. Write {path}=[{value}]."
             )
         return tuple(_value(get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    # YAML writes 1 for 1.0, and `bool` is a subclass of `int`.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

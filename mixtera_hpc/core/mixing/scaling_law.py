@@ -1,11 +1,11 @@
 """Fit one power law per domain, L(n) = epsilon + beta · n^-alpha, to the losses of all domains at once.
 
-The objective is that of ADO: a Huber loss on log L, quadratic below a residual of 0.001 and linear above, within bounds.
-For a given alpha the law is linear in (epsilon, beta). So a grid over alpha turns each pass of reweighted least squares
-into three matrix products, which find the best alpha of every domain globally. `law_refinement` then descends to the
-minimum of the objective itself. Price: about 15 passes over a (num_domains, num_points) array, then about twenty more over
-the domains that still move. The products are einsums and not BLAS calls, so their bits do not depend on the number of
-threads of the process.
+The objective is that of ADO: a Huber loss on log L, quadratic below a residual of 0.001 and linear above, within
+bounds. For a given alpha the law is linear in (epsilon, beta). So a grid over alpha turns each pass of reweighted least
+squares into three matrix products, which find the best alpha of every domain globally. `law_refinement` then descends
+to the minimum of the objective itself. Price: about 15 passes over a (num_domains, num_points) array, then about twenty
+more over the domains that still move. The products are einsums and not BLAS calls, so their bits do not depend on the
+number of threads of the process.
 
 The three parameters are not identifiable from noisy losses, but the slope at the present n is. Compare speeds, not
 parameters. Source: arXiv 2410.11820, equation (1).
@@ -102,7 +102,7 @@ def _better_laws(theta: Floats, old: Floats, points: LossPoints, bounds: LawBoun
 
 
 def _search_grid(points: LossPoints, bounds: LawBounds) -> Floats:
-    """Return the best laws on a grid of alphas, by least squares reweighted towards the Huber loss; (num_domains, 3)."""
+    """Return the best laws on a grid of alphas; shape (num_domains, 3)."""
     grid = _AlphaGrid.of(points, bounds)
     loss = np.exp(points.log_loss)
     theta = _least_squares(loss, points.weight / loss**2, grid)

@@ -34,8 +34,10 @@ def blend_at(starts: Sequence[float], shape: ScheduleShape, position: float) -> 
     if shape == "stepwise" or stage + 1 == len(starts):
         return StageBlend(stage=stage, share_of_next=0.0)
 
+    # Progress from the start of this stage to the start of the next one, in [0, 1].
     start = starts[stage]
     end = starts[stage + 1]
     progress = min(max((position - start) / (end - start), 0.0), 1.0)
+    # The cosine shape leaves one stage and arrives at the next with slope 0.
     share = progress if shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
     return StageBlend(stage=stage, share_of_next=share)

@@ -80,6 +80,7 @@ def initial_weights(rule: WeightRule, sizes: Sizes, budget: float) -> Weights:
     if not rule.natural and any(node.has_weight() for node in rule.nodes):
         return tree_weights(rule.nodes, sizes)
     if rule.nodes:
+        # Domains that the mixture does not name count as empty.
         named = [domain for node in rule.nodes for domain in node.domains()]
         named_sizes = np.zeros_like(sizes)
         named_sizes[named] = sizes[named]
@@ -122,6 +123,7 @@ def unimax_weights(sizes: Sizes, max_epochs: float, budget: float) -> Weights:
     """
     if not sizes.sum():
         raise MixtureError(NO_SAMPLES)
+    # Small domains first: what they cannot take is shared by the larger ones.
     allotted = np.zeros(len(sizes))
     remaining = float(budget)
     ascending = np.argsort(sizes, kind="stable")
@@ -145,6 +147,7 @@ def tree_weights(nodes: Sequence[WeightNode], sizes: Sizes) -> Weights:
 
 def _distribute(nodes: Sequence[WeightNode], share: float, sizes: Sizes, weights: Weights) -> None:
     """Divide `share` among siblings and add the shares of leaves to `weights`, in place."""
+    # Written weights count only if all siblings have one; checks have refused a mixture of both.
     relative = [float(node.weight) for node in nodes if node.weight is not None]
     if len(relative) < len(nodes):
         relative = [float(sum(sizes[d] for d in node.domains())) for node in nodes]

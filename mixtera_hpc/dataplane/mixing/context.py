@@ -1,4 +1,4 @@
-"""What a mixture of a run depends on besides its configuration: domains, their sizes, and the position of its chunks."""
+"""What a mixture depends on besides its configuration: domains, their sizes, and the position of its chunks."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
 """From `mixture` in a configuration to the object that decides the weights of every chunk.
 
-`make_mixer` builds that object for a run, for one stage of a schedule, and for a mixture that is requested while the run
-goes on: always from a `MixtureConfig` and the `MixtureContext` of the run. The weights, bounds and schedules themselves
-are computed in `core.mixing`.
+`make_mixer` builds that object for a run, for one stage of a schedule, and for a mixture that is requested while the
+run goes on: always from a `MixtureConfig` and the `MixtureContext` of the run. The weights, bounds and schedules
+themselves are computed in `core.mixing`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,6 +63,7 @@ def make_mixer(mixture: MixtureConfig, context: MixtureContext, *, learn: bool =
     else:
         mixer = _single_mixer(mixture, mixture, context, learn)
     _check_not_all_dropped(mixture, context)
+    # Bounds hold for every stage of a schedule, so they go around all of it.
     bounds = config_bounds(mixture, context.domain_sizes)
     return mixer if bounds is None else BoundedMixer(mixer, *bounds)
 
@@ -74,8 +75,8 @@ def config_weights(part: MixtureConfig | StageConfig, mixture: MixtureConfig, do
         part: `mixture` itself, or a stage of its schedule. A schedule begins with the weights of its first stage.
 
     Raises:
-        MixtureError: the mixture names a domain that the run does not have, or natural shares are requested and there is
-            no data.
+        MixtureError: the mixture names a domain that the run does not have, or natural shares are requested and there
+            is no data.
     """
     if part is mixture and mixture.kind == "schedule":
         return config_weights(mixture.schedule.stages[0], mixture, domains)
@@ -88,6 +89,7 @@ def config_bounds(mixture: MixtureConfig, domains: DomainSizes) -> tuple[Weights
     Raises:
         MixtureError: see `core.mixing.bounds.domain_bounds`.
     """
+    # Two spellings of one key, such as a value and a list of it, are the same domain.
     by_key = {canonical_key(entry.key): entry.domain for entry in domain_entries(mixture)}
     configs = [by_key.get(canonical_key(key), DomainConfig()) for key in domains.keys]
     return domain_bounds(
@@ -105,8 +107,8 @@ def query_weights(
 ) -> Weights | None:
     """Return the initial weights of selected domains, to show them before a run; shape (K,). None if they are unknown.
 
-    They are unknown if they depend on tokens and the index has not counted any, or if nothing is selected. A run refuses a
-    weight on an empty domain; this function returns it.
+    They are unknown if they depend on tokens and the index has not counted any, or if nothing is selected. A run
+    refuses a weight on an empty domain; this function returns it.
 
     Args:
         keys: keys of the domains.
@@ -136,6 +138,7 @@ def query_weights(
 
 def max_epochs_per_domain(mixture: MixtureConfig, num_domains: int) -> Weights:
     """Return the passes over each domain before it is exhausted, `inf` for endless; shape (K,)."""
+    # A mixture without domains has as many as the index gives it, all with the default.
     default = DEFAULT_MAX_EPOCHS[mixture.on_exhausted] if mixture.max_epochs is None else mixture.max_epochs
     own = [entry.domain.max_epochs for entry in domain_entries(mixture)] or [None] * num_domains
     limits = [default if limit is None else limit for limit in own]
@@ -149,6 +152,7 @@ def _scheduled_mixer(mixture: MixtureConfig, context: MixtureContext, learn: boo
         MixerStage(start=stage.start, mixer=_single_mixer(stage, mixture, context, learn)) for stage in schedule.stages
     ]
     timeline = context.timeline
+    # Starts in tokens count predicted tokens, which `items_before` counts too.
     position_of = timeline.step_of if schedule.unit == "steps" else timeline.items_before
     return ScheduledMixer(stages, schedule.shape, position_of)
 
@@ -171,6 +175,7 @@ def _check_not_all_dropped(mixture: MixtureConfig, context: MixtureContext) -> N
 
     The stages of a schedule count together: a stage of dropped domains may already have ended.
     """
+    # Shares are computed over all samples, dropped ones included, so a drop alone does not change them.
     parts = mixture.schedule.stages if mixture.kind == "schedule" else [mixture]
     requested = np.sum([config_weights(part, mixture, context.domain_sizes) for part in parts], axis=0) > 0
     if (requested & context.has_samples).any():
@@ -185,6 +190,7 @@ def _check_not_all_dropped(mixture: MixtureConfig, context: MixtureContext) -> N
 
 def _weight_rule(part: MixtureConfig | StageConfig, mixture: MixtureConfig, keys: Sequence[DomainKey]) -> WeightRule:
     """Return the rule for the initial weights of `part`; a stage without domains takes those of `mixture`."""
+    # A remainder belongs to the list of domains that it completes.
     source = part if part.domains else mixture
     ids = {canonical_key(key): domain for domain, key in enumerate(keys)}
     names = [display_name(key) for key in keys]

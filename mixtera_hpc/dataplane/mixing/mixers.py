@@ -1,8 +1,9 @@
 """Mixers: the objects on rank 0 that decide the weights of each chunk.
 
-The statistics of chunk c decide the weights of chunk c + `feedback_lag`, no matter how early or late they arrive, so a run
-is reproducible. Mixers nest: a schedule holds one mixer per stage, and bounds wrap any mixer. The mixing algorithm runs in
-a thread of its own, so a refit delays no step. `dataplane.mixing.from_config` builds mixers from a configuration.
+The statistics of chunk c decide the weights of chunk c + `feedback_lag`, no matter how early or late they arrive, so a
+run is reproducible. Mixers nest: a schedule holds one mixer per stage, and bounds wrap any mixer. The mixing algorithm
+runs in a thread of its own, so a refit delays no step. `dataplane.mixing.from_config` builds mixers from a
+configuration.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ class Mixer(Protocol):
     """Decides the weights of chunks, which are requested in ascending order; used on rank 0 only."""
 
     def weights_of(self, chunk: int) -> Weights | None:
-        """Return the weights of `chunk`, shape (K,), sum 1; None while the statistics it needs are not processed yet."""
+        """Return the weights of `chunk`, shape (K,), sum 1; None while statistics it needs are being processed."""
 
     def feed(self, statistics: DomainStatistics) -> None:
         """Take the statistics of one step, in order of steps; return at once."""
@@ -82,8 +83,10 @@ class DynamicMixer:
         self._chunk_steps = chunk_steps
         self._lag = feedback_lag
         self._state = algorithm.start(prior)
+        # Chunk → weights, from the last finished chunk on.
         self._decided: dict[int, Weights] = dict.fromkeys(range(feedback_lag), prior)
         self._newest = prior
+        # One thread, so that updates run in the order in which they were fed.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
         self._pending: list[Future[None]] = []
 
@@ -122,6 +125,7 @@ class DynamicMixer:
             self._state, weights = self._algorithm.update(self._state, statistics)
         self._newest = weights
 
+        # The last step of a chunk decides the weights `feedback_lag` chunks later.
         chunk, step_in_chunk = divmod(statistics.step, self._chunk_steps)
         if step_in_chunk == self._chunk_steps - 1:
             self._decided[chunk + self._lag] = weights
@@ -137,7 +141,8 @@ class BoundedMixer:
     """Moves the weights of another mixer between floors and caps: to the nearest mixture in relative entropy."""
 
     def __init__(self, inner: Mixer, floor: Weights, cap: Weights) -> None:
-        """
+        """Wrap `inner`.
+
         Args:
             floor: shape (K,), sum at most 1.
             cap: shape (K,), sum at least 1.
@@ -176,7 +181,8 @@ class ScheduledMixer:
     """Mixers that follow each other. Each of them sees the statistics of every step, also before its stage begins."""
 
     def __init__(self, stages: Sequence[MixerStage], shape: ScheduleShape, position_of: Callable[[int], float]) -> None:
-        """
+        """Build a schedule.
+
         Args:
             stages: in ascending order of start; the first holds from the beginning of the run.
             shape: the transition from one stage to the next.
@@ -188,6 +194,7 @@ class ScheduledMixer:
         self._position_of = position_of
 
     def weights_of(self, chunk: int) -> Weights | None:
+        # A dynamic stage may not have decided yet; ask it only if its share is not 0.
         blend = blend_at(self._starts, self._shape, self._position_of(chunk))
         share = blend.share_of_next
         weights = self._stages[blend.stage].mixer.weights_of(chunk)

@@ -1,9 +1,9 @@
 """Requests for another mixture in a running job, from a named chunk on.
 
-`mixtera-hpc mixture set RUN FILE` leaves a request in `control/mixture.json`. Rank 0 finds it at the end of a step, assigns
-it to the first chunk that is not planned yet or to the later chunk that it names, and records the decision. From then on
-the decision is part of the run, whichever checkpoint an attempt continues from. A request for a chunk that is planned
-already is refused, and the refusal is recorded too.
+`mixtera-hpc mixture set RUN FILE` leaves a request in `control/mixture.json`. Rank 0 finds it at the end of a step,
+assigns it to the first chunk that is not planned yet or to the later chunk that it names, and records the decision.
+From then on the decision is part of the run, whichever checkpoint an attempt continues from. A request for a chunk that
+is planned already is refused, and the refusal is recorded too.
 """
 
 import json
@@ -82,6 +82,7 @@ def requested_mixture(current: MixtureConfig, written: Any) -> MixtureConfig:
         others = ", ".join(str(key) for key in written if key != "mixture")
         raise ConfigError(f"Only `mixture` can be changed in an existing run. Remove {others}.")
 
+    # Keys that cannot change keep the values of the run unless the file names them.
     if isinstance(inner, Mapping):
         inner = {**{name: getattr(current, name) for name in FIXED_KEYS}, **inner}
     mixture = from_plain(MixtureConfig, inner, "mixture")
@@ -100,6 +101,7 @@ def _changed_streams(current: MixtureConfig, requested: MixtureConfig) -> list[s
         changed.append("mixture.kind=arbitrary")
     if requested.group_by and requested.group_by != current.group_by:
         changed.append("mixture.group_by")
+    # Epoch limits of a domain belong to its stream; a request may repeat them.
     limits = {canonical_key(entry.key): entry.domain.max_epochs for entry in domain_entries(current)}
     for entry in domain_entries(requested):
         if entry.domain.max_epochs not in (None, limits.get(canonical_key(entry.key))):

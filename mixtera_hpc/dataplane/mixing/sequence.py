@@ -41,6 +41,7 @@ class MixtureSequence:
 
         A mixer whose decision is installed already stays as it is; a new decision begins with a new mixer.
         """
+        # Decisions are in the order in which they were made, so the last one for a chunk stays in the dictionary.
         latest = {decision.chunk: decision for decision in decisions if decision.refused is None}
         for decision in latest.values():
             if self._decisions.get(decision.chunk) != decision:
@@ -62,6 +63,7 @@ class MixtureSequence:
         if chunk < first:
             reason = f"chunk {chunk} is planned already; the first chunk that can still change is {first}"
             return replace(decision, refused=reason)
+        # A mixture that this run cannot serve is refused here, not in the chunk where it would begin.
         try:
             self._install(decision)
         except MixteraError as error:
@@ -69,7 +71,7 @@ class MixtureSequence:
         return decision
 
     def weights_of(self, chunk: int) -> NDArray[np.float64] | None:
-        """Return the weights of `chunk`, shape (K,), sum 1; None while the statistics it needs are not processed yet."""
+        """Return the weights of `chunk`, shape (K,), sum 1; None while statistics it needs are being processed."""
         begin = self._begin_of(chunk)
         return self._mixers[begin].weights_of(chunk - begin)
 
@@ -87,6 +89,7 @@ class MixtureSequence:
         """Restore the state that `decisions` and `arrays` returned."""
         self.restore(decisions)
         for begin, mixer in self._mixers.items():
+            # A mixer that was installed after the state was saved has nothing to restore.
             if own := strip_prefix(f"from{begin}/", arrays):
                 mixer.load(own)
 
@@ -101,6 +104,7 @@ class MixtureSequence:
 
     def _install(self, decision: MixtureDecision) -> None:
         """Build the mixer of a decision and let it hold from its chunk on."""
+        # Schedules of the new mixture count steps and tokens of the whole run, so the timeline is shifted with it.
         timeline = self._context.timeline
         first = decision.chunk
         shifted = replace(timeline, step=timeline.step_of(first), items=timeline.items_before(first))

@@ -51,6 +51,8 @@ def submit_request(
     """
     config = pin_index_generation(config, folder.journal)
     mixture = requested_mixture(config.mixture, written)
+    # `make_mixer` checks the request against the domains and samples of the run. The weights of a dynamic mixture are
+    # those that it begins with.
     source = open_source(config, Local(), subset=subset_of_run(folder), check=False)
     weights = make_mixer(mixture, source.mixture_context, learn=False).weights_of(0)
     _check_not_planned(folder, chunk, is_active)

@@ -40,8 +40,10 @@ def weight_changes(history: History) -> list[WeightChange]:
     for attempt, steps in history.extents():
         version = attempt.stream_version
         for plan in attempt.plans:
+            # The training steps of the chunk that were served by this attempt and count.
             first = max(version.step_at(plan.first_step), steps.start)
             end = min(version.step_at(plan.first_step + plan.num_steps), steps.stop)
+            # Plans hold integer weights; equal shares are equal bits, because one function quantises them.
             shares = (plan.weights / plan.weights.sum()).tolist()
             if first >= end or (changes and changes[-1].weights == shares):
                 continue

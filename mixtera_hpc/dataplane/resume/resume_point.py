@@ -28,7 +28,8 @@ class ResumePoint:
 
     step: int
     plan: ChunkPlan
-    """The plan of the chunk that `step` lies in, or of the chunk before. A plan of no steps only says where planning begins."""
+    """The plan of the chunk that `step` lies in, or of the chunk before. A plan of no steps only says where planning
+    begins."""
     stream_version: StreamVersion
 
 
@@ -42,6 +43,7 @@ def find_resume_point(source: Source, state: PlaneState | None, edits: Sequence[
     Raises:
         ConfigError: the state belongs to another run, or an edit has abandoned it.
     """
+    # A state knows the edits made before it was saved: as many as the number of its stream version.
     pending = edits[state.stream_version.number if state else 0 :]
     version = state.stream_version if state else StreamVersion.start(source.num_domains)
     version = replace(version.with_skips(edit.skip for edit in pending if edit.skip), number=len(edits))
@@ -50,6 +52,7 @@ def find_resume_point(source: Source, state: PlaneState | None, edits: Sequence[
         return ResumePoint(step=0, plan=_empty_plan(start), stream_version=version)
 
     _check_not_abandoned(state, pending)
+    # Only what a pending edit names may differ from the state.
     changed = check_identity(state.identity, source.identity(), {name for edit in pending for name in edit.changes})
     if not changed:
         return ResumePoint(step=state.next_step, plan=state.plan, stream_version=version)
@@ -82,6 +85,7 @@ def _edited_resume_point(
     position = replace(position, chunk=data_step // source.planner.chunk_steps)
 
     if "global_batch_size" in changed:
+        # Schedules in tokens count the steps so far with their old size.
         old_items = before.mixture_context.timeline.items_per_step
         new_items = source.mixture_context.timeline.items_per_step
         version = replace(version, items=version.items + data_step * (old_items - new_items))
@@ -132,8 +136,9 @@ def _origins_after_drop(before: Source, after: Source, cursors: NDArray[np.int64
 def _item_after_drop(before: Source, after: Source, domain: int, item: int) -> int:
     """Return the position in the shorter stream of a domain that corresponds to `item` of the longer one.
 
-    The order of blocks and rows is that of the longer stream; the shorter one lacks the dropped rows. So the position is the
-    number of items in front of `item` that were not dropped: whole epochs, whole windows, and the rows of one window.
+    The order of blocks and rows is that of the longer stream; the shorter one lacks the dropped rows. So the position
+    is the number of items in front of `item` that were not dropped: whole epochs, whole windows, and the rows of one
+    window.
     """
     old_items = int(before.layout.epoch_items()[domain])
     new_items = int(after.layout.epoch_items()[domain])

@@ -1,7 +1,8 @@
-"""Run edits: deliberate changes of a run between two attempts, each recorded in `decisions.jsonl` before it takes effect.
+"""Run edits: deliberate changes of a run between two attempts, recorded before they take effect.
 
-A run edit skips data steps, drops samples, or changes the seed or the global batch size. It begins a new stream version at the
-step that the next attempt continues from. What was served before keeps its meaning.
+A run edit skips data steps, drops samples, or changes the seed or the global batch size. It is a line of
+`decisions.jsonl`, and begins a new stream version at the step that the next attempt continues from. What was served
+before keeps its meaning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,7 @@ def is_abandoned(state: Mapping[str, Any], edits: Sequence[RunEdit]) -> bool:
 
 def dropped_expressions(edits: Sequence[RunEdit]) -> tuple[str, ...]:
     """Return the expressions whose samples a run no longer serves, oldest first."""
+    # Each edit records all expressions up to then, so the last one wins.
     dropped: Sequence[str] = ()
     for edit in edits:
         if "drop" in edit.changes:

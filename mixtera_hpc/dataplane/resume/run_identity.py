@@ -24,12 +24,13 @@ def data_of_run(folder: RunFolder, split: Split = "train") -> tuple[Config, Samp
 
 
 def pin_index_generation(config: Config, journal: Path) -> Config:
-    """Return `config` with the generation of each index that the run began with; an index may have been refreshed since.
+    """Return `config` with the generations of its indexes that the run began with.
 
-    Generations that the user set stay. Price: one line of the journal.
+    An index may have been refreshed since. Generations that the user set stay. Price: one line of the journal.
     """
     if config.index.generations or not journal.is_file():
         return config
+    # The journal of a long run has thousands of lines, but its first line has the identity of the first attempt.
     with journal.open("rb") as file:
         line = file.readline()
     start = msgspec.json.decode(line) if line.endswith(b"\n") else {}  # The first line may be cut short.

@@ -1,8 +1,8 @@
 """The version of a run's streams: how training steps and stream positions are counted between two run edits.
 
-Training counts steps; plans count *data steps*. The two are equal until `resume --skip-steps` skips data: from then on a
-training step takes the data of a later data step, and plans stay as they were. After `resume --drop` the stream of a domain is
-shorter, and `origins` says where in it the run continues. Price: one integer per domain.
+Training counts steps; plans count *data steps*. The two are equal until `resume --skip-steps` skips data: from then on
+a training step takes the data of a later data step, and plans stay as they were. After `resume --drop` the stream of a
+domain is shorter, and `origins` says where in it the run continues. Price: one integer per domain.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,10 +28,11 @@ class StreamVersion:
     skips: tuple[StepRange, ...]
     """Skipped data steps; disjoint and ascending."""
     origins: Ints
-    """Item of each domain's stream at which its sequence 0 would begin; shape (K,). Negative if a drop shortened the stream."""
+    """Item of each domain's stream at which its sequence 0 would begin; shape (K,). Negative if a drop shortened the
+    stream."""
     items: int = 0
-    """Items that steps of the present size would have served before data step 0, so that a schedule in tokens continues where
-    it was after a change of the batch size."""
+    """Items that steps of the present size would have served before data step 0, so that a schedule in tokens continues
+    where it was after a change of the batch size."""
 
     @classmethod
     def start(cls, num_domains: int) -> "StreamVersion":
@@ -40,6 +41,7 @@ class StreamVersion:
 
     def data_step(self, step: int) -> int:
         """Return the data step whose data training step `step` takes."""
+        # Skips are ascending, so each one before the step moves it on by its length.
         for first, last in self.skips:
             if step < first:
                 break
@@ -48,6 +50,7 @@ class StreamVersion:
 
     def step_at(self, data_step: int) -> int:
         """Return the training step that takes `data_step`, or the first data step after it that is not skipped."""
+        # Of a skip that reaches beyond `data_step`, only the part before it counts.
         skipped = sum(min(last + 1, data_step) - first for first, last in self.skips if first < data_step)
         return data_step - skipped
 
@@ -59,6 +62,7 @@ class StreamVersion:
         """Return this version with more skipped data steps, which may overlap with those skipped already."""
         merged: list[StepRange] = []
         for first, last in sorted([*self.skips, *more]):
+            # Skips that touch or overlap become one.
             if merged and first <= merged[-1][1] + 1:
                 before_first, before_last = merged.pop()
                 merged.append((before_first, max(last, before_last)))
