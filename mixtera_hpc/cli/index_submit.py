@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 
 from mixtera_hpc.cli.collection import compose_build, compose_data
-from mixtera_hpc.cli.submit import submit_or_print
+from mixtera_hpc.cli.verbs.submit import submit_or_print
 from mixtera_hpc.config.check import check_index_job
 from mixtera_hpc.config.schema import Config
 

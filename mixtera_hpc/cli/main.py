@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def verb_parser(verb: str) -> tuple[argparse.ArgumentParser, ModuleType]:
     """Import the module of `verb` and return the parser of its arguments, and the module."""
-    module = importlib.import_module(f"mixtera_hpc.cli.{verb}")
+    module = importlib.import_module(f"mixtera_hpc.cli.verbs.{verb}")
     parser = argparse.ArgumentParser(
         prog=f"mixtera-hpc {verb}",
         description=f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}.",

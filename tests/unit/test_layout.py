@@ -11,7 +11,7 @@ MAX_FILES = 15
 """Modules of a folder, without `__init__.py`."""
 
 CROWDED_FOLDERS = {
-    "cli": "one module per verb, as users type them",
+    "cli/verbs": "one module per verb, as users type them",
 }
 """Folder → why it may hold more than `MAX_FILES` modules."""
 

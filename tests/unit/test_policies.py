@@ -43,7 +43,7 @@ def test_no_file_is_longer_than_400_lines(path: Path) -> None:
 def test_verbs_that_users_script_exist() -> None:
     assert set(VERBS) >= FROZEN_VERBS
     for verb in VERBS:
-        assert callable(importlib.import_module(f"mixtera_hpc.cli.{verb}").run)
+        assert callable(importlib.import_module(f"mixtera_hpc.cli.verbs.{verb}").run)
 
 
 def imported_by(statements: str) -> set[str]:
@@ -59,7 +59,7 @@ def test_help_imports_no_heavy_library() -> None:
 
 
 def test_help_of_a_verb_imports_no_heavy_library() -> None:
-    modules = ", ".join(f"mixtera_hpc.cli.{verb}" for verb in VERBS)
+    modules = ", ".join(f"mixtera_hpc.cli.verbs.{verb}" for verb in VERBS)
     assert imported_by(f"import {modules}") & HEAVY == set()
 
 

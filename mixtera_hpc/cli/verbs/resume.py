@@ -8,7 +8,7 @@ import re
 from argparse import ArgumentParser, Namespace
 
 from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
-from mixtera_hpc.cli.submit import follow_submitted, print_submitted
+from mixtera_hpc.cli.verbs.submit import follow_submitted, print_submitted
 from mixtera_hpc.comm.launcher import started_by_mpi
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.launch.resume import ResumeRequest, was_submitted
