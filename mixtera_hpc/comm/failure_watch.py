@@ -175,7 +175,7 @@ def _open_board(pid: int, fd: int) -> mmap.mmap | None:
 
 
 def _start_sentinel(arguments: list[str], board: int) -> subprocess.Popen[bytes]:
-    """Start the sentinel in a session of its own, and wait until it watches.
+    """Start the sentinel in a separate session, and wait until it watches.
 
     `Popen` uses vfork, which is safe after MPI_Init: no state of the network library is copied.
     """

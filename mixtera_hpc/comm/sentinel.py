@@ -9,7 +9,7 @@ before the launcher's socket (files opened later are closed first). epoll keeps 
 this process is scheduled. A process's own end (its pidfd) is signalled only after its last thread is gone. By then the
 launcher is already killing the other ranks, so pidfds alone named the wrong rank in 4 of 10 measured cases.
 
-Why a process: it has a session of its own, which the launcher's clean-up does not reach. A thread in a surviving rank
+Why a process: it runs in a separate session, which the launcher's clean-up does not reach. A thread in a surviving rank
 would be killed before it could report.
 
 Price: one interpreter of 8 MB per node, and no CPU time. It ends after its report, or with the last rank.

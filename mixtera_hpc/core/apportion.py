@@ -103,6 +103,8 @@ def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> tuple[I
         chosen = _choose_open(remainder, weight, is_open, _ChunkEnd(num_choices, num_slots))
         counts[chosen] += 1
         remainder[chosen] -= UNIT
+
+    # Share minus everything served is the lag.
     return counts, remainder
 
 
@@ -116,8 +118,8 @@ def _choose_open(remainder: Ints, weight: Ints, is_open: NDArray[np.bool_], end:
         is_open: True for domains with an open sequence.
         end: the number of choices, and the size of the chunk.
     """
-    # Floor division by a negative number and negation round up. Counted from the end of the chunk, the next sequence is
-    # due `deadline` slots later and was released in the last `age` slots of the chunk.
+    # -(a // -b) is a / b rounded up. Counted from the end of the chunk, the next sequence is due `deadline` slots later,
+    # and it was released in the last `age` slots of the chunk.
     until_due = UNIT - remainder
     negative_weight = -np.maximum(weight, 1)
     deadline = -(until_due // negative_weight)
