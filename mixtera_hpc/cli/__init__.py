@@ -1,1 +1,1 @@
-"""The `mixtera-hpc` command: one module per verb. Verbs parse arguments, call the library and print."""
+"""The `mixtera-hpc` command. `verbs/` has one module per verb; the modules here are what verbs share."""

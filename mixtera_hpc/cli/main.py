@@ -1,6 +1,6 @@
 """The `mixtera-hpc` command: choose the verb, import only that verb's module, turn errors into exit codes.
 
-A verb is a module of its own name with `arguments(parser)` and `run(args) -> int`. Nothing heavier than argparse is
+A verb is a module of `cli.verbs` with `arguments(parser)` and `run(args) -> int`. Nothing heavier than argparse is
 imported before the verb is known.
 """
 
