@@ -19,8 +19,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 
 __all__ = [
-    "AttemptEnd",
-    "AttemptStart",
+    "ExitRecord",
+    "JobRecord",
     "batch_script_attempt",
     "claim_attempt",
     "end_attempt",
@@ -36,7 +36,7 @@ START_TIME_FIELD = 19
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptStart:
+class JobRecord:
     """What was started."""
 
     kind: Literal["slurm", "local"]
@@ -55,7 +55,7 @@ class AttemptStart:
     """When that process started, in clock ticks since boot. It tells the process from a later one with the same id."""
 
     @classmethod
-    def slurm(cls, config: Config, job_id: str) -> "AttemptStart":
+    def slurm(cls, config: Config, job_id: str) -> "JobRecord":
         """Describe the batch job of `config` that was submitted just now."""
         return cls(
             kind="slurm",
@@ -67,7 +67,7 @@ class AttemptStart:
         )
 
     @classmethod
-    def local(cls, config: Config, ranks: int | None = None) -> "AttemptStart":
+    def local(cls, config: Config, ranks: int | None = None) -> "JobRecord":
         """Describe a run whose rank 0 is this process."""
         pid = os.getpid()
         return cls(
@@ -82,7 +82,7 @@ class AttemptStart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptEnd:
+class ExitRecord:
     """How an attempt ended. It is missing where every process was killed."""
 
     exit_code: int
@@ -144,33 +144,33 @@ def start_local_attempt(
         return existing
 
     number = claim_attempt(folder, after)
-    record_start(folder, number, AttemptStart.local(config, ranks))
+    record_start(folder, number, JobRecord.local(config, ranks))
     return number
 
 
-def record_start(folder: RunFolder, attempt: int, start: AttemptStart) -> None:
+def record_start(folder: RunFolder, attempt: int, start: JobRecord) -> None:
     """Write `job.json`."""
     _write(folder.job_record(attempt), asdict(start))
 
 
-def end_attempt(folder: RunFolder, attempt: int, end: AttemptEnd) -> None:
+def end_attempt(folder: RunFolder, attempt: int, end: ExitRecord) -> None:
     """Write `exit.json`."""
     _write(folder.exit_record(attempt), asdict(end))
 
 
-def read_start(folder: RunFolder, attempt: int) -> AttemptStart | None:
+def read_start(folder: RunFolder, attempt: int) -> JobRecord | None:
     """Return what was started; None where nothing was recorded."""
     data = _read(folder.job_record(attempt))
-    return AttemptStart(**_known_fields(AttemptStart, data)) if data else None
+    return JobRecord(**_known_fields(JobRecord, data)) if data else None
 
 
-def read_end(folder: RunFolder, attempt: int) -> AttemptEnd | None:
+def read_end(folder: RunFolder, attempt: int) -> ExitRecord | None:
     """Return how the attempt ended; None while it runs, or if every process was killed."""
     data = _read(folder.exit_record(attempt))
-    return AttemptEnd(**_known_fields(AttemptEnd, data)) if data else None
+    return ExitRecord(**_known_fields(ExitRecord, data)) if data else None
 
 
-def is_alive(start: AttemptStart) -> bool:
+def is_alive(start: JobRecord) -> bool:
     """Return True if rank 0 of a local run still runs on this machine."""
     if start.pid is None or start.host != socket.gethostname():
         return False
@@ -196,7 +196,7 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _known_fields(cls: type[AttemptStart] | type[AttemptEnd], data: Mapping[str, Any]) -> dict[str, Any]:
+def _known_fields(cls: type[JobRecord] | type[ExitRecord], data: Mapping[str, Any]) -> dict[str, Any]:
     names = {f.name for f in fields(cls)}
     return {key: value for key, value in data.items() if key in names}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import AttemptEnd, AttemptStart, is_alive, read_end, read_start
+from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, is_alive, read_end, read_start
 from mixtera_hpc.launch.slurm_commands import JobInfo, JobState, query_jobs
 
 __all__ = ["JUST_SUBMITTED_S", "RunStatus", "last_step", "run_statuses"]
@@ -50,8 +50,8 @@ class _NewestAttempt:
     folder: RunFolder
     number: int
     """0 if the run has no attempt."""
-    start: AttemptStart | None
-    end: AttemptEnd | None
+    start: JobRecord | None
+    end: ExitRecord | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ def _info(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> JobIn
     return JobInfo(state=JobState.UNKNOWN, reason="Slurm does not know this job any more")
 
 
-def _ended_info(attempt: _NewestAttempt, end: AttemptEnd) -> JobInfo:
+def _ended_info(attempt: _NewestAttempt, end: ExitRecord) -> JobInfo:
     state = _STATE_OF_EXIT_CODE.get(end.exit_code, JobState.FAILED)
     reason = None
     if state == JobState.FAILED:
@@ -160,7 +160,7 @@ def _failure(attempt: _NewestAttempt) -> str | None:
     return f"rank {failure.get('rank')} on {failure.get('host')}: {failure.get('reason')}"
 
 
-def _local_info(start: AttemptStart, age_s: int, failure: str | None) -> JobInfo:
+def _local_info(start: JobRecord, age_s: int, failure: str | None) -> JobInfo:
     if start.host != socket.gethostname():
         return JobInfo(state=JobState.UNKNOWN, reason=f"a local run on host {start.host}")
     if is_alive(start):

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import AttemptStart, claim_attempt, record_start
+from mixtera_hpc.launch.attempts import JobRecord, claim_attempt, record_start
 from mixtera_hpc.launch.prepare import prepare_run, with_absolute_paths
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 from mixtera_hpc.launch.slurm_commands import require_sbatch, sbatch
@@ -61,7 +61,7 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     except LaunchError:
         shutil.rmtree(folder.attempt(attempt))
         raise
-    record_start(folder, attempt, AttemptStart.slurm(config, job_id))
+    record_start(folder, attempt, JobRecord.slurm(config, job_id))
     return Submitted(folder=folder, attempt=attempt, job_id=job_id)
 
 

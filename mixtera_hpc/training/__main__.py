@@ -26,7 +26,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.control import block_time_limit_signal
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.launch.attempts import AttemptStart, claim_attempt, record_start, start_local_attempt
+from mixtera_hpc.launch.attempts import JobRecord, claim_attempt, record_start, start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.training.run_attempt import Attempt, run_attempt
 
@@ -82,7 +82,7 @@ def _start_attempt(folder: RunFolder, config: Config, num_ranks: int) -> int:
 
     number = claim_attempt(folder)
     nodes = int(os.environ.get("SLURM_NNODES", "1"))
-    record_start(folder, number, replace(AttemptStart.slurm(config, job_id), nodes=nodes, ranks=num_ranks))
+    record_start(folder, number, replace(JobRecord.slurm(config, job_id), nodes=nodes, ranks=num_ranks))
     return number
 
 

@@ -17,7 +17,7 @@ from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import exit_code_of, require_package
-from mixtera_hpc.launch.attempts import AttemptEnd, batch_script_attempt, end_attempt
+from mixtera_hpc.launch.attempts import ExitRecord, batch_script_attempt, end_attempt
 from mixtera_hpc.track.progress import ProgressPrinter
 
 __all__ = ["Attempt", "PrepareAttempt", "run_attempt"]
@@ -79,5 +79,5 @@ def _recorded_end(attempt: Attempt, rank: int) -> Iterator[None]:
         raise
     finally:
         if rank == 0 and batch_script_attempt(attempt.folder) is None:
-            end = AttemptEnd(exit_code=exit_code, elapsed_s=int(time.monotonic() - started))
+            end = ExitRecord(exit_code=exit_code, elapsed_s=int(time.monotonic() - started))
             end_attempt(attempt.folder, attempt.number, end)

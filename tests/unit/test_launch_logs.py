@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.launch.attempts import AttemptEnd, AttemptStart, claim_attempt, end_attempt, record_start
+from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, claim_attempt, end_attempt, record_start
 from mixtera_hpc.launch.follow import follow_run, run_exit_code
 from mixtera_hpc.launch.logs import LogTail, all_lines
 from mixtera_hpc.launch.prepare import prepare_run
@@ -20,13 +20,13 @@ def folder(make_config: Callable[..., Config]) -> RunFolder:
     config = make_config()
     folder = prepare_run(config, [], datetime.now(UTC))
     for attempt, code in ((1, 75), (2, 0)):
-        record_start(folder, claim_attempt(folder), AttemptStart.slurm(config, f"471{attempt}"))
+        record_start(folder, claim_attempt(folder), JobRecord.slurm(config, f"471{attempt}"))
         logs = folder.logs(attempt)
         (logs / "batch.out").write_text(f"batch {attempt}\n")
         for rank in (0, 1):
             (logs / f"rank_{rank:05d}.out").write_text(f"attempt {attempt}\n")
             (logs / f"rank_{rank:05d}.err").write_text("")
-        end_attempt(folder, attempt, AttemptEnd(exit_code=code, elapsed_s=1))
+        end_attempt(folder, attempt, ExitRecord(exit_code=code, elapsed_s=1))
     return folder
 
 
@@ -83,7 +83,7 @@ def test_following_shows_all_attempts_and_ends_with_the_run(folder: RunFolder) -
 
 @pytest.mark.parametrize(("code", "expected"), [(75, 75), (2, 2), (1, 1), (137, 1)])
 def test_waiting_returns_the_exit_code_of_the_run(folder: RunFolder, code: int, expected: int) -> None:
-    end_attempt(folder, 2, AttemptEnd(exit_code=code, elapsed_s=1))
+    end_attempt(folder, 2, ExitRecord(exit_code=code, elapsed_s=1))
 
     assert run_exit_code(folder) == expected
 

@@ -13,8 +13,8 @@ from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import (
-    AttemptEnd,
-    AttemptStart,
+    ExitRecord,
+    JobRecord,
     claim_attempt,
     end_attempt,
     read_end,
@@ -125,13 +125,13 @@ def test_start_and_end_of_an_attempt_are_read_back(make_config: MakeConfig) -> N
     attempt = claim_attempt(folder)
     assert read_start(folder, attempt) is None
 
-    record_start(folder, attempt, AttemptStart.slurm(config, "4711"))
-    end_attempt(folder, attempt, AttemptEnd(exit_code=75, elapsed_s=12))
+    record_start(folder, attempt, JobRecord.slurm(config, "4711"))
+    end_attempt(folder, attempt, ExitRecord(exit_code=75, elapsed_s=12))
 
     start = read_start(folder, attempt)
     assert start is not None
     assert (start.kind, start.job_id, start.nodes, start.limit_s) == ("slurm", "4711", 2, 1800)
-    assert read_end(folder, attempt) == AttemptEnd(exit_code=75, elapsed_s=12)
+    assert read_end(folder, attempt) == ExitRecord(exit_code=75, elapsed_s=12)
 
 
 def test_a_half_written_record_is_ignored(make_config: MakeConfig) -> None:

@@ -14,8 +14,8 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, LaunchError
 from mixtera_hpc.launch.attempts import (
-    AttemptEnd,
-    AttemptStart,
+    ExitRecord,
+    JobRecord,
     claim_attempt,
     end_attempt,
     record_start,
@@ -36,7 +36,7 @@ def folder(make_config: MakeConfig) -> RunFolder:
 
 
 def submit(folder: RunFolder, config: Config, job_id: str = "4711") -> None:
-    record_start(folder, claim_attempt(folder), AttemptStart.slurm(config, job_id))
+    record_start(folder, claim_attempt(folder), JobRecord.slurm(config, job_id))
 
 
 def test_time_nodes_and_length_may_change(folder: RunFolder) -> None:
@@ -126,7 +126,7 @@ def test_a_running_run_is_not_continued(folder: RunFolder, make_config: MakeConf
     with pytest.raises(LaunchError, match="job 4711"):
         check_ended(folder)
 
-    end_attempt(folder, 1, AttemptEnd(exit_code=75, elapsed_s=1))
+    end_attempt(folder, 1, ExitRecord(exit_code=75, elapsed_s=1))
     check_ended(folder)
 
 
@@ -135,7 +135,7 @@ def test_one_of_two_processes_that_continue_a_run_at_once_is_refused(
 ) -> None:
     config = make_config()
     for _ in range(2):
-        end_attempt(folder, start_local_attempt(folder, config), AttemptEnd(exit_code=75, elapsed_s=1))
+        end_attempt(folder, start_local_attempt(folder, config), ExitRecord(exit_code=75, elapsed_s=1))
     both = [check_ended(folder), check_ended(folder)]
     assert claim_attempt(folder, after=both[0]) == 3
     with pytest.raises(LaunchError, match=r"Attempt 3 of .* is being started by another process"):
@@ -175,7 +175,7 @@ def test_cancel_ends_the_run_and_its_follow_up_jobs(
     folder: RunFolder, make_config: MakeConfig, command: MakeCommand
 ) -> None:
     submit(folder, make_config(), "1")
-    end_attempt(folder, 1, AttemptEnd(exit_code=75, elapsed_s=1))
+    end_attempt(folder, 1, ExitRecord(exit_code=75, elapsed_s=1))
     submit(folder, make_config(), "2")
     submit(folder, make_config(), "3")
     command("squeue", "echo '2|RUNNING|None|2|0:10|1:00:00'; echo '3|PENDING|Dependency|2|0:00|1:00:00'")
@@ -204,7 +204,7 @@ def test_cancel_after_save_stops_running_jobs_and_ends_waiting_jobs(
 
 def test_a_run_that_has_ended_cannot_be_cancelled(folder: RunFolder, make_config: MakeConfig) -> None:
     submit(folder, make_config())
-    end_attempt(folder, 1, AttemptEnd(exit_code=0, elapsed_s=1))
+    end_attempt(folder, 1, ExitRecord(exit_code=0, elapsed_s=1))
 
     with pytest.raises(LaunchError, match="is waiting or running"):
         cancel_now(folder)

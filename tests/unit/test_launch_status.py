@@ -14,8 +14,8 @@ from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.attempts import (
-    AttemptEnd,
-    AttemptStart,
+    ExitRecord,
+    JobRecord,
     claim_attempt,
     end_attempt,
     record_start,
@@ -35,7 +35,7 @@ def folder(make_config: MakeConfig) -> RunFolder:
 
 
 def submit(folder: RunFolder, config: Config, job_id: str = "4711", **fields: str) -> None:
-    record_start(folder, claim_attempt(folder), replace(AttemptStart.slurm(config, job_id), **fields))
+    record_start(folder, claim_attempt(folder), replace(JobRecord.slurm(config, job_id), **fields))
 
 
 def status(folder: RunFolder) -> RunStatus:
@@ -49,7 +49,7 @@ def test_a_recorded_end_is_reported_without_slurm(
     folder: RunFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, code: int, state: JobState
 ) -> None:
     submit(folder, make_config())
-    end_attempt(folder, 1, AttemptEnd(exit_code=code, elapsed_s=9))
+    end_attempt(folder, 1, ExitRecord(exit_code=code, elapsed_s=9))
     monkeypatch.setenv("PATH", "")
 
     assert (status(folder).state, status(folder).elapsed_s) == (state, 9)
@@ -59,7 +59,7 @@ def test_the_first_failing_rank_is_the_reason(folder: RunFolder, make_config: Ma
     submit(folder, make_config())
     failure = {"rank": 2, "host": "nid7", "reason": "was killed or crashed after step 17"}
     (folder.attempt(1) / "failure.json").write_text(json.dumps(failure))
-    end_attempt(folder, 1, AttemptEnd(exit_code=137, elapsed_s=9))
+    end_attempt(folder, 1, ExitRecord(exit_code=137, elapsed_s=9))
 
     assert status(folder).reason == "rank 2 on nid7: was killed or crashed after step 17"
 
@@ -68,7 +68,7 @@ def test_the_state_is_that_of_the_newest_attempt(
     folder: RunFolder, make_config: MakeConfig, command: MakeCommand
 ) -> None:
     submit(folder, make_config(), "1")
-    end_attempt(folder, 1, AttemptEnd(exit_code=75, elapsed_s=9))
+    end_attempt(folder, 1, ExitRecord(exit_code=75, elapsed_s=9))
     submit(folder, make_config(), "2")
     command("squeue", "echo '2|PENDING|Dependency|1|0:00|1:00:00'")
 
@@ -103,7 +103,7 @@ def test_the_state_is_unknown_if_slurm_does_not_answer(
 
 def test_a_local_run_is_running_while_its_process_lives(folder: RunFolder, make_config: MakeConfig) -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
-        start = replace(AttemptStart.local(make_config()), pid=process.pid, pid_start_ticks=None)
+        start = replace(JobRecord.local(make_config()), pid=process.pid, pid_start_ticks=None)
         record_start(folder, claim_attempt(folder), start)
         assert status(folder).state == JobState.RUNNING
         process.kill()
@@ -127,7 +127,7 @@ def test_the_log_age_is_the_age_of_the_newest_log_that_is_not_empty(folder: RunF
         path = folder.logs(1) / name
         path.write_text("" if age == 5 else "line\n")
         os.utime(path, (NOW.timestamp() - age + 1, NOW.timestamp() - age + 1))
-    end_attempt(folder, 1, AttemptEnd(exit_code=0, elapsed_s=9))
+    end_attempt(folder, 1, ExitRecord(exit_code=0, elapsed_s=9))
 
     assert status(folder).last_log_age_s == 20
 
@@ -150,7 +150,7 @@ def test_json_prints_one_object_per_run(
     folder: RunFolder, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit(folder, make_config())
-    end_attempt(folder, 1, AttemptEnd(exit_code=0, elapsed_s=9))
+    end_attempt(folder, 1, ExitRecord(exit_code=0, elapsed_s=9))
 
     assert main(["status", folder.run_id, "--json", "--root", str(folder.path.parents[1])]) == 0
 

@@ -9,7 +9,7 @@ from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.sweep import expand
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt
+from mixtera_hpc.launch.attempts import ExitRecord, end_attempt
 from mixtera_hpc.launch.sweep import plan_sweep, submit_point
 
 MakeCommand = Callable[[str, str], Path]
@@ -76,8 +76,8 @@ def test_lanes_limit_how_many_jobs_run_at_a_time(usual: list[str]) -> None:
 def test_a_repeated_sweep_skips_finished_points_and_continues_others(usual: list[str], slurm: Path) -> None:
     sweep = [*usual, "dataplane.seed=0,1,2"]
     folders = [submit_point(point).folder for point in plan_sweep(sweep).due]
-    end_attempt(folders[0], 1, AttemptEnd(exit_code=0, elapsed_s=1))
-    end_attempt(folders[1], 1, AttemptEnd(exit_code=75, elapsed_s=1))
+    end_attempt(folders[0], 1, ExitRecord(exit_code=0, elapsed_s=1))
+    end_attempt(folders[1], 1, ExitRecord(exit_code=75, elapsed_s=1))
 
     plan = plan_sweep([*sweep, 'job.time="00:10:00"'])
 
@@ -90,7 +90,7 @@ def test_a_repeated_sweep_skips_finished_points_and_continues_others(usual: list
 
 def test_more_points_of_a_sweep_are_new(usual: list[str], slurm: Path) -> None:
     for point in plan_sweep([*usual, "dataplane.seed=0"]).due:
-        end_attempt(submit_point(point).folder, 1, AttemptEnd(exit_code=0, elapsed_s=1))
+        end_attempt(submit_point(point).folder, 1, ExitRecord(exit_code=0, elapsed_s=1))
 
     actions = [point.action for point in plan_sweep([*usual, "dataplane.seed=0,1", "job.nodes=1,2"]).points]
 

@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import AttemptEnd, end_attempt, read_end, start_local_attempt
+from mixtera_hpc.launch.attempts import ExitRecord, end_attempt, read_end, start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.launch.resume import NO_EDITS, ResumeRequest
 from mixtera_hpc.training.continue_run import continue_run, submit_next_attempt
@@ -53,7 +53,7 @@ def test_a_running_attempt_is_not_continued(attempt: Attempt, capsys: pytest.Cap
 
 
 def test_a_refused_change_leaves_the_run_as_it_was(attempt: Attempt) -> None:
-    end_attempt(attempt.folder, 1, AttemptEnd(exit_code=75, elapsed_s=1))
+    end_attempt(attempt.folder, 1, ExitRecord(exit_code=75, elapsed_s=1))
     before = contents(attempt.folder)
     with pytest.raises(LaunchError, match="--change-seed is given"):
         continue_run(attempt.folder, ["job.nodes=2"], ResumeRequest(change_seed=True))
@@ -63,7 +63,7 @@ def test_a_refused_change_leaves_the_run_as_it_was(attempt: Attempt) -> None:
 def test_a_change_is_not_recorded_if_nothing_can_be_submitted(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end_attempt(attempt.folder, 1, AttemptEnd(exit_code=75, elapsed_s=1))
+    end_attempt(attempt.folder, 1, ExitRecord(exit_code=75, elapsed_s=1))
     before = contents(attempt.folder)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(LaunchError, match="sbatch was not found"):
