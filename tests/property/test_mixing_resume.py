@@ -1,4 +1,4 @@
-"""Stopping anywhere and going on from the saved arrays gives the same bits as not stopping, whatever the losses were."""
+"""Stopping anywhere and continuing from the saved arrays gives the same bits as not stopping, for any losses."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ algorithms = st.sampled_from(
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[np.ndarray, list[DomainStatistics]]:
-    """A prior and steps in which domains are missing and losses are not finite now and then."""
+    """Return a prior, and steps in which some domains are missing and some losses are not finite."""
     size = draw(st.integers(1, 6))
     steps = synthetic_statistics(size, NUM_STEPS, seed=draw(st.integers(0, 2**32)))
     for at, domain in draw(st.lists(st.tuples(st.integers(0, NUM_STEPS - 1), st.integers(0, size - 1)), max_size=60)):
@@ -36,7 +36,7 @@ def runs(draw: st.DrawFn) -> tuple[np.ndarray, list[DomainStatistics]]:
 
 @settings(max_examples=60, deadline=None)
 @given(algorithms, runs(), st.integers(0, NUM_STEPS))
-def test_resume_is_no_resume(
+def test_a_resumed_run_equals_one_that_did_not_stop(
     choice: tuple[str, dict[str, object]], made: tuple[np.ndarray, list[DomainStatistics]], stop: int
 ) -> None:
     prior, steps = made

@@ -1,4 +1,4 @@
-"""What an audit log proves, and what it does not."""
+"""What an audit log proves, and what it cannot prove."""
 
 import json
 from dataclasses import replace
@@ -44,7 +44,7 @@ def test_a_run_of_tokens_or_samples_is_proven(config: Config, tmp_path: Path) ->
     assert proven(config, tmp_path).num_sequences == 42
 
 
-def test_other_content_is_named_with_its_place(config: Config, tmp_path: Path) -> None:
+def test_other_content_is_reported_with_its_step_and_position(config: Config, tmp_path: Path) -> None:
     serve(config, tmp_path, 1, 5)
     [log] = RunFolder(tmp_path).audit(1).iterdir()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -56,7 +56,7 @@ def test_other_content_is_named_with_its_place(config: Config, tmp_path: Path) -
         proven(config, tmp_path)
 
 
-def test_an_attempt_that_was_not_audited_is_not_accused(config: Config, tmp_path: Path) -> None:
+def test_an_attempt_without_audit_is_reported_as_such(config: Config, tmp_path: Path) -> None:
     state = serve(replace(config, dataplane=replace(config.dataplane, audit=False)), tmp_path, 1, 4)
     serve(config, tmp_path, 2, 8, state)
     with pytest.raises(DataError, match="Attempt 1, of steps 0 to 3, has no audit log"):
@@ -69,7 +69,7 @@ def test_samples_of_any_content_have_a_digest() -> None:
     assert len({sample_digest(sample) for sample in samples}) == len(samples)
 
 
-def test_what_a_journal_has_lost_is_not_proven(config: Config, tmp_path: Path) -> None:
+def test_a_journal_that_lost_lines_proves_nothing(config: Config, tmp_path: Path) -> None:
     with DataPlane.open(config, Local(), RunFolder(tmp_path)) as plane:
         while plane.next_step < 20:
             next(iter(plane))

@@ -1,4 +1,4 @@
-"""Which weights each chunk gets, whatever the mixture."""
+"""Weights of chunks, for every kind of mixture."""
 
 from dataclasses import replace
 from typing import Any
@@ -45,9 +45,9 @@ def static(start: float, *weights: float) -> dict[str, Any]:
 
 
 def weights(made: Mixer, chunk: int) -> list[float]:
-    found = made.weights_of(chunk)
-    assert found is not None
-    return found.tolist()
+    result = made.weights_of(chunk)
+    assert result is not None
+    return result.tolist()
 
 
 def statistics(step: int, *losses: float) -> DomainStatistics:
@@ -72,31 +72,31 @@ def test_a_fixed_mixture_stays() -> None:
     assert weights(made, 0) == weights(made, 1000) == NATURAL
 
 
-def test_stages_begin_at_the_first_chunk_that_begins_after_their_start() -> None:
+def test_a_stage_begins_at_the_first_chunk_that_starts_after_it() -> None:
     made = mixer(**schedule({"start": 0, "kind": "natural"}, static(5, 0.2, 0.2, 0.6)))
     assert weights(made, 1) == NATURAL, "step 4 is before 5, and weights do not change inside a chunk"
     assert weights(made, 2) == pytest.approx([0.2, 0.2, 0.6])
 
 
-def test_starts_may_be_in_tokens() -> None:
+def test_starts_can_be_given_in_tokens() -> None:
     made = mixer(**schedule(static(0, 1, 0, 0), static(800, 0, 1, 0), unit="tokens"))
     assert [weights(made, c)[1] for c in range(4)] == [0, 0, 1, 1]
 
 
-def test_a_linear_schedule_goes_straight_from_start_to_start() -> None:
+def test_a_linear_schedule_interpolates_between_two_starts() -> None:
     made = mixer(**schedule(static(0, 1, 0, 0), static(16, 0, 1, 0), static(24, 0, 0, 1), shape="linear"))
     assert [weights(made, c) for c in (0, 1, 2, 4)] == [[1, 0, 0], [0.75, 0.25, 0], [0.5, 0.5, 0], [0, 1, 0]]
     assert weights(made, 5) == [0, 0.5, 0.5]
     assert weights(made, 6) == weights(made, 99) == [0, 0, 1]
 
 
-def test_a_cosine_schedule_leaves_and_arrives_slowly() -> None:
+def test_a_cosine_schedule_changes_slowly_at_both_ends() -> None:
     made = mixer(**schedule(static(0, 1, 0, 0), static(16, 0, 1, 0), shape="cosine"))
     gone = [weights(made, c)[1] for c in range(5)]
     assert gone == pytest.approx([0, (1 - np.sqrt(0.5)) / 2, 0.5, (1 + np.sqrt(0.5)) / 2, 1])
 
 
-def test_a_dynamic_stage_has_seen_the_losses_of_the_stages_before_it() -> None:
+def test_a_dynamic_stage_learns_from_the_losses_of_earlier_stages() -> None:
     learned = mixer(kind="dynamic", algorithm=LEARN)
     staged = mixer(**schedule(static(0, 0.2, 0.2, 0.6), {"start": 16, "kind": "dynamic", "algorithm": LEARN}))
     for made in (learned, staged):
@@ -107,7 +107,7 @@ def test_a_dynamic_stage_has_seen_the_losses_of_the_stages_before_it() -> None:
     staged.close()
 
 
-def test_weights_are_unknown_until_the_statistics_they_depend_on_are_in() -> None:
+def test_weights_are_unknown_until_their_statistics_have_arrived() -> None:
     made = mixer(kind="dynamic", algorithm=LEARN)
     assert weights(made, LAG - 1) == NATURAL
     train(made, range(CHUNK_STEPS - 1))
@@ -117,14 +117,14 @@ def test_weights_are_unknown_until_the_statistics_they_depend_on_are_in() -> Non
     made.close()
 
 
-def test_a_stage_that_learns_later_is_not_waited_for_before() -> None:
+def test_a_later_dynamic_stage_does_not_delay_earlier_chunks() -> None:
     made = mixer(**schedule({"start": 0, "kind": "natural"}, {"start": 400, "kind": "dynamic", "algorithm": LEARN}))
     assert weights(made, 50) == NATURAL
     assert made.weights_of(100) is None
     made.close()
 
 
-def test_without_learning_dynamic_mixtures_stay_where_they_begin() -> None:
+def test_without_learning_a_dynamic_mixture_keeps_its_initial_weights() -> None:
     made = mixer(learn=False, **schedule(static(0, 1, 0, 0), {"start": 400, "kind": "dynamic", "algorithm": LEARN}))
     assert weights(made, 100) == NATURAL
 
@@ -138,7 +138,7 @@ def test_without_learning_dynamic_mixtures_stay_where_they_begin() -> None:
     ],
     ids=["dynamic", "two in a row", "bounded"],
 )
-def test_a_restored_mixer_goes_on_as_if_it_had_not_stopped(plain: dict[str, Any]) -> None:
+def test_a_restored_mixer_continues_as_if_it_had_not_stopped(plain: dict[str, Any]) -> None:
     made, restored = mixer(**plain), mixer(**plain)
     train(made, range(13))
     restored.load({name: array.copy() for name, array in made.arrays().items()})
@@ -150,7 +150,7 @@ def test_a_restored_mixer_goes_on_as_if_it_had_not_stopped(plain: dict[str, Any]
     restored.close()
 
 
-def test_the_state_of_a_learning_mixer_does_not_grow_with_the_run() -> None:
+def test_the_state_of_a_dynamic_mixer_does_not_grow_with_the_run() -> None:
     made = mixer(kind="dynamic", algorithm=LEARN)
     train(made, range(4 * CHUNK_STEPS))
     before = {name: array.nbytes for name, array in made.arrays().items()}
@@ -159,7 +159,7 @@ def test_the_state_of_a_learning_mixer_does_not_grow_with_the_run() -> None:
     made.close()
 
 
-def test_a_step_that_was_passed_over_teaches_nothing() -> None:
+def test_a_skipped_step_does_not_update_the_algorithm() -> None:
     made = mixer(kind="dynamic", algorithm=LEARN)
     train(made, range(5))
     before = {name: array.tolist() for name, array in made.arrays().items()}
@@ -177,7 +177,7 @@ def test_bounds_hold_for_every_chunk_and_keep_the_ratio_of_the_others() -> None:
     assert weights(made, 2) == pytest.approx([0.8 * 5 / 9, 0.8 * 4 / 9, 0.2])
 
 
-def test_bounds_go_around_a_mixture_that_learns() -> None:
+def test_bounds_apply_to_a_dynamic_mixture() -> None:
     made = mixer(kind="dynamic", algorithm=LEARN, cap=0.5)
     train(made, range(40))
     assert max(weights(made, 11)) <= 0.5
@@ -197,28 +197,28 @@ def test_a_mixture_of_dropped_domains_only_is_refused() -> None:
     assert weights(mixer(context=context), 0) == NATURAL
 
 
-def test_a_stage_of_dropped_domains_may_be_over() -> None:
+def test_a_stage_of_dropped_domains_is_accepted_if_another_stage_has_samples() -> None:
     context = replace(CONTEXT, has_samples=np.array([False, True, True]))
     assert weights(mixer(context=context, **schedule(static(0, 1, 0, 0), static(40, 0, 1, 0))), 10) == [0, 1, 0]
 
 
-def test_another_mixture_over_the_same_domains_may_name_some_of_them() -> None:
-    """What a change of mind in a running job does."""
+def test_a_requested_mixture_may_name_some_of_the_domains() -> None:
+    """As `mixture set` does in a running job."""
     domains = [{"key": {"source": "c"}, "weight": 0.9}, {"key": {"source": ["a"]}, "weight": 0.1}]
     assert weights(mixer(kind="static", domains=domains), 7) == pytest.approx([0.1, 0, 0.9])
 
 
-def test_a_domain_that_is_not_the_runs_is_refused_with_near_misses() -> None:
+def test_an_unknown_domain_is_refused_with_near_misses() -> None:
     with pytest.raises(MixtureError, match=r"source=aa is not a domain of this run.*Did you mean 'source=a'"):
         mixer(kind="static", domains=[{"key": {"source": "aa"}, "weight": 1.0}])
 
 
-def test_a_timeline_may_begin_anywhere() -> None:
+def test_a_timeline_can_begin_at_any_step() -> None:
     timeline = ChunkTimeline(chunk_steps=3, items_per_step=50, step=40, items=4000)
     assert (timeline.step_of(2), timeline.items_before(2)) == (46, 4300)
 
 
-def test_epoch_limits_of_a_domain_come_before_the_mixtures() -> None:
+def test_the_epoch_limit_of_a_domain_overrides_that_of_the_mixture() -> None:
     plain = {"max_epochs": 2.0, "domains": [{"key": {"source": "a"}, "max_epochs": 0.5}, {"key": {"source": "b"}}]}
     assert max_epochs_per_domain(from_plain(MixtureConfig, plain, ""), 2).tolist() == [0.5, 2.0]
     assert max_epochs_per_domain(MixtureConfig(), 2).tolist() == [np.inf, np.inf]

@@ -1,4 +1,4 @@
-"""ADO's rules, one at a time; the faults it must not have are in test_mixing_faults."""
+"""The rules of ADO, one per test; `test_mixing_faults` tests the faults that it must not have."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def share(statistics: DomainStatistics) -> np.ndarray:
     return statistics.num_sequences / statistics.num_sequences.sum()
 
 
-def test_before_the_end_of_the_warmup_nothing_moves() -> None:
+def test_the_mixture_does_not_change_before_the_end_of_the_warmup() -> None:
     state = after(ado(), WARMUP)
     for values in (state.weights, state.credit, state.average):
         assert values.tolist() == PRIOR.tolist()
@@ -63,7 +63,7 @@ def test_laws_are_fitted_at_the_end_of_the_warmup_and_every_interval_after() -> 
     assert refits == [40, 60, 80]
 
 
-def test_losses_before_the_first_fitted_step_are_not_remembered() -> None:
+def test_losses_before_the_first_fitted_step_are_ignored() -> None:
     early = after(ado(first_fitted_step=30), 30)
     assert not early.history.arrays()["history_key"].size
     assert after(ado(first_fitted_step=30), 36).history.arrays()["history_num_steps"].sum() == 6
@@ -89,7 +89,7 @@ def test_paper_credit_follows_the_weights_and_default_credit_the_shares_served()
     assert credits["paper"][2] > 0.15
 
 
-def test_a_domain_without_a_law_counts_as_of_typical_speed() -> None:
+def test_a_domain_without_a_law_gets_the_mean_speed() -> None:
     algorithm, statistics = ado(), [without_domains(s, [2]) for s in synthetic_statistics(3, WARMUP + 1)]
     old = run_algorithm(algorithm, algorithm.start(PRIOR), statistics[:-1])
     new, _ = algorithm.update(old, statistics[-1])
@@ -115,7 +115,7 @@ def test_authors_credit_moves_during_the_warmup() -> None:
     assert state.weights.tolist() == PRIOR.tolist()
 
 
-def test_authors_speed_has_a_smallest_exponent() -> None:
+def test_authors_speed_has_a_minimum_exponent() -> None:
     algorithm = ado(variant="authors")
     arrays = algorithm.state_arrays(after(algorithm, 41))
     arrays["theta"] = np.tile([2.0, 0.01, 1.0], (3, 1))
@@ -130,7 +130,7 @@ def test_mixtera_counts_steps_from_one() -> None:
     assert mixtera.average == pytest.approx(preference / (WARMUP + 2) + (1 - 1 / (WARMUP + 2)) * PRIOR)
 
 
-def test_floor_is_promised_by_the_variants_that_keep_it() -> None:
+def test_only_variants_with_an_exact_floor_report_one() -> None:
     assert [ado(variant=v).floor(3) for v in ("default", "paper", "authors", "mixtera")] == [0.01, 0.01, 0.0, 0.0]
 
 
@@ -146,7 +146,7 @@ def test_a_warmup_that_ends_before_the_first_fitted_step_is_refused() -> None:
 
 
 @pytest.mark.parametrize("prior", [[0.5, 0.6], [1.5, -0.5], [np.nan, 1.0], []])
-def test_a_prior_that_is_no_mixture_is_refused(prior: list[float]) -> None:
+def test_an_invalid_prior_is_refused(prior: list[float]) -> None:
     with pytest.raises(MixtureError, match="initial mixture"):
         ado().start(np.array(prior))
 

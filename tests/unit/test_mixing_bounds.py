@@ -1,4 +1,4 @@
-"""The projection is exact: sum 1, floor and cap kept, ratios of the free ones kept."""
+"""The projection is exact: the sum is 1, floors and caps hold, and free domains keep their ratios."""
 
 import numpy as np
 import pytest
@@ -7,47 +7,47 @@ from mixtera_hpc.core.mixing.bounds import project_to_bounds, weight_floor
 from mixtera_hpc.errors import MixtureError
 
 
-def test_a_mixture_above_the_floor_is_left_alone() -> None:
+def test_a_mixture_above_the_floor_does_not_change() -> None:
     assert project_to_bounds(np.array([0.5, 0.3, 0.2]), 0.01) == pytest.approx([0.5, 0.3, 0.2], abs=1e-16)
 
 
-def test_the_others_pay_for_a_raised_domain_in_proportion() -> None:
+def test_the_share_of_a_raised_domain_is_taken_in_proportion() -> None:
     assert project_to_bounds(np.array([0.6, 0.399, 0.001]), 0.01) == pytest.approx(
         [0.6 * 0.99 / 0.999, 0.399 * 0.99 / 0.999, 0.01]
     )
 
 
-def test_paying_may_push_another_domain_onto_the_floor() -> None:
+def test_lowering_a_domain_may_bring_it_to_the_floor() -> None:
     got = project_to_bounds(np.array([0.8, 0.11, 0.09]), np.array([0.0, 0.1, 0.2]))
     assert got == pytest.approx([0.7, 0.1, 0.2])
 
 
-def test_what_a_cap_takes_away_goes_to_the_others_in_proportion() -> None:
+def test_the_share_above_a_cap_is_distributed_in_proportion() -> None:
     assert project_to_bounds(np.array([0.6, 0.3, 0.1]), 0.0, np.array([0.4, 1.0, 1.0])) == pytest.approx(
         [0.4, 0.45, 0.15]
     )
 
 
-def test_a_wish_of_zero_stays_at_the_floor() -> None:
+def test_a_requested_weight_of_zero_becomes_the_floor() -> None:
     assert project_to_bounds(np.array([0.0, 0.75, 0.25]), 0.1) == pytest.approx([0.1, 0.675, 0.225])
 
 
-def test_unwished_domains_take_what_full_ones_cannot() -> None:
+def test_domains_with_weight_zero_take_what_full_domains_cannot() -> None:
     got = project_to_bounds(np.array([1.0, 0.0, 0.0]), 0.0, np.array([0.5, 1.0, 1.0]))
     assert got == pytest.approx([0.5, 0.25, 0.25])
 
 
-def test_bounds_that_leave_one_mixture_give_it_despite_rounding() -> None:
+def test_bounds_that_allow_one_mixture_return_it_despite_rounding() -> None:
     only = np.full(14, 1 / 14)
     assert only.sum() < 1
     assert project_to_bounds(np.zeros(14), only, only).tolist() == only.tolist()
 
 
-def test_no_wish_at_all_is_an_even_one() -> None:
+def test_all_weights_zero_count_as_equal_weights() -> None:
     assert project_to_bounds(np.zeros(4), 0.1) == pytest.approx([0.25] * 4)
 
 
-def test_a_floor_of_one_share_each_is_uniform() -> None:
+def test_floors_that_sum_to_one_give_the_uniform_mixture() -> None:
     assert project_to_bounds(np.array([0.9, 0.1]), 0.5) == pytest.approx([0.5, 0.5])
 
 

@@ -1,4 +1,4 @@
-"""Exponentiated gradient as DoReMi and Sheared-LLaMA use it, formulas written out."""
+"""Exponentiated gradient as in DoReMi and Sheared-LLaMA, compared with the written-out formulas."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def test_doremi_multiplies_by_the_positive_excess_and_smooths() -> None:
     assert weights == pytest.approx(0.999 * raised / raised.sum() + 0.001 / 3)
 
 
-def test_sheared_llama_also_takes_weight_from_domains_that_are_ahead() -> None:
+def test_sheared_llama_takes_weight_from_domains_below_the_reference() -> None:
     algorithm = gradient(variant="sheared-llama", reference_losses=(2.0, 2.0, 2.0))
     _, weights = algorithm.update(algorithm.start(PRIOR), statistics([2.5, 1.0, 2.0]))
     raised = PRIOR * np.exp([0.5, -1.0, 0.0])
@@ -47,7 +47,7 @@ def test_the_average_is_the_mean_of_all_weights_so_far() -> None:
     assert algorithm.describe(state)["average_weight"] == pytest.approx(np.mean(served, axis=0))
 
 
-def test_an_absent_domain_keeps_its_unnormalised_weight() -> None:
+def test_a_domain_without_sequences_keeps_its_unnormalised_weight() -> None:
     algorithm = gradient()
     state = run_algorithm(algorithm, algorithm.start(PRIOR), [statistics([1.0, 2.0, 0.0], (5, 5, 0))] * 3)
     assert state.log_weight[2] == np.log(0.2)

@@ -1,4 +1,4 @@
-"""What published ADO codes get wrong and this one does not, one behaviour per test."""
+"""Faults of published ADO codes that this code does not have, one per test."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ BATCH, SEQ_LEN = 64, 512
 
 @dataclass(frozen=True)
 class Domain:
-    """A true law and a share; `starts` is the first step it appears in."""
+    """A true law and a share; `starts` is the first step with sequences of the domain."""
 
     epsilon: float
     beta: float
@@ -38,7 +38,7 @@ CODE = Domain(0.6, 9.0, 0.3, 0.3)
 def steps(
     domains: list[Domain], num_steps: int, noise: float = 0.0, seq_len: int = SEQ_LEN
 ) -> Iterator[DomainStatistics]:
-    """Noise is the standard deviation of one sequence's mean loss, in nats."""
+    """Simulate losses; `noise` is the standard deviation of the mean loss of one sequence, in nats."""
     random = np.random.Generator(np.random.Philox(0))
     shares = np.array([d.share for d in domains])
     for step in range(num_steps):
@@ -67,16 +67,16 @@ def train(algorithm: Ado, domains: list[Domain], num_steps: int, noise: float = 
 
 
 def speed_ratio(algorithm: Ado, state: AdoState, domains: list[Domain]) -> np.ndarray:
-    """Predicted speed by true speed, at the last step."""
+    """Return predicted speed divided by true speed, at the last step."""
     return algorithm.describe(state)["speed"] / [d.speed(state.step - 1) for d in domains]
 
 
 def losses(state: AdoState) -> np.ndarray:
-    """Predicted at the last step, nats."""
+    """Return the loss predicted at the last step, in nats."""
     return state.laws.epsilon + state.laws.beta * (state.step * BATCH) ** -state.laws.alpha
 
 
-def test_low_entropy_domain_keeps_its_speed() -> None:
+def test_a_low_entropy_domain_keeps_its_speed() -> None:
     published = ado(variant="paper")
     assert CODE.loss(799) < np.exp(0.5)
     assert speed_ratio(published, train(published, [PROSE, CODE], 801), [PROSE, CODE])[1] < 0.2
@@ -84,7 +84,7 @@ def test_low_entropy_domain_keeps_its_speed() -> None:
     assert speed_ratio(ours, train(ours, [PROSE, CODE], 801), [PROSE, CODE]) == pytest.approx([1, 1], rel=0.15)
 
 
-def test_one_nan_stops_no_later_refit() -> None:
+def test_one_nan_does_not_stop_later_refits() -> None:
     domains, algorithm = [PROSE, CODE], ado()
     state, clean = algorithm.start(prior(domains)), algorithm.start(prior(domains))
     for statistics in steps(domains, 501, noise=0.02):
@@ -116,14 +116,14 @@ def test_two_hundred_domains_do_not_become_uniform() -> None:
     assert weights.sum() == pytest.approx(1, abs=1e-14)
 
 
-def test_no_weight_ends_below_the_floor() -> None:
+def test_no_weight_is_below_the_floor() -> None:
     domains = [replace(PROSE, share=0.98), Domain(2.0, 0.001, 0.3, 0.02)]
     weights = {v: train(ado(variant=v), domains, 1000).weights[1] for v in ("default", "mixtera")}
     assert weights["default"] == 0.01
     assert weights["mixtera"] < 0.01
 
 
-def test_late_domain_is_not_fitted_before_it_was_seen() -> None:
+def test_a_late_domain_is_not_fitted_before_its_first_loss() -> None:
     late = replace(CODE, starts=250)
     algorithm = ado()
     early = train(algorithm, [PROSE, late], 240)
@@ -134,7 +134,7 @@ def test_late_domain_is_not_fitted_before_it_was_seen() -> None:
     assert losses(state)[1] == pytest.approx(late.loss(800), rel=0.003)
 
 
-def test_failed_fit_keeps_that_domains_law_and_refits_the_others() -> None:
+def test_a_failed_fit_keeps_the_law_of_its_domain_and_refits_the_others() -> None:
     domains, algorithm = [PROSE, CODE], ado()
     state = train(algorithm, domains, 290)
     arrays = algorithm.state_arrays(state)

@@ -1,4 +1,4 @@
-"""Bins along log n keep exactly what they were given, whichever of them it is in."""
+"""Bins along log n keep exact sums, also after they merge."""
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def test_a_domain_without_tokens_has_no_point_and_no_zero() -> None:
     assert points.weight.sum(axis=1).tolist() == [1.0, 1.0]
 
 
-def test_merging_loses_nothing_and_keeps_bins_equally_wide() -> None:
+def test_merged_bins_have_the_same_sums_and_equal_widths() -> None:
     history, steps = LossHistory(num_domains=2), np.unique(np.geomspace(100, 10**9, 3000).astype(np.int64))
     for n in steps:
         history = history.observe(int(n), one_step([float(n), 1.0], [3, 1]))
@@ -48,7 +48,7 @@ def test_merging_loses_nothing_and_keeps_bins_equally_wide() -> None:
     assert arrays["history_key"].tolist() == sorted(set(np.floor(np.log2(steps) * 8).astype(int).tolist()))
 
 
-def test_old_histories_stay_as_they_were() -> None:
+def test_observing_does_not_change_older_histories() -> None:
     first = LossHistory(num_domains=1).observe(1000, one_step([1.0], [1]))
     before = {name: values.tobytes() for name, values in first.arrays().items()}
     first.observe(1001, one_step([5.0], [2]))

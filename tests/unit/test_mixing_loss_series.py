@@ -1,4 +1,4 @@
-"""The published preparation of losses: filled forward, smoothed like scipy does it, thinned."""
+"""The published preparation of losses: filled forward, smoothed as scipy does it, thinned."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_every_tenth_step_from_the_first_fitted_one_is_kept() -> None:
     assert np.exp(points.log_loss) == pytest.approx(np.full((1, 4), 2.0))
 
 
-def test_gaps_are_filled_forward_and_nothing_precedes_the_first_observation() -> None:
+def test_gaps_are_filled_forward_from_the_first_observation_on() -> None:
     losses = np.full((121, 2), 3.0)
     losses[:55, 1] = np.nan
     losses[55:, 1] = 5.0
@@ -49,7 +49,7 @@ def test_gaps_are_filled_forward_and_nothing_precedes_the_first_observation() ->
     assert np.exp(points.log_loss[1, 6:]) == pytest.approx(np.full(7, 5.0))
 
 
-def test_a_domain_that_never_came_has_no_points() -> None:
+def test_a_domain_without_losses_has_no_points() -> None:
     losses = np.full((30, 2), 3.0)
     losses[:, 1] = np.nan
     assert series_of(losses).points().weight[1].tolist() == [0.0] * 3

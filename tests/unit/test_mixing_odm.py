@@ -1,4 +1,4 @@
-"""Online data mixing, its formulas written out."""
+"""Online data mixing, compared with the written-out formulas."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_the_domain_with_the_highest_loss_is_served_most() -> None:
     assert state.weights[1] > state.weights[2] > state.weights[0]
 
 
-def test_an_absent_domain_keeps_its_reward() -> None:
+def test_a_domain_without_sequences_keeps_its_reward() -> None:
     algorithm = odm()
     state, _ = algorithm.update(algorithm.start(np.full(2, 0.5)), statistics([3.0, 2.0], [5, 5]))
     later, _ = algorithm.update(state, statistics([0.0, 2.0], [0, 5]))

@@ -1,4 +1,4 @@
-"""The `paper` variant follows a float64 reference of the paper, computed by other code from the same losses."""
+"""The `paper` variant follows a float64 reference of the paper, computed by separate code from the same losses."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mixtera_hpc.core.statistics import DomainStatistics
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "ado"
 TOLERANCE = 2e-9
-"""Measured: 5e-10. The reference's own optimizer stops about that far from the minimum."""
+"""Measured: 5e-10. The optimizer of the reference stops about that far from the minimum."""
 
 
 def trajectory(variant: str) -> np.ndarray:
@@ -40,8 +40,8 @@ def test_paper_variant_follows_the_reference_for_three_thousand_steps() -> None:
     assert np.abs(trajectory("paper") - reference()).max() < TOLERANCE
 
 
-def test_default_moves_the_way_the_paper_does() -> None:
-    """Other losses in the fit and realised shares in the credit shift it a little; the direction is the same."""
+def test_the_default_variant_moves_in_the_direction_of_the_paper() -> None:
+    """It fits other losses and credits realised shares, so weights differ a little; the direction is the same."""
     ours, paper = trajectory("default"), reference()
     assert np.abs(ours - paper).max() < 0.04
     assert np.array_equal(ours[:1000], paper[:1000])

@@ -1,4 +1,4 @@
-"""Algorithms are made from what users write, and wrong input is answered with what would be right."""
+"""Algorithms are built from written parameters; wrong input is answered with the valid values."""
 
 import dataclasses
 import inspect
@@ -56,13 +56,13 @@ def test_a_list_of_numbers_becomes_a_tuple() -> None:
         ),
     ],
 )
-def test_wrong_input_is_answered_with_what_would_be_right(name: str, parameters: dict[str, Any], message: str) -> None:
+def test_wrong_input_is_answered_with_the_valid_values(name: str, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_algorithm(name, parameters)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_parameter_has_a_sentence_below_it(name: str) -> None:
+def test_every_parameter_has_a_description(name: str) -> None:
     config = ALGORITHMS[name].Config
     lines = [line.strip() for line in inspect.getsource(config).splitlines()]
     for field in dataclasses.fields(config):

@@ -1,4 +1,4 @@
-"""Laws are fitted to the global minimum of the objective, all domains at once; speeds are what must be right."""
+"""Laws are fitted to the global minimum of the objective, all domains at once; their speeds must be right."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def score(laws: ScalingLaws, points: LossPoints) -> np.ndarray:
     return huber_objective(predict(laws.theta, points).residual, points.weight)
 
 
-def test_exact_losses_give_back_the_speeds_of_three_hundred_laws() -> None:
+def test_exact_losses_give_the_speeds_of_three_hundred_laws() -> None:
     laws = random_laws(300)
     points = points_of(laws)
     fitted = fit_laws(points, BOUNDS, unknown(points))
@@ -42,7 +42,7 @@ def test_exact_losses_give_back_the_speeds_of_three_hundred_laws() -> None:
     assert fitted.speed(N[-1])[visible] == pytest.approx(laws.speed(N[-1])[visible], rel=0.01)
 
 
-def test_no_start_of_a_general_optimizer_finds_a_better_law() -> None:
+def test_a_general_optimizer_finds_no_better_law_from_any_start() -> None:
     optimize = pytest.importorskip("scipy.optimize")
     points = points_of(random_laws(3, seed=3), noise=0.004)
     ours = score(fit_laws(points, BOUNDS, unknown(points)), points)
@@ -50,16 +50,16 @@ def test_no_start_of_a_general_optimizer_finds_a_better_law() -> None:
     for k in range(3):
         one = points.take(np.array([k]))
         starts = [(b, a, e) for b in (1.0, 5.0) for a in (0.15, 0.5) for e in (0.1, 1.0)]
-        found = [
+        minima = [
             optimize.minimize(
                 lambda t, one=one: score(ScalingLaws(theta=t[None]), one)[0], s, bounds=box, method="L-BFGS-B"
             )
             for s in starts
         ]
-        assert ours[k] <= min(f.fun for f in found) * (1 + 1e-5)
+        assert ours[k] <= min(f.fun for f in minima) * (1 + 1e-5)
 
 
-def test_a_domain_is_fitted_the_same_in_any_company() -> None:
+def test_the_fit_of_a_domain_does_not_depend_on_other_domains() -> None:
     points = points_of(random_laws(20), noise=0.004)
     together = fit_laws(points, BOUNDS, unknown(points))
     for k in (0, 7, 19):
@@ -93,7 +93,7 @@ def test_laws_stay_within_their_bounds() -> None:
 
 
 @pytest.mark.parametrize("trend", [0.0, 0.3], ids=["flat", "rising"])
-def test_a_loss_that_does_not_fall_has_no_speed(trend: float) -> None:
+def test_a_loss_that_does_not_fall_has_speed_zero(trend: float) -> None:
     loss = np.exp(trend * np.log(N / N[0]))[None]
     points = LossPoints.of(np.log(N), loss, np.ones_like(loss))
     laws = fit_laws(points, BOUNDS, unknown(points))
@@ -102,7 +102,7 @@ def test_a_loss_that_does_not_fall_has_no_speed(trend: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
-def test_points_without_a_logarithm_are_left_out(bad: float) -> None:
+def test_losses_without_a_logarithm_are_ignored(bad: float) -> None:
     points = points_of(random_laws(2))
     loss = np.exp(points.log_loss)
     loss[1, ::2] = bad
@@ -119,13 +119,13 @@ def test_too_few_points_leave_only_their_own_domain_unknown() -> None:
     assert laws.known.tolist() == [True, False, True]
 
 
-def test_no_points_at_all_is_no_law() -> None:
+def test_without_points_no_law_is_known() -> None:
     empty = np.zeros((2, 0))
     points = LossPoints.of(np.zeros(0), empty, empty)
     assert not fit_laws(points, BOUNDS, unknown(points)).known.any()
 
 
-def test_one_wild_point_moves_a_speed_by_little() -> None:
+def test_one_outlier_changes_a_speed_only_a_little() -> None:
     points = points_of(random_laws(1, seed=5), noise=0.002)
     wild = points.log_loss.copy()
     wild[0, 40] += 1.0

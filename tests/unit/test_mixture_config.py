@@ -1,4 +1,4 @@
-"""Mixtures as they are written: ids, and what is said of mistakes."""
+"""Mixtures in the configuration: domain_ids, and messages about mistakes."""
 
 import re
 from typing import Any
@@ -68,18 +68,18 @@ def test_natural_weights_are_of_the_named_domains_only() -> None:
     assert weights(config, 30, 40, 10) == pytest.approx([0.75, 0, 0.25])
 
 
-def test_dynamic_begins_with_the_weights_that_are_given_or_with_natural_ones() -> None:
+def test_a_dynamic_mixture_begins_with_written_or_natural_weights() -> None:
     assert weights(mixture(kind="dynamic", domains=[at("a", 0.9), at("b", 0.1)]), 5, 5) == pytest.approx([0.9, 0.1])
     assert weights(mixture(kind="dynamic", domains=[at("a"), at("b")]), 30, 10) == pytest.approx([0.75, 0.25])
     tempered = mixture(kind="dynamic", domains=[at("a"), at("b")], temperature=2.0)
     assert weights(tempered, 90, 10) == pytest.approx([0.75, 0.25])
 
 
-def test_unimax_spreads_the_whole_runs_budget() -> None:
+def test_unimax_distributes_the_budget_of_the_whole_run() -> None:
     assert weights(mixture(unimax_epochs=2.0, domains=[at("a"), at("b")]), 10, 1000, budget=100) == [0.2, 0.8]
 
 
-def test_floors_and_caps_of_a_domain_come_before_the_mixtures() -> None:
+def test_the_floor_and_cap_of_a_domain_override_those_of_the_mixture() -> None:
     config = mixture(floor=0.1, cap=0.6, domains=[at("a", floor=0.3), at("b", cap=0.9), at("c")])
     bounds = config_bounds(config, domain_sizes(config, 5, 5, 0))
     assert bounds is not None
@@ -188,7 +188,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named_and_nothing_else(name: str) -> None:
+def test_each_mistake_has_exactly_one_message(name: str) -> None:
     plain, message = MISTAKES[name]
     (problem,) = mixture_problems(mixture(**plain))
     assert re.search(message, problem), problem
@@ -202,7 +202,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (conf_dir() / "mixture").glob("*.yaml")))
-def test_every_preset_composes_with_what_its_comment_asks_for(preset: str) -> None:
+def test_every_preset_composes_with_the_keys_that_its_comment_asks_for(preset: str) -> None:
     plain = ["data.root=/data", "index.path=index.h5", "dataplane.tokenizer=t.json", f"mixture={preset}"]
     compose([*plain, *NEEDS.get(preset, [])])
     if preset in NEEDS:

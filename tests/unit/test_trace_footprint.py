@@ -1,4 +1,4 @@
-"""The expected footprint of a step is that of the steps that are really planned."""
+"""The estimated footprint of a step is close to that of planned steps."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from mixtera_hpc.trace.list import planned_sequences
 
 @pytest.mark.parametrize("shuffle", ["none", "block", "window"])
 @pytest.mark.parametrize("window", [4, 16])
-def test_the_expected_footprint_is_close_to_that_of_planned_steps(
+def test_the_estimated_footprint_is_close_to_that_of_planned_steps(
     collection: list[str], shuffle: str, window: int
 ) -> None:
     words = [f"dataplane.shuffle={shuffle}", f"dataplane.shuffle_window={window}", "dataplane.global_batch_size=16"]
@@ -35,12 +35,12 @@ def test_the_expected_footprint_is_close_to_that_of_planned_steps(
 
 
 def block_of(source: Source, shard: str, row: int) -> int:
-    """The block that a row lies in."""
+    """Return the block that a row lies in."""
     blocks = np.flatnonzero(source.blocks.shard == source.index.shard_paths.index(shard))
     return int(blocks[np.searchsorted(source.blocks.first_row[blocks], row, side="right") - 1])
 
 
-def test_documents_longer_than_sequences_are_counted_in_every_step_they_are_touched_in(collection: list[str]) -> None:
+def test_documents_longer_than_sequences_count_in_every_step_that_reads_them(collection: list[str]) -> None:
     source = open_source(compose([*collection, "dataplane.global_batch_size=16", "dataplane.seq_len=8"]), Local())
     touched = [
         {(shard, row) for shard, row, _, _ in r["segments"]} | {r["step"]} for r in planned_sequences(source, 0, 60)
@@ -55,7 +55,7 @@ def test_documents_longer_than_sequences_are_counted_in_every_step_they_are_touc
 def test_the_forecast_names_the_step_in_which_a_domain_runs_out(
     collection: list[str], on_exhausted: str, max_epochs: float
 ) -> None:
-    """To within the steps between two of its sequences, also when shares grow because other domains are gone."""
+    """Exact up to the steps between two sequences of the domain, also if shares grow after other domains ran out."""
     words = ["mixture.temperature=2.0", f"mixture.on_exhausted={on_exhausted}", f"mixture.max_epochs={max_epochs}"]
     source = open_source(
         compose([*collection, *words, "dataplane.seq_len=16", "dataplane.global_batch_size=16"]), Local()
@@ -67,9 +67,9 @@ def test_the_forecast_names_the_step_in_which_a_domain_runs_out(
             gone[record["domain_id"]] = record["step"]
     expected = forecast_mixture(source, 10**6)
     assert expected.num_steps == counts.sum() // 16
-    found = {d: e.runs_out_at_step for d, e in enumerate(expected.domains) if e.runs_out_at_step is not None}
-    assert found and gone.keys() <= found.keys()
-    for domain, step in found.items():
+    run_out = {d: e.runs_out_at_step for d, e in enumerate(expected.domains) if e.runs_out_at_step is not None}
+    assert run_out and gone.keys() <= run_out.keys()
+    for domain, step in run_out.items():
         between = expected.num_steps / source.planner.capacity[domain]
         assert -1 <= step - gone.get(domain, expected.num_steps) <= 1 + between
 

@@ -1,4 +1,4 @@
-"""`mixtera-hpc trace` says what a run was served, or that it cannot know."""
+"""`mixtera-hpc trace` lists what a run was served, or refuses if it cannot know."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,34 +24,34 @@ def served(overrides: list[str], root: Path) -> RunFolder:
     return folder
 
 
-def test_a_run_is_not_explained_by_another_index(
+def test_a_run_is_not_traced_with_another_index(
     own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = served(own_collection, tmp_path / "runs")
     assert main(["trace", str(folder.path), "--step", "0", "--json"]) == 0
-    told = capsys.readouterr().out
+    listed = capsys.readouterr().out
     config = compose(own_collection)
     (Path(config.data.root) / "b.jsonl.gz").unlink()
     Path(config.index.path).unlink()
     build_index(config)
     assert main(["trace", str(folder.path), "--step", "0", "--json"]) == 2
-    said = capsys.readouterr()
-    assert told
-    assert not said.out
-    assert "has no generation" in said.err and "restore the old index file" in said.err
+    captured = capsys.readouterr()
+    assert listed
+    assert not captured.out
+    assert "has no generation" in captured.err and "restore the old index file" in captured.err
 
 
-def test_an_index_built_again_explains_it(
+def test_an_index_that_was_built_again_traces_a_run(
     own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = served(own_collection, tmp_path / "runs")
     assert main(["trace", str(folder.path), "--step", "0", "--json"]) == 0
-    told = capsys.readouterr().out
+    listed = capsys.readouterr().out
     config = compose(own_collection)
     Path(config.index.path).unlink()
     build_index(config)
     assert main(["trace", str(folder.path), "--step", "0", "--json"]) == 0
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == listed
 
 
 @pytest.mark.parametrize(
@@ -67,27 +67,27 @@ def test_an_index_built_again_explains_it(
         (["--step", "0", "--shard", "b.jsonl"], "The index has no shard 'b.jsonl'. Did you mean 'a.jsonl' or"),
     ],
 )
-def test_what_the_run_does_not_have_is_refused_rather_than_answered_with_nothing(
+def test_ranks_steps_and_shards_that_do_not_exist_are_refused(
     words: list[str], answer: str, own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = served(own_collection, tmp_path / "runs")
     assert main(["trace", str(folder.path), *words]) == 2
-    said = capsys.readouterr()
-    assert not said.out and answer in said.err
+    captured = capsys.readouterr()
+    assert not captured.out and answer in captured.err
 
 
 @pytest.mark.parametrize("words", [["--rank", "0"], ["--domain", "0"]])
-def test_a_filter_without_steps_is_of_the_whole_run(
+def test_a_filter_without_steps_covers_the_whole_run(
     words: list[str], own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = served(own_collection, tmp_path / "runs")
     assert main(["trace", str(folder.path), *words, "--steps", "0..0"]) == 0
-    told = capsys.readouterr().out
+    listed = capsys.readouterr().out
     assert main(["trace", str(folder.path), *words]) == 0
-    assert capsys.readouterr().out == told != ""
+    assert capsys.readouterr().out == listed != ""
 
 
-def test_a_rank_stands_for_its_dp_group(
+def test_a_rank_gets_the_batch_of_its_model_parallel_group(
     own_collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = served(own_collection, tmp_path / "runs")
@@ -95,8 +95,8 @@ def test_a_rank_stands_for_its_dp_group(
     as_if = opened.replace('"num_ranks":1,"model_parallel_size":1', '"num_ranks":4,"model_parallel_size":2')
     assert as_if != opened
     folder.journal.write_text("".join([as_if, *rest]))
-    given = []
+    outputs = []
     for rank in "0123":
         assert main(["trace", str(folder.path), "--step", "0", "--rank", rank]) == 0
-        given.append(capsys.readouterr().out)
-    assert given[0] == given[1] != given[2] == given[3] != ""
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2] == outputs[3] != ""
