@@ -9,9 +9,9 @@ checkpoint (once for the checksums).
 """
 
 import json
+import logging
 import os
 import shutil
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import DataError
 
 __all__ = ["Checkpoint", "load_newest_checkpoint", "read_checkpoint", "write_checkpoint"]
+
+logger = logging.getLogger("mixtera_hpc")
 
 FORMAT_VERSION = 1
 """Version of the files of a checkpoint; other versions are refused."""
@@ -111,7 +113,7 @@ def load_newest_checkpoint(
         path = run.checkpoint(step)
         damage = _find_damage(path)
         if damage is not None:
-            warnings.warn(f"Checkpoint {path} is skipped: {damage}.", stacklevel=2)
+            logger.warning("Checkpoint %s is skipped: %s.", path, damage)
             damaged.append(f"\n    {path.name}: {damage}")
         elif accept(_read_json(path / DATAPLANE_JSON_FILE)):
             return read_checkpoint(path)

@@ -7,8 +7,8 @@ part of a step waits for the device.
 Every rank holds a full replica of the model, so a checkpoint can be resumed with any number of ranks.
 """
 
+import logging
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,6 +37,8 @@ from mixtera_hpc.training.model import GPT, build_model
 from mixtera_hpc.training.schedule import learning_rate
 from mixtera_hpc.training.step_log import StepLog, StepTiming
 from mixtera_hpc.training.validator import Validator
+
+logger = logging.getLogger("mixtera_hpc")
 
 __all__ = ["StepObserver", "Trainer", "TrainerContext", "run_training"]
 
@@ -272,7 +274,7 @@ class Trainer:
         if self._step == 0:
             raise MixtureError(message)
         if self._comm.rank == 0:
-            warnings.warn(message, stacklevel=2)
+            logger.warning(message)
 
     def _checkpoint_is_due(self) -> bool:
         every_steps = self._config.checkpoint.every_steps
