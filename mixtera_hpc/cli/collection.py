@@ -28,10 +28,12 @@ def compose_build(overrides: Sequence[str]) -> Config:
     return config
 
 
-def open_collection(overrides: Sequence[str], *, reads_shards: bool = False) -> "tuple[Config, PropertyIndex]":
-    """Compose a configuration and open the indexes it reads; `reads_shards` as in `open_configured`."""
+def open_collection(
+    overrides: Sequence[str], *, reads_shards: bool = False, announce: bool = True
+) -> "tuple[Config, PropertyIndex]":
+    """Compose a configuration and open the indexes it reads; see `open_configured`."""
     # h5py takes 0.2 s to import, which `--help` should not pay.
     from mixtera_hpc.index.read.configured import open_configured
 
     config = compose_data(overrides)
-    return config, open_configured(config, reads_shards=reads_shards)
+    return config, open_configured(config, reads_shards=reads_shards, announce=announce)

@@ -103,7 +103,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
-    config, index = open_collection(args.overrides, reads_shards=True)
+    config, index = open_collection(args.overrides, reads_shards=True, announce=comm.rank == 0)
     with index:
         tokenizer = _load_counting_tokenizer(config, index.tokenizer_fingerprint) if args.deep else None
         changed = changed_shards(index) if comm.rank == 0 else []

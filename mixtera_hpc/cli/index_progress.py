@@ -19,8 +19,10 @@ LINE_EVERY_S = 10.0
 
 @contextlib.contextmanager
 def show_progress(comm: Communicator) -> Iterator[ProgressCallback | None]:
-    """Yield a callback that shows a bar on a terminal, and prints a line every ten seconds elsewhere; None on other
-    ranks."""
+    """Yield a callback that shows a bar on a terminal, and prints a line every ten seconds elsewhere.
+
+    Ranks other than 0 get None.
+    """
     if comm.rank > 0:
         yield None
     elif not sys.stderr.isatty():

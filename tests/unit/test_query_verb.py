@@ -107,7 +107,7 @@ def test_text_names_domains_overlaps_and_what_is_left_out(index: Path, capsys: p
     assert code == 0
     assert "source=C4|null" in out and "tags=spam" in out
     assert "selected: 30 samples" in out and "in no domain: 6 samples" in out
-    assert "4 samples of source=C4|null match tags=spam too" in out
+    assert "4 samples of source=C4|null also match tags=spam" in out
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_nothing_is_explained_unasked(index: Path, capsys: pytest.CaptureFixture
 
 def test_people_read_why(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "query", "--explain", f"index.path={index}", 'query.where="quality < 0.05"')
-    assert code == 0 and "pruned by zones" in out and "looked at quality of 8 of 30 samples" in out
+    assert code == 0 and "pruned by zones" in out and "read quality of 8 of 30 samples" in out
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,13 @@ A printed script needs no run folder: it makes one when it starts."""
 
 def run(args: Namespace) -> int:
     """Compose the configuration and submit it."""
-    return submit_or_print(compose(args.overrides), args)
+    config = compose(args.overrides)
+    if not args.dry_run:
+        # Imported here because h5py takes longer to import than `--help` may take.
+        from mixtera_hpc.index.read.configured import check_stored_roots
+
+        check_stored_roots(config)
+    return submit_or_print(config, args)
 
 
 def submit_or_print(config: Config, args: Namespace) -> int:

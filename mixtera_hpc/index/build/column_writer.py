@@ -167,8 +167,10 @@ class _SampleWriter:
             self.write_buffered()
 
     def write_buffered(self) -> None:
-        """Write everything that is buffered; small results are written together, since a write costs as much as a
-        block."""
+        """Write everything that is buffered.
+
+        Small results are written together, since a write costs as much as a block.
+        """
         end = self._num_written + self._num_buffered
         for name, dataset in self._datasets.items():
             if self._num_buffered:

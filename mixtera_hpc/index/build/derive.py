@@ -80,7 +80,7 @@ def derive_properties(
     """
     comm = comm or Local()
     began_s = time.monotonic()
-    with open_written(config) as index:
+    with open_written(config, announce=comm.rank == 0) as index:
         functions = _functions_to_run(index, DocumentFunctions.of(config.data), again)
         derivation = _Derivation(index, functions, combo_values(index.tables.combos), began_s)
         job = IndexJob(
@@ -129,8 +129,10 @@ def _is_stored(index: PropertyIndex, field: PropertyField) -> bool:
 
 
 def _plan_units(index: PropertyIndex) -> ScanPlan:
-    """Cut the blocks into units of about 64 MiB, each within one shard; a unit is (shard, first block, last block +
-    1)."""
+    """Cut the blocks into units of about 64 MiB, each within one shard.
+
+    A unit is (position of the shard, first block, one past the last block).
+    """
     blocks = index.tables.blocks
     units = []
     sizes = []

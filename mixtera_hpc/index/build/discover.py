@@ -158,8 +158,7 @@ def _check_folders(root: Path, pattern: str, excluded: set[str]) -> None:
 
 
 def _stat_file(path: Path) -> os.stat_result | None:
-    """Return the status of a regular file; None for folders, loops of links, pipes, and files deleted since they were
-    listed.
+    """Return the status of a regular file; None for anything else, and for files deleted since they were listed.
 
     Raises:
         DataError: the file may not be read.

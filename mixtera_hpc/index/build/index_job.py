@@ -78,8 +78,14 @@ def lead_index_job(
     finish: Callable[[ScanPlan, UnitRecords], T],
     progress: ProgressCallback | None,
 ) -> T:
-    """Run a job on rank 0, and return the report of `finish`, which writes the index. **Collective** with
-    `follow_index_job`.
+    """Run a job on rank 0 while all other ranks call `follow_index_job`; return what `finish` returns. **Collective.**
+
+    Args:
+        job: how units are scanned.
+        plan: what is to be scanned.
+        comm: all ranks.
+        finish: writes the index from the logged results.
+        progress: called while units are scanned.
 
     Raises:
         PropertyIndexError: the index cannot be written, would replace another file, or another process works on it.
@@ -98,7 +104,7 @@ def lead_index_job(
 
 
 def follow_index_job(job: IndexJob, comm: Communicator, report_type: type[T]) -> T:
-    """Scan units on ranks other than 0, and return the report of rank 0. **Collective** with `lead_index_job`."""
+    """Scan units on a rank other than 0, which calls `lead_index_job`; return its report. **Collective.**"""
     plan = msgspec.json.decode(bcast_bytes(comm, None), type=ScanPlan)
     with _explain_disk_errors(building_folder(job.path)):
         _scan_missing(job, plan, comm, None)
@@ -158,8 +164,8 @@ def _explain_disk_errors(folder: Path) -> Iterator[None]:
             raise
         raise PropertyIndexError(
             f"The index cannot be written to {folder.parent}: {os.strerror(error.errno)}.\n  Make room and run this "
-            f"again: it continues from what was scanned so far, which is in {folder.name}. Or set index.path to another "
-            "place."
+            f"again: it continues from what was scanned so far, which is in {folder.name}. Or set index.path to "
+            "another place."
         ) from None
 
 

@@ -103,8 +103,7 @@ class StoredBlocks:
         }
 
     def _padded_rows(self) -> int:
-        """Return the entries of a sample column from the first row of the first block to the last row of the last
-        block."""
+        """Return the entries of a sample column from the first row of the first block to the last of the last block."""
         blocks = self.index.tables.blocks
         begin = int(blocks.first_sample[self.first])
         end = int(blocks.first_sample[self.last - 1]) + int(blocks.rows[self.last - 1])
@@ -125,8 +124,10 @@ def combo_values(combos: ComboTable) -> list[Combo | None]:
 
 
 def block_ranges(index: PropertyIndex, blocks: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Cut the given blocks, ascending, into ranges [first, last) of neighbours with at most `MAX_ROWS` rows, or one
-    block."""
+    """Cut the given blocks, ascending, into ranges [first, last) of neighbours.
+
+    A range has at most `MAX_ROWS` rows, or it is a single block.
+    """
     rows_of_block = index.tables.blocks.rows
     numbers = blocks.tolist()
     start = 0

@@ -24,62 +24,67 @@ index."""
 LOGGER = logging.getLogger("mixtera_hpc")
 
 
-def open_configured(config: Config, *, reads_shards: bool = True) -> PropertyIndex:
+def open_configured(config: Config, *, reads_shards: bool = True, announce: bool = True) -> PropertyIndex:
     """Open the indexes of `index.paths` at `index.generations`, joined into one if there are several.
 
-    `data.root`, `data.sets`, `data.text` and `data.properties` describe one index: the only one, or `index.path` among
-    several.
+    `data.root`, `data.sets`, `data.text` and `data.properties` describe one index: the only one, or among several the
+    one at `index.path`.
 
     Args:
-        config: the configuration.
+        config: a checked configuration.
         reads_shards: False if only the index is read; its stored data root need not be trusted then.
+        announce: whether to log a stored data root; one rank should.
 
     Raises:
         ConfigError: `data.root` is set, but the index that it describes is none of `index.paths`.
-        PropertyIndexError: an index is missing, damaged, was built with other settings than `config.data` gives, names
-        a data
-            root that is not trusted, or the indexes do not fit together.
+        PropertyIndexError: an index is missing or damaged, it was built with other settings than those of
+            `config.data`, its data root is not trusted, or the indexes do not fit together.
     """
     paths = config.index.paths_to_read
     generations = config.index.generations or [""] * len(paths)
     described = _described_position(config)
     indexes = []
     for position, (path, generation) in enumerate(zip(paths, generations, strict=True)):
-        given = config.data if position == described else DataConfig()
-        index = open_index(path, given.roots() or given.root or None, generation)
+        data = config.data if position == described else DataConfig()
+        index = open_index(path, data.roots() or data.root or None, generation)
         if position == described:
-            _check_build_settings(index, config.data)
-        if reads_shards and not (given.sets or given.root):
-            _accept_stored_roots(index.path, index.roots.values(), config.index.trusted_roots)
+            _check_build_settings(index, data)
+        if reads_shards and not _has_root(data):
+            _accept_stored_roots(index.path, index.roots.values(), config.index.trusted_roots, announce)
         indexes.append(index)
     return indexes[0] if len(indexes) == 1 else join_indexes(indexes)
 
 
-def open_written(config: Config) -> PropertyIndex:
-    """Open `index.path`, the index that `index build`, `refresh` and `derive` write.
+def open_written(config: Config, *, announce: bool = True) -> PropertyIndex:
+    """Open `index.path`, which `index build`, `refresh` and `derive` write; `announce` as in `open_configured`.
 
     Raises:
         PropertyIndexError: as for `open_configured`.
     """
     data = config.data
     index = open_index(config.index.path, data.roots() or data.root or None)
-    if not (data.sets or data.root):
-        _accept_stored_roots(index.path, index.roots.values(), config.index.trusted_roots)
+    if not _has_root(data):
+        _accept_stored_roots(index.path, index.roots.values(), config.index.trusted_roots, announce)
     return index
 
 
 def check_stored_roots(config: Config) -> None:
-    """Check the stored data roots that a run of `config` will use, before it starts. An index that does not exist yet
-    is skipped.
+    """Check the stored data roots that a run of `config` will use, before it starts.
+
+    An index that does not exist yet is skipped.
 
     Raises:
         ConfigError, PropertyIndexError: as for `open_configured`.
     """
     described = _described_position(config)
     for position, path in enumerate(config.index.paths_to_read):
-        has_root = position == described and (config.data.root or config.data.sets)
+        has_root = position == described and _has_root(config.data)
         if not has_root and Path(path).is_file():
-            _accept_stored_roots(Path(path), read_stored_roots(path), config.index.trusted_roots)
+            _accept_stored_roots(Path(path), read_stored_roots(path), config.index.trusted_roots, announce=True)
+
+
+def _has_root(data: DataConfig) -> bool:
+    return bool(data.root or data.sets)
 
 
 def _described_position(config: Config) -> int | None:
@@ -94,7 +99,7 @@ def _described_position(config: Config) -> int | None:
         return 0
     if own in paths:
         return paths.index(own)
-    if config.data.root or config.data.sets:
+    if _has_root(config.data):
         key = "data.sets" if config.data.sets else "data.root"
         raise ConfigError(
             f"{key} gives the shards of index.path={config.index.path}, but runs read index.paths="
@@ -104,8 +109,8 @@ def _described_position(config: Config) -> int | None:
     return None
 
 
-def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Sequence[str]) -> None:
-    """Log the data roots stored in the index at `path`, or refuse them."""
+def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Sequence[str], announce: bool) -> None:
+    """Accept and log the data roots stored in the index at `path`, or refuse them."""
     trusted = [Path(folder).expanduser().resolve() for folder in trusted_roots]
     is_own = path.stat().st_uid == os.geteuid()
     for root in roots:
@@ -117,7 +122,8 @@ def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Seque
                 "index.trusted_roots.\n"
                 f"  Set data.root={root}, or add the folder to index.trusted_roots."
             )
-        LOGGER.info("data.root is %s, as stored in %s", root, path)
+        if announce:
+            LOGGER.info("data.root is %s, as stored in %s", root, path)
 
 
 def _check_build_settings(index: PropertyIndex, data: DataConfig) -> None:

@@ -61,7 +61,7 @@ def _offsets(lengths: Sequence[int]) -> list[int]:
 
 
 def _join_combos(tables: Sequence[IndexTables], names: Sequence[str]) -> tuple[ComboTable, list[NDArray[np.int64]]]:
-    """Number the combos of all indexes one after the other, except that bad rows have one combo together."""
+    """Concatenate the combos of all indexes, except that bad rows have one combo together."""
     kinds = {DATASET: Kind.CATEGORY}
     for table in tables:
         kinds |= {name: prop.kind for name, prop in table.combos.properties.items()}

@@ -55,8 +55,7 @@ class PropertyIndex:
 
     @property
     def data_root(self) -> Path:
-        """Return the folder that `shard_paths` are relative to: `/` with several data sets, whose paths are
-        absolute."""
+        """Return the folder that `shard_paths` are relative to; `/` if they are absolute, with several data sets."""
         return self.roots.get("", Path("/"))
 
     @property
@@ -82,8 +81,7 @@ class PropertyIndex:
         return self.samples.read(int(blocks.first_sample[block]), int(blocks.rows[block]))
 
     def read_blocks(self, chosen: NDArray[np.int32], only: Collection[str] | None = None) -> SampleColumns:
-        """Read the samples of several blocks, concatenated in the given order; `only` as in
-        `SampleReader.read_many`."""
+        """Read the samples of several blocks and concatenate them; `only` as in `SampleReader.read_many`."""
         blocks = self.tables.blocks
         return self.samples.read_many(blocks.first_sample[chosen].tolist(), blocks.rows[chosen].tolist(), only)
 
@@ -174,8 +172,8 @@ def _find_generation(path: Path, generations: Sequence[Generation], newest: str,
     known = dict.fromkeys(fingerprint[:12] for fingerprint in (*(g.fingerprint for g in generations), newest))
     raise PropertyIndexError(
         f"{path} has no generation {wanted[:12]!r}; it has {', '.join(known)}.\n"
-        "  Shards of that generation were changed or deleted, a property was derived, or the index was rebuilt. Start a "
-        "new run, or restore the old index file."
+        "  Shards of that generation were changed or deleted, a property was derived, or the index was rebuilt. Start "
+        "a new run, or restore the old index file."
     )
 
 

@@ -51,10 +51,10 @@ def changed_shards(index: PropertyIndex) -> list[ChangedShard]:
 
 
 def deeply_changed_shards(index: PropertyIndex, tokenizer: Tokenizer | None, comm: Communicator) -> list[ChangedShard]:
-    """Return, on rank 0, the shards whose content differs from what was indexed; nothing on other ranks.
-    **Collective.**
+    """Return the shards whose content differs from what was indexed. **Collective.**
 
-    Every rank checks its share of the shards. Rank 0 checks those that failed again, to name the problem.
+    Every rank checks its share of the shards. Rank 0 checks those that failed again, to name the problem, and returns
+    them. Other ranks return nothing.
 
     Args:
         index: an open index.

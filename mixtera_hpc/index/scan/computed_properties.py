@@ -1,5 +1,4 @@
-"""Compute properties of documents with Python functions: `data.properties.NAME={function: my_pkg.my_fn, kind:
-category}`.
+"""Compute properties of documents with Python functions, which `data.properties.NAME.function` names.
 
 A function takes a list of texts and returns one value for each: a text or None for a category, a sequence of texts or
 None for categories, a number or None for a number. It must depend on the texts alone, since any rank may see any of

@@ -1,5 +1,4 @@
-"""Scan units with all ranks in parallel: each rank takes the next units when it is free, so no rank waits for a slow
-one.
+"""Scan units with all ranks in parallel: each takes the next units when it is free, so none waits for a slow one.
 
 Units are handed out from large to small, small ones in batches, through one shared counter: one fetch-and-add per
 batch, no messages, no master. Workers are threads. The main thread of a rank claims units, and it alone calls MPI. On

@@ -64,8 +64,7 @@ def scan_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[
 
     Raises:
         DataError: rows cannot be read and are not skipped (the first ten are named in its notes), or the file has
-        changed
-            since it was discovered.
+            changed since it was discovered.
     """
     path = shard.below(settings.roots)
     rows = _RowCollector(settings, shard)
