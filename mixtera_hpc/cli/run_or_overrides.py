@@ -1,9 +1,9 @@
 """The arguments of verbs that take a configuration or, instead of it, a run: `query` and `plan`."""
 
 import argparse
-from pathlib import Path
 
-from mixtera_hpc.config.run_folder import RunFolder, runs_root
+from mixtera_hpc.cli.run_arguments import add_root_argument, find_run_named
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["add_run_or_overrides", "find_run"]
@@ -24,7 +24,7 @@ def add_run_or_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(
         "--split", choices=("train", "validation"), default="train", help="side of query.holdout (default: train)"
     )
-    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
+    add_root_argument(parser)
 
 
 def find_run(args: argparse.Namespace) -> RunFolder | None:
@@ -43,4 +43,4 @@ def find_run(args: argparse.Namespace) -> RunFolder | None:
             f"{names[0]} names a run, whose configuration is recorded, but there is also {others[0]!r}.\n"
             "  Give a run or overrides, which have the form key=value."
         )
-    return RunFolder.find(names[0], args.root or runs_root())
+    return find_run_named(names[0], args)

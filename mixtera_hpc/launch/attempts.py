@@ -37,7 +37,7 @@ START_TIME_FIELD = 19
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRecord:
-    """What was started."""
+    """How an attempt was started."""
 
     kind: Literal["slurm", "local"]
     job_id: str | None = None
