@@ -1,4 +1,4 @@
-"""Builds the events of `steps.jsonl` from step timings and reduced loss statistics.
+"""Build the events of `steps.jsonl` from step timings and reduced loss statistics.
 
 Timings are known at the end of a step. Losses arrive with the data plane's asynchronous reduction, one or two steps
 later. The log keeps timings until their losses arrive, so the trainer neither waits for losses nor reduces them a
@@ -31,7 +31,7 @@ class StepTiming:
 
 
 class StepLog:
-    """Pairs timings with statistics in step order and logs one event per `log_every` steps."""
+    """The pairs of timings and statistics that are not logged yet; logs one event per `log_every` steps."""
 
     def __init__(self, tracker: Tracker, *, num_ranks: int, log_every: int) -> None:
         self._tracker = tracker

@@ -20,7 +20,7 @@ __all__ = ["Validator"]
 
 
 class Validator:
-    """Validates the model every `training.validate_every` steps; does nothing if that is 0."""
+    """The validation of a run, every `training.validate_every` steps; nothing if that is 0."""
 
     def __init__(self, config: Config, replicas: Replicas, tracker: Tracker, folder: RunFolder) -> None:
         """Open the held-out samples. **Collective.**"""
