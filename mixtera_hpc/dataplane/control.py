@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mixtera_hpc.config.run_folder import RunFolder
+
 __all__ = ["STOP_SIGNALS", "RunControl", "block_time_limit_signal"]
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
@@ -29,13 +31,13 @@ def block_time_limit_signal() -> None:
 class RunControl:
     """What this rank was asked to do. Takes over the stop signals of the process until it is closed."""
 
-    def __init__(self, folder: Path | None, watch_files: bool) -> None:
+    def __init__(self, run: RunFolder | None, watch_files: bool) -> None:
         """
         Args:
-            folder: the run's control folder; None for a run without a folder.
+            run: the run's folder; None for a run without one.
             watch_files: look for control files; True on rank 0 only, which removes each file when it sees it.
         """
-        self._folder = folder if watch_files else None
+        self._run = run if watch_files else None
         self._stop = threading.Event()
         self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         """The handlers to restore. Only the main thread may install handlers."""
@@ -50,14 +52,17 @@ class RunControl:
 
     def poll(self) -> tuple[bool, bool]:
         """Return whether a stop was ever requested, and whether a save was requested since the last call."""
-        if self._take_file("stop"):
+        if self._run is None:
+            return self._stop.is_set(), False
+        if _take_file(self._run.stop_request):
             self._stop.set()
-        return self._stop.is_set(), self._take_file("save")
+        return self._stop.is_set(), _take_file(self._run.save_request)
 
-    def take_text(self, name: str) -> str | None:
-        """Return the text of a control file and remove the file; None when there is none, or files are not watched."""
-        if self._folder is None or not (path := self._folder / name).exists():
+    def take_mixture_request(self) -> str | None:
+        """Return the text of a requested mixture and remove the file; None without one, or if files are not watched."""
+        if self._run is None or not self._run.mixture_request.exists():
             return None
+        path = self._run.mixture_request
         text = path.read_text()
         # The user may have withdrawn the request meanwhile.
         path.unlink(missing_ok=True)
@@ -73,8 +78,9 @@ class RunControl:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
 
-    def _take_file(self, name: str) -> bool:
-        if self._folder is None or not (self._folder / name).exists():
-            return False
-        (self._folder / name).unlink(missing_ok=True)
-        return True
+
+def _take_file(path: Path) -> bool:
+    if not path.exists():
+        return False
+    path.unlink(missing_ok=True)
+    return True

@@ -89,7 +89,7 @@ class DataPlane:
             source=source,
             comm=communicator,
             batch_slice=batch_slice,
-            control=RunControl(recorder.control_folder, watch_files=is_root),
+            control=RunControl(folder, watch_files=is_root),
             recorder=recorder,
         )
         return cls(resources)

@@ -24,8 +24,6 @@ class RunRecorder:
     """One rank's records of a run."""
 
     def __init__(self, folder: RunFolder | None, attempt: int, rank: int, config: Config, tracker: Tracker) -> None:
-        self.control_folder = folder.control if folder else None
-        """Where requests for the run appear; None without a folder."""
         self._decisions = folder.decisions if folder else None
         self._tracker = tracker if rank == 0 else NullTracker()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None

@@ -19,7 +19,6 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.journal import AttemptStart
-from mixtera_hpc.dataplane.mixing.requests import REQUEST_FILE
 from mixtera_hpc.dataplane.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
@@ -261,7 +260,7 @@ class Session:
 
     def _poll_mixture_request(self) -> None:
         """Decide on a request for another mixture, if there is one; only rank 0 sees requests."""
-        request = self._control.take_text(REQUEST_FILE)
+        request = self._control.take_mixture_request()
         if request is None:
             return
         decision = self._mixture.decide(request, self._plans.next_chunk)

@@ -46,7 +46,7 @@ def serve(
             if batch.step == request_at:
                 written = json.loads((folder / "request.json").read_text())
                 mixture = requested_mixture(config.mixture, written["mixture"])
-                write_request(folder / "control", MixtureRequest(mixture=mixture, chunk=written["chunk"]))
+                write_request(RunFolder(folder), MixtureRequest(mixture=mixture, chunk=written["chunk"]))
         saved = plane.state_dict()
     assert saved is not None
     return {"json": json.loads(json.dumps(saved["json"])), "arrays": saved["arrays"]}
@@ -137,7 +137,7 @@ def test_a_request_for_a_planned_chunk_is_recorded_as_refused_and_changes_nothin
 def test_a_request_between_attempts_takes_effect_when_the_run_continues(config: Config, tmp_path: Path) -> None:
     folder = folder_with_request(tmp_path, "run", STATIC, None)
     state = serve(config, folder, 1, CHUNK)
-    write_request(folder / "control", MixtureRequest(mixture=requested_mixture(config.mixture, STATIC), chunk=None))
+    write_request(RunFolder(folder), MixtureRequest(mixture=requested_mixture(config.mixture, STATIC), chunk=None))
     serve(config, folder, 2, 12, state)
     [decision] = read_decisions(RunFolder(folder).decisions)
     assert decision.chunk <= 2

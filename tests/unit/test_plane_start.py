@@ -69,7 +69,7 @@ def test_a_refused_request_for_another_mixture_is_logged(
     with DataPlane.open(compose([*collection, *SMALL]), comm=Local(), folder=run) as plane:
         for batch in plane:
             if batch.step == 5:
-                write_request(run.control, MixtureRequest(mixture=MixtureConfig(), chunk=0))
+                write_request(run, MixtureRequest(mixture=MixtureConfig(), chunk=0))
             if batch.step == 6:
                 break
     [record] = [record for record in caplog.records if record.name == "mixtera_hpc"]

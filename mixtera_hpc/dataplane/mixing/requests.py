@@ -16,13 +16,13 @@ from typing import Any
 from mixtera_hpc.config.convert import from_plain, raise_problems, to_plain
 from mixtera_hpc.config.mixture.check_mixture import mixture_problems
 from mixtera_hpc.config.mixture.domain_tree import domain_entries
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.domain_keys import canonical_key
 from mixtera_hpc.dataplane.journal import read_lines
 from mixtera_hpc.errors import ConfigError
 
 __all__ = [
-    "REQUEST_FILE",
     "MixtureDecision",
     "MixtureRequest",
     "parse_request",
@@ -30,9 +30,6 @@ __all__ = [
     "requested_mixture",
     "write_request",
 ]
-
-REQUEST_FILE = "mixture.json"
-"""Name of the request in the control folder of a run."""
 
 FIXED_KEYS = ("unit", "on_exhausted", "max_epochs")
 """Keys of a mixture that define the streams of a run; a request cannot change them."""
@@ -109,21 +106,22 @@ def _changed_streams(current: MixtureConfig, requested: MixtureConfig) -> list[s
     return changed
 
 
-def write_request(control: Path, request: MixtureRequest) -> None:
-    """Leave a request for rank 0 in the folder `control`, atomically.
+def write_request(run: RunFolder, request: MixtureRequest) -> None:
+    """Leave a request for rank 0 of a run, atomically.
 
     Raises:
         ConfigError: another request is still waiting there.
     """
-    control.mkdir(exist_ok=True)
-    temporary = control / f".{REQUEST_FILE}.{os.getpid()}"
+    target = run.mixture_request
+    target.parent.mkdir(exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"chunk": request.chunk, "mixture": to_plain(request.mixture)}))
     try:
         # A hard link fails if the name exists, so of two users who request at once one is told.
-        os.link(temporary, control / REQUEST_FILE)
+        os.link(temporary, target)
     except FileExistsError:
         raise ConfigError(
-            f"{control / REQUEST_FILE} is still waiting; the run reads it at the end of a step, or when it continues.\n"
+            f"{target} is still waiting; the run reads it at the end of a step, or when it continues.\n"
             "  Wait until it is gone, or remove it."
         ) from None
     finally:
@@ -140,7 +138,7 @@ def parse_request(text: str) -> MixtureRequest:
         data = json.loads(text)
         return MixtureRequest(chunk=data["chunk"], mixture=from_plain(MixtureConfig, data["mixture"], "mixture"))
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"control/{REQUEST_FILE} cannot be read: {error}") from None
+        raise ConfigError(f"The requested mixture cannot be read: {error}") from None
 
 
 def read_decisions(path: Path | None) -> list[MixtureDecision]:

@@ -56,7 +56,7 @@ def submit_request(
     source = open_source(config, Local(), subset=subset_of_run(folder), check=False)
     weights = make_mixer(mixture, source.mixture_context, learn=False).weights_of(0)
     _check_not_planned(folder, chunk, is_active)
-    write_request(folder.control, MixtureRequest(mixture=mixture, chunk=chunk))
+    write_request(folder, MixtureRequest(mixture=mixture, chunk=chunk))
     return SubmittedRequest(names=source.names, weights=weights)
 
 
