@@ -32,7 +32,7 @@ def own_collection(tmp_path: Path) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
-    """Fail a test that leaves descriptors, threads, child processes or shared memory behind.
+    """Fail a test that leaves descriptors, threads or child processes behind.
 
     The usual limit is 1,024 open files: a test that leaves a hundred of them open makes others fail.
     """
@@ -48,6 +48,17 @@ def _no_leaks() -> Iterator[None]:
         pytest.fail(f"the test left {len(leaks)} things behind: {'; '.join(leaks[:8])}", pytrace=False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_leaked_shared_memory() -> Iterator[None]:
+    """Fail the last test of a file whose tests leave shared memory mapped. Reading the mappings takes a millisecond."""
+    before = _shared_memory()
+    yield
+    gc.collect()
+    leaked = _shared_memory() - before
+    if leaked:
+        pytest.fail(f"the tests of this file left shared memory mapped: {', '.join(sorted(leaked)[:8])}", pytrace=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Resources:
     """What this process holds at one moment."""
@@ -57,8 +68,6 @@ class _Resources:
     threads: frozenset[threading.Thread]
     children: frozenset[str]
     """Process ids."""
-    segments: frozenset[str]
-    """Shared memory that is mapped."""
 
     @classmethod
     def now(cls) -> "_Resources":
@@ -66,13 +75,11 @@ class _Resources:
             descriptors=_open_descriptors(),
             threads=frozenset(threading.enumerate()),
             children=frozenset(_child_processes()),
-            segments=frozenset(_shared_memory()),
         )
 
     def leaked_since(self, before: "_Resources") -> list[str]:
         leaks = [f"thread {thread.name}" for thread in self.threads - before.threads]
         leaks += [f"child process {pid}" for pid in self.children - before.children]
-        leaks += [f"shared memory {name}" for name in self.segments - before.segments]
         opened = [target for number, target in self.descriptors.items() if number not in before.descriptors]
         if len(opened) > MAX_LEAKED_DESCRIPTORS:
             leaks += [f"descriptor of {target}" for target in opened]
