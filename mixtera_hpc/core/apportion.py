@@ -118,8 +118,8 @@ def _choose_open(remainder: Ints, weight: Ints, is_open: NDArray[np.bool_], end:
         is_open: True for domains with an open sequence.
         end: the number of choices, and the size of the chunk.
     """
-    # -(a // -b) is a / b rounded up. Counted from the end of the chunk, the next sequence is due `deadline` slots later,
-    # and it was released in the last `age` slots of the chunk.
+    # -(a // -b) is a / b rounded up. After the end of the chunk, the next sequence is due within `deadline` slots,
+    # and it is released in the last `age` slots of the chunk.
     until_due = UNIT - remainder
     negative_weight = -np.maximum(weight, 1)
     deadline = -(until_due // negative_weight)

@@ -57,6 +57,7 @@ class DomainTable:
 
     def totals(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the rows and the tokens of every domain; shape (num_domains,) each."""
+        # One slice per domain instead of np.add.reduceat, which gives a wrong sum for an empty slice.
         slices = [slice(start, stop) for start, stop in pairwise(self.indptr.tolist())]
         rows = [self.rows[s].sum(dtype=np.int64) for s in slices]
         tokens = [self.tokens[s].sum(dtype=np.int64) for s in slices]
@@ -235,6 +236,7 @@ class DomainCounter:
         self, cells: _HistogramCells, unclear: NDArray[np.bool_]
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Return `may_match` and `must_match` of the `unclear` cells, from the zones of their blocks."""
+        # A zone covers all samples of a block, so it covers those of each of the block's cells.
         block = cells.block[unclear]
         zones = self._tables.blocks.zones
         numbers = self._predicate.numbers
@@ -253,6 +255,7 @@ class DomainCounter:
         combos = self._tables.combos
         rows_per_block = self._tables.blocks.rows[blocks]
         pruning.scanned_blocks += len(blocks)
+        # One counter per (block, combo) is allocated below.
         max_blocks = max(COUNTERS_PER_READ // combos.num_combos, 1)
         for batch in _cut_into_reads(rows_per_block, max_blocks):
             columns = self._read_blocks(blocks[batch])
@@ -300,6 +303,7 @@ def _cut_into_reads(rows: NDArray[np.int32], max_blocks: int) -> Iterator[slice]
     start = 0
     while start < len(rows):
         rows_before = ends[start - 1] if start else 0
+        # At least one block, even if it has more rows than one read should have.
         stop = int(np.searchsorted(ends, rows_before + SAMPLES_PER_READ, side="right"))
         stop = max(start + 1, min(stop, start + max_blocks))
         yield slice(start, stop)

@@ -114,6 +114,7 @@ def _matches_wildcard(value: str, literals: list[str]) -> bool:
 
 def canonical_key(key: DomainKey) -> frozenset[tuple[str, frozenset[KeyValue]]]:
     """Return a value that is equal for keys that differ only in the order of properties or values."""
+    # Values are alternatives: their order and repetition have no meaning.
     return frozenset((name, frozenset(values)) for name, values in key.items())
 
 
@@ -141,5 +142,5 @@ def _value_to_plain(value: KeyValue) -> Any:
 
 def _value_to_text(value: KeyValue) -> str:
     if isinstance(value, ValuePattern):
-        return f"~{value.pattern}"
+        return f"~{value.pattern}"  # ~ marks a pattern, which may look like an exact value.
     return "null" if value is None else value

@@ -33,6 +33,7 @@ GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 def shard_hash_keys(paths: Sequence[str], seed: int) -> HashWords:
     """Return the hash key of every shard, derived from its path and the seed; shape (num_shards,)."""
+    # Python's own hash of a text differs between processes.
     digests = [hashlib.blake2b(f"{seed}\n{path}".encode(), digest_size=8).digest() for path in paths]
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 

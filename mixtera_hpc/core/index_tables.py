@@ -21,6 +21,7 @@ class ShardTable:
     format: tuple[str, ...]
     """Name of the format that reads the shard."""
     rows: NDArray[np.int64]
+    # Size and modification time are recorded to detect files that changed after the build.
     size_bytes: NDArray[np.int64]
     mtime_ns: NDArray[np.int64]
     fingerprint: tuple[str, ...]

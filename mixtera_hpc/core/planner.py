@@ -159,6 +159,7 @@ class Planner:
     """Steps in a chunk."""
     on_exhausted: OnExhausted
 
+    # Beyond any run, and small enough that a sum of two capacities fits into an int64.
     UNLIMITED = 1 << 61
 
     def plan(self, state: PlannerState, weights: NDArray[np.float64]) -> tuple[ChunkPlan, PlannerState]:
@@ -345,6 +346,7 @@ def _running_count(domain: NDArray[np.int32]) -> Ints:
 
 def _digest(body: Ints) -> np.int64:
     """Return the first 8 bytes of the BLAKE2b digest of the little-endian buffer as a signed integer."""
+    # The bytes are in little-endian order on every machine, so digests of different machines can be compared.
     raw = hashlib.blake2b(np.ascontiguousarray(body, "<i8").tobytes(), digest_size=8).digest()
     digest: np.int64 = np.frombuffer(raw, "<i8")[0]
     return digest

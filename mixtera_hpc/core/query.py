@@ -111,6 +111,7 @@ def parse_predicate(text: str | None, properties: Mapping[str, Property]) -> Pre
             tree = ast.parse(text, mode="eval")
         node = _Compiler(text, properties).compile(tree.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        # ast.parse raises ValueError for null bytes and MemoryError for too many nested brackets.
         column = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
         raise ConfigError(
             f"query.where does not parse{column}: {text[:200]!r}.\n"

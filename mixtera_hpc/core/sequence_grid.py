@@ -62,6 +62,8 @@ class SequenceGrid:
         items = np.floor(epoch_items * np.where(endless, 0.0, max_epochs)).astype(np.int64) - origins
         # The first sequence needs `length` items, each further one `stride` more.
         limited = np.where(items >= self.length, (items - self.length) // self.stride + 1, 0)
+
+        # A domain without items has no sequences, even if its epochs do not end.
         capacity = np.where(endless, Planner.UNLIMITED, limited)
         return np.where(epoch_items > 0, capacity, 0)
 

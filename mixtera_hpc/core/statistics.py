@@ -92,6 +92,7 @@ def accumulate_losses(
     Raises:
         ValueError: a domain id is outside [0, num_domains).
     """
+    # A rank may have no sequences in a step: minimum and maximum do not exist then.
     domains = np.asarray(domain_ids, np.int64)
     if len(domains) and not 0 <= domains.min() <= domains.max() < num_domains:
         raise ValueError(f"domain_ids span {domains.min()} to {domains.max()}, expected 0 to {num_domains - 1}.")

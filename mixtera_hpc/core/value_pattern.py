@@ -29,6 +29,7 @@ def match_values(pattern: str, values: Sequence[str]) -> list[int]:
             f"  Repeat single characters or classes like [a-z], in at most {MAX_REPEATS} places; "
             "use | between whole alternatives."
         )
+    # DOTALL: a value is matched as a whole, including newlines.
     try:
         whole = re.compile(pattern, re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
