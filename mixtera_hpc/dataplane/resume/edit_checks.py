@@ -64,8 +64,8 @@ def check_and_record_edit(
 
 def _checkpoint_step(folder: RunFolder, skip_steps: tuple[int, int] | None, earlier: Sequence[RunEdit]) -> int:
     """Return the step of the newest usable checkpoint, at or before the first skipped step; 0 without checkpoints."""
-    paths = folder.checkpoints.glob("step_[0-9]*/dataplane.json")
-    states = [json.loads(path.read_text()) for path in paths]
+    paths = [folder.checkpoint(step) / "dataplane.json" for step in folder.checkpoint_steps()]
+    states = [json.loads(path.read_text()) for path in paths if path.is_file()]
     steps = sorted(state["next_step"] for state in states if not is_abandoned(state, earlier))
     if skip_steps is None:
         return steps[-1] if steps else 0
