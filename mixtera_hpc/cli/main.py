@@ -34,7 +34,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "status": "list runs and their state",
         "logs": "print or follow the logs of a run",
         "cancel": "cancel the jobs of a run",
-        "mixture": "show the mixture of a run, or change it while the run goes on",
+        "mixture": "show the mixture of a run, or change it while the run trains",
         "trace": "list the samples of any step of a run, or prove what it consumed",
         "report": "print tables and write plots and an HTML page from recorded metrics",
     },

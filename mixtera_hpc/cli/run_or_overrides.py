@@ -19,7 +19,7 @@ def add_run_or_overrides(parser: argparse.ArgumentParser, example: str) -> None:
         "overrides",
         metavar="RUN | OVERRIDE",
         nargs="*",
-        help=f"a run (id, name or folder) to count what it still serves, or Hydra overrides, e.g. {example}",
+        help=f"a run (id, name or folder), without the samples that it has dropped; or Hydra overrides, e.g. {example}",
     )
     parser.add_argument(
         "--split", choices=("train", "validation"), default="train", help="side of query.holdout (default: train)"

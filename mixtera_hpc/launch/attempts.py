@@ -52,7 +52,7 @@ class JobRecord:
     pid: int | None = None
     """Process id of rank 0; local runs only."""
     pid_start_ticks: int | None = None
-    """When that process started, in clock ticks since boot. It tells the process from a later one with the same id."""
+    """When that process started, in clock ticks since boot. A later process with the same id has another value."""
 
     @classmethod
     def slurm(cls, config: Config, job_id: str) -> "JobRecord":

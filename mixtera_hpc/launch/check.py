@@ -1,4 +1,4 @@
-"""Check that every experiment fits every cluster. All pairs are composed and checked; no cluster is asked."""
+"""Check that every experiment fits every cluster. All pairs are composed and rendered; nothing is submitted."""
 
 import os
 import re

@@ -1,7 +1,7 @@
 """Follow a run until its last attempt has ended: new log lines, changes of state, then the exit code.
 
 submitit's own loop is not used: it takes a node failure for the end although Slurm starts the job again. Log files are
-read twice a second. Slurm is asked after 2 s and then less and less often, at least every 30 s.
+read twice a second. Slurm is queried after 2 s and then less and less often, at least every 30 s.
 """
 
 import time

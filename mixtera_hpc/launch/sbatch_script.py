@@ -121,16 +121,16 @@ def _cpus_per_rank(config: Config) -> int | None:
 
 def _variables(job: SbatchJob) -> list[str]:
     """Return the shell variables that the shipped shell code reads."""
-    asked = job.config.job
+    job_config = job.config.job
     folder = _new_folder(job.config) if job.folder is None else shlex.quote(str(job.folder))
-    follow_up = "singleton" if asked.dependency == "singleton" else '"afterany:$SLURM_JOB_ID"'
+    follow_up = "singleton" if job_config.dependency == "singleton" else '"afterany:$SLURM_JOB_ID"'
     return [
         "# The attempt number and the run folder. A follow-up job gets both as arguments.",
         f"attempt=${{1:-{job.attempt}}}",
         "folder=$2",
         f'if [ -z "$folder" ]; then folder={folder}; fi',
-        f"nodes={asked.nodes} ranks={num_ranks(job.config)} limit_s={parse_time(asked.time)}",
-        f"last_attempt={job.attempt + asked.max_attempts - 1}",
+        f"nodes={job_config.nodes} ranks={num_ranks(job.config)} limit_s={parse_time(job_config.time)}",
+        f"last_attempt={job.attempt + job_config.max_attempts - 1}",
         f"follow_up={follow_up}",
     ]
 

@@ -205,7 +205,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         )
     except FileNotFoundError:
         raise LaunchError(
-            f"{command[0]} was not found, so Slurm cannot be asked.\n  Use a login node of the cluster."
+            f"{command[0]} was not found, so Slurm cannot be queried.\n  Use a login node of the cluster."
         ) from None
     except subprocess.TimeoutExpired:
         raise LaunchError(

@@ -59,7 +59,7 @@ class _SlurmAnswer:
     jobs: Mapping[str, JobInfo]
     """By job id; jobs that Slurm does not know are absent."""
     problem: str | None = None
-    """Why Slurm could not be asked."""
+    """Why Slurm could not be queried."""
 
 
 def run_statuses(folders: Sequence[RunFolder], now: datetime) -> list[RunStatus]:

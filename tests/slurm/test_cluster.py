@@ -1,4 +1,4 @@
-"""Jobs on the real cluster: submitted, followed, continued, cancelled, broken. Ranks are a stand-in for the trainer."""
+"""Jobs on the real cluster: submitted, followed, continued, cancelled, failed. `stand_in.py` replaces the trainer."""
 
 import json
 import subprocess
