@@ -32,7 +32,8 @@ class RunControl:
     """What this rank was asked to do. Takes over the stop signals of the process until it is closed."""
 
     def __init__(self, run: RunFolder | None, watch_files: bool) -> None:
-        """
+        """Install the signal handlers, if this is the main thread.
+
         Args:
             run: the run's folder; None for a run without one.
             watch_files: look for control files; True on rank 0 only, which removes each file when it sees it.

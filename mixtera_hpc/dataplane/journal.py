@@ -26,7 +26,7 @@ from mixtera_hpc.track.tracker import open_append
 
 __all__ = [
     "AttemptRecord",
-    "AttemptStart",
+    "AttemptSetup",
     "AuditLog",
     "History",
     "Journal",
@@ -62,6 +62,7 @@ class AppendOnlyLines:
     """A JSONL file that is only ever appended to."""
 
     def __init__(self, path: Path) -> None:
+        """Open the file at `path` for appending; its folder is created."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = open_append(path)
 
@@ -84,7 +85,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptStart:
+class AttemptSetup:
     """What an attempt begins with."""
 
     first_step: int
@@ -99,13 +100,14 @@ class Journal(AppendOnlyLines):
     """The plans of a run; written by rank 0 only."""
 
     def __init__(self, path: Path, attempt: int) -> None:
+        """Open the journal at `path` for the lines of one attempt."""
         super().__init__(path)
         self._attempt = attempt
 
-    def write_start(self, start: AttemptStart) -> None:
+    def write_start(self, setup: AttemptSetup) -> None:
         """Record that an attempt begins. What earlier attempts planned from its first step on no longer counts."""
-        facts = {field.name: getattr(start, field.name) for field in dataclasses.fields(start)}
-        facts["stream_version"] = start.stream_version.to_dict()
+        facts = {field.name: getattr(setup, field.name) for field in dataclasses.fields(setup)}
+        facts["stream_version"] = setup.stream_version.to_dict()
         self.write({"kind": "open", "attempt": self._attempt, **facts})
 
     def write_plan(self, plan: ChunkPlan) -> None:

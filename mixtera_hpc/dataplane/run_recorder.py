@@ -10,7 +10,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.journal import AttemptStart, AuditLog, Journal, append_line
+from mixtera_hpc.dataplane.journal import AttemptSetup, AuditLog, Journal, append_line
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.source import Source
@@ -24,6 +24,7 @@ class RunRecorder:
     """One rank's records of a run."""
 
     def __init__(self, folder: RunFolder | None, attempt: int, rank: int, config: Config, tracker: Tracker) -> None:
+        """Open the files of one rank; `tracker` receives metric events on rank 0."""
         self._decisions = folder.decisions if folder else None
         self._tracker = tracker if rank == 0 else NullTracker()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
@@ -47,10 +48,10 @@ class RunRecorder:
             append_line(self._decisions, decision.to_dict())
             self._journal.write(decision.to_dict())
 
-    def record_start(self, start: AttemptStart) -> None:
+    def record_start(self, setup: AttemptSetup) -> None:
         """Record that the attempt begins to serve."""
         if self._journal:
-            self._journal.write_start(start)
+            self._journal.write_start(setup)
 
     def record_plan(self, plan: ChunkPlan) -> None:
         """Record a plan that all ranks have received."""

@@ -18,7 +18,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.control import RunControl
-from mixtera_hpc.dataplane.journal import AttemptStart
+from mixtera_hpc.dataplane.journal import AttemptSetup
 from mixtera_hpc.dataplane.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
@@ -107,7 +107,7 @@ class Session:
         """Seconds that the trainer waited for the last batch."""
 
         self._recorder.record_start(
-            AttemptStart(
+            AttemptSetup(
                 first_step=start.step,
                 num_ranks=self._comm.size,
                 model_parallel_size=plane.model_parallel_size,

@@ -23,6 +23,7 @@ class StepLosses:
     """The losses that one rank has recorded for the current step."""
 
     def __init__(self, num_domains: int) -> None:
+        """Begin without losses."""
         self._num_domains = num_domains
         self._recorded: list[tuple[slice, Callable[[], Sums]]] = []
 

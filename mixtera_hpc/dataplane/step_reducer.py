@@ -156,6 +156,7 @@ class AgreedRequests:
     """
 
     def __init__(self) -> None:
+        """Begin without requests."""
         self._first_stop: int | None = None
         self._saves: set[int] = set()
 

@@ -31,7 +31,9 @@ def save(folder: Path, state: dict[str, object] | None) -> None:
 
 
 def main() -> None:
-    folder, attempt, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder = Path(sys.argv[1])
+    attempt = int(sys.argv[2])
+    steps = int(sys.argv[3])
     comm = open_communicator()
     with DataPlane.open(compose(sys.argv[4:]), comm=comm, folder=RunFolder(folder), attempt=attempt) as plane:
         if (state := load(folder)) is not None:

@@ -122,7 +122,8 @@ def test_sequences_cover_the_stream_of_a_domain_without_gaps(
 ) -> None:
     """The sequences of two epochs contain the tokens of all documents of the domain twice."""
     source = source_of(plain, {"max_epochs": 2.0, "on_exhausted": "redistribute"}, plane)
-    grid, items = source.grid, int(source.layout.epoch_items()[domain])
+    grid = source.grid
+    items = int(source.layout.epoch_items()[domain])
     capacity = int(source.planner.capacity[domain])
     if not capacity:
         return

@@ -17,7 +17,8 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.testing.communicators import CHECKS
 from mixtera_hpc.testing.thread_ranks import run_ranks
 
-BATCH, STEPS = 12, 14
+BATCH = 12
+STEPS = 14
 PAIR = [{"key": {"source": "argparse"}, "weight": 0.7}, {"key": {"source": ["ast", "enum"]}, "weight": 0.3}]
 LEARNED = {"kind": "dynamic", "algorithm": {"name": "ado", "warmup": 3, "refit_interval": 3}}
 MIXTURES: list[dict[str, Any]] = [
@@ -184,7 +185,8 @@ def check_attempts(
         for step, positions in combine([part for part, _ in parts], attempt.group).items():
             assert step not in served
             served[step] = positions
-        state, done = parts[0][1], until
+        state = parts[0][1]
+        done = until
         assert state is not None
     assert served == expected
 

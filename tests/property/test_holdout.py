@@ -55,11 +55,9 @@ def test_every_sample_is_in_either_training_or_validation(
             {**plain, "query": query, "mixture": mixture, "dataplane": {**plain["dataplane"], "shuffle": shuffle}},
         )
 
-    whole, train, validation = (
-        ids(config(0.0), "train"),
-        ids(config(fraction), "train"),
-        ids(config(fraction), "validation"),
-    )
+    whole = ids(config(0.0), "train")
+    train = ids(config(fraction), "train")
+    validation = ids(config(fraction), "validation")
     assert not train & validation
     assert train | validation == whole
     assert abs(len(validation) / len(whole) - fraction) < 4 * (fraction * (1 - fraction) / len(whole)) ** 0.5 + 1e-9
@@ -82,7 +80,8 @@ def test_new_shards_and_other_blocks_move_no_sample(own_collection: list[str], t
 
 
 def test_hashes_are_uniform_and_independent_between_seeds() -> None:
-    num_blocks, rows = 400, 100
+    num_blocks = 400
+    rows = 100
     first = np.arange(num_blocks, dtype=np.int64) * rows
     blocks = BlockTable(
         shard=np.zeros(num_blocks, np.int32),

@@ -33,7 +33,8 @@ def test_the_window_cache_stays_within_its_budget(
     source: Source, budget_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(domain_streams, "WINDOW_CACHE_BYTES", budget_bytes)
-    read, reads = source.make_block_reader(), []
+    read = source.make_block_reader()
+    reads = []
 
     def counted(blocks: NDArray[np.int32]) -> SampleColumns:
         reads.append(blocks)

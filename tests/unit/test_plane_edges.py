@@ -86,7 +86,9 @@ def test_loading_no_state_is_refused(config: Config) -> None:
 class HangingMaker(BatchMaker):
     """Reads from a file system that does not answer until `let_go` is set."""
 
-    let_go, reading, closed = threading.Event(), threading.Event(), threading.Event()
+    let_go = threading.Event()
+    reading = threading.Event()
+    closed = threading.Event()
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         self.reading.set()
@@ -113,7 +115,8 @@ def test_closing_waits_for_a_read_in_progress(config: Config) -> None:
 
 
 def test_an_abandoned_reading_thread_frees_its_files_when_its_read_returns() -> None:
-    returns, closed = threading.Event(), threading.Event()
+    returns = threading.Event()
+    closed = threading.Event()
 
     class SlowMaker:
         def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:

@@ -31,7 +31,8 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_the_index_is_opened()
 
 
 def test_attempts_in_one_folder_are_numbered(collection: list[str], tmp_path: Path) -> None:
-    config, run = compose([*collection, *SMALL]), RunFolder(tmp_path)
+    config = compose([*collection, *SMALL])
+    run = RunFolder(tmp_path)
     state = None
     for _ in range(3):
         with DataPlane.open(config, comm=Local(), folder=run) as plane:
@@ -45,7 +46,8 @@ def test_attempts_in_one_folder_are_numbered(collection: list[str], tmp_path: Pa
 
 
 def test_a_run_continues_with_the_index_it_began_with(tmp_path: Path) -> None:
-    config, run = compose([*make_collection(tmp_path), *SMALL]), RunFolder(tmp_path / "run")
+    config = compose([*make_collection(tmp_path), *SMALL])
+    run = RunFolder(tmp_path / "run")
     with DataPlane.open(config, comm=Local()) as plane:
         expected = [next(iter(plane)).digests for _ in range(4)]
     with DataPlane.open(config, comm=Local(), folder=run) as plane:

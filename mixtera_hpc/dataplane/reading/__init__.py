@@ -1,0 +1,1 @@
+"""Reading the data of a run: from the index to the batches of one rank."""

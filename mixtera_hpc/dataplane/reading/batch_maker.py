@@ -68,6 +68,7 @@ class BatchMaker:
     """Makes batches in this process. Not thread-safe."""
 
     def __init__(self, source: Source, batch_slice: BatchSlice, audit: bool) -> None:
+        """Open nothing yet; `audit` adds digests to the batches."""
         self._source = source
         self._slice = batch_slice
         self._audit = audit

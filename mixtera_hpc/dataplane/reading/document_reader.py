@@ -58,6 +58,7 @@ class DocumentReader:
     """Reads documents. Keeps shards open and the last document of every domain tokenized. One per reading thread."""
 
     def __init__(self, source: Source) -> None:
+        """Open nothing yet; shards are opened when they are needed."""
         self._source = source
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         index = source.config.index
@@ -148,8 +149,8 @@ class DocumentReader:
             )
         tokens: list[Tokens] = []
         for first in range(0, len(documents.block), DOCUMENTS_PER_ENCODE):
-            some = documents.select(slice(first, first + DOCUMENTS_PER_ENCODE))
-            tokens += _encode(tokenizer, self._read_rows(some, raw=False))
+            group = documents.select(slice(first, first + DOCUMENTS_PER_ENCODE))
+            tokens += _encode(tokenizer, self._read_rows(group, raw=False))
 
         # A wrong count would shift every later sequence of the stream without a sign.
         sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.num_specials

@@ -193,7 +193,8 @@ class DomainStreams:
                     window = self._window(domain, epoch, number, order)
                     window_start = epoch * epoch_items + int(order.starts[number])
                     window_stop = epoch * epoch_items + int(order.starts[number + 1])
-                    begins, ends = [], []
+                    begins = []
+                    ends = []
                 end = min(stop, window_stop)
                 begins.append(start - window_start)
                 ends.append(end - window_start)

@@ -31,6 +31,7 @@ class Prefetcher:
     """Makes batches in a daemon thread, between a queue of plans and a bounded queue of batches."""
 
     def __init__(self, maker: BatchSource, prefetch_batches: int) -> None:
+        """Start the thread; it prepares at most `prefetch_batches` batches."""
         self._maker = maker
         self._plans: queue.SimpleQueue[_QueuedPlan | None] = queue.SimpleQueue()
         self._ready: queue.Queue[Batch | _EndOfData | BaseException] = queue.Queue(maxsize=prefetch_batches)

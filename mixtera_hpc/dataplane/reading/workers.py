@@ -49,6 +49,7 @@ class Workers:
     """A `BatchSource` of several processes."""
 
     def __init__(self, source: Source, batch_slice: BatchSlice, count: int) -> None:
+        """Start `count` processes."""
         self._source = source
         self._slice = batch_slice
         self._workers = [_start_process() for _ in range(count)]
