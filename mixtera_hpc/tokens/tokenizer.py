@@ -127,7 +127,7 @@ class HuggingFaceTokenizer:
 
 
 class StoredTokenIds:
-    """The `Tokenizer` of shards that hold token ids: it knows the vocabulary, and refuses to encode."""
+    """The `Tokenizer` of shards that hold token ids. It has a vocabulary size and an end token, and refuses to encode."""
 
     def __init__(self, vocab_size: int, eos_id: int | None) -> None:
         self.vocab_size = vocab_size
@@ -159,8 +159,7 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
     Args:
         path: of a `tokenizer.json`, or of the folder that has one.
         eos_token: the token that ends a document. If None, it is taken from `tokenizer_config.json` in the same folder,
-        or
-            else the first of the common names that the vocabulary has.
+            or else it is the first of the common names that the vocabulary has.
 
     Raises:
         ConfigError: the file cannot be read, no library supports it, or it has no token `eos_token`.
