@@ -1,4 +1,4 @@
-"""All problems of a configuration at once. Needs no cluster, no MPI and no index."""
+"""Find all problems of a configuration at once. Needs no cluster, no MPI and no index."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Problems of the groups `data`, `index` and `query` that can be seen without opening an index."""
+"""Find problems of the groups `data`, `index` and `query` that can be seen without opening an index."""
 
 import keyword
 import re

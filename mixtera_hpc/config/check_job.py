@@ -1,4 +1,4 @@
-"""Problems of the groups `job` and `cluster` that can be seen without asking Slurm."""
+"""Find problems of the groups `job` and `cluster` that can be seen without asking Slurm."""
 
 from mixtera_hpc.config.check_numbers import at_least
 from mixtera_hpc.config.job_shape import parse_time

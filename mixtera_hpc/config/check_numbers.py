@@ -1,4 +1,4 @@
-"""Problems of a single number."""
+"""Find numbers below their minimum."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Nested dicts ↔ frozen dataclasses. Every problem is listed, so that the first one does not hide the others."""
+"""Convert nested dicts to frozen dataclasses and back. All problems are listed at once."""
 
 import dataclasses
 import math

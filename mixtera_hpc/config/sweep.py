@@ -1,4 +1,4 @@
-"""Comma lists and ranges in overrides, multiplied out with Hydra's own grammar."""
+"""Expand comma lists and ranges in overrides, with Hydra's own grammar."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""YAML files: what a run folder records, and what people write."""
+"""Read and write YAML files: those of a run folder, and those that people write."""
 
 from pathlib import Path
 from typing import Any

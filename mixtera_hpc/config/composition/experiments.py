@@ -1,4 +1,4 @@
-"""Where Hydra looks for our configs, and what an experiment says about groups that the command line chooses.
+"""Make Hydra search our config folders, and let a chosen group replace what an experiment sets in it.
 
 Hydra merges an experiment after all groups: in `experiment=demo mixture=unimax` the values of the experiment would
 change the file that the user asked for. Our rule is the other way round. If the command line chooses a file for a

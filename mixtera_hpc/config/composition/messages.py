@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf say about a wrong configuration → what the user has to do."""
+"""Turn errors of Hydra and OmegaConf into messages that say what the user has to do."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from mixtera_hpc.config.convert import missing_key
 from mixtera_hpc.config.key_paths import hint_of, schema_keys, without_none
 from mixtera_hpc.errors import did_you_mean
 
-__all__ = ["explain", "near_keys"]
+__all__ = ["explain"]
 
 
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
@@ -22,7 +22,7 @@ def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     return _unparsable(overrides) or text + (f"\n  The overrides were: {' '.join(overrides)}" if overrides else "")
 
 
-def near_keys(key: str) -> str:
+def _near_keys(key: str) -> str:
     """Return a hint that names keys similar to `key`, or equal to it but for the group."""
     known = [schema_key.path for schema_key in schema_keys() if not schema_key.is_group]
     leaf = key.rpartition(".")[2]
@@ -41,7 +41,7 @@ def _environment(match: "re.Match[str]", text: str) -> str:
 def _dangling(match: "re.Match[str]", text: str) -> str:
     key, target = _full_key(text), match.group(1)
     refers = f"{key} refers to it" if key else "a value refers to it"
-    return f"{target} is not a known key, but {refers}.{near_keys(target)}"
+    return f"{target} is not a known key, but {refers}.{_near_keys(target)}"
 
 
 def _refers_to_missing(match: "re.Match[str]", text: str) -> str:
@@ -54,7 +54,7 @@ def _missing(match: "re.Match[str]", text: str) -> str:
 
 
 def _unknown_key(match: "re.Match[str]", text: str) -> str:
-    return unknown_key(match.group(1))
+    return _cannot_be_set(match.group(1))
 
 
 def _no_such_file(match: "re.Match[str]", text: str) -> str:
@@ -73,13 +73,13 @@ _MESSAGES = (
 )
 
 
-def unknown_key(key: str) -> str:
+def _cannot_be_set(key: str) -> str:
     """Return the message for a key that cannot be set."""
     for known in schema_keys():
         is_optional = dataclasses.is_dataclass(without_none(known.hint)) and not known.is_group
         if is_optional and key.startswith(f"{known.path}.") and hint_of(key) is not None:
             return f"{known.path} is null, so {key} cannot be set alone.\n  Set it as a whole: {known.path}='{{…}}'"
-    return f"{key} is not a known key.{near_keys(key)}"
+    return f"{key} is not a known key.{_near_keys(key)}"
 
 
 def _full_key(text: str) -> str | None:
@@ -104,6 +104,6 @@ def _unparsable(overrides: Sequence[str]) -> str | None:
         if not key or not value:
             return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
         if "." in key and hint_of(key) is None:
-            return unknown_key(key)
+            return _cannot_be_set(key)
         return f"{override!r} is not a Hydra override. Put its value in quotes of its own: '{key}=\"{value}\"'"
     return None

@@ -1,4 +1,4 @@
-"""Overrides as users type them → overrides in Hydra's grammar.
+"""Turn overrides as users type them into overrides in Hydra's grammar.
 
 Hydra parses every value with a grammar of its own, in which `query.where=q >= 0.5` is an error and `job.name=7` a
 number. The schema knows better: the value of a key that takes text is quoted here, so that it arrives as it was typed.
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from mixtera_hpc.config.key_paths import groups, has_short_form, hint_of, takes_text
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "quoted", "sweep_values"]
+__all__ = ["chosen_groups", "first_of_sweep", "hydra_words", "is_text_key", "sweep_values"]
 
 _IN_QUOTES = re.compile(r"""(['"])(?:\\.|(?!\1).)*\1""", re.DOTALL)
 _PLAIN_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/][\w./-]*", re.IGNORECASE)
@@ -68,7 +68,7 @@ def sweep_values(word: str) -> list[str]:
     return [value if type(value) is str else text for value, text in pairs]
 
 
-def quoted(text: str) -> str:
+def _quoted(text: str) -> str:
     """Return `text` as a quoted value of Hydra's grammar. A backslash is special only before a quote or at the end."""
     escaped = re.sub(r'(\\*)"', r"\1\1\\" + '"', text)
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
@@ -90,4 +90,4 @@ def _hydra_value(key: str, value: str) -> str:
         return value
     if value.startswith("{") and has_short_form(hint_of(key.lstrip("+"))):
         return value
-    return value if _PLAIN_WORD.fullmatch(value) else quoted(value)
+    return value if _PLAIN_WORD.fullmatch(value) else _quoted(value)
