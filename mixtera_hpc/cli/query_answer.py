@@ -16,8 +16,7 @@ from mixtera_hpc.cli.console import open_console
 from mixtera_hpc.cli.run_or_overrides import find_run
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import domain_key_to_plain
-from mixtera_hpc.dataplane.mixing.from_config import query_weights
-from mixtera_hpc.dataplane.reading.shared_index import select_subset
+from mixtera_hpc.dataplane.mixing.subset_counts import count_subset
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.index.read.configured import open_configured
@@ -42,12 +41,11 @@ def print_answer(args: argparse.Namespace) -> None:
     index = open_configured(config, reads_shards=False)
     open_s = time.perf_counter() - began_s
     with index:
-        selected = select_subset(config, index, subset)
+        counts = count_subset(config, index, subset)
 
     tables = index.tables
-    rows, tokens = selected.selection.table.totals()
-    weights = query_weights(config, selected.keys, rows=rows, tokens=tokens if tables.has_tokens else None)
-    answer = _answer_fields(selected, weights, tables.has_tokens)
+    selected = counts.domains
+    answer = _answer_fields(selected, counts.weights, tables.has_tokens)
     if args.explain:
         answer["explain"] = _explain_fields(selected, tables.num_samples, open_s)
     if args.json:

@@ -62,6 +62,7 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
     state, segments = _plan_segments(source, num_steps)
     items = source.layout.epoch_items()
     weights = source.weights
+    total_weight = weights.sum() or 1.0  # Less than 1 after drops: the others take the share of an empty domain.
     run_out = _run_out_steps(segments, _available_sequences(source), source.planner.global_batch_size)
     run_out[(weights == 0) & (run_out == 0)] = NEVER  # An empty domain that nothing is requested of does not run out.
     served = state.cursors * source.grid.stride
@@ -74,7 +75,7 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
         domains=[
             MixtureDomainForecast(
                 name=name,
-                weight=float(weights[d]),
+                weight=float(weights[d] / total_weight),
                 items=int(items[d]),
                 served=int(served[d]),
                 epochs=float(served[d] / items[d]) if items[d] else 0.0,

@@ -43,6 +43,16 @@ def test_dropped_samples_are_not_counted(
     assert remaining == everything | {"ast": 0}
 
 
+def test_the_share_of_a_dropped_domain_goes_to_the_others(
+    folder: RunFolder, collection: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = answer(capsys, "query", *collection, *SMALL, "--json")["domains"]
+    after = answer(capsys, "query", str(folder.path), "--json")["domains"]
+    dropped = next(domain["weight"] for domain in before if domain["key"]["source"] == "ast")
+    expected = [0.0 if d["key"]["source"] == "ast" else d["weight"] / (1 - dropped) for d in before]
+    assert [domain["weight"] for domain in after] == pytest.approx(expected)
+
+
 def test_a_run_is_found_by_its_name(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(folder.path.parent.parent)
     by_name = answer(capsys, "query", folder.name, "--root", root, "--json")

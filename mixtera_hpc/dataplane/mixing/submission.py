@@ -55,6 +55,9 @@ def submit_request(
     # those that it begins with.
     source = open_source(config, Local(), subset=subset_of_run(folder), check=False)
     weights = make_mixer(mixture, source.mixture_context, learn=False).weights_of(0)
+    if weights is not None:
+        weights = source.without_dropped_domains(weights)
+        weights = weights / (weights.sum() or 1.0)  # The first stage of a schedule may have dropped domains only.
     _check_not_planned(folder, chunk, is_active)
     write_request(folder, MixtureRequest(mixture=mixture, chunk=chunk))
     return SubmittedRequest(names=source.names, weights=weights)
