@@ -1,10 +1,10 @@
-"""Index builds by 1, 2, 4 and 8 ranks: rate, balance, memory, and whether the files are the same.
+"""Measure index builds by 1, 2, 4 and 8 ranks: rate, balance, memory, and whether the files are equal.
 
     python -m bench index_parallel
 
-A rank's *busy* time is the CPU time of its process from the start of the build; what a build takes where every rank has a core
-is the busy time of its busiest rank. On a machine with other work (and for more ranks than cores) the clock says less than
-that, so both are shown, each the best of three. Peer: one rank. Writes bench/out/index_parallel.json.
+The *busy* time of a rank is the CPU time of its process from the start of the build. If every rank has a core, a build
+takes the busy time of its busiest rank. On a shared machine, and for more ranks than cores, wall time says less, so
+both are shown, each the best of three. Peer: one rank. Writes bench/out/index_parallel.json.
 """
 
 import hashlib
@@ -18,79 +18,90 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from bench._corpus import make_rows, make_tokenizer
+from bench._results import write_results
+from mixtera_hpc.cli.collection import compose_build
+from mixtera_hpc.comm.launcher import open_communicator
+from mixtera_hpc.index.build.build import build_index
+
+__all__ = ["best_build"]
 
 NUM_ROWS = 1_000_000
 REPEATS = 3
-OUT = Path(__file__).resolve().parent / "out"
+PROPERTY = "data.properties.source=meta.redpajama_set_name"
 
 
 def main() -> None:
-    data, tokenizer = make_rows(NUM_ROWS), make_tokenizer()
-    found = [best(data, ranks, path) for path in (None, tokenizer) for ranks in (1, 2, 4, 8)]
+    """Measure and print all numbers of ranks, with and without token counts."""
+    data = make_rows(NUM_ROWS)
+    builds = [best_build(data, ranks, tokenizer) for tokenizer in (None, make_tokenizer()) for ranks in (1, 2, 4, 8)]
     print(f"{NUM_ROWS:,} rows of 1.1 kB, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print("tokens  ranks  seconds  MB/s  busiest rank  speed-up  finish  peak MB of a rank  file")
-    for row in found:
-        alone = next(r for r in found if r["tokens"] == row["tokens"] and r["ranks"] == 1)
-        row["speed_up"] = alone["busiest_s"] / row["busiest_s"]
-        print(
-            f"{'yes' if row['tokens'] else 'no':6}  {row['ranks']:5}  {row['wall_s']:7.2f}  {row['bytes'] / row['wall_s'] / 1e6:4.0f}"
-            f"  {row['busiest_s']:12.2f}  {row['speed_up']:8.2f}  {row['finish_s']:6.2f}  {row['peak_mb']:17.0f}  {row['file']}"
-        )
-    OUT.mkdir(exist_ok=True)
-    (OUT / "index_parallel.json").write_text(json.dumps(found, indent=1))
+    for build in builds:
+        alone = next(b for b in builds if b["tokens"] == build["tokens"] and b["ranks"] == 1)
+        build["speed_up"] = alone["busiest_s"] / build["busiest_s"]
+        print(_table_row(build))
+    write_results("index_parallel", {"builds": builds})
 
 
-def best(data: Path, ranks: int, tokenizer: Path | None) -> dict[str, Any]:
-    """The quickest of some builds, which all make the same file."""
-    runs = [_run(data, ranks, tokenizer) for _ in range(REPEATS)]
-    assert len({r["file"] for r in runs}) == 1
-    best = min(runs, key=lambda r: r["busiest_s"])
-    return best | {"wall_s": min(r["wall_s"] for r in runs)}
+def _table_row(build: dict[str, Any]) -> str:
+    tokens = "yes" if build["tokens"] else "no"
+    megabytes_per_s = build["bytes"] / build["wall_s"] / 1e6
+    return (
+        f"{tokens:6}  {build['ranks']:5}  {build['wall_s']:7.2f}  {megabytes_per_s:4.0f}  {build['busiest_s']:12.2f}"
+        f"  {build['speed_up']:8.2f}  {build['finish_s']:6.2f}  {build['peak_mb']:17.0f}  {build['file']}"
+    )
 
 
-def _run(data: Path, ranks: int, tokenizer: Path | None) -> dict[str, Any]:
+def best_build(data: Path, ranks: int, tokenizer: Path | None) -> dict[str, Any]:
+    """Return the fastest of some builds, all of which write the same file."""
+    builds = [_build(data, ranks, tokenizer) for _ in range(REPEATS)]
+    assert len({build["file"] for build in builds}) == 1
+    fastest = min(builds, key=lambda build: build["busiest_s"])
+    return fastest | {"wall_s": min(build["wall_s"] for build in builds)}
+
+
+def _build(data: Path, ranks: int, tokenizer: Path | None) -> dict[str, Any]:
+    """Build an index with `ranks` ranks in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index.h5"
-        words = [f"data.root={data}", f"index.path={index}", "data.properties.source=meta.redpajama_set_name"]
-        words += [f"dataplane.tokenizer={tokenizer}"] if tokenizer else []
+        overrides = [f"data.root={data}", f"index.path={index}", PROPERTY]
+        if tokenizer:
+            overrides.append(f"dataplane.tokenizer={tokenizer}")
         mpiexec = Path(sys.executable).with_name("mpiexec")
-        program = [sys.executable, "-m", "mpi4py", "-m", "bench.index_parallel", folder, *words]
+        program = [sys.executable, "-m", "mpi4py", "-m", "bench.index_parallel", folder, *overrides]
         subprocess.run([mpiexec, "-n", str(ranks), *program], check=True)
-        told = [json.loads(path.read_text()) for path in Path(folder).glob("rank-*.json")]
-        report = next(t["report"] for t in told if t["rank"] == 0)
+        figures = [json.loads(path.read_text()) for path in Path(folder).glob("rank-*.json")]
+        report = next(rank["report"] for rank in figures if rank["rank"] == 0)
         return {
             "ranks": ranks,
             "tokens": tokenizer is not None,
             "bytes": report["bytes_read"],
             "wall_s": report["elapsed_s"],
             "finish_s": report["finish_s"],
-            "busiest_s": max(t["busy_s"] for t in told),
-            "peak_mb": max(t["peak_mb"] for t in told),
+            "busiest_s": max(rank["busy_s"] for rank in figures),
+            "peak_mb": max(rank["peak_mb"] for rank in figures),
             "file": hashlib.blake2b(index.read_bytes(), digest_size=6).hexdigest(),
         }
 
 
-def _rank(folder: Path, words: list[str]) -> None:
-    """One rank of a measured build."""
-    import msgspec
-
-    from mixtera_hpc.cli.collection import compose_data
-    from mixtera_hpc.comm.launcher import open_communicator
-    from mixtera_hpc.index.build.build import build_index
-
-    comm, config = open_communicator("mpi"), compose_data(words)
+def _run_rank(folder: Path, overrides: list[str]) -> None:
+    """Be one rank of a measured build, and write its figures."""
+    comm = open_communicator("mpi")
+    config = compose_build(overrides)
     comm.Barrier()
-    began = time.process_time()
+    began_s = time.process_time()
     report = build_index(config, comm)
-    told = {
+    figures = {
         "rank": comm.rank,
-        "busy_s": time.process_time() - began,
+        "busy_s": time.process_time() - began_s,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "report": msgspec.to_builtins(report),
     }
-    (folder / f"rank-{comm.rank}.json").write_text(json.dumps(told))
+    (folder / f"rank-{comm.rank}.json").write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    _rank(Path(sys.argv[1]), sys.argv[2:])
+    _run_rank(Path(sys.argv[1]), sys.argv[2:])

@@ -1,4 +1,4 @@
-"""An index built by many ranks is the index built by one."""
+"""An index built by many ranks equals the one built by a single rank."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A build may be killed, a file may be cut or damaged: there is the old index, the new one, or a refusal."""
+"""After a kill, a truncation or damage, the index is the old one, the new one, or refused."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def write_shards(root: Path, rows: int) -> None:
 
 
 def contents(path: Path) -> str:
-    """All that can be read of an index."""
+    """Return everything that can be read of an index."""
     with open_index(path) as index:
         blocks = index.tables.blocks
         samples = index.samples.read_many(blocks.first_sample.tolist(), blocks.rows.tolist())
@@ -75,7 +75,7 @@ def build_and_kill(root: Path, after_units: int) -> None:
 
 
 @pytest.mark.parametrize("after_units", [0, 3, NUM_SHARDS - 1])
-def test_a_killed_build_leaves_the_old_index_and_is_continued(after_units: int, tmp_path: Path) -> None:
+def test_a_killed_build_leaves_the_old_index_and_is_resumed(after_units: int, tmp_path: Path) -> None:
     write_shards(tmp_path, 5)
     build_index(configured(tmp_path))
     old = contents(tmp_path / "index.h5")
@@ -84,9 +84,9 @@ def test_a_killed_build_leaves_the_old_index_and_is_continued(after_units: int, 
     assert contents(tmp_path / "index.h5") == old
     report = build_index(configured(tmp_path))
     assert report.resumed_units == after_units + 1 and report.units == NUM_SHARDS
-    continued = (tmp_path / "index.h5").read_bytes()
+    resumed = (tmp_path / "index.h5").read_bytes()
     build_index(configured(tmp_path))
-    assert (tmp_path / "index.h5").read_bytes() == continued, "a continued build gives the bytes of one that was not"
+    assert (tmp_path / "index.h5").read_bytes() == resumed, "a resumed build writes the same bytes"
     assert not building_folder(tmp_path / "index.h5").exists()
 
 
@@ -110,15 +110,15 @@ def test_a_build_killed_while_it_writes_leaves_the_old_index_or_the_new_one(dela
     time.sleep(delay_s)
     process.kill()
     process.communicate(timeout=30)
-    found = contents(tmp_path / "index.h5")
-    assert without_times(found) in (without_times(old), without_times(new))
+    after_kill = contents(tmp_path / "index.h5")
+    assert without_times(after_kill) in (without_times(old), without_times(new))
 
 
 def without_times(text: str) -> str:
     return re.sub(r"mtime_ns=array\([^)]*\)", "", text)
 
 
-def test_without_an_old_index_a_killed_build_leaves_none_and_says_so(tmp_path: Path) -> None:
+def test_after_a_killed_first_build_opening_says_that_it_was_interrupted(tmp_path: Path) -> None:
     write_shards(tmp_path, 5)
     build_and_kill(tmp_path, 1)
     with pytest.raises(PropertyIndexError, match="is being built, or a build was interrupted"):
@@ -126,14 +126,14 @@ def test_without_an_old_index_a_killed_build_leaves_none_and_says_so(tmp_path: P
 
 
 @pytest.mark.parametrize("shard", ["0.jsonl", "7.jsonl"])
-def test_parts_of_other_data_are_not_continued(shard: str, tmp_path: Path) -> None:
+def test_logs_of_other_data_are_not_used(shard: str, tmp_path: Path) -> None:
     write_shards(tmp_path, 5)
     build_and_kill(tmp_path, 3)
     (tmp_path / shard).write_text('{"text": "other", "c": "z"}')
     assert build_index(configured(tmp_path)).resumed_units == 0
 
 
-def test_a_log_cut_at_any_place_costs_only_the_units_it_lost(tmp_path: Path) -> None:
+def test_a_truncated_log_loses_only_the_truncated_units(tmp_path: Path) -> None:
     write_shards(tmp_path, 3)
     build_index(configured(tmp_path))
     expected = (tmp_path / "index.h5").read_bytes()
@@ -141,7 +141,8 @@ def test_a_log_cut_at_any_place_costs_only_the_units_it_lost(tmp_path: Path) -> 
     folder = building_folder(tmp_path / "index.h5")
     shutil.copytree(folder, tmp_path / "saved")
     (log,) = (tmp_path / "saved").glob("*.scanlog")
-    content, resumed = log.read_bytes(), set()
+    content = log.read_bytes()
+    resumed = set()
     for cut in range(0, len(content), len(content) // 40):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "saved", folder)
@@ -151,7 +152,7 @@ def test_a_log_cut_at_any_place_costs_only_the_units_it_lost(tmp_path: Path) -> 
     assert resumed == {0, 1, 2, 3, 4}
 
 
-def test_two_builds_of_one_index_do_not_meet(tmp_path: Path) -> None:
+def test_a_second_build_of_one_index_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, 3)
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -166,7 +167,7 @@ def test_two_builds_of_one_index_do_not_meet(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, str]:
-    """A folder, the bytes of an index, and its contents."""
+    """Return a folder, the bytes of an index, and its contents."""
     folder = tmp_path_factory.mktemp("small")
     write_shards(folder, 40)
     build_index(configured(folder))
@@ -174,7 +175,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, str]:
     return folder, path.read_bytes(), contents(path)
 
 
-def test_a_file_cut_anywhere_is_refused(small: tuple[Path, bytes, str]) -> None:
+def test_a_truncated_file_is_refused(small: tuple[Path, bytes, str]) -> None:
     folder, content, _ = small
     path = folder / "cut.h5"
     for size in {*range(0, len(content), 41), *range(600), *range(len(content) - 600, len(content))}:
@@ -187,13 +188,14 @@ def test_a_file_cut_anywhere_is_refused(small: tuple[Path, bytes, str]) -> None:
 @settings(max_examples=300, deadline=None)
 def test_a_damaged_byte_is_refused_or_changes_nothing(data: Any, small: tuple[Path, bytes, str]) -> None:
     folder, content, expected = small
-    place, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    place = data.draw(st.integers(0, len(content) - 1))
+    bit = data.draw(st.integers(0, 7))
     damaged = bytearray(content)
     damaged[place] ^= 1 << bit
     path = folder / "index.h5"
     path.write_bytes(damaged)
     try:
-        found = contents(path)
+        read = contents(path)
     except PropertyIndexError:
         return
-    assert found == expected
+    assert read == expected

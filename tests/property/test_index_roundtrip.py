@@ -1,4 +1,4 @@
-"""What goes into an index comes out of it, in every format; and the bytes depend on nothing but the data."""
+"""An index returns what its shards contain, in every format; and its bytes depend on the data alone."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ shards = st.lists(st.lists(rows, max_size=20), min_size=1, max_size=3).filter(an
 
 
 def write(path: Path, rows: list[Row], ending: str, group: int) -> None:
-    """A shard; compressed ones have a frame, Parquet ones a row group, per `group` rows."""
+    """Write a shard with a frame, or for Parquet a row group, per `group` rows."""
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
     frames = [b"".join(lines[i : i + group]) for i in range(0, len(lines), group)]
     if ending == "parquet":
@@ -71,27 +71,30 @@ def configured(root: Path, **more: Any) -> Config:
 
 
 def samples_of(index: PropertyIndex) -> list[tuple[Any, ...]]:
-    """(language, tags, quality, tokens) of every sample, in order."""
-    tables, found = index.tables, []
+    """Return (language, tags, quality, tokens) of every sample, in order."""
+    tables = index.tables
+    samples: list[tuple[Any, ...]] = []
     for block in range(len(tables.blocks)):
         columns = index.read_block(block)
         assert len(columns.combo) == tables.blocks.rows[block]
         for combo, quality, tokens in zip(columns.combo, columns.numbers["quality"], columns.tokens, strict=True):
             values = [tables.combos.values(name, combo) for name in ("language", "tags")]
-            found.append((*values, None if np.isnan(quality) else float(quality), int(tokens)))
-    return found
+            samples.append((*values, None if np.isnan(quality) else float(quality), int(tokens)))
+    return samples
 
 
 def documents_of(index: PropertyIndex) -> list[str]:
-    """The text of every sample, in order, read from the shards."""
-    blocks, shards, found = index.tables.blocks, index.tables.shards, []
+    """Read the text of every sample from the shards, in order."""
+    blocks = index.tables.blocks
+    shards = index.tables.shards
+    texts: list[str] = []
     for block in range(len(blocks)):
         shard = int(blocks.shard[block])
         reader = load_format(shards.format[shard]).open(index.data_root / shards.path[shard], index.text, BlockCache())
         place = BlockRef.of(blocks, block)
-        found += reader.documents(place, index.read_block(block).length, np.arange(place.rows))
+        texts += reader.documents(place, index.read_block(block).length, np.arange(place.rows))
         reader.close()
-    return found
+    return texts
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -127,7 +130,7 @@ def described(row: Row, tokens: int) -> tuple[Any, ...]:
 
 
 def check_tables(index: PropertyIndex) -> None:
-    """Dictionaries are sorted and used up; histogram, zones and positions say what the samples say."""
+    """Check that dictionaries are sorted and fully used, and that all tables agree with the samples."""
     tables = index.tables
     for name, prop in tables.combos.properties.items():
         used = {v for c in range(tables.combos.num_combos) for v in tables.combos.values(name, c)}
@@ -140,8 +143,10 @@ def check_tables(index: PropertyIndex) -> None:
         assert tables.histogram.combo[cells].tolist() == combos.tolist()
         assert tables.histogram.rows[cells].tolist() == [(columns.combo == c).sum() for c in combos]
         assert tables.histogram.tokens[cells].tolist() == [columns.tokens[columns.combo == c].sum() for c in combos]
-        zones, quality = tables.blocks.zones["quality"], columns.numbers["quality"]
-        low, high = np.fmin.reduce(quality), np.fmax.reduce(quality)
+        zones = tables.blocks.zones["quality"]
+        quality = columns.numbers["quality"]
+        low = np.fmin.reduce(quality)
+        high = np.fmax.reduce(quality)
         assert np.array_equal([zones.low[block], zones.high[block]], [low, high], equal_nan=True)
         assert zones.has_null[block] == np.isnan(quality).any()
         shard = int(tables.blocks.shard[block])

@@ -1,4 +1,4 @@
-"""`data.on_bad_sample=skip`: what cannot be read is left out and counted; everything else stays where it is."""
+"""`data.on_bad_sample=skip`: rows that cannot be read are skipped and counted; all others keep their positions."""
 
 import gzip
 import io
@@ -68,20 +68,21 @@ def index(request: pytest.FixtureRequest, tmp_path: Path) -> PropertyIndex:
 
 
 def readable(index: PropertyIndex) -> list[str]:
-    """The documents of all rows that some query may select, read back."""
-    blocks, found = index.tables.blocks, []
+    """Read the documents of all rows that a query may select."""
+    blocks = index.tables.blocks
+    texts: list[str] = []
     shards = index.tables.shards
     reader = load_format(shards.format[0]).open(index.data_root / shards.path[0], index.text, BlockCache())
     for b in range(len(blocks)):
         place = BlockRef.of(blocks, b)
         samples = index.read_block(b)
         rows = np.flatnonzero(samples.combo != index.tables.combos.bad)
-        found += reader.documents(place, samples.length, rows)
+        texts += reader.documents(place, samples.length, rows)
     reader.close()
-    return found
+    return texts
 
 
-def test_only_readable_rows_count_as_looked_at(index: PropertyIndex) -> None:
+def test_only_readable_rows_are_counted_as_scanned(index: PropertyIndex) -> None:
     effort = select(
         index.tables, parse_predicate("quality >= 0.2", index.tables.properties), [{}], index.read_blocks
     ).pruning
@@ -89,7 +90,7 @@ def test_only_readable_rows_count_as_looked_at(index: PropertyIndex) -> None:
     assert effort.scanned_samples == np.count_nonzero(index.read_block(0).combo != index.tables.combos.bad) > 0
 
 
-def test_all_other_rows_are_there_and_read_back(index: PropertyIndex) -> None:
+def test_all_other_rows_can_be_read(index: PropertyIndex) -> None:
     good = [f"text {i}" for i in range(23) if i not in BAD]
     assert readable(index) == good
     assert index.tables.num_samples == len(good)
@@ -101,7 +102,7 @@ def test_bad_rows_are_counted_per_shard_and_reason(index: PropertyIndex) -> None
     assert sorted(index.bad, key=str) == sorted(expected, key=str)
 
 
-def test_no_query_selects_them_not_even_one_for_null(index: PropertyIndex) -> None:
+def test_no_query_selects_bad_rows_not_even_one_for_null(index: PropertyIndex) -> None:
     for where in (None, "source is None", "quality is None", "not source == 'a'", "quality < 0.65 or quality is None"):
         chosen = select(index.tables, parse_predicate(where, index.tables.properties), [{}], index.read_blocks)
         rows, tokens = chosen.table.totals()
@@ -121,7 +122,7 @@ def test_no_query_selects_them_not_even_one_for_null(index: PropertyIndex) -> No
         assert (tokens[0] > 0) == (expected > 0)
 
 
-def test_blocks_of_bad_rows_alone_hold_nothing(tmp_path: Path) -> None:
+def test_blocks_of_only_bad_rows_have_an_empty_histogram(tmp_path: Path) -> None:
     plain(tmp_path, [*lines(1), *[b"{"] * 8, *lines(1)])
     build_index(configured(tmp_path))
     with open_index(tmp_path / "index.h5") as index:
@@ -139,7 +140,7 @@ def test_null_text_in_parquet_is_a_bad_sample(tmp_path: Path) -> None:
 
 
 def cut_gzip(root: Path) -> int:
-    """Frames of 5 rows each, the last one cut; returns the rows before it."""
+    """Write frames of 5 rows each, the last one truncated; return the number of rows before it."""
     compressed(root, [json.dumps({"text": f"text {i}"}).encode() for i in range(20)])
     content = (root / "a.jsonl.gz").read_bytes()
     (root / "a.jsonl.gz").write_bytes(content[:-12])
@@ -153,7 +154,7 @@ def cut_parquet(root: Path) -> int:
 
 
 @pytest.mark.parametrize("damage", [cut_gzip, cut_parquet])
-def test_a_damaged_shard_is_left_out_from_there_on(damage: Callable[[Path], int], tmp_path: Path) -> None:
+def test_the_damaged_end_of_a_shard_is_skipped(damage: Callable[[Path], int], tmp_path: Path) -> None:
     rows = damage(tmp_path)
     (tmp_path / "b.jsonl").write_text('{"text": "whole"}')
     with pytest.raises(DataError):
@@ -165,24 +166,25 @@ def test_a_damaged_shard_is_left_out_from_there_on(damage: Callable[[Path], int]
         assert (bad.shard, bad.rows) == (0, 0) and bad.reason.startswith("damaged: the shard ")
 
 
-def test_data_of_bad_rows_alone_is_refused_with_the_reasons(tmp_path: Path) -> None:
+def test_data_of_only_bad_rows_is_refused_with_the_reasons(tmp_path: Path) -> None:
     plain(tmp_path, [b"{", b"{"])
     with pytest.raises(DataError, match=r"hold no rows that can be read:\n +a\.jsonl: 2, Input data was truncated\n"):
         build_index(configured(tmp_path))
 
 
-def test_a_missing_file_is_no_bad_sample(tmp_path: Path) -> None:
-    """What may be there again in a minute is not left out for good."""
+def test_a_missing_file_is_not_skipped(tmp_path: Path) -> None:
+    """A file system may be unavailable for a minute; that must not drop a shard for good."""
     plain(tmp_path, lines(1))
     (tmp_path / "b.jsonl").write_text('{"text": "x"}')
     config = configured(tmp_path)
-    job, shards = scan_settings(config), discover_shards(config.data)
+    shards = discover_shards(config.data)
+    scan = scan_settings(config)
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(DataError, match=r"b\.jsonl cannot be read: No such file"):
-        list(scan_unit(job, shards[1], ScanUnit(0, shards[1].size_bytes)))
+        list(scan_unit(scan, shards[1], ScanUnit(0, shards[1].size_bytes)))
 
 
-def test_a_file_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_not_skipped(tmp_path: Path) -> None:
     plain(tmp_path, lines(1))
     write_megatron(tmp_path / "b.bin", [[1, 2], [3]])
     (tmp_path / "b.idx").unlink()
@@ -192,7 +194,7 @@ def test_a_file_that_cannot_be_opened_is_no_bad_sample(tmp_path: Path) -> None:
     assert build_index(configured(tmp_path)).damaged_shards == 1
 
 
-def test_reasons_that_differ_in_the_sample_only_count_together(tmp_path: Path) -> None:
+def test_reasons_that_differ_only_in_the_sample_are_counted_together(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in (
             ("a/1.jpg", b"x"),
@@ -213,7 +215,7 @@ def test_reasons_that_differ_in_the_sample_only_count_together(tmp_path: Path) -
         ]
 
 
-def test_reasons_that_are_new_every_time_do_not_fill_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_different_reasons_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     plain(tmp_path, [b'{"text": "%d"}' % i for i in range(100)])
     (tmp_path / "b.jsonl").write_text('{"text": "good"}')
@@ -226,24 +228,25 @@ def test_reasons_that_are_new_every_time_do_not_fill_the_index(tmp_path: Path, m
         assert BadRows(shard=0, reason="other reasons", rows=70) in index.bad
 
 
-def test_a_pattern_that_finds_no_numbers_is_no_fault_of_the_samples(tmp_path: Path) -> None:
+def test_a_pattern_that_matches_no_number_is_an_error_of_the_configuration(tmp_path: Path) -> None:
     plain(tmp_path, lines(1))
     properties = {"number": {"path": "source", "kind": "number", "pattern": "."}}
     with pytest.raises(ConfigError, match="Change its pattern so that it matches digits only"):
         build_index(configured(tmp_path, data={"properties": properties}))
 
 
-def test_a_shard_that_changed_since_it_was_listed_is_named(tmp_path: Path) -> None:
+def test_a_shard_that_changed_after_discovery_is_named(tmp_path: Path) -> None:
     plain(tmp_path, lines(9))
     config = configured(tmp_path)
-    job, (shard,) = scan_settings(config), discover_shards(config.data)
+    (shard,) = discover_shards(config.data)
+    scan = scan_settings(config)
     with (tmp_path / "a.jsonl").open("ab") as file:
         file.write(b'{"text": "late"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was being indexed"):
-        list(scan_unit(job, shard, ScanUnit(0, shard.size_bytes)))
+        list(scan_unit(scan, shard, ScanUnit(0, shard.size_bytes)))
 
 
-def test_a_state_from_before_there_were_bad_rows_is_seen_without_them(tmp_path: Path) -> None:
+def test_a_generation_without_bad_rows_has_none(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "whole", "source": "a"}')
     config = configured(tmp_path)
     before = build_index(config).fingerprint

@@ -1,4 +1,4 @@
-"""Building an index: what is stored, what is refused, what the file costs."""
+"""Building an index: what is stored, what is refused, and how large the file is."""
 
 import gzip
 import json
@@ -53,13 +53,15 @@ def test_rows_become_blocks_of_the_configured_size_per_shard(tmp_path: Path) -> 
     assert (report.shards, report.samples, report.blocks, report.tokens) == (2, 14, 4, None)
 
 
-def test_many_domains_line_by_line_cost_no_more_blocks_than_one(tmp_path: Path) -> None:
+def test_interleaved_domains_need_no_more_blocks_than_one_domain(tmp_path: Path) -> None:
     rows = [json.dumps({"text": "t", "meta": {"source": f"s{i % 50}"}}) for i in range(5000)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     assert build_index(configured(tmp_path)).blocks == 20
 
 
-def test_a_category_of_every_sample_s_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_category_with_a_different_value_per_sample_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mixtera_hpc.index.build.merge.MAX_COMBOS", 100)
     write(tmp_path / "a.jsonl", 100)
     properties = {"name": "meta.quality"}
@@ -69,14 +71,14 @@ def test_a_category_of_every_sample_s_own_is_refused(tmp_path: Path, monkeypatch
         build_index(configured(tmp_path, data={"properties": properties}))
 
 
-def test_without_a_tokenizer_nothing_is_said_of_tokens(tmp_path: Path) -> None:
+def test_without_a_tokenizer_tokens_are_not_counted(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", 3)
     with open_index(build_index(configured(tmp_path)).path) as index:
         assert not index.tables.has_tokens and index.tokenizer_fingerprint is None
         assert index.read_block(0).tokens.tolist() == [0, 0, 0]
 
 
-def test_token_counts_are_those_of_the_tokenizer_named(tmp_path: Path) -> None:
+def test_the_configured_tokenizer_counts_the_tokens(tmp_path: Path) -> None:
     tokenizer = train_bpe(["text 1 text 2"] * 9, 262, tmp_path / "tokenizer.json")
     write(tmp_path / "a.jsonl", 3)
     with open_index(build_index(configured(tmp_path, dataplane={"tokenizer": str(tokenizer)})).path) as index:
@@ -84,20 +86,20 @@ def test_token_counts_are_those_of_the_tokenizer_named(tmp_path: Path) -> None:
         assert (index.read_block(0).tokens > 0).all()
 
 
-def test_a_property_nobody_has_is_reported(tmp_path: Path) -> None:
+def test_a_property_that_no_sample_has_is_reported(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", 3)
     wrong = {"sauce": "meta.sauce", "size": {"path": "size", "kind": "number"}, "source": "meta.source"}
     assert build_index(configured(tmp_path, data={"properties": wrong})).empty_properties == ("sauce", "size")
 
 
-def test_without_properties_all_samples_are_alike(tmp_path: Path) -> None:
+def test_without_properties_all_samples_have_one_combo(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", 3)
     with open_index(build_index(configured(tmp_path, data={"properties": {}})).path) as index:
         assert index.tables.combos.num_combos == 1 and index.tables.properties == {}
         assert index.read_block(0).combo.tolist() == [0, 0, 0]
 
 
-def test_shards_without_rows_are_listed_but_hold_nothing(tmp_path: Path) -> None:
+def test_shards_without_rows_are_listed_without_blocks(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", 3)
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "c.jsonl").write_text("\n\n \n")
@@ -122,17 +124,15 @@ def test_bad_rows_end_the_build_and_leave_no_index(tmp_path: Path) -> None:
     assert not (tmp_path / "index.h5").exists()
 
 
-def test_the_fingerprint_is_of_the_content_only(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_only(tmp_path: Path) -> None:
     def fingerprint(folder: str, source: str = "C4", rows: int = 5, **more: Any) -> str:
         write(tmp_path / folder / "a.jsonl", rows, source)
         return build_index(configured(tmp_path / folder, **more)).fingerprint
 
     first = fingerprint("one")
-    assert fingerprint("one") == first, "another time of change"
+    assert fingerprint("one") == first, "another modification time"
     assert fingerprint("two") == first, "another data root"
-    assert fingerprint("two", index={"path": str(tmp_path / "elsewhere" / "i.h5")}) == first, (
-        "another place of the index"
-    )
+    assert fingerprint("two", index={"path": str(tmp_path / "elsewhere" / "i.h5")}) == first, "another index.path"
     others = [
         fingerprint("two", source="C5"),
         fingerprint("two", rows=6),
@@ -143,27 +143,27 @@ def test_the_fingerprint_is_of_the_content_only(tmp_path: Path) -> None:
     assert len({first, *others}) == 6
 
 
-def test_nothing_in_the_file_tells_when_it_was_written(tmp_path: Path) -> None:
+def test_the_file_contains_no_timestamps(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", 3)
-    timed = []
+    timestamped = []
 
     def look(name: str, node: Any) -> None:
         if node.id.get_create_plist().get_obj_track_times():
-            timed.append(name)
+            timestamped.append(name)
 
     with h5py.File(build_index(configured(tmp_path)).path) as file:
         file.visititems(look)
         look("/", file["/"])
-    assert timed == []
+    assert timestamped == []
 
 
-def test_progress_adds_up(tmp_path: Path) -> None:
+def test_progress_sums_to_the_whole(tmp_path: Path) -> None:
     for i in range(3):
         write(tmp_path / f"{i}.jsonl", 10)
-    seen: list[ScanProgress] = []
-    report = build_index(configured(tmp_path), progress=seen.append)
-    assert [p.rows for p in seen] == [10, 20, 30]
-    assert seen[-1].bytes_done == seen[-1].bytes_total == report.bytes_read
+    reports: list[ScanProgress] = []
+    report = build_index(configured(tmp_path), progress=reports.append)
+    assert [p.rows for p in reports] == [10, 20, 30]
+    assert reports[-1].bytes_done == reports[-1].bytes_total == report.bytes_read
 
 
 def test_an_index_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize("file_bytes", [10, 9000])
-def test_a_disk_that_takes_no_more_is_said_and_what_was_scanned_is_kept(file_bytes: int, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_scan_results_are_kept(file_bytes: int, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", 100)
     words = ["index", "build", f"data.root={tmp_path}", f"index.path={tmp_path}/index.h5", "index.block_rows=10"]
     done = subprocess.run(
@@ -191,11 +191,11 @@ def test_a_disk_that_takes_no_more_is_said_and_what_was_scanned_is_kept(file_byt
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"PropertyIndexError: The index cannot be written to {tmp_path}: File too large.")
     assert not (tmp_path / "index.h5").exists()
-    found = build_index(configured(tmp_path, data={"properties": {}}, index={"block_rows": 10})).resumed_units
-    assert found == (file_bytes > 10)
+    report = build_index(configured(tmp_path, data={"properties": {}}, index={"block_rows": 10}))
+    assert report.resumed_units == (file_bytes > 10)
 
 
-def test_nothing_but_an_index_is_replaced(tmp_path: Path) -> None:
+def test_only_an_index_may_be_replaced(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", 3)
     content = (tmp_path / "a.jsonl").read_bytes()
     with h5py.File(tmp_path / "other.h5", "w") as file:
@@ -212,7 +212,7 @@ def test_nothing_but_an_index_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_contradicting_paths_are_refused_whatever_the_format(suffix: str, tmp_path: Path) -> None:
+def test_contradicting_paths_are_refused_in_every_format(suffix: str, tmp_path: Path) -> None:
     write(tmp_path / f"a.{suffix}", 3)
     with pytest.raises(ConfigError, match=r"data\.properties\.x looks inside 'text'"):
         build_index(configured(tmp_path, data={"properties": {"x": "text.language"}}))
@@ -224,9 +224,10 @@ def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
         build_index(configured(tmp_path, dataplane={"tokenizer": str(tmp_path / "no.json")}))
 
 
-def test_an_index_costs_less_than_eight_bytes_per_sample(tmp_path: Path) -> None:
+def test_an_index_takes_less_than_eight_bytes_per_sample(tmp_path: Path) -> None:
     rng = np.random.Generator(np.random.Philox(1))
-    lengths, sources = rng.lognormal(6.5, 0.7, 100_000).astype(int), rng.integers(0, 7, 100_000)
+    lengths = rng.lognormal(6.5, 0.7, 100_000).astype(int)
+    sources = rng.integers(0, 7, 100_000)
     with (tmp_path / "a.jsonl").open("w") as file:
         for length, source in zip(lengths.tolist(), sources.tolist(), strict=True):
             file.write(json.dumps({"text": "ab " * (length // 30), "meta": {"source": f"s{source}"}}) + "\n")
@@ -238,12 +239,12 @@ def test_an_index_costs_less_than_eight_bytes_per_sample(tmp_path: Path) -> None
     assert report.index_bytes / report.samples < 8
 
 
-@pytest.mark.parametrize("part_rows", [1, 7, 1000])
+@pytest.mark.parametrize("result_rows", [1, 7, 1000])
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_long_units_come_in_parts_that_say_the_same(
-    part_rows: int, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_long_unit_yields_several_results_with_the_same_content(
+    result_rows: int, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts end where blocks end; rows of the block that has not ended wait for the next part."""
+    """Results end where blocks end; rows of the open block are in the next result."""
     path = tmp_path / f"a.{suffix}"
     write(path, 100)
     rows = path.read_bytes().splitlines(keepends=True)
@@ -254,14 +255,14 @@ def test_long_units_come_in_parts_that_say_the_same(
     whole = build_index(config)
     with open_index(whole.path) as index:
         blocks = index.tables.blocks.rows.tolist()
-    monkeypatch.setattr("mixtera_hpc.index.scan.unit_scan.RESULT_ROWS", part_rows)
+    monkeypatch.setattr("mixtera_hpc.index.scan.unit_scan.RESULT_ROWS", result_rows)
     monkeypatch.setattr("mixtera_hpc.formats.codecs.frames.SEGMENT_BYTES", 256)
     if suffix == "jsonl":
         monkeypatch.setattr("mixtera_hpc.formats.shard_scan.load_format", lambda name: JsonlFormat(segment_bytes=256))
-    parts = list(scan_unit(*_only_unit(config)))
-    assert len(parts) > 5 or part_rows == 1000
-    assert [n for part in parts for n in part.blocks["rows"].tolist()] == blocks
-    assert all(part.num_rows == part.blocks["rows"].sum() for part in parts)
+    results = list(scan_unit(*_only_unit(config)))
+    assert len(results) > 5 or result_rows == 1000
+    assert [n for result in results for n in result.blocks["rows"].tolist()] == blocks
+    assert all(result.num_rows == result.blocks["rows"].sum() for result in results)
     assert build_index(config).fingerprint == whole.fingerprint
 
 

@@ -1,4 +1,4 @@
-"""Deriving: a function over documents becomes a property like any other."""
+"""Deriving: add properties that a function computes from documents."""
 
 import gzip
 import json
@@ -59,16 +59,17 @@ def configured(root: Path, properties: dict[str, Any], name: str = "i.h5") -> Co
     return from_plain(Config, {"data": data, "index": {"path": str(root / name), "block_rows": 8}})
 
 
-def content(index: PropertyIndex) -> list[dict[str, Any]]:
-    """Every sample with all its properties, in order; None for those that cannot be read."""
-    tables, found = index.tables, []
+def properties_of(index: PropertyIndex) -> list[dict[str, Any]]:
+    """Return all properties of every sample, in order; nothing for samples that cannot be read."""
+    tables = index.tables
+    content: list[dict[str, Any]] = []
     for b in range(len(tables.blocks)):
         samples = index.read_block(b)
         for i, combo in enumerate(samples.combo.tolist()):
             values: dict[str, Any] = {name: tables.combos.values(name, combo) for name in tables.combos.properties}
             values |= {name: repr(column[i].item()) for name, column in samples.numbers.items()}
-            found.append({} if combo == tables.combos.bad else values)
-    return found
+            content.append({} if combo == tables.combos.bad else values)
+    return content
 
 
 def test_deriving_gives_what_building_with_the_functions_gives(root: Path) -> None:
@@ -77,7 +78,7 @@ def test_deriving_gives_what_building_with_the_functions_gives(root: Path) -> No
     build_index(configured(root, BASE | DERIVED, "fresh.h5"))
     assert report.derived == ("a_size", "first", "length", "letters")
     with open_index(root / "i.h5") as derived, open_index(root / "fresh.h5") as fresh:
-        assert content(derived) == content(fresh)
+        assert properties_of(derived) == properties_of(fresh)
         assert derived.fingerprint == fresh.fingerprint, "columns, tables, dictionaries, sources: all the same"
         assert derived.bad == fresh.bad and derived.sources == fresh.sources
 
@@ -86,7 +87,7 @@ def test_the_values_are_those_of_the_function(root: Path) -> None:
     build_index(configured(root, BASE))
     derive_properties(configured(root, BASE | DERIVED))
     with open_index(root / "i.h5") as index:
-        rows = [row for row in content(index) if row]
+        rows = [row for row in properties_of(index) if row]
         texts = [row["text"] for row in documents(37)]
         assert [row["first"] for row in rows] == [(t[0],) if t else () for t in texts]
         assert [row["letters"] for row in rows] == [tuple(sorted(set(t[:3]))) for t in texts]
@@ -96,7 +97,7 @@ def test_the_values_are_those_of_the_function(root: Path) -> None:
         assert np.nanmax(zones.high) == max(map(len, texts)) and zones.has_null.any()
 
 
-def test_what_is_there_is_not_computed_twice_unless_asked(root: Path) -> None:
+def test_existing_properties_are_recomputed_only_with_again(root: Path) -> None:
     build_index(configured(root, BASE))
     config = configured(root, BASE | DERIVED)
     derive_properties(config)
@@ -106,11 +107,11 @@ def test_what_is_there_is_not_computed_twice_unless_asked(root: Path) -> None:
     del sys.modules["my_functions"]
     derive_properties(config, again=True)
     with open_index(root / "i.h5") as index:
-        rows = [row["first"] for row in content(index) if row]
+        rows = [row["first"] for row in properties_of(index) if row]
         assert rows == [(row["text"][-1],) if row["text"] else () for row in documents(37)]
 
 
-def test_a_refresh_computes_it_for_new_shards(root: Path) -> None:
+def test_a_refresh_computes_derived_properties_of_new_shards(root: Path) -> None:
     build_index(configured(root, BASE))
     derive_properties(configured(root, BASE | DERIVED))
     (root / "data" / "c.jsonl").write_text('{"text": "weg", "c": "p", "n": 1}')
@@ -118,11 +119,11 @@ def test_a_refresh_computes_it_for_new_shards(root: Path) -> None:
         refresh_index(configured(root, BASE))
     refresh_index(configured(root, BASE | DERIVED))
     with open_index(root / "i.h5") as index:
-        assert content(index)[-1]["first"] == ("w",)
+        assert properties_of(index)[-1]["first"] == ("w",)
 
 
 @pytest.mark.parametrize(
-    ("spec", "error", "said"),
+    ("spec", "error", "message"),
     [
         (
             {"x": {"function": "my_functions.few"}},
@@ -152,17 +153,17 @@ def test_a_refresh_computes_it_for_new_shards(root: Path) -> None:
         ({}, ConfigError, "names no function"),
     ],
 )
-def test_what_cannot_be_derived_is_said_and_the_index_stays(
-    spec: dict[str, Any], error: type[Exception], said: str, root: Path
+def test_a_failed_derivation_names_the_problem_and_keeps_the_index(
+    spec: dict[str, Any], error: type[Exception], message: str, root: Path
 ) -> None:
     build_index(configured(root, BASE))
     before = (root / "i.h5").read_bytes()
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         derive_properties(configured(root, BASE | spec))
     assert (root / "i.h5").read_bytes() == before
 
 
-def test_an_error_of_the_function_is_the_users_to_see(root: Path) -> None:
+def test_an_exception_of_the_function_names_the_property(root: Path) -> None:
     build_index(configured(root, BASE))
     with pytest.raises(RuntimeError, match="no model") as caught:
         derive_properties(configured(root, BASE | {"x": {"function": "my_functions.broken"}}))
@@ -177,7 +178,7 @@ def test_changed_shards_are_refused(root: Path) -> None:
         derive_properties(configured(root, BASE | DERIVED))
 
 
-def test_shipped_functions_say_what_they_promise() -> None:
+def test_shipped_functions_return_what_they_document() -> None:
     prose = "The committee met on Tuesday and agreed on nothing in particular, which surprised no one. " * 3
     assert document_functions.length_bucket(["", "x" * 99, "x" * 100, "x" * 10_000]) == [
         *("under_100", "under_100", "100_to_300", "over_10k"),

@@ -1,4 +1,4 @@
-"""Which files are shards."""
+"""Which files are discovered as shards."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.shards import fingerprint_of_shard
 
 
-def found(root: Path, **settings: Any) -> list[str]:
+def discovered(root: Path, **settings: Any) -> list[str]:
     return [shard.path for shard in discover_shards(DataConfig(root=str(root), **settings))]
 
 
@@ -36,8 +36,8 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_all_data_files_are_found_in_one_order_and_nothing_else(tree: Path) -> None:
-    assert found(tree) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "b/c/x.parquet", "z.jsonl.zst"]
+def test_exactly_the_data_files_are_discovered_in_a_fixed_order(tree: Path) -> None:
+    assert discovered(tree) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "b/c/x.parquet", "z.jsonl.zst"]
     assert [s.format for s in discover_shards(DataConfig(root=str(tree)))] == [
         "jsonl",
         "jsonl",
@@ -60,28 +60,30 @@ def test_all_data_files_are_found_in_one_order_and_nothing_else(tree: Path) -> N
         (["**/*.json*"], ["**/*.json"], ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "z.jsonl.zst"]),
     ],
 )
-def test_globs_choose(include: list[str], exclude: list[str], expected: list[str], tree: Path) -> None:
-    assert found(tree, include=include, exclude=exclude) == expected
+def test_include_and_exclude_select_files(
+    include: list[str], exclude: list[str], expected: list[str], tree: Path
+) -> None:
+    assert discovered(tree, include=include, exclude=exclude) == expected
 
 
-def test_a_json_file_is_data_only_where_a_glob_names_it(tree: Path) -> None:
-    assert "b/data.json" not in found(tree)
+def test_a_json_file_is_a_shard_only_if_a_glob_names_it(tree: Path) -> None:
+    assert "b/data.json" not in discovered(tree)
     (shard,) = discover_shards(DataConfig(root=str(tree), include=["b/*.json"]))
     assert (shard.path, shard.format) == ("b/data.json", "json")
 
 
-def test_plain_text_is_data_only_where_a_glob_or_the_format_names_it(tree: Path) -> None:
-    assert "notes.txt" not in found(tree)
-    assert found(tree, include=["*.txt"]) == ["notes.txt"]
-    assert "notes.txt" in found(tree, include=["*"], format="text")
+def test_plain_text_is_a_shard_only_if_a_glob_or_the_format_names_it(tree: Path) -> None:
+    assert "notes.txt" not in discovered(tree)
+    assert discovered(tree, include=["*.txt"]) == ["notes.txt"]
+    assert "notes.txt" in discovered(tree, include=["*"], format="text")
 
 
 def test_a_sidecar_is_no_shard(tree: Path) -> None:
     (tree / "x.sidecar.jsonl").write_text("{}")
-    assert "x.sidecar.jsonl" not in found(tree)
+    assert "x.sidecar.jsonl" not in discovered(tree)
 
 
-def test_a_format_that_is_named_reads_any_file(tree: Path) -> None:
+def test_a_configured_format_reads_any_file(tree: Path) -> None:
     (shard,) = discover_shards(DataConfig(root=str(tree), include=["b/*.json"], format="jsonl"))
     assert (shard.path, shard.format) == ("b/data.json", "jsonl")
 
@@ -98,41 +100,43 @@ def test_a_format_that_is_named_reads_any_file(tree: Path) -> None:
         ({"format": "jsonlines"}, r"data\.format is 'jsonlines', which is not a format"),
     ],
 )
-def test_a_wrong_choice_is_refused(settings: dict[str, Any], message: str, tree: Path) -> None:
+def test_a_wrong_glob_or_format_is_refused(settings: dict[str, Any], message: str, tree: Path) -> None:
     with pytest.raises(UserError, match=message):
-        found(tree, **settings)
+        discovered(tree, **settings)
 
 
 def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for root in ("none", "file"):
         with pytest.raises(DataError, match=rf"data\.root is '.*{root}', which is not a folder"):
-            found(tmp_path / root)
+            discovered(tmp_path / root)
 
 
-def test_links_to_folders_are_followed_and_twins_refused(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_links_to_folders_are_followed_and_duplicates_refused(
+    tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     other = tmp_path_factory.mktemp("other")
     (other / "o.jsonl").write_text("{}")
     (tree / "link").symlink_to(other)
-    assert "link/o.jsonl" in found(tree)
+    assert "link/o.jsonl" in discovered(tree)
     (tree / "twin").symlink_to(other)
     with pytest.raises(DataError, match=r"'link/o\.jsonl' and 'twin/o\.jsonl' are the same file"):
-        found(tree)
-    assert found(tree, exclude=["twin/**"]) == found(tree, exclude=["twin/*"])
+        discovered(tree)
+    assert discovered(tree, exclude=["twin/**"]) == discovered(tree, exclude=["twin/*"])
 
 
 def test_a_loop_of_links_is_refused(tree: Path) -> None:
     (tree / "b" / "loop").symlink_to(tree)
     with pytest.raises(DataError, match="are the same file"):
-        found(tree)
+        discovered(tree)
 
 
 def test_a_name_that_is_not_utf8_is_refused(tree: Path) -> None:
     Path(os.fsdecode(bytes(tree) + b"/\xff.jsonl")).write_text("{}")
     with pytest.raises(DataError, match="is not UTF-8"):
-        found(tree)
+        discovered(tree)
     with pytest.raises(ConfigError):
-        found(tree, include=["**/*.h5"])
+        discovered(tree, include=["**/*.h5"])
 
 
 def test_the_fingerprint_of_a_shard_changes_with_its_ends_and_size(tmp_path: Path) -> None:
@@ -154,7 +158,7 @@ def test_the_fingerprint_of_a_shard_changes_with_its_ends_and_size(tmp_path: Pat
     assert fingerprint(b"a") == fingerprint(b"a")
 
 
-def test_names_with_newlines_quotes_and_spaces_are_names(tmp_path: Path) -> None:
+def test_names_may_contain_newlines_quotes_and_spaces(tmp_path: Path) -> None:
     names = ["a\nb.jsonl", "c d.jsonl", "e'f.jsonl", "g\\h.jsonl", "漢.jsonl"]
     for name in names:
         (tmp_path / name).write_text('{"text": "x"}')
@@ -177,7 +181,7 @@ def test_a_file_that_two_globs_match_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_nobody_may_read_is_named_before_anything_is_scanned(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named_before_anything_is_scanned(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     (tmp_path / "a.jsonl").chmod(0)
     with pytest.raises(DataError, match=r"a\.jsonl cannot be read: Permission denied"):
@@ -186,14 +190,14 @@ def test_a_file_nobody_may_read_is_named_before_anything_is_scanned(tmp_path: Pa
 
 @pytest.fixture
 def lock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes one folder a folder that may not be listed, for root as well."""
-    listed = os.scandir
+    """Return a function that makes listing a folder fail, for root as well."""
+    real_scandir = os.scandir
 
     def make(locked: Path) -> None:
         def scandir(path: Any) -> Any:
             if Path(path) == locked:
                 raise PermissionError(errno.EACCES, "Permission denied", path)
-            return listed(path)
+            return real_scandir(path)
 
         monkeypatch.setattr(os, "scandir", scandir)
 
@@ -201,17 +205,17 @@ def lock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("include", ["*", "**/*", "**"])
-def test_a_root_nobody_may_list_is_named(include: str, tree: Path, lock: Callable[[Path], None]) -> None:
+def test_a_root_that_cannot_be_listed_is_named(include: str, tree: Path, lock: Callable[[Path], None]) -> None:
     lock(tree)
     with pytest.raises(DataError, match=rf"{tree} cannot be read: Permission denied"):
-        found(tree, include=[include])
+        discovered(tree, include=[include])
 
 
 @pytest.mark.parametrize("include", [["**/*"], ["**"], ["a.jsonl", "b/c/*.parquet"], ["*/*/*"]])
-def test_a_folder_nobody_may_list_is_named(include: list[str], tree: Path, lock: Callable[[Path], None]) -> None:
+def test_a_folder_that_cannot_be_listed_is_named(include: list[str], tree: Path, lock: Callable[[Path], None]) -> None:
     lock(tree / "b/c")
     with pytest.raises(DataError, match=r"b/c cannot be read: Permission denied\.\n.*data\.exclude"):
-        found(tree, include=include)
-    assert found(tree, include=["b/c/x.parquet"]) == ["b/c/x.parquet"]
-    assert found(tree, include=["*.jsonl", "b/*.jsonl"]) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl"]
-    assert found(tree, exclude=["b/c/**"]) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "z.jsonl.zst"]
+        discovered(tree, include=include)
+    assert discovered(tree, include=["b/c/x.parquet"]) == ["b/c/x.parquet"]
+    assert discovered(tree, include=["*.jsonl", "b/*.jsonl"]) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl"]
+    assert discovered(tree, exclude=["b/c/**"]) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "z.jsonl.zst"]

@@ -1,4 +1,4 @@
-"""Opening an index, and reading samples without reading tables."""
+"""Opening an index, and reading samples without its tables."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from mixtera_hpc.index.read.sample_reader import SampleReader
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of 1000 samples in blocks of 100, of which the last two shards' are shorter."""
+    """Return an index of 1000 samples in blocks of 100; the last block of the last two shards is shorter."""
     root = tmp_path_factory.mktemp("data")
     for name, rows in (("a", 700), ("b", 250), ("c", 50)):
         lines = [json.dumps({"text": "x" * i, "c": str(i % 3), "n": i}) for i in range(rows)]
@@ -30,7 +30,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_reader_reads_blocks_without_the_tables(path: Path) -> None:
-    index, reader = open_index(path), SampleReader(path)
+    index = open_index(path)
+    reader = SampleReader(path)
     blocks = index.tables.blocks
     for b in range(len(blocks)):
         columns = reader.read(int(blocks.first_sample[b]), int(blocks.rows[b]))
@@ -47,14 +48,14 @@ def test_columns_have_the_promised_types(path: Path) -> None:
     assert types == (np.int32, np.int64, np.int64, np.float64)
 
 
-def test_several_blocks_come_concatenated(path: Path) -> None:
+def test_several_blocks_are_concatenated(path: Path) -> None:
     with open_index(path) as index:
         blocks = index.tables.blocks
-        some = [7, 0, 9]
-        columns = index.samples.read_many(blocks.first_sample[some].tolist(), blocks.rows[some].tolist())
-        parts = [index.read_block(b) for b in some]
-        assert columns.combo.tolist() == [c for p in parts for c in p.combo.tolist()]
-        assert columns.numbers["n"].tolist() == [n for p in parts for n in p.numbers["n"].tolist()]
+        numbers = [7, 0, 9]
+        columns = index.samples.read_many(blocks.first_sample[numbers].tolist(), blocks.rows[numbers].tolist())
+        single = [index.read_block(b) for b in numbers]
+        assert columns.combo.tolist() == [c for p in single for c in p.combo.tolist()]
+        assert columns.numbers["n"].tolist() == [n for p in single for n in p.numbers["n"].tolist()]
         assert len(index.samples.read_many([], []).combo) == 0
 
 
@@ -63,7 +64,7 @@ def test_every_block_begins_a_chunk(path: Path) -> None:
         assert (index.tables.blocks.first_sample % file["samples/combo"].chunks[0] == 0).all()
 
 
-def test_a_reader_touches_the_file_only_when_asked(path: Path, tmp_path: Path) -> None:
+def test_a_reader_opens_the_file_at_the_first_read(path: Path, tmp_path: Path) -> None:
     reader = SampleReader(tmp_path / "later.h5")
     with pytest.raises(PropertyIndexError, match="There is no property index"):
         reader.read(0, 1)
@@ -80,8 +81,9 @@ def test_threads_share_a_reader(path: Path) -> None:
         assert firsts == [index.tables.blocks.first_row[b % 11] for b in range(200)]
 
 
-def test_an_index_stays_open_while_it_is_replaced(path: Path, tmp_path: Path) -> None:
-    copy, other = tmp_path / "index.h5", tmp_path / "other.h5"
+def test_an_open_index_can_be_replaced(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "index.h5"
+    other = tmp_path / "other.h5"
     shutil.copy(path, copy)
     with open_index(copy) as index:
         before = index.read_block(3).length.tolist()
@@ -90,7 +92,7 @@ def test_an_index_stays_open_while_it_is_replaced(path: Path, tmp_path: Path) ->
         assert index.read_block(3).length.tolist() == before
 
 
-def test_the_tables_outlive_the_file(path: Path) -> None:
+def test_the_tables_stay_usable_after_close(path: Path) -> None:
     with open_index(path) as index:
         pass
     assert index.tables.num_samples == 1000
@@ -109,13 +111,13 @@ def test_a_missing_index_says_how_to_build_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89HDF\r\n\x1a\n", b"\0" * 5000])
-def test_what_is_no_hdf5_file_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_hdf5_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "i.h5").write_bytes(content)
     with pytest.raises(PropertyIndexError, match="is damaged or truncated"):
         open_index(tmp_path / "i.h5")
 
 
-def test_an_hdf5_file_of_somebody_else_is_refused(tmp_path: Path) -> None:
+def test_an_hdf5_file_of_another_program_is_refused(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "i.h5", "w") as file:
         file["x"] = 1
     with pytest.raises(PropertyIndexError, match="is not a property index"):

@@ -1,4 +1,4 @@
-"""Refreshing: what changed is scanned, the rest stays as it was, and runs know what they can go on with."""
+"""Refreshing: changed shards are scanned, the others are reused, and runs can continue with earlier generations."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def configured(root: Path, **more: Any) -> Config:
 def write(root: Path, name: str, rows: int, values: str) -> None:
     path = root / "data" / name
     path.parent.mkdir(exist_ok=True)
-    found = [{"text": f"{name} {i}", "c": values[i % len(values)], "n": i} for i in range(rows)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    objects = [{"text": f"{name} {i}", "c": values[i % len(values)], "n": i} for i in range(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in objects))
 
 
 @pytest.fixture
@@ -41,25 +41,29 @@ def root(tmp_path: Path) -> Path:
 
 
 def content(index: PropertyIndex) -> dict[str, list[tuple[Any, ...]]]:
-    """Shard → (value, number, bytes) of its rows, in order."""
-    blocks, tables = index.tables.blocks, index.tables
-    found: dict[str, list[tuple[Any, ...]]] = {path: [] for path in tables.shards.path}
+    """Return shard → (values, number, bytes) of its rows, in order."""
+    tables = index.tables
+    blocks = tables.blocks
+    rows_of_shard: dict[str, list[tuple[Any, ...]]] = {path: [] for path in tables.shards.path}
     for b in range(len(blocks)):
         samples = index.read_block(b)
         rows = zip(samples.combo.tolist(), samples.numbers["n"].tolist(), samples.length.tolist(), strict=True)
-        found[tables.shards.path[blocks.shard[b]]] += [(tables.combos.values("c", c), n, size) for c, n, size in rows]
-    return found
+        rows_of_shard[tables.shards.path[blocks.shard[b]]] += [
+            (tables.combos.values("c", c), n, size) for c, n, size in rows
+        ]
+    return rows_of_shard
 
 
 def rebuilt(root: Path) -> dict[str, list[tuple[Any, ...]]]:
-    """What a build from scratch says."""
+    """Return the content of a new build."""
     config = configured(root, index={"path": str(root / "fresh.h5"), "block_rows": 8})
     with open_index(build_index(config).path) as index:
         return content(index)
 
 
-def test_nothing_changed_leaves_the_file_alone(root: Path) -> None:
-    before, inode = (root / "i.h5").read_bytes(), (root / "i.h5").stat().st_ino
+def test_without_changes_the_file_is_not_rewritten(root: Path) -> None:
+    before = (root / "i.h5").read_bytes()
+    inode = (root / "i.h5").stat().st_ino
     report = refresh_index(configured(root))
     assert report.build is None and report.unchanged == 3
     assert (root / "i.h5").read_bytes() == before and (root / "i.h5").stat().st_ino == inode
@@ -79,11 +83,13 @@ def test_after_any_change_the_content_is_that_of_a_new_build(root: Path) -> None
     )
     with open_index(root / "i.h5") as index:
         assert content(index) == rebuilt(root)
-        assert index.tables.shards.path == ("b.jsonl", "a.jsonl", "d.jsonl"), "kept first, then the others sorted"
+        assert index.tables.shards.path == ("b.jsonl", "a.jsonl", "d.jsonl"), (
+            "unchanged shards first, then the others, sorted"
+        )
         assert index.tables.properties["c"].values == ("v", "w", "x", "y", "z")
 
 
-def test_values_that_are_gone_leave_the_dictionary(root: Path) -> None:
+def test_values_of_deleted_shards_leave_the_dictionary(root: Path) -> None:
     (root / "data" / "d.jsonl").unlink()
     refresh_index(configured(root))
     with open_index(root / "i.h5") as index:
@@ -100,9 +106,11 @@ def test_unchanged_shards_are_not_opened(root: Path) -> None:
     assert report.build is not None and report.build.bytes_read == (root / "data" / "g.jsonl").stat().st_size
 
 
-def test_after_additions_the_state_before_is_seen_as_it_was(root: Path) -> None:
+def test_after_additions_an_earlier_generation_reads_as_before(root: Path) -> None:
     with open_index(root / "i.h5") as index:
-        old, fingerprint, tables = content(index), index.fingerprint, index.tables
+        old = content(index)
+        fingerprint = index.fingerprint
+        tables = index.tables
     write(root, "a.jsonl", 40, "aq")
     refresh_index(configured(root))
     write(root, "c.jsonl", 40, "mn")
@@ -115,18 +123,20 @@ def test_after_additions_the_state_before_is_seen_as_it_was(root: Path) -> None:
         assert repr(index.tables) == repr(tables), "every table, number by number"
 
 
-def test_a_run_goes_on_reading_while_shards_are_added(root: Path) -> None:
+def test_a_reader_continues_while_shards_are_added(root: Path) -> None:
     with open_index(root / "i.h5") as index:
-        reader, first = SampleReader(index.path, index.fingerprint), index.tables.blocks.first_sample
+        reader = SampleReader(index.path, index.fingerprint)
+        first = index.tables.blocks.first_sample
         expected = index.read_block(1).length.tolist()
     write(root, "a.jsonl", 40, "aq")
     refresh_index(configured(root))
     assert reader.read(int(first[1]), 8).length.tolist() == expected
 
 
-def test_a_run_whose_shards_are_gone_is_refused(root: Path) -> None:
+def test_a_reader_is_refused_after_its_shards_were_deleted(root: Path) -> None:
     with open_index(root / "i.h5") as index:
-        reader, fingerprint = SampleReader(index.path, index.fingerprint), index.fingerprint
+        reader = SampleReader(index.path, index.fingerprint)
+        fingerprint = index.fingerprint
     (root / "data" / "b.jsonl").unlink()
     assert refresh_index(configured(root)).generations == ()
     with pytest.raises(PropertyIndexError, match="is no longer the index that this run began with"):
@@ -135,7 +145,7 @@ def test_a_run_whose_shards_are_gone_is_refused(root: Path) -> None:
         open_index(root / "i.h5", None, fingerprint)
 
 
-def test_dropping_what_was_added_later_keeps_earlier_states(root: Path) -> None:
+def test_deleting_a_later_shard_keeps_earlier_generations(root: Path) -> None:
     write(root, "x.jsonl", 5, "x")
     first = refresh_index(configured(root)).generations[0]
     (root / "data" / "x.jsonl").unlink()
@@ -143,18 +153,18 @@ def test_dropping_what_was_added_later_keeps_earlier_states(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"data": {"properties": {"c": "c"}}}, r"data\.properties\.n: number path:n in the index, None now"),
         ({"data": {"text": "title"}}, r"data\.text: text in the index, title now"),
     ],
 )
-def test_other_settings_are_refused(more: dict[str, Any], said: str, root: Path) -> None:
-    with pytest.raises(PropertyIndexError, match=said):
+def test_other_settings_are_refused(more: dict[str, Any], message: str, root: Path) -> None:
+    with pytest.raises(PropertyIndexError, match=message):
         refresh_index(configured(root, **more))
 
 
-def test_bad_samples_of_kept_shards_stay_known(root: Path) -> None:
+def test_bad_samples_of_unchanged_shards_stay_recorded(root: Path) -> None:
     (root / "data" / "e.jsonl").write_text('{"text": "fine"}\n{"no": 1}\n')
     skip = configured(root, data={"on_bad_sample": "skip"})
     refresh_index(skip)
@@ -167,7 +177,7 @@ def test_bad_samples_of_kept_shards_stay_known(root: Path) -> None:
         assert index.tables.num_samples == index.tables.histogram.rows.sum()
 
 
-def test_parts_of_a_build_are_not_taken_for_a_refresh(root: Path) -> None:
+def test_logs_of_another_job_are_not_used(root: Path) -> None:
     write(root, "g.jsonl", 3, "x")
     refresh_index(configured(root))
     folder = building_folder(root / "i.h5")
@@ -180,7 +190,7 @@ def test_parts_of_a_build_are_not_taken_for_a_refresh(root: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_zones_of_added_shards_prune(root: Path) -> None:
+def test_added_shards_have_zones(root: Path) -> None:
     write(root, "g.jsonl", 16, "x")
     refresh_index(configured(root))
     with open_index(root / "i.h5") as index:

@@ -1,4 +1,4 @@
-"""Logs of scanned units: what was written is found again, what was damaged is not."""
+"""Logs of scan results: intact records are recovered, damaged ones are dropped."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mixtera_hpc.index.scan.scan_log import ScanLog, complete_units, recover_log
 from mixtera_hpc.index.scan.scan_result import ScanResult
 
 
-def part(rows: int) -> ScanResult:
+def result_of(rows: int) -> ScanResult:
     column = np.arange(rows)
     return ScanResult(
         combos=[(("en",),)],
@@ -25,24 +25,25 @@ def part(rows: int) -> ScanResult:
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    """Three units of one part each."""
-    written = ScanLog(tmp_path, "001")
+    """Return a log of three units with one result each."""
+    new_log = ScanLog(tmp_path, "001")
     for unit in range(3):
-        written.append(unit, 0, part(100 + unit), last=True)
-    written.close()
+        new_log.append(unit, 0, result_of(100 + unit), last=True)
+    new_log.close()
     return tmp_path / "001.scanlog"
 
 
-def test_a_part_is_read_back_as_it_was(log: Path) -> None:
+def test_a_result_is_read_back_unchanged(log: Path) -> None:
     units = complete_units(recover_logs(log.parent))
     assert list(units) == [0, 1, 2]
-    found, expected = units[1][0].load(), part(101)
-    assert (found.combos, found.fingerprint, found.reasons) == (expected.combos, "ab", {"cut": 1})
-    assert found.samples["length"].tolist() == expected.samples["length"].tolist()
-    assert found.summary() == expected.summary()
+    result = units[1][0].load()
+    expected = result_of(101)
+    assert (result.combos, result.fingerprint, result.reasons) == (expected.combos, "ab", {"cut": 1})
+    assert result.samples["length"].tolist() == expected.samples["length"].tolist()
+    assert result.summary() == expected.summary()
 
 
-def test_a_damaged_record_and_what_follows_it_are_not_found_again(log: Path) -> None:
+def test_a_damaged_record_and_those_behind_it_are_dropped(log: Path) -> None:
     second = recover_logs(log.parent)[1]
     damaged = bytearray(log.read_bytes())
     damaged[second.position + len(damaged) // 3 - 8] ^= 1
@@ -51,6 +52,6 @@ def test_a_damaged_record_and_what_follows_it_are_not_found_again(log: Path) -> 
     assert log.stat().st_size == second.position
 
 
-def test_a_record_that_was_cut_short_is_not_found_again(log: Path) -> None:
+def test_a_truncated_record_is_dropped(log: Path) -> None:
     log.write_bytes(log.read_bytes()[:-1])
     assert list(complete_units(recover_logs(log.parent))) == [0, 1]

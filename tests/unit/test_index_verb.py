@@ -1,4 +1,4 @@
-"""`mixtera-hpc index build|inspect|verify`, as they are typed."""
+"""`mixtera-hpc index build|inspect|verify` on the command line."""
 
 import json
 import os
@@ -67,12 +67,12 @@ def test_build_reports_as_json(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["samples"] == 50 and report["tokens"] is None and report["path"] == str(root / "index.h5")
 
 
-def test_a_property_nobody_has_is_pointed_out(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_property_that_no_sample_has_is_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["index", "build", f"data.root={root}", "+data.properties={language:lang}"]) == 0
     assert "no sample has a value of language: is data.properties.language the right path?" in capsys.readouterr().out
 
 
-def test_bad_rows_exit_with_2_and_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_are_named_and_exit_with_2(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "bad.jsonl").write_text('{"text": "ok"}\nnot json\n')
     assert main(["index", "build", f"data.root={root}"]) == 2
     err = capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_presets_find_their_files_and_properties(
 
 
 @pytest.mark.parametrize("verb", [["index", "build"], ["index", "inspect"], ["query"]])
-def test_a_reader_that_leaves_early_is_no_failure(verb: list[str], root: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(verb: list[str], root: Path) -> None:
     words = [f"data.root={root}", "mixture.unit=samples"]
     assert main(["index", "build", *words]) == 0
     read_end, write_end = os.pipe()

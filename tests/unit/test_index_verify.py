@@ -1,4 +1,4 @@
-"""Stale indexes are found and refused."""
+"""Stale indexes are detected and refused."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def problems(index: PropertyIndex) -> dict[str, str]:
     return {shard.path: shard.problem for shard in changed_shards(index)}
 
 
-def test_nothing_changed(index: PropertyIndex) -> None:
+def test_unchanged_shards_have_no_problems(index: PropertyIndex) -> None:
     assert problems(index) == {}
     check_fresh(index)
 
@@ -56,19 +56,19 @@ def test_every_kind_of_change_is_named(index: PropertyIndex) -> None:
         check_fresh(index)
 
 
-def test_only_the_first_few_are_named(index: PropertyIndex) -> None:
+def test_only_the_first_few_changed_shards_are_named(index: PropertyIndex) -> None:
     shutil.rmtree(index.data_root)
     with pytest.raises(PropertyIndexError) as caught:
         check_fresh(index)
     assert "4.jsonl" in str(caught.value) and "5.jsonl" not in str(caught.value) and "and 3 more" in str(caught.value)
 
 
-def test_a_new_file_is_no_reason_to_refuse(index: PropertyIndex) -> None:
+def test_a_new_file_does_not_make_an_index_stale(index: PropertyIndex) -> None:
     (index.data_root / "9.jsonl").write_text('{"text": "new"}\n')
     check_fresh(index)
 
 
-def test_shards_are_looked_for_where_the_data_is_now(index: PropertyIndex, tmp_path: Path) -> None:
+def test_shards_are_checked_below_the_given_data_root(index: PropertyIndex, tmp_path: Path) -> None:
     shutil.copytree(index.data_root, tmp_path / "moved")
     shutil.rmtree(index.data_root)
     assert len(changed_shards(index)) == 8
@@ -76,11 +76,11 @@ def test_shards_are_looked_for_where_the_data_is_now(index: PropertyIndex, tmp_p
 
 
 class TestDeep:
-    """`verify --deep`: content that size and time of change do not tell."""
+    """`verify --deep`: changes of content that keep size and modification time."""
 
     @pytest.fixture
     def deep(self, tmp_path: Path) -> PropertyIndex:
-        """A shard of 4 MB, whose middle no fingerprint sees, of 40 blocks."""
+        """Return an index with a shard of 4 MB, whose middle is not part of the fingerprint."""
         (tmp_path / "data").mkdir()
         rows = [json.dumps({"text": f"row {i} " + "many words " * 400}) for i in range(1000)]
         (tmp_path / "data" / "a.jsonl").write_text("\n".join(rows))
@@ -94,9 +94,10 @@ class TestDeep:
         return open_index(tmp_path / "i.h5")
 
     def damage(self, index: PropertyIndex, old: bytes, new: bytes) -> None:
-        """Put other bytes into the middle of the shard, of the same length, and the times back."""
+        """Replace bytes in the middle of the shard by others of the same length, and restore the times."""
         path = index.data_root / "a.jsonl"
-        status, content = path.stat(), path.read_bytes()
+        status = path.stat()
+        content = path.read_bytes()
         place = content.index(old, len(content) // 2)
         path.write_bytes(content[:place] + new + content[place + len(old) :])
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -105,16 +106,16 @@ class TestDeep:
         tokenizer = load_tokenizer(index.path.with_name("tokenizer.json"))
         return [shard.problem for shard in deeply_changed_shards(index, tokenizer, Local())]
 
-    def test_what_was_not_touched_is_as_it_was(self, deep: PropertyIndex) -> None:
+    def test_an_unchanged_shard_has_no_problem(self, deep: PropertyIndex) -> None:
         assert self.problems(deep) == []
 
-    def test_a_broken_row_is_found(self, deep: PropertyIndex) -> None:
+    def test_a_broken_row_is_detected(self, deep: PropertyIndex) -> None:
         self.damage(deep, b'{"text"', b'{"text;')
         assert changed_shards(deep) == []
         (problem,) = self.problems(deep)
         assert problem.startswith("it has changed since it was indexed")
 
-    def test_another_text_of_the_same_length_is_found_by_its_tokens(self, deep: PropertyIndex) -> None:
+    def test_another_text_of_the_same_length_is_detected_by_its_tokens(self, deep: PropertyIndex) -> None:
         self.damage(deep, b"many words", b"mzny wqrds")
         (problem,) = self.problems(deep)
         assert re.fullmatch(r"row \d+ has \d+ tokens, indexed with \d+", problem)
@@ -123,7 +124,7 @@ class TestDeep:
         (deep.data_root / "a.jsonl").unlink()
         assert self.problems(deep) == ["missing"]
 
-    def test_shards_without_texts_are_read_as_well(self, tmp_path: Path) -> None:
+    def test_shards_without_text_are_decoded(self, tmp_path: Path) -> None:
         (tmp_path / "data").mkdir()
         write_megatron(tmp_path / "data" / "a.bin", [[1, 2], [3]])
         (tmp_path / "data" / "b.jsonl").write_text('{"text": 1}\n' * 3)

@@ -1,4 +1,4 @@
-"""`mixtera-hpc query`, as it is typed."""
+"""`mixtera-hpc query` on the command line."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 samples: sources C4 (20), Book (8) and null (2), a year, tags, and quality 0.0 to 0.29."""
+    """Return an index of 30 samples: sources C4 (20), Book (8) and null (2), a year, tags, and quality 0.0 to 0.29."""
     root = tmp_path_factory.mktemp("data")
     rows = [
         {
@@ -60,13 +60,15 @@ def test_without_domains_everything_is_one_domain(index: Path, capsys: pytest.Ca
     assert answer["left_out"] == {"samples": 0, "tokens": 0} and answer["overlaps"] == []
 
 
-def test_where_selects(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_selects_samples(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer = ask(capsys, index, "query.where=\"'spam' not in tags and quality >= 0.1\"")
     assert answer["selected"]["samples"] == 16
 
 
 @pytest.mark.parametrize("unit", ["tokens", "samples"])
-def test_natural_weights_are_shares_of_the_unit(unit: str, index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_natural_weights_are_proportional_to_the_unit(
+    unit: str, index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     answer = ask(capsys, index, "mixture.group_by=[source]", f"mixture.unit={unit}")
     assert [d["key"] for d in answer["domains"]] == [{"source": "Book"}, {"source": "C4"}, {"source": None}]
     assert [d["samples"] for d in answer["domains"]] == [8, 20, 2]
@@ -74,7 +76,7 @@ def test_natural_weights_are_shares_of_the_unit(unit: str, index: Path, capsys: 
     assert [d["weight"] for d in answer["domains"]] == pytest.approx([d[unit] / total for d in answer["domains"]])
 
 
-def test_static_weights_are_those_configured(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_static_weights_are_the_configured_ones(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     domains = "mixture.domains=[{key:{source:[C4,Book]},weight:3},{key:{tags:spam},weight:1}]"
     answer = ask(capsys, index, "mixture=static", "mixture.normalize=true", domains)
     assert [d["weight"] for d in answer["domains"]] == [0.75, 0.25]
@@ -84,7 +86,7 @@ def test_static_weights_are_those_configured(index: Path, capsys: pytest.Capture
     assert answer["left_out"]["samples"] == 2
 
 
-def test_dynamic_weights_begin_as_given_or_natural(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dynamic_weights_start_as_configured_or_natural(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = "mixture.domains=[{key:{source:C4},weight:0.1},{key:{source:Book},weight:0.9}]"
     assert [d["weight"] for d in ask(capsys, index, "mixture=ado", given)["domains"]] == [0.1, 0.9]
     natural = ask(capsys, index, "mixture=ado", "mixture.group_by=[source]", "mixture.unit=samples")
@@ -94,14 +96,16 @@ def test_dynamic_weights_begin_as_given_or_natural(index: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("value", "samples"), [("2020", 15), ("'2020'", 15), ("[2020,2021]", 30), ("null", 0), ("[null,2021]", 15)]
 )
-def test_key_values_match_as_text_however_yaml_reads_them(
+def test_key_values_match_as_text_whatever_their_yaml_type(
     value: str, samples: int, index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = ask(capsys, index, f"mixture.domains=[{{key:{{year:{value}}}}}]")
     assert answer["domains"][0]["samples"] == samples
 
 
-def test_text_names_domains_overlaps_and_what_is_left_out(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_output_names_domains_overlaps_and_unassigned_samples(
+    index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     domains = "mixture.domains=[{key:{source:[C4,null]}},{key:{tags:spam}}]"
     code, out, _ = run(capsys, "query", f"index.path={index}", domains)
     assert code == 0
@@ -141,24 +145,24 @@ def test_an_index_without_token_counts_shows_none(
 
 def test_explain_puts_every_block_in_one_count(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Blocks of 8: C4 in the first three, quality ascending."""
-    found = ask(capsys, index, "--explain", "query.where=\"source == 'C4' and quality >= 0.1\"")["explain"]
-    assert found["numbers"] == ["quality"] and found["blocks"] == 4 and found["samples"] == 30
-    assert [found[k] for k in ("pruned_by_histogram", "pruned_by_zones", "whole", "scanned")] == [1, 1, 1, 1]
-    assert found["samples_scanned"] == 8 and 8 * 8 < found["bytes_read"] < 8 * 16
-    assert all(found[f"{stage}_s"] >= 0 for stage in ("open", "parse", "count", "read"))
+    explain = ask(capsys, index, "--explain", "query.where=\"source == 'C4' and quality >= 0.1\"")["explain"]
+    assert explain["numbers"] == ["quality"] and explain["blocks"] == 4 and explain["samples"] == 30
+    assert [explain[k] for k in ("pruned_by_histogram", "pruned_by_zones", "whole", "scanned")] == [1, 1, 1, 1]
+    assert explain["samples_scanned"] == 8 and 8 * 8 < explain["bytes_read"] < 8 * 16
+    assert all(explain[f"{stage}_s"] >= 0 for stage in ("open", "parse", "count", "read"))
 
 
-def test_categories_are_answered_without_a_sample(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = ask(capsys, index, "--explain", "query.where=\"matches(source, 'B.*')\"")["explain"]
-    assert found["pruned_by_histogram"] == 2 and found["whole"] == 2
-    assert found["scanned"] == found["samples_scanned"] == found["bytes_read"] == 0
+def test_a_query_over_categories_reads_no_samples(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    explain = ask(capsys, index, "--explain", "query.where=\"matches(source, 'B.*')\"")["explain"]
+    assert explain["pruned_by_histogram"] == 2 and explain["whole"] == 2
+    assert explain["scanned"] == explain["samples_scanned"] == explain["bytes_read"] == 0
 
 
-def test_nothing_is_explained_unasked(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_is_printed_only_on_request(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "explain" not in ask(capsys, index)
 
 
-def test_people_read_why(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_as_text(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "query", "--explain", f"index.path={index}", 'query.where="quality < 0.05"')
     assert code == 0 and "pruned by zones" in out and "read quality of 8 of 30 samples" in out
 
@@ -171,7 +175,7 @@ def test_people_read_why(index: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("data.properties.source=meta.source", "'category path:meta.source', the index has 'category path:source'"),
     ],
 )
-def test_what_was_decided_when_the_index_was_built_is_not_silently_ignored(
+def test_settings_that_differ_from_the_build_are_refused(
     override: str, named: str, index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run(capsys, "query", f"index.path={index}", override)
@@ -179,11 +183,13 @@ def test_what_was_decided_when_the_index_was_built_is_not_silently_ignored(
     assert named in err
 
 
-def test_what_the_index_was_built_with_may_be_said_again(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_of_the_build_may_be_repeated(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(capsys, index, "data.text=text", "data.properties.source=source")["selected"]["samples"] == 30
 
 
-def test_names_with_brackets_and_long_names_are_shown_whole(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_names_and_names_with_brackets_are_printed_in_full(
+    index: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pattern = "B[bold]ok|" + "x" * 80
     domains = f"mixture.domains=[{{key:{{source:{{matches:'{pattern}'}}}}}},{{key:{{source:C4}}}}]"
     code, out, err = run(capsys, "query", f"index.path={index}", domains)
@@ -191,6 +197,6 @@ def test_names_with_brackets_and_long_names_are_shown_whole(index: Path, capsys:
     assert pattern in out
 
 
-def test_the_other_side_of_no_holdout_is_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_validation_split_without_a_holdout_is_refused(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "query", f"index.path={index}", "--split", "validation")
     assert code == 2 and "nothing is held out.\n  Set query.holdout.fraction" in err

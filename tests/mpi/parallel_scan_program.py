@@ -1,4 +1,4 @@
-"""Rank 1 does not finish its first unit before all others are done, by whomever."""
+"""Rank 1 finishes its first unit only after the other ranks have done all others."""
 
 import sys
 import time
@@ -37,10 +37,10 @@ def main(folder: Path) -> None:
         yield EMPTY
 
     tasks = ScanTasks(sizes=[100] * num_units, missing=range(num_units), folder=folder, attempt=1, threads=1)
-    told = []
-    scan_in_parallel(tasks, scan, comm, lambda state: told.append(state.bytes_done))
+    reports: list[int] = []
+    scan_in_parallel(tasks, scan, comm, lambda state: reports.append(state.bytes_done))
     if comm.rank == 0:
-        assert told[-1] == 100 * num_units and told == sorted(told), told
+        assert reports[-1] == 100 * num_units and reports == sorted(reports), reports
         print("all done")
 
 

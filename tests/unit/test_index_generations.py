@@ -1,4 +1,4 @@
-"""A run whose index was refreshed goes on with the state it began with, sample for sample."""
+"""A run whose index was refreshed continues with the generation that it began with, sample for sample."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from mixtera_hpc.testing.small_collection import make_collection
 from mixtera_hpc.trace.list import planned_sequences
 
 
-def test_a_run_goes_on_after_shards_were_added(tmp_path: Path) -> None:
+def test_a_run_continues_after_shards_were_added(tmp_path: Path) -> None:
     words = [*make_collection(tmp_path), "dataplane.seq_len=32", "dataplane.global_batch_size=8"]
     before = open_source(compose(words), Local())
     expected = list(planned_sequences(before, 0, 12))

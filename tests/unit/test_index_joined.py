@@ -1,4 +1,4 @@
-"""Several data roots in one index, and several indexes in one run."""
+"""Several data sets in one index, and several indexes in one run."""
 
 import json
 import shutil
@@ -28,8 +28,8 @@ from mixtera_hpc.trace.list import planned_sequences
 
 def write(path: Path, rows: int, **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = [{"text": f"{path.parent.name} {i}", "n": i, **more} for i in range(rows)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    rows_of_shard = [{"text": f"{path.parent.name} {i}", "n": i, **more} for i in range(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of_shard))
 
 
 def configured(root: Path, **more: Any) -> Config:
@@ -50,8 +50,8 @@ def counts(index: PropertyIndex, *keys: dict[str, tuple[str | None, ...]], where
     return rows
 
 
-class TestRoots:
-    def test_the_name_of_the_root_is_a_property(self, roots: dict[str, str], tmp_path: Path) -> None:
+class TestDataSets:
+    def test_the_name_of_the_data_set_is_a_property(self, roots: dict[str, str], tmp_path: Path) -> None:
         build_index(configured(tmp_path, data={"sets": roots}))
         with open_index(tmp_path / "i.h5") as index:
             assert index.tables.properties["dataset"].values == ("code", "web")
@@ -67,7 +67,9 @@ class TestRoots:
         with pytest.raises(PropertyIndexError, match=r"from the data sets code, web, but data\.sets names web"):
             open_index(tmp_path / "i.h5", {"web": roots["web"]})
 
-    def test_a_refresh_tells_equal_paths_apart(self, roots: dict[str, str], tmp_path: Path) -> None:
+    def test_a_refresh_distinguishes_equal_paths_of_different_data_sets(
+        self, roots: dict[str, str], tmp_path: Path
+    ) -> None:
         config = configured(tmp_path, data={"sets": roots})
         build_index(config)
         write(Path(roots["web"]) / "a.jsonl", 11, c="x")
@@ -77,7 +79,7 @@ class TestRoots:
             assert counts(index, {"dataset": ("web",)}, {"dataset": ("code",)}) == [11, 7]
 
     @pytest.mark.parametrize(
-        ("data", "said"),
+        ("data", "message"),
         [
             ({"sets": {"a": ""}}, "expected a name and a folder"),
             ({}, r"data\.root is missing"),
@@ -88,8 +90,8 @@ class TestRoots:
             ({"root": "/x", "properties": {"c": {"kind": "number"}}}, "either a path in the row or a function"),
         ],
     )
-    def test_wrong_settings_are_refused(self, data: dict[str, Any], said: str, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=said):
+    def test_wrong_settings_are_refused(self, data: dict[str, Any], message: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=message):
             check_build(configured(tmp_path, data=data))
 
     def test_roots_are_set_on_the_command_line(self, roots: dict[str, str], tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ class TestRoots:
 
 @pytest.fixture
 def two(roots: dict[str, str], tmp_path: Path) -> Config:
-    """Two indexes: `prose` with the property c, `code` with c and a number n, and a bad row each."""
+    """Return a configuration of `prose` with the property c and `code` with c and a number n; each has a bad row."""
     for root in roots.values():
         with (Path(root) / "a.jsonl").open("a") as file:
             file.write("{bad\n")
@@ -118,18 +120,18 @@ def two(roots: dict[str, str], tmp_path: Path) -> Config:
 
 
 class TestIndexes:
-    def test_domains_are_counted_over_all(self, two: Config) -> None:
+    def test_domains_are_counted_over_all_indexes(self, two: Config) -> None:
         with open_configured(two) as index:
             assert counts(index, {"dataset": ("prose",)}, {"dataset": ("code",)}) == [10, 7]
             assert counts(index, {"c": ("x",)}, {"c": ("y",)}) == [10, 7]
             assert counts(index, {}) == [index.tables.num_samples] == [17], "bad rows of both are left out"
 
-    def test_a_property_that_one_does_not_have_is_null_there(self, two: Config) -> None:
+    def test_a_property_that_one_index_lacks_is_null_there(self, two: Config) -> None:
         with open_configured(two) as index:
             assert counts(index, {}, where="n is None") == [10]
             assert counts(index, {}, where="n >= 5") == [2]
 
-    def test_a_run_reads_the_samples_of_all(self, two: Config) -> None:
+    def test_a_run_reads_the_samples_of_all_indexes(self, two: Config) -> None:
         plain = {"unit": "samples", "group_by": ["dataset"]}
         plane = {"global_batch_size": 17, "chunk_steps": 1, "shuffle": "block"}
         config = from_plain(
@@ -150,12 +152,12 @@ class TestIndexes:
         )
         assert served == sorted([("one", i) for i in range(10)] + [("two", i) for i in range(7)])
 
-    def test_changed_shards_of_any_are_named(self, two: Config, tmp_path: Path) -> None:
+    def test_changed_shards_of_any_index_are_named(self, two: Config, tmp_path: Path) -> None:
         (tmp_path / "two" / "a.jsonl").unlink()
         with open_configured(two) as index:
             assert [c.path for c in changed_shards(index)] == [str(tmp_path / "two" / "a.jsonl")]
 
-    def test_indexes_that_do_not_fit_are_refused(self, two: Config, roots: dict[str, str], tmp_path: Path) -> None:
+    def test_incompatible_indexes_are_refused(self, two: Config, roots: dict[str, str], tmp_path: Path) -> None:
         data = {"root": roots["code"], "properties": {"c": {"path": "n", "kind": "number"}}}
         build_index(configured(tmp_path, data=data, path=str(tmp_path / "code.h5")))
         with pytest.raises(PropertyIndexError, match=r"the kind of c: category in .*prose\.h5, number in .*code\.h5"):

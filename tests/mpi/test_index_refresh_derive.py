@@ -1,4 +1,4 @@
-"""Refresh and derive by many ranks; ranks that are late; builds that are killed, again and again."""
+"""Refresh and derive on many ranks; ranks that are late; builds that are killed repeatedly."""
 
 import json
 import os
@@ -19,8 +19,8 @@ DERIVED = f"data.properties.bucket={{function: {FUNCTION}, kind: category}}"
 
 
 def write(folder: Path, name: str, rows: int) -> None:
-    found = [{"text": f"{name} {j} " * (j % 40), "c": f"v{j % 5}", "n": j} for j in range(rows)]
-    (folder / name).write_text("\n".join(map(json.dumps, found)))
+    objects = [{"text": f"{name} {j} " * (j % 40), "c": f"v{j % 5}", "n": j} for j in range(rows)]
+    (folder / name).write_text("\n".join(map(json.dumps, objects)))
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,8 @@ def command(ranks: int, action: str, data: Path, index: Path, *words: str) -> li
 def run(ranks: int, action: str, data: Path, index: Path, *words: str) -> dict[str, object]:
     done = subprocess.run(command(ranks, action, data, index, *words), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found: dict[str, object] = json.loads(done.stdout)
-    return found
+    report: dict[str, object] = json.loads(done.stdout)
+    return report
 
 
 def test_refresh_and_derive_write_the_same_bytes_on_any_number_of_ranks(data: Path, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_refresh_and_derive_write_the_same_bytes_on_any_number_of_ranks(data: Pa
 
 
 def test_a_late_rank_leaves_its_share_to_the_others(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("together_program.py")
+    program = Path(__file__).with_name("parallel_scan_program.py")
     arguments = [MPIEXEC, "-n", "3", sys.executable, "-m", "mpi4py", program, tmp_path]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "all done\n", done.stderr
@@ -73,7 +73,7 @@ def test_deep_verify_on_several_ranks_names_what_changed(data: Path, tmp_path: P
     try:
         (data / "4.jsonl").write_bytes(content.replace(b"v1", b"v9", 1))
         os.utime(data / "4.jsonl", ns=(status.st_atime_ns, status.st_mtime_ns))
-        assert run(3, "verify", data, index)["fresh"], "size and time of change are what they were"
+        assert run(3, "verify", data, index)["fresh"], "size and modification time are unchanged"
         done = subprocess.run(command(3, "verify", data, index, "--deep"), capture_output=True, text=True, timeout=300)
         assert done.returncode == 2, done.stderr
         assert json.loads(done.stdout)["changed"] == [
@@ -84,11 +84,12 @@ def test_deep_verify_on_several_ranks_names_what_changed(data: Path, tmp_path: P
         os.utime(data / "4.jsonl", ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_a_build_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(data: Path, tmp_path: Path) -> None:
-    """SIGKILL to every process at once, at times drawn by chance; whatever survives is continued with other numbers of ranks."""
+def test_a_repeatedly_killed_build_writes_the_same_bytes(data: Path, tmp_path: Path) -> None:
+    """SIGKILL every process at random times; each build continues the one before with another number of ranks."""
     expected = tmp_path / "alone.h5"
     run(1, "build", data, expected)
-    index, chance = tmp_path / "i.h5", random.Random(5)
+    index = tmp_path / "i.h5"
+    rng = random.Random(5)
     for attempt in range(8):
         ranks = 1 + attempt % 3
         process = subprocess.Popen(
@@ -97,7 +98,8 @@ def test_a_build_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        began, delay_s = time.monotonic(), chance.random() * 0.25
+        began = time.monotonic()
+        delay_s = rng.random() * 0.25
         while process.poll() is None and not building_folder(index).exists() and time.monotonic() - began < 60:
             time.sleep(0.002)
         time.sleep(delay_s)

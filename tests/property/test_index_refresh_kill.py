@@ -1,4 +1,4 @@
-"""A refresh or a derivation may be killed at any point: the index is the old one or the new one, and the work is continued."""
+"""After a kill of a refresh or derivation, the index is the old or the new one, and the work is resumed."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def write_shards(root: Path, names: list[str]) -> None:
 
 
 def prepare(root: Path, action: str) -> bytes:
-    """An index with work of six units to be done; returns its bytes."""
+    """Build an index, prepare work of six units, and return the bytes of the index."""
     write_shards(root, [f"{i}" for i in range(NUM_SHARDS)])
     build_index(from_plain(Config, settings_of(root, "build")))
     if action == "refresh":
@@ -67,7 +67,7 @@ def start(root: Path, action: str) -> "subprocess.Popen[bytes]":
 
 
 def kill_after(root: Path, action: str, units: int) -> None:
-    """Let the work do some units, then SIGKILL it."""
+    """Let the work finish some units, then SIGKILL it."""
     process = start(root, action)
     assert process.stdin and process.stdout
     for _ in range(units - 1):
@@ -80,7 +80,7 @@ def kill_after(root: Path, action: str, units: int) -> None:
 
 
 def finished(root: Path, action: str) -> tuple[bytes, int]:
-    """Do the work (or what is left of it); returns the new bytes, and the units found from before."""
+    """Do the remaining work; return the new bytes and the number of resumed units."""
     report: Any = WORK[action](from_plain(Config, settings_of(root, action)))
     resumed = report.resumed_units if action == "derive" else report.build.resumed_units
     return (root / "i.h5").read_bytes(), resumed
@@ -88,7 +88,7 @@ def finished(root: Path, action: str) -> tuple[bytes, int]:
 
 @pytest.mark.parametrize("action", ["refresh", "derive"])
 @pytest.mark.parametrize("units", [1, 4, 6])
-def test_a_kill_leaves_the_old_index_and_the_work_is_continued(action: str, units: int, tmp_path: Path) -> None:
+def test_a_kill_leaves_the_old_index_and_the_work_is_resumed(action: str, units: int, tmp_path: Path) -> None:
     old = prepare(tmp_path, action)
     shutil.copytree(tmp_path, tmp_path.with_name("alone"), dirs_exist_ok=True, copy_function=shutil.copy2)
     kill_after(tmp_path, action, units)
@@ -99,7 +99,7 @@ def test_a_kill_leaves_the_old_index_and_the_work_is_continued(action: str, unit
     assert resumed == units and new != old
     shutil.rmtree(building_folder(tmp_path / "i.h5"), ignore_errors=True)
     (tmp_path / "i.h5").write_bytes(old)
-    assert finished(tmp_path, action) == (new, 0), "continued or not, the bytes are the same"
+    assert finished(tmp_path, action) == (new, 0), "resumed or not, the bytes are the same"
 
 
 @pytest.mark.parametrize("action", ["refresh", "derive"])
@@ -119,10 +119,10 @@ def test_a_kill_while_writing_leaves_the_old_index_or_the_new_one(
     time.sleep(delay_ms / 1000)
     process.kill()
     process.communicate(timeout=30)
-    found = (root / "i.h5").read_bytes()
+    after_kill = (root / "i.h5").read_bytes()
     open_index(root / "i.h5").close()
-    if found == old:
+    if after_kill == old:
         assert finished(root, action)[0] != old
     else:
         (root / "i.h5").write_bytes(old)
-        assert finished(root, action)[0] == found
+        assert finished(root, action)[0] == after_kill
