@@ -4,7 +4,7 @@
   config.yaml overrides.txt manifest.json git.diff
   journal.jsonl                           what was planned, chunk by chunk
   decisions.jsonl                         what people changed about the run since: edits and mixtures
-  attempts/001/{submit.sh,job.json,exit.json,ranks.json,failure.json,config.yaml}
+  attempts/001/{submit.sh,job.json,exit.json,failure.json,config.yaml,saved}
   attempts/001/logs/batch.out rank_00000.{out,err}   beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
   attempts/001/audit/rank_00000.jsonl     digests of what each rank handed to the trainer
   metrics/{attempts,steps,mixture,comm,validation}.jsonl
@@ -12,6 +12,9 @@
   control/mixture.json                    a requested mixture
   control/{save,stop}                     a touched file is a request; `cancelled` ends the chain of attempts
   report/
+
+The batch script (`launch/batch/*.sh`) writes some of these files too, and so does the sentinel process of `comm`, which
+may not import this module.
 """
 
 import hashlib
