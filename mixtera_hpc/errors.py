@@ -16,6 +16,7 @@ import importlib.util
 from typing import ClassVar
 
 __all__ = [
+    "EXTRAS",
     "CommError",
     "ConfigError",
     "DataError",

@@ -83,9 +83,9 @@ def verb_parser(verb: str) -> tuple[argparse.ArgumentParser, ModuleType]:
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:
-    parser, module = verb_parser(verb)
-    args = parser.parse_intermixed_args(argv)
     try:
+        parser, module = verb_parser(verb)
+        args = parser.parse_intermixed_args(argv)
         with messages_on_stderr():
             code = int(module.run(args))
         # A reader that closed the pipe is noticed here. At exit, the interpreter would print an error about it.

@@ -12,19 +12,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from mixtera_hpc.errors import EXTRAS
 from mixtera_hpc.launch.manifest import PACKAGES, installed_version
 
-__all__ = ["Finding", "examine_machine"]
+__all__ = ["Finding", "examine_machine", "package_findings"]
 
 CHECK_LIMIT_S = 120
 LAUNCHER_VARIABLES = ("PMI", "OMPI_", "PRTE_", "SLURM_", "HYDI_", "HYDRA_")
 """Prefixes of the environment variables that tell a process that it is a rank of an MPI job."""
+
+LAPTOP_PACKAGES = ("mpich",)
+"""Packages that a cluster replaces by its own library; they are never reported as missing."""
 
 Verdict = Literal["ok", "absent", "wrong"]
 
@@ -62,18 +66,40 @@ def examine_machine(runs_root: Path) -> list[Finding]:
         return [finding for findings in pool.map(lambda check: check(), checks) for finding in findings]
 
 
+def package_findings(versions: Mapping[str, str | None]) -> list[Finding]:
+    """Judge installed packages: a missing required package is wrong, a missing optional one is absent.
+
+    Args:
+        versions: Package name → installed version, or None.
+    """
+    installed = [f"{name} {version}" for name, version in versions.items() if version]
+    missing = [name for name, version in versions.items() if not version]
+    required = [name for name in missing if name not in EXTRAS and name not in LAPTOP_PACKAGES]
+    extras = sorted({EXTRAS[name] for name in missing if name in EXTRAS})
+
+    findings = [Finding(check="packages", verdict="ok", detail=", ".join(installed))]
+    if required:
+        findings = [replace(findings[0], verdict="wrong", fix=f"pip install {' '.join(required)}")]
+    if extras:
+        optional = ", ".join(name for name in missing if name in EXTRAS)
+        findings.append(_missing_extra("extras", optional, ",".join(extras)))
+    return findings
+
+
+def _missing_extra(check: str, packages: str, extras: str) -> Finding:
+    fix = f"If you need it: pip install 'mixtera-hpc[{extras}]'"
+    return Finding(check=check, verdict="absent", detail=f"not installed: {packages}", fix=fix)
+
+
 def _check_python() -> list[Finding]:
-    versions = {name: installed_version(name) for name in PACKAGES}
-    present = [f"{name} {version}" for name, version in versions.items() if version]
-    missing = [name for name, version in versions.items() if not version and name != "mpich"]
     interpreter = f"{platform.python_version()} {platform.machine()} {sys.executable}"
-    packages = Finding(check="packages", verdict="ok", detail=", ".join(present))
-    if missing:
-        packages = replace(packages, verdict="wrong", fix=f"pip install {' '.join(missing)}")
-    return [Finding(check="python", verdict="ok", detail=interpreter), packages]
+    versions = {name: installed_version(name) for name in PACKAGES}
+    return [Finding(check="python", verdict="ok", detail=interpreter), *package_findings(versions)]
 
 
 def _check_mpi_library() -> list[Finding]:
+    if installed_version("mpi4py") is None:
+        return [_missing_extra("mpi", "mpi4py", "mpi")]
     done = _run([sys.executable, "-m", "mixtera_hpc.comm.probe"], single_process=True)
     if done.returncode:
         fix = "Install an MPI: pip install mpich on a laptop; on a cluster load its module, or set MPI4PY_LIBMPI."
@@ -83,6 +109,8 @@ def _check_mpi_library() -> list[Finding]:
 
 def _check_mpiexec() -> list[Finding]:
     """Start two ranks. With the mpiexec of another MPI library, each of them would run alone."""
+    if installed_version("mpi4py") is None:
+        return []
     beside_python = Path(sys.executable).with_name("mpiexec")
     mpiexec = str(beside_python) if beside_python.exists() else shutil.which("mpiexec")
     if mpiexec is None:
@@ -173,10 +201,13 @@ def _check_accounting() -> list[Finding]:
 
 
 def _check_gpus() -> list[Finding]:
+    if installed_version("torch") is None:
+        return [_missing_extra("gpus", "torch", "train")]
     program = "import torch; print([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())])"
     done = _run([sys.executable, "-c", program])
     if done.returncode:
-        return [Finding(check="gpus", verdict="wrong", detail=_last_line(done), fix="pip install torch")]
+        fix = "Check with python -c 'import torch' that torch can be imported."
+        return [Finding(check="gpus", verdict="wrong", detail=_last_line(done), fix=fix)]
     names = done.stdout.strip()
     if names == "[]":
         return [Finding(check="gpus", verdict="absent", detail="torch finds no GPU")]

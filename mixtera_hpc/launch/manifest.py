@@ -19,8 +19,9 @@ GIT_LIMIT_S = 30
 
 PACKAGES = (
     *("mixtera-hpc", "numpy", "torch", "mpi4py", "mpich", "h5py", "pyarrow", "gigatoken", "tokenizers"),
-    *("hydra-core", "omegaconf", "submitit"),
+    *("hydra-core", "omegaconf", "submitit", "matplotlib"),
 )
+"""The distributions whose versions a run records, and that the doctor looks for."""
 
 _NAMES = frozenset(
     [
