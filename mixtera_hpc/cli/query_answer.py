@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mixtera_hpc.cli.collection import compose_data
 from mixtera_hpc.cli.console import open_console
-from mixtera_hpc.cli.run_or_overrides import find_run
+from mixtera_hpc.cli.run_or_overrides import find_optional_run
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import domain_key_to_plain
 from mixtera_hpc.dataplane.mixing.subset_counts import count_subset
@@ -56,7 +56,7 @@ def print_answer(args: argparse.Namespace) -> None:
 
 def _config_and_subset(args: argparse.Namespace) -> tuple[Config, SampleSubset]:
     """Return the configuration of a run and the samples it still serves, or what the overrides say."""
-    folder = find_run(args)
+    folder = find_optional_run(args)
     if folder is not None:
         return data_of_run(folder, args.split)
     return compose_data(args.overrides), SampleSubset(split=args.split)

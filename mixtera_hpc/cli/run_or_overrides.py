@@ -6,7 +6,7 @@ from mixtera_hpc.cli.run_arguments import add_root_argument, find_run_named
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["add_run_or_overrides", "find_run"]
+__all__ = ["add_run_or_overrides", "find_optional_run"]
 
 
 def add_run_or_overrides(parser: argparse.ArgumentParser, example: str) -> None:
@@ -27,7 +27,7 @@ def add_run_or_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     add_root_argument(parser)
 
 
-def find_run(args: argparse.Namespace) -> RunFolder | None:
+def find_optional_run(args: argparse.Namespace) -> RunFolder | None:
     """Return the run that the positional arguments name; None if they are overrides.
 
     Raises:

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mixtera_hpc.cli.console import open_console, pluralize
+from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
 from mixtera_hpc.config.compose import load_config
-from mixtera_hpc.config.run_folder import RunFolder, runs_root
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.yaml_files import read_yaml
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
@@ -30,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=("show", "set"),
         help="show: the weights of the run and how they changed; set: request another mixture",
     )
-    parser.add_argument("run_name", metavar="RUN", help="run id, name or folder")
+    add_run_argument(parser)
     parser.add_argument(
         "file",
         metavar="FILE",
@@ -40,12 +41,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--at-chunk", metavar="N", help="set: the first chunk it holds for (default: next)")
     parser.add_argument("--json", action="store_true", help="show: one JSON object per change of weights and decision")
-    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Show or request a mixture; return the exit code."""
-    folder = RunFolder.find(args.run_name, args.root or runs_root())
+    folder = find_run(args)
     if args.action == "show":
         if args.file is not None or args.at_chunk is not None:
             raise ConfigError("FILE and --at-chunk belong to mixture set RUN FILE. Use that, or leave them out.")

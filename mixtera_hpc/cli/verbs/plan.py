@@ -6,7 +6,7 @@ import sys
 import msgspec
 
 from mixtera_hpc.cli.console import open_console
-from mixtera_hpc.cli.run_or_overrides import add_run_or_overrides, find_run
+from mixtera_hpc.cli.run_or_overrides import add_run_or_overrides, find_optional_run
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.reading.source import Source, open_source
@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the forecast or the sequences; return the exit code."""
-    folder = find_run(args)
+    folder = find_optional_run(args)
     if folder is not None:
         config, subset = data_of_run(folder, args.split)
     else:

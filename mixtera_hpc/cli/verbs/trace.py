@@ -3,13 +3,13 @@
 import argparse
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from mixtera_hpc.cli.run_arguments import add_run_argument, find_run, find_run_named
 from mixtera_hpc.config.compose import load_config
-from mixtera_hpc.config.run_folder import RunFolder, runs_root
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
@@ -23,7 +23,7 @@ __all__ = ["arguments", "run"]
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("run_name", metavar="RUN", help="run id, name or folder")
+    add_run_argument(parser)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--step", type=int, help="list the sequences of this step")
     action.add_argument("--steps", metavar="A..B", help="list the sequences of steps A to B")
@@ -36,19 +36,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--domain", help="only this domain, by id or name")
     parser.add_argument("--shard", help="only sequences with data of this shard, e.g. train/a.jsonl")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    parser.add_argument("--root", type=Path, help="folder of all runs (default: $MIXTERA_RUNS or ./runs)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what the arguments ask for; return the exit code."""
     _check_arguments(args)
-    root = args.root or runs_root()
-    folder = RunFolder.find(args.run_name, root)
+    folder = find_run(args)
     sources, history = _open_run(folder)
     if args.verify:
         _print_verified(verify_run(sources, folder, history), args.json)
     elif args.diff is not None:
-        other = _open_run(RunFolder.find(args.diff, root))
+        other = _open_run(find_run_named(args.diff, args))
         difference = first_difference((sources, history), other)
         _print_difference(difference, (history.end, other[1].end), args.json)
     elif args.row is not None:
