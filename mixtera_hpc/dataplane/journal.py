@@ -203,6 +203,7 @@ class AttemptRecord:
     def rank_of(self, position: int) -> int:
         """Return the rank (the leader of its model-parallel group) that was given `position` of the global batch."""
         num_groups = self.num_ranks // self.model_parallel_size
+        # Groups take consecutive parts of the global batch, see `BatchSlice`.
         group = position // (self.global_batch_size // num_groups)
         return group * self.model_parallel_size
 
@@ -234,6 +235,7 @@ class History:
         if not path.is_file():
             raise DataError(f"{path} does not exist: this run has planned nothing yet.")
         self.attempts: list[AttemptRecord] = []
+        # A run of a million chunks has a million lines; they are parsed once.
         for record in read_lines(path):
             self._add(record)
 

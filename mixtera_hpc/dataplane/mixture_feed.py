@@ -61,6 +61,7 @@ class MixtureFeed:
 
     def feed(self, statistics: DomainStatistics) -> None:
         """Pass the statistics of one training step to the mixture that its chunk was served from."""
+        # Skipped data steps before this one come first: the algorithm counts steps in order.
         self._feed_skipped(self._ledger.data_step(statistics.step))
         data_step = self._ledger.feed(statistics.step)
         self._mixtures.feed(replace(statistics, step=data_step))

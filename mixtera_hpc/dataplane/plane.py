@@ -82,15 +82,13 @@ class DataPlane:
         config, attempt = _settings_of_attempt(config, communicator, folder, attempt)
 
         # Rank 0 reads what was dropped from the run, and shares it with the index.
-        is_root = communicator.rank == 0
-        source = open_source(config, communicator, subset=subset_of_run(folder if is_root else None, split))
-        recorder = RunRecorder(folder, attempt, communicator.rank, config, tracker or NullTracker())
+        subset = subset_of_run(folder if communicator.rank == 0 else None, split)
         resources = PlaneResources(
-            source=source,
+            source=open_source(config, communicator, subset=subset),
             comm=communicator,
             batch_slice=batch_slice,
-            control=RunControl(folder, watch_files=is_root),
-            recorder=recorder,
+            recorder=RunRecorder(folder, attempt, communicator.rank, config, tracker or NullTracker()),
+            control=RunControl(folder, watch_files=communicator.rank == 0),
         )
         return cls(resources)
 
@@ -182,6 +180,7 @@ class DataPlane:
 
         The state is JSON and arrays: `{"json": …, "arrays": …}`. Its size is O(domains).
         """
+        # Before the first batch this begins the run, so that a checkpoint of step 0 is possible.
         state = self._started_session().state()
         return state.to_dict() if state is not None else None
 
@@ -195,6 +194,7 @@ class DataPlane:
             ConfigError: the state belongs to a run with other settings.
             ValueError: batches were served already, or rank 0 gave no state.
         """
+        # The session begins at its resume point; it cannot be moved afterwards.
         if self._session is not None:
             raise ValueError("load_state_dict() was called after the first batch. Call it before.")
         # Launchers often load a checkpoint on every rank. Only the state of rank 0 counts.
@@ -236,6 +236,7 @@ class DataPlane:
 
 def _own_communicator(config: Config, comm: Any) -> Communicator:
     """Return a communicator that the plane frees: MPI has only some two thousand of them. **Collective.**"""
+    # Communicators are duplicated, so that the plane's messages never mix with those of the trainer.
     if comm is None:
         return open_communicator(config.dataplane.comm)
     if isinstance(comm, Communicator):
@@ -259,6 +260,7 @@ def _settings_of_attempt(
 
 def _next_attempt(comm: Communicator, folder: RunFolder) -> int:
     """Return the number after the last attempt in the journal, as rank 0 sees it. **Collective.**"""
+    # Rank 0 is about to append to the journal, so the others must not read it by themselves.
     number = np.array([last_attempt(folder.journal) + 1 if comm.rank == 0 else 0], np.int64)
     comm.Bcast(number)
     return int(number[0])

@@ -58,6 +58,7 @@ class PlaneState:
         Raises:
             ConfigError: the state was written by another version.
         """
+        # Read the version first: the other fields may differ between versions.
         facts = state["json"]
         arrays = dict(state["arrays"])
         if facts["version"] != VERSION:
@@ -84,6 +85,7 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     Raises:
         ConfigError: other fields differ too; the message names every one.
     """
+    # Values from JSON: identities consist of numbers, texts and lists only, so that they compare equal.
     differing = [name for name, value in now.items() if before.get(name) != value]
     refused = [name for name in differing if name not in allowed]
     # Every differing field is named, so that one attempt is enough to repair a configuration.

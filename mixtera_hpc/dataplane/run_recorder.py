@@ -29,6 +29,7 @@ class RunRecorder:
         self._tracker = tracker if rank == 0 else NullTracker()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
         self._audit: AuditLog | None = None
+        # The ranks of a group get the same batches; one log of them is enough.
         is_group_leader = rank % config.dataplane.model_parallel_size == 0
         if folder and config.dataplane.audit and is_group_leader:
             self._audit = AuditLog(folder.audit_of_rank(attempt, rank))
@@ -70,6 +71,7 @@ class RunRecorder:
         items = source.stream_version.origins + plan.cursors * source.grid.stride
         epochs = items / np.maximum(source.layout.epoch_items(), 1)
 
+        # Metrics count training steps, plans count data steps.
         step = source.stream_version.step_at(plan.first_step)
         event = {
             "step": step,
@@ -94,6 +96,7 @@ class RunRecorder:
             next_step: every step before it was consumed; None when the attempt did not end in order.
         """
         if self._journal:
+            # Without this line readers assume that the attempt was killed, and served everything it had planned.
             if next_step is not None:
                 self._journal.write_close(next_step)
             self._journal.close()

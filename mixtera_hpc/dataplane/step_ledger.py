@@ -90,6 +90,7 @@ class StepLedger:
 
     def serve(self, step: int, chunk: int) -> None:
         """Record that the batch of training step `step` was handed to the trainer."""
+        # Steps are served without gaps, so one number says what was served.
         self._next_step = step + 1
         self._current_chunk = chunk
 
@@ -103,6 +104,7 @@ class StepLedger:
 
     def feed_skipped(self, data_step: int) -> Iterator[int]:
         """Yield the data steps before `data_step` that no training step takes, and record each one as fed."""
+        # Data steps in between were skipped: those that training steps take have been fed by `feed`.
         while self._num_fed < data_step:
             yield self._num_fed
             self._num_fed += 1

@@ -108,6 +108,7 @@ class StepReducer:
             CommError: ranks served one of those steps from different plans.
         """
         while self._running and self._running[0].step <= step:
+            # Time spent here means that the network, or another rank, is slower than a step.
             began = time.perf_counter()
             wait(self._running[0].request)
             self._complete_first(reduce_s=time.perf_counter() - began)

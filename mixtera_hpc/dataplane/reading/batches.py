@@ -78,6 +78,7 @@ class BatchSlice:
     @classmethod
     def of_rank(cls, rank: int, num_ranks: int, model_parallel_size: int, global_batch_size: int) -> "BatchSlice":
         """Return the slice of `rank`; all sizes are known to divide each other."""
+        # All ranks of a group compute the same numbers.
         size = global_batch_size // (num_ranks // model_parallel_size)
         return cls(
             first=rank // model_parallel_size * size,

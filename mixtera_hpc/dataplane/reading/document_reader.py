@@ -204,11 +204,9 @@ class DocumentReader:
         index = self._source.index
         fmt = load_format(index.shard_formats[number])
         reader = fmt.open(Path(index.data_root) / index.shard_paths[number], index.text, self._cache)
-        shard = _OpenShard(
-            reader,
-            range_reader=reader if isinstance(reader, RangeReader) else None,
-            token_reader=cast(TokenReader, reader) if fmt.holds_tokens else None,
-        )
+        range_reader = reader if isinstance(reader, RangeReader) else None
+        token_reader = cast(TokenReader, reader) if fmt.holds_tokens else None
+        shard = _OpenShard(reader, range_reader, token_reader)
         self._shards[number] = shard
         # Each open shard costs a file descriptor; a run may have many thousands of shards.
         if len(self._shards) > MAX_OPEN_SHARDS:

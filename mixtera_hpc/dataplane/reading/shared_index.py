@@ -137,6 +137,7 @@ def share_index(
         packed = tables.pack()
         header = msgspec.json.encode(_IndexHeader(description=description, num_arrays=len(packed)))
 
+    # Allocating shared memory is collective, so every rank must know how many arrays follow.
     received = msgspec.json.decode(bcast_bytes(comm, header), type=_IndexHeader)
     if index is None:
         arrays = [comm.Allocate_shared(None) for _ in range(received.num_arrays)]
@@ -157,10 +158,12 @@ def read_shared_index(
         PropertyIndexError: the index is stale, or was built with another tokenizer or without one.
         MixtureError: a domain key matches nothing.
     """
+    # A stale index points at wrong bytes.
     if check:
         check_fresh(index)
     check_token_counts(config, index, tokenizer)
 
+    # Domains, their names and their weights refer to the data without drops: a drop must not renumber them.
     chosen = select_domains(config, index, subset.split)
     tables = index.tables
     full_table = chosen.selection.table
@@ -171,6 +174,7 @@ def read_shared_index(
 
     holdout = config.query.holdout
     shared = SharedTables(
+        # Zones prune blocks of a query; the selection is made.
         blocks=replace(tables.blocks, zones={}),
         domains=domains,
         combos=replace(tables.combos, properties=_categorical(tables.properties.values())),
@@ -223,6 +227,7 @@ def _with_counts_of(table: DomainTable, remaining: DomainTable, num_blocks: int)
         domain = np.repeat(np.arange(entries.num_domains), np.diff(entries.indptr))
         return domain * num_blocks + entries.block
 
+    # Blocks of which nothing remains keep an entry with 0 rows.
     rows = np.zeros_like(table.rows)
     tokens = np.zeros_like(table.tokens)
     positions = np.searchsorted(entry_key(table), entry_key(remaining))

@@ -131,6 +131,7 @@ class Source:
 
     def make_block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
         """Return a function that reads the sample columns of some blocks, one block after the other."""
+        # Nothing is opened yet: many ranks never read some of several indexes.
         reader = open_samples(self.index.sample_sources, COLUMN_CACHE_BYTES)
         blocks = self.blocks
         holdout_keys = self.tables.holdout_keys
@@ -216,6 +217,7 @@ def open_source(
     tokenizer = load_vocabulary(config.dataplane)
     own: tuple[IndexDescription, SharedTables] | None = None
     if comm.rank == 0:
+        # Closed again at once: every rank opens it for itself when it reads samples.
         with open_configured(config) as index:
             own = read_shared_index(config, index, subset, tokenizer, check=check)
 
