@@ -28,7 +28,10 @@ from typing import Any
 
 from mixtera_hpc.errors import LaunchError, did_you_mean
 
-__all__ = ["RunFolder", "find_runs", "new_run_id", "runs_root"]
+__all__ = ["PLANE_STATE_FILE", "RunFolder", "find_runs", "new_run_id", "runs_root"]
+
+PLANE_STATE_FILE = "dataplane.json"
+"""File of a checkpoint that holds the JSON part of the data plane's state."""
 
 
 def new_run_id(config: dict[str, Any], now: datetime | None = None) -> str:
@@ -126,6 +129,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """Return the folder of the checkpoint after `step` steps."""
         return self.checkpoints / f"step_{step:08d}"
+
+    def checkpoint_plane_state(self, step: int) -> Path:
+        """Return the file with the JSON part of the data plane's state in the checkpoint after `step` steps."""
+        return self.checkpoint(step) / PLANE_STATE_FILE
 
     @property
     def latest_checkpoint(self) -> Path:

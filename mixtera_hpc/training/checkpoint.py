@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.config.run_folder import PLANE_STATE_FILE, RunFolder
 from mixtera_hpc.errors import DataError
 
 __all__ = ["Checkpoint", "load_newest_checkpoint", "read_checkpoint", "write_checkpoint"]
@@ -34,8 +34,7 @@ FORMAT_VERSION = 1
 CONTENTS_FILE = "training.json"
 MODEL_FILE = "model.pt"
 OPTIMIZER_FILE = "optimizer.pt"
-DATAPLANE_JSON_FILE = "dataplane.json"
-DATAPLANE_ARRAYS_FILE = "dataplane.npz"
+PLANE_ARRAYS_FILE = "dataplane.npz"
 
 READ_BYTES = 1 << 20
 """Bytes read at a time to compute a checksum."""
@@ -115,7 +114,7 @@ def load_newest_checkpoint(
         if damage is not None:
             logger.warning("Checkpoint %s is skipped: %s.", path, damage)
             damaged.append(f"\n    {path.name}: {damage}")
-        elif accept(_read_json(path / DATAPLANE_JSON_FILE)):
+        elif accept(_read_json(run.checkpoint_plane_state(step))):
             return read_checkpoint(path)
 
     if damaged:
@@ -129,8 +128,8 @@ def load_newest_checkpoint(
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint; tensors are placed on the CPU. Code in the files is never executed."""
     contents = _read_json(path / CONTENTS_FILE)
-    with np.load(path / DATAPLANE_ARRAYS_FILE, allow_pickle=False) as arrays:
-        dataplane = {"json": _read_json(path / DATAPLANE_JSON_FILE), "arrays": dict(arrays)}
+    with np.load(path / PLANE_ARRAYS_FILE, allow_pickle=False) as arrays:
+        dataplane = {"json": _read_json(path / PLANE_STATE_FILE), "arrays": dict(arrays)}
     return Checkpoint(
         step=contents["step"],
         model_settings=contents["model_settings"],
@@ -144,8 +143,8 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     """Write and sync all files. The table of contents comes last: it holds the sizes and checksums of the others."""
     torch.save(dict(checkpoint.model), folder / MODEL_FILE)
     torch.save(dict(checkpoint.optimizer), folder / OPTIMIZER_FILE)
-    (folder / DATAPLANE_JSON_FILE).write_text(json.dumps(checkpoint.dataplane["json"]))
-    np.savez(folder / DATAPLANE_ARRAYS_FILE, **checkpoint.dataplane["arrays"])
+    (folder / PLANE_STATE_FILE).write_text(json.dumps(checkpoint.dataplane["json"]))
+    np.savez(folder / PLANE_ARRAYS_FILE, **checkpoint.dataplane["arrays"])
 
     files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(folder.iterdir())}
     for name in files:

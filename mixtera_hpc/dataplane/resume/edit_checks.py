@@ -64,7 +64,7 @@ def check_and_record_edit(
 
 def _checkpoint_step(folder: RunFolder, skip_steps: tuple[int, int] | None, earlier: Sequence[RunEdit]) -> int:
     """Return the step of the newest usable checkpoint, at or before the first skipped step; 0 without checkpoints."""
-    paths = [folder.checkpoint(step) / "dataplane.json" for step in folder.checkpoint_steps()]
+    paths = [folder.checkpoint_plane_state(step) for step in folder.checkpoint_steps()]
     states = [json.loads(path.read_text()) for path in paths if path.is_file()]
     steps = sorted(state["next_step"] for state in states if not is_abandoned(state, earlier))
     if skip_steps is None:
