@@ -127,7 +127,7 @@ class HuggingFaceTokenizer:
 
 
 class StoredTokenIds:
-    """The `Tokenizer` of shards that hold token ids. It has a vocabulary size and an end token, and refuses to encode."""
+    """The `Tokenizer` of shards that hold token ids: a vocabulary size and an end token. It refuses to encode."""
 
     def __init__(self, vocab_size: int, eos_id: int | None) -> None:
         self.vocab_size = vocab_size

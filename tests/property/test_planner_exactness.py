@@ -221,7 +221,7 @@ def assert_same(a: PlannerState, b: PlannerState) -> None:
 def test_lags_carry_the_unserved_weights_from_chunk_to_chunk(
     num_domains: int, batch: int, steps: int, seed: int
 ) -> None:
-    """With unrelated weights in every chunk, some of them 0, sequences served plus lags equal the sum of the weights."""
+    """With unrelated weights in every chunk, some of them 0, sequences served plus lags equal the sum of weights."""
     rng = np.random.default_rng(seed)
     planner = Planner(
         capacity=np.full(num_domains, ENDLESS), global_batch_size=batch, chunk_steps=steps, on_exhausted="repeat"
