@@ -27,9 +27,9 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> RunMaker:
 
     Each attempt is given as (first step, one past the last step). The folder is below `root`, by default a new one.
 
-    A step takes 0.5 s, of which 0.05 s are data wait; the first step of an attempt takes 5 s and 4 s. The loss of domain d
-    at step s is 10 + d - s / 100. Every step counts 100 tokens and 4 sequences per domain. A chunk has 4 steps. After the
-    steps `validated_at` there are held-out losses, which are higher by 10; the last domain has none.
+    A step takes 0.5 s, of which 0.05 s are data wait; the first step of an attempt takes 5 s and 4 s. The loss of
+    domain d at step s is 10 + d - s / 100. Every step counts 100 tokens and 4 sequences per domain. A chunk has 4
+    steps. After the steps `validated_at` there are held-out losses, which are higher by 10; the last domain has none.
     """
 
     def make(
