@@ -11,6 +11,7 @@
 All MPI calls happen in the caller's thread, inside these methods. Warnings go to the logger `mixtera_hpc`.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -67,7 +68,7 @@ class DataPlane:
         Args:
             comm: a `Communicator` or an mpi4py communicator; None: detect how this process was started.
             folder: the folder of the run; without one nothing is journalled, and no control files are looked for.
-            attempt: number of this attempt in the folder; None: the next one after those in the journal.
+            attempt: number of this attempt; None: that of the batch job, or the next one after those in the journal.
             tracker: receives metric events on rank 0.
             split: with `query.holdout`, the side that is served.
 
@@ -259,8 +260,11 @@ def _settings_of_attempt(
 
 
 def _next_attempt(comm: Communicator, folder: RunFolder) -> int:
-    """Return the number after the last attempt in the journal, as rank 0 sees it. **Collective.**"""
-    # Rank 0 is about to append to the journal, so the others must not read it by themselves.
-    number = np.array([last_attempt(folder.journal) + 1 if comm.rank == 0 else 0], np.int64)
+    """Return the number of the batch job's attempt, or the one after the last attempt in the journal. **Collective.**"""
+    number = np.zeros(1, np.int64)
+    # Rank 0 decides: it is about to append to the journal, so the others must not read it by themselves.
+    if comm.rank == 0:
+        in_batch_job = os.environ.get("MIXTERA_RUN_FOLDER") == str(folder.path)
+        number[0] = int(os.environ["MIXTERA_ATTEMPT"]) if in_batch_job else last_attempt(folder.journal) + 1
     comm.Bcast(number)
     return int(number[0])

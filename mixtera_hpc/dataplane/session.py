@@ -94,7 +94,6 @@ class Session:
         self._mixture = MixtureFeed(source, self.ledger, state, decisions)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
         self._reducer = StepReducer(self._comm, source.num_domains)
-        self._prefetcher = Prefetcher(open_batch_source(source, self._slice), plane.prefetch_batches)
 
         self._current_batch: Batch | None = None
         """The batch that is being trained on; None once its step was closed."""
@@ -116,6 +115,8 @@ class Session:
             )
         )
         self._poll_mixture_request()
+        # Last, so that no thread or process is left behind if the above fails.
+        self._prefetcher = Prefetcher(open_batch_source(source, self._slice), plane.prefetch_batches)
 
     def next_batch(self) -> Batch | None:
         """Close the current step and return the batch of the next one; None after the end of the data. **Collective.**"""

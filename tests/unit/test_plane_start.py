@@ -45,6 +45,17 @@ def test_attempts_in_one_folder_are_numbered(collection: list[str], tmp_path: Pa
     assert all(run.audit_of_rank(number, 0).is_file() for number in (1, 2, 3))
 
 
+def test_a_batch_job_gives_the_number_of_the_attempt(
+    collection: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    monkeypatch.setenv("MIXTERA_RUN_FOLDER", str(run.path))
+    monkeypatch.setenv("MIXTERA_ATTEMPT", "4")
+    with DataPlane.open(compose([*collection, *SMALL]), comm=Local(), folder=run) as plane:
+        next(iter(plane))
+    assert [attempt.number for attempt in History(run.journal).attempts] == [4]
+
+
 def test_a_run_continues_with_the_index_it_began_with(tmp_path: Path) -> None:
     config = compose([*make_collection(tmp_path), *SMALL])
     run = RunFolder(tmp_path / "run")
