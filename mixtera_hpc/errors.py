@@ -6,8 +6,9 @@ MixteraError                1   an internal error, or a broken machine
 │  ├─ PropertyIndexError        an index file: missing, stale, truncated, or built by another version or tokenizer
 │  ├─ MixtureError              the domains, the weights or the exhaustion of a mixture
 │  ├─ DataError                 a shard or a sample that cannot be read
-│  └─ LaunchError               a job that cannot be rendered, submitted, found or continued
-├─ CommError                1   ranks disagree, or MPI was started incorrectly
+│  └─ LaunchError               a job that cannot be rendered, submitted, found or continued, or whose ranks do not
+│                               see each other
+├─ CommError                1   ranks disagree, or one of them is lost
 └─ SavedAndStopped         75   not a failure: the state is saved, and running again continues
 """
 
@@ -77,11 +78,11 @@ class DataError(UserError):
 
 
 class LaunchError(UserError):
-    """A job cannot be rendered, submitted, found or continued."""
+    """A job cannot be rendered, submitted, found or continued, or its ranks do not see each other."""
 
 
 class CommError(MixteraError):
-    """Ranks disagree, or were started incorrectly."""
+    """Ranks disagree, or one of them is lost."""
 
 
 class SavedAndStopped(MixteraError):

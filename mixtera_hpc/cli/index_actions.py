@@ -45,7 +45,7 @@ def run_action(args: argparse.Namespace) -> int:
     if args.action == "inspect":
         return _inspect(args)
     actions = {"build": _build, "derive": _derive, "refresh": _refresh, "verify": _verify}
-    comm = open_communicator()
+    comm = open_communicator(creates_group=True)
     outputs: list[ActionOutput] = []
     failed = run_guarded(comm, lambda: outputs.append(actions[args.action](args, comm)))
     if failed or comm.rank > 0:

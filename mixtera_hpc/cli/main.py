@@ -27,7 +27,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "plan": "forecast what a mixture will serve, or list the sequences of chosen steps",
     },
     "Runs": {
-        "run": "train here, in one process or as every rank of mpiexec or srun",
+        "run": "train here, in one process or as every rank of mpiexec, srun or torchrun",
         "submit": "submit a run to Slurm; --dry-run prints the script",
         "sweep": "submit one run per combination of values",
         "resume": "continue a run in its folder, with any number of ranks",

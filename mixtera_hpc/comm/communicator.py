@@ -20,6 +20,8 @@ __all__ = [
     "Op",
     "SharedCounters",
     "bcast_bytes",
+    "bcast_dtype_and_shape",
+    "byte_segments",
     "wait",
 ]
 
@@ -167,6 +169,25 @@ def bcast_bytes(comm: Communicator, data: bytes | None) -> bytes:
         buffer = np.empty(int(length[0]), np.uint8)
     comm.Bcast(buffer)
     return buffer.tobytes()
+
+
+def bcast_dtype_and_shape(comm: Communicator, array: NDArray[Any] | None) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Return the dtype and shape of rank 0's `array` on every rank. **Collective.**"""
+    # [kind of dtype as a character code, bytes per item, number of dimensions, shape…]
+    header = np.zeros(10, np.int64)
+    if array is not None and comm.rank == 0:
+        header[0] = ord(array.dtype.kind)
+        header[1] = array.dtype.itemsize
+        header[2 : 3 + array.ndim] = [array.ndim, *array.shape]
+    comm.Bcast(header)
+    shape = tuple(int(n) for n in header[3 : 3 + header[2]])
+    return np.dtype(f"{chr(header[0])}{header[1]}"), shape
+
+
+def byte_segments(buffer: NDArray[Any], limit: int = 2**30) -> list[NDArray[np.uint8]]:
+    """Return views of `buffer` of at most `limit` bytes each: MPI counts elements in 32 bits."""
+    flat = buffer.reshape(-1).view(np.uint8)
+    return [flat[i : i + limit] for i in range(0, len(flat), limit)]
 
 
 class _CompletedRequest:

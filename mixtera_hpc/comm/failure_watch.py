@@ -7,10 +7,8 @@ Price: one Allgather of 32 bytes per rank and one of 8 bytes at start, and one s
 """
 
 import contextlib
-import hashlib
 import mmap
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ import numpy as np
 
 from mixtera_hpc.comm import sentinel
 from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.comm.node_memory import machine_key
 from mixtera_hpc.comm.sentinel import FINISHED, REPORTED, RUNNING, SLOT
 from mixtera_hpc.errors import MixteraError, is_clean_exit
 
@@ -146,11 +145,10 @@ def start_failure_watch(comm: Communicator, folder: Path | None) -> FailureWatch
 
 def _node_key() -> int:
     """Return a number that is equal for two processes that see each other's process ids."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    parts = [socket.gethostname(), boot_id.read_text() if boot_id.exists() else ""]
+    namespaces = []
     with contextlib.suppress(OSError):
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return int.from_bytes(hashlib.blake2b("|".join(parts).encode(), digest_size=8).digest(), "big", signed=True)
+        namespaces.append(str(Path("/proc/self/ns/pid").readlink()))
+    return machine_key(*namespaces)
 
 
 def _make_board(num_ranks: int) -> int:

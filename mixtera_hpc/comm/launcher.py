@@ -1,45 +1,217 @@
-"""Choose the communicator of this process, and turn the failure of one rank into the end of the job."""
+"""Choose the communicator of this process, and turn the failure of one rank into the end of the job.
 
+The worst failure of a job is silent: N processes that do not see each other, each training on the whole global batch. So
+the number of ranks of every communicator is compared with what the innermost launcher started.
+"""
+
+import contextlib
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mixtera_hpc.comm.communicator import Communicator, Local
-from mixtera_hpc.errors import MixteraError, SavedAndStopped, exit_code_of, missing_package
+from mixtera_hpc.comm.launch_environment import Launcher, find_launcher
+from mixtera_hpc.comm.mpi import Mpi
+from mixtera_hpc.errors import (
+    LaunchError,
+    MixteraError,
+    SavedAndStopped,
+    exit_code_of,
+    is_clean_exit,
+    missing_package,
+)
 
-__all__ = ["open_communicator", "run_guarded", "started_by_mpi"]
+__all__ = [
+    "check_world_size",
+    "communicator_of",
+    "end_job",
+    "open_communicator",
+    "run_guarded",
+    "started_by_launcher",
+    "wait_for_other_reports",
+]
+
+REPORT_GRACE_S = 2.0
+"""How long a rank that refuses to run waits before it exits. torchrun ends the other ranks as soon as one has exited,
+but each of them should report why it refuses."""
 
 
-def started_by_mpi() -> bool:
-    """Return True if mpiexec, or srun with several tasks, started this process. Does not import MPI."""
-    env = os.environ
-    if "PMI_RANK" in env or "OMPI_COMM_WORLD_RANK" in env or "PMIX_RANK" in env:
-        return True
-    num_tasks = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-    return "SLURM_PROCID" in env and num_tasks > 1
+def started_by_launcher() -> bool:
+    """Return True if torchrun, mpiexec, or srun with several tasks started this process. Imports neither MPI nor torch."""
+    launcher = find_launcher()
+    return launcher is not None and (launcher.name != "srun" or launcher.size != 1)
 
 
-def open_communicator(kind: str = "auto") -> Communicator:
+def open_communicator(kind: str = "auto", *, subset: bool = False, creates_group: bool = False) -> Communicator:
     """Open the communicator of all ranks of the job. **Collective.**
 
     Args:
-        kind: `local`, `mpi`, or `auto`, which takes MPI if an MPI launcher started this process.
+        kind: `local`, `mpi`, `torch`, or `auto`, which takes torch's process group if it is initialised, else MPI if an
+            MPI launcher started several processes, else this process alone.
+        subset: accept fewer ranks than the launcher started.
+        creates_group: under torchrun, create the process group if there is none. For our own programs: the process group
+            of a user's program belongs to the trainer, which chooses its backend.
 
     Raises:
-        CommError: MPI sees another number of ranks than the launcher started.
+        LaunchError: the ranks of the job would not see each other, or torch's process group does not exist yet.
+        UserError: mpi4py is not installed, but needed.
     """
-    if kind == "local" or (kind == "auto" and not started_by_mpi()):
+    launcher = find_launcher()
+    comm = _choose_communicator(kind, launcher, creates_group)
+    check_world_size(comm, subset)
+    return comm
+
+
+def communicator_of(comm: Any, kind: str, *, subset: bool = False) -> Communicator:
+    """Return a communicator for the caller to free, over the ranks of `comm`. **Collective.**
+
+    Args:
+        comm: a `Communicator`, an mpi4py communicator, a torch process group, or None to use `open_communicator`.
+        kind: `dataplane.comm`, for None.
+        subset: accept fewer ranks than the launcher started.
+
+    Raises:
+        LaunchError: the ranks of the job would not see each other.
+    """
+    if comm is None:
+        return open_communicator(kind, subset=subset)
+    if isinstance(comm, Communicator):
+        check_world_size(comm, subset)
+        return comm.Dup()
+    if type(comm).__module__.startswith("torch"):
+        own = _torch_communicator(comm)
+    else:
+        own = Mpi(comm)
+    check_world_size(own, subset)
+    return own
+
+
+def check_world_size(comm: Communicator, subset: bool = False) -> None:
+    """Refuse a communicator with fewer ranks than the innermost launcher started.
+
+    More ranks are accepted: programs may start processes themselves (Lightning, `torch.multiprocessing`).
+
+    Raises:
+        LaunchError: names both numbers and the cure.
+    """
+    launcher = find_launcher()
+    if subset or launcher is None or launcher.size is None or comm.size >= launcher.size:
+        return
+    raise LaunchError(
+        f"{launcher.name} started {launcher.size} processes, but the data plane sees {comm.size}. Processes that do not "
+        f"see each other would each train on the whole global batch.\n  {_cure(comm, launcher)}\n"
+        "  If only some of the processes load data, open the data plane with DataPlane.open(subset=True)."
+    )
+
+
+def _cure(comm: Communicator, launcher: Launcher) -> str:
+    """Return what to do so that the data plane sees all processes of `launcher`."""
+    if launcher.is_torchrun:
+        return (
+            "Call torch.distributed.init_process_group() (or create the Accelerator) first, set dataplane.comm=auto, and "
+            "give DataPlane.open no comm."
+        )
+    if isinstance(comm, Mpi):
+        return (
+            "The launcher does not support this MPI library. Under Slurm choose the right srun --mpi (cluster.mpi=pmi2 "
+            "for MPICH, pmix for Open MPI); elsewhere use the mpiexec that belongs to this MPI library."
+        )
+    if isinstance(comm, Local):
+        return f"Set dataplane.comm=auto, or start one process without {launcher.name}."
+    return f"Create a torch process group of all {launcher.size} processes, or start them with torchrun."
+
+
+def _choose_communicator(kind: str, launcher: Launcher | None, creates_group: bool) -> Communicator:
+    """Open the communicator for `kind`. **Collective.**"""
+    under_torchrun = launcher is not None and launcher.is_torchrun
+    if kind == "local":
         return Local()
+    if kind == "mpi":
+        return _mpi_communicator(launcher)
+    if under_torchrun and not creates_group and not _torch_is_initialised():
+        raise LaunchError(
+            "torchrun started this process, but there is no torch process group yet.\n"
+            "  Call init_process_group (or create the Accelerator) first, then open the data plane."
+        )
+    if kind == "torch" or under_torchrun or _torch_is_initialised():
+        return _torch_communicator(None, creates_group=creates_group and under_torchrun)
 
-    # Importing mpi4py starts MPI, which a single process does not need and may not have.
-    from mixtera_hpc.comm.mpi import Mpi
+    # One process needs no MPI, and a laptop may have none.
+    if launcher is not None and launcher.size != 1:
+        return _mpi_communicator(launcher)
+    return Local()
 
+
+def _mpi_communicator(launcher: Launcher | None) -> Mpi:
+    # MPI would start with the variables of an outer mpiexec or srun, and crash in their process manager.
+    if launcher is not None and launcher.is_torchrun:
+        raise LaunchError(
+            "dataplane.comm is mpi, but torchrun started this process, and torchrun's processes cannot use MPI.\n"
+            "  Set dataplane.comm=auto or dataplane.comm=torch, or start the program with mpiexec or srun."
+        )
     try:
         return Mpi.world()
     except ModuleNotFoundError as error:
         raise missing_package(error) or error from None
+
+
+def _torch_communicator(group: Any, *, creates_group: bool = False) -> Communicator:
+    """Open a communicator beside a torch process group; None: the default group. **Collective.**"""
+    try:
+        # Imported here because torch takes seconds, and most commands do not need it.
+        from mixtera_hpc.comm.torch_distributed import TorchDistributed, create_process_group
+    except ModuleNotFoundError as error:
+        raise missing_package(error) or error from None
+
+    creates_group = creates_group and not _torch_is_initialised()
+    if creates_group:
+        create_process_group()
+    return TorchDistributed(group, owns_process_group=creates_group)
+
+
+def _torch_is_initialised() -> bool:
+    """Return True if this process has a torch process group. Does not import torch."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def wait_for_other_reports() -> None:
+    """Under torchrun, give the other ranks time to report the same refusal before this process exits."""
+    launcher = find_launcher()
+    if launcher is not None and launcher.is_torchrun and launcher.started_several:
+        with contextlib.suppress(ValueError):  # Only the main thread can do that.
+            # Otherwise the rank that exits first would replace the exit code of the others.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(REPORT_GRACE_S)
+
+
+def end_job(comm: Communicator | None, error: BaseException) -> None:
+    """Name this rank and its failure and end all ranks; return if the job has one process, or `error` is a clean exit.
+
+    For programs without `run_guarded`: under plain mpiexec the other ranks would wait for ever for a rank that leaves
+    with an exception.
+
+    Args:
+        comm: of the ranks to end; None if it could not be opened.
+        error: why this rank ends.
+
+    Raises:
+        SystemExit: instead of `error`, if this process sees no other rank; has the exit code of `error`.
+    """
+    launcher = find_launcher()
+    several = (comm is not None and comm.size > 1) or (launcher is not None and launcher.started_several)
+    if not several or is_clean_exit(error):
+        return
+    code = _report_failure(Local() if comm is None else comm, error)
+    if comm is None or comm.size == 1:
+        wait_for_other_reports()
+        raise SystemExit(code)
+    comm.Abort(code)
 
 
 def run_guarded(comm: Communicator, body: Callable[[], None]) -> int:
@@ -78,15 +250,28 @@ def _exit_code_when_saved(comm: Communicator, code: int) -> int:
 
 def _report_failure(comm: Communicator, error: BaseException) -> int:
     """Write why this rank failed, and return its exit code."""
-    where = f"[rank {comm.rank} on {comm.hostname}] " if comm.size > 1 else ""
+    where = _name_of_rank(comm)
+    code = exit_code_of(error)
     if isinstance(error, MixteraError):
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         _write_last_words(f"{where}{type(error).__name__}: {error}{notes}")
     elif isinstance(error, KeyboardInterrupt):
         _write_last_words(f"{where}interrupted")
-    elif not isinstance(error, SystemExit):
-        _write_last_words(f"{where}failed:\n{traceback.format_exc()}")
-    return exit_code_of(error)
+    elif isinstance(error, SystemExit):
+        _write_last_words(f"{where}{error.code if isinstance(error.code, str) else f'exits with code {code}'}")
+    else:
+        _write_last_words(f"{where}failed:\n{''.join(traceback.format_exception(error))}")
+    return code
+
+
+def _name_of_rank(comm: Communicator) -> str:
+    """Return the start of a message, which names this rank; nothing in a job of one process."""
+    if comm.size > 1:
+        return f"[rank {comm.rank} on {comm.hostname}] "
+    launcher = find_launcher()
+    if launcher is not None and launcher.started_several:
+        return f"[rank {launcher.rank} on {comm.hostname}] "
+    return ""
 
 
 def _write_last_words(text: str) -> None:

@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import CollectiveRequest, Op, SharedCounters, wait
-from mixtera_hpc.errors import CommError
+from mixtera_hpc.comm.communicator import (
+    CollectiveRequest,
+    Op,
+    SharedCounters,
+    bcast_dtype_and_shape,
+    byte_segments,
+    wait,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -47,14 +53,10 @@ class Mpi:
 
     @classmethod
     def world(cls) -> "Mpi":
-        """Return the communicator of all ranks of the job. **Collective.**
+        """Return the communicator of all ranks that MPI sees. **Collective.**
 
-        Raises:
-            CommError: MPI sees another number of ranks than the launcher started.
+        `open_communicator` compares their number with the launcher's.
         """
-        from mpi4py import MPI
-
-        _check_size(MPI.COMM_WORLD.size)
         return cls()
 
     def Dup(self) -> "Mpi":
@@ -66,7 +68,7 @@ class Mpi:
         wait(self._comm.Ibarrier())
 
     def Bcast(self, buffer: NDArray[Any], root: int = 0) -> None:
-        for segment in _segments(buffer):
+        for segment in byte_segments(buffer):
             wait(self._comm.Ibcast(segment, root))
 
     def Ibcast(self, buffer: NDArray[Any], root: int = 0) -> CollectiveRequest:
@@ -87,7 +89,7 @@ class Mpi:
         return result
 
     def Allocate_shared(self, array: NDArray[Any] | None) -> NDArray[Any]:
-        dtype, shape = self._bcast_dtype_and_shape(array)
+        dtype, shape = bcast_dtype_and_shape(self, array)
 
         # The first rank of every node allocates the memory; the others map it.
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -131,21 +133,9 @@ class Mpi:
         self._mpi.COMM_WORLD.Abort(code)
         os._exit(code)  # With MPICH and PMI2, Abort returns. The rank would go on and report success.
 
-    def _bcast_dtype_and_shape(self, array: NDArray[Any] | None) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """Return the dtype and shape of rank 0's `array` on every rank. **Collective.**"""
-        # [kind of dtype as a character code, bytes per item, number of dimensions, shape…]
-        header = np.zeros(10, np.int64)
-        if array is not None and self.rank == 0:
-            header[0] = ord(array.dtype.kind)
-            header[1] = array.dtype.itemsize
-            header[2 : 3 + array.ndim] = [array.ndim, *array.shape]
-        self.Bcast(header)
-        shape = tuple(int(n) for n in header[3 : 3 + header[2]])
-        return np.dtype(f"{chr(header[0])}{header[1]}"), shape
-
     def _bcast_to_leaders(self, shared: NDArray[Any]) -> None:
         """Copy rank 0's content to the first rank of every node; all of these call it. Rank 0 is the first of them."""
-        for segment in _segments(shared):
+        for segment in byte_segments(shared):
             wait(self._leaders.Ibcast(segment, 0))
 
 
@@ -169,28 +159,3 @@ class _MpiCounters:
     def Free(self) -> None:
         self._window.Unlock_all()
         self._window.Free()
-
-
-def _segments(buffer: NDArray[Any], limit: int = 2**30) -> list[NDArray[Any]]:
-    """Return views of `buffer` of at most `limit` bytes each, because MPI counts elements in 32 bits."""
-    flat = buffer.reshape(-1).view(np.uint8)
-    return [flat[i : i + limit] for i in range(0, len(flat), limit)]
-
-
-def _check_size(size: int) -> None:
-    """Raise CommError if the launcher started another number of ranks than MPI sees.
-
-    Otherwise N processes that each see one rank would be N runs that overwrite each other's files.
-    """
-    # Slurm gives the batch script and the interactive step of salloc their own step ids; neither has several tasks.
-    in_srun_step = os.environ.get("SLURM_STEP_ID") not in (None, "4294967291", "4294967290")
-    expected = os.environ.get("SLURM_STEP_NUM_TASKS") if in_srun_step else None
-    for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"):
-        expected = os.environ.get(name, expected)
-    if expected is not None and int(expected) != size:
-        raise CommError(
-            f"The launcher started {expected} ranks, but MPI sees {size}: "
-            "the launcher does not support this MPI library.\n"
-            "  Under Slurm choose the right srun --mpi (cluster.mpi=pmi2 for MPICH, pmix for Open MPI); "
-            "elsewhere use the mpiexec that belongs to this MPI library."
-        )

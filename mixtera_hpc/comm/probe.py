@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 
+from mixtera_hpc.comm.launcher import check_world_size
 from mixtera_hpc.comm.mpi import Mpi
 
 __all__ = ["main"]
@@ -22,6 +23,7 @@ REPEATS = 5
 def main() -> None:
     """Print one JSON object from rank 0. **Collective.**"""
     comm = Mpi.world()
+    check_world_size(comm)
     buffer = np.ones(BROADCAST_BYTES // 8, np.int64)
     durations_s = []
     for _ in range(REPEATS):

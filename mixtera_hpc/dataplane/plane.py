@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.comm.launcher import open_communicator
+from mixtera_hpc.comm.launcher import communicator_of, end_job
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
@@ -42,9 +42,15 @@ __all__ = ["Batch", "DataPlane"]
 class DataPlane:
     """One rank's view of the data of a run. Every rank makes the same calls in the same order."""
 
-    def __init__(self, resources: PlaneResources) -> None:
-        """Use `DataPlane.open`."""
+    def __init__(self, resources: PlaneResources, ends_job: bool = False) -> None:
+        """Use `DataPlane.open`.
+
+        Args:
+            resources: what the plane works with.
+            ends_job: after an exception inside the `with` block, name this rank and end the others.
+        """
         self._resources = resources
+        self._ends_job = ends_job
         self._source = resources.source
         self._session: Session | None = None
         """Starts with the first batch, or when a state is loaded or saved."""
@@ -59,6 +65,8 @@ class DataPlane:
         attempt: int | None = None,
         tracker: Tracker | None = None,
         split: Split = "train",
+        *,
+        subset: bool = False,
     ) -> Self:
         """Open the index and get ready to serve. **Collective.**
 
@@ -66,32 +74,55 @@ class DataPlane:
         since. Set `index.generations` to choose other states. What was dropped from the run stays dropped.
 
         Args:
-            comm: a `Communicator` or an mpi4py communicator; None: detect how this process was started.
+            comm: an mpi4py communicator, a torch process group, or None to detect how this process was started. Then an
+                exception in one rank, here or inside the `with` block, names that rank and ends all of them. With a
+                `Communicator` the caller does that (`run_guarded`).
             folder: the folder of the run; without one nothing is journalled, and no control files are looked for.
             attempt: number of this attempt; None: that of the batch job, or the next one after those in the journal.
             tracker: receives metric events on rank 0.
             split: with `query.holdout`, the side that is served.
+            subset: only some of the processes that the launcher started take part.
 
         Raises:
+            LaunchError: the ranks that the launcher started do not see each other.
             ConfigError: the ranks cannot share the global batch evenly.
             PropertyIndexError: the index is missing or stale, or was built with another tokenizer.
             MixtureError: a domain of the mixture has no samples.
         """
-        communicator = _own_communicator(config, comm)
+        ends_job = not isinstance(comm, Communicator)
+        communicator: Communicator | None = None
+        try:
+            communicator = communicator_of(comm, config.dataplane.comm, subset=subset)
+            resources = cls._open_resources(config, communicator, folder, attempt, tracker, split)
+        except BaseException as error:
+            if ends_job:
+                end_job(communicator, error)
+            raise
+        return cls(resources, ends_job)
+
+    @staticmethod
+    def _open_resources(
+        config: Config,
+        communicator: Communicator,
+        folder: RunFolder | None,
+        attempt: int | None,
+        tracker: Tracker | None,
+        split: Split,
+    ) -> PlaneResources:
+        """Open what the plane works with. **Collective.** Arguments as for `open`."""
         # Wrong sizes are refused first: opening a large index takes seconds.
         batch_slice = BatchSlice.of(config.dataplane, communicator.rank, communicator.size)
         config, attempt = _settings_of_attempt(config, communicator, folder, attempt)
 
         # Rank 0 reads what was dropped from the run, and shares it with the index.
         subset = subset_of_run(folder if communicator.rank == 0 else None, split)
-        resources = PlaneResources(
+        return PlaneResources(
             source=open_source(config, communicator, subset=subset),
             comm=communicator,
             batch_slice=batch_slice,
             recorder=RunRecorder(folder, attempt, communicator.rank, config, tracker or NullTracker()),
             control=RunControl(folder, watch_files=communicator.rank == 0),
         )
-        return cls(resources)
 
     @property
     def config(self) -> Config:
@@ -134,7 +165,15 @@ class DataPlane:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(orderly=error is None or is_clean_exit(error))
+        failure = error
+        try:
+            self.close(orderly=error is None or is_clean_exit(error))
+        except BaseException as close_error:
+            failure = close_error
+            raise
+        finally:
+            if self._ends_job and failure is not None:
+                end_job(self._resources.comm, failure)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches until the data ends; every rank gets the same number. **Collective.**"""
@@ -233,18 +272,6 @@ class DataPlane:
         if self._session is None:
             self._session = start_session(self._resources, None)
         return self._session
-
-
-def _own_communicator(config: Config, comm: Any) -> Communicator:
-    """Return a communicator that the plane frees: MPI has only some two thousand of them. **Collective.**"""
-    # Communicators are duplicated, so that the plane's messages never mix with those of the trainer.
-    if comm is None:
-        return open_communicator(config.dataplane.comm)
-    if isinstance(comm, Communicator):
-        return comm.Dup()
-    from mixtera_hpc.comm.mpi import Mpi  # Optional: needs mpi4py.
-
-    return Mpi(comm)
 
 
 def _settings_of_attempt(

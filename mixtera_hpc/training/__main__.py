@@ -25,7 +25,7 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.control import block_time_limit_signal
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, MixteraError
 from mixtera_hpc.launch.attempts import JobRecord, claim_attempt, record_start, start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.training.run_attempt import Attempt, run_attempt
@@ -58,7 +58,11 @@ def _run_job(composed: Any) -> None:
         folder = _run_folder(config, output, overrides)
         return Attempt(folder=folder, number=_start_attempt(folder, config, num_ranks))
 
-    code = run_attempt(str(composed.dataplane.comm), prepare)
+    try:
+        code = run_attempt(str(composed.dataplane.comm), prepare)
+    except MixteraError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        code = error.exit_code
     if code:
         sys.stdout.flush()
         sys.exit(code)  # Hydra would catch an exception and report success to its launcher, but not SystemExit.

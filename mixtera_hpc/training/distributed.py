@@ -38,13 +38,13 @@ MAX_RANKS_IN_MESSAGE = 8
 class Replicas:
     """The identical copies of the model, one per rank, and the device of this rank.
 
-    With several ranks, the constructor creates the process group (NCCL on GPUs, gloo on CPUs). Ranks meet at a
-    `TCPStore` on rank 0, which listens on a port chosen by the kernel, so several jobs can share a node. Its address is
+    With several ranks, the constructor reuses the process group if there is one, for example under torchrun. Otherwise
+    it creates one (NCCL on GPUs, gloo on CPUs), and `close` destroys it. Ranks then meet at a `TCPStore` on rank 0, which listens on a port chosen by the kernel, so several jobs can share a node. Its address is
     `MASTER_ADDR` if rank 0 has that variable, else the host name of rank 0. A single rank needs no process group.
     """
 
     def __init__(self, comm: Communicator, device: str) -> None:
-        """Choose the device and create the process group. **Collective.**
+        """Choose the device, and create the process group unless there is one. **Collective.**
 
         Args:
             comm: the communicator of the training job.
@@ -52,13 +52,15 @@ class Replicas:
 
         Raises:
             ConfigError: `device` is cuda and at least one rank sees no GPU.
-            CommError: the host name of rank 0 cannot be resolved.
+            CommError: the host name of rank 0 cannot be resolved, or the process group has other ranks.
         """
         self.comm = comm
         self.device = _select_device(comm, device)
         # The store serves the process group and must live as long as the group does.
         self._store: TCPStore | None = None
-        if comm.size > 1:
+        if dist.is_initialized():
+            _check_same_ranks(comm)
+        elif comm.size > 1:
             self._store = _open_store(comm)
             self._create_process_group(self._store)
 
@@ -80,7 +82,7 @@ class Replicas:
             raise CommError(f"The model's weights on ranks {ranks} differ from rank 0's.")
 
     def close(self) -> None:
-        """Destroy the process group. **Collective.**"""
+        """Destroy the process group, if this object created it. **Collective.**"""
         if self._store is not None:
             self.comm.Barrier()
             dist.destroy_process_group()
@@ -157,6 +159,15 @@ def _select_device(comm: Communicator, requested: str) -> torch.device:
     device = torch.device("cuda", comm.local_rank % num_devices)
     torch.cuda.set_device(device)
     return device
+
+
+def _check_same_ranks(comm: Communicator) -> None:
+    """Raise CommError if the process group numbers its ranks in another way than `comm`."""
+    if (dist.get_rank(), dist.get_world_size()) != (comm.rank, comm.size):
+        raise CommError(
+            f"Rank {comm.rank} of {comm.size} is rank {dist.get_rank()} of {dist.get_world_size()} in torch's process "
+            "group.\n  Set dataplane.comm=auto, which takes the ranks of the process group."
+        )
 
 
 def _open_store(comm: Communicator) -> TCPStore:

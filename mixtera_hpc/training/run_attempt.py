@@ -13,10 +13,10 @@ from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.comm.failure_watch import start_failure_watch
-from mixtera_hpc.comm.launcher import open_communicator, run_guarded
+from mixtera_hpc.comm.launcher import open_communicator, run_guarded, wait_for_other_reports
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.errors import exit_code_of, require_package
+from mixtera_hpc.errors import MixteraError, SavedAndStopped, exit_code_of, require_package
 from mixtera_hpc.launch.attempts import ExitRecord, batch_script_attempt, end_attempt
 from mixtera_hpc.track.progress import ProgressPrinter
 
@@ -43,8 +43,17 @@ def run_attempt(comm_kind: str, prepare: PrepareAttempt) -> int:
         prepare: What rank 0 does first. If it raises, all ranks end.
     """
     require_package("torch")  # Refused here, before a run folder exists.
-    comm = open_communicator(comm_kind)
-    return run_guarded(comm, lambda: _train(comm, prepare))
+    try:
+        comm = open_communicator(comm_kind, creates_group=True)
+    except MixteraError:
+        wait_for_other_reports()
+        raise
+    code = run_guarded(comm, lambda: _train(comm, prepare))
+    if code in (0, SavedAndStopped.exit_code):
+        # Every rank is here. torchrun ends the others once one has exited with 75; rank 0 has recorded its end by now.
+        comm.Barrier()
+        comm.Free()
+    return code
 
 
 def _train(comm: Communicator, prepare: PrepareAttempt) -> None:

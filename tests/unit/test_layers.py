@@ -33,7 +33,7 @@ ONLY_IN = {
     "omegaconf": ["config/"],
     "hydra": ["config/", "training/__main__.py", "cli/"],
     "pyarrow": ["formats/", "cli/demo_corpus.py", "testing/"],
-    "torch": ["training/", "dataplane/step_losses.py", "cli/verbs/doctor.py"],
+    "torch": ["comm/torch_distributed.py", "training/", "dataplane/step_losses.py", "cli/verbs/doctor.py"],
     "submitit": ["launch/"],
     "matplotlib": ["report/"],
     "scipy": [],

@@ -1,6 +1,6 @@
 """`mixtera-hpc resume`: start the next attempt of a run, in its folder.
 
-A run that Slurm ran is submitted again. A local run continues in this process, and so does every run under an MPI
+A run that Slurm ran is submitted again. A local run continues in this process, and so does every run under a
 launcher: `mpiexec -n 8 mixtera-hpc resume RUN` runs this module in every rank.
 """
 
@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 
 from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
 from mixtera_hpc.cli.verbs.submit import follow_submitted, print_submitted
-from mixtera_hpc.comm.launcher import started_by_mpi
+from mixtera_hpc.comm.launcher import started_by_launcher
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.launch.resume import ResumeRequest, was_submitted
 from mixtera_hpc.training.continue_run import continue_run, submit_next_attempt
@@ -19,7 +19,7 @@ __all__ = ["arguments", "run"]
 
 EPILOG = """\
 Without --here and --submit, a run that was a Slurm job is submitted again, and any other run continues in this process.
-Under mpiexec or srun, every run continues in these ranks.
+Under mpiexec, srun or torchrun, every run continues in these ranks.
 
 Examples:
   mixtera-hpc resume demo job.nodes=4 training.num_steps=2000
@@ -78,7 +78,7 @@ def run(args: Namespace) -> int:
         change_seed=args.change_seed,
         change_batch_size=args.change_batch_size,
     )
-    if not args.submit and (args.here or started_by_mpi() or not was_submitted(folder)):
+    if not args.submit and (args.here or started_by_launcher() or not was_submitted(folder)):
         return continue_run(folder, args.overrides, request)
     submitted = submit_next_attempt(folder, args.overrides, request)
     print_submitted(submitted)

@@ -1,15 +1,15 @@
-"""`mixtera-hpc run`: train here, in one process or as every rank of mpiexec or srun.
+"""`mixtera-hpc run`: train here, in one process or as every rank of mpiexec, srun or torchrun.
 
 Without `--folder`, rank 0 makes a run folder. Batch scripts start their ranks with `--folder` and `--attempt`, which
 name an attempt of a prepared run.
 """
 
-import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mixtera_hpc.comm.launch_environment import find_launcher
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.control import block_time_limit_signal
@@ -20,8 +20,6 @@ from mixtera_hpc.training.continue_run import continue_run
 from mixtera_hpc.training.run_attempt import Attempt, run_attempt
 
 __all__ = ["arguments", "run"]
-
-RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -35,6 +33,7 @@ def arguments(parser: ArgumentParser) -> None:
 Examples:
   mixtera-hpc run experiment=demo training.num_steps=40
   mpiexec -n 4 mixtera-hpc run experiment=demo
+  torchrun --nproc-per-node 4 --no-python mixtera-hpc run experiment=demo
 The run folder is <run.root>/<run.name>/<run id>. To continue a run, use mixtera-hpc resume."""
 
 
@@ -73,5 +72,6 @@ def _start_run(overrides: Sequence[str]) -> int:
 
 
 def _is_first_rank() -> bool:
-    """Return True on rank 0, judged by the launcher's variables: all ranks fail alike, and one message is enough."""
-    return all(os.environ.get(name, "0") == "0" for name in RANK_VARIABLES)
+    """Return True on rank 0 of the launcher: all ranks fail alike, and one message is enough."""
+    launcher = find_launcher()
+    return launcher is None or launcher.rank == 0

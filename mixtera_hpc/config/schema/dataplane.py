@@ -49,7 +49,8 @@ class DataPlaneConfig:
     model_parallel_size: int = 1
     """Number of neighbouring ranks that receive the same batch: tensor × pipeline × context parallel size. Must divide
     the number of ranks."""
-    comm: Literal["auto", "local", "mpi"] = "auto"
-    """How ranks communicate. `auto`: MPI if the process was started by an MPI launcher, else a single process."""
+    comm: Literal["auto", "local", "mpi", "torch"] = "auto"
+    """How ranks communicate. `auto`: through torch's process group if it is initialised, else MPI if mpiexec or srun
+    started several processes, else this process is alone. Fewer ranks than the launcher started are refused."""
     audit: bool = False
     """Log a digest of every sequence (or sample) handed to the trainer, for `mixtera-hpc trace --verify`."""
