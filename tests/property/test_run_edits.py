@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose_plain
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.run_folder import RunFolder
@@ -20,6 +20,7 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.resume.run_edits import read_run_edits, record_run_edit, run_edit_between, subset_of_run
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.testing.thread_ranks import run_ranks
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.verify import verify_run
 
@@ -37,10 +38,15 @@ def config_of(plain: dict[str, Any], **sections: dict[str, object]) -> Config:
 
 
 def serve(
-    config: Config, folder: Path, attempt: int, steps: int, state: STATE | None = None
+    config: Config,
+    folder: Path,
+    attempt: int,
+    steps: int,
+    state: STATE | None = None,
+    comm: Communicator | None = None,
 ) -> tuple[list[Batch], STATE]:
-    """Return the batches until `steps` are done or the data ends, and the state after them."""
-    with DataPlane.open(config, Local(), RunFolder(folder), attempt) as plane:
+    """Return the batches until `steps` are done or the data ends, and the state after them (on rank 0)."""
+    with DataPlane.open(config, comm or Local(), RunFolder(folder), attempt) as plane:
         if state is not None:
             plane.load_state_dict(state)
         batches = []
@@ -51,7 +57,8 @@ def serve(
             if batch.step + 1 == steps:
                 break
         saved = plane.state_dict()
-        assert saved is not None
+        if saved is None:
+            return batches, {}
         return batches, {"json": json.loads(json.dumps(saved["json"])), "arrays": saved["arrays"]}
 
 
@@ -258,3 +265,18 @@ def test_a_state_with_drops_is_refused_without_the_folder_that_records_them(
     _, state = serve(config, folder, 1, 3)
     with DataPlane.open(config, Local()) as plane, pytest.raises(ConfigError, match="with the folder of the run"):
         plane.load_state_dict(state)
+
+
+def test_all_ranks_serve_the_edits_that_rank_0_reads(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
+    before = config_of(plain, mixture=DYNAMIC, dataplane={"global_batch_size": 6, "chunk_steps": 3})
+    after = replace(before, dataplane=replace(before.dataplane, global_batch_size=12))
+    digests = []
+    for num_ranks in (1, 3):
+        folder = new_folder()
+        _, state = serve(before, folder, 1, 5)
+        record_edit(before, after, folder, 5, (6, 7), drop=["source == 'ast'"])
+        ranks = run_ranks(num_ranks, lambda comm, f=folder, s=state: serve(after, f, 2, 12, s, comm))  # type: ignore[misc]
+        steps = zip(*(batches for batches, _ in ranks), strict=True)
+        digests.append([[digest for batch in step for digest in batch.digests or []] for step in steps])
+    assert digests[0] == digests[1]
+    assert len(digests[0]) == 7

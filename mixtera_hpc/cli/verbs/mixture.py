@@ -14,7 +14,7 @@ from mixtera_hpc.config.yaml_files import read_yaml
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.mixing.submission import submit_request
-from mixtera_hpc.dataplane.mixing.weight_changes import WeightChange, weight_changes
+from mixtera_hpc.dataplane.mixing.weight_changes import WeightChange, find_weight_changes
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.launch.status import run_statuses
 
@@ -83,7 +83,7 @@ def _set(folder: RunFolder, file: Path, chunk: int | None) -> None:
 
 
 def _show(folder: RunFolder, as_json: bool) -> None:
-    changes = weight_changes(History(folder.journal))
+    changes = find_weight_changes(History(folder.journal))
     decisions = read_decisions(folder.decisions)
     if as_json:
         lines = [*(change.to_dict() for change in changes), *(decision.to_dict() for decision in decisions)]

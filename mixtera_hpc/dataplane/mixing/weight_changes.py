@@ -6,7 +6,7 @@ from typing import Any
 
 from mixtera_hpc.dataplane.journal import History
 
-__all__ = ["WeightChange", "weight_changes"]
+__all__ = ["WeightChange", "find_weight_changes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class WeightChange:
         }
 
 
-def weight_changes(history: History) -> list[WeightChange]:
+def find_weight_changes(history: History) -> list[WeightChange]:
     """Return the chunks with new weights, in order of steps; chunks that a later attempt planned anew do not count."""
     changes: list[WeightChange] = []
     for attempt, steps in history.extents():
