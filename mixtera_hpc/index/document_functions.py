@@ -15,6 +15,7 @@ _BUCKETS = ((100, "under_100"), (300, "100_to_300"), (1000, "300_to_1k"), (3000,
 _MIN_COMPRESSED_BYTES = 64
 """Shorter texts have no meaningful compression ratio: zlib's header dominates."""
 _SAMPLED_CHARACTERS = 400
+# Compiled once: the functions are called for a few thousand documents at a time.
 _WORD = re.compile(r"\S+")
 
 
@@ -60,11 +61,13 @@ def _ratio(data: bytes) -> float:
 
 
 def _repeated(text: str) -> float:
+    # Indentation and trailing blanks do not make a line different.
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return 1 - len(set(lines)) / len(lines) if lines else 0.0
 
 
 def _script(text: str) -> str | None:
+    # Characters at equal distances over the whole text: a foreign title does not decide.
     step = max(len(text) // _SAMPLED_CHARACTERS, 1)
     letters = Counter(c for c in text[::step][:_SAMPLED_CHARACTERS] if c.isalpha())
     scripts: Counter[str] = Counter()

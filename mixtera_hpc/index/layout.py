@@ -58,8 +58,10 @@ DATASET = "dataset"
 """The built-in property: the data set that a sample belongs to."""
 FORMAT = "mixtera-hpc property index"
 VERSION = 2
+# At 8 bytes per entry a chunk is 2 MiB: large enough for the disk, small enough for a buffer per column.
 TABLE_CHUNK = 1 << 18
 """Entries per HDF5 chunk of a table column. Tables are always read whole, so a chunk may be large."""
+# Smaller chunks cost more metadata than they hold data; larger ones are decompressed for a single short block.
 MIN_CHUNK_ROWS = 64
 MAX_CHUNK_ROWS = 16384
 """Bounds of the rows per HDF5 chunk of a sample column."""
@@ -130,6 +132,7 @@ def prepend_zero(ends: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def write_column(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
     """Write one table column with checksums."""
+    # HDF5 refuses chunks, and therefore checksums, for empty columns.
     if len(values):
         chunk = min(len(values), TABLE_CHUNK)
         group.create_dataset(name, data=values, chunks=(chunk, *values.shape[1:]), fletcher32=True)
@@ -139,6 +142,7 @@ def write_column(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
 
 def read_column(group: h5py.Group, name: str, dtype: Any) -> NDArray[Any]:
     """Read a whole column as `dtype`."""
+    # Stored types are narrow; callers compute in the type they ask for.
     values: NDArray[Any] = group[name][...]
     return values.astype(dtype, copy=False)
 
@@ -161,6 +165,7 @@ def read_text(node: h5py.Group, name: str) -> str:
 def write_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
     """Write texts, which may contain any character including NUL, as their joined UTF-8 and the end of each."""
     encoded = [text.encode() for text in texts]
+    # Not HDF5's variable-length strings: these have no checksum and end at the first NUL.
     ends = np.cumsum([len(data) for data in encoded], dtype=np.int64)
     write_column(group, f"{name}_utf8", np.frombuffer(b"".join(encoded), np.uint8))
     write_column(group, f"{name}_end", narrow(ends))

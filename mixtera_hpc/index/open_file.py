@@ -19,10 +19,13 @@ def open_file(path: Path) -> h5py.File:
     Raises:
         PropertyIndexError: the file is missing, not complete yet, damaged, no index, or of another version.
     """
+    # HDF5 says "unable to open" for a missing file as for a damaged one; the cures differ.
     if not path.is_file():
         raise _missing(path)
     try:
+        # Lock files fail on many parallel file systems, and an index is never written in place.
         file = h5py.File(path, "r", locking=False)
+        # Another program's HDF5 file has no such attribute.
         file_format = read_text(file, "format") if "format" in file.attrs else None
         version = file.attrs.get("version")
     except DAMAGE as error:

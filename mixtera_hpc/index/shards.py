@@ -37,6 +37,7 @@ def fingerprint_of_shard(path: Path, size_bytes: int) -> str:
     """
     digest = hashlib.blake2b(str(size_bytes).encode(), digest_size=16)
     with path.open("rb") as file:
+        # Formats keep what matters at the ends: headers at the front, Parquet footers and gzip trailers at the back.
         digest.update(file.read(ENDS_BYTES))
         file.seek(max(size_bytes - ENDS_BYTES, 0))
         digest.update(file.read(ENDS_BYTES))
@@ -45,5 +46,6 @@ def fingerprint_of_shard(path: Path, size_bytes: int) -> str:
 
 def escapes(path: str) -> bool:
     """Return whether a stored path leads out of its data root, or names no file."""
+    # An index may come from somebody else: its paths are input, not facts.
     parts = PurePosixPath(path).parts
     return not parts or path.startswith("/") or ".." in parts or "\0" in path

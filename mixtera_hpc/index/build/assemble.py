@@ -94,9 +94,11 @@ def assemble_index(
     began_s = time.monotonic()
     reused = reused or ReusedShards()
     settings = request.settings
+    # Index order: reused shards come first, and units are numbered in the order of shards and bytes.
     sources = [*reused.blocks, *placed_records(plan, records)]
     merged = merge_results(settings.properties, sources, reused.combos, reused.chunk_rows)
     shards, bad = _shard_table(settings, plan, records, reused)
+    # Checked after the merge, which alone knows all rows, and before the old index is replaced.
     if merged.rows == merged.bad_rows:
         raise _no_rows(settings, shards, bad)
 
@@ -174,6 +176,7 @@ def _shard_table(
 ) -> tuple[ShardTable, list[BadRows]]:
     """Return the table of all shards, and what was skipped of each. Reads the header of every record."""
     rows = np.zeros(len(plan.shards), np.int64)
+    # Reused shards have no records; their rows are known from the older index.
     rows[: len(reused.rows)] = reused.rows
     fingerprints = dict(enumerate(reused.fingerprints))
     skipped: Counter[tuple[int, str]] = Counter()
@@ -192,6 +195,7 @@ def _shard_table(
         if number not in fingerprints:
             fingerprints[number] = fingerprint_of_shard(shard_file.below(settings.roots), shard_file.size_bytes)
 
+    # Sorted, so that the order of the records does not show in the file.
     bad = [BadRows(shard=shard, reason=reason, rows=number) for (shard, reason), number in sorted(skipped.items())]
     return _table_of(plan.shards, rows, [fingerprints[i] for i in range(len(plan.shards))]), [*reused.bad, *bad]
 

@@ -49,6 +49,7 @@ def build_index(
     began_s = time.monotonic()
     settings = scan_settings(config)
     job = shard_scan_job(config, settings)
+    # Only rank 0 lists the shards: thousands of ranks would overload the metadata server of the file system.
     if comm.rank > 0:
         return follow_index_job(job, comm, BuildReport)
 
@@ -70,9 +71,11 @@ def scan_settings(config: Config) -> ScanSettings:
     tokenizer = load_vocabulary(config.dataplane)
     functions = DocumentFunctions.of(config.data)
     vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
+    # Texts are decoded only if somebody looks at them.
     needs_documents = tokenizer is not None or bool(functions.all)
     spec = scan_spec_of(config.data, documents=needs_documents, vocabulary=vocabulary)
     if config.index.seek_points:
+        # A second decompression now saves decoding from the start of the file at every later read.
         spec = replace(spec, seek_folder=str(seek_folder_of(config.index.path)))
     return ScanSettings(
         roots=roots_of(config.data),
@@ -91,6 +94,7 @@ def shard_scan_job(config: Config, settings: ScanSettings) -> IndexJob:
         return scan_unit(settings, plan.shards[shard], ScanUnit(start, stop))
 
     tokenizer = settings.tokenizer.fingerprint if settings.tokenizer else None
+    # Everything that can change a result; the tokenizer and the code of functions by their digests.
     functions = settings.functions
     return IndexJob(
         path=Path(config.index.path),
@@ -102,6 +106,7 @@ def shard_scan_job(config: Config, settings: ScanSettings) -> IndexJob:
 
 def plan_shards(settings: ScanSettings, shards: list[Shard], first: int = 0) -> ScanPlan:
     """Cut the shards from position `first` on into units."""
+    # Formats decide where a shard can be cut; a unit of a Parquet file is a range of its bytes like any other.
     units = [
         (number, unit.start, unit.stop)
         for number, shard in enumerate(shards)

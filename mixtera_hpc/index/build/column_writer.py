@@ -28,6 +28,7 @@ class TableWriter:
 
     def write_column(self, group: str, name: str, values: NDArray[Any], *, in_fingerprint: bool = True) -> None:
         """Write a table column that is in memory."""
+        # The digest is of the stored bytes, so it covers the type as well.
         stored = narrow(values)
         write_column(self.file.require_group(group), name, stored)
         if in_fingerprint:
@@ -39,6 +40,7 @@ class TableWriter:
         digest = self.new_digest(f"{group}/{name}", np.dtype("u1"))
         for text in texts:
             encoded = text.encode()
+            # With the length in front, ["a", "b"] and ["ab"] differ.
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
 
     def new_digest(self, name: str, dtype: np.dtype[Any]) -> Any:
@@ -49,6 +51,7 @@ class TableWriter:
     def fingerprint(self, settings: str) -> str:
         """Return the hex digest of all columns so far and of `settings`."""
         digest = hashlib.blake2b(settings.encode(), digest_size=16)
+        # By name, so that the order of writing does not matter.
         for name in sorted(self._digests):
             digest.update(self._digests[name].digest())
         return digest.hexdigest()
@@ -71,6 +74,7 @@ class BlockWriter:
     def add(self, shard: int | NDArray[np.int64], result: TranslatedResult) -> None:
         """Write the blocks of a result; `shard` is the position of the shard of all blocks, or of each."""
         blocks = result.blocks
+        # One number for all blocks, or one for each.
         self._columns["blocks/shard"].add(np.broadcast_to(shard, len(blocks["rows"])))
         for name in ("rows", "offset", "length"):
             self._columns[f"blocks/{name}"].add(blocks[name])
@@ -108,6 +112,7 @@ class _BufferedColumn:
         self._digest.update(stored.data)
         self._buffer.append(stored)
         self._num_buffered += len(stored)
+        # Whole chunks only: HDF5 would read, change and write a partly filled one again.
         if self._num_buffered >= TABLE_CHUNK:
             self._write(self._num_buffered // TABLE_CHUNK * TABLE_CHUNK)
 
@@ -141,6 +146,7 @@ class _SampleWriter:
                 dtype,
                 chunks=(merged.chunk_rows,),
                 shuffle=True,
+                # Shuffling puts the high bytes together, most of which are zero, so that the fastest level is enough.
                 compression=1,
                 fletcher32=True,
             )
@@ -202,11 +208,13 @@ def _sample_types(merged: MergedTables) -> dict[str, np.dtype[Any]]:
     for name in ("length", "tokens"):
         if f"samples/{name}" in merged.maxima:
             types[name] = narrow_type(merged.maxima[f"samples/{name}"])
+    # Floats are stored as they are: a narrower type would change comparisons.
     return types | {f"numbers/{name}": np.dtype("<f8") for name in merged.numbers}
 
 
 def _new_column(tables: TableWriter, name: str, dtype: np.dtype[Any], length: int) -> _BufferedColumn:
     group, _, column = name.rpartition("/")
+    # HDF5 refuses chunks for empty columns.
     storage: dict[str, Any] = {"chunks": (min(length, TABLE_CHUNK),), "fletcher32": True} if length else {}
     dataset = tables.file.require_group(group).create_dataset(column, (length,), dtype, **storage)
     return _BufferedColumn(dataset, tables.new_digest(name, dtype))

@@ -91,6 +91,7 @@ def derive_properties(
         )
         if comm.rank > 0:
             return follow_index_job(job, comm, DeriveReport)
+        # Positions in changed shards would read other documents.
         check_fresh(index)
         return lead_index_job(job, _plan_units(index), comm, derivation.finish, progress)
 
@@ -136,6 +137,7 @@ def _plan_units(index: PropertyIndex) -> ScanPlan:
     blocks = index.tables.blocks
     units = []
     sizes = []
+    # Ranges are limited in rows first, since a unit is loaded as a whole.
     for first, last in block_ranges(index, np.arange(len(blocks), dtype=np.int64)):
         cuts = _cuts(blocks.shard[first:last], blocks.length[first:last])
         for start, stop in itertools.pairwise(cuts):
@@ -146,6 +148,7 @@ def _plan_units(index: PropertyIndex) -> ScanPlan:
 
 def _cuts(shard: NDArray[np.int32], length: NDArray[np.int64]) -> list[int]:
     """Return the bounds of the units among consecutive blocks: at every shard, and every `UNIT_BYTES` bytes."""
+    # A cut wherever the running sum passes a multiple of UNIT_BYTES.
     ends = np.cumsum(length)
     is_cut = (shard[1:] != shard[:-1]) | (ends[1:] // UNIT_BYTES != ends[:-1] // UNIT_BYTES)
     return [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(shard)]
@@ -167,6 +170,7 @@ class _Derivation:
         shard, first, last = plan.units[unit]
         result = StoredBlocks(self.index, self.combos, first, last).load()
         path = self.index.data_root / self.index.shard_paths()[shard]
+        # A cache per unit: neighbouring blocks share compressed frames.
         cache = BlockCache(seek_folders=[seek_folder_of(self.index.path)])
         reader = load_format(self.index.tables.shards.format[shard]).open(path, self.index.text, cache)
         try:
@@ -193,6 +197,7 @@ class _Derivation:
             readable = np.flatnonzero(result.samples["combo"][own] != bad)
             lengths = result.samples.get("length", no_lengths)[own]
             documents = reader.documents(BlockRef.of(blocks, first + number), lengths, readable)
+            # Scatter the readable documents to their rows.
             block_texts = [""] * rows
             for position, text in zip(readable.tolist(), documents, strict=True):
                 block_texts[position] = text
@@ -210,6 +215,7 @@ class _Derivation:
             prop.name: PropertyField(name=prop.name, path="", kind=Kind(prop.kind))
             for prop in index.tables.properties.values()
         }
+        # With `again` a derived property replaces the stored one.
         fields |= {field.name: field for field in self.functions.fields}
         sources = placed_records(plan, records)
         merged = merge_results([field for _, field in sorted(fields.items())], sources, (), index.chunk_rows)

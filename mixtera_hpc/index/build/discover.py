@@ -40,6 +40,7 @@ def discover_shards(data: DataConfig) -> list[Shard]:
         ConfigError: a glob leaves the data root, or matches a file of unknown format.
         DataError: a root is no folder, a glob matches nothing, or one file is matched under two names.
     """
+    # Refuse an unknown format by name before looking for its files.
     if data.format != "auto":
         load_format(data.format)
     roots = roots_of(data)
@@ -74,6 +75,7 @@ class _RootSearch:
         shards: dict[str, FoundShard] = {}
         for pattern in self.data.include:
             _check_folders(self.root, pattern, excluded)
+            # A later glob adds only what earlier ones have not matched.
             shards |= {pair[0].path: pair for pair in self._shards_of(pattern, excluded, shards)}
         return [shards[path] for path in sorted(shards)]
 
@@ -81,6 +83,7 @@ class _RootSearch:
         """Yield the shards that one glob adds to the known ones."""
         num_matches = 0
         only_stars = set(PurePosixPath(pattern).name) == {"*"}
+        # Sorted, so that errors name the same file everywhere.
         for path in sorted(_expand(self.root, pattern, "data.include")):
             if path in known:
                 num_matches += 1
@@ -89,6 +92,7 @@ class _RootSearch:
             if status is None:
                 continue
             num_matches += 1
+            # Counted as a match above: an exclusion is no typing error in the glob.
             if path in excluded:
                 continue
             name = self._format_of(path, pattern, only_stars)
@@ -103,6 +107,7 @@ class _RootSearch:
         """Return the format of a file; None if only stars matched it and it should be skipped."""
         is_auto = self.data.format == "auto"
         name = format_name_of(path) if is_auto else self.data.format
+        # READMEs and dataset descriptions would become samples.
         if name in ("text", "json") and only_stars and is_auto:
             return None
         if name is None and not only_stars:
@@ -173,6 +178,7 @@ def _stat_file(path: Path) -> os.stat_result | None:
         raise _unreadable(path, error.strerror) from None
     if not stat.S_ISREG(status.st_mode):
         return None
+    # Better now than after an hour of scanning.
     if not os.access(path, os.R_OK):
         raise _unreadable(path, "Permission denied")
     return status
@@ -187,6 +193,7 @@ def _without_duplicates(shards: Iterable[FoundShard]) -> list[Shard]:
     path_of_file: dict[tuple[int, int], str] = {}
     unique = []
     for shard, file_id in shards:
+        # Device and inode identify a file whatever its names.
         if file_id in path_of_file:
             raise DataError(
                 f"{path_of_file[file_id]!r} and {shard.path!r} are the same file; its samples would be counted twice.\n"

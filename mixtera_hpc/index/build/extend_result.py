@@ -36,18 +36,21 @@ def add_columns(result: ScanResult, names: Sequence[str], columns: Mapping[str, 
         names: its categorical properties, sorted.
         columns: property → values of every row.
     """
+    # -1 is no combo, so nothing compares equal to it.
     bad = result.combos.index(None) if None in result.combos else -1
     is_bad = result.samples["combo"] == bad
     numbers = {name: values for name, values in result.numbers.items() if name not in columns}
     zones = {name: values for name, values in result.zones.items() if name not in columns}
     for name, column in columns.items():
         if isinstance(column, np.ndarray):
+            # Functions saw an empty text for bad rows; whatever they returned is dropped.
             numbers[name] = np.where(is_bad, np.nan, column)
             zones[name] = zones_of(numbers[name], result.blocks["rows"], is_bad)
 
     combos, codes = _recombine(result, names, columns)
     samples = result.samples | {"combo": codes}
     new_bad = combos.index(None) if None in combos else None
+    # Splitting combos changes the histogram of every block; token counts stay.
     combos_per_block, cells = histogram_of(result.blocks["rows"], samples, len(combos), new_bad)
     return replace(
         result,
@@ -69,6 +72,7 @@ def _recombine(
     """
     added = {name: column for name, column in sorted(columns.items()) if isinstance(column, Categories)}
     retained = [(column, name) for column, name in enumerate(names) if name not in columns]
+    # Combos list their values by property name, over old and new properties.
     order = sorted([*(name for _, name in retained), *added])
 
     # Number the pairs (old combo, combination of new values) that occur.

@@ -91,13 +91,16 @@ def lead_index_job(
         PropertyIndexError: the index cannot be written, would replace another file, or another process works on it.
     """
     folder = building_folder(job.path)
+    # Before anything is read: a typing error in index.path should not cost an hour.
     _check_place(job.path)
     _make_folder(folder)
     with build_lock(folder), _explain_disk_errors(folder):
         _resume(folder, plan, job.depends_on)
+        # Only now, since other ranks write logs as soon as they have the plan.
         bcast_bytes(comm, msgspec.json.encode(plan))
         _scan_missing(job, plan, comm, progress)
         report = finish(plan, _read_back(folder, len(plan.units)))
+        # The index has its final name; the logs are not needed any more.
         shutil.rmtree(folder)
     bcast_bytes(comm, msgspec.json.encode(report))
     return report
@@ -136,12 +139,14 @@ def _check_place(path: Path) -> None:
 
 def _is_index(path: Path) -> bool:
     """Return whether a file is an index, perhaps a damaged one."""
+    # An empty file has nothing to lose.
     if not h5py.is_hdf5(path):
         return path.stat().st_size == 0
     try:
         with h5py.File(path, "r", locking=False) as file:
             return "chunk_rows" in file.attrs
     except (OSError, RuntimeError):
+        # HDF5 by its signature, but damaged: most likely an index.
         return True
 
 
@@ -171,10 +176,12 @@ def _explain_disk_errors(folder: Path) -> Iterator[None]:
 
 def _resume(folder: Path, plan: ScanPlan, depends_on: Any) -> None:
     """Mark as done in `plan` what an earlier attempt at the same job has scanned; remove the logs of other jobs."""
+    # Any difference in shards, units or settings makes another key, and other results.
     described = msgspec.json.encode([VERSION, plan.shards, plan.units, depends_on])
     plan.key = hashlib.blake2b(described, digest_size=16).hexdigest()
     marker = folder / "key"
     if marker.exists() and marker.read_text() == plan.key:
+        # Logs of this job: earlier attempts may have had any number of ranks.
         plan.done = sorted(complete_units(recover_logs(folder)))
     else:
         for path in folder.glob(LOG_PATTERN):
@@ -186,6 +193,7 @@ def _resume(folder: Path, plan: ScanPlan, depends_on: Any) -> None:
 
 
 def _read_back(folder: Path, num_units: int) -> UnitRecords:
+    # All ranks have passed the barrier of the scan, so all results should be visible here.
     records = complete_units(read_logs(folder))
     num_missing = num_units - len(records)
     if num_missing:

@@ -100,14 +100,12 @@ def merge_results(
     """
     names = [field.name for field in fields if field.kind is not Kind.NUMBER]
     totals = _MergeTotals(names)
+    # Summaries alone: a header of a few kB for each result.
     for _, source in sources:
         totals.add(source.summary())
 
     combos = _ordered_combos(totals.combos, known)
-    properties = {
-        field.name: Property(name=field.name, kind=field.kind, values=_dictionary(field, names, combos))
-        for field in fields
-    }
+    properties = _properties(fields, names, combos)
     chunk_rows = chunk_rows or totals.median_block_rows()
     return MergedTables(
         properties=properties,
@@ -128,6 +126,7 @@ def translate_result(merged: MergedTables, result: ScanResult) -> TranslatedResu
     """Renumber the combos of a loaded result, and sort the cells of each block by the new numbers."""
     new_number = np.array([merged.position[combo] for combo in result.combos], np.int64)
     block_of_cell = np.repeat(np.arange(len(result.blocks["rows"])), result.blocks["count"])
+    # Indexing an empty array fails if there are no combos at all.
     combo = new_number[result.cells["combo"]] if len(block_of_cell) else np.zeros(0, np.int64)
     order = np.lexsort((combo, block_of_cell))  # By block, then combo.
     cells = {name: result.cells[name][order] for name in ("rows", "tokens")} | {"combo": combo[order]}
@@ -178,18 +177,21 @@ class _MergeTotals:
         sizes = np.array(sorted(self._block_rows), np.int64)
         if not len(sizes):
             return MIN_CHUNK_ROWS
+        # Weighted median over the few different sizes.
         ends = np.cumsum([self._block_rows[int(size)] for size in sizes])
         median = sizes[np.searchsorted(ends, (ends[-1] + 1) // 2)]
         return int(np.clip(median, MIN_CHUNK_ROWS, MAX_CHUNK_ROWS))
 
     def padded_rows(self, chunk_rows: int) -> int:
         """Return the number of rows if every block is padded to whole chunks."""
+        # Every block is rounded up to whole chunks.
         chunks = sum(-(-rows // chunk_rows) * blocks for rows, blocks in self._block_rows.items())
         return chunks * chunk_rows
 
 
 def _ordered_combos(used: set[Combo | None], known: Sequence[Combo | None]) -> list[Combo | None]:
     """Return the combos in the order of their numbers: known ones, new ones sorted, bad rows last unless known."""
+    # A refreshed index keeps its numbers, on which the histograms of earlier generations depend.
     combos = [combo for combo in known if combo in used]
     combos += sorted(combo for combo in used.difference(combos) if combo is not None)
     if None in used and None not in combos:
@@ -198,6 +200,7 @@ def _ordered_combos(used: set[Combo | None], known: Sequence[Combo | None]) -> l
 
 
 def _too_many_combos(names: Sequence[str], combos: Iterable[Combo | None]) -> ConfigError:
+    # The property with the most values is the one to change.
     known = [combo for combo in combos if combo is not None]
     num_values = {name: len({combo[i] for combo in known}) for i, name in enumerate(names)}
     largest = max(num_values, key=lambda name: num_values[name])
@@ -208,12 +211,19 @@ def _too_many_combos(names: Sequence[str], combos: Iterable[Combo | None]) -> Co
     )
 
 
-def _dictionary(field: PropertyField, names: Sequence[str], combos: Sequence[Combo | None]) -> tuple[str, ...]:
-    """Return the sorted values of a property; none for a number."""
-    if field.kind is Kind.NUMBER:
-        return ()
-    column = names.index(field.name)
-    return tuple(sorted({value for combo in combos if combo is not None for value in combo[column]}))
+def _properties(
+    fields: Sequence[PropertyField], names: Sequence[str], combos: Sequence[Combo | None]
+) -> dict[str, Property]:
+    """Return all properties; the dictionary of a categorical one has the values that occur, sorted."""
+    known = [combo for combo in combos if combo is not None]
+    properties: dict[str, Property] = {}
+    for field in fields:
+        values: set[str] = set()
+        if field.kind is not Kind.NUMBER:
+            column = names.index(field.name)
+            values = {value for combo in known for value in combo[column]}
+        properties[field.name] = Property(name=field.name, kind=field.kind, values=tuple(sorted(values)))
+    return properties
 
 
 def _combo_table(names: Sequence[str], combos: Sequence[Combo | None], properties: dict[str, Property]) -> ComboTable:

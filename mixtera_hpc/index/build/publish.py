@@ -65,9 +65,11 @@ def publish_index(
     path: Path, facts: IndexFacts, shards: ShardTable, merged: MergedTables, sources: Iterable[PlacedSource]
 ) -> PublishedIndex:
     """Write an index in its building folder, then rename it to `path`; an older index is replaced atomically."""
+    # In the building folder, which is on the same file system, so that the rename is atomic.
     new_file = building_folder(path) / "index.h5"
     published = _write_file(new_file, facts, shards, merged, sources)
     new_file.replace(path)
+    # The rename itself is only durable once the folder is on disk.
     _sync(path.parent)
     return published
 
@@ -80,11 +82,13 @@ def _write_file(
     Raises:
         OSError: the disk does not accept the data; h5py reports some of these as RuntimeError.
     """
+    # A fixed format version and no recorded creation order or times: equal content gives equal bytes.
     file = h5py.File(path, "w", libver=("v110", "v110"), track_order=False, locking=False)
     try:
         published = _write_content(file, facts, shards, merged, sources)
     except (OSError, RuntimeError) as error:
         _abandon(file)
+        # h5py puts the error number of the system into the text only.
         number = re.search(r"errno = (\d+)", str(error))
         if number is None:
             raise
@@ -106,6 +110,7 @@ def _write_content(
         blocks.add(shard, translate_result(merged, source.load()))
     blocks.finish()
 
+    # Kinds and settings are attributes, which no column digest covers.
     kinds = [(prop.name, str(prop.kind)) for prop in merged.properties.values()]
     fingerprint = tables.fingerprint(repr((VERSION, facts.text, facts.tokenizer, facts.parser, kinds)))
     _write_generations(file, (*facts.generations, _newest_generation(fingerprint, merged, len(shards.path))))
@@ -138,12 +143,14 @@ def _write_shards(tables: TableWriter, facts: IndexFacts, shards: ShardTable) ->
     tables.write_texts("shards", "path", shards.path)
     position = {name: i for i, name in enumerate(datasets)}
     dataset_of_shard = shards.dataset or ("",) * len(shards.path)
+    # Not in the fingerprint: the data set of a shard is also the property `dataset` of its samples.
     codes = np.array([position[name] for name in dataset_of_shard], np.int64)
     tables.write_column("shards", "dataset", codes, in_fingerprint=False)
     tables.write_texts("shards", "format", shards.format)
     tables.write_column("shards", "rows", shards.rows)
     tables.write_column("shards", "size_bytes", shards.size_bytes)
     tables.write_column("shards", "mtime_ns", shards.mtime_ns, in_fingerprint=False)
+    # Hex texts as raw bytes; shape (shards, 16).
     digests = np.frombuffer(bytes.fromhex("".join(shards.fingerprint)), np.uint8)
     tables.write_column("shards", "fingerprint", digests.reshape(len(shards.path), -1))
 

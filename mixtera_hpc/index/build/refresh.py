@@ -84,9 +84,11 @@ def refresh_index(
     if comm.rank > 0:
         return follow_index_job(job, comm, RefreshReport)
 
+    # The shards may have moved since the build; only the configured folders count.
     roots = {name: str(root) for name, root in settings.roots.items()}
     with open_index(config.index.path, roots) as index:
         _check_settings(index, request)
+        # Compared before the lock is taken: another build in progress fails at the lock.
         changes = _compare_shards(index, discover_shards(config.data))
 
         def finish(plan: ScanPlan, records: UnitRecords) -> RefreshReport:
@@ -126,6 +128,7 @@ def _check_settings(index: PropertyIndex, request: BuildRequest) -> None:
     settings = request.settings
     tokenizer = settings.tokenizer.fingerprint if settings.tokenizer else None
     parser = settings.spec.parser.path if settings.spec.parser else None
+    # A property is the same if its kind and its source are.
     kinds = {field.name: str(field.kind) for field in settings.properties}
     given = {name: f"{kinds[name]} {source}" for name, source in property_sources(settings).items()}
     stored = {name: f"{prop.kind} {index.sources[name]}" for name, prop in index.tables.properties.items()}
@@ -145,9 +148,11 @@ def _check_settings(index: PropertyIndex, request: BuildRequest) -> None:
 
 def _compare_shards(index: PropertyIndex, on_disk: list[Shard]) -> _ShardChanges:
     stored = [_stored_shard(index, number) for number in range(len(index.tables.shards.path))]
+    # Equal paths may occur in different data sets.
     now = {(shard.dataset, shard.path): shard for shard in on_disk}
     before = {(shard.dataset, shard.path): shard for shard in stored}
     return _ShardChanges(
+        # Equality covers path, format, size and modification time.
         unchanged=[i for i, shard in enumerate(stored) if now.get((shard.dataset, shard.path)) == shard],
         added=[shard for key, shard in now.items() if key not in before],
         changed=[shard for key, shard in now.items() if key in before and before[key] != shard],

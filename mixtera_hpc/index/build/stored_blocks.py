@@ -39,6 +39,7 @@ class StoredBlocks:
         rows = int(blocks["rows"].sum())
         good_rows = int(cells["rows"].sum())
         combos = [self.combos[number] for number in np.unique(cells["combo"]).tolist()]
+        # Rows in no cell are bad rows.
         if good_rows < rows:
             combos.append(None)
         sizes, counts = np.unique(blocks["rows"], return_counts=True)
@@ -57,6 +58,7 @@ class StoredBlocks:
         blocks = self._blocks()
         cells = self._cells()
         first_sample = int(self.index.tables.blocks.first_sample[self.first])
+        # One read over all blocks, including the padding between them.
         padded = self.index.samples.read(first_sample, self._padded_rows())
         position = self._row_positions(blocks["rows"])
         # Combos are renumbered to those that occur in these blocks, ascending.
@@ -77,6 +79,7 @@ class StoredBlocks:
         maxima = {f"blocks/{name}": int(values.max(initial=0)) for name, values in blocks.items()}
         maxima |= {f"cells/{name}": int(values.max(initial=0)) for name, values in cells.items()}
         types = self.index.samples.column_types()
+        # The type is known without reading, its largest value is an upper bound.
         maxima |= {f"samples/{name}": int(np.iinfo(dtype).max) for name, dtype in types.items() if name != "combo"}
         return maxima | {"samples/combo": 0}  # The type of combo numbers depends on all combos, not on these.
 
@@ -128,6 +131,7 @@ def block_ranges(index: PropertyIndex, blocks: NDArray[np.int64]) -> Iterator[tu
 
     A range has at most `MAX_ROWS` rows, or it is a single block.
     """
+    # Reading block by block would cost a call to HDF5 for each column of each block.
     rows_of_block = index.tables.blocks.rows
     numbers = blocks.tolist()
     start = 0

@@ -34,6 +34,8 @@ class ColumnCache:
     def _add(self, key: Key, values: NDArray[Any]) -> NDArray[Any]:
         self._entries[key] = values
         self._free_bytes -= values.nbytes + ENTRY_BYTES
+        # A dict iterates in insertion order, so its first key is the oldest entry. An entry larger than the whole
+        # cache evicts everything, itself included, and is still returned.
         while self._free_bytes < 0:
             oldest = next(iter(self._entries))
             self._free_bytes += self._entries.pop(oldest).nbytes + ENTRY_BYTES

@@ -40,11 +40,13 @@ def open_configured(config: Config, *, reads_shards: bool = True, announce: bool
         PropertyIndexError: an index is missing or damaged, it was built with other settings than those of
             `config.data`, its data root is not trusted, or the indexes do not fit together.
     """
+    # An empty generation is the newest state.
     paths = config.index.paths_to_read
     generations = config.index.generations or [""] * len(paths)
     described = _described_position(config)
     indexes = []
     for position, (path, generation) in enumerate(zip(paths, generations, strict=True)):
+        # The keys of `data` say nothing about the other indexes: these use their own settings and stored roots.
         data = config.data if position == described else DataConfig()
         index = open_index(path, data.roots() or data.root or None, generation)
         if position == described:
@@ -111,7 +113,9 @@ def _described_position(config: Config) -> int | None:
 
 def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Sequence[str], announce: bool) -> None:
     """Accept and log the data roots stored in the index at `path`, or refuse them."""
+    # Resolved, so that a link below a trusted folder cannot lead out of it.
     trusted = [Path(folder).expanduser().resolve() for folder in trusted_roots]
+    # Whoever can write the file can name any folder in it.
     is_own = path.stat().st_uid == os.geteuid()
     for root in roots:
         is_trusted = any(root.resolve().is_relative_to(folder) for folder in trusted)
@@ -132,6 +136,7 @@ def _check_build_settings(index: PropertyIndex, data: DataConfig) -> None:
     if data.text not in (TEXT_DEFAULT, index.text):
         differing.append(("data.text", data.text, index.text))
     for name, spec in data.properties.items():
+        # Computed properties have no path; `index derive` and `index refresh` compare their functions.
         if name in index.sources and spec.path is not None:
             given = f"{spec.kind} {path_source(spec.path, spec.pattern)}"
             stored = f"{index.tables.properties[name].kind} {index.sources[name]}"

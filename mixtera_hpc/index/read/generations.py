@@ -18,6 +18,7 @@ __all__ = ["tables_of_generation"]
 
 def tables_of_generation(tables: IndexTables, generation: Generation) -> IndexTables:
     """Return the tables as they were in `generation`."""
+    # New combos are appended by a refresh, so the earlier ones are the first.
     combos = _first_combos(tables.combos, generation.combos)
     histogram = _first_cells(tables.histogram, generation)
     return replace(
@@ -27,6 +28,7 @@ def tables_of_generation(tables: IndexTables, generation: Generation) -> IndexTa
         shards=_first_shards(tables.shards, generation.shards),
         blocks=_first_blocks(tables.blocks, generation.blocks),
         histogram=histogram,
+        # Bad rows are in no histogram, so this counts the rows that can be read.
         num_samples=int(histogram.rows.sum(dtype=np.int64)),
     )
 
@@ -42,6 +44,7 @@ def _first_combos(combos: ComboTable, count: int) -> ComboTable:
         used, code = np.unique(combos.codes[name][: indptr[name][-1]], return_inverse=True)
         codes[name] = code.astype(np.int32)
         properties[name] = replace(prop, values=tuple(prop.values[i] for i in used.tolist()))
+    # The combo of bad rows may have been added by a later generation.
     bad = combos.bad if combos.bad < count else -1
     return ComboTable(num_combos=count, properties=properties, indptr=indptr, codes=codes, bad=bad)
 

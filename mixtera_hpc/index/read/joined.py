@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import DATASET, BadRows
 from mixtera_hpc.index.read.joined_samples import open_samples
@@ -53,18 +56,8 @@ def join_indexes(indexes: Sequence[PropertyIndex]) -> JoinedIndex:
     _check_compatible(indexes)
     names = _dataset_names(indexes)
     tables, joined_combos = join_tables([index.tables for index in indexes], names)
-    members = [
-        SampleSource(
-            path=str(index.path),
-            fingerprint=index.fingerprint,
-            first_sample=first,
-            combos=combos.tolist(),
-            numbers=sorted(tables.blocks.zones),
-        )
-        for index, first, combos in zip(
-            indexes, first_samples([index.tables.blocks for index in indexes]), joined_combos, strict=True
-        )
-    ]
+    members = _sample_sources(indexes, joined_combos, sorted(tables.blocks.zones))
+    # The tables are copied now. Samples are read through `samples`, which opens the files on demand.
     for index in indexes:
         index.close()
 
@@ -89,8 +82,25 @@ def join_indexes(indexes: Sequence[PropertyIndex]) -> JoinedIndex:
     )
 
 
+def _sample_sources(
+    indexes: Sequence[PropertyIndex], joined_combos: Sequence[NDArray[np.int64]], numbers: list[str]
+) -> list[SampleSource]:
+    offsets = first_samples([index.tables.blocks for index in indexes])
+    return [
+        SampleSource(
+            path=str(index.path),
+            fingerprint=index.fingerprint,
+            first_sample=offset,
+            combos=combos.tolist(),
+            numbers=numbers,
+        )
+        for index, offset, combos in zip(indexes, offsets, joined_combos, strict=True)
+    ]
+
+
 def _check_compatible(indexes: Sequence[PropertyIndex]) -> None:
     """Refuse indexes that one run cannot read together."""
+    # Equality is transitive, so comparing each with the first is enough.
     first = indexes[0]
     for other in indexes[1:]:
         pairs = [
@@ -115,6 +125,7 @@ def _check_compatible(indexes: Sequence[PropertyIndex]) -> None:
 def _dataset_names(indexes: Sequence[PropertyIndex]) -> list[str]:
     """Return the `dataset` of each index's samples, used where the index does not have that property itself."""
     names = [index.path.stem for index in indexes]
+    # Indexes over named data sets have the property already, so the name of their file does not matter.
     unnamed = [name for name, index in zip(names, indexes, strict=True) if DATASET not in index.tables.properties]
     has_duplicates = len(set(unnamed)) < len(unnamed)
     if has_duplicates or len({index.path.absolute() for index in indexes}) < len(indexes):
@@ -126,6 +137,7 @@ def _dataset_names(indexes: Sequence[PropertyIndex]) -> list[str]:
 
 
 def _joined_fingerprint(indexes: Sequence[PropertyIndex], names: Sequence[str]) -> str:
+    # Names count: they are values of the property `dataset`, on which queries depend.
     text = "".join(f"{name} {index.fingerprint} " for name, index in zip(names, indexes, strict=True))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

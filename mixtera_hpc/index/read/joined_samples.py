@@ -22,6 +22,7 @@ class JoinedSampleReader(SampleReader):
 
     def __init__(self, sources: Sequence[SampleSource], cache_bytes: int) -> None:
         super().__init__(sources[0].path)
+        # An equal share each: all indexes of a mixture are read at random.
         own_cache_bytes = cache_bytes // len(sources)
         self._sources = sources
         self._readers = [SampleReader(source.path, source.fingerprint, own_cache_bytes) for source in sources]
@@ -32,6 +33,7 @@ class JoinedSampleReader(SampleReader):
         self, first_samples: Sequence[int], rows: Sequence[int], only: Collection[str] | None = None
     ) -> SampleColumns:
         """Read the samples of several blocks and concatenate them; see `SampleReader.read_many`."""
+        # Index of the last source that begins at or before each sample.
         owners = np.searchsorted(self._first_samples, first_samples, side="right") - 1
         # One read per run of consecutive blocks that are in the same index.
         changes = (np.flatnonzero(np.diff(owners)) + 1).tolist()
@@ -54,6 +56,7 @@ class JoinedSampleReader(SampleReader):
         """Read blocks of one index, and translate them to joined combos and numbers."""
         offset = int(self._first_samples[owner])
         columns = self._readers[owner].read_many([first - offset for first in first_samples], rows, only)
+        # A number that this index does not have is null in all its samples.
         null = np.full(len(columns.combo), np.nan)
         names = self._sources[owner].numbers or []
         return SampleColumns(

@@ -27,6 +27,7 @@ def join_tables(tables: Sequence[IndexTables], names: Sequence[str]) -> tuple[In
         The joined tables; and for each index an array: own combo number → joined combo number.
     """
     combos, joined_combos = _join_combos(tables, names)
+    # Every index that has a number property has zones of it.
     numbers = sorted({name for t in tables for name in t.blocks.zones})
     properties = {name: Property(name=name, kind=Kind.NUMBER) for name in numbers} | dict(combos.properties)
     joined = IndexTables(
@@ -36,6 +37,7 @@ def join_tables(tables: Sequence[IndexTables], names: Sequence[str]) -> tuple[In
         blocks=_join_blocks(tables, numbers),
         histogram=_join_histograms([t.histogram for t in tables], joined_combos),
         num_samples=sum(t.num_samples for t in tables),
+        # One index without counts makes all sums of tokens wrong.
         has_tokens=all(t.has_tokens for t in tables),
     )
     return joined, joined_combos
@@ -49,6 +51,7 @@ def first_shards(shards: Sequence[ShardTable]) -> list[int]:
 
 def first_samples(blocks: Sequence[BlockTable]) -> list[int]:
     """Return the joined position of the first sample of each index."""
+    # The position behind the last row; the padding behind it is never addressed.
     lengths = [int(b.first_sample[-1]) + int(b.rows[-1]) if len(b) else 0 for b in blocks]
     return _offsets(lengths)
 
@@ -87,6 +90,7 @@ def _join_combos(tables: Sequence[IndexTables], names: Sequence[str]) -> tuple[C
 def _values_of(combos: ComboTable, number: int, dataset: str) -> ComboValues:
     """Return all values of a combo; `dataset` unless it has one of its own."""
     own = {name: combos.values(name, number) for name in combos.properties}
+    # The index's own `dataset`, if any, replaces the name of its file.
     return {DATASET: (dataset,)} | own
 
 
@@ -133,6 +137,7 @@ def _join_blocks(tables: Sequence[IndexTables], numbers: Sequence[str]) -> Block
 
 
 def _join_zones(blocks: Sequence[BlockTable], name: str) -> Zones:
+    # A number that an index lacks is null in all its blocks, so that `x is None` selects them.
     zones = [b.zones.get(name) or _null_zones(len(b)) for b in blocks]
     return Zones(
         low=np.concatenate([z.low for z in zones]),

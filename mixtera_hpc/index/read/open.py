@@ -66,6 +66,7 @@ class PropertyIndex:
     def shard_paths(self) -> list[str]:
         """Return the path of every shard, relative to `data_root`."""
         shards = self.tables.shards
+        # Data sets with names may lie anywhere, so only absolute paths identify their shards.
         if "" in self.roots:
             return list(shards.path)
         pairs = zip(shards.dataset, shards.path, strict=True)
@@ -113,6 +114,7 @@ def open_index(path: str | Path, data_root: DataRoots = None, generation: str | 
     """
     path = Path(path)
     with open_file(path) as file:
+        # Reading a damaged file may fail anywhere below, with any of h5py's errors.
         try:
             return _read_index(file, path, data_root, generation)
         except DAMAGE as error:
@@ -139,6 +141,7 @@ def _read_index(file: h5py.File, path: Path, data_root: DataRoots, generation: s
     tables = read_tables(file, tuple(roots))
     fingerprint = read_text(file, "fingerprint")
 
+    # The newest state needs no cut, whether it is asked for by name or not.
     if generation and not fingerprint.startswith(generation):
         chosen = _find_generation(path, generations, fingerprint, generation)
         tables = tables_of_generation(tables, chosen)
@@ -169,6 +172,7 @@ def _find_generation(path: Path, generations: Sequence[Generation], newest: str,
     for generation in generations:
         if generation.fingerprint.startswith(wanted):
             return generation
+    # Each once: the newest state is the last generation as well.
     known = dict.fromkeys(fingerprint[:12] for fingerprint in (*(g.fingerprint for g in generations), newest))
     raise PropertyIndexError(
         f"{path} has no generation {wanted[:12]!r}; it has {', '.join(known)}.\n"
@@ -183,6 +187,7 @@ def _current_roots(group: h5py.Group, given: DataRoots, path: Path) -> dict[str,
     if not given:
         return {name: Path(root) for name, root in stored.items()}
     roots = {"": given} if isinstance(given, str) else dict(given)
+    # Shards are stored relative to their data set, so each one needs a folder.
     if roots.keys() != stored.keys():
         have = ", ".join(sorted(stored.keys() - {""})) or "none"
         want = ", ".join(sorted(roots.keys() - {""})) or "none"

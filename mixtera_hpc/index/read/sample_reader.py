@@ -53,6 +53,7 @@ class SampleReader:
         self.path = Path(path)
         self._cache = ColumnCache(cache_bytes)
         self._fingerprint = fingerprint
+        # h5py serializes all calls of a process anyway; the lock protects our own state as well.
         self._lock = threading.Lock()
         self._file: h5py.File | None = None
         self._columns: dict[str, Any] = {}
@@ -113,6 +114,7 @@ class SampleReader:
 
     def _check_generation(self, file: h5py.File) -> None:
         """Refuse a file that replaced the one whose tables are in use."""
+        # A refresh that only added shards keeps the generation, and with it all positions.
         if self._fingerprint in (None, *read_texts(file["generations"], "fingerprint")):
             return
         raise PropertyIndexError(
@@ -126,12 +128,14 @@ class SampleReader:
         reads = ranges if self._cache.max_bytes else _merge_adjacent(ranges)
 
         def column(name: str, stored: Any, dtype: Any) -> NDArray[Any]:
+            # A column that is not stored (no token counts) or not requested is all zeros.
             if stored is None or not ranges or (only is not None and name not in only):
                 return np.zeros(rows, dtype)
             values = [
                 self._cache.get((name, start, stop), partial(self._read_from_file, stored, start, stop))
                 for start, stop in reads
             ]
+            # Without a copy for the usual case of one range.
             joined = values[0] if len(values) == 1 else np.concatenate(values)
             return joined.astype(dtype, copy=False)
 
@@ -143,6 +147,7 @@ class SampleReader:
         )
 
     def _read_from_file(self, stored: Any, start: int, stop: int) -> NDArray[Any]:
+        # HDF5 decompresses whole chunks; a block begins at a chunk, so little is decompressed in vain.
         values: NDArray[Any] = stored[start:stop]
         self.bytes_read += values.nbytes
         return values

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.mixture.domain_tree import display_name, domain_entries
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import Config, HoldoutConfig
 from mixtera_hpc.core.domain_keys import DomainKey, domain_name
 from mixtera_hpc.core.domains import Selection, keys_for_group_by, select
 from mixtera_hpc.core.holdout import Split, add_holdout_hashes, add_holdout_zones, restrict_to_split, shard_hash_keys
-from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
-from mixtera_hpc.core.query import parse_predicate
+from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns
+from mixtera_hpc.core.query import Predicate, parse_predicate
 from mixtera_hpc.errors import ConfigError, MixtureError
 from mixtera_hpc.index.read.open import PropertyIndex
 
@@ -91,20 +91,18 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
     """
     check_split(config, split)
     began = time.perf_counter()
+    # The reader counts over its whole life.
     bytes_before = index.samples.bytes_read
     keys = _domain_keys(config, index)
     predicate = parse_predicate(config.query.where, index.tables.properties)
+    # Only these columns are read; the query never looks at lengths.
     reader = _TimedReader(index, {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers)})
     tables = index.tables
     read: BlockRead = reader.read
-    holdout = config.query.holdout
-    if holdout.fraction:
-        # A hash of each sample, seen by the query as one more number, decides on which side of the split it is.
-        hash_keys = shard_hash_keys(tables.shards.path, holdout.seed)
-        tables = add_holdout_zones(tables)
-        predicate = restrict_to_split(predicate, holdout.fraction, split)
-        read = _with_hashes(reader.read, hash_keys, tables.blocks)
+    if config.query.holdout.fraction:
+        tables, predicate, read = _on_one_side(tables, predicate, read, config.query.holdout, split)
 
+    # Blocks that the histogram or the zones decide are not read at all.
     parsed = time.perf_counter()
     selection = select(tables, predicate, keys, read)
     cost = SelectionCost(
@@ -115,6 +113,19 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
     )
     names = tuple(map(display_name if len(keys) > 1 else domain_name, keys))
     return SelectedDomains(selection=selection, keys=tuple(keys), names=names, cost=cost)
+
+
+def _on_one_side(
+    tables: IndexTables, predicate: Predicate, read: BlockRead, holdout: HoldoutConfig, split: Split
+) -> tuple[IndexTables, Predicate, BlockRead]:
+    """Restrict a query to one side of the holdout.
+
+    A hash of each sample decides on which side it is. The query sees the hash as one more number.
+    """
+    hash_keys = shard_hash_keys(tables.shards.path, holdout.seed)
+    hashed = add_holdout_zones(tables)
+    restricted = restrict_to_split(predicate, holdout.fraction, split)
+    return hashed, restricted, _with_hashes(read, hash_keys, hashed.blocks)
 
 
 def _with_hashes(read: BlockRead, hash_keys: NDArray[np.uint64], blocks: BlockTable) -> BlockRead:

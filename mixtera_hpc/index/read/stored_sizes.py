@@ -23,6 +23,7 @@ def column_sizes(path: Path) -> list[ColumnSize]:
     """Return the size of every column, in the order of the file. Reads metadata only."""
     sizes: list[ColumnSize] = []
 
+    # h5py calls this for every group and column below the root.
     def measure(name: str, node: object) -> None:
         if isinstance(node, h5py.Dataset):
             stored = int(node.id.get_storage_size())

@@ -39,6 +39,7 @@ def read_tables(file: h5py.File, datasets: Sequence[str]) -> IndexTables:
     numbers = [name for name, prop in properties.items() if prop.kind is Kind.NUMBER]
     blocks = _read_blocks(file, int(file.attrs["chunk_rows"]), numbers)
 
+    # Checksums detect damaged bytes, not tables of different builds; this cheap sum does.
     num_samples = int(file.attrs["num_samples"])
     num_bad = int(read_column(file["bad"], "rows", np.int64).sum())
     if int(blocks.rows.sum(dtype=np.int64)) != num_samples + num_bad:
@@ -78,9 +79,11 @@ def _read_property(name: str, group: h5py.Group) -> Property:
 
 def _read_shards(group: h5py.Group, datasets: Sequence[str]) -> ShardTable:
     paths = read_texts(group, "path")
+    # Readers join these paths to the data root without looking at them again.
     for path in paths:
         if escapes(path):
             raise ValueError(f"shard {path!r} is outside the data root")
+    # A single unnamed data set needs no column of names.
     is_unnamed = tuple(datasets) == ("",)
     return ShardTable(
         path=paths,
@@ -95,6 +98,7 @@ def _read_shards(group: h5py.Group, datasets: Sequence[str]) -> ShardTable:
 
 def _read_combos(group: h5py.Group, properties: Mapping[str, Property]) -> ComboTable:
     categorical = {name: prop for name, prop in properties.items() if prop.kind is not Kind.NUMBER}
+    # Values per combo, from which the CSR bounds follow.
     counts = {name: read_column(group[name], "count", np.int64) for name in categorical}
     return ComboTable(
         num_combos=int(group.attrs["num_combos"]),
@@ -121,6 +125,7 @@ def _read_blocks(file: h5py.File, chunk_rows: int, numbers: Sequence[str]) -> Bl
     rows = read_column(group, "rows", np.int32)
     return BlockTable(
         shard=shard,
+        # Not stored: sums over the rows of the blocks before.
         first_row=first_rows(shard, rows),
         rows=rows,
         offset=read_column(group, "offset", np.int64),

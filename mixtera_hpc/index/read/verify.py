@@ -45,6 +45,7 @@ def changed_shards(index: PropertyIndex) -> list[ChangedShard]:
     """Return the shards that are missing or differ in size or modification time, in index order."""
     shards = index.tables.shards
     paths = [index.data_root / path for path in index.shard_paths()]
+    # On a parallel file system a stat mostly waits, so many at once take little longer than one.
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         problems = pool.map(_stat_problem, paths, shards.size_bytes.tolist(), shards.mtime_ns.tolist())
         return _with_problems(index, problems)
@@ -63,8 +64,10 @@ def deeply_changed_shards(index: PropertyIndex, tokenizer: Tokenizer | None, com
     """
     count = len(index.tables.shards.path)
     failed = np.zeros(count, np.int8)
+    # Round-robin, since neighbouring shards tend to have similar sizes.
     for shard in range(comm.rank, count, comm.size):
         failed[shard] = bool(_content_problem(index, shard, tokenizer))
+    # Strings cannot be reduced, so ranks agree on which shards failed, and rank 0 finds the words.
     failed = comm.Allreduce(failed, "max")
     if comm.rank > 0:
         return []
@@ -131,12 +134,14 @@ def _content_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | No
     try:
         if path.stat().st_size != size_bytes:
             return _size_problem(path.stat().st_size, size_bytes)
+        # Cheap checks first: most changes alter the size or the ends.
         if fingerprint_of_shard(path, size_bytes) != shards.fingerprint[shard]:
             return "its first or last MiB differs"
         return _blocks_problem(index, shard, tokenizer)
     except OSError as error:
         return _access_problem(error)
     except DataError as error:
+        # The list names the path already.
         return str(error).splitlines()[0].replace(str(path), "it")
 
 
@@ -177,6 +182,7 @@ def _token_problem(index: PropertyIndex, block: int, reader: ShardReader, tokeni
     texts = reader.documents(place, samples.length, rows)
     if tokenizer is None or not tables.has_tokens:
         return ""
+    # `encode_batch` returns the tokens of all documents and where each ends.
     counts = np.diff(tokenizer.encode_batch(texts)[1])
     differing = np.flatnonzero(counts != samples.tokens[rows])
     if not len(differing):

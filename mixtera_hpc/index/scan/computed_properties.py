@@ -49,6 +49,7 @@ class DocumentFunctions:
         """
         functions = []
         for name, spec in sorted(data.properties.items()):
+            # Properties with a path are read by the formats.
             if spec.function:
                 call = import_function(spec.function, f"data.properties.{name}.function")
                 field = PropertyField(name=name, path=spec.function, kind=Kind(spec.kind))
@@ -81,6 +82,7 @@ class DocumentFunctions:
 def _compute(function: DocumentFunction, documents: list[str]) -> Column:
     field = function.field
     values = _call(function, documents)
+    # A shifted column would give every document the value of another.
     if len(values) != len(documents):
         raise DataError(
             f"{field.path} returned {len(values)} values for {len(documents)} documents; data.properties.{field.name} "
@@ -88,6 +90,7 @@ def _compute(function: DocumentFunction, documents: list[str]) -> Column:
         )
     try:
         if field.kind is Kind.NUMBER:
+            # Raises for values that have no float64, such as sequences and huge integers.
             return np.array([np.nan if value is None else value for value in values], np.float64)
         return encode_categories([_as_category(value, field.kind) for value in values])
     except (TypeError, ValueError, OverflowError) as error:
@@ -99,6 +102,7 @@ def _compute(function: DocumentFunction, documents: list[str]) -> Column:
 def _call(function: DocumentFunction, documents: list[str]) -> Sequence[Any]:
     """Call the user's function; a note on its exception names the property."""
     try:
+        # A copy: the function may sort or change its list.
         values = function.call(list(documents))
         return values if hasattr(values, "__len__") else list(values)
     except Exception as error:
@@ -112,6 +116,7 @@ def _as_category(value: Any, kind: Kind) -> Any:
     Raises:
         TypeError: it is not a value of that kind.
     """
+    # NumPy scalars become Python's, so that their text is the same.
     scalar = value.item() if isinstance(value, np.generic) else value
     if scalar is None or isinstance(scalar, bool | int | float | str):
         return scalar

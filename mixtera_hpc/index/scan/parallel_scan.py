@@ -58,6 +58,7 @@ class ScanTasks:
     def batches(self, num_ranks: int) -> list[list[int]]:
         """Group the missing units into batches that are claimed at once, the largest units first."""
         total = sum(self.sizes[unit] for unit in self.missing)
+        # Smaller batches if there is little work, so that every worker gets several.
         target = min(BATCH_BYTES, total // (BATCHES_PER_WORKER * num_ranks * self.threads))
         batches: list[list[int]] = []
         size = target + 1
@@ -89,9 +90,11 @@ def scan_in_parallel(
     counters = comm.Allocate_counters(4)
     rank = _RankScanner(tasks, comm, counters, progress if comm.rank == 0 else None)
     rank.scan_all(scan)
+    # Rank 0 has no units left; it reports for the others until they are done.
     while comm.rank == 0 and not rank.report_progress():
         time.sleep(10 * POLL_S)
     comm.Barrier()
+    # Not earlier: a late rank may still be reading the counters.
     counters.Free()
 
 
@@ -129,10 +132,12 @@ class _RankScanner:
 
     def _hand_out_units(self, workers: Sequence["_ScanWorker"], finished: "queue.SimpleQueue[_FinishedUnit]") -> None:
         idle = list(workers)
+        # Only rank 0 holds the counters, so only it must enter MPI regularly.
         poll_s = POLL_S if self._comm.rank == 0 and self._comm.size > 1 else None
         while True:
             while idle and (unit := self._claim_unit()) is not None:
                 idle.pop().units.put(unit)
+            # Nothing was left to hand out, and nobody is working.
             if len(idle) == len(workers):
                 break
             try:
@@ -200,6 +205,7 @@ class _ScanWorker:
         self._log = log
         self._finished = finished
         self._is_cancelled = False
+        # A daemon, so that a hanging read cannot keep a failed process alive.
         self._thread = threading.Thread(target=self._run, daemon=True, name="scan")
         self._thread.start()
 

@@ -105,6 +105,7 @@ class ScanLog:
     """The log of one thread, open for appending."""
 
     def __init__(self, folder: Path, name: str) -> None:
+        # Exclusive: a name is used by one worker of one attempt, so nobody else can be appending.
         self._file = (folder / LOG_PATTERN.replace("*", name)).open("xb")
 
     def append(self, unit: int, number: int, result: ScanResult, *, last: bool) -> None:
@@ -120,12 +121,14 @@ class ScanLog:
             arrays=[(name, values.dtype.str, len(values)) for name, values in arrays.items()],
         )
         header = msgspec.json.encode(fields)
+        # One checksum over header and body: a record is intact as a whole or not at all.
         body = [values.tobytes() for values in arrays.values()]
         checksum = zlib.crc32(header)
         for data in body:
             checksum = zlib.crc32(data, checksum)
         self._file.write(_PREFIX.pack(_MAGIC, len(header), sum(map(len, body)), checksum))
         self._file.writelines([header, *body])
+        # To the operating system: a killed process loses nothing. Only a crashed node may, and the checksum tells.
         self._file.flush()
 
     def close(self) -> None:
@@ -162,6 +165,7 @@ def _result_from_arrays(header: RecordHeader, arrays: dict[str, NDArray[Any]]) -
 def _arrays_of_group(arrays: dict[str, NDArray[Any]], group: str) -> dict[str, NDArray[Any]]:
     """Return the arrays of one group under their own names, integers widened again."""
     prefix = f"{group}/"
+    # Numbers keep their float type.
     own = {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
     return {name: values if values.dtype.kind == "f" else values.astype(np.int64) for name, values in own.items()}
 
@@ -195,6 +199,7 @@ def recover_logs(folder: Path) -> list[LogRecord]:
             while record := _read_record(path, file, verify=True):
                 records.append(record)
                 end = file.tell()
+            # New records would be unreachable behind a damaged one.
             file.truncate(end)
     return records
 
@@ -211,6 +216,7 @@ def read_logs(folder: Path) -> list[LogRecord]:
 
 def complete_units(records: list[LogRecord]) -> dict[int, list[LogRecord]]:
     """Return the units all of whose results are logged, with their records in order."""
+    # Unit → number → record. Of equal results from several attempts the first is taken.
     numbered: dict[int, dict[int, LogRecord]] = {}
     for record in records:
         numbered.setdefault(record.unit, {}).setdefault(record.number, record)
@@ -230,6 +236,7 @@ def _read_record(path: Path, file: BinaryIO, verify: bool) -> LogRecord | None:
     if len(prefix) < _PREFIX.size:
         return None
     magic, header_size, body_size, checksum = _PREFIX.unpack(prefix)
+    # A length beyond the end of the file is a truncated record, or garbage.
     if magic != _MAGIC or header_size + body_size > os.fstat(file.fileno()).st_size - file.tell():
         return None
     header = file.read(header_size)
@@ -237,6 +244,7 @@ def _read_record(path: Path, file: BinaryIO, verify: bool) -> LogRecord | None:
     if verify and _checksum(header, file, body_size) != checksum:
         return None
     file.seek(body_start + body_size)
+    # Decoding the whole header would build all combos of the result.
     decoded = msgspec.json.decode(header, type=_RecordPosition)
     return LogRecord(path, position, decoded.unit, decoded.number, decoded.last)
 

@@ -20,6 +20,7 @@ Combo = tuple[tuple[str, ...], ...]
 """The values of every categorical property, properties sorted by name."""
 Ints = NDArray[np.int64]
 
+# Byte offsets, code points and member names: what differs between rows with the same problem.
 _PLACE = re.compile(
     r"\s*\(byte \d+\)|\s*0x[0-9a-f]+ in position \d+(?:-\d+)?|\s*in position \d+(?:-\d+)?"
     r"|(?<=^sample )'.*?' (?=has )|(?<=^member ).*?(?=\.[^./\s]+: )",
@@ -74,6 +75,7 @@ class ScanResult:
 
     def summary(self) -> ScanSummary:
         """Return what the merge needs to know first."""
+        # Blocks have few different sizes, so this dict is far shorter than the list of blocks.
         sizes, counts = np.unique(self.blocks["rows"], return_counts=True)
         groups = {"blocks": self.blocks, "cells": self.cells, "samples": self.samples}
         maxima = {
@@ -101,6 +103,7 @@ def combine_columns(columns: Sequence[Categories], rows: int) -> tuple[list[Comb
     if not columns:
         return [()], np.zeros(rows, np.intp)
     first, *others = columns
+    # Start with one-element combos of the first column.
     combos: list[Combo] = [(values,) for values in first.values]
     code = first.code.astype(np.intp)
     for column in others:
@@ -130,6 +133,7 @@ def histogram_of(
         The number of combos per block; and the columns `combo`, `rows`, `tokens` of all cells, sorted by block, then
         combo.
     """
+    # Block and combo of every row.
     block = np.repeat(np.arange(len(rows)), rows)
     combo = samples["combo"]
     tokens = samples.get("tokens", np.zeros(len(combo), np.int64))
@@ -170,6 +174,7 @@ def zones_of(values: NDArray[np.float64], rows: Ints, is_bad: NDArray[np.bool_])
     """
     if not len(rows):
         return {name: np.zeros(0) for name in ("low", "high", "has_null")}
+    # First row of every block.
     starts = np.cumsum(rows) - rows
     # fmin and fmax ignore NaN unless all values of the block are NaN.
     return {

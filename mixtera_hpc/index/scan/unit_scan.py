@@ -76,6 +76,7 @@ def scan_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[
             if rows.complete >= RESULT_ROWS:
                 yield rows.take_result(fingerprint)
                 fingerprint = ""
+        # A shard that changes during the scan would get rows of two states.
         status = path.stat()
     except OSError as error:
         raise DataError(
@@ -138,6 +139,7 @@ class _RowCollector:
         bad = [row for row, _ in batch.bad]
         documents = _documents(batch, bad)
         columns = {**batch.columns, **self._settings.functions.columns(documents)}
+        # Rows that cannot be read have arbitrary values until here.
         combo = self._combo_codes(columns, batch.rows)
         combo[bad] = IS_BAD
         self._samples["combo"].append(combo)
@@ -146,6 +148,7 @@ class _RowCollector:
         if batch.lengths is not None:
             self._samples["length"].append(batch.lengths)
         if self._settings.tokenizer is not None:
+            # Formats that hold token ids count them themselves.
             counts = batch.tokens
             if counts is None:
                 counts = self._settings.tokenizer.count_each(documents or [])
@@ -155,10 +158,12 @@ class _RowCollector:
         """Drop the rows of a block that will never end, because the shard is damaged."""
         self._hold(*self._concatenated(), slice(0, self.complete))
         self.held = self.complete
+        # Zero rows: they cannot be counted.
         self._reasons[reason_of(reason)] += 0
 
     def take_result(self, fingerprint: str) -> ScanResult:
         """Return the blocks that have ended, and hold only the rows of the open one."""
+        # Rows of the open block move to the next result.
         samples, numbers = self._concatenated()
         self._hold(samples, numbers, slice(self.complete, None))
         ranges = np.concatenate([np.zeros((3, 0), np.int64), *self._blocks], axis=1)
@@ -177,6 +182,7 @@ class _RowCollector:
     def _result(
         self, ranges: Ints, samples: dict[str, Ints], numbers: dict[str, Floats], fingerprint: str
     ) -> ScanResult:
+        # The shape is (3, blocks).
         offset, length, rows = ranges
         combos = list(self._codes)
         # Renumber combos to those that occur here. Codes are shifted by one, so that IS_BAD comes first.
@@ -206,6 +212,7 @@ class _RowCollector:
     def _concatenated(self) -> tuple[dict[str, Ints], dict[str, Floats]]:
         """Return all sample columns and numbers of the rows held."""
         samples = {name: np.concatenate(arrays) for name, arrays in self._samples.items() if arrays}
+        # A unit without rows has no arrays at all.
         samples.setdefault("combo", np.zeros(0, np.int64))
         return samples, {name: np.concatenate([np.zeros(0), *arrays]) for name, arrays in self._numbers.items()}
 
@@ -220,6 +227,7 @@ class _RowCollector:
             columns = {**columns, DATASET: Categories([(self._dataset,)], np.zeros(rows, np.int32))}
         categorical = [columns[name] for name in self._categorical]
         combos, position = combine_columns([c for c in categorical if isinstance(c, Categories)], rows)
+        # A new combo gets the next code; the same combo in a later batch gets the same one.
         codes = np.fromiter((self._codes[combo] for combo in combos), np.int64, len(combos))
         return codes[position]
 
@@ -237,6 +245,7 @@ def _numbers(column: Column, bad: Sequence[int]) -> Floats:
     values = column if isinstance(column, np.ndarray) else column.code.astype(np.float64)
     if not bad:
         return values
+    # The array may belong to the format's buffer.
     values = values.copy()
     values[bad] = np.nan
     return values
