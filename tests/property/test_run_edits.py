@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +276,8 @@ def test_all_ranks_serve_the_edits_that_rank_0_reads(plain: dict[str, Any], new_
         folder = new_folder()
         _, state = serve(before, folder, 1, 5)
         record_edit(before, after, folder, 5, (6, 7), drop=["source == 'ast'"])
-        ranks = run_ranks(num_ranks, lambda comm, f=folder, s=state: serve(after, f, 2, 12, s, comm))  # type: ignore[misc]
+        attempt = partial(serve, after, folder, 2, 12, state)
+        ranks = run_ranks(num_ranks, attempt)
         steps = zip(*(batches for batches, _ in ranks), strict=True)
         digests.append([[digest for batch in step for digest in batch.digests or []] for step in steps])
     assert digests[0] == digests[1]

@@ -45,7 +45,7 @@ def opened(config: Config, folder: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def edited_run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[Any, list[Any]]]:
-    """Serve several epochs with a skip, a drop, another seed and batch size; also return where each row was served, naively."""
+    """Serve several epochs with a skip, a drop, another seed and batch size; also return where each row was served."""
     folder = tmp_path_factory.mktemp("edited")
     after = replace(config, dataplane=replace(config.dataplane, seed=4, global_batch_size=6))
     state = serve(config, folder, 1, 61)

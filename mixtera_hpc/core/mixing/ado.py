@@ -242,7 +242,7 @@ class Ado:
         # One published code lets credit follow the weights that it has just computed.
         if rule.share == "new":
             credit = self._follow(credit, weights)
-        # Running average over all steps, the warm-up included.
+        # Running average of preferences over all steps; the prior stands for those of the warm-up.
         newest = 1.0 / (state.step + rule.first_step + 1)
         average = newest * preference + (1 - newest) * state.average
         return replace(state, weights=weights, credit=credit, average=average)

@@ -28,7 +28,8 @@ def count_subset(config: Config, index: PropertyIndex, subset: SampleSubset) -> 
     """Count the samples of `subset` in an open index. Price after drops: the domains are counted twice.
 
     Raises:
-        ConfigError: `query.where` or a drop does not parse or names what the index does not have, or nothing is held out.
+        ConfigError: `query.where` or a drop does not parse or names what the index does not have, or nothing is held
+            out.
         MixtureError: a domain key names what the index does not have.
     """
     domains = select_subset(config, index, subset)
