@@ -1,7 +1,7 @@
 """Print how the code reads, in figures next to their targets: `python -m bench.surface` (or `make surface`).
 
-The figures describe the surface only: comments, packed assignments, line and function lengths. No figure is a test; `make check`
-enforces the line length and the imperative docstrings.
+The figures describe the surface only: comments, packed assignments, line and function lengths. No figure is a test;
+`make check` enforces the line length and the imperative docstrings.
 """
 
 import ast

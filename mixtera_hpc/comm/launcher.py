@@ -1,7 +1,7 @@
 """Choose the communicator of this process, and turn the failure of one rank into the end of the job.
 
-The worst failure of a job is silent: N processes that do not see each other, each training on the whole global batch. So
-the number of ranks of every communicator is compared with what the innermost launcher started.
+The worst failure of a job is silent: N processes that do not see each other, each training on the whole global batch.
+So the number of ranks of every communicator is compared with what the innermost launcher started.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ but each of them should report why it refuses."""
 
 
 def started_by_launcher() -> bool:
-    """Return True if torchrun, mpiexec, or srun with several tasks started this process. Imports neither MPI nor torch."""
+    """Return True if torchrun, mpiexec, or srun with several tasks started this process. Imports no MPI, no torch."""
     launcher = find_launcher()
     return launcher is not None and (launcher.name != "srun" or launcher.size != 1)
 
@@ -54,8 +54,8 @@ def open_communicator(kind: str = "auto", *, subset: bool = False, creates_group
         kind: `local`, `mpi`, `torch`, or `auto`, which takes torch's process group if it is initialised, else MPI if an
             MPI launcher started several processes, else this process alone.
         subset: accept fewer ranks than the launcher started.
-        creates_group: under torchrun, create the process group if there is none. For our own programs: the process group
-            of a user's program belongs to the trainer, which chooses its backend.
+        creates_group: under torchrun, create the process group if there is none. For our own programs: the process
+            group of a user's program belongs to the trainer, which chooses its backend.
 
     Raises:
         LaunchError: the ranks of the job would not see each other, or torch's process group does not exist yet.
@@ -103,8 +103,8 @@ def check_world_size(comm: Communicator, subset: bool = False) -> None:
     if subset or launcher is None or launcher.size is None or comm.size >= launcher.size:
         return
     raise LaunchError(
-        f"{launcher.name} started {launcher.size} processes, but the data plane sees {comm.size}. Processes that do not "
-        f"see each other would each train on the whole global batch.\n  {_cure(comm, launcher)}\n"
+        f"{launcher.name} started {launcher.size} processes, but the data plane sees {comm.size}. Processes that do "
+        f"not see each other would each train on the whole global batch.\n  {_cure(comm, launcher)}\n"
         "  If only some of the processes load data, open the data plane with DataPlane.open(subset=True)."
     )
 
@@ -113,8 +113,8 @@ def _cure(comm: Communicator, launcher: Launcher) -> str:
     """Return what to do so that the data plane sees all processes of `launcher`."""
     if launcher.is_torchrun:
         return (
-            "Call torch.distributed.init_process_group() (or create the Accelerator) first, set dataplane.comm=auto, and "
-            "give DataPlane.open no comm."
+            "Call torch.distributed.init_process_group() (or create the Accelerator) first, set dataplane.comm=auto, "
+            "and give DataPlane.open no comm."
         )
     if isinstance(comm, Mpi):
         return (

@@ -1,7 +1,7 @@
 """Memory that the processes of one node share: files in /dev/shm that are unlinked once every process has mapped them.
 
-A mapping outlives the name of its file. So after the unlink the kernel frees the memory when the last process ends, also
-after a crash, and nothing can remain in /dev/shm.
+A mapping outlives the name of its file. So after the unlink the kernel frees the memory when the last process ends,
+also after a crash, and nothing can remain in /dev/shm.
 """
 
 import contextlib

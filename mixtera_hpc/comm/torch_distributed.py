@@ -80,8 +80,8 @@ class _GlooGroup:
         self.rank = rank
         self.size = size
         self._failures = failures
-        # Not dist.new_group: that is collective over the default group, not over the ranks of this one, and such a group
-        # ends with the trainer's destroy_process_group().
+        # Not dist.new_group: that is collective over the default group, not over the ranks of this one, and such a
+        # group ends with the trainer's destroy_process_group().
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, TIMEOUT)  # Any: torch's stubs lack its collectives.
 
     def broadcast(self, array: NDArray[Any], root: int) -> CollectiveRequest:
@@ -309,7 +309,8 @@ class TorchDistributed(_GlooCommunicator):
         assert members is not None  # An initialised default group is `dist.group.WORLD`.
         rank = dist.get_rank(members)
         store = dist.PrefixStore("mixtera_hpc", _get_process_group_store(members))
-        # Every rank counts its own communicators of this group. They are opened in the same order, so the numbers agree.
+        # Every rank counts its own communicators of this group. They are opened in the same order, so the numbers
+        # agree.
         number = store.add(f"opened/{rank}", 1)
         super().__init__(dist.PrefixStore(str(number), store), store, rank, dist.get_world_size(members))
 

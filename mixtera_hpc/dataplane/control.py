@@ -1,7 +1,8 @@
 """Requests to save or to stop, from signals and control files.
 
-A signal handler only sets a flag. The flags of all ranks travel with the reduction of a step's losses, see `step_reducer`.
-This module imports nothing heavy: signals must be blocked before numpy starts threads that would receive them.
+A signal handler only sets a flag. The flags of all ranks travel with the reduction of a step's losses, see
+`step_reducer`. This module imports nothing heavy: signals must be blocked before numpy starts threads that would
+receive them.
 """
 
 import signal

@@ -1,7 +1,7 @@
 """Batches of the samples that training never sees: the same ones every time, in natural proportions, each at most once.
 
-Every rank plans for itself, because the index is all that this takes: nothing is broadcast, nothing journalled. Price: one
-more open of the index, at the start.
+Every rank plans for itself, because the index is all that this takes: nothing is broadcast, nothing journalled. Price:
+one more open of the index, at the start.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,9 @@
 """What was planned and what was consumed, kept on disk.
 
-The journal is one append-only JSONL file per run, written by rank 0: a line when an attempt begins (`open`), one per chunk
-(`chunk`, O(domains) numbers) and one when it ends in order (`close`). The audit log, with `dataplane.audit`, is one JSONL
-file per rank and attempt with a digest of every sequence handed to the trainer. Lines are written whole and flushed, so a
-killed run loses at most its last line, which readers skip.
+The journal is one append-only JSONL file per run, written by rank 0: a line when an attempt begins (`open`), one per
+chunk (`chunk`, O(domains) numbers) and one when it ends in order (`close`). The audit log, with `dataplane.audit`, is
+one JSONL file per rank and attempt with a digest of every sequence handed to the trainer. Lines are written whole and
+flushed, so a killed run loses at most its last line, which readers skip.
 """
 
 import bisect

@@ -1,7 +1,8 @@
 """Rank 0's side of the mixture: statistics of steps in, weights of chunks out.
 
-Chunk c gets its weights from the statistics of all data steps of the chunks up to c - `feedback_lag`. The mixing algorithm
-must see every data step once, in order. Skipped data steps have no statistics, so it gets empty ones for them.
+Chunk c gets its weights from the statistics of all data steps of the chunks up to c - `feedback_lag`. The mixing
+algorithm must see every data step once, in order. Skipped data steps have no statistics, so it gets empty ones for
+them.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ __all__ = ["MixtureFeed"]
 
 
 class MixtureFeed:
-    """Connects the mixtures of a run with the steps it has served. Other ranks have one too, but use it only to close it."""
+    """Connects the mixtures of a run with the steps it has served. Other ranks only open and close theirs."""
 
     def __init__(
         self, source: Source, ledger: StepLedger, state: PlaneState | None, decisions: Sequence[MixtureDecision]
@@ -46,7 +47,7 @@ class MixtureFeed:
         return self._mixtures.decisions
 
     def weights_of(self, chunk: int) -> NDArray[np.float64] | None:
-        """Return the weights of `chunk`, shape (K,); None while statistics it depends on are missing or being processed.
+        """Return the weights of `chunk`, shape (K,); None while statistics it needs are missing or in progress.
 
         Domains whose samples were all dropped get weight 0.
         """

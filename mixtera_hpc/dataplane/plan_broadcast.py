@@ -1,7 +1,8 @@
 """Chunk plans on their way from rank 0 to all ranks: one broadcast of 24 bytes per domain per chunk, one chunk ahead.
 
-Chunk c + 1 is planned and broadcast while chunk c is trained on. Rank 0 starts the broadcast when the weights of the chunk
-are known; the other ranks have posted theirs already. Nobody blocks: `poll` drives the broadcast, from the main thread only.
+Chunk c + 1 is planned and broadcast while chunk c is trained on. Rank 0 starts the broadcast when the weights of the
+chunk are known; the other ranks have posted theirs already. Nobody blocks: `poll` drives the broadcast, from the main
+thread only.
 """
 
 import time
@@ -32,7 +33,8 @@ class PlanBroadcaster:
 
         Args:
             weights_of: returns the weights of a chunk, or None while they are not known; called on rank 0 only.
-            resumed: a plan without steps is not delivered; it only says at which chunk, step and cursors planning begins.
+            resumed: a plan without steps is not delivered; it only says at which chunk, step and cursors planning
+                begins.
         """
         # Own ordering of collectives: broadcasts must not mix with reductions that other ranks post in between.
         self._comm = comm.Dup()

@@ -70,8 +70,8 @@ class DataPlane:
     ) -> Self:
         """Open the index and get ready to serve. **Collective.**
 
-        A run that continues in its folder serves the index as it was when the run began, even if the index was refreshed
-        since. Set `index.generations` to choose other states. What was dropped from the run stays dropped.
+        A run that continues in its folder serves the index as it was when the run began, even if the index was
+        refreshed since. Set `index.generations` to choose other states. What was dropped from the run stays dropped.
 
         Args:
             comm: an mpi4py communicator, a torch process group, or None to detect how this process was started. Then an
@@ -185,8 +185,9 @@ class DataPlane:
 
         Args:
             batch: the whole batch, also when the losses are those of a micro-batch.
-            loss_per_token: cross-entropy in nats of every predicted token; array or torch tensor on any device, shape (B, T).
-                Tokens outside `batch.loss_mask` do not count. Only tensors on an accelerator are kept beyond the call.
+            loss_per_token: cross-entropy in nats of every predicted token; array or torch tensor on any device, shape
+                (B, T). Tokens outside `batch.loss_mask` do not count. Only tensors on an accelerator are kept beyond
+                the call.
             rows: which sequences of the batch the losses belong to, for micro-batches.
 
         Raises:
@@ -199,13 +200,13 @@ class DataPlane:
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now, the same answer on each. **Collective.**
 
-        A signal or `control/stop` that is seen during step s makes this True after step s + 1. A trainer that never calls
-        this survives SIGTERM.
+        A signal or `control/stop` that is seen during step s makes this True after step s + 1. A trainer that never
+        calls this survives SIGTERM.
         """
         return self._session.stop_requested() if self._session else False
 
     def save_requested(self) -> bool:
-        """Return whether all ranks should save and continue, once per request, the same answer on each. **Collective.**"""
+        """Return whether all ranks should save and continue: once per request, alike on all ranks. **Collective.**"""
         return self._session.save_requested() if self._session else False
 
     def completed_statistics(self) -> list[DomainStatistics]:
@@ -248,8 +249,8 @@ class DataPlane:
         """Stop the reading thread and free everything. **Collective.**
 
         Args:
-            orderly: complete what other ranks may wait for, and record that the attempt ended in order. False on a rank that
-                fails by itself: the call is then not collective.
+            orderly: complete what other ranks may wait for, and record that the attempt ended in order. False on a rank
+                that fails by itself: the call is then not collective.
         """
         if self._is_closed:
             return
@@ -277,7 +278,7 @@ class DataPlane:
 def _settings_of_attempt(
     config: Config, comm: Communicator, folder: RunFolder | None, attempt: int | None
 ) -> tuple[Config, int]:
-    """Return the configuration with what the run in `folder` began with, and the number of the attempt. **Collective.**"""
+    """Return the configuration as the run in `folder` began, and the attempt number. **Collective.**"""
     if folder is None:
         return config, 1 if attempt is None else attempt
     if attempt is None:
@@ -287,7 +288,7 @@ def _settings_of_attempt(
 
 
 def _next_attempt(comm: Communicator, folder: RunFolder) -> int:
-    """Return the number of the batch job's attempt, or the one after the last attempt in the journal. **Collective.**"""
+    """Return the batch job's attempt number, or the one after the last in the journal. **Collective.**"""
     number = np.zeros(1, np.int64)
     # Rank 0 decides: it is about to append to the journal, so the others must not read it by themselves.
     if comm.rank == 0:

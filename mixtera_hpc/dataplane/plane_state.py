@@ -1,7 +1,7 @@
 """The state of a data plane: JSON and arrays, O(domains), never pickle.
 
-It holds the plan of the chunk that is being served, the next step, and what the mixing algorithm has learned. Restoring it
-costs the same at every step, with any number of ranks.
+It holds the plan of the chunk that is being served, the next step, and what the mixing algorithm has learned. Restoring
+it costs the same at every step, with any number of ranks.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,7 @@
 """What a data plane reads from and writes to the folder of its run.
 
-Rank 0 writes the journal and metric events; with `dataplane.audit`, the leader of each model-parallel group writes an audit
-log. Without a folder nothing is written.
+Rank 0 writes the journal and metric events; with `dataplane.audit`, the leader of each model-parallel group writes an
+audit log. Without a folder nothing is written.
 """
 
 import numpy as np

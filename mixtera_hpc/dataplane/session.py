@@ -119,7 +119,7 @@ class Session:
         self._prefetcher = Prefetcher(open_batch_source(source, self._slice), plane.prefetch_batches)
 
     def next_batch(self) -> Batch | None:
-        """Close the current step and return the batch of the next one; None after the end of the data. **Collective.**"""
+        """Close the current step and return the next batch; None after the end of the data. **Collective.**"""
         self._close_step()
         began = time.perf_counter()
         batch = self._wait_for_batch()
@@ -247,7 +247,7 @@ class Session:
         self._apply_reductions(self._reducer.wait_for(self.ledger.current_step))
 
     def _agree(self) -> None:
-        """Wait for the requests of the newest step whose reduction all ranks have started. Leaves the current step open."""
+        """Wait for the requests of the newest step that all ranks reduce. Leaves the current step open."""
         self._apply_reductions(self._reducer.wait_for(self.ledger.last_common_step))
 
     def _apply_reductions(self, results: list[StepResult]) -> None:

@@ -1,7 +1,7 @@
-"""The bookkeeping of steps: what was served, what the ranks know in common, and what the mixing algorithm has learned from.
+"""The bookkeeping of steps: what was served, what all ranks know, and what the mixing algorithm has learned from.
 
-Two counts exist. A *training step* is one optimizer update. A *data step* is one global batch of the chunk plans. They are
-equal until `resume --skip-steps` skips data; `StreamVersion` converts between them.
+Two counts exist. A *training step* is one optimizer update. A *data step* is one global batch of the chunk plans. They
+are equal until `resume --skip-steps` skips data; `StreamVersion` converts between them.
 
 While the trainer works on step s, these are the neighbouring steps:
 
@@ -10,8 +10,9 @@ While the trainer works on step s, these are the neighbouring steps:
     s         being recorded                                    next_step - 1
     s + 1     its batch may be read already                     next_step
 
-The reduction of a step starts when the trainer asks for the next batch. While it works on step s, step s - 1 is therefore
-the newest one whose result every rank can wait for without a hang. Ranks must agree on it before they act on a request.
+The reduction of a step starts when the trainer asks for the next batch. While it works on step s, step s - 1 is
+therefore the newest one whose result every rank can wait for without a hang. Ranks must agree on it before they act on
+a request.
 """
 
 from collections.abc import Iterator
@@ -72,8 +73,9 @@ class StepLedger:
     def last_chunk_to_plan(self) -> int:
         """The newest chunk that may be planned now.
 
-        That is one chunk beyond the current one, so that it is broadcast while the current one is trained on. Where skipped
-        data steps cover whole chunks, it is the chunk of the next batch, because chunks are planned one after the other.
+        That is one chunk beyond the current one, so that it is broadcast while the current one is trained on. Where
+        skipped data steps cover whole chunks, it is the chunk of the next batch, because chunks are planned one after
+        the other.
         """
         # `next_data_step` lies in the current chunk or the one after it, unless data steps are skipped.
         return max(self._current_chunk + 1, self.next_data_step // self._chunk_steps)

@@ -1,7 +1,7 @@
 """Per-domain losses on their way to all ranks: one non-blocking integer reduction per step, overlapping the next step.
 
-The same reduction carries what ranks must agree on: requests to stop or save, and the digest of the plan they serve. Price:
-32 bytes per domain and step.
+The same reduction carries what ranks must agree on: requests to stop or save, and the digest of the plan they serve.
+Price: 32 bytes per domain and step.
 """
 
 import time
@@ -138,15 +138,15 @@ class StepReducer:
     def _raise_mismatch(self, reduction: _Reduction) -> None:
         """Name the ranks that served a step from another plan than most. **Collective.**
 
-        Ranks may notice a wrong sum at different times. They all raise in the first `wait_for` that includes its step, which
-        is the same call of the program on every rank.
+        Ranks may notice a wrong sum at different times. They all raise in the first `wait_for` that includes its step,
+        which is the same call of the program on every rank.
         """
         digests = self._comm.Allgather(reduction.buffer[-1:])[:, 0]
         values, counts = np.unique(digests, return_counts=True)
         differing = np.flatnonzero(digests != values[np.argmax(counts)])
         raise CommError(
-            f"Ranks {differing.tolist()} served step {reduction.step} from another plan than the others: they run different "
-            "code or read different indexes.\n  Give all nodes the same installation and the same index.path."
+            f"Ranks {differing.tolist()} served step {reduction.step} from another plan: they use "
+            "different code or read different indexes.\n  Give all nodes the same installation and the same index.path."
         )
 
 

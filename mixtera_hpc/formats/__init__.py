@@ -1,0 +1,1 @@
+"""Data files: one protocol for every format, and what they share."""

@@ -4,7 +4,8 @@
     python -m mixtera_hpc.training -m hydra/launcher=submitit_slurm dataplane.seed=1,2,3 …
 
 `mixtera-hpc run` and `submit` do the same without Hydra's output folders. Here, Hydra's output folder of a job records
-the run's folder, so a job that Slurm requeues continues the same run. Hydra's launcher cannot sweep the number of nodes.
+the run's folder, so a job that Slurm requeues continues the same run. Hydra's launcher cannot sweep the number of
+nodes.
 """
 
 import os

@@ -39,8 +39,9 @@ class Replicas:
     """The identical copies of the model, one per rank, and the device of this rank.
 
     With several ranks, the constructor reuses the process group if there is one, for example under torchrun. Otherwise
-    it creates one (NCCL on GPUs, gloo on CPUs), and `close` destroys it. Ranks then meet at a `TCPStore` on rank 0, which listens on a port chosen by the kernel, so several jobs can share a node. Its address is
-    `MASTER_ADDR` if rank 0 has that variable, else the host name of rank 0. A single rank needs no process group.
+    it creates one (NCCL on GPUs, gloo on CPUs), and `close` destroys it. Ranks then meet at a `TCPStore` on rank 0,
+    which listens on a port chosen by the kernel, so several jobs can share a node. Its address is `MASTER_ADDR` if rank
+    0 has that variable, else the host name of rank 0. A single rank needs no process group.
     """
 
     def __init__(self, comm: Communicator, device: str) -> None:

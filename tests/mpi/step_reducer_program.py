@@ -1,4 +1,4 @@
-"""Rank 1 serves step 2 from another plan than the others. Rank 0 polls the reductions early, the others wait for them late.
+"""Serve step 2 from another plan on rank 1. Rank 0 polls the reductions early, the others wait for them late.
 
 A barrier ends every step, as the reduction of gradients does in training.
 

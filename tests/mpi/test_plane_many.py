@@ -1,4 +1,4 @@
-"""Many data planes can be opened one after the other: MPI has some two thousand communicators, and each plane frees its own."""
+"""Many data planes can be opened one after the other: MPI has some 2,000 communicators; each plane frees its own."""
 
 import subprocess
 import sys

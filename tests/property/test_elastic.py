@@ -1,4 +1,4 @@
-"""Promises 2 and 3: a step's content depends neither on ranks nor on restarts, and no sample is lost or served twice."""
+"""Promises 2 and 3: a step depends neither on ranks nor on restarts, and no sample is lost or served twice."""
 
 from contextlib import closing
 from itertools import islice

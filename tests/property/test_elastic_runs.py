@@ -1,4 +1,4 @@
-"""Promises 2 and 3 for whole runs: any mixture, unit, order, policy and job shape, stopped anywhere, serves what one rank serves."""
+"""Promises 2 and 3 for whole runs: any mixture and job shape, stopped anywhere, serves what one rank serves."""
 
 import json
 from collections.abc import Callable

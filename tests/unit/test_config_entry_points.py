@@ -230,7 +230,8 @@ def hydra_application(*words: str) -> dict[str, Any]:
         (["experiment=demon"], "experiment=demon does not exist. Did you mean 'demo'?"),
         (
             ["--cfg", "job", "--resolve", "index.path=${oc.env:UNSET_FOLDER}/i.h5"],
-            "index.path needs the environment variable UNSET_FOLDER, which is not set.\n  Set UNSET_FOLDER, or give index.path",
+            "index.path needs the environment variable UNSET_FOLDER, which is not set.\n"
+            "  Set UNSET_FOLDER, or give index.path",
         ),
         (["--cfg", "job", "--resolve", "job.mem=${cluster.memory}"], "cluster.memory is not a known key, but job.mem"),
         (["mixture=unimx"], "mixture=unimx does not exist. Did you mean 'unimax'?"),

@@ -24,7 +24,8 @@ warn = lambda: os.kill(os.getpid(), signal.SIGUSR2)
             "still running",
         ),
         (
-            "control = RunControl(None, False); control.close(); control = RunControl(None, False); print(control.poll())",
+            "control = RunControl(None, False); control.close(); "
+            "control = RunControl(None, False); print(control.poll())",
             "(False, False)",
         ),
     ],

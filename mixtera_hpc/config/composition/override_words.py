@@ -85,7 +85,8 @@ def _hydra_word(word: str, sweep: bool) -> str:
 def _hydra_value(key: str, value: str) -> str:
     if _HOME.match(value):
         raise ConfigError(f"'{key}={value}': the shell leaves ~ as it is behind a =. Write {key}=$HOME{value[1:]}")
-    # These have a meaning of their own: nothing, null, an interpolation, quotes, a mapping (if the key has a short form).
+    # These have a meaning of their own: nothing, null, an interpolation, quotes, a mapping (if the key has a short
+    # form).
     if value in ("", "null") or value.startswith("${") or _IN_QUOTES.fullmatch(value):
         return value
     if value.startswith("{") and has_short_form(hint_of(key.lstrip("+"))):

@@ -1,0 +1,1 @@
+"""Mixtures as numbers: weights, bounds, schedules, and the algorithms that learn them."""

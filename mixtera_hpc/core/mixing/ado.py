@@ -276,7 +276,7 @@ class Ado:
             return project_to_bounds(weights, self.floor(len(weights)))
         if self.variant.floor == "seen":
             return _clip_to_floor(weights, np.where(state.num_sequences > 0, self.config.delta_min, 0.0))
-        return weights / weights.sum()
+        return weights / float(weights.sum())
 
 
 _PER_DOMAIN = ("prior", "weights", "credit", "average", "law_status", "stale", "num_sequences", "num_nonfinite")
@@ -291,4 +291,4 @@ def _share(statistics: DomainStatistics) -> NDArray[np.float64] | None:
 def _clip_to_floor(weights: NDArray[np.float64], floor: float | NDArray[np.float64]) -> NDArray[np.float64]:
     """Raise weights to the floor and renormalise, as the published codes do; the result may lie below the floor."""
     raised = np.maximum(weights, floor)
-    return raised / raised.sum()
+    return raised / float(raised.sum())

@@ -86,4 +86,5 @@ def huber_objective(residual: NDArray[np.float64], weight: NDArray[np.float64]) 
     # With size = |r|: r²/2 up to delta, then delta · (size - delta/2); both cases in one expression.
     size = np.abs(residual)
     near = np.minimum(size, HUBER_DELTA)
-    return np.einsum("km,km->k", weight, near * (size - 0.5 * near)) / HUBER_DELTA
+    objective: NDArray[np.float64] = np.einsum("km,km->k", weight, near * (size - 0.5 * near)) / HUBER_DELTA
+    return objective

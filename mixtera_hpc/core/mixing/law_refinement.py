@@ -67,7 +67,8 @@ def _try_step(
     descent.theta[rows[better]] = candidate[better]
     descent.value[rows[better]] = value[better]
     descent.damping[rows] = np.maximum(np.where(better, damping / 8, damping * 4), MIN_DAMPING)
-    return (descent.damping[rows] <= MAX_DAMPING) & (promise > TOLERANCE)
+    goes_on: NDArray[np.bool_] = (descent.damping[rows] <= MAX_DAMPING) & (promise > TOLERANCE)
+    return goes_on
 
 
 def _derivatives(theta: Floats, damping: Floats, points: LossPoints) -> tuple[Floats, Floats]:

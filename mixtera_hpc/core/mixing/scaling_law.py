@@ -51,7 +51,8 @@ class ScalingLaws:
     @property
     def known(self) -> NDArray[np.bool_]:
         """Domains with a law; shape (num_domains,)."""
-        return np.isfinite(self.theta.sum(axis=1))
+        is_finite: NDArray[np.bool_] = np.isfinite(self.theta.sum(axis=1))
+        return is_finite
 
     @property
     def beta(self) -> Floats:
@@ -75,7 +76,8 @@ class ScalingLaws:
             min_alpha: lower bound for the factor alpha; the exponent keeps its value.
         """
         reducible = np.exp(self.theta[:, 0] - self.alpha * np.log(n))
-        return np.maximum(self.alpha, min_alpha) * reducible / n
+        speed: Floats = np.maximum(self.alpha, min_alpha) * reducible / n
+        return speed
 
 
 def fit_laws(points: LossPoints, bounds: LawBounds, start: ScalingLaws) -> ScalingLaws:

@@ -102,10 +102,11 @@ def natural_weights(sizes: Sizes, temperature: float = 1.0) -> Weights:
     if not sizes.sum():
         raise MixtureError(NO_SAMPLES)
     if temperature == 1.0:
-        return sizes / sizes.sum()
+        return sizes / float(sizes.sum())
     # Dividing by the largest size first keeps the power within range for sizes up to 2^63.
     scaled = (sizes / sizes.max()) ** (1 / temperature)
-    return scaled / scaled.sum()
+    weights: Weights = scaled / scaled.sum()
+    return weights
 
 
 def unimax_weights(sizes: Sizes, max_epochs: float, budget: float) -> Weights:
@@ -131,7 +132,7 @@ def unimax_weights(sizes: Sizes, max_epochs: float, budget: float) -> Weights:
         equal_share = remaining / (len(sizes) - rank)
         allotted[domain] = min(equal_share, max_epochs * sizes[domain])
         remaining -= allotted[domain]
-    return allotted / allotted.sum()
+    return allotted / float(allotted.sum())
 
 
 def tree_weights(nodes: Sequence[WeightNode], sizes: Sizes) -> Weights:
@@ -142,7 +143,7 @@ def tree_weights(nodes: Sequence[WeightNode], sizes: Sizes) -> Weights:
     """
     weights = np.zeros(len(sizes))
     _distribute(nodes, 1.0, sizes, weights)
-    return weights / weights.sum()
+    return weights / float(weights.sum())
 
 
 def _distribute(nodes: Sequence[WeightNode], share: float, sizes: Sizes, weights: Weights) -> None:

@@ -1,7 +1,7 @@
 """From a chunk plan to one rank's batches: which sequences, which documents, which tokens.
 
-Several steps are read together, domain by domain, so that neighbouring sequences of a stream need one lookup and one read
-of the document they share.
+Several steps are read together, domain by domain, so that neighbouring sequences of a stream need one lookup and one
+read of the document they share.
 """
 
 import itertools
@@ -25,7 +25,7 @@ __all__ = ["BatchMaker", "steps_per_read", "training_steps_of"]
 
 TOKENS_PER_READ = 1 << 18
 SAMPLE_BYTES_PER_READ = 4 << 20
-"""Target sizes of what is read together: large enough that calls are rare, small enough that a read takes milliseconds."""
+"""Target sizes of what is read together: few calls, but each read takes only milliseconds."""
 
 Ints = NDArray[np.int64]
 

@@ -1,8 +1,8 @@
 """From documents of a stream to what the trainer gets: tokens of whole sequences, or raw samples.
 
 The documents of several steps and domains are read together, each once, in the order of the disk. The last document of
-each domain stays in memory, because the next sequence of that domain begins inside it. Price per document: one positioned
-read, one JSON decode, one encode, and about a microsecond of this module.
+each domain stays in memory, because the next sequence of that domain begins inside it. Price per document: one
+positioned read, one JSON decode, one encode, and about a microsecond of this module.
 """
 
 from collections import OrderedDict
@@ -160,7 +160,7 @@ class DocumentReader:
         return tokens
 
     def _read_rows(self, documents: Documents, *, raw: bool) -> list[Any]:
-        """Read rows that are sorted by block and row: raw samples, or texts (token ids from a format that holds them)."""
+        """Read rows that are sorted by block and row: raw samples, texts, or token ids if the format holds them."""
         blocks = self._source.blocks
         shards = blocks.shard[documents.block]
         starts = blocks.offset[documents.block] + documents.offset

@@ -1,9 +1,9 @@
 """From positions in a domain's stream to documents.
 
-A stream is the endless ordered sequence of one domain's items (tokens or samples), epoch after epoch. An epoch consists of
-windows, groups of blocks inside which rows are shuffled. Price: the first access to an epoch orders the domain's blocks
-once, O(blocks). The first access to a window reads the sample columns of its blocks in one go. Windows are cached within a
-byte budget.
+A stream is the endless ordered sequence of one domain's items (tokens or samples), epoch after epoch. An epoch consists
+of windows, groups of blocks inside which rows are shuffled. Price: the first access to an epoch orders the domain's
+blocks once, O(blocks). The first access to a window reads the sample columns of its blocks in one go. Windows are
+cached within a byte budget.
 """
 
 from collections import ChainMap, OrderedDict

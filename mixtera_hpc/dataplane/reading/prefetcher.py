@@ -1,7 +1,7 @@
 """Batches made ahead of time, in a background thread.
 
-The thread expands plans, reads, decompresses, tokenizes and packs. It never calls MPI. It stays at most `prefetch_batches`
-ahead of the trainer. An error in it is raised in the main thread, at the step it belongs to.
+The thread expands plans, reads, decompresses, tokenizes and packs. It never calls MPI. It stays at most
+`prefetch_batches` ahead of the trainer. An error in it is raised in the main thread, at the step it belongs to.
 """
 
 import queue
@@ -65,8 +65,8 @@ class Prefetcher:
         """Stop the thread and drop the batches that it has prepared.
 
         Args:
-            timeout_s: how long to wait for a read in progress. After that the thread frees its files by itself, once the
-                read returns. None waits without limit, so that the caller may free what the thread reads from.
+            timeout_s: how long to wait for a read in progress. After that the thread frees its files by itself, once
+                the read returns. None waits without limit, so that the caller may free what the thread reads from.
         """
         self._stopping.set()
         # Wakes the thread if it waits for a plan.

@@ -1,7 +1,7 @@
 """`Source`: the selected data of a run, the same on every rank.
 
-It knows how large each domain is, in which order its samples come, and which bytes hold them. Samples are read later, and
-only by the ranks that serve them: a rank opens the index file when it first needs the samples of a block.
+It knows how large each domain is, in which order its samples come, and which bytes hold them. Samples are read later,
+and only by the ranks that serve them: a rank opens the index file when it first needs the samples of a block.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,7 @@ class Source:
     stream_version: StreamVersion
 
     def __reduce__(self) -> Any:
-        """Pickle the configuration and the shared arrays; the rest is computed again, and the tokenizer loaded again."""
+        """Pickle the configuration and the shared arrays. The rest is computed and the tokenizer loaded again."""
         return _rebuild_source, (self.config, self.index, self.subset, self.tables.pack(), self.stream_version)
 
     @property

@@ -1,10 +1,10 @@
 """Reading in separate processes, for data that one thread cannot read fast enough.
 
-`dataplane.workers` processes, each with a `BatchMaker`, take turns with ranges of a chunk's steps. Their batches are put
-back in order, so that what is served does not depend on the number of processes. The processes are started anew, never
-forked (MPI forbids that). They import modules from where the rank imports them, run nothing of the user's script, and end
-with their rank. Price: the tables of the index once per process, one copy of every batch through a socket, and a document
-on the border of two step ranges is read twice.
+`dataplane.workers` processes, each with a `BatchMaker`, take turns with ranges of a chunk's steps. Their batches are
+put back in order, so that what is served does not depend on the number of processes. The processes are started anew,
+never forked (MPI forbids that). They import modules from where the rank imports them, run nothing of the user's script,
+and end with their rank. Price: the tables of the index once per process, one copy of every batch through a socket, and
+a document on the border of two step ranges is read twice.
 """
 
 import os
@@ -125,7 +125,7 @@ class Workers:
         reason = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return DataError(
             f"Reading process {number} of {len(self._workers)} {reason}; its messages are in the log.\n"
-            "  Signal 9 usually means too little memory: set dataplane.workers lower, or request more memory for the job."
+            "  Signal 9 usually means too little memory: lower dataplane.workers, or request more memory for the job."
         )
 
 
@@ -145,7 +145,7 @@ def _start_process() -> _Worker:
 
 
 def _serve(pipe: Connection) -> None:
-    """Run a process: receive a source and a slice, then plans, each followed by step ranges, until the rank hangs up."""
+    """Run a process: receive a source and a slice, then plans with their step ranges, until the rank closes."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # The mask was inherited from the rank; blocked signals would stay pending for ever.

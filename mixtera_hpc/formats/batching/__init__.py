@@ -1,0 +1,1 @@
+"""From decoded rows to batches of properties and texts, for the formats that share a representation."""

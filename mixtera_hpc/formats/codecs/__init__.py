@@ -1,0 +1,1 @@
+"""Compression and container formats: where segments begin, and how to decode one of them."""

@@ -139,7 +139,8 @@ def _parse_header(header: bytes, position: int) -> tuple[str, int, bytes]:
     except ValueError:
         raise TarError(f"there is no valid header at byte {position}") from None
 
-    # The prefix field has the leading folders of names of more than 100 bytes. GNU's own magic (`ustar  `) has other fields there.
+    # The prefix field has the leading folders of names of more than 100 bytes. GNU's own magic (`ustar  `) has other
+    # fields there.
     name = header[:100]
     if header[257:263] == b"ustar\0" and header[345] != 0:
         name = header[345:500].rstrip(b"\0") + b"/" + name.rstrip(b"\0")

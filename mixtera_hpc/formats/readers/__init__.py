@@ -1,0 +1,1 @@
+"""One module per file format: cut a shard into scan units, scan them, and read single rows."""

@@ -1,0 +1,1 @@
+"""Write an index: discover shards, merge scan results, publish the file; refresh and derive."""

@@ -1,0 +1,1 @@
+"""Read an index: open, select, verify, and join several of them."""

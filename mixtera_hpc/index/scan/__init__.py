@@ -1,0 +1,1 @@
+"""Scan the units of shards on all ranks, and log the results so that a killed build continues."""
