@@ -46,6 +46,6 @@ def fingerprint_of_shard(path: Path, size_bytes: int) -> str:
 
 def escapes(path: str) -> bool:
     """Return whether a stored path leads out of its data root, or names no file."""
-    # An index may come from somebody else: its paths are input, not facts.
+    # The index file may be written by another user, so its paths are untrusted input.
     parts = PurePosixPath(path).parts
     return not parts or path.startswith("/") or ".." in parts or "\0" in path

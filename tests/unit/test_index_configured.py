@@ -28,13 +28,13 @@ def write_shard(path: Path, rows: int) -> None:
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
     """Return two indexes, `prose.h5` over 10 samples and `code.h5` over 7."""
-    found = []
+    paths = []
     for name, rows in (("prose", 10), ("code", 7)):
         write_shard(tmp_path / name / "a.jsonl", rows)
         path = f"{tmp_path}/{name}.h5"
         build_index(compose([f"data.root={tmp_path / name}", f"index.path={path}", "mixture.unit=samples"]))
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def reads(paths: list[str], *more: str) -> list[str]:

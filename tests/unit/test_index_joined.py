@@ -145,8 +145,8 @@ class TestIndexes:
         )
         source = open_source(config, Local())
         assert source.names == ["dataset=code", "dataset=prose"]
-        (pieces,) = {tuple(map(tuple, r["segments"])) for r in planned_sequences(source, 0, 1) if r["position"] == 0}
-        assert Path(pieces[0][0]).is_absolute()
+        (segments,) = {tuple(map(tuple, r["segments"])) for r in planned_sequences(source, 0, 1) if r["position"] == 0}
+        assert Path(segments[0][0]).is_absolute()
         served = sorted(
             (Path(r["segments"][0][0]).parent.name, r["segments"][0][1]) for r in planned_sequences(source, 0, 1)
         )

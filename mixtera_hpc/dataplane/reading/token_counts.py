@@ -20,7 +20,7 @@ def check_token_counts(config: Config, index: PropertyIndex, tokenizer: Tokenize
 
     if not index.tables.has_tokens:
         raise PropertyIndexError(
-            f"{config.index.path} holds no token counts, and mixture.unit=tokens needs them.\n"
+            f"{index.path} holds no token counts, and mixture.unit=tokens needs them.\n"
             "  Build it again with dataplane.tokenizer set, or set mixture.unit=samples."
         )
     if tokenizer is None:
@@ -35,7 +35,7 @@ def check_token_counts(config: Config, index: PropertyIndex, tokenizer: Tokenize
     # Positions in streams are token counts: with another tokenizer every one of them would be wrong.
     if tokenizer.fingerprint != index.tokenizer_fingerprint:
         raise PropertyIndexError(
-            f"{config.index.path} was built with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but "
+            f"{index.path} was built with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but "
             f"{_configured_tokenizer(config)} is {tokenizer.fingerprint[:12]}.\n"
             "  Give the tokenizer that the index was built with, or build the index again with this one."
         )

@@ -71,7 +71,7 @@ def scan_settings(config: Config) -> ScanSettings:
     tokenizer = load_vocabulary(config.dataplane)
     functions = DocumentFunctions.of(config.data)
     vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
-    # Texts are decoded only if somebody looks at them.
+    # Texts are decoded only to count tokens or to compute properties.
     needs_documents = tokenizer is not None or bool(functions.all)
     spec = scan_spec_of(config.data, documents=needs_documents, vocabulary=vocabulary)
     if config.index.seek_points:

@@ -137,7 +137,7 @@ class _RankScanner:
         while True:
             while idle and (unit := self._claim_unit()) is not None:
                 idle.pop().units.put(unit)
-            # Nothing was left to hand out, and nobody is working.
+            # No unit is left, and all workers are idle.
             if len(idle) == len(workers):
                 break
             try:
@@ -167,7 +167,7 @@ class _RankScanner:
     def _count(self, unit_done: "_FinishedUnit") -> None:
         self._counters.Fetch_and_add(ROWS_DONE, unit_done.rows)
         self._counters.Fetch_and_add(BYTES_DONE, self._tasks.sizes[unit_done.unit])
-        # Last, so that whoever sees the unit counted sees its rows and bytes as well.
+        # Last: a rank that sees this unit counted sees its rows and bytes as well.
         self._counters.Fetch_and_add(UNITS_DONE, 1)
         if self._comm.rank == 0:
             self.report_progress()

@@ -105,7 +105,7 @@ class ScanLog:
     """The log of one thread, open for appending."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        # Exclusive: a name is used by one worker of one attempt, so nobody else can be appending.
+        # Exclusive creation: only one worker of one attempt uses this name.
         self._file = (folder / LOG_PATTERN.replace("*", name)).open("xb")
 
     def append(self, unit: int, number: int, result: ScanResult, *, last: bool) -> None:
