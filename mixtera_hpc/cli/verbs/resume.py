@@ -7,6 +7,7 @@ launcher: `mpiexec -n 8 mixtera-hpc resume RUN` runs this module in every rank.
 import re
 from argparse import ArgumentParser, Namespace
 
+from mixtera_hpc.cli.all_ranks import run_on_all_ranks
 from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
 from mixtera_hpc.cli.verbs.submit import follow_submitted, print_submitted
 from mixtera_hpc.comm.launcher import started_by_launcher
@@ -70,7 +71,11 @@ def _add_edits(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Continue the run here or submit it."""
+    """Continue the run here, on every rank, or submit it."""
+    return run_on_all_ranks(lambda: _resume(args))
+
+
+def _resume(args: Namespace) -> int:
     folder = find_run(args)
     request = ResumeRequest(
         skip_steps=_steps(args.skip_steps) if args.skip_steps else None,

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mixtera_hpc.comm.launch_environment import find_launcher
+from mixtera_hpc.cli.all_ranks import run_on_all_ranks
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.control import block_time_limit_signal
-from mixtera_hpc.errors import ConfigError, MixteraError
+from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.launch.attempts import start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.training.continue_run import continue_run
@@ -39,16 +38,14 @@ The run folder is <run.root>/<run.name>/<run id>. To continue a run, use mixtera
 
 def run(args: Namespace) -> int:
     """Train; every rank calls this. **Collective.**"""
-    block_time_limit_signal()
-    try:
-        _check_arguments(args)
-        if args.folder is None:
-            return _start_run(args.overrides)
-        return continue_run(RunFolder(args.folder.absolute()), attempt=args.attempt)
-    except MixteraError as error:
-        if _is_first_rank():
-            raise
-        return error.exit_code
+    return run_on_all_ranks(lambda: _run_attempt(args))
+
+
+def _run_attempt(args: Namespace) -> int:
+    _check_arguments(args)
+    if args.folder is None:
+        return _start_run(args.overrides)
+    return continue_run(RunFolder(args.folder.absolute()), attempt=args.attempt)
 
 
 def _check_arguments(args: Namespace) -> None:
@@ -69,9 +66,3 @@ def _start_run(overrides: Sequence[str]) -> int:
         return Attempt(folder=folder, number=start_local_attempt(folder, config, ranks=num_ranks))
 
     return run_attempt(config.dataplane.comm, prepare)
-
-
-def _is_first_rank() -> bool:
-    """Return True on rank 0 of the launcher: all ranks fail alike, and one message is enough."""
-    launcher = find_launcher()
-    return launcher is None or launcher.rank == 0
