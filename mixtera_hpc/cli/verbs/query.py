@@ -17,7 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb and return the exit code."""
     # Imported here because h5py and numpy take longer to import than `--help` may take.
-    from mixtera_hpc.cli.query_answer import print_answer
+    from mixtera_hpc.cli.answers.query_answer import print_answer
 
     print_answer(args)
     return 0

@@ -1,22 +1,8 @@
 """`mixtera-hpc trace`: the samples of a step, the steps of a sample, and the proof of what a run consumed."""
 
 import argparse
-import re
-import sys
-from typing import Any
 
-import msgspec
-
-from mixtera_hpc.cli.run_arguments import add_run_argument, find_run, find_run_named
-from mixtera_hpc.config.compose import load_config
-from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.journal import History
-from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
-from mixtera_hpc.trace.diff import RunDifference, first_difference
-from mixtera_hpc.trace.list import SequenceFilter, list_sequences
-from mixtera_hpc.trace.locate import locate_row
-from mixtera_hpc.trace.verify import VerifyResult, verify_run
+from mixtera_hpc.cli.run_arguments import add_run_argument
 
 __all__ = ["arguments", "run"]
 
@@ -39,105 +25,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the arguments ask for; return the exit code."""
-    _check_arguments(args)
-    folder = find_run(args)
-    sources, history = _open_run(folder)
-    if args.verify:
-        _print_verified(verify_run(sources, folder, history), args.json)
-    elif args.diff is not None:
-        other = _open_run(find_run_named(args.diff, args))
-        difference = first_difference((sources, history), other)
-        _print_difference(difference, (history.end, other[1].end), args.json)
-    elif args.row is not None:
-        _print_located(sources, history, args)
-    else:
-        wanted = SequenceFilter(steps=_steps(args), rank=args.rank, domain=args.domain, shard=args.shard)
-        for record, names in list_sequences(sources, folder, history, wanted):
-            _print_json(record) if args.json else print(_readable(record, names))
+    """Run the verb and return the exit code."""
+    # Imported here because h5py and numpy take longer to import than `--help` may take.
+    from mixtera_hpc.cli.answers.trace_answer import print_trace
+
+    print_trace(args)
     return 0
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    if args.row is not None and args.shard is None:
-        raise ConfigError("--row needs --shard, the path of the row's file below the data root.")
-    given = (args.step, args.steps, args.rank, args.domain, args.shard, args.row, args.diff)
-    if not args.verify and all(value is None for value in given):
-        raise ConfigError(
-            "trace needs --step S or --steps A..B to list steps, --rank, --domain or --shard to list one of these, "
-            "--shard FILE --row N to find a sample, --verify to prove the whole run, or --diff RUN_B to compare."
-        )
-
-
-def _steps(args: argparse.Namespace) -> range | None:
-    """Return the steps of --step or --steps; None without either."""
-    if args.step is not None:
-        return range(args.step, args.step + 1)
-    if args.steps is None:
-        return None
-    match = re.fullmatch(r"(\d+)\.\.(\d+)", args.steps)
-    if not match or int(match[1]) > int(match[2]):
-        raise ConfigError(f"--steps is {args.steps!r}, expected the first and the last step, e.g. --steps 10..19.")
-    return range(int(match[1]), int(match[2]) + 1)
-
-
-def _open_run(folder: RunFolder) -> tuple[AttemptSources, History]:
-    history = History(folder.journal)
-    return AttemptSources(load_config(folder.config)), history
-
-
-def _print_verified(result: VerifyResult, as_json: bool) -> None:
-    if as_json:
-        _print_json(result)
-        return
-    plural = "s" if result.num_attempts != 1 else ""
-    print(
-        f"verified: {result.num_sequences:,} sequences of {result.num_steps} steps, each consumed exactly once as "
-        f"planned, over {result.num_attempts} attempt{plural}"
-    )
-    if result.unfinished_step is not None:
-        print(f"The last attempt was killed in step {result.unfinished_step}, which is not part of the proof.")
-
-
-def _print_difference(difference: RunDifference, ends: tuple[int, int], as_json: bool) -> None:
-    if as_json:
-        _print_json(difference)
-        return
-    if difference.step is None:
-        rest = "" if ends[0] == ends[1] else f"; they have {ends[0]} and {ends[1]}"
-        print(f"the same data in all {difference.num_same_steps} steps that both have{rest}")
-        return
-    print(f"the same data up to step {difference.step} position {difference.position}, where they were served:")
-    for record in (difference.first, difference.second):
-        print(_readable_segments(record) if record else "    nothing: the global batch is smaller")
-    print("\n".join(f"differs: {cause}" for cause in difference.causes) or "settings and weights are the same")
-
-
-def _print_located(sources: AttemptSources, history: History, args: argparse.Namespace) -> None:
-    is_empty = True
-    for record in locate_row(sources, history, args.shard, args.row, args.rank):
-        is_empty = False
-        if args.json:
-            _print_json(record)
-            continue
-        start, end = record["items"]
-        print(
-            f"step {record['step']} position {record['position']} rank {record['rank']} (attempt {record['attempt']}): "
-            f"epoch {record['epoch']}, items {start} to {end}"
-        )
-    if is_empty and not args.json:
-        print(f"{args.shard} row {args.row} has not been served up to step {history.end}")
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
-
-
-def _readable(record: Record, names: list[str]) -> str:
-    head = f"step {record['step']} position {record['position']} rank {record['rank']}"
-    return f"{head}: {names[record['domain_id']]}, epoch {record['epoch']}\n{_readable_segments(record)}"
-
-
-def _readable_segments(record: Any) -> str:
-    lines = [f"    {shard} row {row}, items {start} to {end}" for shard, row, start, end in record["segments"]]
-    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What verbs print: imported only when the verb runs, because the index and numpy take long to import."""

@@ -1,0 +1,91 @@
+"""Print what `mixtera-hpc plan` asks for: a forecast of a mixture, or the sequences of chosen steps."""
+
+import argparse
+import sys
+
+import msgspec
+
+from mixtera_hpc.cli.console import open_console
+from mixtera_hpc.cli.run_or_overrides import find_optional_run
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.resume.run_identity import data_of_run
+from mixtera_hpc.dataplane.sample_subset import SampleSubset
+from mixtera_hpc.errors import ConfigError, MixtureError
+from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture
+from mixtera_hpc.trace.list import planned_sequences
+
+__all__ = ["print_plan"]
+
+
+def print_plan(args: argparse.Namespace) -> None:
+    """Print the forecast or the sequences."""
+    folder = find_optional_run(args)
+    if folder is not None:
+        config, subset = data_of_run(folder, args.split)
+    else:
+        config = compose(args.overrides)
+        subset = SampleSubset(split=args.split)
+    if config.plan.digests and not args.json:
+        raise ConfigError("plan.digests=true needs --json: only the list of sequences has digests. Add --json.")
+
+    source = open_source(config, Local(), subset=subset)
+    if args.json:
+        _print_sequences(source)
+    else:
+        plan_steps = config.plan.steps
+        num_steps = config.training.num_steps if plan_steps is None else plan_steps
+        _print_forecast(source, forecast_mixture(source, num_steps))
+
+
+def _print_sequences(source: Source) -> None:
+    plan = source.config.plan
+    num_steps = source.config.dataplane.chunk_steps if plan.steps is None else plan.steps
+    record = None
+    for record in planned_sequences(source, plan.first_step, num_steps):
+        sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
+    if record is None:
+        raise MixtureError(
+            f"plan.first_step is {plan.first_step}, but the data ends before it.\n"
+            "  See the last step with mixtera-hpc plan."
+        )
+
+
+def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
+    _print_domains(source, forecast)
+    console = open_console()
+    step = forecast.step
+    console.print(
+        f"{forecast.bytes_per_step / 1e6:.3g} MB read per step over all ranks: {step.documents:,.0f} documents "
+        f"of about {step.blocks:,.0f} blocks in {step.shards:,.0f} shards"
+    )
+    console.print(
+        f"Read amplification: {step.read_amplification:.1f}× for formats that read whole blocks, without a cache; "
+        "1.0× for formats that read single rows"
+    )
+    mixture = source.config.mixture
+    if forecast.num_steps < forecast.steps_asked:
+        share = "" if mixture.on_exhausted == "redistribute" else ", or set mixture.on_exhausted=redistribute"
+        console.print(
+            f"The data ends after {forecast.num_steps} of {forecast.steps_asked} steps: raise max_epochs of the "
+            f"mixture or of the domains that run out{share}."
+        )
+    if "dynamic" in (mixture.kind, *(stage.kind for stage in mixture.schedule.stages)):
+        console.print("The mixture is learned while training; this is what its initial weights would serve.")
+    if mixture.kind == "schedule":
+        console.print("The mixture follows a schedule; the weights shown are those of step 0.")
+
+
+def _print_domains(source: Source, forecast: MixtureForecast) -> None:
+    # rich takes 0.1 s to import, which --json does not need.
+    from rich.table import Table
+
+    title = f"{forecast.num_steps} steps of {source.planner.global_batch_size} sequences"
+    table = Table(title=title, title_justify="left")
+    for heading in ("domain", "weight", f"has ({forecast.unit})", "will be served", "epochs", "runs out at step"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    for d in forecast.domains:
+        runs_out = "—" if d.runs_out_at_step is None else str(d.runs_out_at_step)
+        table.add_row(d.name, f"{d.weight:.4f}", f"{d.items:,}", f"{d.served:,}", f"{d.epochs:.2f}", runs_out)
+    open_console().print(table)
