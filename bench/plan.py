@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench._corpus import make_tokenizer, source_text
 from bench._results import write_results
@@ -27,7 +28,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import Planner, PlannerState
-from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.plane import STATE_KEY, DataPlane
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.index.build.build import build_index
@@ -202,7 +203,7 @@ def measure_resumes(num_domains: int = 1000) -> Iterator[ResumeTiming]:
             yield min(tries, key=lambda timing: timing.open_ms + timing.restore_ms + timing.first_batch_ms)
 
 
-def fabricate_state(source: Source, step: int) -> dict[str, Any]:
+def fabricate_state(source: Source, step: int) -> NDArray[np.uint8]:
     """Return the state of a run that has served `step` steps."""
     planner_state = state_at_step(source.planner, source.weights, step)
     state = PlaneState(
@@ -214,16 +215,15 @@ def fabricate_state(source: Source, step: int) -> dict[str, Any]:
         stream_version=source.stream_version,
         identity=source.identity(),
     )
-    return state.to_dict()
+    return state.to_array()
 
 
-def measure_resume(config: Config, state: dict[str, Any], step: int) -> ResumeTiming:
+def measure_resume(config: Config, state: NDArray[np.uint8], step: int) -> ResumeTiming:
     """Open a data plane, restore a state and take the first batch."""
-    text = json.dumps(state["json"])
     started = time.perf_counter()
     with DataPlane.open(config, Local()) as plane:
         opened = time.perf_counter()
-        plane.load_state_dict({"json": json.loads(text), "arrays": state["arrays"]})
+        plane.load_state_dict({STATE_KEY: state})
         restored = time.perf_counter()
         batch = next(iter(plane))
         served = time.perf_counter()
@@ -234,7 +234,7 @@ def measure_resume(config: Config, state: dict[str, Any], step: int) -> ResumeTi
         open_ms=(opened - started) * 1e3,
         restore_ms=(restored - opened) * 1e3,
         first_batch_ms=(served - restored) * 1e3,
-        state_bytes=len(text) + sum(array.nbytes for array in state["arrays"].values()),
+        state_bytes=state.nbytes,
     )
 
 

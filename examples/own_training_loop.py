@@ -50,6 +50,6 @@ with DataPlane.open(config, comm=comm) as plane:
         print_losses(plane)
 
         if plane.stop_requested() or batch.step + 1 == config.training.num_steps:
-            state = plane.state_dict()  # On rank 0: save it with the model. None on the other ranks.
+            state = plane.state_dict()  # One small array, the same on every rank. Save it with the model.
             print_losses(plane)
             break

@@ -30,8 +30,8 @@ from mixtera_hpc.errors import LaunchError, did_you_mean
 
 __all__ = ["PLANE_STATE_FILE", "RunFolder", "find_runs", "new_run_id", "runs_root"]
 
-PLANE_STATE_FILE = "dataplane.json"
-"""File of a checkpoint that holds the JSON part of the data plane's state."""
+PLANE_STATE_FILE = "dataplane.npz"
+"""File of a checkpoint that holds the state of the data plane."""
 
 
 def new_run_id(config: dict[str, Any], now: datetime | None = None) -> str:
@@ -131,7 +131,7 @@ class RunFolder:
         return self.checkpoints / f"step_{step:08d}"
 
     def checkpoint_plane_state(self, step: int) -> Path:
-        """Return the file with the JSON part of the data plane's state in the checkpoint after `step` steps."""
+        """Return the file with the data plane's state in the checkpoint after `step` steps."""
         return self.checkpoint(step) / PLANE_STATE_FILE
 
     @property

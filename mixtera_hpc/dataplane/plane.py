@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.comm.launcher import communicator_of, end_job
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
@@ -32,11 +33,14 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
-from mixtera_hpc.dataplane.session import PlaneResources, Session, start_session
+from mixtera_hpc.dataplane.session import PlaneResources, Session, initial_state, start_session
 from mixtera_hpc.errors import is_clean_exit
 from mixtera_hpc.track.tracker import NullTracker, Tracker
 
-__all__ = ["Batch", "DataPlane"]
+__all__ = ["STATE_KEY", "Batch", "DataPlane"]
+
+STATE_KEY = "plane"
+"""The only key of a state dict. Its value is one array, which every checkpoint library can store."""
 
 
 class DataPlane:
@@ -53,7 +57,7 @@ class DataPlane:
         self._ends_job = ends_job
         self._source = resources.source
         self._session: Session | None = None
-        """Starts with the first batch, or when a state is loaded or saved."""
+        """Starts with the first batch, or when a state is loaded."""
         self._is_closed = False
 
     @classmethod
@@ -216,23 +220,33 @@ class DataPlane:
         """
         return self._session.completed_statistics() if self._session else []
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Return the state after the current step on rank 0, and None elsewhere. **Collective.**
+    def state_dict(self) -> dict[str, NDArray[np.uint8]]:
+        """Return the state after the current step, the same value on every rank. **Collective.**
 
-        The state is JSON and arrays: `{"json": …, "arrays": …}`. Its size is O(domains).
+        The value is `{"plane": array}` with one uint8 array: the bytes of an npz file, see `plane_state`. Its size is
+        O(domains). Before the first batch it is the state that a run begins with. A state may still be loaded then.
         """
-        # Before the first batch this begins the run, so that a checkpoint of step 0 is possible.
-        state = self._started_session().state()
-        return state.to_dict() if state is not None else None
+        own: PlaneState | None = None
+        if self._session is not None:
+            own = self._session.state()
+        elif self._resources.comm.rank == 0:
+            own = initial_state(self._resources)
+
+        # Any rank may be the one that writes a checkpoint, and torch.distributed.checkpoint asks all of them.
+        content = own.to_array().tobytes() if own is not None else None
+        shared = bcast_bytes(self._resources.comm, content)
+        return {STATE_KEY: np.frombuffer(shared, np.uint8).copy()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Continue from a saved state; call it before the first batch. **Collective.**
 
         Args:
-            state: what `state_dict` returned on rank 0. Only rank 0 has to give it.
+            state: what `state_dict` returned; the array may have become a torch tensor. Every rank may give it, only
+                that of rank 0 counts; the others may give None.
 
         Raises:
             ConfigError: the state belongs to a run with other settings.
+            DataError: the state is damaged.
             ValueError: batches were served already, or rank 0 gave no state.
         """
         # The session begins at its resume point; it cannot be moved afterwards.
@@ -243,7 +257,7 @@ class DataPlane:
             state = None
         elif not state:
             raise ValueError("load_state_dict() got no state on rank 0. To begin a run, do not call it.")
-        self._session = start_session(self._resources, PlaneState.from_dict(state) if state else None)
+        self._session = start_session(self._resources, _parse_state(state) if state else None)
 
     def close(self, orderly: bool = True) -> None:
         """Stop the reading thread and free everything. **Collective.**
@@ -273,6 +287,19 @@ class DataPlane:
         if self._session is None:
             self._session = start_session(self._resources, None)
         return self._session
+
+
+def _parse_state(state: Mapping[str, Any]) -> PlaneState:
+    if STATE_KEY not in state:
+        raise ValueError(
+            f"load_state_dict() got a state with the keys {sorted(state)}, but expects {STATE_KEY!r}.\n"
+            "  Give it what DataPlane.state_dict() returned."
+        )
+    content = state[STATE_KEY]
+    # A checkpoint of torch may have placed the bytes on an accelerator.
+    if hasattr(content, "detach"):
+        content = content.detach().cpu().numpy()
+    return PlaneState.from_array(np.asarray(content, np.uint8))
 
 
 def _settings_of_attempt(

@@ -1,9 +1,14 @@
-"""The state of a data plane: JSON and arrays, O(domains), never pickle.
+"""The state of a data plane: one uint8 array, O(domains), never pickle.
 
 It holds the plan of the chunk that is being served, the next step, and what the mixing algorithm has learned. Restoring
-it costs the same at every step, with any number of ranks.
+it costs the same at every step, with any number of ranks. The bytes of the array are a compressed npz file whose entry
+`json` is a JSON text; the other entries are arrays. Price: below 64 KiB at 1,000 domains, plus the mixing algorithm's
+own state.
 """
 
+import io
+import json
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +19,41 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, DataError
 
-__all__ = ["PlaneState", "check_identity"]
+__all__ = ["PlaneState", "check_identity", "pack_state", "unpack_state"]
 
-VERSION = 2
+VERSION = 3
+
+JSON_ENTRY = "json"
+"""Name of the npz entry that holds the JSON text."""
+
+
+def pack_state(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
+    """Return JSON values and arrays as the bytes of one npz file."""
+    text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    entries: dict[str, Any] = {JSON_ENTRY: text, **arrays}
+    file = io.BytesIO()
+    # Compressed: names of domains and the high bytes of counters repeat.
+    np.savez_compressed(file, **entries)
+    return np.frombuffer(file.getvalue(), np.uint8).copy()
+
+
+def unpack_state(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Return the JSON values and the arrays that `pack_state` was given.
+
+    Raises:
+        DataError: the bytes are not a state, or are damaged.
+    """
+    try:
+        with np.load(io.BytesIO(content.tobytes()), allow_pickle=False) as entries:
+            arrays = dict(entries)
+        facts = json.loads(arrays.pop(JSON_ENTRY).tobytes())
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"The saved state of the data plane cannot be read: {error}.\n  Load another checkpoint of the run."
+        ) from error
+    return facts, arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +74,8 @@ class PlaneState:
     identity: Mapping[str, Any]
     """Identity of the source that the run was served from; see `Source.identity`."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return `{"json": …, "arrays": …}`, for `json.dump` and `numpy.savez`."""
+    def to_array(self) -> NDArray[np.uint8]:
+        """Return the state as the bytes of an npz file; see `pack_state`."""
         facts = {
             "version": VERSION,
             "next_step": self.next_step,
@@ -49,18 +84,18 @@ class PlaneState:
             "stream_version": self.stream_version.to_dict(),
             "identity": dict(self.identity),
         }
-        return {"json": facts, "arrays": {"plan": self.plan.to_array(), **self.mixer}}
+        return pack_state(facts, {"plan": self.plan.to_array(), **self.mixer})
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> "PlaneState":
-        """Restore what `to_dict` returned.
+    def from_array(cls, content: NDArray[np.uint8]) -> "PlaneState":
+        """Restore what `to_array` returned.
 
         Raises:
             ConfigError: the state was written by another version.
+            DataError: the bytes are not a state, or are damaged.
         """
         # Read the version first: the other fields may differ between versions.
-        facts = state["json"]
-        arrays = dict(state["arrays"])
+        facts, arrays = unpack_state(content)
         if facts["version"] != VERSION:
             raise ConfigError(
                 f"The saved state has version {facts['version']}, but this code writes and reads version {VERSION}.\n"

@@ -32,7 +32,7 @@ from mixtera_hpc.dataplane.step_ledger import StepLedger
 from mixtera_hpc.dataplane.step_losses import StepLosses
 from mixtera_hpc.dataplane.step_reducer import AgreedRequests, RankFlags, StepReducer, StepResult
 
-__all__ = ["PlaneResources", "Session", "start_session"]
+__all__ = ["PlaneResources", "Session", "initial_state", "start_session"]
 
 POLL_S = 5e-4
 """How often plans and reductions are tested while this rank waits for data."""
@@ -72,6 +72,24 @@ def start_session(resources: PlaneResources, state: PlaneState | None) -> "Sessi
         own = find_resume_point(resources.source, state, resources.recorder.run_edits())
     start = share_resume_point(resources.comm, own, resources.source.num_domains)
     return Session(resources, start, state)
+
+
+def initial_state(resources: PlaneResources) -> PlaneState:
+    """Return the state that a run begins with; rank 0 only.
+
+    It has the format of any other state, but no algorithm state: a mixing algorithm begins with its prior.
+    """
+    source = resources.source
+    start = find_resume_point(source, None, resources.recorder.run_edits())
+    return PlaneState(
+        next_step=start.step,
+        plan=start.plan,
+        mixer={},
+        num_fed=0,
+        decisions=[],
+        stream_version=start.stream_version,
+        identity=source.identity(),
+    )
 
 
 class Session:

@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mixtera_hpc.config.run_folder import PLANE_STATE_FILE, RunFolder
+from mixtera_hpc.dataplane.plane_state import unpack_state
 from mixtera_hpc.errors import DataError
 
 __all__ = ["Checkpoint", "load_newest_checkpoint", "read_checkpoint", "write_checkpoint"]
@@ -34,7 +36,6 @@ FORMAT_VERSION = 1
 CONTENTS_FILE = "training.json"
 MODEL_FILE = "model.pt"
 OPTIMIZER_FILE = "optimizer.pt"
-PLANE_ARRAYS_FILE = "dataplane.npz"
 
 READ_BYTES = 1 << 20
 """Bytes read at a time to compute a checksum."""
@@ -52,8 +53,8 @@ class Checkpoint:
     """State dict of the model."""
     optimizer: Mapping[str, Any]
     """State dict of the optimizer."""
-    dataplane: Mapping[str, Any]
-    """State of the data plane: `{"json": …, "arrays": {name: array}}`."""
+    dataplane: NDArray[np.uint8]
+    """State of the data plane: the array that `DataPlane.state_dict` returned."""
 
 
 def write_checkpoint(run: RunFolder, checkpoint: Checkpoint, keep: int) -> Path:
@@ -98,8 +99,8 @@ def load_newest_checkpoint(
 
     Args:
         run: the run folder.
-        accept: whether to use a checkpoint, given the JSON part of its data plane state. The caller rejects checkpoints
-            of an abandoned history.
+        accept: whether to use a checkpoint, given the JSON values of its data plane state. The caller rejects
+            checkpoints of an abandoned history.
 
     Returns:
         The checkpoint, or None if there is none and the run starts at step 0.
@@ -114,7 +115,7 @@ def load_newest_checkpoint(
         if damage is not None:
             logger.warning("Checkpoint %s is skipped: %s.", path, damage)
             damaged.append(f"\n    {path.name}: {damage}")
-        elif accept(_read_json(run.checkpoint_plane_state(step))):
+        elif accept(unpack_state(np.fromfile(run.checkpoint_plane_state(step), np.uint8))[0]):
             return read_checkpoint(path)
 
     if damaged:
@@ -128,14 +129,12 @@ def load_newest_checkpoint(
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint; tensors are placed on the CPU. Code in the files is never executed."""
     contents = _read_json(path / CONTENTS_FILE)
-    with np.load(path / PLANE_ARRAYS_FILE, allow_pickle=False) as arrays:
-        dataplane = {"json": _read_json(path / PLANE_STATE_FILE), "arrays": dict(arrays)}
     return Checkpoint(
         step=contents["step"],
         model_settings=contents["model_settings"],
         model=torch.load(path / MODEL_FILE, map_location="cpu", weights_only=True),
         optimizer=torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True),
-        dataplane=dataplane,
+        dataplane=np.fromfile(path / PLANE_STATE_FILE, np.uint8),
     )
 
 
@@ -143,8 +142,8 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     """Write and sync all files. The table of contents comes last: it holds the sizes and checksums of the others."""
     torch.save(dict(checkpoint.model), folder / MODEL_FILE)
     torch.save(dict(checkpoint.optimizer), folder / OPTIMIZER_FILE)
-    (folder / PLANE_STATE_FILE).write_text(json.dumps(checkpoint.dataplane["json"]))
-    np.savez(folder / PLANE_ARRAYS_FILE, **checkpoint.dataplane["arrays"])
+    # The array holds the bytes of an npz file, so that numpy can open the file too.
+    checkpoint.dataplane.tofile(folder / PLANE_STATE_FILE)
 
     files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(folder.iterdir())}
     for name in files:

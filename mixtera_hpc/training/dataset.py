@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
@@ -18,8 +20,8 @@ class PlaneDataset(IterableDataset[Any]):
     builds whole batches and reads ahead. The loader must therefore neither collate them (`batch_size=None`) nor start
     worker processes (`num_workers=0`); `dataplane.workers` reads in processes instead.
 
-    With a `StatefulDataLoader`, `state_dict()` is that of the data plane. Only the state of rank 0 has content: save
-    that one and load it on any number of ranks.
+    With a `StatefulDataLoader`, `state_dict()` holds the state of the data plane. It is the same on every rank: save
+    one of them and load it on any number of ranks.
     """
 
     def __init__(self, plane: DataPlane, transform: Callable[[Batch], Any] | None = None) -> None:
@@ -40,13 +42,13 @@ class PlaneDataset(IterableDataset[Any]):
         for batch in self._plane:
             yield batch if self._transform is None else self._transform(batch)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, NDArray[np.uint8]]:
         """Return the state of the data plane, see `DataPlane.state_dict`. **Collective.**"""
-        return {"plane": self._plane.state_dict()}
+        return self._plane.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state of the data plane, see `DataPlane.load_state_dict`. **Collective.**"""
-        self._plane.load_state_dict(state["plane"])
+        self._plane.load_state_dict(state)
 
     def __getstate__(self) -> Any:
         """Refuse to be pickled, which a loader does to start worker processes by spawning."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.plane import Batch, DataPlane
+from mixtera_hpc.dataplane.plane import STATE_KEY, Batch, DataPlane
 from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, read_run_edits
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.event_types import AttemptEvent
@@ -169,7 +169,7 @@ class Trainer:
         checkpoint = self._load_checkpoint()
         if checkpoint is None:
             return
-        self._plane.load_state_dict(checkpoint.dataplane)
+        self._plane.load_state_dict({STATE_KEY: checkpoint.dataplane})
         _check_same_model(checkpoint, self._model_settings())
         self._model.load_state_dict(dict(checkpoint.model))
         self._optimizer.load_state_dict(dict(checkpoint.optimizer))
@@ -292,13 +292,13 @@ class Trainer:
         self._log.add_statistics(self._plane.completed_statistics())
         self._log.flush()
 
-        if state is not None and self._comm.rank == 0:
+        if self._comm.rank == 0:
             checkpoint = Checkpoint(
                 step=self._step,
                 model_settings=self._model_settings(),
                 model=self._model.state_dict(),
                 optimizer=self._optimizer.state_dict(),
-                dataplane=state,
+                dataplane=state[STATE_KEY],
             )
             write_checkpoint(self._folder, checkpoint, self._config.checkpoint.keep)
         self._comm.Barrier()

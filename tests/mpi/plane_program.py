@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixtera_hpc.comm.launcher import open_communicator
 from mixtera_hpc.config.compose import compose
@@ -18,16 +19,13 @@ from mixtera_hpc.dataplane.plane import DataPlane
 
 
 def load(folder: Path) -> dict[str, object] | None:
-    if not (folder / "state.json").exists():
-        return None
-    with np.load(folder / "state.npz", allow_pickle=False) as arrays:
-        return {"json": json.loads((folder / "state.json").read_text()), "arrays": dict(arrays)}
+    path = folder / "state.npz"
+    return {"plane": np.fromfile(path, np.uint8)} if path.exists() else None
 
 
-def save(folder: Path, state: dict[str, object] | None) -> None:
-    if state is not None:
-        (folder / "state.json").write_text(json.dumps(state["json"]))
-        np.savez(folder / "state.npz", **state["arrays"])
+def save(folder: Path, rank: int, state: dict[str, NDArray[np.uint8]]) -> None:
+    if rank == 0:
+        state["plane"].tofile(folder / "state.npz")
 
 
 def main() -> None:
@@ -48,7 +46,7 @@ def main() -> None:
             statistics += plane.completed_statistics()
             if plane.stop_requested() or batch.step + 1 == steps:
                 break
-        save(folder, plane.state_dict())
+        save(folder, comm.rank, plane.state_dict())
         statistics += plane.completed_statistics()
         if comm.rank == 0:
             sums = [[s.step, s.loss_sum.tolist(), s.num_tokens.tolist()] for s in statistics]

@@ -49,7 +49,7 @@ def serve(
                 write_request(RunFolder(folder), MixtureRequest(mixture=mixture, chunk=written["chunk"]))
         saved = plane.state_dict()
     assert saved is not None
-    return {"json": json.loads(json.dumps(saved["json"])), "arrays": saved["arrays"]}
+    return saved
 
 
 def steps(plane: DataPlane, until: int) -> Iterator[Any]:

@@ -86,7 +86,7 @@ def test_an_edit_continues_from_a_checkpoint_over_several_indexes(joined: Config
     state = serve(joined, folder, 1, 10)
     checkpoint = folder.checkpoints / "step_00000010"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "dataplane.json").write_text(json.dumps(state["json"]))
+    state["plane"].tofile(checkpoint / "dataplane.npz")
     write_shard(tmp_path / "prose" / "b.jsonl", 12)
     refresh_index(compose(one_index(tmp_path, "prose")))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.dataplane.plane_state import pack_state, unpack_state
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.training.checkpoint import Checkpoint, load_newest_checkpoint, write_checkpoint
 
@@ -21,7 +22,7 @@ def checkpoint(step: int) -> Checkpoint:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    state = {"json": {"next_step": step}, "arrays": {"plan": np.arange(step), "mixer/weights": np.array([0.25, 0.75])}}
+    state = pack_state({"next_step": step}, {"plan": np.arange(step), "mixer/weights": np.array([0.25, 0.75])})
     return Checkpoint(
         step=step,
         model_settings={"training.num_layers": 1},
@@ -60,9 +61,10 @@ def test_a_loaded_checkpoint_equals_the_written_one(run: RunFolder) -> None:
     assert torch.equal(loaded.model["weight"], written.model["weight"])
     assert torch.equal(loaded.optimizer["state"][0]["exp_avg"], written.optimizer["state"][0]["exp_avg"])
     assert loaded.optimizer["param_groups"] == written.optimizer["param_groups"]
-    assert loaded.dataplane["json"] == {"next_step": 7}
-    assert loaded.dataplane["arrays"]["plan"].tolist() == list(range(7))
-    assert loaded.dataplane["arrays"]["mixer/weights"].tolist() == [0.25, 0.75]
+    facts, arrays = unpack_state(loaded.dataplane)
+    assert facts == {"next_step": 7}
+    assert arrays["plan"].tolist() == list(range(7))
+    assert arrays["mixer/weights"].tolist() == [0.25, 0.75]
 
 
 def test_a_folder_without_checkpoints_loads_none(run: RunFolder) -> None:
@@ -125,7 +127,7 @@ def reset_version(path: Path) -> None:
         ("model.pt", truncate, "model.pt has .* bytes, expected"),
         ("optimizer.pt", flip_one_bit, "the checksum of optimizer.pt does not match"),
         ("dataplane.npz", Path.unlink, "dataplane.npz is missing"),
-        ("dataplane.json", truncate, "dataplane.json has .* bytes"),
+        ("dataplane.npz", truncate, "dataplane.npz has .* bytes"),
         ("training.json", Path.unlink, "training.json cannot be read"),
         ("training.json", truncate, "training.json cannot be read"),
         ("training.json", reset_version, "its version is 0"),
@@ -155,7 +157,7 @@ def test_pickled_code_in_a_checkpoint_is_not_executed(run: RunFolder) -> None:
         def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
             return (exec, ("raise SystemExit('boom')",))
 
-    bomb = {"json": {}, "arrays": {"plan": np.array([Bomb()], dtype=object)}}
+    bomb = pack_state({}, {"plan": np.array([Bomb()], dtype=object)})
     write_checkpoint(run, Checkpoint(step=1, model_settings={}, model={}, optimizer={}, dataplane=bomb), keep=1)
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(DataError, match="allow_pickle"):
         load_newest_checkpoint(run)
