@@ -22,7 +22,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "demo": "train, stop, resume, verify and report on this machine's own text, with nothing to configure",
     },
     "Data": {
-        "index": "build, inspect, verify, refresh or extend the property index of a data collection",
+        "index": "build, inspect, verify or refresh the property index of a data collection, or add properties",
         "query": "count the samples and tokens of every domain",
         "plan": "forecast what a mixture will serve, or list the sequences of chosen steps",
     },

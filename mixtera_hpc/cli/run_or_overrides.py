@@ -22,7 +22,10 @@ def add_run_or_overrides(parser: argparse.ArgumentParser, example: str) -> None:
         help=f"a run (id, name or folder), without the samples that it has dropped; or Hydra overrides, e.g. {example}",
     )
     parser.add_argument(
-        "--split", choices=("train", "validation"), default="train", help="side of query.holdout (default: train)"
+        "--split",
+        choices=("train", "validation"),
+        default="train",
+        help="which samples of query.holdout: training or held-out (default: train)",
     )
     add_root_argument(parser)
 

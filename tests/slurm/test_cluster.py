@@ -142,7 +142,7 @@ def test_a_sweep_over_nodes_gives_every_point_its_own_job(mixtera: Mixtera, runs
     lines = wait_for_sweep(mixtera, 4)
     assert sorted(line["nodes"] for line in lines) == [1, 1, 2, 2]
     again = mixtera(*sweep)
-    assert "0 of 4 points to submit" in again.stdout
+    assert "0 of 4 runs to submit" in again.stdout
 
 
 def wait_for_sweep(mixtera: Mixtera, num_points: int) -> list[dict[str, Any]]:

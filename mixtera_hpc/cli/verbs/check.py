@@ -10,7 +10,7 @@ __all__ = ["arguments", "run"]
 
 def arguments(parser: ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.epilog = """\
 The pairs are those of conf/experiment (and no experiment) with conf/cluster, including your own in $MIXTERA_CONF.
 The exit code is 2 if a pair does not fit."""

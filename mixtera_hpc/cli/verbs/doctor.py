@@ -12,9 +12,9 @@ __all__ = ["arguments", "run"]
 
 def arguments(parser: ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("--json", action="store_true", help="one JSON object per check")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per check")
     parser.epilog = """\
-Each check is ok, absent (not here, and not needed everywhere) or wrong. The exit code is 1 if one is wrong."""
+Each check is ok, absent (not installed here, and not always needed) or wrong. The exit code is 1 if one is wrong."""
 
 
 def run(args: Namespace) -> int:

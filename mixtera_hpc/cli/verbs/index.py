@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=_ACTIONS,
-        help="build an index, show it, compare it with its shards, bring it up to date, or add properties computed "
+        help="build an index, show its content, compare it with its shards, update it, or add properties computed "
         "from documents; all but inspect also run under mpiexec or srun",
     )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. data.root=DIR dataplane.tokenizer=FILE")
@@ -32,7 +32,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--again", action="store_true", help="derive: recompute properties that the index already has")
     parser.add_argument("--submit", action="store_true", help="run the action as a Slurm job: cluster=NAME job.nodes=N")
-    parser.add_argument("--dry-run", action="store_true", help="with --submit: print the batch script and do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --submit: print the batch script and do nothing else"
+    )
     parser.add_argument("--wait", action="store_true", help="with --submit: follow the job and exit with its exit code")
 
 

@@ -17,7 +17,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--rank",
         type=_rank,
         default="main",
-        help="number of a rank, or all (default: rank 0, the batch script, and the end of the first rank that failed)",
+        help="a rank's number, or all (default: rank 0, the batch script, and the last lines of the first failed rank)",
     )
     parser.add_argument("-f", "--follow", action="store_true", help="print new lines until the run has ended")
     parser.epilog = """\

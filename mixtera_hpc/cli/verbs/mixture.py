@@ -23,8 +23,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="set: YAML with the keys below `mixture:`, e.g. kind, domains",
     )
-    parser.add_argument("--at-chunk", metavar="N", help="set: the first chunk it holds for (default: next)")
-    parser.add_argument("--json", action="store_true", help="show: one JSON object per change of weights and decision")
+    parser.add_argument(
+        "--at-chunk", metavar="N", help="set: the first chunk that uses the mixture (default: the next one)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="show: print one JSON object per change of weights and per decision"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,7 +10,9 @@ __all__ = ["arguments", "run"]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     add_run_or_overrides(parser, "mixture=unimax plan.first_step=0 plan.steps=100")
-    parser.add_argument("--json", action="store_true", help="one line per sequence instead of the forecast")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per sequence instead of the forecast"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     add_run_or_overrides(parser, "query.where=... mixture.group_by=[source]")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--explain", action="store_true", help="also print how the answer was computed and its cost")
+    parser.add_argument(
+        "--explain", action="store_true", help="also print how the counts were computed, and the time of each part"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -42,7 +42,9 @@ def arguments(parser: ArgumentParser) -> None:
     )
     where.add_argument("--submit", action="store_true", help="submit a job, even if the run was local before")
     parser.add_argument(
-        "--wait", action="store_true", help="after submitting, print logs until the run ends; exit like it"
+        "--wait",
+        action="store_true",
+        help="after submitting, print the run's logs until it ends; exit with its exit code",
     )
     _add_edits(parser)
     parser.epilog = EPILOG

@@ -25,9 +25,7 @@ def arguments(parser: ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--folder", type=Path, help="run an attempt of this prepared run folder; used by batch scripts")
-    parser.add_argument(
-        "--attempt", type=int, help="with --folder: the number of the attempt that was made for this job"
-    )
+    parser.add_argument("--attempt", type=int, help="with --folder: the number of this job's attempt")
     parser.epilog = """\
 Examples:
   mixtera-hpc run experiment=demo training.num_steps=40

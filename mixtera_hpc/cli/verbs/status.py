@@ -25,14 +25,14 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "runs", nargs="*", metavar="RUN", help=f"run id, name or folder (default: the {NUM_NEWEST} newest runs)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object per run")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per run")
     parser.add_argument(
         "--watch",
         nargs="?",
         type=float,
         const=5.0,
         metavar="SECONDS",
-        help="repeat until no run waits or runs (every 5 s by default)",
+        help="repeat until no run is waiting or running (every 5 s by default)",
     )
     parser.add_argument("--all", action="store_true", help="list all runs")
     add_root_argument(parser)

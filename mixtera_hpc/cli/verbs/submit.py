@@ -19,7 +19,9 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--dry-run", action="store_true", help="print the script and do nothing else")
     parser.add_argument(
-        "--wait", action="store_true", help="print the run's logs until it ends; exit with its exit code"
+        "--wait",
+        action="store_true",
+        help="after submitting, print the run's logs until it ends; exit with its exit code",
     )
     parser.epilog = """\
 Examples:

@@ -22,7 +22,7 @@ def arguments(parser: ArgumentParser) -> None:
         "overrides", nargs="*", metavar="KEY=VALUES", help="Hydra overrides; commas separate the values of a key"
     )
     parser.add_argument("--max-parallel", type=int, metavar="N", help="run at most N jobs at a time")
-    parser.add_argument("--dry-run", action="store_true", help="list the points and their price; submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and their node-hours; submit nothing")
     parser.add_argument("--yes", action="store_true", help="submit without asking")
     parser.add_argument(
         "--ask-above",
@@ -34,7 +34,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.epilog = """\
 Example: 6 runs, at most 2 at a time
   mixtera-hpc sweep experiment=demo cluster=clariden job.nodes=1,2,4 dataplane.seed=0,1 --max-parallel 2
-The price is an upper bound: nodes × job.time × job.max_attempts. Repeating the command submits only points that are
+The node-hours are an upper bound: nodes × job.time × job.max_attempts. Repeating the command submits only runs that are
 new or have not finished."""
 
 
@@ -70,7 +70,7 @@ def _print_plan(plan: SweepPlan) -> None:
     for point in plan.points:
         job = point.config.job
         print(f"{job.nodes:>4} nodes × {job.time}  {' '.join(point.overrides)}  ({_TEXT_OF_ACTION[point.action]})")
-    print(f"{len(plan.due)} of {len(plan.points)} points to submit, at most {plan.node_hours:g} node-hours")
+    print(f"{len(plan.due)} of {len(plan.points)} runs to submit, at most {plan.node_hours:g} node-hours")
 
 
 def _confirm(node_hours: float, args: Namespace) -> None:

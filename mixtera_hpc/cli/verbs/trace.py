@@ -13,15 +13,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--step", type=int, help="list the sequences of this step")
     action.add_argument("--steps", metavar="A..B", help="list the sequences of steps A to B")
-    action.add_argument("--row", type=int, help="with --shard: every step, rank and position this row was served at")
-    action.add_argument("--diff", metavar="RUN_B", help="the first difference from another run, and its cause")
+    action.add_argument(
+        "--row", type=int, help="with --shard: list every step, rank and position at which this row was served"
+    )
+    action.add_argument("--diff", metavar="RUN_B", help="show the first difference from another run, and its cause")
     action.add_argument(
         "--verify", action="store_true", help="prove that every planned sequence was consumed exactly once"
     )
-    parser.add_argument("--rank", type=int, help="only what this rank was served")
-    parser.add_argument("--domain", help="only this domain, by id or name")
+    parser.add_argument("--rank", type=int, help="only sequences that this rank was served")
+    parser.add_argument("--domain", help="only sequences of this domain, an id or a name")
     parser.add_argument("--shard", help="only sequences with data of this shard, e.g. train/a.jsonl")
-    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def run(args: argparse.Namespace) -> int:
