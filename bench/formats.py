@@ -25,7 +25,7 @@ from bench._corpus import make_rows
 from mixtera_hpc.formats.base import BlockRef, Format, RowBatch, ScanSpec, TokenReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import read_blocks
+from mixtera_hpc.testing.format_cases import read_blocks
 from mixtera_hpc.testing.writers import (
     write_arrow,
     write_compressed,

@@ -15,7 +15,7 @@ from mixtera_hpc.errors import UserError
 from mixtera_hpc.formats.base import PropertyField, ScanSpec, Vocabulary
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import read_blocks, sample_rows, scan_whole_shard
+from mixtera_hpc.testing.format_cases import read_blocks, sample_rows, scan_whole_shard
 from mixtera_hpc.testing.writers import (
     write_arrow,
     write_arrow_stream,

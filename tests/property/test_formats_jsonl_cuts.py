@@ -13,7 +13,7 @@ from mixtera_hpc.formats.base import PropertyField, ScanSpec
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
-from mixtera_hpc.testing.formats import read_blocks
+from mixtera_hpc.testing.format_cases import read_blocks
 
 SPEC = ScanSpec(
     text="a.text", properties=(PropertyField(name="kind", path="a.kind", kind=Kind.CATEGORY),), documents=True

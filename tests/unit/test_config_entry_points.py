@@ -19,6 +19,9 @@ from mixtera_hpc.config.convert import from_plain, to_plain
 from mixtera_hpc.config.key_paths import SchemaKey, schema_keys, without_none
 from mixtera_hpc.config.schema import Config
 
+pytestmark = pytest.mark.slow
+"""Sets every key through every entry point."""
+
 TEXT = "a >= 0.5, 'b c' = (d)"
 """Text that Hydra's grammar cannot parse, for every key that takes any text."""
 SPECIAL = {

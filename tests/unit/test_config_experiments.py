@@ -98,6 +98,7 @@ def test_other_hydra_applications_of_the_process_are_left_alone(own: Path, tmp_p
     assert not {"mixtera_hpc", "MIXTERA_CONF"} & {*providers, *again}
 
 
+@pytest.mark.slow
 def test_the_hydra_application_has_the_same_rule(own: Path) -> None:
     words = ["experiment=based", "mixture=unimax", "dataplane=default", "mixture.unit=samples"]
     command = [sys.executable, "-m", "mixtera_hpc.training", "--cfg", "job", "--resolve", *words]

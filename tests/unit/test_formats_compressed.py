@@ -13,7 +13,7 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import RowBatch, ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
+from mixtera_hpc.testing.format_cases import read_blocks, scan_whole_shard
 
 SPEC = ScanSpec(text="text", documents=True)
 SKIPPABLE = struct.pack("<II", 0x184D2A50, 5) + b"table"

@@ -9,7 +9,8 @@ import pytest
 import zstandard
 
 from mixtera_hpc.formats.registry import SUFFIXES, load_format
-from mixtera_hpc.testing.formats import CHECKS, FormatCase
+from mixtera_hpc.testing.format_cases import FormatCase
+from mixtera_hpc.testing.formats import CHECKS
 from mixtera_hpc.testing.writers import (
     PIXELS,
     json_lines,
@@ -23,6 +24,9 @@ from mixtera_hpc.testing.writers import (
     write_text,
     write_tokens,
 )
+
+pytestmark = pytest.mark.slow
+"""Every format passes every check, which takes some 10 CPU-seconds."""
 
 Rows = Sequence[dict[str, Any]]
 

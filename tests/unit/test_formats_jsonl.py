@@ -15,7 +15,7 @@ from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
 from mixtera_hpc.formats.registry import format_name_of, load_format
-from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
+from mixtera_hpc.testing.format_cases import read_blocks, scan_whole_shard
 
 LANGUAGE = PropertyField(name="language", path="meta.language", kind=Kind.CATEGORY)
 QUALITY = PropertyField(name="quality", path="quality", kind=Kind.NUMBER)

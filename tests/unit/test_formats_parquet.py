@@ -16,7 +16,7 @@ from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.readers.parquet import ParquetFormat
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
+from mixtera_hpc.testing.format_cases import read_blocks, scan_whole_shard
 
 
 def column(path: Path, kind: Kind, name: str = "p") -> list[Any]:

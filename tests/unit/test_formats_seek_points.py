@@ -18,7 +18,8 @@ from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
 from mixtera_hpc.formats.codecs.seek_points import SeekPoints, find_points, write_points
 from mixtera_hpc.formats.readers.jsonl_gz import JsonlGzFormat
-from mixtera_hpc.testing.formats import CHECKS, FormatCase, read_blocks, scan_whole_shard
+from mixtera_hpc.testing.format_cases import FormatCase, read_blocks, scan_whole_shard
+from mixtera_hpc.testing.formats import CHECKS
 from mixtera_hpc.testing.writers import write_compressed
 
 SMALL = JsonlGzFormat(long_bytes=1000, block_bytes=5000)

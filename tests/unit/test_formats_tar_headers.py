@@ -12,7 +12,7 @@ from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.tar_headers import TarError, iter_members
 from mixtera_hpc.formats.readers.webdataset import WebDatasetFormat
-from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
+from mixtera_hpc.testing.format_cases import read_blocks, scan_whole_shard
 
 NAMES = [
     "short.txt",

@@ -14,7 +14,7 @@ from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.xz_blocks import list_blocks
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.testing.formats import read_blocks, scan_whole_shard
+from mixtera_hpc.testing.format_cases import read_blocks, scan_whole_shard
 
 XZ = shutil.which("xz")
 

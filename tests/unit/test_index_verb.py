@@ -15,6 +15,9 @@ import zstandard
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
+pytestmark = pytest.mark.slow
+"""Runs whole verbs."""
+
 PROPERTIES = "+data.properties={source:source,score:{path:score,kind:number}}"
 
 

@@ -9,6 +9,9 @@ import pytest
 from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.launch.check import CheckResult, check_all_pairs
 
+pytestmark = pytest.mark.slow
+"""Composes every experiment for every cluster."""
+
 CONFIGS = sorted(conf_dir().rglob("*.yaml"))
 
 

@@ -25,6 +25,9 @@ from mixtera_hpc.launch.cancel import cancel_after_save, cancel_now
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.launch.resume import ResumeRequest, amended_config, check_ended, record_config, was_submitted
 
+pytestmark = pytest.mark.slow
+"""Composes and records many runs."""
+
 MakeConfig = Callable[..., Config]
 MakeCommand = Callable[[str, str], Path]
 TYPED = ["data.root=/data", "mixture.unit=samples", "run.name=trial"]

@@ -73,6 +73,7 @@ def test_lanes_limit_how_many_jobs_run_at_a_time(usual: list[str]) -> None:
     assert {point.config.job.dependency for point in plan.points} == {"singleton"}
 
 
+@pytest.mark.slow
 def test_a_repeated_sweep_skips_finished_points_and_continues_others(usual: list[str], slurm: Path) -> None:
     sweep = [*usual, "dataplane.seed=0,1,2"]
     folders = [submit_point(point).folder for point in plan_sweep(sweep).due]
@@ -88,6 +89,7 @@ def test_a_repeated_sweep_skips_finished_points_and_continues_others(usual: list
     assert len(slurm.read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_more_points_of_a_sweep_are_new(usual: list[str], slurm: Path) -> None:
     for point in plan_sweep([*usual, "dataplane.seed=0"]).due:
         end_attempt(submit_point(point).folder, 1, ExitRecord(exit_code=0, elapsed_s=1))
@@ -97,6 +99,7 @@ def test_more_points_of_a_sweep_are_new(usual: list[str], slurm: Path) -> None:
     assert actions == ["finished", "new", "new", "new"]
 
 
+@pytest.mark.slow
 def test_an_expensive_sweep_needs_confirmation(
     usual: list[str], slurm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +115,7 @@ def test_an_expensive_sweep_needs_confirmation(
     assert len(slurm.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_refusal_by_slurm_names_how_many_jobs_were_submitted(
     usual: list[str], slurm: Path, command: MakeCommand, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ def test_a_library_user_reads_which_extra_to_install(package: str) -> None:
     assert f"pip install 'mixtera-hpc[{EXTRAS[package]}]'" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", VERBS)
 def test_a_verb_exits_with_2_and_names_the_extra(package: str) -> None:
     program = "import sys; from mixtera_hpc.cli.main import main; sys.exit(main())"

@@ -18,6 +18,7 @@ def series_of(losses: np.ndarray, first_fitted: int = 0) -> LossSeries:
     return series
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [101, 102, 400])
 def test_smoothing_is_the_savitzky_golay_filter(num_steps: int) -> None:
     signal = pytest.importorskip("scipy.signal")

@@ -42,6 +42,7 @@ def test_exact_losses_give_the_speeds_of_three_hundred_laws() -> None:
     assert fitted.speed(N[-1])[visible] == pytest.approx(laws.speed(N[-1])[visible], rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_general_optimizer_finds_no_better_law_from_any_start() -> None:
     optimize = pytest.importorskip("scipy.optimize")
     points = points_of(random_laws(3, seed=3), noise=0.004)

@@ -154,6 +154,7 @@ def frequent_thread_switches() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("frequent_thread_switches")
 def test_threads_can_parse_at_the_same_time() -> None:
     text = " and ".join(f"(unknown{i} in ['x', 'y'])" for i in range(60))

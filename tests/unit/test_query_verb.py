@@ -9,6 +9,9 @@ import pytest
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
+pytestmark = pytest.mark.slow
+"""Runs whole verbs."""
+
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     capsys.readouterr()

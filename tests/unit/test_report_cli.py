@@ -12,6 +12,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 RunMaker = Callable[..., RunFolder]
 
 
+@pytest.mark.slow
 def test_a_report_is_written_into_the_run_folder_and_its_path_is_printed(
     make_run: RunMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -31,6 +32,7 @@ def test_a_run_is_found_by_name_below_the_root(make_run: RunMaker, tmp_path: Pat
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_several_reports_are_written_to_separate_folders(make_run: RunMaker, tmp_path: Path) -> None:
     runs = [make_run(["en"], [(0, 2)], run_id=name) for name in ("one", "two")]
     assert main(["report", *(str(run.path) for run in runs), "--out", str(tmp_path / "out")]) == 0

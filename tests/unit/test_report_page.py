@@ -51,6 +51,7 @@ def report(request: pytest.FixtureRequest, make_run: RunMaker) -> WrittenReport:
     return write_report(make_run(names, [(0, 10), (8, 20)], num_steps=30))
 
 
+@pytest.mark.slow
 def test_the_page_references_no_other_file_and_no_network(report: WrittenReport) -> None:
     page = page_of(report)
     links = re.findall(r"""(?:href|src|srcset|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
@@ -119,12 +120,14 @@ def test_notices_report_nonfinite_losses_and_exhausted_domains(make_run: RunMake
     assert "de reaches mixture.max_epochs=1.5 around step 75" in page
 
 
+@pytest.mark.slow
 def test_the_same_metrics_give_the_same_page(make_run: RunMaker, tmp_path: Path) -> None:
     run = make_run(["en"], [(0, 2)])
     first, second = (write_report(run, tmp_path / name) for name in "ab")
     assert first.page.read_bytes() == second.page.read_bytes()
 
 
+@pytest.mark.slow
 def test_held_out_losses_have_a_plot_and_a_table_column(make_run: RunMaker) -> None:
     report = write_report(make_run(["a", "b"], [(0, 20)], validated_at=(5, 10, 15)))
     page = report.page.read_text()

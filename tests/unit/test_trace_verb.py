@@ -13,6 +13,9 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.launch.prepare import prepare_run
 
+pytestmark = pytest.mark.slow
+"""Runs whole verbs over recorded runs."""
+
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
 
 

@@ -52,6 +52,7 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_loaded_checkpoint_equals_the_written_one(run: RunFolder) -> None:
     written = checkpoint(7)
     write_checkpoint(run, written, keep=1)

@@ -23,6 +23,9 @@ from mixtera_hpc.dataplane.reading.workers import Workers
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.build.build import build_index
 
+pytestmark = pytest.mark.slow
+"""Every test starts processes that import the data plane."""
+
 SHARE = BatchSlice(first=0, size=4)
 WORDS = ["dataplane.seq_len=32", "dataplane.global_batch_size=4", "dataplane.chunk_steps=7", "dataplane.audit=true"]
 
