@@ -36,6 +36,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="with --submit: print the batch script and do nothing else"
     )
     parser.add_argument("--wait", action="store_true", help="with --submit: follow the job and exit with its exit code")
+    parser.epilog = """\
+Examples:
+  mixtera-hpc index build data.root=DIR data.properties.language=lang dataplane.tokenizer=tokenizer.json
+  mpiexec -n 8 mixtera-hpc index refresh data.root=DIR data.properties.language=lang
+  mixtera-hpc index inspect index.path=DIR/index.h5"""
 
 
 def run(args: argparse.Namespace) -> int:
