@@ -58,19 +58,22 @@ def _rows(parser: argparse.ArgumentParser) -> Iterator[str]:
                     yield row.replace("| `", f"| `{name} … ", 1)
             continue
         meaning = " ".join((action.help or "").split()).replace("|", "\\|")
-        yield f"| `{_usage(action)}` | {meaning} |"
+        yield f"| {_usage(action)} | {meaning} |"
 
 
 def _usage(action: argparse.Action) -> str:
-    """Return the argument as it is typed."""
+    """Return the argument as it is typed, in Markdown."""
     value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
-    if action.choices is not None:
-        value = " | ".join(map(str, action.choices))
-    value = value.replace("|", "\\|")  # A bare | would end the cell of the table.
+    words = list(map(str, action.choices)) if action.choices is not None else value.split(" | ")
+    # A bare | would end the cell of the table, and an escaped one inside of code is shown with its backslash.
+    values = " \\| ".join(f"`{word}`" for word in words)
     if not action.option_strings:
-        return value
+        return values
+
     name = ", ".join(action.option_strings)
-    return name if action.nargs == 0 else f"{name} {value}"
+    if action.nargs == 0:
+        return f"`{name}`"
+    return f"`{name} {value}`" if len(words) == 1 else f"`{name}` {values}"
 
 
 if __name__ == "__main__":

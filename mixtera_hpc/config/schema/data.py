@@ -67,7 +67,7 @@ class DataConfig:
     """Properties of every sample: name → where its value comes from, for example `{language: meta.lang}`."""
     parser: str | None = None
     """Import path `package.module.function` of your function from a row (a dict) to a dict. The paths in
-    `data.properties` then refer to the dict that it returns. The function runs with your rights."""
+    `data.properties` then refer to the dict that it returns. The function runs with your permissions."""
     max_block_bytes: int = 4294967296
     """Largest decoded size, in bytes, of a row and of a compressed frame or file that can only be decoded as a whole.
     The index build refuses larger ones, so that no rank runs out of memory later. At least 65536."""

@@ -11,7 +11,7 @@ class DomainConfig:
     """One domain of the mixture, or a group of domains."""
 
     key: dict[str, Any] = field(default_factory=dict)
-    """Property → value, pattern (`c4*`, or `{matches: c4-(en|de)}`), null, or a list of these. A sample belongs to the
+    """Property → value, pattern (`c4*`, or `{matches: c4-.*-v[12]}`), null, or a list of these. A sample belongs to the
     first domain, in written order, whose key it matches. The members of a group must match the key of the group as
     well."""
     weight: float | None = None

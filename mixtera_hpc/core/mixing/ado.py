@@ -78,7 +78,8 @@ class Ado:
         """Parameters of ADO, with the defaults of the paper."""
 
         variant: Literal["default", "paper", "authors", "mixtera"] = "default"
-        """`default` is ours. The others reproduce published codes."""
+        """`default`: the equations of the paper, with the known errors of published code fixed. The others reproduce
+        the paper (arXiv 2410.11820), the code of its `authors`, or the code of `mixtera` (arXiv 2502.19790)."""
         warmup: int = 1000
         """Steps before the mixture begins to change."""
         refit_interval: int = 1000

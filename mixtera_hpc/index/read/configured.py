@@ -1,7 +1,7 @@
 """Open the indexes that a configuration names, and decide where their shards are.
 
 A configured `data.root` (or `data.sets`) wins. Without one, the data root stored in the index is used. An index file
-can name any folder, and a run reads that folder with the user's rights, so the stored root is accepted only if the
+can name any folder, and a run reads that folder with the user's permissions, so the stored root is accepted only if the
 index file belongs to the user, or if the root is below one of `index.trusted_roots`.
 """
 
