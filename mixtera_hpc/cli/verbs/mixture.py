@@ -29,6 +29,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="show: print one JSON object per change of weights and per decision"
     )
+    parser.epilog = """\
+Examples:
+  mixtera-hpc mixture show demo
+  mixtera-hpc mixture set demo mixture.yaml --at-chunk 40"""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,6 +13,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per sequence instead of the forecast"
     )
+    parser.epilog = """\
+Examples:
+  mixtera-hpc plan experiment=demo mixture=unimax
+  mixtera-hpc plan experiment=demo plan.first_step=0 plan.steps=100 --json"""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,6 +14,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", action="store_true", help="also print how the counts were computed, and the time of each part"
     )
+    parser.epilog = """\
+Examples:
+  mixtera-hpc query index.path=DIR/index.h5 "query.where=language == 'en'" mixture.group_by=[source]
+  mixtera-hpc query demo"""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,6 +24,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--domain", help="only sequences of this domain, an id or a name")
     parser.add_argument("--shard", help="only sequences with data of this shard, e.g. train/a.jsonl")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.epilog = """\
+Examples:
+  mixtera-hpc trace demo --step 100 --rank 3
+  mixtera-hpc trace demo --shard train/a.jsonl --row 17
+  mixtera-hpc trace demo --diff OTHER_RUN
+  mixtera-hpc trace demo --verify
+--verify needs a run that was trained with dataplane.audit=true."""
 
 
 def run(args: argparse.Namespace) -> int:
