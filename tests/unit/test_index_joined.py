@@ -157,6 +157,17 @@ class TestIndexes:
         with open_configured(two) as index:
             assert [c.path for c in changed_shards(index)] == [str(tmp_path / "two" / "a.jsonl")]
 
+    def test_a_property_of_two_kinds_is_refused_even_if_the_first_index_lacks_it(
+        self, two: Config, roots: dict[str, str], tmp_path: Path
+    ) -> None:
+        paths = [two.index.path]
+        for name, kind in (("x", "category"), ("y", "number")):
+            data = {"root": roots["code"], "properties": {"n": {"path": "n", "kind": kind}}}
+            paths.append(build_index(configured(tmp_path, data=data, path=str(tmp_path / f"{name}.h5"))).path)
+        joined = configured(tmp_path, data={"root": roots["web"]}, path=two.index.path, paths=paths)
+        with pytest.raises(PropertyIndexError, match=r"the kind of n: category in .*x\.h5, number in .*y\.h5"):
+            open_configured(joined)
+
     def test_incompatible_indexes_are_refused(self, two: Config, roots: dict[str, str], tmp_path: Path) -> None:
         data = {"root": roots["code"], "properties": {"c": {"path": "n", "kind": "number"}}}
         build_index(configured(tmp_path, data=data, path=str(tmp_path / "code.h5")))

@@ -100,26 +100,21 @@ def _sample_sources(
 
 def _check_compatible(indexes: Sequence[PropertyIndex]) -> None:
     """Refuse indexes that one run cannot read together."""
-    # Equality is transitive, so comparing each with the first is enough.
-    first = indexes[0]
-    for other in indexes[1:]:
-        pairs = [
-            ("data.text", first.text, other.text),
-            ("the tokenizer", first.tokenizer_fingerprint, other.tokenizer_fingerprint),
-        ]
-        for name, prop in other.tables.properties.items():
-            known = first.tables.properties.get(name, prop)
-            pairs.append((f"the kind of {name}", str(known.kind), str(prop.kind)))
-        differing = [
-            f"\n  - {what}: {mine} in {first.path}, {theirs} in {other.path}"
-            for what, mine, theirs in pairs
-            if mine != theirs
-        ]
-        if differing:
-            raise PropertyIndexError(
-                f"These indexes cannot be read together in one run:{''.join(differing)}\n"
-                "  Rebuild them with the same settings."
-            )
+    # Setting → the first index that has it, and its value there. Only properties may be missing in an index.
+    first_value: dict[str, tuple[Path, str | None]] = {}
+    differing = []
+    for index in indexes:
+        settings = {"data.text": index.text, "the tokenizer": index.tokenizer_fingerprint}
+        settings |= {f"the kind of {prop.name}": str(prop.kind) for prop in index.tables.properties.values()}
+        for name, value in settings.items():
+            path, expected = first_value.setdefault(name, (index.path, value))
+            if value != expected:
+                differing.append(f"\n  - {name}: {expected} in {path}, {value} in {index.path}")
+    if differing:
+        raise PropertyIndexError(
+            f"These indexes cannot be read together in one run:{''.join(differing)}\n"
+            "  Rebuild them with the same settings."
+        )
 
 
 def _dataset_names(indexes: Sequence[PropertyIndex]) -> list[str]:
