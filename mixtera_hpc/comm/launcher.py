@@ -77,6 +77,7 @@ def communicator_of(comm: Any, kind: str, *, subset: bool = False) -> Communicat
 
     Raises:
         LaunchError: the ranks of the job would not see each other.
+        TypeError: `comm` is something else.
     """
     if comm is None:
         return open_communicator(kind, subset=subset)
@@ -85,8 +86,13 @@ def communicator_of(comm: Any, kind: str, *, subset: bool = False) -> Communicat
         return comm.Dup()
     if type(comm).__module__.startswith("torch"):
         own = _torch_communicator(comm)
-    else:
+    elif hasattr(comm, "Split_type"):
         own = Mpi(comm)
+    else:
+        raise TypeError(
+            f"comm is {comm!r}, but must be None, a Communicator, an mpi4py communicator, or a torch process group "
+            "that this rank belongs to."
+        )
     check_world_size(own, subset)
     return own
 
@@ -111,11 +117,9 @@ def check_world_size(comm: Communicator, subset: bool = False) -> None:
 
 def _cure(comm: Communicator, launcher: Launcher) -> str:
     """Return what to do so that the data plane sees all processes of `launcher`."""
-    if launcher.is_torchrun:
-        return (
-            "Call torch.distributed.init_process_group() (or create the Accelerator) first, set dataplane.comm=auto, "
-            "and give DataPlane.open no comm."
-        )
+    if launcher.is_torchrun and isinstance(comm, (Local, Mpi)):
+        change = "Set dataplane.comm=auto" if isinstance(comm, Local) else "Give DataPlane.open no MPI communicator"
+        return f"{change}, and call init_process_group (or create the Accelerator) before you open the data plane."
     if isinstance(comm, Mpi):
         return (
             "The launcher does not support this MPI library. Under Slurm choose the right srun --mpi (cluster.mpi=pmi2 "
@@ -123,7 +127,7 @@ def _cure(comm: Communicator, launcher: Launcher) -> str:
         )
     if isinstance(comm, Local):
         return f"Set dataplane.comm=auto, or start one process without {launcher.name}."
-    return f"Create a torch process group of all {launcher.size} processes, or start them with torchrun."
+    return f"Give DataPlane.open a process group of all {launcher.size} processes, or none to take the default group."
 
 
 def _choose_communicator(kind: str, launcher: Launcher | None, creates_group: bool) -> Communicator:

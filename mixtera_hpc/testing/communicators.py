@@ -39,13 +39,16 @@ def check_ranks_are_numbered(comm: Communicator) -> None:
 
 
 def check_bcast_reaches_every_rank_from_every_root(comm: Communicator) -> None:
-    """Check `Bcast` for every root and for empty, small and large arrays."""
+    """Check `Bcast` and `Ibcast` for every root and for empty, small and large arrays."""
     for root in range(comm.size):
         for size in (0, 1, LARGE):
             expected = np.arange(size, dtype=np.int64) * (root + 1)
-            buffer = expected.copy() if comm.rank == root else np.full(size, -1, np.int64)
-            comm.Bcast(buffer, root)
-            assert np.array_equal(buffer, expected)
+            own = expected if comm.rank == root else np.full(size, -1, np.int64)
+            first, second = own.copy(), own.copy()
+            comm.Bcast(first, root)
+            wait(comm.Ibcast(second, root))
+            assert np.array_equal(first, expected)
+            assert np.array_equal(second, expected)
 
 
 def check_reductions_are_exact_integers(comm: Communicator) -> None:

@@ -59,7 +59,7 @@ class Replicas:
         self.device = _select_device(comm, device)
         # The store serves the process group and must live as long as the group does.
         self._store: TCPStore | None = None
-        if dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             _check_same_ranks(comm)
         elif comm.size > 1:
             self._store = _open_store(comm)

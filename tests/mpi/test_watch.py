@@ -1,4 +1,4 @@
-"""Under plain mpiexec the rank that dies is reported, the job ends, and no process remains."""
+"""Under plain mpiexec and torchrun the rank that dies is reported, the job ends, and no process remains."""
 
 import json
 import subprocess
@@ -15,8 +15,12 @@ LIMIT_S = 60
 pytestmark = pytest.mark.skipif(not MPIEXEC.exists(), reason="no mpiexec beside this python: pip install mpich")
 
 
-def launch(mode: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(MPIEXEC), "-n", "4", sys.executable, str(PROGRAM), mode, str(folder)]
+def launch(mode: str, folder: Path, launcher: str = "mpiexec") -> subprocess.CompletedProcess[str]:
+    launchers = {
+        "mpiexec": [str(MPIEXEC), "-n", "4", sys.executable],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4"],
+    }
+    command = [*launchers[launcher], str(PROGRAM), mode, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
 
 
@@ -47,6 +51,16 @@ def test_a_killed_rank_is_reported(mode: str, tmp_path: Path) -> None:
 
     assert done.returncode != 0
     assert done.stderr.count("was killed or crashed") == 1
+    assert "[rank 2 on " in done.stderr
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["rank"], failure["step"]) == (2, 4)
+    assert ends_soon(tmp_path)
+
+
+def test_a_killed_rank_is_reported_under_torchrun(tmp_path: Path) -> None:
+    done = launch("SIGKILL", tmp_path, "torchrun")
+
+    assert done.returncode != 0
     assert "[rank 2 on " in done.stderr
     failure = json.loads((tmp_path / "failure.json").read_text())
     assert (failure["rank"], failure["step"]) == (2, 4)

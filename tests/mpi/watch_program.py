@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 from mixtera_hpc.comm.failure_watch import FailureWatch, start_failure_watch
-from mixtera_hpc.comm.launcher import run_guarded
-from mixtera_hpc.comm.mpi import Mpi
+from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 from mixtera_hpc.errors import SavedAndStopped
 
 FAILING_RANK = 2
@@ -27,7 +26,7 @@ def fail(mode: str) -> None:
 def main() -> int:
     mode = sys.argv[1]
     folder = Path(sys.argv[2])
-    comm = Mpi.world()
+    comm = open_communicator(creates_group=True)
 
     def steps(watch: FailureWatch) -> None:
         for step in range(5):

@@ -31,6 +31,15 @@ def test_a_library_user_reads_which_extra_to_install(package: str) -> None:
     assert f"pip install 'mixtera-hpc[{EXTRAS[package]}]'" in done.stderr
 
 
+def test_a_launcher_of_mpi_without_mpi4py_is_answered_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_RANK", "0")
+    program = "from mixtera_hpc.comm.launcher import open_communicator; open_communicator()"
+    done = run_without("mpi4py", program)
+
+    assert "UserError: The package mpi4py is not installed" in done.stderr
+    assert f"pip install 'mixtera-hpc[{EXTRAS['mpi4py']}]'" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", VERBS)
 def test_a_verb_exits_with_2_and_names_the_extra(package: str) -> None:
