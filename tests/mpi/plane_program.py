@@ -1,6 +1,7 @@
 """Serve steps of a data plane on every rank, with losses that depend on the tokens only, and print the statistics.
 
 mpiexec -n N python -m mpi4py plane_program.py FOLDER ATTEMPT STEPS [OVERRIDES…]
+torchrun --nproc-per-node N plane_program.py FOLDER ATTEMPT STEPS [OVERRIDES…]
 
 Resumes from a state saved in FOLDER, and saves its state there at the end.
 """
@@ -32,7 +33,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     attempt = int(sys.argv[2])
     steps = int(sys.argv[3])
-    comm = open_communicator()
+    comm = open_communicator(creates_group=True)
     with DataPlane.open(compose(sys.argv[4:]), comm=comm, folder=RunFolder(folder), attempt=attempt) as plane:
         if (state := load(folder)) is not None:
             plane.load_state_dict(state if comm.rank == 0 else None)

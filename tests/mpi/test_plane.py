@@ -40,11 +40,19 @@ def overrides(collection: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def serve(overrides: list[str]) -> Serve:
     def launch(
-        folder: Path, ranks: int, attempt: int = 1, steps: int = STEPS, more: tuple[str, ...] = ()
+        folder: Path,
+        ranks: int,
+        attempt: int = 1,
+        steps: int = STEPS,
+        more: tuple[str, ...] = (),
+        torchrun: bool = False,
     ) -> dict[str, Any]:
         folder.mkdir(exist_ok=True)
-        words = [sys.executable, "-m", "mpi4py", PROGRAM, folder, str(attempt), str(steps), *overrides, *more]
-        done = subprocess.run([MPIEXEC, "-n", str(ranks), *words], capture_output=True, text=True, timeout=300)
+        launcher = [MPIEXEC, "-n", str(ranks), sys.executable, "-m", "mpi4py"]
+        if torchrun:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        words = [PROGRAM, folder, str(attempt), str(steps), *overrides, *more]
+        done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -88,6 +96,17 @@ def test_served_samples_and_learned_weights_do_not_depend_on_the_number_of_ranks
 ) -> None:
     folder, expected = alone
     assert serve(tmp_path / "run", ranks) == expected
+    assert weights(tmp_path / "run") == weights(folder)
+    assert consumed(tmp_path / "run") == consumed(folder)
+
+
+def test_a_restart_under_another_launcher_changes_nothing(
+    serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, expected = alone
+    first_part = serve(tmp_path / "run", 4, 1, 13, torchrun=True)
+    second_part = serve(tmp_path / "run", 2, 2)
+    assert first_part["statistics"] + second_part["statistics"] == expected["statistics"]
     assert weights(tmp_path / "run") == weights(folder)
     assert consumed(tmp_path / "run") == consumed(folder)
 
