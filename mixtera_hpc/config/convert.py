@@ -45,7 +45,7 @@ def raise_problems(problems: list[str]) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """Return the inverse of `from_plain`: nested dicts, lists and scalars, fit for JSON and YAML."""
+    """Convert a dataclass to nested dicts, lists and scalars for JSON and YAML; the inverse of `from_plain`."""
     if dataclasses.is_dataclass(value):
         return {spec.name: to_plain(getattr(value, spec.name)) for spec in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -56,16 +56,19 @@ def to_plain(value: Any) -> Any:
 
 
 def missing_key(path: str) -> str:
-    """Return the problem of a key that the user has to set."""
+    """Return the message for a key that the user has to set."""
     return f"{path} is missing. Set it on the command line or in a config file."
 
 
 def _dataclass(cls: Any, data: Any, path: str, problems: list[str]) -> Any:
+    """Build the dataclass `cls`; add to `problems` and return None if a field has no valid value."""
+    # Some classes accept a short form, such as a text instead of a mapping.
     expand = getattr(cls, "from_short", None)
     data = expand(data) if expand else data
     if not isinstance(data, Mapping):
         problems.append(f"{path} is {data!r}, expected keys and values.")
         return None
+
     hints = typing.get_type_hints(cls)
     fields = {spec.name: spec for spec in dataclasses.fields(cls)}
     for key in data:
@@ -86,9 +89,10 @@ def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if value == NOT_GIVEN:
         problems.append(missing_key(path))
         return None
-    origin = get_origin(hint)
     if hint is Any:
         return value
+
+    origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _optional(hint, value, path, problems)
     if origin is Literal:
@@ -105,7 +109,8 @@ def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 def _optional(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     if value is None:
         return None
-    inner = [part for part in get_args(hint) if part is not type(None)]
+    # The configuration has no unions but `X | None`.
+    inner = [option for option in get_args(hint) if option is not type(None)]
     return _value(inner[0], value, path, problems)
 
 
@@ -113,7 +118,8 @@ def _choice(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     options = [str(option) for option in get_args(hint)]
     if value not in get_args(hint):
         near = did_you_mean(str(value), options)
-        suffix = near if near.startswith(" Did") else ""  # The options are listed already.
+        # Without a near miss `did_you_mean` lists all options, which the message does already.
+        suffix = near if near.startswith(" Did") else ""
         problems.append(f"{path} is {value!r}, expected one of {', '.join(options)}.{suffix}")
     return value
 

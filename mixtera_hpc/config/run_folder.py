@@ -153,22 +153,22 @@ class RunFolder:
 
     @property
     def stop_request(self) -> Path:
-        """Exists if the run shall save and stop."""
+        """File whose existence asks the run to save and stop."""
         return self.control / "stop"
 
     @property
     def save_request(self) -> Path:
-        """Exists if the run shall save and go on."""
+        """File whose existence asks the run to save and continue."""
         return self.control / "save"
 
     @property
     def cancelled(self) -> Path:
-        """Exists if no attempt shall follow."""
+        """File whose existence forbids further attempts."""
         return self.control / "cancelled"
 
     @property
     def mixture_request(self) -> Path:
-        """Another mixture that the run shall change to."""
+        """File with the requested mixture, which the run has not read yet."""
         return self.control / "mixture.json"
 
     # Attempts

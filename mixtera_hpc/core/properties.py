@@ -72,7 +72,7 @@ class ComboTable:
 
     def is_null(self, name: str) -> NDArray[np.bool_]:
         """Return which combos have no value in property `name`; shape (num_combos,)."""
-        # Null has no code of its own.
+        # Null has no code.
         num_values = np.diff(self.indptr[name])
         return np.asarray(num_values == 0)
 

@@ -257,7 +257,7 @@ class _Compiler:
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"query.where: {prop.name!r} is a number and cannot be compared with {value!r}.")
         else:
-            # != has no case of its own: it is tested as == and negated, so that nulls differ from every number.
+            # != has no separate case: it is evaluated as == and negated, so that nulls differ from every number.
             node = _Node(_range_test(prop.name, op, _to_float(value)), numbers)
         return _negate(node) if isinstance(op, ast.NotEq) else node
 

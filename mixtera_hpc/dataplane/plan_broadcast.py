@@ -1,8 +1,8 @@
-"""Chunk plans on their way from rank 0 to all ranks: one broadcast of 24 bytes per domain per chunk, one chunk ahead.
+"""Broadcast chunk plans from rank 0 to all ranks, one chunk ahead: 24 bytes per domain per chunk.
 
 Chunk c + 1 is planned and broadcast while chunk c is trained on. Rank 0 starts the broadcast when the weights of the
-chunk are known; the other ranks have posted theirs already. Nobody blocks: `poll` drives the broadcast, from the main
-thread only.
+chunk are known; the other ranks have posted their part already. No rank blocks: `poll` drives the broadcast, from the
+main thread only.
 """
 
 import time
@@ -20,7 +20,7 @@ __all__ = ["PlanBroadcaster"]
 
 
 class PlanBroadcaster:
-    """Delivers one `ChunkPlan` after the other, the same ones on every rank."""
+    """Delivers chunk plans in order; every rank receives the same plans."""
 
     def __init__(
         self,
@@ -29,14 +29,14 @@ class PlanBroadcaster:
         weights_of: Callable[[int], NDArray[np.float64] | None],
         resumed: ChunkPlan,
     ) -> None:
-        """Begin with `resumed`, a plan that every rank knows: deliver it again, and continue after it. **Collective.**
+        """Start with the plan `resumed`, which every rank has; deliver it again, then continue. **Collective.**
 
         Args:
             weights_of: returns the weights of a chunk, or None while they are not known; called on rank 0 only.
-            resumed: a plan without steps is not delivered; it only says at which chunk, step and cursors planning
-                begins.
+            resumed: the plan of the chunk to continue in. A plan without steps is not delivered; it only gives the
+                chunk, step and cursors at which planning starts.
         """
-        # Own ordering of collectives: broadcasts must not mix with reductions that other ranks post in between.
+        # A duplicate orders its collectives independently: broadcasts must not mix with reductions of other ranks.
         self._comm = comm.Dup()
         self._planner = planner
         self._weights_of = weights_of
@@ -70,12 +70,12 @@ class PlanBroadcaster:
         return self._receive()
 
     def is_settled(self, last_chunk: int) -> bool:
-        """Return whether `poll(last_chunk)` has nothing to drive."""
+        """Return True if `poll(last_chunk)` has no broadcast to start or complete."""
         # A broadcast that only some ranks complete would hang the others.
         return self._has_ended or (self._request is None and self._state.chunk > last_chunk)
 
     def covers(self, data_step: int) -> bool:
-        """Return whether the delivered plans cover all data steps before `data_step`."""
+        """Return True if the delivered plans cover all data steps before `data_step`."""
         return self._latest is not None and (self._state.step >= data_step or self._latest.last)
 
     @property
@@ -105,9 +105,9 @@ class PlanBroadcaster:
     def _planner_to_chunk_end(self) -> Planner:
         """Return a planner for the remaining steps of the chunk: all of them, unless a run edit begins inside it."""
         steps_done = self._state.step % self._planner.chunk_steps
-        return (
-            replace(self._planner, chunk_steps=self._planner.chunk_steps - steps_done) if steps_done else self._planner
-        )
+        if not steps_done:
+            return self._planner
+        return replace(self._planner, chunk_steps=self._planner.chunk_steps - steps_done)
 
     def _receive(self) -> ChunkPlan:
         self.broadcast_s = time.perf_counter() - self._posted_s
@@ -115,8 +115,8 @@ class PlanBroadcaster:
         # Every rank derives the state after a plan by itself. Equal cursors show that all ranks agree.
         if plan.chunk != self._state.chunk or not np.array_equal(plan.cursors, self._state.cursors):
             raise CommError(
-                f"Rank {self._comm.rank} received chunk {plan.chunk} with other cursors than its own for chunk "
-                f"{self._state.chunk}: ranks run different code or read different indexes.\n"
+                f"Rank {self._comm.rank} received a plan of chunk {plan.chunk} that does not match its own state "
+                f"before chunk {self._state.chunk}: ranks run different code or read different indexes.\n"
                 "  Give all nodes the same installation and the same index.path."
             )
         self._resumed = None

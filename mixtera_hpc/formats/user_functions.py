@@ -1,6 +1,6 @@
-"""Import the user's functions: of rows (`data.parser`) and of documents (`data.properties.NAME.function`).
+"""Import the user's functions: the row parser (`data.parser`) and properties (`data.properties.NAME.function`).
 
-They are imported by name while the index is built, and at no other time. A digest of the source file is part of the
+They are imported only while the index is built. A digest of the source file is part of the
 state of a build, so that a continued build does not mix the results of two versions.
 """
 
@@ -38,7 +38,7 @@ def import_function(path: str, key: str) -> Function:
         key: the config key that names it, for messages.
 
     Raises:
-        ConfigError: it cannot be imported, or is not a function.
+        ConfigError: the function cannot be imported, or the name is not a function.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:

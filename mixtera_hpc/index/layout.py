@@ -13,10 +13,10 @@
 /generations/     fingerprint, shards, blocks, cells, combos, samples: earlier states that this file begins with
 
 A *combo* is a combination of values of all categorical properties; a *cell* of the histogram is a (block, combo) pair.
-Integers are stored in the narrowest unsigned type that holds them. What is a sum over other columns is not stored: the
-first row, first sample and tokens of a block. Every block begins at a chunk of the sample columns. A chunk is as long
-as the usual block, so reading a block reads one compressed chunk of each column, at the price of some padding. Every
-byte has a checksum (HDF5's own for metadata, Fletcher-32 for columns), so a damaged file cannot be opened unnoticed.
+Integers are stored in the narrowest unsigned type that holds them. Sums over other columns are not stored: the first
+row, first sample and tokens of a block. Every block begins at a chunk of the sample columns. A chunk is as long as the
+usual block, so reading a block reads one compressed chunk of each column. Price: some padding. Every byte has a
+checksum (HDF5's own for metadata, Fletcher-32 for columns), so reading a damaged part of the file raises an error.
 """
 
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ class BadRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """An earlier state of an index: the lengths of the tables then. The file still begins with them."""
+    """An earlier state of an index, given by the lengths of its tables: the current tables begin with their rows."""
 
     fingerprint: str
     shards: int
@@ -98,7 +98,8 @@ def building_folder(index: Path) -> Path:
 
 def narrow_type(maximum: int) -> np.dtype[Any]:
     """Return the narrowest unsigned little-endian integer type that holds `maximum`."""
-    return np.dtype(f"<u{next(size for size in (1, 2, 4, 8) if maximum < 1 << (8 * size))}")
+    num_bytes = next(size for size in (1, 2, 4, 8) if maximum < 1 << (8 * size))
+    return np.dtype(f"<u{num_bytes}")
 
 
 def narrow(values: NDArray[Any]) -> NDArray[Any]:
@@ -109,13 +110,14 @@ def narrow(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def first_samples(block_rows: NDArray[Any], chunk_rows: int) -> NDArray[np.int64]:
-    """Return where each block begins in the sample columns, and as last entry their length; shape (num_blocks + 1,)."""
-    chunks = -(-block_rows.astype(np.int64) // chunk_rows)  # Rounded up: every block begins at a chunk.
+    """Return the position in the sample columns at which each block begins, then their length; (num_blocks + 1,)."""
+    # Chunks per block, rounded up: every block begins at a chunk.
+    chunks = -(-block_rows.astype(np.int64) // chunk_rows)
     return prepend_zero(np.cumsum(chunks * chunk_rows))
 
 
 def first_rows(shard: NDArray[Any], block_rows: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the row, within its shard, that each block begins with; shape (num_blocks,)."""
+    """Return the first row of each block, counted within its shard; shape (num_blocks,)."""
     starts = np.cumsum(block_rows, dtype=np.int64) - block_rows
     # Subtract the start of the shard's first block from those of all its blocks.
     is_first = np.r_[True, shard[1:] != shard[:-1]][: len(shard)]
@@ -180,4 +182,5 @@ def read_texts(group: h5py.Group, name: str) -> tuple[str, ...]:
 
 def path_source(path: str, pattern: str | None) -> str:
     """Return the stored `source` of a property that is read from a row or from the path of a shard."""
-    return f"path:{path}" + (f" pattern:{pattern}" if pattern else "")
+    suffix = f" pattern:{pattern}" if pattern else ""
+    return f"path:{path}{suffix}"

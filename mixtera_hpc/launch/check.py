@@ -1,4 +1,4 @@
-"""Check that every experiment fits every cluster. All pairs are composed and rendered; nothing is submitted."""
+"""Check that every experiment fits every cluster: compose and render all pairs, but submit nothing."""
 
 import os
 import re
@@ -39,7 +39,7 @@ class CheckResult:
 
     @property
     def num_pairs(self) -> int:
-        """Number of pairs, those without an experiment included."""
+        """Number of pairs, including one pair without an experiment per cluster."""
         return (len(self.experiments) + 1) * len(self.clusters)
 
 
@@ -62,6 +62,7 @@ def check_all_pairs() -> CheckResult:
 
 
 def _problem(experiment: str | None, cluster: str) -> str | None:
+    """Return the error of composing and rendering one pair; None if the pair fits."""
     chosen = list(MINIMAL_OVERRIDES) if experiment is None else [f"experiment={experiment}"]
     try:
         render_script(SbatchJob(config=compose([*chosen, f"cluster={cluster}"])))

@@ -1,7 +1,7 @@
 """Follow a run until its last attempt has ended: new log lines, changes of state, then the exit code.
 
-submitit's own loop is not used: it takes a node failure for the end although Slurm starts the job again. Log files are
-read twice a second. Slurm is queried after 2 s and then less and less often, at least every 30 s.
+submitit's own loop is not used: it treats a node failure as the end, although Slurm requeues the job. Log files are
+read twice a second. Slurm is queried after 2 s, then at growing intervals of at most 30 s.
 """
 
 import time
@@ -28,7 +28,7 @@ def follow_run(folder: RunFolder, ranks: RankSelection = "main", attempt: int | 
 
     Args:
         folder: The run.
-        ranks: Whose lines to show.
+        ranks: The ranks whose lines to show.
         attempt: The first attempt to show; None shows all.
     """
     current = attempt or min(folder.attempts(), default=1)
@@ -41,7 +41,7 @@ def follow_run(folder: RunFolder, ranks: RankSelection = "main", attempt: int | 
 
 
 def run_exit_code(folder: RunFolder) -> int:
-    """Return the exit code for `--wait`: 0, 2 or 75 as the newest attempt had it, 1 for every other end."""
+    """Return the exit code for `--wait`: that of the newest attempt if it is 0, 2 or 75, else 1."""
     attempt = max(folder.attempts(), default=0)
     end = read_end(folder, attempt) if attempt else None
     if end is not None:
@@ -70,8 +70,9 @@ def _follow_attempt(folder: RunFolder, ranks: RankSelection, attempt: int) -> It
         yield from tail.lines()
         time.sleep(LOG_INTERVAL_S)
 
+    # Wait for the last line: the batch script prints that it has submitted the next attempt only after doing so.
     if read_end(folder, attempt) is None:
-        time.sleep(LOG_INTERVAL_S)  # The batch script submits the next attempt before it prints that it did.
+        time.sleep(LOG_INTERVAL_S)
     yield from tail.lines(last=True)
     yield from failed_rank_lines(folder, attempt, ranks)
 

@@ -1,4 +1,4 @@
-"""Continue a run in its folder: decide which keys may change, and refuse changes that would make it another run."""
+"""Continue a run in its folder: decide which keys may change, and refuse changes of its data or its model."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,24 +30,40 @@ __all__ = [
     "was_submitted",
 ]
 
-_IDENTITY_OF_DATAPLANE = (
-    *("seq_len", "overlap_one_token", "global_batch_size", "chunk_steps", "feedback_lag"),
-    *("seed", "shuffle", "shuffle_window"),
-    *("tokenizer", "vocab_size", "eos_id", "add_eos", "eos_token", "predict_across_documents"),
-)
 IDENTITY_KEYS = (
-    *("data", "index.path", "index.paths", "query", "mixture"),
-    *(f"dataplane.{name}" for name in _IDENTITY_OF_DATAPLANE),
-    *("training.num_layers", "training.num_heads", "training.embedding_dim"),
-    *("run.name", "run.root", "run.id"),
+    "data",
+    "index.path",
+    "index.paths",
+    "query",
+    "mixture",
+    "dataplane.seq_len",
+    "dataplane.overlap_one_token",
+    "dataplane.global_batch_size",
+    "dataplane.chunk_steps",
+    "dataplane.feedback_lag",
+    "dataplane.seed",
+    "dataplane.shuffle",
+    "dataplane.shuffle_window",
+    "dataplane.tokenizer",
+    "dataplane.vocab_size",
+    "dataplane.eos_id",
+    "dataplane.add_eos",
+    "dataplane.eos_token",
+    "dataplane.predict_across_documents",
+    "training.num_layers",
+    "training.num_heads",
+    "training.embedding_dim",
+    "run.name",
+    "run.root",
+    "run.id",
 )
-"""The keys that identify a run. If one of them changed, the coming steps would have another run's samples or model."""
+"""The keys that identify a run. If one of them changed, later steps would have other samples or another model."""
 
 FLAG_OF_KEY = {
     "dataplane.seed": "--change-seed",
     "dataplane.global_batch_size": "--change-batch-size",
 }
-"""The identity keys that may change nevertheless, and the flag that allows each one."""
+"""The identity keys that a flag allows to change, each with its flag."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +73,13 @@ class ResumeRequest:
     skip_steps: tuple[int, int] | None = None
     """First and last step whose data is skipped."""
     drop: tuple[str, ...] = ()
-    """Expressions. From now on, samples that match one of them are not served."""
+    """Query expressions. Samples that match one of them are no longer served."""
     change_seed: bool = False
     change_batch_size: bool = False
 
     @property
     def allowed_keys(self) -> dict[str, str]:
-        """The identity keys that may change, and the flag that allows each one."""
+        """The identity keys that this request allows to change, each with its flag."""
         given = {"--change-seed": self.change_seed, "--change-batch-size": self.change_batch_size}
         return {key: flag for key, flag in FLAG_OF_KEY.items() if given[flag]}
 
@@ -72,10 +88,10 @@ NO_EDITS = ResumeRequest()
 
 
 def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) -> None:
-    """Raise if an identity key differs, unless `request` allows it.
+    """Refuse a changed identity key, unless `request` allows it.
 
     Raises:
-        LaunchError: Names every key that differs, with both values; or a flag whose key did not change.
+        LaunchError: An identity key changed and is not allowed to, or the key of a given flag did not change.
     """
     before = dict(_leaves(to_plain(old)))
     after = dict(_leaves(to_plain(new)))
@@ -107,8 +123,8 @@ def _flag_hint(refused: Sequence[str]) -> str:
 def amended_config(folder: RunFolder, overrides: Sequence[str], request: ResumeRequest = NO_EDITS) -> Config:
     """Return the recorded configuration with the changes of `overrides` and `request`, checked.
 
-    Only the difference that the overrides make to a composition is applied to the recorded configuration. So files in
-    `conf/` may have changed since, and the working folder does not matter.
+    The configuration is composed with and without the overrides, and only the difference is applied to the recorded
+    one. So changes of `conf/` since then have no effect, and neither has the working folder.
 
     Raises:
         LaunchError: See `check_resume`.
@@ -138,10 +154,10 @@ def record_config(folder: RunFolder, config: Config, overrides: Sequence[str]) -
 
 
 def check_ended(folder: RunFolder) -> int:
-    """Raise if the run has not ended; return its newest attempt, for `claim_attempt(after=…)`.
+    """Return the newest attempt of a run that has ended, for `claim_attempt(after=…)`; refuse an active run.
 
     Raises:
-        LaunchError: A job or process of the run waits or runs, or another process starts an attempt right now.
+        LaunchError: A job or process of the run is pending or running, or another process is starting an attempt.
     """
     newest = max(folder.attempts(), default=0)
     status = run_statuses([folder], datetime.now(UTC))[0]
@@ -166,7 +182,7 @@ def was_submitted(folder: RunFolder) -> bool:
 
 
 def recorded_overrides(folder: RunFolder) -> list[str]:
-    """Return the overrides that were typed for this run so far; of several for one key, the last one."""
+    """Return the overrides that were typed for this run so far, only the last one of each key."""
     lines = folder.overrides.read_text().splitlines() if folder.overrides.is_file() else []
     return list({_key(line): line for line in lines}.values())
 
@@ -176,7 +192,7 @@ def _age_s(path: Path) -> float:
 
 
 def _merged(typed: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Return all overrides; a key that is given again replaces its earlier value."""
+    """Return all overrides; a new override replaces an earlier one of the same key."""
     given_again = {_key(word) for word in overrides}
     return [*(word for word in typed if _key(word) not in given_again), *overrides]
 
@@ -186,11 +202,12 @@ def _key(override: str) -> str:
 
 
 def _apply_difference(recorded: Any, before: Any, after: Any) -> Any:
-    """Return `recorded` with every leaf replaced that differs between `before` and `after`."""
+    """Return `recorded`, updated with each leaf of `after` that differs from `before`."""
     if before == after:
         return recorded
-    if not all(isinstance(part, Mapping) for part in (recorded, before, after)):
+    if not all(isinstance(value, Mapping) for value in (recorded, before, after)):
         return after
+    # Drop the keys that the difference removes.
     merged = {key: value for key, value in recorded.items() if key in after or key not in before}
     for key, value in after.items():
         if key not in before or before[key] != value:
@@ -199,17 +216,19 @@ def _apply_difference(recorded: Any, before: Any, after: Any) -> Any:
 
 
 def _copy_value(source: Any, target: Any, path: list[str]) -> None:
-    """Copy the value at `path` from one nested mapping to another; do nothing where either lacks the path."""
+    """Copy the value at `path` from one nested mapping to another, if both have the path."""
     *above, name = path
     for part in above:
         if not (isinstance(source, Mapping) and isinstance(target, dict) and part in source and part in target):
             return
-        source, target = source[part], target[part]
+        source = source[part]
+        target = target[part]
     if above and isinstance(source, Mapping) and isinstance(target, dict) and name in source:
         target[name] = source[name]
 
 
 def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and value of every leaf of nested mappings."""
     if isinstance(plain, Mapping) and plain:
         for key, value in plain.items():
             yield from _leaves(value, f"{path}.{key}" if path else str(key))

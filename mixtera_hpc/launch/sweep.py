@@ -1,7 +1,7 @@
-"""Submit one run per combination of values. Each is a job of its own: points may differ in nodes, array tasks cannot.
+"""Submit one run per combination of values, each as a separate job: array tasks could not differ in nodes.
 
 `<runs>/<name>/sweep.jsonl` records what was submitted, with a fingerprint of what each point trains on and where.
-A repeated sweep therefore skips points that finished, leaves points alone that wait or run, and continues the others.
+A repeated sweep therefore skips finished, pending and running points, and continues the others.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from mixtera_hpc.launch.submit import Submitted, submit_attempt, submit_run
 __all__ = ["SweepPlan", "SweepPoint", "plan_sweep", "submit_point"]
 
 IDENTITY_GROUPS = ("data", "index", "query", "mixture", "dataplane", "training", "checkpoint")
-"""The config groups that make a point another one."""
+"""The config groups whose values identify a point."""
 
 Action = Literal["new", "continue", "finished", "active"]
-"""What submitting the sweep does about a point: `continue` resumes it in its folder."""
+"""What submitting the sweep does with a point: `continue` resumes its run; a finished or active point is skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class SweepPoint:
 
     @property
     def node_hours(self) -> float:
-        """Upper bound of the price, with all attempts that `job.max_attempts` allows."""
+        """Upper bound of the node hours, with all attempts that `job.max_attempts` allows."""
         if self.action in ("finished", "active"):
             return 0.0
         job = self.config.job
@@ -54,7 +54,7 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPlan:
-    """All points of a sweep, and what submitting it now would do about each."""
+    """All points of a sweep, and what submitting it now would do with each."""
 
     points: tuple[SweepPoint, ...]
 
@@ -65,7 +65,7 @@ class SweepPlan:
 
     @property
     def node_hours(self) -> float:
-        """Upper bound of the price of all points to submit."""
+        """Upper bound of the node hours of all points to submit."""
         return sum(point.node_hours for point in self.points)
 
 
@@ -73,8 +73,7 @@ def plan_sweep(overrides: Sequence[str], max_parallel: int | None = None) -> Swe
     """Compose and check every point, and look up the run that was submitted for it before.
 
     With `max_parallel`, the points share that many job names ("lanes"), and Slurm runs one job per name at a time
-    (`--dependency=singleton`). Follow-up jobs wait in their lane like all others. Price: a lane that ends early stays
-    empty.
+    (`--dependency=singleton`). Follow-up jobs wait in their lane as well. Price: a lane that ends early stays empty.
 
     Raises:
         ConfigError: A point does not compose or fails a check.
@@ -119,7 +118,7 @@ def _in_lane(config: Config, lane: int) -> Config:
 
 
 def _previous_runs(configs: Sequence[Config]) -> dict[str, tuple[RunFolder | None, Action]]:
-    """Return the latest run of each fingerprint, and what is to be done about it."""
+    """Return the latest run of each fingerprint, and what submitting the sweep does with it."""
     folders: dict[str, RunFolder] = {}
     for path in sorted({_record_path(config) for config in configs}):
         lines = path.read_text().splitlines() if path.is_file() else []
@@ -143,7 +142,7 @@ def _action(state: JobState) -> Action:
 
 
 def _fingerprint(config: Config) -> str:
-    """Return the same text for two points if they train the same run on equally many ranks of the same cluster."""
+    """Return a digest of everything that identifies a point: config groups, run name, cluster, ranks and command."""
     plain = to_plain(config)
     identity: dict[str, Any] = {name: plain[name] for name in IDENTITY_GROUPS}
     identity["where"] = [config.run.name, config.cluster.name, config.job.nodes, config.job.ranks_per_node]

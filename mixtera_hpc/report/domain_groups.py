@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 MAX_GROUPS = 9
-"""Number of domains with a color of their own; more colors cannot be told apart. The gray group comes in addition."""
+"""Number of domains with a separate color; more colors are hard to distinguish. The gray group comes in addition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,7 @@ class StepHistory:
 
     @property
     def is_attempt_start(self) -> NDArray[np.bool_]:
-        """Whether a line is the first of its attempt; its timings include the start-up. Shape (S,)."""
+        """True for the first line of each attempt, whose timings include the start-up; shape (S,)."""
         is_start: NDArray[np.bool_] = np.diff(self.attempt, prepend=-1) != 0
         return is_start
 
@@ -135,7 +135,7 @@ class RunMetrics:
 
     @property
     def resumed_attempts(self) -> list[tuple[int, int]]:
-        """Number and first step of every attempt but the first, if steps of it are part of the history."""
+        """Number and first step of each attempt in the history except the first."""
         lines = np.flatnonzero(self.steps.is_attempt_start)[1:]
         return [(int(self.steps.attempt[i]), int(self.steps.step[i])) for i in lines]
 
@@ -266,7 +266,7 @@ def _column(events: Events, name: str, path: Path, default: int | None = None) -
 
 
 def _domain_names(num_domains: int, events: Events) -> tuple[str, ...]:
-    """Return the domain names from the newest event that has as many, else numbered names."""
+    """Return the domain names of the newest event that has `num_domains` names; numbered names if there is none."""
     for event in reversed(events):
         if len(event.get("domains", ())) == num_domains:
             return tuple(map(str, event["domains"]))

@@ -30,12 +30,14 @@ LARGE = 300_001
 
 
 def check_ranks_are_numbered(comm: Communicator) -> None:
-    """Check that ranks are 0 to size - 1, each once, and that node-local ranks are so on every node."""
+    """Check that the ranks are 0 to size - 1, each once, and that every node has exactly one local rank 0."""
     assert isinstance(comm, Communicator)
     ranks = comm.Allgather(np.array([comm.rank, comm.local_rank, comm.local_size], np.int64))
     assert ranks[:, 0].tolist() == list(range(comm.size))
     assert all(0 <= local < size <= comm.size for _, local, size in ranks.tolist())
-    assert np.count_nonzero(ranks[:, 1] == 0) == round(float((1 / ranks[:, 2]).sum()))
+    # Every rank of a node adds 1 / local_size, so the sum is the number of nodes.
+    num_nodes = round(float((1 / ranks[:, 2]).sum()))
+    assert np.count_nonzero(ranks[:, 1] == 0) == num_nodes
 
 
 def check_bcast_reaches_every_rank_from_every_root(comm: Communicator) -> None:
@@ -52,7 +54,7 @@ def check_bcast_reaches_every_rank_from_every_root(comm: Communicator) -> None:
 
 
 def check_reductions_are_exact_integers(comm: Communicator) -> None:
-    """Check that int64 sums beyond 2^53 are exact (float64 would round them), and minimum and maximum of any sign."""
+    """Check that int64 sums beyond 2^53 are exact (float64 rounds them), and "max" and "min" for any sign."""
     big = np.array([(1 << 55) + comm.rank, -comm.rank, 1], np.int64)
     sum_of_ranks = comm.size * (comm.size - 1) // 2
     assert comm.Allreduce(big).tolist() == [comm.size * (1 << 55) + sum_of_ranks, -sum_of_ranks, comm.size]
@@ -85,14 +87,14 @@ def check_duplicates_do_not_mix_messages(comm: Communicator) -> None:
     """Check that ranks may wait for requests of two duplicates in different orders."""
     first = comm.Dup()
     second = comm.Dup()
-    a = np.full(8, 1 if comm.rank == 0 else 0, np.int64)
-    b = np.full(8, 2 if comm.rank == 0 else 0, np.int64)
-    requests = [first.Ibcast(a), second.Ibcast(b)]
+    ones = np.full(8, 1 if comm.rank == 0 else 0, np.int64)
+    twos = np.full(8, 2 if comm.rank == 0 else 0, np.int64)
+    requests = [first.Ibcast(ones), second.Ibcast(twos)]
     if comm.rank % 2 == 0:
         requests.reverse()
     for request in requests:
         wait(request)
-    assert (int(a[0]), int(b[0])) == (1, 2)
+    assert (int(ones[0]), int(twos[0])) == (1, 2)
 
 
 def check_shared_arrays_are_read_only_copies(comm: Communicator) -> None:
@@ -106,13 +108,16 @@ def check_shared_arrays_are_read_only_copies(comm: Communicator) -> None:
 def check_counters_are_atomic(comm: Communicator) -> None:
     """Check that `Fetch_and_add` returns each previous value to one rank only, and loses no addition."""
     counters = comm.Allocate_counters(2)
-    taken = [counters.Fetch_and_add(0, 1) for _ in range(50 + comm.rank)]
-    for number in taken:
-        counters.Fetch_and_add(1, number)
+    previous_values = [counters.Fetch_and_add(0, 1) for _ in range(50 + comm.rank)]
+    for value in previous_values:
+        counters.Fetch_and_add(1, value)
     comm.Barrier()
+
     total = counters.Fetch_and_add(0, 0)
     assert total == sum(50 + rank for rank in range(comm.size))
-    assert taken == sorted(taken) and counters.Fetch_and_add(1, 0) == total * (total - 1) // 2
+    assert previous_values == sorted(previous_values)
+    # All ranks together got 0, 1, …, total - 1; counter 1 has the sum of these values.
+    assert counters.Fetch_and_add(1, 0) == total * (total - 1) // 2
     comm.Barrier()
     counters.Free()
 

@@ -2,7 +2,7 @@
 
 Positions are exact, so nothing has to be searched: in every epoch that a run has reached, the block of the document has
 one place in the block order of its domain, and the document has one place in its window. Price per epoch: one O(blocks)
-permutation and the sample columns of one window; per sequence found: one expanded chunk. The length of the run does not
+permutation and the sample columns of one window. Price per sequence: one expanded chunk. The length of the run does not
 matter.
 """
 

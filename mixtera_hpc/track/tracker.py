@@ -104,7 +104,7 @@ def open_append(path: Path) -> Any:
     """Open `path` for unbuffered appending, after truncating an incomplete last line of a killed writer."""
     file = path.open("ab+", buffering=0)
 
-    # Search the last newline from the end, in blocks of 64 KiB.
+    # Search backwards for the last newline, in blocks of 64 KiB.
     end = file.seek(0, 2)
     while end > 0:
         start = max(end - 65536, 0)

@@ -156,7 +156,8 @@ def test_an_edit_between_attempts_of_different_ranks_is_proven(
     serve: Serve, overrides: list[str], tmp_path: Path
 ) -> None:
     """Data steps 12 to 16 are skipped and the batch grows. One rank and three ranks serve the same afterwards."""
-    before, after = compose(overrides), compose([*overrides, "dataplane.global_batch_size=30"])
+    before = compose(overrides)
+    after = compose([*overrides, "dataplane.global_batch_size=30"])
     for name, ranks in (("one", 1), ("many", 3)):
         folder = tmp_path / name
         serve(folder, 2, 1, 10)

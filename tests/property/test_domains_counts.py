@@ -15,7 +15,8 @@ from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.testing.fabricated_tables import Sample, make_block_reader, make_index_tables
 
 KINDS = {"source": Kind.CATEGORY, "tags": Kind.CATEGORIES, "quality": Kind.NUMBER}
-SOURCES, TAGS = ["a", "b", "c"], ["x", "y", "z"]
+SOURCES = ["a", "b", "c"]
+TAGS = ["x", "y", "z"]
 
 samples = st.builds(
     lambda source, tags, quality, tokens: Sample(
@@ -54,7 +55,8 @@ def matches(key: DomainKey, sample: Sample) -> bool:
 
 
 def passes(query: str | None, sample: Sample) -> bool:
-    quality, source = sample.numbers["quality"], sample.categories["source"]
+    quality = sample.numbers["quality"]
+    source = sample.categories["source"]
     return {
         None: True,
         "quality >= 0.5": quality is not None and quality >= 0.5,
@@ -83,7 +85,9 @@ def test_counts_equal_those_of_a_loop_over_all_samples(
     rows: Counter[tuple[int, int]] = Counter()
     tokens: Counter[tuple[int, int]] = Counter()
     overlaps: Counter[tuple[int, int]] = Counter()
-    selected, unassigned = [0, 0], [0, 0]
+    # Samples and tokens.
+    selected = [0, 0]
+    unassigned = [0, 0]
     for number, block in enumerate(blocks):
         domains = []
         for sample in block:
@@ -91,7 +95,8 @@ def test_counts_equal_those_of_a_loop_over_all_samples(
             domains.append(hits[0] if hits else -1)
             for total in (selected, unassigned) if not hits else (selected,):
                 if passes(query, sample):
-                    total[0], total[1] = total[0] + 1, total[1] + sample.tokens
+                    total[0] += 1
+                    total[1] += sample.tokens
             if hits:
                 rows[hits[0], number] += 1
                 tokens[hits[0], number] += sample.tokens

@@ -26,10 +26,11 @@ def runs(draw: st.DrawFn) -> tuple[np.ndarray, list[DomainStatistics]]:
     """Return a prior, and steps in which some domains are missing and some losses are not finite."""
     size = draw(st.integers(1, 6))
     steps = synthetic_statistics(size, NUM_STEPS, seed=draw(st.integers(0, 2**32)))
-    for at, domain in draw(st.lists(st.tuples(st.integers(0, NUM_STEPS - 1), st.integers(0, size - 1)), max_size=60)):
-        steps[at] = without_domains(steps[at], [domain])
-    for at in draw(st.lists(st.integers(0, NUM_STEPS - 1), max_size=3)):
-        steps[at] = replace(steps[at], loss_sum=steps[at].loss_sum * np.nan, num_nonfinite=steps[at].num_sequences)
+    for step, domain in draw(st.lists(st.tuples(st.integers(0, NUM_STEPS - 1), st.integers(0, size - 1)), max_size=60)):
+        steps[step] = without_domains(steps[step], [domain])
+    for step in draw(st.lists(st.integers(0, NUM_STEPS - 1), max_size=3)):
+        lost = steps[step]
+        steps[step] = replace(lost, loss_sum=lost.loss_sum * np.nan, num_nonfinite=lost.num_sequences)
     weights = np.array(draw(st.lists(st.integers(1, 100), min_size=size, max_size=size)), np.float64)
     return weights / weights.sum(), steps
 

@@ -28,7 +28,8 @@ def test_any_partition_in_any_order_gives_the_same_bits(
     for rank in data.draw(st.permutations(range(8))):
         total += rank_buffer([row for row, owner in zip(shuffled, rank_of, strict=True) if owner == rank])
     assert np.array_equal(total, rank_buffer(rows))
-    expected, statistics = statistics_from_buffer(0, rank_buffer(rows)), statistics_from_buffer(0, total)
+    expected = statistics_from_buffer(0, rank_buffer(rows))
+    statistics = statistics_from_buffer(0, total)
     assert expected.loss_sum.tobytes() == statistics.loss_sum.tobytes()
 
 

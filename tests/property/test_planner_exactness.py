@@ -99,7 +99,8 @@ def test_a_chunk_replanned_from_a_step_inside_it_stays_exact(
     plan = planner.decide(PlannerState.start(len(requested)), requested)
     state = planner.state_at(plan, step)
     rest = replace(planner, chunk_steps=steps - step)
-    before, after = planner.slots(plan).domain[: step * batch], rest.slots(rest.decide(state, requested)).domain
+    before = planner.slots(plan).domain[: step * batch]
+    after = rest.slots(rest.decide(state, requested)).domain
     assert np.array_equal(state.cursors, np.bincount(before, minlength=len(requested)))
     served = np.concatenate([before, after])
     assert len(served) == steps * batch
@@ -153,7 +154,8 @@ def test_no_sequence_is_served_twice_or_skipped_while_domains_run_out(
         capacity=np.array(capacity, np.int64), global_batch_size=batch, chunk_steps=steps, on_exhausted=policy
     )
     requested = np.random.default_rng(seed).uniform(0.01, 1, len(capacity))
-    state, served = PlannerState.start(len(capacity)), [[] for _ in capacity]
+    state = PlannerState.start(len(capacity))
+    served = [[] for _ in capacity]
     for _ in range(1000):
         plan, after = planner.plan(state, requested)
         slots = planner.slots(plan)
@@ -226,7 +228,8 @@ def test_lags_carry_the_unserved_weights_from_chunk_to_chunk(
     planner = Planner(
         capacity=np.full(num_domains, ENDLESS), global_batch_size=batch, chunk_steps=steps, on_exhausted="repeat"
     )
-    state, share = PlannerState.start(num_domains), np.zeros(num_domains, np.int64)
+    state = PlannerState.start(num_domains)
+    share = np.zeros(num_domains, np.int64)
     for _ in range(30):
         requested = rng.dirichlet(np.full(num_domains, rng.choice([0.05, 1.0, 50.0])))
         plan, state = planner.plan(state, requested)
@@ -252,7 +255,8 @@ def test_every_domain_serves_all_its_epochs_and_shares_stay_exact(
     capacity = SequenceGrid.of_samples().capacity(items, epochs)
     planner = Planner(capacity=capacity, global_batch_size=batch, chunk_steps=3, on_exhausted="redistribute")
     requested = np.random.default_rng(seed).dirichlet(np.ones(len(items)))
-    state, last = PlannerState.start(len(items)), False
+    state = PlannerState.start(len(items))
+    last = False
     while not last:
         plan, state = planner.plan(state, requested)
         last = plan.last

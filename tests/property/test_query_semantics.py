@@ -178,7 +178,8 @@ def test_samples_match_as_in_python(blocks: list[list[Sample]], expression: Expr
 def test_zones_decide_a_cell_only_if_all_its_samples_agree(blocks: list[list[Sample]], expression: Expression) -> None:
     tables, read_block = make_index_tables(blocks, KINDS)
     predicate = parse_predicate(expression.text, tables.properties)
-    histogram, zones = tables.histogram, tables.blocks.zones
+    histogram = tables.histogram
+    zones = tables.blocks.zones
     block_of_cell = np.repeat(np.arange(len(blocks)), np.diff(histogram.indptr))
     cells = Entries(
         combos=tables.combos,

@@ -211,7 +211,8 @@ def test_the_others_take_the_share_of_a_domain_that_was_dropped(
 
 
 def test_a_state_that_an_edit_abandoned_is_refused(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
-    config, folder = config_of(plain, dataplane={"global_batch_size": 6}), new_folder()
+    config = config_of(plain, dataplane={"global_batch_size": 6})
+    folder = new_folder()
     _, state = serve(config, folder, 1, 9)
     record_edit(config, config, folder, 5, (6, 7))
     with pytest.raises(ConfigError, match="continue from step 5"):
@@ -219,7 +220,8 @@ def test_a_state_that_an_edit_abandoned_is_refused(plain: dict[str, Any], new_fo
 
 
 def test_a_change_that_is_not_recorded_is_refused(plain: dict[str, Any], new_folder: Callable[[], Path]) -> None:
-    config, folder = config_of(plain, dataplane={"global_batch_size": 6}), new_folder()
+    config = config_of(plain, dataplane={"global_batch_size": 6})
+    folder = new_folder()
     _, state = serve(config, folder, 1, 4)
     with pytest.raises(ConfigError, match="seed was 0, is 3"):
         serve(replace(config, dataplane=replace(config.dataplane, seed=3)), folder, 2, 8, state)

@@ -99,8 +99,8 @@ def test_group_by_one_property_gives_a_key_per_value_with_null_last() -> None:
 
 
 def test_group_by_several_properties_gives_the_combinations_that_occur() -> None:
-    found = [(k["source"][0], k["tags"][0]) for k in keys_for_group_by(["source", "tags"], TABLES.combos)]
-    assert found == [
+    pairs = [(k["source"][0], k["tags"][0]) for k in keys_for_group_by(["source", "tags"], TABLES.combos)]
+    assert pairs == [
         ("ArXiv", None),
         ("Book", "a"),
         ("Book", None),

@@ -46,7 +46,8 @@ def test_no_blocks_give_no_samples(index: PropertyIndex) -> None:
 
 
 def test_cached_blocks_are_equal_and_not_read_again(index: PropertyIndex) -> None:
-    bounds, rows = index.tables.blocks.first_sample, index.tables.blocks.rows
+    bounds = index.tables.blocks.first_sample
+    rows = index.tables.blocks.rows
     reader = SampleReader(index.path, cache_bytes=1 << 20)
     for blocks in ([9, 2, 3, 15, 0], [3, 15, 7]):
         columns = reader.read_many(bounds[blocks].tolist(), rows[blocks].tolist())

@@ -15,7 +15,8 @@ from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.errors import MixtureError
 
-CHUNK_STEPS, LAG = 4, 2
+CHUNK_STEPS = 4
+LAG = 2
 CONTEXT = MixtureContext(
     domain_sizes=DomainSizes(
         keys=tuple(parse_domain_key({"source": s}) for s in "abc"), sizes=np.array([600, 300, 100]), budget=10_000
@@ -92,8 +93,8 @@ def test_a_linear_schedule_interpolates_between_two_starts() -> None:
 
 def test_a_cosine_schedule_changes_slowly_at_both_ends() -> None:
     made = mixer(**schedule(static(0, 1, 0, 0), static(16, 0, 1, 0), shape="cosine"))
-    gone = [weights(made, c)[1] for c in range(5)]
-    assert gone == pytest.approx([0, (1 - np.sqrt(0.5)) / 2, 0.5, (1 + np.sqrt(0.5)) / 2, 1])
+    second_weight = [weights(made, c)[1] for c in range(5)]
+    assert second_weight == pytest.approx([0, (1 - np.sqrt(0.5)) / 2, 0.5, (1 + np.sqrt(0.5)) / 2, 1])
 
 
 def test_a_dynamic_stage_learns_from_the_losses_of_earlier_stages() -> None:
@@ -139,7 +140,8 @@ def test_without_learning_a_dynamic_mixture_keeps_its_initial_weights() -> None:
     ids=["dynamic", "two in a row", "bounded"],
 )
 def test_a_restored_mixer_continues_as_if_it_had_not_stopped(plain: dict[str, Any]) -> None:
-    made, restored = mixer(**plain), mixer(**plain)
+    made = mixer(**plain)
+    restored = mixer(**plain)
     train(made, range(13))
     restored.load({name: array.copy() for name, array in made.arrays().items()})
     for each in (made, restored):

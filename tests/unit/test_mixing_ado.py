@@ -36,7 +36,8 @@ def test_the_mixture_does_not_change_before_the_end_of_the_warmup() -> None:
 @pytest.mark.parametrize("step", [WARMUP, WARMUP + 7, WARMUP + 20])
 def test_a_step_follows_the_equations(step: int) -> None:
     """Equations (2) to (5) of arXiv 2410.11820, with realised shares, written out."""
-    algorithm, statistics = ado(), synthetic_statistics(3, step + 1)
+    algorithm = ado()
+    statistics = synthetic_statistics(3, step + 1)
     old = run_algorithm(algorithm, algorithm.start(PRIOR), statistics[:-1])
     new, weights = algorithm.update(old, statistics[-1])
     credit = 0.1 * share(statistics[-1]) + 0.9 * old.credit
@@ -53,7 +54,8 @@ def test_a_step_follows_the_equations(step: int) -> None:
 
 
 def test_laws_are_fitted_at_the_end_of_the_warmup_and_every_interval_after() -> None:
-    algorithm, refits = ado(), []
+    algorithm = ado()
+    refits = []
     state = algorithm.start(PRIOR)
     for statistics in synthetic_statistics(3, 100):
         before = state.laws.theta.tobytes()
@@ -90,7 +92,8 @@ def test_paper_credit_follows_the_weights_and_default_credit_the_shares_served()
 
 
 def test_a_domain_without_a_law_gets_the_mean_speed() -> None:
-    algorithm, statistics = ado(), [without_domains(s, [2]) for s in synthetic_statistics(3, WARMUP + 1)]
+    algorithm = ado()
+    statistics = [without_domains(s, [2]) for s in synthetic_statistics(3, WARMUP + 1)]
     old = run_algorithm(algorithm, algorithm.start(PRIOR), statistics[:-1])
     new, _ = algorithm.update(old, statistics[-1])
     speed = algorithm.describe(new)["speed"]
@@ -102,7 +105,8 @@ def test_a_domain_without_a_law_gets_the_mean_speed() -> None:
 
 
 def test_authors_credit_is_the_spread_of_the_shares_served() -> None:
-    algorithm, statistics = ado(variant="authors", delta_min=0.0), synthetic_statistics(3, WARMUP + 1)
+    algorithm = ado(variant="authors", delta_min=0.0)
+    statistics = synthetic_statistics(3, WARMUP + 1)
     state = run_algorithm(algorithm, algorithm.start(PRIOR), statistics)
     preference = PRIOR * np.sqrt(state.credit * (1 - state.credit)) * algorithm.describe(state)["speed"]
     preference /= preference.sum()
@@ -110,7 +114,8 @@ def test_authors_credit_is_the_spread_of_the_shares_served() -> None:
 
 
 def test_authors_credit_moves_during_the_warmup() -> None:
-    state, statistics = after(ado(variant="authors"), 1), synthetic_statistics(3, 1)
+    state = after(ado(variant="authors"), 1)
+    statistics = synthetic_statistics(3, 1)
     assert state.credit == pytest.approx(0.1 * share(statistics[0]) + 0.9 * PRIOR)
     assert state.weights.tolist() == PRIOR.tolist()
 

@@ -39,7 +39,8 @@ def test_sheared_llama_takes_weight_from_domains_below_the_reference() -> None:
 
 
 def test_the_average_is_the_mean_of_all_weights_so_far() -> None:
-    algorithm, served = gradient(eta=0.1), []
+    algorithm = gradient(eta=0.1)
+    served = []
     state = algorithm.start(PRIOR)
     for loss in ([1.0, 2.0, 3.0], [2.0, 2.0, 1.0], [1.0, 0.5, 3.0]):
         state, weights = algorithm.update(state, statistics(loss))

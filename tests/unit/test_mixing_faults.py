@@ -10,7 +10,8 @@ from mixtera_hpc.core.mixing.ado import LAW_FITTED, LAW_OLDER, LAW_UNKNOWN, Ado,
 from mixtera_hpc.core.mixing.loss_history import MAX_BINS, LossHistory
 from mixtera_hpc.core.statistics import DomainStatistics, accumulate_losses, statistics_from_buffer
 
-BATCH, SEQ_LEN = 64, 512
+BATCH = 64
+SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ def test_a_low_entropy_domain_keeps_its_speed() -> None:
 
 
 def test_one_nan_does_not_stop_later_refits() -> None:
-    domains, algorithm = [PROSE, CODE], ado()
-    state, clean = algorithm.start(prior(domains)), algorithm.start(prior(domains))
+    domains = [PROSE, CODE]
+    algorithm = ado()
+    state = algorithm.start(prior(domains))
+    clean = algorithm.start(prior(domains))
     for statistics in steps(domains, 501, noise=0.02):
         clean, _ = algorithm.update(clean, statistics)
         if statistics.step == 150:
@@ -135,7 +138,8 @@ def test_a_late_domain_is_not_fitted_before_its_first_loss() -> None:
 
 
 def test_a_failed_fit_keeps_the_law_of_its_domain_and_refits_the_others() -> None:
-    domains, algorithm = [PROSE, CODE], ado()
+    domains = [PROSE, CODE]
+    algorithm = ado()
     state = train(algorithm, domains, 290)
     arrays = algorithm.state_arrays(state)
     arrays["history_loss_sum"] = arrays["history_loss_sum"] * [1.0, 0.0]
@@ -162,7 +166,8 @@ def test_a_law_needs_three_distinct_points(num_points: int, status: int) -> None
 
 def test_memory_does_not_grow_with_the_run() -> None:
     (step,) = steps([PROSE, CODE], 1)
-    history, sizes = LossHistory(num_domains=2), {}
+    history = LossHistory(num_domains=2)
+    sizes = {}
     for n in np.unique(np.geomspace(64, 1e12, 8000).astype(np.int64)):
         history = history.observe(int(n), step)
         sizes[len(history.bins)] = int(n)
@@ -172,7 +177,8 @@ def test_memory_does_not_grow_with_the_run() -> None:
 
 
 def test_token_counts_beyond_int32_change_nothing() -> None:
-    algorithm, laws = ado(), []
+    algorithm = ado()
+    laws = []
     for seq_len in (2**4, 2**27):
         state = algorithm.start(prior([PROSE, CODE]))
         for statistics in steps([PROSE, CODE], 201):

@@ -36,7 +36,8 @@ def test_a_domain_without_tokens_has_no_point_and_no_zero() -> None:
 
 
 def test_merged_bins_have_the_same_sums_and_equal_widths() -> None:
-    history, steps = LossHistory(num_domains=2), np.unique(np.geomspace(100, 10**9, 3000).astype(np.int64))
+    history = LossHistory(num_domains=2)
+    steps = np.unique(np.geomspace(100, 10**9, 3000).astype(np.int64))
     for n in steps:
         history = history.observe(int(n), one_step([float(n), 1.0], [3, 1]))
     arrays = history.arrays()

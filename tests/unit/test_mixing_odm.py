@@ -20,7 +20,8 @@ def odm(**parameters: float) -> OnlineDataMixing:
 
 
 def test_the_second_step_follows_the_formulas() -> None:
-    algorithm, uniform = odm(delta_min=0.0), np.full(3, 1 / 3)
+    algorithm = odm(delta_min=0.0)
+    uniform = np.full(3, 1 / 3)
     state, weights = algorithm.update(algorithm.start(uniform), statistics([3.0, 2.0, 1.0], [5, 5, 5]))
     assert weights == pytest.approx(uniform)
     assert state.reward == pytest.approx([0.9, 0.6, 0.3])

@@ -14,9 +14,13 @@ TOLERANCE = 2e-9
 
 def trajectory(variant: str) -> np.ndarray:
     with np.load(DATA / "trace_k3.npz") as trace:
-        prior, counts, means, seq_len = trace["mu"], trace["counts"], trace["loss_mean"], int(trace["seq_len"])
+        prior = trace["mu"]
+        counts = trace["counts"]
+        means = trace["loss_mean"]
+        seq_len = int(trace["seq_len"])
     algorithm = Ado(Ado.Config(variant=variant))  # type: ignore[arg-type]
-    state, weights = algorithm.start(prior), []
+    state = algorithm.start(prior)
+    weights = []
     for step, (sequences, mean) in enumerate(zip(counts.astype(np.int64), means, strict=True)):
         tokens = sequences * seq_len
         statistics = DomainStatistics(
@@ -26,8 +30,8 @@ def trajectory(variant: str) -> np.ndarray:
             num_sequences=sequences,
             num_nonfinite=np.zeros(3, np.int64),
         )
-        state, now = algorithm.update(state, statistics)
-        weights.append(now)
+        state, step_weights = algorithm.update(state, statistics)
+        weights.append(step_weights)
     return np.array(weights)
 
 
@@ -42,6 +46,7 @@ def test_paper_variant_follows_the_reference_for_three_thousand_steps() -> None:
 
 def test_the_default_variant_moves_in_the_direction_of_the_paper() -> None:
     """It fits other losses and credits realised shares, so weights differ a little; the direction is the same."""
-    ours, paper = trajectory("default"), reference()
+    ours = trajectory("default")
+    paper = reference()
     assert np.abs(ours - paper).max() < 0.04
     assert np.array_equal(ours[:1000], paper[:1000])

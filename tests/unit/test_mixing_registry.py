@@ -66,8 +66,8 @@ def test_every_parameter_has_a_description(name: str) -> None:
     config = ALGORITHMS[name].Config
     lines = [line.strip() for line in inspect.getsource(config).splitlines()]
     for field in dataclasses.fields(config):
-        at = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}:"))
-        assert lines[at + 1].startswith('"""'), f"{name}.{field.name} has no documentation"
+        number = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}:"))
+        assert lines[number + 1].startswith('"""'), f"{name}.{field.name} has no documentation"
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

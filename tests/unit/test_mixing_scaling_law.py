@@ -13,7 +13,8 @@ BOUNDS = LawBounds()
 def random_laws(num_domains: int, seed: int = 0) -> ScalingLaws:
     random = np.random.Generator(np.random.Philox(seed))
     log_beta = random.uniform(0.5, 6.0, num_domains)
-    alpha, epsilon = random.uniform(0.08, 0.7, num_domains), random.uniform(0.0, 2.5, num_domains)
+    alpha = random.uniform(0.08, 0.7, num_domains)
+    epsilon = random.uniform(0.0, 2.5, num_domains)
     return ScalingLaws(theta=np.stack([log_beta, alpha, epsilon], axis=1))
 
 

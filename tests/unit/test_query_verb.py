@@ -24,10 +24,11 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an index of 30 samples: sources C4 (20), Book (8) and null (2), a year, tags, and quality 0.0 to 0.29."""
     root = tmp_path_factory.mktemp("data")
+    sources = ["C4"] * 20 + ["Book"] * 8 + [None] * 2
     rows = [
         {
             "text": "word " * (i % 3 + 1),
-            "source": "C4" if i < 20 else "Book" if i < 28 else None,
+            "source": sources[i],
             "year": 2020 + i % 2,
             "tags": ["spam"] if i % 5 == 0 else [],
             "quality": i / 100,

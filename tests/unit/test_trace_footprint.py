@@ -45,7 +45,7 @@ def test_documents_longer_than_sequences_count_in_every_step_that_reads_them(col
     touched = [
         {(shard, row) for shard, row, _, _ in r["segments"]} | {r["step"]} for r in planned_sequences(source, 0, 60)
     ]
-    per_step = [set().union(*touched[at : at + 16]) for at in range(0, len(touched), 16)]
+    per_step = [set().union(*touched[first : first + 16]) for first in range(0, len(touched), 16)]
     assert forecast_mixture(source, 60).step.documents == pytest.approx(
         np.mean([len(s) - 1 for s in per_step]), rel=0.2
     )
@@ -60,18 +60,19 @@ def test_the_forecast_names_the_step_in_which_a_domain_runs_out(
     source = open_source(
         compose([*collection, *words, "dataplane.seq_len=16", "dataplane.global_batch_size=16"]), Local()
     )
-    counts, gone = np.zeros(source.num_domains, np.int64), {}
+    counts = np.zeros(source.num_domains, np.int64)
+    last_step = {}
     for record in planned_sequences(source, 0, 10**6):
         counts[record["domain_id"]] += 1
         if counts[record["domain_id"]] == source.planner.capacity[record["domain_id"]]:
-            gone[record["domain_id"]] = record["step"]
+            last_step[record["domain_id"]] = record["step"]
     expected = forecast_mixture(source, 10**6)
     assert expected.num_steps == counts.sum() // 16
     run_out = {d: e.runs_out_at_step for d, e in enumerate(expected.domains) if e.runs_out_at_step is not None}
-    assert run_out and gone.keys() <= run_out.keys()
+    assert run_out and last_step.keys() <= run_out.keys()
     for domain, step in run_out.items():
         between = expected.num_steps / source.planner.capacity[domain]
-        assert -1 <= step - gone.get(domain, expected.num_steps) <= 1 + between
+        assert -1 <= step - last_step.get(domain, expected.num_steps) <= 1 + between
 
 
 def test_the_forecast_serves_what_the_planner_serves(collection: list[str]) -> None:

@@ -31,7 +31,8 @@ def _near_keys(key: str) -> str:
 
 
 def _environment(match: "re.Match[str]", text: str) -> str:
-    name, key = match.group(1), _full_key(text)
+    name = match.group(1)
+    key = _full_key(text)
     needs = f"{key} needs" if key else "The configuration needs"
     return (
         f"{needs} the environment variable {name}, which is not set.\n  Set {name}, or give {key or 'the key'}=<value>."
@@ -39,13 +40,15 @@ def _environment(match: "re.Match[str]", text: str) -> str:
 
 
 def _dangling(match: "re.Match[str]", text: str) -> str:
-    key, target = _full_key(text), match.group(1)
+    key = _full_key(text)
+    target = match.group(1)
     refers = f"{key} refers to it" if key else "a value refers to it"
     return f"{target} is not a known key, but {refers}.{_near_keys(target)}"
 
 
 def _refers_to_missing(match: "re.Match[str]", text: str) -> str:
-    key, target = _full_key(text), match.group(1)
+    key = _full_key(text)
+    target = match.group(1)
     return missing_key(target) + (f"\n  The value of {key} is taken from it." if key else "")
 
 
@@ -105,5 +108,5 @@ def _unparsable(overrides: Sequence[str]) -> str | None:
             return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
         if "." in key and hint_of(key) is None:
             return _cannot_be_set(key)
-        return f"{override!r} is not a Hydra override. Put its value in quotes of its own: '{key}=\"{value}\"'"
+        return f"{override!r} is not a Hydra override. Put its value in extra quotes: '{key}=\"{value}\"'"
     return None

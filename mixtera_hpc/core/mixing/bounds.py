@@ -51,7 +51,7 @@ def domain_bounds(
         names: of the domains, for messages.
 
     Raises:
-        MixtureError: no mixture satisfies the bounds, or a domain without samples has a floor of its own.
+        MixtureError: no mixture satisfies the bounds, or a domain without samples has its own floor.
     """
     if default_floor is None and default_cap is None and not any(b is not None for b in (*floors, *caps)):
         return None

@@ -68,9 +68,14 @@ class LossHistory:
     bins_per_octave: int = FIRST_BINS_PER_OCTAVE
 
     def observe(self, num_seen: int, statistics: DomainStatistics) -> "LossHistory":
-        """Add one step, after which `num_seen` sequences of all domains had been seen; ascending from call to call."""
+        """Return the history with one more step.
+
+        Args:
+            num_seen: sequences of all domains up to and including this step; must not decrease from call to call.
+            statistics: losses of the step.
+        """
         observed = statistics.observed
-        # A step is a bin of its own, which merges with the last bin if it falls into the same interval.
+        # Start a new bin for the step. It merges with the last bin if both have the same interval.
         step = LossBin(
             key=int(np.floor(np.log2(num_seen) * self.bins_per_octave)),
             num_steps=1,
@@ -89,6 +94,7 @@ class LossHistory:
         if not self.bins:
             empty = np.zeros((self.num_domains, 0))
             return LossPoints.of(np.zeros(0), empty, empty)
+
         # A bin without tokens of a domain has loss 0 and weight 0.
         tokens = np.stack([b.num_tokens for b in self.bins], axis=1)
         loss = np.stack([b.loss_sum for b in self.bins], axis=1) / np.maximum(tokens, 1)
@@ -97,15 +103,15 @@ class LossHistory:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the history as flat arrays, for an npz file."""
-        # `np.stack` refuses an empty list.
-        empty = np.zeros((0, self.num_domains))
+        # A history without bins has arrays of shape (0, num_domains).
+        shape = (len(self.bins), self.num_domains)
         return {
             "history_bins_per_octave": np.array(self.bins_per_octave),
             "history_key": np.array([b.key for b in self.bins], np.int64),
             "history_num_steps": np.array([b.num_steps for b in self.bins], np.int64),
             "history_log_n_sum": np.array([b.log_n_sum for b in self.bins], np.float64),
-            "history_loss_sum": np.stack([b.loss_sum for b in self.bins]) if self.bins else empty,
-            "history_num_tokens": np.stack([b.num_tokens for b in self.bins]) if self.bins else empty.astype(np.int64),
+            "history_loss_sum": np.array([b.loss_sum for b in self.bins], np.float64).reshape(shape),
+            "history_num_tokens": np.array([b.num_tokens for b in self.bins], np.int64).reshape(shape),
         }
 
     @classmethod
@@ -122,7 +128,7 @@ class LossHistory:
         return cls(num_domains=num_domains, bins=bins, bins_per_octave=int(arrays["history_bins_per_octave"]))
 
     def _within_limit(self) -> "LossHistory":
-        """Return a history of at most `MAX_BINS` bins, each twice as wide as often as needed."""
+        """Return the history with at most `MAX_BINS` bins; double the width of all bins until they fit."""
         if len(self.bins) <= MAX_BINS:
             return self
         # floor(2x) // 2 == floor(x), so halving all keys gives the bins that wider intervals would have given.
@@ -134,6 +140,6 @@ class LossHistory:
 
 
 def _merge_equal_keys(bins: tuple[LossBin, ...], before: tuple[LossBin, ...] = ()) -> tuple[LossBin, ...]:
-    """Return `before`, then `bins` with neighbours of equal key added up."""
+    """Return `before` followed by `bins`, in which neighbours of equal key are added up."""
     groups = itertools.groupby(bins, key=lambda b: b.key)
     return before + tuple(reduce(LossBin.__add__, group) for _, group in groups)

@@ -55,7 +55,7 @@ class MixtureContext:
     names: tuple[str, ...]
     """Names of the domains."""
     has_samples: NDArray[np.bool_]
-    """Domains that still have samples after `resume --drop`; shape (K,)."""
+    """True for domains that still have samples after `resume --drop`; shape (K,)."""
     timeline: ChunkTimeline
     feedback_lag: int
-    """In chunks."""
+    """Chunks between the losses of a chunk and the first weights that may depend on them."""

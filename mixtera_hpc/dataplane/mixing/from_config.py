@@ -223,7 +223,7 @@ def _leaf(domain: DomainConfig, key: DomainKey, ids: DomainIds, names: list[str]
     if canonical_key(key) not in ids:
         name = display_name(key)
         raise MixtureError(
-            f"{name} is not a domain of this run. Weights can change while a run goes on, domains cannot."
+            f"{name} is not a domain of this run. Weights can change in an existing run, domains cannot."
             f"{did_you_mean(name, names)}"
         )
     return WeightNode(weight=domain.weight, domain=ids[canonical_key(key)])

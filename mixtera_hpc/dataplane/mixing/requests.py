@@ -1,9 +1,9 @@
-"""Requests for another mixture in a running job, from a named chunk on.
+"""Requests for another mixture in a running job, from a given chunk on.
 
-`mixtera-hpc mixture set RUN FILE` leaves a request in `control/mixture.json`. Rank 0 finds it at the end of a step,
-assigns it to the first chunk that is not planned yet or to the later chunk that it names, and records the decision.
-From then on the decision is part of the run, whichever checkpoint an attempt continues from. A request for a chunk that
-is planned already is refused, and the refusal is recorded too.
+`mixtera-hpc mixture set RUN FILE` writes a request to `control/mixture.json`. Rank 0 reads it at the end of a step and
+records its decision. The mixture takes effect at the requested chunk, or else at the first chunk that is not planned
+yet. From then on the decision is part of the run, whichever checkpoint an attempt continues from. A request for a chunk
+that is planned already is refused, and the refusal is recorded too.
 """
 
 import json
@@ -49,13 +49,13 @@ class MixtureDecision:
     """The decision of rank 0 on a request."""
 
     chunk: int
-    """First chunk served from `mixture`; of a refused request, the chunk that it named."""
+    """First chunk served from `mixture`; for a refused request, the chunk that it asked for."""
     mixture: MixtureConfig
     refused: str | None = None
     """The reason for a refusal; None if the request was accepted."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a line of `decisions.jsonl` and of the journal."""
+        """Return the decision as a line of `decisions.jsonl` and of the journal."""
         return {"kind": "mixture", "chunk": self.chunk, "mixture": to_plain(self.mixture), "refused": self.refused}
 
     @classmethod
@@ -65,18 +65,19 @@ class MixtureDecision:
         return cls(chunk=line["chunk"], mixture=mixture, refused=line["refused"])
 
 
-def requested_mixture(current: MixtureConfig, written: Any) -> MixtureConfig:
+def requested_mixture(current: MixtureConfig, content: Any) -> MixtureConfig:
     """Return the mixture that a YAML file requests for a run that is served from `current`.
 
     Args:
-        written: content of the file: a mapping of the keys below `mixture`, or one with the single key `mixture`.
+        current: the mixture of the run.
+        content: content of the file: a mapping of the keys below `mixture`, or one with the single key `mixture`.
 
     Raises:
-        ConfigError: it is not a valid mixture, or changes more than proportions.
+        ConfigError: the mixture is invalid, or it changes more than the weights.
     """
-    inner = written.get("mixture", written) if isinstance(written, Mapping) else written
-    if inner is not written and len(written) > 1:
-        others = ", ".join(str(key) for key in written if key != "mixture")
+    inner = content.get("mixture", content) if isinstance(content, Mapping) else content
+    if inner is not content and len(content) > 1:
+        others = ", ".join(str(key) for key in content if key != "mixture")
         raise ConfigError(f"Only `mixture` can be changed in an existing run. Remove {others}.")
 
     # Keys that cannot change keep the values of the run unless the file names them.
@@ -86,7 +87,7 @@ def requested_mixture(current: MixtureConfig, written: Any) -> MixtureConfig:
     raise_problems(mixture_problems(mixture))
     if changed := _changed_streams(current, mixture):
         raise ConfigError(
-            f"{changed[0]} cannot change while a run goes on; only weights can.\n  Remove it, or start a new run."
+            f"{changed[0]} cannot change in an existing run; only weights can.\n  Remove it, or start a new run."
         )
     return mixture
 
@@ -107,22 +108,22 @@ def _changed_streams(current: MixtureConfig, requested: MixtureConfig) -> list[s
 
 
 def write_request(run: RunFolder, request: MixtureRequest) -> None:
-    """Leave a request for rank 0 of a run, atomically.
+    """Write a request for rank 0 of a run, atomically.
 
     Raises:
-        ConfigError: another request is still waiting there.
+        ConfigError: the run has not read an earlier request yet.
     """
     target = run.mixture_request
     target.parent.mkdir(exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(json.dumps({"chunk": request.chunk, "mixture": to_plain(request.mixture)}))
     try:
-        # A hard link fails if the name exists, so of two users who request at once one is told.
+        # A hard link fails if the name exists: if two users request at the same time, one gets the error below.
         os.link(temporary, target)
     except FileExistsError:
         raise ConfigError(
-            f"{target} is still waiting; the run reads it at the end of a step, or when it continues.\n"
-            "  Wait until it is gone, or remove it."
+            f"{target} holds a request that the run has not read yet. It reads requests at the end of a step, or when "
+            "it continues.\n  Wait until the file is gone, or remove it."
         ) from None
     finally:
         temporary.unlink()

@@ -66,7 +66,7 @@ def submit_request(
 def _check_not_planned(folder: RunFolder, chunk: int | None, is_active: bool) -> None:
     """Refuse now what rank 0 would refuse later: a chunk that is planned.
 
-    An attempt that was killed does not count. The next one continues from a checkpoint and plans its chunks anew.
+    An attempt that was killed does not count. The next one continues from a checkpoint and plans its chunks again.
     """
     if chunk is None or not folder.journal.is_file():
         return

@@ -11,19 +11,19 @@ __all__ = ["WeightChange", "find_weight_changes"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightChange:
-    """A chunk whose weights differ from those of the chunk before."""
+    """A chunk whose weights differ from those of the previous chunk."""
 
     attempt: int
     chunk: int
     step: int
-    """First training step of the chunk that counts."""
+    """First training step of the chunk that this attempt served and no later attempt repeated."""
     domains: Sequence[str]
     """Names of the domains."""
     weights: Sequence[float]
     """Shares of the domains; sum 1."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a line of `mixture show --json`."""
+        """Return the change as a line of `mixture show --json`."""
         return {
             "kind": "chunk",
             "attempt": self.attempt,
@@ -35,23 +35,26 @@ class WeightChange:
 
 
 def find_weight_changes(history: History) -> list[WeightChange]:
-    """Return the chunks with new weights, in order of steps; chunks that a later attempt planned anew do not count."""
+    """Return the chunks with new weights, in order of steps. Steps that a later attempt repeated do not count."""
     changes: list[WeightChange] = []
     for attempt, steps in history.extents():
         version = attempt.stream_version
         for plan in attempt.plans:
-            # The training steps of the chunk that were served by this attempt and count.
-            first = max(version.step_at(plan.first_step), steps.start)
-            end = min(version.step_at(plan.first_step + plan.num_steps), steps.stop)
-            # Plans hold integer weights; equal shares are equal bits, because one function quantises them.
+            # Skip a chunk if later attempts repeated all of its steps.
+            first_step = max(version.step_at(plan.first_step), steps.start)
+            end_step = min(version.step_at(plan.first_step + plan.num_steps), steps.stop)
+            if first_step >= end_step:
+                continue
+
+            # Comparing with == is exact: plans hold integer weights, and one function quantises them.
             shares = (plan.weights / plan.weights.sum()).tolist()
-            if first >= end or (changes and changes[-1].weights == shares):
+            if changes and changes[-1].weights == shares:
                 continue
             changes.append(
                 WeightChange(
                     attempt=attempt.number,
                     chunk=plan.chunk,
-                    step=first,
+                    step=first_step,
                     domains=attempt.identity["domains"],
                     weights=shares,
                 )

@@ -9,12 +9,12 @@ __all__ = ["align_to_bit"]
 # A deflate block without content, as (bits, number of bits); the lowest bit comes first in the stream.
 # RFC 1951, section 3.2.6, fixed codes: BFINAL=0, BTYPE=01, then the end-of-block code of seven zeros. An even size.
 _EMPTY_FIXED_BLOCK = (2, 10)
-# Section 3.2.7, codes of its own: one bit each for literal 255, end-of-block, and one distance. An odd size.
+# Section 3.2.7, dynamic codes: one bit each for literal 255, end-of-block, and one distance. An odd size.
 _EMPTY_DYNAMIC_BLOCK = (0x46AFF90000000000081C004, 91)
 
 
 def align_to_bit(data: bytes, bit: int) -> bytes:
-    """Build a stream of its own from a deflate block that begins at bit `bit` (0 to 7) of the first byte of `data`."""
+    """Build a separate stream from a deflate block that begins at bit `bit` (0 to 7) of the first byte of `data`."""
     # 10 bits per fixed block reach every even offset; the dynamic block of 91 bits comes first for an odd one.
     filler, size = _EMPTY_DYNAMIC_BLOCK if bit % 2 else (0, 0)
     block, block_bits = _EMPTY_FIXED_BLOCK

@@ -1,7 +1,7 @@
 """Find the shards: expand globs below the data roots, in an order that does not depend on the file system.
 
-It costs one `stat` per file that matches. Paths are relative to their root and do not lead out of it, whatever links
-there are inside.
+Price: one `stat` per matching file. Paths are relative to their root and contain no `..`. Links inside a root are
+followed.
 """
 
 import errno
@@ -19,12 +19,13 @@ from mixtera_hpc.index.shards import Shard
 
 __all__ = ["discover_shards", "roots_of"]
 
-FoundShard = tuple[Shard, tuple[int, int]]
-"""A shard, and the device and inode of its file."""
+FileId = tuple[int, int]
+"""Device and inode, which identify a file under any name."""
+ShardFile = tuple[Shard, FileId]
 
 
 def roots_of(data: DataConfig) -> dict[str, Path]:
-    """Return data set → folder; a single unnamed one is called ''."""
+    """Return the data root of every data set; a single root without a name has the name ''."""
     if not data.sets:
         return {"": Path(data.root)}
     return {name: Path(root) for name, root in sorted(data.roots().items())}
@@ -33,16 +34,17 @@ def roots_of(data: DataConfig) -> dict[str, Path]:
 def discover_shards(data: DataConfig) -> list[Shard]:
     """Return the shards of a data collection, sorted by data set and path.
 
-    Hidden files never match. A glob whose last part consists of stars skips files of unknown format, plain text and
-    `.json`, which usually describe the data and are no part of it. Any other glob takes what it names.
+    Hidden files never match. A glob whose last part consists of stars skips files of unknown format, and plain text
+    and `.json` files, which usually describe the data. Any other glob includes every file that it matches.
 
     Raises:
         ConfigError: a glob leaves the data root, or matches a file of unknown format.
-        DataError: a root is no folder, a glob matches nothing, or one file is matched under two names.
+        DataError: a root is not a folder, a glob matches nothing, or a file is matched under two names.
     """
     # Refuse an unknown format by name before looking for its files.
     if data.format != "auto":
         load_format(data.format)
+
     roots = roots_of(data)
     shards = [pair for dataset, root in roots.items() for pair in _RootSearch(root, dataset, data).search()]
     if not shards:
@@ -62,7 +64,7 @@ class _RootSearch:
     dataset: str
     data: DataConfig
 
-    def search(self) -> list[FoundShard]:
+    def search(self) -> list[ShardFile]:
         """Return the shards, sorted by path."""
         if not self.root.is_dir():
             key = f"data.sets.{self.dataset}" if self.dataset else "data.root"
@@ -72,14 +74,14 @@ class _RootSearch:
         excluded = {
             path.rstrip("/") for pattern in self.data.exclude for path in _expand(self.root, pattern, "data.exclude")
         }
-        shards: dict[str, FoundShard] = {}
+        shards: dict[str, ShardFile] = {}
         for pattern in self.data.include:
             _check_folders(self.root, pattern, excluded)
             # A later glob adds only what earlier ones have not matched.
             shards |= {pair[0].path: pair for pair in self._shards_of(pattern, excluded, shards)}
         return [shards[path] for path in sorted(shards)]
 
-    def _shards_of(self, pattern: str, excluded: set[str], known: Mapping[str, FoundShard]) -> Iterator[FoundShard]:
+    def _shards_of(self, pattern: str, excluded: set[str], known: Mapping[str, ShardFile]) -> Iterator[ShardFile]:
         """Yield the shards that one glob adds to the known ones."""
         num_matches = 0
         only_stars = set(PurePosixPath(pattern).name) == {"*"}
@@ -92,7 +94,7 @@ class _RootSearch:
             if status is None:
                 continue
             num_matches += 1
-            # Counted as a match above: an exclusion is no typing error in the glob.
+            # An excluded file counts as a match: the glob itself is correct.
             if path in excluded:
                 continue
             name = self._format_of(path, pattern, only_stars)
@@ -104,10 +106,10 @@ class _RootSearch:
             )
 
     def _format_of(self, path: str, pattern: str, only_stars: bool) -> str | None:
-        """Return the format of a file; None if only stars matched it and it should be skipped."""
+        """Return the format of a file; None if a glob of stars matched it and it should be skipped."""
         is_auto = self.data.format == "auto"
         name = format_name_of(path) if is_auto else self.data.format
-        # READMEs and dataset descriptions would become samples.
+        # Otherwise READMEs and data set descriptions would become samples.
         if name in ("text", "json") and only_stars and is_auto:
             return None
         if name is None and not only_stars:
@@ -117,7 +119,7 @@ class _RootSearch:
             )
         return name
 
-    def _shard(self, path: str, name: str, status: os.stat_result) -> FoundShard:
+    def _shard(self, path: str, name: str, status: os.stat_result) -> ShardFile:
         try:
             path.encode()
         except UnicodeEncodeError:
@@ -142,24 +144,32 @@ def _expand(root: Path, pattern: str, key: str) -> list[str]:
 
 
 def _check_folders(root: Path, pattern: str, excluded: set[str]) -> None:
-    """Refuse folders on the way of a glob that cannot be listed: `glob` would skip them silently."""
-    parts = PurePosixPath(pattern).parts
-    folders = set[str]()
-    for end, part in enumerate(parts):
-        if not glob.has_magic(part):
-            continue  # Looked up by name, not listed.
-        above = [*parts[:end], *[part] * (part == "**")]
-        if above:
-            folders.update(_expand(root, "/".join([*above, ""]), "data.include"))
-        if end == 0:
-            folders.add("")
-    for folder in sorted({folder.rstrip("/") for folder in folders} - excluded):
+    """Refuse a folder that the glob has to list but cannot: `glob` would skip it silently."""
+    for folder in sorted(_listed_folders(root, pattern) - excluded):
         try:
             os.scandir(root / folder).close()
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise _unreadable(root / folder, error.strerror) from None
+
+
+def _listed_folders(root: Path, pattern: str) -> set[str]:
+    """Return the folders that the expansion of a glob lists, relative to `root`; '' is the root."""
+    parts = PurePosixPath(pattern).parts
+    folders = set[str]()
+    for i, part in enumerate(parts):
+        # A part without wildcards is looked up by name, so no folder is listed for it.
+        if not glob.has_magic(part):
+            continue
+        # `**` also lists the folders that it matches; any other wildcard lists only the folders before it.
+        above = parts[: i + 1] if part == "**" else parts[:i]
+        if above:
+            # The empty last part restricts the glob to folders.
+            folders.update(_expand(root, "/".join([*above, ""]), "data.include"))
+        if i == 0:
+            folders.add("")
+    return {folder.rstrip("/") for folder in folders}
 
 
 def _stat_file(path: Path) -> os.stat_result | None:
@@ -178,7 +188,7 @@ def _stat_file(path: Path) -> os.stat_result | None:
         raise _unreadable(path, error.strerror) from None
     if not stat.S_ISREG(status.st_mode):
         return None
-    # Better now than after an hour of scanning.
+    # Check now, because the scan may reach this file only after an hour.
     if not os.access(path, os.R_OK):
         raise _unreadable(path, "Permission denied")
     return status
@@ -188,12 +198,11 @@ def _unreadable(path: Path, reason: str | None) -> DataError:
     return DataError(f"{path} cannot be read: {reason}.\n  Change its permissions, or leave it out with data.exclude.")
 
 
-def _without_duplicates(shards: Iterable[FoundShard]) -> list[Shard]:
-    """Refuse a file that is reached twice, through a link or a loop of links: its samples would count twice."""
-    path_of_file: dict[tuple[int, int], str] = {}
+def _without_duplicates(shards: Iterable[ShardFile]) -> list[Shard]:
+    """Return the shards; refuse a file with two paths (through links), whose samples would be counted twice."""
+    path_of_file: dict[FileId, str] = {}
     unique = []
     for shard, file_id in shards:
-        # Device and inode identify a file whatever its names.
         if file_id in path_of_file:
             raise DataError(
                 f"{path_of_file[file_id]!r} and {shard.path!r} are the same file; its samples would be counted twice.\n"

@@ -18,9 +18,6 @@ from mixtera_hpc.index.read.open import PropertyIndex, open_index, read_stored_r
 
 __all__ = ["check_stored_roots", "open_configured", "open_written"]
 
-TEXT_DEFAULT = "text"
-"""Default of `data.text`. A run need not repeat the setting of the build, so the default is not compared with the
-index."""
 LOGGER = logging.getLogger("mixtera_hpc")
 
 
@@ -32,7 +29,7 @@ def open_configured(config: Config, *, reads_shards: bool = True, announce: bool
 
     Args:
         config: a checked configuration.
-        reads_shards: False if only the index is read; its stored data root need not be trusted then.
+        reads_shards: False if only the index is read; then its stored data root does not have to be trusted.
         announce: whether to log a stored data root; one rank should.
 
     Raises:
@@ -40,13 +37,13 @@ def open_configured(config: Config, *, reads_shards: bool = True, announce: bool
         PropertyIndexError: an index is missing or damaged, it was built with other settings than those of
             `config.data`, its data root is not trusted, or the indexes do not fit together.
     """
-    # An empty generation is the newest state.
     paths = config.index.paths_to_read
+    # The empty generation is the newest state.
     generations = config.index.generations or [""] * len(paths)
     described = _described_position(config)
     indexes = []
     for position, (path, generation) in enumerate(zip(paths, generations, strict=True)):
-        # The keys of `data` say nothing about the other indexes: these use their own settings and stored roots.
+        # The keys of `data` describe one index. The others use their own settings and stored roots.
         data = config.data if position == described else DataConfig()
         index = open_index(path, data.roots() or data.root or None, generation)
         if position == described:
@@ -106,16 +103,16 @@ def _described_position(config: Config) -> int | None:
         raise ConfigError(
             f"{key} gives the shards of index.path={config.index.path}, but runs read index.paths="
             f"{config.index.paths}.\n"
-            f"  Remove {key}: each index knows where its shards are. Or add index.path to index.paths."
+            f"  Remove {key}: every index stores where its shards are. Or add index.path to index.paths."
         )
     return None
 
 
 def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Sequence[str], announce: bool) -> None:
     """Accept and log the data roots stored in the index at `path`, or refuse them."""
-    # Resolved, so that a link below a trusted folder cannot lead out of it.
+    # Resolve links, so that a link below a trusted folder cannot lead out of it.
     trusted = [Path(folder).expanduser().resolve() for folder in trusted_roots]
-    # Whoever can write the file can name any folder in it.
+    # The owner of the file can name any folder in it.
     is_own = path.stat().st_uid == os.geteuid()
     for root in roots:
         is_trusted = any(root.resolve().is_relative_to(folder) for folder in trusted)
@@ -133,7 +130,8 @@ def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Seque
 def _check_build_settings(index: PropertyIndex, data: DataConfig) -> None:
     """Refuse settings that only a build reads and that differ from those the index was built with."""
     differing: list[tuple[str, str | None, str | None]] = []
-    if data.text not in (TEXT_DEFAULT, index.text):
+    # A run does not have to repeat the settings of the build, so the default of `data.text` is not compared.
+    if data.text not in (DataConfig().text, index.text):
         differing.append(("data.text", data.text, index.text))
     for name, spec in data.properties.items():
         # Computed properties have no path; `index derive` and `index refresh` compare their functions.

@@ -102,7 +102,7 @@ class PropertyIndex:
 def open_index(path: str | Path, data_root: DataRoots = None, generation: str | None = None) -> PropertyIndex:
     """Open an index and load its tables.
 
-    The stored data root is used unchecked when `data_root` is None; `read.configured` checks who may name it.
+    If `data_root` is None, the stored data root is used without a check; `read.configured` checks if it is trusted.
 
     Args:
         path: the index file.
@@ -141,7 +141,7 @@ def _read_index(file: h5py.File, path: Path, data_root: DataRoots, generation: s
     tables = read_tables(file, tuple(roots))
     fingerprint = read_text(file, "fingerprint")
 
-    # The newest state needs no cut, whether it is asked for by name or not.
+    # The newest state is the whole file, also if its own fingerprint is given.
     if generation and not fingerprint.startswith(generation):
         chosen = _find_generation(path, generations, fingerprint, generation)
         tables = tables_of_generation(tables, chosen)
@@ -163,37 +163,39 @@ def _read_index(file: h5py.File, path: Path, data_root: DataRoots, generation: s
     )
 
 
-def _find_generation(path: Path, generations: Sequence[Generation], newest: str, wanted: str) -> Generation:
-    """Return the generation whose fingerprint begins with `wanted`.
+def _find_generation(path: Path, generations: Sequence[Generation], newest: str, prefix: str) -> Generation:
+    """Return the generation whose fingerprint begins with `prefix`.
 
     Raises:
         PropertyIndexError: there is none.
     """
     for generation in generations:
-        if generation.fingerprint.startswith(wanted):
+        if generation.fingerprint.startswith(prefix):
             return generation
-    # Each once: the newest state is the last generation as well.
-    known = dict.fromkeys(fingerprint[:12] for fingerprint in (*(g.fingerprint for g in generations), newest))
+
+    fingerprints = [*(generation.fingerprint for generation in generations), newest]
+    # Without repetitions, in order: the newest state may also be the last generation.
+    known = dict.fromkeys(fingerprint[:12] for fingerprint in fingerprints)
     raise PropertyIndexError(
-        f"{path} has no generation {wanted[:12]!r}; it has {', '.join(known)}.\n"
+        f"{path} has no generation {prefix[:12]!r}; it has {', '.join(known)}.\n"
         "  Shards of that generation were changed or deleted, a property was derived, or the index was rebuilt. Start "
         "a new run, or restore the old index file."
     )
 
 
 def _current_roots(group: h5py.Group, given: DataRoots, path: Path) -> dict[str, Path]:
-    """Return data set → folder: the given folders, or those stored in the index."""
+    """Return the folder of every data set: the given ones, or those stored in the index."""
     stored = dict(zip(read_texts(group, "dataset"), read_texts(group, "path"), strict=True))
     if not given:
         return {name: Path(root) for name, root in stored.items()}
     roots = {"": given} if isinstance(given, str) else dict(given)
     # Shards are stored relative to their data set, so each one needs a folder.
     if roots.keys() != stored.keys():
-        have = ", ".join(sorted(stored.keys() - {""})) or "none"
-        want = ", ".join(sorted(roots.keys() - {""})) or "none"
+        built_from = ", ".join(sorted(stored.keys() - {""})) or "none"
+        configured = ", ".join(sorted(roots.keys() - {""})) or "none"
         raise PropertyIndexError(
-            f"{path} was built from the data sets {have}, but data.sets names {want}.\n"
-            "  Give the folder of each of them in data.sets (of a single unnamed one in data.root), or rebuild the "
+            f"{path} was built from the data sets {built_from}, but data.sets names {configured}.\n"
+            "  Give the folder of each data set in data.sets (of a single unnamed one in data.root), or rebuild the "
             "index."
         )
     return {name: Path(roots[name]) for name in stored}

@@ -39,7 +39,7 @@ def read_tables(file: h5py.File, datasets: Sequence[str]) -> IndexTables:
     numbers = [name for name, prop in properties.items() if prop.kind is Kind.NUMBER]
     blocks = _read_blocks(file, int(file.attrs["chunk_rows"]), numbers)
 
-    # Checksums detect damaged bytes, not tables of different builds; this cheap sum does.
+    # Checksums detect damaged bytes. This sum detects tables that come from different builds.
     num_samples = int(file.attrs["num_samples"])
     num_bad = int(read_column(file["bad"], "rows", np.int64).sum())
     if int(blocks.rows.sum(dtype=np.int64)) != num_samples + num_bad:
@@ -57,7 +57,7 @@ def read_tables(file: h5py.File, datasets: Sequence[str]) -> IndexTables:
 
 
 def read_bad_rows(group: h5py.Group) -> tuple[BadRows, ...]:
-    """Read what the build skipped, by shard and reason."""
+    """Read the number of rows that the build skipped, by shard and reason."""
     columns = zip(group["shard"][...].tolist(), read_texts(group, "reason"), group["rows"][...].tolist(), strict=True)
     return tuple(BadRows(shard=shard, reason=reason, rows=rows) for shard, reason, rows in columns)
 
@@ -79,7 +79,7 @@ def _read_property(name: str, group: h5py.Group) -> Property:
 
 def _read_shards(group: h5py.Group, datasets: Sequence[str]) -> ShardTable:
     paths = read_texts(group, "path")
-    # Readers join these paths to the data root without looking at them again.
+    # Readers join these paths to the data root without a further check.
     for path in paths:
         if escapes(path):
             raise ValueError(f"shard {path!r} is outside the data root")

@@ -139,7 +139,10 @@ def histogram_of(
     tokens = samples.get("tokens", np.zeros(len(combo), np.int64))
     if bad is not None:
         is_good = combo != bad
-        block, combo, tokens = block[is_good], combo[is_good], tokens[is_good]
+        block = block[is_good]
+        combo = combo[is_good]
+        tokens = tokens[is_good]
+
     # Sum by one integer key per cell; keys ascend by block, then combo.
     num_combos = max(num_combos, 1)
     cell, counts, sums = _sum_by_key(block * num_combos + combo, len(rows) * num_combos, tokens)
