@@ -27,7 +27,7 @@ Examples:
   mpiexec -n 2 mixtera-hpc resume demo
   mixtera-hpc resume demo --drop "source == 'x'" --skip-steps 990..1010
 
-Keys that identify the run's data or model cannot change; the error message names them."""
+Without these flags, keys that identify the run's data or model cannot change; the error message names them."""
 
 
 def arguments(parser: ArgumentParser) -> None:
