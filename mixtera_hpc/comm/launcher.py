@@ -120,6 +120,8 @@ def _cure(comm: Communicator, launcher: Launcher) -> str:
     if launcher.is_torchrun and isinstance(comm, (Local, Mpi)):
         change = "Set dataplane.comm=auto" if isinstance(comm, Local) else "Give DataPlane.open no MPI communicator"
         return f"{change}, and call init_process_group (or create the Accelerator) before you open the data plane."
+    if isinstance(comm, Mpi) and comm.world_size == launcher.size:
+        return "Give DataPlane.open MPI.COMM_WORLD, or no comm."
     if isinstance(comm, Mpi):
         return (
             "The launcher does not support this MPI library. Under Slurm choose the right srun --mpi (cluster.mpi=pmi2 "

@@ -47,6 +47,8 @@ class Mpi:
         self._duplicates: list[Mpi] = []
         self.rank: int = self._comm.rank
         self.size: int = self._comm.size
+        self.world_size: int = MPI.COMM_WORLD.size
+        """Number of processes that MPI sees, also those outside of this communicator."""
         self.local_rank: int = self._node.rank
         self.local_size: int = self._node.size
         self.hostname = socket.gethostname()

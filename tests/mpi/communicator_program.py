@@ -1,7 +1,9 @@
 """Run all checks of the communicator suite on groups of the first 1, 2, … ranks; rank 0 prints the checks that pass.
 
 mpiexec -n N python -m mpi4py communicator_program.py mpi
-torchrun --nproc-per-node N communicator_program.py torch
+torchrun --nproc-per-node N communicator_program.py torch [--world]
+
+With --world only on all ranks together.
 """
 
 import sys
@@ -32,7 +34,7 @@ def torch_groups() -> Iterator[Communicator]:
     from mixtera_hpc.comm.torch_distributed import TorchDistributed
 
     dist.init_process_group("gloo")
-    for size in range(1, dist.get_world_size()):
+    for size in range(1, 1 if "--world" in sys.argv else dist.get_world_size()):
         group = dist.new_group(list(range(size)))
         if dist.get_rank() < size:
             yield TorchDistributed(group)

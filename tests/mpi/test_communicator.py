@@ -64,3 +64,16 @@ def test_torch_conforms_to_the_protocol_on_two_nodes() -> None:
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert passed(outputs[0][0]) == all_checks(4)
     assert "4 nodes 2" in outputs[0][0]
+
+
+@pytest.mark.skipif(not _can_unshare(), reason="needs the right to mount a second /dev/shm")
+def test_too_little_shared_memory_is_refused_on_every_rank() -> None:
+    """A container often has 64 MB. Writing beyond them would kill the process without a word."""
+    small = OWN_SHARED_MEMORY.replace("-t tmpfs", "-t tmpfs -o size=64k")
+    launch = [*TORCHRUN, "--nproc-per-node=2", str(PROGRAM), "torch", "--world"]
+    command = ["unshare", "--mount", "sh", "-c", small, "sh", *launch]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode != 0
+    assert done.stderr.count("CommError: The node of rank 0 has no 2400008 bytes of shared memory") == 2
+    assert "--shm-size" in done.stderr

@@ -134,7 +134,7 @@ def test_mpiexec_ranks_share_a_batch(name: str, under_mpiexec: dict[str, list[Ro
     [
         ("local", [TOO_FEW, "Set dataplane.comm=auto"]),
         ("torch", ["There is no torch process group", NO_GROUP]),
-        ("COMM_SELF", [TOO_FEW, "subset=True"]),
+        ("COMM_SELF", [TOO_FEW, "Give DataPlane.open MPI.COMM_WORLD", "subset=True"]),
     ],
 )
 def test_mpiexec_ranks_that_would_train_alone_are_refused(
