@@ -75,7 +75,7 @@ EXTRA_OVERRIDES = {
 def digests() -> dict[str, str]:
     """Return for every format one digest over the first sequences in served order.
 
-    Each source is stored in a folder of its own, with one shard.
+    Each source is stored in a separate folder, with one shard.
     """
     lines = min(make_rows(NUM_ROWS).glob("*.jsonl")).read_bytes()
     by_source: dict[str, list[dict[str, Any]]] = {}
@@ -106,6 +106,6 @@ def _digest(format_name: str, rows_by_source: dict[str, list[dict[str, Any]]]) -
 
 
 def _run(*arguments: str) -> str:
-    """Run `mixtera-hpc` in a process of its own and return what it prints."""
+    """Run `mixtera-hpc` in a separate process and return its output."""
     command = [sys.executable, "-m", "mixtera_hpc", *arguments]
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout

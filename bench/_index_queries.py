@@ -31,7 +31,7 @@ def query_lines(num_blocks: int) -> Iterator[FigureLine]:
     """
     samples = num_blocks * 250 / 1e9
     for mixed, shape in ((1, "stored source by source"), (10, "shuffled, 50 combos a block")):
-        # Made in a process of its own: memory that this process once held would count for all that it starts.
+        # Built in a separate process: the memory peak of this process would count for all processes that it starts.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             path = pool.submit(make_index, FOLDER, num_blocks, mixed).result()
         overrides = ["mixture.unit=samples", f"index.path={path}", "query.where=\"language in ['en', 'de']\""]

@@ -84,7 +84,7 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
 
     register_schema()
     find_configs(chosen_groups(words))
-    # Hydra's parser of arguments wants all overrides in one piece.
+    # Hydra's argument parser needs all overrides in one list.
     return [*flags, *hydra_words(words, sweep=sweep)]
 
 

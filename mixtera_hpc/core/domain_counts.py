@@ -8,7 +8,7 @@ leaves open:
 2. per cell, from the zones of its block (the smallest and largest value of each number);
 3. per sample, by reading the samples of the blocks that are still undecided, many blocks at once.
 
-Memory is that of the result plus a few megabytes, whatever the size of the index.
+Memory is that of the result plus a few megabytes, regardless of the size of the index.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
 """The planner: a pure state machine that decides what every step contains.
 
-`plan(state, weights) → (ChunkPlan, state)`. A plan takes 24 bytes per domain, whatever the number of steps in the
+`plan(state, weights) → (ChunkPlan, state)`. A plan takes 24 bytes per domain, regardless of the number of steps in the
 chunk: the cursor, lag and weight of each domain at the first slot. `slots` expands a plan into the domain and the
 stream position of every sequence, and gives the same result on every rank. No function here takes the number of ranks,
 nodes or readers.
@@ -41,7 +41,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerState:
-    """The position of a run: O(K) integers for K domains, whatever the number of steps."""
+    """The position of a run: O(K) integers for K domains, regardless of the number of steps."""
 
     chunk: int
     """Chunks planned so far."""
@@ -204,7 +204,7 @@ class Planner:
         )
 
     def after(self, plan: ChunkPlan) -> PlannerState:
-        """Return the state after `plan`, in O(K log K) time whatever the size of the chunk."""
+        """Return the state after `plan`, in O(K log K) time for any size of the chunk."""
         segments = self._segments_of(plan)
         counts = [segment.counts for segment in segments]
         return PlannerState(

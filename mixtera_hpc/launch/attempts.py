@@ -210,7 +210,7 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return None where there is no file, or where a shell is still writing it."""
+    """Return None if there is no file, or if a shell is still writing it."""
     try:
         data = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):

@@ -1,6 +1,6 @@
 """Check what works on this machine: Python packages, MPI, the network, file locks, HDF5, Slurm, GPUs.
 
-Each check starts a process of its own where a library may abort Python. All checks run at once, so the slowest one
+A check runs in a separate process if a library may abort Python. All checks run at once, so the slowest one
 (importing torch) decides how long the verb takes.
 """
 

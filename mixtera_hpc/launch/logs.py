@@ -87,7 +87,7 @@ def failed_rank_lines(folder: RunFolder, attempt: int, ranks: RankSelection) -> 
     """Return the last lines of the rank that failed first, if `ranks` is `main` and that rank is not rank 0.
 
     srun kills the other ranks when one exits with an error, and reports all of them in any order. A rank that is
-    reported with an exit code of its own failed by itself; a rank that was killed did not.
+    reported with its own exit code failed by itself; a rank that was killed did not.
     """
     batch_log = folder.batch_log(attempt)
     if ranks != "main" or not batch_log.is_file():

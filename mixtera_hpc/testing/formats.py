@@ -1,7 +1,7 @@
 """The conformance suite of formats. Call each check with a `FormatCase` (a format and a writer) and an empty folder.
 
 A new format conforms if all of `CHECKS` pass: the same rows give the same properties, every row is in exactly one
-block, and the same documents come back, whatever the file looks like inside.
+block, and the same documents are returned, regardless of the layout of the file.
 """
 
 from collections.abc import Sequence

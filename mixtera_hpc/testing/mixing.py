@@ -47,7 +47,7 @@ SEQ_LEN = 128
 def synthetic_statistics(num_domains: int, num_steps: int = NUM_STEPS, seed: int = 0) -> list[DomainStatistics]:
     """Return the statistics of a fabricated run.
 
-    The loss of each domain follows a power law of its own, with noise. Every step has sequences of every domain.
+    The loss of each domain follows a separate power law, with noise. Every step has sequences of every domain.
     """
     random = np.random.Generator(np.random.Philox(seed))
     epsilon = random.uniform(0.5, 2.5, num_domains)

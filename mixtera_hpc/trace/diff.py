@@ -91,7 +91,7 @@ def first_difference(first: tuple[AttemptSources, History], second: tuple[Attemp
         origin_a = a.origin_of(step)
         origin_b = b.origin_of(step)
         if _is_same_chunk(origin_a, origin_b):
-            # Everything up to the end of the chunk is the same, unless another attempt takes over inside it.
+            # Everything up to the end of the chunk is the same, unless another attempt continues inside it.
             step = min(origin_a.plan_end, a.next_attempt(step, end), b.next_attempt(step, end))
             continue
         # Equal slots over equal streams are equal documents, so most steps need no look-up.

@@ -213,7 +213,7 @@ class Trainer:
         return None
 
     def _train_step(self, batch: Batch) -> None:
-        """Update the weights with one global batch, of which `batch` is this rank's part. **Collective.**"""
+        """Update the weights with one global batch; `batch` is this rank's part of it. **Collective.**"""
         if batch.step != self._step:
             raise CommError(f"The data plane served step {batch.step}, but the trainer expected step {self._step}.")
 

@@ -77,7 +77,7 @@ def record_edit(
 
 @pytest.fixture
 def new_folder(tmp_path: Path) -> Callable[[], Path]:
-    """Every example gets a folder of its own."""
+    """Return a new folder for every example."""
     made = iter(range(10**6))
 
     def make() -> Path:

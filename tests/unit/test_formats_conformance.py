@@ -91,7 +91,9 @@ CASES = {
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("kind", CASES)
-def test_format_conforms(kind: str, check: Callable[[FormatCase, Path], None], tmp_path: Path) -> None:
+def test_every_format_conforms_to_its_protocol(
+    kind: str, check: Callable[[FormatCase, Path], None], tmp_path: Path
+) -> None:
     check(CASES[kind], tmp_path)
 
 

@@ -49,7 +49,7 @@ def read_members(path: Path) -> list[tuple[str, int, int]]:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_members_are_those_of_tarfile(form: int, tmp_path: Path) -> None:
+def test_members_equal_those_of_tarfile(form: int, tmp_path: Path) -> None:
     names = [n for n in NAMES if form != tarfile.USTAR_FORMAT or (len(n.encode()) < 100 or n.startswith("d/"))]
     assert archive(tmp_path / "t.tar", form, names) == read_members(tmp_path / "t.tar")
 

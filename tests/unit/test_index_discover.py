@@ -78,7 +78,7 @@ def test_plain_text_is_a_shard_only_if_a_glob_or_the_format_names_it(tree: Path)
     assert "notes.txt" in discovered(tree, include=["*"], format="text")
 
 
-def test_a_sidecar_is_no_shard(tree: Path) -> None:
+def test_a_sidecar_is_not_a_shard(tree: Path) -> None:
     (tree / "x.sidecar.jsonl").write_text("{}")
     assert "x.sidecar.jsonl" not in discovered(tree)
 
@@ -105,7 +105,7 @@ def test_a_wrong_glob_or_format_is_refused(settings: dict[str, Any], message: st
         discovered(tree, **settings)
 
 
-def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_root_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for root in ("none", "file"):
         with pytest.raises(DataError, match=rf"data\.root is '.*{root}', which is not a folder"):

@@ -201,7 +201,9 @@ def test_a_follow_up_job_of_a_cancelled_run_does_not_train(attempt: Attempt, tmp
     assert not (tmp_path / "bin/srun.calls").exists()
 
 
-def test_the_log_says_how_to_continue_if_sbatch_fails(attempt: Attempt, command: MakeCommand, tmp_path: Path) -> None:
+def test_the_log_names_the_command_to_continue_if_sbatch_fails(
+    attempt: Attempt, command: MakeCommand, tmp_path: Path
+) -> None:
     command("sbatch", "echo refused >&2; exit 1")
 
     done = attempt(SAVE + "exit 75")

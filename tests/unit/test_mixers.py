@@ -68,7 +68,7 @@ def train(made: Mixer, steps: range) -> None:
     made.arrays()  # Waits for the thread.
 
 
-def test_a_fixed_mixture_stays() -> None:
+def test_a_fixed_mixture_never_changes_its_weights() -> None:
     made = mixer()
     assert weights(made, 0) == weights(made, 1000) == NATURAL
 

@@ -23,7 +23,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_algorithm_conforms(check: Callable[[MixingAlgorithm[Any]], None], case: str) -> None:
+def test_every_algorithm_conforms_to_its_protocol(check: Callable[[MixingAlgorithm[Any]], None], case: str) -> None:
     name, parameters = CASES[case]
     check(make_algorithm(name, parameters))
 

@@ -115,7 +115,7 @@ MISTAKES = {
         {"kind": "static", "domains": [at("a", 0.5)], "remainder": at("b", 0.5)},
         "mixture.remainder has a key",
     ),
-    "a remainder needs keys": ({"remainder": {}, "group_by": ["source"]}, "give mixture.domains"),
+    "a remainder needs keys": ({"remainder": {}, "group_by": ["source"]}, "Give mixture.domains"),
     "groups are hierarchical": ({"kind": "static", "domains": NESTED}, "Set mixture.kind=hierarchical"),
     "a group's key is its members'": (
         {"kind": "hierarchical", "domains": [at("a", 1.0, domains=[at("b", 1.0)])]},

@@ -29,7 +29,7 @@ def run_of(collection: list[str], root: Path, *, killed: bool) -> RunFolder:
 def test_a_planned_chunk_is_refused_unless_the_attempt_was_killed(
     collection: list[str], tmp_path: Path, killed: bool, code: int
 ) -> None:
-    """After a killed attempt the next one continues from a checkpoint and plans its chunks anew."""
+    """After a killed attempt the next one continues from a checkpoint and plans its chunks again."""
     folder = run_of(collection, tmp_path / "runs", killed=killed)
     (tmp_path / "request.yaml").write_text("temperature: 2.0\n")
     assert main(["mixture", "set", str(folder.path), str(tmp_path / "request.yaml"), "--at-chunk", "2"]) == code

@@ -100,7 +100,7 @@ def test_dynamic_weights_start_as_configured_or_natural(index: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("value", "samples"), [("2020", 15), ("'2020'", 15), ("[2020,2021]", 30), ("null", 0), ("[null,2021]", 15)]
 )
-def test_key_values_match_as_text_whatever_their_yaml_type(
+def test_key_values_of_every_yaml_type_match_as_text(
     value: str, samples: int, index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = ask(capsys, index, f"mixture.domains=[{{key:{{year:{value}}}}}]")
@@ -166,7 +166,7 @@ def test_explain_is_printed_only_on_request(index: Path, capsys: pytest.CaptureF
     assert "explain" not in ask(capsys, index)
 
 
-def test_explain_as_text(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_prints_how_blocks_were_pruned(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "query", "--explain", f"index.path={index}", 'query.where="quality < 0.05"')
     assert code == 0 and "pruned by zones" in out and "read quality of 8 of 30 samples" in out
 

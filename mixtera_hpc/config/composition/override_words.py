@@ -1,6 +1,6 @@
 """Turn overrides as users type them into overrides in Hydra's grammar.
 
-Hydra parses every value with a grammar of its own, in which `query.where=q >= 0.5` is an error and `job.name=7` a
+Hydra parses every value with its own grammar, in which `query.where=q >= 0.5` is an error and `job.name=7` a
 number. The schema knows better: the value of a key that takes text is quoted here, so that it arrives as it was typed.
 """
 
@@ -85,7 +85,7 @@ def _hydra_word(word: str, sweep: bool) -> str:
 def _hydra_value(key: str, value: str) -> str:
     if _HOME.match(value):
         raise ConfigError(f"'{key}={value}': the shell leaves ~ as it is behind a =. Write {key}=$HOME{value[1:]}")
-    # These have a meaning of their own: nothing, null, an interpolation, quotes, a mapping (if the key has a short
+    # These have a special meaning: nothing, null, an interpolation, quotes, a mapping (if the key has a short
     # form).
     if value in ("", "null") or value.startswith("${") or _IN_QUOTES.fullmatch(value):
         return value

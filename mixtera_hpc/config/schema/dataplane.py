@@ -38,7 +38,7 @@ class DataPlaneConfig:
     add_eos: bool = True
     """End every document with the end-of-text token."""
     eos_token: str | None = None
-    """Text of the end-of-text token. Null takes it from the tokenizer file."""
+    """Text of the end-of-text token. Null reads it from the tokenizer file."""
     predict_across_documents: bool = False
     """Count the loss of the first token of a document, which is predicted from the document before it."""
     prefetch_batches: int = 4

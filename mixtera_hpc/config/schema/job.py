@@ -13,7 +13,7 @@ class JobConfig:
     """What the job requests from Slurm."""
 
     name: str | None = None
-    """Job name. Null takes `run.name`."""
+    """Job name. Null means `run.name`."""
     nodes: int = 1
     """Number of nodes."""
     ranks_per_node: int | None = composed_from("${cluster.ranks_per_node}", default=None)
@@ -23,7 +23,7 @@ class JobConfig:
     account: str | None = None
     """Slurm account that is charged. Required where `cluster.needs_account` is true."""
     partition: str | None = composed_from("${cluster.partition}", default=None)
-    """Slurm partition. Null takes the default partition of Slurm."""
+    """Slurm partition. Null means the default partition of Slurm."""
     qos: str | None = None
     """Slurm quality of service."""
     constraint: str | None = None
@@ -33,7 +33,7 @@ class JobConfig:
     cpus_per_rank: int | None = None
     """Cores per rank. Null divides the cores of a node (`cluster.cpus_per_node`) by its ranks."""
     mem: str | None = composed_from("${cluster.mem}", default=None)
-    """Memory per node in Slurm's units, for example `460000` (MB) or `200G`. Null takes the default of Slurm."""
+    """Memory per node in Slurm's units, for example `460000` (MB) or `200G`. Null means the default of Slurm."""
     signal_lead_s: int = 120
     """Seconds before the time limit at which the job is asked to save. At most a third of `job.time`."""
     max_attempts: int = 1
@@ -55,7 +55,7 @@ class JobConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionConfig:
-    """Limits of one partition. Null takes the limit of the cluster."""
+    """Limits of one partition. Null means the limit of the cluster."""
 
     max_nodes: int | None = None
     """Largest number of nodes per job."""
@@ -92,7 +92,7 @@ class ClusterConfig:
     needs_account: bool = False
     """Whether `job.account` must be given."""
     mpi: str | None = None
-    """Value of `srun --mpi`, for example `pmix`. Null takes the default of Slurm."""
+    """Value of `srun --mpi`, for example `pmix`. Null means the default of Slurm."""
     srun_args: list[str] = field(default_factory=list)
     """Further arguments of srun."""
     sbatch: dict[str, Any] = field(default_factory=dict)
@@ -108,4 +108,4 @@ class ClusterConfig:
     container_flag: str | None = None
     """Flag of srun that takes `job.container`. Null: the cluster has no containers."""
     python: str | None = None
-    """Python interpreter on the compute nodes. Null takes the interpreter that submits, or `python` in a container."""
+    """Python interpreter on the compute nodes. Null means the interpreter that submits, or `python` in a container."""

@@ -18,11 +18,11 @@ class DomainConfig:
     """Share of the mixture; for a member of a group, share of the group. At least 0. Siblings without weights share in
     proportion to their sizes."""
     floor: float | None = None
-    """Smallest share of the mixture, between 0 and 1. Null takes `mixture.floor`."""
+    """Smallest share of the mixture, between 0 and 1. Null means `mixture.floor`."""
     cap: float | None = None
-    """Largest share of the mixture, between 0 and 1. Null takes `mixture.cap`."""
+    """Largest share of the mixture, between 0 and 1. Null means `mixture.cap`."""
     max_epochs: float | None = None
-    """Passes over this domain before it is exhausted. Null takes `mixture.max_epochs`."""
+    """Passes over this domain before it is exhausted. Null means `mixture.max_epochs`."""
     domains: list["DomainConfig"] = field(default_factory=list)
     """The members of a group, for `mixture.kind=hierarchical`."""
 

@@ -27,7 +27,7 @@ class TrainingConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient; a larger gradient is scaled down to it. Above 0."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass. Null takes all sequences of the rank at once."""
+    """Sequences per forward pass. Null means all sequences of the rank at once."""
     seed: int = 0
     """Seed of the initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -85,7 +85,7 @@ class Ado:
         refit_interval: int = 1000
         """Steps between fits of the scaling laws; the first fit is at the end of the warm-up."""
         first_fitted_step: int | None = None
-        """Losses of earlier steps are not fitted. Null takes half of the warm-up."""
+        """Losses of earlier steps are not fitted. Null means half of the warm-up."""
         credit_rate: float = 0.1
         """gamma_1: how fast credit follows the served shares."""
         mixture_rate: float = 0.1

@@ -50,7 +50,7 @@ class MixingAlgorithm(Protocol[State]):
 
     @property
     def learned(self) -> tuple[str, ...]:
-        """The entries of `describe` that change only with the losses of their own domain."""
+        """The entries of `describe` that change only with the losses of the same domain."""
 
     def floor(self, num_domains: int) -> float:
         """Return the smallest weight that the algorithm gives a domain."""

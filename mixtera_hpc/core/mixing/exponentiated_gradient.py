@@ -50,7 +50,7 @@ class ExponentiatedGradient:
         eta: float = 1.0
         """Step size per nat."""
         smoothing: float | None = None
-        """Share that is distributed evenly. Null takes 0.001 for doremi and 0 for sheared-llama."""
+        """Share that is distributed evenly. Null means 0.001 for doremi and 0 for sheared-llama."""
         reference_losses: tuple[float, ...] = ()
         """Loss of each domain to compare with, in nats, in the order of the domains. Empty compares with 0."""
         delta_min: float = 0.01

@@ -24,7 +24,7 @@ TOLERANCE = 1e-12
 MIN_DAMPING = 1e-6
 FIRST_DAMPING = 1.0
 MAX_DAMPING = 1e8
-"""Damping is the share of the bounding curvature that is added. Above the maximum a domain has come to rest."""
+"""Damping is the share of the bounding curvature that is added. Above the maximum a domain is not refined further."""
 
 
 @dataclass(slots=True, eq=False)

@@ -2,7 +2,7 @@
 
 The statistics of chunk c decide the weights of chunk c + `feedback_lag`, no matter how early or late they arrive, so a
 run is reproducible. Mixers nest: a schedule holds one mixer per stage, and bounds wrap any mixer. The mixing algorithm
-runs in a thread of its own, so a refit delays no step. `dataplane.mixing.from_config` builds mixers from a
+runs in a separate thread, so a refit delays no step. `dataplane.mixing.from_config` builds mixers from a
 configuration.
 """
 

@@ -1,10 +1,10 @@
 """Reading in separate processes, for data that one thread cannot read fast enough.
 
 `dataplane.workers` processes, each with a `BatchMaker`, take turns with ranges of a chunk's steps. Their batches are
-put back in order, so that what is served does not depend on the number of processes. The processes are started anew,
-never forked (MPI forbids that). They import modules from where the rank imports them, run nothing of the user's script,
-and end with their rank. Price: the tables of the index once per process, one copy of every batch through a socket, and
-a document on the border of two step ranges is read twice.
+put back in order, so that what is served does not depend on the number of processes. The processes are new
+Python programs, never forks (MPI forbids them). They use the import path of the rank, do not run the user's script, and
+end with their rank. Price: the tables of the index once per process, one copy of every batch through a socket, and a
+document on the border of two step ranges is read twice.
 """
 
 import os
@@ -79,7 +79,7 @@ class Workers:
                 raise error
 
     def close(self) -> None:
-        """Kill the processes, whatever they do: they hold nothing that could be lost."""
+        """Kill the processes in any state: they hold nothing that could be lost."""
         for worker in self._workers:
             worker.process.kill()
             worker.process.wait()

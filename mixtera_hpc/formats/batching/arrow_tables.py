@@ -290,7 +290,7 @@ def _encode_texts(values: Any) -> Categories:
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     values = values.dictionary_encode()
-    # Code len(texts) is null, which gets an entry of its own only if it occurs.
+    # Code len(texts) is null, which gets a separate entry only if it occurs.
     texts: list[tuple[str, ...]] = [(text,) for text in values.dictionary.to_pylist()]
     code = pc.fill_null(values.indices.cast(pa.int32()), len(texts)).to_numpy(zero_copy_only=False)
     return Categories([*texts, ()] if values.null_count else texts, code)

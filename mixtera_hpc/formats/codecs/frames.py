@@ -1,7 +1,7 @@
 """Decode a compressed file frame after frame, as a stream of bounded segments.
 
 A frame is what the compression can decode on its own: a gzip member, a Zstandard frame, a bzip2 stream, an xz block.
-Memory holds one segment and the longest line, whatever the size of the file.
+Memory holds one segment and the longest line, regardless of the size of the file.
 """
 
 from collections.abc import Callable, Iterator

@@ -174,7 +174,7 @@ class SeekPoints:
             header = file.read(_HEADER.size)
             magic, count, checksum = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
             self._table = np.frombuffer(file.read(count * _POINT.itemsize), _POINT)
-        # Only the table is verified here; every window has a checksum of its own, from Zstandard.
+        # Only the table is verified here; every window has its own checksum, from Zstandard.
         if magic != _MAGIC or not count or len(self._table) != count or _checksum(self._table) != checksum:
             raise ValueError("no seek points")
         self._path = path

@@ -111,7 +111,7 @@ def iter_members(read: ReadBytes, start: int, stop: int, *, to_end: bool) -> Ite
         if kind in (_GNU_LONG_NAME, _PAX_HEADER):
             override = _parse_override(kind, read(data, size), position, override)
         elif kind != _PAX_GLOBAL_HEADER:
-            # An override counts for one member, whatever its type.
+            # An override applies to one member of any type.
             if kind in _REGULAR_FILES:
                 yield TarMember(override.name or name, data, size, end)
             override = _NO_OVERRIDE

@@ -62,9 +62,9 @@ class ReusedShards:
     """What a refreshed index takes from the older one: the unchanged shards, which come first."""
 
     rows: Sequence[int] = ()
-    """Of every reused shard."""
+    """Number of rows of every reused shard."""
     fingerprints: Sequence[str] = ()
-    """Of every reused shard."""
+    """Fingerprint of every reused shard."""
     blocks: Sequence[PlacedSource] = ()
     combos: Sequence[Combo | None] = ()
     """All combos of the older index, by number."""
@@ -159,7 +159,7 @@ def _report(
 
 
 def _no_rows(settings: ScanSettings, shards: ShardTable, bad: Sequence[BadRows]) -> DataError:
-    """Return the error for shards of which nothing can be read, with some of the reasons."""
+    """Return the error for shards without a readable row, with some of the reasons."""
     roots = ", ".join(map(str, settings.roots.values()))
     where = f"The {len(shards.path)} shards below {roots} hold no rows"
     if not bad:

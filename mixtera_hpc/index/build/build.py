@@ -63,7 +63,7 @@ def build_index(
 
 
 def scan_settings(config: Config) -> ScanSettings:
-    """Return how a configuration wants shards to be scanned.
+    """Return the scan settings of a configuration.
 
     Raises:
         ConfigError: paths contradict each other, or a function or a tokenizer cannot be loaded.

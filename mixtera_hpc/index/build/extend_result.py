@@ -43,7 +43,7 @@ def add_columns(result: ScanResult, names: Sequence[str], columns: Mapping[str, 
     zones = {name: values for name, values in result.zones.items() if name not in columns}
     for name, column in columns.items():
         if isinstance(column, np.ndarray):
-            # Functions saw an empty text for bad rows; whatever they returned is dropped.
+            # Functions got an empty text for bad rows; their results are dropped.
             numbers[name] = np.where(is_bad, np.nan, column)
             zones[name] = zones_of(numbers[name], result.blocks["rows"], is_bad)
 

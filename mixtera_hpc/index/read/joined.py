@@ -2,7 +2,7 @@
 
 A property that an index does not have is null there. The built-in property `dataset` distinguishes the indexes: it is
 the name of the index file, unless the index was built from named data sets and has the property already. Shard paths
-are absolute. A joined index has no generations of its own; each of its indexes may be opened at one. Price: a copy of
+are absolute. A joined index has no generations, but each of its indexes may be opened at one. Price: a copy of
 the block tables. Every rank opens an index file when it reads the first sample of it.
 """
 

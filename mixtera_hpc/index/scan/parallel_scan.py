@@ -117,7 +117,7 @@ class _RankScanner:
         """Keep all workers busy until no unit is left to claim and all claimed units are scanned.
 
         Raises:
-            BaseException: whatever `scan` raised in a worker.
+            BaseException: the error that `scan` raised in a worker.
         """
         finished: queue.SimpleQueue[_FinishedUnit] = queue.SimpleQueue()
         workers = [_ScanWorker(scan, self._open_log(number), finished) for number in range(self._tasks.threads)]
@@ -151,7 +151,7 @@ class _RankScanner:
             idle.append(unit_done.worker)
 
     def report_progress(self) -> bool:
-        """Report what all ranks have done; return whether everything is done."""
+        """Report the progress of all ranks; return True if all units are done."""
         units = self._counters.Fetch_and_add(UNITS_DONE, 0)
         if self._progress is not None and units > self._reported_units:
             self._progress(

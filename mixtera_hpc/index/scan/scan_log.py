@@ -1,7 +1,7 @@
 """Store scan results on disk, so that a build needs no memory for them and resumes after a kill.
 
-Every scanning thread appends the results of its units to a log of its own in `.<index>.building/`. A record has a
-checksum: whatever a kill truncated is dropped, everything before it is used. A unit is complete when all its results
+Every scanning thread appends the results of its units to a separate log in `.<index>.building/`. A record has a
+checksum: a truncated record is dropped, all records before it are used. A unit is complete when all its results
 are in some log; results of one unit from different attempts are equal, so any of them will do. In memory a record takes
 about a hundred bytes.
 Price: the sample columns are written twice, once here.
