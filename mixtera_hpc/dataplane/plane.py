@@ -184,22 +184,55 @@ class DataPlane:
         while (batch := self._started_session().next_batch()) is not None:
             yield batch
 
-    def record(self, batch: Batch, loss_per_token: Any, rows: slice = slice(None)) -> None:
-        """Add losses of `batch`, the batch that was served last, to the statistics of its step.
+    def record(
+        self,
+        batch: Batch | Mapping[str, Any],
+        loss: Any,
+        *,
+        rows: slice = slice(None),
+        tokens: slice | None = None,
+        num_tokens: Any = None,
+    ) -> None:
+        """Add losses of `batch` to the statistics of its step.
+
+        A step is finished when all its sequences were recorded. It also finishes the steps before it; those that no
+        rank recorded are no observation. Ranks without a loss need not call this.
 
         Args:
-            batch: the whole batch, also when the losses are those of a micro-batch.
-            loss_per_token: cross-entropy in nats of every predicted token; array or torch tensor on any device, shape
-                (B, T). Tokens outside `batch.loss_mask` do not count. Only tensors on an accelerator are kept beyond
-                the call.
+            batch: a batch that was handed out and is not finished, as a whole, or a mapping with its `step`.
+            loss: cross-entropy in nats of every predicted token; array or torch tensor on any device, shape (B, T).
+                Tokens outside `batch.loss_mask` do not count. Only tensors on an accelerator are kept beyond the call.
             rows: which sequences of the batch the losses belong to, for micro-batches.
+            tokens: which predicted tokens of these sequences the losses belong to; None for all.
+            num_tokens: if `loss` has one sum per sequence, shape (B,), the number of tokens in each sum.
 
         Raises:
-            ValueError: the batch is not the current one, or the losses have another shape.
+            ValueError: the step is finished or was not handed out, or the losses have another shape.
+            CommError: the losses were recorded before.
         """
         if self._session is None:
             raise ValueError("record() was called before the first batch.")
-        self._session.record(batch, loss_per_token, rows)
+        self._session.record(_step_of(batch), loss, rows, tokens, num_tokens)
+
+    def finish(self, batch: Batch | Mapping[str, Any]) -> None:
+        """Finish the step of `batch` and all steps before it, for a trainer that does not record losses.
+
+        Args:
+            batch: a batch that was handed out and is not finished, or a mapping with its `step`.
+
+        Raises:
+            ValueError: the step is finished or was not handed out.
+        """
+        if self._session is None:
+            raise ValueError("finish() was called before the first batch.")
+        self._session.finish_step(_step_of(batch))
+
+    def expect_loader(self) -> None:
+        """Tell the data plane that a loader reads it, which may ask for batches ahead of the trainer. **Collective.**
+
+        `state_dict` then refuses to guess which batches are finished: `record` or `finish` must have said so.
+        """
+        self._started_session().expect_loader()
 
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now, the same answer on each. **Collective.**
@@ -221,10 +254,17 @@ class DataPlane:
         return self._session.completed_statistics() if self._session else []
 
     def state_dict(self) -> dict[str, NDArray[np.uint8]]:
-        """Return the state after the current step, the same value on every rank. **Collective.**
+        """Return the state after the last finished step, the same value on every rank. **Collective.**
 
-        The value is `{"plane": array}` with one uint8 array: the bytes of an npz file, see `plane_state`. Its size is
-        O(domains). Before the first batch it is the state that a run begins with. A state may still be loaded then.
+        Batches that were handed out and are not finished are served again after a resume. If no rank has called
+        `record` or `finish`, all batches are finished. Before the first batch this is the state that a run begins with,
+        and another state may still be loaded.
+
+        Returns:
+            `{"plane": array}` with one uint8 array: the bytes of an npz file, see `plane_state`; O(domains).
+
+        Raises:
+            ConfigError: a loader reads the batches, and no rank has said which steps are finished.
         """
         own: PlaneState | None = None
         if self._session is not None:
@@ -273,8 +313,7 @@ class DataPlane:
         if self._session is not None:
             # Other ranks may be waiting for our part of a broadcast or reduction.
             if orderly:
-                self._session.finish()
-                next_step = self.next_step
+                next_step = self._session.finish()
             self._session.close(orderly)
         self._resources.control.close()
         self._resources.recorder.close(next_step)
@@ -287,6 +326,10 @@ class DataPlane:
         if self._session is None:
             self._session = start_session(self._resources, None)
         return self._session
+
+
+def _step_of(batch: Batch | Mapping[str, Any]) -> int:
+    return batch.step if isinstance(batch, Batch) else int(batch["step"])
 
 
 def _parse_state(state: Mapping[str, Any]) -> PlaneState:

@@ -16,10 +16,12 @@ import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics
 from mixtera_hpc.dataplane.control import RunControl
+from mixtera_hpc.dataplane.flag_exchange import FlagExchange
 from mixtera_hpc.dataplane.journal import AttemptSetup
 from mixtera_hpc.dataplane.mixture_feed import MixtureFeed
+from mixtera_hpc.dataplane.open_steps import OpenSteps
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
@@ -29,8 +31,8 @@ from mixtera_hpc.dataplane.reading.workers import open_batch_source
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.step_ledger import StepLedger
-from mixtera_hpc.dataplane.step_losses import StepLosses
 from mixtera_hpc.dataplane.step_reducer import AgreedRequests, RankFlags, StepReducer, StepResult
+from mixtera_hpc.errors import ConfigError
 
 __all__ = ["PlaneResources", "Session", "initial_state", "start_session"]
 
@@ -39,6 +41,9 @@ POLL_S = 5e-4
 
 MAX_UNREAD_STATISTICS = 1024
 """Statistics kept for a trainer that does not ask for them; the newest ones."""
+
+NO_SAY = int(np.iinfo(np.int64).max)
+"""Stands for the last finished step of a rank whose trainer names no steps; larger than every step."""
 
 ABANDON_S = 1.0
 """How long a failing rank waits for its reading thread."""
@@ -111,15 +116,19 @@ class Session:
         decisions = self._recorder.decisions() if self._comm.rank == 0 else []
         self._mixture = MixtureFeed(source, self.ledger, state, decisions)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
-        self._reducer = StepReducer(self._comm, source.num_domains)
+        self._reducer = StepReducer(self._comm, source.num_domains, plane.global_batch_size)
 
-        self._current_batch: Batch | None = None
-        """The batch that is being trained on; None once its step was closed."""
-        self._losses = StepLosses(source.num_domains)
+        self._max_unfinished = (plane.feedback_lag - 1) * plane.chunk_steps
+        """Batches that a trainer may hold: with more, the losses that the next plan needs could not arrive."""
+        self._steps = OpenSteps(source.num_domains, self._max_unfinished)
+        self._flags = FlagExchange(self._comm, self._control, start.step + self._steps.max_undecided + 1)
         self._requests = AgreedRequests()
+        self._first_step = start.step
+        self._is_read_by_loader = False
+        self._chunks_without_loss = 0
         self._completed: deque[DomainStatistics] = deque(maxlen=MAX_UNREAD_STATISTICS)
         self._delivered_plans: dict[int, ChunkPlan] = {}
-        """Chunk → plan, from the current chunk on."""
+        """Chunk → plan, from the chunk of the oldest step that may be unfinished on."""
         self.data_wait_s = 0.0
         """Seconds that the trainer waited for the last batch."""
 
@@ -137,8 +146,12 @@ class Session:
         self._prefetcher = Prefetcher(open_batch_source(source, self._slice), plane.prefetch_batches)
 
     def next_batch(self) -> Batch | None:
-        """Close the current step and return the next batch; None after the end of the data. **Collective.**"""
-        self._close_step()
+        """Start the reductions of finished steps and return the next batch; None at the end. **Collective.**
+
+        Raises:
+            ValueError: the trainer holds too many batches that are not finished.
+        """
+        self._prepare_request()
         began = time.perf_counter()
         batch = self._wait_for_batch()
         self.data_wait_s = time.perf_counter() - began
@@ -148,26 +161,30 @@ class Session:
         # Also after a resume inside a chunk: metrics then show its mixture again.
         if batch.chunk != self.ledger.current_chunk:
             self._enter_chunk(batch.chunk)
-        self._current_batch = batch
+        self._steps.add(batch)
         self.ledger.serve(batch.step, batch.chunk)
         self._recorder.record_batch(batch)
         return batch
 
-    def record(self, batch: Batch, loss_per_token: Any, rows: slice) -> None:
-        """Add losses of the current step; see `DataPlane.record`."""
-        if self._current_batch is None or batch.step != self._current_batch.step:
-            raise ValueError(f"record() was given step {batch.step}, which is not the step that is being trained on.")
-        self._losses.add(batch, loss_per_token, rows)
+    def record(self, step: int, loss: Any, rows: slice, tokens: slice | None, num_tokens: Any) -> None:
+        """Add losses of an open step; see `DataPlane.record`."""
+        self._steps.named(step, "record").losses.add(loss, rows, tokens, num_tokens)
+
+    def finish_step(self, step: int) -> None:
+        """Finish an open step and those before it; see `DataPlane.finish`."""
+        self._steps.named(step, "finish").was_finished_by_name = True
+
+    def expect_loader(self) -> None:
+        """Refuse to guess which batches are finished: a loader may ask for batches ahead of the trainer."""
+        self._is_read_by_loader = True
 
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now. **Collective.**"""
-        self._agree()
-        return self._requests.stop_by(self.ledger.last_common_step)
+        return self._requests.stop_by(self._agree())
 
     def save_requested(self) -> bool:
         """Return whether all ranks should save and continue, once for every request. **Collective.**"""
-        self._agree()
-        return self._requests.take_save_by(self.ledger.last_common_step)
+        return self._requests.take_save_by(self._agree())
 
     def completed_statistics(self) -> list[DomainStatistics]:
         """Return the statistics of the steps that were completed since the last call, in order."""
@@ -176,15 +193,20 @@ class Session:
         return completed
 
     def state(self) -> PlaneState | None:
-        """Close the current step and return the state after it on rank 0, None elsewhere. **Collective.**"""
-        self._close_all_steps()
+        """Return the state after the last finished step on rank 0, None elsewhere. **Collective.**
+
+        Raises:
+            ConfigError: a loader reads the batches, and no rank has said which steps are finished.
+        """
+        next_step = self._reduce_finished(is_end=False)
         if self._comm.rank != 0:
             return None
         # The state must hold the plan of the next step, or show that the steps before it were all planned.
-        self._poll_plans_until(lambda: self._plans.covers(self.ledger.next_data_step))
+        data_step = self._source.stream_version.data_step(next_step)
+        self._poll_plans_until(lambda: self._plans.covers(data_step))
         return PlaneState(
-            next_step=self.ledger.next_step,
-            plan=self._plan_of_next_step(),
+            next_step=next_step,
+            plan=self._plan_of(data_step),
             mixer=self._mixture.arrays(),
             num_fed=self.ledger.num_fed,
             decisions=self._mixture.decisions,
@@ -192,10 +214,14 @@ class Session:
             identity=self._source.identity(),
         )
 
-    def finish(self) -> None:
-        """Close the current step and complete everything that other ranks may wait for. **Collective.**"""
-        self._close_all_steps()
+    def finish(self) -> int:
+        """Complete everything that other ranks may wait for; return one past the last finished step. **Collective.**"""
+        next_step = self._reduce_finished(is_end=True)
+        # All ranks were handed the same batches. Their reductions must end, although nobody uses the results.
+        self._post_before(self.ledger.next_step, unfinished_from=next_step)
+        self._apply_reductions(self._reducer.drain())
         self._poll_plans_until(lambda: self._plans.is_settled(self.ledger.last_chunk_to_plan))
+        return next_step
 
     def close(self, orderly: bool) -> None:
         """Stop the threads; a rank that fails (not `orderly`) does not wait long for a read in progress."""
@@ -229,49 +255,116 @@ class Session:
 
     def _enter_chunk(self, chunk: int) -> None:
         """Forget the plans of earlier chunks, and log the one that begins."""
-        # The plan of the current chunk stays: a state may still need it.
-        self._delivered_plans = {number: plan for number, plan in self._delivered_plans.items() if number >= chunk}
+        # The plans of steps that may be unfinished stay: a state may still need them.
+        oldest = max(self.ledger.next_step - 1 - self._max_unfinished, self._first_step)
+        first_needed = self._source.stream_version.data_step(oldest)
+        self._delivered_plans = {
+            number: plan
+            for number, plan in self._delivered_plans.items()
+            if number >= chunk or plan.first_step + plan.num_steps > first_needed
+        }
+        self._warn_without_losses()
         plan = self._delivered_plans[chunk]
         self._recorder.log_chunk(plan, self._source, self._plans.plan_s, self._plans.broadcast_s)
 
-    def _plan_of_next_step(self) -> ChunkPlan:
-        """Return the plan that the next step lies in, or the last one before it when that is not planned yet."""
-        data_step = self.ledger.next_data_step
+    def _plan_of(self, data_step: int) -> ChunkPlan:
+        """Return the plan that a step lies in, or the last one before it when that is not planned yet."""
         plans = [plan for _, plan in sorted(self._delivered_plans.items())]
         for plan in plans:
             if plan.first_step <= data_step < plan.first_step + plan.num_steps:
                 return plan
-        # Rank 0 has delivered all plans before the next step, see `state`; the last one says where to go on.
+        # Rank 0 has delivered all plans before the step, see `state`; the last one says where to go on.
         return plans[-1]
 
-    def _close_step(self) -> None:
-        """Start the reduction of the step that was being trained on."""
-        batch = self._current_batch
-        if batch is None:
-            return
-        # Requests are looked for once per step, whether or not the trainer asks about them.
-        self._current_batch = None
+    def _prepare_request(self) -> None:
+        """Reduce the steps that are finished when the trainer asks for another batch. **Collective.**"""
         self._poll_mixture_request()
-        stop, save = self._control.poll()
-        sums = self._losses.take(batch)
-        # All ranks of a group record the same sequences; each must be counted once.
-        if not self._slice.is_group_leader:
-            sums = np.zeros_like(sums)
-        self._reducer.post(batch.step, sums, RankFlags(stop=stop, save=save, digest=batch.plan_digest))
+        # Requests are looked for once per step, whether or not the trainer asks about them.
+        self._flags.poll(self.ledger.current_step)
+        self._post_before(self._steps.end_at_request(self.ledger.next_step))
+        if len(self._steps) > self._max_unfinished:
+            raise self._too_many_unfinished()
+        self._steps.note_request()
+        # Every rank has at most so many unfinished batches here, and has started the reductions before them.
+        self._apply_reductions(self._reducer.wait_for(self.ledger.current_step - self._max_unfinished - 1))
 
-    def _close_all_steps(self) -> None:
-        """Close the current step and wait for all reductions."""
-        self._close_step()
-        self._apply_reductions(self._reducer.wait_for(self.ledger.current_step))
+    def _too_many_unfinished(self) -> ValueError:
+        plane = self._source.config.dataplane
+        return ValueError(
+            f"The trainer asked for another batch while {len(self._steps)} batches are not finished. "
+            f"dataplane.feedback_lag={plane.feedback_lag} and dataplane.chunk_steps={plane.chunk_steps} allow "
+            f"{self._max_unfinished}: (feedback_lag - 1) × chunk_steps.\n"
+            "  Call record() or finish() for every batch. If the trainer prefetches that many batches, lower its "
+            "prefetch setting, or raise one of the two keys."
+        )
 
-    def _agree(self) -> None:
-        """Wait for the requests of the newest step that all ranks reduce. Leaves the current step open."""
-        self._apply_reductions(self._reducer.wait_for(self.ledger.last_common_step))
+    def _post_before(self, end: int, unfinished_from: int | None = None) -> None:
+        """Start the reductions of the open steps before `end`; from `unfinished_from` on without their losses."""
+        for step in self._steps.take_before(end):
+            is_finished = unfinished_from is None or step.number < unfinished_from
+            # All ranks of a group record the same sequences; each must be counted once.
+            counts = self._slice.is_group_leader and is_finished
+            sums = step.losses.total() if is_finished else None
+            if sums is None or not counts:
+                sums = np.zeros((NUM_BUFFER_ROWS, self._source.num_domains), np.int64)
+            stop, save = self._flags.take(step.number)
+            num_due = self._slice.size if counts else 0
+            self._reducer.post(
+                step.number, sums, RankFlags(stop=stop, save=save, digest=step.plan_digest, num_due=num_due)
+            )
+
+    def _reduce_finished(self, is_end: bool) -> int:
+        """Agree on the last finished step, wait for its reduction, and return one past it. **Collective.**
+
+        Ranks that call neither `record` nor `finish` have no say. If no rank calls them, every batch is finished.
+        """
+        handed_out = self.ledger.next_step
+        own = self._steps.finished_end(handed_out) if self._steps.names_steps else NO_SAY
+        agreed = int(self._comm.Allreduce(np.array([own], np.int64), "min")[0])
+        if agreed == NO_SAY:
+            if self._is_read_by_loader and not is_end and handed_out > self._first_step:
+                raise _unknown_progress_error()
+            agreed = handed_out
+        self._flags.poll(self.ledger.current_step)
+        self._post_before(max(agreed, own) if self._steps.names_steps else agreed)
+        self._apply_reductions(self._reducer.wait_for(agreed - 1))
+        return agreed
+
+    def _agree(self) -> int:
+        """Return a step up to which all ranks know all requests; leave the current step open. **Collective.**"""
+        if self._flags.are_early(self.ledger.current_step):
+            self._flags.exchange_early(self._requests, self._first_step)
+            return self._first_step
+        look_ahead = self._flags.agreed_look_ahead(self._steps.look_ahead, self._requests, self._first_step)
+        if self._steps.look_ahead > look_ahead:
+            raise ValueError(
+                f"The trainer held {self._steps.look_ahead} unfinished batches when it asked for another one, but "
+                f"at most {look_ahead} before its first stop_requested() or save_requested().\n"
+                "  Finish the batches of a step before you ask about requests."
+            )
+        newest = self.ledger.last_common_step - look_ahead
+        self._apply_reductions(self._reducer.wait_for(newest))
+        return max(newest, self._first_step)
+
+    def _warn_without_losses(self) -> None:
+        """Warn once if a mixture that learns has had no losses for `feedback_lag` + 2 chunks."""
+        config = self._source.config
+        self._chunks_without_loss += 1
+        # The chunk that begins now is the one after them.
+        is_due = self._chunks_without_loss == config.dataplane.feedback_lag + 3
+        if is_due and self._comm.rank == 0 and config.mixture.kind == "dynamic":
+            logger.warning(
+                "The mixture is dynamic, but no losses were recorded in the last %d chunks, so it does not change.\n"
+                "  Call record(batch, loss) after every step, or choose a mixture that does not learn.",
+                config.dataplane.feedback_lag + 2,
+            )
 
     def _apply_reductions(self, results: list[StepResult]) -> None:
         for result in results:
             # Results arrive in order of steps, which the mixing algorithm relies on.
             self._requests.add(result)
+            if result.statistics.num_sequences.any():
+                self._chunks_without_loss = 0
             if self._comm.rank == 0:
                 self._mixture.feed(result.statistics)
             self._completed.append(result.statistics)
@@ -288,6 +381,13 @@ class Session:
             logger.info("Another mixture was requested; it holds from chunk %d on.", decision.chunk)
         else:
             logger.warning("The request for another mixture was refused: %s", decision.refused)
+
+
+def _unknown_progress_error() -> ConfigError:
+    return ConfigError(
+        "The state was asked for, but the data plane does not know which batches the trainer has finished: a loader "
+        "may have fetched some ahead.\n  Call plane.record(batch, loss) or plane.finish(batch) after every step."
+    )
 
 
 def _ledger_at(source: Source, start: ResumePoint, num_fed: int) -> StepLedger:

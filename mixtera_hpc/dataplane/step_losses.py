@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, accumulate_losses
+from mixtera_hpc.core.statistics import accumulate_losses
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import CommError
 
@@ -20,40 +20,98 @@ Sums = NDArray[np.float64]
 
 
 class StepLosses:
-    """The losses that one rank has recorded for the current step."""
+    """The losses that one rank has recorded for one step."""
 
-    def __init__(self, num_domains: int) -> None:
+    def __init__(self, batch: Batch, num_domains: int) -> None:
         """Begin without losses."""
+        # Not the batch itself: its tokens would stay in memory until the step is reduced.
+        self._step = batch.step
+        self._positions = batch.positions
+        self._domain_ids = batch.domain_ids
+        self._loss_mask = batch.loss_mask
         self._num_domains = num_domains
-        self._recorded: list[tuple[slice, Callable[[], Sums]]] = []
+        self._recorded: list[tuple[slice, NDArray[np.int64], Callable[[], Sums]]] = []
+        """Rows, number of counted tokens of each row, and their losses."""
+        # One column stands for the whole sequence where a batch has no tokens.
+        self._is_recorded = np.zeros((len(batch.domain_ids), max(batch.loss_mask.shape[1], 1)), np.bool_)
+        self.are_complete = False
+        """Whether every token of every sequence was recorded."""
 
-    def add(self, batch: Batch, loss_per_token: Any, rows: slice) -> None:
-        """Add the losses of some sequences of `batch`; see `DataPlane.record`."""
-        # Only sums are kept: the losses of a step would be B x T numbers.
-        self._recorded.append((rows, sequence_sums(loss_per_token, batch.loss_mask[rows])))
-
-    def take(self, batch: Batch) -> NDArray[np.int64]:
-        """Return the sums over the losses of `batch`, and forget them; shape (NUM_BUFFER_ROWS, K).
+    def add(self, loss: Any, rows: slice, tokens: slice | None, num_tokens: Any) -> None:
+        """Add the losses of some sequences; see `DataPlane.record`.
 
         Raises:
-            CommError: some sequences were recorded, but not every sequence exactly once.
+            CommError: some of these tokens were recorded before.
+            ValueError: the losses have another shape, or `num_tokens` differs from the loss mask.
         """
-        recorded = self._recorded
-        self._recorded = []
-        total = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
-        times_recorded = np.zeros(len(batch.domain_ids), np.int64)
-        for rows, sums in recorded:
-            times_recorded[rows] += 1
-            num_tokens = batch.loss_mask[rows].sum(axis=1)
-            total += accumulate_losses(batch.domain_ids[rows], sums(), num_tokens, self._num_domains)
+        columns = slice(None) if tokens is None else tokens
+        mask = self._loss_mask[rows, columns]
+        counted = mask.sum(axis=1)
+        # Only sums are kept: the losses of a step would be B x T numbers.
+        sums = sequence_sums(loss, mask) if num_tokens is None else _given_sums(loss, num_tokens, counted)
 
-        if recorded and (times_recorded != 1).any():
-            wrong = int(np.argmax(times_recorded != 1))
+        recorded_before = self._is_recorded[rows, columns].any(axis=1)
+        if recorded_before.any():
+            position = self._positions[rows][int(np.argmax(recorded_before))]
             raise CommError(
-                f"Sequence {batch.positions[wrong]} of step {batch.step} was recorded {times_recorded[wrong]} times.\n"
+                f"Sequence {position} of step {self._step} was recorded 2 times.\n"
                 "  Call record() once for every micro-batch, with its rows."
             )
-        return total
+        self._is_recorded[rows, columns] = True
+        self.are_complete = bool(self._is_recorded.all())
+        self._recorded.append((rows, counted, sums))
+
+    def total(self) -> NDArray[np.int64]:
+        """Return the sums over the losses of a finished step; shape (NUM_BUFFER_ROWS, K).
+
+        Raises:
+            CommError: some of its tokens were recorded, but not all.
+        """
+        if self._recorded and not self.are_complete:
+            is_missing = ~self._is_recorded.all(axis=1)
+            raise CommError(
+                f"Step {self._step} was finished, but only a part of it was recorded: sequence "
+                f"{self._positions[int(np.argmax(is_missing))]} was recorded 0 times, or not with all its tokens.\n"
+                "  Call record() once for every micro-batch, with its rows, before the step is finished."
+            )
+        # Parts of one sequence are added before its loss is rounded, as if it had been recorded at once.
+        losses = np.zeros(len(self._domain_ids))
+        num_tokens = np.zeros(len(self._domain_ids), np.int64)
+        for rows, counted, sums in self._recorded:
+            losses[rows] += sums()
+            num_tokens[rows] += counted
+        recorded = slice(None) if self._recorded else slice(0, 0)
+        return accumulate_losses(self._domain_ids[recorded], losses[recorded], num_tokens[recorded], self._num_domains)
+
+
+def _given_sums(loss: Any, num_tokens: Any, expected: NDArray[np.int64]) -> Callable[[], Sums]:
+    """Take sums that the trainer computed, one per sequence; `expected` is the number of tokens each one covers."""
+    counted = _on_host(num_tokens).astype(np.int64)
+    if counted.shape != expected.shape or tuple(loss.shape) != expected.shape:
+        raise ValueError(
+            f"record() got num_tokens of shape {counted.shape} and losses of shape {tuple(loss.shape)}, but with "
+            f"num_tokens both are one number per sequence: {expected.shape}."
+        )
+    if (counted != expected).any():
+        row = int(np.argmax(counted != expected))
+        raise ValueError(
+            f"record() got num_tokens={counted[row]} for row {row}, but its loss mask counts {expected[row]} tokens.\n"
+            "  Sum the losses where batch.loss_mask is true."
+        )
+    device = getattr(loss, "device", None)
+    if getattr(device, "type", "cpu") != "cpu":
+        # One column per sequence, all counted: copied without waiting, as losses per token are.
+        return _sums_on_device(loss.detach().reshape(-1, 1), np.ones((len(expected), 1), np.bool_))
+    sums = _on_host(loss)
+    return lambda: sums
+
+
+def _on_host(values: Any) -> Sums:
+    """Return an array or a tensor on any device as an array of float64."""
+    if hasattr(values, "detach"):
+        # NumPy has no bfloat16.
+        return np.asarray(values.detach().double().cpu().numpy())
+    return np.array(values, np.float64)
 
 
 def sequence_sums(loss_per_token: Any, mask: NDArray[np.bool_]) -> Callable[[], Sums]:

@@ -25,9 +25,6 @@ DIGEST_MASK = (1 << 32) - 1
 NUM_FLAGS = 3
 """Integers that follow the losses in the buffer: stop, save, digest."""
 
-MAX_RUNNING = 2
-"""Reductions in progress at the same time: the step that has just ended, and the one before it."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFlags:
@@ -37,6 +34,8 @@ class RankFlags:
     save: bool
     digest: int
     """Digest of the plan that it served the step from."""
+    num_due: int
+    """Sequences that it records if the step is recorded; 0 on ranks whose losses do not count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,41 +58,39 @@ class _Reduction:
     step: int
     buffer: Ints
     result: Ints
+    num_due: int
     request: CollectiveRequest
 
 
 class StepReducer:
     """Reductions of consecutive steps, in order."""
 
-    def __init__(self, comm: Communicator, num_domains: int) -> None:
+    def __init__(self, comm: Communicator, num_domains: int, global_batch_size: int) -> None:
         """Use a duplicate of `comm`. **Collective.**"""
         self._comm = comm.Dup()
         self._num_domains = num_domains
+        self._global_batch_size = global_batch_size
         self._running: deque[_Reduction] = deque()
         self._results: list[StepResult] = []
         """Complete, and not returned yet."""
         self._mismatch: _Reduction | None = None
-        """The first step that ranks served from different plans."""
+        """The first step that ranks served from different plans, or recorded in part."""
 
     def post(self, step: int, rows: Ints, flags: RankFlags) -> None:
-        """Start the reduction of `step`; first wait for all but the one before it. **Collective.**
+        """Start the reduction of `step`. Every rank starts those of all steps, in order, at a time of its own.
 
         Args:
+            step: the training step after the one of the previous call.
             rows: this rank's sums, shape (NUM_BUFFER_ROWS, K); see `core.statistics.accumulate_losses`.
-
-        Raises:
-            CommError: ranks served an earlier step from different plans.
+            flags: what this rank reports about the step.
         """
-        # Every rank waits here for the same step, whatever it has polled before: errors are raised by all of them
-        # together.
-        self._results = self.wait_for(step - MAX_RUNNING)
         tail = [int(flags.stop), int(flags.save), flags.digest & DIGEST_MASK]
         # One buffer, so that losses and flags need a single collective.
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
         request = self._comm.Iallreduce(buffer, result)
         # MPI owns both arrays until the request is complete; the entry keeps them alive.
-        self._running.append(_Reduction(step, buffer, result, request))
+        self._running.append(_Reduction(step, buffer, result, flags.num_due, request))
 
     def poll(self) -> list[StepResult]:
         """Return the results that have become complete since the last call, in order."""
@@ -104,17 +101,29 @@ class StepReducer:
     def wait_for(self, step: int) -> list[StepResult]:
         """Return the same as `poll`, after waiting for every reduction up to that of `step`. **Collective.**
 
+        All ranks must have started the reduction of `step`, or start it without waiting for this rank.
+
         Raises:
-            CommError: ranks served one of those steps from different plans.
+            CommError: ranks served one of those steps from different plans, or recorded it in part.
         """
+        self._complete_to(step)
+        # Every rank waits here for the same step, whatever it has polled before: all of them raise together.
+        if self._mismatch is not None and self._mismatch.step <= step:
+            self._raise_mismatch(self._mismatch)
+        return self._take_results()
+
+    def drain(self) -> list[StepResult]:
+        """Return the same as `poll`, after waiting for all reductions, without checking them. **Collective.**"""
+        if self._running:
+            self._complete_to(self._running[-1].step)
+        return self._take_results()
+
+    def _complete_to(self, step: int) -> None:
         while self._running and self._running[0].step <= step:
             # Time spent here means that the network, or another rank, is slower than a step.
             began = time.perf_counter()
             wait(self._running[0].request)
             self._complete_first(reduce_s=time.perf_counter() - began)
-        if self._mismatch is not None and self._mismatch.step <= step:
-            self._raise_mismatch(self._mismatch)
-        return self._take_results()
 
     def _take_results(self) -> list[StepResult]:
         results = self._results
@@ -129,14 +138,16 @@ class StepReducer:
 
         # Equal digests add up to a multiple of this rank's own.
         own_digest = int(reduction.buffer[-1])
-        if digest_sum != self._comm.size * own_digest and self._mismatch is None:
+        differs = digest_sum != self._comm.size * own_digest
+        statistics = statistics_from_buffer(reduction.step, rows)
+        is_partial = int(statistics.num_sequences.sum()) not in (0, self._global_batch_size)
+        if (differs or is_partial) and self._mismatch is None:
             self._mismatch = reduction
 
-        statistics = statistics_from_buffer(reduction.step, rows)
         self._results.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
 
     def _raise_mismatch(self, reduction: _Reduction) -> None:
-        """Name the ranks that served a step from another plan than most. **Collective.**
+        """Name the ranks that served a step from another plan than most, or did not record it. **Collective.**
 
         Ranks may notice a wrong sum at different times. They all raise in the first `wait_for` that includes its step,
         which is the same call of the program on every rank.
@@ -144,9 +155,21 @@ class StepReducer:
         digests = self._comm.Allgather(reduction.buffer[-1:])[:, 0]
         values, counts = np.unique(digests, return_counts=True)
         differing = np.flatnonzero(digests != values[np.argmax(counts)])
+        if not len(differing):
+            self._raise_partial(reduction)
         raise CommError(
             f"Ranks {differing.tolist()} served step {reduction.step} from another plan: they use "
             "different code or read different indexes.\n  Give all nodes the same installation and the same index.path."
+        )
+
+    def _raise_partial(self, reduction: _Reduction) -> None:
+        """Name the ranks that did not record a step that others recorded. **Collective.**"""
+        recorded = int(reduction.buffer[:-NUM_FLAGS].reshape(NUM_BUFFER_ROWS, self._num_domains)[2].sum())
+        by_rank = self._comm.Allgather(np.array([recorded, reduction.num_due], np.int64))
+        silent = np.flatnonzero(by_rank[:, 0] != by_rank[:, 1])
+        raise CommError(
+            f"Step {reduction.step} was recorded in part: ranks {silent.tolist()} did not record their losses, others "
+            "did.\n  Call record() for every step on all data-parallel ranks, or on none."
         )
 
 
@@ -163,11 +186,14 @@ class AgreedRequests:
 
     def add(self, result: StepResult) -> None:
         """Take the requests from the result of a step; results arrive in order."""
-        step = result.statistics.step
+        self.add_flags(result.statistics.step, stop=result.stop, save=result.save)
+
+    def add_flags(self, step: int, *, stop: bool, save: bool) -> None:
+        """Take requests that all ranks know to belong to `step`."""
         # The first request counts; a stop is never withdrawn.
-        if result.stop and self._first_stop is None:
+        if stop and self._first_stop is None:
             self._first_stop = step
-        if result.save:
+        if save:
             self._saves.add(step)
 
     def stop_by(self, step: int) -> bool:

@@ -20,8 +20,9 @@ class PlaneDataset(IterableDataset[Any]):
     builds whole batches and reads ahead. The loader must therefore neither collate them (`batch_size=None`) nor start
     worker processes (`num_workers=0`); `dataplane.workers` reads in processes instead.
 
-    With a `StatefulDataLoader`, `state_dict()` holds the state of the data plane. It is the same on every rank: save
-    one of them and load it on any number of ranks.
+    A loader may fetch batches ahead of the trainer. `DataPlane.record` or `DataPlane.finish` says which ones the
+    trainer has finished; without them the state cannot be saved. With a `StatefulDataLoader`, `state_dict()` holds the
+    state of the data plane. It is the same on every rank: save one of them and load it on any number of ranks.
     """
 
     def __init__(self, plane: DataPlane, transform: Callable[[Batch], Any] | None = None) -> None:
@@ -39,6 +40,7 @@ class PlaneDataset(IterableDataset[Any]):
         """Yield the remaining batches of the run. **Collective.**"""
         if get_worker_info() is not None:
             raise _worker_processes_error()
+        self._plane.expect_loader()
         for batch in self._plane:
             yield batch if self._transform is None else self._transform(batch)
 

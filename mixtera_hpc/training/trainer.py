@@ -236,7 +236,7 @@ class Trainer:
         with torch.autocast(self._replicas.device.type, torch.bfloat16, enabled=self._on_gpu):
             loss = self._model(tokens)
         self._gradients.backward(loss, counted)
-        self._plane.record(batch, loss.detach(), rows)
+        self._plane.record(batch, loss.detach(), rows=rows)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         """Copy an array to the device of this rank, without waiting for the copy to finish."""

@@ -42,8 +42,8 @@ def main() -> None:
             targets = batch.tokens[:, 1:]
             loss = 1.0 + (targets % 97) / 97 + 5.0 / (1 + batch.domain_ids[:, None] + batch.step)
             half = len(loss) // 2
-            plane.record(batch, loss[:half], slice(0, half))
-            plane.record(batch, loss[half:], slice(half, None))
+            plane.record(batch, loss[:half], rows=slice(0, half))
+            plane.record(batch, loss[half:], rows=slice(half, None))
             statistics += plane.completed_statistics()
             if plane.stop_requested() or batch.step + 1 == steps:
                 break

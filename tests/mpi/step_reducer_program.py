@@ -18,11 +18,13 @@ def main() -> None:
     comm = open_communicator()
 
     def body() -> None:
-        reducer = StepReducer(comm, 3)
+        reducer = StepReducer(comm, 3, 4)
         for step in range(9):
             digest = 8 if comm.rank == 1 and step == 2 else 7
             reducer.post(
-                step, np.zeros((NUM_BUFFER_ROWS, 3), np.int64), RankFlags(stop=False, save=False, digest=digest)
+                step,
+                np.zeros((NUM_BUFFER_ROWS, 3), np.int64),
+                RankFlags(stop=False, save=False, digest=digest, num_due=4),
             )
             if comm.rank == 0:
                 time.sleep(0.1)  # Long enough for the reduction to be complete when it is polled.

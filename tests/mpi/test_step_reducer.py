@@ -12,4 +12,4 @@ def test_a_rank_with_another_plan_is_named_whichever_rank_notices_first() -> Non
     words = [MPIEXEC, "-n", "3", sys.executable, "-m", "mpi4py", PROGRAM]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "Ranks [1] served step 2 from another plan than the others" in done.stderr
+    assert "Ranks [1] served step 2 from another plan" in done.stderr

@@ -160,8 +160,8 @@ def test_a_sequence_recorded_twice_is_reported(config: Config) -> None:
     ):
         for batch in plane:
             losses = np.ones((2, 16), np.float32)
-            plane.record(batch, losses, half)
-            plane.record(batch, losses, half)
+            plane.record(batch, losses, rows=half)
+            plane.record(batch, losses, rows=half)
             if batch.step == 3:
                 break
 

@@ -42,7 +42,11 @@ def test_a_stateful_loader_resumes_at_the_saved_step(
     with open_plane(collection) as plane:
         loader = StatefulDataLoader(PlaneDataset(plane), batch_size=None)
         batches = iter(loader)
-        first = [next(batches).digests for _ in range(stop)]
+        first = []
+        for _ in range(stop):
+            batch = next(batches)
+            first.append(batch.digests)
+            plane.finish(batch)
         state = loader.state_dict()
     with open_plane(collection) as plane:
         loader = StatefulDataLoader(PlaneDataset(plane), batch_size=None)

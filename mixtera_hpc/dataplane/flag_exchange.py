@@ -1,0 +1,74 @@
+"""What each rank was asked to do, on its way to all ranks: with the reductions of steps, or directly at the start.
+
+The reduction of a step carries the requests that its rank has seen. A rank can wait for a reduction only when all ranks
+have started it, which depends on how many batches their trainers hold. This is not known before a trainer has finished
+its first steps. Until then, a question about requests costs one small all-reduce; the first question after that agrees
+on the look-ahead, and later ones cost nothing.
+"""
+
+import numpy as np
+
+from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.dataplane.control import RunControl
+from mixtera_hpc.dataplane.step_reducer import AgreedRequests
+
+__all__ = ["FlagExchange"]
+
+
+class FlagExchange:
+    """The requests that one rank has seen and not passed on."""
+
+    def __init__(self, comm: Communicator, control: RunControl, early_end: int) -> None:
+        """Begin without requests.
+
+        Args:
+            comm: all ranks.
+            control: what this rank was asked to do.
+            early_end: the first step that belongs to the time when the look-ahead is known.
+        """
+        self._comm = comm
+        self._control = control
+        self._early_end = early_end
+        self._polled_step = -1
+        self._by_step: dict[int, tuple[bool, bool]] = {}
+        """Step → whether to stop, and whether to save, for its reduction."""
+        self._early_stop = False
+        self._early_save = False
+        self._look_ahead: int | None = None
+
+    def are_early(self, step: int) -> bool:
+        """Return whether requests seen during `step` are exchanged directly."""
+        return step < self._early_end
+
+    def poll(self, step: int) -> None:
+        """Look for requests, once per step: during `step`, the newest one that was handed out."""
+        if step <= self._polled_step:
+            return
+        self._polled_step = step
+        stop, save = self._control.poll()
+        if self.are_early(step) and self._look_ahead is None:
+            self._early_stop |= stop
+            self._early_save |= save
+        else:
+            self._by_step[step] = (stop, save)
+
+    def take(self, step: int) -> tuple[bool, bool]:
+        """Return whether to stop, and whether to save, for the reduction of `step`."""
+        return self._by_step.pop(step, (False, False))
+
+    def exchange_early(self, requests: AgreedRequests, step: int) -> None:
+        """Add to `requests`, as those of `step`, what any rank has seen. **Collective.**"""
+        own = np.array([self._early_stop, self._early_save], np.int64)
+        stop, save = self._comm.Allreduce(own, "max").tolist()
+        self._early_save = False
+        requests.add_flags(step, stop=bool(stop), save=bool(save))
+
+    def agreed_look_ahead(self, own: int, requests: AgreedRequests, step: int) -> int:
+        """Return the largest look-ahead of any rank at the first call. **Collective.**
+
+        The first call also does what `exchange_early` does.
+        """
+        if self._look_ahead is None:
+            self.exchange_early(requests, step)
+            self._look_ahead = int(self._comm.Allreduce(np.array([own], np.int64), "max")[0])
+        return self._look_ahead

@@ -1,0 +1,101 @@
+"""The steps whose batches were handed to the trainer and are not finished.
+
+A trainer may hold several batches. A step is finished when all its sequences were recorded, or when `finish` names it.
+Steps finish in order: a finished step also finishes the unrecorded steps before it. A loop that never calls `record` or
+`finish` finishes a batch by asking for the next one. Which kind of loop it is shows in its first steps, so this rank
+decides after `MAX_UNDECIDED` batches. Price: the loss mask and the domain ids of every open batch.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.step_losses import StepLosses
+
+__all__ = ["OpenStep", "OpenSteps"]
+
+MAX_UNDECIDED = 16
+"""A trainer that holds more batches before its first `record` or `finish` is taken for one that calls neither."""
+
+
+class OpenStep:
+    """One step that is not finished on this rank, or finished and not reduced yet."""
+
+    def __init__(self, batch: Batch, num_domains: int) -> None:
+        """Begin without losses."""
+        self.number = batch.step
+        self.plan_digest = batch.plan_digest
+        self.losses = StepLosses(batch, num_domains)
+        self.was_finished_by_name = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all sequences were recorded, or the trainer called `finish`."""
+        return self.was_finished_by_name or self.losses.are_complete
+
+
+class OpenSteps:
+    """The open steps of one rank, in order."""
+
+    def __init__(self, num_domains: int, max_unfinished: int) -> None:
+        """Begin without open steps; `max_unfinished` is the number of batches that a trainer may hold."""
+        self._num_domains = num_domains
+        self._steps: deque[OpenStep] = deque()
+        self.max_undecided = min(max_unfinished, MAX_UNDECIDED)
+        """Batches handed out before this rank decides whether its trainer says when a step is finished."""
+        self.names_steps = False
+        """Whether this rank's trainer calls `record` or `finish`."""
+        self._finishes_by_request = False
+        self.look_ahead = 0
+        """Most batches that were unfinished when this rank asked for another one."""
+
+    def __len__(self) -> int:
+        """Return the number of open steps."""
+        return len(self._steps)
+
+    def add(self, batch: Batch) -> None:
+        """Record that `batch` was handed to the trainer."""
+        self._steps.append(OpenStep(batch, self._num_domains))
+
+    def named(self, step: int, caller: str) -> OpenStep:
+        """Return an open step that the trainer names.
+
+        Raises:
+            ValueError: the step is finished, or its batch was not handed out.
+        """
+        for candidate in self._steps:
+            if candidate.number == step:
+                self.names_steps = True
+                return candidate
+        numbers = [candidate.number for candidate in self._steps]
+        raise ValueError(
+            f"{caller}() was given step {step}, which is finished or was not handed out; open steps: {numbers}.\n"
+            "  A step finishes when all its sequences were recorded, when a later step finishes, or with finish(). A "
+            f"trainer that holds more than {self.max_undecided} batches must call finish() or record() before that."
+        )
+
+    def finished_end(self, next_step: int) -> int:
+        """Return one past the last finished step; `next_step` is that of the next batch."""
+        for candidate in reversed(self._steps):
+            if candidate.is_finished:
+                return candidate.number + 1
+        return self._steps[0].number if self._steps else next_step
+
+    def end_at_request(self, next_step: int) -> int:
+        """Return one past the last step that is finished when the trainer asks for the batch of `next_step`."""
+        if self.names_steps:
+            return self.finished_end(next_step)
+        # So many batches without a word: this trainer will not say when a step is finished.
+        if len(self._steps) > self.max_undecided:
+            self._finishes_by_request = True
+            self.look_ahead = 0
+        return next_step if self._finishes_by_request else self.finished_end(next_step)
+
+    def take_before(self, end: int) -> Iterator[OpenStep]:
+        """Remove and yield the open steps before `end`, in order."""
+        while self._steps and self._steps[0].number < end:
+            yield self._steps.popleft()
+
+    def note_request(self) -> None:
+        """Record how many batches are unfinished while another one is asked for."""
+        self.look_ahead = max(self.look_ahead, len(self._steps))
