@@ -96,19 +96,22 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     problems = all_at_least("dataplane", plane, 1, positive)
     problems += at_least("dataplane.feedback_lag", plane.feedback_lag, 2)
     problems += at_least("dataplane.workers", plane.workers, 0)
+
+    if not 0 <= plane.seed < 2**63:
+        problems.append(f"dataplane.seed is {plane.seed}, expected 0 to 2**63 - 1.")
     chunk_sequences = plane.chunk_steps * plane.global_batch_size
     if chunk_sequences > MAX_CHUNK_SEQUENCES:
         problems.append(
             f"dataplane.chunk_steps × dataplane.global_batch_size is {chunk_sequences}, "
             f"at most {MAX_CHUNK_SEQUENCES} sequences fit in one chunk. Lower dataplane.chunk_steps."
         )
+
+    # Settings that depend on the mixture.
     if mixture.kind == "arbitrary" and plane.shuffle != "none":
         problems.append(
             f"mixture.kind=arbitrary serves samples in index order, but dataplane.shuffle is {plane.shuffle}. Set "
             "dataplane.shuffle=none, or mixture.kind=natural."
         )
-    if not 0 <= plane.seed < 2**63:
-        problems.append(f"dataplane.seed is {plane.seed}, expected 0 to 2**63 - 1.")
     if mixture.unit == "tokens" and plane.tokenizer is None and plane.vocab_size is None:
         problems.append(
             "dataplane.tokenizer is not set, but mixture.unit=tokens counts tokens. Give a tokenizer.json, "

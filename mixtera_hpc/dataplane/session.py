@@ -1,7 +1,7 @@
 """One rank serving batches, from a resume point to the end: what `DataPlane` does once it knows where to begin.
 
 MPI is called from the trainer's thread only, inside these methods. Plans and reductions never block it: they are tested
-when a batch is asked for. The reading thread fills a bounded queue meanwhile.
+when a batch is requested. Meanwhile the reading thread fills a bounded queue.
 """
 
 import logging

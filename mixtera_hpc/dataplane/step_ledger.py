@@ -92,7 +92,7 @@ class StepLedger:
 
     def serve(self, step: int, chunk: int) -> None:
         """Record that the batch of training step `step` was handed to the trainer."""
-        # Steps are served without gaps, so one number says what was served.
+        # Steps are served without gaps, so one number describes what was served.
         self._next_step = step + 1
         self._current_chunk = chunk
 

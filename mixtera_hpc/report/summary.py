@@ -114,15 +114,14 @@ def _summarize_domain(metrics: RunMetrics, domain_id: int) -> DomainSummary:
     mixture = metrics.mixture
     loss = steps.domain_loss[:, domain_id]
     tokens = steps.domain_tokens[:, domain_id]
-    has_mixture = len(mixture.step) > 0
     return DomainSummary(
         domain_id=domain_id,
         name=metrics.domains[domain_id],
         tokens=int(tokens.sum()),
         served_share=float(steps.domain_sequences[:, domain_id].sum() / max(steps.domain_sequences.sum(), 1)),
-        weight_first=float(mixture.weights[0, domain_id]) if has_mixture else None,
-        weight_last=float(mixture.weights[-1, domain_id]) if has_mixture else None,
-        epochs=float(mixture.epochs[-1, domain_id]) if has_mixture else None,
+        weight_first=_first_known(mixture.weights[:1, domain_id]),
+        weight_last=_last_value(mixture.weights[:, domain_id]),
+        epochs=_last_value(mixture.epochs[:, domain_id]),
         loss_first=_first_known(loss),
         loss_last=_final_mean(loss, tokens),
         held_out_loss=_last_value(metrics.validation.domain_loss[:, domain_id]),

@@ -22,7 +22,7 @@ class AttemptSources:
     """The sources that the attempts of a run served from, opened on demand; one for every stream version."""
 
     def __init__(self, config: Config) -> None:
-        """Take the recorded configuration of the run; the journal says what each attempt had instead."""
+        """Store the recorded configuration of the run; the journal has the values that differ for each attempt."""
         self._config = config
         self._opened: dict[bytes, Source] = {}
 

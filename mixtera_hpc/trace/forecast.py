@@ -45,19 +45,19 @@ class MixtureForecast:
     """`tokens` or `samples`."""
     steps_asked: int
     num_steps: int
-    """Fewer than asked if the data ends before."""
+    """Fewer than `steps_asked` if the data ends earlier."""
     bytes_per_step: float
     """Bytes read from disk by all ranks together, for the documents that are used."""
     step: StepFootprint
-    """What a step touches, on average."""
+    """Mean number of documents, blocks and shards that a step reads."""
     domains: list[MixtureDomainForecast]
 
 
 def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
     """Forecast `num_steps` steps of a new run.
 
-    Consecutive chunks with the same weights are planned as one: what has been served by their end does not depend on
-    where chunks end between.
+    Consecutive chunks with the same weights are planned as one. The sequences served until the end of the last chunk do
+    not depend on the bounds between them.
     """
     state, segments = _plan_segments(source, num_steps)
     items = source.layout.epoch_items()

@@ -72,13 +72,15 @@ def _step_event(steps: list[tuple[StepTiming, DomainStatistics]], num_ranks: int
     num_sequences = np.sum([s.num_sequences for s in statistics], axis=0)
 
     total_tokens = int(num_tokens.sum())
+    mean_loss = float(loss_sum.sum()) / total_tokens if total_tokens else None
     duration_s = sum(timing.step_s for timing in timings)
+    tokens_per_s = total_tokens / duration_s if duration_s else 0.0
     return {
         "step": timings[-1].step,
         "num_steps": len(steps),
-        "loss": float(loss_sum.sum()) / total_tokens if total_tokens else None,
+        "loss": mean_loss,
         "tokens": total_tokens,
-        "tokens_per_s": total_tokens / duration_s if duration_s else 0.0,
+        "tokens_per_s": tokens_per_s,
         "step_s": duration_s / len(steps),
         "data_wait_s": sum(timing.data_wait_s for timing in timings) / len(steps),
         "learning_rate": timings[-1].learning_rate,

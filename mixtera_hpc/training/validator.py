@@ -70,11 +70,13 @@ class Validator:
 
 def _validation_event(statistics: DomainStatistics) -> ValidationEvent:
     total_tokens = int(statistics.num_tokens.sum())
+    mean_loss = float(statistics.loss_sum.sum()) / total_tokens if total_tokens else None
     pairs = zip(statistics.loss_sum.tolist(), statistics.num_tokens.tolist(), strict=True)
+    domain_loss = [loss / tokens if tokens else None for loss, tokens in pairs]
     return {
         "step": statistics.step,
-        "loss": float(statistics.loss_sum.sum()) / total_tokens if total_tokens else None,
-        "domain_loss": [loss / tokens if tokens else None for loss, tokens in pairs],
+        "loss": mean_loss,
+        "domain_loss": domain_loss,
         "domain_tokens": statistics.num_tokens.tolist(),
         "num_nonfinite": int(statistics.num_nonfinite.sum()),
     }

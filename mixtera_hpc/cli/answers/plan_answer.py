@@ -64,6 +64,7 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         f"Read amplification: {step.read_amplification:.1f}× for formats that read whole blocks, without a cache; "
         "1.0× for formats that read single rows"
     )
+
     mixture = source.config.mixture
     if forecast.num_steps < forecast.steps_asked:
         share = "" if mixture.on_exhausted == "redistribute" else ", or set mixture.on_exhausted=redistribute"
@@ -71,6 +72,8 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
             f"The data ends after {forecast.num_steps} of {forecast.steps_asked} steps: raise max_epochs of the "
             f"mixture or of the domains that run out{share}."
         )
+
+    # The weights of these mixtures change during the run.
     if "dynamic" in (mixture.kind, *(stage.kind for stage in mixture.schedule.stages)):
         console.print("The mixture is learned while training; this is what its initial weights would serve.")
     if mixture.kind == "schedule":

@@ -1,9 +1,9 @@
 """Make Hydra search our config folders, and let a chosen group replace what an experiment sets in it.
 
 Hydra merges an experiment after all groups: in `experiment=demo mixture=unimax` the values of the experiment would
-change the file that the user asked for. Our rule is the other way round. If the command line chooses a file for a
-group, everything that the experiment sets inside this group is ignored; its other groups stay. To this end Hydra gets a
-config source of ours, placed before all others. It serves the files of `experiment/` without the keys of the chosen
+change the file that the user asked for. Here the chosen file wins. If the command line chooses a file for a
+group, everything that the experiment sets inside this group is ignored; its other groups stay. For this, Hydra gets an
+additional config source, placed before all others. It serves the files of `experiment/` without the keys of the chosen
 groups.
 """
 

@@ -36,17 +36,20 @@ def schedule_problems(mixture: MixtureConfig) -> list[str]:
             "mixture.kind=schedule needs mixture.schedule.stages, a list of {start, kind, …}. The first stage starts "
             "at 0."
         ]
+
     problems = []
     starts = [stage.start for stage in stages]
     if starts[0] != 0:
         problems.append(
             f"mixture.schedule.stages[0].start is {starts[0]:g}, expected 0: a run begins with its first stage."
         )
+
     for i, (before, start) in enumerate(itertools.pairwise(starts), 1):
         if not before < start < math.inf:
             problems.append(
                 f"mixture.schedule.stages[{i}].start is {start:g}, expected more than {before:g}, the start before it."
             )
+
     if mixture.schedule.unit == "tokens" and mixture.unit == "samples":
         problems.append(
             "mixture.schedule.unit=tokens, but mixture.unit=samples counts no tokens. Set mixture.schedule.unit=steps."

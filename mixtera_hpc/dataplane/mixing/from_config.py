@@ -1,7 +1,7 @@
-"""From `mixture` in a configuration to the object that decides the weights of every chunk.
+"""Build the object that decides the weights of every chunk from the `mixture` of a configuration.
 
-`make_mixer` builds that object for a run, for one stage of a schedule, and for a mixture that is requested while the
-run goes on: always from a `MixtureConfig` and the `MixtureContext` of the run. The weights, bounds and schedules
+`make_mixer` builds that object for a run, for one stage of a schedule, and for a mixture that is requested during the
+run: always from a `MixtureConfig` and the `MixtureContext` of the run. The weights, bounds and schedules
 themselves are computed in `core.mixing`.
 """
 

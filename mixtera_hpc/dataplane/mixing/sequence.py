@@ -1,4 +1,4 @@
-"""The sequence of mixtures that a run is served from: the configured one, then those requested while it goes on."""
+"""The sequence of mixtures that a run is served from: the configured one, then the requested ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

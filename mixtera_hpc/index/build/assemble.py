@@ -98,7 +98,8 @@ def assemble_index(
     sources = [*reused.blocks, *placed_records(plan, records)]
     merged = merge_results(settings.properties, sources, reused.combos, reused.chunk_rows)
     shards, bad = _shard_table(settings, plan, records, reused)
-    # Checked after the merge, which alone knows all rows, and before the old index is replaced.
+
+    # Check after the merge, which counts all rows, and before the old index is replaced.
     if merged.rows == merged.bad_rows:
         raise _no_rows(settings, shards, bad)
 
