@@ -19,7 +19,7 @@ def open_file(path: Path) -> h5py.File:
     Raises:
         PropertyIndexError: the file is missing, not complete yet, damaged, no index, or of another version.
     """
-    # HDF5 says "unable to open" for a missing file as for a damaged one; the cures differ.
+    # HDF5 reports "unable to open" for missing and for damaged files, which need different fixes.
     if not path.is_file():
         raise _missing(path)
     try:

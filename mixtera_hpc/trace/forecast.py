@@ -62,9 +62,13 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
     state, segments = _plan_segments(source, num_steps)
     items = source.layout.epoch_items()
     weights = source.weights
-    total_weight = weights.sum() or 1.0  # Less than 1 after drops: the others take the share of an empty domain.
+    # The sum is below 1 after drops: the other domains take the share of an empty domain.
+    total_weight = weights.sum() or 1.0
+
     run_out = _run_out_steps(segments, _available_sequences(source), source.planner.global_batch_size)
-    run_out[(weights == 0) & (run_out == 0)] = NEVER  # An empty domain that nothing is requested of does not run out.
+    # An empty domain with weight 0 does not run out.
+    run_out[(weights == 0) & (run_out == 0)] = NEVER
+
     served = state.cursors * source.grid.stride
     return MixtureForecast(
         unit=source.config.mixture.unit,

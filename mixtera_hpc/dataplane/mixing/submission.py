@@ -23,7 +23,7 @@ __all__ = ["SubmittedRequest", "submit_request"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubmittedRequest:
-    """A request that waits for the run."""
+    """A request that the run has not read yet."""
 
     names: Sequence[str]
     """Names of the domains."""
@@ -32,7 +32,7 @@ class SubmittedRequest:
 
 
 def submit_request(
-    folder: RunFolder, config: Config, written: Any, *, chunk: int | None, is_active: bool
+    folder: RunFolder, config: Config, content: Any, *, chunk: int | None, is_active: bool
 ) -> SubmittedRequest:
     """Check a requested mixture and leave it in the control folder of the run.
 
@@ -40,17 +40,18 @@ def submit_request(
 
     Args:
         config: the recorded configuration of the run.
-        written: the requested mixture, as YAML.
+        content: the requested mixture, as YAML.
         chunk: first chunk to be served from it; None: the next one that is not planned.
-        is_active: an attempt of the run is going on.
+        is_active: True if an attempt of the run is active.
 
     Raises:
-        ConfigError: it is not a valid mixture, changes more than proportions, names a chunk that is planned, or another
-            request is waiting.
+        ConfigError: the mixture is invalid or changes more than the weights, the chunk is planned already, or the run
+            has not read an earlier request yet.
         MixtureError: the data of the run cannot be served in these proportions.
     """
     config = pin_index_generation(config, folder.journal)
-    mixture = requested_mixture(config.mixture, written)
+    mixture = requested_mixture(config.mixture, content)
+
     # `make_mixer` checks the request against the domains and samples of the run. The weights of a dynamic mixture are
     # those that it begins with.
     source = open_source(config, Local(), subset=subset_of_run(folder), check=False)
@@ -58,6 +59,7 @@ def submit_request(
     if weights is not None:
         weights = source.without_dropped_domains(weights)
         weights = weights / (weights.sum() or 1.0)  # The first stage of a schedule may have dropped domains only.
+
     _check_not_planned(folder, chunk, is_active)
     write_request(folder, MixtureRequest(mixture=mixture, chunk=chunk))
     return SubmittedRequest(names=source.names, weights=weights)
