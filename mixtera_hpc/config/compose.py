@@ -6,6 +6,7 @@ from typing import Any
 
 from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.composition.conf_folders import CONFIG_NAME, conf_dir, conf_folders
+from mixtera_hpc.config.composition.messages import explain
 from mixtera_hpc.config.composition.override_words import chosen_groups, first_of_sweep, hydra_words
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
@@ -17,6 +18,8 @@ __all__ = ["compose", "compose_plain", "from_omegaconf", "load_config", "prepare
 _SWEEP_FLAGS = frozenset({"-m", "--multirun"})
 _CONFIG_FLAGS = frozenset({"-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name"})
 """Flags of Hydra that replace or add config files; only Hydra itself can compose then."""
+_OTHER_MODES = frozenset({"-r", "--run", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion"})
+"""Flags of Hydra that exclude a sweep."""
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -53,8 +56,6 @@ def from_omegaconf(node: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf  # Imported here to keep --help fast.
     from omegaconf.errors import OmegaConfBaseException
 
-    from mixtera_hpc.config.composition.messages import explain
-
     try:
         plain = OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException as error:
@@ -71,12 +72,18 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: what the command line asks for cannot be composed.
     """
-    from mixtera_hpc.config.composition.experiments import find_configs  # Imports Hydra, which is slow.
+    # Imported here because they import Hydra, which is slow.
+    from mixtera_hpc.config.composition.experiments import find_configs
     from mixtera_hpc.config.composition.schema_store import register_schema
 
     words = [word for word in arguments if word.startswith("~") or ("=" in word and not word.startswith("-"))]
     flags = [argument for argument in arguments if argument not in words]
     sweep = not _SWEEP_FLAGS.isdisjoint(flags)
+    if sweep and (excluded := sorted(_OTHER_MODES.intersection(flag.partition("=")[0] for flag in flags))):
+        raise ConfigError(
+            f"A sweep (-m) cannot be combined with {excluded[0]}. Remove one of them: {excluded[0]} without -m takes "
+            "one value for each key."
+        )
     if _CONFIG_FLAGS.isdisjoint(flag.partition("=")[0] for flag in flags):
         composed = _composed(first_of_sweep(words) if sweep else words)
         if "--resolve" in flags:
@@ -96,8 +103,8 @@ def _composed(overrides: Sequence[str]) -> Any:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    # These import Hydra too.
     from mixtera_hpc.config.composition.experiments import search_our_configs
-    from mixtera_hpc.config.composition.messages import explain
     from mixtera_hpc.config.composition.schema_store import register_schema
 
     conf_folders()  # Raises for a wrong MIXTERA_CONF.

@@ -238,6 +238,7 @@ def hydra_application(*words: str) -> dict[str, Any]:
         ),
         (["--cfg", "job", "--resolve", "job.mem=${cluster.memory}"], "cluster.memory is not a known key, but job.mem"),
         (["mixture=unimx"], "mixture=unimx does not exist. Did you mean 'unimax'?"),
+        (["-m", "--cfg", "job", "training.seed=1,2"], "A sweep (-m) cannot be combined with --cfg."),
         (["-m", "training.sead=1,2"], "training.sead is not a known key. Did you mean 'training.seed'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from mixtera_hpc.config.compose import compose, compose_plain
-from mixtera_hpc.config.composition.conf_folders import group_options
+from mixtera_hpc.config.composition.conf_folders import conf_dir, group_options
 from mixtera_hpc.config.schema import MixtureConfig
 
 OWN = """# @package _global_
@@ -43,6 +44,33 @@ def test_a_shipped_experiment_passes_the_checks(name: str, monkeypatch: pytest.M
     config = compose([f"experiment={name}"])
 
     assert config.run.name == name
+
+
+def leaves(node: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the key path and the value of everything below `node` that is not a mapping."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+@pytest.mark.parametrize("name", group_options("experiment"))
+def test_a_shipped_experiment_repeats_no_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    written = yaml.safe_load((conf_dir() / f"experiment/{name}.yaml").read_text())
+    chosen = [f"{group.split('/')[-1]}={option}" for line in written.pop("defaults") for group, option in line.items()]
+    composed = compose_plain(chosen)
+
+    repeated = []
+    for path, value in leaves(written):
+        default: Any = composed
+        for key in path:
+            default = default.get(key) if isinstance(default, dict) else None
+        if default == value:
+            repeated.append(".".join(path))
+
+    assert repeated == []
 
 
 def test_there_are_experiments_to_start_from() -> None:

@@ -119,6 +119,23 @@ class TestStoredDataRoot:
             open_configured(compose([*words, cure])).close()
 
     @pytest.mark.usefixtures("as_another_user")
+    def test_an_index_of_another_user_below_a_trusted_folder_is_accepted(
+        self, paths: list[str], tmp_path: Path
+    ) -> None:
+        shared = tmp_path / "shared"
+        shared.mkdir()
+        published = Path(paths[0]).rename(shared / "prose.h5")
+        words = [f"index.path={published}", *SAMPLES]
+        open_configured(compose([*words, f"index.trusted_roots=[{shared}]"])).close()
+
+        linked = tmp_path / "linked"
+        linked.mkdir()
+        (linked / "prose.h5").symlink_to(published)
+        words = [f"index.path={linked}/prose.h5", *SAMPLES]
+        with pytest.raises(PropertyIndexError, match="belongs to another user"):
+            open_configured(compose([*words, f"index.trusted_roots=[{linked}]"]))
+
+    @pytest.mark.usefixtures("as_another_user")
     def test_each_of_several_indexes_is_checked(self, paths: list[str], tmp_path: Path) -> None:
         with pytest.raises(PropertyIndexError, match=r"prose\.h5, which belongs to another user"):
             open_configured(compose(reads(paths, f"index.trusted_roots=[{tmp_path}/code]")))
