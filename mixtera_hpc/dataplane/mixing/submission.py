@@ -34,7 +34,7 @@ class SubmittedRequest:
 def submit_request(
     folder: RunFolder, config: Config, content: Any, *, chunk: int | None, is_active: bool
 ) -> SubmittedRequest:
-    """Check a requested mixture and leave it in the control folder of the run.
+    """Check a requested mixture and write it to the control folder of the run.
 
     Price: one open of the index.
 

@@ -103,11 +103,13 @@ def assemble_index(
     if merged.rows == merged.bad_rows:
         raise _no_rows(settings, shards, bad)
 
+    tokenizer = settings.tokenizer
+    parser = settings.spec.parser
     facts = IndexFacts(
         roots={name: str(root.resolve()) for name, root in settings.roots.items()},
         text=request.config.data.text,
-        tokenizer=settings.tokenizer.fingerprint if settings.tokenizer else None,
-        parser=settings.spec.parser.path if settings.spec.parser else None,
+        tokenizer=tokenizer.fingerprint if tokenizer else None,
+        parser=parser.path if parser else None,
         sources=property_sources(settings),
         bad=tuple(bad),
         generations=tuple(reused.generations),
