@@ -16,6 +16,9 @@ from mixtera_hpc.config.compose import compose, compose_plain
 from mixtera_hpc.config.composition.conf_folders import conf_dir, group_options
 from mixtera_hpc.config.schema import MixtureConfig
 
+pytestmark = pytest.mark.slow
+"""Composes every experiment."""
+
 OWN = """# @package _global_
 defaults: [override /mixture: static, override /cluster: dev]
 data: {root: /data}
@@ -126,7 +129,6 @@ def test_other_hydra_applications_of_the_process_are_left_alone(own: Path, tmp_p
     assert not {"mixtera_hpc", "MIXTERA_CONF"} & {*providers, *again}
 
 
-@pytest.mark.slow
 def test_the_hydra_application_has_the_same_rule(own: Path) -> None:
     words = ["experiment=based", "mixture=unimax", "dataplane=default", "mixture.unit=samples"]
     command = [sys.executable, "-m", "mixtera_hpc.training", "--cfg", "job", "--resolve", *words]

@@ -13,6 +13,9 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.resume.run_edits import RunEdit, record_run_edit
 from mixtera_hpc.launch.prepare import prepare_run
 
+pytestmark = pytest.mark.slow
+"""Runs whole verbs over recorded runs."""
+
 SMALL = ["dataplane.global_batch_size=4", "dataplane.seq_len=16", "mixture.group_by=[source]"]
 
 

@@ -17,6 +17,9 @@ from mixtera_hpc.index.build.refresh import refresh_index
 from mixtera_hpc.index.read.configured import check_stored_roots, open_configured
 from mixtera_hpc.trace.list import planned_sequences
 
+pytestmark = pytest.mark.slow
+"""Builds and opens many indexes."""
+
 SAMPLES = ["mixture.unit=samples", "mixture.group_by=[dataset]", "dataplane.global_batch_size=4"]
 
 
@@ -67,7 +70,6 @@ class TestPaths:
 
 
 class TestGenerations:
-    @pytest.mark.slow
     def test_a_refresh_of_one_of_several_indexes_does_not_change_a_run(self, paths: list[str], tmp_path: Path) -> None:
         before = open_source(compose(reads(paths)), Local())
         expected = list(planned_sequences(before, 0, 4))
@@ -163,7 +165,6 @@ class TestStoredDataRoot:
         report = derive_properties(compose([f"index.path={paths[0]}", derived, *SAMPLES]))
         assert report.samples == 10
 
-    @pytest.mark.slow
     def test_build_and_refresh_need_a_data_root(self, paths: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         for action in ("build", "refresh"):
             assert main(["index", action, f"index.path={paths[0]}"]) == 2

@@ -22,6 +22,9 @@ from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.verify import verify_run
 from mixtera_hpc.training.dataset import PlaneDataset
 
+pytestmark = pytest.mark.slow
+"""Serves whole runs with several batches in flight."""
+
 CHUNK_STEPS = 3
 WORDS = [
     "dataplane.seq_len=16",

@@ -10,6 +10,9 @@ from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.trace.forecast import forecast_mixture
 from mixtera_hpc.trace.list import planned_sequences
 
+pytestmark = pytest.mark.slow
+"""Compares forecasts with served runs."""
+
 
 @pytest.mark.parametrize("shuffle", ["none", "block", "window"])
 @pytest.mark.parametrize("window", [4, 16])
