@@ -7,7 +7,7 @@
   attempts/001/{submit.sh,job.json,exit.json,failure.json,config.yaml,saved}
   attempts/001/logs/batch.out rank_00000.{out,err}   beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
   attempts/001/audit/rank_00000.jsonl     digests of what each rank handed to the trainer
-  metrics/{attempts,steps,mixture,comm,validation}.jsonl
+  metrics/{attempts,steps,mixture,comm,validation}.jsonl tensorboard/
   checkpoints/step_00001000/ LATEST
   control/mixture.json                    a requested mixture
   control/{save,stop}                     a touched file is a request; `cancelled` ends the chain of attempts
@@ -118,6 +118,11 @@ class RunFolder:
     def metric(self, stream: str) -> Path:
         """Return the file of one stream of events, for example `steps`."""
         return self.metrics / f"{stream}.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.metrics / "tensorboard"
 
     # Checkpoints
 

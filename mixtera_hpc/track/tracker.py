@@ -92,7 +92,7 @@ def open_tracker(config: Config, folder: RunFolder | None, *, rank: int, attempt
     if config.track.tensorboard:
         from mixtera_hpc.track.tensorboard import TensorBoardTracker
 
-        trackers.append(TensorBoardTracker(folder.metrics / "tensorboard"))
+        trackers.append(TensorBoardTracker(folder.tensorboard))
     if config.track.wandb:
         from mixtera_hpc.track.wandb import WandbTracker
 
