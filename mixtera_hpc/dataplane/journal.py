@@ -10,7 +10,7 @@ import bisect
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -91,6 +91,9 @@ class AttemptSetup:
     first_step: int
     num_ranks: int
     model_parallel_size: int
+    """Ranks that get the same batches."""
+    data_parallel_ranks: Sequence[int] | None
+    """Data-parallel coordinate of every rank; None if ranks of one group are neighbours."""
     identity: Mapping[str, Any]
     """Identity of the source that the attempt serves; see `Source.identity`."""
     stream_version: StreamVersion
@@ -176,6 +179,8 @@ class AttemptRecord:
     first_step: int
     num_ranks: int
     model_parallel_size: int
+    data_parallel_ranks: Sequence[int] | None
+    """See `AttemptSetup`."""
     identity: Mapping[str, Any]
     """Identity of the source that it served from."""
     stream_version: StreamVersion
@@ -205,7 +210,15 @@ class AttemptRecord:
         num_groups = self.num_ranks // self.model_parallel_size
         # Groups take consecutive parts of the global batch, see `BatchSlice`.
         group = position // (self.global_batch_size // num_groups)
+        if self.data_parallel_ranks is not None:
+            return self.data_parallel_ranks.index(group)
         return group * self.model_parallel_size
+
+    def leader_of(self, rank: int) -> int:
+        """Return the first rank that was given the same batches as `rank`."""
+        if self.data_parallel_ranks is not None:
+            return self.data_parallel_ranks.index(self.data_parallel_ranks[rank])
+        return rank // self.model_parallel_size * self.model_parallel_size
 
     def plan_of(self, step: int) -> ChunkPlan:
         """Return the plan that training step `step` was served from.
@@ -292,6 +305,7 @@ def _parse_attempt(record: dict[str, Any]) -> AttemptRecord:
         first_step=record["first_step"],
         num_ranks=record["num_ranks"],
         model_parallel_size=record["model_parallel_size"],
+        data_parallel_ranks=record["data_parallel_ranks"],
         identity=record["identity"],
         stream_version=StreamVersion.from_dict(record["stream_version"]),
         plans=[],

@@ -12,7 +12,7 @@ All MPI calls happen in the caller's thread, inside these methods. Warnings go t
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.journal import last_attempt
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
+from mixtera_hpc.dataplane.reading.rank_layout import coordinate_in_mesh, gather_coordinates, slice_in_layout
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
@@ -70,6 +71,9 @@ class DataPlane:
         tracker: Tracker | None = None,
         split: Split = "train",
         *,
+        data_parallel: tuple[int, int] | None = None,
+        mesh: Any = None,
+        data_dims: Sequence[str] = ("dp",),
         subset: bool = False,
     ) -> Self:
         """Open the index and get ready to serve. **Collective.**
@@ -85,6 +89,10 @@ class DataPlane:
             attempt: number of this attempt; None: that of the batch job, or the next one after those in the journal.
             tracker: receives metric events on rank 0.
             split: with `query.holdout`, the side that is served.
+            data_parallel: data-parallel rank of this rank, and data-parallel size. Ranks with the same one get the same
+                batches. None: `dataplane.model_parallel_size` neighbours get the same batches.
+            mesh: instead of `data_parallel`, a torch `DeviceMesh` over all ranks.
+            data_dims: the dimensions of `mesh` along which ranks get different batches, the outermost first.
             subset: only some of the processes that the launcher started take part.
 
         Raises:
@@ -97,7 +105,9 @@ class DataPlane:
         communicator: Communicator | None = None
         try:
             communicator = communicator_of(comm, config.dataplane.comm, subset=subset)
-            resources = cls._open_resources(config, communicator, folder, attempt, tracker, split)
+            own = coordinate_in_mesh(mesh, data_dims) if mesh is not None else data_parallel
+            coordinates = gather_coordinates(communicator, own)
+            resources = cls._open_resources(config, communicator, coordinates, folder, attempt, tracker, split)
         except BaseException as error:
             if ends_job:
                 end_job(communicator, error)
@@ -108,6 +118,7 @@ class DataPlane:
     def _open_resources(
         config: Config,
         communicator: Communicator,
+        coordinates: tuple[int, ...] | None,
         folder: RunFolder | None,
         attempt: int | None,
         tracker: Tracker | None,
@@ -115,7 +126,11 @@ class DataPlane:
     ) -> PlaneResources:
         """Open what the plane works with. **Collective.** Arguments as for `open`."""
         # Wrong sizes are refused first: opening a large index takes seconds.
-        batch_slice = BatchSlice.of(config.dataplane, communicator.rank, communicator.size)
+        rank = communicator.rank
+        if coordinates is None:
+            batch_slice = BatchSlice.of(config.dataplane, rank, communicator.size)
+        else:
+            batch_slice = slice_in_layout(config.dataplane, rank, coordinates)
         config, attempt = _settings_of_attempt(config, communicator, folder, attempt)
 
         # Rank 0 reads what was dropped from the run, and shares it with the index.
@@ -124,7 +139,14 @@ class DataPlane:
             source=open_source(config, communicator, subset=subset),
             comm=communicator,
             batch_slice=batch_slice,
-            recorder=RunRecorder(folder, attempt, communicator.rank, config, tracker or NullTracker()),
+            data_parallel_ranks=coordinates,
+            recorder=RunRecorder(
+                folder,
+                attempt,
+                rank,
+                is_audited=config.dataplane.audit and batch_slice.is_group_leader,
+                tracker=tracker or NullTracker(),
+            ),
             control=RunControl(folder, watch_files=communicator.rank == 0),
         )
 

@@ -7,7 +7,6 @@ audit log. Without a folder nothing is written.
 import numpy as np
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.journal import AttemptSetup, AuditLog, Journal, append_line
@@ -23,15 +22,21 @@ __all__ = ["RunRecorder"]
 class RunRecorder:
     """One rank's records of a run."""
 
-    def __init__(self, folder: RunFolder | None, attempt: int, rank: int, config: Config, tracker: Tracker) -> None:
-        """Open the files of one rank; `tracker` receives metric events on rank 0."""
+    def __init__(self, folder: RunFolder | None, attempt: int, rank: int, is_audited: bool, tracker: Tracker) -> None:
+        """Open the files of one rank; `tracker` receives metric events on rank 0.
+
+        Args:
+            folder: the folder of the run, or None to write nothing.
+            attempt: number of the attempt.
+            rank: this rank.
+            is_audited: write an audit log. Ranks of a group get the same batches; one log of them is enough.
+            tracker: receives metric events.
+        """
         self._decisions = folder.decisions if folder else None
         self._tracker = tracker if rank == 0 else NullTracker()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
         self._audit: AuditLog | None = None
-        # The ranks of a group get the same batches; one log of them is enough.
-        is_group_leader = rank % config.dataplane.model_parallel_size == 0
-        if folder and config.dataplane.audit and is_group_leader:
+        if folder and is_audited:
             self._audit = AuditLog(folder.audit_of_rank(attempt, rank))
 
     def run_edits(self) -> list[RunEdit]:

@@ -8,7 +8,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,8 @@ class PlaneResources:
     """The data, as the configuration describes it; the session serves the version of its resume point."""
     comm: Communicator
     batch_slice: BatchSlice
+    data_parallel_ranks: Sequence[int] | None
+    """Data-parallel coordinate of every rank; None if ranks of one group are neighbours."""
     control: RunControl
     recorder: RunRecorder
 
@@ -116,7 +118,7 @@ class Session:
         decisions = self._recorder.decisions() if self._comm.rank == 0 else []
         self._mixture = MixtureFeed(source, self.ledger, state, decisions)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
-        self._reducer = StepReducer(self._comm, source.num_domains, plane.global_batch_size)
+        self._reducer = StepReducer(self._comm, source.num_domains, plane.global_batch_size, self._slice)
 
         self._max_unfinished = (plane.feedback_lag - 1) * plane.chunk_steps
         """Batches that a trainer may hold: with more, the losses that the next plan needs could not arrive."""
@@ -136,7 +138,8 @@ class Session:
             AttemptSetup(
                 first_step=start.step,
                 num_ranks=self._comm.size,
-                model_parallel_size=plane.model_parallel_size,
+                model_parallel_size=self._comm.size // (plane.global_batch_size // self._slice.size),
+                data_parallel_ranks=resources.data_parallel_ranks,
                 identity=source.identity(),
                 stream_version=source.stream_version,
             )
@@ -301,17 +304,11 @@ class Session:
     def _post_before(self, end: int, unfinished_from: int | None = None) -> None:
         """Start the reductions of the open steps before `end`; from `unfinished_from` on without their losses."""
         for step in self._steps.take_before(end):
-            is_finished = unfinished_from is None or step.number < unfinished_from
-            # All ranks of a group record the same sequences; each must be counted once.
-            counts = self._slice.is_group_leader and is_finished
-            sums = step.losses.total() if is_finished else None
-            if sums is None or not counts:
-                sums = np.zeros((NUM_BUFFER_ROWS, self._source.num_domains), np.int64)
+            sums = np.zeros((NUM_BUFFER_ROWS, self._source.num_domains), np.int64)
+            if unfinished_from is None or step.number < unfinished_from:
+                sums = step.losses.total()
             stop, save = self._flags.take(step.number)
-            num_due = self._slice.size if counts else 0
-            self._reducer.post(
-                step.number, sums, RankFlags(stop=stop, save=save, digest=step.plan_digest, num_due=num_due)
-            )
+            self._reducer.post(step.number, sums, RankFlags(stop=stop, save=save, digest=step.plan_digest))
 
     def _reduce_finished(self, is_end: bool) -> int:
         """Agree on the last finished step, wait for its reduction, and return one past it. **Collective.**

@@ -4,6 +4,7 @@ The same reduction carries what ranks must agree on: requests to stop or save, a
 Price: 32 bytes per domain and step.
 """
 
+import hashlib
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.errors import CommError
 
 __all__ = ["AgreedRequests", "RankFlags", "StepReducer", "StepResult"]
@@ -22,8 +24,8 @@ Ints = NDArray[np.int64]
 DIGEST_MASK = (1 << 32) - 1
 """The bits of a digest that are compared: sums of 32-bit numbers over all ranks fit into an int64."""
 
-NUM_FLAGS = 3
-"""Integers that follow the losses in the buffer: stop, save, digest."""
+NUM_FLAGS = 4
+"""Integers that follow the losses in the buffer: stop, save, sum of the group numbers that recorded, digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +36,6 @@ class RankFlags:
     save: bool
     digest: int
     """Digest of the plan that it served the step from."""
-    num_due: int
-    """Sequences that it records if the step is recorded; 0 on ranks whose losses do not count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +58,29 @@ class _Reduction:
     step: int
     buffer: Ints
     result: Ints
-    num_due: int
     request: CollectiveRequest
 
 
 class StepReducer:
     """Reductions of consecutive steps, in order."""
 
-    def __init__(self, comm: Communicator, num_domains: int, global_batch_size: int) -> None:
-        """Use a duplicate of `comm`. **Collective.**"""
+    def __init__(self, comm: Communicator, num_domains: int, global_batch_size: int, batch_slice: BatchSlice) -> None:
+        """Use a duplicate of `comm`. **Collective.**
+
+        Args:
+            comm: all ranks.
+            num_domains: K.
+            global_batch_size: sequences of one step, over all groups of ranks.
+            batch_slice: what this rank gets of every step; ranks of one group have equal ones.
+        """
         self._comm = comm.Dup()
         self._num_domains = num_domains
         self._global_batch_size = global_batch_size
+        self._group = batch_slice.first // batch_slice.size
+        # Sums of hashes tell how often each group recorded: unequal numbers of copies give another sum.
+        hashes = [_hash_of(group) for group in range(global_batch_size // batch_slice.size)]
+        self._group_hash = hashes[self._group]
+        self._all_groups_hash = sum(hashes)
         self._running: deque[_Reduction] = deque()
         self._results: list[StepResult] = []
         """Complete, and not returned yet."""
@@ -84,13 +95,14 @@ class StepReducer:
             rows: this rank's sums, shape (NUM_BUFFER_ROWS, K); see `core.statistics.accumulate_losses`.
             flags: what this rank reports about the step.
         """
-        tail = [int(flags.stop), int(flags.save), flags.digest & DIGEST_MASK]
+        vote = self._group_hash if rows[2].any() else 0
+        tail = [int(flags.stop), int(flags.save), vote, flags.digest & DIGEST_MASK]
         # One buffer, so that losses and flags need a single collective.
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
         request = self._comm.Iallreduce(buffer, result)
         # MPI owns both arrays until the request is complete; the entry keeps them alive.
-        self._running.append(_Reduction(step, buffer, result, flags.num_due, request))
+        self._running.append(_Reduction(step, buffer, result, request))
 
     def poll(self) -> list[StepResult]:
         """Return the results that have become complete since the last call, in order."""
@@ -134,13 +146,18 @@ class StepReducer:
         """Move the oldest reduction to the results."""
         reduction = self._running.popleft()
         rows = reduction.result[:-NUM_FLAGS].reshape(NUM_BUFFER_ROWS, self._num_domains)
-        stop, save, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
+        stop, save, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
 
         # Equal digests add up to a multiple of this rank's own.
         own_digest = int(reduction.buffer[-1])
         differs = digest_sum != self._comm.size * own_digest
-        statistics = statistics_from_buffer(reduction.step, rows)
-        is_partial = int(statistics.num_sequences.sum()) not in (0, self._global_batch_size)
+        # Every group must have recorded the same number of copies; of equal copies one is the quotient.
+        num_sequences = int(rows[2].sum())
+        num_copies = max(num_sequences // self._global_batch_size, 1)
+        is_partial = num_sequences > 0 and (
+            num_sequences != num_copies * self._global_batch_size or votes != num_copies * self._all_groups_hash
+        )
+        statistics = statistics_from_buffer(reduction.step, rows // num_copies)
         if (differs or is_partial) and self._mismatch is None:
             self._mismatch = reduction
 
@@ -164,13 +181,19 @@ class StepReducer:
 
     def _raise_partial(self, reduction: _Reduction) -> None:
         """Name the ranks that did not record a step that others recorded. **Collective.**"""
-        recorded = int(reduction.buffer[:-NUM_FLAGS].reshape(NUM_BUFFER_ROWS, self._num_domains)[2].sum())
-        by_rank = self._comm.Allgather(np.array([recorded, reduction.num_due], np.int64))
-        silent = np.flatnonzero(by_rank[:, 0] != by_rank[:, 1])
+        recorded = int(reduction.buffer[:-NUM_FLAGS].reshape(NUM_BUFFER_ROWS, self._num_domains)[2].any())
+        by_rank = self._comm.Allgather(np.array([self._group, recorded], np.int64))
+        copies = np.bincount(by_rank[:, 0], weights=by_rank[:, 1])
+        # In groups with fewer copies than others, the ranks that did not record.
+        silent = np.flatnonzero((copies[by_rank[:, 0]] < copies.max()) & (by_rank[:, 1] == 0))
         raise CommError(
             f"Step {reduction.step} was recorded in part: ranks {silent.tolist()} did not record their losses, others "
-            "did.\n  Call record() for every step on all data-parallel ranks, or on none."
+            "did.\n  Call record() for every step in all data-parallel groups, on as many ranks in each, or in none."
         )
+
+
+def _hash_of(group: int) -> int:
+    return int.from_bytes(hashlib.blake2b(group.to_bytes(8, "little"), digest_size=4).digest(), "little")
 
 
 class AgreedRequests:

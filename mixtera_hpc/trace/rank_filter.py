@@ -29,5 +29,4 @@ def is_served_to(rank: int | None, attempt: AttemptRecord, record: Record) -> bo
     """
     if rank is None:
         return True
-    group_leader = rank // attempt.model_parallel_size * attempt.model_parallel_size
-    return bool(group_leader == record["rank"])
+    return bool(rank < attempt.num_ranks and attempt.leader_of(rank) == record["rank"])

@@ -11,6 +11,7 @@ import numpy as np
 
 from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.step_reducer import RankFlags, StepReducer
 
 
@@ -18,13 +19,13 @@ def main() -> None:
     comm = open_communicator()
 
     def body() -> None:
-        reducer = StepReducer(comm, 3, 4)
+        reducer = StepReducer(comm, 3, 4, BatchSlice(first=0, size=4))
         for step in range(9):
             digest = 8 if comm.rank == 1 and step == 2 else 7
             reducer.post(
                 step,
                 np.zeros((NUM_BUFFER_ROWS, 3), np.int64),
-                RankFlags(stop=False, save=False, digest=digest, num_due=4),
+                RankFlags(stop=False, save=False, digest=digest),
             )
             if comm.rank == 0:
                 time.sleep(0.1)  # Long enough for the reduction to be complete when it is polled.

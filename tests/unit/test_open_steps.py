@@ -132,9 +132,10 @@ def test_a_trainer_that_fetches_ahead_without_losses_says_what_it_has_finished(c
     assert [*first, *second] == expected
 
 
+@pytest.mark.parametrize("recording", [[0], [1], [0, 1]], ids=["first rank", "last rank", "both ranks"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_only_one_rank_of_each_group_needs_to_record(
-    collection: list[str], learning: Config, alone: tuple[list[Any], Statistics], ranks: int
+def test_losses_count_once_whichever_ranks_of_a_group_record(
+    collection: list[str], alone: tuple[list[Any], Statistics], ranks: int, recording: list[int]
 ) -> None:
     words = [word for word in collection if not word.startswith("mixture.group_by")]
     grouped = compose(
@@ -142,7 +143,7 @@ def test_only_one_rank_of_each_group_needs_to_record(
     )
 
     def serve(comm: ThreadCommunicator) -> Any:
-        record = record_whole if comm.rank % 2 == 0 else lambda plane, batch: None
+        record = record_whole if comm.rank % 2 in recording else lambda plane, batch: None
         return train(grouped, comm, record, STEPS, look_ahead=1)
 
     parts = run_ranks(ranks, serve)
@@ -184,6 +185,17 @@ def test_a_step_recorded_on_some_ranks_only_stops_the_run_with_their_names(confi
 
     with pytest.raises(CommError, match=r"Step 3 was recorded in part: ranks \[1\] did not record"):
         run_ranks(4, serve)
+
+
+def test_groups_that_recorded_unequal_numbers_of_copies_are_refused(collection: list[str]) -> None:
+    grouped = compose([*collection, *WORDS, "dataplane.model_parallel_size=4"])
+
+    def serve(comm: ThreadCommunicator) -> None:
+        # One copy in the first group and three in the second are two per group on average.
+        train(grouped, comm, record_whole if comm.rank in (0, 4, 5, 6) else lambda plane, batch: None, 6)
+
+    with pytest.raises(CommError, match=r"Step 0 was recorded in part: ranks \[1, 2, 3\] did not record"):
+        run_ranks(8, serve)
 
 
 def test_a_step_that_is_finished_with_missing_rows_is_reported(config: Config) -> None:
