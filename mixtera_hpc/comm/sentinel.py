@@ -42,7 +42,8 @@ def record_failure(folder: str, facts: "dict[str, object]") -> bool:
     facts = {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     try:
         # Exclusive creation: of several nodes, the first one wins.
-        file = os.open(os.path.join(folder, "failure.json"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)  # noqa: PTH118
+        path = os.path.join(folder, "failure.json")  # noqa: PTH118
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except OSError:
         return False
     os.write(file, json.dumps(facts).encode() + b"\n")

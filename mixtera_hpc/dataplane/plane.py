@@ -13,6 +13,7 @@ All MPI calls happen in the caller's thread, inside these methods. Warnings go t
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,25 +28,30 @@ from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.journal import last_attempt
-from mixtera_hpc.dataplane.plane_state import PlaneState
+from mixtera_hpc.dataplane.plane_state import STATE_KEY, PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.rank_layout import coordinate_in_mesh, gather_coordinates, slice_in_layout
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.resume.resume_point import initial_state
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
-from mixtera_hpc.dataplane.session import PlaneResources, Session, initial_state, start_session
+from mixtera_hpc.dataplane.session import PlaneResources, Session, start_session
 from mixtera_hpc.errors import is_clean_exit
 from mixtera_hpc.track.tracker import NullTracker, Tracker
 
-__all__ = ["STATE_KEY", "Batch", "DataPlane"]
-
-STATE_KEY = "plane"
-"""The only key of a state dict. Its value is one array, which every checkpoint library can store."""
+__all__ = ["Batch", "DataPlane"]
 
 
 class DataPlane:
-    """One rank's view of the data of a run. Every rank makes the same calls in the same order."""
+    """One rank's view of the data of a run. Every rank makes the same calls in the same order.
+
+    A run that continues in its folder serves the index as it was when the run began, even if the index was refreshed
+    since; set `index.generations` to choose other states. What was dropped from the run stays dropped.
+
+    After an exception in one rank, in `open` or inside the `with` block, that rank is named and all ranks end. Only a
+    caller who gives `open` a `Communicator` does that itself (`run_guarded`).
+    """
 
     def __init__(self, resources: PlaneResources, ends_job: bool = False) -> None:
         """Use `DataPlane.open`.
@@ -78,13 +84,9 @@ class DataPlane:
     ) -> Self:
         """Open the index and get ready to serve. **Collective.**
 
-        A run that continues in its folder serves the index as it was when the run began, even if the index was
-        refreshed since. Set `index.generations` to choose other states. What was dropped from the run stays dropped.
-
         Args:
-            comm: an mpi4py communicator, a torch process group, or None to detect how this process was started. Then an
-                exception in one rank, here or inside the `with` block, names that rank and ends all of them. With a
-                `Communicator` the caller does that (`run_guarded`).
+            comm: an mpi4py communicator, a torch process group, or None to detect how this process was started. With a
+                `Communicator` the caller ends the job after an error in one rank (`run_guarded`).
             folder: the folder of the run; without one nothing is journalled, and no control files are looked for.
             attempt: number of this attempt; None: that of the batch job, or the next one after those in the journal.
             tracker: receives metric events on rank 0.
@@ -101,54 +103,9 @@ class DataPlane:
             PropertyIndexError: the index is missing or stale, or was built with another tokenizer.
             MixtureError: a domain of the mixture has no samples.
         """
-        ends_job = not isinstance(comm, Communicator)
-        communicator: Communicator | None = None
-        try:
-            communicator = communicator_of(comm, config.dataplane.comm, subset=subset)
-            own = coordinate_in_mesh(mesh, data_dims) if mesh is not None else data_parallel
-            coordinates = gather_coordinates(communicator, own)
-            resources = cls._open_resources(config, communicator, coordinates, folder, attempt, tracker, split)
-        except BaseException as error:
-            if ends_job:
-                end_job(communicator, error)
-            raise
-        return cls(resources, ends_job)
-
-    @staticmethod
-    def _open_resources(
-        config: Config,
-        communicator: Communicator,
-        coordinates: tuple[int, ...] | None,
-        folder: RunFolder | None,
-        attempt: int | None,
-        tracker: Tracker | None,
-        split: Split,
-    ) -> PlaneResources:
-        """Open what the plane works with. **Collective.** Arguments as for `open`."""
-        # Wrong sizes are refused first: opening a large index takes seconds.
-        rank = communicator.rank
-        if coordinates is None:
-            batch_slice = BatchSlice.of(config.dataplane, rank, communicator.size)
-        else:
-            batch_slice = slice_in_layout(config.dataplane, rank, coordinates)
-        config, attempt = _settings_of_attempt(config, communicator, folder, attempt)
-
-        # Rank 0 reads what was dropped from the run, and shares it with the index.
-        subset = subset_of_run(folder if communicator.rank == 0 else None, split)
-        return PlaneResources(
-            source=open_source(config, communicator, subset=subset),
-            comm=communicator,
-            batch_slice=batch_slice,
-            data_parallel_ranks=coordinates,
-            recorder=RunRecorder(
-                folder,
-                attempt,
-                rank,
-                is_audited=config.dataplane.audit and batch_slice.is_group_leader,
-                tracker=tracker or NullTracker(),
-            ),
-            control=RunControl(folder, watch_files=communicator.rank == 0),
-        )
+        options = _OpenOptions(folder=folder, attempt=attempt, tracker=tracker or NullTracker(), split=split)
+        layout = _RankLayout(data_parallel=data_parallel, mesh=mesh, data_dims=data_dims, subset=subset)
+        return cls(_open_or_end_job(config, comm, layout, options), ends_job=not isinstance(comm, Communicator))
 
     @property
     def config(self) -> Config:
@@ -292,7 +249,7 @@ class DataPlane:
         if self._session is not None:
             own = self._session.state()
         elif self._resources.comm.rank == 0:
-            own = initial_state(self._resources)
+            own = initial_state(self._source, self._resources.recorder.run_edits())
 
         # Any rank may be the one that writes a checkpoint, and torch.distributed.checkpoint asks all of them.
         content = own.to_array().tobytes() if own is not None else None
@@ -319,7 +276,7 @@ class DataPlane:
             state = None
         elif not state:
             raise ValueError("load_state_dict() got no state on rank 0. To begin a run, do not call it.")
-        self._session = start_session(self._resources, _parse_state(state) if state else None)
+        self._session = start_session(self._resources, PlaneState.from_state_dict(state) if state else None)
 
     def close(self, orderly: bool = True) -> None:
         """Stop the reading thread and free everything. **Collective.**
@@ -354,17 +311,70 @@ def _step_of(batch: Batch | Mapping[str, Any]) -> int:
     return batch.step if isinstance(batch, Batch) else int(batch["step"])
 
 
-def _parse_state(state: Mapping[str, Any]) -> PlaneState:
-    if STATE_KEY not in state:
-        raise ValueError(
-            f"load_state_dict() got a state with the keys {sorted(state)}, but expects {STATE_KEY!r}.\n"
-            "  Give it what DataPlane.state_dict() returned."
-        )
-    content = state[STATE_KEY]
-    # A checkpoint of torch may have placed the bytes on an accelerator.
-    if hasattr(content, "detach"):
-        content = content.detach().cpu().numpy()
-    return PlaneState.from_array(np.asarray(content, np.uint8))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _RankLayout:
+    """What `DataPlane.open` was given about the ranks; the same fields."""
+
+    data_parallel: tuple[int, int] | None
+    mesh: Any
+    data_dims: Sequence[str]
+    subset: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OpenOptions:
+    """What `DataPlane.open` was given about the run; the same fields."""
+
+    folder: RunFolder | None
+    attempt: int | None
+    tracker: Tracker
+    split: Split
+
+
+def _open_or_end_job(config: Config, comm: Any, layout: _RankLayout, options: _OpenOptions) -> PlaneResources:
+    """Open what the plane works with. An error in one rank ends all, unless the caller does that. **Collective.**"""
+    communicator: Communicator | None = None
+    try:
+        communicator = communicator_of(comm, config.dataplane.comm, subset=layout.subset)
+        own = layout.data_parallel
+        if layout.mesh is not None:
+            own = coordinate_in_mesh(layout.mesh, layout.data_dims)
+        return _open_resources(config, communicator, gather_coordinates(communicator, own), options)
+    except BaseException as error:
+        if not isinstance(comm, Communicator):
+            end_job(communicator, error)
+        raise
+
+
+def _open_resources(
+    config: Config, comm: Communicator, coordinates: tuple[int, ...] | None, options: _OpenOptions
+) -> PlaneResources:
+    """Open what the plane works with. **Collective.**
+
+    Args:
+        coordinates: data-parallel coordinate of every rank; None if the ranks of a group are neighbours.
+    """
+    # Wrong sizes are refused first: opening a large index takes seconds.
+    if coordinates is None:
+        batch_slice = BatchSlice.of(config.dataplane, comm.rank, comm.size)
+    else:
+        batch_slice = slice_in_layout(config.dataplane, comm.rank, coordinates)
+    config, attempt = _settings_of_attempt(config, comm, options.folder, options.attempt)
+
+    # Rank 0 reads what was dropped from the run, and shares it with the index.
+    is_root = comm.rank == 0
+    subset = subset_of_run(options.folder if is_root else None, options.split)
+    source = open_source(config, comm, subset=subset)
+
+    is_audited = config.dataplane.audit and batch_slice.is_group_leader
+    return PlaneResources(
+        source=source,
+        comm=comm,
+        batch_slice=batch_slice,
+        data_parallel_ranks=coordinates,
+        recorder=RunRecorder(options.folder, attempt, comm.rank, is_audited=is_audited, tracker=options.tracker),
+        control=RunControl(options.folder, watch_files=is_root),
+    )
 
 
 def _settings_of_attempt(

@@ -21,7 +21,10 @@ from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError, DataError
 
-__all__ = ["PlaneState", "check_identity", "pack_state", "unpack_state"]
+__all__ = ["STATE_KEY", "PlaneState", "check_identity", "pack_state", "unpack_state"]
+
+STATE_KEY = "plane"
+"""The only key of `DataPlane.state_dict()`. Its value is one array, which every checkpoint library can store."""
 
 VERSION = 3
 
@@ -85,6 +88,26 @@ class PlaneState:
             "identity": dict(self.identity),
         }
         return pack_state(facts, {"plan": self.plan.to_array(), **self.mixer})
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "PlaneState":
+        """Restore what `DataPlane.state_dict` returned; the array may have become a torch tensor.
+
+        Raises:
+            ConfigError: the state was written by another version.
+            DataError: the bytes are not a state, or are damaged.
+            ValueError: it is another object's state.
+        """
+        if STATE_KEY not in state:
+            raise ValueError(
+                f"load_state_dict() got a state with the keys {sorted(state)}, but expects {STATE_KEY!r}.\n"
+                "  Give it what DataPlane.state_dict() returned."
+            )
+        content = state[STATE_KEY]
+        # A checkpoint of torch may have placed the bytes on an accelerator.
+        if hasattr(content, "detach"):
+            content = content.detach().cpu().numpy()
+        return cls.from_array(np.asarray(content, np.uint8))
 
     @classmethod
     def from_array(cls, content: NDArray[np.uint8]) -> "PlaneState":

@@ -34,7 +34,7 @@ from mixtera_hpc.dataplane.step_ledger import StepLedger
 from mixtera_hpc.dataplane.step_reducer import AgreedRequests, RankFlags, StepReducer, StepResult
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["PlaneResources", "Session", "initial_state", "start_session"]
+__all__ = ["PlaneResources", "Session", "start_session"]
 
 POLL_S = 5e-4
 """How often plans and reductions are tested while this rank waits for data."""
@@ -81,24 +81,6 @@ def start_session(resources: PlaneResources, state: PlaneState | None) -> "Sessi
     return Session(resources, start, state)
 
 
-def initial_state(resources: PlaneResources) -> PlaneState:
-    """Return the state that a run begins with; rank 0 only.
-
-    It has the format of any other state, but no algorithm state: a mixing algorithm begins with its prior.
-    """
-    source = resources.source
-    start = find_resume_point(source, None, resources.recorder.run_edits())
-    return PlaneState(
-        next_step=start.step,
-        plan=start.plan,
-        mixer={},
-        num_fed=0,
-        decisions=[],
-        stream_version=start.stream_version,
-        identity=source.identity(),
-    )
-
-
 class Session:
     """Serves the batches of one rank. Every rank makes the same calls in the same order."""
 
@@ -134,16 +116,7 @@ class Session:
         self.data_wait_s = 0.0
         """Seconds that the trainer waited for the last batch."""
 
-        self._recorder.record_start(
-            AttemptSetup(
-                first_step=start.step,
-                num_ranks=self._comm.size,
-                model_parallel_size=self._comm.size // (plane.global_batch_size // self._slice.size),
-                data_parallel_ranks=resources.data_parallel_ranks,
-                identity=source.identity(),
-                stream_version=source.stream_version,
-            )
-        )
+        self._record_start(resources.data_parallel_ranks)
         self._poll_mixture_request()
         # Last, so that no thread or process is left behind if the above fails.
         self._prefetcher = Prefetcher(open_batch_source(source, self._slice), plane.prefetch_batches)
@@ -231,6 +204,21 @@ class Session:
         # The thread may be inside a read that a broken file system never answers.
         self._prefetcher.close(timeout_s=None if orderly else ABANDON_S)
         self._mixture.close()
+
+    def _record_start(self, data_parallel_ranks: Sequence[int] | None) -> None:
+        """Write to the journal what this attempt serves, and in which layout of ranks."""
+        plane = self._source.config.dataplane
+        num_groups = plane.global_batch_size // self._slice.size
+        self._recorder.record_start(
+            AttemptSetup(
+                first_step=self._first_step,
+                num_ranks=self._comm.size,
+                model_parallel_size=self._comm.size // num_groups,
+                data_parallel_ranks=data_parallel_ranks,
+                identity=self._source.identity(),
+                stream_version=self._source.stream_version,
+            )
+        )
 
     def _wait_for_batch(self) -> Batch | None:
         while True:

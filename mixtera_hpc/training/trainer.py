@@ -21,7 +21,8 @@ from torch import Tensor
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.plane import STATE_KEY, Batch, DataPlane
+from mixtera_hpc.dataplane.plane import Batch, DataPlane
+from mixtera_hpc.dataplane.plane_state import STATE_KEY
 from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, read_run_edits
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.track.event_types import AttemptEvent

@@ -19,7 +19,7 @@ from mixtera_hpc.dataplane.resume.run_identity import config_for_identity, subse
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["ResumePoint", "find_resume_point", "share_resume_point"]
+__all__ = ["ResumePoint", "find_resume_point", "initial_state", "share_resume_point"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +92,23 @@ def _edited_resume_point(
     if "drop" in changed:
         version = replace(version, origins=_origins_after_drop(before, source, position.cursors))
     return ResumePoint(step=state.next_step, plan=_empty_plan(position), stream_version=version)
+
+
+def initial_state(source: Source, run_edits: Sequence[RunEdit]) -> PlaneState:
+    """Return the state that a run begins with; rank 0 only.
+
+    It has the format of any other state, but no algorithm state: a mixing algorithm begins with its prior.
+    """
+    start = find_resume_point(source, None, run_edits)
+    return PlaneState(
+        next_step=start.step,
+        plan=start.plan,
+        mixer={},
+        num_fed=0,
+        decisions=[],
+        stream_version=start.stream_version,
+        identity=source.identity(),
+    )
 
 
 def share_resume_point(comm: Communicator, point: ResumePoint | None, num_domains: int) -> ResumePoint:
