@@ -12,6 +12,9 @@ from mixtera_hpc.config.schema import ClusterConfig
 from mixtera_hpc.config.yaml_files import read_yaml
 from mixtera_hpc.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+"""Composes a configuration for every mistake."""
+
 BASE = ["data.root=/data", "mixture.unit=samples"]
 
 

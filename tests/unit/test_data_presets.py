@@ -17,6 +17,9 @@ from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.read.open import open_index
 
+pytestmark = pytest.mark.slow
+"""Builds an index for every preset."""
+
 Row = dict[str, Any]
 Write = Callable[[Path], None]
 

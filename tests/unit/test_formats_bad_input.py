@@ -26,6 +26,9 @@ from mixtera_hpc.index.read.open import open_index
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.writers import json_lines, write_arrow, write_parquet, write_tar
 
+pytestmark = pytest.mark.slow
+"""Decodes decompression bombs up to their limit."""
+
 Make = Callable[[Path], None]
 """Writes a bad file into a folder."""
 ROWS = [{"text": f"text {i} " * 20, "meta": {"language": "en", "quality": 0.5}, "tags": ["a"]} for i in range(300)]

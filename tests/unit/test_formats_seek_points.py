@@ -22,6 +22,9 @@ from mixtera_hpc.testing.format_cases import FormatCase, read_blocks, scan_whole
 from mixtera_hpc.testing.formats import CHECKS
 from mixtera_hpc.testing.writers import write_compressed
 
+pytestmark = pytest.mark.slow
+"""Compresses and reads files of several megabytes."""
+
 SMALL = JsonlGzFormat(long_bytes=1000, block_bytes=5000)
 FORMAT = JsonlGzFormat(long_bytes=100_000, block_bytes=200_000)
 

@@ -8,6 +8,9 @@ import pytest
 from mixtera_hpc.core.mixing.algorithm import ALGORITHMS, MixingAlgorithm, make_algorithm
 from mixtera_hpc.testing.mixing import CHECKS
 
+pytestmark = pytest.mark.slow
+"""Every algorithm passes every check."""
+
 QUICK = {"warmup": 40, "refit_interval": 15}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ado": ("ado", QUICK),

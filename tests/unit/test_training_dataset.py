@@ -12,6 +12,9 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.training.dataset import PlaneDataset
 
+pytestmark = pytest.mark.slow
+"""Starts loaders of torch."""
+
 WORDS = ["dataplane.seq_len=32", "dataplane.global_batch_size=4", "dataplane.chunk_steps=3", "dataplane.audit=true"]
 STEPS = 10
 

@@ -28,6 +28,9 @@ from mixtera_hpc.track.event_reader import read_events
 from mixtera_hpc.training.checkpoint import load_newest_checkpoint
 from mixtera_hpc.training.trainer import run_training
 
+pytestmark = pytest.mark.slow
+"""Trains small models."""
+
 WORDS = [*"abcdefghijklmnop", "the", "cat", "return", "import", "garden", "(", ")", "=", "."]
 TRAINING = TrainingConfig(num_steps=10, num_layers=1, num_heads=2, embedding_dim=16, warmup_steps=2)
 
