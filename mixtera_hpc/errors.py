@@ -31,6 +31,7 @@ __all__ = [
     "exit_code_of",
     "is_clean_exit",
     "missing_package",
+    "pluralize",
     "require_package",
 ]
 
@@ -126,6 +127,11 @@ def did_you_mean(got: str, valid: list[str] | tuple[str, ...]) -> str:
     if valid and len(valid) <= 12:
         return f" Known: {', '.join(repr(v) for v in valid)}."
     return ""
+
+
+def pluralize(number: int, noun: str) -> str:
+    """Return a number and its noun for a message: `1 row`, `1,234 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def missing_package(error: ModuleNotFoundError) -> UserError | None:

@@ -8,15 +8,10 @@ import msgspec
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["open_console", "pluralize", "print_json"]
+__all__ = ["open_console", "print_json"]
 
 PIPE_COLUMNS = 160
 """Width of output to a file or a pipe."""
-
-
-def pluralize(number: int, noun: str) -> str:
-    """Return `1 row`, `1,234 rows`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def print_json(value: object) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 
 from mixtera_hpc.cli.collection import compose_build, compose_data, open_collection
-from mixtera_hpc.cli.console import pluralize
 from mixtera_hpc.cli.index_progress import show_progress
 from mixtera_hpc.cli.index_text import (
     build_lines,
@@ -21,7 +20,7 @@ from mixtera_hpc.cli.index_text import (
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, pluralize
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.derive import derive_properties
 from mixtera_hpc.index.build.refresh import refresh_index

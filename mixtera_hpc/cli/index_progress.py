@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from mixtera_hpc.cli.console import pluralize
 from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.errors import pluralize
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback, ScanProgress
 
 __all__ = ["show_progress"]

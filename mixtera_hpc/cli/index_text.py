@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mixtera_hpc.cli.console import open_console, pluralize
+from mixtera_hpc.cli.console import open_console
+from mixtera_hpc.errors import pluralize
 from mixtera_hpc.index.build.assemble import BuildReport
 from mixtera_hpc.index.build.derive import DeriveReport
 from mixtera_hpc.index.build.refresh import RefreshReport

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.errors import DataError, pluralize
 from mixtera_hpc.formats.base import BlockRef
 
 __all__ = [
@@ -39,11 +39,10 @@ def bad_rows_error(path: Path, bad: list[tuple[int, str]]) -> DataError:
         bad: (row of the shard, problem); `MAX_BAD_ROWS` entries at most.
     """
     # A scan stops at the limit, so there may be more.
-    plural = "" if len(bad) == 1 else "s"
     prefix = "at least " if len(bad) >= MAX_BAD_ROWS else ""
     error = DataError(
-        f"{path} has {prefix}{len(bad)} unreadable row{plural}. Every row needs a text at the path data.text, and "
-        "values of the kinds that data.properties names.\n"
+        f"{path} has {prefix}{pluralize(len(bad), 'unreadable row')}. Every row needs a text at the path data.text, "
+        "and values of the kinds that data.properties names.\n"
         "  Repair or remove them, exclude the file with data.exclude, or skip such rows with data.on_bad_sample=skip."
     )
     for row, problem in bad:

@@ -9,7 +9,6 @@ __all__ = [
     "format_percent",
     "format_seconds",
     "format_share",
-    "plural",
 ]
 
 MISSING = "–"
@@ -72,11 +71,6 @@ def format_duration(seconds: float | None) -> str:
         return f"{minutes // 60} h {minutes % 60} min"
     days, remainder_s = divmod(seconds, 86400)
     return f"{days:.0f} d {round(remainder_s / 3600)} h"
-
-
-def plural(count: int, noun: str) -> str:
-    """Return count and noun: `1 rank`, `8 ranks`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _significant(value: float, digits: int) -> str:

@@ -1,7 +1,8 @@
 """Phrases and suggested commands that the HTML page and the terminal share."""
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.report.number_format import format_count, format_seconds, plural
+from mixtera_hpc.errors import pluralize
+from mixtera_hpc.report.number_format import format_count, format_seconds
 from mixtera_hpc.report.summary import RunPerformance, RunSummary
 
 __all__ = ["describe_progress", "describe_ranks", "median_and_p95", "next_commands"]
@@ -12,15 +13,15 @@ def describe_progress(summary: RunSummary) -> str:
     steps = f"{format_count(summary.steps, 4)} steps"
     if summary.num_steps:
         steps = f"{format_count(summary.steps, 4)} of {format_count(summary.num_steps, 4)} steps"
-    return f"{steps} · {plural(summary.num_attempts, 'attempt')} · {describe_ranks(summary.performance)}"
+    return f"{steps} · {pluralize(summary.num_attempts, 'attempt')} · {describe_ranks(summary.performance)}"
 
 
 def describe_ranks(performance: RunPerformance) -> str:
     """Return `2 ranks on 1 node`, or `2 ranks` if the number of nodes is unknown."""
-    ranks = plural(performance.num_ranks, "rank")
+    ranks = pluralize(performance.num_ranks, "rank")
     if performance.num_nodes is None:
         return ranks
-    return f"{ranks} on {plural(performance.num_nodes, 'node')}"
+    return f"{ranks} on {pluralize(performance.num_nodes, 'node')}"
 
 
 def median_and_p95(median: float | None, p95: float | None) -> str:

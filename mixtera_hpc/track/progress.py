@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mixtera_hpc.errors import pluralize
+
 __all__ = ["ProgressPrinter"]
 
 INTERVAL_S = 2.0
@@ -60,8 +62,9 @@ class ProgressPrinter:
 
 def _attempt_text(event: Mapping[str, Any]) -> str:
     return (
-        f"starts: {event['num_ranks']} ranks on {event['num_nodes']} nodes, {event['device']}, "
-        f"{event['num_parameters'] / 1e6:.2f} M parameters, {len(event['domains'])} domains"
+        f"starts: {pluralize(event['num_ranks'], 'rank')} on {pluralize(event['num_nodes'], 'node')}, "
+        f"{event['device']}, {event['num_parameters'] / 1e6:.2f} M parameters, "
+        f"{pluralize(len(event['domains']), 'domain')}"
     )
 
 

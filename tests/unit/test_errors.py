@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mixtera_hpc import errors
-from mixtera_hpc.errors import MixteraError, SavedAndStopped, did_you_mean, exit_code_of, is_clean_exit
+from mixtera_hpc.errors import MixteraError, SavedAndStopped, did_you_mean, exit_code_of, is_clean_exit, pluralize
 
 LINE = re.compile(r"^(?P<indent>[│├└─ ]*)(?P<name>[A-Z]\w+) +(?P<code>\d+)? ")
 
@@ -60,3 +60,7 @@ def test_a_hint_names_near_misses_or_else_a_few_valid_values() -> None:
     assert did_you_mean("x", ["language", "source"]) == " Known: 'language', 'source'."
     assert did_you_mean("x", [f"value_{n}" for n in range(13)]) == ""
     assert did_you_mean("x", []) == ""
+
+
+def test_a_number_and_its_noun_agree() -> None:
+    assert [pluralize(n, "row") for n in (0, 1, 2, 1234)] == ["0 rows", "1 row", "2 rows", "1,234 rows"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mixtera_hpc.cli.console import open_console, pluralize
+from mixtera_hpc.cli.console import open_console
 from mixtera_hpc.cli.run_arguments import find_run
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
@@ -15,7 +15,7 @@ from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.mixing.submission import submit_request
 from mixtera_hpc.dataplane.mixing.weight_changes import WeightChange, find_weight_changes
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, pluralize
 from mixtera_hpc.launch.status import run_statuses
 
 __all__ = ["show_or_set_mixture"]

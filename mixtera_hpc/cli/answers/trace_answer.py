@@ -11,7 +11,7 @@ from mixtera_hpc.cli.run_arguments import find_run, find_run_named
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.journal import History
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, pluralize
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.diff import RunDifference, first_difference
 from mixtera_hpc.trace.list import SequenceFilter, list_sequences
@@ -72,10 +72,9 @@ def _print_verified(result: VerifyResult, as_json: bool) -> None:
     if as_json:
         _print_json(result)
         return
-    plural = "s" if result.num_attempts != 1 else ""
     print(
         f"verified: {result.num_sequences:,} sequences of {result.num_steps} steps, each consumed exactly once as "
-        f"planned, over {result.num_attempts} attempt{plural}"
+        f"planned, over {pluralize(result.num_attempts, 'attempt')}"
     )
     if result.unfinished_step is not None:
         print(f"The last attempt was killed in step {result.unfinished_step}, which is not part of the proof.")

@@ -1,0 +1,14 @@
+"""The lines that a training run prints about its progress."""
+
+import pytest
+
+from mixtera_hpc.track.event_types import AttemptEvent
+from mixtera_hpc.track.progress import ProgressPrinter
+
+
+def test_a_single_rank_node_or_domain_is_printed_in_the_singular(capsys: pytest.CaptureFixture[str]) -> None:
+    event = AttemptEvent(step=0, num_ranks=1, num_nodes=1, device="cpu", num_parameters=1_500_000, domains=["en"])
+    ProgressPrinter(10, lambda step: None).log("attempts", event)
+
+    text = capsys.readouterr().err
+    assert "step 0 of 10: starts: 1 rank on 1 node, cpu, 1.50 M parameters, 1 domain\n" in text
