@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Run the unit and property tests as an unprivileged user, with Debian's own python3, from a folder with a space in its name.
-# root passes every permission check, so some faults show only here. Needs root on Debian.
+# Run the unit and property tests as an unprivileged user, with Debian's own python3, in a folder with a space in its
+# name. root passes every permission check, so some faults show only here. Needs root on Debian.
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 user=mixtera-ci
 home=/home/$user
 folder="$home/plain user/mixtera-hpc"
 
-dpkg -s python3-venv >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv; }
+if ! dpkg -s python3-venv >/dev/null 2>&1; then
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends python3-venv
+fi
 id "$user" >/dev/null 2>&1 || useradd --create-home --shell /bin/bash "$user"
 rm -rf "$home/plain user"
 mkdir -p "$folder"
