@@ -7,7 +7,6 @@ from mixtera_hpc.config.check_job import job_problems
 from mixtera_hpc.config.check_numbers import all_at_least, at_least
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.job_shape import num_ranks
-from mixtera_hpc.config.mixture.check_mixture import mixture_problems
 from mixtera_hpc.config.schema import (
     CheckpointConfig,
     Config,
@@ -60,6 +59,9 @@ def run_problems(config: Config) -> list[str]:
 
 
 def _data(config: Config) -> list[str]:
+    # Imported here because it imports numpy and all mixing algorithms, and verbs import this module for `--help` too.
+    from mixtera_hpc.config.mixture.check_mixture import mixture_problems
+
     return [
         *data_problems(config.data, config.index),
         *_vocabulary(config.dataplane),
@@ -160,8 +162,10 @@ def _run(run: RunConfig) -> list[str]:
 
 
 def _plan(plan: PlanConfig) -> list[str]:
-    steps = [] if plan.steps is None else at_least("plan.steps", plan.steps, 1)
-    return [*at_least("plan.first_step", plan.first_step, 0), *steps]
+    return [
+        *at_least("plan.first_step", plan.first_step, 0),
+        *all_at_least("plan", plan, 1, ("steps",)),
+    ]
 
 
 def _batch_split(config: Config) -> list[str]:

@@ -66,6 +66,11 @@ def test_help_of_a_verb_imports_no_heavy_library() -> None:
     assert imported_by(f"import {modules}") & HEAVY == set()
 
 
+def test_help_of_the_verbs_that_start_runs_imports_no_numpy() -> None:
+    modules = ", ".join(f"mixtera_hpc.cli.verbs.{verb}" for verb in ("run", "submit", "sweep", "resume"))
+    assert imported_by(f"import {modules}") & {*HEAVY, "numpy", "h5py"} == set()
+
+
 def test_help_lists_every_verb_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()

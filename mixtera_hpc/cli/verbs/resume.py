@@ -10,10 +10,8 @@ from argparse import ArgumentParser, Namespace
 from mixtera_hpc.cli.all_ranks import run_on_all_ranks
 from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
 from mixtera_hpc.cli.verbs.submit import follow_submitted, print_submitted
-from mixtera_hpc.comm.launcher import started_by_launcher
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.launch.resume import ResumeRequest, was_submitted
-from mixtera_hpc.training.continue_run import continue_run, submit_next_attempt
 
 __all__ = ["arguments", "run"]
 
@@ -78,6 +76,10 @@ def run(args: Namespace) -> int:
 
 
 def _resume(args: Namespace) -> int:
+    # Imported here because they import numpy, which takes longer than `--help` may take.
+    from mixtera_hpc.comm.launcher import started_by_launcher
+    from mixtera_hpc.training.continue_run import continue_run, submit_next_attempt
+
     folder = find_run(args)
     request = ResumeRequest(
         skip_steps=_steps(args.skip_steps) if args.skip_steps else None,

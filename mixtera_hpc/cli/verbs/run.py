@@ -15,8 +15,6 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.launch.attempts import start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
-from mixtera_hpc.training.continue_run import continue_run
-from mixtera_hpc.training.run_attempt import Attempt, run_attempt
 
 __all__ = ["arguments", "run"]
 
@@ -43,6 +41,9 @@ def _run_attempt(args: Namespace) -> int:
     _check_arguments(args)
     if args.folder is None:
         return _start_run(args.overrides)
+    # Imported here because it imports numpy, which takes longer than `--help` may take.
+    from mixtera_hpc.training.continue_run import continue_run
+
     return continue_run(RunFolder(args.folder.absolute()), attempt=args.attempt)
 
 
@@ -57,6 +58,9 @@ def _check_arguments(args: Namespace) -> None:
 
 
 def _start_run(overrides: Sequence[str]) -> int:
+    # Imported here because it imports numpy, which takes longer than `--help` may take.
+    from mixtera_hpc.training.run_attempt import Attempt, run_attempt
+
     config = compose(overrides)
 
     def prepare(num_ranks: int) -> Attempt:
