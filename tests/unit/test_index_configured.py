@@ -121,21 +121,25 @@ class TestStoredDataRoot:
             open_configured(compose([*words, cure])).close()
 
     @pytest.mark.usefixtures("as_another_user")
-    def test_an_index_of_another_user_below_a_trusted_folder_is_accepted(
+    def test_trust_depends_on_the_stored_root_and_not_on_the_place_of_the_index(
         self, paths: list[str], tmp_path: Path
     ) -> None:
         shared = tmp_path / "shared"
         shared.mkdir()
         published = Path(paths[0]).rename(shared / "prose.h5")
         words = [f"index.path={published}", *SAMPLES]
-        open_configured(compose([*words, f"index.trusted_roots=[{shared}]"])).close()
-
-        linked = tmp_path / "linked"
-        linked.mkdir()
-        (linked / "prose.h5").symlink_to(published)
-        words = [f"index.path={linked}/prose.h5", *SAMPLES]
         with pytest.raises(PropertyIndexError, match="belongs to another user"):
-            open_configured(compose([*words, f"index.trusted_roots=[{linked}]"]))
+            open_configured(compose([*words, f"index.trusted_roots=[{shared}]"]))
+        open_configured(compose([*words, f"index.trusted_roots=[{tmp_path}/prose]"])).close()
+
+    @pytest.mark.usefixtures("as_another_user")
+    def test_a_stored_root_that_is_a_link_out_of_a_trusted_folder_is_refused(
+        self, paths: list[str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        private = (tmp_path / "prose").rename(tmp_path_factory.mktemp("private") / "prose")
+        (tmp_path / "prose").symlink_to(private)
+        with pytest.raises(PropertyIndexError, match="belongs to another user"):
+            open_configured(compose([f"index.path={paths[0]}", *SAMPLES, f"index.trusted_roots=[{tmp_path}]"]))
 
     @pytest.mark.usefixtures("as_another_user")
     def test_each_of_several_indexes_is_checked(self, paths: list[str], tmp_path: Path) -> None:

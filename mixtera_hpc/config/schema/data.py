@@ -95,8 +95,9 @@ class IndexConfig:
     characters. The run sees that state, without the shards added by a later refresh. An empty string takes the newest
     state of that index, an empty list the newest state of all."""
     trusted_roots: list[str] = field(default_factory=list)
-    """Where `data.root` is empty: folders that you trust. The data root stored in an index of another user is accepted
-    if the index file or that root is below one of them. The one stored in an index of your own is always accepted."""
+    """Used if `data.root` is empty: folders whose data your jobs may read. The data root stored in an index of another
+    user is accepted only if it is one of these folders or below one. The one stored in an index of your own is always
+    accepted."""
     block_rows: int = 256
     """Rows per block for formats that leave the choice (JSONL, WebDataset, Megatron). A block is the unit of I/O and of
     shuffling."""

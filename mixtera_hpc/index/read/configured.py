@@ -1,8 +1,9 @@
 """Open the indexes that a configuration names, and decide where their shards are.
 
 A configured `data.root` (or `data.sets`) wins. Without one, the data root stored in the index is used. An index file
-can name any folder, and a run reads that folder with the user's permissions, so the stored root is accepted only if the
-index file belongs to the user, or if the file or the root is below one of `index.trusted_roots`.
+can name any folder, and a run reads that folder with the user's permissions. So the stored root is accepted only if the
+index file belongs to the user, or if the root is below one of `index.trusted_roots`. The place of the file itself gives
+no trust: whoever can write there could name a private folder of the user in it.
 """
 
 import logging
@@ -115,11 +116,10 @@ def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Seque
     # The owner of the file can name any folder in it.
     is_own = path.stat().st_uid == os.geteuid()
     for root in roots:
-        is_trusted = any(place.resolve().is_relative_to(folder) for place in (path, root) for folder in trusted)
-        if not is_own and not is_trusted:
+        if not is_own and not any(root.resolve().is_relative_to(folder) for folder in trusted):
             raise PropertyIndexError(
                 f"data.root is not set, and {path}, which belongs to another user, names the data root {root}. A "
-                "stored data root is used only if the index file is yours, or if the file or the root is below one of "
+                "stored data root is used only if the index file is yours, or if the root is below one of "
                 "index.trusted_roots.\n"
                 f"  Set data.root={root}, or add the folder to index.trusted_roots."
             )
