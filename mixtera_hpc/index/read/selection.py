@@ -71,7 +71,8 @@ def check_split(config: Config, split: Split) -> None:
     """
     if split == "validation" and not config.query.holdout.fraction:
         raise ConfigError(
-            "The held-out samples are requested, but nothing is held out.\n  Set query.holdout.fraction, e.g. to 0.01."
+            "The held-out samples are requested, but nothing is held out.\n  Set query.holdout.fraction, e.g. to 0.01. "
+            "A run keeps the value that it was started with."
         )
 
 
