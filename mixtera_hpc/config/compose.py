@@ -85,9 +85,7 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
             "one value for each key."
         )
     if _CONFIG_FLAGS.isdisjoint(flag.partition("=")[0] for flag in flags):
-        composed = _composed(first_of_sweep(words) if sweep else words)
-        if "--resolve" in flags:
-            from_omegaconf(composed)
+        from_plain(Config, compose_plain(first_of_sweep(words) if sweep else words))
 
     register_schema()
     find_configs(chosen_groups(words))

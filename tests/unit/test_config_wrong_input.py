@@ -120,6 +120,16 @@ def test_the_hydra_application_finds_configs_of_the_user(own: Path) -> None:
     assert "name: mine" in done.stdout
 
 
+@pytest.mark.parametrize("flags", [[], ["--resolve"]])
+def test_the_hydra_application_prints_no_config_with_an_unknown_key(flags: list[str], own: Path) -> None:
+    (own / "experiment/mine.yaml").write_text("# @package _global_\ntraining: {validat_every: 3}\n")
+
+    done = _hydra_application("experiment=mine", *flags)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("ConfigError: training.validat_every is not a known key. Did you mean")
+
+
 def _hydra_application(*words: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "mixtera_hpc.training", "--cfg", "job", *BASE, *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
