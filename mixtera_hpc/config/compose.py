@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.check import check_run
-from mixtera_hpc.config.composition.conf_folders import CONFIG_NAME, conf_dir, conf_folders
+from mixtera_hpc.config.composition.conf_folders import CONFIG_NAME, check_file_names, conf_dir
 from mixtera_hpc.config.composition.messages import explain
 from mixtera_hpc.config.composition.override_words import chosen_groups, first_of_sweep, hydra_words
 from mixtera_hpc.config.convert import from_plain
@@ -105,20 +105,29 @@ def _composed(overrides: Sequence[str]) -> Any:
     from mixtera_hpc.config.composition.experiments import search_our_configs
     from mixtera_hpc.config.composition.schema_store import register_schema
 
-    conf_folders()  # Raises for a wrong MIXTERA_CONF.
     register_schema()
     words = hydra_words(overrides)
     with search_our_configs(chosen_groups(words)):
         try:
+            check_file_names()
             with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="mixtera-hpc"):
                 composed = hydra_compose(CONFIG_NAME, overrides=words)
         except yaml.YAMLError as error:
             raise ConfigError(f"Invalid YAML in a config file: {error}\n  Fix the file.") from None
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(explain(error, overrides)) from None
+        except OSError as error:  # Not before HydraException, some of which are an OSError too.
+            raise ConfigError(
+                f"A config file cannot be read: {error}.\n  Make it readable, or correct MIXTERA_CONF."
+            ) from None
+        except RecursionError:
+            raise ConfigError(
+                "The `defaults` lists of the config files form a cycle: a file lists itself, or one that lists it.\n"
+                "  Remove one of the entries."
+            ) from None
     if "experiment" in composed:
         raise ConfigError(
             "The keys of the experiment are below `experiment`. Begin its file with the line `# @package _global_`, "
-            "which puts them at the top."
+            "which puts them at the top. No byte order mark may be before it."
         )
     return composed

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from mixtera_hpc.config.composition.conf_folders import group_options
+from mixtera_hpc.config.composition.conf_folders import conf_folders, group_options, own_files
 from mixtera_hpc.config.composition.override_words import hydra_words
 from mixtera_hpc.config.convert import missing_key
 from mixtera_hpc.config.key_paths import hint_of, schema_keys, without_none
@@ -16,10 +16,50 @@ __all__ = ["explain"]
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     """Return the message for an error of Hydra's or OmegaConf's to which `overrides`, as typed, led."""
     text = str(error).strip()
+    if (message := _wrong_option(text, overrides) or _wrong_file(error, text)) is not None:
+        return message
     for pattern, message in _MESSAGES:
         if match := re.search(pattern, text):
             return message(match, text)
     return _unparsable(overrides) or text + (f"\n  The overrides were: {' '.join(overrides)}" if overrides else "")
+
+
+def _wrong_option(text: str, overrides: Sequence[str]) -> str | None:
+    """Return the message for an override that gives a group a value that cannot name a config file."""
+    if "Config group override must be a string or a list" not in text:
+        return None
+    for word in overrides:
+        key, _, value = word.lstrip("+").partition("=")
+        options = group_options(key) if key in _group_names() else []
+        if options and value not in options:
+            return (
+                f"{word}: {key} is a group of keys, and {value} does not name one of its config files.\n"
+                f"  Choose {' or '.join(f'{key}={option}' for option in options)}, or set a single key: {key}.KEY=VALUE"
+            )
+    return None
+
+
+def _wrong_file(error: Exception, text: str) -> str | None:
+    """Return the message for a config file of the user that holds no mapping, or no text; None for other errors."""
+    import yaml  # type: ignore[import-untyped]  # Imported here to keep --help fast.
+
+    if not isinstance(error, UnicodeDecodeError) and "ListConfig" not in text:
+        return None
+    for folder, name in own_files():
+        path = folder / name
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as problem:
+            return f"{path} is not UTF-8 text: {problem.reason} at byte {problem.start}.\n  Save it as UTF-8."
+        except (OSError, yaml.YAMLError):
+            continue  # Another file than the one that failed: its error would be of this kind.
+        if isinstance(content, list):
+            return f"{path} holds a list.\n  Write `key: value` lines."
+    return None
+
+
+def _group_names() -> list[str]:
+    return [key.path for key in schema_keys() if key.is_group and "." not in key.path]
 
 
 def _near_keys(key: str) -> str:
@@ -57,11 +97,25 @@ def _missing(match: "re.Match[str]", text: str) -> str:
 
 
 def _unknown_key(match: "re.Match[str]", text: str) -> str:
-    return _cannot_be_set(match.group(1))
+    key = match.group(1)
+    if "/" in key or "@" in key:
+        return (
+            f"{key} is not a group of config files. The groups are {', '.join(_group_names())} and experiment.\n"
+            f"  To set a key, write its path with dots, e.g. {key.replace('/', '.').partition('@')[0]}.KEY=VALUE"
+        )
+    return _cannot_be_set(key)
 
 
 def _no_such_file(match: "re.Match[str]", text: str) -> str:
     group, _, option = match.group(1).rpartition("/")
+    for folder in conf_folders():
+        path = folder / group / f"{option}.yaml"
+        if path.is_dir():
+            return f"{path} is a folder, but must be a config file.\n  Rename it, and put a YAML file there."
+        if path.is_symlink():
+            return f"{path} is a link to {path.readlink()}, which does not exist.\n  Correct the link."
+        if path.with_suffix(".yml").is_file():
+            return f"{path.with_suffix('.yml')} is not read: config files end in .yaml.\n  Rename it to {path.name}."
     return f"{group}={option} does not exist.{did_you_mean(option, group_options(group))}"
 
 
@@ -71,8 +125,8 @@ _MESSAGES = (
     (r"MissingMandatoryValue while resolving interpolation: Missing mandatory value: (\S+)", _refers_to_missing),
     (r"Missing mandatory value: (\S+)", _missing),
     (r"is not in struct\s+full_key: (\S+)", _unknown_key),
-    (r"Could not override '([\w.]+)'", _unknown_key),
-    (r"Could not find '([^']+)'", _no_such_file),
+    (r"Could not override '([^']+)'", _unknown_key),
+    (r"Could not (?:find|load) '([^']+)'", _no_such_file),
 )
 
 
@@ -82,6 +136,12 @@ def _cannot_be_set(key: str) -> str:
         is_optional = dataclasses.is_dataclass(without_none(known.hint)) and not known.is_group
         if is_optional and key.startswith(f"{known.path}.") and hint_of(key) is not None:
             return f"{known.path} is null, so {key} cannot be set alone.\n  Set it as a whole: {known.path}='{{…}}'"
+    parent = key.rpartition(".")[0]
+    if parent and hint_of(key) is not None:
+        return (
+            f"{key} cannot be set, because a config file or an override gives {parent} a value without keys.\n"
+            f"  Write {parent} as a mapping of `key: value` lines."
+        )
     return f"{key} is not a known key.{_near_keys(key)}"
 
 
