@@ -4,7 +4,7 @@ Shapes: S lines of `steps.jsonl`, C chunks, V validations, K domains.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def load_run_metrics(run: RunFolder) -> RunMetrics:
 
     mixture = read_events(run.metric("mixture"))
     attempts = read_events(run.metric("attempts"), every_attempt=True)
-    steps = _step_history(events, path)
+    steps = _step_history(_Columns(events=events, path=path))
     num_domains = steps.domain_loss.shape[1]
     return RunMetrics(
         run=run,
@@ -172,97 +172,112 @@ def load_run_metrics(run: RunFolder) -> RunMetrics:
         started=str((attempts or events)[0].get("time", "")),
         ended=str(events[-1].get("time", "")),
         steps=steps,
-        mixture=_mixture_history(mixture, num_domains, run.metric("mixture")),
-        validation=_validation_history(run.metric("validation"), num_domains),
-        comm=_comm_timings(read_events(run.metric("comm"))),
+        mixture=_mixture_history(_Columns(events=mixture, path=run.metric("mixture")), num_domains),
+        validation=_validation_history(_read_columns(run.metric("validation")), num_domains),
+        comm=_comm_timings(_read_columns(run.metric("comm"))),
     )
 
 
-def _step_history(events: Events, path: Path) -> StepHistory:
-    def floats(name: str) -> Floats:
-        return _column(events, name, path).astype(np.float64)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """The fields of all events of a stream, as arrays of shape (number of events,) or (number of events, width)."""
 
-    def ints(name: str, default: int | None = None) -> Ints:
-        return _column(events, name, path, default).astype(np.int64)
+    events: Events
+    path: Path
 
-    return StepHistory(
-        step=ints("step"),
-        attempt=ints("attempt", default=1),
-        num_steps=ints("num_steps", default=1),
-        num_ranks=ints("num_ranks", default=1),
-        loss=floats("loss"),
-        tokens=ints("tokens"),
-        tokens_per_s=floats("tokens_per_s"),
-        step_s=floats("step_s"),
-        data_wait_s=floats("data_wait_s"),
-        num_nonfinite=ints("num_nonfinite", default=0),
-        domain_loss=floats("domain_loss"),
-        domain_tokens=ints("domain_tokens"),
-        domain_sequences=ints("domain_sequences"),
-    )
+    def floats(self, name: str, *, width: int | None = None) -> Floats:
+        """Return a field of numbers, or of lists of `width` numbers (-1: of any equal length). NaN stands for null.
 
+        Raises:
+            DataError: an event lacks the field, or the values do not form such an array.
+        """
+        return self._shaped(name, self._values(name), np.float64, width)
 
-def _mixture_history(events: Events, num_domains: int, path: Path) -> MixtureHistory:
-    if not events:
-        empty = np.zeros((0, num_domains))
-        return MixtureHistory(step=np.zeros(0, np.int64), weights=empty, epochs=empty)
-    return MixtureHistory(
-        step=_column(events, "step", path).astype(np.int64),
-        weights=_column(events, "weights", path).astype(np.float64),
-        epochs=_column(events, "epochs", path).astype(np.float64),
-    )
+    def ints(self, name: str, *, width: int | None = None, default: int | None = None) -> Ints:
+        """Return a field of integers, or of lists of `width` integers. Events without it have the `default`.
 
+        Raises:
+            DataError: an event lacks the field and there is no default, or a value is null or not an integer.
+        """
+        values = self._values(name, default)
+        # Without a dtype, numpy neither truncates fractions nor parses texts.
+        array = self._shaped(name, values, None, width)
+        if values and array.dtype.kind != "i":
+            raise self._mismatch(name, "not all of its values are integers")
+        return array.astype(np.int64)
 
-def _validation_history(path: Path, num_domains: int) -> ValidationHistory:
-    events = read_events(path)
-    if not events:
-        return ValidationHistory(
-            step=np.zeros(0, np.int64),
-            loss=np.zeros(0),
-            domain_loss=np.zeros((0, num_domains)),
-            domain_tokens=np.zeros((0, num_domains), np.int64),
+    def _values(self, name: str, default: int | None = None) -> list[Any]:
+        for number, event in enumerate(self.events, 1):
+            if name not in event and default is None:
+                raise DataError(
+                    f"{self.path}: event {number} has no {name!r}.\n"
+                    "  Another version of Mixtera-HPC wrote this file. Use that version for the report."
+                )
+        return [event.get(name, default) for event in self.events]
+
+    def _shaped(self, name: str, values: list[Any], dtype: type | None, width: int | None) -> NDArray[Any]:
+        shape = (len(values),) if width is None else (len(values), width)
+        try:
+            return np.array(values, dtype).reshape(shape)
+        except (TypeError, ValueError) as error:
+            raise self._mismatch(name, error) from None
+
+    def _mismatch(self, name: str, reason: object) -> DataError:
+        return DataError(
+            f"{self.path}: {name!r} must have the same type and length on every line ({reason}).\n"
+            "  The file is damaged. Remove the lines that differ."
         )
-    return ValidationHistory(
-        step=_column(events, "step", path).astype(np.int64),
-        loss=_column(events, "loss", path).astype(np.float64),
-        domain_loss=_column(events, "domain_loss", path).astype(np.float64),
-        domain_tokens=_column(events, "domain_tokens", path).astype(np.int64),
+
+
+def _read_columns(path: Path) -> _Columns:
+    return _Columns(events=read_events(path), path=path)
+
+
+def _step_history(columns: _Columns) -> StepHistory:
+    domain_loss = columns.floats("domain_loss", width=-1)
+    num_domains = domain_loss.shape[1]
+    return StepHistory(
+        step=columns.ints("step"),
+        attempt=columns.ints("attempt", default=1),
+        num_steps=columns.ints("num_steps", default=1),
+        num_ranks=columns.ints("num_ranks", default=1),
+        loss=columns.floats("loss"),
+        tokens=columns.ints("tokens"),
+        tokens_per_s=columns.floats("tokens_per_s"),
+        step_s=columns.floats("step_s"),
+        data_wait_s=columns.floats("data_wait_s"),
+        num_nonfinite=columns.ints("num_nonfinite", default=0),
+        domain_loss=domain_loss,
+        domain_tokens=columns.ints("domain_tokens", width=num_domains),
+        domain_sequences=columns.ints("domain_sequences", width=num_domains),
     )
 
 
-def _comm_timings(events: Events) -> CommTimings:
+def _mixture_history(columns: _Columns, num_domains: int) -> MixtureHistory:
+    return MixtureHistory(
+        step=columns.ints("step"),
+        weights=columns.floats("weights", width=num_domains),
+        epochs=columns.floats("epochs", width=num_domains),
+    )
+
+
+def _validation_history(columns: _Columns, num_domains: int) -> ValidationHistory:
+    return ValidationHistory(
+        step=columns.ints("step"),
+        loss=columns.floats("loss"),
+        domain_loss=columns.floats("domain_loss", width=num_domains),
+        domain_tokens=columns.ints("domain_tokens", width=num_domains),
+    )
+
+
+def _comm_timings(columns: _Columns) -> CommTimings:
     def time_series(name: str) -> TimeSeries:
         # Events differ in their fields: some have the timings of a chunk, others those of a step.
-        measured = [event for event in events if event.get(name) is not None and "step" in event]
-        return TimeSeries(
-            step=np.array([event["step"] for event in measured], np.int64),
-            seconds=np.array([event[name] for event in measured], np.float64),
-        )
+        events = [event for event in columns.events if event.get(name) is not None]
+        measured = replace(columns, events=events)
+        return TimeSeries(step=measured.ints("step"), seconds=measured.floats(name))
 
     return CommTimings(plan=time_series("plan_s"), broadcast=time_series("broadcast_s"), reduce=time_series("reduce_s"))
-
-
-def _column(events: Events, name: str, path: Path, default: int | None = None) -> NDArray[Any]:
-    """Return one field of all events as an array: numbers, or lists of equal length.
-
-    Raises:
-        DataError: an event lacks the field and there is no default, or the values do not form an array.
-    """
-    for number, event in enumerate(events, 1):
-        if name not in event and default is None:
-            raise DataError(
-                f"{path}: event {number} has no {name!r}.\n"
-                "  Another version of Mixtera-HPC wrote this file. Use that version for the report."
-            )
-    values = [event.get(name, default) for event in events]
-    dtype = np.int64 if name == "step" else np.float64
-    try:
-        return np.array(values, dtype)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{path}: {name!r} must have the same type and length on every line ({error}).\n"
-            "  The file is damaged. Remove the lines that differ."
-        ) from None
 
 
 def _domain_names(num_domains: int, events: Events) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Reading the metrics of a run, and the error messages for missing or damaged ones."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,4 +94,38 @@ def test_a_field_with_varying_shape_is_named(make_run: RunMaker, value: object) 
     run = make_run(["en", "de"], [(0, 4)])
     edit(run.metrics / "steps.jsonl", 1, domain_loss=value)
     with pytest.raises(DataError, match="'domain_loss' must have the same type and length on every line"):
+        load_run_metrics(run)
+
+
+@pytest.mark.parametrize("value", ["null", "[null,100]", "99.5", '"100"', "[100.5,100]"])
+@pytest.mark.parametrize("field", ["tokens", "domain_tokens", "num_nonfinite"])
+def test_a_count_that_is_null_or_no_integer_is_named(make_run: RunMaker, field: str, value: str) -> None:
+    run = make_run(["en", "de"], [(0, 1)])
+    path = run.metrics / "steps.jsonl"
+    path.write_text(re.sub(rf'("{field}"):(\d+|\[[^\]]*\])', rf"\1:{value}", path.read_text()))
+    with pytest.raises(DataError, match=f"'{field}' must have the same type and length on every line"):
+        load_run_metrics(run)
+
+
+def test_a_large_count_keeps_all_its_digits(make_run: RunMaker) -> None:
+    run = make_run(["en"], [(0, 4)])
+    edit(run.metrics / "steps.jsonl", 2, tokens=2**53 + 1)
+    assert load_run_metrics(run).steps.tokens[2] == 2**53 + 1
+
+
+@pytest.mark.parametrize(("stream", "field"), [("mixture", "weights"), ("validation", "domain_loss")])
+def test_a_stream_with_another_number_of_domains_than_the_steps_is_named(
+    make_run: RunMaker, stream: str, field: str
+) -> None:
+    run = make_run(["en", "de"], [(0, 8)], validated_at=(3,))
+    for line in range(len((run.metrics / f"{stream}.jsonl").read_text().splitlines())):
+        edit(run.metrics / f"{stream}.jsonl", line, **{field: [1.0, 2.0, 3.0]})
+    with pytest.raises(DataError, match=rf"{stream}\.jsonl: '{field}' must have the same type and length"):
+        load_run_metrics(run)
+
+
+def test_a_damaged_timing_is_named(make_run: RunMaker) -> None:
+    run = make_run(["en"], [(0, 4)])
+    edit(run.metrics / "comm.jsonl", 0, plan_s="low")
+    with pytest.raises(DataError, match=r"comm\.jsonl: 'plan_s' must have the same type"):
         load_run_metrics(run)
