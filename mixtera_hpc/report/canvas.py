@@ -6,17 +6,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mixtera_hpc.report.plot_style import INK, MUTED
 from mixtera_hpc.report.run_metrics import Floats, RunMetrics
 
-__all__ = ["MAX_IN_LEGEND", "Canvas", "spread_labels"]
+__all__ = ["Canvas", "spread_labels"]
 
 MAX_LABEL_LENGTH = 27
-MAX_IN_LEGEND = 3
-"""Number of names that fit above a narrow plot."""
 MAX_MARKED_ATTEMPTS = 8
 """With more attempts, the marks have no text."""
 LABEL_GAP = 0.07
@@ -54,10 +51,11 @@ class Canvas:
     def label(self, axes: Any, names: Sequence[str], heights: Sequence[float], colors: Sequence[str]) -> None:
         """Write each name at the right edge at its height in data units; move labels apart that would overlap.
 
-        A narrow plot has a legend above it instead, if there are few names. Otherwise the page has the legend.
+        A narrow plot only carries its names and colors; the page shows them as a legend above it.
         """
         if not self.wide:
-            self._add_legend(axes, names, colors)
+            for name, color in zip(names, colors, strict=True):
+                axes.plot([], [], color=color, label=name)
             return
 
         axes.get_ylim()  # Forces matplotlib to compute the limits; the transform below needs them.
@@ -67,13 +65,6 @@ class Canvas:
         for name, line_end, label_y, color in zip(names, preferred, placed, colors, strict=True):
             axes.plot([1, 1.012], [line_end, label_y], transform=axes.transAxes, color=color, lw=1.2, clip_on=False)
             axes.text(1.018, label_y, _shorten(name), transform=axes.transAxes, va="center", color=INK)
-
-    def _add_legend(self, axes: Any, names: Sequence[str], colors: Sequence[str]) -> None:
-        if len(names) > MAX_IN_LEGEND:
-            return
-        lines = [Line2D([], [], color=color) for color in colors]
-        position = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "ncols": len(names), "frameon": False}
-        axes.legend(lines, names, **position, fontsize=7, handlelength=1, columnspacing=1, borderpad=0.2)
 
     def _mark_attempts(self, axes: Any, metrics: RunMetrics) -> None:
         """Draw a vertical line where each resumed attempt began."""

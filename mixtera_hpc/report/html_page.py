@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
-from mixtera_hpc.report.canvas import MAX_IN_LEGEND
 from mixtera_hpc.report.domain_groups import common_property, group_domains, shorten_names
 from mixtera_hpc.report.number_format import (
     MISSING,
@@ -17,7 +16,7 @@ from mixtera_hpc.report.number_format import (
     format_share,
 )
 from mixtera_hpc.report.phrases import describe_progress, describe_ranks, median_and_p95, next_commands
-from mixtera_hpc.report.plot_style import DARK, LIGHT
+from mixtera_hpc.report.plot_style import DARK, LIGHT, css_color, group_color
 from mixtera_hpc.report.projection import RunProjection
 from mixtera_hpc.report.run_metrics import RunMetrics
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
@@ -45,14 +44,16 @@ class RenderedPlot:
     caption: str
     wide_svg: str
     narrow_svg: str
+    legend: tuple[tuple[str, str], ...]
+    """Name and color of every curve; the narrow plot has no labels."""
 
 
 def render_page(
     metrics: RunMetrics, summary: RunSummary, projection: RunProjection, plots: Mapping[str, RenderedPlot]
 ) -> str:
     """Return the report of one run as HTML text."""
-    domain_plots = [_plot(metrics, name, plot) for name, plot in plots.items() if name in DOMAIN_PLOTS]
-    other_plots = [_plot(metrics, name, plot) for name, plot in plots.items() if name not in DOMAIN_PLOTS]
+    domain_plots = [_plot(plot) for name, plot in plots.items() if name in DOMAIN_PLOTS]
+    other_plots = [_plot(plot) for name, plot in plots.items() if name not in DOMAIN_PLOTS]
     body = [
         _header(metrics, summary),
         _tiles(summary),
@@ -149,29 +150,24 @@ def _notice(text: str) -> str:
     return f'<section class="notice"><p>{text}</p></section>'
 
 
-def _plot(metrics: RunMetrics, name: str, plot: RenderedPlot) -> str:
+def _plot(plot: RenderedPlot) -> str:
     return (
-        f"<section><h2>{escape(plot.title)}</h2><p>{escape(plot.caption)}</p>{_narrow_legend(metrics, name)}"
+        f"<section><h2>{escape(plot.title)}</h2><p>{escape(plot.caption)}</p>{_legend(plot)}"
         f'<div class="wide">{plot.wide_svg}</div><div class="narrow">{plot.narrow_svg}</div></section>'
     )
 
 
-def _narrow_legend(metrics: RunMetrics, name: str) -> str:
-    """Return a legend for narrow screens if the narrow plot has no room for its own."""
-    if name not in DOMAIN_PLOTS:
+def _legend(plot: RenderedPlot) -> str:
+    """Return the legend for narrow screens; empty for a plot of a single unnamed curve."""
+    if not plot.legend:
         return ""
-    groups = group_domains(metrics)
-    # Plots of losses have one more curve, that of all domains.
-    max_groups = MAX_IN_LEGEND if name == "mixture" else MAX_IN_LEGEND - 1
-    if len(groups) <= max_groups:
-        return ""
-    items = "".join(f"<li>{_swatch(group.color)}{escape(group.name)}</li>" for group in groups)
+    items = "".join(f"<li>{_swatch(color)}{escape(name)}</li>" for name, color in plot.legend)
     return f'<ul class="legend narrow">{items}</ul>'
 
 
 def _domain_table(metrics: RunMetrics, summary: RunSummary, projection: RunProjection) -> str:
     """Return the table of domains, largest first."""
-    colors = {domain: group.color for group in group_domains(metrics) for domain in group.domains}
+    colors = {domain: group_color(group.color) for group in group_domains(metrics) for domain in group.domains}
     names = shorten_names(metrics.domains)
     with_held_out = summary.held_out_loss is not None
 
@@ -276,5 +272,5 @@ def _change(first: str, last: str) -> str:
     return last if first == last else f"{first}<i>→</i>{last}"
 
 
-def _swatch(color: int) -> str:
-    return f'<span class="swatch" style="background: var(--d{color})"></span>'
+def _swatch(color: str) -> str:
+    return f'<span class="swatch" style="background: {css_color(color)}"></span>'

@@ -14,8 +14,6 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mixtera_hpc.report.domain_groups import MAX_GROUPS
-
 __all__ = [
     "DARK",
     "INK",
@@ -24,6 +22,7 @@ __all__ = [
     "MUTED",
     "PALETTE",
     "SURFACE",
+    "css_color",
     "group_color",
     "save_png",
     "to_svg",
@@ -98,7 +97,12 @@ def use_plot_style() -> Iterator[None]:
 
 def group_color(index: int) -> str:
     """Return the color of a domain group."""
-    return PALETTE[min(index, MAX_GROUPS)]
+    return PALETTE[index]
+
+
+def css_color(color: str) -> str:
+    """Return the CSS variable of the page for a color of `LIGHT`."""
+    return next(f"var(--{name})" for name, value in LIGHT.items() if value == color)
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -127,8 +131,8 @@ def _use_page_style(svg: str, title: str) -> str:
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{title}"', svg, count=1)
     svg = svg.replace("'DejaVu Sans', sans-serif", "var(--font)").replace("'DejaVu Sans'", "var(--font)")
-    for name, color in LIGHT.items():
-        svg = svg.replace(color, f"var(--{name})")
+    for color in LIGHT.values():
+        svg = svg.replace(color, css_color(color))
     return svg
 
 

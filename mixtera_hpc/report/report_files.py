@@ -3,6 +3,10 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.report.canvas import Canvas
@@ -65,8 +69,15 @@ def _write_plots(metrics: RunMetrics, folder: Path) -> tuple[dict[str, RenderedP
                 caption=plot.caption,
                 wide_svg=to_svg(wide, plot.title),
                 narrow_svg=to_svg(narrow, plot.title),
+                legend=_legend(narrow),
             )
     return rendered, png_files
+
+
+def _legend(figure: Figure) -> tuple[tuple[str, str], ...]:
+    """Return name and color of every labelled curve."""
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    return tuple((str(name), str(cast(Line2D, line).get_color())) for line, name in zip(lines, names, strict=True))
 
 
 def _replace_file(path: Path, text: str) -> None:

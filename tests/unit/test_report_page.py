@@ -134,3 +134,12 @@ def test_held_out_losses_have_a_plot_and_a_table_column(make_run: RunMaker) -> N
     assert "Held-out loss by domain" in page and ">held-out loss</th>" in page
     assert report.page.with_name("validation.png").exists()
     assert "held-out" not in write_report(make_run(["a", "b"], [(0, 20)])).page.read_text()
+
+
+def test_narrow_plots_have_a_legend_on_the_page(report: WrittenReport) -> None:
+    legends = re.findall(r'<ul class="legend narrow">(.*?)</ul>', page_of(report))
+    has_mixture = len(report.metrics.domains) > 1
+    assert len(legends) == 3 if has_mixture else 2
+    assert [legend.count("<li>") for legend in legends] == ([10, 11, 3] if has_mixture else [1, 3])
+    assert "broadcast" in legends[-1]
+    assert "var(--d4)" in legends[-1]
