@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 from mixtera_hpc.report.canvas import Canvas
 from mixtera_hpc.report.domain_groups import DomainGroup, group_domains, group_loss, sum_by_group
 from mixtera_hpc.report.downsample import even_indices, percentile_ranges, weighted_means
-from mixtera_hpc.report.number_format import format_seconds
+from mixtera_hpc.report.number_format import format_seconds, format_share
 from mixtera_hpc.report.plot_style import INK, MUTED, PALETTE, SURFACE, group_color
 from mixtera_hpc.report.run_metrics import Floats, Ints, RunMetrics, StepHistory, ValidationHistory
 
@@ -50,11 +50,11 @@ def mixture_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     axes.stackplot(x, weights.T, colors=colors, edgecolor=SURFACE, linewidth=0.6)
     axes.set_ylim(0, 1)
     axes.grid(False)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
     final = weights[-1]
     centers = np.cumsum(final) - final / 2
-    names = [f"{weight:5.1%}  {group.name}" for group, weight in zip(groups, final, strict=True)]
+    names = [f"{format_share(weight)}  {group.name}" for group, weight in zip(groups, final, strict=True)]
     canvas.label(axes, names, centers.tolist(), colors)
     return figure
 
@@ -132,7 +132,7 @@ def data_wait_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     axes.set_ylim(MIN_SHARE, 1)
     axes.minorticks_off()
     axes.axhline(DATA_WAIT_GOAL, color=MUTED, lw=0.8, ls=(0, (4, 3)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     return figure
 
 
@@ -147,16 +147,16 @@ def communication_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     if not recorded:
         return None
 
-    figure, axes = canvas.axes(metrics, "seconds on rank 0")
+    figure, axes = canvas.axes(metrics, "time on rank 0")
     axes.set_yscale("log")
     for _, color, series in recorded:
-        # Zero has no logarithm, and timers resolve no less than this.
+        # Zero has no logarithm. A chunk that was planned before a restart took no time to plan.
         _draw_median_and_range(axes, series.step, np.maximum(series.seconds, 1e-7), color)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_seconds(value)))
+    axes.yaxis.set_major_formatter(EngFormatter("s", sep=" "))
     axes.minorticks_off()
 
     medians = [float(np.median(series.seconds)) for _, _, series in recorded]
-    names = [f"{name}  {format_seconds(median)}" for (name, _, _), median in zip(recorded, medians, strict=True)]
+    names = [f"{format_seconds(median)}  {name}" for (name, _, _), median in zip(recorded, medians, strict=True)]
     canvas.label(axes, names, medians, [color for _, color, _ in recorded])
     return figure
 
@@ -202,7 +202,7 @@ PLOTS: dict[str, Plot] = {
         draw=communication_plot,
         title="Communication",
         caption="Time to plan a chunk and to broadcast the plan, both in the background; and time that each step "
-        "waited for the reduction of losses.",
+        "waited for the reduction of losses. The times beside the names are medians.",
     ),
 }
 """File name → plot, in the order of the page."""
