@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
+from typing import Any
 
 from mixtera_hpc.report.domain_groups import common_property, group_domains, shorten_names
 from mixtera_hpc.report.number_format import (
@@ -235,7 +236,7 @@ def _detail_list(metrics: RunMetrics, summary: RunSummary) -> list[tuple[str, st
     performance = summary.performance
     return [
         ("Mixture", _describe_mixture(config.get("mixture", {}))),
-        ("Data", str(config.get("data", {}).get("root", MISSING))),
+        ("Data", _describe_data(config.get("data", {}))),
         ("Query", str(config.get("query", {}).get("where") or "all samples")),
         ("Global batch", f"{batch_size} sequences × {format_count(plane.get('seq_len'))} tokens"),
         ("Model", f"{format_count(attempt.get('num_parameters'))} parameters"),
@@ -255,6 +256,14 @@ def _describe_mixture(mixture: Mapping[str, object]) -> str:
     if kind == "dynamic" and isinstance(algorithm, Mapping) and algorithm.get("name"):
         return f"{kind} ({algorithm['name']})"
     return kind
+
+
+def _describe_data(data: Mapping[str, Any]) -> str:
+    """Return the data root, or the root of every data set."""
+    sets = data.get("sets") or {}
+    if sets:
+        return ", ".join(f"{name}: {data_set['root']}" for name, data_set in sets.items())
+    return str(data.get("root") or MISSING)
 
 
 def _next_commands(metrics: RunMetrics, summary: RunSummary) -> str:

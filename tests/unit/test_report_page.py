@@ -9,6 +9,7 @@ import pytest
 from matplotlib.text import Annotation
 
 from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.config.yaml_files import dump_yaml, load_yaml
 from mixtera_hpc.report.canvas import Canvas
 from mixtera_hpc.report.html_page import render_page
 from mixtera_hpc.report.plot_style import LIGHT
@@ -143,3 +144,21 @@ def test_narrow_plots_have_a_legend_on_the_page(report: WrittenReport) -> None:
     assert [legend.count("<li>") for legend in legends] == ([10, 11, 3] if has_mixture else [1, 3])
     assert "broadcast" in legends[-1]
     assert "var(--d4)" in legends[-1]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"root": "/data", "sets": {}}, "/data"),
+        ({"root": None, "sets": {"web": {"root": "/a"}, "code": {"root": "/b"}}}, "web: /a, code: /b"),
+    ],
+)
+def test_the_page_names_the_data_root_or_that_of_every_set(
+    make_run: RunMaker, data: dict[str, object], expected: str
+) -> None:
+    run = make_run(["en"], [(0, 4)])
+    run.config.write_text(dump_yaml({**load_yaml(run.config), "data": data}))
+    metrics = load_run_metrics(run)
+    summary = summarize_run(metrics)
+    page = render_page(metrics, summary, project_run(metrics, summary), {})
+    assert f"<dt>Data</dt><dd>{expected}</dd>" in page
