@@ -9,12 +9,20 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["NOT_GIVEN", "from_plain", "missing_key", "raise_problems", "to_plain"]
+__all__ = ["NOT_GIVEN", "from_plain", "missing_key", "raise_problems", "to_plain", "unknown_key"]
 
 T = TypeVar("T")
 
 NOT_GIVEN = "???"
 """OmegaConf's marker of a value that the user has to give."""
+
+_OTHER_PLACES = {
+    "training.checkpoint_every": "checkpoint.every_steps",
+    "training.keep_checkpoints": "checkpoint.keep",
+    "query.split": "--split of the verbs query and plan",
+    "query.drop": "--drop of the verb resume",
+}
+"""Keys that do not exist but are looked for, and the place of their setting."""
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -60,6 +68,18 @@ def missing_key(path: str) -> str:
     return f"{path} is missing. Set it on the command line or in a config file."
 
 
+def unknown_key(path: str, hint: str) -> str:
+    """Return the message for a key that does not exist.
+
+    Args:
+        path: dotted path of the key.
+        hint: near misses, as `did_you_mean` returns them.
+    """
+    if path in _OTHER_PLACES:
+        hint = f" Use {_OTHER_PLACES[path]}."
+    return f"{path} is not a known key.{hint}"
+
+
 def _dataclass(cls: Any, data: Any, path: str, problems: list[str]) -> Any:
     """Build the dataclass `cls`; add to `problems` and return None if a field has no valid value."""
     # Some classes accept a short form, such as a text instead of a mapping.
@@ -73,7 +93,7 @@ def _dataclass(cls: Any, data: Any, path: str, problems: list[str]) -> Any:
     fields = {spec.name: spec for spec in dataclasses.fields(cls)}
     for key in data:
         if key not in fields:
-            problems.append(f"{_join(path, key)} is not a known key.{did_you_mean(str(key), list(fields))}")
+            problems.append(unknown_key(_join(path, key), did_you_mean(str(key), list(fields))))
 
     values: dict[str, Any] = {}
     num_before = len(problems)

@@ -47,7 +47,10 @@ def own_files() -> Iterator[tuple[Path, Path]]:
     shipped, *own = conf_folders()
     groups = sorted(path.name for path in shipped.iterdir() if path.is_dir())
     for folder in own:
-        paths = [folder / f"{CONFIG_NAME}.yaml", *(path for group in groups for path in (folder / group).glob("*.yaml"))]
+        paths = [
+            folder / f"{CONFIG_NAME}.yaml",
+            *(path for group in groups for path in (folder / group).glob("*.yaml")),
+        ]
         yield from ((folder, path.relative_to(folder)) for path in sorted(paths) if path.is_file())
 
 

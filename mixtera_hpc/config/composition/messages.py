@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mixtera_hpc.config.composition.conf_folders import conf_folders, group_options, own_files
 from mixtera_hpc.config.composition.override_words import hydra_words
-from mixtera_hpc.config.convert import missing_key
+from mixtera_hpc.config.convert import missing_key, unknown_key
 from mixtera_hpc.config.key_paths import hint_of, schema_keys, without_none
 from mixtera_hpc.errors import did_you_mean
 
@@ -142,7 +142,7 @@ def _cannot_be_set(key: str) -> str:
             f"{key} cannot be set, because a config file or an override gives {parent} a value without keys.\n"
             f"  Write {parent} as a mapping of `key: value` lines."
         )
-    return f"{key} is not a known key.{_near_keys(key)}"
+    return unknown_key(key, _near_keys(key))
 
 
 def _full_key(text: str) -> str | None:
