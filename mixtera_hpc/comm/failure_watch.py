@@ -35,17 +35,19 @@ class FailureWatch:
     As a context manager it marks a clean exit as such, and records any other exception as the failure of the run.
     """
 
-    def __init__(self, comm: Communicator, folder: Path | None, board: mmap.mmap | None = None, slot: int = 0) -> None:
+    def __init__(
+        self, comm: Communicator, failure_file: Path | None, board: mmap.mmap | None = None, slot: int = 0
+    ) -> None:
         """Use `start_failure_watch`, which makes the board and starts the sentinel.
 
         Args:
             comm: names this rank in reports.
-            folder: of the attempt, for `failure.json`; None to record nothing.
+            failure_file: receives the first failure of the attempt; None to record nothing.
             board: shared memory with one slot per rank of the node; None without a sentinel.
             slot: position of this rank on the board.
         """
         self._comm = comm
-        self._folder = folder
+        self._failure_file = failure_file
         self._board = board
         self._offset = slot * SLOT.size
         self._step = -1
@@ -69,7 +71,7 @@ class FailureWatch:
         if isinstance(error, Exception) and not isinstance(error, MixteraError):
             self._wait_for_sentinel()
         self._set_state(REPORTED)
-        if self._folder is not None:
+        if self._failure_file is not None:
             lines = str(error).strip().splitlines()
             facts = {
                 "rank": self._comm.rank,
@@ -78,7 +80,7 @@ class FailureWatch:
                 "step": self._step if self._step >= 0 else None,
                 "reason": f"{type(error).__name__}: {lines[0] if lines else ''}",
             }
-            sentinel.record_failure(str(self._folder), facts)
+            sentinel.record_failure(str(self._failure_file), facts)
 
     def __enter__(self) -> "FailureWatch":
         return self
@@ -101,14 +103,14 @@ class FailureWatch:
             time.sleep(0.02)
 
     def _failure_is_recorded(self) -> bool:
-        return self._folder is not None and (self._folder / "failure.json").exists()
+        return self._failure_file is not None and self._failure_file.exists()
 
     def _set_state(self, state: int) -> None:
         if self._board is not None:
             SLOT.pack_into(self._board, self._offset, self._step, state)
 
 
-def start_failure_watch(comm: Communicator, folder: Path | None) -> FailureWatch:
+def start_failure_watch(comm: Communicator, failure_file: Path | None) -> FailureWatch:
     """Start the sentinel of every node and return this rank's connection to it. **Collective.**
 
     Without pidfds (kernels before 5.3), or if the ranks of a node cannot see each other's processes, no sentinel is
@@ -116,10 +118,10 @@ def start_failure_watch(comm: Communicator, folder: Path | None) -> FailureWatch
 
     Args:
         comm: the ranks to watch.
-        folder: of the attempt, for `failure.json`; None to record nothing.
+        failure_file: receives the first failure of the attempt; None to record nothing.
     """
     if comm.size == 1:
-        return FailureWatch(comm, folder)
+        return FailureWatch(comm, failure_file)
 
     # The first rank of every node makes the board; the others open it through /proc.
     own_board = _make_board(comm.size)
@@ -129,10 +131,10 @@ def start_failure_watch(comm: Communicator, folder: Path | None) -> FailureWatch
     first = node_ranks[0]
     board = _open_board(pid=int(rows[first, 1]), fd=int(rows[first, 2]))
     can_watch = bool(comm.Allgather(np.array([board is not None], np.int64))[node_ranks].all())
-    watch = FailureWatch(comm, folder, board if can_watch else None, node_ranks.index(comm.rank))
+    watch = FailureWatch(comm, failure_file, board if can_watch else None, node_ranks.index(comm.rank))
     if can_watch and comm.rank == first:
         ranks = [f"{rank}:{rows[rank, 1]}:{rows[rank, 3]}" for rank in node_ranks]
-        watch.own(_start_sentinel([str(own_board), str(folder or ""), comm.hostname, *ranks], own_board))
+        watch.own(_start_sentinel([str(own_board), str(failure_file or ""), comm.hostname, *ranks], own_board))
     comm.Barrier()
 
     # The sentinel has opened the pipes by now. The kernel closes the write end when this process dies.

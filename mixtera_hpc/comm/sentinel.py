@@ -1,6 +1,6 @@
 """The process that reports which rank of a node died first. `failure_watch.py` starts one per node.
 
-    python -I -S -E sentinel.py BOARD_FD FOLDER HOST RANK:PID:PIPE_FD…
+    python -I -S -E sentinel.py BOARD_FD FAILURE_FILE HOST RANK:PID:PIPE_FD…
 
 It runs as a script with the standard library only.
 
@@ -37,24 +37,22 @@ REPORTED = 2
 """The rank failed and has reported it itself."""
 
 
-def record_failure(folder: str, facts: "dict[str, object]") -> bool:
-    """Write `failure.json` unless a failure of any rank is recorded already; return True if it was written."""
+def record_failure(failure_file: str, facts: "dict[str, object]") -> None:
+    """Write `failure_file`, unless it exists because a failure of any rank is recorded already."""
     facts = {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     try:
         # Exclusive creation: of several nodes, the first one wins.
-        path = os.path.join(folder, "failure.json")  # noqa: PTH118
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        file = os.open(failure_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except OSError:
-        return False
+        return
     os.write(file, json.dumps(facts).encode() + b"\n")
     os.close(file)
-    return True
 
 
 def main(argv: "list[str]") -> None:
     """Wait until a rank dies without having finished or reported, and report it."""
     board = mmap.mmap(int(argv[1]), 0, prot=mmap.PROT_READ)
-    folder = argv[2]
+    failure_file = argv[2]
     host = argv[3]
     ranks = [tuple(map(int, word.split(":"))) for word in argv[4:]]
     for slot in _deaths([(pid, pipe) for _, pid, pipe in ranks]):
@@ -64,7 +62,7 @@ def main(argv: "list[str]") -> None:
             return
         if state == RUNNING:
             rank, pid, _ = ranks[slot]
-            _report({"rank": rank, "host": host, "pid": pid, "step": step if step >= 0 else None}, folder)
+            _report({"rank": rank, "host": host, "pid": pid, "step": step if step >= 0 else None}, failure_file)
             return
 
 
@@ -100,16 +98,16 @@ def _deaths(processes: "list[tuple[int, int]]") -> "Iterator[int]":
             yield slots[fd]
 
 
-def _report(facts: "dict[str, object]", folder: str) -> None:
-    """Write to stderr and to `failure.json` that a rank died."""
-    if folder and os.path.exists(os.path.join(folder, "failure.json")):  # noqa: PTH110, PTH118
+def _report(facts: "dict[str, object]", failure_file: str) -> None:
+    """Write to stderr and, unless it is empty, to `failure_file` that a rank died."""
+    if os.path.exists(failure_file):  # noqa: PTH110
         return  # A rank of another node failed first, and the launcher killed the ranks of this node.
     when = "before its first step ended" if facts["step"] is None else f"after step {facts['step']}"
     facts["reason"] = f"was killed or crashed {when}"
     with contextlib.suppress(OSError):  # stderr may be closed by now; the file remains.
         os.write(2, "[rank {rank} on {host}] {reason} (pid {pid})\n".format(**facts).encode())
-    if folder:
-        record_failure(folder, facts)
+    if failure_file:
+        record_failure(failure_file, facts)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@
   control/{save,stop}                     a touched file is a request; `cancelled` ends the chain of attempts
   report/
 
-The batch script (`launch/batch/*.sh`) writes some of these files too, and so does the sentinel process of `comm`, which
-may not import this module.
+The batch script (`launch/batch/*.sh`) names some of these files itself.
 """
 
 import hashlib

@@ -43,7 +43,7 @@ def main() -> int:
         comm.Barrier()
 
     def body() -> None:
-        with start_failure_watch(comm, folder) as watch:
+        with start_failure_watch(comm, folder / "failure.json") as watch:
             steps(watch)
 
     return run_guarded(comm, body)

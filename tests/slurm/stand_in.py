@@ -41,7 +41,7 @@ class StandIn:
         self.comm.Barrier()
         first = int(self.latest.read_text().split("_")[1]) if self.latest.exists() else 0
         print(f"rank {self.comm.rank} of {self.comm.size} on {self.comm.hostname} from step {first}")
-        with start_failure_watch(self.comm, self.folder / f"attempts/{self.attempt:03d}") as watch:
+        with start_failure_watch(self.comm, self.folder / f"attempts/{self.attempt:03d}/failure.json") as watch:
             for step in range(first, num_steps):
                 time.sleep(step_s)
                 if step == fail_at and self.comm.rank == FAILING_RANK:

@@ -11,7 +11,7 @@ from mixtera_hpc.errors import SavedAndStopped
 
 
 def test_a_failure_of_a_single_process_is_recorded(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="truncated"), start_failure_watch(Local(), tmp_path) as watch:
+    with pytest.raises(ValueError, match="truncated"), start_failure_watch(Local(), tmp_path / "failure.json") as watch:
         watch.step(7)
         raise ValueError("a shard is truncated\nsecond line")
 
@@ -21,7 +21,7 @@ def test_a_failure_of_a_single_process_is_recorded(tmp_path: Path) -> None:
 
 
 def test_a_later_failure_does_not_replace_the_first(tmp_path: Path) -> None:
-    watch = start_failure_watch(Local(), tmp_path)
+    watch = start_failure_watch(Local(), tmp_path / "failure.json")
     watch.record_failure(ValueError("first"))
     watch.record_failure(ValueError("second"))
 
@@ -30,7 +30,7 @@ def test_a_later_failure_does_not_replace_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [SavedAndStopped("saved"), SystemExit(0), SystemExit(75)])
 def test_a_clean_exit_is_not_a_failure(end: BaseException, tmp_path: Path) -> None:
-    with pytest.raises(type(end)), start_failure_watch(Local(), tmp_path):
+    with pytest.raises(type(end)), start_failure_watch(Local(), tmp_path / "failure.json"):
         raise end
 
     assert not (tmp_path / "failure.json").exists()
