@@ -103,11 +103,12 @@ class TestStoredDataRoot:
         assert main(["plan", f"index.path={paths[0]}", "mixture.unit=samples", "dataplane.global_batch_size=4"]) == 0
         assert "served" in capsys.readouterr().out
 
-    def test_the_stored_root_is_logged(
+    def test_the_stored_root_is_logged_once(
         self, paths: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         with caplog.at_level("INFO", logger="mixtera_hpc"):
-            open_configured(compose([f"index.path={paths[0]}", *SAMPLES])).close()
+            for _ in range(3):
+                open_configured(compose([f"index.path={paths[0]}", *SAMPLES])).close()
         assert caplog.messages == [f"data.root is {tmp_path}/prose, as stored in {paths[0]}"]
 
     @pytest.mark.usefixtures("as_another_user")

@@ -5,7 +5,8 @@ A file of short members is read member by member, like every compressed format. 
 while the index is built, let a reader begin decoding near a block.
 """
 
-import warnings
+import functools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +19,8 @@ from mixtera_hpc.formats.codecs.seek_points import SeekPoints, find_points, writ
 from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlFormat, CompressedJsonlReader
 
 __all__ = ["JsonlGzFormat"]
+
+LOGGER = logging.getLogger("mixtera_hpc")
 
 # A first member that decodes to more than this makes a file one of long members.
 LONG_MEMBER_BYTES = 8 << 20
@@ -64,12 +67,7 @@ class LongMemberReader(CompressedJsonlReader):
         super().__init__(path, text, cache, GZIP)
         self._points = points
         if points is None and cache.seek_folders:
-            folders = ", ".join(map(str, cache.seek_folders))
-            warnings.warn(
-                f"No seek points of {path} in {folders}: every block is decoded from the start of the file. Copy the "
-                "folder together with the index, or build the index again.",
-                stacklevel=2,
-            )
+            _warn_of_missing_points(path, cache.seek_folders)
 
     def _read_block(self, block: BlockRef) -> bytes:
         if self._points is not None:
@@ -87,3 +85,14 @@ class LongMemberReader(CompressedJsonlReader):
                 if stop <= len(segment.data):
                     break
         return b"".join(parts)
+
+
+@functools.cache
+def _warn_of_missing_points(path: Path, folders: tuple[Path, ...]) -> None:
+    """Log a warning, once per process and shard: readers are opened again and again."""
+    LOGGER.warning(
+        "No seek points of %s in %s: every block is decoded from the start of the file. Copy the folder together with "
+        "the index, or build the index again.",
+        path,
+        ", ".join(map(str, folders)),
+    )

@@ -6,6 +6,7 @@ index file belongs to the user, or if the root is below one of `index.trusted_ro
 no trust: whoever can write there could name a private folder of the user in it.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -124,7 +125,13 @@ def _accept_stored_roots(path: Path, roots: Iterable[Path], trusted_roots: Seque
                 f"  Set data.root={root}, or add the folder to index.trusted_roots."
             )
         if announce:
-            LOGGER.info("data.root is %s, as stored in %s", root, path)
+            _log_stored_root(root, path)
+
+
+@functools.cache
+def _log_stored_root(root: Path, path: Path) -> None:
+    """Log a stored data root, once per process and index: a verb may open an index several times."""
+    LOGGER.info("data.root is %s, as stored in %s", root, path)
 
 
 def _check_build_settings(index: PropertyIndex, data: DataConfig) -> None:
