@@ -175,11 +175,12 @@ class Session:
             ConfigError: a loader reads the batches, and no rank has said which steps are finished.
         """
         next_step = self._reduce_finished(is_end=False)
-        if self._comm.rank != 0:
-            return None
         # The state must hold the plan of the next step, or show that the steps before it were all planned.
         data_step = self._source.stream_version.data_step(next_step)
+        # On every rank: the broadcast of a plan may complete on rank 0 only when the others take part.
         self._poll_plans_until(lambda: self._plans.covers(data_step))
+        if self._comm.rank != 0:
+            return None
         return PlaneState(
             next_step=next_step,
             plan=self._plan_of(data_step),

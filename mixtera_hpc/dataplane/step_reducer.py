@@ -65,15 +65,18 @@ class StepReducer:
     """Reductions of consecutive steps, in order."""
 
     def __init__(self, comm: Communicator, num_domains: int, global_batch_size: int, batch_slice: BatchSlice) -> None:
-        """Use a duplicate of `comm`. **Collective.**
+        """Reduce over a duplicate of `comm`. **Collective.**
 
         Args:
-            comm: all ranks.
+            comm: all ranks; also used by `wait_for`.
             num_domains: K.
             global_batch_size: sequences of one step, over all groups of ranks.
             batch_slice: what this rank gets of every step; ranks of one group have equal ones.
         """
-        self._comm = comm.Dup()
+        self._comm = comm
+        # When ranks agree on a mismatch, they have started different numbers of reductions. On one communicator, their
+        # collectives would not match.
+        self._reductions = comm.Dup()
         self._num_domains = num_domains
         self._global_batch_size = global_batch_size
         self._group = batch_slice.first // batch_slice.size
@@ -100,7 +103,7 @@ class StepReducer:
         # One buffer, so that losses and flags need a single collective.
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
-        request = self._comm.Iallreduce(buffer, result)
+        request = self._reductions.Iallreduce(buffer, result)
         # MPI owns both arrays until the request is complete; the entry keeps them alive.
         self._running.append(_Reduction(step, buffer, result, request))
 
@@ -167,7 +170,8 @@ class StepReducer:
         """Name the ranks that served a step from another plan than most, or did not record it. **Collective.**
 
         Ranks may notice a wrong sum at different times. They all raise in the first `wait_for` that includes its step,
-        which is the same call of the program on every rank.
+        which is the same call of the program on every rank. They may have started reductions of later steps, and not
+        all of them the same.
         """
         digests = self._comm.Allgather(reduction.buffer[-1:])[:, 0]
         values, counts = np.unique(digests, return_counts=True)

@@ -125,7 +125,9 @@ class ThreadCommunicator:
             if self.rank != root:
                 buffer[...] = contributions[root]
 
-        return self._post(buffer.copy(), (root,), finish)
+        # As in gloo, and in MPI for large buffers, the root needs the others too.
+        senders = tuple(range(self.size)) if self.rank == root else (root,)
+        return self._post(buffer.copy(), senders, finish)
 
     def Allreduce(self, buffer: NDArray[Any], op: Op = "sum") -> NDArray[Any]:
         result = np.empty_like(buffer)

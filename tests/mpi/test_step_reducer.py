@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).with_name("step_reducer_program.py")
-MPIEXEC = Path(sys.executable).with_name("mpiexec")
+MPIEXEC = [Path(sys.executable).with_name("mpiexec"), "-n", "3", sys.executable, "-m", "mpi4py"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
 
 
-def test_a_rank_with_another_plan_is_named_whichever_rank_notices_first() -> None:
-    words = [MPIEXEC, "-n", "3", sys.executable, "-m", "mpi4py", PROGRAM]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("launcher", [MPIEXEC, TORCHRUN], ids=["mpiexec", "torchrun"])
+def test_a_rank_with_another_plan_is_named_whichever_rank_notices_first(launcher: list[str | Path]) -> None:
+    done = subprocess.run([*launcher, PROGRAM], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "Ranks [1] served step 2 from another plan" in done.stderr
