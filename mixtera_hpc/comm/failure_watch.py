@@ -72,13 +72,13 @@ class FailureWatch:
             self._wait_for_sentinel()
         self._set_state(REPORTED)
         if self._failure_file is not None:
-            lines = str(error).strip().splitlines()
+            first_line = str(error).strip().partition("\n")[0]
             facts = {
                 "rank": self._comm.rank,
                 "host": self._comm.hostname,
                 "pid": os.getpid(),
                 "step": self._step if self._step >= 0 else None,
-                "reason": f"{type(error).__name__}: {lines[0] if lines else ''}",
+                "reason": f"{type(error).__name__}: {first_line}",
             }
             sentinel.record_failure(str(self._failure_file), facts)
 

@@ -90,13 +90,11 @@ class Replicas:
             self._store = None
 
     def _create_process_group(self, store: TCPStore) -> None:
-        on_gpu = self.device.type == "cuda"
+        is_on_gpu = self.device.type == "cuda"
+        backend = "nccl" if is_on_gpu else "gloo"
+        device = self.device if is_on_gpu else None
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=store,
-            rank=self.comm.rank,
-            world_size=self.comm.size,
-            device_id=self.device if on_gpu else None,
+            backend, store=store, rank=self.comm.rank, world_size=self.comm.size, device_id=device
         )
 
 
