@@ -6,6 +6,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from mixtera_hpc.errors import pluralize
 from mixtera_hpc.report.domain_groups import common_property, group_domains, shorten_names
 from mixtera_hpc.report.number_format import (
     MISSING,
@@ -16,7 +17,13 @@ from mixtera_hpc.report.number_format import (
     format_seconds,
     format_share,
 )
-from mixtera_hpc.report.phrases import describe_progress, describe_ranks, median_and_p95, next_commands
+from mixtera_hpc.report.phrases import (
+    describe_progress,
+    describe_ranks,
+    describe_remaining,
+    median_and_p95,
+    next_commands,
+)
 from mixtera_hpc.report.plot_style import DARK, LIGHT, css_color, group_color
 from mixtera_hpc.report.projection import RunProjection
 from mixtera_hpc.report.run_metrics import RunMetrics
@@ -110,7 +117,7 @@ def _tiles(summary: RunSummary) -> str:
         (
             "Tokens per second",
             format_count(performance.tokens_per_s),
-            f"{format_count(performance.tokens_per_s / performance.num_ranks)} per rank",
+            f"{format_count(performance.tokens_per_s_per_rank)} per rank",
         ),
         ("Step time", format_seconds(performance.step_p50_s), f"p95 {format_seconds(performance.step_p95_s)}"),
         (
@@ -134,7 +141,7 @@ def _notices(summary: RunSummary, projection: RunProjection) -> Iterable[str]:
     """Yield warnings that a reader must not miss."""
     if summary.num_nonfinite:
         yield _notice(
-            f"{format_count(summary.num_nonfinite)} sequences had a loss that is not finite (NaN or infinity). "
+            f"{pluralize(summary.num_nonfinite, 'sequence')} had a loss that is not finite (NaN or infinity). "
             "All losses of this report exclude them."
         )
     exhausted = [domain for domain in projection.domains if domain.exhausted_at_step is not None]
@@ -204,14 +211,7 @@ def _domain_cells(domain: DomainSummary, max_epochs: float | None) -> list[str]:
 
 
 def _projection(projection: RunProjection) -> str:
-    if projection.remaining_steps == 0:
-        text = "All steps are finished."
-    else:
-        text = (
-            f"{format_count(projection.remaining_steps, 4)} steps remain: about "
-            f"{format_duration(projection.remaining_s)} at the median step time, and "
-            f"{format_count(projection.total_tokens)} tokens in total at the end."
-        )
+    text = describe_remaining(projection)
     repeated = [domain for domain in projection.domains if domain.epochs >= 1][:5]
     if repeated:
         domains = ", ".join(f"{escape(domain.name)} {domain.epochs:.1f}" for domain in repeated)

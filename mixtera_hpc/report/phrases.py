@@ -2,10 +2,11 @@
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import pluralize
-from mixtera_hpc.report.number_format import format_count, format_seconds
+from mixtera_hpc.report.number_format import format_count, format_duration, format_seconds
+from mixtera_hpc.report.projection import RunProjection
 from mixtera_hpc.report.summary import RunPerformance, RunSummary
 
-__all__ = ["describe_progress", "describe_ranks", "median_and_p95", "next_commands"]
+__all__ = ["describe_progress", "describe_ranks", "describe_remaining", "median_and_p95", "next_commands"]
 
 
 def describe_progress(summary: RunSummary) -> str:
@@ -24,6 +25,16 @@ def describe_ranks(performance: RunPerformance) -> str:
     return f"{ranks} on {pluralize(performance.num_nodes, 'node')}"
 
 
+def describe_remaining(projection: RunProjection) -> str:
+    """Return `Remaining: 80 steps, about 40 s at the median step time. Total at the end: 20.0 k tokens.`"""
+    if projection.remaining_steps == 0:
+        return "All steps are finished."
+    return (
+        f"Remaining: {pluralize(projection.remaining_steps, 'step')}, about {format_duration(projection.remaining_s)} "
+        f"at the median step time. Total at the end: {format_count(projection.total_tokens)} tokens."
+    )
+
+
 def median_and_p95(median: float | None, p95: float | None) -> str:
     """Return `2.00 ms, p95 3.10 ms`."""
     return f"{format_seconds(median)}, p95 {format_seconds(p95)}"
@@ -39,5 +50,7 @@ def next_commands(run: RunFolder, summary: RunSummary) -> list[tuple[str, str]]:
     ]
     remaining_steps = summary.num_steps - summary.steps
     if remaining_steps > 0:
-        commands.insert(0, (f"mixtera-hpc resume {run.run_id}", f"train the remaining {remaining_steps} steps"))
+        commands.insert(
+            0, (f"mixtera-hpc resume {run.run_id}", f"train the remaining {pluralize(remaining_steps, 'step')}")
+        )
     return commands

@@ -23,7 +23,7 @@ class DomainProjection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProjection:
-    """What remains of a run."""
+    """Time, tokens and epochs of a run at its last step."""
 
     remaining_steps: int
     remaining_s: float

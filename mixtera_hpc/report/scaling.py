@@ -55,7 +55,7 @@ def _scaling_row(summary: RunSummary, metrics: RunMetrics, reference: RunPerform
         ranks=performance.num_ranks,
         global_batch_size=metrics.config.get("dataplane", {}).get("global_batch_size"),
         tokens_per_s=performance.tokens_per_s,
-        tokens_per_s_per_rank=performance.tokens_per_s / performance.num_ranks,
+        tokens_per_s_per_rank=performance.tokens_per_s_per_rank,
         speedup=speedup,
         efficiency=speedup * reference.num_ranks / performance.num_ranks,
         step_p50_s=performance.step_p50_s,

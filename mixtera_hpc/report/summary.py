@@ -62,6 +62,10 @@ class RunPerformance:
     reduce_p50_s: float | None
     reduce_p95_s: float | None
 
+    @property
+    def tokens_per_s_per_rank(self) -> float:
+        return self.tokens_per_s / self.num_ranks
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from mixtera_hpc.errors import pluralize
 from mixtera_hpc.report.domain_groups import common_property, shorten_names
 from mixtera_hpc.report.number_format import (
     MISSING,
@@ -17,8 +18,7 @@ from mixtera_hpc.report.number_format import (
     format_seconds,
     format_share,
 )
-from mixtera_hpc.report.phrases import describe_progress, median_and_p95, next_commands
-from mixtera_hpc.report.projection import RunProjection
+from mixtera_hpc.report.phrases import describe_progress, describe_remaining, median_and_p95, next_commands
 from mixtera_hpc.report.report_files import WrittenReport
 from mixtera_hpc.report.scaling import ScalingRow
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
@@ -35,7 +35,7 @@ def report_text(report: WrittenReport) -> RenderableType:
     title = Text.assemble((summary.name, "bold"), (f"  {summary.run_id} · {describe_progress(summary)}", "dim"))
     lines: list[RenderableType] = ["", title, "", _numbers(summary), "", _domain_table(summary)]
     if report.projection.remaining_steps:
-        lines += ["", _projection(report.projection)]
+        lines += ["", describe_remaining(report.projection)]
 
     page = Text.assemble(("Report  ", "bold"), str(report.page), no_wrap=True, overflow="ignore")
     commands = Table.grid(padding=(0, 3))
@@ -71,7 +71,6 @@ def scaling_text(rows: Sequence[ScalingRow]) -> RenderableType:
 
 def _numbers(summary: RunSummary) -> Table:
     performance = summary.performance
-    tokens_per_s = performance.tokens_per_s
     rows = [("loss", _describe_loss(summary))]
     if summary.held_out_loss is not None:
         rows.append(("held-out loss", f"{summary.held_out_loss:.3f}"))
@@ -79,7 +78,8 @@ def _numbers(summary: RunSummary) -> Table:
         ("tokens", f"{format_count(summary.tokens)} in {format_duration(summary.train_s)} of training"),
         (
             "throughput",
-            f"{format_count(tokens_per_s)} tokens/s, {format_count(tokens_per_s / performance.num_ranks)} per rank",
+            f"{format_count(performance.tokens_per_s)} tokens/s, "
+            f"{format_count(performance.tokens_per_s_per_rank)} per rank",
         ),
         ("step time", median_and_p95(performance.step_p50_s, performance.step_p95_s)),
         (
@@ -91,7 +91,7 @@ def _numbers(summary: RunSummary) -> Table:
         ("wait for reduction", median_and_p95(performance.reduce_p50_s, performance.reduce_p95_s)),
     ]
     if summary.num_nonfinite:
-        excluded = f"{format_count(summary.num_nonfinite)} sequences, excluded from all losses"
+        excluded = f"{pluralize(summary.num_nonfinite, 'sequence')}, excluded from all losses"
         rows.append(("non-finite loss", excluded))
 
     grid = Table.grid(padding=(0, 3))
@@ -104,13 +104,6 @@ def _describe_loss(summary: RunSummary) -> str:
     if summary.loss_first is None or summary.loss_last is None:
         return MISSING
     return f"{summary.loss_first:.3f} → {summary.loss_last:.3f} nats per token"
-
-
-def _projection(projection: RunProjection) -> Text:
-    return Text(
-        f"{format_count(projection.remaining_steps, 4)} steps remain, about {format_duration(projection.remaining_s)}; "
-        f"{format_count(projection.total_tokens)} tokens in total at the end."
-    )
 
 
 def _domain_table(summary: RunSummary) -> Table:

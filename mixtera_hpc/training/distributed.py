@@ -93,9 +93,7 @@ class Replicas:
         is_on_gpu = self.device.type == "cuda"
         backend = "nccl" if is_on_gpu else "gloo"
         device = self.device if is_on_gpu else None
-        dist.init_process_group(
-            backend, store=store, rank=self.comm.rank, world_size=self.comm.size, device_id=device
-        )
+        dist.init_process_group(backend, store=store, rank=self.comm.rank, world_size=self.comm.size, device_id=device)
 
 
 class GradientBuffer:

@@ -16,8 +16,9 @@ __all__ = ["explain"]
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     """Return the message for an error of Hydra's or OmegaConf's to which `overrides`, as typed, led."""
     text = str(error).strip()
-    if (message := _wrong_option(text, overrides) or _wrong_file(error, text)) is not None:
-        return message
+    special = _wrong_option(text, overrides) or _wrong_file(error, text)
+    if special is not None:
+        return special
     for pattern, message in _MESSAGES:
         if match := re.search(pattern, text):
             return message(match, text)
