@@ -167,7 +167,8 @@ def _unparsable(overrides: Sequence[str]) -> str | None:
             continue
         if not key or not value:
             return f"{override!r} is not an override. Write key=value, e.g. dataplane.seed=3."
-        if "." in key and hint_of(key) is None:
-            return _cannot_be_set(key)
+        name = key.lstrip("+~")
+        if "." in name and hint_of(name) is None:
+            return _cannot_be_set(name)
         return f"{override!r} is not a Hydra override. Put its value in extra quotes: '{key}=\"{value}\"'"
     return None
