@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         SavedAndStopped,
         UserError,
     )
-    from mixtera_hpc.training.dataset import PlaneDataset
+    from mixtera_hpc.integrations.torch import PlaneDataset
 
 __all__ = [
     "Batch",
@@ -57,7 +57,7 @@ _MODULE_OF_NAME = {
     "LaunchError": "mixtera_hpc.errors",
     "MixteraError": "mixtera_hpc.errors",
     "MixtureError": "mixtera_hpc.errors",
-    "PlaneDataset": "mixtera_hpc.training.dataset",
+    "PlaneDataset": "mixtera_hpc.integrations.torch",
     "PropertyIndexError": "mixtera_hpc.errors",
     "RunFolder": "mixtera_hpc.config.run_folder",
     "SavedAndStopped": "mixtera_hpc.errors",

@@ -25,6 +25,7 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.plane_state import STATE_KEY
 from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, read_run_edits
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
+from mixtera_hpc.integrations.process_group import Replicas
 from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import MultiTracker, Tracker, open_tracker
 from mixtera_hpc.training.checkpoint import (
@@ -33,7 +34,7 @@ from mixtera_hpc.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from mixtera_hpc.training.distributed import GradientBuffer, Replicas
+from mixtera_hpc.training.distributed import GradientBuffer
 from mixtera_hpc.training.model import GPT, build_model
 from mixtera_hpc.training.schedule import learning_rate
 from mixtera_hpc.training.step_log import StepLog, StepTiming

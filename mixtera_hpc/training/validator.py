@@ -11,9 +11,9 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
+from mixtera_hpc.integrations.process_group import Replicas
 from mixtera_hpc.track.event_types import ValidationEvent
 from mixtera_hpc.track.tracker import Tracker
-from mixtera_hpc.training.distributed import Replicas
 from mixtera_hpc.training.model import GPT
 
 __all__ = ["Validator"]

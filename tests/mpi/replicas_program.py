@@ -7,7 +7,8 @@ import torch
 from mixtera_hpc.comm.mpi import Mpi
 from mixtera_hpc.config.schema import TrainingConfig
 from mixtera_hpc.errors import CommError
-from mixtera_hpc.training.distributed import GradientBuffer, Replicas
+from mixtera_hpc.integrations.process_group import Replicas
+from mixtera_hpc.training.distributed import GradientBuffer
 from mixtera_hpc.training.model import GPT, build_model
 
 COUNTED = torch.tensor([12, 1, 5, 0, 7, 3])

@@ -17,10 +17,10 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import CommError, ConfigError
+from mixtera_hpc.integrations.torch import PlaneDataset
 from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.verify import verify_run
-from mixtera_hpc.training.dataset import PlaneDataset
 
 pytestmark = pytest.mark.slow
 """Serves whole runs with several batches in flight."""

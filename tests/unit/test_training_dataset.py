@@ -10,7 +10,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.training.dataset import PlaneDataset
+from mixtera_hpc.integrations.torch import PlaneDataset
 
 pytestmark = pytest.mark.slow
 """Starts loaders of torch."""

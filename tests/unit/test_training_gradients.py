@@ -6,7 +6,8 @@ import torch
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.schema import TrainingConfig
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.training.distributed import GradientBuffer, Replicas
+from mixtera_hpc.integrations.process_group import Replicas
+from mixtera_hpc.training.distributed import GradientBuffer
 from mixtera_hpc.training.model import GPT, build_model
 
 TINY = TrainingConfig(num_layers=1, num_heads=2, embedding_dim=16)

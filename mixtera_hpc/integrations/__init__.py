@@ -1,0 +1,1 @@
+"""One short module per trainer; each imports only its own library."""
