@@ -21,5 +21,5 @@ def domain_losses(statistics: Sequence[DomainStatistics], names: Sequence[str], 
         return {}
     loss_sum = np.sum([of_step.loss_sum for of_step in statistics], axis=0)
     num_tokens = np.sum([of_step.num_tokens for of_step in statistics], axis=0)
-    observed = np.flatnonzero(num_tokens)
+    observed = np.flatnonzero(num_tokens).tolist()
     return {f"{prefix}/{names[i]}": float(loss_sum[i] / num_tokens[i]) for i in observed}
