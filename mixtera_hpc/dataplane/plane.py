@@ -29,7 +29,7 @@ from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.journal import last_attempt
 from mixtera_hpc.dataplane.plane_state import STATE_KEY, PlaneState
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, step_of
 from mixtera_hpc.dataplane.reading.rank_layout import coordinate_in_mesh, gather_coordinates, slice_in_layout
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.resume_point import initial_state
@@ -178,10 +178,11 @@ class DataPlane:
         rank recorded are no observation. Ranks without a loss need not call this.
 
         Args:
-            batch: a batch that was handed out and is not finished, as a whole, or a mapping with its `step`.
+            batch: a batch that was handed out and is not finished, or a mapping with its `step`. The `positions` of
+                either say which sequences it holds; without them it holds all. Micro-batches need no `rows` then.
             loss: cross-entropy in nats of every predicted token; array or torch tensor on any device, shape (B, T).
                 Tokens outside `batch.loss_mask` do not count. Only tensors on an accelerator are kept beyond the call.
-            rows: which sequences of the batch the losses belong to, for micro-batches.
+            rows: which sequences of `batch` the losses belong to, for micro-batches.
             tokens: which predicted tokens of these sequences the losses belong to; None for all.
             num_tokens: if `loss` has one sum per sequence, shape (B,), the number of tokens in each sum.
 
@@ -191,7 +192,7 @@ class DataPlane:
         """
         if self._session is None:
             raise ValueError("record() was called before the first batch.")
-        self._session.record(_step_of(batch), loss, rows, tokens, num_tokens)
+        self._session.record(batch, loss, rows, tokens, num_tokens)
 
     def finish(self, batch: Batch | Mapping[str, Any]) -> None:
         """Finish the step of `batch` and all steps before it, for a trainer that does not record losses.
@@ -204,7 +205,7 @@ class DataPlane:
         """
         if self._session is None:
             raise ValueError("finish() was called before the first batch.")
-        self._session.finish_step(_step_of(batch))
+        self._session.finish_step(step_of(batch))
 
     def expect_loader(self) -> None:
         """Tell the data plane that a loader reads it, which may ask for batches ahead of the trainer. **Collective.**
@@ -305,10 +306,6 @@ class DataPlane:
         if self._session is None:
             self._session = start_session(self._resources, None)
         return self._session
-
-
-def _step_of(batch: Batch | Mapping[str, Any]) -> int:
-    return batch.step if isinstance(batch, Batch) else int(batch["step"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

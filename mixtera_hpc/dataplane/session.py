@@ -8,7 +8,7 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from mixtera_hpc.dataplane.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.open_steps import OpenSteps
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, positions_of, step_of
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.workers import open_batch_source
@@ -142,9 +142,12 @@ class Session:
         self._recorder.record_batch(batch)
         return batch
 
-    def record(self, step: int, loss: Any, rows: slice, tokens: slice | None, num_tokens: Any) -> None:
+    def record(
+        self, batch: Batch | Mapping[str, Any], loss: Any, rows: slice, tokens: slice | None, num_tokens: Any
+    ) -> None:
         """Add losses of an open step; see `DataPlane.record`."""
-        self._steps.named(step, "record").losses.add(loss, rows, tokens, num_tokens)
+        losses = self._steps.named(step_of(batch), "record").losses
+        losses.add(loss, losses.rows_at(positions_of(batch), rows), tokens, num_tokens)
 
     def finish_step(self, step: int) -> None:
         """Finish an open step and those before it; see `DataPlane.finish`."""

@@ -18,6 +18,9 @@ __all__ = ["StepLosses", "sequence_sums"]
 
 Sums = NDArray[np.float64]
 
+Rows = slice | NDArray[np.int64]
+"""Which rows of a batch."""
+
 
 class StepLosses:
     """The losses that one rank has recorded for one step."""
@@ -30,14 +33,35 @@ class StepLosses:
         self._domain_ids = batch.domain_ids
         self._loss_mask = batch.loss_mask
         self._num_domains = num_domains
-        self._recorded: list[tuple[slice, NDArray[np.int64], Callable[[], Sums]]] = []
+        self._recorded: list[tuple[Rows, NDArray[np.int64], Callable[[], Sums]]] = []
         """Rows, number of counted tokens of each row, and their losses."""
         # One column stands for the whole sequence where a batch has no tokens.
         self._is_recorded = np.zeros((len(batch.domain_ids), max(batch.loss_mask.shape[1], 1)), np.bool_)
         self.are_complete = False
         """Whether every token of every sequence was recorded."""
 
-    def add(self, loss: Any, rows: slice, tokens: slice | None, num_tokens: Any) -> None:
+    def rows_at(self, positions: Any, rows: slice) -> Rows:
+        """Return `rows` of the part of the batch that has `positions`, as rows of the whole batch.
+
+        Args:
+            positions: array or torch tensor on any device; None for the whole batch.
+
+        Raises:
+            ValueError: they are not positions of this batch, or occur twice.
+        """
+        if positions is None or positions is self._positions:
+            return rows
+        held = _on_host(positions).astype(np.int64)
+        indices = np.searchsorted(self._positions, held)
+        is_known = np.take(self._positions, indices, mode="clip") == held
+        if not is_known.all() or len(np.unique(held)) != len(held):
+            raise ValueError(
+                f"record() was given the positions {held.tolist()} of step {self._step}, but this rank has "
+                f"{self._positions[0]} to {self._positions[-1]}, each once."
+            )
+        return indices[rows]
+
+    def add(self, loss: Any, rows: Rows, tokens: slice | None, num_tokens: Any) -> None:
         """Add the losses of some sequences; see `DataPlane.record`.
 
         Raises:

@@ -1,48 +1,100 @@
 """`PlaneDataset`: a data plane as a torch `IterableDataset`, for trainers that require a `DataLoader`."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["PlaneDataset"]
+__all__ = ["PlaneDataset", "as_tensors"]
+
+MAX_CALLERS = 4
+"""Python frames between `PlaneDataset.__iter__` and the part of a loader that stacks batches."""
 
 
 class PlaneDataset(IterableDataset[Any]):
     """The batches of an open `DataPlane` as a torch dataset.
 
     Use it with `DataLoader(dataset, batch_size=None)` or torchdata's `StatefulDataLoader`. The data plane already
-    builds whole batches and reads ahead. The loader must therefore neither collate them (`batch_size=None`) nor start
-    worker processes (`num_workers=0`); `dataplane.workers` reads in processes instead.
+    builds whole batches, gives every rank its own part, and reads ahead. The loader must therefore neither stack them
+    (`batch_size=None`) nor share them out among ranks, nor start worker processes (`num_workers=0`);
+    `dataplane.workers` reads in processes instead.
 
     A loader may fetch batches ahead of the trainer. `DataPlane.record` or `DataPlane.finish` says which ones the
     trainer has finished; without them the state cannot be saved. With a `StatefulDataLoader`, `state_dict()` holds the
     state of the data plane. It is the same on every rank: save one of them and load it on any number of ranks.
     """
 
-    def __init__(self, plane: DataPlane, transform: Callable[[Batch], Any] | None = None) -> None:
+    def __init__(
+        self,
+        plane: DataPlane,
+        transform: Callable[[Batch], Any] | None = None,
+        *,
+        micro_batch_size: int | None = None,
+        num_steps: int | None = None,
+    ) -> None:
         """Wrap an open data plane.
 
         Args:
             plane: the data plane; the caller opens and closes it.
             transform: maps each `Batch` to the value that the loader yields; called in the thread that iterates. By
-                default the `Batch` itself is yielded, as `DataPlane.record` needs it.
+                default that is `as_tensors`.
+            micro_batch_size: sequences in each batch that the loader yields, for gradient accumulation. None: all
+                sequences that this rank gets in a step.
+            num_steps: the training ends after this many steps, counted from the beginning of the run. None: when the
+                data ends.
+
+        Raises:
+            ConfigError: the sequences of a step cannot be cut into micro-batches of this size.
         """
         self._plane = plane
-        self._transform = transform
+        self._transform = as_tensors if transform is None else transform
+        self._num_steps = num_steps
+        self._micro_batch_size = plane.local_batch_size if micro_batch_size is None else micro_batch_size
+        if self._micro_batch_size < 1 or plane.local_batch_size % self._micro_batch_size:
+            raise ConfigError(
+                f"micro_batch_size={micro_batch_size} does not divide the {plane.local_batch_size} sequences that this "
+                "rank gets in every step.\n"
+                "  dataplane.global_batch_size must be micro-batch size × accumulation steps × data-parallel size."
+            )
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the remaining batches of the run. **Collective.**"""
+        """Yield the remaining batches of the run. **Collective.**
+
+        Raises:
+            ConfigError: a loader would stack the batches, or reads in worker processes.
+        """
         if get_worker_info() is not None:
             raise _worker_processes_error()
-        self._plane.expect_loader()
-        for batch in self._plane:
-            yield batch if self._transform is None else self._transform(batch)
+        # A generator would find the loader only when the first batch is fetched.
+        if _is_stacked_by_loader():
+            raise _stacking_error()
+        return self._batches()
+
+    def __len__(self) -> int:
+        """Return the number of micro-batches of the whole run, also after a resume.
+
+        Raises:
+            TypeError: the dataset has no `num_steps`.
+        """
+        if self._num_steps is None:
+            raise TypeError("A PlaneDataset has a length only with num_steps. Pass PlaneDataset(plane, num_steps=N).")
+        return self._num_steps * (self._plane.local_batch_size // self._micro_batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: the data plane counts epochs by itself. Loaders of accelerate call this before they iterate.
+
+        Raises:
+            ConfigError: accelerate would share out or stack the batches that the ranks already share.
+        """
+        _check_accelerate_loader(self)
 
     def state_dict(self) -> dict[str, NDArray[np.uint8]]:
         """Return the state of the data plane, see `DataPlane.state_dict`. **Collective.**"""
@@ -55,6 +107,106 @@ class PlaneDataset(IterableDataset[Any]):
     def __getstate__(self) -> Any:
         """Refuse to be pickled, which a loader does to start worker processes by spawning."""
         raise _worker_processes_error()
+
+    def _batches(self) -> Iterator[Any]:
+        self._plane.expect_loader()
+        if self._is_at_end:
+            return
+        for batch in self._plane:
+            for micro_batch in _micro_batches(batch, self._micro_batch_size):
+                yield self._transform(micro_batch)
+            if self._is_at_end:
+                return
+
+    @property
+    def _is_at_end(self) -> bool:
+        return self._num_steps is not None and self._plane.next_step >= self._num_steps
+
+
+def as_tensors(batch: Batch) -> dict[str, Any]:
+    """Return a batch of B sequences of T predicted tokens as a dict, which loaders can pin and move to a device.
+
+    Returns:
+        `tokens` (B, T + 1) int64, `loss_mask` (B, T) bool, `document_ids` (B, T + 1) int32, `positions` (B,) and
+        `domain_ids` (B,) int64, and `step`, int64 without dimensions. With `mixture.unit=samples`, `payloads`, a list
+        of B samples, stands for the first three.
+    """
+    fields: dict[str, Any] = {"payloads": batch.payloads}
+    if batch.payloads is None:
+        # The tokens come first: trainers take the batch size from the first tensor.
+        fields = {name: torch.from_numpy(getattr(batch, name)) for name in ("tokens", "loss_mask", "document_ids")}
+    fields["positions"] = torch.from_numpy(batch.positions)
+    fields["domain_ids"] = torch.from_numpy(batch.domain_ids)
+    fields["step"] = torch.tensor(batch.step)
+    return fields
+
+
+def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+    """Cut a batch into batches of `size` sequences; all of them have its step."""
+    if size == len(batch.positions):
+        yield batch
+        return
+    for start in range(0, len(batch.positions), size):
+        rows = slice(start, start + size)
+        yield replace(
+            batch,
+            domain_ids=batch.domain_ids[rows],
+            positions=batch.positions[rows],
+            tokens=batch.tokens[rows],
+            loss_mask=batch.loss_mask[rows],
+            document_ids=batch.document_ids[rows],
+            payloads=None if batch.payloads is None else batch.payloads[rows],
+            digests=None if batch.digests is None else batch.digests[rows],
+        )
+
+
+def _is_stacked_by_loader() -> bool:
+    """Return whether a loader of torch or torchdata calls, and stacks what it gets."""
+    # A loader tells a dataset nothing. Its fetcher, which creates the iterator, knows whether it will stack.
+    frame = sys._getframe(2)
+    for _ in range(MAX_CALLERS):
+        fetcher = frame.f_locals.get("self")
+        if getattr(fetcher, "auto_collation", False):
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _check_accelerate_loader(dataset: PlaneDataset) -> None:
+    """Raise ConfigError if a loader of accelerate iterates over `dataset` in a way that changes the batches."""
+    accelerate = sys.modules.get("accelerate.state")
+    loader = accelerate.GradientState().active_dataloader if accelerate is not None else None
+    # The loaders of accelerate name the class that they wrap as their `__class__`.
+    served: Any = getattr(loader, "dataset", None)
+    is_shard = type(served).__name__ == "IterableDatasetShard" and served.dataset is dataset
+    if served is not dataset and not is_shard:
+        return
+    if type(loader).__name__ == "DataLoaderDispatcher":
+        raise _accelerate_error("dispatch_batches=True, so that only the first rank would ask for batches")
+    if is_shard:
+        raise _accelerate_error("dispatch_batches=False, so that every rank would keep a part of its own part")
+    if getattr(loader, "use_stateful_dataloader", False):
+        raise _accelerate_error("use_stateful_dataloader=True, which saves the state before a step is finished")
+
+
+def _stacking_error() -> ConfigError:
+    return ConfigError(
+        "A DataLoader with a batch_size got a PlaneDataset, and would stack whole batches. A PlaneDataset already "
+        "yields the batches of this rank.\n"
+        "  Use DataLoader(PlaneDataset(plane), batch_size=None). The sizes are dataplane.global_batch_size and "
+        "PlaneDataset(micro_batch_size=)."
+    )
+
+
+def _accelerate_error(setting: str) -> ConfigError:
+    return ConfigError(
+        f"Accelerate has wrapped the loader of a PlaneDataset with {setting}. The data plane already gives every rank "
+        "its own part.\n"
+        "  Iterate over DataLoader(PlaneDataset(plane), batch_size=None) itself: do not pass it to "
+        "Accelerator.prepare(), and move the tensors to accelerator.device."
+    )
 
 
 def _worker_processes_error() -> ConfigError:

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.journal import sequence_digest
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.torch import PlaneDataset
@@ -23,8 +26,13 @@ def open_plane(collection: list[str]) -> DataPlane:
     return DataPlane.open(compose([*collection, *WORDS]), Local())
 
 
+def digests_of(batch: Any) -> list[str]:
+    tokens = batch["tokens"].numpy() if isinstance(batch, dict) else batch.tokens
+    return [sequence_digest(row) for row in tokens]
+
+
 def served(loader: Any, count: int) -> list[list[str]]:
-    return [batch.digests for batch, _ in zip(loader, range(count), strict=False)]
+    return [digests_of(batch) for batch, _ in zip(loader, range(count), strict=False)]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def test_a_stateful_loader_resumes_at_the_saved_step(
         first = []
         for _ in range(stop):
             batch = next(batches)
-            first.append(batch.digests)
+            first.append(digests_of(batch))
             plane.finish(batch)
         state = loader.state_dict()
     with open_plane(collection) as plane:
@@ -62,7 +70,7 @@ def test_losses_recorded_in_a_loop_over_a_loader_are_reduced(collection: list[st
         batches = iter(StatefulDataLoader(PlaneDataset(plane), batch_size=None))
         for _ in range(3):
             batch = next(batches)
-            plane.record(batch, (batch.tokens[:, 1:] % 7).astype("float32"))
+            plane.record(batch, (batch["tokens"][:, 1:] % 7).float())
         plane.state_dict()
         assert [statistics.step for statistics in plane.completed_statistics()] == [0, 1, 2]
 
@@ -79,3 +87,83 @@ def test_worker_processes_of_a_loader_are_refused(collection: list[str], context
         loader = DataLoader(PlaneDataset(plane), batch_size=None, num_workers=1, multiprocessing_context=context)
         with pytest.raises(ConfigError, match=r"Set num_workers=0 .* set dataplane\.workers"):
             next(iter(loader))
+
+
+def test_the_default_is_a_dict_of_tensors_with_the_tokens_first(collection: list[str]) -> None:
+    with open_plane(collection) as plane, open_plane(collection) as other:
+        item = next(iter(DataLoader(PlaneDataset(plane), batch_size=None)))
+        batch = next(iter(other))
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in item.items()}
+    assert shapes == {
+        "tokens": ((4, 33), torch.int64),
+        "loss_mask": ((4, 32), torch.bool),
+        "document_ids": ((4, 33), torch.int32),
+        "positions": ((4,), torch.int64),
+        "domain_ids": ((4,), torch.int64),
+        "step": ((), torch.int64),
+    }
+    assert list(item) == list(shapes)
+    assert all(np.array_equal(tensor.numpy(), getattr(batch, name)) for name, tensor in item.items())
+
+
+def train(plane: DataPlane, loader: Any) -> dict[int, tuple[list[float], list[int]]]:
+    """Record every micro-batch of a loader; return the statistics by step."""
+    for micro in loader:
+        plane.record(micro, (micro["tokens"][:, 1:] % 7).float())
+    plane.state_dict()
+    return {step.step: (step.loss_sum.tolist(), step.num_tokens.tolist()) for step in plane.completed_statistics()}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_micro_batches_are_recorded_without_naming_their_rows(collection: list[str], size: int) -> None:
+    with open_plane(collection) as plane:
+        whole = train(plane, DataLoader(PlaneDataset(plane, num_steps=6), batch_size=None))
+    with open_plane(collection) as plane:
+        dataset = PlaneDataset(plane, micro_batch_size=size, num_steps=6)
+        assert len(dataset) == 6 * 4 // size
+        assert next(iter(dataset))["tokens"].shape == (size, 33)
+    with open_plane(collection) as plane:
+        loader = DataLoader(PlaneDataset(plane, micro_batch_size=size, num_steps=6), batch_size=None)
+        assert train(plane, loader) == whole
+    assert sorted(whole) == list(range(6))
+
+
+def test_a_micro_batch_that_belongs_to_no_row_is_refused(collection: list[str]) -> None:
+    with open_plane(collection) as plane:
+        micro = next(iter(PlaneDataset(plane, micro_batch_size=2)))
+        for wrong in ([0, 0], [3, 4]):
+            with pytest.raises(ValueError, match="but this rank has 0 to 3, each once"):
+                plane.record(micro | {"positions": torch.tensor(wrong)}, torch.ones(2, 32))
+
+
+def test_a_micro_batch_size_that_does_not_divide_is_refused(collection: list[str]) -> None:
+    with (
+        open_plane(collection) as plane,
+        pytest.raises(ConfigError, match=r"micro_batch_size=3 does not divide the 4 .*\n.* accumulation steps"),
+    ):
+        PlaneDataset(plane, micro_batch_size=3)
+
+
+def test_the_iteration_ends_after_num_steps_also_after_a_resume(collection: list[str]) -> None:
+    with open_plane(collection) as plane:
+        first = [item["step"].item() for item in PlaneDataset(plane, num_steps=3)]
+        plane.finish({"step": 2})
+        state = plane.state_dict()
+    with open_plane(collection) as plane:
+        plane.load_state_dict(state)
+        dataset = PlaneDataset(plane, num_steps=5)
+        second = [item["step"].item() for item in DataLoader(dataset, batch_size=None)]
+        assert len(dataset) == 5
+        assert list(dataset) == []
+    assert [*first, *second] == [0, 1, 2, 3, 4]
+
+
+def test_a_dataset_without_num_steps_has_no_length(collection: list[str]) -> None:
+    with open_plane(collection) as plane, pytest.raises(TypeError, match="num_steps"):
+        len(PlaneDataset(plane))
+
+
+@pytest.mark.parametrize("loader", [DataLoader, StatefulDataLoader])
+def test_a_loader_that_stacks_batches_is_refused(collection: list[str], loader: Any) -> None:
+    with open_plane(collection) as plane, pytest.raises(ConfigError, match=r"would stack whole batches.*\n.*=None"):
+        next(iter(loader(PlaneDataset(plane), batch_size=8)))

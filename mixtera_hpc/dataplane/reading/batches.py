@@ -1,6 +1,6 @@
 """What a rank gets of every step, and which part of the global batch that is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["Batch", "BatchSlice", "BatchSource"]
+__all__ = ["Batch", "BatchSlice", "BatchSource", "positions_of", "step_of"]
 
 Ints = NDArray[np.int64]
 
@@ -85,6 +85,16 @@ class BatchSlice:
             size=size,
             is_group_leader=rank % model_parallel_size == 0,
         )
+
+
+def step_of(batch: Batch | Mapping[str, Any]) -> int:
+    """Return the training step of a batch, or of a mapping with its `step`."""
+    return batch.step if isinstance(batch, Batch) else int(batch["step"])
+
+
+def positions_of(batch: Batch | Mapping[str, Any]) -> Any:
+    """Return the positions of the sequences that a batch or mapping holds; None if it does not name them."""
+    return batch.positions if isinstance(batch, Batch) else batch.get("positions")
 
 
 class BatchSource(Protocol):
