@@ -9,10 +9,11 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check surface format bench reference docs coverage slurm-up slurm-down clean
+.PHONY: help setup demo test test-fast integrations integrations-full check surface format bench reference docs coverage \
+  slurm-up slurm-down clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## make .venv with everything in it
 
@@ -30,6 +31,16 @@ test: setup ## run all tests
 
 test-fast: setup ## run the unit tests that take no more than some seconds, on two processes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
+
+integrations: $(VENV)/.integrations-ready ## launch the example of every trainer, two ranks under torchrun; some minutes
+	$(BIN)/python -m pytest -q -m "integrations and not slow" tests/integrations
+
+integrations-full: $(VENV)/.integrations-ready ## the same under every launcher
+	$(BIN)/python -m pytest -q -m integrations tests/integrations
+
+$(VENV)/.integrations-ready: $(VENV)/.ready
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[integrations]'
+	@touch $@
 
 check: setup ## lint, format, types, imports and layout
 	$(BIN)/ruff check .
