@@ -1,0 +1,94 @@
+"""A user's own loop under the launchers of the real cluster; `tests/mpi/launcher_program.py` is the loop."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[1] / "mpi/launcher_program.py"
+SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
+LIMIT_S = 240
+
+pytestmark = pytest.mark.slurm
+
+TORCHRUN_ON_EVERY_NODE = """\
+#!/bin/bash
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun "{python}" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node 2 \\
+    --rdzv-backend c10d --rdzv-endpoint "$head:{port}" "$@"
+"""
+
+
+def positions(output: str) -> list[list[int]]:
+    return sorted(json.loads(line)["positions"] for line in output.splitlines() if "positions" in line)
+
+
+def run(command: list[str], folder: Path) -> str:
+    """Run a command of Slurm and return what it and its job printed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=folder, env=env)
+    logs = "".join(path.read_text() for path in folder.glob("*.out"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    return done.stdout + logs
+
+
+def batch(folder: Path, resources: list[str], script: str, arguments: list[str]) -> str:
+    """Run a batch script to its end and return what it printed."""
+    path = folder / "job.sh"
+    path.write_text(script)
+    output = ["--output", str(folder / "job.out")]
+    return run(["sbatch", "--wait", "--time=5", *resources, *output, str(path), *arguments], folder)
+
+
+@pytest.fixture
+def loop(collection: list[str]) -> list[str]:
+    """Return the arguments of a loop that serves one batch."""
+    return [str(PROGRAM), "loop", *collection, *SMALL]
+
+
+def test_torchrun_started_by_one_task_per_node_is_one_job(loop: list[str], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    script = TORCHRUN_ON_EVERY_NODE.format(python=sys.executable, port=port)
+    printed = batch(tmp_path, ["--nodes=2", "--ntasks-per-node=1"], script, loop)
+
+    assert positions(printed) == [[0], [1], [2], [3]]
+
+
+def test_torchrun_inside_one_task_of_srun_is_one_job(loop: list[str], tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    printed = run(["srun", "-n1", "--time=5", *torchrun, *loop], tmp_path)
+
+    assert positions(printed) == [[0, 1], [2, 3]]
+
+
+def test_srun_with_the_right_plugin_shares_a_batch_through_mpi(loop: list[str], tmp_path: Path) -> None:
+    printed = run(["srun", "-n2", "--nodes=2", "--time=5", "--mpi=pmi2", sys.executable, *loop], tmp_path)
+
+    assert positions(printed) == [[0, 1], [2, 3]]
+
+
+def test_srun_with_a_plugin_that_does_not_fit_is_refused(loop: list[str], tmp_path: Path) -> None:
+    command = ["srun", "-n2", "--time=5", "--mpi=none", sys.executable, *loop]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=tmp_path)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "srun started 2 processes, but the data plane sees 1" in done.stderr
+    assert "cluster.mpi=pmi2" in done.stderr
+
+
+def test_plain_python_inside_salloc_is_one_process(loop: list[str], tmp_path: Path) -> None:
+    printed = run(["salloc", "-n4", "--nodes=2", "--time=5", sys.executable, *loop], tmp_path)
+
+    assert positions(printed) == [[0, 1, 2, 3]]
+
+
+def test_plain_python_in_a_batch_script_is_one_process(loop: list[str], tmp_path: Path) -> None:
+    script = f'#!/bin/bash\nexec "{sys.executable}" "$@"\n'
+    printed = batch(tmp_path, ["--nodes=2", "--ntasks=4"], script, loop)
+
+    assert positions(printed) == [[0, 1, 2, 3]]
