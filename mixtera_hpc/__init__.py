@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         SavedAndStopped,
         UserError,
     )
+    from mixtera_hpc.integrations.process_group import Replicas
     from mixtera_hpc.integrations.torch import PlaneDataset
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "MixtureError",
     "PlaneDataset",
     "PropertyIndexError",
+    "Replicas",
     "RunFolder",
     "SavedAndStopped",
     "UserError",
@@ -59,6 +61,7 @@ _MODULE_OF_NAME = {
     "MixtureError": "mixtera_hpc.errors",
     "PlaneDataset": "mixtera_hpc.integrations.torch",
     "PropertyIndexError": "mixtera_hpc.errors",
+    "Replicas": "mixtera_hpc.integrations.process_group",
     "RunFolder": "mixtera_hpc.config.run_folder",
     "SavedAndStopped": "mixtera_hpc.errors",
     "UserError": "mixtera_hpc.errors",
