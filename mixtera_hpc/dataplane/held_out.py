@@ -1,50 +1,61 @@
 """Batches of the samples that training never sees: the same ones every time, in natural proportions, each at most once.
 
 Every rank plans for itself, because the index is all that this takes: nothing is broadcast, nothing journalled. Price:
-one more open of the index, at the start.
+one more open of the index, at the start, and two small collectives per validation.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
-from mixtera_hpc.core.statistics import DomainStatistics, accumulate_losses, statistics_from_buffer
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, positions_of, step_of
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
-from mixtera_hpc.dataplane.step_losses import sequence_sums
-from mixtera_hpc.errors import MixtureError
+from mixtera_hpc.dataplane.steps.step_losses import StepLosses
+from mixtera_hpc.errors import CommError, MixtureError
 
 __all__ = ["HeldOutBatches"]
 
 
 class HeldOutBatches:
-    """One rank's part of the validation of a run."""
+    """One rank's part of the validation of a run; `DataPlane.held_out` opens it.
 
-    def __init__(self, config: Config, comm: Communicator, folder: RunFolder | None = None) -> None:
+    for batch in held_out.batches():
+        held_out.record(batch, loss_per_token)
+    statistics = held_out.reduce(step)
+    """
+
+    def __init__(
+        self, config: Config, comm: Communicator, batch_slice: BatchSlice, folder: RunFolder | None = None
+    ) -> None:
         """Open what `config` holds out. **Collective.**
 
         Args:
+            config: `query.holdout` says what is held out, `training.validate_steps` how many batches are served.
+            comm: all ranks.
+            batch_slice: what this rank gets of every global batch; ranks of one group have equal ones.
             folder: the folder of the run, which records what was dropped.
 
         Raises:
             MixtureError: less than one global batch is held out.
         """
-        plane = config.dataplane
+        global_batch_size = config.dataplane.global_batch_size
         subset = subset_of_run(folder if comm.rank == 0 else None, "validation")
         source = open_source(config, comm, subset=subset)
         sizes = source.layout.epoch_items()
         # Sequences in one pass over each domain.
         capacity = source.grid.capacity(sizes, np.ones(len(sizes)))
         num_sequences = int(capacity.sum())
-        steps = min(config.training.validate_steps, num_sequences // plane.global_batch_size)
+        steps = min(config.training.validate_steps, num_sequences // global_batch_size)
         if steps < 1:
             raise MixtureError(
                 f"query.holdout.fraction={config.query.holdout.fraction:g} holds {num_sequences} sequences out, fewer "
@@ -59,26 +70,94 @@ class HeldOutBatches:
         # One chunk covers all steps, so that a single plan describes the whole validation.
         self._planner = replace(source.planner, capacity=capacity, chunk_steps=steps, on_exhausted="redistribute")
         self._source = replace(source, planner=self._planner)
-        self._slice = BatchSlice.of(plane, comm.rank, comm.size)
+        self._slice = batch_slice
+        self._losses: dict[int, StepLosses] = {}
+        """Losses of the batches handed out since the last `reduce`, by their step."""
         self.num_domains = source.num_domains
+        self.num_batches = steps
+        """Batches in each pass."""
 
     def batches(self) -> Iterator[Batch]:
-        """Yield this rank's batches, from the first one on."""
+        """Yield this rank's batches, from the first one on; their steps are -1, -2, and so on.
+
+        A negative step never belongs to a batch of the training.
+        """
         plan = self._planner.decide(PlannerState.start(self.num_domains), self._weights)
         maker = BatchMaker(self._source, self._slice, audit=False)
+        self._losses.clear()
         try:
-            yield from maker.batches(plan, 0)
+            for batch in maker.batches(plan, 0):
+                held_out = replace(batch, step=-1 - batch.step)
+                self._losses[held_out.step] = StepLosses(held_out, self.num_domains)
+                yield held_out
         finally:
             maker.close()
 
-    def sums(self, batch: Batch, loss_per_token: object, rows: slice = slice(None)) -> NDArray[np.int64]:
-        """Return the statistics of some sequences of a batch, to be added up; shape (NUM_BUFFER_ROWS, num_domains)."""
-        mask = batch.loss_mask[rows]
-        losses = sequence_sums(loss_per_token, mask)()
-        return accumulate_losses(batch.domain_ids[rows], losses, mask.sum(axis=1), self.num_domains)
+    def record(
+        self,
+        batch: Batch | Mapping[str, Any],
+        loss: Any,
+        *,
+        rows: slice = slice(None),
+        tokens: slice | None = None,
+        num_tokens: Any = None,
+    ) -> None:
+        """Add losses of a batch of `batches`; the arguments are those of `DataPlane.record`.
 
-    def reduce(self, step: int, sums: NDArray[np.int64]) -> DomainStatistics:
-        """Add up the sums of all ranks, each sequence counted once. **Collective.**"""
-        # Ranks of one group computed the losses of the same sequences.
-        own = sums if self._slice.is_group_leader else np.zeros_like(sums)
+        Ranks without a loss need not call this. If ranks of one model-parallel group record the same losses, they count
+        once.
+
+        Raises:
+            ValueError: the batch was not handed out since the last `reduce`, or the losses have another shape.
+            CommError: the losses were recorded before.
+        """
+        losses = self._losses.get(step_of(batch))
+        if losses is None:
+            raise ValueError(
+                f"record() of the held-out data was given step {step_of(batch)}, which is not among the batches since "
+                "the last reduce(). Held-out batches have negative steps.\n"
+                "  Give it a batch of batches(), and give batches of the training to DataPlane.record."
+            )
+        losses.add(loss, losses.rows_at(positions_of(batch), rows), tokens, num_tokens)
+
+    def reduce(self, step: int) -> DomainStatistics:
+        """Return the statistics of what was recorded since the last call, summed over all ranks. **Collective.**
+
+        Args:
+            step: training step that the statistics belong to.
+
+        Raises:
+            CommError: a batch was recorded in part, or not by the same number of data-parallel groups as others.
+        """
+        recorded = [number for number, losses in self._losses.items() if losses.has_losses]
+        own = np.zeros((NUM_BUFFER_ROWS, self.num_domains), np.int64)
+        for number in recorded:
+            own += self._losses[number].total()
+        self._losses.clear()
+        if not self._is_counted(recorded):
+            own[...] = 0
         return statistics_from_buffer(step, self._comm.Allreduce(own))
+
+    def _is_counted(self, recorded: list[int]) -> bool:
+        """Return whether this rank's losses count: it is the first of its group that recorded any. **Collective.**"""
+        group = self._slice.first // self._slice.size
+        by_rank = self._comm.Allgather(np.array([group, len(recorded), _digest(recorded)], np.int64))
+        groups, counts = by_rank[:, 0], by_rank[:, 1]
+        has_recorded = counts > 0
+        if not has_recorded.any():
+            return False
+        silent = np.flatnonzero(~np.isin(groups, groups[has_recorded]))
+        first = int(np.argmax(has_recorded))
+        others = np.flatnonzero(has_recorded & (by_rank[:, 1:] != by_rank[first, 1:]).any(axis=1))
+        if len(silent) or len(others):
+            raise CommError(
+                "The held-out batches were recorded in part: "
+                f"ranks {silent.tolist()} did not record, ranks {others.tolist()} recorded other batches than rank "
+                f"{first}.\n  Call record() for the same batches in all data-parallel groups."
+            )
+        return int(np.argmax(has_recorded & (groups == group))) == self._comm.rank
+
+
+def _digest(steps: list[int]) -> int:
+    content = np.array(steps, np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little")

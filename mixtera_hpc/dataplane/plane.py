@@ -11,9 +11,7 @@
 All MPI calls happen in the caller's thread, inside these methods. Warnings go to the logger `mixtera_hpc`.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,22 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
-from mixtera_hpc.comm.launcher import communicator_of, end_job
+from mixtera_hpc.comm.launcher import end_job
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.dataplane.control import RunControl
-from mixtera_hpc.dataplane.journal import last_attempt
+from mixtera_hpc.dataplane.held_out import HeldOutBatches
+from mixtera_hpc.dataplane.opening import OpenOptions, RankLayout, open_or_end_job
 from mixtera_hpc.dataplane.plane_state import STATE_KEY, PlaneState
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, step_of
-from mixtera_hpc.dataplane.reading.rank_layout import coordinate_in_mesh, gather_coordinates, slice_in_layout
-from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.reading.batches import Batch, step_of
+from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import initial_state
-from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
-from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
-from mixtera_hpc.dataplane.run_recorder import RunRecorder
-from mixtera_hpc.dataplane.session import PlaneResources, Session, start_session
+from mixtera_hpc.dataplane.session import Session, start_session
 from mixtera_hpc.errors import is_clean_exit
 from mixtera_hpc.track.tracker import NullTracker, Tracker
 
@@ -103,9 +97,9 @@ class DataPlane:
             PropertyIndexError: the index is missing or stale, or was built with another tokenizer.
             MixtureError: a domain of the mixture has no samples.
         """
-        options = _OpenOptions(folder=folder, attempt=attempt, tracker=tracker or NullTracker(), split=split)
-        layout = _RankLayout(data_parallel=data_parallel, mesh=mesh, data_dims=data_dims, subset=subset)
-        return cls(_open_or_end_job(config, comm, layout, options), ends_job=not isinstance(comm, Communicator))
+        options = OpenOptions(folder=folder, attempt=attempt, tracker=tracker or NullTracker(), split=split)
+        layout = RankLayout(data_parallel=data_parallel, mesh=mesh, data_dims=data_dims, subset=subset)
+        return cls(open_or_end_job(config, comm, layout, options), ends_job=not isinstance(comm, Communicator))
 
     @property
     def config(self) -> Config:
@@ -136,6 +130,11 @@ class DataPlane:
     def next_step(self) -> int:
         """The training step of the next batch."""
         return self._session.ledger.next_step if self._session else 0
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Weight of every domain in the current chunk, shape (K,), on every rank; zeros before the first batch."""
+        return self._session.weights if self._session else np.zeros(self.num_domains)
 
     @property
     def data_wait_s(self) -> float:
@@ -213,6 +212,15 @@ class DataPlane:
         `state_dict` then refuses to guess which batches are finished: `record` or `finish` must have said so.
         """
         self._started_session().expect_loader()
+
+    def held_out(self) -> HeldOutBatches:
+        """Open the samples that `query.holdout` excludes from training, for the same layout of ranks. **Collective.**
+
+        Raises:
+            MixtureError: less than one global batch is held out.
+        """
+        resources = self._resources
+        return HeldOutBatches(self.config, resources.comm, resources.batch_slice, resources.folder)
 
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now, the same answer on each. **Collective.**
@@ -306,92 +314,3 @@ class DataPlane:
         if self._session is None:
             self._session = start_session(self._resources, None)
         return self._session
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _RankLayout:
-    """What `DataPlane.open` was given about the ranks; the same fields."""
-
-    data_parallel: tuple[int, int] | None
-    mesh: Any
-    data_dims: Sequence[str]
-    subset: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _OpenOptions:
-    """What `DataPlane.open` was given about the run; the same fields."""
-
-    folder: RunFolder | None
-    attempt: int | None
-    tracker: Tracker
-    split: Split
-
-
-def _open_or_end_job(config: Config, comm: Any, layout: _RankLayout, options: _OpenOptions) -> PlaneResources:
-    """Open what the plane works with. An error in one rank ends all, unless the caller does that. **Collective.**"""
-    communicator: Communicator | None = None
-    try:
-        communicator = communicator_of(comm, config.dataplane.comm, subset=layout.subset)
-        own = layout.data_parallel
-        if layout.mesh is not None:
-            own = coordinate_in_mesh(layout.mesh, layout.data_dims)
-        return _open_resources(config, communicator, gather_coordinates(communicator, own), options)
-    except BaseException as error:
-        if not isinstance(comm, Communicator):
-            end_job(communicator, error)
-        raise
-
-
-def _open_resources(
-    config: Config, comm: Communicator, coordinates: tuple[int, ...] | None, options: _OpenOptions
-) -> PlaneResources:
-    """Open what the plane works with. **Collective.**
-
-    Args:
-        coordinates: data-parallel coordinate of every rank; None if the ranks of a group are neighbours.
-    """
-    # Wrong sizes are refused first: opening a large index takes seconds.
-    if coordinates is None:
-        batch_slice = BatchSlice.of(config.dataplane, comm.rank, comm.size)
-    else:
-        batch_slice = slice_in_layout(config.dataplane, comm.rank, coordinates)
-    config, attempt = _settings_of_attempt(config, comm, options.folder, options.attempt)
-
-    # Rank 0 reads what was dropped from the run, and shares it with the index.
-    is_root = comm.rank == 0
-    subset = subset_of_run(options.folder if is_root else None, options.split)
-    source = open_source(config, comm, subset=subset)
-
-    is_audited = config.dataplane.audit and batch_slice.is_group_leader
-    return PlaneResources(
-        source=source,
-        comm=comm,
-        batch_slice=batch_slice,
-        data_parallel_ranks=coordinates,
-        recorder=RunRecorder(options.folder, attempt, comm.rank, is_audited=is_audited, tracker=options.tracker),
-        control=RunControl(options.folder, watch_files=is_root),
-    )
-
-
-def _settings_of_attempt(
-    config: Config, comm: Communicator, folder: RunFolder | None, attempt: int | None
-) -> tuple[Config, int]:
-    """Return the configuration as the run in `folder` began, and the attempt number. **Collective.**"""
-    if folder is None:
-        return config, 1 if attempt is None else attempt
-    if attempt is None:
-        attempt = _next_attempt(comm, folder)
-    # The index may have been refreshed since the run began; its steps refer to the old state.
-    return pin_index_generation(config, folder.journal), attempt
-
-
-def _next_attempt(comm: Communicator, folder: RunFolder) -> int:
-    """Return the batch job's attempt number, or the one after the last in the journal. **Collective.**"""
-    number = np.zeros(1, np.int64)
-    # Rank 0 decides: it is about to append to the journal, so the others must not read it by themselves.
-    if comm.rank == 0:
-        in_batch_job = os.environ.get("MIXTERA_RUN_FOLDER") == str(folder.path)
-        number[0] = int(os.environ["MIXTERA_ATTEMPT"]) if in_batch_job else last_attempt(folder.journal) + 1
-    comm.Bcast(number)
-    return int(number[0])

@@ -9,32 +9,31 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics
-from mixtera_hpc.dataplane.control import RunControl
-from mixtera_hpc.dataplane.flag_exchange import FlagExchange
 from mixtera_hpc.dataplane.journal import AttemptSetup
 from mixtera_hpc.dataplane.mixture_feed import MixtureFeed
-from mixtera_hpc.dataplane.open_steps import OpenSteps
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, positions_of, step_of
+from mixtera_hpc.dataplane.reading.batches import Batch, positions_of, step_of
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.workers import open_batch_source
+from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
-from mixtera_hpc.dataplane.run_recorder import RunRecorder
-from mixtera_hpc.dataplane.step_ledger import StepLedger
-from mixtera_hpc.dataplane.step_reducer import AgreedRequests, RankFlags, StepReducer, StepResult
+from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
+from mixtera_hpc.dataplane.steps.open_steps import OpenSteps
+from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
+from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests, RankFlags, StepReducer, StepResult
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["PlaneResources", "Session", "start_session"]
+__all__ = ["Session", "start_session"]
 
 POLL_S = 5e-4
 """How often plans and reductions are tested while this rank waits for data."""
@@ -49,20 +48,6 @@ ABANDON_S = 1.0
 """How long a failing rank waits for its reading thread."""
 
 logger = logging.getLogger("mixtera_hpc")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlaneResources:
-    """What a data plane holds from `open` to `close`."""
-
-    source: Source
-    """The data, as the configuration describes it; the session serves the version of its resume point."""
-    comm: Communicator
-    batch_slice: BatchSlice
-    data_parallel_ranks: Sequence[int] | None
-    """Data-parallel coordinate of every rank; None if ranks of one group are neighbours."""
-    control: RunControl
-    recorder: RunRecorder
 
 
 def start_session(resources: PlaneResources, state: PlaneState | None) -> "Session":
@@ -120,6 +105,14 @@ class Session:
         self._poll_mixture_request()
         # Last, so that no thread or process is left behind if the above fails.
         self._prefetcher = Prefetcher(open_batch_source(source, self._slice), plane.prefetch_batches)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Weights of the current chunk, shape (K,); zeros before the first batch."""
+        plan = (
+            self._delivered_plans.get(self.ledger.current_chunk) if self.ledger.next_step > self._first_step else None
+        )
+        return np.zeros(self._source.num_domains) if plan is None else plan.weights / UNIT
 
     def next_batch(self) -> Batch | None:
         """Start the reductions of finished steps and return the next batch; None at the end. **Collective.**

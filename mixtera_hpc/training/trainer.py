@@ -147,7 +147,7 @@ class Trainer:
         )
 
         self._log = StepLog(self._tracker, num_ranks=self._comm.size, log_every=config.training.log_every)
-        self._validator = Validator(config, self._replicas, self._tracker, self._folder)
+        self._validator = Validator(self._plane, self._replicas, self._tracker)
         self._step = 0
         """Number of finished steps."""
         self._saved_step: int | None = None

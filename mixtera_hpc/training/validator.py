@@ -7,10 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.config.schema import Config
-from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics
+from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
+from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.integrations.process_group import Replicas
 from mixtera_hpc.track.event_types import ValidationEvent
 from mixtera_hpc.track.tracker import Tracker
@@ -22,13 +21,14 @@ __all__ = ["Validator"]
 class Validator:
     """The validation of a run, every `training.validate_every` steps; nothing if that is 0."""
 
-    def __init__(self, config: Config, replicas: Replicas, tracker: Tracker, folder: RunFolder) -> None:
+    def __init__(self, plane: DataPlane, replicas: Replicas, tracker: Tracker) -> None:
         """Open the held-out samples. **Collective.**"""
+        config = plane.config
         self._every_steps = config.training.validate_every
         self._micro_batch_size = config.training.micro_batch_size
         self._device = replicas.device
         self._tracker = tracker
-        self._data = HeldOutBatches(config, replicas.comm, folder) if self._every_steps else None
+        self._data = plane.held_out() if self._every_steps else None
         self._last_step = -1
         """Step of the newest validation."""
 
@@ -45,12 +45,11 @@ class Validator:
         if not is_last and step % self._every_steps != 0:
             return
         self._last_step = step
-        statistics = self._data.reduce(step, self._loss_sums(self._data, model))
+        self._record_losses(self._data, model)
+        statistics = self._data.reduce(step)
         self._tracker.log("validation", _validation_event(statistics))
 
-    def _loss_sums(self, data: HeldOutBatches, model: GPT) -> NDArray[np.int64]:
-        """Return the loss sums of this rank as exact integers, shape (NUM_BUFFER_ROWS, num_domains)."""
-        sums = np.zeros((NUM_BUFFER_ROWS, data.num_domains), np.int64)
+    def _record_losses(self, data: HeldOutBatches, model: GPT) -> None:
         model.eval()
         with torch.no_grad():
             for batch in data.batches():
@@ -58,9 +57,8 @@ class Validator:
                 for start in range(0, len(batch.tokens), micro_batch_size):
                     rows = slice(start, start + micro_batch_size)
                     loss = self._loss(model, batch.tokens[rows])
-                    sums += data.sums(batch, loss, rows)
+                    data.record(batch, loss, rows=rows)
         model.train()
-        return sums
 
     def _loss(self, model: Callable[[Tensor], Tensor], tokens: NDArray[np.int64]) -> Tensor:
         on_gpu = self._device.type == "cuda"

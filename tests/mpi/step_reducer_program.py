@@ -14,7 +14,7 @@ import numpy as np
 from mixtera_hpc.comm.launcher import open_communicator, run_guarded
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
-from mixtera_hpc.dataplane.step_reducer import RankFlags, StepReducer
+from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from mixtera_hpc.core.holdout import HOLDOUT_HASH, add_holdout_hashes, shard_has
 from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.errors import ConfigError, MixtureError
 from mixtera_hpc.index.build.build import build_index
 
@@ -109,12 +110,13 @@ def test_hashes_are_uniform_and_independent_between_seeds() -> None:
 def test_every_validation_serves_the_same_and_reports_each_domain(collection: list[str]) -> None:
     words = ["query.holdout.fraction=0.3", "dataplane.seq_len=16", "dataplane.global_batch_size=4"]
     config = compose([*collection, *words, "training.validate_every=5", "training.validate_steps=6"])
-    validation = HeldOutBatches(config, Local())
+    validation = HeldOutBatches(config, Local(), BatchSlice.of(config.dataplane, 0, 1))
     first, second = (list(validation.batches()) for _ in range(2))
     assert [b.tokens.tolist() for b in first] == [b.tokens.tolist() for b in second]
     assert 1 <= len(first) <= 6
-    sums = sum(validation.sums(b, np.full(b.loss_mask.shape, 2.0)) for b in first)
-    statistics = validation.reduce(5, sums)
+    for batch in first:
+        validation.record(batch, np.full(batch.loss_mask.shape, 2.0))
+    statistics = validation.reduce(5)
     assert statistics.loss_sum.sum() == pytest.approx(2.0 * sum(int(b.loss_mask.sum()) for b in first))
     assert (statistics.num_sequences > 0).sum() >= 2
 
@@ -122,7 +124,7 @@ def test_every_validation_serves_the_same_and_reports_each_domain(collection: li
 def test_less_than_a_global_batch_held_out_is_refused(collection: list[str]) -> None:
     config = compose([*collection, "query.holdout.fraction=0.3", "dataplane.global_batch_size=100000"])
     with pytest.raises(MixtureError, match=r"fraction=0\.3 holds \d+ sequences out, fewer than one global batch"):
-        HeldOutBatches(config, Local())
+        HeldOutBatches(config, Local(), BatchSlice.of(config.dataplane, 0, 1))
 
 
 @pytest.mark.parametrize(

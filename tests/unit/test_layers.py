@@ -40,7 +40,7 @@ ONLY_IN = {
         "comm/torch_distributed.py",
         "training/",
         "integrations/",
-        "dataplane/step_losses.py",
+        "dataplane/steps/step_losses.py",
         "cli/verbs/doctor.py",
     ],
     "transformers": ["integrations/transformers.py"],

@@ -3,7 +3,7 @@
 import pytest
 
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
-from mixtera_hpc.dataplane.step_ledger import StepLedger
+from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
 
 
 def ledger(skips: tuple[tuple[int, int], ...] = (), next_step: int = 0, current_chunk: int = -1) -> StepLedger:

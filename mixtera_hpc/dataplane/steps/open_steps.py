@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from mixtera_hpc.dataplane.reading.batches import Batch
-from mixtera_hpc.dataplane.step_losses import StepLosses
+from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 
 __all__ = ["OpenStep", "OpenSteps"]
 

@@ -14,7 +14,7 @@ from mixtera_hpc.core.statistics import accumulate_losses
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import CommError
 
-__all__ = ["StepLosses", "sequence_sums"]
+__all__ = ["StepLosses"]
 
 Sums = NDArray[np.float64]
 
@@ -39,6 +39,11 @@ class StepLosses:
         self._is_recorded = np.zeros((len(batch.domain_ids), max(batch.loss_mask.shape[1], 1)), np.bool_)
         self.are_complete = False
         """Whether every token of every sequence was recorded."""
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether anything was recorded."""
+        return bool(self._recorded)
 
     def rows_at(self, positions: Any, rows: slice) -> Rows:
         """Return `rows` of the part of the batch that has `positions`, as rows of the whole batch.
@@ -72,7 +77,7 @@ class StepLosses:
         mask = self._loss_mask[rows, columns]
         counted = mask.sum(axis=1)
         # Only sums are kept: the losses of a step would be B x T numbers.
-        sums = sequence_sums(loss, mask) if num_tokens is None else _given_sums(loss, num_tokens, counted)
+        sums = _sequence_sums(loss, mask) if num_tokens is None else _given_sums(loss, num_tokens, counted)
 
         recorded_before = self._is_recorded[rows, columns].any(axis=1)
         if recorded_before.any():
@@ -138,7 +143,7 @@ def _on_host(values: Any) -> Sums:
     return np.array(values, np.float64)
 
 
-def sequence_sums(loss_per_token: Any, mask: NDArray[np.bool_]) -> Callable[[], Sums]:
+def _sequence_sums(loss_per_token: Any, mask: NDArray[np.bool_]) -> Callable[[], Sums]:
     """Sum the counted losses of every sequence; nats, shape (B,).
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.dataplane.control import RunControl
-from mixtera_hpc.dataplane.step_reducer import AgreedRequests
+from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests
 
 __all__ = ["FlagExchange"]
 

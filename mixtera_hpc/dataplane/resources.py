@@ -1,0 +1,28 @@
+"""What a data plane holds from `open` to `close`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.dataplane.control import RunControl
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.run_recorder import RunRecorder
+
+__all__ = ["PlaneResources"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaneResources:
+    """The parts that a data plane works with; freed by `DataPlane.close`."""
+
+    source: Source
+    """The data, as the configuration describes it; the session serves the version of its resume point."""
+    comm: Communicator
+    batch_slice: BatchSlice
+    data_parallel_ranks: Sequence[int] | None
+    """Data-parallel coordinate of every rank; None if ranks of one group are neighbours."""
+    control: RunControl
+    folder: RunFolder | None
+    recorder: RunRecorder
