@@ -113,6 +113,7 @@ def index_facts(index: PropertyIndex) -> dict[str, Any]:
         "combos": tables.combos.num_combos,
         "sources": dict(index.sources),
         "roots": {name: str(root) for name, root in index.roots.items()},
+        "sets": {name: {"text": facts.text, "parser": facts.parser} for name, facts in index.sets.items()},
         "columns": {c.name: {"bytes": c.size_bytes, "unpacked_bytes": c.unpacked_bytes} for c in columns},
         "bad": [{"shard": paths[b.shard], "reason": b.reason, "rows": b.rows} for b in index.bad],
         "generations": [g.fingerprint for g in index.generations],

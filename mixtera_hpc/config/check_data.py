@@ -4,7 +4,7 @@ import keyword
 import re
 
 from mixtera_hpc.config.check_numbers import at_least
-from mixtera_hpc.config.schema import DataConfig, IndexConfig, PropertyConfig, QueryConfig
+from mixtera_hpc.config.schema import DataConfig, DataSetKeys, IndexConfig, PropertyConfig, QueryConfig
 
 __all__ = ["data_problems", "holdout_problems", "root_problems"]
 
@@ -20,11 +20,14 @@ def data_problems(data: DataConfig, index: IndexConfig) -> list[str]:
         *_generations(index),
         *at_least("index.block_rows", index.block_rows, 1),
         *at_least("index.threads", index.threads, 1),
-        *at_least("data.max_block_bytes", data.max_block_bytes, 1 << 16),
     ]
-    for name, spec in data.properties.items():
-        problems += [*_pattern(name, spec.pattern), *_source_of_values(name, spec), *_name(name)]
-    return problems
+    for path, data_set in _places(data):
+        problems += at_least(f"{path}.max_block_bytes", data_set.max_block_bytes, 1 << 16)
+        for name, spec in data_set.properties.items():
+            key = f"{path}.properties.{name}"
+            problems += [*_pattern(key, spec.pattern), *_source_of_values(key, spec), *_name(key, name)]
+    # A default of all sets that is wrong is wrong in each of them.
+    return list(dict.fromkeys(problems)) + _kinds(data)
 
 
 def holdout_problems(query: QueryConfig) -> list[str]:
@@ -60,37 +63,62 @@ def _generations(index: IndexConfig) -> list[str]:
     ]
 
 
+def _places(data: DataConfig) -> list[tuple[str, DataSetKeys]]:
+    """Return the data sets that are indexed, each with its place in the configuration."""
+    if not data.sets:
+        return [("data", data)]
+    return [(f"data.sets.{name}", data_set) for name, data_set in data.sets.items()]
+
+
 def _sets(data: DataConfig) -> list[str]:
     problems = [
         f"data.sets has {name!r}: {root!r}, expected a name and a folder."
         for name, root in data.roots().items()
         if not name or not root
     ]
-    if data.sets and "dataset" in data.properties:
-        problems.append(
-            "data.properties.dataset is the name of the data set with data.sets. Give the property another name."
-        )
+    for path, data_set in _places(data) if data.sets else []:
+        if "dataset" in data_set.properties:
+            where = "data" if "dataset" in data.properties else path
+            problems.append(
+                f"{where}.properties.dataset is the name of the data set with data.sets. Give the property another "
+                "name."
+            )
+    return list(dict.fromkeys(problems))
+
+
+def _kinds(data: DataConfig) -> list[str]:
+    """Refuse a property that is a number in one data set and a category in another."""
+    first: dict[str, tuple[str, str]] = {}
+    problems = []
+    for path, data_set in _places(data):
+        for name, spec in data_set.properties.items():
+            other, kind = first.setdefault(name, (path, spec.kind))
+            if kind != spec.kind:
+                problems.append(
+                    f"{path}.properties.{name} is a {spec.kind}, but {other}.properties.{name} is a {kind}. A property "
+                    "has one kind in all data sets. Give one of them another name or kind."
+                )
     return problems
 
 
-def _pattern(name: str, pattern: str | None) -> list[str]:
+def _pattern(key: str, pattern: str | None) -> list[str]:
     try:
         re.compile(pattern or "")
     except re.error as error:
-        return [f"data.properties.{name}.pattern is {pattern!r}, which is no regular expression: {error}."]
+        return [f"{key}.pattern is {pattern!r}, which is no regular expression: {error}."]
     return []
 
 
-def _source_of_values(name: str, spec: PropertyConfig) -> list[str]:
+def _source_of_values(key: str, spec: PropertyConfig) -> list[str]:
     if (spec.path is None) == (spec.function is None):
-        return [f"data.properties.{name} needs either a path in the row or a function over documents."]
+        return [f"{key} needs either a path in the row or a function over documents."]
     if spec.function is not None and spec.pattern is not None:
-        return [f"data.properties.{name} has a function and a pattern. Apply the pattern inside the function."]
+        return [f"{key} has a function and a pattern. Apply the pattern inside the function."]
     return []
 
 
-def _name(name: str) -> list[str]:
+def _name(key: str, name: str) -> list[str]:
     """Check that queries can use the name."""
     if name.isidentifier() and not keyword.iskeyword(name) and name != "null":
         return []
-    return [f"data.properties.{name} is not a usable name. Use letters, digits and _, and no keyword of Python."]
+    return [f"{key} is not a usable name. Use letters, digits and _, and no keyword of Python."]

@@ -88,6 +88,9 @@ def _dataclass(cls: Any, data: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(data, Mapping):
         problems.append(f"{path} is {data!r}, expected keys and values.")
         return None
+    # Some classes have keys that are defaults of others.
+    complete = getattr(cls, "complete", None)
+    data = complete(data) if complete else data
 
     hints = typing.get_type_hints(cls)
     fields = {spec.name: spec for spec in dataclasses.fields(cls)}

@@ -65,7 +65,14 @@ def render_reference() -> str:
 
 @cache
 def _descriptions(cls: type) -> dict[str, str]:
-    """Return the string below each field of a dataclass, on one line."""
+    """Return the string below each field of a dataclass and of its bases, on one line."""
+    inherited: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, cls.__bases__):
+        inherited |= _descriptions(base)
+    return inherited | _own_descriptions(cls)
+
+
+def _own_descriptions(cls: type) -> dict[str, str]:
     (definition,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     texts = {}
@@ -107,6 +114,8 @@ def _type(hint: Any) -> str:
 
 
 def _default(key: SchemaKey) -> str:
+    if key.owner is DataSetConfig:
+        return f"that of `data.{key.path}`"
     if (composed := composed_default(key.field)) is not None:
         return f"`{composed}`"
     if key.field.default_factory is not dataclasses.MISSING:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from mixtera_hpc.config.schema import DataConfig
+from mixtera_hpc.config.schema import DataSetKeys
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError, UserError
 from mixtera_hpc.formats.base import Column, ParserSpec, PropertyField, RowBatch, ScanSpec, ScanUnit, Vocabulary
@@ -38,11 +38,11 @@ class ShardFile:
     format: str
 
 
-def scan_spec_of(data: DataConfig, *, documents: bool, vocabulary: Vocabulary | None = None) -> ScanSpec:
-    """Build the scan spec of a configuration; properties are sorted by name.
+def scan_spec_of(data: DataSetKeys, *, documents: bool, vocabulary: Vocabulary | None = None) -> ScanSpec:
+    """Build the scan spec of a data set; properties are sorted by name.
 
     Args:
-        data: the configuration.
+        data: the configuration of the data set.
         documents: whether texts are needed, to count their tokens or to call functions on them.
         vocabulary: the vocabulary of token ids on disk.
 

@@ -1,10 +1,11 @@
 """Define what an index file contains: names, types and version; and read and write its basic values.
 
-/                 attributes: format, version, text, tokenizer, parser, fingerprint, num_samples, chunk_rows
-/roots/           dataset, path; a single data root has the data set ''
-/shards/          path, dataset (position in roots), format, rows, size_bytes, mtime_ns, fingerprint
+/                 attributes: format, version, tokenizer, fingerprint, num_samples, chunk_rows
+/sets/            name ('' for a single data set), root, text, parser, sources: JSON, property → path:PATH in the row,
+                  function:NAME, or dataset
+/shards/          path, dataset (position in sets), format, rows, size_bytes, mtime_ns, fingerprint
 /bad/             shard, reason, rows: rows that were skipped; 0 rows mean that the end of the shard is damaged
-/properties/NAME  attributes kind, source (path:PATH in the row, function:NAME, or dataset); values
+/properties/NAME  attribute kind; values
 /combos/NAME      count (values per combo), code; attributes of /combos: num_combos, bad (combo of bad rows, or -1)
 /blocks/          shard, rows, offset, length
 /zones/NAME       low, high, has_null
@@ -57,7 +58,7 @@ __all__ = [
 DATASET = "dataset"
 """The built-in property: the data set that a sample belongs to."""
 FORMAT = "mixtera-hpc property index"
-VERSION = 2
+VERSION = 3
 # At 8 bytes per entry a chunk is 2 MiB: large enough for the disk, small enough for a buffer per column.
 TABLE_CHUNK = 1 << 18
 """Entries per HDF5 chunk of a table column. Tables are always read whole, so a chunk may be large."""

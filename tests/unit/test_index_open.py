@@ -13,6 +13,7 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.layout import VERSION
 from mixtera_hpc.index.read.open import open_index
 from mixtera_hpc.index.read.sample_reader import SampleReader
 
@@ -128,5 +129,5 @@ def test_another_version_is_refused_by_number(path: Path, tmp_path: Path) -> Non
     shutil.copy(path, tmp_path / "i.h5")
     with h5py.File(tmp_path / "i.h5", "r+") as file:
         file.attrs["version"] = 99
-    with pytest.raises(PropertyIndexError, match="has version 99, but this is version 2"):
+    with pytest.raises(PropertyIndexError, match=f"has version 99, but this is version {VERSION}"):
         open_index(tmp_path / "i.h5")

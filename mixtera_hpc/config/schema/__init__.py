@@ -7,7 +7,7 @@ The dataclasses here are the only place a default is written. The string below a
 
 from dataclasses import dataclass, field
 
-from mixtera_hpc.config.schema.data import DataConfig, DataSetConfig, IndexConfig, PropertyConfig
+from mixtera_hpc.config.schema.data import DataConfig, DataSetConfig, DataSetKeys, IndexConfig, PropertyConfig
 from mixtera_hpc.config.schema.dataplane import DataPlaneConfig
 from mixtera_hpc.config.schema.job import ClusterConfig, JobConfig, PartitionConfig
 from mixtera_hpc.config.schema.mixture import DomainConfig, MixtureConfig, ScheduleConfig, StageConfig
@@ -22,6 +22,7 @@ __all__ = [
     "DataConfig",
     "DataPlaneConfig",
     "DataSetConfig",
+    "DataSetKeys",
     "DomainConfig",
     "HoldoutConfig",
     "IndexConfig",

@@ -1,11 +1,12 @@
 """Settings of the groups `data` and `index`: which files hold the samples, and how they are indexed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mixtera_hpc.config.schema.composed_default import composed_from
 
-__all__ = ["DataConfig", "DataSetConfig", "IndexConfig", "PropertyConfig"]
+__all__ = ["DataConfig", "DataSetConfig", "DataSetKeys", "IndexConfig", "PropertyConfig"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,28 +33,12 @@ class PropertyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataSetConfig:
-    """One of several data sets that share an index. A bare string is short for `{root: STRING}`."""
-
-    root: str
-    """Folder that the shard paths of this set are relative to."""
-
-    @classmethod
-    def from_short(cls, value: Any) -> Any:
-        """Expand a bare string into the mapping that it is short for."""
-        return {"root": value} if isinstance(value, str) else value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataConfig:
-    """Which files hold the samples, and where a row has its text and its properties."""
+class DataSetKeys:
+    """The keys that describe one data set: its files, and where a row has its text and its properties."""
 
     root: str = ""
     """Folder that all shard paths are relative to. `index build` and `index refresh` need it, unless `data.sets` is
     given. A run without it uses the folder that the index was built from; see `index.trusted_roots`."""
-    sets: dict[str, DataSetConfig] = field(default_factory=dict)
-    """Used instead of `data.root` for several data sets in one index: name → folder, for example `{web: /a, code: /b}`.
-    All other keys of `data` apply to every set. The name becomes the built-in property `dataset` of the samples."""
     include: list[str] = field(default_factory=lambda: ["**/*"])
     """Glob patterns of the shards, relative to the root. `**/*` ignores files of unknown format. A pattern that names
     such a file explicitly is refused."""
@@ -76,9 +61,60 @@ class DataConfig:
     leave them out and record their number per shard and reason in the index. If a shard is damaged, `skip` leaves out
     the rest of it."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSetConfig(DataSetKeys):
+    """One of several data sets. A bare string is short for `{root: STRING}`.
+
+    A key that a set does not give is that of `data`. Its properties are added to those of `data.properties`.
+    """
+
+    @classmethod
+    def from_short(cls, value: Any) -> Any:
+        """Expand a bare string into the mapping that it is short for."""
+        return {"root": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig(DataSetKeys):
+    """Which files hold the samples, and where a row has its text and its properties.
+
+    The keys describe a single data set, or the defaults of all of `data.sets`.
+    """
+
+    sets: dict[str, DataSetConfig] = field(default_factory=dict)
+    """Several data sets in one index: name → a folder, or a mapping with any other key of `data`, for example `{web:
+    /a, code: {root: /b, text: content}}`. The name becomes the built-in property `dataset` of the samples."""
+
+    @classmethod
+    def complete(cls, plain: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give every data set the keys that only `data` has, and the properties that only `data` has."""
+        sets = plain.get("sets")
+        if not isinstance(sets, Mapping):
+            return plain
+        defaults = {key: value for key, value in plain.items() if key != "sets"}
+        return {**plain, "sets": {name: _with_defaults(own, defaults) for name, own in sets.items()}}
+
+    def named_sets(self) -> dict[str, DataSetKeys]:
+        """Return every data set by name, sorted; a single one without a name is called ''."""
+        return dict(sorted(self.sets.items())) if self.sets else {"": self}
+
     def roots(self) -> dict[str, str]:
         """Return the folder of every named data set; empty where only `data.root` is used."""
         return {name: data_set.root for name, data_set in self.sets.items()}
+
+
+def _with_defaults(own: Any, defaults: Mapping[str, Any]) -> Any:
+    """Return the keys of a data set with `defaults` for those that it lacks."""
+    own = DataSetConfig.from_short(own)
+    # Values of another type are reported when they are converted.
+    if not isinstance(own, Mapping):
+        return own
+    properties = [source.get("properties") for source in (defaults, own)]
+    merged = {**defaults, **own}
+    if all(isinstance(part, Mapping) for part in properties):
+        merged["properties"] = {**defaults["properties"], **own["properties"]}
+    return merged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

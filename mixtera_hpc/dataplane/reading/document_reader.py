@@ -203,7 +203,8 @@ class DocumentReader:
 
         index = self._source.index
         fmt = load_format(index.shard_formats[number])
-        reader = fmt.open(Path(index.data_root) / index.shard_paths[number], index.text, self._cache)
+        path = Path(index.data_root) / index.shard_paths[number]
+        reader = fmt.open(path, index.shard_texts[number], self._cache)
         range_reader = reader if isinstance(reader, RangeReader) else None
         token_reader = cast(TokenReader, reader) if fmt.holds_tokens else None
         shard = _OpenShard(reader, range_reader, token_reader)

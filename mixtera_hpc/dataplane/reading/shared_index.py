@@ -40,11 +40,11 @@ class IndexDescription:
     sample_sources: list[SampleSource]
     """The files that hold the per-sample columns."""
     data_root: str
-    text: str | None
-    """Place of the document's text in a row; None when a sample is the whole row."""
     shard_paths: list[str]
     """Relative to `data_root`."""
     shard_formats: list[str]
+    shard_texts: list[str | None]
+    """Place of the document's text in a row; None where a sample is the whole row."""
     properties: list[Property]
     """In the order in which `SharedTables.pack` writes their columns."""
     domain_names: list[str]
@@ -192,9 +192,9 @@ def _describe(config: Config, index: PropertyIndex, subset: SampleSubset, chosen
         fingerprints=index.fingerprints,
         sample_sources=index.sample_sources(),
         data_root=str(index.data_root),
-        text=index.text,
         shard_paths=index.shard_paths(),
         shard_formats=list(tables.shards.format),
+        shard_texts=index.shard_texts(),
         properties=list(tables.properties.values()),
         domain_names=list(chosen.names),
         domain_keys=[domain_key_to_plain(key) for key in chosen.keys],

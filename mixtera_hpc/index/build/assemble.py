@@ -15,12 +15,13 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords
 from mixtera_hpc.index.build.merge import MergedTables, PlacedSource, merge_results
 from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
-from mixtera_hpc.index.layout import BadRows, Generation, path_source
+from mixtera_hpc.index.data_sets import DataSetFacts
+from mixtera_hpc.index.layout import DATASET, BadRows, Generation, path_source
 from mixtera_hpc.index.scan.scan_result import Combo
-from mixtera_hpc.index.scan.unit_scan import ScanSettings
+from mixtera_hpc.index.scan.unit_scan import DataSetScan, ScanSettings
 from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
 
-__all__ = ["BuildReport", "BuildRequest", "ReusedShards", "assemble_index", "placed_records", "property_sources"]
+__all__ = ["BuildReport", "BuildRequest", "ReusedShards", "assemble_index", "data_set_facts", "placed_records"]
 
 MAX_LISTED = 5
 """Reasons that an error message lists."""
@@ -104,13 +105,9 @@ def assemble_index(
         raise _no_rows(settings, shards, bad)
 
     tokenizer = settings.tokenizer
-    parser = settings.spec.parser
     facts = IndexFacts(
-        roots={name: str(root.resolve()) for name, root in settings.roots.items()},
-        text=request.config.data.text,
+        sets=data_set_facts(settings),
         tokenizer=tokenizer.fingerprint if tokenizer else None,
-        parser=parser.path if parser else None,
-        sources=property_sources(settings),
         bad=tuple(bad),
         generations=tuple(reused.generations),
     )
@@ -123,12 +120,23 @@ def placed_records(plan: ScanPlan, records: UnitRecords) -> list[PlacedSource]:
     return [(plan.units[unit][0], record) for unit in sorted(records) for record in records[unit]]
 
 
-def property_sources(settings: ScanSettings) -> dict[str, str]:
-    """Return property → where its values come from, as stored in the index."""
-    sources = {field.name: path_source(field.path, field.pattern) for field in settings.spec.properties}
-    sources |= {field.name: f"function:{field.path}" for field in settings.functions.fields}
+def data_set_facts(settings: ScanSettings) -> dict[str, DataSetFacts]:
+    """Return what the index stores about each data set."""
+    return {name: _facts_of(name, data_set) for name, data_set in settings.sets.items()}
+
+
+def _facts_of(name: str, data_set: DataSetScan) -> DataSetFacts:
+    spec = data_set.spec
     # The built-in property `dataset` is its own source.
-    return {field.name: sources.get(field.name, field.name) for field in settings.properties}
+    sources = {DATASET: DATASET} if name else {}
+    sources |= {field.name: path_source(field.path, field.pattern) for field in spec.properties}
+    sources |= {field.name: f"function:{field.path}" for field in data_set.functions.fields}
+    return DataSetFacts(
+        root=str(data_set.root.resolve()),
+        text=spec.text,
+        parser=spec.parser.path if spec.parser else None,
+        sources=dict(sorted(sources.items())),
+    )
 
 
 def _report(

@@ -12,20 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, Local
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import Config, DataSetKeys
 from mixtera_hpc.formats.base import ScanUnit, Vocabulary
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.shard_scan import scan_spec_of
 from mixtera_hpc.index.build.assemble import BuildReport, BuildRequest, assemble_index
-from mixtera_hpc.index.build.discover import discover_shards, roots_of
+from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, follow_index_job, lead_index_job
 from mixtera_hpc.index.scan.computed_properties import DocumentFunctions
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.scan_result import ScanResult
-from mixtera_hpc.index.scan.unit_scan import ScanSettings, scan_unit
+from mixtera_hpc.index.scan.unit_scan import DataSetScan, ScanSettings, scan_unit
 from mixtera_hpc.index.shards import Shard
-from mixtera_hpc.tokens.tokenizer import load_vocabulary
+from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["build_index", "plan_shards", "scan_settings", "shard_scan_job"]
 
@@ -69,21 +69,23 @@ def scan_settings(config: Config) -> ScanSettings:
         ConfigError: paths contradict each other, or a function or a tokenizer cannot be loaded.
     """
     tokenizer = load_vocabulary(config.dataplane)
-    functions = DocumentFunctions.of(config.data)
-    vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
-    # Texts are decoded only to count tokens or to compute properties.
-    needs_documents = tokenizer is not None or bool(functions.all)
-    spec = scan_spec_of(config.data, documents=needs_documents, vocabulary=vocabulary)
-    if config.index.seek_points:
-        # A second decompression now saves decoding from the start of the file at every later read.
-        spec = replace(spec, seek_folder=str(seek_folder_of(config.index.path)))
     return ScanSettings(
-        roots=roots_of(config.data),
-        spec=spec,
-        functions=functions,
+        sets={name: _scan_of_set(config, data_set, tokenizer) for name, data_set in config.data.named_sets().items()},
         block_rows=config.index.block_rows,
         tokenizer=tokenizer,
     )
+
+
+def _scan_of_set(config: Config, data_set: DataSetKeys, tokenizer: Tokenizer | None) -> DataSetScan:
+    functions = DocumentFunctions.of(data_set)
+    vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
+    # Texts are decoded only to count tokens or to compute properties.
+    needs_documents = tokenizer is not None or bool(functions.all)
+    spec = scan_spec_of(data_set, documents=needs_documents, vocabulary=vocabulary)
+    if config.index.seek_points:
+        # A second decompression now saves decoding from the start of the file at every later read.
+        spec = replace(spec, seek_folder=str(seek_folder_of(config.index.path)))
+    return DataSetScan(root=Path(data_set.root), spec=spec, functions=functions)
 
 
 def shard_scan_job(config: Config, settings: ScanSettings) -> IndexJob:
@@ -95,10 +97,10 @@ def shard_scan_job(config: Config, settings: ScanSettings) -> IndexJob:
 
     tokenizer = settings.tokenizer.fingerprint if settings.tokenizer else None
     # Everything that can change a result; the tokenizer and the code of functions by their digests.
-    functions = settings.functions
+    sets = [[name, s.spec, s.functions.fields, s.functions.sources] for name, s in settings.sets.items()]
     return IndexJob(
         path=Path(config.index.path),
-        depends_on=[settings.spec, functions.fields, functions.sources, settings.block_rows, tokenizer],
+        depends_on=[sets, settings.block_rows, tokenizer],
         threads=config.index.threads,
         scan=scan,
     )

@@ -9,17 +9,17 @@ once. Every rank opens the index, which takes O(blocks) memory.
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, Local
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import Config, DataConfig
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
-from mixtera_hpc.formats.base import BlockRef, Column, PropertyField, ShardReader
+from mixtera_hpc.formats.base import BlockRef, Column, PropertyField, ShardReader, null_column
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
@@ -29,6 +29,7 @@ from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, f
 from mixtera_hpc.index.build.merge import MergedTables, merge_results
 from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
+from mixtera_hpc.index.data_sets import DataSetFacts, data_set_key
 from mixtera_hpc.index.read.configured import open_written
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.verify import check_fresh
@@ -81,11 +82,12 @@ def derive_properties(
     comm = comm or Local()
     began_s = time.monotonic()
     with open_written(config, announce=comm.rank == 0) as index:
-        functions = _functions_to_run(index, DocumentFunctions.of(config.data), again)
+        functions = _functions_to_run(index, config.data, again)
         derivation = _Derivation(index, functions, combo_values(index.tables.combos), began_s)
+        of_sets = [[name, own.fields, own.sources] for name, own in functions.items()]
         job = IndexJob(
             path=Path(config.index.path),
-            depends_on=["derive", index.fingerprint, functions.fields, functions.sources],
+            depends_on=["derive", index.fingerprint, of_sets],
             threads=config.index.threads,
             scan=derivation.scan,
         )
@@ -96,37 +98,53 @@ def derive_properties(
         return lead_index_job(job, _plan_units(index), comm, derivation.finish, progress)
 
 
-def _functions_to_run(index: PropertyIndex, functions: DocumentFunctions, again: bool) -> DocumentFunctions:
-    """Return the functions whose properties are to be computed.
+def _functions_to_run(index: PropertyIndex, data: DataConfig, again: bool) -> dict[str, DocumentFunctions]:
+    """Return, for every data set of the index, the functions whose properties are to be computed.
 
     Raises:
         ConfigError: there are none.
         PropertyIndexError: a property of that name is not computed by a function.
     """
-    for field in functions.fields:
-        source = index.sources.get(field.name, "function:")
-        if not source.startswith("function:"):
-            raise PropertyIndexError(
-                f"{index.path} has a property {field.name!r} already, from {source}.\n"
-                f"  Give the new one another name than data.properties.{field.name}."
-            )
-    missing = tuple(function for function in functions.all if again or not _is_stored(index, function.field))
-    if not missing:
+    named = data.named_sets()
+    # Without names, the keys are those of all data sets.
+    configured = {dataset: DocumentFunctions.of(named.get(dataset, data)) for dataset in index.sets}
+    names = set()
+    for dataset, functions in configured.items():
+        for function in functions.all:
+            _check_not_read(index, dataset, function.field.name)
+            if again or not _is_stored(index, dataset, function.field):
+                names.add(function.field.name)
+    if not names:
         problem = "data.properties names no function"
-        if functions.all:
+        if any(functions.all for functions in configured.values()):
             problem = "the index has all these properties already"
         raise ConfigError(
             f"There is nothing to derive: {problem}.\n  Add data.properties.NAME={{function: package.module.function, "
             "kind: category}, or recompute existing properties with --again."
         )
-    return DocumentFunctions(missing)
+    # A column is replaced as a whole, so a property is computed in all data sets that have a function for it.
+    return {
+        dataset: DocumentFunctions(tuple(f for f in functions.all if f.field.name in names))
+        for dataset, functions in configured.items()
+    }
 
 
-def _is_stored(index: PropertyIndex, field: PropertyField) -> bool:
+def _check_not_read(index: PropertyIndex, dataset: str, name: str) -> None:
+    """Refuse to replace a property that a data set reads from its rows."""
+    for facts in index.sets.values():
+        source = facts.sources.get(name, "function:")
+        if not source.startswith("function:"):
+            raise PropertyIndexError(
+                f"{index.path} has a property {name!r} already, from {source}.\n"
+                f"  Give the new one another name than {data_set_key(dataset, f'properties.{name}')}."
+            )
+
+
+def _is_stored(index: PropertyIndex, dataset: str, field: PropertyField) -> bool:
     prop = index.tables.properties.get(field.name)
-    if prop is None:
+    if prop is None or prop.kind != field.kind:
         return False
-    return prop.kind == field.kind and index.sources[field.name] == f"function:{field.path}"
+    return index.sets[dataset].sources.get(field.name) == f"function:{field.path}"
 
 
 def _plan_units(index: PropertyIndex) -> ScanPlan:
@@ -159,7 +177,8 @@ class _Derivation:
     """What a derivation works with."""
 
     index: PropertyIndex
-    functions: DocumentFunctions
+    functions: Mapping[str, DocumentFunctions]
+    """By data set."""
     combos: list[Combo | None]
     """Of the index, by number."""
     began_s: float
@@ -169,20 +188,37 @@ class _Derivation:
         """Yield the only result of a unit: what the index stores about its blocks, and the new properties."""
         shard, first, last = plan.units[unit]
         result = StoredBlocks(self.index, self.combos, first, last).load()
-        path = self.index.data_root / self.index.shard_paths()[shard]
-        # A cache per unit: neighbouring blocks share compressed frames.
-        cache = BlockCache(seek_folders=[seek_folder_of(self.index.path)])
-        reader = load_format(self.index.tables.shards.format[shard]).open(path, self.index.text, cache)
-        try:
-            batches = list(self._compute(result, reader, first))
-        finally:
-            reader.close()
-        columns = {
-            field.name: concatenate_columns([batch[field.name] for batch in batches]) for field in self.functions.fields
-        }
+        functions = self.functions[self.index.shard_datasets()[shard]]
+        # Null where the data set has no function.
+        columns = {field.name: null_column(field.kind, result.num_rows) for field in self.fields.values()}
+        if functions.all:
+            batches = self._compute_unit(shard, result, first)
+            columns |= {
+                field.name: concatenate_columns([batch[field.name] for batch in batches]) for field in functions.fields
+            }
         yield add_columns(result, list(self.index.tables.combos.properties), columns)
 
-    def _compute(self, result: ScanResult, reader: ShardReader, first: int) -> Iterator[Mapping[str, Column]]:
+    @property
+    def fields(self) -> dict[str, PropertyField]:
+        """Return the new properties of all data sets, by name."""
+        return {field.name: field for functions in self.functions.values() for field in functions.fields}
+
+    def _compute_unit(self, shard: int, result: ScanResult, first: int) -> list[Mapping[str, Column]]:
+        """Return the new properties of a unit that begins with block `first`."""
+        index = self.index
+        functions = self.functions[index.shard_datasets()[shard]]
+        path = index.data_root / index.shard_paths()[shard]
+        # A cache per unit: neighbouring blocks share compressed frames.
+        cache = BlockCache(seek_folders=[seek_folder_of(index.path)])
+        reader = load_format(index.tables.shards.format[shard]).open(path, index.shard_texts()[shard], cache)
+        try:
+            return list(self._compute(functions, result, reader, first))
+        finally:
+            reader.close()
+
+    def _compute(
+        self, functions: DocumentFunctions, result: ScanResult, reader: ShardReader, first: int
+    ) -> Iterator[Mapping[str, Column]]:
         """Yield the new properties of consecutive rows, computed from a few thousand documents at a time.
 
         Rows that cannot be read are passed to the functions as empty texts; the merge drops their values.
@@ -204,9 +240,9 @@ class _Derivation:
             texts += block_texts
             row += rows
             if len(texts) >= BATCH_DOCUMENTS:
-                yield self.functions.columns(texts)
+                yield functions.columns(texts)
                 texts = []
-        yield self.functions.columns(texts)
+        yield functions.columns(texts)
 
     def finish(self, plan: ScanPlan, records: UnitRecords) -> DeriveReport:
         """Merge, write and publish on rank 0."""
@@ -216,7 +252,7 @@ class _Derivation:
             for prop in index.tables.properties.values()
         }
         # With `again` a derived property replaces the stored one.
-        fields |= {field.name: field for field in self.functions.fields}
+        fields |= self.fields
         sources = placed_records(plan, records)
         merged = merge_results([field for _, field in sorted(fields.items())], sources, (), index.chunk_rows)
         published = publish_index(index.path, self._facts(), index.tables.shards, merged, sources)
@@ -225,18 +261,22 @@ class _Derivation:
     def _facts(self) -> IndexFacts:
         # No generations: every combo may have a new number, so no earlier state is a prefix of this one.
         index = self.index
-        derived = {field.name: f"function:{field.path}" for field in self.functions.fields}
         return IndexFacts(
-            roots={name: str(root.resolve()) for name, root in index.roots.items()},
-            text=index.text,
+            sets={name: self._facts_of_set(name) for name in index.sets},
             tokenizer=index.tokenizer_fingerprint,
-            parser=index.parser,
-            sources={**index.sources, **derived},
             bad=tuple(index.bad),
         )
 
+    def _facts_of_set(self, name: str) -> DataSetFacts:
+        facts = self.index.sets[name]
+        # What another data set derives is null here, also if this one had a function for it.
+        sources = {prop: source for prop, source in facts.sources.items() if prop not in self.fields}
+        sources |= {field.name: f"function:{field.path}" for field in self.functions[name].fields}
+        root = str(self.index.roots[name].resolve())
+        return replace(facts, root=root, sources=dict(sorted(sources.items())))
+
     def _report(self, plan: ScanPlan, merged: MergedTables, published: PublishedIndex) -> DeriveReport:
-        derived = tuple(field.name for field in self.functions.fields)
+        derived = tuple(sorted(self.fields))
         return DeriveReport(
             path=str(self.index.path),
             fingerprint=published.fingerprint,

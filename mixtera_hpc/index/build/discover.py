@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mixtera_hpc.config.schema import DataConfig
+from mixtera_hpc.config.schema import DataConfig, DataSetKeys
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.registry import SUFFIXES, format_name_of, load_format
 from mixtera_hpc.index.shards import Shard
@@ -26,9 +26,7 @@ ShardFile = tuple[Shard, FileId]
 
 def roots_of(data: DataConfig) -> dict[str, Path]:
     """Return the data root of every data set; a single root without a name has the name ''."""
-    if not data.sets:
-        return {"": Path(data.root)}
-    return {name: Path(root) for name, root in sorted(data.roots().items())}
+    return {name: Path(data_set.root) for name, data_set in data.named_sets().items()}
 
 
 def discover_shards(data: DataConfig) -> list[Shard]:
@@ -42,11 +40,13 @@ def discover_shards(data: DataConfig) -> list[Shard]:
         DataError: a root is not a folder, a glob matches nothing, or a file is matched under two names.
     """
     # Refuse an unknown format by name before looking for its files.
-    if data.format != "auto":
-        load_format(data.format)
+    sets = data.named_sets()
+    for data_set in sets.values():
+        if data_set.format != "auto":
+            load_format(data_set.format)
 
     roots = roots_of(data)
-    shards = [pair for dataset, root in roots.items() for pair in _RootSearch(root, dataset, data).search()]
+    shards = [pair for name, root in roots.items() for pair in _RootSearch(root, name, sets[name]).search()]
     if not shards:
         where = ", ".join(map(str, roots.values()))
         raise DataError(
@@ -62,7 +62,7 @@ class _RootSearch:
 
     root: Path
     dataset: str
-    data: DataConfig
+    data: DataSetKeys
 
     def search(self) -> list[ShardFile]:
         """Return the shards, sorted by path."""

@@ -5,9 +5,10 @@ everything that a plan depends on, but neither the data root nor the modificatio
 """
 
 import contextlib
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 from mixtera_hpc.core.index_tables import ShardTable
 from mixtera_hpc.index.build.column_writer import BlockWriter, TableWriter
 from mixtera_hpc.index.build.merge import MergedTables, PlacedSource, translate_result
+from mixtera_hpc.index.data_sets import DataSetFacts
 from mixtera_hpc.index.layout import (
     FORMAT,
     VERSION,
@@ -36,15 +38,10 @@ __all__ = ["IndexFacts", "PublishedIndex", "publish_index"]
 class IndexFacts:
     """What an index stores about its build."""
 
-    roots: dict[str, str]
-    """Data set → folder; a single unnamed one is called ''."""
-    text: str | None
+    sets: Mapping[str, DataSetFacts]
+    """By name of the data set; a single unnamed one is called ''."""
     tokenizer: str | None
     """Fingerprint of the tokenizer that counted the tokens."""
-    parser: str | None
-    """Import path of the user's function that properties come from."""
-    sources: dict[str, str]
-    """Property → where its values come from."""
     bad: tuple[BadRows, ...] = ()
     """Skipped rows, by shard and reason."""
     generations: tuple[Generation, ...] = ()
@@ -104,7 +101,7 @@ def _write_content(
     # The order of all that follows decides the bytes of the file.
     tables = TableWriter(file)
     _write_shards(tables, facts, shards)
-    _write_properties(tables, facts, merged)
+    _write_properties(tables, merged)
     blocks = BlockWriter(tables, merged, len(shards.path))
     for shard, source in sources:
         blocks.add(shard, translate_result(merged, source.load()))
@@ -112,7 +109,8 @@ def _write_content(
 
     # Kinds and settings are attributes, which no column digest covers.
     kinds = [(prop.name, str(prop.kind)) for prop in merged.properties.values()]
-    fingerprint = tables.fingerprint(repr((VERSION, facts.text, facts.tokenizer, facts.parser, kinds)))
+    rows = [(name, data_set.text, data_set.parser) for name, data_set in facts.sets.items()]
+    fingerprint = tables.fingerprint(repr((VERSION, rows, facts.tokenizer, kinds)))
     _write_generations(file, (*facts.generations, _newest_generation(fingerprint, merged, len(shards.path))))
     _write_bad_rows(file, facts.bad)
     _write_attributes(file, facts, merged, fingerprint)
@@ -137,9 +135,8 @@ def _abandon(file: h5py.File) -> None:
 
 
 def _write_shards(tables: TableWriter, facts: IndexFacts, shards: ShardTable) -> None:
-    datasets = list(facts.roots)
-    write_texts(tables.file.require_group("roots"), "dataset", datasets)
-    write_texts(tables.file["roots"], "path", list(facts.roots.values()))
+    datasets = list(facts.sets)
+    _write_sets(tables.file.require_group("sets"), facts.sets)
     tables.write_texts("shards", "path", shards.path)
     position = {name: i for i, name in enumerate(datasets)}
     dataset_of_shard = shards.dataset or ("",) * len(shards.path)
@@ -155,12 +152,19 @@ def _write_shards(tables: TableWriter, facts: IndexFacts, shards: ShardTable) ->
     tables.write_column("shards", "fingerprint", digests.reshape(len(shards.path), -1))
 
 
-def _write_properties(tables: TableWriter, facts: IndexFacts, merged: MergedTables) -> None:
+def _write_sets(group: h5py.Group, sets: Mapping[str, DataSetFacts]) -> None:
+    write_texts(group, "name", list(sets))
+    write_texts(group, "root", [data_set.root for data_set in sets.values()])
+    write_texts(group, "text", [data_set.text or "" for data_set in sets.values()])
+    write_texts(group, "parser", [data_set.parser or "" for data_set in sets.values()])
+    write_texts(group, "sources", [json.dumps(dict(data_set.sources), sort_keys=True) for data_set in sets.values()])
+
+
+def _write_properties(tables: TableWriter, merged: MergedTables) -> None:
     tables.file.require_group("properties")
     for prop in merged.properties.values():
         tables.write_texts(f"properties/{prop.name}", "values", prop.values)
         write_text(tables.file[f"properties/{prop.name}"], "kind", prop.kind)
-        write_text(tables.file[f"properties/{prop.name}"], "source", facts.sources[prop.name])
     group = tables.file.require_group("combos")
     group.attrs["num_combos"] = merged.combos.num_combos
     group.attrs["bad"] = merged.combos.bad
@@ -197,9 +201,7 @@ def _write_bad_rows(file: h5py.File, bad: Sequence[BadRows]) -> None:
 def _write_attributes(file: h5py.File, facts: IndexFacts, merged: MergedTables, fingerprint: str) -> None:
     texts = {
         "format": FORMAT,
-        "text": facts.text,
         "tokenizer": facts.tokenizer,
-        "parser": facts.parser,
         "fingerprint": fingerprint,
     }
     for name, text in texts.items():

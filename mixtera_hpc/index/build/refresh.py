@@ -20,12 +20,13 @@ from mixtera_hpc.index.build.assemble import (
     BuildRequest,
     ReusedShards,
     assemble_index,
-    property_sources,
+    data_set_facts,
 )
 from mixtera_hpc.index.build.build import plan_shards, scan_settings, shard_scan_job
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords, follow_index_job, lead_index_job
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
+from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.read.open import PropertyIndex, open_index
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.unit_scan import ScanSettings
@@ -127,17 +128,21 @@ def _check_settings(index: PropertyIndex, request: BuildRequest) -> None:
     """
     settings = request.settings
     tokenizer = settings.tokenizer.fingerprint if settings.tokenizer else None
-    parser = settings.spec.parser.path if settings.spec.parser else None
-    # A property is the same if its kind and its source are.
+    pairs: list[tuple[str, str | None, str | None]] = [("the tokenizer", index.tokenizer_fingerprint, tokenizer)]
     kinds = {field.name: str(field.kind) for field in settings.properties}
-    given = {name: f"{kinds[name]} {source}" for name, source in property_sources(settings).items()}
-    stored = {name: f"{prop.kind} {index.sources[name]}" for name, prop in index.tables.properties.items()}
-    pairs = [
-        ("data.text", index.text, request.config.data.text),
-        ("the tokenizer", index.tokenizer_fingerprint, tokenizer),
-        ("data.parser", index.parser, parser),
-    ]
-    pairs += [(f"data.properties.{name}", stored.get(name), given.get(name)) for name in sorted(stored | given)]
+    stored_kinds = {name: str(prop.kind) for name, prop in index.tables.properties.items()}
+    # The names of the data sets were compared when the index was opened.
+    for dataset, given in data_set_facts(settings).items():
+        stored = index.sets[dataset]
+        pairs.append((data_set_key(dataset, "text"), stored.text, given.text))
+        pairs.append((data_set_key(dataset, "parser"), stored.parser, given.parser))
+        # A property is the same if its kind and its source are.
+        before = {name: f"{stored_kinds[name]} {source}" for name, source in stored.sources.items()}
+        now = {name: f"{kinds[name]} {source}" for name, source in given.sources.items()}
+        pairs += [
+            (data_set_key(dataset, f"properties.{name}"), before.get(name), now.get(name))
+            for name in sorted(before | now)
+        ]
     differing = [f"\n  - {name}: {was} in the index, {now} now" for name, was, now in pairs if was != now]
     if differing:
         raise PropertyIndexError(

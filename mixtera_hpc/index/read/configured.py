@@ -9,11 +9,12 @@ no trust: whoever can write there could name a private folder of the user in it.
 import functools
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from mixtera_hpc.config.schema import Config, DataConfig
+from mixtera_hpc.config.schema import Config, DataConfig, DataSetKeys
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
+from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.layout import path_source
 from mixtera_hpc.index.read.joined import join_indexes
 from mixtera_hpc.index.read.open import PropertyIndex, open_index, read_stored_roots
@@ -136,20 +137,31 @@ def _log_stored_root(root: Path, path: Path) -> None:
 
 def _check_build_settings(index: PropertyIndex, data: DataConfig) -> None:
     """Refuse settings that only a build reads and that differ from those the index was built with."""
-    differing: list[tuple[str, str | None, str | None]] = []
-    # A run does not have to repeat the settings of the build, so the default of `data.text` is not compared.
-    if data.text not in (DataConfig().text, index.text):
-        differing.append(("data.text", data.text, index.text))
-    for name, spec in data.properties.items():
-        # Computed properties have no path; `index derive` and `index refresh` compare their functions.
-        if name in index.sources and spec.path is not None:
-            given = f"{spec.kind} {path_source(spec.path, spec.pattern)}"
-            stored = f"{index.tables.properties[name].kind} {index.sources[name]}"
-            if given != stored:
-                differing.append((f"data.properties.{name}", given, stored))
+    named = data.named_sets()
+    differing = [
+        difference
+        # Without names, the keys are those of all data sets.
+        for dataset in index.sets
+        for difference in _differences(index, dataset, named.get(dataset, data))
+    ]
     if differing:
         lines = "".join(f"\n  - {key} is {given!r}, the index has {stored!r}" for key, given, stored in differing)
         raise PropertyIndexError(
             f"{index.path} was built with other settings:{lines}\n"
             "  Use the settings of the build, or rebuild the index."
         )
+
+
+def _differences(index: PropertyIndex, dataset: str, data: DataSetKeys) -> Iterator[tuple[str, str | None, str | None]]:
+    """Yield the key, the given value and the stored value of every setting of a data set that differs."""
+    facts = index.sets[dataset]
+    # A run does not have to repeat the settings of the build, so the default of `data.text` is not compared.
+    if data.text not in (DataConfig().text, facts.text):
+        yield data_set_key(dataset, "text"), data.text, facts.text
+    for name, spec in data.properties.items():
+        # Computed properties have no path; `index derive` and `index refresh` compare their functions.
+        if name in facts.sources and spec.path is not None:
+            given = f"{spec.kind} {path_source(spec.path, spec.pattern)}"
+            stored = f"{index.tables.properties[name].kind} {facts.sources[name]}"
+            if given != stored:
+                yield data_set_key(dataset, f"properties.{name}"), given, stored

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import PropertyIndexError
+from mixtera_hpc.index.data_sets import DataSetFacts
 from mixtera_hpc.index.layout import DATASET, BadRows
 from mixtera_hpc.index.read.joined_samples import open_samples
 from mixtera_hpc.index.read.joined_tables import first_samples, first_shards, join_tables
@@ -32,6 +33,8 @@ class JoinedIndex(PropertyIndex):
     """The joined indexes, in order."""
     absolute_paths: Sequence[str]
     """Of all shards."""
+    texts: Sequence[str | None]
+    """Place of the document in a row, of all shards."""
 
     @property
     def fingerprints(self) -> list[str]:
@@ -42,6 +45,14 @@ class JoinedIndex(PropertyIndex):
         """Return the absolute path of every shard."""
         return list(self.absolute_paths)
 
+    def shard_datasets(self) -> list[str]:
+        """Return no names: the indexes may have data sets of the same name."""
+        return [""] * len(self.absolute_paths)
+
+    def shard_texts(self) -> list[str | None]:
+        """Return the place of the document in a row, for every shard; None where rows have no text."""
+        return list(self.texts)
+
     def sample_sources(self) -> list[SampleSource]:
         """Return what any rank needs to read the samples; see `open_samples`."""
         return list(self.members)
@@ -51,7 +62,7 @@ def join_indexes(indexes: Sequence[PropertyIndex]) -> JoinedIndex:
     """Join open indexes, and close their files.
 
     Raises:
-        PropertyIndexError: they differ in text, tokenizer or the kind of a property, or two have the same name.
+        PropertyIndexError: they differ in the tokenizer or the kind of a property, or two have the same name.
     """
     _check_compatible(indexes)
     names = _dataset_names(indexes)
@@ -62,23 +73,22 @@ def join_indexes(indexes: Sequence[PropertyIndex]) -> JoinedIndex:
         index.close()
 
     first = indexes[0]
-    sources: Mapping[str, str] = {}
+    sets: Mapping[str, DataSetFacts] = {}
     roots: Mapping[str, Path] = {}
     return JoinedIndex(
         path=first.path,
         roots=roots,
         tables=tables,
         fingerprint=_joined_fingerprint(indexes, names),
-        text=first.text,
+        sets=sets,
         tokenizer_fingerprint=first.tokenizer_fingerprint,
-        parser=first.parser,
-        sources=sources,
         bad=_bad_rows(indexes),
         generations=(),
         chunk_rows=first.chunk_rows,
         samples=open_samples(members),
         members=members,
         absolute_paths=[str((index.data_root / path).absolute()) for index in indexes for path in index.shard_paths()],
+        texts=[text for index in indexes for text in index.shard_texts()],
     )
 
 
@@ -101,10 +111,11 @@ def _sample_sources(
 def _check_compatible(indexes: Sequence[PropertyIndex]) -> None:
     """Refuse indexes that one run cannot read together."""
     # Setting → the first index that has it, and its value there. Only properties may be missing in an index.
+    # Texts, parsers and the sources of properties are those of each index.
     first_value: dict[str, tuple[Path, str | None]] = {}
     differing = []
     for index in indexes:
-        settings = {"data.text": index.text, "the tokenizer": index.tokenizer_fingerprint}
+        settings = {"the tokenizer": index.tokenizer_fingerprint}
         settings |= {f"the kind of {prop.name}": str(prop.kind) for prop in index.tables.properties.values()}
         for name, value in settings.items():
             path, expected = first_value.setdefault(name, (index.path, value))
@@ -113,7 +124,7 @@ def _check_compatible(indexes: Sequence[PropertyIndex]) -> None:
     if differing:
         raise PropertyIndexError(
             f"These indexes cannot be read together in one run:{''.join(differing)}\n"
-            "  Rebuild them with the same settings."
+            "  Build them with one dataplane.tokenizer, and give each property one kind, or two properties two names."
         )
 
 

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.layout import BadRows, Generation, open_children, read_text, read_texts
+from mixtera_hpc.index.data_sets import DataSetFacts, merged_sources
+from mixtera_hpc.index.layout import BadRows, Generation, read_text
 from mixtera_hpc.index.open_file import DAMAGE, damaged, open_file
 from mixtera_hpc.index.read.generations import tables_of_generation
 from mixtera_hpc.index.read.sample_reader import SampleReader, SampleSource
-from mixtera_hpc.index.read.tables import read_bad_rows, read_generations, read_tables
+from mixtera_hpc.index.read.tables import read_bad_rows, read_data_sets, read_generations, read_tables
 
 __all__ = ["DataRoots", "PropertyIndex", "open_index", "read_stored_roots"]
 
@@ -37,14 +38,10 @@ class PropertyIndex:
     tables: IndexTables
     fingerprint: str
     """Hex digest of the content. It does not depend on the data root or on modification times."""
-    text: str | None
-    """Dotted path of the document in a row; None when samples have no text."""
+    sets: Mapping[str, DataSetFacts]
+    """What is known about each data set, by name."""
     tokenizer_fingerprint: str | None
     """The tokenizer that counted the tokens; None when tokens were not counted."""
-    parser: str | None
-    """Import path of the user's parser; None without one."""
-    sources: Mapping[str, str]
-    """Property → where its values come from."""
     bad: Sequence[BadRows]
     """The rows that the build skipped."""
     generations: Sequence[Generation]
@@ -52,6 +49,17 @@ class PropertyIndex:
     chunk_rows: int
     """Rows per chunk of the sample columns."""
     samples: SampleReader
+
+    @property
+    def text(self) -> str | None:
+        """Return the place of the document in a row; None if data sets differ or rows have no text."""
+        texts = set(self.shard_texts())
+        return texts.pop() if len(texts) == 1 else None
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Return property → where its values come from, for people to read."""
+        return merged_sources(self.sets)
 
     @property
     def data_root(self) -> Path:
@@ -71,6 +79,15 @@ class PropertyIndex:
             return list(shards.path)
         pairs = zip(shards.dataset, shards.path, strict=True)
         return [str(self.roots[dataset].absolute() / path) for dataset, path in pairs]
+
+    def shard_datasets(self) -> list[str]:
+        """Return the name of the data set of every shard."""
+        shards = self.tables.shards
+        return list(shards.dataset) or [""] * len(shards.path)
+
+    def shard_texts(self) -> list[str | None]:
+        """Return the place of the document in a row, for every shard; None where rows have no text."""
+        return [self.sets[dataset].text for dataset in self.shard_datasets()]
 
     def sample_sources(self) -> list[SampleSource]:
         """Return what any rank needs to read the samples; see `open_samples`."""
@@ -130,13 +147,14 @@ def read_stored_roots(path: str | Path) -> list[Path]:
     path = Path(path)
     with open_file(path) as file:
         try:
-            return [Path(root) for root in read_texts(file["roots"], "path")]
+            return [Path(data_set.root) for data_set in read_data_sets(file["sets"]).values()]
         except DAMAGE as error:
             raise damaged(path, error) from None
 
 
 def _read_index(file: h5py.File, path: Path, data_root: DataRoots, generation: str | None) -> PropertyIndex:
-    roots = _current_roots(file["roots"], data_root, path)
+    sets = read_data_sets(file["sets"])
+    roots = _current_roots(sets, data_root, path)
     generations = read_generations(file["generations"])
     tables = read_tables(file, tuple(roots))
     fingerprint = read_text(file, "fingerprint")
@@ -152,10 +170,8 @@ def _read_index(file: h5py.File, path: Path, data_root: DataRoots, generation: s
         roots=roots,
         tables=tables,
         fingerprint=fingerprint,
-        text=read_text(file, "text") or None,
+        sets=sets,
         tokenizer_fingerprint=read_text(file, "tokenizer") or None,
-        parser=read_text(file, "parser") or None,
-        sources={name: read_text(group, "source") for name, group in open_children(file["properties"]).items()},
         bad=read_bad_rows(file["bad"]),
         generations=generations,
         chunk_rows=int(file.attrs["chunk_rows"]),
@@ -183,9 +199,9 @@ def _find_generation(path: Path, generations: Sequence[Generation], newest: str,
     )
 
 
-def _current_roots(group: h5py.Group, given: DataRoots, path: Path) -> dict[str, Path]:
+def _current_roots(sets: Mapping[str, DataSetFacts], given: DataRoots, path: Path) -> dict[str, Path]:
     """Return the folder of every data set: the given ones, or those stored in the index."""
-    stored = dict(zip(read_texts(group, "dataset"), read_texts(group, "path"), strict=True))
+    stored = {name: data_set.root for name, data_set in sets.items()}
     if not given:
         return {name: Path(root) for name, root in stored.items()}
     roots = {"": given} if isinstance(given, str) else dict(given)

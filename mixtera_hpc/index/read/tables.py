@@ -1,5 +1,6 @@
 """Read the tables of an index file: O(blocks), about 20 µs per block."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 import h5py
@@ -7,6 +8,7 @@ import numpy as np
 
 from mixtera_hpc.core.index_tables import BlockTable, Histogram, IndexTables, ShardTable, Zones
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
+from mixtera_hpc.index.data_sets import DataSetFacts
 from mixtera_hpc.index.layout import (
     BadRows,
     Generation,
@@ -20,7 +22,7 @@ from mixtera_hpc.index.layout import (
 )
 from mixtera_hpc.index.shards import escapes
 
-__all__ = ["read_bad_rows", "read_generations", "read_tables"]
+__all__ = ["read_bad_rows", "read_data_sets", "read_generations", "read_tables"]
 
 
 def read_tables(file: h5py.File, datasets: Sequence[str]) -> IndexTables:
@@ -54,6 +56,15 @@ def read_tables(file: h5py.File, datasets: Sequence[str]) -> IndexTables:
         num_samples=num_samples,
         has_tokens=bool(read_text(file, "tokenizer")),
     )
+
+
+def read_data_sets(group: h5py.Group) -> dict[str, DataSetFacts]:
+    """Read what the index stores about each data set, by name."""
+    columns = [read_texts(group, name) for name in ("name", "root", "text", "parser", "sources")]
+    return {
+        name: DataSetFacts(root=root, text=text or None, parser=parser or None, sources=json.loads(sources))
+        for name, root, text, parser, sources in zip(*columns, strict=True)
+    }
 
 
 def read_bad_rows(group: h5py.Group) -> tuple[BadRows, ...]:

@@ -150,9 +150,10 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     tables = index.tables
     path = index.data_root / index.shard_paths()[shard]
     file_format = load_format(tables.shards.format[shard])
-    has_text = index.text is not None and not file_format.holds_tokens
+    text = index.shard_texts()[shard]
+    has_text = text is not None and not file_format.holds_tokens
     first, stop = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
-    reader = file_format.open(path, index.text, BlockCache(seek_folders=[seek_folder_of(index.path)]))
+    reader = file_format.open(path, text, BlockCache(seek_folders=[seek_folder_of(index.path)]))
     try:
         for block in _sample_blocks(np.arange(first, stop)).tolist():
             if not has_text:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtera_hpc.config.schema import DataConfig
+from mixtera_hpc.config.schema import DataSetKeys
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import Column, PropertyField
@@ -35,14 +35,14 @@ class DocumentFunction:
 
 @dataclass(frozen=True, slots=True)
 class DocumentFunctions:
-    """All computed properties of a build."""
+    """All computed properties of a data set."""
 
     all: tuple[DocumentFunction, ...] = ()
     """Sorted by property name."""
 
     @classmethod
-    def of(cls, data: DataConfig) -> "DocumentFunctions":
-        """Import the functions that a configuration names.
+    def of(cls, data: DataSetKeys) -> "DocumentFunctions":
+        """Import the functions that the configuration of a data set names.
 
         Raises:
             ConfigError: one cannot be imported, or is not callable.

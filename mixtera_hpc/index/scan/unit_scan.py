@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanSpec, ScanUnit
+from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanSpec, ScanUnit, null_column
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
 from mixtera_hpc.index.layout import DATASET
@@ -25,7 +25,7 @@ from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, combine_column
 from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["ScanSettings", "scan_unit"]
+__all__ = ["DataSetScan", "ScanSettings", "scan_unit"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -39,24 +39,38 @@ OTHER_REASONS = "other reasons"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScanSettings:
-    """What all units of a build have in common."""
+class DataSetScan:
+    """How the rows of one data set are scanned."""
 
-    roots: Mapping[str, Path]
-    """Data set → folder of its shards; a single unnamed one is called ''."""
+    root: Path
+    """Folder of its shards."""
     spec: ScanSpec
     """What is read from rows."""
     functions: DocumentFunctions
     """What is computed from documents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanSettings:
+    """What all units of a build have in common."""
+
+    sets: Mapping[str, DataSetScan]
+    """By name of the data set; a single unnamed one is called ''."""
     block_rows: int
     tokenizer: Tokenizer | None
 
     @property
+    def roots(self) -> dict[str, Path]:
+        """Return the folder of every data set."""
+        return {name: data_set.root for name, data_set in self.sets.items()}
+
+    @property
     def properties(self) -> tuple[PropertyField, ...]:
-        """Return all properties, sorted by name; `dataset` is one of them if data sets have names."""
-        built_in = () if "" in self.roots else (PropertyField(name=DATASET, path="", kind=Kind.CATEGORY),)
-        fields = (*self.spec.properties, *self.functions.fields, *built_in)
-        return tuple(sorted(fields, key=lambda field: field.name))
+        """Return the properties of all data sets, sorted by name; `dataset` is one of them if data sets have names."""
+        fields = {} if "" in self.sets else {DATASET: PropertyField(name=DATASET, path="", kind=Kind.CATEGORY)}
+        for data_set in self.sets.values():
+            fields |= {field.name: field for field in (*data_set.spec.properties, *data_set.functions.fields)}
+        return tuple(field for _, field in sorted(fields.items()))
 
 
 def scan_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[ScanResult]:
@@ -94,11 +108,12 @@ def scan_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[
 def _batches_of_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit, rows: "_RowCollector") -> Iterator[RowBatch]:
     """Yield the batches of a unit; if bad samples are skipped, end quietly where the shard is damaged."""
     path = shard.below(settings.roots)
-    file = ShardFile(root=settings.roots[shard.dataset], path=shard.path, format=shard.format)
+    data_set = settings.sets[shard.dataset]
+    file = ShardFile(root=data_set.root, path=shard.path, format=shard.format)
     try:
-        yield from scan_shard(file, unit, settings.spec, settings.block_rows)
+        yield from scan_shard(file, unit, data_set.spec, settings.block_rows)
     except DataError as error:
-        if not settings.spec.skip_bad or _is_system_error(error):
+        if not data_set.spec.skip_bad or _is_system_error(error):
             raise
         reason = str(error).splitlines()[0].replace(str(path), "the shard")
         rows.drop_incomplete(f"damaged: {reason}")
@@ -115,7 +130,9 @@ class _RowCollector:
     def __init__(self, settings: ScanSettings, shard: Shard) -> None:
         self._settings = settings
         self._dataset = shard.dataset
+        self._functions = settings.sets[shard.dataset].functions
         kinds = {field.name: field.kind for field in settings.properties}
+        self._kinds = kinds
         self._categorical = [name for name, kind in kinds.items() if kind is not Kind.NUMBER]
         self._codes: defaultdict[Combo, int] = defaultdict(count().__next__)  # Combo → its code in this unit.
         self._samples: dict[str, list[Ints]] = {"combo": [], "length": [], "tokens": []}
@@ -138,7 +155,9 @@ class _RowCollector:
         self._count_reasons(batch)
         bad = [row for row, _ in batch.bad]
         documents = _documents(batch, bad)
-        columns = {**batch.columns, **self._settings.functions.columns(documents)}
+        columns = {**batch.columns, **self._functions.columns(documents)}
+        # A property that only other data sets have is null here.
+        columns |= {name: null_column(kind, batch.rows) for name, kind in self._kinds.items() if name not in columns}
         # Rows that cannot be read have arbitrary values until here.
         combo = self._combo_codes(columns, batch.rows)
         combo[bad] = IS_BAD
