@@ -7,7 +7,7 @@ from pathlib import PurePath
 from mixtera_hpc.errors import ConfigError, did_you_mean
 from mixtera_hpc.formats.base import Format
 
-__all__ = ["SIDECAR_SUFFIX", "SUFFIXES", "format_name_of", "load_format"]
+__all__ = ["SIDECAR_SUFFIX", "SUFFIXES", "companion_of", "format_name_of", "load_format"]
 
 # Format name → module and class. Loaded at the first use: importing pyarrow alone takes longer than `--help`.
 _CLASSES = {
@@ -63,6 +63,18 @@ def format_name_of(path: str) -> str | None:
     if name.endswith(SIDECAR_SUFFIX):
         return None
     return next((format_name for suffix, format_name in SUFFIXES.items() if name.endswith(suffix)), None)
+
+
+def companion_of(path: str) -> str | None:
+    """Return the shard that a file is read together with; None if the file is no such companion.
+
+    The shard of a sidecar may have any ending, so it is returned as ''.
+    """
+    if path.lower().endswith(SIDECAR_SUFFIX):
+        return ""
+    if path.lower().endswith(".idx"):
+        return path[: -len(".idx")] + ".bin"
+    return None
 
 
 @cache

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +214,59 @@ def test_a_preset_reads_the_properties_of_its_collection(name: str, tmp_path: Pa
     got = {name: repr(values) for name, values in properties(tmp_path / "index.h5").items() if name != "dataset"}
     assert got == {name: repr(values) for name, values in expected.items()}
     assert [p for p in report.empty_properties if p != "score"] == []
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("name", ["slim_pajama", "red_pajama", "the_pile", "dolma", "generic"])
+def test_a_preset_reads_plain_and_compressed_copies(name: str, ending: str, tmp_path: Path) -> None:
+    write, expected = PRESETS[name]
+    write(tmp_path / "data")
+    for path in sorted((tmp_path / "data").rglob("*.*")):
+        if path.is_file():
+            copy_as(path, ending)
+    build_index(compose_data([f"data={name}", f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'index.h5'}"]))
+    got = properties(tmp_path / "index.h5")
+    assert {value: sorted(got[value], key=repr) for value in expected} == {
+        value: sorted(values, key=repr) for value, values in expected.items()
+    }
+
+
+def copy_as(path: Path, ending: str) -> None:
+    """Replace a file of JSON lines by a copy with another compression."""
+    plain: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.decompress,
+        ".zst": lambda data: zstandard.ZstdDecompressor().decompress(data),
+    }
+    compressed: dict[str, Callable[[bytes], bytes]] = {"jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}
+    data = plain.get(path.suffix, bytes)(path.read_bytes())
+    stem = re.sub(r"\.jsonl?(\.gz|\.zst)?$", "", path.name)
+    path.unlink()
+    path.with_name(f"{stem}.{ending}").write_bytes(compressed.get(ending, bytes)(data))
+
+
+def test_dolma_reads_decompressed_files_under_their_own_names(tmp_path: Path) -> None:
+    write, expected = PRESETS["dolma"]
+    write(tmp_path / "data")
+    for path in sorted((tmp_path / "data").rglob("*.json.gz")):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    words = [f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'index.h5'}"]
+    build_index(compose_data(["data=dolma", *words, "data.format=jsonl", 'data.include=["**/*.json"]']))
+    assert properties(tmp_path / "index.h5")["part"] == expected["part"]
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize("name", ["fineweb", "starcoder"])
+def test_a_parquet_preset_reads_any_compression(name: str, compression: str, tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    write, expected = PRESETS[name]
+    write(tmp_path / "data")
+    for path in sorted((tmp_path / "data").rglob("*.parquet")):
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(path), path, compression=compression)
+    build_index(compose_data([f"data={name}", f"data.root={tmp_path / 'data'}", f"index.path={tmp_path / 'index.h5'}"]))
+    got = properties(tmp_path / "index.h5")
+    assert {value: repr(got[value]) for value in expected} == {v: repr(values) for v, values in expected.items()}
 
 
 def test_every_preset_is_tested() -> None:

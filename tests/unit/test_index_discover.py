@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mixtera_hpc.config.schema import DataConfig
+from mixtera_hpc.config.schema import DataConfig, DataSetConfig
 from mixtera_hpc.errors import ConfigError, DataError, UserError
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.shards import fingerprint_of_shard
@@ -165,13 +165,92 @@ def test_names_may_contain_newlines_quotes_and_spaces(tmp_path: Path) -> None:
     assert sorted(shard.path for shard in discover_shards(DataConfig(root=str(tmp_path)))) == sorted(names)
 
 
-def test_pipes_and_dead_links_never_match(tmp_path: Path) -> None:
+def test_pipes_and_folders_never_match(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
-    (tmp_path / "dead.jsonl").symlink_to(tmp_path / "gone")
-    (tmp_path / "self.jsonl").symlink_to(tmp_path / "self.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     assert [shard.path for shard in discover_shards(DataConfig(root=str(tmp_path)))] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "include"),
+    [
+        ("dead.jsonl", "gone", "**/*"),
+        ("dead.jsonl", "gone", "*.jsonl"),
+        ("dead.jsonl", "gone", "dead.jsonl"),
+        ("self.jsonl", "self.jsonl", "*"),
+        ("domain", "/gone/domain", "**/*.jsonl"),
+        ("domain", "/gone/domain", "*/*.jsonl"),
+    ],
+)
+def test_a_link_that_leads_nowhere_is_refused(link: str, target: str, include: str, tree: Path) -> None:
+    (tree / link).symlink_to(target)
+    with pytest.raises(DataError, match=rf"{link} is a link to '{target}', which does not exist(.|\n)*data\.exclude"):
+        discovered(tree, include=[include])
+    assert discovered(tree, include=["*", include], exclude=[link])
+    (tree / link).rename(tree / f".{link}")
+    assert discovered(tree), "hidden files never match"
+
+
+def test_a_link_that_no_glob_matches_is_ignored(tree: Path) -> None:
+    (tree / "dead.parquet").symlink_to("gone")
+    assert discovered(tree, include=["*.jsonl", "b/**/*.jsonl"]) == ["a.jsonl", "b/10.jsonl", "b/2.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("include", "expected"),
+    [
+        ("**/*.{jsonl,jsonl.zst}", ["a.jsonl", "b/10.jsonl", "b/2.jsonl", "z.jsonl.zst"]),
+        ("**/*.{jsonl.gz,jsonl.zst}", ["z.jsonl.zst"]),
+        ("{b,none}/*.{jsonl,c{x,y}}", ["b/10.jsonl", "b/2.jsonl"]),
+    ],
+)
+def test_braces_stand_for_alternatives(include: str, expected: list[str], tree: Path) -> None:
+    assert discovered(tree, include=[include]) == expected
+
+
+def test_braces_without_a_comma_are_part_of_a_name(tree: Path) -> None:
+    (tree / "{x}.jsonl").write_text("{}")
+    assert discovered(tree, include=["{x}.jsonl"]) == ["{x}.jsonl"]
+
+
+def collection(tmp_path: Path, include: list[str]) -> DataConfig:
+    """Return two data sets: a compressed one and a plain one."""
+    for name in ("packed/a.jsonl.zst", "plain/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    names = ("packed", "plain")
+    return DataConfig(sets={name: DataSetConfig(root=str(tmp_path / name), include=include) for name in names})
+
+
+def test_a_glob_must_match_below_one_of_the_roots(tmp_path: Path) -> None:
+    globs = ["*.jsonl", "*.jsonl.zst"]
+    assert [(shard.dataset, shard.path) for shard in discover_shards(collection(tmp_path, globs))] == [
+        ("packed", "a.jsonl.zst"),
+        ("plain", "a.jsonl"),
+    ]
+    with pytest.raises(DataError, match=r"'\*\.pq', which matches no file below .*packed, .*plain"):
+        discover_shards(collection(tmp_path, [*globs, "*.pq"]))
+
+
+def test_a_data_set_without_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.sets\.packed: no data file below .*packed"):
+        discover_shards(collection(tmp_path, ["*.jsonl"]))
+
+
+@pytest.mark.parametrize("name", ["auto", "megatron"])
+@pytest.mark.parametrize("include", ["**/*", "d0*", "*.{bin,idx}"])
+def test_the_companions_of_a_shard_are_not_shards(name: str, include: str, tmp_path: Path) -> None:
+    for file in ("d0.bin", "d0.idx", "d0.sidecar.jsonl"):
+        (tmp_path / file).write_text("{}")
+    shards = discover_shards(DataConfig(root=str(tmp_path), include=[include], format=name))
+    assert [(shard.path, shard.format) for shard in shards] == [("d0.bin", "megatron")]
+
+
+def test_an_idx_file_without_its_shard_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d0.idx").write_text("")
+    with pytest.raises(DataError, match=r"d0\.idx describes d0\.bin, which is not beside it"):
+        discovered(tmp_path, format="megatron")
 
 
 def test_a_file_that_two_globs_match_counts_once(tmp_path: Path) -> None:

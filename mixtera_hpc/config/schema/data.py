@@ -40,8 +40,8 @@ class DataSetKeys:
     """Folder that all shard paths are relative to. `index build` and `index refresh` need it, unless `data.sets` is
     given. A run without it uses the folder that the index was built from; see `index.trusted_roots`."""
     include: list[str] = field(default_factory=lambda: ["**/*"])
-    """Glob patterns of the shards, relative to the root. `**/*` ignores files of unknown format. A pattern that names
-    such a file explicitly is refused."""
+    """Glob patterns of the shards, relative to the root; `{a,b}` stands for either a or b. Each must match a file below
+    some root. `**/*` ignores files of unknown format. A pattern that names such a file explicitly is refused."""
     exclude: list[str] = field(default_factory=list)
     """Glob patterns of files to leave out again, relative to the root."""
     format: str = "auto"

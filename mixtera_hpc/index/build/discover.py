@@ -5,16 +5,22 @@ followed.
 """
 
 import errno
-import glob
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from mixtera_hpc.config.schema import DataConfig, DataSetKeys
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.registry import SUFFIXES, format_name_of, load_format
+from mixtera_hpc.formats.registry import SUFFIXES, companion_of, format_name_of, load_format
+from mixtera_hpc.index.build.globs import (
+    check_listed_folders,
+    dangling_link_error,
+    expand_glob,
+    leads_nowhere,
+    unreadable_path_error,
+)
 from mixtera_hpc.index.shards import Shard
 
 __all__ = ["discover_shards", "roots_of"]
@@ -37,7 +43,8 @@ def discover_shards(data: DataConfig) -> list[Shard]:
 
     Raises:
         ConfigError: a glob leaves the data root, or matches a file of unknown format.
-        DataError: a root is not a folder, a glob matches nothing, or a file is matched under two names.
+        DataError: a root is not a folder or has no shards, a glob matches nothing below any root, a link leads
+            nowhere, a file or folder may not be read, or a file is matched under two names.
     """
     # Refuse an unknown format by name before looking for its files.
     sets = data.named_sets()
@@ -45,15 +52,31 @@ def discover_shards(data: DataConfig) -> list[Shard]:
         if data_set.format != "auto":
             load_format(data_set.format)
 
-    roots = roots_of(data)
-    shards = [pair for name, root in roots.items() for pair in _RootSearch(root, name, sets[name]).search()]
-    if not shards:
-        where = ", ".join(map(str, roots.values()))
-        raise DataError(
-            f"No data file below {where}: data.include is {', '.join(data.include)}.\n  Known suffixes: {_suffixes()}; "
-            ".txt and .json only if a glob names them, as in data.include=['**/*.txt']."
-        )
-    return _without_duplicates(shards)
+    searches = [_RootSearch(root, name, sets[name]) for name, root in roots_of(data).items()]
+    shards_of_root = [search.search() for search in searches]
+    _check_globs(searches)
+    # A data set without shards would be a domain that is missing from every mixture.
+    for search, shards in zip(searches, shards_of_root, strict=True):
+        if not shards:
+            raise search.no_shards_error()
+    return _without_duplicates([pair for shards in shards_of_root for pair in shards])
+
+
+def _check_globs(searches: Sequence["_RootSearch"]) -> None:
+    """Refuse a glob of `data.include` that matches nothing below any of its roots.
+
+    Data sets need not have files for every glob: one of them may be a compressed copy and another a plain one.
+    """
+    matched = {pattern for search in searches for pattern in search.matched}
+    for search in searches:
+        for pattern in search.data.include:
+            if pattern not in matched:
+                using = [other for other in searches if pattern in other.data.include]
+                key = f"data.sets.{search.dataset}.include" if len(using) < len(searches) else "data.include"
+                raise DataError(
+                    f"{key} has {pattern!r}, which matches no file below {', '.join(str(s.root) for s in using)}.\n"
+                    "  Correct it, or remove it. {a,b} in a glob stands for either a or b."
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +86,8 @@ class _RootSearch:
     root: Path
     dataset: str
     data: DataSetKeys
+    matched: set[str] = field(default_factory=set)
+    """The globs of `data.include` that have matched a file."""
 
     def search(self) -> list[ShardFile]:
         """Return the shards, sorted by path."""
@@ -72,38 +97,68 @@ class _RootSearch:
                 f"{key} is {str(self.root)!r}, which is not a folder.\n  Give the folder that contains the data files."
             )
         excluded = {
-            path.rstrip("/") for pattern in self.data.exclude for path in _expand(self.root, pattern, "data.exclude")
+            path.rstrip("/")
+            for pattern in self.data.exclude
+            for path in expand_glob(self.root, pattern, "data.exclude")
         }
         shards: dict[str, ShardFile] = {}
         for pattern in self.data.include:
-            _check_folders(self.root, pattern, excluded)
+            matches = expand_glob(self.root, pattern, "data.include")
+            check_listed_folders(self.root, pattern, excluded)
             # A later glob adds only what earlier ones have not matched.
-            shards |= {pair[0].path: pair for pair in self._shards_of(pattern, excluded, shards)}
+            new = self._shards_of(pattern, matches, excluded, shards)
+            shards |= {pair[0].path: pair for pair in new}
         return [shards[path] for path in sorted(shards)]
 
-    def _shards_of(self, pattern: str, excluded: set[str], known: Mapping[str, ShardFile]) -> Iterator[ShardFile]:
-        """Yield the shards that one glob adds to the known ones."""
-        num_matches = 0
+    def no_shards_error(self) -> DataError:
+        """Build the error for a root without shards."""
+        data_set = f"data.sets.{self.dataset}: no" if self.dataset else "No"
+        return DataError(
+            f"{data_set} data file below {self.root}: data.include is {', '.join(self.data.include)}.\n"
+            f"  Known suffixes: {_suffixes()}; .txt and .json only if a glob names them, as in "
+            "data.include=['**/*.txt']."
+        )
+
+    def _shards_of(
+        self, pattern: str, matches: list[str], excluded: set[str], known: Mapping[str, ShardFile]
+    ) -> Iterator[ShardFile]:
+        """Yield the shards that one glob adds to the known ones, given all its matches."""
         only_stars = set(PurePosixPath(pattern).name) == {"*"}
+        if only_stars:
+            self.matched.add(pattern)
         # Sorted, so that errors name the same file everywhere.
-        for path in sorted(_expand(self.root, pattern, "data.include")):
+        for path in sorted(matches):
             if path in known:
-                num_matches += 1
+                self.matched.add(pattern)
                 continue
-            status = _stat_file(self.root / path)
+            status = _stat_file(self.root / path, is_excluded=path in excluded)
             if status is None:
                 continue
-            num_matches += 1
-            # An excluded file counts as a match: the glob itself is correct.
-            if path in excluded:
+            # An excluded file counts as a match: the glob itself is correct. So does a file that is read with another.
+            self.matched.add(pattern)
+            if path in excluded or self._is_companion(path):
                 continue
             name = self._format_of(path, pattern, only_stars)
             if name is not None:
                 yield self._shard(path, name, status)
-        if not num_matches and not only_stars:
+
+    def _is_companion(self, path: str) -> bool:
+        """Return True for a file that is read together with the shard beside it.
+
+        Raises:
+            DataError: that shard is missing.
+        """
+        shard = companion_of(path)
+        if shard is None:
+            return False
+        if shard == "" or (self.root / shard).exists():
+            return True
+        if self.data.format == "megatron":
             raise DataError(
-                f"data.include has {pattern!r}, which matches no file below {self.root}.\n  Correct it, or remove it."
+                f"{self.root / path} describes {PurePosixPath(shard).name}, which is not beside it.\n"
+                "  Copy both files again, or leave this one out with data.exclude."
             )
+        return False
 
     def _format_of(self, path: str, pattern: str, only_stars: bool) -> str | None:
         """Return the format of a file; None if a glob of stars matched it and it should be skipped."""
@@ -136,66 +191,29 @@ class _RootSearch:
         return shard, (status.st_dev, status.st_ino)
 
 
-def _expand(root: Path, pattern: str, key: str) -> list[str]:
-    """Return the paths that a glob matches, relative to `root`."""
-    if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
-        raise ConfigError(f"{key} has {pattern!r}, expected a glob below data.root, without '..'.")
-    return glob.glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 (pathlib does not follow links to folders)
-
-
-def _check_folders(root: Path, pattern: str, excluded: set[str]) -> None:
-    """Refuse a folder that the glob has to list but cannot: `glob` would skip it silently."""
-    for folder in sorted(_listed_folders(root, pattern) - excluded):
-        try:
-            os.scandir(root / folder).close()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise _unreadable(root / folder, error.strerror) from None
-
-
-def _listed_folders(root: Path, pattern: str) -> set[str]:
-    """Return the folders that the expansion of a glob lists, relative to `root`; '' is the root."""
-    parts = PurePosixPath(pattern).parts
-    folders = set[str]()
-    for i, part in enumerate(parts):
-        # A part without wildcards is looked up by name, so no folder is listed for it.
-        if not glob.has_magic(part):
-            continue
-        # `**` also lists the folders that it matches; any other wildcard lists only the folders before it.
-        above = parts[: i + 1] if part == "**" else parts[:i]
-        if above:
-            # The empty last part restricts the glob to folders.
-            folders.update(_expand(root, "/".join([*above, ""]), "data.include"))
-        if i == 0:
-            folders.add("")
-    return {folder.rstrip("/") for folder in folders}
-
-
-def _stat_file(path: Path) -> os.stat_result | None:
+def _stat_file(path: Path, *, is_excluded: bool) -> os.stat_result | None:
     """Return the status of a regular file; None for anything else, and for files deleted since they were listed.
 
     Raises:
-        DataError: the file may not be read.
+        DataError: the file may not be read, or is a link that leads nowhere; excluded files are not checked.
     """
     try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
     except OSError as error:
-        if error.errno == errno.ELOOP:
+        if is_excluded:
+            return path.lstat()
+        if leads_nowhere(path):
+            raise dangling_link_error(path) from None
+        # Deleted since it was listed, or a link to a folder above it, which can be followed forever.
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return None
-        raise _unreadable(path, error.strerror) from None
+        raise unreadable_path_error(path, error.strerror) from None
     if not stat.S_ISREG(status.st_mode):
         return None
     # Check now, because the scan may reach this file only after an hour.
-    if not os.access(path, os.R_OK):
-        raise _unreadable(path, "Permission denied")
+    if not is_excluded and not os.access(path, os.R_OK):
+        raise unreadable_path_error(path, "Permission denied")
     return status
-
-
-def _unreadable(path: Path, reason: str | None) -> DataError:
-    return DataError(f"{path} cannot be read: {reason}.\n  Change its permissions, or leave it out with data.exclude.")
 
 
 def _without_duplicates(shards: Iterable[ShardFile]) -> list[Shard]:
