@@ -87,6 +87,8 @@ class Vocabulary:
     """One more than the largest id."""
     eos_id: int | None
     """An end-of-text token at the end of a document is not counted; the data plane adds it where the config asks."""
+    bos_ids: tuple[int, ...] = ()
+    """Special tokens at the beginning of a document are not counted either."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

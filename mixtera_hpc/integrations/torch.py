@@ -123,18 +123,21 @@ class PlaneDataset(IterableDataset[Any]):
         return self._num_steps is not None and self._plane.next_step >= self._num_steps
 
 
+_TOKEN_FIELDS = ("tokens", "loss_mask", "document_ids", "position_ids")
+"""The tokens come first: trainers take the batch size from the first tensor."""
+
+
 def as_tensors(batch: Batch) -> dict[str, Any]:
     """Return a batch of B sequences of T predicted tokens as a dict, which loaders can pin and move to a device.
 
     Returns:
-        `tokens` (B, T + 1) int64, `loss_mask` (B, T) bool, `document_ids` (B, T + 1) int32, `positions` (B,) and
-        `domain_ids` (B,) int64, and `step`, int64 without dimensions. With `mixture.unit=samples`, `payloads`, a list
-        of B samples, stands for the first three.
+        `tokens` (B, T + 1) int64, `loss_mask` (B, T) bool, `document_ids` and `position_ids` (B, T + 1) int32,
+        `positions` (B,) and `domain_ids` (B,) int64, and `step`, int64 without dimensions. With `mixture.unit=samples`,
+        `payloads`, a list of B samples, stands for the first four.
     """
     fields: dict[str, Any] = {"payloads": batch.payloads}
     if batch.payloads is None:
-        # The tokens come first: trainers take the batch size from the first tensor.
-        fields = {name: torch.from_numpy(getattr(batch, name)) for name in ("tokens", "loss_mask", "document_ids")}
+        fields = {name: torch.from_numpy(getattr(batch, name)) for name in _TOKEN_FIELDS}
     fields["positions"] = torch.from_numpy(batch.positions)
     fields["domain_ids"] = torch.from_numpy(batch.domain_ids)
     fields["step"] = torch.tensor(batch.step)

@@ -1,24 +1,27 @@
 """The tokenizer protocol, and its implementations over two libraries.
 
 `gigatoken` is used for every tokenizer that it supports. Hugging Face's `tokenizers` is used for the others, and to
-check gigatoken's results. Special tokens are never added here: the data plane decides how documents end.
+check gigatoken's results. A library encodes texts only. What begins and ends a document is in `Tokenizer.added`, and
+the data plane adds it.
 
 Price: about 3 µs per kB of text on one core, with gigatoken.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import DataPlaneConfig
-from mixtera_hpc.errors import ConfigError, did_you_mean
+from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.tokens.definition import AddedTokens, TokenizerDefinition, read_definition
 
 __all__ = [
+    "EncodingSettings",
     "GigatokenTokenizer",
     "HuggingFaceTokenizer",
     "StoredTokenIds",
@@ -31,31 +34,23 @@ __all__ = [
 Encoded = tuple[NDArray[np.uint32], NDArray[np.int64]]
 """The tokens of several documents, concatenated, and their offsets; shapes (num_tokens,) and (num_documents + 1,)."""
 
-# Names of the end-of-document token, in order of preference.
-_COMMON_EOS_TOKENS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<|eot_id|>",
-    "<eos>",
-    "<|im_end|>",
-    "[EOS]",
-    "<｜end▁of▁sentence｜>",
-)
-
 
 class Tokenizer(Protocol):
     """Convert text to token ids. Several threads may use one tokenizer at once."""
 
     vocab_size: int
     """The largest id plus one."""
+    bos_ids: tuple[int, ...]
+    """Ids of the tokens that begin a document; empty if no tokens are known as such."""
     eos_id: int | None
     """Id of the token that ends a document; None if the vocabulary has no token that is known as such."""
+    added: AddedTokens
+    """Tokens that the data plane adds to every document."""
     fingerprint: str
-    """Digest of the tokenizer's file, in hexadecimal. Token counts are valid only for the tokenizer that made them."""
+    """Digest of everything that token counts depend on, in hexadecimal."""
 
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Return the tokens of each document, without special tokens."""
+        """Return the tokens of each document, without `added`."""
         ...
 
     def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
@@ -63,7 +58,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
-        """Encode documents, without special tokens.
+        """Encode documents, without `added`.
 
         Returns:
             The tokens of all documents, concatenated, and offsets of shape (len(documents) + 1,). The tokens of
@@ -72,66 +67,121 @@ class Tokenizer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingSettings:
+    """The keys of `dataplane` that decide how a document is encoded; the same names and defaults."""
+
+    eos_token: str | None = None
+    add_bos: bool | None = None
+    add_eos: bool = True
+    special_tokens_in_text: Literal["text", "allow"] = "text"
+
+    @classmethod
+    def of(cls, plane: DataPlaneConfig) -> "EncodingSettings":
+        """Take the settings from the configuration."""
+        return cls(
+            eos_token=plane.eos_token,
+            add_bos=plane.add_bos,
+            add_eos=plane.add_eos,
+            special_tokens_in_text=plane.special_tokens_in_text,
+        )
+
+
 _NO_TOKENS = np.zeros(0, np.uint32)
+_DEFAULTS = EncodingSettings()
 
 
-class GigatokenTokenizer:
+class _LibraryTokenizer:
+    """The part of a `Tokenizer` that does not depend on the library."""
+
+    def __init__(self, definition: bytes | TokenizerDefinition, settings: EncodingSettings) -> None:
+        if isinstance(definition, bytes):
+            definition = TokenizerDefinition.of(definition)
+        self._definition = definition
+        self._settings = settings
+        self.vocab_size = definition.vocab_size
+        self.eos_id = definition.eos_id(settings.eos_token)
+        self.added = _tokens_of_every_document(definition, self.eos_id, settings)
+        self.bos_ids = self.added.before or definition.added.before
+        # An index holds counts of tokens: with other settings they would be wrong. `add_eos` changes none of them.
+        names = f"{settings.special_tokens_in_text} {self.added.before}".encode()
+        self.fingerprint = _fingerprint(definition.raw, names)
+
+    def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
+        raise NotImplementedError
+
+    def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
+        return np.fromiter(map(len, self.encode_each(documents)), np.int64, len(documents))
+
+    def encode_batch(self, documents: Sequence[str]) -> Encoded:
+        return _concatenate(self.encode_each(documents))
+
+    def _check_special_tokens_stay_text(self) -> None:
+        """Raise ConfigError if the model itself encodes the text of a special token as this token.
+
+        Unigram models do that when special tokens are pieces of the vocabulary.
+        """
+        if self._settings.special_tokens_in_text == "allow":
+            return
+        special = self._definition.special_tokens
+        # Its text may be unknown to the model, like any other.
+        texts = [text for text, number in special.items() if number != self._definition.unknown_id]
+        for text, ids in zip(texts, self.encode_each(texts), strict=True):
+            if special[text] in ids:
+                raise ConfigError(
+                    f"dataplane.special_tokens_in_text is text, but the model of this tokenizer encodes the text "
+                    f"{text!r} as its special token {special[text]}.\n"
+                    "  Set dataplane.special_tokens_in_text=allow; text in the data can then end a document."
+                )
+
+
+class GigatokenTokenizer(_LibraryTokenizer):
     """`Tokenizer` over gigatoken. A call uses one thread and releases the GIL.
 
     Documents are encoded one by one. The library's own batches cost 0.1 to 0.4 ms before the first token, and are 10 %
     faster only from some thousand documents on.
     """
 
-    def __init__(self, definition: bytes, eos_token: str | None = None) -> None:
+    def __init__(self, definition: bytes | TokenizerDefinition, settings: EncodingSettings = _DEFAULTS) -> None:
         import gigatoken  # Heavy, and only this class needs it.
 
-        self._tokenizer = gigatoken.Tokenizer.from_json(definition)
+        super().__init__(definition, settings)
+        allows_special = settings.special_tokens_in_text == "allow"
+        content = self._definition.raw if allows_special else self._definition.without_special_tokens()
+        self._tokenizer = gigatoken.Tokenizer.from_json(content)
         self._encode = self._tokenizer.backend.encode
-        self.vocab_size = int(self._tokenizer.vocab_size)
-        self.eos_id = _eos_id(definition, eos_token)
-        self.fingerprint = _fingerprint(definition)
+        self._check_special_tokens_stay_text()
 
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
         return list(map(self._encode, documents))
 
-    def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
-        return np.fromiter(map(len, map(self._encode, documents)), np.int64, len(documents))
 
-    def encode_batch(self, documents: Sequence[str]) -> Encoded:
-        return _concatenate(self.encode_each(documents))
-
-
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(_LibraryTokenizer):
     """`Tokenizer` over Hugging Face's `tokenizers`; about 50 times slower than gigatoken."""
 
-    def __init__(self, definition: bytes, eos_token: str | None = None) -> None:
+    def __init__(self, definition: bytes | TokenizerDefinition, settings: EncodingSettings = _DEFAULTS) -> None:
         import tokenizers  # Heavy, and only this class needs it.
 
-        self._tokenizer = tokenizers.Tokenizer.from_buffer(definition)
+        super().__init__(definition, settings)
+        self._tokenizer = tokenizers.Tokenizer.from_buffer(self._definition.raw)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.eos_id = _eos_id(definition, eos_token)
-        self.fingerprint = _fingerprint(definition)
+        self._tokenizer.encode_special_tokens = settings.special_tokens_in_text == "text"
+        self._check_special_tokens_stay_text()
 
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
         encodings = self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
-    def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
-        return np.array([len(tokens) for tokens in self.encode_each(documents)], np.int64)
-
-    def encode_batch(self, documents: Sequence[str]) -> Encoded:
-        return _concatenate(self.encode_each(documents))
-
 
 class StoredTokenIds:
     """The `Tokenizer` of shards that hold token ids: a vocabulary size and an end token. It refuses to encode."""
 
-    def __init__(self, vocab_size: int, eos_id: int | None) -> None:
+    def __init__(self, vocab_size: int, eos_id: int | None, *, add_eos: bool = True) -> None:
         self.vocab_size = vocab_size
+        self.bos_ids: tuple[int, ...] = ()
         self.eos_id = eos_id
+        self.added = AddedTokens(after=(eos_id,) if add_eos and eos_id is not None else ())
         self.fingerprint = _fingerprint(f"stored ids below {vocab_size}, {eos_id} ends a document".encode())
 
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -153,32 +203,24 @@ def _concatenate(tokens: Sequence[NDArray[np.uint32]]) -> Encoded:
     return np.concatenate([_NO_TOKENS, *tokens]), offsets
 
 
-def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, settings: EncodingSettings = _DEFAULTS) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        path: of a `tokenizer.json`, or of the folder that has one.
-        eos_token: the token that ends a document. If None, it is taken from `tokenizer_config.json` in the same folder,
-            or else it is the first of the common names that the vocabulary has.
+        path: of a `tokenizer.json`, or of the folder that has one. The `tokenizer_config.json` beside it names the
+            tokens that begin and end a document.
+        settings: how documents are encoded.
 
     Raises:
-        ConfigError: the file cannot be read, no library supports it, or it has no token `eos_token`.
+        ConfigError: the file cannot be read, no library supports it, or the settings do not fit it.
     """
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    file, definition = read_definition(path)
     try:
-        definition = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"dataplane.tokenizer is {str(path)!r}, which cannot be read: {error.strerror}.\n"
-            "  Give the path of a Hugging Face tokenizer.json."
-        ) from None
-    eos_token = eos_token or _configured_eos(file.parent)
-    try:
-        return GigatokenTokenizer(definition, eos_token)
+        return GigatokenTokenizer(definition, settings)
     except ConfigError:
         raise
     except Exception as first:
-        return _load_with_huggingface(definition, eos_token, file, first)
+        return _load_with_huggingface(definition, settings, file, first)
 
 
 def load_vocabulary(plane: DataPlaneConfig) -> Tokenizer | None:
@@ -188,9 +230,9 @@ def load_vocabulary(plane: DataPlaneConfig) -> Tokenizer | None:
         ConfigError: the tokenizer cannot be loaded.
     """
     if plane.tokenizer is not None:
-        return load_tokenizer(Path(plane.tokenizer), plane.eos_token)
+        return load_tokenizer(Path(plane.tokenizer), EncodingSettings.of(plane))
     if plane.vocab_size is not None:
-        return StoredTokenIds(plane.vocab_size, plane.eos_id)
+        return StoredTokenIds(plane.vocab_size, plane.eos_id, add_eos=plane.add_eos)
     return None
 
 
@@ -210,10 +252,12 @@ def check_same_encoding(a: Tokenizer, b: Tokenizer, documents: Sequence[str]) ->
             )
 
 
-def _load_with_huggingface(definition: bytes, eos_token: str | None, file: Path, first: Exception) -> Tokenizer:
+def _load_with_huggingface(
+    definition: TokenizerDefinition, settings: EncodingSettings, file: Path, first: Exception
+) -> Tokenizer:
     """Load a tokenizer that gigatoken refuses with the error `first`."""
     try:
-        return HuggingFaceTokenizer(definition, eos_token)
+        return HuggingFaceTokenizer(definition, settings)
     except ConfigError:
         raise
     except Exception as second:
@@ -224,42 +268,36 @@ def _load_with_huggingface(definition: bytes, eos_token: str | None, file: Path,
         ) from None
 
 
-def _fingerprint(definition: bytes) -> str:
-    return hashlib.blake2b(definition, digest_size=16).hexdigest()
+def _tokens_of_every_document(
+    definition: TokenizerDefinition, eos_id: int | None, settings: EncodingSettings
+) -> AddedTokens:
+    """Return what is added to every document: what the settings ask for, else what the post-processor adds.
 
-
-def _eos_id(definition: bytes, eos_token: str | None) -> int | None:
-    """Return the id of `eos_token`; if None, that of the first common name that the vocabulary has."""
-    tokens = _vocabulary(definition)
-    if eos_token is None:
-        return next((tokens[name] for name in _COMMON_EOS_TOKENS if name in tokens), None)
-    if eos_token not in tokens:
-        special = [name for name in tokens if name.startswith(("<", "[")) and name.endswith((">", "]"))]
+    Raises:
+        ConfigError: no file names the token that begins a document, or the post-processor adds other tokens at its end.
+    """
+    own = definition.added
+    before = own.before
+    if settings.add_bos is not None:
+        before = definition.bos_ids if settings.add_bos else ()
+    if settings.add_bos and not before:
         raise ConfigError(
-            f"dataplane.eos_token is {eos_token!r}, but the tokenizer has no such token."
-            f"{did_you_mean(eos_token, special)}"
+            "dataplane.add_bos is true, but neither the tokenizer's post-processor nor bos_token in a "
+            "tokenizer_config.json beside it says which token begins a document.\n"
+            "  Name it in tokenizer_config.json, or set dataplane.add_bos=null."
         )
-    return tokens[eos_token]
+
+    after = (eos_id,) if settings.add_eos and eos_id is not None else ()
+    if settings.add_eos and own.after and own.after != after:
+        names = {number: text for text, number in definition.vocabulary.items()}
+        texts = [names.get(number, str(number)) for number in own.after]
+        raise ConfigError(
+            f"The tokenizer's post-processor adds {' '.join(texts)} to the end of a text, but the token that ends a "
+            f"document is {names.get(eos_id or 0) if eos_id is not None else 'unknown'}.\n"
+            f"  Set dataplane.eos_token={texts[-1]!r}, or dataplane.add_eos=false to add nothing."
+        )
+    return AddedTokens(before, after)
 
 
-def _vocabulary(definition: bytes) -> dict[str, int]:
-    """Return the ids of all tokens of a `tokenizer.json`, by their text."""
-    content: dict[str, Any] = json.loads(definition)
-    vocabulary = content.get("model", {}).get("vocab", {})
-    ids: dict[str, int] = {}
-    if isinstance(vocabulary, dict):
-        ids = {str(token): int(number) for token, number in vocabulary.items()}
-    elif isinstance(vocabulary, list):  # Unigram models list [token, score] in the order of ids.
-        ids = {str(entry[0]): position for position, entry in enumerate(vocabulary)}
-    return ids | {str(t["content"]): int(t["id"]) for t in content.get("added_tokens", [])}
-
-
-def _configured_eos(folder: Path) -> str | None:
-    """Return `eos_token` of the Hugging Face `tokenizer_config.json` in `folder`; None if there is none."""
-    try:
-        token = json.loads((folder / "tokenizer_config.json").read_bytes()).get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        return None
-    if isinstance(token, dict) and "content" in token:
-        return str(token["content"])
-    return None if token is None else str(token)
+def _fingerprint(*parts: bytes) -> str:
+    return hashlib.blake2b(b"\0".join(parts), digest_size=16).hexdigest()

@@ -13,6 +13,7 @@ from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.tokenizers import CHECKS, DOCUMENTS
 from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import (
+    EncodingSettings,
     GigatokenTokenizer,
     HuggingFaceTokenizer,
     Tokenizer,
@@ -88,11 +89,12 @@ def test_the_fingerprint_depends_on_the_content_of_the_file_only(path: Path, tmp
 
 
 def test_the_end_token_is_found_by_common_name_by_request_or_in_the_config(path: Path, tmp_path: Path) -> None:
+    vocabulary = json.loads(path.read_text())["model"]["vocab"]
     assert load_tokenizer(path).eos_id == 0
-    assert load_tokenizer(path, eos_token="!").eos_id == json.loads(path.read_text())["model"]["vocab"]["!"]
+    assert load_tokenizer(path, EncodingSettings(eos_token="!")).eos_id == vocabulary["!"]
     (tmp_path / "tokenizer.json").write_bytes(path.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "a"}}')
-    assert load_tokenizer(tmp_path).eos_id == json.loads(path.read_text())["model"]["vocab"]["a"]
+    assert load_tokenizer(tmp_path).eos_id == vocabulary["a"]
 
 
 def test_a_vocabulary_without_a_known_end_token_has_none(path: Path, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_a_vocabulary_without_a_known_end_token_has_none(path: Path, tmp_path: P
 
 def test_an_unknown_end_token_is_refused_with_near_misses(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"dataplane\.eos_token is '<\|endoftxt\|>'.*Did you mean '<\|endoftext\|>'"):
-        load_tokenizer(path, eos_token="<|endoftxt|>")
+        load_tokenizer(path, EncodingSettings(eos_token="<|endoftxt|>"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"model": 3}', b"\xff\xfe"])

@@ -98,6 +98,7 @@ def test_the_default_is_a_dict_of_tensors_with_the_tokens_first(collection: list
         "tokens": ((4, 33), torch.int64),
         "loss_mask": ((4, 32), torch.bool),
         "document_ids": ((4, 33), torch.int32),
+        "position_ids": ((4, 33), torch.int32),
         "positions": ((4,), torch.int64),
         "domain_ids": ((4,), torch.int64),
         "step": ((), torch.int64),

@@ -35,10 +35,16 @@ class DataPlaneConfig:
     inside windows of `dataplane.shuffle_window` blocks."""
     shuffle_window: int = 64
     """Blocks whose rows are shuffled together, for `dataplane.shuffle=window`."""
+    add_bos: bool | None = None
+    """Begin every document with the token that begins a text. Null does what the tokenizer's post-processor does, for
+    example Llama's `<s>`."""
     add_eos: bool = True
     """End every document with the end-of-text token."""
     eos_token: str | None = None
-    """Text of the end-of-text token. Null reads it from the tokenizer file."""
+    """Text of the end-of-text token. Null takes it from the tokenizer's files."""
+    special_tokens_in_text: Literal["text", "allow"] = "text"
+    """The text of a special token, such as `<|endoftext|>`, inside a document. `text`: encoded like any other text.
+    `allow`: encoded as the special token."""
     predict_across_documents: bool = False
     """Count the loss of the first token of a document, which is predicted from the document before it."""
     prefetch_batches: int = 4

@@ -40,6 +40,16 @@ class Batch:
     plan_digest: int = 0
     """Digest of the plan that the step was served from."""
 
+    @property
+    def position_ids(self) -> NDArray[np.int32]:
+        """Position of each token in its document, counted from the first of its tokens in the sequence; (B, T + 1)."""
+        token = np.arange(self.document_ids.shape[1], dtype=np.int32)
+        begins = np.ones(self.document_ids.shape, np.bool_)
+        begins[:, 1:] = self.document_ids[:, 1:] != self.document_ids[:, :-1]
+        # The newest beginning of a document so far.
+        first = np.maximum.accumulate(np.where(begins, token, 0), axis=1)
+        return token - first
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSlice:

@@ -21,6 +21,7 @@ from mixtera_hpc.formats.base import BlockRef, RangeReader, ShardReader, TokenRe
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["DocumentReader", "PackedTokens"]
@@ -65,8 +66,9 @@ class DocumentReader:
         self._cache = BlockCache(seek_folders=[seek_folder_of(path) for path in index.paths_to_read])
         self._last_documents: dict[int, tuple[int, Tokens]] = {}
         """Domain → row key and tokens of the document in which its next sequence begins."""
-        eos_id = source.tokenizer.eos_id if source.tokenizer and source.layout.num_specials else None
-        self._specials: Tokens = _NO_TOKENS if eos_id is None else np.array([eos_id], np.uint32)
+        added = source.tokenizer.added if source.tokenizer else AddedTokens()
+        self._before: Tokens = np.array(added.before, np.uint32)
+        self._after: Tokens = np.array(added.after, np.uint32)
 
     def read(self, documents: Documents, last_of_domain: Mapping[int, int]) -> PackedTokens:
         """Return the tokens of `documents`, special tokens included. A document that occurs twice is read once.
@@ -100,20 +102,24 @@ class DocumentReader:
         self._shards.clear()
 
     def _pack(self, documents: Documents, tokens: list[Tokens]) -> PackedTokens:
-        """Concatenate the wanted tokens of each document; a document that is wanted to its end gets its specials."""
+        """Concatenate the wanted tokens of each document, with the special tokens that begin and end it."""
         first = documents.first
         last = documents.last
         lengths = last - first
 
-        # Most documents are wanted whole. Only the others are sliced in Python.
-        # Two segments per document: its tokens, then its specials.
-        segments = [_NO_TOKENS] * (2 * len(tokens))
-        segments[0::2] = tokens
-        segments[1::2] = [self._specials] * len(tokens)
+        # Three segments per document. Most documents are wanted whole; only the others are sliced in Python.
+        segments = [_NO_TOKENS] * (3 * len(tokens))
+        segments[0::3] = [self._before] * len(tokens)
+        segments[1::3] = tokens
+        segments[2::3] = [self._after] * len(tokens)
         for i in np.flatnonzero((first > 0) | (last < documents.size)).tolist():
-            segments[2 * i] = tokens[i][first[i] : last[i]]
-            if last[i] != documents.size[i]:
-                segments[2 * i + 1] = _NO_TOKENS
+            begin = int(first[i])
+            end = int(last[i])
+            for segment in range(3 * i, 3 * i + 3):
+                whole = segments[segment]
+                segments[segment] = whole[max(begin, 0) : max(end, 0)]
+                begin -= len(whole)
+                end -= len(whole)
         packed = np.concatenate(segments).view(np.int32)
 
         starts = np.cumsum(lengths) - lengths
@@ -235,15 +241,19 @@ def _encode(tokenizer: Tokenizer, documents: Sequence[Any]) -> list[Tokens]:
         return encoded
     remaining = iter(encoded)
     return [
-        next(remaining) if isinstance(document, str) else _without_eos(document, tokenizer.eos_id)
-        for document in documents
+        next(remaining) if isinstance(document, str) else _without_added(document, tokenizer) for document in documents
     ]
 
 
-def _without_eos(ids: NDArray[Any], eos_id: int | None) -> Tokens:
-    """Remove the end-of-text token that stored token ids may end with; `_pack` adds it again."""
+def _without_added(ids: NDArray[Any], tokenizer: Tokenizer) -> Tokens:
+    """Remove the special tokens that stored token ids may begin and end with; `_pack` adds what the config asks for."""
+    eos_id = tokenizer.eos_id
     ends_with_eos = eos_id is not None and len(ids) > 0 and int(ids[-1]) == eos_id
-    return ids[: len(ids) - int(ends_with_eos)].astype(np.uint32)
+    ids = ids[: len(ids) - int(ends_with_eos)]
+    num_bos = len(tokenizer.bos_ids)
+    if num_bos and tuple(ids[:num_bos].tolist()) == tokenizer.bos_ids:
+        ids = ids[num_bos:]
+    return ids.astype(np.uint32)
 
 
 def _row_key(block: Any, row: Any) -> Any:

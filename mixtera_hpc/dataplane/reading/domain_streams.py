@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import Config, DataPlaneConfig
 from mixtera_hpc.core.domains import DomainTable
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.core.order import EpochOrder, ShuffleOrder
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["Documents", "DomainStreams", "StreamLayout"]
 
@@ -40,14 +41,14 @@ class StreamLayout:
     """Whether items are tokens; otherwise they are samples."""
 
     @classmethod
-    def of_config(cls, config: Config, table: DomainTable) -> "StreamLayout":
+    def of_config(cls, config: Config, table: DomainTable, tokenizer: Tokenizer | None) -> "StreamLayout":
         """Return the layout of the streams of the domains in `table`."""
         plane = config.dataplane
         in_tokens = config.mixture.unit == "tokens"
         return cls(
             table=table,
             order=ShuffleOrder(seed=plane.seed, shuffle=plane.shuffle, window=plane.shuffle_window),
-            num_specials=int(plane.add_eos) if in_tokens else 0,
+            num_specials=_num_specials(plane, tokenizer) if in_tokens else 0,
             in_tokens=in_tokens,
         )
 
@@ -261,6 +262,13 @@ class DomainStreams:
                 f"The samples of {num_blocks} blocks of domain {domain} hold {actual} items, the index counted "
                 f"{expected}: the index file is damaged.\n  Build it again with mixtera-hpc index build."
             )
+
+
+def _num_specials(plane: DataPlaneConfig, tokenizer: Tokenizer | None) -> int:
+    """Return how many special tokens every document gets."""
+    if tokenizer is None:
+        return int(plane.add_eos)
+    return len(tokenizer.added.before) + len(tokenizer.added.after)
 
 
 def _locate_samples(block_rows: NDArray[np.int32], length: Ints, samples: Ints) -> tuple[Ints, NDArray[np.int32], Ints]:

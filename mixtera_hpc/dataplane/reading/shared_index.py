@@ -181,10 +181,12 @@ def read_shared_index(
         combo_domain=chosen.selection.combo_domain,
         holdout_keys=shard_hash_keys(tables.shards.path, holdout.seed) if holdout.fraction else None,
     )
-    return _describe(config, index, subset, chosen), shared
+    return _describe(config, index, subset, chosen, tokenizer), shared
 
 
-def _describe(config: Config, index: PropertyIndex, subset: SampleSubset, chosen: SelectedDomains) -> IndexDescription:
+def _describe(
+    config: Config, index: PropertyIndex, subset: SampleSubset, chosen: SelectedDomains, tokenizer: Tokenizer | None
+) -> IndexDescription:
     """Return the small part of what ranks share."""
     tables = index.tables
     selection = chosen.selection
@@ -201,7 +203,7 @@ def _describe(config: Config, index: PropertyIndex, subset: SampleSubset, chosen
         where=selection.predicate.text,
         drop=list(subset.drop),
         where_after_drops=subset.restrict(config.query.where),
-        domain_items=StreamLayout.of_config(config, selection.table).epoch_items().tolist(),
+        domain_items=StreamLayout.of_config(config, selection.table, tokenizer).epoch_items().tolist(),
     )
 
 

@@ -38,6 +38,7 @@ from mixtera_hpc.dataplane.sample_subset import TRAINING_SAMPLES, SampleSubset
 from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.joined_samples import open_samples
 from mixtera_hpc.index.read.selection import check_split
+from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["Source", "count_samples", "open_source"]
@@ -188,7 +189,7 @@ class Source:
             "max_epochs": _epoch_limits(mixture),
             "seq_len": plane.seq_len,
             "overlap_one_token": plane.overlap_one_token,
-            "add_eos": plane.add_eos,
+            "added_tokens": _added_tokens(self.tokenizer),
             "global_batch_size": plane.global_batch_size,
             "chunk_steps": plane.chunk_steps,
             "feedback_lag": plane.feedback_lag,
@@ -255,7 +256,7 @@ def _make_source(
     """Compute what follows from the configuration and the shared index."""
     plane = config.dataplane
     # Cheap: every rank and worker computes the rest from the shared tables.
-    layout = StreamLayout.of_config(config, tables.domains)
+    layout = StreamLayout.of_config(config, tables.domains, tokenizer)
     grid = SequenceGrid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
     epoch_items = layout.epoch_items()
     num_domains = len(epoch_items)
@@ -317,6 +318,12 @@ def _mixture_context(
         timeline=ChunkTimeline(chunk_steps=plane.chunk_steps, items_per_step=plane.global_batch_size * predicted_items),
         feedback_lag=plane.feedback_lag,
     )
+
+
+def _added_tokens(tokenizer: Tokenizer | None) -> list[list[int]]:
+    """Return the special tokens that every document begins and ends with."""
+    added = tokenizer.added if tokenizer else AddedTokens()
+    return [list(added.before), list(added.after)]
 
 
 def _holdout_identity(query: QueryConfig, subset: SampleSubset) -> list[Any] | None:

@@ -36,8 +36,9 @@ def check_token_counts(config: Config, index: PropertyIndex, tokenizer: Tokenize
     if tokenizer.fingerprint != index.tokenizer_fingerprint:
         raise PropertyIndexError(
             f"{index.path} was built with tokenizer {str(index.tokenizer_fingerprint)[:12]}, but "
-            f"{_configured_tokenizer(config)} is {tokenizer.fingerprint[:12]}.\n"
-            "  Give the tokenizer that the index was built with, or build the index again with this one."
+            f"{_configured_tokenizer(config)} is {tokenizer.fingerprint[:12]}. The file, dataplane.add_bos and "
+            "dataplane.special_tokens_in_text must be those of the build.\n"
+            "  Set them as for the build, or run mixtera-hpc index build again with these."
         )
 
 

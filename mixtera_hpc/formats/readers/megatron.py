@@ -3,7 +3,7 @@
 A row is a document, a block is `index.block_rows` documents. Ids are memory mapped and returned as they are stored.
 Properties come from the path, or from `NAME.sidecar.jsonl` with one line per document, in order. An end-of-text token
 at the end of a document is not counted as part of it; the data plane adds one where `dataplane.add_eos` asks for it. So
-files written with and without `--append-eod` give the same stream.
+files written with and without `--append-eod` give the same stream. The same holds for a token that begins documents.
 """
 
 from collections.abc import Iterator
@@ -165,15 +165,24 @@ class _TokenScan:
         return BlockRanges.of(ranges)
 
     def _count_tokens(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Count the tokens of every document, without an end-of-text token at its end."""
+        """Count the tokens of every document, without the special tokens that begin and end it."""
         bounds = self._token_starts[first : stop + 1]
         counts = np.diff(bounds)
-        eos_id = self._spec.vocabulary.eos_id if self._spec.vocabulary else None
-        if eos_id is not None:
+        vocabulary = self._spec.vocabulary
+        if vocabulary is None:
+            return counts
+        if vocabulary.eos_id is not None:
             # Compare the last id of every document that is not empty.
             nonempty = np.flatnonzero(counts)
             last_ids = self._documents.ids[bounds[nonempty + 1] - 1]
-            counts[nonempty] -= last_ids == eos_id
+            counts[nonempty] -= last_ids == vocabulary.eos_id
+
+        num_bos = len(vocabulary.bos_ids)
+        if num_bos:
+            # Compare the first ids of every document that is long enough.
+            long_enough = np.flatnonzero(counts >= num_bos)
+            first_ids = self._documents.ids[bounds[long_enough, None] + np.arange(num_bos)]
+            counts[long_enough] -= num_bos * (first_ids == vocabulary.bos_ids).all(axis=1)
         return counts
 
     def _find_foreign_ids(self, first: int, stop: int) -> tuple[tuple[int, str], ...]:

@@ -78,7 +78,9 @@ def scan_settings(config: Config) -> ScanSettings:
 
 def _scan_of_set(config: Config, data_set: DataSetKeys, tokenizer: Tokenizer | None) -> DataSetScan:
     functions = DocumentFunctions.of(data_set)
-    vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id) if tokenizer else None
+    vocabulary: Vocabulary | None = None
+    if tokenizer is not None:
+        vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, bos_ids=tokenizer.bos_ids)
     # Texts are decoded only to count tokens or to compute properties.
     needs_documents = tokenizer is not None or bool(functions.all)
     spec = scan_spec_of(data_set, documents=needs_documents, vocabulary=vocabulary)
