@@ -5,7 +5,7 @@ one more open of the index, at the start, and two small collectives per validati
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,13 @@ class HeldOutBatches:
     """
 
     def __init__(
-        self, config: Config, comm: Communicator, batch_slice: BatchSlice, folder: RunFolder | None = None
+        self,
+        config: Config,
+        comm: Communicator,
+        batch_slice: BatchSlice,
+        *,
+        folder: RunFolder | None = None,
+        log: Callable[[DomainStatistics], None] = lambda statistics: None,
     ) -> None:
         """Open what `config` holds out. **Collective.**
 
@@ -44,6 +50,7 @@ class HeldOutBatches:
             comm: all ranks.
             batch_slice: what this rank gets of every global batch; ranks of one group have equal ones.
             folder: the folder of the run, which records what was dropped.
+            log: receives the statistics of every validation.
 
         Raises:
             MixtureError: less than one global batch is held out.
@@ -64,6 +71,7 @@ class HeldOutBatches:
             )
 
         self._comm = comm
+        self._log = log
         # Weights proportional to size, among the domains that have at least one sequence.
         has_sequences = capacity > 0
         self._weights = np.where(has_sequences, sizes, 0) / max(sizes[has_sequences].sum(), 1)
@@ -136,7 +144,9 @@ class HeldOutBatches:
         self._losses.clear()
         if not self._is_counted(recorded):
             own[...] = 0
-        return statistics_from_buffer(step, self._comm.Allreduce(own))
+        statistics = statistics_from_buffer(step, self._comm.Allreduce(own))
+        self._log(statistics)
+        return statistics
 
     def _is_counted(self, recorded: list[int]) -> bool:
         """Return whether this rank's losses count: it is the first of its group that recorded any. **Collective.**"""

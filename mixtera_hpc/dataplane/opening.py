@@ -1,6 +1,5 @@
 """From the arguments of `DataPlane.open` to what a data plane works with; an error in one rank ends the job."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.dataplane.control import RunControl
-from mixtera_hpc.dataplane.journal import last_attempt
+from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt, write_config_if_missing
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.rank_layout import coordinate_in_mesh, gather_coordinates, slice_in_layout
 from mixtera_hpc.dataplane.reading.source import open_source
@@ -21,7 +20,8 @@ from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
-from mixtera_hpc.track.tracker import Tracker
+from mixtera_hpc.launch.attempts import batch_script_attempt
+from mixtera_hpc.track.tracker import NullTracker, Tracker, open_tracker
 
 __all__ = ["OpenOptions", "RankLayout", "open_or_end_job"]
 
@@ -42,7 +42,7 @@ class OpenOptions:
 
     folder: RunFolder | None
     attempt: int | None
-    tracker: Tracker
+    tracker: Tracker | None
     split: Split
 
 
@@ -74,12 +74,15 @@ def _open_resources(
         batch_slice = BatchSlice.of(config.dataplane, comm.rank, comm.size)
     else:
         batch_slice = slice_in_layout(config.dataplane, comm.rank, coordinates)
-    config, attempt = _settings_of_attempt(config, comm, options.folder, options.attempt)
+    pinned = config
+    if options.folder is not None:
+        # The index may have been refreshed since the run began; its steps refer to the old state.
+        pinned = pin_index_generation(config, options.folder.journal)
 
     # Rank 0 reads what was dropped from the run, and shares it with the index.
     is_root = comm.rank == 0
     subset = subset_of_run(options.folder if is_root else None, options.split)
-    source = open_source(config, comm, subset=subset)
+    source = open_source(pinned, comm, subset=subset)
 
     is_audited = config.dataplane.audit and batch_slice.is_group_leader
     return PlaneResources(
@@ -88,29 +91,43 @@ def _open_resources(
         batch_slice=batch_slice,
         data_parallel_ranks=coordinates,
         folder=options.folder,
-        recorder=RunRecorder(options.folder, attempt, comm.rank, is_audited=is_audited, tracker=options.tracker),
+        recorder=_open_recorder(config, comm, options, is_audited=is_audited),
         control=RunControl(options.folder, watch_files=is_root),
     )
 
 
-def _settings_of_attempt(
-    config: Config, comm: Communicator, folder: RunFolder | None, attempt: int | None
-) -> tuple[Config, int]:
-    """Return the configuration as the run in `folder` began, and the attempt number. **Collective.**"""
+def _open_recorder(config: Config, comm: Communicator, options: OpenOptions, *, is_audited: bool) -> RunRecorder:
+    """Open the records of this rank in the folder of the run; agree on the attempt. **Collective.**"""
+    folder = options.folder
+    tracker = options.tracker or NullTracker()
     if folder is None:
-        return config, 1 if attempt is None else attempt
-    if attempt is None:
-        attempt = _next_attempt(comm, folder)
-    # The index may have been refreshed since the run began; its steps refer to the old state.
-    return pin_index_generation(config, folder.journal), attempt
+        return RunRecorder(None, options.attempt or 1, comm.rank, is_audited=False, tracker=tracker)
 
-
-def _next_attempt(comm: Communicator, folder: RunFolder) -> int:
-    """Return the batch job's attempt number, or the one after the last in the journal. **Collective.**"""
-    number = np.zeros(1, np.int64)
+    own_attempt: OwnAttempt | None = None
+    number = np.array([options.attempt or 0], np.int64)
     # Rank 0 decides: it is about to append to the journal, so the others must not read it by themselves.
     if comm.rank == 0:
-        in_batch_job = os.environ.get("MIXTERA_RUN_FOLDER") == str(folder.path)
-        number[0] = int(os.environ["MIXTERA_ATTEMPT"]) if in_batch_job else last_attempt(folder.journal) + 1
+        write_config_if_missing(folder, config)
+        if options.attempt is None:
+            in_batch_job = batch_script_attempt(folder)
+            if in_batch_job is None:
+                own_attempt = OwnAttempt.claim(folder, config, comm.size)
+                number[0] = own_attempt.number
+            else:
+                number[0] = in_batch_job
     comm.Bcast(number)
-    return int(number[0])
+    attempt = int(number[0])
+
+    loop_log: LoopLog | None = None
+    if options.tracker is None and comm.rank == 0:
+        tracker = open_tracker(config, folder, rank=comm.rank, attempt=attempt)
+        loop_log = LoopLog(tracker, comm.size, config.training.log_every)
+    return RunRecorder(
+        folder,
+        attempt,
+        comm.rank,
+        is_audited=is_audited,
+        tracker=tracker,
+        own_attempt=own_attempt,
+        loop_log=loop_log,
+    )

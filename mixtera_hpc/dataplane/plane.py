@@ -31,8 +31,8 @@ from mixtera_hpc.dataplane.reading.batches import Batch, step_of
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import initial_state
 from mixtera_hpc.dataplane.session import Session, start_session
-from mixtera_hpc.errors import is_clean_exit
-from mixtera_hpc.track.tracker import NullTracker, Tracker
+from mixtera_hpc.errors import SavedAndStopped, exit_code_of, is_clean_exit
+from mixtera_hpc.track.tracker import Tracker
 
 __all__ = ["Batch", "DataPlane"]
 
@@ -81,9 +81,11 @@ class DataPlane:
         Args:
             comm: an mpi4py communicator, a torch process group, or None to detect how this process was started. With a
                 `Communicator` the caller ends the job after an error in one rank (`run_guarded`).
-            folder: the folder of the run; without one nothing is journalled, and no control files are looked for.
-            attempt: number of this attempt; None: that of the batch job, or the next one after those in the journal.
-            tracker: receives metric events on rank 0.
+            folder: the folder of the run; without one nothing is recorded, and no control files are looked for. It gets
+                `config.yaml` if it has none, so that the command line knows the run.
+            attempt: number of this attempt; None: that of the batch job, or the next one, which is recorded here.
+            tracker: receives the metric events of the data plane on rank 0. None: with a folder, those and the time and
+                losses of every step go to `metrics/` in it.
             split: with `query.holdout`, the side that is served.
             data_parallel: data-parallel rank of this rank, and data-parallel size. Ranks with the same one get the same
                 batches. None: `dataplane.model_parallel_size` neighbours get the same batches.
@@ -97,7 +99,7 @@ class DataPlane:
             PropertyIndexError: the index is missing or stale, or was built with another tokenizer.
             MixtureError: a domain of the mixture has no samples.
         """
-        options = OpenOptions(folder=folder, attempt=attempt, tracker=tracker or NullTracker(), split=split)
+        options = OpenOptions(folder=folder, attempt=attempt, tracker=tracker, split=split)
         layout = RankLayout(data_parallel=data_parallel, mesh=mesh, data_dims=data_dims, subset=subset)
         return cls(open_or_end_job(config, comm, layout, options), ends_job=not isinstance(comm, Communicator))
 
@@ -149,7 +151,7 @@ class DataPlane:
     ) -> None:
         failure = error
         try:
-            self.close(orderly=error is None or is_clean_exit(error))
+            self._close(orderly=error is None or is_clean_exit(error), error=error)
         except BaseException as close_error:
             failure = close_error
             raise
@@ -220,7 +222,13 @@ class DataPlane:
             MixtureError: less than one global batch is held out.
         """
         resources = self._resources
-        return HeldOutBatches(self.config, resources.comm, resources.batch_slice, resources.folder)
+        return HeldOutBatches(
+            self.config,
+            resources.comm,
+            resources.batch_slice,
+            folder=resources.folder,
+            log=resources.recorder.log_validation,
+        )
 
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now, the same answer on each. **Collective.**
@@ -294,6 +302,9 @@ class DataPlane:
             orderly: complete what other ranks may wait for, and record that the attempt ended in order. False on a rank
                 that fails by itself: the call is then not collective.
         """
+        self._close(orderly, error=None)
+
+    def _close(self, orderly: bool, error: BaseException | None) -> None:
         if self._is_closed:
             return
         self._is_closed = True
@@ -304,10 +315,19 @@ class DataPlane:
                 next_step = self._session.finish()
             self._session.close(orderly)
         self._resources.control.close()
-        self._resources.recorder.close(next_step)
+        self._resources.recorder.close(next_step, self._exit_code(orderly, error))
         if orderly:
             # A rank that fails by itself must not free collectively: the others do not take part.
             self._resources.comm.Free()
+
+    def _exit_code(self, orderly: bool, error: BaseException | None) -> int:
+        """Return the exit code that the attempt is recorded with."""
+        if error is not None:
+            return exit_code_of(error)
+        if not orderly:
+            return 1
+        is_stopping = self._session is not None and self._session.is_stopping
+        return SavedAndStopped.exit_code if is_stopping else 0
 
     def _started_session(self) -> Session:
         """Return the session; the first call begins the run. **Collective.**"""

@@ -4,13 +4,18 @@ Rank 0 writes the journal and metric events; with `dataplane.audit`, the leader 
 audit log. Without a folder nothing is written.
 """
 
+from typing import Any
+
 import numpy as np
 
+from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import AttemptSetup, AuditLog, Journal, append_line
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
+from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.resume.run_edits import RunEdit, read_run_edits
@@ -22,7 +27,17 @@ __all__ = ["RunRecorder"]
 class RunRecorder:
     """One rank's records of a run."""
 
-    def __init__(self, folder: RunFolder | None, attempt: int, rank: int, is_audited: bool, tracker: Tracker) -> None:
+    def __init__(
+        self,
+        folder: RunFolder | None,
+        attempt: int,
+        rank: int,
+        *,
+        is_audited: bool,
+        tracker: Tracker,
+        own_attempt: OwnAttempt | None = None,
+        loop_log: LoopLog | None = None,
+    ) -> None:
         """Open the files of one rank; `tracker` receives metric events on rank 0.
 
         Args:
@@ -31,7 +46,11 @@ class RunRecorder:
             rank: this rank.
             is_audited: write an audit log. Ranks of a group get the same batches; one log of them is enough.
             tracker: receives metric events.
+            own_attempt: on rank 0, the attempt, if no launcher records it.
+            loop_log: on rank 0, logs attempts, steps and validations, if the training loop does not.
         """
+        self._own_attempt = own_attempt
+        self._loop_log = loop_log
         self._decisions = folder.decisions if folder else None
         self._tracker = tracker if rank == 0 else NullTracker()
         self._journal = Journal(folder.journal, attempt) if folder and rank == 0 else None
@@ -59,18 +78,46 @@ class RunRecorder:
         if self._journal:
             self._journal.write_start(setup)
 
+    def log_attempt(self, source: Source, comm: Communicator, first_step: int) -> None:
+        """Log the start of the attempt."""
+        if self._loop_log:
+            plane = source.config.dataplane
+            self._loop_log.log_attempt(
+                {
+                    "step": first_step,
+                    "num_ranks": comm.size,
+                    "hostname": comm.hostname,
+                    "vocab_size": source.tokenizer.vocab_size if source.tokenizer else 0,
+                    "seq_len": plane.seq_len,
+                    "global_batch_size": plane.global_batch_size,
+                    "domains": source.names,
+                }
+            )
+
     def record_plan(self, plan: ChunkPlan) -> None:
         """Record a plan that all ranks have received."""
         if self._journal:
             self._journal.write_plan(plan)
 
-    def record_batch(self, batch: Batch) -> None:
-        """Record that a batch was handed to the trainer."""
+    def record_batch(self, batch: Batch, data_wait_s: float) -> None:
+        """Record that a batch was handed to the trainer after a wait."""
+        if self._loop_log:
+            self._loop_log.add_batch(batch.step, data_wait_s)
         if self._audit and batch.digests is not None:
             self._audit.write_batch(batch.step, batch.positions, batch.digests)
 
-    def log_chunk(self, plan: ChunkPlan, source: Source, plan_s: float, broadcast_s: float) -> None:
-        """Log the mixture of a chunk whose first batch is served now, and what it took to plan and broadcast it."""
+    def log_chunk(
+        self, plan: ChunkPlan, source: Source, plan_s: float, broadcast_s: float, *, hears_losses: bool | None
+    ) -> None:
+        """Log the mixture of a chunk whose first batch is served now, and what it took to plan and broadcast it.
+
+        Args:
+            plan: the plan of the chunk.
+            source: what is served.
+            plan_s: seconds that planning took.
+            broadcast_s: seconds that the broadcast took.
+            hears_losses: whether losses were recorded recently; None for a mixture that does not learn.
+        """
         # Sequences of each domain before the chunk, as a share of all, and as passes over the domain.
         served = plan.cursors / max(int(plan.cursors.sum()), 1)
         items = source.stream_version.origins + plan.cursors * source.grid.stride
@@ -78,7 +125,7 @@ class RunRecorder:
 
         # Metrics count training steps, plans count data steps.
         step = source.stream_version.step_at(plan.first_step)
-        event = {
+        event: dict[str, Any] = {
             "step": step,
             "chunk": plan.chunk,
             "domains": source.names,
@@ -87,19 +134,33 @@ class RunRecorder:
             "cursors": plan.cursors,
             "epochs": epochs,
         }
+        if hears_losses is not None:
+            event["hears_losses"] = hears_losses
         self._tracker.log("mixture", event)
         self._tracker.log("comm", {"step": step, "plan_s": plan_s, "broadcast_s": broadcast_s})
 
-    def log_reduction(self, step: int, reduce_s: float) -> None:
-        """Log how long this rank waited for the reduction of a step."""
-        self._tracker.log("comm", {"step": step, "reduce_s": reduce_s})
+    def log_reduction(self, statistics: DomainStatistics, reduce_s: float) -> None:
+        """Log the losses of a step, and how long this rank waited for their reduction."""
+        self._tracker.log("comm", {"step": statistics.step, "reduce_s": reduce_s})
+        if self._loop_log:
+            self._loop_log.add_statistics(statistics)
 
-    def close(self, next_step: int | None) -> None:
+    def log_validation(self, statistics: DomainStatistics) -> None:
+        """Log the losses of held-out samples."""
+        if self._loop_log:
+            self._loop_log.log_validation(statistics)
+
+    def close(self, next_step: int | None, exit_code: int) -> None:
         """Close all files.
 
         Args:
             next_step: every step before it was consumed; None when the attempt did not end in order.
+            exit_code: of the attempt.
         """
+        if self._loop_log:
+            self._loop_log.close()
+        if self._own_attempt:
+            self._own_attempt.end(exit_code)
         if self._journal:
             # Without this line readers assume that the attempt was killed, and served everything it had planned.
             if next_step is not None:

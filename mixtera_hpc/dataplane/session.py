@@ -98,6 +98,8 @@ class Session:
         self._completed: deque[DomainStatistics] = deque(maxlen=MAX_UNREAD_STATISTICS)
         self._delivered_plans: dict[int, ChunkPlan] = {}
         """Chunk → plan, from the chunk of the oldest step that may be unfinished on."""
+        self.is_stopping = False
+        """Whether the trainer was told to save and leave."""
         self.data_wait_s = 0.0
         """Seconds that the trainer waited for the last batch."""
 
@@ -132,7 +134,7 @@ class Session:
             self._enter_chunk(batch.chunk)
         self._steps.add(batch)
         self.ledger.serve(batch.step, batch.chunk)
-        self._recorder.record_batch(batch)
+        self._recorder.record_batch(batch, self.data_wait_s)
         return batch
 
     def record(
@@ -152,7 +154,8 @@ class Session:
 
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now. **Collective.**"""
-        return self._requests.stop_by(self._agree())
+        self.is_stopping = self._requests.stop_by(self._agree())
+        return self.is_stopping
 
     def save_requested(self) -> bool:
         """Return whether all ranks should save and continue, once for every request. **Collective.**"""
@@ -192,7 +195,8 @@ class Session:
         next_step = self._reduce_finished(is_end=True)
         # All ranks were handed the same batches. Their reductions must end, although nobody uses the results.
         self._post_before(self.ledger.next_step, unfinished_from=next_step)
-        self._apply_reductions(self._reducer.drain())
+        # A resume serves the unfinished steps again: they are not part of this attempt.
+        self._apply_reductions([r for r in self._reducer.drain() if r.statistics.step < next_step])
         self._poll_plans_until(lambda: self._plans.is_settled(self.ledger.last_chunk_to_plan))
         return next_step
 
@@ -216,6 +220,7 @@ class Session:
                 stream_version=self._source.stream_version,
             )
         )
+        self._recorder.log_attempt(self._source, self._comm, self._first_step)
 
     def _wait_for_batch(self) -> Batch | None:
         while True:
@@ -251,9 +256,10 @@ class Session:
             for number, plan in self._delivered_plans.items()
             if number >= chunk or plan.first_step + plan.num_steps > first_needed
         }
-        self._warn_without_losses()
         plan = self._delivered_plans[chunk]
-        self._recorder.log_chunk(plan, self._source, self._plans.plan_s, self._plans.broadcast_s)
+        self._recorder.log_chunk(
+            plan, self._source, self._plans.plan_s, self._plans.broadcast_s, hears_losses=self._hears_losses()
+        )
 
     def _plan_of(self, data_step: int) -> ChunkPlan:
         """Return the plan that a step lies in, or the last one before it when that is not planned yet."""
@@ -328,18 +334,24 @@ class Session:
         self._apply_reductions(self._reducer.wait_for(newest))
         return max(newest, self._first_step)
 
-    def _warn_without_losses(self) -> None:
-        """Warn once if a mixture that learns has had no losses for `feedback_lag` + 2 chunks."""
+    def _hears_losses(self) -> bool | None:
+        """Return whether a mixture that learns had losses in the last `feedback_lag` + 2 chunks; warn once if not.
+
+        None for a mixture that does not learn.
+        """
         config = self._source.config
         self._chunks_without_loss += 1
+        if config.mixture.kind != "dynamic":
+            return None
         # The chunk that begins now is the one after them.
-        is_due = self._chunks_without_loss == config.dataplane.feedback_lag + 3
-        if is_due and self._comm.rank == 0 and config.mixture.kind == "dynamic":
+        first_silent = config.dataplane.feedback_lag + 3
+        if self._chunks_without_loss == first_silent and self._comm.rank == 0:
             logger.warning(
                 "The mixture is dynamic, but no losses were recorded in the last %d chunks, so it does not change.\n"
                 "  Call record(batch, loss) after every step, or choose a mixture that does not learn.",
                 config.dataplane.feedback_lag + 2,
             )
+        return self._chunks_without_loss < first_silent
 
     def _apply_reductions(self, results: list[StepResult]) -> None:
         for result in results:
@@ -350,7 +362,7 @@ class Session:
             if self._comm.rank == 0:
                 self._mixture.feed(result.statistics)
             self._completed.append(result.statistics)
-            self._recorder.log_reduction(result.statistics.step, result.reduce_s)
+            self._recorder.log_reduction(result.statistics, result.reduce_s)
 
     def _poll_mixture_request(self) -> None:
         """Decide on a request for another mixture, if there is one; only rank 0 sees requests."""

@@ -39,7 +39,8 @@ START_TIME_FIELD = 19
 class JobRecord:
     """How an attempt was started."""
 
-    kind: Literal["slurm", "local"]
+    kind: Literal["slurm", "local", "program"]
+    """`program`: a training program of the user's that opened the run folder by itself."""
     job_id: str | None = None
     """Slurm's job id; None for a local run."""
     submitted: str
@@ -48,9 +49,9 @@ class JobRecord:
     ranks: int
     limit_s: int | None = None
     host: str | None = None
-    """Host of rank 0; local runs only."""
+    """Host of rank 0; None for a Slurm job."""
     pid: int | None = None
-    """Process id of rank 0; local runs only."""
+    """Process id of rank 0; None for a Slurm job."""
     pid_start_ticks: int | None = None
     """When that process started, in clock ticks since boot. A later process with the same id has another value."""
 

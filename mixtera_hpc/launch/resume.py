@@ -162,8 +162,14 @@ def check_ended(folder: RunFolder) -> int:
         LaunchError: A job or process of the run is pending or running, or another process is starting an attempt.
     """
     newest = max(folder.attempts(), default=0)
+    start = read_start(folder, newest)
+    if start is not None and start.kind == "program":
+        raise LaunchError(
+            f"{folder.run_id} belongs to a training program of yours, which opened {folder.path} by itself.\n"
+            "  Start that program again, and let it load the state that it saved (DataPlane.load_state_dict)."
+        )
     status = run_statuses([folder], datetime.now(UTC))[0]
-    if newest and read_start(folder, newest) is None and _age_s(folder.attempt(newest)) < JUST_SUBMITTED_S:
+    if newest and start is None and _age_s(folder.attempt(newest)) < JUST_SUBMITTED_S:
         raise LaunchError(
             f"Attempt {newest} of {folder.run_id} is being started by another process.\n"
             f"  See mixtera-hpc status {folder.path}"

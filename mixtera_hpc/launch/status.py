@@ -6,6 +6,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.run_folder import RunFolder
@@ -20,6 +21,9 @@ JUST_SUBMITTED_S = 60
 
 _STATE_OF_EXIT_CODE = {0: JobState.COMPLETED, 75: JobState.SAVED, 130: JobState.CANCELLED}
 """Every other exit code is a failure."""
+
+SILENT_MIXTURE = "the mixture is dynamic, but no losses are recorded"
+"""Reason that is given for a run whose trainer does not call `record`."""
 
 TAIL_BYTES = 65_536
 """How much of the metrics file is read to find its last complete line."""
@@ -75,8 +79,12 @@ def run_statuses(folders: Sequence[RunFolder], now: datetime) -> list[RunStatus]
 
 def last_step(folder: RunFolder) -> Mapping[str, Any]:
     """Return the last complete line of `metrics/steps.jsonl`; empty if there is none."""
+    return _last_event(folder.metric("steps"))
+
+
+def _last_event(path: Path) -> Mapping[str, Any]:
     try:
-        with folder.metric("steps").open("rb") as file:
+        with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]  # What follows the last end of line is incomplete.
@@ -107,11 +115,15 @@ def _status(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> Run
         limit_s = start.limit_s if limit_s is None else limit_s
 
     event = last_step(folder)
+    reason = info.reason
+    # The data plane notes it at every chunk, if the mixture learns.
+    if _last_event(folder.metric("mixture")).get("hears_losses") is False:
+        reason = "; ".join(filter(None, (reason, SILENT_MIXTURE)))
     return RunStatus(
         run_id=folder.run_id,
         name=folder.name,
         state=info.state,
-        reason=info.reason,
+        reason=reason,
         attempt=attempt.number or None,
         job_id=start.job_id if start else None,
         nodes=nodes,
@@ -132,7 +144,7 @@ def _info(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> JobIn
         return _ended_info(attempt, attempt.end)
 
     age_s = int((now - datetime.fromisoformat(attempt.start.submitted)).total_seconds())
-    if attempt.start.kind == "local":
+    if attempt.start.kind in ("local", "program"):
         return _local_info(attempt.start, age_s, _failure(attempt))
     if info := answer.jobs.get(attempt.start.job_id or ""):
         return info

@@ -82,6 +82,9 @@ def spread_labels(preferred: Floats, gap: float) -> Floats:
     The order is kept. If the labels do not fit, the gap is reduced until they do.
     """
     count = len(preferred)
+    # No domain has a loss if the trainer records none.
+    if count == 0:
+        return preferred
     gap = min(gap, 1 / max(count - 1, 1))
     order = np.argsort(preferred, kind="stable")
 

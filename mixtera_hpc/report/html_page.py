@@ -18,6 +18,7 @@ from mixtera_hpc.report.number_format import (
     format_share,
 )
 from mixtera_hpc.report.phrases import (
+    SILENT_MIXTURE,
     describe_progress,
     describe_ranks,
     describe_remaining,
@@ -69,7 +70,7 @@ def render_page(
         *domain_plots,
         _domain_table(metrics, summary, projection),
         *other_plots,
-        _projection(projection),
+        *([_projection(projection)] if summary.num_steps else []),
         _run_details(metrics, summary),
         _next_commands(metrics, summary),
         FOOTER,
@@ -144,6 +145,8 @@ def _notices(summary: RunSummary, projection: RunProjection) -> Iterable[str]:
             f"{pluralize(summary.num_nonfinite, 'sequence')} had a loss that is not finite (NaN or infinity). "
             "All losses of this report exclude them."
         )
+    if summary.hears_losses is False:
+        yield _notice(f"The mixture is {SILENT_MIXTURE}. The training loop must call record() after every step.")
     exhausted = [domain for domain in projection.domains if domain.exhausted_at_step is not None]
     if exhausted and projection.remaining_steps:
         first = min(exhausted, key=lambda domain: domain.exhausted_at_step or 0)

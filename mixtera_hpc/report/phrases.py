@@ -6,7 +6,16 @@ from mixtera_hpc.report.number_format import format_count, format_duration, form
 from mixtera_hpc.report.projection import RunProjection
 from mixtera_hpc.report.summary import RunPerformance, RunSummary
 
-__all__ = ["describe_progress", "describe_ranks", "describe_remaining", "median_and_p95", "next_commands"]
+__all__ = [
+    "SILENT_MIXTURE",
+    "describe_progress",
+    "describe_ranks",
+    "describe_remaining",
+    "median_and_p95",
+    "next_commands",
+]
+
+SILENT_MIXTURE = "dynamic, but no losses were recorded in the last chunks, so it does not change"
 
 
 def describe_progress(summary: RunSummary) -> str:

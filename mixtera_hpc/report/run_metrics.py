@@ -72,6 +72,8 @@ class MixtureHistory:
     """Requested domain weights; shape (C, K)."""
     epochs: Floats
     """Passes over the data of each domain when the chunk begins; shape (C, K)."""
+    hears_losses: bool | None
+    """Whether the newest chunk had recent losses to learn from; None for a mixture that does not learn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,9 @@ class RunMetrics:
 
     @property
     def num_steps(self) -> int:
-        """Configured number of steps of the run."""
+        """Configured number of steps of the run; 0 if only the user's training program knows it."""
+        if self.attempts and self.attempts[-1].get("num_steps") == 0:
+            return 0
         return int(self.config.get("training", {}).get("num_steps", 0))
 
     @property
@@ -258,6 +262,7 @@ def _mixture_history(columns: _Columns, num_domains: int) -> MixtureHistory:
         step=columns.ints("step"),
         weights=columns.floats("weights", width=num_domains),
         epochs=columns.floats("epochs", width=num_domains),
+        hears_losses=columns.events[-1].get("hears_losses") if columns.events else None,
     )
 
 

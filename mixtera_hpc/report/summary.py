@@ -76,7 +76,7 @@ class RunSummary:
     steps: int
     """Number of finished steps."""
     num_steps: int
-    """Configured number of steps."""
+    """Configured number of steps; 0 if it is not known."""
     num_attempts: int
     tokens: int
     loss_first: float | None
@@ -88,6 +88,8 @@ class RunSummary:
     """Sequences whose loss was not finite."""
     train_s: float
     """Total time of all steps, without those that were repeated."""
+    hears_losses: bool | None
+    """False if the mixture learns, but no losses were recorded in the last chunks; None if it does not learn."""
     performance: RunPerformance
     domains: tuple[DomainSummary, ...]
 
@@ -108,6 +110,7 @@ def summarize_run(metrics: RunMetrics) -> RunSummary:
         held_out_loss=_last_value(metrics.validation.loss),
         num_nonfinite=int(steps.num_nonfinite.sum()),
         train_s=float((steps.step_s * steps.num_steps).sum()),
+        hears_losses=metrics.mixture.hears_losses,
         performance=_summarize_performance(metrics),
         domains=tuple(_summarize_domain(metrics, i) for i in range(len(metrics.domains))),
     )

@@ -18,7 +18,13 @@ from mixtera_hpc.report.number_format import (
     format_seconds,
     format_share,
 )
-from mixtera_hpc.report.phrases import describe_progress, describe_remaining, median_and_p95, next_commands
+from mixtera_hpc.report.phrases import (
+    SILENT_MIXTURE,
+    describe_progress,
+    describe_remaining,
+    median_and_p95,
+    next_commands,
+)
 from mixtera_hpc.report.report_files import WrittenReport
 from mixtera_hpc.report.scaling import ScalingRow
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
@@ -93,6 +99,9 @@ def _numbers(summary: RunSummary) -> Table:
     if summary.num_nonfinite:
         excluded = f"{pluralize(summary.num_nonfinite, 'sequence')}, excluded from all losses"
         rows.append(("non-finite loss", excluded))
+
+    if summary.hears_losses is False:
+        rows.append(("mixture", SILENT_MIXTURE))
 
     grid = Table.grid(padding=(0, 3))
     for label, value in rows:

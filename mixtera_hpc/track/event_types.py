@@ -15,7 +15,7 @@ class AttemptEvent(TypedDict, total=False):
     step: int
     """First step of this attempt."""
     num_steps: int
-    """Number of steps of the whole run."""
+    """Number of steps of the whole run; 0 if it is not known."""
     num_ranks: int
     num_nodes: int
     hostname: str
@@ -70,6 +70,8 @@ class MixtureEvent(TypedDict, total=False):
     """Sequences served from each domain's stream before the chunk."""
     epochs: list[float]
     """Epochs of each domain served before the chunk; 1.25 is one and a quarter."""
+    hears_losses: bool
+    """Whether losses were recorded in the last `dataplane.feedback_lag` + 2 chunks; only if the mixture learns."""
 
 
 class CommEvent(TypedDict, total=False):

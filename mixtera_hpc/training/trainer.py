@@ -24,6 +24,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.dataplane.plane_state import STATE_KEY
 from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, read_run_edits
+from mixtera_hpc.dataplane.steps.step_log import StepLog, StepTiming
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
 from mixtera_hpc.integrations.process_group import Replicas
 from mixtera_hpc.track.event_types import AttemptEvent
@@ -37,7 +38,6 @@ from mixtera_hpc.training.checkpoint import (
 from mixtera_hpc.training.distributed import GradientBuffer
 from mixtera_hpc.training.model import GPT, build_model
 from mixtera_hpc.training.schedule import learning_rate
-from mixtera_hpc.training.step_log import StepLog, StepTiming
 from mixtera_hpc.training.validator import Validator
 
 logger = logging.getLogger("mixtera_hpc")

@@ -15,7 +15,7 @@ BELOW: dict[str, set[str]] = {
     "tokens": {"core", "config", "errors"},
     "track": {"config", "errors"},
     "index": {"core", "config", "comm", "formats", "tokens", "errors"},
-    "dataplane": {"core", "config", "comm", "index", "formats", "tokens", "track", "errors"},
+    "dataplane": {"core", "config", "comm", "index", "formats", "tokens", "track", "launch", "errors"},
     "trace": {"core", "config", "comm", "index", "formats", "tokens", "track", "dataplane", "errors"},
     "integrations": {"core", "config", "comm", "track", "dataplane", "errors"},
     "training": {

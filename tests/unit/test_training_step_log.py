@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.training.step_log import StepLog, StepTiming
+from mixtera_hpc.dataplane.steps.step_log import StepLog, StepTiming
 
 
 class Recorder:

@@ -27,7 +27,8 @@ class StepTiming:
     """Wall time of the step, including `data_wait_s`."""
     data_wait_s: float
     """Time spent waiting for the batch."""
-    learning_rate: float
+    learning_rate: float | None = None
+    """None if it is not known."""
 
 
 class StepLog:
@@ -75,7 +76,7 @@ def _step_event(steps: list[tuple[StepTiming, DomainStatistics]], num_ranks: int
     mean_loss = float(loss_sum.sum()) / total_tokens if total_tokens else None
     duration_s = sum(timing.step_s for timing in timings)
     tokens_per_s = total_tokens / duration_s if duration_s else 0.0
-    return {
+    event: StepEvent = {
         "step": timings[-1].step,
         "num_steps": len(steps),
         "loss": mean_loss,
@@ -83,13 +84,15 @@ def _step_event(steps: list[tuple[StepTiming, DomainStatistics]], num_ranks: int
         "tokens_per_s": tokens_per_s,
         "step_s": duration_s / len(steps),
         "data_wait_s": sum(timing.data_wait_s for timing in timings) / len(steps),
-        "learning_rate": timings[-1].learning_rate,
         "num_ranks": num_ranks,
         "num_nonfinite": int(np.sum([s.num_nonfinite for s in statistics])),
         "domain_loss": _mean_loss(loss_sum, num_tokens),
         "domain_tokens": num_tokens.tolist(),
         "domain_sequences": num_sequences.tolist(),
     }
+    if timings[-1].learning_rate is not None:
+        event["learning_rate"] = timings[-1].learning_rate
+    return event
 
 
 def _mean_loss(loss_sum: NDArray[np.float64], num_tokens: NDArray[np.int64]) -> list[float | None]:
