@@ -24,6 +24,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "Data": {
         "index": "build, inspect, verify or refresh the property index of a data collection, or add properties",
         "query": "count the samples and tokens of every domain",
+        "tokenizer": "train a tokenizer on the documents that a mixture selects",
         "plan": "forecast what a mixture will serve, or list the sequences of chosen steps",
     },
     "Runs": {

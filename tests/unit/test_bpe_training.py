@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import load_tokenizer
 
@@ -30,7 +31,7 @@ def test_every_byte_and_every_frequent_word_has_a_token(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_without_room_for_all_bytes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least 257"):
+    with pytest.raises(ConfigError, match="at least 257"):
         train_bpe(DOCUMENTS, 100, tmp_path / "t.json")
 
 

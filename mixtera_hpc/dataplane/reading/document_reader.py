@@ -87,19 +87,26 @@ class DocumentReader:
 
     def payloads(self, documents: Documents) -> list[Any]:
         """Return the raw rows of `documents`."""
-        # Read in the order of the disk, return in the order of the stream.
-        disk_order = np.lexsort((documents.row, documents.block))
-        rows = self._read_rows(documents.select(disk_order), raw=True)
-        results: list[Any] = [None] * len(disk_order)
-        for position, row in zip(disk_order.tolist(), rows, strict=True):
-            results[position] = row
-        return results
+        return self._rows_in_stream_order(documents, raw=True)
+
+    def texts(self, documents: Documents) -> list[Any]:
+        """Return the texts of `documents`, or their token ids where a shard holds these."""
+        return self._rows_in_stream_order(documents, raw=False)
 
     def close(self) -> None:
         """Close every shard."""
         for shard in self._shards.values():
             shard.reader.close()
         self._shards.clear()
+
+    def _rows_in_stream_order(self, documents: Documents, *, raw: bool) -> list[Any]:
+        # Rows are read in the order of the disk.
+        disk_order = np.lexsort((documents.row, documents.block))
+        rows = self._read_rows(documents.select(disk_order), raw=raw)
+        results: list[Any] = [None] * len(disk_order)
+        for position, row in zip(disk_order.tolist(), rows, strict=True):
+            results[position] = row
+        return results
 
     def _pack(self, documents: Documents, tokens: list[Tokens]) -> PackedTokens:
         """Concatenate the wanted tokens of each document, with the special tokens that begin and end it."""
