@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["PlaneDataset", "as_tensors"]
+__all__ = ["PlaneDataset", "as_tensors", "micro_batches"]
 
 MAX_CALLERS = 4
 """Python frames between `PlaneDataset.__iter__` and the part of a loader that stacks batches."""
@@ -113,7 +113,7 @@ class PlaneDataset(IterableDataset[Any]):
         if self._is_at_end:
             return
         for batch in self._plane:
-            for micro_batch in _micro_batches(batch, self._micro_batch_size):
+            for micro_batch in micro_batches(batch, self._micro_batch_size):
                 yield self._transform(micro_batch)
             if self._is_at_end:
                 return
@@ -144,9 +144,9 @@ def as_tensors(batch: Batch) -> dict[str, Any]:
     return fields
 
 
-def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """Cut a batch into batches of `size` sequences; all of them have its step."""
-    if size == len(batch.positions):
+def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+    """Cut a batch into batches of at most `size` sequences; all of them have its step."""
+    if size >= len(batch.positions):
         yield batch
         return
     for start in range(0, len(batch.positions), size):
