@@ -55,6 +55,7 @@ IDENTITY_KEYS = (
     "training.num_layers",
     "training.num_heads",
     "training.embedding_dim",
+    "training.attention",
     "run.name",
     "run.root",
     "run.id",

@@ -44,8 +44,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.embedding_dim, 3 * config.embedding_dim, bias=False)
         self.out = nn.Linear(config.embedding_dim, config.embedding_dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """Return the attention output for `x` (B, T, embedding_dim); `rotation` is (T, 2, head_dim / 2)."""
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the attention output for `x` (B, T, embedding_dim).
+
+        Args:
+            rotation: of every position, (T, 2, head_dim / 2), or of every sequence, (B, 1, T, 2, head_dim / 2).
+            mask: True where a token attends to another one, (B, 1, T, T); None: to all tokens before it.
+        """
         batch_size, num_tokens, width = x.shape
         head_dim = width // self.num_heads
 
@@ -55,7 +60,7 @@ class Attention(nn.Module):
         key = _rotate(qkv[1], rotation)
         value = qkv[2]
 
-        attended = scaled_dot_product_attention(query, key, value, is_causal=True)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         merged: Tensor = self.out(attended.transpose(1, 2).reshape(batch_size, num_tokens, width))
         return merged
 
@@ -71,9 +76,9 @@ class Block(nn.Module):
         self.up = nn.Linear(config.embedding_dim, 4 * config.embedding_dim, bias=False)
         self.down = nn.Linear(4 * config.embedding_dim, config.embedding_dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """Return the residual stream after this layer, (B, T, embedding_dim)."""
-        x = x + self.attention(self.norm_attention(x), rotation)
+        x = x + self.attention(self.norm_attention(x), rotation, mask)
         update: Tensor = self.down(gelu(self.up(self.norm_feed(x)), approximate="tanh"))
         return x + update
 
@@ -91,14 +96,27 @@ class GPT(nn.Module):
         # Computed from the sizes, therefore not part of a checkpoint.
         self.register_buffer("rotation", _rotation_table(config), persistent=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the cross-entropy of every predicted token in nats; int64 (B, T + 1) → float32 (B, T)."""
+    def forward(self, tokens: Tensor, documents: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the cross-entropy of every predicted token in nats; int64 (B, T + 1) → float32 (B, T).
+
+        Args:
+            tokens: the sequences.
+            documents: `document_ids` and `position_ids` of the batch, (B, T + 1) each: tokens then attend to their own
+                document only. None: to the whole sequence.
+        """
         inputs = tokens[:, :-1]
         targets = tokens[:, 1:]
 
+        rotation = self.rotation[: inputs.shape[1]]
+        mask: Tensor | None = None
+        if documents is not None:
+            document_ids, position_ids = (ids[:, :-1] for ids in documents)
+            rotation = self.rotation[position_ids.long()][:, None]
+            mask = (document_ids[:, :, None] == document_ids[:, None, :]).tril()[:, None]
+
         x = self.embedding(inputs)
         for block in self.blocks:
-            x = block(x, self.rotation[: inputs.shape[1]])
+            x = block(x, rotation, mask)
 
         # The output projection reuses the embedding matrix (tied weights).
         logits = linear(self.norm(x), self.embedding.weight)
@@ -155,7 +173,7 @@ def _rotation_table(config: GPTConfig) -> Tensor:
 
 def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate each feature pair (i, i + head_dim / 2) by the angle of its position; `x` is (B, heads, T, head_dim)."""
-    cos = rotation[:, 0].to(x.dtype)
-    sin = rotation[:, 1].to(x.dtype)
+    cos = rotation[..., 0, :].to(x.dtype)
+    sin = rotation[..., 1, :].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

@@ -15,8 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
@@ -29,6 +27,7 @@ from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndSto
 from mixtera_hpc.integrations.process_group import Replicas
 from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import MultiTracker, Tracker, open_tracker
+from mixtera_hpc.training.batch_loss import batch_loss, to_device
 from mixtera_hpc.training.checkpoint import (
     Checkpoint,
     load_newest_checkpoint,
@@ -233,20 +232,10 @@ class Trainer:
 
     def _backward(self, batch: Batch, rows: slice) -> None:
         """Add the gradients of some sequences of a batch, and record their losses in the data plane."""
-        tokens = self._to_device(batch.tokens[rows])
-        counted = self._to_device(batch.loss_mask[rows])
-        with torch.autocast(self._replicas.device.type, torch.bfloat16, enabled=self._on_gpu):
-            loss = self._model(tokens)
+        counted = to_device(batch.loss_mask[rows], self._replicas.device)
+        loss = batch_loss(self._model, batch, rows, self._training.attention, self._replicas.device)
         self._gradients.backward(loss, counted)
         self._plane.record(batch, loss.detach(), rows=rows)
-
-    def _to_device(self, array: NDArray[Any]) -> Tensor:
-        """Copy an array to the device of this rank, without waiting for the copy to finish."""
-        tensor = torch.tensor(array)
-        if self._on_gpu:
-            # Only a copy from pinned memory is asynchronous.
-            return tensor.pin_memory().to(self._replicas.device, non_blocking=True)
-        return tensor
 
     def _log_step(self, step: int, step_s: float) -> None:
         """Log the timing of `step`, and the losses of all steps whose reduction has completed."""

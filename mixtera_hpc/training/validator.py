@@ -1,11 +1,6 @@
 """Validation of the reference trainer: the loss of every domain on samples that are never trained on."""
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
@@ -13,6 +8,7 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.integrations.process_group import Replicas
 from mixtera_hpc.track.event_types import ValidationEvent
 from mixtera_hpc.track.tracker import Tracker
+from mixtera_hpc.training.batch_loss import batch_loss
 from mixtera_hpc.training.model import GPT
 
 __all__ = ["Validator"]
@@ -26,6 +22,7 @@ class Validator:
         config = plane.config
         self._every_steps = config.training.validate_every
         self._micro_batch_size = config.training.micro_batch_size
+        self._attention = config.training.attention
         self._device = replicas.device
         self._tracker = tracker
         self._data = plane.held_out() if self._every_steps else None
@@ -56,14 +53,9 @@ class Validator:
                 micro_batch_size = self._micro_batch_size or len(batch.tokens)
                 for start in range(0, len(batch.tokens), micro_batch_size):
                     rows = slice(start, start + micro_batch_size)
-                    loss = self._loss(model, batch.tokens[rows])
+                    loss = batch_loss(model, batch, rows, self._attention, self._device)
                     data.record(batch, loss, rows=rows)
         model.train()
-
-    def _loss(self, model: Callable[[Tensor], Tensor], tokens: NDArray[np.int64]) -> Tensor:
-        on_gpu = self._device.type == "cuda"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=on_gpu):
-            return model(torch.tensor(tokens).to(self._device))
 
 
 def _validation_event(statistics: DomainStatistics) -> ValidationEvent:

@@ -1,6 +1,7 @@
 """The reference model and its learning rate: reproducible weights, causal predictions, losses per token."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -62,6 +63,22 @@ def test_the_loss_of_a_sequence_does_not_depend_on_the_rest_of_the_batch() -> No
     batch = tokens(3, 13)
     alone = torch.cat([model(row[None]) for row in batch])
     assert torch.allclose(model(batch), alone, atol=1e-6)
+
+
+def test_with_attention_inside_documents_a_packed_sequence_has_the_losses_of_its_documents_alone() -> None:
+    model = build()
+    packed = tokens(2, 13)
+    starts = [[0, 4, 9], [0, 1, 13]]
+    document_ids = torch.stack([torch.searchsorted(torch.tensor(s), torch.arange(13), right=True) - 1 for s in starts])
+    position_ids = torch.arange(13) - torch.tensor(starts).gather(1, document_ids)
+    loss = model(packed, (document_ids.int(), position_ids.int()))
+
+    for row, of_row in enumerate(starts):
+        for start, stop in itertools.pairwise([*(s for s in of_row if s < 13), 13]):
+            # The first token of a document is predicted from the document before it.
+            alone = model(packed[row : row + 1, start:stop])[0]
+            assert torch.allclose(loss[row, start : stop - 1], alone, atol=1e-6)
+    assert not torch.allclose(model(packed)[0, 9:], loss[0, 9:], atol=1e-6)
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_a_tenth() -> None:

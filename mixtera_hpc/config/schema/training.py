@@ -18,6 +18,9 @@ class TrainingConfig:
     """Attention heads of each block."""
     embedding_dim: int = 128
     """Width of the model. A multiple of 2 × `training.num_heads`."""
+    attention: Literal["sequence", "document"] = "sequence"
+    """`sequence`: a token attends to all tokens before it in its sequence. `document`: only to those of its own
+    document, and positions start anew with every document."""
     learning_rate: float = 1e-3
     """Largest learning rate, reached after the warm-up. Above 0."""
     warmup_steps: int = 10
