@@ -12,17 +12,18 @@ Memory is that of the result plus a few megabytes, regardless of the size of the
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
+from mixtera_hpc.core.domain_assignment import DomainAssignment
+from mixtera_hpc.core.index_tables import DomainTable, IndexTables, SampleColumns
 from mixtera_hpc.core.query import Entries, Predicate
 
-__all__ = ["NO_DOMAIN", "DomainCounter", "DomainCounts", "DomainTable", "PruningStatistics", "ReadBlocks"]
+__all__ = ["NO_DOMAIN", "DomainCounter", "DomainCounts", "PruningStatistics", "ReadBlocks"]
 
 NO_DOMAIN = -1
 """Domain of selected samples that belong to no domain."""
@@ -35,33 +36,6 @@ COUNTERS_PER_READ = 1 << 21
 
 ReadBlocks = Callable[[NDArray[np.int32]], SampleColumns]
 """Read the samples of the given blocks, concatenated."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DomainTable:
-    """The rows and tokens that every domain has in every block.
-
-    Entries of domain d are `indptr[d]:indptr[d + 1]`, with ascending blocks. A block may belong to several domains.
-    """
-
-    indptr: NDArray[np.int64]
-    """Shape (num_domains + 1,)."""
-    block: NDArray[np.int32]
-    rows: NDArray[np.int32]
-    tokens: NDArray[np.int64]
-    """Without special tokens."""
-
-    @property
-    def num_domains(self) -> int:
-        return len(self.indptr) - 1
-
-    def totals(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the rows and the tokens of every domain; shape (num_domains,) each."""
-        # One slice per domain instead of np.add.reduceat, which gives a wrong sum for an empty slice.
-        slices = [slice(start, stop) for start, stop in pairwise(self.indptr.tolist())]
-        rows = [self.rows[s].sum(dtype=np.int64) for s in slices]
-        tokens = [self.tokens[s].sum(dtype=np.int64) for s in slices]
-        return np.array(rows, np.int64), np.array(tokens, np.int64)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,7 +64,8 @@ class _HistogramCells:
     """Some cells of the histogram, with ascending blocks; shape (num_cells,) each."""
 
     block: NDArray[np.int32]
-    combo: NDArray[Any]
+    code: NDArray[Any]
+    """The combo; after the buckets are known, combo × number of buckets + bucket."""
     rows: NDArray[Any]
     tokens: NDArray[Any]
 
@@ -101,7 +76,7 @@ class _HistogramCells:
             return self
         return _HistogramCells(
             block=self.block.take(positions),
-            combo=self.combo.take(positions),
+            code=self.code.take(positions),
             rows=self.rows.take(positions),
             tokens=self.tokens.take(positions),
         )
@@ -125,8 +100,9 @@ class DomainCounts:
     table: DomainTable
     unassigned: tuple[int, int]
     """Selected rows and tokens that belong to no domain."""
-    rows_of_combo: NDArray[np.int64]
-    """Selected rows of every combo, or zeros if they were not requested; shape (num_combos,)."""
+    rows_of_bucket: NDArray[np.int64]
+    """Selected rows of every (combo, bucket), or zeros if they were not requested; shape (num_combos, num_buckets). The
+    rows of buckets of one class may be counted in any one of them."""
     pruning: PruningStatistics
 
 
@@ -137,7 +113,8 @@ class DomainCounter:
         self,
         tables: IndexTables,
         predicate: Predicate,
-        combo_domain: NDArray[np.int32],
+        assignment: DomainAssignment,
+        classes: NDArray[np.int32],
         read_blocks: ReadBlocks,
     ) -> None:
         """Evaluate the predicate on every combo.
@@ -145,39 +122,43 @@ class DomainCounter:
         Args:
             tables: the index.
             predicate: selects the samples.
-            combo_domain: domain of every combo, `NO_DOMAIN` for none; shape (num_combos,).
+            assignment: the domain of every combo and bucket.
+            classes: number of the class of every combo and bucket, of the same shape. Blocks that may hold buckets of
+                different classes are read. A class belongs to one domain.
             read_blocks: called for the blocks that combos and zones do not decide.
         """
         self._tables = tables
         self._predicate = predicate
         self._read_blocks = read_blocks
+        self._grid = assignment.grid
+        self._classes = classes
         # 16 bits, where they are enough, let numpy sort by domain with a radix sort.
-        self._domain = combo_domain.astype(np.int16 if len(combo_domain) < 1 << 15 else np.int32)
+        domain = assignment.domain.reshape(-1)
+        self._domain = domain.astype(np.int16 if int(domain.max(initial=0)) < 1 << 15 else np.int32)
         mask = predicate.evaluate(_any_sample_of_each_combo(tables, predicate))
         # No query selects unreadable rows, not even a negation.
         readable = np.arange(tables.combos.num_combos) != tables.combos.bad
         self._may_match = mask.may_match & readable
         self._must_match = mask.must_match & readable
 
-    def count(self, num_domains: int, *, per_combo: bool) -> DomainCounts:
+    def count(self, num_domains: int, *, per_bucket: bool) -> DomainCounts:
         """Count the whole index.
 
         Args:
             num_domains: K.
-            per_combo: also count the rows of every combo.
+            per_bucket: also count the rows of every combo and bucket.
         """
-        num_combos = self._tables.combos.num_combos
-        rows_of_combo = np.zeros(num_combos, np.int64)
+        rows_of_bucket = np.zeros(self._classes.size, np.int64)
         unassigned = np.zeros(2, np.int64)
         pruning = PruningStatistics()
         ranges = []
         for start, stop in _block_ranges(self._tables.histogram.indptr):
             cells = self._selected_cells(start, stop, pruning)
-            if per_combo:
+            if per_bucket:
                 # bincount sums in float64, which is exact below 2^53 rows. A range has fewer.
-                rows_of_combo += np.bincount(cells.combo, cells.rows, num_combos).astype(np.int64)
+                rows_of_bucket += np.bincount(cells.code, cells.rows, len(rows_of_bucket)).astype(np.int64)
 
-            domain = self._domain.take(cells.combo)
+            domain = self._domain.take(cells.code)
             in_domain = domain != NO_DOMAIN
             if not in_domain.all():
                 outside = cells.select(~in_domain)
@@ -190,7 +171,7 @@ class DomainCounter:
         return DomainCounts(
             table=_concatenate_ranges(ranges, num_domains),
             unassigned=(unassigned_rows, unassigned_tokens),
-            rows_of_combo=rows_of_combo,
+            rows_of_bucket=rows_of_bucket.reshape(self._classes.shape),
             pruning=pruning,
         )
 
@@ -202,17 +183,19 @@ class DomainCounter:
         cells = self._cells_that_may_match(start, stop)
         num_possible = _count_distinct(cells.block)
         pruning.pruned_by_histogram += stop - start - num_possible
-        if not self._predicate.numbers:
+        if not self._predicate.numbers and not self._grid.cuts:
             pruning.decided_whole += num_possible
             return cells
 
         # Cells whose combo does not decide are evaluated on the zones of their block.
-        must_match = self._must_match.take(cells.combo)
+        must_match = self._must_match.take(cells.code)
         may_match = must_match.copy()
         unclear = ~must_match
         may_match[unclear], must_match[unclear] = self._evaluate_zones(cells, unclear)
 
         # Blocks with a cell that is still undecided are read. All cells of these blocks are then counted from samples.
+        cells, is_clear = self._with_buckets(cells, start, stop)
+        must_match &= is_clear
         undecided = np.unique(cells.block[may_match & ~must_match])
         num_possible_by_zones = _count_distinct(cells.block[may_match])
         pruning.pruned_by_zones += num_possible - num_possible_by_zones
@@ -230,7 +213,20 @@ class DomainCounter:
         block = np.repeat(np.arange(start, stop, dtype=np.int32), cells_per_block)
         combo = histogram.combo[entries].astype(np.intp)  # numpy would convert it for every look-up otherwise.
         cells = _HistogramCells(block, combo, histogram.rows[entries], histogram.tokens[entries])
-        return cells.select(self._may_match.take(cells.combo))
+        return cells.select(self._may_match.take(cells.code))
+
+    def _with_buckets(self, cells: _HistogramCells, start: int, stop: int) -> tuple[_HistogramCells, NDArray[np.bool_]]:
+        """Return cells of the blocks [start, stop) with a possible bucket, and for which all possible ones are alike.
+
+        The zones of a block, which cover all its samples, decide which buckets are possible.
+        """
+        if not self._grid.cuts:
+            return cells, np.ones(len(cells.block), np.bool_)
+        possible = self._grid.possible_buckets(self._tables.blocks.zones, slice(start, stop))
+        block = cells.block - start
+        alike = possible.all_alike(self._classes, block, cells.code)
+        code = cells.code * self._grid.num_buckets + possible.one_of_each()[block]
+        return replace(cells, code=code), alike
 
     def _evaluate_zones(
         self, cells: _HistogramCells, unclear: NDArray[np.bool_]
@@ -242,7 +238,7 @@ class DomainCounter:
         numbers = self._predicate.numbers
         entries = Entries(
             combos=self._tables.combos,
-            combo=cells.combo[unclear],
+            combo=cells.code[unclear],
             low={name: zones[name].low[block] for name in numbers},
             high={name: zones[name].high[block] for name in numbers},
             has_null={name: zones[name].has_null[block] for name in numbers},
@@ -255,8 +251,9 @@ class DomainCounter:
         combos = self._tables.combos
         rows_per_block = self._tables.blocks.rows[blocks]
         pruning.scanned_blocks += len(blocks)
-        # One counter per (block, combo) is allocated below.
-        max_blocks = max(COUNTERS_PER_READ // combos.num_combos, 1)
+        # One counter per (block, combo, bucket) is allocated below.
+        num_codes = self._classes.size
+        max_blocks = max(COUNTERS_PER_READ // num_codes, 1)
         for batch in _cut_into_reads(rows_per_block, max_blocks):
             columns = self._read_blocks(blocks[batch])
             entries = Entries.of_samples(combos, columns.combo, columns.numbers)
@@ -264,15 +261,17 @@ class DomainCounter:
             selected = self._predicate.evaluate(entries).must_match & readable
             pruning.scanned_samples += int(np.count_nonzero(readable))
 
-            # Number the cells of these blocks as block × num_combos + combo, and count the selected samples of each.
-            num_cells = len(blocks[batch]) * combos.num_combos
+            # Number the cells of these blocks as block × num_codes + code, and count the selected samples of each.
+            bucket = self._grid.buckets_of_samples(columns.numbers, len(columns.combo))
             block_number = np.repeat(np.arange(len(blocks[batch])), rows_per_block[batch])
-            cell = (block_number * combos.num_combos + columns.combo)[selected]
+            code = columns.combo * np.int64(self._grid.num_buckets) + bucket
+            cell = (block_number * num_codes + code)[selected]
+            num_cells = len(blocks[batch]) * num_codes
             rows = np.bincount(cell, minlength=num_cells)
             tokens = np.bincount(cell, columns.tokens[selected], num_cells)
             occupied = np.flatnonzero(rows)
-            block, combo = np.divmod(occupied, combos.num_combos)
-            yield _HistogramCells(blocks[batch][block], combo, rows[occupied], tokens[occupied].astype(np.int64))
+            block, code = np.divmod(occupied, num_codes)
+            yield _HistogramCells(blocks[batch][block], code, rows[occupied], tokens[occupied].astype(np.int64))
 
 
 def _any_sample_of_each_combo(tables: IndexTables, predicate: Predicate) -> Entries:
@@ -324,7 +323,7 @@ def _merge_by_block(groups: list[_HistogramCells]) -> _HistogramCells:
     order = np.argsort(block, kind="stable")
     return _HistogramCells(
         block=block[order],
-        combo=np.concatenate([cells.combo for cells in groups])[order],
+        code=np.concatenate([cells.code for cells in groups])[order],
         rows=np.concatenate([cells.rows for cells in groups])[order],
         tokens=np.concatenate([cells.tokens for cells in groups])[order],
     )

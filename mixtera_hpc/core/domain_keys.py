@@ -6,12 +6,16 @@ values.
 - `*` in a value stands for any text, unless the index has exactly that value.
 - `{matches: "c4-(en|de)"}` is a regular expression for the whole value, like `matches` in queries.
 - `null` matches samples without a value.
+- For a number, `{min: 0.5}`, `{min: 0.3, below: 0.7}` and `{max: 1}` are ranges. `min` and `max` belong to the range,
+  `below` does not.
 
 A sample with several values of a property matches by any one of them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from mixtera_hpc.core.properties import as_text
@@ -21,13 +25,17 @@ from mixtera_hpc.errors import MixtureError, did_you_mean
 __all__ = [
     "DomainKey",
     "KeyValue",
+    "NumberRange",
     "ValuePattern",
     "canonical_key",
     "domain_key_to_plain",
     "domain_name",
     "matching_codes",
     "parse_domain_key",
+    "ranges_of_bounds",
 ]
+
+_RANGE_KEYS = frozenset({"min", "max", "below"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,26 @@ class ValuePattern:
     pattern: str
 
 
-KeyValue = str | None | ValuePattern
+@dataclass(frozen=True, slots=True)
+class NumberRange:
+    """The numbers from `low` on, up to `high`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    closed: bool = True
+    """Whether `high` belongs to the range."""
+
+    @property
+    def cuts(self) -> tuple[float, float]:
+        """Return the range as the bounds of a half-open interval [low, high) of float64 numbers."""
+        return self.low, math.nextafter(self.high, math.inf) if self.closed else self.high
+
+    def __str__(self) -> str:
+        ends_closed = self.closed and math.isfinite(self.high)
+        return f"[{_short(self.low)},{_short(self.high)}{']' if ends_closed else ')'}"
+
+
+KeyValue = str | None | ValuePattern | NumberRange
 DomainKey = Mapping[str, tuple[KeyValue, ...]]
 """Property → the values that match; None matches null. An empty key matches everything."""
 
@@ -46,7 +73,7 @@ def parse_domain_key(plain: Mapping[str, Any]) -> DomainKey:
     """Build a key from YAML or JSON: each property has one value or a list; numbers and booleans are matched as text.
 
     Raises:
-        MixtureError: a value is a mapping other than `{matches: pattern}`, or a list is empty or nested.
+        MixtureError: a value is a mapping that is neither a pattern nor a range, or a list is empty or nested.
     """
     return {str(name): _parse_values(str(name), value) for name, value in plain.items()}
 
@@ -127,8 +154,13 @@ def _parse_values(name: str, value: Any) -> tuple[KeyValue, ...]:
 
 def _parse_value(name: str, value: Any) -> KeyValue:
     if isinstance(value, Mapping):
+        if not _RANGE_KEYS.isdisjoint(value):
+            return _parse_range(name, value)
         if list(value) != ["matches"] or not isinstance(value["matches"], str):
-            raise MixtureError(f"A domain key has {name} = {dict(value)!r}; write a value, or {{matches: 'c4-.*'}}.")
+            raise MixtureError(
+                f"A domain key has {name} = {dict(value)!r}; write a value, {{matches: 'c4-.*'}}, or for a number "
+                "{min: 0.3, below: 0.7}."
+            )
         return ValuePattern(value["matches"])
     if isinstance(value, list | tuple):
         raise MixtureError(f"A domain key has a list inside the list of {name!r}: {value!r}. Write one flat list.")
@@ -136,11 +168,46 @@ def _parse_value(name: str, value: Any) -> KeyValue:
     return None if value is None else as_text(value)
 
 
+def _parse_range(name: str, plain: Mapping[str, Any]) -> NumberRange:
+    if unknown := sorted(set(map(str, plain)) - _RANGE_KEYS):
+        raise MixtureError(f"A domain key's range of {name} has {unknown[0]!r}; it takes min, and max or below.")
+    if {"max", "below"} <= set(plain):
+        raise MixtureError(f"A domain key's range of {name} has max and below. Give one: only max is in the range.")
+    for value in plain.values():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise MixtureError(f"A domain key's range of {name} has {value!r}, expected a finite number.")
+    number_range = NumberRange(
+        low=float(plain.get("min", -math.inf)),
+        high=float(plain.get("max", plain.get("below", math.inf))),
+        closed="below" not in plain,
+    )
+    low, high = number_range.cuts
+    if low >= high:
+        raise MixtureError(f"A domain key's range of {name} is {dict(plain)!r}, which holds no number.")
+    return number_range
+
+
+def ranges_of_bounds(bounds: Sequence[float]) -> list[NumberRange]:
+    """Return the intervals [a, b) between ascending bounds; the last one includes its end."""
+    pairs = list(pairwise(map(float, bounds)))
+    return [NumberRange(low, high, closed=i == len(pairs) - 1) for i, (low, high) in enumerate(pairs)]
+
+
 def _value_to_plain(value: KeyValue) -> Any:
+    if isinstance(value, NumberRange):
+        plain = {"min": value.low, "max" if value.closed else "below": value.high}
+        return {name: bound for name, bound in plain.items() if math.isfinite(bound)}
     return {"matches": value.pattern} if isinstance(value, ValuePattern) else value
+
+
+def _short(number: float) -> str:
+    """Return the shortest text of a float that reads back as the same number: 1 for 1.0."""
+    return repr(number).removesuffix(".0")
 
 
 def _value_to_text(value: KeyValue) -> str:
     if isinstance(value, ValuePattern):
         return f"~{value.pattern}"  # ~ marks a pattern, which may look like an exact value.
+    if isinstance(value, NumberRange):
+        return str(value)
     return "null" if value is None else value

@@ -1,21 +1,22 @@
 """Domains: decide which samples belong to which component of a mixture, and count them per block.
 
 A sample belongs to the *first* domain, in configured order, whose key it matches. Samples that match no key are
-unassigned. Categorical properties are decided once per combo. If the query compares numbers, the samples of the blocks
-that stay undecided are read, and no others.
+unassigned. Categorical properties are decided once per combo. If the query or a key compares numbers, the samples of
+the blocks that stay undecided are read, and no others.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.domain_counts import NO_DOMAIN, DomainCounter, DomainTable, PruningStatistics, ReadBlocks
-from mixtera_hpc.core.domain_keys import DomainKey, matching_codes
-from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
-from mixtera_hpc.core.properties import ComboTable
+from mixtera_hpc.core.domain_assignment import BucketGrid, DomainAssignment
+from mixtera_hpc.core.domain_counts import NO_DOMAIN, DomainCounter, PruningStatistics, ReadBlocks
+from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, NumberRange, ValuePattern, matching_codes
+from mixtera_hpc.core.index_tables import DomainTable, IndexTables, SampleColumns
+from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, Predicate
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
@@ -28,8 +29,8 @@ class Selection:
 
     table: DomainTable
     predicate: Predicate
-    combo_domain: NDArray[np.int32]
-    """Domain of every combo, -1 for none, whether or not the predicate selects it. Shape (num_combos,)."""
+    assignment: DomainAssignment
+    """The domain of every sample, whether or not the predicate selects it."""
     selected: tuple[int, int]
     """Samples and tokens that the predicate selects."""
     unassigned: tuple[int, int]
@@ -41,20 +42,39 @@ class Selection:
 
     def domain_of(self, combos: ComboTable, columns: SampleColumns) -> NDArray[np.int32]:
         """Return the domain of every sample of `columns`, -1 for none; shape (rows,)."""
-        # An empty predicate selects everything, so combos alone decide.
-        domain = self.combo_domain[columns.combo]
+        # An empty predicate selects everything.
+        domain = self.assignment.domain_of(columns.combo, columns.numbers)
         if self.predicate.text or self.predicate.numbers:
             entries = Entries.of_samples(combos, columns.combo, columns.numbers)
             domain = np.where(self.predicate.evaluate(entries).must_match, domain, NO_DOMAIN).astype(np.int32)
         return domain
 
 
-def keys_for_group_by(names: Sequence[str], combos: ComboTable) -> list[DomainKey]:
+def keys_for_group_by(
+    names: Sequence[str], combos: ComboTable, ranges: Mapping[str, Sequence[NumberRange]] | None = None
+) -> list[DomainKey]:
     """Return one key for every combination of values of the properties `names` that occurs.
 
     A property with several values per sample contributes each value by itself. Without names, the result is one key
     that matches everything.
+
+    Args:
+        names: categorical properties, and the numbers of `ranges`, in the order of the keys.
+        combos: the combinations of values of the index.
+        ranges: number property → the ranges that it contributes, whether or not they occur.
     """
+    ranges = ranges or {}
+    numbers = [name for name in names if name in ranges]
+    keys = []
+    for category in _keys_of_categories([name for name in names if name not in ranges], combos):
+        for chosen in itertools.product(*(ranges[name] for name in numbers)):
+            of_numbers = {name: (value,) for name, value in zip(numbers, chosen, strict=True)}
+            key: DomainKey = {name: of_numbers.get(name) or category[name] for name in names}
+            keys.append(key)
+    return keys
+
+
+def _keys_of_categories(names: Sequence[str], combos: ComboTable) -> list[DomainKey]:
     _check_names(names, combos)
     if not names:
         return [{}]
@@ -83,62 +103,152 @@ def select(
         read_blocks: called for the blocks that combos and zones do not decide.
 
     Raises:
-        MixtureError: a key names an unknown property or value, or a number property.
+        MixtureError: a key names an unknown property or value, or a range of a category.
     """
-    # Which keys match which combos; shape (num_domains, num_combos). The first key that matches wins.
-    matches = np.stack([_matches(key, tables.combos) for key in keys])
-    if tables.combos.bad >= 0:
-        matches[:, tables.combos.bad] = False
-    combo_domain = np.where(matches.any(axis=0), matches.argmax(axis=0), NO_DOMAIN).astype(np.int32)
+    grid = BucketGrid.of_keys(keys, _number_names(tables.properties))
+    matches = [_KeyMatch(combos=_matches(key, tables), buckets=grid.buckets_matching(key)) for key in keys]
+    assignment = _assign(grid, matches, tables.combos.num_combos)
 
     # An empty key takes the rest by intention, so it does not count as an overlap.
-    is_named = np.array([len(key) > 0 for key in keys])
-    named_matches = matches & is_named[:, None]
-    has_overlaps = bool((named_matches.sum(axis=0) > 1).any())
-    counts = DomainCounter(tables, predicate, combo_domain, read_blocks).count(len(keys), per_combo=has_overlaps)
+    is_named = [len(key) > 0 for key in keys]
+    classes = _classes_by_named_keys(assignment, matches, is_named)
+    counter = DomainCounter(
+        tables, predicate, assignment, assignment.domain if classes is None else classes, read_blocks
+    )
+    counts = counter.count(len(keys), per_bucket=classes is not None)
     rows, tokens = counts.table.totals()
     unassigned_rows, unassigned_tokens = counts.unassigned
     return Selection(
         table=counts.table,
         predicate=predicate,
-        combo_domain=combo_domain,
+        assignment=assignment,
         selected=(int(rows.sum()) + unassigned_rows, int(tokens.sum()) + unassigned_tokens),
         unassigned=counts.unassigned,
-        overlaps=_overlaps(counts.rows_of_combo, combo_domain, named_matches),
+        overlaps=() if classes is None else _overlaps(counts.rows_of_bucket, assignment, matches, is_named),
         pruning=counts.pruning,
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeyMatch:
+    """What a domain key matches: every combination of a combo and a bucket that both match."""
+
+    combos: NDArray[np.bool_]
+    """Shape (num_combos,)."""
+    buckets: NDArray[np.bool_]
+    """Shape (num_buckets,)."""
+
+    @property
+    def cells(self) -> tuple[NDArray[np.intp], ...]:
+        """Return the index of what matches, for an array of shape (num_combos, num_buckets)."""
+        return np.ix_(np.flatnonzero(self.combos), np.flatnonzero(self.buckets))
+
+
+def _assign(grid: BucketGrid, matches: Sequence[_KeyMatch], num_combos: int) -> DomainAssignment:
+    """Give every combo and bucket to the first key that it matches."""
+    domain = np.full((num_combos, grid.num_buckets), NO_DOMAIN, np.int32)
+    # From the last key to the first one, so that the first one wins.
+    for number in reversed(range(len(matches))):
+        domain[matches[number].cells] = number
+    return DomainAssignment(grid=grid, domain=domain)
+
+
+def _classes_by_named_keys(
+    assignment: DomainAssignment, matches: Sequence[_KeyMatch], is_named: Sequence[bool]
+) -> NDArray[np.int32] | None:
+    """Number the sets of keys that a combo and bucket can match; None if no two named keys match the same.
+
+    Args:
+        assignment: its domain is part of the class, because keys without names have no part in the set.
+    """
+    num_matches = np.zeros(assignment.domain.shape, np.int32)
+    for match, named in zip(matches, is_named, strict=True):
+        num_matches[match.cells] += named
+    if num_matches.max(initial=0) < 2:
+        return None
+
+    classes = (assignment.domain - NO_DOMAIN).astype(np.int64)
+    # Without ranges there is one bucket, so that the classes of buckets do not matter.
+    for match in matches if assignment.grid.cuts else []:
+        classes *= 2
+        classes[match.cells] += 1
+        # Renumber densely: the numbers would grow with every key.
+        occurs = np.bincount(classes.reshape(-1)) > 0
+        classes = (np.cumsum(occurs) - 1)[classes]
+    return classes.astype(np.int32)
+
+
 def _overlaps(
-    rows_of_combo: NDArray[np.int64], combo_domain: NDArray[np.int32], named_matches: NDArray[np.bool_]
+    rows_of_bucket: NDArray[np.int64],
+    assignment: DomainAssignment,
+    matches: Sequence[_KeyMatch],
+    is_named: Sequence[bool],
 ) -> tuple[tuple[int, int, int], ...]:
     """Return (domain, later domain, shared samples) for every pair of named keys that share samples."""
     shared: dict[tuple[int, int], int] = {}
-    for combo in np.flatnonzero((named_matches.sum(axis=0) > 1) & (rows_of_combo > 0)):
-        first = combo_domain[combo]
-        if not named_matches[first, combo]:
+    for later, match in enumerate(matches):
+        if not is_named[later]:
             continue
-        # The combo belongs to its first key. Every later key that matches shares all of its samples.
-        for other in np.flatnonzero(named_matches[:, combo]):
-            if other != first:
-                pair = (int(first), int(other))
-                shared[pair] = shared.get(pair, 0) + int(rows_of_combo[combo])
+        # The samples belong to their first key. Every later key that matches shares all of them.
+        firsts = assignment.domain[match.cells].reshape(-1)
+        rows = rows_of_bucket[match.cells].reshape(-1)
+        samples = np.bincount(firsts, rows, later + 1).astype(np.int64)
+        for first in np.flatnonzero(samples[:later]).tolist():
+            if is_named[first]:
+                shared[first, later] = int(samples[first])
     return tuple((domain, later, samples) for (domain, later), samples in sorted(shared.items()))
 
 
-def _matches(key: DomainKey, combos: ComboTable) -> NDArray[np.bool_]:
-    """Return which combos match `key`; shape (num_combos,)."""
-    _check_names(list(key), combos)
+def _matches(key: DomainKey, tables: IndexTables) -> NDArray[np.bool_]:
+    """Return which combos match the categories of `key`; shape (num_combos,)."""
+    combos = tables.combos
     mask = np.ones(combos.num_combos, np.bool_)
+    if combos.bad >= 0:
+        mask[combos.bad] = False
     for name, values in key.items():
+        if _check_name(name, values, tables.properties):
+            continue
         # Any value of the property may match, but every property must.
         dictionary = combos.properties[name].values
-        codes = [code for v in values if v is not None for code in matching_codes(name, v, dictionary)]
+        codes = [
+            code for v in values if isinstance(v, str | ValuePattern) for code in matching_codes(name, v, dictionary)
+        ]
         matches = combos.any_of(name, codes)
         if None in values:
             matches = matches | combos.is_null(name)
         mask &= matches
     return mask
+
+
+def _number_names(properties: Mapping[str, Property]) -> list[str]:
+    return [name for name, prop in properties.items() if prop.kind is Kind.NUMBER]
+
+
+def _check_name(name: str, values: Sequence[KeyValue], properties: Mapping[str, Property]) -> bool:
+    """Return whether a property of a key is a number.
+
+    Raises:
+        MixtureError: it is not a property of the index, or has values of the wrong kind.
+    """
+    has_ranges = any(isinstance(value, NumberRange) for value in values)
+    only_ranges = all(value is None or isinstance(value, NumberRange) for value in values)
+    is_number = name in properties and properties[name].kind is Kind.NUMBER
+    if is_number and not only_ranges:
+        raise MixtureError(
+            f"A domain key names {name!r}, which is not a categorical property of the index but a number.\n"
+            f"  Write a range: {name}: {{min: 0.3, below: 0.7}}."
+        )
+    if name in properties and not is_number and has_ranges:
+        raise MixtureError(
+            f"A domain key has a range of {name!r}, which is a {properties[name].kind} of the index, not a number."
+        )
+    if name not in properties:
+        what = "number" if has_ranges else "categorical"
+        raise MixtureError(
+            f"A domain key names {name!r}, which is not a {what} property of the index."
+            f"{did_you_mean(name, list(properties))}"
+        )
+    return is_number
 
 
 def _check_names(names: Sequence[str], combos: ComboTable) -> None:

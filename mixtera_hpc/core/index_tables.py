@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,16 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import ComboTable, Property
 
-__all__ = ["BLOCK_COLUMNS", "BlockTable", "Histogram", "IndexTables", "SampleColumns", "ShardTable", "Zones"]
+__all__ = [
+    "BLOCK_COLUMNS",
+    "BlockTable",
+    "DomainTable",
+    "Histogram",
+    "IndexTables",
+    "SampleColumns",
+    "ShardTable",
+    "Zones",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +91,33 @@ class Histogram:
     rows: NDArray[np.integer[Any]]
     tokens: NDArray[np.integer[Any]]
     """Without special tokens; 0 if the index was built without a tokenizer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainTable:
+    """The rows and tokens that every domain has in every block.
+
+    Entries of domain d are `indptr[d]:indptr[d + 1]`, with ascending blocks. A block may belong to several domains.
+    """
+
+    indptr: NDArray[np.int64]
+    """Shape (num_domains + 1,)."""
+    block: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    tokens: NDArray[np.int64]
+    """Without special tokens."""
+
+    @property
+    def num_domains(self) -> int:
+        return len(self.indptr) - 1
+
+    def totals(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the rows and the tokens of every domain; shape (num_domains,) each."""
+        # One slice per domain instead of np.add.reduceat, which gives a wrong sum for an empty slice.
+        slices = [slice(start, stop) for start, stop in pairwise(self.indptr.tolist())]
+        rows = [self.rows[s].sum(dtype=np.int64) for s in slices]
+        tokens = [self.tokens[s].sum(dtype=np.int64) for s in slices]
+        return np.array(rows, np.int64), np.array(tokens, np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

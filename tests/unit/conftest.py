@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import dump_yaml
+from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.testing.thread_ranks import run_ranks
+from mixtera_hpc.trace.attempt_sources import AttemptSources
+from mixtera_hpc.trace.verify import verify_run
 from mixtera_hpc.track.tracker import JsonLinesTracker
 
 RunMaker = Callable[..., RunFolder]
@@ -119,6 +125,30 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
         return replace(config, run=replace(config.run, root=root))
 
     return make
+
+
+@pytest.fixture
+def prove_run(tmp_path: Path) -> Callable[[Config], int]:
+    """Return a function that serves 4 steps on one rank and 5 on three, and proves what both attempts consumed.
+
+    It returns the number of sequences. The configuration needs `dataplane.audit`.
+    """
+
+    def serve(config: Config, comm: Communicator, attempt: int, until: int, state: Any) -> Any:
+        with DataPlane.open(config, comm, RunFolder(tmp_path / "proven"), attempt) as plane:
+            if state is not None:
+                plane.load_state_dict(state if comm.rank == 0 else None)
+            while plane.next_step < until:
+                next(iter(plane))
+            return plane.state_dict()
+
+    def prove(config: Config) -> int:
+        run = RunFolder(tmp_path / "proven")
+        state = serve(config, Local(), 1, 4, None)
+        run_ranks(3, lambda comm: serve(config, comm, 2, 9, state))
+        return verify_run(AttemptSources(config), run, History(run.journal)).num_sequences
+
+    return prove
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,11 @@ import pytest
 import zstandard
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.comm.communicator import Communicator, Local
+from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.check import check_build
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.convert import from_plain, to_plain
-from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History
-from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.build.build import build_index
@@ -27,11 +25,8 @@ from mixtera_hpc.index.build.refresh import refresh_index
 from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.open import PropertyIndex, open_index
 from mixtera_hpc.testing.small_collection import paragraphs
-from mixtera_hpc.testing.thread_ranks import run_ranks
 from mixtera_hpc.tokens.bpe_training import train_bpe
-from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.list import planned_sequences
-from mixtera_hpc.trace.verify import verify_run
 
 SLIM_PAJAMA = {"include": ["train/**/*.jsonl.zst"], "properties": {"source": "meta.redpajama_set_name"}}
 STARCODER = {
@@ -115,21 +110,8 @@ class TestOneRun:
             config_of(folder, "both", {"sets": sets_of(folder)})
         )
 
-    def test_a_run_resumes_on_other_ranks_and_is_proven(self, folder: Path, tmp_path: Path) -> None:
-        config = config_of(folder, "both", {"sets": sets_of(folder)})
-
-        def serve(comm: Communicator, attempt: int, until: int, state: Any) -> Any:
-            with DataPlane.open(config, comm, RunFolder(tmp_path), attempt) as plane:
-                if state is not None:
-                    plane.load_state_dict(state if comm.rank == 0 else None)
-                while plane.next_step < until:
-                    next(iter(plane))
-                return plane.state_dict()
-
-        state = serve(Local(), 1, 4, None)
-        run_ranks(3, lambda comm: serve(comm, 2, 9, state))
-        run = RunFolder(tmp_path)
-        assert verify_run(AttemptSources(config), run, History(run.journal)).num_sequences == 54
+    def test_a_run_resumes_on_other_ranks_and_is_proven(self, folder: Path, prove_run: Callable[[Config], int]) -> None:
+        assert prove_run(config_of(folder, "both", {"sets": sets_of(folder)})) == 54
 
     def test_query_and_verify_work_on_both(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words = [f"index.path={folder}/both.h5", "mixture.group_by=[dataset]"]

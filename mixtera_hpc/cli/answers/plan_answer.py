@@ -65,6 +65,8 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         "1.0× for formats that read single rows"
     )
 
+    if source.index.counting:
+        console.print(source.index.counting)
     mixture = source.config.mixture
     if forecast.num_steps < forecast.steps_asked:
         share = "" if mixture.on_exhausted == "redistribute" else ", or set mixture.on_exhausted=redistribute"

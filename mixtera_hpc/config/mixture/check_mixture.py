@@ -1,16 +1,18 @@
 """Check a mixture without an index: domains, weights, bounds, and what belongs to one kind of mixture only."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 from mixtera_hpc.config.mixture.check_schedule import algorithm_problems, schedule_problems
 from mixtera_hpc.config.mixture.check_weights import shaping_problems, weight_problems
-from mixtera_hpc.config.mixture.domain_tree import domain_entries, list_entries
+from mixtera_hpc.config.mixture.domain_tree import domain_entries, group_names, list_entries
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig
 from mixtera_hpc.core.domain_keys import canonical_key, parse_domain_key
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["mixture_problems"]
+__all__ = ["bounds_problems", "mixture_problems"]
 
 
 def mixture_problems(mixture: MixtureConfig) -> list[str]:
@@ -20,6 +22,7 @@ def mixture_problems(mixture: MixtureConfig) -> list[str]:
         problems += _domain_problems(domains, path)
     if mixture.remainder is not None:
         problems += _single_weight(mixture.remainder, "mixture.remainder")
+    problems += _group_by_problems(mixture.group_by)
     problems = problems or _repeated_keys(mixture)
     if problems:
         return problems  # The checks below combine keys, which needs valid ones.
@@ -53,6 +56,40 @@ def _domain_problems(domains: Sequence[DomainConfig], path: str) -> list[str]:
     if any(has_weight) and not all(has_weight):
         problems.append(f"{path}: some domains have a weight and some have none. Give all of them one, or none.")
     return problems
+
+
+def _group_by_problems(group_by: Sequence[Any]) -> list[str]:
+    """Check that every entry is the name of a property, or a number with buckets."""
+    problems = []
+    for i, entry in enumerate(group_by):
+        path = f"mixture.group_by[{i}]"
+        if isinstance(entry, Mapping):
+            problems += _bucket_problems(path, entry)
+        elif not isinstance(entry, str):
+            problems.append(f"{path} is {entry!r}, expected the name of a property.")
+    names = [] if problems else group_names(group_by)
+    return problems + [
+        f"mixture.group_by names {name!r} twice." for name in sorted(set(names)) if names.count(name) > 1
+    ]
+
+
+def _bucket_problems(path: str, entry: Mapping[Any, Any]) -> list[str]:
+    example = "{quality: {buckets: [0, 0.5, 1]}}"
+    if len(entry) != 1 or not all(isinstance(s, Mapping) and list(s) == ["buckets"] for s in entry.values()):
+        return [f"{path} is {dict(entry)!r}, expected the name of a property, or a number with buckets: {example}."]
+    ((name, spec),) = entry.items()
+    return bounds_problems(f"{path}.{name}.buckets", spec["buckets"])
+
+
+def bounds_problems(path: str, bounds: Any) -> list[str]:
+    """Check the bounds of the buckets of a number."""
+    is_list = isinstance(bounds, Sequence) and not isinstance(bounds, str) and len(bounds) >= 2
+    numbers = [b for b in bounds if isinstance(b, int | float) and not isinstance(b, bool)] if is_list else []
+    if not is_list or len(numbers) < len(bounds) or not all(map(math.isfinite, numbers)):
+        return [f"{path} is {bounds!r}, expected at least two finite numbers."]
+    if any(low >= high for low, high in pairwise(numbers)):
+        return [f"{path} is {list(bounds)!r}, expected ascending numbers."]
+    return []
 
 
 def _single_weight(domain: DomainConfig, path: str) -> list[str]:

@@ -28,6 +28,8 @@ def weight_problems(stage: MixtureConfig | StageConfig, path: str) -> list[str]:
     if stage.kind == "static" and any(domain.domains for domain in stage.domains):
         return [f"{path}.domains has groups, but {path}.kind=static allows none. Set {path}.kind=hierarchical."]
     if stage.remainder is not None and not stage.domains:
+        if isinstance(stage, MixtureConfig) and any(not isinstance(entry, str) for entry in stage.group_by):
+            return _remainder_of_groups(stage.remainder)
         return [
             f"{path}.remainder is given, but {path}.domains is not; the remainder holds what no domain selects. Give "
             f"{path}.domains, or remove {path}.remainder."
@@ -40,6 +42,16 @@ def weight_problems(stage: MixtureConfig | StageConfig, path: str) -> list[str]:
     if stage.kind == "natural":
         return _ignored_weight(stage, path)
     return _sum_problems(stage, stage.domains, f"{path}.domains", stage.remainder)
+
+
+def _remainder_of_groups(remainder: DomainConfig) -> list[str]:
+    """Check a remainder beside `mixture.group_by`, whose domains have no settings of their own."""
+    if remainder == DomainConfig():
+        return []
+    return [
+        "mixture.remainder has settings, but the domains of mixture.group_by have none. Write mixture.remainder={}, or "
+        "list the domains in mixture.domains."
+    ]
 
 
 def _ignored_weight(stage: MixtureConfig | StageConfig, path: str) -> list[str]:

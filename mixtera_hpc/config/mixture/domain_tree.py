@@ -4,14 +4,22 @@ Groups are flattened: the key of a domain is its own key combined with the keys 
 may name domains too; without `mixture.domains`, theirs are combined in the order in which they are first named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig
-from mixtera_hpc.core.domain_keys import DomainKey, canonical_key, domain_name, parse_domain_key
+from mixtera_hpc.core.domain_keys import (
+    DomainKey,
+    NumberRange,
+    canonical_key,
+    domain_name,
+    parse_domain_key,
+    ranges_of_bounds,
+)
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["REMAINDER", "DomainEntry", "display_name", "domain_entries", "list_entries"]
+__all__ = ["REMAINDER", "DomainEntry", "display_name", "domain_entries", "group_names", "group_ranges", "list_entries"]
 
 REMAINDER = "remainder"
 """The name of the domain that holds everything that matches no key."""
@@ -52,6 +60,17 @@ def domain_entries(mixture: MixtureConfig) -> list[DomainEntry]:
     if entries and first_remainder is not None:
         entries.append(DomainEntry(key={}, path="mixture.remainder", domain=first_remainder))
     return entries
+
+
+def group_names(group_by: Sequence[Any]) -> list[str]:
+    """Return the properties of `mixture.group_by`, in written order."""
+    return [str(next(iter(entry))) if isinstance(entry, Mapping) else str(entry) for entry in group_by]
+
+
+def group_ranges(group_by: Sequence[Any]) -> dict[str, list[NumberRange]]:
+    """Return number property → the ranges that its `buckets` in `mixture.group_by` define."""
+    buckets = [item for entry in group_by if isinstance(entry, Mapping) for item in entry.items()]
+    return {str(name): ranges_of_bounds(spec["buckets"]) for name, spec in buckets}
 
 
 def _stage_entries(mixture: MixtureConfig) -> list[DomainEntry]:

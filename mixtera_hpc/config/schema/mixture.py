@@ -11,9 +11,9 @@ class DomainConfig:
     """One domain of the mixture, or a group of domains."""
 
     key: dict[str, Any] = field(default_factory=dict)
-    """Property → value, pattern (`c4*`, or `{matches: c4-.*-v[12]}`), null, or a list of these. A sample belongs to the
-    first domain, in written order, whose key it matches. The members of a group must match the key of the group as
-    well."""
+    """Property → value, pattern (`c4*`, or `{matches: c4-.*-v[12]}`), range of a number (`{min: 0.3, below: 0.7}`, or
+    `max` for an end that belongs to it), null, or a list of these. A sample belongs to the first domain, in written
+    order, whose key it matches. The members of a group must match the key of the group as well."""
     weight: float | None = None
     """Share of the mixture; for a member of a group, share of the group. At least 0. Siblings without weights share in
     proportion to their sizes."""
@@ -75,12 +75,13 @@ class MixtureConfig:
     domains: list[DomainConfig] = field(default_factory=list)
     """The domains. An empty list makes one domain for each distinct value of `mixture.group_by`, or a single domain of
     all samples."""
-    group_by: list[str] = field(default_factory=list)
+    group_by: list[Any] = field(default_factory=list)
     """Properties whose distinct values (combinations of values, for several properties) become the domains. Used when
-    `mixture.domains` is empty."""
+    `mixture.domains` is empty. A number has buckets: `{quality: {buckets: [0, 0.3, 0.7, 1]}}` for [0, 0.3), [0.3, 0.7)
+    and [0.7, 1]."""
     remainder: DomainConfig | None = None
-    """One more domain, the last one, of all samples that match no key in `mixture.domains`. For example `{weight:
-    0.1}`."""
+    """One more domain, the last one, of all samples that match no key in `mixture.domains`, for example `{weight:
+    0.1}`. Beside buckets in `mixture.group_by`, `{}` makes it of the samples that are in no bucket."""
     normalize: bool = False
     """Scale weights that do not sum to 1, instead of refusing them."""
     temperature: float | None = None

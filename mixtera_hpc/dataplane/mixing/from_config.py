@@ -195,7 +195,7 @@ def _weight_rule(part: MixtureConfig | StageConfig, mixture: MixtureConfig, keys
     ids = {canonical_key(key): domain for domain, key in enumerate(keys)}
     names = [display_name(key) for key in keys]
     nodes = _nodes(source.domains, {}, ids, names)
-    if source.remainder is not None:
+    if source.domains and source.remainder is not None:
         nodes.append(_leaf(source.remainder, {}, ids, names))
     return WeightRule(
         nodes=tuple(nodes),

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import Config, DataPlaneConfig
-from mixtera_hpc.core.domains import DomainTable
-from mixtera_hpc.core.index_tables import SampleColumns
+from mixtera_hpc.core.index_tables import DomainTable, SampleColumns
 from mixtera_hpc.core.order import EpochOrder, ShuffleOrder
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.tokens.tokenizer import Tokenizer

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import domain_key_to_plain
-from mixtera_hpc.core.domains import DomainTable
 from mixtera_hpc.core.holdout import shard_hash_keys
-from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable
+from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, DomainTable
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.dataplane.reading.domain_streams import StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
@@ -50,6 +49,10 @@ class IndexDescription:
     domain_names: list[str]
     domain_keys: list[dict[str, Any]]
     """The keys of the domains, as YAML has them."""
+    number_cuts: dict[str, list[float]]
+    """Number property → the bounds of the buckets that decide the domain of a sample."""
+    counting: str
+    """What counting the domains at the start has read; empty if the tables of the index were enough."""
     where: str
     """`query.where`."""
     drop: list[str]
@@ -70,8 +73,8 @@ class SharedTables:
     """Rows and tokens that each domain still has in its blocks after drops."""
     combos: ComboTable
     """Without the number of the combo of damaged rows: no domain contains it."""
-    combo_domain: NDArray[np.int32]
-    """Combo → domain, -1 for none; shape (num_combos,)."""
+    assigned: NDArray[np.int32]
+    """Domain of every combo and bucket, -1 for none (see `core.domain_assignment`); shape (num_combos, num_buckets)."""
     holdout_keys: NDArray[np.uint64] | None
     """One hash key per shard when samples are held out (see `core.holdout`), else None; shape (num_shards,)."""
 
@@ -79,7 +82,7 @@ class SharedTables:
         """Return all arrays in the order that `unpack` expects; nothing is copied."""
         arrays: list[NDArray[Any]] = [getattr(self.blocks, name) for name in BLOCK_COLUMNS]
         arrays += [getattr(self.domains, field.name) for field in fields(DomainTable)]
-        arrays.append(self.combo_domain)
+        arrays.append(self.assigned)
         for name in self.combos.properties:
             arrays += [self.combos.indptr[name], self.combos.codes[name]]
         if self.holdout_keys is not None:
@@ -97,12 +100,12 @@ class SharedTables:
         blocks = BlockTable(**{name: next(remaining) for name in BLOCK_COLUMNS}, zones={})
         domains = DomainTable(**{field.name: next(remaining) for field in fields(DomainTable)})
         # The order below is the order of `pack`.
-        combo_domain = next(remaining)
+        assigned = next(remaining)
 
         categorical = _categorical(properties)
         columns = {name: (next(remaining), next(remaining)) for name in categorical}
         combos = ComboTable(
-            num_combos=len(combo_domain),
+            num_combos=len(assigned),
             properties=categorical,
             indptr={name: indptr for name, (indptr, _) in columns.items()},
             codes={name: codes for name, (_, codes) in columns.items()},
@@ -112,7 +115,7 @@ class SharedTables:
             blocks=blocks,
             domains=domains,
             combos=combos,
-            combo_domain=combo_domain,
+            assigned=assigned,
             holdout_keys=next(remaining, None),
         )
 
@@ -178,7 +181,7 @@ def read_shared_index(
         blocks=replace(tables.blocks, zones={}),
         domains=domains,
         combos=replace(tables.combos, properties=_categorical(tables.properties.values())),
-        combo_domain=chosen.selection.combo_domain,
+        assigned=chosen.selection.assignment.domain,
         holdout_keys=shard_hash_keys(tables.shards.path, holdout.seed) if holdout.fraction else None,
     )
     return _describe(config, index, subset, chosen, tokenizer), shared
@@ -200,10 +203,25 @@ def _describe(
         properties=list(tables.properties.values()),
         domain_names=list(chosen.names),
         domain_keys=[domain_key_to_plain(key) for key in chosen.keys],
+        number_cuts={name: list(cuts) for name, cuts in selection.assignment.grid.cuts.items()},
+        counting=_describe_counting(index, chosen),
         where=selection.predicate.text,
         drop=list(subset.drop),
         where_after_drops=subset.restrict(config.query.where),
         domain_items=StreamLayout.of_config(config, selection.table, tokenizer).epoch_items().tolist(),
+    )
+
+
+def _describe_counting(index: PropertyIndex, chosen: SelectedDomains) -> str:
+    """Say how many samples were read to count the domains by their numbers."""
+    selection = chosen.selection
+    if not selection.assignment.numbers:
+        return ""
+    seconds = chosen.cost.read_s + chosen.cost.count_s
+    return (
+        f"Counting domains by {', '.join(sorted(selection.assignment.numbers))} read "
+        f"{selection.pruning.scanned_samples:,} of {index.tables.num_samples:,} samples "
+        f"({chosen.cost.bytes_read / 1e6:.3g} MB, {seconds:.2g} s); every start of a run pays this."
     )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.mixture.domain_tree import domain_entries
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
+from mixtera_hpc.core.domain_assignment import BucketGrid, DomainAssignment
 from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.domains import Selection
 from mixtera_hpc.core.holdout import Split, add_holdout_hashes, restrict_to_split
@@ -138,7 +139,7 @@ class Source:
         holdout_keys = self.tables.holdout_keys
 
         # Only the columns that this run evaluates are read and decompressed.
-        numbers = self.selection.predicate.numbers
+        numbers = self.selection.predicate.numbers | self.selection.assignment.numbers
         if self.drop_filter is not None:
             numbers |= self.drop_filter.numbers
         columns = {"combo", "length", *(f"numbers/{name}" for name in numbers)}
@@ -286,7 +287,10 @@ def _selection(config: Config, index: IndexDescription, split: Split, tables: Sh
     return Selection(
         table=tables.domains,
         predicate=_predicate(config, index, split, index.where),
-        combo_domain=tables.combo_domain,
+        assignment=DomainAssignment(
+            grid=BucketGrid(cuts={name: tuple(cuts) for name, cuts in index.number_cuts.items()}),
+            domain=tables.assigned,
+        ),
         selected=(0, 0),
         unassigned=(0, 0),
         overlaps=(),

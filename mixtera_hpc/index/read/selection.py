@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.mixture.domain_tree import display_name, domain_entries
+from mixtera_hpc.config.mixture.domain_tree import display_name, domain_entries, group_names, group_ranges
 from mixtera_hpc.config.schema import Config, HoldoutConfig
 from mixtera_hpc.core.domain_keys import DomainKey, domain_name
 from mixtera_hpc.core.domains import Selection, keys_for_group_by, select
 from mixtera_hpc.core.holdout import Split, add_holdout_hashes, add_holdout_zones, restrict_to_split, shard_hash_keys
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns
 from mixtera_hpc.core.query import Predicate, parse_predicate
-from mixtera_hpc.errors import ConfigError, MixtureError
+from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 from mixtera_hpc.index.read.open import PropertyIndex
 
 __all__ = ["SelectedDomains", "SelectionCost", "check_split", "select_domains"]
@@ -97,7 +97,8 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
     keys = _domain_keys(config, index)
     predicate = parse_predicate(config.query.where, index.tables.properties)
     # Only these columns are read; the query never looks at lengths.
-    reader = _TimedReader(index, {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers)})
+    in_keys = {name for key in keys for name in key if name in index.tables.blocks.zones}
+    reader = _TimedReader(index, {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers | in_keys)})
     tables = index.tables
     read: BlockRead = reader.read
     if config.query.holdout.fraction:
@@ -142,7 +143,19 @@ def _domain_keys(config: Config, index: PropertyIndex) -> list[DomainKey]:
     entries = domain_entries(config.mixture)
     if entries:
         return [entry.key for entry in entries]
-    keys = keys_for_group_by(config.mixture.group_by, index.tables.combos)
+    mixture = config.mixture
+    names = group_names(mixture.group_by)
+    ranges = group_ranges(mixture.group_by)
+    _check_numbers(ranges, index)
+    keys = keys_for_group_by(names, index.tables.combos, ranges)
     if not keys:
-        raise MixtureError(f"mixture.group_by is {config.mixture.group_by}, but no sample has any of these properties.")
-    return keys
+        raise MixtureError(f"mixture.group_by is {mixture.group_by}, but no sample has any of these properties.")
+    return [*keys, {}] if mixture.remainder is not None else keys
+
+
+def _check_numbers(names: Collection[str], index: PropertyIndex) -> None:
+    """Refuse buckets of anything but a number property."""
+    for name in names:
+        if name not in index.tables.blocks.zones:
+            near = did_you_mean(name, list(index.tables.blocks.zones))
+            raise MixtureError(f"mixture.group_by has buckets of {name!r}, which is not a number of the index.{near}")

@@ -1,0 +1,157 @@
+"""Domains by ranges of a number: configuration, counts, whole runs."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.config.check import check_data
+from mixtera_hpc.config.compose import compose, compose_plain
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.domain_keys import NumberRange, domain_key_to_plain, domain_name, parse_domain_key
+from mixtera_hpc.errors import ConfigError, MixtureError
+from mixtera_hpc.index.read.configured import open_configured
+from mixtera_hpc.index.read.selection import select_domains
+
+RUN = ["dataplane.seq_len=32", "dataplane.global_batch_size=6", "dataplane.audit=true"]
+
+
+def configured(collection: list[str], mixture: dict[str, Any]) -> Config:
+    words = [word for word in collection if not word.startswith("mixture")]
+    plain = compose_plain([*words, *RUN])
+    return from_plain(Config, {**plain, "mixture": {**plain["mixture"], **mixture}})
+
+
+def sizes(collection: list[str]) -> list[float | None]:
+    """Return the number `size` of every sample."""
+    with open_configured(compose(collection)) as index:
+        blocks = range(len(index.tables.blocks))
+        values = [v for b in blocks for v in index.read_block(b).numbers["size"].tolist()]
+    return [None if value != value else value for value in values]
+
+
+@pytest.mark.parametrize(
+    ("plain", "name", "inside", "outside"),
+    [
+        ({"min": 0.5}, "q=[0.5,inf)", [0.5, 9.0], [0.4999]),
+        ({"max": 1}, "q=[-inf,1]", [1.0, -3.0], [1.0000001]),
+        ({"min": 0, "below": 0.3}, "q=[0,0.3)", [0.0, 0.29], [0.3, -0.1]),
+        ({"min": 2, "max": 2}, "q=[2,2]", [2.0], [1.9, 2.1]),
+        ([{"min": 1, "below": 2}, None], "q=[1,2)|null", [1.0], [2.0]),
+    ],
+)
+def test_a_range_holds_its_numbers_and_reads_back(
+    plain: Any, name: str, inside: list[float], outside: list[float]
+) -> None:
+    key = parse_domain_key({"q": plain})
+    assert domain_name(key) == name
+    assert parse_domain_key(domain_key_to_plain(key)) == key
+    (number_range,) = (value for value in key["q"] if isinstance(value, NumberRange))
+    low, high = number_range.cuts
+    assert all(low <= number < high for number in inside)
+    assert not any(low <= number < high for number in outside)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"domains": [{"key": {"size": {"min": 1, "below": 1}}}]}, "holds no number"),
+        ({"domains": [{"key": {"size": {"min": "a"}}}]}, "'a', expected a finite number"),
+        ({"domains": [{"key": {"size": {"max": 1, "below": 1}}}]}, "max and below"),
+        ({"domains": [{"key": {"size": {"min": 1, "over": 1}}}]}, "'over'; it takes min"),
+        ({"group_by": [{"size": {"buckets": [1]}}]}, r"group_by\[0\]\.size\.buckets is \[1\], expected at least two"),
+        ({"group_by": [{"size": {"buckets": [1, 1]}}]}, "expected ascending"),
+        ({"group_by": [{"size": {"bins": [1, 2]}}]}, r"or a number with buckets: \{quality"),
+        ({"group_by": [7]}, "is 7, expected the name of a property"),
+        ({"group_by": ["a", "a"]}, "names 'a' twice"),
+        ({"group_by": ["source"], "remainder": {}}, r"mixture\.domains is not"),
+        ({"group_by": [{"size": {"buckets": [0, 1]}}], "remainder": {"floor": 0.1}}, "has settings"),
+    ],
+)
+def test_wrong_ranges_are_refused(collection: list[str], mixture: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_data(configured(collection, mixture))
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ({"domains": [{"key": {"source": {"min": 1}}}]}, "a range of 'source', which is a category"),
+        ({"domains": [{"key": {"siz": {"min": 1}}}]}, r"'siz', which is not a number property .*Did you mean 'size'"),
+        ({"domains": [{"key": {"size": 3}}]}, r"but a number\.\n  Write a range: size: \{min"),
+        ({"group_by": [{"source": {"buckets": [0, 1]}}]}, "buckets of 'source', which is not a number"),
+        (
+            {"group_by": [{"size": {"buckets": list(range(2000))}}]},
+            "into 2,002 combinations of buckets, at most 1,024 are allowed",
+        ),
+    ],
+)
+def test_ranges_that_do_not_fit_the_index_are_refused(
+    collection: list[str], mixture: dict[str, Any], message: str
+) -> None:
+    config = configured(collection, mixture)
+    with open_configured(config) as index, pytest.raises(MixtureError, match=message):
+        select_domains(config, index)
+
+
+BUCKETS = {"group_by": [{"size": {"buckets": [0, 200, 600, 1000]}}], "remainder": {}}
+
+
+def test_buckets_become_domains_and_the_rest_goes_to_the_remainder(collection: list[str]) -> None:
+    config = configured(collection, BUCKETS)
+    with open_configured(config) as index:
+        selected = select_domains(config, index)
+    known = [size for size in sizes(collection) if size is not None]
+    expected = [sum(low <= s < high for s in known) for low, high in ((0, 200), (200, 600))]
+    expected.append(sum(600 <= s <= 1000 for s in known))
+    rest = len(sizes(collection)) - sum(expected)
+    assert selected.names == ("size=[0,200)", "size=[200,600)", "size=[600,1000]", "remainder")
+    assert selected.selection.table.totals()[0].tolist() == [*expected, rest]
+    assert min(expected) > 0 and rest > 0
+
+
+DOMAINS: list[dict[str, Any]] = [
+    {"key": {"size": {"min": 600}, "source": ["argparse", "ast"]}, "weight": 0.5},
+    {"key": {"size": {"below": 600}}, "weight": 0.3},
+]
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"kind": "static", "domains": DOMAINS, "remainder": {"weight": 0.2}},
+        {"group_by": ["source", {"size": {"buckets": [0, 200, 600, 1000]}}]},
+        {**BUCKETS, "kind": "dynamic", "unit": "samples", "algorithm": {"name": "odm"}},
+    ],
+    ids=["ranges", "buckets", "learned"],
+)
+@pytest.mark.parametrize("query", [{}, {"where": "size >= 100 or size is None", "holdout": {"fraction": 0.2}}])
+def test_a_run_resumes_on_other_ranks_and_is_proven(
+    collection: list[str], mixture: dict[str, Any], query: dict[str, Any], prove_run: Callable[[Config], int]
+) -> None:
+    config = configured(collection, mixture)
+    plain = {**compose_plain([word for word in collection if not word.startswith("mixture")] + RUN), "query": query}
+    assert prove_run(from_plain(Config, {**plain, "mixture": {**plain["mixture"], **mixture}})) == 54
+    assert config.mixture.group_by == mixture.get("group_by", [])
+
+
+def test_plan_prints_what_counting_costs(collection: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for word in collection if not word.startswith("mixture")]
+    assert main(["plan", *words, *RUN, "mixture.group_by=[{size: {buckets: [0, 200, 600, 1000]}}]"]) == 0
+    out = capsys.readouterr().out
+    assert "size=[200,600)" in out
+    assert "Counting domains by size read 480 of 480 samples" in " ".join(out.split())
+    assert main(["plan", *words, *RUN, "mixture.group_by=[source]"]) == 0
+    assert "Counting domains" not in capsys.readouterr().out
+
+
+def test_query_names_ranges_as_they_are_written(collection: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for word in collection if not word.startswith("mixture")]
+    domains = "mixture.domains=[{key: {size: {min: 600}}}, {key: {size: {max: 599}}}]"
+    assert main(["query", *words, domains, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [d["key"] for d in answer["domains"]] == [{"size": {"min": 600.0}}, {"size": {"max": 599.0}}]
+    assert answer["left_out"]["samples"] == sum(size is None for size in sizes(collection))
