@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mixtera_hpc import DataPlane, compose
+
 from .conftest import Cli
 
 STEPS = 30
@@ -80,3 +82,16 @@ def test_invalid_input_is_refused_with_a_suggestion(
 
 def test_digests_require_json(cli: Cli, words: list[str]) -> None:
     assert "Add --json" in cli("plan", *words, "plan.digests=true", rc=2).stderr
+
+
+def test_planned_digests_are_those_of_the_sequences_that_are_served(cli: Cli, words: list[str]) -> None:
+    printed = cli("plan", *words, "--json", "plan.steps=6", "plan.digests=true").stdout
+    planned = [json.loads(line) for line in printed.splitlines()]
+
+    served = []
+    with DataPlane.open(compose([*words, "dataplane.audit=true"])) as plane:
+        for batch in plane:
+            served += zip([batch.step] * 12, batch.positions.tolist(), batch.digests or [], strict=True)
+            if batch.step == 5:
+                break
+    assert [(row["step"], row["position"], row["digest"]) for row in planned] == served

