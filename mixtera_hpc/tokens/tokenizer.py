@@ -10,8 +10,9 @@ Price: about 3 µs per kB of text on one core, with gigatoken.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def decode(self, tokens: NDArray[np.integer[Any]]) -> str:
+        """Return the text of tokens, special tokens included; for people, not for hot paths."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingSettings:
@@ -115,6 +120,15 @@ class _LibraryTokenizer:
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         return _concatenate(self.encode_each(documents))
+
+    def decode(self, tokens: NDArray[np.integer[Any]]) -> str:
+        return str(self._decoder.decode(tokens.tolist(), skip_special_tokens=False))
+
+    @cached_property
+    def _decoder(self) -> Any:
+        import tokenizers  # Heavy, and only decoding needs it.
+
+        return tokenizers.Tokenizer.from_buffer(self._definition.raw)
 
     def _check_special_tokens_stay_text(self) -> None:
         """Raise ConfigError if the model itself encodes the text of a special token as this token.
@@ -189,6 +203,9 @@ class StoredTokenIds:
 
     def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
         return np.diff(self.encode_batch(documents)[1])
+
+    def decode(self, tokens: NDArray[np.integer[Any]]) -> str:
+        return str(tokens.tolist())
 
     def encode_batch(self, documents: Sequence[str]) -> Encoded:
         raise ConfigError(

@@ -1,18 +1,28 @@
 """Print what `mixtera-hpc trace` asks for: the samples of a step, the steps of a sample, or the proof of a run."""
 
 import argparse
+import contextlib
+import itertools
+import json
 import re
 import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from mixtera_hpc.cli.run_arguments import find_run, find_run_named
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.journal import History
+from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import ConfigError, pluralize
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
+from mixtera_hpc.trace.contents import StepContents, document_texts, export_batches, readable_sample, write_images
 from mixtera_hpc.trace.diff import RunDifference, first_difference
 from mixtera_hpc.trace.list import SequenceFilter, list_sequences
 from mixtera_hpc.trace.locate import locate_row
@@ -35,14 +45,18 @@ def print_trace(args: argparse.Namespace) -> None:
     elif args.row is not None:
         _print_located(sources, history, args)
     else:
-        wanted = SequenceFilter(steps=_steps(args), rank=args.rank, domain=args.domain, shard=args.shard)
-        for record, names in list_sequences(sources, folder, history, wanted):
-            _print_json(record) if args.json else print(_readable(record, names))
+        _print_sequences(sources, folder, history, args)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.row is not None and args.shard is None:
         raise ConfigError("--row needs --shard, the path of the row's file below the data root.")
+    if args.export is not None and args.step is None and args.steps is None:
+        raise ConfigError("--export needs --step S or --steps A..B: a run has too many steps for one file.")
+    if args.export is not None and args.show:
+        raise ConfigError("--export and --show are both set. Run trace once with each.")
+    if (args.show or args.export is not None) and (args.verify or args.diff is not None or args.row is not None):
+        raise ConfigError("--show and --export list steps; remove --verify, --diff and --row.")
     given = (args.step, args.steps, args.rank, args.domain, args.shard, args.row, args.diff)
     if not args.verify and all(value is None for value in given):
         raise ConfigError(
@@ -108,6 +122,62 @@ def _print_located(sources: AttemptSources, history: History, args: argparse.Nam
         )
     if is_empty and not args.json:
         print(f"{args.shard} row {args.row} has not been served up to step {history.end}")
+
+
+def _print_sequences(sources: AttemptSources, folder: RunFolder, history: History, args: argparse.Namespace) -> None:
+    wanted = SequenceFilter(steps=_steps(args), rank=args.rank, domain=args.domain, shard=args.shard)
+    records = list_sequences(sources, folder, history, wanted)
+    if not args.show and args.export is None:
+        for record, names in records:
+            _print_json(record) if args.json else print(_readable(record, names))
+        return
+    with contextlib.closing(StepContents(sources, history)) as contents:
+        if args.export is not None:
+            _export(contents, records, args.export)
+            return
+        for record, names in records:
+            contents.check_unchanged(record)
+            shown = _shown(contents, record, folder)
+            if args.json:
+                _print_json(record | shown)
+            else:
+                print(_readable_content(record, names, shown))
+
+
+def _export(contents: StepContents, records: Iterator[tuple[Record, list[str]]], path: Path) -> None:
+    batches: list[tuple[Batch, NDArray[np.int64]]] = []
+    for step, of_step in itertools.groupby(records, key=lambda entry: entry[0]["step"]):
+        positions = []
+        for record, _ in of_step:
+            contents.check_unchanged(record)
+            positions.append(record["position"])
+        batches.append((contents.batch(step), np.array(positions)))
+    names = contents.source(batches[0][0].step).names if batches else []
+    num_rows = export_batches(path, batches, names)
+    print(f"{path}: {pluralize(num_rows, 'sequence')} of {pluralize(len(batches), 'step')}")
+
+
+def _shown(contents: StepContents, record: Record, folder: RunFolder) -> dict[str, Any]:
+    """Return the content of a sequence or sample, fit for JSON; images are written to the report folder."""
+    step = record["step"]
+    position = record["position"]
+    batch = contents.batch(step)
+    if batch.payloads is None:
+        return {"texts": document_texts(contents.source(step), batch, position)}
+    payload = batch.payloads[position]
+    images = write_images(payload, folder.report / f"step_{step}", f"position_{position}")
+    return {"sample": readable_sample(payload), "images": [str(path) for path in images]}
+
+
+def _readable_content(record: Record, names: list[str], shown: dict[str, Any]) -> str:
+    """Return the lines of a record, each document followed by its text."""
+    if "texts" in shown:
+        parts = shown["texts"]
+    else:
+        parts = ["\n".join([json.dumps(shown["sample"], ensure_ascii=False, indent=2, default=str), *shown["images"]])]
+    lines = _readable(record, names).split("\n")
+    contents = [textwrap.indent(part, "    | ", lambda line: True) for part in parts]
+    return "\n".join([lines[0], *itertools.chain(*zip(lines[1:], contents, strict=True))])
 
 
 def _print_json(value: Any) -> None:

@@ -1,6 +1,7 @@
 """`mixtera-hpc trace`: the samples of a step, the steps of a sample, and the proof of what a run consumed."""
 
 import argparse
+from pathlib import Path
 
 from mixtera_hpc.cli.run_arguments import add_run_argument
 
@@ -23,10 +24,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="only sequences that this rank was served")
     parser.add_argument("--domain", help="only sequences of this domain, an id or a name")
     parser.add_argument("--shard", help="only sequences with data of this shard, e.g. train/a.jsonl")
+    parser.add_argument(
+        "--show", action="store_true", help="also print the text of every sequence, or the sample; images are written"
+    )
+    parser.add_argument(
+        "--export", metavar="FILE.npz", type=Path, help="write the batches of --step or --steps as numpy arrays"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.epilog = """\
 Examples:
   mixtera-hpc trace demo --step 100 --rank 3
+  mixtera-hpc trace demo --step 100 --show
+  mixtera-hpc trace demo --step 100 --export batch.npz
   mixtera-hpc trace demo --shard train/a.jsonl --row 17
   mixtera-hpc trace demo --diff OTHER_RUN
   mixtera-hpc trace demo --verify
