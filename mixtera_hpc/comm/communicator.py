@@ -74,6 +74,16 @@ class Communicator(Protocol):
         """
         ...
 
+    def Split(self, color: int) -> "Communicator":
+        """Return a communicator of the ranks that give the same `color`, in the order of their ranks. **Collective.**
+
+        Blocks. It is released with this communicator.
+
+        Args:
+            color: not negative.
+        """
+        ...
+
     def Barrier(self) -> None:
         """Block until every rank has called it. **Collective.**"""
         ...
@@ -131,7 +141,7 @@ class Communicator(Protocol):
         ...
 
     def Free(self) -> None:
-        """Release shared memory and duplicates; calling it twice does no harm. **Collective.**"""
+        """Release shared memory, duplicates and parts; calling it twice does no harm. **Collective.**"""
         ...
 
     def Abort(self, code: int) -> None:
@@ -224,6 +234,9 @@ class Local:
         self.hostname = socket.gethostname()
 
     def Dup(self) -> "Local":
+        return Local()
+
+    def Split(self, color: int) -> "Local":
         return Local()
 
     def Barrier(self) -> None:

@@ -66,6 +66,13 @@ class Mpi:
         self._duplicates.append(duplicate)
         return duplicate
 
+    def Split(self, color: int) -> "Mpi":
+        members: Any = self._comm.Split(color, self.rank)
+        part = Mpi(members)
+        members.Free()  # `part` has a duplicate of it.
+        self._duplicates.append(part)
+        return part
+
     def Barrier(self) -> None:
         wait(self._comm.Ibarrier())
 

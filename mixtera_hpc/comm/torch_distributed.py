@@ -169,11 +169,11 @@ class _GlooCommunicator:
         self._num_counters = 0
 
     def Dup(self) -> "_GlooCommunicator":
-        self._num_duplicates += 1
-        store = dist.PrefixStore(f"duplicate{self._num_duplicates}", self._store)
-        duplicate = _GlooCommunicator(store, self._failures, self.rank, self.size)
-        self._duplicates.append(duplicate)
-        return duplicate
+        return self._connect("duplicate", list(range(self.size)))
+
+    def Split(self, color: int) -> "_GlooCommunicator":
+        colors = self.Allgather(np.array([color], np.int64))[:, 0]
+        return self._connect(f"color{color}.", np.flatnonzero(colors == color).tolist())
 
     def Barrier(self) -> None:
         # Not gloo's barrier: that one waits for every earlier request of the group.
@@ -243,6 +243,14 @@ class _GlooCommunicator:
         if self._group is None:
             raise CommError("This communicator was freed.")
         return self._group
+
+    def _connect(self, name: str, members: list[int]) -> "_GlooCommunicator":
+        """Return a communicator of some ranks of this one, to which this rank belongs. **Collective.**"""
+        self._num_duplicates += 1
+        store = dist.PrefixStore(f"{name}{self._num_duplicates}", self._store)
+        duplicate = _GlooCommunicator(store, self._failures, members.index(self.rank), len(members))
+        self._duplicates.append(duplicate)
+        return duplicate
 
     def _connect_leaders(self, node_of_rank: list[int]) -> _GlooGroup | None:
         """Return the group of the first ranks of all nodes, None on other ranks and on a single node."""

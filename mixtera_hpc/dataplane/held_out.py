@@ -20,6 +20,7 @@ from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, positions_of, step_of
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
+from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 from mixtera_hpc.errors import CommError, MixtureError
 
@@ -41,6 +42,7 @@ class HeldOutBatches:
         batch_slice: BatchSlice,
         *,
         folder: RunFolder | None = None,
+        parts: PartLayout | None = None,
         log: Callable[[DomainStatistics], None] = lambda statistics: None,
     ) -> None:
         """Open what `config` holds out. **Collective.**
@@ -50,6 +52,7 @@ class HeldOutBatches:
             comm: all ranks.
             batch_slice: what this rank gets of every global batch; ranks of one group have equal ones.
             folder: the folder of the run, which records what was dropped.
+            parts: which part of every sequence this rank records; None if ranks record whole sequences.
             log: receives the statistics of every validation.
 
         Raises:
@@ -72,6 +75,8 @@ class HeldOutBatches:
 
         self._comm = comm
         self._log = log
+        self._parts = LossParts(parts) if parts is not None else None
+        self._num_parts = 1 if parts is None else parts.num_parts
         # Weights proportional to size, among the domains that have at least one sequence.
         has_sequences = capacity > 0
         self._weights = np.where(has_sequences, sizes, 0) / max(sizes[has_sequences].sum(), 1)
@@ -96,7 +101,7 @@ class HeldOutBatches:
         try:
             for batch in maker.batches(plan, 0):
                 held_out = replace(batch, step=-1 - batch.step)
-                self._losses[held_out.step] = StepLosses(held_out, self.num_domains)
+                self._losses[held_out.step] = StepLosses(held_out, self.num_domains, self._num_parts)
                 yield held_out
         finally:
             maker.close()
@@ -139,26 +144,42 @@ class HeldOutBatches:
         """
         recorded = [number for number, losses in self._losses.items() if losses.has_losses]
         own = np.zeros((NUM_BUFFER_ROWS, self.num_domains), np.int64)
-        for number in recorded:
-            own += self._losses[number].total()
+        is_partial = False
+        if self._parts is None:
+            for number in recorded:
+                own += self._losses[number].total()
+        else:
+            # Peers that have handed out no batch take part, because the parts of all others pass through all of them.
+            for number in range(-1, -1 - self.num_batches, -1):
+                merged = self._parts.merge(self._losses.get(number), self._slice.size)
+                own += merged.rows
+                is_partial |= merged.is_partial
         self._losses.clear()
-        if not self._is_counted(recorded):
+        if not self._is_counted(recorded, is_partial):
             own[...] = 0
         statistics = statistics_from_buffer(step, self._comm.Allreduce(own))
         self._log(statistics)
         return statistics
 
-    def _is_counted(self, recorded: list[int]) -> bool:
+    def _is_counted(self, recorded: list[int], is_partial: bool) -> bool:
         """Return whether this rank's losses count: it is the first of its group that recorded any. **Collective.**"""
         group = self._slice.first // self._slice.size
-        by_rank = self._comm.Allgather(np.array([group, len(recorded), _digest(recorded)], np.int64))
+        own = np.array([group, len(recorded), _digest(recorded), is_partial], np.int64)
+        by_rank = self._comm.Allgather(own)
+        if by_rank[:, 3].any():
+            ranks = np.flatnonzero(by_rank[:, 3])
+            raise CommError(
+                f"The held-out batches were recorded in part by the ranks {ranks.tolist()}: their parts are not every "
+                "token of each sequence exactly once.\n"
+                "  Call record(batch, loss, tokens=) on every rank along loss_parts, each with its own part."
+            )
         groups, counts = by_rank[:, 0], by_rank[:, 1]
         has_recorded = counts > 0
         if not has_recorded.any():
             return False
         silent = np.flatnonzero(~np.isin(groups, groups[has_recorded]))
         first = int(np.argmax(has_recorded))
-        others = np.flatnonzero(has_recorded & (by_rank[:, 1:] != by_rank[first, 1:]).any(axis=1))
+        others = np.flatnonzero(has_recorded & (by_rank[:, 1:3] != by_rank[first, 1:3]).any(axis=1))
         if len(silent) or len(others):
             raise CommError(
                 "The held-out batches were recorded in part: "

@@ -14,12 +14,18 @@ from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt, write_config_if_missing
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
-from mixtera_hpc.dataplane.reading.rank_layout import coordinate_in_mesh, gather_coordinates, slice_in_layout
+from mixtera_hpc.dataplane.reading.rank_layout import (
+    coordinate_in_mesh,
+    gather_coordinates,
+    part_in_mesh,
+    slice_in_layout,
+)
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
+from mixtera_hpc.dataplane.steps.loss_parts import PartLayout
 from mixtera_hpc.launch.attempts import batch_script_attempt
 from mixtera_hpc.track.tracker import NullTracker, Tracker, open_tracker
 
@@ -33,6 +39,7 @@ class RankLayout:
     data_parallel: tuple[int, int] | None
     mesh: Any
     data_dims: Sequence[str]
+    loss_parts: Sequence[str]
     subset: bool
 
 
@@ -54,7 +61,9 @@ def open_or_end_job(config: Config, comm: Any, layout: RankLayout, options: Open
         own = layout.data_parallel
         if layout.mesh is not None:
             own = coordinate_in_mesh(layout.mesh, layout.data_dims)
-        return _open_resources(config, communicator, gather_coordinates(communicator, own), options)
+        part = part_in_mesh(layout.mesh, layout.loss_parts, layout.data_dims)
+        coordinates = gather_coordinates(communicator, own, part)
+        return _open_resources(config, communicator, coordinates, part, options)
     except BaseException as error:
         if not isinstance(comm, Communicator):
             end_job(communicator, error)
@@ -62,18 +71,31 @@ def open_or_end_job(config: Config, comm: Any, layout: RankLayout, options: Open
 
 
 def _open_resources(
-    config: Config, comm: Communicator, coordinates: tuple[int, ...] | None, options: OpenOptions
+    config: Config,
+    comm: Communicator,
+    coordinates: tuple[int, ...] | None,
+    part: tuple[int, int],
+    options: OpenOptions,
 ) -> PlaneResources:
     """Open what the plane works with. **Collective.**
 
     Args:
+        config: what to serve.
+        comm: all ranks.
         coordinates: data-parallel coordinate of every rank; None if the ranks of a group are neighbours.
+        part: which part of every sequence this rank records, and the number of parts.
+        options: what `DataPlane.open` was given about the run.
     """
     # Wrong sizes are refused first: opening a large index takes seconds.
     if coordinates is None:
         batch_slice = BatchSlice.of(config.dataplane, comm.rank, comm.size)
     else:
         batch_slice = slice_in_layout(config.dataplane, comm.rank, coordinates)
+    parts: PartLayout | None = None
+    if part[1] > 1:
+        group = comm.Split(batch_slice.first // batch_slice.size)
+        parts = PartLayout(part=part[0], num_parts=part[1], group=group)
+
     pinned = config
     if options.folder is not None:
         # The index may have been refreshed since the run began; its steps refer to the old state.
@@ -90,6 +112,7 @@ def _open_resources(
         comm=comm,
         batch_slice=batch_slice,
         data_parallel_ranks=coordinates,
+        parts=parts,
         folder=options.folder,
         recorder=_open_recorder(config, comm, options, is_audited=is_audited),
         control=RunControl(options.folder, watch_files=is_root),

@@ -74,6 +74,7 @@ class DataPlane:
         data_parallel: tuple[int, int] | None = None,
         mesh: Any = None,
         data_dims: Sequence[str] = ("dp",),
+        loss_parts: Sequence[str] = (),
         subset: bool = False,
     ) -> Self:
         """Open the index and get ready to serve. **Collective.**
@@ -91,6 +92,8 @@ class DataPlane:
                 batches. None: `dataplane.model_parallel_size` neighbours get the same batches.
             mesh: instead of `data_parallel`, a torch `DeviceMesh` over all ranks.
             data_dims: the dimensions of `mesh` along which ranks get different batches, the outermost first.
+            loss_parts: the dimensions of `mesh` whose ranks each record a part of every sequence, for example
+                `("cp",)`; `record(tokens=)` says which part. The parts are added before a loss is rounded.
             subset: only some of the processes that the launcher started take part.
 
         Raises:
@@ -100,7 +103,9 @@ class DataPlane:
             MixtureError: a domain of the mixture has no samples.
         """
         options = OpenOptions(folder=folder, attempt=attempt, tracker=tracker, split=split)
-        layout = RankLayout(data_parallel=data_parallel, mesh=mesh, data_dims=data_dims, subset=subset)
+        layout = RankLayout(
+            data_parallel=data_parallel, mesh=mesh, data_dims=data_dims, loss_parts=loss_parts, subset=subset
+        )
         return cls(open_or_end_job(config, comm, layout, options), ends_job=not isinstance(comm, Communicator))
 
     @property
@@ -227,6 +232,7 @@ class DataPlane:
             resources.comm,
             resources.batch_slice,
             folder=resources.folder,
+            parts=resources.parts,
             log=resources.recorder.log_validation,
         )
 

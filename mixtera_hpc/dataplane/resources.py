@@ -9,6 +9,7 @@ from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.run_recorder import RunRecorder
+from mixtera_hpc.dataplane.steps.loss_parts import PartLayout
 
 __all__ = ["PlaneResources"]
 
@@ -23,6 +24,8 @@ class PlaneResources:
     batch_slice: BatchSlice
     data_parallel_ranks: Sequence[int] | None
     """Data-parallel coordinate of every rank; None if ranks of one group are neighbours."""
+    parts: PartLayout | None
+    """Which part of every sequence this rank records; None if ranks record whole sequences."""
     control: RunControl
     folder: RunFolder | None
     recorder: RunRecorder

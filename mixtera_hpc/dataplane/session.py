@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics
+from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import AttemptSetup
+from mixtera_hpc.dataplane.mixing.silence import SilenceWatch
 from mixtera_hpc.dataplane.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
@@ -85,16 +86,18 @@ class Session:
         decisions = self._recorder.decisions() if self._comm.rank == 0 else []
         self._mixture = MixtureFeed(source, self.ledger, state, decisions)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
-        self._reducer = StepReducer(self._comm, source.num_domains, plane.global_batch_size, self._slice)
+        parts = resources.parts
+        self._reducer = StepReducer(self._comm, source.num_domains, plane.global_batch_size, self._slice, parts)
 
         self._max_unfinished = (plane.feedback_lag - 1) * plane.chunk_steps
         """Batches that a trainer may hold: with more, the losses that the next plan needs could not arrive."""
-        self._steps = OpenSteps(source.num_domains, self._max_unfinished)
+        num_parts = 1 if parts is None else parts.num_parts
+        self._steps = OpenSteps(source.num_domains, self._max_unfinished, num_parts)
         self._flags = FlagExchange(self._comm, self._control, start.step + self._steps.max_undecided + 1)
         self._requests = AgreedRequests()
         self._first_step = start.step
         self._is_read_by_loader = False
-        self._chunks_without_loss = 0
+        self._silence = SilenceWatch(source.config, self._comm.rank)
         self._completed: deque[DomainStatistics] = deque(maxlen=MAX_UNREAD_STATISTICS)
         self._delivered_plans: dict[int, ChunkPlan] = {}
         """Chunk → plan, from the chunk of the oldest step that may be unfinished on."""
@@ -143,6 +146,7 @@ class Session:
         """Add losses of an open step; see `DataPlane.record`."""
         losses = self._steps.named(step_of(batch), "record").losses
         losses.add(loss, losses.rows_at(positions_of(batch), rows), tokens, num_tokens)
+        self._reducer.advance()
 
     def finish_step(self, step: int) -> None:
         """Finish an open step and those before it; see `DataPlane.finish`."""
@@ -195,8 +199,7 @@ class Session:
         next_step = self._reduce_finished(is_end=True)
         # All ranks were handed the same batches. Their reductions must end, although nobody uses the results.
         self._post_before(self.ledger.next_step, unfinished_from=next_step)
-        # A resume serves the unfinished steps again: they are not part of this attempt.
-        self._apply_reductions([r for r in self._reducer.drain() if r.statistics.step < next_step])
+        self._apply_reductions(self._reducer.drain(), log_before=next_step)
         self._poll_plans_until(lambda: self._plans.is_settled(self.ledger.last_chunk_to_plan))
         return next_step
 
@@ -258,7 +261,7 @@ class Session:
         }
         plan = self._delivered_plans[chunk]
         self._recorder.log_chunk(
-            plan, self._source, self._plans.plan_s, self._plans.broadcast_s, hears_losses=self._hears_losses()
+            plan, self._source, self._plans.plan_s, self._plans.broadcast_s, hears_losses=self._silence.enter_chunk()
         )
 
     def _plan_of(self, data_step: int) -> ChunkPlan:
@@ -295,11 +298,10 @@ class Session:
     def _post_before(self, end: int, unfinished_from: int | None = None) -> None:
         """Start the reductions of the open steps before `end`; from `unfinished_from` on without their losses."""
         for step in self._steps.take_before(end):
-            sums = np.zeros((NUM_BUFFER_ROWS, self._source.num_domains), np.int64)
-            if unfinished_from is None or step.number < unfinished_from:
-                sums = step.losses.total()
             stop, save = self._flags.take(step.number)
-            self._reducer.post(step.number, sums, RankFlags(stop=stop, save=save, digest=step.plan_digest))
+            flags = RankFlags(stop=stop, save=save, digest=step.plan_digest, contents=step.contents)
+            is_counted = unfinished_from is None or step.number < unfinished_from
+            self._reducer.post_losses(step.number, step.losses, flags, is_counted=is_counted)
 
     def _reduce_finished(self, is_end: bool) -> int:
         """Agree on the last finished step, wait for its reduction, and return one past it. **Collective.**
@@ -334,35 +336,17 @@ class Session:
         self._apply_reductions(self._reducer.wait_for(newest))
         return max(newest, self._first_step)
 
-    def _hears_losses(self) -> bool | None:
-        """Return whether a mixture that learns had losses in the last `feedback_lag` + 2 chunks; warn once if not.
-
-        None for a mixture that does not learn.
-        """
-        config = self._source.config
-        self._chunks_without_loss += 1
-        if config.mixture.kind != "dynamic":
-            return None
-        # The chunk that begins now is the one after them.
-        first_silent = config.dataplane.feedback_lag + 3
-        if self._chunks_without_loss == first_silent and self._comm.rank == 0:
-            logger.warning(
-                "The mixture is dynamic, but no losses were recorded in the last %d chunks, so it does not change.\n"
-                "  Call record(batch, loss) after every step, or choose a mixture that does not learn.",
-                config.dataplane.feedback_lag + 2,
-            )
-        return self._chunks_without_loss < first_silent
-
-    def _apply_reductions(self, results: list[StepResult]) -> None:
+    def _apply_reductions(self, results: list[StepResult], log_before: int | None = None) -> None:
+        """Pass results on; steps from `log_before` on are not logged, because a resume serves them again."""
         for result in results:
             # Results arrive in order of steps, which the mixing algorithm relies on.
             self._requests.add(result)
-            if result.statistics.num_sequences.any():
-                self._chunks_without_loss = 0
+            self._silence.hear(result.statistics)
             if self._comm.rank == 0:
                 self._mixture.feed(result.statistics)
             self._completed.append(result.statistics)
-            self._recorder.log_reduction(result.statistics, result.reduce_s)
+            if log_before is None or result.statistics.step < log_before:
+                self._recorder.log_reduction(result.statistics, result.reduce_s)
 
     def _poll_mixture_request(self) -> None:
         """Decide on a request for another mixture, if there is one; only rank 0 sees requests."""

@@ -23,6 +23,7 @@ __all__ = [
     "check_reductions_are_exact_integers",
     "check_requests_complete_in_any_order",
     "check_shared_arrays_are_read_only_copies",
+    "check_split_separates_colors",
 ]
 
 LARGE = 300_001
@@ -97,6 +98,24 @@ def check_duplicates_do_not_mix_messages(comm: Communicator) -> None:
     assert (int(ones[0]), int(twos[0])) == (1, 2)
 
 
+def check_split_separates_colors(comm: Communicator) -> None:
+    """Check that `Split` returns the ranks of one color in order, and that colors communicate by themselves."""
+    for num_colors in (1, 2, comm.size):
+        color = comm.rank % num_colors
+        part = comm.Split(color)
+        members = list(range(color, comm.size, num_colors))
+        assert (part.rank, part.size) == (members.index(comm.rank), len(members))
+        assert part.Allgather(np.array([comm.rank], np.int64))[:, 0].tolist() == members
+        content = np.array([comm.rank if part.rank == part.size - 1 else -1], np.int64)
+        wait(part.Ibcast(content, part.size - 1))
+        assert content[0] == members[-1]
+        # Only one color takes part, and none waits for the others.
+        if color == 0:
+            assert part.Allreduce(np.array([1], np.int64)).tolist() == [len(members)]
+        assert part.Dup().size == part.size
+    comm.Barrier()
+
+
 def check_shared_arrays_are_read_only_copies(comm: Communicator) -> None:
     """Check that `Allocate_shared` gives every rank the array of rank 0, read-only."""
     for array in (np.arange(LARGE, dtype=np.int64), np.ones((7, 3), np.float32), np.zeros(0, np.uint8)):
@@ -145,6 +164,7 @@ CHECKS: tuple[Callable[[Communicator], None], ...] = (
     check_allgather_stacks_by_rank,
     check_requests_complete_in_any_order,
     check_duplicates_do_not_mix_messages,
+    check_split_separates_colors,
     check_shared_arrays_are_read_only_copies,
     check_counters_are_atomic,
     check_bcast_bytes_keeps_every_byte,

@@ -23,7 +23,7 @@ Arrays = dict[int, NDArray[Any]]
 """Rank → the array that it contributes to a collective."""
 
 CallKey = tuple[tuple[int, ...], int]
-"""One collective call of all ranks: the `Dup` calls that lead to the communicator, and the number of the call on it."""
+"""One collective call of all ranks: the path that leads to the communicator, and the number of the call on it."""
 
 _REDUCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min}
 
@@ -32,7 +32,6 @@ _REDUCTIONS: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min
 class _ThreadJob:
     """State shared by the ranks of one job; guarded by `lock`."""
 
-    size: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     contributions: dict[CallKey, Arrays] = field(default_factory=dict)
     num_finished: dict[CallKey, int] = field(default_factory=dict)
@@ -45,9 +44,10 @@ class _ThreadRequest:
     """The pending collective of one rank: it completes when all `senders` have contributed."""
 
     def __init__(
-        self, job: _ThreadJob, key: CallKey, senders: tuple[int, ...], finish: Callable[[Arrays], None]
+        self, job: _ThreadJob, key: CallKey, size: int, senders: tuple[int, ...], finish: Callable[[Arrays], None]
     ) -> None:
         self._job = job
+        self._size = size
         self._key = key
         self._senders = senders
         self._finish = finish
@@ -71,7 +71,7 @@ class _ThreadRequest:
     def _free_if_last(self) -> None:
         num_finished = self._job.num_finished.get(self._key, 0) + 1
         self._job.num_finished[self._key] = num_finished
-        if num_finished == self._job.size:
+        if num_finished == self._size:
             del self._job.contributions[self._key]
             del self._job.num_finished[self._key]
 
@@ -99,20 +99,26 @@ class ThreadCommunicator:
 
     hostname = "localhost"
 
-    def __init__(self, job: _ThreadJob, rank: int, path: tuple[int, ...] = ()) -> None:
+    def __init__(self, job: _ThreadJob, rank: int, size: int, path: tuple[int, ...] = ()) -> None:
         self.rank = rank
-        self.size = job.size
+        self.size = size
         self.local_rank = rank
-        self.local_size = job.size
+        self.local_size = size
         self._job = job
         self._path = path
-        """Numbers of the `Dup` calls that lead to this communicator; equal on all ranks."""
+        """Numbers of the `Dup` and `Split` calls that lead to this communicator, and colors; equal on all its ranks."""
         self._num_calls = 0
         self._num_duplicates = 0
 
     def Dup(self) -> "ThreadCommunicator":
         self._num_duplicates += 1
-        return ThreadCommunicator(self._job, self.rank, (*self._path, self._num_duplicates))
+        return ThreadCommunicator(self._job, self.rank, self.size, (*self._path, self._num_duplicates))
+
+    def Split(self, color: int) -> "ThreadCommunicator":
+        members = np.flatnonzero(self.Allgather(np.array([color]))[:, 0] == color).tolist()
+        self._num_duplicates += 1
+        path = (*self._path, self._num_duplicates, color)
+        return ThreadCommunicator(self._job, members.index(self.rank), len(members), path)
 
     def Barrier(self) -> None:
         self.Allgather(np.zeros(1))
@@ -181,7 +187,7 @@ class ThreadCommunicator:
         key = (self._path, self._num_calls)
         with self._job.lock:
             self._job.contributions.setdefault(key, {})[self.rank] = contribution
-        return _ThreadRequest(self._job, key, senders, finish)
+        return _ThreadRequest(self._job, key, self.size, senders, finish)
 
 
 def run_ranks(num_ranks: int, body: Callable[[ThreadCommunicator], T]) -> list[T]:
@@ -189,13 +195,13 @@ def run_ranks(num_ranks: int, body: Callable[[ThreadCommunicator], T]) -> list[T
 
     If a rank fails, the others fail at their next collective, and the first exception is raised.
     """
-    job = _ThreadJob(num_ranks)
+    job = _ThreadJob()
     results: list[Any] = [None] * num_ranks
     failures: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
-            results[rank] = body(ThreadCommunicator(job, rank))
+            results[rank] = body(ThreadCommunicator(job, rank, num_ranks))
         except BaseException as error:
             failures.append(error)
             job.failed = True

@@ -21,11 +21,12 @@ MAX_UNDECIDED = 16
 class OpenStep:
     """One step that is not finished on this rank, or finished and not reduced yet."""
 
-    def __init__(self, batch: Batch, num_domains: int) -> None:
+    def __init__(self, batch: Batch, num_domains: int, num_parts: int) -> None:
         """Begin without losses."""
         self.number = batch.step
         self.plan_digest = batch.plan_digest
-        self.losses = StepLosses(batch, num_domains)
+        self.contents = tuple(batch.digests or ())
+        self.losses = StepLosses(batch, num_domains, num_parts)
         self.was_finished_by_name = False
 
     @property
@@ -37,9 +38,16 @@ class OpenStep:
 class OpenSteps:
     """The open steps of one rank, in order."""
 
-    def __init__(self, num_domains: int, max_unfinished: int) -> None:
-        """Begin without open steps; `max_unfinished` is the number of batches that a trainer may hold."""
+    def __init__(self, num_domains: int, max_unfinished: int, num_parts: int = 1) -> None:
+        """Begin without open steps.
+
+        Args:
+            num_domains: K.
+            max_unfinished: number of batches that a trainer may hold.
+            num_parts: into how many parts the ranks of a group cut the losses of every sequence.
+        """
         self._num_domains = num_domains
+        self._num_parts = num_parts
         self._steps: deque[OpenStep] = deque()
         self.max_undecided = min(max_unfinished, MAX_UNDECIDED)
         """Batches handed out before this rank decides whether its trainer says when a step is finished."""
@@ -55,7 +63,7 @@ class OpenSteps:
 
     def add(self, batch: Batch) -> None:
         """Record that `batch` was handed to the trainer."""
-        self._steps.append(OpenStep(batch, self._num_domains))
+        self._steps.append(OpenStep(batch, self._num_domains, self._num_parts))
 
     def named(self, step: int, caller: str) -> OpenStep:
         """Return an open step that the trainer names.

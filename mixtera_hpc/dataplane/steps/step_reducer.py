@@ -1,7 +1,10 @@
 """Per-domain losses on their way to all ranks: one non-blocking integer reduction per step, overlapping the next step.
 
-The same reduction carries what ranks must agree on: requests to stop or save, and the digest of the plan they serve.
-Price: 32 bytes per domain and step.
+The same reduction carries what ranks must agree on: requests to stop or save, the digest of the plan they serve, and
+with `dataplane.audit` whether peers were handed the same sequences. Price: 32 bytes per domain and step.
+
+If several ranks record parts of each sequence, the parts meet inside the group first (`loss_parts`), and only the
+leader of each group takes part in the sum with its losses.
 """
 
 import hashlib
@@ -15,6 +18,8 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
+from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 from mixtera_hpc.errors import CommError
 
 __all__ = ["AgreedRequests", "RankFlags", "StepReducer", "StepResult"]
@@ -24,8 +29,9 @@ Ints = NDArray[np.int64]
 DIGEST_MASK = (1 << 32) - 1
 """The bits of a digest that are compared: sums of 32-bit numbers over all ranks fit into an int64."""
 
-NUM_FLAGS = 4
-"""Integers that follow the losses in the buffer: stop, save, sum of the group numbers that recorded, digest."""
+NUM_FLAGS = 6
+"""Integers that follow the losses in the buffer: stop, save, whether a group recorded in part, how far the contents of
+peers differ, sum of the group numbers that recorded, digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +42,8 @@ class RankFlags:
     save: bool
     digest: int
     """Digest of the plan that it served the step from."""
+    contents: tuple[str, ...] = ()
+    """With `dataplane.audit`, the digest of every sequence that it handed out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +67,32 @@ class _Reduction:
     buffer: Ints
     result: Ints
     request: CollectiveRequest
+    contents: tuple[str, ...]
+    num_recorded: int
+    """Tokens that this rank recorded, of a step whose parts did not fit together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Merge:
+    """A step whose parts are on their way inside the group."""
+
+    step: int
+    flags: RankFlags
+    pending: PendingParts
+    num_recorded: int
 
 
 class StepReducer:
     """Reductions of consecutive steps, in order."""
 
-    def __init__(self, comm: Communicator, num_domains: int, global_batch_size: int, batch_slice: BatchSlice) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        num_domains: int,
+        global_batch_size: int,
+        batch_slice: BatchSlice,
+        parts: PartLayout | None = None,
+    ) -> None:
         """Reduce over a duplicate of `comm`. **Collective.**
 
         Args:
@@ -72,6 +100,7 @@ class StepReducer:
             num_domains: K.
             global_batch_size: sequences of one step, over all groups of ranks.
             batch_slice: what this rank gets of every step; ranks of one group have equal ones.
+            parts: which part of every sequence this rank records; None if ranks record whole sequences.
         """
         self._comm = comm
         # When ranks agree on a mismatch, they have started different numbers of reductions. On one communicator, their
@@ -84,31 +113,65 @@ class StepReducer:
         hashes = [_hash_of(group) for group in range(global_batch_size // batch_slice.size)]
         self._group_hash = hashes[self._group]
         self._all_groups_hash = sum(hashes)
+        # Weights that add up to 0 in a group, so that equal contents do: the leader's outweighs all others.
+        num_peers = comm.size // len(hashes)
+        self._content_weight = 1 - num_peers if batch_slice.is_group_leader else 1
+        self._is_leader = batch_slice.is_group_leader
+        self._parts = LossParts(parts) if parts is not None else None
+        self._merging: deque[_Merge] = deque()
+        """Steps whose parts are on their way, in order; their reductions start after those of `_running`."""
         self._running: deque[_Reduction] = deque()
         self._results: list[StepResult] = []
         """Complete, and not returned yet."""
         self._mismatch: _Reduction | None = None
         """The first step that ranks served from different plans, or recorded in part."""
 
-    def post(self, step: int, rows: Ints, flags: RankFlags) -> None:
+    def post_losses(self, step: int, losses: StepLosses, flags: RankFlags, *, is_counted: bool) -> None:
+        """Start the reduction of `step`, or first that of its parts. Every rank starts those of all steps, in order.
+
+        Args:
+            step: the training step after the one of the previous call.
+            losses: what this rank recorded.
+            flags: what this rank reports about the step.
+            is_counted: False for a step that was not finished: its losses are left out.
+        """
+        if self._parts is None:
+            nothing = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
+            self.post(step, losses.total() if is_counted else nothing, flags)
+        else:
+            pending = self._parts.start(losses, is_counted)
+            self._merging.append(
+                _Merge(step=step, flags=flags, pending=pending, num_recorded=losses.num_recorded_tokens)
+            )
+
+    def advance(self) -> None:
+        """Start the reductions of the steps whose parts have met. Does not block, and is not collective."""
+        while self._merging and self._merging[0].pending.request.Test():
+            self._post_merged()
+
+    def post(self, step: int, rows: Ints, flags: RankFlags, *, is_partial: bool = False, num_recorded: int = 0) -> None:
         """Start the reduction of `step`. Every rank starts those of all steps, in order, at a time of its own.
 
         Args:
             step: the training step after the one of the previous call.
             rows: this rank's sums, shape (NUM_BUFFER_ROWS, K); see `core.statistics.accumulate_losses`.
             flags: what this rank reports about the step.
+            is_partial: whether the parts that the ranks of this group recorded do not fit together.
+            num_recorded: tokens that this rank recorded, if so.
         """
         vote = self._group_hash if rows[2].any() else 0
-        tail = [int(flags.stop), int(flags.save), vote, flags.digest & DIGEST_MASK]
+        content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
+        tail = [int(flags.stop), int(flags.save), int(is_partial), content, vote, flags.digest & DIGEST_MASK]
         # One buffer, so that losses and flags need a single collective.
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
         request = self._reductions.Iallreduce(buffer, result)
         # MPI owns both arrays until the request is complete; the entry keeps them alive.
-        self._running.append(_Reduction(step, buffer, result, request))
+        self._running.append(_Reduction(step, buffer, result, request, flags.contents, num_recorded))
 
     def poll(self) -> list[StepResult]:
         """Return the results that have become complete since the last call, in order."""
+        self.advance()
         while self._running and self._running[0].request.Test():
             self._complete_first(reduce_s=0.0)
         return self._take_results()
@@ -129,11 +192,24 @@ class StepReducer:
 
     def drain(self) -> list[StepResult]:
         """Return the same as `poll`, after waiting for all reductions, without checking them. **Collective.**"""
-        if self._running:
-            self._complete_to(self._running[-1].step)
+        last_steps = [*(r.step for r in self._running), *(m.step for m in self._merging)]
+        if last_steps:
+            self._complete_to(last_steps[-1])
         return self._take_results()
 
+    def _post_merged(self) -> None:
+        """Start the reduction of the oldest step whose parts have met."""
+        merge = self._merging.popleft()
+        losses = merge.pending.merge()
+        # All ranks of the group have the same sums; one of them contributes.
+        rows = losses.rows if self._is_leader else np.zeros_like(losses.rows)
+        num_recorded = merge.num_recorded if losses.is_partial else 0
+        self.post(merge.step, rows, merge.flags, is_partial=losses.is_partial, num_recorded=num_recorded)
+
     def _complete_to(self, step: int) -> None:
+        while self._merging and self._merging[0].step <= step:
+            wait(self._merging[0].pending.request)
+            self._post_merged()
         while self._running and self._running[0].step <= step:
             # Time spent here means that the network, or another rank, is slower than a step.
             began = time.perf_counter()
@@ -149,7 +225,7 @@ class StepReducer:
         """Move the oldest reduction to the results."""
         reduction = self._running.popleft()
         rows = reduction.result[:-NUM_FLAGS].reshape(NUM_BUFFER_ROWS, self._num_domains)
-        stop, save, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
+        stop, save, num_partial, content_sum, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
 
         # Equal digests add up to a multiple of this rank's own.
         own_digest = int(reduction.buffer[-1])
@@ -161,7 +237,7 @@ class StepReducer:
             num_sequences != num_copies * self._global_batch_size or votes != num_copies * self._all_groups_hash
         )
         statistics = statistics_from_buffer(reduction.step, rows // num_copies)
-        if (differs or is_partial) and self._mismatch is None:
+        if (differs or is_partial or num_partial or content_sum) and self._mismatch is None:
             self._mismatch = reduction
 
         self._results.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
@@ -177,6 +253,10 @@ class StepReducer:
         values, counts = np.unique(digests, return_counts=True)
         differing = np.flatnonzero(digests != values[np.argmax(counts)])
         if not len(differing):
+            if int(reduction.result[-NUM_FLAGS + 2]):
+                self._raise_misfit(reduction)
+            if int(reduction.result[-NUM_FLAGS + 3]):
+                self._raise_other_contents(reduction)
             self._raise_partial(reduction)
         raise CommError(
             f"Ranks {differing.tolist()} served step {reduction.step} from another plan: they use "
@@ -194,6 +274,40 @@ class StepReducer:
             f"Step {reduction.step} was recorded in part: ranks {silent.tolist()} did not record their losses, others "
             "did.\n  Call record() for every step in all data-parallel groups, on as many ranks in each, or in none."
         )
+
+    def _raise_misfit(self, reduction: _Reduction) -> None:
+        """Name the ranks whose parts of the losses do not add up to whole sequences. **Collective.**"""
+        is_partial = int(reduction.buffer[-NUM_FLAGS + 2])
+        by_rank = self._comm.Allgather(np.array([self._group, is_partial, reduction.num_recorded], np.int64))
+        group = int(by_rank[np.argmax(by_rank[:, 1]), 0])
+        ranks = np.flatnonzero(by_rank[:, 0] == group)
+        raise CommError(
+            f"Step {reduction.step} was recorded in part: ranks {ranks.tolist()} recorded "
+            f"{by_rank[ranks, 2].tolist()} tokens, which are not every token of their sequences exactly once.\n"
+            "  Call record(batch, loss, tokens=) on every rank along loss_parts, each with its own part; copies of a "
+            "part count once."
+        )
+
+    def _raise_other_contents(self, reduction: _Reduction) -> None:
+        """Name the ranks that were handed other sequences than the leader of their group. **Collective.**"""
+        own = np.array([self._group, *(int(content, 16) >> 1 for content in reduction.contents)], np.int64)
+        by_rank = self._comm.Allgather(own)
+        # The first rank of every group is its leader. Shape (ranks, sequences).
+        leaders = np.array([int(np.argmax(by_rank[:, 0] == group)) for group in by_rank[:, 0]])
+        differs = by_rank[:, 1:] != by_rank[leaders, 1:]
+        ranks = np.flatnonzero(differs.any(axis=1))
+        first = int(ranks[0])
+        position = int(by_rank[first, 0]) * differs.shape[1] + int(np.argmax(differs[first]))
+        raise CommError(
+            f"Ranks {ranks.tolist()} were handed other data than their model-parallel peers: in step {reduction.step}, "
+            f"position {position} differs between rank {first} and rank {leaders[first]}.\n"
+            "  Give all nodes the same installation, data and tokenizer."
+        )
+
+
+def _digest_of(contents: tuple[str, ...]) -> int:
+    """Return 32 bits that depend on the digests of all sequences."""
+    return int.from_bytes(hashlib.blake2b("".join(contents).encode(), digest_size=4).digest(), "little")
 
 
 def _hash_of(group: int) -> int:

@@ -1,0 +1,46 @@
+"""A mixture that learns, and a trainer that records no losses: the mixture never changes, which the user must know."""
+
+import logging
+
+import numpy as np
+
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.statistics import DomainStatistics
+
+__all__ = ["SilenceWatch"]
+
+logger = logging.getLogger("mixtera_hpc")
+
+
+class SilenceWatch:
+    """Counts the chunks without losses of one rank."""
+
+    def __init__(self, config: Config, rank: int) -> None:
+        """Begin before the first chunk; only rank 0 warns."""
+        self._learns = config.mixture.kind == "dynamic"
+        self._limit = config.dataplane.feedback_lag + 2
+        """Chunks without losses that are normal: their losses may be on their way."""
+        self._is_root = rank == 0
+        self._chunks_without_loss = 0
+
+    def enter_chunk(self) -> bool | None:
+        """Return whether there were losses in the last `feedback_lag` + 2 chunks; warn once if not.
+
+        None for a mixture that does not learn.
+        """
+        if not self._learns:
+            return None
+        self._chunks_without_loss += 1
+        # The chunk that begins now is the one after them.
+        if self._chunks_without_loss == self._limit + 1 and self._is_root:
+            logger.warning(
+                "The mixture is dynamic, but no losses were recorded in the last %d chunks, so it does not change.\n"
+                "  Call record(batch, loss) after every step, or choose a mixture that does not learn.",
+                self._limit,
+            )
+        return self._chunks_without_loss <= self._limit
+
+    def hear(self, statistics: DomainStatistics) -> None:
+        """Take the statistics of a step."""
+        if np.any(statistics.num_sequences):
+            self._chunks_without_loss = 0
