@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_TORCHTITAN := .venv-torchtitan
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
@@ -40,6 +41,17 @@ integrations-full: $(VENV)/.integrations-ready ## the same under every launcher
 
 $(VENV)/.integrations-ready: $(VENV)/.ready
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[integrations]'
+	@touch $@
+
+# torchtitan needs other versions of fsspec and huggingface_hub than .venv has. This environment sees .venv's packages,
+# and its own ones come first.
+$(VENV_TORCHTITAN)/.ready: $(VENV)/.integrations-ready constraints-torchtitan.txt
+	$(BIN)/python -m venv --clear --without-pip $(VENV_TORCHTITAN)
+	@base=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  own=$$($(VENV_TORCHTITAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"
+	$(VENV_TORCHTITAN)/bin/python -m pip install --quiet -c constraints-torchtitan.txt -e '.[torchtitan]'
+	ln -sf "$(CURDIR)/$(BIN)/mpiexec" $(VENV_TORCHTITAN)/bin/mpiexec
 	@touch $@
 
 check: setup ## lint, format, types, imports and layout

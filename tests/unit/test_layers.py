@@ -46,7 +46,7 @@ ONLY_IN = {
     "transformers": ["integrations/transformers.py"],
     "accelerate": ["integrations/transformers.py", "integrations/torch.py"],
     "lightning": ["integrations/lightning.py"],
-    "torchtitan": ["integrations/torchtitan.py"],
+    "torchtitan": ["integrations/torchtitan"],
     "megatron": ["integrations/megatron.py"],
     "submitit": ["launch/"],
     "matplotlib": ["report/"],

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mixtera_hpc"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
 INTEGRATIONS = sorted((PACKAGE / "integrations").glob("[!_]*.py"))
-LIBRARIES_OF_INTEGRATIONS = {"transformers", "accelerate", "lightning", "torchtitan", "torchdata", "megatron"}
+LIBRARIES_OF_INTEGRATIONS = {"transformers", "accelerate", "lightning", "torchtitan", "tyro", "torchdata", "megatron"}
 FROZEN_VERBS = {
     *("demo", "index", "query", "plan", "trace", "run", "submit", "sweep", "status", "logs", "cancel", "resume"),
     *("report", "check", "doctor", "mixture"),
