@@ -4,12 +4,10 @@ python huggingface.py --overrides experiment=demo --out runs/hf
 torchrun --nproc-per-node 2 huggingface.py …, or mpiexec -n 2 python huggingface.py …
 """
 
-import sys
-
 from command_line import TrainingRecord, parse_arguments
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
 
-from mixtera_hpc import DataPlane, Replicas, RunFolder, SavedAndStopped, compose
+from mixtera_hpc import DataPlane, Replicas, RunFolder, compose
 from mixtera_hpc.integrations.transformers import PlaneTrainer
 
 
@@ -68,6 +66,4 @@ with Replicas() as replicas, DataPlane.open(config, folder=RunFolder(arguments.o
     trainer.record = TrainingRecord(arguments.out, replicas.comm.rank)
     trainer.add_callback(EndOfStep())
     trainer.train(resume_from_checkpoint=arguments.resume)
-    if trainer.stopped:
-        sys.exit(SavedAndStopped.exit_code)
     trainer.save_state()

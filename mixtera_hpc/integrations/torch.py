@@ -15,6 +15,10 @@ from mixtera_hpc.errors import ConfigError
 
 __all__ = ["PlaneDataset", "as_tensors", "micro_batches"]
 
+CURE_FOR_HUGGING_FACE = (
+    "\n  With the Hugging Face Trainer, use mixtera_hpc.integrations.transformers.PlaneTrainer instead."
+)
+
 MAX_CALLERS = 4
 """Python frames between `PlaneDataset.__iter__` and the part of a loader that stacks batches."""
 
@@ -199,7 +203,7 @@ def _stacking_error() -> ConfigError:
         "A DataLoader with a batch_size got a PlaneDataset, and would stack whole batches. A PlaneDataset already "
         "yields the batches of this rank.\n"
         "  Use DataLoader(PlaneDataset(plane), batch_size=None). The sizes are dataplane.global_batch_size and "
-        "PlaneDataset(micro_batch_size=)."
+        "PlaneDataset(micro_batch_size=)." + CURE_FOR_HUGGING_FACE
     )
 
 
@@ -208,7 +212,7 @@ def _accelerate_error(setting: str) -> ConfigError:
         f"Accelerate has wrapped the loader of a PlaneDataset with {setting}. The data plane already gives every rank "
         "its own part.\n"
         "  Iterate over DataLoader(PlaneDataset(plane), batch_size=None) itself: do not pass it to "
-        "Accelerator.prepare(), and move the tensors to accelerator.device."
+        "Accelerator.prepare(), and move the tensors to accelerator.device." + CURE_FOR_HUGGING_FACE
     )
 
 

@@ -121,6 +121,12 @@ class PlaneTrainer(Trainer):
         loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
         return loader
 
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Return the sequences of the whole run on this rank, which the `Trainer` prints."""
+        number: int = super().num_examples(dataloader)
+        is_of_plane = isinstance(dataloader.dataset, PlaneDataset)
+        return number * self.args.per_device_train_batch_size if is_of_plane else number
+
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of the model for a micro-batch; override it to pass position ids, for example.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, pluralize
 
 __all__ = ["check_trainer_arguments", "check_training_arguments", "check_vocabulary"]
 
@@ -127,7 +127,8 @@ def _check_ranks(args: Any, plane: DataPlane) -> None:
     num_groups = _data_parallel_size(plane)
     if args.world_size != num_groups:
         raise ConfigError(
-            f"Accelerate sees {args.world_size} ranks, but the data plane has {num_groups} data-parallel ranks.\n"
+            f"Accelerate sees {pluralize(args.world_size, 'rank')}, but the data plane has "
+            f"{pluralize(num_groups, 'data-parallel rank')}.\n"
             "  Open Replicas() before TrainingArguments are created. On CPUs, set use_cpu=True as well. Leave "
             "dataplane.model_parallel_size at 1."
         )
@@ -139,11 +140,12 @@ def _check_batch_size(args: Any, plane: DataPlane) -> None:
     accumulation = args.gradient_accumulation_steps
     num_groups = _data_parallel_size(plane)
     global_batch_size = plane.config.dataplane.global_batch_size
-    if micro_batch_size * accumulation * num_groups != global_batch_size:
+    num_sequences = micro_batch_size * accumulation * num_groups
+    if num_sequences != global_batch_size:
         raise ConfigError(
             f"dataplane.global_batch_size is {global_batch_size}, but an optimizer step takes "
             f"per_device_train_batch_size={micro_batch_size} × gradient_accumulation_steps={accumulation} × "
-            f"{num_groups} data-parallel ranks = {micro_batch_size * accumulation * num_groups} sequences.\n"
+            f"{pluralize(num_groups, 'data-parallel rank')} = {num_sequences} sequences.\n"
             "  Make both numbers equal."
         )
 

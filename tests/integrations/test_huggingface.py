@@ -1,8 +1,89 @@
 """The Hugging Face `Trainer` on a data plane: the conformance suite, and what is refused."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
 from .conformance import TrainerConformance
 from .launching import Example
+
+REFUSALS = Path(__file__).with_name("huggingface_refusals_program.py")
+PLANE_TRAINER = "With the Hugging Face Trainer, use mixtera_hpc.integrations.transformers.PlaneTrainer"
 
 
 class TestHuggingFace(TrainerConformance):
     example = Example(script="huggingface.py")
+
+
+def answers(collection: list[str], out: Path, ranks: int) -> list[dict[str, Any]]:
+    """Return what every rank was answered with in each case."""
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    words = ["dataplane.seq_len=16", f"dataplane.global_batch_size={4 * ranks}", "dataplane.chunk_steps=2"]
+    command = [sys.executable, *launcher, str(REFUSALS), str(out), *collection, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+
+
+@pytest.fixture(scope="module")
+def alone(collection: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    (answer,) = answers(collection, tmp_path_factory.mktemp("alone"), 1)
+    return answer
+
+
+@pytest.mark.integrations
+@pytest.mark.parametrize("name", ["accumulation", "dispatch_batches=False", "held out"])
+def test_settings_that_fit_are_trained_with(name: str, alone: dict[str, str]) -> None:
+    assert alone[name] == "trained"
+
+
+@pytest.mark.integrations
+@pytest.mark.parametrize(
+    ("name", "problem", "cure"),
+    [
+        (
+            "batch size",
+            "per_device_train_batch_size=2 × gradient_accumulation_steps=3 × 1 data-parallel rank = 6 sequences",
+            "Make both numbers equal",
+        ),
+        ("workers", "dataloader_num_workers is 2", "dataplane.workers"),
+        ("max_steps", "max_steps is -1", "Set max_steps"),
+        ("split_batches", "split_batches is True", "Leave split_batches out"),
+        ("dispatch_batches", "dispatch_batches is True", "Leave dispatch_batches out"),
+        ("group_by_length", "train_sampling_strategy is 'group_by_length'", "Leave it at 'random'"),
+        ("data_seed", "data_seed is 3", "dataplane.seed"),
+        ("auto_find_batch_size", "auto_find_batch_size is True", "raise gradient_accumulation_steps"),
+        ("label_smoothing", "label_smoothing_factor is 0.1", "override token_losses()"),
+        ("average_tokens", "average_tokens_across_devices is False", "Leave it at True"),
+        ("train_dataset", "got a train_dataset", "Leave it out"),
+        ("compute_loss_func", "got a compute_loss_func", "Override PlaneTrainer.token_losses()"),
+        ("compute_metrics", "got compute_metrics", "pass an eval_dataset"),
+        ("nothing held out", "query.holdout.fraction is 0", "Set query.holdout.fraction"),
+        ("vocabulary", "vocab_size is 100, but the tokenizer of the data has 512", "dataplane.tokenizer"),
+        ("samples", "mixture.unit is samples", "Set mixture.unit=tokens"),
+        ("twice", "begins at step 0, but the data plane at step 2", "resume_from_checkpoint=True"),
+        ("foreign checkpoint", "has no dataplane.npz", "that a PlaneTrainer has written"),
+        ("plain", "wrapped the loader of a PlaneDataset", PLANE_TRAINER),
+        ("plain with workers", "PlaneDataset", PLANE_TRAINER),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(name: str, problem: str, cure: str, alone: dict[str, str]) -> None:
+    assert alone[name].startswith("ConfigError: ")
+    assert problem in alone[name]
+    assert cure in alone[name]
+
+
+@pytest.mark.integrations
+def test_two_ranks_that_do_not_share_a_batch_are_refused(collection: list[str], tmp_path: Path) -> None:
+    both = answers(collection, tmp_path, 2)
+
+    assert sorted(answer["rank"] for answer in both) == [0, 1]
+    for answer in both:
+        assert PLANE_TRAINER in answer["plain"]
+        assert PLANE_TRAINER in answer["plain with dispatch_batches=False"]
+        assert "Accelerate sees 1 rank, but the data plane has 2 data-parallel ranks" in answer["one rank each"]
+        assert "set use_cpu=True" in answer["one rank each"]
