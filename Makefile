@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VENV_TORCHTITAN := .venv-torchtitan
+TRAINERS := $(VENV)/.integrations-ready $(VENV_TORCHTITAN)/.ready
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
@@ -33,11 +34,11 @@ test: setup ## run all tests
 test-fast: setup ## run the unit tests that take no more than some seconds, on two processes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
 
-integrations: $(VENV)/.integrations-ready ## launch the example of every trainer, two ranks under torchrun; some minutes
-	$(BIN)/python -m pytest -q -m "integrations and not slow" tests/integrations
+integrations: $(TRAINERS) ## launch the example of every trainer, two ranks under torchrun; some minutes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "integrations and not slow" tests/integrations
 
-integrations-full: $(VENV)/.integrations-ready ## the same under every launcher
-	$(BIN)/python -m pytest -q -m integrations tests/integrations
+integrations-full: $(TRAINERS) ## the same under every launcher
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m integrations tests/integrations
 
 $(VENV)/.integrations-ready: $(VENV)/.ready
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[integrations]'

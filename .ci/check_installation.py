@@ -18,6 +18,9 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXTRAS = "mpi,train,report,slurm,track,integrations"
+EXTRAS_APART = "train,torchtitan"
+"""Those that need an environment of their own."""
+
 TORCH_OF_AN_IMAGE = "2.9.0a0+50eac811a6.nv25.9"
 """Like that of NGC: a development version that no package index has."""
 
@@ -78,18 +81,18 @@ def check_torch_stays(folder: Path, wheel: Path) -> None:
     print(f"torch {TORCH_OF_AN_IMAGE} stays beside mixtera-hpc[{EXTRAS}] and {len(packages) - 2} other packages")
 
 
-def check_wheels(folder: Path, python_version: str, links: Path) -> None:
-    """Resolve every extra for aarch64 from wheels only. Environment markers are those of this machine."""
+def check_wheels(folder: Path, python_version: str, links: Path, extras: str) -> None:
+    """Resolve extras for aarch64 from wheels only. Environment markers are those of this machine."""
     python = folder / "resolver/bin/python"
     report = folder / f"report-{python_version}.json"
     platforms = [f"--platform={name}" for name in AARCH64]
     target = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python_version}", *platforms]
     words = ["--dry-run", "--ignore-installed", f"--target={folder / 'nothing'}", f"--report={report}"]
-    call(python, "-m", "pip", "install", "--quiet", *words, *target, f"--find-links={links}", f"mixtera-hpc[{EXTRAS}]")
+    call(python, "-m", "pip", "install", "--quiet", *words, *target, f"--find-links={links}", f"mixtera-hpc[{extras}]")
 
     urls = [package["download_info"]["url"] for package in json.loads(report.read_text())["install"]]
     compiled = [url for url in urls if url.endswith("aarch64.whl")]
-    print(f"Python {python_version}, aarch64: {len(urls)} wheels, {len(compiled)} of them compiled")
+    print(f"[{extras}], Python {python_version}, aarch64: {len(urls)} wheels, {len(compiled)} of them compiled")
 
 
 def python_versions() -> list[str]:
@@ -109,7 +112,8 @@ def main() -> None:
         print(f"{datetime.now(UTC):%Y-%m-%d}; built from source: {', '.join(SOURCE_ONLY)}")
         check_torch_stays(folder, wheel)
         for version in python_versions():
-            check_wheels(folder, version, links)
+            check_wheels(folder, version, links, EXTRAS)
+            check_wheels(folder, version, links, EXTRAS_APART)
 
 
 if __name__ == "__main__":
