@@ -52,7 +52,9 @@ $(VENV_TORCHTITAN)/.ready: $(VENV)/.integrations-ready constraints-torchtitan.tx
 	  own=$$($(VENV_TORCHTITAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"
 	$(VENV_TORCHTITAN)/bin/python -m pip install --quiet -c constraints-torchtitan.txt -e '.[torchtitan]'
-	ln -sf "$(CURDIR)/$(BIN)/mpiexec" $(VENV_TORCHTITAN)/bin/mpiexec
+	@# A link would not do: mpiexec looks for its other programs in the folder that it was called from.
+	printf '#!/bin/sh\nexec "%s" "$$@"\n' "$(CURDIR)/$(BIN)/mpiexec" > $(VENV_TORCHTITAN)/bin/mpiexec
+	chmod +x $(VENV_TORCHTITAN)/bin/mpiexec
 	@touch $@
 
 check: setup ## lint, format, types, imports and layout
