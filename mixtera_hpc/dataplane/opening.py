@@ -14,6 +14,7 @@ from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt, write_config_if_missing
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.group_delivery import check_delivery
 from mixtera_hpc.dataplane.reading.rank_layout import (
     coordinate_in_mesh,
     gather_coordinates,
@@ -91,9 +92,12 @@ def _open_resources(
         batch_slice = BatchSlice.of(config.dataplane, comm.rank, comm.size)
     else:
         batch_slice = slice_in_layout(config.dataplane, comm.rank, coordinates)
-    parts: PartLayout | None = None
-    if part[1] > 1:
+    group: Communicator | None = None
+    has_peers = comm.size * batch_slice.size > config.dataplane.global_batch_size
+    if has_peers and (part[1] > 1 or config.dataplane.delivery == "lead"):
         group = comm.Split(batch_slice.first // batch_slice.size)
+    parts: PartLayout | None = None
+    if group is not None and part[1] > 1:
         parts = PartLayout(part=part[0], num_parts=part[1], group=group)
 
     pinned = config
@@ -105,6 +109,8 @@ def _open_resources(
     is_root = comm.rank == 0
     subset = subset_of_run(options.folder if is_root else None, options.split)
     source = open_source(pinned, comm, subset=subset)
+    if group is not None and config.dataplane.delivery == "lead":
+        check_delivery(source)
 
     is_audited = config.dataplane.audit and batch_slice.is_group_leader
     return PlaneResources(
@@ -112,6 +118,7 @@ def _open_resources(
         comm=comm,
         batch_slice=batch_slice,
         data_parallel_ranks=coordinates,
+        group=group,
         parts=parts,
         folder=options.folder,
         recorder=_open_recorder(config, comm, options, is_audited=is_audited),

@@ -24,6 +24,8 @@ class PlaneResources:
     batch_slice: BatchSlice
     data_parallel_ranks: Sequence[int] | None
     """Data-parallel coordinate of every rank; None if ranks of one group are neighbours."""
+    group: Communicator | None
+    """The ranks that get the same batches as this one; None if no message passes between them."""
     parts: PartLayout | None
     """Which part of every sequence this rank records; None if ranks record whole sequences."""
     control: RunControl

@@ -23,9 +23,8 @@ from mixtera_hpc.dataplane.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch, positions_of, step_of
-from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
+from mixtera_hpc.dataplane.reading.group_delivery import open_feed
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.workers import open_batch_source
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
@@ -109,7 +108,7 @@ class Session:
         self._record_start(resources.data_parallel_ranks)
         self._poll_mixture_request()
         # Last, so that no thread or process is left behind if the above fails.
-        self._prefetcher = Prefetcher(open_batch_source(source, self._slice), plane.prefetch_batches)
+        self._feed = open_feed(source, self._slice, resources.group)
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -147,6 +146,7 @@ class Session:
         losses = self._steps.named(step_of(batch), "record").losses
         losses.add(loss, losses.rows_at(positions_of(batch), rows), tokens, num_tokens)
         self._reducer.advance()
+        self._feed.advance()
 
     def finish_step(self, step: int) -> None:
         """Finish an open step and those before it; see `DataPlane.finish`."""
@@ -201,12 +201,13 @@ class Session:
         self._post_before(self.ledger.next_step, unfinished_from=next_step)
         self._apply_reductions(self._reducer.drain(), log_before=next_step)
         self._poll_plans_until(lambda: self._plans.is_settled(self.ledger.last_chunk_to_plan))
+        self._feed.finish()
         return next_step
 
     def close(self, orderly: bool) -> None:
         """Stop the threads; a rank that fails (not `orderly`) does not wait long for a read in progress."""
         # The thread may be inside a read that a broken file system never answers.
-        self._prefetcher.close(timeout_s=None if orderly else ABANDON_S)
+        self._feed.close(timeout_s=None if orderly else ABANDON_S)
         self._mixture.close()
 
     def _record_start(self, data_parallel_ranks: Sequence[int] | None) -> None:
@@ -232,7 +233,7 @@ class Session:
             self._poll_plans()
             try:
                 # Waits in the queue, so that the reading thread gets the interpreter.
-                return self._prefetcher.get(POLL_S)
+                return self._feed.get(POLL_S)
             except queue.Empty:
                 continue
 
@@ -242,7 +243,7 @@ class Session:
         if plan is not None:
             self._delivered_plans[plan.chunk] = plan
             self._recorder.record_plan(plan)
-            self._prefetcher.submit(plan, self.ledger.next_step)
+            self._feed.submit(plan, self.ledger.next_step)
 
     def _poll_plans_until(self, condition: Callable[[], bool]) -> None:
         while not condition():

@@ -61,6 +61,12 @@ class Prefetcher:
             raise item
         return None
 
+    def advance(self) -> None:
+        """Do nothing: no other rank waits for these batches."""
+
+    def finish(self) -> None:
+        """Do nothing: no other rank waits for these batches."""
+
     def close(self, timeout_s: float | None = None) -> None:
         """Stop the thread and drop the batches that it has prepared.
 
