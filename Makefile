@@ -52,7 +52,8 @@ $(VENV_TORCHTITAN)/.ready: $(VENV)/.integrations-ready constraints-torchtitan.tx
 	  own=$$($(VENV_TORCHTITAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"
 	$(VENV_TORCHTITAN)/bin/python -m pip install --quiet -c constraints-torchtitan.txt -e '.[torchtitan]'
-	@# A link would not do: mpiexec looks for its other programs in the folder that it was called from.
+	@# mpi4py looks for the MPI library below its own Python. mpiexec looks for its other programs where it was called.
+	ln -sfn $(CURDIR)/$(VENV)/lib/*mpi* $(VENV_TORCHTITAN)/lib/
 	printf '#!/bin/sh\nexec "%s" "$$@"\n' "$(CURDIR)/$(BIN)/mpiexec" > $(VENV_TORCHTITAN)/bin/mpiexec
 	chmod +x $(VENV_TORCHTITAN)/bin/mpiexec
 	@touch $@
