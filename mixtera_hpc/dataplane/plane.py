@@ -220,8 +220,11 @@ class DataPlane:
         """
         self._started_session().expect_loader()
 
-    def held_out(self) -> HeldOutBatches:
+    def held_out(self, folder: RunFolder | None = None) -> HeldOutBatches:
         """Open the samples that `query.holdout` excludes from training, for the same layout of ranks. **Collective.**
+
+        Args:
+            folder: folder of the run, whose dropped samples are left out; None: the one that `open` was given.
 
         Raises:
             MixtureError: less than one global batch is held out.
@@ -231,7 +234,7 @@ class DataPlane:
             self.config,
             resources.comm,
             resources.batch_slice,
-            folder=resources.folder,
+            folder=folder or resources.folder,
             parts=resources.parts,
             log=resources.recorder.log_validation,
         )

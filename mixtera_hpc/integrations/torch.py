@@ -77,10 +77,9 @@ class PlaneDataset(IterableDataset[Any]):
         """
         if get_worker_info() is not None:
             raise _worker_processes_error()
-        # A generator would find the loader only when the first batch is fetched.
-        if _is_stacked_by_loader():
-            raise _stacking_error()
-        return self._batches()
+        # Only now can the loader be seen. The error waits for the first batch: after one from here, Lightning raises
+        # another error while it cleans up.
+        return self._batches(_stacking_error() if _is_stacked_by_loader() else None)
 
     def __len__(self) -> int:
         """Return the number of micro-batches of the whole run, also after a resume.
@@ -112,7 +111,9 @@ class PlaneDataset(IterableDataset[Any]):
         """Refuse to be pickled, which a loader does to start worker processes by spawning."""
         raise _worker_processes_error()
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, error: ConfigError | None) -> Iterator[Any]:
+        if error is not None:
+            raise error
         self._plane.expect_loader()
         if self._is_at_end:
             return

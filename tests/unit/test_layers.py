@@ -45,7 +45,7 @@ ONLY_IN = {
     ],
     "transformers": ["integrations/transformers.py"],
     "accelerate": ["integrations/transformers.py", "integrations/torch.py"],
-    "lightning": ["integrations/lightning.py"],
+    "lightning": ["integrations/lightning"],
     "torchtitan": ["integrations/torchtitan"],
     "megatron": ["integrations/megatron.py"],
     "submitit": ["launch/"],
