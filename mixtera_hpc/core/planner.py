@@ -7,8 +7,9 @@ nodes or readers.
 
 A chunk is cut into segments where a domain runs out of data. Inside a segment the weights are constant, and
 `core/apportion.py` decides the slots. With `on_exhausted="redistribute"` the weight and the lag of an exhausted domain
-go to the others, and the next segment starts. With `stop` and `repeat` the data ends with the last full step. Every
-rank finds the same segments, from integers that all ranks have.
+go to the others, and the next segment starts. With `stop` and `repeat` the data ends. Every rank finds the same
+segments, from integers that all ranks have. The last step of the data is full, unless `last_batch="pad"` adds a step
+with fewer sequences.
 """
 
 import hashlib
@@ -29,12 +30,16 @@ from mixtera_hpc.core.apportion import (
 )
 from mixtera_hpc.errors import CommError, MixtureError
 
-__all__ = ["ChunkPlan", "OnExhausted", "Planner", "PlannerState", "Slots"]
+__all__ = ["ChunkPlan", "LastBatch", "OnExhausted", "Planner", "PlannerState", "Slots"]
 
 OnExhausted = Literal["repeat", "redistribute", "stop"]
 """What happens when a domain has served its capacity: `redistribute` its weight, or end the data (`stop` and `repeat`).
 
 With `repeat` domains start over after an epoch, so their capacity is limited by `max_epochs` only.
+"""
+LastBatch = Literal["drop", "pad"]
+"""What happens to the sequences at the end of the data that do not fill a step: none of them is served, or a step with
+fewer sequences serves them.
 """
 Ints = NDArray[np.int64]
 
@@ -118,7 +123,10 @@ class ChunkPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
-    """All sequences of a chunk, in the order in which they are served; shape (num_steps * global_batch_size,) each."""
+    """All sequences of a chunk, in the order in which they are served.
+
+    The shape of each array is (num_steps * global_batch_size,), or less where the last step has fewer sequences.
+    """
 
     domain: NDArray[np.int32]
     ordinal: Ints
@@ -158,6 +166,7 @@ class Planner:
     chunk_steps: int
     """Steps in a chunk."""
     on_exhausted: OnExhausted
+    last_batch: LastBatch = "drop"
 
     # Beyond any run, and small enough that a sum of two capacities fits into an int64.
     UNLIMITED = 1 << 61
@@ -185,18 +194,20 @@ class Planner:
         """
         requested_slots = self.chunk_steps * self.global_batch_size
         num_slots = requested_slots
+        num_steps = self.chunk_steps
         start = self._first_segment_start(state, weights)
         remaining = np.maximum(self.capacity - state.cursors, 0)
 
         # No domain gets more than num_slots + 1 sequences. Segments are needed only where one may have fewer.
         if not remaining.min() > num_slots + 1:
-            served = sum(int(s.counts.sum()) for s in self._segments(start, remaining, num_slots))
-            # Only full steps are served.
-            num_slots = served - served % self.global_batch_size
+            num_slots = sum(int(s.counts.sum()) for s in self._segments(start, remaining, num_slots))
+            num_steps, num_left_over = divmod(num_slots, self.global_batch_size)
+            if num_left_over and self.last_batch == "pad":
+                num_steps += 1
         return ChunkPlan(
             chunk=state.chunk,
             first_step=state.step,
-            num_steps=num_slots // self.global_batch_size,
+            num_steps=num_steps,
             last=num_slots < requested_slots,
             cursors=state.cursors,
             lags=start.lags,

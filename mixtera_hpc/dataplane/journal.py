@@ -10,7 +10,7 @@ import bisect
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,12 +25,14 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.tracker import open_append
 
 __all__ = [
+    "PADDING_DIGEST",
     "AttemptRecord",
     "AttemptSetup",
     "AuditLog",
     "History",
     "Journal",
     "append_line",
+    "batch_digests",
     "last_attempt",
     "read_lines",
     "sample_digest",
@@ -38,9 +40,25 @@ __all__ = [
 ]
 
 
+PADDING_DIGEST = "0" * 16
+"""Stands for the digest of a row without a sequence."""
+
+
 def sequence_digest(tokens: NDArray[np.integer[Any]]) -> str:
     """Return 16 hex digits that depend on the tokens of one sequence."""
     return hashlib.blake2b(np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8).hexdigest()
+
+
+def batch_digests(contents: Iterable[Any], is_padding: NDArray[np.bool_], digest: Callable[[Any], str]) -> list[str]:
+    """Return the digest of every row of a batch, `PADDING_DIGEST` for rows that stand for no sequence.
+
+    Args:
+        contents: the tokens or the sample of every row.
+        is_padding: which rows stand for no sequence; shape (B,).
+        digest: `sequence_digest` or `sample_digest`.
+    """
+    rows = zip(contents, is_padding.tolist(), strict=True)
+    return [PADDING_DIGEST if padding else digest(content) for content, padding in rows]
 
 
 def sample_digest(payload: Any) -> str:

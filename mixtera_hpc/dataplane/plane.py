@@ -188,9 +188,11 @@ class DataPlane:
                 either say which sequences it holds; without them it holds all. Micro-batches need no `rows` then.
             loss: cross-entropy in nats of every predicted token; array or torch tensor on any device, shape (B, T).
                 Tokens outside `batch.loss_mask` do not count. Only tensors on an accelerator are kept beyond the call.
+                With `mixture.unit=samples` the loss of every sample, shape (B,).
             rows: which sequences of `batch` the losses belong to, for micro-batches.
             tokens: which predicted tokens of these sequences the losses belong to; None for all.
-            num_tokens: if `loss` has one sum per sequence, shape (B,), the number of tokens in each sum.
+            num_tokens: if `loss` has one sum per sequence, shape (B,), the number of tokens in each sum. That of a
+                sample is its weight, of which 0 leaves it out.
 
         Raises:
             ValueError: the step is finished or was not handed out, or the losses have another shape.

@@ -137,14 +137,15 @@ def as_tensors(batch: Batch) -> dict[str, Any]:
 
     Returns:
         `tokens` (B, T + 1) int64, `loss_mask` (B, T) bool, `document_ids` and `position_ids` (B, T + 1) int32,
-        `positions` (B,) and `domain_ids` (B,) int64, and `step`, int64 without dimensions. With `mixture.unit=samples`,
-        `payloads`, a list of B samples, stands for the first four.
+        `positions` and `domain_ids` (B,) int64, `is_padding` (B,) bool, and `step`, int64 without dimensions. With
+        `mixture.unit=samples`, `payloads`, a list of B samples, stands for the first four.
     """
     fields: dict[str, Any] = {"payloads": batch.payloads}
     if batch.payloads is None:
         fields = {name: torch.from_numpy(getattr(batch, name)) for name in _TOKEN_FIELDS}
     fields["positions"] = torch.from_numpy(batch.positions)
     fields["domain_ids"] = torch.from_numpy(batch.domain_ids)
+    fields["is_padding"] = torch.from_numpy(batch.is_padding)
     fields["step"] = torch.tensor(batch.step)
     return fields
 

@@ -39,6 +39,7 @@ IDENTITY_KEYS = (
     "dataplane.seq_len",
     "dataplane.overlap_one_token",
     "dataplane.global_batch_size",
+    "dataplane.last_batch",
     "dataplane.chunk_steps",
     "dataplane.feedback_lag",
     "dataplane.seed",

@@ -19,7 +19,9 @@ from mixtera_hpc.trace.list import served_sequences
 
 __all__ = ["RunDifference", "first_difference"]
 
-PLANNING_FIELDS = frozenset(["global_batch_size", "chunk_steps", "feedback_lag", "on_exhausted", "max_epochs"])
+PLANNING_FIELDS = frozenset(
+    ["global_batch_size", "last_batch", "chunk_steps", "feedback_lag", "on_exhausted", "max_epochs"]
+)
 """Fields of an identity that do not change the streams."""
 
 

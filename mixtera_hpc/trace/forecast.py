@@ -46,6 +46,8 @@ class MixtureForecast:
     steps_asked: int
     num_steps: int
     """Fewer than `steps_asked` if the data ends earlier."""
+    left_over: int
+    """Sequences at the end of the data that do not fill a global batch; 0 if the data does not end."""
     bytes_per_step: float
     """Bytes read from disk by all ranks together, for the documents that are used."""
     step: StepFootprint
@@ -74,6 +76,7 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
         unit=source.config.mixture.unit,
         steps_asked=num_steps,
         num_steps=state.step,
+        left_over=_left_over(segments, state, source.planner.global_batch_size),
         bytes_per_step=float(_bytes_per_item(source) @ served) / max(state.step, 1),
         step=step_footprint(source, served / max(state.step, 1)),
         domains=[
@@ -123,6 +126,12 @@ def _plan_segments(source: Source, num_steps: int) -> tuple[PlannerState, list[_
         if plan.last:
             break
     return state, segments
+
+
+def _left_over(segments: list[_ConstantRateSegment], state: PlannerState, batch_size: int) -> int:
+    """Return the sequences after the last full step, served with padding or not at all."""
+    num_sequences = sum(int(segment.counts.sum()) for segment in segments)
+    return num_sequences % batch_size if num_sequences != state.step * batch_size else 0
 
 
 def _available_sequences(source: Source) -> NDArray[np.float64]:

@@ -178,9 +178,10 @@ def sequences_of_plan(source: Source, streams: DomainStreams, plan: ChunkPlan, s
     for step in range(first, stop):
         # Plans count data steps, which include the steps that `resume --skip-steps` skipped.
         first_slot = (version.data_step(step) - plan.first_step) * size
-        for position in range(size):
-            domain = int(slots.domain[first_slot + position])
-            ordinal = int(slots.ordinal[first_slot + position])
+        # The last step may have fewer sequences.
+        for position, slot in enumerate(range(first_slot, min(first_slot + size, len(slots.domain)))):
+            domain = int(slots.domain[slot])
+            ordinal = int(slots.ordinal[slot])
             start, end = source.span(domain, ordinal, 1)
             yield {
                 "step": step,

@@ -52,7 +52,7 @@ def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> 
                     break
                 consumed.check_step(batch.step, batch.digests or [])
                 step = batch.step + 1
-                num_sequences += attempt.global_batch_size
+                num_sequences += int((~batch.is_padding).sum())
         maker.close()
 
     if step < end:

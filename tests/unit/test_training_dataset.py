@@ -101,6 +101,7 @@ def test_the_default_is_a_dict_of_tensors_with_the_tokens_first(collection: list
         "position_ids": ((4, 33), torch.int32),
         "positions": ((4,), torch.int64),
         "domain_ids": ((4,), torch.int64),
+        "is_padding": ((4,), torch.bool),
         "step": ((), torch.int64),
     }
     assert list(item) == list(shapes)

@@ -12,7 +12,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
-from mixtera_hpc.errors import ConfigError, MixtureError
+from mixtera_hpc.errors import ConfigError, MixtureError, pluralize
 from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture
 from mixtera_hpc.trace.list import planned_sequences
 
@@ -75,11 +75,29 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
             f"mixture or of the domains that run out{share}."
         )
 
+    if forecast.left_over:
+        console.print(_left_over_text(source, forecast.left_over))
+
     # The weights of these mixtures change during the run.
     if "dynamic" in (mixture.kind, *(stage.kind for stage in mixture.schedule.stages)):
         console.print("The mixture is learned while training; this is what its initial weights would serve.")
     if mixture.kind == "schedule":
         console.print("The mixture follows a schedule; the weights shown are those of step 0.")
+
+
+def _left_over_text(source: Source, left_over: int) -> str:
+    noun = pluralize(left_over, "sequence" if source.layout.in_tokens else "sample")
+    size = source.planner.global_batch_size
+    if source.planner.last_batch == "pad":
+        text = f"The last step has {noun} and {pluralize(size - left_over, 'row')} of padding."
+    else:
+        text = (
+            f"At the end {noun} do not fill a global batch of {size} and are not served; dataplane.last_batch=pad "
+            "serves them."
+        )
+    if source.layout.in_tokens:
+        text += " Of every domain that ends, tokens that do not fill a sequence are not served."
+    return text
 
 
 def _print_domains(source: Source, forecast: MixtureForecast) -> None:

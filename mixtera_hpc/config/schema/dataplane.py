@@ -23,6 +23,9 @@ class DataPlaneConfig:
     no token appears in two sequences, and every (seq_len + 1)th token is never predicted."""
     global_batch_size: int = 64
     """Sequences (or samples, with `mixture.unit=samples`) of one step, over all ranks."""
+    last_batch: Literal["drop", "pad"] = "drop"
+    """The sequences (or samples) at the end of the data that do not fill a global batch. `drop`: they are not served.
+    `pad`: one more batch serves them. The rows that are left over have `is_padding` set and count nowhere."""
     chunk_steps: int = 8
     """Steps per chunk. The weights of the mixture change at chunk boundaries only, and each chunk costs one
     broadcast."""

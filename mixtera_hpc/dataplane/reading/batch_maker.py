@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan, Slots
-from mixtera_hpc.dataplane.journal import sample_digest, sequence_digest
+from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence_digest
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
@@ -47,9 +47,14 @@ class _StepContent:
 
     step: int
     """Training step."""
-    domain_ids: NDArray[np.int32]
-    """Domain of each row of the batch."""
+    domain_ids: NDArray[np.int64]
+    """Domain of each row of the batch; -1 for padding."""
     runs: list[_SequenceRun]
+
+    @property
+    def is_padding(self) -> NDArray[np.bool_]:
+        """Which rows of the batch stand for no sequence."""
+        return self.domain_ids < 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +119,13 @@ class BatchMaker:
         step_in_plan = self._source.stream_version.data_step(step) - plan.first_step
         first_slot = step_in_plan * self._source.planner.global_batch_size + self._slice.first
         own = slice(first_slot, first_slot + self._slice.size)
+        # The last step of the data may have fewer sequences than the global batch.
         domain = slots.domain[own]
         ordinal = slots.ordinal[own]
+        domain_ids = np.full(self._slice.size, -1, np.int64)
+        domain_ids[: len(domain)] = domain
+        if not len(domain):
+            return _StepContent(step, domain_ids, [])
 
         # Rows of the batch grouped by domain. The sort is stable, so that each group's sequences ascend by one.
         by_domain = np.argsort(domain, kind="stable")
@@ -124,11 +134,13 @@ class BatchMaker:
             _SequenceRun(int(domain[rows[0]]), int(ordinal[rows[0]]), rows.tolist())
             for rows in np.split(by_domain, borders)
         ]
-        return _StepContent(step, domain, runs)
+        return _StepContent(step, domain_ids, runs)
 
     def _read_steps(self, plan: ChunkPlan, steps: list[_StepContent]) -> list[Batch]:
         """Return the batches of consecutive steps, whose documents are read together."""
         runs = self._placed_runs(steps)
+        if not runs:
+            return [self._padding(plan, content) for content in steps]
         by_domain = {
             domain: self._streams.documents_of(domain, [(run.start, run.stop) for run in of_domain])
             for domain, of_domain in itertools.groupby(runs, key=lambda placed: placed.run.domain)
@@ -158,7 +170,7 @@ class BatchMaker:
         grid = self._source.grid
 
         # First token of each row of each step's batch. Neighbouring sequences of a run are `stride` tokens apart.
-        starts = np.empty((len(steps), self._slice.size), np.int64)
+        starts = np.zeros((len(steps), self._slice.size), np.int64)
         begin = 0
         for placed in runs:
             starts[placed.step_index, placed.run.rows] = begin + grid.stride * np.arange(len(placed.run.rows))
@@ -174,18 +186,15 @@ class BatchMaker:
 
         batches = []
         for content, first in zip(steps, starts, strict=True):
-            tokens = token_windows[first].astype(np.int64)
-            batches.append(
-                self._batch(
-                    plan,
-                    content,
-                    tokens=tokens,
-                    document_ids=document_windows[first] - packed.document[first, None],
-                    # The first token of a sequence is input only: targets begin one token later.
-                    loss_mask=counted_windows[first + 1],
-                    digests=[sequence_digest(row) for row in tokens] if self._audit else None,
-                )
-            )
+            fields: dict[str, NDArray[Any]] = {
+                "tokens": token_windows[first].astype(np.int64),
+                "document_ids": document_windows[first] - packed.document[first, None],
+                # The first token of a sequence is input only: targets begin one token later.
+                "loss_mask": counted_windows[first + 1],
+            }
+            for rows in fields.values():
+                rows[content.is_padding] = 0
+            batches.append(self._batch(plan, content, None, **fields))
         return batches
 
     def _sample_batches(
@@ -207,15 +216,37 @@ class BatchMaker:
         }
         batches = []
         for content, of_step in zip(steps, payloads, strict=True):
-            digests = [sample_digest(sample) for sample in of_step] if self._audit else None
-            batches.append(self._batch(plan, content, **empty, payloads=of_step, digests=digests))
+            batches.append(self._batch(plan, content, payloads=of_step, **empty))
         return batches
 
-    def _batch(self, plan: ChunkPlan, content: _StepContent, **fields: Any) -> Batch:
+    def _padding(self, plan: ChunkPlan, content: _StepContent) -> Batch:
+        """Return a batch of nothing but padding."""
+        count = self._slice.size
+        if not self._source.layout.in_tokens:
+            return self._sample_batches(plan, [content], [], [])[0]
+        length = self._source.grid.length
+        return self._batch(
+            plan,
+            content,
+            None,
+            tokens=np.zeros((count, length), np.int64),
+            document_ids=np.zeros((count, length), np.int32),
+            loss_mask=np.zeros((count, length - 1), np.bool_),
+        )
+
+    def _batch(self, plan: ChunkPlan, content: _StepContent, payloads: list[Any] | None, **fields: Any) -> Batch:
+        digests: list[str] | None = None
+        if self._audit:
+            if payloads is None:
+                digests = batch_digests(fields["tokens"], content.is_padding, sequence_digest)
+            else:
+                digests = batch_digests(payloads, content.is_padding, sample_digest)
         return Batch(
             step=content.step,
-            domain_ids=content.domain_ids.astype(np.int64),
+            domain_ids=content.domain_ids,
             positions=np.arange(self._slice.first, self._slice.first + self._slice.size),
+            payloads=payloads,
+            digests=digests,
             chunk=plan.chunk,
             plan_digest=plan.digest,
             **fields,

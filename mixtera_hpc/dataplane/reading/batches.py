@@ -23,7 +23,7 @@ class Batch:
     step: int
     """Training step."""
     domain_ids: Ints
-    """Domain of each sequence; shape (B,)."""
+    """Domain of each sequence, -1 for padding; shape (B,)."""
     positions: Ints
     """Positions of the sequences in the global batch; shape (B,)."""
     tokens: Ints
@@ -33,12 +33,17 @@ class Batch:
     document_ids: NDArray[np.int32]
     """Number of the document of each token, from 0 in every sequence; shape (B, T + 1)."""
     payloads: list[Any] | None = None
-    """The B raw samples with `mixture.unit=samples`, else None."""
+    """The B raw samples with `mixture.unit=samples`, None for padding; else None."""
     digests: list[str] | None = None
-    """Digests of the B sequences' tokens, or of the B samples, with `dataplane.audit`; else None."""
+    """Digests of the B sequences' tokens, or of the B samples, with `dataplane.audit`; else None. Zeros for padding."""
     chunk: int = 0
     plan_digest: int = 0
     """Digest of the plan that the step was served from."""
+
+    @property
+    def is_padding(self) -> NDArray[np.bool_]:
+        """Which rows stand for no sequence, shape (B,); only in a last batch with `dataplane.last_batch=pad`."""
+        return self.domain_ids < 0
 
     @property
     def position_ids(self) -> NDArray[np.int32]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.journal import sequence_digest
+from mixtera_hpc.dataplane.journal import batch_digests, sequence_digest
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.source import Source
@@ -271,16 +271,18 @@ class FollowingFeed:
 
     def _batch_of(self, message: _Message) -> Batch:
         tokens = message.tokens.astype(np.int64)
+        domain_ids = message.domain_ids.copy()
+        # Of what arrived here, not of what the leader sent.
+        digests = batch_digests(tokens, domain_ids < 0, sequence_digest) if self._is_audited else None
         chunk = int(message.header[2])
         return Batch(
             step=int(message.header[1]),
-            domain_ids=message.domain_ids.copy(),
+            domain_ids=domain_ids,
             positions=np.arange(self._slice.first, self._slice.first + self._slice.size),
             tokens=tokens,
             loss_mask=message.loss_mask.copy(),
             document_ids=message.document_ids.copy(),
-            # Of what arrived here, not of what the leader sent.
-            digests=[sequence_digest(row) for row in tokens] if self._is_audited else None,
+            digests=digests,
             chunk=chunk,
             plan_digest=self._plan_digests[chunk],
         )

@@ -49,6 +49,8 @@ class MergedLosses:
     """Sums of the domains, shape (NUM_BUFFER_ROWS, K); zeros if no rank recorded, or not every part."""
     is_partial: bool
     """Whether some tokens were recorded twice, or not at all, while others were recorded."""
+    num_padding: int = 0
+    """Rows of padding in the batch, if it was recorded."""
 
 
 class PendingParts:
@@ -136,4 +138,5 @@ def _merge(losses: StepLosses, result: Ints) -> MergedLosses:
     is_finite = (num_nonfinite == 0) & (np.abs(high) < MAX_QUANTA >> LOW_BITS)
     quanta = np.where(is_finite, (high << LOW_BITS) + low, 0)
     is_finite &= np.abs(quanta) < MAX_QUANTA
-    return MergedLosses(rows=losses.rows_of(quanta, is_finite, num_tokens), is_partial=False)
+    rows = losses.rows_of(quanta, is_finite, num_tokens)
+    return MergedLosses(rows=rows, is_partial=False, num_padding=losses.num_padding)

@@ -66,13 +66,15 @@ class StepLosses:
         self._step = batch.step
         self._positions = batch.positions
         self._domain_ids = batch.domain_ids
-        self._loss_mask = batch.loss_mask
+        self._is_real = ~batch.is_padding
+        self._has_samples = batch.payloads is not None
+        # A sample has one loss.
+        self._loss_mask: NDArray[np.bool_] = self._is_real[:, None] if self._has_samples else batch.loss_mask
         self.num_domains = num_domains
         self._num_parts = num_parts
         self._recorded: list[tuple[Rows, Ints, Callable[[], SequenceSums]]] = []
         """Rows, number of counted tokens of each row, and their losses."""
-        # One column stands for the whole sequence where a batch has no tokens.
-        self._is_recorded = np.zeros((len(batch.domain_ids), max(batch.loss_mask.shape[1], 1)), np.bool_)
+        self._is_recorded: NDArray[np.bool_] = np.zeros(self._loss_mask.shape, np.bool_)
         self.are_complete = False
         """Whether every token of every sequence was recorded; with several parts, a part of every sequence."""
 
@@ -113,9 +115,14 @@ class StepLosses:
         mask = self._loss_mask[rows, columns]
         counted = mask.sum(axis=1)
         # Only sums are kept: the losses of a step would be B x T numbers.
-        sums = _sequence_sums(loss, mask) if num_tokens is None else _given_sums(loss, num_tokens, counted)
+        if self._has_samples:
+            counted, sums = _sample_losses(loss, num_tokens, mask[:, 0], tokens)
+        elif num_tokens is None:
+            sums = _sequence_sums(loss, mask)
+        else:
+            sums = _given_sums(loss, num_tokens, counted)
 
-        recorded_before = self._is_recorded[rows, columns].any(axis=1)
+        recorded_before = self._is_recorded[rows, columns].any(axis=1) & self._is_real[rows]
         if recorded_before.any():
             position = self._positions[rows][int(np.argmax(recorded_before))]
             raise CommError(
@@ -133,7 +140,7 @@ class StepLosses:
             CommError: some of its tokens were recorded, but not all.
         """
         if self._recorded and not self.are_complete:
-            is_missing = ~self._is_recorded.all(axis=1)
+            is_missing = self._is_real & ~self._is_recorded.all(axis=1)
             raise CommError(
                 f"Step {self._step} was finished, but only a part of it was recorded: sequence "
                 f"{self._positions[int(np.argmax(is_missing))]} was recorded 0 times, or not with all its tokens.\n"
@@ -158,8 +165,14 @@ class StepLosses:
 
     def rows_of(self, quanta: Ints, is_finite: NDArray[np.bool_], num_tokens: Ints) -> Ints:
         """Return the sums of the domains, given loss and counted tokens of every sequence."""
+        real = self._is_real
         sums = np.where(is_finite, quanta / QUANTA_PER_NAT, np.nan)
-        return accumulate_losses(self._domain_ids, sums, num_tokens, self.num_domains)
+        return accumulate_losses(self._domain_ids[real], sums[real], num_tokens[real], self.num_domains)
+
+    @property
+    def num_padding(self) -> int:
+        """Rows that stand for no sequence."""
+        return int(np.count_nonzero(~self._is_real))
 
     @property
     def num_counted(self) -> NDArray[np.int64]:
@@ -174,22 +187,54 @@ class StepLosses:
     @property
     def coverage(self) -> int:
         """Sum of a weight of every recorded token: differs if other tokens were recorded."""
-        return int((self._is_recorded @ self._token_weights()).sum())
+        return int((self._is_recorded[self._is_real] @ self._token_weights()).sum())
 
     @property
     def full_coverage(self) -> int:
         """The coverage of all tokens, each recorded once."""
-        return int(self._token_weights().sum()) * len(self._is_recorded)
+        return int(self._token_weights().sum()) * int(np.count_nonzero(self._is_real))
 
     def _token_weights(self) -> NDArray[np.int64]:
         # Multiplicative hashing: pseudo-random numbers below 2^31.
         return np.arange(1, self._is_recorded.shape[1] + 1, dtype=np.int64) * 2654435761 % 2**31
 
     def _is_enough_recorded(self) -> bool:
+        # Losses of padding may be recorded, but nobody has to.
+        recorded = self._is_recorded[self._is_real]
         if self._num_parts == 1:
-            return bool(self._is_recorded.all())
+            return bool(recorded.all())
         # Which tokens other ranks record is not known here. Until the step is reduced, more can be recorded.
-        return bool(self._is_recorded.any(axis=1).all())
+        return bool(recorded.any(axis=1).all())
+
+
+def _sample_losses(
+    loss: Any, num_tokens: Any, is_real: NDArray[np.bool_], tokens: slice | None
+) -> tuple[Ints, Callable[[], SequenceSums]]:
+    """Return the weights of samples and a function that returns their losses times these; shape (B,).
+
+    Args:
+        loss: of every sample; with `num_tokens` the sum over its tokens.
+        num_tokens: tokens in each sum, which is the weight of a sample; None for 1.
+        is_real: which rows hold a sample.
+        tokens: must be None.
+
+    Raises:
+        ValueError: the shapes differ, or the samples of a batch were recorded in parts.
+    """
+    if tokens is not None:
+        raise ValueError("record() got tokens=, but with mixture.unit=samples the data plane knows no tokens.")
+    expected = is_real.shape
+    weights = np.ones(expected, np.int64)
+    if num_tokens is not None:
+        weights = _on_host(num_tokens).astype(np.int64)
+    if tuple(loss.shape) != expected or weights.shape != expected or weights.min(initial=0) < 0:
+        raise ValueError(
+            f"record() got losses of shape {tuple(loss.shape)} and num_tokens of shape {weights.shape} for "
+            f"{expected[0]} samples.\n"
+            "  Give one loss per sample, or the sum over its tokens and num_tokens=, one number per sample, at least 0."
+        )
+    counted = np.where(is_real, weights, 0)
+    return counted, _sequence_sums(loss.reshape(-1, 1), (counted > 0)[:, None])
 
 
 def _given_sums(loss: Any, num_tokens: Any, expected: Ints) -> Callable[[], SequenceSums]:

@@ -29,9 +29,9 @@ Ints = NDArray[np.int64]
 DIGEST_MASK = (1 << 32) - 1
 """The bits of a digest that are compared: sums of 32-bit numbers over all ranks fit into an int64."""
 
-NUM_FLAGS = 6
+NUM_FLAGS = 7
 """Integers that follow the losses in the buffer: stop, save, whether a group recorded in part, how far the contents of
-peers differ, sum of the group numbers that recorded, digest."""
+peers differ, rows of padding among those that were recorded, sum of the group numbers that recorded, digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +137,8 @@ class StepReducer:
         """
         if self._parts is None:
             nothing = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
-            self.post(step, losses.total() if is_counted else nothing, flags)
+            num_padding = losses.num_padding if is_counted and losses.has_losses else 0
+            self.post(step, losses.total() if is_counted else nothing, flags, num_padding=num_padding)
         else:
             pending = self._parts.start(losses, is_counted)
             self._merging.append(
@@ -149,19 +150,37 @@ class StepReducer:
         while self._merging and self._merging[0].pending.request.Test():
             self._post_merged()
 
-    def post(self, step: int, rows: Ints, flags: RankFlags, *, is_partial: bool = False, num_recorded: int = 0) -> None:
+    def post(
+        self,
+        step: int,
+        rows: Ints,
+        flags: RankFlags,
+        *,
+        num_padding: int = 0,
+        is_partial: bool = False,
+        num_recorded: int = 0,
+    ) -> None:
         """Start the reduction of `step`. Every rank starts those of all steps, in order, at a time of its own.
 
         Args:
             step: the training step after the one of the previous call.
             rows: this rank's sums, shape (NUM_BUFFER_ROWS, K); see `core.statistics.accumulate_losses`.
             flags: what this rank reports about the step.
+            num_padding: rows of padding that were recorded besides the sequences in `rows`.
             is_partial: whether the parts that the ranks of this group recorded do not fit together.
             num_recorded: tokens that this rank recorded, if so.
         """
-        vote = self._group_hash if rows[2].any() else 0
+        vote = self._group_hash if num_padding or rows[2].any() else 0
         content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
-        tail = [int(flags.stop), int(flags.save), int(is_partial), content, vote, flags.digest & DIGEST_MASK]
+        tail = [
+            int(flags.stop),
+            int(flags.save),
+            int(is_partial),
+            content,
+            num_padding,
+            vote,
+            flags.digest & DIGEST_MASK,
+        ]
         # One buffer, so that losses and flags need a single collective.
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
@@ -203,8 +222,14 @@ class StepReducer:
         losses = merge.pending.merge()
         # All ranks of the group have the same sums; one of them contributes.
         rows = losses.rows if self._is_leader else np.zeros_like(losses.rows)
-        num_recorded = merge.num_recorded if losses.is_partial else 0
-        self.post(merge.step, rows, merge.flags, is_partial=losses.is_partial, num_recorded=num_recorded)
+        self.post(
+            merge.step,
+            rows,
+            merge.flags,
+            num_padding=losses.num_padding if self._is_leader else 0,
+            is_partial=losses.is_partial,
+            num_recorded=merge.num_recorded if losses.is_partial else 0,
+        )
 
     def _complete_to(self, step: int) -> None:
         while self._merging and self._merging[0].step <= step:
@@ -225,13 +250,13 @@ class StepReducer:
         """Move the oldest reduction to the results."""
         reduction = self._running.popleft()
         rows = reduction.result[:-NUM_FLAGS].reshape(NUM_BUFFER_ROWS, self._num_domains)
-        stop, save, num_partial, content_sum, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
+        stop, save, num_partial, content_sum, num_padding, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
 
         # Equal digests add up to a multiple of this rank's own.
         own_digest = int(reduction.buffer[-1])
         differs = digest_sum != self._comm.size * own_digest
         # Every group must have recorded the same number of copies; of equal copies one is the quotient.
-        num_sequences = int(rows[2].sum())
+        num_sequences = int(rows[2].sum()) + num_padding
         num_copies = max(num_sequences // self._global_batch_size, 1)
         is_partial = num_sequences > 0 and (
             num_sequences != num_copies * self._global_batch_size or votes != num_copies * self._all_groups_hash
@@ -265,7 +290,7 @@ class StepReducer:
 
     def _raise_partial(self, reduction: _Reduction) -> None:
         """Name the ranks that did not record a step that others recorded. **Collective.**"""
-        recorded = int(reduction.buffer[:-NUM_FLAGS].reshape(NUM_BUFFER_ROWS, self._num_domains)[2].any())
+        recorded = int(reduction.buffer[-2] != 0)
         by_rank = self._comm.Allgather(np.array([self._group, recorded], np.int64))
         copies = np.bincount(by_rank[:, 0], weights=by_rank[:, 1])
         # In groups with fewer copies than others, the ranks that did not record.
