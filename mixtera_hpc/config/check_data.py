@@ -3,11 +3,13 @@
 import keyword
 import re
 
-from mixtera_hpc.config.check_numbers import at_least
+from mixtera_hpc.config.check_numbers import at_least, bounds_problems
 from mixtera_hpc.config.schema import DataConfig, DataSetKeys, IndexConfig, PropertyConfig, QueryConfig
 
 __all__ = ["data_problems", "holdout_problems", "root_problems"]
 
+BUILT_IN = ("tokens", "bytes")
+"""Numbers that every sample has."""
 INDEX_PATH_WITHOUT_ROOT = "/index.h5"
 """What the default of `index.path`, `${data.root}/index.h5`, becomes when `data.root` is empty."""
 
@@ -26,6 +28,7 @@ def data_problems(data: DataConfig, index: IndexConfig) -> list[str]:
         for name, spec in data_set.properties.items():
             key = f"{path}.properties.{name}"
             problems += [*_pattern(key, spec.pattern), *_source_of_values(key, spec), *_name(key, name)]
+        problems += _numbers(path, data_set)
     # A default of all sets that is wrong is wrong in each of them.
     return list(dict.fromkeys(problems)) + _kinds(data)
 
@@ -110,15 +113,45 @@ def _pattern(key: str, pattern: str | None) -> list[str]:
 
 
 def _source_of_values(key: str, spec: PropertyConfig) -> list[str]:
-    if (spec.path is None) == (spec.function is None):
-        return [f"{key} needs either a path in the row or a function over documents."]
+    sources = [source for source in (spec.path, spec.function, spec.number) if source is not None]
+    if len(sources) != 1:
+        return [f"{key} needs either a path in the row or a function over documents, or a number with buckets."]
     if spec.function is not None and spec.pattern is not None:
         return [f"{key} has a function and a pattern. Apply the pattern inside the function."]
-    return []
+    if spec.function is None and spec.over == "rows":
+        return [f"{key} has over: rows, but no function. Give the function, or remove over."]
+    return _buckets(key, spec)
+
+
+def _buckets(key: str, spec: PropertyConfig) -> list[str]:
+    """Check the buckets of a number."""
+    if (spec.number is None) != (spec.buckets is None):
+        missing = "buckets" if spec.buckets is None else "number"
+        return [f"{key} has no {missing}. Buckets are written {{number: quality, buckets: [0, 0.5, 1]}}."]
+    if spec.buckets is None:
+        return []
+    if spec.kind != "category" or spec.pattern is not None:
+        return [f"{key} is a bucket of {spec.number}, which is a category without a pattern. Remove kind and pattern."]
+    return bounds_problems(f"{key}.buckets", spec.buckets)
+
+
+def _numbers(path: str, data_set: DataSetKeys) -> list[str]:
+    """Check that buckets are of numbers, as far as the configuration knows the number."""
+    problems = []
+    for name, spec in data_set.properties.items():
+        source = data_set.properties.get(spec.number or "")
+        if source is not None and source.kind != "number":
+            problems.append(
+                f"{path}.properties.{name} has buckets of {spec.number}, which is a {source.kind}. Give that property "
+                "kind: number."
+            )
+    return problems
 
 
 def _name(key: str, name: str) -> list[str]:
     """Check that queries can use the name."""
+    if name in BUILT_IN:
+        return [f"{key}: {name} is a built-in number of every sample. Give the property another name."]
     if name.isidentifier() and not keyword.iskeyword(name) and name != "null":
         return []
     return [f"{key} is not a usable name. Use letters, digits and _, and no keyword of Python."]

@@ -96,7 +96,10 @@ class ScanSpec:
     """What a scan must return for every row."""
 
     text: str | None
-    """Dotted path to the document, required in every row. None if rows have no text."""
+    """Place of the document, required in every row: a dotted path, or a template or function (see `composed_text`),
+    which formats never get. None if rows have no text."""
+    text_digest: str = ""
+    """Hex digest of the function that makes the documents; empty without one."""
     properties: tuple[PropertyField, ...] = ()
     documents: bool = False
     """Return the texts, to count their tokens or to call functions on them."""

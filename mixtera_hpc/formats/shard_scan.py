@@ -20,9 +20,10 @@ from mixtera_hpc.errors import ConfigError, DataError, UserError
 from mixtera_hpc.formats.base import Column, ParserSpec, PropertyField, RowBatch, ScanSpec, ScanUnit, Vocabulary
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.category_codes import Categories, map_categories
+from mixtera_hpc.formats.composed_text import ComposedText, is_composed
 from mixtera_hpc.formats.path_properties import is_path_property, path_property_value
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS
+from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error
 from mixtera_hpc.formats.user_functions import import_function, source_digest
 
 __all__ = ["ShardFile", "scan_shard", "scan_spec_of"]
@@ -38,12 +39,15 @@ class ShardFile:
     format: str
 
 
-def scan_spec_of(data: DataSetKeys, *, documents: bool, vocabulary: Vocabulary | None = None) -> ScanSpec:
+def scan_spec_of(
+    data: DataSetKeys, *, documents: bool, whole_rows: bool = False, vocabulary: Vocabulary | None = None
+) -> ScanSpec:
     """Build the scan spec of a data set; properties are sorted by name.
 
     Args:
         data: the configuration of the data set.
         documents: whether texts are needed, to count their tokens or to call functions on them.
+        whole_rows: whether whole rows are needed, to call functions on them.
         vocabulary: the vocabulary of token ids on disk.
 
     Raises:
@@ -59,12 +63,15 @@ def scan_spec_of(data: DataSetKeys, *, documents: bool, vocabulary: Vocabulary |
         properties=properties,
         documents=documents,
         skip_bad=data.on_bad_sample == "skip",
+        whole_rows=whole_rows,
         parser=_parser_spec(data.parser) if data.parser is not None else None,
         vocabulary=vocabulary,
         max_block_bytes=data.max_block_bytes,
     )
+    if data.text is not None and is_composed(data.text):
+        spec = replace(spec, text_digest=ComposedText.of(data.text).digest)
     # Refuse paths that contradict each other before any shard is read.
-    RowType(replace(spec, properties=_row_properties(spec)))
+    RowType(replace(spec, text=None if is_composed(spec.text) else spec.text, properties=_row_properties(spec)))
     return spec
 
 
@@ -80,20 +87,29 @@ def scan_shard(shard: ShardFile, unit: ScanUnit, spec: ScanSpec, block_rows: int
         ConfigError: a pattern for numbers matches something else, or the parser returns a value that cannot be stored.
     """
     parser = _ParserRunner(shard, unit, spec) if spec.parser else None
-    # With a parser, the format returns whole rows and no properties.
+    file_format = load_format(shard.format)
+    composer = None
+    if spec.text is not None and is_composed(spec.text) and not file_format.holds_tokens:
+        composer = _TextComposer(shard, unit, spec)
+    # With a parser, the format returns whole rows and no properties; with a composed text, no documents.
     format_spec = replace(
         spec,
         properties=() if parser else _row_properties(spec),
-        whole_rows=parser is not None,
+        whole_rows=parser is not None or composer is not None or spec.whole_rows,
+        text=None if is_composed(spec.text) else spec.text,
+        documents=spec.documents and not is_composed(spec.text),
     )
-    batches = load_format(shard.format).scan(shard.root / shard.path, unit, format_spec, block_rows)
+    batches = file_format.scan(shard.root / shard.path, unit, format_spec, block_rows)
     for batch in batches:
         parsed = parser.apply(batch) if parser else batch
-        # Whole rows are dropped as soon as they are parsed, because they are large.
+        parsed = composer.apply(parsed) if composer else parsed
         columns = {field.name: _column(field, parsed, shard) for field in spec.properties}
-        yield replace(parsed, columns=columns, raw_rows=None)
+        # Whole rows are dropped as soon as they are parsed, because they are large.
+        yield replace(parsed, columns=columns, raw_rows=parsed.raw_rows if spec.whole_rows else None)
     if parser:
         parser.check()
+    if composer:
+        composer.check()
 
 
 def _row_properties(spec: ScanSpec) -> tuple[PropertyField, ...]:
@@ -156,6 +172,57 @@ def _to_numbers(field: PropertyField, column: Categories, shard: ShardFile) -> C
         ) from None
     # The extra NaN keeps the float64 type if there are no values.
     return np.array([*numbers, np.nan])[column.code]
+
+
+class _TextComposer:
+    """Makes the documents of one unit from whole rows, and collects the rows that have none."""
+
+    def __init__(self, shard: ShardFile, unit: ScanUnit, spec: ScanSpec) -> None:
+        self._path = shard.root / shard.path
+        self._unit = unit
+        self._spec = spec
+        self._composed = ComposedText.of(spec.text or "")
+        self._rows = 0
+        self._bad: list[tuple[int, str]] = []
+
+    def apply(self, batch: RowBatch) -> RowBatch:
+        """Return the batch with its documents.
+
+        Raises:
+            DataError: many rows have no document.
+        """
+        # Rows that the format could not read have no value.
+        already_bad = {row for row, _ in batch.bad}
+        readable = [row for row in range(batch.rows) if row not in already_bad]
+        raw_rows = batch.raw_rows or []
+        texts, problems = self._composed.make([raw_rows[row] for row in readable])
+        failed = [(readable[number], problem) for number, problem in problems]
+        documents = [""] * batch.rows
+        for row, text in zip(readable, texts, strict=True):
+            documents[row] = text
+
+        # Positions in the batch become rows of the unit.
+        if not self._spec.skip_bad:
+            self._bad += [(self._rows + row, problem) for row, problem in failed]
+            failed = []
+        self._rows += batch.rows
+        if len(self._bad) >= MAX_BAD_ROWS:
+            self.check()
+        bad = tuple(sorted([*batch.bad, *failed]))
+        return replace(batch, documents=documents if self._spec.documents else None, bad=bad)
+
+    def check(self) -> None:
+        """Raise the error for rows without a document, if there are any.
+
+        Raises:
+            DataError: some rows have no document.
+        """
+        if not self._bad:
+            return
+        error = bad_rows_error(self._path, self._bad[:MAX_BAD_ROWS])
+        if self._unit.start:
+            error.add_note(f"rows are counted from the first one that begins at byte {self._unit.start} or later")
+        raise error
 
 
 class _ParserRunner:

@@ -2,7 +2,7 @@
 
 /                 attributes: format, version, tokenizer, fingerprint, num_samples, chunk_rows
 /sets/            name ('' for a single data set), root, text, parser, sources: JSON, property → path:PATH in the row,
-                  function:NAME, or dataset
+                  function:NAME, buckets:NUMBER BOUNDS, or dataset
 /shards/          path, dataset (position in sets), format, rows, size_bytes, mtime_ns, fingerprint
 /bad/             shard, reason, rows: rows that were skipped; 0 rows mean that the end of the shard is damaged
 /properties/NAME  attribute kind; values
@@ -35,13 +35,16 @@ __all__ = [
     "FORMAT",
     "MAX_CHUNK_ROWS",
     "MIN_CHUNK_ROWS",
+    "SIZE_NUMBERS",
     "TABLE_CHUNK",
     "VERSION",
     "BadRows",
     "Generation",
+    "bucket_source",
     "building_folder",
     "first_rows",
     "first_samples",
+    "function_source",
     "narrow",
     "narrow_type",
     "open_children",
@@ -57,6 +60,8 @@ __all__ = [
 
 DATASET = "dataset"
 """The built-in property: the data set that a sample belongs to."""
+SIZE_NUMBERS = {"tokens": "tokens", "bytes": "length"}
+"""Built-in number properties → the sample column that holds them."""
 FORMAT = "mixtera-hpc property index"
 VERSION = 3
 # At 8 bytes per entry a chunk is 2 MiB: large enough for the disk, small enough for a buffer per column.
@@ -179,6 +184,16 @@ def read_texts(group: h5py.Group, name: str) -> tuple[str, ...]:
     data = group[f"{name}_utf8"][...].tobytes()
     bounds = prepend_zero(read_column(group, f"{name}_end", np.int64)).tolist()
     return tuple(data[start:stop].decode() for start, stop in pairwise(bounds))
+
+
+def function_source(path: str, over_rows: bool) -> str:
+    """Return the stored `source` of a property that a function computes."""
+    return f"function:{path} over rows" if over_rows else f"function:{path}"
+
+
+def bucket_source(number: str, bounds: Sequence[float]) -> str:
+    """Return the stored `source` of a property that is the bucket of a number."""
+    return f"buckets:{number} {list(map(float, bounds))}"
 
 
 def path_source(path: str, pattern: str | None) -> str:

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
+from mixtera_hpc.formats.readers.jsonl import JsonlFormat
+from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index import document_functions
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.derive import derive_properties
@@ -35,6 +40,8 @@ def wrong(documents): return [object()] * len(documents)
 def half(documents): return ["\\ud800"] * len(documents)
 def huge(documents): return [10**400] * len(documents)
 def broken(documents): raise RuntimeError("no model")
+def n_of_row(rows): return [row["n"] for row in rows]
+def first_of_row(rows): return [row["text"][:1] or None for row in rows]
 """
 
 
@@ -51,7 +58,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def documents(count: int) -> list[dict[str, Any]]:
-    return [{"text": "xyz"[: i % 4] * (i % 5), "c": "pq"[i % 2], "n": i} for i in range(count)]
+    return [{"text": "xyz"[: i % 4] * (i % 5), "c": "pq"[i % 2], "n": i, "w": "w"} for i in range(count)]
 
 
 def configured(root: Path, properties: dict[str, Any], name: str = "i.h5") -> Config:
@@ -81,6 +88,72 @@ def test_deriving_gives_what_building_with_the_functions_gives(root: Path) -> No
         assert properties_of(derived) == properties_of(fresh)
         assert derived.fingerprint == fresh.fingerprint, "columns, tables, dictionaries, sources: all the same"
         assert derived.bad == fresh.bad and derived.sources == fresh.sources
+
+
+NEW = {
+    "m": "meta.m",
+    "stem": "__stem__",
+    "digit": {"path": "meta.m", "pattern": "([0-9])", "kind": "number"},
+    "n_bucket": {"number": "n", "buckets": [0, 4, 9]},
+    "size_bucket": {"number": "a_size", "buckets": [1, 5, 20]},
+    "row_n": {"function": "my_functions.n_of_row", "over": "rows", "kind": "number"},
+    "row_first": {"function": "my_functions.first_of_row", "over": "rows"},
+    "a_size": {"function": "my_functions.size", "kind": "number"},
+}
+
+
+@pytest.fixture
+def formats(root: Path) -> Path:
+    """Return `root` with shards of several formats: a bad row, a damaged end, many units, and empty files."""
+    rows = [{**row, "meta": {"m": f"m{i % 3}"}} for i, row in enumerate(documents(60))]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    data = root / "data"
+    (data / "c.jsonl").write_bytes(b"\n".join([*lines[:30], b"[bad\n", *lines[30:]]))
+    (data / "d.jsonl.gz").write_bytes(gzip.compress(b"".join(lines))[:-40])
+    (data / "e.jsonl.zst").write_bytes(
+        b"".join(zstandard.compress(b"".join(lines[i : i + 9])) for i in range(0, 60, 9))
+    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data / "f.parquet", row_group_size=7)
+    return root
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_new_paths_buckets_and_row_functions_give_what_a_build_gives(
+    again: bool, formats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixtera_hpc.index.build.derive_scan.RESULT_ROWS", 10)
+    for module in ("build", "derive"):
+        monkeypatch.setattr(
+            f"mixtera_hpc.index.build.{module}.load_format",
+            lambda name: JsonlFormat(unit_bytes=45) if name == "jsonl" else load_format(name),
+        )
+    base = BASE | ({"m": "meta.wrong", "row_n": NEW["row_n"]} if again else {})
+    build_index(configured(formats, base))
+    report = derive_properties(configured(formats, BASE | NEW), again=again)
+    assert report.derived == tuple(sorted(NEW)) and report.units > 10
+    build_index(configured(formats, BASE | NEW, "fresh.h5"))
+    with open_index(formats / "i.h5") as derived, open_index(formats / "fresh.h5") as fresh:
+        assert properties_of(derived) == properties_of(fresh)
+        assert derived.fingerprint == fresh.fingerprint
+        assert derived.bad == fresh.bad and len(derived.bad) > 2 and derived.sources == fresh.sources
+        values = derived.tables.properties
+        assert values["n_bucket"].values == ("[0,4)", "[4,9]") and values["m"].values == ("m0", "m1", "m2")
+
+
+def test_buckets_of_a_stored_number_read_no_shard(root: Path) -> None:
+    build_index(configured(root, BASE))
+    report = derive_properties(configured(root, BASE | {"b": NEW["n_bucket"]}))
+    assert report.bytes_read == 0
+    with open_index(root / "i.h5") as index:
+        numbers = [(row["b"], float(row["n"])) for row in properties_of(index) if row]
+        assert all(b == (("[0,4)",) if n < 4 else ("[4,9]",) if n <= 9 else ()) for b, n in numbers)
+
+
+def test_a_value_of_the_wrong_kind_names_its_row(root: Path) -> None:
+    build_index(configured(root, BASE))
+    with pytest.raises(DataError, match="of which the new properties cannot be read") as caught:
+        derive_properties(configured(root, BASE | {"x": {"path": "w", "kind": "number"}}))
+    assert "a.jsonl' row=0: " in caught.value.__notes__[0] or "b.jsonl.gz' row=0: " in caught.value.__notes__[0]
 
 
 def test_the_values_are_those_of_the_function(root: Path) -> None:
@@ -151,6 +224,7 @@ def test_a_refresh_computes_derived_properties_of_new_shards(root: Path) -> None
         ({"x": {"function": "first"}}, ConfigError, r"expected package\.module\.function"),
         ({"c": {"function": "my_functions.first"}}, PropertyIndexError, r"has a property 'c' already, from path:c"),
         ({}, ConfigError, "names no function"),
+        ({"c": "w"}, PropertyIndexError, r"has a property 'c' already, from path:c"),
     ],
 )
 def test_a_failed_derivation_names_the_problem_and_keeps_the_index(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import NumberRange, domain_key_to_plain, domain_name, parse_domain_key
 from mixtera_hpc.errors import ConfigError, MixtureError
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.build.derive import derive_properties
 from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.selection import select_domains
 
@@ -155,3 +158,58 @@ def test_query_names_ranges_as_they_are_written(collection: list[str], capsys: p
     answer = json.loads(capsys.readouterr().out)
     assert [d["key"] for d in answer["domains"]] == [{"size": {"min": 600.0}}, {"size": {"max": 599.0}}]
     assert answer["left_out"]["samples"] == sum(size is None for size in sizes(collection))
+
+
+class TestSizes:
+    def test_queries_and_buckets_use_the_tokens_and_bytes_of_samples(
+        self, collection: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = [word for word in collection if not word.startswith("mixture")]
+        with open_configured(compose(collection)) as index:
+            blocks = [index.read_block(b) for b in range(len(index.tables.blocks))]
+        tokens = [n for block in blocks for n in block.tokens.tolist()]
+        lengths = [n for block in blocks for n in block.length.tolist()]
+        expected = {
+            "tokens >= 50": sum(n >= 50 for n in tokens),
+            "bytes < 300 and tokens < 50": sum(0 < n < 300 and t < 50 for n, t in zip(lengths, tokens, strict=True)),
+            "bytes is None": sum(n == 0 for n in lengths),
+        }
+        for where, count in expected.items():
+            assert main(["query", *words, f"query.where={where}", "--json"]) == 0
+            assert json.loads(capsys.readouterr().out)["selected"]["samples"] == count > 0
+        assert main(["query", *words, "mixture.group_by=[{tokens: {buckets: [0, 50, 1000000]}}]", "--json"]) == 0
+        domains = json.loads(capsys.readouterr().out)["domains"]
+        assert [d["samples"] for d in domains] == [480 - expected["tokens >= 50"], expected["tokens >= 50"]]
+
+    def test_a_run_over_sizes_is_proven(self, collection: list[str], prove_run: Callable[[Config], int]) -> None:
+        words = [word for word in collection if not word.startswith("mixture")]
+        buckets = "mixture.group_by=[{tokens: {buckets: [1, 50, 1000000]}}]"
+        assert prove_run(compose([*words, *RUN, buckets, "query.where=bytes is None or bytes > 100"])) == 54
+
+    def test_joined_indexes_have_sizes(self, own_collection: list[str]) -> None:
+        config = compose(own_collection)
+        copy = config.index.path.replace("index.h5", "copy.h5")
+        Path(copy).write_bytes(Path(config.index.path).read_bytes())
+        joined = compose([*own_collection, f"index.paths=[{config.index.path},{copy}]", "query.where=tokens >= 50"])
+        alone = compose([*own_collection, "query.where=tokens >= 50"])
+        with open_configured(joined) as both, open_configured(alone) as one:
+            selected = [select_domains(c, i).selection.selected for c, i in ((joined, both), (alone, one))]
+        assert selected[0] == (2 * selected[1][0], 2 * selected[1][1])
+
+    def test_derived_buckets_of_sizes_equal_those_of_a_build(self, own_collection: list[str]) -> None:
+        size = "data.properties.length={number: tokens, buckets: [0, 50, 1000000]}"
+        config = compose([*own_collection, size, "data.properties.b={number: bytes, buckets: [0, 300]}"])
+        report = derive_properties(config)
+        assert report.bytes_read == 0 and report.derived == ("b", "length")
+        assert build_index(config).fingerprint == report.fingerprint
+
+    def test_their_names_are_taken(self) -> None:
+        with pytest.raises(ConfigError, match="tokens is a built-in number of every sample"):
+            compose(["data.root=/d", "data.properties.tokens=n", "mixture.unit=samples"])
+
+    def test_tokens_that_were_not_counted_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "t"}\n')
+        config = compose([f"data.root={tmp_path}", "mixture.unit=samples", "query.where=tokens > 1"])
+        build_index(config)
+        with open_configured(config) as index, pytest.raises(ConfigError, match="'tokens', which is not a property"):
+            select_domains(config, index)

@@ -67,6 +67,7 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
 
     if source.index.counting:
         console.print(source.index.counting)
+        console.print("For a large index, derive a category from the number once: mixtera-hpc index derive.")
     mixture = source.config.mixture
     if forecast.num_steps < forecast.steps_asked:
         share = "" if mixture.on_exhausted == "redistribute" else ", or set mixture.on_exhausted=redistribute"

@@ -22,8 +22,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=_ACTIONS,
-        help="build an index, show its content, compare it with its shards, update it, or add properties computed "
-        "from documents; all but inspect also run under mpiexec or srun",
+        help="build an index, show its content, compare it with its shards, update it, or add properties to it; "
+        "all but inspect also run under mpiexec or srun",
     )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. data.root=DIR dataplane.tokenizer=FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
+from mixtera_hpc.config.check_numbers import bounds_problems
 from mixtera_hpc.config.mixture.check_schedule import algorithm_problems, schedule_problems
 from mixtera_hpc.config.mixture.check_weights import shaping_problems, weight_problems
 from mixtera_hpc.config.mixture.domain_tree import domain_entries, group_names, list_entries
@@ -12,7 +12,7 @@ from mixtera_hpc.config.schema import DomainConfig, MixtureConfig
 from mixtera_hpc.core.domain_keys import canonical_key, parse_domain_key
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["bounds_problems", "mixture_problems"]
+__all__ = ["mixture_problems"]
 
 
 def mixture_problems(mixture: MixtureConfig) -> list[str]:
@@ -79,17 +79,6 @@ def _bucket_problems(path: str, entry: Mapping[Any, Any]) -> list[str]:
         return [f"{path} is {dict(entry)!r}, expected the name of a property, or a number with buckets: {example}."]
     ((name, spec),) = entry.items()
     return bounds_problems(f"{path}.{name}.buckets", spec["buckets"])
-
-
-def bounds_problems(path: str, bounds: Any) -> list[str]:
-    """Check the bounds of the buckets of a number."""
-    is_list = isinstance(bounds, Sequence) and not isinstance(bounds, str) and len(bounds) >= 2
-    numbers = [b for b in bounds if isinstance(b, int | float) and not isinstance(b, bool)] if is_list else []
-    if not is_list or len(numbers) < len(bounds) or not all(map(math.isfinite, numbers)):
-        return [f"{path} is {bounds!r}, expected at least two finite numbers."]
-    if any(low >= high for low, high in pairwise(numbers)):
-        return [f"{path} is {list(bounds)!r}, expected ascending numbers."]
-    return []
 
 
 def _single_weight(domain: DomainConfig, path: str) -> list[str]:

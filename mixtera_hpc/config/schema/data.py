@@ -20,6 +20,13 @@ class PropertyConfig:
     function: str | None = None
     """Used instead of `path`: the import path `package.module.function` of your function from a list of documents to a
     list with one value for each of them."""
+    over: Literal["documents", "rows"] = "documents"
+    """What the function takes: texts, or whole rows (dicts)."""
+    number: str | None = None
+    """Used instead of `path`: the name of a number property. The value is the bucket that it lies in."""
+    buckets: list[float] | None = None
+    """Ascending bounds of the buckets of `number`: [0, 0.3, 0.7, 1] gives the values `[0,0.3)`, `[0.3,0.7)` and
+    `[0.7,1]`, and null outside."""
     kind: Literal["category", "categories", "number"] = "category"
     """`category`: one string per sample. `categories`: several strings per sample. `number`: one float64 per sample."""
     pattern: str | None = None
@@ -47,7 +54,9 @@ class DataSetKeys:
     format: str = "auto"
     """Name of the format of all shards, or `auto` to take the format from each file name (docs/formats.md)."""
     text: str | None = "text"
-    """Dotted path to the document inside a row. Null for samples without text, which need `mixture.unit=samples`."""
+    """Dotted path to the document inside a row. Or several fields in a template, `"{title}: {body}"`. Or
+    `function:package.module.function`, your function from a list of rows (dicts) to a list of texts. Null for samples
+    without text, which need `mixture.unit=samples`."""
     properties: dict[str, PropertyConfig] = field(default_factory=dict)
     """Properties of every sample: name → where its value comes from, for example `{language: meta.lang}`."""
     parser: str | None = None

@@ -20,6 +20,7 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef, RangeReader, ShardReader, TokenReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
+from mixtera_hpc.formats.composed_text import open_reader
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer
@@ -217,7 +218,7 @@ class DocumentReader:
         index = self._source.index
         fmt = load_format(index.shard_formats[number])
         path = Path(index.data_root) / index.shard_paths[number]
-        reader = fmt.open(path, index.shard_texts[number], self._cache)
+        reader = open_reader(fmt, path, index.shard_texts[number], self._cache)
         range_reader = reader if isinstance(reader, RangeReader) else None
         token_reader = cast(TokenReader, reader) if fmt.holds_tokens else None
         shard = _OpenShard(reader, range_reader, token_reader)

@@ -23,6 +23,7 @@ from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_reader import SampleSource
+from mixtera_hpc.index.read.sample_sizes import add_size_numbers
 from mixtera_hpc.index.read.selection import SelectedDomains, select_domains
 from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.tokens.tokenizer import Tokenizer
@@ -200,7 +201,7 @@ def _describe(
         shard_paths=index.shard_paths(),
         shard_formats=list(tables.shards.format),
         shard_texts=index.shard_texts(),
-        properties=list(tables.properties.values()),
+        properties=list(add_size_numbers(tables).properties.values()),
         domain_names=list(chosen.names),
         domain_keys=[domain_key_to_plain(key) for key in chosen.keys],
         number_cuts={name: list(cuts) for name, cuts in selection.assignment.grid.cuts.items()},

@@ -16,12 +16,20 @@ from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords
 from mixtera_hpc.index.build.merge import MergedTables, PlacedSource, merge_results
 from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
 from mixtera_hpc.index.data_sets import DataSetFacts
-from mixtera_hpc.index.layout import DATASET, BadRows, Generation, path_source
+from mixtera_hpc.index.layout import DATASET, BadRows, Generation, bucket_source, function_source, path_source
 from mixtera_hpc.index.scan.scan_result import Combo
 from mixtera_hpc.index.scan.unit_scan import DataSetScan, ScanSettings
 from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
 
-__all__ = ["BuildReport", "BuildRequest", "ReusedShards", "assemble_index", "data_set_facts", "placed_records"]
+__all__ = [
+    "BuildReport",
+    "BuildRequest",
+    "ReusedShards",
+    "assemble_index",
+    "data_set_facts",
+    "placed_records",
+    "sources_of",
+]
 
 MAX_LISTED = 5
 """Reasons that an error message lists."""
@@ -129,14 +137,20 @@ def _facts_of(name: str, data_set: DataSetScan) -> DataSetFacts:
     spec = data_set.spec
     # The built-in property `dataset` is its own source.
     sources = {DATASET: DATASET} if name else {}
-    sources |= {field.name: path_source(field.path, field.pattern) for field in spec.properties}
-    sources |= {field.name: f"function:{field.path}" for field in data_set.functions.fields}
+    sources |= sources_of(data_set)
     return DataSetFacts(
         root=str(data_set.root.resolve()),
         text=spec.text,
         parser=spec.parser.path if spec.parser else None,
         sources=dict(sorted(sources.items())),
     )
+
+
+def sources_of(data_set: DataSetScan) -> dict[str, str]:
+    """Return where the values of each property of a data set come from, as the index stores it."""
+    sources = {field.name: path_source(field.path, field.pattern) for field in data_set.spec.properties}
+    sources |= {f.field.name: function_source(f.field.path, f.over_rows) for f in data_set.computed.functions}
+    return sources | {b.field.name: bucket_source(b.field.path, b.bounds) for b in data_set.computed.buckets}
 
 
 def _report(

@@ -20,14 +20,14 @@ from mixtera_hpc.formats.shard_scan import scan_spec_of
 from mixtera_hpc.index.build.assemble import BuildReport, BuildRequest, assemble_index
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, follow_index_job, lead_index_job
-from mixtera_hpc.index.scan.computed_properties import DocumentFunctions
+from mixtera_hpc.index.scan.computed_properties import ComputedProperties
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.scan_result import ScanResult
 from mixtera_hpc.index.scan.unit_scan import DataSetScan, ScanSettings, scan_unit
 from mixtera_hpc.index.shards import Shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
-__all__ = ["build_index", "plan_shards", "scan_settings", "shard_scan_job"]
+__all__ = ["build_index", "plan_shards", "scan_of_set", "scan_settings", "shard_scan_job"]
 
 
 def build_index(
@@ -70,24 +70,33 @@ def scan_settings(config: Config) -> ScanSettings:
     """
     tokenizer = load_vocabulary(config.dataplane)
     return ScanSettings(
-        sets={name: _scan_of_set(config, data_set, tokenizer) for name, data_set in config.data.named_sets().items()},
+        sets={name: scan_of_set(config, data_set, tokenizer) for name, data_set in config.data.named_sets().items()},
         block_rows=config.index.block_rows,
         tokenizer=tokenizer,
     )
 
 
-def _scan_of_set(config: Config, data_set: DataSetKeys, tokenizer: Tokenizer | None) -> DataSetScan:
-    functions = DocumentFunctions.of(data_set)
+def scan_of_set(config: Config, data_set: DataSetKeys, tokenizer: Tokenizer | None) -> DataSetScan:
+    """Return how the rows of one data set are scanned.
+
+    Raises:
+        ConfigError: paths contradict each other, or a function cannot be loaded.
+    """
+    computed = ComputedProperties.of(data_set)
     vocabulary: Vocabulary | None = None
     if tokenizer is not None:
         vocabulary = Vocabulary(size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, bos_ids=tokenizer.bos_ids)
     # Texts are decoded only to count tokens or to compute properties.
-    needs_documents = tokenizer is not None or bool(functions.all)
-    spec = scan_spec_of(data_set, documents=needs_documents, vocabulary=vocabulary)
+    spec = scan_spec_of(
+        data_set,
+        documents=tokenizer is not None or computed.needs_documents,
+        whole_rows=computed.needs_rows,
+        vocabulary=vocabulary,
+    )
     if config.index.seek_points:
         # A second decompression now saves decoding from the start of the file at every later read.
         spec = replace(spec, seek_folder=str(seek_folder_of(config.index.path)))
-    return DataSetScan(root=Path(data_set.root), spec=spec, functions=functions)
+    return DataSetScan(root=Path(data_set.root), spec=spec, computed=computed)
 
 
 def shard_scan_job(config: Config, settings: ScanSettings) -> IndexJob:
@@ -99,7 +108,7 @@ def shard_scan_job(config: Config, settings: ScanSettings) -> IndexJob:
 
     tokenizer = settings.tokenizer.fingerprint if settings.tokenizer else None
     # Everything that can change a result; the tokenizer and the code of functions by their digests.
-    sets = [[name, s.spec, s.functions.fields, s.functions.sources] for name, s in settings.sets.items()]
+    sets = [[name, s.spec, s.computed.identity] for name, s in settings.sets.items()]
     return IndexJob(
         path=Path(config.index.path),
         depends_on=[sets, settings.block_rows, tokenizer],

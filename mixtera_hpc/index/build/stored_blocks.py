@@ -55,6 +55,8 @@ class StoredBlocks:
 
     def load(self) -> ScanResult:
         """Read the blocks with their samples."""
+        if self.first == self.last:
+            return self._no_blocks()
         blocks = self._blocks()
         cells = self._cells()
         first_sample = int(self.index.tables.blocks.first_sample[self.first])
@@ -73,6 +75,19 @@ class StoredBlocks:
             zones=self._zones(),
             samples=samples,
             numbers={name: values[position] for name, values in padded.numbers.items()},
+        )
+
+    def _no_blocks(self) -> ScanResult:
+        none = np.zeros(0, np.int64)
+        columns = [name for name in self.index.samples.column_types() if name != "combo"]
+        numbers = self.index.tables.blocks.zones
+        return ScanResult(
+            combos=[],
+            blocks=dict.fromkeys(("offset", "length", "rows", "count"), none),
+            cells=dict.fromkeys(("combo", "rows", "tokens"), none),
+            zones={name: dict.fromkeys(("low", "high", "has_null"), np.zeros(0)) for name in numbers},
+            samples=dict.fromkeys(["combo", *columns], none),
+            numbers={name: np.zeros(0) for name in numbers},
         )
 
     def _maxima(self, blocks: dict[str, NDArray[np.int64]], cells: dict[str, NDArray[np.int64]]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mixtera_hpc.config.schema import Config, DataConfig, DataSetKeys
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
+from mixtera_hpc.formats.composed_text import FUNCTION_PREFIX
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.layout import path_source
 from mixtera_hpc.index.read.joined import join_indexes
@@ -51,6 +52,8 @@ def open_configured(config: Config, *, reads_shards: bool = True, announce: bool
         index = open_index(path, data.roots() or data.root or None, generation)
         if position == described:
             _check_build_settings(index, data)
+        if reads_shards:
+            _check_text_functions(config, index)
         if reads_shards and not _has_root(data):
             _accept_stored_roots(index.path, index.roots.values(), config.index.trusted_roots, announce)
         indexes.append(index)
@@ -65,6 +68,7 @@ def open_written(config: Config, *, announce: bool = True) -> PropertyIndex:
     """
     data = config.data
     index = open_index(config.index.path, data.roots() or data.root or None)
+    _check_text_functions(config, index)
     if not _has_root(data):
         _accept_stored_roots(index.path, index.roots.values(), config.index.trusted_roots, announce)
     return index
@@ -83,6 +87,21 @@ def check_stored_roots(config: Config) -> None:
         has_root = position == described and _has_root(config.data)
         if not has_root and Path(path).is_file():
             _accept_stored_roots(Path(path), read_stored_roots(path), config.index.trusted_roots, announce=True)
+
+
+def _check_text_functions(config: Config, index: PropertyIndex) -> None:
+    """Refuse to import a function that only an index file names.
+
+    Raises:
+        PropertyIndexError: the configuration does not name the function that makes the documents.
+    """
+    named = {config.data.text, *(data_set.text for data_set in config.data.sets.values())}
+    for dataset, facts in index.sets.items():
+        if (facts.text or "").startswith(FUNCTION_PREFIX) and facts.text not in named:
+            raise PropertyIndexError(
+                f"The documents of {index.path} are made by a function. A function is imported only if the "
+                f"configuration names it.\n  Set {data_set_key(dataset, 'text')}={facts.text}."
+            )
 
 
 def _has_root(data: DataConfig) -> bool:

@@ -1,6 +1,6 @@
 """Read the samples of one or several indexes through one reader."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -43,7 +43,7 @@ class JoinedSampleReader(SampleReader):
             if start < stop
         ]
         self.bytes_read = sum(reader.bytes_read for reader in self._readers)
-        return _concatenate(results, self._sources[0].numbers or [])
+        return _concatenate(results, results[0].numbers if results else self._sources[0].numbers or [])
 
     def close(self) -> None:
         """Close all files."""
@@ -58,7 +58,8 @@ class JoinedSampleReader(SampleReader):
         columns = self._readers[owner].read_many([first - offset for first in first_samples], rows, only)
         # A number that this index does not have is null in all its samples.
         null = np.full(len(columns.combo), np.nan)
-        names = self._sources[owner].numbers or []
+        # Built-in numbers are returned only if they were requested.
+        names = {*(self._sources[owner].numbers or []), *columns.numbers}
         return SampleColumns(
             combo=self._joined_combos[owner][columns.combo],
             length=columns.length,
@@ -67,7 +68,7 @@ class JoinedSampleReader(SampleReader):
         )
 
 
-def _concatenate(results: Sequence[SampleColumns], numbers: Sequence[str]) -> SampleColumns:
+def _concatenate(results: Sequence[SampleColumns], numbers: Iterable[str]) -> SampleColumns:
     if len(results) == 1:
         return results[0]
     return SampleColumns(

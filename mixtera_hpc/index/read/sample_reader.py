@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import SampleColumns
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.layout import open_children, read_texts
+from mixtera_hpc.index.layout import SIZE_NUMBERS, open_children, read_texts
 from mixtera_hpc.index.open_file import DAMAGE, damaged, open_file
 from mixtera_hpc.index.read.column_cache import ColumnCache
 
@@ -77,7 +77,8 @@ class SampleReader:
         Args:
             first_samples: `BlockTable.first_sample` of every block.
             rows: `BlockTable.rows` of every block.
-            only: the columns to read, numbers as `numbers/NAME`; the others are returned as zeros. None reads all.
+            only: the columns to read, numbers as `numbers/NAME`; the others are returned as zeros. None reads all but
+                the built-in numbers.
 
         Raises:
             PropertyIndexError: the file is missing or damaged.
@@ -127,9 +128,9 @@ class SampleReader:
         # The cache works block by block; without one, neighbouring blocks are read in one call.
         reads = ranges if self._cache.max_bytes else _merge_adjacent(ranges)
 
-        def column(name: str, stored: Any, dtype: Any) -> NDArray[Any]:
+        def column(name: str, stored: Any, dtype: Any, key: str | None = None) -> NDArray[Any]:
             # A column that is not stored (no token counts) or not requested is all zeros.
-            if stored is None or not ranges or (only is not None and name not in only):
+            if stored is None or not ranges or (only is not None and (key or name) not in only):
                 return np.zeros(rows, dtype)
             values = [
                 self._cache.get((name, start, stop), partial(self._read_from_file, stored, start, stop))
@@ -139,11 +140,19 @@ class SampleReader:
             joined = values[0] if len(values) == 1 else np.concatenate(values)
             return joined.astype(dtype, copy=False)
 
+        numbers = {name: column(f"numbers/{name}", stored, np.float64) for name, stored in self._numbers.items()}
+        for name, source in SIZE_NUMBERS.items():
+            key = f"numbers/{name}"
+            if only is not None and key in only:
+                sizes = column(source, self._columns.get(source), np.float64, key)
+                # Every row has bytes, so 0 means that the format has no byte range for it.
+                numbers[name] = np.where(sizes == 0, np.nan, sizes) if name == "bytes" else sizes
+
         return SampleColumns(
             combo=column("combo", self._columns.get("combo"), np.int32),
             length=column("length", self._columns.get("length"), np.int64),
             tokens=column("tokens", self._columns.get("tokens"), np.int64),
-            numbers={name: column(f"numbers/{name}", stored, np.float64) for name, stored in self._numbers.items()},
+            numbers=numbers,
         )
 
     def _read_from_file(self, stored: Any, start: int, stop: int) -> NDArray[Any]:

@@ -16,6 +16,7 @@ from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns
 from mixtera_hpc.core.query import Predicate, parse_predicate
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.read.sample_sizes import add_size_numbers
 
 __all__ = ["SelectedDomains", "SelectionCost", "check_split", "select_domains"]
 
@@ -94,12 +95,12 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
     began = time.perf_counter()
     # The reader counts over its whole life.
     bytes_before = index.samples.bytes_read
-    keys = _domain_keys(config, index)
-    predicate = parse_predicate(config.query.where, index.tables.properties)
-    # Only these columns are read; the query never looks at lengths.
-    in_keys = {name for key in keys for name in key if name in index.tables.blocks.zones}
+    tables = add_size_numbers(index.tables)
+    keys = _domain_keys(config, tables)
+    predicate = parse_predicate(config.query.where, tables.properties)
+    # Only these columns are read.
+    in_keys = {name for key in keys for name in key if name in tables.blocks.zones}
     reader = _TimedReader(index, {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers | in_keys)})
-    tables = index.tables
     read: BlockRead = reader.read
     if config.query.holdout.fraction:
         tables, predicate, read = _on_one_side(tables, predicate, read, config.query.holdout, split)
@@ -139,23 +140,23 @@ def _with_hashes(read: BlockRead, hash_keys: NDArray[np.uint64], blocks: BlockTa
     return read_with_hashes
 
 
-def _domain_keys(config: Config, index: PropertyIndex) -> list[DomainKey]:
+def _domain_keys(config: Config, tables: IndexTables) -> list[DomainKey]:
     entries = domain_entries(config.mixture)
     if entries:
         return [entry.key for entry in entries]
     mixture = config.mixture
     names = group_names(mixture.group_by)
     ranges = group_ranges(mixture.group_by)
-    _check_numbers(ranges, index)
-    keys = keys_for_group_by(names, index.tables.combos, ranges)
+    _check_numbers(ranges, tables)
+    keys = keys_for_group_by(names, tables.combos, ranges)
     if not keys:
         raise MixtureError(f"mixture.group_by is {mixture.group_by}, but no sample has any of these properties.")
     return [*keys, {}] if mixture.remainder is not None else keys
 
 
-def _check_numbers(names: Collection[str], index: PropertyIndex) -> None:
+def _check_numbers(names: Collection[str], tables: IndexTables) -> None:
     """Refuse buckets of anything but a number property."""
     for name in names:
-        if name not in index.tables.blocks.zones:
-            near = did_you_mean(name, list(index.tables.blocks.zones))
+        if name not in tables.blocks.zones:
+            near = did_you_mean(name, list(tables.blocks.zones))
             raise MixtureError(f"mixture.group_by has buckets of {name!r}, which is not a number of the index.{near}")

@@ -18,6 +18,7 @@ from mixtera_hpc.errors import DataError, PropertyIndexError
 from mixtera_hpc.formats.base import BlockRef, ShardReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
+from mixtera_hpc.formats.composed_text import open_reader
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.shards import fingerprint_of_shard
@@ -153,7 +154,7 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     text = index.shard_texts()[shard]
     has_text = text is not None and not file_format.holds_tokens
     first, stop = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
-    reader = file_format.open(path, text, BlockCache(seek_folders=[seek_folder_of(index.path)]))
+    reader = open_reader(file_format, path, text, BlockCache(seek_folders=[seek_folder_of(index.path)]))
     try:
         for block in _sample_blocks(np.arange(first, stop)).tolist():
             if not has_text:

@@ -1,9 +1,9 @@
-"""Compute properties of documents with Python functions, which `data.properties.NAME.function` names.
+"""Compute properties: with Python functions over documents or rows, and from the buckets of a number.
 
-A function takes a list of texts and returns one value for each: a text or None for a category, a sequence of texts or
-None for categories, a number or None for a number. It must depend on the texts alone, since any rank may see any of
-them. Functions come from the configuration only: an index names those it was built with, but no name in a file is ever
-imported.
+A function takes a list of texts (or of rows, with `over: rows`) and returns one value for each: a text or None for a
+category, a sequence of texts or None for categories, a number or None for a number. It must depend on its arguments
+alone, since any rank may see any of them. Functions come from the configuration only: an index names those it was built
+with, but no name in a file is ever imported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,83 +11,151 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import DataSetKeys
+from mixtera_hpc.core.domain_keys import ranges_of_bounds
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import Column, PropertyField
-from mixtera_hpc.formats.category_codes import encode_categories
+from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, null_column
+from mixtera_hpc.formats.category_codes import Categories, encode_categories
 from mixtera_hpc.formats.user_functions import import_function, source_digest
 
-__all__ = ["DocumentFunction", "DocumentFunctions"]
+__all__ = ["ComputedProperties", "NumberBuckets", "UserFunction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DocumentFunction:
+class UserFunction:
     """A function and the property that it computes."""
 
     field: PropertyField
     """The property; `path` is the import path of the function."""
-    call: Callable[[list[str]], Sequence[Any]]
-    source: str
+    call: Callable[[list[Any]], Sequence[Any]]
+    over_rows: bool
+    """Whether it takes rows instead of documents."""
+    digest: str
     """Hex digest of the file that defines the function."""
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentFunctions:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberBuckets:
+    """A category whose value is the bucket that a number lies in."""
+
+    field: PropertyField
+    """The property; `path` is the name of the number."""
+    bounds: tuple[float, ...]
+
+    def column(self, numbers: NDArray[np.float64]) -> Categories:
+        """Return the bucket of each number, as text; null for null and for numbers outside all buckets."""
+        ranges = ranges_of_bounds(self.bounds)
+        starts = np.array([low for low, _ in (r.cuts for r in ranges)])
+        # The buckets touch, so the end of the last one is the only other bound.
+        end = ranges[-1].cuts[1]
+        code = np.searchsorted(starts, numbers, side="right") - 1
+        outside = np.isnan(numbers) | (code < 0) | (numbers >= end)
+        code = np.where(outside, len(ranges), code)
+        return Categories([*((str(r),) for r in ranges), ()], np.asarray(code, np.int32))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputedProperties:
     """All computed properties of a data set."""
 
-    all: tuple[DocumentFunction, ...] = ()
+    functions: tuple[UserFunction, ...] = ()
+    """Sorted by property name."""
+    buckets: tuple[NumberBuckets, ...] = ()
     """Sorted by property name."""
 
     @classmethod
-    def of(cls, data: DataSetKeys) -> "DocumentFunctions":
-        """Import the functions that the configuration of a data set names.
+    def of(cls, data: DataSetKeys) -> "ComputedProperties":
+        """Import the functions that the configuration of a data set names, and take over its buckets.
 
         Raises:
-            ConfigError: one cannot be imported, or is not callable.
+            ConfigError: a function cannot be imported, or is not callable.
         """
         functions = []
+        buckets = []
         for name, spec in sorted(data.properties.items()):
             # Properties with a path are read by the formats.
             if spec.function:
                 call = import_function(spec.function, f"data.properties.{name}.function")
                 field = PropertyField(name=name, path=spec.function, kind=Kind(spec.kind))
-                functions.append(DocumentFunction(field=field, call=call, source=source_digest(call)))
-        return cls(tuple(functions))
+                over_rows = spec.over == "rows"
+                digest = source_digest(call)
+                functions.append(UserFunction(field=field, call=call, over_rows=over_rows, digest=digest))
+            elif spec.number is not None:
+                field = PropertyField(name=name, path=spec.number, kind=Kind.CATEGORY)
+                buckets.append(NumberBuckets(field=field, bounds=tuple(spec.buckets or ())))
+        return cls(functions=tuple(functions), buckets=tuple(buckets))
 
     @property
     def fields(self) -> tuple[PropertyField, ...]:
-        """Return the properties, sorted by name."""
-        return tuple(function.field for function in self.all)
+        """Return the properties."""
+        of_functions = tuple(function.field for function in self.functions)
+        return of_functions + tuple(bucket.field for bucket in self.buckets)
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """Return the digests that distinguish versions of the functions."""
-        return tuple(function.source for function in self.all)
+    def needs_documents(self) -> bool:
+        """Return whether some function takes documents."""
+        return any(not function.over_rows for function in self.functions)
 
-    def columns(self, documents: list[str] | None) -> dict[str, Column]:
-        """Compute all properties of `documents`; property → column.
+    @property
+    def needs_rows(self) -> bool:
+        """Return whether some function takes rows."""
+        return any(function.over_rows for function in self.functions)
+
+    @property
+    def identity(self) -> list[Any]:
+        """Return what distinguishes the results of two versions of these properties; fit for JSON."""
+        functions = [[f.field, f.over_rows, f.digest] for f in self.functions]
+        return [functions, [[b.field, b.bounds] for b in self.buckets]]
+
+    def columns(self, batch: RowBatch) -> dict[str, Column]:
+        """Compute the properties of functions for the rows of a batch; null for rows that cannot be read.
 
         Raises:
-            DataError: rows have no documents, or a function did not return one value of its kind for each document.
+            DataError: rows have no documents, or a function did not return one value of its kind for each.
         """
-        if self.all and documents is None:
-            raise DataError(
-                f"data.properties.{self.all[0].field.name} is computed from documents, but these rows have no text."
-            )
-        return {function.field.name: _compute(function, documents or []) for function in self.all}
+        bad = {row for row, _ in batch.bad}
+        return {f.field.name: _compute(f, _arguments(f, batch, bad), bad) for f in self.functions}
+
+    def bucket_columns(self, numbers: Mapping[str, NDArray[np.float64]], rows: int) -> dict[str, Column]:
+        """Return the properties of buckets, given the numbers of `rows` rows by name; a missing number is null."""
+        null = null_column(Kind.NUMBER, rows)
+        columns: dict[str, Column] = {}
+        for bucket in self.buckets:
+            values = numbers.get(bucket.field.path, null)
+            columns[bucket.field.name] = bucket.column(np.asarray(values, np.float64))
+        return columns
 
 
-def _compute(function: DocumentFunction, documents: list[str]) -> Column:
-    field = function.field
-    values = _call(function, documents)
-    # A shifted column would give every document the value of another.
-    if len(values) != len(documents):
+def _arguments(function: UserFunction, batch: RowBatch, bad: set[int]) -> list[Any]:
+    """Return the documents or rows that a function is called with.
+
+    Documents of rows that cannot be read are empty; such rows themselves are left out.
+    """
+    if function.over_rows:
+        return [row for number, row in enumerate(batch.raw_rows or []) if number not in bad]
+    # Formats that hold token ids have no texts.
+    if batch.documents is None or len(batch.documents) != batch.rows:
         raise DataError(
-            f"{field.path} returned {len(values)} values for {len(documents)} documents; data.properties.{field.name} "
+            f"data.properties.{function.field.name} is computed from documents, but these rows have no text."
+        )
+    return ["" if number in bad else text for number, text in enumerate(batch.documents)] if bad else batch.documents
+
+
+def _compute(function: UserFunction, arguments: list[Any], bad: set[int]) -> Column:
+    field = function.field
+    values = _call(function, arguments)
+    # A shifted column would give every row the value of another.
+    if len(values) != len(arguments):
+        what = "rows" if function.over_rows else "documents"
+        raise DataError(
+            f"{field.path} returned {len(values)} values for {len(arguments)} {what}; data.properties.{field.name} "
             "needs one for each."
         )
+    if function.over_rows and bad:
+        values = _with_nulls(values, bad)
     try:
         if field.kind is Kind.NUMBER:
             # Raises for values that have no float64, such as sequences and huge integers.
@@ -99,11 +167,17 @@ def _compute(function: DocumentFunction, documents: list[str]) -> Column:
         ) from None
 
 
-def _call(function: DocumentFunction, documents: list[str]) -> Sequence[Any]:
+def _with_nulls(values: Sequence[Any], bad: set[int]) -> list[Any]:
+    """Return the values of all rows, given those of the rows that can be read."""
+    remaining = iter(values)
+    return [None if row in bad else next(remaining) for row in range(len(values) + len(bad))]
+
+
+def _call(function: UserFunction, arguments: list[Any]) -> Sequence[Any]:
     """Call the user's function; a note on its exception names the property."""
     try:
         # A copy: the function may sort or change its list.
-        values = function.call(list(documents))
+        values = function.call(list(arguments))
         return values if hasattr(values, "__len__") else list(values)
     except Exception as error:
         error.add_note(f"raised by {function.field.path}, the function of data.properties.{function.field.name}")

@@ -5,7 +5,7 @@ have the combo None. They keep their position in the columns and are in no histo
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.index.layout import SIZE_NUMBERS
 
-__all__ = ["Combo", "ScanResult", "ScanSummary", "combine_columns", "histogram_of", "reason_of", "zones_of"]
+__all__ = [
+    "Combo",
+    "ScanResult",
+    "ScanSummary",
+    "combine_columns",
+    "histogram_of",
+    "reason_of",
+    "size_numbers",
+    "zones_of",
+]
 
 Combo = tuple[tuple[str, ...], ...]
 """The values of every categorical property, properties sorted by name."""
@@ -185,6 +195,14 @@ def zones_of(values: NDArray[np.float64], rows: Ints, is_bad: NDArray[np.bool_])
         "high": np.fmax.reduceat(values, starts),
         "has_null": np.logical_or.reduceat(np.isnan(values) & ~is_bad, starts).astype(np.float64),
     }
+
+
+def size_numbers(samples: Mapping[str, Ints]) -> dict[str, NDArray[np.float64]]:
+    """Return the built-in numbers of samples, by name; null where a row has no byte range of its own."""
+    numbers = {name: samples[column].astype(np.float64) for name, column in SIZE_NUMBERS.items() if column in samples}
+    if "bytes" in numbers:
+        numbers["bytes"][numbers["bytes"] == 0] = np.nan
+    return numbers
 
 
 def reason_of(problem: str) -> str:

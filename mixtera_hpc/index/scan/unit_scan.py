@@ -20,8 +20,16 @@ from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanSpec, 
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
 from mixtera_hpc.index.layout import DATASET
-from mixtera_hpc.index.scan.computed_properties import DocumentFunctions
-from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, combine_columns, histogram_of, reason_of, zones_of
+from mixtera_hpc.index.scan.computed_properties import ComputedProperties
+from mixtera_hpc.index.scan.scan_result import (
+    Combo,
+    ScanResult,
+    combine_columns,
+    histogram_of,
+    reason_of,
+    size_numbers,
+    zones_of,
+)
 from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
@@ -46,8 +54,8 @@ class DataSetScan:
     """Folder of its shards."""
     spec: ScanSpec
     """What is read from rows."""
-    functions: DocumentFunctions
-    """What is computed from documents."""
+    computed: ComputedProperties
+    """What is computed from documents, rows and numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +77,7 @@ class ScanSettings:
         """Return the properties of all data sets, sorted by name; `dataset` is one of them if data sets have names."""
         fields = {} if "" in self.sets else {DATASET: PropertyField(name=DATASET, path="", kind=Kind.CATEGORY)}
         for data_set in self.sets.values():
-            fields |= {field.name: field for field in (*data_set.spec.properties, *data_set.functions.fields)}
+            fields |= {field.name: field for field in (*data_set.spec.properties, *data_set.computed.fields)}
         return tuple(field for _, field in sorted(fields.items()))
 
 
@@ -130,7 +138,7 @@ class _RowCollector:
     def __init__(self, settings: ScanSettings, shard: Shard) -> None:
         self._settings = settings
         self._dataset = shard.dataset
-        self._functions = settings.sets[shard.dataset].functions
+        self._computed = settings.sets[shard.dataset].computed
         kinds = {field.name: field.kind for field in settings.properties}
         self._kinds = kinds
         self._categorical = [name for name, kind in kinds.items() if kind is not Kind.NUMBER]
@@ -154,8 +162,10 @@ class _RowCollector:
             return
         self._count_reasons(batch)
         bad = [row for row, _ in batch.bad]
-        documents = _documents(batch, bad)
-        columns = {**batch.columns, **self._functions.columns(documents)}
+        sizes = self._sizes_of(batch, bad)
+        columns = {**batch.columns, **self._computed.columns(batch)}
+        numbers = size_numbers(sizes) | {n: column for n, column in columns.items() if isinstance(column, np.ndarray)}
+        columns |= self._computed.bucket_columns(numbers, batch.rows)
         # A property that only other data sets have is null here.
         columns |= {name: null_column(kind, batch.rows) for name, kind in self._kinds.items() if name not in columns}
         # Rows that cannot be read have arbitrary values until here.
@@ -164,14 +174,19 @@ class _RowCollector:
         self._samples["combo"].append(combo)
         for name, arrays in self._numbers.items():
             arrays.append(_numbers(columns[name], bad))
-        if batch.lengths is not None:
-            self._samples["length"].append(batch.lengths)
+        for name, values in sizes.items():
+            self._samples[name].append(values)
+
+    def _sizes_of(self, batch: RowBatch, bad: Sequence[int]) -> dict[str, Ints]:
+        """Return the sample columns `length` and `tokens`, as far as the format and the tokenizer give them."""
+        sizes = {} if batch.lengths is None else {"length": batch.lengths}
         if self._settings.tokenizer is not None:
             # Formats that hold token ids count them themselves.
             counts = batch.tokens
             if counts is None:
-                counts = self._settings.tokenizer.count_each(documents or [])
-            self._samples["tokens"].append(_with_zeros(counts, bad))
+                counts = self._settings.tokenizer.count_each(_documents(batch, bad) or [])
+            sizes["tokens"] = _with_zeros(counts, bad)
+        return sizes
 
     def drop_incomplete(self, reason: str) -> None:
         """Drop the rows of a block that will never end, because the shard is damaged."""
