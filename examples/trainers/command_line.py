@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class TrainingRecord:
     def __init__(self, out: Path, rank: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self._path = out / f"rank_{rank}.jsonl"
+        self._log = out / "log.jsonl" if rank == 0 else None
         self._clear()
 
     def add(self, positions: torch.Tensor, tokens: torch.Tensor, loss: torch.Tensor, counted: torch.Tensor) -> None:
@@ -55,6 +56,12 @@ class TrainingRecord:
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._clear()
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append metrics to `OUT/log.jsonl`, on rank 0; for loops without a trainer that has a log."""
+        if self._log is not None:
+            with self._log.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def _clear(self) -> None:
         self._positions: list[int] = []
