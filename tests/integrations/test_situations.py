@@ -33,8 +33,19 @@ SITUATIONS = {
         "mpi/test_meshes.py::test_losses_of_some_ranks_give_the_statistics_of_one_rank_bit_for_bit",
         "unit/test_open_steps.py::test_losses_count_once_whichever_ranks_of_a_group_record",
     ],
-    "a loader that stacks batches, also that of the Hugging Face Trainer": [
+    "halves of sequences on two context-parallel ranks": [
+        "mpi/test_layouts.py::test_every_layout_serves_the_same_and_counts_each_loss_once",
+    ],
+    "a loader that stacks batches": [
         "unit/test_training_dataset.py::test_a_loader_that_stacks_batches_is_refused",
+    ],
+    "Hugging Face Trainer with a PlaneDataset as train_dataset, or with an accumulation that does not fit": [
+        "integrations/test_huggingface.py::test_settings_that_do_not_fit_are_refused",
+        "integrations/test_huggingface.py::test_settings_that_fit_are_trained_with",
+    ],
+    "Lightning with a PlaneDataset": [
+        "integrations/test_lightning_module.py::"
+        "test_a_loader_without_the_data_module_works_although_lightning_fetches_ahead",
     ],
     "worker processes of a loader": [
         "unit/test_training_dataset.py::test_worker_processes_of_a_loader_are_refused",
@@ -77,6 +88,9 @@ SITUATIONS = {
     ],
     "srun with a plugin that does not fit the MPI library": [
         f"{ON_SLURM}::test_srun_with_a_plugin_that_does_not_fit_is_refused",
+    ],
+    "a trainer that needs a process group, under mpiexec": [
+        "mpi/test_replicas_launchers.py::test_two_ranks_get_a_group_and_the_variables_of_torchrun",
     ],
     "PMI_RANK is set, but mpi4py is missing": [
         "unit/test_missing_packages.py::test_a_launcher_of_mpi_without_mpi4py_is_answered_with_the_extra",
