@@ -30,6 +30,7 @@ __all__ = [
     "check_world_size",
     "communicator_of",
     "end_job",
+    "mark_saved",
     "open_communicator",
     "run_guarded",
     "started_by_launcher",
@@ -231,7 +232,7 @@ def run_guarded(comm: Communicator, body: Callable[[], None]) -> int:
     except SavedAndStopped as stop:
         if comm.rank == 0:
             _write_last_words(f"{stop}")
-        return _exit_code_when_saved(comm, stop.exit_code)
+        return 0 if mark_saved(comm) else stop.exit_code
     except BaseException as error:
         code = _report_failure(comm, error)
         if comm.size > 1:
@@ -240,18 +241,17 @@ def run_guarded(comm: Communicator, body: Callable[[], None]) -> int:
     return 0
 
 
-def _exit_code_when_saved(comm: Communicator, code: int) -> int:
-    """Return `code`; in a batch script that sets `MIXTERA_SAVED_FILE`, create that file and return 0.
+def mark_saved(comm: Communicator) -> bool:
+    """Tell the batch script that the state is saved and the run continues; return False if no script asks for that.
 
     With `srun --kill-on-bad-exit` the first rank that exits with 75 would get the ranks killed that are still exiting,
-    and the job would end with their exit code. The script turns the file back into 75.
+    and the job would end with their exit code. So a script sets `MIXTERA_SAVED_FILE`. If the ranks exit with 0 and the
+    file exists, the script exits with 75.
     """
     saved_file = os.environ.get("MIXTERA_SAVED_FILE")
-    if saved_file is None:
-        return code
-    if comm.rank == 0:
+    if saved_file is not None and comm.rank == 0:
         Path(saved_file).touch()
-    return 0
+    return saved_file is not None
 
 
 def _report_failure(comm: Communicator, error: BaseException) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
-from mixtera_hpc.comm.launcher import end_job
+from mixtera_hpc.comm.launcher import end_job, mark_saved
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
@@ -326,7 +326,11 @@ class DataPlane:
                 next_step = self._session.finish()
             self._session.close(orderly)
         self._resources.control.close()
-        self._resources.recorder.close(next_step, self._exit_code(orderly, error))
+        exit_code = self._exit_code(orderly, error)
+        self._resources.recorder.close(next_step, exit_code)
+        # A program of the user's saves by itself and leaves with 0; its job is to continue nevertheless.
+        if self._ends_job and exit_code == SavedAndStopped.exit_code:
+            mark_saved(self._resources.comm)
         if orderly:
             # A rank that fails by itself must not free collectively: the others do not take part.
             self._resources.comm.Free()

@@ -6,24 +6,44 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from .conformance import TrainerConformance
+from .conformance import EVERY_LAUNCH, NUM_STEPS, Runs, TrainerConformance, slow_unless
 from .launching import Example
 
-REFUSALS = Path(__file__).with_name("huggingface_refusals_program.py")
+ARGUMENTS = Path(__file__).with_name("huggingface_arguments_program.py")
 PLANE_TRAINER = "With the Hugging Face Trainer, use mixtera_hpc.integrations.transformers.PlaneTrainer"
 
 
 class TestHuggingFace(TrainerConformance):
     example = Example(script="huggingface.py")
 
+    @pytest.mark.parametrize(("launcher", "accumulate"), slow_unless(("torchrun", 1), EVERY_LAUNCH))
+    def test_gradients_depend_neither_on_the_ranks_nor_on_micro_batches(
+        self, launcher: str, accumulate: int, runs: Runs
+    ) -> None:
+        """Adam hides a wrong scale of the loss, so the norms are compared, and the losses that the Trainer logs."""
+        expected = logged_values(runs.whole("python", 1))
+        trained = logged_values(runs.split(launcher, accumulate))
+
+        assert len(expected["grad_norm"]) == NUM_STEPS
+        for name, values in expected.items():
+            np.testing.assert_allclose(trained[name], values, rtol=1e-4, err_msg=name)
+
+
+def logged_values(out: Path) -> dict[str, list[float]]:
+    """Return the loss and the norm of the gradients of every step, and the losses on held-out data."""
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    names = ("loss", "grad_norm", "eval_loss")
+    return {name: [entry[name] for entry in history if name in entry] for name in names}
+
 
 def answers(collection: list[str], out: Path, ranks: int) -> list[dict[str, Any]]:
     """Return what every rank was answered with in each case."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     words = ["dataplane.seq_len=16", f"dataplane.global_batch_size={4 * ranks}", "dataplane.chunk_steps=2"]
-    command = [sys.executable, *launcher, str(REFUSALS), str(out), *collection, *words]
+    command = [sys.executable, *launcher, str(ARGUMENTS), str(out), *collection, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
@@ -39,6 +59,19 @@ def alone(collection: list[str], tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.mark.parametrize("name", ["accumulation", "dispatch_batches=False", "held out"])
 def test_settings_that_fit_are_trained_with(name: str, alone: dict[str, str]) -> None:
     assert alone[name] == "trained"
+
+
+@pytest.mark.integrations
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("resume with dropout", "same losses"),
+        ("auxiliary loss", "added once"),
+        ("own evaluation", "evaluated"),
+    ],
+)
+def test_training_is_as_with_a_dataset_of_hugging_face(name: str, answer: str, alone: dict[str, str]) -> None:
+    assert alone[name] == answer
 
 
 @pytest.mark.integrations

@@ -135,6 +135,25 @@ def test_a_stop_request_ends_one_attempt_only(
     assert History(folder.journal).end == batch.step + 1 + 5
 
 
+@pytest.mark.parametrize("stops", [True, False])
+def test_the_batch_script_learns_that_a_program_saved_and_stopped(
+    stops: bool, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script turns exit code 0 into 75 if this file exists, so that the run continues."""
+    monkeypatch.setenv("MIXTERA_SAVED_FILE", str(tmp_path / "saved"))
+    folder = RunFolder(tmp_path / "mine" / "job")
+    with DataPlane.open(config, folder=folder) as plane:
+        for batch in plane:
+            plane.finish(batch)
+            if stops:
+                folder.stop_request.touch()
+            if plane.stop_requested() or batch.step == 4:
+                break
+        assert not (tmp_path / "saved").exists()
+
+    assert (tmp_path / "saved").exists() == stops
+
+
 def test_a_program_on_several_ranks_claims_one_attempt(config: Config, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "mine" / "ranks")
 

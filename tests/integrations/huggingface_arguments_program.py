@@ -1,6 +1,6 @@
-"""Give the Hugging Face `Trainer` arguments that do not fit a data plane, and print what each is answered with.
+"""Train with many arguments of the Hugging Face `Trainer`, and print what becomes of each: trained, or the refusal.
 
-python huggingface_refusals_program.py OUT OVERRIDES…, or under torchrun
+python huggingface_arguments_program.py OUT OVERRIDES…, or under torchrun
 """
 
 import json
@@ -9,7 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from mixtera_hpc import DataPlane, MixteraError, PlaneDataset, Replicas, compose
 from mixtera_hpc.integrations.transformers import PlaneTrainer
@@ -80,6 +92,79 @@ def foreign_checkpoint() -> str:
     return train("resume")
 
 
+class StopAfterTwoSteps(TrainerCallback):
+    """Saves and stops, as a job that ends early."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def logged(name: str, build: Callable[[int], Any], *, resume: bool = False, **settings: Any) -> list[dict[str, float]]:
+    """Return what the trainer logged in a run of four steps, without times."""
+    trainer_settings = settings.pop("trainer", {})
+    with DataPlane.open(compose([*OVERRIDES, HELD_OUT]), REPLICAS.comm) as plane:
+        set_seed(0)
+        args = TrainingArguments(
+            output_dir=f"{OUT}/{name}",
+            max_steps=4,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            **settings,
+        )
+        trainer = PlaneTrainer(plane=plane, model=build(plane.vocab_size), args=args, **trainer_settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.log_history
+
+
+def of_steps(history: list[dict[str, float]], name: str) -> list[float]:
+    return [entry[name] for entry in history if name in entry]
+
+
+def gpt2_with_dropout(vocab_size: int) -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_embd=16, n_layer=1, n_head=1, n_positions=16))
+
+
+def mixture_of_experts(vocab_size: int, coefficient: float) -> MixtralForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 4, "router_aux_loss_coef": coefficient}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=vocab_size, output_router_logits=True, **sizes, **experts))
+
+
+def resume_with_dropout() -> str:
+    """Compare a run with one that is stopped, evaluated and resumed: the dropout of every step must be the same."""
+    whole = of_steps(logged("whole", gpt2_with_dropout), "loss")
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1}
+    logged("parts", gpt2_with_dropout, trainer={"callbacks": [StopAfterTwoSteps()]}, **evaluated)
+    parts = of_steps(logged("parts", gpt2_with_dropout, resume=True, **evaluated), "loss")
+    return "same losses" if whole == parts and len(whole) == 4 else f"{whole} and {parts}"
+
+
+def auxiliary_loss() -> str:
+    """Compare the loss with and without the load-balancing loss, which is about 2 (the experts of a token) here."""
+    without, with_it = (
+        logged(f"experts{coefficient}", lambda size, c=coefficient: mixture_of_experts(size, c))
+        for coefficient in (0.0, 1.0)
+    )
+    difference = of_steps(with_it, "loss")[0] - of_steps(without, "loss")[0]
+    of_domains = [name for name in with_it[1] if name.startswith("train_loss/")]
+    same = all(abs(with_it[1][name] - without[1][name]) < 1e-5 for name in of_domains)
+    return "added once" if 1.5 < difference < 2.5 and same and of_domains else f"{difference} {same}"
+
+
+def own_evaluation() -> str:
+    """Evaluate on a dataset of the user's beside the training on a data plane."""
+    samples = [{"input_ids": torch.arange(16) + i, "labels": torch.arange(16) + i} for i in range(5)]
+    history = logged("own", gpt2_with_dropout, trainer={"eval_dataset": samples}, eval_strategy="steps", eval_steps=2)
+    has_domains = any("held_out_loss" in name for entry in history for name in entry)
+    return "evaluated" if len(of_steps(history, "eval_loss")) == 2 and not has_domains else f"{history}"
+
+
 CASES_OF_ONE_RANK: dict[str, Callable[[], str]] = {
     "accumulation": lambda: train("accumulation", size=2, gradient_accumulation_steps=2),
     "dispatch_batches=False": lambda: train("dispatch", accelerator_config={"dispatch_batches": False}),
@@ -97,6 +182,9 @@ CASES_OF_ONE_RANK: dict[str, Callable[[], str]] = {
     "compute_loss_func": lambda: train("function", trainer={"compute_loss_func": print}),
     "compute_metrics": lambda: train("metrics", (HELD_OUT,), trainer={"compute_metrics": print}),
     "nothing held out": lambda: train("none", eval_strategy="steps", eval_steps=1),
+    "resume with dropout": resume_with_dropout,
+    "auxiliary loss": auxiliary_loss,
+    "own evaluation": own_evaluation,
     "held out": lambda: train("some", (HELD_OUT,), eval_strategy="steps", eval_steps=1),
     "vocabulary": lambda: train("vocabulary", trainer={"vocab_size": 100}),
     "samples": lambda: train("samples", ("mixture.unit=samples",)),
