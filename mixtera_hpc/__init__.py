@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mixtera_hpc.config.run_folder import RunFolder
     from mixtera_hpc.dataplane.plane import DataPlane
     from mixtera_hpc.dataplane.reading.batches import Batch
+    from mixtera_hpc.dataplane.reading.sample_transform import ServedSample
     from mixtera_hpc.errors import (
         CommError,
         ConfigError,
@@ -42,6 +43,7 @@ __all__ = [
     "Replicas",
     "RunFolder",
     "SavedAndStopped",
+    "ServedSample",
     "UserError",
     "__version__",
     "compose",
@@ -64,6 +66,7 @@ _MODULE_OF_NAME = {
     "Replicas": "mixtera_hpc.integrations.process_group",
     "RunFolder": "mixtera_hpc.config.run_folder",
     "SavedAndStopped": "mixtera_hpc.errors",
+    "ServedSample": "mixtera_hpc.dataplane.reading.sample_transform",
     "UserError": "mixtera_hpc.errors",
     "compose": "mixtera_hpc.config.compose",
     "load_config": "mixtera_hpc.config.compose",

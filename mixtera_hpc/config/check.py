@@ -48,6 +48,7 @@ def run_problems(config: Config) -> list[str]:
     return [
         *_data(config),
         *_dataplane(config.dataplane, config.mixture),
+        *_transform(config),
         *_training(config.training),
         *_checkpoint(config.checkpoint),
         *_validation(config),
@@ -120,6 +121,16 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
             "dataplane.vocab_size where all shards hold token ids, or set mixture.unit=samples."
         )
     return problems
+
+
+def _transform(config: Config) -> list[str]:
+    transform = config.data.transform
+    if transform is None or config.mixture.unit == "samples":
+        return []
+    return [
+        f"data.transform is {transform}, but mixture.unit is {config.mixture.unit}: only samples are transformed. Set "
+        "mixture.unit=samples, or remove data.transform."
+    ]
 
 
 def _training(training: TrainingConfig) -> list[str]:

@@ -104,7 +104,7 @@ class TrainLoader:
         """Whether the data has ended, or `num_steps` steps were handed out."""
         self._dataset = PlaneDataset(
             plane,
-            transform=self.handed_out.hand_out,
+            collate=self.handed_out.hand_out,
             micro_batch_size=plane.local_batch_size // num_micro,
             num_steps=num_steps,
         )

@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.integrations.collation import collate_samples
 
 __all__ = ["PlaneDataset", "as_tensors", "micro_batches"]
 
@@ -39,7 +40,7 @@ class PlaneDataset(IterableDataset[Any]):
     def __init__(
         self,
         plane: DataPlane,
-        transform: Callable[[Batch], Any] | None = None,
+        collate: Callable[[Batch], Any] | None = None,
         *,
         micro_batch_size: int | None = None,
         num_steps: int | None = None,
@@ -48,7 +49,7 @@ class PlaneDataset(IterableDataset[Any]):
 
         Args:
             plane: the data plane; the caller opens and closes it.
-            transform: maps each `Batch` to the value that the loader yields; called in the thread that iterates. By
+            collate: maps each `Batch` to the value that the loader yields; called in the thread that iterates. By
                 default that is `as_tensors`.
             micro_batch_size: sequences in each batch that the loader yields, for gradient accumulation. None: all
                 sequences that this rank gets in a step.
@@ -59,7 +60,7 @@ class PlaneDataset(IterableDataset[Any]):
             ConfigError: the sequences of a step cannot be cut into micro-batches of this size.
         """
         self._plane = plane
-        self._transform = as_tensors if transform is None else transform
+        self._collate = as_tensors if collate is None else collate
         self._num_steps = num_steps
         self._micro_batch_size = plane.local_batch_size if micro_batch_size is None else micro_batch_size
         if self._micro_batch_size < 1 or plane.local_batch_size % self._micro_batch_size:
@@ -119,7 +120,7 @@ class PlaneDataset(IterableDataset[Any]):
             return
         for batch in self._plane:
             for micro_batch in micro_batches(batch, self._micro_batch_size):
-                yield self._transform(micro_batch)
+                yield self._collate(micro_batch)
             if self._is_at_end:
                 return
 
@@ -138,16 +139,26 @@ def as_tensors(batch: Batch) -> dict[str, Any]:
     Returns:
         `tokens` (B, T + 1) int64, `loss_mask` (B, T) bool, `document_ids` and `position_ids` (B, T + 1) int32,
         `positions` and `domain_ids` (B,) int64, `is_padding` (B,) bool, and `step`, int64 without dimensions. With
-        `mixture.unit=samples`, `payloads`, a list of B samples, stands for the first four.
+        `mixture.unit=samples`, the fields of `collate_samples` stand for the first four, and rows of padding are left
+        out.
+
+    Raises:
+        ConfigError: samples have a field with one of these names.
     """
-    fields: dict[str, Any] = {"payloads": batch.payloads}
     if batch.payloads is None:
+        rows = np.arange(len(batch.positions))
         fields = {name: torch.from_numpy(getattr(batch, name)) for name in _TOKEN_FIELDS}
-    fields["positions"] = torch.from_numpy(batch.positions)
-    fields["domain_ids"] = torch.from_numpy(batch.domain_ids)
-    fields["is_padding"] = torch.from_numpy(batch.is_padding)
-    fields["step"] = torch.tensor(batch.step)
-    return fields
+    else:
+        rows = np.flatnonzero(~batch.is_padding)
+        fields = collate_samples([batch.payloads[row] for row in rows.tolist()])
+    own = {name: torch.from_numpy(getattr(batch, name)[rows]) for name in ("positions", "domain_ids", "is_padding")}
+    own["step"] = torch.tensor(batch.step)
+    if taken := own.keys() & fields.keys():
+        raise ConfigError(
+            f"The samples have the fields {', '.join(sorted(taken))}, which a PlaneDataset adds itself.\n"
+            "  Rename them in the function of data.transform, or give PlaneDataset(collate=)."
+        )
+    return fields | own
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:

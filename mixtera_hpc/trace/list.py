@@ -139,8 +139,9 @@ def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterat
 
 
 def global_batch_maker(source: Source) -> BatchMaker:
-    """Build a maker of whole global batches with digests."""
-    return BatchMaker(source, BatchSlice(first=0, size=source.planner.global_batch_size), audit=True)
+    """Build a maker of whole global batches with digests, and with samples as they are in the data."""
+    whole = BatchSlice(first=0, size=source.planner.global_batch_size)
+    return BatchMaker(source, whole, audit=True, raw=True)
 
 
 def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Iterator[Record]) -> Iterator[Record]:

@@ -108,7 +108,7 @@ def test_workers_end_with_a_killed_rank(collection: list[str], tmp_path: Path) -
         "from mixtera_hpc import DataPlane, compose\n"
         "plane = DataPlane.open(compose(sys.argv[1:]))\n"
         "next(iter(plane))\n"
-        "print(*(worker.process.pid for worker in plane._session._prefetcher._maker._workers), flush=True)\n"
+        "print(*(worker.process.pid for worker in plane._session._feed._maker._workers), flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     words = [*collection, *WORDS, "dataplane.workers=2", "dataplane.comm=local"]
@@ -148,7 +148,7 @@ def is_running(pid: int) -> bool:
 def test_closing_a_plane_ends_its_workers(collection: list[str]) -> None:
     with DataPlane.open(compose([*collection, *WORDS, "dataplane.workers=2"]), Local()) as plane:
         next(iter(plane))
-        processes = [worker.process for worker in plane._session._prefetcher._maker._workers]  # type: ignore[attr-defined]
+        processes = [worker.process for worker in plane._session._feed._maker._workers]  # type: ignore[attr-defined]
         assert all(process.poll() is None for process in processes)
     assert all(process.poll() is not None for process in processes)
 

@@ -95,13 +95,18 @@ class DataConfig(DataSetKeys):
     """Several data sets in one index: name → a folder, or a mapping with any other key of `data`, for example `{web:
     /a, code: {root: /b, text: content}}`. The name becomes the built-in property `dataset` of the samples."""
 
+    transform: str | None = None
+    """With `mixture.unit=samples`: import path `package.module.function` of your function from a raw row and a
+    `ServedSample` to what the trainer gets, for example a decoded image and its text. It runs where samples are
+    read."""
+
     @classmethod
     def complete(cls, plain: Mapping[str, Any]) -> Mapping[str, Any]:
         """Give every data set the keys that only `data` has, and the properties that only `data` has."""
         sets = plain.get("sets")
         if not isinstance(sets, Mapping):
             return plain
-        defaults = {key: value for key, value in plain.items() if key != "sets"}
+        defaults = {key: value for key, value in plain.items() if key not in ("sets", "transform")}
         return {**plain, "sets": {name: _with_defaults(own, defaults) for name, own in sets.items()}}
 
     def named_sets(self) -> dict[str, DataSetKeys]:

@@ -6,7 +6,7 @@ read of the document they share.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transform, load_transform, transformed
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import MixteraError
 
@@ -72,13 +73,24 @@ class _PlacedRun:
 class BatchMaker:
     """Makes batches in this process. Not thread-safe."""
 
-    def __init__(self, source: Source, batch_slice: BatchSlice, audit: bool) -> None:
-        """Open nothing yet; `audit` adds digests to the batches."""
+    def __init__(self, source: Source, batch_slice: BatchSlice, *, audit: bool, raw: bool = False) -> None:
+        """Open nothing yet.
+
+        Args:
+            source: the data.
+            batch_slice: the part of every global batch that is made.
+            audit: add digests to the batches.
+            raw: leave samples as they are in the data, without `data.transform`.
+
+        Raises:
+            ConfigError: `data.transform` cannot be imported.
+        """
         self._source = source
         self._slice = batch_slice
         self._audit = audit
         self._streams = source.streams()
         self._reader = DocumentReader(source)
+        self._transform = None if raw else load_transform(source.config.data.transform)
         self._steps_per_read = steps_per_read(source, batch_slice)
         self._slots: tuple[ChunkPlan, Slots] | None = None
         """The plan that was expanded last."""
@@ -147,7 +159,7 @@ class BatchMaker:
         }
         documents = Documents.join(list(by_domain.values()))
         if not self._source.layout.in_tokens:
-            return self._sample_batches(plan, steps, runs, self._reader.payloads(documents))
+            return self._sample_batches(plan, steps, runs, documents)
 
         # Position of each domain's last document among all documents: its next sequence begins in it.
         last_of_domain = np.cumsum([len(of_domain.block) for of_domain in by_domain.values()]) - 1
@@ -198,16 +210,16 @@ class BatchMaker:
         return batches
 
     def _sample_batches(
-        self, plan: ChunkPlan, steps: list[_StepContent], runs: list[_PlacedRun], samples: list[Any]
+        self, plan: ChunkPlan, steps: list[_StepContent], runs: list[_PlacedRun], documents: Documents
     ) -> list[Batch]:
-        """Distribute samples, in the order of `runs`, to the rows of each step's batch."""
+        """Distribute the samples of `documents`, in the order of `runs`, to the rows of each step's batch."""
         count = self._slice.size
+        samples = self._reader.payloads(documents)
         # Samples come in the order of runs, and inside a run in the order of its rows.
-        remaining = iter(samples)
-        payloads: list[list[Any]] = [[None] * count for _ in steps]
+        numbers = iter(range(len(samples)))
+        number_of: list[dict[int, int]] = [{} for _ in steps]
         for placed in runs:
-            for row in placed.run.rows:
-                payloads[placed.step_index][row] = next(remaining)
+            number_of[placed.step_index].update({row: next(numbers) for row in placed.run.rows})
 
         empty = {
             "tokens": np.empty((count, 0), np.int64),
@@ -215,15 +227,49 @@ class BatchMaker:
             "loss_mask": np.empty((count, 0), np.bool_),
         }
         batches = []
-        for content, of_step in zip(steps, payloads, strict=True):
-            batches.append(self._batch(plan, content, payloads=of_step, **empty))
+        for content, number_of_row in zip(steps, number_of, strict=True):
+            payloads = [samples[number_of_row[row]] if row in number_of_row else None for row in range(count)]
+            batch = self._batch(plan, content, payloads=payloads, **empty)
+            # Digests are of the raw rows, so that a proof does not depend on the user's function.
+            if self._transform is not None:
+                batch = replace(batch, payloads=self._transformed(self._transform, batch, documents, number_of_row))
+            batches.append(batch)
         return batches
+
+    def _transformed(
+        self, transform: Transform, batch: Batch, documents: Documents, number_of_row: dict[int, int]
+    ) -> list[Any]:
+        """Return the samples of a batch as `data.transform` makes them; None for padding."""
+        index = self._source.index
+        blocks = self._source.blocks
+        samples: list[Any] = [None] * len(batch.positions)
+        for row, number in number_of_row.items():
+            block = int(documents.block[number])
+            shard = index.shard_paths[int(blocks.shard[block])]
+            served = ServedSample(
+                seed=self._source.config.dataplane.seed,
+                step=self._source.stream_version.data_step(batch.step),
+                position=int(batch.positions[row]),
+                shard=shard,
+                row=int(blocks.first_row[block]) + int(documents.row[number]),
+                root=index.root_of(shard),
+            )
+            samples[row] = transformed(transform, (batch.payloads or [])[row], served)
+        return samples
 
     def _padding(self, plan: ChunkPlan, content: _StepContent) -> Batch:
         """Return a batch of nothing but padding."""
         count = self._slice.size
         if not self._source.layout.in_tokens:
-            return self._sample_batches(plan, [content], [], [])[0]
+            empty = np.empty((count, 0))
+            return self._batch(
+                plan,
+                content,
+                payloads=[None] * count,
+                tokens=empty.astype(np.int64),
+                document_ids=empty.astype(np.int32),
+                loss_mask=empty.astype(np.bool_),
+            )
         length = self._source.grid.length
         return self._batch(
             plan,

@@ -4,8 +4,10 @@ Rank 0 opens the index, selects the domains and shares the result. The other ran
 one open of the index per run, one broadcast of JSON, and O(blocks) memory per node.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -40,6 +42,8 @@ class IndexDescription:
     sample_sources: list[SampleSource]
     """The files that hold the per-sample columns."""
     data_root: str
+    roots: list[str]
+    """The folders of the data sets."""
     shard_paths: list[str]
     """Relative to `data_root`."""
     shard_formats: list[str]
@@ -62,6 +66,12 @@ class IndexDescription:
     """`query.where` without the dropped samples."""
     domain_items: list[int]
     """Items of one epoch of every domain, dropped samples included: mixture weights refer to these sizes."""
+
+    def root_of(self, shard: str) -> Path:
+        """Return the folder of the data set that a shard belongs to, given one of `shard_paths`."""
+        path = os.path.join(self.data_root, shard)  # noqa: PTH118 - pathlib is slow, and this is called per sample.
+        # The longest roots come first: one data set may lie inside another.
+        return Path(next((root for root in self.roots if path.startswith(f"{root}/")), self.data_root))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +208,7 @@ def _describe(
         fingerprints=index.fingerprints,
         sample_sources=index.sample_sources(),
         data_root=str(index.data_root),
+        roots=sorted({str(root.absolute()) for root in index.roots.values()}, key=len, reverse=True),
         shard_paths=index.shard_paths(),
         shard_formats=list(tables.shards.format),
         shard_texts=index.shard_texts(),

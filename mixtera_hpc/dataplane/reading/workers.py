@@ -8,6 +8,7 @@ document on the border of two step ranges is read twice.
 """
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, steps_per_read, training_steps_of
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchSource
+from mixtera_hpc.dataplane.reading.sample_transform import load_transform
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import DataError
 
@@ -31,10 +33,16 @@ IGNORED_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
 
 
 def open_batch_source(source: Source, batch_slice: BatchSlice) -> BatchSource:
-    """Return what makes this rank's batches: this process, or `dataplane.workers` others."""
+    """Return what makes this rank's batches: this process, or `dataplane.workers` others.
+
+    Raises:
+        ConfigError: `data.transform` cannot be imported.
+    """
     plane = source.config.dataplane
+    # Here, so that the rank names a wrong path, and not the end of a process.
+    load_transform(source.config.data.transform)
     if not plane.workers:
-        return BatchMaker(source, batch_slice, plane.audit)
+        return BatchMaker(source, batch_slice, audit=plane.audit)
     return Workers(source, batch_slice, plane.workers)
 
 
@@ -152,17 +160,29 @@ def _serve(pipe: Connection) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     try:
         source, batch_slice = pipe.recv()
-        maker = BatchMaker(source, batch_slice, source.config.dataplane.audit)
+        maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
         plan: ChunkPlan = pipe.recv()
         while True:
             message = pipe.recv()
             if isinstance(message, ChunkPlan):
                 plan = message
             else:
-                pipe.send(_make_batches(maker, plan, message))
+                _send_answer(pipe, _make_batches(maker, plan, message))
     # The rank has closed its end, or was killed.
     except (EOFError, OSError):
         return
+
+
+def _send_answer(pipe: Connection, answer: tuple[list[Batch], Exception | None]) -> None:
+    try:
+        pipe.send(answer)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        # Nothing was sent. Rows of files can be pickled; what a user's function returns may be anything.
+        problem = DataError(
+            f"data.transform returns what cannot be sent between processes: {error}.\n"
+            "  Return arrays, numbers, texts, and dicts or lists of these; or set dataplane.workers=0."
+        )
+        pipe.send(([], problem))
 
 
 def _make_batches(maker: BatchMaker, plan: ChunkPlan, steps: range) -> tuple[list[Batch], Exception | None]:

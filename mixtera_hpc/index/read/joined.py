@@ -74,7 +74,8 @@ def join_indexes(indexes: Sequence[PropertyIndex]) -> JoinedIndex:
 
     first = indexes[0]
     sets: Mapping[str, DataSetFacts] = {}
-    roots: Mapping[str, Path] = {}
+    # Data sets of different indexes may have one name.
+    roots = {f"{number}/{name}": root for number, index in enumerate(indexes) for name, root in index.roots.items()}
     return JoinedIndex(
         path=first.path,
         roots=roots,
