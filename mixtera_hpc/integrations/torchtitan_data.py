@@ -1,7 +1,7 @@
 """What `integrations.torchtitan` puts in the place of torchtitan's data loader and tokenizer."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -33,7 +33,8 @@ class PlaneDataLoader(BaseDataLoader):
     class Config(BaseDataLoader.Config):
         """Which data to train on."""
 
-        overrides: list[str] = field(default_factory=list)
+        # Not list[str]: torchtitan would split such values at commas.
+        overrides: Sequence[str] = ()
         """Hydra overrides of the data plane, for example `experiment=demo dataplane.global_batch_size=256`."""
 
         _plane: Annotated[DataPlane | None, Suppress] = None

@@ -79,7 +79,7 @@ EXPECTED = {
     "loss": "Set loss=PerTokenCrossEntropy.Config(...)",
     "validator": "Set validator=HeldOutValidator.Config(...)",
     "validation steps": "add training.validate_steps=3 to dataloader.overrides",
-    "nothing held out": "query.holdout.fraction=0",
+    "nothing held out": "Set query.holdout.fraction",
     "backend": "Set it to spmd_types or partial_dtensor",
     "load balancer": "Set it to headtail, or to None",
     "dataset": "select the data with dataloader.overrides",

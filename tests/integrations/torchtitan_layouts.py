@@ -29,6 +29,7 @@ def main() -> None:
         config.parallelism = ParallelismConfig(**layout, spmd_backend="partial_dtensor")
         # The example shares the global batch among data-parallel ranks; here there is only one.
         config.training.local_batch_size *= 2
+        config.training.disable_cuda_graphs = True
         config.loss = ChunkedLossWrapper.Config(num_chunks=2, loss_fn=config.loss)
         start(trainer, config)
 
