@@ -44,8 +44,8 @@ def train_step(data_iterator):
         batch, loss = forward_step(data_iterator)
         (loss * batch["loss_mask"]).sum().backward()
         num_counted += batch["loss_mask"].sum()
-        tokens = torch.cat([batch["tokens"], batch["labels"][:, -1:]], dim=1)
-        record.add(batch["positions"], tokens, loss, batch["loss_mask"].bool())
+        tokens = torch.cat([batch["tokens"], batch["labels"][:, -1:]], 1)
+        record.add(batch["positions"], tokens, loss, batch["loss_mask"] > 0)
     dist.all_reduce(num_counted, group=data_parallel)
     for parameter in model.parameters():
         dist.all_reduce(parameter.grad, group=data_parallel)
@@ -61,9 +61,8 @@ with replicas, MegatronData.open(config, form, RunFolder(arguments.out), record.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     parts = {"model": model, "optimizer": optimizer, "data": data}
     if arguments.resume:
-        saved = torch.load(max(arguments.out.glob("iter_*.pt")))
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        for name, state in torch.load(max(arguments.out.glob("iter_*.pt"))).items():
+            parts[name].load_state_dict(state)
     train_iterator, validation_iterator = data.train_iterator(), data.validation_iterator()
     while data.begin_step():
         train_step(train_iterator)

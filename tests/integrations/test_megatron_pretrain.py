@@ -28,8 +28,8 @@ from megatron.core.rerun_state_machine import (
 )
 
 from mixtera_hpc.integrations.megatron import BatchFormat, MegatronData
-from mixtera_hpc.integrations.megatron_batch import megatron_batch
-from mixtera_hpc.integrations.megatron_pretrain import STATE_FILE, MegatronPretraining
+from mixtera_hpc.integrations.megatron.batch_format import megatron_batch
+from mixtera_hpc.integrations.megatron.pretraining import STATE_FILE, MegatronPretraining
 
 pytestmark = pytest.mark.integrations
 

@@ -47,7 +47,7 @@ ONLY_IN = {
     "accelerate": ["integrations/transformers.py", "integrations/torch.py"],
     "lightning": ["integrations/lightning"],
     "torchtitan": ["integrations/torchtitan"],
-    "megatron": ["integrations/megatron.py"],
+    "megatron": ["integrations/megatron"],
     "submitit": ["launch/"],
     "matplotlib": ["report/"],
     "scipy": [],

@@ -16,7 +16,7 @@ from mixtera_hpc.cli.main import GROUPS, VERBS, main
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mixtera_hpc"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
-INTEGRATIONS = sorted((PACKAGE / "integrations").glob("[!_]*.py"))
+INTEGRATIONS = sorted((PACKAGE / "integrations").rglob("[!_]*.py"))
 LIBRARIES_OF_INTEGRATIONS = {"transformers", "accelerate", "lightning", "torchtitan", "tyro", "torchdata", "megatron"}
 FROZEN_VERBS = {
     *("demo", "index", "query", "plan", "trace", "run", "submit", "sweep", "status", "logs", "cancel", "resume"),

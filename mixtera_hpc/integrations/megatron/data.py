@@ -22,10 +22,10 @@ from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.domain_metrics import domain_losses
-from mixtera_hpc.integrations.megatron_batch import BatchFormat, megatron_batch, micro_batches_of
+from mixtera_hpc.integrations.megatron.batch_format import BatchFormat, megatron_batch, micro_batches_of
 from mixtera_hpc.integrations.torch import as_tensors
 
-__all__ = ["BatchFormat", "MegatronData", "TrainIterator", "ValidationIterator"]
+__all__ = ["MegatronData", "TrainIterator", "ValidationIterator"]
 
 Log = Callable[[dict[str, float], int], None]
 """Takes metrics by name, and the step that they belong to."""

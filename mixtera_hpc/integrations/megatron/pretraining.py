@@ -16,8 +16,8 @@ from torch import Tensor
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.integrations.megatron import MegatronData, TrainIterator, ValidationIterator
-from mixtera_hpc.integrations.megatron_batch import BatchFormat
+from mixtera_hpc.integrations.megatron.batch_format import BatchFormat
+from mixtera_hpc.integrations.megatron.data import MegatronData, TrainIterator, ValidationIterator
 
 __all__ = ["MegatronPretraining"]
 
