@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from mixtera_hpc.cli.index_progress import show_progress
 from mixtera_hpc.cli.index_text import (
     build_lines,
     derive_lines,
+    duplicate_lines,
     index_facts,
     print_facts,
     refresh_lines,
@@ -24,6 +26,7 @@ from mixtera_hpc.errors import ConfigError, pluralize
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.derive import derive_properties
 from mixtera_hpc.index.build.refresh import refresh_index
+from mixtera_hpc.index.read.duplicates import find_duplicates
 from mixtera_hpc.index.read.verify import changed_shards, deeply_changed_shards, refuse_changed
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
@@ -43,7 +46,13 @@ def run_action(args: argparse.Namespace) -> int:
     """Run one action and return the exit code. **Collective.**"""
     if args.action == "inspect":
         return _inspect(args)
-    actions = {"build": _build, "derive": _derive, "refresh": _refresh, "verify": _verify}
+    actions = {
+        "build": _build,
+        "derive": _derive,
+        "duplicates": _duplicates,
+        "refresh": _refresh,
+        "verify": _verify,
+    }
     comm = open_communicator(creates_group=True)
     outputs: list[ActionOutput] = []
     failed = run_guarded(comm, lambda: outputs.append(actions[args.action](args, comm)))
@@ -121,6 +130,22 @@ def _verify(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
             compared += ", token counts included"
         shards = pluralize(len(index.tables.shards.path), "shard")
         return ActionOutput(text=f"{index.path}: {shards} below {index.data_root} unchanged (compared {compared})")
+
+
+def _duplicates(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
+    _, index = open_collection(args.overrides, reads_shards=True, announce=comm.rank == 0)
+    write = Path(args.write) if args.write else None
+    if write is not None and not write.absolute().parent.is_dir():
+        raise ConfigError(f"--write {write}: there is no folder {write.absolute().parent}. Make it first.")
+    with index:
+        if comm.rank == 0:
+            refuse_changed(index, changed_shards(index))
+        report = find_duplicates(index, comm, write)
+    if comm.rank > 0:
+        return ActionOutput()
+    if args.json:
+        return ActionOutput(text=msgspec.json.encode(report).decode())
+    return ActionOutput(text="\n".join(duplicate_lines(report)))
 
 
 def _load_counting_tokenizer(config: Config, fingerprint: str | None) -> Tokenizer | None:

@@ -12,10 +12,11 @@ from mixtera_hpc.errors import pluralize
 from mixtera_hpc.index.build.assemble import BuildReport
 from mixtera_hpc.index.build.derive import DeriveReport
 from mixtera_hpc.index.build.refresh import RefreshReport
+from mixtera_hpc.index.read.duplicates import DuplicateReport
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.stored_sizes import column_sizes
 
-__all__ = ["build_lines", "derive_lines", "index_facts", "print_facts", "refresh_lines"]
+__all__ = ["build_lines", "derive_lines", "duplicate_lines", "index_facts", "print_facts", "refresh_lines"]
 
 MAX_LISTED = 5
 """Shards, values or columns listed before the rest is only counted."""
@@ -87,6 +88,28 @@ def derive_lines(report: DeriveReport) -> list[str]:
     if report.resumed_units:
         lines.append(f"  {report.resumed_units} of {report.units} scan units were taken from an interrupted derivation")
     return lines + [f"  every value of {name} is null" for name in report.empty_properties]
+
+
+def duplicate_lines(report: DuplicateReport) -> list[str]:
+    """Describe the duplicates of an index."""
+    lines = [
+        f"{pluralize(report.duplicates, 'sample')} of {sum(report.samples):,} repeat an earlier one: "
+        f"{pluralize(report.groups, 'document')} occur more than once"
+    ]
+    names = [name or "all" for name in report.datasets]
+    for name, samples, within in zip(names, report.samples, report.within, strict=True):
+        lines.append(f"  {name}: {within:,} of {pluralize(samples, 'sample')} repeat an earlier one of it")
+    for first, row in zip(names, report.shared, strict=True):
+        lines += [
+            f"  {pluralize(count, 'sample')} of {second} have a document that is in {first} too"
+            for second, count in zip(names, row, strict=True)
+            if count
+        ]
+    for places in report.examples:
+        listed = ", ".join(f"{shard} row {row}" for shard, row in places[:MAX_LISTED])
+        more = f" and {len(places) - MAX_LISTED:,} more" if len(places) > MAX_LISTED else ""
+        lines.append(f"    equal: {listed}{more}")
+    return lines
 
 
 def index_facts(index: PropertyIndex) -> dict[str, Any]:

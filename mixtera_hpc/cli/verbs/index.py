@@ -1,4 +1,4 @@
-"""`mixtera-hpc index build|inspect|verify|refresh|derive`: the property index of a data collection."""
+"""`mixtera-hpc index build|inspect|verify|refresh|derive|duplicates`: the property index of a data collection."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from mixtera_hpc.errors import ConfigError
 
 __all__ = ["arguments", "run"]
 
-_ACTIONS = ("build", "derive", "inspect", "refresh", "verify")
+_ACTIONS = ("build", "derive", "duplicates", "inspect", "refresh", "verify")
 _ACTIONS_OF_FLAG = {
     "json": _ACTIONS,
     "submit": ("build", "refresh", "derive"),
@@ -14,6 +14,7 @@ _ACTIONS_OF_FLAG = {
     "wait": ("build", "refresh", "derive"),
     "deep": ("verify",),
     "again": ("derive",),
+    "write": ("duplicates",),
 }
 
 
@@ -22,8 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=_ACTIONS,
-        help="build an index, show its content, compare it with its shards, update it, or add properties to it; "
-        "all but inspect also run under mpiexec or srun",
+        help="build an index, show its content, compare it with its shards, update it, add properties to it, or "
+        "find samples with equal documents; all but inspect also run under mpiexec or srun",
     )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. data.root=DIR dataplane.tokenizer=FILE")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -31,6 +32,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--deep", action="store_true", help="verify: compare content, not only size and modification time"
     )
     parser.add_argument("--again", action="store_true", help="derive: recompute properties that the index already has")
+    parser.add_argument(
+        "--write", metavar="FILE", help="duplicates: list all groups of equal samples, one JSON list per line"
+    )
     parser.add_argument("--submit", action="store_true", help="run the action as a Slurm job: cluster=NAME job.nodes=N")
     parser.add_argument(
         "--dry-run", action="store_true", help="with --submit: print the batch script and do nothing else"

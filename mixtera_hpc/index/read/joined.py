@@ -35,6 +35,8 @@ class JoinedIndex(PropertyIndex):
     """Of all shards."""
     texts: Sequence[str | None]
     """Place of the document in a row, of all shards."""
+    datasets: Sequence[str]
+    """Value of the property `dataset`, of all shards."""
 
     @property
     def fingerprints(self) -> list[str]:
@@ -46,8 +48,8 @@ class JoinedIndex(PropertyIndex):
         return list(self.absolute_paths)
 
     def shard_datasets(self) -> list[str]:
-        """Return no names: the indexes may have data sets of the same name."""
-        return [""] * len(self.absolute_paths)
+        """Return the value of the property `dataset` for every shard."""
+        return list(self.datasets)
 
     def shard_texts(self) -> list[str | None]:
         """Return the place of the document in a row, for every shard; None where rows have no text."""
@@ -90,6 +92,7 @@ def join_indexes(indexes: Sequence[PropertyIndex]) -> JoinedIndex:
         members=members,
         absolute_paths=[str((index.data_root / path).absolute()) for index in indexes for path in index.shard_paths()],
         texts=[text for index in indexes for text in index.shard_texts()],
+        datasets=[own or name for name, index in zip(names, indexes, strict=True) for own in index.shard_datasets()],
     )
 
 
