@@ -7,6 +7,7 @@
   attempts/001/{submit.sh,job.json,exit.json,failure.json,config.yaml,saved}
   attempts/001/logs/batch.out rank_00000.{out,err}   beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
   attempts/001/audit/rank_00000.jsonl     digests of what each rank handed to the trainer
+  attempts/001/losses/rank_00000.bin      mean loss of every sequence that each rank recorded
   metrics/{attempts,steps,mixture,comm,validation}.jsonl tensorboard/
   checkpoints/step_00001000/ LATEST
   control/mixture.json                    a requested mixture
@@ -224,6 +225,19 @@ class RunFolder:
     def audit_files(self, attempt: int) -> list[Path]:
         """Return the digest files of all ranks that exist, by rank."""
         return sorted(self.audit(attempt).glob("rank_*.jsonl"))
+
+    def losses(self, attempt: int) -> Path:
+        """Return the folder of the losses that the ranks of an attempt logged."""
+        return self.attempt(attempt) / "losses"
+
+    def losses_of_rank(self, attempt: int, rank: int) -> Path:
+        """Return the losses of the sequences that one rank recorded."""
+        return self.losses(attempt) / f"rank_{rank:05d}.bin"
+
+    def ranks_with_losses(self, attempt: int) -> list[int]:
+        """Return the ranks that logged losses, ascending."""
+        names = (path.stem for path in self.losses(attempt).glob("rank_*.bin"))
+        return sorted(int(name.removeprefix("rank_")) for name in names)
 
 
 def runs_root() -> Path:

@@ -1,7 +1,8 @@
 """What a data plane reads from and writes to the folder of its run.
 
 Rank 0 writes the journal and metric events; with `dataplane.audit`, the leader of each model-parallel group writes an
-audit log. Without a folder nothing is written.
+audit log; with `dataplane.record_losses`, every rank that records losses writes a loss log. Without a folder nothing is
+written.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import AttemptSetup, AuditLog, Journal, append_line
+from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt
 from mixtera_hpc.dataplane.reading.batches import Batch
@@ -34,6 +36,7 @@ class RunRecorder:
         rank: int,
         *,
         is_audited: bool,
+        keeps_losses: bool = False,
         tracker: Tracker,
         own_attempt: OwnAttempt | None = None,
         loop_log: LoopLog | None = None,
@@ -45,6 +48,7 @@ class RunRecorder:
             attempt: number of the attempt.
             rank: this rank.
             is_audited: write an audit log. Ranks of a group get the same batches; one log of them is enough.
+            keeps_losses: write a loss log, if this rank records losses.
             tracker: receives metric events.
             own_attempt: on rank 0, the attempt, if no launcher records it.
             loop_log: on rank 0, logs attempts, steps and validations, if the training loop does not.
@@ -57,6 +61,9 @@ class RunRecorder:
         self._audit: AuditLog | None = None
         if folder and is_audited:
             self._audit = AuditLog(folder.audit_of_rank(attempt, rank))
+        self.loss_log: LossLog | None = None
+        if folder and keeps_losses:
+            self.loss_log = LossLog(folder.losses_of_rank(attempt, rank))
 
     def run_edits(self) -> list[RunEdit]:
         """Return the edits of the run, oldest first."""
@@ -168,3 +175,5 @@ class RunRecorder:
             self._journal.close()
         if self._audit:
             self._audit.close()
+        if self.loss_log:
+            self.loss_log.close()

@@ -86,7 +86,9 @@ class Session:
         self._mixture = MixtureFeed(source, self.ledger, state, decisions)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
         parts = resources.parts
-        self._reducer = StepReducer(self._comm, source.num_domains, plane.global_batch_size, self._slice, parts)
+        self._reducer = StepReducer(
+            self._comm, source.num_domains, plane.global_batch_size, self._slice, parts, self._recorder.loss_log
+        )
 
         self._max_unfinished = (plane.feedback_lag - 1) * plane.chunk_steps
         """Batches that a trainer may hold: with more, the losses that the next plan needs could not arrive."""

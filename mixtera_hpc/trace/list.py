@@ -1,6 +1,6 @@
 """List the samples that a step consists of: offline, from the index and the journal alone."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from mixtera_hpc.config.run_folder import RunFolder
@@ -16,11 +16,14 @@ from mixtera_hpc.trace.rank_filter import check_rank, is_served_to
 
 __all__ = [
     "SequenceFilter",
+    "audited_digests",
+    "domain_id",
     "global_batch_maker",
     "list_sequences",
     "planned_sequences",
     "sequences_of_plan",
     "served_sequences",
+    "wanted_extents",
 ]
 
 
@@ -47,19 +50,12 @@ def list_sequences(
         DataError: the run has not served the steps, or the index has no such shard.
         ConfigError: the run has no such rank or domain.
     """
-    steps = _check_steps(wanted.steps, history.end)
-    # The steps to list of each attempt that counts.
-    extents = [
-        (attempt, range(max(served.start, steps.start), min(served.stop, steps.stop)))
-        for attempt, served in history.extents()
-    ]
-    extents = [(attempt, own) for attempt, own in extents if len(own)]
-    check_rank(wanted.rank, [attempt for attempt, _ in extents])
+    extents = wanted_extents(history, wanted)
 
     for attempt, own in extents:
         source = sources.of(attempt)
         _check_shard(wanted.shard, source)
-        domain = None if wanted.domain is None else _domain_id(wanted.domain, source.names)
+        domain = None if wanted.domain is None else domain_id(wanted.domain, source.names)
         for record in _records_with_ranks(source, folder, attempt, own):
             shards = [shard for shard, _, _, _ in record["segments"]]
             if (
@@ -68,6 +64,23 @@ def list_sequences(
                 and wanted.shard in (None, *shards)
             ):
                 yield record, source.names
+
+
+def wanted_extents(history: History, wanted: SequenceFilter) -> list[tuple[AttemptRecord, range]]:
+    """Return every attempt with the steps of it that count and are wanted, without attempts that have none.
+
+    Raises:
+        DataError: the run has not served the steps.
+        ConfigError: no attempt had such a rank.
+    """
+    steps = _check_steps(wanted.steps, history.end)
+    extents = [
+        (attempt, range(max(served.start, steps.start), min(served.stop, steps.stop)))
+        for attempt, served in history.extents()
+    ]
+    extents = [(attempt, own) for attempt, own in extents if len(own)]
+    check_rank(wanted.rank, [attempt for attempt, _ in extents])
+    return extents
 
 
 def _check_steps(steps: range | None, end: int) -> range:
@@ -86,7 +99,7 @@ def _check_shard(shard: str | None, source: Source) -> None:
         raise DataError(f"The index has no shard {shard!r}.{did_you_mean(shard, paths)}")
 
 
-def _domain_id(text: str, names: list[str]) -> int:
+def domain_id(text: str, names: list[str]) -> int:
     """Return the domain_id that a name or a number stands for."""
     if text in names:
         return names.index(text)
@@ -97,7 +110,7 @@ def _domain_id(text: str, names: list[str]) -> int:
 
 def _records_with_ranks(source: Source, folder: RunFolder, attempt: AttemptRecord, steps: range) -> Iterator[Record]:
     """Yield the served sequences with their ranks and, where an audit log has them, their digests."""
-    digests = _audited_digests(folder, attempt.number, steps)
+    digests = audited_digests(folder, attempt.number, steps)
     for record in served_sequences(source, attempt, steps):
         record["rank"] = attempt.rank_of(record["position"])
         if (digest := digests.get((record["step"], record["position"]))) is not None:
@@ -105,7 +118,7 @@ def _records_with_ranks(source: Source, folder: RunFolder, attempt: AttemptRecor
         yield record
 
 
-def _audited_digests(folder: RunFolder, attempt: int, steps: range) -> dict[tuple[int, int], str]:
+def audited_digests(folder: RunFolder, attempt: int, steps: Container[int]) -> dict[tuple[int, int], str]:
     """Return (step, position) → digest of the sequences that an attempt consumed; empty if it was not audited."""
     # Every rank has its own log.
     digests = {}

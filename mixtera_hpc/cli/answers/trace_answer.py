@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
+import math
 import re
 import sys
 import textwrap
@@ -27,8 +29,11 @@ from mixtera_hpc.trace.diff import RunDifference, first_difference
 from mixtera_hpc.trace.list import SequenceFilter, list_sequences
 from mixtera_hpc.trace.locate import locate_row
 from mixtera_hpc.trace.verify import VerifyResult, verify_run
+from mixtera_hpc.trace.worst import worst_sequences, write_documents
 
 __all__ = ["print_trace"]
+
+logger = logging.getLogger("mixtera_hpc")
 
 
 def print_trace(args: argparse.Namespace) -> None:
@@ -57,11 +62,29 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ConfigError("--export and --show are both set. Run trace once with each.")
     if (args.show or args.export is not None) and (args.verify or args.diff is not None or args.row is not None):
         raise ConfigError("--show and --export list steps; remove --verify, --diff and --row.")
-    given = (args.step, args.steps, args.rank, args.domain, args.shard, args.row, args.diff)
+    _check_worst(args)
+    given = (args.worst, args.step, args.steps, args.rank, args.domain, args.shard, args.row, args.diff)
     if not args.verify and all(value is None for value in given):
         raise ConfigError(
             "trace needs --step S or --steps A..B to list steps, --rank, --domain or --shard to list one of these, "
+            "--worst N for the sequences with the highest losses, "
             "--shard FILE --row N to find a sample, --verify to prove the whole run, or --diff RUN_B to compare."
+        )
+
+
+def _check_worst(args: argparse.Namespace) -> None:
+    if args.worst is None:
+        if args.write is not None:
+            raise ConfigError(
+                "--write needs --worst N: it writes the documents of the sequences with the highest losses."
+            )
+        return
+    if args.worst < 1:
+        raise ConfigError(f"--worst is {args.worst}, but must be at least 1: the number of sequences to list.")
+    if args.verify or any(value is not None for value in (args.diff, args.shard, args.row, args.export)):
+        raise ConfigError(
+            "--worst lists the sequences with the highest losses; remove --verify, --diff, --shard, --row and "
+            "--export.\n  Restrict it with --step, --steps, --rank or --domain."
         )
 
 
@@ -126,7 +149,10 @@ def _print_located(sources: AttemptSources, history: History, args: argparse.Nam
 
 def _print_sequences(sources: AttemptSources, folder: RunFolder, history: History, args: argparse.Namespace) -> None:
     wanted = SequenceFilter(steps=_steps(args), rank=args.rank, domain=args.domain, shard=args.shard)
-    records = list_sequences(sources, folder, history, wanted)
+    if args.worst is not None:
+        records = iter(_worst(sources, folder, history, wanted, args))
+    else:
+        records = list_sequences(sources, folder, history, wanted)
     if not args.show and args.export is None:
         for record, names in records:
             _print_json(record) if args.json else print(_readable(record, names))
@@ -142,6 +168,28 @@ def _print_sequences(sources: AttemptSources, folder: RunFolder, history: Histor
                 _print_json(record | shown)
             else:
                 print(_readable_content(record, names, shown))
+
+
+def _worst(
+    sources: AttemptSources, folder: RunFolder, history: History, wanted: SequenceFilter, args: argparse.Namespace
+) -> list[tuple[Record, list[str]]]:
+    """Return the sequences with the highest losses; write their documents to the file of --write."""
+    worst = worst_sequences(sources, folder, history, wanted, args.worst)
+    if not args.json:
+        print(
+            f"{len(worst.sequences)} of {pluralize(worst.num_recorded, 'sequence')} with a recorded loss, in "
+            f"{pluralize(worst.num_steps, 'step')}"
+        )
+    if worst.incomplete_steps:
+        logger.warning(
+            "Not all losses were recorded in %d of these steps, the first of which is step %d.",
+            len(worst.incomplete_steps),
+            worst.incomplete_steps[0],
+        )
+    if args.write is not None:
+        num_documents = write_documents(args.write, worst.sequences)
+        logger.info("%s: %s", args.write, pluralize(num_documents, "document"))
+    return worst.sequences
 
 
 def _export(contents: StepContents, records: Iterator[tuple[Record, list[str]]], path: Path) -> None:
@@ -186,7 +234,10 @@ def _print_json(value: Any) -> None:
 
 def _readable(record: Record, names: list[str]) -> str:
     head = f"step {record['step']} position {record['position']} rank {record['rank']}"
-    return f"{head}: {names[record['domain_id']]}, epoch {record['epoch']}\n{_readable_segments(record)}"
+    facts = f"{names[record['domain_id']]}, epoch {record['epoch']}"
+    if "loss" in record:
+        facts += f", loss {record['loss']:.4f}" if math.isfinite(record["loss"]) else ", loss not finite"
+    return f"{head}: {facts}\n{_readable_segments(record)}"
 
 
 def _readable_segments(record: Any) -> str:

@@ -30,6 +30,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", metavar="FILE.npz", type=Path, help="write the batches of --step or --steps as numpy arrays"
     )
+    parser.add_argument(
+        "--worst", metavar="N", type=int, help="list the N sequences with the highest mean loss, of these steps or all"
+    )
+    parser.add_argument(
+        "--write", metavar="FILE", type=Path, help="with --worst: write shard and row of the documents, one per line"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     parser.epilog = """\
 Examples:
@@ -37,9 +43,10 @@ Examples:
   mixtera-hpc trace demo --step 100 --show
   mixtera-hpc trace demo --step 100 --export batch.npz
   mixtera-hpc trace demo --shard train/a.jsonl --row 17
+  mixtera-hpc trace demo --worst 20 --steps 90..110 --show
   mixtera-hpc trace demo --diff OTHER_RUN
   mixtera-hpc trace demo --verify
---verify needs a run that was trained with dataplane.audit=true."""
+--verify needs a run that was trained with dataplane.audit=true, --worst one with dataplane.record_losses=true."""
 
 
 def run(args: argparse.Namespace) -> int:

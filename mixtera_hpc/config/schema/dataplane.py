@@ -66,3 +66,6 @@ class DataPlaneConfig:
     started several processes, else this process is alone. Fewer ranks than the launcher started are refused."""
     audit: bool = False
     """Log a digest of every sequence (or sample) handed to the trainer, for `mixtera-hpc trace --verify`."""
+    record_losses: bool = False
+    """Log the mean loss of every sequence (or sample) that the trainer records, for `mixtera-hpc trace --worst`:
+    4 bytes per sequence, and 20 bytes per step and rank."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
-from mixtera_hpc.dataplane.steps.step_losses import MAX_QUANTA, StepLosses
+from mixtera_hpc.dataplane.steps.step_losses import MAX_QUANTA, StepLosses, means_of
 
 __all__ = ["LossParts", "MergedLosses", "PartLayout", "PendingParts"]
 
@@ -51,6 +51,8 @@ class MergedLosses:
     """Whether some tokens were recorded twice, or not at all, while others were recorded."""
     num_padding: int = 0
     """Rows of padding in the batch, if it was recorded."""
+    means: NDArray[np.float32] | None = None
+    """Mean loss of every sequence, if they were recorded; see `means_of`."""
 
 
 class PendingParts:
@@ -63,6 +65,11 @@ class PendingParts:
         self._buffer = buffer
         self._result = result
         self.request = request
+
+    @property
+    def positions(self) -> Ints:
+        """Positions of the sequences in the global batch; shape (B,)."""
+        return self._losses.positions
 
     def merge(self) -> MergedLosses:
         """Add the parts; the request is complete."""
@@ -139,4 +146,5 @@ def _merge(losses: StepLosses, result: Ints) -> MergedLosses:
     quanta = np.where(is_finite, (high << LOW_BITS) + low, 0)
     is_finite &= np.abs(quanta) < MAX_QUANTA
     rows = losses.rows_of(quanta, is_finite, num_tokens)
-    return MergedLosses(rows=rows, is_partial=False, num_padding=losses.num_padding)
+    means = means_of(quanta, is_finite, num_tokens)
+    return MergedLosses(rows=rows, is_partial=False, num_padding=losses.num_padding, means=means)

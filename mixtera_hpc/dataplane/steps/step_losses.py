@@ -18,7 +18,7 @@ from mixtera_hpc.core.statistics import MAX_SEQUENCE_LOSS, NUM_BUFFER_ROWS, accu
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import CommError
 
-__all__ = ["MAX_QUANTA", "SequenceSums", "StepLosses"]
+__all__ = ["MAX_QUANTA", "SequenceSums", "StepLosses", "means_of"]
 
 QUANTA_PER_NAT = float(2**38)
 """Units of a rounded token loss in one nat. `MAX_SEQUENCE_LOSS` is 2^62 of them, so sums below it fit into an int64."""
@@ -169,6 +169,16 @@ class StepLosses:
         sums = np.where(is_finite, quanta / QUANTA_PER_NAT, np.nan)
         return accumulate_losses(self._domain_ids[real], sums[real], num_tokens[real], self.num_domains)
 
+    def means(self) -> NDArray[np.float32]:
+        """Return the mean token loss of every sequence of a finished step; see `means_of`."""
+        sums, num_tokens = self.sequence_sums()
+        return means_of(sums.quanta, sums.is_finite, num_tokens)
+
+    @property
+    def positions(self) -> Ints:
+        """Positions of the sequences in the global batch; shape (B,)."""
+        return self._positions
+
     @property
     def num_padding(self) -> int:
         """Rows that stand for no sequence."""
@@ -205,6 +215,17 @@ class StepLosses:
             return bool(recorded.all())
         # Which tokens other ranks record is not known here. Until the step is reduced, more can be recorded.
         return bool(recorded.any(axis=1).all())
+
+
+def means_of(quanta: Ints, is_finite: NDArray[np.bool_], num_tokens: Ints) -> NDArray[np.float32]:
+    """Return the mean token loss of every sequence in nats; shape (B,).
+
+    It is NaN for a sequence without counted tokens, which padding is too, and infinite if the loss is not finite.
+    """
+    means = np.where(is_finite, np.nan, np.inf)
+    has_mean = is_finite & (num_tokens > 0)
+    np.divide(quanta / QUANTA_PER_NAT, num_tokens, out=means, where=has_mean)
+    return means.astype(np.float32)
 
 
 def _sample_losses(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
+from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
@@ -92,6 +93,7 @@ class StepReducer:
         global_batch_size: int,
         batch_slice: BatchSlice,
         parts: PartLayout | None = None,
+        loss_log: LossLog | None = None,
     ) -> None:
         """Reduce over a duplicate of `comm`. **Collective.**
 
@@ -101,6 +103,7 @@ class StepReducer:
             global_batch_size: sequences of one step, over all groups of ranks.
             batch_slice: what this rank gets of every step; ranks of one group have equal ones.
             parts: which part of every sequence this rank records; None if ranks record whole sequences.
+            loss_log: receives the mean loss of every sequence; None if nobody wants them.
         """
         self._comm = comm
         # When ranks agree on a mismatch, they have started different numbers of reductions. On one communicator, their
@@ -118,6 +121,7 @@ class StepReducer:
         self._content_weight = 1 - num_peers if batch_slice.is_group_leader else 1
         self._is_leader = batch_slice.is_group_leader
         self._parts = LossParts(parts) if parts is not None else None
+        self._loss_log = loss_log
         self._merging: deque[_Merge] = deque()
         """Steps whose parts are on their way, in order; their reductions start after those of `_running`."""
         self._running: deque[_Reduction] = deque()
@@ -139,6 +143,8 @@ class StepReducer:
             nothing = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
             num_padding = losses.num_padding if is_counted and losses.has_losses else 0
             self.post(step, losses.total() if is_counted else nothing, flags, num_padding=num_padding)
+            if self._loss_log and is_counted and losses.has_losses:
+                self._loss_log.write(step, losses.positions, losses.means())
         else:
             pending = self._parts.start(losses, is_counted)
             self._merging.append(
@@ -230,6 +236,8 @@ class StepReducer:
             is_partial=losses.is_partial,
             num_recorded=merge.num_recorded if losses.is_partial else 0,
         )
+        if self._loss_log and self._is_leader and losses.means is not None:
+            self._loss_log.write(merge.step, merge.pending.positions, losses.means)
 
     def _complete_to(self, step: int) -> None:
         while self._merging and self._merging[0].step <= step:
