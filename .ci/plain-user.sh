@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Run the unit and property tests as an unprivileged user, with Debian's own python3, in a folder with a space in its
-# name. root passes every permission check, so some faults show only here. Needs root on Debian.
+# Run the unit and property tests, and the example of plain PyTorch, as an unprivileged user, with Debian's own python3,
+# in a folder with a space in its name. root passes every permission check, so some faults show only here. Needs root on
+# Debian.
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 user=mixtera-ci
@@ -21,6 +22,10 @@ git -C "$repository" archive HEAD | tar -x -C "$folder"
 make --no-print-directory -C "$folder" setup
 chown -R "$user:" "$home/plain user"
 
-su "$user" -s /bin/bash -c 'ulimit -n 1024 && cd "$0" && exec .venv/bin/python -m pytest -q -n 2 --dist loadfile "$@"' \
-  "$folder" tests/unit tests/property
+run_pytest() {
+  su -s /bin/bash -c 'ulimit -n 1024 && cd "$0" && exec .venv/bin/python -m pytest -q "$@"' -- "$user" "$folder" "$@"
+}
+run_pytest -n 2 --dist loadfile tests/unit tests/property
+# The other trainers need packages that `make integrations` installs.
+run_pytest -m "integrations and not slow" tests/integrations/test_torch.py
 rm -rf "$home/plain user"
