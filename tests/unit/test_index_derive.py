@@ -149,6 +149,19 @@ def test_buckets_of_a_stored_number_read_no_shard(root: Path) -> None:
         assert all(b == (("[0,4)",) if n < 4 else ("[4,9]",) if n <= 9 else ()) for b, n in numbers)
 
 
+def test_buckets_of_an_unknown_number_are_refused(root: Path) -> None:
+    unknown = BASE | {"b": {"number": "nn", "buckets": [0, 1]}}
+    with pytest.raises(ConfigError, match=r"properties\.b has buckets of nn, which is not a number property.*'n'"):
+        build_index(configured(root, unknown))
+    build_index(configured(root, BASE))
+    with pytest.raises(ConfigError, match="not a number property"):
+        derive_properties(configured(root, unknown))
+    with pytest.raises(ConfigError, match=r"buckets of tokens, which is not counted\. Set dataplane\.tokenizer"):
+        build_index(configured(root, {"b": {"number": "tokens", "buckets": [0, 1]}}))
+    stored = configured(root, {"b": {"number": "n", "buckets": [0, 1]}})
+    assert derive_properties(stored).derived == ("b",), "a number that only the index names"
+
+
 def test_a_value_of_the_wrong_kind_names_its_row(root: Path) -> None:
     build_index(configured(root, BASE))
     with pytest.raises(DataError, match="of which the new properties cannot be read") as caught:

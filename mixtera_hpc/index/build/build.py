@@ -7,12 +7,14 @@ scans only what is missing.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.schema import Config, DataSetKeys
+from mixtera_hpc.core.properties import Kind
+from mixtera_hpc.errors import ConfigError, did_you_mean
 from mixtera_hpc.formats.base import ScanUnit, Vocabulary
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
@@ -20,6 +22,7 @@ from mixtera_hpc.formats.shard_scan import scan_spec_of
 from mixtera_hpc.index.build.assemble import BuildReport, BuildRequest, assemble_index
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, follow_index_job, lead_index_job
+from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.scan.computed_properties import ComputedProperties
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.scan_result import ScanResult
@@ -27,7 +30,7 @@ from mixtera_hpc.index.scan.unit_scan import DataSetScan, ScanSettings, scan_uni
 from mixtera_hpc.index.shards import Shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
-__all__ = ["build_index", "plan_shards", "scan_of_set", "scan_settings", "shard_scan_job"]
+__all__ = ["build_index", "check_bucket_numbers", "plan_shards", "scan_of_set", "scan_settings", "shard_scan_job"]
 
 
 def build_index(
@@ -69,11 +72,39 @@ def scan_settings(config: Config) -> ScanSettings:
         ConfigError: paths contradict each other, or a function or a tokenizer cannot be loaded.
     """
     tokenizer = load_vocabulary(config.dataplane)
+    sets = {name: scan_of_set(config, data_set, tokenizer) for name, data_set in config.data.named_sets().items()}
+    check_bucket_numbers(sets, (), has_tokens=tokenizer is not None)
     return ScanSettings(
-        sets={name: scan_of_set(config, data_set, tokenizer) for name, data_set in config.data.named_sets().items()},
+        sets=sets,
         block_rows=config.index.block_rows,
         tokenizer=tokenizer,
     )
+
+
+def check_bucket_numbers(sets: Mapping[str, DataSetScan], stored: Iterable[str], *, has_tokens: bool) -> None:
+    """Refuse buckets of a number that no data set has: all samples would be in none.
+
+    Args:
+        sets: the data sets.
+        stored: further numbers, of an existing index.
+        has_tokens: whether tokens are counted.
+
+    Raises:
+        ConfigError: names the property.
+    """
+    fields = [f for s in sets.values() for f in (*s.spec.properties, *s.computed.fields)]
+    known = {field.name for field in fields if field.kind is Kind.NUMBER} | set(stored) | {"bytes"}
+    if has_tokens:
+        known.add("tokens")
+    for dataset, data_set in sets.items():
+        for bucket in data_set.computed.buckets:
+            number = bucket.field.path
+            if number not in known:
+                is_uncounted = number == "tokens"
+                cure = " Set dataplane.tokenizer." if is_uncounted else did_you_mean(number, sorted(known))
+                problem = "not counted" if is_uncounted else "not a number property"
+                key = data_set_key(dataset, f"properties.{bucket.field.name}")
+                raise ConfigError(f"{key} has buckets of {number}, which is {problem}.{cure}")
 
 
 def scan_of_set(config: Config, data_set: DataSetKeys, tokenizer: Tokenizer | None) -> DataSetScan:

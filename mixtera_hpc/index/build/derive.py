@@ -20,7 +20,7 @@ from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.formats.base import PropertyField, ScanUnit
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.build.assemble import placed_records, sources_of
-from mixtera_hpc.index.build.build import scan_of_set
+from mixtera_hpc.index.build.build import check_bucket_numbers, scan_of_set
 from mixtera_hpc.index.build.derive_scan import NewProperties, extend_blocks, extend_unit
 from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, follow_index_job, lead_index_job
 from mixtera_hpc.index.build.merge import MergedTables, merge_results
@@ -103,6 +103,7 @@ def _new_properties(config: Config, index: PropertyIndex, again: bool) -> dict[s
     # Without names, the keys are those of all data sets.
     configured = {dataset: named.get(dataset, config.data) for dataset in index.sets}
     scans = {dataset: _scan_of_new(config, index, dataset, keys, again) for dataset, keys in configured.items()}
+    check_bucket_numbers(scans, index.tables.blocks.zones, has_tokens=index.tables.has_tokens)
     fields = {f.name: f for scan in scans.values() for f in (*scan.spec.properties, *scan.computed.fields)}
     if not fields:
         problem = "data.properties names no function, path or buckets that the index does not have"
