@@ -12,7 +12,6 @@ MAX_FILES = 15
 
 CROWDED_FOLDERS = {
     "cli/verbs": "one module per verb, as users type them",
-    "integrations": "one module per trainer, as users import them, and its parts, which begin with the trainer's name",
 }
 """Folder → why it may hold more than `MAX_FILES` modules."""
 
