@@ -154,8 +154,9 @@ def test_plan_prints_what_counting_costs(collection: list[str], capsys: pytest.C
 def test_query_names_ranges_as_they_are_written(collection: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = [word for word in collection if not word.startswith("mixture")]
     domains = "mixture.domains=[{key: {size: {min: 600}}}, {key: {size: {max: 599}}}]"
-    assert main(["query", *words, domains, "--json"]) == 0
+    assert main(["query", *words, domains, "--json", "--explain", "query.where=bytes is None or bytes > 0"]) == 0
     answer = json.loads(capsys.readouterr().out)
+    assert answer["explain"]["numbers"] == ["bytes", "size"]
     assert [d["key"] for d in answer["domains"]] == [{"size": {"min": 600.0}}, {"size": {"max": 599.0}}]
     assert answer["left_out"]["samples"] == sum(size is None for size in sizes(collection))
 

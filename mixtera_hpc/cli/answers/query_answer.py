@@ -91,7 +91,7 @@ def _explain_fields(selected: SelectedDomains, num_samples: int, open_s: float) 
     cost = selected.cost
     return {
         "where": selected.selection.predicate.text,
-        "numbers": sorted(selected.selection.predicate.numbers),
+        "numbers": sorted(selected.selection.predicate.numbers | selected.selection.assignment.numbers),
         "blocks": pruning.blocks,
         "pruned_by_histogram": pruning.pruned_by_histogram,
         "pruned_by_zones": pruning.pruned_by_zones,
