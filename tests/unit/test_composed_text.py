@@ -1,8 +1,10 @@
 """Documents that are made of several fields, or by a function: in every format, from the build to a run."""
 
 import gzip
+import io
 import json
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ FUNCTION = "function:text_makers.join"
 MODULE = """
 def join(rows): return [f"{r['title']}\\n\\n{r['meta']['body']}({r['year']})" for r in rows]
 def few(rows): return ["x"]
+def endings(rows): return [sorted(r) for r in rows]
 def none(rows): return [None for _ in rows]
 def broken(rows): raise KeyError("title")
 """
@@ -152,6 +155,24 @@ def test_deriving_from_composed_texts_gives_what_a_build_gives(tmp_path: Path) -
     config = configured(tmp_path, TEMPLATE, data={"properties": length})
     derived = derive_properties(config)
     assert build_index(config).fingerprint == derived.fingerprint
+
+
+def test_paths_into_tar_members_do_not_depend_on_other_properties(tmp_path: Path) -> None:
+    """Functions and templates read whole rows; paths into them must give what they give alone."""
+    (tmp_path / "data").mkdir()
+    with tarfile.open(tmp_path / "data/a.tar", "w") as archive:
+        for i in range(9):
+            for ending, content in (("txt", b"t"), ("cls", b"%d" % i), ("seg.json", b'{"k": "k%d"}' % (i % 2))):
+                info = tarfile.TarInfo(f"{i}.{ending}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    paths = {"label": "cls", "k": "seg.json.k"}
+    endings = {"endings": {"function": "text_makers.endings", "over": "rows", "kind": "categories"}}
+    build_index(configured(tmp_path, "{txt}", data={"properties": paths | endings}))
+    with open_index(tmp_path / "i.h5") as index:
+        values = {name: prop.values for name, prop in index.tables.properties.items()}
+    assert values["label"] == tuple(map(str, range(9))) and values["k"] == ("k0", "k1")
+    assert set(values["endings"]) >= {"cls", "seg.json", "txt"}, "functions see the members as they are"
 
 
 def test_members_of_a_tar_file_are_joined(tmp_path: Path) -> None:

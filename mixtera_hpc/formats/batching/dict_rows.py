@@ -1,6 +1,6 @@
 """Batches from rows that a format has as dicts: for formats whose rows are neither JSON lines nor Arrow tables."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,16 @@ class BadRow(msgspec.Struct, frozen=True):
 class DictRowBatcher:
     """Validates the rows of one unit against the spec, and collects the bad ones."""
 
-    def __init__(self, spec: ScanSpec, path: Path) -> None:
+    def __init__(self, spec: ScanSpec, path: Path, as_paths: Callable[[Any], Any] | None = None) -> None:
+        """Prepare for one unit.
+
+        Args:
+            spec: what to return for every row.
+            path: the shard.
+            as_paths: returns a row as dotted paths see it; None if they see the row itself.
+        """
         self._spec = spec
+        self._as_paths = as_paths
         self._path = path
         self._type = RowType(spec)
         self._blank = self._type.blank()
@@ -65,8 +73,8 @@ class DictRowBatcher:
         if isinstance(row, BadRow):
             return self._blank, row.problem
         try:
-            return msgspec.convert(row, self._type.struct), ""
-        except msgspec.ValidationError as error:
+            return msgspec.convert(self._as_paths(row) if self._as_paths else row, self._type.struct), ""
+        except (msgspec.ValidationError, UnicodeDecodeError) as error:
             return self._blank, str(error)
 
     @property

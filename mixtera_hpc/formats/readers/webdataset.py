@@ -107,7 +107,8 @@ class _ArchiveScan:
         self._fd = fd
         self._spec = spec
         self._block_rows = block_rows
-        self._batcher = DictRowBatcher(spec, path)
+        # Whole rows are returned with the members as they are.
+        self._batcher = DictRowBatcher(spec, path, self._as_paths if spec.whole_rows else None)
         # Dotted paths that the spec looks at; they decide which members are read.
         self._paths = [field.path for field in spec.properties]
         if spec.text:
@@ -174,6 +175,9 @@ class _ArchiveScan:
             return row, content_bytes
         except ValueError as error:
             return BadRow(str(error)), content_bytes
+
+    def _as_paths(self, row: WdsRow) -> WdsRow:
+        return nest_endings(row, self._paths)
 
     def _check_size(self, sample: TarSample) -> None:
         size = sample.end - sample.start
