@@ -27,7 +27,7 @@ from mixtera_hpc.core.properties import ComboTable, Kind, Property, as_text
 from mixtera_hpc.core.value_pattern import match_values
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["Entries", "MatchMask", "Predicate", "parse_predicate"]
+__all__ = ["Entries", "Evaluate", "MatchMask", "Predicate", "parse_predicate"]
 
 MAX_DEPTH = 100
 """Levels of nested and, or and not. Deeper expressions could exceed Python's recursion limit when evaluated."""
@@ -76,6 +76,7 @@ class MatchMask:
 
 
 Evaluate = Callable[[Entries], MatchMask]
+NameDocuments = Callable[[list[ast.expr]], tuple[Evaluate, frozenset[str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,10 @@ class _Node(NamedTuple):
     numbers: frozenset[str]
 
 
-def parse_predicate(text: str | None, properties: Mapping[str, Property]) -> Predicate:
-    """Compile `text`; None or an empty text selects everything.
+def parse_predicate(
+    text: str | None, properties: Mapping[str, Property], documents: NameDocuments | None = None
+) -> Predicate:
+    """Compile `text`; None or an empty text selects everything. `documents` compiles calls that name documents.
 
     Raises:
         ConfigError: `text` does not parse, uses something outside the query language, or names an unknown property or
@@ -109,7 +112,7 @@ def parse_predicate(text: str | None, properties: Mapping[str, Property]) -> Pre
     try:
         with _PARSE_LOCK:
             tree = ast.parse(text, mode="eval")
-        node = _Compiler(text, properties).compile(tree.body)
+        node = _Compiler(text, properties, documents).compile(tree.body)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         # ast.parse raises ValueError for null bytes and MemoryError for too many nested brackets.
         column = f" at column {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
@@ -128,8 +131,9 @@ def _constant(entries: Entries, value: bool) -> MatchMask:
 class _Compiler:
     """Walk a syntax tree and turn every node into a function from entries to masks."""
 
-    def __init__(self, text: str, properties: Mapping[str, Property]) -> None:
+    def __init__(self, text: str, properties: Mapping[str, Property], documents: NameDocuments | None) -> None:
         self._text = text
+        self._documents = documents
         self._properties = properties
 
     def compile(self, tree: ast.expr, depth: int = 0) -> _Node:
@@ -183,6 +187,8 @@ class _Compiler:
         return self._category(prop, op, value)
 
     def _call(self, name: str, arguments: list[ast.expr]) -> _Node:
+        if name == "documents" and self._documents is not None:
+            return _Node(*self._documents(arguments))
         if name != "matches":
             near = did_you_mean(name, ["matches"])
             raise ConfigError(
@@ -223,8 +229,9 @@ class _Compiler:
     def _category(self, prop: Property, op: ast.cmpop, value: Any) -> _Node:
         """Compile ==, !=, in [...] and not in [...] for a categorical property."""
         if prop.kind is Kind.CATEGORIES and value is not None:
+            first = value[0] if isinstance(value, list) and value else value
             raise ConfigError(
-                f"query.where: {prop.name!r} has several values per sample; write {_first(value)!r} in {prop.name}."
+                f"query.where: {prop.name!r} has several values per sample; write {first!r} in {prop.name}."
             )
         match op:
             case ast.Eq() | ast.NotEq() if not isinstance(value, list):
@@ -243,10 +250,8 @@ class _Compiler:
         numbers = frozenset({prop.name})
         if isinstance(op, ast.In | ast.NotIn):
             values = value if isinstance(value, list) else [value]
-            if values:
-                node = _combine([self._number(prop, ast.Eq(), v) for v in values], MatchMask.__or__)
-            else:
-                node = _Node(lambda e: _constant(e, False), numbers)
+            nothing = _Node(lambda e: _constant(e, False), numbers)
+            node = _combine([nothing, *(self._number(prop, ast.Eq(), v) for v in values)], MatchMask.__or__)
             return _negate(node) if isinstance(op, ast.NotIn) else node
 
         if value is None:
@@ -348,10 +353,6 @@ def _has_code(prop: Property, codes: list[int], *, or_null: bool = False, negate
         return MatchMask(mask, mask)
 
     return _Node(evaluate, frozenset())
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value
 
 
 def _to_float(value: float) -> float:

@@ -167,6 +167,15 @@ def test_a_resume_replaces_the_losses_of_the_steps_that_it_serves_again(
     assert places(worst(tmp_path / "r", ["--worst", "9", "--steps", "3..5"], capsys)) == order[:9]
 
 
+def test_an_attempt_that_is_opened_again_keeps_its_last_losses(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config, tmp_path / "r", 2, attempt=1)
+    train(config, tmp_path / "r", 1, attempt=1, scale=0.1)
+    order = expected_order(config, range(STEPS), 0.1)
+    assert places(worst(tmp_path / "r", ["--worst", "1000"], capsys)) == order
+
+
 def test_texts_are_shown_and_documents_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = worst(run, ["--worst", "4", "--show", "--write", str(tmp_path / "d.jsonl")], capsys)
     assert all(len(record["texts"]) == len(record["segments"]) for record in records)

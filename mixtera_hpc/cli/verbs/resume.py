@@ -6,6 +6,7 @@ launcher: `mpiexec -n 8 mixtera-hpc resume RUN` runs this module in every rank.
 
 import re
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from mixtera_hpc.cli.all_ranks import run_on_all_ranks
 from mixtera_hpc.cli.run_arguments import add_run_argument, find_run
@@ -24,6 +25,7 @@ Examples:
   mixtera-hpc resume demo job.nodes=4 training.num_steps=2000
   mpiexec -n 2 mixtera-hpc resume demo
   mixtera-hpc resume demo --drop "source == 'x'" --skip-steps 990..1010
+  mixtera-hpc resume demo --drop-documents worst.jsonl
 
 Without these flags, keys that identify the run's data or model cannot change; the error message names them."""
 
@@ -66,6 +68,13 @@ def _add_edits(parser: ArgumentParser) -> None:
         metavar="EXPRESSION",
         help="do not serve samples that match, e.g. \"source == 'x'\"; repeatable, and permanent for the run",
     )
+    edits.add_argument(
+        "--drop-documents",
+        metavar="FILE",
+        type=Path,
+        help='do not serve the documents of FILE, one {"shard": "a.jsonl", "row": 17} per line, as written by '
+        "mixtera-hpc trace RUN --worst N --write FILE; permanent for the run",
+    )
     edits.add_argument("--change-seed", action="store_true", help="allow a new dataplane.seed=N")
     edits.add_argument("--change-batch-size", action="store_true", help="allow a new dataplane.global_batch_size=N")
 
@@ -77,13 +86,17 @@ def run(args: Namespace) -> int:
 
 def _resume(args: Namespace) -> int:
     # Imported here because they import numpy, which takes longer than `--help` may take.
+    from mixtera_hpc.cli.documents_file import read_documents
     from mixtera_hpc.comm.launcher import started_by_launcher
     from mixtera_hpc.training.continue_run import continue_run, submit_next_attempt
 
     folder = find_run(args)
+    drop = list(args.drop)
+    if args.drop_documents is not None:
+        drop.append(read_documents(args.drop_documents))
     request = ResumeRequest(
         skip_steps=_steps(args.skip_steps) if args.skip_steps else None,
-        drop=tuple(args.drop),
+        drop=tuple(drop),
         change_seed=args.change_seed,
         change_batch_size=args.change_batch_size,
     )

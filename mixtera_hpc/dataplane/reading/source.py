@@ -37,6 +37,7 @@ from mixtera_hpc.dataplane.reading.shared_index import (
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import TRAINING_SAMPLES, SampleSubset
 from mixtera_hpc.index.read.configured import open_configured
+from mixtera_hpc.index.read.document_filter import DOCUMENT_NUMBER, NamedDocuments, add_document_numbers
 from mixtera_hpc.index.read.joined_samples import open_samples
 from mixtera_hpc.index.read.selection import check_split
 from mixtera_hpc.tokens.definition import AddedTokens
@@ -149,6 +150,8 @@ class Source:
         def read_blocks(chosen: NDArray[np.int32]) -> SampleColumns:
             first_samples = blocks.first_sample[chosen].tolist()
             samples = reader.read_many(first_samples, blocks.rows[chosen].tolist(), columns)
+            if DOCUMENT_NUMBER in numbers:
+                samples = add_document_numbers(samples, blocks, chosen)
             return samples if holdout_keys is None else add_holdout_hashes(samples, holdout_keys, blocks, chosen)
 
         return read_blocks
@@ -279,7 +282,7 @@ def _make_source(
             last_batch=plane.last_batch,
         ),
         subset=subset,
-        drop_filter=_predicate(config, index, subset.split, index.where_after_drops) if subset.drop else None,
+        drop_filter=_predicate(config, index, tables, subset.split, index.where_after_drops) if subset.drop else None,
         stream_version=StreamVersion.start(num_domains),
     )
 
@@ -288,7 +291,7 @@ def _selection(config: Config, index: IndexDescription, split: Split, tables: Sh
     """Return rank 0's selection, without the counts that only a query prints."""
     return Selection(
         table=tables.domains,
-        predicate=_predicate(config, index, split, index.where),
+        predicate=_predicate(config, index, tables, split, index.where),
         assignment=DomainAssignment(
             grid=BucketGrid(cuts={name: tuple(cuts) for name, cuts in index.number_cuts.items()}),
             domain=tables.assigned,
@@ -299,9 +302,10 @@ def _selection(config: Config, index: IndexDescription, split: Split, tables: Sh
     )
 
 
-def _predicate(config: Config, index: IndexDescription, split: Split, text: str) -> Predicate:
+def _predicate(config: Config, index: IndexDescription, tables: SharedTables, split: Split, text: str) -> Predicate:
     """Parse a query over the index's properties, restricted to one side of the holdout."""
-    predicate = parse_predicate(text, {prop.name: prop for prop in index.properties})
+    named = NamedDocuments(index.shard_paths, tables.blocks)
+    predicate = parse_predicate(text, {prop.name: prop for prop in index.properties}, named.compile)
     fraction = config.query.holdout.fraction
     return restrict_to_split(predicate, fraction, split) if fraction else predicate
 

@@ -5,6 +5,7 @@ the next attempt begins.
 """
 
 import logging
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,8 +100,10 @@ def _check_drop(config: Config, dropped: Sequence[str], drop: Sequence[str]) -> 
     except ConfigError as error:
         raise ConfigError(str(error).replace("query.where", "--drop")) from None
     if num_before == num_after:
+        # Documents of a file can be thousands.
+        texts = " --drop ".join(textwrap.shorten(text, 200) for text in drop)
         raise LaunchError(
-            f"--drop {' --drop '.join(drop)} matches none of the samples that the run serves.\n"
+            f"--drop {texts} matches none of the samples that the run serves.\n"
             "  Count matches with mixtera-hpc query query.where=EXPRESSION."
         )
     open_source(config, Local(), subset=remaining, check=False)  # Raises if the mixture has a domain without samples.

@@ -15,6 +15,12 @@ from mixtera_hpc.core.holdout import Split, add_holdout_hashes, add_holdout_zone
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns
 from mixtera_hpc.core.query import Predicate, parse_predicate
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
+from mixtera_hpc.index.read.document_filter import (
+    DOCUMENT_NUMBER,
+    NamedDocuments,
+    add_document_numbers,
+    add_document_zones,
+)
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_sizes import add_size_numbers
 
@@ -97,11 +103,15 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
     bytes_before = index.samples.bytes_read
     tables = add_size_numbers(index.tables)
     keys = _domain_keys(config, tables)
-    predicate = parse_predicate(config.query.where, tables.properties)
+    named = NamedDocuments(index.shard_paths(), tables.blocks)
+    predicate = parse_predicate(config.query.where, tables.properties, named.compile)
     # Only these columns are read.
     in_keys = {name for key in keys for name in key if name in tables.blocks.zones}
     reader = _TimedReader(index, {"combo", "tokens", *(f"numbers/{name}" for name in predicate.numbers | in_keys)})
     read: BlockRead = reader.read
+    if DOCUMENT_NUMBER in predicate.numbers:
+        tables = add_document_zones(tables)
+        read = _with_document_numbers(read, tables.blocks)
     if config.query.holdout.fraction:
         tables, predicate, read = _on_one_side(tables, predicate, read, config.query.holdout, split)
 
@@ -138,6 +148,15 @@ def _with_hashes(read: BlockRead, hash_keys: NDArray[np.uint64], blocks: BlockTa
         return add_holdout_hashes(read(chosen), hash_keys, blocks, chosen)
 
     return read_with_hashes
+
+
+def _with_document_numbers(read: BlockRead, blocks: BlockTable) -> BlockRead:
+    """Return a function that reads like `read` and adds the number of every document."""
+
+    def read_with_numbers(chosen: NDArray[np.int32]) -> SampleColumns:
+        return add_document_numbers(read(chosen), blocks, chosen)
+
+    return read_with_numbers
 
 
 def _domain_keys(config: Config, tables: IndexTables) -> list[DomainKey]:
