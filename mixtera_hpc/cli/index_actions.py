@@ -27,7 +27,8 @@ from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.derive import derive_properties
 from mixtera_hpc.index.build.refresh import refresh_index
 from mixtera_hpc.index.read.duplicates import find_duplicates
-from mixtera_hpc.index.read.verify import changed_shards, deeply_changed_shards, refuse_changed
+from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.read.verify import ChangedShard, changed_shards, deeply_changed_shards, refuse_changed
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
@@ -114,22 +115,41 @@ def _verify(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
     config, index = open_collection(args.overrides, reads_shards=True, announce=comm.rank == 0)
     with index:
         tokenizer = _load_counting_tokenizer(config, index.tokenizer_fingerprint) if args.deep else None
-        changed = changed_shards(index) if comm.rank == 0 else []
-        if args.deep:
-            known = {shard.path for shard in changed}
-            changed += [s for s in deeply_changed_shards(index, tokenizer, comm) if s.path not in known]
+        changed = deeply_changed_shards(index, tokenizer, comm) if args.deep else []
         if comm.rank > 0:
             return ActionOutput()
-        if args.json:
-            listed = [{"path": shard.path, "problem": shard.problem} for shard in changed]
-            text = json.dumps({"fresh": not changed, "changed": listed})
-            return ActionOutput(text=text, exit_code=2 if changed else 0)
-        refuse_changed(index, changed)
-        compared = "fingerprints and samples" if args.deep else "size and modification time"
-        if tokenizer is not None:
-            compared += ", token counts included"
-        shards = pluralize(len(index.tables.shards.path), "shard")
-        return ActionOutput(text=f"{index.path}: {shards} below {index.data_root} unchanged (compared {compared})")
+        by_time = changed_shards(index)
+        if not args.deep:
+            return _verified(args, index, by_time, {}, "size and modification time")
+        # Content decides. Shards that only have another modification time are named, because a run refuses them.
+        known = {shard.path for shard in changed}
+        touched = [shard.path for shard in by_time if shard.path not in known]
+        compared = "fingerprints and samples" + (", token counts included" if tokenizer is not None else "")
+        return _verified(args, index, changed, {"touched": touched}, compared)
+
+
+def _verified(
+    args: argparse.Namespace,
+    index: PropertyIndex,
+    changed: list[ChangedShard],
+    more: dict[str, list[str]],
+    compared: str,
+) -> ActionOutput:
+    """Return the output of `index verify`; `more` is added to the JSON fields."""
+    if args.json:
+        listed = [{"path": shard.path, "problem": shard.problem} for shard in changed]
+        text = json.dumps({"fresh": not changed, "changed": listed, **more})
+        return ActionOutput(text=text, exit_code=2 if changed else 0)
+    refuse_changed(index, changed)
+    shards = pluralize(len(index.tables.shards.path), "shard")
+    text = f"{index.path}: {shards} below {index.data_root} unchanged (compared {compared})"
+    touched = more.get("touched", [])
+    if touched:
+        text += (
+            f"\n  {pluralize(len(touched), 'shard')} with the same content but another modification time, e.g. "
+            f"{touched[0]}: run mixtera-hpc index refresh, so that runs accept them"
+        )
+    return ActionOutput(text=text)
 
 
 def _duplicates(args: argparse.Namespace, comm: Communicator) -> ActionOutput:

@@ -39,6 +39,14 @@ def build_lines(report: BuildReport) -> list[str]:
     skipped = _skipped(report)
     if skipped:
         lines.append(f"  skipped: {', '.join(skipped)}; mixtera-hpc index inspect lists them")
+    if report.empty_shards:
+        listed = ", ".join(report.empty_shards[:MAX_LISTED])
+        more = f" and {len(report.empty_shards) - MAX_LISTED:,} more" if len(report.empty_shards) > MAX_LISTED else ""
+        lines.append(f"  {pluralize(len(report.empty_shards), 'shard')} without rows: {listed}{more}")
+    for dataset, shares in report.null_shares.items():
+        if shares:
+            listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            lines.append(f"  null{f' in {dataset}' if dataset else ''}: {listed}")
     for name in report.empty_properties:
         lines.append(f"  no sample has a value of {name}: is data.properties.{name} the right path?")
     return lines
@@ -60,13 +68,18 @@ def _skipped(report: BuildReport) -> list[str]:
 
 def refresh_lines(report: RefreshReport) -> list[str]:
     """Describe a refresh."""
-    if report.build is None:
+    if report.build is None and not report.touched:
         return [f"nothing has changed in {pluralize(report.unchanged, 'shard')}; the index was not rewritten"]
+    touched = f"{pluralize(len(report.touched), 'shard')} with the same content got new modification times in the index"
+    if report.build is None:
+        return [f"no content has changed in {pluralize(report.unchanged, 'shard')}; {touched}; saved states stay valid"]
     lines = [f"  {pluralize(report.unchanged, 'shard')} unchanged"]
     for what, paths in (("added", report.added), ("changed", report.changed), ("deleted", report.deleted)):
         if paths:
             more = f" and {len(paths) - MAX_LISTED:,} more" if len(paths) > MAX_LISTED else ""
             lines.append(f"  {len(paths):,} {what}: {', '.join(paths[:MAX_LISTED])}{more}")
+    if report.touched:
+        lines.append(f"  {touched}")
     if report.generations:
         known = ", ".join(fingerprint[:12] for fingerprint in report.generations)
         lines.append(

@@ -15,7 +15,7 @@ The result of an index build must not depend on the number of ranks, so a row be
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -105,6 +105,8 @@ class ScanSpec:
     """Return the texts, to count their tokens or to call functions on them."""
     skip_bad: bool = False
     """List unreadable rows in `RowBatch.bad` instead of ending the scan."""
+    check_rows: bool = False
+    """Check every text of whole rows, because a run will decode them, also in formats where that costs extra reads."""
     whole_rows: bool = False
     """Return whole rows, for a parser."""
     parser: ParserSpec | None = None
@@ -153,6 +155,8 @@ class RowBatch:
     """Number of tokens in every row, shape (rows,). Only from formats that hold token ids."""
     raw_rows: list[Any] | None = None
     """The whole rows, if `ScanSpec.whole_rows` is set. Any value for bad rows."""
+    path_forms: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Dotted path → the forms of it that have had values in the unit so far; see `batching.row_paths`."""
     bad: tuple[tuple[int, str], ...] = ()
     """With `ScanSpec.skip_bad`, the unreadable rows: (position in the batch, problem), in ascending order. They count
     as rows everywhere, so that the positions of other rows stay right. Their columns and documents are arbitrary."""
@@ -243,6 +247,11 @@ class Format(Protocol):
     @property
     def holds_tokens(self) -> bool:
         """True if the readers of this format are `TokenReader`s."""
+        ...
+
+    @property
+    def may_be_empty(self) -> bool:
+        """True if a file of 0 bytes is a valid shard without rows, or if `scan` decides it."""
         ...
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:

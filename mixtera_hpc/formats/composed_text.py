@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.properties import as_text
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.base import BlockRef, Format, RangeReader, ShardReader
+from mixtera_hpc.formats.batching.row_paths import path_forms
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.user_functions import import_function, source_digest
 
@@ -149,17 +150,18 @@ def _texts_of_template(parts: Sequence[tuple[str, str | None]], rows: Rows) -> t
 
 
 def _field(row: Mapping[str, Any], path: str) -> str:
-    """Return the text at a dotted path: that of the literal key if there is one, else of the nested one.
+    """Return the text at a dotted path, which `row_paths` defines.
 
     Raises:
         ValueError: there is no text.
     """
-    value: Any = row
-    if path in row:
-        value = row[path]
-    else:
-        for key in path.split("."):
+    value: Any = None
+    for keys in path_forms(path):
+        value = row
+        for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            break
     if isinstance(value, bytes):
         return value.decode()
     if not isinstance(value, str | int | float):

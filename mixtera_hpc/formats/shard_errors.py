@@ -8,7 +8,9 @@ from mixtera_hpc.formats.base import BlockRef
 
 __all__ = [
     "MAX_BAD_ROWS",
+    "ShardLayoutError",
     "bad_rows_error",
+    "check_whole_file",
     "decompression_error",
     "open_shard",
     "shard_changed_error",
@@ -17,6 +19,39 @@ __all__ = [
 
 MAX_BAD_ROWS = 10
 """A scan without `skip_bad` stops after this many unreadable rows of a unit and names them all."""
+# Largest size of the files that stand in place of others, and how they begin.
+POINTER_BYTES = 1024
+_POINTERS = {
+    b"version https://git-lfs.github.com/spec/": ("a Git LFS pointer", "git lfs pull --include {name}"),
+    b"/annex/objects/": ("a git-annex pointer", "git annex get {name}"),
+}
+
+
+class ShardLayoutError(DataError):
+    """The rows of a shard are all readable, but it cannot be said which is which. `skip_bad` does not skip it."""
+
+
+def check_whole_file(path: Path, size_bytes: int, format_name: str, *, may_be_empty: bool) -> None:
+    """Refuse a file that cannot be a shard of any content: of 0 bytes, or a pointer to the real file.
+
+    Raises:
+        DataError: it is such a file.
+    """
+    if not size_bytes and not may_be_empty:
+        raise DataError(
+            f"{path} has 0 bytes, which is no valid file of format {format_name}: most often the rest of an "
+            "interrupted download, or of a full disk.\n"
+            "  Download or write it again, delete it, or leave it out with data.exclude."
+        )
+    if not 0 < size_bytes <= POINTER_BYTES:
+        return
+    data = path.read_bytes()
+    for prefix, (kind, command) in _POINTERS.items():
+        if data.startswith(prefix):
+            raise DataError(
+                f"{path} is {kind}, not the file itself.\n"
+                f"  Fetch the file with {command.format(name=path.name)}, or leave it out with data.exclude."
+            )
 
 
 def open_shard(path: Path) -> int:

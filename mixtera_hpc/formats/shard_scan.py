@@ -23,7 +23,7 @@ from mixtera_hpc.formats.category_codes import Categories, map_categories
 from mixtera_hpc.formats.composed_text import ComposedText, is_composed
 from mixtera_hpc.formats.path_properties import is_path_property, path_property_value
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error
+from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error, check_whole_file
 from mixtera_hpc.formats.user_functions import import_function, source_digest
 
 __all__ = ["ShardFile", "scan_shard", "scan_spec_of"]
@@ -99,7 +99,10 @@ def scan_shard(shard: ShardFile, unit: ScanUnit, spec: ScanSpec, block_rows: int
         text=None if is_composed(spec.text) else spec.text,
         documents=spec.documents and not is_composed(spec.text),
     )
-    batches = file_format.scan(shard.root / shard.path, unit, format_spec, block_rows)
+    path = shard.root / shard.path
+    if unit.start == 0:
+        check_whole_file(path, unit.stop, shard.format, may_be_empty=file_format.may_be_empty)
+    batches = file_format.scan(path, unit, format_spec, block_rows)
     for batch in batches:
         parsed = parser.apply(batch) if parser else batch
         parsed = composer.apply(parsed) if composer else parsed
@@ -267,7 +270,9 @@ class _ParserRunner:
     def _parse_row(self, raw: Any) -> tuple[Any, str]:
         """Return the parser's result for a row, and the problem (empty if there is none)."""
         try:
-            return msgspec.convert(self._parse(raw), self._type.struct), ""
+            row = msgspec.convert(self._parse(raw), self._type.struct)
+            problems = self._type.problems([row])
+            return (self._blank, f"{self._name}: {problems[0][1]}") if problems else (row, "")
         # A configuration error is no property of the row; anything else the user's code raises makes a bad row.
         except UserError:
             raise

@@ -42,6 +42,7 @@ __all__ = [
     "Generation",
     "bucket_source",
     "building_folder",
+    "failure_file",
     "first_rows",
     "first_samples",
     "function_source",
@@ -100,6 +101,11 @@ class Generation:
 def building_folder(index: Path) -> Path:
     """Return the hidden folder beside an index in which it is built."""
     return index.with_name(f".{index.name}.building")
+
+
+def failure_file(index: Path) -> Path:
+    """Return the file that says why the last build of an index failed; it exists until the next build begins."""
+    return building_folder(index) / "failure"
 
 
 def narrow_type(maximum: int) -> np.dtype[Any]:

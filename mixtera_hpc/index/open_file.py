@@ -5,12 +5,13 @@ from pathlib import Path
 import h5py
 
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.layout import FORMAT, VERSION, building_folder, read_text
+from mixtera_hpc.index.layout import FORMAT, VERSION, building_folder, failure_file, read_text
 
 __all__ = ["DAMAGE", "damaged", "open_file"]
 
 DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, UnicodeDecodeError)
 """Errors that h5py raises for a damaged or foreign file."""
+MAX_FAILURE_LINES = 12
 
 
 def open_file(path: Path) -> h5py.File:
@@ -49,6 +50,14 @@ def damaged(path: Path, error: Exception) -> PropertyIndexError:
 
 
 def _missing(path: Path) -> PropertyIndexError:
+    failure = failure_file(path)
+    if failure.is_file():
+        lines = failure.read_text().splitlines()[:MAX_FAILURE_LINES]
+        return PropertyIndexError(
+            f"There is no property index at {path}: the last build failed.\n"
+            + "".join(f"    {line}\n" for line in lines)
+            + "  Correct that, then run mixtera-hpc index build again."
+        )
     if building_folder(path).is_dir():
         return PropertyIndexError(
             f"There is no property index at {path} yet: it is being built, or a build was interrupted.\n"

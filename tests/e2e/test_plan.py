@@ -59,6 +59,12 @@ def test_the_forecast_reports_when_data_run_out(cli: Cli, words: list[str]) -> N
     assert "The data ends after" in done.stdout and "mixture.on_exhausted=redistribute" in done.stdout
 
 
+def test_the_advice_for_a_single_domain_is_to_repeat_it(cli: Cli, words: list[str]) -> None:
+    single = ["mixture.group_by=[]", "mixture.on_exhausted=stop", "training.num_steps=1000"]
+    printed = cli("plan", *words, *single).stdout
+    assert "or set mixture.on_exhausted=repeat" in printed and "redistribute" not in printed
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

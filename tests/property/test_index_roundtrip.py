@@ -50,7 +50,7 @@ shards = st.lists(st.lists(rows, max_size=20), min_size=1, max_size=3).filter(an
 def write(path: Path, rows: list[Row], ending: str, group: int) -> None:
     """Write a shard with a frame, or for Parquet a row group, per `group` rows."""
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
-    frames = [b"".join(lines[i : i + group]) for i in range(0, len(lines), group)]
+    frames = [b"".join(lines[i : i + group]) for i in range(0, max(len(lines), 1), group)]
     if ending == "parquet":
         schema = pa.schema(
             {

@@ -14,12 +14,20 @@ import pytest
 
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import dump_yaml
+from mixtera_hpc.core.domains import select
+from mixtera_hpc.core.query import parse_predicate
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.errors import UserError
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.read.configured import open_configured
+from mixtera_hpc.index.read.verify import deeply_changed_shards
 from mixtera_hpc.testing.thread_ranks import run_ranks
+from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.verify import verify_run
 from mixtera_hpc.track.tracker import JsonLinesTracker
@@ -165,3 +173,76 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
         return log
 
     return make
+
+
+@pytest.fixture
+def answers(tmp_path: Path, tiny_tokenizer: str) -> Callable[..., dict[str, str]]:
+    """Return a function that builds and uses an index of `tmp_path/data`, and returns what each action answers.
+
+    The actions are build, verify (by content), query, run (sequences of tokens) and samples (whole rows). An answer
+    is what was counted or served, or the error with its notes. Without an index, there is only the answer of build.
+    """
+
+    def ask(text: str | None = "text", unit: str = "tokens", **data: Any) -> dict[str, str]:
+        plain: dict[str, Any] = {
+            "data": {"root": str(tmp_path / "data"), "text": text} | data,
+            "index": {"path": str(tmp_path / "i.h5"), "block_rows": 4},
+            "mixture": {"unit": unit, "on_exhausted": "stop"},
+            "dataplane": {"seq_len": 4, "global_batch_size": 1},
+        }
+        if text is not None:
+            plain["dataplane"]["tokenizer"] = tiny_tokenizer
+        config = from_plain(Config, plain)
+        found = {"build": _answer(lambda: _build(config))}
+        if "Error" in found["build"]:
+            return found
+        if text is not None:
+            with open_configured(config) as index:
+                found["tokens"] = str(index.tables.histogram.tokens.sum())
+        found["verify"] = _answer(lambda: _verify(config))
+        found["query"] = _answer(lambda: _query(config))
+        if text is not None:
+            found["run"] = _answer(lambda: _serve(config))
+        samples = replace(config, mixture=replace(config.mixture, unit="samples"))
+        found["samples"] = _answer(lambda: _serve(samples))
+        return found
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the path of a tokenizer of single bytes."""
+    return str(train_bpe(["a b"], 257, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"))
+
+
+def _answer(action: Callable[[], str]) -> str:
+    """Return the answer of an action, or its error; a crash is raised."""
+    try:
+        return action()
+    except UserError as error:
+        notes = getattr(error, "__notes__", [])
+        return "\n".join([f"{type(error).__name__}: {error}", *notes])
+
+
+def _build(config: Config) -> str:
+    report = build_index(config)
+    return f"{report.samples} samples, {report.bad_rows} bad rows, {report.damaged_shards} damaged"
+
+
+def _verify(config: Config) -> str:
+    with open_configured(config) as index:
+        changed = deeply_changed_shards(index, None, Local())
+    return "; ".join(f"{shard.path}: {shard.problem}" for shard in changed) or "fresh"
+
+
+def _query(config: Config) -> str:
+    with open_configured(config) as index:
+        predicate = parse_predicate(None, index.tables.properties)
+        return f"{select(index.tables, predicate, [{}], index.read_blocks).selected[0]} samples"
+
+
+def _serve(config: Config) -> str:
+    with DataPlane.open(config, comm=Local()) as plane:
+        served = sum(len(batch.tokens if batch.payloads is None else batch.payloads) for batch in plane)
+    return f"{served} served"

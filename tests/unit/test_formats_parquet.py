@@ -68,8 +68,11 @@ def test_numbers_are_float64_and_null_is_nan(values: Any, tmp_path: Path) -> Non
 def test_dots_lead_into_structs_and_a_column_with_dots_takes_precedence(tmp_path: Path) -> None:
     path = write(tmp_path, pa.array([{"q": {"r": "in"}}, None, {"q": None}]))
     assert column(path, Kind.CATEGORY, "p.q.r") == [("in",), (), ()]
-    pq.write_table(pa.table({"text": ["t"], "p": [{"q": "in"}], "p.q": ["flat"]}), path)
+    pq.write_table(pa.table({"text": ["t"], "p": [{"x": "in"}], "p.q": ["flat"]}), path)
     assert column(path, Kind.CATEGORY, "p.q") == [("flat",)]
+    pq.write_table(pa.table({"text": ["t"], "p": [{"q": "in"}], "p.q": ["flat"]}), path)
+    with pytest.raises(DataError, match=r"more than one meaning of the path 'p\.q': 'p\.q' and 'p' → 'q'"):
+        column(path, Kind.CATEGORY, "p.q")
 
 
 def test_a_missing_column_is_null(tmp_path: Path) -> None:

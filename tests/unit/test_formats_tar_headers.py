@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import ScanSpec
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.tar_headers import TarError, iter_members
@@ -119,15 +120,20 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_consecutive_members_of_one_key_are_one_sample(tmp_path: Path) -> None:
-    names = ["a.jpg", "a.seg.png", "b.jpg", "dir.v1/a.JPG", "dir.v1/a.cls", "./c.bin", "a.txt"]
+    names = ["a.jpg", "a.seg.png", "b.jpg", "dir.v1/a.JPG", "dir.v1/a.cls", "./c.bin", "d.txt"]
     rows = rows_of_archive(tmp_path, names)
     assert [(row["__key__"], sorted(row)[1:]) for row in rows] == [
         ("a", ["jpg", "seg.png"]),
         ("b", ["jpg"]),
         ("dir.v1/a", ["cls", "jpg"]),
         ("c", ["bin"]),
-        ("a", ["txt"]),
+        ("d", ["txt"]),
     ]
+
+
+def test_a_key_that_comes_back_is_refused_with_its_place_and_the_command(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"sample 'a' are not next to each other: .* byte \d+(.|\n)*tar --sort=name"):
+        rows_of_archive(tmp_path, ["a.jpg", "b.jpg", "a.txt"])
 
 
 def test_hidden_files_and_names_without_an_ending_are_skipped(tmp_path: Path) -> None:

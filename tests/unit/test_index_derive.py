@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError, PropertyIndexError
@@ -252,9 +253,33 @@ def test_a_failed_derivation_names_the_problem_and_keeps_the_index(
 
 def test_an_exception_of_the_function_names_the_property(root: Path) -> None:
     build_index(configured(root, BASE))
-    with pytest.raises(RuntimeError, match="no model") as caught:
+    with pytest.raises(
+        DataError, match=r"the function of data\.properties\.x, failed: RuntimeError: no model"
+    ) as caught:
         derive_properties(configured(root, BASE | {"x": {"function": "my_functions.broken"}}))
-    assert caught.value.__notes__ == ["raised by my_functions.broken, the function of data.properties.x"]
+    (note,) = caught.value.__notes__
+    assert note.startswith("shard=") and note.endswith(" row=0")
+
+
+@pytest.mark.parametrize("over", ["documents", "rows"])
+@pytest.mark.parametrize("body", ["raise KeyError(a)", "return [object() if 'seven' in str(x) else 0 for x in a]"])
+@pytest.mark.parametrize("on_bad_sample", ["fail", "skip"])
+def test_a_build_names_property_shard_and_row_of_a_failing_function(
+    over: str, body: str, on_bad_sample: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "my_functions.py").write_text(
+        f"def seven(a):\n    if any('seven' in str(x) for x in a): {body}\n    return [0] * len(a)\n"
+    )
+    sys.modules.pop("my_functions", None)
+    folder = root / "one"
+    folder.mkdir()
+    rows = [b'{"text": "row"}', b'{"text": 1}' if on_bad_sample == "skip" else b'{"text": ""}', b'{"text": "seven"}']
+    (folder / "a.jsonl").write_bytes(b"\n".join(rows))
+    words = [f"data.root={folder}", f"index.path={root / 'one.h5'}", f"data.on_bad_sample={on_bad_sample}"]
+    words.append(f"data.properties.x={{function: my_functions.seven, kind: number, over: {over}}}")
+    assert main(["index", "build", *words]) == 2
+    error = capsys.readouterr().err
+    assert "data.properties.x" in error and f"shard='{folder}/a.jsonl' row=2" in error and "Traceback" not in error
 
 
 def test_changed_shards_are_refused(root: Path) -> None:

@@ -9,6 +9,7 @@ from mixtera_hpc.cli.console import open_console
 from mixtera_hpc.cli.run_or_overrides import find_optional_run
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
@@ -70,10 +71,9 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         console.print("For a large index, derive a category from the number once: mixtera-hpc index derive.")
     mixture = source.config.mixture
     if forecast.num_steps < forecast.steps_asked:
-        share = "" if mixture.on_exhausted == "redistribute" else ", or set mixture.on_exhausted=redistribute"
         console.print(
             f"The data ends after {forecast.num_steps} of {forecast.steps_asked} steps: raise max_epochs of the "
-            f"mixture or of the domains that run out{share}."
+            f"mixture or of the domains that run out{_other_policy(mixture, len(forecast.domains))}."
         )
 
     if forecast.left_over:
@@ -84,6 +84,14 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         console.print("The mixture is learned while training; this is what its initial weights would serve.")
     if mixture.kind == "schedule":
         console.print("The mixture follows a schedule; the weights shown are those of step 0.")
+
+
+def _other_policy(mixture: MixtureConfig, num_domains: int) -> str:
+    """Return the advice to change what happens at the end of a domain; empty if nothing would last longer."""
+    # A single domain has no other domains that could get its share.
+    if num_domains > 1 and mixture.on_exhausted != "redistribute":
+        return ", or set mixture.on_exhausted=redistribute"
+    return "" if mixture.on_exhausted == "repeat" else ", or set mixture.on_exhausted=repeat"
 
 
 def _left_over_text(source: Source, left_over: int) -> str:

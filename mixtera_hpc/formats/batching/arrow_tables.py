@@ -1,7 +1,7 @@
 """Batches from Arrow tables: what Parquet and Arrow files have in common.
 
-Dotted paths lead into struct columns. A top-level column whose own name contains dots takes precedence. Arrow's objects
-have the type Any here, because pyarrow ships no type information.
+Dotted paths lead into struct columns; `row_paths` has their meaning. Arrow's objects have the type Any here, because
+pyarrow ships no type information.
 """
 
 from pathlib import Path
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError
-from mixtera_hpc.formats.base import BlockRanges, Column, PropertyField, RowBatch, ScanSpec, null_column
+from mixtera_hpc.formats.base import BlockRanges, BlockRef, Column, PropertyField, RowBatch, ScanSpec, null_column
+from mixtera_hpc.formats.batching.row_paths import check_path_forms, path_forms
 from mixtera_hpc.formats.category_codes import Categories, encode_categories
 from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error, unreadable_error
 
-__all__ = ["TableBatcher", "column_at", "first_key", "rows_of", "texts_of", "type_at", "without_views"]
+__all__ = ["TableBatcher", "column_at", "first_key", "payloads_of", "rows_of", "texts_of", "type_at", "without_views"]
 
 # Types without views; the large ones have 64-bit offsets, so that any column can be converted.
 _PLAIN_TYPES = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
@@ -41,6 +42,9 @@ class TableBatcher:
         _check_unique_names(schema.names, path)
         if spec.text is not None:
             _check_text_column(schema, spec.text, path)
+        for wanted in [*(field.path for field in spec.properties), *([spec.text] if spec.text is not None else [])]:
+            found = [i for i, keys in enumerate(path_forms(wanted)) if _type_of_keys(schema, keys) is not None]
+            check_path_forms(path, {wanted: found})
         self.properties = {field.path for field in spec.properties if type_at(schema, field.path) is not None}
         """Paths of the properties that the file has."""
 
@@ -54,6 +58,9 @@ class TableBatcher:
             blocks: the blocks that end with these rows.
         """
         texts, bad = self._texts(table)
+        if self._spec.check_rows and table is not None:
+            known = {row for row, _ in bad}
+            bad = sorted([*bad, *((row, problem) for row, problem in _undecodable_rows(table) if row not in known)])
         # Collect no more bad rows than the error will name.
         if bad and not self._spec.skip_bad:
             self._bad += [(first_row + row, problem) for row, problem in bad[: MAX_BAD_ROWS - len(self._bad)]]
@@ -159,14 +166,23 @@ def first_key(names: list[str], path: str) -> str:
 
 def type_at(schema: Any, path: str) -> Any:
     """Return the Arrow type at a path; None if the schema has nothing there."""
-    # A column named `meta.language` hides the field `language` of a column `meta`.
-    if path in schema.names:
-        return schema.field(path).type
-    first, *rest = path.split(".")
+    chains = _keys_at(schema, path)
+    return _type_of_keys(schema, chains[0]) if chains else None
+
+
+def _keys_at(schema: Any, path: str) -> list[tuple[str, ...]]:
+    """Return the forms of a path that the schema has, the one that counts first."""
+    return [keys for keys in path_forms(path) if _type_of_keys(schema, keys) is not None]
+
+
+def _type_of_keys(schema: Any, keys: tuple[str, ...]) -> Any:
+    """Return the type below a chain of keys; None if one of them does not exist."""
+    first, *rest = keys
     if first not in schema.names:
         return None
     arrow_type: Any = schema.field(first).type
     for key in rest:
+        # Nothing has a name below a scalar, a list or a map.
         if not pa.types.is_struct(arrow_type) or arrow_type.get_field_index(key) < 0:
             return None
         arrow_type = arrow_type.field(key).type
@@ -175,13 +191,12 @@ def type_at(schema: Any, path: str) -> Any:
 
 def column_at(table: Any, path: str) -> Any:
     """Return the column at a path, null where a parent is null; None if the table has nothing there."""
-    if table is None or type_at(table.schema, path) is None:
+    chains = _keys_at(table.schema, path) if table is not None else []
+    if not chains:
         return None
-    if path in table.schema.names:
-        return table.column(path)
+    first, *rest = chains[0]
     # struct_field applies the null mask of every parent.
-    first, *rest = path.split(".")
-    return pc.struct_field(table.column(first), rest)
+    return pc.struct_field(table.column(first), rest) if rest else table.column(first)
 
 
 def texts_of(text: Any, path: Path) -> list[str]:
@@ -194,6 +209,57 @@ def texts_of(text: Any, path: Path) -> list[str]:
         return _to_texts(text)
     except _VALUE_ERRORS as error:
         raise unreadable_error(path, "the text column", error) from None
+
+
+def _holds_texts(arrow_type: Any) -> bool:
+    """Return True for a text type, and for a type that contains one at any depth."""
+    if pa.types.is_dictionary(arrow_type):
+        arrow_type = arrow_type.value_type
+    if arrow_type in (pa.string(), pa.large_string(), pa.string_view()):
+        return True
+    return any(_holds_texts(arrow_type.field(i).type) for i in range(arrow_type.num_fields))
+
+
+def _undecodable_rows(table: Any) -> list[tuple[int, str]]:
+    """Return (row, problem) for rows with a text that is not valid UTF-8, in any column."""
+    problems: dict[int, str] = {}
+    for name in table.schema.names:
+        column = table.column(name)
+        if not _holds_texts(column.type) or _is_valid(column):
+            continue
+        for row in range(len(column)):
+            # Taken and not sliced: the children of a slice are validated as a whole.
+            if not _is_valid(column.take(pa.array([row]))):
+                problems.setdefault(row, f"column {name!r} is not valid UTF-8")
+    return sorted(problems.items())
+
+
+def _is_valid(column: Any) -> bool:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def payloads_of(table: Any, block: BlockRef, rows: NDArray[Any], path: Path) -> list[dict[str, Any]]:
+    """Return the named rows of a block, which `table` holds, as dicts.
+
+    Raises:
+        DataError: a text in one of them is not valid UTF-8.
+    """
+    chosen = table.take(pa.array(rows))
+    try:
+        payloads: list[dict[str, Any]] = chosen.to_pylist()
+    except _VALUE_ERRORS as error:
+        bad = [int(row) for i, row in enumerate(rows) if _undecodable_rows(chosen.slice(i, 1))]
+        place = f"row {block.first_row + bad[0]}" if bad else "a row"
+        raise DataError(
+            f"{path}: {place} cannot be decoded as a whole: {error}. The index build looks at columns that no setting "
+            "names only if it is told that whole rows will be served.\n"
+            "  Build the index again with mixture.unit=samples; data.on_bad_sample=skip leaves such rows out."
+        ) from None
+    return payloads
 
 
 def rows_of(table: Any, path: Path) -> list[dict[str, Any]]:

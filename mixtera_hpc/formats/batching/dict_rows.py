@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.formats.base import BlockRanges, RowBatch, ScanSpec
+from mixtera_hpc.formats.batching.row_paths import check_path_forms
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error
 
@@ -57,10 +58,14 @@ class DictRowBatcher:
         if self._bad:
             return None
         texts = self._type.documents(decoded) if self._spec.documents else None
+        columns = self._type.columns(decoded)
+        path_forms = self._type.path_forms()
+        check_path_forms(self._path, path_forms)
         return RowBatch(
             rows=len(rows),
             blocks=blocks,
-            columns=self._type.columns(decoded),
+            columns=columns,
+            path_forms=path_forms,
             lengths=lengths,
             documents=texts,
             raw_rows=list(rows) if self._spec.whole_rows else None,
@@ -73,9 +78,11 @@ class DictRowBatcher:
         if isinstance(row, BadRow):
             return self._blank, row.problem
         try:
-            return msgspec.convert(self._as_paths(row) if self._as_paths else row, self._type.struct), ""
+            decoded = msgspec.convert(self._as_paths(row) if self._as_paths else row, self._type.struct)
         except (msgspec.ValidationError, UnicodeDecodeError) as error:
             return self._blank, str(error)
+        problems = self._type.problems([decoded])
+        return (self._blank, problems[0][1]) if problems else (decoded, "")
 
     @property
     def should_stop(self) -> bool:

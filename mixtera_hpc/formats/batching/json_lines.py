@@ -1,10 +1,10 @@
 """Batches from buffers of JSON lines: where every row ends, its values, and which rows cannot be read.
 
-One call decodes a whole buffer of lines. Only if that fails, or if its rows do not match its lines, the buffer is
-decoded line by line to find the bad rows. Blank lines are not rows; their bytes belong to the row that follows.
+One call decodes a whole buffer of lines. Only if that fails, or if its rows do not match its lines, or if it is not
+UTF-8, the buffer is decoded line by line to find the bad rows. Blank lines are not rows; their bytes belong to the row
+that follows.
 """
 
-import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.formats.base import BlockRanges, RowBatch, ScanSpec
+from mixtera_hpc.formats.batching.json_payloads import decode_payload
+from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS, json_problem
+from mixtera_hpc.formats.batching.row_paths import check_path_forms
 from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.batching.utf8 import is_utf8
 from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error
 
 __all__ = ["JsonLineBatcher", "JsonLines", "line_ends"]
@@ -26,7 +30,6 @@ NEWLINE, OPEN_BRACE, CLOSE_BRACE = b"\n{}"
 JSON_WHITESPACE = b" \t\r\n"
 # `{"":0`. A line of at most this many bytes may be blank; longer ones are not examined.
 SHORTEST_ROW_BYTES = 5
-_DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +97,29 @@ class JsonLineBatcher:
         try:
             rows = self._decoder.decode_lines(data)
             raw_rows = self._raw_decoder.decode_lines(data) if self._raw_decoder else None
-        except _DECODE_ERRORS:
+        except JSON_ERRORS:
             return self._decode_line_by_line(data)
         # A row may have spanned two lines, or two rows may have stood on one: then rows and lines do not match.
-        if len(rows) != len(ends) or not _rows_are_lines(data, ends):
+        # The decoder does not look at the bytes of fields that it skips, but a run of whole rows will.
+        if len(rows) != len(ends) or not _rows_are_lines(data, ends) or not is_utf8(data) or self._type.problems(rows):
             return self._decode_line_by_line(data)
         self._rows += len(rows)
         return JsonLines(rows, ends, raw_rows)
 
     def batch(self, lines: JsonLines, blocks: BlockRanges, lengths: NDArray[np.int64] | None) -> RowBatch:
-        """Build the batch of decoded rows."""
+        """Build the batch of decoded rows.
+
+        Raises:
+            ShardLayoutError: two forms of a dotted path have values.
+        """
+        columns = self._type.columns(lines.rows)
+        path_forms = self._type.path_forms()
+        check_path_forms(self._path, path_forms)
         return RowBatch(
             rows=len(lines.rows),
             blocks=blocks,
-            columns=self._type.columns(lines.rows),
+            columns=columns,
+            path_forms=path_forms,
             lengths=lengths,
             documents=self._type.documents(lines.rows) if self._documents else None,
             raw_rows=lines.raw_rows,
@@ -142,12 +154,15 @@ class JsonLineBatcher:
         raw_rows: list[Any] = []
         bad: list[tuple[int, str]] = []
         for start, stop in _lines(data):
-            line = data[start:stop]
+            line = bytes(data[start:stop])
             try:
+                line.decode()
                 row: Any = self._decoder.decode(line)
-                raw = self._raw_decoder.decode(line) if self._raw_decoder else None
-            except _DECODE_ERRORS as error:
-                problem = f"{error}{_hint(line[:3])}"
+                raw = decode_payload(line) if self._raw_decoder else None
+                problem = "".join(text for _, text in self._type.problems([row]))
+            except JSON_ERRORS as error:
+                problem = json_problem(line, error)
+            if problem:
                 row = self._blank
                 raw = None
                 if self._blank is not None:
@@ -161,13 +176,6 @@ class JsonLineBatcher:
                 raw_rows.append(raw)
             self._rows += 1
         return JsonLines(rows, np.array(ends, np.int64), raw_rows if self._raw_decoder else None, tuple(bad))
-
-
-def _hint(first_bytes: Buffer) -> str:
-    """Return what the first bytes of an unreadable line say about the reason."""
-    if bytes(first_bytes).startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "; it begins with a byte order mark: write the file as UTF-8 without one"
-    return ""
 
 
 def _rows_are_lines(data: Buffer, ends: NDArray[np.int64]) -> bool:

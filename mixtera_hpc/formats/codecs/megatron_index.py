@@ -101,4 +101,6 @@ def _read_header(data: NDArray[np.uint8], path: Path) -> tuple[np.dtype[Any], in
 
 def _is_partition(table: NDArray[Any], num_sequences: int) -> bool:
     """Return True if the document table goes from the first sequence to the last without a step back."""
-    return bool(table[0] == 0 and table[-1] == num_sequences and (np.diff(table) >= 0).all())
+    # Bounds first: the difference of two numbers beyond them may overflow to a positive one.
+    is_bounded = bool(((table >= 0) & (table <= num_sequences)).all())
+    return is_bounded and bool(table[0] == 0 and table[-1] == num_sequences and (np.diff(table) >= 0).all())

@@ -21,7 +21,7 @@ from mixtera_hpc.formats.base import (
 from mixtera_hpc.formats.batching.arrow_tables import (
     TableBatcher,
     column_at,
-    rows_of,
+    payloads_of,
     texts_of,
     type_at,
     without_views,
@@ -42,6 +42,7 @@ class ArrowFormat:
 
     name: str = "arrow"
     holds_tokens: bool = False
+    may_be_empty: bool = False
     unit_bytes: int = UNIT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
@@ -87,7 +88,7 @@ def _split_table(batcher: TableBatcher, table: Any, first_row: int, block: tuple
 def _needed_paths(spec: ScanSpec) -> set[str] | None:
     """Return the dotted paths that a scan looks at; None for all."""
     # A parser may look at any column.
-    if spec.whole_rows:
+    if spec.whole_rows or spec.check_rows:
         return None
     paths = {field.path for field in spec.properties}
     if spec.text is not None:
@@ -122,7 +123,7 @@ class ArrowReader:
             if self._whole_batches is None:
                 self._whole_batches = open_record_batches(self._path, None)
             batches = self._whole_batches
-        return rows_of(self._cached_table(block, batches, None).take(pa.array(rows)), self._path)
+        return payloads_of(self._cached_table(block, batches, None), block, rows, self._path)
 
     def close(self) -> None:
         """Close the file."""

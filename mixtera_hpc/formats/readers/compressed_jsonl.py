@@ -6,7 +6,7 @@ byte range of their own: reading one decodes its block, which stays in the cache
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.formats.base import BlockRanges, BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.batching.json_lines import JsonLineBatcher, line_ends
+from mixtera_hpc.formats.batching.json_payloads import decode_payload
+from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS, without_bom
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.frames import (
@@ -36,6 +38,7 @@ class CompressedJsonlFormat:
     """`Format` of compressed JSON lines. The codec makes the difference between the formats."""
 
     holds_tokens = False
+    may_be_empty = False
 
     def __init__(self, name: str, codec: Codec) -> None:
         self.name = name
@@ -52,8 +55,10 @@ class CompressedJsonlFormat:
             segments = limit_block_bytes(self._segments(file, path), spec.max_block_bytes, path)
             block_start = 0
             rows = 0
+            is_start = True
             for data, frame_end in join_whole_lines(segments):
-                lines = batcher.decode(data)
+                lines = batcher.decode(without_bom(data) if is_start else data)
+                is_start = is_start and not data
                 rows += len(lines.rows)
                 # Frames without rows become part of the next block.
                 ranges = []
@@ -99,29 +104,36 @@ class CompressedJsonlReader:
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         """Return the texts of the named rows; see `ShardReader`."""
-        return self._type.documents(self._decode_rows(self._decoder, block, rows))
+        decoded = self._decode_rows(self._decoder.decode, block, rows)
+        try:
+            return self._type.documents(decoded)
+        except ValueError as error:
+            raise shard_changed_error(self._path, block, f"{error}") from None
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
-        return self._decode_rows(msgspec.json.Decoder(), block, rows)
+        return self._decode_rows(decode_payload, block, rows)
 
     def close(self) -> None:
         """Release the file descriptor."""
         self._shard.close()
 
-    def _decode_rows(self, decoder: "msgspec.json.Decoder[Any]", block: BlockRef, rows: NDArray[np.int64]) -> list[Any]:
+    def _decode_rows(self, decode: Callable[[memoryview], Any], block: BlockRef, rows: NDArray[np.int64]) -> list[Any]:
         lines = self._cache.get((str(self._path), block.offset), lambda: self._load(block))
         # Row i lies between the ends of rows i - 1 and i.
         stops = lines.ends[rows].tolist()
         starts = np.concatenate([[0], lines.ends])[rows].tolist()
         try:
-            return [decoder.decode(lines.data[start:stop]) for start, stop in zip(starts, stops, strict=True)]
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return [decode(lines.data[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+        except JSON_ERRORS as error:
             raise shard_changed_error(self._path, block, f"{error}") from None
 
     def _load(self, block: BlockRef) -> tuple[_DecodedLines, int]:
         """Decode a block for the cache."""
         data = self._read_block(block)
+        # The first block begins at the start of the file.
+        if block.offset == 0:
+            data = without_bom(data)
         ends = line_ends(data)
         # Rows are found by their position, so a block with other rows would return wrong ones.
         if len(ends) != block.rows:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRanges, RowBatch, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.batching.dict_rows import BadRow, DictRowBatcher
+from mixtera_hpc.formats.batching.json_array_rows import find_array_rows
+from mixtera_hpc.formats.batching.json_payloads import decode_payload
+from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS, json_problem, without_bom
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.readers.jsonl import JsonRowReader
 
@@ -32,6 +34,7 @@ class JsonArrayFormat:
 
     name: str = "json"
     holds_tokens: bool = False
+    may_be_empty: bool = False
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         """Return the whole file as one unit."""
@@ -47,52 +50,35 @@ class JsonArrayFormat:
             )
         # Find the rows first, without decoding them; then decode a batch at a time.
         data = path.read_bytes()
-        rows = _split_array(data, path)
-        starts = _row_starts(data, rows)
+        rows = find_array_rows(data, len(data) - len(without_bom(data)))
+        if rows.problem and not spec.skip_bad:
+            raise _no_array_error(path, data, rows.problem)
         batcher = DictRowBatcher(spec, path)
-        for first in range(0, len(rows), BATCH_ROWS):
-            batch_rows = rows[first : first + BATCH_ROWS]
-            stop = first + len(batch_rows)
-            lengths = np.diff(starts[first : stop + 1])
-            blocks = _blocks_ending_in(first, stop, starts, block_rows)
-            batch = batcher.batch(list(map(_decode_row, batch_rows)), blocks, lengths)
+        num_rows = len(rows.stops)
+        for first in range(0, num_rows, BATCH_ROWS):
+            stop = min(first + BATCH_ROWS, num_rows)
+            bounds = zip(rows.starts[first:stop].tolist(), rows.stops[first:stop].tolist(), strict=True)
+            lengths = np.diff(rows.starts[first : stop + 1])
+            blocks = _blocks_ending_in(first, stop, rows.starts, block_rows)
+            batch = batcher.batch([_decode_row(data[start:end]) for start, end in bounds], blocks, lengths)
             if batch:
                 yield batch
             if batcher.should_stop:
                 break
         batcher.check()
+        # The rows before the damage are those of an array.
+        if rows.problem:
+            raise _no_array_error(path, data, rows.problem)
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         """Open a shard for random access by row."""
         return JsonRowReader(path, text, after_row=BETWEEN_ROWS)
 
 
-def _split_array(data: bytes, path: Path) -> list[msgspec.Raw]:
-    """Return the undecoded rows: views of `data`."""
-    try:
-        return msgspec.json.decode(data, type=list[msgspec.Raw])
-    except (msgspec.DecodeError, RecursionError) as error:
-        is_object = data.lstrip()[:1] == b"{"
-        hint = "Set data.format=jsonl if it has one row per line" if is_object else "Repair it"
-        raise DataError(
-            f"{path} is not a JSON array of rows: {error}.\n  {hint}, or exclude it with data.exclude."
-        ) from None
-
-
-def _row_starts(data: bytes, rows: list[msgspec.Raw]) -> NDArray[np.int64]:
-    """Return the first byte of every row, and the end of the last; shape (rows + 1,)."""
-    if not rows:
-        return np.zeros(1, np.int64)
-    # The rows are views of `data`, so differences of memory addresses are positions in the file.
-    addresses = [_address(row) for row in rows]
-    end = addresses[-1] + len(memoryview(rows[-1]))
-    return np.array([*addresses, end], np.int64) - _address(data)
-
-
-def _address(buffer: Any) -> int:
-    """Return the memory address of a buffer's first byte."""
-    address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
-    return address
+def _no_array_error(path: Path, data: bytes, problem: str) -> DataError:
+    is_object = without_bom(data).lstrip()[:1] == b"{"
+    hint = "Set data.format=jsonl if it has one row per line" if is_object else "Repair it"
+    return DataError(f"{path} is not a JSON array of rows: {problem}.\n  {hint}, or exclude it with data.exclude.")
 
 
 def _blocks_ending_in(first: int, stop: int, starts: NDArray[np.int64], block_rows: int) -> BlockRanges:
@@ -109,8 +95,8 @@ def _blocks_ending_in(first: int, stop: int, starts: NDArray[np.int64], block_ro
     return BlockRanges.of(ranges)
 
 
-def _decode_row(row: msgspec.Raw) -> Any:
+def _decode_row(row: bytes) -> Any:
     try:
-        return msgspec.json.decode(row)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return BadRow(str(error))
+        return decode_payload(row)
+    except JSON_ERRORS as error:
+        return BadRow(json_problem(row, error))

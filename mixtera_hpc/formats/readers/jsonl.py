@@ -3,6 +3,7 @@
 A unit is a byte range of fixed size; a line belongs to the unit in which it begins. A block is a fixed number of lines.
 """
 
+import codecs
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from mixtera_hpc.formats.base import (
     split_evenly,
 )
 from mixtera_hpc.formats.batching.json_lines import JsonLineBatcher, JsonLines, line_ends
+from mixtera_hpc.formats.batching.json_payloads import decode_payload
+from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, merge_nearby, read_fully, row_byte_ranges
@@ -37,7 +40,6 @@ UNIT_BYTES = 64 << 20
 SEGMENT_BYTES = 1 << 20
 
 Decode = Callable[[bytes | memoryview], Any]
-_DICT_DECODER: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,7 @@ class JsonlFormat:
 
     name: str = "jsonl"
     holds_tokens: bool = False
+    may_be_empty: bool = True
     unit_bytes: int = UNIT_BYTES
     segment_bytes: int = SEGMENT_BYTES
 
@@ -59,9 +62,11 @@ class JsonlFormat:
         with path.open("rb", buffering=0) as file:
             fd = file.fileno()
             begin = _first_line(fd, unit)
+            # The line that begins behind a byte order mark belongs to the first unit, however short that is.
+            stop = max(unit.stop, begin + 1) if unit.start == 0 else unit.stop
             blocks = _LineBlocks(begin, block_rows)
             limit = _LineLimit(path, spec.max_block_bytes)
-            for offset, data in _read_lines(fd, ScanUnit(begin, unit.stop), self.segment_bytes, limit):
+            for offset, data in _read_lines(fd, ScanUnit(begin, stop), self.segment_bytes, limit):
                 lines = batcher.decode(data)
                 if not batcher.failed:
                     ranges, lengths = blocks.add(lines.ends + offset)
@@ -69,7 +74,7 @@ class JsonlFormat:
                 elif batcher.should_stop:
                     break
         # Only an error message needs the number of rows before the unit, which costs a read of all of them.
-        batcher.check(_rows_before(path, begin) if batcher.failed else 0)
+        batcher.check(_rows_before(path, begin) if batcher.failed and unit.start else 0)
 
         # This batch has no rows: it only reports the last block, whose rows came with the batches before.
         last_block = blocks.unfinished()
@@ -120,7 +125,8 @@ class _LineBlocks:
 def _first_line(fd: int, unit: ScanUnit) -> int:
     """Return the first byte of the first line that begins in the unit; the unit's stop if there is none."""
     if unit.start == 0:
-        return 0
+        # A byte order mark at the start of a file is not part of its first row.
+        return len(codecs.BOM_UTF8) if os.pread(fd, len(codecs.BOM_UTF8), 0) == codecs.BOM_UTF8 else 0
     # If the byte before the unit is a newline, a line begins at the unit's first byte.
     position = unit.start - 1
     while position < unit.stop and (data := os.pread(fd, SEGMENT_BYTES, position)):
@@ -219,36 +225,42 @@ class JsonRowReader:
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         """Return the texts of the named rows; see `ShardReader`."""
         starts, row_lengths = row_byte_ranges(block, lengths, rows)
-        return self._type.documents(self._decode_at(self._decoder, starts, row_lengths, block))
+        return self._texts(self._decode_at(self._decoder.decode, starts, row_lengths, block), block)
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
         starts, row_lengths = row_byte_ranges(block, lengths, rows)
-        return self._decode_at(_DICT_DECODER, starts, row_lengths, block)
+        return self._decode_at(decode_payload, starts, row_lengths, block)
 
     def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
         """Return the texts of the rows at these byte ranges; see `RangeReader`."""
-        return self._type.documents(self._decode_at(self._decoder, starts, lengths))
+        return self._texts(self._decode_at(self._decoder.decode, starts, lengths))
 
     def payloads_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the rows at these byte ranges as dicts; see `RangeReader`."""
-        return self._decode_at(_DICT_DECODER, starts, lengths)
+        return self._decode_at(decode_payload, starts, lengths)
 
     def close(self) -> None:
         """Release the file descriptor."""
         self._shard.close()
 
+    def _texts(self, rows: list[Any], block: BlockRef | None = None) -> list[str]:
+        try:
+            return self._type.documents(rows)
+        except ValueError as error:
+            raise shard_changed_error(self._path, block, f"{error}") from None
+
     def _decode_at(
         self,
-        decoder: "msgspec.json.Decoder[Any]",
+        decode_row: Decode,
         starts: NDArray[np.int64],
         lengths: NDArray[np.int64],
         block: BlockRef | None = None,
     ) -> list[Any]:
         try:
-            decode = self._strip_first(decoder.decode) if self._after_row else decoder.decode
+            decode = self._strip_first(decode_row) if self._after_row else decode_row
             return list(itertools.chain.from_iterable(_decode_rows(self._shard.fd, decode, starts, starts + lengths)))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except JSON_ERRORS as error:
             raise shard_changed_error(self._path, block, f"{error}") from None
 
     def _strip_first(self, decode: Decode) -> Decode:

@@ -45,6 +45,7 @@ class MegatronFormat:
 
     name: str = "megatron"
     holds_tokens: bool = True
+    may_be_empty: bool = True
     unit_bytes: int = UNIT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:

@@ -27,7 +27,7 @@ from mixtera_hpc.formats.base import (
 from mixtera_hpc.formats.batching.arrow_tables import (
     TableBatcher,
     column_at,
-    rows_of,
+    payloads_of,
     texts_of,
     type_at,
     without_views,
@@ -47,6 +47,7 @@ class ParquetFormat:
 
     name: str = "parquet"
     holds_tokens: bool = False
+    may_be_empty: bool = False
     unit_bytes: int = UNIT_BYTES
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
@@ -150,6 +151,9 @@ class _RowGroupScan:
         text = self._spec.text
         if text is not None and (self._spec.documents or not _is_never_null(metadata, text)):
             paths.add(text)
+        if self._spec.check_rows:
+            leaves = map(self._file.schema.column, range(metadata.num_columns))
+            paths.update(leaf.path for leaf in leaves if leaf.logical_type.type == "STRING")
         return sorted(paths)
 
 
@@ -181,7 +185,7 @@ class ParquetReader:
 
     def payloads(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
-        return rows_of(self._cached_table(block, None).take(pa.array(rows)), self._path)
+        return payloads_of(self._cached_table(block, None), block, rows, self._path)
 
     def close(self) -> None:
         """Close the file."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRanges, BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.batching.dict_rows import BadRow, DictRowBatcher
+from mixtera_hpc.formats.batching.json_problems import without_bom
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, read_fully
 from mixtera_hpc.formats.shard_errors import shard_changed_error
@@ -27,6 +28,7 @@ class PlainTextFormat:
 
     name: str = "text"
     holds_tokens: bool = False
+    may_be_empty: bool = True
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         """Return the whole file as one unit."""
@@ -35,6 +37,8 @@ class PlainTextFormat:
     def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         """Read the file as one row, which is one block."""
         size = unit.stop
+        if not size:
+            return
         if size > spec.max_block_bytes:
             raise DataError(
                 f"{path} has {size} bytes in one document, more than data.max_block_bytes={spec.max_block_bytes}.\n"
@@ -59,7 +63,7 @@ def _as_row(data: bytes, text: str | None) -> dict[str, Any] | BadRow:
     if nul >= 0:
         return BadRow(f"a NUL character at byte {nul}: the file is not text")
     try:
-        value: Any = data.decode()
+        value: Any = without_bom(data).decode()
     except UnicodeDecodeError as error:
         return BadRow(f"not UTF-8: {error.reason} at byte {error.start}")
     # Wrap the text in its parents, from the inside out.
@@ -93,6 +97,6 @@ class PlainTextReader:
         if len(data) != block.length:
             raise shard_changed_error(self._path, block, f"{block.length} bytes were expected, but it has {len(data)}")
         try:
-            return data.decode()
+            return without_bom(data).decode()
         except UnicodeDecodeError as error:
             raise shard_changed_error(self._path, block, f"{error}") from None

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.batching.json_payloads import decode_payload
+from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS, json_problem, without_bom
 from mixtera_hpc.formats.codecs.tar_headers import TarMember
 
-__all__ = ["KEY", "TarSample", "WdsRow", "decode_sample", "group_samples", "nest_endings"]
+__all__ = ["KEY", "TarSample", "WdsRow", "decode_sample", "group_samples", "is_decoded", "nest_endings"]
 
 KEY = "__key__"
 WdsRow = dict[str, Any]
@@ -85,6 +85,16 @@ def _split_name(name: str, path: Path) -> tuple[str, str]:
     return match["key"], match["ending"].lower()
 
 
+def is_decoded(ending: str) -> bool:
+    """Return True if a row has the decoded content of members with this ending, and not their bytes."""
+    return _last_part(ending) in _DECODERS
+
+
+def _last_part(ending: str) -> str:
+    # The last part of an ending decides: `meta.json` is JSON.
+    return ending.rpartition(".")[2]
+
+
 def decode_sample(key: str, contents: dict[str, bytes]) -> WdsRow:
     """Return the row of a sample as the trainer gets it.
 
@@ -97,12 +107,12 @@ def decode_sample(key: str, contents: dict[str, bytes]) -> WdsRow:
     """
     row: WdsRow = {KEY: key}
     for ending, data in contents.items():
-        # The last part of an ending decides: `meta.json` is JSON.
-        decode = _DECODERS.get(ending.rpartition(".")[2])
+        decode = _DECODERS.get(_last_part(ending))
         try:
-            row[ending] = decode(data) if decode else data
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-            raise ValueError(f"member {key}.{ending}: {error}") from None
+            # A member is a file: a byte order mark at its start is no part of its content.
+            row[ending] = decode(without_bom(data)) if decode else data
+        except (*JSON_ERRORS, ValueError) as error:
+            raise ValueError(f"member {key}.{ending}: {json_problem(without_bom(data), error)}") from None
     return row
 
 
@@ -114,7 +124,7 @@ def _decode_class(data: bytes) -> int | str:
 
 # Last part of an ending → decoder. All other contents stay bytes.
 _DECODERS: dict[str, Any] = {
-    "json": msgspec.json.Decoder().decode,
+    "json": decode_payload,
     "cls": _decode_class,
     "txt": bytes.decode,
     "text": bytes.decode,
@@ -131,8 +141,11 @@ def nest_endings(row: WdsRow, text_paths: Sequence[str]) -> WdsRow:
     """
     nested: WdsRow = {}
     for ending, value in row.items():
-        if isinstance(value, bytes) and ending in text_paths:
-            value = value.decode()
+        if isinstance(value, bytes):
+            # There is nothing below bytes: a path that goes on behind the ending is null.
+            if ending not in text_paths:
+                continue
+            value = without_bom(value).decode()
         # `seg.png` → {"seg": {"png": value}}.
         *parents, last = ending.split(".")
         parent: Any = nested

@@ -28,9 +28,10 @@ from mixtera_hpc.formats.readers.tar_samples import (
     WdsRow,
     decode_sample,
     group_samples,
+    is_decoded,
     nest_endings,
 )
-from mixtera_hpc.formats.shard_errors import open_shard, shard_changed_error
+from mixtera_hpc.formats.shard_errors import ShardLayoutError, open_shard, shard_changed_error
 
 __all__ = ["WebDatasetFormat"]
 
@@ -47,6 +48,7 @@ class WebDatasetFormat:
 
     name: str = "webdataset"
     holds_tokens: bool = False
+    may_be_empty: bool = False
 
     def units(self, path: Path, size_bytes: int) -> list[ScanUnit]:
         """Return the whole archive as one unit: headers can only be found one after the other."""
@@ -122,7 +124,9 @@ class _ArchiveScan:
         content_bytes = 0
         blocks = _SampleBlocks(unit.start, self._block_rows)
         members = iter_members(self._read, unit.start, unit.stop, to_end=True)
+        keys = set[str]()
         for sample in group_samples(members, unit.start, self._path):
+            self._check_key(sample, keys)
             row, row_bytes = self._row(sample)
             rows.append(row)
             lengths.append(sample.end - sample.start)
@@ -156,11 +160,12 @@ class _ArchiveScan:
             DataError: the sample is too large.
         """
         self._check_size(sample)
-        # Only what the spec asks for is read: images are skipped unless a parser needs them.
+        # Images are skipped unless a parser needs them. Text is decoded in any case: a run that serves whole samples
+        # must be able to decode it.
         contents = {
             ending: self._content(member)
             for ending, member in sample.members.items()
-            if self._spec.whole_rows or self._is_needed(ending)
+            if self._spec.whole_rows or is_decoded(ending) or self._is_needed(ending)
         }
         content_bytes = sum(map(len, contents.values()))
 
@@ -175,6 +180,21 @@ class _ArchiveScan:
             return row, content_bytes
         except ValueError as error:
             return BadRow(str(error)), content_bytes
+
+    def _check_key(self, sample: TarSample, keys: set[str]) -> None:
+        """Refuse a key that comes back, because its sample was cut into several; add it to the keys.
+
+        Raises:
+            ShardLayoutError: `keys` has it already.
+        """
+        if sample.key in keys:
+            raise ShardLayoutError(
+                f"{self._path}: the members of sample {sample.key!r} are not next to each other: the key comes back at "
+                f"byte {sample.start}. They can only be read as one sample if they follow each other.\n"
+                "  Unpack the archive and write it again with tar --sort=name -cf NEW.tar -C FOLDER . (or rename the "
+                "members, if several samples have this key). Or exclude it with data.exclude."
+            )
+        keys.add(sample.key)
 
     def _as_paths(self, row: WdsRow) -> WdsRow:
         return nest_endings(row, self._paths)
@@ -235,7 +255,7 @@ class WebDatasetReader:
         try:
             rows = [nest_endings(row, [text]) for row in self._rows(starts, lengths, text)]
             return self._type.documents([msgspec.convert(row, self._type.struct) for row in rows])
-        except (msgspec.ValidationError, UnicodeDecodeError) as error:
+        except (msgspec.ValidationError, ValueError) as error:
             raise shard_changed_error(self._path, None, f"{error}") from None
 
     def payloads_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[dict[str, Any]]:

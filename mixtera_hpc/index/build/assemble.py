@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.index_tables import ShardTable
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.batching.row_paths import check_path_forms
 from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords
 from mixtera_hpc.index.build.merge import MergedTables, PlacedSource, merge_results
 from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
@@ -19,7 +20,7 @@ from mixtera_hpc.index.data_sets import DataSetFacts
 from mixtera_hpc.index.layout import DATASET, BadRows, Generation, bucket_source, function_source, path_source
 from mixtera_hpc.index.scan.scan_result import Combo
 from mixtera_hpc.index.scan.unit_scan import DataSetScan, ScanSettings
-from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
+from mixtera_hpc.index.shards import Shard
 
 __all__ = [
     "BuildReport",
@@ -64,6 +65,10 @@ class BuildReport:
     """Rows that were skipped because they cannot be read."""
     damaged_shards: int
     """Shards whose end was skipped."""
+    null_shares: dict[str, dict[str, float]]
+    """Data set → property → share of its rows without a value, from 0 to 1."""
+    empty_shards: tuple[str, ...]
+    """Paths of the shards without rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +103,7 @@ def assemble_index(
     """Merge all results, and write and publish the index.
 
     Raises:
-        DataError: no row can be read.
+        DataError: a data set has no row that can be read.
     """
     began_s = time.monotonic()
     reused = reused or ReusedShards()
@@ -108,9 +113,8 @@ def assemble_index(
     merged = merge_results(settings.properties, sources, reused.combos, reused.chunk_rows)
     shards, bad = _shard_table(settings, plan, records, reused)
 
-    # Check after the merge, which counts all rows, and before the old index is replaced.
-    if merged.rows == merged.bad_rows:
-        raise _no_rows(settings, shards, bad)
+    # Check before the old index is replaced.
+    _check_rows(settings, shards, bad)
 
     tokenizer = settings.tokenizer
     facts = IndexFacts(
@@ -120,7 +124,7 @@ def assemble_index(
         generations=tuple(reused.generations),
     )
     published = publish_index(Path(request.config.index.path), facts, shards, merged, sources)
-    return _report(request, plan, merged, bad, published, began_s)
+    return _report(request, plan, merged, shards, bad, published, began_s)
 
 
 def placed_records(plan: ScanPlan, records: UnitRecords) -> list[PlacedSource]:
@@ -157,6 +161,7 @@ def _report(
     request: BuildRequest,
     plan: ScanPlan,
     merged: MergedTables,
+    shards: ShardTable,
     bad: Sequence[BadRows],
     published: PublishedIndex,
     began_s: float,
@@ -180,13 +185,28 @@ def _report(
         empty_properties=published.empty_properties,
         bad_rows=merged.bad_rows,
         damaged_shards=len({rows.shard for rows in bad if not rows.rows}),
+        null_shares=published.null_shares,
+        empty_shards=tuple(shards.path[i] for i in np.flatnonzero(shards.rows == 0).tolist()),
     )
 
 
-def _no_rows(settings: ScanSettings, shards: ShardTable, bad: Sequence[BadRows]) -> DataError:
-    """Return the error for shards without a readable row, with some of the reasons."""
-    roots = ", ".join(map(str, settings.roots.values()))
-    where = f"The {len(shards.path)} shards below {roots} hold no rows"
+def _check_rows(settings: ScanSettings, shards: ShardTable, bad: Sequence[BadRows]) -> None:
+    """Refuse a data set without a row that can be read: it would be missing from every mixture without a word."""
+    readable = np.array(shards.rows, np.int64)
+    for rows in bad:
+        readable[rows.shard] -= rows.rows
+    names = np.array(shards.dataset)
+    for name in settings.sets:
+        own = np.flatnonzero(names == name)
+        if not readable[own].sum():
+            raise _no_rows(settings, name, shards, [rows for rows in bad if rows.shard in own])
+
+
+def _no_rows(settings: ScanSettings, name: str, shards: ShardTable, bad: Sequence[BadRows]) -> DataError:
+    """Return the error for a data set without a readable row, with some of the reasons."""
+    count = shards.dataset.count(name)
+    data_set = f" of data.sets.{name}" if name else ""
+    where = f"The {count} shards{data_set} below {settings.roots[name]} hold no rows"
     if not bad:
         return DataError(f"{where}.\n  Set data.root and data.include to files that have some.")
     reasons = [f"\n    {shards.path[b.shard]}: {b.rows or 'the rest'}, {b.reason}" for b in bad[:MAX_LISTED]]
@@ -205,6 +225,7 @@ def _shard_table(
     rows[: len(reused.rows)] = reused.rows
     fingerprints = dict(enumerate(reused.fingerprints))
     skipped: Counter[tuple[int, str]] = Counter()
+    path_forms: dict[int, dict[str, set[int]]] = {}
     for unit in sorted(records):
         shard = plan.units[unit][0]
         for record in records[unit]:
@@ -212,13 +233,14 @@ def _shard_table(
             rows[shard] += header.summary.rows
             if header.fingerprint:
                 fingerprints[shard] = header.fingerprint
+            for path, forms in header.path_forms.items():
+                path_forms.setdefault(shard, {}).setdefault(path, set()).update(forms)
             for reason, number in header.reasons.items():
                 skipped[(shard, reason)] += number
 
-    # An empty shard has no units, so no record carries its fingerprint.
-    for number, shard_file in enumerate(plan.shards):
-        if number not in fingerprints:
-            fingerprints[number] = fingerprint_of_shard(shard_file.below(settings.roots), shard_file.size_bytes)
+    # A unit checks its own rows; here all units of a shard are compared.
+    for shard, used in path_forms.items():
+        check_path_forms(plan.shards[shard].below(settings.roots), used)
 
     # Sorted, so that the order of the records does not show in the file.
     bad = [BadRows(shard=shard, reason=reason, rows=number) for (shard, reason), number in sorted(skipped.items())]

@@ -124,6 +124,8 @@ def scan_of_set(config: Config, data_set: DataSetKeys, tokenizer: Tokenizer | No
         whole_rows=computed.needs_rows,
         vocabulary=vocabulary,
     )
+    # Columns that no setting names cost extra reads, so they are checked only where whole rows will be served.
+    spec = replace(spec, check_rows=data_set.text is None or config.mixture.unit == "samples")
     if config.index.seek_points:
         # A second decompression now saves decoding from the start of the file at every later read.
         spec = replace(spec, seek_folder=str(seek_folder_of(config.index.path)))
@@ -155,6 +157,12 @@ def plan_shards(settings: ScanSettings, shards: list[Shard], first: int = 0) -> 
         (number, unit.start, unit.stop)
         for number, shard in enumerate(shards)
         if number >= first
-        for unit in load_format(shard.format).units(shard.below(settings.roots), shard.size_bytes)
+        for unit in _units_of(shard, settings)
     ]
     return ScanPlan(shards=shards, units=units, sizes=[stop - start for _, start, stop in units])
+
+
+def _units_of(shard: Shard, settings: ScanSettings) -> list[ScanUnit]:
+    units = load_format(shard.format).units(shard.below(settings.roots), shard.size_bytes)
+    # A file of 0 bytes has an empty unit: its scan decides whether it is a valid one.
+    return units or [ScanUnit(0, 0)]

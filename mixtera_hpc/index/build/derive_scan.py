@@ -20,6 +20,7 @@ from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
 from mixtera_hpc.index.build.extend_result import add_columns, concatenate_columns
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks
 from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.scan.computed_properties import RowPlace
 from mixtera_hpc.index.scan.scan_result import Combo, ScanResult, size_numbers
 from mixtera_hpc.index.scan.unit_scan import DataSetScan
 
@@ -76,7 +77,7 @@ def extend_unit(
     Raises:
         DataError: the rows of the unit are not those that the index stores, or a new value cannot be read.
     """
-    rows = _ScannedRows(index, shard, new)
+    rows = _ScannedRows(index, shard, unit, new)
     has_result = False
     for batch in _batches(index, shard, unit, new):
         rows.add(batch)
@@ -94,8 +95,9 @@ def extend_unit(
 class _ScannedRows:
     """The new columns of rows that were scanned and whose blocks are not complete yet."""
 
-    def __init__(self, index: PropertyIndex, shard: int, new: NewProperties) -> None:
+    def __init__(self, index: PropertyIndex, shard: int, unit: ScanUnit, new: NewProperties) -> None:
         self._index = index
+        self._unit_start = unit.start
         self._shard = shard
         self._new = new
         self._bounds = np.searchsorted(index.tables.blocks.shard, [shard, shard + 1])
@@ -112,7 +114,12 @@ class _ScannedRows:
         if self._next_block is None and len(batch.blocks.offset):
             self._next_block = self._block_at(int(batch.blocks.offset[0]))
         self._problems += [(self._num_taken + self.num_held + row, problem) for row, problem in batch.bad]
-        computed = self._new.scan.computed.columns(batch) if batch.rows else {}
+        place = RowPlace(
+            shard=str(_path_of(self._index, self._shard)),
+            first_row=self._num_taken + self.num_held,
+            unit_start=self._unit_start,
+        )
+        computed = self._new.scan.computed.columns(batch, place) if batch.rows else {}
         self._batches.append({**batch.columns, **computed} if batch.rows else {})
         self.num_held += batch.rows
 

@@ -20,7 +20,7 @@ import msgspec
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.errors import PropertyIndexError
-from mixtera_hpc.index.layout import VERSION, building_folder
+from mixtera_hpc.index.layout import VERSION, building_folder, failure_file
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback, ScanTasks, scan_in_parallel
 from mixtera_hpc.index.scan.scan_log import LOG_PATTERN, LogRecord, build_lock, complete_units, read_logs, recover_logs
 from mixtera_hpc.index.scan.scan_result import ScanResult
@@ -94,7 +94,8 @@ def lead_index_job(
     # Before anything is read: a typing error in index.path should not cost an hour.
     _check_place(job.path)
     _make_folder(folder)
-    with build_lock(folder), _explain_disk_errors(folder):
+    with build_lock(folder), _record_failure(job.path), _explain_disk_errors(folder):
+        failure_file(job.path).unlink(missing_ok=True)
         _resume(folder, plan, job.depends_on)
         # Only now, since other ranks write logs as soon as they have the plan.
         bcast_bytes(comm, msgspec.json.encode(plan))
@@ -109,7 +110,7 @@ def lead_index_job(
 def follow_index_job(job: IndexJob, comm: Communicator, report_type: type[T]) -> T:
     """Scan units on a rank other than 0, which calls `lead_index_job`; return its report. **Collective.**"""
     plan = msgspec.json.decode(bcast_bytes(comm, None), type=ScanPlan)
-    with _explain_disk_errors(building_folder(job.path)):
+    with _record_failure(job.path), _explain_disk_errors(building_folder(job.path)):
         _scan_missing(job, plan, comm, None)
     return msgspec.json.decode(bcast_bytes(comm, None), type=report_type)
 
@@ -157,6 +158,19 @@ def _make_folder(folder: Path) -> None:
         raise PropertyIndexError(
             f"The index cannot be written to {folder.parent}: {error.strerror}.\n  Set index.path to a writable folder."
         ) from None
+
+
+@contextlib.contextmanager
+def _record_failure(path: Path) -> Iterator[None]:
+    """Write the error that ends the job beside the index, for those who look for the index later."""
+    try:
+        yield
+    except Exception as error:
+        notes = getattr(error, "__notes__", [])
+        # The disk may be the reason why the job failed.
+        with contextlib.suppress(OSError):
+            failure_file(path).write_text("\n".join([f"{type(error).__name__}: {error}", *notes]))
+        raise
 
 
 @contextlib.contextmanager

@@ -8,16 +8,19 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import ShardTable
 from mixtera_hpc.index.build.column_writer import BlockWriter, TableWriter
 from mixtera_hpc.index.build.merge import MergedTables, PlacedSource, translate_result
+from mixtera_hpc.index.build.null_shares import NullCounter
 from mixtera_hpc.index.data_sets import DataSetFacts
 from mixtera_hpc.index.layout import (
     FORMAT,
@@ -31,7 +34,7 @@ from mixtera_hpc.index.layout import (
     write_texts,
 )
 
-__all__ = ["IndexFacts", "PublishedIndex", "publish_index"]
+__all__ = ["IndexFacts", "PublishedIndex", "publish_index", "renew_modification_times"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,8 @@ class PublishedIndex:
     tokens: int
     empty_properties: tuple[str, ...]
     """Properties that no sample has."""
+    null_shares: dict[str, dict[str, float]]
+    """Data set → property → share of its rows without a value, from 0 to 1."""
 
 
 def publish_index(
@@ -69,6 +74,24 @@ def publish_index(
     # The rename itself is only durable once the folder is on disk.
     _sync(path.parent)
     return published
+
+
+def renew_modification_times(path: Path, mtime_ns: NDArray[np.int64]) -> None:
+    """Give the shards of an index other modification times, which its fingerprint does not cover; atomic like a build.
+
+    Args:
+        path: the index.
+        mtime_ns: of every shard.
+    """
+    new_file = building_folder(path) / "index.h5"
+    shutil.copyfile(path, new_file)
+    with h5py.File(new_file, "r+", libver=("v110", "v110"), locking=False) as file:
+        # Deleted and written again, because the stored type may be too narrow.
+        del file["shards/mtime_ns"]
+        write_column(file["shards"], "mtime_ns", narrow(mtime_ns))
+    _sync(new_file)
+    new_file.replace(path)
+    _sync(path.parent)
 
 
 def _write_file(
@@ -103,8 +126,11 @@ def _write_content(
     _write_shards(tables, facts, shards)
     _write_properties(tables, merged)
     blocks = BlockWriter(tables, merged, len(shards.path))
+    nulls = NullCounter(merged, shards.dataset or ("",) * len(shards.path))
     for shard, source in sources:
-        blocks.add(shard, translate_result(merged, source.load()))
+        result = translate_result(merged, source.load())
+        blocks.add(shard, result)
+        nulls.add(shard, result)
     blocks.finish()
 
     # Kinds and settings are attributes, which no column digest covers.
@@ -118,7 +144,12 @@ def _write_content(
 
     with_values = merged.has_values | blocks.known_numbers
     empty = tuple(name for name in merged.properties if name not in with_values)
-    return PublishedIndex(fingerprint=fingerprint, tokens=blocks.tokens, empty_properties=empty)
+    return PublishedIndex(
+        fingerprint=fingerprint,
+        tokens=blocks.tokens,
+        empty_properties=empty,
+        null_shares=nulls.shares(),
+    )
 
 
 def _abandon(file: h5py.File) -> None:

@@ -3,12 +3,18 @@
 Unchanged shards are not opened. They come first, in the order they had, and combos keep their numbers. New and changed
 shards follow, sorted. So an index to which shards were only added begins with everything it contained before. Each such
 earlier state is a *generation*, identified by its fingerprint, and `index.generations` makes a run read that state and
-nothing else. Dropping a shard ends all generations that contained it. Price: the whole file is written again. A shard
-is compared by size and modification time.
+nothing else. Dropping a shard ends all generations that contained it. Price: the whole file is written again.
+
+A shard is compared by size and modification time. Where only the time differs, its fingerprint decides (two reads of
+1 MiB): a copy or a purge of a scratch file system gives files new times. If the content is the same, the index gets the
+new time and keeps its fingerprint and generations, so that saved states stay valid.
 """
 
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -25,14 +31,17 @@ from mixtera_hpc.index.build.assemble import (
 from mixtera_hpc.index.build.build import plan_shards, scan_settings, shard_scan_job
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords, follow_index_job, lead_index_job
+from mixtera_hpc.index.build.publish import renew_modification_times
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.read.open import PropertyIndex, open_index
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.unit_scan import ScanSettings
-from mixtera_hpc.index.shards import Shard
+from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
 
 __all__ = ["RefreshReport", "refresh_index"]
+
+READ_THREADS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +52,13 @@ class RefreshReport:
     """Shards that have not changed."""
     added: tuple[str, ...]
     changed: tuple[str, ...]
+    touched: tuple[str, ...]
+    """Shards with the same content but another modification time, which the index has now."""
     deleted: tuple[str, ...]
     generations: tuple[str, ...]
     """Fingerprints of the earlier states that runs can continue with."""
     build: BuildReport | None
-    """None if nothing has changed; the file is not rewritten then."""
+    """None if no content has changed; no sample is written again then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,8 @@ class _ShardChanges:
 
     unchanged: list[int]
     """Positions in the index, ascending."""
+    touched: dict[int, Shard]
+    """Those of the unchanged shards that have another modification time now: position in the index → shard."""
     added: list[Shard]
     changed: list[Shard]
     deleted: list[str]
@@ -90,7 +103,7 @@ def refresh_index(
     with open_index(config.index.path, roots) as index:
         _check_settings(index, request)
         # Compared before the lock is taken: another build in progress fails at the lock.
-        changes = _compare_shards(index, discover_shards(config.data))
+        changes = _compare_shards(index, discover_shards(config.data), settings.roots)
 
         def finish(plan: ScanPlan, records: UnitRecords) -> RefreshReport:
             return _finish(request, index, changes, plan, records)
@@ -100,7 +113,7 @@ def refresh_index(
 
 def _plan_changes(settings: ScanSettings, index: PropertyIndex, changes: _ShardChanges) -> ScanPlan:
     """Plan the new index: unchanged shards first, which are not scanned; then the others, sorted."""
-    unchanged = [_stored_shard(index, number) for number in changes.unchanged]
+    unchanged = [changes.touched.get(number) or _stored_shard(index, number) for number in changes.unchanged]
     others = sorted([*changes.added, *changes.changed], key=lambda shard: (shard.dataset, shard.path))
     return plan_shards(settings, [*unchanged, *others], first=len(unchanged))
 
@@ -110,10 +123,13 @@ def _finish(
 ) -> RefreshReport:
     reused = _reused_shards(index, changes)
     build = assemble_index(request, plan, records, reused) if changes else None
+    if build is None and changes.touched:
+        renew_modification_times(index.path, np.array([shard.mtime_ns for shard in plan.shards], np.int64))
     return RefreshReport(
         unchanged=len(changes.unchanged),
         added=tuple(shard.path for shard in changes.added),
         changed=tuple(shard.path for shard in changes.changed),
+        touched=tuple(shard.path for shard in changes.touched.values()),
         deleted=tuple(changes.deleted),
         generations=tuple(generation.fingerprint for generation in reused.generations),
         build=build,
@@ -151,18 +167,45 @@ def _check_settings(index: PropertyIndex, request: BuildRequest) -> None:
         )
 
 
-def _compare_shards(index: PropertyIndex, on_disk: list[Shard]) -> _ShardChanges:
+def _compare_shards(index: PropertyIndex, on_disk: list[Shard], roots: Mapping[str, Path]) -> _ShardChanges:
     stored = [_stored_shard(index, number) for number in range(len(index.tables.shards.path))]
     # Equal paths may occur in different data sets.
     now = {(shard.dataset, shard.path): shard for shard in on_disk}
     before = {(shard.dataset, shard.path): shard for shard in stored}
+    # Equality covers path, format, size and modification time.
+    differing = {
+        i: now[shard.dataset, shard.path]
+        for i, shard in enumerate(stored)
+        if now.get((shard.dataset, shard.path), shard) != shard
+    }
+    touched = _touched_shards(index, stored, differing, roots)
+    changed = [shard for i, shard in differing.items() if i not in touched]
+    changed_keys = {(shard.dataset, shard.path) for shard in changed}
     return _ShardChanges(
-        # Equality covers path, format, size and modification time.
-        unchanged=[i for i, shard in enumerate(stored) if now.get((shard.dataset, shard.path)) == shard],
+        unchanged=[i for i, shard in enumerate(stored) if (shard.dataset, shard.path) in now.keys() - changed_keys],
+        touched=touched,
         added=[shard for key, shard in now.items() if key not in before],
-        changed=[shard for key, shard in now.items() if key in before and before[key] != shard],
+        changed=sorted(changed, key=lambda shard: (shard.dataset, shard.path)),
         deleted=[shard.path for key, shard in before.items() if key not in now],
     )
+
+
+def _touched_shards(
+    index: PropertyIndex, stored: list[Shard], differing: Mapping[int, Shard], roots: Mapping[str, Path]
+) -> dict[int, Shard]:
+    """Return those of the differing shards that have the indexed content, and only another modification time."""
+    candidates = {
+        i: shard for i, shard in differing.items() if replace(shard, mtime_ns=stored[i].mtime_ns) == stored[i]
+    }
+
+    def has_indexed_content(number: int) -> bool:
+        shard = candidates[number]
+        return fingerprint_of_shard(shard.below(roots), shard.size_bytes) == index.tables.shards.fingerprint[number]
+
+    # On a parallel file system a read mostly waits.
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        is_same = dict(zip(candidates, pool.map(has_indexed_content, candidates), strict=True))
+    return {i: shard for i, shard in candidates.items() if is_same[i]}
 
 
 def _stored_shard(index: PropertyIndex, number: int) -> Shard:

@@ -100,7 +100,7 @@ def refuse_changed(index: PropertyIndex, changed: list[ChangedShard]) -> None:
         f"{index.path} is stale: {len(changed)} of {len(index.tables.shards.path)} shards below {index.data_root} are "
         f"not what was indexed:{listed}\n"
         "  Restore them, set data.root, or update the index with mixtera-hpc index refresh and the settings of the "
-        "build."
+        "build. Shards whose content is the same, and only the modification time is not, stay valid in a refresh."
     )
 
 
@@ -154,6 +154,9 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     text = index.shard_texts()[shard]
     has_text = text is not None and not file_format.holds_tokens
     first, stop = np.searchsorted(tables.blocks.shard, [shard, shard + 1])
+    # A shard without rows, or one that was skipped because it is damaged: there is nothing to read.
+    if first == stop:
+        return ""
     reader = open_reader(file_format, path, text, BlockCache(seek_folders=[seek_folder_of(index.path)]))
     try:
         for block in _sample_blocks(np.arange(first, stop)).tolist():

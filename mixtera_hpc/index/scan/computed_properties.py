@@ -21,7 +21,26 @@ from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, null_colum
 from mixtera_hpc.formats.category_codes import Categories, encode_categories
 from mixtera_hpc.formats.user_functions import import_function, source_digest
 
-__all__ = ["ComputedProperties", "NumberBuckets", "UserFunction"]
+__all__ = ["ComputedProperties", "NumberBuckets", "RowPlace", "UserFunction", "UserFunctionError"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowPlace:
+    """Where the rows of a batch are."""
+
+    shard: str
+    """Path of the shard."""
+    first_row: int
+    """Rows of the unit before the batch."""
+    unit_start: int
+    """First byte of the unit. Rows are counted from there, because the number of rows before it is not known."""
+
+    def note(self, row: int | None) -> str:
+        """Return the place of a row of the batch; of the whole batch if it is None."""
+        where = f" of those that begin at byte {self.unit_start} or later" if self.unit_start else ""
+        if row is None:
+            return f"shard={self.shard!r} rows from {self.first_row} on{where}; it fails on no row alone"
+        return f"shard={self.shard!r} row={self.first_row + row}{where}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +129,27 @@ class ComputedProperties:
         functions = [[f.field, f.over_rows, f.digest] for f in self.functions]
         return [functions, [[b.field, b.bounds] for b in self.buckets]]
 
-    def columns(self, batch: RowBatch) -> dict[str, Column]:
+    def columns(self, batch: RowBatch, place: RowPlace) -> dict[str, Column]:
         """Compute the properties of functions for the rows of a batch; null for rows that cannot be read.
 
+        Args:
+            batch: the rows.
+            place: where they are, for messages.
+
         Raises:
-            DataError: rows have no documents, or a function did not return one value of its kind for each.
+            DataError: rows have no documents, or a function failed or did not return one value of its kind for each.
         """
         bad = {row for row, _ in batch.bad}
-        return {f.field.name: _compute(f, _arguments(f, batch, bad), bad) for f in self.functions}
+        columns = {}
+        for function in self.functions:
+            try:
+                columns[function.field.name] = _compute(function, _arguments(function, batch, bad), bad)
+            except UserFunctionError as error:
+                # Arguments leave out bad rows if they are rows, and have empty texts for them otherwise.
+                rows = [row for row in range(batch.rows) if not (function.over_rows and row in bad)]
+                error.add_note(place.note(None if error.position is None else rows[error.position]))
+                raise
+        return columns
 
     def bucket_columns(self, numbers: Mapping[str, NDArray[np.float64]], rows: int) -> dict[str, Column]:
         """Return the properties of buckets, given the numbers of `rows` rows by name; a missing number is null."""
@@ -127,6 +159,15 @@ class ComputedProperties:
             values = numbers.get(bucket.field.path, null)
             columns[bucket.field.name] = bucket.column(np.asarray(values, np.float64))
         return columns
+
+
+class UserFunctionError(DataError):
+    """A function of the user failed, or returned a value of another kind."""
+
+    def __init__(self, message: str, position: int | None) -> None:
+        super().__init__(message)
+        self.position = position
+        """Position of the first argument that it failed on; None if it fails on none of them alone."""
 
 
 def _arguments(function: UserFunction, batch: RowBatch, bad: set[int]) -> list[Any]:
@@ -154,17 +195,31 @@ def _compute(function: UserFunction, arguments: list[Any], bad: set[int]) -> Col
             f"{field.path} returned {len(values)} values for {len(arguments)} {what}; data.properties.{field.name} "
             "needs one for each."
         )
-    if function.over_rows and bad:
-        values = _with_nulls(values, bad)
     try:
-        if field.kind is Kind.NUMBER:
-            # Raises for values that have no float64, such as sequences and huge integers.
-            return np.array([np.nan if value is None else value for value in values], np.float64)
-        return encode_categories([_as_category(value, field.kind) for value in values])
+        return _column_of(_with_nulls(values, bad) if function.over_rows and bad else values, field.kind)
     except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{field.path} returned a value that is no {field.kind} of data.properties.{field.name}: {error}."
+        position = _first_failing(lambda value: _column_of([value], field.kind), values)
+        raise UserFunctionError(
+            f"{field.path} returned a value that is no {field.kind} of data.properties.{field.name}: {error}.", position
         ) from None
+
+
+def _column_of(values: Sequence[Any], kind: Kind) -> Column:
+    """Return the column of the values of a function; raises TypeError, ValueError or OverflowError for wrong ones."""
+    if kind is Kind.NUMBER:
+        # Raises for values that have no float64, such as sequences and huge integers.
+        return np.array([np.nan if value is None else value for value in values], np.float64)
+    return encode_categories([_as_category(value, kind) for value in values])
+
+
+def _first_failing(action: Callable[[Any], Any], arguments: Sequence[Any]) -> int | None:
+    """Return the position of the first argument for which `action` fails; None if there is none."""
+    for position, argument in enumerate(arguments):
+        try:
+            action(argument)
+        except Exception:
+            return position
+    return None
 
 
 def _with_nulls(values: Sequence[Any], bad: set[int]) -> list[Any]:
@@ -174,14 +229,23 @@ def _with_nulls(values: Sequence[Any], bad: set[int]) -> list[Any]:
 
 
 def _call(function: UserFunction, arguments: list[Any]) -> Sequence[Any]:
-    """Call the user's function; a note on its exception names the property."""
+    """Call the user's function.
+
+    Raises:
+        UserFunctionError: it raised an exception.
+    """
     try:
         # A copy: the function may sort or change its list.
         values = function.call(list(arguments))
         return values if hasattr(values, "__len__") else list(values)
     except Exception as error:
-        error.add_note(f"raised by {function.field.path}, the function of data.properties.{function.field.name}")
-        raise
+        position = _first_failing(lambda argument: function.call([argument]), arguments)
+        raise UserFunctionError(
+            f"{function.field.path}, the function of data.properties.{function.field.name}, failed: "
+            f"{type(error).__name__}: {error}.\n"
+            "  Correct the function, or exclude the file with data.exclude.",
+            position,
+        ) from error
 
 
 def _as_category(value: Any, kind: Kind) -> Any:

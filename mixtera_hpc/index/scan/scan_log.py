@@ -40,7 +40,7 @@ LOG_PATTERN = "*.scanlog"
 """File names of the logs in the folder of a build."""
 _PREFIX = struct.Struct("<8sIQI")
 """Before each record: magic, bytes of the header, bytes of the body, CRC-32 of both."""
-_MAGIC = b"mixscan3"
+_MAGIC = b"mixscan4"
 _CHECKSUM_BYTES = 1 << 20
 """Bytes of a body that are read at once."""
 
@@ -56,6 +56,8 @@ class RecordHeader(msgspec.Struct):
     fingerprint: str
     """Of the shard, if this is its first result."""
     reasons: dict[str, int]
+    path_forms: dict[str, list[int]]
+    """Dotted path → the forms of it that have values in the unit, up to here."""
     summary: ScanSummary
     arrays: list[tuple[str, str, int]]
     """Name, dtype and length of every array, in the order of the body."""
@@ -117,6 +119,7 @@ class ScanLog:
             last=last,
             fingerprint=result.fingerprint,
             reasons=result.reasons,
+            path_forms=result.path_forms,
             summary=result.summary(),
             arrays=[(name, values.dtype.str, len(values)) for name, values in arrays.items()],
         )
@@ -159,6 +162,7 @@ def _result_from_arrays(header: RecordHeader, arrays: dict[str, NDArray[Any]]) -
         },
         fingerprint=header.fingerprint,
         reasons=header.reasons,
+        path_forms=header.path_forms,
     )
 
 

@@ -75,6 +75,8 @@ class ScanResult:
     """Per number property and row; NaN for null."""
     fingerprint: str = ""
     """Of the shard, if this is its first result."""
+    path_forms: dict[str, list[int]] = field(default_factory=dict)
+    """Dotted path → the forms of it that have values in the unit, up to here."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Why rows cannot be read → how many; 0 for a damaged end, whose rows cannot be counted."""
 

@@ -18,9 +18,10 @@ from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanSpec, ScanUnit, null_column
 from mixtera_hpc.formats.category_codes import Categories
+from mixtera_hpc.formats.shard_errors import ShardLayoutError
 from mixtera_hpc.formats.shard_scan import ShardFile, scan_shard
 from mixtera_hpc.index.layout import DATASET
-from mixtera_hpc.index.scan.computed_properties import ComputedProperties
+from mixtera_hpc.index.scan.computed_properties import ComputedProperties, RowPlace
 from mixtera_hpc.index.scan.scan_result import (
     Combo,
     ScanResult,
@@ -89,7 +90,7 @@ def scan_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[
             changed since it was discovered.
     """
     path = shard.below(settings.roots)
-    rows = _RowCollector(settings, shard)
+    rows = _RowCollector(settings, shard, unit)
     try:
         # Only the shard's first result carries its fingerprint.
         fingerprint = fingerprint_of_shard(path, shard.size_bytes) if unit.start == 0 else ""
@@ -121,7 +122,7 @@ def _batches_of_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit, rows:
     try:
         yield from scan_shard(file, unit, data_set.spec, settings.block_rows)
     except DataError as error:
-        if not data_set.spec.skip_bad or _is_system_error(error):
+        if not data_set.spec.skip_bad or isinstance(error, ShardLayoutError) or _is_system_error(error):
             raise
         reason = str(error).splitlines()[0].replace(str(path), "the shard")
         rows.drop_incomplete(f"damaged: {reason}")
@@ -135,9 +136,12 @@ def _is_system_error(error: DataError) -> bool:
 class _RowCollector:
     """Collects the batches of one unit; a few dozen bytes per row, without texts."""
 
-    def __init__(self, settings: ScanSettings, shard: Shard) -> None:
+    def __init__(self, settings: ScanSettings, shard: Shard, unit: ScanUnit) -> None:
         self._settings = settings
         self._dataset = shard.dataset
+        self._path = shard.below(settings.roots)
+        self._unit = unit
+        self._rows_before = 0  # Rows of the unit before the next batch.
         self._computed = settings.sets[shard.dataset].computed
         kinds = {field.name: field.kind for field in settings.properties}
         self._kinds = kinds
@@ -147,6 +151,7 @@ class _RowCollector:
         self._numbers: dict[str, list[Floats]] = {name: [] for name, kind in kinds.items() if kind is Kind.NUMBER}
         self._blocks: list[Ints] = []  # Rows: offset, length, rows.
         self._reasons: Counter[str] = Counter()
+        self._path_forms: dict[str, list[int]] = {}
         self.held = 0
         """Rows collected."""
         self.complete = 0
@@ -161,9 +166,12 @@ class _RowCollector:
         if not batch.rows:
             return
         self._count_reasons(batch)
+        self._path_forms = {path: list(forms) for path, forms in batch.path_forms.items()}
         bad = [row for row, _ in batch.bad]
         sizes = self._sizes_of(batch, bad)
-        columns = {**batch.columns, **self._computed.columns(batch)}
+        place = RowPlace(shard=str(self._path), first_row=self._rows_before, unit_start=self._unit.start)
+        self._rows_before += batch.rows
+        columns = {**batch.columns, **self._computed.columns(batch, place)}
         numbers = size_numbers(sizes) | {n: column for n, column in columns.items() if isinstance(column, np.ndarray)}
         columns |= self._computed.bucket_columns(numbers, batch.rows)
         # A property that only other data sets have is null here.
@@ -235,6 +243,7 @@ class _RowCollector:
             numbers=numbers,
             fingerprint=fingerprint,
             reasons=dict(self._reasons),
+            path_forms=self._path_forms,
         )
 
     def _count_reasons(self, batch: RowBatch) -> None:
