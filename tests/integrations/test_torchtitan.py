@@ -1,4 +1,4 @@
-"""torchtitan's Trainer on a data plane: the conformance suite, layouts of ranks, and what is refused."""
+"""torchtitan's Trainer on a data plane: the conformance suite, tensor parallelism, and what is refused."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from .served_stream import read_records, trained_digests
 PYTHON = REPOSITORY / ".venv-torchtitan/bin/python"
 """torchtitan needs older versions of datasets and fsspec than Lightning does, so it has an environment of its own."""
 
-LAYOUTS = Path(__file__).with_name("torchtitan_layouts.py")
+TENSOR_PARALLEL = Path(__file__).with_name("torchtitan_tensor_parallel.py")
 REFUSALS = Path(__file__).with_name("torchtitan_checks.py")
 
 pytestmark = [
@@ -31,12 +31,8 @@ class TestTorchtitan(TrainerConformance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
-def test_ranks_of_a_model_parallel_group_serve_the_bare_stream(
-    layout: str, collection: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TITAN_LAYOUT", layout)
-    runs = Runs(Example(script=str(LAYOUTS), python=str(PYTHON)), collection, tmp_path)
+def test_ranks_of_a_tensor_parallel_group_serve_the_bare_stream(collection: list[str], tmp_path: Path) -> None:
+    runs = Runs(Example(script=str(TENSOR_PARALLEL), python=str(PYTHON)), collection, tmp_path)
     out = runs.split("torchrun", 1)
 
     assert trained_digests(read_records(out)) == runs.stream.digests
@@ -44,12 +40,8 @@ def test_ranks_of_a_model_parallel_group_serve_the_bare_stream(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
-def test_losses_of_a_model_parallel_group_reach_the_mixing_algorithm(
-    layout: str, collection: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TITAN_LAYOUT", layout)
-    runs = Runs(Example(script=str(LAYOUTS), python=str(PYTHON)), collection, tmp_path)
+def test_losses_of_a_tensor_parallel_group_reach_the_mixing_algorithm(collection: list[str], tmp_path: Path) -> None:
+    runs = Runs(Example(script=str(TENSOR_PARALLEL), python=str(PYTHON)), collection, tmp_path)
     out = runs.new_folder("learning")
     runs.launch("torchrun", out, "--steps", LEARNING_STEPS, learning=True)
 
@@ -97,6 +89,10 @@ def test_a_wrong_configuration_is_refused_with_the_cure(situation: str, checked:
 
 def test_the_loss_and_its_gradient_are_those_of_torchtitan(checked: dict[str, Any]) -> None:
     assert max(checked["losses"].values()) < 1e-6
+
+
+def test_losses_of_chunks_become_those_of_micro_batches(checked: dict[str, Any]) -> None:
+    assert checked["micro_batches"] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]]]
 
 
 def test_inputs_begin_a_document_at_position_0_and_ignore_masked_labels(checked: dict[str, Any]) -> None:

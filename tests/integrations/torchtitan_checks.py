@@ -26,7 +26,7 @@ from mixtera_hpc.integrations.torchtitan import (
     TitanTrainer,
 )
 from mixtera_hpc.integrations.torchtitan_data import inputs_and_labels
-from mixtera_hpc.integrations.torchtitan_loss import context_parallel_slices
+from mixtera_hpc.integrations.torchtitan_loss import TokenLosses, context_parallel_slices
 
 FOLDER, OVERRIDES = sys.argv[1], sys.argv[2:]
 Options = dict[str, Any]
@@ -97,6 +97,17 @@ def losses() -> dict[str, float]:
     }
 
 
+def micro_batches() -> list[Any]:
+    """Return the losses of two micro-batches, each of which a chunked loss has cut into two parts."""
+    kept = TokenLosses()
+    # The second round replaces the losses of the first one.
+    for offset in (10, 0):
+        kept.start()
+        for first in range(0, 8, 2):
+            kept.add(torch.arange(first + offset, first + offset + 2)[None])
+    return [losses.tolist() for losses in kept.micro_batches(2)]
+
+
 def inputs() -> dict[str, Any]:
     batch = {
         "tokens": torch.arange(6)[None],
@@ -117,5 +128,11 @@ def context_parallel_tokens() -> dict[str, Any]:
 
 
 torchtitan_on_cpu.join_single_process()
-checks = {"refusals": refusals(), "losses": losses(), "inputs": inputs(), "context_parallel": context_parallel_tokens()}
+checks = {
+    "refusals": refusals(),
+    "losses": losses(),
+    "micro_batches": micro_batches(),
+    "inputs": inputs(),
+    "context_parallel": context_parallel_tokens(),
+}
 print(json.dumps(checks))
