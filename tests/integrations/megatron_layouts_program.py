@@ -17,14 +17,15 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.distributed.device_mesh import DeviceMesh
 
 from mixtera_hpc import DataPlane, RunFolder, compose
+from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.integrations.megatron import BatchFormat, MegatronData
 
 STEPS = 4
 
 
 def loss_of(labels: Any, positions: Any, step: int) -> Any:
-    """Return made-up losses that depend on the token, the sequence and the step."""
-    return 1.0 + (labels % 97) / (3.0 + positions[:, None] + step)
+    """Return made-up losses, float32, that depend on the token, the sequence and the step."""
+    return 1.0 + (torch.as_tensor(labels) % 97) / (3.0 + torch.as_tensor(positions)[:, None] + step)
 
 
 def halves_in_mesh(config: Any, folder: RunFolder) -> dict[str, Any]:
@@ -40,13 +41,17 @@ def halves_in_mesh(config: Any, folder: RunFolder) -> dict[str, Any]:
             plane.record(batch, loss[:, own], tokens=own)
             if batch.step + 1 == STEPS:
                 break
-        return {"served": served, "statistics": statistics_of(plane), "dp": mesh.get_local_rank("dp")}
+        return {"served": served, "statistics": plain(completed_of(plane)), "dp": mesh.get_local_rank("dp")}
 
 
-def statistics_of(plane: DataPlane) -> list[Any]:
-    """Return the exact statistics of every step. **Collective.**"""
+def completed_of(plane: DataPlane) -> list[DomainStatistics]:
+    """Return the statistics of every step. **Collective.**"""
     plane.state_dict()
-    completed = plane.completed_statistics()
+    return plane.completed_statistics()
+
+
+def plain(completed: list[DomainStatistics]) -> list[Any]:
+    """Return statistics as numbers that JSON stores exactly."""
     return [[of_step.loss_sum.tolist(), of_step.num_tokens.tolist()] for of_step in completed]
 
 
@@ -61,7 +66,7 @@ def served_in_mesh(config: Any, dims: tuple[str, ...], folder: RunFolder) -> dic
                 plane.record(batch, loss_of(batch.tokens[:, 1:], batch.positions, batch.step))
             if batch.step + 1 == STEPS:
                 break
-        return {"served": served, "statistics": statistics_of(plane), "dp": mesh.get_local_rank("dp")}
+        return {"served": served, "statistics": plain(completed_of(plane)), "dp": mesh.get_local_rank("dp")}
 
 
 def draw(data_iterator: Any) -> dict[str, Any]:
@@ -92,7 +97,13 @@ def served_by_megatron(config: Any, folder: RunFolder, **sizes: int) -> dict[str
     parallel_state.initialize_model_parallel(**sizes)
     served: list[Any] = []
     held_out = []
-    with MegatronData.open(config, BatchFormat(micro_batch_size=2), folder) as data:
+    train_losses: dict[str, float] = {}
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        train_losses.update({name: value for name, value in metrics.items() if name.startswith("train_loss/")})
+
+    # Logged once, at the end: the mean over all steps.
+    with MegatronData.open(config, BatchFormat(micro_batch_size=2), folder, log, log_every=STEPS + 1) as data:
         iterators = [data.train_iterator(), data.train_iterator()]
         while data.begin_step():
             train(data, iterators, served)
@@ -100,8 +111,8 @@ def served_by_megatron(config: Any, folder: RunFolder, **sizes: int) -> dict[str
                 held_out.append(validated(data))
             if data.plane.next_step == STEPS:
                 break
-        data.stop_requested()
-        result = {"served": served, "statistics": statistics_of(data.plane), "held_out": held_out}
+        data.state_dict()
+        result = {"served": served, "train_losses": train_losses, "held_out": held_out}
         result["dp"] = parallel_state.get_data_parallel_rank()
     parallel_state.destroy_model_parallel()
     return result
