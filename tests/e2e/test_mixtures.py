@@ -41,11 +41,13 @@ def open_plane(collection: list[str], kind: str, unit: str) -> DataPlane:
 
 
 def train(plane: DataPlane, steps: int) -> list[Batch]:
-    """Take `steps` batches and record a loss that falls and differs by domain; samples have no tokens to record."""
+    """Take `steps` batches and record a loss that falls and differs by domain, per token or per sample."""
     batches = []
     for batch in plane:
         batches.append(batch)
-        losses = np.broadcast_to(1.0 + batch.domain_ids[:, None] + 3.0 / (1 + batch.step), batch.loss_mask.shape)
+        losses = 1.0 + batch.domain_ids + 3.0 / (1 + batch.step)
+        if batch.payloads is None:
+            losses = np.broadcast_to(losses[:, None], batch.loss_mask.shape)
         plane.record(batch, losses)
         if batch.step == steps - 1:
             break
