@@ -101,8 +101,8 @@ def _left_over_text(source: Source, left_over: int) -> str:
         text = f"The last step has {noun} and {pluralize(size - left_over, 'row')} of padding."
     else:
         text = (
-            f"At the end {noun} do not fill a global batch of {size} and are not served; dataplane.last_batch=pad "
-            "serves them."
+            f"Left over at the end: {noun}, too few for a global batch of {size}, and not served. "
+            "dataplane.last_batch=pad serves them."
         )
     if source.layout.in_tokens:
         text += " Of every domain that ends, tokens that do not fill a sequence are not served."
