@@ -44,11 +44,13 @@ def train_bpe(documents: Iterable[str], vocab_size: int, path: str | Path, speci
         vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(documents, trainer)
+    return _write_whole(Path(path), tokenizer.to_str(pretty=True))
 
-    # Write a temporary file and rename it, so that no reader sees half a file.
-    target = Path(path)
+
+def _write_whole(target: Path, content: str) -> Path:
+    """Write a temporary file and rename it, so that no reader sees half a file; return the path."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    temporary.write_text(content, encoding="utf-8")
     temporary.replace(target)
     return target

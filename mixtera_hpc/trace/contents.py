@@ -155,6 +155,14 @@ def export_batches(path: Path, batches: Sequence[tuple[Batch, NDArray[np.int64]]
     if not num_rows:
         raise ConfigError("No sequence passes the filters, so there is nothing to export.")
 
+    try:
+        np.savez(path, **_exported_arrays(batches, names))
+    except OSError as error:
+        raise ConfigError(f"--export is {str(path)!r}, which cannot be written: {error.strerror}.") from None
+    return num_rows
+
+
+def _exported_arrays(batches: Sequence[tuple[Batch, NDArray[np.int64]]], names: Sequence[str]) -> dict[str, Any]:
     arrays: dict[str, Any] = {
         "step": np.concatenate([np.full(len(rows), batch.step) for batch, rows in batches]),
         "position": np.concatenate([batch.positions[rows] for batch, rows in batches]),
@@ -170,11 +178,7 @@ def export_batches(path: Path, batches: Sequence[tuple[Batch, NDArray[np.int64]]
     else:
         for name in ("tokens", "loss_mask", "document_ids", "position_ids"):
             arrays[name] = np.concatenate([getattr(batch, name)[rows] for batch, rows in batches])
-    try:
-        np.savez(path, **arrays)
-    except OSError as error:
-        raise ConfigError(f"--export is {str(path)!r}, which cannot be written: {error.strerror}.") from None
-    return num_rows
+    return arrays
 
 
 def _plain_value(value: Any) -> Any:
