@@ -237,6 +237,7 @@ def test_micro_batches_that_megatron_computes_again_count_once(config: Config, t
         ({"global_batch_size": 16}, "--global-batch-size must be dataplane.global_batch_size=8"),
         ({"rampup_batch_size": [2, 2, 100]}, "--rampup-batch-size is not supported"),
         ({"iterations_to_skip": [3]}, "--iterations-to-skip is not supported"),
+        ({"multiple_validation_sets": True}, "--multiple-validation-sets is not supported"),
         ({"eval_iters": 3}, "--eval-iters must be at most training.validate_steps=2"),
         ({"dataloader_save": None}, "--dataloader-save must be set where --save is"),
         ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide the 8 sequences"),

@@ -198,6 +198,7 @@ def _check_arguments(args: Any, config: Config) -> None:
             "--iterations-to-skip is not supported: resume with skip-steps",
         ),
         (not getattr(args, "full_validation", False), "--full-validation is not supported"),
+        (not getattr(args, "multiple_validation_sets", False), "--multiple-validation-sets is not supported"),
         (not args.eval_iters or has_held_out, "--eval-iters must be 0, or query.holdout.fraction larger"),
         (
             args.eval_iters <= config.training.validate_steps,
