@@ -29,7 +29,8 @@ demo: setup ## train on this machine's own text and write a report
 	$(BIN)/mixtera-hpc demo
 
 test: setup ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/property
+	$(BIN)/python -m pytest tests/e2e tests/integrations tests/mpi tests/slurm
 
 test-fast: setup ## run the unit tests that take no more than some seconds, on two processes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
