@@ -11,8 +11,8 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast integrations integrations-full check surface format bench reference docs coverage \
-  slurm-up slurm-down clean
+.PHONY: help setup demo test test-fast integrations integrations-full check surface format bench reference docs \
+  coverage slurm-up slurm-down clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'

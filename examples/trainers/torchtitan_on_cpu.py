@@ -1,4 +1,4 @@
-"""What torchtitan 0.3 lacks to run without a GPU and with torch 2.13. Import it before anything else of torchtitan."""
+"""Add to torch what torchtitan 0.3 needs without a GPU and with torch 2.13. Import it before torchtitan."""
 
 import os
 from types import ModuleType, SimpleNamespace

@@ -145,7 +145,7 @@ class PossibleBuckets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainAssignment:
-    """Which domain every sample belongs to."""
+    """The domain of every sample."""
 
     grid: BucketGrid
     domain: NDArray[np.int32]

@@ -52,7 +52,7 @@ class NumberRange:
     low: float = -math.inf
     high: float = math.inf
     closed: bool = True
-    """Whether `high` belongs to the range."""
+    """True if `high` belongs to the range."""
 
     @property
     def cuts(self) -> tuple[float, float]:

@@ -131,7 +131,7 @@ def select(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _KeyMatch:
-    """What a domain key matches: every combination of a combo and a bucket that both match."""
+    """The combinations that a domain key matches: a combo and a bucket that both match."""
 
     combos: NDArray[np.bool_]
     """Shape (num_combos,)."""

@@ -38,7 +38,7 @@ OnExhausted = Literal["repeat", "redistribute", "stop"]
 With `repeat` domains start over after an epoch, so their capacity is limited by `max_epochs` only.
 """
 LastBatch = Literal["drop", "pad"]
-"""What happens to the sequences at the end of the data that do not fill a step: none of them is served, or a step with
+"""Treatment of the sequences at the end of the data that do not fill a step: none of them is served, or a step with
 fewer sequences serves them.
 """
 Ints = NDArray[np.int64]

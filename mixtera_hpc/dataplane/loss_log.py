@@ -32,7 +32,7 @@ _LOSS = np.dtype("<f4")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RecordedLosses:
-    """What one rank logged of one step."""
+    """The losses that one rank logged of one step."""
 
     step: int
     first: int

@@ -35,7 +35,7 @@ __all__ = ["OpenOptions", "RankLayout", "open_or_end_job"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLayout:
-    """What `DataPlane.open` was given about the ranks; the same fields."""
+    """The arguments of `DataPlane.open` about the ranks; the same names."""
 
     data_parallel: tuple[int, int] | None
     mesh: Any
@@ -46,7 +46,7 @@ class RankLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenOptions:
-    """What `DataPlane.open` was given about the run; the same fields."""
+    """The arguments of `DataPlane.open` about the run; the same names."""
 
     folder: RunFolder | None
     attempt: int | None

@@ -1,4 +1,4 @@
-"""What a data plane holds from `open` to `close`."""
+"""The resources that a data plane holds from `open` to `close`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class PlaneResources:
     group: Communicator | None
     """The ranks that get the same batches as this one; None if no message passes between them."""
     parts: PartLayout | None
-    """Which part of every sequence this rank records; None if ranks record whole sequences."""
+    """The part of every sequence that this rank records; None if ranks record whole sequences."""
     control: RunControl
     folder: RunFolder | None
     recorder: RunRecorder

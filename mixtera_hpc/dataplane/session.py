@@ -103,7 +103,7 @@ class Session:
         self._delivered_plans: dict[int, ChunkPlan] = {}
         """Chunk → plan, from the chunk of the oldest step that may be unfinished on."""
         self.is_stopping = False
-        """Whether the trainer was told to save and leave."""
+        """True if the trainer was told to save and leave."""
         self.data_wait_s = 0.0
         """Seconds that the trainer waited for the last batch."""
 

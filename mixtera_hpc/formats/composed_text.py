@@ -29,7 +29,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ComposedText:
-    """How a document is made of a row."""
+    """The way from a row to its document."""
 
     make: Callable[[Rows], tuple[list[str], list[tuple[int, str]]]]
     """Return the document of each row, and (position, problem) of rows that have none, ascending."""

@@ -8,7 +8,7 @@ __all__ = ["DataSetFacts", "data_set_key", "merged_sources"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSetFacts:
-    """What an index stores about one data set."""
+    """The facts that an index stores about one data set."""
 
     root: str
     """The folder of its shards during the build."""

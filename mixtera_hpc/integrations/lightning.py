@@ -66,7 +66,7 @@ class PlaneDataModule(LightningDataModule):
 
     @property
     def stopped(self) -> bool:
-        """Whether the last `fit` was ended by a request to stop; its state is saved."""
+        """True if the last `fit` was ended by a request to stop; its state is saved."""
         return self._callback is not None and self._callback.is_stopped
 
     def record(

@@ -101,7 +101,7 @@ class TrainLoader:
         """
         self.handed_out = HandedOut(plane, num_micro, pin=pin)
         self.is_at_end = False
-        """Whether the data has ended, or `num_steps` steps were handed out."""
+        """True if the data has ended, or `num_steps` steps were handed out."""
         self._dataset = PlaneDataset(
             plane,
             collate=self.handed_out.hand_out,

@@ -60,7 +60,7 @@ class PlaneCallback(Callback):
         self.plane = plane
         self.is_closed = False
         self.is_stopped = False
-        """Whether the training was ended by a request to stop."""
+        """True if the training was ended by a request to stop."""
         self._trainer = trainer
         self._folder = folder
         self._signals = StopSignals(trainer)

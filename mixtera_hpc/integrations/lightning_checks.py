@@ -1,4 +1,4 @@
-"""What the trainer of Lightning must be set to, so that each of its optimizer steps is a step of the data plane."""
+"""Checks that each optimizer step of a Lightning trainer is a step of the data plane."""
 
 from lightning.pytorch import Trainer
 

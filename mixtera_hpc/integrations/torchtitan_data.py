@@ -1,4 +1,4 @@
-"""What `integrations.torchtitan` puts in the place of torchtitan's data loader and tokenizer."""
+"""The data loader and the tokenizer that `integrations.torchtitan` gives to torchtitan."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class PlaneDataLoader(BaseDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        """Which data to train on."""
+        """The data to train on."""
 
         # Not list[str]: torchtitan would split such values at commas.
         overrides: Sequence[str] = ()

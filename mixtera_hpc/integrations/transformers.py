@@ -69,7 +69,7 @@ class PlaneTrainer(Trainer):
         """
         self.plane = plane
         self.stopped = False
-        """Whether a signal or `control/stop` ended the training before `max_steps`; the state is saved."""
+        """True if a signal or `control/stop` ended the training before `max_steps`; the state is saved."""
         self._statistics: list[DomainStatistics] = []
         """Of the steps since the last log."""
         self._held_out = _HeldOutDataset(plane, args.per_device_eval_batch_size) if args is not None else None

@@ -1,4 +1,4 @@
-"""Which arguments of the Hugging Face `Trainer` fit a data plane; each of the others is refused with the cure."""
+"""Checks that the arguments of the Hugging Face `Trainer` fit a data plane; others are refused with the cure."""
 
 from collections.abc import Mapping
 from typing import Any

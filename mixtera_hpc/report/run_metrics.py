@@ -73,7 +73,7 @@ class MixtureHistory:
     epochs: Floats
     """Passes over the data of each domain when the chunk begins; shape (C, K)."""
     hears_losses: bool | None
-    """Whether the newest chunk had recent losses to learn from; None for a mixture that does not learn."""
+    """True if the newest chunk had recent losses to learn from; None for a mixture that does not learn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,7 +116,7 @@ class TokenizerDefinition:
 
     @cached_property
     def added(self) -> AddedTokens:
-        """What the post-processor adds to a text.
+        """The tokens that the post-processor adds to a text.
 
         Raises:
             ConfigError: the post-processor is of an unknown type.

@@ -8,6 +8,7 @@ Price: about 3 µs per kB of text on one core, with gigatoken.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,7 +97,7 @@ _NO_TOKENS = np.zeros(0, np.uint32)
 _DEFAULTS = EncodingSettings()
 
 
-class _LibraryTokenizer:
+class _LibraryTokenizer(ABC):
     """The part of a `Tokenizer` that does not depend on the library."""
 
     def __init__(self, definition: bytes | TokenizerDefinition, settings: EncodingSettings) -> None:
@@ -112,8 +113,8 @@ class _LibraryTokenizer:
         names = f"{settings.special_tokens_in_text} {self.added.before}".encode()
         self.fingerprint = _fingerprint(definition.raw, names)
 
-    def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
-        raise NotImplementedError
+    @abstractmethod
+    def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]: ...
 
     def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
         return np.fromiter(map(len, self.encode_each(documents)), np.int64, len(documents))

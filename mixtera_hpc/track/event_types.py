@@ -71,7 +71,7 @@ class MixtureEvent(TypedDict, total=False):
     epochs: list[float]
     """Epochs of each domain served before the chunk; 1.25 is one and a quarter."""
     hears_losses: bool
-    """Whether losses were recorded in the last `dataplane.feedback_lag` + 2 chunks; only if the mixture learns."""
+    """True if losses were recorded in the last `dataplane.feedback_lag` + 2 chunks; only if the mixture learns."""
 
 
 class CommEvent(TypedDict, total=False):

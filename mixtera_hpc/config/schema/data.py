@@ -21,7 +21,7 @@ class PropertyConfig:
     """Used instead of `path`: the import path `package.module.function` of your function from a list of documents to a
     list with one value for each of them."""
     over: Literal["documents", "rows"] = "documents"
-    """What the function takes: texts, or whole rows (dicts)."""
+    """Argument of the function: a list of texts, or of whole rows (dicts)."""
     number: str | None = None
     """Used instead of `path`: the name of a number property. The value is the bucket that it lies in."""
     buckets: list[float] | None = None
@@ -86,7 +86,7 @@ class DataSetConfig(DataSetKeys):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig(DataSetKeys):
-    """Which files hold the samples, and where a row has its text and its properties.
+    """Files that hold the samples, and places of text and properties in a row.
 
     The keys describe a single data set, or the defaults of all of `data.sets`.
     """

@@ -54,7 +54,7 @@ class _StepContent:
 
     @property
     def is_padding(self) -> NDArray[np.bool_]:
-        """Which rows of the batch stand for no sequence."""
+        """Mask of the rows that stand for no sequence; shape (B,)."""
         return self.domain_ids < 0
 
 

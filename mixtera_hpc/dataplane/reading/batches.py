@@ -42,7 +42,7 @@ class Batch:
 
     @property
     def is_padding(self) -> NDArray[np.bool_]:
-        """Which rows stand for no sequence, shape (B,); only in a last batch with `dataplane.last_batch=pad`."""
+        """Mask of the rows without a sequence, shape (B,); only in a last batch with `dataplane.last_batch=pad`."""
         return self.domain_ids < 0
 
     @property

@@ -34,7 +34,7 @@ BATCH, END, USER_ERROR, ERROR = range(4)
 
 
 class BatchFeed(Protocol):
-    """Where a session gets its batches from: its own reading thread, or the leader of its group."""
+    """The origin of the batches of a session: its own reading thread, or the leader of its group."""
 
     def submit(self, plan: ChunkPlan, first_step: int) -> None:
         """Take a plan; its steps before `first_step` are skipped."""

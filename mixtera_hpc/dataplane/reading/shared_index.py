@@ -57,7 +57,7 @@ class IndexDescription:
     number_cuts: dict[str, list[float]]
     """Number property → the bounds of the buckets that decide the domain of a sample."""
     counting: str
-    """What counting the domains at the start has read; empty if the tables of the index were enough."""
+    """A text about what was read to count the domains; empty if the tables of the index were enough."""
     where: str
     """`query.where`."""
     drop: list[str]

@@ -32,7 +32,7 @@ LOW_BITS = 31
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartLayout:
-    """Which part of every sequence a rank records."""
+    """The part of every sequence that a rank records."""
 
     part: int
     """Position of this rank along the dimensions of `loss_parts`, in [0, num_parts)."""
@@ -48,7 +48,7 @@ class MergedLosses:
     rows: Ints
     """Sums of the domains, shape (NUM_BUFFER_ROWS, K); zeros if no rank recorded, or not every part."""
     is_partial: bool
-    """Whether some tokens were recorded twice, or not at all, while others were recorded."""
+    """True if some tokens were recorded twice, or not at all, while others were recorded."""
     num_padding: int = 0
     """Rows of padding in the batch, if it was recorded."""
     means: NDArray[np.float32] | None = None

@@ -42,13 +42,13 @@ class SequenceSums(NamedTuple):
 
     @property
     def is_finite(self) -> NDArray[np.bool_]:
-        """Whether the sum is below `MAX_SEQUENCE_LOSS`."""
+        """Mask of the sums below `MAX_SEQUENCE_LOSS`; shape (B,)."""
         # NaN compares false.
         return (np.abs(self.nats) < WRAP_LIMIT) & (np.abs(self.quanta) < MAX_QUANTA)
 
 
 Rows = slice | NDArray[np.int64]
-"""Which rows of a batch."""
+"""Rows of a batch."""
 
 
 class StepLosses:
@@ -76,11 +76,11 @@ class StepLosses:
         """Rows, number of counted tokens of each row, and their losses."""
         self._is_recorded: NDArray[np.bool_] = np.zeros(self._loss_mask.shape, np.bool_)
         self.are_complete = False
-        """Whether every token of every sequence was recorded; with several parts, a part of every sequence."""
+        """True if every token of every sequence was recorded; with several parts, a part of every sequence."""
 
     @property
     def has_losses(self) -> bool:
-        """Whether anything was recorded."""
+        """True if anything was recorded."""
         return bool(self._recorded)
 
     def rows_at(self, positions: Any, rows: slice) -> Rows:

@@ -28,7 +28,7 @@ class ArrayRows:
     stops: NDArray[np.int64]
     """End of every row, without what stands between rows; shape (rows,)."""
     problem: str = ""
-    """Why the file is no array, or not from some row on; empty if it is one."""
+    """The reason why the file is no array, or not from some row on; empty if it is one."""
 
 
 def find_array_rows(data: bytes, begin: int) -> ArrayRows:

@@ -8,7 +8,7 @@ import msgspec
 __all__ = ["JSON_ERRORS", "json_problem", "without_bom"]
 
 JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What the decoder raises on a row that it cannot decode."""
+"""The errors that the decoder raises on a row that it cannot decode."""
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _BYTE = re.compile(r"\(byte (\d+)\)")
 # One escape of a JSON string. Pairs of backslashes are consumed, so that `\\ud83d` is not taken for an escape.

@@ -32,10 +32,10 @@ RESULT_ROWS = 1 << 19
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewProperties:
-    """What a derivation adds to the samples of one data set."""
+    """The properties that a derivation adds to the samples of one data set."""
 
     scan: DataSetScan
-    """How the new properties are read and computed."""
+    """The scan that reads and computes the new properties."""
     nulls: tuple[PropertyField, ...] = ()
     """New properties that only other data sets have."""
 

@@ -39,7 +39,7 @@ class PropertyIndex:
     fingerprint: str
     """Hex digest of the content. It does not depend on the data root or on modification times."""
     sets: Mapping[str, DataSetFacts]
-    """What is known about each data set, by name."""
+    """The facts about each data set, by name."""
     tokenizer_fingerprint: str | None
     """The tokenizer that counted the tokens; None when tokens were not counted."""
     bad: Sequence[BadRows]

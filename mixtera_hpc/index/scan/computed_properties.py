@@ -26,7 +26,7 @@ __all__ = ["ComputedProperties", "NumberBuckets", "RowPlace", "UserFunction", "U
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowPlace:
-    """Where the rows of a batch are."""
+    """The place of the rows of a batch."""
 
     shard: str
     """Path of the shard."""
@@ -51,7 +51,7 @@ class UserFunction:
     """The property; `path` is the import path of the function."""
     call: Callable[[list[Any]], Sequence[Any]]
     over_rows: bool
-    """Whether it takes rows instead of documents."""
+    """True if it takes rows instead of documents."""
     digest: str
     """Hex digest of the file that defines the function."""
 

@@ -49,19 +49,19 @@ OTHER_REASONS = "other reasons"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSetScan:
-    """How the rows of one data set are scanned."""
+    """The settings of a scan of one data set."""
 
     root: Path
     """Folder of its shards."""
     spec: ScanSpec
     """What is read from rows."""
     computed: ComputedProperties
-    """What is computed from documents, rows and numbers."""
+    """The functions of documents, rows and numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScanSettings:
-    """What all units of a build have in common."""
+    """The settings that all units of a build share."""
 
     sets: Mapping[str, DataSetScan]
     """By name of the data set; a single unnamed one is called ''."""

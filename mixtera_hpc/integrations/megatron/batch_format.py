@@ -10,7 +10,7 @@ __all__ = ["BatchFormat", "megatron_batch", "micro_batches_of"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchFormat:
-    """What Megatron expects in a micro-batch; the fields have the names of Megatron-LM's arguments."""
+    """The content of a micro-batch; the fields have the names of Megatron-LM's arguments."""
 
     micro_batch_size: int
     """Sequences per micro-batch."""

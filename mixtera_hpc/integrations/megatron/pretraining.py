@@ -24,7 +24,7 @@ __all__ = ["MegatronPretraining"]
 WRAPPED = ("train_step", "save_checkpoint", "evaluate_and_print_results")
 
 STATE_FILE = "train_dataloader_dprank000.pt"
-"""Where Megatron-LM stores the state of the first data-parallel rank, in a folder of each checkpoint."""
+"""The file of Megatron-LM's for the state of the first data-parallel rank, in a folder of each checkpoint."""
 
 STATE_NAME = "dataloader_state_dict"
 
