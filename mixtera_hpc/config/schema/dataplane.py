@@ -59,8 +59,8 @@ class DataPlaneConfig:
     """Number of neighbouring ranks that receive the same batch: tensor × pipeline × context parallel size. Must divide
     the number of ranks."""
     delivery: Literal["each", "lead"] = "each"
-    """Delivery of a batch to a model-parallel group. `each`: every rank reads and tokenizes it. `lead`: the first rank of
-    the group does, and passes it on; needs `mixture.unit=tokens`."""
+    """Delivery of a batch to a model-parallel group. `each`: every rank reads and tokenizes it. `lead`: the first rank
+    of the group does, and passes it on; needs `mixture.unit=tokens`."""
     comm: Literal["auto", "local", "mpi", "torch"] = "auto"
     """How ranks communicate. `auto`: through torch's process group if it is initialised, else MPI if mpiexec or srun
     started several processes, else this process is alone. Fewer ranks than the launcher started are refused."""
