@@ -6,6 +6,8 @@ write_config() {
   [ -s "$LAB/etc/first-job-id" ] || echo $((($(date +%s) % 4000000) * 10 + 1)) >"$LAB/etc/first-job-id"
   slurm_conf >"$LAB/etc/slurm.conf.new"
   gres_conf >"$LAB/etc/gres.conf"
+  task_prolog >"$LAB/etc/task-prolog.sh"
+  chmod +x "$LAB/etc/task-prolog.sh"
   echo "CgroupPlugin=cgroup/v1" >"$LAB/etc/cgroup.conf" # Never used; without it every daemon warns.
   (umask 077 && slurmdbd_conf >"$LAB/etc/slurmdbd.conf")
   config_changed=0
@@ -29,6 +31,7 @@ AuthType=auth/munge
 AuthInfo=socket=$LAB/run/munge.socket,cred_expire=$LAB_REQUEUE_DELAY
 CredType=cred/munge
 MpiDefault=$LAB_MPI
+TaskProlog=$LAB/etc/task-prolog.sh
 FirstJobId=$(cat "$LAB/etc/first-job-id")
 MaxArraySize=1001
 MailProg=/bin/true
@@ -83,6 +86,15 @@ $(nodes)
 PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 GraceTime=15
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 PartitionName=debug Nodes=ALL MaxTime=00:30:00 State=UP PriorityTier=10
+EOF
+}
+
+# Slurm's pmi2 plugin reads at most 1,024 bytes of a request. MPICH's address over UCX can be longer, and MPI_Init then
+# aborts or hangs. Its address over libfabric is short.
+task_prolog() {
+  cat <<'EOF'
+#!/bin/sh
+echo "export MPIR_CVAR_CH4_NETMOD=ofi"
 EOF
 }
 
