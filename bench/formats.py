@@ -31,6 +31,7 @@ from mixtera_hpc.testing.writers import (
     write_compressed,
     write_json,
     write_jsonl,
+    write_mds_rows,
     write_parquet,
     write_tar,
     write_tokens,
@@ -53,6 +54,7 @@ STORED: dict[str, tuple[str, Callable[..., list[Path]]]] = {
     "parquet, groups of 1000": ("parquet", partial(write_parquet, group_rows=1000)),
     "arrow, batches of 1000": ("arrow", partial(write_arrow, batch_rows=1000)),
     "webdataset": ("webdataset", write_tar),
+    "mds": ("mds", write_mds_rows),
     "megatron": ("megatron", write_tokens),
 }
 """Name in the table → format name, and how the rows are written."""

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from mixtera_hpc.errors import ConfigError, did_you_mean
 from mixtera_hpc.formats.base import Format
 
-__all__ = ["SIDECAR_SUFFIX", "SUFFIXES", "companion_of", "format_name_of", "load_format"]
+__all__ = ["MDS_INDEX", "SIDECAR_SUFFIX", "SUFFIXES", "companion_of", "format_name_of", "load_format"]
 
 # Format name → module and class. Loaded at the first use: importing pyarrow alone takes longer than `--help`.
 _CLASSES = {
@@ -21,6 +21,7 @@ _CLASSES = {
     "arrow": "mixtera_hpc.formats.readers.arrow:ArrowFormat",
     "webdataset": "mixtera_hpc.formats.readers.webdataset:WebDatasetFormat",
     "megatron": "mixtera_hpc.formats.readers.megatron:MegatronFormat",
+    "mds": "mixtera_hpc.formats.readers.mds:MdsFormat",
     "text": "mixtera_hpc.formats.readers.plain_text:PlainTextFormat",
 }
 
@@ -48,12 +49,17 @@ SUFFIXES: dict[str, str] = {
     ".ipc": "arrow",
     ".tar": "webdataset",
     ".bin": "megatron",
+    ".mds": "mds",
+    ".mds.zstd": "mds",
     ".txt": "text",
 }
 """Ending of a file name, in lower case → format name."""
 
 SIDECAR_SUFFIX = ".sidecar.jsonl"
 """Ending of files that contain the properties of another file's documents; they are not shards."""
+
+MDS_INDEX = "index.json"
+"""Name of the file that describes all MDS shards of its folder."""
 
 
 def format_name_of(path: str) -> str | None:
@@ -65,11 +71,17 @@ def format_name_of(path: str) -> str | None:
     return next((format_name for suffix, format_name in SUFFIXES.items() if name.endswith(suffix)), None)
 
 
-def companion_of(path: str) -> str | None:
+def companion_of(path: str, data_format: str) -> str | None:
     """Return the shard that a file is read together with; None if the file is no such companion.
 
-    The shard of a sidecar may have any ending, so it is returned as ''.
+    The shard of a sidecar may have any ending, and the index of a folder of MDS shards has many: '' is returned.
+
+    Args:
+        path: the file.
+        data_format: the value of `data.format`.
     """
+    if data_format == "mds" and PurePath(path).name == MDS_INDEX:
+        return ""
     if path.lower().endswith(SIDECAR_SUFFIX):
         return ""
     if path.lower().endswith(".idx"):

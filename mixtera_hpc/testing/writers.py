@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixtera_hpc.testing.mds import write_mds
 from mixtera_hpc.testing.megatron import write_megatron
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "write_compressed",
     "write_json",
     "write_jsonl",
+    "write_mds_rows",
     "write_parquet",
     "write_tar",
     "write_text",
@@ -154,6 +156,19 @@ def write_text(folder: Path, rows: Sequence[Row]) -> list[Path]:
         data = b"\xff" if row["text"] is None else row["text"].encode()
         paths += _write(folder / f"{number:06d}.txt", data)
     return paths
+
+
+def write_mds_rows(folder: Path, rows: Sequence[Row], compression: str | None = None) -> list[Path]:
+    """Write an MDS shard with its `index.json`; texts as `str`, everything else as `json`."""
+    encodings = {name: "str" if name == "text" else "json" for name in rows[0]} if rows else {"text": "str"}
+    samples = [{name: _mds_value(name, value) for name, value in row.items()} for row in rows]
+    return write_mds(folder, encodings, [samples], compression)
+
+
+def _mds_value(name: str, value: Any) -> bytes:
+    if name == "text":
+        return b"\xff" if value is None else str(value).encode()
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 def write_tokens(

@@ -15,6 +15,7 @@ from mixtera_hpc.testing.writers import (
     write_arrow,
     write_compressed,
     write_jsonl,
+    write_mds_rows,
     write_parquet,
     write_tar,
     write_text,
@@ -50,6 +51,8 @@ STORED: dict[str, tuple[Callable[..., list[Path]], list[str]]] = {
     "parquet": (partial(write_parquet, group_rows=33), []),
     "arrow": (partial(write_arrow, batch_rows=21), []),
     "webdataset": (write_tar, ["data.text=txt", "data.properties.source=json.meta.source"]),
+    "mds": (write_mds_rows, []),
+    "mds.zstd": (partial(write_mds_rows, compression="zstd"), []),
     "text": (write_text, ["data.include=['**/*.txt']", "data.properties.source=__parent__"]),
     "megatron": (write_as_tokens, []),
 }

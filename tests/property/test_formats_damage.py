@@ -22,6 +22,7 @@ from mixtera_hpc.testing.writers import (
     write_compressed,
     write_json,
     write_jsonl,
+    write_mds_rows,
     write_parquet,
     write_tar,
     write_tokens,
@@ -39,6 +40,8 @@ FORMATS = {
     "arrow": ("arrow", partial(write_arrow, batch_rows=20), "text", ""),
     "arrow stream": ("arrow", partial(write_arrow_stream, batch_rows=20), "text", ""),
     "webdataset": ("webdataset", write_tar, "txt", "json."),
+    "mds": ("mds", write_mds_rows, "text", ""),
+    "mds, compressed": ("mds", partial(write_mds_rows, compression="zstd"), "text", ""),
     "megatron": ("megatron", write_tokens, None, ""),
     "megatron idx": ("megatron", write_tokens, None, ""),
 }
@@ -99,7 +102,9 @@ def test_changed_bytes_never_crash(kind: str, place: float, new: bytes, grow: bo
     with tempfile.TemporaryDirectory() as folder:
         for file, data in shards[kind].items():
             (Path(folder) / file).write_bytes(data)
-        shard = next(Path(folder) / file for file in shards[kind] if not file.endswith((".idx", ".sidecar.jsonl")))
+        shard = next(
+            Path(folder) / file for file in shards[kind] if not file.endswith((".idx", ".sidecar.jsonl", "index.json"))
+        )
         target = shard.with_suffix(".idx") if kind == "megatron idx" else shard
         data = target.read_bytes()
         position = int(place * len(data))

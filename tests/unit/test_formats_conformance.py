@@ -19,6 +19,7 @@ from mixtera_hpc.testing.writers import (
     write_compressed,
     write_json,
     write_jsonl,
+    write_mds_rows,
     write_parquet,
     write_tar,
     write_text,
@@ -65,6 +66,8 @@ CASES = {
     "webdataset": FormatCase(
         format=load_format("webdataset"), write=write_tar, text="txt", below="json.", payload=sample
     ),
+    "mds": FormatCase(format=load_format("mds"), write=write_mds_rows),
+    "mds, compressed": FormatCase(format=load_format("mds"), write=partial(write_mds_rows, compression="zstd")),
     "text": FormatCase(
         format=load_format("text"),
         write=write_text,

@@ -8,7 +8,7 @@ import pytest
 
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.testing.megatron import write_megatron
-from mixtera_hpc.testing.writers import write_arrow_stream, write_tar
+from mixtera_hpc.testing.writers import write_arrow_stream, write_mds_rows, write_tar
 
 pytestmark = pytest.mark.slow
 """Builds an index for every loader."""
@@ -39,9 +39,16 @@ def write_energon_blend(data: Path) -> None:
         write_tar(data / name, ROWS)
 
 
+def write_mosaic_streams(data: Path) -> None:
+    for name, compression in (("web_mds", None), ("code_mds", "zstd")):
+        (data / name).mkdir()
+        write_mds_rows(data / name, ROWS, compression)
+
+
 CASES = {
     "megatron_blend": (write_megatron_blend, {"web": 0.3, "code": 0.7}),
     "interleaved": (write_interleaved, {"web": 0.8, "code": 0.2}),
+    "mosaic_streams": (write_mosaic_streams, {"web": 0.7, "code": 0.3}),
     "energon_blend": (write_energon_blend, {"coco": 5 / 7, "charts": 2 / 7}),
 }
 

@@ -16,13 +16,17 @@ from mixtera_hpc.testing.writers import (
     write_compressed,
     write_json,
     write_jsonl,
+    write_mds_rows,
     write_parquet,
     write_tar,
 )
 
 Answers = Callable[..., dict[str, str]]
 GOOD = b'{"text": "a good row"}\n' * 3
-BINARY = ["parquet", "pq", "arrow", "feather", "tar", "json", "jsonl.gz", "jsonl.zst", "jsonl.bz2", "jsonl.xz", "bin"]
+BINARY = [
+    *("parquet", "pq", "arrow", "feather", "tar", "mds", "mds.zstd", "json"),
+    *("jsonl.gz", "jsonl.zst", "jsonl.bz2", "jsonl.xz", "bin"),
+]
 INCLUDE = ["**/*", "*.{jsonl,txt,json}"]
 POINTERS = {
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
@@ -118,6 +122,8 @@ WRITERS: dict[str, Callable[..., list[Path]]] = {
     "parquet": write_parquet,
     "arrow": write_arrow,
     "webdataset": write_tar,
+    "mds": write_mds_rows,
+    "mds.zstd": partial(write_mds_rows, compression="zstd"),
 }
 ROWS = [{"text": f"row {i}", "meta": {"language": "en"}, "tags": ["x"]} for i in range(9)]
 

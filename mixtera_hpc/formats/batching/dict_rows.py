@@ -41,7 +41,7 @@ class DictRowBatcher:
         self._bad: list[tuple[int, str]] = []
         self._rows = 0
 
-    def batch(self, rows: Sequence[Any], blocks: BlockRanges, lengths: NDArray[np.int64]) -> RowBatch | None:
+    def batch(self, rows: Sequence[Any], blocks: BlockRanges, lengths: NDArray[np.int64] | None) -> RowBatch | None:
         """Build a batch from dicts and `BadRow`s. Return None after a bad row, unless bad rows are skipped."""
         decoded = []
         bad = []

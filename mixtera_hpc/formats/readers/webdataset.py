@@ -19,6 +19,7 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRanges, BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.batching.dict_rows import BadRow, DictRowBatcher
 from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.batching.sample_blocks import SampleBlocks
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, merge_nearby, read_fully, row_byte_ranges
 from mixtera_hpc.formats.codecs.tar_headers import TarError, TarMember, buffered_reads, iter_members
@@ -35,7 +36,6 @@ from mixtera_hpc.formats.shard_errors import ShardLayoutError, open_shard, shard
 
 __all__ = ["WebDatasetFormat"]
 
-BLOCK_BYTES = 64 << 20
 # Content decoded for one batch.
 BATCH_BYTES = 8 << 20
 # Rows of one batch, if their contents are small.
@@ -71,36 +71,6 @@ class WebDatasetFormat:
         return WebDatasetReader(path, text)
 
 
-class _SampleBlocks:
-    """Divides samples into blocks of `block_rows` samples or `BLOCK_BYTES`, whichever comes first."""
-
-    def __init__(self, start: int, block_rows: int) -> None:
-        self._block_rows = block_rows
-        self._start = start
-        self._end = start
-        self._rows = 0
-        self._full: list[tuple[int, int, int]] = []
-
-    def add(self, end: int) -> None:
-        """Add the next sample, which ends at byte `end`."""
-        self._end = end
-        self._rows += 1
-        if self._rows >= self._block_rows or end - self._start >= BLOCK_BYTES:
-            self.close_block()
-
-    def close_block(self) -> None:
-        """End the current block, if it has any samples."""
-        if self._rows:
-            self._full.append((self._start, self._end - self._start, self._rows))
-            self._start = self._end
-            self._rows = 0
-
-    def take(self) -> list[tuple[int, int, int]]:
-        """Return the (offset, length, rows) of the blocks ended since the last call."""
-        full, self._full = self._full, []
-        return full
-
-
 class _ArchiveScan:
     """Reads the headers of one archive, and the members that the spec asks for."""
 
@@ -122,7 +92,7 @@ class _ArchiveScan:
         rows: list[WdsRow | BadRow] = []
         lengths: list[int] = []
         content_bytes = 0
-        blocks = _SampleBlocks(unit.start, self._block_rows)
+        blocks = SampleBlocks(unit.start, self._block_rows)
         members = iter_members(self._read, unit.start, unit.stop, to_end=True)
         keys = set[str]()
         for sample in group_samples(members, unit.start, self._path):

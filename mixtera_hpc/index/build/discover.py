@@ -148,7 +148,7 @@ class _RootSearch:
         Raises:
             DataError: that shard is missing.
         """
-        shard = companion_of(path)
+        shard = companion_of(path, self.data.format)
         if shard is None:
             return False
         if shard == "" or (self.root / shard).exists():
