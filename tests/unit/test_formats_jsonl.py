@@ -13,7 +13,7 @@ from mixtera_hpc.formats.base import BlockRef, PropertyField, ScanSpec
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import read_fully
-from mixtera_hpc.formats.readers.jsonl import JsonlFormat
+from mixtera_hpc.formats.readers.jsonl import JsonlFormat, JsonRowReader
 from mixtera_hpc.formats.registry import format_name_of, load_format
 from mixtera_hpc.testing.format_cases import read_blocks, scan_whole_shard
 
@@ -181,6 +181,43 @@ def test_the_ending_of_a_name_selects_the_format(name: str, expected: str | None
 def test_an_unknown_format_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"data\.format is 'jsnl'.*Did you mean 'jsonl'"):
         load_format("jsnl")
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.3, 0.7, 1.0])
+def test_few_bytes_between_the_rows_are_read(density: float, tmp_path: Path) -> None:
+    random = np.random.Generator(np.random.Philox(1))
+    lines = [json.dumps({"text": f"{i} {'x' * size}"}) for i, size in enumerate(random.integers(100, 2000, 3000))]
+    path = write(tmp_path, *lines)
+    ends = np.cumsum([len(line) + 1 for line in lines])
+    chosen = np.sort(random.choice(len(lines), int(density * len(lines)), replace=False))
+    lengths = np.diff(ends, prepend=0)[chosen]
+    reader = load_format("jsonl").open(path, "text", BlockCache())
+    assert isinstance(reader, JsonRowReader)
+
+    before = bytes_read()
+    documents = reader.documents_at(ends[chosen] - lengths, lengths)
+    # The file that counts is read as well, once.
+    amplification = (bytes_read() - before - 200) / lengths.sum()
+    reader.close()
+    assert [int(document.split()[0]) for document in documents] == chosen.tolist()
+    assert 0.95 < amplification <= 1.25
+
+
+def bytes_read() -> int:
+    """Return the bytes that system calls of this thread have read so far."""
+    return int(Path("/proc/thread-self/io").read_text().split()[1])
+
+
+def test_short_reads_of_many_rows_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{i} {'y' * 300}" for i in range(200)]
+    path = write(tmp_path, *(json.dumps({"text": text}) for text in texts))
+    ends = np.cumsum([len(json.dumps({"text": text})) + 1 for text in texts])
+    starts = np.concatenate([[0], ends[:-1]])
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 50), offset))
+    reader = JsonRowReader(path, "text")
+    assert reader.documents_at(starts[::3], (ends - starts)[::3]) == texts[::3]
+    reader.close()
 
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

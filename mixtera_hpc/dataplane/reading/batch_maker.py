@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.planner import ChunkPlan, Slots
 from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence_digest
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
-from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens, take
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transform, load_transform, transformed
 from mixtera_hpc.dataplane.reading.source import Source
@@ -38,7 +38,7 @@ class _SequenceRun:
     domain: int
     first: int
     """Number of the first sequence in the stream."""
-    rows: list[int]
+    rows: Ints
     """Rows of the batch that they fill, in order."""
 
 
@@ -143,8 +143,8 @@ class BatchMaker:
         by_domain = np.argsort(domain, kind="stable")
         borders = np.flatnonzero(np.diff(domain[by_domain])) + 1
         runs = [
-            _SequenceRun(int(domain[rows[0]]), int(ordinal[rows[0]]), rows.tolist())
-            for rows in np.split(by_domain, borders)
+            _SequenceRun(int(domain[by_domain[first]]), int(ordinal[by_domain[first]]), by_domain[first:last])
+            for first, last in itertools.pairwise([0, *borders.tolist(), len(by_domain)])
         ]
         return _StepContent(step, domain_ids, runs)
 
@@ -215,11 +215,14 @@ class BatchMaker:
         """Distribute the samples of `documents`, in the order of `runs`, to the rows of each step's batch."""
         count = self._slice.size
         samples = self._reader.payloads(documents)
-        # Samples come in the order of runs, and inside a run in the order of its rows.
-        numbers = iter(range(len(samples)))
-        number_of: list[dict[int, int]] = [{} for _ in steps]
+        # Sample of each row of each step; the last one stands for padding.
+        samples.append(None)
+        numbers = np.full((len(steps), count), len(samples) - 1)
+        first = 0
         for placed in runs:
-            number_of[placed.step_index].update({row: next(numbers) for row in placed.run.rows})
+            # Samples come in the order of runs, and inside a run in the order of its rows.
+            numbers[placed.step_index, placed.run.rows] = np.arange(first, first + len(placed.run.rows))
+            first += len(placed.run.rows)
 
         empty = {
             "tokens": np.empty((count, 0), np.int64),
@@ -227,23 +230,21 @@ class BatchMaker:
             "loss_mask": np.empty((count, 0), np.bool_),
         }
         batches = []
-        for content, number_of_row in zip(steps, number_of, strict=True):
-            payloads = [samples[number_of_row[row]] if row in number_of_row else None for row in range(count)]
-            batch = self._batch(plan, content, payloads=payloads, **empty)
+        for content, of_rows in zip(steps, numbers, strict=True):
+            batch = self._batch(plan, content, payloads=take(samples, of_rows), **empty)
             # Digests are of the raw rows, so that a proof does not depend on the user's function.
             if self._transform is not None:
-                batch = replace(batch, payloads=self._transformed(self._transform, batch, documents, number_of_row))
+                batch = replace(batch, payloads=self._transformed(self._transform, batch, documents, of_rows))
             batches.append(batch)
         return batches
 
-    def _transformed(
-        self, transform: Transform, batch: Batch, documents: Documents, number_of_row: dict[int, int]
-    ) -> list[Any]:
+    def _transformed(self, transform: Transform, batch: Batch, documents: Documents, numbers: Ints) -> list[Any]:
         """Return the samples of a batch as `data.transform` makes them; None for padding."""
         index = self._source.index
         blocks = self._source.blocks
         samples: list[Any] = [None] * len(batch.positions)
-        for row, number in number_of_row.items():
+        for row in np.flatnonzero(~batch.is_padding).tolist():
+            number = numbers[row]
             block = int(documents.block[number])
             shard = index.shard_paths[int(blocks.shard[block])]
             served = ServedSample(

@@ -25,10 +25,10 @@ from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["DocumentReader", "PackedTokens"]
+__all__ = ["DocumentReader", "PackedTokens", "take"]
 
 MAX_OPEN_SHARDS = 64
-DOCUMENTS_PER_ENCODE = 128
+DOCUMENTS_PER_ENCODE = 512
 """Documents that are in memory as text at the same time."""
 
 Ints = NDArray[np.int64]
@@ -104,10 +104,9 @@ class DocumentReader:
         # Rows are read in the order of the disk.
         disk_order = np.lexsort((documents.row, documents.block))
         rows = self._read_rows(documents.select(disk_order), raw=raw)
-        results: list[Any] = [None] * len(disk_order)
-        for position, row in zip(disk_order.tolist(), rows, strict=True):
-            results[position] = row
-        return results
+        place_of = np.empty_like(disk_order)
+        place_of[disk_order] = np.arange(len(disk_order))
+        return take(rows, place_of)
 
     def _pack(self, documents: Documents, tokens: list[Tokens]) -> PackedTokens:
         """Concatenate the wanted tokens of each document, with the special tokens that begin and end it."""
@@ -142,17 +141,15 @@ class DocumentReader:
         keys, chosen, position = np.unique(
             _row_key(documents.block, documents.row), return_index=True, return_inverse=True
         )
-        # Row key → tokens; a few entries, one per domain.
+        # The documents in memory are few, one per domain at most.
         in_memory = dict(self._last_documents.values())
-        distinct = [in_memory.get(key) for key in keys.tolist()]
+        is_missing = ~np.isin(keys, list(in_memory))
 
-        missing = [i for i, tokens in enumerate(distinct) if tokens is None]
-        if missing:
-            # Keys ascend as rows lie on disk, so these documents are sorted by block and row.
-            unread = documents.select(chosen[missing])
-            for i, tokens in zip(missing, self._read_tokens(unread), strict=True):
-                distinct[i] = tokens
-        return [distinct[i] for i in position.tolist()]
+        # Keys ascend as rows lie on disk, so the unread documents are sorted by block and row.
+        distinct = self._read_tokens(documents.select(chosen[is_missing])) if is_missing.any() else []
+        for i in np.flatnonzero(~is_missing).tolist():
+            distinct.insert(i, in_memory[int(keys[i])])
+        return take(distinct, position)
 
     def _read_tokens(self, documents: Documents) -> list[Tokens]:
         """Read and tokenize documents that are sorted by block and row, some at a time."""
@@ -243,11 +240,10 @@ class DocumentReader:
 def _encode(tokenizer: Tokenizer, documents: Sequence[Any]) -> list[Tokens]:
     """Return the tokens of documents that are texts, or token ids already."""
     # A collection may mix shards of text with shards of token ids.
+    if set(map(type, documents)) == {str}:
+        return tokenizer.encode_each(documents)
     texts = [document for document in documents if isinstance(document, str)]
-    encoded = tokenizer.encode_each(texts) if texts else []
-    if len(texts) == len(documents):
-        return encoded
-    remaining = iter(encoded)
+    remaining = iter(tokenizer.encode_each(texts) if texts else [])
     return [
         next(remaining) if isinstance(document, str) else _without_added(document, tokenizer) for document in documents
     ]
@@ -262,6 +258,11 @@ def _without_added(ids: NDArray[Any], tokenizer: Tokenizer) -> Tokens:
     if num_bos and tuple(ids[:num_bos].tolist()) == tokenizer.bos_ids:
         ids = ids[num_bos:]
     return ids.astype(np.uint32)
+
+
+def take(items: Sequence[Any], positions: NDArray[np.intp]) -> list[Any]:
+    """Return the items at `positions`."""
+    return list(map(items.__getitem__, positions.tolist()))
 
 
 def _row_key(block: Any, row: Any) -> Any:

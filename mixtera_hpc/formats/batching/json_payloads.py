@@ -1,10 +1,11 @@
 """Decode whole rows of JSON, as a trainer or a parser gets them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-__all__ = ["decode_payload"]
+__all__ = ["decode_payload", "decode_payloads"]
 
 _DECODER: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 # Calls Python for every number, so it is used for rows that need it only.
@@ -17,3 +18,11 @@ def decode_payload(row: bytes | memoryview) -> Any:
         return _DECODER.decode(row)
     except msgspec.ValidationError:
         return _LARGE_NUMBERS.decode(row)
+
+
+def decode_payloads(rows: Sequence[bytes | memoryview]) -> list[Any]:
+    """Decode several rows; see `decode_payload`."""
+    try:
+        return list(map(_DECODER.decode, rows))
+    except msgspec.ValidationError:
+        return list(map(decode_payload, rows))

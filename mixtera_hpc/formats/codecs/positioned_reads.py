@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from mixtera_hpc.formats.base import BlockRef
 from mixtera_hpc.formats.shard_errors import open_shard
 
-__all__ = ["OpenShard", "merge_nearby", "read_fully", "row_byte_ranges"]
+__all__ = ["OpenShard", "merge_nearby", "read_each_fully", "read_fully", "row_byte_ranges"]
 
-# Two rows with at most this many bytes between them are read in one call, together with the bytes between them.
 MAX_GAP_BYTES = 32 << 10
+"""Largest number of bytes between two rows that are read in one call, together with these bytes."""
+MAX_UNUSED = 0.25
+"""Bytes between rows that one call of `merge_nearby` may add, per byte of the rows themselves."""
 
 
 class OpenShard:
@@ -44,12 +46,32 @@ def read_fully(fd: int, size: int, offset: int) -> bytes:
     return data
 
 
-def merge_nearby(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield slices (first, last) of rows to read in one call, given the byte range of each row in ascending order."""
-    # A new read begins at every row that is too far from the end of the row before it.
-    breaks = np.flatnonzero(starts[1:] - stops[:-1] > MAX_GAP_BYTES) + 1
-    bounds = [0, *breaks.tolist(), len(starts)] if len(starts) else [0]
-    return itertools.pairwise(bounds)
+def read_each_fully(fd: int, sizes: Sequence[int], offsets: Sequence[int]) -> list[bytes]:
+    """Read several byte ranges; see `read_fully`."""
+    contents = list(map(os.pread, itertools.repeat(fd), sizes, offsets))
+    # Short reads are so rare that reading everything again costs nothing.
+    if sum(map(len, contents)) < sum(sizes):
+        return list(map(read_fully, itertools.repeat(fd), sizes, offsets))
+    return contents
+
+
+def merge_nearby(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Group rows that are read in one call, given the byte range of each row in ascending order.
+
+    Returns:
+        Bounds of the groups: rows [bounds[i], bounds[i + 1]) are read in call i.
+    """
+    # Rows of other domains lie between those of one domain. Close the smallest gaps first, and only so many that all
+    # reads together have at most 1 + MAX_UNUSED times the bytes of the rows.
+    gaps = np.maximum(starts[1:] - stops[:-1], 0)
+    ascending = np.argsort(gaps)
+    budget = MAX_UNUSED * int((stops - starts).sum())
+    num_closed = int(np.searchsorted(np.cumsum(gaps[ascending]), budget, side="right"))
+
+    is_closed = np.zeros(len(gaps), np.bool_)
+    is_closed[ascending[:num_closed]] = True
+    breaks = np.flatnonzero(~is_closed | (gaps > MAX_GAP_BYTES)) + 1
+    return np.concatenate([[0], breaks, [len(starts)]]) if len(starts) else np.zeros(1, np.intp)
 
 
 def row_byte_ranges(

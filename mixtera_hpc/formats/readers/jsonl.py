@@ -4,9 +4,8 @@ A unit is a byte range of fixed size; a line belongs to the unit in which it beg
 """
 
 import codecs
-import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from mixtera_hpc.formats.base import (
     split_evenly,
 )
 from mixtera_hpc.formats.batching.json_lines import JsonLineBatcher, JsonLines, line_ends
-from mixtera_hpc.formats.batching.json_payloads import decode_payload
+from mixtera_hpc.formats.batching.json_payloads import decode_payloads
 from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, merge_nearby, read_fully, row_byte_ranges
+from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, merge_nearby, read_each_fully, row_byte_ranges
 from mixtera_hpc.formats.shard_errors import shard_changed_error
 
 __all__ = ["JsonRowReader", "JsonlFormat"]
@@ -38,8 +37,11 @@ __all__ = ["JsonRowReader", "JsonlFormat"]
 UNIT_BYTES = 64 << 20
 # Bytes read and decoded at once; few enough to stay in the cache of a core in between.
 SEGMENT_BYTES = 1 << 20
+READS_AT_ONCE = 64
+"""Reads whose rows are decoded together: their bytes are still in the cache of a core."""
 
-Decode = Callable[[bytes | memoryview], Any]
+Row = bytes | memoryview
+DecodeEach = Callable[[Sequence[Row]], list[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,24 +227,27 @@ class JsonRowReader:
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         """Return the texts of the named rows; see `ShardReader`."""
         starts, row_lengths = row_byte_ranges(block, lengths, rows)
-        return self._texts(self._decode_at(self._decoder.decode, starts, row_lengths, block), block)
+        return self._texts(self._decode_at(self._decode_typed, starts, row_lengths, block), block)
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
         starts, row_lengths = row_byte_ranges(block, lengths, rows)
-        return self._decode_at(decode_payload, starts, row_lengths, block)
+        return self._decode_at(decode_payloads, starts, row_lengths, block)
 
     def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
         """Return the texts of the rows at these byte ranges; see `RangeReader`."""
-        return self._texts(self._decode_at(self._decoder.decode, starts, lengths))
+        return self._texts(self._decode_at(self._decode_typed, starts, lengths))
 
     def payloads_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the rows at these byte ranges as dicts; see `RangeReader`."""
-        return self._decode_at(decode_payload, starts, lengths)
+        return self._decode_at(decode_payloads, starts, lengths)
 
     def close(self) -> None:
         """Release the file descriptor."""
         self._shard.close()
+
+    def _decode_typed(self, rows: Sequence[Row]) -> list[Any]:
+        return list(map(self._decoder.decode, rows))
 
     def _texts(self, rows: list[Any], block: BlockRef | None = None) -> list[str]:
         try:
@@ -252,33 +257,43 @@ class JsonRowReader:
 
     def _decode_at(
         self,
-        decode_row: Decode,
+        decode_each: DecodeEach,
         starts: NDArray[np.int64],
         lengths: NDArray[np.int64],
         block: BlockRef | None = None,
     ) -> list[Any]:
         try:
-            decode = self._strip_first(decode_row) if self._after_row else decode_row
-            return list(itertools.chain.from_iterable(_decode_rows(self._shard.fd, decode, starts, starts + lengths)))
+            rows: list[Any] = []
+            for contents in _read_rows(self._shard.fd, starts, starts + lengths):
+                if self._after_row:
+                    contents = [bytes(row).rstrip(self._after_row) for row in contents]
+                rows += decode_each(contents)
+            return rows
         except JSON_ERRORS as error:
             raise shard_changed_error(self._path, block, f"{error}") from None
 
-    def _strip_first(self, decode: Decode) -> Decode:
-        """Return a function that strips `after_row` and then decodes."""
-        return lambda row: decode(bytes(row).rstrip(self._after_row))
 
-
-def _decode_rows(fd: int, decode: Decode, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[list[Any]]:
-    """Yield the decoded rows of one read after the other; rows near each other share a read."""
+def _read_rows(fd: int, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[list[bytes]]:
+    """Yield the bytes of the rows, those of some reads at a time; rows near each other share a read."""
+    bounds = merge_nearby(starts, stops)
+    first_bytes = starts[bounds[:-1]]
+    offsets = first_bytes.tolist()
+    sizes = (stops[bounds[1:] - 1] - first_bytes).tolist()
     row_starts = starts.tolist()
     row_stops = stops.tolist()
-    for first, last in merge_nearby(starts, stops):
-        begin = row_starts[first]
-        data = read_fully(fd, row_stops[last - 1] - begin, begin)
-        # Most reads are of a single row, which needs no view.
-        if last == first + 1:
-            yield [decode(data)]
-            continue
-        view = memoryview(data)
-        bounds = zip(row_starts[first:last], row_stops[first:last], strict=True)
-        yield [decode(view[start - begin : stop - begin]) for start, stop in bounds]
+    shared = np.flatnonzero(np.diff(bounds) > 1)
+    of_shared = list(zip(shared.tolist(), bounds[shared].tolist(), bounds[shared + 1].tolist(), strict=True))
+    for first in range(0, len(sizes), READS_AT_ONCE):
+        last = min(first + READS_AT_ONCE, len(sizes))
+        contents = read_each_fully(fd, sizes[first:last], offsets[first:last])
+        rows: list[bytes] = []
+        next_single = first
+        for read, first_row, last_row in of_shared[np.searchsorted(shared, first) : np.searchsorted(shared, last)]:
+            rows += contents[next_single - first : read - first]
+            content = contents[read - first]
+            begin = offsets[read]
+            # Copies of short rows are cheaper than views of them.
+            places = zip(row_starts[first_row:last_row], row_stops[first_row:last_row], strict=True)
+            rows += [content[start - begin : stop - begin] for start, stop in places]
+            next_single = read + 1
+        yield rows + contents[next_single - first :]

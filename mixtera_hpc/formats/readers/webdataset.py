@@ -5,6 +5,7 @@ A row is a sample (`tar_samples`). Its bytes are contiguous, so reading one is o
 only: no file is ever written. Members whose names lead out of the archive are refused all the same.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -239,7 +240,7 @@ class WebDatasetReader:
     def _rows(self, starts: NDArray[np.int64], lengths: NDArray[np.int64], path: str | None) -> Iterator[WdsRow]:
         """Yield the decoded samples; samples near each other share a read."""
         stops = starts + lengths
-        for first, last in merge_nearby(starts, stops):
+        for first, last in itertools.pairwise(merge_nearby(starts, stops).tolist()):
             begin = int(starts[first])
             data = read_fully(self._shard.fd, int(stops[last - 1]) - begin, begin)
             row_starts = (starts[first:last] - begin).tolist()

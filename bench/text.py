@@ -1,0 +1,203 @@
+"""Documents and packed tokens of plain JSONL, next to bare loops over the same rows in the same shuffled order.
+
+Ours is measured twice: a bare `BatchMaker` in the calling thread, and the public `DataPlane`, whose reading thread is
+included. All loops take turns in one process, and a rate counts CPU seconds of the whole process.
+"""
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench._corpus import FOLDER, make_rows, make_tokenizer
+from bench._figures import FigureLine, at_most, print_header, print_line, rate, ratio
+from bench._format_digests import SOURCE
+from bench._results import write_results
+from bench._row_loops import TEXT_ROW
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.formats.readers import jsonl
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.tokens.tokenizer import Tokenizer, load_tokenizer
+
+NUM_ROWS = 300_000
+NUM_STEPS = 100
+ROUNDS = 3
+DOCUMENTS = ["mixture.unit=samples", "dataplane.global_batch_size=1024"]
+TEXT = ["dataplane.seq_len=1024", "dataplane.global_batch_size=64"]
+
+Reads = list[list[tuple[int, int, int]]]
+"""Reads of rows: (file descriptor, first byte, bytes) of each row, as our reader groups and orders them."""
+
+
+def main() -> None:
+    """Measure, print and write all figures."""
+    settings = _settings(make_rows(NUM_ROWS))
+    print_header()
+    lines: list[FigureLine] = []
+    for line in [*_document_lines(compose([*settings, *DOCUMENTS])), *_text_lines(compose([*settings, *TEXT]))]:
+        lines.append(line)
+        print_line(line)
+    write_results("text", {"lines": [asdict(line) for line in lines]})
+
+
+def _settings(data: Path) -> list[str]:
+    """Return the overrides of a corpus of seven domains, whose index is built."""
+    settings = [f"data.root={data}", SOURCE, f"index.path={FOLDER / 'text.h5'}"]
+    settings += [f"dataplane.tokenizer={make_tokenizer()}", "mixture=natural", "mixture.group_by=[source]"]
+    if not (FOLDER / "text.h5").exists():
+        build_index(compose(settings))
+    return settings
+
+
+def _document_lines(config: Config) -> Iterator[FigureLine]:
+    """Compare raw samples with decoding the same rows in the same order."""
+    source = open_source(config, Local())
+    reads = _recorded_reads(source)
+    decoder = msgspec.json.Decoder()
+    works: dict[str, Callable[[], float]] = {
+        "maker": functools.partial(rate, functools.partial(_serve_batches, source)),
+        "plane": functools.partial(_plane_rate, config),
+        "loop": functools.partial(rate, functools.partial(_decode, reads, decoder)),
+    }
+    rates = _interleaved(works)
+    for ours in ("maker", "plane"):
+        what = f"JSONL → documents, {'BatchMaker' if ours == 'maker' else 'DataPlane'}"
+        yield _line(what, "rows/s", rates, ours, "pread and msgspec, same order", 0.8)
+    yield _amplification(source, reads)
+
+
+def _text_lines(config: Config) -> Iterator[FigureLine]:
+    """Compare packed tokens with decoding and tokenizing the same rows in the same order."""
+    source = open_source(config, Local())
+    reads = _recorded_reads(source)
+    decoder = msgspec.json.Decoder(TEXT_ROW)
+    tokenizer = load_tokenizer(make_tokenizer())
+    works: dict[str, Callable[[], float]] = {
+        "maker": functools.partial(rate, functools.partial(_serve_batches, source)),
+        "plane": functools.partial(_plane_rate, config),
+        "loop": functools.partial(rate, functools.partial(_tokenize, reads, decoder, tokenizer)),
+    }
+    rates = _interleaved(works)
+    for ours in ("maker", "plane"):
+        what = f"JSONL → packed tokens, 1,024, {'BatchMaker' if ours == 'maker' else 'DataPlane'}"
+        yield _line(what, "tokens/s", rates, ours, "pread, msgspec, gigatoken, same order", 0.85)
+
+
+def _interleaved(works: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Return the rates of every loop; the loops take turns."""
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()  # Files and code are in memory afterwards.
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            rates[name].append(work())
+    return rates
+
+
+def _line(what: str, unit: str, rates: dict[str, list[float]], ours: str, limit: str, goal: float) -> FigureLine:
+    """Return a line with the median rates, whose ratio is the median of the rounds' ratios."""
+    other = statistics.median(rates["loop"])
+    median_ratio = statistics.median(a / b for a, b in zip(rates[ours], rates["loop"], strict=True))
+    return ratio(what, median_ratio * other, unit, limit, other, goal)
+
+
+def _serve_batches(source: Source) -> int:
+    """Serve all steps with a bare `BatchMaker`, in this thread; return the number of tokens or samples."""
+    maker = BatchMaker(source, BatchSlice(first=0, size=source.planner.global_batch_size), audit=False)
+    state = PlannerState.start(source.num_domains)
+    count = step = 0
+    while step < NUM_STEPS:
+        plan, state = source.planner.plan(state, source.weights)
+        for batch in maker.batches(plan, 0):
+            count += batch.tokens.size or len(batch.payloads or [])
+            step += 1
+    maker.close()
+    return count
+
+
+def _plane_rate(config: Config) -> float:
+    """Return tokens or samples per CPU second of the public `DataPlane`, from its first batch on."""
+    count = 0
+    with DataPlane.open(config) as plane:
+        batches = iter(plane)
+        next(batches)
+        began_s = time.process_time()
+        for batch in batches:
+            count += batch.tokens.size or len(batch.payloads or [])
+            if batch.step == NUM_STEPS:
+                break
+        return count / (time.process_time() - began_s)
+
+
+def _decode(reads: Reads, decoder: "msgspec.json.Decoder[Any]") -> int:
+    """Decode the rows of all reads with one positioned read each; return their number."""
+    count = 0
+    pread = os.pread
+    decode = decoder.decode
+    for read in reads:
+        rows = [decode(pread(descriptor, size, first)) for descriptor, first, size in read]
+        count += len(rows)
+    return count
+
+
+def _tokenize(reads: Reads, decoder: "msgspec.json.Decoder[Any]", tokenizer: Tokenizer) -> int:
+    """Decode and tokenize the rows of all reads; return the number of tokens."""
+    count = 0
+    pread = os.pread
+    decode = decoder.decode
+    for read in reads:
+        texts = [decode(pread(descriptor, size, first)).text for descriptor, first, size in read]
+        # The end of every document is a token too.
+        count += sum(map(len, tokenizer.encode_each(texts))) + len(texts)
+    return count
+
+
+def _recorded_reads(source: Source) -> Reads:
+    """Return the rows that some steps read, in our order; the shards stay open."""
+    reads: Reads = []
+    descriptors: dict[Path, int] = {}
+    original = jsonl.JsonRowReader._decode_at
+
+    def record(self: Any, decode: Any, starts: Any, lengths: Any, *rest: Any) -> Any:
+        if self._path not in descriptors:
+            descriptors[self._path] = os.open(self._path, os.O_RDONLY)
+        descriptor = descriptors[self._path]
+        reads.append([(descriptor, *place) for place in zip(starts.tolist(), lengths.tolist(), strict=True)])
+        return original(self, decode, starts, lengths, *rest)
+
+    jsonl.JsonRowReader._decode_at = record  # type: ignore[method-assign]
+    try:
+        _serve_batches(source)
+    finally:
+        jsonl.JsonRowReader._decode_at = original  # type: ignore[method-assign]
+    return reads
+
+
+def _amplification(source: Source, reads: Reads) -> FigureLine:
+    """Count the bytes that this process reads for every byte that it serves."""
+    before = _bytes_read()
+    _serve_batches(source)
+    served = sum(size for read in reads for _, _, size in read)
+    return at_most("JSONL → documents, bytes read / served", (_bytes_read() - before) / served, "", "goal", 1.3)
+
+
+def _bytes_read() -> int:
+    """Return the bytes that system calls of this process have read so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+if __name__ == "__main__":
+    main()
