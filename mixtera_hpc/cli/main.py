@@ -22,6 +22,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "demo": "train, stop, resume, verify and report on this machine's own text, with nothing to configure",
     },
     "Data": {
+        "migrate": "write an experiment with the data sets and weights of another loader",
         "index": "build, inspect, verify or refresh the property index of a data collection, or add properties",
         "query": "count the samples and tokens of every domain",
         "tokenizer": "train a tokenizer on the documents that a mixture selects",
