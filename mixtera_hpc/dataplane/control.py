@@ -5,8 +5,12 @@ A signal handler only sets a flag. The flags of all ranks travel with the reduct
 receive them.
 """
 
+import contextlib
+import logging
 import signal
+import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -15,6 +19,8 @@ from typing import Any
 from mixtera_hpc.config.run_folder import RunFolder
 
 __all__ = ["STOP_SIGNALS", "RunControl", "block_time_limit_signal"]
+
+logger = logging.getLogger("mixtera_hpc")
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """Slurm's warning before the time limit (USR2; USR1 is NCCL's) and a plain request to end."""
@@ -61,11 +67,25 @@ class RunControl:
         return self._stop.is_set(), _take_file(self._run.save_request)
 
     def take_mixture_request(self) -> str | None:
-        """Return the text of a requested mixture and remove the file; None without one, or if files are not watched."""
-        if self._run is None or not self._run.mixture_request.exists():
+        """Return the text of a requested mixture and remove the file; None without one, or if files are not watched.
+
+        Something else under that name (a folder, a pipe, bytes that are not text) is moved aside: reading a pipe would
+        wait for ever. Its text is then empty, so that it is refused as a request.
+        """
+        if self._run is None:
             return None
         path = self._run.mixture_request
-        text = path.read_text()
+        try:
+            is_file = stat.S_ISREG(path.stat().st_mode)
+        except OSError:  # No request.
+            return None
+        try:
+            if not is_file:
+                raise ValueError("it is not a file")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            _move_aside(path, str(error))
+            return ""
         # The user may have withdrawn the request meanwhile.
         path.unlink(missing_ok=True)
         return text
@@ -84,5 +104,16 @@ class RunControl:
 def _take_file(path: Path) -> bool:
     if not path.exists():
         return False
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # A folder: it is a request all the same, and must not be one again.
+        _move_aside(path, str(error))
     return True
+
+
+def _move_aside(path: Path, problem: str) -> None:
+    """Rename what cannot be read as a request, so that it is looked at once."""
+    aside = path.with_name(f"{path.name}.refused-{time.time_ns()}")
+    logger.warning("%s cannot be read as a request (%s); it is moved to %s.", path, problem, aside.name)
+    with contextlib.suppress(OSError):
+        path.rename(aside)

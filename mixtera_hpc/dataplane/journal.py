@@ -9,11 +9,10 @@ flushed, so a killed run loses at most its last line, which readers skip.
 import bisect
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.track.tracker import open_append
+from mixtera_hpc.track.append_file import AppendFile
 
 __all__ = [
     "PADDING_DIGEST",
@@ -80,13 +79,25 @@ class AppendOnlyLines:
     """A JSONL file that is only ever appended to."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file at `path` for appending; its folder is created."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = open_append(path)
+        """Open the file at `path` for appending; its folder is created.
+
+        Raises:
+            DataError: the file cannot be opened.
+        """
+        self._file = AppendFile(path)
+        self._file.truncate_incomplete_line()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(msgspec.json.encode(record) + b"\n")
+        """Append one record.
+
+        Raises:
+            DataError: the record cannot be written; the file is as before.
+        """
+        self._file.append(msgspec.json.encode(record) + b"\n")
+
+    def sync(self) -> None:
+        """Wait until all records are on disk."""
+        self._file.sync()
 
     def close(self) -> None:
         """Close the file."""
@@ -95,11 +106,13 @@ class AppendOnlyLines:
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record to a JSONL file; it is on disk when this returns."""
-    with open_append(path) as file:
-        file.write(msgspec.json.encode(record) + b"\n")
+    file = AppendOnlyLines(path)
+    try:
+        file.write(record)
         # A decision must survive a crash of the node before anything acts on it.
-        file.flush()
-        os.fsync(file.fileno())
+        file.sync()
+    finally:
+        file.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,11 +184,15 @@ def last_attempt(path: Path) -> int:
     return max((int(msgspec.json.decode(line)["attempt"]) for line in starts), default=0)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of a JSONL file, without a last line that was cut short.
 
+    Args:
+        path: the file.
+        damaged: gets the numbers of other lines that are damaged, from 1; None: raise instead.
+
     Raises:
-        DataError: another line is damaged.
+        DataError: another line is damaged, and `damaged` is None.
     """
     # The element after the last newline is empty, or a line that was cut short.
     lines = path.read_bytes().split(b"\n")
@@ -184,9 +201,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             yield msgspec.json.decode(line)
-        except msgspec.DecodeError as error:
-            if number < len(lines) - 1:
-                raise DataError(f"{path} line {number + 1} is damaged: {error}.") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            if number == len(lines) - 1:
+                return
+            if damaged is None:
+                raise DataError(f"{path} line {number + 1} is damaged: {error}.\n  Restore the file.") from None
+            damaged.append(number + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,14 +264,26 @@ class AttemptRecord:
         Raises:
             DataError: the step has not been planned.
         """
+        plan = self._find_plan(step)
+        if plan is None:
+            raise DataError(
+                f"The journal has no plan of step {step}; its last plan ends before step {self.end}.\n"
+                "  If the step was served, the journal has lost lines: restore the file."
+            )
+        return plan
+
+    def has_plan_of(self, step: int) -> bool:
+        """Return whether the journal has the plan of training step `step`."""
+        return self._find_plan(step) is not None
+
+    def _find_plan(self, step: int) -> ChunkPlan | None:
         data_step = self.stream_version.data_step(step)
         # Plans are in order of steps: the candidate is the last one that begins at or before the step.
         position = bisect.bisect_right(self.plans, data_step, key=lambda plan: plan.first_step) - 1
-        if position >= 0:
-            plan = self.plans[position]
-            if data_step < plan.first_step + plan.num_steps:
-                return plan
-        raise DataError(f"Step {step} has not been planned; the journal ends before step {self.end}.")
+        if position < 0:
+            return None
+        plan = self.plans[position]
+        return plan if data_step < plan.first_step + plan.num_steps else None
 
 
 class History:
@@ -261,13 +293,16 @@ class History:
         """Read the journal at `path`.
 
         Raises:
-            DataError: the journal does not exist, or is damaged.
+            DataError: the journal does not exist, or the line that begins an attempt is lost.
         """
         if not path.is_file():
             raise DataError(f"{path} does not exist: this run has planned nothing yet.")
         self.attempts: list[AttemptRecord] = []
+        self.damaged_lines: list[int] = []
+        """Numbers of lines that cannot be read. What they planned is unknown; everything else is not affected."""
+        self._path = path
         # A run of a million chunks has a million lines; they are parsed once.
-        for record in read_lines(path):
+        for record in read_lines(path, self.damaged_lines):
             self._add(record)
 
     def attempt_of(self, step: int) -> AttemptRecord:
@@ -310,7 +345,15 @@ class History:
     def _add(self, record: dict[str, Any]) -> None:
         if record["kind"] == "open":
             self.attempts.append(_parse_attempt(record))
-        elif record["kind"] == "chunk":
+            return
+        number = record.get("attempt")
+        if number is not None and (not self.attempts or self.attempts[-1].number != number):
+            lost = f"line {self.damaged_lines[-1]}" if self.damaged_lines else "the line"
+            raise DataError(
+                f"{self._path} has lost {lost}, which began attempt {number}: nothing is known of its steps.\n"
+                "  Restore the file."
+            )
+        if record["kind"] == "chunk":
             self.attempts[-1].plans.append(_parse_plan(record))
         elif record["kind"] == "close":
             # Records are frozen, and an attempt is complete only with its last line.

@@ -12,12 +12,12 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.track.append_file import AppendFile
 
 __all__ = ["LossLog", "RecordedLosses", "read_losses"]
 
@@ -47,7 +47,7 @@ class LossLog:
     def __init__(self, path: Path) -> None:
         """Open nothing yet."""
         self._path = path
-        self._file: IO[bytes] | None = None
+        self._file: AppendFile | None = None
 
     def write(self, step: int, positions: NDArray[np.int64], means: NDArray[np.float32]) -> None:
         """Append the losses of one step; `positions` are consecutive."""
@@ -55,7 +55,7 @@ class LossLog:
             self._file = _open_append(self._path)
         facts = (step, int(positions[0]), len(means))
         content = means.astype(_LOSS).tobytes()
-        self._file.write(_HEADER.pack(*facts, _checksum(facts, content)) + content)
+        self._file.append(_HEADER.pack(*facts, _checksum(facts, content)) + content)
 
     def close(self) -> None:
         """Close the file."""
@@ -93,9 +93,8 @@ def _checksum(facts: tuple[int, int, int], content: bytes) -> int:
     return zlib.crc32(content, zlib.crc32(_FACTS.pack(*facts)))
 
 
-def _open_append(path: Path) -> IO[bytes]:
-    """Open `path` for unbuffered appending, after truncating an incomplete last record of a killed writer."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab", buffering=0)
+def _open_append(path: Path) -> AppendFile:
+    """Open `path` for appending, after truncating an incomplete last record of a killed writer."""
+    file = AppendFile(path)
     file.truncate(max((end for _, end in _records(path)), default=0))
     return file

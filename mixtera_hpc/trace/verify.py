@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
+from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.list import global_batch_maker
@@ -22,11 +23,14 @@ class VerifyResult:
     """What `verify_run` has proven."""
 
     num_steps: int
-    """Steps proven, from the first step of the run on."""
+    """Steps proven."""
     num_sequences: int
     num_attempts: int
     unfinished_step: int | None
     """The step in which the last attempt was killed; it is not part of the proof."""
+    unproven_steps: tuple[tuple[int, int], ...] = ()
+    """First and last step of each gap: lines of the journal or of an audit log are damaged, so nothing can be proven of
+    these steps."""
 
 
 def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> VerifyResult:
@@ -38,22 +42,13 @@ def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> 
     """
     consumed = _ConsumedSequences(folder, history)
     end, unfinished = _proven_end(history, consumed)
-    num_sequences = 0
+    proof = _Proof(sources, history, consumed)
     step = 0
     for attempt, served in history.extents():
         steps = range(served.start, min(served.stop, end))
         consumed.check_audited(attempt, steps)
-        # Each chunk is made again from its plan; `step` is the first step that is not proven yet.
-        maker = global_batch_maker(sources.of(attempt))
-        step = steps.start
-        while step < steps.stop:
-            for batch in maker.batches(attempt.plan_of(step), step):
-                if batch.step >= steps.stop:
-                    break
-                consumed.check_step(batch.step, batch.digests or [])
-                step = batch.step + 1
-                num_sequences += int((~batch.is_padding).sum())
-        maker.close()
+        proof.compare(attempt, steps)
+        step = steps.stop
 
     if step < end:
         raise DataError(
@@ -61,8 +56,52 @@ def verify_run(sources: AttemptSources, folder: RunFolder, history: History) -> 
             "  Restore the whole journal.jsonl."
         )
     return VerifyResult(
-        num_steps=end, num_sequences=num_sequences, num_attempts=len(history.attempts), unfinished_step=unfinished
+        num_steps=end - len(proof.unproven),
+        num_sequences=proof.num_sequences,
+        num_attempts=len(history.attempts),
+        unfinished_step=unfinished,
+        unproven_steps=_runs(proof.unproven),
     )
+
+
+class _Proof:
+    """Makes the planned steps again and compares them with the consumed ones."""
+
+    def __init__(self, sources: AttemptSources, history: History, consumed: "_ConsumedSequences") -> None:
+        self._sources = sources
+        self._history = history
+        self._consumed = consumed
+        self.num_sequences = 0
+        self.unproven: list[int] = []
+        """Steps of which a plan or a digest is lost."""
+
+    def compare(self, attempt: AttemptRecord, steps: range) -> None:
+        """Compare `steps` of an attempt.
+
+        Raises:
+            DataError: names the first sequence that differs.
+        """
+        # Each chunk is made again from its plan; `step` is the first step that is not compared yet.
+        maker = global_batch_maker(self._sources.of(attempt))
+        step = steps.start
+        while step < steps.stop:
+            if self._history.damaged_lines and not attempt.has_plan_of(step):
+                self.unproven.append(step)
+                step += 1
+                continue
+            for batch in maker.batches(attempt.plan_of(step), step):
+                if batch.step >= steps.stop:
+                    break
+                self._compare_batch(batch)
+                step = batch.step + 1
+        maker.close()
+
+    def _compare_batch(self, batch: Batch) -> None:
+        if not self._consumed.is_comparable(batch.step):
+            self.unproven.append(batch.step)
+            return
+        self._consumed.check_step(batch.step, batch.digests or [])
+        self.num_sequences += int((~batch.is_padding).sum())
 
 
 class _ConsumedSequences:
@@ -72,9 +111,14 @@ class _ConsumedSequences:
         self._history = history
         # A list of digests for each position, to notice a sequence that was consumed twice.
         self._digests: dict[tuple[int, int], dict[int, list[str]]] = {}
+        self._damaged_attempts: set[int] = set()
+        """Attempts whose audit logs have damaged lines."""
         for attempt in history.attempts:
             for path in folder.audit_files(attempt.number):
-                self._add(attempt.number, read_lines(path))
+                damaged: list[int] = []
+                self._add(attempt.number, read_lines(path, damaged))
+                if damaged:
+                    self._damaged_attempts.add(attempt.number)
         if not self._digests:
             raise DataError(f"{folder.path} has no audit log. Run with dataplane.audit=true to be able to verify.")
 
@@ -100,6 +144,12 @@ class _ConsumedSequences:
         """Return the last step that `attempt` consumed a sequence of; -1 if it has no audit log."""
         return max((step for number, step in self._digests if number == attempt), default=-1)
 
+    def is_comparable(self, step: int) -> bool:
+        """Return False if a damaged line may have held digests of `step`: some of its positions have none."""
+        attempt = self._history.attempt_of(step)
+        is_complete = len(self._digests_of(step)) == attempt.global_batch_size
+        return is_complete or attempt.number not in self._damaged_attempts
+
     def check_step(self, step: int, expected: list[str]) -> None:
         """Compare the digests of one step with the planned ones, in order of positions."""
         positions = self._digests_of(step)
@@ -115,6 +165,17 @@ class _ConsumedSequences:
 
     def _digests_of(self, step: int) -> dict[int, list[str]]:
         return self._digests.get((self._history.attempt_of(step).number, step), {})
+
+
+def _runs(steps: list[int]) -> tuple[tuple[int, int], ...]:
+    """Return the first and the last step of each run of consecutive steps; `steps` ascend."""
+    runs: list[tuple[int, int]] = []
+    for step in steps:
+        if runs and runs[-1][1] == step - 1:
+            runs[-1] = (runs[-1][0], step)
+        else:
+            runs.append((step, step))
+    return tuple(runs)
 
 
 def _fault(actual: list[str], digest: str) -> str:

@@ -1,13 +1,14 @@
 """Read recorded events, as one uninterrupted run would have written them."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from mixtera_hpc.errors import DataError
-
 __all__ = ["read_events"]
+
+_logger = logging.getLogger("mixtera_hpc")
 
 
 def read_events(path: Path, *, every_attempt: bool = False) -> list[dict[str, Any]]:
@@ -15,31 +16,30 @@ def read_events(path: Path, *, every_attempt: bool = False) -> list[dict[str, An
 
     An attempt that resumes at step s repeats everything from s on. So the events of earlier attempts from s on are
     dropped: the last attempt that covers a step wins. An incomplete last line, left by a killed process, is skipped. A
-    missing file has no events.
+    missing file has no events. A damaged line is skipped with a warning.
 
     Args:
         path: of `metrics/<stream>.jsonl`.
         every_attempt: return the events of all attempts, including repeated steps.
-
-    Raises:
-        DataError: a complete line is not an event; the message has its number.
     """
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")
     complete = lines[:-1]  # The text after the last newline is empty, or an incomplete line.
-    events = [_decode(line, number, path) for number, line in enumerate(complete, 1) if line]
+    decoded = (_decode(line, number, path) for number, line in enumerate(complete, 1) if line)
+    events = [event for event in decoded if event is not None]
     return events if every_attempt else _without_repeats(events)
 
 
-def _decode(line: bytes, number: int, path: Path) -> dict[str, Any]:
+def _decode(line: bytes, number: int, path: Path) -> dict[str, Any] | None:
     try:
         event = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError):
         event = None
-    if not isinstance(event, dict):
-        raise DataError(f"{path} line {number} is not a metric event: {line[:60]!r}.\n  Delete that line to continue.")
-    return event
+    if isinstance(event, dict):
+        return event
+    _logger.warning("%s line %d is not a metric event and is skipped: %r.", path, number, line[:60])
+    return None
 
 
 def _without_repeats(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ import msgspec
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.track.append_file import AppendFile
 
-__all__ = ["JsonLinesTracker", "MultiTracker", "NullTracker", "Tracker", "open_append", "open_tracker"]
+__all__ = ["JsonLinesTracker", "MultiTracker", "NullTracker", "Tracker", "open_tracker"]
 
 
 class Tracker(Protocol):
@@ -61,21 +62,22 @@ class JsonLinesTracker:
         self._folder = folder
         self._attempt = attempt
         self._clock = clock
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, AppendFile] = {}
 
     def log(self, stream: str, event: Mapping[str, Any]) -> None:
         stamped = {"time": self._clock().isoformat(), "attempt": self._attempt, **event}
-        self._file(stream).write(msgspec.json.encode(stamped, enc_hook=_from_numpy) + b"\n")
+        self._file(stream).append(msgspec.json.encode(stamped, enc_hook=_from_numpy) + b"\n")
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
         self._files.clear()
 
-    def _file(self, stream: str) -> Any:
+    def _file(self, stream: str) -> AppendFile:
         if stream not in self._files:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._files[stream] = open_append(self._folder / f"{stream}.jsonl")
+            file = AppendFile(self._folder / f"{stream}.jsonl")
+            file.truncate_incomplete_line()
+            self._files[stream] = file
         return self._files[stream]
 
 
@@ -98,24 +100,6 @@ def open_tracker(config: Config, folder: RunFolder | None, *, rank: int, attempt
 
         trackers.append(WandbTracker(config, folder))
     return trackers[0] if len(trackers) == 1 else MultiTracker(trackers)
-
-
-def open_append(path: Path) -> Any:
-    """Open `path` for unbuffered appending, after truncating an incomplete last line of a killed writer."""
-    file = path.open("ab+", buffering=0)
-
-    # Search backwards for the last newline, in blocks of 64 KiB.
-    end = file.seek(0, 2)
-    while end > 0:
-        start = max(end - 65536, 0)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            end = start + newline + 1
-            break
-        end = start
-    file.truncate(end)
-    return file
 
 
 def _from_numpy(value: Any) -> Any:

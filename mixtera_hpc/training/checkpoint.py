@@ -1,8 +1,8 @@
 """Checkpoints: one folder per step, which is either complete or absent.
 
-A checkpoint is written to a temporary folder, synced to disk and renamed. `training.json` lists every file with its
-size and CRC-32, so an incomplete copy is detected at loading and the previous checkpoint is used instead. A checkpoint
-does not depend on the number of ranks.
+A checkpoint is written to a temporary folder, synced to disk and renamed. A damaged one is detected at loading, see
+`dataplane/resume/checkpoint_files.py`, and the previous checkpoint is used instead. A checkpoint does not depend on the
+number of ranks.
 
 Price: rank 0 writes the weights and the optimizer state of one replica, and reads all files twice when it loads a
 checkpoint (once for the checksums).
@@ -11,8 +11,8 @@ checkpoint (once for the checksums).
 import json
 import logging
 import os
+import pickle
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +24,18 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.run_folder import PLANE_STATE_FILE, RunFolder
 from mixtera_hpc.dataplane.plane_state import unpack_state
+from mixtera_hpc.dataplane.resume.checkpoint_files import CONTENTS_FILE, FORMAT_VERSION, crc32_of, find_damage
 from mixtera_hpc.errors import DataError
 
 __all__ = ["Checkpoint", "load_newest_checkpoint", "read_checkpoint", "write_checkpoint"]
 
 logger = logging.getLogger("mixtera_hpc")
 
-FORMAT_VERSION = 1
-"""Version of the files of a checkpoint; other versions are refused."""
-
-CONTENTS_FILE = "training.json"
 MODEL_FILE = "model.pt"
 OPTIMIZER_FILE = "optimizer.pt"
 
-READ_BYTES = 1 << 20
-"""Bytes read at a time to compute a checksum."""
+_UNREADABLE = (DataError, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError)
+"""What reading the files of a damaged checkpoint raises."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +108,17 @@ def load_newest_checkpoint(
     damaged = []
     for step in reversed(run.checkpoint_steps()):
         path = run.checkpoint(step)
-        damage = _find_damage(path)
+        damage = find_damage(path)
         if damage is not None:
             logger.warning("Checkpoint %s is skipped: %s.", path, damage)
             damaged.append(f"\n    {path.name}: {damage}")
-        elif accept(unpack_state(np.fromfile(run.checkpoint_plane_state(step), np.uint8))[0]):
-            return read_checkpoint(path)
+            continue
+        try:
+            if accept(unpack_state(np.fromfile(run.checkpoint_plane_state(step), np.uint8))[0]):
+                return read_checkpoint(path)
+        except _UNREADABLE as error:
+            logger.warning("Checkpoint %s is skipped: %s.", path, error)
+            damaged.append(f"\n    {path.name}: {error}")
 
     if damaged:
         raise DataError(
@@ -145,7 +147,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     # The array holds the bytes of an npz file, so that numpy can open the file too.
     checkpoint.dataplane.tofile(folder / PLANE_STATE_FILE)
 
-    files = {path.name: {"bytes": path.stat().st_size, "crc32": _crc32(path)} for path in sorted(folder.iterdir())}
+    files = {path.name: {"bytes": path.stat().st_size, "crc32": crc32_of(path)} for path in sorted(folder.iterdir())}
     for name in files:
         _sync(folder / name)
 
@@ -169,37 +171,9 @@ def _remove_old_checkpoints(run: RunFolder, step: int, keep: int) -> None:
         shutil.rmtree(run.checkpoint(other))
 
 
-def _find_damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, as the end of a sentence, or None if it is complete."""
-    try:
-        contents = _read_json(path / CONTENTS_FILE)
-    except (OSError, ValueError) as error:
-        return f"{CONTENTS_FILE} cannot be read ({error})"
-    if contents.get("version") != FORMAT_VERSION:
-        return f"its version is {contents.get('version')}, but this program reads version {FORMAT_VERSION}"
-
-    for name, expected in contents["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
-        if _crc32(file) != expected["crc32"]:
-            return f"the checksum of {name} does not match"
-    return None
-
-
 def _temporary(path: Path) -> Path:
     """Return the path that is written to before it is renamed to `path`."""
     return path.with_name(f".{path.name}.partial")
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while data := file.read(READ_BYTES):
-            checksum = zlib.crc32(data, checksum)
-    return checksum
 
 
 def _read_json(path: Path) -> Any:

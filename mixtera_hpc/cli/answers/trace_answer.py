@@ -22,7 +22,7 @@ from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.reading.batches import Batch
-from mixtera_hpc.errors import ConfigError, pluralize
+from mixtera_hpc.errors import ConfigError, DataError, pluralize
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.contents import StepContents, document_texts, export_batches, readable_sample, write_images
 from mixtera_hpc.trace.diff import RunDifference, first_difference
@@ -42,7 +42,7 @@ def print_trace(args: argparse.Namespace) -> None:
     folder = find_run(args)
     sources, history = _open_run(folder)
     if args.verify:
-        _print_verified(verify_run(sources, folder, history), args.json)
+        _print_verified(verify_run(sources, folder, history), folder, args.json)
     elif args.diff is not None:
         other = _open_run(find_run_named(args.diff, args))
         difference = first_difference((sources, history), other)
@@ -105,10 +105,20 @@ def _open_run(folder: RunFolder) -> tuple[AttemptSources, History]:
     return AttemptSources(load_config(folder.config)), history
 
 
-def _print_verified(result: VerifyResult, as_json: bool) -> None:
+def _print_verified(result: VerifyResult, folder: RunFolder, as_json: bool) -> None:
     if as_json:
         _print_json(result)
-        return
+    else:
+        _print_proof(result)
+    if result.unproven_steps:
+        gaps = ", ".join(f"{first} to {last}" for first, last in result.unproven_steps)
+        raise DataError(
+            f"Steps {gaps} cannot be proven: lines of {folder.journal.name} or of an audit log in {folder.path} are "
+            "damaged. All other steps are proven.\n  Restore the files and verify again."
+        )
+
+
+def _print_proof(result: VerifyResult) -> None:
     print(
         f"verified: {result.num_sequences:,} sequences of {result.num_steps} steps, each consumed exactly once as "
         f"planned, over {pluralize(result.num_attempts, 'attempt')}"

@@ -8,13 +8,11 @@ import logging
 import textwrap
 from collections.abc import Sequence
 
-import numpy as np
-
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.plane_state import unpack_state
 from mixtera_hpc.dataplane.reading.source import count_samples, open_source
+from mixtera_hpc.dataplane.resume.checkpoint_files import saved_states
 from mixtera_hpc.dataplane.resume.run_edits import (
     RunEdit,
     dropped_expressions,
@@ -67,9 +65,7 @@ def check_and_record_edit(
 
 def _checkpoint_step(folder: RunFolder, skip_steps: tuple[int, int] | None, earlier: Sequence[RunEdit]) -> int:
     """Return the step of the newest usable checkpoint, at or before the first skipped step; 0 without checkpoints."""
-    paths = [folder.checkpoint_plane_state(step) for step in folder.checkpoint_steps()]
-    states = [unpack_state(np.fromfile(path, np.uint8))[0] for path in paths if path.is_file()]
-    steps = sorted(state["next_step"] for state in states if not is_abandoned(state, earlier))
+    steps = sorted(state["next_step"] for state in saved_states(folder) if not is_abandoned(state, earlier))
     if skip_steps is None:
         return steps[-1] if steps else 0
 

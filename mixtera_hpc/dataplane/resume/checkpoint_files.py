@@ -1,0 +1,82 @@
+"""Which checkpoints of a run can be used: one check for everything that reads them.
+
+`training.json` lists every file of a checkpoint with its size and CRC-32, so an incomplete copy or a changed byte is
+noticed before anything is read from it.
+"""
+
+import json
+import logging
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixtera_hpc.config.run_folder import PLANE_STATE_FILE, RunFolder
+from mixtera_hpc.dataplane.plane_state import unpack_state
+from mixtera_hpc.errors import DataError
+
+__all__ = ["CONTENTS_FILE", "FORMAT_VERSION", "crc32_of", "find_damage", "saved_states"]
+
+FORMAT_VERSION = 1
+"""Version of the files of a checkpoint; other versions are refused."""
+
+CONTENTS_FILE = "training.json"
+
+READ_BYTES = 1 << 20
+"""Bytes read at a time to compute a checksum."""
+
+_logger = logging.getLogger("mixtera_hpc")
+
+
+def find_damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, as the end of a sentence, or None if it is complete."""
+    try:
+        contents = json.loads((path / CONTENTS_FILE).read_text())
+    except (OSError, ValueError) as error:
+        return f"{CONTENTS_FILE} cannot be read ({error})"
+    if not isinstance(contents, dict) or not isinstance(contents.get("files"), dict):
+        return f"{CONTENTS_FILE} is not the contents of a checkpoint"
+    if contents.get("version") != FORMAT_VERSION:
+        return f"its version is {contents.get('version')}, but this program reads version {FORMAT_VERSION}"
+
+    for name, expected in contents["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
+        if crc32_of(file) != expected["crc32"]:
+            return f"the checksum of {name} does not match"
+    return None
+
+
+def saved_states(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Yield the JSON values of the data plane's state in every usable checkpoint, in order of steps.
+
+    Damaged checkpoints are skipped with a warning.
+    """
+    for step in run.checkpoint_steps():
+        path = run.checkpoint(step)
+        if not (path / PLANE_STATE_FILE).is_file():
+            continue
+        # A training program of the user's may keep the state of the data plane without our table of contents.
+        damage = find_damage(path) if (path / CONTENTS_FILE).exists() else None
+        try:
+            state = unpack_state(np.fromfile(path / PLANE_STATE_FILE, np.uint8))[0]
+        except DataError as error:
+            damage = damage or str(error)
+        if damage is None:
+            yield state
+        else:
+            _logger.warning("Checkpoint %s is skipped: %s.", path, damage)
+
+
+def crc32_of(path: Path) -> int:
+    """Return the CRC-32 of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        while data := file.read(READ_BYTES):
+            checksum = zlib.crc32(data, checksum)
+    return checksum
