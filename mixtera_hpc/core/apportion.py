@@ -15,7 +15,7 @@ A chunk is planned in two steps:
 1. `advance` computes only how many sequences each domain gets in n slots. It takes O(K log K) time for K domains,
    whatever n is. Every sequence with a deadline inside the chunk is due and is counted. The remaining slots go to open
    sequences: those that are released inside the chunk and due after it.
-2. `order_slots` runs EDF over exactly those sequences, in O(n log K) time.
+2. `core/slots/segment_order.py` runs EDF over exactly those sequences, for the slots that a rank needs.
 
 Which open sequences to take is decided by one of two rules. The first rule takes the largest remainders and is checked
 against the two conditions of docs/planner.md: the choice must fit into the chunk, and it must be forward-safe (not
@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BITS", "MAX_SLOTS", "UNIT", "advance", "order_slots", "quantise_weights", "slots_until_exhausted"]
+__all__ = ["BITS", "MAX_SLOTS", "UNIT", "advance", "earliest_due", "quantise_weights", "slots_until_exhausted"]
 
 BITS = 40
 UNIT = 1 << BITS
@@ -98,6 +98,10 @@ def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> tuple[I
     remainder = share - (counts << BITS)
 
     num_choices = num_slots - int(counts.sum())
+    if num_choices < 0:
+        # After changes of weights, more can be due than there are slots. The others stay due.
+        counts = earliest_due(lag, weight, remaining, num_slots)
+        remainder = share - (counts << BITS)
     if num_choices > 0:
         is_open = (remainder > 0) & (counts < remaining)
         chosen = _choose_open(remainder, weight, is_open, _ChunkEnd(num_choices, num_slots))
@@ -106,6 +110,35 @@ def advance(lag: Ints, weight: Ints, num_slots: int, remaining: Ints) -> tuple[I
 
     # Share minus everything served is the lag.
     return counts, remainder
+
+
+def earliest_due(lag: Ints, weight: Ints, limit: Ints, num_slots: int) -> Ints:
+    """Return how many sequences of each domain are among the `num_slots` with the earliest deadlines; shape (K,).
+
+    More than that must be due within `num_slots` slots. Equal deadlines are served by domain.
+
+    Args:
+        limit: sequences that each domain can serve; shape (K,).
+    """
+
+    def due_by(slot: int) -> Ints:
+        return np.clip((lag + weight * slot) >> BITS, 0, limit) if slot else np.zeros_like(lag)
+
+    # Find the last slot by which at most `num_slots` sequences are due. Overdue sequences are due by slot 1.
+    low = 0
+    high = num_slots
+    while high - low > 1:
+        middle = (low + high) // 2
+        if due_by(middle).sum() <= num_slots:
+            low = middle
+        else:
+            high = middle
+
+    counts = due_by(low)
+    due_next = due_by(low + 1) - counts
+    slots_left = num_slots - int(counts.sum())
+    counts += np.clip(slots_left - (due_next.cumsum() - due_next), 0, due_next)
+    return counts
 
 
 def _choose_open(remainder: Ints, weight: Ints, is_open: NDArray[np.bool_], end: _ChunkEnd) -> NDArray[np.integer[Any]]:
@@ -243,49 +276,3 @@ def slots_until_exhausted(lag: Ints, weight: Ints, remaining: Ints, horizon: int
         missing = (remaining[is_near] << BITS) - lag[is_near]
         slots[is_near] = np.maximum(-(-missing // weight[is_near]), 0)
     return slots
-
-
-def order_slots(lag: Ints, weight: Ints, counts: Ints) -> NDArray[np.int32]:
-    """Return the domain of every slot if domain k gets `counts[k]` of the slots; shape (counts.sum(),).
-
-    Runs EDF in O(n log K) time for n slots.
-    """
-    # One entry per sequence: its domain and its number m - 1 inside the chunk.
-    num_slots = int(counts.sum())
-    domain = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    nth = np.arange(num_slots) - np.repeat(np.cumsum(counts) - counts, counts)
-
-    # Windows, cut at the borders of the chunk. The release is a 0-based slot, the deadline 1-based.
-    rate = np.maximum(weight, 1)[domain]
-    release = np.clip((nth * UNIT - lag[domain]) // rate, 0, num_slots - 1)
-    deadline = np.clip(-(-((nth + 1) * UNIT - lag[domain]) // rate), 1, num_slots)
-
-    # Equal deadlines are served by domain, so the order is the same on every rank.
-    priority = np.empty(num_slots, np.int64)
-    priority[np.lexsort((nth, domain, deadline))] = np.arange(num_slots)
-    by_release = np.argsort(release, kind="stable")
-    served = _earliest_deadline_first(release[by_release].tolist(), priority[by_release].tolist())
-    by_priority = np.empty(num_slots, np.int32)
-    by_priority[priority] = domain
-    return by_priority[served]
-
-
-def _earliest_deadline_first(release: list[int], priority: list[int]) -> list[int]:
-    """Return the priorities in the order in which they are served; a lower number is served first.
-
-    If nothing is released, the sequence that is released next is served early.
-
-    Args:
-        release: first slot of each sequence, ascending.
-        priority: rank of each sequence by deadline.
-    """
-    waiting: list[int] = []
-    served: list[int] = []
-    num_released = 0
-    total = len(release)
-    for slot in range(total):
-        while num_released < total and (release[num_released] <= slot or not waiting):
-            heapq.heappush(waiting, priority[num_released])
-            num_released += 1
-        served.append(heapq.heappop(waiting))
-    return served

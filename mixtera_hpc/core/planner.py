@@ -2,8 +2,8 @@
 
 `plan(state, weights) → (ChunkPlan, state)`. A plan takes 24 bytes per domain, regardless of the number of steps in the
 chunk: the cursor, lag and weight of each domain at the first slot. `slots` expands a plan into the domain and the
-stream position of every sequence, and gives the same result on every rank. No function here takes the number of ranks,
-nodes or readers.
+stream position of every sequence, and `order` of those that a rank needs; both give the same result on every rank. No
+function here takes the number of ranks, nodes or readers.
 
 A chunk is cut into segments where a domain runs out of data. Inside a segment the weights are constant, and
 `core/apportion.py` decides the slots. With `on_exhausted="redistribute"` the weight and the lag of an exhausted domain
@@ -24,13 +24,14 @@ from mixtera_hpc.core.apportion import (
     MAX_SLOTS,
     UNIT,
     advance,
-    order_slots,
     quantise_weights,
     slots_until_exhausted,
 )
+from mixtera_hpc.core.slots.chunk_order import ChunkOrder
+from mixtera_hpc.core.slots.segment_order import SegmentOrder, Slots
 from mixtera_hpc.errors import CommError, MixtureError
 
-__all__ = ["ChunkPlan", "LastBatch", "OnExhausted", "Planner", "PlannerState", "Slots"]
+__all__ = ["ChunkPlan", "LastBatch", "OnExhausted", "Planner", "PlannerState"]
 
 OnExhausted = Literal["repeat", "redistribute", "stop"]
 """What happens when a domain has served its capacity: `redistribute` its weight, or end the data (`stop` and `repeat`).
@@ -119,18 +120,6 @@ class ChunkPlan:
     def digest(self) -> int:
         """64-bit digest of the content, as a signed integer."""
         return int(self.to_array()[-1])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slots:
-    """All sequences of a chunk, in the order in which they are served.
-
-    The shape of each array is (num_steps * global_batch_size,), or less where the last step has fewer sequences.
-    """
-
-    domain: NDArray[np.int32]
-    ordinal: Ints
-    """Position in the domain's stream, counted in sequences from the start of the run."""
 
 
 class _SegmentStart(NamedTuple):
@@ -225,12 +214,15 @@ class Planner:
             lags=segments[-1].lags_after if segments else plan.lags,
         )
 
+    def order(self, plan: ChunkPlan) -> ChunkOrder:
+        """Return the order of the slots of `plan`, in O(K log K) time; slots are computed when they are asked for."""
+        segments = [SegmentOrder(s.lags, s.weights, s.counts) for s in self._segments_of(plan)]
+        return ChunkOrder.of_segments(plan.cursors, segments)
+
     def slots(self, plan: ChunkPlan) -> Slots:
-        """Expand `plan` to its n sequences, in O(n log K) time."""
-        # The empty array gives the right dtype if the plan has no steps.
-        domains = [order_slots(s.lags, s.weights, s.counts) for s in self._segments_of(plan)]
-        domain = np.concatenate([np.zeros(0, np.int32), *domains])
-        return Slots(domain=domain, ordinal=plan.cursors[domain] + _running_count(domain))
+        """Expand `plan` to its n sequences, in O(n log K) time. A rank that needs a part of them uses `order`."""
+        order = self.order(plan)
+        return order.slots([(0, order.num_slots)])[0]
 
     def segment_counts(self, plan: ChunkPlan) -> list[Ints]:
         """Return the sequences of every domain in each segment of `plan`; shape (K,) each.
@@ -240,27 +232,28 @@ class Planner:
         return [segment.counts for segment in self._segments_of(plan)]
 
     def state_at(self, plan: ChunkPlan, step: int) -> PlannerState:
-        """Return the state before `step` inside `plan`, in O(n log K) time.
+        """Return the state before `step` inside `plan`, in O(K log K) time.
 
         The rest of the chunk can be planned again from there, with other weights.
         """
         if step >= plan.first_step + plan.num_steps:
             return self.after(plan)
-        num_domains = len(plan.cursors)
-        domain = self.slots(plan).domain[: (step - plan.first_step) * self.global_batch_size]
+        slot = (step - plan.first_step) * self.global_batch_size
+        counts = self.order(plan).counts_before(np.array([slot]))[0]
 
         # Find the segment that holds the last slot before `step`: its counts up to there give the lags.
         lags = plan.lags
-        num_done = 0
+        before = np.zeros_like(counts)
+        first = 0
         for segment in self._segments_of(plan):
-            served = domain[num_done : num_done + int(segment.counts.sum())]
-            if not len(served):
+            if first >= slot:
                 break
-            counts = np.bincount(served, minlength=num_domains)
-            lags = segment.lags + segment.weights * len(served) - (counts << BITS)
-            num_done += len(served)
-        cursors = plan.cursors + np.bincount(domain, minlength=num_domains)
-        return PlannerState(chunk=plan.chunk, step=step, cursors=cursors, lags=lags)
+            num_slots = min(int(segment.counts.sum()), slot - first)
+            served = np.minimum(segment.counts, counts - before)
+            lags = segment.lags + segment.weights * num_slots - (served << BITS)
+            before = before + segment.counts
+            first += num_slots
+        return PlannerState(chunk=plan.chunk, step=step, cursors=plan.cursors + counts, lags=lags)
 
     def _first_segment_start(self, state: PlannerState, weights: NDArray[np.float64]) -> _SegmentStart:
         """Quantise the requested weights and leave out domains that are already exhausted."""
@@ -342,17 +335,6 @@ def _quantise_requested(weights: NDArray[np.float64]) -> Ints:
         )
     invalid = int(np.flatnonzero(~np.isfinite(weights) | (weights < 0))[0])
     raise MixtureError(f"The weight of domain {invalid} is {weights[invalid]}; weights must be finite and at least 0.")
-
-
-def _running_count(domain: NDArray[np.int32]) -> Ints:
-    """Return how often the value of each entry occurs before that entry; shape of `domain`."""
-    # A stable sort groups equal values. The count is the position inside the group.
-    by_domain = np.argsort(domain, kind="stable")
-    counts = np.bincount(domain)
-    group_start = np.repeat(np.cumsum(counts) - counts, counts)
-    running = np.empty(len(domain), np.int64)
-    running[by_domain] = np.arange(len(domain)) - group_start
-    return running
 
 
 def _digest(body: Ints) -> np.int64:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mixtera_hpc.core.planner import ChunkPlan, Slots
+from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import DataError, did_you_mean

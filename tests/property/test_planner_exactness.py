@@ -6,9 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core.apportion import UNIT, _choose_due_first, _ChunkEnd, advance, order_slots, quantise_weights
+from mixtera_hpc.core.apportion import UNIT, _choose_due_first, _ChunkEnd, advance, quantise_weights
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
 from mixtera_hpc.core.sequence_grid import SequenceGrid
+from mixtera_hpc.core.slots.segment_order import order_slots
 
 ENDLESS = 1 << 61
 

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.planner import ChunkPlan, Slots
+from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.slots.chunk_order import ChunkOrder
+from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence_digest
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens, take
@@ -92,8 +94,8 @@ class BatchMaker:
         self._reader = DocumentReader(source)
         self._transform = None if raw else load_transform(source.config.data.transform)
         self._steps_per_read = steps_per_read(source, batch_slice)
-        self._slots: tuple[ChunkPlan, Slots] | None = None
-        """The plan that was expanded last."""
+        self._order: tuple[ChunkPlan, ChunkOrder] | None = None
+        """The order of the plan that was used last."""
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         """Yield this rank's batches of `plan`, from training step `first_step` on."""
@@ -104,9 +106,8 @@ class BatchMaker:
 
         Several steps are read together, but an error in the data of a step is raised at that step.
         """
-        slots = self._slots_of(plan)
         for first in range(0, len(steps), self._steps_per_read):
-            together = [self._content_of(plan, step, slots) for step in steps[first : first + self._steps_per_read]]
+            together = self._contents_of(plan, steps[first : first + self._steps_per_read])
             try:
                 batches = self._read_steps(plan, together)
             except MixteraError:
@@ -120,20 +121,24 @@ class BatchMaker:
         """Close all files."""
         self._reader.close()
 
-    def _slots_of(self, plan: ChunkPlan) -> Slots:
-        # Workers ask for several step ranges of one plan; expanding it costs O(slots of the chunk).
-        if self._slots is None or self._slots[0] is not plan:
-            self._slots = plan, self._source.planner.slots(plan)
-        return self._slots[1]
+    def _order_of(self, plan: ChunkPlan) -> ChunkOrder:
+        # Workers ask for several step ranges of one plan.
+        if self._order is None or self._order[0] is not plan:
+            self._order = plan, self._source.planner.order(plan)
+        return self._order[1]
 
-    def _content_of(self, plan: ChunkPlan, step: int, slots: Slots) -> _StepContent:
-        # Slots of a plan are numbered step by step, positions of the global batch inside each step.
-        step_in_plan = self._source.stream_version.data_step(step) - plan.first_step
-        first_slot = step_in_plan * self._source.planner.global_batch_size + self._slice.first
-        own = slice(first_slot, first_slot + self._slice.size)
-        # The last step of the data may have fewer sequences than the global batch.
-        domain = slots.domain[own]
-        ordinal = slots.ordinal[own]
+    def _contents_of(self, plan: ChunkPlan, steps: range) -> list[_StepContent]:
+        # Slots of a plan are numbered step by step, positions of the global batch inside each step. Only this rank's
+        # slots are computed; the last step of the data may have fewer of them than the global batch.
+        version = self._source.stream_version
+        batch_size = self._source.planner.global_batch_size
+        first_slots = [(version.data_step(step) - plan.first_step) * batch_size + self._slice.first for step in steps]
+        slots = self._order_of(plan).slots([(first, first + self._slice.size) for first in first_slots])
+        return [self._content_of(step, of_step) for step, of_step in zip(steps, slots, strict=True)]
+
+    def _content_of(self, step: int, slots: Slots) -> _StepContent:
+        domain = slots.domain
+        ordinal = slots.ordinal
         domain_ids = np.full(self._slice.size, -1, np.int64)
         domain_ids[: len(domain)] = domain
         if not len(domain):

@@ -1,0 +1,1 @@
+"""The order in which the planner's sequences are served."""

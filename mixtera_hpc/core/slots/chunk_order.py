@@ -1,0 +1,79 @@
+"""The order of the slots of a chunk whose segments follow each other; `Planner.order` makes it from a plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.slots.segment_order import SegmentOrder, Slots
+
+__all__ = ["ChunkOrder"]
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkOrder:
+    """The order of the slots of one chunk. Make it with `Planner.order`."""
+
+    cursors: Ints
+    """Position in each domain's stream at the first slot; shape (K,)."""
+    segments: tuple[SegmentOrder, ...]
+    """A segment ends where a domain is exhausted, and at the end of the chunk."""
+    starts: Ints
+    """First slot of each segment, and the number of slots of the chunk; shape (num_segments + 1,)."""
+    counts: Ints
+    """Sequences of each domain before each segment, and in the chunk; shape (num_segments + 1, K)."""
+
+    @classmethod
+    def of_segments(cls, cursors: Ints, segments: Sequence[SegmentOrder]) -> "ChunkOrder":
+        """Return the order of consecutive segments."""
+        counts = np.zeros((len(segments) + 1, len(cursors)), np.int64)
+        for number, segment in enumerate(segments):
+            counts[number + 1] = counts[number] + segment.counts
+        return cls(cursors=cursors, segments=tuple(segments), starts=counts.sum(axis=1), counts=counts)
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the chunk."""
+        return int(self.starts[-1])
+
+    def counts_before(self, slots: Ints) -> Ints:
+        """Return how many sequences of each domain the chunk serves before each of `slots`; shape (len(slots), K).
+
+        Slots behind the end of the chunk have the counts of the whole chunk.
+        """
+        slots = np.minimum(slots, self.num_slots)
+        number = np.searchsorted(self.starts, slots, side="right") - 1
+        counts = self.counts[number]
+        for segment in np.unique(number[slots < self.num_slots]).tolist():
+            inside = np.flatnonzero(number == segment)
+            counts[inside] += self.segments[segment].counts_before(slots[inside] - self.starts[segment])
+        return counts
+
+    def slots(self, ranges: Sequence[tuple[int, int]]) -> list[Slots]:
+        """Return the sequences of the slots [first, stop) for each of `ranges`, which ascend and do not overlap.
+
+        A range that exceeds the chunk is cut there.
+        """
+        parts: list[list[Slots]] = [[] for _ in ranges]
+        for number, segment in enumerate(self.segments):
+            start = int(self.starts[number])
+            stop = int(self.starts[number + 1])
+            inside = [i for i, (first, last) in enumerate(ranges) if max(first, start) < min(last, stop)]
+            if not inside:
+                continue
+            local = [(max(ranges[i][0], start) - start, min(ranges[i][1], stop) - start) for i in inside]
+            for i, slots in zip(inside, segment.slots(local, self.cursors + self.counts[number]), strict=True):
+                parts[i].append(slots)
+        return [_join(of_range) for of_range in parts]
+
+
+def _join(parts: list[Slots]) -> Slots:
+    if len(parts) == 1:
+        return parts[0]
+    return Slots(
+        domain=np.concatenate([np.zeros(0, np.int32), *(part.domain for part in parts)]),
+        ordinal=np.concatenate([np.zeros(0, np.int64), *(part.ordinal for part in parts)]),
+    )
