@@ -5,6 +5,7 @@ import re
 from mixtera_hpc.config.check_data import data_problems, holdout_problems, root_problems
 from mixtera_hpc.config.check_job import job_problems
 from mixtera_hpc.config.check_numbers import all_at_least, at_least
+from mixtera_hpc.config.check_script import script_problems
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.job_shape import num_ranks
 from mixtera_hpc.config.schema import (
@@ -18,6 +19,12 @@ from mixtera_hpc.config.schema import (
 )
 
 __all__ = ["check_build", "check_data", "check_index_job", "check_run", "run_problems"]
+
+WORKERS_PER_CORE = 4
+"""Worker processes per core; they wait for files a part of their time."""
+
+MAX_FEEDBACK_LAG = 1_000_000
+"""Chunks. Weights that react later than this do not react."""
 
 MAX_CHUNK_SEQUENCES = 1_000_000
 """Sequences of one chunk. The planner decides them one by one on rank 0, and a broadcast must stay small."""
@@ -40,7 +47,7 @@ def check_build(config: Config) -> None:
 
 def check_index_job(config: Config) -> None:
     """Check what a job that works on an index needs besides `check_build` or `check_data`."""
-    raise_problems([*_run(config.run), *job_problems(config.job, config.cluster)])
+    raise_problems([*_run(config.run), *job_problems(config.job, config.cluster), *script_problems(config)])
 
 
 def run_problems(config: Config) -> list[str]:
@@ -55,6 +62,8 @@ def run_problems(config: Config) -> list[str]:
         *_run(config.run),
         *_plan(config.plan),
         *job_problems(config.job, config.cluster),
+        *script_problems(config),
+        *_workers(config),
         *_batch_split(config),
     ]
 
@@ -99,6 +108,10 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     problems = all_at_least("dataplane", plane, 1, positive)
     problems += at_least("dataplane.feedback_lag", plane.feedback_lag, 2)
     problems += at_least("dataplane.workers", plane.workers, 0)
+    if plane.feedback_lag > MAX_FEEDBACK_LAG:
+        problems.append(f"dataplane.feedback_lag is {plane.feedback_lag}, expected at most {MAX_FEEDBACK_LAG} chunks.")
+    if plane.seq_len >= 1 << 31:
+        problems.append(f"dataplane.seq_len is {plane.seq_len}, expected less than 2**31 tokens.")
 
     if not 0 <= plane.seed < 2**63:
         problems.append(f"dataplane.seed is {plane.seed}, expected 0 to 2**63 - 1.")
@@ -176,6 +189,18 @@ def _plan(plan: PlanConfig) -> list[str]:
     return [
         *at_least("plan.first_step", plan.first_step, 0),
         *all_at_least("plan", plan, 1, ("steps",)),
+    ]
+
+
+def _workers(config: Config) -> list[str]:
+    """Check the number of worker processes where the cores of a rank are known."""
+    cores = config.job.cpus_per_rank
+    workers = config.dataplane.workers
+    if cores is None or cores < 1 or workers <= WORKERS_PER_CORE * cores:
+        return []
+    return [
+        f"dataplane.workers is {workers}, more than {WORKERS_PER_CORE} × job.cpus_per_rank={cores}. More processes "
+        "than cores slow each other down. Lower it."
     ]
 
 

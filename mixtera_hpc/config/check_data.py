@@ -10,6 +10,7 @@ __all__ = ["data_problems", "holdout_problems", "root_problems"]
 
 BUILT_IN = ("tokens", "bytes")
 """Numbers that every sample has."""
+MAX_BLOCK_ROWS = 1 << 20
 INDEX_PATH_WITHOUT_ROOT = "/index.h5"
 """What the default of `index.path`, `${data.root}/index.h5`, becomes when `data.root` is empty."""
 
@@ -21,6 +22,7 @@ def data_problems(data: DataConfig, index: IndexConfig) -> list[str]:
         *_index_path(data, index),
         *_generations(index),
         *at_least("index.block_rows", index.block_rows, 1),
+        *_block_rows(index),
         *at_least("index.threads", index.threads, 1),
     ]
     for path, data_set in _places(data):
@@ -51,9 +53,20 @@ def root_problems(data: DataConfig) -> list[str]:
 
 
 def _index_path(data: DataConfig, index: IndexConfig) -> list[str]:
+    if not index.path.strip() and not index.paths:
+        return ["index.path is empty. Set it to the file of the index, or leave it out: then it is below data.root."]
     if index.path != INDEX_PATH_WITHOUT_ROOT or data.root or index.paths:
         return []
     return ["index.path is missing: without data.root it has no default. Set index.path or data.root."]
+
+
+def _block_rows(index: IndexConfig) -> list[str]:
+    if index.block_rows <= MAX_BLOCK_ROWS:
+        return []
+    return [
+        f"index.block_rows is {index.block_rows}, expected at most {MAX_BLOCK_ROWS}: a block is the smallest part of a "
+        "shard that is shuffled."
+    ]
 
 
 def _generations(index: IndexConfig) -> list[str]:

@@ -1,5 +1,7 @@
 """Find problems of the groups `job` and `cluster` that can be seen without asking Slurm."""
 
+import re
+
 from mixtera_hpc.config.check_numbers import at_least
 from mixtera_hpc.config.job_shape import parse_time
 from mixtera_hpc.config.schema import ClusterConfig, JobConfig, PartitionConfig
@@ -13,11 +15,23 @@ def job_problems(job: JobConfig, cluster: ClusterConfig) -> list[str]:
     return [
         *at_least("job.nodes", job.nodes, 1),
         *at_least("job.max_attempts", job.max_attempts, 1),
+        *_words(job),
         *_time(job, cluster),
         *_node_shape(job, cluster),
         *_partition(job, cluster),
         *_container(job, cluster),
     ]
+
+
+def _words(job: JobConfig) -> list[str]:
+    problems = []
+    if job.cpus_per_rank is not None:
+        problems += at_least("job.cpus_per_rank", job.cpus_per_rank, 1)
+    if job.mem is not None and not re.fullmatch(r"\d+[KMGT]?", job.mem, re.ASCII | re.IGNORECASE):
+        problems.append(f"job.mem is {job.mem!r}, expected a number of megabytes, or a number with K, M, G or T.")
+    if job.command is not None and not any(job.command):
+        problems.append("job.command is empty. Give the words of a command, or leave it out to train with ours.")
+    return problems
 
 
 def _time(job: JobConfig, cluster: ClusterConfig) -> list[str]:

@@ -30,6 +30,7 @@ _JOB_FLAGS = (
 """Keys of `job` that are passed to sbatch under their own name."""
 
 _HEREDOC_END = "END_OF_MIXTERA_FILE"
+"""End of a file inside the script. Underscores are added where a line of the file is equal to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,16 +146,20 @@ def _make_folder(job: SbatchJob) -> list[str]:
     """Return the commands that write what `prepare_run` would have written; `config.yaml` last, as there."""
     if job.folder is not None:
         return []
-    config = dump_yaml(to_plain(job.config)).rstrip("\n")
+    config = dump_yaml(to_plain(job.config)).rstrip("\n").split("\n")
+    overrides = [line for override in job.overrides for line in override.split("\n")]
+    end = _HEREDOC_END
+    while end in (*overrides, *config):
+        end += "_"
     return [
         "",
         'if [ ! -e "$folder/config.yaml" ]; then',
-        f"cat >\"$folder/overrides.txt\" <<'{_HEREDOC_END}'",
-        *job.overrides,
-        _HEREDOC_END,
-        f"cat >\"$folder/.config.yaml\" <<'{_HEREDOC_END}'",
-        *config.split("\n"),
-        _HEREDOC_END,
+        f"cat >\"$folder/overrides.txt\" <<'{end}'",
+        *overrides,
+        end,
+        f"cat >\"$folder/.config.yaml\" <<'{end}'",
+        *config,
+        end,
         'cp "$0" "$here/submit.sh"',
         'mv "$folder/.config.yaml" "$folder/config.yaml"',
         "fi",

@@ -15,6 +15,10 @@ from mixtera_hpc.errors import MixtureError
 __all__ = ["mixture_problems"]
 
 
+MAX_WEIGHT = 1e100
+"""Larger weights overflow when they are added."""
+
+
 def mixture_problems(mixture: MixtureConfig) -> list[str]:
     """Return everything wrong with a mixture, one or two sentences each."""
     problems = []
@@ -82,9 +86,9 @@ def _bucket_problems(path: str, entry: Mapping[Any, Any]) -> list[str]:
 
 
 def _single_weight(domain: DomainConfig, path: str) -> list[str]:
-    if domain.weight is None or 0 <= domain.weight < math.inf:
+    if domain.weight is None or 0 <= domain.weight <= MAX_WEIGHT:
         return []
-    return [f"{path}.weight is {domain.weight}, expected a number of at least 0."]
+    return [f"{path}.weight is {domain.weight}, expected a number of at least 0 and at most {MAX_WEIGHT:g}."]
 
 
 def _key_problems(domain: DomainConfig, path: str) -> list[str]:

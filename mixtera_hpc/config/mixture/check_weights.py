@@ -7,6 +7,8 @@ from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, StageConfig
 
 __all__ = ["shaping_problems", "weight_problems"]
 
+MIN_TEMPERATURE = 0.01
+
 SUM_TOLERANCE = 1e-6
 """Sums of weights may differ from 1 by this much: users write decimal fractions."""
 
@@ -125,6 +127,11 @@ def shaping_problems(stage: MixtureConfig | StageConfig, mixture: MixtureConfig,
             continue
         if not 0 < value < math.inf:
             problems.append(f"{path}.{name} is {value}, expected a number above 0.")
+        elif name == "temperature" and value < MIN_TEMPERATURE:
+            problems.append(
+                f"{path}.temperature is {value}, expected at least {MIN_TEMPERATURE}: shares are raised to "
+                "1/temperature, and all but the largest domain would vanish."
+            )
         if has_own_weights:
             problems.append(
                 f"{path}.{name} shapes natural weights, but {path}.kind={stage.kind} has its own. Remove it, or set "
