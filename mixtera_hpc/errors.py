@@ -43,6 +43,7 @@ EXTRAS = {
     "tensorboard": "track",
     "wandb": "track",
     "torchdata": "integrations",
+    "jinja2": "chat",
 }
 """Optional package → the extra of `pyproject.toml` that installs it."""
 

@@ -26,6 +26,7 @@ from mixtera_hpc.errors import ConfigError, pluralize
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.derive import derive_properties
 from mixtera_hpc.index.build.refresh import refresh_index
+from mixtera_hpc.index.chat_check import check_chat_template
 from mixtera_hpc.index.read.duplicates import find_duplicates
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.verify import ChangedShard, changed_shards, deeply_changed_shards, refuse_changed
@@ -114,7 +115,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
     config, index = open_collection(args.overrides, reads_shards=True, announce=comm.rank == 0)
     with index:
-        tokenizer = _load_counting_tokenizer(config, index.tokenizer_fingerprint) if args.deep else None
+        tokenizer = _load_counting_tokenizer(config, index) if args.deep else None
         changed = deeply_changed_shards(index, tokenizer, comm) if args.deep else []
         if comm.rank > 0:
             return ActionOutput()
@@ -168,12 +169,15 @@ def _duplicates(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
     return ActionOutput(text="\n".join(duplicate_lines(report)))
 
 
-def _load_counting_tokenizer(config: Config, fingerprint: str | None) -> Tokenizer | None:
+def _load_counting_tokenizer(config: Config, index: PropertyIndex) -> Tokenizer | None:
     """Load the tokenizer that counted the tokens of the index, if it is configured; None skips token counts."""
     tokenizer = load_vocabulary(config.dataplane)
+    fingerprint = index.tokenizer_fingerprint
     if tokenizer is not None and tokenizer.fingerprint != fingerprint:
         raise ConfigError(
             f"dataplane.tokenizer is not the tokenizer that this index was counted with ({str(fingerprint)[:12]}).\n"
             "  Set that one, or leave it out: token counts are not compared then."
         )
+    if tokenizer is not None:
+        check_chat_template(index, tokenizer)
     return tokenizer

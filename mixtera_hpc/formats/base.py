@@ -26,6 +26,7 @@ from mixtera_hpc.core.index_tables import BlockTable
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.tokens.chat_template import ChatTemplate
 
 __all__ = [
     "BlockRanges",
@@ -96,10 +97,12 @@ class ScanSpec:
     """What a scan must return for every row."""
 
     text: str | None
-    """Place of the document, required in every row: a dotted path, or a template or function (see `composed_text`),
-    which formats never get. None if rows have no text."""
+    """Place of the document, required in every row: a dotted path, or a template, function or conversation (see
+    `composed_text`), which formats never get. None if rows have no text."""
     text_digest: str = ""
     """Hex digest of the function that makes the documents; empty without one."""
+    chat: ChatTemplate | None = None
+    """Renders the messages that `text` names; None without a tokenizer."""
     properties: tuple[PropertyField, ...] = ()
     documents: bool = False
     """Return the texts, to count their tokens or to call functions on them."""

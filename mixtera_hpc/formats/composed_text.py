@@ -1,8 +1,9 @@
-"""Documents that are made of whole rows: a template of several fields, or a function of yours.
+"""Documents that are made of whole rows: a template of several fields, a function of yours, or a conversation.
 
-`data.text` is a template if it has braces (`"{title}: {body}"`), and a function if it begins with `function:`
-(`function:my_pkg.texts`, from a list of rows to a list of texts). Anything else is the path of one field, which formats
-read by themselves. Price: rows are decoded as a whole.
+`data.text` is a template if it has braces (`"{title}: {body}"`), a function if it begins with `function:`
+(`function:my_pkg.texts`, from a list of rows to a list of texts), and a conversation if it begins with `chat:`
+(`chat:messages`, see `chat_rows`). Anything else is the path of one field, which formats read by themselves. Price:
+rows are decoded as a whole.
 """
 
 import string
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.properties import as_text
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.base import BlockRef, Format, RangeReader, ShardReader
-from mixtera_hpc.formats.batching.row_paths import path_forms
+from mixtera_hpc.formats.chat_rows import chat_documents, chat_path, is_chat, value_at
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.user_functions import import_function, source_digest
+from mixtera_hpc.tokens.chat_template import ChatTemplate
 
 __all__ = ["FUNCTION_PREFIX", "ComposedText", "is_composed", "open_reader"]
 
@@ -34,15 +36,18 @@ class ComposedText:
     make: Callable[[Rows], tuple[list[str], list[tuple[int, str]]]]
     """Return the document of each row, and (position, problem) of rows that have none, ascending."""
     digest: str
-    """Hex digest of the file that defines the function; the template itself otherwise."""
+    """Hex digest of the file that defines the function, or of the chat template; else the template itself."""
 
     @classmethod
-    def of(cls, text: str) -> "ComposedText":
-        """Read a template, or import a function.
+    def of(cls, text: str, chat: ChatTemplate | None = None) -> "ComposedText":
+        """Read a template, or import a function; `chat` is the template of conversations.
 
         Raises:
             ConfigError: the template is malformed, or the function cannot be imported.
         """
+        if is_chat(text):
+            path = chat_path(text)
+            return cls(lambda rows: chat_documents(path, chat, rows), chat.digest if chat else "")
         if text.startswith(FUNCTION_PREFIX):
             name = text.removeprefix(FUNCTION_PREFIX)
             function = import_function(name, "data.text")
@@ -52,11 +57,13 @@ class ComposedText:
 
 
 def is_composed(text: str | None) -> bool:
-    """Return whether `data.text` is a template or a function instead of the path of one field."""
-    return text is not None and (text.startswith(FUNCTION_PREFIX) or "{" in text or "}" in text)
+    """Return whether `data.text` is a template, a function or a conversation instead of the path of one field."""
+    return text is not None and (text.startswith(FUNCTION_PREFIX) or is_chat(text) or "{" in text or "}" in text)
 
 
-def open_reader(file_format: Format, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
+def open_reader(
+    file_format: Format, path: Path, text: str | None, cache: BlockCache, chat: ChatTemplate | None = None
+) -> ShardReader:
     """Open a shard for random access, with documents that may be composed; see `Format.open`.
 
     Raises:
@@ -65,7 +72,7 @@ def open_reader(file_format: Format, path: Path, text: str | None, cache: BlockC
     """
     if text is None or not is_composed(text) or file_format.holds_tokens:
         return file_format.open(path, text, cache)
-    composed = ComposedText.of(text)
+    composed = ComposedText.of(text, chat)
     reader = file_format.open(path, None, cache)
     if isinstance(reader, RangeReader):
         return _ComposedRangeReader(reader, composed, path)
@@ -96,7 +103,8 @@ class _ComposedReader:
         texts, problems = self._composed.make(rows)
         if problems:
             raise DataError(
-                f"{self._path} has changed since it was indexed, or the function of data.text has: {problems[0][1]}.\n"
+                f"{self._path} has changed since it was indexed, or the function or chat template of data.text has: "
+                f"{problems[0][1]}.\n"
                 "  Run mixtera-hpc index verify, then mixtera-hpc index build."
             )
         return texts
@@ -155,13 +163,7 @@ def _field(row: Mapping[str, Any], path: str) -> str:
     Raises:
         ValueError: there is no text.
     """
-    value: Any = None
-    for keys in path_forms(path):
-        value = row
-        for key in keys:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value is not None:
-            break
+    value = value_at(row, path)
     if isinstance(value, bytes):
         return value.decode()
     if not isinstance(value, str | int | float):

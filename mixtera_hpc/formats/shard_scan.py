@@ -20,11 +20,13 @@ from mixtera_hpc.errors import ConfigError, DataError, UserError
 from mixtera_hpc.formats.base import Column, ParserSpec, PropertyField, RowBatch, ScanSpec, ScanUnit, Vocabulary
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.category_codes import Categories, map_categories
+from mixtera_hpc.formats.chat_rows import is_chat
 from mixtera_hpc.formats.composed_text import ComposedText, is_composed
 from mixtera_hpc.formats.path_properties import is_path_property, path_property_value
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, bad_rows_error, check_whole_file
 from mixtera_hpc.formats.user_functions import import_function, source_digest
+from mixtera_hpc.tokens.chat_template import ChatTemplate
 
 __all__ = ["ShardFile", "scan_shard", "scan_spec_of"]
 
@@ -40,7 +42,12 @@ class ShardFile:
 
 
 def scan_spec_of(
-    data: DataSetKeys, *, documents: bool, whole_rows: bool = False, vocabulary: Vocabulary | None = None
+    data: DataSetKeys,
+    *,
+    documents: bool,
+    whole_rows: bool = False,
+    vocabulary: Vocabulary | None = None,
+    chat: ChatTemplate | None = None,
 ) -> ScanSpec:
     """Build the scan spec of a data set; properties are sorted by name.
 
@@ -49,6 +56,7 @@ def scan_spec_of(
         documents: whether texts are needed, to count their tokens or to call functions on them.
         whole_rows: whether whole rows are needed, to call functions on them.
         vocabulary: the vocabulary of token ids on disk.
+        chat: the template of conversations.
 
     Raises:
         ConfigError: two paths contradict each other, or the parser cannot be imported.
@@ -69,7 +77,7 @@ def scan_spec_of(
         max_block_bytes=data.max_block_bytes,
     )
     if data.text is not None and is_composed(data.text):
-        spec = replace(spec, text_digest=ComposedText.of(data.text).digest)
+        spec = replace(spec, text_digest=ComposedText.of(data.text).digest, chat=chat if is_chat(data.text) else None)
     # Refuse paths that contradict each other before any shard is read.
     RowType(replace(spec, text=None if is_composed(spec.text) else spec.text, properties=_row_properties(spec)))
     return spec
@@ -184,7 +192,7 @@ class _TextComposer:
         self._path = shard.root / shard.path
         self._unit = unit
         self._spec = spec
-        self._composed = ComposedText.of(spec.text or "")
+        self._composed = ComposedText.of(spec.text or "", spec.chat)
         self._rows = 0
         self._bad: list[tuple[int, str]] = []
 

@@ -52,6 +52,7 @@ IDENTITY_KEYS = (
     "dataplane.add_eos",
     "dataplane.eos_token",
     "dataplane.special_tokens_in_text",
+    "dataplane.chat_loss",
     "dataplane.predict_across_documents",
     "training.num_layers",
     "training.num_heads",

@@ -6,7 +6,7 @@ texts without them; the data plane adds them to every document itself, so that i
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ class TokenizerDefinition:
     """The `bos_token` of `tokenizer_config.json`."""
     eos_token: str | None = None
     """The `eos_token` of `tokenizer_config.json`."""
+    chat_template: str | None = None
+    """The template of `chat_template.jinja`, else of `tokenizer_config.json`."""
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
+    """All special tokens that `tokenizer_config.json` names, by name: `bos_token`, `pad_token`, …."""
 
     @classmethod
     def of(cls, raw: bytes) -> "TokenizerDefinition":
@@ -176,8 +180,16 @@ def read_definition(path: str | Path) -> tuple[Path, TokenizerDefinition]:
             f"dataplane.tokenizer is {str(file)!r}, which is not a readable tokenizer.json: {error}.\n"
             "  Give the path of a Hugging Face tokenizer.json, or of the folder that has one."
         ) from None
-    names = _configured_names(file.with_name("tokenizer_config.json"))
-    return file, replace(definition, bos_token=names["bos_token"], eos_token=names["eos_token"])
+    settings = file.with_name("tokenizer_config.json")
+    configured = _configuration(settings)
+    names = _configured_names(settings, configured)
+    return file, replace(
+        definition,
+        bos_token=names["bos_token"],
+        eos_token=names["eos_token"],
+        chat_template=_chat_template(settings, configured),
+        named_tokens=_named_tokens(configured),
+    )
 
 
 def _check_kind(given: Path, file: Path) -> None:
@@ -194,21 +206,60 @@ def _check_kind(given: Path, file: Path) -> None:
             )
 
 
-def _configured_names(file: Path) -> dict[str, str | None]:
-    """Return `bos_token` and `eos_token` of a `tokenizer_config.json`; None for those that it does not name.
+def _configuration(file: Path) -> dict[str, Any]:
+    """Return the content of a `tokenizer_config.json`; nothing if there is no such file.
 
     Raises:
-        ConfigError: the file is not a JSON object, or names a token by something that is not text.
+        ConfigError: the file is not a JSON object.
     """
-    names: dict[str, str | None] = {"bos_token": None, "eos_token": None}
     try:
         content = json.loads(file.read_bytes())
     except OSError:
-        return names
+        return {}
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}.\n  Correct the file, or remove it.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds no JSON object.\n  Correct the file, or remove it.")
+    return content
+
+
+def _named_tokens(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return all special tokens that a `tokenizer_config.json` names."""
+    entries = {key: value for key, value in content.items() if key.endswith("_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
+
+
+def _chat_template(file: Path, content: Mapping[str, Any]) -> str | None:
+    """Return the chat template beside or inside a `tokenizer_config.json`; None without one.
+
+    Raises:
+        ConfigError: there are several templates, and none is the default.
+    """
+    own_file = file.with_name("chat_template.jinja")
+    if own_file.is_file():
+        return own_file.read_text(encoding="utf-8")
+    template = content.get("chat_template")
+    if isinstance(template, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+        if template is None:
+            raise ConfigError(
+                f"{file} has several chat templates ({', '.join(named)}), but none is named default.\n"
+                f"  Write the one to use into {own_file}."
+            )
+    if template is not None and not isinstance(template, str):
+        raise ConfigError(f"chat_template in {file} is {type(template).__name__}, but must be text.\n  Correct it.")
+    return template
+
+
+def _configured_names(file: Path, content: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return `bos_token` and `eos_token` of a `tokenizer_config.json`; None for those that it does not name.
+
+    Raises:
+        ConfigError: the file names a token by something that is not text.
+    """
+    names: dict[str, str | None] = {"bos_token": None, "eos_token": None}
     for key in names:
         token = content.get(key)
         if isinstance(token, dict):

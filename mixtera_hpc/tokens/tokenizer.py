@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.tokens.chat_template import ChatTemplate, ChatText
+from mixtera_hpc.tokens.chat_tokens import encode_chats
 from mixtera_hpc.tokens.definition import AddedTokens, TokenizerDefinition, read_definition
 
 __all__ = [
@@ -49,10 +51,12 @@ class Tokenizer(Protocol):
     added: AddedTokens
     """Tokens that the data plane adds to every document."""
     fingerprint: str
-    """Digest of everything that token counts depend on, in hexadecimal."""
+    """Digest of everything that token counts depend on, in hexadecimal; without the chat template."""
+    chat: ChatTemplate | None
+    """The chat template of the tokenizer's folder."""
 
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Return the tokens of each document, without `added`."""
+        """Return the tokens of each document, without `added`; those of a `ChatText` as `encode_chat` does."""
         ...
 
     def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
@@ -81,6 +85,7 @@ class EncodingSettings:
     add_bos: bool | None = None
     add_eos: bool = True
     special_tokens_in_text: Literal["text", "allow"] = "text"
+    chat_loss: Literal["assistant", "all"] = "assistant"
 
     @classmethod
     def of(cls, plane: DataPlaneConfig) -> "EncodingSettings":
@@ -90,6 +95,7 @@ class EncodingSettings:
             add_bos=plane.add_bos,
             add_eos=plane.add_eos,
             special_tokens_in_text=plane.special_tokens_in_text,
+            chat_loss=plane.chat_loss,
         )
 
 
@@ -112,9 +118,18 @@ class _LibraryTokenizer(ABC):
         # An index holds counts of tokens: with other settings they would be wrong. `add_eos` changes none of them.
         names = f"{settings.special_tokens_in_text} {self.added.before}".encode()
         self.fingerprint = _fingerprint(definition.raw, names)
+        self.chat = _chat_template(definition, settings)
 
     @abstractmethod
-    def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]: ...
+    def _encode_texts(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """Return the tokens of each text."""
+
+    def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
+        if ChatText not in set(map(type, documents)):
+            return self._encode_texts(documents)
+        texts = iter(self._encode_texts([text for text in documents if not isinstance(text, ChatText)]))
+        chats = iter(encode_chats(self._decoder, [text for text in documents if isinstance(text, ChatText)]))
+        return [next(chats if isinstance(text, ChatText) else texts) for text in documents]
 
     def count_each(self, documents: Sequence[str]) -> NDArray[np.int64]:
         return np.fromiter(map(len, self.encode_each(documents)), np.int64, len(documents))
@@ -129,7 +144,10 @@ class _LibraryTokenizer(ABC):
     def _decoder(self) -> Any:
         import tokenizers  # Heavy, and only decoding needs it.
 
-        return tokenizers.Tokenizer.from_buffer(self._definition.raw)
+        tokenizer = tokenizers.Tokenizer.from_buffer(self._definition.raw)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def _check_special_tokens_stay_text(self) -> None:
         """Raise ConfigError if the model itself encodes the text of a special token as this token.
@@ -167,7 +185,7 @@ class GigatokenTokenizer(_LibraryTokenizer):
         self._encode = self._tokenizer.backend.encode
         self._check_special_tokens_stay_text()
 
-    def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
+    def _encode_texts(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
         return list(map(self._encode, documents))
 
 
@@ -184,7 +202,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         self._tokenizer.encode_special_tokens = settings.special_tokens_in_text == "text"
         self._check_special_tokens_stay_text()
 
-    def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
+    def _encode_texts(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
         encodings = self._tokenizer.encode_batch_fast(list(documents), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
@@ -197,6 +215,7 @@ class StoredTokenIds:
         self.bos_ids: tuple[int, ...] = ()
         self.eos_id = eos_id
         self.added = AddedTokens(after=(eos_id,) if add_eos and eos_id is not None else ())
+        self.chat: ChatTemplate | None = None
         self.fingerprint = _fingerprint(f"stored ids below {vocab_size}, {eos_id} ends a document".encode())
 
     def encode_each(self, documents: Sequence[str]) -> list[NDArray[np.uint32]]:
@@ -284,6 +303,18 @@ def _load_with_huggingface(
             f"dataplane.tokenizer is {str(file)!r}, which is not a readable tokenizer.json: {reason[0]}.\n"
             "  Give the path of a Hugging Face tokenizer.json, or of the folder that has one."
         ) from None
+
+
+def _chat_template(definition: TokenizerDefinition, settings: EncodingSettings) -> ChatTemplate | None:
+    if definition.chat_template is None:
+        return None
+    allows_special = settings.special_tokens_in_text == "allow"
+    return ChatTemplate(
+        source=definition.chat_template,
+        special_tokens=definition.named_tokens,
+        refused=() if allows_special else tuple(definition.special_tokens),
+        loss=settings.chat_loss,
+    )
 
 
 def _tokens_of_every_document(

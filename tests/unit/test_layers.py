@@ -11,7 +11,7 @@ BELOW: dict[str, set[str]] = {
     "core": {"errors"},
     "config": {"core", "errors"},
     "comm": {"errors"},
-    "formats": {"core", "config", "errors"},
+    "formats": {"core", "config", "tokens", "errors"},
     "tokens": {"core", "config", "errors"},
     "track": {"config", "errors"},
     "index": {"core", "config", "comm", "formats", "tokens", "errors"},
@@ -50,6 +50,7 @@ ONLY_IN = {
     "megatron": ["integrations/megatron"],
     "submitit": ["launch/"],
     "matplotlib": ["report/"],
+    "jinja2": ["tokens/chat_template.py"],
     "scipy": [],
     "rich": ["cli/", "report/"],
 }

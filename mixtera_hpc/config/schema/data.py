@@ -55,8 +55,9 @@ class DataSetKeys:
     """Name of the format of all shards, or `auto` to take the format from each file name (docs/formats.md)."""
     text: str | None = "text"
     """Dotted path to the document inside a row. Or several fields in a template, `"{title}: {body}"`. Or
-    `function:package.module.function`, your function from a list of rows (dicts) to a list of texts. Null for samples
-    without text, which need `mixture.unit=samples`."""
+    `function:package.module.function`, your function from a list of rows (dicts) to a list of texts. Or `chat:PATH`,
+    the path of a list of messages, which the chat template of the tokenizer renders. Null for samples without text,
+    which need `mixture.unit=samples`."""
     properties: dict[str, PropertyConfig] = field(default_factory=dict)
     """Properties of every sample: name → where its value comes from, for example `{language: meta.lang}`."""
     parser: str | None = None

@@ -48,6 +48,9 @@ class DataPlaneConfig:
     special_tokens_in_text: Literal["text", "allow"] = "text"
     """The text of a special token, such as `<|endoftext|>`, inside a document. `text`: encoded like any other text.
     `allow`: encoded as the special token."""
+    chat_loss: Literal["assistant", "all"] = "assistant"
+    """Which tokens of a conversation (`data.text=chat:PATH`) count. `assistant`: those that the assistant wrote. `all`:
+    also those of the other messages and of the chat template."""
     predict_across_documents: bool = False
     """Count the loss of the first token of a document, which is predicted from the document before it."""
     prefetch_batches: int = 4

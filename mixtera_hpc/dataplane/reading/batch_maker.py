@@ -199,6 +199,8 @@ class BatchMaker:
         counted = packed.continues_document
         if self._source.config.dataplane.predict_across_documents:
             counted = np.ones_like(counted)
+        if packed.trained is not None:
+            counted = counted & packed.trained
         counted_windows = sliding_window_view(counted, grid.length - 1)
 
         batches = []

@@ -22,6 +22,7 @@ from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.composed_text import open_reader
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.tokens.chat_tokens import split_marks
 from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
@@ -44,6 +45,8 @@ class PackedTokens(NamedTuple):
     """Number of the document of each token, ascending from 0."""
     continues_document: NDArray[np.bool_]
     """False for the first token of a document."""
+    trained: NDArray[np.bool_] | None
+    """False for the tokens of a conversation that are not trained; None if there are no conversations."""
 
 
 class _OpenShard(NamedTuple):
@@ -119,6 +122,11 @@ class DocumentReader:
         segments[0::3] = [self._before] * len(tokens)
         segments[1::3] = tokens
         segments[2::3] = [self._after] * len(tokens)
+        chat_blocks = self._source.layout.chat_blocks
+        if chat_blocks is not None:
+            # A chat template writes all special tokens itself.
+            for i in np.flatnonzero(chat_blocks[documents.block]).tolist():
+                segments[3 * i] = segments[3 * i + 2] = _NO_TOKENS
         for i in np.flatnonzero((first > 0) | (last < documents.size)).tolist():
             begin = int(first[i])
             end = int(last[i])
@@ -127,14 +135,17 @@ class DocumentReader:
                 segments[segment] = whole[max(begin, 0) : max(end, 0)]
                 begin -= len(whole)
                 end -= len(whole)
-        packed = np.concatenate(segments).view(np.int32)
+        packed = np.concatenate(segments)
+        trained = None
+        if chat_blocks is not None:
+            packed, trained = split_marks(packed)
 
         starts = np.cumsum(lengths) - lengths
         # A sequence may begin inside a document; that token continues it.
         continues_document = np.ones(len(packed), np.bool_)
         continues_document[starts[first == 0]] = False
         document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        return PackedTokens(packed, document, continues_document)
+        return PackedTokens(packed.view(np.int32), document, continues_document, trained)
 
     def _tokenize(self, documents: Documents) -> list[Tokens]:
         """Return all tokens of each document, without specials."""
@@ -164,7 +175,7 @@ class DocumentReader:
             tokens += _encode(tokenizer, self._read_rows(group, raw=False))
 
         # A wrong count would shift every later sequence of the stream without a sign.
-        sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.num_specials
+        sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.added_tokens(documents.block)
         wrong = np.flatnonzero(sizes != documents.size)
         if len(wrong):
             raise self._wrong_token_count(documents, int(wrong[0]), int(sizes[wrong[0]]))
@@ -215,7 +226,9 @@ class DocumentReader:
         index = self._source.index
         fmt = load_format(index.shard_formats[number])
         path = Path(index.data_root) / index.shard_paths[number]
-        reader = open_reader(fmt, path, index.shard_texts[number], self._cache)
+        tokenizer = self._source.tokenizer
+        chat = tokenizer.chat if tokenizer is not None else None
+        reader = open_reader(fmt, path, index.shard_texts[number], self._cache, chat)
         range_reader = reader if isinstance(reader, RangeReader) else None
         token_reader = cast(TokenReader, reader) if fmt.holds_tokens else None
         shard = _OpenShard(reader, range_reader, token_reader)

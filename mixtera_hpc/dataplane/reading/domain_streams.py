@@ -35,12 +35,16 @@ class StreamLayout:
     table: DomainTable
     order: ShuffleOrder
     num_specials: int
-    """Special tokens added to every document."""
+    """Special tokens added to every document, but not to conversations."""
+    chat_blocks: NDArray[np.bool_] | None
+    """Which blocks of the index hold conversations; None if no block does."""
     in_tokens: bool
     """Whether items are tokens; otherwise they are samples."""
 
     @classmethod
-    def of_config(cls, config: Config, table: DomainTable, tokenizer: Tokenizer | None) -> "StreamLayout":
+    def of_config(
+        cls, config: Config, table: DomainTable, tokenizer: Tokenizer | None, chat_blocks: NDArray[np.bool_] | None
+    ) -> "StreamLayout":
         """Return the layout of the streams of the domains in `table`."""
         plane = config.dataplane
         in_tokens = config.mixture.unit == "tokens"
@@ -48,6 +52,7 @@ class StreamLayout:
             table=table,
             order=ShuffleOrder(seed=plane.seed, shuffle=plane.shuffle, window=plane.shuffle_window),
             num_specials=_num_specials(plane, tokenizer) if in_tokens else 0,
+            chat_blocks=chat_blocks if in_tokens else None,
             in_tokens=in_tokens,
         )
 
@@ -55,14 +60,25 @@ class StreamLayout:
         """Return where the blocks of `domain` are in the table."""
         return slice(int(self.table.indptr[domain]), int(self.table.indptr[domain + 1]))
 
+    def added_tokens(self, blocks: NDArray[np.int32]) -> Ints:
+        """Return the special tokens that are added to each document of these blocks; shape (len(blocks),)."""
+        if self.chat_blocks is None:
+            return np.full(len(blocks), self.num_specials)
+        # A chat template writes all special tokens itself.
+        return np.where(self.chat_blocks[blocks], 0, self.num_specials)
+
     def sizes(self, domain: int) -> Ints:
         """Return the items of `domain` in each of its blocks; shape (blocks of the domain,)."""
         entries = self.entries(domain)
         rows = self.table.rows[entries].astype(np.int64)
-        return self.table.tokens[entries] + self.num_specials * rows if self.in_tokens else rows
+        if not self.in_tokens:
+            return rows
+        return self.table.tokens[entries] + self.added_tokens(self.table.block[entries]) * rows
 
     def epoch_items(self) -> Ints:
         """Return the items of one epoch of every domain; shape (K,)."""
+        if self.chat_blocks is not None:
+            return np.array([self.sizes(domain).sum() for domain in range(self.table.num_domains)], np.int64)
         rows, tokens = self.table.totals()
         # Every document is followed by its special tokens.
         return tokens + self.num_specials * rows if self.in_tokens else rows
@@ -239,13 +255,13 @@ class DomainStreams:
         if self._is_not_dropped is not None:
             shuffled = shuffled[self._is_not_dropped(columns)[shuffled]]
 
+        position, row, offset = _locate_samples(block_rows, columns.length, shuffled)
         if layout.in_tokens:
-            items = columns.tokens[shuffled] + layout.num_specials
+            items = columns.tokens[shuffled] + layout.added_tokens(blocks[position])
         else:
             items = np.ones(len(shuffled), np.int64)
         self._check_items(domain, len(blocks), int(items.sum()), int(order.starts[number + 1] - order.starts[number]))
 
-        position, row, offset = _locate_samples(block_rows, columns.length, shuffled)
         return _StreamWindow(
             block=blocks[position],
             row=row,

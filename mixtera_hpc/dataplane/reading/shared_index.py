@@ -23,6 +23,8 @@ from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.dataplane.reading.domain_streams import StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
+from mixtera_hpc.formats.chat_rows import is_chat
+from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_reader import SampleSource
 from mixtera_hpc.index.read.sample_sizes import add_size_numbers
@@ -30,7 +32,7 @@ from mixtera_hpc.index.read.selection import SelectedDomains, select_domains
 from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["IndexDescription", "SharedTables", "read_shared_index", "select_subset", "share_index"]
+__all__ = ["IndexDescription", "SharedTables", "chat_blocks", "read_shared_index", "select_subset", "share_index"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,8 +222,22 @@ def _describe(
         where=selection.predicate.text,
         drop=list(subset.drop),
         where_after_drops=subset.restrict(config.query.where),
-        domain_items=StreamLayout.of_config(config, selection.table, tokenizer).epoch_items().tolist(),
+        domain_items=StreamLayout.of_config(
+            config, selection.table, tokenizer, chat_blocks(index.shard_texts(), tables.shards.format, tables.blocks)
+        )
+        .epoch_items()
+        .tolist(),
     )
+
+
+def chat_blocks(texts: Sequence[str | None], formats: Sequence[str], blocks: BlockTable) -> NDArray[np.bool_] | None:
+    """Return which blocks hold conversations, given the text and format of every shard; None if no block does."""
+    if not any(map(is_chat, texts)):
+        return None
+    # Shards of token ids in the same data set have no messages.
+    pairs = zip(texts, formats, strict=True)
+    is_chat_shard = np.array([is_chat(text) and not load_format(name).holds_tokens for text, name in pairs], np.bool_)
+    return is_chat_shard[blocks.shard] if is_chat_shard.any() else None
 
 
 def _describe_counting(index: PropertyIndex, chosen: SelectedDomains) -> str:

@@ -30,6 +30,7 @@ from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams, StreamLa
 from mixtera_hpc.dataplane.reading.shared_index import (
     IndexDescription,
     SharedTables,
+    chat_blocks,
     read_shared_index,
     select_subset,
     share_index,
@@ -261,7 +262,9 @@ def _make_source(
     """Compute what follows from the configuration and the shared index."""
     plane = config.dataplane
     # Cheap: every rank and worker computes the rest from the shared tables.
-    layout = StreamLayout.of_config(config, tables.domains, tokenizer)
+    layout = StreamLayout.of_config(
+        config, tables.domains, tokenizer, chat_blocks(index.shard_texts, index.shard_formats, tables.blocks)
+    )
     grid = SequenceGrid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
     epoch_items = layout.epoch_items()
     num_domains = len(epoch_items)

@@ -2,6 +2,7 @@
 
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
+from mixtera_hpc.index.chat_check import check_chat_template
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
@@ -40,6 +41,7 @@ def check_token_counts(config: Config, index: PropertyIndex, tokenizer: Tokenize
             "dataplane.special_tokens_in_text must be those of the build.\n"
             "  Set them as for the build, or run mixtera-hpc index build again with these."
         )
+    check_chat_template(index, tokenizer)
 
 
 def _configured_tokenizer(config: Config) -> str:

@@ -16,12 +16,14 @@ from mixtera_hpc.config.schema import Config, DataSetKeys
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, did_you_mean
 from mixtera_hpc.formats.base import ScanUnit, Vocabulary
+from mixtera_hpc.formats.chat_rows import is_chat
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.formats.shard_scan import scan_spec_of
 from mixtera_hpc.index.build.assemble import BuildReport, BuildRequest, assemble_index
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, follow_index_job, lead_index_job
+from mixtera_hpc.index.chat_check import check_has_template
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.scan.computed_properties import ComputedProperties
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
@@ -123,7 +125,10 @@ def scan_of_set(config: Config, data_set: DataSetKeys, tokenizer: Tokenizer | No
         documents=tokenizer is not None or computed.needs_documents,
         whole_rows=computed.needs_rows,
         vocabulary=vocabulary,
+        chat=tokenizer.chat if tokenizer is not None else None,
     )
+    if tokenizer is not None and is_chat(data_set.text):
+        check_has_template(data_set.text, tokenizer)
     # Columns that no setting names cost extra reads, so they are checked only where whole rows will be served.
     spec = replace(spec, check_rows=data_set.text is None or config.mixture.unit == "samples")
     if config.index.seek_points:

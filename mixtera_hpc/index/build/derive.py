@@ -18,6 +18,7 @@ from mixtera_hpc.config.schema import Config, DataSetKeys
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.formats.base import PropertyField, ScanUnit
+from mixtera_hpc.formats.chat_rows import stored_template
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.build.assemble import placed_records, sources_of
 from mixtera_hpc.index.build.build import check_bucket_numbers, scan_of_set
@@ -26,6 +27,7 @@ from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, f
 from mixtera_hpc.index.build.merge import MergedTables, merge_results
 from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
 from mixtera_hpc.index.build.stored_blocks import block_ranges, combo_values
+from mixtera_hpc.index.chat_check import check_chat_template
 from mixtera_hpc.index.data_sets import DataSetFacts, data_set_key
 from mixtera_hpc.index.read.configured import open_written
 from mixtera_hpc.index.read.open import PropertyIndex
@@ -33,6 +35,8 @@ from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.scan_result import Combo, ScanResult
 from mixtera_hpc.index.scan.unit_scan import DataSetScan
+from mixtera_hpc.tokens.chat_template import ChatTemplate
+from mixtera_hpc.tokens.tokenizer import load_vocabulary
 
 __all__ = ["DeriveReport", "derive_properties"]
 
@@ -136,7 +140,12 @@ def _scan_of_new(config: Config, index: PropertyIndex, dataset: str, keys: DataS
     if all(spec.path is None for spec in own.values()):
         changed = replace(changed, parser=None)
     scan = scan_of_set(config, changed, None)
-    return replace(scan, spec=replace(scan.spec, seek_folder=None))
+    chat: ChatTemplate | None = None
+    if scan.spec.documents and stored_template(facts.text):
+        tokenizer = load_vocabulary(config.dataplane)
+        check_chat_template(index, tokenizer)
+        chat = tokenizer.chat if tokenizer is not None else None
+    return replace(scan, spec=replace(scan.spec, seek_folder=None, chat=chat))
 
 
 def _is_new(index: PropertyIndex, dataset: str, name: str, source: str, kind: Kind, again: bool) -> bool:

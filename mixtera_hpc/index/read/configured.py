@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mixtera_hpc.config.schema import Config, DataConfig, DataSetKeys
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
+from mixtera_hpc.formats.chat_rows import without_template
 from mixtera_hpc.formats.composed_text import FUNCTION_PREFIX
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.layout import path_source
@@ -175,8 +176,9 @@ def _differences(index: PropertyIndex, dataset: str, data: DataSetKeys) -> Itera
     """Yield the key, the given value and the stored value of every setting of a data set that differs."""
     facts = index.sets[dataset]
     # A run does not have to repeat the settings of the build, so the default of `data.text` is not compared.
-    if data.text not in (DataConfig().text, facts.text):
-        yield data_set_key(dataset, "text"), data.text, facts.text
+    stored_text = without_template(facts.text)
+    if data.text not in (DataConfig().text, stored_text):
+        yield data_set_key(dataset, "text"), data.text, stored_text
     for name, spec in data.properties.items():
         # Computed properties have no path; `index derive` and `index refresh` compare their functions.
         if name in facts.sources and spec.path is not None:

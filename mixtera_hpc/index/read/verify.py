@@ -157,7 +157,8 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     # A shard without rows, or one that was skipped because it is damaged: there is nothing to read.
     if first == stop:
         return ""
-    reader = open_reader(file_format, path, text, BlockCache(seek_folders=[seek_folder_of(index.path)]))
+    cache = BlockCache(seek_folders=[seek_folder_of(index.path)])
+    reader = open_reader(file_format, path, text, cache, tokenizer.chat if tokenizer is not None else None)
     try:
         for block in _sample_blocks(np.arange(first, stop)).tolist():
             if not has_text:
