@@ -11,7 +11,7 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast integrations integrations-full check surface format bench reference docs \
+.PHONY: help setup demo test test-full test-fast integrations integrations-full check surface format bench reference docs \
   coverage slurm-up slurm-down clean
 
 help: ## list the targets
@@ -28,18 +28,24 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup ## train on this machine's own text and write a report
 	$(BIN)/mixtera-hpc demo
 
-test: setup ## run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/property
-	$(BIN)/python -m pytest tests/e2e tests/integrations tests/mpi tests/slurm
+# Files with long tests come first, so that both processes end at about the same time.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+TESTS := tests/slurm tests/mpi tests/e2e tests/property tests/integrations tests/unit
+
+test: setup ## run every test that the marker `full` does not leave out; about ten minutes on two cores
+	$(PYTEST) $(TESTS)
+
+test-full: setup ## run all tests, also further inputs of a mechanism that another test shows
+	$(PYTEST) -m "not integrations" $(TESTS)
 
 test-fast: setup ## run the unit tests that take no more than some seconds, on two processes
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not full" tests/unit
 
 integrations: $(TRAINERS) ## launch the example of every trainer, two ranks under torchrun; some minutes
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "integrations and not slow" tests/integrations
+	$(PYTEST) -q -m "integrations and not full" tests/integrations
 
 integrations-full: $(TRAINERS) ## the same under every launcher
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m integrations tests/integrations
+	$(PYTEST) -q -m integrations tests/integrations
 
 $(VENV)/.integrations-ready: $(VENV)/.ready
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[integrations]'

@@ -1,6 +1,7 @@
 """List the samples that a step consists of: offline, from the index and the journal alone."""
 
 from collections.abc import Container, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 
 from mixtera_hpc.config.run_folder import RunFolder
@@ -140,15 +141,16 @@ def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterat
     streams = source.streams()
     mixer = source.mixer(learn=False)
     steps = range(first_step, first_step + num_steps)
-    maker = global_batch_maker(source) if source.config.plan.digests else None
-    while state.step < steps.stop and (weights := mixer.weights_of(state.chunk)) is not None:
-        # Plan all chunks from the first one on, because cursors depend on them, but expand only those asked for.
-        plan, state = source.planner.plan(state, source.without_dropped_domains(weights))
-        if state.step > first_step or plan.last:
-            records = sequences_of_plan(source, streams, plan, steps)
-            yield from _with_digests(maker, plan, steps, records) if maker else records
-        if plan.last:
-            return
+    digests = source.config.plan.digests
+    with closing(global_batch_maker(source)) if digests else nullcontext() as maker:
+        while state.step < steps.stop and (weights := mixer.weights_of(state.chunk)) is not None:
+            # Plan all chunks from the first one on, because cursors depend on them, but expand only those asked for.
+            plan, state = source.planner.plan(state, source.without_dropped_domains(weights))
+            if state.step > first_step or plan.last:
+                records = sequences_of_plan(source, streams, plan, steps)
+                yield from _with_digests(maker, plan, steps, records) if maker else records
+            if plan.last:
+                return
 
 
 def global_batch_maker(source: Source) -> BatchMaker:

@@ -1,11 +1,15 @@
 """Fixtures that run commands as a user types them."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from mixtera_hpc.cli.main import main
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 COMMAND = [sys.executable, "-m", "mixtera_hpc"]
@@ -32,6 +36,23 @@ def cli() -> Cli:
         if rc is not None:
             assert done.returncode == rc, f"{done.returncode}: {' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def verb() -> Cli:
+    """Return a function that does what `cli` does, in this process: for one verb with many inputs."""
+
+    def call(*words: object, cwd: Path | None = None, rc: int = 0) -> subprocess.CompletedProcess[str]:
+        command = list(map(str, words))
+        folder = contextlib.chdir(cwd) if cwd else contextlib.nullcontext()
+        out = io.StringIO()
+        err = io.StringIO()
+        with folder, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(command)
+        assert code == rc, f"{code}: {' '.join(command)}\n{out.getvalue()}\n{err.getvalue()}"
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
     return call
 

@@ -91,9 +91,9 @@ PLAN = [
 ]
 
 
-def digests(cli: Cli, words: list[str]) -> list[tuple[int, int, int, str]]:
-    cli("index", "build", *words)
-    lines = cli("plan", "--json", *words, *PLAN).stdout.splitlines()
+def digests(call: Cli, words: list[str]) -> list[tuple[int, int, int, str]]:
+    call("index", "build", *words)
+    lines = call("plan", "--json", *words, *PLAN).stdout.splitlines()
     records = [json.loads(line) for line in lines]
     return [(r["step"], r["position"], r["domain_id"], r["digest"]) for r in records]
 
@@ -108,30 +108,30 @@ def expected(cli: Cli, stored: Callable[..., list[str]], tokenizer: Path) -> lis
 
 @pytest.mark.parametrize("kind", [k for k in STORED if k not in ("jsonl", "megatron")])
 def test_every_format_gives_the_same_tokens(
-    kind: str, cli: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
+    kind: str, verb: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
 ) -> None:
-    assert digests(cli, [*stored(kind), f"dataplane.tokenizer={tokenizer}"]) == expected
+    assert digests(verb, [*stored(kind), f"dataplane.tokenizer={tokenizer}"]) == expected
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_stored_ids_give_the_same_tokens(
-    append_eod: bool, cli: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
+    append_eod: bool, verb: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
 ) -> None:
     words = stored("megatron", tokenizer=tokenizer, append_eod=append_eod)
-    assert digests(cli, [*words, f"dataplane.tokenizer={tokenizer}"]) == expected
+    assert digests(verb, [*words, f"dataplane.tokenizer={tokenizer}"]) == expected
 
 
 def test_stored_ids_need_no_tokenizer(
-    cli: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
+    verb: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
 ) -> None:
     known = load_tokenizer(tokenizer)
     words = stored("megatron", tokenizer=tokenizer, append_eod=True)
     vocabulary = [f"dataplane.vocab_size={known.vocab_size}", f"dataplane.eos_id={known.eos_id}"]
-    assert digests(cli, [*words, *vocabulary]) == expected
+    assert digests(verb, [*words, *vocabulary]) == expected
 
 
 def test_formats_mix_in_one_index(
-    cli: Cli, stored: Callable[..., list[str]], tokenizer: Path, tmp_path: Path, expected: Any
+    verb: Cli, stored: Callable[..., list[str]], tokenizer: Path, tmp_path: Path, expected: Any
 ) -> None:
     """Each module is in another format, with text and properties at the same paths."""
     writers = [
@@ -144,14 +144,14 @@ def test_formats_mix_in_one_index(
         rows = [{"text": text, "meta": {"source": module}, "tags": []} for text in paragraphs(module)]
         write(tmp_path / "data" / module, rows)
     words = [f"data.root={tmp_path / 'data'}", "data.properties.source=meta.source", f"index.path={tmp_path / 'i.h5'}"]
-    assert digests(cli, [*words, f"dataplane.tokenizer={tokenizer}"]) == expected
-    facts = json.loads(cli("index", "inspect", "--json", *words).stdout)
+    assert digests(verb, [*words, f"dataplane.tokenizer={tokenizer}"]) == expected
+    facts = json.loads(verb("index", "inspect", "--json", *words).stdout)
     assert facts["shards"] == 3
 
 
-def test_images_of_a_tar_reach_the_trainer_as_bytes(cli: Cli, stored: Callable[..., list[str]]) -> None:
+def test_images_of_a_tar_reach_the_trainer_as_bytes(verb: Cli, stored: Callable[..., list[str]]) -> None:
     words = [*stored("webdataset"), "mixture.unit=samples", "dataplane.global_batch_size=4"]
-    cli("index", "build", *words)
+    verb("index", "build", *words)
     with DataPlane.open(compose(words)) as plane:
         batch = next(iter(plane))
     assert batch.payloads is not None and len(batch.payloads) == 4

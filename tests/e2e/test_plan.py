@@ -27,20 +27,20 @@ def printed(cli: Cli, words: list[str]) -> str:
 @pytest.mark.parametrize(
     "shape", ["job.ranks_per_node=2", "job.nodes=3", "job.ranks_per_node=4 dataplane.prefetch_batches=1"]
 )
-def test_the_plan_does_not_depend_on_the_job(shape: str, cli: Cli, words: list[str], printed: str) -> None:
-    assert cli("plan", *words, "--json", f"plan.steps={STEPS}", *shape.split()).stdout == printed
+def test_the_plan_does_not_depend_on_the_job(shape: str, verb: Cli, words: list[str], printed: str) -> None:
+    assert verb("plan", *words, "--json", f"plan.steps={STEPS}", *shape.split()).stdout == printed
 
 
 @pytest.mark.parametrize("first", [1, 8, 17])
 def test_a_plan_that_starts_later_equals_the_rest_of_the_whole_plan(
-    first: int, cli: Cli, words: list[str], printed: str
+    first: int, verb: Cli, words: list[str], printed: str
 ) -> None:
-    rest = cli("plan", *words, "--json", f"plan.first_step={first}", f"plan.steps={STEPS - first}").stdout
+    rest = verb("plan", *words, "--json", f"plan.first_step={first}", f"plan.steps={STEPS - first}").stdout
     assert rest == "".join(line for line in printed.splitlines(True) if json.loads(line)["step"] >= first)
 
 
-def test_every_prefix_is_within_one_sequence_of_the_weights(cli: Cli, words: list[str], printed: str) -> None:
-    weights = {d["domain_id"]: d["weight"] for d in json.loads(cli("query", *words, "--json").stdout)["domains"]}
+def test_every_prefix_is_within_one_sequence_of_the_weights(verb: Cli, words: list[str], printed: str) -> None:
+    weights = {d["domain_id"]: d["weight"] for d in json.loads(verb("query", *words, "--json").stdout)["domains"]}
     sequences = [json.loads(line) for line in printed.splitlines()]
     assert len(sequences) == STEPS * 12
     for domain, weight in weights.items():
@@ -54,14 +54,14 @@ def test_sequences_have_the_documented_fields(printed: str) -> None:
     assert sum(end - start for _, _, start, end in first["segments"]) == 33
 
 
-def test_the_forecast_reports_when_data_run_out(cli: Cli, words: list[str]) -> None:
-    done = cli("plan", *words, "mixture.on_exhausted=stop", "training.num_steps=1000")
+def test_the_forecast_reports_when_data_run_out(verb: Cli, words: list[str]) -> None:
+    done = verb("plan", *words, "mixture.on_exhausted=stop", "training.num_steps=1000")
     assert "The data ends after" in done.stdout and "mixture.on_exhausted=redistribute" in done.stdout
 
 
-def test_the_advice_for_a_single_domain_is_to_repeat_it(cli: Cli, words: list[str]) -> None:
+def test_the_advice_for_a_single_domain_is_to_repeat_it(verb: Cli, words: list[str]) -> None:
     single = ["mixture.group_by=[]", "mixture.on_exhausted=stop", "training.num_steps=1000"]
-    printed = cli("plan", *words, *single).stdout
+    printed = verb("plan", *words, *single).stdout
     assert "or set mixture.on_exhausted=repeat" in printed and "redistribute" not in printed
 
 
@@ -79,19 +79,19 @@ def test_the_advice_for_a_single_domain_is_to_repeat_it(cli: Cli, words: list[st
     ],
 )
 def test_invalid_input_is_refused_with_a_suggestion(
-    overrides: list[str], message: str, cli: Cli, words: list[str], tmp_path: Path
+    overrides: list[str], message: str, verb: Cli, words: list[str], tmp_path: Path
 ) -> None:
-    done = cli("plan", *words, *overrides, cwd=tmp_path, rc=2)
+    done = verb("plan", *words, *overrides, cwd=tmp_path, rc=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_digests_require_json(cli: Cli, words: list[str]) -> None:
-    assert "Add --json" in cli("plan", *words, "plan.digests=true", rc=2).stderr
+def test_digests_require_json(verb: Cli, words: list[str]) -> None:
+    assert "Add --json" in verb("plan", *words, "plan.digests=true", rc=2).stderr
 
 
-def test_planned_digests_are_those_of_the_sequences_that_are_served(cli: Cli, words: list[str]) -> None:
-    printed = cli("plan", *words, "--json", "plan.steps=6", "plan.digests=true").stdout
+def test_planned_digests_are_those_of_the_sequences_that_are_served(verb: Cli, words: list[str]) -> None:
+    printed = verb("plan", *words, "--json", "plan.steps=6", "plan.digests=true").stdout
     planned = [json.loads(line) for line in printed.splitlines()]
 
     served = []

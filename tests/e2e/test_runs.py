@@ -16,7 +16,7 @@ def test_the_mixture_of_a_running_job_can_be_changed(cli: Cli, small: list[str],
     (tmp_path / "static.yaml").write_text(STATIC)
     words = ["run", *small, f"run.root={tmp_path / 'runs'}", "training.num_steps=20000"]
     with (tmp_path / "out").open("w+") as out:
-        process = subprocess.Popen([MPIEXEC, "-n", "3", *COMMAND, *words], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([MPIEXEC, "-n", "2", *COMMAND, *words], stdout=out, stderr=subprocess.STDOUT)
         try:
             wait_for(tmp_path, "runs/small/*/metrics/steps.jsonl", 4, process)
             folder = only_run(tmp_path / "runs")

@@ -1,6 +1,6 @@
 """The conformance suite of the trainer examples: same stream, exact resume, feedback, clean ends.
 
-A test file of a trainer subclasses `TrainerConformance` and names its example. Tests marked `slow` belong to
+A test file of a trainer subclasses `TrainerConformance` and names its example. Tests marked `full` belong to
 `make integrations-full`; the others take about six launches, most of them two ranks under torchrun.
 
 What an example must do, beyond the command line and the record of `examples/trainers/command_line.py`:
@@ -58,9 +58,9 @@ LEARNING = [
 LEARNING_STEPS = 12
 
 
-def slow_unless(short: Sequence[object], every: Sequence[Sequence[object]]) -> list[Any]:
+def full_unless(short: Sequence[object], every: Sequence[Sequence[object]]) -> list[Any]:
     """Return the parameters of a test, of which only `short` belongs to the short suite."""
-    return [pytest.param(*values, marks=[] if list(values) == list(short) else pytest.mark.slow) for values in every]
+    return [pytest.param(*values, marks=[] if list(values) == list(short) else pytest.mark.full) for values in every]
 
 
 EVERY_LAUNCH = list(product(LAUNCHERS, (1, 2)))
@@ -132,7 +132,7 @@ class TrainerConformance:
     def runs(cls, collection: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
         return Runs(cls.example, collection, tmp_path_factory.mktemp("runs"))
 
-    @pytest.mark.parametrize(("launcher", "accumulate"), slow_unless(("torchrun", 1), EVERY_LAUNCH))
+    @pytest.mark.parametrize(("launcher", "accumulate"), full_unless(("torchrun", 1), EVERY_LAUNCH))
     def test_two_jobs_with_a_checkpoint_between_them_serve_the_bare_stream(
         self, launcher: str, accumulate: int, runs: Runs
     ) -> None:
@@ -142,7 +142,7 @@ class TrainerConformance:
         assert trained_digests(read_records(out)) == runs.stream.digests
         assert_verified(out)
 
-    @pytest.mark.parametrize(("launcher", "accumulate"), slow_unless(("python", 1), EVERY_LAUNCH))
+    @pytest.mark.parametrize(("launcher", "accumulate"), full_unless(("python", 1), EVERY_LAUNCH))
     def test_one_job_serves_the_bare_stream(self, launcher: str, accumulate: int, runs: Runs) -> None:
         out = runs.whole(launcher, accumulate)
 
@@ -150,7 +150,7 @@ class TrainerConformance:
         assert trained_digests(read_records(out)) == runs.stream.digests
         assert_verified(out)
 
-    @pytest.mark.parametrize(("launcher", "accumulate"), slow_unless(("torchrun", 1), EVERY_LAUNCH))
+    @pytest.mark.parametrize(("launcher", "accumulate"), full_unless(("torchrun", 1), EVERY_LAUNCH))
     def test_losses_depend_neither_on_the_ranks_nor_on_a_resume(
         self, launcher: str, accumulate: int, runs: Runs
     ) -> None:
@@ -159,7 +159,7 @@ class TrainerConformance:
 
         np.testing.assert_allclose(resumed, expected, rtol=LOSS_TOLERANCE)
 
-    @pytest.mark.slow
+    @pytest.mark.full
     @pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
     def test_steps_after_the_checkpoint_are_trained_again(self, launcher: str, runs: Runs) -> None:
         out = runs.new_folder(f"repeated-{launcher}")
@@ -173,7 +173,7 @@ class TrainerConformance:
         assert trained_digests(records) == runs.stream.digests
         assert_verified(out)
 
-    @pytest.mark.parametrize("launcher", slow_unless(("torchrun",), EVERY_LAUNCHER))
+    @pytest.mark.parametrize("launcher", full_unless(("torchrun",), EVERY_LAUNCHER))
     def test_losses_reach_the_mixing_algorithm_and_the_log_of_the_trainer(self, launcher: str, runs: Runs) -> None:
         out = runs.new_folder(f"learning-{launcher}")
         runs.launch(launcher, out, "--steps", LEARNING_STEPS, "--accumulate", 2, learning=True)
@@ -186,7 +186,7 @@ class TrainerConformance:
         for metric in ("train_loss", "held_out_loss", "weight"):
             assert any(f"{metric}/{name}".encode() in logged for name in runs.stream.domain_names), metric
 
-    @pytest.mark.parametrize("launcher", slow_unless(("torchrun",), SEVERAL_RANKS))
+    @pytest.mark.parametrize("launcher", full_unless(("torchrun",), SEVERAL_RANKS))
     def test_an_exception_in_rank_1_ends_every_rank_and_names_it(self, launcher: str, runs: Runs) -> None:
         out = runs.new_folder(f"failing-{launcher}")
         with start(runs.command(launcher, out, "--steps", MANY_STEPS, fails=True), out / "log_0.txt") as job:
@@ -198,7 +198,7 @@ class TrainerConformance:
         assert "[rank 1 on" in finished.output
         assert "ValueError: broken on purpose" in finished.output
 
-    @pytest.mark.parametrize("launcher", slow_unless(("torchrun",), EVERY_LAUNCHER))
+    @pytest.mark.parametrize("launcher", full_unless(("torchrun",), EVERY_LAUNCHER))
     def test_a_stop_file_ends_the_run_resumably(self, launcher: str, runs: Runs) -> None:
         out = runs.new_folder(f"stop-file-{launcher}")
         with start(runs.command(launcher, out, "--steps", MANY_STEPS), out / "log_0.txt") as job:
@@ -210,7 +210,7 @@ class TrainerConformance:
         assert not RunFolder(out).stop_request.exists()
         self.assert_ended_resumably(launcher, out, finished, runs)
 
-    @pytest.mark.slow
+    @pytest.mark.full
     @pytest.mark.parametrize("launcher", list(LAUNCHERS))
     def test_sigterm_ends_the_run_resumably(self, launcher: str, runs: Runs) -> None:
         out = runs.new_folder(f"sigterm-{launcher}")

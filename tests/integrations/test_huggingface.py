@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .conformance import EVERY_LAUNCH, NUM_STEPS, Runs, TrainerConformance, slow_unless
+from .conformance import EVERY_LAUNCH, NUM_STEPS, Runs, TrainerConformance, full_unless
 from .launching import Example
 
 ARGUMENTS = Path(__file__).with_name("huggingface_arguments_program.py")
@@ -19,7 +19,7 @@ PLANE_TRAINER = "With the Hugging Face Trainer, use mixtera_hpc.integrations.tra
 class TestHuggingFace(TrainerConformance):
     example = Example(script="huggingface.py")
 
-    @pytest.mark.parametrize(("launcher", "accumulate"), slow_unless(("torchrun", 1), EVERY_LAUNCH))
+    @pytest.mark.parametrize(("launcher", "accumulate"), full_unless(("torchrun", 1), EVERY_LAUNCH))
     def test_gradients_depend_neither_on_the_ranks_nor_on_micro_batches(
         self, launcher: str, accumulate: int, runs: Runs
     ) -> None:

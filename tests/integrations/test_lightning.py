@@ -17,7 +17,7 @@ class TestLightningExample(TrainerConformance):
 
 
 @pytest.mark.integrations
-@pytest.mark.slow
+@pytest.mark.full
 def test_processes_that_lightning_starts_share_the_batches(collection: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(PROGRAM), str(tmp_path), *collection, *SMALL]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)

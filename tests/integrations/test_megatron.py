@@ -12,7 +12,7 @@ pytest.importorskip("megatron.core")
 class TestMegatron(TrainerConformance):
     example = Example(script="megatron_groups.py")
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_ranks_of_a_tensor_parallel_group_train_on_the_same_sequences(
         self, runs: Runs, monkeypatch: pytest.MonkeyPatch
     ) -> None:

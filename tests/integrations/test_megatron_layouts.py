@@ -31,7 +31,7 @@ WORDS = [
 MESHES = ["-".join(dims) for dims in itertools.permutations(["dp", "pp", "tp"])] + ["cp-dp-tp"]
 MEGATRON = ["pp2-tp2", "cp2-tp2", "pp2-cp2"]
 
-pytestmark = [pytest.mark.integrations, pytest.mark.slow]
+pytestmark = [pytest.mark.integrations, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ class TestTorchtitan(TrainerConformance):
     example = Example(script="torchtitan.py", python=str(PYTHON))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_ranks_of_a_tensor_parallel_group_serve_the_bare_stream(collection: list[str], tmp_path: Path) -> None:
     runs = Runs(Example(script=str(TENSOR_PARALLEL), python=str(PYTHON)), collection, tmp_path)
     out = runs.split("torchrun", 1)
@@ -39,7 +39,7 @@ def test_ranks_of_a_tensor_parallel_group_serve_the_bare_stream(collection: list
     assert_verified(out)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_losses_of_a_tensor_parallel_group_reach_the_mixing_algorithm(collection: list[str], tmp_path: Path) -> None:
     runs = Runs(Example(script=str(TENSOR_PARALLEL), python=str(PYTHON)), collection, tmp_path)
     out = runs.new_folder("learning")

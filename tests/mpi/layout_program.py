@@ -1,6 +1,6 @@
 """Serve a run in several layouts of model-parallel ranks; rank 0 prints what each rank got and the statistics.
 
-torchrun --nproc-per-node 8 layout_program.py torch OVERRIDES…: a mesh of dp2 × pp2 × cp2 in every order
+python forked_ranks.py 8 layout_program.py torch OVERRIDES…: a mesh of dp2 × pp2 × cp2 in every order
 mpiexec -n 4 python -m mpi4py layout_program.py mpi OVERRIDES…: two groups of two, neighbours and not
 """
 

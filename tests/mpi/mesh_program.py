@@ -1,6 +1,6 @@
 """Serve some steps in every order of a mesh of 8 gloo ranks, and write what each rank was given.
 
-torchrun --nproc-per-node 8 mesh_program.py OUT OVERRIDES…
+python forked_ranks.py 8 mesh_program.py OUT OVERRIDES…, or under torchrun
 
 Only the last pipeline stage records losses. `OUT/DIMS` is the folder of a run, and `OUT/DIMS.json` has one entry per
 rank.

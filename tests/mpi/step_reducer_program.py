@@ -4,7 +4,7 @@ A barrier ends every step, as the reduction of gradients does in training. At th
 more than rank 0, as where trainers hold different numbers of batches.
 
 mpiexec -n N python -m mpi4py step_reducer_program.py
-torchrun --nproc-per-node N step_reducer_program.py
+python forked_ranks.py N step_reducer_program.py
 """
 
 import time

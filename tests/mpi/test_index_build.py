@@ -43,7 +43,9 @@ def alone(root: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return index.read_bytes()
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 5, 8])
+@pytest.mark.parametrize(
+    "ranks", [2, pytest.param(4, marks=pytest.mark.full), 5, pytest.param(8, marks=pytest.mark.full)]
+)
 def test_any_number_of_ranks_writes_the_same_bytes(ranks: int, root: Path, alone: bytes, tmp_path: Path) -> None:
     done = build(root, tmp_path / "index.h5", ranks)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ PROGRAM = Path(__file__).with_name("layout_program.py")
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 WORDS = ["dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.chunk_steps=2", "dataplane.audit=true"]
 LAUNCHERS: dict[str, list[Any]] = {
-    "torch": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "8"],
+    "torch": [sys.executable, PROGRAM.with_name("forked_ranks.py"), "8"],
     "mpi": [MPIEXEC, "-n", "4", sys.executable, "-m", "mpi4py"],
 }
 STEPS = 5

@@ -12,7 +12,7 @@ import pytest
 from mixtera_hpc import DataPlane, compose
 
 PROGRAM = Path(__file__).with_name("mesh_program.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "8"]
+RANKS = [sys.executable, str(PROGRAM.with_name("forked_ranks.py")), "8"]
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.chunk_steps=2", "dataplane.audit=true"]
 
 
@@ -40,7 +40,7 @@ def alone(collection: list[str]) -> dict[str, Any]:
 def out(collection: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of what every rank of every layout was given."""
     folder = tmp_path_factory.mktemp("meshes")
-    command = [*TORCHRUN, str(PROGRAM), str(folder), *collection, *SMALL]
+    command = [*RANKS, str(PROGRAM), str(folder), *collection, *SMALL]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder

@@ -90,7 +90,9 @@ def test_the_mixture_changes_while_training(alone: tuple[Path, dict[str, Any]]) 
     assert first != last
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(2, marks=pytest.mark.full), 3, pytest.param(4, marks=pytest.mark.full), 8]
+)
 def test_served_samples_and_learned_weights_do_not_depend_on_the_number_of_ranks(
     ranks: int, serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -104,16 +106,25 @@ def test_a_restart_under_another_launcher_changes_nothing(
     serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, expected = alone
-    first_part = serve(tmp_path / "run", 4, 1, 13, torchrun=True)
-    second_part = serve(tmp_path / "run", 2, 2)
+    first_part = serve(tmp_path / "run", 2, 1, 13, torchrun=True)
+    second_part = serve(tmp_path / "run", 3, 2)
     assert first_part["statistics"] + second_part["statistics"] == expected["statistics"]
     assert weights(tmp_path / "run") == weights(folder)
     assert consumed(tmp_path / "run") == consumed(folder)
 
 
-@pytest.mark.parametrize(("first", "second", "stop"), [(4, 2, 13), (2, 3, 15), (1, 4, 2)])
-def test_a_restart_with_another_number_of_ranks_changes_nothing(
-    first: int, second: int, stop: int, serve: Serve, alone: tuple[Path, dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("first", "second", "stop"),
+    [(4, 2, 13), pytest.param(2, 3, 15, marks=pytest.mark.full), pytest.param(1, 4, 2, marks=pytest.mark.full)],
+)
+def test_a_restart_with_another_number_of_ranks_changes_nothing_and_verifies(
+    first: int,
+    second: int,
+    stop: int,
+    serve: Serve,
+    alone: tuple[Path, dict[str, Any]],
+    overrides: list[str],
+    tmp_path: Path,
 ) -> None:
     folder, expected = alone
     first_part = serve(tmp_path / "run", first, 1, stop)
@@ -122,14 +133,9 @@ def test_a_restart_with_another_number_of_ranks_changes_nothing(
     assert first_part["statistics"] + second_part["statistics"] == expected["statistics"]
     assert weights(tmp_path / "run") == weights(folder)
     assert consumed(tmp_path / "run") == consumed(folder)
-
-
-def test_verify_accepts_a_run_of_two_attempts(serve: Serve, overrides: list[str], tmp_path: Path) -> None:
-    serve(tmp_path / "run", 2, 1, 10)
-    serve(tmp_path / "run", 3, 2, 20)
     run = RunFolder(tmp_path / "run")
     verdict = verify_run(AttemptSources(compose(overrides)), run, History(run.journal))
-    assert (verdict.num_steps, verdict.num_sequences, verdict.num_attempts) == (20, 480, 2)
+    assert (verdict.num_steps, verdict.num_sequences, verdict.num_attempts) == (STEPS, 24 * STEPS, 2)
 
 
 def test_ranks_of_a_model_parallel_group_get_the_same_and_are_counted_once(

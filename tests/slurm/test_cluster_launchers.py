@@ -11,14 +11,16 @@ import pytest
 
 PROGRAM = Path(__file__).parents[1] / "mpi/launcher_program.py"
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
-LIMIT_S = 240
+LIMIT_S = 150
+SRUN = ["srun", "--kill-on-bad-exit=1", "--time=2"]
+"""Without the first option, srun goes on when a task aborts, and the other tasks wait for it."""
 
 pytestmark = pytest.mark.slurm
 
 TORCHRUN_ON_EVERY_NODE = """\
 #!/bin/bash
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun "{python}" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node 2 \\
+srun --kill-on-bad-exit=1 "{python}" -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node 2 \\
     --rdzv-backend c10d --rdzv-endpoint "$head:{port}" "$@"
 """
 
@@ -30,10 +32,16 @@ def positions(output: str) -> list[list[int]]:
 def run(command: list[str], folder: Path) -> str:
     """Run a command of Slurm and return what it and its job printed."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=folder, env=env)
-    logs = "".join(path.read_text() for path in folder.glob("*.out"))
-    assert done.returncode == 0, done.stdout + done.stderr + logs
-    return done.stdout + logs
+    with (folder / "stdout").open("w+") as stdout, (folder / "stderr").open("w+") as stderr:
+        try:
+            code = subprocess.run(
+                command, stdout=stdout, stderr=stderr, timeout=LIMIT_S, cwd=folder, env=env
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+    printed = (folder / "stdout").read_text() + "".join(path.read_text() for path in folder.glob("*.out"))
+    assert code == 0, f"exit code {code} (None: no end within {LIMIT_S} s)\n{printed}{(folder / 'stderr').read_text()}"
+    return printed
 
 
 def batch(folder: Path, resources: list[str], script: str, arguments: list[str]) -> str:
@@ -41,7 +49,7 @@ def batch(folder: Path, resources: list[str], script: str, arguments: list[str])
     path = folder / "job.sh"
     path.write_text(script)
     output = ["--output", str(folder / "job.out")]
-    return run(["sbatch", "--wait", "--time=5", *resources, *output, str(path), *arguments], folder)
+    return run(["sbatch", "--wait", "--time=2", *resources, *output, str(path), *arguments], folder)
 
 
 @pytest.fixture
@@ -61,19 +69,19 @@ def test_torchrun_started_by_one_task_per_node_is_one_job(loop: list[str], tmp_p
 
 def test_torchrun_inside_one_task_of_srun_is_one_job(loop: list[str], tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    printed = run(["srun", "-n1", "--time=5", *torchrun, *loop], tmp_path)
+    printed = run([*SRUN, "-n1", *torchrun, *loop], tmp_path)
 
     assert positions(printed) == [[0, 1], [2, 3]]
 
 
 def test_srun_with_the_right_plugin_shares_a_batch_through_mpi(loop: list[str], tmp_path: Path) -> None:
-    printed = run(["srun", "-n2", "--nodes=2", "--time=5", "--mpi=pmi2", sys.executable, *loop], tmp_path)
+    printed = run([*SRUN, "-n2", "--nodes=2", "--mpi=pmi2", sys.executable, *loop], tmp_path)
 
     assert positions(printed) == [[0, 1], [2, 3]]
 
 
 def test_srun_with_a_plugin_that_does_not_fit_is_refused(loop: list[str], tmp_path: Path) -> None:
-    command = ["srun", "-n2", "--time=5", "--mpi=none", sys.executable, *loop]
+    command = [*SRUN, "-n2", "--mpi=none", sys.executable, *loop]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=tmp_path)
 
     assert (done.returncode, done.stdout) == (2, "")
@@ -82,7 +90,7 @@ def test_srun_with_a_plugin_that_does_not_fit_is_refused(loop: list[str], tmp_pa
 
 
 def test_plain_python_inside_salloc_is_one_process(loop: list[str], tmp_path: Path) -> None:
-    printed = run(["salloc", "-n4", "--nodes=2", "--time=5", sys.executable, *loop], tmp_path)
+    printed = run(["salloc", "-n4", "--nodes=2", "--time=2", sys.executable, *loop], tmp_path)
 
     assert positions(printed) == [[0, 1, 2, 3]]
 

@@ -1,0 +1,66 @@
+"""Run a program on N ranks with the variables of torchrun; the ranks are forks, so that torch is imported only once.
+
+forked_ranks.py N PROGRAM ARGUMENTS…
+
+For tests of what ranks do, not of how torchrun starts them. After the first failure, the other ranks are killed.
+"""
+
+import os
+import runpy
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch.distributed.device_mesh
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def run_rank(rank: int, num_ranks: int, port: int) -> int:
+    """Run the program of `sys.argv` as one rank and return its exit code."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": str(port)})
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def main() -> int:
+    num_ranks = int(sys.argv[1])
+    sys.argv = sys.argv[2:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    assert torch.distributed.is_available()
+    port = free_port()
+    running = set()
+    for rank in range(num_ranks):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(run_rank(rank, num_ranks, port))
+        running.add(pid)
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        if status != 0:
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(status)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
