@@ -22,7 +22,8 @@ def print_json(value: object) -> None:
 def open_console(*, soft_wrap: bool = False) -> "Console":
     """Return a console as wide as the terminal; for files and pipes it has 160 columns, so that names stay whole.
 
-    Markup is off, because names of domains may contain brackets. If the reader closes the pipe, the console raises
+    Markup is off, because names of domains may contain brackets, and styles are off, because escape sequences are shown
+    and not sent to the terminal (see `safe_output`). If the reader closes the pipe, the console raises
     `BrokenPipeError` for `main` to handle; rich itself would end the process with exit code 1.
     """
     # Imported here because rich takes 0.1 s, and most verbs print plain text.
@@ -33,4 +34,4 @@ def open_console(*, soft_wrap: bool = False) -> "Console":
             raise BrokenPipeError
 
     width = None if sys.stdout.isatty() else PIPE_COLUMNS
-    return StdoutConsole(width=width, highlight=False, soft_wrap=soft_wrap, markup=False)
+    return StdoutConsole(width=width, highlight=False, soft_wrap=soft_wrap, markup=False, color_system=None)

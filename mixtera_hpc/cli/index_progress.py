@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from mixtera_hpc.cli.safe_output import terminal
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.errors import pluralize
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback, ScanProgress
@@ -61,7 +62,7 @@ def _progress_bar(num_ranks: int) -> Iterator[ProgressCallback]:
     on_ranks = f" on {num_ranks} ranks" if num_ranks > 1 else ""
     rows = TextColumn("{task.fields[rows]:,} rows" + on_ranks)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), rows, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(file=terminal(sys.stderr)), transient=True) as bar:
         task = bar.add_task("scan", total=None, rows=0)
 
         def show(state: ScanProgress) -> None:

@@ -13,6 +13,7 @@ from types import ModuleType
 
 from mixtera_hpc import __version__
 from mixtera_hpc.cli.logging_setup import messages_on_stderr
+from mixtera_hpc.cli.safe_output import escaped_output
 from mixtera_hpc.errors import MixteraError, did_you_mean, missing_package
 
 __all__ = ["GROUPS", "VERBS", "main", "verb_parser"]
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if argv[0] not in VERBS:
         hint = did_you_mean(argv[0], list(VERBS))
-        print(f"mixtera-hpc has no verb {argv[0]!r}.{hint}\n  List them with mixtera-hpc --help.", file=sys.stderr)
+        print(f"mixtera-hpc has no verb {argv[0]!a}.{hint}\n  List them with mixtera-hpc --help.", file=sys.stderr)
         return 2
     return _run_verb(argv[0], argv[1:])
 
@@ -85,6 +86,11 @@ def verb_parser(verb: str) -> tuple[argparse.ArgumentParser, ModuleType]:
 
 
 def _run_verb(verb: str, argv: list[str]) -> int:
+    with escaped_output():
+        return _run_unescaped(verb, argv)
+
+
+def _run_unescaped(verb: str, argv: list[str]) -> int:
     try:
         parser, module = verb_parser(verb)
         args = parser.parse_intermixed_args(argv)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.yaml_files import load_yaml
 from mixtera_hpc.errors import DataError, LaunchError
+from mixtera_hpc.report.safe_text import escape_controls
 from mixtera_hpc.track.event_reader import read_events
 
 __all__ = [
@@ -289,5 +290,5 @@ def _domain_names(num_domains: int, events: Events) -> tuple[str, ...]:
     """Return the domain names of the newest event that has `num_domains` names; numbered names if there is none."""
     for event in reversed(events):
         if len(event.get("domains", ())) == num_domains:
-            return tuple(map(str, event["domains"]))
+            return tuple(escape_controls(str(name)) for name in event["domains"])
     return tuple(f"domain {i}" for i in range(num_domains))

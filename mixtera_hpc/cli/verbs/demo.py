@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mixtera_hpc.cli import main as command_line
 from mixtera_hpc.cli.demo_corpus import collect, write_corpus
+from mixtera_hpc.cli.safe_output import terminal
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.tokens.bpe_training import train_bpe
@@ -135,7 +136,8 @@ def _mpiexec() -> str | None:
 
 def _print_title(number: int, text: str) -> None:
     title = f"{number}. {text}"
-    print(f"\n\033[1m{title}\033[0m" if sys.stdout.isatty() else f"\n{title}", flush=True)
+    is_bold = sys.stdout.isatty()
+    print(f"\n\033[1m{title}\033[0m" if is_bold else f"\n{title}", flush=True, file=terminal(sys.stdout))
 
 
 def _print_line(text: str) -> None:

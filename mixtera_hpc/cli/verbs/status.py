@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from mixtera_hpc.cli.console import print_json
 from mixtera_hpc.cli.run_arguments import add_root_argument, find_run_named
+from mixtera_hpc.cli.safe_output import terminal
 from mixtera_hpc.config.run_folder import find_runs, runs_root
 from mixtera_hpc.launch.status import RunStatus, run_statuses
 
@@ -46,7 +47,7 @@ def run(args: Namespace) -> int:
     while True:
         statuses = _statuses(args)
         if args.watch is not None and sys.stdout.isatty():
-            print(CLEAR_SCREEN, end="")
+            print(CLEAR_SCREEN, end="", file=terminal(sys.stdout))
         if args.json:
             for status in statuses:
                 print_json(status)

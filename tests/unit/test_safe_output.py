@@ -1,0 +1,96 @@
+"""Texts of data never control the terminal, whichever verb prints them."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.report.safe_text import escape_controls
+
+HOSTILE = "\x1b]0;owned\x07\x9b2J\u202egnp.exe"
+SERVED = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2", "dataplane.audit=true"]
+
+
+def test_controls_are_shown_as_json_shows_them() -> None:
+    assert escape_controls("a\tb\n\x1b[2J\x7f\x85\u202e é") == "a\tb\n\\u001b[2J\\u007f\\u0085\\u202e é"
+    assert json.loads(escape_controls(json.dumps(HOSTILE, ensure_ascii=False))) == HOSTILE
+
+
+@pytest.fixture(scope="module")
+def hostile(collection: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], RunFolder]:
+    """Return overrides of a collection whose names and texts hold escape sequences, and a run of it."""
+    root = tmp_path_factory.mktemp("hostile")
+    shards = root / f"data{HOSTILE}"
+    shards.mkdir()
+    rows = [{"text": f"{HOSTILE} text {i} " * 5, "source": f"web{HOSTILE}" if i % 2 else "books"} for i in range(64)]
+    (shards / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = next(word for word in collection if word.startswith("dataplane.tokenizer="))
+    words = [
+        *(f"data.root={root}", f"index.path={root}/index.h5", "data.properties.source=source", tokenizer),
+        *("mixture.group_by=[source]", *SERVED),
+    ]
+    assert main(["index", "build", *words]) == 0
+    run = RunFolder(root / "runs" / "mine" / "1")
+    with DataPlane.open(compose(words), Local(), folder=run) as plane:
+        for _, batch in zip(range(4), plane, strict=False):
+            plane.record(batch, 1.0 + batch.tokens[:, 1:] % 7)
+    return words, run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["index", "build", "COLLECTION", "index.path=OTHER"],
+        ["index", "inspect", "COLLECTION"],
+        ["index", "verify", "COLLECTION"],
+        ["index", "duplicates", "COLLECTION"],
+        ["query", "COLLECTION"],
+        ["query", "COLLECTION", f"query.where=source == 'x{HOSTILE}'"],
+        ["plan", "COLLECTION"],
+        ["plan", "COLLECTION", "plan.steps=2", "--json"],
+        ["mixture", "show", "RUN"],
+        ["trace", "RUN", "--step", "0"],
+        ["trace", "RUN", "--step", "0", "--show"],
+        ["trace", "RUN", "--verify"],
+        ["trace", "RUN", "--domain", f"web{HOSTILE}", "--steps", "0..1", "--json"],
+        ["status", "RUN"],
+        ["report", "RUN"],
+        ["logs", "RUN"],
+        ["resume", "RUN"],
+        ["tokenizer", "train", "COLLECTION", "--out", "TOKENIZER", "--vocab-size", "300"],
+        [f"verb{HOSTILE}"],
+    ],
+    ids=lambda words: " ".join(words[:2] + words[4:])[:30].encode("ascii", "ignore").decode(),
+)
+def test_no_verb_prints_a_control_character(
+    hostile: tuple[list[str], RunFolder], words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    collection, run = hostile
+    argv: list[str] = []
+    for word in words:
+        if word == "COLLECTION":
+            argv += collection
+        else:
+            word = word.replace("RUN", str(run.path)).replace("OTHER", f"{tmp_path}/other.h5")
+            argv.append(word.replace("TOKENIZER", f"{tmp_path}/tokenizer.json"))
+    capfd.readouterr()
+    assert main(argv) in (0, 2)
+    printed = capfd.readouterr()
+    output = printed.out + printed.err
+    assert output
+    controls = {c for c in output if unicodedata.category(c) == "Cc" or c in "\u202e"} - {"\n", "\t"}
+    assert not controls, output[:500]
+
+
+def test_no_page_of_a_report_holds_a_control_character(hostile: tuple[list[str], RunFolder]) -> None:
+    _, run = hostile
+    assert main(["report", str(run.path)]) == 0
+    page = (run.report / "report.html").read_text()
+    assert "\\u001b" in page
+    assert not {c for c in page if unicodedata.category(c) == "Cc" or c == "\u202e"} - {"\n", "\t"}
