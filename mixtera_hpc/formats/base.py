@@ -40,6 +40,7 @@ __all__ = [
     "ScanSpec",
     "ScanUnit",
     "ShardReader",
+    "TokenFormat",
     "TokenReader",
     "Vocabulary",
     "null_column",
@@ -249,7 +250,7 @@ class Format(Protocol):
 
     @property
     def holds_tokens(self) -> bool:
-        """True if the readers of this format are `TokenReader`s."""
+        """True for a `TokenFormat`, whose readers are `TokenReader`s."""
         ...
 
     @property
@@ -286,6 +287,23 @@ class Format(Protocol):
 
         Raises:
             DataError: the shard cannot be opened.
+        """
+        ...
+
+
+class TokenFormat(Format, Protocol):
+    """A format whose shards hold token ids instead of texts: `holds_tokens` is True, and rows have byte ranges."""
+
+    def map_tokens(self, path: Path, first_rows: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[Any]:
+        """Map a shard into memory, and return all its bytes as token ids in the file's integer type.
+
+        Args:
+            path: the shard.
+            first_rows: number of the first row of some blocks.
+            offsets: first byte of these blocks.
+
+        Raises:
+            DataError: the shard cannot be read, or a block does not begin where the index says.
         """
         ...
 

@@ -14,6 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence_digest
@@ -22,11 +23,13 @@ from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, Packed
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transform, load_transform, transformed
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.reading.stored.token_gather import shards_with_tokens
 from mixtera_hpc.errors import MixteraError
 
 __all__ = ["BatchMaker", "steps_per_read", "training_steps_of"]
 
 TOKENS_PER_READ = 1 << 18
+STORED_TOKENS_PER_READ = 1 << 20
 SAMPLE_BYTES_PER_READ = 4 << 20
 """Target sizes of what is read together: few calls, but each read takes only milliseconds."""
 
@@ -158,6 +161,8 @@ class BatchMaker:
         runs = self._placed_runs(steps)
         if not runs:
             return [self._padding(plan, content) for content in steps]
+        if self._reader.holds_all_tokens:
+            return self._stored_batches(plan, steps, runs)
         by_domain = {
             domain: self._streams.documents_of(domain, [(run.start, run.stop) for run in of_domain])
             for domain, of_domain in itertools.groupby(runs, key=lambda placed: placed.run.domain)
@@ -170,6 +175,35 @@ class BatchMaker:
         last_of_domain = np.cumsum([len(of_domain.block) for of_domain in by_domain.values()]) - 1
         packed = self._reader.read(documents, dict(zip(by_domain, last_of_domain.tolist(), strict=True)))
         return self._token_batches(plan, steps, runs, packed)
+
+    def _stored_batches(self, plan: ChunkPlan, steps: list[_StepContent], runs: list[_PlacedRun]) -> list[Batch]:
+        """Copy stored tokens to the sequences of each step."""
+        grid = self._source.grid
+        size = self._slice.size
+        documents = Documents.join(
+            [
+                self._streams.documents_of(
+                    domain, [span for placed in of_domain for span in _sequence_spans(placed, grid)]
+                )
+                for domain, of_domain in itertools.groupby(runs, key=lambda placed: placed.run.domain)
+            ]
+        )
+        rows = np.concatenate([np.array(placed.run.rows) + placed.step_index * size for placed in runs])
+        sequences = self._reader.read_sequences(documents, rows, (len(steps) * size, grid.length))
+        batches = []
+        for step_index, content in enumerate(steps):
+            own = slice(step_index * size, (step_index + 1) * size)
+            batches.append(
+                self._batch(
+                    plan,
+                    content,
+                    None,
+                    tokens=sequences.tokens[own],
+                    document_ids=sequences.document_ids[own],
+                    loss_mask=sequences.loss_mask[own],
+                )
+            )
+        return batches
 
     def _placed_runs(self, steps: list[_StepContent]) -> list[_PlacedRun]:
         """Return all runs of `steps`, sorted by domain, then by step."""
@@ -307,6 +341,12 @@ class BatchMaker:
         )
 
 
+def _sequence_spans(placed: _PlacedRun, grid: SequenceGrid) -> list[tuple[int, int]]:
+    """Return the items of each sequence of a run."""
+    starts = range(placed.start, placed.start + len(placed.run.rows) * grid.stride, grid.stride)
+    return [(start, start + grid.length) for start in starts]
+
+
 def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:
     """Return the training steps that `plan` serves, without those before `first_step`."""
     version = source.stream_version
@@ -317,7 +357,8 @@ def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range
 def steps_per_read(source: Source, batch_slice: BatchSlice) -> int:
     """Return how many steps are read together, at least 1; for samples, from their average size."""
     if source.layout.in_tokens:
-        return max(1, TOKENS_PER_READ // (batch_slice.size * source.grid.length))
+        tokens_per_read = STORED_TOKENS_PER_READ if shards_with_tokens(source).all() else TOKENS_PER_READ
+        return max(1, round(tokens_per_read / (batch_slice.size * source.grid.length)))
     # The average over the whole index is good enough: only the size of reads depends on it.
     num_samples = int(source.blocks.rows.sum(dtype=np.int64))
     num_bytes = max(int(source.blocks.length.sum()), 1)

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
+from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences, read_sequences
+from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
 from mixtera_hpc.formats.base import BlockRef, RangeReader, ShardReader, TokenReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
@@ -24,7 +26,6 @@ from mixtera_hpc.formats.composed_text import open_reader
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.tokens.chat_tokens import split_marks
 from mixtera_hpc.tokens.definition import AddedTokens
-from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["DocumentReader", "PackedTokens", "take"]
 
@@ -73,6 +74,7 @@ class DocumentReader:
         added = source.tokenizer.added if source.tokenizer else AddedTokens()
         self._before: Tokens = np.array(added.before, np.uint32)
         self._after: Tokens = np.array(added.after, np.uint32)
+        self._gather = TokenGather(source)
 
     def read(self, documents: Documents, last_of_domain: Mapping[int, int]) -> PackedTokens:
         """Return the tokens of `documents`, special tokens included. A document that occurs twice is read once.
@@ -83,11 +85,32 @@ class DocumentReader:
         Raises:
             DataError: a document cannot be read, or has other tokens than the index counted.
         """
-        tokens = self._tokenize(documents)
-        for domain, last in last_of_domain.items():
-            key = int(_row_key(documents.block[last], documents.row[last]))
-            self._last_documents[domain] = key, tokens[last]
-        return self._pack(documents, tokens)
+        is_stored = self._gather.is_stored(documents)
+        if not is_stored.any():
+            return self._packed(documents, self._read_texts(documents, last_of_domain))
+
+        # A collection may mix shards of text with shards of token ids.
+        is_stored_token = np.repeat(is_stored, documents.last - documents.first)
+        of_stored = np.empty(int(is_stored_token.sum()), np.int32)
+        self._gather.read_into(documents.select(np.flatnonzero(is_stored)), of_stored)
+        if is_stored.all():
+            return self._packed(documents, of_stored)
+        position_of_text = np.cumsum(~is_stored) - 1
+        last_texts = {d: int(position_of_text[last]) for d, last in last_of_domain.items() if not is_stored[last]}
+        tokens = np.empty(len(is_stored_token), np.int32)
+        tokens[is_stored_token] = of_stored
+        tokens[~is_stored_token] = self._read_texts(documents.select(np.flatnonzero(~is_stored)), last_texts)
+        return self._packed(documents, tokens)
+
+    @property
+    def holds_all_tokens(self) -> bool:
+        """Whether every document is stored as token ids, so that `read_sequences` can be used."""
+        return self._source.layout.in_tokens and self._gather.holds_all
+
+    def read_sequences(self, documents: Documents, rows: Ints, shape: tuple[int, int]) -> StoredSequences:
+        """Return whole sequences of documents that are all stored; see `stored_sequences.read_sequences`."""
+        across = self._source.config.dataplane.predict_across_documents
+        return read_sequences(self._gather, documents, rows, shape, predict_across_documents=across)
 
     def payloads(self, documents: Documents) -> list[Any]:
         """Return the raw rows of `documents`."""
@@ -102,6 +125,7 @@ class DocumentReader:
         for shard in self._shards.values():
             shard.reader.close()
         self._shards.clear()
+        self._gather.close()
 
     def _rows_in_stream_order(self, documents: Documents, *, raw: bool) -> list[Any]:
         # Rows are read in the order of the disk.
@@ -111,12 +135,18 @@ class DocumentReader:
         place_of[disk_order] = np.arange(len(disk_order))
         return take(rows, place_of)
 
-    def _pack(self, documents: Documents, tokens: list[Tokens]) -> PackedTokens:
+    def _read_texts(self, documents: Documents, last_of_domain: Mapping[int, int]) -> NDArray[np.int32]:
+        """Tokenize documents, and return their wanted tokens, special tokens and marks of conversations included."""
+        tokens = self._tokenize(documents)
+        for domain, last in last_of_domain.items():
+            key = int(_row_key(documents.block[last], documents.row[last]))
+            self._last_documents[domain] = key, tokens[last]
+        return self._concatenate(documents, tokens)
+
+    def _concatenate(self, documents: Documents, tokens: list[Tokens]) -> NDArray[np.int32]:
         """Concatenate the wanted tokens of each document, with the special tokens that begin and end it."""
         first = documents.first
         last = documents.last
-        lengths = last - first
-
         # Three segments per document. Most documents are wanted whole; only the others are sliced in Python.
         segments = [_NO_TOKENS] * (3 * len(tokens))
         segments[0::3] = [self._before] * len(tokens)
@@ -135,17 +165,22 @@ class DocumentReader:
                 segments[segment] = whole[max(begin, 0) : max(end, 0)]
                 begin -= len(whole)
                 end -= len(whole)
-        packed = np.concatenate(segments)
-        trained = None
-        if chat_blocks is not None:
-            packed, trained = split_marks(packed)
+        return np.concatenate(segments).view(np.int32)
 
+    def _packed(self, documents: Documents, tokens: NDArray[np.int32]) -> PackedTokens:
+        """Return the wanted tokens of `documents`, with the document of each."""
+        trained = None
+        if self._source.layout.chat_blocks is not None:
+            unmarked, trained = split_marks(tokens.view(np.uint32))
+            tokens = unmarked.view(np.int32)
+
+        lengths = documents.last - documents.first
         starts = np.cumsum(lengths) - lengths
         # A sequence may begin inside a document; that token continues it.
-        continues_document = np.ones(len(packed), np.bool_)
-        continues_document[starts[first == 0]] = False
+        continues_document = np.ones(len(tokens), np.bool_)
+        continues_document[starts[documents.first == 0]] = False
         document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        return PackedTokens(packed.view(np.int32), document, continues_document, trained)
+        return PackedTokens(tokens, document, continues_document, trained)
 
     def _tokenize(self, documents: Documents) -> list[Tokens]:
         """Return all tokens of each document, without specials."""
@@ -166,19 +201,17 @@ class DocumentReader:
         """Read and tokenize documents that are sorted by block and row, some at a time."""
         tokenizer = self._source.tokenizer
         if tokenizer is None:
-            raise DataError(
-                "Tokens were asked for without a tokenizer.\n  Set dataplane.tokenizer, or mixture.unit=samples."
-            )
+            raise no_tokenizer_error()
         tokens: list[Tokens] = []
         for first in range(0, len(documents.block), DOCUMENTS_PER_ENCODE):
             group = documents.select(slice(first, first + DOCUMENTS_PER_ENCODE))
-            tokens += _encode(tokenizer, self._read_rows(group, raw=False))
+            tokens += tokenizer.encode_each(self._read_rows(group, raw=False))
 
         # A wrong count would shift every later sequence of the stream without a sign.
         sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.added_tokens(documents.block)
         wrong = np.flatnonzero(sizes != documents.size)
         if len(wrong):
-            raise self._wrong_token_count(documents, int(wrong[0]), int(sizes[wrong[0]]))
+            raise token_count_error(self._source, documents, int(wrong[0]), int(sizes[wrong[0]]))
         return tokens
 
     def _read_rows(self, documents: Documents, *, raw: bool) -> list[Any]:
@@ -238,39 +271,6 @@ class DocumentReader:
             _, oldest = self._shards.popitem(last=False)
             oldest.reader.close()
         return shard
-
-    def _wrong_token_count(self, documents: Documents, position: int, num_tokens: int) -> DataError:
-        blocks = self._source.blocks
-        block = int(documents.block[position])
-        shard = self._source.index.shard_paths[int(blocks.shard[block])]
-        row = int(blocks.first_row[block]) + int(documents.row[position])
-        return DataError(
-            f"{shard} row {row} has {num_tokens} tokens, but the index counted {int(documents.size[position])}: "
-            "the file or the tokenizer has changed.\n  Run mixtera-hpc index verify, and build the index again."
-        )
-
-
-def _encode(tokenizer: Tokenizer, documents: Sequence[Any]) -> list[Tokens]:
-    """Return the tokens of documents that are texts, or token ids already."""
-    # A collection may mix shards of text with shards of token ids.
-    if set(map(type, documents)) == {str}:
-        return tokenizer.encode_each(documents)
-    texts = [document for document in documents if isinstance(document, str)]
-    remaining = iter(tokenizer.encode_each(texts) if texts else [])
-    return [
-        next(remaining) if isinstance(document, str) else _without_added(document, tokenizer) for document in documents
-    ]
-
-
-def _without_added(ids: NDArray[Any], tokenizer: Tokenizer) -> Tokens:
-    """Remove the special tokens that stored token ids may begin and end with; `_pack` adds what the config asks for."""
-    eos_id = tokenizer.eos_id
-    ends_with_eos = eos_id is not None and len(ids) > 0 and int(ids[-1]) == eos_id
-    ids = ids[: len(ids) - int(ends_with_eos)]
-    num_bos = len(tokenizer.bos_ids)
-    if num_bos and tuple(ids[:num_bos].tolist()) == tokenizer.bos_ids:
-        ids = ids[num_bos:]
-    return ids.astype(np.uint32)
 
 
 def take(items: Sequence[Any], positions: NDArray[np.intp]) -> list[Any]:

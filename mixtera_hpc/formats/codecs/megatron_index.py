@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 
-__all__ = ["DTYPES", "HEADER", "MAGIC", "VERSION", "TokenLayout", "read_token_layout"]
+__all__ = ["DTYPES", "HEADER", "MAGIC", "VERSION", "TokenLayout", "read_document_starts", "read_token_layout"]
 
 MAGIC = b"MMIDIDX\0\0"
 VERSION = 1
@@ -65,6 +65,30 @@ def read_token_layout(shard: Path) -> TokenLayout:
             "  Copy it again, or exclude the shard with data.exclude."
         )
     return TokenLayout(dtype=dtype, starts=bounds[table])
+
+
+def read_document_starts(shard: Path, documents: NDArray[np.int64]) -> tuple[np.dtype[Any], NDArray[np.int64]]:
+    """Return the type of the ids, and the first byte of some documents in the `.bin` file; shape (len(documents),).
+
+    Reads only what it returns, in contrast to `read_token_layout`, which reads and checks the whole `.idx` file.
+
+    Raises:
+        DataError: the file is missing, damaged, not an index of integer ids, or lacks a document.
+    """
+    path = shard.with_suffix(".idx")
+    data = _map_file(path, shard)
+    dtype, num_sequences, num_entries = _read_header(data, path)
+    pointers = np.frombuffer(data, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
+    sequences: NDArray[Any] = documents
+    if num_entries >= 2:
+        table = np.frombuffer(data, "<i8", num_entries, HEADER.size + 12 * num_sequences)
+        sequences = table[np.minimum(documents, num_entries - 1)]
+
+    # Empty documents at the end begin at the size of the file, where no sequence does.
+    has_sequence = (sequences >= 0) & (sequences < num_sequences)
+    starts = np.full(len(documents), shard.stat().st_size, np.int64)
+    starts[has_sequence] = pointers[sequences[has_sequence]]
+    return dtype, starts
 
 
 def _map_file(path: Path, shard: Path) -> NDArray[np.uint8]:

@@ -6,6 +6,8 @@ at the end of a document is not counted as part of it; the data plane adds one w
 files written with and without `--append-eod` give the same stream. The same holds for a token that begins documents.
 """
 
+import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +30,10 @@ from mixtera_hpc.formats.base import (
 )
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.megatron_index import read_token_layout
+from mixtera_hpc.formats.codecs.megatron_index import read_document_starts, read_token_layout
 from mixtera_hpc.formats.readers.jsonl import JsonlFormat
 from mixtera_hpc.formats.registry import SIDECAR_SUFFIX
-from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, shard_changed_error
+from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS, open_shard, shard_changed_error
 
 __all__ = ["MegatronFormat", "sidecar_of"]
 
@@ -68,6 +70,21 @@ class MegatronFormat:
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         """Map the shard into memory."""
         return MegatronReader(path)
+
+    def map_tokens(self, path: Path, first_rows: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[Any]:
+        """Map the `.bin` file; see `TokenFormat`. Reads of the `.idx` file only where the blocks begin."""
+        dtype, starts = read_document_starts(path, first_rows)
+        moved = np.flatnonzero(starts != offsets)
+        if len(moved):
+            raise shard_changed_error(path, None, f"document {int(first_rows[moved[0]])} lies elsewhere")
+        descriptor = open_shard(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            # An empty file cannot be mapped.
+            data = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size else b""
+        finally:
+            os.close(descriptor)
+        return np.frombuffer(data, dtype, size // dtype.itemsize)
 
 
 def sidecar_of(path: Path) -> Path:
@@ -147,6 +164,7 @@ class _TokenScan:
             rows=stop - first,
             blocks=self._blocks_ending_in(first, stop),
             columns=segment.columns,
+            lengths=np.diff(self._documents.starts[first : stop + 1]),
             tokens=self._count_tokens(first, stop),
             documents=[] if self._spec.documents else None,
             raw_rows=segment.raw_rows,

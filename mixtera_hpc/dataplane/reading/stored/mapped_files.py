@@ -1,0 +1,127 @@
+"""Files of token ids, mapped into memory and addressed as one array.
+
+All mapped files of one integer type are views of a single numpy array that spans the addresses between them. One index
+array therefore reaches the tokens of any number of files in one call. The array also covers addresses that belong to
+nobody, so every index must come from a checked byte range (`MappedFiles.first_tokens`).
+"""
+
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+__all__ = ["MappedFiles", "max_mapped_files"]
+
+Ints = NDArray[np.int64]
+
+
+def max_mapped_files() -> int:
+    """Return how many files may stay mapped: each holds a file descriptor, and half of the limit is left to others."""
+    soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 16 if soft_limit == resource.RLIM_INFINITY else max(soft_limit // 2, 1)
+
+
+class MappedFiles:
+    """Maps files when they are first needed, and unmaps those that were not used for longest. Not thread-safe."""
+
+    def __init__(self, num_files: int, map_file: Callable[[int], NDArray[Any]]) -> None:
+        """Map nothing yet.
+
+        Args:
+            num_files: files are numbered from 0 to `num_files` - 1.
+            map_file: returns the token ids of the file of a number, mapped into memory.
+        """
+        self._map_file = map_file
+        self._files: dict[int, NDArray[Any]] = {}
+        self._types: list[np.dtype[Any]] = []
+        """The integer types of all files so far; a type has the number of its position."""
+        self._spans: dict[int, tuple[int, NDArray[Any]]] = {}
+        """Type → lowest address and the array over its files. Emptied when a file is mapped or unmapped."""
+        # One entry per file; the last three are meaningless for files that are not mapped.
+        self._is_mapped = np.zeros(num_files, np.bool_)
+        self._last_use = np.zeros(num_files, np.int64)
+        self._address = np.zeros(num_files, np.int64)
+        self._num_bytes = np.zeros(num_files, np.int64)
+        self._type = np.zeros(num_files, np.int8)
+        self._num_calls = 0
+
+    def map(self, files: NDArray[np.integer[Any]]) -> NDArray[np.int8]:
+        """Map all of `files`, which may repeat, and return the number of each one's integer type.
+
+        They stay mapped until the next call. At most `max_mapped_files` distinct files can be requested.
+        """
+        self._num_calls += 1
+        self._last_use[files] = self._num_calls
+        is_mapped = self._is_mapped[files]
+        if not is_mapped.all():
+            for number in np.unique(files[~is_mapped]).tolist():
+                self._make_room()
+                self._map_one(number)
+        types: NDArray[np.int8] = self._type[files]
+        return types
+
+    def first_tokens(self, files: NDArray[np.integer[Any]], starts: Ints, lengths: Ints) -> Ints | None:
+        """Return the position in `span` of the first token of each byte range; None if a range is not in its file.
+
+        Args:
+            files: the mapped file of each range; all have the same integer type.
+            starts: first byte of each range in its file.
+            lengths: bytes of each range.
+        """
+        low, span = self._span(int(self._type[files[0]]))
+        is_aligned = not ((starts | lengths) & (span.itemsize - 1)).any()
+        is_inside = (starts >= 0) & (lengths >= 0) & (starts + lengths <= self._num_bytes[files])
+        if not is_aligned or not is_inside.all():
+            return None
+        first: Ints = (self._address[files] - low + starts) // span.itemsize
+        return first
+
+    def span(self, type_number: int) -> NDArray[Any]:
+        """Return the array over all mapped files of a type. Read only positions from `first_tokens`, or position 0."""
+        return self._span(type_number)[1]
+
+    def close(self) -> None:
+        """Unmap all files."""
+        self._spans.clear()
+        self._files.clear()
+        self._is_mapped[:] = False
+
+    def _make_room(self) -> None:
+        """Unmap the files that were not used for longest, but none that the current call has requested."""
+        while len(self._files) >= max_mapped_files():
+            oldest = min(self._files, key=self._last_use.__getitem__)
+            if self._last_use[oldest] == self._num_calls:
+                return
+            self._spans.clear()
+            del self._files[oldest]
+            self._is_mapped[oldest] = False
+
+    def _map_one(self, number: int) -> None:
+        ids = self._map_file(number)
+        self._num_bytes[number] = ids.nbytes
+        # An empty file has no memory; one token stands for it.
+        self._files[number] = ids = ids if len(ids) else np.zeros(1, ids.dtype)
+        if ids.dtype not in self._types:
+            self._types.append(ids.dtype)
+        self._type[number] = self._types.index(ids.dtype)
+        self._address[number] = ids.ctypes.data
+        self._is_mapped[number] = True
+        self._spans.clear()
+
+    def _span(self, type_number: int) -> tuple[int, NDArray[Any]]:
+        if type_number not in self._spans:
+            dtype = self._types[type_number]
+            self._spans[type_number] = _array_over([ids for ids in self._files.values() if ids.dtype == dtype])
+        return self._spans[type_number]
+
+
+def _array_over(arrays: list[NDArray[Any]]) -> tuple[int, NDArray[Any]]:
+    """Return the lowest address of some arrays of one type, and an array from there to the end of the highest."""
+    lowest = min(arrays, key=lambda array: int(array.ctypes.data))
+    low = int(lowest.ctypes.data)
+    high = max(int(array.ctypes.data) + array.nbytes for array in arrays)
+    shape = ((high - low) // lowest.itemsize,)
+    return low, as_strided(lowest[:1], shape=shape, strides=(lowest.itemsize,), writeable=False)

@@ -1,0 +1,198 @@
+"""Batches from shards that hold token ids, against a document-by-document reference."""
+
+import json
+import re
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.base import BlockRef
+from mixtera_hpc.formats.readers.megatron import MegatronReader
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.testing.megatron import write_megatron
+from mixtera_hpc.tokens.bpe_training import train_bpe
+
+EOS = 0
+BOS = 1
+TYPES = ["<u2", "<i4", "<u2"]
+
+
+def write_documents(folder: Path, seed: int, dtype: str, count: int = 60) -> None:
+    """Write documents with and without special tokens at their borders, and empty ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.Generator(np.random.Philox(seed))
+    documents = []
+    for i in range(count):
+        ids = random.integers(2, 250, int(random.integers(0, 90))).tolist()
+        begin = [BOS] if random.random() < 0.5 else []
+        end = [EOS] if random.random() < 0.7 else []
+        documents.append([*begin, *ids, *end] if i % 13 else [EOS])
+    write_megatron(folder / "a.bin", [*documents, [], [EOS]], dtype)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tokenizer whose documents may begin with the token 1 and end with the token 0."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(["some text"], 300, folder / "tokenizer.json", ["<s>"])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    return folder
+
+
+@pytest.fixture
+def overrides(tmp_path: Path, tokenizer: Path) -> list[str]:
+    """Return the overrides for three domains, stored as integers of different types."""
+    for number, dtype in enumerate(TYPES):
+        write_documents(tmp_path / f"data/{number}", number, dtype)
+    return [
+        f"data.root={tmp_path / 'data'}",
+        f"index.path={tmp_path / 'i.h5'}",
+        "index.block_rows=16",
+        "data.properties.source=__parent__",
+        "mixture=natural",
+        "mixture.group_by=[source]",
+        "mixture.max_epochs=2",
+        "mixture.on_exhausted=stop",
+        f"dataplane.tokenizer={tokenizer}",
+        "dataplane.seq_len=29",
+        "dataplane.global_batch_size=6",
+        "dataplane.chunk_steps=2",
+        "dataplane.last_batch=pad",
+        "dataplane.shuffle_window=2",
+    ]
+
+
+def reference_document(source: Source, block: int, row: int) -> list[int]:
+    """Read one document by itself, and give it the special tokens of the configuration."""
+    blocks = source.blocks
+    path = Path(source.index.data_root) / source.index.shard_paths[int(blocks.shard[block])]
+    (ids,) = MegatronReader(path).tokens(BlockRef.of(blocks, block), np.array([row]))
+    tokens = ids.tolist()
+    tokenizer = source.tokenizer
+    assert tokenizer is not None
+    if tokens[-1:] == [EOS]:
+        tokens = tokens[:-1]
+    if tuple(tokens[:1]) == tokenizer.bos_ids:
+        tokens = tokens[1:]
+    return [*tokenizer.added.before, *tokens, *tokenizer.added.after]
+
+
+def reference_rows(source: Source) -> Iterator[tuple[list[int], list[int], list[bool]]]:
+    """Yield tokens, document ids and loss mask of every sequence, in the order of the plans."""
+    streams = source.streams()
+    across = source.config.dataplane.predict_across_documents
+    state = PlannerState.start(source.num_domains)
+    last = False
+    while not last:
+        plan, state = source.planner.plan(state, source.weights)
+        last = plan.last
+        slots = source.planner.slots(plan)
+        for domain, ordinal in zip(slots.domain.tolist(), slots.ordinal.tolist(), strict=True):
+            documents = streams.documents(domain, *source.span(domain, ordinal, 1))
+            tokens: list[int] = []
+            numbers: list[int] = []
+            counted: list[bool] = []
+            for number, (block, row, first, stop) in enumerate(
+                zip(documents.block, documents.row, documents.first, documents.last, strict=True)
+            ):
+                part = reference_document(source, int(block), int(row))[int(first) : int(stop)]
+                tokens += part
+                numbers += [number] * len(part)
+                counted += [first > 0 or across] + [True] * (len(part) - 1)
+            yield tokens, numbers, counted[1:]
+
+
+def served_rows(config: Any) -> list[tuple[list[int], list[int], list[bool]]]:
+    """Return the same of all batches of a run, without padding."""
+    rows = []
+    with DataPlane.open(config, comm=Local()) as plane:
+        for batch in plane:
+            assert not batch.tokens[batch.is_padding].any()
+            assert not batch.loss_mask[batch.is_padding].any()
+            for row in np.flatnonzero(~batch.is_padding):
+                arrays: list[NDArray[Any]] = [batch.tokens[row], batch.document_ids[row], batch.loss_mask[row]]
+                rows.append((arrays[0].tolist(), arrays[1].tolist(), arrays[2].tolist()))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        [],
+        ["dataplane.add_bos=true"],
+        ["dataplane.add_eos=false"],
+        ["dataplane.add_bos=true", "dataplane.add_eos=false"],
+        ["dataplane.overlap_one_token=false", "dataplane.shuffle=block"],
+        ["dataplane.predict_across_documents=true", "dataplane.shuffle=none"],
+    ],
+)
+def test_the_batches_are_those_of_single_documents(change: list[str], overrides: list[str]) -> None:
+    config = compose([*overrides, *change])
+    build_index(config)
+    rows = served_rows(config)
+    assert len(rows) > 100
+    assert rows == list(reference_rows(open_source(config, Local())))
+
+
+def test_text_and_stored_tokens_may_be_mixed(overrides: list[str], tmp_path: Path, tokenizer: Path) -> None:
+    # The same texts beside shards of token ids, and alone; the name makes them the first domain of both.
+    for folder in ("data/-text", "alone/-text"):
+        (tmp_path / folder).mkdir(parents=True)
+        lines = [json.dumps({"text": f"some text {i} " * (i % 9)}) + "\n" for i in range(50)]
+        (tmp_path / folder / "a.jsonl").write_text("".join(lines))
+
+    def rows_of_domain(root: str, index: str, domain: int) -> list[Any]:
+        config = compose([*overrides, f"data.root={tmp_path / root}", f"index.path={tmp_path / index}"])
+        build_index(config)
+        rows = []
+        with DataPlane.open(config, comm=Local()) as plane:
+            for batch in plane:
+                for row in np.flatnonzero(batch.domain_ids == domain):
+                    arrays: list[NDArray[Any]] = [batch.tokens[row], batch.document_ids[row], batch.loss_mask[row]]
+                    rows.append([array.tolist() for array in arrays])
+        return rows
+
+    beside_tokens = rows_of_domain("data", "mixed.h5", 0)
+    alone = rows_of_domain("alone", "alone.h5", 0)
+    count = min(len(beside_tokens), len(alone))
+    assert count > 50
+    assert beside_tokens[:count] == alone[:count]
+    # The shards of token ids give the same sequences as without texts beside them; their domains have other numbers.
+    assert len(rows_of_domain("data", "mixed.h5", 1)) > 20
+
+
+def test_more_shards_than_files_that_may_be_mapped(overrides: list[str], tmp_path: Path) -> None:
+    for number in range(3, 90):
+        write_documents(tmp_path / f"data/{number}", number, TYPES[number % 2], count=4)
+    config = compose([*overrides, "mixture.group_by=[]", "mixture.max_epochs=1"])
+    build_index(config)
+    expected = served_rows(config)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        assert served_rows(config) == expected
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shard_that_was_replaced_is_refused(overrides: list[str], tmp_path: Path) -> None:
+    config = compose(overrides)
+    build_index(config)
+    # Other documents, with the same number of them and the same size.
+    shard = tmp_path / "data/0/a.bin"
+    documents = np.array_split(np.fromfile(shard, "<u2"), 62)
+    with DataPlane.open(config, comm=Local()) as plane, pytest.raises(DataError) as caught:
+        write_megatron(shard, documents)
+        list(plane)
+    assert re.search(r"has changed since it was indexed: document \d+ lies elsewhere", str(caught.value))
