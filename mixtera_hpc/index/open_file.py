@@ -29,8 +29,15 @@ def open_file(path: Path) -> h5py.File:
         # Another program's HDF5 file has no such attribute.
         file_format = read_text(file, "format") if "format" in file.attrs else None
         version = file.attrs.get("version")
+        foreign = _foreign_storage(file)
     except DAMAGE as error:
         raise damaged(path, error) from None
+    if foreign is not None:
+        file.close()
+        raise PropertyIndexError(
+            f"{path} holds {foreign}, so that opening it would read other files. An index keeps all data in one file.\n"
+            "  Do not use this file. Build the index with mixtera-hpc index build."
+        )
     if file_format == FORMAT and version == VERSION:
         return file
     file.close()
@@ -38,6 +45,24 @@ def open_file(path: Path) -> h5py.File:
     if file_format == FORMAT:
         problem = f"has version {version}, but this is version {VERSION}"
     raise PropertyIndexError(f"{path} {problem}.\n  Build it with mixtera-hpc index build.")
+
+
+def _foreign_storage(group: h5py.Group) -> str | None:
+    """Return the first object of a file whose data lies elsewhere, or None; in O(objects) time."""
+    for name in group:
+        place = f"{group.name.rstrip('/')}/{name}"
+        link = group.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            return f"a link at {place}"
+        node = group[name]
+        if isinstance(node, h5py.Dataset):
+            if node.is_virtual:
+                return f"a virtual dataset at {place}"
+            if node.external:
+                return f"external storage at {place}"
+        elif isinstance(node, h5py.Group) and (found := _foreign_storage(node)):
+            return found
+    return None
 
 
 def damaged(path: Path, error: Exception) -> PropertyIndexError:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -131,3 +132,49 @@ def test_another_version_is_refused_by_number(path: Path, tmp_path: Path) -> Non
         file.attrs["version"] = 99
     with pytest.raises(PropertyIndexError, match=f"has version 99, but this is version {VERSION}"):
         open_index(tmp_path / "i.h5")
+
+
+def _link_elsewhere(file: h5py.File) -> None:
+    del file["blocks/rows"]
+    file["blocks/rows"] = h5py.ExternalLink("/etc/other.h5", "/rows")
+
+
+def _link_inside(file: h5py.File) -> None:
+    del file["blocks/rows"]
+    file["blocks/rows"] = h5py.SoftLink("/blocks/length")
+
+
+def _make_virtual(file: h5py.File) -> None:
+    length = len(file["blocks/rows"])
+    layout = h5py.VirtualLayout(shape=(length,), dtype="i8")
+    layout[:] = h5py.VirtualSource("/etc/other.h5", "rows", shape=(length,))
+    del file["blocks/rows"]
+    file.create_virtual_dataset("blocks/rows", layout)
+
+
+def _store_outside(file: h5py.File) -> None:
+    length = len(file["blocks/rows"])
+    del file["blocks/rows"]
+    file.create_dataset("blocks/rows", (length,), "i8", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (_link_elsewhere, "a link at /blocks/rows"),
+        (_link_inside, "a link at /blocks/rows"),
+        (_make_virtual, "a virtual dataset at /blocks/rows"),
+        (_store_outside, "external storage at /blocks/rows"),
+    ],
+)
+def test_a_file_that_would_read_other_files_is_refused(
+    path: Path, tmp_path: Path, change: Callable[[h5py.File], None], found: str
+) -> None:
+    copy = tmp_path / "copy.h5"
+    shutil.copy(path, copy)
+    with h5py.File(copy, "r+") as file:
+        change(file)
+    with pytest.raises(PropertyIndexError, match=rf"copy\.h5 holds {found}, so that opening it would read other files"):
+        open_index(copy)
+    with pytest.raises(PropertyIndexError, match="would read other files"):
+        SampleReader(copy).read(0, 1)
