@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run the tests whose outcome can depend on the user, the folder or the Python: as an unprivileged user, with Debian's own
-# python3, in a folder with a space in its name. root passes every permission check, so some faults show only here. These
-# are the tests of files, folders, indexes, the command line and jobs, and the example of plain PyTorch. What is computed
-# in memory (mixing, planning, losses, formats of bytes) does not depend on these; `make test` covers it.
+# Run the tests whose outcome can depend on the user, the folder or the Python: as an unprivileged user, with Debian's
+# own python3, in a folder with a space in its name. root passes every permission check, so some faults show only here.
+# These are the tests of files, folders, indexes, the command line and jobs, and the example of plain PyTorch. What is
+# computed in memory (mixing, planning, losses, formats of bytes) does not depend on these; `make test` covers it.
 # Needs root on Debian.
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
@@ -28,8 +28,8 @@ run_pytest() {
   su -s /bin/bash -c 'ulimit -n 1024 && cd "$0" && exec .venv/bin/python -m pytest -q "$@"' -- "$user" "$folder" "$@"
 }
 cd "$folder"
-run_pytest -n 2 --dist loadfile tests/unit/test_{cli,config,index,launch,odd}_*.py tests/unit/test_*_{folder,verb}.py \
-  tests/unit/test_{control,missing_packages,plane_start,policies,training_checkpoint,workers}.py \
+run_pytest -n 2 --dist loadfile tests/unit/test_{cli,config,index,launch}_*.py tests/unit/test_*_{folder,verb}.py \
+  tests/unit/test_{control,missing_packages,odd_paths,plane_start,policies,training_checkpoint,workers}.py \
   tests/property/test_index_{kill,refresh_kill}.py
 # The other trainers need packages that `make integrations` installs.
 run_pytest -m "integrations and not full" -k two_jobs_with_a_checkpoint tests/integrations/test_torch.py
