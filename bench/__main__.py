@@ -38,8 +38,10 @@ def _parse(arguments: Sequence[str], descriptions: dict[str, str]) -> argparse.N
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all)")
-    # The benchmark `index` reads this option from sys.argv itself.
+    # The benchmarks read these options from sys.argv themselves.
     parser.add_argument("--quick", action="store_true", help="index: use a tenth of the rows")
+    parser.add_argument("--small", action="store_true", help="peers: a small corpus and short rounds, three minutes")
+    parser.add_argument("--only", metavar="SECTION,…", help="peers: only these sections, for example documents,tokens")
     return parser.parse_args(arguments)
 
 

@@ -7,7 +7,7 @@ rows.
 """
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from bench._results import OUT
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
-__all__ = ["FOLDER", "make_number_rows", "make_rows", "make_tokenizer", "source_text"]
+__all__ = ["FOLDER", "make_number_rows", "make_once", "make_rows", "make_tokenizer", "shard_rows", "source_text"]
 
 FOLDER = OUT / "corpus"
 ROWS_PER_SHARD = 100_000
@@ -53,14 +53,13 @@ def source_text() -> str:
 
 def make_rows(num_rows: int, folder: Path = FOLDER) -> Path:
     """Return a folder of JSONL shards with `num_rows` rows; write it unless it exists."""
-    target = folder / f"rows-{num_rows}"
-    if target.is_dir():
-        return target
-    partial = _make_partial(target)
-    for number, start in enumerate(range(0, num_rows, ROWS_PER_SHARD)):
-        rows = _shard_rows(number, min(ROWS_PER_SHARD, num_rows - start))
-        (partial / f"shard-{number:05d}.jsonl").write_bytes(b"".join(rows))
-    return partial.rename(target)
+
+    def write(partial: Path) -> None:
+        for number, start in enumerate(range(0, num_rows, ROWS_PER_SHARD)):
+            rows = shard_rows(number, min(ROWS_PER_SHARD, num_rows - start))
+            (partial / f"shard-{number:05d}.jsonl").write_bytes(b"".join(rows))
+
+    return make_once(folder / f"rows-{num_rows}", write)
 
 
 def make_number_rows(num_rows: int, folder: Path = FOLDER) -> Path:
@@ -68,24 +67,25 @@ def make_number_rows(num_rows: int, folder: Path = FOLDER) -> Path:
 
     `day` grows along the shard, so that few blocks hold a range of days. `quality` is independent of the position.
     """
-    target = folder / f"numbers-{num_rows}"
-    if target.is_dir():
-        return target
-    partial = _make_partial(target)
-    with (partial / "shard.jsonl").open("wb") as file:
-        for start in range(0, num_rows, ROWS_PER_SHARD):
-            count = min(ROWS_PER_SHARD, num_rows - start)
-            random = np.random.Generator(np.random.Philox(start))
-            quality = np.round(random.random(count), 4).tolist()
-            # Days of ten years, with up to two weeks of disorder.
-            days = (np.arange(start, start + count) * 3650 // num_rows + random.integers(0, 14, count)).tolist()
-            source = random.integers(0, 7, count).tolist()
-            lines = [
-                f'{{"text":"a","s":"{s}","day":{d},"quality":{q}}}\n'
-                for s, d, q in zip(source, days, quality, strict=True)
-            ]
-            file.write("".join(lines).encode())
-    return partial.rename(target)
+
+    def write(partial: Path) -> None:
+        with (partial / "shard.jsonl").open("wb") as file:
+            for start in range(0, num_rows, ROWS_PER_SHARD):
+                file.write(_number_rows(start, min(ROWS_PER_SHARD, num_rows - start), num_rows))
+
+    return make_once(folder / f"numbers-{num_rows}", write)
+
+
+def _number_rows(start: int, count: int, num_rows: int) -> bytes:
+    random = np.random.Generator(np.random.Philox(start))
+    quality = np.round(random.random(count), 4).tolist()
+    # Days of ten years, with up to two weeks of disorder.
+    days = (np.arange(start, start + count) * 3650 // num_rows + random.integers(0, 14, count)).tolist()
+    source = random.integers(0, 7, count).tolist()
+    lines = [
+        f'{{"text":"a","s":"{s}","day":{d},"quality":{q}}}\n' for s, d, q in zip(source, days, quality, strict=True)
+    ]
+    return "".join(lines).encode()
 
 
 def make_tokenizer(vocab_size: int = 32_768, folder: Path = FOLDER) -> Path:
@@ -97,14 +97,24 @@ def make_tokenizer(vocab_size: int = 32_768, folder: Path = FOLDER) -> Path:
     return target
 
 
-def _make_partial(target: Path) -> Path:
-    """Create the folder that is written to before it is renamed to `target`."""
-    partial = target.with_name(f".{target.name}.part")
-    partial.mkdir(parents=True, exist_ok=True)
-    return partial
+def make_once(target: Path, write: Callable[[Path], None]) -> Path:
+    """Return the folder `target`. Unless it exists, `write` fills another folder, which is then renamed."""
+    if not target.is_dir():
+        partial = target.with_name(f".{target.name}.part")
+        partial.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.rename(target)
+    return target
 
 
-def _shard_rows(number: int, num_rows: int) -> Iterator[bytes]:
+def shard_rows(number: int, num_rows: int, *, parts: bool = False) -> Iterator[bytes]:
+    """Yield the lines of one shard.
+
+    Args:
+        number: of the shard; it is the seed.
+        num_rows: number of lines.
+        parts: whether `meta.part` holds three random digits, for mixtures of more domains.
+    """
     text = source_text()
     random = np.random.Generator(np.random.Philox(number))
 
@@ -115,8 +125,12 @@ def _shard_rows(number: int, num_rows: int) -> Iterator[bytes]:
     names = list(SHARES)
     shares = np.array(list(SHARES.values()))
     source = random.choice(len(names), num_rows, p=shares / shares.sum())
+    part = random.integers(0, 1000, num_rows)
 
     encode = msgspec.json.Encoder().encode
-    for first, size, name in zip(start.tolist(), length.tolist(), source.tolist(), strict=True):
-        row = {"text": text[first : first + size], "meta": {"redpajama_set_name": names[name]}}
-        yield encode(row) + b"\n"
+    columns = zip(start.tolist(), length.tolist(), source.tolist(), part.tolist(), strict=True)
+    for first, size, name, digits in columns:
+        meta = {"redpajama_set_name": names[name]}
+        if parts:
+            meta["part"] = f"{digits:03d}"
+        yield encode({"text": text[first : first + size], "meta": meta}) + b"\n"

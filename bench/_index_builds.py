@@ -23,8 +23,6 @@ __all__ = ["BUILT", "build_lines", "rank_lines"]
 BUILT = FOLDER / "built.h5"
 """The index that `build_lines` leaves."""
 ROUNDS = 3
-MIXTERA_REGISTRATION = 0.6e5, 1.1e5
-"""Rows of 1.1 kB per CPU-second that Mixtera registers: slowest and fastest of earlier measurements."""
 SOURCE_FIELD = PropertyField(name="source", path="meta.redpajama_set_name", kind=Kind.CATEGORY)
 
 
@@ -50,8 +48,6 @@ def build_lines(data: Path, num_rows: int) -> Iterator[FigureLine]:
     rows = statistics.median(plain)
     decode_rate = statistics.median(decoding)
     yield ratio("build, tokens not counted", rows, "rows/s", "msgspec over lines, same fields", decode_rate, 0.5)
-    for figure in MIXTERA_REGISTRATION:
-        yield ratio("build, tokens not counted", rows, "rows/s", "Mixtera's registration (measured before)", figure, 4)
     rows = statistics.median(counted)
     tokenize_rate = statistics.median(tokenizing)
     yield ratio("build, tokens counted", rows, "rows/s", "bare gigatoken, same texts", tokenize_rate, 0.8)

@@ -26,10 +26,6 @@ from mixtera_hpc.tokens.tokenizer import load_tokenizer
 __all__ = ["read_lines"]
 
 ROUNDS = 3
-MIXTERA_LOCAL = 0.9e3, 5e3
-"""Rows of 1.1 kB per CPU-second that Mixtera's local mode reads: slowest and fastest of earlier measurements."""
-TORCHDATA_MMAP = 1.3e5
-"""Rows per CPU-second of torchdata over mapped files, measured before."""
 
 
 def read_lines(data: Path, num_steps: int) -> Iterator[FigureLine]:
@@ -90,9 +86,6 @@ def _sample_lines(config: Config, num_steps: int) -> Iterator[FigureLine]:
     served = statistics.median(ours)
     yield ratio(name, served, "rows/s", "msgspec over lines, in file order", statistics.median(in_order), 0.3)
     yield ratio(name, served, "rows/s", "msgspec, a pread a row, shuffled", statistics.median(shuffled), 0.5)
-    for figure in MIXTERA_LOCAL:
-        yield ratio(name, served, "rows/s", "Mixtera's local mode (measured before)", figure, 50)
-    yield ratio(name, served, "rows/s", "torchdata over mmap (measured before)", TORCHDATA_MMAP, 1.5)
 
 
 def _num_tokens(encoded: list[Any]) -> int:

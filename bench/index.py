@@ -3,8 +3,8 @@
     python -m bench index [--quick]
 
 Every rate is CPU time of one core with warm files. It is the median of some rounds in which ours and what it is
-compared with take turns, because the machine may be shared. What cannot be installed here is quoted with where it was
-measured. `--quick` takes a tenth of the rows. Writes bench/out/index.json.
+compared with take turns, because the machine may be shared. `--quick` takes a tenth of the rows. Other systems are
+measured by `python -m bench peers`. Writes bench/out/index.json.
 """
 
 import sys
