@@ -1,6 +1,6 @@
 """Forecast what a mixture will serve over a whole run, without expanding a step.
 
-Price: O(domains) per exhausted domain and per change of weights.
+Price: O(domains) per exhausted domain and per change of weights, of which at most `MAX_SAMPLED_CHUNKS` are considered.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,11 @@ from mixtera_hpc.core.planner import Planner, PlannerState
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.trace.footprint import StepFootprint, step_footprint
 
-__all__ = ["MixtureDomainForecast", "MixtureForecast", "forecast_mixture"]
+__all__ = ["MixtureDomainForecast", "MixtureForecast", "forecast_mixture", "sampled_chunks"]
+
+MAX_SAMPLED_CHUNKS = 4096
+"""Chunks at which the weights of a schedule are computed. A longer run is taken to have the weights of the middle of
+each interval between them."""
 
 NEVER = -1
 """Stands for the step of a domain that does not run out."""
@@ -150,14 +154,23 @@ def _constant_weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[
     current = source.weights
     length = 0
     num_chunks = -(-num_steps // chunk_steps)  # Division that rounds up.
-    for chunk in range(num_chunks):
-        weights = mixer.weights_of(chunk)
+    stride = sampled_chunks(source, num_steps)
+    for first in range(0, num_chunks, stride):
+        weights = mixer.weights_of(min(first + stride // 2, num_chunks - 1))
         if weights is not None and not np.array_equal(source.without_dropped_domains(weights), current):
-            yield current, length
+            if length:
+                yield current, length
             current = source.without_dropped_domains(weights)
             length = 0
-        length += min(chunk_steps, num_steps - chunk * chunk_steps)
+        length += min(stride * chunk_steps, num_steps - first * chunk_steps)
     yield current, length
+
+
+def sampled_chunks(source: Source, num_steps: int) -> int:
+    """Return the number of chunks that a forecast of a schedule takes to have the same weights; 1 for short runs."""
+    if source.config.mixture.kind != "schedule":
+        return 1
+    return max(1, -(-num_steps // (source.planner.chunk_steps * MAX_SAMPLED_CHUNKS)))
 
 
 def _run_out_steps(

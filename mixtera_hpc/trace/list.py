@@ -131,12 +131,27 @@ def audited_digests(folder: RunFolder, attempt: int, steps: Container[int]) -> d
     return digests
 
 
+MAX_PLANNED_CHUNKS = 200_000
+"""Chunks that are planned to reach the first listed step; a chunk costs about 50 µs."""
+
+
 def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterator[Record]:
     """Yield the sequences of steps [first_step, first_step + num_steps) of a new run, in served order.
 
     If weights are learned, these are the sequences that the initial weights would give. With `plan.digests` the data is
     read, and every record has the `digest` of its tokens or sample that a run with `dataplane.audit` would log.
+
+    Raises:
+        ConfigError: `first_step` lies after more chunks than this is for.
     """
+    chunk_steps = source.planner.chunk_steps
+    if first_step > MAX_PLANNED_CHUNKS * chunk_steps:
+        raise ConfigError(
+            f"plan.first_step is {first_step}, but at most {MAX_PLANNED_CHUNKS * chunk_steps} steps are planned ahead: "
+            f"{MAX_PLANNED_CHUNKS} chunks of dataplane.chunk_steps={chunk_steps}, because cursors depend on all chunks "
+            "before.\n"
+            "  List the steps of an existing run with mixtera-hpc trace RUN --step S: its journal has the cursors."
+        )
     state = PlannerState.start(source.num_domains)
     streams = source.streams()
     mixer = source.mixer(learn=False)

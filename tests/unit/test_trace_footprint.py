@@ -1,13 +1,20 @@
 """The estimated footprint of a step is close to that of planned steps."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.trace.forecast import forecast_mixture
+from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.trace import forecast
+from mixtera_hpc.trace.forecast import forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
 
 pytestmark = pytest.mark.slow
@@ -85,3 +92,28 @@ def test_the_forecast_serves_what_the_planner_serves(collection: list[str]) -> N
         _, state = source.planner.plan(state, source.weights)
     served = [d.served for d in forecast_mixture(source, 64).domains]
     assert served == pytest.approx((state.cursors * source.grid.stride).tolist(), abs=source.grid.stride)
+
+
+def test_a_long_schedule_is_forecast_from_sampled_weights(
+    collection: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(start: int, weight: float) -> dict[str, Any]:
+        domain = {"key": {"source": "ast"}, "weight": weight}
+        return {"start": start, "kind": "static", "domains": [domain], "remainder": {"weight": 1 - weight}}
+
+    schedule = {"shape": "linear", "stages": [stage(0, 0.9), stage(9_000, 0.1)]}
+    plain = {"kind": "schedule", "on_exhausted": "repeat", "schedule": schedule}
+    config = compose(collection)
+    plane = replace(config.dataplane, chunk_steps=1)
+    source = open_source(replace(config, mixture=from_plain(MixtureConfig, plain, "mixture"), dataplane=plane), Local())
+    assert sampled_chunks(source, 9_000) == 3
+    sampled = forecast_mixture(source, 9_000)
+    monkeypatch.setattr(forecast, "MAX_SAMPLED_CHUNKS", 1 << 40)
+    exact = forecast_mixture(source, 9_000)
+    assert [d.served for d in sampled.domains] == pytest.approx([d.served for d in exact.domains], rel=0.01)
+
+
+def test_a_step_behind_too_many_chunks_is_refused(collection: list[str]) -> None:
+    source = open_source(compose([*collection, "mixture.on_exhausted=repeat"]), Local())
+    with pytest.raises(ConfigError, match=r"plan\.first_step is 10{18}, but at most \d+ steps are planned ahead"):
+        next(planned_sequences(source, 10**18, 1))

@@ -14,7 +14,7 @@ from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, MixtureError, pluralize
-from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture
+from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
 
 __all__ = ["print_plan"]
@@ -84,6 +84,9 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         console.print("The mixture is learned while training; this is what its initial weights would serve.")
     if mixture.kind == "schedule":
         console.print("The mixture follows a schedule; the weights shown are those of step 0.")
+        interval = sampled_chunks(source, forecast.steps_asked) * source.planner.chunk_steps
+        if interval > source.planner.chunk_steps:
+            console.print(f"Its weights are sampled every {interval:,} steps; steps shown may be off by as much.")
 
 
 def _other_policy(mixture: MixtureConfig, num_domains: int) -> str:
