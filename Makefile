@@ -11,8 +11,8 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-fast integrations integrations-full check surface format bench reference docs \
-  coverage slurm-up slurm-down clean
+.PHONY: help setup demo test test-full test-fast integrations integrations-full check surface format bench \
+  reference docs coverage slurm-up slurm-down clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -32,7 +32,7 @@ demo: setup ## train on this machine's own text and write a report
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 TESTS := tests/slurm tests/mpi tests/e2e tests/property tests/integrations tests/unit
 
-test: setup ## run every test that the marker `full` does not leave out; about ten minutes on two cores
+test: setup ## run every test that the marker `full` does not leave out
 	$(PYTEST) $(TESTS)
 
 test-full: setup ## run all tests, also further inputs of a mechanism that another test shows
