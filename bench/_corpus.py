@@ -17,7 +17,16 @@ import numpy as np
 from bench._results import OUT
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
-__all__ = ["FOLDER", "make_number_rows", "make_once", "make_rows", "make_tokenizer", "shard_rows", "source_text"]
+__all__ = [
+    "FOLDER",
+    "SHARES",
+    "make_number_rows",
+    "make_once",
+    "make_rows",
+    "make_tokenizer",
+    "shard_rows",
+    "source_text",
+]
 
 FOLDER = OUT / "corpus"
 ROWS_PER_SHARD = 100_000
@@ -35,6 +44,7 @@ SHARES = {
     "RedPajamaWikipedia": 0.038,
     "RedPajamaStackExchange": 0.033,
 }
+"""Proportions of SlimPajama's sources."""
 
 
 @cache

@@ -3,8 +3,8 @@
     python -m bench peers [--small] [--only documents,tokens]
 
 The first run installs the systems, in bench/out/peers/environments. A run takes up to 25 minutes; with `--small`, three
-minutes on a small corpus, whose figures say little. Prints a table per section and writes bench/out/peers.json. A
-complete run also writes docs/peers.md. Output of the processes is in bench/out/peers/logs.
+minutes on a small corpus, whose figures say little. Prints a table per section and writes bench/out/peers-part.json. A
+complete run also writes bench/out/peers.json and docs/peers.md. Output of the processes is in bench/out/peers/logs.
 """
 
 import argparse
@@ -43,22 +43,24 @@ def main() -> None:
     sections = [section for section in SECTIONS if not options.only or section.key in options.only]
     rounds = SMALL if options.small else FULL
     num_rows = SMALL_ROWS if options.small else FULL_ROWS
-    began_s = time.monotonic()
-    load = os.getloadavg()[0]
-    work = _prepare(num_rows, sections)
-    results = [_measure(section, work, rounds) for section in sections]
-    content = {
+    content: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "load": load},
-        "versions": _versions(),
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
         "settings": {"num_rows": num_rows, "rounds": rounds.count, "cpu_s": rounds.cpu_s},
-        "minutes": (time.monotonic() - began_s) / 60,
-        "sections": results,
+        "sections": [],
     }
-    is_complete = not options.small and not options.only
-    write_results("peers" if is_complete else "peers-part", content)
-    if is_complete:
+    began_s = time.monotonic()
+    work = _prepare(num_rows, sections)
+    for section in sections:
+        content["sections"].append(_measure(section, work, rounds))
+        content["minutes"] = (time.monotonic() - began_s) / 60
+        # A run that is ended early leaves what it has measured.
+        write_results("peers-part", content)
+    content["versions"] = _versions()
+    write_results("peers-part", content)
+    if not options.small and not options.only:
+        write_results("peers", content)
         write_page(content)
 
 
@@ -70,7 +72,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options, _ = parser.parse_known_args(arguments)
     keys = [section.key for section in SECTIONS]
     if unknown := [key for key in options.only if key not in keys]:
-        sys.exit(f"--only names {unknown[0]!r}, which is not a section. Choose from: {', '.join(keys)}.")
+        parser.error(f"--only names {unknown[0]!r}, which is not a section. Choose from: {', '.join(keys)}.")
     return options
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from bench._corpus import SHARES
 from bench._results import write_results
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
 
@@ -21,7 +22,6 @@ OWN_SEQUENCES = 8
 STEPS_TOGETHER = 8
 CHUNK_STEPS = 16
 ROUNDS = 5
-SLIM_PAJAMA = (52.2, 26.7, 5.2, 4.2, 4.6, 3.8, 3.3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ def main() -> None:
     """Measure, print and write all results."""
     rng = np.random.default_rng(0)
     mixtures = {
-        "7, SlimPajama": np.array(SLIM_PAJAMA),
+        "7, SlimPajama": np.array(list(SHARES.values())),
         "100, Zipf": 1 / np.arange(1.0, 101),
         "1,000, Zipf": 1 / np.arange(1.0, 1001),
         "1,000, log-normal": rng.lognormal(0, 2, 1000),

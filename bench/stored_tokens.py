@@ -9,6 +9,7 @@ sequence at a time, without the document of each token. All figures are CPU time
 rounds. Prints a table and writes bench/out/stored_tokens.json.
 """
 
+import functools
 import itertools
 import statistics
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench._corpus import FOLDER, SHARES
+from bench._corpus import FOLDER, SHARES, make_once
 from bench._figures import print_header, print_line, ratio
 from bench._results import write_results
 from mixtera_hpc.comm.communicator import Local
@@ -90,25 +91,23 @@ def measure(scratch: Path) -> dict[str, list[float]]:
 
 def make_corpus(num_shards: int) -> Path:
     """Return a folder with the documents in `num_shards` shards; write it unless it exists."""
-    target = FOLDER / f"tokens-{num_shards}"
-    if target.is_dir():
-        return target
-    partial = target.with_name(f".{target.name}.part")
+    return make_once(FOLDER / f"tokens-{num_shards}", functools.partial(_write_corpus, num_shards // len(SHARES)))
+
+
+def _write_corpus(shards_per_domain: int, folder: Path) -> None:
     random = np.random.Generator(np.random.Philox(0))
     # A log-normal variable has the mean exp(mu + sigma² / 2).
     mu = np.log(MEAN_TOKENS) - LOG_SIGMA**2 / 2
-    per_domain = num_shards // len(SHARES)
     for name, share in SHARES.items():
-        (partial / name).mkdir(parents=True, exist_ok=True)
-        for number in range(per_domain):
-            count = int(NUM_DOCUMENTS * share / per_domain)
+        (folder / name).mkdir(exist_ok=True)
+        for number in range(shards_per_domain):
+            count = int(NUM_DOCUMENTS * share / shards_per_domain)
             lengths = np.clip(random.lognormal(mu, LOG_SIGMA, count), 5, 20_000).astype(np.int64)
             ids = random.integers(1, VOCAB_SIZE, int(lengths.sum()), dtype=np.uint16)
             ends = np.cumsum(lengths)
             # Every document ends with the end-of-text token, 0.
             ids[ends - 1] = 0
-            write_megatron(partial / name / f"{number:04d}.bin", np.split(ids, ends[:-1]))
-    return partial.rename(target)
+            write_megatron(folder / name / f"{number:04d}.bin", np.split(ids, ends[:-1]))
 
 
 def run_config(root: Path, index: Path) -> Config:
