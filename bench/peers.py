@@ -66,7 +66,7 @@ def main() -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """Return the options of this benchmark; `bench.__main__` has checked them and knows others."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(prog="python -m bench peers")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", default="", type=lambda text: text.split(",") if text else [])
     options, _ = parser.parse_known_args(arguments)

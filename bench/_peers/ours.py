@@ -28,6 +28,8 @@ TEXT: dict[str, tuple[str, ...]] = {
     "domains-100": ("data.properties.domain={path: meta.part, pattern: '^(..)'}",),
     "domains-1000": ("data.properties.domain=meta.part",),
 }
+TOKENIZED = "jsonl-10"
+"""The data set whose texts are also served as tokens."""
 TOKENS = dict.fromkeys(
     ("tokens", "tokens-420"),
     ("data.properties.domain={path: __stem__, pattern: '^([^-]*)'}", f"dataplane.vocab_size={tokens.VOCAB_SIZE}"),
@@ -69,9 +71,13 @@ def _overrides(work: Workload, data: str) -> list[str]:
         "mixture.group_by=[domain]",
         *DATA[data],
     ]
-    if data in TEXT:
-        return [*overrides, f"dataplane.tokenizer={work.tokenizer}"]
-    return [*overrides, f"dataplane.eos_id={packed.end_of_text(work.tokenizer.read_bytes())}"]
+    if data in TOKENS:
+        overrides.append(f"dataplane.eos_id={packed.end_of_text(work.tokenizer.read_bytes())}")
+    elif data == TOKENIZED:
+        overrides.append(f"dataplane.tokenizer={work.tokenizer}")
+    else:
+        overrides.append("mixture.unit=samples")
+    return overrides
 
 
 class _FirstRank(Local):

@@ -23,8 +23,8 @@ INTRODUCTION = (
     "It shuffles rows, mixes domains exactly, and can resume at any step. The column *order* says what the others do. "
     "None of the others mixes domains, except for Megatron-core.",
     "**A round** is {cpu_s:g} s of CPU time of one system. Systems take turns, so they meet the same other load. The "
-    "number of rounds is {rounds}, after one that is not counted. Each system is a process on one core. CPU time is "
-    "that of all its threads and child processes.",
+    "number of rounds is {rounds}, after one that is not counted. Each system is a process on one core, with at "
+    "most 1,024 open files. CPU time is that of all its threads and child processes.",
     "**Values** are the median of the rounds, with the smallest and the largest in parentheses. Ratios are formed "
     "round by round. Compare ratios: absolute rates depend on the machine and its load.",
 )

@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from typing import Any
 
 from bench._peers.workload import Workload
 
+OPEN_FILES = 1024
 QUIET_S = 0.1
 QUIET_SHARE = 0.02
 """A process is idle if it uses less than this share of a core for `QUIET_S` seconds."""
@@ -37,6 +39,7 @@ def main(call: str, options: str, workload: str) -> None:
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     use_one_core()
+    limit_open_files()
     module, _, function = call.partition(".")
     start = getattr(importlib.import_module(f"bench._peers.{module}"), function)
     began_s = time.monotonic()
@@ -99,6 +102,12 @@ def use_one_core() -> None:
     """Stay on one core where the system allows it."""
     with contextlib.suppress(AttributeError, OSError):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def limit_open_files() -> None:
+    """Allow as many open files as most systems do by default."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
 if __name__ == "__main__":
