@@ -214,6 +214,18 @@ class Planner:
             lags=segments[-1].lags_after if segments else plan.lags,
         )
 
+    def end_of_data(self, plan: ChunkPlan) -> tuple[Ints, int]:
+        """Return where the data ends in the last `plan`, and what does not fill a global batch there.
+
+        Returns:
+            The sequences of each domain before the end, shape (K,), and how many of all do not fill a global batch.
+        """
+        start = _SegmentStart(plan.lags, plan.weights)
+        remaining = np.maximum(self.capacity - plan.cursors, 0)
+        segments = self._segments(start, remaining, self.chunk_steps * self.global_batch_size)
+        counts = sum((segment.counts for segment in segments), np.zeros_like(plan.cursors))
+        return plan.cursors + counts, int(counts.sum()) % self.global_batch_size
+
     def order(self, plan: ChunkPlan) -> ChunkOrder:
         """Return the order of the slots of `plan`, in O(K log K) time; slots are computed when they are asked for."""
         segments = [SegmentOrder(s.lags, s.weights, s.counts) for s in self._segments_of(plan)]

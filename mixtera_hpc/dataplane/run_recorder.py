@@ -146,6 +146,20 @@ class RunRecorder:
         self._tracker.log("mixture", event)
         self._tracker.log("comm", {"step": step, "plan_s": plan_s, "broadcast_s": broadcast_s})
 
+    def log_data_end(self, plan: ChunkPlan, source: Source) -> None:
+        """Log where the data ends, and what does not fill a global batch or a sequence there."""
+        cursors, left_over = source.planner.end_of_data(plan)
+        self._tracker.log(
+            "data_end",
+            {
+                "step": source.stream_version.step_at(plan.first_step + plan.num_steps),
+                "unit": source.config.mixture.unit,
+                "last_batch": source.planner.last_batch,
+                "left_over": left_over,
+                "left_over_tokens": source.left_over_tokens(cursors),
+            },
+        )
+
     def log_reduction(self, statistics: DomainStatistics, reduce_s: float) -> None:
         """Log the losses of a step, and how long this rank waited for their reduction."""
         self._tracker.log("comm", {"step": statistics.step, "reduce_s": reduce_s})

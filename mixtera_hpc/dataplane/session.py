@@ -245,6 +245,8 @@ class Session:
         if plan is not None:
             self._delivered_plans[plan.chunk] = plan
             self._recorder.record_plan(plan)
+            if plan.last:
+                self._recorder.log_data_end(plan, self._source)
             self._feed.submit(plan, self.ledger.next_step)
 
     def _poll_plans_until(self, condition: Callable[[], bool]) -> None:

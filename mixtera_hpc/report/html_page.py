@@ -19,6 +19,7 @@ from mixtera_hpc.report.number_format import (
 )
 from mixtera_hpc.report.phrases import (
     SILENT_MIXTURE,
+    describe_data_end,
     describe_progress,
     describe_ranks,
     describe_remaining,
@@ -147,6 +148,8 @@ def _notices(summary: RunSummary, projection: RunProjection) -> Iterable[str]:
         )
     if summary.hears_losses is False:
         yield _notice(f"The mixture is {SILENT_MIXTURE}. The training loop must call record() after every step.")
+    if summary.data_end is not None:
+        yield _notice(f"The data has ended. Left over: {escape(describe_data_end(summary.data_end))}.")
     exhausted = [domain for domain in projection.domains if domain.exhausted_at_step is not None]
     if exhausted and projection.remaining_steps:
         first = min(exhausted, key=lambda domain: domain.exhausted_at_step or 0)

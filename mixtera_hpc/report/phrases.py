@@ -4,10 +4,11 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import pluralize
 from mixtera_hpc.report.number_format import format_count, format_duration, format_seconds
 from mixtera_hpc.report.projection import RunProjection
-from mixtera_hpc.report.summary import RunPerformance, RunSummary
+from mixtera_hpc.report.summary import DataEnd, RunPerformance, RunSummary
 
 __all__ = [
     "SILENT_MIXTURE",
+    "describe_data_end",
     "describe_progress",
     "describe_ranks",
     "describe_remaining",
@@ -47,6 +48,16 @@ def describe_remaining(projection: RunProjection) -> str:
 def median_and_p95(median: float | None, p95: float | None) -> str:
     """Return `2.00 ms, p95 3.10 ms`."""
     return f"{format_seconds(median)}, p95 {format_seconds(p95)}"
+
+
+def describe_data_end(end: DataEnd) -> str:
+    """Return `3 sequences, too few for a global batch and not served; 17 tokens, …`."""
+    noun = "sequence" if end.unit == "tokens" else "sample"
+    fate = "served with padding" if end.is_padded else "too few for a global batch and not served"
+    parts = [f"{pluralize(end.sequences, noun)}, {fate}"] if end.sequences else []
+    if end.tokens:
+        parts.append(f"{pluralize(end.tokens, 'token')}, too few for a sequence of their domain and not served")
+    return "; ".join(parts) or "nothing"
 
 
 def next_commands(run: RunFolder, summary: RunSummary) -> list[tuple[str, str]]:

@@ -130,6 +130,8 @@ class RunMetrics:
     mixture: MixtureHistory
     validation: ValidationHistory
     comm: CommTimings
+    data_end: Mapping[str, Any] | None
+    """The newest event of `data_end.jsonl`; None if the end of the data was not planned."""
 
     @property
     def num_steps(self) -> int:
@@ -180,6 +182,7 @@ def load_run_metrics(run: RunFolder) -> RunMetrics:
         mixture=_mixture_history(_Columns(events=mixture, path=run.metric("mixture")), num_domains),
         validation=_validation_history(_read_columns(run.metric("validation")), num_domains),
         comm=_comm_timings(_read_columns(run.metric("comm"))),
+        data_end=next(reversed(read_events(run.metric("data_end"))), None),
     )
 
 

@@ -68,6 +68,20 @@ class RunPerformance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DataEnd:
+    """What is left over at the end of the data."""
+
+    unit: str
+    """`tokens` or `samples`."""
+    is_padded: bool
+    """Whether one more batch, with padding, has served the sequences."""
+    sequences: int
+    """Sequences (or samples) that do not fill a global batch."""
+    tokens: int
+    """Tokens that do not fill a sequence of their domain and are not served."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """The numbers of one run."""
 
@@ -92,6 +106,8 @@ class RunSummary:
     """False if the mixture learns, but no losses were recorded in the last chunks; None if it does not learn."""
     performance: RunPerformance
     domains: tuple[DomainSummary, ...]
+    data_end: DataEnd | None
+    """None if the run has not reached the end of the data."""
 
 
 def summarize_run(metrics: RunMetrics) -> RunSummary:
@@ -113,6 +129,20 @@ def summarize_run(metrics: RunMetrics) -> RunSummary:
         hears_losses=metrics.mixture.hears_losses,
         performance=_summarize_performance(metrics),
         domains=tuple(_summarize_domain(metrics, i) for i in range(len(metrics.domains))),
+        data_end=_data_end(metrics),
+    )
+
+
+def _data_end(metrics: RunMetrics) -> DataEnd | None:
+    event = metrics.data_end
+    # Plans are made ahead: the run may have ended before.
+    if event is None or event["step"] > int(metrics.steps.step[-1]) + 1:
+        return None
+    return DataEnd(
+        unit=str(event["unit"]),
+        is_padded=event["last_batch"] == "pad",
+        sequences=int(event["left_over"]),
+        tokens=int(event["left_over_tokens"]),
     )
 
 

@@ -20,6 +20,7 @@ from mixtera_hpc.report.number_format import (
 )
 from mixtera_hpc.report.phrases import (
     SILENT_MIXTURE,
+    describe_data_end,
     describe_progress,
     describe_remaining,
     median_and_p95,
@@ -102,6 +103,8 @@ def _numbers(summary: RunSummary) -> Table:
 
     if summary.hears_losses is False:
         rows.append(("mixture", SILENT_MIXTURE))
+    if summary.data_end is not None:
+        rows.append(("left over at the end", describe_data_end(summary.data_end)))
 
     grid = Table.grid(padding=(0, 3))
     for label, value in rows:

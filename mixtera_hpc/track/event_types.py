@@ -88,6 +88,21 @@ class CommEvent(TypedDict, total=False):
     """Time that training waited for the reduction of the step's losses; 0 if it was complete before it was needed."""
 
 
+class DataEndEvent(TypedDict, total=False):
+    """`data_end.jsonl`: one line when the end of the data is planned, written by the data plane."""
+
+    step: int
+    """Number of steps that the data has."""
+    unit: str
+    """`tokens` or `samples`."""
+    last_batch: str
+    """`dataplane.last_batch`."""
+    left_over: int
+    """Sequences (or samples) that do not fill the last global batch: served with padding, or not at all."""
+    left_over_tokens: int
+    """Tokens of the domains that end, which do not fill a sequence and are not served."""
+
+
 class ValidationEvent(TypedDict, total=False):
     """`validation.jsonl`: one line every `training.validate_every` steps, and one at the end."""
 

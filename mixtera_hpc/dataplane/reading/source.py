@@ -133,6 +133,18 @@ class Source:
         origin = int(self.stream_version.origins[domain])
         return origin + start, origin + stop
 
+    def left_over_tokens(self, cursors: NDArray[np.int64]) -> int:
+        """Return the tokens of ended domains that fill no sequence, given the sequences before the end."""
+        if not self.layout.in_tokens:
+            return 0
+        limits = max_epochs_per_domain(self.config.mixture, self.num_domains)
+        ended = np.isfinite(limits) & (cursors >= self.planner.capacity)
+        items = np.floor(self.layout.epoch_items()[ended] * limits[ended]).astype(np.int64)
+        # The last sequence ends behind the start of the next one; a domain may be too small for a single one.
+        behind = np.where(cursors[ended] > 0, self.grid.length - self.grid.stride, 0)
+        served = self.stream_version.origins[ended] + cursors[ended] * self.grid.stride + behind
+        return int((items - served).sum())
+
     def make_block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
         """Return a function that reads the sample columns of some blocks, one block after the other."""
         # Nothing is opened yet: many ranks never read some of several indexes.
