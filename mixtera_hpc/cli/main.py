@@ -26,6 +26,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "migrate": "write an experiment with the data sets and weights of another loader",
         "index": "build, inspect, verify or refresh the property index of a data collection, or add properties",
         "query": "count the samples and tokens of every domain",
+        "tokenize": "write the token ids of all documents of an index, for runs that tokenize nothing",
         "tokenizer": "train a tokenizer on the documents that a mixture selects",
         "plan": "forecast what a mixture will serve, or list the sequences of chosen steps",
     },

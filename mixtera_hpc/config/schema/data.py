@@ -101,13 +101,17 @@ class DataConfig(DataSetKeys):
     `ServedSample` to what the trainer gets, for example a decoded image and its text. It runs where samples are
     read."""
 
+    tokens: str = "auto"
+    """Token ids that `mixtera-hpc tokenize` has written. `auto`: those beside the index, if there are any. `off`: none,
+    documents are tokenized while a run reads. Or the folder that holds them. Cost only: the batches are the same."""
+
     @classmethod
     def complete(cls, plain: Mapping[str, Any]) -> Mapping[str, Any]:
         """Give every data set the keys that only `data` has, and the properties that only `data` has."""
         sets = plain.get("sets")
         if not isinstance(sets, Mapping):
             return plain
-        defaults = {key: value for key, value in plain.items() if key not in ("sets", "transform")}
+        defaults = {key: value for key, value in plain.items() if key not in ("sets", "transform", "tokens")}
         return {**plain, "sets": {name: _with_defaults(own, defaults) for name, own in sets.items()}}
 
     def named_sets(self) -> dict[str, DataSetKeys]:

@@ -23,7 +23,7 @@ from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, Packed
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transform, load_transform, transformed
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.token_gather import shards_with_tokens
+from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.errors import MixteraError
 
 __all__ = ["BatchMaker", "steps_per_read", "training_steps_of"]
@@ -357,7 +357,7 @@ def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range
 def steps_per_read(source: Source, batch_slice: BatchSlice) -> int:
     """Return how many steps are read together, at least 1; for samples, from their average size."""
     if source.layout.in_tokens:
-        tokens_per_read = STORED_TOKENS_PER_READ if shards_with_tokens(source).all() else TOKENS_PER_READ
+        tokens_per_read = STORED_TOKENS_PER_READ if blocks_with_tokens(source).all() else TOKENS_PER_READ
         return max(1, round(tokens_per_read / (batch_slice.size * source.grid.length)))
     # The average over the whole index is good enough: only the size of reads depends on it.
     num_samples = int(source.blocks.rows.sum(dtype=np.int64))

@@ -30,6 +30,7 @@ from mixtera_hpc.index.read.sample_reader import SampleSource
 from mixtera_hpc.index.read.sample_sizes import add_size_numbers
 from mixtera_hpc.index.read.selection import SelectedDomains, select_domains
 from mixtera_hpc.index.read.verify import check_fresh
+from mixtera_hpc.index.token_store.store_files import StoredRows, configured_stores
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = ["IndexDescription", "SharedTables", "chat_blocks", "read_shared_index", "select_subset", "share_index"]
@@ -66,6 +67,8 @@ class IndexDescription:
     """Expressions whose samples are dropped."""
     where_after_drops: str
     """`query.where` without the dropped samples."""
+    token_stores: list[StoredRows]
+    """Token stores that documents are served from."""
     domain_items: list[int]
     """Items of one epoch of every domain, dropped samples included: mixture weights refer to these sizes."""
 
@@ -221,6 +224,7 @@ def _describe(
         counting=_describe_counting(index, chosen),
         where=selection.predicate.text,
         drop=list(subset.drop),
+        token_stores=configured_stores(config, index),
         where_after_drops=subset.restrict(config.query.where),
         domain_items=StreamLayout.of_config(
             config, selection.table, tokenizer, chat_blocks(index.shard_texts(), tables.shards.format, tables.blocks)

@@ -7,13 +7,16 @@ nobody, so every index must come from a checked byte range (`MappedFiles.first_t
 
 import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-__all__ = ["MappedFiles", "max_mapped_files"]
+from mixtera_hpc.errors import DataError
+
+__all__ = ["MappedFiles", "map_array", "max_mapped_files"]
 
 Ints = NDArray[np.int64]
 
@@ -22,6 +25,19 @@ def max_mapped_files() -> int:
     """Return how many files may stay mapped: each holds a file descriptor, and half of the limit is left to others."""
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 16 if soft_limit == resource.RLIM_INFINITY else max(soft_limit // 2, 1)
+
+
+def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Map a file into memory as one array.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        # An empty file cannot be mapped. A plain array is sliced ten times as fast as numpy's memmap.
+        return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.zeros(0, dtype)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 class MappedFiles:

@@ -16,18 +16,20 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles, max_mapped_files
+from mixtera_hpc.dataplane.reading.stored.mapped_files import MappedFiles, map_array, max_mapped_files
 from mixtera_hpc.dataplane.reading.stored.read_errors import (
     no_tokenizer_error,
     range_outside_error,
     token_count_error,
 )
+from mixtera_hpc.dataplane.reading.stored.store_rows import Places, StoreRows
 from mixtera_hpc.formats.base import TokenFormat
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.index.token_store.store_files import StoreFiles
 from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["TokenGather", "shards_with_tokens"]
+__all__ = ["TokenGather", "blocks_with_tokens"]
 
 TOKENS_PER_COPY = 1 << 16
 """Tokens that are copied in one call: large enough to hide its cost."""
@@ -48,22 +50,25 @@ class _TextTokens:
 
 
 class TokenGather:
-    """Reads documents of shards that hold token ids. Not thread-safe: one per reading thread."""
+    """Reads documents that are stored as token ids. Not thread-safe: one per reading thread."""
 
     def __init__(self, source: Source) -> None:
         """Map nothing yet; shards are mapped when they are needed."""
         self._source = source
-        self._holds_tokens = shards_with_tokens(source)
-        self._files = MappedFiles(len(self._holds_tokens), self._map_shard)
+        self._is_stored = blocks_with_tokens(source)
+        self._store_rows = StoreRows(source) if source.index.token_stores else None
+        self._num_shards = len(source.index.shard_paths)
+        # The files of the stores have the numbers after the shards.
+        self._files = MappedFiles(self._num_shards + len(source.index.token_stores), self._map_file)
 
     @property
     def holds_all(self) -> bool:
-        """Whether all shards of the index hold token ids."""
-        return bool(self._holds_tokens.all())
+        """Whether all blocks of the index are stored as token ids."""
+        return bool(self._is_stored.all())
 
     def is_stored(self, documents: Documents) -> NDArray[np.bool_]:
-        """Return which documents lie in shards that hold token ids; shape (n,)."""
-        return self._holds_tokens[self._source.blocks.shard[documents.block]]
+        """Return which documents are stored as token ids; shape (n,)."""
+        return self._is_stored[documents.block]
 
     def read_into(self, documents: Documents, output: Tokens) -> None:
         """Write the wanted tokens of documents that are all stored, special tokens included; shape (their sum,).
@@ -71,7 +76,20 @@ class TokenGather:
         Raises:
             DataError: a shard cannot be read or has changed, or a document has other tokens than the index counted.
         """
-        shards = self._source.blocks.shard[documents.block]
+        blocks = self._source.blocks
+        places = Places(
+            file=blocks.shard[documents.block].astype(np.int64),
+            start=blocks.offset[documents.block] + documents.offset,
+            length=documents.length.copy(),
+            may_have_added=np.ones(len(documents.block), np.bool_),
+        )
+        if self._store_rows is not None:
+            self._store_rows.locate(documents, self._num_shards, places)
+        self._read_places(documents, places, output)
+
+    def _read_places(self, documents: Documents, places: Places, output: Tokens) -> None:
+        """Read documents whose places are known, as many files at a time as can be mapped."""
+        shards = places.file
         ends = np.cumsum(documents.last - documents.first)
         limit = max_mapped_files()
         if len(shards) > limit and len(np.unique(shards)) > limit:
@@ -79,48 +97,51 @@ class TokenGather:
             for first in range(0, len(shards), limit):
                 begin = int(ends[first - 1]) if first else 0
                 end = int(ends[first : first + limit][-1])
-                self.read_into(documents.select(slice(first, first + limit)), output[begin:end])
+                chosen = slice(first, first + limit)
+                self._read_places(documents.select(chosen), places.select(chosen), output[begin:end])
             return
 
         types = self._files.map(shards)
         if (types == types[0]).all():
-            self._read_type(int(types[0]), documents, shards, output)
+            self._read_type(int(types[0]), documents, places, output)
             return
         # Each integer type has an array of its own.
         for number in np.unique(types).tolist():
             is_type = types == number
             is_output = np.repeat(is_type, documents.last - documents.first)
             of_type = np.empty(int(is_output.sum()), output.dtype)
-            self._read_type(number, documents.select(np.flatnonzero(is_type)), shards[is_type], of_type)
+            self._read_type(number, documents.select(np.flatnonzero(is_type)), places.select(is_type), of_type)
             output[is_output] = of_type
 
     def close(self) -> None:
         """Unmap all shards."""
         self._files.close()
 
-    def _read_type(self, type_number: int, documents: Documents, shards: NDArray[np.int32], output: Tokens) -> None:
+    def _read_type(self, type_number: int, documents: Documents, places: Places, output: Tokens) -> None:
         """Read documents whose shards have the same integer type."""
         source = self._source
         tokenizer = source.tokenizer
         if tokenizer is None:
             raise no_tokenizer_error()
-        starts = source.blocks.offset[documents.block] + documents.offset
-        first = self._files.first_tokens(shards, starts, documents.length)
+        first = self._files.first_tokens(places.file, places.start, places.length)
         if first is None:
             raise range_outside_error(source, documents)
 
         memory = self._files.span(type_number)
-        texts = _without_added(memory, first, documents.length // memory.itemsize, tokenizer)
+        texts = _without_added(memory, first, places.length // memory.itemsize, places.may_have_added, tokenizer)
         # A wrong count would shift every later sequence of the stream without a sign.
-        sizes = texts.count + source.layout.num_specials
+        sizes = texts.count + source.layout.added_tokens(documents.block)
         wrong = np.flatnonzero(sizes != documents.size)
         if len(wrong):
             raise token_count_error(source, documents, int(wrong[0]), int(sizes[wrong[0]]))
         _copy(memory, texts, documents, tokenizer.added, output)
 
-    def _map_shard(self, number: int) -> NDArray[Any]:
-        """Map a shard, and check that its blocks begin where the index says."""
+    def _map_file(self, number: int) -> NDArray[Any]:
+        """Map the tokens of a store, or a shard after a check that its blocks begin where the index says."""
         index = self._source.index
+        if number >= self._num_shards:
+            store = index.token_stores[number - self._num_shards]
+            return map_array(StoreFiles(Path(store.folder)).tokens, np.dtype(store.dtype))
         blocks = self._source.blocks
         of_shard = np.flatnonzero(blocks.shard == number)
         token_format = cast(TokenFormat, load_format(index.shard_formats[number]))
@@ -128,31 +149,38 @@ class TokenGather:
         return token_format.map_tokens(path, blocks.first_row[of_shard], blocks.offset[of_shard])
 
 
-def shards_with_tokens(source: Source) -> NDArray[np.bool_]:
-    """Return which shards hold token ids; shape (num_shards,)."""
+def blocks_with_tokens(source: Source) -> NDArray[np.bool_]:
+    """Return which blocks are in shards that hold token ids, or in a token store; shape (num_blocks,)."""
     formats = source.index.shard_formats
     holds_tokens = {name: load_format(name).holds_tokens for name in set(formats)}
-    return np.array([holds_tokens[name] for name in formats], np.bool_)
+    shard_holds_tokens = np.array([holds_tokens[name] for name in formats], np.bool_)
+    is_stored: NDArray[np.bool_] = shard_holds_tokens[source.blocks.shard]
+    for store in source.index.token_stores:
+        is_stored[store.first_block : store.last_block] = True
+    return is_stored
 
 
-def _without_added(memory: Tokens, first: Ints, count: Ints, tokenizer: Tokenizer) -> _TextTokens:
+def _without_added(
+    memory: Tokens, first: Ints, count: Ints, may_have_added: NDArray[np.bool_], tokenizer: Tokenizer
+) -> _TextTokens:
     """Leave out the special tokens that stored documents may begin and end with; the config says which are added.
 
     Args:
         memory: all tokens.
         first: position of the first token of each document.
         count: tokens of each document.
+        may_have_added: which documents can have special tokens at their borders.
         tokenizer: names the special tokens.
     """
     ends_with_eos = np.zeros(len(count), np.bool_)
     if tokenizer.eos_id is not None:
-        nonempty = np.flatnonzero(count)
+        nonempty = np.flatnonzero((count > 0) & may_have_added)
         ends_with_eos[nonempty] = memory[first[nonempty] + count[nonempty] - 1] == tokenizer.eos_id
         count = count - ends_with_eos
 
     num_bos = len(tokenizer.bos_ids)
     if num_bos:
-        long_enough = np.flatnonzero(count >= num_bos)
+        long_enough = np.flatnonzero((count >= num_bos) & may_have_added)
         first_ids = memory[first[long_enough, None] + np.arange(num_bos)]
         begins_with_bos = (first_ids == np.array(tokenizer.bos_ids)).all(axis=1)
         first = first.copy()

@@ -1,0 +1,182 @@
+"""The files of a token store, and the check that a store belongs to an index.
+
+A store is a folder with four kinds of files:
+
+- `store.json`: what the store was made from, and whether it is complete
+- `tokens.bin`: the token ids of all documents, without the special tokens that the configuration adds
+- `starts.bin`: position of the first token of every row, int64, in the order of the index
+- `done-ATTEMPT-RANK.log`: the units that are written; removed when the store is complete
+
+Documents with the same categorical values follow each other in index order, so that a domain is read in long runs. Rows
+of shards that hold token ids, and rows that the build skipped, have no tokens here.
+"""
+
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.index.read.open import PropertyIndex
+
+__all__ = ["StoreFiles", "StoreHeader", "StoredRows", "configured_stores", "read_header", "store_folder", "token_type"]
+
+VERSION = 1
+AUTO = "auto"
+OFF = "off"
+CURE = "Run mixtera-hpc tokenize again with the same index and tokenizer, or set data.tokens=off."
+
+
+class StoreHeader(msgspec.Struct, kw_only=True):
+    """The content of `store.json`."""
+
+    version: int = VERSION
+    index: str
+    """Fingerprint of the index."""
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    dtype: str
+    """Type of the token ids: `<u2` or `<u4`."""
+    rows: int
+    """Rows of the index."""
+    tokens: int
+    """Tokens in the store."""
+    complete: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRows:
+    """A checked store, and the rows of a run's indexes that it holds. Rank 0 sends it to every rank."""
+
+    folder: str
+    dtype: str
+    first_block: int
+    """Position of the first block of its index among the blocks of all joined indexes."""
+    last_block: int
+    """One past the last block."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFiles:
+    """The paths of a store."""
+
+    folder: Path
+
+    @property
+    def header(self) -> Path:
+        """The file that describes the store."""
+        return self.folder / "store.json"
+
+    @property
+    def tokens(self) -> Path:
+        """The file of all token ids."""
+        return self.folder / "tokens.bin"
+
+    @property
+    def starts(self) -> Path:
+        """The file of the first token of every row."""
+        return self.folder / "starts.bin"
+
+    def logs(self) -> list[Path]:
+        """Return the logs of finished units."""
+        return sorted(self.folder.glob("done-*.log"))
+
+    def write_header(self, header: StoreHeader) -> None:
+        """Replace `store.json` as a whole."""
+        temporary = self.folder / f".store.json.{os.getpid()}.part"
+        with temporary.open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(header)) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.header)
+
+
+def token_type(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """Return the type that holds every id below `vocab_size`."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def store_folder(config: Config, index: str) -> Path:
+    """Return the folder of the store of one index: `data.tokens`, or a folder beside the index."""
+    return Path(f"{index}.tokens") if config.data.tokens == AUTO else Path(config.data.tokens)
+
+
+def read_header(files: StoreFiles) -> StoreHeader | None:
+    """Return the content of `store.json`; None if there is no such file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        return msgspec.json.decode(files.header.read_bytes(), type=StoreHeader)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise DataError(f"{files.header} cannot be read: {error}.\n  {CURE}") from None
+
+
+def configured_stores(config: Config, index: PropertyIndex) -> list[StoredRows]:
+    """Return the checked token stores of the indexes that a run reads; an index without one is tokenized on the fly.
+
+    Raises:
+        ConfigError: the store is missing though `data.tokens` names it, incomplete, or made from another generation of
+            the index or with another tokenizer.
+        DataError: the store is damaged.
+    """
+    sources = index.sample_sources()
+    if config.data.tokens == OFF or config.mixture.unit != "tokens" or index.tokenizer_fingerprint is None:
+        return []
+    if config.data.tokens != AUTO and len(sources) > 1:
+        raise ConfigError(
+            f"data.tokens is {config.data.tokens}, but the run reads {len(sources)} indexes, each with its own store.\n"
+            "  Set data.tokens=auto, which takes the store beside each index."
+        )
+    # Blocks of joined indexes follow each other, index by index.
+    first_samples = index.tables.blocks.first_sample
+    borders = [int(np.searchsorted(first_samples, source.first_sample)) for source in sources]
+    borders.append(len(first_samples))
+    stores = []
+    for source, (first_block, last_block) in zip(sources, pairwise(borders), strict=True):
+        files = StoreFiles(store_folder(config, source.path))
+        header = _checked_header(config, files, source.fingerprint, index.tokenizer_fingerprint)
+        if header is not None:
+            stores.append(
+                StoredRows(folder=str(files.folder), dtype=header.dtype, first_block=first_block, last_block=last_block)
+            )
+    return stores
+
+
+def _checked_header(config: Config, files: StoreFiles, index: str, tokenizer: str) -> StoreHeader | None:
+    """Return the header of a store, None if there is none; refuse a store that does not belong to the index."""
+    header = read_header(files)
+    if header is None:
+        if config.data.tokens == AUTO:
+            return None
+        raise ConfigError(
+            f"data.tokens is {files.folder}, which holds no token store.\n"
+            f"  Make one with mixtera-hpc tokenize data.tokens={files.folder} and the keys of this run, or set "
+            "data.tokens=auto."
+        )
+    problem = ""
+    if header.version != VERSION:
+        problem = f"has version {header.version} instead of {VERSION}"
+    elif header.tokenizer != tokenizer:
+        problem = f"was made with tokenizer {header.tokenizer[:12]}, but the index with {tokenizer[:12]}"
+    elif header.index != index:
+        problem = f"was made from index {header.index[:12]}, but the index is {index[:12]} now"
+    elif not header.complete:
+        problem = "is incomplete: mixtera-hpc tokenize was interrupted, or is still running"
+    if problem:
+        raise ConfigError(f"The token store {files.folder} {problem}.\n  {CURE}")
+    sizes = {files.tokens: header.tokens * np.dtype(header.dtype).itemsize, files.starts: 8 * header.rows}
+    for path, size in sizes.items():
+        if not path.is_file() or path.stat().st_size != size:
+            raise DataError(
+                f"{path} must have {size} bytes: it was cut off or removed.\n  Remove {files.folder} and run "
+                "mixtera-hpc tokenize again, or set data.tokens=off."
+            )
+    return header

@@ -1,0 +1,190 @@
+"""`mixtera-hpc tokenize`: the stream of a run is the same from a token store; wrong stores are refused."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
+from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.index.token_store.store_files import StoreFiles
+from mixtera_hpc.testing.megatron import write_megatron
+from mixtera_hpc.testing.writers import write_compressed
+from mixtera_hpc.tokens.bpe_training import train_bpe
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "<|endoftext|>", "again"]
+
+
+def make_rows(seed: int, count: int) -> list[dict[str, Any]]:
+    """Return rows of three languages, with texts of any length."""
+    random = np.random.Generator(np.random.Philox(seed))
+    return [
+        {"text": " ".join(random.choice(WORDS, int(random.integers(0, 60)))), "lang": "abc"[int(random.integers(0, 3))]}
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> list[str]:
+    """Return overrides for shards of text, plain and compressed, with bad rows, beside a shard of token ids."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(3):
+        lines = [json.dumps(row) for row in make_rows(number, 70)]
+        lines[9] = "{damaged"
+        (data / f"{number}.jsonl").write_text("\n".join(lines))
+    (data / "packed").mkdir()
+    write_compressed(data / "packed", make_rows(7, 50), ending="gz")
+    write_megatron(data / "ids.bin", [[5, 6, 7] * (i % 9) for i in range(40)])
+    tokenizer = train_bpe(["the quick brown fox " * 9], 300, tmp_path / "tokenizer.json", ["<s>"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    return [
+        f"data.root={data}",
+        f"index.path={tmp_path / 'i.h5'}",
+        "index.block_rows=16",
+        "data.properties.lang=lang",
+        "data.on_bad_sample=skip",
+        f"dataplane.tokenizer={tokenizer}",
+        "dataplane.seq_len=33",
+        "dataplane.global_batch_size=4",
+        "dataplane.chunk_steps=2",
+        "dataplane.audit=true",
+        "mixture.on_exhausted=stop",
+        "mixture.max_epochs=2",
+    ]
+
+
+def served(overrides: list[str], *more: str) -> list[Any]:
+    """Return all that a run serves."""
+    with DataPlane.open(compose([*overrides, *more]), comm=Local()) as plane:
+        return [
+            (batch.digests, batch.domain_ids.tolist(), batch.document_ids.tolist(), batch.loss_mask.tolist())
+            for batch in plane
+        ]
+
+
+def tokenize(overrides: list[str], *more: str) -> int:
+    return main(["tokenize", *overrides, *more])
+
+
+STREAMS = {
+    "by language": ["mixture=natural", "mixture.group_by=[lang]"],
+    "single domain": ["mixture=natural", "mixture.group_by=[]"],
+    "selected, blocks shuffled": ["mixture=natural", "query.where=lang == 'a'", "dataplane.shuffle=block"],
+    "no shuffle, no overlap": ["mixture=natural", "dataplane.shuffle=none", "dataplane.overlap_one_token=false"],
+    "no end token": ["mixture=natural", "mixture.group_by=[lang]", "dataplane.add_eos=false"],
+    "held out": ["mixture=natural", "query.holdout={fraction: 0.2}", "dataplane.predict_across_documents=true"],
+}
+
+
+@pytest.mark.parametrize("build", [[], ["dataplane.add_bos=true"], ["dataplane.special_tokens_in_text=allow"]])
+def test_the_stream_is_the_one_tokenized_on_the_fly(
+    build: list[str], overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [*overrides, *build]
+    build_index(compose(overrides))
+    on_the_fly = {name: served(overrides, *more) for name, more in STREAMS.items()}
+    assert tokenize(overrides) == 0
+    assert re.search(r"tokens of 2 bytes: .* GB in .*i\.h5\.tokens, .* GB free", capsys.readouterr().err)
+
+    # The texts are not needed any more, so a run cannot have read them.
+    config = compose([*overrides, *STREAMS["by language"]])
+    source = open_source(config, Local())
+    assert DocumentReader(source).holds_all_tokens
+    for name, more in STREAMS.items():
+        assert len(on_the_fly[name]) > 10
+        assert served(overrides, *more) == on_the_fly[name], name
+        assert served(overrides, *more, "data.tokens=off") == on_the_fly[name], name
+
+
+def test_the_store_may_be_in_another_folder(overrides: list[str], tmp_path: Path) -> None:
+    build_index(compose(overrides))
+    expected = served(overrides)
+    folder = f"data.tokens={tmp_path / 'elsewhere'}"
+    assert tokenize(overrides, folder) == 0
+    assert served(overrides, folder) == expected
+    assert not (tmp_path / "i.h5.tokens").exists()
+    # A complete store is left as it is.
+    before = (tmp_path / "elsewhere/tokens.bin").stat().st_mtime_ns
+    assert tokenize(overrides, folder) == 0
+    assert (tmp_path / "elsewhere/tokens.bin").stat().st_mtime_ns == before
+
+
+def test_several_indexes_have_their_own_stores(overrides: list[str], tmp_path: Path) -> None:
+    build_index(compose(overrides))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "z.jsonl").write_text("\n".join(json.dumps(row) for row in make_rows(3, 80)))
+    second = [*overrides, f"data.root={other}", f"index.path={tmp_path / 'j.h5'}"]
+    build_index(compose(second))
+    joined = [*overrides[2:], f"index.paths=[{tmp_path / 'i.h5'},{tmp_path / 'j.h5'}]", "mixture.group_by=[lang]"]
+    joined = [entry for entry in joined if not entry.startswith(("data.properties", "data.on_bad", "index.block"))]
+    expected = served(joined)
+    # With one store the other index is tokenized on the fly.
+    for of_index in (second, overrides):
+        assert tokenize(of_index) == 0
+        assert served(joined) == expected
+    with pytest.raises(ConfigError, match=r"reads 2 indexes, each with its own store"):
+        served(joined, f"data.tokens={tmp_path / 'i.h5.tokens'}")
+
+
+def test_a_store_of_another_tokenizer_is_refused(overrides: list[str], tmp_path: Path) -> None:
+    build_index(compose(overrides))
+    assert tokenize(overrides) == 0
+    with_bos = [*overrides, "dataplane.add_bos=true"]
+    assert tokenize(with_bos) == 2
+    build_index(compose(with_bos))
+    with pytest.raises(ConfigError, match=r"was made with tokenizer \w{12}, but the index with \w{12}"):
+        served(with_bos)
+    expected = served(with_bos, "data.tokens=off")
+    assert tokenize(with_bos) == 0
+    assert served(with_bos) == expected
+
+
+def test_a_store_of_another_generation_is_refused(overrides: list[str], tmp_path: Path) -> None:
+    build_index(compose(overrides))
+    assert tokenize(overrides) == 0
+    (tmp_path / "data/new.jsonl").write_text("\n".join(json.dumps(row) for row in make_rows(9, 30)))
+    assert main(["index", "refresh", *overrides]) == 0
+    with pytest.raises(ConfigError, match=r"was made from index \w{12}, but the index is \w{12} now"):
+        served(overrides)
+    expected = served(overrides, "data.tokens=off")
+    assert tokenize(overrides) == 0
+    assert served(overrides) == expected
+
+
+def test_incomplete_and_missing_stores_are_refused(overrides: list[str], tmp_path: Path) -> None:
+    build_index(compose(overrides))
+    with pytest.raises(ConfigError, match="holds no token store"):
+        served(overrides, f"data.tokens={tmp_path / 'nothing'}")
+    assert tokenize(overrides) == 0
+    files = StoreFiles(tmp_path / "i.h5.tokens")
+    header = files.header.read_text()
+    files.header.write_text(header.replace('"complete": true', '"complete": false'))
+    with pytest.raises(ConfigError, match="is incomplete"):
+        served(overrides)
+    files.header.write_text(header)
+    files.tokens.write_bytes(files.tokens.read_bytes()[:-2])
+    with pytest.raises(DataError, match="it was cut off or removed"):
+        served(overrides)
+
+
+def test_wrong_input_is_refused_with_exit_code_2(overrides: list[str], tmp_path: Path) -> None:
+    build_index(compose(overrides))
+    assert tokenize(overrides, "data.tokens=off") == 2
+    assert tokenize([entry for entry in overrides if "tokenizer" not in entry]) == 2
+    # The folder of the data is no token store, and stays as it is.
+    assert tokenize(overrides, f"data.tokens={tmp_path / 'data'}") == 2
+    assert (tmp_path / "data/0.jsonl").exists()
+    shutil.copy(tmp_path / "data/1.jsonl", tmp_path / "data/0.jsonl")
+    assert tokenize(overrides) == 2
