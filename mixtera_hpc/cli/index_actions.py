@@ -154,14 +154,14 @@ def _verified(
 
 
 def _duplicates(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
-    _, index = open_collection(args.overrides, reads_shards=True, announce=comm.rank == 0)
+    config, index = open_collection(args.overrides, reads_shards=True, announce=comm.rank == 0)
     write = Path(args.write) if args.write else None
     if write is not None and not write.absolute().parent.is_dir():
         raise ConfigError(f"--write {write}: there is no folder {write.absolute().parent}. Make it first.")
     with index:
         if comm.rank == 0:
             refuse_changed(index, changed_shards(index))
-        report = find_duplicates(index, comm, write)
+        report = find_duplicates(index, comm, write, config.query.where)
     if comm.rank > 0:
         return ActionOutput()
     if args.json:

@@ -126,7 +126,8 @@ class SampleColumns:
 
     combo: NDArray[np.int32]
     length: NDArray[np.int64]
-    """Bytes of the row on disk; 0 if rows have no byte range of their own (Parquet)."""
+    """Bytes of the row on disk. If rows have no byte range of their own (Parquet): bytes of the document, 0 if tokens
+    were not counted."""
     tokens: NDArray[np.int64]
     numbers: Mapping[str, NDArray[np.float64]]
     """By name of the number property; null is NaN."""

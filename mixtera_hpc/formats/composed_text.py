@@ -7,7 +7,7 @@ rows are decoded as a whole.
 """
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.properties import as_text
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.formats.base import BlockRef, Format, RangeReader, ShardReader
+from mixtera_hpc.formats.batching.row_paths import path_forms
 from mixtera_hpc.formats.chat_rows import chat_documents, chat_path, is_chat, value_at
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.user_functions import import_function, source_digest
@@ -37,6 +38,8 @@ class ComposedText:
     """Return the document of each row, and (position, problem) of rows that have none, ascending."""
     digest: str
     """Hex digest of the file that defines the function, or of the chat template; else the template itself."""
+    paths: tuple[str, ...] = ()
+    """The dotted paths of a template, or of conversations."""
 
     @classmethod
     def of(cls, text: str, chat: ChatTemplate | None = None) -> "ComposedText":
@@ -47,13 +50,19 @@ class ComposedText:
         """
         if is_chat(text):
             path = chat_path(text)
-            return cls(lambda rows: chat_documents(path, chat, rows), chat.digest if chat else "")
+            own = (path,) if "." in path else ()
+            return cls(lambda rows: chat_documents(path, chat, rows), chat.digest if chat else "", own)
         if text.startswith(FUNCTION_PREFIX):
             name = text.removeprefix(FUNCTION_PREFIX)
             function = import_function(name, "data.text")
             return cls(lambda rows: _texts_of_function(name, function, rows), source_digest(function))
         parts = _template_parts(text)
-        return cls(lambda rows: _texts_of_template(parts, rows), text)
+        paths = tuple(dict.fromkeys(field for _, field in parts if field is not None and "." in field))
+        return cls(lambda rows: _texts_of_template(parts, rows), text, paths)
+
+    def path_forms(self, rows: Rows) -> dict[str, set[int]]:
+        """Return the forms of every dotted path that have values in these rows: positions in `row_paths.path_forms`."""
+        return {path: {number for row in rows for number in _forms_with_values(row, path)} for path in self.paths}
 
 
 def is_composed(text: str | None) -> bool:
@@ -155,6 +164,18 @@ def _texts_of_template(parts: Sequence[tuple[str, str | None]], rows: Rows) -> t
             texts.append("")
             problems.append((number, str(error)))
     return texts, problems
+
+
+def _value_at(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """Return the value below a chain of keys; None if there is none."""
+    value: Any = row
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _forms_with_values(row: Mapping[str, Any], path: str) -> Iterator[int]:
+    return (number for number, keys in enumerate(path_forms(path)) if _value_at(row, keys) is not None)
 
 
 def _field(row: Mapping[str, Any], path: str) -> str:

@@ -6,7 +6,7 @@ once per distinct value.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mixtera_hpc.config.schema import DataSetKeys
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.errors import ConfigError, DataError, UserError
 from mixtera_hpc.formats.base import Column, ParserSpec, PropertyField, RowBatch, ScanSpec, ScanUnit, Vocabulary
+from mixtera_hpc.formats.batching.row_paths import check_path_forms
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.category_codes import Categories, map_categories
 from mixtera_hpc.formats.chat_rows import is_chat
@@ -185,6 +186,13 @@ def _to_numbers(field: PropertyField, column: Categories, shard: ShardFile) -> C
     return np.array([*numbers, np.nan])[column.code]
 
 
+def _joined_forms(
+    first: Mapping[str, Collection[int]], second: Mapping[str, Collection[int]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the forms of dotted paths that had values in either."""
+    return {path: tuple(sorted({*first.get(path, ()), *second.get(path, ())})) for path in {**first, **second}}
+
+
 class _TextComposer:
     """Makes the documents of one unit from whole rows, and collects the rows that have none."""
 
@@ -193,6 +201,7 @@ class _TextComposer:
         self._unit = unit
         self._spec = spec
         self._composed = ComposedText.of(spec.text or "", spec.chat)
+        self._forms: dict[str, set[int]] = {}
         self._rows = 0
         self._bad: list[tuple[int, str]] = []
 
@@ -206,7 +215,9 @@ class _TextComposer:
         already_bad = {row for row, _ in batch.bad}
         readable = [row for row in range(batch.rows) if row not in already_bad]
         raw_rows = batch.raw_rows or []
-        texts, problems = self._composed.make([raw_rows[row] for row in readable])
+        rows = [raw_rows[row] for row in readable]
+        texts, problems = self._composed.make(rows)
+        self._add_forms(rows)
         failed = [(readable[number], problem) for number, problem in problems]
         documents = [""] * batch.rows
         for row, text in zip(readable, texts, strict=True):
@@ -220,7 +231,22 @@ class _TextComposer:
         if len(self._bad) >= MAX_BAD_ROWS:
             self.check()
         bad = tuple(sorted([*batch.bad, *failed]))
-        return replace(batch, documents=documents if self._spec.documents else None, bad=bad)
+        return replace(
+            batch,
+            documents=documents if self._spec.documents else None,
+            bad=bad,
+            path_forms=_joined_forms(batch.path_forms, self._forms),
+        )
+
+    def _add_forms(self, rows: list[Any]) -> None:
+        """Note the forms of dotted paths that have values.
+
+        Raises:
+            ShardLayoutError: two forms of one path have values.
+        """
+        for path, numbers in self._composed.path_forms(rows).items():
+            self._forms.setdefault(path, set()).update(numbers)
+        check_path_forms(self._path, self._forms)
 
     def check(self) -> None:
         """Raise the error for rows without a document, if there are any.
@@ -273,7 +299,12 @@ class _ParserRunner:
         self._rows += batch.rows
         if len(self._bad) >= MAX_BAD_ROWS:
             self.check()
-        return replace(batch, columns=self._columns(rows), bad=tuple(sorted([*batch.bad, *failed])))
+        columns = self._columns(rows)
+        # Known once the columns have been taken out of the rows.
+        forms = self._type.path_forms()
+        check_path_forms(self._shard.root / self._shard.path, forms)
+        bad = tuple(sorted([*batch.bad, *failed]))
+        return replace(batch, columns=columns, bad=bad, path_forms=_joined_forms(batch.path_forms, forms))
 
     def _parse_row(self, raw: Any) -> tuple[Any, str]:
         """Return the parser's result for a row, and the problem (empty if there is none)."""

@@ -14,6 +14,8 @@ class DataSetFacts:
     """The folder of its shards during the build."""
     text: str | None = None
     """Place of the document in a row; None when samples have no text."""
+    text_digest: str = ""
+    """Hex digest of the source file of the function that makes the documents; empty without one."""
     parser: str | None = None
     """Import path of the user's parser; None without one."""
     sources: Mapping[str, str] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """Define what an index file contains: names, types and version; and read and write its basic values.
 
 /                 attributes: format, version, tokenizer, fingerprint, num_samples, chunk_rows
-/sets/            name ('' for a single data set), root, text, parser, sources: JSON, property → path:PATH in the row,
-                  function:NAME, buckets:NUMBER BOUNDS, or dataset
+/sets/            name ('' for a single data set), root, text, text_digest, parser, sources: JSON, property → path:PATH
+                  in the row, function:NAME, buckets:NUMBER BOUNDS, or dataset
 /shards/          path, dataset (position in sets), format, rows, size_bytes, mtime_ns, fingerprint
 /bad/             shard, reason, rows: rows that were skipped; 0 rows mean that the end of the shard is damaged
 /properties/NAME  attribute kind; values
@@ -64,7 +64,7 @@ DATASET = "dataset"
 SIZE_NUMBERS = {"tokens": "tokens", "bytes": "length"}
 """Built-in number properties → the sample column that holds them."""
 FORMAT = "mixtera-hpc property index"
-VERSION = 3
+VERSION = 4
 # At 8 bytes per entry a chunk is 2 MiB: large enough for the disk, small enough for a buffer per column.
 TABLE_CHUNK = 1 << 18
 """Entries per HDF5 chunk of a table column. Tables are always read whole, so a chunk may be large."""

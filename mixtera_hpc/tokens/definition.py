@@ -262,8 +262,9 @@ def _configured_names(file: Path, content: Mapping[str, Any]) -> dict[str, str |
     names: dict[str, str | None] = {"bos_token": None, "eos_token": None}
     for key in names:
         token = content.get(key)
-        if isinstance(token, dict):
-            token = token.get("content")
+        # The form of an added token: {"content": "</s>", "lstrip": false, …}.
+        if isinstance(token, dict) and isinstance(token.get("content"), str):
+            token = token["content"]
         if token is not None and not isinstance(token, str):
             raise ConfigError(
                 f"{key} in {file} is {token!r}, but must be the text of one token.\n"

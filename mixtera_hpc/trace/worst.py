@@ -1,14 +1,15 @@
 """Find the sequences with the highest losses, and the documents that they consist of.
 
 Reads the loss logs of the wanted steps. Only the few sequences that are found are looked up in the index, so the price
-is 4 bytes per sequence and copy; with a domain, also the slots of the chunks that the candidates lie in.
+is 4 bytes per sequence and copy; with a domain, also the slots of the chunks that the candidates lie in; with a shard,
+all sequences of the wanted steps are looked up.
 """
 
 import bisect
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.loss_log import RecordedLosses, read_losses
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
-from mixtera_hpc.trace.list import SequenceFilter, audited_digests, domain_id, served_sequences, wanted_extents
+from mixtera_hpc.trace.list import (
+    SequenceFilter,
+    audited_digests,
+    domain_id,
+    list_sequences,
+    served_sequences,
+    wanted_extents,
+)
 from mixtera_hpc.trace.rank_filter import is_served_to
 
 __all__ = ["WorstSequences", "worst_sequences", "write_documents"]
@@ -55,7 +63,7 @@ def worst_sequences(
         sources: the data of the run.
         folder: the run.
         history: the journal of the run.
-        wanted: steps, rank and domain; a shard cannot be given.
+        wanted: steps, rank, domain and shard.
         count: at least 1.
 
     Raises:
@@ -64,12 +72,14 @@ def worst_sequences(
     """
     extents = wanted_extents(history, wanted)
     selection = _HighestLosses(count)
+    of_shard = _positions_of_shard(sources, folder, history, wanted)
     num_positions: Counter[int] = Counter()
     for attempt, steps in extents:
         has_domain = _domain_test(sources, attempt, wanted.domain)
+        is_wanted = has_domain if of_shard is None else functools.partial(_is_one_of, of_shard)
         for losses in _read_once(folder, attempt, steps, wanted.rank):
             num_positions[losses.step] += len(losses.means)
-            selection.add(losses, has_domain)
+            selection.add(losses, is_wanted)
 
     all_steps = list(itertools.chain.from_iterable(steps for _, steps in extents))
     if not num_positions:
@@ -133,6 +143,20 @@ def _read_once(folder: RunFolder, attempt: AttemptRecord, steps: range, rank: in
         of_group = steps_read.setdefault(attempt.leader_of(writer), set())
         yield from (losses for step, losses in by_step.items() if step not in of_group)
         of_group.update(by_step)
+
+
+def _positions_of_shard(
+    sources: AttemptSources, folder: RunFolder, history: History, wanted: SequenceFilter
+) -> set[tuple[int, int]] | None:
+    """Return step and position of every sequence that passes a filter with a shard; None without a shard."""
+    if wanted.shard is None:
+        return None
+    records = list_sequences(sources, folder, history, wanted)
+    return {(record["step"], record["position"]) for record, _ in records}
+
+
+def _is_one_of(chosen: Container[tuple[int, int]], step: int, position: int) -> bool:
+    return (step, position) in chosen
 
 
 def _domain_test(sources: AttemptSources, attempt: AttemptRecord, domain: str | None) -> Callable[[int, int], bool]:

@@ -148,6 +148,23 @@ def test_a_function_is_imported_only_if_the_configuration_names_it(tmp_path: Pat
         assert index.tables.num_samples == 40, "counting imports nothing"
 
 
+@pytest.mark.parametrize("unit", ["tokens", "samples"])
+def test_a_function_that_has_changed_since_the_build_is_noticed(unit: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "data", "jsonl", ROWS)
+    config = configured(tmp_path, FUNCTION, mixture={"unit": unit})
+    build_index(config)
+    open_source(config, Local())
+    (tmp_path / "text_makers.py").write_text(MODULE.replace("body']}(", "body']} ("))
+    message = r"text_makers\.join, which makes the documents of .*, has changed since .*\n  Restore the file, or run"
+    with pytest.raises(PropertyIndexError, match=message) as caught:
+        open_source(config, Local())
+    assert caught.value.exit_code == 2
+    with pytest.raises(PropertyIndexError, match=message):
+        derive_properties(configured(tmp_path, FUNCTION, data={"properties": {"t": "title"}}))
+    build_index(config)
+    open_source(config, Local())
+
+
 def test_deriving_from_composed_texts_gives_what_a_build_gives(tmp_path: Path) -> None:
     write_shard(tmp_path / "data", "jsonl.gz", ROWS)
     build_index(configured(tmp_path, TEMPLATE))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,34 @@ def test_buckets_of_an_unknown_number_are_refused(root: Path) -> None:
 
 def test_a_value_of_the_wrong_kind_names_its_row(root: Path) -> None:
     build_index(configured(root, BASE))
+    config = configured(root, BASE | {"x": {"path": "w", "kind": "number"}})
+    config = replace(config, data=replace(config.data, on_bad_sample="fail"))
     with pytest.raises(DataError, match="of which the new properties cannot be read") as caught:
-        derive_properties(configured(root, BASE | {"x": {"path": "w", "kind": "number"}}))
+        derive_properties(config)
     assert "a.jsonl' row=0: " in caught.value.__notes__[0] or "b.jsonl.gz' row=0: " in caught.value.__notes__[0]
+
+
+def test_a_value_of_the_wrong_kind_is_null_where_bad_samples_are_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [{"text": "t", "n": i, "q": "high" if i in (3, 20) else i, "k": "v"} for i in range(30)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "data/a.jsonl").write_bytes(lines)
+    (tmp_path / "data/b.jsonl.gz").write_bytes(gzip.compress(lines))
+    build_index(configured(tmp_path, {"n": BASE["n"]}))
+    new = {"q": {"path": "q", "kind": "number"}, "k": "k", "b": {"number": "q", "buckets": [0, 10, 40]}}
+    report = derive_properties(configured(tmp_path, {"n": BASE["n"]} | new))
+    assert report.samples == 60
+    with open_index(tmp_path / "i.h5") as index:
+        found = properties_of(index)
+    assert [row["q"] for row in found] == ["nan" if i in (3, 20) else f"{i}.0" for i in range(30)] * 2
+    assert [row["n"] for row in found] == [f"{i}.0" for i in range(30)] * 2
+    assert [row["k"] for row in found] == [() if i in (3, 20) else ("v",) for i in range(30)] * 2
+    assert [bool(row["b"]) for row in found] == [i not in (3, 20) for i in range(30)] * 2
+    assert (
+        "a.jsonl: new properties are null in 2 unreadable rows, first in row 3: Expected `float | null`" in caplog.text
+    )
 
 
 def test_the_values_are_those_of_the_function(root: Path) -> None:

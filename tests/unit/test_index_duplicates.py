@@ -93,6 +93,35 @@ def test_joined_indexes_are_compared_by_the_verb(
     assert "there is no folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_query_selects_the_samples_that_are_compared(ranks: int, sets: dict[str, Any], tmp_path: Path) -> None:
+    config = from_plain(Config, {"data": {"sets": sets}, "index": {"path": f"{tmp_path}/i.h5", "block_rows": 2}})
+    build_index(config)
+
+    def find(where: str) -> DuplicateReport:
+        def on_rank(comm: Any) -> DuplicateReport:
+            with open_configured(config) as index:
+                return find_duplicates(index, comm, where=where)
+
+        return run_ranks(ranks, on_rank)[0]
+
+    report = find("dataset in ['web', 'eval']")
+    assert (report.samples, report.within) == ([0, 4, 6], [0, 1, 2])
+    assert report.shared == [[0, 0, 0], [0, 0, 1], [0, 2, 0]]
+    assert find("dataset == 'web' and bytes > 13").duplicates == 2, "the empty text is left out"
+    named = find(f"documents({{'{tmp_path}/web/a.jsonl': [0, 5]}})")
+    assert (named.samples[2], named.duplicates) == (2, 1)
+
+
+def test_the_verb_honours_the_query(sets: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"data.root={sets['web']}", f"index.path={tmp_path}/w.h5"]
+    assert main(["index", "build", *words]) == 0
+    capsys.readouterr()
+    assert main(["index", "duplicates", *words, "query.where=bytes > 1000", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == [0]
+    assert main(["index", "duplicates", *words, "query.where=lang == 'en'", "--json"]) == 2
+
+
 def test_samples_without_text_are_compared_as_rows(tmp_path: Path) -> None:
     write(tmp_path / "data", [{"n": 1, "m": 2}, {"m": 2, "n": 1}, {"n": 1}], "jsonl")
     config = compose([f"data.root={tmp_path}/data", "data.text=null", "mixture.unit=samples"])

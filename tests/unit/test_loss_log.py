@@ -147,6 +147,12 @@ def test_filters_restrict_the_sequences(config: Config, run: Path, capsys: pytes
         own = [entry for entry in order if entry[2] == domain]
         words = ["--worst", "5", "--steps", "1..4", "--domain", str(domain)]
         assert places(worst(run, words, capsys)) == own[:5]
+    everything = worst(run, ["--worst", "1000", "--steps", "1..4"], capsys)
+    shards = sorted({segment[0] for record in everything for segment in record["segments"]})
+    assert len(shards) > 1
+    for shard in shards[:2]:
+        of_shard = [record for record in everything if shard in {segment[0] for segment in record["segments"]}]
+        assert worst(run, ["--worst", "5", "--steps", "1..4", "--shard", shard], capsys) == of_shard[:5]
     second = [entry for entry in order if entry[1] >= 4]
     assert places(worst(run, ["--worst", "5", "--steps", "1..4", "--rank", "1"], capsys)) == second[:5]
 
@@ -273,7 +279,8 @@ def test_a_killed_rank_and_a_damaged_log_are_reported(
         (["--worst", "1", "--domain", "nothing"], "'nothing' is not a domain of this run"),
         (["--worst", "1", "--rank", "2"], "--rank is 2, but these steps were served to 2 ranks"),
         (["--worst", "1", "--verify"], "remove --verify, --diff"),
-        (["--worst", "1", "--shard", "a.jsonl"], "remove --verify, --diff, --shard"),
+        (["--worst", "1", "--shard", "nothing.jsonl"], "The index has no shard 'nothing.jsonl'"),
+        (["--worst", "1", "--shard", "a.jsonl", "--row", "1"], "remove --verify, --diff, --row"),
         (["--worst", "1", "--step", "1", "--export", "b.npz"], "--export"),
         (["--write", "d.jsonl", "--step", "1"], "--write needs --worst N"),
         (["--worst", "1", "--write", "no/folder/d.jsonl"], "cannot be written: No such file"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.index.build.derive import derive_properties
 from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.selection import select_domains
+from mixtera_hpc.testing.writers import write_arrow, write_compressed, write_parquet
 
 RUN = ["dataplane.seq_len=32", "dataplane.global_batch_size=6", "dataplane.audit=true"]
 
@@ -173,11 +175,12 @@ class TestSizes:
         expected = {
             "tokens >= 50": sum(n >= 50 for n in tokens),
             "bytes < 300 and tokens < 50": sum(0 < n < 300 and t < 50 for n, t in zip(lengths, tokens, strict=True)),
-            "bytes is None": sum(n == 0 for n in lengths),
+            "bytes is not None": sum(n > 0 for n in lengths),
         }
         for where, count in expected.items():
             assert main(["query", *words, f"query.where={where}", "--json"]) == 0
             assert json.loads(capsys.readouterr().out)["selected"]["samples"] == count > 0
+        assert expected["bytes is not None"] == 480, "also in formats whose rows have no place of their own"
         assert main(["query", *words, "mixture.group_by=[{tokens: {buckets: [0, 50, 1000000]}}]", "--json"]) == 0
         domains = json.loads(capsys.readouterr().out)["domains"]
         assert [d["samples"] for d in domains] == [480 - expected["tokens >= 50"], expected["tokens >= 50"]]
@@ -203,6 +206,23 @@ class TestSizes:
         report = derive_properties(config)
         assert report.bytes_read == 0 and report.derived == ("b", "length")
         assert build_index(config).fingerprint == report.fingerprint
+
+    @pytest.mark.parametrize("suffix", ["parquet", "arrow", "jsonl.gz"])
+    def test_rows_without_a_place_have_the_bytes_of_their_document(
+        self, suffix: str, tmp_path: Path, tiny_tokenizer: str
+    ) -> None:
+        rows = [{"text": "é" * i, "n": i} for i in range(1, 9)]
+        writers = {"parquet": write_parquet, "arrow": write_arrow, "jsonl.gz": partial(write_compressed, ending="gz")}
+        (path,) = writers[suffix](tmp_path, rows)
+        words = [f"data.root={tmp_path}", f"data.include=[{path.name}]", "data.properties.n={path: n, kind: number}"]
+        build_index(compose([*words, f"dataplane.tokenizer={tiny_tokenizer}"]))
+        counted = compose([*words, "query.where=bytes is None or bytes < 8", "mixture.unit=samples"])
+        with open_configured(counted) as index:
+            assert index.read_block(0).length.tolist() == [2 * i for i in range(1, 9)]
+            assert select_domains(counted, index).selection.selected[0] == 3
+        build_index(compose([*words, "mixture.unit=samples"]))
+        with open_configured(counted) as index:
+            assert select_domains(counted, index).selection.selected[0] == 8, "null without counted tokens"
 
     def test_their_names_are_taken(self) -> None:
         with pytest.raises(ConfigError, match="tokens is a built-in number of every sample"):

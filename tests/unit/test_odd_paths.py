@@ -138,6 +138,31 @@ def test_both_meanings_in_one_file_are_refused(
     assert "has values for more than one meaning of the path" in refused and "meta.lang" in refused
 
 
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("on_bad_sample", ["fail", "skip"])
+def test_both_meanings_in_a_template_are_refused(
+    ending: str, on_bad_sample: str, tmp_path: Path, answers: Answers
+) -> None:
+    rows: list[Row] = [{"text": "a", "meta": {"t": "x"}}, {"text": "b", "meta.t": "y"}]
+    rows = rows if ending not in ("parquet", "arrow") else [{**rows[0], **rows[1]}]
+    prefix = "json." if ending == "tar" else ""
+    (tmp_path / "data").mkdir()
+    FORMATS[ending](tmp_path / f"data/a.{ending}", rows)
+    refused = answers(f"{{{prefix}meta.t}}", include=[f"*.{ending}"], on_bad_sample=on_bad_sample)["build"]
+    assert "has values for more than one meaning of the path" in refused and "meta.t" in refused
+
+
+def test_both_meanings_in_what_a_parser_returns_are_refused(
+    tmp_path: Path, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "two_meanings.py").write_text("def parse(row): return {row['k']: 1, 'a': {'b': 2}}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").write_bytes(lines([{"text": "t", "k": "c"}, {"text": "t", "k": "a.b"}]))
+    refused = answers(parser="two_meanings.parse", properties={"p": {"path": "a.b", "kind": "number"}})["build"]
+    assert "has values for more than one meaning of the path 'a.b'" in refused
+
+
 def test_both_meanings_far_apart_in_a_large_file_are_refused(tmp_path: Path, answers: Answers) -> None:
     (tmp_path / "data").mkdir()
     # 70 MB: the file is scanned in two units.

@@ -222,6 +222,8 @@ class TestAddedTokens:
         ("config", "message"),
         [
             ({"eos_token": [EOS]}, r"eos_token in .*tokenizer_config\.json is \['</s>'\], but must be the text of one"),
+            ({"eos_token": {"x": 1}}, r"eos_token in .* is \{'x': 1\}, but must be the text of one token"),
+            ({"bos_token": {"content": None}}, r"bos_token in .* is \{'content': None\}, but must be"),
             ({"bos_token": 3}, r"bos_token in .* is 3, but must be the text of one token"),
             ([], r"tokenizer_config\.json holds no JSON object"),
             ({"eos_token": "<end>"}, r"eos_token is '<end>', but the tokenizer has no such token"),

@@ -81,10 +81,10 @@ def _check_worst(args: argparse.Namespace) -> None:
         return
     if args.worst < 1:
         raise ConfigError(f"--worst is {args.worst}, but must be at least 1: the number of sequences to list.")
-    if args.verify or any(value is not None for value in (args.diff, args.shard, args.row, args.export)):
+    if args.verify or any(value is not None for value in (args.diff, args.row, args.export)):
         raise ConfigError(
-            "--worst lists the sequences with the highest losses; remove --verify, --diff, --shard, --row and "
-            "--export.\n  Restrict it with --step, --steps, --rank or --domain."
+            "--worst lists the sequences with the highest losses; remove --verify, --diff, --row and --export.\n"
+            "  Restrict it with --step, --steps, --rank, --domain or --shard."
         )
 
 

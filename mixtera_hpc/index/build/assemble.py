@@ -14,6 +14,7 @@ from mixtera_hpc.core.index_tables import ShardTable
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.batching.row_paths import check_path_forms
 from mixtera_hpc.formats.chat_rows import is_chat, stored_chat_text
+from mixtera_hpc.formats.composed_text import FUNCTION_PREFIX
 from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords
 from mixtera_hpc.index.build.merge import MergedTables, PlacedSource, merge_results
 from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
@@ -146,6 +147,7 @@ def _facts_of(name: str, data_set: DataSetScan) -> DataSetFacts:
     return DataSetFacts(
         root=str(data_set.root.resolve()),
         text=stored_chat_text(spec.text, spec.chat) if spec.text is not None and is_chat(spec.text) else spec.text,
+        text_digest=spec.text_digest if (spec.text or "").startswith(FUNCTION_PREFIX) else "",
         parser=spec.parser.path if spec.parser else None,
         sources=dict(sorted(sources.items())),
     )

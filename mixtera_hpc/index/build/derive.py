@@ -82,7 +82,9 @@ def derive_properties(
     with open_written(config, announce=comm.rank == 0) as index:
         new = _new_properties(config, index, again)
         derivation = _Derivation(index, new, combo_values(index.tables.combos), began_s)
-        of_sets = [[name, own.scan.spec, own.scan.computed.identity, own.nulls] for name, own in new.items()]
+        of_sets = [
+            [name, own.scan.spec, own.scan.computed.identity, own.nulls, own.skips_bad] for name, own in new.items()
+        ]
         job = IndexJob(
             path=Path(config.index.path),
             depends_on=["derive", index.fingerprint, of_sets],
@@ -118,7 +120,12 @@ def _new_properties(config: Config, index: PropertyIndex, again: bool) -> dict[s
             "kind: category}, a path, or buckets of a number; or recompute existing properties with --again."
         )
     return {
-        dataset: NewProperties(scan=scan, nulls=_null_fields(index, scan, fields)) for dataset, scan in scans.items()
+        dataset: NewProperties(
+            scan=scan,
+            nulls=_null_fields(index, scan, fields),
+            skips_bad=configured[dataset].on_bad_sample == "skip",
+        )
+        for dataset, scan in scans.items()
     }
 
 

@@ -5,6 +5,7 @@ those of consecutive stored blocks: the place of its first block says which. Whe
 new, no shard is opened.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.errors import DataError, PropertyIndexError
+from mixtera_hpc.errors import DataError, PropertyIndexError, pluralize
 from mixtera_hpc.formats.base import Column, PropertyField, RowBatch, ScanUnit, null_column
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.formats.shard_errors import MAX_BAD_ROWS
@@ -26,6 +27,7 @@ from mixtera_hpc.index.scan.unit_scan import DataSetScan
 
 __all__ = ["NewProperties", "extend_blocks", "extend_unit"]
 
+LOGGER = logging.getLogger("mixtera_hpc")
 RESULT_ROWS = 1 << 19
 """Rows of complete blocks at which a result ends."""
 
@@ -38,6 +40,8 @@ class NewProperties:
     """The scan that reads and computes the new properties."""
     nulls: tuple[PropertyField, ...] = ()
     """New properties that only other data sets have."""
+    skips_bad: bool = False
+    """The new properties are null in rows where they cannot be read, instead of ending the derivation."""
 
     @property
     def reads_shards(self) -> bool:
@@ -145,7 +149,8 @@ class _ScannedRows:
         held = [batch for batch in self._batches if batch]
         names = list(held[0]) if held else []
         columns = {name: concatenate_columns([batch[name] for batch in held]) for name in names}
-        self._check(blocks, count)
+        unreadable = self._take_unreadable(blocks, count)
+        columns = {name: _with_nulls(column, unreadable) for name, column in columns.items()}
         self._batches = [{name: _part(column, slice(count, None)) for name, column in columns.items()}]
         self._num_taken += count
         self.num_held -= count
@@ -168,19 +173,35 @@ class _ScannedRows:
             raise _other_rows(_path_of(self._index, self._shard))
         return block
 
-    def _check(self, blocks: range, count: int) -> None:
-        """Refuse rows that the index holds, but that cannot be read with the new properties."""
+    def _take_unreadable(self, blocks: range, count: int) -> list[int]:
+        """Return the rows of `blocks` that the index holds, but that cannot be read with the new properties.
+
+        Raises:
+            DataError: there are such rows, and they are not skipped.
+        """
         problems = [(row, problem) for row, problem in self._problems if row < self._num_taken + count]
         self._problems = self._problems[len(problems) :]
         if not problems:
-            return
+            return []
         index = self._index
         columns = index.read_blocks(np.arange(blocks.start, blocks.stop, dtype=np.int32), {"combo"})
         was_bad = columns.combo == index.tables.combos.bad
         first_row = int(index.tables.blocks.first_row[blocks.start])
         new = [(first_row + r - self._num_taken, p) for r, p in problems if not was_bad[r - self._num_taken]]
-        if new:
-            raise _unreadable(_path_of(index, self._shard), new)
+        if not new:
+            return []
+        path = _path_of(index, self._shard)
+        if not self._new.skips_bad:
+            raise _unreadable(path, new)
+        row, problem = new[0]
+        LOGGER.warning(
+            "%s: new properties are null in %s, first in row %d: %s",
+            path,
+            pluralize(len(new), "unreadable row"),
+            row,
+            problem,
+        )
+        return [row - first_row for row, _ in new]
 
 
 def _batches(index: PropertyIndex, shard: int, unit: ScanUnit, new: NewProperties) -> Iterator[RowBatch]:
@@ -209,6 +230,22 @@ def _part(column: Column, rows: slice) -> Column:
     return column[rows] if isinstance(column, np.ndarray) else Categories(column.values, column.code[rows])
 
 
+def _with_nulls(column: Column, rows: Sequence[int]) -> Column:
+    """Return a column with null in some rows."""
+    if not rows:
+        return column
+    if isinstance(column, np.ndarray):
+        numbers = column.copy()
+        numbers[rows] = np.nan
+        return numbers
+    values = list(column.values)
+    if () not in values:
+        values.append(())
+    code = column.code.copy()
+    code[rows] = values.index(())
+    return Categories(values, code)
+
+
 def _other_rows(path: Path) -> PropertyIndexError:
     return PropertyIndexError(
         f"{path} has other rows than the index stores.\n  Run mixtera-hpc index verify --deep, and build again."
@@ -218,8 +255,8 @@ def _other_rows(path: Path) -> PropertyIndexError:
 def _unreadable(path: Path, problems: Sequence[tuple[int, str]]) -> DataError:
     error = DataError(
         f"{path} has rows of which the new properties cannot be read.\n"
-        "  Give the properties another kind, path or pattern. Or build the index again: data.on_bad_sample=skip leaves "
-        "such rows out."
+        "  Give the properties another kind, path or pattern. Or set data.on_bad_sample=skip, which makes them null "
+        "there."
     )
     for row, problem in problems[:MAX_BAD_ROWS]:
         error.add_note(f"shard={str(path)!r} row={row}: {problem}")

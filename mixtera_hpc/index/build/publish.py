@@ -187,6 +187,7 @@ def _write_sets(group: h5py.Group, sets: Mapping[str, DataSetFacts]) -> None:
     write_texts(group, "name", list(sets))
     write_texts(group, "root", [data_set.root for data_set in sets.values()])
     write_texts(group, "text", [data_set.text or "" for data_set in sets.values()])
+    write_texts(group, "text_digest", [data_set.text_digest for data_set in sets.values()])
     write_texts(group, "parser", [data_set.parser or "" for data_set in sets.values()])
     write_texts(group, "sources", [json.dumps(dict(data_set.sources), sort_keys=True) for data_set in sets.values()])
 

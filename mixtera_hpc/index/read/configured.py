@@ -15,7 +15,7 @@ from pathlib import Path
 from mixtera_hpc.config.schema import Config, DataConfig, DataSetKeys
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.formats.chat_rows import without_template
-from mixtera_hpc.formats.composed_text import FUNCTION_PREFIX
+from mixtera_hpc.formats.composed_text import FUNCTION_PREFIX, ComposedText
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.layout import path_source
 from mixtera_hpc.index.read.joined import join_indexes
@@ -91,17 +91,27 @@ def check_stored_roots(config: Config) -> None:
 
 
 def _check_text_functions(config: Config, index: PropertyIndex) -> None:
-    """Refuse to import a function that only an index file names.
+    """Refuse to import a function that only an index file names, and one that has changed since the build.
 
     Raises:
-        PropertyIndexError: the configuration does not name the function that makes the documents.
+        ConfigError: the function cannot be imported.
+        PropertyIndexError: the configuration does not name the function that makes the documents, or its source file
+            has changed.
     """
     named = {config.data.text, *(data_set.text for data_set in config.data.sets.values())}
     for dataset, facts in index.sets.items():
-        if (facts.text or "").startswith(FUNCTION_PREFIX) and facts.text not in named:
+        if facts.text is None or not facts.text.startswith(FUNCTION_PREFIX):
+            continue
+        if facts.text not in named:
             raise PropertyIndexError(
                 f"The documents of {index.path} are made by a function. A function is imported only if the "
                 f"configuration names it.\n  Set {data_set_key(dataset, 'text')}={facts.text}."
+            )
+        if ComposedText.of(facts.text).digest != facts.text_digest:
+            raise PropertyIndexError(
+                f"The source file of {facts.text.removeprefix(FUNCTION_PREFIX)}, which makes the documents of "
+                f"{index.path}, has changed since the index was built.\n"
+                "  Restore the file, or run mixtera-hpc index build again."
             )
 
 

@@ -28,6 +28,7 @@ from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.composed_text import open_reader
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.read.selection import SampleTest, sample_test
 
 __all__ = ["DuplicateReport", "find_duplicates"]
 
@@ -47,7 +48,7 @@ class DuplicateReport:
     datasets: list[str]
     """Names of the data sets."""
     samples: list[int]
-    """Samples of each data set that can be read."""
+    """Samples of each data set that the query selects and that can be read."""
     within: list[int]
     """Samples of each data set that repeat an earlier one of the same data set."""
     shared: list[list[int]]
@@ -60,21 +61,26 @@ class DuplicateReport:
     """Some of these documents: shard and row of every sample that has it."""
 
 
-def find_duplicates(index: PropertyIndex, comm: Communicator, write: Path | None = None) -> DuplicateReport:
+def find_duplicates(
+    index: PropertyIndex, comm: Communicator, write: Path | None = None, where: str | None = None
+) -> DuplicateReport:
     """Find the exact duplicates among all samples that can be read; examples only on rank 0. **Collective.**
 
     Args:
         index: an open index, the same on every rank.
         comm: the ranks that share the work.
+        where: a query (`query.where`) that selects the samples to compare; None takes all.
         write: rank 0 writes all groups of duplicates to this file, one JSON list of (shard, row) per line.
 
     Raises:
+        ConfigError: the query names what the index does not have.
         DataError: a shard cannot be read.
         PropertyIndexError: no files can be written beside the index.
     """
+    is_wanted = sample_test(where, index)
     folder = _shared_folder(index, comm)
     try:
-        samples = _hash_documents(index, comm, folder)
+        samples = _hash_documents(index, comm, folder, is_wanted)
         comm.Barrier()
         search = _Search(index, folder)
         for number in range(comm.rank, NUM_FILES, comm.size):
@@ -103,7 +109,7 @@ def _shared_folder(index: PropertyIndex, comm: Communicator) -> Path:
     return Path(bcast_bytes(comm, name).decode())
 
 
-def _hash_documents(index: PropertyIndex, comm: Communicator, folder: Path) -> NDArray[np.int64]:
+def _hash_documents(index: PropertyIndex, comm: Communicator, folder: Path, is_wanted: SampleTest) -> NDArray[np.int64]:
     """Hash this rank's part of the documents into files; return the number of samples of each data set."""
     names = sorted(set(index.shard_datasets()))
     counts = np.zeros(len(names), np.int64)
@@ -114,7 +120,7 @@ def _hash_documents(index: PropertyIndex, comm: Communicator, folder: Path) -> N
             if number % comm.size != comm.rank:
                 continue
             dataset = names.index(index.shard_datasets()[shard])
-            for entries in _entries_of(index, shard, blocks, dataset):
+            for entries in _entries_of(index, shard, blocks, dataset, is_wanted):
                 counts[dataset] += len(entries)
                 chosen = (entries["low"] >> np.uint64(58)).astype(np.int64)
                 for part in np.unique(chosen).tolist():
@@ -141,7 +147,9 @@ def _units(index: PropertyIndex) -> Iterator[tuple[int, range]]:
         yield int(blocks.shard[start]), range(start, len(blocks))
 
 
-def _entries_of(index: PropertyIndex, shard: int, blocks: range, dataset: int) -> Iterator[NDArray[Any]]:
+def _entries_of(
+    index: PropertyIndex, shard: int, blocks: range, dataset: int, is_wanted: SampleTest
+) -> Iterator[NDArray[Any]]:
     """Yield the hashed samples of each block."""
     file_format = load_format(index.tables.shards.format[shard])
     text = index.shard_texts()[shard]
@@ -150,8 +158,10 @@ def _entries_of(index: PropertyIndex, shard: int, blocks: range, dataset: int) -
     reader = open_reader(file_format, path, text, BlockCache(seek_folders=folders))
     try:
         for block in blocks:
+            rows = np.flatnonzero(is_wanted(block))
+            if not len(rows):
+                continue
             samples = index.read_block(block)
-            rows = np.flatnonzero(samples.combo != index.tables.combos.bad)
             ref = BlockRef.of(index.tables.blocks, block)
             entries = np.zeros(len(rows), _ENTRY)
             contents = _contents(reader, ref, samples.length, rows, has_text=text is not None)

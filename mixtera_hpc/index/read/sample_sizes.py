@@ -1,4 +1,4 @@
-"""Offer the sizes of samples as numbers: `tokens`, and `bytes` of the row on disk.
+"""Offer the sizes of samples as numbers: `tokens`, and `bytes` of the row on disk or of the document.
 
 Every index has them without storing them again. Their zones are unknown, so a query that compares a size reads the
 column of all samples that its categories leave.

@@ -13,7 +13,7 @@ from mixtera_hpc.core.domain_keys import DomainKey, domain_name
 from mixtera_hpc.core.domains import Selection, keys_for_group_by, select
 from mixtera_hpc.core.holdout import Split, add_holdout_hashes, add_holdout_zones, restrict_to_split, shard_hash_keys
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns
-from mixtera_hpc.core.query import Predicate, parse_predicate
+from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 from mixtera_hpc.index.read.document_filter import (
     DOCUMENT_NUMBER,
@@ -24,10 +24,12 @@ from mixtera_hpc.index.read.document_filter import (
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_sizes import add_size_numbers
 
-__all__ = ["SelectedDomains", "SelectionCost", "check_split", "select_domains"]
+__all__ = ["SampleTest", "SelectedDomains", "SelectionCost", "check_split", "sample_test", "select_domains"]
 
 BlockRead = Callable[[NDArray[np.int32]], SampleColumns]
 """Reads the samples of the given blocks."""
+SampleTest = Callable[[int], NDArray[np.bool_]]
+"""Says which samples of a block are wanted; shape (rows of the block,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +128,29 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
     )
     names = tuple(map(display_name if len(keys) > 1 else domain_name, keys))
     return SelectedDomains(selection=selection, keys=tuple(keys), names=names, cost=cost)
+
+
+def sample_test(where: str | None, index: PropertyIndex) -> SampleTest:
+    """Return a function from a block to those of its samples that a query selects and that can be read.
+
+    Raises:
+        ConfigError: the query does not parse or names what the index does not have.
+    """
+    tables = add_size_numbers(index.tables)
+    named = NamedDocuments(index.shard_paths(), tables.blocks)
+    predicate = parse_predicate(where, tables.properties, named.compile)
+    reader = _TimedReader(index, {"combo", *(f"numbers/{name}" for name in predicate.numbers)})
+    read: BlockRead = reader.read
+    if DOCUMENT_NUMBER in predicate.numbers:
+        read = _with_document_numbers(read, tables.blocks)
+
+    def is_wanted(block: int) -> NDArray[np.bool_]:
+        columns = read(np.array([block], np.int32))
+        entries = Entries.of_samples(tables.combos, columns.combo, columns.numbers)
+        wanted: NDArray[np.bool_] = predicate.evaluate(entries).must_match & (columns.combo != tables.combos.bad)
+        return wanted
+
+    return is_wanted
 
 
 def _on_one_side(

@@ -60,10 +60,16 @@ def read_tables(file: h5py.File, datasets: Sequence[str]) -> IndexTables:
 
 def read_data_sets(group: h5py.Group) -> dict[str, DataSetFacts]:
     """Read what the index stores about each data set, by name."""
-    columns = [read_texts(group, name) for name in ("name", "root", "text", "parser", "sources")]
+    columns = [read_texts(group, name) for name in ("name", "root", "text", "text_digest", "parser", "sources")]
     return {
-        name: DataSetFacts(root=root, text=text or None, parser=parser or None, sources=json.loads(sources))
-        for name, root, text, parser, sources in zip(*columns, strict=True)
+        name: DataSetFacts(
+            root=root,
+            text=text or None,
+            text_digest=text_digest,
+            parser=parser or None,
+            sources=json.loads(sources),
+        )
+        for name, root, text, text_digest, parser, sources in zip(*columns, strict=True)
     }
 
 

@@ -192,7 +192,10 @@ class _RowCollector:
             # Formats that hold token ids count them themselves.
             counts = batch.tokens
             if counts is None:
-                counts = self._settings.tokenizer.count_each(_documents(batch, bad) or [])
+                documents = _documents(batch, bad) or []
+                counts = self._settings.tokenizer.count_each(documents)
+                # A row without a place of its own has the size of its document.
+                sizes.setdefault("length", _bytes_of_each(documents))
             sizes["tokens"] = _with_zeros(counts, bad)
         return sizes
 
@@ -281,6 +284,11 @@ def _documents(batch: RowBatch, bad: Sequence[int]) -> list[str] | None:
         return batch.documents
     bad_rows = set(bad)
     return ["" if row in bad_rows else text for row, text in enumerate(batch.documents)]
+
+
+def _bytes_of_each(documents: Sequence[str]) -> Ints:
+    """Return the number of bytes of every text in UTF-8."""
+    return np.array([len(text.encode("utf-8", "surrogatepass")) for text in documents], np.int64)
 
 
 def _numbers(column: Column, bad: Sequence[int]) -> Floats:
