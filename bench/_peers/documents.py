@@ -52,10 +52,17 @@ def litdata(work: Workload) -> Iterator[int]:
 
     folder = work.own("litdata") / "documents"
     if not (folder / "index.json").exists():
-        library.optimize(json.loads, list(lines(work.jsonl)), str(folder), chunk_bytes=LITDATA_CHUNK, num_workers=1)
+        shards = sorted(map(str, work.jsonl.iterdir()))
+        library.optimize(_rows, shards, str(folder), chunk_bytes=LITDATA_CHUNK, num_workers=1)
     dataset = library.StreamingDataset(str(folder), shuffle=True, seed=0)
     while True:
         yield from counted(dataset)
+
+
+def _rows(path: str) -> Iterator[Any]:
+    """Yield the rows of a shard, for LitData's `optimize`."""
+    with Path(path).open("rb") as file:
+        yield from map(json.loads, file)
 
 
 def huggingface(work: Workload) -> Iterator[int]:

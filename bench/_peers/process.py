@@ -107,7 +107,8 @@ def use_one_core() -> None:
 def limit_open_files() -> None:
     """Allow as many open files as most systems do by default."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
+    with contextlib.suppress(ValueError):  # The system allows even fewer.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
 if __name__ == "__main__":
