@@ -14,15 +14,19 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from bench._results import write_results
+from mixtera_hpc.core.lanes import LaneOrder
 from mixtera_hpc.core.order import ShuffleOrder
+from mixtera_hpc.core.sequence_grid import SequenceGrid
 
 NUM_BLOCKS = 4096
 BLOCK_ROWS = 256
 NUM_ROWS = NUM_BLOCKS * BLOCK_ROWS
 BATCH_SIZES = (64, 1024)
-WINDOWS = (4, 16, 64, 256, 1024, 4096)
-"""Values of `dataplane.shuffle_window`."""
-DEFAULT_WINDOW = 64
+ROW_BYTES = 1024
+WINDOWS = ((4, 1), (4, 16), (32, 1), (32, 4), (32, 16), (32, 64), (32, 128), (4096, 1))
+"""Blocks in a window, and values of `dataplane.lanes`."""
+DEFAULT_WINDOW = (32, 16)
+"""`dataplane.window_bytes` of 8 MiB holds 32 blocks of 256 rows of 1 KiB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,8 @@ class OrderQuality:
 
     shuffle: str
     window: int
+    """Blocks per window."""
+    lanes: int
     batch_size: int
     spread: float
     """Standard deviation of a batch's mean position on disk, relative to a perfect shuffle: 1 is perfect, √batch_size
@@ -79,29 +85,39 @@ def main() -> None:
     write_results("order", content)
 
 
-def served_positions(order: ShuffleOrder, epoch: int = 0) -> np.ndarray:
+def shuffled(window: int) -> ShuffleOrder:
+    """Return the order with windows of `window` blocks."""
+    return ShuffleOrder(seed=0, shuffle="window", window_bytes=window * BLOCK_ROWS * ROW_BYTES)
+
+
+def served_positions(order: ShuffleOrder, lanes: int, epoch: int = 0) -> np.ndarray:
     """Return the positions on disk of all rows of an epoch, in served order."""
-    epoch_order = order.epoch(0, epoch, np.full(NUM_BLOCKS, BLOCK_ROWS))
+    sizes = np.full(NUM_BLOCKS, BLOCK_ROWS)
+    epoch_order = order.epoch(0, epoch, sizes, sizes * ROW_BYTES)
     windows = []
     for window in range(len(epoch_order.starts) - 1):
         # The rows of the window's blocks, block by block, then permuted within the window.
         rows = (epoch_order.blocks_of(window)[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).reshape(-1)
         windows.append(rows[order.rows(0, epoch, window, len(rows))])
-    return np.concatenate(windows)
+    zero = np.zeros(1, np.int64)
+    lane_order = LaneOrder(
+        lanes=lanes, grid=SequenceGrid.of_samples(), epoch_items=np.array([NUM_ROWS]), origins=zero, begins=zero
+    )
+    return np.concatenate(windows)[lane_order.sequence(0, np.arange(NUM_ROWS))]
 
 
 def measure_qualities() -> Iterator[OrderQuality]:
     """Measure every shuffle and window with every batch size."""
     for batch_size in BATCH_SIZES:
         for shuffle in ("none", "block"):
-            yield measure_quality(ShuffleOrder(seed=0, shuffle=shuffle, window=1), batch_size)
-        for window in WINDOWS:
-            yield measure_quality(ShuffleOrder(seed=0, shuffle="window", window=window), batch_size)
+            yield measure_quality(ShuffleOrder(seed=0, shuffle=shuffle, window_bytes=1), 1, 1, batch_size)
+        for window, lanes in WINDOWS:
+            yield measure_quality(shuffled(window), window, lanes, batch_size)
 
 
-def measure_quality(order: ShuffleOrder, batch_size: int) -> OrderQuality:
+def measure_quality(order: ShuffleOrder, window: int, lanes: int, batch_size: int) -> OrderQuality:
     """Measure one shuffle over a whole epoch."""
-    rows = served_positions(order)
+    rows = served_positions(order, lanes)
     blocks = rows // BLOCK_ROWS
     batch_means = rows.reshape(-1, batch_size).mean(axis=1)
 
@@ -110,25 +126,25 @@ def measure_quality(order: ShuffleOrder, batch_size: int) -> OrderQuality:
     perfect_std = NUM_ROWS / np.sqrt(12 * batch_size) * finite_population
 
     blocks_per_batch = float(np.mean([len(np.unique(batch)) for batch in blocks.reshape(-1, batch_size)]))
-    window = order.window if order.shuffle == "window" else 1
     return OrderQuality(
         shuffle=order.shuffle,
         window=window,
+        lanes=lanes,
         batch_size=batch_size,
         spread=float(batch_means.std() / perfect_std),
         same_block=float(np.mean(blocks[1:] == blocks[:-1])),
         blocks_per_batch=blocks_per_batch,
         read_amplification=blocks_per_batch * BLOCK_ROWS / batch_size,
-        cached_rows=window * BLOCK_ROWS,
+        cached_rows=lanes * window * BLOCK_ROWS,
     )
 
 
 def measure_seek(num_blocks: int) -> SeekTime:
     """Measure how long it takes to order an epoch and to find 1,000 positions in it."""
-    order = ShuffleOrder(seed=0, shuffle="window", window=DEFAULT_WINDOW)
+    order = shuffled(DEFAULT_WINDOW[0])
     sizes = np.full(num_blocks, BLOCK_ROWS)
     started = time.perf_counter()
-    epoch = order.epoch(0, 12345, sizes)
+    epoch = order.epoch(0, 12345, sizes, sizes * ROW_BYTES)
     ordered = time.perf_counter()
     num_rows = num_blocks * BLOCK_ROWS
     for item in range(0, num_rows, num_rows // 1000):
@@ -143,21 +159,22 @@ def measure_seek(num_blocks: int) -> SeekTime:
 
 def measure_epoch_agreement(num_epochs: int = 8) -> float:
     """Return the share of positions at which two epochs serve the same row; 1 / NUM_ROWS is perfect."""
-    order = ShuffleOrder(seed=0, shuffle="window", window=DEFAULT_WINDOW)
-    first = served_positions(order)
-    return float(np.mean([np.mean(served_positions(order, epoch) == first) for epoch in range(1, num_epochs)]))
+    window, lanes = DEFAULT_WINDOW
+    order = shuffled(window)
+    first = served_positions(order, lanes)
+    return float(np.mean([np.mean(served_positions(order, lanes, epoch) == first) for epoch in range(1, num_epochs)]))
 
 
 def print_qualities(qualities: list[OrderQuality]) -> None:
     print("spread: 1 is a perfect shuffle. read ampl.: rows read per row used, whole blocks without a cache.")
     print("cached rows: cache size that avoids reading a block twice.")
     print(
-        f"{'batch':>5} {'shuffle':>8} {'window':>6} {'spread':>7} {'same block':>10} {'blocks/batch':>12} "
+        f"{'batch':>5} {'shuffle':>8} {'window':>6} {'lanes':>5} {'spread':>7} {'same block':>10} {'blocks/batch':>12} "
         f"{'read ampl.':>10} {'cached rows':>11}"
     )
     for quality in qualities:
         print(
-            f"{quality.batch_size:5} {quality.shuffle:>8} {quality.window:6} {quality.spread:7.2f} "
+            f"{quality.batch_size:5} {quality.shuffle:>8} {quality.window:6} {quality.lanes:5} {quality.spread:7.2f} "
             f"{quality.same_block:10.4f} {quality.blocks_per_batch:12.1f} {quality.read_amplification:10.1f} "
             f"{quality.cached_rows:11,}"
         )

@@ -101,7 +101,8 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
         "seq_len",
         "global_batch_size",
         "chunk_steps",
-        "shuffle_window",
+        "window_bytes",
+        "lanes",
         "prefetch_batches",
         "model_parallel_size",
     )

@@ -30,8 +30,11 @@ class EpochOrder:
 
     block_order: Ints
     """Positions in the domain's block list; shape (num_blocks,)."""
-    window_blocks: int
-    """Blocks per window; the last window may have fewer."""
+    first_block: Ints
+    """Position in `block_order` of the first block of every window, followed by num_blocks.
+
+    The shape is (num_windows + 1,).
+    """
     starts: Ints
     """First item of every window, followed by the number of items in the epoch; shape (num_windows + 1,)."""
 
@@ -41,8 +44,12 @@ class EpochOrder:
 
     def blocks_of(self, window: int) -> Ints:
         """Return the blocks of `window` in order, as positions in the domain's block list."""
-        first = window * self.window_blocks
-        return self.block_order[first : first + self.window_blocks]
+        return self.block_order[self.first_block[window] : self.first_block[window + 1]]
+
+    def window_of_block(self, block: int) -> int:
+        """Return the window of a block, given its position in the domain's block list."""
+        place = int(np.flatnonzero(self.block_order == block)[0])
+        return int(np.searchsorted(self.first_block, place, side="right")) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,31 +59,30 @@ class ShuffleOrder:
     seed: int
     shuffle: Shuffle
     """`none`: no shuffle. `block`: shuffle blocks. `window`: shuffle blocks, and the rows of each window."""
-    window: int
-    """Number of blocks in a window; used with `shuffle="window"` only."""
+    window_bytes: int
+    """Decoded bytes of a window; used with `shuffle="window"` only."""
 
-    def epoch(self, domain: int, epoch: int, sizes: Ints) -> EpochOrder:
+    def epoch(self, domain: int, epoch: int, sizes: Ints, block_bytes: Ints) -> EpochOrder:
         """Order the blocks of `domain` for `epoch`, in O(blocks) time.
 
         Args:
             domain: domain_id.
             epoch: number of passes over the domain before.
-            sizes: items in every block; shape (num_blocks,).
+            sizes: items of the domain in every block; shape (num_blocks,).
+            block_bytes: decoded bytes of every block, other domains included; shape (num_blocks,).
         """
         # "block" is a shuffle with windows of one block, whose rows stay in order.
         if self.shuffle == "none":
             block_order = np.arange(len(sizes))
         else:
             block_order = _permutation(self._words(domain, epoch, 0, _BLOCK_WORDS, len(sizes)))
-        window_blocks = self.window if self.shuffle == "window" else 1
+        first_block = np.arange(len(sizes) + 1)
+        if self.shuffle == "window":
+            first_block = _first_blocks(block_bytes[block_order], self.window_bytes)
 
         # A window starts where the last block of the previous window ends.
-        starts = np.zeros(1, np.int64)
-        if len(sizes):
-            block_ends = np.cumsum(sizes[block_order])
-            blocks_so_far = np.arange(window_blocks, len(sizes) + window_blocks, window_blocks)
-            starts = np.concatenate([[0], block_ends[np.minimum(blocks_so_far, len(sizes)) - 1]])
-        return EpochOrder(block_order=block_order, window_blocks=window_blocks, starts=starts)
+        item_starts = np.concatenate([[0], np.cumsum(sizes[block_order])])
+        return EpochOrder(block_order=block_order, first_block=first_block, starts=item_starts[first_block])
 
     def rows(self, domain: int, epoch: int, window: int, num_rows: int) -> Ints:
         """Return the order of the rows of a window; a permutation of shape (num_rows,)."""
@@ -90,6 +96,18 @@ class ShuffleOrder:
         key = np.array([self.seed, domain], np.uint64)
         counter = np.array([0, window, epoch, purpose], np.uint64)
         return np.random.Philox(key=key, counter=counter).random_raw(num_words)
+
+
+def _first_blocks(block_bytes: Ints, window_bytes: int) -> Ints:
+    """Return the first block of every window, followed by the number of blocks; shape (num_windows + 1,).
+
+    Window i consists of the blocks that begin in the bytes [i * window_bytes, (i + 1) * window_bytes). A block that is
+    longer than a window is a window of its own, or the last block of one.
+    """
+    if not len(block_bytes):
+        return np.zeros(1, np.int64)
+    cell = (np.cumsum(block_bytes) - block_bytes) // window_bytes
+    return np.concatenate([[0], np.flatnonzero(np.diff(cell)) + 1, [len(cell)]])
 
 
 def _permutation(words: NDArray[np.uint64]) -> Ints:

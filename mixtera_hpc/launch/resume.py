@@ -44,7 +44,8 @@ IDENTITY_KEYS = (
     "dataplane.feedback_lag",
     "dataplane.seed",
     "dataplane.shuffle",
-    "dataplane.shuffle_window",
+    "dataplane.window_bytes",
+    "dataplane.lanes",
     "dataplane.tokenizer",
     "dataplane.vocab_size",
     "dataplane.eos_id",
@@ -63,6 +64,9 @@ IDENTITY_KEYS = (
     "run.id",
 )
 """The keys that identify a run. If one of them changed, later steps would have other samples or another model."""
+
+COST_KEYS = ("data.cache_bytes", "data.max_amplification", "data.tokens")
+"""Keys below identity keys that change only what reading costs."""
 
 FLAG_OF_KEY = {
     "dataplane.seed": "--change-seed",
@@ -117,7 +121,7 @@ def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) ->
 
 
 def _is_identity(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in IDENTITY_KEYS)
+    return key not in COST_KEYS and any(key == name or key.startswith(f"{name}.") for name in IDENTITY_KEYS)
 
 
 def _flag_hint(refused: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.list import served_sequences
 
@@ -58,7 +59,7 @@ class _StepOrigin:
 
     def slots(self) -> list[tuple[int, int]]:
         """Return (domain, ordinal) of every sequence of the step."""
-        slots = self.source.planner.slots(self.plan)
+        slots = slots_of_plan(self.source, self.plan)
         size = self.source.planner.global_batch_size
         first = (self.source.stream_version.data_step(self.step) - self.plan.first_step) * size
         of_step = slice(first, first + size)
@@ -122,7 +123,7 @@ def _has_same_streams(a: _StepOrigin, b: _StepOrigin) -> bool:
     names = (before.keys() | after.keys()) - PLANNING_FIELDS
     if any(before.get(name) != after.get(name) for name in names):
         return False
-    return np.array_equal(a.attempt.stream_version.origins, b.attempt.stream_version.origins)
+    return a.attempt.stream_version.has_streams_of(b.attempt.stream_version)
 
 
 def _difference_in_step(a: _StepOrigin, b: _StepOrigin) -> RunDifference | None:

@@ -1,8 +1,8 @@
 """Estimate what a step touches on disk, on average over all ranks, without expanding a step.
 
-The documents of a domain in one step come from one window of its shuffled blocks, or from neighbouring blocks if rows
-are not shuffled. The estimate follows from the sizes of windows and blocks. Price: one pass over the blocks of all
-domains.
+The documents of a domain in one step come from one window of its shuffled blocks per lane, or from neighbouring blocks
+if rows are not shuffled. The estimate follows from the sizes of windows and blocks. Price: one pass over the blocks of
+all domains.
 """
 
 from dataclasses import dataclass
@@ -39,11 +39,13 @@ def step_footprint(source: Source, served_per_step: Floats) -> StepFootprint:
     rows = table.totals()[0]
     num_blocks = np.maximum(np.diff(table.indptr), 1)
 
-    # The first item of a run of consecutive sequences lies in one document. Each further document adds its own items.
-    runs = np.minimum(served_per_step / source.grid.length, 1)
+    # Every lane serves a run of neighbouring sequences. The first item of a run lies in one document, and each further
+    # document adds its own items.
+    runs = np.minimum(served_per_step / source.grid.length, source.lanes.lanes)
     documents = runs + (served_per_step - runs) * rows / np.maximum(source.layout.epoch_items(), 1)
     documents = np.minimum(documents, rows)
-    touched = _touched_blocks(source, documents, num_blocks, rows)
+    lanes = np.clip(served_per_step / source.grid.length, 1, source.lanes.lanes)
+    touched = lanes * _touched_blocks(source, documents / lanes, num_blocks, rows)
 
     # Bytes of whole blocks against the share of them that the documents of the domain take.
     block_bytes = blocks.length[table.block]
@@ -62,7 +64,7 @@ def step_footprint(source: Source, served_per_step: Floats) -> StepFootprint:
 def _touched_blocks(
     source: Source, documents: Floats, num_blocks: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> Floats:
-    """Return the expected number of distinct blocks that the documents of each domain lie in; shape (K,)."""
+    """Return the expected number of distinct blocks that the documents of one lane lie in; shape (K,)."""
     order = source.layout.order
     if order.shuffle != "window":
         # Consecutive documents: every block holds rows / num_blocks of them.
@@ -71,12 +73,22 @@ def _touched_blocks(
         return np.minimum(np.minimum(neighbours, documents), num_blocks)
 
     # Documents come from random blocks of a window: a block is missed with probability (1 - 1/window)^documents.
-    window = np.minimum(order.window, num_blocks).astype(np.float64)
+    window = np.minimum(_blocks_per_window(source), num_blocks)
     rows_per_window = window * rows / num_blocks
     windows = np.maximum(documents / np.maximum(rows_per_window, 1), 1)
     log_missed = documents / windows * np.log1p(-1 / np.maximum(window, 1.0 + 1e-9))
     hit_per_window = window * -np.expm1(log_missed)
-    return np.minimum(np.minimum(windows * hit_per_window, documents), num_blocks)
+    touched: Floats = np.minimum(np.minimum(windows * hit_per_window, documents), num_blocks)
+    return touched
+
+
+def _blocks_per_window(source: Source) -> Floats:
+    """Return the mean number of blocks in a window of each domain; shape (K,)."""
+    layout = source.layout
+    block_bytes = [layout.block_bytes(domain) for domain in range(source.num_domains)]
+    means = np.array([sizes.mean() if len(sizes) else 1.0 for sizes in block_bytes])
+    blocks: Floats = np.maximum(layout.order.window_bytes / np.maximum(means, 1.0), 1.0)
+    return blocks
 
 
 def _touched_shards(source: Source, domain: NDArray[np.int64], chance: Floats) -> float:

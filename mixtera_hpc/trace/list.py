@@ -11,6 +11,7 @@ from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import ConfigError, DataError, did_you_mean
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.rank_filter import check_rank, is_served_to
@@ -201,7 +202,8 @@ def sequences_of_plan(source: Source, streams: DomainStreams, plan: ChunkPlan, s
     A record has `step`, `position`, `domain_id`, `epoch` (of the first item) and `segments`: a list of
     `[shard, row, start, end]` in tokens of the row, special tokens included.
     """
-    slots = source.planner.slots(plan)
+    slots = slots_of_plan(source, plan)
+    sequences = source.lanes.sequence(slots.domain, slots.ordinal)
     size = source.planner.global_batch_size
     version = source.stream_version
     first = max(steps.start, version.step_at(plan.first_step))
@@ -212,8 +214,7 @@ def sequences_of_plan(source: Source, streams: DomainStreams, plan: ChunkPlan, s
         # The last step may have fewer sequences.
         for position, slot in enumerate(range(first_slot, min(first_slot + size, len(slots.domain)))):
             domain = int(slots.domain[slot])
-            ordinal = int(slots.ordinal[slot])
-            start, end = source.span(domain, ordinal, 1)
+            start, end = source.span(domain, int(sequences[slot]), 1)
             yield {
                 "step": step,
                 "position": position,

@@ -15,6 +15,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import DataError, did_you_mean
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.rank_filter import check_rank, is_served_to
@@ -91,56 +92,92 @@ def _services(source: Source, attempt: AttemptRecord, place: _RowPlace) -> Itera
     if end == first or not epoch_items:
         return
 
-    # Items of the stream that the attempt planned, and with them the epochs that it touched.
+    # Items of the stream that the attempt planned, and with them the epochs that it touched. Lanes change the order
+    # of sequences inside an epoch only.
     first_item, end_item = source.span(domain, first, end - first)
     for epoch in range(first_item // epoch_items, (end_item - 1) // epoch_items + 1):
-        start, stop = _stream_items(source, place, epoch)
-        for ordinal in _overlapping_sequences(source, domain, start, stop, range(first, end)):
-            sequence = source.span(domain, ordinal, 1)
-            served = expanded.step_and_position(domain, ordinal)
-            if served is None or sequence[0] >= stop or start >= sequence[1]:
-                continue
-            step, position = served
-            yield {
-                "step": step,
-                "position": position,
-                "rank": attempt.rank_of(position),
-                "attempt": attempt.number,
-                "domain_id": domain,
-                "epoch": epoch,
-                "items": [max(sequence[0], start) - start, min(sequence[1], stop) - start],
-            }
+        for part in _stream_parts(source, place, epoch):
+            for sequence in _overlapping_sequences(source, domain, part):
+                ordinal = source.lanes.ordinal(domain, sequence)
+                start, stop = source.span(domain, sequence, 1)
+                served = expanded.step_and_position(domain, ordinal) if first <= ordinal < end else None
+                if served is None or start >= part.stop or part.start >= stop:
+                    continue
+                step, position = served
+                yield {
+                    "step": step,
+                    "position": position,
+                    "rank": attempt.rank_of(position),
+                    "attempt": attempt.number,
+                    "domain_id": domain,
+                    "epoch": epoch,
+                    "items": [max(start, part.start) - part.shift, min(stop, part.stop) - part.shift],
+                }
 
 
-def _overlapping_sequences(source: Source, domain: int, start: int, stop: int, planned: range) -> range:
-    """Return the sequences of a domain that may overlap items [start, stop) of its stream, among those planned.
+@dataclass(frozen=True, slots=True)
+class _StreamPart:
+    """Items [start, stop) of a stream that belong to one document."""
+
+    start: int
+    stop: int
+    shift: int
+    """Item of the stream minus item of the document."""
+
+
+def _overlapping_sequences(source: Source, domain: int, part: _StreamPart) -> range:
+    """Return the sequences of a domain that may overlap a part of its stream.
 
     Sequence k covers [origin + k · stride, origin + k · stride + length); solved for k on both sides.
     """
     grid = source.grid
     origin = int(source.stream_version.origins[domain])
-    low = (start - origin - grid.length) // grid.stride + 1
-    high = -((origin - stop) // grid.stride)  # Division that rounds up.
-    return range(max(low, planned.start), min(high, planned.stop))
+    low = (part.start - origin - grid.length) // grid.stride + 1
+    high = -((origin - part.stop) // grid.stride)  # Division that rounds up.
+    return range(max(low, 0), high)
 
 
-def _stream_items(source: Source, place: _RowPlace, epoch: int) -> tuple[int, int]:
-    """Return the items [start, stop) of the stream of its domain that a document covers in `epoch`."""
+def _stream_parts(source: Source, place: _RowPlace, epoch: int) -> Iterator[_StreamPart]:
+    """Yield the items of the stream of its domain that a document covers in `epoch`.
+
+    Nearly always one part. Of a document that had been served in part when samples were dropped there are several.
+    """
+    domain = place.domain
+    epoch_items = int(source.layout.epoch_items()[domain])
+    start, stop = _base_items(source, place, epoch)
+    if start == stop:  # A document without items.
+        return
+    served = source.stream_version.served.get(domain)
+    if served is None or served.epoch != epoch:
+        pieces = np.array([[0, epoch_items]])
+    else:
+        pieces = served.pieces(epoch_items)
+    begin = epoch * epoch_items
+    for first, last in pieces.tolist():
+        low = max(first, start)
+        high = min(last, stop)
+        if low < high:
+            # The item of the stream minus the item of the base order, where the piece begins.
+            shift = begin - first
+            yield _StreamPart(low + shift, high + shift, start + shift)
+        begin += last - first
+
+
+def _base_items(source: Source, place: _RowPlace, epoch: int) -> tuple[int, int]:
+    """Return the items of the base order of `epoch` that a document covers, counted from the start of the epoch."""
     layout = source.layout
     domain = place.domain
-    order = layout.order.epoch(domain, epoch, layout.sizes(domain))
+    order = layout.epoch_order(domain, epoch)
 
-    # The window that the shuffled order puts the block into, and where that window begins in the stream.
+    # The window that the shuffled order puts the block into.
     block_number = int(np.searchsorted(layout.table.block[layout.entries(domain)], place.block))
-    window = int(np.flatnonzero(order.block_order == block_number)[0]) // order.window_blocks
-    window_start = epoch * int(layout.epoch_items()[domain]) + int(order.starts[window])
-    window_items = int(order.starts[window + 1] - order.starts[window])
-    if not window_items:
+    window = order.window_of_block(block_number)
+    window_start = int(order.starts[window])
+    if window_start == order.starts[window + 1]:
         return window_start, window_start
-
-    documents = source.streams().documents(domain, window_start, window_start + window_items)
+    documents = source.streams().window_documents(domain, epoch, window)
     matches = np.flatnonzero((documents.block == place.block) & (documents.row == place.row))
-    if not len(matches):  # A document without items.
+    if not len(matches):
         return window_start, window_start
     number = int(matches[0])
     start = window_start + int((documents.last - documents.first)[:number].sum())
@@ -172,5 +209,5 @@ class _ExpandedPlans:
 
     def _expand(self, number: int) -> Slots:
         if number not in self._slots:
-            self._slots[number] = self._source.planner.slots(self._plans[number])
+            self._slots[number] = slots_of_plan(self._source, self._plans[number])
         return self._slots[number]

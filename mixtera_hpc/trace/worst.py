@@ -19,6 +19,7 @@ import numpy as np
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.loss_log import RecordedLosses, read_losses
+from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
 from mixtera_hpc.trace.list import (
@@ -169,7 +170,7 @@ def _domain_test(sources: AttemptSources, attempt: AttemptRecord, domain: str | 
 
     @functools.lru_cache(maxsize=CHUNKS_IN_MEMORY)
     def is_of_domain(first_step: int) -> np.ndarray:
-        return np.equal(source.planner.slots(plans[first_step]).domain, wanted)
+        return np.equal(slots_of_plan(source, plans[first_step]).domain, wanted)
 
     def has_domain(step: int, position: int) -> bool:
         first_step = attempt.plan_of(step).first_step

@@ -18,7 +18,7 @@ from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
 
-SHUFFLES = ["dataplane.shuffle=none", "dataplane.shuffle=block", "dataplane.shuffle_window=3"]
+SHUFFLES = ["dataplane.shuffle=none", "dataplane.shuffle=block", "dataplane.window_bytes=20000"]
 
 
 @pytest.fixture(scope="module", params=SHUFFLES)
@@ -44,7 +44,8 @@ def test_many_spans_at_once_equal_one_span_at_a_time(
     epoch = int(source.layout.epoch_items()[domain])
     spans = [(int(start * epoch), int(start * epoch) + count) for start, count in wanted]
     whole = items_of(streams.documents(domain, 0, max(stop for _, stop in spans)))
-    documents = source.streams().documents_of(domain, spans)
+    starts, stops = np.array(spans).T
+    documents = source.streams().documents_of(domain, starts, stops)
     assert np.array_equal(items_of(documents), np.concatenate([whole[a:b] for a, b in spans]))
     assert (documents.first < documents.last).all() and (documents.last <= documents.size).all()
 

@@ -49,7 +49,8 @@ PLANES = st.fixed_dictionaries(
         "chunk_steps": st.integers(1, 5),
         "seed": st.integers(0, 3),
         "shuffle": st.sampled_from(["none", "block", "window"]),
-        "shuffle_window": st.integers(1, 12),
+        "window_bytes": st.sampled_from([1, 5000, 20_000, 100_000, 10**9]),
+        "lanes": st.sampled_from([1, 2, 3, 16, 500]),
     }
 )
 
@@ -131,7 +132,7 @@ def test_sequences_cover_the_stream_of_a_domain_without_gaps(
 
     def tokens(start: int, stop: int) -> NDArray[np.int32]:
         documents = maker._streams.documents(domain, start, stop)
-        return maker._reader.read(documents, {domain: len(documents.block) - 1}).tokens
+        return maker._reader.read(documents, [len(documents.block) - 1]).tokens
 
     with closing(maker):
         stream = np.concatenate([tokens(*grid.span(k, 1))[: grid.stride] for k in range(capacity)])

@@ -90,7 +90,8 @@ PLANES = st.fixed_dictionaries(
         "feedback_lag": st.integers(2, 3),
         "seed": st.integers(0, 3),
         "shuffle": st.sampled_from(["none", "block", "window"]),
-        "shuffle_window": st.integers(1, 12),
+        "window_bytes": st.sampled_from([1, 5000, 20_000, 100_000, 10**9]),
+        "lanes": st.sampled_from([1, 2, 3, 16, 500]),
     }
 )
 

@@ -128,6 +128,7 @@ def test_skipped_steps_are_the_only_ones_missing(
 @given(
     st.sampled_from(["none", "block", "window"]),
     st.integers(1, 20),
+    st.sampled_from([1, 3, 16, 500]),
     st.integers(0, 30),
     st.sampled_from([["source == 'argparse'"], ["size < 300"], ["'def' in tags", "source in ['ast', 'enum']"]]),
     st.sampled_from([6, 4, 9]),
@@ -138,13 +139,20 @@ def test_after_a_drop_the_rest_of_the_epoch_is_served_once(
     new_folder: Callable[[], Path],
     shuffle: str,
     window: int,
+    lanes: int,
     stop: int,
     drop: list[str],
     batch: int,
     by: str | None,
 ) -> None:
     mixture = {"group_by": [by] if by else [], "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
-    plane = {"global_batch_size": 6, "chunk_steps": 4, "shuffle": shuffle, "shuffle_window": window}
+    plane = {
+        "global_batch_size": 6,
+        "chunk_steps": 4,
+        "shuffle": shuffle,
+        "window_bytes": window * 4000,
+        "lanes": lanes,
+    }
     before = config_of(plain, mixture=mixture, dataplane=plane)
     folder = new_folder()
     first_batches, state = serve(before, folder, 1, stop)

@@ -23,7 +23,7 @@ def source(collection: list[str]) -> Source:
 
 def visits(source: Source) -> Iterator[int]:
     """Yield the first items of the first two windows of domain 0, for ever."""
-    order = source.layout.order.epoch(0, 0, source.layout.sizes(0))
+    order = source.layout.epoch_order(0, 0)
     while True:
         yield from order.starts[:2].tolist()
 
@@ -40,7 +40,7 @@ def test_the_window_cache_stays_within_its_budget(
         reads.append(blocks)
         return read(blocks)
 
-    streams = DomainStreams(source.layout, source.blocks.rows, counted, source.domain_of)
+    streams = DomainStreams(source.layout, counted, source.domain_of)
     for _, item in zip(range(6), visits(source), strict=False):
         assert len(streams.documents(0, item, item + 1).block) == 1
     assert len(reads) == num_reads
@@ -53,6 +53,6 @@ def test_samples_that_differ_from_the_counts_of_the_index_are_refused(source: So
         columns = read(blocks)
         return replace(columns, tokens=columns.tokens + 1)
 
-    streams = DomainStreams(source.layout, source.blocks.rows, wrong, source.domain_of)
+    streams = DomainStreams(source.layout, wrong, source.domain_of)
     with pytest.raises(DataError, match=r"items, the index counted \d+: the index file is damaged"):
         streams.documents(0, 0, 1)

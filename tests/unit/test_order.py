@@ -12,29 +12,32 @@ RECORDED_BLOCKS = [0, 38, 21, 2, 11, 20]
 RECORDED_ROWS = [2, 7, 4, 6, 0, 5, 3, 1]
 
 
-def order(shuffle: str = "window", seed: int = 0, window: int = 8) -> ShuffleOrder:
-    return ShuffleOrder(seed=seed, shuffle=shuffle, window=window)
+BYTES = np.full(40, 100)
+
+
+def order(shuffle: str = "window", seed: int = 0, window_bytes: int = 800) -> ShuffleOrder:
+    return ShuffleOrder(seed=seed, shuffle=shuffle, window_bytes=window_bytes)
 
 
 def test_the_order_equals_the_recorded_one() -> None:
     """The recorded numbers must never change, because saved runs depend on them."""
-    assert order().epoch(0, 0, SIZES).block_order[:6].tolist() == RECORDED_BLOCKS
+    assert order().epoch(0, 0, SIZES, BYTES).block_order[:6].tolist() == RECORDED_BLOCKS
     assert order().rows(3, 2, 1, 8).tolist() == RECORDED_ROWS
 
 
 def test_every_block_occurs_once_per_epoch() -> None:
-    assert sorted(order().epoch(2, 5, SIZES).block_order) == list(range(40))
+    assert sorted(order().epoch(2, 5, SIZES, BYTES).block_order) == list(range(40))
 
 
 @pytest.mark.parametrize("other", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["seed", "domain", "epoch"])
 def test_another_seed_domain_or_epoch_gives_another_order(other: tuple[int, int, int]) -> None:
     seed, domain, epoch = other
-    first = order().epoch(0, 0, SIZES).block_order
-    assert not np.array_equal(first, order(seed=seed).epoch(domain, epoch, SIZES).block_order)
+    first = order().epoch(0, 0, SIZES, BYTES).block_order
+    assert not np.array_equal(first, order(seed=seed).epoch(domain, epoch, SIZES, BYTES).block_order)
 
 
 def test_windows_cover_the_epoch_without_gaps() -> None:
-    epoch = order().epoch(0, 0, SIZES)
+    epoch = order().epoch(0, 0, SIZES, BYTES)
     assert epoch.starts[0] == 0
     assert epoch.starts[-1] == SIZES.sum()
     for window in range(len(epoch.starts) - 1):
@@ -42,7 +45,7 @@ def test_windows_cover_the_epoch_without_gaps() -> None:
 
 
 def test_an_item_is_found_in_its_window() -> None:
-    epoch = order().epoch(0, 0, SIZES)
+    epoch = order().epoch(0, 0, SIZES, BYTES)
     for window, (first, end) in enumerate(zip(epoch.starts[:-1], epoch.starts[1:], strict=True)):
         assert epoch.window_at(int(first)) == window
         assert epoch.window_at(int(end) - 1) == window
@@ -50,18 +53,18 @@ def test_an_item_is_found_in_its_window() -> None:
 
 def test_shuffle_none_keeps_the_order_of_blocks_and_rows() -> None:
     plain = order("none")
-    assert plain.epoch(0, 3, SIZES).block_order.tolist() == list(range(40))
+    assert plain.epoch(0, 3, SIZES, BYTES).block_order.tolist() == list(range(40))
     assert plain.rows(0, 3, 0, 5).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_shuffle_block_permutes_blocks_and_keeps_the_order_of_rows() -> None:
     blocks = order("block")
-    assert blocks.epoch(0, 0, SIZES).block_order.tolist() != list(range(40))
+    assert blocks.epoch(0, 0, SIZES, BYTES).block_order.tolist() != list(range(40))
     assert blocks.rows(0, 0, 0, 5).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_domain_without_blocks_has_an_empty_epoch() -> None:
-    assert order().epoch(0, 0, np.zeros(0, np.int64)).starts.tolist() == [0]
+    assert order().epoch(0, 0, np.zeros(0, np.int64), np.zeros(0, np.int64)).starts.tolist() == [0]
 
 
 def test_overlapping_sequences_share_one_token() -> None:

@@ -129,7 +129,9 @@ def test_a_state_of_1000_domains_takes_at_most_64_kib() -> None:
         mixer={},
         num_fed=1 << 26,
         decisions=[],
-        stream_version=StreamVersion(number=1, skips=(), origins=rng.integers(1 << 40, size=1000)),
+        stream_version=StreamVersion(
+            number=1, skips=(), origins=rng.integers(1 << 40, size=1000), begins=rng.integers(1 << 40, size=1000)
+        ),
         identity={"index": ["f" * 32], "domains": domains, "max_epochs": [2.0] * 1000},
     )
     content = state.to_array()

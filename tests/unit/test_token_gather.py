@@ -16,6 +16,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.base import BlockRef
 from mixtera_hpc.formats.readers.megatron import MegatronReader
@@ -69,7 +70,7 @@ def overrides(tmp_path: Path, tokenizer: Path) -> list[str]:
         "dataplane.global_batch_size=6",
         "dataplane.chunk_steps=2",
         "dataplane.last_batch=pad",
-        "dataplane.shuffle_window=2",
+        "dataplane.window_bytes=2000",
     ]
 
 
@@ -97,9 +98,10 @@ def reference_rows(source: Source) -> Iterator[tuple[list[int], list[int], list[
     while not last:
         plan, state = source.planner.plan(state, source.weights)
         last = plan.last
-        slots = source.planner.slots(plan)
-        for domain, ordinal in zip(slots.domain.tolist(), slots.ordinal.tolist(), strict=True):
-            documents = streams.documents(domain, *source.span(domain, ordinal, 1))
+        slots = slots_of_plan(source, plan)
+        sequences = source.lanes.sequence(slots.domain, slots.ordinal)
+        for domain, sequence in zip(slots.domain.tolist(), sequences.tolist(), strict=True):
+            documents = streams.documents(domain, *source.span(domain, sequence, 1))
             tokens: list[int] = []
             numbers: list[int] = []
             counted: list[bool] = []
@@ -153,7 +155,9 @@ def test_text_and_stored_tokens_may_be_mixed(overrides: list[str], tmp_path: Pat
         (tmp_path / folder / "a.jsonl").write_text("".join(lines))
 
     def rows_of_domain(root: str, index: str, domain: int) -> list[Any]:
-        config = compose([*overrides, f"data.root={tmp_path / root}", f"index.path={tmp_path / index}"])
+        # With several lanes, the order inside a step would depend on the other domains.
+        words = [f"data.root={tmp_path / root}", f"index.path={tmp_path / index}", "dataplane.lanes=1"]
+        config = compose([*overrides, *words])
         build_index(config)
         rows = []
         with DataPlane.open(config, comm=Local()) as plane:

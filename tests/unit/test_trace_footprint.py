@@ -26,7 +26,9 @@ pytestmark = pytest.mark.slow
 def test_the_estimated_footprint_is_close_to_that_of_planned_steps(
     collection: list[str], shuffle: str, window: int
 ) -> None:
-    words = [f"dataplane.shuffle={shuffle}", f"dataplane.shuffle_window={window}", "dataplane.global_batch_size=16"]
+    # Blocks have about 5 kB on average.
+    words = [f"dataplane.shuffle={shuffle}", f"dataplane.window_bytes={window * 5000}"]
+    words += ["dataplane.lanes=4", "dataplane.global_batch_size=16"]
     source = open_source(compose([*collection, *words, "dataplane.seq_len=64"]), Local())
     rows: list[set[tuple[int, str, int]]] = [set() for _ in range(60)]
     for record in planned_sequences(source, 0, 60):

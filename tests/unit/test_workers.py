@@ -80,7 +80,8 @@ def test_large_plans_and_large_batches_do_not_deadlock(tmp_path: Path) -> None:
 
 
 def test_a_data_error_is_raised_at_its_step(own_collection: list[str]) -> None:
-    source, _ = opened(own_collection)
+    # One lane reads the first half of the shard long before the second.
+    source, _ = opened([*own_collection, "dataplane.lanes=1", "dataplane.window_bytes=1"])
     shard = Path(source.index.data_root) / source.index.shard_paths[0]
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     by_thread = served_until_error(source, BatchMaker(source, SHARE, audit=True))

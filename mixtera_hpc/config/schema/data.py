@@ -101,6 +101,13 @@ class DataConfig(DataSetKeys):
     `ServedSample` to what the trainer gets, for example a decoded image and its text. It runs where samples are
     read."""
 
+    cache_bytes: int = 2147483648
+    """Memory of each node for rows of files that can only be decoded in large units (compressed files, Parquet), shared
+    by the processes that read. If it is too small, units are decoded several times. The order of the samples does not
+    depend on it."""
+    max_amplification: float = 64.0
+    """Bytes decoded for every byte served, in files that can only be decoded in large units. `run` and `submit` refuse
+    data that would need more."""
     tokens: str = "auto"
     """Token ids that `mixtera-hpc tokenize` has written. `auto`: those beside the index, if there are any. `off`: none,
     documents are tokenized while a run reads. Or the folder that holds them. Cost only: the batches are the same."""
@@ -111,7 +118,11 @@ class DataConfig(DataSetKeys):
         sets = plain.get("sets")
         if not isinstance(sets, Mapping):
             return plain
-        defaults = {key: value for key, value in plain.items() if key not in ("sets", "transform", "tokens")}
+        defaults = {
+            key: value
+            for key, value in plain.items()
+            if key not in ("sets", "transform", "tokens", "cache_bytes", "max_amplification")
+        }
         return {**plain, "sets": {name: _with_defaults(own, defaults) for name, own in sets.items()}}
 
     def named_sets(self) -> dict[str, DataSetKeys]:

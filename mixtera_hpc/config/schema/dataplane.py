@@ -35,9 +35,14 @@ class DataPlaneConfig:
     """Seed of every shuffle, 0 to 2**63 - 1."""
     shuffle: Literal["none", "block", "window"] = "window"
     """`none`: index order. `block`: blocks in random order. `window`: blocks in random order, and rows in random order
-    inside windows of `dataplane.shuffle_window` blocks."""
-    shuffle_window: int = 64
-    """Blocks whose rows are shuffled together, for `dataplane.shuffle=window`."""
+    inside windows of `dataplane.window_bytes`; sequences come from `dataplane.lanes` windows in turn."""
+    window_bytes: int = 8388608
+    """Decoded bytes of the blocks whose rows are shuffled together, at least one block; for
+    `dataplane.shuffle=window`. The bytes of compressed blocks are estimated."""
+    lanes: int = 16
+    """Parts into which the windows of an epoch are cut, for `dataplane.shuffle=window`. Sequences are taken from the
+    lanes in turn, and those of a step go to ranks by lane. More lanes mix better and need more memory. Compressed data
+    is decoded about 1 + ranks / lanes times."""
     add_bos: bool | None = None
     """Begin every document with the token that begins a text. Null does what the tokenizer's post-processor does, for
     example Llama's `<s>`."""

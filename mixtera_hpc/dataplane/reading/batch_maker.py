@@ -4,9 +4,8 @@ Several steps are read together, domain by domain, so that neighbouring sequence
 read of the document they share.
 """
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence_digest
@@ -23,6 +21,7 @@ from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, Packed
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transform, load_transform, transformed
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.reading.step_sequences import StepContent, StepSequences, slots_of_steps
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.errors import MixteraError
 
@@ -34,45 +33,6 @@ SAMPLE_BYTES_PER_READ = 4 << 20
 """Target sizes of what is read together: few calls, but each read takes only milliseconds."""
 
 Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class _SequenceRun:
-    """This rank's sequences of one domain in one step: neighbours in the domain's stream."""
-
-    domain: int
-    first: int
-    """Number of the first sequence in the stream."""
-    rows: Ints
-    """Rows of the batch that they fill, in order."""
-
-
-@dataclass(frozen=True, slots=True)
-class _StepContent:
-    """What this rank has to read for one step."""
-
-    step: int
-    """Training step."""
-    domain_ids: NDArray[np.int64]
-    """Domain of each row of the batch; -1 for padding."""
-    runs: list[_SequenceRun]
-
-    @property
-    def is_padding(self) -> NDArray[np.bool_]:
-        """Mask of the rows that stand for no sequence; shape (B,)."""
-        return self.domain_ids < 0
-
-
-@dataclass(frozen=True, slots=True)
-class _PlacedRun:
-    """A run among those of several steps that are read together."""
-
-    step_index: int
-    """Position of its step among these steps."""
-    run: _SequenceRun
-    start: int
-    """First and one past the last item of its stream."""
-    stop: int
 
 
 class BatchMaker:
@@ -130,66 +90,51 @@ class BatchMaker:
             self._order = plan, self._source.planner.order(plan)
         return self._order[1]
 
-    def _contents_of(self, plan: ChunkPlan, steps: range) -> list[_StepContent]:
-        # Slots of a plan are numbered step by step, positions of the global batch inside each step. Only this rank's
-        # slots are computed; the last step of the data may have fewer of them than the global batch.
+    def _contents_of(self, plan: ChunkPlan, steps: range) -> list[StepContent]:
         version = self._source.stream_version
-        batch_size = self._source.planner.global_batch_size
-        first_slots = [(version.data_step(step) - plan.first_step) * batch_size + self._slice.first for step in steps]
-        slots = self._order_of(plan).slots([(first, first + self._slice.size) for first in first_slots])
+        data_steps = [version.data_step(step) - plan.first_step for step in steps]
+        positions = slice(self._slice.first, self._slice.first + self._slice.size)
+        slots = slots_of_steps(self._source, self._order_of(plan), data_steps, positions)
         return [self._content_of(step, of_step) for step, of_step in zip(steps, slots, strict=True)]
 
-    def _content_of(self, step: int, slots: Slots) -> _StepContent:
-        domain = slots.domain
-        ordinal = slots.ordinal
+    def _content_of(self, step: int, slots: Slots) -> StepContent:
+        # The last step of the data may have fewer sequences than the global batch.
         domain_ids = np.full(self._slice.size, -1, np.int64)
-        domain_ids[: len(domain)] = domain
-        if not len(domain):
-            return _StepContent(step, domain_ids, [])
+        sequence = np.full(self._slice.size, -1, np.int64)
+        domain_ids[: len(slots.domain)] = slots.domain
+        sequence[: len(slots.domain)] = self._source.lanes.sequence(slots.domain, slots.ordinal)
+        return StepContent(step, domain_ids, sequence)
 
-        # Rows of the batch grouped by domain. The sort is stable, so that each group's sequences ascend by one.
-        by_domain = np.argsort(domain, kind="stable")
-        borders = np.flatnonzero(np.diff(domain[by_domain])) + 1
-        runs = [
-            _SequenceRun(int(domain[by_domain[first]]), int(ordinal[by_domain[first]]), by_domain[first:last])
-            for first, last in itertools.pairwise([0, *borders.tolist(), len(by_domain)])
-        ]
-        return _StepContent(step, domain_ids, runs)
-
-    def _read_steps(self, plan: ChunkPlan, steps: list[_StepContent]) -> list[Batch]:
+    def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
         """Return the batches of consecutive steps, whose documents are read together."""
-        runs = self._placed_runs(steps)
-        if not runs:
+        sequences = StepSequences.of_steps(steps, self._source)
+        if not len(sequences.domain):
             return [self._padding(plan, content) for content in steps]
         if self._reader.holds_all_tokens:
-            return self._stored_batches(plan, steps, runs)
-        by_domain = {
-            domain: self._streams.documents_of(domain, [(run.start, run.stop) for run in of_domain])
-            for domain, of_domain in itertools.groupby(runs, key=lambda placed: placed.run.domain)
-        }
-        documents = Documents.join(list(by_domain.values()))
-        if not self._source.layout.in_tokens:
-            return self._sample_batches(plan, steps, runs, documents)
-
-        # Position of each domain's last document among all documents: its next sequence begins in it.
-        last_of_domain = np.cumsum([len(of_domain.block) for of_domain in by_domain.values()]) - 1
-        packed = self._reader.read(documents, dict(zip(by_domain, last_of_domain.tolist(), strict=True)))
-        return self._token_batches(plan, steps, runs, packed)
-
-    def _stored_batches(self, plan: ChunkPlan, steps: list[_StepContent], runs: list[_PlacedRun]) -> list[Batch]:
-        """Copy stored tokens to the sequences of each step."""
-        grid = self._source.grid
-        size = self._slice.size
+            return self._stored_batches(plan, steps, sequences)
+        starts = sequences.run_starts
+        stops = sequences.run_stops
         documents = Documents.join(
-            [
-                self._streams.documents_of(
-                    domain, [span for placed in of_domain for span in _sequence_spans(placed, grid)]
-                )
-                for domain, of_domain in itertools.groupby(runs, key=lambda placed: placed.run.domain)
-            ]
+            [self._streams.documents_of(domain, starts[runs], stops[runs]) for domain, runs in sequences.domains()]
         )
-        rows = np.concatenate([np.array(placed.run.rows) + placed.step_index * size for placed in runs])
-        sequences = self._reader.read_sequences(documents, rows, (len(steps) * size, grid.length))
+        if not self._source.layout.in_tokens:
+            return self._sample_batches(plan, steps, sequences, documents)
+
+        # The next sequence of a stream begins in the last document of each run.
+        stops_in_documents = np.cumsum(documents.last - documents.first)
+        last_of_run = np.searchsorted(stops_in_documents, np.cumsum(stops - starts))
+        packed = self._reader.read(documents, last_of_run.tolist())
+        return self._token_batches(plan, steps, sequences, packed)
+
+    def _stored_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
+        """Copy stored tokens to the sequences of each step."""
+        size = self._slice.size
+        starts, stops = sequences.spans(self._source.grid)
+        documents = Documents.join(
+            [self._streams.documents_of(domain, starts[own], stops[own]) for domain, own in sequences.of_domains()]
+        )
+        rows = sequences.step_index * size + sequences.row
+        stored = self._reader.read_sequences(documents, rows, (len(steps) * size, self._source.grid.length))
         batches = []
         for step_index, content in enumerate(steps):
             own = slice(step_index * size, (step_index + 1) * size)
@@ -198,34 +143,25 @@ class BatchMaker:
                     plan,
                     content,
                     None,
-                    tokens=sequences.tokens[own],
-                    document_ids=sequences.document_ids[own],
-                    loss_mask=sequences.loss_mask[own],
+                    tokens=stored.tokens[own],
+                    document_ids=stored.document_ids[own],
+                    loss_mask=stored.loss_mask[own],
                 )
             )
         return batches
 
-    def _placed_runs(self, steps: list[_StepContent]) -> list[_PlacedRun]:
-        """Return all runs of `steps`, sorted by domain, then by step."""
-        placed = []
-        for step_index, content in enumerate(steps):
-            for run in content.runs:
-                start, stop = self._source.span(run.domain, run.first, len(run.rows))
-                placed.append(_PlacedRun(step_index, run, start, stop))
-        return sorted(placed, key=lambda item: item.run.domain)
-
     def _token_batches(
-        self, plan: ChunkPlan, steps: list[_StepContent], runs: list[_PlacedRun], packed: PackedTokens
+        self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences, packed: PackedTokens
     ) -> list[Batch]:
-        """Cut packed tokens, in which the spans of `runs` follow each other, into the sequences of each step."""
+        """Cut packed tokens, in which the runs of `sequences` follow each other, into the sequences of each step."""
         grid = self._source.grid
 
         # First token of each row of each step's batch. Neighbouring sequences of a run are `stride` tokens apart.
+        run_tokens = sequences.run_stops - sequences.run_starts
+        run_begins = np.cumsum(run_tokens) - run_tokens
         starts = np.zeros((len(steps), self._slice.size), np.int64)
-        begin = 0
-        for placed in runs:
-            starts[placed.step_index, placed.run.rows] = begin + grid.stride * np.arange(len(placed.run.rows))
-            begin += placed.stop - placed.start
+        begins = run_begins[sequences.run] + grid.stride * sequences.number_in_run
+        starts[sequences.step_index, sequences.row] = begins
 
         # Views: row i is the window of `length` tokens that begins at token i. Indexing them copies whole sequences.
         token_windows = sliding_window_view(packed.tokens, grid.length)
@@ -251,19 +187,15 @@ class BatchMaker:
         return batches
 
     def _sample_batches(
-        self, plan: ChunkPlan, steps: list[_StepContent], runs: list[_PlacedRun], documents: Documents
+        self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences, documents: Documents
     ) -> list[Batch]:
-        """Distribute the samples of `documents`, in the order of `runs`, to the rows of each step's batch."""
+        """Distribute the samples of `documents`, one per sequence, to the rows of each step's batch."""
         count = self._slice.size
         samples = self._reader.payloads(documents)
         # Sample of each row of each step; the last one stands for padding.
         samples.append(None)
         numbers = np.full((len(steps), count), len(samples) - 1)
-        first = 0
-        for placed in runs:
-            # Samples come in the order of runs, and inside a run in the order of its rows.
-            numbers[placed.step_index, placed.run.rows] = np.arange(first, first + len(placed.run.rows))
-            first += len(placed.run.rows)
+        numbers[sequences.step_index, sequences.row] = np.arange(len(samples) - 1)
 
         empty = {
             "tokens": np.empty((count, 0), np.int64),
@@ -299,7 +231,7 @@ class BatchMaker:
             samples[row] = transformed(transform, (batch.payloads or [])[row], served)
         return samples
 
-    def _padding(self, plan: ChunkPlan, content: _StepContent) -> Batch:
+    def _padding(self, plan: ChunkPlan, content: StepContent) -> Batch:
         """Return a batch of nothing but padding."""
         count = self._slice.size
         if not self._source.layout.in_tokens:
@@ -322,7 +254,7 @@ class BatchMaker:
             loss_mask=np.zeros((count, length - 1), np.bool_),
         )
 
-    def _batch(self, plan: ChunkPlan, content: _StepContent, payloads: list[Any] | None, **fields: Any) -> Batch:
+    def _batch(self, plan: ChunkPlan, content: StepContent, payloads: list[Any] | None, **fields: Any) -> Batch:
         digests: list[str] | None = None
         if self._audit:
             if payloads is None:
@@ -339,12 +271,6 @@ class BatchMaker:
             plan_digest=plan.digest,
             **fields,
         )
-
-
-def _sequence_spans(placed: _PlacedRun, grid: SequenceGrid) -> list[tuple[int, int]]:
-    """Return the items of each sequence of a run."""
-    starts = range(placed.start, placed.start + len(placed.run.rows) * grid.stride, grid.stride)
-    return [(start, start + grid.length) for start in starts]
 
 
 def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:

@@ -1,20 +1,21 @@
 """From documents of a stream to what the trainer gets: tokens of whole sequences, or raw samples.
 
-The documents of several steps and domains are read together, each once, in the order of the disk. The last document of
-each domain stays in memory, because the next sequence of that domain begins inside it. Price per document: one
-positioned read, one JSON decode, one encode, and about a microsecond of this module.
+The documents of several steps and domains are read together, each once, in the order of the disk. The documents in
+which a run of sequences ends stay in memory, because the next sequence of that lane begins inside them. Price per
+document: one positioned read, one JSON decode, one encode, and about a microsecond of this module.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, equal_runs
+from mixtera_hpc.dataplane.reading.residency.resident_rows import ResidentRows
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences, read_sequences
@@ -32,9 +33,13 @@ __all__ = ["DocumentReader", "PackedTokens", "take"]
 MAX_OPEN_SHARDS = 64
 DOCUMENTS_PER_ENCODE = 512
 """Documents that are in memory as text at the same time."""
+LAST_DOCUMENTS_BYTES = 32 << 20
+"""Tokens of documents that stay in memory, because a later sequence begins inside them."""
 
 Ints = NDArray[np.int64]
 Tokens = NDArray[np.uint32]
+# How a shard is read: not known yet, row by row, or by decoding whole blocks.
+_UNKNOWN, _ROWS, _BLOCKS = range(3)
 _NO_TOKENS: Tokens = np.zeros(0, np.uint32)
 
 
@@ -61,33 +66,40 @@ class _OpenShard(NamedTuple):
 
 
 class DocumentReader:
-    """Reads documents. Keeps shards open and the last document of every domain tokenized. One per reading thread."""
+    """Reads documents. Keeps shards open and the last documents of runs tokenized. One per reading thread."""
 
     def __init__(self, source: Source) -> None:
         """Open nothing yet; shards are opened when they are needed."""
         self._source = source
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         index = source.config.index
-        self._cache = BlockCache(seek_folders=[seek_folder_of(path) for path in index.paths_to_read])
-        self._last_documents: dict[int, tuple[int, Tokens]] = {}
-        """Domain → row key and tokens of the document in which its next sequence begins."""
+        # Most of the budget is for the rows of windows; blocks help where all domains are in the same block.
+        cache_bytes = source.cache_bytes
+        self._resident_bytes = cache_bytes - cache_bytes // 4
+        self._cache = BlockCache(cache_bytes // 4, [seek_folder_of(path) for path in index.paths_to_read])
+        self._resident_rows: dict[bool, ResidentRows] = {}
+        """Whether rows are raw → rows of windows in use."""
+        self._shard_kinds = np.zeros(len(source.index.shard_paths), np.int8)
+        self._last_documents: OrderedDict[int, Tokens] = OrderedDict()
+        """Row key → tokens of documents in which later sequences begin, the newest at the end."""
+        self._last_documents_bytes = 0
         added = source.tokenizer.added if source.tokenizer else AddedTokens()
         self._before: Tokens = np.array(added.before, np.uint32)
         self._after: Tokens = np.array(added.after, np.uint32)
         self._gather = TokenGather(source)
 
-    def read(self, documents: Documents, last_of_domain: Mapping[int, int]) -> PackedTokens:
+    def read(self, documents: Documents, last_of_run: Sequence[int]) -> PackedTokens:
         """Return the tokens of `documents`, special tokens included. A document that occurs twice is read once.
 
         Args:
-            last_of_domain: domain → position of the last document of its stream in `documents`.
+            last_of_run: positions in `documents` of those in which later sequences may begin.
 
         Raises:
             DataError: a document cannot be read, or has other tokens than the index counted.
         """
         is_stored = self._gather.is_stored(documents)
         if not is_stored.any():
-            return self._packed(documents, self._read_texts(documents, last_of_domain))
+            return self._packed(documents, self._read_texts(documents, last_of_run))
 
         # A collection may mix shards of text with shards of token ids.
         is_stored_token = np.repeat(is_stored, documents.last - documents.first)
@@ -96,7 +108,7 @@ class DocumentReader:
         if is_stored.all():
             return self._packed(documents, of_stored)
         position_of_text = np.cumsum(~is_stored) - 1
-        last_texts = {d: int(position_of_text[last]) for d, last in last_of_domain.items() if not is_stored[last]}
+        last_texts = [int(position_of_text[last]) for last in last_of_run if not is_stored[last]]
         tokens = np.empty(len(is_stored_token), np.int32)
         tokens[is_stored_token] = of_stored
         tokens[~is_stored_token] = self._read_texts(documents.select(np.flatnonzero(~is_stored)), last_texts)
@@ -111,6 +123,15 @@ class DocumentReader:
         """Return whole sequences of documents that are all stored; see `stored_sequences.read_sequences`."""
         across = self._source.config.dataplane.predict_across_documents
         return read_sequences(self._gather, documents, rows, shape, predict_across_documents=across)
+
+    def _remember(self, key: int, tokens: Tokens) -> None:
+        """Keep the tokens of a document, and forget the oldest ones beyond the budget."""
+        if self._last_documents.pop(key, None) is None:
+            self._last_documents_bytes += tokens.nbytes
+        self._last_documents[key] = tokens
+        while self._last_documents_bytes > LAST_DOCUMENTS_BYTES and len(self._last_documents) > 1:
+            _, oldest = self._last_documents.popitem(last=False)
+            self._last_documents_bytes -= oldest.nbytes
 
     def payloads(self, documents: Documents) -> list[Any]:
         """Return the raw rows of `documents`."""
@@ -135,12 +156,11 @@ class DocumentReader:
         place_of[disk_order] = np.arange(len(disk_order))
         return take(rows, place_of)
 
-    def _read_texts(self, documents: Documents, last_of_domain: Mapping[int, int]) -> NDArray[np.int32]:
+    def _read_texts(self, documents: Documents, last_of_run: Sequence[int]) -> NDArray[np.int32]:
         """Tokenize documents, and return their wanted tokens, special tokens and marks of conversations included."""
         tokens = self._tokenize(documents)
-        for domain, last in last_of_domain.items():
-            key = int(_row_key(documents.block[last], documents.row[last]))
-            self._last_documents[domain] = key, tokens[last]
+        for last in last_of_run:
+            self._remember(int(_row_key(documents.block[last], documents.row[last])), tokens[last])
         return self._concatenate(documents, tokens)
 
     def _concatenate(self, documents: Documents, tokens: list[Tokens]) -> NDArray[np.int32]:
@@ -187,14 +207,12 @@ class DocumentReader:
         keys, chosen, position = np.unique(
             _row_key(documents.block, documents.row), return_index=True, return_inverse=True
         )
-        # The documents in memory are few, one per domain at most.
-        in_memory = dict(self._last_documents.values())
-        is_missing = ~np.isin(keys, list(in_memory))
+        in_memory = list(map(self._last_documents.get, keys.tolist()))
+        is_missing = np.fromiter((tokens is None for tokens in in_memory), np.bool_, len(in_memory))
 
         # Keys ascend as rows lie on disk, so the unread documents are sorted by block and row.
-        distinct = self._read_tokens(documents.select(chosen[is_missing])) if is_missing.any() else []
-        for i in np.flatnonzero(~is_missing).tolist():
-            distinct.insert(i, in_memory[int(keys[i])])
+        unread = iter(self._read_tokens(documents.select(chosen[is_missing])) if is_missing.any() else [])
+        distinct = [next(unread) if tokens is None else tokens for tokens in in_memory]
         return take(distinct, position)
 
     def _read_tokens(self, documents: Documents) -> list[Tokens]:
@@ -218,13 +236,31 @@ class DocumentReader:
         """Read rows that are sorted by block and row: raw samples, texts, or token ids if the format holds them."""
         blocks = self._source.blocks
         shards = blocks.shard[documents.block]
-        starts = blocks.offset[documents.block] + documents.offset
+        # Formats with byte ranges read only the rows. The others decode whole blocks, so the other rows of a block stay
+        # in memory; but not if it has only one.
+        is_decoded = self._decodes_blocks(shards) & (blocks.rows[documents.block] > 1)
+        if not is_decoded.any():
+            return self._read_from_shards(documents, shards, raw=raw)
+        rows: list[Any] = [None] * len(shards)
+        resident = self._resident(raw)
+        for chosen in (np.flatnonzero(is_decoded), np.flatnonzero(~is_decoded)):
+            part = documents.select(chosen)
+            read = (
+                resident.read(part)
+                if is_decoded[chosen].any()
+                else self._read_from_shards(part, shards[chosen], raw=raw)
+            )
+            for number, row in zip(chosen.tolist(), read, strict=True):
+                rows[number] = row
+        return rows
+
+    def _read_from_shards(self, documents: Documents, shards: NDArray[np.int32], *, raw: bool) -> list[Any]:
+        """Read rows that are sorted by block and row, without keeping others."""
+        starts = self._source.blocks.offset[documents.block] + documents.offset
         rows: list[Any] = []
-        for first, last in _equal_runs(shards):
+        for first, last in equal_runs(shards) if len(shards) else ():
             shard = self._shard(int(shards[first]))
             of_shard = slice(first, last)
-            # Formats with byte ranges read only the rows. The others decode the whole block, so its rows are read
-            # together.
             if shard.range_reader is None:
                 rows += self._read_by_block(shard, documents.select(of_shard), raw=raw)
             elif raw:
@@ -233,9 +269,31 @@ class DocumentReader:
                 rows += shard.range_reader.documents_at(starts[of_shard], documents.length[of_shard])
         return rows
 
+    def _decodes_blocks(self, shards: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Return whether each shard is read by decoding whole blocks. A shard is opened when it is first asked for."""
+        for number in np.unique(shards[self._shard_kinds[shards] == _UNKNOWN]).tolist():
+            shard = self._shard(number)
+            is_decoded = shard.range_reader is None and shard.token_reader is None
+            self._shard_kinds[number] = _BLOCKS if is_decoded else _ROWS
+        decoded: NDArray[np.bool_] = self._shard_kinds[shards] == _BLOCKS
+        return decoded
+
+    def _resident(self, raw: bool) -> ResidentRows:
+        """Return the rows in memory; texts and whole rows are kept apart."""
+        if raw not in self._resident_rows:
+            self._resident_rows[raw] = ResidentRows(self._resident_bytes, partial(self._decode_block, raw))
+        return self._resident_rows[raw]
+
+    def _decode_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> Sequence[Any]:
+        """Decode a block and return the named rows; the lengths of rows have no meaning here."""
+        block = BlockRef.of(self._source.blocks, number)
+        reader = self._shard(int(self._source.blocks.shard[number])).reader
+        lengths = np.zeros(block.rows, np.int64)
+        return reader.payloads(block, lengths, rows) if raw else reader.documents(block, lengths, rows)
+
     def _read_by_block(self, shard: _OpenShard, documents: Documents, *, raw: bool) -> Iterator[Any]:
         """Read rows of a format without byte ranges, those of one block together."""
-        for first, last in _equal_runs(documents.block):
+        for first, last in equal_runs(documents.block):
             number = int(documents.block[first])
             block = BlockRef.of(self._source.blocks, number)
             lengths = documents.lengths[number]
@@ -281,9 +339,3 @@ def take(items: Sequence[Any], positions: NDArray[np.intp]) -> list[Any]:
 def _row_key(block: Any, row: Any) -> Any:
     """Return one integer per row, ascending as rows lie on disk; for arrays or for single numbers."""
     return np.int64(block) << 32 | row
-
-
-def _equal_runs(values: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Yield (first, last + 1) of each run of equal neighbours."""
-    borders = np.flatnonzero(values[1:] != values[:-1]) + 1
-    return pairwise([0, *borders.tolist(), len(values)])

@@ -7,81 +7,26 @@ cached within a byte budget.
 """
 
 from collections import ChainMap, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.schema import Config, DataPlaneConfig
-from mixtera_hpc.core.index_tables import DomainTable, SampleColumns
-from mixtera_hpc.core.order import EpochOrder, ShuffleOrder
+from mixtera_hpc.core.index_tables import SampleColumns
+from mixtera_hpc.core.lanes import ServedPart, cut_spans
+from mixtera_hpc.core.order import EpochOrder
+from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["Documents", "DomainStreams", "StreamLayout"]
+__all__ = ["Documents", "DomainStreams", "StreamWindow", "equal_runs"]
 
 Ints = NDArray[np.int64]
 
 WINDOW_CACHE_BYTES = 512 << 20
 """Windows that one reading thread keeps, at least one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamLayout:
-    """How large the streams are and in which order their samples come; the same on every rank."""
-
-    table: DomainTable
-    order: ShuffleOrder
-    num_specials: int
-    """Special tokens added to every document, but not to conversations."""
-    chat_blocks: NDArray[np.bool_] | None
-    """Which blocks of the index hold conversations; None if no block does."""
-    in_tokens: bool
-    """Whether items are tokens; otherwise they are samples."""
-
-    @classmethod
-    def of_config(
-        cls, config: Config, table: DomainTable, tokenizer: Tokenizer | None, chat_blocks: NDArray[np.bool_] | None
-    ) -> "StreamLayout":
-        """Return the layout of the streams of the domains in `table`."""
-        plane = config.dataplane
-        in_tokens = config.mixture.unit == "tokens"
-        return cls(
-            table=table,
-            order=ShuffleOrder(seed=plane.seed, shuffle=plane.shuffle, window=plane.shuffle_window),
-            num_specials=_num_specials(plane, tokenizer) if in_tokens else 0,
-            chat_blocks=chat_blocks if in_tokens else None,
-            in_tokens=in_tokens,
-        )
-
-    def entries(self, domain: int) -> slice:
-        """Return where the blocks of `domain` are in the table."""
-        return slice(int(self.table.indptr[domain]), int(self.table.indptr[domain + 1]))
-
-    def added_tokens(self, blocks: NDArray[np.int32]) -> Ints:
-        """Return the special tokens that are added to each document of these blocks; shape (len(blocks),)."""
-        if self.chat_blocks is None:
-            return np.full(len(blocks), self.num_specials)
-        # A chat template writes all special tokens itself.
-        return np.where(self.chat_blocks[blocks], 0, self.num_specials)
-
-    def sizes(self, domain: int) -> Ints:
-        """Return the items of `domain` in each of its blocks; shape (blocks of the domain,)."""
-        entries = self.entries(domain)
-        rows = self.table.rows[entries].astype(np.int64)
-        if not self.in_tokens:
-            return rows
-        return self.table.tokens[entries] + self.added_tokens(self.table.block[entries]) * rows
-
-    def epoch_items(self) -> Ints:
-        """Return the items of one epoch of every domain; shape (K,)."""
-        if self.chat_blocks is not None:
-            return np.array([self.sizes(domain).sum() for domain in range(self.table.num_domains)], np.int64)
-        rows, tokens = self.table.totals()
-        # Every document is followed by its special tokens.
-        return tokens + self.num_specials * rows if self.in_tokens else rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +46,14 @@ class Documents:
     """First byte of the row inside its block; meaningless for formats whose rows have no byte range."""
     length: Ints
     """Bytes of the row."""
+    window: Ints
+    """Identity of the window, a key of `windows`."""
+    place: Ints
+    """Position of the document in its window."""
     lengths: MutableMapping[int, Ints]
     """Block → bytes of each of its rows on disk. Holds the blocks of these documents, possibly others too."""
+    windows: Mapping[int, "StreamWindow"]
+    """The windows that these documents belong to, possibly others too."""
 
     @classmethod
     def join(cls, parts: Sequence["Documents"]) -> "Documents":
@@ -112,20 +63,24 @@ class Documents:
         arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _PER_DOCUMENT}
         # Documents of one window share one mapping; of many windows each is chained once.
         distinct_lengths = {id(part.lengths): part.lengths for part in parts}
-        return cls(**arrays, lengths=ChainMap(*distinct_lengths.values()))
+        windows = {number: window for part in parts for number, window in part.windows.items()}
+        return cls(**arrays, lengths=ChainMap(*distinct_lengths.values()), windows=windows)
 
     def select(self, chosen: NDArray[np.intp] | slice) -> "Documents":
         """Return some of the documents."""
-        return Documents(**{name: getattr(self, name)[chosen] for name in _PER_DOCUMENT}, lengths=self.lengths)
+        arrays = {name: getattr(self, name)[chosen] for name in _PER_DOCUMENT}
+        return Documents(**arrays, lengths=self.lengths, windows=self.windows)
 
 
-_PER_DOCUMENT = ("block", "row", "first", "last", "size", "offset", "length")
+_PER_DOCUMENT = ("block", "row", "first", "last", "size", "offset", "length", "window", "place")
 
 
 @dataclass(frozen=True, slots=True)
-class _StreamWindow:
+class StreamWindow:
     """The documents of one window, in stream order; n of them."""
 
+    key: tuple[int, int, int]
+    """Domain, epoch, and number of the window in the epoch."""
     block: NDArray[np.int32]
     row: NDArray[np.int32]
     starts: Ints
@@ -147,28 +102,30 @@ class DomainStreams:
     def __init__(
         self,
         layout: StreamLayout,
-        block_rows: NDArray[np.int32],
         read_blocks: Callable[[NDArray[np.int32]], SampleColumns],
         domain_of: Callable[[SampleColumns], NDArray[np.int32]],
         is_not_dropped: Callable[[SampleColumns], NDArray[np.bool_]] | None = None,
+        served: Mapping[int, ServedPart] | None = None,
     ) -> None:
         """Use `Source.streams`.
 
         Args:
-            block_rows: rows of every block of the index.
+            layout: sizes and order of the streams.
             read_blocks: reads the samples of some blocks, one block after the other.
             domain_of: returns the domain of each sample. With the layout's seed it decides the order of the stream.
             is_not_dropped: returns which samples the streams still contain. The order of the others does not change.
+            served: domain → the part of an epoch that its stream begins with after a drop; see `ServedPart`.
         """
         self._layout = layout
-        self._block_rows = block_rows
+        self._block_rows = layout.blocks.rows
         self._read_blocks = read_blocks
         self._domain_of = domain_of
         self._is_not_dropped = is_not_dropped
+        self._served = served or {}
         self._epoch_items = layout.epoch_items()
         self._epochs: dict[int, tuple[int, EpochOrder]] = {}
         """Domain → its epoch that was used last."""
-        self._windows: OrderedDict[tuple[int, int, int], _StreamWindow] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int, int], StreamWindow] = OrderedDict()
         """(domain, epoch, window) → window, the one used last at the end."""
         self._window_bytes = 0
 
@@ -182,51 +139,60 @@ class DomainStreams:
         Raises:
             DataError: the samples of a block do not add up to what the index counted for it.
         """
-        return self.documents_of(domain, [(start, stop)])
+        return self.documents_of(domain, np.array([start]), np.array([stop]))
 
-    def documents_of(self, domain: int, spans: Iterable[tuple[int, int]]) -> Documents:
+    def documents_of(self, domain: int, starts: Ints, stops: Ints) -> Documents:
         """Return the documents of several spans, one span after the other; cheapest when the spans ascend."""
-        return Documents.join([_documents_in(*parts) for parts in self._split_by_window(domain, spans)])
+        return Documents.join([_documents_in(*parts) for parts in self._split_by_window(domain, starts, stops)])
 
-    def _split_by_window(
-        self, domain: int, spans: Iterable[tuple[int, int]]
-    ) -> Iterator[tuple[_StreamWindow, list[int], list[int]]]:
+    def window_documents(self, domain: int, epoch: int, number: int, stop: int | None = None) -> Documents:
+        """Return the documents of a window in base order, those of its first `stop` items or all; it has some."""
+        window = self._window(domain, epoch, number, self._epoch_order(domain, epoch))
+        end = int(window.starts[-1]) if stop is None else stop
+        return _documents_in(window, np.zeros(1, np.int64), np.array([end]))
+
+    def _split_by_window(self, domain: int, starts: Ints, stops: Ints) -> Iterator[tuple[StreamWindow, Ints, Ints]]:
         """Cut spans at the borders of windows; yield windows with where their parts begin and end, in their items."""
-        epoch_items = int(self._epoch_items[domain])
-        window: _StreamWindow | None = None
-        window_start = window_stop = 0
-        begins: list[int] = []
-        ends: list[int] = []
-        for start, stop in spans:
-            while start < stop:
-                if window is None or not window_start <= start < window_stop:
-                    # Everything that is wanted of the previous window is known now.
-                    if window is not None:
-                        yield window, begins, ends
-                    epoch, item = divmod(start, epoch_items)
-                    order = self._epoch_order(domain, epoch)
-                    number = order.window_at(item)
-                    window = self._window(domain, epoch, number, order)
-                    window_start = epoch * epoch_items + int(order.starts[number])
-                    window_stop = epoch * epoch_items + int(order.starts[number + 1])
-                    begins = []
-                    ends = []
-                end = min(stop, window_stop)
-                begins.append(start - window_start)
-                ends.append(end - window_start)
-                start = end
-        if window is not None:
-            yield window, begins, ends
+        items = int(self._epoch_items[domain])
+        first_epoch = int(starts.min()) // items
+        last_epoch = (int(stops.max()) - 1) // items
+        starts, stops, cell = cut_spans(starts, stops, np.arange(first_epoch, last_epoch + 2) * items)
+        # Nearly always one epoch.
+        for first, last in equal_runs(cell):
+            epoch = first_epoch + int(cell[first])
+            begins, ends = self.base_items(domain, epoch, starts[first:last], stops[first:last])
+            order = self._epoch_order(domain, epoch)
+            begins, ends, window = cut_spans(begins, ends, order.starts)
+            for low, high in equal_runs(window):
+                number = int(window[low])
+                window_start = order.starts[number]
+                chosen = self._window(domain, epoch, number, order)
+                yield chosen, begins[low:high] - window_start, ends[low:high] - window_start
+
+    def base_items(self, domain: int, epoch: int, starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
+        """Return spans of an epoch as spans of its base order, counted from the start of the epoch."""
+        items = int(self._epoch_items[domain])
+        starts = starts - epoch * items
+        stops = stops - epoch * items
+        served = self._served.get(domain)
+        if served is None or served.epoch != epoch:
+            return starts, stops
+        # The epoch in which samples were dropped begins with what had been served of it.
+        pieces = served.pieces(items)
+        borders = np.append(0, np.cumsum(pieces[:, 1] - pieces[:, 0]))
+        starts, stops, piece = cut_spans(starts, stops, borders)
+        shift = pieces[piece, 0] - borders[piece]
+        return starts + shift, stops + shift
 
     def _epoch_order(self, domain: int, epoch: int) -> EpochOrder:
         # A stream stays in an epoch for long: the order of one epoch per domain is enough.
         cached = self._epochs.get(domain)
         if cached is None or cached[0] != epoch:
-            cached = epoch, self._layout.order.epoch(domain, epoch, self._layout.sizes(domain))
+            cached = epoch, self._layout.epoch_order(domain, epoch)
             self._epochs[domain] = cached
         return cached[1]
 
-    def _window(self, domain: int, epoch: int, number: int, order: EpochOrder) -> _StreamWindow:
+    def _window(self, domain: int, epoch: int, number: int, order: EpochOrder) -> StreamWindow:
         """Return a window from the cache, or make it and drop the windows that were not used for longest."""
         key = (domain, epoch, number)
         if key in self._windows:
@@ -242,7 +208,7 @@ class DomainStreams:
             self._window_bytes -= oldest.num_bytes
         return window
 
-    def _make_window(self, domain: int, epoch: int, number: int, order: EpochOrder) -> _StreamWindow:
+    def _make_window(self, domain: int, epoch: int, number: int, order: EpochOrder) -> StreamWindow:
         layout = self._layout
         blocks = layout.table.block[layout.entries(domain)][order.blocks_of(number)]
         block_rows = self._block_rows[blocks]
@@ -262,7 +228,8 @@ class DomainStreams:
             items = np.ones(len(shuffled), np.int64)
         self._check_items(domain, len(blocks), int(items.sum()), int(order.starts[number + 1] - order.starts[number]))
 
-        return _StreamWindow(
+        return StreamWindow(
+            key=(domain, epoch, number),
             block=blocks[position],
             row=row,
             starts=np.concatenate([[0], np.cumsum(items)]),
@@ -277,13 +244,6 @@ class DomainStreams:
                 f"The samples of {num_blocks} blocks of domain {domain} hold {actual} items, the index counted "
                 f"{expected}: the index file is damaged.\n  Build it again with mixtera-hpc index build."
             )
-
-
-def _num_specials(plane: DataPlaneConfig, tokenizer: Tokenizer | None) -> int:
-    """Return how many special tokens every document gets."""
-    if tokenizer is None:
-        return int(plane.add_eos)
-    return len(tokenizer.added.before) + len(tokenizer.added.after)
 
 
 def _locate_samples(block_rows: NDArray[np.int32], length: Ints, samples: Ints) -> tuple[Ints, NDArray[np.int32], Ints]:
@@ -307,11 +267,8 @@ def _lengths_by_block(blocks: NDArray[np.int32], block_rows: NDArray[np.int32], 
     return dict(zip(blocks.tolist(), np.split(length, np.cumsum(block_rows)[:-1]), strict=True))
 
 
-def _documents_in(window: _StreamWindow, begins: list[int], ends: list[int]) -> Documents:
+def _documents_in(window: StreamWindow, begin: Ints, end: Ints) -> Documents:
     """Return the documents that cover the items [begin, end) of a window, for every such span in turn."""
-    begin = np.array(begins)
-    end = np.array(ends)
-
     # First document of every span, and how many documents it touches.
     first_document = np.searchsorted(window.starts, begin, side="right") - 1
     count = np.searchsorted(window.starts, end, side="left") - first_document
@@ -339,5 +296,14 @@ def _documents_in(window: _StreamWindow, begins: list[int], ends: list[int]) -> 
         size=stops - starts,
         offset=window.offset[document],
         length=window.length[document],
+        window=np.full(len(document), id(window)),
+        place=document,
         lengths=window.lengths,
+        windows={id(window): window},
     )
+
+
+def equal_runs(values: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Yield (first, last + 1) of each run of equal neighbours."""
+    borders = np.flatnonzero(values[1:] != values[:-1]) + 1
+    return pairwise([0, *borders.tolist(), len(values)])

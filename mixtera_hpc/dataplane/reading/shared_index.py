@@ -18,12 +18,13 @@ from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import domain_key_to_plain
 from mixtera_hpc.core.holdout import shard_hash_keys
-from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, DomainTable
+from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, DomainTable, IndexTables
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
-from mixtera_hpc.dataplane.reading.domain_streams import StreamLayout
+from mixtera_hpc.dataplane.reading.stream_layout import ShardFacts, StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.formats.chat_rows import is_chat
+from mixtera_hpc.formats.decoded_sizes import expansion_of
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_reader import SampleSource
@@ -33,7 +34,7 @@ from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.index.token_store.store_files import StoredRows, configured_stores
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["IndexDescription", "SharedTables", "chat_blocks", "read_shared_index", "select_subset", "share_index"]
+__all__ = ["IndexDescription", "SharedTables", "read_shared_index", "select_subset", "share_index"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,8 @@ class IndexDescription:
     shard_paths: list[str]
     """Relative to `data_root`."""
     shard_formats: list[str]
+    shard_expansion: list[float]
+    """Decoded bytes per byte that the index counts in the blocks of each shard."""
     shard_texts: list[str | None]
     """Place of the document's text in a row; None where a sample is the whole row."""
     properties: list[Property]
@@ -71,6 +74,10 @@ class IndexDescription:
     """Token stores that documents are served from."""
     domain_items: list[int]
     """Items of one epoch of every domain, dropped samples included: mixture weights refer to these sizes."""
+
+    def shard_facts(self) -> ShardFacts:
+        """Return what the streams depend on."""
+        return _shard_facts(self.shard_texts, self.shard_formats, self.shard_expansion)
 
     def root_of(self, shard: str) -> Path:
         """Return the folder of the data set that a shard belongs to, given one of `shard_paths`."""
@@ -209,6 +216,9 @@ def _describe(
     """Return the small part of what ranks share."""
     tables = index.tables
     selection = chosen.selection
+    expansion = _shard_expansion(tables)
+    shards = _shard_facts(index.shard_texts(), tables.shards.format, expansion)
+    layout = StreamLayout.of_config(config, selection.table, tables.blocks, shards, tokenizer)
     return IndexDescription(
         fingerprints=index.fingerprints,
         sample_sources=index.sample_sources(),
@@ -216,6 +226,7 @@ def _describe(
         roots=sorted({str(root.absolute()) for root in index.roots.values()}, key=len, reverse=True),
         shard_paths=index.shard_paths(),
         shard_formats=list(tables.shards.format),
+        shard_expansion=expansion,
         shard_texts=index.shard_texts(),
         properties=list(add_size_numbers(tables).properties.values()),
         domain_names=list(chosen.names),
@@ -226,22 +237,23 @@ def _describe(
         drop=list(subset.drop),
         token_stores=configured_stores(config, index),
         where_after_drops=subset.restrict(config.query.where),
-        domain_items=StreamLayout.of_config(
-            config, selection.table, tokenizer, chat_blocks(index.shard_texts(), tables.shards.format, tables.blocks)
-        )
-        .epoch_items()
-        .tolist(),
+        domain_items=layout.epoch_items().tolist(),
     )
 
 
-def chat_blocks(texts: Sequence[str | None], formats: Sequence[str], blocks: BlockTable) -> NDArray[np.bool_] | None:
-    """Return which blocks hold conversations, given the text and format of every shard; None if no block does."""
-    if not any(map(is_chat, texts)):
-        return None
-    # Shards of token ids in the same data set have no messages.
+def _shard_expansion(tables: IndexTables) -> list[float]:
+    """Return the decoded bytes per byte of every shard; see `formats.decoded_sizes`."""
+    shards = tables.shards
+    block_bytes = np.bincount(tables.blocks.shard, tables.blocks.length, minlength=len(shards.format))
+    sizes = zip(shards.format, block_bytes.tolist(), shards.size_bytes.tolist(), strict=True)
+    return [expansion_of(*shard) for shard in sizes]
+
+
+def _shard_facts(texts: Sequence[str | None], formats: Sequence[str], expansion: Sequence[float]) -> ShardFacts:
+    # Shards of token ids in a data set of conversations have no messages.
     pairs = zip(texts, formats, strict=True)
-    is_chat_shard = np.array([is_chat(text) and not load_format(name).holds_tokens for text, name in pairs], np.bool_)
-    return is_chat_shard[blocks.shard] if is_chat_shard.any() else None
+    chat = [is_chat(text) and not load_format(name).holds_tokens for text, name in pairs]
+    return ShardFacts(expansion=np.array(expansion, np.float64), is_chat=np.array(chat, np.bool_))
 
 
 def _describe_counting(index: PropertyIndex, chosen: SelectedDomains) -> str:

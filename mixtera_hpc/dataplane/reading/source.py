@@ -19,6 +19,7 @@ from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.domains import Selection
 from mixtera_hpc.core.holdout import Split, add_holdout_hashes, restrict_to_split
 from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
+from mixtera_hpc.core.lanes import LaneOrder
 from mixtera_hpc.core.planner import Planner
 from mixtera_hpc.core.properties import ComboTable
 from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
@@ -26,15 +27,15 @@ from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, MixtureContext
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
-from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams, StreamLayout
+from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
 from mixtera_hpc.dataplane.reading.shared_index import (
     IndexDescription,
     SharedTables,
-    chat_blocks,
     read_shared_index,
     select_subset,
     share_index,
 )
+from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import TRAINING_SAMPLES, SampleSubset
 from mixtera_hpc.index.read.configured import open_configured
@@ -68,10 +69,26 @@ class Source:
     drop_filter: Predicate | None
     """Matches the samples that are served after drops; None when nothing is dropped."""
     stream_version: StreamVersion
+    lanes: LaneOrder
+    """Which sequence of its stream each served sequence is."""
+    readers_per_node: int = 1
+    """Ranks and worker processes of a node, which share `data.cache_bytes`."""
 
     def __reduce__(self) -> Any:
         """Pickle the configuration and the shared arrays. The rest is computed and the tokenizer loaded again."""
-        return _rebuild_source, (self.config, self.index, self.subset, self.tables.pack(), self.stream_version)
+        return _rebuild_source, (
+            self.config,
+            self.index,
+            self.subset,
+            self.tables.pack(),
+            self.stream_version,
+            self.readers_per_node,
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory for decoded rows in each process that reads."""
+        return self.config.data.cache_bytes // self.readers_per_node
 
     @property
     def blocks(self) -> BlockTable:
@@ -80,7 +97,6 @@ class Source:
 
     @property
     def combos(self) -> ComboTable:
-        """The distinct combinations of categorical values."""
         return self.tables.combos
 
     @property
@@ -122,12 +138,16 @@ class Source:
         return replace(
             self,
             stream_version=version,
+            lanes=replace(self.lanes, origins=version.origins, begins=version.begins),
             mixture_context=replace(self.mixture_context, timeline=timeline),
             planner=replace(self.planner, capacity=capacity),
         )
 
     def span(self, domain: int, first: int, count: int) -> tuple[int, int]:
-        """Return the items [start, stop) of `domain`'s stream that `count` sequences from sequence `first` on cover."""
+        """Return the items [start, stop) of `domain`'s stream that `count` sequences from sequence `first` on cover.
+
+        Sequences are numbered along the stream; `lanes` says in which order they are served.
+        """
         start, stop = self.grid.span(first, count)
         # After a drop, sequences are counted from another item of the shortened stream.
         origin = int(self.stream_version.origins[domain])
@@ -184,10 +204,10 @@ class Source:
         """Return a view of the streams for one reading thread."""
         return DomainStreams(
             self.layout,
-            self.blocks.rows,
             self.make_block_reader(),
             self.domain_of,
             None if self.drop_filter is None else self.is_not_dropped,
+            self.stream_version.served,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -213,7 +233,8 @@ class Source:
             "feedback_lag": plane.feedback_lag,
             "seed": plane.seed,
             "shuffle": plane.shuffle,
-            "shuffle_window": plane.shuffle_window,
+            "window_bytes": plane.window_bytes,
+            "lanes": plane.lanes,
         }
 
 
@@ -243,7 +264,8 @@ def open_source(
     description, tables = share_index(comm, own)
     # Only rank 0 has read the records of the run.
     subset = replace(subset, drop=tuple(description.drop))
-    source = _make_source(config, description, subset, tables, tokenizer)
+    readers = comm.local_size * max(config.dataplane.workers, 1)
+    source = replace(_make_source(config, description, subset, tables, tokenizer), readers_per_node=readers)
     if subset.split == "train":
         source.mixer(learn=False)  # Refuses a mixture that cannot be served before anything starts.
     return source
@@ -261,11 +283,17 @@ def count_samples(config: Config, subset: SampleSubset = TRAINING_SAMPLES) -> in
 
 
 def _rebuild_source(
-    config: Config, index: IndexDescription, subset: SampleSubset, arrays: list[NDArray[Any]], version: StreamVersion
+    config: Config,
+    index: IndexDescription,
+    subset: SampleSubset,
+    arrays: list[NDArray[Any]],
+    version: StreamVersion,
+    readers_per_node: int,
 ) -> Source:
     """Restore a pickled source, in another process."""
     tables = SharedTables.unpack(arrays, index.properties)
-    return _make_source(config, index, subset, tables, load_vocabulary(config.dataplane)).at_version(version)
+    source = _make_source(config, index, subset, tables, load_vocabulary(config.dataplane))
+    return replace(source.at_version(version), readers_per_node=readers_per_node)
 
 
 def _make_source(
@@ -274,12 +302,10 @@ def _make_source(
     """Compute what follows from the configuration and the shared index."""
     plane = config.dataplane
     # Cheap: every rank and worker computes the rest from the shared tables.
-    layout = StreamLayout.of_config(
-        config, tables.domains, tokenizer, chat_blocks(index.shard_texts, index.shard_formats, tables.blocks)
-    )
+    layout = StreamLayout.of_config(config, tables.domains, tables.blocks, index.shard_facts(), tokenizer)
     grid = SequenceGrid.of_unit(layout.in_tokens, plane.seq_len, plane.overlap_one_token)
     epoch_items = layout.epoch_items()
-    num_domains = len(epoch_items)
+    version = StreamVersion.start(len(epoch_items))
     return Source(
         config=config,
         index=index,
@@ -290,7 +316,7 @@ def _make_source(
         tokenizer=tokenizer,
         mixture_context=_mixture_context(config, index, grid, epoch_items > 0),
         planner=Planner(
-            capacity=grid.capacity(epoch_items, max_epochs_per_domain(config.mixture, num_domains)),
+            capacity=grid.capacity(epoch_items, max_epochs_per_domain(config.mixture, len(epoch_items))),
             global_batch_size=plane.global_batch_size,
             chunk_steps=plane.chunk_steps,
             on_exhausted=config.mixture.on_exhausted,
@@ -298,7 +324,15 @@ def _make_source(
         ),
         subset=subset,
         drop_filter=_predicate(config, index, tables, subset.split, index.where_after_drops) if subset.drop else None,
-        stream_version=StreamVersion.start(num_domains),
+        stream_version=version,
+        lanes=LaneOrder(
+            # Without a shuffle of rows the base order is served.
+            lanes=plane.lanes if plane.shuffle == "window" else 1,
+            grid=grid,
+            epoch_items=epoch_items,
+            origins=version.origins,
+            begins=version.begins,
+        ),
     )
 
 

@@ -2,15 +2,18 @@
 
 Training counts steps; plans count *data steps*. The two are equal until `resume --skip-steps` skips data: from then on
 a training step takes the data of a later data step, and plans stay as they were. After `resume --drop` the stream of a
-domain is shorter, and `origins` says where in it the run continues. Price: one integer per domain.
+domain is shorter, and `origins`, `begins` and `served` say where in it the run continues. Price: two integers per
+domain, and after a drop two more per lane.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mixtera_hpc.core.lanes import ServedPart
 
 __all__ = ["StepRange", "StreamVersion"]
 
@@ -30,6 +33,11 @@ class StreamVersion:
     origins: Ints
     """Item of each domain's stream at which its sequence 0 would begin; shape (K,). Negative if a drop shortened the
     stream."""
+    begins: Ints
+    """Item of each domain's stream from which on it is served since the last drop, 0 before; shape (K,)."""
+    served: Mapping[int, ServedPart] = field(default_factory=dict)
+    """Domain → what was served, before the last drop, of the epoch in which it happened; none where that is the
+    beginning of the epoch."""
     items: int = 0
     """Items that steps of the present size would have served before data step 0, so that a schedule in tokens continues
     where it was after a change of the batch size."""
@@ -37,7 +45,16 @@ class StreamVersion:
     @classmethod
     def start(cls, num_domains: int) -> "StreamVersion":
         """Return the version that a run begins with."""
-        return cls(number=0, skips=(), origins=np.zeros(num_domains, np.int64))
+        zeros = np.zeros(num_domains, np.int64)
+        return cls(number=0, skips=(), origins=zeros, begins=zeros)
+
+    def has_streams_of(self, other: "StreamVersion") -> bool:
+        """Return True if equal served numbers mean equal sequences in both versions."""
+        return (
+            np.array_equal(self.origins, other.origins)
+            and np.array_equal(self.begins, other.begins)
+            and self.served == other.served
+        )
 
     def data_step(self, step: int) -> int:
         """Return the data step whose data training step `step` takes."""
@@ -76,6 +93,10 @@ class StreamVersion:
             "number": self.number,
             "skips": [list(skip) for skip in self.skips],
             "origins": self.origins.tolist(),
+            "begins": self.begins.tolist(),
+            "served": [
+                [domain, part.epoch, [list(span) for span in part.ranges]] for domain, part in self.served.items()
+            ],
             "items": self.items,
         }
 
@@ -86,5 +107,10 @@ class StreamVersion:
             number=data["number"],
             skips=tuple((first, last) for first, last in data["skips"]),
             origins=np.array(data["origins"], np.int64),
+            begins=np.array(data["begins"], np.int64),
+            served={
+                domain: ServedPart(epoch=epoch, ranges=tuple((first, last) for first, last in ranges))
+                for domain, epoch, ranges in data["served"]
+            },
             items=data["items"],
         )

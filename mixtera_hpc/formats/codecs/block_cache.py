@@ -28,6 +28,8 @@ class BlockCache:
         # Key → (block, its bytes), least recently used first. A block that is still being decoded has 0 bytes.
         self._entries: OrderedDict[Hashable, tuple[Future[Any], int]] = OrderedDict()
         self._size_bytes = 0
+        self.loaded_bytes = 0
+        """Bytes of all blocks that were decoded so far."""
 
     @property
     def size_bytes(self) -> int:
@@ -66,6 +68,7 @@ class BlockCache:
 
         # The bytes are known only now, so this is where the bound is enforced.
         with self._lock:
+            self.loaded_bytes += size
             if key in self._entries:
                 self._entries[key] = (future, size)
                 self._size_bytes += size

@@ -1,0 +1,235 @@
+"""Shuffled reading of files that can only be decoded in large units, against streaming them with a shuffle buffer.
+
+    python -m bench compressed
+    python -m bench compressed --shards 96 --shard-mb 8 --only zst
+
+Seven domains in SlimPajama's proportions alternate line by line. Every layout of the same rows is read by a data plane
+with default settings, with a cache of a tenth of the corpus, for one epoch. *Amplification* is the bytes decoded per
+byte served; its lower bound without another layout of the data is the sum over domains of weight / share. The cost of
+one rank of many is that of its own part of every batch. All rows are CPU seconds of one run on one core. Prints a table
+and writes bench/out/compressed.json.
+"""
+
+import argparse
+import gzip
+import random
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+
+import msgspec
+import zstandard
+
+from bench._corpus import FOLDER, make_rows
+from bench._results import write_results
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.index.build.build import build_index
+
+BUFFER_ROWS = 10_000
+GLOBAL_BATCH = 1024
+FRAME_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadCost:
+    """One layout, read by one rank of several."""
+
+    layout: str
+    ranks: int
+    lanes: int
+    rows: int
+    rows_per_cpu_s: float
+    amplification: float
+    lower_bound: float
+    first_batch_s: float
+    """CPU seconds until the first batch."""
+
+
+def main() -> None:
+    """Measure, print and write all results."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shards", type=int, default=96)
+    parser.add_argument("--shard-mb", type=float, default=8)
+    parser.add_argument("--only", nargs="*", default=list(LAYOUTS))
+    parser.add_argument("--cache-mb", type=float, default=0, help="0: a tenth of the corpus")
+    parser.add_argument("--max-rows", type=int, default=10**9)
+    arguments = parser.parse_args()
+    rows_per_shard = int(arguments.shard_mb * 1e6 / 1100)
+    source_rows = make_rows(arguments.shards * rows_per_shard)
+    cache_mb = arguments.cache_mb or arguments.shards * arguments.shard_mb / 10
+
+    costs = []
+    for layout in arguments.only:
+        folder = make_layout(layout, source_rows, rows_per_shard)
+        for ranks, lanes in ((1, 16), (16, 16), (16, 64), (64, 256)) if layout == "zst" else ((1, 16),):
+            costs.append(measure(layout, folder, ranks, lanes, int(cache_mb * 1e6), arguments.max_rows))
+            print_cost(costs[-1])
+    streaming = stream_with_buffer(sorted(make_layout("zst", source_rows, rows_per_shard).glob("*.zst")))
+    print(f"streaming decode and a shuffle buffer of {BUFFER_ROWS:,} rows: {streaming:,.0f} rows per CPU-s")
+    write_results("compressed", {"costs": [asdict(cost) for cost in costs], "streaming_rows_per_cpu_s": streaming})
+
+
+def measure(layout: str, folder: Path, ranks: int, lanes: int, cache_bytes: int, max_rows: int) -> ReadCost:
+    """Read one epoch as the middle one of `ranks` ranks."""
+    source = open_source(
+        config_of(folder, lanes, cache_bytes * 16 // min(ranks, 16) if ranks > 1 else cache_bytes), Local()
+    )
+    size = GLOBAL_BATCH // ranks
+    maker = BatchMaker(source, BatchSlice(first=ranks // 2 * size, size=size), audit=False)
+    started = time.process_time()
+    first_batch_s = 0.0
+    rows = served = 0
+    for payloads in epoch(source, maker):
+        rows += len(payloads)
+        first_batch_s = first_batch_s or time.process_time() - started
+        served += sum(len(row["text"]) + 60 for row in payloads)
+        if rows >= max_rows:
+            break
+    seconds = time.process_time() - started
+    decoded = maker._reader._cache.loaded_bytes
+    maker.close()
+    shares = source.layout.epoch_items() / source.layout.epoch_items().sum()
+    return ReadCost(
+        layout=layout,
+        ranks=ranks,
+        lanes=lanes,
+        rows=rows,
+        rows_per_cpu_s=rows / seconds,
+        amplification=decoded / served,
+        lower_bound=float((source.weights / shares).sum()),
+        first_batch_s=first_batch_s,
+    )
+
+
+def config_of(folder: Path, lanes: int, cache_bytes: int, window_bytes: int = 1 << 23) -> object:
+    """Return the configuration of one layout; build its index if there is none."""
+    config = compose(
+        [
+            f"data.root={folder}",
+            f"data.cache_bytes={cache_bytes}",
+            "data.properties.source=meta.redpajama_set_name"
+            if not any(folder.glob("*.tar"))
+            else "data.properties.source=json.meta.redpajama_set_name",
+            "data.text=null",
+            f"index.path={folder}.h5",
+            "mixture.unit=samples",
+            "mixture.group_by=[source]",
+            "mixture.on_exhausted=redistribute",
+            "mixture.max_epochs=1",
+            f"dataplane.lanes={lanes}",
+            f"dataplane.window_bytes={window_bytes}",
+            f"dataplane.global_batch_size={GLOBAL_BATCH}",
+        ]
+    )
+    if not Path(config.index.path).exists():
+        build_index(config)
+    return config
+
+
+def epoch(source: Source, maker: BatchMaker) -> Iterator[Sequence[dict]]:
+    """Yield the samples of one rank, batch by batch, until the data ends."""
+    state = PlannerState.start(source.num_domains)
+    while True:
+        plan, state = source.planner.plan(state, source.weights)
+        for batch in maker.batches(plan, 0):
+            yield batch.payloads or []
+        if plan.last:
+            return
+
+
+def stream_with_buffer(paths: Sequence[Path]) -> float:
+    """Return the rows per CPU second of streaming decode with a shuffle buffer."""
+    rng = random.Random(0)
+    order = rng.sample(list(paths), len(paths))
+    buffer: list[object] = []
+    decode = msgspec.json.Decoder().decode
+    rows = 0
+    started = time.process_time()
+    for path in order:
+        data = zstandard.ZstdDecompressor().stream_reader(path.open("rb")).read()
+        for line in data.splitlines():
+            row = decode(line)
+            rows += 1
+            if len(buffer) < BUFFER_ROWS:
+                buffer.append(row)
+                continue
+            place = rng.randrange(BUFFER_ROWS)
+            buffer[place], row = row, buffer[place]
+    return rows / (time.process_time() - started)
+
+
+def make_layout(layout: str, rows: Path, rows_per_shard: int) -> Path:
+    """Write the rows of a folder in one layout, unless they are there; return the folder."""
+    target = FOLDER / f"{layout}-{rows.name}-{rows_per_shard}"
+    if target.is_dir():
+        return target
+    partial = target.with_suffix(".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lines = [line for path in sorted(rows.glob("*.jsonl")) for line in path.read_bytes().splitlines(keepends=True)]
+    for number, start in enumerate(range(0, len(lines), rows_per_shard)):
+        LAYOUTS[layout](partial / f"{number:05d}", lines[start : start + rows_per_shard])
+    return partial.rename(target)
+
+
+def _write_zst(path: Path, lines: list[bytes]) -> None:
+    path.with_suffix(".jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(b"".join(lines)))
+
+
+def _write_frames(path: Path, lines: list[bytes]) -> None:
+    compressor = zstandard.ZstdCompressor()
+    frames = [compressor.compress(b"".join(lines[i : i + FRAME_ROWS])) for i in range(0, len(lines), FRAME_ROWS)]
+    path.with_suffix(".jsonl.zst").write_bytes(b"".join(frames))
+
+
+def _write_gz(path: Path, lines: list[bytes]) -> None:
+    path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(b"".join(lines), 6))
+
+
+def _parquet_writer(group_rows: int) -> Callable[[Path, list[bytes]], None]:
+    def write(path: Path, lines: list[bytes]) -> None:
+        import pyarrow as pa  # Heavy, and only this layout needs it.
+        import pyarrow.parquet as pq
+
+        table = pa.Table.from_pylist([msgspec.json.decode(line) for line in lines])
+        pq.write_table(table, path.with_suffix(".parquet"), row_group_size=group_rows, compression="zstd")
+
+    return write
+
+
+def _write_tar(path: Path, lines: list[bytes]) -> None:
+    with tarfile.open(path.with_suffix(".tar"), "w") as archive:
+        for number, line in enumerate(lines):
+            member = tarfile.TarInfo(f"{number:06d}.json")
+            member.size = len(line)
+            archive.addfile(member, BytesIO(line))
+
+
+LAYOUTS: dict[str, Callable[[Path, list[bytes]], None]] = {
+    "zst": _write_zst,
+    "frames": _write_frames,
+    "gz": _write_gz,
+    "parquet-1k": _parquet_writer(1000),
+    "parquet-100k": _parquet_writer(100_000),
+    "tar": _write_tar,
+}
+
+
+def print_cost(cost: ReadCost) -> None:
+    print(
+        f"{cost.layout:>13}: rank of {cost.ranks:3}, {cost.lanes:3} lanes: {cost.rows_per_cpu_s:8,.0f} rows/CPU-s, "
+        f"amplification {cost.amplification:6.2f} (bound {cost.lower_bound:.2f}), "
+        f"first batch {cost.first_batch_s:.2f} s, {cost.rows} rows",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

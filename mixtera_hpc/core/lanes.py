@@ -1,0 +1,168 @@
+"""Lanes: the order in which the sequences of an epoch are served.
+
+The windows of an epoch follow each other in the *base order* (`core/order.py`). An epoch is cut into a fixed number of
+equal lanes, each a range of neighbouring sequences of the base order, and sequences are taken from the lanes in turn.
+At any time only a few windows of every lane are in use. Inside a step the sequences are sorted by lane, so each rank
+needs few lanes, and each node reads and decodes its own part of the data. Price: a closed form per sequence, no memory.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.sequence_grid import SequenceGrid
+from mixtera_hpc.core.slots.segment_order import Slots
+
+__all__ = ["LaneOrder", "ServedPart", "cut_spans", "sort_by_lane"]
+
+Ints = NDArray[np.int64]
+AnyInts = NDArray[np.integer[Any]]
+
+
+class _LaneCut(NamedTuple):
+    """Consecutive whole sequences of one epoch, which are dealt out to lanes; one per sequence that is looked up."""
+
+    first: Ints
+    """Number of the first sequence."""
+    lane_length: Ints
+    """Sequences per lane, Q; the sequences that remain after the last lane are served at the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedPart:
+    """The items of an epoch that were served before samples were dropped.
+
+    From the drop on, the stream of this epoch begins with these items and continues with all others, in base order.
+    """
+
+    epoch: int
+    ranges: tuple[tuple[int, int], ...]
+    """First item and one past the last item of each range, counted from the start of the epoch; ascending."""
+
+    def pieces(self, epoch_items: int) -> Ints:
+        """Return the ranges of base items in stream order: those served, then the others; shape (n, 2)."""
+        served = np.array(self.ranges, np.int64).reshape(-1, 2)
+        others = np.stack([np.append(0, served[:, 1]), np.append(served[:, 0], epoch_items)], axis=1)
+        pieces = np.concatenate([served, others])
+        return pieces[pieces[:, 0] < pieces[:, 1]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LaneOrder:
+    """Which sequence of its stream each served sequence is."""
+
+    lanes: int
+    """Number of lanes; 1 serves the base order."""
+    grid: SequenceGrid
+    epoch_items: Ints
+    """Items of one epoch of every domain; shape (K,)."""
+    origins: Ints
+    """Item at which sequence 0 of every domain begins; shape (K,)."""
+    begins: Ints
+    """Item from which on every domain is served since samples were dropped, 0 without drops; shape (K,)."""
+
+    def sequence(self, domain: AnyInts | int, ordinal: Ints) -> Ints:
+        """Return the number in the stream of the sequences that are served as number `ordinal` of their domains."""
+        segment = self._segment(domain, ordinal)
+        number = ordinal - segment.first
+        length = segment.lane_length
+        in_lanes = number < self.lanes * length
+        dealt = segment.first + number % self.lanes * length + number // self.lanes
+        sequence: Ints = np.where(in_lanes, dealt, ordinal)
+        return sequence
+
+    def ordinal(self, domain: int, sequence: int) -> int:
+        """Return the number under which a sequence of the stream is served; the inverse of `sequence`."""
+        first, length = (int(value[0]) for value in self._segment(domain, np.array([sequence])))
+        number = sequence - first
+        if not 0 <= number < self.lanes * length:
+            return sequence
+        return first + number % length * self.lanes + number // length
+
+    def lane(self, domain: AnyInts, ordinal: Ints) -> Ints:
+        """Return the lane of every served sequence; the sequences at the end of an epoch are in the last lane."""
+        segment = self._segment(domain, ordinal)
+        number = ordinal - segment.first
+        lane: Ints = np.where(number < self.lanes * segment.lane_length, number % self.lanes, self.lanes - 1)
+        return lane
+
+    def step(self, first: Ints, stop: Ints) -> Slots:
+        """Return the sequences of a step in the order of the positions of its batch.
+
+        Args:
+            first: first served number of every domain; shape (K,).
+            stop: one past the last served number of every domain; shape (K,).
+        """
+        count = stop - first
+        domain = np.repeat(np.arange(len(count), dtype=np.int32), count)
+        ordinal = np.arange(len(domain)) + np.repeat(first - (np.cumsum(count) - count), count)
+        chosen = sort_by_lane(self.lane(domain, ordinal), self.lanes)
+        return Slots(domain=domain[chosen], ordinal=ordinal[chosen])
+
+    def served_ranges(self, domain: int, ordinal: int) -> list[tuple[int, int]]:
+        """Return the items of the stream served in the segment of `ordinal` before it, as ascending ranges."""
+        low, _ = self._bounds(domain, np.array([ordinal]))
+        first, length = (int(value[0]) for value in self._segment(domain, np.array([ordinal])))
+        stop = self._item(domain, ordinal)
+        number = ordinal - first
+        if not 0 < number < self.lanes * length:
+            return [(int(low[0]), stop)]
+        # Every lane has served number / lanes sequences; the first lanes one more.
+        counts = [(number + self.lanes - 1 - lane) // self.lanes for lane in range(self.lanes)]
+        begins = [self._item(domain, first + lane * length) for lane in range(self.lanes)]
+        ranges = [(begin, begin + count * self.grid.stride) for begin, count in zip(begins, counts, strict=True)]
+        return [(int(low[0]), begins[0]), *ranges]
+
+    def _segment(self, domain: AnyInts | int, ordinal: Ints) -> _LaneCut:
+        """Return the segment in which each sequence begins."""
+        low, high = self._bounds(domain, ordinal)
+        origin = self.origins[domain]
+        stride = self.grid.stride
+        first = -((origin - low) // stride)  # Division that rounds up.
+        # Sequences that end in the next epoch belong to no lane.
+        count = (high - origin - self.grid.length) // stride + 1 - first
+        lane_length = np.maximum(count, 0) // self.lanes
+        return _LaneCut(first, lane_length)
+
+    def _bounds(self, domain: AnyInts | int, ordinal: Ints) -> tuple[Ints, Ints]:
+        """Return the first item of each sequence's segment, and one past the last."""
+        items = self.epoch_items[domain]
+        start = self.origins[domain] + ordinal * self.grid.stride
+        epoch_start = start // items * items
+        low: Ints = np.maximum(epoch_start, self.begins[domain])
+        return low, epoch_start + items
+
+    def _item(self, domain: int, sequence: int) -> int:
+        return int(self.origins[domain]) + sequence * self.grid.stride
+
+
+def sort_by_lane(lane: Ints, lanes: int) -> NDArray[np.intp]:
+    """Return which sequence of a step fills each position of the batch; shape of `lane`.
+
+    The sequences are sorted by lane and rotated by half a lane. So the borders between ranks lie in the middle of
+    lanes, and the changing number of sequences per lane does not move them into another lane.
+    """
+    # Small integers are sorted by their digits, in linear time.
+    key = lane.astype(np.uint16) if lanes < 1 << 16 else lane
+    return np.roll(np.argsort(key, kind="stable"), -(len(lane) // (2 * lanes)))
+
+
+def cut_spans(starts: Ints, stops: Ints, borders: Ints) -> tuple[Ints, Ints, Ints]:
+    """Cut spans at borders; return the start, the stop and the cell of every part, in the order of the spans.
+
+    Args:
+        starts: first item of every span.
+        stops: one past the last item, beyond the first.
+        borders: ascending; cell i lies between border i and border i + 1. The cells cover all spans.
+    """
+    first = np.searchsorted(borders, starts, side="right") - 1
+    count = np.searchsorted(borders, stops, side="left") - first
+    span = np.repeat(np.arange(len(starts)), count)
+    cell = first[span] + np.arange(len(span)) - (np.cumsum(count) - count)[span]
+    begin = np.maximum(starts[span], borders[cell])
+    end = np.minimum(stops[span], borders[cell + 1])
+    # A span may cross a cell without items.
+    filled = np.flatnonzero(begin < end)
+    return begin[filled], end[filled], cell[filled]

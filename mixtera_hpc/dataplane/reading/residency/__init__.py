@@ -1,0 +1,1 @@
+"""Rows that stay in memory after their unit was decoded."""

@@ -1,0 +1,171 @@
+"""Rows of windows in use, for formats that decode whole blocks (compressed files, Parquet).
+
+When a domain enters a window, every block of the window is decoded once, and only the rows of this domain stay in
+memory until they are served. So the bytes decoded per byte served are the share of a block that the domain does not
+need, and no more. Blocks themselves are not kept: another domain needs them at another time.
+
+If the windows in use do not fit into the budget, only the rows of each window that are served next are kept, and the
+window is decoded again for the others: with a budget of half of what is needed, about twice. Price: a dictionary lookup
+per window and read, and two list operations per row.
+"""
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, StreamWindow, equal_runs
+from mixtera_hpc.errors import DataError
+
+__all__ = ["ReadBlock", "ResidentRows"]
+
+ReadBlock = Callable[[int, NDArray[np.int64]], Sequence[Any]]
+"""Decodes a block and returns the named rows of it, given their ascending positions."""
+
+MIN_SHARE = 1 / 64
+"""Least share of a window's rows that is kept."""
+MAX_EVICTED = 4096
+"""Windows that are remembered after they were evicted with rows that had not been served."""
+
+
+class _WindowRows:
+    """The rows of a part of a window that were not served yet."""
+
+    def __init__(self, start: int, rows: list[Any]) -> None:
+        self.start = start
+        self.rows = rows
+        self.num_remaining = len(rows)
+        self.num_bytes = sum(map(_num_bytes, rows))
+
+    def get(self, positions: list[int]) -> list[Any] | None:
+        """Return the rows at these positions of the window; None if one of them is not here."""
+        start = self.start
+        if min(positions) < start or max(positions) >= start + len(self.rows):
+            return None
+        rows = [self.rows[position - start] for position in positions]
+        return None if any(row is None for row in rows) else rows
+
+    def drop(self, positions: list[int]) -> int:
+        """Free rows that were served, and return their bytes."""
+        freed = 0
+        for position in positions:
+            row = self.rows[position - self.start]
+            if row is not None:
+                freed += _num_bytes(row)
+                self.num_remaining -= 1
+                self.rows[position - self.start] = None
+        self.num_bytes -= freed
+        return freed
+
+
+class ResidentRows:
+    """Serves rows of blocks that are decoded as a whole. One per reading thread."""
+
+    def __init__(self, max_bytes: int, read_block: ReadBlock) -> None:
+        """Keep nothing yet.
+
+        Args:
+            max_bytes: budget for the rows of all windows.
+            read_block: decodes blocks.
+        """
+        self._max_bytes = max_bytes
+        self._read_block = read_block
+        self._windows: OrderedDict[tuple[int, int, int], _WindowRows] = OrderedDict()
+        """Key of the window → its rows, the one used last at the end."""
+        self._num_bytes = 0
+        self._share = 1.0
+        """Share of a window's rows that is kept when it is decoded."""
+        self._evicted: OrderedDict[tuple[int, int, int], None] = OrderedDict()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows in memory."""
+        return self._num_bytes
+
+    def read(self, documents: Documents) -> list[Any]:
+        """Return the rows of `documents`, in their order.
+
+        Raises:
+            DataError: a block cannot be decoded.
+        """
+        rows: list[Any] = [None] * len(documents.block)
+        by_window = np.argsort(documents.window, kind="stable")
+        for first, last in equal_runs(documents.window[by_window]):
+            chosen = by_window[first:last]
+            window = documents.windows[int(documents.window[chosen[0]])]
+            for number, row in zip(chosen.tolist(), self._read(window, documents.place[chosen].tolist()), strict=True):
+                rows[number] = row
+        return rows
+
+    def _read(self, window: StreamWindow, positions: list[int]) -> list[Any]:
+        """Return the rows at some positions of a window."""
+        held = self._windows.get(window.key)
+        rows = held.get(positions) if held is not None else None
+        if held is None or rows is None:
+            first = min(positions)
+            try:
+                held = self._load(window, first, max(positions) + 1)
+            except DataError:
+                # A row that is needed later is damaged: it is reported when it is needed.
+                return _read_rows(window, np.array(positions), self._read_block)
+            rows = [held.rows[position - first] for position in positions]
+        self._windows.move_to_end(window.key)
+        self._num_bytes -= held.drop(positions)
+        if not held.num_remaining:
+            del self._windows[window.key]
+        return rows
+
+    def _load(self, window: StreamWindow, first: int, stop: int) -> _WindowRows:
+        """Decode the blocks of a window and keep its rows from `first` on, at least up to `stop`."""
+        self._remove(window.key)
+        if self._evicted.pop(window.key, self) is None:
+            # The windows in use do not fit: keep less of each.
+            self._share = max(self._share / 2, MIN_SHARE)
+        num_rows = len(window.block)
+        stop = min(max(stop, first + int(num_rows * self._share)), num_rows)
+        held = _WindowRows(first, _read_rows(window, np.arange(first, stop), self._read_block))
+        self._windows[window.key] = held
+        self._num_bytes += held.num_bytes
+        self._evict()
+        return held
+
+    def _evict(self) -> None:
+        """Drop the windows that were not used for longest, until the others fit; the newest one stays."""
+        while self._num_bytes > self._max_bytes and len(self._windows) > 1:
+            key = next(iter(self._windows))
+            self._remove(key)
+            self._evicted[key] = None
+            if len(self._evicted) > MAX_EVICTED:
+                self._evicted.popitem(last=False)
+
+    def _remove(self, key: tuple[int, int, int]) -> None:
+        held = self._windows.pop(key, None)
+        if held is not None:
+            self._num_bytes -= held.num_bytes
+
+
+def _read_rows(window: StreamWindow, positions: NDArray[np.int64], read_block: ReadBlock) -> list[Any]:
+    """Return the rows at some positions of a window; every block is decoded once."""
+    rows: list[Any] = [None] * len(positions)
+    block = window.block[positions]
+    row = window.row[positions]
+    disk_order = np.lexsort((row, block))
+    for first, last in equal_runs(block[disk_order]):
+        chosen = disk_order[first:last]
+        distinct, inverse = np.unique(row[chosen].astype(np.int64), return_inverse=True)
+        values = read_block(int(block[chosen[0]]), distinct)
+        for number, value in zip(chosen.tolist(), inverse.tolist(), strict=True):
+            rows[number] = values[value]
+    return rows
+
+
+def _num_bytes(value: Any) -> int:
+    """Return about how much memory a row takes."""
+    if isinstance(value, Mapping):
+        return sys.getsizeof(value) + sum(map(_num_bytes, value.values()))
+    if isinstance(value, list):
+        return sys.getsizeof(value) + sum(map(_num_bytes, value))
+    return sys.getsizeof(value)

@@ -1,0 +1,125 @@
+"""Which sequences a batch has: those of a plan in the order of the batch's positions, and in the order of reading.
+
+With lanes, the sequences of a step follow from the counts of the domains at its borders, without the plan's slots.
+Price: a few numpy operations on the sequences of a global batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.sequence_grid import SequenceGrid
+from mixtera_hpc.core.slots.chunk_order import ChunkOrder
+from mixtera_hpc.core.slots.segment_order import Slots
+from mixtera_hpc.dataplane.reading.domain_streams import equal_runs
+from mixtera_hpc.dataplane.reading.source import Source
+
+__all__ = ["StepContent", "StepSequences", "slots_of_plan", "slots_of_steps"]
+
+Ints = NDArray[np.int64]
+
+
+def slots_of_steps(source: Source, order: ChunkOrder, steps: Sequence[int], positions: slice) -> list[Slots]:
+    """Return the domains and served numbers of the sequences at some positions of the batches of a chunk.
+
+    Args:
+        source: the data.
+        order: the order of the chunk.
+        steps: ascending numbers of steps in the chunk. The last step of the data may have fewer sequences.
+        positions: of each batch; both ends are given.
+    """
+    size = source.planner.global_batch_size
+    if source.lanes.lanes == 1:
+        # Without lanes a batch has the order of the plan, and only the slots that are wanted are computed.
+        return order.slots([(step * size + positions.start, step * size + positions.stop) for step in steps])
+    first_slots = np.array(steps, np.int64) * size
+    counts = order.cursors + order.counts_before(np.concatenate([first_slots, first_slots + size]))
+    whole = map(source.lanes.step, counts[: len(steps)], counts[len(steps) :])
+    return [Slots(domain=slots.domain[positions], ordinal=slots.ordinal[positions]) for slots in whole]
+
+
+def slots_of_plan(source: Source, plan: ChunkPlan) -> Slots:
+    """Return the domain and the served number of the sequence at each position of each batch of `plan`."""
+    order = source.planner.order(plan)
+    steps = slots_of_steps(source, order, range(plan.num_steps), slice(0, source.planner.global_batch_size))
+    return Slots(
+        domain=np.concatenate([np.zeros(0, np.int32), *(slots.domain for slots in steps)]),
+        ordinal=np.concatenate([np.zeros(0, np.int64), *(slots.ordinal for slots in steps)]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepContent:
+    """What this rank has to read for one step."""
+
+    step: int
+    """Training step."""
+    domain_ids: NDArray[np.int64]
+    """Domain of each row of the batch; -1 for padding."""
+    sequence: Ints
+    """Number of each row's sequence in the stream of its domain; -1 for padding."""
+
+    @property
+    def is_padding(self) -> NDArray[np.bool_]:
+        """Mask of the rows that stand for no sequence; shape (B,)."""
+        return self.domain_ids < 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepSequences:
+    """Sequences of several steps, sorted by domain and along its stream; shape (n,) each.
+
+    Neighbours in a stream form a *run*: they share documents, so a run is read as one span.
+    """
+
+    domain: Ints
+    step_index: Ints
+    """Position of the step among those read together."""
+    row: Ints
+    """Row of the batch that the sequence fills."""
+    run: Ints
+    """Number of the run, ascending from 0."""
+    number_in_run: Ints
+    run_starts: Ints
+    """First item of each run in the stream of its domain; shape (num_runs,)."""
+    run_stops: Ints
+
+    @classmethod
+    def of_steps(cls, steps: list[StepContent], source: Source) -> "StepSequences":
+        """Sort the sequences of `steps`."""
+        domain = np.concatenate([content.domain_ids for content in steps])
+        sequence = np.concatenate([content.sequence for content in steps])
+        # Padding is sorted to the front and left out.
+        order = np.lexsort((sequence, domain))[int(np.count_nonzero(domain < 0)) :]
+        domain = domain[order]
+        sequence = sequence[order]
+        is_first = np.ones(len(order), np.bool_)
+        is_first[1:] = (domain[1:] != domain[:-1]) | (sequence[1:] != sequence[:-1] + 1)
+
+        first = np.flatnonzero(is_first)
+        length = np.diff(np.append(first, len(order)))
+        run = np.cumsum(is_first) - 1
+        step_index, row = np.divmod(order, len(steps[0].domain_ids))
+        grid = source.grid
+        starts = source.stream_version.origins[domain[first]] + sequence[first] * grid.stride
+        stops = starts + (length - 1) * grid.stride + grid.length
+        return cls(domain, step_index, row, run, np.arange(len(order)) - first[run], starts, stops)
+
+    def spans(self, grid: SequenceGrid) -> tuple[Ints, Ints]:
+        """Return the items that each sequence covers; shape (n,) each."""
+        starts = self.run_starts[self.run] + grid.stride * self.number_in_run
+        return starts, starts + grid.length
+
+    def of_domains(self) -> Iterator[tuple[int, slice]]:
+        """Yield every domain with the slice of its sequences."""
+        for first, last in equal_runs(self.domain):
+            yield int(self.domain[first]), slice(first, last)
+
+    def domains(self) -> Iterator[tuple[int, slice]]:
+        """Yield every domain with the slice of its runs."""
+        run_domain = self.domain[np.flatnonzero(self.number_in_run == 0)]
+        for first, last in equal_runs(run_domain):
+            yield int(run_domain[first]), slice(first, last)

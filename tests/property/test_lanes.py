@@ -1,0 +1,84 @@
+"""Lanes permute the sequences of an epoch, and a rank needs few of them."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixtera_hpc.core.lanes import LaneOrder, ServedPart, cut_spans, sort_by_lane
+from mixtera_hpc.core.sequence_grid import SequenceGrid
+
+GRIDS = st.one_of(
+    st.just(SequenceGrid.of_samples()), st.builds(SequenceGrid.of_tokens, st.integers(1, 40), st.booleans())
+)
+LANES = st.sampled_from([1, 2, 3, 7, 16, 500])
+
+
+def lane_order(lanes: int, grid: SequenceGrid, items: int, origin: int = 0, begin: int = 0) -> LaneOrder:
+    values = (np.array([value]) for value in (items, origin, begin))
+    epoch_items, origins, begins = values
+    return LaneOrder(lanes=lanes, grid=grid, epoch_items=epoch_items, origins=origins, begins=begins)
+
+
+@given(LANES, GRIDS, st.integers(1, 3000), st.integers(0, 400), st.integers(-50, 50))
+def test_every_sequence_is_served_once_and_stays_in_its_epoch(
+    lanes: int, grid: SequenceGrid, items: int, cursor: int, shift: int
+) -> None:
+    """Also after a drop, when the stream continues at `begin` with sequence `cursor`."""
+    begin = cursor * grid.stride + shift if cursor else 0
+    begin = max(begin, 0)
+    order = lane_order(lanes, grid, items, origin=begin - cursor * grid.stride, begin=begin)
+    first_after_epochs = -(-(3 * items + begin) // grid.stride)
+    ordinals = np.arange(cursor, cursor + first_after_epochs)
+    sequences = order.sequence(0, ordinals)
+    starts = order.origins[0] + ordinals * grid.stride
+    served_starts = order.origins[0] + sequences * grid.stride
+    assert (served_starts // items == starts // items).all()
+    assert (served_starts >= begin).all()
+    whole = ordinals[starts // items < (starts.max() // items)]
+    assert sorted(sequences[: len(whole)].tolist()) == whole.tolist()
+    assert [order.ordinal(0, int(sequence)) for sequence in sequences[:50]] == ordinals[:50].tolist()
+
+
+@given(LANES, GRIDS, st.integers(1, 3000), st.integers(0, 300))
+def test_the_served_ranges_cover_exactly_the_sequences_served_so_far(
+    lanes: int, grid: SequenceGrid, items: int, count: int
+) -> None:
+    order = lane_order(lanes, grid, items)
+    epoch = count * grid.stride // items
+    items_served = np.zeros((epoch + 2) * items + grid.length, np.int64)
+    for sequence in order.sequence(0, np.arange(count)).tolist():
+        items_served[sequence * grid.stride : (sequence + 1) * grid.stride] = 1
+    expected = np.zeros_like(items_served)
+    for first, last in order.served_ranges(0, count):
+        expected[first:last] += 1
+    of_epoch = slice(epoch * items, (epoch + 1) * items)
+    assert np.array_equal(items_served[of_epoch], expected[of_epoch])
+
+
+@given(st.sampled_from([2, 4, 8, 16]), st.integers(1, 8), st.integers(1, 12), st.integers(0, 7))
+def test_a_rank_needs_its_share_of_the_lanes_and_one_more(
+    lanes: int, per_lane: int, num_steps: int, first: int
+) -> None:
+    """Ranks as many as lanes; the number of sequences per lane differs by one from step to step."""
+    step_size = 2 * per_lane * lanes
+    for step in range(num_steps):
+        lane = (first + step + np.arange(step_size)) % lanes
+        chosen = sort_by_lane(lane, lanes)
+        assert sorted(chosen.tolist()) == list(range(step_size))
+        assert all(len(np.unique(of_rank)) <= 2 for of_rank in lane[chosen].reshape(lanes, -1))
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 60)), min_size=1), st.lists(st.integers(1, 159)))
+def test_cut_spans_keeps_every_item_in_order(spans: list[tuple[int, int]], inner: list[int]) -> None:
+    borders = np.array([0, *sorted(inner), 160])
+    starts = np.array([start for start, _ in spans])
+    stops = starts + np.array([length for _, length in spans])
+    begins, ends, cells = cut_spans(starts, stops, borders)
+    items = [item for start, stop in zip(starts, stops, strict=True) for item in range(start, stop)]
+    assert [item for begin, end in zip(begins, ends, strict=True) for item in range(begin, end)] == items
+    assert (borders[cells] <= begins).all() and (ends <= borders[cells + 1]).all()
+
+
+def test_an_epoch_continues_after_a_drop_with_what_was_not_served() -> None:
+    part = ServedPart(epoch=3, ranges=((0, 4), (10, 15)))
+    assert part.pieces(20).tolist() == [[0, 4], [10, 15], [4, 10], [15, 20]]
