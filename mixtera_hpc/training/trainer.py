@@ -27,6 +27,7 @@ from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndSto
 from mixtera_hpc.integrations.process_group import Replicas
 from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import MultiTracker, Tracker, open_tracker
+from mixtera_hpc.training.adamw import AdamW, ParameterGroup
 from mixtera_hpc.training.batch_loss import batch_loss, to_device
 from mixtera_hpc.training.checkpoint import (
     Checkpoint,
@@ -139,11 +140,8 @@ class Trainer:
         model = build_model(config.training, self._plane.vocab_size, config.dataplane.seq_len)
         self._model = model.to(self._replicas.device)
         self._gradients = GradientBuffer(self._model)
-        self._optimizer = torch.optim.AdamW(
-            _parameter_groups(self._model, config.training.weight_decay),
-            betas=ADAM_BETAS,
-            fused=self._on_gpu,
-        )
+        groups = _parameter_groups(self._model, config.training.weight_decay)
+        self._optimizer = AdamW(groups, betas=ADAM_BETAS, fused=self._on_gpu)
 
         self._log = StepLog(self._tracker, num_ranks=self._comm.size, log_every=config.training.log_every)
         self._validator = Validator(self._plane, self._replicas, self._tracker)
@@ -225,9 +223,7 @@ class Trainer:
         self._gradients.average(self._replicas)
         self._gradients.clip(self._training.grad_clip)
 
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._step, self._training)
-        self._optimizer.step()
+        self._optimizer.step(learning_rate(self._step, self._training))
         self._step += 1
 
     def _backward(self, batch: Batch, rows: slice) -> None:
@@ -351,12 +347,12 @@ def _check_same_model(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> No
             )
 
 
-def _parameter_groups(model: GPT, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(model: GPT, weight_decay: float) -> list[ParameterGroup]:
     """Split the parameters for AdamW: matrices have weight decay, the gains of layer norms do not."""
     parameters = list(model.parameters())
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     gains = [parameter for parameter in parameters if parameter.ndim < 2]
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": gains, "weight_decay": 0.0},
+        ParameterGroup(parameters=matrices, weight_decay=weight_decay),
+        ParameterGroup(parameters=gains, weight_decay=0.0),
     ]

@@ -5,6 +5,7 @@ which a run of sequences ends stay in memory, because the next sequence of that 
 document: one positioned read, one JSON decode, one encode, and about a microsecond of this module.
 """
 
+import resource
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences, read_sequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
-from mixtera_hpc.formats.base import BlockRef, RangeReader, ShardReader, TokenReader
+from mixtera_hpc.formats.base import BlockRef, Format, RangeReader, ShardReader, TokenReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.composed_text import open_reader
@@ -30,7 +31,8 @@ from mixtera_hpc.tokens.definition import AddedTokens
 
 __all__ = ["DocumentReader", "PackedTokens", "take"]
 
-MAX_OPEN_SHARDS = 64
+MIN_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 4096
 DOCUMENTS_PER_ENCODE = 512
 """Documents that are in memory as text at the same time."""
 LAST_DOCUMENTS_BYTES = 32 << 20
@@ -72,6 +74,11 @@ class DocumentReader:
         """Open nothing yet; shards are opened when they are needed."""
         self._source = source
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._max_open_shards = _max_open_shards()
+        self._formats: dict[str, Format] = {}
+        """Name → loaded format."""
+        self._is_range_reader: dict[type, bool] = {}
+        """Class of a reader → whether it is a `RangeReader`: the check of a protocol is slow."""
         index = source.config.index
         # Most of the budget is for the rows of windows; blocks help where all domains are in the same block.
         cache_bytes = source.cache_bytes
@@ -315,20 +322,33 @@ class DocumentReader:
             return self._shards[number]
 
         index = self._source.index
-        fmt = load_format(index.shard_formats[number])
+        name = index.shard_formats[number]
+        fmt = self._formats.get(name) or self._formats.setdefault(name, load_format(name))
         path = Path(index.data_root) / index.shard_paths[number]
         tokenizer = self._source.tokenizer
         chat = tokenizer.chat if tokenizer is not None else None
         reader = open_reader(fmt, path, index.shard_texts[number], self._cache, chat)
-        range_reader = reader if isinstance(reader, RangeReader) else None
+        if type(reader) not in self._is_range_reader:
+            self._is_range_reader[type(reader)] = isinstance(reader, RangeReader)
+        range_reader = cast(RangeReader, reader) if self._is_range_reader[type(reader)] else None
         token_reader = cast(TokenReader, reader) if fmt.holds_tokens else None
         shard = _OpenShard(reader, range_reader, token_reader)
         self._shards[number] = shard
         # Each open shard costs a file descriptor; a run may have many thousands of shards.
-        if len(self._shards) > MAX_OPEN_SHARDS:
+        if len(self._shards) > self._max_open_shards:
             _, oldest = self._shards.popitem(last=False)
             oldest.reader.close()
         return shard
+
+
+def _max_open_shards() -> int:
+    """Return how many shards one reading thread keeps open."""
+    # Half of the descriptors that the process may open are left to everything else, for example torch and MPI. The
+    # other half is for two readers: one of the training data and one of the data held out.
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MAX_OPEN_SHARDS
+    return min(max(limit // 4, MIN_OPEN_SHARDS), MAX_OPEN_SHARDS)
 
 
 def take(items: Sequence[Any], positions: NDArray[np.intp]) -> list[Any]:

@@ -4,6 +4,7 @@ A unit is a byte range of fixed size; a line belongs to the unit in which it beg
 """
 
 import codecs
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ __all__ = ["JsonRowReader", "JsonlFormat"]
 UNIT_BYTES = 64 << 20
 # Bytes read and decoded at once; few enough to stay in the cache of a core in between.
 SEGMENT_BYTES = 1 << 20
+FEW_ROWS = 8
+"""Rows of a shard that are read one by one: to look for neighbours costs more than the reads."""
 READS_AT_ONCE = 64
 """Reads whose rows are decoded together: their bytes are still in the cache of a core."""
 
@@ -213,6 +216,13 @@ def _rows_before(path: Path, offset: int) -> int:
     return rows
 
 
+# The type depends on the text only. Making it takes ten times as long as opening a shard.
+@functools.lru_cache(maxsize=64)
+def _typed_decoder(text: str | None) -> tuple[RowType, "msgspec.json.Decoder[Any]"]:
+    row_type = RowType(ScanSpec(text=text))
+    return row_type, msgspec.json.Decoder(row_type.struct)
+
+
 class JsonRowReader:
     """Reads single rows of JSON with `pread`. Threads share nothing but the file descriptor."""
 
@@ -220,8 +230,7 @@ class JsonRowReader:
         self._path = path
         # Bytes to strip from the end of a row's byte range.
         self._after_row = after_row
-        self._type = RowType(ScanSpec(text=text))
-        self._decoder = msgspec.json.Decoder(self._type.struct)
+        self._type, self._decoder = _typed_decoder(text)
         self._shard = OpenShard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
@@ -275,6 +284,9 @@ class JsonRowReader:
 
 def _read_rows(fd: int, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Iterator[list[bytes]]:
     """Yield the bytes of the rows, those of some reads at a time; rows near each other share a read."""
+    if len(starts) <= FEW_ROWS:
+        yield read_each_fully(fd, (stops - starts).tolist(), starts.tolist())
+        return
     bounds = merge_nearby(starts, stops)
     first_bytes = starts[bounds[:-1]]
     offsets = first_bytes.tolist()

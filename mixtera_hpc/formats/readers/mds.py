@@ -296,7 +296,7 @@ class MdsReader:
         """Read samples; those near each other share a read."""
         stops = starts + lengths
         samples = []
-        for first, last in merge_nearby(starts, stops):
+        for first, last in itertools.pairwise(merge_nearby(starts, stops).tolist()):
             begin = int(starts[first])
             data = read_fully(self._shard.fd, int(stops[last - 1]) - begin, begin)
             bounds = zip((starts[first:last] - begin).tolist(), (stops[first:last] - begin).tolist(), strict=True)
