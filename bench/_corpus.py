@@ -7,12 +7,13 @@ rows.
 """
 
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import zstandard
 
 from bench._results import OUT
 from mixtera_hpc.tokens.bpe_training import train_bpe
@@ -26,6 +27,7 @@ __all__ = [
     "make_tokenizer",
     "shard_rows",
     "source_text",
+    "zst_frames",
 ]
 
 FOLDER = OUT / "corpus"
@@ -115,6 +117,12 @@ def make_once(target: Path, write: Callable[[Path], None]) -> Path:
         write(partial)
         partial.rename(target)
     return target
+
+
+def zst_frames(lines: Sequence[bytes], frame_rows: int) -> bytes:
+    """Compress lines in frames of `frame_rows` lines."""
+    compress = zstandard.ZstdCompressor().compress
+    return b"".join(compress(b"".join(lines[i : i + frame_rows])) for i in range(0, len(lines), frame_rows))
 
 
 def shard_rows(number: int, num_rows: int, *, parts: bool = False) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """Shuffled reading of files that can only be decoded in large units, against streaming them with a shuffle buffer.
 
     python -m bench compressed
-    python -m bench compressed --shards 96 --shard-mb 8 --only zst
+    python -m bench.compressed --shards 96 --shard-mb 8 --only zst
 
 Seven domains in SlimPajama's proportions alternate line by line. Every layout of the same rows is read by a data plane
 with default settings, with a cache of a tenth of the corpus, for one epoch. *Amplification* is the bytes decoded per
@@ -13,6 +13,7 @@ and writes bench/out/compressed.json.
 import argparse
 import gzip
 import random
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from pathlib import Path
 import msgspec
 import zstandard
 
-from bench._corpus import FOLDER, make_rows
+from bench._corpus import FOLDER, make_once, make_rows, zst_frames
 from bench._results import write_results
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
@@ -53,7 +54,7 @@ class ReadCost:
     """CPU seconds until the first batch."""
 
 
-def main() -> None:
+def main(options: Sequence[str] = ()) -> None:
     """Measure, print and write all results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shards", type=int, default=96)
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(LAYOUTS))
     parser.add_argument("--cache-mb", type=float, default=0, help="0: a tenth of the corpus")
     parser.add_argument("--max-rows", type=int, default=10**9)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(options)
     rows_per_shard = int(arguments.shard_mb * 1e6 / 1100)
     source_rows = make_rows(arguments.shards * rows_per_shard)
     cache_mb = arguments.cache_mb or arguments.shards * arguments.shard_mb / 10
@@ -168,25 +169,21 @@ def stream_with_buffer(paths: Sequence[Path]) -> float:
 
 def make_layout(layout: str, rows: Path, rows_per_shard: int) -> Path:
     """Write the rows of a folder in one layout, unless they are there; return the folder."""
-    target = FOLDER / f"{layout}-{rows.name}-{rows_per_shard}"
-    if target.is_dir():
-        return target
-    partial = target.with_suffix(".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    lines = [line for path in sorted(rows.glob("*.jsonl")) for line in path.read_bytes().splitlines(keepends=True)]
-    for number, start in enumerate(range(0, len(lines), rows_per_shard)):
-        LAYOUTS[layout](partial / f"{number:05d}", lines[start : start + rows_per_shard])
-    return partial.rename(target)
+
+    def write(folder: Path) -> None:
+        lines = [line for path in sorted(rows.glob("*.jsonl")) for line in path.read_bytes().splitlines(keepends=True)]
+        for number, start in enumerate(range(0, len(lines), rows_per_shard)):
+            LAYOUTS[layout](folder / f"{number:05d}", lines[start : start + rows_per_shard])
+
+    return make_once(FOLDER / f"{layout}-{rows.name}-{rows_per_shard}", write)
 
 
 def _write_zst(path: Path, lines: list[bytes]) -> None:
-    path.with_suffix(".jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(b"".join(lines)))
+    path.with_suffix(".jsonl.zst").write_bytes(zst_frames(lines, len(lines)))
 
 
 def _write_frames(path: Path, lines: list[bytes]) -> None:
-    compressor = zstandard.ZstdCompressor()
-    frames = [compressor.compress(b"".join(lines[i : i + FRAME_ROWS])) for i in range(0, len(lines), FRAME_ROWS)]
-    path.with_suffix(".jsonl.zst").write_bytes(b"".join(frames))
+    path.with_suffix(".jsonl.zst").write_bytes(zst_frames(lines, FRAME_ROWS))
 
 
 def _write_gz(path: Path, lines: list[bytes]) -> None:
@@ -232,4 +229,4 @@ def print_cost(cost: ReadCost) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

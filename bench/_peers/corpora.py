@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
-from bench._corpus import make_once, make_tokenizer, shard_rows
+from bench._corpus import make_once, make_tokenizer, shard_rows, zst_frames
 from bench._peers.packed import gigatoken_encoder
 from bench._peers.workload import Workload
 from bench._results import OUT
@@ -53,11 +52,9 @@ def _write_more_shards(work: Workload, count: int, folder: Path) -> None:
 
 def _write_zst(work: Workload, frame_rows: int, folder: Path) -> None:
     """Compress every shard in frames of `frame_rows` rows, or as a single frame."""
-    compress = zstandard.ZstdCompressor().compress
     for shard in sorted(work.jsonl.iterdir()):
         rows = shard.read_bytes().splitlines(keepends=True)
-        frames = [compress(b"".join(rows[i : i + frame_rows])) for i in range(0, len(rows), frame_rows)]
-        (folder / f"{shard.name}.zst").write_bytes(b"".join(frames))
+        (folder / f"{shard.name}.zst").write_bytes(zst_frames(rows, frame_rows))
 
 
 def _write_tokens(work: Workload, shards_per_domain: int, folder: Path) -> None:

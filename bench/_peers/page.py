@@ -41,7 +41,7 @@ def write_page(content: dict[str, Any]) -> None:
         parts.append(aligned(table_rows(section["unit"], measured), markdown=True))
         parts += [f"{system.name} was not run: {system.reason}." for system in measured if not system.rates]
     # Tables keep their lines, texts are wrapped.
-    filled = [part if part.startswith("|") else textwrap.fill(part, WIDTH) for part in parts]
+    filled = [part if part.startswith("|") else textwrap.fill(part, WIDTH, break_on_hyphens=False) for part in parts]
     PAGE.write_text("\n\n".join(filled) + "\n")
 
 
