@@ -1,7 +1,7 @@
 """Documents and packed tokens of plain JSONL, next to bare loops over the same rows in the same shuffled order.
 
-Ours is measured twice: a bare `BatchMaker` in the calling thread, and the public `DataPlane`, whose reading thread is
-included. All loops take turns in one process, and a rate counts CPU seconds of the whole process.
+Ours is measured three times: a bare `BatchMaker` in the calling thread, and the public `DataPlane` with a reading
+thread and with a reading process. All loops take turns, and a rate counts the CPU seconds of all processes.
 """
 
 import functools
@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,12 @@ from mixtera_hpc.tokens.tokenizer import Tokenizer, load_tokenizer
 
 NUM_ROWS = 300_000
 NUM_STEPS = 100
+WARM_UP_STEPS = 50
 ROUNDS = 3
 DOCUMENTS = ["mixture.unit=samples", "dataplane.global_batch_size=1024"]
 TEXT = ["dataplane.seq_len=1024", "dataplane.global_batch_size=64"]
+PLANES = {"DataPlane, thread": 0, "DataPlane, process": 1}
+"""Name → `dataplane.workers`."""
 
 Reads = list[list[tuple[int, int, int]]]
 """Reads of rows: (file descriptor, first byte, bytes) of each row, as our reader groups and orders them."""
@@ -44,7 +47,7 @@ Reads = list[list[tuple[int, int, int]]]
 
 def main() -> None:
     """Measure, print and write all figures."""
-    settings = _settings(make_rows(NUM_ROWS))
+    settings = corpus_settings(make_rows(NUM_ROWS))
     print_header()
     lines: list[FigureLine] = []
     for line in [*_document_lines(compose([*settings, *DOCUMENTS])), *_text_lines(compose([*settings, *TEXT]))]:
@@ -53,7 +56,7 @@ def main() -> None:
     write_results("text", {"lines": [asdict(line) for line in lines]})
 
 
-def _settings(data: Path) -> list[str]:
+def corpus_settings(data: Path) -> list[str]:
     """Return the overrides of a corpus of seven domains, whose index is built."""
     settings = [f"data.root={data}", SOURCE, f"index.path={FOLDER / 'text.h5'}"]
     settings += [f"dataplane.tokenizer={make_tokenizer()}", "mixture=natural", "mixture.group_by=[source]"]
@@ -68,14 +71,13 @@ def _document_lines(config: Config) -> Iterator[FigureLine]:
     reads = _recorded_reads(source)
     decoder = msgspec.json.Decoder()
     works: dict[str, Callable[[], float]] = {
-        "maker": functools.partial(rate, functools.partial(_serve_batches, source)),
-        "plane": functools.partial(_plane_rate, config),
+        "BatchMaker": functools.partial(rate, functools.partial(_serve_batches, source)),
+        **{mode: functools.partial(_plane_rate, config, workers) for mode, workers in PLANES.items()},
         "loop": functools.partial(rate, functools.partial(_decode, reads, decoder)),
     }
     rates = _interleaved(works)
-    for ours in ("maker", "plane"):
-        what = f"JSONL → documents, {'BatchMaker' if ours == 'maker' else 'DataPlane'}"
-        yield _line(what, "rows/s", rates, ours, "pread and msgspec, same order", 0.8)
+    for ours in ("BatchMaker", *PLANES):
+        yield _line(f"JSONL → documents, {ours}", "rows/s", rates, ours, "pread and msgspec, same order", 0.8)
     yield _amplification(source, reads)
 
 
@@ -86,14 +88,20 @@ def _text_lines(config: Config) -> Iterator[FigureLine]:
     decoder = msgspec.json.Decoder(TEXT_ROW)
     tokenizer = load_tokenizer(make_tokenizer())
     works: dict[str, Callable[[], float]] = {
-        "maker": functools.partial(rate, functools.partial(_serve_batches, source)),
-        "plane": functools.partial(_plane_rate, config),
+        "BatchMaker": functools.partial(rate, functools.partial(_serve_batches, source)),
+        **{mode: functools.partial(_plane_rate, config, workers) for mode, workers in PLANES.items()},
         "loop": functools.partial(rate, functools.partial(_tokenize, reads, decoder, tokenizer)),
     }
     rates = _interleaved(works)
-    for ours in ("maker", "plane"):
-        what = f"JSONL → packed tokens, 1,024, {'BatchMaker' if ours == 'maker' else 'DataPlane'}"
-        yield _line(what, "tokens/s", rates, ours, "pread, msgspec, gigatoken, same order", 0.85)
+    for ours in ("BatchMaker", *PLANES):
+        yield _line(
+            f"JSONL → packed tokens, 1,024, {ours}",
+            "tokens/s",
+            rates,
+            ours,
+            "pread, msgspec, gigatoken, same order",
+            0.85,
+        )
 
 
 def _interleaved(works: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -128,18 +136,31 @@ def _serve_batches(source: Source) -> int:
     return count
 
 
-def _plane_rate(config: Config) -> float:
-    """Return tokens or samples per CPU second of the public `DataPlane`, from its first batch on."""
+def _plane_rate(config: Config, workers: int) -> float:
+    """Return tokens or samples per CPU second of the public `DataPlane`, after a warm-up."""
     count = 0
+    config = replace(config, dataplane=replace(config.dataplane, workers=workers))
     with DataPlane.open(config) as plane:
         batches = iter(plane)
-        next(batches)
-        began_s = time.process_time()
+        # A new tokenizer is slow until it has seen most words, which does not matter to a run.
+        for _ in range(WARM_UP_STEPS):
+            next(batches)
+        began_s = _cpu_s()
         for batch in batches:
             count += batch.tokens.size or len(batch.payloads or [])
-            if batch.step == NUM_STEPS:
+            if batch.step == WARM_UP_STEPS + NUM_STEPS - 1:
                 break
-        return count / (time.process_time() - began_s)
+        return count / (_cpu_s() - began_s)
+
+
+def _cpu_s() -> float:
+    """Return the CPU time of this process and of its reading processes so far."""
+    total_s = time.process_time()
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            on_core_ns, _, _ = Path(f"/proc/{pid}/schedstat").read_text().split()
+            total_s += int(on_core_ns) / 1e9
+    return total_s
 
 
 def _decode(reads: Reads, decoder: "msgspec.json.Decoder[Any]") -> int:

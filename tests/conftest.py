@@ -14,6 +14,9 @@ from mixtera_hpc.testing.small_collection import make_collection
 MAX_LEAKED_DESCRIPTORS = 4
 """Some libraries open a file once per process, for example a random source or a time zone."""
 
+IN_A_THREAD = "dataplane.workers=0"
+"""Override that saves most tests the start of a process; `test_workers.py` covers the processes."""
+
 GRACE_S = 2.0
 """How long threads and processes that were told to end may take."""
 
@@ -21,13 +24,13 @@ GRACE_S = 2.0
 @pytest.fixture(scope="session")
 def collection(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return overrides that name a small real collection with an index. Tests only read it."""
-    return make_collection(tmp_path_factory.mktemp("collection"))
+    return [*make_collection(tmp_path_factory.mktemp("collection")), IN_A_THREAD]
 
 
 @pytest.fixture
 def own_collection(tmp_path: Path) -> list[str]:
     """Return overrides like those of `collection`, for a copy that a test may damage."""
-    return make_collection(tmp_path / "own")
+    return [*make_collection(tmp_path / "own"), IN_A_THREAD]
 
 
 @pytest.fixture(autouse=True)

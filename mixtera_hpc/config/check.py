@@ -108,7 +108,7 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     )
     problems = all_at_least("dataplane", plane, 1, positive)
     problems += at_least("dataplane.feedback_lag", plane.feedback_lag, 2)
-    problems += at_least("dataplane.workers", plane.workers, 0)
+    problems += all_at_least("dataplane", plane, 0, ("workers",))
     if plane.feedback_lag > MAX_FEEDBACK_LAG:
         problems.append(f"dataplane.feedback_lag is {plane.feedback_lag}, expected at most {MAX_FEEDBACK_LAG} chunks.")
     if plane.seq_len >= 1 << 31:
@@ -197,7 +197,7 @@ def _workers(config: Config) -> list[str]:
     """Check the number of worker processes where the cores of a rank are known."""
     cores = config.job.cpus_per_rank
     workers = config.dataplane.workers
-    if cores is None or cores < 1 or workers <= WORKERS_PER_CORE * cores:
+    if workers is None or cores is None or cores < 1 or workers <= WORKERS_PER_CORE * cores:
         return []
     return [
         f"dataplane.workers is {workers}, more than {WORKERS_PER_CORE} × job.cpus_per_rank={cores}. More processes "

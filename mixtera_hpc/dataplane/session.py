@@ -110,7 +110,7 @@ class Session:
         self._record_start(resources.data_parallel_ranks)
         self._poll_mixture_request()
         # Last, so that no thread or process is left behind if the above fails.
-        self._feed = open_feed(source, self._slice, resources.group)
+        self._feed = open_feed(source, self._slice, resources.group, self._comm.local_size)
 
     @property
     def weights(self) -> NDArray[np.float64]:

@@ -8,18 +8,21 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
+from mixtera_hpc.dataplane.journal import sequence_digest
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice, BatchSource
+from mixtera_hpc.dataplane.reading.processes.workers import Workers, default_workers
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.dataplane.reading.workers import Workers
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.build.build import build_index
 
@@ -77,6 +80,55 @@ def test_large_plans_and_large_batches_do_not_deadlock(tmp_path: Path) -> None:
     reader.join(timeout=60)
     workers.close()
     assert steps == list(range(16)), "both ends of the pipe wait for each other"
+
+
+def test_batches_that_the_trainer_holds_keep_their_content(collection: list[str]) -> None:
+    source, plan = opened(collection)
+    workers = Workers(source, SHARE, 1)
+    memory = workers._workers[0].memory
+    assert memory is not None
+    num_slots = len(memory._free)
+    held = []
+    for _ in range(num_slots // 7 + 2):
+        for batch in workers.batches(plan, 0):
+            # A view of a single row must keep the whole slot from being used again.
+            held.append((batch.tokens[1], batch.digests))
+    assert len(held) > num_slots
+    assert not memory._free, "the memory was not used up"
+    assert all(sequence_digest(row) == digests[1] for row, digests in held)
+    held.clear()
+    del batch
+    assert len(memory._free) == num_slots
+    workers.close()
+
+
+@pytest.mark.parametrize("unit", ["tokens", "samples"])
+def test_processes_serve_what_the_thread_serves(collection: list[str], unit: str) -> None:
+    source = open_source(compose([*collection, *WORDS, f"mixture.unit={unit}"]), Local())
+    plan = source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
+    workers = Workers(source, SHARE, 2)
+    for own, other in zip(
+        BatchMaker(source, SHARE, audit=True).batches(plan, 0), workers.batches(plan, 0), strict=True
+    ):
+        for field in fields(own):
+            np.testing.assert_equal(getattr(other, field.name), getattr(own, field.name))
+    workers.close()
+
+
+def test_a_rank_with_one_core_reads_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    num_cores = len(os.sched_getaffinity(0))
+    assert default_workers(num_cores) == 0
+    assert default_workers(1) == (num_cores >= 2)
+    # Slurm has bound the rank to cores of its own, however many ranks the node has.
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    assert default_workers(num_cores) == 1
+
+
+def test_a_process_does_not_import_torch() -> None:
+    program = "import sys, mixtera_hpc.dataplane.reading.processes.workers; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_data_error_is_raised_at_its_step(own_collection: list[str]) -> None:

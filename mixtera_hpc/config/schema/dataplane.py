@@ -60,9 +60,9 @@ class DataPlaneConfig:
     """Count the loss of the first token of a document, which is predicted from the document before it."""
     prefetch_batches: int = 4
     """Batches that are prepared ahead of the trainer."""
-    workers: int = 0
-    """Processes that read and tokenize for each rank, for data that one thread cannot deliver fast enough. With 0 a
-    thread reads."""
+    workers: int | None = None
+    """Processes that read and tokenize for each rank. With 0 a thread of the rank reads, which holds up the trainer's
+    own Python code. Null means 1 for tokens where a rank has two cores or more, else 0."""
     model_parallel_size: int = 1
     """Number of neighbouring ranks that receive the same batch: tensor × pipeline × context parallel size. Must divide
     the number of ranks."""

@@ -4,7 +4,7 @@ Several steps are read together, domain by domain, so that neighbouring sequence
 read of the document they share.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens, take
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transform, load_transform, transformed
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import StepContent, StepSequences, slots_of_steps
@@ -57,6 +58,8 @@ class BatchMaker:
         self._reader = DocumentReader(source)
         self._transform = None if raw else load_transform(source.config.data.transform)
         self._steps_per_read = steps_per_read(source, batch_slice)
+        self.shared_arrays: Mapping[int, TokenArrays] = {}
+        """Step → memory for its batch of tokens; the batches of other steps get memory of their own."""
         self._order: tuple[ChunkPlan, ChunkOrder] | None = None
         """The order of the plan that was used last."""
 
@@ -175,15 +178,14 @@ class BatchMaker:
 
         batches = []
         for content, first in zip(steps, starts, strict=True):
-            fields: dict[str, NDArray[Any]] = {
-                "tokens": token_windows[first].astype(np.int64),
-                "document_ids": document_windows[first] - packed.document[first, None],
-                # The first token of a sequence is input only: targets begin one token later.
-                "loss_mask": counted_windows[first + 1],
-            }
-            for rows in fields.values():
+            arrays = self._arrays_of(content.step)
+            arrays.tokens[...] = token_windows[first]
+            np.subtract(document_windows[first], packed.document[first, None], out=arrays.document_ids)
+            # The first token of a sequence is input only: targets begin one token later.
+            arrays.loss_mask[...] = counted_windows[first + 1]
+            for rows in arrays:
                 rows[content.is_padding] = 0
-            batches.append(self._batch(plan, content, None, **fields))
+            batches.append(self._batch(plan, content, None, **arrays._asdict()))
         return batches
 
     def _sample_batches(
@@ -244,15 +246,15 @@ class BatchMaker:
                 document_ids=empty.astype(np.int32),
                 loss_mask=empty.astype(np.bool_),
             )
-        length = self._source.grid.length
-        return self._batch(
-            plan,
-            content,
-            None,
-            tokens=np.zeros((count, length), np.int64),
-            document_ids=np.zeros((count, length), np.int32),
-            loss_mask=np.zeros((count, length - 1), np.bool_),
-        )
+        arrays = self._arrays_of(content.step)
+        for rows in arrays:
+            rows[...] = 0
+        return self._batch(plan, content, None, **arrays._asdict())
+
+    def _arrays_of(self, step: int) -> TokenArrays:
+        """Return the arrays that the batch of a step is written to."""
+        arrays = self.shared_arrays.get(step)
+        return TokenArrays.new(self._slice.size, self._source.grid.length) if arrays is None else arrays
 
     def _batch(self, plan: ChunkPlan, content: StepContent, payloads: list[Any] | None, **fields: Any) -> Batch:
         digests: list[str] | None = None

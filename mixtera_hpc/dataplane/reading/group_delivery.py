@@ -20,8 +20,8 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.journal import batch_digests, sequence_digest
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
+from mixtera_hpc.dataplane.reading.processes.workers import open_batch_source
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.workers import open_batch_source
 from mixtera_hpc.errors import CommError, ConfigError, DataError, UserError
 
 __all__ = ["BatchFeed", "FollowingFeed", "LeadingFeed", "check_delivery", "open_feed"]
@@ -65,18 +65,20 @@ def check_delivery(source: Source) -> None:
         )
 
 
-def open_feed(source: Source, batch_slice: BatchSlice, group: Communicator | None) -> BatchFeed:
+def open_feed(source: Source, batch_slice: BatchSlice, group: Communicator | None, ranks_of_node: int) -> BatchFeed:
     """Open what this rank gets its batches from. **Collective** inside the group.
 
     Args:
         source: what is served.
         batch_slice: what this rank gets of every step.
         group: the ranks that get the same batches; None if no message passes between them.
+        ranks_of_node: number of ranks on this node.
     """
     is_passed_on = group is not None and source.config.dataplane.delivery == "lead"
     if group is not None and is_passed_on and not batch_slice.is_group_leader:
         return FollowingFeed(group, source, batch_slice)
-    prefetcher = Prefetcher(open_batch_source(source, batch_slice), source.config.dataplane.prefetch_batches)
+    maker = open_batch_source(source, batch_slice, ranks_of_node)
+    prefetcher = Prefetcher(maker, source.config.dataplane.prefetch_batches)
     if group is not None and is_passed_on:
         return LeadingFeed(prefetcher, group, source, batch_slice)
     return prefetcher

@@ -264,7 +264,7 @@ def open_source(
     description, tables = share_index(comm, own)
     # Only rank 0 has read the records of the run.
     subset = replace(subset, drop=tuple(description.drop))
-    readers = comm.local_size * max(config.dataplane.workers, 1)
+    readers = comm.local_size * (config.dataplane.workers or 1)
     source = replace(_make_source(config, description, subset, tables, tokenizer), readers_per_node=readers)
     if subset.split == "train":
         source.mixer(learn=False)  # Refuses a mixture that cannot be served before anything starts.

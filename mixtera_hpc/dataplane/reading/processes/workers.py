@@ -1,0 +1,324 @@
+"""Reading in separate processes, which leave the interpreter of the rank to the trainer.
+
+`dataplane.workers` processes, each with a `BatchMaker`, take turns with ranges of a chunk's steps. Their batches are
+put back in order, so that what is served does not depend on the number of processes. The processes are new
+Python programs, never forks (MPI forbids them). They use the import path of the rank, do not run the user's script, and
+end with their rank. Price: the tables of the index once per process, 13 bytes of shared memory per token of a batch,
+and a document on the border of two step ranges is read twice. Samples are copied through a socket.
+"""
+
+import ctypes
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, steps_per_read, training_steps_of
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchSource
+from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape, TokenArrays
+from mixtera_hpc.dataplane.reading.sample_transform import load_transform
+from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.errors import DataError
+
+__all__ = ["Workers", "default_workers", "open_batch_source"]
+
+RANGES_AHEAD = 2
+"""Step ranges that each process has been given and not returned."""
+SPARE_SLOTS = 4
+"""Batches that a trainer may hold at a time before further ones are copied."""
+SAMPLES_PER_PICKLE = 32
+"""Samples that are unpickled at once: this must not keep the trainer's thread from running for a millisecond."""
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+"""Parameters of glibc's `mallopt`."""
+NO_TOKENS = TokenArrays(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.bool_))
+"""Stand for the arrays of a batch that is in shared memory."""
+IGNORED_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+"""Slurm and terminals send these to every process of a job; the rank alone decides what they mean."""
+
+
+def open_batch_source(source: Source, batch_slice: BatchSlice, ranks_of_node: int) -> BatchSource:
+    """Return what makes this rank's batches: this process, or `dataplane.workers` others.
+
+    Args:
+        ranks_of_node: number of ranks that share the cores of this one's node.
+
+    Raises:
+        ConfigError: `data.transform` cannot be imported.
+    """
+    plane = source.config.dataplane
+    # Here, so that the rank names a wrong path, and not the end of a process.
+    load_transform(source.config.data.transform)
+    count = plane.workers
+    if count is None:
+        # Samples are Python objects: making them a second time here takes as long as reading them in a thread.
+        count = default_workers(ranks_of_node) if source.layout.in_tokens else 0
+    if count == 0:
+        return BatchMaker(source, batch_slice, audit=plane.audit)
+    return Workers(source, batch_slice, count)
+
+
+def default_workers(ranks_of_node: int) -> int:
+    """Return 1 if this rank has a core for a reading process beside that of the trainer, else 0."""
+    # Ranks may be bound to cores of their own, or share all that this one may use.
+    own_cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 0)
+    shared_cores = len(os.sched_getaffinity(0)) // ranks_of_node
+    return int(max(own_cores, shared_cores) >= 2)
+
+
+class _Worker(NamedTuple):
+    """A running process and our end of the pipe to it."""
+
+    process: "subprocess.Popen[bytes]"
+    pipe: Connection
+    memory: BatchMemory | None
+    """For its batches; None if these hold samples."""
+
+
+# Plain tuples: the class of a message would have another module name in a process, where this file is the program.
+_RangeRequest = tuple[range, dict[int, int]]
+"""Steps whose batches are ordered, and step → slot of the shared memory for its batch."""
+_RangeAnswer = tuple[list[Batch], Exception | None]
+"""The batches of a step range, and the error after them, if any. Arrays in shared memory are left out, and so are
+samples: those of each batch follow in a message of their own, as pickles of some of them."""
+
+
+class Workers:
+    """A `BatchSource` of several processes."""
+
+    def __init__(self, source: Source, batch_slice: BatchSlice, count: int) -> None:
+        """Start `count` processes."""
+        self._source = source
+        self._slice = batch_slice
+        self._shape = _memory_shape(source, batch_slice, count) if source.layout.in_tokens else None
+        self._workers = [_start_process(self._shape) for _ in range(count)]
+        self._has_source = False
+
+    def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
+        """See `BatchSource`.
+
+        Raises:
+            DataError: a process has died.
+        """
+        self._send_source()
+        count = len(self._workers)
+        ranges = self._step_ranges(plan, first_step)
+        for number in range(count):
+            self._send(number, plan)
+
+        requests: list[_RangeRequest] = []
+        for number in range(len(ranges)):
+            # Keep every process `RANGES_AHEAD` ranges ahead of the one whose batches come next.
+            for steps in ranges[len(requests) : number + RANGES_AHEAD * count]:
+                requests.append(self._request(len(requests) % count, steps))
+            answer: _RangeAnswer = self._receive(number % count)
+            batches, error = answer
+            _, slots = requests[number]
+            for batch in batches:
+                yield self._completed(batch, slots.pop(batch.step, None), number % count)
+            if error is not None:
+                self._give_back(slots, number % count)
+                raise error
+
+    def close(self) -> None:
+        """Kill the processes in any state: they hold nothing that could be lost."""
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.wait()
+            worker.pipe.close()
+
+    def _request(self, number: int, steps: range) -> _RangeRequest:
+        """Ask a process for the batches of some steps, with slots for as many of them as are free."""
+        memory = self._workers[number].memory
+        slots = memory.take(len(steps)) if memory is not None else []
+        request = steps, dict(zip(steps, slots, strict=False))
+        self._send(number, request)
+        return request
+
+    def _completed(self, batch: Batch, slot: int | None, number: int) -> Batch:
+        """Return a batch with the arrays or samples that do not travel inside it."""
+        memory = self._workers[number].memory
+        if memory is None:
+            samples: list[Any] = []
+            for pickled in self._receive(number):
+                samples += pickle.loads(pickled)  # noqa: S301 - from our own process
+            return replace(batch, payloads=samples)
+        return batch if slot is None else replace(batch, **memory.lend(slot)._asdict())
+
+    def _give_back(self, slots: dict[int, int], number: int) -> None:
+        """Free the slots of steps without a batch."""
+        memory = self._workers[number].memory
+        if memory is not None:
+            for slot in slots.values():
+                memory.give_back(slot)
+
+    def _step_ranges(self, plan: ChunkPlan, first_step: int) -> list[range]:
+        """Cut the steps of a plan into ranges that are read together, at least one per process if there are enough."""
+        steps = training_steps_of(self._source, plan, first_step)
+        size = _range_size(self._source, self._slice, len(self._workers), len(steps))
+        return [steps[i : i + size] for i in range(0, len(steps), size)]
+
+    def _send_source(self) -> None:
+        """Send the source once, in the thread that asks for the first batch: pickling it must not delay the trainer."""
+        # Worker processes take most of a second to start; sending here overlaps with what the rank does meanwhile.
+        if not self._has_source:
+            for number in range(len(self._workers)):
+                self._send(number, (self._source, self._slice))
+                self._send(number, self._shape)
+            self._has_source = True
+
+    def _send(self, number: int, message: Any) -> None:
+        """Send to a process that is waiting for the message, or a message that fits into the socket's buffer.
+
+        Otherwise both ends could wait for ever for the other one to read.
+        """
+        try:
+            self._workers[number].pipe.send(message)
+        except OSError:
+            raise self._death(number) from None
+
+    def _receive(self, number: int) -> Any:
+        """Return the next message of a process: the answer to its oldest request, or samples."""
+        try:
+            return self._workers[number].pipe.recv()
+        except (EOFError, OSError):
+            raise self._death(number) from None
+
+    def _death(self, number: int) -> DataError:
+        """Return the error that describes how a process ended."""
+        code = self._workers[number].process.wait()
+        reason = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return DataError(
+            f"Reading process {number} of {len(self._workers)} {reason}; its messages are in the log.\n"
+            "  Signal 9 usually means too little memory: lower dataplane.workers, or request more memory for the job."
+        )
+
+
+def _range_size(source: Source, batch_slice: BatchSlice, num_processes: int, num_steps: int) -> int:
+    """Return how many of `num_steps` steps one request asks for."""
+    # Rounded up.
+    steps_per_process = -(-num_steps // num_processes)
+    return max(1, min(steps_per_read(source, batch_slice), steps_per_process))
+
+
+def _memory_shape(source: Source, batch_slice: BatchSlice, num_processes: int) -> MemoryShape:
+    """Return the size of the memory of each process: enough for the batches that are on their way to the trainer."""
+    plane = source.config.dataplane
+    size = _range_size(source, batch_slice, num_processes, plane.chunk_steps)
+    # The oldest request is being handed out while the others wait.
+    num_slots = (RANGES_AHEAD + 1) * size + plane.prefetch_batches + SPARE_SLOTS
+    return MemoryShape(num_slots=num_slots, batch_size=batch_slice.size, length=source.grid.length)
+
+
+def _start_process(shape: MemoryShape | None) -> _Worker:
+    """Start a process in which the ignored signals are blocked until it ignores them: none may end it before.
+
+    Args:
+        shape: the memory for its batches; None if these hold samples.
+    """
+    ours, theirs = Pipe()
+    fds = [theirs.fileno()]
+    if shape is not None:
+        fds.append(BatchMemory.create(shape))
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
+    try:
+        # -P: the current folder must not shadow modules.
+        command = [sys.executable, "-P", "-m", __name__, *map(str, fds)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+        process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
+        memory = BatchMemory(fds[1], shape) if shape is not None else None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+        theirs.close()
+        for fd in fds[1:]:
+            os.close(fd)
+    return _Worker(process, ours, memory)
+
+
+def _serve(pipe: Connection, memory_fd: int = -1) -> None:
+    """Run a process: receive a source and a slice, then plans with their step ranges, until the rank closes."""
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # The mask was inherited from the rank; blocked signals would stay pending for ever.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
+    _keep_freed_memory()
+    try:
+        source, batch_slice = pipe.recv()
+        shape: MemoryShape | None = pipe.recv()
+        memory = BatchMemory(memory_fd, shape) if shape is not None else None
+        maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
+        plan: ChunkPlan = pipe.recv()
+        while True:
+            message = pipe.recv()
+            if isinstance(message, ChunkPlan):
+                plan = message
+            else:
+                answer, samples = _make_batches(maker, plan, message, memory)
+                pipe.send(answer)
+                for of_batch in samples:
+                    pipe.send(of_batch)
+    # The rank has closed its end, or was killed.
+    except (EOFError, OSError):
+        return
+
+
+def _keep_freed_memory() -> None:
+    """Make malloc use freed memory again: the kernel clears every page that it gets anew, which costs more than use."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Only glibc has it.
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _make_batches(
+    maker: BatchMaker, plan: ChunkPlan, request: _RangeRequest, memory: BatchMemory | None
+) -> tuple[_RangeAnswer, list[list[bytes]]]:
+    """Return the batches of some steps, with the error that ended them early, if any; and the samples of each batch."""
+    steps, slots = request
+    if memory is not None:
+        maker.shared_arrays = {step: memory.arrays(slot) for step, slot in slots.items()}
+    batches: list[Batch] = []
+    samples: list[list[bytes]] = []
+    try:
+        for batch in maker.batches_of(plan, steps):
+            if batch.payloads is not None:
+                samples.append(_pickled(batch.payloads))
+            shared = maker.shared_arrays.get(batch.step)
+            if shared is not None:
+                shared.store(batch.tokens, batch.document_ids, batch.loss_mask)
+                batch = replace(batch, **NO_TOKENS._asdict())
+            batches.append(replace(batch, payloads=None))
+    except Exception as error:
+        # The error travels after the batches before it, so that it is raised at its step.
+        return (batches, error), samples
+    return (batches, None), samples
+
+
+def _pickled(samples: list[Any]) -> list[bytes]:
+    """Return the samples of a batch, some in every pickle.
+
+    Raises:
+        DataError: a user's function returned what cannot be pickled.
+    """
+    parts = [samples[i : i + SAMPLES_PER_PICKLE] for i in range(0, len(samples), SAMPLES_PER_PICKLE)]
+    try:
+        return [pickle.dumps(part, pickle.HIGHEST_PROTOCOL) for part in parts]
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"data.transform returns what cannot be sent between processes: {error}.\n"
+            "  Return arrays, numbers, texts, and dicts or lists of these; or set dataplane.workers=0."
+        ) from None
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), *map(int, sys.argv[2:]))
