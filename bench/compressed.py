@@ -37,6 +37,7 @@ from mixtera_hpc.index.build.build import build_index
 BUFFER_ROWS = 10_000
 GLOBAL_BATCH = 1024
 FRAME_ROWS = 256
+EXPANSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,7 @@ def main(options: Sequence[str] = ()) -> None:
     costs = []
     for layout in arguments.only:
         folder = make_layout(layout, source_rows, rows_per_shard)
-        for ranks, lanes in ((1, 16), (16, 16), (16, 64), (64, 256)) if layout == "zst" else ((1, 16),):
+        for ranks, lanes in ((1, 16), (16, 16), (64, 16), (64, 64), (64, 256)) if layout == "zst" else ((1, 16),):
             costs.append(measure(layout, folder, ranks, lanes, int(cache_mb * 1e6), arguments.max_rows))
             print_cost(costs[-1])
     streaming = stream_with_buffer(sorted(make_layout("zst", source_rows, rows_per_shard).glob("*.zst")))
@@ -80,9 +81,10 @@ def main(options: Sequence[str] = ()) -> None:
 
 def measure(layout: str, folder: Path, ranks: int, lanes: int, cache_bytes: int, max_rows: int) -> ReadCost:
     """Read one epoch as the middle one of `ranks` ranks."""
-    source = open_source(
-        config_of(folder, lanes, cache_bytes * 16 // min(ranks, 16) if ranks > 1 else cache_bytes), Local()
-    )
+    # Windows have the size relative to units that the default has to files of 41 MB.
+    unit_bytes = max(path.stat().st_size for path in folder.iterdir()) if layout == "zst" else 41e6
+    window_bytes = int((1 << 23) * min(unit_bytes * EXPANSION / 41e6, 1))
+    source = open_source(config_of(folder, lanes, cache_bytes, window_bytes), Local())
     size = GLOBAL_BATCH // ranks
     maker = BatchMaker(source, BatchSlice(first=ranks // 2 * size, size=size), audit=False)
     started = time.process_time()

@@ -32,6 +32,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing.megatron import write_megatron
 
@@ -175,12 +176,13 @@ def _places(source: Source, shard_starts: NDArray[Any]) -> Iterator[tuple[NDArra
     num_steps = 0
     while num_steps < STEPS_PER_ROUND:
         plan, state = source.planner.plan(state, source.weights)
-        slots = source.planner.slots(plan)
+        slots = slots_of_plan(source, plan)
+        sequences = source.lanes.sequence(slots.domain, slots.ordinal)
         for first in range(0, plan.num_steps * BATCH, BATCH):
             pieces = []
             for slot in range(first, first + BATCH):
                 domain = int(slots.domain[slot])
-                start, stop = source.span(domain, int(slots.ordinal[slot]), 1)
+                start, stop = source.span(domain, int(sequences[slot]), 1)
                 documents = streams.documents(domain, start, stop)
                 block = documents.block
                 places = shard_starts[source.blocks.shard[block]]

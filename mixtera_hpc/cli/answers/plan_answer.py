@@ -4,20 +4,23 @@ import argparse
 import sys
 
 import msgspec
+import numpy as np
 
 from mixtera_hpc.cli.console import open_console
 from mixtera_hpc.cli.run_or_overrides import find_optional_run
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.job_shape import num_ranks
 from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, MixtureError, pluralize
+from mixtera_hpc.trace.decode_cost import JobShape, check_decode_cost, decode_cost
 from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
 
-__all__ = ["print_plan"]
+__all__ = ["print_decode_cost", "print_plan"]
 
 
 def print_plan(args: argparse.Namespace) -> None:
@@ -37,7 +40,30 @@ def print_plan(args: argparse.Namespace) -> None:
     else:
         plan_steps = config.plan.steps
         num_steps = config.training.num_steps if plan_steps is None else plan_steps
-        _print_forecast(source, forecast_mixture(source, num_steps))
+        forecast = forecast_mixture(source, num_steps)
+        _print_forecast(source, forecast)
+        print_decode_cost(source, forecast)
+
+
+def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
+    """Print what the job of the configuration decodes.
+
+    Raises:
+        ConfigError: it is more than `data.max_amplification`.
+    """
+    config = source.config
+    ranks = num_ranks(config)
+    items = np.array([domain.served for domain in forecast.domains], np.float64)
+    shape = JobShape.of_job(source, ranks, ranks // config.job.nodes)
+    cost = decode_cost(source, items / max(forecast.num_steps, 1), shape)
+    if cost is not None:
+        open_console().print(
+            f"Decoding, on {pluralize(ranks, 'rank')} of {pluralize(config.job.nodes, 'node')}: "
+            f"{cost.amplification:.1f} bytes per byte served, at least {cost.lower_bound:.1f} with this layout of the "
+            f"data; {cost.read_bytes_per_step / 1e6:.3g} MB read from the file system per step; "
+            f"{cost.memory_bytes / 1e9:.3g} GB of memory per node"
+        )
+    check_decode_cost(source, cost)
 
 
 def _print_sequences(source: Source) -> None:

@@ -106,8 +106,8 @@ class DataConfig(DataSetKeys):
     by the processes that read. If it is too small, units are decoded several times. The order of the samples does not
     depend on it."""
     max_amplification: float = 64.0
-    """Bytes decoded for every byte served, in files that can only be decoded in large units. `run` and `submit` refuse
-    data that would need more."""
+    """Bytes decoded for every byte served, in files that can only be decoded in large units. `plan` and `submit` refuse
+    a job that would need more."""
     tokens: str = "auto"
     """Token ids that `mixtera-hpc tokenize` has written. `auto`: those beside the index, if there are any. `off`: none,
     documents are tokenized while a run reads. Or the folder that holds them. Cost only: the batches are the same."""

@@ -41,8 +41,8 @@ class DataPlaneConfig:
     `dataplane.shuffle=window`. The bytes of compressed blocks are estimated."""
     lanes: int = 16
     """Parts into which the windows of an epoch are cut, for `dataplane.shuffle=window`. Sequences are taken from the
-    lanes in turn, and those of a step go to ranks by lane. More lanes mix better and need more memory. Compressed data
-    is decoded about 1 + ranks / lanes times."""
+    lanes in turn, and those of a step go to ranks by lane. More lanes mix better and need more memory. For
+    compressed data, use at least as many lanes as ranks."""
     add_bos: bool | None = None
     """Begin every document with the token that begins a text. Null does what the tokenizer's post-processor does, for
     example Llama's `<s>`."""

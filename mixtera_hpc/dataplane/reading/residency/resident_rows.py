@@ -27,6 +27,8 @@ ReadBlock = Callable[[int, NDArray[np.int64]], Sequence[Any]]
 
 MIN_SHARE = 1 / 64
 """Least share of a window's rows that is kept."""
+GROWTH = 1.01
+"""Growth of this share with every window that is loaded while all fit."""
 MAX_EVICTED = 4096
 """Windows that are remembered after they were evicted with rows that had not been served."""
 
@@ -78,7 +80,9 @@ class ResidentRows:
         self._num_bytes = 0
         self._share = 1.0
         """Share of a window's rows that is kept when it is decoded."""
-        self._evicted: OrderedDict[tuple[int, int, int], None] = OrderedDict()
+        self._evicted: OrderedDict[tuple[int, int, int], int] = OrderedDict()
+        """Key of an evicted window → number of windows that had been loaded then."""
+        self._num_loads = 0
 
     @property
     def num_bytes(self) -> int:
@@ -121,9 +125,12 @@ class ResidentRows:
     def _load(self, window: StreamWindow, first: int, stop: int) -> _WindowRows:
         """Decode the blocks of a window and keep its rows from `first` on, at least up to `stop`."""
         self._remove(window.key)
-        if self._evicted.pop(window.key, self) is None:
-            # The windows in use do not fit: keep less of each.
+        self._num_loads += 1
+        if self._evicted.pop(window.key, -self._num_loads) + len(self._windows) >= self._num_loads - 1:
+            # Evicted a moment ago: the windows in use do not fit, so less of each is kept.
             self._share = max(self._share / 2, MIN_SHARE)
+        else:
+            self._share = min(self._share * GROWTH, 1.0)
         num_rows = len(window.block)
         stop = min(max(stop, first + int(num_rows * self._share)), num_rows)
         held = _WindowRows(first, _read_rows(window, np.arange(first, stop), self._read_block))
@@ -137,7 +144,7 @@ class ResidentRows:
         while self._num_bytes > self._max_bytes and len(self._windows) > 1:
             key = next(iter(self._windows))
             self._remove(key)
-            self._evicted[key] = None
+            self._evicted[key] = self._num_loads
             if len(self._evicted) > MAX_EVICTED:
                 self._evicted.popitem(last=False)
 

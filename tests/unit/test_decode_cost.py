@@ -1,0 +1,111 @@
+"""What plan says about decoding agrees with a counted run, and too much of it is refused."""
+
+import json
+import random
+from contextlib import closing
+
+import numpy as np
+import pytest
+import zstandard
+from numpy.typing import NDArray
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.trace.decode_cost import JobShape, decode_cost
+from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture
+
+BATCH = 48
+SHARDS = 40
+ROWS = 90
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the overrides for files of one frame each, in which two domains alternate."""
+    folder = tmp_path_factory.mktemp("frames")
+    (folder / "data").mkdir()
+    rng = random.Random(0)
+    for shard in range(SHARDS):
+        # Every third row belongs to the second domain.
+        rows = [{"text": rng.randbytes(200).hex(), "source": "ab"[row % 3 == 0]} for row in range(ROWS)]
+        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        (folder / f"data/{shard:03d}.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
+    words = [
+        f"data.root={folder / 'data'}",
+        f"index.path={folder / 'i.h5'}",
+        "data.properties.source=source",
+        "mixture.unit=samples",
+        "mixture.group_by=[source]",
+        "mixture.max_epochs=1",
+        "mixture.on_exhausted=redistribute",
+        f"dataplane.global_batch_size={BATCH}",
+        "dataplane.window_bytes=1",
+        "dataplane.lanes=4",
+    ]
+    build_index(compose(words))
+    return words
+
+
+def per_step(forecast: MixtureForecast) -> NDArray[np.float64]:
+    """Return the items of each domain in a step."""
+    return np.array([domain.served / forecast.num_steps for domain in forecast.domains])
+
+
+def counted(source: Source, ranks: int) -> tuple[float, int]:
+    """Return the bytes decoded per byte served over one epoch, and the bytes in memory at most."""
+    decoded = served = most = 0
+    size = BATCH // ranks
+    for rank in range(ranks):
+        state = PlannerState.start(source.num_domains)
+        with closing(BatchMaker(source, BatchSlice(first=rank * size, size=size), audit=False)) as maker:
+            while True:
+                plan, state = source.planner.plan(state, source.weights)
+                for batch in maker.batches(plan, 0):
+                    served += sum(len(json.dumps(row)) + 1 for row in batch.payloads or [])
+                    most = max(most, maker._reader._resident(True).num_bytes)
+                if plan.last:
+                    break
+            decoded += maker._reader._cache.loaded_bytes
+    return decoded / served, most
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_estimate_agrees_with_a_counted_run(overrides: list[str], ranks: int) -> None:
+    # A block has 40 kB; the rows of four lanes fit, the collection does not.
+    source = open_source(compose([*overrides, "data.cache_bytes=500_000"]), Local())
+    shape = JobShape(num_groups=ranks, copies=1, readers_per_node=1)
+    forecast = forecast_mixture(source, 10**6)
+    cost = decode_cost(source, per_step(forecast), shape)
+    assert cost is not None
+    assert cost.lower_bound == pytest.approx(2, rel=0.02)
+    actual, most = counted(source, ranks)
+    assert cost.amplification == pytest.approx(actual, rel=0.35)
+    assert most <= 375_000
+    if ranks == 1:
+        assert actual <= 1.3 * cost.lower_bound
+
+
+def test_too_little_memory_decodes_more_but_not_for_every_row(overrides: list[str]) -> None:
+    """A quarter of the memory decodes every unit a few times, not once per read."""
+    source = open_source(compose([*overrides, "data.cache_bytes=80_000"]), Local())
+    shape = JobShape(num_groups=1, copies=1, readers_per_node=1)
+    forecast = forecast_mixture(source, 10**6)
+    cost = decode_cost(source, per_step(forecast), shape)
+    assert cost is not None
+    actual, _ = counted(source, 1)
+    assert 1.3 * cost.lower_bound < actual <= 2 * cost.amplification
+
+
+def test_plan_prints_the_cost_and_refuses_too_much(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*overrides, "data.cache_bytes=500_000"]
+    assert main(["plan", *words]) == 0
+    assert "bytes per byte served, at least 2.0 with this layout" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", *words, "data.max_amplification=1.5"]) == 2
+    message = capsys.readouterr().err
+    assert "data.max_amplification=1.5" in message and "dataplane.lanes" in message
