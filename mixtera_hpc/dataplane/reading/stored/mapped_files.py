@@ -21,10 +21,16 @@ __all__ = ["MappedFiles", "map_array", "max_mapped_files"]
 Ints = NDArray[np.int64]
 
 
+MAX_MAPPED_FILES = 1 << 14
+"""Linux allows a process 65,530 mappings by default (`vm.max_map_count`), and libraries use some of them."""
+
+
 def max_mapped_files() -> int:
     """Return how many files may stay mapped: each holds a file descriptor, and half of the limit is left to others."""
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 16 if soft_limit == resource.RLIM_INFINITY else max(soft_limit // 2, 1)
+    if soft_limit == resource.RLIM_INFINITY:
+        return MAX_MAPPED_FILES
+    return min(max(soft_limit // 2, 1), MAX_MAPPED_FILES)
 
 
 def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -128,16 +134,15 @@ class MappedFiles:
         self._spans.clear()
 
     def _span(self, type_number: int) -> tuple[int, NDArray[Any]]:
+        """Return the lowest address of the files of a type, and an array from there to the end of the highest."""
         if type_number not in self._spans:
             dtype = self._types[type_number]
-            self._spans[type_number] = _array_over([ids for ids in self._files.values() if ids.dtype == dtype])
+            files = np.flatnonzero(self._is_mapped & (self._type == type_number))
+            lowest = int(files[np.argmin(self._address[files])])
+            low = int(self._address[lowest])
+            # One token stands for an empty file.
+            high = int((self._address[files] + np.maximum(self._num_bytes[files], dtype.itemsize)).max())
+            shape = ((high - low) // dtype.itemsize,)
+            span = as_strided(self._files[lowest][:1], shape=shape, strides=(dtype.itemsize,), writeable=False)
+            self._spans[type_number] = low, span
         return self._spans[type_number]
-
-
-def _array_over(arrays: list[NDArray[Any]]) -> tuple[int, NDArray[Any]]:
-    """Return the lowest address of some arrays of one type, and an array from there to the end of the highest."""
-    lowest = min(arrays, key=lambda array: int(array.ctypes.data))
-    low = int(lowest.ctypes.data)
-    high = max(int(array.ctypes.data) + array.nbytes for array in arrays)
-    shape = ((high - low) // lowest.itemsize,)
-    return low, as_strided(lowest[:1], shape=shape, strides=(lowest.itemsize,), writeable=False)

@@ -143,7 +143,8 @@ class TokenGather:
             store = index.token_stores[number - self._num_shards]
             return map_array(StoreFiles(Path(store.folder)).tokens, np.dtype(store.dtype))
         blocks = self._source.blocks
-        of_shard = np.flatnonzero(blocks.shard == number)
+        # The blocks of a shard follow each other.
+        of_shard = slice(*np.searchsorted(blocks.shard, [number, number + 1]).tolist())
         token_format = cast(TokenFormat, load_format(index.shard_formats[number]))
         path = Path(index.data_root) / index.shard_paths[number]
         return token_format.map_tokens(path, blocks.first_row[of_shard], blocks.offset[of_shard])
