@@ -124,6 +124,8 @@ def run_config(root: Path, index: Path) -> Config:
             "dataplane.eos_id=0",
             f"dataplane.seq_len={SEQ_LEN}",
             f"dataplane.global_batch_size={BATCH}",
+            # Read in this process, whose CPU time is measured.
+            "dataplane.workers=0",
         ]
     )
 
