@@ -59,6 +59,8 @@ def overrides(tmp_path: Path) -> list[str]:
         "dataplane.global_batch_size=4",
         "dataplane.chunk_steps=2",
         "dataplane.audit=true",
+        # Every stream is served several times: a process for each would take seconds to start.
+        "dataplane.workers=0",
         "mixture.on_exhausted=stop",
         "mixture.max_epochs=2",
     ]

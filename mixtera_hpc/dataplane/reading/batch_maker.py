@@ -28,7 +28,7 @@ from mixtera_hpc.errors import MixteraError
 
 __all__ = ["BatchMaker", "steps_per_read", "training_steps_of"]
 
-TOKENS_PER_READ = 1 << 18
+TOKENS_PER_READ = 1 << 19
 STORED_TOKENS_PER_READ = 1 << 20
 SAMPLE_BYTES_PER_READ = 4 << 20
 """Target sizes of what is read together: few calls, but each read takes only milliseconds."""

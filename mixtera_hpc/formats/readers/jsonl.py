@@ -40,8 +40,8 @@ UNIT_BYTES = 64 << 20
 SEGMENT_BYTES = 1 << 20
 FEW_ROWS = 8
 """Rows of a shard that are read one by one: to look for neighbours costs more than the reads."""
-READS_AT_ONCE = 64
-"""Reads whose rows are decoded together: their bytes are still in the cache of a core."""
+READS_AT_ONCE = 16
+"""Reads whose rows are decoded together: their bytes are still in the first cache of a core."""
 
 Row = bytes | memoryview
 DecodeEach = Callable[[Sequence[Row]], list[Any]]
