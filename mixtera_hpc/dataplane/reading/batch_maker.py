@@ -117,8 +117,8 @@ class BatchMaker:
             return self._stored_batches(plan, steps, sequences)
         starts = sequences.run_starts
         stops = sequences.run_stops
-        documents = Documents.join(
-            [self._streams.documents_of(domain, starts[runs], stops[runs]) for domain, runs in sequences.domains()]
+        documents = self._streams.documents_of_domains(
+            (domain, starts[runs], stops[runs]) for domain, runs in sequences.domains()
         )
         if not self._source.layout.in_tokens:
             return self._sample_batches(plan, steps, sequences, documents)
@@ -133,8 +133,8 @@ class BatchMaker:
         """Copy stored tokens to the sequences of each step."""
         size = self._slice.size
         starts, stops = sequences.spans(self._source.grid)
-        documents = Documents.join(
-            [self._streams.documents_of(domain, starts[own], stops[own]) for domain, own in sequences.of_domains()]
+        documents = self._streams.documents_of_domains(
+            (domain, starts[own], stops[own]) for domain, own in sequences.of_domains()
         )
         rows = sequences.step_index * size + sequences.row
         stored = self._reader.read_sequences(documents, rows, (len(steps) * size, self._source.grid.length))

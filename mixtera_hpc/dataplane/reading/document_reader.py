@@ -33,6 +33,8 @@ __all__ = ["DocumentReader", "PackedTokens", "take"]
 
 MIN_OPEN_SHARDS = 64
 MAX_OPEN_SHARDS = 4096
+MAX_PATHS = 16384
+"""Paths of shards in memory; about 8 MB."""
 DOCUMENTS_PER_ENCODE = 512
 """Documents that are in memory as text at the same time."""
 LAST_DOCUMENTS_BYTES = 32 << 20
@@ -75,6 +77,7 @@ class DocumentReader:
         self._source = source
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._max_open_shards = _max_open_shards()
+        self._paths: dict[int, Path] = {}
         self._formats: dict[str, Format] = {}
         """Name → loaded format."""
         self._is_range_reader: dict[type, bool] = {}
@@ -324,7 +327,7 @@ class DocumentReader:
         index = self._source.index
         name = index.shard_formats[number]
         fmt = self._formats.get(name) or self._formats.setdefault(name, load_format(name))
-        path = Path(index.data_root) / index.shard_paths[number]
+        path = self._path(number)
         tokenizer = self._source.tokenizer
         chat = tokenizer.chat if tokenizer is not None else None
         reader = open_reader(fmt, path, index.shard_texts[number], self._cache, chat)
@@ -339,6 +342,14 @@ class DocumentReader:
             _, oldest = self._shards.popitem(last=False)
             oldest.reader.close()
         return shard
+
+    def _path(self, number: int) -> Path:
+        # With thousands of shards, each is opened many times, and making a `Path` takes longer than opening the file.
+        if number not in self._paths:
+            if len(self._paths) >= MAX_PATHS:
+                self._paths.clear()
+            self._paths[number] = Path(self._source.index.data_root) / self._source.index.shard_paths[number]
+        return self._paths[number]
 
 
 def _max_open_shards() -> int:

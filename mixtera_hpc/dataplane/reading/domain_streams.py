@@ -7,10 +7,10 @@ cached within a byte budget.
 """
 
 from collections import ChainMap, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,31 +143,41 @@ class DomainStreams:
 
     def documents_of(self, domain: int, starts: Ints, stops: Ints) -> Documents:
         """Return the documents of several spans, one span after the other; cheapest when the spans ascend."""
-        return Documents.join([_documents_in(*parts) for parts in self._split_by_window(domain, starts, stops)])
+        return self.documents_of_domains([(domain, starts, stops)])
+
+    def documents_of_domains(self, spans: Iterable[tuple[int, Ints, Ints]]) -> Documents:
+        """Return the documents of (domain, starts, stops) of several domains, in this order; see `documents_of`."""
+        return _documents_in([part for of_domain in spans for part in self._split_by_window(*of_domain)])
 
     def window_documents(self, domain: int, epoch: int, number: int, stop: int | None = None) -> Documents:
         """Return the documents of a window in base order, those of its first `stop` items or all; it has some."""
         window = self._window(domain, epoch, number, self._epoch_order(domain, epoch))
-        end = int(window.starts[-1]) if stop is None else stop
-        return _documents_in(window, np.zeros(1, np.int64), np.array([end]))
+        return _documents_in([_WindowSpan(window, 0, int(window.starts[-1]) if stop is None else stop)])
 
-    def _split_by_window(self, domain: int, starts: Ints, stops: Ints) -> Iterator[tuple[StreamWindow, Ints, Ints]]:
-        """Cut spans at the borders of windows; yield windows with where their parts begin and end, in their items."""
+    def _split_by_window(self, domain: int, starts: Ints, stops: Ints) -> list["_WindowSpan"]:
+        """Cut spans at the borders of windows."""
         items = int(self._epoch_items[domain])
         first_epoch = int(starts.min()) // items
         last_epoch = (int(stops.max()) - 1) // items
+        if first_epoch == last_epoch:
+            return self._split_epoch(domain, first_epoch, starts, stops)
         starts, stops, cell = cut_spans(starts, stops, np.arange(first_epoch, last_epoch + 2) * items)
-        # Nearly always one epoch.
+        parts = []
         for first, last in equal_runs(cell):
-            epoch = first_epoch + int(cell[first])
-            begins, ends = self.base_items(domain, epoch, starts[first:last], stops[first:last])
-            order = self._epoch_order(domain, epoch)
+            parts += self._split_epoch(domain, first_epoch + int(cell[first]), starts[first:last], stops[first:last])
+        return parts
+
+    def _split_epoch(self, domain: int, epoch: int, starts: Ints, stops: Ints) -> list["_WindowSpan"]:
+        """Cut spans that lie in one epoch at the borders of windows."""
+        begins, ends = self.base_items(domain, epoch, starts, stops)
+        order = self._epoch_order(domain, epoch)
+        window = order.starts.searchsorted(begins, side="right") - 1
+        # Nearly always each span lies in one window.
+        if (ends > order.starts[window + 1]).any():
             begins, ends, window = cut_spans(begins, ends, order.starts)
-            for low, high in equal_runs(window):
-                number = int(window[low])
-                window_start = order.starts[number]
-                chosen = self._window(domain, epoch, number, order)
-                yield chosen, begins[low:high] - window_start, ends[low:high] - window_start
+        window_starts = order.starts[window]
+        places = zip(window.tolist(), (begins - window_starts).tolist(), (ends - window_starts).tolist(), strict=True)
+        return [_WindowSpan(self._window(domain, epoch, number, order), begin, end) for number, begin, end in places]
 
     def base_items(self, domain: int, epoch: int, starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
         """Return spans of an epoch as spans of its base order, counted from the start of the epoch."""
@@ -267,40 +277,47 @@ def _lengths_by_block(blocks: NDArray[np.int32], block_rows: NDArray[np.int32], 
     return dict(zip(blocks.tolist(), np.split(length, np.cumsum(block_rows)[:-1]), strict=True))
 
 
-def _documents_in(window: StreamWindow, begin: Ints, end: Ints) -> Documents:
-    """Return the documents that cover the items [begin, end) of a window, for every such span in turn."""
-    # First document of every span, and how many documents it touches.
-    first_document = np.searchsorted(window.starts, begin, side="right") - 1
-    count = np.searchsorted(window.starts, end, side="left") - first_document
+class _WindowSpan(NamedTuple):
+    """The items [begin, end) of a window, counted in the window."""
 
-    # One element per (span, document): the documents of a span are consecutive.
-    span = np.repeat(np.arange(len(begin)), count)
-    elements_before_span = np.cumsum(count) - count
-    document = np.arange(len(span)) + (first_document - elements_before_span)[span]
-    starts = window.starts[document]
-    stops = window.starts[document + 1]
+    window: StreamWindow
+    begin: int
+    end: int
 
-    # Documents without items (empty text and no special token) lie inside a span, but nothing is wanted of them.
-    if (starts == stops).any():
-        filled = np.flatnonzero(starts < stops)
-        span = span[filled]
-        document = document[filled]
-        starts = starts[filled]
-        stops = stops[filled]
 
-    return Documents(
-        block=window.block[document],
-        row=window.row[document],
-        first=np.maximum(begin[span] - starts, 0),
-        last=np.minimum(stops, end[span]) - starts,
+def _documents_in(spans: list[_WindowSpan]) -> Documents:
+    """Return the documents that cover each span in turn."""
+    # Documents of a span are neighbours in its window. The arrays are sliced span by span, in Python: with many
+    # domains a span has few documents, and any numpy operation per domain would cost more.
+    windows = {id(span.window): span.window for span in spans}
+    slices = []
+    for window, begin, end in spans:
+        first = int(window.starts.searchsorted(begin, side="right")) - 1
+        slices.append(slice(first, int(window.starts.searchsorted(end, side="left"))))
+    pairs = [(span.window, own) for span, own in zip(spans, slices, strict=True)]
+    counts = np.array([own.stop - own.start for own in slices])
+
+    starts = np.concatenate([window.starts[own] for window, own in pairs])
+    stops = np.concatenate([window.starts[own.start + 1 : own.stop + 1] for window, own in pairs])
+    first_places = np.array([own.start for own in slices])
+    begins = np.array([span.begin for span in spans]).repeat(counts)
+    ends = np.array([span.end for span in spans]).repeat(counts)
+    distinct_lengths = {id(window.lengths): window.lengths for window in windows.values()}
+    documents = Documents(
+        block=np.concatenate([window.block[own] for window, own in pairs]),
+        row=np.concatenate([window.row[own] for window, own in pairs]),
+        first=np.maximum(begins - starts, 0),
+        last=np.minimum(stops, ends) - starts,
         size=stops - starts,
-        offset=window.offset[document],
-        length=window.length[document],
-        window=np.full(len(document), id(window)),
-        place=document,
-        lengths=window.lengths,
-        windows={id(window): window},
+        offset=np.concatenate([window.offset[own] for window, own in pairs]),
+        length=np.concatenate([window.length[own] for window, own in pairs]),
+        window=np.array([id(span.window) for span in spans]).repeat(counts),
+        place=np.arange(len(starts)) + (first_places - (counts.cumsum() - counts)).repeat(counts),
+        lengths=ChainMap(*distinct_lengths.values()),
+        windows=windows,
     )
+    # Documents without items (empty text and no special token) lie inside a span, but nothing is wanted of them.
+    return documents.select(np.flatnonzero(starts < stops)) if (starts == stops).any() else documents
 
 
 def equal_runs(values: NDArray[Any]) -> Iterator[tuple[int, int]]:
