@@ -21,6 +21,7 @@ from mixtera_hpc.index.token_store.store_files import StoreFiles
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
+from mixtera_hpc.trace.decode_cost import JobShape, decode_cost
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "<|endoftext|>", "again"]
 
@@ -103,6 +104,12 @@ def test_the_stream_is_the_one_tokenized_on_the_fly(
     config = compose([*overrides, *STREAMS["by language"]])
     source = open_source(config, Local())
     assert DocumentReader(source).holds_all_tokens
+    # Nothing of the compressed shard is decoded any more.
+    shape = JobShape.of_job(source, 1, 1)
+    served_per_step = np.full(source.num_domains, 100.0)
+    assert decode_cost(source, served_per_step, shape) is None
+    without = open_source(compose([*overrides, *STREAMS["by language"], "data.tokens=off"]), Local())
+    assert decode_cost(without, served_per_step, shape) is not None
     for name, more in STREAMS.items():
         assert len(on_the_fly[name]) > 10
         assert served(overrides, *more) == on_the_fly[name], name
