@@ -79,7 +79,7 @@ DOCUMENTS = Section(
         _bare("a positioned read and msgspec per row", OUR_ORDER, "documents.in_our_order"),
         _peer("torchdata", "torchdata, json", ROWS_SHUFFLED, "documents.torchdata", decoder="json"),
         _peer("torchdata", "torchdata, msgspec", ROWS_SHUFFLED, "documents.torchdata", decoder="msgspec"),
-        _peer("litdata", "LitData", "chunks shuffled, and rows in them", "documents.litdata"),
+        _peer("litdata", "LitData, msgspec", "chunks shuffled, and rows in them", "documents.litdata"),
         _peer("huggingface", "Hugging Face datasets, map style", ROWS_SHUFFLED, "documents.huggingface"),
         _peer("grain", "Grain, msgspec", ROWS_SHUFFLED, "documents.grain"),
     ),
