@@ -2,11 +2,15 @@
 
 The windows of an epoch follow each other in the *base order* (`core/order.py`). An epoch is cut into a fixed number of
 equal lanes, each a range of neighbouring sequences of the base order, and sequences are taken from the lanes in turn.
+The lane after lane i is i + g (mod L), with g / L close to the golden section: so any number of consecutive sequences
+of a domain is spread evenly over the lanes, also fewer than there are lanes.
 At any time only a few windows of every lane are in use. Inside a step the sequences are sorted by lane, so each rank
 needs few lanes, and each node reads and decodes its own part of the data. Price: a closed form per sequence, no memory.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +73,7 @@ class LaneOrder:
         number = ordinal - segment.first
         length = segment.lane_length
         in_lanes = number < self.lanes * length
-        dealt = segment.first + number % self.lanes * length + number // self.lanes
+        dealt = segment.first + number * self._step % self.lanes * length + number // self.lanes
         sequence: Ints = np.where(in_lanes, dealt, ordinal)
         return sequence
 
@@ -79,13 +83,14 @@ class LaneOrder:
         number = sequence - first
         if not 0 <= number < self.lanes * length:
             return sequence
-        return first + number % length * self.lanes + number // length
+        return first + number % length * self.lanes + self._turn(number // length)
 
     def lane(self, domain: AnyInts, ordinal: Ints) -> Ints:
         """Return the lane of every served sequence; the sequences at the end of an epoch are in the last lane."""
         segment = self._segment(domain, ordinal)
         number = ordinal - segment.first
-        lane: Ints = np.where(number < self.lanes * segment.lane_length, number % self.lanes, self.lanes - 1)
+        in_lanes = number < self.lanes * segment.lane_length
+        lane: Ints = np.where(in_lanes, number * self._step % self.lanes, self.lanes - 1)
         return lane
 
     def step(self, first: Ints, stop: Ints) -> Slots:
@@ -109,11 +114,19 @@ class LaneOrder:
         number = ordinal - first
         if not 0 < number < self.lanes * length:
             return [(int(low[0]), stop)]
-        # Every lane has served number / lanes sequences; the first lanes one more.
-        counts = [(number + self.lanes - 1 - lane) // self.lanes for lane in range(self.lanes)]
+        # Every lane has served number / lanes sequences; those whose turn came first one more.
+        counts = [(number + self.lanes - 1 - self._turn(lane)) // self.lanes for lane in range(self.lanes)]
         begins = [self._item(domain, first + lane * length) for lane in range(self.lanes)]
         ranges = [(begin, begin + count * self.grid.stride) for begin, count in zip(begins, counts, strict=True)]
         return [(int(low[0]), begins[0]), *ranges]
+
+    @property
+    def _step(self) -> int:
+        return _golden_step(self.lanes)
+
+    def _turn(self, lane: int) -> int:
+        """Return when it is the turn of a lane, in [0, lanes)."""
+        return lane * pow(self._step, -1, self.lanes) % self.lanes
 
     def _segment(self, domain: AnyInts | int, ordinal: Ints) -> _LaneCut:
         """Return the segment in which each sequence begins."""
@@ -136,6 +149,15 @@ class LaneOrder:
 
     def _item(self, domain: int, sequence: int) -> int:
         return int(self.origins[domain]) + sequence * self.grid.stride
+
+
+@cache
+def _golden_step(lanes: int) -> int:
+    """Return the distance from one lane to the next one in turn; it has no common divisor with the number of lanes."""
+    golden = round(lanes * (math.sqrt(5) - 1) / 2)
+    # Of two neighbours at the same distance, the smaller one.
+    candidates = sorted(range(1, lanes + 1), key=lambda step: (abs(step - golden), step))
+    return next(step for step in candidates if math.gcd(step, lanes) == 1)
 
 
 def sort_by_lane(lane: Ints, lanes: int) -> NDArray[np.intp]:

@@ -9,7 +9,7 @@ cached within a byte budget.
 from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +47,7 @@ class Documents:
     length: Ints
     """Bytes of the row."""
     window: Ints
-    """Identity of the window, a key of `windows`."""
+    """Serial number of the window, a key of `windows`."""
     place: Ints
     """Position of the document in its window."""
     lengths: MutableMapping[int, Ints]
@@ -79,6 +79,8 @@ _PER_DOCUMENT = ("block", "row", "first", "last", "size", "offset", "length", "w
 class StreamWindow:
     """The documents of one window, in stream order; n of them."""
 
+    serial: int
+    """Number that no other window of these streams has, in the order in which windows are made."""
     key: tuple[int, int, int]
     """Domain, epoch, and number of the window in the epoch."""
     block: NDArray[np.int32]
@@ -128,6 +130,7 @@ class DomainStreams:
         self._windows: OrderedDict[tuple[int, int, int], StreamWindow] = OrderedDict()
         """(domain, epoch, window) → window, the one used last at the end."""
         self._window_bytes = 0
+        self._serials = count()
 
     def epoch_of(self, domain: int, item: int) -> int:
         """Return the epoch that `item` of the stream lies in."""
@@ -239,6 +242,7 @@ class DomainStreams:
         self._check_items(domain, len(blocks), int(items.sum()), int(order.starts[number + 1] - order.starts[number]))
 
         return StreamWindow(
+            serial=next(self._serials),
             key=(domain, epoch, number),
             block=blocks[position],
             row=row,
@@ -289,7 +293,7 @@ def _documents_in(spans: list[_WindowSpan]) -> Documents:
     """Return the documents that cover each span in turn."""
     # Documents of a span are neighbours in its window. The arrays are sliced span by span, in Python: with many
     # domains a span has few documents, and any numpy operation per domain would cost more.
-    windows = {id(span.window): span.window for span in spans}
+    windows = {span.window.serial: span.window for span in spans}
     slices = []
     for window, begin, end in spans:
         first = int(window.starts.searchsorted(begin, side="right")) - 1
@@ -311,7 +315,7 @@ def _documents_in(spans: list[_WindowSpan]) -> Documents:
         size=stops - starts,
         offset=np.concatenate([window.offset[own] for window, own in pairs]),
         length=np.concatenate([window.length[own] for window, own in pairs]),
-        window=np.array([id(span.window) for span in spans]).repeat(counts),
+        window=np.array([span.window.serial for span in spans]).repeat(counts),
         place=np.arange(len(starts)) + (first_places - (counts.cumsum() - counts)).repeat(counts),
         lengths=ChainMap(*distinct_lengths.values()),
         windows=windows,
