@@ -81,7 +81,8 @@ def test_srun_with_the_right_plugin_shares_a_batch_through_mpi(loop: list[str], 
 
 
 def test_srun_with_a_plugin_that_does_not_fit_is_refused(loop: list[str], tmp_path: Path) -> None:
-    command = [*SRUN, "-n2", "--mpi=none", sys.executable, *loop]
+    # Every rank refuses by itself, so srun must not end the other ones first.
+    command = ["srun", "--time=2", "-n2", "--mpi=none", sys.executable, *loop]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=tmp_path)
 
     assert (done.returncode, done.stdout) == (2, "")
