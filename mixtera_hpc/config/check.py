@@ -108,7 +108,10 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     )
     problems = all_at_least("dataplane", plane, 1, positive)
     problems += at_least("dataplane.feedback_lag", plane.feedback_lag, 2)
-    problems += all_at_least("dataplane", plane, 0, ("workers",))
+    problems += all_at_least("dataplane", plane, 0, ("workers", "watchdog_s"))
+    problems += at_least("dataplane.watchdog_trainer_s", plane.watchdog_trainer_s, 1)
+    if 0 < plane.watchdog_s < 1:
+        problems.append(f"dataplane.watchdog_s is {plane.watchdog_s}, expected at least 1 second, or 0 to turn it off.")
     if plane.feedback_lag > MAX_FEEDBACK_LAG:
         problems.append(f"dataplane.feedback_lag is {plane.feedback_lag}, expected at most {MAX_FEEDBACK_LAG} chunks.")
     if plane.seq_len >= 1 << 31:

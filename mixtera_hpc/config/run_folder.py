@@ -7,6 +7,8 @@
   attempts/001/{submit.sh,job.json,exit.json,failure.json,config.yaml,saved}
   attempts/001/logs/batch.out rank_00000.{out,err}   beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
   attempts/001/audit/rank_00000.jsonl     digests of what each rank handed to the trainer
+  attempts/001/watchdog/stalled.json      which ranks keep the others waiting, while a run does not get on
+  attempts/001/watchdog/rank_00000.json   heartbeat of a rank; rank_00000.txt: its stacks when the run stalled
   attempts/001/losses/rank_00000.bin      mean loss of every sequence that each rank recorded
   metrics/{attempts,steps,mixture,comm,validation}.jsonl tensorboard/
   checkpoints/step_00001000/ LATEST
@@ -225,6 +227,18 @@ class RunFolder:
     def audit_files(self, attempt: int) -> list[Path]:
         """Return the digest files of all ranks that exist, by rank."""
         return sorted(self.audit(attempt).glob("rank_*.jsonl"))
+
+    def stall_report(self, attempt: int) -> Path:
+        """Return the file that names the ranks at fault while an attempt does not get on."""
+        return self.attempt(attempt) / "watchdog" / "stalled.json"
+
+    def heartbeat(self, attempt: int, rank: int) -> Path:
+        """Return the heartbeat of one rank."""
+        return self.stall_report(attempt).with_name(f"rank_{rank:05d}.json")
+
+    def stacks(self, attempt: int, rank: int) -> Path:
+        """Return the stacks of one rank's threads when the attempt stalled."""
+        return self.heartbeat(attempt, rank).with_suffix(".txt")
 
     def losses(self, attempt: int) -> Path:
         """Return the folder of the losses that the ranks of an attempt logged."""

@@ -7,6 +7,7 @@ receive them.
 
 import contextlib
 import logging
+import os
 import signal
 import stat
 import threading
@@ -46,14 +47,18 @@ class RunControl:
             watch_files: look for control files; True on rank 0 only, which removes each file when it sees it.
         """
         self._run = run if watch_files else None
+        self._stop_file = run.stop_request if run is not None else None
         self._stop = threading.Event()
         self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         """The handlers to restore. Only the main thread may install handlers."""
         self._blocked_before: set[signal.Signals] = set()
+        self._wakeup: tuple[int, int] | None = None
+        """A pipe to which the interpreter writes the number of every signal, before its handler runs."""
         # Python allows only the main thread to install handlers. A plane that is opened elsewhere sees control files
         # only.
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+            self._wakeup = _open_wakeup_pipe()
             # A signal that was blocked and is pending arrives now, at our handler.
             mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             self._blocked_before = {signal.Signals(number) for number in mask}
@@ -65,6 +70,20 @@ class RunControl:
         if _take_file(self._run.stop_request):
             self._stop.set()
         return self._stop.is_set(), _take_file(self._run.save_request)
+
+    def stop_was_requested(self, look_for_file: bool) -> bool:
+        """Return whether a stop was ever requested. For threads: the main thread may be stuck in native code.
+
+        Args:
+            look_for_file: also look for `control/stop`, and leave it there.
+        """
+        if self._wakeup is not None:
+            with contextlib.suppress(BlockingIOError):
+                if set(STOP_SIGNALS) & set(os.read(self._wakeup[0], 4096)):
+                    self._stop.set()
+        if look_for_file and self._stop_file is not None and self._stop_file.exists():
+            self._stop.set()
+        return self._stop.is_set()
 
     def take_mixture_request(self) -> str | None:
         """Return the text of a requested mixture and remove the file; None without one, or if files are not watched.
@@ -96,9 +115,28 @@ class RunControl:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if number in self._blocked_before else handler)
         self._previous = {}
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(-1)
+            for end in self._wakeup:
+                os.close(end)
+            self._wakeup = None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
+
+
+def _open_wakeup_pipe() -> tuple[int, int] | None:
+    """Let the interpreter write signal numbers to a pipe; return None if another library does that already."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    os.set_blocking(write_end, False)
+    previous = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    if previous == -1:
+        return read_end, write_end
+    signal.set_wakeup_fd(previous)
+    os.close(read_end)
+    os.close(write_end)
+    return None
 
 
 def _take_file(path: Path) -> bool:

@@ -53,6 +53,7 @@ class RunRecorder:
             own_attempt: on rank 0, the attempt, if no launcher records it.
             loop_log: on rank 0, logs attempts, steps and validations, if the training loop does not.
         """
+        self.attempt = attempt
         self._own_attempt = own_attempt
         self._loop_log = loop_log
         self._decisions = folder.decisions if folder else None

@@ -28,10 +28,11 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
-from mixtera_hpc.dataplane.steps.open_steps import OpenSteps
+from mixtera_hpc.dataplane.steps.open_steps import OpenSteps, unknown_progress_error
 from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
 from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests, RankFlags, StepReducer, StepResult
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.dataplane.watchdog.progress import WAIT, RankProgress
+from mixtera_hpc.dataplane.watchdog.watchdog import Watchdog, WatchedRank
 
 __all__ = ["Session", "start_session"]
 
@@ -111,6 +112,8 @@ class Session:
         self._poll_mixture_request()
         # Last, so that no thread or process is left behind if the above fails.
         self._feed = open_feed(source, self._slice, resources.group, self._comm.local_size)
+        self._progress = RankProgress(self._feed.places)
+        self._watchdog = Watchdog(self._progress, WatchedRank.of(resources))
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -126,9 +129,11 @@ class Session:
         Raises:
             ValueError: the trainer holds too many batches that are not finished.
         """
-        self._prepare_request()
+        with self._progress.in_stage("reduce"):
+            self._prepare_request()
         began = time.perf_counter()
-        batch = self._wait_for_batch()
+        with self._progress.in_stage(WAIT):
+            batch = self._wait_for_batch()
         self.data_wait_s = time.perf_counter() - began
         if batch is None:
             return None
@@ -137,6 +142,7 @@ class Session:
         if batch.chunk != self.ledger.current_chunk:
             self._enter_chunk(batch.chunk)
         self._steps.add(batch)
+        self._progress.step = batch.step
         self.ledger.serve(batch.step, batch.chunk)
         self._recorder.record_batch(batch, self.data_wait_s)
         return batch
@@ -149,6 +155,7 @@ class Session:
         losses.add(loss, losses.rows_at(positions_of(batch), rows), tokens, num_tokens)
         self._reducer.advance()
         self._feed.advance()
+        self._progress.changes += 1
 
     def finish_step(self, step: int) -> None:
         """Finish an open step and those before it; see `DataPlane.finish`."""
@@ -160,12 +167,14 @@ class Session:
 
     def stop_requested(self) -> bool:
         """Return whether all ranks should save and leave now. **Collective.**"""
-        self.is_stopping = self._requests.stop_by(self._agree())
+        with self._progress.in_stage("reduce"):
+            self.is_stopping = self._requests.stop_by(self._agree())
         return self.is_stopping
 
     def save_requested(self) -> bool:
         """Return whether all ranks should save and continue, once for every request. **Collective.**"""
-        return self._requests.take_save_by(self._agree())
+        with self._progress.in_stage("reduce"):
+            return self._requests.take_save_by(self._agree())
 
     def completed_statistics(self) -> list[DomainStatistics]:
         """Return the statistics of the steps that were completed since the last call, in order."""
@@ -179,11 +188,13 @@ class Session:
         Raises:
             ConfigError: a loader reads the batches, and no rank has said which steps are finished.
         """
-        next_step = self._reduce_finished(is_end=False)
+        with self._progress.in_stage("reduce"):
+            next_step = self._reduce_finished(is_end=False)
         # The state must hold the plan of the next step, or show that the steps before it were all planned.
         data_step = self._source.stream_version.data_step(next_step)
         # On every rank: the broadcast of a plan may complete on rank 0 only when the others take part.
-        self._poll_plans_until(lambda: self._plans.covers(data_step))
+        with self._progress.in_stage("broadcast"):
+            self._poll_plans_until(lambda: self._plans.covers(data_step))
         if self._comm.rank != 0:
             return None
         return PlaneState(
@@ -198,6 +209,10 @@ class Session:
 
     def finish(self) -> int:
         """Complete everything that other ranks may wait for; return one past the last finished step. **Collective.**"""
+        with self._progress.in_stage("close"):
+            return self._finish()
+
+    def _finish(self) -> int:
         next_step = self._reduce_finished(is_end=True)
         # All ranks were handed the same batches. Their reductions must end, although nobody uses the results.
         self._post_before(self.ledger.next_step, unfinished_from=next_step)
@@ -209,7 +224,9 @@ class Session:
     def close(self, orderly: bool) -> None:
         """Stop the threads; a rank that fails (not `orderly`) does not wait long for a read in progress."""
         # The thread may be inside a read that a broken file system never answers.
-        self._feed.close(timeout_s=None if orderly else ABANDON_S)
+        with self._progress.in_stage("close"):
+            self._feed.close(timeout_s=None if orderly else ABANDON_S)
+        self._watchdog.close()
         self._mixture.close()
 
     def _record_start(self, data_parallel_ranks: Sequence[int] | None) -> None:
@@ -318,7 +335,7 @@ class Session:
         agreed = int(self._comm.Allreduce(np.array([own], np.int64), "min")[0])
         if agreed == NO_SAY:
             if self._is_read_by_loader and not is_end and handed_out > self._first_step:
-                raise _unknown_progress_error()
+                raise unknown_progress_error()
             agreed = handed_out
         self._flags.poll(self.ledger.current_step)
         self._post_before(max(agreed, own) if self._steps.names_steps else agreed)
@@ -364,13 +381,6 @@ class Session:
             logger.info("Another mixture was requested; it holds from chunk %d on.", decision.chunk)
         else:
             logger.warning("The request for another mixture was refused: %s", decision.refused)
-
-
-def _unknown_progress_error() -> ConfigError:
-    return ConfigError(
-        "The state was asked for, but the data plane does not know which batches the trainer has finished: a loader "
-        "may have fetched some ahead.\n  Call plane.record(batch, loss) or plane.finish(batch) after every step."
-    )
 
 
 def _ledger_at(source: Source, start: ResumePoint, num_fed: int) -> StepLedger:

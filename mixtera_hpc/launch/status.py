@@ -46,6 +46,8 @@ class RunStatus:
     tokens_per_s: float | None = None
     last_log_age_s: int | None = None
     """Seconds since the newest attempt last wrote a log line or a metric."""
+    stalled: Sequence[Mapping[str, Any]] | None = None
+    """The ranks that keep the others waiting, with node, stage, step, shard and rows; None if the run gets on."""
     folder: str
 
 
@@ -119,6 +121,9 @@ def _status(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> Run
     # The data plane notes it at every chunk, if the mixture learns.
     if _last_event(folder.metric("mixture")).get("hears_losses") is False:
         reason = "; ".join(filter(None, (reason, SILENT_MIXTURE)))
+    stall = _stall(attempt)
+    if stall:
+        reason = "; ".join(filter(None, (stall.get("message"), reason)))
     return RunStatus(
         run_id=folder.run_id,
         name=folder.name,
@@ -132,6 +137,7 @@ def _status(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> Run
         step=event.get("step"),
         tokens_per_s=event.get("tokens_per_s"),
         last_log_age_s=_log_age_s(attempt, now),
+        stalled=stall.get("ranks"),
         folder=str(folder.path),
     )
 
@@ -170,6 +176,17 @@ def _failure(attempt: _NewestAttempt) -> str | None:
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return f"rank {failure.get('rank')} on {failure.get('host')}: {failure.get('reason')}"
+
+
+def _stall(attempt: _NewestAttempt) -> Mapping[str, Any]:
+    """Return what the watchdog wrote about a run that does not get on; empty if it does, or has ended."""
+    if attempt.end is not None:
+        return {}
+    try:
+        stall = json.loads(attempt.folder.stall_report(attempt.number).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return stall if isinstance(stall, dict) else {}
 
 
 def _local_info(start: JobRecord, age_s: int, failure: str | None) -> JobInfo:

@@ -119,6 +119,8 @@ def test_an_abandoned_reading_thread_frees_its_files_when_its_read_returns() -> 
     closed = threading.Event()
 
     class SlowMaker:
+        places = ()
+
         def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
             returns.wait()
             yield from ()

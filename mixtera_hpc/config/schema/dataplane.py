@@ -72,6 +72,14 @@ class DataPlaneConfig:
     comm: Literal["auto", "local", "mpi", "torch"] = "auto"
     """How ranks communicate. `auto`: through torch's process group if it is initialised, else MPI if mpiexec or srun
     started several processes, else this process is alone. Fewer ranks than the launcher started are refused."""
+    watchdog_s: float = 60
+    """Seconds without progress after which the ranks at fault are named in the log, in the run folder and by `status`.
+    0 turns the watchdog off; a stop request during a read that hangs is then not honoured."""
+    watchdog_trainer_s: float = 1800
+    """The same limit for the time in the trainer's own code (compile, save, validate) while no rank waits for it."""
+    watchdog: Literal["warn", "abort"] = "warn"
+    """What follows after the same time again without progress. `warn`: nothing. `abort`: all ranks end with an
+    error."""
     audit: bool = False
     """Log a digest of every sequence (or sample) handed to the trainer, for `mixtera-hpc trace --verify`."""
     record_losses: bool = False

@@ -4,7 +4,7 @@ Several steps are read together, domain by domain, so that neighbouring sequence
 read of the document they share.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transfo
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import StepContent, StepSequences, slots_of_steps
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
+from mixtera_hpc.dataplane.watchdog.progress import IDLE, ReadPlace
 from mixtera_hpc.errors import MixteraError
 
 __all__ = ["BatchMaker", "steps_per_read", "training_steps_of"]
@@ -63,6 +64,15 @@ class BatchMaker:
         self._order: tuple[ChunkPlan, ChunkOrder] | None = None
         """The order of the plan that was used last."""
 
+    @property
+    def places(self) -> Sequence[ReadPlace]:
+        """The place of this reader."""
+        return [self._reader.place]
+
+    def write_place(self, place: ReadPlace) -> None:
+        """Record in `place` where this reader is, from now on."""
+        self._reader.place = place
+
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         """Yield this rank's batches of `plan`, from training step `first_step` on."""
         return self.batches_of(plan, training_steps_of(self._source, plan, first_step))
@@ -73,6 +83,7 @@ class BatchMaker:
         Several steps are read together, but an error in the data of a step is raised at that step.
         """
         for first in range(0, len(steps), self._steps_per_read):
+            self._reader.place.begin(steps[first])
             together = self._contents_of(plan, steps[first : first + self._steps_per_read])
             try:
                 batches = self._read_steps(plan, together)
@@ -81,6 +92,7 @@ class BatchMaker:
                 for content in together:
                     yield from self._read_steps(plan, [content])
             else:
+                self._reader.place.enter(IDLE)
                 yield from batches
 
     def close(self) -> None:

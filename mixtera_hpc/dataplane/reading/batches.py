@@ -1,6 +1,6 @@
 """What a rank gets of every step, and which part of the global batch that is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["Batch", "BatchSlice", "BatchSource", "positions_of", "step_of"]
@@ -114,6 +115,10 @@ def positions_of(batch: Batch | Mapping[str, Any]) -> Any:
 
 class BatchSource(Protocol):
     """Makes one rank's batches: in this process (`BatchMaker`) or in others (`Workers`)."""
+
+    @property
+    def places(self) -> Sequence[ReadPlace]:
+        """Where it reads, one place per process."""
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         """Yield this rank's batches of `plan`, from training step `first_step` on."""

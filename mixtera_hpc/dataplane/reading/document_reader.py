@@ -21,6 +21,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences, read_sequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
+from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, TOKENIZE, ReadPlace
 from mixtera_hpc.formats.base import BlockRef, Format, RangeReader, ShardReader, TokenReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
@@ -75,6 +76,8 @@ class DocumentReader:
     def __init__(self, source: Source) -> None:
         """Open nothing yet; shards are opened when they are needed."""
         self._source = source
+        self.place = ReadPlace()
+        """Where this reader is, for the watchdog."""
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._max_open_shards = _max_open_shards()
         self._paths: dict[int, Path] = {}
@@ -108,6 +111,7 @@ class DocumentReader:
             DataError: a document cannot be read, or has other tokens than the index counted.
         """
         is_stored = self._gather.is_stored(documents)
+        self.place.enter(READ)
         if not is_stored.any():
             return self._packed(documents, self._read_texts(documents, last_of_run))
 
@@ -131,6 +135,7 @@ class DocumentReader:
 
     def read_sequences(self, documents: Documents, rows: Ints, shape: tuple[int, int]) -> StoredSequences:
         """Return whole sequences of documents that are all stored; see `stored_sequences.read_sequences`."""
+        self.place.enter(READ)
         across = self._source.config.dataplane.predict_across_documents
         return read_sequences(self._gather, documents, rows, shape, predict_across_documents=across)
 
@@ -162,6 +167,7 @@ class DocumentReader:
         # Rows are read in the order of the disk.
         disk_order = np.lexsort((documents.row, documents.block))
         rows = self._read_rows(documents.select(disk_order), raw=raw)
+        self.place.enter(PACK)
         place_of = np.empty_like(disk_order)
         place_of[disk_order] = np.arange(len(disk_order))
         return take(rows, place_of)
@@ -233,7 +239,10 @@ class DocumentReader:
         tokens: list[Tokens] = []
         for first in range(0, len(documents.block), DOCUMENTS_PER_ENCODE):
             group = documents.select(slice(first, first + DOCUMENTS_PER_ENCODE))
-            tokens += tokenizer.encode_each(self._read_rows(group, raw=False))
+            texts = self._read_rows(group, raw=False)
+            self.place.enter(TOKENIZE)
+            tokens += tokenizer.encode_each(texts)
+        self.place.enter(PACK)
 
         # A wrong count would shift every later sequence of the stream without a sign.
         sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.added_tokens(documents.block)
@@ -248,7 +257,7 @@ class DocumentReader:
         shards = blocks.shard[documents.block]
         # Formats with byte ranges read only the rows. The others decode whole blocks, so the other rows of a block stay
         # in memory; but not if it has only one.
-        is_decoded = self._decodes_blocks(shards) & (blocks.rows[documents.block] > 1)
+        is_decoded = self._decodes_blocks(documents, shards) & (blocks.rows[documents.block] > 1)
         if not is_decoded.any():
             return self._read_from_shards(documents, shards, raw=raw)
         rows: list[Any] = [None] * len(shards)
@@ -269,6 +278,7 @@ class DocumentReader:
         starts = self._source.blocks.offset[documents.block] + documents.offset
         rows: list[Any] = []
         for first, last in equal_runs(shards) if len(shards) else ():
+            self._enter_shard(documents, first, last)
             shard = self._shard(int(shards[first]))
             of_shard = slice(first, last)
             if shard.range_reader is None:
@@ -279,9 +289,17 @@ class DocumentReader:
                 rows += shard.range_reader.documents_at(starts[of_shard], documents.length[of_shard])
         return rows
 
-    def _decodes_blocks(self, shards: NDArray[np.int32]) -> NDArray[np.bool_]:
+    def _enter_shard(self, documents: Documents, first: int, last: int) -> None:
+        """Record that rows of one shard are read, those of documents `first` to `last` - 1."""
+        blocks = self._source.blocks
+        ends = [int(blocks.first_row[documents.block[i]]) + int(documents.row[i]) for i in (first, last - 1)]
+        self.place.enter(READ, int(blocks.shard[documents.block[first]]), *ends)
+
+    def _decodes_blocks(self, documents: Documents, shards: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Return whether each shard is read by decoding whole blocks. A shard is opened when it is first asked for."""
         for number in np.unique(shards[self._shard_kinds[shards] == _UNKNOWN]).tolist():
+            of_shard = np.flatnonzero(shards == number)
+            self._enter_shard(documents, int(of_shard[0]), int(of_shard[-1]) + 1)
             shard = self._shard(number)
             is_decoded = shard.range_reader is None and shard.token_reader is None
             self._shard_kinds[number] = _BLOCKS if is_decoded else _ROWS
@@ -297,7 +315,10 @@ class DocumentReader:
     def _decode_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> Sequence[Any]:
         """Decode a block and return the named rows; the lengths of rows have no meaning here."""
         block = BlockRef.of(self._source.blocks, number)
-        reader = self._shard(int(self._source.blocks.shard[number])).reader
+        shard = int(self._source.blocks.shard[number])
+        first_row = int(self._source.blocks.first_row[number])
+        self.place.enter(READ, shard, first_row, first_row + block.rows - 1)
+        reader = self._shard(shard).reader
         lengths = np.zeros(block.rows, np.int64)
         return reader.payloads(block, lengths, rows) if raw else reader.documents(block, lengths, rows)
 

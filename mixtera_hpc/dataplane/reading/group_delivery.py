@@ -10,6 +10,7 @@ import contextlib
 import queue
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.processes.workers import open_batch_source
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import CommError, ConfigError, DataError, UserError
 
 __all__ = ["BatchFeed", "FollowingFeed", "LeadingFeed", "check_delivery", "open_feed"]
@@ -35,6 +37,10 @@ BATCH, END, USER_ERROR, ERROR = range(4)
 
 class BatchFeed(Protocol):
     """The origin of the batches of a session: its own reading thread, or the leader of its group."""
+
+    @property
+    def places(self) -> Sequence[ReadPlace]:
+        """Where this rank reads; empty if it does not."""
 
     def submit(self, plan: ChunkPlan, first_step: int) -> None:
         """Take a plan; its steps before `first_step` are skipped."""
@@ -135,6 +141,7 @@ class LeadingFeed:
     def __init__(self, prefetcher: Prefetcher, group: Communicator, source: Source, batch_slice: BatchSlice) -> None:
         """Pass on what `prefetcher` yields, over a duplicate of `group`. **Collective.**"""
         self._prefetcher = prefetcher
+        self.places = prefetcher.places
         self._group = group.Dup()
         self._shape = (batch_slice.size, source.grid.length)
         self._ready: deque[Batch] = deque()
@@ -204,6 +211,7 @@ class FollowingFeed:
 
     def __init__(self, group: Communicator, source: Source, batch_slice: BatchSlice) -> None:
         """Receive over a duplicate of `group`. **Collective.**"""
+        self.places: Sequence[ReadPlace] = ()
         self._group = group.Dup()
         self._shape = (batch_slice.size, source.grid.length)
         self._slice = batch_slice

@@ -33,6 +33,8 @@ class Prefetcher:
     def __init__(self, maker: BatchSource, prefetch_batches: int) -> None:
         """Start the thread; it prepares at most `prefetch_batches` batches."""
         self._maker = maker
+        self.places = maker.places
+        """Where the thread, or its processes, read."""
         self._plans: queue.SimpleQueue[_QueuedPlan | None] = queue.SimpleQueue()
         self._ready: queue.Queue[Batch | _EndOfData | BaseException] = queue.Queue(maxsize=prefetch_batches)
         self._end: _EndOfData | BaseException | None = None

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
+from mixtera_hpc.errors import ConfigError
 
-__all__ = ["OpenStep", "OpenSteps"]
+__all__ = ["OpenStep", "OpenSteps", "unknown_progress_error"]
 
 MAX_UNDECIDED = 16
 """A trainer that holds more batches before its first `record` or `finish` is taken for one that calls neither."""
@@ -107,3 +108,11 @@ class OpenSteps:
     def note_request(self) -> None:
         """Record how many batches are unfinished while another one is asked for."""
         self.look_ahead = max(self.look_ahead, len(self._steps))
+
+
+def unknown_progress_error() -> ConfigError:
+    """Return the error of a state that is asked for while nobody has said which steps are finished."""
+    return ConfigError(
+        "The state was asked for, but the data plane does not know which batches the trainer has finished: a loader "
+        "may have fetched some ahead.\n  Call plane.record(batch, loss) or plane.finish(batch) after every step."
+    )

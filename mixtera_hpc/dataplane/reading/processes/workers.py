@@ -13,7 +13,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -27,6 +27,7 @@ from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchSource
 from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape, TokenArrays
 from mixtera_hpc.dataplane.reading.sample_transform import load_transform
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import DataError
 
 __all__ = ["Workers", "default_workers", "open_batch_source"]
@@ -80,6 +81,7 @@ class _Worker(NamedTuple):
 
     process: "subprocess.Popen[bytes]"
     pipe: Connection
+    place: ReadPlace
     memory: BatchMemory | None
     """For its batches; None if these hold samples."""
 
@@ -102,6 +104,11 @@ class Workers:
         self._shape = _memory_shape(source, batch_slice, count) if source.layout.in_tokens else None
         self._workers = [_start_process(self._shape) for _ in range(count)]
         self._has_source = False
+
+    @property
+    def places(self) -> Sequence[ReadPlace]:
+        """The place of every process."""
+        return [worker.place for worker in self._workers]
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         """See `BatchSource`.
@@ -226,7 +233,7 @@ def _start_process(shape: MemoryShape | None) -> _Worker:
         shape: the memory for its batches; None if these hold samples.
     """
     ours, theirs = Pipe()
-    fds = [theirs.fileno()]
+    fds = [theirs.fileno(), ReadPlace.create()]
     if shape is not None:
         fds.append(BatchMemory.create(shape))
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
@@ -235,16 +242,17 @@ def _start_process(shape: MemoryShape | None) -> _Worker:
         command = [sys.executable, "-P", "-m", __name__, *map(str, fds)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
         process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
-        memory = BatchMemory(fds[1], shape) if shape is not None else None
+        place = ReadPlace.of_memory(fds[1])
+        memory = BatchMemory(fds[2], shape) if shape is not None else None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
         theirs.close()
         for fd in fds[1:]:
             os.close(fd)
-    return _Worker(process, ours, memory)
+    return _Worker(process, ours, place, memory)
 
 
-def _serve(pipe: Connection, memory_fd: int = -1) -> None:
+def _serve(pipe: Connection, place_fd: int, memory_fd: int = -1) -> None:
     """Run a process: receive a source and a slice, then plans with their step ranges, until the rank closes."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -256,6 +264,7 @@ def _serve(pipe: Connection, memory_fd: int = -1) -> None:
         shape: MemoryShape | None = pipe.recv()
         memory = BatchMemory(memory_fd, shape) if shape is not None else None
         maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
+        maker.write_place(ReadPlace.of_memory(place_fd))
         plan: ChunkPlan = pipe.recv()
         while True:
             message = pipe.recv()
