@@ -180,7 +180,7 @@ def _failure(attempt: _NewestAttempt) -> str | None:
 
 def _stall(attempt: _NewestAttempt) -> Mapping[str, Any]:
     """Return what the watchdog wrote about a run that does not get on; empty if it does, or has ended."""
-    if attempt.end is not None:
+    if attempt.end is not None or attempt.folder.failure(attempt.number).exists():
         return {}
     try:
         stall = json.loads(attempt.folder.stall_report(attempt.number).read_bytes())

@@ -123,7 +123,7 @@ def test_a_hung_read_is_named_and_a_stop_ends_it(
             for rank in range(ranks):
                 os.kill(job.pid(rank), number)
         log = job.wait_for_end()
-    assert f"shard {named['shard']}" in log and "a stop was requested" in log and "Nothing was saved now" in log
+    assert f"shard {named['shard']}" in log and "a stop was requested" in log and "Nothing more is saved" in log
     failure = json.loads(job.run.failure(1).read_text())
     assert failure["rank"] == named["rank"] and "stage read" in failure["reason"]
 
@@ -164,7 +164,7 @@ def test_a_trainer_that_is_stuck_is_named(ranks: int, own_collection: list[str],
         job.wait_for(lambda: "watchdog_program.py" in stacks.read_text(), 2, "the stacks of the trainer")
         for rank in range(ranks):
             os.kill(job.pid(rank), signal.SIGTERM)
-        assert "Nothing was saved now" in job.wait_for_end()
+        assert "Nothing more is saved" in job.wait_for_end()
 
 
 def test_a_hung_reading_process_is_named_and_ended(own_collection: list[str], tmp_path: Path) -> None:

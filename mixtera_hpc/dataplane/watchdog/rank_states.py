@@ -23,6 +23,7 @@ __all__ = [
     "Verdict",
     "culprits_of",
     "describe",
+    "place_of",
     "read_states",
     "to_json",
     "write_atomically",
@@ -132,7 +133,8 @@ def describe(ranks: Sequence[RankState]) -> str:
     return "; ".join(names)
 
 
-def _describe_one(state: RankState) -> str:
+def place_of(state: RankState) -> str:
+    """Return the stage of a rank, and its step, shard and rows as far as they are known."""
     place = f"stage {state.stage}"
     if state.step is not None:
         place += f", step {state.step}"
@@ -140,6 +142,11 @@ def _describe_one(state: RankState) -> str:
         place += f", shard {state.shard}"
     if state.rows is not None:
         place += f", rows {state.rows[0]} to {state.rows[1]}"
+    return place
+
+
+def _describe_one(state: RankState) -> str:
+    place = place_of(state)
     name = f"rank {state.rank} on {state.host}"
     if state.silent:
         return f"{name} is silent: stopped, or its node is lost (last seen in {place})"

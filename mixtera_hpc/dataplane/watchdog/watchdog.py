@@ -35,6 +35,7 @@ from mixtera_hpc.dataplane.watchdog.rank_states import (
     Verdict,
     culprits_of,
     describe,
+    place_of,
     read_states,
     to_json,
     write_atomically,
@@ -295,7 +296,7 @@ class Watchdog:
         """Write where this rank is, and the stacks of all its threads, to its file or to stderr."""
         watched = self._watched
         if watched.num_ranks > 1 or watched.folder is None:
-            logger.warning("This is %s.", describe([own]))
+            logger.warning("No progress on rank %d on %s: %s.", own.rank, own.host, place_of(own))
         if watched.folder is None:
             with contextlib.suppress(OSError, ValueError, io.UnsupportedOperation):
                 faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
@@ -304,7 +305,7 @@ class Watchdog:
 
         def write() -> None:
             with path.open("wb") as file:
-                file.write(f"{describe([own])}\n\n".encode())
+                file.write(f"rank {own.rank} on {own.host}: {place_of(own)}\n\n".encode())
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
@@ -359,16 +360,17 @@ class Watchdog:
             if folder is None:
                 return
             first = culprits[0]
-            facts = {"rank": first.rank, "host": first.host, "pid": first.pid, "step": first.step, "reason": message}
+            reason = message.removeprefix(f"rank {first.rank} on {first.host} ")
+            facts = {"rank": first.rank, "host": first.host, "pid": first.pid, "step": first.step, "reason": reason}
             record_failure(str(folder.failure(watched.attempt)), facts)
             steps = folder.checkpoint_steps()
             newest = folder.checkpoint(steps[-1]).name if steps else "none in the run folder"
-            notes.append(f"Nothing was saved now. The last checkpoint is {newest}; resume continues from it.")
+            notes.append(f"Nothing more is saved. The last checkpoint is {newest}; resume continues from it.")
 
         self._files.finish(0.5)
         PatientFiles().run(record)
         where = f"[rank {watched.rank} on {watched.host}] " if watched.num_ranks > 1 else ""
-        text = f"{where}{message}\n  " + (notes[0] if notes else "Nothing was saved now.") + "\n"
+        text = f"{where}{message}\n  " + (notes[0] if notes else "Nothing more is saved.") + "\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
         for pid in {place.now().pid for place in self._progress.places} - {0, os.getpid()}:
