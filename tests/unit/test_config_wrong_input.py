@@ -48,6 +48,12 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
         ("+cluster.env={A-B: c}", r"^cluster\.env has the key 'A-B', which is not the name of a variable\.$"),
         ("+cluster.sbatch={X_Y: c}", r"^cluster\.sbatch has the key 'X_Y', which is not a parameter of sbatch\.$"),
         (
+            "dataplane.watchdog_s=0.1",
+            r"^dataplane\.watchdog_s is 0\.1, expected at least 1 second, or 0 to turn it off",
+        ),
+        ("dataplane.watchdog_s=-1", r"^dataplane\.watchdog_s is -1.*, expected at least 0"),
+        ("dataplane.watchdog_trainer_s=0", r"^dataplane\.watchdog_trainer_s is 0.*, expected at least 1"),
+        (
             "dataplane.feedback_lag=1000000000000000000000",
             r"^dataplane\.feedback_lag is 10+, expected at most 1000000 chunks",
         ),
