@@ -154,18 +154,28 @@ def served_until_error(source: Source, maker: BatchSource) -> tuple[list[list[st
     return digests, str(caught.value)
 
 
-def test_workers_end_with_a_killed_rank(collection: list[str], tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, sys\n"
-        "from mixtera_hpc import DataPlane, compose\n"
-        "plane = DataPlane.open(compose(sys.argv[1:]))\n"
-        "next(iter(plane))\n"
-        "print(*(worker.process.pid for worker in plane._session._feed._maker._workers), flush=True)\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    words = [*collection, *WORDS, "dataplane.workers=2", "dataplane.comm=local"]
-    done = subprocess.run([sys.executable, program, *words], capture_output=True, text=True, check=False)
+KILLED_RANK = """
+import glob, os, sys, threading, time
+from mixtera_hpc import DataPlane, compose
+config = compose(sys.argv[2:])
+plane = DataPlane.open(config)
+if sys.argv[1] == "hung":
+    for shard in glob.glob(config.data.root + "/**/*.jsonl", recursive=True):
+        os.remove(shard)
+        os.mkfifo(shard)
+reading = threading.Thread(target=lambda: next(iter(plane)), daemon=True)
+reading.start()
+reading.join(5)
+print(*(open(f).read() for f in glob.glob("/proc/self/task/*/children")), flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("read", ["finished", "hung"])
+def test_workers_end_with_a_killed_rank(own_collection: list[str], read: str) -> None:
+    words = [*own_collection, *WORDS, "dataplane.workers=2", "dataplane.comm=local"]
+    command = [sys.executable, "-c", KILLED_RANK, read, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2, done.stderr
     deadline = time.monotonic() + 30

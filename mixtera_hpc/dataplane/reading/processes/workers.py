@@ -13,6 +13,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -34,6 +36,7 @@ __all__ = ["Workers", "default_workers", "open_batch_source"]
 
 RANGES_AHEAD = 2
 """Step ranges that each process has been given and not returned."""
+RANK_POLL_S = 1.0
 SPARE_SLOTS = 4
 """Batches that a trainer may hold at a time before further ones are copied."""
 SAMPLES_PER_PICKLE = 32
@@ -258,6 +261,7 @@ def _serve(pipe: Connection, place_fd: int, memory_fd: int = -1) -> None:
         signal.signal(number, signal.SIG_IGN)
     # The mask was inherited from the rank; blocked signals would stay pending for ever.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
+    threading.Thread(target=_end_with_rank, args=(os.getppid(),), daemon=True).start()
     _keep_freed_memory()
     try:
         source, batch_slice = pipe.recv()
@@ -278,6 +282,13 @@ def _serve(pipe: Connection, place_fd: int, memory_fd: int = -1) -> None:
     # The rank has closed its end, or was killed.
     except (EOFError, OSError):
         return
+
+
+def _end_with_rank(rank_pid: int) -> None:
+    """Exit when the rank has ended: a read that hangs never comes back to the pipe, which would say so."""
+    while os.getppid() == rank_pid:
+        time.sleep(RANK_POLL_S)
+    os._exit(1)
 
 
 def _keep_freed_memory() -> None:
