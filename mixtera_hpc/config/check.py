@@ -108,10 +108,7 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     )
     problems = all_at_least("dataplane", plane, 1, positive)
     problems += at_least("dataplane.feedback_lag", plane.feedback_lag, 2)
-    problems += all_at_least("dataplane", plane, 0, ("workers", "watchdog_s"))
-    problems += at_least("dataplane.watchdog_trainer_s", plane.watchdog_trainer_s, 1)
-    if 0 < plane.watchdog_s < 1:
-        problems.append(f"dataplane.watchdog_s is {plane.watchdog_s}, expected at least 1 second, or 0 to turn it off.")
+    problems += at_least("dataplane.workers", plane.workers or 0, 0)
     if plane.feedback_lag > MAX_FEEDBACK_LAG:
         problems.append(f"dataplane.feedback_lag is {plane.feedback_lag}, expected at most {MAX_FEEDBACK_LAG} chunks.")
     if plane.seq_len >= 1 << 31:
@@ -125,8 +122,20 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
             f"dataplane.chunk_steps × dataplane.global_batch_size is {chunk_sequences}, "
             f"at most {MAX_CHUNK_SEQUENCES} sequences fit in one chunk. Lower dataplane.chunk_steps."
         )
+    return problems + _watchdog(plane) + _plane_of_mixture(plane, mixture)
 
-    # Settings that depend on the mixture.
+
+def _watchdog(plane: DataPlaneConfig) -> list[str]:
+    problems = at_least("dataplane.watchdog_s", plane.watchdog_s, 0)
+    problems += at_least("dataplane.watchdog_trainer_s", plane.watchdog_trainer_s, 1)
+    if 0 < plane.watchdog_s < 1:
+        problems.append(f"dataplane.watchdog_s is {plane.watchdog_s}, expected at least 1 second, or 0 to turn it off.")
+    return problems
+
+
+def _plane_of_mixture(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
+    """Check settings of the data plane that depend on the mixture."""
+    problems = []
     if mixture.kind == "arbitrary" and plane.shuffle != "none":
         problems.append(
             f"mixture.kind=arbitrary serves samples in index order, but dataplane.shuffle is {plane.shuffle}. Set "

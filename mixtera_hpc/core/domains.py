@@ -156,7 +156,7 @@ def _assign(grid: BucketGrid, matches: Sequence[_KeyMatch], num_combos: int) -> 
 def _classes_by_named_keys(
     assignment: DomainAssignment, matches: Sequence[_KeyMatch], is_named: Sequence[bool]
 ) -> NDArray[np.int32] | None:
-    """Number the sets of keys that a combo and bucket can match; None if no two named keys match the same.
+    """Enumerate the sets of keys that a combo and bucket can match; None if no two named keys match the same.
 
     Args:
         assignment: its domain is part of the class, because keys without names have no part in the set.

@@ -44,6 +44,7 @@ SPECIAL = {
     "job.ranks_per_node": 2,
     "job.time": "02:00:00",
     "job.partition": "fast",
+    "job.mem": "200G",
     "cluster.gpus_per_node": 2,
     "cluster.cpus_per_node": 64,
     "cluster.max_time": "1-00:00:00",
