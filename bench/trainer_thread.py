@@ -1,4 +1,4 @@
-"""How much the data plane disturbs the thread of the trainer: a reading thread next to `dataplane.workers`.
+"""Disturbance of the trainer's thread by the data plane: a reading thread next to `dataplane.workers`.
 
 A step of the trainer is 25 pieces of pure Python of 1 ms each, or 15,000 operations on small tensors. While it runs,
 the plane reads the batches of the next steps: 65,536 tokens of text, or 256 samples of 1 kB. The steps without a plane,

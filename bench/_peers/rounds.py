@@ -24,7 +24,7 @@ TEMPORARY = OUT / "peers" / "tmp"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
-    """How long systems are measured."""
+    """The number and the length of the rounds."""
 
     count: int
     """Rounds that count; one more before them warms up."""

@@ -175,7 +175,7 @@ def megatron(work: Workload) -> Iterator[int]:
 
 
 class _MegatronTokenizer:
-    """What a GPTDataset wants to know about the vocabulary."""
+    """The part of a tokenizer that a GPTDataset uses."""
 
     vocab_size = VOCAB_SIZE
     eod = VOCAB_SIZE - 1

@@ -1,4 +1,4 @@
-"""What every measured process is given: where the corpus is, and the sizes of batches."""
+"""The input of every measured process: the place of the corpus, and the sizes of batches."""
 
 import json
 import os

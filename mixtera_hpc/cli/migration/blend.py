@@ -1,4 +1,4 @@
-"""What every other loader's blend comes to: data sets with weights, and what the weights count."""
+"""The common form of other loaders' blends: data sets with weights, and the unit that the weights count."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class BlendEntry:
     root: Path
     include: tuple[str, ...]
     weight: float | None
-    """None for the size of the data set."""
+    """Share of the data set; None if it is proportional to its size."""
     text_columns: tuple[str, ...] | None = None
     """Columns that may hold the document; None if `data.text` does not depend on columns."""
 
@@ -32,11 +32,11 @@ class Blend:
     entries: tuple[BlendEntry, ...]
     unit: Literal["tokens", "samples"]
     counts: str
-    """What a weight is a share of, for the summary."""
+    """The unit that weights are shares of, as the summary names it."""
     format: str | None = None
     """Value of `data.format`, if it is not found by the endings of the files."""
     notes: tuple[str, ...] = ()
-    """What the source says and the experiment does not."""
+    """Settings of the source that the experiment does not have."""
 
 
 def parse_weighted_words(words: Sequence[str]) -> list[tuple[float | None, str]]:
