@@ -71,6 +71,7 @@ COST_KEYS = ("data.cache_bytes", "data.max_amplification", "data.tokens")
 FLAG_OF_KEY = {
     "dataplane.seed": "--change-seed",
     "dataplane.global_batch_size": "--change-batch-size",
+    "dataplane.seq_len": "--change-seq-len",
 }
 """The identity keys that a flag allows to change, each with its flag."""
 
@@ -85,11 +86,16 @@ class ResumeRequest:
     """Query expressions. Samples that match one of them are no longer served."""
     change_seed: bool = False
     change_batch_size: bool = False
+    change_seq_len: bool = False
 
     @property
     def allowed_keys(self) -> dict[str, str]:
         """The identity keys that this request allows to change, each with its flag."""
-        given = {"--change-seed": self.change_seed, "--change-batch-size": self.change_batch_size}
+        given = {
+            "--change-seed": self.change_seed,
+            "--change-batch-size": self.change_batch_size,
+            "--change-seq-len": self.change_seq_len,
+        }
         return {key: flag for key, flag in FLAG_OF_KEY.items() if given[flag]}
 
 
@@ -106,6 +112,11 @@ def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) ->
     after = dict(_leaves(to_plain(new)))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
 
+    if request.change_seq_len and old.mixture.unit == "samples":
+        raise LaunchError(
+            "--change-seq-len is given, but mixture.unit=samples serves whole samples, which no dataplane.seq_len "
+            "cuts.\n  Remove it."
+        )
     for key, flag in request.allowed_keys.items():
         if key not in changed:
             raise LaunchError(

@@ -26,6 +26,7 @@ Examples:
   mpiexec -n 2 mixtera-hpc resume demo
   mixtera-hpc resume demo --drop "source == 'x'" --skip-steps 990..1010
   mixtera-hpc resume demo --drop-documents worst.jsonl
+  mixtera-hpc resume demo --change-seq-len 8192
 
 Without these flags, keys that identify the run's data or model cannot change; the error message names them."""
 
@@ -77,6 +78,12 @@ def _add_edits(parser: ArgumentParser) -> None:
     )
     edits.add_argument("--change-seed", action="store_true", help="allow a new dataplane.seed=N")
     edits.add_argument("--change-batch-size", action="store_true", help="allow a new dataplane.global_batch_size=N")
+    edits.add_argument(
+        "--change-seq-len",
+        metavar="N",
+        type=int,
+        help="cut the coming tokens into sequences of N: those of the epoch that were not served yet, each once",
+    )
 
 
 def run(args: Namespace) -> int:
@@ -99,10 +106,14 @@ def _resume(args: Namespace) -> int:
         drop=tuple(drop),
         change_seed=args.change_seed,
         change_batch_size=args.change_batch_size,
+        change_seq_len=args.change_seq_len is not None,
     )
+    overrides = list(args.overrides)
+    if args.change_seq_len is not None:
+        overrides.append(f"dataplane.seq_len={args.change_seq_len}")
     if not args.submit and (args.here or started_by_launcher() or not was_submitted(folder)):
-        return continue_run(folder, args.overrides, request)
-    submitted = submit_next_attempt(folder, args.overrides, request)
+        return continue_run(folder, overrides, request)
+    submitted = submit_next_attempt(folder, overrides, request)
     print_submitted(submitted)
     return follow_submitted(submitted) if args.wait else 0
 

@@ -1,4 +1,4 @@
-"""Check and record the run edits of a `resume`: skipped steps, dropped samples, another seed or batch size.
+"""Check and record the run edits of a `resume`: skipped steps, dropped samples, another seed, batch size or seq_len.
 
 An edit takes effect at the checkpoint that the run continues from. It is recorded in the run's `decisions.jsonl` before
 the next attempt begins.

@@ -1,6 +1,6 @@
 """Find where an attempt continues: the step, the plan and the stream version, after all run edits.
 
-Price of an edit: one more open of the index, and for a drop one window of sample columns per domain and lane.
+Price of an edit: one more open of the index; `cut_streams` says what a drop costs.
 """
 
 from collections.abc import Sequence
@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, Local, bcast_bytes
-from mixtera_hpc.core.lanes import ServedPart
-from mixtera_hpc.core.order import EpochOrder
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.plane_state import PlaneState, check_identity
 from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.resume.cut_streams import cut_streams, with_sequence_length
 from mixtera_hpc.dataplane.resume.run_edits import RunEdit
 from mixtera_hpc.dataplane.resume.run_identity import config_for_identity, subset_for_identity
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
@@ -86,13 +84,16 @@ def _edited_resume_point(
     position = before.planner.state_at(state.plan, data_step)
     position = replace(position, chunk=data_step // source.planner.chunk_steps)
 
-    if "global_batch_size" in changed:
+    if "global_batch_size" in changed or "seq_len" in changed:
         # Schedules in tokens count the steps so far with their old size.
         old_items = before.mixture_context.timeline.items_per_step
         new_items = source.mixture_context.timeline.items_per_step
         version = replace(version, items=version.items + data_step * (old_items - new_items))
-    if "drop" in changed:
-        version = _version_after_drop(version, before, source, position.cursors)
+    served = position.cursors
+    if "seq_len" in changed:
+        position = with_sequence_length(position, before, source)
+    if "drop" in changed or "seq_len" in changed:
+        version = cut_streams(version, before, source, served, position.cursors)
     return ResumePoint(step=state.next_step, plan=_empty_plan(position), stream_version=version)
 
 
@@ -141,93 +142,3 @@ def _empty_plan(state: PlannerState) -> ChunkPlan:
         lags=state.lags,
         weights=np.zeros_like(state.lags),
     )
-
-
-def _version_after_drop(
-    version: StreamVersion, before: Source, after: Source, cursors: NDArray[np.int64]
-) -> StreamVersion:
-    """Return `version` with origins under which `cursors` mean, in the shorter streams, what is not served yet."""
-    carrier = _DropCarrier(before, after)
-    begins = np.zeros(len(cursors), np.int64)
-    served = {}
-    for domain, cursor in enumerate(cursors.tolist()):
-        begins[domain], part = carrier.carry(domain, cursor)
-        # What was served is often the beginning of the epoch: nothing has to be recorded then.
-        if len(part.ranges) > 1 or (part.ranges and part.ranges[0][0] > 0):
-            served[domain] = part
-    return replace(version, origins=begins - cursors * after.grid.stride, begins=begins, served=served)
-
-
-class _DropCarrier:
-    """Carries the items that were served of an epoch over to the shorter streams after a drop.
-
-    The order of blocks and rows is that of the longer stream; the shorter one lacks the dropped rows. So an item of the
-    longer base order corresponds to the number of items in front of it that were not dropped: whole windows, and the
-    rows of one window.
-    """
-
-    def __init__(self, before: Source, after: Source) -> None:
-        self._before = before
-        self._after = after
-        self._streams = before.streams()
-        self._read_blocks = after.make_block_reader()
-        # Positions are carried over in the order in which they were reached: that of the old seed.
-        self._same_order = replace(after.layout, order=before.layout.order)
-
-    def carry(self, domain: int, cursor: int) -> tuple[int, ServedPart]:
-        """Return where the shorter stream of a domain continues, and what was served of that epoch."""
-        old_items = int(self._before.layout.epoch_items()[domain])
-        new_items = int(self._after.layout.epoch_items()[domain])
-        if not old_items or not new_items:
-            return 0, ServedPart(epoch=0, ranges=())
-        epoch = self._before.span(domain, cursor, 1)[0] // old_items
-        orders = self._before.layout.epoch_order(domain, epoch), self._same_order.epoch_order(domain, epoch)
-        bounds = [
-            (self._item_after(domain, epoch, orders, first), self._item_after(domain, epoch, orders, last))
-            for first, last in self._served_ranges(domain, epoch, cursor)
-        ]
-        ranges = _merged_ranges(bounds)
-        return epoch * new_items + sum(last - first for first, last in ranges), ServedPart(epoch=epoch, ranges=ranges)
-
-    def _served_ranges(self, domain: int, epoch: int, cursor: int) -> tuple[tuple[int, int], ...]:
-        """Return the items of the base order of `epoch` that were served before sequence `cursor`."""
-        source = self._before
-        items = int(source.layout.epoch_items()[domain])
-        begin = epoch * items
-        # What was served since the last drop, and what was served of the same epoch before it.
-        in_stream = source.lanes.served_ranges(domain, cursor)
-        if in_stream[0][0] > begin:
-            in_stream.append((begin, in_stream[0][0]))
-        spans = np.array([span for span in in_stream if span[0] < span[1]], np.int64).reshape(-1, 2)
-        starts, stops = self._streams.base_items(domain, epoch, spans[:, 0], spans[:, 1])
-        return _merged_ranges(list(zip(starts.tolist(), stops.tolist(), strict=True)))
-
-    def _item_after(self, domain: int, epoch: int, orders: tuple[EpochOrder, EpochOrder], item: int) -> int:
-        """Return the item of the shorter base order that corresponds to `item` of the longer one."""
-        long_order, short_order = orders
-        if item == long_order.starts[-1]:
-            return int(short_order.starts[-1])
-        window = long_order.window_at(item)
-        item_in_window = item - int(long_order.starts[window])
-        position = int(short_order.starts[window])
-        if not item_in_window:
-            return position
-
-        # Rows of the window in front of the item: which of them are still served?
-        passed = self._streams.window_documents(domain, epoch, window, item_in_window)
-        blocks, block_number = np.unique(passed.block, return_inverse=True)
-        rows = self._after.blocks.rows[blocks].astype(np.int64)
-        first_row = np.cumsum(rows) - rows
-        is_served = self._after.is_not_dropped(self._read_blocks(blocks))[first_row[block_number] + passed.row]
-        return position + int((passed.last - passed.first)[is_served].sum())
-
-
-def _merged_ranges(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Return ascending ranges with those that touch joined, and without empty ones."""
-    merged: list[tuple[int, int]] = []
-    for first, last in sorted(span for span in ranges if span[0] < span[1]):
-        if merged and first == merged[-1][1]:
-            merged[-1] = merged[-1][0], last
-        else:
-            merged.append((first, last))
-    return tuple(merged)

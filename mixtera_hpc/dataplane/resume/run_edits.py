@@ -1,8 +1,8 @@
 """Run edits: deliberate changes of a run between two attempts, recorded before they take effect.
 
-A run edit skips data steps, drops samples, or changes the seed or the global batch size. It is a line of
-`decisions.jsonl`, and begins a new stream version at the step that the next attempt continues from. What was served
-before keeps its meaning.
+A run edit skips data steps, drops samples, or changes the seed, the global batch size or the length of sequences. It is
+a line of `decisions.jsonl`, and begins a new stream version at the step that the next attempt continues from. What was
+served before keeps its meaning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -118,4 +118,9 @@ def run_edit_between(
 def _editable(config: Config, dropped: list[str]) -> dict[str, Any]:
     """Return the fields of the identity that an edit may change."""
     plane = config.dataplane
-    return {"drop": dropped, "seed": plane.seed, "global_batch_size": plane.global_batch_size}
+    return {
+        "drop": dropped,
+        "seed": plane.seed,
+        "global_batch_size": plane.global_batch_size,
+        "seq_len": plane.seq_len,
+    }

@@ -1,4 +1,4 @@
-"""Open the data of a run as an attempt had it: index generation, drops, seed and batch size of an identity."""
+"""Open the data of a run as an attempt had it: index generation, drops, seed and sizes of an identity."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +39,12 @@ def pin_index_generation(config: Config, journal: Path) -> Config:
 
 def config_for_identity(config: Config, identity: Mapping[str, Any]) -> Config:
     """Return `config` with the values of `identity` where run edits or a refresh may have changed them."""
-    plane = replace(config.dataplane, seed=identity["seed"], global_batch_size=identity["global_batch_size"])
+    plane = replace(
+        config.dataplane,
+        seed=identity["seed"],
+        global_batch_size=identity["global_batch_size"],
+        seq_len=identity["seq_len"],
+    )
     return replace(_at_generations(config, identity["index"]), dataplane=plane)
 
 
