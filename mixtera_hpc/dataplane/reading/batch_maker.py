@@ -86,11 +86,11 @@ class BatchMaker:
             self._reader.place.begin(steps[first])
             together = self._contents_of(plan, steps[first : first + self._steps_per_read])
             try:
-                batches = self._read_steps(plan, together)
+                batches = self._read_unchanged(plan, together)
             except MixteraError:
                 # Read step by step, so that the steps before the damaged one are served.
                 for content in together:
-                    yield from self._read_steps(plan, [content])
+                    yield from self._read_unchanged(plan, [content])
             else:
                 self._reader.place.enter(IDLE)
                 yield from batches
@@ -119,6 +119,14 @@ class BatchMaker:
         domain_ids[: len(slots.domain)] = slots.domain
         sequence[: len(slots.domain)] = self._source.lanes.sequence(slots.domain, slots.ordinal)
         return StepContent(step, domain_ids, sequence)
+
+    def _read_unchanged(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
+        """Return the batches of consecutive steps, unless a shard that was read has changed."""
+        # Checked before as well: after a change, rows of the changed shard may be in memory.
+        self._reader.guard.check()
+        batches = self._read_steps(plan, steps)
+        self._reader.guard.check()
+        return batches
 
     def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
         """Return the batches of consecutive steps, whose documents are read together."""

@@ -21,6 +21,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences, read_sequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
+from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, TOKENIZE, ReadPlace
 from mixtera_hpc.formats.base import BlockRef, Format, RangeReader, ShardReader, TokenReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
@@ -78,6 +79,9 @@ class DocumentReader:
         self._source = source
         self.place = ReadPlace()
         """Where this reader is, for the watchdog."""
+        index = source.index
+        self.guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states)
+        """Knows which shards were read."""
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._max_open_shards = _max_open_shards()
         self._paths: dict[int, Path] = {}
@@ -85,21 +89,21 @@ class DocumentReader:
         """Name → loaded format."""
         self._is_range_reader: dict[type, bool] = {}
         """Class of a reader → whether it is a `RangeReader`: the check of a protocol is slow."""
-        index = source.config.index
         # Most of the budget is for the rows of windows; blocks help where all domains are in the same block.
         cache_bytes = source.cache_bytes
         self._resident_bytes = cache_bytes - cache_bytes // 4
-        self._cache = BlockCache(cache_bytes // 4, [seek_folder_of(path) for path in index.paths_to_read])
+        seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
+        self._cache = BlockCache(cache_bytes // 4, seek_folders)
         self._resident_rows: dict[bool, ResidentRows] = {}
         """Whether rows are raw → rows of windows in use."""
-        self._shard_kinds = np.zeros(len(source.index.shard_paths), np.int8)
+        self._shard_kinds = np.zeros(len(index.shard_paths), np.int8)
         self._last_documents: OrderedDict[int, Tokens] = OrderedDict()
         """Row key → tokens of documents in which later sequences begin, the newest at the end."""
         self._last_documents_bytes = 0
         added = source.tokenizer.added if source.tokenizer else AddedTokens()
         self._before: Tokens = np.array(added.before, np.uint32)
         self._after: Tokens = np.array(added.after, np.uint32)
-        self._gather = TokenGather(source)
+        self._gather = TokenGather(source, self.guard)
 
     def read(self, documents: Documents, last_of_run: Sequence[int]) -> PackedTokens:
         """Return the tokens of `documents`, special tokens included. A document that occurs twice is read once.
@@ -341,6 +345,7 @@ class DocumentReader:
 
     def _shard(self, number: int) -> _OpenShard:
         """Return an open shard; the one that was not used for longest is closed when there are too many."""
+        self.guard.use(number)
         if number in self._shards:
             self._shards.move_to_end(number)
             return self._shards[number]

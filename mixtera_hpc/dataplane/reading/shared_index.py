@@ -22,6 +22,7 @@ from mixtera_hpc.core.index_tables import BLOCK_COLUMNS, BlockTable, DomainTable
 from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.dataplane.reading.stream_layout import ShardFacts, StreamLayout
 from mixtera_hpc.dataplane.reading.token_counts import check_token_counts
+from mixtera_hpc.dataplane.reading.unchanged.shard_guard import no_shard_states, shard_states
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.formats.chat_rows import is_chat
 from mixtera_hpc.formats.decoded_sizes import expansion_of
@@ -98,6 +99,8 @@ class SharedTables:
     """Without the number of the combo of damaged rows: no domain contains it."""
     assigned: NDArray[np.int32]
     """Domain of every combo and bucket, -1 for none (see `core.domain_assignment`); shape (num_combos, num_buckets)."""
+    shard_states: NDArray[np.int64]
+    """What shards are compared with while they are read, see `unchanged.shard_guard`; no entries if they are not."""
     holdout_keys: NDArray[np.uint64] | None
     """One hash key per shard when samples are held out (see `core.holdout`), else None; shape (num_shards,)."""
 
@@ -105,7 +108,7 @@ class SharedTables:
         """Return all arrays in the order that `unpack` expects; nothing is copied."""
         arrays: list[NDArray[Any]] = [getattr(self.blocks, name) for name in BLOCK_COLUMNS]
         arrays += [getattr(self.domains, field.name) for field in fields(DomainTable)]
-        arrays.append(self.assigned)
+        arrays += [self.assigned, self.shard_states]
         for name in self.combos.properties:
             arrays += [self.combos.indptr[name], self.combos.codes[name]]
         if self.holdout_keys is not None:
@@ -124,6 +127,7 @@ class SharedTables:
         domains = DomainTable(**{field.name: next(remaining) for field in fields(DomainTable)})
         # The order below is the order of `pack`.
         assigned = next(remaining)
+        states = next(remaining)
 
         categorical = _categorical(properties)
         columns = {name: (next(remaining), next(remaining)) for name in categorical}
@@ -139,6 +143,7 @@ class SharedTables:
             domains=domains,
             combos=combos,
             assigned=assigned,
+            shard_states=states,
             holdout_keys=next(remaining, None),
         )
 
@@ -178,7 +183,7 @@ def read_shared_index(
     """Select the domains of `config` in an open index; rank 0 only.
 
     Args:
-        check: refuse an index whose shards have changed on disk.
+        check: refuse an index whose shards have changed on disk, and shards that change while they are read.
 
     Raises:
         PropertyIndexError: the index is stale, or was built with another tokenizer or without one.
@@ -205,6 +210,7 @@ def read_shared_index(
         domains=domains,
         combos=replace(tables.combos, properties=_categorical(tables.properties.values())),
         assigned=chosen.selection.assignment.domain,
+        shard_states=shard_states(tables.shards) if check else no_shard_states(),
         holdout_keys=shard_hash_keys(tables.shards.path, holdout.seed) if holdout.fraction else None,
     )
     return _describe(config, index, subset, chosen, tokenizer), shared

@@ -245,7 +245,7 @@ def open_source(
 
     Args:
         subset: which of the selected samples are served. Rank 0 decides what is dropped.
-        check: refuse an index whose shards have changed on disk.
+        check: refuse an index whose shards have changed on disk, and shards that change while they are read.
 
     Raises:
         ConfigError: the side "validation" is requested, but nothing is held out.

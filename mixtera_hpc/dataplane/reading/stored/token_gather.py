@@ -23,6 +23,7 @@ from mixtera_hpc.dataplane.reading.stored.read_errors import (
     token_count_error,
 )
 from mixtera_hpc.dataplane.reading.stored.store_rows import Places, StoreRows
+from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.formats.base import TokenFormat
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.token_store.store_files import StoreFiles
@@ -52,9 +53,10 @@ class _TextTokens:
 class TokenGather:
     """Reads documents that are stored as token ids. Not thread-safe: one per reading thread."""
 
-    def __init__(self, source: Source) -> None:
-        """Map nothing yet; shards are mapped when they are needed."""
+    def __init__(self, source: Source, guard: ShardGuard) -> None:
+        """Map nothing yet; shards are mapped when they are needed, and recorded in `guard`."""
         self._source = source
+        self._guard = guard
         self._is_stored = blocks_with_tokens(source)
         self._store_rows = StoreRows(source) if source.index.token_stores else None
         self._num_shards = len(source.index.shard_paths)
@@ -83,8 +85,11 @@ class TokenGather:
             length=documents.length.copy(),
             may_have_added=np.ones(len(documents.block), np.bool_),
         )
-        if self._store_rows is not None:
+        if self._store_rows is None:
+            self._guard.use(places.file)
+        else:
             self._store_rows.locate(documents, self._num_shards, places)
+            self._guard.use(places.file[places.file < self._num_shards])
         self._read_places(documents, places, output)
 
     def _read_places(self, documents: Documents, places: Places, output: Tokens) -> None:

@@ -1,0 +1,1 @@
+"""Notice data files that change while a run reads them."""

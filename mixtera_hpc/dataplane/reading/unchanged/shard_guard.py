@@ -1,0 +1,157 @@
+"""Refuse data files that change while a run reads them, before a sample of the changed file is served.
+
+After every read of some steps, each file that was read is looked up once and compared with the index: first its size
+and times, and if one of the times is new, its fingerprint (size, first and last MiB). A file with an equal fingerprint
+is accepted with its new times. Because the comparison follows the read, it covers the opening and the read itself.
+Price: one `stat` of 2 to 4 µs per file and read, which the file system's client answers from the memory of the node
+while it holds the attributes of the file; two reads of 1 MiB per process and file whose times have changed.
+
+What this cannot see: a change in the middle of a file above 2 MiB whose size and modification time are as before, or
+whose size, first and last MiB are; and writes through a memory mapping, until the kernel updates the file's times.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.index_tables import ShardTable
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.index.shards import fingerprint_of_shard
+
+__all__ = ["ShardGuard", "no_shard_states", "shard_states"]
+
+LOGGER = logging.getLogger("mixtera_hpc")
+
+Ints = NDArray[np.int64]
+# Columns of the table of states: the fingerprint of 16 bytes takes two.
+_SIZE, _MTIME, _FINGERPRINT = 0, 1, slice(2, 4)
+_FINGERPRINT_BYTES = 16
+MAX_COMPARISONS = 3
+"""Fingerprints that are computed of a file that changes again meanwhile."""
+
+
+def shard_states(shards: ShardTable) -> Ints:
+    """Return what an index knows of its shards: size, modification time, fingerprint; shape (num_shards, 4)."""
+    states = np.zeros((len(shards.path), 4), np.int64)
+    states[:, _SIZE] = shards.size_bytes
+    states[:, _MTIME] = shards.mtime_ns
+    digests = b"".join(bytes.fromhex(text).ljust(_FINGERPRINT_BYTES, b"\0") for text in shards.fingerprint)
+    states[:, _FINGERPRINT] = np.frombuffer(digests, "<i8").reshape(-1, 2)
+    return states
+
+
+def no_shard_states() -> Ints:
+    """Return the table of a source whose shards are not compared."""
+    return np.zeros((0, 4), np.int64)
+
+
+class ShardGuard:
+    """Compares the shards that one reading thread has read. Not thread-safe."""
+
+    def __init__(self, data_root: str, shard_paths: Sequence[str], states: Ints) -> None:
+        """Look at nothing yet.
+
+        Args:
+            data_root: the folder that `shard_paths` are relative to.
+            shard_paths: of all shards.
+            states: see `shard_states`; without entries, nothing is compared.
+        """
+        self._data_root = data_root
+        self._shard_paths = shard_paths
+        self._states = states
+        self._is_used = np.zeros(len(states), np.bool_)
+        """Which shards were read since the last comparison."""
+        self._accepted = np.zeros((len(states), 3), np.int64)
+        """Size, modification and change time with which each shard was accepted; 0 before that."""
+        self._problem: DataError | None = None
+
+    def use(self, shards: int | NDArray[np.integer[Any]]) -> None:
+        """Record that shards are read, given their numbers."""
+        if len(self._is_used):
+            self._is_used[shards] = True
+
+    def check(self) -> None:
+        """Compare the shards that were read since the last call.
+
+        Raises:
+            DataError: one of them has changed. Every later call raises the same: what was read of it may be in memory.
+        """
+        if self._problem is not None:
+            raise self._problem
+        used = np.flatnonzero(self._is_used)
+        if not len(used):
+            return
+        root = self._data_root
+        names = self._shard_paths
+        try:
+            # A read may touch thousands of shards, so the common case is one comparison.
+            for number, accepted in zip(used.tolist(), self._accepted[used].tolist(), strict=True):
+                # The paths of data sets with names are absolute.
+                name = names[number]
+                path = name if name.startswith("/") else f"{root}/{name}"
+                status = _stat(path)
+                if [status.st_size, status.st_mtime_ns, status.st_ctime_ns] != accepted:
+                    self._accepted[number] = self._state_to_accept(number, path, status, is_first=not accepted[2])
+        except DataError as error:
+            self._problem = error
+            raise
+        self._is_used[used] = False
+
+    def _state_to_accept(
+        self, number: int, path: str, status: os.stat_result, *, is_first: bool
+    ) -> tuple[int, int, int]:
+        """Return the size and times of a shard whose content is as indexed."""
+        size, mtime = self._states[number, : _MTIME + 1].tolist()
+        if status.st_size != size:
+            raise _changed_error(path, f"it has {status.st_size} bytes, but {size} were indexed")
+        # An index holds no change time, so the first look has nothing to compare it with.
+        if not is_first or status.st_mtime_ns != mtime:
+            status = self._compare_content(number, path, status)
+        return _size_and_times(status)
+
+    def _compare_content(self, number: int, path: str, status: os.stat_result) -> os.stat_result:
+        """Compare the fingerprint of a file with new times, and return its status, which did not change meanwhile."""
+        size = status.st_size
+        for _ in range(MAX_COMPARISONS):
+            try:
+                digest = bytes.fromhex(fingerprint_of_shard(Path(path), size))
+            except OSError as error:
+                raise _changed_error(path, f"it cannot be read: {error.strerror}") from None
+            if digest != self._states[number, _FINGERPRINT].tobytes():
+                raise _changed_error(path, "its first or last MiB differs from what was indexed")
+            after = _stat(path)
+            if _size_and_times(after) == _size_and_times(status):
+                if status.st_mtime_ns != int(self._states[number, _MTIME]):
+                    LOGGER.warning(
+                        "%s has another modification time than in the index. Its size, first and last MiB are the "
+                        "same, so the run goes on.",
+                        path,
+                    )
+                return status
+            status = after
+        raise _changed_error(path, "it is being written")
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)  # noqa: PTH116 - pathlib is slow.
+    except OSError as error:
+        raise _changed_error(path, f"it cannot be found: {error.strerror}") from None
+
+
+def _size_and_times(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _changed_error(path: str, problem: str) -> DataError:
+    return DataError(
+        f"{path} has changed while the run reads it: {problem}. Data files must stay as they were indexed until a run "
+        "ends. No sample of the changed file was served.\n"
+        "  Restore the file and continue with mixtera-hpc resume; or update the index with mixtera-hpc index refresh, "
+        "and start a new run."
+    )

@@ -1,0 +1,211 @@
+"""Data files that change while a run reads them: the run ends, and no changed byte is served before that."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading import batch_maker
+from mixtera_hpc.dataplane.reading.unchanged import shard_guard
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.testing import writers
+
+Row = dict[str, Any]
+NUM_ROWS = 30
+STEPS = 40
+"""More than an epoch."""
+FORMATS: dict[str, tuple[Callable[[Path, Sequence[Row]], list[Path]], list[str]]] = {
+    "jsonl": (writers.write_jsonl, []),
+    "json": (writers.write_json, ["data.format=json"]),
+    **{ending: (partial(writers.write_compressed, ending=ending, frame_rows=5), []) for ending in ("gz", "bz2", "xz")},
+    "zst": (partial(writers.write_compressed, ending="zst", frame_rows=5), []),
+    "parquet": (partial(writers.write_parquet, group_rows=5), []),
+    "arrow": (partial(writers.write_arrow, batch_rows=5), []),
+    "arrow, compressed": (partial(writers.write_arrow, batch_rows=5, compression="zstd"), []),
+    "arrow stream": (partial(writers.write_arrow_stream, batch_rows=5), []),
+    "tar": (writers.write_tar, ["data.text=txt"]),
+    "mds": (writers.write_mds_rows, []),
+    "mds.zstd": (partial(writers.write_mds_rows, compression="zstd"), []),
+    "megatron": (
+        writers.write_tokens,
+        ["dataplane.vocab_size=256", "mixture.unit=tokens", "dataplane.seq_len=15", "dataplane.add_eos=false"],
+    ),
+    "text": (writers.write_text, ["data.include=['*.txt']", "data.format=text"]),
+}
+
+
+def rows(letter: str) -> list[Row]:
+    """Return rows with texts of one letter, whose lengths do not depend on it."""
+    return [{"text": letter * (20 + number), "meta": {"number": number}} for number in range(NUM_ROWS)]
+
+
+@pytest.fixture(autouse=True)
+def _small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read few steps at a time: what was read before a change may be served."""
+    monkeypatch.setattr(batch_maker, "SAMPLE_BYTES_PER_READ", 200)
+    monkeypatch.setattr(batch_maker, "STORED_TOKENS_PER_READ", 64)
+
+
+def written(kind: str, folder: Path, letter: str = "a") -> list[Path]:
+    folder.mkdir()
+    return FORMATS[kind][0](folder, rows(letter))
+
+
+def configured(kind: str, data: Path) -> Config:
+    """Build the index of a folder of one format."""
+    words = [f"data.root={data}", f"index.path={data.parent / 'i.h5'}", "index.block_rows=4", "dataplane.workers=0"]
+    words += ["dataplane.global_batch_size=2", "dataplane.prefetch_batches=1", "dataplane.chunk_steps=4"]
+    if "mixture.unit=tokens" not in FORMATS[kind][1]:
+        words.append("mixture.unit=samples")
+    config = compose([*words, *FORMATS[kind][1]])
+    build_index(config)
+    return config
+
+
+def served(config: Config, after_steps: int = STEPS, change: Callable[[], object] = lambda: None) -> list[Any]:
+    """Return the content of every batch; `change` is called after some steps."""
+    contents: list[Any] = []
+    with DataPlane.open(config, Local()) as plane:
+        try:
+            for batch in plane:
+                contents.append(batch.tokens.copy() if batch.payloads is None else repr(batch.payloads))
+                if len(contents) == after_steps:
+                    change()
+                if len(contents) == STEPS:
+                    break
+        except DataError as error:
+            contents.append(error)
+    return contents
+
+
+def equal(first: Any, second: Any) -> bool:
+    return bool(np.array_equal(first, second))
+
+
+def in_place(source: Path, target: Path) -> None:
+    """Write other bytes into a file that stays the same."""
+    with target.open("r+b") as file:
+        file.write(source.read_bytes())
+        file.truncate(source.stat().st_size)
+
+
+def by_rename(source: Path, target: Path) -> None:
+    """Put another file in place of one, as a copy or a download does."""
+    shutil.copy(source, target.with_suffix(".part"))
+    target.with_suffix(".part").rename(target)
+
+
+@pytest.mark.parametrize("replace", [in_place, by_rename])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_replaced_shard_ends_the_run_before_a_changed_byte_is_served(
+    kind: str, replace: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    shards = written(kind, tmp_path / "data")
+    others = written(kind, tmp_path / "others", "b")
+    config = configured(kind, tmp_path / "data")
+    before = served(config)
+    assert len(before) == STEPS
+
+    def change() -> None:
+        for other, shard in zip(others, shards, strict=True):
+            replace(other, shard)
+
+    changed = served(config, 3, change)
+    *batches, error = changed
+    assert isinstance(error, DataError), "the run goes on"
+    assert error.exit_code == 2
+    assert any(f"{shard} has changed while the run reads it" in str(error) for shard in shards)
+    assert len(batches) >= 3
+    assert all(map(equal, batches, before)), "changed bytes were served"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "zst", "parquet", "megatron"])
+def test_a_shard_with_a_new_time_and_the_same_content_is_read_on(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (shard,) = written(kind, tmp_path / "data")
+    config = configured(kind, tmp_path / "data")
+    before = served(config)
+    assert all(map(equal, served(config, 3, lambda: os.utime(shard)), before))
+    assert caplog.text.count("another modification time than in the index") == 1
+
+
+def test_a_restored_modification_time_hides_no_change(tmp_path: Path) -> None:
+    """A run compares the change time as well, which no program can set."""
+    (shard,) = written("jsonl", tmp_path / "data")
+    config = configured("jsonl", tmp_path / "data")
+    times = shard.stat()
+
+    def change() -> None:
+        shard.write_bytes(shard.read_bytes().replace(b"a", b"b"))
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    assert "first or last MiB differs" in str(served(config, 3, change)[-1])
+
+
+def test_a_removed_shard_ends_the_run(tmp_path: Path) -> None:
+    (shard,) = written("jsonl", tmp_path / "data")
+    config = configured("jsonl", tmp_path / "data")
+    assert "it cannot be found: No such file" in str(served(config, 3, shard.unlink)[-1])
+
+
+def test_a_read_looks_up_each_of_its_shards_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a thousand ranks each file access counts: no more look-ups than reads, and no fingerprint of an old file."""
+    written("text", tmp_path / "data")
+    config = configured("text", tmp_path / "data")
+    looked_up: list[str] = []
+    real_stat = os.stat
+
+    def counted(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        looked_up.append(str(path))
+        return real_stat(path, *arguments, **options)
+
+    with DataPlane.open(config, Local()) as plane:
+        monkeypatch.setattr(shard_guard.os, "stat", counted)
+        monkeypatch.setattr(shard_guard, "fingerprint_of_shard", None)
+        rows_read = sum(len(batch.positions) for batch, _ in zip(plane, range(STEPS), strict=False))
+    of_shards = [path for path in looked_up if path.startswith(str(tmp_path / "data"))]
+    # One row of each shard; a few batches are read ahead.
+    assert NUM_ROWS <= len(of_shards) <= rows_read + 20
+
+
+def test_a_run_ends_with_exit_code_2_and_names_the_shard(collection: list[str], tmp_path: Path) -> None:
+    """The reading processes of a run notice the change; the launcher reports it without a traceback."""
+    pytest.importorskip("torch")
+    source = Path(collection[0].removeprefix("data.root="))
+    shutil.copytree(source, tmp_path / "data")
+    words = [f"data.root={tmp_path / 'data'}", *collection[1:], f"index.path={tmp_path / 'i.h5'}"]
+    build_index(compose(words))
+    words += ["dataplane.workers=1", "dataplane.seq_len=32", "dataplane.global_batch_size=4", "training.num_steps=4000"]
+    words += ["dataplane.chunk_steps=2", f"run.root={tmp_path / 'runs'}", "run.id=mine"]
+    command = [sys.executable, "-m", "mixtera_hpc", "run", *words]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        while not re.search(r"step +\d", (tmp_path / "log").read_text()):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        shard = tmp_path / "data/a.jsonl"
+        shard.write_bytes(shard.read_bytes().swapcase())
+        process.wait(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    text = (tmp_path / "log").read_text()
+    assert process.returncode == 2, text
+    assert f"{shard} has changed while the run reads it" in text
+    assert "Traceback" not in text
