@@ -35,7 +35,10 @@ NUM_BUFFER_ROWS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DomainStatistics:
-    """The losses of every domain in one optimizer step, summed over the global batch; shape (num_domains,) each."""
+    """The losses of every domain in one optimizer step, or in one validation, summed over the global batch.
+
+    Arrays have shape (num_domains,).
+    """
 
     step: int
     loss_sum: NDArray[np.float64]
@@ -46,6 +49,9 @@ class DomainStatistics:
     """Sequences in the global batch, including those with a non-finite loss; served shares are computed from them."""
     num_nonfinite: NDArray[np.int64]
     """Sequences excluded from `loss_sum` and `num_tokens` because their loss was not finite."""
+    weights: NDArray[np.float64] | None = None
+    """The mixture that was in force: for a training step, the weights that it was served with; for held-out losses, the
+    mean over the steps since the last validation. None if it is not known."""
 
     @property
     def observed(self) -> NDArray[np.bool_]:

@@ -2,10 +2,11 @@
 
 Chunk c gets its weights from the statistics of all data steps of the chunks up to c - `feedback_lag`. The mixing
 algorithm must see every data step once, in order. Skipped data steps have no statistics, so it gets empty ones for
-them.
+them. With the statistics of a step it gets the weights that the step was served with: after bounds and drops, and
+`feedback_lag` chunks behind what it has decided since.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
+from mixtera_hpc.dataplane.mixing.dynamic_mixer import MixingProblem
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
 from mixtera_hpc.dataplane.mixing.sequence import MixtureSequence
 from mixtera_hpc.dataplane.plane_state import PlaneState
@@ -21,23 +23,39 @@ from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
 
 __all__ = ["MixtureFeed"]
 
+IN_FORCE = "in_force/"
+"""Prefix of the array with the weights of a chunk."""
+
 
 class MixtureFeed:
     """Connects the mixtures of a run with the steps it has served. Other ranks only open and close theirs."""
 
     def __init__(
-        self, source: Source, ledger: StepLedger, state: PlaneState | None, decisions: Sequence[MixtureDecision]
+        self,
+        source: Source,
+        ledger: StepLedger,
+        state: PlaneState | None,
+        decisions: Sequence[MixtureDecision],
+        *,
+        learn: bool = True,
     ) -> None:
         """Begin with the configured mixture, or with what `state` has learned.
 
         Args:
+            source: what is served.
+            ledger: which steps were served.
+            state: the state that the run continues from.
             decisions: all recorded decisions of the run. Those made after `state` was saved hold too.
+            learn: False on ranks that decide nothing.
         """
         self._source = source
         self._ledger = ledger
-        self._mixtures = MixtureSequence(source.config.mixture, source.mixture_context)
+        self._mixtures = MixtureSequence(source.config.mixture, source.mixture_context, learn=learn)
+        self._in_force: dict[int, NDArray[np.float64]] = {}
+        """Chunk → the weights it is served with, from the chunk of the next statistics on."""
         if state is not None:
             self._mixtures.load(state.decisions, state.mixer)
+            self._load_in_force(state.mixer)
         # A decision that was made after the state was saved holds again at its chunk: the run repeats what it did.
         self._mixtures.restore(decisions)
 
@@ -58,14 +76,35 @@ class MixtureFeed:
         self._feed_skipped(min(decisive_data_steps, self._ledger.first_unknown_data_step))
 
         weights = self._mixtures.weights_of(chunk)
-        return None if weights is None else self._source.without_dropped_domains(weights)
+        if weights is None:
+            return None
+        weights = self._source.without_dropped_domains(weights)
+        total = weights.sum()
+        self._in_force[chunk] = weights / total if total > 0 else weights
+        return weights
 
     def feed(self, statistics: DomainStatistics) -> None:
         """Pass the statistics of one training step to the mixture that its chunk was served from."""
         # Skipped data steps before this one come first: the algorithm counts steps in order.
         self._feed_skipped(self._ledger.data_step(statistics.step))
         data_step = self._ledger.feed(statistics.step)
-        self._mixtures.feed(replace(statistics, step=data_step))
+        chunk = data_step // self._source.config.dataplane.chunk_steps
+        weights = self._in_force.get(chunk)
+        self._in_force = {c: w for c, w in self._in_force.items() if c >= chunk}
+        self._mixtures.feed(replace(statistics, step=data_step, weights=weights))
+
+    def feed_held_out(self, statistics: DomainStatistics) -> None:
+        """Pass held-out losses to the mixture of the training step that comes next, `statistics.step`."""
+        self._mixtures.feed_held_out(replace(statistics, step=self._ledger.data_step(statistics.step)))
+
+    def description_of(self, chunk: int) -> dict[str, NDArray[Any]]:
+        """Return what the mixing algorithm had learned when it decided the weights of `chunk`; shape (K,) each."""
+        return self._mixtures.description_of(chunk)
+
+    @property
+    def problem(self) -> MixingProblem | None:
+        """Updates of the mixing algorithm that failed; None if there are none."""
+        return self._mixtures.problem
 
     def decide(self, request: str, first_chunk: int) -> MixtureDecision:
         """Accept or refuse a request for another mixture; `first_chunk` is the first one that is not planned yet."""
@@ -73,11 +112,22 @@ class MixtureFeed:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what the mixing algorithms have learned, for a checkpoint."""
-        return self._mixtures.arrays()
+        learned = self._mixtures.arrays()
+        # Only the chunk of the next step: later ones are planned again. Nobody divides by weights that do not learn.
+        chunk = self._ledger.num_fed // self._source.config.dataplane.chunk_steps
+        if learned and chunk in self._in_force:
+            learned[f"{IN_FORCE}{chunk}"] = self._in_force[chunk]
+        return learned
 
     def close(self) -> None:
         """Stop the threads of the mixing algorithms."""
         self._mixtures.close()
+
+    def _load_in_force(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Restore the weights of the chunk in which the state was saved."""
+        for name, weights in arrays.items():
+            if name.startswith(IN_FORCE):
+                self._in_force[int(name.removeprefix(IN_FORCE))] = np.array(weights)
 
     def _feed_skipped(self, data_step: int) -> None:
         # Mixing algorithms ignore steps without sequences, but count them.

@@ -238,7 +238,7 @@ class DataPlane:
             resources.batch_slice,
             folder=folder or resources.folder,
             parts=resources.parts,
-            log=resources.recorder.log_validation,
+            log=self._take_held_out,
         )
 
     def stop_requested(self) -> bool:
@@ -343,6 +343,12 @@ class DataPlane:
             return 1
         is_stopping = self._session is not None and self._session.is_stopping
         return SavedAndStopped.exit_code if is_stopping else 0
+
+    def _take_held_out(self, statistics: DomainStatistics) -> None:
+        """Log held-out losses, and give them to a mixing algorithm that learns from them."""
+        self._resources.recorder.log_validation(statistics)
+        if self._session is not None:
+            self._session.feed_held_out(statistics)
 
     def _started_session(self) -> Session:
         """Return the session; the first call begins the run. **Collective.**"""

@@ -5,6 +5,7 @@ audit log; with `dataplane.record_losses`, every rank that records losses writes
 written.
 """
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import AttemptSetup, AuditLog, Journal, append_line
 from mixtera_hpc.dataplane.loss_log import LossLog
+from mixtera_hpc.dataplane.mixing.learning_event import LearningEvent, LearningLog
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, read_decisions
 from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt
 from mixtera_hpc.dataplane.reading.batches import Batch
@@ -24,6 +26,8 @@ from mixtera_hpc.dataplane.resume.run_edits import RunEdit, read_run_edits
 from mixtera_hpc.track.tracker import NullTracker, Tracker
 
 __all__ = ["RunRecorder"]
+
+logger = logging.getLogger("mixtera_hpc")
 
 
 class RunRecorder:
@@ -62,6 +66,7 @@ class RunRecorder:
         self._audit: AuditLog | None = None
         if folder and is_audited:
             self._audit = AuditLog(folder.audit_of_rank(attempt, rank))
+        self._learning = LearningLog()
         self.loss_log: LossLog | None = None
         if folder and keeps_losses:
             self.loss_log = LossLog(folder.losses_of_rank(attempt, rank))
@@ -115,7 +120,7 @@ class RunRecorder:
             self._audit.write_batch(batch.step, batch.positions, batch.digests)
 
     def log_chunk(
-        self, plan: ChunkPlan, source: Source, plan_s: float, broadcast_s: float, *, hears_losses: bool | None
+        self, plan: ChunkPlan, source: Source, plan_s: float, broadcast_s: float, learning: LearningEvent
     ) -> None:
         """Log the mixture of a chunk whose first batch is served now, and what it took to plan and broadcast it.
 
@@ -124,7 +129,7 @@ class RunRecorder:
             source: what is served.
             plan_s: seconds that planning took.
             broadcast_s: seconds that the broadcast took.
-            hears_losses: whether losses were recorded recently; None for a mixture that does not learn.
+            learning: what a mixing algorithm has learned.
         """
         # Sequences of each domain before the chunk, as a share of all, and as passes over the domain.
         served = plan.cursors / max(int(plan.cursors.sum()), 1)
@@ -142,10 +147,27 @@ class RunRecorder:
             "cursors": plan.cursors,
             "epochs": epochs,
         }
-        if hears_losses is not None:
-            event["hears_losses"] = hears_losses
+        event |= self._learning.fields(learning)
         self._tracker.log("mixture", event)
+        self._report_problem(step, learning)
         self._tracker.log("comm", {"step": step, "plan_s": plan_s, "broadcast_s": broadcast_s})
+
+    def _report_problem(self, step: int, learning: LearningEvent) -> None:
+        """Warn and note in the journal that updates of the mixing algorithm have failed since the last chunk."""
+        is_first = self._learning.num_problems == 0
+        problem = self._learning.new_problem(learning)
+        if problem is None or self._journal is None:
+            return
+        self._journal.write(
+            {"kind": "mixing_problem", "step": step, "failed_updates": problem.count, "message": problem.message}
+        )
+        if is_first:
+            logger.warning(
+                "The mixing algorithm failed at step %d: %s\n"
+                "  Training goes on with the weights before. The number of failed updates is in metrics/mixture.jsonl.",
+                problem.step,
+                problem.message,
+            )
 
     def log_data_end(self, plan: ChunkPlan, source: Source) -> None:
         """Log where the data ends, and what does not fill a global batch or a sequence there."""

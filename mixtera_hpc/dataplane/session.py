@@ -18,13 +18,13 @@ from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import AttemptSetup
+from mixtera_hpc.dataplane.mixing.learning_event import LearningEvent
 from mixtera_hpc.dataplane.mixing.silence import SilenceWatch
 from mixtera_hpc.dataplane.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch, positions_of, step_of
 from mixtera_hpc.dataplane.reading.group_delivery import open_feed
-from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
@@ -81,10 +81,12 @@ class Session:
 
         source = self._source
         plane = source.config.dataplane
-        self.ledger = _ledger_at(source, start, num_fed=state.num_fed if state is not None else 0)
+        num_fed = state.num_fed if state is not None else 0
+        self.ledger = StepLedger.at_resume(source.stream_version, source.planner.chunk_steps, start, num_fed)
         # Only rank 0 computes weights; the others receive plans.
         decisions = self._recorder.decisions() if self._comm.rank == 0 else []
-        self._mixture = MixtureFeed(source, self.ledger, state, decisions)
+        is_root = self._comm.rank == 0
+        self._mixture = MixtureFeed(source, self.ledger, state, decisions, learn=is_root)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
         parts = resources.parts
         self._reducer = StepReducer(
@@ -160,6 +162,12 @@ class Session:
     def finish_step(self, step: int) -> None:
         """Finish an open step and those before it; see `DataPlane.finish`."""
         self._steps.named(step, "finish").was_finished_by_name = True
+
+    def feed_held_out(self, statistics: DomainStatistics) -> None:
+        """Take the held-out losses after `statistics.step` steps, for a mixing algorithm that learns from them."""
+        self._silence.hear_held_out()
+        if self._comm.rank == 0:
+            self._mixture.feed_held_out(statistics)
 
     def expect_loader(self) -> None:
         """Refuse to guess which batches are finished: a loader may ask for batches ahead of the trainer."""
@@ -282,9 +290,13 @@ class Session:
             if number >= chunk or plan.first_step + plan.num_steps > first_needed
         }
         plan = self._delivered_plans[chunk]
-        self._recorder.log_chunk(
-            plan, self._source, self._plans.plan_s, self._plans.broadcast_s, hears_losses=self._silence.enter_chunk()
+        is_root = self._comm.rank == 0
+        learning = LearningEvent(
+            hears_losses=self._silence.enter_chunk(),
+            described=self._mixture.description_of(chunk) if is_root else {},
+            problem=self._mixture.problem if is_root else None,
         )
+        self._recorder.log_chunk(plan, self._source, self._plans.plan_s, self._plans.broadcast_s, learning)
 
     def _plan_of(self, data_step: int) -> ChunkPlan:
         """Return the plan that a step lies in, or the last one before it when that is not planned yet."""
@@ -381,17 +393,3 @@ class Session:
             logger.info("Another mixture was requested; it holds from chunk %d on.", decision.chunk)
         else:
             logger.warning("The request for another mixture was refused: %s", decision.refused)
-
-
-def _ledger_at(source: Source, start: ResumePoint, num_fed: int) -> StepLedger:
-    """Return the ledger of a rank that continues at `start`."""
-    version = source.stream_version
-    plan = start.plan
-    is_served = plan.num_steps > 0 and version.data_step(start.step) >= plan.first_step + plan.num_steps
-    return StepLedger(
-        version,
-        source.planner.chunk_steps,
-        next_step=start.step,
-        current_chunk=plan.chunk if is_served else plan.chunk - 1,
-        num_fed=num_fed,
-    )

@@ -119,8 +119,12 @@ def _status(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> Run
     event = last_step(folder)
     reason = info.reason
     # The data plane notes it at every chunk, if the mixture learns.
-    if _last_event(folder.metric("mixture")).get("hears_losses") is False:
+    chunk = _last_event(folder.metric("mixture"))
+    if chunk.get("hears_losses") is False:
         reason = "; ".join(filter(None, (reason, SILENT_MIXTURE)))
+    if chunk.get("problem"):
+        failed = f"the mixing algorithm failed {chunk.get('num_failed_updates')} times, old weights stay: "
+        reason = "; ".join(filter(None, (reason, f"{failed}{chunk['problem']}")))
     stall = _stall(attempt)
     if stall:
         reason = "; ".join(filter(None, (stall.get("message"), reason)))

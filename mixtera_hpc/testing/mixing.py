@@ -5,6 +5,8 @@ Configure the algorithm so that its weights change within `NUM_STEPS` steps, and
 
     for check in CHECKS:
         check(make_algorithm("ado", {"warmup": 40, "refit_interval": 15}))
+
+An algorithm with a parameter per domain is given as a function of the number of domains.
 """
 
 import io
@@ -21,6 +23,7 @@ from mixtera_hpc.core.statistics import DomainStatistics
 __all__ = [
     "CHECKS",
     "NUM_STEPS",
+    "AlgorithmOrFactory",
     "check_a_domain_may_never_appear",
     "check_a_step_may_have_no_sequences",
     "check_absent_domain_keeps_learned_values",
@@ -38,6 +41,9 @@ __all__ = [
     "synthetic_statistics",
     "without_domains",
 ]
+
+AlgorithmOrFactory = MixingAlgorithm[Any] | Callable[[int], MixingAlgorithm[Any]]
+"""An algorithm, or a function that returns one for a number of domains."""
 
 NUM_STEPS = 60
 """Number of steps that most checks run an algorithm for."""
@@ -103,16 +109,18 @@ def round_trip_npz(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]
         return dict(stored)
 
 
-def check_starts_with_the_prior(algorithm: MixingAlgorithm[Any]) -> None:
+def check_starts_with_the_prior(algorithm: AlgorithmOrFactory) -> None:
     """Check that the initial weights are the prior."""
+    algorithm = _algorithm_of(algorithm, 5)
     prior = _prior(5)
     state = algorithm.start(prior)
     assert state.step == 0
     assert np.array_equal(state.weights, prior)
 
 
-def check_weights_are_valid(algorithm: MixingAlgorithm[Any]) -> None:
+def check_weights_are_valid(algorithm: AlgorithmOrFactory) -> None:
     """Check that weights are finite, sum to 1, and are at or above the floor once they differ from the prior."""
+    algorithm = _algorithm_of(algorithm, 5)
     prior = _prior(5)
     state = algorithm.start(prior)
     for statistics in synthetic_statistics(5):
@@ -122,16 +130,18 @@ def check_weights_are_valid(algorithm: MixingAlgorithm[Any]) -> None:
             assert state.weights.min() >= floor - 1e-15, f"{state.weights} has a weight below the floor {floor}"
 
 
-def check_weights_move(algorithm: MixingAlgorithm[Any]) -> None:
+def check_weights_move(algorithm: AlgorithmOrFactory) -> None:
     """Check that the weights change; the other checks would otherwise prove nothing."""
+    algorithm = _algorithm_of(algorithm, 5)
     prior = _prior(5)
     state = run_algorithm(algorithm, algorithm.start(prior), synthetic_statistics(5))
     assert np.abs(state.weights - prior).max() > 1e-4, f"after {NUM_STEPS} steps the weights are still {prior}"
     assert state.step == NUM_STEPS
 
 
-def check_state_is_immutable(algorithm: MixingAlgorithm[Any]) -> None:
+def check_state_is_immutable(algorithm: AlgorithmOrFactory) -> None:
     """Check that `update` changes neither its state nor its statistics, and is deterministic bit for bit."""
+    algorithm = _algorithm_of(algorithm, 5)
     steps = synthetic_statistics(5)
     early = run_algorithm(algorithm, algorithm.start(_prior(5)), steps[:45])
     before = _copied(algorithm.state_arrays(early))
@@ -140,8 +150,9 @@ def check_state_is_immutable(algorithm: MixingAlgorithm[Any]) -> None:
     _assert_same(first, algorithm.state_arrays(run_algorithm(algorithm, early, synthetic_statistics(5)[45:])))
 
 
-def check_resume_equals_no_resume(algorithm: MixingAlgorithm[Any]) -> None:
+def check_resume_equals_no_resume(algorithm: AlgorithmOrFactory) -> None:
     """Check that a run that is saved to npz and resumed equals an uninterrupted run, bit for bit."""
+    algorithm = _algorithm_of(algorithm, 5)
     steps = synthetic_statistics(5)
     expected = algorithm.state_arrays(run_algorithm(algorithm, algorithm.start(_prior(5)), steps))
     for stop in (0, 1, NUM_STEPS // 2, NUM_STEPS - 1):
@@ -150,11 +161,12 @@ def check_resume_equals_no_resume(algorithm: MixingAlgorithm[Any]) -> None:
         _assert_same(expected, algorithm.state_arrays(run_algorithm(algorithm, restored, steps[stop:])))
 
 
-def check_absent_domain_keeps_learned_values(algorithm: MixingAlgorithm[Any]) -> None:
+def check_absent_domain_keeps_learned_values(algorithm: AlgorithmOrFactory) -> None:
     """Check that values learned about a domain do not change while it is absent, but those of other domains do.
 
     During the first quarter without the domain, the algorithm may still process what it has seen before.
     """
+    algorithm = _algorithm_of(algorithm, 5)
     steps = synthetic_statistics(5)
     quarter = NUM_STEPS // 4
     without = [without_domains(s, [0]) for s in steps]
@@ -167,24 +179,27 @@ def check_absent_domain_keeps_learned_values(algorithm: MixingAlgorithm[Any]) ->
         assert np.array_equal(before[name][0], after[name][0], equal_nan=True), f"{name} of an absent domain changed"
 
 
-def check_a_domain_may_never_appear(algorithm: MixingAlgorithm[Any]) -> None:
+def check_a_domain_may_never_appear(algorithm: AlgorithmOrFactory) -> None:
     """Check that the algorithm works if a domain has no sequence in the whole run."""
+    algorithm = _algorithm_of(algorithm, 5)
     state = run_algorithm(
         algorithm, algorithm.start(_prior(5)), (without_domains(s, [2]) for s in synthetic_statistics(5))
     )
     assert np.abs(state.weights - _prior(5)).max() > 1e-4
 
 
-def check_a_step_may_have_no_sequences(algorithm: MixingAlgorithm[Any]) -> None:
+def check_a_step_may_have_no_sequences(algorithm: AlgorithmOrFactory) -> None:
     """Check that the algorithm works if a step has no sequences, be it the first or a later one."""
+    algorithm = _algorithm_of(algorithm, 5)
     steps = synthetic_statistics(5)
     for step in (0, NUM_STEPS // 2):
         steps[step] = without_domains(steps[step], range(5))
     run_algorithm(algorithm, algorithm.start(_prior(5)), steps)
 
 
-def check_nonfinite_losses_are_counted(algorithm: MixingAlgorithm[Any]) -> None:
+def check_nonfinite_losses_are_counted(algorithm: AlgorithmOrFactory) -> None:
     """Check that an excluded NaN is counted, and that a NaN in the sums affects only its domain and step."""
+    algorithm = _algorithm_of(algorithm, 5)
     steps = synthetic_statistics(5)
     excluded = without_domains(steps[30], [1])
     steps[30] = replace(excluded, num_sequences=steps[30].num_sequences, num_nonfinite=np.array([0, 3, 0, 0, 0]))
@@ -198,20 +213,23 @@ def check_nonfinite_losses_are_counted(algorithm: MixingAlgorithm[Any]) -> None:
         assert np.isfinite(described[name]).all(), f"{name} is {described[name]} after one NaN"
 
 
-def check_one_domain(algorithm: MixingAlgorithm[Any]) -> None:
+def check_one_domain(algorithm: AlgorithmOrFactory) -> None:
     """Check that a single domain always has weight 1."""
+    algorithm = _algorithm_of(algorithm, 1)
     state = run_algorithm(algorithm, algorithm.start(np.ones(1)), synthetic_statistics(1))
     assert np.allclose(state.weights, [1.0], rtol=0, atol=1e-12)
 
 
-def check_many_domains(algorithm: MixingAlgorithm[Any]) -> None:
+def check_many_domains(algorithm: AlgorithmOrFactory) -> None:
     """Check that the weights of 1,000 domains are valid and at or above the floor."""
+    algorithm = _algorithm_of(algorithm, 1000)
     state = run_algorithm(algorithm, algorithm.start(_prior(1000)), synthetic_statistics(1000, 45))
     assert state.weights.min() >= algorithm.floor(1000) - 1e-15
 
 
-def check_description_is_per_domain(algorithm: MixingAlgorithm[Any]) -> None:
+def check_description_is_per_domain(algorithm: AlgorithmOrFactory) -> None:
     """Check that `describe` returns one value per domain for every name."""
+    algorithm = _algorithm_of(algorithm, 5)
     for num_steps in (0, NUM_STEPS):
         state = run_algorithm(algorithm, algorithm.start(_prior(5)), synthetic_statistics(5, num_steps))
         described = algorithm.describe(state)
@@ -219,7 +237,7 @@ def check_description_is_per_domain(algorithm: MixingAlgorithm[Any]) -> None:
         assert {name: values.shape for name, values in described.items()} == dict.fromkeys(described, (5,))
 
 
-CHECKS: tuple[Callable[[MixingAlgorithm[Any]], None], ...] = (
+CHECKS: tuple[Callable[[AlgorithmOrFactory], None], ...] = (
     check_a_domain_may_never_appear,
     check_a_step_may_have_no_sequences,
     check_absent_domain_keeps_learned_values,
@@ -233,6 +251,11 @@ CHECKS: tuple[Callable[[MixingAlgorithm[Any]], None], ...] = (
     check_weights_are_valid,
     check_weights_move,
 )
+
+
+def _algorithm_of(algorithm: AlgorithmOrFactory, num_domains: int) -> MixingAlgorithm[Any]:
+    # Algorithms are not callable.
+    return algorithm(num_domains) if callable(algorithm) else algorithm
 
 
 def _prior(num_domains: int) -> NDArray[np.float64]:

@@ -72,6 +72,47 @@ class MixtureEvent(TypedDict, total=False):
     """Epochs of each domain served before the chunk; 1.25 is one and a quarter."""
     hears_losses: bool
     """True if losses were recorded in the last `dataplane.feedback_lag` + 2 chunks; only if the mixture learns."""
+    num_failed_updates: int
+    """Updates of the mixing algorithm that raised an exception so far; only if there are any. The weights before them
+    stay in force."""
+    problem: str
+    """The newest of these exceptions."""
+    num_nonfinite: list[int]
+    """What the mixing algorithm has learned. An array is recorded only in the events in which it differs from the one
+    recorded before, with 6 digits; null for domains of weight 0. This one: sequences whose loss was not finite."""
+    credit: list[float]
+    """ADO: moving average of the served shares."""
+    speed: list[float]
+    """ADO: how fast the loss falls, in nats per sequence of any domain."""
+    epsilon: list[float]
+    """ADO: the laws are loss = epsilon + beta · n^-alpha, n in sequences of all domains. Irreducible loss, nats."""
+    beta: list[float]
+    """ADO: reducible loss at n = 1."""
+    alpha: list[float]
+    """ADO: exponents."""
+    residual: list[float]
+    """ADO: root mean square of log(fitted loss) - log(observed loss) in the last fit."""
+    law_status: list[int]
+    """ADO: 0 no law yet, 1 fitted in the last refit, 2 older."""
+    law_bounds: list[int]
+    """ADO: bounds that the law lies on, as a sum: 1 and 2 beta, 4 and 8 alpha (lower, upper). Above 0 the losses do not
+    determine the law."""
+    reward: list[float]
+    """ODM: decayed mean reward."""
+    score: list[float]
+    """Exponentiated gradient: excess loss, nats."""
+    average_weight: list[float]
+    """Exponentiated gradient: mean of all weights so far, which DoReMi gives to the next run."""
+    reference_loss: list[float]
+    """Exponentiated gradient: losses that are compared with."""
+    last_loss: list[float]
+    """Loss-proportional, Aioli: newest loss."""
+    summed_loss: list[float]
+    """Skill-It: losses of the last evaluations."""
+    influence: list[float]
+    """Aioli: how much each domain lowered the losses of all domains in the last round."""
+    base_weight: list[float]
+    """Aioli: the mixture outside its bursts."""
 
 
 class CommEvent(TypedDict, total=False):

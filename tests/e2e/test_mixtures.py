@@ -27,7 +27,7 @@ KINDS = {
         "mixture.schedule.shape=linear",
         "mixture.schedule.stages=[{start: 0, kind: natural}, {start: 9, kind: dynamic, algorithm: {name: odm}}]",
     ],
-    "dynamic": ["mixture.group_by=[source]", "mixture.algorithm={name: exponentiated-gradient}", "mixture.floor=0.02"],
+    "dynamic": ["mixture.group_by=[source]", "mixture.algorithm={name: loss-proportional}", "mixture.floor=0.02"],
     "arbitrary": ["dataplane.shuffle=none"],
 }
 

@@ -27,7 +27,7 @@ CONTEXT = MixtureContext(
     feedback_lag=LAG,
 )
 NATURAL = [0.6, 0.3, 0.1]
-LEARN = {"name": "exponentiated-gradient"}
+LEARN = {"name": "exponentiated-gradient", "reference_losses": [0, 0, 0]}
 
 
 def mixer(learn: bool = True, context: MixtureContext = CONTEXT, **plain: Any) -> Mixer:

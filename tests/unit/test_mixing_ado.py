@@ -1,5 +1,6 @@
 """The rules of ADO, one per test; `test_mixing_faults` tests the faults that it must not have."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,11 +105,15 @@ def test_a_domain_without_a_law_gets_the_mean_speed() -> None:
     assert (new.average - PRIOR) * (WARMUP + 1) == pytest.approx(preference - PRIOR, abs=1e-9)
 
 
-def test_authors_credit_is_the_spread_of_the_shares_served() -> None:
-    algorithm = ado(variant="authors", delta_min=0.0)
+@pytest.mark.parametrize(
+    ("variant", "factor"),
+    [("authors", np.sqrt), ("authors-first", lambda credit: np.sqrt(credit * (1 - credit)))],
+)
+def test_authors_credit_is_a_root_and_was_a_spread_in_their_first_commit(variant: str, factor: Any) -> None:
+    algorithm = ado(variant=variant, delta_min=0.0)
     statistics = synthetic_statistics(3, WARMUP + 1)
     state = run_algorithm(algorithm, algorithm.start(PRIOR), statistics)
-    preference = PRIOR * np.sqrt(state.credit * (1 - state.credit)) * algorithm.describe(state)["speed"]
+    preference = PRIOR * factor(state.credit) * algorithm.describe(state)["speed"]
     preference /= preference.sum()
     assert (state.average - PRIOR) * (WARMUP + 1) == pytest.approx(preference - PRIOR, abs=1e-9)
 
@@ -118,6 +123,27 @@ def test_authors_credit_moves_during_the_warmup() -> None:
     statistics = synthetic_statistics(3, 1)
     assert state.credit == pytest.approx(0.1 * share(statistics[0]) + 0.9 * PRIOR)
     assert state.weights.tolist() == PRIOR.tolist()
+
+
+@pytest.mark.parametrize("factor", [2, 10, 1000])
+def test_what_counts_as_a_sequence_does_not_matter(factor: int) -> None:
+    """Ten times as many sequences of the same losses give the same mixture."""
+    algorithm = ado()
+    names = ("num_sequences", "num_tokens", "loss_sum")
+    scaled = [replace(s, **{n: getattr(s, n) * factor for n in names}) for s in synthetic_statistics(3, 100)]
+    state = run_algorithm(algorithm, algorithm.start(PRIOR), scaled)
+    assert state.weights == pytest.approx(after(algorithm, 100).weights, abs=1e-9)
+    speeds = algorithm.describe(state)["speed"] * factor
+    assert speeds == pytest.approx(algorithm.describe(after(algorithm, 100))["speed"], rel=1e-6)
+
+
+def test_the_description_says_how_well_the_laws_fit() -> None:
+    algorithm = ado()
+    described = algorithm.describe(after(algorithm, 100))
+    assert (described["residual"] < 0.04).all(), "noise of 0.02 nats at losses of 2 to 4 nats"
+    arrays = algorithm.state_arrays(after(algorithm, 100))
+    arrays["theta"] = np.array([[6.5, 0.3, 1.0], [1.0, 0.8, 1.0], [1.0, 0.0, 1.0]])
+    assert algorithm.describe(algorithm.state_from_arrays(arrays))["law_bounds"].tolist() == [2, 8, 4]
 
 
 def test_authors_speed_has_a_minimum_exponent() -> None:

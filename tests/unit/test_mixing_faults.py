@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.core.mixing.ado import LAW_FITTED, LAW_OLDER, LAW_UNKNOWN, Ado, AdoState
-from mixtera_hpc.core.mixing.loss_history import MAX_BINS, LossHistory
+from mixtera_hpc.core.mixing.laws.loss_history import MAX_BINS, LossHistory
 from mixtera_hpc.core.statistics import DomainStatistics, accumulate_losses, statistics_from_buffer
 
 BATCH = 64

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mixtera_hpc.core.mixing.loss_history import MAX_BINS, LossHistory
+from mixtera_hpc.core.mixing.laws.loss_history import MAX_BINS, LossHistory
 from mixtera_hpc.core.statistics import DomainStatistics
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mixtera_hpc.core.mixing.loss_series import LossSeries, smooth
+from mixtera_hpc.core.mixing.laws.loss_series import LossSeries, smooth
 from mixtera_hpc.core.statistics import DomainStatistics
 
 

@@ -1,5 +1,7 @@
 """Online data mixing, compared with the written-out formulas."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,25 @@ def test_the_second_step_follows_the_formulas() -> None:
         state, weights = algorithm.update(state, statistics([3.0, 2.0, 1.0], [5, 5, 5]))
         assert state.reward == pytest.approx(expected_reward)
         assert weights == pytest.approx((1 - 3 * now) * sharp / sharp.sum() + now)
+
+
+def test_the_reward_is_divided_by_the_weights_in_force() -> None:
+    """Those that the step was served with, not those that were decided since."""
+    algorithm = odm(delta_min=0.0)
+    step = replace(statistics([3.0, 3.0], [5, 5]), weights=np.array([0.9, 0.1]))
+    state, _ = algorithm.update(algorithm.start(np.full(2, 0.5)), step)
+    assert state.reward == pytest.approx([0.1 * 3 / 0.9, 0.1 * 3 / 0.5]), "bounded by the exploration of 1/2"
+    later, _ = algorithm.update(replace(state, step=100_000), step)
+    assert later.reward[1] == pytest.approx(0.9 * state.reward[1] + 0.1 * 3 / 0.1)
+
+
+def test_the_released_form_takes_exponentials_and_does_not_divide() -> None:
+    algorithm = OnlineDataMixing(OnlineDataMixing.Config(variant="released", delta_min=0.0))
+    state = replace(algorithm.start(np.array([0.9, 0.1])), step=100)
+    state, weights = algorithm.update(state, statistics([1.0, 2.0], [5, 5]))
+    assert state.reward == pytest.approx(0.1 * np.exp([1.0, 2.0]))
+    exploration = np.sqrt(np.log(2) / (2 * 101))
+    assert weights == pytest.approx((1 - 2 * exploration) * state.reward / state.reward.sum() + exploration)
 
 
 def test_the_domain_with_the_highest_loss_is_served_most() -> None:

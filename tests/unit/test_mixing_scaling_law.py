@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mixtera_hpc.core.mixing.law_objective import LawBounds, LossPoints, huber_objective, predict
-from mixtera_hpc.core.mixing.scaling_law import ScalingLaws, fit_laws
+from mixtera_hpc.core.mixing.laws.law_objective import LawBounds, LossPoints, huber_objective, predict
+from mixtera_hpc.core.mixing.laws.scaling_law import ScalingLaws, fit_laws
 
 N = np.geomspace(32_000, 640_000, 60)
 BOUNDS = LawBounds()

@@ -6,9 +6,9 @@ from typing import Any
 
 from mixtera_hpc.config.mixture.check_weights import shaping_problems, weight_problems
 from mixtera_hpc.config.mixture.domain_tree import list_entries
+from mixtera_hpc.config.mixture.learning import checked_algorithm
 from mixtera_hpc.config.schema import MixtureConfig, StageConfig
 from mixtera_hpc.core.domain_keys import canonical_key
-from mixtera_hpc.core.mixing.algorithm import make_algorithm
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
 __all__ = ["algorithm_problems", "schedule_problems"]
@@ -20,9 +20,8 @@ def algorithm_problems(algorithm: dict[str, Any], prefix: str) -> list[str]:
     Args:
         prefix: begins the message, e.g. with the place of a stage.
     """
-    parameters = dict(algorithm)
     try:
-        make_algorithm(str(parameters.pop("name", "ado")), parameters)
+        checked_algorithm(algorithm)
     except ConfigError as error:
         return [f"{prefix}{error}"]
     return []

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.mixing.ado_variants import ADO_VARIANTS
 from mixtera_hpc.core.mixing.bounds import project_to_bounds, weight_floor
-from mixtera_hpc.core.mixing.loss_history import LossHistory
-from mixtera_hpc.core.mixing.loss_series import LossSeries
+from mixtera_hpc.core.mixing.laws.law_objective import bounds_reached, rms_residual
+from mixtera_hpc.core.mixing.laws.loss_history import LossHistory
+from mixtera_hpc.core.mixing.laws.loss_series import LossSeries
+from mixtera_hpc.core.mixing.laws.scaling_law import ScalingLaws, fit_laws
 from mixtera_hpc.core.mixing.parameters import CONFIG_KEY, check_origin, check_prior, check_range
-from mixtera_hpc.core.mixing.scaling_law import ScalingLaws, fit_laws
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.errors import ConfigError
 
@@ -51,8 +52,10 @@ class AdoState:
     average: NDArray[np.float64]
     """pi bar: average of all preferences so far."""
     laws: ScalingLaws
+    residual: NDArray[np.float64]
+    """Root mean square of log(predicted loss) - log(observed loss) over the points of the last fit; NaN without one."""
     law_status: NDArray[np.int8]
-    """LAW_UNKNOWN, LAW_FITTED or LAW_KEPT."""
+    """LAW_UNKNOWN, LAW_FITTED or LAW_OLDER."""
     stale: NDArray[np.bool_]
     """Domains with new losses since the last refit."""
     num_sequences: NDArray[np.int64]
@@ -77,9 +80,10 @@ class Ado:
     class Config:
         """Parameters of ADO, with the defaults of the paper."""
 
-        variant: Literal["default", "paper", "authors", "mixtera"] = "default"
+        variant: Literal["default", "paper", "authors", "authors-first", "mixtera"] = "default"
         """`default`: the equations of the paper, with the known errors of published code fixed. The others reproduce
-        the paper (arXiv 2410.11820), the code of its `authors`, or the code of `mixtera` (arXiv 2502.19790)."""
+        the paper (arXiv 2410.11820), the code of its `authors`, their first commit (`authors-first`, which they
+        corrected), or the code of `mixtera` (arXiv 2502.19790)."""
         warmup: int = 1000
         """Steps before the mixture begins to change."""
         refit_interval: int = 1000
@@ -141,6 +145,7 @@ class Ado:
             credit=prior,
             average=prior,
             laws=ScalingLaws.unknown(size),
+            residual=np.full(size, np.nan),
             law_status=np.full(size, LAW_UNKNOWN, np.int8),
             stale=np.zeros(size, np.bool_),
             num_sequences=np.zeros(size, np.int64),
@@ -171,7 +176,9 @@ class Ado:
             "beta": state.laws.beta,
             "alpha": state.laws.alpha,
             "speed": state.laws.speed(max(state.num_seen, 1), self.variant.min_alpha),
+            "residual": state.residual,
             "law_status": state.law_status,
+            "law_bounds": bounds_reached(state.laws.theta, self.variant.bounds),
             "num_sequences": state.num_sequences,
             "num_nonfinite": state.num_nonfinite,
         }
@@ -180,7 +187,8 @@ class Ado:
         """Return the state as flat arrays, for an npz file without pickle."""
         per_domain = {name: getattr(state, name) for name in _PER_DOMAIN}
         scalars = {"origin": np.array(self._origin), "step": np.array(state.step)}
-        return {**scalars, **per_domain, "theta": state.laws.theta, **state.history.arrays()}
+        laws = {"theta": state.laws.theta, "law_unit": np.array(state.laws.unit)}
+        return {**scalars, **per_domain, **laws, **state.history.arrays()}
 
     def state_from_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> AdoState:
         """Restore what `state_arrays` returned.
@@ -192,7 +200,7 @@ class Ado:
         history = LossHistory if self.variant.binned else LossSeries
         return AdoState(
             step=int(arrays["step"]),
-            laws=ScalingLaws(theta=arrays["theta"]),
+            laws=ScalingLaws(theta=arrays["theta"], unit=float(arrays["law_unit"])),
             history=history.from_arrays(arrays),
             **{name: arrays[name] for name in _PER_DOMAIN},
         )
@@ -204,33 +212,40 @@ class Ado:
     def _observe(self, state: AdoState, statistics: DomainStatistics) -> AdoState:
         """Count the sequences of a step, and add its losses to the history."""
         observed = statistics.observed
+        is_first = state.num_seen == 0
         state = replace(
             state,
             num_sequences=state.num_sequences + statistics.num_sequences,
             num_nonfinite=state.num_nonfinite + statistics.num_nonfinite,
         )
+        if is_first and self.variant.binned and state.num_seen:
+            # n is counted in batches, so laws do not depend on what counts as a sequence.
+            state = replace(state, laws=replace(state.laws, unit=float(state.num_seen)))
         # The smoothing filter of the series needs the early steps too; it drops them after smoothing.
         if not observed.any() or (self.variant.binned and state.step < self.config.first_fitted):
             return state
-        history = state.history.observe(state.num_seen, statistics)
+        history = state.history.observe(state.num_seen / state.laws.unit, statistics)
         return replace(state, history=history, stale=state.stale | observed)
 
     def _refit(self, state: AdoState) -> AdoState:
         """Fit the laws of all domains with new losses. Where a fit fails, the old law stays."""
         fitted = np.zeros_like(state.stale)
         laws = state.laws
+        residual = state.residual
         # Domains without new losses would give the same law again.
         rows = np.flatnonzero(state.stale)
         if len(rows):
             new = np.full_like(laws.theta, np.nan)
-            start = ScalingLaws(theta=laws.theta[rows])
-            new[rows] = fit_laws(state.history.points().take(rows), self.variant.bounds, start).theta
+            points = state.history.points().take(rows)
+            new[rows] = fit_laws(points, self.variant.bounds, ScalingLaws(theta=laws.theta[rows])).theta
             fitted = ScalingLaws(theta=new).known
-            laws = ScalingLaws(theta=np.where(fitted[:, None], new, laws.theta))
+            laws = replace(laws, theta=np.where(fitted[:, None], new, laws.theta))
+            residual = residual.copy()
+            residual[rows] = np.where(fitted[rows], rms_residual(new[rows], points), residual[rows])
         # A law of NaN is a failed fit; its domain keeps the law it had.
         older = np.where(laws.known, LAW_OLDER, LAW_UNKNOWN)
         status = np.where(fitted, LAW_FITTED, older).astype(np.int8)
-        return replace(state, laws=laws, law_status=status, stale=np.zeros_like(state.stale))
+        return replace(state, laws=laws, residual=residual, law_status=status, stale=np.zeros_like(state.stale))
 
     def _update_mixture(self, state: AdoState, share: NDArray[np.float64] | None) -> AdoState:
         """Apply equations (2) to (5): credit, preference, mixture and average preference."""
@@ -280,7 +295,17 @@ class Ado:
         return weights / float(weights.sum())
 
 
-_PER_DOMAIN = ("prior", "weights", "credit", "average", "law_status", "stale", "num_sequences", "num_nonfinite")
+_PER_DOMAIN = (
+    "prior",
+    "weights",
+    "credit",
+    "average",
+    "residual",
+    "law_status",
+    "stale",
+    "num_sequences",
+    "num_nonfinite",
+)
 
 
 def _share(statistics: DomainStatistics) -> NDArray[np.float64] | None:

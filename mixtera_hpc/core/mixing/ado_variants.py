@@ -2,16 +2,17 @@
 
 `default` is ours: the equations of the paper, with the known faults of the public codes repaired. The others reproduce
 published trajectories, including faults of the method: `paper` (arXiv 2410.11820), `authors` (the code published with
-it) and `mixtera` (the code of arXiv 2502.19790). None of them reproduces a crash.
+it, commit bc3d8d0), `authors-first` (its first commit 731863d, whose update rule the authors corrected) and `mixtera`
+(the code of arXiv 2502.19790). None of them reproduces a crash.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
-from mixtera_hpc.core.mixing.law_objective import LawBounds
+from mixtera_hpc.core.mixing.laws.law_objective import LawBounds
 
 __all__ = ["ADO_VARIANTS", "AdoVariant"]
 
@@ -30,7 +31,7 @@ class AdoVariant:
     credit_in_warmup: bool = False
     """Credit moves before the mixture does."""
     credit: Literal["power", "spread"] = "power"
-    """h^s, or sqrt(h (1 - h)) as in the authors' code."""
+    """h^s, or sqrt(h (1 - h)) as in the first commit of the authors."""
     floor: Literal["exact", "preference", "seen"] = "exact"
     """Project the mixture onto the floor; or clip and renormalise the preference; or clip and renormalise the mixture
     over the domains seen so far."""
@@ -44,18 +45,14 @@ class AdoVariant:
     """The box that laws are searched in."""
 
 
+AUTHORS = AdoVariant(credit_in_warmup=True, floor="preference", min_alpha=0.05, binned=False, bounds=PUBLISHED_BOUNDS)
+
 ADO_VARIANTS = MappingProxyType(
     {
         "default": AdoVariant(),
         "paper": AdoVariant(share="previous", binned=False, bounds=PUBLISHED_BOUNDS),
-        "authors": AdoVariant(
-            credit_in_warmup=True,
-            credit="spread",
-            floor="preference",
-            min_alpha=0.05,
-            binned=False,
-            bounds=PUBLISHED_BOUNDS,
-        ),
+        "authors": AUTHORS,
+        "authors-first": replace(AUTHORS, credit="spread"),
         "mixtera": AdoVariant(share="new", floor="seen", first_step=1, binned=False, bounds=PUBLISHED_BOUNDS),
     }
 )

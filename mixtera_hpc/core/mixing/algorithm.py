@@ -1,10 +1,12 @@
 """Mixing algorithms: compute the mixture of a later step from the statistics of earlier ones.
 
 A mixing algorithm is a pure function of values. It reads no clock, no file and no random numbers, and does not know
-about ranks: the same statistics give the same weights on every machine that has the state. This file registers three
-algorithms; all of them pass the checks of `mixtera_hpc.testing.mixing`.
+about ranks: the same statistics give the same weights on every machine that has the state. This file registers the
+algorithms of this package; all of them pass the checks of `mixtera_hpc.testing.mixing`. An algorithm of the user's is
+named by its import path (`examples/mixing_algorithm.py`).
 """
 
+import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
@@ -13,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.mixing.ado import Ado
+from mixtera_hpc.core.mixing.aioli import Aioli
 from mixtera_hpc.core.mixing.exponentiated_gradient import ExponentiatedGradient
+from mixtera_hpc.core.mixing.loss_proportional import LossProportional
 from mixtera_hpc.core.mixing.odm import OnlineDataMixing
-from mixtera_hpc.core.mixing.parameters import CONFIG_KEY, parse_parameters, valid_options
+from mixtera_hpc.core.mixing.parameters import CONFIG_KEY, StatisticsChoice, parse_parameters, valid_options
+from mixtera_hpc.core.mixing.skill_it import SkillIt
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["ALGORITHMS", "MixingAlgorithm", "MixingState", "make_algorithm"]
+__all__ = ["ALGORITHMS", "MixingAlgorithm", "MixingState", "learns_from", "make_algorithm"]
 
 
 class MixingState(Protocol):
@@ -79,20 +84,65 @@ class MixingAlgorithm(Protocol[State]):
         """
 
 
-ALGORITHMS: Mapping[str, Any] = MappingProxyType({a.name: a for a in (Ado, ExponentiatedGradient, OnlineDataMixing)})
+ALGORITHMS: Mapping[str, Any] = MappingProxyType(
+    {a.name: a for a in (Ado, Aioli, ExponentiatedGradient, LossProportional, OnlineDataMixing, SkillIt)}
+)
 """Name → class with a nested `Config`."""
+
+REQUIRED_NAMES = ("Config", "describe", "floor", "start", "state_arrays", "state_from_arrays", "update")
+"""What a class of the user's must have."""
 
 
 def make_algorithm(name: str, parameters: Mapping[str, Any]) -> MixingAlgorithm[Any]:
     """Build the algorithm called `name`, with `parameters` in place of its defaults.
 
+    Args:
+        name: a key of `ALGORITHMS`, or the import path of a class, such as `my_package.MyAlgorithm`.
+        parameters: values of the fields of its `Config`.
+
     Raises:
         ConfigError: an unknown name or parameter, with near misses and the valid ones; a wrong type or range.
     """
-    if name not in ALGORITHMS:
+    algorithm = _import_algorithm(name) if "." in name else ALGORITHMS.get(name)
+    if algorithm is None:
         raise ConfigError(
             f"{CONFIG_KEY}.name is {name!r}, which is not a mixing algorithm.{valid_options(name, tuple(ALGORITHMS))}"
         )
-    algorithm = ALGORITHMS[name]
     made: MixingAlgorithm[Any] = algorithm(parse_parameters(algorithm.Config, parameters))
     return made
+
+
+def learns_from(algorithm: MixingAlgorithm[Any]) -> StatisticsChoice:
+    """Return which losses an algorithm learns from; those of training steps unless it says otherwise."""
+    choice: StatisticsChoice = getattr(algorithm, "statistics", "train")
+    return choice
+
+
+def _import_algorithm(path: str) -> Any:
+    """Import the class `package.module.Class`.
+
+    Raises:
+        ConfigError: it cannot be imported, or is not a mixing algorithm.
+    """
+    module_name, _, class_name = path.rpartition(".")
+    # Importing runs the user's code, which may raise anything.
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"{CONFIG_KEY}.name is {path!r}, but {module_name} cannot be imported: {type(error).__name__}: {error}.\n"
+            f"  Add its folder to PYTHONPATH, or choose one of: {', '.join(sorted(ALGORITHMS))}."
+        ) from None
+    algorithm = getattr(module, class_name, None)
+    if algorithm is None:
+        raise ConfigError(
+            f"{CONFIG_KEY}.name is {path!r}, but {module_name} has no {class_name}."
+            f"{did_you_mean(class_name, [name for name, value in vars(module).items() if isinstance(value, type)])}"
+        )
+    if missing := [name for name in REQUIRED_NAMES if not hasattr(algorithm, name)]:
+        raise ConfigError(
+            f"{CONFIG_KEY}.name is {path!r}, which has no {', '.join(missing)}.\n"
+            "  Derive it from mixtera_hpc.core.mixing.simple_algorithm.SimpleAlgorithm, as "
+            "examples/mixing_algorithm.py does."
+        )
+    return algorithm

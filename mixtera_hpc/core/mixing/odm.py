@@ -1,13 +1,15 @@
 """Online Data Mixing: a bandit (EXP3) that serves more of the domains whose loss is high.
 
-The reward of an observed domain is its loss divided by its weight, so that rarely served domains are not neglected.
-Rewards are averaged with decay and turned into weights by a softmax, whose sharpness and exploration shrink during the
-run. Price: O(domains) per step, no history. Source: arXiv 2312.02406, algorithm 1.
+The reward of an observed domain is its loss divided by the weight that it was served with, so that rarely served
+domains are not neglected. Rewards are averaged with decay and turned into weights by a softmax, whose sharpness and
+exploration shrink during the run. The code that the authors released differs: the reward is exp(loss), is not divided
+by the weight, and weights are proportional to rewards. Price: O(domains) per step, no history. Sources: arXiv
+2312.02406, algorithm 1; the authors' released code (`group_update`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,9 @@ from mixtera_hpc.core.statistics import DomainStatistics
 
 __all__ = ["OnlineDataMixing", "OnlineDataMixingState"]
 
+MAX_LOSS = 100.0
+"""Larger losses count as this many nats in an exponential, which would overflow."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OnlineDataMixingState:
@@ -26,7 +31,7 @@ class OnlineDataMixingState:
     step: int
     weights: NDArray[np.float64]
     reward: NDArray[np.float64]
-    """R: decayed mean of loss / weight, nats."""
+    """R: decayed mean of loss / weight, nats; for `released`, of exp(loss)."""
     num_nonfinite: NDArray[np.int64]
     """Sequences so far whose loss was not finite."""
 
@@ -41,6 +46,8 @@ class OnlineDataMixing:
     class Config:
         """Parameters of online data mixing."""
 
+        variant: Literal["paper", "released"] = "paper"
+        """The algorithm of the paper, or that of the authors' released code."""
         decay: float = 0.9
         """Share of the old reward that remains after an observation."""
         delta_min: float = 0.01
@@ -79,14 +86,16 @@ class OnlineDataMixing:
         exploration_before = _exploration(size, step - 1)
         exploration = _exploration(size, step)
 
-        # The weights of the bandit never fall below its exploration, but those of a prior may: bound the divisor.
-        observed_reward = statistics.loss_mean / np.maximum(state.weights, exploration_before)
+        if self.config.variant == "released":
+            observed_reward = np.exp(np.minimum(statistics.loss_mean, MAX_LOSS))
+        else:
+            # The weights of the bandit never fall below its exploration, but those of a prior may: bound the divisor.
+            served = state.weights if statistics.weights is None else statistics.weights
+            observed_reward = statistics.loss_mean / np.maximum(served, exploration_before)
         averaged = self.config.decay * state.reward + (1 - self.config.decay) * observed_reward
         reward = np.where(statistics.observed, averaged, state.reward)
 
-        # Softmax of the rewards, mixed with an equal share for every domain. Subtracting the maximum avoids overflow.
-        sharp = np.exp(exploration_before * (reward - reward.max()))
-        explored = (1 - size * exploration) * sharp / sharp.sum() + exploration
+        explored = (1 - size * exploration) * self._shares(reward, exploration_before) + exploration
         weights = project_to_bounds(explored, self.floor(size))
         new_state = OnlineDataMixingState(
             step=step,
@@ -96,6 +105,15 @@ class OnlineDataMixing:
         )
         return new_state, weights
 
+    def _shares(self, reward: NDArray[np.float64], sharpness: float) -> NDArray[np.float64]:
+        """Return the shares that follow from the rewards, sum 1."""
+        if self.config.variant == "released":
+            return reward / reward.sum() if reward.sum() > 0 else np.full(len(reward), 1 / len(reward))
+        # Subtracting the maximum avoids overflow.
+        sharp = np.exp(sharpness * (reward - reward.max()))
+        shares: NDArray[np.float64] = sharp / sharp.sum()
+        return shares
+
     def describe(self, state: OnlineDataMixingState) -> dict[str, NDArray[Any]]:
         """Return the arrays that a report shows; shape (num_domains,) each."""
         return {"weight": state.weights, "reward": state.reward, "num_nonfinite": state.num_nonfinite}
@@ -103,7 +121,7 @@ class OnlineDataMixing:
     def state_arrays(self, state: OnlineDataMixingState) -> dict[str, NDArray[Any]]:
         """Return the state as flat arrays, for an npz file without pickle."""
         return {
-            "origin": np.array(self.name),
+            "origin": np.array(self._origin),
             "step": np.array(state.step),
             "weights": state.weights,
             "reward": state.reward,
@@ -116,9 +134,13 @@ class OnlineDataMixing:
         Raises:
             ConfigError: another algorithm wrote the arrays.
         """
-        check_origin(arrays, self.name)
+        check_origin(arrays, self._origin)
         values = {name: arrays[name] for name in ("weights", "reward", "num_nonfinite")}
         return OnlineDataMixingState(step=int(arrays["step"]), **values)
+
+    @property
+    def _origin(self) -> str:
+        return f"{self.name} variant={self.config.variant}"
 
 
 def _exploration(num_domains: int, step: int) -> float:

@@ -2,17 +2,28 @@
 
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
 
-__all__ = ["CONFIG_KEY", "check_origin", "check_prior", "check_range", "parse_parameters", "valid_options"]
+__all__ = [
+    "CONFIG_KEY",
+    "StatisticsChoice",
+    "check_origin",
+    "check_prior",
+    "check_range",
+    "parse_parameters",
+    "valid_options",
+]
 
 CONFIG_KEY = "mixture.algorithm"
 """Key of these parameters in the configuration."""
+
+StatisticsChoice = Literal["train", "heldout"]
+"""Which losses an algorithm learns from: those of training steps, or those of held-out samples."""
 
 C = TypeVar("C")
 
@@ -86,7 +97,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             raise ConfigError(f"{path} is {value!r}.{valid_options(value, get_args(hint))}")
         return value
     # `int | None`: null is a value, everything else must have the other type.
-    if isinstance(hint, types.UnionType):
+    if get_origin(hint) in (Union, types.UnionType):
         inner = [kind for kind in get_args(hint) if kind is not type(None)]
         return None if value is None else _value(inner[0], value, path)
     if get_origin(hint) is tuple:

@@ -15,17 +15,13 @@ from mixtera_hpc.config.schema import Config, DomainConfig, MixtureConfig, Stage
 from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, canonical_key, parse_domain_key
 from mixtera_hpc.core.mixing.algorithm import make_algorithm
 from mixtera_hpc.core.mixing.bounds import domain_bounds, project_to_bounds
+from mixtera_hpc.core.mixing.named_parameters import resolve_named
 from mixtera_hpc.core.mixing.weights import WeightNode, WeightRule, check_available, initial_weights
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.dataplane.mixing.context import DomainSizes, MixtureContext
-from mixtera_hpc.dataplane.mixing.mixers import (
-    BoundedMixer,
-    DynamicMixer,
-    FixedMixer,
-    Mixer,
-    MixerStage,
-    ScheduledMixer,
-)
+from mixtera_hpc.dataplane.mixing.dynamic_mixer import DynamicMixer
+from mixtera_hpc.dataplane.mixing.mixers import BoundedMixer, FixedMixer, Mixer, MixerStage, ScheduledMixer
+from mixtera_hpc.dataplane.mixing.reference_runs import load_named_values
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
 __all__ = [
@@ -52,17 +48,20 @@ def make_mixer(mixture: MixtureConfig, context: MixtureContext, *, learn: bool =
 
     Args:
         mixture: its domains are among those of `context`; all other domains get weight 0.
-        learn: False keeps dynamic mixtures at their initial weights, for a forecast.
+        learn: False keeps dynamic mixtures at their initial weights, for a forecast or on a rank that decides nothing.
 
     Raises:
         MixtureError: the mixture names a domain that the run does not have, requests a domain without samples, requests
             dropped domains only, or its floors and caps leave no mixture.
     """
-    if mixture.kind == "schedule":
-        mixer = _scheduled_mixer(mixture, context, learn)
-    else:
-        mixer = _single_mixer(mixture, mixture, context, learn)
     _check_not_all_dropped(mixture, context)
+    if mixture.kind != "schedule":
+        return _bounded_mixer(mixture, mixture, context, learn)
+    stages = mixture.schedule.stages
+    if any(stage.kind == "dynamic" for stage in stages):
+        # A stage that learns has bounds of its own: its domains of weight 0 stay at 0.
+        return _scheduled_mixer(mixture, context, [_bounded_mixer(s, mixture, context, learn) for s in stages])
+    mixer = _scheduled_mixer(mixture, context, [_single_mixer(s, mixture, context, learn) for s in stages])
     # Bounds hold for every stage of a schedule, so they go around all of it.
     bounds = config_bounds(mixture, context.domain_sizes)
     return mixer if bounds is None else BoundedMixer(mixer, *bounds)
@@ -145,16 +144,41 @@ def max_epochs_per_domain(mixture: MixtureConfig, num_domains: int) -> Weights:
     return np.array([np.inf if limit is None else limit for limit in limits], np.float64)
 
 
-def _scheduled_mixer(mixture: MixtureConfig, context: MixtureContext, learn: bool) -> Mixer:
-    """Build the mixers of all stages, and the schedule over them."""
+def _scheduled_mixer(mixture: MixtureConfig, context: MixtureContext, mixers: Sequence[Mixer]) -> Mixer:
+    """Build the schedule over the mixers of all stages."""
     schedule = mixture.schedule
-    stages = [
-        MixerStage(start=stage.start, mixer=_single_mixer(stage, mixture, context, learn)) for stage in schedule.stages
-    ]
+    stages = [MixerStage(start=stage.start, mixer=mixer) for stage, mixer in zip(schedule.stages, mixers, strict=True)]
     timeline = context.timeline
     # Starts in tokens count predicted tokens, which `items_before` counts too.
     position_of = timeline.step_of if schedule.unit == "steps" else timeline.items_before
     return ScheduledMixer(stages, schedule.shape, position_of)
+
+
+def _bounded_mixer(
+    part: StageConfig | MixtureConfig, mixture: MixtureConfig, context: MixtureContext, learn: bool
+) -> Mixer:
+    """Build the mixer of one stage, or of a mixture that is not a schedule, within its bounds."""
+    mixer = _single_mixer(part, mixture, context, learn)
+    bounds = config_bounds(mixture, context.domain_sizes)
+    if bounds is None:
+        return mixer
+    floor, cap = bounds
+    if part.kind == "dynamic":
+        # Weight 0 is 0: neither a floor nor what other domains leave may raise it.
+        is_mixed = config_weights(part, mixture, context.domain_sizes) > 0
+        floor = np.where(is_mixed, floor, 0.0)
+        cap = np.where(is_mixed, cap, 0.0)
+        _check_room(cap)
+    return BoundedMixer(mixer, floor, cap)
+
+
+def _check_room(cap: Weights) -> None:
+    """Refuse caps that leave a part of a learned mixture unassigned, because the other domains have weight 0."""
+    if cap.sum() < 1 - 1e-9:
+        raise MixtureError(
+            f"The caps of the domains with a weight sum to {cap.sum():.6g}, and the other domains have weight 0. Raise "
+            "mixture.cap, or give more domains a weight."
+        )
 
 
 def _single_mixer(
@@ -166,7 +190,9 @@ def _single_mixer(
     if part.kind != "dynamic" or not learn:
         return FixedMixer(weights)
     parameters = dict(part.algorithm)
-    algorithm = make_algorithm(str(parameters.pop("name", "ado")), parameters)
+    name = str(parameters.pop("name", "ado"))
+    mixed = np.flatnonzero(weights > 0).tolist()
+    algorithm = make_algorithm(name, resolve_named(parameters, context.names, mixed, load_named_values))
     return DynamicMixer(algorithm, weights, context.timeline.chunk_steps, context.feedback_lag)
 
 

@@ -1,33 +1,24 @@
 """Mixers: the objects on rank 0 that decide the weights of each chunk.
 
 The statistics of chunk c decide the weights of chunk c + `feedback_lag`, no matter how early or late they arrive, so a
-run is reproducible. Mixers nest: a schedule holds one mixer per stage, and bounds wrap any mixer. The mixing algorithm
-runs in a separate thread, so a refit delays no step. `dataplane.mixing.from_config` builds mixers from a
-configuration.
+run is reproducible. Mixers nest: a schedule holds one mixer per stage, and bounds wrap any mixer. A mixer that learns
+runs its algorithm in a separate thread, so a refit delays no step (`dataplane.mixing.dynamic_mixer`).
+`dataplane.mixing.from_config` builds mixers from a configuration.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.algorithm import MixingAlgorithm
 from mixtera_hpc.core.mixing.bounds import project_to_bounds
 from mixtera_hpc.core.mixing.schedules import ScheduleShape, blend_at
 from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.dataplane.mixing.dynamic_mixer import MixingProblem, strip_prefix
 
-__all__ = [
-    "BoundedMixer",
-    "DynamicMixer",
-    "FixedMixer",
-    "Mixer",
-    "MixerStage",
-    "ScheduledMixer",
-    "strip_prefix",
-]
+__all__ = ["BoundedMixer", "FixedMixer", "Mixer", "MixerStage", "ScheduledMixer"]
 
 Weights = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
@@ -41,6 +32,16 @@ class Mixer(Protocol):
 
     def feed(self, statistics: DomainStatistics) -> None:
         """Take the statistics of one step, in order of steps; return at once."""
+
+    def feed_held_out(self, statistics: DomainStatistics) -> None:
+        """Take held-out losses, before the statistics of the training step `statistics.step`; return at once."""
+
+    def description_of(self, chunk: int) -> dict[str, NDArray[Any]]:
+        """Return what an algorithm had learned when it decided the weights of `chunk`; shape (K,) each."""
+
+    @property
+    def problem(self) -> MixingProblem | None:
+        """Updates of a mixing algorithm that failed; None if there are none."""
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the state after every step fed so far, for a checkpoint."""
@@ -58,11 +59,19 @@ class FixedMixer:
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
+    problem: MixingProblem | None = None
+
     def weights_of(self, chunk: int) -> Weights | None:
         return self._weights
 
     def feed(self, statistics: DomainStatistics) -> None:
         return None
+
+    def feed_held_out(self, statistics: DomainStatistics) -> None:
+        return None
+
+    def description_of(self, chunk: int) -> dict[str, NDArray[Any]]:
+        return {}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {}
@@ -72,69 +81,6 @@ class FixedMixer:
 
     def close(self) -> None:
         return None
-
-
-class DynamicMixer:
-    """Returns the weights of a mixing algorithm that is fed the statistics of every step, in order."""
-
-    def __init__(self, algorithm: MixingAlgorithm[Any], prior: Weights, chunk_steps: int, feedback_lag: int) -> None:
-        """Start with the weights `prior`, which hold for the first `feedback_lag` chunks."""
-        self._algorithm = algorithm
-        self._chunk_steps = chunk_steps
-        self._lag = feedback_lag
-        self._state = algorithm.start(prior)
-        # Chunk → weights, from the last finished chunk on.
-        self._decided: dict[int, Weights] = dict.fromkeys(range(feedback_lag), prior)
-        self._newest = prior
-        # One thread, so that updates run in the order in which they were fed.
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
-        self._pending: list[Future[None]] = []
-
-    def weights_of(self, chunk: int) -> Weights | None:
-        self._collect(wait=False)
-        return self._decided.get(chunk)
-
-    def feed(self, statistics: DomainStatistics) -> None:
-        self._pending.append(self._thread.submit(self._update, statistics))
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the state (see `Mixer`) after waiting for the thread."""
-        self._collect(wait=True)
-        chunks = sorted(self._decided)
-        return {
-            "mixer/chunks": np.array(chunks, np.int64),
-            "mixer/newest": self._newest,
-            "mixer/weights": np.stack([self._decided[chunk] for chunk in chunks]),
-            **{f"algorithm/{k}": v for k, v in self._algorithm.state_arrays(self._state).items()},
-        }
-
-    def load(self, arrays: Arrays) -> None:
-        chunks = arrays["mixer/chunks"].tolist()
-        self._decided = dict(zip(chunks, np.array(arrays["mixer/weights"]), strict=True))
-        self._newest = np.array(arrays["mixer/newest"])
-        self._state = self._algorithm.state_from_arrays(strip_prefix("algorithm/", arrays))
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _update(self, statistics: DomainStatistics) -> None:
-        """Update the algorithm with one step; runs in the thread."""
-        weights = self._newest
-        # Skipped steps arrive with zero sequences: they end chunks, but the algorithm does not see them.
-        if statistics.num_sequences.any():
-            self._state, weights = self._algorithm.update(self._state, statistics)
-        self._newest = weights
-
-        # The last step of a chunk decides the weights `feedback_lag` chunks later.
-        chunk, step_in_chunk = divmod(statistics.step, self._chunk_steps)
-        if step_in_chunk == self._chunk_steps - 1:
-            self._decided[chunk + self._lag] = weights
-            self._decided.pop(chunk - 1, None)
-
-    def _collect(self, wait: bool) -> None:
-        """Re-raise exceptions of the thread in the caller; with `wait`, wait for all updates."""
-        while self._pending and (wait or self._pending[0].done()):
-            self._pending.pop(0).result()
 
 
 class BoundedMixer:
@@ -157,6 +103,16 @@ class BoundedMixer:
 
     def feed(self, statistics: DomainStatistics) -> None:
         self._inner.feed(statistics)
+
+    def feed_held_out(self, statistics: DomainStatistics) -> None:
+        self._inner.feed_held_out(statistics)
+
+    def description_of(self, chunk: int) -> dict[str, NDArray[Any]]:
+        return self._inner.description_of(chunk)
+
+    @property
+    def problem(self) -> MixingProblem | None:
+        return self._inner.problem
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         return self._inner.arrays()
@@ -207,6 +163,20 @@ class ScheduledMixer:
         for stage in self._stages:
             stage.mixer.feed(statistics)
 
+    def feed_held_out(self, statistics: DomainStatistics) -> None:
+        for stage in self._stages:
+            stage.mixer.feed_held_out(statistics)
+
+    def description_of(self, chunk: int) -> dict[str, NDArray[Any]]:
+        blend = blend_at(self._starts, self._shape, self._position_of(chunk))
+        # While a stage changes into the next one, the description is that of the one that learns.
+        stages = self._stages[blend.stage : blend.stage + (2 if blend.share_of_next else 1)]
+        return next((found for stage in stages if (found := stage.mixer.description_of(chunk))), {})
+
+    @property
+    def problem(self) -> MixingProblem | None:
+        return next((stage.mixer.problem for stage in self._stages if stage.mixer.problem), None)
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         return {f"stage{i}/{k}": v for i, stage in enumerate(self._stages) for k, v in stage.mixer.arrays().items()}
 
@@ -217,8 +187,3 @@ class ScheduledMixer:
     def close(self) -> None:
         for stage in self._stages:
             stage.mixer.close()
-
-
-def strip_prefix(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """Return the arrays whose names begin with `prefix`, under names without it."""
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

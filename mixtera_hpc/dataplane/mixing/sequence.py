@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.mixing.context import MixtureContext
+from mixtera_hpc.dataplane.mixing.dynamic_mixer import MixingProblem, strip_prefix
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer
-from mixtera_hpc.dataplane.mixing.mixers import Mixer, strip_prefix
+from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, parse_request
 from mixtera_hpc.errors import ConfigError, MixteraError
 
@@ -24,10 +25,11 @@ class MixtureSequence:
     Each mixer sees only the statistics of its own chunks, and counts chunks and steps from its own first chunk.
     """
 
-    def __init__(self, mixture: MixtureConfig, context: MixtureContext) -> None:
-        """Begin with `mixture` at chunk 0."""
+    def __init__(self, mixture: MixtureConfig, context: MixtureContext, *, learn: bool = True) -> None:
+        """Begin with `mixture` at chunk 0; with `learn` False, on a rank that decides nothing, nothing is learned."""
         self._context = context
-        self._mixers: dict[int, Mixer] = {0: make_mixer(mixture, context)}
+        self._learn = learn
+        self._mixers: dict[int, Mixer] = {0: make_mixer(mixture, context, learn=learn)}
         """First chunk → mixer."""
         self._decisions: dict[int, MixtureDecision] = {}
 
@@ -81,6 +83,26 @@ class MixtureSequence:
         begin = self._begin_of(statistics.step // chunk_steps)
         self._mixers[begin].feed(replace(statistics, step=statistics.step - begin * chunk_steps))
 
+    def feed_held_out(self, statistics: DomainStatistics) -> None:
+        """Pass held-out losses before data step `statistics.step` to the mixer that its chunk was served from."""
+        chunk_steps = self._context.timeline.chunk_steps
+        begin = self._begin_of(statistics.step // chunk_steps)
+        self._mixers[begin].feed_held_out(replace(statistics, step=statistics.step - begin * chunk_steps))
+
+    def description_of(self, chunk: int) -> dict[str, NDArray[Any]]:
+        """Return what an algorithm had learned when it decided the weights of `chunk`; empty if none did."""
+        begin = self._begin_of(chunk)
+        return self._mixers[begin].description_of(chunk - begin)
+
+    @property
+    def problem(self) -> MixingProblem | None:
+        """Updates of the newest mixture that failed, with steps of the run; None if there are none."""
+        begin = max(self._mixers)
+        problem = self._mixers[begin].problem
+        if problem is None:
+            return None
+        return replace(problem, step=problem.step + begin * self._context.timeline.chunk_steps)
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the state of all mixers, for a checkpoint."""
         return {f"from{begin}/{k}": v for begin, mixer in self._mixers.items() for k, v in mixer.arrays().items()}
@@ -108,7 +130,7 @@ class MixtureSequence:
         timeline = self._context.timeline
         first = decision.chunk
         shifted = replace(timeline, step=timeline.step_of(first), items=timeline.items_before(first))
-        mixer = make_mixer(decision.mixture, replace(self._context, timeline=shifted))
+        mixer = make_mixer(decision.mixture, replace(self._context, timeline=shifted), learn=self._learn)
         if first in self._mixers:
             self._mixers[first].close()
         self._mixers[first] = mixer

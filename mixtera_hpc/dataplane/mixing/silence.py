@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 
+from mixtera_hpc.config.mixture.learning import learning_parts, needs_held_out
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import DomainStatistics
 
@@ -17,7 +18,9 @@ class SilenceWatch:
 
     def __init__(self, config: Config, rank: int) -> None:
         """Begin before the first chunk; only rank 0 warns."""
-        self._learns = config.mixture.kind == "dynamic"
+        self._learns = any(True for _ in learning_parts(config.mixture))
+        self._from_held_out = needs_held_out(config.mixture)
+        self._has_held_out = False
         self._limit = config.dataplane.feedback_lag + 2
         """Chunks without losses that are normal: their losses may be on their way."""
         self._is_root = rank == 0
@@ -26,11 +29,15 @@ class SilenceWatch:
     def enter_chunk(self) -> bool | None:
         """Return whether there were losses in the last `feedback_lag` + 2 chunks; warn once if not.
 
+        For an algorithm that learns from held-out losses: whether there was a validation.
+
         None for a mixture that does not learn.
         """
         if not self._learns:
             return None
         self._chunks_without_loss += 1
+        if self._from_held_out:
+            return self._has_held_out
         # The chunk that begins now is the one after them.
         if self._chunks_without_loss == self._limit + 1 and self._is_root:
             logger.warning(
@@ -44,3 +51,7 @@ class SilenceWatch:
         """Take the statistics of a step."""
         if np.any(statistics.num_sequences):
             self._chunks_without_loss = 0
+
+    def hear_held_out(self) -> None:
+        """Note that there are held-out losses."""
+        self._has_held_out = True

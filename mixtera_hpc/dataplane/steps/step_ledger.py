@@ -17,6 +17,7 @@ a request.
 
 from collections.abc import Iterator
 
+from mixtera_hpc.dataplane.resume.resume_point import ResumePoint
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 
 __all__ = ["StepLedger"]
@@ -43,6 +44,19 @@ class StepLedger:
         """All training steps below it have been reduced, or their effect is part of the loaded state."""
         self._num_fed = num_fed
         """All data steps below it have been passed to the mixing algorithm."""
+
+    @classmethod
+    def at_resume(cls, version: StreamVersion, chunk_steps: int, start: ResumePoint, num_fed: int) -> "StepLedger":
+        """Return the ledger of a rank that continues at `start`."""
+        plan = start.plan
+        is_served = plan.num_steps > 0 and version.data_step(start.step) >= plan.first_step + plan.num_steps
+        return cls(
+            version,
+            chunk_steps,
+            next_step=start.step,
+            current_chunk=plan.chunk if is_served else plan.chunk - 1,
+            num_fed=num_fed,
+        )
 
     @property
     def next_step(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.law_objective import HUBER_DELTA, LawBounds, LossPoints, huber_objective, predict
+from mixtera_hpc.core.mixing.laws.law_objective import HUBER_DELTA, LawBounds, LossPoints, huber_objective, predict
 
 __all__ = ["refine_laws"]
 

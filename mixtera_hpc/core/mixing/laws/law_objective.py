@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HUBER_DELTA", "LawBounds", "LossPoints", "Prediction", "huber_objective", "predict"]
+__all__ = [
+    "BOUND_NAMES",
+    "HUBER_DELTA",
+    "LawBounds",
+    "LossPoints",
+    "Prediction",
+    "bounds_reached",
+    "huber_objective",
+    "predict",
+    "rms_residual",
+]
 
 HUBER_DELTA = 1e-3
 """Residuals of log L above this count linearly."""
@@ -46,7 +56,7 @@ class LawBounds:
 
     max_alpha: float = 0.8
     max_log_beta: float = 6.5
-    """With n in sequences."""
+    """With n in the unit of the laws (`ScalingLaws.unit`)."""
     min_epsilon: float = 0.0
     """Nats."""
     min_log_beta: float = -60.0
@@ -88,3 +98,33 @@ def huber_objective(residual: NDArray[np.float64], weight: NDArray[np.float64]) 
     near = np.minimum(size, HUBER_DELTA)
     objective: NDArray[np.float64] = np.einsum("km,km->k", weight, near * (size - 0.5 * near)) / HUBER_DELTA
     return objective
+
+
+BOUND_NAMES = ("beta at its lower bound", "beta at its upper bound", "alpha is 0", "alpha at its upper bound")
+"""Bound → what it means; the position is the bit of `bounds_reached`."""
+
+
+def bounds_reached(theta: NDArray[np.float64], bounds: LawBounds) -> NDArray[np.int8]:
+    """Return which bounds of beta and alpha each law lies on, as a sum of powers of 2; shape (num_domains,).
+
+    The losses do not determine such a law, so its speed is not to be trusted. An epsilon at its lower bound is common
+    in short runs and does no harm: the slope at the present n is determined.
+    """
+    at_bound = [
+        theta[:, 0] <= bounds.min_log_beta,
+        theta[:, 0] >= bounds.max_log_beta,
+        theta[:, 1] <= 0.0,
+        theta[:, 1] >= bounds.max_alpha,
+    ]
+    # NaN, an unknown law, compares false.
+    reached: NDArray[np.int8] = np.sum([is_at << bit for bit, is_at in enumerate(at_bound)], axis=0).astype(np.int8)
+    return reached
+
+
+def rms_residual(theta: NDArray[np.float64], points: LossPoints) -> NDArray[np.float64]:
+    """Return the root mean square of the residuals of log L, weighted like the fit; shape (num_domains,)."""
+    residual = predict(theta, points).residual
+    # Points without weight may have a residual that is not finite.
+    squares = np.where(points.weight > 0, residual, 0.0) ** 2
+    rms: NDArray[np.float64] = np.sqrt(np.einsum("km,km->k", points.weight, squares))
+    return rms

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.law_objective import LossPoints
+from mixtera_hpc.core.mixing.laws.law_objective import LossPoints
 from mixtera_hpc.core.statistics import DomainStatistics
 
 __all__ = ["MAX_BINS", "LossBin", "LossHistory"]
@@ -67,11 +67,12 @@ class LossHistory:
     """In ascending order of n; the last one may still grow."""
     bins_per_octave: int = FIRST_BINS_PER_OCTAVE
 
-    def observe(self, num_seen: int, statistics: DomainStatistics) -> "LossHistory":
+    def observe(self, num_seen: float, statistics: DomainStatistics) -> "LossHistory":
         """Return the history with one more step.
 
         Args:
-            num_seen: sequences of all domains up to and including this step; must not decrease from call to call.
+            num_seen: sequences of all domains up to and including this step, in any unit, at least 1 in it; must not
+                decrease from call to call.
             statistics: losses of the step.
         """
         observed = statistics.observed

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.law_objective import HUBER_DELTA, LawBounds, LossPoints, huber_objective, predict
-from mixtera_hpc.core.mixing.law_refinement import refine_laws
+from mixtera_hpc.core.mixing.laws.law_objective import HUBER_DELTA, LawBounds, LossPoints, huber_objective, predict
+from mixtera_hpc.core.mixing.laws.law_refinement import refine_laws
 
 __all__ = ["MIN_POINTS", "ScalingLaws", "fit_laws"]
 
@@ -41,7 +41,9 @@ class ScalingLaws:
     """L(n) = epsilon + beta · n^-alpha for every domain, n in sequences; rows of NaN where no law is known."""
 
     theta: Floats
-    """Columns log beta, alpha, epsilon (nats); shape (num_domains, 3)."""
+    """Columns log beta, alpha, epsilon (nats), with n counted in `unit`; shape (num_domains, 3)."""
+    unit: float = 1.0
+    """Sequences. With it, the bound on log beta does not depend on what counts as a sequence."""
 
     @classmethod
     def unknown(cls, num_domains: int) -> "ScalingLaws":
@@ -56,8 +58,9 @@ class ScalingLaws:
 
     @property
     def beta(self) -> Floats:
-        """Reducible loss at n = 1, nats; shape (num_domains,)."""
-        return np.exp(self.theta[:, 0])
+        """Reducible loss at n = 1 sequence, nats; shape (num_domains,)."""
+        beta: Floats = np.exp(self.theta[:, 0] + self.alpha * np.log(self.unit))
+        return beta
 
     @property
     def alpha(self) -> Floats:
@@ -75,7 +78,7 @@ class ScalingLaws:
         Args:
             min_alpha: lower bound for the factor alpha; the exponent keeps its value.
         """
-        reducible = np.exp(self.theta[:, 0] - self.alpha * np.log(n))
+        reducible = np.exp(self.theta[:, 0] - self.alpha * np.log(n / self.unit))
         speed: Floats = np.maximum(self.alpha, min_alpha) * reducible / n
         return speed
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.law_objective import LossPoints
+from mixtera_hpc.core.mixing.laws.law_objective import LossPoints
 from mixtera_hpc.core.statistics import DomainStatistics
 
 __all__ = ["LossSeries", "smooth"]
@@ -37,12 +37,12 @@ class LossSeries:
     losses: tuple[NDArray[np.float64], ...] = ()
     """For each step, nats; NaN where a domain had no observation. Shape (num_domains,) each."""
 
-    def observe(self, num_seen: int, statistics: DomainStatistics) -> "LossSeries":
+    def observe(self, num_seen: float, statistics: DomainStatistics) -> "LossSeries":
         """Add one step, after which `num_seen` sequences of all domains had been seen."""
         return LossSeries(
             num_domains=self.num_domains,
             first_fitted=self.first_fitted,
-            num_seen=(*self.num_seen, num_seen),
+            num_seen=(*self.num_seen, int(num_seen)),
             losses=(*self.losses, statistics.loss_mean),
         )
 

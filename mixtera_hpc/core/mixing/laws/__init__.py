@@ -1,0 +1,1 @@
+"""Scaling laws of the losses of domains: the history of losses, and the fit."""

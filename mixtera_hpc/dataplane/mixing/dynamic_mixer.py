@@ -1,0 +1,258 @@
+"""The mixer that learns: runs a mixing algorithm in a thread, and keeps serving the old weights if the algorithm fails.
+
+Domains of weight 0 in the initial mixture are not part of the algorithm: they stay at 0, and its floors and exploration
+apply to the others. Held-out losses of step s are learned from after those of step s - 1 and before those of step s, no
+matter when they arrive, so a run is reproducible.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.mixing.algorithm import MixingAlgorithm, learns_from
+from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.errors import MixtureError
+
+__all__ = ["DynamicMixer", "MixingProblem", "strip_prefix"]
+
+Weights = NDArray[np.float64]
+Arrays = Mapping[str, NDArray[Any]]
+
+NOT_DESCRIBED = ("weight", "num_sequences")
+"""Entries of `describe` that the events of a chunk hold anyway."""
+
+SIGNIFICANT_DIGITS = 6
+"""Digits of the numbers that describe an algorithm in the metrics."""
+
+SUM_TOLERANCE = 1e-6
+"""Weights of an algorithm may sum to 1 within this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixingProblem:
+    """Updates of a mixing algorithm that failed; the weights before them stay in force."""
+
+    step: int
+    """Step of the newest one, counted from the first chunk of the mixture."""
+    count: int
+    message: str
+    """Type and message of the newest exception."""
+
+
+class DynamicMixer:
+    """Returns the weights of a mixing algorithm that is fed the statistics of every step, in order."""
+
+    def __init__(self, algorithm: MixingAlgorithm[Any], prior: Weights, chunk_steps: int, feedback_lag: int) -> None:
+        """Start with the weights `prior`, which hold for the first `feedback_lag` chunks."""
+        self._algorithm = algorithm
+        self._learns_from_held_out = learns_from(algorithm) == "heldout"
+        self._chunk_steps = chunk_steps
+        self._lag = feedback_lag
+        self._size = len(prior)
+        self._domains = np.flatnonzero(prior > 0)
+        """The domains that the algorithm mixes."""
+        self._state = algorithm.start(prior[self._domains] / prior[self._domains].sum())
+        self._decided: dict[int, Weights] = dict.fromkeys(range(feedback_lag), prior)
+        """Chunk → weights, from the last finished chunk on."""
+        self._described: dict[int, dict[str, NDArray[Any]]] = {}
+        """Chunk → what the algorithm had learned when it decided the weights."""
+        self._newest = prior
+        self._held_out: list[DomainStatistics] = []
+        """Held-out losses that have not been learned from."""
+        self._in_force = np.zeros(self._size)
+        """Sum of the mixtures that were in force since the last held-out losses."""
+        self._num_in_force = 0
+        self._problem: MixingProblem | None = None
+        # One thread, so that updates run in the order in which they were fed.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixing")
+        self._pending: list[Future[None]] = []
+
+    @property
+    def problem(self) -> MixingProblem | None:
+        """The updates that failed; None if there are none."""
+        return self._problem
+
+    def weights_of(self, chunk: int) -> Weights | None:
+        """Return the weights of `chunk`; see `Mixer`."""
+        self._collect(wait=False)
+        return self._decided.get(chunk)
+
+    def description_of(self, chunk: int) -> dict[str, NDArray[Any]]:
+        """Return what the algorithm had learned when it decided the weights of `chunk`; shape (K,) each."""
+        return self._described.get(chunk, {})
+
+    def feed(self, statistics: DomainStatistics) -> None:
+        """Take the statistics of one step; see `Mixer`."""
+        self._pending.append(self._thread.submit(self._process, statistics))
+
+    def feed_held_out(self, statistics: DomainStatistics) -> None:
+        """Take the held-out losses after `statistics.step` steps; see `Mixer`."""
+        if self._learns_from_held_out:
+            self._pending.append(self._thread.submit(self._add_held_out, statistics))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the state (see `Mixer`) after waiting for the thread."""
+        self._collect(wait=True)
+        chunks = sorted(self._decided)
+        return {
+            "mixer/chunks": np.array(chunks, np.int64),
+            "mixer/newest": self._newest,
+            "mixer/weights": np.stack([self._decided[chunk] for chunk in chunks]),
+            **self._held_out_arrays(),
+            **{f"algorithm/{k}": v for k, v in self._algorithm.state_arrays(self._state).items()},
+        }
+
+    def load(self, arrays: Arrays) -> None:
+        """Restore the state that `arrays` returned."""
+        chunks = arrays["mixer/chunks"].tolist()
+        self._decided = dict(zip(chunks, np.array(arrays["mixer/weights"]), strict=True))
+        self._newest = np.array(arrays["mixer/newest"])
+        self._state = self._algorithm.state_from_arrays(strip_prefix("algorithm/", arrays))
+        if self._learns_from_held_out:
+            self._in_force = np.array(arrays["mixer/in_force"])
+            self._num_in_force = int(arrays["mixer/num_in_force"])
+            columns = [arrays[f"mixer/held_out_{name}"] for name in _STATISTICS]
+            self._held_out = [
+                DomainStatistics(step=int(step), **dict(zip(_STATISTICS, rows, strict=True)))
+                for step, *rows in zip(arrays["mixer/held_out_steps"], *columns, strict=True)
+            ]
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _held_out_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return what only algorithms that learn from held-out losses need."""
+        if not self._learns_from_held_out:
+            return {}
+        shape = (len(self._held_out), self._size)
+        columns = {name: [getattr(s, name) for s in self._held_out] for name in _STATISTICS}
+        return {
+            "mixer/in_force": self._in_force,
+            "mixer/num_in_force": np.array(self._num_in_force),
+            "mixer/held_out_steps": np.array([s.step for s in self._held_out], np.int64),
+            **{f"mixer/held_out_{n}": np.array(v, _STATISTICS[n]).reshape(shape) for n, v in columns.items()},
+        }
+
+    def _process(self, statistics: DomainStatistics) -> None:
+        """Learn from one step; runs in the thread."""
+        if self._learns_from_held_out:
+            self._learn_from_held_out(statistics)
+        elif statistics.num_sequences.any():
+            # Skipped steps arrive with zero sequences: they end chunks, but the algorithm does not see them.
+            self._learn(statistics)
+
+        # The last step of a chunk decides the weights `feedback_lag` chunks later.
+        chunk, step_in_chunk = divmod(statistics.step, self._chunk_steps)
+        if step_in_chunk == self._chunk_steps - 1:
+            self._decided[chunk + self._lag] = self._newest
+            self._decided.pop(chunk - 1, None)
+            self._described[chunk + self._lag] = self._describe()
+            self._described.pop(chunk - 1, None)
+
+    def _add_held_out(self, statistics: DomainStatistics) -> None:
+        self._held_out.append(statistics)
+
+    def _learn_from_held_out(self, statistics: DomainStatistics) -> None:
+        """Learn from the held-out losses before a training step, and remember the mixture of the step."""
+        due = [held_out for held_out in self._held_out if held_out.step <= statistics.step]
+        self._held_out = [held_out for held_out in self._held_out if held_out.step > statistics.step]
+        for held_out in due:
+            mean = self._in_force / self._num_in_force if self._num_in_force else None
+            self._in_force = np.zeros(self._size)
+            self._num_in_force = 0
+            self._learn(replace(held_out, weights=mean))
+        if statistics.weights is not None and statistics.num_sequences.any():
+            self._in_force = self._in_force + statistics.weights
+            self._num_in_force += 1
+
+    def _learn(self, statistics: DomainStatistics) -> None:
+        """Update the algorithm; if it fails, keep its state and the weights."""
+        # The algorithm may be the user's and may raise anything. Training must go on.
+        try:
+            state, weights = self._algorithm.update(self._state, _restricted(statistics, self._domains))
+            checked = _checked(weights, len(self._domains))
+        except Exception as error:
+            count = self._problem.count + 1 if self._problem else 1
+            message = f"{type(error).__name__}: {error}"
+            self._problem = MixingProblem(step=statistics.step, count=count, message=message)
+            return
+        self._state = state
+        self._newest = self._scattered(checked, 0.0)
+
+    def _describe(self) -> dict[str, NDArray[Any]]:
+        try:
+            described = self._algorithm.describe(self._state)
+            return {
+                name: self._scattered(_rounded(np.asarray(values, np.float64)), np.nan)
+                for name, values in described.items()
+                if name not in NOT_DESCRIBED
+            }
+        except Exception:
+            return {}
+
+    def _scattered(self, values: NDArray[np.float64], fill: float) -> NDArray[np.float64]:
+        """Return values of the mixed domains as values of all domains."""
+        if len(self._domains) == self._size:
+            return values
+        scattered = np.full(self._size, fill)
+        scattered[self._domains] = values
+        return scattered
+
+    def _collect(self, wait: bool) -> None:
+        """Re-raise exceptions of the thread in the caller; with `wait`, wait for all updates."""
+        while self._pending and (wait or self._pending[0].done()):
+            self._pending.pop(0).result()
+
+
+_STATISTICS = {
+    "loss_sum": np.float64,
+    "num_tokens": np.int64,
+    "num_sequences": np.int64,
+    "num_nonfinite": np.int64,
+}
+"""Arrays of held-out losses that a checkpoint holds, and their types."""
+
+
+def strip_prefix(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Return the arrays whose names begin with `prefix`, under names without it."""
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _restricted(statistics: DomainStatistics, domains: NDArray[np.intp]) -> DomainStatistics:
+    """Return the statistics of some domains."""
+    if len(domains) == len(statistics.loss_sum):
+        return statistics
+    arrays = {name: getattr(statistics, name)[domains] for name in _STATISTICS}
+    weights = None if statistics.weights is None else statistics.weights[domains]
+    return replace(statistics, **arrays, weights=weights)
+
+
+def _checked(weights: Any, num_domains: int) -> Weights:
+    """Return the weights of an algorithm.
+
+    Raises:
+        MixtureError: they are not a distribution over the domains.
+    """
+    checked: Weights = np.asarray(weights, np.float64)
+    is_valid = checked.shape == (num_domains,) and np.isfinite(checked).all() and (checked >= 0).all()
+    if not is_valid or abs(checked.sum() - 1) > SUM_TOLERANCE:
+        raise MixtureError(
+            f"The algorithm returned weights of shape {checked.shape} that span {checked.min(initial=np.inf):.6g} to "
+            f"{checked.max(initial=-np.inf):.6g} and sum to {checked.sum():.6g}, expected {num_domains} finite weights "
+            "of at least 0 and sum 1."
+        )
+    return checked
+
+
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return values with `SIGNIFICANT_DIGITS`; long numbers would make the metrics large."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        exponent = np.floor(np.log10(np.abs(values)))
+        scale = 10.0 ** (SIGNIFICANT_DIGITS - 1 - exponent)
+        rounded = np.rint(values * scale) / scale
+    return np.where(np.isfinite(rounded), rounded, values)
