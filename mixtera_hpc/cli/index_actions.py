@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from mixtera_hpc.cli.answers.store_text import announce_store
 from mixtera_hpc.cli.collection import compose_build, compose_data, open_collection
 from mixtera_hpc.cli.index_progress import show_progress
 from mixtera_hpc.cli.index_text import (
@@ -68,12 +69,18 @@ def run_action(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
     config = compose_build(args.overrides)
-    return _with_progress(args, comm, lambda progress: build_index(config, comm, progress), build_lines)
+
+    def build(progress: ProgressCallback | None) -> Any:
+        return build_index(config, comm, progress, announce_store)
+
+    return _with_progress(args, comm, build, build_lines)
 
 
 def _refresh(args: argparse.Namespace, comm: Communicator) -> ActionOutput:
     config = compose_build(args.overrides)
-    return _with_progress(args, comm, lambda progress: refresh_index(config, comm, progress), refresh_lines)
+    return _with_progress(
+        args, comm, lambda progress: refresh_index(config, comm, progress, announce_store), refresh_lines
+    )
 
 
 def _derive(args: argparse.Namespace, comm: Communicator) -> ActionOutput:

@@ -65,7 +65,7 @@ IDENTITY_KEYS = (
 )
 """The keys that identify a run. If one of them changed, later steps would have other samples or another model."""
 
-COST_KEYS = ("data.cache_bytes", "data.max_amplification", "data.tokens")
+COST_KEYS = ("data.cache_bytes", "data.materialize", "data.max_amplification", "data.tokens")
 """Keys below identity keys that change only what reading costs."""
 
 FLAG_OF_KEY = {

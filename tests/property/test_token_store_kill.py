@@ -60,7 +60,7 @@ def contents(config: Config) -> tuple[bytes, bytes]:
     header = read_header(files)
     assert header is not None and header.complete
     assert not files.logs()
-    return files.tokens.read_bytes(), files.starts.read_bytes()
+    return files.tokens.read_bytes(), files.starts(header).read_bytes()
 
 
 def write_and_kill(overrides: list[str], after_units: int) -> None:

@@ -164,7 +164,7 @@ def test_a_store_of_another_generation_is_refused(overrides: list[str], tmp_path
     build_index(compose(overrides))
     assert tokenize(overrides) == 0
     (tmp_path / "data/new.jsonl").write_text("\n".join(json.dumps(row) for row in make_rows(9, 30)))
-    assert main(["index", "refresh", *overrides]) == 0
+    assert main(["index", "refresh", *overrides, "data.materialize=never"]) == 0
     with pytest.raises(ConfigError, match=r"was made from index \w{12}, but the index is \w{12} now"):
         served(overrides)
     expected = served(overrides, "data.tokens=off")

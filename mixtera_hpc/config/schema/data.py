@@ -108,9 +108,15 @@ class DataConfig(DataSetKeys):
     max_amplification: float = 64.0
     """Bytes decoded for every byte served, in files that can only be decoded in large units. `plan` and `submit` refuse
     a job that would need more."""
+    materialize: Literal["auto", "always", "never"] = "auto"
+    """Whether `index build` writes token ids beside the index, which runs then read instead of the texts. `auto`: where
+    tokens are counted and some files are compressed JSON lines, of which a single row cannot be read. `always`:
+    wherever tokens are counted. `never`: only `mixtera-hpc tokenize` writes them. `index refresh` extends ids that are
+    there, unless it is `never`."""
     tokens: str = "auto"
-    """Token ids that `mixtera-hpc tokenize` has written. `auto`: those beside the index, if there are any. `off`: none,
-    documents are tokenized while a run reads. Or the folder that holds them. Cost only: the batches are the same."""
+    """Token ids that `index build` or `mixtera-hpc tokenize` has written. `auto`: those beside the index, if there are
+    any. `off`: none, documents are tokenized while a run reads. Or the folder that holds them. Cost only: the batches
+    are the same."""
 
     @classmethod
     def complete(cls, plain: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -121,7 +127,7 @@ class DataConfig(DataSetKeys):
         defaults = {
             key: value
             for key, value in plain.items()
-            if key not in ("sets", "transform", "tokens", "cache_bytes", "max_amplification")
+            if key not in ("sets", "transform", "materialize", "tokens", "cache_bytes", "max_amplification")
         }
         return {**plain, "sets": {name: _with_defaults(own, defaults) for name, own in sets.items()}}
 

@@ -140,8 +140,7 @@ class DocumentReader:
     def read_sequences(self, documents: Documents, rows: Ints, shape: tuple[int, int]) -> StoredSequences:
         """Return whole sequences of documents that are all stored; see `stored_sequences.read_sequences`."""
         self.place.enter(READ)
-        across = self._source.config.dataplane.predict_across_documents
-        return read_sequences(self._gather, documents, rows, shape, predict_across_documents=across)
+        return read_sequences(self._source, self._gather, documents, rows, shape)
 
     def _remember(self, key: int, tokens: Tokens) -> None:
         """Keep the tokens of a document, and forget the oldest ones beyond the budget."""
@@ -213,6 +212,9 @@ class DocumentReader:
         if self._source.layout.chat_blocks is not None:
             unmarked, trained = split_marks(tokens.view(np.uint32))
             tokens = unmarked.view(np.int32)
+            # A token store may have marks that this run ignores.
+            if self._source.config.dataplane.chat_loss == "all":
+                trained = np.ones_like(trained)
 
         lengths = documents.last - documents.first
         starts = np.cumsum(lengths) - lengths

@@ -23,6 +23,7 @@ from mixtera_hpc.index.layout import DATASET, BadRows, Generation, bucket_source
 from mixtera_hpc.index.scan.scan_result import Combo
 from mixtera_hpc.index.scan.unit_scan import DataSetScan, ScanSettings
 from mixtera_hpc.index.shards import Shard
+from mixtera_hpc.index.token_store.store_job import StoreReport
 
 __all__ = [
     "BuildReport",
@@ -71,6 +72,8 @@ class BuildReport:
     """Data set → property → share of its rows without a value, from 0 to 1."""
     empty_shards: tuple[str, ...]
     """Paths of the shards without rows."""
+    token_store: StoreReport | None = None
+    """The token store that was written too, if any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

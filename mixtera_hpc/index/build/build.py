@@ -23,6 +23,7 @@ from mixtera_hpc.formats.shard_scan import scan_spec_of
 from mixtera_hpc.index.build.assemble import BuildReport, BuildRequest, assemble_index
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, follow_index_job, lead_index_job
+from mixtera_hpc.index.build.store_maker import AnnounceStore, StoreMaker
 from mixtera_hpc.index.chat_check import check_has_template
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.scan.computed_properties import ComputedProperties
@@ -36,7 +37,10 @@ __all__ = ["build_index", "check_bucket_numbers", "plan_shards", "scan_of_set", 
 
 
 def build_index(
-    config: Config, comm: Communicator | None = None, progress: ProgressCallback | None = None
+    config: Config,
+    comm: Communicator | None = None,
+    progress: ProgressCallback | None = None,
+    announce: AnnounceStore | None = None,
 ) -> BuildReport:
     """Build `config.index.path` from the shards of `config.data`. **Collective.**
 
@@ -44,6 +48,8 @@ def build_index(
         config: the keys `data`, `index` and the tokenizer of `dataplane` count.
         comm: the ranks that share the work; None for this process alone.
         progress: called on rank 0 while units are scanned.
+        announce: called on rank 0 with the size of a token store, before it is written; None writes no store,
+            whatever `data.materialize` says.
 
     Raises:
         ConfigError: globs, formats, properties, functions or the tokenizer are wrong.
@@ -53,10 +59,13 @@ def build_index(
     comm = comm or Local()
     began_s = time.monotonic()
     settings = scan_settings(config)
-    job = shard_scan_job(config, settings)
+    maker = None
+    if announce is not None:
+        maker = StoreMaker(config, settings.tokenizer, comm, announce, progress)
+    job = shard_scan_job(config, settings, maker)
     # Only rank 0 lists the shards: thousands of ranks would overload the metadata server of the file system.
     if comm.rank > 0:
-        return follow_index_job(job, comm, BuildReport)
+        return _with_store(follow_index_job(job, comm, BuildReport), maker)
 
     request = BuildRequest(config=config, settings=settings, began_s=began_s)
     plan = plan_shards(settings, discover_shards(config.data))
@@ -64,7 +73,11 @@ def build_index(
     def finish(plan: ScanPlan, records: UnitRecords) -> BuildReport:
         return assemble_index(request, plan, records)
 
-    return lead_index_job(job, plan, comm, finish, progress)
+    return _with_store(lead_index_job(job, plan, comm, finish, progress), maker)
+
+
+def _with_store(report: BuildReport, maker: StoreMaker | None) -> BuildReport:
+    return report if maker is None else replace(report, token_store=maker.report)
 
 
 def scan_settings(config: Config) -> ScanSettings:
@@ -137,12 +150,14 @@ def scan_of_set(config: Config, data_set: DataSetKeys, tokenizer: Tokenizer | No
     return DataSetScan(root=Path(data_set.root), spec=spec, computed=computed)
 
 
-def shard_scan_job(config: Config, settings: ScanSettings) -> IndexJob:
-    """Return the job that scans units of shards."""
+def shard_scan_job(config: Config, settings: ScanSettings, maker: StoreMaker | None) -> IndexJob:
+    """Return the job that scans units of shards, and that makes a token store of them if there is a maker."""
 
     def scan(plan: ScanPlan, number: int) -> Iterator[ScanResult]:
-        shard, start, stop = plan.units[number]
-        return scan_unit(settings, plan.shards[shard], ScanUnit(start, stop))
+        position, start, stop = plan.units[number]
+        shard = plan.shards[position]
+        spool = maker.spool_of(plan, shard) if maker is not None else None
+        return scan_unit(settings, shard, ScanUnit(start, stop), spool)
 
     tokenizer = settings.tokenizer.fingerprint if settings.tokenizer else None
     # Everything that can change a result; the tokenizer and the code of functions by their digests.
@@ -152,6 +167,7 @@ def shard_scan_job(config: Config, settings: ScanSettings) -> IndexJob:
         depends_on=[sets, settings.block_rows, tokenizer],
         threads=config.index.threads,
         scan=scan,
+        tokens=maker,
     )
 
 

@@ -32,12 +32,15 @@ from mixtera_hpc.index.build.build import plan_shards, scan_settings, shard_scan
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords, follow_index_job, lead_index_job
 from mixtera_hpc.index.build.publish import renew_modification_times
+from mixtera_hpc.index.build.store_maker import AnnounceStore, StoreMaker
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.read.open import PropertyIndex, open_index
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.unit_scan import ScanSettings
 from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
+from mixtera_hpc.index.token_store.store_job import StoreReport
+from mixtera_hpc.index.token_store.store_state import KeptRows
 
 __all__ = ["RefreshReport", "refresh_index"]
 
@@ -59,6 +62,8 @@ class RefreshReport:
     """Fingerprints of the earlier states that runs can continue with."""
     build: BuildReport | None
     """None if no content has changed; no sample is written again then."""
+    token_store: StoreReport | None = None
+    """The token store that was extended, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,10 @@ class _ShardChanges:
 
 
 def refresh_index(
-    config: Config, comm: Communicator | None = None, progress: ProgressCallback | None = None
+    config: Config,
+    comm: Communicator | None = None,
+    progress: ProgressCallback | None = None,
+    announce: AnnounceStore | None = None,
 ) -> RefreshReport:
     """Refresh `config.index.path`, which was built with the same settings. **Collective.**
 
@@ -86,6 +94,7 @@ def refresh_index(
         config: as for `build_index`.
         comm: the ranks that share the work; None for this process alone.
         progress: called on rank 0 while units are scanned.
+        announce: called on rank 0 before a token store of the index is extended; None leaves it as it is.
 
     Raises:
         PropertyIndexError: there is no index, or it was built with other settings.
@@ -94,9 +103,12 @@ def refresh_index(
     comm = comm or Local()
     request = BuildRequest(config=config, settings=scan_settings(config), began_s=time.monotonic())
     settings = request.settings
-    job = shard_scan_job(config, settings)
+    maker = None
+    if announce is not None:
+        maker = StoreMaker(config, settings.tokenizer, comm, announce, progress, only_existing=True)
+    job = shard_scan_job(config, settings, maker)
     if comm.rank > 0:
-        return follow_index_job(job, comm, RefreshReport)
+        return _with_store(follow_index_job(job, comm, RefreshReport), maker)
 
     # The shards may have moved since the build; only the configured folders count.
     roots = {name: str(root) for name, root in settings.roots.items()}
@@ -104,11 +116,27 @@ def refresh_index(
         _check_settings(index, request)
         # Compared before the lock is taken: another build in progress fails at the lock.
         changes = _compare_shards(index, discover_shards(config.data), settings.roots)
+        if maker is not None:
+            maker.kept = _kept_rows(index, changes)
 
         def finish(plan: ScanPlan, records: UnitRecords) -> RefreshReport:
             return _finish(request, index, changes, plan, records)
 
-        return lead_index_job(job, _plan_changes(settings, index, changes), comm, finish, progress)
+        plan = _plan_changes(settings, index, changes)
+        return _with_store(lead_index_job(job, plan, comm, finish, progress), maker)
+
+
+def _with_store(report: RefreshReport, maker: StoreMaker | None) -> RefreshReport:
+    return report if maker is None else replace(report, token_store=maker.report)
+
+
+def _kept_rows(index: PropertyIndex, changes: _ShardChanges) -> KeptRows:
+    """Return which rows of the index come first in the new one."""
+    blocks = index.tables.blocks
+    kept = np.flatnonzero(np.isin(blocks.shard, changes.unchanged))
+    first_rows = np.concatenate([[0], np.cumsum(blocks.rows, dtype=np.int64)])
+    rows = [(int(first_rows[first]), int(first_rows[last])) for first, last in block_ranges(index, kept)]
+    return KeptRows(index=index.fingerprint, rows=rows, blocks=len(kept))
 
 
 def _plan_changes(settings: ScanSettings, index: PropertyIndex, changes: _ShardChanges) -> ScanPlan:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import narrow
 from mixtera_hpc.index.scan.scan_result import ScanResult, ScanSummary
+from mixtera_hpc.index.scan.token_spool import SpooledTokens
 
 __all__ = [
     "LOG_PATTERN",
@@ -40,7 +41,7 @@ LOG_PATTERN = "*.scanlog"
 """File names of the logs in the folder of a build."""
 _PREFIX = struct.Struct("<8sIQI")
 """Before each record: magic, bytes of the header, bytes of the body, CRC-32 of both."""
-_MAGIC = b"mixscan4"
+_MAGIC = b"mixscan5"
 _CHECKSUM_BYTES = 1 << 20
 """Bytes of a body that are read at once."""
 
@@ -59,6 +60,8 @@ class RecordHeader(msgspec.Struct):
     path_forms: dict[str, list[int]]
     """Dotted path → the forms of it that have values in the unit, up to here."""
     summary: ScanSummary
+    spooled: SpooledTokens | None
+    """The place of the token ids, if they are kept."""
     arrays: list[tuple[str, str, int]]
     """Name, dtype and length of every array, in the order of the body."""
 
@@ -121,6 +124,7 @@ class ScanLog:
             reasons=result.reasons,
             path_forms=result.path_forms,
             summary=result.summary(),
+            spooled=result.spooled,
             arrays=[(name, values.dtype.str, len(values)) for name, values in arrays.items()],
         )
         header = msgspec.json.encode(fields)

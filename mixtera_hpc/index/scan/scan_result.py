@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.formats.category_codes import Categories
 from mixtera_hpc.index.layout import SIZE_NUMBERS
+from mixtera_hpc.index.scan.token_spool import SpooledTokens
 
 __all__ = [
     "Combo",
@@ -77,6 +78,8 @@ class ScanResult:
     """Of the shard, if this is its first result."""
     path_forms: dict[str, list[int]] = field(default_factory=dict)
     """Dotted path → the forms of it that have values in the unit, up to here."""
+    spooled: SpooledTokens | None = None
+    """The place of the token ids, if they are kept."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Why rows cannot be read → how many; 0 for a damaged end, whose rows cannot be counted."""
 

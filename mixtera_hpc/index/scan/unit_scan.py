@@ -7,7 +7,7 @@ and one block, so memory does not grow with the unit.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from mixtera_hpc.index.scan.scan_result import (
     size_numbers,
     zones_of,
 )
+from mixtera_hpc.index.scan.token_spool import SpooledTokens, TokenSpool
 from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
@@ -82,15 +83,23 @@ class ScanSettings:
         return tuple(field for _, field in sorted(fields.items()))
 
 
-def scan_unit(settings: ScanSettings, shard: Shard, unit: ScanUnit) -> Iterator[ScanResult]:
+def scan_unit(
+    settings: ScanSettings, shard: Shard, unit: ScanUnit, spool: TokenSpool | None = None
+) -> Iterator[ScanResult]:
     """Scan one unit; yield its results in order, at least one.
+
+    Args:
+        settings: those of the build.
+        shard: the data file.
+        unit: the part of it to scan.
+        spool: keeps the token ids of all documents; None if they are only counted.
 
     Raises:
         DataError: rows cannot be read and are not skipped (the first ten are named in its notes), or the file has
             changed since it was discovered.
     """
     path = shard.below(settings.roots)
-    rows = _RowCollector(settings, shard, unit)
+    rows = _RowCollector(settings, shard, unit, spool)
     try:
         # Only the shard's first result carries its fingerprint.
         fingerprint = fingerprint_of_shard(path, shard.size_bytes) if unit.start == 0 else ""
@@ -136,8 +145,10 @@ def _is_system_error(error: DataError) -> bool:
 class _RowCollector:
     """Collects the batches of one unit; a few dozen bytes per row, without texts."""
 
-    def __init__(self, settings: ScanSettings, shard: Shard, unit: ScanUnit) -> None:
+    def __init__(self, settings: ScanSettings, shard: Shard, unit: ScanUnit, spool: TokenSpool | None) -> None:
         self._settings = settings
+        self._spool = spool
+        self._spool_start = spool.position if spool is not None else 0
         self._dataset = shard.dataset
         self._path = shard.below(settings.roots)
         self._unit = unit
@@ -193,11 +204,32 @@ class _RowCollector:
             counts = batch.tokens
             if counts is None:
                 documents = _documents(batch, bad) or []
-                counts = self._settings.tokenizer.count_each(documents)
+                counts = self._count_tokens(self._settings.tokenizer, documents, bad)
                 # A row without a place of its own has the size of its document.
                 sizes.setdefault("length", _bytes_of_each(documents))
             sizes["tokens"] = _with_zeros(counts, bad)
         return sizes
+
+    def _count_tokens(self, tokenizer: Tokenizer, documents: list[str], bad: Sequence[int]) -> Ints:
+        """Return the number of tokens of each document; keep those of good rows if there is a spool."""
+        if self._spool is None:
+            return tokenizer.count_each(documents)
+        encoded = tokenizer.encode_each(documents)
+        bad_rows = set(bad)
+        self._spool.append([tokens for row, tokens in enumerate(encoded) if row not in bad_rows])
+        return np.fromiter(map(len, encoded), np.int64, len(encoded))
+
+    def _spooled_tokens(self, samples: Mapping[str, Ints]) -> SpooledTokens | None:
+        """Return the place of the tokens of the complete rows, which are on disk then."""
+        if self._spool is None:
+            return None
+        count = int(samples["tokens"][: self.complete].sum()) if "tokens" in samples else 0
+        self._spool.sync()
+        spooled = SpooledTokens(
+            file=self._spool.name, dtype=self._spool.dtype.str, start=self._spool_start, count=count
+        )
+        self._spool_start += count
+        return spooled
 
     def drop_incomplete(self, reason: str) -> None:
         """Drop the rows of a block that will never end, because the shard is damaged."""
@@ -212,12 +244,14 @@ class _RowCollector:
         samples, numbers = self._concatenated()
         self._hold(samples, numbers, slice(self.complete, None))
         ranges = np.concatenate([np.zeros((3, 0), np.int64), *self._blocks], axis=1)
+        spooled = self._spooled_tokens(samples)
         result = self._result(
             ranges,
             {name: values[: self.complete] for name, values in samples.items()},
             {name: values[: self.complete] for name, values in numbers.items()},
             fingerprint,
         )
+        result = replace(result, spooled=spooled)
         self._blocks = []
         self.held -= self.complete
         self.complete = 0

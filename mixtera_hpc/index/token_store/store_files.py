@@ -4,11 +4,13 @@ A store is a folder with four kinds of files:
 
 - `store.json`: what the store was made from, and whether it is complete
 - `tokens.bin`: the token ids of all documents, without the special tokens that the configuration adds
-- `starts.bin`: position of the first token of every row, int64, in the order of the index
+- `starts-FINGERPRINT.bin`: position of the first token of every row, int64, in the order of the index
 - `done-ATTEMPT-RANK.log`: the units that are written; removed when the store is complete
 
 Documents with the same categorical values follow each other in index order, so that a domain is read in long runs. Rows
-of shards that hold token ids, and rows that the build skipped, have no tokens here.
+of shards that hold token ids, and rows that the build skipped, have no tokens here. The documents of shards that a
+refresh adds are laid out in the same way, behind those that are there. Tokens of conversations have four bytes; the
+highest bit is set for those that are not trained.
 """
 
 import os
@@ -22,10 +24,11 @@ import numpy as np
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.read.open import PropertyIndex
+from mixtera_hpc.index.scan.token_spool import SPOOL_FOLDER
 
 __all__ = ["StoreFiles", "StoreHeader", "StoredRows", "configured_stores", "read_header", "store_folder", "token_type"]
 
-VERSION = 1
+VERSION = 2
 AUTO = "auto"
 OFF = "off"
 CURE = "Run mixtera-hpc tokenize again with the same index and tokenizer, or set data.tokens=off."
@@ -41,11 +44,26 @@ class StoreHeader(msgspec.Struct, kw_only=True):
     """Fingerprint of the tokenizer."""
     dtype: str
     """Type of the token ids: `<u2` or `<u4`."""
+    chat_loss: str = ""
+    """Value of `dataplane.chat_loss` that decided which tokens of conversations are trained; empty without any."""
     rows: int
     """Rows of the index."""
     tokens: int
-    """Tokens in the store."""
+    """Tokens in the file, those of shards that are not in the index any more included."""
+    starts: str
+    """Name of the file with the first token of every row."""
+    kept_blocks: int = 0
+    """First blocks of the index whose tokens were there before the last refresh."""
+    kept_tokens: int = 0
+    """Tokens that were there before the last refresh; the others are laid out behind them."""
+    generations: list[str] = []
+    """Fingerprints of earlier states of the index: their rows are the first of it."""
     complete: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the complete store."""
+        return self.tokens * np.dtype(self.dtype).itemsize + 8 * self.rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +72,8 @@ class StoredRows:
 
     folder: str
     dtype: str
+    starts: str
+    """Path of the file with the first token of every row."""
     first_block: int
     """Position of the first block of its index among the blocks of all joined indexes."""
     last_block: int
@@ -76,10 +96,18 @@ class StoreFiles:
         """The file of all token ids."""
         return self.folder / "tokens.bin"
 
+    def starts(self, header: StoreHeader) -> Path:
+        """Return the file of the first token of every row."""
+        return self.folder / header.starts
+
     @property
-    def starts(self) -> Path:
-        """The file of the first token of every row."""
-        return self.folder / "starts.bin"
+    def spool(self) -> Path:
+        """The folder in which an index build keeps tokens until it knows their places."""
+        return self.folder / SPOOL_FOLDER
+
+    def log(self, attempt: int, rank: int) -> Path:
+        """Return the log of a rank."""
+        return self.folder / f"done-{attempt}-{rank}.log"
 
     def logs(self) -> list[Path]:
         """Return the logs of finished units."""
@@ -95,9 +123,9 @@ class StoreFiles:
         temporary.replace(self.header)
 
 
-def token_type(vocab_size: int) -> np.dtype[np.unsignedinteger]:
-    """Return the type that holds every id below `vocab_size`."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+def token_type(vocab_size: int, *, has_chats: bool) -> np.dtype[np.unsignedinteger]:
+    """Return the type that holds every id below `vocab_size`, with the marks of conversations if there are any."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 and not has_chats else "<u4")
 
 
 def store_folder(config: Config, index: str) -> Path:
@@ -115,7 +143,7 @@ def read_header(files: StoreFiles) -> StoreHeader | None:
         return msgspec.json.decode(files.header.read_bytes(), type=StoreHeader)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
         raise DataError(f"{files.header} cannot be read: {error}.\n  {CURE}") from None
 
 
@@ -145,7 +173,13 @@ def configured_stores(config: Config, index: PropertyIndex) -> list[StoredRows]:
         header = _checked_header(config, files, source.fingerprint, index.tokenizer_fingerprint)
         if header is not None:
             stores.append(
-                StoredRows(folder=str(files.folder), dtype=header.dtype, first_block=first_block, last_block=last_block)
+                StoredRows(
+                    folder=str(files.folder),
+                    dtype=header.dtype,
+                    starts=str(files.starts(header)),
+                    first_block=first_block,
+                    last_block=last_block,
+                )
             )
     return stores
 
@@ -166,13 +200,16 @@ def _checked_header(config: Config, files: StoreFiles, index: str, tokenizer: st
         problem = f"has version {header.version} instead of {VERSION}"
     elif header.tokenizer != tokenizer:
         problem = f"was made with tokenizer {header.tokenizer[:12]}, but the index with {tokenizer[:12]}"
-    elif header.index != index:
+    elif index not in (header.index, *header.generations):
         problem = f"was made from index {header.index[:12]}, but the index is {index[:12]} now"
     elif not header.complete:
         problem = "is incomplete: mixtera-hpc tokenize was interrupted, or is still running"
+    elif header.chat_loss == "all" and config.dataplane.chat_loss != "all":
+        # The other way round, the marks are ignored.
+        problem = f"was made with dataplane.chat_loss=all, but the run has {config.dataplane.chat_loss}"
     if problem:
         raise ConfigError(f"The token store {files.folder} {problem}.\n  {CURE}")
-    sizes = {files.tokens: header.tokens * np.dtype(header.dtype).itemsize, files.starts: 8 * header.rows}
+    sizes = {files.tokens: header.tokens * np.dtype(header.dtype).itemsize, files.starts(header): 8 * header.rows}
     for path, size in sizes.items():
         if not path.is_file() or path.stat().st_size != size:
             raise DataError(

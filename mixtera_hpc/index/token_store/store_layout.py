@@ -1,4 +1,6 @@
-"""Where every row of an index has its tokens in a store. It follows from the index alone, so ranks write in any order.
+"""Where every row of an index has its tokens in a store. It follows from the index, so that ranks write in any order.
+
+A store that grows keeps what it has: the rows of further blocks are laid out behind it.
 
 Price: one sort of the cells of the index's histogram on every rank, and one of the rows of a unit.
 """
@@ -34,44 +36,51 @@ class StoreLayout:
     """The order of documents in a store: by combination of categorical values, then in index order."""
 
     tables: IndexTables
-    holds_text: NDArray[np.bool_]
-    """Which blocks belong to shards of text; shape (num_blocks,)."""
+    is_laid_out: NDArray[np.bool_]
+    """Which blocks belong to shards of text and are not kept from before; shape (num_blocks,)."""
     cell_starts: Ints
     """First token of every cell of the histogram: the rows of one combination in one block."""
     first_rows: Ints
     """Rows before every block; shape (num_blocks + 1,)."""
     num_tokens: int
+    """Tokens of the store, those that are kept included."""
 
     @classmethod
-    def of(cls, tables: IndexTables) -> "StoreLayout":
-        """Compute the layout of the store of an index."""
+    def of(cls, tables: IndexTables, kept_blocks: int = 0, kept_tokens: int = 0) -> "StoreLayout":
+        """Compute the layout of the store of an index.
+
+        Args:
+            tables: the index.
+            kept_blocks: the first blocks, whose rows have their places already.
+            kept_tokens: tokens in the store already; all others come after them.
+        """
         blocks = tables.blocks
         shard_holds_text = np.array([not load_format(name).holds_tokens for name in tables.shards.format], np.bool_)
-        holds_text = shard_holds_text[blocks.shard]
+        is_laid_out = shard_holds_text[blocks.shard] & (np.arange(len(blocks)) >= kept_blocks)
         histogram = tables.histogram
         block_of_cell = np.repeat(np.arange(len(blocks)), np.diff(histogram.indptr))
-        tokens = np.where(holds_text[block_of_cell], histogram.tokens, 0).astype(np.int64)
+        tokens = np.where(is_laid_out[block_of_cell], histogram.tokens, 0).astype(np.int64)
 
         # Cells are stored block by block; a stable sort keeps the blocks of one combination in order.
         order = np.argsort(histogram.combo, kind="stable")
-        ends = np.cumsum(tokens[order])
+        ends = kept_tokens + np.cumsum(tokens[order])
         cell_starts = np.empty(len(tokens), np.int64)
         cell_starts[order] = ends - tokens[order]
         return cls(
             tables=tables,
-            holds_text=holds_text,
+            is_laid_out=is_laid_out,
             cell_starts=cell_starts,
             first_rows=np.concatenate([[0], np.cumsum(blocks.rows, dtype=np.int64)]),
-            num_tokens=int(tokens.sum()),
+            num_tokens=kept_tokens + int(tokens.sum()),
         )
 
     def units(self) -> list[StoreUnit]:
-        """Cut the blocks of all shards of text into units."""
+        """Cut the blocks that are to be written into units."""
         blocks = self.tables.blocks
         units: list[StoreUnit] = []
         shard = -1
         for number, (own_shard, length) in enumerate(zip(blocks.shard.tolist(), blocks.length.tolist(), strict=True)):
-            if not self.holds_text[number]:
+            if not self.is_laid_out[number]:
                 continue
             last = units[-1] if units else None
             if last is not None and own_shard == shard and last.last_block == number and last.num_bytes < UNIT_BYTES:

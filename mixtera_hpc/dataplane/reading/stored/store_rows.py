@@ -13,7 +13,6 @@ from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.mapped_files import map_array
 from mixtera_hpc.formats.registry import load_format
-from mixtera_hpc.index.token_store.store_files import StoreFiles
 
 __all__ = ["Places", "StoreRows"]
 
@@ -45,7 +44,7 @@ class StoreRows:
         self._source = source
         self._stores = source.index.token_stores
         self._first_rows = np.concatenate([[0], np.cumsum(source.blocks.rows, dtype=np.int64)])
-        self._starts = [map_array(StoreFiles(Path(store.folder)).starts, np.dtype("<i8")) for store in self._stores]
+        self._starts = [map_array(Path(store.starts), np.dtype("<i8")) for store in self._stores]
         formats = source.index.shard_formats
         holds_text = {name: not load_format(name).holds_tokens for name in set(formats)}
         self._holds_text = np.array([holds_text[name] for name in formats], np.bool_)

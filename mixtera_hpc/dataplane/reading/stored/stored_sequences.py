@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
+from mixtera_hpc.tokens.chat_tokens import NOT_TRAINED
 
 __all__ = ["StoredSequences", "read_sequences"]
 
@@ -29,21 +31,16 @@ class StoredSequences:
 
 
 def read_sequences(
-    gather: TokenGather,
-    documents: Documents,
-    rows: NDArray[np.int64],
-    shape: tuple[int, int],
-    *,
-    predict_across_documents: bool,
+    source: Source, gather: TokenGather, documents: Documents, rows: NDArray[np.int64], shape: tuple[int, int]
 ) -> StoredSequences:
     """Read the tokens of sequences, special tokens included.
 
     Args:
+        source: says which tokens count.
         gather: reads the documents.
         documents: the parts of documents that each sequence consists of, sequence by sequence.
         rows: row of each sequence, all different; the other rows are zeros.
         shape: number of rows, and tokens of a sequence.
-        predict_across_documents: count the loss of the first token of a document.
 
     Raises:
         DataError: see `TokenGather.read_into`.
@@ -68,12 +65,19 @@ def read_sequences(
     gather.read_into(documents, tokens)
 
     loss_mask = np.ones((num_rows, length - 1), np.bool_)
-    if not predict_across_documents:
+    plane = source.config.dataplane
+    if not plane.predict_across_documents:
         # The first token of a row is input only: targets begin one token later.
         is_beginning = (documents.first == 0) & (begin > 0)
         loss_mask[row[is_beginning], begin[is_beginning] - 1] = False
+    tokens_of_rows = _with_padding(tokens.reshape(-1, length), rows, num_rows)
+    if source.layout.chat_blocks is not None:
+        # A store may have marks that this run ignores.
+        if plane.chat_loss != "all":
+            loss_mask &= tokens_of_rows[:, 1:] < NOT_TRAINED
+        tokens_of_rows &= NOT_TRAINED - 1
     return StoredSequences(
-        tokens=_with_padding(tokens.reshape(-1, length), rows, num_rows),
+        tokens=tokens_of_rows,
         document_ids=_with_padding(document_ids.reshape(-1, length), rows, num_rows),
         loss_mask=_without_padding(loss_mask, rows),
     )

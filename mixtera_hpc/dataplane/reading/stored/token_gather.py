@@ -75,6 +75,8 @@ class TokenGather:
     def read_into(self, documents: Documents, output: Tokens) -> None:
         """Write the wanted tokens of documents that are all stored, special tokens included; shape (their sum,).
 
+        Tokens of conversations have the bit `NOT_TRAINED` where they are not trained.
+
         Raises:
             DataError: a shard cannot be read or has changed, or a document has other tokens than the index counted.
         """
@@ -128,6 +130,17 @@ class TokenGather:
         tokenizer = source.tokenizer
         if tokenizer is None:
             raise no_tokenizer_error()
+        chat_blocks = source.layout.chat_blocks
+        is_chat = None if chat_blocks is None else chat_blocks[documents.block]
+        if is_chat is not None and is_chat.any() and not is_chat.all():
+            # A chat template writes all special tokens itself, so that nothing is added to conversations.
+            for chosen in (is_chat, ~is_chat):
+                is_output = np.repeat(chosen, documents.last - documents.first)
+                own = np.empty(int(is_output.sum()), output.dtype)
+                self._read_type(type_number, documents.select(np.flatnonzero(chosen)), places.select(chosen), own)
+                output[is_output] = own
+            return
+        added = AddedTokens() if is_chat is not None and is_chat.all() else tokenizer.added
         first = self._files.first_tokens(places.file, places.start, places.length)
         if first is None:
             raise range_outside_error(source, documents)
@@ -139,7 +152,7 @@ class TokenGather:
         wrong = np.flatnonzero(sizes != documents.size)
         if len(wrong):
             raise token_count_error(source, documents, int(wrong[0]), int(sizes[wrong[0]]))
-        _copy(memory, texts, documents, tokenizer.added, output)
+        _copy(memory, texts, documents, added, output)
 
     def _map_file(self, number: int) -> NDArray[Any]:
         """Map the tokens of a store, or a shard after a check that its blocks begin where the index says."""
