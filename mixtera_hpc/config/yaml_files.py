@@ -5,7 +5,7 @@ from typing import Any
 
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["dump_yaml", "load_yaml", "read_yaml"]
+__all__ = ["dump_yaml", "load_yaml", "parse_yaml_value", "read_yaml"]
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -42,6 +42,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(plain, dict) or not plain:
         raise ConfigError(f"{path} has no keys.\n  Give a YAML file of `key: value` lines.")
     return {str(key): value for key, value in plain.items()}
+
+
+def parse_yaml_value(word: str, text: str) -> Any:
+    """Return a value that a person wrote, with the rules of `conf/`: 1e-3 is a number.
+
+    Args:
+        word: what the value is part of, for messages.
+        text: the value, as YAML.
+
+    Raises:
+        ConfigError: it is not valid YAML.
+    """
+    import yaml  # Imported here, like OmegaConf, to keep --help fast.
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=True)["value"]  # type: ignore[index,call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, KeyError) as error:
+        raise ConfigError(f"{word!r} has no valid value: {str(error).splitlines()[0]}. Put it in quotes.") from None
 
 
 def dump_yaml(plain: dict[str, Any]) -> str:

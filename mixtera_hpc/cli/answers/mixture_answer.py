@@ -28,15 +28,15 @@ def show_or_set_mixture(args: argparse.Namespace) -> None:
     """Show or request a mixture."""
     folder = find_run(args)
     if args.action == "show":
-        if args.file is not None or args.at_chunk is not None:
+        if args.words or args.at_chunk is not None:
             raise ConfigError("FILE and --at-chunk belong to mixture set RUN FILE. Use that, or leave them out.")
         _show(folder, args.json)
         return
     if args.json:
         raise ConfigError("--json belongs to mixture show. Leave it out.")
-    if args.file is None:
+    if len(args.words) != 1:
         raise ConfigError("mixture set needs a file: mixtera-hpc mixture set RUN FILE.")
-    _set(folder, args.file, _chunk(args.at_chunk))
+    _set(folder, Path(args.words[0]), _chunk(args.at_chunk))
 
 
 def _chunk(text: str | None) -> int | None:

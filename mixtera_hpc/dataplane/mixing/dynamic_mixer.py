@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.mixing.algorithm import MixingAlgorithm, learns_from
+from mixtera_hpc.core.mixing.mixed_domains import STATISTICS_ARRAYS, MixedDomains
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.errors import MixtureError
 
@@ -53,9 +54,9 @@ class DynamicMixer:
         self._chunk_steps = chunk_steps
         self._lag = feedback_lag
         self._size = len(prior)
-        self._domains = np.flatnonzero(prior > 0)
-        """The domains that the algorithm mixes."""
-        self._state = algorithm.start(prior[self._domains] / prior[self._domains].sum())
+        self._domains = MixedDomains.of(prior)
+        mixed = prior[self._domains.ids]
+        self._state = algorithm.start(mixed / mixed.sum())
         self._decided: dict[int, Weights] = dict.fromkeys(range(feedback_lag), prior)
         """Chunk → weights, from the last finished chunk on."""
         self._described: dict[int, dict[str, NDArray[Any]]] = {}
@@ -115,9 +116,9 @@ class DynamicMixer:
         if self._learns_from_held_out:
             self._in_force = np.array(arrays["mixer/in_force"])
             self._num_in_force = int(arrays["mixer/num_in_force"])
-            columns = [arrays[f"mixer/held_out_{name}"] for name in _STATISTICS]
+            columns = [arrays[f"mixer/held_out_{name}"] for name in STATISTICS_ARRAYS]
             self._held_out = [
-                DomainStatistics(step=int(step), **dict(zip(_STATISTICS, rows, strict=True)))
+                DomainStatistics(step=int(step), **dict(zip(STATISTICS_ARRAYS, rows, strict=True)))
                 for step, *rows in zip(arrays["mixer/held_out_steps"], *columns, strict=True)
             ]
 
@@ -130,12 +131,12 @@ class DynamicMixer:
         if not self._learns_from_held_out:
             return {}
         shape = (len(self._held_out), self._size)
-        columns = {name: [getattr(s, name) for s in self._held_out] for name in _STATISTICS}
+        columns = {name: [getattr(s, name) for s in self._held_out] for name in STATISTICS_ARRAYS}
         return {
             "mixer/in_force": self._in_force,
             "mixer/num_in_force": np.array(self._num_in_force),
             "mixer/held_out_steps": np.array([s.step for s in self._held_out], np.int64),
-            **{f"mixer/held_out_{n}": np.array(v, _STATISTICS[n]).reshape(shape) for n, v in columns.items()},
+            **{f"mixer/held_out_{n}": np.array(v, STATISTICS_ARRAYS[n]).reshape(shape) for n, v in columns.items()},
         }
 
     def _process(self, statistics: DomainStatistics) -> None:
@@ -174,34 +175,26 @@ class DynamicMixer:
         """Update the algorithm; if it fails, keep its state and the weights."""
         # The algorithm may be the user's and may raise anything. Training must go on.
         try:
-            state, weights = self._algorithm.update(self._state, _restricted(statistics, self._domains))
-            checked = _checked(weights, len(self._domains))
+            state, weights = self._algorithm.update(self._state, self._domains.restrict(statistics))
+            checked = _checked(weights, len(self._domains.ids))
         except Exception as error:
             count = self._problem.count + 1 if self._problem else 1
             message = f"{type(error).__name__}: {error}"
             self._problem = MixingProblem(step=statistics.step, count=count, message=message)
             return
         self._state = state
-        self._newest = self._scattered(checked, 0.0)
+        self._newest = self._domains.scatter(checked, 0.0)
 
     def _describe(self) -> dict[str, NDArray[Any]]:
         try:
             described = self._algorithm.describe(self._state)
             return {
-                name: self._scattered(_rounded(np.asarray(values, np.float64)), np.nan)
+                name: self._domains.scatter(_rounded(np.asarray(values, np.float64)), np.nan)
                 for name, values in described.items()
                 if name not in NOT_DESCRIBED
             }
         except Exception:
             return {}
-
-    def _scattered(self, values: NDArray[np.float64], fill: float) -> NDArray[np.float64]:
-        """Return values of the mixed domains as values of all domains."""
-        if len(self._domains) == self._size:
-            return values
-        scattered = np.full(self._size, fill)
-        scattered[self._domains] = values
-        return scattered
 
     def _collect(self, wait: bool) -> None:
         """Re-raise exceptions of the thread in the caller; with `wait`, wait for all updates."""
@@ -209,27 +202,9 @@ class DynamicMixer:
             self._pending.pop(0).result()
 
 
-_STATISTICS = {
-    "loss_sum": np.float64,
-    "num_tokens": np.int64,
-    "num_sequences": np.int64,
-    "num_nonfinite": np.int64,
-}
-"""Arrays of held-out losses that a checkpoint holds, and their types."""
-
-
 def strip_prefix(prefix: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
     """Return the arrays whose names begin with `prefix`, under names without it."""
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
-def _restricted(statistics: DomainStatistics, domains: NDArray[np.intp]) -> DomainStatistics:
-    """Return the statistics of some domains."""
-    if len(domains) == len(statistics.loss_sum):
-        return statistics
-    arrays = {name: getattr(statistics, name)[domains] for name in _STATISTICS}
-    weights = None if statistics.weights is None else statistics.weights[domains]
-    return replace(statistics, **arrays, weights=weights)
 
 
 def _checked(weights: Any, num_domains: int) -> Weights:

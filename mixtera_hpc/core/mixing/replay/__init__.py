@@ -1,0 +1,1 @@
+"""Run mixing algorithms on recorded losses."""
