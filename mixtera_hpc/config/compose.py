@@ -84,6 +84,8 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
             f"A sweep (-m) cannot be combined with {excluded[0]}. Remove one of them: {excluded[0]} without -m takes "
             "one value for each key."
         )
+    if sweep:
+        _check_one_job_shape(words)
     if _CONFIG_FLAGS.isdisjoint(flag.partition("=")[0] for flag in flags):
         from_plain(Config, compose_plain(first_of_sweep(words) if sweep else words))
 
@@ -91,6 +93,22 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
     find_configs(chosen_groups(words))
     # Hydra's argument parser needs all overrides in one list.
     return [*flags, *hydra_words(words, sweep=sweep)]
+
+
+def _check_one_job_shape(words: Sequence[str]) -> None:
+    """Refuse Hydra's launcher for Slurm with values of `job` or `cluster` that differ between points.
+
+    The launcher submits one job array, whose tasks have the resources of the first point.
+    """
+    if not any(word.partition("=")[::2] == ("hydra/launcher", "submitit_slurm") for word in words):
+        return
+    first = first_of_sweep(words)
+    swept = [word.partition("=")[0] for word, one in zip(words, first, strict=True) if word != one]
+    if keys := [key for key in swept if key.lstrip("+").partition(".")[0] in ("job", "cluster")]:
+        raise ConfigError(
+            f"hydra/launcher=submitit_slurm submits one job array, whose tasks all have the same resources, but "
+            f"{keys[0]} has several values.\n  Use mixtera-hpc sweep, which submits a job for every point."
+        )
 
 
 def _composed(overrides: Sequence[str]) -> Any:

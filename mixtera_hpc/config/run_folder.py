@@ -200,6 +200,18 @@ class RunFolder:
         """Return the file that says how an attempt ended."""
         return self.attempt(attempt) / "exit.json"
 
+    def claim(self, attempt: int) -> Path:
+        """Return the file that the one process or job creates that works on an attempt."""
+        return self.attempt(attempt) / "claim"
+
+    def alive_counter(self, attempt: int) -> Path:
+        """Return the file in which the owner of an attempt counts while it lives."""
+        return self.attempt(attempt) / "alive"
+
+    def follow_up(self, attempt: int) -> Path:
+        """Return the file with the id of the job that waits for the end of an attempt."""
+        return self.attempt(attempt) / "follow_up"
+
     def failure(self, attempt: int) -> Path:
         """Return the file in which the first failing rank describes its error."""
         return self.attempt(attempt) / "failure.json"

@@ -19,7 +19,9 @@ from mixtera_hpc.config.yaml_files import dump_yaml
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import last_attempt
 from mixtera_hpc.dataplane.steps.step_log import StepLog, StepTiming
+from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, claim_attempt, end_attempt, record_start
+from mixtera_hpc.launch.claim import Claim, is_owned_by_other
 from mixtera_hpc.launch.prepare import with_absolute_paths
 from mixtera_hpc.track.tracker import Tracker
 
@@ -45,6 +47,7 @@ class OwnAttempt:
         """Use `claim`."""
         self._folder = folder
         self._started = time.monotonic()
+        self._claim = Claim(folder, number)
         self.number = number
 
     @classmethod
@@ -52,15 +55,21 @@ class OwnAttempt:
         """Claim the attempt after the last one for this process, and remove requests to earlier ones.
 
         Raises:
-            LaunchError: another process starts an attempt of this run at the same time.
+            LaunchError: another process trains in this folder, or starts an attempt at the same time.
         """
         newest = max(last_attempt(folder.journal), *folder.attempts(), 0)
+        if is_owned_by_other(folder, newest):
+            raise LaunchError(
+                f"Attempt {newest} of {folder.run_id} is running in another process, and a run has one writer.\n  End "
+                f"that process, or give this one a folder of its own. See mixtera-hpc status {folder.path}"
+            )
         number = claim_attempt(folder, newest)
         record_start(folder, number, replace(JobRecord.local(config, num_ranks), kind="program"))
         return cls(folder, number)
 
     def end(self, exit_code: int) -> None:
         """Record how the attempt ended."""
+        self._claim.close()
         elapsed_s = int(time.monotonic() - self._started)
         end_attempt(self._folder, self.number, ExitRecord(exit_code=exit_code, elapsed_s=elapsed_s))
 

@@ -26,6 +26,7 @@ __all__ = [
     "end_attempt",
     "is_alive",
     "read_end",
+    "read_follow_up",
     "read_start",
     "record_start",
     "start_local_attempt",
@@ -169,6 +170,14 @@ def read_end(folder: RunFolder, attempt: int) -> ExitRecord | None:
     """Return how the attempt ended; None while it runs, or if every process was killed."""
     data = _read(folder.exit_record(attempt))
     return ExitRecord(**_known_fields(ExitRecord, data)) if data else None
+
+
+def read_follow_up(folder: RunFolder, attempt: int) -> str | None:
+    """Return the id of the job that waits for the end of the attempt; None if there is none."""
+    try:
+        return folder.follow_up(attempt).read_text().strip() or None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def is_alive(start: JobRecord) -> bool:

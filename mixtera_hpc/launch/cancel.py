@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import is_alive, read_end, read_start
-from mixtera_hpc.launch.slurm_commands import JobState, query_jobs, scancel
+from mixtera_hpc.launch.attempts import is_alive, read_end, read_follow_up, read_start
+from mixtera_hpc.launch.slurm.slurm_commands import JobState, query_jobs, scancel
 
 __all__ = ["Cancelled", "cancel_after_save", "cancel_now"]
 
@@ -76,12 +76,15 @@ def _require_any(folder: RunFolder, jobs: dict[str, JobState], pid: int | None) 
 
 
 def _open_jobs(folder: RunFolder) -> dict[str, JobState]:
-    """Return the jobs of all attempts that wait or run in Slurm."""
+    """Return the jobs of all attempts that wait or run in Slurm, and the job that waits for the end of the newest."""
     ids = []
-    for attempt in folder.attempts():
+    attempts = folder.attempts()
+    for attempt in attempts:
         start = read_start(folder, attempt)
         if start and start.job_id and read_end(folder, attempt) is None:
             ids.append(start.job_id)
+    if follow_up := read_follow_up(folder, max(attempts, default=0)):
+        ids.append(follow_up)
     return {job: info.state for job, info in query_jobs(ids).items() if info.state.active}
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.launch.attempts import read_end, read_start
 from mixtera_hpc.launch.logs import LogTail, RankSelection, attempt_heading, failed_rank_lines
-from mixtera_hpc.launch.slurm_commands import JobState
+from mixtera_hpc.launch.slurm.slurm_commands import JobState
 from mixtera_hpc.launch.status import RunStatus, run_statuses
 
 __all__ = ["follow_run", "run_exit_code"]
@@ -35,9 +35,21 @@ def follow_run(folder: RunFolder, ranks: RankSelection = "main", attempt: int | 
     while True:
         yield attempt_heading(folder, current)
         yield from _follow_attempt(folder, ranks, current)
-        if current >= max(folder.attempts(), default=0):
+        if not _has_next_attempt(folder, current):
             return
         current += 1
+
+
+def _has_next_attempt(folder: RunFolder, current: int) -> bool:
+    """Wait while a follow-up job is in the queue; return True when an attempt after `current` has begun."""
+    interval_s = FIRST_QUERY_S
+    while max(folder.attempts(), default=0) <= current:
+        status = _status(folder)
+        if not status.state.active and not status.may_be_active:
+            return max(folder.attempts(), default=0) > current
+        time.sleep(interval_s)
+        interval_s = min(interval_s * QUERY_BACKOFF, LONGEST_QUERY_INTERVAL_S)
+    return True
 
 
 def run_exit_code(folder: RunFolder) -> int:

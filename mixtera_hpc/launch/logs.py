@@ -12,6 +12,7 @@ from typing import Literal
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.launch.attempts import read_start
+from mixtera_hpc.launch.slurm.srun_reports import first_failed_rank
 
 __all__ = ["LogTail", "RankSelection", "all_lines", "attempt_heading", "failed_rank_lines"]
 
@@ -84,22 +85,11 @@ def all_lines(folder: RunFolder, ranks: RankSelection) -> Iterator[str]:
 
 
 def failed_rank_lines(folder: RunFolder, attempt: int, ranks: RankSelection) -> list[str]:
-    """Return the last lines of the rank that failed first, if `ranks` is `main` and that rank is not rank 0.
-
-    srun kills the other ranks when one exits with an error, and reports all of them in any order. A rank that is
-    reported with its own exit code failed by itself; a rank that was killed did not.
-    """
-    batch_log = folder.batch_log(attempt)
-    if ranks != "main" or not batch_log.is_file():
+    """Return the last lines of the rank that failed first, if `ranks` is `main` and that rank is not rank 0."""
+    failed = first_failed_rank(folder, attempt) if ranks == "main" else None
+    if failed is None or failed.rank == 0:
         return []
-
-    text = batch_log.read_text(errors="replace")
-    reports = re.findall(r"srun: error: \S+: tasks? (\d+)\S* (.*)", text)
-    exited = [int(rank) for rank, report in reports if report.startswith("Exited with")]
-    candidates = exited or [int(rank) for rank, _ in reports]
-    if not candidates or candidates[0] == 0:
-        return []
-    return LogTail(folder.logs(attempt), candidates[0]).lines(last=True)[-NUM_FAILED_RANK_LINES:]
+    return LogTail(folder.logs(attempt), failed.rank).lines(last=True)[-NUM_FAILED_RANK_LINES:]
 
 
 def attempt_heading(folder: RunFolder, attempt: int) -> str:

@@ -14,9 +14,10 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import load_yaml
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import read_start
+from mixtera_hpc.launch.attempts import JobRecord, read_start
+from mixtera_hpc.launch.claim import is_renewed
 from mixtera_hpc.launch.prepare import replace_config
-from mixtera_hpc.launch.status import JUST_SUBMITTED_S, run_statuses
+from mixtera_hpc.launch.status import JUST_SUBMITTED_S, RunStatus, run_statuses
 
 __all__ = [
     "IDENTITY_KEYS",
@@ -192,6 +193,8 @@ def check_ended(folder: RunFolder) -> int:
             f"Attempt {newest} of {folder.run_id} is being started by another process.\n"
             f"  See mixtera-hpc status {folder.path}"
         )
+    if status.may_be_active:
+        _refuse_unknown(folder, status, start)
     if status.state.active:
         where = f"job {status.job_id}" if status.job_id else "a process of this machine"
         raise LaunchError(
@@ -199,6 +202,21 @@ def check_ended(folder: RunFolder) -> int:
             f"overwrite its files.\n  End it first: mixtera-hpc cancel {folder.path} --after-save"
         )
     return newest
+
+
+def _refuse_unknown(folder: RunFolder, status: RunStatus, start: JobRecord | None) -> None:
+    """Raise unless the counter of a local run on another host shows that it has ended."""
+    if start is not None and start.kind == "local":
+        if is_renewed(folder, status.attempt or 0):
+            raise LaunchError(
+                f"Attempt {status.attempt} of {folder.run_id} is running on host {start.host}, and a run has one "
+                f"writer.\n  End it there first: mixtera-hpc cancel {folder.path} --after-save"
+            )
+        return
+    raise LaunchError(
+        f"It is not known whether attempt {status.attempt} of {folder.run_id} has ended: {status.reason}\n  Two jobs "
+        "in one folder would damage the run, so nothing was started. Repeat the command when Slurm answers."
+    )
 
 
 def was_submitted(folder: RunFolder) -> bool:

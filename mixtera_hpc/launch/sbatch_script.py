@@ -2,8 +2,8 @@
 
 submitit's renderer writes the `#SBATCH` block. It is private, so its version is pinned below 1.6 and golden files
 record its output. The command is our own instead of submitit's pickled closure: nothing is unpickled on thousands of
-ranks, and the script shows what it runs. `batch/prologue.sh` finds the run folder, and `batch/epilogue.sh` submits the
-next attempt after an attempt that saved its state.
+ranks, and the script shows what it runs. `batch/prologue.sh` claims the attempt and submits the job that follows it.
+`batch/epilogue.sh` withdraws that job if nothing is left to do.
 """
 
 import shlex
@@ -124,15 +124,20 @@ def _variables(job: SbatchJob) -> list[str]:
     """Return the shell variables that the shipped shell code reads."""
     job_config = job.config.job
     folder = _new_folder(job.config) if job.folder is None else shlex.quote(str(job.folder))
-    follow_up = "singleton" if job_config.dependency == "singleton" else '"afterany:$SLURM_JOB_ID"'
+    last_attempt = job.attempt + job_config.max_attempts - 1
+    depends = '"afternotok:$SLURM_JOB_ID"'
+    if job_config.dependency == "singleton":
+        depends = '"singleton,afternotok:$SLURM_JOB_ID"'
+    # A wrapper may contain shell code that the ranks run.
+    checked = ["# shellcheck disable=SC2016"] if any("$" in word for word in job.config.cluster.wrapper) else []
     return [
-        "# The attempt number and the run folder. A follow-up job gets both as arguments.",
-        f"attempt=${{1:-{job.attempt}}}",
-        "folder=$2",
+        *checked,
+        "# The attempt number and the run folder. A follow-up job gets both as arguments, and the job that it follows.",
+        f"attempt=${{1:-{job.attempt}}} first_attempt={job.attempt} last_attempt={last_attempt}",
+        "folder=$2 previous_job=$3",
         f'if [ -z "$folder" ]; then folder={folder}; fi',
         f"nodes={job_config.nodes} ranks={num_ranks(job.config)} limit_s={parse_time(job_config.time)}",
-        f"last_attempt={job.attempt + job_config.max_attempts - 1}",
-        f"follow_up={follow_up}",
+        f"follow_up={depends}",
     ]
 
 
@@ -160,7 +165,6 @@ def _make_folder(job: SbatchJob) -> list[str]:
         f"cat >\"$folder/.config.yaml\" <<'{end}'",
         *config,
         end,
-        'cp "$0" "$here/submit.sh"',
         'mv "$folder/.config.yaml" "$folder/config.yaml"',
         "fi",
     ]

@@ -4,15 +4,16 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, is_alive, read_end, read_start
-from mixtera_hpc.launch.slurm_commands import JobInfo, JobState, query_jobs
+from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, is_alive, read_end, read_follow_up, read_start
+from mixtera_hpc.launch.slurm.slurm_commands import JobInfo, JobState, query_jobs
+from mixtera_hpc.launch.slurm.srun_reports import first_failed_rank, mpi_problem
 
 __all__ = ["JUST_SUBMITTED_S", "RunStatus", "last_step", "run_statuses"]
 
@@ -49,6 +50,8 @@ class RunStatus:
     stalled: Sequence[Mapping[str, Any]] | None = None
     """The ranks that keep the others waiting, with node, stage, step, shard and rows; None if the run gets on."""
     folder: str
+    may_be_active: bool = False
+    """True if nobody can tell whether the run waits or runs: Slurm does not answer, or it runs on another host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,16 @@ class _NewestAttempt:
     """0 if the run has no attempt."""
     start: JobRecord | None
     end: ExitRecord | None
+    follow_up: str | None
+    """Id of the job that waits for the end of this attempt."""
+
+    @property
+    def open_jobs(self) -> list[str]:
+        """Ids of the jobs that may wait or run."""
+        if self.end is not None and self.end.exit_code == 0:
+            return []
+        own = self.start.job_id if self.start is not None and self.end is None else None
+        return [job for job in (own, self.follow_up) if job]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +84,8 @@ class _SlurmAnswer:
 def run_statuses(folders: Sequence[RunFolder], now: datetime) -> list[RunStatus]:
     """Return the state of each run's newest attempt, with at most one squeue and one sacct for all of them."""
     attempts = [_newest(folder) for folder in folders]
-    open_ids = [a.start.job_id for a in attempts if a.end is None and a.start is not None and a.start.job_id]
     try:
-        answer = _SlurmAnswer(jobs=query_jobs(open_ids))
+        answer = _SlurmAnswer(jobs=query_jobs([job for attempt in attempts for job in attempt.open_jobs]))
     except LaunchError as error:
         answer = _SlurmAnswer(jobs={}, problem=str(error))
     return [_status(attempt, answer, now) for attempt in attempts]
@@ -103,13 +115,28 @@ def _last_event(path: Path) -> Mapping[str, Any]:
 
 def _newest(folder: RunFolder) -> _NewestAttempt:
     number = max(folder.attempts(), default=0)
-    return _NewestAttempt(folder=folder, number=number, start=read_start(folder, number), end=read_end(folder, number))
+    return _NewestAttempt(
+        folder=folder,
+        number=number,
+        start=read_start(folder, number),
+        end=read_end(folder, number),
+        follow_up=read_follow_up(folder, number),
+    )
 
 
 def _status(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> RunStatus:
     folder = attempt.folder
     start = attempt.start
     info = _info(attempt, answer, now)
+    job_id = start.job_id if start else None
+    number = attempt.number or None
+    waiting = answer.jobs.get(attempt.follow_up or "")
+    if not info.state.active and waiting is not None and waiting.state.active:
+        # The batch script of the next attempt makes its folder, so the attempt has a number but no record yet.
+        last_end = f"attempt {number}: {info.state}" + (f", {info.reason}" if info.reason else "")
+        info = replace(waiting, reason="; ".join(filter(None, (waiting.reason, last_end))))
+        job_id = attempt.follow_up
+        number = attempt.number + 1
     nodes = info.nodes
     limit_s = info.limit_s
     if start is not None:
@@ -133,8 +160,8 @@ def _status(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> Run
         name=folder.name,
         state=info.state,
         reason=reason,
-        attempt=attempt.number or None,
-        job_id=start.job_id if start else None,
+        attempt=number,
+        job_id=job_id,
         nodes=nodes,
         elapsed_s=info.elapsed_s,
         limit_s=limit_s,
@@ -143,7 +170,18 @@ def _status(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> Run
         last_log_age_s=_log_age_s(attempt, now),
         stalled=stall.get("ranks"),
         folder=str(folder.path),
+        may_be_active=_may_be_active(attempt, answer, info),
     )
+
+
+def _may_be_active(attempt: _NewestAttempt, answer: _SlurmAnswer, info: JobInfo) -> bool:
+    if info.state.active:
+        return False
+    if answer.problem is not None and attempt.open_jobs:
+        return True
+    start = attempt.start
+    is_local = start is not None and start.kind != "slurm" and attempt.end is None
+    return is_local and info.state == JobState.UNKNOWN
 
 
 def _info(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> JobInfo:
@@ -178,8 +216,14 @@ def _failure(attempt: _NewestAttempt) -> str | None:
     try:
         failure = json.loads(attempt.folder.failure(attempt.number).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return f"rank {failure.get('rank')} on {failure.get('host')}: {failure.get('reason')}"
+        pass
+    else:
+        return f"rank {failure.get('rank')} on {failure.get('host')}: {failure.get('reason')}"
+    if problem := mpi_problem(attempt.folder, attempt.number):
+        return problem
+    # A program of the user's ends without our report, but srun names the rank.
+    failed = first_failed_rank(attempt.folder, attempt.number)
+    return str(failed) if failed else None
 
 
 def _stall(attempt: _NewestAttempt) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import JobRecord, claim_attempt, record_start
 from mixtera_hpc.launch.prepare import prepare_run, with_absolute_paths
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
-from mixtera_hpc.launch.slurm_commands import require_sbatch, sbatch
+from mixtera_hpc.launch.slurm.slurm_commands import SubmissionUnknownError, require_sbatch, sbatch
 
 __all__ = ["Submitted", "check_submittable", "missing_account_message", "script_text", "submit_attempt", "submit_run"]
 
@@ -36,6 +36,8 @@ def submit_run(config: Config, overrides: Sequence[str]) -> Submitted:
     folder = prepare_run(config, overrides, datetime.now(UTC))
     try:
         return submit_attempt(folder, config)
+    except SubmissionUnknownError:
+        raise  # The job may run, and then it needs its folder.
     except LaunchError:
         shutil.rmtree(folder.path)
         raise
@@ -58,6 +60,8 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     script.write_text(render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt)))
     try:
         job_id = sbatch(script)
+    except SubmissionUnknownError:
+        raise  # The job may run, and then it needs its folder.
     except LaunchError:
         shutil.rmtree(folder.attempt(attempt))
         raise

@@ -18,8 +18,9 @@ from mixtera_hpc.config.job_shape import parse_time
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.sweep import expand
+from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.prepare import replace_config, with_absolute_paths
-from mixtera_hpc.launch.slurm_commands import JobState
+from mixtera_hpc.launch.slurm.slurm_commands import JobState
 from mixtera_hpc.launch.status import run_statuses
 from mixtera_hpc.launch.submit import Submitted, submit_attempt, submit_run
 
@@ -46,10 +47,15 @@ class SweepPoint:
     @property
     def node_hours(self) -> float:
         """Upper bound of the node hours, with all attempts that `job.max_attempts` allows."""
+        return self.node_hours_of_one_job * self.config.job.max_attempts
+
+    @property
+    def node_hours_of_one_job(self) -> float:
+        """Upper bound of the node hours if one job completes the run."""
         if self.action in ("finished", "active"):
             return 0.0
         job = self.config.job
-        return job.nodes * (parse_time(job.time) or 0) / 3600 * job.max_attempts
+        return job.nodes * (parse_time(job.time) or 0) / 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +73,11 @@ class SweepPlan:
     def node_hours(self) -> float:
         """Upper bound of the node hours of all points to submit."""
         return sum(point.node_hours for point in self.points)
+
+    @property
+    def node_hours_of_one_job(self) -> float:
+        """Upper bound of the node hours if one job completes each run."""
+        return sum(point.node_hours_of_one_job for point in self.points)
 
 
 def plan_sweep(overrides: Sequence[str], max_parallel: int | None = None) -> SweepPlan:
@@ -129,6 +140,13 @@ def _previous_runs(configs: Sequence[Config]) -> dict[str, tuple[RunFolder | Non
                 folders[entry["fingerprint"]] = folder
 
     statuses = run_statuses(list(folders.values()), datetime.now(UTC))
+    unknown = [status for status in statuses if status.may_be_active]
+    if unknown:
+        raise LaunchError(
+            f"It is not known whether {len(unknown)} of {len(statuses)} runs of this sweep wait or run: "
+            f"{unknown[0].reason}\n  A second job in their folders would damage them, so nothing was submitted. Repeat "
+            "the command when Slurm answers."
+        )
     return {
         fingerprint: (folder, _action(status.state))
         for (fingerprint, folder), status in zip(folders.items(), statuses, strict=True)

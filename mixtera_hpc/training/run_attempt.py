@@ -18,6 +18,7 @@ from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import MixteraError, SavedAndStopped, exit_code_of, require_package
 from mixtera_hpc.launch.attempts import ExitRecord, batch_script_attempt, end_attempt
+from mixtera_hpc.launch.claim import Claim
 from mixtera_hpc.track.progress import ProgressPrinter
 
 __all__ = ["Attempt", "PrepareAttempt", "run_attempt"]
@@ -78,15 +79,18 @@ def _broadcast_attempt(comm: Communicator, attempt: Attempt | None) -> Attempt:
 
 @contextlib.contextmanager
 def _recorded_end(attempt: Attempt, rank: int) -> Iterator[None]:
-    """Let rank 0 record how the attempt ended, unless the surrounding batch script does that."""
+    """Let rank 0 claim the attempt and record how it ended, unless the surrounding batch script does that."""
+    if rank or batch_script_attempt(attempt.folder) is not None:
+        yield
+        return
     started = time.monotonic()
     exit_code = 0
-    try:
-        yield
-    except BaseException as error:
-        exit_code = exit_code_of(error)
-        raise
-    finally:
-        if rank == 0 and batch_script_attempt(attempt.folder) is None:
+    with contextlib.closing(Claim(attempt.folder, attempt.number)):
+        try:
+            yield
+        except BaseException as error:
+            exit_code = exit_code_of(error)
+            raise
+        finally:
             end = ExitRecord(exit_code=exit_code, elapsed_s=int(time.monotonic() - started))
             end_attempt(attempt.folder, attempt.number, end)

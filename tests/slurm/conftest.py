@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtera_hpc.launch.slurm_commands import query_jobs, scancel
+from mixtera_hpc.launch.slurm.slurm_commands import query_jobs, scancel
 
 MIXTERA = Path(sys.executable).with_name("mixtera-hpc")
 Mixtera = Callable[..., subprocess.CompletedProcess[str]]

@@ -1,6 +1,7 @@
 """Jobs on the real cluster: submitted, followed, continued, cancelled, failed. `stand_in.py` replaces the trainer."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -81,7 +82,7 @@ def test_a_signalled_run_saves_and_continues_in_the_next_attempt(mixtera: Mixter
 
 def test_a_run_saves_before_the_time_limit_and_ends_with_75(mixtera: Mixtera) -> None:
     """Slurm may send its signal up to a minute early, but always before the limit."""
-    limits = ['job.time="00:01:00"', "job.signal_lead_s=20"]
+    limits = ['job.time="00:01:00"', "job.signal_lead_s=20", "job.max_attempts=1"]
 
     done = mixtera("submit", *words(10_000, 0.2, *limits), "--wait", check=False)
 
@@ -97,6 +98,59 @@ def test_a_killed_rank_ends_the_job_and_is_named(mixtera: Mixtera) -> None:
     now = status(mixtera)
     assert (now["state"], now["reason"].partition(" on ")[0]) == ("FAILED", "rank 1")
     assert "was killed or crashed after step 1" in now["reason"]
+
+
+def test_a_run_continues_after_its_batch_shell_is_killed(mixtera: Mixtera) -> None:
+    mixtera("submit", *words(40, 0.2))
+    first = wait_until(mixtera, lambda now: (now["step"] or 0) >= 1)
+    subprocess.run(["pkill", "-KILL", "-f", f"{int(first['job_id']):05d}/slurm_script"], check=True)
+
+    now = wait_until(mixtera, lambda now: now["state"] == "COMPLETED")
+
+    assert (now["attempt"], now["step"]) == (2, 39)
+
+
+def test_a_second_job_in_the_folder_of_a_run_is_refused(mixtera: Mixtera) -> None:
+    mixtera("submit", *words(60, 0.2))
+    first = wait_until(mixtera, lambda now: (now["step"] or 0) >= 1)
+    script = Path(first["folder"]) / "attempts/001/submit.sh"
+
+    for done_by in ("the running job", "the complete run"):
+        subprocess.run(["sbatch", "--wait", script], check=False, capture_output=True)
+        log = (Path(first["folder"]) / "attempts/001/logs/batch.out").read_text()
+        expected = "is running as job" if done_by == "the running job" else "The run is complete"
+        assert expected in log, log
+        wait_until(mixtera, lambda now: now["state"] == "COMPLETED")
+
+    assert status(mixtera)["attempt"] == 1
+    steps = (Path(first["folder"]) / "metrics/steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == list(range(60))
+
+
+def test_nothing_is_started_while_slurm_does_not_answer(
+    mixtera: Mixtera, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixtera("submit", *words(1000, 0.2))
+    wait_until(mixtera, lambda now: now["state"] == "RUNNING")
+    for name in ("squeue", "sacct"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    done = mixtera("resume", "test", check=False)
+
+    assert done.returncode == 2
+    assert "It is not known whether attempt 1" in done.stderr
+
+
+def test_a_failing_program_of_the_user_is_named_with_its_error(mixtera: Mixtera) -> None:
+    words_of_run = [word for word in words(1, 0) if not word.startswith("job.command")]
+    program = "import os,sys; os.environ['SLURM_PROCID']=='1' and sys.exit('my own error'); __import__('time').sleep(9)"
+    command = f"job.command=[{sys.executable},-c,{json.dumps(program)}]"
+    mixtera("submit", *words_of_run, command, "job.max_attempts=1", "--wait", check=False)
+
+    assert status(mixtera)["reason"].endswith("my own error")
+    assert status(mixtera)["reason"].startswith("rank 1 on node")
 
 
 def test_cancel_ends_a_run_and_its_chain(mixtera: Mixtera) -> None:

@@ -209,3 +209,18 @@ def test_a_run_whose_folder_cannot_be_made_is_refused(
 def test_an_attempt_without_its_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *BASE, "--attempt=3"]) == 2
     assert "--attempt needs --folder" in capsys.readouterr().err
+
+
+def test_an_attempt_that_no_batch_script_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--folder", str(tmp_path), "--attempt=99"]) == 2
+    assert "names an attempt that no batch script has begun" in capsys.readouterr().err
+    assert not (tmp_path / "attempts").exists()
+
+
+def test_a_submitted_run_without_its_index_is_refused(
+    tmp_path: Path, collection: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = f"index.path={tmp_path / 'none.h5'}"
+    assert main(["submit", *collection, missing, f"run.root={tmp_path / 'runs'}", "cluster=dev"]) == 2
+    assert "none.h5" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

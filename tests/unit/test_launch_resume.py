@@ -1,5 +1,6 @@
 """Continuing a run: which keys may change, which may not, and how changes are applied."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from mixtera_hpc.launch.attempts import (
     start_local_attempt,
 )
 from mixtera_hpc.launch.cancel import cancel_after_save, cancel_now
+from mixtera_hpc.launch.claim import Claim
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.launch.resume import ResumeRequest, amended_config, check_ended, record_config, was_submitted
 
@@ -131,6 +133,41 @@ def test_a_running_run_is_not_continued(folder: RunFolder, make_config: MakeConf
 
     end_attempt(folder, 1, ExitRecord(exit_code=75, elapsed_s=1))
     check_ended(folder)
+
+
+def test_a_run_of_which_slurm_says_nothing_is_not_continued(
+    folder: RunFolder, make_config: MakeConfig, command: MakeCommand
+) -> None:
+    submit(folder, make_config())
+    command("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+
+    with pytest.raises(LaunchError, match="not known whether attempt 1"):
+        check_ended(folder)
+
+
+def test_a_run_whose_next_job_waits_is_not_continued(
+    folder: RunFolder, make_config: MakeConfig, command: MakeCommand
+) -> None:
+    submit(folder, make_config())
+    end_attempt(folder, 1, ExitRecord(exit_code=137, elapsed_s=1))
+    folder.follow_up(1).write_text("4712\n")
+    command("squeue", "echo '4712|PENDING|Dependency|2|0:00|1:00:00'")
+
+    with pytest.raises(LaunchError, match="PENDING as job 4712"):
+        check_ended(folder)
+
+
+def test_a_local_run_on_another_host_is_continued_only_if_it_is_silent(
+    folder: RunFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = JobRecord.local(make_config())
+    record_start(folder, claim_attempt(folder), replace(record, host="another"))
+    monkeypatch.setattr("mixtera_hpc.launch.claim.RENEWAL_S", 0.03)
+    monkeypatch.setattr("mixtera_hpc.launch.claim.SILENCE_S", 0.3)
+    with contextlib.closing(Claim(folder, 1)), pytest.raises(LaunchError, match="running on host another"):
+        check_ended(folder)
+
+    assert check_ended(folder) == 1
 
 
 def test_one_of_two_processes_that_continue_a_run_at_once_is_refused(

@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,14 +129,16 @@ def attempt(
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs the first of up to three attempts with an srun whose body is given."""
     command("sbatch", 'echo "4712;lab"')
+    command("scancel", "exit 0")
     folder = tmp_path / "run"
 
-    def run(srun: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    def run(srun: str, *overrides: str, words: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
         config = make_config("cluster=dev", "job.max_attempts=3", *overrides)
         command("srun", srun)
         script = tmp_path / "script.sh"
         script.write_text(render_script(SbatchJob(config=config, folder=folder)))
-        return subprocess.run(["bash", str(script)], capture_output=True, text=True, env=job_environment())
+        start = ["bash", str(script), *words]
+        return subprocess.run(start, capture_output=True, text=True, env=job_environment())
 
     return run
 
@@ -151,31 +153,59 @@ def test_the_exit_code_of_srun_is_the_exit_code_of_the_job(attempt: Attempt, tmp
 
     assert done.returncode == code
     assert json.loads((tmp_path / "run/attempts/001/exit.json").read_text())["exit_code"] == code
-    assert not (tmp_path / "bin/sbatch.calls").exists()
 
 
-@pytest.mark.parametrize("leave", ["exit 75", 'touch "$MIXTERA_SAVED_FILE"'])
-def test_an_attempt_that_saved_submits_the_next_one(attempt: Attempt, tmp_path: Path, leave: str) -> None:
+FOLLOW_UP = "run/attempts/001/follow_up"
+
+
+@pytest.mark.parametrize("leave", ["exit 75", 'touch "$MIXTERA_SAVED_FILE"', "exit 1", "exit 137", "exit 143"])
+def test_a_job_waits_for_the_end_of_an_attempt(attempt: Attempt, tmp_path: Path, leave: str) -> None:
     done = attempt(SAVE + leave)
 
-    assert done.returncode == 75
+    assert done.returncode not in (0, 2)
     call = (tmp_path / "bin/sbatch.calls").read_text()
     folder = tmp_path / "run"
-    assert "--dependency=afterany:4711" in call
-    assert call.strip().endswith(f"{folder}/attempts/002/submit.sh 2 {folder}")
-    assert json.loads((folder / "attempts/002/job.json").read_text())["job_id"] == "4712"
+    assert "--dependency=afternotok:4711 --kill-on-invalid-dep=yes" in call
+    assert call.strip().endswith(f"{folder}/attempts/001/submit.sh 2 {folder} 4711")
+    assert (tmp_path / FOLLOW_UP).read_text() == "4712\n"
+    assert not (tmp_path / "bin/scancel.calls").exists()
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_waiting_job_is_withdrawn_if_nothing_is_left_to_do(attempt: Attempt, tmp_path: Path, code: int) -> None:
+    assert attempt(SAVE + f"exit {code}").returncode == code
+
+    assert "4712" in (tmp_path / "bin/scancel.calls").read_text()
+    assert not (tmp_path / FOLLOW_UP).exists()
 
 
 def test_a_rank_that_fails_after_others_saved_is_a_failure(attempt: Attempt) -> None:
     assert attempt(SAVE + 'touch "$MIXTERA_SAVED_FILE"; exit 9').returncode == 9
 
 
-def test_an_attempt_without_a_new_checkpoint_is_the_last(attempt: Attempt, tmp_path: Path) -> None:
-    done = attempt("exit 75")
+def test_two_attempts_without_a_new_checkpoint_end_the_chain(attempt: Attempt, tmp_path: Path) -> None:
+    first = attempt("exit 75")
+    assert "Attempt 2 is job 4712" in first.stdout
 
-    assert done.returncode == 75
-    assert "no new checkpoint" in done.stdout
-    assert not (tmp_path / "bin/sbatch.calls").exists()
+    second = attempt("exit 1", words=follow_up_words(tmp_path))
+
+    assert second.returncode == 1
+    log = (tmp_path / "run/attempts/002/logs/batch.out").read_text()
+    assert "Two attempts in a row made no new checkpoint" in log
+    assert "4712" in (tmp_path / "bin/scancel.calls").read_text()
+
+
+def follow_up_words(tmp_path: Path) -> list[str]:
+    """Return the arguments of the job that follows the first attempt."""
+    return ["2", str(tmp_path / "run"), "4710"]
+
+
+def test_an_attempt_with_a_new_checkpoint_goes_on_after_one_without(attempt: Attempt, tmp_path: Path) -> None:
+    attempt("exit 75")
+
+    attempt(SAVE + "exit 1", words=follow_up_words(tmp_path))
+
+    assert (tmp_path / "run/attempts/002/follow_up").exists()
 
 
 def test_no_more_than_max_attempts_are_submitted(attempt: Attempt, tmp_path: Path) -> None:
@@ -186,11 +216,11 @@ def test_no_more_than_max_attempts_are_submitted(attempt: Attempt, tmp_path: Pat
     assert not (tmp_path / "bin/sbatch.calls").exists()
 
 
-def test_an_attempt_of_a_cancelled_run_submits_no_other(attempt: Attempt, tmp_path: Path) -> None:
+def test_an_attempt_of_a_cancelled_run_withdraws_the_next(attempt: Attempt, tmp_path: Path) -> None:
     done = attempt(SAVE + 'touch "$MIXTERA_RUN_FOLDER/control/cancelled"; exit 75')
 
     assert done.returncode == 75
-    assert not (tmp_path / "bin/sbatch.calls").exists()
+    assert not (tmp_path / FOLLOW_UP).exists()
 
 
 def test_a_follow_up_job_of_a_cancelled_run_does_not_train(attempt: Attempt, tmp_path: Path) -> None:
@@ -201,22 +231,96 @@ def test_a_follow_up_job_of_a_cancelled_run_does_not_train(attempt: Attempt, tmp
     assert not (tmp_path / "bin/srun.calls").exists()
 
 
-def test_the_log_names_the_command_to_continue_if_sbatch_fails(
+def test_nothing_follows_a_job_that_a_user_cancelled(attempt: Attempt, command: MakeCommand, tmp_path: Path) -> None:
+    command("sacct", "echo 'CANCELLED by 1000'")
+
+    done = attempt("exit 0", words=follow_up_words(tmp_path))
+
+    assert done.returncode == 0
+    assert "Job 4710 was cancelled" in done.stdout
+    assert not (tmp_path / "bin/srun.calls").exists()
+    assert not (tmp_path / "run/attempts").exists()
+
+
+def test_a_script_whose_attempt_is_running_is_refused(attempt: Attempt, command: MakeCommand, tmp_path: Path) -> None:
+    here = tmp_path / "run/attempts/001"
+    here.mkdir(parents=True)
+    (here / "claim").write_text("17 0 nid7\n")
+    # The other job counts while this one looks.
+    command("sleep", f"echo $RANDOM >>{here}/alive")
+
+    done = attempt("exit 0")
+
+    assert done.returncode == 2
+    assert "is running as job 17, and a run has one writer" in done.stdout
+    assert not (tmp_path / "bin/srun.calls").exists()
+
+
+def test_a_script_whose_attempt_was_killed_begins_the_next(
     attempt: Attempt, command: MakeCommand, tmp_path: Path
 ) -> None:
+    here = tmp_path / "run/attempts/001"
+    here.mkdir(parents=True)
+    (here / "claim").write_text("17 0 nid7\n")
+    command("sleep", "exit 0")
+
+    assert attempt(SAVE + "exit 0").returncode == 0
+
+    assert "--attempt 2" in (tmp_path / "bin/srun.calls").read_text()
+    assert json.loads((tmp_path / "run/attempts/002/job.json").read_text())["job_id"] == "4711"
+
+
+def test_the_script_of_a_complete_run_is_refused(attempt: Attempt, tmp_path: Path) -> None:
+    attempt(SAVE + "exit 0")
+    (tmp_path / "bin/srun.calls").unlink()
+
+    done = attempt("exit 0")
+
+    assert done.returncode == 2
+    assert "The run is complete" in done.stdout
+    assert not (tmp_path / "bin/srun.calls").exists()
+    assert not (tmp_path / "run/attempts/002").exists()
+
+
+def test_the_log_names_the_command_to_continue_if_sbatch_fails(attempt: Attempt, command: MakeCommand) -> None:
     command("sbatch", "echo refused >&2; exit 1")
+    command("squeue", "exit 0")
+    command("sleep", "exit 0")
 
     done = attempt(SAVE + "exit 75")
 
     assert done.returncode == 75
     assert "mixtera-hpc resume" in done.stdout
-    assert not (tmp_path / "run/attempts/002").exists()
+
+
+def test_a_job_that_sbatch_reports_as_failed_is_found_in_the_queue(
+    attempt: Attempt, command: MakeCommand, tmp_path: Path
+) -> None:
+    calls = command("sbatch", "echo 'Socket timed out on send/recv operation' >&2; exit 1")
+    script = tmp_path / "run/attempts/001/submit.sh"
+    command("squeue", f"echo '4711|{script}'; echo '4713|{script}'")
+
+    attempt(SAVE + "exit 75")
+
+    assert len(calls.read_text().splitlines()) == 1
+    assert (tmp_path / FOLLOW_UP).read_text() == "4713\n"
+
+
+def test_a_transient_error_of_sbatch_is_tried_again(attempt: Attempt, command: MakeCommand, tmp_path: Path) -> None:
+    calls = command("sbatch", f"[ -e {tmp_path}/second ] && echo 4712 && exit 0; touch {tmp_path}/second; exit 1")
+    command("squeue", "exit 0")
+    command("sleep", "exit 0")
+
+    attempt(SAVE + "exit 75")
+
+    assert len(calls.read_text().splitlines()) == 2
+    assert (tmp_path / FOLLOW_UP).read_text() == "4712\n"
 
 
 def test_follow_up_jobs_of_a_sweep_lane_use_singleton(attempt: Attempt, tmp_path: Path) -> None:
     attempt(SAVE + "exit 75", "job.dependency=singleton")
 
-    assert "--dependency=singleton" in (tmp_path / "bin/sbatch.calls").read_text()
+    assert "--dependency=singleton,afternotok:4711" in (tmp_path / "bin/sbatch.calls").read_text()
 
 
 def test_the_first_failing_rank_is_named_in_the_batch_log(attempt: Attempt) -> None:

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.slurm_commands import JobState, query_jobs, sbatch, scancel
+from mixtera_hpc.launch.slurm.slurm_commands import (
+    JobState,
+    SubmissionUnknownError,
+    query_jobs,
+    sbatch,
+    scancel,
+)
 
 MakeCommand = Callable[[str, str], Path]
 NOT_QUEUED = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
@@ -99,3 +105,37 @@ def test_the_error_without_slurm_names_dry_run(tmp_path: Path, monkeypatch: pyte
 
     with pytest.raises(LaunchError, match="--dry-run"):
         sbatch(tmp_path / "submit.sh")
+
+
+TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+
+
+def test_a_job_that_slurm_accepted_in_spite_of_an_error_is_not_submitted_again(
+    command: MakeCommand, tmp_path: Path
+) -> None:
+    calls = command("sbatch", f"echo '{TIMED_OUT}' >&2; exit 1")
+    command("squeue", f"echo '17|/other/submit.sh'; echo '18|{tmp_path}/submit.sh'")
+
+    assert sbatch(tmp_path / "submit.sh") == "18"
+    assert len(calls.read_text().splitlines()) == 1
+
+
+def test_a_transient_error_is_tried_again(
+    command: MakeCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixtera_hpc.launch.slurm.slurm_commands.RETRY_DELAYS_S", (0.0, 0.0))
+    command(
+        "sbatch",
+        f"[ -e {tmp_path}/second ] && echo 17 && exit; touch {tmp_path}/second; echo '{TIMED_OUT}' >&2; exit 1",
+    )
+    command("squeue", "exit 0")
+
+    assert sbatch(tmp_path / "submit.sh") == "17"
+
+
+def test_a_submission_is_unknown_if_slurm_stops_to_answer(command: MakeCommand, tmp_path: Path) -> None:
+    command("sbatch", f"echo '{TIMED_OUT}' >&2; exit 1")
+    command("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+
+    with pytest.raises(SubmissionUnknownError, match="may or may not wait"):
+        sbatch(tmp_path / "runs/attempts/001/submit.sh")

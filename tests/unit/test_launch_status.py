@@ -21,7 +21,7 @@ from mixtera_hpc.launch.attempts import (
     record_start,
 )
 from mixtera_hpc.launch.prepare import prepare_run
-from mixtera_hpc.launch.slurm_commands import JobState
+from mixtera_hpc.launch.slurm.slurm_commands import JobState
 from mixtera_hpc.launch.status import RunStatus, last_step, run_statuses
 
 MakeConfig = Callable[..., Config]
@@ -75,6 +75,43 @@ def test_the_state_is_that_of_the_newest_attempt(
     one = status(folder)
 
     assert (one.state, one.reason, one.attempt, one.job_id) == (JobState.PENDING, "Dependency", 2, "2")
+
+
+def test_a_job_that_waits_for_the_end_of_an_attempt_is_shown_when_it_has_ended(
+    folder: RunFolder, make_config: MakeConfig, command: MakeCommand
+) -> None:
+    submit(folder, make_config(), "1")
+    folder.follow_up(1).write_text("2\n")
+    command("squeue", "echo '1|RUNNING|None|1|0:10|1:00:00'; echo '2|PENDING|Dependency|1|0:00|1:00:00'")
+    assert (status(folder).state, status(folder).attempt, status(folder).job_id) == (JobState.RUNNING, 1, "1")
+
+    end_attempt(folder, 1, ExitRecord(exit_code=137, elapsed_s=9))
+
+    one = status(folder)
+    assert (one.state, one.attempt, one.job_id) == (JobState.PENDING, 2, "2")
+    assert one.reason == "Dependency; attempt 1: FAILED, exit code 137"
+
+
+def test_the_rank_that_srun_reports_is_the_reason_for_a_failed_program(
+    folder: RunFolder, make_config: MakeConfig
+) -> None:
+    submit(folder, make_config())
+    logs = folder.logs(1)
+    (logs / "batch.out").write_text(
+        "srun: error: nid1: task 0: Killed\nsrun: error: nid7: task 2: Exited with exit code 3\n"
+    )
+    (logs / "rank_00002.err").write_text("Traceback\nValueError: my own error\n")
+    end_attempt(folder, 1, ExitRecord(exit_code=137, elapsed_s=9))
+
+    assert status(folder).reason == "rank 2 on nid7: ValueError: my own error"
+
+
+def test_a_wrong_mpi_option_is_named_with_its_cure(folder: RunFolder, make_config: MakeConfig) -> None:
+    submit(folder, make_config())
+    (folder.logs(1) / "rank_00000.err").write_text("Runtime environment uses unsupported PMI version PMIx. Aborting.\n")
+    end_attempt(folder, 1, ExitRecord(exit_code=16, elapsed_s=9))
+
+    assert "srun --mpi=list" in (status(folder).reason or "")
 
 
 def test_a_job_that_slurm_does_not_know_yet_is_pending(

@@ -108,7 +108,7 @@ def test_an_expensive_sweep_needs_confirmation(
     assert main(command_line) == 2
 
     output = capsys.readouterr()
-    assert "144 node-hours" in output.out
+    assert "144 node-hours with one job per run, at most 1440" in output.out
     assert "--yes" in output.err
     assert not slurm.exists()
     assert main([*command_line, "--yes"]) == 0

@@ -13,7 +13,7 @@ from mixtera_hpc.cli.all_ranks import run_on_all_ranks
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.launch.attempts import start_local_attempt
+from mixtera_hpc.launch.attempts import batch_script_attempt, start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
 
 __all__ = ["arguments", "run"]
@@ -41,10 +41,16 @@ def _run_attempt(args: Namespace) -> int:
     _check_arguments(args)
     if args.folder is None:
         return _start_run(args.overrides)
+    folder = RunFolder(args.folder.absolute())
+    if args.attempt is not None and args.attempt != batch_script_attempt(folder):
+        raise ConfigError(
+            f"--attempt {args.attempt} names an attempt that no batch script has begun for this process.\n"
+            f"  Only batch scripts give --attempt. To continue the run: mixtera-hpc resume {folder.path}"
+        )
     # Imported here because it imports numpy, which takes longer than `--help` may take.
     from mixtera_hpc.training.continue_run import continue_run
 
-    return continue_run(RunFolder(args.folder.absolute()), attempt=args.attempt)
+    return continue_run(folder, attempt=args.attempt)
 
 
 def _check_arguments(args: Namespace) -> None:

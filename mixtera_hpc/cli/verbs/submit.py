@@ -39,21 +39,25 @@ def run(args: Namespace) -> int:
         from mixtera_hpc.index.read.configured import check_stored_roots
 
         check_stored_roots(config)
-        _check_decode_cost(config)
+        _check_data(config)
     return submit_or_print(config, args)
 
 
-def _check_decode_cost(config: Config) -> None:
-    """Print what the job decodes and refuse too much, if its indexes exist already."""
+def _check_data(config: Config) -> None:
+    """Open the data as the job will, so that what it would refuse is refused before it waits in the queue.
+
+    A `job.command` may open other data, and may build its index itself: its indexes are read only if they exist.
+    """
     # Imported here because numpy and h5py take longer to import than `--help` may take.
     from mixtera_hpc.cli.answers.plan_answer import print_decode_cost
     from mixtera_hpc.comm.communicator import Local
     from mixtera_hpc.dataplane.reading.source import open_source
     from mixtera_hpc.trace.forecast import forecast_mixture
 
-    if all(Path(path).exists() for path in config.index.paths_to_read):
-        source = open_source(config, Local(), check=False)
-        print_decode_cost(source, forecast_mixture(source, config.training.num_steps))
+    if config.job.command and not all(Path(path).exists() for path in config.index.paths_to_read):
+        return
+    source = open_source(config, Local(), check=not config.job.command)
+    print_decode_cost(source, forecast_mixture(source, config.training.num_steps))
 
 
 def submit_or_print(config: Config, args: Namespace) -> int:

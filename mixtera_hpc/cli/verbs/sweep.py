@@ -29,13 +29,14 @@ def arguments(parser: ArgumentParser) -> None:
         type=float,
         default=100.0,
         metavar="NODE_HOURS",
-        help="ask before submitting more node-hours than this (default: 100); without a terminal, --yes is needed",
+        help="ask before submitting more node-hours than this, with one job per run (default: 100); without a "
+        "terminal, --yes is needed",
     )
     parser.epilog = """\
 Example: 6 runs, at most 2 at a time
   mixtera-hpc sweep experiment=demo cluster=clariden job.nodes=1,2,4 dataplane.seed=0,1 --max-parallel 2
-The node-hours are an upper bound: nodes × job.time × job.max_attempts. Repeating the command submits only runs that are
-new or have not finished."""
+A job takes at most nodes × job.time node-hours, and a run at most job.max_attempts jobs. Repeating the command submits
+only runs that are new or have not finished."""
 
 
 def run(args: Namespace) -> int:
@@ -48,7 +49,7 @@ def run(args: Namespace) -> int:
     _print_plan(plan)
     if args.dry_run or not plan.due:
         return 0
-    _confirm(plan.node_hours, args)
+    _confirm(plan.node_hours_of_one_job, args)
     _submit(plan)
     print("  mixtera-hpc status")
     return 0
@@ -70,7 +71,10 @@ def _print_plan(plan: SweepPlan) -> None:
     for point in plan.points:
         job = point.config.job
         print(f"{job.nodes:>4} nodes × {job.time}  {' '.join(point.overrides)}  ({_TEXT_OF_ACTION[point.action]})")
-    print(f"{len(plan.due)} of {len(plan.points)} runs to submit, at most {plan.node_hours:g} node-hours")
+    print(
+        f"{len(plan.due)} of {len(plan.points)} runs to submit: {plan.node_hours_of_one_job:g} node-hours with one job "
+        f"per run, at most {plan.node_hours:g}"
+    )
 
 
 def _confirm(node_hours: float, args: Namespace) -> None:

@@ -36,8 +36,9 @@ class JobConfig:
     """Memory per node in Slurm's units, for example `460000` (MB) or `200G`. Null means the default of Slurm."""
     signal_lead_s: int = 120
     """Seconds before the time limit at which the job is asked to save. At most a third of `job.time`."""
-    max_attempts: int = 1
-    """Largest number of jobs in a chain. A job that saved and exited with code 75 is followed by the next one."""
+    max_attempts: int = 10
+    """Largest number of jobs in a chain. A job that saved, failed or lost a node is followed by the next one, until the
+    run is complete, or two jobs in a row made no new checkpoint."""
     comment: str | None = None
     """Comment that Slurm stores with the job."""
     exclude: str | None = None

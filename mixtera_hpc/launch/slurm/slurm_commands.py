@@ -4,9 +4,11 @@ squeue wins over sacct: a job that squeue lists as active has not ended. After a
 job as NODE_FAIL although it runs again. Where accounting is disabled, only the batch script's `exit.json` is left.
 """
 
+import getpass
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,9 +16,34 @@ from pathlib import Path
 
 from mixtera_hpc.errors import LaunchError
 
-__all__ = ["JobInfo", "JobState", "query_jobs", "require_sbatch", "sbatch", "scancel"]
+__all__ = [
+    "JobInfo",
+    "JobState",
+    "SlurmTimeoutError",
+    "SubmissionUnknownError",
+    "query_jobs",
+    "require_sbatch",
+    "sbatch",
+    "scancel",
+]
 
 COMMAND_LIMIT_S = 60
+RETRY_DELAYS_S = (2.0, 8.0)
+"""Pauses between calls of sbatch that fail for a moment."""
+
+_TRANSIENT = (
+    *("timed out", "did not answer", "unable to contact", "connection refused", "communication connection failure"),
+    *("temporarily", "zero bytes", "try again", "transmission or receive"),
+)
+"""Words in errors of sbatch after which the same job may be accepted."""
+
+
+class SubmissionUnknownError(LaunchError):
+    """Slurm may or may not have accepted a job."""
+
+
+class SlurmTimeoutError(LaunchError):
+    """A command of Slurm did not answer in time."""
 
 
 class JobState(StrEnum):
@@ -91,19 +118,67 @@ def require_sbatch() -> None:
 
 
 def sbatch(script: Path) -> str:
-    """Submit `script` and return the job id.
+    """Submit `script` and return the job id. A transient error of Slurm is tried again.
+
+    After an error that does not say whether Slurm accepted the job, the job is looked up in the queue by its script, so
+    that no script is submitted twice.
 
     Raises:
+        SubmissionUnknownError: Slurm may have accepted the job, and it does not answer now.
         LaunchError: Slurm refuses the job. The message quotes Slurm and names the config key to change, if it is known.
     """
     require_sbatch()
-    done = _run(["sbatch", "--parsable", str(script)])
+    for delay_s in (*RETRY_DELAYS_S, None):
+        problem = _try_sbatch(script)
+        if problem.job_id is not None:
+            return problem.job_id
+        if not problem.is_transient or delay_s is None:
+            break
+        time.sleep(delay_s)
+    refusal = problem.error
+    raise LaunchError(f"Slurm refused the job: {refusal}{_hint(refusal)}\n  Print the script with submit --dry-run.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SbatchResult:
+    """One call of sbatch."""
+
+    job_id: str | None = None
+    error: str = ""
+    is_transient: bool = False
+
+
+def _try_sbatch(script: Path) -> _SbatchResult:
+    try:
+        done = _run(["sbatch", "--parsable", str(script)])
+        error = done.stderr.strip().removeprefix("sbatch: error: ")
+        if not done.returncode:
+            return _SbatchResult(job_id=done.stdout.strip().partition(";")[0])
+    except SlurmTimeoutError as timeout:
+        error = str(timeout)
+    if not any(words in error.lower() for words in _TRANSIENT):
+        return _SbatchResult(error=error)
+    try:
+        job_id = _queued_job(script)
+    except LaunchError as unknown:
+        raise SubmissionUnknownError(
+            f"sbatch failed with {error!r}, and the queue cannot be read, so the job may or may not wait there.\n"
+            f"  When Slurm answers again, look for {script} with squeue --me --format='%i %o'. Without a job, use\n"
+            f"  mixtera-hpc resume {script.parents[2]}"
+        ) from unknown
+    return _SbatchResult(job_id=job_id, error=error, is_transient=True)
+
+
+def _queued_job(script: Path) -> str | None:
+    """Return the id of the queued job that `script` started; None if there is none."""
+    done = _run(["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%o"])
     if done.returncode:
-        refusal = done.stderr.strip().removeprefix("sbatch: error: ")
-        raise LaunchError(
-            f"Slurm refused the job: {refusal}{_hint(refusal)}\n  Print the script with submit --dry-run."
-        )
-    return done.stdout.strip().partition(";")[0]
+        raise LaunchError(f"squeue failed: {done.stderr.strip()}")
+    for line in done.stdout.splitlines():
+        job_id, _, command = line.partition("|")
+        if command == str(script):
+            return job_id
+    return None
 
 
 def scancel(job_ids: Sequence[str]) -> None:
@@ -208,6 +283,6 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
             f"{command[0]} was not found, so Slurm cannot be queried.\n  Use a login node of the cluster."
         ) from None
     except subprocess.TimeoutExpired:
-        raise LaunchError(
+        raise SlurmTimeoutError(
             f"{command[0]} did not answer within {COMMAND_LIMIT_S} s. Is the Slurm controller up?"
         ) from None
