@@ -99,7 +99,7 @@ def _serve(source: Source, num_steps: int) -> int:
 
 def _batches(source: Source, num_steps: int) -> Iterator[Any]:
     """Yield the batches of some steps, read in this thread."""
-    maker = BatchMaker(source, BatchSlice(first=0, size=source.planner.global_batch_size), audit=False)
+    maker = BatchMaker(source, BatchSlice(), audit=False)
     state = PlannerState.start(source.num_domains)
     step = 0
     while step < num_steps:

@@ -31,9 +31,13 @@ sample to find its domain, where that is a separate step."""
 def mixtera_hpc(num_samples: int) -> tuple[Measured, np.ndarray]:
     """Plan chunks of 8 steps of 1,024 sequences, then expand the plans as the reading thread of every rank does."""
     from mixtera_hpc.core.planner import Planner, PlannerState
+    from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 
     planner = Planner(
-        capacity=np.full(len(SHARES), Planner.UNLIMITED), global_batch_size=1024, chunk_steps=8, on_exhausted="repeat"
+        capacity=np.full(len(SHARES), Planner.UNLIMITED),
+        batch_schedule=BatchSchedule.constant(1024),
+        chunk_steps=8,
+        on_exhausted="repeat",
     )
     bytes_before = peak_bytes()
     started = time.perf_counter()

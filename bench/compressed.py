@@ -85,8 +85,7 @@ def measure(layout: str, folder: Path, ranks: int, lanes: int, cache_bytes: int,
     unit_bytes = max(path.stat().st_size for path in folder.iterdir()) if layout == "zst" else 41e6
     window_bytes = int((1 << 23) * min(unit_bytes * EXPANSION / 41e6, 1))
     source = open_source(config_of(folder, lanes, cache_bytes, window_bytes), Local())
-    size = GLOBAL_BATCH // ranks
-    maker = BatchMaker(source, BatchSlice(first=ranks // 2 * size, size=size), audit=False)
+    maker = BatchMaker(source, BatchSlice(group=ranks // 2, num_groups=ranks), audit=False)
     started = time.process_time()
     first_batch_s = 0.0
     rows = served = 0

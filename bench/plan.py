@@ -28,6 +28,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import Planner, PlannerState
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.dataplane.plane import STATE_KEY, DataPlane
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.source import Source, open_source
@@ -123,7 +124,7 @@ def measure_chunks(num_domains: int, chunk_steps: int, step: int) -> PlanTiming:
     weights /= weights.sum()
     planner = Planner(
         capacity=np.full(num_domains, Planner.UNLIMITED),
-        global_batch_size=GLOBAL_BATCH_SIZE,
+        batch_schedule=BatchSchedule.constant(GLOBAL_BATCH_SIZE),
         chunk_steps=chunk_steps,
         on_exhausted="repeat",
     )

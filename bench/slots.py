@@ -89,7 +89,7 @@ def expand_own_slots(planner: Planner, plan: ChunkPlan, rank: int) -> None:
     order = planner.order(plan)
     for first_step in range(0, CHUNK_STEPS, STEPS_TOGETHER):
         steps = range(first_step, first_step + STEPS_TOGETHER)
-        firsts = [step * planner.global_batch_size + rank * OWN_SEQUENCES for step in steps]
+        firsts = [step * planner.batch_schedule.size_at(step) + rank * OWN_SEQUENCES for step in steps]
         order.slots([(first, first + OWN_SEQUENCES) for first in firsts])
 
 

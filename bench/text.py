@@ -124,7 +124,7 @@ def _line(what: str, unit: str, rates: dict[str, list[float]], ours: str, limit:
 
 def _serve_batches(source: Source) -> int:
     """Serve all steps with a bare `BatchMaker`, in this thread; return the number of tokens or samples."""
-    maker = BatchMaker(source, BatchSlice(first=0, size=source.planner.global_batch_size), audit=False)
+    maker = BatchMaker(source, BatchSlice(), audit=False)
     state = PlannerState.start(source.num_domains)
     count = step = 0
     while step < NUM_STEPS:

@@ -2,6 +2,7 @@
 
 import re
 
+from mixtera_hpc.config.batch_ramp import batch_schedule_of, ramp_problems, size_keys
 from mixtera_hpc.config.check_data import data_problems, holdout_problems, root_problems
 from mixtera_hpc.config.check_job import job_problems
 from mixtera_hpc.config.check_numbers import all_at_least, at_least
@@ -116,10 +117,11 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
 
     if not 0 <= plane.seed < 2**63:
         problems.append(f"dataplane.seed is {plane.seed}, expected 0 to 2**63 - 1.")
-    chunk_sequences = plane.chunk_steps * plane.global_batch_size
+    problems += ramp_problems(plane)
+    chunk_sequences = plane.chunk_steps * batch_schedule_of(plane).largest
     if chunk_sequences > MAX_CHUNK_SEQUENCES:
         problems.append(
-            f"dataplane.chunk_steps × dataplane.global_batch_size is {chunk_sequences}, "
+            f"dataplane.chunk_steps × the largest global batch is {chunk_sequences}, "
             f"at most {MAX_CHUNK_SEQUENCES} sequences fit in one chunk. Lower dataplane.chunk_steps."
         )
     return problems + _watchdog(plane) + _plane_of_mixture(plane, mixture)
@@ -230,9 +232,9 @@ def _batch_split(config: Config) -> list[str]:
         return [f"dataplane.model_parallel_size is {size}, which does not divide the job's {ranks} ranks."]
     groups = ranks // size
     sharers = "ranks" if size == 1 else f"groups of {size} ranks"
-    if config.dataplane.global_batch_size % groups:
-        return [
-            f"dataplane.global_batch_size is {config.dataplane.global_batch_size}, which {groups} {sharers} cannot "
-            f"share evenly. Use a multiple of {groups}."
-        ]
-    return []
+    schedule = batch_schedule_of(config.dataplane)
+    return [
+        f"{key} is {batch_size}, which {groups} {sharers} cannot share evenly. Use a multiple of {groups}."
+        for key, batch_size in zip(size_keys(config.dataplane), schedule.sizes, strict=True)
+        if batch_size % groups
+    ]

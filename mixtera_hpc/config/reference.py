@@ -13,7 +13,15 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 from mixtera_hpc.config.key_paths import SchemaKey, schema_keys, without_none
-from mixtera_hpc.config.schema import Config, DataSetConfig, DomainConfig, PartitionConfig, PropertyConfig, StageConfig
+from mixtera_hpc.config.schema import (
+    BatchStageConfig,
+    Config,
+    DataSetConfig,
+    DomainConfig,
+    PartitionConfig,
+    PropertyConfig,
+    StageConfig,
+)
 from mixtera_hpc.config.schema.composed_default import composed_default
 
 __all__ = ["description", "render_reference"]
@@ -44,6 +52,7 @@ NESTED: tuple[tuple[type, str, str], ...] = (
     (DataSetConfig, "data set", "data.sets.NAME"),
     (DomainConfig, "domain", "mixture.domains[i]"),
     (StageConfig, "stage", "mixture.schedule.stages[i]"),
+    (BatchStageConfig, "batch stage", "dataplane.batch_schedule[i]"),
     (PartitionConfig, "partition", "cluster.partitions.NAME"),
 )
 """Dataclasses that are values inside lists and mappings: the class, what a value is called, and where values are."""

@@ -89,13 +89,14 @@ def domain_name(key: DomainKey) -> str:
     return " ".join(f"{name}={'|'.join(map(_value_to_text, values))}" for name, values in key.items()) or "all"
 
 
-def matching_codes(name: str, value: str | ValuePattern, values: Sequence[str]) -> list[int]:
+def matching_codes(name: str, value: str | ValuePattern, codes_of: Mapping[str, int]) -> list[int]:
     """Return the codes of property `name` that one value of a key matches.
 
     Args:
         name: the property, for messages.
         value: an exact value, a value with `*`, or a pattern.
-        values: the dictionary of the property; a code is a position in it.
+        codes_of: the dictionary of the property, in its order: value → code. An exact value takes one look-up, any
+            other one a pass over all values.
 
     Raises:
         MixtureError: nothing matches, or the regular expression is not allowed.
@@ -105,19 +106,19 @@ def matching_codes(name: str, value: str | ValuePattern, values: Sequence[str]) 
         text = value.pattern
         relation = "matching"
         try:
-            codes = match_values(text, values)
+            codes = match_values(text, list(codes_of))
         except ValueError as error:
             raise MixtureError(f"A domain key's {name}: {error}") from None
-    elif value in values or "*" not in value:  # An exact value wins over the wildcard that it also is.
+    elif value in codes_of or "*" not in value:  # An exact value wins over the wildcard that it also is.
         text = value
         relation = "="
-        codes = [values.index(value)] if value in values else []
+        codes = [codes_of[value]] if value in codes_of else []
     else:
         text = value
         relation = "like"
-        codes = [code for code, candidate in enumerate(values) if _matches_wildcard(candidate, value.split("*"))]
+        codes = [code for candidate, code in codes_of.items() if _matches_wildcard(candidate, value.split("*"))]
     if not codes:
-        near = did_you_mean(text.replace("*", ""), list(values))
+        near = did_you_mean(text.replace("*", ""), list(codes_of))
         raise MixtureError(f"A domain key names {name} {relation} {text!r}, but no sample matches.{near}")
     return codes
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.combos.combo_index import ComboIndex, WantedCodes
 from mixtera_hpc.core.domain_assignment import BucketGrid, DomainAssignment
 from mixtera_hpc.core.domain_counts import NO_DOMAIN, DomainCounter, PruningStatistics, ReadBlocks
 from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, NumberRange, ValuePattern, matching_codes
@@ -106,7 +107,8 @@ def select(
         MixtureError: a key names an unknown property or value, or a range of a category.
     """
     grid = BucketGrid.of_keys(keys, _number_names(tables.properties))
-    matches = [_KeyMatch(combos=_matches(key, tables), buckets=grid.buckets_matching(key)) for key in keys]
+    combo_index = ComboIndex(tables.combos)
+    matches = [_match(key, tables, combo_index, grid) for key in keys]
     assignment = _assign(grid, matches, tables.combos.num_combos)
 
     # An empty key takes the rest by intention, so it does not count as an overlap.
@@ -133,15 +135,15 @@ def select(
 class _KeyMatch:
     """The combinations that a domain key matches: a combo and a bucket that both match."""
 
-    combos: NDArray[np.bool_]
-    """Shape (num_combos,)."""
-    buckets: NDArray[np.bool_]
-    """Shape (num_buckets,)."""
+    combos: NDArray[np.intp]
+    """Ascending numbers of combos."""
+    buckets: NDArray[np.intp]
+    """Ascending numbers of combinations of buckets."""
 
     @property
     def cells(self) -> tuple[NDArray[np.intp], ...]:
         """Return the index of what matches, for an array of shape (num_combos, num_buckets)."""
-        return np.ix_(np.flatnonzero(self.combos), np.flatnonzero(self.buckets))
+        return self.combos[:, None], self.buckets[None, :]
 
 
 def _assign(grid: BucketGrid, matches: Sequence[_KeyMatch], num_combos: int) -> DomainAssignment:
@@ -192,32 +194,26 @@ def _overlaps(
         # The samples belong to their first key. Every later key that matches shares all of them.
         firsts = assignment.domain[match.cells].reshape(-1)
         rows = rows_of_bucket[match.cells].reshape(-1)
-        samples = np.bincount(firsts, rows, later + 1).astype(np.int64)
-        for first in np.flatnonzero(samples[:later]).tolist():
-            if is_named[first]:
-                shared[first, later] = int(samples[first])
+        # Few domains share samples with this key: no array of all domains for each of them.
+        distinct, number = np.unique(firsts, return_inverse=True)
+        samples = np.bincount(number, rows, len(distinct)).astype(np.int64)
+        for first, count in zip(distinct.tolist(), samples.tolist(), strict=True):
+            if count and first < later and is_named[first]:
+                shared[first, later] = count
     return tuple((domain, later, samples) for (domain, later), samples in sorted(shared.items()))
 
 
-def _matches(key: DomainKey, tables: IndexTables) -> NDArray[np.bool_]:
-    """Return which combos match the categories of `key`; shape (num_combos,)."""
-    combos = tables.combos
-    mask = np.ones(combos.num_combos, np.bool_)
-    if combos.bad >= 0:
-        mask[combos.bad] = False
+def _match(key: DomainKey, tables: IndexTables, combo_index: ComboIndex, grid: BucketGrid) -> _KeyMatch:
+    """Return what `key` matches: any of its values in every property, and its ranges."""
+    wanted = []
     for name, values in key.items():
         if _check_name(name, values, tables.properties):
             continue
-        # Any value of the property may match, but every property must.
-        dictionary = combos.properties[name].values
-        codes = [
-            code for v in values if isinstance(v, str | ValuePattern) for code in matching_codes(name, v, dictionary)
-        ]
-        matches = combos.any_of(name, codes)
-        if None in values:
-            matches = matches | combos.is_null(name)
-        mask &= matches
-    return mask
+        codes_of = combo_index.codes_of(name)
+        texts = [value for value in values if isinstance(value, str | ValuePattern)]
+        codes = [code for value in texts for code in matching_codes(name, value, codes_of)]
+        wanted.append(WantedCodes(name=name, codes=codes, null=None in values))
+    return _KeyMatch(combos=combo_index.matching(wanted), buckets=np.flatnonzero(grid.buckets_matching(key)))
 
 
 def _number_names(properties: Mapping[str, Property]) -> list[str]:

@@ -27,6 +27,7 @@ from mixtera_hpc.core.apportion import (
     quantise_weights,
     slots_until_exhausted,
 )
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import SegmentOrder, Slots
 from mixtera_hpc.errors import CommError, MixtureError
@@ -150,8 +151,8 @@ class Planner:
 
     capacity: Ints
     """Sequences each domain can serve over all its epochs; `UNLIMITED` if they do not end. Shape (K,)."""
-    global_batch_size: int
-    """Sequences in a step, over all ranks."""
+    batch_schedule: BatchSchedule
+    """Sequences in every step, over all ranks."""
     chunk_steps: int
     """Steps in a chunk."""
     on_exhausted: OnExhausted
@@ -181,7 +182,7 @@ class Planner:
         Raises:
             MixtureError: the weights are negative, not finite or all zero.
         """
-        requested_slots = self.chunk_steps * self.global_batch_size
+        requested_slots = self.batch_schedule.slots(state.step, state.step + self.chunk_steps)
         num_slots = requested_slots
         num_steps = self.chunk_steps
         start = self._first_segment_start(state, weights)
@@ -190,7 +191,8 @@ class Planner:
         # No domain gets more than num_slots + 1 sequences. Segments are needed only where one may have fewer.
         if not remaining.min() > num_slots + 1:
             num_slots = sum(int(s.counts.sum()) for s in self._segments(start, remaining, num_slots))
-            num_steps, num_left_over = divmod(num_slots, self.global_batch_size)
+            end_step, num_left_over = self.batch_schedule.locate_in(state.step, num_slots)
+            num_steps = end_step - state.step
             if num_left_over and self.last_batch == "pad":
                 num_steps += 1
         return ChunkPlan(
@@ -222,9 +224,14 @@ class Planner:
         """
         start = _SegmentStart(plan.lags, plan.weights)
         remaining = np.maximum(self.capacity - plan.cursors, 0)
-        segments = self._segments(start, remaining, self.chunk_steps * self.global_batch_size)
+        num_slots = self.batch_schedule.slots(plan.first_step, plan.first_step + self.chunk_steps)
+        segments = self._segments(start, remaining, num_slots)
         counts = sum((segment.counts for segment in segments), np.zeros_like(plan.cursors))
-        return plan.cursors + counts, int(counts.sum()) % self.global_batch_size
+        return plan.cursors + counts, self.batch_schedule.locate_in(plan.first_step, int(counts.sum()))[1]
+
+    def num_slots(self, plan: ChunkPlan) -> int:
+        """Return the sequences of the steps of `plan`; a last step that is filled with padding counts as a full one."""
+        return self.batch_schedule.slots(plan.first_step, plan.first_step + plan.num_steps)
 
     def order(self, plan: ChunkPlan) -> ChunkOrder:
         """Return the order of the slots of `plan`, in O(K log K) time; slots are computed when they are asked for."""
@@ -250,7 +257,7 @@ class Planner:
         """
         if step >= plan.first_step + plan.num_steps:
             return self.after(plan)
-        slot = (step - plan.first_step) * self.global_batch_size
+        slot = self.batch_schedule.slots(plan.first_step, step)
         counts = self.order(plan).counts_before(np.array([slot]))[0]
 
         # Find the segment that holds the last slot before `step`: its counts up to there give the lags.
@@ -280,7 +287,7 @@ class Planner:
     def _segments_of(self, plan: ChunkPlan) -> list[_Segment]:
         start = _SegmentStart(plan.lags, plan.weights)
         remaining = np.maximum(self.capacity - plan.cursors, 0)
-        return self._segments(start, remaining, plan.num_steps * self.global_batch_size)
+        return self._segments(start, remaining, self.num_slots(plan))
 
     def _segments(self, start: _SegmentStart, remaining: Ints, num_slots: int) -> list[_Segment]:
         """Cut `num_slots` slots where domains are exhausted; the segments cover fewer slots if the data ends."""

@@ -15,6 +15,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, positions_of, step_of
@@ -81,7 +82,15 @@ class HeldOutBatches:
         has_sequences = capacity > 0
         self._weights = np.where(has_sequences, sizes, 0) / max(sizes[has_sequences].sum(), 1)
         # One chunk covers all steps, so that a single plan describes the whole validation.
-        self._planner = replace(source.planner, capacity=capacity, chunk_steps=steps, on_exhausted="redistribute")
+        # All batches of a validation have the same size, also during a batch ramp.
+        self._planner = replace(
+            source.planner,
+            capacity=capacity,
+            batch_schedule=BatchSchedule.constant(global_batch_size),
+            chunk_steps=steps,
+            on_exhausted="redistribute",
+        )
+        self._local_batch_size = batch_slice.size_of(global_batch_size)
         self._source = replace(source, planner=self._planner)
         self._slice = batch_slice
         self._losses: dict[int, StepLosses] = {}
@@ -151,7 +160,7 @@ class HeldOutBatches:
         else:
             # Peers that have handed out no batch take part, because the parts of all others pass through all of them.
             for number in range(-1, -1 - self.num_batches, -1):
-                merged = self._parts.merge(self._losses.get(number), self._slice.size)
+                merged = self._parts.merge(self._losses.get(number), self._local_batch_size)
                 own += merged.rows
                 is_partial |= merged.is_partial
         self._losses.clear()
@@ -163,7 +172,7 @@ class HeldOutBatches:
 
     def _is_counted(self, recorded: list[int], is_partial: bool) -> bool:
         """Return whether this rank's losses count: it is the first of its group that recorded any. **Collective.**"""
-        group = self._slice.first // self._slice.size
+        group = self._slice.group
         own = np.array([group, len(recorded), _digest(recorded), is_partial], np.int64)
         by_rank = self._comm.Allgather(own)
         if by_rank[:, 3].any():

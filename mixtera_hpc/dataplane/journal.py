@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.append_file import AppendFile
@@ -228,9 +229,13 @@ class AttemptRecord:
     """One past the last step that it consumed; None when it did not end in order."""
 
     @property
-    def global_batch_size(self) -> int:
-        """Sequences per step."""
-        return int(self.identity["global_batch_size"])
+    def batch_schedule(self) -> BatchSchedule:
+        """Sequences of every data step."""
+        return BatchSchedule.ramp(self.identity["global_batch_size"], self.identity["batch_schedule"])
+
+    def batch_size_of(self, step: int) -> int:
+        """Return the sequences of training step `step`."""
+        return self.batch_schedule.size_at(self.stream_version.data_step(step))
 
     @property
     def end(self) -> int:
@@ -243,11 +248,11 @@ class AttemptRecord:
         """One past the last training step that it served; of an attempt without a `close` line, that it planned."""
         return self.end if self.next_step is None else self.next_step
 
-    def rank_of(self, position: int) -> int:
-        """Return the rank (the leader of its model-parallel group) that was given `position` of the global batch."""
+    def rank_of(self, step: int, position: int) -> int:
+        """Return the rank (the leader of its model-parallel group) that was given `position` of `step`."""
         num_groups = self.num_ranks // self.model_parallel_size
         # Groups take consecutive parts of the global batch, see `BatchSlice`.
-        group = position // (self.global_batch_size // num_groups)
+        group = position // (self.batch_size_of(step) // num_groups)
         if self.data_parallel_ranks is not None:
             return self.data_parallel_ranks.index(group)
         return group * self.model_parallel_size

@@ -93,9 +93,9 @@ def _open_resources(
     else:
         batch_slice = slice_in_layout(config.dataplane, comm.rank, coordinates)
     group: Communicator | None = None
-    has_peers = comm.size * batch_slice.size > config.dataplane.global_batch_size
+    has_peers = comm.size > batch_slice.num_groups
     if has_peers and (part[1] > 1 or config.dataplane.delivery == "lead"):
-        group = comm.Split(batch_slice.first // batch_slice.size)
+        group = comm.Split(batch_slice.group)
     parts: PartLayout | None = None
     if group is not None and part[1] > 1:
         parts = PartLayout(part=part[0], num_parts=part[1], group=group)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.comm.launcher import end_job, mark_saved
+from mixtera_hpc.config.batch_ramp import batch_schedule_of, size_keys
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
@@ -130,8 +131,26 @@ class DataPlane:
 
     @property
     def local_batch_size(self) -> int:
-        """Sequences in every batch of this rank."""
-        return self._resources.batch_slice.size
+        """Sequences in the next batch of this rank; the same in every batch without `dataplane.batch_schedule`."""
+        data_step = self._session.ledger.next_data_step if self._session else 0
+        return self._resources.batch_slice.size_of(self._source.planner.batch_schedule.size_at(data_step))
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups of ranks that get different sequences: the data-parallel size."""
+        return self._resources.batch_slice.num_groups
+
+    @property
+    def local_batch_sizes(self) -> dict[str, int]:
+        """Sequences that this rank gets per step, by the key that sets them; several with a batch ramp."""
+        plane = self.config.dataplane
+        sizes = zip(size_keys(plane), batch_schedule_of(plane).sizes, strict=True)
+        return {key: self._resources.batch_slice.size_of(size) for key, size in sizes}
+
+    def num_local_sequences(self, num_steps: int) -> int:
+        """Return the sequences that this rank gets in the first `num_steps` steps of a run."""
+        schedule = batch_schedule_of(self.config.dataplane)
+        return self._resources.batch_slice.size_of(schedule.sequences_before(num_steps))
 
     @property
     def next_step(self) -> int:

@@ -90,7 +90,7 @@ class Session:
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
         parts = resources.parts
         self._reducer = StepReducer(
-            self._comm, source.num_domains, plane.global_batch_size, self._slice, parts, self._recorder.loss_log
+            self._comm, source.num_domains, source.batch_size_of, self._slice, parts, self._recorder.loss_log
         )
 
         self._max_unfinished = (plane.feedback_lag - 1) * plane.chunk_steps
@@ -239,13 +239,11 @@ class Session:
 
     def _record_start(self, data_parallel_ranks: Sequence[int] | None) -> None:
         """Write to the journal what this attempt serves, and in which layout of ranks."""
-        plane = self._source.config.dataplane
-        num_groups = plane.global_batch_size // self._slice.size
         self._recorder.record_start(
             AttemptSetup(
                 first_step=self._first_step,
                 num_ranks=self._comm.size,
-                model_parallel_size=self._comm.size // num_groups,
+                model_parallel_size=self._comm.size // self._slice.num_groups,
                 data_parallel_ranks=data_parallel_ranks,
                 identity=self._source.identity(),
                 stream_version=self._source.stream_version,

@@ -105,7 +105,7 @@ class TrainLoader:
         self._dataset = PlaneDataset(
             plane,
             collate=self.handed_out.hand_out,
-            micro_batch_size=plane.local_batch_size // num_micro,
+            num_micro_batches=num_micro,
             num_steps=num_steps,
         )
         self._batches: Iterator[Any] | None = None

@@ -35,14 +35,13 @@ def num_micro_batches(trainer: Trainer, plane: DataPlane) -> int:
         ConfigError: they would not have equal sizes.
     """
     num_micro = int(trainer.accumulate_grad_batches)
-    if plane.local_batch_size % num_micro:
-        batch_size = plane.config.dataplane.global_batch_size
-        raise ConfigError(
-            f"dataplane.global_batch_size={batch_size} gives each of {batch_size // plane.local_batch_size} "
-            f"data-parallel ranks {plane.local_batch_size} sequences per step, which "
-            f"accumulate_grad_batches={num_micro} does not divide.\n"
-            "  dataplane.global_batch_size must be micro-batch size × accumulate_grad_batches × data-parallel ranks."
-        )
+    for key, size in plane.local_batch_sizes.items():
+        if size % num_micro:
+            raise ConfigError(
+                f"{key}={size * plane.num_groups} gives each of {plane.num_groups} data-parallel ranks {size} "
+                f"sequences per step, which accumulate_grad_batches={num_micro} does not divide.\n"
+                f"  {key} must be micro-batch size × accumulate_grad_batches × data-parallel ranks."
+            )
     return num_micro
 
 

@@ -43,6 +43,7 @@ class PlaneDataset(IterableDataset[Any]):
         collate: Callable[[Batch], Any] | None = None,
         *,
         micro_batch_size: int | None = None,
+        num_micro_batches: int = 1,
         num_steps: int | None = None,
     ) -> None:
         """Wrap an open data plane.
@@ -51,8 +52,10 @@ class PlaneDataset(IterableDataset[Any]):
             plane: the data plane; the caller opens and closes it.
             collate: maps each `Batch` to the value that the loader yields; called in the thread that iterates. By
                 default that is `as_tensors`.
-            micro_batch_size: sequences in each batch that the loader yields, for gradient accumulation. None: all
-                sequences that this rank gets in a step.
+            micro_batch_size: sequences in each batch that the loader yields, for gradient accumulation. With a batch
+                ramp, larger steps have more micro-batches.
+            num_micro_batches: without `micro_batch_size`, the micro-batches of every step. With a batch ramp, those of
+                larger steps have more sequences.
             num_steps: the training ends after this many steps, counted from the beginning of the run. None: when the
                 data ends.
 
@@ -62,13 +65,16 @@ class PlaneDataset(IterableDataset[Any]):
         self._plane = plane
         self._collate = as_tensors if collate is None else collate
         self._num_steps = num_steps
-        self._micro_batch_size = plane.local_batch_size if micro_batch_size is None else micro_batch_size
-        if self._micro_batch_size < 1 or plane.local_batch_size % self._micro_batch_size:
-            raise ConfigError(
-                f"micro_batch_size={micro_batch_size} does not divide the {plane.local_batch_size} sequences that this "
-                "rank gets in every step.\n"
-                "  dataplane.global_batch_size must be micro-batch size × accumulation steps × data-parallel size."
-            )
+        self._micro_batch_size = micro_batch_size
+        self._num_micro_batches = num_micro_batches
+        for key, size in plane.local_batch_sizes.items():
+            given = num_micro_batches if micro_batch_size is None else micro_batch_size
+            if given < 1 or size % given:
+                name = "num_micro_batches" if micro_batch_size is None else "micro_batch_size"
+                raise ConfigError(
+                    f"{name}={given} does not divide the {size} sequences that this rank gets in every step of {key}.\n"
+                    f"  {key} must be micro-batch size × accumulation steps × data-parallel size."
+                )
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the remaining batches of the run. **Collective.**
@@ -90,7 +96,9 @@ class PlaneDataset(IterableDataset[Any]):
         """
         if self._num_steps is None:
             raise TypeError("A PlaneDataset has a length only with num_steps. Pass PlaneDataset(plane, num_steps=N).")
-        return self._num_steps * (self._plane.local_batch_size // self._micro_batch_size)
+        if self._micro_batch_size is None:
+            return self._num_steps * self._num_micro_batches
+        return self._plane.num_local_sequences(self._num_steps) // self._micro_batch_size
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing: the data plane counts epochs by itself. Loaders of accelerate call this before they iterate.
@@ -119,7 +127,8 @@ class PlaneDataset(IterableDataset[Any]):
         if self._is_at_end:
             return
         for batch in self._plane:
-            for micro_batch in micro_batches(batch, self._micro_batch_size):
+            size = self._micro_batch_size or len(batch.positions) // self._num_micro_batches
+            for micro_batch in micro_batches(batch, size):
                 yield self._collate(micro_batch)
             if self._is_at_end:
                 return

@@ -218,6 +218,12 @@ def _check_sizes(data: Config, training: TrainingConfig, num_groups: int) -> Non
             f"training.seq_len={training.seq_len}, but dataplane.seq_len={plane.seq_len}.\n"
             "  Set both to the same number of tokens."
         )
+    if plane.batch_schedule:
+        raise ConfigError(
+            "dataplane.batch_schedule is set, but all steps of a torchtitan run accumulate the same number of "
+            "micro-batches.\n  Remove it. To enlarge the batch, resume with --change-batch-size and another "
+            "training.global_batch_size."
+        )
     micro_batches = training.local_batch_size * num_groups
     expected = training.global_batch_size if training.global_batch_size > 0 else micro_batches
     if expected != plane.global_batch_size or expected % micro_batches:

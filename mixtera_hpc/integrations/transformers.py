@@ -30,6 +30,7 @@ from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.domain_metrics import domain_losses
 from mixtera_hpc.integrations.torch import PlaneDataset, as_tensors, micro_batches
 from mixtera_hpc.integrations.transformers_arguments import (
+    check_positions,
     check_trainer_arguments,
     check_training_arguments,
     check_vocabulary,
@@ -80,6 +81,7 @@ class PlaneTrainer(Trainer):
         super().__init__(model=model, args=args, eval_dataset=eval_dataset, **kwargs)
         check_training_arguments(self.args, plane)
         check_vocabulary(self.model, plane)
+        check_positions(self.model, plane)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole step.
         self.add_callback(_PlaneCallback(self))
 
@@ -107,7 +109,7 @@ class PlaneTrainer(Trainer):
         dataset = PlaneDataset(
             self.plane,
             _tensors_for_model,
-            micro_batch_size=self.args.per_device_train_batch_size,
+            num_micro_batches=self.args.gradient_accumulation_steps,
             num_steps=self.args.max_steps,
         )
         return self._loader(dataset)
@@ -125,7 +127,7 @@ class PlaneTrainer(Trainer):
         """Return the sequences of the whole run on this rank, which the `Trainer` prints."""
         number: int = super().num_examples(dataloader)
         is_of_plane = isinstance(dataloader.dataset, PlaneDataset)
-        return number * self.args.per_device_train_batch_size if is_of_plane else number
+        return self.plane.num_local_sequences(self.args.max_steps) if is_of_plane else number
 
     def model_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the keyword arguments of the model for a micro-batch; override it to pass position ids, for example.

@@ -6,7 +6,7 @@ from typing import Any
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError, pluralize
 
-__all__ = ["check_trainer_arguments", "check_training_arguments", "check_vocabulary"]
+__all__ = ["check_positions", "check_trainer_arguments", "check_training_arguments", "check_vocabulary"]
 
 _REQUIRED_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "auto_find_batch_size": (
@@ -124,7 +124,7 @@ def _check_ranks(args: Any, plane: DataPlane) -> None:
             "  Set all three to 1 (FSDP works). For other layouts write the loop yourself, with "
             "DataPlane.open(mesh=)."
         )
-    num_groups = _data_parallel_size(plane)
+    num_groups = plane.num_groups
     if args.world_size != num_groups:
         raise ConfigError(
             f"Accelerate sees {pluralize(args.world_size, 'rank')}, but the data plane has "
@@ -138,7 +138,7 @@ def _check_batch_size(args: Any, plane: DataPlane) -> None:
     """Check that the sequences of one optimizer step are those of one global batch."""
     micro_batch_size = args.per_device_train_batch_size
     accumulation = args.gradient_accumulation_steps
-    num_groups = _data_parallel_size(plane)
+    num_groups = plane.num_groups
     global_batch_size = plane.config.dataplane.global_batch_size
     num_sequences = micro_batch_size * accumulation * num_groups
     if num_sequences != global_batch_size:
@@ -150,5 +150,13 @@ def _check_batch_size(args: Any, plane: DataPlane) -> None:
         )
 
 
-def _data_parallel_size(plane: DataPlane) -> int:
-    return plane.config.dataplane.global_batch_size // plane.local_batch_size
+def check_positions(model: Any, plane: DataPlane) -> None:
+    """Raise ConfigError if a sequence has more tokens than the model has positions."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    seq_len = plane.config.dataplane.seq_len
+    if isinstance(positions, int) and positions < seq_len:
+        raise ConfigError(
+            f"dataplane.seq_len is {seq_len}, but the model's max_position_embeddings is {positions}.\n"
+            "  Raise max_position_embeddings (with the model's RoPE scaling, to extend the context), or lower "
+            "dataplane.seq_len."
+        )

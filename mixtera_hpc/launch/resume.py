@@ -40,6 +40,7 @@ IDENTITY_KEYS = (
     "dataplane.seq_len",
     "dataplane.overlap_one_token",
     "dataplane.global_batch_size",
+    "dataplane.batch_schedule",
     "dataplane.last_batch",
     "dataplane.chunk_steps",
     "dataplane.feedback_lag",
@@ -72,6 +73,7 @@ COST_KEYS = ("data.cache_bytes", "data.materialize", "data.max_amplification", "
 FLAG_OF_KEY = {
     "dataplane.seed": "--change-seed",
     "dataplane.global_batch_size": "--change-batch-size",
+    "dataplane.batch_schedule": "--change-batch-size",
     "dataplane.seq_len": "--change-seq-len",
 }
 """The identity keys that a flag allows to change, each with its flag."""
@@ -118,8 +120,10 @@ def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) ->
             "--change-seq-len is given, but mixture.unit=samples serves whole samples, which no dataplane.seq_len "
             "cuts.\n  Remove it."
         )
-    for key, flag in request.allowed_keys.items():
-        if key not in changed:
+    allowed = request.allowed_keys
+    for key, flag in allowed.items():
+        # A flag may allow several keys; the first one is named.
+        if not any(other in changed for other, same in allowed.items() if same == flag):
             raise LaunchError(
                 f"{flag} is given, but {key} is still {before.get(key)!r}.\n  Give {key}=<value> as well, or remove it."
             )

@@ -1,4 +1,4 @@
-"""Axes for the plots of a report: steps on the x axis, marks where attempts began, labels at the ends of lines."""
+"""Axes for the plots of a report: steps or tokens on the x axis, marks where attempts began, labels at line ends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,10 +40,12 @@ class Canvas:
         x_max = 0.79 if self.wide and labels else 1 - 0.14 / width
         axes = figure.add_axes((x_min, 0.36 / height, x_max - x_min, 1 - 0.74 / height))
 
-        axes.set_xlim(0, max(int(metrics.steps.step[-1]) + 1, 1))
+        axes.set_xlim(0, max(int(metrics.progress_before(metrics.steps.step[-1:] + 1)[0]), 1))
         axes.xaxis.set_major_locator(MaxNLocator(7 if self.wide else 4, integer=True))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_xlabel("step", loc="right", color=MUTED, labelpad=1, fontsize=8)
+        axes.set_xlabel(
+            "tokens" if metrics.is_counted_in_tokens else "step", loc="right", color=MUTED, labelpad=1, fontsize=8
+        )
         figure.text(0.03 / width, 1 - 0.17 / height, y_label, color=MUTED, fontsize=8)
         self._mark_attempts(axes, metrics)
         return figure, axes
@@ -70,9 +72,10 @@ class Canvas:
         """Draw a vertical line where each resumed attempt began."""
         resumed = metrics.resumed_attempts
         for attempt, step in resumed:
-            axes.axvline(step, color=MUTED, lw=0.7, zorder=3)
+            x = int(metrics.progress_before(np.array([step]))[0])
+            axes.axvline(x, color=MUTED, lw=0.7, zorder=3)
             if self.wide and len(resumed) <= MAX_MARKED_ATTEMPTS:
-                position = {"xy": (step, 1.02), "xycoords": ("data", "axes fraction"), "ha": "center"}
+                position = {"xy": (x, 1.02), "xycoords": ("data", "axes fraction"), "ha": "center"}
                 axes.annotate(f"attempt {attempt}", **position, color=MUTED, fontsize=7.5)
 
 

@@ -238,13 +238,12 @@ def _detail_list(metrics: RunMetrics, summary: RunSummary) -> list[tuple[str, st
     config = metrics.config
     attempt = metrics.attempts[-1] if metrics.attempts else {}
     plane = config.get("dataplane", {})
-    batch_size = format_count(plane.get("global_batch_size"))
     performance = summary.performance
     return [
         ("Mixture", _describe_mixture(config.get("mixture", {}))),
         ("Data", _describe_data(config.get("data", {}))),
         ("Query", str(config.get("query", {}).get("where") or "all samples")),
-        ("Global batch", f"{batch_size} sequences × {format_count(plane.get('seq_len'))} tokens"),
+        ("Global batch", _describe_batch(plane)),
         ("Model", f"{format_count(attempt.get('num_parameters'))} parameters"),
         ("Hardware", f"{describe_ranks(performance)}, {attempt.get('device', MISSING)}"),
         ("Cluster", str(config.get("cluster", {}).get("name", MISSING))),
@@ -254,6 +253,12 @@ def _detail_list(metrics: RunMetrics, summary: RunSummary) -> list[tuple[str, st
         ("Last event", f"{metrics.ended[:19].replace('T', ' ')} UTC"),
         ("Run folder", str(metrics.run.path)),
     ]
+
+
+def _describe_batch(plane: Mapping[str, Any]) -> str:
+    sizes = [plane.get("global_batch_size"), *(stage.get("size") for stage in plane.get("batch_schedule") or [])]
+    text = " → ".join(format_count(size) for size in sizes)
+    return f"{text} sequences × {format_count(plane.get('seq_len'))} tokens"
 
 
 def _describe_mixture(mixture: Mapping[str, object]) -> str:

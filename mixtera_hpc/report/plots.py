@@ -42,7 +42,7 @@ def mixture_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
 
     # Repeat the last weights at the end of the run, so that the last chunk has a width.
     indices = even_indices(len(weights))
-    x = np.append(metrics.mixture.step[indices], metrics.steps.step[-1] + 1)
+    x = metrics.progress_before(np.append(metrics.mixture.step[indices], metrics.steps.step[-1] + 1))
     weights = np.vstack([weights[indices], weights[-1:]])
 
     figure, axes = canvas.axes(metrics, "weight")
@@ -99,25 +99,26 @@ def _draw_losses(metrics: RunMetrics, canvas: Canvas, history: StepHistory | Val
 
 def _loss_curves(metrics: RunMetrics, history: StepHistory | ValidationHistory) -> list[_Curve]:
     curves = []
+    steps = metrics.progress_before(history.step)
     for group in group_domains(metrics):
-        x, loss = _mean_group_loss(history, group)
+        x, loss = _mean_group_loss(history, group, steps)
         curves.append(_Curve(name=group.name, color=group_color(group.color), x=x, loss=loss))
     if len(metrics.domains) > 1:
         tokens = history.domain_tokens.sum(axis=1).astype(np.float64)
-        x, loss = weighted_means(history.step, history.loss, tokens)
+        x, loss = weighted_means(steps, history.loss, tokens)
         curves.append(_Curve(name="all", color=INK, x=x, loss=loss, dashed=True))
     return [curve for curve in curves if len(curve.x)]
 
 
-def _mean_group_loss(history: StepHistory | ValidationHistory, group: DomainGroup) -> tuple[Floats, Floats]:
+def _mean_group_loss(history: StepHistory | ValidationHistory, group: DomainGroup, x: Ints) -> tuple[Floats, Floats]:
     loss_sum, tokens = group_loss(group, history.domain_loss, history.domain_tokens)
-    return weighted_means(history.step, loss_sum / np.maximum(tokens, 1), tokens)
+    return weighted_means(x, loss_sum / np.maximum(tokens, 1), tokens)
 
 
 def throughput_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     """Draw tokens per second over all ranks: median and range of neighbouring lines."""
     figure, axes = canvas.axes(metrics, "tokens per second, all ranks", labels=False)
-    _draw_median_and_range(axes, metrics.steps.step, metrics.steps.tokens_per_s, PALETTE[0])
+    _draw_median_and_range(axes, metrics.progress_before(metrics.steps.step), metrics.steps.tokens_per_s, PALETTE[0])
     axes.set_ylim(0, max(float(np.percentile(metrics.steps.tokens_per_s, 99)) * 1.15, 1))
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
     return figure
@@ -127,7 +128,7 @@ def data_wait_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     """Draw the share of step time that rank 0 waited for data, on a logarithmic axis."""
     figure, axes = canvas.axes(metrics, "share of step time", labels=False)
     share = np.maximum(metrics.steps.data_wait_s / np.maximum(metrics.steps.step_s, 1e-9), MIN_SHARE)
-    _draw_median_and_range(axes, metrics.steps.step, share, PALETTE[3])
+    _draw_median_and_range(axes, metrics.progress_before(metrics.steps.step), share, PALETTE[3])
     axes.set_yscale("log")
     axes.set_ylim(MIN_SHARE, 1)
     axes.minorticks_off()
@@ -151,7 +152,7 @@ def communication_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     axes.set_yscale("log")
     for _, color, series in recorded:
         # Zero has no logarithm. A chunk that was planned before a restart took no time to plan.
-        _draw_median_and_range(axes, series.step, np.maximum(series.seconds, 1e-7), color)
+        _draw_median_and_range(axes, metrics.progress_before(series.step), np.maximum(series.seconds, 1e-7), color)
     axes.yaxis.set_major_formatter(EngFormatter("s", sep=" "))
     axes.minorticks_off()
 

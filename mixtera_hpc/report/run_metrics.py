@@ -141,6 +141,22 @@ class RunMetrics:
         return int(self.config.get("training", {}).get("num_steps", 0))
 
     @property
+    def is_counted_in_tokens(self) -> bool:
+        """Whether progress is counted in tokens, because steps have different sizes: a batch ramp, or a run edit."""
+        has_ramp = bool(self.config.get("dataplane", {}).get("batch_schedule"))
+        sizes = {(attempt.get("seq_len"), attempt.get("global_batch_size")) for attempt in self.attempts}
+        return (has_ramp or len(sizes) > 1) and bool(self.steps.tokens.any())
+
+    def progress_before(self, steps: Ints) -> Ints:
+        """Return the progress of the run before each of `steps`: their numbers, or the counted tokens before them."""
+        if not self.is_counted_in_tokens:
+            return steps
+        ends = np.append(0, self.steps.step + 1)
+        tokens = np.append(0, np.cumsum(self.steps.tokens))
+        before: Ints = np.rint(np.interp(steps, ends, tokens)).astype(np.int64)
+        return before
+
+    @property
     def resumed_attempts(self) -> list[tuple[int, int]]:
         """Number and first step of each attempt in the history except the first."""
         lines = np.flatnonzero(self.steps.is_attempt_start)[1:]

@@ -21,7 +21,7 @@ from mixtera_hpc.trace.list import served_sequences
 __all__ = ["RunDifference", "first_difference"]
 
 PLANNING_FIELDS = frozenset(
-    ["global_batch_size", "last_batch", "chunk_steps", "feedback_lag", "on_exhausted", "max_epochs"]
+    ["global_batch_size", "batch_schedule", "last_batch", "chunk_steps", "feedback_lag", "on_exhausted", "max_epochs"]
 )
 """Fields of an identity that do not change the streams."""
 
@@ -60,9 +60,10 @@ class _StepOrigin:
     def slots(self) -> list[tuple[int, int]]:
         """Return (domain, ordinal) of every sequence of the step."""
         slots = slots_of_plan(self.source, self.plan)
-        size = self.source.planner.global_batch_size
-        first = (self.source.stream_version.data_step(self.step) - self.plan.first_step) * size
-        of_step = slice(first, first + size)
+        data_step = self.source.stream_version.data_step(self.step)
+        schedule = self.source.planner.batch_schedule
+        first = schedule.slots(self.plan.first_step, data_step)
+        of_step = slice(first, first + schedule.size_at(data_step))
         return list(zip(slots.domain[of_step].tolist(), slots.ordinal[of_step].tolist(), strict=True))
 
     def records(self) -> list[Record]:
@@ -112,7 +113,7 @@ def _is_same_chunk(a: _StepOrigin, b: _StepOrigin) -> bool:
         _has_same_streams(a, b)
         and a.plan.digest == b.plan.digest
         and a.attempt.stream_version.skips == b.attempt.stream_version.skips
-        and a.attempt.global_batch_size == b.attempt.global_batch_size
+        and a.attempt.batch_schedule == b.attempt.batch_schedule
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.planner import Planner, PlannerState
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.trace.footprint import StepFootprint, step_footprint
 
@@ -71,7 +72,8 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
     # The sum is below 1 after drops: the other domains take the share of an empty domain.
     total_weight = weights.sum() or 1.0
 
-    run_out = _run_out_steps(segments, _available_sequences(source), source.planner.global_batch_size)
+    schedule = source.planner.batch_schedule
+    run_out = _run_out_steps(segments, _available_sequences(source), schedule)
     # An empty domain with weight 0 does not run out.
     run_out[(weights == 0) & (run_out == 0)] = NEVER
 
@@ -80,7 +82,7 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
         unit=source.config.mixture.unit,
         steps_asked=num_steps,
         num_steps=state.step,
-        left_over=_left_over(segments, state, source.planner.global_batch_size),
+        left_over=_left_over(segments, state, schedule),
         bytes_per_step=float(_bytes_per_item(source) @ served) / max(state.step, 1),
         step=step_footprint(source, served / max(state.step, 1)),
         domains=[
@@ -111,16 +113,17 @@ class _ConstantRateSegment:
 def _plan_segments(source: Source, num_steps: int) -> tuple[PlannerState, list[_ConstantRateSegment]]:
     """Return the state after `num_steps`, or where the data ends, and the segments up to there."""
     state = PlannerState.start(source.num_domains)
-    size = source.planner.global_batch_size
+    schedule = source.planner.batch_schedule
     segments = []
     for weights, length in _constant_weights(source, num_steps):
         planner = replace(source.planner, chunk_steps=length)
         plan, after = planner.plan(state, weights)
         if plan.last:
             # The data ends inside a step that is not served any more. Plan single slots, to find in which slot.
-            planner = replace(planner, global_batch_size=1, chunk_steps=length * size)
+            num_slots = schedule.slots(state.step, state.step + length)
+            planner = replace(planner, batch_schedule=BatchSchedule.constant(1), chunk_steps=num_slots)
             plan = planner.decide(state, weights)
-        slot = state.step * size
+        slot = schedule.sequences_before(state.step)
         before = state.cursors
         for counts in planner.segment_counts(plan):
             segments.append(_ConstantRateSegment(slot, before, counts))
@@ -132,10 +135,10 @@ def _plan_segments(source: Source, num_steps: int) -> tuple[PlannerState, list[_
     return state, segments
 
 
-def _left_over(segments: list[_ConstantRateSegment], state: PlannerState, batch_size: int) -> int:
+def _left_over(segments: list[_ConstantRateSegment], state: PlannerState, schedule: BatchSchedule) -> int:
     """Return the sequences after the last full step, served with padding or not at all."""
     num_sequences = sum(int(segment.counts.sum()) for segment in segments)
-    return num_sequences % batch_size if num_sequences != state.step * batch_size else 0
+    return schedule.locate(num_sequences)[1] if num_sequences != schedule.sequences_before(state.step) else 0
 
 
 def _available_sequences(source: Source) -> NDArray[np.float64]:
@@ -174,7 +177,7 @@ def sampled_chunks(source: Source, num_steps: int) -> int:
 
 
 def _run_out_steps(
-    segments: list[_ConstantRateSegment], available: NDArray[np.float64], batch_size: int
+    segments: list[_ConstantRateSegment], available: NDArray[np.float64], schedule: BatchSchedule
 ) -> NDArray[np.int64]:
     """Return the step in which each domain is served its last sequence, `NEVER` if it does not run out; shape (K,)."""
     steps = np.where(available > 0, NEVER, 0)
@@ -184,7 +187,7 @@ def _run_out_steps(
         # A domain is served at a constant rate, so its last sequence lies at this share of the slots of the segment.
         share = remaining[run_out] / segment.counts[run_out]
         slots = np.ceil(share * int(segment.counts.sum())).astype(np.int64)
-        steps[run_out] = (segment.first_slot + slots - 1) // batch_size
+        steps[run_out] = [schedule.locate(segment.first_slot + slot - 1)[0] for slot in slots.tolist()]
     return steps
 
 

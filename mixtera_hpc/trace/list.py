@@ -114,7 +114,7 @@ def _records_with_ranks(source: Source, folder: RunFolder, attempt: AttemptRecor
     """Yield the served sequences with their ranks and, where an audit log has them, their digests."""
     digests = audited_digests(folder, attempt.number, steps)
     for record in served_sequences(source, attempt, steps):
-        record["rank"] = attempt.rank_of(record["position"])
+        record["rank"] = attempt.rank_of(record["step"], record["position"])
         if (digest := digests.get((record["step"], record["position"]))) is not None:
             record["digest"] = digest
         yield record
@@ -171,8 +171,7 @@ def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterat
 
 def global_batch_maker(source: Source) -> BatchMaker:
     """Build a maker of whole global batches with digests, and with samples as they are in the data."""
-    whole = BatchSlice(first=0, size=source.planner.global_batch_size)
-    return BatchMaker(source, whole, audit=True, raw=True)
+    return BatchMaker(source, BatchSlice(), audit=True, raw=True)
 
 
 def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Iterator[Record]) -> Iterator[Record]:
@@ -204,13 +203,15 @@ def sequences_of_plan(source: Source, streams: DomainStreams, plan: ChunkPlan, s
     """
     slots = slots_of_plan(source, plan)
     sequences = source.lanes.sequence(slots.domain, slots.ordinal)
-    size = source.planner.global_batch_size
+    schedule = source.planner.batch_schedule
     version = source.stream_version
     first = max(steps.start, version.step_at(plan.first_step))
     stop = min(steps.stop, version.step_at(plan.first_step + plan.num_steps))
     for step in range(first, stop):
         # Plans count data steps, which include the steps that `resume --skip-steps` skipped.
-        first_slot = (version.data_step(step) - plan.first_step) * size
+        data_step = version.data_step(step)
+        first_slot = schedule.slots(plan.first_step, data_step)
+        size = schedule.size_at(data_step)
         # The last step may have fewer sequences.
         for position, slot in enumerate(range(first_slot, min(first_slot + size, len(slots.domain)))):
             domain = int(slots.domain[slot])

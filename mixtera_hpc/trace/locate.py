@@ -107,7 +107,7 @@ def _services(source: Source, attempt: AttemptRecord, place: _RowPlace) -> Itera
                 yield {
                     "step": step,
                     "position": position,
-                    "rank": attempt.rank_of(position),
+                    "rank": attempt.rank_of(step, position),
                     "attempt": attempt.number,
                     "domain_id": domain,
                     "epoch": epoch,
@@ -202,8 +202,7 @@ class _ExpandedPlans:
         return self._step_of_slot(self._plans[number], int(slot))
 
     def _step_of_slot(self, plan: ChunkPlan, slot: int) -> tuple[int, int] | None:
-        steps_in_plan, position = divmod(slot, self._source.planner.global_batch_size)
-        data_step = plan.first_step + steps_in_plan
+        data_step, position = self._source.planner.batch_schedule.locate_in(plan.first_step, slot)
         version = self._source.stream_version
         return None if version.is_skipped(data_step) else (version.step_at(data_step), position)
 

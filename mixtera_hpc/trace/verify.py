@@ -147,7 +147,7 @@ class _ConsumedSequences:
     def is_comparable(self, step: int) -> bool:
         """Return False if a damaged line may have held digests of `step`: some of its positions have none."""
         attempt = self._history.attempt_of(step)
-        is_complete = len(self._digests_of(step)) == attempt.global_batch_size
+        is_complete = len(self._digests_of(step)) == attempt.batch_size_of(step)
         return is_complete or attempt.number not in self._damaged_attempts
 
     def check_step(self, step: int, expected: list[str]) -> None:
@@ -195,7 +195,7 @@ def _proven_end(history: History, consumed: _ConsumedSequences) -> tuple[int, in
     # A killed attempt logs no end. Its last steps count as far as all of their sequences were consumed.
     end = max(consumed.last_step(last.number) + 1, last.first_step)
     unfinished = None
-    while end > last.first_step and consumed.count(end - 1) < last.global_batch_size:
+    while end > last.first_step and consumed.count(end - 1) < last.batch_size_of(end - 1):
         end -= 1
         unfinished = end
     return end, unfinished

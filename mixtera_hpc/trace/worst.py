@@ -175,7 +175,8 @@ def _domain_test(sources: AttemptSources, attempt: AttemptRecord, domain: str | 
     def has_domain(step: int, position: int) -> bool:
         first_step = attempt.plan_of(step).first_step
         # Plans count data steps, which include the steps that `resume --skip-steps` skipped.
-        slot = (source.stream_version.data_step(step) - first_step) * attempt.global_batch_size + position
+        data_step = source.stream_version.data_step(step)
+        slot = source.planner.batch_schedule.slots(first_step, data_step) + position
         return bool(is_of_domain(first_step)[slot])
 
     return has_domain
@@ -198,7 +199,7 @@ def _look_up(
             for record in served_sequences(source, attempt, range(step, step + 1)):
                 key = (step, record["position"])
                 if key in chosen:
-                    record |= {"rank": attempt.rank_of(key[1]), "loss": chosen[key]}
+                    record |= {"rank": attempt.rank_of(*key), "loss": chosen[key]}
                     found[key] = (record | ({"digest": digests[key]} if key in digests else {}), source.names)
     return (found[key] for key in chosen)
 
@@ -210,8 +211,8 @@ def _incomplete_steps(
     missing = []
     for attempt, steps in extents:
         num_groups = attempt.num_ranks // attempt.model_parallel_size
-        expected = attempt.global_batch_size if rank is None else attempt.global_batch_size // num_groups
-        missing += [step for step in steps if num_positions[step] < expected]
+        sharers = 1 if rank is None else num_groups
+        missing += [step for step in steps if num_positions[step] < attempt.batch_size_of(step) // sharers]
     return missing
 
 

@@ -1,39 +1,46 @@
-"""From a batch on the host to the losses of its tokens, on the device of the model."""
+"""From a batch on the device of the model to the losses of its tokens."""
 
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mixtera_hpc.dataplane.plane import Batch
+from mixtera_hpc.integrations.device_staging import DeviceStage
 from mixtera_hpc.training.model import GPT
 
-__all__ = ["batch_loss", "to_device"]
+__all__ = ["DeviceBatch", "batch_loss", "stage_batch"]
 
 
-def batch_loss(
-    model: GPT, batch: Batch, rows: slice, attention: Literal["sequence", "document"], device: torch.device
-) -> Tensor:
-    """Return the loss of every predicted token of some sequences of a batch, in nats; float32 (rows, T).
+class DeviceBatch(NamedTuple):
+    """The arrays of a batch on the device."""
+
+    tokens: Tensor
+    loss_mask: Tensor
+    documents: tuple[Tensor, Tensor] | None
+    """`document_ids` and `position_ids` if tokens attend to their own document only; else None."""
+
+
+def stage_batch(stage: DeviceStage, batch: Batch, attention: Literal["sequence", "document"]) -> DeviceBatch:
+    """Copy what a model needs of a batch to the device, without waiting for the copy.
 
     Args:
         attention: `training.attention`.
-        device: of the model.
     """
-    tokens = to_device(batch.tokens[rows], device)
-    documents: tuple[Tensor, Tensor] | None = None
-    if attention == "document":
-        documents = to_device(batch.document_ids[rows], device), to_device(batch.position_ids[rows], device)
+    if attention == "sequence":
+        tokens, loss_mask = stage.copy(batch.tokens, batch.loss_mask)
+        return DeviceBatch(tokens, loss_mask, None)
+    arrays = batch.tokens, batch.loss_mask, batch.document_ids, batch.position_ids
+    tokens, loss_mask, document_ids, position_ids = stage.copy(*arrays)
+    return DeviceBatch(tokens, loss_mask, (document_ids, position_ids))
+
+
+def batch_loss(model: GPT, batch: DeviceBatch, rows: slice) -> Tensor:
+    """Return the loss of every predicted token of some sequences of a batch, in nats; float32 (rows, T)."""
+    documents = batch.documents
+    if documents is not None:
+        documents = documents[0][rows], documents[1][rows]
+    device = batch.tokens.device
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        loss: Tensor = model(tokens, documents)
+        loss: Tensor = model(batch.tokens[rows], documents)
     return loss
-
-
-def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array to a device, without waiting for the copy to finish."""
-    tensor = torch.tensor(array)
-    if device.type == "cuda":
-        # Only a copy from pinned memory is asynchronous.
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor

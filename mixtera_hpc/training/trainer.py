@@ -24,11 +24,12 @@ from mixtera_hpc.dataplane.plane_state import STATE_KEY
 from mixtera_hpc.dataplane.resume.run_edits import is_abandoned, read_run_edits
 from mixtera_hpc.dataplane.steps.step_log import StepLog, StepTiming
 from mixtera_hpc.errors import CommError, ConfigError, MixtureError, SavedAndStopped
+from mixtera_hpc.integrations.device_staging import DeviceStage
 from mixtera_hpc.integrations.process_group import Replicas
 from mixtera_hpc.track.event_types import AttemptEvent
 from mixtera_hpc.track.tracker import MultiTracker, Tracker, open_tracker
 from mixtera_hpc.training.adamw import AdamW, ParameterGroup
-from mixtera_hpc.training.batch_loss import batch_loss, to_device
+from mixtera_hpc.training.batch_loss import DeviceBatch, batch_loss, stage_batch
 from mixtera_hpc.training.checkpoint import (
     Checkpoint,
     load_newest_checkpoint,
@@ -139,6 +140,7 @@ class Trainer:
 
         model = build_model(config.training, self._plane.vocab_size, config.dataplane.seq_len)
         self._model = model.to(self._replicas.device)
+        self._stage = DeviceStage(self._replicas.device)
         self._gradients = GradientBuffer(self._model)
         groups = _parameter_groups(self._model, config.training.weight_decay)
         self._optimizer = AdamW(groups, betas=ADAM_BETAS, fused=self._on_gpu)
@@ -217,20 +219,22 @@ class Trainer:
             raise CommError(f"The data plane served step {batch.step}, but the trainer expected step {self._step}.")
 
         self._gradients.zero()
-        micro_batch_size = self._training.micro_batch_size or self._plane.local_batch_size
-        for start in range(0, self._plane.local_batch_size, micro_batch_size):
-            self._backward(batch, slice(start, start + micro_batch_size))
+        staged = stage_batch(self._stage, batch, self._training.attention)
+        # A batch ramp changes the sequences of a step, and so the number of micro-batches.
+        num_sequences = len(batch.positions)
+        micro_batch_size = self._training.micro_batch_size or num_sequences
+        for start in range(0, num_sequences, micro_batch_size):
+            self._backward(batch, staged, slice(start, start + micro_batch_size))
         self._gradients.average(self._replicas)
         self._gradients.clip(self._training.grad_clip)
 
         self._optimizer.step(learning_rate(self._step, self._training))
         self._step += 1
 
-    def _backward(self, batch: Batch, rows: slice) -> None:
+    def _backward(self, batch: Batch, staged: DeviceBatch, rows: slice) -> None:
         """Add the gradients of some sequences of a batch, and record their losses in the data plane."""
-        counted = to_device(batch.loss_mask[rows], self._replicas.device)
-        loss = batch_loss(self._model, batch, rows, self._training.attention, self._replicas.device)
-        self._gradients.backward(loss, counted)
+        loss = batch_loss(self._model, staged, rows)
+        self._gradients.backward(loss, staged.loss_mask[rows])
         self._plane.record(batch, loss.detach(), rows=rows)
 
     def _log_step(self, step: int, step_s: float) -> None:

@@ -5,10 +5,11 @@ import torch
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.held_out import HeldOutBatches
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.integrations.device_staging import DeviceStage
 from mixtera_hpc.integrations.process_group import Replicas
 from mixtera_hpc.track.event_types import ValidationEvent
 from mixtera_hpc.track.tracker import Tracker
-from mixtera_hpc.training.batch_loss import batch_loss
+from mixtera_hpc.training.batch_loss import batch_loss, stage_batch
 from mixtera_hpc.training.model import GPT
 
 __all__ = ["Validator"]
@@ -23,7 +24,7 @@ class Validator:
         self._every_steps = config.training.validate_every
         self._micro_batch_size = config.training.micro_batch_size
         self._attention = config.training.attention
-        self._device = replicas.device
+        self._stage = DeviceStage(replicas.device)
         self._tracker = tracker
         self._data = plane.held_out() if self._every_steps else None
         self._last_step = -1
@@ -50,10 +51,11 @@ class Validator:
         model.eval()
         with torch.no_grad():
             for batch in data.batches():
+                staged = stage_batch(self._stage, batch, self._attention)
                 micro_batch_size = self._micro_batch_size or len(batch.tokens)
                 for start in range(0, len(batch.tokens), micro_batch_size):
                     rows = slice(start, start + micro_batch_size)
-                    loss = batch_loss(model, batch, rows, self._attention, self._device)
+                    loss = batch_loss(model, staged, rows)
                     data.record(batch, loss, rows=rows)
         model.train()
 

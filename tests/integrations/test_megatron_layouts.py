@@ -138,5 +138,5 @@ def test_trace_names_what_each_rank_got(layout: str, folder: Path, results: list
     attempt = History(RunFolder(folder / layout).journal).attempts[0]
     for rank, of_rank in enumerate(results):
         first = 4 * of_rank[layout]["dp"]
-        traced = [p for p in range(8) if is_served_to(rank, attempt, {"rank": attempt.rank_of(p)})]
+        traced = [p for p in range(8) if is_served_to(rank, attempt, {"rank": attempt.rank_of(0, p)})]
         assert traced == list(range(first, first + 4))

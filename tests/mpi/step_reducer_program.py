@@ -21,7 +21,7 @@ def main() -> None:
     comm = open_communicator(creates_group=True)
 
     def body() -> None:
-        reducer = StepReducer(comm, 3, 4, BatchSlice(first=0, size=4))
+        reducer = StepReducer(comm, 3, lambda step: 4, BatchSlice())
 
         def post(step: int) -> None:
             digest = 8 if comm.rank == 1 and step == 2 else 7

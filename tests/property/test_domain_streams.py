@@ -68,7 +68,7 @@ def test_a_changed_document_is_reported_at_its_step(own_collection: list[str]) -
     begins = int(documents.size[:100].sum())
     plan, _ = source.planner.plan(PlannerState.start(1), source.weights)
     served: list[Batch] = []
-    maker = BatchMaker(source, BatchSlice(first=0, size=4), audit=False)
+    maker = BatchMaker(source, BatchSlice(), audit=False)
     with closing(maker), pytest.raises(DataError, match=r"row 100 has \d+ tokens, but the index counted"):
         for batch in maker.batches(plan, 0):
             served.append(batch)

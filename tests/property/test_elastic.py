@@ -75,7 +75,9 @@ def content(batch: Batch) -> list[object]:
 def served(
     source: Source, rank: int, num_ranks: int, group: int, chosen: list[ChunkPlan], first: int = 0
 ) -> list[Batch]:
-    with closing(BatchMaker(source, BatchSlice.of_rank(rank, num_ranks, group, BATCH), audit=True)) as maker:
+    with closing(
+        BatchMaker(source, BatchSlice(group=rank // group, num_groups=num_ranks // group), audit=True)
+    ) as maker:
         return [batch for plan in chosen for batch in maker.batches(plan, first)]
 
 
@@ -128,7 +130,7 @@ def test_sequences_cover_the_stream_of_a_domain_without_gaps(
     capacity = int(source.planner.capacity[domain])
     if not capacity:
         return
-    maker = BatchMaker(source, BatchSlice(first=0, size=BATCH), audit=False)
+    maker = BatchMaker(source, BatchSlice(), audit=False)
 
     def tokens(start: int, stop: int) -> NDArray[np.int32]:
         documents = maker._streams.documents(domain, start, stop)
@@ -147,7 +149,7 @@ def test_sequences_cover_the_stream_of_a_domain_without_gaps(
 def test_all_tokens_count_except_the_first_of_a_document(plain: dict[str, object], plane: Settings) -> None:
     source = source_of(plain, {}, plane)
     [plan] = [p for p, _ in make_plans(source, 1)]
-    with closing(BatchMaker(source, BatchSlice(first=0, size=BATCH), audit=False)) as maker:
+    with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
         batches = list(islice(maker.batches(plan, 0), 3))
     for batch in batches:
         borders = np.diff(batch.document_ids, axis=1) != 0

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mixtera_hpc.core.apportion import UNIT, _choose_due_first, _ChunkEnd, advance, quantise_weights
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
 from mixtera_hpc.core.sequence_grid import SequenceGrid
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.slots.segment_order import order_slots
 
 ENDLESS = 1 << 61
@@ -96,7 +97,12 @@ def test_a_chunk_replanned_from_a_step_inside_it_stays_exact(
 ) -> None:
     """An edit of a run replans from a step, with its lags and cursors instead of those of the chunk's start."""
     step = data.draw(st.integers(1, steps - 1))
-    planner = Planner(capacity=endless(requested), global_batch_size=batch, chunk_steps=steps, on_exhausted="repeat")
+    planner = Planner(
+        capacity=endless(requested),
+        batch_schedule=BatchSchedule.constant(batch),
+        chunk_steps=steps,
+        on_exhausted="repeat",
+    )
     plan = planner.decide(PlannerState.start(len(requested)), requested)
     state = planner.state_at(plan, step)
     rest = replace(planner, chunk_steps=steps - step)
@@ -152,7 +158,10 @@ def test_no_sequence_is_served_twice_or_skipped_while_domains_run_out(
     capacity: list[int], batch: int, steps: int, policy: str, seed: int
 ) -> None:
     planner = Planner(
-        capacity=np.array(capacity, np.int64), global_batch_size=batch, chunk_steps=steps, on_exhausted=policy
+        capacity=np.array(capacity, np.int64),
+        batch_schedule=BatchSchedule.constant(batch),
+        chunk_steps=steps,
+        on_exhausted=policy,
     )
     requested = np.random.default_rng(seed).uniform(0.01, 1, len(capacity))
     state = PlannerState.start(len(capacity))
@@ -183,13 +192,17 @@ def test_counts_stay_exact_before_a_domain_runs_out(
 ) -> None:
     """A capacity has no effect before the domain is exhausted."""
     capacity = np.full(len(requested), ENDLESS)
-    planner = Planner(capacity=capacity, global_batch_size=batch, chunk_steps=steps, on_exhausted="redistribute")
+    planner = Planner(
+        capacity=capacity, batch_schedule=BatchSchedule.constant(batch), chunk_steps=steps, on_exhausted="redistribute"
+    )
     plan, _ = planner.plan(PlannerState.start(len(requested)), requested)
     slots = planner.slots(plan)
     limited = capacity.copy()
     domain = first_domain % len(requested)
     limited[domain] = np.count_nonzero(slots.domain == domain) + 1
-    bounded = Planner(capacity=limited, global_batch_size=batch, chunk_steps=steps, on_exhausted="redistribute")
+    bounded = Planner(
+        capacity=limited, batch_schedule=BatchSchedule.constant(batch), chunk_steps=steps, on_exhausted="redistribute"
+    )
     other, _ = bounded.plan(PlannerState.start(len(requested)), requested)
     assert np.array_equal(bounded.slots(other).domain, slots.domain)
 
@@ -197,7 +210,10 @@ def test_counts_stay_exact_before_a_domain_runs_out(
 @given(weights(20), st.integers(1, 50))
 def test_a_plan_is_the_same_after_a_round_trip_through_its_buffer(requested: np.ndarray, batch: int) -> None:
     planner = Planner(
-        capacity=np.full(len(requested), ENDLESS), global_batch_size=batch, chunk_steps=3, on_exhausted="repeat"
+        capacity=np.full(len(requested), ENDLESS),
+        batch_schedule=BatchSchedule.constant(batch),
+        chunk_steps=3,
+        on_exhausted="repeat",
     )
     plan, _ = planner.plan(PlannerState.start(len(requested)), requested)
     back = ChunkPlan.from_array(plan.to_array())
@@ -227,7 +243,10 @@ def test_lags_carry_the_unserved_weights_from_chunk_to_chunk(
     """With unrelated weights in every chunk, some of them 0, sequences served plus lags equal the sum of weights."""
     rng = np.random.default_rng(seed)
     planner = Planner(
-        capacity=np.full(num_domains, ENDLESS), global_batch_size=batch, chunk_steps=steps, on_exhausted="repeat"
+        capacity=np.full(num_domains, ENDLESS),
+        batch_schedule=BatchSchedule.constant(batch),
+        chunk_steps=steps,
+        on_exhausted="repeat",
     )
     state = PlannerState.start(num_domains)
     share = np.zeros(num_domains, np.int64)
@@ -254,7 +273,9 @@ def test_every_domain_serves_all_its_epochs_and_shares_stay_exact(
     """With `redistribute` every domain is served to the last sequence of its epochs, and lags stay below 2."""
     items, epochs = (np.array(side) for side in zip(*domains, strict=True))
     capacity = SequenceGrid.of_samples().capacity(items, epochs)
-    planner = Planner(capacity=capacity, global_batch_size=batch, chunk_steps=3, on_exhausted="redistribute")
+    planner = Planner(
+        capacity=capacity, batch_schedule=BatchSchedule.constant(batch), chunk_steps=3, on_exhausted="redistribute"
+    )
     requested = np.random.default_rng(seed).dirichlet(np.ones(len(items)))
     state = PlannerState.start(len(items))
     last = False

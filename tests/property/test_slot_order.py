@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mixtera_hpc.core.apportion import UNIT, advance, quantise_weights
 from mixtera_hpc.core.planner import Planner, PlannerState
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.slots.segment_order import SegmentOrder, order_slots
 
 UNLIMITED = 1 << 61
@@ -132,7 +133,7 @@ def test_ranges_of_a_chunk_are_those_of_the_whole_chunk_while_domains_run_out(
     rng = np.random.default_rng(seed)
     planner = Planner(
         capacity=np.array(capacity, np.int64),
-        global_batch_size=batch,
+        batch_schedule=BatchSchedule.constant(batch),
         chunk_steps=steps,
         on_exhausted=policy,
         last_batch=last_batch,

@@ -60,10 +60,9 @@ def per_step(forecast: MixtureForecast) -> NDArray[np.float64]:
 def counted(source: Source, ranks: int) -> tuple[float, int]:
     """Return the bytes decoded per byte served over one epoch, and the bytes in memory at most."""
     decoded = served = most = 0
-    size = BATCH // ranks
     for rank in range(ranks):
         state = PlannerState.start(source.num_domains)
-        with closing(BatchMaker(source, BatchSlice(first=rank * size, size=size), audit=False)) as maker:
+        with closing(BatchMaker(source, BatchSlice(group=rank, num_groups=ranks), audit=False)) as maker:
             while True:
                 plan, state = source.planner.plan(state, source.weights)
                 for batch in maker.batches(plan, 0):

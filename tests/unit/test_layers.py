@@ -40,7 +40,7 @@ ONLY_IN = {
         "comm/torch_distributed.py",
         "training/",
         "integrations/",
-        "dataplane/steps/step_losses.py",
+        "dataplane/steps/device_sums.py",
         "cli/verbs/doctor.py",
     ],
     "transformers": ["integrations/transformers.py"],

@@ -9,6 +9,7 @@ import pytest
 from mixtera_hpc.config.convert import from_plain
 from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.domain_keys import parse_domain_key
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, MixtureContext
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
@@ -23,7 +24,7 @@ CONTEXT = MixtureContext(
     ),
     names=("source=a", "source=b", "source=c"),
     has_samples=np.ones(3, np.bool_),
-    timeline=ChunkTimeline(chunk_steps=CHUNK_STEPS, items_per_step=100),
+    timeline=ChunkTimeline(chunk_steps=CHUNK_STEPS, batch_schedule=BatchSchedule.constant(1), items_per_sequence=100),
     feedback_lag=LAG,
 )
 NATURAL = [0.6, 0.3, 0.1]
@@ -216,7 +217,9 @@ def test_an_unknown_domain_is_refused_with_near_misses() -> None:
 
 
 def test_a_timeline_can_begin_at_any_step() -> None:
-    timeline = ChunkTimeline(chunk_steps=3, items_per_step=50, step=40, items=4000)
+    timeline = ChunkTimeline(
+        chunk_steps=3, batch_schedule=BatchSchedule.constant(5), items_per_sequence=10, step=40, items=4000
+    )
     assert (timeline.step_of(2), timeline.items_before(2)) == (46, 4300)
 
 

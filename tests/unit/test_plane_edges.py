@@ -102,7 +102,7 @@ class HangingMaker(BatchMaker):
 
 def test_closing_waits_for_a_read_in_progress(config: Config) -> None:
     source = open_source(config, Local())
-    maker = HangingMaker(source, BatchSlice(first=0, size=4), audit=False)
+    maker = HangingMaker(source, BatchSlice(), audit=False)
     prefetcher = Prefetcher(maker, 2)
     plan, _ = source.planner.plan(PlannerState.start(source.num_domains), source.weights)
     prefetcher.submit(plan, 0)
@@ -141,7 +141,8 @@ def test_an_abandoned_reading_thread_frees_its_files_when_its_read_returns() -> 
 def test_ranks_of_a_group_get_the_same_slice_and_the_first_is_the_leader() -> None:
     plane = DataPlaneConfig(global_batch_size=12, model_parallel_size=2)
     slices = [BatchSlice.of(plane, rank, 6) for rank in range(6)]
-    assert [(part.first, part.size) for part in slices] == [(0, 4), (0, 4), (4, 4), (4, 4), (8, 4), (8, 4)]
+    places = [(part.positions(12).start, part.size_of(12)) for part in slices]
+    assert places == [(0, 4), (0, 4), (4, 4), (4, 4), (8, 4), (8, 4)]
     assert [part.is_group_leader for part in slices] == [True, False] * 3
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.errors import CommError, MixtureError
 
 ENDLESS = Planner.UNLIMITED
@@ -11,7 +12,10 @@ ENDLESS = Planner.UNLIMITED
 
 def planner(*capacity: int, batch: int = 4, steps: int = 2, policy: str = "repeat") -> Planner:
     return Planner(
-        capacity=np.array(capacity, np.int64), global_batch_size=batch, chunk_steps=steps, on_exhausted=policy
+        capacity=np.array(capacity, np.int64),
+        batch_schedule=BatchSchedule.constant(batch),
+        chunk_steps=steps,
+        on_exhausted=policy,
     )
 
 

@@ -82,7 +82,7 @@ def test_peers_get_the_same_batches_in_every_order_of_dimensions(
     assert verify_run(AttemptSources(config), folder, history).num_steps == STEPS
     attempt = history.attempts[0]
     for rank in range(8):
-        traced = [p for p in range(8) if is_served_to(rank, attempt, {"rank": attempt.rank_of(p)})]
+        traced = [p for p in range(8) if is_served_to(rank, attempt, {"rank": attempt.rank_of(0, p)})]
         assert traced == parts[rank][0][0][0]
     assert json.loads(folder.journal.read_text().splitlines()[0])["model_parallel_size"] == 4
 

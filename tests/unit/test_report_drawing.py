@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.report.canvas import spread_labels
+from mixtera_hpc.config.yaml_files import dump_yaml, load_yaml
+from mixtera_hpc.report.canvas import Canvas, spread_labels
 from mixtera_hpc.report.domain_groups import (
     MAX_GROUPS,
     common_property,
@@ -17,6 +18,7 @@ from mixtera_hpc.report.domain_groups import (
 )
 from mixtera_hpc.report.downsample import even_indices, percentile_ranges, weighted_means
 from mixtera_hpc.report.number_format import format_count, format_duration, format_percent, format_seconds
+from mixtera_hpc.report.plots import loss_plot
 from mixtera_hpc.report.run_metrics import load_run_metrics
 
 RunMaker = Callable[..., RunFolder]
@@ -112,3 +114,17 @@ def test_percentile_ranges_contain_the_median_and_even_indices_keep_both_ends() 
 )
 def test_numbers_are_formatted_for_people(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_the_axes_count_tokens_where_steps_have_different_sizes(make_run: RunMaker) -> None:
+    run = make_run(["a", "b"], [(0, 6), (6, 12)])
+    config = load_yaml(run.config)
+    config["dataplane"]["batch_schedule"] = [{"start": 3, "size": 16}]
+    run.config.write_text(dump_yaml(config))
+    metrics = load_run_metrics(run)
+    assert metrics.progress_before(np.array([0, 3, 12])).tolist() == [0, 600, 2400]
+    figure = loss_plot(metrics, Canvas(wide=True))
+    assert figure is not None
+    [axes] = figure.axes
+    assert (axes.get_xlabel(), axes.get_xlim()) == ("tokens", (0, 2400))
+    assert max(float(line.get_xdata()[-1]) for line in axes.lines[1:]) > 2000

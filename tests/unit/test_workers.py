@@ -29,7 +29,7 @@ from mixtera_hpc.index.build.build import build_index
 pytestmark = pytest.mark.slow
 """Every test starts processes that import the data plane."""
 
-SHARE = BatchSlice(first=0, size=4)
+SHARE = BatchSlice()
 WORDS = ["dataplane.seq_len=32", "dataplane.global_batch_size=4", "dataplane.chunk_steps=7", "dataplane.audit=true"]
 
 
@@ -71,7 +71,7 @@ def test_large_plans_and_large_batches_do_not_deadlock(tmp_path: Path) -> None:
     build_index(config)
     source = open_source(config, Local())
     plan = source.planner.plan(PlannerState.start(source.num_domains), source.weights)[0]
-    workers = Workers(source, BatchSlice(first=0, size=128), 1)
+    workers = Workers(source, BatchSlice(), 1)
     with socket.socket(fileno=os.dup(workers._workers[0].pipe.fileno())) as ours:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     steps: list[int] = []

@@ -103,7 +103,7 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         )
 
     if forecast.left_over:
-        console.print(_left_over_text(source, forecast.left_over))
+        console.print(_left_over_text(source, forecast))
 
     # The weights of these mixtures change during the run.
     if "dynamic" in (mixture.kind, *(stage.kind for stage in mixture.schedule.stages)):
@@ -123,9 +123,10 @@ def _other_policy(mixture: MixtureConfig, num_domains: int) -> str:
     return "" if mixture.on_exhausted == "repeat" else ", or set mixture.on_exhausted=repeat"
 
 
-def _left_over_text(source: Source, left_over: int) -> str:
+def _left_over_text(source: Source, forecast: MixtureForecast) -> str:
+    left_over = forecast.left_over
     noun = pluralize(left_over, "sequence" if source.layout.in_tokens else "sample")
-    size = source.planner.global_batch_size
+    size = source.planner.batch_schedule.size_at(forecast.num_steps)
     if source.planner.last_batch == "pad":
         text = f"The last step has {noun} and {pluralize(size - left_over, 'row')} of padding."
     else:
@@ -138,11 +139,19 @@ def _left_over_text(source: Source, left_over: int) -> str:
     return text
 
 
+def _batch_sizes(source: Source, num_steps: int) -> str:
+    """Return the sizes of the global batches of a run, and where they change: "64, then 128 from step 1,000"."""
+    schedule = source.planner.batch_schedule
+    stages = zip(schedule.starts[1:], schedule.sizes[1:], strict=True)
+    later = [f", then {size} from step {start:,}" for start, size in stages if start < num_steps]
+    return f"{schedule.sizes[0]}{''.join(later)},"[: None if later else -1]
+
+
 def _print_domains(source: Source, forecast: MixtureForecast) -> None:
     # rich takes 0.1 s to import, which --json does not need.
     from rich.table import Table
 
-    title = f"{forecast.num_steps} steps of {source.planner.global_batch_size} sequences"
+    title = f"{forecast.num_steps} steps of {_batch_sizes(source, forecast.num_steps)} sequences"
     table = Table(title=title, title_justify="left")
     for heading in ("domain", "weight", f"has ({forecast.unit})", "will be served", "epochs", "runs out at step"):
         table.add_column(heading, justify="left" if heading == "domain" else "right")

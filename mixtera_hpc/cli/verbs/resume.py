@@ -77,7 +77,11 @@ def _add_edits(parser: ArgumentParser) -> None:
         "mixtera-hpc trace RUN --worst N --write FILE; permanent for the run",
     )
     edits.add_argument("--change-seed", action="store_true", help="allow a new dataplane.seed=N")
-    edits.add_argument("--change-batch-size", action="store_true", help="allow a new dataplane.global_batch_size=N")
+    edits.add_argument(
+        "--change-batch-size",
+        action="store_true",
+        help="allow a new dataplane.global_batch_size=N or dataplane.batch_schedule=[…]",
+    )
     edits.add_argument(
         "--change-seq-len",
         metavar="N",

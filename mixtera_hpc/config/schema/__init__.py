@@ -8,7 +8,7 @@ The dataclasses here are the only place a default is written. The string below a
 from dataclasses import dataclass, field
 
 from mixtera_hpc.config.schema.data import DataConfig, DataSetConfig, DataSetKeys, IndexConfig, PropertyConfig
-from mixtera_hpc.config.schema.dataplane import DataPlaneConfig
+from mixtera_hpc.config.schema.dataplane import BatchStageConfig, DataPlaneConfig
 from mixtera_hpc.config.schema.job import ClusterConfig, JobConfig, PartitionConfig
 from mixtera_hpc.config.schema.mixture import DomainConfig, MixtureConfig, ScheduleConfig, StageConfig
 from mixtera_hpc.config.schema.query import HoldoutConfig, QueryConfig
@@ -16,6 +16,7 @@ from mixtera_hpc.config.schema.run import PlanConfig, RunConfig, TrackConfig
 from mixtera_hpc.config.schema.training import CheckpointConfig, TrainingConfig
 
 __all__ = [
+    "BatchStageConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",

@@ -1,9 +1,19 @@
 """Settings of the group `dataplane`: how samples become the batches of every rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["DataPlaneConfig"]
+__all__ = ["BatchStageConfig", "DataPlaneConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchStageConfig:
+    """One stage of a batch ramp."""
+
+    start: int
+    """First step of the stage, above 0. Steps that `resume --skip-steps` skips count too."""
+    size: int
+    """Sequences (or samples) of one step, over all ranks, from this step on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +33,9 @@ class DataPlaneConfig:
     no token appears in two sequences, and every (seq_len + 1)th token is never predicted."""
     global_batch_size: int = 64
     """Sequences (or samples, with `mixture.unit=samples`) of one step, over all ranks."""
+    batch_schedule: list[BatchStageConfig] = field(default_factory=list)
+    """Batch ramp: stages in ascending order of `start`. Before the first one, steps have
+    `dataplane.global_batch_size`. For example `[{start: 1000, size: 128}, {start: 2000, size: 256}]`."""
     last_batch: Literal["drop", "pad"] = "drop"
     """The sequences (or samples) at the end of the data that do not fill a global batch. `drop`: they are not served.
     `pad`: one more batch serves them. The rows that are left over have `is_padding` set and count nowhere."""

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.domain_keys import DomainKey
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 
 __all__ = ["ChunkTimeline", "DomainSizes", "MixtureContext"]
 
@@ -31,8 +32,9 @@ class ChunkTimeline:
     """
 
     chunk_steps: int
-    items_per_step: int
-    """Predicted tokens, or samples, of a global batch."""
+    batch_schedule: BatchSchedule
+    items_per_sequence: int
+    """Predicted tokens of a sequence; 1 for samples."""
     step: int = 0
     """First data step of the mixture's own chunk 0."""
     items: int = 0
@@ -44,7 +46,11 @@ class ChunkTimeline:
 
     def items_before(self, chunk: int) -> int:
         """Return the number of items served before `chunk`."""
-        return self.items + chunk * self.chunk_steps * self.items_per_step
+        return self.items_at(self.step_of(chunk))
+
+    def items_at(self, step: int) -> int:
+        """Return the number of items served before data step `step`."""
+        return self.items + self.batch_schedule.slots(self.step, step) * self.items_per_sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.config.batch_ramp import batch_schedule_of
 from mixtera_hpc.config.mixture.domain_tree import display_name, domain_entries
 from mixtera_hpc.config.schema import Config, DomainConfig, MixtureConfig, StageConfig
 from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, canonical_key, parse_domain_key
@@ -123,7 +124,7 @@ def query_weights(
     if sizes is None:
         sizes = np.zeros_like(rows)
     grid = SequenceGrid.of_unit(in_tokens, plane.seq_len, plane.overlap_one_token)
-    budget = grid.stride * plane.global_batch_size * config.training.num_steps
+    budget = grid.stride * batch_schedule_of(plane).sequences_before(config.training.num_steps)
     domains = DomainSizes(keys=keys, sizes=sizes, budget=budget)
     try:
         weights = config_weights(config.mixture, config.mixture, domains)

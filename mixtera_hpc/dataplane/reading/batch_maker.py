@@ -58,7 +58,6 @@ class BatchMaker:
         self._streams = source.streams()
         self._reader = DocumentReader(source)
         self._transform = None if raw else load_transform(source.config.data.transform)
-        self._steps_per_read = steps_per_read(source, batch_slice)
         self.shared_arrays: Mapping[int, TokenArrays] = {}
         """Step → memory for its batch of tokens; the batches of other steps get memory of their own."""
         self._order: tuple[ChunkPlan, ChunkOrder] | None = None
@@ -82,9 +81,10 @@ class BatchMaker:
 
         Several steps are read together, but an error in the data of a step is raised at that step.
         """
-        for first in range(0, len(steps), self._steps_per_read):
+        size = steps_per_read(self._source, self._slice, plan)
+        for first in range(0, len(steps), size):
             self._reader.place.begin(steps[first])
-            together = self._contents_of(plan, steps[first : first + self._steps_per_read])
+            together = self._contents_of(plan, steps[first : first + size])
             try:
                 batches = self._read_unchanged(plan, together)
             except MixteraError:
@@ -107,15 +107,16 @@ class BatchMaker:
 
     def _contents_of(self, plan: ChunkPlan, steps: range) -> list[StepContent]:
         version = self._source.stream_version
-        data_steps = [version.data_step(step) - plan.first_step for step in steps]
-        positions = slice(self._slice.first, self._slice.first + self._slice.size)
-        slots = slots_of_steps(self._source, self._order_of(plan), data_steps, positions)
-        return [self._content_of(step, of_step) for step, of_step in zip(steps, slots, strict=True)]
+        data_steps = [version.data_step(step) for step in steps]
+        slots = slots_of_steps(self._source, self._order_of(plan), plan.first_step, data_steps, self._slice)
+        schedule = self._source.planner.batch_schedule
+        sizes = [self._slice.size_of(schedule.size_at(data_step)) for data_step in data_steps]
+        return [self._content_of(*content) for content in zip(steps, sizes, slots, strict=True)]
 
-    def _content_of(self, step: int, slots: Slots) -> StepContent:
+    def _content_of(self, step: int, size: int, slots: Slots) -> StepContent:
         # The last step of the data may have fewer sequences than the global batch.
-        domain_ids = np.full(self._slice.size, -1, np.int64)
-        sequence = np.full(self._slice.size, -1, np.int64)
+        domain_ids = np.full(size, -1, np.int64)
+        sequence = np.full(size, -1, np.int64)
         domain_ids[: len(slots.domain)] = slots.domain
         sequence[: len(slots.domain)] = self._source.lanes.sequence(slots.domain, slots.ordinal)
         return StepContent(step, domain_ids, sequence)
@@ -151,16 +152,16 @@ class BatchMaker:
 
     def _stored_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
         """Copy stored tokens to the sequences of each step."""
-        size = self._slice.size
+        first_rows = np.cumsum([0, *(len(content.domain_ids) for content in steps)])
         starts, stops = sequences.spans(self._source.grid)
         documents = self._streams.documents_of_domains(
             (domain, starts[own], stops[own]) for domain, own in sequences.of_domains()
         )
-        rows = sequences.step_index * size + sequences.row
-        stored = self._reader.read_sequences(documents, rows, (len(steps) * size, self._source.grid.length))
+        rows = first_rows[sequences.step_index] + sequences.row
+        stored = self._reader.read_sequences(documents, rows, (int(first_rows[-1]), self._source.grid.length))
         batches = []
         for step_index, content in enumerate(steps):
-            own = slice(step_index * size, (step_index + 1) * size)
+            own = slice(int(first_rows[step_index]), int(first_rows[step_index + 1]))
             batches.append(
                 self._batch(
                     plan,
@@ -182,7 +183,8 @@ class BatchMaker:
         # First token of each row of each step's batch. Neighbouring sequences of a run are `stride` tokens apart.
         run_tokens = sequences.run_stops - sequences.run_starts
         run_begins = np.cumsum(run_tokens) - run_tokens
-        starts = np.zeros((len(steps), self._slice.size), np.int64)
+        num_rows = [len(content.domain_ids) for content in steps]
+        starts = np.zeros((len(steps), max(num_rows)), np.int64)
         begins = run_begins[sequences.run] + grid.stride * sequences.number_in_run
         starts[sequences.step_index, sequences.row] = begins
 
@@ -197,8 +199,9 @@ class BatchMaker:
         counted_windows = sliding_window_view(counted, grid.length - 1)
 
         batches = []
-        for content, first in zip(steps, starts, strict=True):
-            arrays = self._arrays_of(content.step)
+        for content, of_step, count in zip(steps, starts, num_rows, strict=True):
+            first = of_step[:count]
+            arrays = self._arrays_of(content)
             arrays.tokens[...] = token_windows[first]
             np.subtract(document_windows[first], packed.document[first, None], out=arrays.document_ids)
             # The first token of a sequence is input only: targets begin one token later.
@@ -212,21 +215,17 @@ class BatchMaker:
         self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences, documents: Documents
     ) -> list[Batch]:
         """Distribute the samples of `documents`, one per sequence, to the rows of each step's batch."""
-        count = self._slice.size
+        num_rows = [len(content.domain_ids) for content in steps]
         samples = self._reader.payloads(documents)
         # Sample of each row of each step; the last one stands for padding.
         samples.append(None)
-        numbers = np.full((len(steps), count), len(samples) - 1)
+        numbers = np.full((len(steps), max(num_rows)), len(samples) - 1)
         numbers[sequences.step_index, sequences.row] = np.arange(len(samples) - 1)
 
-        empty = {
-            "tokens": np.empty((count, 0), np.int64),
-            "document_ids": np.empty((count, 0), np.int32),
-            "loss_mask": np.empty((count, 0), np.bool_),
-        }
         batches = []
-        for content, of_rows in zip(steps, numbers, strict=True):
-            batch = self._batch(plan, content, payloads=take(samples, of_rows), **empty)
+        for content, of_step, count in zip(steps, numbers, num_rows, strict=True):
+            of_rows = of_step[:count]
+            batch = self._batch(plan, content, payloads=take(samples, of_rows), **_no_tokens(count))
             # Digests are of the raw rows, so that a proof does not depend on the user's function.
             if self._transform is not None:
                 batch = replace(batch, payloads=self._transformed(self._transform, batch, documents, of_rows))
@@ -255,26 +254,19 @@ class BatchMaker:
 
     def _padding(self, plan: ChunkPlan, content: StepContent) -> Batch:
         """Return a batch of nothing but padding."""
-        count = self._slice.size
+        count = len(content.domain_ids)
         if not self._source.layout.in_tokens:
-            empty = np.empty((count, 0))
-            return self._batch(
-                plan,
-                content,
-                payloads=[None] * count,
-                tokens=empty.astype(np.int64),
-                document_ids=empty.astype(np.int32),
-                loss_mask=empty.astype(np.bool_),
-            )
-        arrays = self._arrays_of(content.step)
+            return self._batch(plan, content, payloads=[None] * count, **_no_tokens(count))
+        arrays = self._arrays_of(content)
         for rows in arrays:
             rows[...] = 0
         return self._batch(plan, content, None, **arrays._asdict())
 
-    def _arrays_of(self, step: int) -> TokenArrays:
+    def _arrays_of(self, content: StepContent) -> TokenArrays:
         """Return the arrays that the batch of a step is written to."""
-        arrays = self.shared_arrays.get(step)
-        return TokenArrays.new(self._slice.size, self._source.grid.length) if arrays is None else arrays
+        arrays = self.shared_arrays.get(content.step)
+        count = len(content.domain_ids)
+        return TokenArrays.new(count, self._source.grid.length) if arrays is None else arrays.rows(count)
 
     def _batch(self, plan: ChunkPlan, content: StepContent, payloads: list[Any] | None, **fields: Any) -> Batch:
         digests: list[str] | None = None
@@ -286,7 +278,7 @@ class BatchMaker:
         return Batch(
             step=content.step,
             domain_ids=content.domain_ids,
-            positions=np.arange(self._slice.first, self._slice.first + self._slice.size),
+            positions=np.arange(len(content.domain_ids)) + self._slice.group * len(content.domain_ids),
             payloads=payloads,
             digests=digests,
             chunk=plan.chunk,
@@ -302,13 +294,26 @@ def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range
     return range(max(first_step, first_of_plan), version.step_at(plan.first_step + plan.num_steps))
 
 
-def steps_per_read(source: Source, batch_slice: BatchSlice) -> int:
-    """Return how many steps are read together, at least 1; for samples, from their average size."""
+def _no_tokens(count: int) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a batch of `count` samples, which have no tokens."""
+    return {
+        "tokens": np.empty((count, 0), np.int64),
+        "document_ids": np.empty((count, 0), np.int32),
+        "loss_mask": np.empty((count, 0), np.bool_),
+    }
+
+
+def steps_per_read(source: Source, batch_slice: BatchSlice, plan: ChunkPlan | None = None) -> int:
+    """Return how many steps of `plan`, or of the first chunk, are read together, at least 1.
+
+    For samples it follows from their average size.
+    """
+    size = batch_slice.size_of(source.planner.batch_schedule.size_at(plan.first_step if plan else 0))
     if source.layout.in_tokens:
         tokens_per_read = STORED_TOKENS_PER_READ if blocks_with_tokens(source).all() else TOKENS_PER_READ
-        return max(1, round(tokens_per_read / (batch_slice.size * source.grid.length)))
+        return max(1, round(tokens_per_read / (size * source.grid.length)))
     # The average over the whole index is good enough: only the size of reads depends on it.
     num_samples = int(source.blocks.rows.sum(dtype=np.int64))
     num_bytes = max(int(source.blocks.length.sum()), 1)
     samples_per_read = SAMPLE_BYTES_PER_READ * num_samples // num_bytes
-    return max(1, samples_per_read // batch_slice.size)
+    return max(1, samples_per_read // size)

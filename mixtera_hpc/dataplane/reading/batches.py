@@ -7,12 +7,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.config.batch_ramp import batch_schedule_of, size_keys
 from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["Batch", "BatchSlice", "BatchSource", "positions_of", "step_of"]
+__all__ = ["Batch", "BatchSlice", "BatchSource", "check_shared_evenly", "positions_of", "step_of"]
 
 Ints = NDArray[np.int64]
 
@@ -61,10 +62,9 @@ class Batch:
 class BatchSlice:
     """The part of every global batch that a rank gets. Ranks of one model-parallel group get the same part."""
 
-    first: int
-    """First position in the global batch."""
-    size: int
-    """Sequences per step."""
+    group: int = 0
+    """Number of the rank's group; groups get consecutive parts of the global batch."""
+    num_groups: int = 1
     is_group_leader: bool = True
     """Whether the rank is the first of its group. Only leaders contribute to sums over ranks."""
 
@@ -73,7 +73,7 @@ class BatchSlice:
         """Return the slice of `rank` in a job of `num_ranks`.
 
         Raises:
-            ConfigError: the ranks cannot form groups, or the groups cannot share the global batch evenly.
+            ConfigError: the ranks cannot form groups, or the groups cannot share every global batch evenly.
         """
         group_size = plane.model_parallel_size
         # Ranks of a group are neighbours: group g consists of ranks [g * group_size, (g + 1) * group_size).
@@ -83,24 +83,33 @@ class BatchSlice:
                 f"dataplane.model_parallel_size is {group_size}, which does not divide the {num_ranks} ranks that were "
                 f"started.\n  Start a multiple of {group_size} ranks, or change dataplane.model_parallel_size."
             )
-        if plane.global_batch_size % num_groups:
-            raise ConfigError(
-                f"dataplane.global_batch_size={plane.global_batch_size} cannot be shared evenly by {num_ranks} ranks "
-                f"in groups of {group_size} (dataplane.model_parallel_size).\n"
-                f"  Change the number of ranks, or make dataplane.global_batch_size a multiple of {num_groups}."
-            )
-        return cls.of_rank(rank, num_ranks, group_size, plane.global_batch_size)
-
-    @classmethod
-    def of_rank(cls, rank: int, num_ranks: int, model_parallel_size: int, global_batch_size: int) -> "BatchSlice":
-        """Return the slice of `rank`; all sizes are known to divide each other."""
-        # All ranks of a group compute the same numbers.
-        size = global_batch_size // (num_ranks // model_parallel_size)
-        return cls(
-            first=rank // model_parallel_size * size,
-            size=size,
-            is_group_leader=rank % model_parallel_size == 0,
+        check_shared_evenly(
+            plane, num_groups, f"{num_ranks} ranks in groups of {group_size} (dataplane.model_parallel_size)"
         )
+        return cls(
+            group=rank // group_size,
+            num_groups=num_groups,
+            is_group_leader=rank % group_size == 0,
+        )
+
+    def size_of(self, global_batch_size: int) -> int:
+        """Return the sequences that the rank gets of a global batch."""
+        return global_batch_size // self.num_groups
+
+    def positions(self, global_batch_size: int) -> slice:
+        """Return the positions of the rank's sequences in a global batch."""
+        size = self.size_of(global_batch_size)
+        return slice(self.group * size, (self.group + 1) * size)
+
+
+def check_shared_evenly(plane: DataPlaneConfig, num_groups: int, sharers: str) -> None:
+    """Raise ConfigError unless every global batch of a run can be divided among `num_groups` groups of ranks."""
+    for key, size in zip(size_keys(plane), batch_schedule_of(plane).sizes, strict=True):
+        if size % num_groups:
+            raise ConfigError(
+                f"{key}={size} cannot be shared evenly by {sharers}.\n"
+                f"  Change the number of ranks, or make {key} a multiple of {num_groups}."
+            )
 
 
 def step_of(batch: Batch | Mapping[str, Any]) -> int:

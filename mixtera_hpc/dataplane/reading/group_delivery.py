@@ -2,8 +2,8 @@
 
 The leader starts the broadcast of a batch when it is ready, up to one step before its trainer asks for it. Peers have
 posted their part by then, and run no reading thread and no worker processes. A message has a fixed size, so a batch
-costs one broadcast inside the group: 9 bytes per token. The leader also passes on the end of the data and an error, so
-that peers never wait for a batch that does not come. Nothing blocks; `get` polls.
+costs one broadcast inside the group: 9 bytes per token of the largest batch. The leader also passes on the end of the
+data and an error, so that peers never wait for a batch that does not come. Nothing blocks; `get` polls.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from mixtera_hpc.errors import CommError, ConfigError, DataError, UserError
 __all__ = ["BatchFeed", "FollowingFeed", "LeadingFeed", "check_delivery", "open_feed"]
 
 NUM_HEADER = 4
-"""Integers in front of a message: its kind, training step, chunk, and the length of an error's text."""
+"""Integers in front of a message: its kind, training step, chunk, and the rows of a batch or the length of a text."""
 
 BATCH, END, USER_ERROR, ERROR = range(4)
 """Kinds of messages. `END` also says that the trainer leaves before the end of the data."""
@@ -114,11 +114,13 @@ class _Message:
 
     def put_batch(self, batch: Batch) -> None:
         """Write a batch."""
-        self.header[:] = BATCH, batch.step, batch.chunk, 0
-        self.domain_ids[...] = batch.domain_ids
-        self.tokens[...] = batch.tokens
-        self.document_ids[...] = batch.document_ids
-        self.loss_mask[...] = batch.loss_mask
+        # A batch ramp begins with smaller batches.
+        count = len(batch.domain_ids)
+        self.header[:] = BATCH, batch.step, batch.chunk, count
+        self.domain_ids[:count] = batch.domain_ids
+        self.tokens[:count] = batch.tokens
+        self.document_ids[:count] = batch.document_ids
+        self.loss_mask[:count] = batch.loss_mask
 
     def put_end(self) -> None:
         """Write that no batch follows."""
@@ -143,7 +145,7 @@ class LeadingFeed:
         self._prefetcher = prefetcher
         self.places = prefetcher.places
         self._group = group.Dup()
-        self._shape = (batch_slice.size, source.grid.length)
+        self._shape = (batch_slice.size_of(source.planner.batch_schedule.largest), source.grid.length)
         self._ready: deque[Batch] = deque()
         """Passed on, and not handed out yet."""
         self._sent: deque[tuple[_Message, CollectiveRequest]] = deque()
@@ -213,7 +215,7 @@ class FollowingFeed:
         """Receive over a duplicate of `group`. **Collective.**"""
         self.places: Sequence[ReadPlace] = ()
         self._group = group.Dup()
-        self._shape = (batch_slice.size, source.grid.length)
+        self._shape = (batch_slice.size_of(source.planner.batch_schedule.largest), source.grid.length)
         self._slice = batch_slice
         self._is_audited = source.config.dataplane.audit
         self._plan_digests: dict[int, int] = {}
@@ -280,18 +282,19 @@ class FollowingFeed:
         return self._message
 
     def _batch_of(self, message: _Message) -> Batch:
-        tokens = message.tokens.astype(np.int64)
-        domain_ids = message.domain_ids.copy()
+        count = int(message.header[3])
+        tokens = message.tokens[:count].astype(np.int64)
+        domain_ids = message.domain_ids[:count].copy()
         # Of what arrived here, not of what the leader sent.
         digests = batch_digests(tokens, domain_ids < 0, sequence_digest) if self._is_audited else None
         chunk = int(message.header[2])
         return Batch(
             step=int(message.header[1]),
             domain_ids=domain_ids,
-            positions=np.arange(self._slice.first, self._slice.first + self._slice.size),
+            positions=np.arange(count) + self._slice.group * count,
             tokens=tokens,
-            loss_mask=message.loss_mask.copy(),
-            document_ids=message.document_ids.copy(),
+            loss_mask=message.loss_mask[:count].copy(),
+            document_ids=message.document_ids[:count].copy(),
             digests=digests,
             chunk=chunk,
             plan_digest=self._plan_digests[chunk],

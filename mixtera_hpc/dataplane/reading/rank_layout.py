@@ -12,7 +12,7 @@ import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.schema import DataPlaneConfig
-from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.batches import BatchSlice, check_shared_evenly
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["WHOLE", "coordinate_in_mesh", "gather_coordinates", "part_in_mesh", "slice_in_layout"]
@@ -117,7 +117,7 @@ def slice_in_layout(plane: DataPlaneConfig, rank: int, coordinates: Sequence[int
     """Return the slice of `rank`, given the data-parallel coordinate of every rank.
 
     Raises:
-        ConfigError: the groups cannot share the global batch evenly, or `model_parallel_size` is set too.
+        ConfigError: the groups cannot share every global batch evenly, or `model_parallel_size` is set too.
     """
     num_groups = max(coordinates) + 1
     if plane.model_parallel_size != 1:
@@ -125,11 +125,6 @@ def slice_in_layout(plane: DataPlaneConfig, rank: int, coordinates: Sequence[int
             f"dataplane.model_parallel_size={plane.model_parallel_size} describes neighbouring ranks, but "
             "data_parallel or mesh describes the layout too.\n  Remove dataplane.model_parallel_size."
         )
-    if plane.global_batch_size % num_groups:
-        raise ConfigError(
-            f"dataplane.global_batch_size={plane.global_batch_size} cannot be shared evenly by {num_groups} "
-            f"data-parallel groups.\n  Make it a multiple of {num_groups}."
-        )
-    size = plane.global_batch_size // num_groups
+    check_shared_evenly(plane, num_groups, f"{num_groups} data-parallel groups")
     own = coordinates[rank]
-    return BatchSlice(first=own * size, size=size, is_group_leader=list(coordinates).index(own) == rank)
+    return BatchSlice(group=own, num_groups=num_groups, is_group_leader=list(coordinates).index(own) == rank)

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.config.mixture.domain_tree import domain_entries
-from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
+from mixtera_hpc.config.batch_ramp import batch_schedule_of
+from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_assignment import BucketGrid, DomainAssignment
 from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.domains import Selection
@@ -36,13 +36,13 @@ from mixtera_hpc.dataplane.reading.shared_index import (
     share_index,
 )
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
+from mixtera_hpc.dataplane.resume.source_identity import source_identity
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import TRAINING_SAMPLES, SampleSubset
 from mixtera_hpc.index.read.configured import open_configured
 from mixtera_hpc.index.read.document_filter import DOCUMENT_NUMBER, NamedDocuments, add_document_numbers
 from mixtera_hpc.index.read.joined_samples import open_samples
 from mixtera_hpc.index.read.selection import check_split
-from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["Source", "count_samples", "open_source"]
@@ -143,6 +143,10 @@ class Source:
             planner=replace(self.planner, capacity=capacity),
         )
 
+    def batch_size_of(self, step: int) -> int:
+        """Return the sequences of training step `step`, over all ranks."""
+        return self.planner.batch_schedule.size_at(self.stream_version.data_step(step))
+
     def span(self, domain: int, first: int, count: int) -> tuple[int, int]:
         """Return the items [start, stop) of `domain`'s stream that `count` sequences from sequence `first` on cover.
 
@@ -212,30 +216,7 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal for a state or a journal to belong to this run; fit for JSON."""
-        plane = self.config.dataplane
-        mixture = self.config.mixture
-        return {
-            "index": self.index.fingerprints,
-            "tokenizer": self.tokenizer.fingerprint if self.tokenizer else None,
-            "where": self.index.where,
-            "drop": list(self.subset.drop),
-            "holdout": _holdout_identity(self.config.query, self.subset),
-            "domains": self.index.domain_names,
-            "unit": mixture.unit,
-            "on_exhausted": mixture.on_exhausted,
-            "max_epochs": _epoch_limits(mixture),
-            "seq_len": plane.seq_len,
-            "overlap_one_token": plane.overlap_one_token,
-            "added_tokens": _added_tokens(self.tokenizer),
-            "global_batch_size": plane.global_batch_size,
-            "last_batch": plane.last_batch,
-            "chunk_steps": plane.chunk_steps,
-            "feedback_lag": plane.feedback_lag,
-            "seed": plane.seed,
-            "shuffle": plane.shuffle,
-            "window_bytes": plane.window_bytes,
-            "lanes": plane.lanes,
-        }
+        return source_identity(self.config, self.index, self.subset, self.tokenizer)
 
 
 def open_source(
@@ -317,7 +298,7 @@ def _make_source(
         mixture_context=_mixture_context(config, index, grid, epoch_items > 0),
         planner=Planner(
             capacity=grid.capacity(epoch_items, max_epochs_per_domain(config.mixture, len(epoch_items))),
-            global_batch_size=plane.global_batch_size,
+            batch_schedule=batch_schedule_of(plane),
             chunk_steps=plane.chunk_steps,
             on_exhausted=config.mixture.on_exhausted,
             last_batch=plane.last_batch,
@@ -368,32 +349,16 @@ def _mixture_context(
     sizes = DomainSizes(
         keys=tuple(parse_domain_key(key) for key in index.domain_keys),
         sizes=np.array(index.domain_items, np.int64),
-        budget=config.training.num_steps * plane.global_batch_size * grid.stride,
+        budget=batch_schedule_of(plane).sequences_before(config.training.num_steps) * grid.stride,
     )
     return MixtureContext(
         domain_sizes=sizes,
         names=tuple(index.domain_names),
         has_samples=has_samples,
-        timeline=ChunkTimeline(chunk_steps=plane.chunk_steps, items_per_step=plane.global_batch_size * predicted_items),
+        timeline=ChunkTimeline(
+            chunk_steps=plane.chunk_steps,
+            batch_schedule=batch_schedule_of(plane),
+            items_per_sequence=predicted_items,
+        ),
         feedback_lag=plane.feedback_lag,
     )
-
-
-def _added_tokens(tokenizer: Tokenizer | None) -> list[list[int]]:
-    """Return the special tokens that every document begins and ends with."""
-    added = tokenizer.added if tokenizer else AddedTokens()
-    return [list(added.before), list(added.after)]
-
-
-def _holdout_identity(query: QueryConfig, subset: SampleSubset) -> list[Any] | None:
-    """Return what decides which samples are held out; None when none are."""
-    return [subset.split, query.holdout.fraction, query.holdout.seed] if query.holdout.fraction else None
-
-
-def _epoch_limits(mixture: MixtureConfig) -> float | list[float | None] | None:
-    """Return `mixture.max_epochs`, or a list with each domain's limit when some domains have their own."""
-    # Where all domains share one limit, the identity holds the value that the user wrote.
-    own_limits = [entry.domain.max_epochs for entry in domain_entries(mixture)]
-    if all(limit is None for limit in own_limits):
-        return mixture.max_epochs
-    return [mixture.max_epochs if limit is None else limit for limit in own_limits]

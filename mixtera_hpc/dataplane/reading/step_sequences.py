@@ -14,6 +14,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import equal_runs
 from mixtera_hpc.dataplane.reading.source import Source
 
@@ -22,29 +23,38 @@ __all__ = ["StepContent", "StepSequences", "slots_of_plan", "slots_of_steps"]
 Ints = NDArray[np.int64]
 
 
-def slots_of_steps(source: Source, order: ChunkOrder, steps: Sequence[int], positions: slice) -> list[Slots]:
-    """Return the domains and served numbers of the sequences at some positions of the batches of a chunk.
+def slots_of_steps(
+    source: Source, order: ChunkOrder, first_step: int, steps: Sequence[int], batch_slice: BatchSlice
+) -> list[Slots]:
+    """Return the domains and served numbers of the sequences that a rank gets of the batches of a chunk.
 
     Args:
         source: the data.
         order: the order of the chunk.
-        steps: ascending numbers of steps in the chunk. The last step of the data may have fewer sequences.
-        positions: of each batch; both ends are given.
+        first_step: first data step of the chunk.
+        steps: ascending data steps of the chunk. The last step of the data may have fewer sequences.
+        batch_slice: the part of each batch.
     """
-    size = source.planner.global_batch_size
+    schedule = source.planner.batch_schedule
+    sizes = [schedule.size_at(step) for step in steps]
+    begins = [schedule.slots(first_step, step) for step in steps]
+    positions = [batch_slice.positions(size) for size in sizes]
     if source.lanes.lanes == 1:
         # Without lanes a batch has the order of the plan, and only the slots that are wanted are computed.
-        return order.slots([(step * size + positions.start, step * size + positions.stop) for step in steps])
-    first_slots = np.array(steps, np.int64) * size
-    counts = order.cursors + order.counts_before(np.concatenate([first_slots, first_slots + size]))
+        return order.slots([(begin + p.start, begin + p.stop) for begin, p in zip(begins, positions, strict=True)])
+    first_slots = np.array(begins, np.int64)
+    counts = order.cursors + order.counts_before(np.concatenate([first_slots, first_slots + np.array(sizes, np.int64)]))
     whole = map(source.lanes.step, counts[: len(steps)], counts[len(steps) :])
-    return [Slots(domain=slots.domain[positions], ordinal=slots.ordinal[positions]) for slots in whole]
+    return [
+        Slots(domain=slots.domain[own], ordinal=slots.ordinal[own]) for slots, own in zip(whole, positions, strict=True)
+    ]
 
 
 def slots_of_plan(source: Source, plan: ChunkPlan) -> Slots:
     """Return the domain and the served number of the sequence at each position of each batch of `plan`."""
     order = source.planner.order(plan)
-    steps = slots_of_steps(source, order, range(plan.num_steps), slice(0, source.planner.global_batch_size))
+    data_steps = range(plan.first_step, plan.first_step + plan.num_steps)
+    steps = slots_of_steps(source, order, plan.first_step, data_steps, BatchSlice())
     return Slots(
         domain=np.concatenate([np.zeros(0, np.int32), *(slots.domain for slots in steps)]),
         ordinal=np.concatenate([np.zeros(0, np.int64), *(slots.ordinal for slots in steps)]),
@@ -102,7 +112,10 @@ class StepSequences:
         first = np.flatnonzero(is_first)
         length = np.diff(np.append(first, len(order)))
         run = np.cumsum(is_first) - 1
-        step_index, row = np.divmod(order, len(steps[0].domain_ids))
+        # Batches of one ramp may have different sizes.
+        first_rows = np.cumsum([0, *(len(content.domain_ids) for content in steps)])
+        step_index = np.searchsorted(first_rows, order, side="right") - 1
+        row = order - first_rows[step_index]
         grid = source.grid
         starts = source.stream_version.origins[domain[first]] + sequence[first] * grid.stride
         stops = starts + (length - 1) * grid.stride + grid.length

@@ -42,7 +42,12 @@ def sample_texts(config: Config, max_bytes: int) -> Iterator[SampledText]:
         config,
         mixture=replace(config.mixture, unit="samples", on_exhausted="redistribute", max_epochs=1),
         dataplane=replace(
-            config.dataplane, tokenizer=None, vocab_size=None, global_batch_size=1, chunk_steps=DOCUMENTS_PER_CHUNK
+            config.dataplane,
+            tokenizer=None,
+            vocab_size=None,
+            global_batch_size=1,
+            batch_schedule=[],
+            chunk_steps=DOCUMENTS_PER_CHUNK,
         ),
     )
     source = open_source(config, Local())

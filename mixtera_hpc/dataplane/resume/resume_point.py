@@ -84,11 +84,9 @@ def _edited_resume_point(
     position = before.planner.state_at(state.plan, data_step)
     position = replace(position, chunk=data_step // source.planner.chunk_steps)
 
-    if "global_batch_size" in changed or "seq_len" in changed:
-        # Schedules in tokens count the steps so far with their old size.
-        old_items = before.mixture_context.timeline.items_per_step
-        new_items = source.mixture_context.timeline.items_per_step
-        version = replace(version, items=version.items + data_step * (old_items - new_items))
+    # Schedules in tokens count the steps so far with their old size.
+    items = before.mixture_context.timeline.items_at(data_step)
+    version = replace(version, items=items - source.mixture_context.timeline.items_at(data_step))
     served = position.cursors
     if "seq_len" in changed:
         position = with_sequence_length(position, before, source)

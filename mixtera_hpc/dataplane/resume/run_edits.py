@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from mixtera_hpc.config.batch_ramp import batch_stages
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
@@ -122,5 +123,6 @@ def _editable(config: Config, dropped: list[str]) -> dict[str, Any]:
         "drop": dropped,
         "seed": plane.seed,
         "global_batch_size": plane.global_batch_size,
+        "batch_schedule": batch_stages(plane),
         "seq_len": plane.seq_len,
     }

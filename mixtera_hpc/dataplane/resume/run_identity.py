@@ -9,7 +9,7 @@ import msgspec
 
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import BatchStageConfig, Config
 from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
@@ -43,6 +43,7 @@ def config_for_identity(config: Config, identity: Mapping[str, Any]) -> Config:
         config.dataplane,
         seed=identity["seed"],
         global_batch_size=identity["global_batch_size"],
+        batch_schedule=[BatchStageConfig(start=start, size=size) for start, size in identity["batch_schedule"]],
         seq_len=identity["seq_len"],
     )
     return replace(_at_generations(config, identity["index"]), dataplane=plane)

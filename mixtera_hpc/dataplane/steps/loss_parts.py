@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
-from mixtera_hpc.dataplane.steps.step_losses import MAX_QUANTA, StepLosses, means_of
+from mixtera_hpc.dataplane.steps.loss_sums import MAX_QUANTA
+from mixtera_hpc.dataplane.steps.step_losses import StepLosses, means_of
 
 __all__ = ["LossParts", "MergedLosses", "PartLayout", "PendingParts"]
 

@@ -10,6 +10,7 @@ leader of each group takes part in the sum with its losses.
 import hashlib
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +91,7 @@ class StepReducer:
         self,
         comm: Communicator,
         num_domains: int,
-        global_batch_size: int,
+        size_of_step: Callable[[int], int],
         batch_slice: BatchSlice,
         parts: PartLayout | None = None,
         loss_log: LossLog | None = None,
@@ -100,7 +101,7 @@ class StepReducer:
         Args:
             comm: all ranks; also used by `wait_for`.
             num_domains: K.
-            global_batch_size: sequences of one step, over all groups of ranks.
+            size_of_step: returns the sequences of a training step, over all groups of ranks.
             batch_slice: what this rank gets of every step; ranks of one group have equal ones.
             parts: which part of every sequence this rank records; None if ranks record whole sequences.
             loss_log: receives the mean loss of every sequence; None if nobody wants them.
@@ -110,10 +111,10 @@ class StepReducer:
         # collectives would not match.
         self._reductions = comm.Dup()
         self._num_domains = num_domains
-        self._global_batch_size = global_batch_size
-        self._group = batch_slice.first // batch_slice.size
+        self._size_of_step = size_of_step
+        self._group = batch_slice.group
         # Sums of hashes tell how often each group recorded: unequal numbers of copies give another sum.
-        hashes = [_hash_of(group) for group in range(global_batch_size // batch_slice.size)]
+        hashes = [_hash_of(group) for group in range(batch_slice.num_groups)]
         self._group_hash = hashes[self._group]
         self._all_groups_hash = sum(hashes)
         # Weights that add up to 0 in a group, so that equal contents do: the leader's outweighs all others.
@@ -265,9 +266,10 @@ class StepReducer:
         differs = digest_sum != self._comm.size * own_digest
         # Every group must have recorded the same number of copies; of equal copies one is the quotient.
         num_sequences = int(rows[2].sum()) + num_padding
-        num_copies = max(num_sequences // self._global_batch_size, 1)
+        global_batch_size = self._size_of_step(reduction.step)
+        num_copies = max(num_sequences // global_batch_size, 1)
         is_partial = num_sequences > 0 and (
-            num_sequences != num_copies * self._global_batch_size or votes != num_copies * self._all_groups_hash
+            num_sequences != num_copies * global_batch_size or votes != num_copies * self._all_groups_hash
         )
         statistics = statistics_from_buffer(reduction.step, rows // num_copies)
         if (differs or is_partial or num_partial or content_sum) and self._mismatch is None:

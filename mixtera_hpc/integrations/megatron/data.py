@@ -365,6 +365,11 @@ def _check_format(plane: DataPlane, form: BatchFormat) -> None:
             f"mixture.unit is {plane.config.mixture.unit}, but Megatron's micro-batches hold tokens.\n"
             "  Set mixture.unit=tokens."
         )
+    if plane.config.dataplane.batch_schedule:
+        raise ConfigError(
+            "dataplane.batch_schedule is set, but all steps of a Megatron run have the same number of micro-batches.\n"
+            "  Remove it. To enlarge the batch, resume with --change-batch-size and another --global-batch-size."
+        )
     if form.micro_batch_size < 1 or plane.local_batch_size % form.micro_batch_size:
         raise ConfigError(
             f"micro_batch_size={form.micro_batch_size} does not divide the {plane.local_batch_size} sequences that "

@@ -38,12 +38,17 @@ class TokenArrays(NamedTuple):
             np.empty((batch_size, length - 1), np.bool_),
         )
 
+    def rows(self, count: int) -> "TokenArrays":
+        """Return the first `count` rows of the arrays."""
+        return TokenArrays(self.tokens[:count], self.document_ids[:count], self.loss_mask[:count])
+
     def store(self, *content: NDArray[Any]) -> None:
         """Copy the arrays of a batch that are not these ones already."""
         arrays: list[NDArray[Any]] = [self.tokens, self.document_ids, self.loss_mask]
         for own, other in zip(arrays, content, strict=True):
-            if other is not own:
-                own[...] = other
+            # A batch that was made here consists of the first rows of these arrays.
+            if not np.may_share_memory(own, other):
+                own[: len(other)] = other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +57,7 @@ class MemoryShape:
 
     num_slots: int
     batch_size: int
-    """Sequences in a batch."""
+    """Sequences in the largest batch of the run; smaller ones use the first rows of a slot."""
     length: int
     """Tokens in a sequence."""
 
@@ -88,7 +93,8 @@ class BatchMemory:
 
     def take(self, count: int) -> list[int]:
         """Return up to `count` free slots, which are then in use."""
-        return [self._free.popleft() for _ in range(min(count, len(self._free)))]
+        # The slots that were used last first: the memory of a slot that was never used is not allocated.
+        return [self._free.pop() for _ in range(min(count, len(self._free)))]
 
     def give_back(self, slot: int) -> None:
         """Make a slot free that nothing refers to."""

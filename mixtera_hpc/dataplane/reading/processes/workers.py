@@ -162,7 +162,7 @@ class Workers:
             for pickled in self._receive(number):
                 samples += pickle.loads(pickled)  # noqa: S301 - from our own process
             return replace(batch, payloads=samples)
-        return batch if slot is None else replace(batch, **memory.lend(slot)._asdict())
+        return batch if slot is None else replace(batch, **memory.lend(slot).rows(len(batch.positions))._asdict())
 
     def _give_back(self, slots: dict[int, int], number: int) -> None:
         """Free the slots of steps without a batch."""
@@ -174,7 +174,7 @@ class Workers:
     def _step_ranges(self, plan: ChunkPlan, first_step: int) -> list[range]:
         """Cut the steps of a plan into ranges that are read together, at least one per process if there are enough."""
         steps = training_steps_of(self._source, plan, first_step)
-        size = _range_size(self._source, self._slice, len(self._workers), len(steps))
+        size = _range_size(self._source, self._slice, len(self._workers), len(steps), plan)
         return [steps[i : i + size] for i in range(0, len(steps), size)]
 
     def _send_source(self) -> None:
@@ -213,11 +213,13 @@ class Workers:
         )
 
 
-def _range_size(source: Source, batch_slice: BatchSlice, num_processes: int, num_steps: int) -> int:
-    """Return how many of `num_steps` steps one request asks for."""
+def _range_size(
+    source: Source, batch_slice: BatchSlice, num_processes: int, num_steps: int, plan: ChunkPlan | None = None
+) -> int:
+    """Return how many of `num_steps` steps of `plan`, or of the first chunk, one request asks for."""
     # Rounded up.
     steps_per_process = -(-num_steps // num_processes)
-    return max(1, min(steps_per_read(source, batch_slice), steps_per_process))
+    return max(1, min(steps_per_read(source, batch_slice, plan), steps_per_process))
 
 
 def _memory_shape(source: Source, batch_slice: BatchSlice, num_processes: int) -> MemoryShape:
@@ -226,7 +228,8 @@ def _memory_shape(source: Source, batch_slice: BatchSlice, num_processes: int) -
     size = _range_size(source, batch_slice, num_processes, plane.chunk_steps)
     # The oldest request is being handed out while the others wait.
     num_slots = (RANGES_AHEAD + 1) * size + plane.prefetch_batches + SPARE_SLOTS
-    return MemoryShape(num_slots=num_slots, batch_size=batch_slice.size, length=source.grid.length)
+    largest = batch_slice.size_of(source.planner.batch_schedule.largest)
+    return MemoryShape(num_slots=num_slots, batch_size=largest, length=source.grid.length)
 
 
 def _start_process(shape: MemoryShape | None) -> _Worker:

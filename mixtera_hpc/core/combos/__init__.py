@@ -1,0 +1,1 @@
+"""Combos by their values: which combinations of categorical values a domain key matches."""

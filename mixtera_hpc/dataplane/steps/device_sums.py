@@ -1,0 +1,132 @@
+"""Losses on an accelerator: summed there by sequence and by domain, and copied to the host once per step.
+
+Nothing waits for the device before the step is reduced, one step later: the sums of all micro-batches are added in the
+trainer's stream, and one copy to pinned memory follows the last one. Integers make the sums independent of the order
+in which the device adds. Price: 1 byte per token to the device (the loss mask), and to the host 32 bytes per domain of
+the batch and 16 bytes per sequence.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS
+from mixtera_hpc.core.statistics import QUANTA_PER_NAT as STATISTICS_QUANTA_PER_NAT
+from mixtera_hpc.dataplane.steps.loss_sums import MAX_QUANTA, QUANTA_PER_NAT, WRAP_LIMIT, Ints, Rows, SequenceSums
+
+__all__ = ["DeviceSums"]
+
+
+class DeviceSums:
+    """The losses of one step that were recorded on one device."""
+
+    @torch.inference_mode(False)
+    def __init__(self, device: Any, domain_ids: Ints) -> None:
+        """Begin without losses.
+
+        Args:
+            device: the torch device of the losses.
+            domain_ids: domain of every sequence, -1 for padding; shape (B,).
+        """
+        self._device = torch.device(device)
+        self._domains, index = np.unique(domain_ids, return_inverse=True)
+        self._index = self._to_device(index.astype(np.int64))
+        count = len(domain_ids)
+        self._quanta = torch.zeros(count, dtype=torch.int64, device=self._device)
+        self._nats = torch.zeros(count, dtype=torch.float64, device=self._device)
+        self._tokens = torch.zeros(count, dtype=torch.int64, device=self._device)
+        self._num_wrong = torch.zeros(1, dtype=torch.int64, device=self._device)
+        """Sequences of which the trainer counted another number of tokens than the loss mask."""
+        self._copy: Tensor | None = None
+        self._arrived: Any = None
+        """Event behind the copy in the trainer's stream; None where copies are complete at once."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add(self, rows: Rows, losses: Tensor, mask: NDArray[np.bool_], counted: Ints, claimed: Any = None) -> None:
+        """Add losses in nats of some rows of the batch.
+
+        Args:
+            rows: the b rows.
+            losses: on the device; shape (b, T), or (b, 1) for sums.
+            mask: which of them count; shape of `losses`.
+            counted: tokens of every row that count; shape (b,).
+            claimed: the same as the trainer counted them on the device; they are compared there.
+        """
+        is_counted = self._to_device(mask)
+        nats = torch.where(is_counted, losses.double(), 0.0)
+        quanta = torch.where(nats.abs() < WRAP_LIMIT, nats, 0.0).mul_(QUANTA_PER_NAT).round_().long()
+        num_tokens = self._to_device(counted)
+        where = rows if isinstance(rows, slice) else self._to_device(rows)
+        # Rows are distinct, so that no two terms meet.
+        self._quanta[where] += quanta.sum(dim=1)
+        self._nats[where] += nats.sum(dim=1)
+        self._tokens[where] += num_tokens
+        if claimed is not None:
+            self._num_wrong += (claimed.to(self._device) != num_tokens).sum()
+        self._copy = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def start_copy(self) -> None:
+        """Sum by domain, and start the copy to the host behind everything in the trainer's stream."""
+        is_finite = (self._nats.abs() < WRAP_LIMIT) & (self._quanta.abs() < MAX_QUANTA)
+        # The same rounding as `quantise_losses`: a power of two, and half to even.
+        rounded = (self._quanta.double() * (STATISTICS_QUANTA_PER_NAT / QUANTA_PER_NAT)).round().long()
+        rows = torch.stack([rounded * is_finite, self._tokens * is_finite, torch.ones_like(rounded), ~is_finite])
+        by_domain = torch.zeros((NUM_BUFFER_ROWS, len(self._domains)), dtype=torch.int64, device=self._device)
+        by_domain.index_add_(1, self._index, rows)
+        # One buffer, so that one copy is enough; the bits of the floating-point sums travel as integers.
+        packed = torch.cat([self._num_wrong, by_domain.reshape(-1), self._quanta, self._nats.view(torch.int64)])
+        self._copy = torch.empty(packed.shape, dtype=torch.int64, pin_memory=self._is_cuda)
+        self._copy.copy_(packed, non_blocking=True)
+        if self._is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(self._device))
+
+    def domain_sums(self, num_domains: int) -> Ints:
+        """Return the sums of every domain, without padding; shape (NUM_BUFFER_ROWS, num_domains)."""
+        by_domain, _ = self._on_host()
+        is_real = self._domains >= 0
+        sums = np.zeros((NUM_BUFFER_ROWS, num_domains), np.int64)
+        sums[:, self._domains[is_real]] = by_domain[:, is_real]
+        return sums
+
+    def sequence_sums(self) -> SequenceSums:
+        """Return the sums of every sequence; shape (B,) each."""
+        _, by_sequence = self._on_host()
+        return SequenceSums(by_sequence[0], by_sequence[1].view(np.float64))
+
+    def _on_host(self) -> tuple[Ints, Ints]:
+        """Return the sums by domain and by sequence; waits for the device.
+
+        Raises:
+            ValueError: the trainer counted other tokens than the loss mask.
+        """
+        if self._copy is None:
+            self.start_copy()
+        assert self._copy is not None  # Set above.
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        num_wrong, content = int(self._copy[0]), self._copy[1:].numpy()
+        if num_wrong:
+            raise ValueError(
+                f"record() got num_tokens of {num_wrong} sequences of a step that differ from what their loss masks "
+                "count.\n  Sum the losses where batch.loss_mask is true."
+            )
+        border = NUM_BUFFER_ROWS * len(self._domains)
+        return content[:border].reshape(NUM_BUFFER_ROWS, -1), content[border:].reshape(2, -1)
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self._is_cuda:
+            # Only a copy from pinned memory is asynchronous. torch keeps pinned memory and uses it again.
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
