@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.index_tables import BlockTable
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.formats.category_codes import Categories
-from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.block_cache import MAX_BLOCK_BYTES, BlockCache
 from mixtera_hpc.tokens.chat_template import ChatTemplate
 
 __all__ = [
@@ -119,7 +119,7 @@ class ScanSpec:
     """For shards that hold token ids."""
     seek_folder: str | None = None
     """Folder in which a format may store seek points of the shard for its readers."""
-    max_block_bytes: int = 4 << 30
+    max_block_bytes: int = MAX_BLOCK_BYTES
     """Largest row or compressed frame, in decoded bytes. Larger ones are refused."""
 
 

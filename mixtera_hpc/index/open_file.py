@@ -1,5 +1,6 @@
 """Open an index file without locks; refuse one that is missing, damaged or of another version."""
 
+import math
 from pathlib import Path
 
 import h5py
@@ -12,13 +13,19 @@ __all__ = ["DAMAGE", "damaged", "open_file"]
 DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, UnicodeDecodeError)
 """Errors that h5py raises for a damaged or foreign file."""
 MAX_FAILURE_LINES = 12
+MIN_TABLE_BYTES = 256 << 20
+"""Least limit of the tables: `data.max_block_bytes` may be set to a few rows."""
 
 
-def open_file(path: Path) -> h5py.File:
+def open_file(path: Path, max_bytes: int | None = None) -> h5py.File:
     """Open an index for reading.
 
+    Args:
+        path: the index.
+        max_bytes: limit of the decoded bytes of all tables together, and of one chunk of a sample column.
+
     Raises:
-        PropertyIndexError: the file is missing, not complete yet, damaged, no index, or of another version.
+        PropertyIndexError: the file is missing, not complete yet, damaged, no index, of another version, or too large.
     """
     # HDF5 reports "unable to open" for missing and for damaged files, which need different fixes.
     if not path.is_file():
@@ -39,6 +46,7 @@ def open_file(path: Path) -> h5py.File:
             "  Do not use this file. Build the index with mixtera-hpc index build."
         )
     if file_format == FORMAT and version == VERSION:
+        _check_size(file, path, max_bytes)
         return file
     file.close()
     problem = "is not a property index"
@@ -63,6 +71,38 @@ def _foreign_storage(group: h5py.Group) -> str | None:
         elif isinstance(node, h5py.Group) and (found := _foreign_storage(node)):
             return found
     return None
+
+
+def _check_size(file: h5py.File, path: Path, max_bytes: int | None) -> None:
+    """Refuse an index whose tables would not fit into memory: a compressed dataset of zeros takes no room on disk."""
+    if max_bytes is None:
+        return
+    limit = max(max_bytes, MIN_TABLE_BYTES)
+    try:
+        size = _bytes_to_read(file)
+    except DAMAGE as error:
+        file.close()
+        raise damaged(path, error) from None
+    if size > limit:
+        file.close()
+        raise PropertyIndexError(
+            f"{path} has tables of {size} bytes, more than data.max_block_bytes={max_bytes}.\n"
+            "  Raise data.max_block_bytes if the index is that large; otherwise do not use this file."
+        )
+
+
+def _bytes_to_read(group: h5py.Group) -> int:
+    """Return the decoded bytes of all datasets; of a column of samples, which is read in chunks, those of a chunk."""
+    total = 0
+    for name in group:
+        node = group[name]
+        if isinstance(node, h5py.Group):
+            total += _bytes_to_read(node)
+        elif node.name.startswith("/samples/"):
+            total += math.prod(node.chunks or ()) * node.dtype.itemsize
+        else:
+            total += node.size * node.dtype.itemsize
+    return total
 
 
 def damaged(path: Path, error: Exception) -> PropertyIndexError:

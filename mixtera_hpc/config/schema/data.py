@@ -65,7 +65,8 @@ class DataSetKeys:
     `data.properties` then refer to the dict that it returns. The function runs with your permissions."""
     max_block_bytes: int = 4294967296
     """Largest decoded size, in bytes, of a row and of a compressed frame or file that can only be decoded as a whole.
-    The index build refuses larger ones, so that no rank runs out of memory later. At least 65536."""
+    Builds and runs refuse larger ones before they take the memory, and an index file whose tables are larger. At
+    least 65536."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
     """What an index build does with rows that cannot be read. `fail`: end the build and name the first ten. `skip`:
     leave them out and record their number per shard and reason in the index. If a shard is damaged, `skip` leaves out
@@ -134,6 +135,10 @@ class DataConfig(DataSetKeys):
     def named_sets(self) -> dict[str, DataSetKeys]:
         """Return every data set by name, sorted; a single one without a name is called ''."""
         return dict(sorted(self.sets.items())) if self.sets else {"": self}
+
+    def largest_block_bytes(self) -> int:
+        """Return the largest `max_block_bytes` of all data sets."""
+        return max(data_set.max_block_bytes for data_set in self.named_sets().values())
 
     def roots(self) -> dict[str, str]:
         """Return the folder of every named data set; empty where only `data.root` is used."""

@@ -93,7 +93,7 @@ class DocumentReader:
         cache_bytes = source.cache_bytes
         self._resident_bytes = cache_bytes - cache_bytes // 4
         seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
-        self._cache = BlockCache(cache_bytes // 4, seek_folders)
+        self._cache = BlockCache(cache_bytes // 4, seek_folders, source.config.data.largest_block_bytes())
         self._resident_rows: dict[bool, ResidentRows] = {}
         """Whether rows are raw → rows of windows in use."""
         self._shard_kinds = np.zeros(len(index.shard_paths), np.int8)

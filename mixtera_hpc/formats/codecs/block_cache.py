@@ -12,16 +12,23 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["BlockCache"]
+__all__ = ["MAX_BLOCK_BYTES", "BlockCache"]
 
 T = TypeVar("T")
+
+MAX_BLOCK_BYTES = 4 << 30
+"""Default of `data.max_block_bytes`."""
 
 
 class BlockCache:
     """Keeps the most recently used blocks. The newest block stays even if it alone exceeds the bound."""
 
-    def __init__(self, max_bytes: int = 256 << 20, seek_folders: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, max_bytes: int = 256 << 20, seek_folders: Sequence[Path] = (), max_block_bytes: int = MAX_BLOCK_BYTES
+    ) -> None:
         self.max_bytes = max_bytes
+        self.max_block_bytes = max_block_bytes
+        """Largest decoded size of a block; readers refuse larger ones before they take the memory."""
         self.seek_folders = tuple(seek_folders)
         """Folders to search for the seek points of shards that need them for random access."""
         self._lock = threading.Lock()

@@ -17,7 +17,9 @@ __all__ = [
     "Codec",
     "DecodedSegment",
     "Decompressor",
+    "block_too_large_error",
     "decode_frames",
+    "join_block",
     "join_whole_lines",
     "limit_block_bytes",
 ]
@@ -130,18 +132,39 @@ def limit_block_bytes(segments: Iterator[DecodedSegment], limit: int, path: Path
         if segment.data:
             ends_line = segment.data.endswith(b"\n")
         if size > limit:
-            raise DataError(
-                f"{path}: the block that begins at byte {start} decodes to more than data.max_block_bytes={limit}, and "
-                "it can only be read as a whole.\n"
-                "  Compress it in frames that end with a line (docs/formats.md has the command), or raise "
-                "data.max_block_bytes."
-            )
+            raise block_too_large_error(path, start, limit)
         yield segment
 
         # A block ends here: the next one starts with nothing in memory.
         if segment.frame_end is not None and ends_line:
             size = 0
             start = segment.frame_end
+
+
+def join_block(segments: Iterator[DecodedSegment], start: int, limit: int, path: Path) -> bytes:
+    """Return the decoded bytes of the block that begins at byte `start`.
+
+    Raises:
+        DataError: it decodes to more than `limit` bytes.
+    """
+    parts = []
+    size = 0
+    for segment in segments:
+        size += len(segment.data)
+        if size > limit:
+            raise block_too_large_error(path, start, limit)
+        parts.append(segment.data)
+    return b"".join(parts)
+
+
+def block_too_large_error(path: Path, start: int, limit: int) -> DataError:
+    """Return the error for a block that decodes to more than `limit` bytes."""
+    return DataError(
+        f"{path}: the block that begins at byte {start} decodes to more than data.max_block_bytes={limit}, and "
+        "it can only be read as a whole.\n"
+        "  Compress it in frames that end with a line (docs/formats.md has the command), or raise "
+        "data.max_block_bytes."
+    )
 
 
 def join_whole_lines(segments: Iterator[DecodedSegment]) -> Iterator[tuple[bytes, int | None]]:
@@ -161,8 +184,11 @@ def join_whole_lines(segments: Iterator[DecodedSegment]) -> Iterator[tuple[bytes
         ends_frame = segment.frame_end is not None
         if segment.frame_end is not None:
             last_frame_end = segment.frame_end
+        # A line of many frames is joined once, at its end.
+        if size and not has_line:
+            continue
         # Collect more until there is a buffer worth decoding. A frame end is always handed on: a block may end there.
-        if not ends_frame and (size < SEGMENT_BYTES or not has_line):
+        if not ends_frame and size < SEGMENT_BYTES:
             continue
 
         # Hand on everything up to the last newline; the rest begins the next buffer.

@@ -59,6 +59,8 @@ class _MemberOverride:
 
 
 _NO_OVERRIDE = _MemberOverride()
+MAX_OVERRIDE_BYTES = 1 << 20
+"""Largest extended header that is read: names have 4,096 bytes at most on Linux."""
 
 
 def buffered_reads(fd: int) -> ReadBytes:
@@ -109,6 +111,10 @@ def iter_members(read: ReadBytes, start: int, stop: int, *, to_end: bool) -> Ite
             raise TarError(f"it ends inside member {override.name or name!r}, which begins at byte {position}")
 
         if kind in (_GNU_LONG_NAME, _PAX_HEADER):
+            if size > MAX_OVERRIDE_BYTES:
+                raise TarError(
+                    f"the extended header at byte {position} has {size} bytes, and a name is never that long"
+                )
             override = _parse_override(kind, read(data, size), position, override)
         elif kind != _PAX_GLOBAL_HEADER:
             # An override applies to one member of any type.

@@ -8,17 +8,21 @@ __all__ = ["ZSTD"]
 
 # The window of `zstd --long=31`, the largest one that the zstd program writes.
 MAX_WINDOW_BYTES = 1 << 31
-# Compressed bytes per call. The library cannot limit what one call decodes; from this much input it is 256 MiB at the
-# format's highest ratio, and usually some 30 kB.
-FEED_BYTES = 8 << 10
+# Compressed bytes per call. The library cannot limit what one call decodes; from this much input it is 128 MiB at the
+# format's highest ratio, and usually some 15 kB.
+FEED_BYTES = 4 << 10
+MIN_FEED_BYTES = 64
+# A call that decodes more than this is followed by one with less input.
+MUCH_BYTES = 1 << 20
 
 
 class _ZstdFrame:
-    """`Decompressor` of one frame, fed `FEED_BYTES` at a time."""
+    """`Decompressor` of one frame, fed at most `FEED_BYTES` at a time."""
 
     def __init__(self) -> None:
         self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
         self._pending = memoryview(b"")
+        self._feed_bytes = FEED_BYTES // 8
 
     @property
     def eof(self) -> bool:
@@ -41,9 +45,14 @@ class _ZstdFrame:
         size = 0
         # Stop at the end of the frame: the bytes behind it are `unused_data`.
         while self._pending and size < max_length and not self._frame.eof:
-            decoded.append(self._frame.decompress(self._pending[:FEED_BYTES]))
-            self._pending = self._pending[FEED_BYTES:]
-            size += len(decoded[-1])
+            data = self._frame.decompress(self._pending[: self._feed_bytes])
+            self._pending = self._pending[self._feed_bytes :]
+            decoded.append(data)
+            size += len(data)
+            if len(data) > MUCH_BYTES:
+                self._feed_bytes = max(self._feed_bytes // 2, MIN_FEED_BYTES)
+            elif self._feed_bytes < FEED_BYTES:
+                self._feed_bytes *= 2
         return b"".join(decoded)
 
 

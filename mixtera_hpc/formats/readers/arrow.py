@@ -104,7 +104,8 @@ class ArrowReader:
         self._text = text
         self._cache = cache
         self._lock = threading.Lock()
-        self._text_batches = open_record_batches(path, {text} if text is not None else None)
+        self._max_bytes = cache.max_block_bytes
+        self._text_batches = open_record_batches(path, {text} if text is not None else None, self._max_bytes)
         # All columns, opened by the first call of `payloads`.
         self._whole_batches: RecordBatches | None = None
 
@@ -121,7 +122,7 @@ class ArrowReader:
         # Most runs need texts only, so the second mapping is made on demand.
         with self._lock:
             if self._whole_batches is None:
-                self._whole_batches = open_record_batches(self._path, None)
+                self._whole_batches = open_record_batches(self._path, None, self._max_bytes)
             batches = self._whole_batches
         return payloads_of(self._cached_table(block, batches, None), block, rows, self._path)
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.batching.arrow_tables import first_key
+from mixtera_hpc.formats.codecs.limits.arrow_sizes import batch_sizes, text_bytes
 from mixtera_hpc.formats.shard_errors import unreadable_error
 
 __all__ = ["RecordBatches", "open_record_batches"]
@@ -45,7 +46,7 @@ def open_record_batches(path: Path, paths: set[str] | None, max_bytes: int = sys
     except DataError:
         source.close()
         raise
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         source.close()
         raise DataError(
             f"{path} is not a readable Arrow file: {error}.\n  Copy it again, or exclude it with data.exclude."
@@ -63,6 +64,8 @@ class RecordBatches:
         # pyarrow does not promise that several threads can use one reader.
         self._lock = threading.Lock()
 
+        self._sizes: list[int] = []
+        """Decoded bytes of each batch of a compressed file; empty for others."""
         magic = source.read(len(_FILE_MAGIC))
         source.seek(0)
         if magic.startswith(_FEATHER_1_MAGIC):
@@ -75,6 +78,10 @@ class RecordBatches:
             self.count: int = reader.num_record_batches
         else:
             reader = pa.ipc.open_stream(source)
+            if max_bytes < sys.maxsize:
+                self._check_stream(reader.schema)
+                source.seek(0)
+                reader = pa.ipc.open_stream(source)
             batches = self._read_stream(reader)
             self._get_batch = batches.__getitem__
             self.count = len(batches)
@@ -83,23 +90,29 @@ class RecordBatches:
     def _open_file(self) -> Any:
         """Open the file format. Of compressed files only the needed columns are decoded."""
         reader = pa.ipc.open_file(self._source)
-        if self._paths is None or not _is_compressed(reader):
+        # An empty list would select all columns.
+        columns = None if self._paths is None else self._needed_columns(reader.schema) or [0]
+        dictionaries, self._sizes = batch_sizes(self._source, columns, reader.schema)
+        if dictionaries > self._max_bytes:
+            raise self._too_large("its dictionaries decode")
+        if columns is None or not any(self._sizes):
             # Leaving columns out of an uncompressed file would copy what is mapped.
             return reader
-        needed = {first_key(reader.schema.names, path) for path in self._paths}
-        columns = [number for number, name in enumerate(reader.schema.names) if name in needed]
-        # An empty list would select all columns.
-        options = pa.ipc.IpcReadOptions(included_fields=columns or [0])
-        return pa.ipc.open_file(self._source, options=options)
+        return pa.ipc.open_file(self._source, options=pa.ipc.IpcReadOptions(included_fields=columns))
+
+    def _needed_columns(self, schema: Any) -> list[int]:
+        needed = {first_key(schema.names, path) for path in self._paths or ()}
+        return [number for number, name in enumerate(schema.names) if name in needed]
+
+    def _check_stream(self, schema: Any) -> None:
+        """Refuse a compressed stream that is too large: all of its batches are decoded when it is opened."""
+        dictionaries, sizes = batch_sizes(self._source, None, schema)
+        if dictionaries + sum(sizes) > self._max_bytes:
+            raise self._too_large("it is a compressed stream, which decodes")
 
     def _read_stream(self, reader: Any) -> list[Any]:
         """Return all batches of a stream: views of the mapped file, unless it is compressed."""
-        allocated = pa.total_allocated_bytes()
-        batches = []
-        for batch in reader:
-            batches.append(batch)
-            self._check_size(allocated, "it is a compressed stream, which")
-        return batches
+        return list(reader)
 
     def read(self, number: int) -> Any:
         """Return the needed columns of one batch.
@@ -107,11 +120,11 @@ class RecordBatches:
         Raises:
             DataError: the batch is damaged or too large.
         """
-        allocated = pa.total_allocated_bytes()
+        if number < len(self._sizes) and self._sizes[number] > self._max_bytes:
+            raise self._too_large(f"record batch {number} decodes")
         try:
             with self._lock:
                 batch = self._get_batch(number)
-            self._check_size(allocated, f"record batch {number}")
             if self._paths is not None:
                 needed = {first_key(batch.schema.names, path) for path in self._paths}
                 batch = batch.select([name for name in batch.schema.names if name in needed])
@@ -119,18 +132,17 @@ class RecordBatches:
             batch.validate()
             for column in batch.columns:
                 _check_column(column)
+            if sum(map(text_bytes, batch.columns)) > self._max_bytes:
+                raise self._too_large(f"record batch {number} decodes")
         except (pa.ArrowException, OSError, IndexError, ValueError) as error:
             raise unreadable_error(self._path, f"record batch {number}", error) from None
         return batch
 
-    def _check_size(self, allocated: int, what: str) -> None:
-        """Refuse what was decoded since Arrow had `allocated` bytes if it is too large; mapped data does not count."""
-        if pa.total_allocated_bytes() - allocated > self._max_bytes:
-            raise DataError(
-                f"{self._path}: {what} decodes to more than data.max_block_bytes={self._max_bytes}, and it can only be "
-                "read as a whole.\n"
-                "  Write it again as an Arrow file of shorter record batches, or raise data.max_block_bytes."
-            )
+    def _too_large(self, what: str) -> DataError:
+        return DataError(
+            f"{self._path}: {what} to more than data.max_block_bytes={self._max_bytes}, and it can only be read as a "
+            "whole.\n  Write it again as an Arrow file of shorter record batches, or raise data.max_block_bytes."
+        )
 
     def num_rows(self, number: int) -> int:
         """Return the number of rows of one batch without reading its data; 0 if it is damaged.
@@ -153,16 +165,6 @@ class RecordBatches:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _is_compressed(reader: Any) -> bool:
-    """Return True if batches are decoded into allocated memory instead of mapped."""
-    allocated = pa.total_allocated_bytes()
-    try:
-        batch = reader.get_batch(0) if reader.num_record_batches else None
-    except (pa.ArrowException, OSError, ValueError):
-        return False  # The batch is damaged; its read reports that.
-    return batch is not None and pa.total_allocated_bytes() > allocated
 
 
 def _check_column(column: Any) -> None:

@@ -25,6 +25,7 @@ from mixtera_hpc.formats.codecs.frames import (
     Codec,
     DecodedSegment,
     decode_frames,
+    join_block,
     join_whole_lines,
     limit_block_bytes,
 )
@@ -97,6 +98,7 @@ class CompressedJsonlReader:
     def __init__(self, path: Path, text: str | None, cache: BlockCache, codec: Codec) -> None:
         self._path = path
         self._cache = cache
+        self._max_block_bytes = cache.max_block_bytes
         self._codec = codec
         self._type = RowType(ScanSpec(text=text))
         self._decoder = msgspec.json.Decoder(self._type.struct)
@@ -144,4 +146,4 @@ class CompressedJsonlReader:
         """Return the decoded lines of a block."""
         compressed = read_fully(self._shard.fd, block.length, block.offset)
         segments = decode_frames(io.BytesIO(compressed), self._codec, self._path)
-        return b"".join(segment.data for segment in segments)
+        return join_block(segments, block.offset, self._max_block_bytes, self._path)

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from mixtera_hpc.formats.base import BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.frames import DecodedSegment, decode_frames
+from mixtera_hpc.formats.codecs.frames import DecodedSegment, block_too_large_error, decode_frames
 from mixtera_hpc.formats.codecs.gzip_members import GZIP, first_member_exceeds, mark_line_blocks
 from mixtera_hpc.formats.codecs.seek_points import SeekPoints, find_points, write_points
 from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlFormat, CompressedJsonlReader
@@ -70,6 +70,9 @@ class LongMemberReader(CompressedJsonlReader):
             _warn_of_missing_points(path, cache.seek_folders)
 
     def _read_block(self, block: BlockRef) -> bytes:
+        # The length of a block counts decoded bytes.
+        if block.length > self._max_block_bytes:
+            raise block_too_large_error(self._path, block.offset, self._max_block_bytes)
         if self._points is not None:
             return self._points.read(self._shard.fd, self._path, block.offset, block.length)
 

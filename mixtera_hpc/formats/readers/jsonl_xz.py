@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from mixtera_hpc.formats.base import BlockRef, ShardReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
-from mixtera_hpc.formats.codecs.frames import Codec, DecodedSegment
+from mixtera_hpc.formats.codecs.frames import Codec, DecodedSegment, join_block
 from mixtera_hpc.formats.codecs.xz_blocks import decode_blocks, list_blocks
 from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlFormat, CompressedJsonlReader
 
@@ -43,4 +43,5 @@ class JsonlXzReader(CompressedJsonlReader):
         # A row may end in the next xz block, but never outside the block of the index.
         stop = block.offset + block.length
         xz_blocks = [xz_block for xz_block in self._blocks if block.offset <= xz_block.begin < stop]
-        return b"".join(segment.data for segment in decode_blocks(self._shard.fd, xz_blocks, self._path))
+        segments = decode_blocks(self._shard.fd, xz_blocks, self._path)
+        return join_block(segments, block.offset, self._max_block_bytes, self._path)

@@ -75,7 +75,7 @@ def _is_compressed(path: Path) -> bool:
     return path.suffix.lower() == COMPRESSED_SUFFIX
 
 
-def _decompress(path: Path, limit: int | None) -> bytes:
+def _decompress(path: Path, limit: int) -> bytes:
     """Return the decompressed bytes of a shard.
 
     Raises:
@@ -88,7 +88,7 @@ def _decompress(path: Path, limit: int | None) -> bytes:
             for segment in decode_frames(file, ZSTD, path):
                 segments.append(segment.data)
                 size += len(segment.data)
-                if limit is not None and size > limit:
+                if size > limit:
                     raise DataError(
                         f"{path} decodes to more than data.max_block_bytes={limit}, and it can only be read as a "
                         "whole.\n  Decompress it with zstd -d, or raise data.max_block_bytes."
@@ -341,7 +341,7 @@ class CompressedMdsReader:
 
     def _load(self, block: BlockRef) -> tuple[_DecodedShard, int]:
         """Decompress the shard for the cache."""
-        data = _decompress(self._path, None)
+        data = _decompress(self._path, self._cache.max_block_bytes)
         layout = read_mds_layout(_InMemory(data), len(data), self._path)
         if layout.num_samples != block.rows:
             problem = f"{block.rows} samples were expected, but it has {layout.num_samples}"

@@ -33,6 +33,7 @@ from mixtera_hpc.formats.batching.arrow_tables import (
     without_views,
 )
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.limits.parquet_limit import check_row_group, row_group_error
 from mixtera_hpc.formats.shard_errors import shard_changed_error, unreadable_error
 
 __all__ = ["ParquetFormat"]
@@ -118,11 +119,7 @@ class _RowGroupScan:
 
     def _check_size(self, group: int, size_bytes: int) -> None:
         if size_bytes > self._spec.max_block_bytes:
-            raise DataError(
-                f"{self._path}: row group {group} decodes to {size_bytes} bytes or more, beyond data.max_block_bytes="
-                f"{self._spec.max_block_bytes}.\n"
-                "  Write the file again with smaller row groups, or raise data.max_block_bytes."
-            )
+            raise row_group_error(self._path, group, size_bytes, self._spec.max_block_bytes)
 
     def _tables(self, group: int, metadata: Any) -> Iterator[tuple[int, Any]]:
         """Yield (number of rows, needed columns) of one row group; None instead of columns if none is needed."""
@@ -132,7 +129,7 @@ class _RowGroupScan:
                 yield min(BATCH_ROWS, metadata.num_rows - start), None
             return
 
-        # The footer counts a text that many rows share once; decoded, it counts for each row.
+        check_row_group(self._path, self._file, group, columns, self._spec.max_block_bytes)
         decoded_bytes = 0
         try:
             for batch in self._file.iter_batches(BATCH_ROWS, [group], columns, use_threads=False):
@@ -174,6 +171,7 @@ class ParquetReader:
         self._path = path
         self._text = text
         self._cache = cache
+        self._max_block_bytes = cache.max_block_bytes
         self._file = _open_file(path)
         self._lock = threading.Lock()
 
@@ -201,6 +199,7 @@ class ParquetReader:
             # A ParquetFile is not safe for use from several threads.
             with self._lock:
                 columns = None if column is None else [column]
+                check_row_group(self._path, self._file, block.offset, columns, self._max_block_bytes)
                 table = self._file.read_row_group(block.offset, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError, IndexError) as error:
             raise shard_changed_error(self._path, block, f"{error}") from None

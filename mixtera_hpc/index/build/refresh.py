@@ -112,7 +112,7 @@ def refresh_index(
 
     # The shards may have moved since the build; only the configured folders count.
     roots = {name: str(root) for name, root in settings.roots.items()}
-    with open_index(config.index.path, roots) as index:
+    with open_index(config.index.path, roots, max_bytes=config.data.largest_block_bytes()) as index:
         _check_settings(index, request)
         # Compared before the lock is taken: another build in progress fails at the lock.
         changes = _compare_shards(index, discover_shards(config.data), settings.roots)

@@ -50,7 +50,7 @@ def open_configured(config: Config, *, reads_shards: bool = True, announce: bool
     for position, (path, generation) in enumerate(zip(paths, generations, strict=True)):
         # The keys of `data` describe one index. The others use their own settings and stored roots.
         data = config.data if position == described else DataConfig()
-        index = open_index(path, data.roots() or data.root or None, generation)
+        index = open_index(path, data.roots() or data.root or None, generation, config.data.largest_block_bytes())
         if position == described:
             _check_build_settings(index, data)
         if reads_shards:
@@ -68,7 +68,7 @@ def open_written(config: Config, *, announce: bool = True) -> PropertyIndex:
         PropertyIndexError: as for `open_configured`.
     """
     data = config.data
-    index = open_index(config.index.path, data.roots() or data.root or None)
+    index = open_index(config.index.path, data.roots() or data.root or None, max_bytes=data.largest_block_bytes())
     _check_text_functions(config, index)
     if not _has_root(data):
         _accept_stored_roots(index.path, index.roots.values(), config.index.trusted_roots, announce)

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def _entries_of(
     text = index.shard_texts()[shard]
     path = index.data_root / index.shard_paths()[shard]
     folders = [seek_folder_of(source.path) for source in index.sample_sources()]
-    reader = open_reader(file_format, path, text, BlockCache(seek_folders=folders))
+    reader = open_reader(file_format, path, text, BlockCache(seek_folders=folders, max_block_bytes=sys.maxsize))
     try:
         for block in blocks:
             rows = np.flatnonzero(is_wanted(block))

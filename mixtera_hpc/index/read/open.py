@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import IndexTables, SampleColumns
 from mixtera_hpc.errors import PropertyIndexError
+from mixtera_hpc.formats.codecs.block_cache import MAX_BLOCK_BYTES
 from mixtera_hpc.index.data_sets import DataSetFacts, merged_sources
 from mixtera_hpc.index.layout import BadRows, Generation, read_text
 from mixtera_hpc.index.open_file import DAMAGE, damaged, open_file
@@ -116,7 +117,12 @@ class PropertyIndex:
         self.close()
 
 
-def open_index(path: str | Path, data_root: DataRoots = None, generation: str | None = None) -> PropertyIndex:
+def open_index(
+    path: str | Path,
+    data_root: DataRoots = None,
+    generation: str | None = None,
+    max_bytes: int = MAX_BLOCK_BYTES,
+) -> PropertyIndex:
     """Open an index and load its tables.
 
     If `data_root` is None, the stored data root is used without a check; `read.configured` checks if it is trusted.
@@ -125,12 +131,14 @@ def open_index(path: str | Path, data_root: DataRoots = None, generation: str | 
         path: the index file.
         data_root: where the shards are now, if they have moved since the build: one folder, or one per data set.
         generation: the first characters of an earlier state's fingerprint; only that state is visible then.
+        max_bytes: `data.max_block_bytes`, see `open_file`.
 
     Raises:
-        PropertyIndexError: the file is missing, damaged, truncated or of another version, or has no such generation.
+        PropertyIndexError: the file is missing, damaged, truncated, too large or of another version, or has no such
+            generation.
     """
     path = Path(path)
-    with open_file(path) as file:
+    with open_file(path, max_bytes) as file:
         # Reading a damaged file may fail anywhere below, with any of h5py's errors.
         try:
             return _read_index(file, path, data_root, generation)

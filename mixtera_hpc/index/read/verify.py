@@ -5,6 +5,7 @@ fingerprint of every shard (size, first and last MiB) and reads some blocks agai
 tokens counted. Files that were added since the build belong to no sample and are ignored.
 """
 
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def _blocks_problem(index: PropertyIndex, shard: int, tokenizer: Tokenizer | Non
     # A shard without rows, or one that was skipped because it is damaged: there is nothing to read.
     if first == stop:
         return ""
-    cache = BlockCache(seek_folders=[seek_folder_of(index.path)])
+    cache = BlockCache(seek_folders=[seek_folder_of(index.path)], max_block_bytes=sys.maxsize)
     reader = open_reader(file_format, path, text, cache, tokenizer.chat if tokenizer is not None else None)
     try:
         for block in _sample_blocks(np.arange(first, stop)).tolist():

@@ -6,6 +6,7 @@ tokenized again.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -73,7 +74,7 @@ class UnitWriter:
         histogram = index.tables.histogram
         self._tokens_before = np.concatenate([[0], np.cumsum(histogram.tokens, dtype=np.int64)])[histogram.indptr]
         """Tokens of all blocks before each block."""
-        self._cache = BlockCache(seek_folders=[seek_folder_of(index.path)])
+        self._cache = BlockCache(seek_folders=[seek_folder_of(index.path)], max_block_bytes=sys.maxsize)
         self._paths = index.shard_paths()
         self._texts = index.shard_texts()
 

@@ -1,0 +1,1 @@
+"""Bound decoded sizes from metadata, before anything is decoded."""
