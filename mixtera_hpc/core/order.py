@@ -14,14 +14,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EpochOrder", "Shuffle", "ShuffleOrder"]
+__all__ = ["BLOCK_WORDS", "ROW_WORDS", "EpochOrder", "Shuffle", "ShuffleOrder"]
 
 Shuffle = Literal["none", "block", "window"]
 Ints = NDArray[np.int64]
 
 # The purpose of random words, part of the counter: blocks and rows must not share words.
-_BLOCK_WORDS = 0
-_ROW_WORDS = 1
+BLOCK_WORDS = 0
+ROW_WORDS = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class ShuffleOrder:
         if self.shuffle == "none":
             block_order = np.arange(len(sizes))
         else:
-            block_order = _permutation(self._words(domain, epoch, 0, _BLOCK_WORDS, len(sizes)))
+            block_order = _permutation(self._words(domain, epoch, 0, BLOCK_WORDS, len(sizes)))
         first_block = np.arange(len(sizes) + 1)
         if self.shuffle == "window":
             first_block = _first_blocks(block_bytes[block_order], self.window_bytes)
@@ -88,7 +88,7 @@ class ShuffleOrder:
         """Return the order of the rows of a window; a permutation of shape (num_rows,)."""
         if self.shuffle != "window":
             return np.arange(num_rows)
-        return _permutation(self._words(domain, epoch, window, _ROW_WORDS, num_rows))
+        return _permutation(self._words(domain, epoch, window, ROW_WORDS, num_rows))
 
     def _words(self, domain: int, epoch: int, window: int, purpose: int, num_words: int) -> NDArray[np.uint64]:
         """Return the raw Philox words of one permutation."""

@@ -124,3 +124,24 @@ def test_a_run_continues_after_its_index_was_refreshed(cli: Cli, own_collection:
     assert cli("trace", folder, "--step", 2, "--json").stdout == before
     cli("resume", folder, "training.stop_after=null")
     assert json.loads(cli("trace", folder, "--verify", "--json").stdout)["num_steps"] == 10
+
+
+def test_a_ramp_and_a_longer_context_in_one_run_verify_on_other_ranks(
+    cli: Cli, small: list[str], tmp_path: Path
+) -> None:
+    ramp = "dataplane.batch_schedule=[{start: 3, size: 16}, {start: 9, size: 20}]"
+    words = [*small, f"run.root={tmp_path}", "dataplane.global_batch_size=8", "dataplane.seq_len=32", ramp]
+    assert "8, then 16 from step 3, then 20 from step 9 sequences" in cli("plan", *words, "plan.steps=12").stdout
+    cli("run", *words, "training.num_steps=14", "training.stop_after=6", "training.micro_batch_size=2", ranks=2, rc=75)
+    folder = only_run(tmp_path)
+    refused = cli("resume", folder, "dataplane.seq_len=64", rc=2).stderr
+    assert "add --change-seq-len for dataplane.seq_len" in refused
+    cli("resume", folder, "--change-seq-len", 64, "training.stop_after=null")
+    verdict = json.loads(cli("trace", folder, "--verify", "--json").stdout)
+    assert (verdict["num_steps"], verdict["num_sequences"]) == (14, 3 * 8 + 6 * 16 + 5 * 20)
+    longer = [json.loads(line) for line in cli("trace", folder, "--step", 12, "--json").stdout.splitlines()]
+    assert [record["position"] for record in longer] == list(range(20))
+    assert {sum(stop - start for _, _, start, stop in record["segments"]) for record in longer} == {65}
+    [edit] = [json.loads(line) for line in (folder / "decisions.jsonl").read_text().splitlines()]
+    assert edit["changes"] == {"seq_len": [32, 64]}
+    cli("report", folder)

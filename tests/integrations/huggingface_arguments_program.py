@@ -28,11 +28,12 @@ from mixtera_hpc.integrations.transformers import PlaneTrainer
 
 OUT, *OVERRIDES = sys.argv[1:]
 HELD_OUT = "query.holdout.fraction=0.2"
+RAMP = "dataplane.batch_schedule=[{{start: 1, size: {size}}}]"
 
 
-def model(vocab_size: int) -> LlamaForCausalLM:
+def model(vocab_size: int, positions: int = 64) -> LlamaForCausalLM:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=positions, **sizes))
 
 
 def train(name: str, overrides: tuple[str, ...] = (), size: int = 4, **settings: Any) -> str:
@@ -50,7 +51,8 @@ def train(name: str, overrides: tuple[str, ...] = (), size: int = 4, **settings:
         try:
             args = TrainingArguments(**{**arguments, **settings})
             vocab_size = trainer_settings.pop("vocab_size", plane.vocab_size)
-            PlaneTrainer(plane=plane, model=model(vocab_size), args=args, **trainer_settings).train(
+            positions = trainer_settings.pop("positions", 64)
+            PlaneTrainer(plane=plane, model=model(vocab_size, positions), args=args, **trainer_settings).train(
                 **({"resume_from_checkpoint": True} if name == "resume" else {})
             )
         except MixteraError as error:
@@ -167,6 +169,9 @@ def own_evaluation() -> str:
 
 CASES_OF_ONE_RANK: dict[str, Callable[[], str]] = {
     "accumulation": lambda: train("accumulation", size=2, gradient_accumulation_steps=2),
+    "ramp": lambda: train("ramp", (RAMP.format(size=12),), size=2, gradient_accumulation_steps=2),
+    "uneven ramp": lambda: train("ramp", (RAMP.format(size=5),), size=2, gradient_accumulation_steps=2),
+    "few positions": lambda: train("positions", trainer={"positions": 8}),
     "dispatch_batches=False": lambda: train("dispatch", accelerator_config={"dispatch_batches": False}),
     "batch size": lambda: train("batch", size=2, gradient_accumulation_steps=3),
     "workers": lambda: train("workers", dataloader_num_workers=2),

@@ -56,7 +56,7 @@ def alone(collection: list[str], tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.mark.integrations
-@pytest.mark.parametrize("name", ["accumulation", "dispatch_batches=False", "held out"])
+@pytest.mark.parametrize("name", ["accumulation", "ramp", "dispatch_batches=False", "held out"])
 def test_settings_that_fit_are_trained_with(name: str, alone: dict[str, str]) -> None:
     assert alone[name] == "trained"
 
@@ -83,6 +83,12 @@ def test_training_is_as_with_a_dataset_of_hugging_face(name: str, answer: str, a
             "per_device_train_batch_size=2 × gradient_accumulation_steps=3 × 1 data-parallel rank = 6 sequences",
             "Make both numbers equal",
         ),
+        (
+            "uneven ramp",
+            "num_micro_batches=2 does not divide the 5 sequences",
+            "dataplane.batch_schedule[0].size must be micro-batch size",
+        ),
+        ("few positions", "max_position_embeddings is 8", "Raise max_position_embeddings"),
         ("workers", "dataloader_num_workers is 2", "dataplane.workers"),
         ("max_steps", "max_steps is -1", "Set max_steps"),
         ("split_batches", "split_batches is True", "Leave split_batches out"),

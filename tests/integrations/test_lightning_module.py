@@ -134,6 +134,15 @@ def test_batches_need_not_be_fetched_ahead(bench: Bench, limits: dict[str, int])
     assert next_steps == list(range(1, 7))
 
 
+def test_micro_batches_grow_with_a_ramp(bench: Bench) -> None:
+    data = bench.data("dataplane.batch_schedule=[{start: 3, size: 12}]")
+    model = bench.fit(data=data, max_steps=6, accumulate_grad_batches=2)
+    grown = [(step, list(range(k, k + 6))) for step in range(3, 6) for k in (0, 6)]
+    assert model.served == micro_batches(0, 3, 2) + grown
+    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=2 does not divide.*batch_schedule\[0\]\.size must"):
+        bench.fit(data=bench.data("dataplane.batch_schedule=[{start: 3, size: 9}]"), accumulate_grad_batches=2)
+
+
 def test_epochs_continue_the_stream_and_resume_inside_of_one(bench: Bench) -> None:
     settings = {"accumulate_grad_batches": 2, "limit_train_batches": 6, "max_steps": 8}
     saving = ModelCheckpoint(bench.folder / "checkpoints", every_n_train_steps=4, save_top_k=-1)

@@ -15,6 +15,7 @@ from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.mixing.algorithm import make_algorithm
 from mixtera_hpc.core.mixing.simple_algorithm import ArrayState, SimpleAlgorithm, Values
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, MixtureContext
 from mixtera_hpc.dataplane.mixing.dynamic_mixer import DynamicMixer
@@ -31,7 +32,7 @@ CONTEXT = MixtureContext(
     ),
     names=NAMES,
     has_samples=np.ones(3, np.bool_),
-    timeline=ChunkTimeline(chunk_steps=CHUNK_STEPS, items_per_step=100),
+    timeline=ChunkTimeline(chunk_steps=CHUNK_STEPS, batch_schedule=BatchSchedule.constant(1), items_per_sequence=100),
     feedback_lag=LAG,
 )
 WITHOUT_B = [{"key": {"source": s}, "weight": w} for s, w in zip("abc", (0.5, 0.0, 0.5), strict=True)]

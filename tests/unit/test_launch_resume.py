@@ -248,3 +248,28 @@ def test_a_run_that_has_ended_cannot_be_cancelled(folder: RunFolder, make_config
 
     with pytest.raises(LaunchError, match="is waiting or running"):
         cancel_now(folder)
+
+
+def test_sizes_change_with_their_flag_only(folder: RunFolder) -> None:
+    ramp = "dataplane.batch_schedule=[{start: 4, size: 128}]"
+    with pytest.raises(LaunchError, match=r"add --change-batch-size for dataplane\.batch_schedule"):
+        amended_config(folder, [ramp])
+    config = amended_config(folder, [ramp], ResumeRequest(change_batch_size=True))
+    assert [(stage.start, stage.size) for stage in config.dataplane.batch_schedule] == [(4, 128)]
+    with pytest.raises(LaunchError, match=r"--change-seq-len is given, but mixture\.unit=samples"):
+        amended_config(folder, ["dataplane.seq_len=64"], ResumeRequest(change_seq_len=True))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{start: 0, size: 8}]", r"batch_schedule\[0\]\.start is 0, expected above 0"),
+        ("[{start: 5, size: 8}, {start: 5, size: 9}]", r"batch_schedule\[1\]\.start is 5, expected above 5"),
+        ("[{start: 5, size: 0}]", r"batch_schedule\[0\]\.size is 0, expected at least 1"),
+        ("[{start: 5, size: 1000000}]", "the largest global batch is 8000000"),
+        ("[{start: 5}]", "size"),
+    ],
+)
+def test_a_wrong_ramp_is_refused(folder: RunFolder, stages: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        amended_config(folder, [f"dataplane.batch_schedule={stages}"], ResumeRequest(change_batch_size=True))

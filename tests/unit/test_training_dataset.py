@@ -169,3 +169,18 @@ def test_a_dataset_without_num_steps_has_no_length(collection: list[str]) -> Non
 def test_a_loader_that_stacks_batches_is_refused(collection: list[str], loader: Any) -> None:
     with open_plane(collection) as plane, pytest.raises(ConfigError, match=r"would stack whole batches.*\n.*=None"):
         next(iter(loader(PlaneDataset(plane), batch_size=8)))
+
+
+def test_micro_batches_follow_a_ramp(collection: list[str]) -> None:
+    config = compose([*collection, *WORDS, "dataplane.batch_schedule=[{start: 2, size: 8}]"])
+    sizes = {}
+    for name, words in {"of one size": {"micro_batch_size": 2}, "of one number": {"num_micro_batches": 2}}.items():
+        with DataPlane.open(config, Local()) as plane:
+            dataset = PlaneDataset(plane, num_steps=4, **words)
+            batches = list(DataLoader(dataset, batch_size=None))
+            assert len(dataset) == len(batches)
+            sizes[name] = [(int(batch["step"]), len(batch["positions"])) for batch in batches]
+    assert sizes["of one size"] == [(step, 2) for step in (0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)]
+    assert sizes["of one number"] == [(0, 2), (0, 2), (1, 2), (1, 2), (2, 4), (2, 4), (3, 4), (3, 4)]
+    with DataPlane.open(config, Local()) as plane, pytest.raises(ConfigError, match="micro_batch_size=3"):
+        PlaneDataset(plane, micro_batch_size=3)

@@ -87,6 +87,13 @@ class DeviceSums:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(self._device))
 
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the copy has ended; starts it if it was not started."""
+        if self._copy is None:
+            self.start_copy()
+        return self._arrived is None or bool(self._arrived.query())
+
     def domain_sums(self, num_domains: int) -> Ints:
         """Return the sums of every domain, without padding; shape (NUM_BUFFER_ROWS, num_domains)."""
         by_domain, _ = self._on_host()

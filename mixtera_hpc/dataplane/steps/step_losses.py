@@ -56,6 +56,11 @@ class StepLosses:
         """True if anything was recorded."""
         return bool(self._on_host) or self._on_device is not None
 
+    @property
+    def are_on_host(self) -> bool:
+        """Whether `total` and the like need not wait for an accelerator."""
+        return self._on_device is None or self._on_device.has_arrived
+
     def rows_at(self, positions: Any, rows: slice) -> Rows:
         """Return `rows` of the part of the batch that has `positions`, as rows of the whole batch.
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
+from mixtera_hpc.comm.communicator import Communicator, wait
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
-from mixtera_hpc.errors import CommError
+from mixtera_hpc.dataplane.steps.step_mismatch import NUM_FLAGS, Reduction, raise_mismatch
 
 __all__ = ["AgreedRequests", "RankFlags", "StepReducer", "StepResult"]
 
@@ -30,10 +30,6 @@ Ints = NDArray[np.int64]
 
 DIGEST_MASK = (1 << 32) - 1
 """The bits of a digest that are compared: sums of 32-bit numbers over all ranks fit into an int64."""
-
-NUM_FLAGS = 7
-"""Integers that follow the losses in the buffer: stop, save, whether a group recorded in part, how far the contents of
-peers differ, rows of padding among those that were recorded, sum of the group numbers that recorded, digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +57,6 @@ class StepResult:
     """Seconds that this rank waited for the reduction; 0 when it was complete before it was needed."""
 
 
-@dataclass(slots=True)
-class _Reduction:
-    """A reduction in progress."""
-
-    step: int
-    buffer: Ints
-    result: Ints
-    request: CollectiveRequest
-    contents: tuple[str, ...]
-    num_recorded: int
-    """Tokens that this rank recorded, of a step whose parts did not fit together."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Merge:
     """A step whose parts are on their way inside the group."""
@@ -82,6 +65,21 @@ class _Merge:
     flags: RankFlags
     pending: PendingParts
     num_recorded: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WaitingStep:
+    """A finished step whose losses may be on their way from an accelerator."""
+
+    step: int
+    losses: StepLosses
+    flags: RankFlags
+    is_counted: bool
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its reduction can start without waiting for the accelerator."""
+        return not self.is_counted or self.losses.are_on_host
 
 
 class StepReducer:
@@ -123,16 +121,21 @@ class StepReducer:
         self._is_leader = batch_slice.is_group_leader
         self._parts = LossParts(parts) if parts is not None else None
         self._loss_log = loss_log
+        self._waiting: deque[_WaitingStep] = deque()
+        """Steps whose losses may be on their way from an accelerator, in order; the newest ones."""
         self._merging: deque[_Merge] = deque()
         """Steps whose parts are on their way, in order; their reductions start after those of `_running`."""
-        self._running: deque[_Reduction] = deque()
+        self._running: deque[Reduction] = deque()
         self._results: list[StepResult] = []
         """Complete, and not returned yet."""
-        self._mismatch: _Reduction | None = None
+        self._mismatch: Reduction | None = None
         """The first step that ranks served from different plans, or recorded in part."""
 
     def post_losses(self, step: int, losses: StepLosses, flags: RankFlags, *, is_counted: bool) -> None:
         """Start the reduction of `step`, or first that of its parts. Every rank starts those of all steps, in order.
+
+        If the losses are still on their way from an accelerator, it starts later: in `advance`, or when a step is
+        waited for. So the trainer's thread does not wait for the device when it asks for the next batch.
 
         Args:
             step: the training step after the one of the previous call.
@@ -140,6 +143,13 @@ class StepReducer:
             flags: what this rank reports about the step.
             is_counted: False for a step that was not finished: its losses are left out.
         """
+        self._waiting.append(_WaitingStep(step=step, losses=losses, flags=flags, is_counted=is_counted))
+        self.advance()
+
+    def _post_waiting(self) -> None:
+        """Start the reduction of the oldest step that waits for its losses; wait for the device."""
+        waiting = self._waiting.popleft()
+        step, losses, flags, is_counted = waiting.step, waiting.losses, waiting.flags, waiting.is_counted
         if self._parts is None:
             nothing = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
             num_padding = losses.num_padding if is_counted and losses.has_losses else 0
@@ -153,7 +163,9 @@ class StepReducer:
             )
 
     def advance(self) -> None:
-        """Start the reductions of the steps whose parts have met. Does not block, and is not collective."""
+        """Start the reductions of the steps whose losses are here and have met. Does not block; not collective."""
+        while self._waiting and self._waiting[0].is_ready:
+            self._post_waiting()
         while self._merging and self._merging[0].pending.request.Test():
             self._post_merged()
 
@@ -193,7 +205,7 @@ class StepReducer:
         result = np.empty_like(buffer)
         request = self._reductions.Iallreduce(buffer, result)
         # MPI owns both arrays until the request is complete; the entry keeps them alive.
-        self._running.append(_Reduction(step, buffer, result, request, flags.contents, num_recorded))
+        self._running.append(Reduction(step, buffer, result, request, flags.contents, num_recorded))
 
     def poll(self) -> list[StepResult]:
         """Return the results that have become complete since the last call, in order."""
@@ -213,12 +225,16 @@ class StepReducer:
         self._complete_to(step)
         # Every rank waits here for the same step, whatever it has polled before: all of them raise together.
         if self._mismatch is not None and self._mismatch.step <= step:
-            self._raise_mismatch(self._mismatch)
+            raise_mismatch(self._comm, self._group, self._mismatch)
         return self._take_results()
 
     def drain(self) -> list[StepResult]:
         """Return the same as `poll`, after waiting for all reductions, without checking them. **Collective.**"""
-        last_steps = [*(r.step for r in self._running), *(m.step for m in self._merging)]
+        last_steps = [
+            *(r.step for r in self._running),
+            *(m.step for m in self._merging),
+            *(w.step for w in self._waiting),
+        ]
         if last_steps:
             self._complete_to(last_steps[-1])
         return self._take_results()
@@ -241,6 +257,8 @@ class StepReducer:
             self._loss_log.write(merge.step, merge.pending.positions, losses.means)
 
     def _complete_to(self, step: int) -> None:
+        while self._waiting and self._waiting[0].step <= step:
+            self._post_waiting()
         while self._merging and self._merging[0].step <= step:
             wait(self._merging[0].pending.request)
             self._post_merged()
@@ -276,68 +294,6 @@ class StepReducer:
             self._mismatch = reduction
 
         self._results.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
-
-    def _raise_mismatch(self, reduction: _Reduction) -> None:
-        """Name the ranks that served a step from another plan than most, or did not record it. **Collective.**
-
-        Ranks may notice a wrong sum at different times. They all raise in the first `wait_for` that includes its step,
-        which is the same call of the program on every rank. They may have started reductions of later steps, and not
-        all of them the same.
-        """
-        digests = self._comm.Allgather(reduction.buffer[-1:])[:, 0]
-        values, counts = np.unique(digests, return_counts=True)
-        differing = np.flatnonzero(digests != values[np.argmax(counts)])
-        if not len(differing):
-            if int(reduction.result[-NUM_FLAGS + 2]):
-                self._raise_misfit(reduction)
-            if int(reduction.result[-NUM_FLAGS + 3]):
-                self._raise_other_contents(reduction)
-            self._raise_partial(reduction)
-        raise CommError(
-            f"Ranks {differing.tolist()} served step {reduction.step} from another plan: they use "
-            "different code or read different indexes.\n  Give all nodes the same installation and the same index.path."
-        )
-
-    def _raise_partial(self, reduction: _Reduction) -> None:
-        """Name the ranks that did not record a step that others recorded. **Collective.**"""
-        recorded = int(reduction.buffer[-2] != 0)
-        by_rank = self._comm.Allgather(np.array([self._group, recorded], np.int64))
-        copies = np.bincount(by_rank[:, 0], weights=by_rank[:, 1])
-        # In groups with fewer copies than others, the ranks that did not record.
-        silent = np.flatnonzero((copies[by_rank[:, 0]] < copies.max()) & (by_rank[:, 1] == 0))
-        raise CommError(
-            f"Step {reduction.step} was recorded in part: ranks {silent.tolist()} did not record their losses, others "
-            "did.\n  Call record() for every step in all data-parallel groups, on as many ranks in each, or in none."
-        )
-
-    def _raise_misfit(self, reduction: _Reduction) -> None:
-        """Name the ranks whose parts of the losses do not add up to whole sequences. **Collective.**"""
-        is_partial = int(reduction.buffer[-NUM_FLAGS + 2])
-        by_rank = self._comm.Allgather(np.array([self._group, is_partial, reduction.num_recorded], np.int64))
-        group = int(by_rank[np.argmax(by_rank[:, 1]), 0])
-        ranks = np.flatnonzero(by_rank[:, 0] == group)
-        raise CommError(
-            f"Step {reduction.step} was recorded in part: ranks {ranks.tolist()} recorded "
-            f"{by_rank[ranks, 2].tolist()} tokens, which are not every token of their sequences exactly once.\n"
-            "  Call record(batch, loss, tokens=) on every rank along loss_parts, each with its own part; copies of a "
-            "part count once."
-        )
-
-    def _raise_other_contents(self, reduction: _Reduction) -> None:
-        """Name the ranks that were handed other sequences than the leader of their group. **Collective.**"""
-        own = np.array([self._group, *(int(content, 16) >> 1 for content in reduction.contents)], np.int64)
-        by_rank = self._comm.Allgather(own)
-        # The first rank of every group is its leader. Shape (ranks, sequences).
-        leaders = np.array([int(np.argmax(by_rank[:, 0] == group)) for group in by_rank[:, 0]])
-        differs = by_rank[:, 1:] != by_rank[leaders, 1:]
-        ranks = np.flatnonzero(differs.any(axis=1))
-        first = int(ranks[0])
-        position = int(by_rank[first, 0]) * differs.shape[1] + int(np.argmax(differs[first]))
-        raise CommError(
-            f"Ranks {ranks.tolist()} were handed other data than their model-parallel peers: in step {reduction.step}, "
-            f"position {position} differs between rank {first} and rank {leaders[first]}.\n"
-            "  Give all nodes the same installation, data and tokenizer."
-        )
 
 
 def _digest_of(contents: tuple[str, ...]) -> int:

@@ -1,0 +1,1 @@
+"""Many epochs of a small domain at once."""
