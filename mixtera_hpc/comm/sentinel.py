@@ -42,7 +42,7 @@ def record_failure(failure_file: str, facts: "dict[str, object]") -> None:
     facts = {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     try:
         # Exclusive creation: of several nodes, the first one wins.
-        file = os.open(failure_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        file = os.open(failure_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError:
         return
     os.write(file, json.dumps(facts).encode() + b"\n")

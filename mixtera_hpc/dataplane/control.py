@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mixtera_hpc.config.file_trust import is_trusted_request
 from mixtera_hpc.config.run_folder import RunFolder
 
 __all__ = ["STOP_SIGNALS", "RunControl", "block_time_limit_signal"]
@@ -48,6 +49,8 @@ class RunControl:
         """
         self._run = run if watch_files else None
         self._stop_file = run.stop_request if run is not None else None
+        self._ignored: set[tuple[str, int]] = set()
+        """Path and inode of the control files of other users, about which a warning was logged."""
         self._stop = threading.Event()
         self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
         """The handlers to restore. Only the main thread may install handlers."""
@@ -67,9 +70,10 @@ class RunControl:
         """Return whether a stop was ever requested, and whether a save was requested since the last call."""
         if self._run is None:
             return self._stop.is_set(), False
-        if _take_file(self._run.stop_request):
+        if self._exists(self._run.stop_request) and _take_file(self._run.stop_request):
             self._stop.set()
-        return self._stop.is_set(), _take_file(self._run.save_request)
+        save = self._run.save_request
+        return self._stop.is_set(), self._exists(save) and _take_file(save)
 
     def stop_was_requested(self, look_for_file: bool) -> bool:
         """Return whether a stop was ever requested. For threads: the main thread may be stuck in native code.
@@ -81,7 +85,7 @@ class RunControl:
             with contextlib.suppress(BlockingIOError):
                 if set(STOP_SIGNALS) & set(os.read(self._wakeup[0], 4096)):
                     self._stop.set()
-        if look_for_file and self._stop_file is not None and self._stop_file.exists():
+        if look_for_file and self._stop_file is not None and self._exists(self._stop_file):
             self._stop.set()
         return self._stop.is_set()
 
@@ -94,6 +98,8 @@ class RunControl:
         if self._run is None:
             return None
         path = self._run.mixture_request
+        if not self._exists(path):
+            return None
         try:
             is_file = stat.S_ISREG(path.stat().st_mode)
         except OSError:  # No request.
@@ -108,6 +114,24 @@ class RunControl:
         # The user may have withdrawn the request meanwhile.
         path.unlink(missing_ok=True)
         return text
+
+    def _exists(self, path: Path) -> bool:
+        """Return whether a control file exists and counts; warn once about a file that does not count."""
+        try:
+            if is_trusted_request(path):
+                return True
+            key = str(path), path.lstat().st_ino
+        except OSError:
+            return False
+        if key not in self._ignored:
+            self._ignored.add(key)
+            logger.warning(
+                "%s is ignored: it belongs neither to the owner of %s nor, if the group of that folder may write, to "
+                "that group. Remove it.",
+                path,
+                path.parent,
+            )
+        return False
 
     def close(self) -> None:
         """Restore the signal handlers. Signals that were blocked before are ignored: there is nothing left to save."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.comm.launcher import end_job, mark_saved
 from mixtera_hpc.config.batch_ramp import batch_schedule_of, size_keys
+from mixtera_hpc.config.file_trust import deny_world_write
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.holdout import Split
@@ -103,6 +104,8 @@ class DataPlane:
             PropertyIndexError: the index is missing or stale, or was built with another tokenizer.
             MixtureError: a domain of the mixture has no samples.
         """
+        if folder is not None:
+            deny_world_write()
         options = OpenOptions(folder=folder, attempt=attempt, tracker=tracker, split=split)
         layout = RankLayout(
             data_parallel=data_parallel, mesh=mesh, data_dims=data_dims, loss_parts=loss_parts, subset=subset

@@ -208,10 +208,10 @@ class Watchdog:
 
         def write() -> None:
             try:
-                file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+                file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             except FileNotFoundError:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+                file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
             if is_first:  # A program may have used this attempt's number before.
                 folder.stall_report(self._watched.attempt).unlink(missing_ok=True)
             # In place: renaming would cost metadata operations for every heartbeat.

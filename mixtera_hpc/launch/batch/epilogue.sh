@@ -12,7 +12,7 @@ if [ "$code" -eq 0 ]; then
   end="The run is complete."
 elif [ "$code" -eq 2 ]; then
   end="Another attempt would be refused in the same way."
-elif [ -e "$folder/control/cancelled" ]; then
+elif is_request "$folder/control/cancelled"; then
   end="The run was cancelled, so no attempt follows."
 elif [ "$attempt" -ge "$last_attempt" ]; then
   end="This was the last attempt that job.max_attempts allows."

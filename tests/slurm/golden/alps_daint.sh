@@ -22,6 +22,7 @@ folder=$2 previous_job=$3
 if [ -z "$folder" ]; then folder=/runs/golden/20261123-161004-7f3a; fi
 nodes=2 ranks=8 limit_s=3600
 follow_up="afternotok:$SLURM_JOB_ID"
+umask o-w # Nobody else may write the files of a run. The rest of the user's umask stays.
 attempt_folder() { printf '%s/attempts/%03d' "$folder" "$1"; }
 exit_code_is() { grep -qs "\"exit_code\": $2," "$1/exit.json"; } # Arguments: the attempt's folder, a code.
 record_job() { # Arguments: the attempt's folder, the job id. `mixtera-hpc status` reads this file.
@@ -31,6 +32,15 @@ record_job() { # Arguments: the attempt's folder, the job id. `mixtera-hpc statu
 finish() { # Argument: the exit code.
   printf '{"exit_code": %d, "elapsed_s": %d}\n' "$1" "$SECONDS" >"$here/exit.json"
   exit "$1"
+}
+is_request() { # Argument: a control file. It counts if it belongs to this user, or to the group that may write there.
+  [ -e "$1" ] || return 1
+  [ -O "$1" ] && return 0
+  case "$(stat -c '%A %g' "$folder/control")" in
+    ?????w??[!w]?" $(stat -c %g "$1")") return 0 ;;
+  esac
+  echo "$1 is ignored: it belongs to another user." >&2
+  return 1
 }
 newest_checkpoint() { cat "$folder/checkpoints/LATEST" 2>/dev/null; }
 
@@ -112,7 +122,7 @@ rm -f "$here/saved" "$here/exit.json"
 grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$here/job.json" || record_job "$here" "$SLURM_JOB_ID"
 newest_checkpoint >"$here/checkpoint_before"
 
-if [ -e "$folder/control/cancelled" ]; then
+if is_request "$folder/control/cancelled"; then
   echo "The run was cancelled before attempt $attempt began. Continue with: mixtera-hpc resume $folder"
   finish 75
 fi
@@ -194,7 +204,7 @@ if [ "$code" -eq 0 ]; then
   end="The run is complete."
 elif [ "$code" -eq 2 ]; then
   end="Another attempt would be refused in the same way."
-elif [ -e "$folder/control/cancelled" ]; then
+elif is_request "$folder/control/cancelled"; then
   end="The run was cancelled, so no attempt follows."
 elif [ "$attempt" -ge "$last_attempt" ]; then
   end="This was the last attempt that job.max_attempts allows."
