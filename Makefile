@@ -12,7 +12,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full test-fast integrations integrations-full check surface format bench \
-  reference docs coverage slurm-up slurm-down clean
+  reference docs coverage chaos slurm-up slurm-down clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -94,6 +94,10 @@ format: setup ## format the code
 
 bench: setup ## measure, next to peers and physical limits; tables and JSON in bench/out
 	$(BIN)/python -m bench
+
+chaos: setup ## damage a run on a Slurm cluster of 4 nodes 20 times, and prove that nothing is lost or doubled
+	LAB_NETNS=1 slurm/dev-cluster/slurm-up.sh
+	$(BIN)/python tests/chaos/chaos_slurm.py --rounds 20 --seed 0
 
 slurm-up: ## start a real Slurm cluster of 4 nodes on this machine (Debian, root)
 	slurm/dev-cluster/slurm-up.sh

@@ -9,6 +9,8 @@ Price: one Allgather of 32 bytes per rank and one of 8 bytes at start, and one s
 import contextlib
 import mmap
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -18,15 +20,19 @@ from types import TracebackType
 import numpy as np
 
 from mixtera_hpc.comm import sentinel
-from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
 from mixtera_hpc.comm.node_memory import machine_key
 from mixtera_hpc.comm.sentinel import FINISHED, REPORTED, RUNNING, SLOT
 from mixtera_hpc.errors import MixteraError, is_clean_exit
 
 __all__ = ["FailureWatch", "start_failure_watch"]
 
-SENTINEL_GRACE_S = 2.0
+SENTINEL_GRACE_S = 3.0
 """How long a rank with a foreign error waits for the sentinel to report another rank as the cause."""
+
+
+LAUNCHERS = ("mpiexec", "mpiexec.hydra", "mpirun", "prterun", "orterun", "srun", "torchrun", "pt_elastic")
+"""Names of processes that start ranks."""
 
 
 class FailureWatch:
@@ -132,10 +138,14 @@ def start_failure_watch(comm: Communicator, failure_file: Path | None) -> Failur
     board = _open_board(pid=int(rows[first, 1]), fd=int(rows[first, 2]))
     can_watch = bool(comm.Allgather(np.array([board is not None], np.int64))[node_ranks].all())
     watch = FailureWatch(comm, failure_file, board if can_watch else None, node_ranks.index(comm.rank))
+    link, listener = _open_link(comm, num_nodes=len(set(rows[:, 0].tolist())), is_first_of_node=comm.rank == first)
     if can_watch and comm.rank == first:
         ranks = [f"{rank}:{rows[rank, 1]}:{rows[rank, 3]}" for rank in node_ranks]
-        watch.own(_start_sentinel([str(own_board), str(failure_file or ""), comm.hostname, *ranks], own_board))
+        facts = [str(own_board), str(failure_file or ""), comm.hostname, link, str(_launcher_pid()), *ranks]
+        watch.own(_start_sentinel(facts, [own_board, *([] if listener is None else [listener.fileno()])]))
     comm.Barrier()
+    if listener is not None:
+        listener.close()
 
     # The sentinel has opened the pipes by now. The kernel closes the write end when this process dies.
     watch.own(write_end)
@@ -143,6 +153,36 @@ def start_failure_watch(comm: Communicator, failure_file: Path | None) -> Failur
     if own_board >= 0:
         os.close(own_board)
     return watch
+
+
+def _open_link(comm: Communicator, num_nodes: int, *, is_first_of_node: bool) -> tuple[str, socket.socket | None]:
+    """Return how the sentinel of this node reaches the others, and rank 0's listening socket. **Collective.**"""
+    if num_nodes == 1:
+        return "-", None
+    listener: socket.socket | None = None
+    address = b"-"
+    if comm.rank == 0:
+        # Without a network, nodes are watched each on its own.
+        with contextlib.suppress(OSError):
+            listener = socket.create_server(("", 0), backlog=num_nodes)
+            address = f"{comm.hostname}:{listener.getsockname()[1]}:{secrets.token_hex(8)}".encode()
+    address = bcast_bytes(comm, address if comm.rank == 0 else None)
+    if listener is not None:
+        return f"fd:{listener.fileno()}:{address.decode().rpartition(':')[2]}", listener
+    return address.decode() if is_first_of_node else "-", None
+
+
+def _launcher_pid() -> int:
+    """Return the process id of the launcher that started this process; 0 if none of its ancestors is one."""
+    pid = os.getppid()
+    found = 0
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        while pid > 1:
+            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+            if name in LAUNCHERS:
+                found = pid
+            pid = int(rest.split()[1])
+    return found
 
 
 def _node_key() -> int:
@@ -174,7 +214,7 @@ def _open_board(pid: int, fd: int) -> mmap.mmap | None:
         return mmap.mmap(board, 0)
 
 
-def _start_sentinel(arguments: list[str], board: int) -> subprocess.Popen[bytes]:
+def _start_sentinel(arguments: list[str], inherited: list[int]) -> subprocess.Popen[bytes]:
     """Start the sentinel in a separate session, and wait until it watches.
 
     `Popen` uses vfork, which is safe after MPI_Init: no state of the network library is copied.
@@ -183,7 +223,7 @@ def _start_sentinel(arguments: list[str], board: int) -> subprocess.Popen[bytes]
         [sys.executable, "-I", "-S", "-E", sentinel.__file__, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        pass_fds=[board],
+        pass_fds=inherited,
         start_new_session=True,
     )
     if process.stdout is not None:

@@ -1,6 +1,6 @@
 """The process that reports which rank of a node died first. `failure_watch.py` starts one per node.
 
-    python -I -S -E sentinel.py BOARD_FD FAILURE_FILE HOST RANK:PID:PIPE_FD…
+    python -I -S -E sentinel.py BOARD_FD FAILURE_FILE HOST LINK LAUNCHER_PID RANK:PID:PIPE_FD…
 
 It runs as a script with the standard library only.
 
@@ -12,7 +12,13 @@ launcher is already killing the other ranks, so pidfds alone named the wrong ran
 Why a process: it runs in a separate session, which the launcher's clean-up does not reach. A thread in a surviving rank
 would be killed before it could report.
 
-Price: one interpreter of 8 MB per node, and no CPU time. It ends after its report, or with the last rank.
+How a lost node is seen: the sentinels of the other nodes are connected to that of the first one by TCP, and both sides
+send one byte every 5 s. A connection that closes without a farewell, or that is silent for three beats, is a lost node.
+
+How a killed launcher is seen: its process is gone when the first rank dies.
+
+Price: one interpreter of 8 MB per node, 10 bytes every 5 s per node, and no CPU time. It ends after its report, or with
+the last rank.
 """
 
 import contextlib
@@ -20,6 +26,7 @@ import json
 import mmap
 import os
 import select
+import socket
 import struct
 import sys
 import time
@@ -35,6 +42,132 @@ FINISHED = 1
 """The rank exits cleanly."""
 REPORTED = 2
 """The rank failed and has reported it itself."""
+
+BEAT_S = 5.0
+SILENCE_S = 3 * BEAT_S
+CLOSED_GRACE_S = 1.0
+"""A node whose connection closed is lost if nobody has reported another cause within this time."""
+FAREWELL = b"F"
+NODE_LOST = -1
+"""Stands for a lost node where positions of ranks are expected."""
+
+
+class Link:
+    """The connection to the sentinel of another node."""
+
+    def __init__(self, connection: socket.socket, key: str = "") -> None:
+        connection.setblocking(False)
+        self.key = key
+        self.connection = connection
+        self.node = ""
+        """Name and ranks of the node, sent by its sentinel."""
+        self.heard = time.monotonic()
+        self.closed: float | None = None
+        """When the connection closed without a farewell."""
+        self.has_left = False
+
+    def receive(self) -> None:
+        """Read what has arrived."""
+        try:
+            data = self.connection.recv(4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.heard = time.monotonic()
+        if not data and not self.has_left and self.closed is None:
+            self.closed = self.heard
+        self.has_left = self.has_left or data.endswith(FAREWELL)
+        first_line, end_of_line, _ = data.partition(b"\n")
+        key, _, node = first_line.decode(errors="replace").partition(" ")
+        if end_of_line and not self.node and key == self.key:
+            self.node = node
+
+    def send(self, data: bytes) -> None:
+        """Send, or do nothing: a lost connection is noticed by its silence."""
+        with contextlib.suppress(OSError):
+            self.connection.send(data)
+
+    def loss(self, silence_s: float) -> "str | None":
+        """Return why the node counts as lost; None if it does not."""
+        now = time.monotonic()
+        if self.has_left or not self.node:
+            return None
+        if self.closed is not None:
+            return "its connection closed" if now - self.closed >= CLOSED_GRACE_S else None
+        return f"no sign of life for {silence_s:.0f} s" if now - self.heard >= silence_s else None
+
+
+class Links:
+    """The connections of this sentinel. The first node's listens; the others connect to it."""
+
+    def __init__(self, word: str, hello: str) -> None:
+        """Open them; without a network there are none.
+
+        Args:
+            word: `fd:N:KEY` for a listening socket, `HOST:PORT:KEY` to connect to, or `-`. Connections without the key
+                are ignored.
+            hello: name and ranks of this node.
+        """
+        self.epoll = select.epoll()
+        self.links: dict[int, Link] = {}
+        self.listener: socket.socket | None = None
+        # The first node sees a lost one earlier than the lost one, if it still runs, misses the first.
+        self.silence_s = SILENCE_S
+        self.next_beat = time.monotonic()
+        address, _, self.key = word.rpartition(":")
+        host, _, number = address.rpartition(":")
+        with contextlib.suppress(OSError):
+            if host == "fd":
+                self.listener = socket.socket(fileno=int(number))
+                self.listener.setblocking(False)
+                self.epoll.register(self.listener, select.EPOLLIN)
+            elif number:
+                self.silence_s += 2 * BEAT_S
+                link = Link(socket.create_connection((host, int(number)), timeout=2))
+                link.node = f"{host}, the first node,"
+                link.send(f"{self.key} {hello}\n".encode())
+                self._add(link)
+
+    def timeout_s(self) -> float:
+        """Return how long to wait for events."""
+        if self.listener is None and not self.links:
+            return -1
+        return 0.5 if any(link.closed for link in self.links.values()) else BEAT_S
+
+    def handle_events(self) -> None:
+        """Accept and read what has arrived."""
+        for fd, _ in self.epoll.poll(0):
+            if self.listener is not None and fd == self.listener.fileno():
+                self._add(Link(self.listener.accept()[0], self.key))
+                continue
+            link = self.links[fd]
+            link.receive()
+            if link.closed is not None or link.has_left:
+                self.epoll.unregister(fd)
+
+    def beat(self) -> None:
+        """Send a byte to every other node if it is time."""
+        if time.monotonic() >= self.next_beat:
+            self.next_beat = time.monotonic() + BEAT_S
+            for link in self.links.values():
+                link.send(b".")
+
+    def lost_node(self) -> "str | None":
+        """Return the description of a lost node; None if there is none."""
+        for link in self.links.values():
+            if reason := link.loss(self.silence_s):
+                return f"node {link.node} was lost: {reason}"
+        return None
+
+    def say_farewell(self) -> None:
+        """Tell the other nodes that this sentinel ends on purpose."""
+        for link in self.links.values():
+            link.send(FAREWELL)
+
+    def _add(self, link: Link) -> None:
+        self.links[link.connection.fileno()] = link
+        self.epoll.register(link.connection, select.EPOLLIN)
 
 
 def record_failure(failure_file: str, facts: "dict[str, object]") -> None:
@@ -54,23 +187,61 @@ def main(argv: "list[str]") -> None:
     board = mmap.mmap(int(argv[1]), 0, prot=mmap.PROT_READ)
     failure_file = argv[2]
     host = argv[3]
-    ranks = [tuple(map(int, word.split(":"))) for word in argv[4:]]
-    for slot in _deaths([(pid, pipe) for _, pid, pipe in ranks]):
-        slots = [SLOT.unpack_from(board, number * SLOT.size) for number in range(len(ranks))]
-        step, state = slots[slot]
-        if any(state == REPORTED for _, state in slots):
-            return
-        if state == RUNNING:
-            rank, pid, _ = ranks[slot]
-            _report({"rank": rank, "host": host, "pid": pid, "step": step if step >= 0 else None}, failure_file)
-            return
+    launcher = int(argv[5])
+    ranks = [tuple(map(int, word.split(":"))) for word in argv[6:]]
+    numbers = ", ".join(str(rank) for rank, _, _ in ranks)
+    links = Links(argv[4], f"{host} with rank{'s' if len(ranks) > 1 else ''} {numbers}")
+    try:
+        for slot in _deaths([(pid, pipe) for _, pid, pipe in ranks], links):
+            slots = [SLOT.unpack_from(board, number * SLOT.size) for number in range(len(ranks))]
+            if any(state == REPORTED for _, state in slots):
+                return
+            if slot == NODE_LOST:
+                if all(state == RUNNING for _, state in slots):
+                    step = max(step for step, _ in slots)
+                    reason = links.lost_node() or ""
+                    _report(
+                        {"rank": None, "host": host, "pid": None, "step": _known(step), "reason": reason}, failure_file
+                    )
+                return
+            step, state = slots[slot]
+            if state == RUNNING:
+                rank, pid, _ = ranks[slot]
+                _report(_facts_of_rank(rank, host, pid, _known(step), launcher), failure_file)
+                return
+    finally:
+        links.say_farewell()
 
 
-def _deaths(processes: "list[tuple[int, int]]") -> "Iterator[int]":
+def _known(step: int) -> "int | None":
+    return step if step >= 0 else None
+
+
+def _facts_of_rank(rank: int, host: str, pid: int, step: "int | None", launcher: int) -> "dict[str, object]":
+    when = "before its first step ended" if step is None else f"after step {step}"
+    reason = f"was killed or crashed {when}"
+    if launcher and not _is_alive(launcher):
+        reason = f"ended {when}, because the launcher of the ranks (process {launcher}) was killed"
+    return {"rank": rank, "host": host, "pid": pid, "step": step, "reason": reason}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            state = file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"  # A zombie has ended, but its parent has not asked for its exit code.
+
+
+def _deaths(processes: "list[tuple[int, int]]", links: Links) -> "Iterator[int]":
     """Yield positions in `processes` in the order in which they die, some twice; end when all are gone.
+
+    Yield NODE_LOST if another node is lost.
 
     Args:
         processes: process id, and number of its pipe's write end in that process.
+        links: connections to other nodes.
     """
     epoll = select.epoll()
     alive = set()
@@ -90,22 +261,28 @@ def _deaths(processes: "list[tuple[int, int]]") -> "Iterator[int]":
     os.write(1, b"!")  # Ready: `start_failure_watch` waits for this.
     os.close(1)
 
+    epoll.register(links.epoll, select.EPOLLIN)
     yield from already_dead
     while alive:
-        for fd, _ in epoll.poll():
+        for fd, _ in epoll.poll(links.timeout_s()):
+            if fd == links.epoll.fileno():
+                links.handle_events()
+                continue
             epoll.unregister(fd)
             alive.discard(fd)
             yield slots[fd]
+        links.beat()
+        if links.lost_node():
+            yield NODE_LOST
 
 
 def _report(facts: "dict[str, object]", failure_file: str) -> None:
     """Write to stderr and, unless it is empty, to `failure_file` that a rank died."""
     if os.path.exists(failure_file):  # noqa: PTH110
         return  # A rank of another node failed first, and the launcher killed the ranks of this node.
-    when = "before its first step ended" if facts["step"] is None else f"after step {facts['step']}"
-    facts["reason"] = f"was killed or crashed {when}"
     with contextlib.suppress(OSError):  # stderr may be closed by now; the file remains.
-        os.write(2, "[rank {rank} on {host}] {reason} (pid {pid})\n".format(**facts).encode())
+        who = "[{host}] {reason}\n" if facts["rank"] is None else "[rank {rank} on {host}] {reason} (pid {pid})\n"
+        os.write(2, who.format(**facts).encode())
     if failure_file:
         record_failure(failure_file, facts)
 

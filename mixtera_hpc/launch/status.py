@@ -13,7 +13,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, is_alive, read_end, read_follow_up, read_start
 from mixtera_hpc.launch.slurm.slurm_commands import JobInfo, JobState, query_jobs
-from mixtera_hpc.launch.slurm.srun_reports import first_failed_rank, mpi_problem
+from mixtera_hpc.launch.slurm.srun_reports import first_failed_rank, lost_node, mpi_problem
 
 __all__ = ["JUST_SUBMITTED_S", "RunStatus", "last_step", "run_statuses"]
 
@@ -195,7 +195,8 @@ def _info(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> JobIn
     if attempt.start.kind in ("local", "program"):
         return _local_info(attempt.start, age_s, _failure(attempt))
     if info := answer.jobs.get(attempt.start.job_id or ""):
-        return info
+        failure = None if info.state.active or info.state == JobState.COMPLETED else _failure(attempt)
+        return replace(info, reason=f"{failure} ({info.reason})") if failure else info
     if answer.problem is not None:
         return JobInfo(state=JobState.UNKNOWN, reason=answer.problem)
     if age_s < JUST_SUBMITTED_S:
@@ -218,9 +219,11 @@ def _failure(attempt: _NewestAttempt) -> str | None:
     except (FileNotFoundError, json.JSONDecodeError):
         pass
     else:
-        return f"rank {failure.get('rank')} on {failure.get('host')}: {failure.get('reason')}"
-    if problem := mpi_problem(attempt.folder, attempt.number):
-        return problem
+        who = f"rank {failure.get('rank')} on {failure.get('host')}: " if failure.get("rank") is not None else ""
+        return f"{who}{failure.get('reason')}"
+    for find in (mpi_problem, lost_node):
+        if problem := find(attempt.folder, attempt.number):
+            return problem
     # A program of the user's ends without our report, but srun names the rank.
     failed = first_failed_rank(attempt.folder, attempt.number)
     return str(failed) if failed else None

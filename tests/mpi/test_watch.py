@@ -67,6 +67,18 @@ def test_a_killed_rank_is_reported_under_torchrun(tmp_path: Path) -> None:
     assert ends_soon(tmp_path)
 
 
+def test_a_killed_launcher_is_named_instead_of_a_rank(tmp_path: Path) -> None:
+    command = [str(MPIEXEC), "-n", "4", sys.executable, str(PROGRAM), "killed launcher", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "ready\n"
+        launcher.kill()
+
+    assert ends_soon(tmp_path)
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert failure["reason"].endswith(f"because the launcher of the ranks (process {launcher.pid}) was killed")
+
+
 def test_an_exception_is_reported_instead_of_a_crash(tmp_path: Path) -> None:
     done = launch("raise", tmp_path)
 

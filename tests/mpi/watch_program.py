@@ -14,6 +14,9 @@ FAILING_RANK = 2
 
 
 def fail(mode: str) -> None:
+    if mode == "killed launcher":
+        print("ready", flush=True)
+        time.sleep(60)
     if mode == "peers fail first":  # The libraries of the other ranks notice before the kernel ends it.
         time.sleep(0.3)
     if mode in ("SIGKILL", "peers fail first"):

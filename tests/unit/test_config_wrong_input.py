@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.config.compose import compose, load_config
+from mixtera_hpc.config.compose import compose, load_config, prepare_application
 from mixtera_hpc.config.schema import ClusterConfig
 from mixtera_hpc.config.yaml_files import read_yaml
 from mixtera_hpc.errors import ConfigError
@@ -224,3 +224,10 @@ def test_a_submitted_run_without_its_index_is_refused(
     assert main(["submit", *collection, missing, f"run.root={tmp_path / 'runs'}", "cluster=dev"]) == 2
     assert "none.h5" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["job.nodes", "job.ranks_per_node", "cluster"])
+def test_the_launcher_of_hydra_refuses_jobs_of_several_shapes(key: str) -> None:
+    values = "dev,local" if key == "cluster" else "1,2"
+    with pytest.raises(ConfigError, match=r"several values\.\n  Use mixtera-hpc sweep"):
+        prepare_application(["-m", "hydra/launcher=submitit_slurm", *BASE, f"{key}={values}"])

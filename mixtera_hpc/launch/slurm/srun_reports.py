@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mixtera_hpc.config.run_folder import RunFolder
 
-__all__ = ["FailedRank", "first_failed_rank", "mpi_problem"]
+__all__ = ["FailedRank", "first_failed_rank", "lost_node", "mpi_problem"]
 
 _MPI_CURES = {
     "unsupported PMI version": "the MPI library and the --mpi of srun do not fit",
@@ -47,6 +47,14 @@ def first_failed_rank(folder: RunFolder, attempt: int) -> FailedRank | None:
     files = [_tail(folder, attempt, f"rank_{int(rank):05d}.{kind}") for kind in ("out", "err")]
     errors = [line.strip() for text in files for line in text.splitlines() if line.strip()]
     return FailedRank(rank=int(rank), host=host, report=report.lstrip(": "), last_line=errors[-1] if errors else "")
+
+
+def lost_node(folder: RunFolder, attempt: int) -> str | None:
+    """Return what srun or the batch shell reports about a lost node or a killed srun; None if nothing."""
+    text = _tail(folder, attempt, "batch.out")
+    if found := re.search(r"srun: error: Node failure on (\S+)", text):
+        return f"node {found.group(1)} was lost"
+    return "srun was killed" if re.search(r"line \d+: +\d+ Killed +srun ", text) else None
 
 
 def mpi_problem(folder: RunFolder, attempt: int) -> str | None:

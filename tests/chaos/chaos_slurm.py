@@ -1,0 +1,299 @@
+"""Damage a run on a real Slurm cluster again and again, without a person, and prove that it lost and doubled nothing.
+
+    python tests/chaos/chaos_slurm.py --rounds 20 --seed 0 [--only KIND] [--folder DIR]
+
+It needs the cluster of `LAB_NETNS=1 slurm/dev-cluster/slurm-up.sh`, where every node has its own network and processes.
+One run trains on 2 nodes × 2 ranks. Every round waits until an attempt trains, and does one of these to it:
+
+    kill_rank, kill_srun, kill_batch_shell     SIGKILL
+    kill_node, kill_batch_host                 power off; the node boots again afterwards
+    cut_network                                the node's network is gone; it heals afterwards
+    preempt                                    a job of a higher priority takes the nodes
+    kill_during_save                           SIGKILL of rank 0 while it writes a checkpoint
+
+A round fails if no further attempt trains, or if `failure.json` does not name the cause. At the end the run is stopped
+and `trace --verify` reads everything again. The seed determines the faults, not their moments. Prints one line of JSON
+per round, and a summary.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.testing.small_collection import make_collection
+
+LAB = Path(os.environ.get("LAB", "/tmp/mixtera-slurm"))
+SLURM_NODE = Path(__file__).parents[2] / "slurm/dev-cluster/slurm-node.sh"
+COMMAND = [str(LAB / "in-head"), sys.executable, "-m", "mixtera_hpc"]
+REPORTED_S = 15
+"""How long a failure may take to be reported; a cut network takes three heartbeats and Slurm's own timeout more."""
+NEXT_S = 240
+"""How long the next attempt may take to train: queue, start of Python and torch on a busy machine."""
+STEPS_BEFORE_FAULT = range(6, 30)
+SETTINGS = [
+    "mixture.max_epochs=null",
+    "dataplane.seq_len=32",
+    "dataplane.global_batch_size=8",
+    "dataplane.chunk_steps=4",
+    "dataplane.audit=true",
+    "training.num_layers=1",
+    "training.num_heads=2",
+    "training.embedding_dim=64",
+    "training.num_steps=1000000",
+    "training.log_every=1",
+    "checkpoint.every_steps=5",
+    "checkpoint.keep=3",
+    "run.name=chaos",
+    "run.id=slurm",
+    "cluster=dev",
+    "job.nodes=2",
+    'job.time="02:00:00"',
+    "job.max_attempts=200",
+]
+
+
+class Failed(AssertionError):
+    """A promise that was not kept."""
+
+
+class Site:
+    """The data and the run, in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        words = make_collection(folder / "data", num_rows=4800)
+        self.run = RunFolder(folder / "runs" / "chaos" / "slurm")
+        self.words = [*words, *SETTINGS, f"run.root={folder / 'runs'}"]
+
+    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, cwd=self.folder)
+
+    def status(self) -> dict[str, Any]:
+        done = self.call("status", str(self.run.path), "--json")
+        _check(done.returncode == 0, done.stdout + done.stderr)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    def attempt(self) -> int:
+        return max(self.run.attempts(), default=0)
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"{path}\n{path.read_text(errors='replace')[-1500:]}"
+            for path in sorted(self.run.logs(self.attempt()).glob("*.*"))
+        )
+
+    def wait(self, condition: Callable[[], Any], limit_s: float, what: str) -> float:
+        """Return the seconds until `condition` holds."""
+        began = time.monotonic()
+        while not condition():
+            if time.monotonic() - began > limit_s:
+                raise Failed(f"{what}: not within {limit_s:g} s; {self.status()}\n{self.logs()}")
+            time.sleep(0.2)
+        return round(time.monotonic() - began, 2)
+
+    def wait_until_trains(self, after: int, num_steps: int) -> float:
+        """Wait until an attempt later than `after` has finished `num_steps` steps; return the seconds."""
+        return self.wait(lambda: self.attempt() > after and self.num_lines() >= num_steps, NEXT_S, "the next attempt")
+
+    def num_lines(self) -> int:
+        """Return for how many steps the newest attempt has written metrics."""
+        path = self.run.metric("steps")
+        return path.read_bytes().count(f'"attempt":{self.attempt()},'.encode()) if path.exists() else 0
+
+    def job_id(self) -> str:
+        return str(json.loads(self.run.job_record(self.attempt()).read_text())["job_id"])
+
+    def processes(self) -> dict[int, dict[str, str]]:
+        """Return the environment of every process of the newest attempt's job."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                entries = (
+                    entry.partition("=") for entry in (folder / "environ").read_text(errors="replace").split("\0")
+                )
+                environment = {name: value for name, _, value in entries}
+                if environment.get("SLURM_JOB_ID") == self.job_id():
+                    found[int(folder.name)] = environment
+        return found
+
+    def rank_pid(self, rank: int) -> int:
+        """Return the process id of a rank: the first process of its task."""
+        ranks = {pid: facts for pid, facts in self.processes().items() if "PMI_RANK" in facts}
+        return min(pid for pid, facts in ranks.items() if facts["PMI_RANK"] == str(rank))
+
+    def rank_host(self, rank: int) -> str:
+        return self.processes()[self.rank_pid(rank)]["SLURMD_NODENAME"]
+
+    def failure(self, attempt: int) -> dict[str, Any]:
+        return dict(json.loads(self.run.failure(attempt).read_text()))
+
+
+def kill_rank(site: Site, chance: random.Random) -> dict[str, Any]:
+    rank = chance.randrange(4)
+    attempt = site.attempt()
+    os.kill(site.rank_pid(rank), signal.SIGKILL)
+    reported_s = site.wait(site.run.failure(attempt).exists, REPORTED_S, "failure.json")
+    named = site.failure(attempt)["rank"]
+    _check(named == rank, f"rank {rank} was killed, but rank {named} is named")
+    return {"rank": rank, "reported_s": reported_s}
+
+
+def kill_during_save(site: Site, chance: random.Random) -> dict[str, Any]:
+    attempt = site.attempt()
+    pid = site.rank_pid(0)
+    # A checkpoint is written below a hidden name first.
+    site.wait(lambda: any(site.run.checkpoints.glob(".*")), 60, "a checkpoint that is being written")
+    os.kill(pid, signal.SIGKILL)
+    return {"reported_s": site.wait(site.run.failure(attempt).exists, REPORTED_S, "failure.json")}
+
+
+def kill_srun(site: Site, chance: random.Random) -> dict[str, Any]:
+    attempt = site.attempt()
+    _kill_matching(site, lambda words: words[:1] == ["srun"])
+    return {"end_s": site.wait(lambda: site.run.exit_record(attempt).exists(), REPORTED_S, "exit.json")}
+
+
+def kill_batch_shell(site: Site, chance: random.Random) -> dict[str, Any]:
+    _kill_matching(site, lambda words: any(word.endswith("/slurm_script") for word in words))
+    return {}
+
+
+def kill_node(site: Site, chance: random.Random) -> dict[str, Any]:
+    return _lose_node(site, site.rank_host(3), "kill", "start")
+
+
+def kill_batch_host(site: Site, chance: random.Random) -> dict[str, Any]:
+    return _lose_node(site, site.rank_host(0), "kill", "start")
+
+
+def cut_network(site: Site, chance: random.Random) -> dict[str, Any]:
+    return _lose_node(site, site.rank_host(3), "cut", "heal")
+
+
+def preempt(site: Site, chance: random.Random) -> dict[str, Any]:
+    attempt = site.attempt()
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--time=1", "--wrap=sleep 5"]
+    subprocess.run([str(LAB / "in-head"), *urgent], check=True, capture_output=True, cwd=site.folder)
+    return {"end_s": site.wait(lambda: _has_left(site, attempt), 60, "the end of the preempted job")}
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        *(kill_rank, kill_srun, kill_batch_shell, kill_node),
+        *(kill_batch_host, cut_network, preempt, kill_during_save),
+    )
+}
+
+
+def _lose_node(site: Site, node: str, fault: str, cure: str) -> dict[str, Any]:
+    attempt = site.attempt()
+    subprocess.run([SLURM_NODE, fault, node], check=True, capture_output=True)
+    times = {}
+    try:
+        limit_s = REPORTED_S if fault == "kill" else REPORTED_S + 10
+        times["reported_s"] = site.wait(
+            site.run.failure(attempt).exists, limit_s, f"failure.json after {node} was lost"
+        )
+        end_s = site.wait(lambda: _has_left(site, attempt), 60, f"the end of the job without {node}")
+        named = site.failure(attempt)["reason"]
+        _check(f"node {node}" in named, f"{node} was lost, but the failure is {named}")
+    finally:
+        subprocess.run([SLURM_NODE, cure, node], check=True, capture_output=True)
+    return {"node": node, "end_s": end_s, **times}
+
+
+def _has_left(site: Site, attempt: int) -> bool:
+    status = site.status()
+    return bool(status["attempt"] > attempt or status["state"] not in ("RUNNING",))
+
+
+def _kill_matching(site: Site, matches: Callable[[list[str]], bool]) -> None:
+    killed = 0
+    for pid in site.processes():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if matches(words):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+    _check(killed > 0, "no process matches")
+
+
+def play(site: Site, kind: str, chance: random.Random) -> dict[str, Any]:
+    """Damage the newest attempt once, and wait until another one trains; return what happened."""
+    site.wait_until_trains(site.attempt() - 1, chance.choice(STEPS_BEFORE_FAULT))
+    attempt = site.attempt()
+    result = FAULTS[kind](site, chance)
+    return {**result, "attempt": attempt, "next_s": site.wait_until_trains(attempt, 1)}
+
+
+def finish(site: Site) -> str:
+    """Let the run save and stop in order, and prove what it served; return the proof."""
+    site.wait_until_trains(site.attempt() - 1, STEPS_BEFORE_FAULT[0])
+    done = site.call("cancel", str(site.run.path), "--after-save")
+    _check(done.returncode == 0, done.stdout + done.stderr)
+    site.wait(lambda: site.status()["state"] == "SAVED", 60, "the end")
+    done = site.call("trace", str(site.run.path), "--verify")
+    _check(done.returncode == 0, done.stdout + done.stderr)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=list(FAULTS), help="a single kind of fault")
+    parser.add_argument("--folder", type=Path, help="keeps the run; default: a temporary folder")
+    arguments = parser.parse_args()
+    if not (LAB / "run/node-node1.pid").exists():
+        print("The cluster is not up. Start it with LAB_NETNS=1 slurm/dev-cluster/slurm-up.sh", file=sys.stderr)
+        return 2
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    with _submitted(folder) as site:
+        chance = random.Random(arguments.seed)
+        kinds = [arguments.only] if arguments.only else list(FAULTS)
+        order = [kinds[number % len(kinds)] for number in range(arguments.rounds)]
+        chance.shuffle(order)
+        for number, kind in enumerate(order, 1):
+            began = time.monotonic()
+            # A failed round ends the test: the run may not go on by itself any more.
+            result = play(site, kind, random.Random(f"{arguments.seed} {number}"))
+            facts = {"round": number, "kind": kind, **result, "round_s": round(time.monotonic() - began, 1)}
+            print(json.dumps(facts), flush=True)
+        print(f"{arguments.rounds} rounds. {finish(site)}")
+    if arguments.folder is None:
+        shutil.rmtree(folder)
+    return 0
+
+
+@contextlib.contextmanager
+def _submitted(folder: Path) -> Iterator[Site]:
+    """Build the index and submit the run; cancel what is left of it afterwards."""
+    site = Site(folder)
+    done = site.call("submit", *site.words)
+    _check(done.returncode == 0, done.stdout + done.stderr)
+    try:
+        yield site
+    finally:
+        site.call("cancel", str(site.run.path))
+
+
+def _check(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Failed(otherwise)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

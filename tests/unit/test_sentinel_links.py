@@ -1,0 +1,108 @@
+"""Sentinels of two nodes, as two processes of this machine: a lost node is named, and a node that ends is not."""
+
+import contextlib
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mixtera_hpc.comm import sentinel
+from mixtera_hpc.comm.sentinel import FINISHED, RUNNING, SLOT
+
+KEY = "0123456789abcdef"
+LIMIT_S = 20
+
+
+class Node:
+    """A sentinel and the one rank that it watches."""
+
+    def __init__(self, rank: int, link: str, failure: Path, inherited: list[int]) -> None:
+        self.board_fd = os.memfd_create("board", os.MFD_CLOEXEC)
+        os.ftruncate(self.board_fd, SLOT.size)
+        self.board = mmap.mmap(self.board_fd, SLOT.size)
+        self.set_state(RUNNING)
+        read_end, write_end = os.pipe()
+        self.rank = subprocess.Popen(["sleep", "1000"], pass_fds=[write_end])
+        facts = [str(self.board_fd), str(failure), f"node{rank}", link, "0", f"{rank}:{self.rank.pid}:{write_end}"]
+        self.sentinel = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-E", sentinel.__file__, *facts],
+            stdout=subprocess.PIPE,
+            pass_fds=[self.board_fd, *inherited],
+        )
+        assert self.sentinel.stdout is not None
+        assert self.sentinel.stdout.read() == b"!"
+        os.close(read_end)
+        os.close(write_end)
+
+    def set_state(self, state: int) -> None:
+        SLOT.pack_into(self.board, 0, 7, state)
+
+    def close(self) -> None:
+        for process in (self.rank, self.sentinel):
+            process.kill()
+            process.wait()
+        os.close(self.board_fd)
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        first = Node(0, f"fd:{listener.fileno()}:{KEY}", tmp_path / "failure.json", [listener.fileno()])
+        stack.callback(first.close)
+        second = Node(1, f"127.0.0.1:{listener.getsockname()[1]}:{KEY}", tmp_path / "failure.json", [])
+        stack.callback(second.close)
+        yield first, second
+
+
+def test_a_node_whose_processes_are_gone_is_named(nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    _, second = nodes
+    time.sleep(0.5)  # The first sentinel has read the name of the second.
+    second.sentinel.kill()
+
+    failure = wait_for_failure(tmp_path)
+    assert failure["reason"] == "node node1 with rank 1 was lost: its connection closed"
+    assert (failure["host"], failure["step"]) == ("node0", 7)
+
+
+def test_the_other_nodes_name_the_first_one(nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    first, _ = nodes
+    first.sentinel.kill()
+
+    assert "the first node, was lost" in wait_for_failure(tmp_path)["reason"]
+
+
+def test_a_node_that_does_not_answer_is_named(nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    _, second = nodes
+    time.sleep(0.5)
+    second.sentinel.send_signal(19)  # SIGSTOP: the connection stays open, as with a cut cable.
+
+    assert "no sign of life for 15 s" in wait_for_failure(tmp_path)["reason"]
+    second.sentinel.send_signal(18)
+
+
+def test_a_node_that_ends_on_purpose_is_not_lost(nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    first, second = nodes
+    second.set_state(FINISHED)
+    second.rank.kill()
+    second.rank.wait()
+    second.sentinel.wait(LIMIT_S)
+    time.sleep(3)
+
+    assert not (tmp_path / "failure.json").exists()
+    assert first.sentinel.poll() is None
+
+
+def wait_for_failure(folder: Path) -> dict[str, str]:
+    deadline = time.monotonic() + LIMIT_S + 10
+    while not (folder / "failure.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(0.1)
+    return dict(json.loads((folder / "failure.json").read_text()))
