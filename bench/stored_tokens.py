@@ -4,8 +4,9 @@
 
 Seven domains in SlimPajama's proportions, documents of 250 tokens on average, sequences of 2,048, documents shuffled.
 The same documents are stored in 7 and in 420 shards, all in the page cache. The gather gets the place of every document
-in one array in memory, and makes the tokens, the document of each token and the loss mask. Megatron-core makes one
-sequence at a time, without the document of each token. All figures are CPU times of one process, medians of interleaved
+in one array in memory, and makes the tokens, the document of each token and the loss mask. With `shuffle=sequence`, a
+loop of one copy per sequence is the limit. Megatron-core makes one sequence at a time, without the document of each
+token. All figures are CPU times of one process, medians of interleaved
 rounds. Prints a table and writes bench/out/stored_tokens.json.
 """
 
@@ -16,7 +17,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def main() -> None:
         )
         if other in medians
     ]
+    copies = ("M tokens/s", "the same contiguous copies, mask and ids", medians["copies"] / 1e6, 0.5)
+    lines.append(ratio("shuffle=sequence", medians["sequences"] / 1e6, *copies))
     for line in lines:
         print_line(line)
     for name, values in rates.items():
@@ -81,6 +84,9 @@ def measure(scratch: Path) -> dict[str, list[float]]:
         works[f"{shards} shards"] = Served(config)
         if shards == SHARDS[0]:
             works["gather"] = Gather(config)
+            sequences = replace(config, dataplane=replace(config.dataplane, shuffle="sequence"))
+            works["sequences"] = Served(sequences)
+            works["copies"] = Copies(sequences)
             add_megatron(works, Path(config.data.root))
     rates: dict[str, list[float]] = {name: [] for name in works}
     for _, (name, work) in itertools.product(range(ROUNDS), works.items()):
@@ -168,6 +174,23 @@ class Gather:
         mask = np.ones(len(place), np.bool_)
         mask[before[is_beginning]] = False
         loss_mask = mask.reshape(shape)[:, 1:]
+        return int(tokens.size + 0 * document_ids[0, 0] + 0 * loss_mask[0, 0])
+
+
+class Copies(Gather):
+    """A loop that copies whole sequences, whose documents follow each other in one file."""
+
+    def _make(self, starts: NDArray[Any], lengths: NDArray[Any], is_beginning: NDArray[Any]) -> int:
+        length = SEQ_LEN + 1
+        before = np.cumsum(lengths) - lengths
+        firsts = np.minimum(starts[before % length == 0], len(self._ids) - length)
+        tokens = np.empty((BATCH, length), np.int64)
+        for row, first in enumerate(firsts.tolist()):
+            tokens[row] = self._ids[first : first + length]
+        document_ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths).reshape(tokens.shape)
+        mask = np.ones(tokens.size, np.bool_)
+        mask[before[is_beginning]] = False
+        loss_mask = mask.reshape(tokens.shape)[:, 1:]
         return int(tokens.size + 0 * document_ids[0, 0] + 0 * loss_mask[0, 0])
 
 

@@ -9,6 +9,7 @@ from mixtera_hpc.config.check_numbers import all_at_least, at_least
 from mixtera_hpc.config.check_script import script_problems
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.job_shape import num_ranks
+from mixtera_hpc.config.packing.check_packing import packing_problems
 from mixtera_hpc.config.schema import (
     CheckpointConfig,
     Config,
@@ -124,7 +125,7 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
             f"dataplane.chunk_steps × the largest global batch is {chunk_sequences}, "
             f"at most {MAX_CHUNK_SEQUENCES} sequences fit in one chunk. Lower dataplane.chunk_steps."
         )
-    return problems + _watchdog(plane) + _plane_of_mixture(plane, mixture)
+    return problems + _watchdog(plane) + _plane_of_mixture(plane, mixture) + packing_problems(plane, mixture)
 
 
 def _watchdog(plane: DataPlaneConfig) -> list[str]:

@@ -128,16 +128,23 @@ class LaneOrder:
         """Return when it is the turn of a lane, in [0, lanes)."""
         return lane * pow(self._step, -1, self.lanes) % self.lanes
 
-    def _segment(self, domain: AnyInts | int, ordinal: Ints) -> _LaneCut:
-        """Return the segment in which each sequence begins."""
-        low, high = self._bounds(domain, ordinal)
+    def whole_sequences(self, domain: AnyInts | int, number: Ints) -> tuple[Ints, Ints]:
+        """Return the first sequence and the number of sequences that lie in the epoch in which each one begins.
+
+        After samples were dropped, those that begin behind the place of the drop count.
+        """
+        low, high = self._bounds(domain, number)
         origin = self.origins[domain]
         stride = self.grid.stride
         first = -((origin - low) // stride)  # Division that rounds up.
-        # Sequences that end in the next epoch belong to no lane.
+        # A sequence that ends in the next epoch is not among them.
         count = (high - origin - self.grid.length) // stride + 1 - first
-        lane_length = np.maximum(count, 0) // self.lanes
-        return _LaneCut(first, lane_length)
+        return first, np.maximum(count, 0)
+
+    def _segment(self, domain: AnyInts | int, ordinal: Ints) -> _LaneCut:
+        """Return the segment in which each sequence begins."""
+        first, count = self.whole_sequences(domain, ordinal)
+        return _LaneCut(first, count // self.lanes)
 
     def _bounds(self, domain: AnyInts | int, ordinal: Ints) -> tuple[Ints, Ints]:
         """Return the first item of each sequence's segment, and one past the last."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 __all__ = ["BLOCK_WORDS", "ROW_WORDS", "EpochOrder", "Shuffle", "ShuffleOrder"]
 
-Shuffle = Literal["none", "block", "window"]
+Shuffle = Literal["none", "block", "window", "sequence"]
 Ints = NDArray[np.int64]
 
 # The purpose of random words, part of the counter: blocks and rows must not share words.
@@ -58,7 +58,8 @@ class ShuffleOrder:
 
     seed: int
     shuffle: Shuffle
-    """`none`: no shuffle. `block`: shuffle blocks. `window`: shuffle blocks, and the rows of each window."""
+    """`none`: no shuffle. `block`: shuffle blocks. `window`: shuffle blocks, and the rows of each window. `sequence`:
+    no shuffle here; `SequenceShuffle` permutes the sequences."""
     window_bytes: int
     """Decoded bytes of a window; used with `shuffle="window"` only."""
 
@@ -72,7 +73,7 @@ class ShuffleOrder:
             block_bytes: decoded bytes of every block, other domains included; shape (num_blocks,).
         """
         # "block" is a shuffle with windows of one block, whose rows stay in order.
-        if self.shuffle == "none":
+        if self.shuffle in ("none", "sequence"):
             block_order = np.arange(len(sizes))
         else:
             block_order = _permutation(self._words(domain, epoch, 0, BLOCK_WORDS, len(sizes)))

@@ -14,7 +14,7 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.collation import collate_samples
 
-__all__ = ["PlaneDataset", "as_tensors", "micro_batches"]
+__all__ = ["PlaneDataset", "as_tensors", "budgeted_batches", "micro_batches"]
 
 CURE_FOR_HUGGING_FACE = (
     "\n  With the Hugging Face Trainer, use mixtera_hpc.integrations.transformers.PlaneTrainer instead."
@@ -55,16 +55,23 @@ class PlaneDataset(IterableDataset[Any]):
             micro_batch_size: sequences in each batch that the loader yields, for gradient accumulation. With a batch
                 ramp, larger steps have more micro-batches.
             num_micro_batches: without `micro_batch_size`, the micro-batches of every step. With a batch ramp, those of
-                larger steps have more sequences.
+                larger steps have more sequences. With `dataplane.sample_budget`, the budget decides instead of both.
             num_steps: the training ends after this many steps, counted from the beginning of the run. None: when the
                 data ends.
 
         Raises:
-            ConfigError: the sequences of a step cannot be cut into micro-batches of this size.
+            ConfigError: the sequences of a step cannot be cut into micro-batches of this size, or
+                `dataplane.sample_budget` cuts them.
         """
         self._plane = plane
         self._collate = as_tensors if collate is None else collate
         self._num_steps = num_steps
+        self._has_budget = plane.config.dataplane.sample_budget is not None
+        if self._has_budget and (micro_batch_size is not None or num_micro_batches != 1):
+            raise ConfigError(
+                f"micro_batch_size={micro_batch_size} and num_micro_batches={num_micro_batches}, but "
+                "dataplane.sample_budget cuts the samples of a step into micro-batches.\n  Remove one of them."
+            )
         self._micro_batch_size = micro_batch_size
         self._num_micro_batches = num_micro_batches
         for key, size in plane.local_batch_sizes.items():
@@ -92,8 +99,13 @@ class PlaneDataset(IterableDataset[Any]):
         """Return the number of micro-batches of the whole run, also after a resume.
 
         Raises:
-            TypeError: the dataset has no `num_steps`.
+            TypeError: the dataset has no `num_steps`, or `dataplane.sample_budget` makes another number in each step.
         """
+        if self._has_budget:
+            raise TypeError(
+                "With dataplane.sample_budget the number of micro-batches differs from step to step, so a PlaneDataset "
+                "has no length. Count steps instead: batch['step'] is the same in all micro-batches of a step."
+            )
         if self._num_steps is None:
             raise TypeError("A PlaneDataset has a length only with num_steps. Pass PlaneDataset(plane, num_steps=N).")
         if self._micro_batch_size is None:
@@ -128,7 +140,7 @@ class PlaneDataset(IterableDataset[Any]):
             return
         for batch in self._plane:
             size = self._micro_batch_size or len(batch.positions) // self._num_micro_batches
-            for micro_batch in micro_batches(batch, size):
+            for micro_batch in budgeted_batches(batch) if self._has_budget else micro_batches(batch, size):
                 yield self._collate(micro_batch)
             if self._is_at_end:
                 return
@@ -176,17 +188,27 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
         yield batch
         return
     for start in range(0, len(batch.positions), size):
-        rows = slice(start, start + size)
-        yield replace(
-            batch,
-            domain_ids=batch.domain_ids[rows],
-            positions=batch.positions[rows],
-            tokens=batch.tokens[rows],
-            loss_mask=batch.loss_mask[rows],
-            document_ids=batch.document_ids[rows],
-            payloads=None if batch.payloads is None else batch.payloads[rows],
-            digests=None if batch.digests is None else batch.digests[rows],
-        )
+        yield _rows_of(batch, slice(start, start + size))
+
+
+def budgeted_batches(batch: Batch) -> Iterator[Batch]:
+    """Yield the micro-batches of `dataplane.sample_budget`, the same number on every rank; the last may be empty."""
+    for rows in batch.micro_batches:
+        yield _rows_of(batch, rows)
+
+
+def _rows_of(batch: Batch, rows: slice) -> Batch:
+    return replace(
+        batch,
+        domain_ids=batch.domain_ids[rows],
+        positions=batch.positions[rows],
+        tokens=batch.tokens[rows],
+        loss_mask=batch.loss_mask[rows],
+        document_ids=batch.document_ids[rows],
+        payloads=None if batch.payloads is None else batch.payloads[rows],
+        digests=None if batch.digests is None else batch.digests[rows],
+        micro_batches=(),
+    )
 
 
 def _is_stacked_by_loader() -> bool:

@@ -93,6 +93,13 @@ def check_decode_cost(source: Source, cost: DecodeCost | None) -> None:
     limit = source.config.data.max_amplification
     if cost is None or cost.amplification <= limit:
         return
+    if source.layout.order.shuffle == "sequence":
+        raise ConfigError(
+            f"dataplane.shuffle=sequence would decode {cost.amplification:,.0f} bytes for every byte served, more than "
+            f"data.max_amplification={limit:g}: every sequence decodes whole blocks of files that hold no single rows."
+            "\n  Write the tokens once with mixtera-hpc tokenize, or set dataplane.shuffle=window. Or raise "
+            "data.max_amplification."
+        )
     raise ConfigError(
         f"This job would decode {cost.amplification:,.0f} bytes for every byte served, more than "
         f"data.max_amplification={limit:g}; at least {cost.lower_bound:.1f} are needed with this layout of the data.\n"
@@ -163,7 +170,9 @@ def _memory(source: Source, sizes: _DomainBytes, shape: JobShape) -> float:
 
 
 def _repeats(source: Source, served_per_step: Floats, shape: JobShape) -> Floats:
-    """Return how many processes decode a block for each domain; shape (K,)."""
+    """Return how often a block is decoded for each domain; shape (K,)."""
+    if source.layout.order.shuffle == "sequence":
+        return _decodes_per_block(source) * float(shape.copies)
     if shape.num_groups == 1:
         return np.full(len(served_per_step), float(shape.copies))
     if source.lanes.lanes == 1:
@@ -176,8 +185,19 @@ def _repeats(source: Source, served_per_step: Floats, shape: JobShape) -> Floats
     return repeats
 
 
+def _decodes_per_block(source: Source) -> Floats:
+    """Return how many sequences of random places need a block of each domain; shape (K,)."""
+    num_blocks = np.maximum(np.diff(source.layout.table.indptr), 1)
+    sequences = source.layout.epoch_items() / source.grid.stride
+    # A sequence needs the block in which it begins and those whose borders it crosses.
+    decodes: Floats = np.maximum((sequences + num_blocks) / num_blocks, 1.0)
+    return decodes
+
+
 def _memory_repeats(source: Source, sizes: _DomainBytes, shape: JobShape, budget: float) -> float:
     """Return how often a process decodes a block because its rows do not fit."""
+    if source.layout.order.shuffle == "sequence":
+        return 1.0
     # Three quarters of the budget hold rows. The part of a window that stays is halved until all parts fit.
     shortage = _memory(source, sizes, shape) / (budget * 3 / 4)
     return 2.0 ** math.ceil(math.log2(shortage)) if shortage > 1 else 1.0

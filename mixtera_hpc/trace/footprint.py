@@ -39,12 +39,13 @@ def step_footprint(source: Source, served_per_step: Floats) -> StepFootprint:
     rows = table.totals()[0]
     num_blocks = np.maximum(np.diff(table.indptr), 1)
 
-    # Every lane serves a run of neighbouring sequences. The first item of a run lies in one document, and each further
-    # document adds its own items.
-    runs = np.minimum(served_per_step / source.grid.length, source.lanes.lanes)
+    # Every lane serves a run of neighbouring sequences; shuffled sequences are runs of one. The first item of a run is
+    # in one document, and each further document adds its own items.
+    max_runs = np.inf if source.layout.order.shuffle == "sequence" else source.lanes.lanes
+    runs = np.minimum(served_per_step / source.grid.length, max_runs)
     documents = runs + (served_per_step - runs) * rows / np.maximum(source.layout.epoch_items(), 1)
     documents = np.minimum(documents, rows)
-    lanes = np.clip(served_per_step / source.grid.length, 1, source.lanes.lanes)
+    lanes = np.clip(served_per_step / source.grid.length, 1, max_runs)
     touched = lanes * _touched_blocks(source, documents / lanes, num_blocks, rows)
 
     # Bytes of whole blocks against the share of them that the documents of the domain take.

@@ -9,7 +9,8 @@ from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
-from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
+from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import ConfigError, DataError, did_you_mean
@@ -154,7 +155,7 @@ def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterat
             "  List the steps of an existing run with mixtera-hpc trace RUN --step S: its journal has the cursors."
         )
     state = PlannerState.start(source.num_domains)
-    streams = source.streams()
+    documents = SequenceDocuments(source, source.streams())
     mixer = source.mixer(learn=False)
     steps = range(first_step, first_step + num_steps)
     digests = source.config.plan.digests
@@ -163,7 +164,7 @@ def planned_sequences(source: Source, first_step: int, num_steps: int) -> Iterat
             # Plan all chunks from the first one on, because cursors depend on them, but expand only those asked for.
             plan, state = source.planner.plan(state, source.without_dropped_domains(weights))
             if state.step > first_step or plan.last:
-                records = sequences_of_plan(source, streams, plan, steps)
+                records = sequences_of_plan(source, documents, plan, steps)
                 yield from _with_digests(maker, plan, steps, records) if maker else records
             if plan.last:
                 return
@@ -185,25 +186,26 @@ def _with_digests(maker: BatchMaker, plan: ChunkPlan, steps: range, records: Ite
 
 def served_sequences(source: Source, attempt: AttemptRecord, steps: range) -> Iterator[Record]:
     """Yield the sequences of `steps` of an attempt, in served order; `source` is the source of the attempt."""
-    streams = source.streams()
+    documents = SequenceDocuments(source, source.streams())
     step = steps.start
     # One chunk after the other; a chunk may end in the middle of a skip.
     while step < steps.stop:
         plan = attempt.plan_of(step)
         stop = min(steps.stop, source.stream_version.step_at(plan.first_step + plan.num_steps))
-        yield from sequences_of_plan(source, streams, plan, range(step, stop))
+        yield from sequences_of_plan(source, documents, plan, range(step, stop))
         step = stop
 
 
-def sequences_of_plan(source: Source, streams: DomainStreams, plan: ChunkPlan, steps: range) -> Iterator[Record]:
+def sequences_of_plan(source: Source, documents: SequenceDocuments, plan: ChunkPlan, steps: range) -> Iterator[Record]:
     """Yield the sequences of those training steps of `plan` that are in `steps`.
 
     A record has `step`, `position`, `domain_id`, `epoch` (of the first item) and `segments`: a list of
     `[shard, row, start, end]` in tokens of the row, special tokens included.
     """
-    slots = slots_of_plan(source, plan)
+    slots = slots_of_plan(source, plan, documents)
     sequences = source.lanes.sequence(slots.domain, slots.ordinal)
     schedule = source.planner.batch_schedule
+    epoch_items = source.layout.epoch_items()
     version = source.stream_version
     first = max(steps.start, version.step_at(plan.first_step))
     stop = min(steps.stop, version.step_at(plan.first_step + plan.num_steps))
@@ -215,13 +217,13 @@ def sequences_of_plan(source: Source, streams: DomainStreams, plan: ChunkPlan, s
         # The last step may have fewer sequences.
         for position, slot in enumerate(range(first_slot, min(first_slot + size, len(slots.domain)))):
             domain = int(slots.domain[slot])
-            start, end = source.span(domain, int(sequences[slot]), 1)
+            start, _ = source.span(domain, int(sequences[slot]), 1)
             yield {
                 "step": step,
                 "position": position,
                 "domain_id": domain,
-                "epoch": streams.epoch_of(domain, start),
-                "segments": _segments(source, streams.documents(domain, start, end)),
+                "epoch": start // int(epoch_items[domain]),
+                "segments": _segments(source, documents.documents([(domain, sequences[slot : slot + 1])])),
             }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.journal import AttemptRecord, History
+from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import DataError, did_you_mean
@@ -85,7 +86,8 @@ def _services(source: Source, attempt: AttemptRecord, place: _RowPlace) -> Itera
     if not attempt.plans:
         return
     domain = place.domain
-    expanded = _ExpandedPlans(source, attempt)
+    documents = SequenceDocuments(source, source.streams())
+    expanded = _ExpandedPlans(source, attempt, documents)
     first = int(attempt.plans[0].cursors[domain])
     end = int(source.planner.after(attempt.plans[-1]).cursors[domain])
     epoch_items = int(source.layout.epoch_items()[domain])
@@ -97,22 +99,23 @@ def _services(source: Source, attempt: AttemptRecord, place: _RowPlace) -> Itera
     first_item, end_item = source.span(domain, first, end - first)
     for epoch in range(first_item // epoch_items, (end_item - 1) // epoch_items + 1):
         for part in _stream_parts(source, place, epoch):
-            for sequence in _overlapping_sequences(source, domain, part):
+            for sequence in _candidate_sequences(documents, source, domain, part):
                 ordinal = source.lanes.ordinal(domain, sequence)
-                start, stop = source.span(domain, sequence, 1)
-                served = expanded.step_and_position(domain, ordinal) if first <= ordinal < end else None
-                if served is None or start >= part.stop or part.start >= stop:
+                items = _items_in_sequence(documents, source, place, part, sequence)
+                served = expanded.step_and_position(domain, ordinal) if items and first <= ordinal < end else None
+                if served is None:
                     continue
                 step, position = served
-                yield {
-                    "step": step,
-                    "position": position,
-                    "rank": attempt.rank_of(step, position),
-                    "attempt": attempt.number,
-                    "domain_id": domain,
-                    "epoch": epoch,
-                    "items": [max(start, part.start) - part.shift, min(stop, part.stop) - part.shift],
-                }
+                for first_item_served, last_item_served in items:
+                    yield {
+                        "step": step,
+                        "position": position,
+                        "rank": attempt.rank_of(step, position),
+                        "attempt": attempt.number,
+                        "domain_id": domain,
+                        "epoch": epoch,
+                        "items": [first_item_served, last_item_served],
+                    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +128,38 @@ class _StreamPart:
     """Item of the stream minus item of the document."""
 
 
-def _overlapping_sequences(source: Source, domain: int, part: _StreamPart) -> range:
-    """Return the sequences of a domain that may overlap a part of its stream.
+def _candidate_sequences(documents: SequenceDocuments, source: Source, domain: int, part: _StreamPart) -> range:
+    """Return the sequences of a domain that may have items of a part of its stream.
 
     Sequence k covers [origin + k · stride, origin + k · stride + length); solved for k on both sides.
     """
     grid = source.grid
     origin = int(source.stream_version.origins[domain])
-    low = (part.start - origin - grid.length) // grid.stride + 1
+    low = max((part.start - origin - grid.length) // grid.stride + 1, 0)
     high = -((origin - part.stop) // grid.stride)  # Division that rounds up.
-    return range(max(low, 0), high)
+    if not documents.is_packed or low >= high:
+        return range(low, high)
+    # Any sequence of a packed group may have any item of the group.
+    last = documents.group(domain, high - 1)
+    return range(documents.group(domain, low).first, last.first + last.count)
+
+
+def _items_in_sequence(
+    documents: SequenceDocuments, source: Source, place: _RowPlace, part: _StreamPart, sequence: int
+) -> list[tuple[int, int]]:
+    """Return the items of the row in a sequence that belong to a part of its stream, as ranges."""
+    domain = place.domain
+    first = part.start - part.shift
+    stop = part.stop - part.shift
+    if documents.is_packed:
+        parts = documents.documents([(domain, np.array([sequence]))])
+        own = np.flatnonzero((parts.block == place.block) & (parts.row == place.row))
+        ranges = list(zip(parts.first[own].tolist(), parts.last[own].tolist(), strict=True))
+    else:
+        start, end = source.span(domain, sequence, 1)
+        ranges = [(start - part.shift, end - part.shift)]
+    clipped = [(max(begin, first), min(end, stop)) for begin, end in ranges]
+    return [(begin, end) for begin, end in clipped if begin < end]
 
 
 def _stream_parts(source: Source, place: _RowPlace, epoch: int) -> Iterator[_StreamPart]:
@@ -187,8 +212,9 @@ def _base_items(source: Source, place: _RowPlace, epoch: int) -> tuple[int, int]
 class _ExpandedPlans:
     """The plans of an attempt, expanded on demand."""
 
-    def __init__(self, source: Source, attempt: AttemptRecord) -> None:
+    def __init__(self, source: Source, attempt: AttemptRecord, documents: SequenceDocuments) -> None:
         self._source = source
+        self._documents = documents
         self._plans = attempt.plans
         self._slots: dict[int, Slots] = {}
 
@@ -208,5 +234,5 @@ class _ExpandedPlans:
 
     def _expand(self, number: int) -> Slots:
         if number not in self._slots:
-            self._slots[number] = slots_of_plan(self._source, self._plans[number])
+            self._slots[number] = slots_of_plan(self._source, self._plans[number], self._documents)
         return self._slots[number]

@@ -126,7 +126,7 @@ def test_skipped_steps_are_the_only_ones_missing(
 
 @SLOW
 @given(
-    st.sampled_from(["none", "block", "window"]),
+    st.sampled_from(["none", "block", "window", "sequence"]),
     st.integers(1, 20),
     st.sampled_from([1, 3, 16, 500]),
     st.integers(0, 30),
@@ -177,7 +177,14 @@ def is_dropped(row: dict[str, Any], drop: list[str]) -> bool:
 
 
 @SLOW
-@given(st.integers(0, 12), st.integers(0, 12), st.sampled_from(["natural", "dynamic"]), st.booleans(), st.booleans())
+@given(
+    st.integers(0, 12),
+    st.integers(0, 12),
+    st.sampled_from(["natural", "dynamic"]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([{}, {"shuffle": "sequence"}, {"pack": "best_fit", "pack_group": 6, "balance": "attention"}]),
+)
 def test_a_replay_proves_a_run_with_several_edits(
     plain: dict[str, Any],
     new_folder: Callable[[], Path],
@@ -186,9 +193,10 @@ def test_a_replay_proves_a_run_with_several_edits(
     kind: str,
     reseed: bool,
     grow: bool,
+    order: dict[str, object],
 ) -> None:
     mixture = DYNAMIC if kind == "dynamic" else {"group_by": ["source"]}
-    config = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": 3})
+    config = config_of(plain, mixture=mixture, dataplane={"global_batch_size": 6, "chunk_steps": 3, **order})
     folder = new_folder()
     plane = replace(config.dataplane, seed=9 if reseed else 0, global_batch_size=10 if grow else 6)
     changed = replace(config, dataplane=plane)

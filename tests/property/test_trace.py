@@ -25,9 +25,14 @@ Run = tuple[AttemptSources, History]
 SHARDS = [("a.jsonl", 120), ("b.jsonl.gz", 120), ("c.jsonl.zst", 120), ("d.parquet", 120)]
 
 
-@pytest.fixture(scope="module")
-def config(collection: list[str]) -> Config:
-    return compose([*collection, "dataplane.seq_len=64", "dataplane.global_batch_size=8", "dataplane.chunk_steps=3"])
+PACKED = ["dataplane.pack=best_fit", "dataplane.pack_group=5", "dataplane.balance=attention"]
+ORDERS = {"default": [], "packed": PACKED, "sequences": ["dataplane.shuffle=sequence"]}
+
+
+@pytest.fixture(scope="module", params=ORDERS.values(), ids=ORDERS.keys())
+def config(request: pytest.FixtureRequest, collection: list[str]) -> Config:
+    sizes = ["dataplane.seq_len=64", "dataplane.global_batch_size=8", "dataplane.chunk_steps=3"]
+    return compose([*collection, *sizes, *request.param])
 
 
 def serve(config: Config, folder: Path, attempt: int, until: int, state: Any = None) -> Any:

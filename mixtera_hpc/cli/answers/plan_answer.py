@@ -19,6 +19,7 @@ from mixtera_hpc.errors import ConfigError, MixtureError, pluralize
 from mixtera_hpc.trace.decode_cost import JobShape, check_decode_cost, decode_cost
 from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
+from mixtera_hpc.trace.packing_forecast import forecast_balance, forecast_packing
 
 __all__ = ["print_decode_cost", "print_plan"]
 
@@ -42,6 +43,7 @@ def print_plan(args: argparse.Namespace) -> None:
         num_steps = config.training.num_steps if plan_steps is None else plan_steps
         forecast = forecast_mixture(source, num_steps)
         _print_forecast(source, forecast)
+        _print_packing(source)
         print_decode_cost(source, forecast)
 
 
@@ -64,6 +66,24 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
             f"{cost.memory_bytes / 1e9:.3g} GB of memory per node"
         )
     check_decode_cost(source, cost)
+
+
+def _print_packing(source: Source) -> None:
+    """Print what packing cuts, and what balancing changes for the ranks of the job."""
+    plane = source.config.dataplane
+    console = open_console()
+    packing = forecast_packing(source)
+    if packing is not None:
+        console.print(
+            f"Documents cut by sequences: {packing.concat:.1%} with dataplane.pack=concat, {packing.best_fit:.1%} with "
+            f"best_fit ({packing.documents_per_sequence:.1f} documents per sequence). This plan has {plane.pack}."
+        )
+    balance = forecast_balance(source, num_ranks(source.config) // plane.model_parallel_size)
+    if balance is not None:
+        console.print(
+            f"Attention cost of {balance.num_ranks} data-parallel ranks, largest over mean: {balance.planned:.3f} with "
+            f"dataplane.balance=none, {balance.balanced:.3f} with attention. This plan has {plane.balance}."
+        )
 
 
 def _print_sequences(source: Source) -> None:

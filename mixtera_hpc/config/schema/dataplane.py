@@ -46,9 +46,10 @@ class DataPlaneConfig:
     """Losses of chunk c change the weights of chunk c + feedback_lag and later ones. At least 2."""
     seed: int = 0
     """Seed of every shuffle, 0 to 2**63 - 1."""
-    shuffle: Literal["none", "block", "window"] = "window"
+    shuffle: Literal["none", "block", "window", "sequence"] = "window"
     """`none`: index order. `block`: blocks in random order. `window`: blocks in random order, and rows in random order
-    inside windows of `dataplane.window_bytes`; sequences come from `dataplane.lanes` windows in turn."""
+    inside windows of `dataplane.window_bytes`; sequences come from `dataplane.lanes` windows in turn. `sequence`:
+    documents in index order, and the sequences of each epoch in random order (docs/packing.md)."""
     window_bytes: int = 8388608
     """Decoded bytes of the blocks whose rows are shuffled together, at least one block; for
     `dataplane.shuffle=window`. The bytes of compressed blocks are estimated."""
@@ -56,6 +57,26 @@ class DataPlaneConfig:
     """Parts into which the windows of an epoch are cut, for `dataplane.shuffle=window`. Sequences are taken from the
     lanes in turn, and those of a step go to ranks by lane. More lanes mix better and need more memory. For
     compressed data, use at least as many lanes as ranks."""
+    pack: Literal["concat", "best_fit"] = "concat"
+    """How documents become sequences. `concat`: one after the other, cut where a sequence ends. `best_fit`: the
+    documents of `dataplane.pack_group` sequences are reordered so that few are cut. Nothing is padded or lost
+    (docs/packing.md)."""
+    pack_group: int = 64
+    """Consecutive sequences of a domain that `dataplane.pack=best_fit` packs together, 2 to 4096."""
+    balance: Literal["none", "attention", "cost"] = "none"
+    """The order of the sequences inside a step. `none`: that of the plan. `attention`: ordered inside groups of
+    `dataplane.balance_group` positions so that the sums of squares of document lengths are nearly equal on all ranks.
+    `cost`: the same for samples and their `dataplane.sample_cost`. The content of a step stays the same
+    (docs/packing.md)."""
+    balance_group: int | None = None
+    """Neighbouring positions of the global batch that `dataplane.balance` orders together; must divide
+    `dataplane.global_batch_size`. Null: the largest divisor up to 64."""
+    sample_cost: str | None = None
+    """With `mixture.unit=samples`: the number property that is the cost of a sample, for example its text and image
+    tokens; `tokens` and `bytes` are built in."""
+    sample_budget: float | None = None
+    """With `dataplane.sample_cost`: the samples of a rank are cut into micro-batches that cost at most this. All ranks
+    get the same number of micro-batches; those at the end may be empty (docs/packing.md). Null: no micro-batches."""
     add_bos: bool | None = None
     """Begin every document with the token that begins a text. Null does what the tokenizer's post-processor does, for
     example Llama's `<s>`."""

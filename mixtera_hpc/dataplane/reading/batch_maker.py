@@ -6,12 +6,14 @@ read of the document they share.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.packing.micro_batches import fill_micro_batches
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
@@ -19,6 +21,8 @@ from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens, take
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
+from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transform, load_transform, transformed
 from mixtera_hpc.dataplane.reading.source import Source
@@ -56,6 +60,7 @@ class BatchMaker:
         self._slice = batch_slice
         self._audit = audit
         self._streams = source.streams()
+        self._documents = SequenceDocuments(source, self._streams)
         self._reader = DocumentReader(source)
         self._transform = None if raw else load_transform(source.config.data.transform)
         self.shared_arrays: Mapping[int, TokenArrays] = {}
@@ -108,18 +113,36 @@ class BatchMaker:
     def _contents_of(self, plan: ChunkPlan, steps: range) -> list[StepContent]:
         version = self._source.stream_version
         data_steps = [version.data_step(step) for step in steps]
-        slots = slots_of_steps(self._source, self._order_of(plan), plan.first_step, data_steps, self._slice)
-        schedule = self._source.planner.batch_schedule
-        sizes = [self._slice.size_of(schedule.size_at(data_step)) for data_step in data_steps]
-        return [self._content_of(*content) for content in zip(steps, sizes, slots, strict=True)]
+        sizes = [self._source.planner.batch_schedule.size_at(data_step) for data_step in data_steps]
+        if self._source.config.dataplane.sample_budget is None:
+            slots = self._slots_of(plan, data_steps, self._slice)
+            micro_batches: list[tuple[slice, ...]] = [()] * len(steps)
+        else:
+            # The number of micro-batches is that of the rank that needs most.
+            whole = self._slots_of(plan, data_steps, BatchSlice())
+            costs = slot_costs(self._source, self._documents, whole)
+            micro_batches = [self._filled(of_step, size) for of_step, size in zip(costs, sizes, strict=True)]
+            own = [self._slice.positions(size) for size in sizes]
+            slots = [Slots(domain=s.domain[p], ordinal=s.ordinal[p]) for s, p in zip(whole, own, strict=True)]
+        domain = np.concatenate([of_step.domain for of_step in slots])
+        number = self._source.lanes.sequence(domain, np.concatenate([of_step.ordinal for of_step in slots]))
+        ends = np.cumsum([len(of_step.domain) for of_step in slots]).tolist()
+        return [
+            _content_of(step, self._slice.size_of(size), domain[begin:end], number[begin:end], rows)
+            for step, size, (begin, end), rows in zip(steps, sizes, pairwise([0, *ends]), micro_batches, strict=True)
+        ]
 
-    def _content_of(self, step: int, size: int, slots: Slots) -> StepContent:
-        # The last step of the data may have fewer sequences than the global batch.
-        domain_ids = np.full(size, -1, np.int64)
-        sequence = np.full(size, -1, np.int64)
-        domain_ids[: len(slots.domain)] = slots.domain
-        sequence[: len(slots.domain)] = self._source.lanes.sequence(slots.domain, slots.ordinal)
-        return StepContent(step, domain_ids, sequence)
+    def _slots_of(self, plan: ChunkPlan, data_steps: Sequence[int], batch_slice: BatchSlice) -> list[Slots]:
+        order = self._order_of(plan)
+        return slots_of_steps(self._source, order, plan.first_step, data_steps, batch_slice, self._documents)
+
+    def _filled(self, costs: NDArray[np.float64], batch_size: int) -> tuple[slice, ...]:
+        """Return the rows of the micro-batches of this rank, given the costs of all samples of a step."""
+        padded = np.zeros(batch_size)
+        padded[: len(costs)] = costs
+        own = self._slice.positions(batch_size)
+        budget = self._source.config.dataplane.sample_budget or 0.0
+        return fill_micro_batches(padded, self._slice.size_of(batch_size), own.start, budget)
 
     def _read_unchanged(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
         """Return the batches of consecutive steps, unless a shard that was read has changed."""
@@ -136,6 +159,8 @@ class BatchMaker:
             return [self._padding(plan, content) for content in steps]
         if self._reader.holds_all_tokens:
             return self._stored_batches(plan, steps, sequences)
+        if self._documents.is_packed:
+            return self._packed_batches(plan, steps, sequences)
         starts = sequences.run_starts
         stops = sequences.run_stops
         documents = self._streams.documents_of_domains(
@@ -148,15 +173,26 @@ class BatchMaker:
         stops_in_documents = np.cumsum(documents.last - documents.first)
         last_of_run = np.searchsorted(stops_in_documents, np.cumsum(stops - starts))
         packed = self._reader.read(documents, last_of_run.tolist())
-        return self._token_batches(plan, steps, sequences, packed)
+        return self._token_batches(plan, steps, sequences, packed, sequences.begins_in_runs(self._source.grid))
+
+    def _packed_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
+        """Read sequences whose documents are not in stream order, one after the other."""
+        documents = self._documents_of(sequences)
+        # The rest of a document that is cut is in a sequence of a later step.
+        is_cut = (documents.first > 0) | (documents.last < documents.size)
+        packed = self._reader.read(documents, np.flatnonzero(is_cut).tolist())
+        begins = np.arange(len(sequences.domain)) * self._source.grid.length
+        return self._token_batches(plan, steps, sequences, packed, begins)
+
+    def _documents_of(self, sequences: StepSequences) -> Documents:
+        """Return the documents of sequences, one after the other."""
+        numbers = sequences.numbers(self._source)
+        return self._documents.documents((domain, numbers[own]) for domain, own in sequences.of_domains())
 
     def _stored_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
         """Copy stored tokens to the sequences of each step."""
         first_rows = np.cumsum([0, *(len(content.domain_ids) for content in steps)])
-        starts, stops = sequences.spans(self._source.grid)
-        documents = self._streams.documents_of_domains(
-            (domain, starts[own], stops[own]) for domain, own in sequences.of_domains()
-        )
+        documents = self._documents_of(sequences)
         rows = first_rows[sequences.step_index] + sequences.row
         stored = self._reader.read_sequences(documents, rows, (int(first_rows[-1]), self._source.grid.length))
         batches = []
@@ -175,17 +211,19 @@ class BatchMaker:
         return batches
 
     def _token_batches(
-        self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences, packed: PackedTokens
+        self,
+        plan: ChunkPlan,
+        steps: list[StepContent],
+        sequences: StepSequences,
+        packed: PackedTokens,
+        begins: Ints,
     ) -> list[Batch]:
-        """Cut packed tokens, in which the runs of `sequences` follow each other, into the sequences of each step."""
+        """Cut packed tokens into the sequences of each step; `begins` has the first token of each of `sequences`."""
         grid = self._source.grid
 
-        # First token of each row of each step's batch. Neighbouring sequences of a run are `stride` tokens apart.
-        run_tokens = sequences.run_stops - sequences.run_starts
-        run_begins = np.cumsum(run_tokens) - run_tokens
+        # First token of each row of each step's batch.
         num_rows = [len(content.domain_ids) for content in steps]
         starts = np.zeros((len(steps), max(num_rows)), np.int64)
-        begins = run_begins[sequences.run] + grid.stride * sequences.number_in_run
         starts[sequences.step_index, sequences.row] = begins
 
         # Views: row i is the window of `length` tokens that begins at token i. Indexing them copies whole sequences.
@@ -283,8 +321,20 @@ class BatchMaker:
             digests=digests,
             chunk=plan.chunk,
             plan_digest=plan.digest,
+            micro_batches=content.micro_batches,
             **fields,
         )
+
+
+def _content_of(
+    step: int, size: int, domain: NDArray[np.int32], number: Ints, micro_batches: tuple[slice, ...]
+) -> StepContent:
+    """Return the content of a step; the last step of the data may have fewer sequences than `size`."""
+    domain_ids = np.full(size, -1, np.int64)
+    sequence = np.full(size, -1, np.int64)
+    domain_ids[: len(domain)] = domain
+    sequence[: len(domain)] = number
+    return StepContent(step, domain_ids, sequence, micro_batches)
 
 
 def training_steps_of(source: Source, plan: ChunkPlan, first_step: int) -> range:

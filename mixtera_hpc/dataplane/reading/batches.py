@@ -38,6 +38,9 @@ class Batch:
     """The B raw samples with `mixture.unit=samples`, None for padding; else None."""
     digests: list[str] | None = None
     """Digests of the B sequences' tokens, or of the B samples, with `dataplane.audit`; else None. Zeros for padding."""
+    micro_batches: tuple[slice, ...] = ()
+    """With `dataplane.sample_budget`, the rows of every micro-batch, the same number on all ranks; those at the end may
+    be empty."""
     chunk: int = 0
     plan_digest: int = 0
     """Digest of the plan that the step was served from."""

@@ -56,7 +56,7 @@ class PackedTokens(NamedTuple):
     document: NDArray[np.int32]
     """Number of the document of each token, ascending from 0."""
     continues_document: NDArray[np.bool_]
-    """False for the first token of a document."""
+    """False for the first token of a document, or of the part of it that is wanted."""
     trained: NDArray[np.bool_] | None
     """False for the tokens of a conversation that are not trained; None if there are no conversations."""
 
@@ -218,9 +218,9 @@ class DocumentReader:
 
         lengths = documents.last - documents.first
         starts = np.cumsum(lengths) - lengths
-        # A sequence may begin inside a document; that token continues it.
+        # No part of a document continues the part in front of it.
         continues_document = np.ones(len(tokens), np.bool_)
-        continues_document[starts[documents.first == 0]] = False
+        continues_document[starts] = False
         document = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         return PackedTokens(tokens, document, continues_document, trained)
 

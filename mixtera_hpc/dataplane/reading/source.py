@@ -28,6 +28,8 @@ from mixtera_hpc.dataplane.mixing.context import ChunkTimeline, DomainSizes, Mix
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer, max_epochs_per_domain
 from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
+from mixtera_hpc.dataplane.reading.packing.cost_check import check_sample_costs
+from mixtera_hpc.dataplane.reading.packing.sequence_order import sequence_order
 from mixtera_hpc.dataplane.reading.shared_index import (
     IndexDescription,
     SharedTables,
@@ -241,6 +243,7 @@ def open_source(
         # Closed again at once: every rank opens it for itself when it reads samples.
         with open_configured(config) as index:
             own = read_shared_index(config, index, subset, tokenizer, check=check)
+            check_sample_costs(config, index, subset)
 
     description, tables = share_index(comm, own)
     # Only rank 0 has read the records of the run.
@@ -306,14 +309,7 @@ def _make_source(
         subset=subset,
         drop_filter=_predicate(config, index, tables, subset.split, index.where_after_drops) if subset.drop else None,
         stream_version=version,
-        lanes=LaneOrder(
-            # Without a shuffle of rows the base order is served.
-            lanes=plane.lanes if plane.shuffle == "window" else 1,
-            grid=grid,
-            epoch_items=epoch_items,
-            origins=version.origins,
-            begins=version.begins,
-        ),
+        lanes=sequence_order(plane, grid, epoch_items, version),
     )
 
 

@@ -10,21 +10,55 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.config.packing.check_packing import balance_group
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import equal_runs
+from mixtera_hpc.dataplane.reading.packing.balanced_positions import balance_slots
+from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 
-__all__ = ["StepContent", "StepSequences", "slots_of_plan", "slots_of_steps"]
+__all__ = ["StepContent", "StepSequences", "planned_slots", "slots_of_plan", "slots_of_steps"]
 
 Ints = NDArray[np.int64]
 
 
+def planned_slots(
+    source: Source, order: ChunkOrder, first_step: int, steps: Sequence[int], positions: Sequence[slice]
+) -> list[Slots]:
+    """Return the sequences at some positions of the batches of a chunk, in the order of the plan and the lanes.
+
+    Args:
+        source: the data.
+        order: the order of the chunk.
+        first_step: first data step of the chunk.
+        steps: ascending data steps of the chunk. The last step of the data may have fewer sequences.
+        positions: of each batch; both ends are given.
+    """
+    schedule = source.planner.batch_schedule
+    begins = [schedule.slots(first_step, step) for step in steps]
+    if source.lanes.lanes == 1:
+        # Without lanes a batch has the order of the plan, and only the slots that are wanted are computed.
+        return order.slots([(begin + p.start, begin + p.stop) for begin, p in zip(begins, positions, strict=True)])
+    first_slots = np.array(begins, np.int64)
+    sizes = np.array([schedule.size_at(step) for step in steps], np.int64)
+    counts = order.cursors + order.counts_before(np.concatenate([first_slots, first_slots + sizes]))
+    whole = map(source.lanes.step, counts[: len(steps)], counts[len(steps) :])
+    return [
+        Slots(domain=slots.domain[own], ordinal=slots.ordinal[own]) for slots, own in zip(whole, positions, strict=True)
+    ]
+
+
 def slots_of_steps(
-    source: Source, order: ChunkOrder, first_step: int, steps: Sequence[int], batch_slice: BatchSlice
+    source: Source,
+    order: ChunkOrder,
+    first_step: int,
+    steps: Sequence[int],
+    batch_slice: BatchSlice,
+    documents: SequenceDocuments,
 ) -> list[Slots]:
     """Return the domains and served numbers of the sequences that a rank gets of the batches of a chunk.
 
@@ -34,27 +68,38 @@ def slots_of_steps(
         first_step: first data step of the chunk.
         steps: ascending data steps of the chunk. The last step of the data may have fewer sequences.
         batch_slice: the part of each batch.
+        documents: looks up documents, for `dataplane.balance`.
     """
-    schedule = source.planner.batch_schedule
-    sizes = [schedule.size_at(step) for step in steps]
-    begins = [schedule.slots(first_step, step) for step in steps]
+    plane = source.config.dataplane
+    sizes = [source.planner.batch_schedule.size_at(step) for step in steps]
     positions = [batch_slice.positions(size) for size in sizes]
-    if source.lanes.lanes == 1:
-        # Without lanes a batch has the order of the plan, and only the slots that are wanted are computed.
-        return order.slots([(begin + p.start, begin + p.stop) for begin, p in zip(begins, positions, strict=True)])
-    first_slots = np.array(begins, np.int64)
-    counts = order.cursors + order.counts_before(np.concatenate([first_slots, first_slots + np.array(sizes, np.int64)]))
-    whole = map(source.lanes.step, counts[: len(steps)], counts[len(steps) :])
+    if plane.balance != ("attention" if source.layout.in_tokens else "cost"):
+        return planned_slots(source, order, first_step, steps, positions)
+    # Whole groups of positions are ordered together.
+    groups = [balance_group(plane, size) for size in sizes]
+    around = [
+        slice(own.start // group * group, -(-own.stop // group) * group)
+        for own, group in zip(positions, groups, strict=True)
+    ]
+    balanced = balance_slots(source, documents, groups, planned_slots(source, order, first_step, steps, around))
+    inside = [slice(own.start - p.start, own.stop - p.start) for own, p in zip(positions, around, strict=True)]
     return [
-        Slots(domain=slots.domain[own], ordinal=slots.ordinal[own]) for slots, own in zip(whole, positions, strict=True)
+        Slots(domain=slots.domain[own], ordinal=slots.ordinal[own]) for slots, own in zip(balanced, inside, strict=True)
     ]
 
 
-def slots_of_plan(source: Source, plan: ChunkPlan) -> Slots:
-    """Return the domain and the served number of the sequence at each position of each batch of `plan`."""
+def slots_of_plan(source: Source, plan: ChunkPlan, documents: SequenceDocuments | None = None) -> Slots:
+    """Return the domain and the served number of the sequence at each position of each batch of `plan`.
+
+    Args:
+        source: the data.
+        plan: the plan of a chunk.
+        documents: looks up documents, for `dataplane.balance`; None makes a new one.
+    """
     order = source.planner.order(plan)
+    documents = SequenceDocuments(source, source.streams()) if documents is None else documents
     data_steps = range(plan.first_step, plan.first_step + plan.num_steps)
-    steps = slots_of_steps(source, order, plan.first_step, data_steps, BatchSlice())
+    steps = slots_of_steps(source, order, plan.first_step, data_steps, BatchSlice(), documents)
     return Slots(
         domain=np.concatenate([np.zeros(0, np.int32), *(slots.domain for slots in steps)]),
         ordinal=np.concatenate([np.zeros(0, np.int64), *(slots.ordinal for slots in steps)]),
@@ -71,6 +116,8 @@ class StepContent:
     """Domain of each row of the batch; -1 for padding."""
     sequence: Ints
     """Number of each row's sequence in the stream of its domain; -1 for padding."""
+    micro_batches: tuple[slice, ...] = ()
+    """Rows of each micro-batch, with `dataplane.sample_budget`."""
 
     @property
     def is_padding(self) -> NDArray[np.bool_]:
@@ -125,6 +172,19 @@ class StepSequences:
         """Return the items that each sequence covers; shape (n,) each."""
         starts = self.run_starts[self.run] + grid.stride * self.number_in_run
         return starts, starts + grid.length
+
+    def begins_in_runs(self, grid: SequenceGrid) -> Ints:
+        """Return the first token of each sequence where all runs follow each other; shape (n,)."""
+        run_tokens = self.run_stops - self.run_starts
+        run_begins = np.cumsum(run_tokens) - run_tokens
+        # Neighbouring sequences of a run are `stride` tokens apart.
+        begins: Ints = run_begins[self.run] + grid.stride * self.number_in_run
+        return begins
+
+    def numbers(self, source: Source) -> Ints:
+        """Return the number of each sequence in the stream of its domain; shape (n,)."""
+        starts, _ = self.spans(source.grid)
+        return (starts - source.stream_version.origins[self.domain]) // source.grid.stride
 
     def of_domains(self) -> Iterator[tuple[int, slice]]:
         """Yield every domain with the slice of its sequences."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.lanes import ServedPart
 from mixtera_hpc.core.order import EpochOrder
 from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 
@@ -65,6 +66,7 @@ class _ServedCarrier:
         self._before = before
         self._after = after
         self._streams = before.streams()
+        self._documents = SequenceDocuments(before, self._streams)
         self._read_blocks = after.make_block_reader()
         # Positions are carried over in the order in which they were reached: that of the old seed.
         self._same_order = replace(after.layout, order=before.layout.order)
@@ -91,7 +93,7 @@ class _ServedCarrier:
         items = int(source.layout.epoch_items()[domain])
         begin = epoch * items
         # What was served since the last edit, and what was served of the same epoch before it.
-        in_stream = source.lanes.served_ranges(domain, cursor)
+        in_stream = self._documents.served_items(domain, source.lanes.served_ranges(domain, cursor))
         if in_stream[0][0] > begin:
             in_stream.append((begin, in_stream[0][0]))
         spans = np.array([span for span in in_stream if span[0] < span[1]], np.int64).reshape(-1, 2)

@@ -5,6 +5,7 @@ from typing import Any
 from mixtera_hpc.config.batch_ramp import batch_stages
 from mixtera_hpc.config.mixture.domain_tree import domain_entries
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
+from mixtera_hpc.dataplane.reading.packing.sequence_order import packing_identity
 from mixtera_hpc.dataplane.reading.shared_index import IndexDescription
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.tokens.definition import AddedTokens
@@ -41,6 +42,7 @@ def source_identity(
         "shuffle": plane.shuffle,
         "window_bytes": plane.window_bytes,
         "lanes": plane.lanes,
+        **packing_identity(plane),
     }
 
 

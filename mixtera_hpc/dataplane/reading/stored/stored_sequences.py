@@ -68,7 +68,7 @@ def read_sequences(
     plane = source.config.dataplane
     if not plane.predict_across_documents:
         # The first token of a row is input only: targets begin one token later.
-        is_beginning = (documents.first == 0) & (begin > 0)
+        is_beginning = begin > 0
         loss_mask[row[is_beginning], begin[is_beginning] - 1] = False
     tokens_of_rows = _with_padding(tokens.reshape(-1, length), rows, num_rows)
     if source.layout.chat_blocks is not None:

@@ -1,0 +1,1 @@
+"""Settings of packing, balancing and micro-batches."""

@@ -1,0 +1,93 @@
+"""Checks of packing, balancing and the shuffle of sequences."""
+
+from mixtera_hpc.config.batch_ramp import batch_schedule_of, size_keys
+from mixtera_hpc.config.check_numbers import at_least
+from mixtera_hpc.config.schema import DataPlaneConfig, MixtureConfig
+
+__all__ = ["balance_group", "packing_problems"]
+
+MAX_PACK_GROUP = 4096
+"""Sequences. Packing takes 3 to 4 µs per document of the whole group before its first sequence is served."""
+MAX_DEFAULT_BALANCE_GROUP = 64
+"""Positions. Eight sequences for each of eight ranks balance within a few percent."""
+
+
+def balance_group(plane: DataPlaneConfig, batch_size: int) -> int:
+    """Return the positions of a global batch that are balanced together."""
+    if plane.balance_group is not None:
+        return plane.balance_group
+    largest = min(batch_size, MAX_DEFAULT_BALANCE_GROUP)
+    return max(group for group in range(1, largest + 1) if batch_size % group == 0)
+
+
+def packing_problems(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
+    """Return everything wrong with the settings of packing and balancing."""
+    return [*_pack(plane, mixture), *_balance(plane, mixture), *_sample_costs(plane, mixture)]
+
+
+def _pack(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
+    problems = []
+    if not 2 <= plane.pack_group <= MAX_PACK_GROUP:
+        problems.append(f"dataplane.pack_group is {plane.pack_group}, expected 2 to {MAX_PACK_GROUP} sequences.")
+    if plane.pack == "concat":
+        return problems
+    if mixture.unit != "tokens":
+        problems.append(
+            f"dataplane.pack is {plane.pack}, but mixture.unit is {mixture.unit}: only tokens are packed. Set "
+            "mixture.unit=tokens, or dataplane.pack=concat."
+        )
+    if plane.shuffle == "sequence":
+        problems.append(
+            f"dataplane.pack={plane.pack} packs neighbouring sequences together, but dataplane.shuffle=sequence serves "
+            "neighbours far apart, so each sequence would cost a whole group. Set dataplane.shuffle=window, or "
+            "dataplane.pack=concat."
+        )
+    return problems
+
+
+def _balance(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
+    problems = []
+    group = plane.balance_group
+    if group is not None:
+        problems += at_least("dataplane.balance_group", group, 2)
+    if plane.balance == "attention" and mixture.unit != "tokens":
+        problems.append(
+            f"dataplane.balance is {plane.balance}, but mixture.unit is {mixture.unit}: the attention cost is that of "
+            "documents in sequences of tokens. Set mixture.unit=tokens, or dataplane.balance=cost."
+        )
+    if plane.balance == "cost" and plane.sample_cost is None:
+        problems.append(
+            "dataplane.balance is cost, but dataplane.sample_cost is not set. Name the number property that is the "
+            "cost of a sample, or set dataplane.balance=none."
+        )
+    for key, size in zip(size_keys(plane), batch_schedule_of(plane).sizes, strict=True):
+        if group is not None and group >= 2 and size % group:
+            problems.append(
+                f"dataplane.balance_group is {group}, which does not divide {key}={size}. Use a divisor, for example a "
+                "multiple of the sequences per rank."
+            )
+        if group is None and plane.balance != "none" and size > 1 and balance_group(plane, size) == 1:
+            problems.append(
+                f"{key}={size} has no divisor from 2 to {MAX_DEFAULT_BALANCE_GROUP}, so dataplane.balance="
+                f"{plane.balance} would order nothing. Change the size, or set dataplane.balance_group={size}."
+            )
+    return problems
+
+
+def _sample_costs(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
+    problems = []
+    if plane.sample_cost is not None and mixture.unit != "samples":
+        problems.append(
+            f"dataplane.sample_cost is {plane.sample_cost}, but mixture.unit is {mixture.unit}: sequences of tokens "
+            "have one length. Set mixture.unit=samples, or remove dataplane.sample_cost."
+        )
+    if plane.sample_budget is None:
+        return problems
+    if not plane.sample_budget > 0:
+        problems.append(f"dataplane.sample_budget is {plane.sample_budget}, expected more than 0.")
+    if plane.sample_cost is None:
+        problems.append(
+            "dataplane.sample_budget is set, but dataplane.sample_cost is not. Name the number property that is the "
+            "cost of a sample."
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""How the documents of a stream become sequences, and sequences the positions of a batch."""

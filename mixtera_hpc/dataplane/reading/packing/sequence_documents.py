@@ -1,0 +1,171 @@
+"""Which parts of which documents a sequence consists of, for every way of packing.
+
+With `dataplane.pack=best_fit`, `dataplane.pack_group` consecutive sequences of one domain and epoch form a group; the
+last group of an epoch holds the rest. A sequence that lies in two epochs is a group of its own. Price: packing a group
+costs 3 to 4 µs per document in every process that serves some of its sequences; groups in use stay in memory.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.lanes import cut_spans
+from mixtera_hpc.core.packing.best_fit import Fragments, pack_best_fit
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
+from mixtera_hpc.dataplane.reading.packing.sample_costs import SampleCosts
+from mixtera_hpc.dataplane.reading.source import Source
+
+__all__ = ["PackedGroup", "SequenceDocuments"]
+
+Ints = NDArray[np.int64]
+
+MAX_DOCUMENTS_IN_MEMORY = 1 << 20
+"""Documents of packed groups that stay in memory, about 100 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGroup:
+    """The documents of consecutive sequences, in the order in which they are packed."""
+
+    first: int
+    """Number of the first sequence in the stream."""
+    count: int
+    """Sequences of the group."""
+    start: int
+    """First item of the group in the stream."""
+    documents: Documents
+    """In stream order."""
+    fragments: Fragments
+
+    def items(self, first: int, stop: int, stride: int) -> list[tuple[int, int]]:
+        """Return the items of the stream in the sequences [first, stop), without the token shared with `stop`."""
+        starts = np.array([(first - self.first) * stride])
+        begin, end, cell = cut_spans(starts, starts + (stop - first) * stride, self.fragments.starts)
+        lengths = self.documents.last - self.documents.first
+        document_starts = self.start + np.cumsum(lengths) - lengths
+        shift = (document_starts[self.fragments.document] + self.fragments.first - self.fragments.starts[:-1])[cell]
+        return list(zip((begin + shift).tolist(), (end + shift).tolist(), strict=True))
+
+
+class SequenceDocuments:
+    """Looks up the documents of sequences. Not thread-safe: one per reading thread."""
+
+    def __init__(self, source: Source, streams: DomainStreams) -> None:
+        """Use the streams of the same thread."""
+        self._source = source
+        self._streams = streams
+        plane = source.config.dataplane
+        self.is_packed = source.layout.in_tokens and plane.pack == "best_fit"
+        """Whether documents are not in stream order, so that neighbouring sequences are not one span of the stream."""
+        self._group_size = plane.pack_group
+        self._groups: OrderedDict[tuple[int, int], PackedGroup] = OrderedDict()
+        """(domain, first sequence) → group, the one used last at the end."""
+        self._num_documents = 0
+        self._costs = SampleCosts(source)
+
+    def sample_costs(self, documents: Documents) -> NDArray[np.float64]:
+        """Return the `dataplane.sample_cost` of every document; shape (n,)."""
+        return self._costs.of_documents(documents)
+
+    def documents(self, sequences: Iterable[tuple[int, Ints]]) -> Documents:
+        """Return the documents of (domain, numbers of sequences), one sequence after the other.
+
+        Neighbouring sequences of a group that follow each other are cheapest.
+        """
+        if not self.is_packed:
+            grid = self._source.grid
+            origins = self._source.stream_version.origins
+            spans = ((domain, origins[domain] + numbers * grid.stride) for domain, numbers in sequences)
+            return self._streams.documents_of_domains((domain, start, start + grid.length) for domain, start in spans)
+        return Documents.join([part for domain, numbers in sequences for part in self._packed(domain, numbers)])
+
+    def group(self, domain: int, sequence: int) -> PackedGroup:
+        """Return the packed group that a sequence belongs to."""
+        first_whole, num_whole = (
+            int(value[0]) for value in self._source.lanes.whole_sequences(domain, np.array([sequence]))
+        )
+        first = sequence
+        count = 1
+        if first_whole <= sequence < first_whole + num_whole:
+            first -= (sequence - first_whole) % self._group_size
+            count = min(self._group_size, first_whole + num_whole - first)
+        key = (domain, first)
+        if key not in self._groups:
+            self._add(key, self._pack(domain, first, count))
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+    def in_stream_order(self, domain: int, first: int, count: int) -> Documents:
+        """Return the documents that consecutive sequences cover together, as `dataplane.pack=concat` serves them."""
+        return self._streams.documents(domain, *self._source.span(domain, first, count))
+
+    def served_items(self, domain: int, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the items of the stream in ranges of sequences, given as items of the stream without packing.
+
+        Args:
+            domain: domain_id.
+            ranges: first item and one past the last. They begin and end where sequences begin; what lies in front of
+                the first whole sequence of an epoch stays.
+        """
+        if not self.is_packed:
+            return ranges
+        served = [items for start, stop in ranges for items in self._served_range(domain, start, stop)]
+        # The first range tells where the epoch, or the part of it since a drop, begins; it may be empty.
+        return [(ranges[0][0], ranges[0][0]), *served]
+
+    def _served_range(self, domain: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        stride = self._source.grid.stride
+        origin = int(self._source.stream_version.origins[domain])
+        sequence = -((origin - start) // stride)  # Division that rounds up.
+        if sequence * stride + origin > start:
+            yield start, min(sequence * stride + origin, stop)
+        last = (stop - origin) // stride
+        while sequence < last:
+            group = self.group(domain, sequence)
+            end = min(group.first + group.count, last)
+            if sequence == group.first and end == group.first + group.count:
+                yield origin + sequence * stride, origin + end * stride
+            else:
+                yield from group.items(sequence, end, stride)
+            sequence = end
+
+    def _packed(self, domain: int, numbers: Ints) -> Iterator[Documents]:
+        """Yield the documents of sequences; neighbours in `numbers` that belong to one group are cut together."""
+        grid = self._source.grid
+        position = 0
+        while position < len(numbers):
+            group = self.group(domain, int(numbers[position]))
+            rest = numbers[position:]
+            outside = np.flatnonzero((rest < group.first) | (rest >= group.first + group.count))
+            own = rest[: outside[0]] if len(outside) else rest
+            starts = (own - group.first) * grid.stride
+            yield _cut(group, starts, starts + grid.length)
+            position += len(own)
+
+    def _pack(self, domain: int, first: int, count: int) -> PackedGroup:
+        grid = self._source.grid
+        documents = self.in_stream_order(domain, first, count)
+        start, _ = self._source.span(domain, first, count)
+        fragments = pack_best_fit(documents.last - documents.first, grid.stride, grid.length - grid.stride)
+        return PackedGroup(first, count, start, documents, fragments)
+
+    def _add(self, key: tuple[int, int], group: PackedGroup) -> None:
+        """Keep a group, and forget those that were not used for longest."""
+        self._groups[key] = group
+        self._num_documents += len(group.documents.block)
+        while self._num_documents > MAX_DOCUMENTS_IN_MEMORY and len(self._groups) > 1:
+            _, oldest = self._groups.popitem(last=False)
+            self._num_documents -= len(oldest.documents.block)
+
+
+def _cut(group: PackedGroup, starts: Ints, stops: Ints) -> Documents:
+    """Return the documents of spans of a packed group, one span after the other."""
+    begin, end, cell = cut_spans(starts, stops, group.fragments.starts)
+    document = group.fragments.document[cell]
+    documents = group.documents.select(document)
+    # Items of the document, of which the group may hold only a part.
+    shift = documents.first + (group.fragments.first - group.fragments.starts[:-1])[cell]
+    return replace(documents, first=begin + shift, last=end + shift)
