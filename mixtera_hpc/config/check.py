@@ -125,6 +125,12 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
             f"dataplane.chunk_steps × the largest global batch is {chunk_sequences}, "
             f"at most {MAX_CHUNK_SEQUENCES} sequences fit in one chunk. Lower dataplane.chunk_steps."
         )
+    for name, scale in plane.scalars.items():
+        if not name.isidentifier() or not 0 < scale < 1e300:
+            problems.append(
+                f"dataplane.scalars.{name} is {scale:g}; expected a name of letters, digits and _, and a largest "
+                "absolute value above 0."
+            )
     return problems + _watchdog(plane) + _plane_of_mixture(plane, mixture) + packing_problems(plane, mixture)
 
 
@@ -163,7 +169,10 @@ def _transform(config: Config) -> list[str]:
 
 
 def _training(training: TrainingConfig) -> list[str]:
-    positive = ("num_steps", "num_layers", "num_heads", "embedding_dim", "num_threads", "log_every", "validate_steps")
+    positive = (
+        *("num_steps", "num_layers", "num_heads", "embedding_dim", "num_threads"),
+        *("log_every", "validate_steps", "validate_min_sequences"),
+    )
     problems = all_at_least("training", training, 1, (*positive, "micro_batch_size", "stop_after"))
     problems += all_at_least("training", training, 0, ("warmup_steps", "validate_every", "weight_decay"))
     if not -(2**63) <= training.seed < 2**63:

@@ -8,10 +8,13 @@ the same bits.
 Price: one all-reduce of 4 int64 per domain per step, and an error below 3e-8 nats per sequence.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mixtera_hpc.core.measures.scalars import ScalarStatistics, scalars_from_rows
 
 __all__ = [
     "MAX_SEQUENCE_LOSS",
@@ -52,6 +55,8 @@ class DomainStatistics:
     weights: NDArray[np.float64] | None = None
     """The mixture that was in force: for a training step, the weights that it was served with; for held-out losses, the
     mean over the steps since the last validation. None if it is not known."""
+    scalars: Mapping[str, ScalarStatistics] = field(default_factory=dict)
+    """Numbers of the user's, by the names in `dataplane.scalars`."""
 
     @property
     def observed(self) -> NDArray[np.bool_]:
@@ -117,13 +122,16 @@ def accumulate_losses(
     return buffer
 
 
-def statistics_from_buffer(step: int, buffer: NDArray[np.int64]) -> DomainStatistics:
-    """Convert the buffer of `accumulate_losses`, summed over ranks."""
-    loss, tokens, sequences, nonfinite = buffer.astype(np.int64)
+def statistics_from_buffer(
+    step: int, buffer: NDArray[np.int64], scales: Mapping[str, float] | None = None
+) -> DomainStatistics:
+    """Convert the buffer of `accumulate_losses`, summed over ranks; rows of scalars may follow."""
+    loss, tokens, sequences, nonfinite = buffer[:NUM_BUFFER_ROWS].astype(np.int64)
     return DomainStatistics(
         step=step,
         loss_sum=dequantise_losses(loss),
         num_tokens=tokens,
         num_sequences=sequences,
         num_nonfinite=nonfinite,
+        scalars=scalars_from_rows(buffer[NUM_BUFFER_ROWS:], scales or {}),
     )

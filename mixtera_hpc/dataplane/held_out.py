@@ -1,19 +1,24 @@
-"""Batches of the samples that training never sees: the same ones every time, in natural proportions, each at most once.
+"""Batches of the samples that training never sees: the same ones every time, each at most once.
+
+They come in natural proportions, but with a quota of every domain, so that each of 1,000 domains has a loss.
 
 Every rank plans for itself, because the index is all that this takes: nothing is broadcast, nothing journalled. Price:
 one more open of the index, at the start, and two small collectives per validation.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.measures.held_out_counts import held_out_counts
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
@@ -21,11 +26,17 @@ from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, positions_of, step_of
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
+from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 from mixtera_hpc.errors import CommError, MixtureError
 
-__all__ = ["HeldOutBatches"]
+__all__ = ["MAX_NAMES", "HeldOutBatches", "domains_without_held_out"]
+
+MAX_NAMES = 5
+"""Domain names listed in a message."""
+
+logger = logging.getLogger("mixtera_hpc")
 
 
 class HeldOutBatches:
@@ -44,7 +55,7 @@ class HeldOutBatches:
         *,
         folder: RunFolder | None = None,
         parts: PartLayout | None = None,
-        log: Callable[[DomainStatistics], None] = lambda statistics: None,
+        log: Callable[[DomainStatistics, float | None], None] = lambda statistics, mean_loss: None,
     ) -> None:
         """Open what `config` holds out. **Collective.**
 
@@ -54,7 +65,7 @@ class HeldOutBatches:
             batch_slice: what this rank gets of every global batch; ranks of one group have equal ones.
             folder: the folder of the run, which records what was dropped.
             parts: which part of every sequence this rank records; None if ranks record whole sequences.
-            log: receives the statistics of every validation.
+            log: receives the statistics and the mean loss of every validation.
 
         Raises:
             MixtureError: less than one global batch is held out.
@@ -80,7 +91,22 @@ class HeldOutBatches:
         self._num_parts = 1 if parts is None else parts.num_parts
         # Weights proportional to size, among the domains that have at least one sequence.
         has_sequences = capacity > 0
-        self._weights = np.where(has_sequences, sizes, 0) / max(sizes[has_sequences].sum(), 1)
+        self.shares = np.where(has_sequences, sizes, 0) / max(sizes[has_sequences].sum(), 1)
+        """Natural proportions of the domains; shape (K,)."""
+        counts = held_out_counts(
+            self.shares,
+            capacity,
+            batch_size=global_batch_size,
+            num_batches=steps,
+            quota=config.training.validate_min_sequences,
+        )
+        self._has_quota = counts is not None
+        self._weights = self.shares
+        if counts is not None:
+            steps = int(counts.sum()) // global_batch_size
+            self._weights = counts / counts.sum()
+        if comm.rank == 0:
+            _warn_without_held_out(source.names, has_sequences)
         # One chunk covers all steps, so that a single plan describes the whole validation.
         # All batches of a validation have the same size, also during a batch ramp.
         self._planner = replace(
@@ -167,8 +193,18 @@ class HeldOutBatches:
         if not self._is_counted(recorded, is_partial):
             own[...] = 0
         statistics = statistics_from_buffer(step, self._comm.Allreduce(own))
-        self._log(statistics)
+        self._log(statistics, self.mean_loss(statistics))
         return statistics
+
+    def mean_loss(self, statistics: DomainStatistics) -> float | None:
+        """Return the mean loss of a validation in natural proportions, nats per token; None without a loss."""
+        observed = statistics.observed
+        if not observed.any():
+            return None
+        if not self._has_quota:
+            return float(statistics.loss_sum[observed].sum()) / int(statistics.num_tokens[observed].sum())
+        # A quota serves more of small domains than their share.
+        return float(np.average(statistics.loss_mean[observed], weights=self.shares[observed]))
 
     def _is_counted(self, recorded: list[int], is_partial: bool) -> bool:
         """Return whether this rank's losses count: it is the first of its group that recorded any. **Collective.**"""
@@ -196,6 +232,31 @@ class HeldOutBatches:
                 f"{first}.\n  Call record() for the same batches in all data-parallel groups."
             )
         return int(np.argmax(has_recorded & (groups == group))) == self._comm.rank
+
+
+def domains_without_held_out(config: Config, subset: SampleSubset) -> list[str]:
+    """Return the domains whose held-out samples do not fill a sequence. Price: one open of the index.
+
+    Args:
+        config: the configuration of a run, which holds samples out.
+        subset: the samples that it trains on.
+    """
+    source = open_source(config, Local(), subset=replace(subset, split="validation"), check=False)
+    sizes = source.layout.epoch_items()
+    capacity = source.grid.capacity(sizes, np.ones(len(sizes)))
+    return [name for name, number in zip(source.names, capacity, strict=True) if number == 0]
+
+
+def _warn_without_held_out(names: Sequence[str], has_sequences: NDArray[np.bool_]) -> None:
+    """Name the domains whose held-out samples do not fill a sequence."""
+    without = [name for name, has in zip(names, has_sequences, strict=True) if not has]
+    if without:
+        more = f" and {len(without) - MAX_NAMES} more" if len(without) > MAX_NAMES else ""
+        logger.warning(
+            "No held-out loss of %s%s: their held-out samples do not fill a sequence. Raise query.holdout.fraction.",
+            ", ".join(without[:MAX_NAMES]),
+            more,
+        )
 
 
 def _digest(steps: list[int]) -> int:

@@ -105,16 +105,15 @@ class LoopLog:
         )
         self._steps.add_statistics([statistics])
 
-    def log_validation(self, statistics: DomainStatistics) -> None:
+    def log_validation(self, statistics: DomainStatistics, mean_loss: float | None) -> None:
         """Log the losses of held-out samples."""
         num_tokens = statistics.num_tokens
-        total = int(num_tokens.sum())
         loss = [None if np.isnan(mean) else mean for mean in statistics.loss_mean.tolist()]
         self._tracker.log(
             "validation",
             {
                 "step": statistics.step,
-                "loss": float(statistics.loss_sum.sum()) / total if total else None,
+                "loss": mean_loss,
                 "domain_loss": loss,
                 "domain_tokens": num_tokens.tolist(),
                 "num_nonfinite": int(statistics.num_nonfinite.sum()),

@@ -33,6 +33,7 @@ from mixtera_hpc.dataplane.reading.batches import Batch, step_of
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import initial_state
 from mixtera_hpc.dataplane.session import Session, start_session
+from mixtera_hpc.dataplane.steps.open_steps import RecordedPart
 from mixtera_hpc.errors import SavedAndStopped, exit_code_of, is_clean_exit
 from mixtera_hpc.track.tracker import Tracker
 
@@ -199,6 +200,7 @@ class DataPlane:
         rows: slice = slice(None),
         tokens: slice | None = None,
         num_tokens: Any = None,
+        scalars: Mapping[str, Any] | None = None,
     ) -> None:
         """Add losses of `batch` to the statistics of its step.
 
@@ -215,6 +217,10 @@ class DataPlane:
             tokens: which predicted tokens of these sequences the losses belong to; None for all.
             num_tokens: if `loss` has one sum per sequence, shape (B,), the number of tokens in each sum. That of a
                 sample is its weight, of which 0 leaves it out.
+            scalars: numbers of each of these sequences besides the loss, such as a gradient norm or a reward, by the
+                names in `dataplane.scalars`; arrays or torch tensors, shape (B,) each. They are summed per domain like
+                losses: `DomainStatistics.scalars`. Where ranks record parts of sequences, those of a group's first rank
+                count.
 
         Raises:
             ValueError: the step is finished or was not handed out, or the losses have another shape.
@@ -222,7 +228,8 @@ class DataPlane:
         """
         if self._session is None:
             raise ValueError("record() was called before the first batch.")
-        self._session.record(batch, loss, rows, tokens, num_tokens)
+        part = RecordedPart(rows=rows, tokens=tokens, num_tokens=num_tokens, scalars=scalars)
+        self._session.record(batch, loss, part)
 
     def finish(self, batch: Batch | Mapping[str, Any]) -> None:
         """Finish the step of `batch` and all steps before it, for a trainer that does not record losses.
@@ -366,9 +373,9 @@ class DataPlane:
         is_stopping = self._session is not None and self._session.is_stopping
         return SavedAndStopped.exit_code if is_stopping else 0
 
-    def _take_held_out(self, statistics: DomainStatistics) -> None:
+    def _take_held_out(self, statistics: DomainStatistics, mean_loss: float | None) -> None:
         """Log held-out losses, and give them to a mixing algorithm that learns from them."""
-        self._resources.recorder.log_validation(statistics)
+        self._resources.recorder.log_validation(statistics, mean_loss)
         if self._session is not None:
             self._session.feed_held_out(statistics)
 

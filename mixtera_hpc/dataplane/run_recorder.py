@@ -27,6 +27,9 @@ from mixtera_hpc.track.tracker import NullTracker, Tracker
 
 __all__ = ["RunRecorder"]
 
+MAX_NAMES = 5
+"""Domain names listed in a message."""
+
 logger = logging.getLogger("mixtera_hpc")
 
 
@@ -67,6 +70,7 @@ class RunRecorder:
         if folder and is_audited:
             self._audit = AuditLog(folder.audit_of_rank(attempt, rank))
         self._learning = LearningLog()
+        self._has_warned_of_bounds = False
         self.loss_log: LossLog | None = None
         if folder and keeps_losses:
             self.loss_log = LossLog(folder.losses_of_rank(attempt, rank))
@@ -150,7 +154,23 @@ class RunRecorder:
         event |= self._learning.fields(learning)
         self._tracker.log("mixture", event)
         self._report_problem(step, learning)
+        self._report_bounds(source, learning)
         self._tracker.log("comm", {"step": step, "plan_s": plan_s, "broadcast_s": broadcast_s})
+
+    def _report_bounds(self, source: Source, learning: LearningEvent) -> None:
+        """Warn once about laws that the losses do not determine."""
+        reached = learning.described.get("law_bounds")
+        if reached is None or self._has_warned_of_bounds or self._journal is None or not (reached > 0).any():
+            return
+        self._has_warned_of_bounds = True
+        names = [name for name, bits in zip(source.names, reached, strict=True) if bits > 0]
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        logger.warning(
+            "ADO: the laws of %s%s lie on a bound, so the losses do not determine them and their speeds may be wrong.\n"
+            "  A longer mixture.algorithm.warmup gives the fit more losses. mixtera-hpc report lists all laws.",
+            ", ".join(names[:MAX_NAMES]),
+            more,
+        )
 
     def _report_problem(self, step: int, learning: LearningEvent) -> None:
         """Warn and note in the journal that updates of the mixing algorithm have failed since the last chunk."""
@@ -189,10 +209,10 @@ class RunRecorder:
         if self._loop_log:
             self._loop_log.add_statistics(statistics)
 
-    def log_validation(self, statistics: DomainStatistics) -> None:
+    def log_validation(self, statistics: DomainStatistics, mean_loss: float | None) -> None:
         """Log the losses of held-out samples."""
         if self._loop_log:
-            self._loop_log.log_validation(statistics)
+            self._loop_log.log_validation(statistics, mean_loss)
 
     def close(self, next_step: int | None, exit_code: int) -> None:
         """Close all files.

@@ -19,6 +19,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import AttemptSetup
 from mixtera_hpc.dataplane.mixing.learning_event import LearningEvent
+from mixtera_hpc.dataplane.mixing.loss_weights import LossWeights
 from mixtera_hpc.dataplane.mixing.silence import SilenceWatch
 from mixtera_hpc.dataplane.mixture_feed import MixtureFeed
 from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
@@ -28,7 +29,7 @@ from mixtera_hpc.dataplane.reading.group_delivery import open_feed
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
-from mixtera_hpc.dataplane.steps.open_steps import OpenSteps, unknown_progress_error
+from mixtera_hpc.dataplane.steps.open_steps import OpenSteps, RecordedPart, unknown_progress_error
 from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
 from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests, RankFlags, StepReducer, StepResult
 from mixtera_hpc.dataplane.watchdog.progress import WAIT, RankProgress
@@ -89,18 +90,18 @@ class Session:
         self._mixture = MixtureFeed(source, self.ledger, state, decisions, learn=is_root)
         self._plans = PlanBroadcaster(self._comm, source.planner, self._mixture.weights_of, start.plan)
         parts = resources.parts
-        self._reducer = StepReducer(
-            self._comm, source.num_domains, source.batch_size_of, self._slice, parts, self._recorder.loss_log
-        )
+        losses_of = (parts, self._recorder.loss_log, plane.scalars)
+        self._reducer = StepReducer(self._comm, source.num_domains, source.batch_size_of, self._slice, *losses_of)
 
         self._max_unfinished = (plane.feedback_lag - 1) * plane.chunk_steps
         """Batches that a trainer may hold: with more, the losses that the next plan needs could not arrive."""
         num_parts = 1 if parts is None else parts.num_parts
-        self._steps = OpenSteps(source.num_domains, self._max_unfinished, num_parts)
+        self._steps = OpenSteps(source.num_domains, self._max_unfinished, num_parts, plane.scalars)
         self._flags = FlagExchange(self._comm, self._control, start.step + self._steps.max_undecided + 1)
         self._requests = AgreedRequests()
         self._first_step = start.step
         self._is_read_by_loader = False
+        self._loss_weights = LossWeights(source.config.mixture, source.num_domains)
         self._silence = SilenceWatch(source.config, self._comm.rank)
         self._completed: deque[DomainStatistics] = deque(maxlen=MAX_UNREAD_STATISTICS)
         self._delivered_plans: dict[int, ChunkPlan] = {}
@@ -140,6 +141,7 @@ class Session:
         if batch is None:
             return None
 
+        batch = self._loss_weights.apply(batch)
         # Also after a resume inside a chunk: metrics then show its mixture again.
         if batch.chunk != self.ledger.current_chunk:
             self._enter_chunk(batch.chunk)
@@ -149,12 +151,13 @@ class Session:
         self._recorder.record_batch(batch, self.data_wait_s)
         return batch
 
-    def record(
-        self, batch: Batch | Mapping[str, Any], loss: Any, rows: slice, tokens: slice | None, num_tokens: Any
-    ) -> None:
+    def record(self, batch: Batch | Mapping[str, Any], loss: Any, part: RecordedPart) -> None:
         """Add losses of an open step; see `DataPlane.record`."""
-        losses = self._steps.named(step_of(batch), "record").losses
-        losses.add(loss, losses.rows_at(positions_of(batch), rows), tokens, num_tokens)
+        step = self._steps.named(step_of(batch), "record")
+        rows = step.losses.rows_at(positions_of(batch), part.rows)
+        if part.scalars:
+            step.scalars.add(part.scalars, rows, step.number)
+        step.losses.add(loss, rows, part.tokens, part.num_tokens)
         self._reducer.advance()
         self._feed.advance()
         self._progress.changes += 1
@@ -333,7 +336,7 @@ class Session:
             stop, save = self._flags.take(step.number)
             flags = RankFlags(stop=stop, save=save, digest=step.plan_digest, contents=step.contents)
             is_counted = unfinished_from is None or step.number < unfinished_from
-            self._reducer.post_losses(step.number, step.losses, flags, is_counted=is_counted)
+            self._reducer.post_losses(step.number, step.losses, flags, is_counted=is_counted, scalars=step.scalars)
 
     def _reduce_finished(self, is_end: bool) -> int:
         """Agree on the last finished step, wait for its reduction, and return one past it. **Collective.**

@@ -159,7 +159,8 @@ def as_tensors(batch: Batch) -> dict[str, Any]:
 
     Returns:
         `tokens` (B, T + 1) int64, `loss_mask` (B, T) bool, `document_ids` and `position_ids` (B, T + 1) int32,
-        `positions` and `domain_ids` (B,) int64, `is_padding` (B,) bool, and `step`, int64 without dimensions. With
+        `positions` and `domain_ids` (B,) int64, `is_padding` (B,) bool, and `step`, int64 without dimensions; where a
+        domain has a `loss_weight`, `loss_weights` (B,) float32. With
         `mixture.unit=samples`, the fields of `collate_samples` stand for the first four, and rows of padding are left
         out.
 
@@ -173,6 +174,8 @@ def as_tensors(batch: Batch) -> dict[str, Any]:
         rows = np.flatnonzero(~batch.is_padding)
         fields = collate_samples([batch.payloads[row] for row in rows.tolist()])
     own = {name: torch.from_numpy(getattr(batch, name)[rows]) for name in ("positions", "domain_ids", "is_padding")}
+    if batch.loss_weights is not None:
+        own["loss_weights"] = torch.from_numpy(batch.loss_weights[rows])
     own["step"] = torch.tensor(batch.step)
     if taken := own.keys() & fields.keys():
         raise ConfigError(
@@ -205,6 +208,7 @@ def _rows_of(batch: Batch, rows: slice) -> Batch:
         tokens=batch.tokens[rows],
         loss_mask=batch.loss_mask[rows],
         document_ids=batch.document_ids[rows],
+        loss_weights=None if batch.loss_weights is None else batch.loss_weights[rows],
         payloads=None if batch.payloads is None else batch.payloads[rows],
         digests=None if batch.digests is None else batch.digests[rows],
         micro_batches=(),

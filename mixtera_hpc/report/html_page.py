@@ -8,6 +8,7 @@ from typing import Any
 
 from mixtera_hpc.errors import pluralize
 from mixtera_hpc.report.domain_groups import common_property, group_domains, shorten_names
+from mixtera_hpc.report.mixing.learned_mixture import learned_section
 from mixtera_hpc.report.number_format import (
     MISSING,
     format_count,
@@ -31,7 +32,7 @@ from mixtera_hpc.report.projection import RunProjection
 from mixtera_hpc.report.run_metrics import RunMetrics
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
 
-__all__ = ["RenderedPlot", "render_page"]
+__all__ = ["RenderedPlot", "page_styles", "render_page"]
 
 DOMAIN_PLOTS = ("mixture", "loss", "validation")
 """Plots with a band or a curve per domain group; the page shows them above the table of domains."""
@@ -70,6 +71,7 @@ def render_page(
         *_notices(summary, projection),
         *domain_plots,
         _domain_table(metrics, summary, projection),
+        learned_section(metrics.learned, [d for group in group_domains(metrics) for d in group.domains]),
         *other_plots,
         *([_projection(projection)] if summary.num_steps else []),
         _run_details(metrics, summary),
@@ -80,13 +82,14 @@ def render_page(
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{_styles()}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>\n{page_styles()}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def _styles() -> str:
+def page_styles() -> str:
+    """Return the style sheet of a page, for light and dark screens."""
     css = resources.files("mixtera_hpc.report").joinpath("page.css").read_text()
     light = _css_variables({**LIGHT, "page": LIGHT_PAGE})
     dark = _css_variables({**DARK, "page": DARK_PAGE})
@@ -146,6 +149,8 @@ def _notices(summary: RunSummary, projection: RunProjection) -> Iterable[str]:
             f"{pluralize(summary.num_nonfinite, 'sequence')} had a loss that is not finite (NaN or infinity). "
             "All losses of this report exclude them."
         )
+    for warning in summary.warnings:
+        yield _notice(escape(warning))
     if summary.hears_losses is False:
         yield _notice(f"The mixture is {SILENT_MIXTURE}. The training loop must call record() after every step.")
     if summary.data_end is not None:

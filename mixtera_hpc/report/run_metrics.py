@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.yaml_files import load_yaml
 from mixtera_hpc.errors import DataError, LaunchError
+from mixtera_hpc.report.mixing.learned_mixture import LearnedMixture, read_learned
 from mixtera_hpc.report.safe_text import escape_controls
 from mixtera_hpc.track.event_reader import read_events
 
@@ -130,6 +131,8 @@ class RunMetrics:
     mixture: MixtureHistory
     validation: ValidationHistory
     comm: CommTimings
+    learned: LearnedMixture
+    """What a mixing algorithm has learned."""
     data_end: Mapping[str, Any] | None
     """The newest event of `data_end.jsonl`; None if the end of the data was not planned."""
 
@@ -187,10 +190,12 @@ def load_run_metrics(run: RunFolder) -> RunMetrics:
     attempts = read_events(run.metric("attempts"), every_attempt=True)
     steps = _step_history(_Columns(events=events, path=path))
     num_domains = steps.domain_loss.shape[1]
+    names = _domain_names(num_domains, [*attempts, *mixture])
+    config = load_yaml(run.config)
     return RunMetrics(
         run=run,
-        config=load_yaml(run.config),
-        domains=_domain_names(num_domains, [*attempts, *mixture]),
+        config=config,
+        domains=names,
         attempts=tuple(attempts),
         started=str((attempts or events)[0].get("time", "")),
         ended=str(events[-1].get("time", "")),
@@ -198,6 +203,7 @@ def load_run_metrics(run: RunFolder) -> RunMetrics:
         mixture=_mixture_history(_Columns(events=mixture, path=run.metric("mixture")), num_domains),
         validation=_validation_history(_read_columns(run.metric("validation")), num_domains),
         comm=_comm_timings(_read_columns(run.metric("comm"))),
+        learned=read_learned(mixture, names, config),
         data_end=next(reversed(read_events(run.metric("data_end"))), None),
     )
 

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.report.mixing.learned_mixture import learned_notices
 from mixtera_hpc.report.run_metrics import Floats, RunMetrics, TimeSeries
 
 __all__ = ["DomainSummary", "RunPerformance", "RunSummary", "summarize_run"]
+
+MAX_NAMES = 5
+"""Domain names listed in a sentence."""
 
 MIN_SECONDS = 1e-9
 """Lower bound of a divisor that is a duration."""
@@ -102,6 +106,8 @@ class RunSummary:
     """Sequences whose loss was not finite."""
     train_s: float
     """Total time of all steps, without those that were repeated."""
+    warnings: tuple[str, ...]
+    """What a reader should know about the mixture and the held-out losses."""
     hears_losses: bool | None
     """False if the mixture learns, but no losses were recorded in the last chunks; None if it does not learn."""
     performance: RunPerformance
@@ -126,11 +132,24 @@ def summarize_run(metrics: RunMetrics) -> RunSummary:
         held_out_loss=_last_value(metrics.validation.loss),
         num_nonfinite=int(steps.num_nonfinite.sum()),
         train_s=float((steps.step_s * steps.num_steps).sum()),
+        warnings=(*learned_notices(metrics.learned, metrics.num_steps), *_held_out_notices(metrics)),
         hears_losses=metrics.mixture.hears_losses,
         performance=_summarize_performance(metrics),
         domains=tuple(_summarize_domain(metrics, i) for i in range(len(metrics.domains))),
         data_end=_data_end(metrics),
     )
+
+
+def _held_out_notices(metrics: RunMetrics) -> list[str]:
+    """Name the domains that the newest validation has no loss of."""
+    if not len(metrics.validation.step):
+        return []
+    known = np.isfinite(metrics.validation.domain_loss[-1])
+    without = [name for name, is_known in zip(metrics.domains, known, strict=True) if not is_known]
+    if not without:
+        return []
+    more = f" and {len(without) - MAX_NAMES} more" if len(without) > MAX_NAMES else ""
+    return [f"No held-out loss of {', '.join(without[:MAX_NAMES])}{more}: raise query.holdout.fraction."]
 
 
 def _data_end(metrics: RunMetrics) -> DataEnd | None:

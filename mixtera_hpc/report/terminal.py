@@ -9,6 +9,7 @@ from rich.text import Text
 
 from mixtera_hpc.errors import pluralize
 from mixtera_hpc.report.domain_groups import common_property, shorten_names
+from mixtera_hpc.report.mixing.learned_mixture import learned_rows
 from mixtera_hpc.report.number_format import (
     MISSING,
     format_count,
@@ -41,6 +42,9 @@ def report_text(report: WrittenReport) -> RenderableType:
     summary = report.summary
     title = Text.assemble((summary.name, "bold"), (f"  {summary.run_id} · {describe_progress(summary)}", "dim"))
     lines: list[RenderableType] = ["", title, "", _numbers(summary), "", _domain_table(summary)]
+    learned = _learned_table(report)
+    if learned is not None:
+        lines += ["", learned]
     if report.projection.remaining_steps:
         lines += ["", describe_remaining(report.projection)]
 
@@ -101,6 +105,7 @@ def _numbers(summary: RunSummary) -> Table:
         excluded = f"{pluralize(summary.num_nonfinite, 'sequence')}, excluded from all losses"
         rows.append(("non-finite loss", excluded))
 
+    rows += [("note", warning) for warning in summary.warnings]
     if summary.hears_losses is False:
         rows.append(("mixture", SILENT_MIXTURE))
     if summary.data_end is not None:
@@ -143,6 +148,22 @@ def _domain_table(summary: RunSummary) -> Table:
         served_share = sum(domain.served_share for domain in others)
         tokens = sum(domain.tokens for domain in others)
         table.add_row(f"{len(others)} others", "", format_share(served_share), format_count(tokens), "", "")
+    return table
+
+
+def _learned_table(report: WrittenReport) -> Table | None:
+    """Return what the mixing algorithm has learned about the largest domains; None if it has recorded nothing."""
+    headings, rows = learned_rows(report.metrics.learned)
+    if not rows:
+        return None
+    table = Table(title="learned", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("domain", "law") else "right")
+    short_names = shorten_names([domain.name for domain in report.summary.domains])
+    by_size = sorted(report.summary.domains, key=lambda domain: -domain.served_share)
+    for domain in by_size[:MAX_DOMAINS]:
+        _, *cells = rows[domain.domain_id]
+        table.add_row(escape(short_names[domain.domain_id]), *cells)
     return table
 
 

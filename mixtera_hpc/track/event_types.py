@@ -52,6 +52,10 @@ class StepEvent(TypedDict, total=False):
     domain_loss: list[float | None]
     domain_tokens: list[int]
     domain_sequences: list[int]
+    scalar_NAME: list[float | None]
+    """Mean of a scalar of `dataplane.scalars` over the sequences of each domain."""
+    scalar_NAME_out_of_range: int
+    """Values of it that were beyond the declared scale, or not finite; excluded from the mean."""
 
 
 class MixtureEvent(TypedDict, total=False):
@@ -150,7 +154,7 @@ class ValidationEvent(TypedDict, total=False):
     step: int
     """Number of steps taken before the validation."""
     loss: float | None
-    """Mean loss over all counted tokens, in nats."""
+    """Mean loss in natural proportions of the domains, in nats."""
     domain_loss: list[float | None]
     domain_tokens: list[int]
     num_nonfinite: int

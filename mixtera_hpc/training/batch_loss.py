@@ -1,8 +1,9 @@
 """From a batch on the device of the model to the losses of its tokens."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mixtera_hpc.dataplane.plane import Batch
@@ -19,6 +20,8 @@ class DeviceBatch(NamedTuple):
     loss_mask: Tensor
     documents: tuple[Tensor, Tensor] | None
     """`document_ids` and `position_ids` if tokens attend to their own document only; else None."""
+    loss_weights: Tensor | None
+    """Factor on the loss of each sequence; None for 1."""
 
 
 def stage_batch(stage: DeviceStage, batch: Batch, attention: Literal["sequence", "document"]) -> DeviceBatch:
@@ -27,12 +30,15 @@ def stage_batch(stage: DeviceStage, batch: Batch, attention: Literal["sequence",
     Args:
         attention: `training.attention`.
     """
-    if attention == "sequence":
-        tokens, loss_mask = stage.copy(batch.tokens, batch.loss_mask)
-        return DeviceBatch(tokens, loss_mask, None)
-    arrays = batch.tokens, batch.loss_mask, batch.document_ids, batch.position_ids
-    tokens, loss_mask, document_ids, position_ids = stage.copy(*arrays)
-    return DeviceBatch(tokens, loss_mask, (document_ids, position_ids))
+    arrays: list[NDArray[Any]] = [batch.tokens, batch.loss_mask]
+    if attention == "document":
+        arrays += [batch.document_ids, batch.position_ids]
+    if batch.loss_weights is not None:
+        arrays.append(batch.loss_weights)
+    tokens, loss_mask, *others = stage.copy(*arrays)
+    loss_weights = others.pop() if batch.loss_weights is not None else None
+    documents = (others[0], others[1]) if attention == "document" else None
+    return DeviceBatch(tokens, loss_mask, documents, loss_weights)
 
 
 def batch_loss(model: GPT, batch: DeviceBatch, rows: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""The learning rate of each optimizer step: linear warm-up, then cosine decay."""
+"""The learning rate of each optimizer step: linear warm-up, then cosine decay; or a linear decay to 0 at the end."""
 
 import math
 
@@ -14,8 +14,11 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
     """Return the learning rate of `step`, counted from 0.
 
     The rate rises linearly over `warmup_steps` and falls along a cosine to `FINAL_FRACTION` of its peak at the last of
-    `num_steps`.
+    `num_steps`. With `anneal_from_step` it falls linearly from `anneal_from_rate` at that step to 0 at `num_steps`.
     """
+    if training.anneal_from_step is not None and step >= training.anneal_from_step:
+        remaining = (training.num_steps - step) / max(training.num_steps - training.anneal_from_step, 1)
+        return training.anneal_from_rate * max(remaining, 0.0)
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
 

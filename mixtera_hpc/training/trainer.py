@@ -234,7 +234,10 @@ class Trainer:
     def _backward(self, batch: Batch, staged: DeviceBatch, rows: slice) -> None:
         """Add the gradients of some sequences of a batch, and record their losses in the data plane."""
         loss = batch_loss(self._model, staged, rows)
-        self._gradients.backward(loss, staged.loss_mask[rows])
+        weighted = loss
+        if staged.loss_weights is not None:
+            weighted = loss * staged.loss_weights[rows, None]
+        self._gradients.backward(weighted, staged.loss_mask[rows])
         self._plane.record(batch, loss.detach(), rows=rows)
 
     def _log_step(self, step: int, step_s: float) -> None:

@@ -45,7 +45,7 @@ class Validator:
         self._last_step = step
         self._record_losses(self._data, model)
         statistics = self._data.reduce(step)
-        self._tracker.log("validation", _validation_event(statistics))
+        self._tracker.log("validation", _validation_event(statistics, self._data.mean_loss(statistics)))
 
     def _record_losses(self, data: HeldOutBatches, model: GPT) -> None:
         model.eval()
@@ -60,9 +60,7 @@ class Validator:
         model.train()
 
 
-def _validation_event(statistics: DomainStatistics) -> ValidationEvent:
-    total_tokens = int(statistics.num_tokens.sum())
-    mean_loss = float(statistics.loss_sum.sum()) / total_tokens if total_tokens else None
+def _validation_event(statistics: DomainStatistics, mean_loss: float | None) -> ValidationEvent:
     pairs = zip(statistics.loss_sum.tolist(), statistics.num_tokens.tolist(), strict=True)
     domain_loss = [loss / tokens if tokens else None for loss, tokens in pairs]
     return {

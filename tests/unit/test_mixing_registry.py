@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.core.mixing.algorithm import ALGORITHMS, make_algorithm
 from mixtera_hpc.errors import ConfigError
 
@@ -73,3 +75,9 @@ def test_every_parameter_has_a_description(name: str) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_defaults_are_valid(name: str) -> None:
     assert make_algorithm(name, {}).name == name
+
+
+@pytest.mark.parametrize("written", ["ado", {"name": "ado"}])
+def test_an_algorithm_may_be_only_its_name(written: Any) -> None:
+    mixture = from_plain(MixtureConfig, {"kind": "dynamic", "algorithm": written}, "mixture")
+    assert mixture.algorithm == {"name": "ado"}

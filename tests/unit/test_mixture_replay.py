@@ -12,6 +12,8 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.launch.prepare import prepare_run
+from mixtera_hpc.report.report_files import write_report
+from mixtera_hpc.track.event_reader import read_events
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "ado"
 ADO = "mixture.algorithm={name: ado, warmup: 6, refit_interval: 4}"
@@ -58,6 +60,19 @@ def test_a_replayed_run_has_its_recorded_weights(
     with np.load(tmp_path / "out.npz") as out:
         assert out["mixture"].shape[0] == 24
         assert np.ptp(out["mixture"], axis=0).max() > 0.003, "the mixture must move for the comparison to say anything"
+
+
+def test_what_was_learned_is_in_the_metrics_and_on_the_page(collection: list[str], tmp_path: Path) -> None:
+    folder = run_of(collection, tmp_path / "runs", ADO)
+    events = read_events(folder.metric("mixture"))
+    recorded = [{"epsilon", "alpha", "residual", "law_status"} <= set(event) for event in events]
+    # Refits are in the steps 6, 10, 14, …: some chunks have no new laws. A description exists from chunk 2 on.
+    assert recorded[:2] == [False, False]
+    assert 0 < sum(recorded) < len(recorded) - 2
+    report = write_report(folder)
+    page = report.page.read_text()
+    assert "Learned by the mixture" in page
+    assert "residual" in page
 
 
 def test_a_replay_of_coarse_metrics_says_how_far_it_is(

@@ -11,7 +11,9 @@ from mixtera_hpc.cli.run_or_overrides import find_optional_run
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.job_shape import num_ranks
-from mixtera_hpc.config.schema import MixtureConfig
+from mixtera_hpc.config.mixture.learning import learning_warnings
+from mixtera_hpc.config.schema import Config, MixtureConfig
+from mixtera_hpc.dataplane.held_out import MAX_NAMES, domains_without_held_out
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
@@ -43,6 +45,7 @@ def print_plan(args: argparse.Namespace) -> None:
         num_steps = config.training.num_steps if plan_steps is None else plan_steps
         forecast = forecast_mixture(source, num_steps)
         _print_forecast(source, forecast)
+        _print_learning(config, subset)
         _print_packing(source)
         print_decode_cost(source, forecast)
 
@@ -133,6 +136,21 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         interval = sampled_chunks(source, forecast.steps_asked) * source.planner.chunk_steps
         if interval > source.planner.chunk_steps:
             console.print(f"Its weights are sampled every {interval:,} steps; steps shown may be off by as much.")
+
+
+def _print_learning(config: Config, subset: SampleSubset) -> None:
+    """Print what keeps a mixture from learning, and the domains without a held-out loss."""
+    for warning in learning_warnings(config):
+        open_console().print(warning)
+    # Opens the index once more, for the held-out samples.
+    if subset.split == "train" and config.query.holdout.fraction > 0:
+        without = domains_without_held_out(config, subset)
+        if without:
+            more = f" and {len(without) - MAX_NAMES} more" if len(without) > MAX_NAMES else ""
+            open_console().print(
+                f"No held-out loss of {', '.join(without[:MAX_NAMES])}{more}: their held-out samples do not fill a "
+                "sequence. Raise query.holdout.fraction."
+            )
 
 
 def _other_policy(mixture: MixtureConfig, num_domains: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from mixtera_hpc.cli.console import open_console, print_json
 from mixtera_hpc.cli.run_arguments import add_root_argument, find_run_named
 from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.report.run_metrics import load_run_metrics
 from mixtera_hpc.report.scaling import scaling_table
 from mixtera_hpc.report.summary import summarize_run
@@ -21,6 +22,9 @@ def arguments(parser: ArgumentParser) -> None:
         "--scaling", action="store_true", help="print one table that compares the throughput of the runs"
     )
     parser.add_argument(
+        "--compare", action="store_true", help="write one page that compares the losses and mixtures of the runs"
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the numbers as one JSON object per run; write no page"
     )
     parser.add_argument(
@@ -33,13 +37,16 @@ def arguments(parser: ArgumentParser) -> None:
     parser.epilog = """\
 Examples:
   mixtera-hpc report demo
-  mixtera-hpc report nodes1 nodes2 nodes4 --scaling"""
+  mixtera-hpc report nodes1 nodes2 nodes4 --scaling
+  mixtera-hpc report demo-s200-code demo-s200-prose --compare"""
 
 
 def run(args: Namespace) -> int:
     """Print or write the reports."""
     folders = [find_run_named(name, args) for name in args.runs]
-    if args.scaling:
+    if args.compare:
+        _write_comparison(folders, args)
+    elif args.scaling:
         _print_scaling(folders, args.json)
     elif args.json:
         for folder in folders:
@@ -59,6 +66,20 @@ def _print_scaling(folders: Sequence[RunFolder], as_json: bool) -> None:
     from mixtera_hpc.report.terminal import scaling_text
 
     open_console().print(scaling_text(rows))
+
+
+def _write_comparison(folders: Sequence[RunFolder], args: Namespace) -> None:
+    if len(folders) < 2 or args.json or args.scaling:
+        raise ConfigError("report --compare takes two runs or more, without --json and --scaling.")
+    # Imported here because it imports rich, which `--help` does not need.
+    from mixtera_hpc.report.mixing.comparison import compare_runs, comparison_page, comparison_text
+
+    comparison = compare_runs([load_run_metrics(folder) for folder in folders])
+    target = (args.out or folders[0].report) / "comparison.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(comparison_page(comparison), encoding="utf-8")
+    open_console().print(comparison_text(comparison))
+    print(f"Comparison  {target}")
 
 
 def _write_pages(folders: Sequence[RunFolder], out: Path | None) -> None:

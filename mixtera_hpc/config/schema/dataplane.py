@@ -114,6 +114,9 @@ class DataPlaneConfig:
     watchdog: Literal["warn", "abort"] = "warn"
     """What follows after the same time again without progress. `warn`: nothing. `abort`: all ranks end with an
     error."""
+    scalars: dict[str, float] = field(default_factory=dict)
+    """Numbers of every sequence that the trainer records besides the loss, such as `{grad_norm: 10.0}`: name → scale,
+    its largest absolute value. Values beyond it are counted and left out (`DataPlane.record`)."""
     audit: bool = False
     """Log a digest of every sequence (or sample) handed to the trainer, for `mixtera-hpc trace --verify`."""
     record_losses: bool = False

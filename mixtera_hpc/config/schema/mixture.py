@@ -1,5 +1,6 @@
 """Settings of the group `mixture`: the domains and the proportions in which they are served."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ class DomainConfig:
     """Largest share of the mixture, between 0 and 1. Null means `mixture.cap`."""
     max_epochs: float | None = None
     """Passes over this domain before it is exhausted. Null means `mixture.max_epochs`."""
+    loss_weight: float | None = None
+    """Factor on the loss of this domain, apart from how often it is served: batches carry it as `loss_weights`, and the
+    reference trainer multiplies the loss with it. Null means 1. At least 0."""
     domains: list["DomainConfig"] = field(default_factory=list)
     """The members of a group, for `mixture.kind=hierarchical`."""
 
@@ -48,6 +52,11 @@ class StageConfig:
     """Like `mixture.unimax_epochs`."""
     algorithm: dict[str, Any] = field(default_factory=lambda: {"name": "ado"})
     """Like `mixture.algorithm`."""
+
+    @classmethod
+    def complete(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Accept the name of an algorithm for a mapping with its `name`."""
+        return _with_algorithm_name(data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,4 +112,15 @@ class MixtureConfig:
     0."""
     algorithm: dict[str, Any] = field(default_factory=lambda: {"name": "ado"})
     """The mixing algorithm of `mixture.kind=dynamic`: its `name` and its parameters, for example
-    `{name: ado, warmup: 200}` (docs/mixtures.md)."""
+    `{name: ado, warmup: 200}`, or only its name. The import path of a class, such as `my_package.MyAlgorithm`, is a
+    name too (docs/mixtures.md)."""
+
+    @classmethod
+    def complete(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Accept the name of an algorithm for a mapping with its `name`."""
+        return _with_algorithm_name(data)
+
+
+def _with_algorithm_name(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    name = data.get("algorithm")
+    return {**data, "algorithm": {"name": name}} if isinstance(name, str) else data

@@ -25,6 +25,11 @@ class TrainingConfig:
     """Largest learning rate, reached after the warm-up. Above 0."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises to `training.learning_rate`."""
+    anneal_from_step: int | None = None
+    """From this step on, the learning rate falls linearly from `training.anneal_from_rate` to 0 at
+    `training.num_steps`; `mixtera-hpc fork` sets both. Null keeps the schedule."""
+    anneal_from_rate: float = 0.0
+    """Learning rate at `training.anneal_from_step`."""
     weight_decay: float = 0.1
     """Weight decay of AdamW."""
     grad_clip: float = 1.0
@@ -42,6 +47,9 @@ class TrainingConfig:
     there is no validation."""
     validate_steps: int = 8
     """Global batches per validation, always the same ones. Fewer if the held-out samples fill fewer."""
+    validate_min_sequences: int = 1
+    """Sequences of every domain in a validation, as far as it has held-out ones. If natural proportions give fewer, the
+    domain gets these, and a validation more batches where needed; the mean loss stays that of natural proportions."""
     stop_after: int | None = None
     """Save and exit with code 75 after this step, as if a stop had been requested."""
     log_every: int = 1

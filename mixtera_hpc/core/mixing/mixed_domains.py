@@ -34,9 +34,14 @@ class MixedDomains:
         """Return the statistics of the mixed domains."""
         if len(self.ids) == self.num_domains:
             return statistics
-        arrays = {name: getattr(statistics, name)[self.ids] for name in STATISTICS_ARRAYS}
-        weights = None if statistics.weights is None else statistics.weights[self.ids]
-        return replace(statistics, **arrays, weights=weights)
+        ids = self.ids
+        arrays = {name: getattr(statistics, name)[ids] for name in STATISTICS_ARRAYS}
+        weights = None if statistics.weights is None else statistics.weights[ids]
+        scalars = {
+            name: replace(s, total=s.total[ids], count=s.count[ids], num_out_of_range=s.num_out_of_range[ids])
+            for name, s in statistics.scalars.items()
+        }
+        return replace(statistics, **arrays, weights=weights, scalars=scalars)
 
     def scatter(self, values: NDArray[np.float64], fill: float) -> NDArray[np.float64]:
         """Return values of the mixed domains as values of all domains."""

@@ -52,6 +52,10 @@ class SkillIt(SimpleAlgorithm):
             for name in ("delta_min", "floor_share"):
                 check_range(name, getattr(self, name), 0, 1)
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._graph = np.array(config.graph) if config.graph else None
+
     def begin(self, prior: NDArray[np.float64]) -> Values:
         """Return the values that a run begins with.
 
@@ -73,6 +77,6 @@ class SkillIt(SimpleAlgorithm):
         newest = np.where(statistics.observed, statistics.loss_mean, old[0])
         window = np.concatenate([newest[None], old[:-1]])
         summed = np.nansum(window, axis=0)
-        score = np.array(self.config.graph) @ summed if self.config.graph else summed
+        score = summed if self._graph is None else self._graph @ summed
         exponent = self.config.eta * score
         return {"window": window, "summed_loss": summed}, state.prior * np.exp(exponent - exponent.max())

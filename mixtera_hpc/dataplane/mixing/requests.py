@@ -17,7 +17,7 @@ from mixtera_hpc.config.convert import from_plain, raise_problems, to_plain
 from mixtera_hpc.config.mixture.check_mixture import mixture_problems
 from mixtera_hpc.config.mixture.domain_tree import domain_entries
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.config.schema import MixtureConfig
+from mixtera_hpc.config.schema import DomainConfig, MixtureConfig
 from mixtera_hpc.core.domain_keys import canonical_key
 from mixtera_hpc.dataplane.journal import read_lines
 from mixtera_hpc.errors import ConfigError
@@ -99,11 +99,13 @@ def _changed_streams(current: MixtureConfig, requested: MixtureConfig) -> list[s
         changed.append("mixture.kind=arbitrary")
     if requested.group_by and requested.group_by != current.group_by:
         changed.append("mixture.group_by")
-    # Epoch limits of a domain belong to its stream; a request may repeat them.
-    limits = {canonical_key(entry.key): entry.domain.max_epochs for entry in domain_entries(current)}
+    # Epoch limits of a domain belong to its stream, loss weights to the run; a request may repeat them.
+    by_key = {canonical_key(entry.key): entry.domain for entry in domain_entries(current)}
     for entry in domain_entries(requested):
-        if entry.domain.max_epochs not in (None, limits.get(canonical_key(entry.key))):
-            changed.append(f"{entry.path}.max_epochs")
+        domain = by_key.get(canonical_key(entry.key), DomainConfig())
+        for name in ("max_epochs", "loss_weight"):
+            if getattr(entry.domain, name) not in (None, getattr(domain, name)):
+                changed.append(f"{entry.path}.{name}")
     return changed
 
 

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from mixtera_hpc.config.mixture.learning import learning_parts, needs_held_out
+from mixtera_hpc.config.mixture.learning import learning_parts, learning_warnings, needs_held_out
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import DomainStatistics
 
@@ -24,6 +24,9 @@ class SilenceWatch:
         self._limit = config.dataplane.feedback_lag + 2
         """Chunks without losses that are normal: their losses may be on their way."""
         self._is_root = rank == 0
+        if self._is_root:
+            for warning in learning_warnings(config):
+                logger.warning("%s", warning)
         self._chunks_without_loss = 0
 
     def enter_chunk(self) -> bool | None:

@@ -38,6 +38,8 @@ class Batch:
     """The B raw samples with `mixture.unit=samples`, None for padding; else None."""
     digests: list[str] | None = None
     """Digests of the B sequences' tokens, or of the B samples, with `dataplane.audit`; else None. Zeros for padding."""
+    loss_weights: NDArray[np.float32] | None = None
+    """Factor on the loss of each sequence, 0 for padding, shape (B,); None if no domain has a `loss_weight`."""
     micro_batches: tuple[slice, ...] = ()
     """With `dataplane.sample_budget`, the rows of every micro-batch, the same number on all ranks; those at the end may
     be empty."""

@@ -7,27 +7,41 @@ decides after `MAX_UNDECIDED` batches. Price: the loss mask and the domain ids o
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
+from mixtera_hpc.dataplane.steps.step_scalars import StepScalars
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["OpenStep", "OpenSteps", "unknown_progress_error"]
+__all__ = ["OpenStep", "OpenSteps", "RecordedPart", "unknown_progress_error"]
 
 MAX_UNDECIDED = 16
 """A trainer that holds more batches before its first `record` or `finish` is taken for one that calls neither."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedPart:
+    """What a call of `DataPlane.record` says besides the losses; see there."""
+
+    rows: slice
+    tokens: slice | None
+    num_tokens: Any
+    scalars: Mapping[str, Any] | None
+
+
 class OpenStep:
     """One step that is not finished on this rank, or finished and not reduced yet."""
 
-    def __init__(self, batch: Batch, num_domains: int, num_parts: int) -> None:
+    def __init__(self, batch: Batch, num_domains: int, num_parts: int, scales: Mapping[str, float]) -> None:
         """Begin without losses."""
         self.number = batch.step
         self.plan_digest = batch.plan_digest
         self.contents = tuple(batch.digests or ())
         self.losses = StepLosses(batch, num_domains, num_parts)
+        self.scalars = StepScalars(scales, batch.domain_ids)
         self.was_finished_by_name = False
 
     @property
@@ -39,16 +53,20 @@ class OpenStep:
 class OpenSteps:
     """The open steps of one rank, in order."""
 
-    def __init__(self, num_domains: int, max_unfinished: int, num_parts: int = 1) -> None:
+    def __init__(
+        self, num_domains: int, max_unfinished: int, num_parts: int = 1, scales: Mapping[str, float] | None = None
+    ) -> None:
         """Begin without open steps.
 
         Args:
             num_domains: K.
             max_unfinished: number of batches that a trainer may hold.
             num_parts: into how many parts the ranks of a group cut the losses of every sequence.
+            scales: of the scalars that may be recorded besides losses; see `core.measures.scalars`.
         """
         self._num_domains = num_domains
         self._num_parts = num_parts
+        self._scales = scales or {}
         self._steps: deque[OpenStep] = deque()
         self.max_undecided = min(max_unfinished, MAX_UNDECIDED)
         """Batches handed out before this rank decides whether its trainer says when a step is finished."""
@@ -64,7 +82,7 @@ class OpenSteps:
 
     def add(self, batch: Batch) -> None:
         """Record that `batch` was handed to the trainer."""
-        self._steps.append(OpenStep(batch, self._num_domains, self._num_parts))
+        self._steps.append(OpenStep(batch, self._num_domains, self._num_parts, self._scales))
 
     def named(self, step: int, caller: str) -> OpenStep:
         """Return an open step that the trainer names.

@@ -7,6 +7,7 @@ second time.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,9 +91,22 @@ def _step_event(steps: list[tuple[StepTiming, DomainStatistics]], num_ranks: int
         "domain_tokens": num_tokens.tolist(),
         "domain_sequences": num_sequences.tolist(),
     }
+    event |= _scalar_fields(statistics)
     if timings[-1].learning_rate is not None:
         event["learning_rate"] = timings[-1].learning_rate
     return event
+
+
+def _scalar_fields(statistics: list[DomainStatistics]) -> StepEvent:
+    """Return the user's scalars: the mean of every domain, and how many values were out of range."""
+    fields: dict[str, Any] = {}
+    for name in statistics[0].scalars:
+        scalars = [s.scalars[name] for s in statistics]
+        total = np.sum([s.total for s in scalars], axis=0)
+        count = np.sum([s.count for s in scalars], axis=0)
+        fields[f"scalar_{name}"] = _mean_loss(total, count)
+        fields[f"scalar_{name}_out_of_range"] = int(np.sum([s.num_out_of_range for s in scalars]))
+    return cast(StepEvent, fields)
 
 
 def _mean_loss(loss_sum: NDArray[np.float64], num_tokens: NDArray[np.int64]) -> list[float | None]:

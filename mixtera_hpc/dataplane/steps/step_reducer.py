@@ -10,19 +10,21 @@ leader of each group takes part in the sum with its losses.
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, wait
+from mixtera_hpc.core.measures.scalars import ROWS_PER_SCALAR
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 from mixtera_hpc.dataplane.steps.step_mismatch import NUM_FLAGS, Reduction, raise_mismatch
+from mixtera_hpc.dataplane.steps.step_scalars import StepScalars
 
 __all__ = ["AgreedRequests", "RankFlags", "StepReducer", "StepResult"]
 
@@ -64,6 +66,7 @@ class _Merge:
     step: int
     flags: RankFlags
     pending: PendingParts
+    scalars: Ints
     num_recorded: int
 
 
@@ -75,6 +78,7 @@ class _WaitingStep:
     losses: StepLosses
     flags: RankFlags
     is_counted: bool
+    scalars: StepScalars | None
 
     @property
     def is_ready(self) -> bool:
@@ -93,6 +97,7 @@ class StepReducer:
         batch_slice: BatchSlice,
         parts: PartLayout | None = None,
         loss_log: LossLog | None = None,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
         """Reduce over a duplicate of `comm`. **Collective.**
 
@@ -103,12 +108,15 @@ class StepReducer:
             batch_slice: what this rank gets of every step; ranks of one group have equal ones.
             parts: which part of every sequence this rank records; None if ranks record whole sequences.
             loss_log: receives the mean loss of every sequence; None if nobody wants them.
+            scales: of the scalars that may be recorded besides losses; see `core.measures.scalars`.
         """
         self._comm = comm
         # When ranks agree on a mismatch, they have started different numbers of reductions. On one communicator, their
         # collectives would not match.
         self._reductions = comm.Dup()
         self._num_domains = num_domains
+        self._scales = scales or {}
+        self._num_rows = NUM_BUFFER_ROWS + ROWS_PER_SCALAR * len(self._scales)
         self._size_of_step = size_of_step
         self._group = batch_slice.group
         # Sums of hashes tell how often each group recorded: unequal numbers of copies give another sum.
@@ -131,7 +139,9 @@ class StepReducer:
         self._mismatch: Reduction | None = None
         """The first step that ranks served from different plans, or recorded in part."""
 
-    def post_losses(self, step: int, losses: StepLosses, flags: RankFlags, *, is_counted: bool) -> None:
+    def post_losses(
+        self, step: int, losses: StepLosses, flags: RankFlags, *, is_counted: bool, scalars: StepScalars | None = None
+    ) -> None:
         """Start the reduction of `step`, or first that of its parts. Every rank starts those of all steps, in order.
 
         If the losses are still on their way from an accelerator, it starts later: in `advance`, or when a step is
@@ -142,24 +152,37 @@ class StepReducer:
             losses: what this rank recorded.
             flags: what this rank reports about the step.
             is_counted: False for a step that was not finished: its losses are left out.
+            scalars: this rank's scalars. If ranks record parts of sequences, those of the group's leader count.
         """
-        self._waiting.append(_WaitingStep(step=step, losses=losses, flags=flags, is_counted=is_counted))
+        self._waiting.append(
+            _WaitingStep(step=step, losses=losses, flags=flags, is_counted=is_counted, scalars=scalars)
+        )
         self.advance()
 
     def _post_waiting(self) -> None:
         """Start the reduction of the oldest step that waits for its losses; wait for the device."""
         waiting = self._waiting.popleft()
         step, losses, flags, is_counted = waiting.step, waiting.losses, waiting.flags, waiting.is_counted
+        scalars = np.zeros((self._num_rows - NUM_BUFFER_ROWS, self._num_domains), np.int64)
+        if waiting.scalars is not None and is_counted:
+            scalars = waiting.scalars.rows(self._num_domains)
         if self._parts is None:
             nothing = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
             num_padding = losses.num_padding if is_counted and losses.has_losses else 0
-            self.post(step, losses.total() if is_counted else nothing, flags, num_padding=num_padding)
+            rows = np.concatenate([losses.total() if is_counted else nothing, scalars])
+            self.post(step, rows, flags, num_padding=num_padding)
             if self._loss_log and is_counted and losses.has_losses:
                 self._loss_log.write(step, losses.positions, losses.means())
         else:
             pending = self._parts.start(losses, is_counted)
             self._merging.append(
-                _Merge(step=step, flags=flags, pending=pending, num_recorded=losses.num_recorded_tokens)
+                _Merge(
+                    step=step,
+                    flags=flags,
+                    pending=pending,
+                    scalars=scalars,
+                    num_recorded=losses.num_recorded_tokens,
+                )
             )
 
     def advance(self) -> None:
@@ -183,7 +206,8 @@ class StepReducer:
 
         Args:
             step: the training step after the one of the previous call.
-            rows: this rank's sums, shape (NUM_BUFFER_ROWS, K); see `core.statistics.accumulate_losses`.
+            rows: this rank's sums, shape (NUM_BUFFER_ROWS, K), and rows of scalars if the run has any; see
+                `core.statistics.accumulate_losses` and `core.measures.scalars`.
             flags: what this rank reports about the step.
             num_padding: rows of padding that were recorded besides the sequences in `rows`.
             is_partial: whether the parts that the ranks of this group recorded do not fit together.
@@ -191,15 +215,8 @@ class StepReducer:
         """
         vote = self._group_hash if num_padding or rows[2].any() else 0
         content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
-        tail = [
-            int(flags.stop),
-            int(flags.save),
-            int(is_partial),
-            content,
-            num_padding,
-            vote,
-            flags.digest & DIGEST_MASK,
-        ]
+        requests = [int(flags.stop), int(flags.save), int(is_partial)]
+        tail = [*requests, content, num_padding, vote, flags.digest & DIGEST_MASK]
         # One buffer, so that losses and flags need a single collective.
         buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
@@ -244,7 +261,8 @@ class StepReducer:
         merge = self._merging.popleft()
         losses = merge.pending.merge()
         # All ranks of the group have the same sums; one of them contributes.
-        rows = losses.rows if self._is_leader else np.zeros_like(losses.rows)
+        sums = np.concatenate([losses.rows, merge.scalars])
+        rows = sums if self._is_leader else np.zeros_like(sums)
         self.post(
             merge.step,
             rows,
@@ -276,7 +294,7 @@ class StepReducer:
     def _complete_first(self, reduce_s: float) -> None:
         """Move the oldest reduction to the results."""
         reduction = self._running.popleft()
-        rows = reduction.result[:-NUM_FLAGS].reshape(NUM_BUFFER_ROWS, self._num_domains)
+        rows = reduction.result[:-NUM_FLAGS].reshape(self._num_rows, self._num_domains)
         stop, save, num_partial, content_sum, num_padding, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
 
         # Equal digests add up to a multiple of this rank's own.
@@ -289,7 +307,7 @@ class StepReducer:
         is_partial = num_sequences > 0 and (
             num_sequences != num_copies * global_batch_size or votes != num_copies * self._all_groups_hash
         )
-        statistics = statistics_from_buffer(reduction.step, rows // num_copies)
+        statistics = statistics_from_buffer(reduction.step, rows // num_copies, self._scales)
         if (differs or is_partial or num_partial or content_sum) and self._mismatch is None:
             self._mismatch = reduction
 

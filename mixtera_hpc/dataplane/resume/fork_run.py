@@ -1,0 +1,183 @@
+"""Fork a run: a new run that continues a checkpoint of another one on another mixture.
+
+The new run has a folder of its own. It begins with what the parent recorded: its journal, its attempts and metrics, and
+the checkpoint. So `trace`, `verify` and `report` cover the parent's part as well. A line of the journal names the
+parent. The mixture changes by a decision, as `mixture set` makes one. Files that are never written again are linked.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.check import check_run
+from mixtera_hpc.config.compose import load_config
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.config.schema import Config, MixtureConfig, TrainingConfig
+from mixtera_hpc.dataplane.journal import append_line, read_lines
+from mixtera_hpc.dataplane.mixing.from_config import make_mixer
+from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, requested_mixture
+from mixtera_hpc.dataplane.plane_state import PlaneState
+from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.dataplane.resume.checkpoint_files import find_damage
+from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
+from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
+from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.launch.prepare import prepare_run
+
+__all__ = ["Fork", "ForkPoint", "fork_run", "open_fork_point"]
+
+FORK_KIND = "fork"
+"""Kind of the line of a journal that names the parent."""
+
+METRICS = ("attempts", "steps", "mixture", "comm", "validation", "data_end")
+ATTEMPT_FILES = ("job.json", "exit.json")
+ATTEMPT_FOLDERS = ("audit", "losses")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForkPoint:
+    """A checkpoint that runs can be forked from."""
+
+    parent: RunFolder
+    config: Config
+    """The parent's recorded configuration."""
+    state: PlaneState
+
+    @property
+    def step(self) -> int:
+        """Number of finished steps."""
+        return self.state.next_step
+
+    @property
+    def first_chunk(self) -> int:
+        """The first chunk that a new mixture can serve: the checkpoint holds the plan of the one before."""
+        return self.state.plan.chunk + 1
+
+    @property
+    def first_step(self) -> int:
+        """The first step of that chunk."""
+        plan = self.state.plan
+        return max(self.state.stream_version.step_at(plan.first_step + plan.num_steps), self.step)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fork:
+    """One run to be forked."""
+
+    label: str
+    """Ends the id of the new run."""
+    content: Any
+    """Its mixture, as YAML: the keys below `mixture:`."""
+    training: TrainingConfig
+    """Settings of its trainer: number of steps and decay."""
+
+
+def open_fork_point(parent: RunFolder, step: int) -> ForkPoint:
+    """Read the checkpoint after `step` steps of a run.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it is damaged.
+    """
+    steps = parent.checkpoint_steps()
+    if step not in steps:
+        known = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(
+            f"{parent.path} has no checkpoint of step {step}. It has: {known}.\n"
+            "  Choose one of them. checkpoint.every_steps and checkpoint.keep say which ones a run keeps."
+        )
+    damage = find_damage(parent.checkpoint(step))
+    if damage is not None:
+        raise ConfigError(f"The checkpoint of step {step} cannot be used: {damage}.\n  Choose another step.")
+    state = PlaneState.from_array(np.fromfile(parent.checkpoint_plane_state(step), np.uint8))
+    return ForkPoint(parent=parent, config=load_config(parent.config), state=state)
+
+
+def fork_run(point: ForkPoint, fork: Fork, now: datetime) -> RunFolder:
+    """Make the folder of a new run that continues `point`. Price: one open of the index, and links to files.
+
+    Raises:
+        ConfigError: the mixture is invalid or changes more than the weights, or the new run exists.
+        MixtureError: the data of the run cannot be served in these proportions.
+    """
+    mixture = _checked_mixture(point, fork.content)
+    run = replace(point.config.run, id=f"{point.parent.run_id}-s{point.step}-{fork.label}")
+    config = replace(point.config, training=fork.training, run=run)
+    check_run(config)
+    words = [f"fork of {point.parent.path} at step {point.step}"]
+    child = prepare_run(config, words, now)
+
+    _link_attempts(point.parent, child)
+    for name in METRICS:
+        _copy_if_file(point.parent.metric(name), child.metric(name))
+    _copy_if_file(point.parent.journal, child.journal)
+    origin = {"kind": FORK_KIND, "parent": str(point.parent.path), "step": point.step, "chunk": point.first_chunk}
+    append_line(child.journal, origin)
+    for line in _kept_decisions(point):
+        append_line(child.decisions, line)
+    append_line(child.decisions, MixtureDecision(chunk=point.first_chunk, mixture=mixture).to_dict())
+    # The checkpoint comes last: without it the new run would begin at step 0.
+    _link_tree(point.parent.checkpoint(point.step), child.checkpoint(point.step))
+    child.latest_checkpoint.write_text(child.checkpoint(point.step).name + "\n")
+    return child
+
+
+def _checked_mixture(point: ForkPoint, content: Any) -> MixtureConfig:
+    """Return the mixture of a new run, checked against the data of its parent."""
+    config = pin_index_generation(point.config, point.parent.journal)
+    mixture = requested_mixture(config.mixture, content)
+    source = open_source(config, Local(), subset=subset_of_run(point.parent), check=False)
+    make_mixer(mixture, source.mixture_context, learn=False).close()
+    return mixture
+
+
+def _kept_decisions(point: ForkPoint) -> list[Mapping[str, Any]]:
+    """Return the lines of `decisions.jsonl` that the checkpoint contains."""
+    if not point.parent.decisions.is_file():
+        return []
+    edits = 0
+    kept: list[Mapping[str, Any]] = []
+    for line in read_lines(point.parent.decisions):
+        if line["kind"] == "run_edit":
+            edits += 1
+            # The state says how many edits it contains.
+            if edits <= point.state.stream_version.number:
+                kept.append(line)
+        elif line["kind"] != "mixture" or line["chunk"] < point.first_chunk:
+            kept.append(line)
+    return kept
+
+
+def _link_attempts(parent: RunFolder, child: RunFolder) -> None:
+    """Give the new run what `trace` and `status` read about the parent's attempts."""
+    for number in parent.attempts():
+        target = child.attempt(number)
+        target.mkdir(parents=True)
+        for name in ATTEMPT_FILES:
+            _copy_if_file(parent.attempt(number) / name, target / name)
+        for name in ATTEMPT_FOLDERS:
+            if (parent.attempt(number) / name).is_dir():
+                _link_tree(parent.attempt(number) / name, target / name)
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Copy a folder; its files are linked where the file system allows it."""
+    shutil.copytree(source, target, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _copy_if_file(source: Path, target: Path) -> None:
+    if source.is_file():
+        shutil.copy2(source, target)

@@ -1,0 +1,1 @@
+"""What mixing algorithms have learned."""

@@ -1,0 +1,68 @@
+"""Fork a checkpoint onto two mixtures: both runs train to the end, verify, and are compared on one page."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.config.run_folder import find_runs
+from mixtera_hpc.track.event_reader import read_events
+
+MIXTURES = {"first": (0.8, 0.2), "second": (0.2, 0.8)}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_continues_on_two_mixtures(
+    collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = [word for word in collection if not word.startswith("mixture.")]
+    domains = "[{key: {source: 'a*'}, weight: 0.5}, {key: {source: ['d*', enum]}, weight: 0.5}]"
+    shape = ["dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.chunk_steps=2", "dataplane.audit=true"]
+    model = ["training.num_layers=1", "training.num_heads=2", "training.embedding_dim=8", "training.warmup_steps=1"]
+    steps = ["training.num_steps=12", "checkpoint.every_steps=4", "checkpoint.keep=9"]
+    words = [*plain, *shape, *model, *steps, "mixture.kind=static", f"mixture.domains={domains}", "run.name=parent"]
+    root = tmp_path / "runs"
+    assert main(["run", *words, f"run.root={root}", "run.id=p"]) == 0
+
+    for name, weights in MIXTURES.items():
+        keys = ({"source": "a*"}, {"source": ["d*", "enum"]})
+        content = [{"key": key, "weight": weight} for key, weight in zip(keys, weights, strict=True)]
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({"kind": "static", "domains": content}))
+    sets = [word for name in MIXTURES for word in ("--set", str(tmp_path / f"{name}.yaml"))]
+    parent = root / "parent" / "p"
+    before = {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()}
+    assert main(["fork", str(parent), "--step", "8", *sets, "--steps", "8", "--run"]) == 0
+
+    folders = [run for run in find_runs(root) if run.run_id != "p"]
+    assert sorted(run.run_id for run in folders) == ["p-s8-first", "p-s8-second"]
+    for run in folders:
+        assert main(["trace", str(run.path), "--verify"]) == 0
+        lines = read_events(run.metric("steps"))
+        assert [line["step"] for line in lines] == list(range(16)), "the parent's steps, then 8 of its own"
+        rates = [line["learning_rate"] for line in lines[8:]]
+        assert np.diff(rates) == pytest.approx(np.full(7, -rates[0] / 8)), "linear, to 0 at the end"
+        mixture = read_events(run.metric("mixture"))
+        assert mixture[-1]["weights"] == pytest.approx(MIXTURES[run.run_id.removeprefix("p-s8-")])
+        assert mixture[3]["weights"] == pytest.approx([0.5, 0.5])
+        assert any(json.loads(line)["kind"] == "fork" for line in run.journal.read_text().splitlines())
+    assert {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()} == before, (
+        "the parent is untouched"
+    )
+
+    capsys.readouterr()
+    names = [str(run.path) for run in folders]
+    assert main(["report", *names, "--compare", "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "comparison.html").read_text()
+    assert page.count("forked from") == 2
+    assert "p-s8-first" in page
+
+
+def test_a_step_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs" / "x" / "y"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {}\n")
+    (tmp_path / "a.yaml").write_text("kind: natural\n")
+    assert main(["fork", str(folder), "--step", "3", "--set", str(tmp_path / "a.yaml")]) == 2
+    assert "has no checkpoint of step 3. It has: none" in capsys.readouterr().err
