@@ -96,7 +96,7 @@ def served_tokens(config: Config, folder: Path) -> Counter[tuple[str, int, int]]
 
 @SLOW
 @given(
-    st.sampled_from(["none", "block", "window"]),
+    st.sampled_from(["none", "block", "window", "sequence", "best_fit"]),
     st.sampled_from([1, 3, 16]),
     st.booleans(),
     st.lists(st.tuples(st.integers(0, 7), st.sampled_from([5, 16, 31, 64])), min_size=1, max_size=3),
@@ -110,9 +110,8 @@ def test_every_token_of_an_epoch_is_in_one_sequence(
     changes: list[tuple[int, int]],
 ) -> None:
     mixture = {"group_by": ["source"], "on_exhausted": "redistribute", "max_epochs": 1.0}
-    config = config_of(
-        plain, mixture, seq_len=24, shuffle=shuffle, lanes=lanes, overlap_one_token=overlap, window_bytes=4000
-    )
+    order = {"pack": "best_fit", "pack_group": 4} if shuffle == "best_fit" else {"shuffle": shuffle}
+    config = config_of(plain, mixture, seq_len=24, lanes=lanes, overlap_one_token=overlap, window_bytes=4000, **order)
     config = replace(config, dataplane=replace(config.dataplane, global_batch_size=8, chunk_steps=3))
     folder = new_folder()
     step = 0
