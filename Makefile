@@ -12,7 +12,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-full test-fast integrations integrations-full check surface format bench \
-  reference docs coverage chaos slurm-up slurm-down clean
+  reference docs coverage chaos chaos-local slurm-up slurm-down clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test-full: setup ## run all tests, also further inputs of a mechanism that anoth
 
 test-fast: setup ## run the unit tests that take no more than some seconds, on two processes
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not full" tests/unit
+
+chaos-local: setup ## damage a run 30 times on this machine, and prove that nothing is lost or doubled; some 15 minutes
+	$(BIN)/python tests/chaos/chaos_local.py --rounds 30 --seed 0
 
 integrations: $(TRAINERS) ## launch the example of every trainer, two ranks under torchrun; some minutes
 	$(PYTEST) -q -m "integrations and not full" tests/integrations

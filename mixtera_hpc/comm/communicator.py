@@ -22,10 +22,13 @@ __all__ = [
     "bcast_bytes",
     "bcast_dtype_and_shape",
     "byte_segments",
+    "hosts_of",
     "wait",
 ]
 
 Op = Literal["sum", "max", "min"]
+
+HOST_BYTES = 64
 
 
 class CollectiveRequest(Protocol):
@@ -192,6 +195,14 @@ def bcast_dtype_and_shape(comm: Communicator, array: NDArray[Any] | None) -> tup
     comm.Bcast(header)
     shape = tuple(int(n) for n in header[3 : 3 + header[2]])
     return np.dtype(f"{chr(header[0])}{header[1]}"), shape
+
+
+def hosts_of(comm: Communicator) -> list[str]:
+    """Return the name of every rank's node. **Collective.** Names are cut to `HOST_BYTES` bytes."""
+    own = np.zeros(HOST_BYTES, np.uint8)
+    name = comm.hostname.encode()[:HOST_BYTES]
+    own[: len(name)] = np.frombuffer(name, np.uint8)
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in comm.Allgather(own)]
 
 
 def byte_segments(buffer: NDArray[Any], limit: int = 2**30) -> list[NDArray[np.uint8]]:

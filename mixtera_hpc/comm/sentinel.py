@@ -171,15 +171,21 @@ class Links:
 
 
 def record_failure(failure_file: str, facts: "dict[str, object]") -> None:
-    """Write `failure_file`, unless it exists because a failure of any rank is recorded already."""
+    """Write `failure_file`, unless it exists because a failure of any rank is recorded already, or the disk is full."""
     facts = {**facts, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     try:
         # Exclusive creation: of several nodes, the first one wins.
         file = os.open(failure_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError:
         return
-    os.write(file, json.dumps(facts).encode() + b"\n")
+    line = json.dumps(facts).encode() + b"\n"
+    is_written = False
+    with contextlib.suppress(OSError):
+        is_written = os.write(file, line) == len(line)
     os.close(file)
+    if not is_written:
+        # The failure itself is what the user must see. Another rank may find space to record it.
+        os.unlink(failure_file)  # noqa: PTH108 - this module imports little: it starts with every node.
 
 
 def main(argv: "list[str]") -> None:

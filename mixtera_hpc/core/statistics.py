@@ -19,7 +19,9 @@ from mixtera_hpc.core.measures.scalars import ScalarStatistics, scalars_from_row
 __all__ = [
     "MAX_SEQUENCE_LOSS",
     "NUM_BUFFER_ROWS",
+    "STAGES",
     "DomainStatistics",
+    "StageMaxima",
     "accumulate_losses",
     "dequantise_losses",
     "quantise_losses",
@@ -34,6 +36,20 @@ MAX_SEQUENCE_LOSS = float(2**24)
 
 NUM_BUFFER_ROWS = 4
 """Rows of the reduction buffer: loss in units of 2^-24 nats, tokens, sequences, sequences with a non-finite loss."""
+
+
+STAGES = ("wait", "read", "decode", "tokenize", "pack", "plan", "broadcast", "reduce")
+"""Where the data plane spends the time of a step. `read`, `decode`, `tokenize` and `pack` run beside the trainer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMaxima:
+    """The slowest rank of every stage in one step; stages that took no time on any rank are left out."""
+
+    seconds: Mapping[str, float]
+    """Stage → longest time of any rank, to 4 %."""
+    ranks: Mapping[str, int]
+    """Stage → the rank that took so long; the first of equal ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,6 +68,8 @@ class DomainStatistics:
     """Sequences in the global batch, including those with a non-finite loss; served shares are computed from them."""
     num_nonfinite: NDArray[np.int64]
     """Sequences excluded from `loss_sum` and `num_tokens` because their loss was not finite."""
+    stages: StageMaxima | None = None
+    """Where the time went; None on ranks other than 0, and for losses that are not those of a step."""
     weights: NDArray[np.float64] | None = None
     """The mixture that was in force: for a training step, the weights that it was served with; for held-out losses, the
     mean over the steps since the last validation. None if it is not known."""

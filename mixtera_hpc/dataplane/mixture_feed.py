@@ -6,6 +6,7 @@ them. With the statistics of a step it gets the weights that the step was served
 `feedback_lag` chunks behind what it has decided since.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,14 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
+from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.mixing.dynamic_mixer import MixingProblem
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
 from mixtera_hpc.dataplane.mixing.sequence import MixtureSequence
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.run_recorder import RunRecorder
 from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
 
 __all__ = ["MixtureFeed"]
+
+logger = logging.getLogger("mixtera_hpc")
 
 IN_FORCE = "in_force/"
 """Prefix of the array with the weights of a chunk."""
@@ -106,9 +111,23 @@ class MixtureFeed:
         """Updates of the mixing algorithm that failed; None if there are none."""
         return self._mixtures.problem
 
-    def decide(self, request: str, first_chunk: int) -> MixtureDecision:
-        """Accept or refuse a request for another mixture; `first_chunk` is the first one that is not planned yet."""
-        return self._mixtures.decide_request(request, first_chunk)
+    def answer_request(self, control: RunControl, recorder: RunRecorder, first_chunk: int) -> None:
+        """Decide on a request for another mixture, if there is one; only rank 0 sees requests.
+
+        Args:
+            control: has the request.
+            recorder: records the decision.
+            first_chunk: the first chunk that is not planned yet.
+        """
+        request = control.take_mixture_request()
+        if request is None:
+            return
+        decision = self._mixtures.decide_request(request, first_chunk)
+        recorder.record_decision(decision)
+        if decision.refused is None:
+            logger.info("Another mixture was requested; it holds from chunk %d on.", decision.chunk)
+        else:
+            logger.warning("The request for another mixture was refused: %s", decision.refused)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what the mixing algorithms have learned, for a checkpoint."""

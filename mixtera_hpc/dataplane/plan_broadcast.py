@@ -50,6 +50,7 @@ class PlanBroadcaster:
         self._latest: ChunkPlan | None = None
         self.plan_s = 0.0
         """Seconds that rank 0 took for its last plan."""
+        self._new_plan_s = 0.0
         self.broadcast_s = 0.0
         """Seconds from posting the last broadcast to its completion on this rank."""
 
@@ -68,6 +69,12 @@ class PlanBroadcaster:
             return None
         self._request = None
         return self._receive()
+
+    def take_plan_s(self) -> float:
+        """Return the seconds that rank 0 has planned since the last call."""
+        seconds = self._new_plan_s
+        self._new_plan_s = 0.0
+        return seconds
 
     def is_settled(self, last_chunk: int) -> bool:
         """Return True if `poll(last_chunk)` has no broadcast to start or complete."""
@@ -100,6 +107,7 @@ class PlanBroadcaster:
         began = time.perf_counter()
         plan = self._planner_to_chunk_end().decide(self._state, weights)
         self.plan_s = time.perf_counter() - began
+        self._new_plan_s += self.plan_s
         return plan
 
     def _planner_to_chunk_end(self) -> Planner:

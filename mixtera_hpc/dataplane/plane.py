@@ -188,9 +188,30 @@ class DataPlane:
                 end_job(self._resources.comm, failure)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches until the data ends; every rank gets the same number. **Collective.**"""
-        while (batch := self._started_session().next_batch()) is not None:
+        """Yield batches until the data ends; every rank gets the same number. **Collective.**
+
+        If a stop is requested while a batch does not come for seconds, for example because a read hangs, the iteration
+        ends early on all ranks, and `is_interrupted` is True.
+        """
+        return self.batches()
+
+    def batches(self, *, pause_to_save: bool = False) -> Iterator[Batch]:
+        """Yield batches as `iter` does. **Collective.**
+
+        Args:
+            pause_to_save: also end early if a save is requested meanwhile. The caller asks `save_requested`, saves, and
+                calls this again.
+        """
+        session = self._started_session()
+        if pause_to_save:
+            session.pause_to_save()
+        while (batch := session.next_batch()) is not None:
             yield batch
+
+    @property
+    def is_interrupted(self) -> bool:
+        """True if the last iteration was ended by a request to save or stop, and not by the end of the data."""
+        return self._session.is_interrupted if self._session else False
 
     def record(
         self,
@@ -360,8 +381,9 @@ class DataPlane:
         # A program of the user's saves by itself and leaves with 0; its job is to continue nevertheless.
         if self._ends_job and exit_code == SavedAndStopped.exit_code:
             mark_saved(self._resources.comm)
-        if orderly:
-            # A rank that fails by itself must not free collectively: the others do not take part.
+        if orderly and not self.is_interrupted:
+            # A rank that fails by itself must not free collectively: the others do not take part. After an interrupted
+            # wait, a thread may still read: what it reads from stays until the process ends.
             self._resources.comm.Free()
 
     def _exit_code(self, orderly: bool, error: BaseException | None) -> int:

@@ -5,7 +5,9 @@ audit log; with `dataplane.record_losses`, every rank that records losses writes
 written.
 """
 
+import itertools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,11 @@ class RunRecorder:
                     "domains": source.names,
                 }
             )
+
+    def log_hosts(self, hosts: Sequence[str], first_step: int) -> None:
+        """Log the node of every rank, as runs of ranks that share one."""
+        runs = [[host, len(list(ranks))] for host, ranks in itertools.groupby(hosts)]
+        self._tracker.log("hosts", {"step": first_step, "hosts": runs})
 
     def record_plan(self, plan: ChunkPlan) -> None:
         """Record a plan that all ranks have received."""

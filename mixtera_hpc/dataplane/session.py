@@ -5,7 +5,6 @@ when a batch is requested. Meanwhile the reading thread fills a bounded queue.
 """
 
 import logging
-import queue
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.comm.communicator import hosts_of
 from mixtera_hpc.core.apportion import UNIT
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.dataplane.batch_wait import POLL_S, BatchWait, describe_interrupt
 from mixtera_hpc.dataplane.journal import AttemptSetup
 from mixtera_hpc.dataplane.mixing.learning_event import LearningEvent
 from mixtera_hpc.dataplane.mixing.loss_weights import LossWeights
@@ -29,16 +30,19 @@ from mixtera_hpc.dataplane.reading.group_delivery import open_feed
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
-from mixtera_hpc.dataplane.steps.open_steps import OpenSteps, RecordedPart, unknown_progress_error
+from mixtera_hpc.dataplane.steps.open_steps import (
+    OpenSteps,
+    RecordedPart,
+    too_many_unfinished_error,
+    unknown_progress_error,
+)
+from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT, OpenRequests, ReadyAgreement
 from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
-from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests, RankFlags, StepReducer, StepResult
+from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests, StepReducer, StepResult
 from mixtera_hpc.dataplane.watchdog.progress import WAIT, RankProgress
 from mixtera_hpc.dataplane.watchdog.watchdog import Watchdog, WatchedRank
 
 __all__ = ["Session", "start_session"]
-
-POLL_S = 5e-4
-"""How often plans and reductions are tested while this rank waits for data."""
 
 MAX_UNREAD_STATISTICS = 1024
 """Statistics kept for a trainer that does not ask for them; the newest ones."""
@@ -108,15 +112,20 @@ class Session:
         """Chunk → plan, from the chunk of the oldest step that may be unfinished on."""
         self.is_stopping = False
         """True if the trainer was told to save and leave."""
+        self.is_interrupted = False
+        """True if the last request for a batch was ended by a request to save or stop."""
         self.data_wait_s = 0.0
         """Seconds that the trainer waited for the last batch."""
+        self._planned_end = 0  # One past the last data step of the plans that have arrived.
 
         self._record_start(resources.data_parallel_ranks)
-        self._poll_mixture_request()
+        self._mixture.answer_request(self._control, self._recorder, self._plans.next_chunk)
+        agreement = ReadyAgreement(self._comm, start.step)
         # Last, so that no thread or process is left behind if the above fails.
         self._feed = open_feed(source, self._slice, resources.group, self._comm.local_size)
         self._progress = RankProgress(self._feed.places)
         self._watchdog = Watchdog(self._progress, WatchedRank.of(resources))
+        self._wait = BatchWait(self._feed, agreement, self._flags, self._progress)
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -127,29 +136,43 @@ class Session:
         return np.zeros(self._source.num_domains) if plan is None else plan.weights / UNIT
 
     def next_batch(self) -> Batch | None:
-        """Start the reductions of finished steps and return the next batch; None at the end. **Collective.**
+        """Start the reductions of finished steps and return the next batch. **Collective.**
+
+        Returns:
+            None at the end, or if all ranks end a long wait because of a request; see `is_interrupted`.
 
         Raises:
             ValueError: the trainer holds too many batches that are not finished.
         """
+        if self.is_interrupted and self.is_stopping:
+            return None
+        self.is_interrupted = False
         with self._progress.in_stage("reduce"):
             self._prepare_request()
         began = time.perf_counter()
         with self._progress.in_stage(WAIT):
-            batch = self._wait_for_batch()
+            batch = self._wait.next(self.ledger.next_step, len(self._steps) > 0, self._poll)
         self.data_wait_s = time.perf_counter() - began
         if batch is None:
+            return None
+        if isinstance(batch, OpenRequests):
+            self._interrupt(batch)
             return None
 
         batch = self._loss_weights.apply(batch)
         # Also after a resume inside a chunk: metrics then show its mixture again.
         if batch.chunk != self.ledger.current_chunk:
             self._enter_chunk(batch.chunk)
-        self._steps.add(batch)
+        self._steps.add(batch, self._wait.times_of(batch, self._plans.take_plan_s(), self._comm.rank))
         self._progress.step = batch.step
         self.ledger.serve(batch.step, batch.chunk)
         self._recorder.record_batch(batch, self.data_wait_s)
+        self._wait.advance(self.ledger.next_step)
         return batch
+
+    def pause_to_save(self) -> None:
+        """Let requests to save end a long wait for a batch; all ranks call this."""
+        self._wait.pauses_to_save = True
 
     def record(self, batch: Batch | Mapping[str, Any], loss: Any, part: RecordedPart) -> None:
         """Add losses of an open step; see `DataPlane.record`."""
@@ -159,7 +182,7 @@ class Session:
             step.scalars.add(part.scalars, rows, step.number)
         step.losses.add(loss, rows, part.tokens, part.num_tokens)
         self._reducer.advance()
-        self._feed.advance()
+        self._wait.advance(self.ledger.next_step)
         self._progress.changes += 1
 
     def finish_step(self, step: int) -> None:
@@ -185,7 +208,10 @@ class Session:
     def save_requested(self) -> bool:
         """Return whether all ranks should save and continue, once for every request. **Collective.**"""
         with self._progress.in_stage("reduce"):
-            return self._requests.take_save_by(self._agree())
+            is_due = self._requests.take_save_by(self._agree())
+        if is_due:
+            self._flags.note_saved()
+        return is_due
 
     def completed_statistics(self) -> list[DomainStatistics]:
         """Return the statistics of the steps that were completed since the last call, in order."""
@@ -229,14 +255,14 @@ class Session:
         self._post_before(self.ledger.next_step, unfinished_from=next_step)
         self._apply_reductions(self._reducer.drain(), log_before=next_step)
         self._poll_plans_until(lambda: self._plans.is_settled(self.ledger.last_chunk_to_plan))
-        self._feed.finish()
+        self._wait.finish()
         return next_step
 
     def close(self, orderly: bool) -> None:
         """Stop the threads; a rank that fails (not `orderly`) does not wait long for a read in progress."""
         # The thread may be inside a read that a broken file system never answers.
         with self._progress.in_stage("close"):
-            self._feed.close(timeout_s=None if orderly else ABANDON_S)
+            self._feed.close(timeout_s=ABANDON_S if self.is_interrupted or not orderly else None)
         self._watchdog.close()
         self._mixture.close()
 
@@ -253,23 +279,28 @@ class Session:
             )
         )
         self._recorder.log_attempt(self._source, self._comm, self._first_step)
+        self._recorder.log_hosts(hosts_of(self._comm), self._first_step)
 
-    def _wait_for_batch(self) -> Batch | None:
-        while True:
-            # First the statistics: the weights of the next chunk may wait for them.
-            self._apply_reductions(self._reducer.poll())
-            self._poll_plans()
-            try:
-                # Waits in the queue, so that the reading thread gets the interpreter.
-                return self._feed.get(POLL_S)
-            except queue.Empty:
-                continue
+    def _poll(self) -> bool:
+        self._apply_reductions(self._reducer.poll())
+        self._poll_plans()
+        return self.ledger.next_data_step < self._planned_end
+
+    def _interrupt(self, requests: OpenRequests) -> None:
+        """Answer requests that have ended the wait of all ranks."""
+        self.is_interrupted = True
+        self.is_stopping |= requests.stop
+        self._requests.interrupt(self._first_step, stop=requests.stop, save=requests.save)
+        self._flags.answer_saves()
+        if self._comm.rank == 0:
+            logger.warning(describe_interrupt(requests, self.ledger.next_step, self.data_wait_s))
 
     def _poll_plans(self) -> None:
         """Drive the broadcast of the next plan, and hand a plan that arrives to the reading thread."""
         plan = self._plans.poll(self.ledger.last_chunk_to_plan)
         if plan is not None:
             self._delivered_plans[plan.chunk] = plan
+            self._planned_end = NO_LIMIT if plan.last else plan.first_step + plan.num_steps
             self._recorder.record_plan(plan)
             if plan.last:
                 self._recorder.log_data_end(plan, self._source)
@@ -310,32 +341,22 @@ class Session:
 
     def _prepare_request(self) -> None:
         """Reduce the steps that are finished when the trainer asks for another batch. **Collective.**"""
-        self._poll_mixture_request()
+        self._mixture.answer_request(self._control, self._recorder, self._plans.next_chunk)
         # Requests are looked for once per step, whether or not the trainer asks about them.
         self._flags.poll(self.ledger.current_step)
         self._post_before(self._steps.end_at_request(self.ledger.next_step))
         if len(self._steps) > self._max_unfinished:
-            raise self._too_many_unfinished()
+            raise too_many_unfinished_error(self._source.config.dataplane, len(self._steps), self._max_unfinished)
         self._steps.note_request()
         # Every rank has at most so many unfinished batches here, and has started the reductions before them.
         self._apply_reductions(self._reducer.wait_for(self.ledger.current_step - self._max_unfinished - 1))
-
-    def _too_many_unfinished(self) -> ValueError:
-        plane = self._source.config.dataplane
-        return ValueError(
-            f"The trainer asked for another batch while {len(self._steps)} batches are not finished. "
-            f"dataplane.feedback_lag={plane.feedback_lag} and dataplane.chunk_steps={plane.chunk_steps} allow "
-            f"{self._max_unfinished}: (feedback_lag - 1) × chunk_steps.\n"
-            "  Call record() or finish() for every batch. If the trainer prefetches that many batches, lower its "
-            "prefetch setting, or raise one of the two keys."
-        )
 
     def _post_before(self, end: int, unfinished_from: int | None = None) -> None:
         """Start the reductions of the open steps before `end`; from `unfinished_from` on without their losses."""
         for step in self._steps.take_before(end):
             stop, save = self._flags.take(step.number)
-            flags = RankFlags(stop=stop, save=save, digest=step.plan_digest, contents=step.contents)
             is_counted = unfinished_from is None or step.number < unfinished_from
+            flags = step.flags(stop, save)
             self._reducer.post_losses(step.number, step.losses, flags, is_counted=is_counted, scalars=step.scalars)
 
     def _reduce_finished(self, is_end: bool) -> int:
@@ -357,6 +378,7 @@ class Session:
 
     def _agree(self) -> int:
         """Return a step up to which all ranks know all requests; leave the current step open. **Collective.**"""
+        self._wait.advance(self.ledger.next_step)
         if self._flags.are_early(self.ledger.current_step):
             self._flags.exchange_early(self._requests, self._first_step)
             return self._first_step
@@ -376,21 +398,10 @@ class Session:
         for result in results:
             # Results arrive in order of steps, which the mixing algorithm relies on.
             self._requests.add(result)
+            self._wait.reduce_s += result.reduce_s
             self._silence.hear(result.statistics)
             if self._comm.rank == 0:
                 self._mixture.feed(result.statistics)
             self._completed.append(result.statistics)
             if log_before is None or result.statistics.step < log_before:
                 self._recorder.log_reduction(result.statistics, result.reduce_s)
-
-    def _poll_mixture_request(self) -> None:
-        """Decide on a request for another mixture, if there is one; only rank 0 sees requests."""
-        request = self._control.take_mixture_request()
-        if request is None:
-            return
-        decision = self._mixture.decide(request, self._plans.next_chunk)
-        self._recorder.record_decision(decision)
-        if decision.refused is None:
-            logger.info("Another mixture was requested; it holds from chunk %d on.", decision.chunk)
-        else:
-            logger.warning("The request for another mixture was refused: %s", decision.refused)

@@ -164,6 +164,10 @@ class PlaneCallback(Callback):
         """
         if self._train is None or not self._train.is_at_end or _is_complete(trainer):
             return
+        if self.plane.is_interrupted:
+            # A stop was requested while no batch came.
+            self._answer_requests(trainer)
+            return
         mixture = self.plane.config.mixture
         message = (
             f"The data ended after {trainer.global_step} steps, because of mixture.on_exhausted={mixture.on_exhausted} "

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.dataloader import BaseDataLoader, DataloaderExhaustedError
 from torchtitan.components.loss import BaseLoss
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import Validator
@@ -119,7 +119,14 @@ class TitanTrainer(Trainer):
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
         """Train on one global batch, then save if that was requested. **Collective.**"""
-        super().train_step(data_iterator)
+        try:
+            super().train_step(data_iterator)
+        except DataloaderExhaustedError:
+            if self.plane.is_interrupted:
+                # A stop was requested while no batch came: this step has not begun.
+                self.step -= 1
+                self._save_now()
+            raise
         self._statistics += self.plane.completed_statistics()
         if self.metrics_processor.should_log(self.step):
             self._log_domains()

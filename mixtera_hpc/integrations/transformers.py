@@ -315,6 +315,11 @@ class _PlaneCallback(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.log_remaining()
+        if self._trainer.plane.is_interrupted:
+            # A stop was requested while no batch came.
+            self._trainer.stopped = True
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
         if state.global_step < state.max_steps and not control.should_training_stop:
             logger.warning(
                 "The data ended after %d of max_steps=%d steps.\n  Run mixtera-hpc plan to see when each domain runs "

@@ -5,6 +5,7 @@ are missing, half written, or without some of the fields.
 """
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ __all__ = [
     "record_start",
     "start_local_attempt",
 ]
+
+logger = logging.getLogger("mixtera_hpc")
 
 START_TIME_FIELD = 19
 """Index of `starttime` in `/proc/PID/stat`, counted behind the process name (proc(5), field 22)."""
@@ -156,8 +159,11 @@ def record_start(folder: RunFolder, attempt: int, start: JobRecord) -> None:
 
 
 def end_attempt(folder: RunFolder, attempt: int, end: ExitRecord) -> None:
-    """Write `exit.json`."""
-    _write(folder.exit_record(attempt), asdict(end))
+    """Write `exit.json`; if that fails, for example because the disk is full, warn: why the run ended matters more."""
+    try:
+        _write(folder.exit_record(attempt), asdict(end))
+    except OSError as error:
+        logger.warning("%s cannot be written: %s.", folder.exit_record(attempt), error.strerror or error)
 
 
 def read_start(folder: RunFolder, attempt: int) -> JobRecord | None:
@@ -194,10 +200,11 @@ def is_alive(start: JobRecord) -> bool:
 
 
 def _process_start_ticks(pid: int) -> int | None:
-    """Return None where the kernel has no /proc."""
+    """Return None where the kernel has no /proc, and for a process that has ended and waits for its parent."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-        return int(stat.rpartition(")")[2].split()[START_TIME_FIELD])
+        behind_name = stat.rpartition(")")[2].split()
+        return None if behind_name[0] in "ZX" else int(behind_name[START_TIME_FIELD])
     except (OSError, IndexError):
         return None
 

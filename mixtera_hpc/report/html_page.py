@@ -1,6 +1,6 @@
 """The report as one self-contained HTML file: no scripts, no network, for light and dark, wide and narrow screens."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -19,6 +19,7 @@ from mixtera_hpc.report.number_format import (
     format_share,
 )
 from mixtera_hpc.report.phrases import (
+    MAX_STALLS,
     SILENT_MIXTURE,
     describe_data_end,
     describe_progress,
@@ -26,11 +27,13 @@ from mixtera_hpc.report.phrases import (
     describe_remaining,
     median_and_p95,
     next_commands,
+    stall_cells,
 )
 from mixtera_hpc.report.plot_style import DARK, LIGHT, css_color, group_color
 from mixtera_hpc.report.projection import RunProjection
 from mixtera_hpc.report.run_metrics import RunMetrics
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
+from mixtera_hpc.report.timing.stalls import STALL_COLUMNS
 
 __all__ = ["RenderedPlot", "page_styles", "render_page"]
 
@@ -71,6 +74,7 @@ def render_page(
         *_notices(summary, projection),
         *domain_plots,
         _domain_table(metrics, summary, projection),
+        *([_stall_table(summary)] if summary.stalls else []),
         learned_section(metrics.learned, [d for group in group_domains(metrics) for d in group.domains]),
         *other_plots,
         *([_projection(projection)] if summary.num_steps else []),
@@ -208,6 +212,17 @@ def _domain_table(metrics: RunMetrics, summary: RunSummary, projection: RunProje
     )
 
 
+def _stall_table(summary: RunSummary) -> str:
+    """Return the ranks that kept the others waiting."""
+    rows = "".join(f"<tr>{_cells('td', map(escape, stall_cells(stall)))}</tr>" for stall in summary.stalls[:MAX_STALLS])
+    return (
+        "<section><h2>Stalls</h2><p>Steps in which the trainer waited for the data plane, by the rank and stage that "
+        "kept the others waiting.</p>"
+        f'<div class="scroll"><table><thead><tr>{_cells("th", STALL_COLUMNS)}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></section>"
+    )
+
+
 def _domain_cells(domain: DomainSummary, max_epochs: float | None) -> list[str]:
     epochs = MISSING if domain.epochs is None else f"{domain.epochs:.2f}"
     if max_epochs is not None and domain.epochs is not None and domain.epochs >= max_epochs:
@@ -289,7 +304,7 @@ def _next_commands(metrics: RunMetrics, summary: RunSummary) -> str:
     return f"<section><h2>Next commands</h2><pre>{lines}</pre></section>"
 
 
-def _cells(tag: str, values: Sequence[str]) -> str:
+def _cells(tag: str, values: Iterable[str]) -> str:
     return "".join(f"<{tag}>{value}</{tag}>" for value in values)
 
 

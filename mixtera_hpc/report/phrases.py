@@ -4,9 +4,12 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import pluralize
 from mixtera_hpc.report.number_format import format_count, format_duration, format_seconds
 from mixtera_hpc.report.projection import RunProjection
+from mixtera_hpc.report.safe_text import escape_controls
 from mixtera_hpc.report.summary import DataEnd, RunPerformance, RunSummary
+from mixtera_hpc.report.timing.stalls import Stall
 
 __all__ = [
+    "MAX_STALLS",
     "SILENT_MIXTURE",
     "describe_data_end",
     "describe_progress",
@@ -14,7 +17,11 @@ __all__ = [
     "describe_remaining",
     "median_and_p95",
     "next_commands",
+    "stall_cells",
 ]
+
+MAX_STALLS = 8
+"""Rows of the table of stalls."""
 
 SILENT_MIXTURE = "dynamic, but no losses were recorded in the last chunks, so it does not change"
 
@@ -74,3 +81,15 @@ def next_commands(run: RunFolder, summary: RunSummary) -> list[tuple[str, str]]:
             0, (f"mixtera-hpc resume {run.run_id}", f"train the remaining {pluralize(remaining_steps, 'step')}")
         )
     return commands
+
+
+def stall_cells(stall: Stall) -> list[str]:
+    """Return one row of the table of stalls; see `STALL_COLUMNS`."""
+    return [
+        str(stall.rank),
+        escape_controls(stall.host),
+        stall.stage,
+        format_count(stall.num_steps, 4),
+        format_seconds(stall.total_s),
+        format_seconds(stall.longest_s),
+    ]

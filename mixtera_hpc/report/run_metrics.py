@@ -16,6 +16,7 @@ from mixtera_hpc.config.yaml_files import load_yaml
 from mixtera_hpc.errors import DataError, LaunchError
 from mixtera_hpc.report.mixing.learned_mixture import LearnedMixture, read_learned
 from mixtera_hpc.report.safe_text import escape_controls
+from mixtera_hpc.report.timing.stalls import Stall, find_stalls
 from mixtera_hpc.track.event_reader import read_events
 
 __all__ = [
@@ -49,6 +50,7 @@ class StepHistory:
     tokens_per_s: Floats
     step_s: Floats
     data_wait_s: Floats
+    """Mean wait per step for data: that of rank 0, or of the rank whose own reading was slowest, if that is longer."""
     num_nonfinite: Ints
     domain_loss: Floats
     """Shape (S, K)."""
@@ -131,6 +133,8 @@ class RunMetrics:
     mixture: MixtureHistory
     validation: ValidationHistory
     comm: CommTimings
+    stalls: tuple[Stall, ...]
+    """Ranks that kept the others waiting, the most expensive first."""
     learned: LearnedMixture
     """What a mixing algorithm has learned."""
     data_end: Mapping[str, Any] | None
@@ -203,6 +207,7 @@ def load_run_metrics(run: RunFolder) -> RunMetrics:
         mixture=_mixture_history(_Columns(events=mixture, path=run.metric("mixture")), num_domains),
         validation=_validation_history(_read_columns(run.metric("validation")), num_domains),
         comm=_comm_timings(_read_columns(run.metric("comm"))),
+        stalls=find_stalls(events, read_events(run.metric("hosts"), every_attempt=True)),
         learned=read_learned(mixture, names, config),
         data_end=next(reversed(read_events(run.metric("data_end"))), None),
     )
@@ -266,6 +271,7 @@ def _read_columns(path: Path) -> _Columns:
 def _step_history(columns: _Columns) -> StepHistory:
     domain_loss = columns.floats("domain_loss", width=-1)
     num_domains = domain_loss.shape[1]
+    slowest_wait_s = np.array([event.get("stage_s", {}).get("wait", 0.0) for event in columns.events], np.float64)
     return StepHistory(
         step=columns.ints("step"),
         attempt=columns.ints("attempt", default=1),
@@ -275,7 +281,7 @@ def _step_history(columns: _Columns) -> StepHistory:
         tokens=columns.ints("tokens"),
         tokens_per_s=columns.floats("tokens_per_s"),
         step_s=columns.floats("step_s"),
-        data_wait_s=columns.floats("data_wait_s"),
+        data_wait_s=np.maximum(columns.floats("data_wait_s"), slowest_wait_s),
         num_nonfinite=columns.ints("num_nonfinite", default=0),
         domain_loss=domain_loss,
         domain_tokens=columns.ints("domain_tokens", width=num_domains),

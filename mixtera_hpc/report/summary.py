@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.report.mixing.learned_mixture import learned_notices
 from mixtera_hpc.report.run_metrics import Floats, RunMetrics, TimeSeries
+from mixtera_hpc.report.timing.stalls import Stall
 
 __all__ = ["DomainSummary", "RunPerformance", "RunSummary", "summarize_run"]
 
@@ -55,7 +56,7 @@ class RunPerformance:
     step_p50_s: float
     step_p95_s: float
     data_wait_share: float
-    """Share of the total step time that rank 0 waited for data."""
+    """Share of the total step time that the trainer waited for data."""
     data_wait_p99_share: float
     """99th percentile of the same share per line."""
     start_wait_s: float
@@ -111,6 +112,8 @@ class RunSummary:
     hears_losses: bool | None
     """False if the mixture learns, but no losses were recorded in the last chunks; None if it does not learn."""
     performance: RunPerformance
+    stalls: tuple[Stall, ...]
+    """Ranks that kept the others waiting, the most expensive first."""
     domains: tuple[DomainSummary, ...]
     data_end: DataEnd | None
     """None if the run has not reached the end of the data."""
@@ -135,6 +138,7 @@ def summarize_run(metrics: RunMetrics) -> RunSummary:
         warnings=(*learned_notices(metrics.learned, metrics.num_steps), *_held_out_notices(metrics)),
         hears_losses=metrics.mixture.hears_losses,
         performance=_summarize_performance(metrics),
+        stalls=metrics.stalls,
         domains=tuple(_summarize_domain(metrics, i) for i in range(len(metrics.domains))),
         data_end=_data_end(metrics),
     )

@@ -20,16 +20,19 @@ from mixtera_hpc.report.number_format import (
     format_share,
 )
 from mixtera_hpc.report.phrases import (
+    MAX_STALLS,
     SILENT_MIXTURE,
     describe_data_end,
     describe_progress,
     describe_remaining,
     median_and_p95,
     next_commands,
+    stall_cells,
 )
 from mixtera_hpc.report.report_files import WrittenReport
 from mixtera_hpc.report.scaling import ScalingRow
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
+from mixtera_hpc.report.timing.stalls import STALL_COLUMNS
 
 __all__ = ["report_text", "scaling_text"]
 
@@ -42,6 +45,8 @@ def report_text(report: WrittenReport) -> RenderableType:
     summary = report.summary
     title = Text.assemble((summary.name, "bold"), (f"  {summary.run_id} · {describe_progress(summary)}", "dim"))
     lines: list[RenderableType] = ["", title, "", _numbers(summary), "", _domain_table(summary)]
+    if summary.stalls:
+        lines += ["", _stall_table(summary)]
     learned = _learned_table(report)
     if learned is not None:
         lines += ["", learned]
@@ -148,6 +153,17 @@ def _domain_table(summary: RunSummary) -> Table:
         served_share = sum(domain.served_share for domain in others)
         tokens = sum(domain.tokens for domain in others)
         table.add_row(f"{len(others)} others", "", format_share(served_share), format_count(tokens), "", "")
+    return table
+
+
+def _stall_table(summary: RunSummary) -> Table:
+    """Return the ranks that kept the others waiting."""
+    title = "Stalls: ranks that kept the others waiting"
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 2), header_style="dim", title=title, title_justify="left")
+    for column in STALL_COLUMNS:
+        table.add_column(column, justify="left" if column in ("node", "stage") else "right", no_wrap=True)
+    for stall in summary.stalls[:MAX_STALLS]:
+        table.add_row(*map(escape, stall_cells(stall)))
     return table
 
 

@@ -1,10 +1,13 @@
 """Read recorded events, as one uninterrupted run would have written them."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from mixtera_hpc.track.packed_events import EventUnpacker
 
 __all__ = ["read_events"]
 
@@ -26,18 +29,18 @@ def read_events(path: Path, *, every_attempt: bool = False) -> list[dict[str, An
         return []
     lines = path.read_bytes().split(b"\n")
     complete = lines[:-1]  # The text after the last newline is empty, or an incomplete line.
-    decoded = (_decode(line, number, path) for number, line in enumerate(complete, 1) if line)
+    unpacker = EventUnpacker()
+    decoded = (_decode(line, number, path, unpacker) for number, line in enumerate(complete, 1) if line)
     events = [event for event in decoded if event is not None]
     return events if every_attempt else _without_repeats(events)
 
 
-def _decode(line: bytes, number: int, path: Path) -> dict[str, Any] | None:
-    try:
+def _decode(line: bytes, number: int, path: Path, unpacker: EventUnpacker) -> dict[str, Any] | None:
+    # Values that were packed and are damaged end in one of these errors, as damaged JSON does.
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, ValueError, TypeError, KeyError, IndexError):
         event = msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        event = None
-    if isinstance(event, dict):
-        return event
+        if isinstance(event, dict):
+            return unpacker.unpack(event)
     _logger.warning("%s line %d is not a metric event and is skipped: %r.", path, number, line[:60])
     return None
 

@@ -1,4 +1,4 @@
-"""The metric events of a run: five streams, each recorded in a file `metrics/<stream>.jsonl`.
+"""The metric events of a run: seven streams, each recorded in a file `metrics/<stream>.jsonl`.
 
 K is the number of domains. Lists over domains are in domain_id order. Every event also has `time` (UTC, ISO 8601) and
 `attempt`, which the tracker adds. A number that is not defined (the mean loss over no tokens) is null.
@@ -6,7 +6,7 @@ K is the number of domains. Lists over domains are in domain_id order. Every eve
 
 from typing import TypedDict
 
-__all__ = ["AttemptEvent", "CommEvent", "MixtureEvent", "StepEvent", "ValidationEvent"]
+__all__ = ["AttemptEvent", "CommEvent", "HostsEvent", "MixtureEvent", "StepEvent", "ValidationEvent"]
 
 
 class AttemptEvent(TypedDict, total=False):
@@ -44,11 +44,19 @@ class StepEvent(TypedDict, total=False):
     step_s: float
     """Mean wall time of a step on rank 0, over the steps covered."""
     data_wait_s: float
-    """The part of `step_s` in which rank 0 waited for its batch."""
+    """The part of `step_s` in which rank 0 waited for its batch, or for the batches of other ranks."""
     learning_rate: float
     num_ranks: int
     num_nonfinite: int
     """Sequences whose loss was not finite. Of the other numbers only `domain_sequences` includes them."""
+    stage_s: dict[str, float]
+    """Seconds of the slowest rank in every stage, mean over the steps covered, to 4 %. `wait`: for the rank's own
+    reading; `plan` (rank 0) and `broadcast` (other ranks): for the plan; `reduce`: for other ranks' losses. Beside the
+    trainer: `read` (waiting for storage or for a core), `decode`, `tokenize`, `pack` (with `data.transform`)."""
+    stage_max_s: dict[str, float]
+    """The longest of these times in a single step."""
+    stage_rank: dict[str, int]
+    """The rank that took so long; `hosts.jsonl` names its node."""
     domain_loss: list[float | None]
     domain_tokens: list[int]
     domain_sequences: list[int]
@@ -56,6 +64,15 @@ class StepEvent(TypedDict, total=False):
     """Mean of a scalar of `dataplane.scalars` over the sequences of each domain."""
     scalar_NAME_out_of_range: int
     """Values of it that were beyond the declared scale, or not finite; excluded from the mean."""
+
+
+class HostsEvent(TypedDict, total=False):
+    """`hosts.jsonl`: one line at the start of an attempt, written by the data plane."""
+
+    step: int
+    """First step of this attempt."""
+    hosts: list[tuple[str, int]]
+    """Names of nodes, each with the number of consecutive ranks on it."""
 
 
 class MixtureEvent(TypedDict, total=False):

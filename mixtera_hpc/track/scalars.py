@@ -28,6 +28,8 @@ class ScalarFlattener:
         for key, value in event.items():
             if _is_number(value) and key != "step":
                 named.append((f"{stream}/{key}", float(value)))
+            elif isinstance(value, Mapping):
+                named += [(f"{stream}/{key}/{label}", float(item)) for label, item in value.items()]
             elif not isinstance(value, str) and hasattr(value, "__len__"):
                 labels = self._domains if len(self._domains) == len(value) else range(len(value))
                 for label, item in zip(labels, value, strict=True):

@@ -14,6 +14,7 @@ import msgspec
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.track.append_file import AppendFile
+from mixtera_hpc.track.packed_events import EventPacker
 
 __all__ = ["JsonLinesTracker", "MultiTracker", "NullTracker", "Tracker", "open_tracker"]
 
@@ -63,9 +64,13 @@ class JsonLinesTracker:
         self._attempt = attempt
         self._clock = clock
         self._files: dict[str, AppendFile] = {}
+        self._packers: dict[str, EventPacker] = {}
 
     def log(self, stream: str, event: Mapping[str, Any]) -> None:
-        stamped = {"time": self._clock().isoformat(), "attempt": self._attempt, **event}
+        if stream not in self._packers:
+            self._packers[stream] = EventPacker(stream)
+        packed = self._packers[stream].pack(event)
+        stamped = {"time": self._clock().isoformat(), "attempt": self._attempt, **packed}
         self._file(stream).append(msgspec.json.encode(stamped, enc_hook=_from_numpy) + b"\n")
 
     def close(self) -> None:

@@ -65,8 +65,28 @@ def write_checkpoint(run: RunFolder, checkpoint: Checkpoint, keep: int) -> Path:
 
     Returns:
         The folder of the new checkpoint.
+
+    Raises:
+        DataError: it cannot be written, for example because the disk is full; earlier checkpoints are as before.
     """
     target = run.checkpoint(checkpoint.step)
+    try:
+        _write_whole(run, target, checkpoint)
+    # torch raises a RuntimeError if a file cannot be written.
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(run.path).free
+        reason = error.strerror if isinstance(error, OSError) else f"{error} ({free} bytes are free)"
+        raise DataError(
+            f"The checkpoint {target} cannot be written: {reason}.\n"
+            "  Earlier checkpoints are safe. Free space or repair the folder's permissions, then continue the run with "
+            "mixtera-hpc resume RUN."
+        ) from error
+    _remove_old_checkpoints(run, checkpoint.step, keep)
+    return target
+
+
+def _write_whole(run: RunFolder, target: Path, checkpoint: Checkpoint) -> None:
+    """Write the files to a temporary folder, which then becomes `target`, the latest checkpoint."""
     run.checkpoints.mkdir(parents=True, exist_ok=True)
 
     # A killed job may have left a temporary folder behind.
@@ -84,9 +104,6 @@ def write_checkpoint(run: RunFolder, checkpoint: Checkpoint, keep: int) -> Path:
     _write_text(_temporary(latest), target.name + "\n")
     _temporary(latest).rename(latest)
     _sync(run.checkpoints)
-
-    _remove_old_checkpoints(run, checkpoint.step, keep)
-    return target
 
 
 def load_newest_checkpoint(

@@ -184,10 +184,15 @@ class Trainer:
             The message for the user after an agreed stop, else None.
         """
         self._tracker.log("attempts", self._attempt_event())
-        batches = iter(self._plane)
+        batches = self._plane.batches(pause_to_save=True)
         while self._step < self._training.num_steps:
             started = time.perf_counter()
             batch = next(batches, None)
+            if batch is None and self._plane.is_interrupted:
+                if (stop_message := self._answer_interruption()) is not None:
+                    return stop_message
+                batches = self._plane.batches(pause_to_save=True)
+                continue
             if batch is None:
                 self._report_end_of_data()
                 break
@@ -212,6 +217,13 @@ class Trainer:
         self._validator.validate_if_due(self._step, self._model, is_last=True)
         self._save_checkpoint()
         return None
+
+    def _answer_interruption(self) -> str | None:
+        """Save while a batch does not come; return the message for the user after a stop. **Collective.**"""
+        stop = self._plane.stop_requested()
+        if self._plane.save_requested() or stop:
+            self._save_checkpoint()
+        return self._stop_message() if stop else None
 
     def _train_step(self, batch: Batch) -> None:
         """Update the weights with one global batch; `batch` is this rank's part of it. **Collective.**"""

@@ -1,4 +1,7 @@
-"""Whatever keeps a run from getting on is named within `dataplane.watchdog_s` + 10 s, and a stop request ends it."""
+"""Whatever keeps a run from getting on is named within `dataplane.watchdog_s` + 10 s, and a stop request ends it.
+
+During a hung read all ranks are at one step, so that a stop saves; otherwise all end on the last checkpoint.
+"""
 
 import json
 import os
@@ -12,9 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.dataplane.plane_state import PlaneState
+from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.launch.status import run_statuses
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
@@ -40,15 +47,14 @@ pytestmark = [
 class Job:
     """A running program of some ranks."""
 
-    def __init__(self, mode: str, folder: Path, overrides: list[str], ranks: int, shard: Path | None) -> None:
+    def __init__(self, mode: str, folder: Path, overrides: list[str], ranks: int, hanging: dict[str, Path]) -> None:
         folder.mkdir(parents=True)
         self.run = RunFolder(folder)
         launcher = [str(MPIEXEC), "-n", str(ranks)] if ranks > 1 else []
         command = [*launcher, sys.executable, str(PROGRAM), mode, str(folder), *overrides]
         self.errors = (folder / "stderr").open("w+")
         environment = os.environ | {"STUCK_RANK": str(ranks - 1)}
-        if shard is not None:
-            environment["HANGING_SHARD"] = str(shard)
+        environment |= {name: str(path) for name, path in hanging.items()}
         self.process = subprocess.Popen(command, stdout=self.errors, stderr=self.errors, env=environment)
 
     def pid(self, rank: int) -> int:
@@ -62,13 +68,13 @@ class Job:
             time.sleep(0.05)
         return time.monotonic() - began
 
-    def wait_until_named(self) -> dict[str, Any]:
-        self.wait_for(self.run.stall_report(1).exists, NAMED_S, "naming the ranks at fault")
+    def wait_until_named(self, limit_s: float = NAMED_S) -> dict[str, Any]:
+        self.wait_for(self.run.stall_report(1).exists, limit_s, "naming the ranks at fault")
         return dict(json.loads(self.run.stall_report(1).read_text()))
 
-    def wait_for_end(self) -> str:
+    def wait_for_end(self, limit_s: float = END_S) -> str:
         """Return the log of a job that must end with an error soon."""
-        self.wait_for(lambda: self.process.poll() is not None, END_S, "the end")
+        self.wait_for(lambda: self.process.poll() is not None, limit_s, "the end")
         assert self.process.returncode not in (0, 75)
         return self.log()
 
@@ -77,9 +83,13 @@ class Job:
 
 
 @contextmanager
-def running(mode: str, folder: Path, overrides: list[str], ranks: int, shard: Path | None = None) -> Iterator[Job]:
+def running(
+    mode: str, path: Path, overrides: list[str], ranks: int, shard: Path | None = None, folder: Path | None = None
+) -> Iterator[Job]:
     """Run a job, until its ranks have their data plane open; kill what remains."""
-    job = Job(mode, folder / "own" / "run", [*overrides, *WORDS], ranks, shard)
+    hanging = {"HANGING_SHARD": shard, "HANGING_FOLDER": folder}
+    known = {name: value for name, value in hanging.items() if value is not None}
+    job = Job(mode, path / "own" / "run", [*WORDS, *overrides], ranks, known)
     try:
         ready = [job.run.path / f"pid_{rank}" for rank in range(ranks)]
         job.wait_for(lambda: all(p.exists() for p in ready) or job.process.poll() is not None, 60, "the start")
@@ -93,14 +103,17 @@ def running(mode: str, folder: Path, overrides: list[str], ranks: int, shard: Pa
         job.errors.close()
 
 
+def data_root(overrides: list[str]) -> Path:
+    return Path(next(word.partition("=")[2] for word in overrides if word.startswith("data.root=")))
+
+
 def largest_shard(overrides: list[str]) -> Path:
-    root = Path(next(word.partition("=")[2] for word in overrides if word.startswith("data.root=")))
-    return max(root.rglob("*.jsonl"), key=lambda path: path.stat().st_size)
+    return max(data_root(overrides).rglob("*.jsonl"), key=lambda path: path.stat().st_size)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("request_stop", ["file", "SIGTERM", "SIGUSR2"])
-def test_a_hung_read_is_named_and_a_stop_ends_it(
+def test_a_hung_read_is_named_and_a_stop_saves(
     ranks: int, request_stop: str, own_collection: list[str], tmp_path: Path
 ) -> None:
     shard = largest_shard(own_collection)
@@ -115,17 +128,71 @@ def test_a_hung_read_is_named_and_a_stop_ends_it(
         (status,) = run_statuses([job.run], datetime.now(UTC))
         assert status.stalled is not None and shard.name in (status.reason or "")
 
-        if request_stop == "file":
-            job.run.stop_request.parent.mkdir(exist_ok=True)
-            job.run.stop_request.touch()
-        else:
-            number = signal.Signals[request_stop]
-            for rank in range(ranks):
-                os.kill(job.pid(rank), number)
-        log = job.wait_for_end()
-    assert f"shard {named['shard']}" in log and "a stop was requested" in log and "Nothing more is saved" in log
-    failure = json.loads(job.run.failure(1).read_text())
-    assert failure["rank"] == named["rank"] and "stage read" in failure["reason"]
+        request(job, request_stop)
+        job.wait_for(lambda: job.process.poll() is not None, END_S, "the agreed end")
+        assert job.process.returncode == 0, job.log()
+        assert [state_of(job).next_step, *steps_of(job, ranks)] == [0] * (1 + ranks)
+        assert "all ranks stop with the state after step -1" in job.log()
+    record = json.loads(job.run.exit_record(1).read_text())
+    assert record["exit_code"] == 75, "the run must continue by itself"
+
+
+def request(job: Job, how: str) -> None:
+    """Ask for a stop or a save: with a control file, or with a signal to every rank."""
+    if how.startswith("SIG"):
+        for path in sorted(job.run.path.glob("pid_*")):
+            os.kill(int(path.read_text()), signal.Signals[how])
+    else:
+        file = job.run.save_request if how == "save" else job.run.stop_request
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+
+
+def state_of(job: Job) -> PlaneState:
+    return PlaneState.from_state_dict({"plane": np.fromfile(job.run.path / "state", np.uint8)})
+
+
+def steps_of(job: Job, ranks: int) -> list[int]:
+    return [int((job.run.path / f"steps_{rank}").read_text()) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("words", [[], ["dataplane.prefetch_batches=1"], ["dataplane.workers=1"]], ids=" ".join)
+def test_a_read_that_hangs_later_leaves_all_ranks_at_one_step(
+    words: list[str], own_collection: list[str], tmp_path: Path
+) -> None:
+    overrides = with_many_shards(own_collection, tmp_path)
+    root = data_root(overrides)
+    # A limit that is not reached: the wait ends because of the request alone.
+    patient = [*overrides, *words, "dataplane.watchdog_s=600"]
+    with running("save", tmp_path, patient, 2, folder=root) as job:
+        job.wait_for((job.run.path / "step_3_1").exists, 60, "three steps")
+        wait_until_hung(job)
+        request(job, "save")
+        job.wait_for((job.run.path / "state").exists, END_S, "the state")
+        saved = state_of(job).next_step
+        request(job, "file")
+        job.wait_for(lambda: job.process.poll() is not None, END_S, "the agreed end")
+        assert job.process.returncode == 0, job.log()
+    assert saved >= 3 and [state_of(job).next_step, *steps_of(job, 2)] == [saved] * 3
+
+
+def with_many_shards(overrides: list[str], tmp_path: Path) -> list[str]:
+    """Copy rows to shards of their own, so that few of them are open after three steps."""
+    root = tmp_path / "many"
+    root.mkdir()
+    for number, line in enumerate(largest_shard(overrides).read_bytes().splitlines(keepends=True)):
+        (root / f"{number:03}.jsonl").write_bytes(line)
+    changed = {"data.root": root, "index.path": tmp_path / "many.h5"}
+    words = [word for word in overrides if word.partition("=")[0] not in changed]
+    words += [f"{key}={value}" for key, value in changed.items()]
+    build_index(compose(words))
+    return words
+
+
+def wait_until_hung(job: Job) -> None:
+    """Wait until no step has been finished for a second."""
+    file = job.run.path / "steps_0"
+    job.wait_for(lambda: time.time() - file.stat().st_mtime > 1, 60, "the hung read")
 
 
 def test_a_stopped_rank_is_named_and_abort_ends_the_run(own_collection: list[str], tmp_path: Path) -> None:
@@ -169,11 +236,12 @@ def test_a_trainer_that_is_stuck_is_named(ranks: int, own_collection: list[str],
 
 def test_a_hung_reading_process_is_named_and_ended(own_collection: list[str], tmp_path: Path) -> None:
     shard = largest_shard(own_collection)
-    words = [*own_collection, "dataplane.workers=2", "dataplane.watchdog=abort"]
+    # Longer than the processes take to start.
+    words = [*own_collection, "dataplane.workers=2", "dataplane.watchdog=abort", "dataplane.watchdog_s=10"]
     with running("train", tmp_path, words, 1, shard) as job:
-        named = job.wait_until_named()["ranks"][0]
+        named = job.wait_until_named(20)["ranks"][0]
         assert (named["stage"], Path(named["shard"]).name) == ("read", shard.name)
-        job.wait_for_end()
+        job.wait_for_end(20)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

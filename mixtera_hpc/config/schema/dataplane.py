@@ -108,7 +108,7 @@ class DataPlaneConfig:
     started several processes, else this process is alone. Fewer ranks than the launcher started are refused."""
     watchdog_s: float = 60
     """Seconds without progress after which the ranks at fault are named in the log, in the run folder and by `status`.
-    0 turns the watchdog off; a stop request during a read that hangs is then not honoured."""
+    0 turns the watchdog off; a stop request while a rank is stopped or stuck is then not honoured."""
     watchdog_trainer_s: float = 1800
     """The same limit for the time in the trainer's own code (compile, save, validate) while no rank waits for it."""
     watchdog: Literal["warn", "abort"] = "warn"

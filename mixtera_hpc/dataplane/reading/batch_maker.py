@@ -18,7 +18,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence_digest
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchTimes
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens, take
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
@@ -98,7 +98,8 @@ class BatchMaker:
                     yield from self._read_unchanged(plan, [content])
             else:
                 self._reader.place.enter(IDLE)
-                yield from batches
+                yield replace(batches[0], times=BatchTimes(self._reader.place.take_times()))
+                yield from batches[1:]
 
     def close(self) -> None:
         """Close all files."""

@@ -1,7 +1,7 @@
 """What a rank gets of every step, and which part of the global batch that is."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,9 +13,17 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["Batch", "BatchSlice", "BatchSource", "check_shared_evenly", "positions_of", "step_of"]
+__all__ = ["Batch", "BatchSlice", "BatchSource", "BatchTimes", "check_shared_evenly", "positions_of", "step_of"]
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTimes:
+    """How long it took to make batches; no part of their content, so that all times are equal."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """Seconds of `read` (waiting for storage or for a core), `decode`, `tokenize` and `pack`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +54,8 @@ class Batch:
     chunk: int = 0
     plan_digest: int = 0
     """Digest of the plan that the step was served from."""
+    times: BatchTimes = BatchTimes()
+    """How long it took to make the batches that were read together, in the first of them."""
 
     @property
     def is_padding(self) -> NDArray[np.bool_]:

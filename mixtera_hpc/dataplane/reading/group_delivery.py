@@ -23,6 +23,7 @@ from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.processes.workers import open_batch_source
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import CommError, ConfigError, DataError, UserError
 
@@ -51,6 +52,10 @@ class BatchFeed(Protocol):
         Raises:
             queue.Empty: no batch is ready within `timeout_s`.
         """
+
+    @property
+    def num_ready(self) -> int:
+        """Batches that `get` returns without waiting; as many as possible if this rank never waits for a read."""
 
     def advance(self) -> None:
         """Pass on what is ready; does not block."""
@@ -163,6 +168,10 @@ class LeadingFeed:
         self.advance()
         return batch
 
+    @property
+    def num_ready(self) -> int:
+        return len(self._ready) + self._prefetcher.num_ready
+
     def advance(self) -> None:
         while self._sent and self._sent[0][1].Test():
             self._sent.popleft()
@@ -247,6 +256,11 @@ class FollowingFeed:
         if kind == ERROR:
             raise CommError(f"The leader of this rank's group failed while it read a batch: {message.text()}")
         return None
+
+    @property
+    def num_ready(self) -> int:
+        # The leader answers for its group.
+        return NO_LIMIT
 
     def advance(self) -> None:
         # MPI moves messages only while somebody asks.

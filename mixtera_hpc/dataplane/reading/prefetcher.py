@@ -63,6 +63,11 @@ class Prefetcher:
             raise item
         return None
 
+    @property
+    def num_ready(self) -> int:
+        """Batches that `get` returns without waiting. The end of the data and an error count as one."""
+        return self._ready.qsize() + int(self._end is not None)
+
     def advance(self) -> None:
         """Do nothing: no other rank waits for these batches."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.dataplane.control import RunControl
+from mixtera_hpc.dataplane.steps.ready_agreement import OpenRequests
 from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests
 
 __all__ = ["FlagExchange"]
@@ -34,6 +35,10 @@ class FlagExchange:
         """Step → whether to stop, and whether to save, for its reduction."""
         self._early_stop = False
         self._early_save = False
+        self._late_save = False
+        """Whether to save, seen while the next batch is waited for."""
+        self._has_open_save = False
+        """Whether a save was requested on this rank and not answered."""
         self._look_ahead: int | None = None
 
     def are_early(self, step: int) -> bool:
@@ -46,11 +51,30 @@ class FlagExchange:
             return
         self._polled_step = step
         stop, save = self._control.poll()
+        save |= self._late_save
+        self._late_save = False
+        self._has_open_save |= save
         if self.are_early(step) and self._look_ahead is None:
             self._early_stop |= stop
             self._early_save |= save
         else:
             self._by_step[step] = (stop, save)
+
+    def poll_waiting(self) -> OpenRequests:
+        """Look for requests while the next batch is waited for, and return those that are not answered."""
+        stop, save = self._control.poll()
+        self._late_save |= save
+        self._has_open_save |= save
+        return OpenRequests(stop=stop, save=self._has_open_save)
+
+    def note_saved(self) -> None:
+        """Record that all ranks save, for requests that were passed on."""
+        self._has_open_save = any(save for _, save in self._by_step.values())
+
+    def answer_saves(self) -> None:
+        """Record that all ranks save now, also for requests that were not passed on."""
+        self._late_save = self._early_save = self._has_open_save = False
+        self._by_step = {step: (stop, False) for step, (stop, _) in self._by_step.items()}
 
     def take(self, step: int) -> tuple[bool, bool]:
         """Return whether to stop, and whether to save, for the reduction of `step`."""

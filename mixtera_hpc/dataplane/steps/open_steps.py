@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mixtera_hpc.config.schema import DataPlaneConfig
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
+from mixtera_hpc.dataplane.steps.step_reducer import RankFlags
 from mixtera_hpc.dataplane.steps.step_scalars import StepScalars
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["OpenStep", "OpenSteps", "RecordedPart", "unknown_progress_error"]
+__all__ = ["OpenStep", "OpenSteps", "RecordedPart", "too_many_unfinished_error", "unknown_progress_error"]
 
 MAX_UNDECIDED = 16
 """A trainer that holds more batches before its first `record` or `finish` is taken for one that calls neither."""
@@ -35,11 +37,13 @@ class RecordedPart:
 class OpenStep:
     """One step that is not finished on this rank, or finished and not reduced yet."""
 
-    def __init__(self, batch: Batch, num_domains: int, num_parts: int, scales: Mapping[str, float]) -> None:
+    def __init__(self, batch: Batch, num_domains: int, num_parts: int, scales: Mapping[str, float], times: int) -> None:
         """Begin without losses."""
         self.number = batch.step
         self.plan_digest = batch.plan_digest
         self.contents = tuple(batch.digests or ())
+        self.times = times
+        """How long each stage took on this rank; see `pack_times`."""
         self.losses = StepLosses(batch, num_domains, num_parts)
         self.scalars = StepScalars(scales, batch.domain_ids)
         self.was_finished_by_name = False
@@ -48,6 +52,10 @@ class OpenStep:
     def is_finished(self) -> bool:
         """Whether all sequences were recorded, or the trainer called `finish`."""
         return self.was_finished_by_name or self.losses.are_complete
+
+    def flags(self, stop: bool, save: bool) -> RankFlags:
+        """Return what this rank reports about the step besides its losses."""
+        return RankFlags(stop=stop, save=save, digest=self.plan_digest, contents=self.contents, times=self.times)
 
 
 class OpenSteps:
@@ -80,9 +88,9 @@ class OpenSteps:
         """Return the number of open steps."""
         return len(self._steps)
 
-    def add(self, batch: Batch) -> None:
-        """Record that `batch` was handed to the trainer."""
-        self._steps.append(OpenStep(batch, self._num_domains, self._num_parts, self._scales))
+    def add(self, batch: Batch, times: int = 0) -> None:
+        """Record that `batch` was handed to the trainer, and how long each stage of it took (`pack_times`)."""
+        self._steps.append(OpenStep(batch, self._num_domains, self._num_parts, self._scales, times))
 
     def named(self, step: int, caller: str) -> OpenStep:
         """Return an open step that the trainer names.
@@ -133,4 +141,15 @@ def unknown_progress_error() -> ConfigError:
     return ConfigError(
         "The state was asked for, but the data plane does not know which batches the trainer has finished: a loader "
         "may have fetched some ahead.\n  Call plane.record(batch, loss) or plane.finish(batch) after every step."
+    )
+
+
+def too_many_unfinished_error(plane: DataPlaneConfig, num_unfinished: int, limit: int) -> ValueError:
+    """Return the error of a trainer that asks for another batch while it holds too many."""
+    return ValueError(
+        f"The trainer asked for another batch while {num_unfinished} batches are not finished. "
+        f"dataplane.feedback_lag={plane.feedback_lag} and dataplane.chunk_steps={plane.chunk_steps} allow {limit}: "
+        "(feedback_lag - 1) × chunk_steps.\n"
+        "  Call record() or finish() for every batch. If the trainer prefetches that many batches, lower its "
+        "prefetch setting, or raise one of the two keys."
     )

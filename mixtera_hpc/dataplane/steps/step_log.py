@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.core.statistics import STAGES, DomainStatistics, StageMaxima
 from mixtera_hpc.track.event_types import StepEvent
 from mixtera_hpc.track.tracker import Tracker
 
@@ -94,7 +94,29 @@ def _step_event(steps: list[tuple[StepTiming, DomainStatistics]], num_ranks: int
     event |= _scalar_fields(statistics)
     if timings[-1].learning_rate is not None:
         event["learning_rate"] = timings[-1].learning_rate
+    maxima = [s.stages for s in statistics if s.stages is not None]
+    if maxima:
+        event.update(_stage_fields(maxima))
     return event
+
+
+def _stage_fields(maxima: list[StageMaxima]) -> StepEvent:
+    """Combine the slowest rank of every stage in consecutive steps: mean, maximum, and the rank of that."""
+    fields: StepEvent = {"stage_s": {}, "stage_max_s": {}, "stage_rank": {}}
+    for stage in STAGES:
+        in_steps = [of_step for of_step in maxima if stage in of_step.seconds]
+        if not in_steps:
+            continue
+        slowest = max(in_steps, key=lambda of_step: of_step.seconds[stage])
+        fields["stage_s"][stage] = _rounded(sum(of_step.seconds[stage] for of_step in in_steps) / len(maxima))
+        fields["stage_max_s"][stage] = _rounded(slowest.seconds[stage])
+        fields["stage_rank"][stage] = slowest.ranks[stage]
+    return fields
+
+
+def _rounded(seconds: float) -> float:
+    """Return three digits: more are not known."""
+    return float(f"{seconds:.3g}")
 
 
 def _scalar_fields(statistics: list[DomainStatistics]) -> StepEvent:

@@ -1,7 +1,8 @@
 """Per-domain losses on their way to all ranks: one non-blocking integer reduction per step, overlapping the next step.
 
 The same reduction carries what ranks must agree on: requests to stop or save, the digest of the plan they serve, and
-with `dataplane.audit` whether peers were handed the same sequences. Price: 32 bytes per domain and step.
+with `dataplane.audit` whether peers were handed the same sequences; and it carries how long each stage took on every
+rank (`stage_times`). Price: 32 bytes per domain and step, and 8 bytes per rank and step.
 
 If several ranks record parts of each sequence, the parts meet inside the group first (`loss_parts`), and only the
 leader of each group takes part in the sum with its losses.
@@ -11,7 +12,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, stati
 from mixtera_hpc.dataplane.loss_log import LossLog
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout, PendingParts
+from mixtera_hpc.dataplane.steps.stage_times import maxima_of
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
 from mixtera_hpc.dataplane.steps.step_mismatch import NUM_FLAGS, Reduction, raise_mismatch
 from mixtera_hpc.dataplane.steps.step_scalars import StepScalars
@@ -44,6 +46,8 @@ class RankFlags:
     """Digest of the plan that it served the step from."""
     contents: tuple[str, ...] = ()
     """With `dataplane.audit`, the digest of every sequence that it handed out."""
+    times: int = 0
+    """How long each stage took; see `pack_times`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,8 +221,10 @@ class StepReducer:
         content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
         requests = [int(flags.stop), int(flags.save), int(is_partial)]
         tail = [*requests, content, num_padding, vote, flags.digest & DIGEST_MASK]
-        # One buffer, so that losses and flags need a single collective.
-        buffer = np.concatenate([rows.reshape(-1), np.array(tail, np.int64)])
+        # One buffer, so that times, losses and flags need a single collective.
+        times = np.zeros(self._comm.size, np.int64)
+        times[self._comm.rank] = flags.times
+        buffer = np.concatenate([times, rows.reshape(-1), np.array(tail, np.int64)])
         result = np.empty_like(buffer)
         request = self._reductions.Iallreduce(buffer, result)
         # MPI owns both arrays until the request is complete; the entry keeps them alive.
@@ -294,7 +300,8 @@ class StepReducer:
     def _complete_first(self, reduce_s: float) -> None:
         """Move the oldest reduction to the results."""
         reduction = self._running.popleft()
-        rows = reduction.result[:-NUM_FLAGS].reshape(self._num_rows, self._num_domains)
+        num_ranks = self._comm.size
+        rows = reduction.result[num_ranks:-NUM_FLAGS].reshape(self._num_rows, self._num_domains)
         stop, save, num_partial, content_sum, num_padding, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
 
         # Equal digests add up to a multiple of this rank's own.
@@ -308,6 +315,8 @@ class StepReducer:
             num_sequences != num_copies * global_batch_size or votes != num_copies * self._all_groups_hash
         )
         statistics = statistics_from_buffer(reduction.step, rows // num_copies, self._scales)
+        if self._comm.rank == 0:
+            statistics = replace(statistics, stages=maxima_of(reduction.result[:num_ranks]))
         if (differs or is_partial or num_partial or content_sum) and self._mismatch is None:
             self._mismatch = reduction
 
@@ -345,6 +354,11 @@ class AgreedRequests:
             self._first_stop = step
         if save:
             self._saves.add(step)
+
+    def interrupt(self, step: int, *, stop: bool, save: bool) -> None:
+        """Take requests that end a wait of all ranks, in place of earlier requests to save."""
+        self._saves.clear()
+        self.add_flags(step, stop=stop, save=save)
 
     def stop_by(self, step: int) -> bool:
         """Return whether a stop was requested up to training step `step`."""

@@ -6,15 +6,18 @@ The threads write, the watchdog reads; no locks. Price: about a microsecond per 
 import mmap
 import os
 import struct
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["IDLE", "PACK", "READ", "TOKENIZE", "TRAINER", "WAIT", "Place", "RankProgress", "ReadPlace"]
+__all__ = ["AGREE", "IDLE", "PACK", "READ", "TOKENIZE", "TRAINER", "WAIT", "Place", "RankProgress", "ReadPlace"]
 
 TRAINER = "trainer"
 """Stage of a rank whose trainer's thread is outside the data plane."""
 WAIT = "wait"
 """Stage of a rank whose trainer waits for a batch; its reading thread tells more."""
+AGREE = "agree"
+"""Stage of a rank that holds its batch and waits until every rank does."""
 
 IDLE, READ, TOKENIZE, PACK = range(4)
 """What a reading thread does. It is idle while it waits for a plan, or for room for its batches."""
@@ -52,6 +55,13 @@ class ReadPlace:
         self._buffer = buffer if buffer is not None else bytearray(_PLACE.size)
         self._ticks = 0
         self._step = -1
+        self._stage = IDLE
+        self._since = 0.0
+        self._cpu_since = 0.0
+        self._waited_s = 0.0
+        """Seconds of `READ` without the processor, since `take_times`."""
+        self._busy_s = [0.0] * len(STAGE_NAMES)
+        """Seconds in each stage, those of `READ` without `_waited_s`."""
 
     @staticmethod
     def create() -> int:
@@ -72,8 +82,30 @@ class ReadPlace:
 
     def enter(self, stage: int, shard: int = -1, first_row: int = -1, last_row: int = -1) -> None:
         """Record another stage, or other rows of a shard."""
+        now = time.perf_counter()
+        cpu = time.thread_time()
+        elapsed = now - self._since
+        if self._stage == READ:
+            # What is read is decoded at once. The processor's time tells the two apart.
+            busy = min(cpu - self._cpu_since, elapsed)
+            self._waited_s += elapsed - busy
+            elapsed = busy
+        self._busy_s[self._stage] += elapsed
+        self._stage, self._since, self._cpu_since = stage, now, cpu
         self._ticks += 1
         _PLACE.pack_into(self._buffer, 0, self._ticks, os.getpid(), stage, self._step, shard, first_row, last_row)
+
+    def take_times(self) -> dict[str, float]:
+        """Return the seconds that each stage has taken since the last call, by name."""
+        times = {
+            "read": self._waited_s,
+            "decode": self._busy_s[READ],
+            "tokenize": self._busy_s[TOKENIZE],
+            "pack": self._busy_s[PACK],
+        }
+        self._waited_s = 0.0
+        self._busy_s = [0.0] * len(STAGE_NAMES)
+        return times
 
     def now(self) -> Place:
         """Return the place."""

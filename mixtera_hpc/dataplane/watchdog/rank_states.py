@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.watchdog.progress import TRAINER, WAIT
+from mixtera_hpc.dataplane.watchdog.progress import AGREE, TRAINER, WAIT
 
 __all__ = [
     "ENDED",
@@ -29,7 +29,7 @@ __all__ = [
     "write_atomically",
 ]
 
-WAITING_STAGES = ("plan", "broadcast", "reduce", "close", WAIT)
+WAITING_STAGES = ("plan", "broadcast", "reduce", "close", WAIT, AGREE)
 """Stages in which a rank waits for other ranks."""
 ENDED = "ended"
 """Stage of a rank that has closed its data plane."""

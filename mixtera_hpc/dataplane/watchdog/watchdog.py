@@ -46,7 +46,7 @@ __all__ = ["Watchdog", "WatchedRank"]
 MAX_PERIOD_S = 5.0
 """Seconds between two heartbeats of a rank; more in jobs of over 1,000 ranks."""
 RANKS_PER_PERIOD_S = 200
-STOP_GRACE_S = 2.0
+STOP_GRACE_S = 6.0
 """How long a stop request waits for a stalled run to get on."""
 NUM_JUDGES = 8
 """Ranks that look at the others, each if those before it do not."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, SavedAndStopped
 from mixtera_hpc.integrations.megatron.batch_format import BatchFormat
 from mixtera_hpc.integrations.megatron.data import MegatronData, TrainIterator, ValidationIterator
 
@@ -142,7 +142,13 @@ class MegatronPretraining:
         arguments = self._training.get_args()
         if self._save_interval is not None:
             arguments.save_interval, self._save_interval = self._save_interval, None
-        if not self.data.begin_step():
+        has_begun = self.data.begin_step()
+        if self.data.plane.is_interrupted:
+            raise SavedAndStopped(
+                "A stop was requested while no batch came, and Megatron saves only after a step.\n"
+                "  Nothing more is saved; the next job continues from the last checkpoint."
+            )
+        if not has_begun:
             raise ConfigError(
                 f"The data ends after {self.data.plane.next_step} steps, before --train-iters={arguments.train_iters}."
                 "\n  Lower --train-iters, or set mixture.on_exhausted=repeat."

@@ -245,7 +245,7 @@ def _start_process(shape: MemoryShape | None) -> _Worker:
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
         # -P: the current folder must not shadow modules.
-        command = [sys.executable, "-P", "-m", __name__, *map(str, fds)]
+        command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), *map(str, fds)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
         process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
         place = ReadPlace.of_memory(fds[1])
@@ -258,13 +258,13 @@ def _start_process(shape: MemoryShape | None) -> _Worker:
     return _Worker(process, ours, place, memory)
 
 
-def _serve(pipe: Connection, place_fd: int, memory_fd: int = -1) -> None:
+def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) -> None:
     """Run a process: receive a source and a slice, then plans with their step ranges, until the rank closes."""
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # The mask was inherited from the rank; blocked signals would stay pending for ever.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
-    threading.Thread(target=_end_with_rank, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_rank, args=(rank_pid,), daemon=True).start()
     _keep_freed_memory()
     try:
         source, batch_slice = pipe.recv()
@@ -344,4 +344,4 @@ def _pickled(samples: list[Any]) -> list[bytes]:
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])), *map(int, sys.argv[2:]))
+    _serve(int(sys.argv[1]), Connection(int(sys.argv[2])), *map(int, sys.argv[3:]))

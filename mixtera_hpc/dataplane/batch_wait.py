@@ -1,0 +1,143 @@
+"""The wait of one rank for its next batch: for its own reading, and for the ranks that do not have theirs yet."""
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable
+
+from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.reading.group_delivery import BatchFeed
+from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
+from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT, OpenRequests, RankPosition, ReadyAgreement
+from mixtera_hpc.dataplane.steps.stage_times import pack_times
+from mixtera_hpc.dataplane.watchdog.progress import AGREE, RankProgress
+
+__all__ = ["POLL_S", "BatchWait", "describe_interrupt"]
+
+POLL_S = 5e-4
+"""How often plans and reductions are tested while this rank waits for data."""
+FIRST_POLL_S = 5e-5
+"""The same while it waits for other ranks, which usually takes as long as a message; grows to `POLL_S`."""
+
+
+class BatchWait:
+    """The batches of one rank, each handed out when every rank holds its own."""
+
+    def __init__(self, feed: BatchFeed, agreement: ReadyAgreement, flags: FlagExchange, progress: RankProgress) -> None:
+        """Hold no batch yet.
+
+        Args:
+            feed: what this rank gets its batches from.
+            agreement: which batches all ranks hold.
+            flags: the requests that this rank has seen.
+            progress: where this rank is, for the watchdog.
+        """
+        self._feed = feed
+        self._flags = flags
+        self._progress = progress
+        self._agreement = agreement
+        self._held: tuple[Batch | None] | None = None
+        """The batch of the next step, or the end of the data, if it was taken from the feed."""
+        self._waiting_since: float | None = None
+        """When this rank began to wait for the next batch; requests may have ended the wait in between."""
+        self.read_wait_s = 0.0
+        """Seconds that the last call of `next` waited for this rank's own reading."""
+        self.plan_wait_s = 0.0
+        """Seconds that it waited for a plan."""
+        self.reduce_s = 0.0
+        """Seconds that this rank has waited for reductions since the last batch; its owner adds them."""
+        self.pauses_to_save = False
+        """Whether a request to save ends a long wait; the trainer then asks for the batch again."""
+
+    def advance(self, next_step: int) -> None:
+        """Pass on what is ready, and tell the other ranks; does not block."""
+        self._feed.advance()
+        if self._agreement.needs_offer(next_step):
+            self._agreement.offer(self._position(next_step))
+
+    def next(self, next_step: int, has_unfinished: bool, poll: Callable[[], bool]) -> Batch | OpenRequests | None:
+        """Return the batch of `next_step`, None after the end of the data, or the requests that end the wait.
+
+        **Collective.**
+
+        Args:
+            next_step: the step after that of the last call, unless that one was ended by requests.
+            has_unfinished: whether the trainer holds batches.
+            poll: drives plans and reductions; returns whether the plan of `next_step` is there.
+        """
+        self.read_wait_s = self.plan_wait_s = 0.0
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+        pause_s = FIRST_POLL_S
+        while True:
+            # First the statistics: the weights of the next chunk may wait for them.
+            is_planned = poll()
+            if self._held is None:
+                self._hold(is_planned)
+            if self._held is not None and (
+                self._agreement.covers(next_step) or self._agreement.is_released(has_unfinished)
+            ):
+                (batch,) = self._held
+                self._held = self._waiting_since = None
+                return batch
+            waited_s = time.monotonic() - self._waiting_since
+            self._agreement.poll(self._position(next_step, has_unfinished), waited_s, self._open_requests)
+            if (requests := self._agreement.take_interrupt()) is not None:
+                return requests
+            if self._held is not None and not self._agreement.covers(next_step):
+                # Not a sign of life: a rank that waits for others does not get on.
+                self._progress.stage = AGREE
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 1.2, POLL_S)
+
+    def times_of(self, batch: Batch, plan_s: float, rank: int) -> int:
+        """Return how long each stage took for a batch that `next` has just returned; see `pack_times`.
+
+        Args:
+            batch: the batch.
+            plan_s: seconds that this rank planned.
+            rank: this rank; a plan that is missing is waited for in `plan` on rank 0, in `broadcast` on others.
+        """
+        plan_stage = "plan" if rank == 0 else "broadcast"
+        times = {
+            **batch.times.seconds,
+            "wait": self.read_wait_s,
+            plan_stage: plan_s + self.plan_wait_s,
+            "reduce": self.reduce_s,
+        }
+        self.reduce_s = 0.0
+        return pack_times(times)
+
+    def finish(self) -> None:
+        """Complete what other ranks may wait for. **Collective.**"""
+        self._agreement.finish()
+        self._feed.finish()
+
+    def _hold(self, is_planned: bool) -> None:
+        """Take the next batch from the feed if it comes soon."""
+        began = time.perf_counter()
+        # Waits in the queue, so that the reading thread gets the interpreter.
+        with contextlib.suppress(queue.Empty):
+            self._held = (self._feed.get(POLL_S),)
+        waited_s = time.perf_counter() - began
+        if is_planned:
+            self.read_wait_s += waited_s
+        else:
+            self.plan_wait_s += waited_s
+
+    def _position(self, next_step: int, has_unfinished: bool = False) -> RankPosition:
+        held_end = min(next_step + int(self._held is not None) + self._feed.num_ready, NO_LIMIT)
+        return RankPosition(next_step, held_end, has_unfinished)
+
+    def _open_requests(self) -> OpenRequests:
+        requests = self._flags.poll_waiting()
+        return OpenRequests(stop=requests.stop, save=requests.save and self.pauses_to_save)
+
+
+def describe_interrupt(requests: OpenRequests, step: int, waited_s: float) -> str:
+    """Return what requests that end the wait for the batch of `step` make all ranks do."""
+    verb = "stop with" if requests.stop else "save"
+    return (
+        f"No batch of step {step} has come for {waited_s:.0f} s. As requested, all ranks {verb} the state after step "
+        f"{step - 1}."
+    )

@@ -1,0 +1,49 @@
+"""Where the time of a step went, on every rank: one byte per stage, in the reduction of the step.
+
+A sum over ranks has no maximum. So each rank adds to an integer of its own, whose eight bytes are logarithms of its
+eight times, 8 % apart. Every rank's times arrive, and who was slowest is exact; how slow is known to 4 %.
+Price: 8 bytes per rank and step.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.statistics import STAGES, StageMaxima
+
+__all__ = ["maxima_of", "pack_times"]
+
+MIN_S = 1e-5
+"""Shorter times count as none."""
+RATIO = 1.08
+"""Between neighbouring codes; the largest code stands for 51 minutes or more."""
+MAX_CODE = 255
+LOG_RATIO = math.log(RATIO)
+
+
+def pack_times(seconds: Mapping[str, float]) -> int:
+    """Return the times of this rank as one int64; a missing stage took no time."""
+    codes = np.array([_code_of(seconds.get(stage, 0.0)) for stage in STAGES], np.uint8)
+    return int(codes.view(np.int64)[0])
+
+
+def maxima_of(packed: NDArray[np.int64]) -> StageMaxima:
+    """Return the slowest rank of each stage, given the integer of every rank; shape (ranks,)."""
+    codes = packed.view(np.uint8).reshape(-1, len(STAGES))
+    ranks = codes.argmax(axis=0)
+    slowest = codes[ranks, np.arange(len(STAGES))].tolist()
+    named = {stage: rank for stage, rank, code in zip(STAGES, ranks.tolist(), slowest, strict=True) if code}
+    seconds = {stage: _seconds_of(code) for stage, code in zip(STAGES, slowest, strict=True) if code}
+    return StageMaxima(seconds=seconds, ranks=named)
+
+
+def _code_of(seconds: float) -> int:
+    if seconds < MIN_S:
+        return 0
+    return min(1 + round(math.log(seconds / MIN_S) / LOG_RATIO), MAX_CODE)
+
+
+def _seconds_of(code: int) -> float:
+    return MIN_S * math.exp(LOG_RATIO * (code - 1))

@@ -1,0 +1,63 @@
+"""The reduction of a step names the slowest rank of every stage."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, STAGES, StageMaxima
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.steps.stage_times import maxima_of, pack_times
+from mixtera_hpc.dataplane.steps.step_reducer import RankFlags, StepReducer
+from mixtera_hpc.testing.thread_ranks import ThreadCommunicator, run_ranks
+
+
+def test_times_survive_packing_to_4_percent() -> None:
+    seconds = np.geomspace(1.1e-5, 3000, 200)
+    for i, stage in enumerate(STAGES):
+        of_stage = np.roll(seconds, i)
+        packed = np.array([pack_times({stage: time_s}) for time_s in of_stage], np.int64)
+        maxima = maxima_of(packed)
+        assert maxima.ranks == {stage: int(np.argmax(of_stage))}
+        assert maxima.seconds[stage] == pytest.approx(3000, rel=0.041)
+        for time_s in of_stage:
+            single = maxima_of(np.array([pack_times({stage: time_s})], np.int64))
+            assert single.seconds[stage] == pytest.approx(time_s, rel=0.041)
+
+
+def test_times_out_of_range_are_bounds() -> None:
+    maxima = maxima_of(np.array([pack_times({"wait": 1e-6, "read": 1e9})], np.int64))
+    assert maxima.ranks == {"read": 0} and 3000 < maxima.seconds["read"] < 3600
+
+
+def test_the_reduction_carries_the_times_of_every_rank() -> None:
+    def reduce(comm: ThreadCommunicator) -> StageMaxima | None:
+        reducer = StepReducer(comm, 3, lambda step: 5, BatchSlice(group=comm.rank, num_groups=5))
+        times = pack_times({"read": 2.0 if comm.rank == 3 else 0.1, "plan": 0.5 if comm.rank == 0 else 0.0})
+        flags = RankFlags(stop=False, save=False, digest=7, times=times)
+        reducer.post(0, np.zeros((NUM_BUFFER_ROWS, 3), np.int64), flags)
+        (result,) = reducer.wait_for(0)
+        return result.statistics.stages
+
+    first, *others = run_ranks(5, reduce)
+    assert first is not None and first.ranks == {"read": 3, "plan": 0}
+    assert first.seconds["read"] == pytest.approx(2.0, rel=0.041)
+    assert others == [None] * 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_plane_measures_its_stages(workers: int, collection: list[str], tmp_path: Path) -> None:
+    words = [*collection, "dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.chunk_steps=2"]
+    with DataPlane.open(compose([*words, f"dataplane.workers={workers}"])) as plane:
+        seen = set()
+        for batch in plane:
+            plane.record(batch, np.ones(batch.loss_mask.shape))
+            for statistics in plane.completed_statistics():
+                assert statistics.stages is not None
+                assert set(statistics.stages.ranks.values()) <= {0}
+                seen |= statistics.stages.seconds.keys()
+            if batch.step == 12:
+                break
+    assert {"wait", "decode", "tokenize", "pack", "plan"} <= seen
