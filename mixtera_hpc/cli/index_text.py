@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mixtera_hpc.cli.answers.store_text import store_line
+from mixtera_hpc.cli.answers.store_text import row_store_line, store_line
 from mixtera_hpc.cli.console import open_console
 from mixtera_hpc.errors import pluralize
 from mixtera_hpc.index.build.assemble import BuildReport
@@ -39,6 +39,8 @@ def build_lines(report: BuildReport) -> list[str]:
         lines.append(f"  {report.tokens:,} tokens")
     if report.token_store is not None:
         lines.append(f"  {store_line(report.token_store)}")
+    if report.row_store is not None:
+        lines.append(f"  {row_store_line(report.row_store)}")
     skipped = _skipped(report)
     if skipped:
         lines.append(f"  skipped: {', '.join(skipped)}; mixtera-hpc index inspect lists them")
@@ -85,6 +87,8 @@ def refresh_lines(report: RefreshReport) -> list[str]:
         lines.append(f"  {touched}")
     if report.token_store is not None:
         lines.append(f"  {store_line(report.token_store)}")
+    if report.row_store is not None:
+        lines.append(f"  {row_store_line(report.row_store)}")
     if report.generations:
         known = ", ".join(fingerprint[:12] for fingerprint in report.generations)
         lines.append(

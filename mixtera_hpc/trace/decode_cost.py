@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.reading.stored.stored_rows import blocks_with_rows
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.decoded_sizes import decodes_blocks
@@ -132,6 +133,8 @@ class _DomainBytes:
         is_decoded = np.array([decodes_blocks(name) for name in source.index.shard_formats], np.bool_)[blocks.shard]
         # Documents of a token store are copied one by one.
         is_decoded &= ~blocks_with_tokens(source)
+        # A frame of a row store has rows of one domain only, most often.
+        is_decoded &= ~blocks_with_rows(source)
         length = blocks.length.astype(np.float64)
         decoded = length * source.layout.expansion[blocks.shard]
         share = table.rows / np.maximum(blocks.rows[table.block], 1)

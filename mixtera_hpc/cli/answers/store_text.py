@@ -3,16 +3,36 @@
 import sys
 
 from mixtera_hpc.index.build.store_maker import StoreEstimate
+from mixtera_hpc.index.row_store.row_job import RowPlan, RowReport
 from mixtera_hpc.index.token_store.store_job import StoreReport
 from mixtera_hpc.index.token_store.store_state import StorePlan
 
-__all__ = ["announce_store", "store_line"]
+__all__ = ["announce_store", "row_store_line", "store_line"]
 
 
-def announce_store(plan: StoreEstimate | StorePlan) -> None:
+def announce_store(plan: StoreEstimate | StorePlan | RowPlan) -> None:
     """Print the size before anything is written."""
-    sys.stderr.write(f"{_estimate_line(plan) if isinstance(plan, StoreEstimate) else _plan_line(plan)}\n")
+    sys.stderr.write(f"{_announcement(plan)}\n")
     sys.stderr.flush()
+
+
+def row_store_line(report: RowReport) -> str:
+    """Describe the result."""
+    if not report.units_written:
+        return f"{report.folder} is complete."
+    return (
+        f"Wrote {report.folder}: {report.num_bytes / 1e9:,.3g} GB of rows in {report.seconds:,.1f} s. Runs over this "
+        "index use it."
+    )
+
+
+def _announcement(plan: StoreEstimate | StorePlan | RowPlan) -> str:
+    if isinstance(plan, RowPlan):
+        return (
+            f"Rows are written to {plan.folder} (data.materialize): about {plan.num_bytes / 1e9:,.2g} GB, "
+            f"{plan.free_bytes / 1e9:,.3g} GB free"
+        )
+    return _estimate_line(plan) if isinstance(plan, StoreEstimate) else _plan_line(plan)
 
 
 def store_line(report: StoreReport) -> str:

@@ -110,10 +110,10 @@ class DataConfig(DataSetKeys):
     """Bytes decoded for every byte served, in files that can only be decoded in large units. `plan` and `submit` refuse
     a job that would need more."""
     materialize: Literal["auto", "always", "never"] = "auto"
-    """Whether `index build` writes token ids beside the index, which runs then read instead of the texts. `auto`: where
-    tokens are counted and some files are compressed JSON lines, of which a single row cannot be read. `always`:
-    wherever tokens are counted. `never`: only `mixtera-hpc tokenize` writes them. `index refresh` extends ids that are
-    there, unless it is `never`."""
+    """Whether `index build` writes what runs read, beside the index: token ids, or with `mixture.unit=samples` the rows
+    of compressed JSON lines, each domain in frames of its own. `auto`: where some files are compressed JSON lines, of
+    which a single row cannot be read. `always`: also token ids of other files. `never`: nothing is written or extended,
+    and runs read no stored rows. `index refresh` extends what is there."""
     tokens: str = "auto"
     """Token ids that `index build` or `mixtera-hpc tokenize` has written. `auto`: those beside the index, if there are
     any. `off`: none, documents are tokenized while a run reads. Or the folder that holds them. Cost only: the batches

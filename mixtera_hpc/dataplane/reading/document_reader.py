@@ -19,15 +19,15 @@ from mixtera_hpc.dataplane.reading.domain_streams import Documents, equal_runs
 from mixtera_hpc.dataplane.reading.residency.resident_rows import ResidentRows
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
+from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences, read_sequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, TOKENIZE, ReadPlace
-from mixtera_hpc.formats.base import BlockRef, Format, RangeReader, ShardReader, TokenReader
+from mixtera_hpc.formats.base import BlockRef, RangeReader, ShardReader, TokenReader
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.composed_text import open_reader
-from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.tokens.chat_tokens import split_marks
 from mixtera_hpc.tokens.definition import AddedTokens
 
@@ -85,8 +85,7 @@ class DocumentReader:
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._max_open_shards = _max_open_shards()
         self._paths: dict[int, Path] = {}
-        self._formats: dict[str, Format] = {}
-        """Name → loaded format."""
+        self._formats = ShardFormats(source)
         self._is_range_reader: dict[type, bool] = {}
         """Class of a reader → whether it is a `RangeReader`: the check of a protocol is slow."""
         # Most of the budget is for the rows of windows; blocks help where all domains are in the same block.
@@ -353,8 +352,7 @@ class DocumentReader:
             return self._shards[number]
 
         index = self._source.index
-        name = index.shard_formats[number]
-        fmt = self._formats.get(name) or self._formats.setdefault(name, load_format(name))
+        fmt = self._formats.of(number)
         path = self._path(number)
         tokenizer = self._source.tokenizer
         chat = tokenizer.chat if tokenizer is not None else None

@@ -32,6 +32,7 @@ from mixtera_hpc.index.read.sample_reader import SampleSource
 from mixtera_hpc.index.read.sample_sizes import add_size_numbers
 from mixtera_hpc.index.read.selection import SelectedDomains, select_domains
 from mixtera_hpc.index.read.verify import check_fresh
+from mixtera_hpc.index.row_store.row_files import StoredRowBlocks, configured_row_stores
 from mixtera_hpc.index.token_store.store_files import StoredRows, configured_stores
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
@@ -73,6 +74,8 @@ class IndexDescription:
     """`query.where` without the dropped samples."""
     token_stores: list[StoredRows]
     """Token stores that documents are served from."""
+    row_stores: list[StoredRowBlocks]
+    """Row stores that rows of compressed files are served from."""
     domain_items: list[int]
     """Items of one epoch of every domain, dropped samples included: mixture weights refer to these sizes."""
 
@@ -242,6 +245,7 @@ def _describe(
         where=selection.predicate.text,
         drop=list(subset.drop),
         token_stores=configured_stores(config, index),
+        row_stores=configured_row_stores(config, index),
         where_after_drops=subset.restrict(config.query.where),
         domain_items=layout.epoch_items().tolist(),
     )

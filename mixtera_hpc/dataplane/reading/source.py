@@ -30,6 +30,7 @@ from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
 from mixtera_hpc.dataplane.reading.packing.cost_check import check_sample_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_order import sequence_order
+from mixtera_hpc.dataplane.reading.processes.table_memory import TableMemory, share_tables
 from mixtera_hpc.dataplane.reading.shared_index import (
     IndexDescription,
     SharedTables,
@@ -75,14 +76,16 @@ class Source:
     """Which sequence of its stream each served sequence is."""
     readers_per_node: int = 1
     """Ranks and worker processes of a node, which share `data.cache_bytes`."""
+    table_memory: TableMemory | None = None
+    """Holds `tables` for other processes; None if they get a copy."""
 
     def __reduce__(self) -> Any:
-        """Pickle the configuration and the shared arrays. The rest is computed and the tokenizer loaded again."""
+        """Pickle the configuration and the tables, or where they are. The rest is computed again."""
         return _rebuild_source, (
             self.config,
             self.index,
             self.subset,
-            self.tables.pack(),
+            self.tables.pack() if self.table_memory is None else self.table_memory,
             self.stream_version,
             self.readers_per_node,
         )
@@ -249,7 +252,11 @@ def open_source(
     # Only rank 0 has read the records of the run.
     subset = replace(subset, drop=tuple(description.drop))
     readers = comm.local_size * (config.dataplane.workers or 1)
-    source = replace(_make_source(config, description, subset, tables, tokenizer), readers_per_node=readers)
+    source = replace(
+        _make_source(config, description, subset, tables, tokenizer),
+        readers_per_node=readers,
+        table_memory=share_tables(comm, tables.pack()) if _has_processes(config) else None,
+    )
     if subset.split == "train":
         source.mixer(learn=False)  # Refuses a mixture that cannot be served before anything starts.
     return source
@@ -264,6 +271,12 @@ def count_samples(config: Config, subset: SampleSubset = TRAINING_SAMPLES) -> in
     with open_configured(config) as index:
         rows, _ = select_subset(config, index, subset).selection.table.totals()
     return int(rows.sum())
+
+
+def _has_processes(config: Config) -> bool:
+    """Return whether reading processes may be started; samples are read by a thread unless they are asked for."""
+    workers = config.dataplane.workers
+    return bool(workers) if workers is not None else config.mixture.unit == "tokens"
 
 
 def _rebuild_source(

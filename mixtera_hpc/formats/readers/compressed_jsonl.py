@@ -116,6 +116,10 @@ class CompressedJsonlReader:
         """Return the named rows as dicts; see `ShardReader`."""
         return self._decode_rows(decode_payload, block, rows)
 
+    def lines(self, block: BlockRef, rows: NDArray[np.int64]) -> list[memoryview]:
+        """Return the named rows as they are in the file, perhaps with white space around them."""
+        return self._decode_rows(lambda line: line, block, rows)
+
     def close(self) -> None:
         """Release the file descriptor."""
         self._shard.close()

@@ -20,6 +20,7 @@ from mixtera_hpc.index.build.merge import MergedTables, PlacedSource, merge_resu
 from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
 from mixtera_hpc.index.data_sets import DataSetFacts
 from mixtera_hpc.index.layout import DATASET, BadRows, Generation, bucket_source, function_source, path_source
+from mixtera_hpc.index.row_store.row_job import RowReport
 from mixtera_hpc.index.scan.scan_result import Combo
 from mixtera_hpc.index.scan.unit_scan import DataSetScan, ScanSettings
 from mixtera_hpc.index.shards import Shard
@@ -74,6 +75,8 @@ class BuildReport:
     """Paths of the shards without rows."""
     token_store: StoreReport | None = None
     """The token store that was written too, if any."""
+    row_store: RowReport | None = None
+    """The row store that was written too, if any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,7 +77,7 @@ def build_index(
 
 
 def _with_store(report: BuildReport, maker: StoreMaker | None) -> BuildReport:
-    return report if maker is None else replace(report, token_store=maker.report)
+    return report if maker is None else replace(report, token_store=maker.tokens, row_store=maker.rows)
 
 
 def scan_settings(config: Config) -> ScanSettings:
@@ -167,7 +167,7 @@ def shard_scan_job(config: Config, settings: ScanSettings, maker: StoreMaker | N
         depends_on=[sets, settings.block_rows, tokenizer],
         threads=config.index.threads,
         scan=scan,
-        tokens=maker,
+        store=maker,
     )
 
 

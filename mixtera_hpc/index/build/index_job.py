@@ -26,7 +26,7 @@ from mixtera_hpc.index.scan.scan_log import LOG_PATTERN, LogRecord, build_lock, 
 from mixtera_hpc.index.scan.scan_result import ScanResult
 from mixtera_hpc.index.shards import Shard
 
-__all__ = ["IndexJob", "ScanPlan", "TokenMaker", "UnitRecords", "follow_index_job", "lead_index_job"]
+__all__ = ["AfterScan", "IndexJob", "ScanPlan", "UnitRecords", "follow_index_job", "lead_index_job"]
 
 T = TypeVar("T")
 UnitRecords = dict[int, list[LogRecord]]
@@ -52,6 +52,8 @@ class ScanPlan(msgspec.Struct, kw_only=True):
     """Number of this attempt, counted from 1."""
     keeps_tokens: bool = False
     """Whether the token ids that a scan makes are kept for a token store."""
+    writes_rows: bool = False
+    """Whether rows are written to a row store after the scan."""
 
     @property
     def missing_bytes(self) -> int:
@@ -59,11 +61,11 @@ class ScanPlan(msgspec.Struct, kw_only=True):
         return sum(self.sizes) - sum(self.sizes[unit] for unit in self.done)
 
 
-class TokenMaker(Protocol):
-    """Makes a token store of what a job scans."""
+class AfterScan(Protocol):
+    """Makes a store of what a job scans."""
 
     def begin(self, plan: ScanPlan) -> None:
-        """Set `plan.keeps_tokens`; rank 0 only, before any unit is scanned."""
+        """Set `plan.keeps_tokens` and `plan.writes_rows`; rank 0 only, before any unit is scanned."""
         ...
 
     def finish(self, plan: ScanPlan, records: UnitRecords | None) -> None:
@@ -83,8 +85,8 @@ class IndexJob:
     """Scanning threads per rank."""
     scan: Callable[[ScanPlan, int], Iterator[ScanResult]]
     """Yields the results of a unit; several threads call it at once."""
-    tokens: TokenMaker | None = None
-    """Makes a token store too; None if none is wanted."""
+    store: AfterScan | None = None
+    """Makes a store of tokens or rows too; None if none is wanted."""
 
 
 def lead_index_job(
@@ -113,15 +115,15 @@ def lead_index_job(
     with build_lock(folder), _record_failure(job.path), _explain_disk_errors(folder):
         failure_file(job.path).unlink(missing_ok=True)
         _resume(folder, plan, job.depends_on)
-        if job.tokens is not None:
-            job.tokens.begin(plan)
+        if job.store is not None:
+            job.store.begin(plan)
         # Only now, since other ranks write logs as soon as they have the plan.
         bcast_bytes(comm, msgspec.json.encode(plan))
         _scan_missing(job, plan, comm, progress)
         records = _read_back(folder, len(plan.units))
         report = finish(plan, records)
-        if job.tokens is not None:
-            job.tokens.finish(plan, records)
+        if job.store is not None:
+            job.store.finish(plan, records)
         # The index has its final name; the logs are not needed any more.
         shutil.rmtree(folder)
     bcast_bytes(comm, msgspec.json.encode(report))
@@ -133,8 +135,8 @@ def follow_index_job(job: IndexJob, comm: Communicator, report_type: type[T]) ->
     plan = msgspec.json.decode(bcast_bytes(comm, None), type=ScanPlan)
     with _record_failure(job.path), _explain_disk_errors(building_folder(job.path)):
         _scan_missing(job, plan, comm, None)
-        if job.tokens is not None:
-            job.tokens.finish(plan, None)
+        if job.store is not None:
+            job.store.finish(plan, None)
     return msgspec.json.decode(bcast_bytes(comm, None), type=report_type)
 
 

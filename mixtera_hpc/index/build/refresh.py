@@ -36,6 +36,7 @@ from mixtera_hpc.index.build.store_maker import AnnounceStore, StoreMaker
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.read.open import PropertyIndex, open_index
+from mixtera_hpc.index.row_store.row_job import RowReport
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.unit_scan import ScanSettings
 from mixtera_hpc.index.shards import Shard, fingerprint_of_shard
@@ -64,6 +65,8 @@ class RefreshReport:
     """None if no content has changed; no sample is written again then."""
     token_store: StoreReport | None = None
     """The token store that was extended, if there is one."""
+    row_store: RowReport | None = None
+    """The row store that was extended, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ def refresh_index(
 
 
 def _with_store(report: RefreshReport, maker: StoreMaker | None) -> RefreshReport:
-    return report if maker is None else replace(report, token_store=maker.report)
+    return report if maker is None else replace(report, token_store=maker.tokens, row_store=maker.rows)
 
 
 def _kept_rows(index: PropertyIndex, changes: _ShardChanges) -> KeptRows:

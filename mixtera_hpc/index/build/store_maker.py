@@ -1,9 +1,9 @@
-"""Make the token store of an index in the pass that scans the data (`data.materialize`).
+"""Make the store of an index while it is built (`data.materialize`): tokens, or rows with `mixture.unit=samples`.
 
 A build decodes and tokenizes every document to count its tokens. Here it keeps the ids: each scanning thread appends
 them to a file below the folder of the store, and they are copied to their places when the index is complete. Price:
 the size of the store on disk once more while the index is built, and one more write and read of it; nothing is decoded
-or tokenized twice.
+or tokenized twice. Rows are written in a second pass, which decodes the files once more.
 """
 
 import os
@@ -21,6 +21,8 @@ from mixtera_hpc.formats.chat_rows import is_chat
 from mixtera_hpc.formats.decoded_sizes import decodes_files, expansion_of
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords
+from mixtera_hpc.index.row_store.row_files import RowStoreFiles
+from mixtera_hpc.index.row_store.row_job import RowPlan, RowReport, write_rows
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.token_spool import TokenSpool, TokenSpools
 from mixtera_hpc.index.shards import Shard
@@ -45,7 +47,7 @@ class StoreEstimate:
     free_bytes: int
 
 
-AnnounceStore = Callable[[StoreEstimate | StorePlan], None]
+AnnounceStore = Callable[[StoreEstimate | StorePlan | RowPlan], None]
 """Is told the estimate before the scan, and the exact size before the store is written."""
 
 
@@ -85,16 +87,19 @@ class StoreMaker:
         self._spools = TokenSpools(self._files.spool, dtype, comm.rank)
         self.kept: KeptRows | None = None
         """The rows that the index has from before a refresh; known on rank 0."""
-        self.report: StoreReport | None = None
-        """What was written, if anything."""
+        self.tokens: StoreReport | None = None
+        """The token store that was written, if any."""
+        self.rows: RowReport | None = None
+        """The row store that was written, if any."""
 
     def begin(self, plan: ScanPlan) -> None:
-        """Decide on rank 0 whether the scan keeps token ids, before it starts.
+        """Decide on rank 0 what is written, before the scan starts.
 
         Raises:
             ConfigError: the disk has too little room for them.
         """
-        plan.keeps_tokens = self._is_wanted(plan.shards)
+        plan.writes_rows = self._wants_rows(plan.shards)
+        plan.keeps_tokens = self._wants_tokens(plan.shards)
         if not plan.keeps_tokens:
             return
         try:
@@ -117,6 +122,8 @@ class StoreMaker:
 
     def finish(self, plan: ScanPlan, records: UnitRecords | None) -> None:
         """Write the store, after the index has its final name; rank 0 gives the records. **Collective.**"""
+        if plan.writes_rows:
+            self.rows = write_rows(self._config, self._comm, self._announce, self._progress)
         if not plan.keeps_tokens:
             return
         results: list[SpooledResult] = []
@@ -124,10 +131,18 @@ class StoreMaker:
             headers = [record.header() for record in (records or {})[unit]]
             results += [SpooledResult(num_blocks=h.summary.blocks, tokens=h.spooled) for h in headers]
         sources = StoreSources(results=results, kept=self.kept)
-        self.report = write_store(self._config, self._comm, self._announce, self._progress, sources)
+        self.tokens = write_store(self._config, self._comm, self._announce, self._progress, sources)
 
-    def _is_wanted(self, shards: Sequence[Shard]) -> bool:
-        """Return whether the configuration and the data ask for a store."""
+    def _wants_rows(self, shards: Sequence[Shard]) -> bool:
+        """Return whether the configuration and the data ask for a row store."""
+        if self._config.data.materialize == "never":
+            return False
+        if self._only_existing:
+            return RowStoreFiles.of_index(self._config.index.path).read_header() is not None
+        return self._config.mixture.unit == "samples" and any(decodes_files(shard.format) for shard in shards)
+
+    def _wants_tokens(self, shards: Sequence[Shard]) -> bool:
+        """Return whether the configuration and the data ask for a token store."""
         data = self._config.data
         tokenizer = self._tokenizer
         if tokenizer is None or isinstance(tokenizer, StoredTokenIds) or self._config.mixture.unit != "tokens":

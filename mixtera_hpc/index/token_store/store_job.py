@@ -23,8 +23,9 @@ from mixtera_hpc.index.chat_check import check_chat_template
 from mixtera_hpc.index.read.configured import open_written
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.verify import check_fresh
-from mixtera_hpc.index.scan.parallel_scan import ProgressCallback, ScanProgress
+from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.scan_log import build_lock
+from mixtera_hpc.index.scan.shared_units import share_units
 from mixtera_hpc.index.scan.token_spool import SpooledTokens
 from mixtera_hpc.index.token_store.store_files import StoreFiles, store_folder
 from mixtera_hpc.index.token_store.store_layout import StoreLayout
@@ -34,9 +35,6 @@ from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["SpooledResult", "StoreReport", "StoreSources", "explained", "write_store"]
 
-NEXT_UNIT, UNITS_DONE, ROWS_DONE, BYTES_DONE = range(4)
-"""The shared counters."""
-WAIT_S = 0.05
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -171,31 +169,17 @@ def _write_units(queue: _UnitQueue, comm: Communicator, progress: ProgressCallba
     units = queue.units
     if not units:
         return
-    counters = comm.Allocate_counters(4)
-    total = sum(unit.num_bytes for unit in units)
-
-    def report() -> int:
-        done, rows, num_bytes = (counters.Fetch_and_add(i, 0) for i in (UNITS_DONE, ROWS_DONE, BYTES_DONE))
-        if progress is not None:
-            progress(ScanProgress(rows=rows, bytes_done=num_bytes, bytes_total=total))
-        return done
-
     with explained(queue.files), _open_files(queue, comm.rank) as (tokens, starts, log):
-        while (position := counters.Fetch_and_add(NEXT_UNIT, 1)) < len(units):
+
+        def write(position: int) -> int:
             rows = queue.writer.write(units[position], tokens, starts)
             # The log must not reach the disk before the tokens.
             os.fdatasync(tokens)
             os.fdatasync(starts)
             os.write(log, b"%d\n" % queue.job.missing[position])
-            for counter, value in ((ROWS_DONE, rows), (BYTES_DONE, units[position].num_bytes), (UNITS_DONE, 1)):
-                counters.Fetch_and_add(counter, value)
-            if comm.rank == 0:
-                report()
-    # Rank 0 reports for the others until they are done.
-    while comm.rank == 0 and report() < len(units):
-        time.sleep(WAIT_S)
-    comm.Barrier()
-    counters.Free()
+            return rows
+
+        share_units([unit.num_bytes for unit in units], write, comm, progress)
 
 
 @contextmanager

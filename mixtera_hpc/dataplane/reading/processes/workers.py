@@ -3,7 +3,7 @@
 `dataplane.workers` processes, each with a `BatchMaker`, take turns with ranges of a chunk's steps. Their batches are
 put back in order, so that what is served does not depend on the number of processes. The processes are new
 Python programs, never forks (MPI forbids them). They use the import path of the rank, do not run the user's script, and
-end with their rank. Price: the tables of the index once per process, 13 bytes of shared memory per token of a batch,
+end with their rank. Price: the tables of the index once more per node, 13 bytes of shared memory per token of a batch,
 and a document on the border of two step ranges is read twice. Samples are copied through a socket.
 """
 
@@ -105,7 +105,8 @@ class Workers:
         self._source = source
         self._slice = batch_slice
         self._shape = _memory_shape(source, batch_slice, count) if source.layout.in_tokens else None
-        self._workers = [_start_process(self._shape) for _ in range(count)]
+        tables = source.table_memory
+        self._workers = [_start_process(self._shape, [] if tables is None else [tables.fd]) for _ in range(count)]
         self._has_source = False
 
     @property
@@ -232,11 +233,12 @@ def _memory_shape(source: Source, batch_slice: BatchSlice, num_processes: int) -
     return MemoryShape(num_slots=num_slots, batch_size=largest, length=source.grid.length)
 
 
-def _start_process(shape: MemoryShape | None) -> _Worker:
+def _start_process(shape: MemoryShape | None, inherited: Sequence[int]) -> _Worker:
     """Start a process in which the ignored signals are blocked until it ignores them: none may end it before.
 
     Args:
         shape: the memory for its batches; None if these hold samples.
+        inherited: descriptors that the source refers to.
     """
     ours, theirs = Pipe()
     fds = [theirs.fileno(), ReadPlace.create()]
@@ -247,7 +249,7 @@ def _start_process(shape: MemoryShape | None) -> _Worker:
         # -P: the current folder must not shadow modules.
         command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), *map(str, fds)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
-        process = subprocess.Popen(command, pass_fds=fds, stdin=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(command, pass_fds=[*fds, *inherited], stdin=subprocess.DEVNULL, env=environment)
         place = ReadPlace.of_memory(fds[1])
         memory = BatchMemory(fds[2], shape) if shape is not None else None
     finally:

@@ -1,0 +1,1 @@
+"""Row stores: the rows of compressed files, written once more so that each domain is read on its own."""

@@ -1,0 +1,158 @@
+"""`data.materialize` with `mixture.unit=samples`: rows of compressed files are written once more, domain by domain."""
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.cli.main import main
+from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.index.row_store.row_files import RowStoreFiles, RowStoreHeader
+from mixtera_hpc.testing.writers import write_compressed
+from mixtera_hpc.tokens.bpe_training import train_bpe
+from mixtera_hpc.trace.decode_cost import JobShape, decode_cost
+
+ENDINGS = ("zst", "gz", "bz2", "xz")
+
+
+def make_rows(seed: int, count: int) -> list[dict[str, Any]]:
+    """Return rows of three sources, with nested values and numbers of all kinds."""
+    random = np.random.Generator(np.random.Philox(seed))
+    return [
+        {
+            "text": f"row {i} of {seed}: naïve\n\t{random.bytes(int(random.integers(0, 1500))).hex()}",
+            "meta": {"source": "abc"[int(random.integers(0, 3))], "list": [i, None, 1e300, True]},
+            "large": 10**30 + i,
+        }
+        for i in range(count)
+    ]
+
+
+def add_shard(root: Path, number: int) -> None:
+    folder = root / "data" / str(number)
+    folder.mkdir(parents=True)
+    write_compressed(folder, make_rows(number, 150), ending=ENDINGS[number % len(ENDINGS)])
+    lines = [json.dumps(row) for row in make_rows(100 + number, 40)]
+    lines[7] = "{damaged"
+    (folder / "plain.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> list[str]:
+    """Return overrides for shards of all compressions beside plain ones, and a run over them."""
+    for number in range(len(ENDINGS)):
+        add_shard(tmp_path, number)
+    return [
+        f"data.root={tmp_path / 'data'}",
+        "data.on_bad_sample=skip",
+        "data.properties.source=meta.source",
+        f"index.path={tmp_path / 'i.h5'}",
+        "mixture.unit=samples",
+        "mixture.group_by=[source]",
+        "mixture.on_exhausted=stop",
+        "mixture.max_epochs=2",
+        "dataplane.global_batch_size=16",
+        "dataplane.audit=true",
+        "dataplane.workers=0",
+    ]
+
+
+def served(overrides: list[str], *more: str) -> list[Any]:
+    """Return all that a run serves."""
+    with DataPlane.open(compose([*overrides, *more]), comm=Local()) as plane:
+        batches = [(batch.digests, batch.domain_ids.tolist(), batch.tokens.tolist(), batch.payloads) for batch in plane]
+    assert len(batches) > 10
+    return batches
+
+
+def header_of(root: Path) -> RowStoreHeader:
+    header = RowStoreFiles.of_index(root / "i.h5").read_header()
+    assert header is not None and header.complete
+    return header
+
+
+def decodes(overrides: list[str], *more: str) -> bool:
+    """Return whether a run decodes more than it serves."""
+    source = open_source(compose([*overrides, *more]), Local())
+    return decode_cost(source, np.full(source.num_domains, 10.0), JobShape.of_job(source, 1, 1)) is not None
+
+
+def test_rows_are_served_in_the_same_order(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["index", "build", *overrides, "--json"]) == 0
+    output = capsys.readouterr()
+    assert "Rows are written to" in output.err
+    assert json.loads(output.out)["row_store"]["units_written"] == len(ENDINGS)
+    for more in ([], ["query.where=source != 'b'"], ["mixture.group_by=[]", "dataplane.shuffle=none"]):
+        assert served(overrides, *more) == served(overrides, *more, "data.materialize=never")
+        assert not decodes(overrides, *more)
+        assert decodes(overrides, *more, "data.materialize=never")
+    # With little memory, frames are decoded several times.
+    assert served(overrides, "data.cache_bytes=65536") == served(overrides)
+
+
+def test_documents_without_a_token_store_come_from_rows(overrides: list[str], tmp_path: Path) -> None:
+    tokenizer = train_bpe(["row of naïve xxxx " * 9], 300, tmp_path / "tokenizer.json")
+    build = [*overrides, f"dataplane.tokenizer={tokenizer}"]
+    assert main(["index", "build", *build]) == 0
+    assert not (tmp_path / "i.h5.tokens").exists()
+    run = [*build, "mixture.unit=tokens", "dataplane.seq_len=512"]
+    assert not decodes(run)
+    assert served(run) == served(run, "data.materialize=never")
+    # A template of several fields needs whole rows.
+    text = "data.text='{meta.source}: {text}'"
+    assert main(["index", "build", *build, text]) == 0
+    assert served(run) == served(run, "data.materialize=never")
+
+
+def test_a_refresh_extends_the_store(overrides: list[str], tmp_path: Path) -> None:
+    assert main(["index", "build", *overrides]) == 0
+    first = header_of(tmp_path)
+    stream = served(overrides)
+    sizes = {path: path.stat().st_size for path in (tmp_path / "i.h5.rows").glob("rows-*.zst")}
+    add_shard(tmp_path, 4)
+    assert main(["index", "refresh", *overrides, "data.materialize=never"]) == 0
+    with pytest.raises(ConfigError, match=r"was made from index \w{12}, but the index is \w{12} now"):
+        served(overrides)
+    assert main(["index", "refresh", *overrides]) == 0
+    assert header_of(tmp_path).kept_blocks > 0
+    assert all(path.stat().st_size == size for path, size in sizes.items())
+    assert not decodes(overrides)
+    assert served(overrides) == served(overrides, "data.materialize=never")
+    assert served(overrides, f"index.generations=[{first.index}]") == stream
+
+
+def test_an_interrupted_store_is_continued(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The index is small enough, the rows of all files are not.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (160_000, hard))
+    try:
+        assert main(["index", "build", *overrides]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"The row store cannot be written to {tmp_path}/i.h5.rows: File too large." in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="is incomplete"):
+        served(overrides)
+    assert main(["index", "build", *overrides, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["resumed_units"] == report["units"]
+    assert 0 < report["row_store"]["units_written"] < len(ENDINGS)
+    assert served(overrides) == served(overrides, "data.materialize=never")
+
+
+def test_damage_is_reported(overrides: list[str], tmp_path: Path) -> None:
+    assert main(["index", "build", *overrides]) == 0
+    (rows,) = (tmp_path / "i.h5.rows").glob("rows-*.zst")
+    content = bytearray(rows.read_bytes())
+    content[len(content) // 2 :: 997] = b"\0" * len(content[len(content) // 2 :: 997])
+    rows.write_bytes(content)
+    with pytest.raises(DataError, match=r"The row store .* is damaged"):
+        served(overrides)
