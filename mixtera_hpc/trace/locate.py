@@ -101,7 +101,7 @@ def _services(source: Source, attempt: AttemptRecord, place: _RowPlace) -> Itera
         for part in _stream_parts(source, place, epoch):
             for sequence in _candidate_sequences(documents, source, domain, part):
                 ordinal = source.lanes.ordinal(domain, sequence)
-                items = _items_in_sequence(documents, source, place, part, sequence)
+                items = _items_in_sequence(documents, domain, part, sequence)
                 served = expanded.step_and_position(domain, ordinal) if items and first <= ordinal < end else None
                 if served is None:
                     continue
@@ -145,21 +145,11 @@ def _candidate_sequences(documents: SequenceDocuments, source: Source, domain: i
 
 
 def _items_in_sequence(
-    documents: SequenceDocuments, source: Source, place: _RowPlace, part: _StreamPart, sequence: int
+    documents: SequenceDocuments, domain: int, part: _StreamPart, sequence: int
 ) -> list[tuple[int, int]]:
-    """Return the items of the row in a sequence that belong to a part of its stream, as ranges."""
-    domain = place.domain
-    first = part.start - part.shift
-    stop = part.stop - part.shift
-    if documents.is_packed:
-        parts = documents.documents([(domain, np.array([sequence]))])
-        own = np.flatnonzero((parts.block == place.block) & (parts.row == place.row))
-        ranges = list(zip(parts.first[own].tolist(), parts.last[own].tolist(), strict=True))
-    else:
-        start, end = source.span(domain, sequence, 1)
-        ranges = [(start - part.shift, end - part.shift)]
-    clipped = [(max(begin, first), min(end, stop)) for begin, end in ranges]
-    return [(begin, end) for begin, end in clipped if begin < end]
+    """Return the items of a row in a sequence that belong to a part of its stream, as ranges."""
+    clipped = [(max(start, part.start), min(stop, part.stop)) for start, stop in documents.spans(domain, sequence)]
+    return [(start - part.shift, stop - part.shift) for start, stop in clipped if start < stop]
 
 
 def _stream_parts(source: Source, place: _RowPlace, epoch: int) -> Iterator[_StreamPart]:

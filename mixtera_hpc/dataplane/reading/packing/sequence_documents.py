@@ -7,7 +7,7 @@ costs 3 to 4 µs per document in every process that serves some of its sequences
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,32 +22,34 @@ __all__ = ["PackedGroup", "SequenceDocuments"]
 
 Ints = NDArray[np.int64]
 
-MAX_DOCUMENTS_IN_MEMORY = 1 << 20
-"""Documents of packed groups that stay in memory, about 100 MB."""
+MAX_FRAGMENTS_IN_MEMORY = 1 << 22
+"""Parts of documents of packed groups that stay in memory, 16 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedGroup:
-    """The documents of consecutive sequences, in the order in which they are packed."""
+    """The tokens of consecutive sequences, in the order in which they are packed."""
 
     first: int
     """Number of the first sequence in the stream."""
     count: int
     """Sequences of the group."""
-    start: int
-    """First item of the group in the stream."""
-    documents: Documents
-    """In stream order."""
-    fragments: Fragments
+    starts: Ints
+    """First token of every fragment of a document, counted in the group, and the tokens of the group; (n + 1,)."""
+    items: Ints
+    """Item of the stream at which each fragment begins; shape (n,)."""
 
-    def items(self, first: int, stop: int, stride: int) -> list[tuple[int, int]]:
-        """Return the items of the stream in the sequences [first, stop), without the token shared with `stop`."""
-        starts = np.array([(first - self.first) * stride])
-        begin, end, cell = cut_spans(starts, starts + (stop - first) * stride, self.fragments.starts)
-        lengths = self.documents.last - self.documents.first
-        document_starts = self.start + np.cumsum(lengths) - lengths
-        shift = (document_starts[self.fragments.document] + self.fragments.first - self.fragments.starts[:-1])[cell]
-        return list(zip((begin + shift).tolist(), (end + shift).tolist(), strict=True))
+    @classmethod
+    def of_documents(cls, first: int, count: int, start: int, lengths: Ints, fragments: Fragments) -> "PackedGroup":
+        """Return the group that begins at item `start` of the stream, where its documents have these lengths."""
+        document_starts = start + np.cumsum(lengths) - lengths
+        return cls(first, count, fragments.starts, document_starts[fragments.document] + fragments.first)
+
+    def spans(self, begins: Ints, ends: Ints) -> tuple[Ints, Ints]:
+        """Return first and last item, in the stream, of the parts of documents in ranges of tokens of the group."""
+        begin, end, fragment = cut_spans(begins, ends, self.starts)
+        shift = self.items[fragment] - self.starts[fragment]
+        return begin + shift, end + shift
 
 
 class SequenceDocuments:
@@ -63,7 +65,7 @@ class SequenceDocuments:
         self._group_size = plane.pack_group
         self._groups: OrderedDict[tuple[int, int], PackedGroup] = OrderedDict()
         """(domain, first sequence) → group, the one used last at the end."""
-        self._num_documents = 0
+        self._num_fragments = 0
         self._costs = SampleCosts(source)
 
     def sample_costs(self, documents: Documents) -> NDArray[np.float64]:
@@ -75,12 +77,21 @@ class SequenceDocuments:
 
         Neighbouring sequences of a group that follow each other are cheapest.
         """
+        if self.is_packed:
+            # Groups are packed first, which looks up documents itself.
+            parts = [(domain, *self._packed_spans(domain, numbers)) for domain, numbers in sequences]
+            return self._streams.documents_of_domains(parts)
+        grid = self._source.grid
+        origins = self._source.stream_version.origins
+        spans = ((domain, origins[domain] + numbers * grid.stride) for domain, numbers in sequences)
+        return self._streams.documents_of_domains((domain, start, start + grid.length) for domain, start in spans)
+
+    def spans(self, domain: int, sequence: int) -> list[tuple[int, int]]:
+        """Return the items of the stream that a sequence consists of, as (first, one past the last), in its order."""
         if not self.is_packed:
-            grid = self._source.grid
-            origins = self._source.stream_version.origins
-            spans = ((domain, origins[domain] + numbers * grid.stride) for domain, numbers in sequences)
-            return self._streams.documents_of_domains((domain, start, start + grid.length) for domain, start in spans)
-        return Documents.join([part for domain, numbers in sequences for part in self._packed(domain, numbers)])
+            return [self._source.span(domain, sequence, 1)]
+        starts, stops = self._packed_spans(domain, np.array([sequence]))
+        return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
     def group(self, domain: int, sequence: int) -> PackedGroup:
         """Return the packed group that a sequence belongs to."""
@@ -129,43 +140,41 @@ class SequenceDocuments:
             if sequence == group.first and end == group.first + group.count:
                 yield origin + sequence * stride, origin + end * stride
             else:
-                yield from group.items(sequence, end, stride)
+                # Without the token that the last sequence shares with the next one.
+                bounds = np.array([[sequence], [end]]) - group.first
+                starts, stops = group.spans(*(bounds * stride))
+                yield from zip(starts.tolist(), stops.tolist(), strict=True)
             sequence = end
 
-    def _packed(self, domain: int, numbers: Ints) -> Iterator[Documents]:
-        """Yield the documents of sequences; neighbours in `numbers` that belong to one group are cut together."""
+    def _packed_spans(self, domain: int, numbers: Ints) -> tuple[Ints, Ints]:
+        """Return the parts of documents that sequences consist of, as spans of the stream."""
         grid = self._source.grid
+        spans = []
         position = 0
+        # Neighbours that belong to one group are cut together.
         while position < len(numbers):
             group = self.group(domain, int(numbers[position]))
             rest = numbers[position:]
             outside = np.flatnonzero((rest < group.first) | (rest >= group.first + group.count))
             own = rest[: outside[0]] if len(outside) else rest
-            starts = (own - group.first) * grid.stride
-            yield _cut(group, starts, starts + grid.length)
+            begins = (own - group.first) * grid.stride
+            spans.append(group.spans(begins, begins + grid.length))
             position += len(own)
+        starts, stops = (np.concatenate(parts) for parts in zip(*spans, strict=True))
+        return starts, stops
 
     def _pack(self, domain: int, first: int, count: int) -> PackedGroup:
         grid = self._source.grid
         documents = self.in_stream_order(domain, first, count)
         start, _ = self._source.span(domain, first, count)
-        fragments = pack_best_fit(documents.last - documents.first, grid.stride, grid.length - grid.stride)
-        return PackedGroup(first, count, start, documents, fragments)
+        lengths = documents.last - documents.first
+        fragments = pack_best_fit(lengths, grid.stride, grid.length - grid.stride)
+        return PackedGroup.of_documents(first, count, start, lengths, fragments)
 
     def _add(self, key: tuple[int, int], group: PackedGroup) -> None:
         """Keep a group, and forget those that were not used for longest."""
         self._groups[key] = group
-        self._num_documents += len(group.documents.block)
-        while self._num_documents > MAX_DOCUMENTS_IN_MEMORY and len(self._groups) > 1:
+        self._num_fragments += len(group.items)
+        while self._num_fragments > MAX_FRAGMENTS_IN_MEMORY and len(self._groups) > 1:
             _, oldest = self._groups.popitem(last=False)
-            self._num_documents -= len(oldest.documents.block)
-
-
-def _cut(group: PackedGroup, starts: Ints, stops: Ints) -> Documents:
-    """Return the documents of spans of a packed group, one span after the other."""
-    begin, end, cell = cut_spans(starts, stops, group.fragments.starts)
-    document = group.fragments.document[cell]
-    documents = group.documents.select(document)
-    # Items of the document, of which the group may hold only a part.
-    shift = documents.first + (group.fragments.first - group.fragments.starts[:-1])[cell]
-    return replace(documents, first=begin + shift, last=end + shift)
+            self._num_fragments -= len(oldest.items)
