@@ -131,7 +131,7 @@ def test_a_ramp_and_a_longer_context_in_one_run_verify_on_other_ranks(
 ) -> None:
     ramp = "dataplane.batch_schedule=[{start: 3, size: 16}, {start: 9, size: 20}]"
     words = [*small, f"run.root={tmp_path}", "dataplane.global_batch_size=8", "dataplane.seq_len=32", ramp]
-    assert "8, then 16 from step 3, then 20 from step 9 sequences" in cli("plan", *words, "plan.steps=12").stdout
+    assert "8 (16 from step 3, 20 from step 9) sequences" in cli("plan", *words, "plan.steps=12").stdout
     cli("run", *words, "training.num_steps=14", "training.stop_after=6", "training.micro_batch_size=2", ranks=2, rc=75)
     folder = only_run(tmp_path)
     refused = cli("resume", folder, "dataplane.seq_len=64", rc=2).stderr

@@ -178,11 +178,11 @@ def _left_over_text(source: Source, forecast: MixtureForecast) -> str:
 
 
 def _batch_sizes(source: Source, num_steps: int) -> str:
-    """Return the sizes of the global batches of a run, and where they change: "64, then 128 from step 1,000"."""
+    """Return the sizes of the global batches of a run, and where they change: "64 (128 from step 1,000)"."""
     schedule = source.planner.batch_schedule
     stages = zip(schedule.starts[1:], schedule.sizes[1:], strict=True)
-    later = [f", then {size} from step {start:,}" for start, size in stages if start < num_steps]
-    return f"{schedule.sizes[0]}{''.join(later)},"[: None if later else -1]
+    later = [f"{size} from step {start:,}" for start, size in stages if start < num_steps]
+    return f"{schedule.sizes[0]} ({', '.join(later)})" if later else str(schedule.sizes[0])
 
 
 def _print_domains(source: Source, forecast: MixtureForecast) -> None:
