@@ -9,6 +9,7 @@ import pytest
 
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
@@ -55,3 +56,30 @@ def test_wrong_input_ends_all_ranks_with_exit_code_2(overrides: list[str], tmp_p
     done = tokenize(overrides, 2, tmp_path / "taken")
     assert done.returncode == 2, done.stderr
     assert "is not empty and holds no token store" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "store", "pattern"),
+    [(["data.materialize=always"], "tokens", "tokens.bin"), (["mixture.unit=samples"], "rows", "places-*.bin")],
+)
+def test_many_ranks_build_an_index_with_its_store(
+    words: list[str], store: str, pattern: str, overrides: list[str], tmp_path: Path
+) -> None:
+    root = Path(next(word for word in overrides if word.startswith("data.root=")).removeprefix("data.root="))
+    for number in range(4):
+        (root / str(number)).mkdir(exist_ok=True)
+        write_compressed(root / str(number), [{"text": f"t {i}", "c": f"v{i % 3}"} for i in range(50)], ending="zst")
+    sizes = set()
+    for ranks in (1, 3):
+        index = tmp_path / f"{ranks}.h5"
+        command = [sys.executable, "-m", "mpi4py", "-m", "mixtera_hpc", "index", "build", "--json"]
+        own = [*overrides, "data.include=['**/*.jsonl','**/*.zst']", f"index.path={index}", *words]
+        done = subprocess.run(
+            [str(MPIEXEC), "-n", str(ranks), *command, *own], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        (file,) = Path(f"{index}.{store}").glob(pattern)
+        sizes.add(file.stat().st_size)
+        if store == "tokens":
+            assert file.read_bytes() == (tmp_path / "1.h5.tokens/tokens.bin").read_bytes()
+    assert len(sizes) == 1

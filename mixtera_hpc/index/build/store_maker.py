@@ -122,6 +122,9 @@ class StoreMaker:
 
     def finish(self, plan: ScanPlan, records: UnitRecords | None) -> None:
         """Write the store, after the index has its final name; rank 0 gives the records. **Collective.**"""
+        if plan.writes_rows or plan.keeps_tokens:
+            # All ranks open the index, which rank 0 has just written.
+            self._comm.Barrier()
         if plan.writes_rows:
             self.rows = write_rows(self._config, self._comm, self._announce, self._progress)
         if not plan.keeps_tokens:
