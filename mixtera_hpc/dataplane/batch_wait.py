@@ -46,8 +46,6 @@ class BatchWait:
         """Seconds that it waited for a plan."""
         self.reduce_s = 0.0
         """Seconds that this rank has waited for reductions since the last batch; its owner adds them."""
-        self.pauses_to_save = False
-        """Whether a request to save ends a long wait; the trainer then asks for the batch again."""
 
     def advance(self, next_step: int) -> None:
         """Pass on what is ready, and tell the other ranks; does not block."""
@@ -55,7 +53,9 @@ class BatchWait:
         if self._agreement.needs_offer(next_step):
             self._agreement.offer(self._position(next_step))
 
-    def next(self, next_step: int, has_unfinished: bool, poll: Callable[[], bool]) -> Batch | OpenRequests | None:
+    def next(
+        self, next_step: int, has_unfinished: bool, poll: Callable[[], bool], pauses_to_save: bool
+    ) -> Batch | OpenRequests | None:
         """Return the batch of `next_step`, None after the end of the data, or the requests that end the wait.
 
         **Collective.**
@@ -64,11 +64,17 @@ class BatchWait:
             next_step: the step after that of the last call, unless that one was ended by requests.
             has_unfinished: whether the trainer holds batches.
             poll: drives plans and reductions; returns whether the plan of `next_step` is there.
+            pauses_to_save: whether a request to save ends the wait, too.
         """
         self.read_wait_s = self.plan_wait_s = 0.0
         if self._waiting_since is None:
             self._waiting_since = time.monotonic()
         pause_s = FIRST_POLL_S
+
+        def open_requests() -> OpenRequests:
+            requests = self._flags.poll_waiting()
+            return OpenRequests(stop=requests.stop, save=requests.save and pauses_to_save)
+
         while True:
             # First the statistics: the weights of the next chunk may wait for them.
             is_planned = poll()
@@ -81,7 +87,7 @@ class BatchWait:
                 self._held = self._waiting_since = None
                 return batch
             waited_s = time.monotonic() - self._waiting_since
-            self._agreement.poll(self._position(next_step, has_unfinished), waited_s, self._open_requests)
+            self._agreement.poll(self._position(next_step, has_unfinished), waited_s, open_requests)
             if (requests := self._agreement.take_interrupt()) is not None:
                 return requests
             if self._held is not None and not self._agreement.covers(next_step):
@@ -128,10 +134,6 @@ class BatchWait:
     def _position(self, next_step: int, has_unfinished: bool = False) -> RankPosition:
         held_end = min(next_step + int(self._held is not None) + self._feed.num_ready, NO_LIMIT)
         return RankPosition(next_step, held_end, has_unfinished)
-
-    def _open_requests(self) -> OpenRequests:
-        requests = self._flags.poll_waiting()
-        return OpenRequests(stop=requests.stop, save=requests.save and self.pauses_to_save)
 
 
 def describe_interrupt(requests: OpenRequests, step: int, waited_s: float) -> str:

@@ -188,23 +188,16 @@ class DataPlane:
                 end_job(self._resources.comm, failure)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches until the data ends; every rank gets the same number. **Collective.**
-
-        If a stop is requested while a batch does not come for seconds, for example because a read hangs, the iteration
-        ends early on all ranks, and `is_interrupted` is True.
-        """
+        """Yield batches until the data ends; every rank gets the same number; see `batches`. **Collective.**"""
         return self.batches()
 
     def batches(self, *, pause_to_save: bool = False) -> Iterator[Batch]:
-        """Yield batches as `iter` does. **Collective.**
+        """Yield batches; end early, `is_interrupted`, if a stop is requested while a read hangs. **Collective.**
 
-        Args:
-            pause_to_save: also end early if a save is requested meanwhile. The caller asks `save_requested`, saves, and
-                calls this again.
+        With `pause_to_save`, end early for a save too; the caller asks `save_requested`, saves, and calls this again.
         """
         session = self._started_session()
-        if pause_to_save:
-            session.pause_to_save()
+        session.pauses_to_save = pause_to_save
         while (batch := session.next_batch()) is not None:
             yield batch
 

@@ -30,12 +30,7 @@ from mixtera_hpc.dataplane.reading.group_delivery import open_feed
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
-from mixtera_hpc.dataplane.steps.open_steps import (
-    OpenSteps,
-    RecordedPart,
-    too_many_unfinished_error,
-    unknown_progress_error,
-)
+from mixtera_hpc.dataplane.steps.open_steps import OpenSteps, RecordedPart, unknown_progress_error
 from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT, OpenRequests, ReadyAgreement
 from mixtera_hpc.dataplane.steps.step_ledger import StepLedger
 from mixtera_hpc.dataplane.steps.step_reducer import AgreedRequests, StepReducer, StepResult
@@ -114,6 +109,8 @@ class Session:
         """True if the trainer was told to save and leave."""
         self.is_interrupted = False
         """True if the last request for a batch was ended by a request to save or stop."""
+        self.pauses_to_save = False
+        """Whether requests to save end a long wait for a batch; equal on all ranks."""
         self.data_wait_s = 0.0
         """Seconds that the trainer waited for the last batch."""
         self._planned_end = 0  # One past the last data step of the plans that have arrived.
@@ -151,7 +148,7 @@ class Session:
             self._prepare_request()
         began = time.perf_counter()
         with self._progress.in_stage(WAIT):
-            batch = self._wait.next(self.ledger.next_step, len(self._steps) > 0, self._poll)
+            batch = self._wait.next(self.ledger.next_step, len(self._steps) > 0, self._poll, self.pauses_to_save)
         self.data_wait_s = time.perf_counter() - began
         if batch is None:
             return None
@@ -169,10 +166,6 @@ class Session:
         self._recorder.record_batch(batch, self.data_wait_s)
         self._wait.advance(self.ledger.next_step)
         return batch
-
-    def pause_to_save(self) -> None:
-        """Let requests to save end a long wait for a batch; all ranks call this."""
-        self._wait.pauses_to_save = True
 
     def record(self, batch: Batch | Mapping[str, Any], loss: Any, part: RecordedPart) -> None:
         """Add losses of an open step; see `DataPlane.record`."""
@@ -345,9 +338,7 @@ class Session:
         # Requests are looked for once per step, whether or not the trainer asks about them.
         self._flags.poll(self.ledger.current_step)
         self._post_before(self._steps.end_at_request(self.ledger.next_step))
-        if len(self._steps) > self._max_unfinished:
-            raise too_many_unfinished_error(self._source.config.dataplane, len(self._steps), self._max_unfinished)
-        self._steps.note_request()
+        self._steps.note_request(self._source.config.dataplane, self._max_unfinished)
         # Every rank has at most so many unfinished batches here, and has started the reductions before them.
         self._apply_reductions(self._reducer.wait_for(self.ledger.current_step - self._max_unfinished - 1))
 

@@ -35,6 +35,8 @@ DERIVED = {"mixture": ("served",)}
 """Stream → lists that follow from others."""
 PRECISION: dict[str, str] = {"domain_loss": "<f4", "epochs": "<f4", "weights": "<f8"}
 """List → its numbers; the others are integers."""
+SCALAR_PREFIX = "scalar_"
+"""Begins the names of further lists of a step, with numbers like those of `domain_loss`."""
 
 
 class EventPacker:
@@ -48,8 +50,9 @@ class EventPacker:
 
     def pack(self, event: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what is recorded of an event."""
-        lists = PRESENT.get(self._stream, ()) + CHANGED.get(self._stream, ())
-        lists = tuple(name for name in lists if name in event)
+        known = PRESENT.get(self._stream, ()) + CHANGED.get(self._stream, ())
+        lists = [name for name in known if name in event]
+        lists += [name for name, value in event.items() if name.startswith(SCALAR_PREFIX) and hasattr(value, "__len__")]
         if not lists or len(event[lists[0]]) <= MAX_PLAIN:
             return event
         is_full = self._num_lines % FULL_EVERY == 0
@@ -68,8 +71,10 @@ class EventPacker:
             name for name in REPEATED.get(self._stream, ()) if name in last and _equal(last[name], event[name])
         }
         packed: dict[str, Any] = {name: value for name, value in event.items() if name not in left_out}
-        if "weights" in packed:
-            packed["weights"] = _encode("weights", np.asarray(event["weights"], np.float64))
+        for name, value in packed.items():
+            # The weights, and what a mixing algorithm has learned.
+            if isinstance(value, np.ndarray):
+                packed[name] = {"float64": _encode("weights", value)}
         ids = np.diff(chosen, prepend=0)
         packed["by_domain"] = {"size": len(event[lists[0]]), "ids": _encode("ids", ids)} | {
             name: _encode(name, column[chosen]) for name, column in values.items()
@@ -92,11 +97,12 @@ class EventUnpacker:
         size = int(by_domain.pop("size"))
         chosen = np.cumsum(_decode("ids", by_domain.pop("ids")))
         is_chunk = "epochs" in by_domain
-        if isinstance(event.get("weights"), str):
-            event["weights"] = _decode("weights", event["weights"]).tolist()
+        for name, value in event.items():
+            if isinstance(value, dict) and "float64" in value:
+                event[name] = _as_list(_decode("weights", value["float64"]))
         for name, text in by_domain.items():
-            empty = np.nan if name in PRECISION else 0
-            column = np.full(size, empty, np.float64 if name in PRECISION else np.int64)
+            is_float = _precision(name) is not None
+            column = np.full(size, np.nan if is_float else 0, np.float64 if is_float else np.int64)
             if is_chunk and len(self._last.get(name, ())) == size:
                 column[:] = self._last[name]
             column[chosen] = _decode(name, text)
@@ -110,8 +116,13 @@ class EventUnpacker:
         return event
 
 
+def _precision(name: str) -> str | None:
+    """Return the type of the numbers of a list; None for integers."""
+    return "<f4" if name.startswith(SCALAR_PREFIX) else PRECISION.get(name)
+
+
 def _as_array(name: str, values: Any) -> Values:
-    if name not in PRECISION:
+    if _precision(name) is None:
         return np.asarray(values, np.int64)
     # None becomes NaN.
     return np.asarray(values, np.float64)
@@ -141,14 +152,16 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _encode(name: str, values: Values) -> str:
-    raw = values.astype(PRECISION[name]).tobytes() if name in PRECISION else _variable_length(values)
+    precision = _precision(name)
+    raw = _variable_length(values) if precision is None else values.astype(precision).tobytes()
     return base64.b64encode(raw).decode()
 
 
 def _decode(name: str, text: str) -> Values:
     raw = base64.b64decode(text)
-    if name in PRECISION:
-        return np.frombuffer(raw, PRECISION[name]).astype(np.float64)
+    precision = _precision(name)
+    if precision is not None:
+        return np.frombuffer(raw, precision).astype(np.float64)
     return _from_variable_length(np.frombuffer(raw, np.uint8))
 
 

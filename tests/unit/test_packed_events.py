@@ -35,6 +35,7 @@ class Run:
             "served": self._cursors / max(int(self._cursors.sum()), 1),
             "cursors": self._cursors.copy(),
             "epochs": self._cursors * self._epochs_per_sequence,
+            "learned_loss": np.where(self._cursors > 0, weights * 3, np.nan),
         }
 
     def step(self, step: int) -> dict[str, Any]:
@@ -57,6 +58,8 @@ class Run:
             "stage_max_s": times,
             "stage_rank": dict.fromkeys(STAGES, 16383),
             "domain_loss": [loss if n else None for loss, n in zip(losses, sequences.tolist(), strict=True)],
+            "scalar_entropy": [loss / 2 if n else None for loss, n in zip(losses, sequences.tolist(), strict=True)],
+            "scalar_entropy_out_of_range": 3,
             "domain_tokens": (4096 * sequences).tolist(),
             "domain_sequences": sequences.tolist(),
         }
@@ -64,8 +67,10 @@ class Run:
 
 def check_same(logged: dict[str, Any], read: dict[str, Any]) -> None:
     for name, value in logged.items():
-        expected = np.asarray(value).tolist() if isinstance(value, np.ndarray) else value
-        if name in ("domain_loss", "epochs", "served"):
+        expected = value
+        if isinstance(value, np.ndarray):
+            expected = [None if item != item else item for item in value.tolist()]
+        if name in ("domain_loss", "scalar_entropy", "epochs", "served"):
             assert [item is None for item in expected] == [item is None for item in read[name]]
             known = [item for item in read[name] if item is not None]
             assert known == pytest.approx([item for item in expected if item is not None], rel=1e-6)
@@ -97,6 +102,8 @@ def test_a_step_takes_a_kilobyte_and_12_bytes_per_domain_present(tmp_path: Path)
     run = Run(1)
     tracker = JsonLinesTracker(tmp_path, 1)
     steps = [run.step(step) for step in range(CHUNK_STEPS)]
+    for step in steps:
+        del step["scalar_entropy"]
     for chunk in range(3):
         tracker.log("mixture", run.chunk(chunk))
         for step in steps:
@@ -111,8 +118,9 @@ def test_a_step_takes_a_kilobyte_and_12_bytes_per_domain_present(tmp_path: Path)
 
     # Of a chunk: the weights once, and what was served since the last one. Names are not repeated.
     chunk = (tmp_path / "mixture.jsonl").read_bytes().splitlines()[1]
-    weights = len(json.loads(chunk)["weights"])
-    assert weights <= 11 * NUM_DOMAINS and len(chunk) - weights <= 1000 + 12 * CHUNK_STEPS * 64
+    event = json.loads(chunk)
+    arrays = [len(event[name]["float64"]) for name in ("weights", "learned_loss")]
+    assert max(arrays) <= 11 * NUM_DOMAINS and len(chunk) - sum(arrays) <= 1000 + 12 * CHUNK_STEPS * 64
     assert NAMES[5].encode() not in chunk
 
 

@@ -18,7 +18,7 @@ from mixtera_hpc.dataplane.steps.step_reducer import RankFlags
 from mixtera_hpc.dataplane.steps.step_scalars import StepScalars
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["OpenStep", "OpenSteps", "RecordedPart", "too_many_unfinished_error", "unknown_progress_error"]
+__all__ = ["OpenStep", "OpenSteps", "RecordedPart", "unknown_progress_error"]
 
 MAX_UNDECIDED = 16
 """A trainer that holds more batches before its first `record` or `finish` is taken for one that calls neither."""
@@ -131,8 +131,14 @@ class OpenSteps:
         while self._steps and self._steps[0].number < end:
             yield self._steps.popleft()
 
-    def note_request(self) -> None:
-        """Record how many batches are unfinished while another one is asked for."""
+    def note_request(self, plane: DataPlaneConfig, limit: int) -> None:
+        """Record how many batches are unfinished while another one is asked for.
+
+        Raises:
+            ValueError: they are more than `limit`.
+        """
+        if len(self._steps) > limit:
+            raise _too_many_unfinished_error(plane, len(self._steps), limit)
         self.look_ahead = max(self.look_ahead, len(self._steps))
 
 
@@ -144,8 +150,7 @@ def unknown_progress_error() -> ConfigError:
     )
 
 
-def too_many_unfinished_error(plane: DataPlaneConfig, num_unfinished: int, limit: int) -> ValueError:
-    """Return the error of a trainer that asks for another batch while it holds too many."""
+def _too_many_unfinished_error(plane: DataPlaneConfig, num_unfinished: int, limit: int) -> ValueError:
     return ValueError(
         f"The trainer asked for another batch while {num_unfinished} batches are not finished. "
         f"dataplane.feedback_lag={plane.feedback_lag} and dataplane.chunk_steps={plane.chunk_steps} allow {limit}: "

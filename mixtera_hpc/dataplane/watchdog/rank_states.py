@@ -121,7 +121,8 @@ def culprits_of(states: Mapping[int, RankState], silent: Sequence[int], limit_s:
     own_work = [state for state in running if state.stage not in (TRAINER, *WAITING_STAGES)]
     fault += [state for state in own_work if state.stalled_s >= limit_s]
     if not fault:
-        fault = [state for state in running if state.stage == TRAINER]
+        # Whoever still works is waited for, although it has not been stuck for that long.
+        fault = [state for state in running if state.stage == TRAINER] or own_work
     return sorted(fault or running, key=lambda state: state.rank)
 
 
