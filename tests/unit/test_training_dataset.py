@@ -8,12 +8,13 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.journal import sequence_digest
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.torch import PlaneDataset
+from mixtera_hpc.testing.thread_ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 """Starts loaders of torch."""
@@ -184,3 +185,39 @@ def test_micro_batches_follow_a_ramp(collection: list[str]) -> None:
     assert sizes["of one number"] == [(0, 2), (0, 2), (1, 2), (1, 2), (2, 4), (2, 4), (3, 4), (3, 4)]
     with DataPlane.open(config, Local()) as plane, pytest.raises(ConfigError, match="micro_batch_size=3"):
         PlaneDataset(plane, micro_batch_size=3)
+
+
+def test_samples_come_in_micro_batches_up_to_the_budget(collection: list[str]) -> None:
+    budget = ["mixture.unit=samples", "dataplane.sample_cost=tokens", "dataplane.sample_budget=600"]
+    config = compose([*collection, *WORDS, *budget, "query.where='tokens <= 600'"])
+    with DataPlane.open(config, Local()) as plane:
+        rows = dict.fromkeys(range(3), 0)
+        for batch in DataLoader(PlaneDataset(plane, num_steps=3), batch_size=None):
+            rows[int(batch["step"])] += len(batch["positions"])
+            plane.record(batch, np.ones(len(batch["positions"])))
+        assert rows == {0: 4, 1: 4, 2: 4}
+        with pytest.raises(TypeError, match="differs from step to step"):
+            len(PlaneDataset(plane, num_steps=3))
+        with pytest.raises(ConfigError, match="Remove one of them"):
+            PlaneDataset(plane, micro_batch_size=2)
+
+
+def test_every_rank_records_its_empty_micro_batches(collection: list[str]) -> None:
+    budget = ["mixture.unit=samples", "dataplane.sample_cost=tokens", "dataplane.sample_budget=600"]
+    size = "dataplane.global_batch_size=12"
+    config = compose([*collection, *WORDS, *budget, size, "query.where='tokens <= 600'", "dataplane.workers=0"])
+
+    def counts(comm: Communicator) -> list[list[int]]:
+        sizes = []
+        with DataPlane.open(config, comm) as plane:
+            for batch, _ in zip(plane, range(6), strict=False):
+                for rows in batch.micro_batches:
+                    plane.record(batch, np.ones(len((batch.payloads or [])[rows])), rows=rows)
+                sizes.append([rows.stop - rows.start for rows in batch.micro_batches])
+            plane.state_dict()
+        return sizes
+
+    by_rank = run_ranks(3, counts)
+    assert len({tuple(map(len, sizes)) for sizes in by_rank}) == 1
+    assert all(sum(sizes) == 4 for of_rank in by_rank for sizes in of_rank)
+    assert any(0 in sizes for of_rank in by_rank for sizes in of_rank)
