@@ -33,8 +33,8 @@ LEARNED_FIELDS = {
 }
 """Field of `mixture.jsonl` → heading of its column."""
 
-POOR_RESIDUAL = 0.02
-"""Root mean square of log residuals above which a fit is called poor: 2 % of the loss."""
+LARGE_RESIDUAL = 0.05
+"""Root mean square of log residuals above which speeds are called uncertain: 5 % of the loss."""
 
 MAX_NAMES = 5
 MAX_ROWS = 50
@@ -113,9 +113,12 @@ def learned_notices(learned: LearnedMixture, num_steps: int) -> list[str]:
                 f"The laws of {_listed(at_bound)} lie on a bound: the losses do not determine them, and their speeds "
                 "and weights may be artefacts. A longer mixture.algorithm.warmup gives the fit more losses."
             )
-        poor = [n for n, r in zip(learned.names, learned.fields["residual"], strict=True) if r > POOR_RESIDUAL]
-        if poor:
-            notices.append(f"The laws of {_listed(poor)} fit poorly: residuals above {POOR_RESIDUAL:.0%} of the loss.")
+        wide = [n for n, r in zip(learned.names, learned.fields["residual"], strict=True) if r > LARGE_RESIDUAL]
+        if wide:
+            notices.append(
+                f"The losses of {_listed(wide)} scatter by more than {LARGE_RESIDUAL:.0%} around their laws: their "
+                "speeds are uncertain."
+            )
     return notices
 
 

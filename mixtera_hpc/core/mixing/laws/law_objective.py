@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 HUBER_DELTA = 1e-3
-"""Residuals of log L above this count linearly."""
+"""Residuals of log L above this count linearly, unless `LawBounds.huber_delta` says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -52,7 +52,7 @@ class LossPoints:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LawBounds:
-    """The box that laws are searched in."""
+    """The box that laws are searched in, and where residuals begin to count linearly."""
 
     max_alpha: float = 0.8
     max_log_beta: float = 6.5
@@ -61,6 +61,8 @@ class LawBounds:
     """Nats."""
     min_log_beta: float = -60.0
     """A law this low is flat."""
+    huber_delta: float = HUBER_DELTA
+    """Residuals of log L above this count linearly."""
 
     @property
     def low(self) -> NDArray[np.float64]:
@@ -91,12 +93,14 @@ def predict(theta: NDArray[np.float64], points: LossPoints) -> Prediction:
     return Prediction(loss, reducible, np.log(loss) - points.log_loss)
 
 
-def huber_objective(residual: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
+def huber_objective(
+    residual: NDArray[np.float64], weight: NDArray[np.float64], delta: float = HUBER_DELTA
+) -> NDArray[np.float64]:
     """Return the weighted Huber loss divided by its delta, about the mean absolute residual; shape (num_domains,)."""
     # With size = |r|: r²/2 up to delta, then delta · (size - delta/2); both cases in one expression.
     size = np.abs(residual)
-    near = np.minimum(size, HUBER_DELTA)
-    objective: NDArray[np.float64] = np.einsum("km,km->k", weight, near * (size - 0.5 * near)) / HUBER_DELTA
+    near = np.minimum(size, delta)
+    objective: NDArray[np.float64] = np.einsum("km,km->k", weight, near * (size - 0.5 * near)) / delta
     return objective
 
 

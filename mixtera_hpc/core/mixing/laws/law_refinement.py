@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.laws.law_objective import HUBER_DELTA, LawBounds, LossPoints, huber_objective, predict
+from mixtera_hpc.core.mixing.laws.law_objective import LawBounds, LossPoints, huber_objective, predict
 
 __all__ = ["refine_laws"]
 
@@ -41,7 +41,7 @@ class _DescentState:
 
 def refine_laws(theta: Floats, points: LossPoints, bounds: LawBounds) -> Floats:
     """Return laws at least as good as `theta`, shape (num_domains, 3), and within `bounds` if `theta` is."""
-    value = huber_objective(predict(theta, points).residual, points.weight)
+    value = huber_objective(predict(theta, points).residual, points.weight, bounds.huber_delta)
     descent = _DescentState(theta.copy(), value, np.full(len(theta), FIRST_DAMPING))
     moving = np.arange(len(theta))
     for _ in range(MAX_STEPS):
@@ -57,12 +57,12 @@ def _try_step(
     """Try one step for the domains `rows`, which `points` belong to; return True where another step may help."""
     theta = descent.theta[rows]
     damping = descent.damping[rows]
-    gradient, curvature = _derivatives(theta, damping, points)
+    gradient, curvature = _derivatives(theta, damping, points, bounds.huber_delta)
     candidate = _step_within_box(theta, _newton_step(theta, gradient, curvature, bounds), bounds)
     promise = np.abs(np.einsum("ki,ki->k", gradient, candidate - theta))
 
     # Accept only improvements. Trust the curvature more after one, less after a failure.
-    value = huber_objective(predict(candidate, points).residual, points.weight)
+    value = huber_objective(predict(candidate, points).residual, points.weight, bounds.huber_delta)
     better = value < descent.value[rows]
     descent.theta[rows[better]] = candidate[better]
     descent.value[rows[better]] = value[better]
@@ -71,16 +71,16 @@ def _try_step(
     return goes_on
 
 
-def _derivatives(theta: Floats, damping: Floats, points: LossPoints) -> tuple[Floats, Floats]:
+def _derivatives(theta: Floats, damping: Floats, points: LossPoints, delta: float) -> tuple[Floats, Floats]:
     """Return gradient (num_domains, 3) and damped curvature (num_domains, 3, 3) of the objective."""
     present = predict(theta, points)
     size = np.abs(present.residual)
 
     # First and second derivative of the Huber loss in log L: its own curvature near 0, plus `damping` times that of the
     # quadratic that bounds it from above. `- pull` stems from the curvature of the logarithm.
-    pull = points.weight * np.clip(present.residual / HUBER_DELTA, -1, 1)
-    bounding = np.minimum(1.0, HUBER_DELTA / np.maximum(size, HUBER_DELTA))
-    stiffness = points.weight / HUBER_DELTA * ((size <= HUBER_DELTA) + damping[:, None] * bounding) - pull
+    pull = points.weight * np.clip(present.residual / delta, -1, 1)
+    bounding = np.minimum(1.0, delta / np.maximum(size, delta))
+    stiffness = points.weight / delta * ((size <= delta) + damping[:, None] * bounding) - pull
 
     # Derivatives of log L with respect to log beta, alpha and epsilon.
     share = present.reducible / present.loss

@@ -1,6 +1,6 @@
 """Fit one power law per domain, L(n) = epsilon + beta · n^-alpha, to the losses of all domains at once.
 
-The objective is that of ADO: a Huber loss on log L, quadratic below a residual of 0.001 and linear above, within
+The objective is that of ADO: a Huber loss on log L, quadratic below a small residual and linear above, within
 bounds. For a given alpha the law is linear in (epsilon, beta). So a grid over alpha turns each pass of reweighted least
 squares into three matrix products, which find the best alpha of every domain globally. `law_refinement` then descends
 to the minimum of the objective itself. Price: about 15 passes over a (num_domains, num_points) array, then about twenty
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.laws.law_objective import HUBER_DELTA, LawBounds, LossPoints, huber_objective, predict
+from mixtera_hpc.core.mixing.laws.law_objective import LawBounds, LossPoints, huber_objective, predict
 from mixtera_hpc.core.mixing.laws.law_refinement import refine_laws
 
 __all__ = ["MIN_POINTS", "ScalingLaws", "fit_laws"]
@@ -29,8 +29,9 @@ MIN_POINTS = 3
 NUM_ALPHAS = 40
 """Exponents tried in the global search."""
 
-PASSES = (3e-2, 1e-2, 3e-3, HUBER_DELTA, HUBER_DELTA, HUBER_DELTA)
-"""Residuals above which losses count linearly, one per reweighted pass; the pass before them is unweighted."""
+PASSES = (3e-2, 1e-2, 3e-3, 0.0, 0.0, 0.0)
+"""Residuals above which losses count linearly, but at least `LawBounds.huber_delta`, one per reweighted pass; the pass
+before them is unweighted."""
 
 MIN_DETERMINANT = 1e-14
 """Smallest determinant of the normal equations, relative to the product of their diagonal."""
@@ -101,8 +102,8 @@ def fit_laws(points: LossPoints, bounds: LawBounds, start: ScalingLaws) -> Scali
 def _better_laws(theta: Floats, old: Floats, points: LossPoints, bounds: LawBounds) -> Floats:
     """Return, for each domain, the law that fits better; an unknown old law never does."""
     old = np.clip(old, bounds.low, bounds.high)
-    score = huber_objective(predict(theta, points).residual, points.weight)
-    old_score = huber_objective(predict(old, points).residual, points.weight)
+    score = huber_objective(predict(theta, points).residual, points.weight, bounds.huber_delta)
+    old_score = huber_objective(predict(old, points).residual, points.weight, bounds.huber_delta)
     return np.where((old_score < score)[:, None], old, theta)
 
 
@@ -111,7 +112,7 @@ def _search_grid(points: LossPoints, bounds: LawBounds) -> Floats:
     grid = _AlphaGrid.of(points, bounds)
     loss = np.exp(points.log_loss)
     theta = _least_squares(loss, points.weight / loss**2, grid)
-    for delta in PASSES:
+    for delta in (max(least, bounds.huber_delta) for least in PASSES):
         # Iteratively reweighted least squares: points with residuals above delta get weight delta / |residual|. The
         # residual of log L becomes one of L by linearising around the present law.
         present = predict(theta, points)
