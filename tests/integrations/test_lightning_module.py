@@ -139,7 +139,9 @@ def test_micro_batches_grow_with_a_ramp(bench: Bench) -> None:
     model = bench.fit(data=data, max_steps=6, accumulate_grad_batches=2)
     grown = [(step, list(range(k, k + 6))) for step in range(3, 6) for k in (0, 6)]
     assert model.served == micro_batches(0, 3, 2) + grown
-    with pytest.raises(ConfigError, match=r"accumulate_grad_batches=2 does not divide.*batch_schedule\[0\]\.size must"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)accumulate_grad_batches=2 does not divide.*batch_schedule\[0\]\.size must"
+    ):
         bench.fit(data=bench.data("dataplane.batch_schedule=[{start: 3, size: 9}]"), accumulate_grad_batches=2)
 
 
