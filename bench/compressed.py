@@ -1,13 +1,14 @@
 """Shuffled reading of files that can only be decoded in large units, against streaming them with a shuffle buffer.
 
     python -m bench compressed
-    python -m bench.compressed --shards 96 --shard-mb 8 --only zst
+    python -m bench.compressed --shards 130 --shard-mb 41 --only gz
 
 Seven domains in SlimPajama's proportions alternate line by line. Every layout of the same rows is read by a data plane
-with default settings, with a cache of a tenth of the corpus, for one epoch. *Amplification* is the bytes decoded per
-byte served; its lower bound without another layout of the data is the sum over domains of weight / share. The cost of
-one rank of many is that of its own part of every batch. All rows are CPU seconds of one run on one core. Prints a table
-and writes bench/out/compressed.json.
+for one epoch. Shards, frames, row groups, windows and the cache are smaller than usual by one factor, which is 1 for
+shards of 41 MB, so the memory has as many units as 2 GiB have units of 41 MB. *Amplification* is the bytes decoded per
+byte served. With `--speeds`, weights are the square roots of the shares: each domain then decodes for itself, and the
+lower bound is the sum over domains of weight / share. The cost of one rank of many is that of its own part of every
+batch. All rows are CPU seconds of one run on one core. Prints a table and writes bench/out/compressed.json.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from bench._corpus import FOLDER, make_once, make_rows, zst_frames
 from bench._results import write_results
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
@@ -37,7 +39,10 @@ from mixtera_hpc.index.build.build import build_index
 BUFFER_ROWS = 10_000
 GLOBAL_BATCH = 1024
 FRAME_ROWS = 256
-EXPANSION = 4
+UNIT_MB = 41
+"""Decoded size of a shard of SlimPajama."""
+CASES = ((1, 16), (4, 16), (16, 16), (64, 16), (1, 64), (4, 64), (16, 64), (64, 64))
+"""Pairs of ranks and lanes that are measured with single frames and frames."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,33 +63,46 @@ class ReadCost:
 def main(options: Sequence[str] = ()) -> None:
     """Measure, print and write all results."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shards", type=int, default=96)
-    parser.add_argument("--shard-mb", type=float, default=8)
+    parser.add_argument("--shards", type=int, default=520)
+    parser.add_argument("--shard-mb", type=float, default=1)
     parser.add_argument("--only", nargs="*", default=list(LAYOUTS))
-    parser.add_argument("--cache-mb", type=float, default=0, help="0: a tenth of the corpus")
+    parser.add_argument("--cache-mb", type=float, default=0, help="0: 2 GiB, scaled")
+    parser.add_argument("--speeds", action="store_true", help="weights that differ from the shares")
     parser.add_argument("--max-rows", type=int, default=10**9)
     arguments = parser.parse_args(options)
     rows_per_shard = int(arguments.shard_mb * 1e6 / 1100)
     source_rows = make_rows(arguments.shards * rows_per_shard)
-    cache_mb = arguments.cache_mb or arguments.shards * arguments.shard_mb / 10
+    scale = min(arguments.shard_mb / UNIT_MB, 1)
+    cache_mb = arguments.cache_mb or (2 << 30) * scale / 1e6
 
     costs = []
     for layout in arguments.only:
-        folder = make_layout(layout, source_rows, rows_per_shard)
-        for ranks, lanes in ((1, 16), (16, 16), (64, 16), (64, 64), (64, 256)) if layout == "zst" else ((1, 16),):
-            costs.append(measure(layout, folder, ranks, lanes, int(cache_mb * 1e6), arguments.max_rows))
+        folder = make_layout(layout, source_rows, rows_per_shard, scale)
+        for ranks, lanes in CASES if layout in ("zst", "frames") else CASES[:1]:
+            job = JobCase(ranks=ranks, lanes=lanes, scale=scale, has_own_speeds=arguments.speeds)
+            costs.append(measure(layout, folder, job, int(cache_mb * 1e6), arguments.max_rows))
             print_cost(costs[-1])
-    streaming = stream_with_buffer(sorted(make_layout("zst", source_rows, rows_per_shard).glob("*.zst")))
+    streaming = stream_with_buffer(sorted(make_layout("zst", source_rows, rows_per_shard, scale).glob("*.zst")))
     print(f"streaming decode and a shuffle buffer of {BUFFER_ROWS:,} rows: {streaming:,.0f} rows per CPU-s")
     write_results("compressed", {"costs": [asdict(cost) for cost in costs], "streaming_rows_per_cpu_s": streaming})
 
 
-def measure(layout: str, folder: Path, ranks: int, lanes: int, cache_bytes: int, max_rows: int) -> ReadCost:
-    """Read one epoch as the middle one of `ranks` ranks."""
-    # Windows have the size relative to units that the default has to files of 41 MB.
-    unit_bytes = max(path.stat().st_size for path in folder.iterdir()) if layout == "zst" else 41e6
-    window_bytes = int((1 << 23) * min(unit_bytes * EXPANSION / 41e6, 1))
-    source = open_source(config_of(folder, lanes, cache_bytes, window_bytes), Local())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCase:
+    """A job whose middle rank is measured."""
+
+    ranks: int
+    lanes: int
+    scale: float
+    """Size of windows and units to those of shards of 41 MB."""
+    has_own_speeds: bool
+    """Whether weights are the square roots of the shares, so that domains move at different speeds."""
+
+
+def measure(layout: str, folder: Path, job: JobCase, cache_bytes: int, max_rows: int) -> ReadCost:
+    """Read one epoch as the middle one of the ranks."""
+    ranks = job.ranks
+    source = open_source(config_of(folder, job, cache_bytes), Local())
     maker = BatchMaker(source, BatchSlice(group=ranks // 2, num_groups=ranks), audit=False)
     started = time.process_time()
     first_batch_s = 0.0
@@ -92,7 +110,7 @@ def measure(layout: str, folder: Path, ranks: int, lanes: int, cache_bytes: int,
     for payloads in epoch(source, maker):
         rows += len(payloads)
         first_batch_s = first_batch_s or time.process_time() - started
-        served += sum(len(row["text"]) + 60 for row in payloads)
+        served += sum(len(_text_of(row)) + 60 for row in payloads)
         if rows >= max_rows:
             break
     seconds = time.process_time() - started
@@ -102,16 +120,23 @@ def measure(layout: str, folder: Path, ranks: int, lanes: int, cache_bytes: int,
     return ReadCost(
         layout=layout,
         ranks=ranks,
-        lanes=lanes,
+        lanes=job.lanes,
         rows=rows,
         rows_per_cpu_s=rows / seconds,
         amplification=decoded / served,
-        lower_bound=float((source.weights / shares).sum()),
+        # Domains with their natural weights pass through the shards together.
+        lower_bound=float((source.weights / shares).sum()) if job.has_own_speeds else 1.0,
         first_batch_s=first_batch_s,
     )
 
 
-def config_of(folder: Path, lanes: int, cache_bytes: int, window_bytes: int = 1 << 23) -> object:
+def _text_of(row: dict) -> str:
+    """Return the text of a sample; a sample of a tar archive has it in its `json` member."""
+    text: str = row.get("json", row)["text"]
+    return text
+
+
+def config_of(folder: Path, job: JobCase, cache_bytes: int) -> Config:
     """Return the configuration of one layout; build its index if there is none."""
     config = compose(
         [
@@ -124,10 +149,11 @@ def config_of(folder: Path, lanes: int, cache_bytes: int, window_bytes: int = 1 
             f"index.path={folder}.h5",
             "mixture.unit=samples",
             "mixture.group_by=[source]",
+            *(["mixture.temperature=2"] if job.has_own_speeds else []),
             "mixture.on_exhausted=redistribute",
             "mixture.max_epochs=1",
-            f"dataplane.lanes={lanes}",
-            f"dataplane.window_bytes={window_bytes}",
+            f"dataplane.lanes={job.lanes}",
+            f"dataplane.window_bytes={int((1 << 23) * job.scale)}",
             f"dataplane.global_batch_size={GLOBAL_BATCH}",
         ]
     )
@@ -168,41 +194,47 @@ def stream_with_buffer(paths: Sequence[Path]) -> float:
     return rows / (time.process_time() - started)
 
 
-def make_layout(layout: str, rows: Path, rows_per_shard: int) -> Path:
+def make_layout(layout: str, rows: Path, rows_per_shard: int, scale: float) -> Path:
     """Write the rows of a folder in one layout, unless they are there; return the folder."""
 
     def write(folder: Path) -> None:
         lines = [line for path in sorted(rows.glob("*.jsonl")) for line in path.read_bytes().splitlines(keepends=True)]
         for number, start in enumerate(range(0, len(lines), rows_per_shard)):
-            LAYOUTS[layout](folder / f"{number:05d}", lines[start : start + rows_per_shard])
+            LAYOUTS[layout](folder / f"{number:05d}", lines[start : start + rows_per_shard], scale)
 
     return make_once(FOLDER / f"{layout}-{rows.name}-{rows_per_shard}", write)
 
 
-def _write_zst(path: Path, lines: list[bytes]) -> None:
+WriteShard = Callable[[Path, list[bytes], float], None]
+"""Writes lines to a shard, given its path without ending and the scale of units."""
+
+
+def _write_zst(path: Path, lines: list[bytes], _scale: float) -> None:
     path.with_suffix(".jsonl.zst").write_bytes(zst_frames(lines, len(lines)))
 
 
-def _write_frames(path: Path, lines: list[bytes]) -> None:
-    path.with_suffix(".jsonl.zst").write_bytes(zst_frames(lines, FRAME_ROWS))
+def _write_frames(path: Path, lines: list[bytes], scale: float) -> None:
+    path.with_suffix(".jsonl.zst").write_bytes(zst_frames(lines, max(int(FRAME_ROWS * scale), 16)))
 
 
-def _write_gz(path: Path, lines: list[bytes]) -> None:
+def _write_gz(path: Path, lines: list[bytes], _scale: float) -> None:
     path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(b"".join(lines), 6))
 
 
-def _parquet_writer(group_rows: int) -> Callable[[Path, list[bytes]], None]:
-    def write(path: Path, lines: list[bytes]) -> None:
+def _parquet_writer(group_rows: int) -> WriteShard:
+    def write(path: Path, lines: list[bytes], scale: float) -> None:
         import pyarrow as pa  # Heavy, and only this layout needs it.
         import pyarrow.parquet as pq
 
         table = pa.Table.from_pylist([msgspec.json.decode(line) for line in lines])
-        pq.write_table(table, path.with_suffix(".parquet"), row_group_size=group_rows, compression="zstd")
+        pq.write_table(
+            table, path.with_suffix(".parquet"), row_group_size=max(int(group_rows * scale), 100), compression="zstd"
+        )
 
     return write
 
 
-def _write_tar(path: Path, lines: list[bytes]) -> None:
+def _write_tar(path: Path, lines: list[bytes], _scale: float) -> None:
     with tarfile.open(path.with_suffix(".tar"), "w") as archive:
         for number, line in enumerate(lines):
             member = tarfile.TarInfo(f"{number:06d}.json")
@@ -210,7 +242,7 @@ def _write_tar(path: Path, lines: list[bytes]) -> None:
             archive.addfile(member, BytesIO(line))
 
 
-LAYOUTS: dict[str, Callable[[Path, list[bytes]], None]] = {
+LAYOUTS: dict[str, WriteShard] = {
     "zst": _write_zst,
     "frames": _write_frames,
     "gz": _write_gz,

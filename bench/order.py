@@ -93,7 +93,7 @@ def shuffled(window: int) -> ShuffleOrder:
 def served_positions(order: ShuffleOrder, lanes: int, epoch: int = 0) -> np.ndarray:
     """Return the positions on disk of all rows of an epoch, in served order."""
     sizes = np.full(NUM_BLOCKS, BLOCK_ROWS)
-    epoch_order = order.epoch(0, epoch, sizes, sizes * ROW_BYTES)
+    epoch_order = order.epoch(epoch, np.arange(NUM_BLOCKS), sizes, sizes * ROW_BYTES)
     windows = []
     for window in range(len(epoch_order.starts) - 1):
         # The rows of the window's blocks, block by block, then permuted within the window.
@@ -144,7 +144,7 @@ def measure_seek(num_blocks: int) -> SeekTime:
     order = shuffled(DEFAULT_WINDOW[0])
     sizes = np.full(num_blocks, BLOCK_ROWS)
     started = time.perf_counter()
-    epoch = order.epoch(0, 12345, sizes, sizes * ROW_BYTES)
+    epoch = order.epoch(12345, np.arange(num_blocks), sizes, sizes * ROW_BYTES)
     ordered = time.perf_counter()
     num_rows = num_blocks * BLOCK_ROWS
     for item in range(0, num_rows, num_rows // 1000):

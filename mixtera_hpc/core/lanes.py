@@ -9,6 +9,7 @@ needs few lanes, and each node reads and decodes its own part of the data. Price
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.sequence_grid import SequenceGrid
+from mixtera_hpc.core.slots.lane_positions import END_OF_EPOCH, ServedRanges, positions_of_steps
 from mixtera_hpc.core.slots.segment_order import Slots
 
-__all__ = ["LaneOrder", "ServedPart", "cut_spans", "sort_by_lane"]
+__all__ = ["LaneOrder", "ServedPart", "cut_spans"]
 
 Ints = NDArray[np.int64]
 AnyInts = NDArray[np.integer[Any]]
@@ -85,26 +87,16 @@ class LaneOrder:
             return sequence
         return first + number % length * self.lanes + self._turn(number // length)
 
-    def lane(self, domain: AnyInts, ordinal: Ints) -> Ints:
-        """Return the lane of every served sequence; the sequences at the end of an epoch are in the last lane."""
-        segment = self._segment(domain, ordinal)
-        number = ordinal - segment.first
-        in_lanes = number < self.lanes * segment.lane_length
-        lane: Ints = np.where(in_lanes, number * self._step % self.lanes, self.lanes - 1)
-        return lane
-
-    def step(self, first: Ints, stop: Ints) -> Slots:
-        """Return the sequences of a step in the order of the positions of its batch.
+    def positions(self, first: Ints, stop: Ints, positions: Sequence[slice]) -> list[Slots]:
+        """Return the sequences of several steps at some positions of their batches, in their order.
 
         Args:
-            first: first served number of every domain; shape (K,).
-            stop: one past the last served number of every domain; shape (K,).
+            first: first served number of every domain in every step; shape (num_steps, K).
+            stop: one past the last served number; shape (num_steps, K).
+            positions: of each batch, with both ends; see `positions_of_steps`.
         """
-        count = stop - first
-        domain = np.repeat(np.arange(len(count), dtype=np.int32), count)
-        ordinal = np.arange(len(domain)) + np.repeat(first - (np.cumsum(count) - count), count)
-        chosen = sort_by_lane(self.lane(domain, ordinal), self.lanes)
-        return Slots(domain=domain[chosen], ordinal=ordinal[chosen])
+        ranges = self._ranges(first, stop)
+        return positions_of_steps(ranges, _turns(self.lanes), _golden_step(self.lanes), positions)
 
     def served_ranges(self, domain: int, ordinal: int) -> list[tuple[int, int]]:
         """Return the items of the stream served in the segment of `ordinal` before it, as ascending ranges."""
@@ -126,7 +118,40 @@ class LaneOrder:
 
     def _turn(self, lane: int) -> int:
         """Return when it is the turn of a lane, in [0, lanes)."""
-        return lane * pow(self._step, -1, self.lanes) % self.lanes
+        return int(_turns(self.lanes)[lane])
+
+    def _ranges(self, first: Ints, stop: Ints) -> ServedRanges:
+        """Cut the served numbers of steps where epochs begin and where the lanes of an epoch end."""
+        step, domain = np.nonzero(first < stop)
+        first = first[step, domain]
+        stop = stop[step, domain]
+        items = self.epoch_items[domain]
+        starts = self.origins[domain] + np.stack([first, stop - 1]) * self.grid.stride
+        first_epoch, last_epoch = starts // items
+        # An epoch with fewer sequences than lanes has none in lanes: there may be thousands of them in a step.
+        num_epochs = np.where(items // self.grid.stride + 1 < self.lanes, 1, last_epoch - first_epoch + 1)
+        part = np.repeat(np.arange(len(domain)), num_epochs)
+        number = np.arange(len(part)) - np.repeat(np.cumsum(num_epochs) - num_epochs, num_epochs)
+        # Every part begins with the first number, or where the next epoch begins.
+        epoch_starts = (first_epoch[part] + number) * items[part]
+        begins = -((self.origins[domain[part]] - epoch_starts) // self.grid.stride)
+        begins = np.where(number == 0, first[part], begins)
+        ends = np.where(number == num_epochs[part] - 1, stop[part], np.append(begins[1:], 0))
+
+        segment = self._segment(domain[part], begins)
+        borders = np.clip(segment.first + self.lanes * segment.lane_length, begins, ends)
+        # Each part is a range in lanes, and one behind them; nearly always one of the two is empty.
+        turn = np.stack([(begins - segment.first) % self.lanes, np.full(len(part), END_OF_EPOCH)], axis=1).ravel()
+        range_first = np.stack([begins, borders], axis=1).ravel()
+        range_stop = np.stack([borders, ends], axis=1).ravel()
+        filled = np.flatnonzero(range_first < range_stop)
+        return ServedRanges(
+            step=step[part].repeat(2)[filled],
+            domain=domain[part].repeat(2)[filled],
+            first=range_first[filled],
+            size=(range_stop - range_first)[filled],
+            turn=turn[filled],
+        )
 
     def whole_sequences(self, domain: AnyInts | int, number: Ints) -> tuple[Ints, Ints]:
         """Return the first sequence and the number of sequences that lie in the epoch in which each one begins.
@@ -167,15 +192,10 @@ def _golden_step(lanes: int) -> int:
     return next(step for step in candidates if math.gcd(step, lanes) == 1)
 
 
-def sort_by_lane(lane: Ints, lanes: int) -> NDArray[np.intp]:
-    """Return which sequence of a step fills each position of the batch; shape of `lane`.
-
-    The sequences are sorted by lane and rotated by half a lane. So the borders between ranks lie in the middle of
-    lanes, and the changing number of sequences per lane does not move them into another lane.
-    """
-    # Small integers are sorted by their digits, in linear time.
-    key = lane.astype(np.uint16) if lanes < 1 << 16 else lane
-    return np.roll(np.argsort(key, kind="stable"), -(len(lane) // (2 * lanes)))
+@cache
+def _turns(lanes: int) -> Ints:
+    """Return the turn of every lane, in [0, lanes); shape (lanes,)."""
+    return np.arange(lanes) * pow(_golden_step(lanes), -1, lanes) % lanes
 
 
 def cut_spans(starts: Ints, stops: Ints, borders: Ints) -> tuple[Ints, Ints, Ints]:

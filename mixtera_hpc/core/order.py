@@ -1,15 +1,17 @@
 """The order of a domain's stream: blocks are permuted every epoch, rows are permuted within windows of permuted blocks.
 
-A permutation is never stored. It is a stable sort of counter-based random words (Philox, Salmon et al. 2011) with the
-key (seed, domain) and the counter (epoch, window). Any position of any epoch is therefore reached with one O(blocks)
-pass over the domain's blocks and a binary search.
+A permutation is never stored. That of the rows of a window sorts counter-based random words (Philox, Salmon et al.
+2011) with the key (seed, domain) and the counter (epoch, window). That of blocks sorts a hash of their numbers in the
+index (SplitMix64, Steele et al. 2014), with a Philox word of (seed, epoch) as the key. So all domains pass through the
+blocks that they share in one order, and domains that move at one speed need a block at the same time. Any position of
+any epoch is reached with one O(blocks) pass over the domain's blocks and a binary search.
 
 Only raw Philox words are used, because their stream is fixed. `Generator.permutation` may change between numpy
 releases.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,12 @@ Ints = NDArray[np.int64]
 # The purpose of random words, part of the counter: blocks and rows must not share words.
 BLOCK_WORDS = 0
 ROW_WORDS = 1
+BLOCK_STREAM = 0
+"""The place of the domain in the key of the words of blocks, which all domains share."""
+# Increment and multipliers of SplitMix64.
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +71,12 @@ class ShuffleOrder:
     window_bytes: int
     """Decoded bytes of a window; used with `shuffle="window"` only."""
 
-    def epoch(self, domain: int, epoch: int, sizes: Ints, block_bytes: Ints) -> EpochOrder:
-        """Order the blocks of `domain` for `epoch`, in O(blocks) time.
+    def epoch(self, epoch: int, blocks: NDArray[np.integer[Any]], sizes: Ints, block_bytes: Ints) -> EpochOrder:
+        """Order the blocks of a domain for `epoch`, in O(blocks) time.
 
         Args:
-            domain: domain_id.
             epoch: number of passes over the domain before.
+            blocks: number in the index of every block of the domain; shape (num_blocks,).
             sizes: items of the domain in every block; shape (num_blocks,).
             block_bytes: decoded bytes of every block, other domains included; shape (num_blocks,).
         """
@@ -76,7 +84,7 @@ class ShuffleOrder:
         if self.shuffle in ("none", "sequence"):
             block_order = np.arange(len(sizes))
         else:
-            block_order = _permutation(self._words(domain, epoch, 0, BLOCK_WORDS, len(sizes)))
+            block_order = self._blocks(epoch, blocks)
         first_block = np.arange(len(sizes) + 1)
         if self.shuffle == "window":
             first_block = _first_blocks(block_bytes[block_order], self.window_bytes)
@@ -89,14 +97,32 @@ class ShuffleOrder:
         """Return the order of the rows of a window; a permutation of shape (num_rows,)."""
         if self.shuffle != "window":
             return np.arange(num_rows)
-        return _permutation(self._words(domain, epoch, window, ROW_WORDS, num_rows))
-
-    def _words(self, domain: int, epoch: int, window: int, purpose: int, num_words: int) -> NDArray[np.uint64]:
-        """Return the raw Philox words of one permutation."""
         # Philox advances the first counter word; the others separate the streams.
-        key = np.array([self.seed, domain], np.uint64)
-        counter = np.array([0, window, epoch, purpose], np.uint64)
-        return np.random.Philox(key=key, counter=counter).random_raw(num_words)
+        words = self._words(domain, [0, window, epoch, ROW_WORDS], num_rows)
+        order = np.argsort(words)
+        ordered = words[order]
+        # Equal words keep their order. They hardly ever occur, and a stable sort takes four times as long.
+        return np.argsort(words, kind="stable") if (ordered[1:] == ordered[:-1]).any() else order
+
+    def _blocks(self, epoch: int, blocks: NDArray[np.integer[Any]]) -> Ints:
+        """Return the order of some blocks of the index, as positions in `blocks`."""
+        # No two words are equal, so the order does not depend on the algorithm that sorts.
+        return np.argsort(block_words(self._words(BLOCK_STREAM, [0, 0, epoch, BLOCK_WORDS], 1), blocks))
+
+    def _words(self, stream: int, counter: list[int], num_words: int) -> NDArray[np.uint64]:
+        """Return raw Philox words with the key (seed, stream)."""
+        key = np.array([self.seed, stream], np.uint64)
+        return np.random.Philox(key=key, counter=np.array(counter, np.uint64)).random_raw(num_words)
+
+
+def block_words(keys: NDArray[np.uint64], blocks: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
+    """Return a random word per block of the index; no two are equal for one key. `keys` and `blocks` broadcast."""
+    # Each operation is invertible, so different blocks have different words. Overflow is intended.
+    words = keys + blocks.astype(np.uint64) * _GOLDEN_GAMMA
+    words = (words ^ (words >> np.uint64(30))) * _MIX_1
+    words = (words ^ (words >> np.uint64(27))) * _MIX_2
+    mixed: NDArray[np.uint64] = words ^ (words >> np.uint64(31))
+    return mixed
 
 
 def _first_blocks(block_bytes: Ints, window_bytes: int) -> Ints:
@@ -109,8 +135,3 @@ def _first_blocks(block_bytes: Ints, window_bytes: int) -> Ints:
         return np.zeros(1, np.int64)
     cell = (np.cumsum(block_bytes) - block_bytes) // window_bytes
     return np.concatenate([[0], np.flatnonzero(np.diff(cell)) + 1, [len(cell)]])
-
-
-def _permutation(words: NDArray[np.uint64]) -> Ints:
-    """Return the permutation that sorts `words`; equal words keep their order."""
-    return np.argsort(words, kind="stable")

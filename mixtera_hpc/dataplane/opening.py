@@ -21,6 +21,7 @@ from mixtera_hpc.dataplane.reading.rank_layout import (
     part_in_mesh,
     slice_in_layout,
 )
+from mixtera_hpc.dataplane.reading.residency.decode_cost import check_job
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
@@ -109,6 +110,8 @@ def _open_resources(
     is_root = comm.rank == 0
     subset = subset_of_run(options.folder if is_root else None, options.split)
     source = open_source(pinned, comm, subset=subset)
+    # Every rank comes to the same result.
+    check_job(source, comm.size, comm.local_size)
     if group is not None and config.dataplane.delivery == "lead":
         check_delivery(source)
 

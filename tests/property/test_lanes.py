@@ -1,11 +1,14 @@
 """Lanes permute the sequences of an epoch, and a rank needs few of them."""
 
+from itertools import pairwise
+
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtera_hpc.core.lanes import LaneOrder, ServedPart, cut_spans, sort_by_lane
+from mixtera_hpc.core.lanes import LaneOrder, ServedPart, cut_spans
 from mixtera_hpc.core.sequence_grid import SequenceGrid
+from mixtera_hpc.core.slots.lane_positions import sort_by_lane
 
 GRIDS = st.one_of(
     st.just(SequenceGrid.of_samples()), st.builds(SequenceGrid.of_tokens, st.integers(1, 40), st.booleans())
@@ -66,6 +69,48 @@ def test_a_rank_needs_its_share_of_the_lanes_and_one_more(
         chosen = sort_by_lane(lane, lanes)
         assert sorted(chosen.tolist()) == list(range(step_size))
         assert all(len(np.unique(of_rank)) <= 2 for of_rank in lane[chosen].reshape(lanes, -1))
+
+
+DOMAINS = st.lists(
+    st.tuples(st.integers(1, 900), st.integers(0, 60), st.integers(0, 40), st.integers(0, 50)), min_size=1, max_size=9
+)
+
+
+def lane_of(order: LaneOrder, domain: int, ordinal: int) -> int:
+    """Return the lane of a served sequence, from the sequence of the stream that it is."""
+    segment = order._segment(domain, np.array([ordinal]))
+    first, length = int(segment.first[0]), int(segment.lane_length[0])
+    number = int(order.sequence(domain, np.array([ordinal]))[0]) - first
+    return number // length if 0 <= number < order.lanes * length else order.lanes - 1
+
+
+@settings(max_examples=300)
+@given(LANES, GRIDS, DOMAINS, st.lists(st.integers(0, 400), max_size=5))
+def test_any_positions_of_a_step_are_those_of_all_its_sequences_sorted_by_lane(
+    lanes: int, grid: SequenceGrid, domains: list[tuple[int, int, int, int]], borders: list[int]
+) -> None:
+    """Whatever the ranks: over the ends of epochs, after drops, and for domains of fewer sequences than lanes."""
+    items, first, count, begin = (np.array(column, np.int64) for column in zip(*domains, strict=True))
+    # After a drop, sequence `first` begins at `begin` or up to one stride behind it.
+    begins = np.where(begin > 0, first * grid.stride + begin, 0)
+    origins = np.where(begin > 0, begins - first * grid.stride + begin % grid.stride, 0)
+    order = LaneOrder(lanes=lanes, grid=grid, epoch_items=items, origins=origins, begins=begins)
+
+    domain = np.repeat(np.arange(len(items)), count)
+    ordinal = np.concatenate([np.arange(start, start + size) for start, size in zip(first, count, strict=True)])
+    lane = np.array([lane_of(order, *of) for of in zip(domain.tolist(), ordinal.tolist(), strict=True)], np.int64)
+    chosen = sort_by_lane(lane, lanes)
+    ends = sorted({0, *borders, len(domain)})
+    for start, stop in pairwise(ends):
+        # The step before has nothing, and the one behind nothing of the first domain.
+        last = first + count
+        behind = np.concatenate([last[:1], last[1:] + count[1:]])
+        none, part, _ = order.positions(
+            np.stack([first, first, last]), np.stack([first, last, behind]), [slice(start, stop)] * 3
+        )
+        assert not len(none.domain)
+        assert part.domain.tolist() == domain[chosen][start:stop].tolist()
+        assert part.ordinal.tolist() == ordinal[chosen][start:stop].tolist()
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 60)), min_size=1), st.lists(st.integers(1, 159)))

@@ -24,14 +24,15 @@ def test_words_are_those_of_numpy(key: tuple[int, int], counters: list[tuple[int
 def test_rows_have_the_order_of_every_epoch(shuffle: Shuffle, rows: list[int]) -> None:
     order = ShuffleOrder(seed=5, shuffle=shuffle, window_bytes=100)
     sizes = np.array(rows)
+    blocks = np.arange(70, 70 + 2 * len(rows), 2, np.int32)
     block_bytes = 20 * np.ones(len(rows), np.int64)
     assert is_one_window(order, block_bytes)
     epochs = np.array([0, 1, 2, 1000, 2**40])
     block_of_sample = np.repeat(np.arange(len(rows)), sizes)
     first = np.cumsum(sizes) - sizes
-    for epoch, own in zip(epochs.tolist(), epoch_rows(order, 3, epochs, block_of_sample, len(rows)), strict=True):
+    for epoch, own in zip(epochs.tolist(), epoch_rows(order, 3, epochs, block_of_sample, blocks), strict=True):
         expected: list[int] = []
-        of_epoch = order.epoch(3, epoch, sizes, block_bytes)
+        of_epoch = order.epoch(epoch, blocks, sizes, block_bytes)
         for window in range(len(of_epoch.starts) - 1):
             samples = np.concatenate([first[b] + np.arange(rows[b]) for b in of_epoch.blocks_of(window)])
             expected += samples[order.rows(3, epoch, window, len(samples))].tolist()

@@ -159,6 +159,22 @@ def test_points_belong_to_the_content_of_a_file_and_not_to_its_path(tmp_path: Pa
     assert find_points(tmp_path / "b.gz", [seek_folder]) is None
 
 
+def test_little_is_decoded_before_a_block(tmp_path: Path, seek_folder: Path) -> None:
+    """The points next to the blocks are stored, and no others."""
+    path = tmp_path / "s.gz"
+    path.write_bytes(gzip.compress(lines(texts(20_000))))
+    long_members = JsonlGzFormat(long_bytes=100_000, block_bytes=1 << 20)
+    spec = ScanSpec(text="text", seek_folder=str(seek_folder))
+    [unit] = long_members.units(path, path.stat().st_size)
+    blocks = [block for block, _ in read_blocks(list(long_members.scan(path, unit, spec, 256)))]
+    points = find_points(path, [seek_folder])
+    assert points is not None and len(blocks) > 4
+    places = np.array(points._decoded)
+    before = [block.offset - int(places[places <= block.offset].max()) for block in blocks]
+    assert sum(before) <= 0.15 * sum(block.length for block in blocks)
+    assert len(places) <= len(blocks)
+
+
 def test_damaged_points_are_ignored(tmp_path: Path, seek_folder: Path) -> None:
     (tmp_path / "s.gz").write_bytes(gzip.compress(lines(texts(2000))))
     path = write_points(tmp_path / "s.gz", seek_folder)

@@ -12,12 +12,12 @@ from mixtera_hpc.cli.main import main
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, decode_cost
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.row_store.row_files import RowStoreFiles, RowStoreHeader
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
-from mixtera_hpc.trace.decode_cost import JobShape, decode_cost
 
 ENDINGS = ("zst", "gz", "bz2", "xz")
 

@@ -14,6 +14,7 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
+from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, decode_cost
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.build.build import build_index
@@ -21,7 +22,6 @@ from mixtera_hpc.index.token_store.store_files import StoreFiles
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
-from mixtera_hpc.trace.decode_cost import JobShape, decode_cost
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "<|endoftext|>", "again"]
 

@@ -14,11 +14,11 @@ from mixtera_hpc.config.job_shape import num_ranks
 from mixtera_hpc.config.mixture.learning import learning_warnings
 from mixtera_hpc.config.schema import Config, MixtureConfig
 from mixtera_hpc.dataplane.held_out import MAX_NAMES, domains_without_held_out
+from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, check_decode_cost, decode_cost
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, MixtureError, pluralize
-from mixtera_hpc.trace.decode_cost import JobShape, check_decode_cost, decode_cost
 from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
 from mixtera_hpc.trace.packing_forecast import forecast_balance, forecast_packing

@@ -107,8 +107,8 @@ class DataConfig(DataSetKeys):
     by the processes that read. If it is too small, units are decoded several times. The order of the samples does not
     depend on it."""
     max_amplification: float = 64.0
-    """Bytes decoded for every byte served, in files that can only be decoded in large units. `plan` and `submit` refuse
-    a job that would need more."""
+    """Bytes decoded for every byte served, in files that can only be decoded in large units. `plan`, `submit` and
+    every run refuse a job that would need more."""
     materialize: Literal["auto", "always", "never"] = "auto"
     """Whether `index build` writes what runs read, beside the index: token ids, or with `mixture.unit=samples` the rows
     of compressed JSON lines, each domain in frames of its own. `auto`: where some files are compressed JSON lines, of

@@ -5,18 +5,17 @@ which a run of sequences ends stay in memory, because the next sequence of that 
 document: one positioned read, one JSON decode, one encode, and about a microsecond of this module.
 """
 
-import resource
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, equal_runs
-from mixtera_hpc.dataplane.reading.residency.resident_rows import ResidentRows
+from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths, max_open_shards
+from mixtera_hpc.dataplane.reading.residency.resident_rows import MAX_ROW_SHARE, PackedRows, ResidentRows
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
 from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
@@ -25,18 +24,16 @@ from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, TOKENIZE, ReadPlace
 from mixtera_hpc.formats.base import BlockRef, RangeReader, ShardReader, TokenReader
+from mixtera_hpc.formats.batching.json_payloads import decode_payloads
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
 from mixtera_hpc.formats.composed_text import open_reader
+from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlReader
 from mixtera_hpc.tokens.chat_tokens import split_marks
 from mixtera_hpc.tokens.definition import AddedTokens
 
 __all__ = ["DocumentReader", "PackedTokens", "take"]
 
-MIN_OPEN_SHARDS = 64
-MAX_OPEN_SHARDS = 4096
-MAX_PATHS = 16384
-"""Paths of shards in memory; about 8 MB."""
 DOCUMENTS_PER_ENCODE = 512
 """Documents that are in memory as text at the same time."""
 LAST_DOCUMENTS_BYTES = 32 << 20
@@ -83,16 +80,14 @@ class DocumentReader:
         self.guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states)
         """Knows which shards were read."""
         self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._max_open_shards = _max_open_shards()
-        self._paths: dict[int, Path] = {}
+        self._max_open_shards = max_open_shards()
+        self._paths = ShardPaths(index.data_root, index.shard_paths)
         self._formats = ShardFormats(source)
         self._is_range_reader: dict[type, bool] = {}
         """Class of a reader → whether it is a `RangeReader`: the check of a protocol is slow."""
-        # Most of the budget is for the rows of windows; blocks help where all domains are in the same block.
-        cache_bytes = source.cache_bytes
-        self._resident_bytes = cache_bytes - cache_bytes // 4
         seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
-        self._cache = BlockCache(cache_bytes // 4, seek_folders, source.config.data.largest_block_bytes())
+        largest_block = source.config.data.largest_block_bytes()
+        self._cache = BlockCache(source.cache_bytes, seek_folders, largest_block)
         self._resident_rows: dict[bool, ResidentRows] = {}
         """Whether rows are raw → rows of windows in use."""
         self._shard_kinds = np.zeros(len(index.shard_paths), np.int8)
@@ -314,18 +309,35 @@ class DocumentReader:
     def _resident(self, raw: bool) -> ResidentRows:
         """Return the rows in memory; texts and whole rows are kept apart."""
         if raw not in self._resident_rows:
-            self._resident_rows[raw] = ResidentRows(self._resident_bytes, partial(self._decode_block, raw))
+            max_bytes = int(self._source.cache_bytes * MAX_ROW_SHARE)
+            self._resident_rows[raw] = ResidentRows(
+                max_bytes, partial(self._decode_block, raw), partial(self._pack_block, raw)
+            )
+        # Rows come first. The rest is for blocks, which domains at the same speed need at about the same time.
+        rows_bytes = sum(rows.num_bytes for rows in self._resident_rows.values())
+        self._cache.max_bytes = max(self._source.cache_bytes - rows_bytes, 0)
         return self._resident_rows[raw]
 
     def _decode_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> Sequence[Any]:
         """Decode a block and return the named rows; the lengths of rows have no meaning here."""
+        block, reader = self._enter_block(number)
+        lengths = np.zeros(block.rows, np.int64)
+        return reader.payloads(block, lengths, rows) if raw else reader.documents(block, lengths, rows)
+
+    def _pack_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> PackedRows:
+        """Decode a block and return the named rows as they stay in memory: as lines, where the reader has them."""
+        block, reader = self._enter_block(number)
+        if isinstance(reader, CompressedJsonlReader):
+            return PackedRows(reader.lines(block, rows), decode_payloads if raw else reader.unpack_documents)
+        return PackedRows(self._decode_block(raw, number, rows), None)
+
+    def _enter_block(self, number: int) -> tuple[BlockRef, ShardReader]:
+        """Record that a block is read, and return it with the reader of its shard."""
         block = BlockRef.of(self._source.blocks, number)
         shard = int(self._source.blocks.shard[number])
         first_row = int(self._source.blocks.first_row[number])
         self.place.enter(READ, shard, first_row, first_row + block.rows - 1)
-        reader = self._shard(shard).reader
-        lengths = np.zeros(block.rows, np.int64)
-        return reader.payloads(block, lengths, rows) if raw else reader.documents(block, lengths, rows)
+        return block, self._shard(shard).reader
 
     def _read_by_block(self, shard: _OpenShard, documents: Documents, *, raw: bool) -> Iterator[Any]:
         """Read rows of a format without byte ranges, those of one block together."""
@@ -353,7 +365,7 @@ class DocumentReader:
 
         index = self._source.index
         fmt = self._formats.of(number)
-        path = self._path(number)
+        path = self._paths.get(number)
         tokenizer = self._source.tokenizer
         chat = tokenizer.chat if tokenizer is not None else None
         reader = open_reader(fmt, path, index.shard_texts[number], self._cache, chat)
@@ -368,24 +380,6 @@ class DocumentReader:
             _, oldest = self._shards.popitem(last=False)
             oldest.reader.close()
         return shard
-
-    def _path(self, number: int) -> Path:
-        # With thousands of shards, each is opened many times, and making a `Path` takes longer than opening the file.
-        if number not in self._paths:
-            if len(self._paths) >= MAX_PATHS:
-                self._paths.clear()
-            self._paths[number] = Path(self._source.index.data_root) / self._source.index.shard_paths[number]
-        return self._paths[number]
-
-
-def _max_open_shards() -> int:
-    """Return how many shards one reading thread keeps open."""
-    # Half of the descriptors that the process may open are left to everything else, for example torch and MPI. The
-    # other half is for two readers: one of the training data and one of the data held out.
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return MAX_OPEN_SHARDS
-    return min(max(limit // 4, MIN_OPEN_SHARDS), MAX_OPEN_SHARDS)
 
 
 def take(items: Sequence[Any], positions: NDArray[np.intp]) -> list[Any]:

@@ -1,7 +1,8 @@
 """Which sequences a batch has: those of a plan in the order of the batch's positions, and in the order of reading.
 
 With lanes, the sequences of a step follow from the counts of the domains at its borders, without the plan's slots.
-Price: a few numpy operations on the sequences of a global batch.
+Price per step: a few numpy operations on numbers per domain and per lane, and on the sequences of the rank's lanes, for
+any number of ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,10 +47,7 @@ def planned_slots(
     first_slots = np.array(begins, np.int64)
     sizes = np.array([schedule.size_at(step) for step in steps], np.int64)
     counts = order.cursors + order.counts_before(np.concatenate([first_slots, first_slots + sizes]))
-    whole = map(source.lanes.step, counts[: len(steps)], counts[len(steps) :])
-    return [
-        Slots(domain=slots.domain[own], ordinal=slots.ordinal[own]) for slots, own in zip(whole, positions, strict=True)
-    ]
+    return source.lanes.positions(counts[: len(steps)], counts[len(steps) :], positions)
 
 
 def slots_of_steps(

@@ -90,7 +90,8 @@ class StreamLayout:
 
     def epoch_order(self, domain: int, epoch: int) -> EpochOrder:
         """Order the blocks of `domain` for `epoch`, in O(blocks) time."""
-        return self.order.epoch(domain, epoch, self.sizes(domain), self.block_bytes(domain))
+        blocks = self.table.block[self.entries(domain)]
+        return self.order.epoch(epoch, blocks, self.sizes(domain), self.block_bytes(domain))
 
     def epoch_items(self) -> Ints:
         """Return the items of one epoch of every domain; shape (K,)."""

@@ -1,9 +1,9 @@
 """Seek points of gzip files: what is needed to begin decoding in the middle of a long member.
 
 A seek point is the position, to the bit, where a deflate block begins, and the 32 KiB of decoded text before it, which
-the block may refer to. There is one every few megabytes of decoded text. `indexed_gzip` finds them in one pass of its
-own at the speed of zlib; they are stored in a file next to the index, about 2 kB per decoded megabyte. Reading needs
-ISA-L only.
+the block may refer to. `indexed_gzip` finds many in one pass of its own at the speed of zlib. The last one before each
+block of rows is stored in a file next to the index, about 2 kB per decoded megabyte. So a block is read with little
+before it. Reading needs ISA-L only.
 
 The file name depends on the size, the first and the last bytes of the shard. The last bytes contain the checksum of all
 its content, so the points of a shard serve every index and survive when the shard is moved. Without them everything can
@@ -35,6 +35,8 @@ SPACING_BYTES = 4 << 20
 """Decoded bytes from one point to the next."""
 # How far back a deflate block may refer (RFC 1951, section 2).
 WINDOW_BYTES = 32 << 10
+# Compressed bytes that are read beyond the estimated end of a part.
+READ_AHEAD_BYTES = 16 << 10
 # Bytes at each end of a shard that enter its file name.
 IDENTITY_BYTES = 64
 
@@ -57,8 +59,17 @@ def seek_folder_of(index: str | Path) -> Path:
     return Path(f"{index}.seek")
 
 
-def write_points(shard: Path, folder: Path, spacing_bytes: int = SPACING_BYTES) -> Path:
+def write_points(
+    shard: Path, folder: Path, spacing_bytes: int = SPACING_BYTES, starts: Sequence[int] | None = None
+) -> Path:
     """Find the seek points of an undamaged gzip file and store them in `folder`, unless they are there already.
+
+    Args:
+        shard: the gzip file.
+        folder: is made if it does not exist.
+        spacing_bytes: decoded bytes from one point to the next.
+        starts: decoded positions at which reads will begin. Only the last point before each of them is stored; None
+            stores all.
 
     Raises:
         PropertyIndexError: the points cannot be written.
@@ -67,7 +78,7 @@ def write_points(shard: Path, folder: Path, spacing_bytes: int = SPACING_BYTES) 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / _file_name(shard)
         if not path.exists():
-            table, windows = _build_points(shard, spacing_bytes)
+            table, windows = _build_points(shard, spacing_bytes, starts)
             _write(path, table, windows)
     except OSError as error:
         raise PropertyIndexError(
@@ -121,8 +132,8 @@ def _checksum(table: NDArray[Any]) -> int:
     return int.from_bytes(hashlib.blake2b(table.tobytes(), digest_size=4).digest(), "little")
 
 
-def _build_points(shard: Path, spacing_bytes: int) -> tuple[NDArray[Any], bytes]:
-    """Return the table of points, and their compressed windows one after the other."""
+def _build_points(shard: Path, spacing_bytes: int, starts: Sequence[int] | None) -> tuple[NDArray[Any], bytes]:
+    """Return the table of the points to store, and their compressed windows one after the other."""
     data = _export_index(shard, spacing_bytes)
     *_, window_bytes, count = _EXPORT_HEADER.unpack(data[: _EXPORT_HEADER.size])
     exported = np.frombuffer(data, _EXPORT_POINT, count, _EXPORT_HEADER.size)
@@ -132,14 +143,22 @@ def _build_points(shard: Path, spacing_bytes: int) -> tuple[NDArray[Any], bytes]
     table["decoded"] = exported["decoded"]
     table["bit"] = exported["byte"] * 8 - exported["bits"]
 
+    is_stored = np.ones(count, np.bool_)
+    if starts is not None:
+        # The starts of members are always stored, that of the file among them: decoding ends where a member ends.
+        before = np.searchsorted(table["decoded"], np.array(starts, np.int64), side="right") - 1
+        is_stored = np.isin(np.arange(count), before) | (exported["has_window"] == 0)
+
     # Compress the windows one by one, so that each can be read alone.
     # A point at the start of a member refers to nothing and has no window.
     windows = []
     compress = zstandard.ZstdCompressor(level=9, write_checksum=True).compress
     for number in np.flatnonzero(exported["has_window"]).tolist():
-        windows.append(compress(data[position : position + window_bytes]))
+        if is_stored[number]:
+            windows.append(compress(data[position : position + window_bytes]))
+            table["window_bytes"][number] = len(windows[-1])
         position += window_bytes
-        table["window_bytes"][number] = len(windows[-1])
+    table = table[is_stored]
 
     # Windows follow the table; each begins where the ones before it end.
     window_ends = np.cumsum(table["window_bytes"])
@@ -201,27 +220,35 @@ class SeekPoints:
     def _decode_from(self, fd: int, number: int, stop: int) -> Iterator[bytes]:
         """Decode from one point to the next, or to decoded position `stop` if that comes first."""
         start_byte, start_bit = divmod(self._bit[number], 8)
+        missing = stop - self._decoded[number]
         # The compressed bytes up to the next point are enough, its own first byte included: it may share that byte.
         if number + 1 == len(self._decoded):
-            decoded_stop = stop
             stop_byte = os.fstat(fd).st_size
+            position = stop_byte
         else:
-            decoded_stop = min(stop, self._decoded[number + 1])
+            span = self._decoded[number + 1] - self._decoded[number]
             stop_byte = self._bit[number + 1] // 8 + 1
+            missing = min(missing, span)
+            # Of a part, about its share of the bytes; more are read if they are needed.
+            share = int((stop_byte - start_byte) * missing / span)
+            position = min(start_byte + share + READ_AHEAD_BYTES, stop_byte)
 
-        compressed = align_to_bit(read_fully(fd, stop_byte - start_byte, start_byte), start_bit)
+        compressed = align_to_bit(read_fully(fd, position - start_byte, start_byte), start_bit)
         # A raw deflate stream that may refer to the window, as if it had just been decoded.
         window = self._read_window(number)
         decoder = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE, hist_bits=15, zdict=window)
-        missing = decoded_stop - self._decoded[number]
         data = decoder.decompress(compressed, missing)
         yield data
 
         missing -= len(data)
         while missing > 0:
-            if decoder.eof or decoder.needs_input:
+            if decoder.eof or (decoder.needs_input and position == stop_byte):
                 raise EOFError("the file is not the one that was indexed")
-            data = decoder.decompress(b"", missing)
+            compressed = b""
+            if decoder.needs_input:
+                compressed = read_fully(fd, min(READ_AHEAD_BYTES, stop_byte - position), position)
+                position += len(compressed)
+            data = decoder.decompress(compressed, missing)
             yield data
             missing -= len(data)
 

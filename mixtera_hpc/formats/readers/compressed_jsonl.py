@@ -5,8 +5,9 @@ careful writer makes them, every frame is a block; a file of one frame is a sing
 byte range of their own: reading one decodes its block, which stays in the cache.
 """
 
+import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.formats.base import BlockRanges, BlockRef, RowBatch, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.batching.json_lines import JsonLineBatcher, line_ends
-from mixtera_hpc.formats.batching.json_payloads import decode_payload
+from mixtera_hpc.formats.batching.json_payloads import decode_payloads
 from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS, without_bom
 from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
@@ -33,6 +34,8 @@ from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, read_fully
 from mixtera_hpc.formats.shard_errors import shard_changed_error
 
 __all__ = ["CompressedJsonlFormat", "CompressedJsonlReader"]
+
+Unpack = Callable[[Sequence[bytes]], list[Any]]
 
 
 class CompressedJsonlFormat:
@@ -87,7 +90,9 @@ class CompressedJsonlFormat:
 class _DecodedLines:
     """A decoded block."""
 
-    data: memoryview
+    data: bytes
+    starts: NDArray[np.int64]
+    """First byte of every row inside `data`."""
     ends: NDArray[np.int64]
     """End of every row inside `data`."""
 
@@ -100,38 +105,34 @@ class CompressedJsonlReader:
         self._cache = cache
         self._max_block_bytes = cache.max_block_bytes
         self._codec = codec
-        self._type = RowType(ScanSpec(text=text))
-        self._decoder = msgspec.json.Decoder(self._type.struct)
+        self.unpack_documents = _unpack_documents(text)
+        """Returns the texts of lines; the same function for all shards with the same path of the text."""
         self._shard = OpenShard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         """Return the texts of the named rows; see `ShardReader`."""
-        decoded = self._decode_rows(self._decoder.decode, block, rows)
-        try:
-            return self._type.documents(decoded)
-        except ValueError as error:
-            raise shard_changed_error(self._path, block, f"{error}") from None
+        return self._unpack(self.unpack_documents, block, rows)
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
-        return self._decode_rows(decode_payload, block, rows)
+        return self._unpack(decode_payloads, block, rows)
 
-    def lines(self, block: BlockRef, rows: NDArray[np.int64]) -> list[memoryview]:
+    def lines(self, block: BlockRef, rows: NDArray[np.int64]) -> list[bytes]:
         """Return the named rows as they are in the file, perhaps with white space around them."""
-        return self._decode_rows(lambda line: line, block, rows)
+        decoded = self._cache.get((str(self._path), block.offset), lambda: self._load(block))
+        data = decoded.data
+        places = zip(decoded.starts[rows].tolist(), decoded.ends[rows].tolist(), strict=True)
+        return [data[start:stop] for start, stop in places]
 
     def close(self) -> None:
         """Release the file descriptor."""
         self._shard.close()
 
-    def _decode_rows(self, decode: Callable[[memoryview], Any], block: BlockRef, rows: NDArray[np.int64]) -> list[Any]:
-        lines = self._cache.get((str(self._path), block.offset), lambda: self._load(block))
-        # Row i lies between the ends of rows i - 1 and i.
-        stops = lines.ends[rows].tolist()
-        starts = np.concatenate([[0], lines.ends])[rows].tolist()
+    def _unpack(self, unpack: Unpack, block: BlockRef, rows: NDArray[np.int64]) -> list[Any]:
+        lines = self.lines(block, rows)
         try:
-            return [decode(lines.data[start:stop]) for start, stop in zip(starts, stops, strict=True)]
-        except JSON_ERRORS as error:
+            return unpack(lines)
+        except (*JSON_ERRORS, ValueError) as error:
             raise shard_changed_error(self._path, block, f"{error}") from None
 
     def _load(self, block: BlockRef) -> tuple[_DecodedLines, int]:
@@ -144,10 +145,19 @@ class CompressedJsonlReader:
         # Rows are found by their position, so a block with other rows would return wrong ones.
         if len(ends) != block.rows:
             raise shard_changed_error(self._path, block, f"{block.rows} rows were expected, but it has {len(ends)}")
-        return _DecodedLines(memoryview(data), ends), len(data) + ends.nbytes
+        starts = np.concatenate([[0], ends[:-1]])
+        return _DecodedLines(data, starts, ends), len(data) + 2 * ends.nbytes
 
     def _read_block(self, block: BlockRef) -> bytes:
         """Return the decoded lines of a block."""
         compressed = read_fully(self._shard.fd, block.length, block.offset)
         segments = decode_frames(io.BytesIO(compressed), self._codec, self._path)
         return join_block(segments, block.offset, self._max_block_bytes, self._path)
+
+
+@functools.cache
+def _unpack_documents(text: str | None) -> Unpack:
+    """Return the function that returns the texts of lines."""
+    row_type = RowType(ScanSpec(text=text))
+    decode = msgspec.json.Decoder(row_type.struct).decode
+    return lambda lines: row_type.documents(list(map(decode, lines)))

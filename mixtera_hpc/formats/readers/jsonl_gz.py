@@ -25,6 +25,8 @@ LOGGER = logging.getLogger("mixtera_hpc")
 # A first member that decodes to more than this makes a file one of long members.
 LONG_MEMBER_BYTES = 8 << 20
 BLOCK_BYTES = 4 << 20
+# Points that are found per block. The one before the block is stored, and what lies between is decoded with every read.
+POINTS_PER_BLOCK = 8
 # Least distance of seek points, each of which stores a window of 32 KiB.
 MIN_SPACING_BYTES = 1 << 17
 
@@ -39,10 +41,14 @@ class JsonlGzFormat(CompressedJsonlFormat):
 
     def scan(self, path: Path, unit: ScanUnit, spec: ScanSpec, block_rows: int) -> Iterator[RowBatch]:
         """Read the rows of the file, then find the seek points of long members if the spec has a folder for them."""
-        yield from super().scan(path, unit, spec, block_rows)
+        starts: list[int] = []
+        for batch in super().scan(path, unit, spec, block_rows):
+            starts += batch.blocks.offset.tolist()
+            yield batch
         # The scan has shown that the file is undamaged.
         if spec.seek_folder is not None and self._has_long_members(path):
-            write_points(path, Path(spec.seek_folder), max(self._block_bytes, MIN_SPACING_BYTES))
+            spacing = max(self._block_bytes // POINTS_PER_BLOCK, MIN_SPACING_BYTES)
+            write_points(path, Path(spec.seek_folder), spacing, starts)
 
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         """Open a shard for random access by block."""

@@ -1,8 +1,10 @@
 """Rows of windows in use, for formats that decode whole blocks (compressed files, Parquet).
 
-When a domain enters a window, every block of the window is decoded once, and only the rows of this domain stay in
-memory until they are served. So the bytes decoded per byte served are the share of a block that the domain does not
-need, and no more. Blocks themselves are not kept: another domain needs them at another time.
+When a domain enters a window, every block of the window is decoded, and the rows of this domain stay in memory until
+they are served. Other domains that move at the same speed find the block in the cache of blocks. A domain that moves at
+another speed decodes each block once more: the bytes decoded for it are the share of a block that it does not need, and
+no more. Rows of JSON lines stay in memory as lines, which take a third less than objects, and are parsed when they are
+served.
 
 If the windows in use do not fit into the budget, only the rows of each window that are served next are kept, and the
 window is decoded again for the others: with a budget of half of what is needed, about twice. Price: a dictionary lookup
@@ -12,19 +14,35 @@ per window and read, and two list operations per row.
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, StreamWindow, equal_runs
 from mixtera_hpc.errors import DataError
+from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
 
-__all__ = ["ReadBlock", "ResidentRows"]
+__all__ = ["MAX_ROW_SHARE", "PackedRows", "ReadBlock", "ResidentRows"]
 
 ReadBlock = Callable[[int, NDArray[np.int64]], Sequence[Any]]
 """Decodes a block and returns the named rows of it, given their ascending positions."""
+Unpack = Callable[[Sequence[Any]], Sequence[Any]]
 
+
+class PackedRows(NamedTuple):
+    """Rows of a block as they stay in memory."""
+
+    values: Sequence[Any]
+    unpack: Unpack | None
+    """Returns rows, given some of the values; raises ValueError or one of `JSON_ERRORS`. None: the values are rows."""
+
+
+PackBlock = Callable[[int, NDArray[np.int64]], PackedRows]
+"""Decodes a block and returns the named rows of it for the memory, given their ascending positions."""
+
+MAX_ROW_SHARE = 0.75
+"""Most of `data.cache_bytes` that rows may take; blocks have the rest."""
 MIN_SHARE = 1 / 64
 """Least share of a window's rows that is kept."""
 GROWTH = 1.01
@@ -36,19 +54,31 @@ MAX_EVICTED = 4096
 class _WindowRows:
     """The rows of a part of a window that were not served yet."""
 
-    def __init__(self, start: int, rows: list[Any]) -> None:
+    def __init__(self, start: int, rows: list[Any], unpacks: list[Unpack | None]) -> None:
         self.start = start
         self.rows = rows
+        self._unpacks = unpacks
+        """How to unpack each row."""
         self.num_remaining = len(rows)
         self.num_bytes = sum(map(_num_bytes, rows))
 
-    def get(self, positions: list[int]) -> list[Any] | None:
-        """Return the rows at these positions of the window; None if one of them is not here."""
+    def get(self, positions: list[int]) -> Sequence[Any] | None:
+        """Return the rows at these positions of the window; None if one of them is not here.
+
+        Raises:
+            ValueError, or one of `JSON_ERRORS`: a row cannot be unpacked.
+        """
         start = self.start
         if min(positions) < start or max(positions) >= start + len(self.rows):
             return None
         rows = [self.rows[position - start] for position in positions]
-        return None if any(row is None for row in rows) else rows
+        if any(row is None for row in rows):
+            return None
+        unpacks = [self._unpacks[position - start] for position in positions]
+        # Nearly always all shards have rows of the same kind.
+        if len(set(unpacks)) == 1:
+            return rows if unpacks[0] is None else unpacks[0](rows)
+        return [row if unpack is None else unpack([row])[0] for row, unpack in zip(rows, unpacks, strict=True)]
 
     def drop(self, positions: list[int]) -> int:
         """Free rows that were served, and return their bytes."""
@@ -66,15 +96,17 @@ class _WindowRows:
 class ResidentRows:
     """Serves rows of blocks that are decoded as a whole. One per reading thread."""
 
-    def __init__(self, max_bytes: int, read_block: ReadBlock) -> None:
+    def __init__(self, max_bytes: int, read_block: ReadBlock, pack_block: PackBlock) -> None:
         """Keep nothing yet.
 
         Args:
             max_bytes: budget for the rows of all windows.
             read_block: decodes blocks.
+            pack_block: the same, for rows that stay in memory.
         """
         self._max_bytes = max_bytes
         self._read_block = read_block
+        self._pack_block = pack_block
         self._windows: OrderedDict[tuple[int, int, int], _WindowRows] = OrderedDict()
         """Key of the window → its rows, the one used last at the end."""
         self._num_bytes = 0
@@ -104,18 +136,19 @@ class ResidentRows:
                 rows[number] = row
         return rows
 
-    def _read(self, window: StreamWindow, positions: list[int]) -> list[Any]:
+    def _read(self, window: StreamWindow, positions: list[int]) -> Sequence[Any]:
         """Return the rows at some positions of a window."""
         held = self._windows.get(window.key)
-        rows = held.get(positions) if held is not None else None
+        try:
+            rows = held.get(positions) if held is not None else None
+            if held is None or rows is None:
+                held = self._load(window, min(positions), max(positions) + 1)
+                rows = held.get(positions)
+        except (DataError, ValueError, *JSON_ERRORS):
+            rows = None
         if held is None or rows is None:
-            first = min(positions)
-            try:
-                held = self._load(window, first, max(positions) + 1)
-            except DataError:
-                # A row that is needed later is damaged: it is reported when it is needed.
-                return _read_rows(window, np.array(positions), self._read_block)
-            rows = [held.rows[position - first] for position in positions]
+            # A row is damaged. One that is needed later is reported then.
+            return _read_rows(window, np.array(positions), self._read_block)
         self._windows.move_to_end(window.key)
         self._num_bytes -= held.drop(positions)
         if not held.num_remaining:
@@ -133,11 +166,23 @@ class ResidentRows:
             self._share = min(self._share * GROWTH, 1.0)
         num_rows = len(window.block)
         stop = min(max(stop, first + int(num_rows * self._share)), num_rows)
-        held = _WindowRows(first, _read_rows(window, np.arange(first, stop), self._read_block))
+        held = _WindowRows(first, *self._packed_rows(window, np.arange(first, stop)))
         self._windows[window.key] = held
         self._num_bytes += held.num_bytes
         self._evict()
         return held
+
+    def _packed_rows(self, window: StreamWindow, positions: NDArray[np.int64]) -> tuple[list[Any], list[Unpack | None]]:
+        """Return the rows at some positions of a window as they stay in memory, and how to unpack each of them."""
+        unpack_of_block: dict[int, Unpack | None] = {}
+
+        def read(block: int, rows: NDArray[np.int64]) -> Sequence[Any]:
+            packed = self._pack_block(block, rows)
+            unpack_of_block[block] = packed.unpack
+            return packed.values
+
+        values = _read_rows(window, positions, read)
+        return values, list(map(unpack_of_block.__getitem__, window.block[positions].tolist()))
 
     def _evict(self) -> None:
         """Drop the windows that were not used for longest, until the others fit; the newest one stays."""
@@ -171,6 +216,9 @@ def _read_rows(window: StreamWindow, positions: NDArray[np.int64], read_block: R
 
 def _num_bytes(value: Any) -> int:
     """Return about how much memory a row takes."""
+    # Lines are by far the most frequent kind of rows.
+    if type(value) is bytes:
+        return sys.getsizeof(value)
     if isinstance(value, Mapping):
         return sys.getsizeof(value) + sum(map(_num_bytes, value.values()))
     if isinstance(value, list):

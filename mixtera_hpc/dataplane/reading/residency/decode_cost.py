@@ -1,8 +1,10 @@
 """Estimate how much a job decodes, and how much it reads from the file system, for data in large units.
 
-Each domain moves through its blocks at its own speed. So serving one epoch of a domain decodes all its blocks, other
-domains included: that is the lower bound. Ranks that share lanes, and too little memory, add to it. Price: one pass
-over the blocks of all domains.
+Domains with the same number of epochs per step pass through the blocks together, and a block is decoded once for all of
+them. Other domains move through their blocks at their own speed: serving one epoch of such a domain decodes all its
+blocks, other domains included. That is the lower bound, Σ weight / share in general, and 1 where all domains have their
+natural weights. Ranks that share lanes, and too little memory, add to it. Price: one pass over the blocks of all
+domains; nothing for formats that read single rows.
 """
 
 import math
@@ -11,18 +13,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.dataplane.reading.residency.resident_rows import MAX_ROW_SHARE
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_rows import blocks_with_rows
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.decoded_sizes import decodes_blocks
 
-__all__ = ["DecodeCost", "JobShape", "check_decode_cost", "decode_cost"]
+__all__ = ["DecodeCost", "JobShape", "check_decode_cost", "check_job", "decode_cost"]
 
 Floats = NDArray[np.float64]
 
-OBJECT_OVERHEAD = 1.5
-"""Memory of a row as an object, per byte on disk when decoded."""
+ROW_OVERHEAD = 1.2
+"""Memory of a row that stays in memory, per decoded byte."""
+SAME_SPEED = 0.02
+"""Domains whose epochs per step differ by less, relatively, count as moving together."""
+BLOCKS_PER_LANE = 2.5
+"""Blocks (or windows) in memory per lane with which domains that move together need each of them once: they are not
+exactly at the same place, because their shares differ from block to block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,25 +72,50 @@ class DecodeCost:
 
 def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> DecodeCost | None:
     """Estimate the cost of steps that serve `served_per_step` items of each domain; None if nothing is decoded."""
+    if not any(map(decodes_blocks, set(source.index.shard_formats))):
+        return None
     sizes = _DomainBytes.of_source(source)
     epochs = served_per_step / np.maximum(source.layout.epoch_items(), 1)
     served = float(epochs @ (sizes.own + sizes.single))
     if not sizes.decoded.any() or not served:
         return None
     budget = source.config.data.cache_bytes / shape.readers_per_node
-    repeats = _repeats(source, served_per_step, shape) * _memory_repeats(source, sizes, shape, budget)
-    decoded = float(epochs @ sizes.decoded)
-    bound = (decoded + float(epochs @ sizes.single)) / served
+    single = float(epochs @ sizes.single)
+    groups = _groups_by_speed(source)
+    together = np.array([_together(source, sizes, epochs, group) for group in groups])
+    bound = (float(together[:, 0].sum()) + single) / served
     # Blocks that all fit into the memory of a process are decoded once and served from there.
     if sizes.collection <= budget / 4:
         return DecodeCost(lower_bound=bound, amplification=1.0, read_bytes_per_step=0.0, memory_bytes=sizes.collection)
-    memory = _memory(source, sizes, shape) * shape.readers_per_node
+
+    rows_memory = _memory(source, sizes, shape)
+    blocks_memory = _blocks_memory(source, sizes, shape)
+    # With blocks for one place per lane, domains decode alone; with `BLOCKS_PER_LANE`, together.
+    per_lane = (budget - rows_memory) / blocks_memory * BLOCKS_PER_LANE
+    share = min(max((per_lane - 1) / (BLOCKS_PER_LANE - 1), 0.0), 1.0)
+    weight = epochs * (sizes.own + sizes.single) / served
+    weight_of_group = np.array([weight[group].sum() for group in groups])
+    alone = np.stack([epochs * sizes.decoded, epochs * sizes.on_disk]) * _repeats(source, weight, shape)
+    as_groups = together.T * _repeats(source, weight_of_group, shape)
+    decoded, on_disk = share * as_groups.sum(axis=1) + (1 - share) * alone.sum(axis=1)
+    repeats = _memory_repeats(source, rows_memory, budget)
     return DecodeCost(
         lower_bound=bound,
-        amplification=float(epochs @ (sizes.decoded * repeats + sizes.single)) / served,
-        read_bytes_per_step=float(epochs @ (sizes.on_disk * repeats + sizes.single)),
-        memory_bytes=memory,
+        amplification=(float(decoded) * repeats + single) / served,
+        read_bytes_per_step=float(on_disk) * repeats + single,
+        memory_bytes=(rows_memory + blocks_memory) * shape.readers_per_node,
     )
+
+
+def check_job(source: Source, num_ranks: int, ranks_per_node: int) -> None:
+    """Refuse a job that decodes more than `data.max_amplification` with the weights of its first step.
+
+    Raises:
+        ConfigError: names the cures.
+    """
+    shape = JobShape.of_job(source, num_ranks, ranks_per_node)
+    served_per_step = source.weights * source.planner.batch_schedule.size_at(0) * source.grid.stride
+    check_decode_cost(source, decode_cost(source, served_per_step, shape))
 
 
 def check_decode_cost(source: Source, cost: DecodeCost | None) -> None:
@@ -101,12 +134,18 @@ def check_decode_cost(source: Source, cost: DecodeCost | None) -> None:
             "\n  Write the tokens once with mixtera-hpc tokenize, or set dataplane.shuffle=window. Or raise "
             "data.max_amplification."
         )
+    config = source.config
+    memory = ""
+    if cost.memory_bytes > config.data.cache_bytes:
+        memory = (
+            f" data.cache_bytes={config.data.cache_bytes} per node is too small: set "
+            f"data.cache_bytes={cost.memory_bytes:.0f}, or lower dataplane.window_bytes or dataplane.lanes."
+        )
     raise ConfigError(
-        f"This job would decode {cost.amplification:,.0f} bytes for every byte served, more than "
+        f"This job would decode {cost.amplification:,.1f} bytes for every byte served, more than "
         f"data.max_amplification={limit:g}; at least {cost.lower_bound:.1f} are needed with this layout of the data.\n"
-        "  Set dataplane.lanes to the number of ranks or more. Give each node "
-        f"data.cache_bytes={cost.memory_bytes:.0f}, or lower dataplane.window_bytes. For tokens, write them once with "
-        "mixtera-hpc tokenize. Or raise data.max_amplification."
+        f" {memory} With more ranks than lanes ({source.lanes.lanes}), set dataplane.lanes to the number of ranks "
+        "before the run begins. For tokens, write them once with mixtera-hpc tokenize. Or raise data.max_amplification."
     )
 
 
@@ -125,6 +164,10 @@ class _DomainBytes:
     num_blocks: Floats
     collection: float
     """All blocks of the index that are decoded as a whole."""
+    block_decoded: Floats
+    """Decoded bytes of every block of the index; 0 in formats that read single rows. Shape (num_blocks,)."""
+    block_on_disk: Floats
+    """Its bytes on disk; shape (num_blocks,)."""
 
     @classmethod
     def of_source(cls, source: Source) -> "_DomainBytes":
@@ -151,6 +194,8 @@ class _DomainBytes:
             single=sums(length[table.block] * share * ~whole),
             num_blocks=sums(whole.astype(np.float64)),
             collection=float(decoded[is_decoded].sum()),
+            block_decoded=decoded * is_decoded,
+            block_on_disk=length * is_decoded,
         )
 
 
@@ -169,21 +214,50 @@ def _memory(source: Source, sizes: _DomainBytes, shape: JobShape) -> float:
     window = np.maximum(mean_block, source.layout.order.window_bytes if source.lanes.lanes > 1 else 0)
     in_use = np.minimum(_lanes_per_rank(source, shape) * window, sizes.decoded)
     share = sizes.own / np.maximum(sizes.decoded, 1)
-    return float((in_use * share).sum()) * OBJECT_OVERHEAD
+    return float((in_use * share).sum()) * ROW_OVERHEAD
 
 
-def _repeats(source: Source, served_per_step: Floats, shape: JobShape) -> Floats:
-    """Return how often a block is decoded for each domain; shape (K,)."""
+def _blocks_memory(source: Source, sizes: _DomainBytes, shape: JobShape) -> float:
+    """Return the memory that one process needs for the blocks that domains decode together."""
+    mean_block = float(sizes.decoded.sum() / max(sizes.num_blocks.sum(), 1))
+    window = max(mean_block, source.layout.order.window_bytes if source.lanes.lanes > 1 else 0)
+    return min(_lanes_per_rank(source, shape) * window * BLOCKS_PER_LANE, sizes.collection)
+
+
+def _groups_by_speed(source: Source) -> list[NDArray[np.intp]]:
+    """Return groups of domains that pass through their streams at the same number of epochs per step."""
+    if source.layout.order.shuffle == "sequence":
+        # Sequences are at random places, so no two domains need the same block at one time.
+        return list(np.arange(source.num_domains)[:, None])
+    speed = source.weights / np.maximum(source.layout.epoch_items(), 1)
+    order = np.argsort(speed)
+    ordered = speed[order]
+    is_faster = ordered[1:] > ordered[:-1] * (1 + SAME_SPEED)
+    return np.split(order, np.flatnonzero(is_faster) + 1)
+
+
+def _together(source: Source, sizes: _DomainBytes, epochs: Floats, group: NDArray[np.intp]) -> tuple[float, float]:
+    """Return the bytes per step of the blocks of a group, each decoded once for all its domains; and those on disk."""
+    if len(group) == 1:
+        return float((epochs * sizes.decoded)[group[0]]), float((epochs * sizes.on_disk)[group[0]])
+    table = source.layout.table
+    blocks = np.concatenate([table.block[source.layout.entries(int(domain))] for domain in group])
+    is_needed = np.bincount(blocks, minlength=len(sizes.block_decoded)) > 0
+    speed = float(epochs[group].max())
+    return speed * float(sizes.block_decoded[is_needed].sum()), speed * float(sizes.block_on_disk[is_needed].sum())
+
+
+def _repeats(source: Source, weight: Floats, shape: JobShape) -> Floats:
+    """Return how often a block is decoded for domains with these weights; shape of `weight`."""
     if source.layout.order.shuffle == "sequence":
         return _decodes_per_block(source) * float(shape.copies)
     if shape.num_groups == 1:
-        return np.full(len(served_per_step), float(shape.copies))
+        return np.full(len(weight), float(shape.copies))
     if source.lanes.lanes == 1:
         # Without lanes, every rank needs every block.
-        return np.full(len(served_per_step), float(shape.num_groups * shape.copies))
+        return np.full(len(weight), float(shape.num_groups * shape.copies))
     # Inside a lane the sequences are sorted by domain, so a border between ranks divides one domain of one lane.
     borders_per_lane = shape.num_groups / source.lanes.lanes
-    weight = served_per_step / max(served_per_step.sum(), 1e-9)
     repeats: Floats = (1 + borders_per_lane * weight) * shape.copies
     return repeats
 
@@ -197,10 +271,10 @@ def _decodes_per_block(source: Source) -> Floats:
     return decodes
 
 
-def _memory_repeats(source: Source, sizes: _DomainBytes, shape: JobShape, budget: float) -> float:
+def _memory_repeats(source: Source, rows_memory: float, budget: float) -> float:
     """Return how often a process decodes a block because its rows do not fit."""
     if source.layout.order.shuffle == "sequence":
         return 1.0
-    # Three quarters of the budget hold rows. The part of a window that stays is halved until all parts fit.
-    shortage = _memory(source, sizes, shape) / (budget * 3 / 4)
+    # The part of a window that stays is halved until all parts fit.
+    shortage = rows_memory / (budget * MAX_ROW_SHARE)
     return 2.0 ** math.ceil(math.log2(shortage)) if shortage > 1 else 1.0

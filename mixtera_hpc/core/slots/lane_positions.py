@@ -1,0 +1,145 @@
+"""The sequences at some positions of a batch whose sequences are sorted by lane.
+
+The sequences of a step are consecutive served numbers of each domain, and consecutive numbers are in the lanes
+0, g, 2g, … (mod L). So the sequences per lane follow from the first number and the number of sequences of every domain,
+and those of a lane are L numbers apart. Price: a few numpy operations on numbers per lane, per domain, and on the
+sequences of the lanes that the positions touch, for several steps at once; nothing depends on the size of the global
+batch.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.slots.segment_order import Slots
+
+__all__ = ["END_OF_EPOCH", "ServedRanges", "positions_of_steps", "sort_by_lane"]
+
+Ints = NDArray[np.int64]
+END_OF_EPOCH = -1
+"""The turn of the sequences that remain at the end of an epoch. They are in the last lane."""
+
+
+class ServedRanges(NamedTuple):
+    """Consecutive served numbers of one domain in one step each, sorted by step, domain and number; shape (n,) each."""
+
+    step: Ints
+    """Position of the step among those asked for."""
+    domain: Ints
+    first: Ints
+    size: Ints
+    turn: Ints
+    """Which turn the lane of the first number has, in [0, L); every number after it has the next turn.
+    `END_OF_EPOCH` for numbers that are not dealt out to lanes."""
+
+    def per_lane(self, num_steps: int, turns: Ints) -> Ints:
+        """Return the sequences of each lane in each step; shape (num_steps, L). `turns` has the turn of every lane."""
+        lanes = len(turns)
+        width = 2 * lanes + 1
+        is_dealt = self.turn >= 0
+        step, size, turn = self.step[is_dealt], self.size[is_dealt], self.turn[is_dealt]
+        # Whole rounds add one to every lane. The rest of a range adds one to neighbouring turns, counted by its ends.
+        begins = step * width + turn
+        ends = np.bincount(begins, minlength=num_steps * width)
+        ends -= np.bincount(begins + size % lanes, minlength=num_steps * width)
+        per_turn = np.cumsum(ends.reshape(num_steps, width), axis=1)
+        rounds = np.zeros(num_steps, np.int64)
+        np.add.at(rounds, step, size // lanes)
+        of_turns = per_turn[:, :lanes] + per_turn[:, lanes : 2 * lanes] + rounds[:, None]
+        of_lanes: Ints = of_turns[:, turns]
+        np.add.at(of_lanes[:, -1], self.step[~is_dealt], self.size[~is_dealt])
+        return of_lanes
+
+    def of_lane(self, lane: Ints, number: Ints, turns: Ints) -> tuple[Ints, Ints, Ints]:
+        """Return first number, count and stride of the sequences that ranges have in lanes.
+
+        Args:
+            lane: lanes; shape (m,).
+            number: a range for each of them; shape (m,).
+            turns: the turn of every lane.
+        """
+        lanes = len(turns)
+        turn = self.turn[number]
+        size = self.size[number]
+        distance = (turns[lane] - turn) % lanes
+        count = np.maximum(size - distance + lanes - 1, 0) // lanes
+        at_end = turn == END_OF_EPOCH
+        distance[at_end] = 0
+        count[at_end] = np.where(lane == lanes - 1, size, 0)[at_end]
+        return self.first[number] + distance, count, np.where(at_end, 1, lanes)
+
+    def all_positions(self, lanes: int, golden_step: int, positions: slice) -> Slots:
+        """Return the sequences at some positions of the only step, from all its sequences."""
+        number = _count_up(self.size)
+        turn = np.repeat(self.turn, self.size)
+        lane = np.where(turn == END_OF_EPOCH, lanes - 1, (turn + number) * golden_step % lanes)
+        chosen = sort_by_lane(lane, lanes)[positions]
+        domain = np.repeat(self.domain.astype(np.int32), self.size)
+        return Slots(domain=domain[chosen], ordinal=(np.repeat(self.first, self.size) + number)[chosen])
+
+
+def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, positions: Sequence[slice]) -> list[Slots]:
+    """Return the sequences at some positions of the batches of several steps, in their order.
+
+    Args:
+        ranges: all sequences of the steps.
+        turns: the turn of every lane; shape (L,).
+        golden_step: distance from one lane to the next one in turn, g.
+        positions: of the batch of each step, with both ends; a batch at the end of the data may have fewer sequences.
+    """
+    lanes = len(turns)
+    num_steps = len(positions)
+    ends = np.cumsum(ranges.per_lane(num_steps, turns), axis=1)
+    size = ends[:, -1]
+    first, stop = np.minimum(np.array([(own.start, own.stop) for own in positions]).T, size) + size // (2 * lanes)
+    # Positions before the rotation, as two parts per step: they may begin again at the first lane.
+    step = np.repeat(np.arange(num_steps), 2)
+    begin = np.stack([first, np.maximum(first, size) - size], axis=1).ravel()
+    end = np.stack([np.minimum(stop, size), stop - size], axis=1).ravel()
+    parts = np.flatnonzero(begin < end)
+    step, begin, end = step[parts], begin[parts], end[parts]
+    first_lane = (ends[step] <= begin[:, None]).sum(axis=1)
+    num_lanes = (ends[step] <= end[:, None] - 1).sum(axis=1) + 1 - first_lane
+
+    # One row per lane of a part and range of its step.
+    range_ends = np.searchsorted(ranges.step, np.arange(num_steps + 1))
+    num_ranges = np.diff(range_ends)
+    if int((num_lanes * num_ranges[step]).sum()) > int(size.sum()):
+        # Many lanes of many domains: expanding the batches costs less.
+        each = [ServedRanges(*(column[a:b] for column in ranges)) for a, b in pairwise(range_ends.tolist())]
+        return [of_step.all_positions(lanes, golden_step, own) for of_step, own in zip(each, positions, strict=True)]
+    part = np.repeat(np.arange(len(parts)), num_lanes)
+    lane = first_lane[part] + _count_up(num_lanes)
+    per_row = num_ranges[step[part]]
+    number = np.repeat(range_ends[step[part]], per_row) + _count_up(per_row)
+    ordinal, count, stride = ranges.of_lane(np.repeat(lane, per_row), number, turns)
+
+    # One entry per sequence of these lanes; those of a part follow each other.
+    ordinal = np.repeat(ordinal, count) + _count_up(count) * np.repeat(stride, count)
+    of_part = np.repeat(np.repeat(part, per_row), count)
+    before = np.where(first_lane > 0, ends[step, first_lane - 1], 0)
+    in_order = _count_up(np.bincount(of_part, minlength=len(parts))) + before[of_part]
+    own = np.flatnonzero((in_order >= begin[of_part]) & (in_order < end[of_part]))
+    domain = np.repeat(ranges.domain[number].astype(np.int32), count)[own]
+    borders = np.searchsorted(step[of_part[own]], np.arange(num_steps + 1)).tolist()
+    ordinal = ordinal[own]
+    return [Slots(domain=domain[a:b], ordinal=ordinal[a:b]) for a, b in pairwise(borders)]
+
+
+def _count_up(sizes: Ints) -> Ints:
+    """Return 0, 1, … up to each size, one after the other."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def sort_by_lane(lane: Ints, lanes: int) -> NDArray[np.intp]:
+    """Return which sequence of a step fills each position of the batch; shape of `lane`.
+
+    The sequences are sorted by lane and rotated by half a lane. So the borders between ranks lie in the middle of
+    lanes, and the changing number of sequences per lane does not move them into another lane.
+    """
+    # Small integers are sorted by their digits, in linear time.
+    key = lane.astype(np.uint16) if lanes < 1 << 16 else lane
+    return np.roll(np.argsort(key, kind="stable"), -(len(lane) // (2 * lanes)))
