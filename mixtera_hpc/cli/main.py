@@ -14,7 +14,7 @@ from types import ModuleType
 from mixtera_hpc import __version__
 from mixtera_hpc.cli.logging_setup import messages_on_stderr
 from mixtera_hpc.cli.safe_output import escaped_output
-from mixtera_hpc.config.file_trust import deny_world_write
+from mixtera_hpc.config.files.file_trust import deny_world_write
 from mixtera_hpc.errors import MixteraError, did_you_mean, missing_package
 
 __all__ = ["GROUPS", "VERBS", "main", "verb_parser"]

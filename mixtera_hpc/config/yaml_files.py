@@ -18,11 +18,13 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
     try:
         plain = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"{path} cannot be read: {error}.\n  Give the folder of a run, which has a config.yaml."
         ) from None
-    return plain if isinstance(plain, dict) else {}
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} holds no keys: it is damaged.\n  Give the folder of a run, which has a config.yaml.")
+    return plain
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.\n  Give a YAML file of `key: value` lines.") from None
     if not isinstance(plain, dict) or not plain:
         raise ConfigError(f"{path} has no keys.\n  Give a YAML file of `key: value` lines.")

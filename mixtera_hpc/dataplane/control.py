@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mixtera_hpc.config.file_trust import is_trusted_request
+from mixtera_hpc.config.files.file_trust import is_trusted_request
 from mixtera_hpc.config.run_folder import RunFolder
 
 __all__ = ["STOP_SIGNALS", "RunControl", "block_time_limit_signal"]

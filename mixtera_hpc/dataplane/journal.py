@@ -188,21 +188,20 @@ def last_attempt(path: Path) -> int:
 def read_lines(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of a JSONL file, without a last line that was cut short.
 
-    Args:
-        path: the file.
-        damaged: gets the numbers of other lines that are damaged, from 1; None: raise instead.
-
     Raises:
-        DataError: another line is damaged, and `damaged` is None.
+        DataError: another line is damaged. If `damaged` is given, it gets the numbers of such lines, from 1, instead.
     """
     # The element after the last newline is empty, or a line that was cut short.
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.\n  Restore the file.") from None
     for number, line in enumerate(lines):
         if not line:
             continue
         try:
-            yield msgspec.json.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            yield msgspec.json.decode(line, type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             if number == len(lines) - 1:
                 return
             if damaged is None:
@@ -308,7 +307,10 @@ class History:
         self._path = path
         # A run of a million chunks has a million lines; they are parsed once.
         for record in read_lines(path, self.damaged_lines):
-            self._add(record)
+            try:
+                self._add(record)
+            except (KeyError, TypeError, ValueError, IndexError):
+                raise DataError(f"{path} has a line that is no record: {record!r:.80}.\n  Restore the file.") from None
 
     def attempt_of(self, step: int) -> AttemptRecord:
         """Return the last attempt that began at or before `step`: what it served counts.

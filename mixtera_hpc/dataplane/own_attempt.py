@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mixtera_hpc.config.convert import to_plain
+from mixtera_hpc.config.files.write_errors import explain_write_errors
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import dump_yaml
@@ -32,12 +33,13 @@ def write_config_if_missing(folder: RunFolder, config: Config) -> None:
     """Write `config.yaml`, which makes the folder a run; its paths become absolute."""
     if folder.config.exists():
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
     config = with_absolute_paths(config)
     config = replace(config, run=replace(config.run, id=folder.run_id))
     temporary = folder.config.with_name(f".{folder.config.name}.{os.getpid()}")
-    temporary.write_text(dump_yaml(to_plain(config)))
-    temporary.rename(folder.config)
+    with explain_write_errors(folder.config, "Nothing was served, and the folder is no run yet."):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(dump_yaml(to_plain(config)))
+        temporary.rename(folder.config)
 
 
 class OwnAttempt:

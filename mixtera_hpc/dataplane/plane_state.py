@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
@@ -51,7 +52,7 @@ def unpack_state(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, 
     try:
         with np.load(io.BytesIO(content.tobytes()), allow_pickle=False) as entries:
             arrays = dict(entries)
-        facts = json.loads(arrays.pop(JSON_ENTRY).tobytes())
+        facts = parse_json(arrays.pop(JSON_ENTRY).tobytes())
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"The saved state of the data plane cannot be read: {error}.\n  Load another checkpoint of the run."

@@ -9,11 +9,15 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import msgspec
+
+from mixtera_hpc.config.files.json_text import parse_json
+from mixtera_hpc.config.files.write_errors import explain_write_errors
 from mixtera_hpc.config.job_shape import num_ranks, parse_time
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
@@ -33,8 +37,11 @@ __all__ = [
     "start_local_attempt",
 ]
 
+T = TypeVar("T")
+
 logger = logging.getLogger("mixtera_hpc")
 
+UNCHANGED = "No attempt was started; all earlier ones are as they were."
 START_TIME_FIELD = 19
 """Index of `starttime` in `/proc/PID/stat`, counted behind the process name (proc(5), field 22)."""
 
@@ -116,7 +123,8 @@ def claim_attempt(folder: RunFolder, after: int | None = None) -> int:
     newest = max(folder.attempts(), default=0) if after is None else after
     number = newest + 1
     try:
-        folder.logs(number).mkdir(parents=True)
+        with explain_write_errors(folder.logs(number), UNCHANGED, unless=(FileExistsError,)):
+            folder.logs(number).mkdir(parents=True)
     except FileExistsError:
         raise LaunchError(
             f"Attempt {number} of {folder.run_id} is being started by another process.\n"
@@ -155,7 +163,8 @@ def start_local_attempt(
 
 def record_start(folder: RunFolder, attempt: int, start: JobRecord) -> None:
     """Write `job.json`."""
-    _write(folder.job_record(attempt), asdict(start))
+    with explain_write_errors(folder.job_record(attempt), UNCHANGED):
+        _write(folder.job_record(attempt), asdict(start))
 
 
 def end_attempt(folder: RunFolder, attempt: int, end: ExitRecord) -> None:
@@ -169,13 +178,13 @@ def end_attempt(folder: RunFolder, attempt: int, end: ExitRecord) -> None:
 def read_start(folder: RunFolder, attempt: int) -> JobRecord | None:
     """Return what was started; None where nothing was recorded."""
     data = _read(folder.job_record(attempt))
-    return JobRecord(**_known_fields(JobRecord, data)) if data else None
+    return _record(JobRecord, data)
 
 
 def read_end(folder: RunFolder, attempt: int) -> ExitRecord | None:
     """Return how the attempt ended; None while it runs, or if every process was killed."""
     data = _read(folder.exit_record(attempt))
-    return ExitRecord(**_known_fields(ExitRecord, data)) if data else None
+    return _record(ExitRecord, data)
 
 
 def read_follow_up(folder: RunFolder, attempt: int) -> str | None:
@@ -213,9 +222,12 @@ def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _known_fields(cls: type[JobRecord] | type[ExitRecord], data: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(cls)}
-    return {key: value for key, value in data.items() if key in names}
+def _record(cls: type[T], data: Mapping[str, Any] | None) -> T | None:
+    """Return a record without fields that this version does not know; None if there is none, or if it is damaged."""
+    try:
+        return msgspec.convert(data, cls) if data else None
+    except msgspec.ValidationError:
+        return None
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
@@ -227,9 +239,9 @@ def _write(path: Path, data: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return None if there is no file, or if a shell is still writing it."""
+    """Return None if there is no file, or if a shell is still writing it, or if it is damaged."""
     try:
-        data = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        data = parse_json(path.read_text())
+    except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.convert import to_plain
+from mixtera_hpc.config.files.write_errors import explain_write_errors
 from mixtera_hpc.config.run_folder import RunFolder, new_run_id
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import dump_yaml
@@ -37,14 +38,20 @@ def prepare_run(config: Config, overrides: Sequence[str], now: datetime) -> RunF
             f"No folder can be made in run.root={config.run.root!r}: {error.strerror}.\n"
             "  Set run.root (or MIXTERA_RUNS) to a folder that you may write to, on a file system that all nodes share."
         ) from None
-    folder.control.mkdir()
-    folder.metrics.mkdir()
+    with explain_write_errors(folder.path, "No run was started, and the folder is no run yet."):
+        _fill_folder(folder, config, overrides)
+    return folder
+
+
+def _fill_folder(folder: RunFolder, config: Config, overrides: Sequence[str]) -> None:
+    # A folder with a fixed `run.id` may be left from an earlier try.
+    folder.control.mkdir(exist_ok=True)
+    folder.metrics.mkdir(exist_ok=True)
     folder.overrides.write_text("".join(f"{word}\n" for word in overrides))
     config = replace(config, run=replace(config.run, id=folder.run_id))
     ensure_manifest(folder, config)
     # This file makes the folder a run, so it is written last.
     _write(folder.config, dump_yaml(to_plain(config)))
-    return folder
 
 
 def with_absolute_paths(config: Config) -> Config:

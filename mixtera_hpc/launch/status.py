@@ -1,6 +1,5 @@
 """Report the state of runs: from recorded ends where there are any, and from one query to Slurm for all other runs."""
 
-import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, is_alive, read_end, read_follow_up, read_start
@@ -102,12 +102,12 @@ def _last_event(path: Path) -> Mapping[str, Any]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]  # What follows the last end of line is incomplete.
-    except FileNotFoundError:
+    except OSError:
         return {}
     for line in reversed(lines):
         try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
+            event = parse_json(line)
+        except ValueError:
             continue
         return event if isinstance(event, dict) else {}
     return {}
@@ -215,10 +215,10 @@ def _ended_info(attempt: _NewestAttempt, end: ExitRecord) -> JobInfo:
 def _failure(attempt: _NewestAttempt) -> str | None:
     """Return which rank failed first; None if that is not known."""
     try:
-        failure = json.loads(attempt.folder.failure(attempt.number).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        pass
-    else:
+        failure = parse_json(attempt.folder.failure(attempt.number).read_text())
+    except (OSError, ValueError):
+        failure = None
+    if isinstance(failure, dict):
         who = f"rank {failure.get('rank')} on {failure.get('host')}: " if failure.get("rank") is not None else ""
         return f"{who}{failure.get('reason')}"
     for find in (mpi_problem, lost_node):
@@ -234,7 +234,7 @@ def _stall(attempt: _NewestAttempt) -> Mapping[str, Any]:
     if attempt.end is not None or attempt.folder.failure(attempt.number).exists():
         return {}
     try:
-        stall = json.loads(attempt.folder.stall_report(attempt.number).read_bytes())
+        stall = parse_json(attempt.folder.stall_report(attempt.number).read_bytes())
     except (OSError, ValueError):
         return {}
     return stall if isinstance(stall, dict) else {}

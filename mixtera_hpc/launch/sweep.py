@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.convert import to_plain
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.job_shape import parse_time
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
@@ -134,10 +135,17 @@ def _previous_runs(configs: Sequence[Config]) -> dict[str, tuple[RunFolder | Non
     for path in sorted({_record_path(config) for config in configs}):
         lines = path.read_text().splitlines() if path.is_file() else []
         for line in lines:
-            entry = json.loads(line)
-            folder = RunFolder(path.parent / entry["run_id"])
+            try:
+                entry = parse_json(line)
+                folder = RunFolder(path.parent / entry["run_id"])
+                fingerprint = entry["fingerprint"]
+            except (ValueError, KeyError, TypeError):
+                raise LaunchError(
+                    f"{path} has a damaged line, {line[:60]!r}, so it does not say what was submitted before.\n"
+                    "  Remove the line; the run that it named, if any, may be submitted again."
+                ) from None
             if folder.config.exists():
-                folders[entry["fingerprint"]] = folder
+                folders[fingerprint] = folder
 
     statuses = run_statuses(list(folders.values()), datetime.now(UTC))
     unknown = [status for status in statuses if status.may_be_active]

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
 __all__ = ["AddedTokens", "TokenizerDefinition", "read_definition"]
@@ -71,7 +72,7 @@ class TokenizerDefinition:
             ConfigError: the tokenizer is random: its results would differ from run to run.
             ValueError: the bytes are not the JSON of a tokenizer.
         """
-        content = json.loads(raw)
+        content = parse_json(raw)
         if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
             raise ValueError("it has no `model`")
         dropout = content["model"].get("dropout")
@@ -213,7 +214,7 @@ def _configuration(file: Path) -> dict[str, Any]:
         ConfigError: the file is not a JSON object.
     """
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except OSError:
         return {}
     except ValueError as error:

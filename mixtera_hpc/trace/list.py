@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
-from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
+from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
@@ -15,6 +15,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
 from mixtera_hpc.errors import ConfigError, DataError, did_you_mean
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
+from mixtera_hpc.trace.audit_lines import read_audit_lines
 from mixtera_hpc.trace.rank_filter import check_rank, is_served_to
 
 __all__ = [
@@ -126,7 +127,7 @@ def audited_digests(folder: RunFolder, attempt: int, steps: Container[int]) -> d
     # Every rank has its own log.
     digests = {}
     for path in folder.audit_files(attempt):
-        for line in read_lines(path, damaged=[]):
+        for line in read_audit_lines(path, damaged=[]):
             if line["step"] in steps:
                 pairs = zip(line["positions"], line["digests"], strict=True)
                 digests.update({(line["step"], position): digest for position, digest in pairs})

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.dataplane.journal import AttemptRecord, History, read_lines
+from mixtera_hpc.dataplane.journal import AttemptRecord, History
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.trace.attempt_sources import AttemptSources, Record
+from mixtera_hpc.trace.audit_lines import read_audit_lines
 from mixtera_hpc.trace.list import global_batch_maker
 
 __all__ = ["VerifyResult", "verify_run"]
@@ -116,7 +117,7 @@ class _ConsumedSequences:
         for attempt in history.attempts:
             for path in folder.audit_files(attempt.number):
                 damaged: list[int] = []
-                self._add(attempt.number, read_lines(path, damaged))
+                self._add(attempt.number, read_audit_lines(path, damaged))
                 if damaged:
                     self._damaged_attempts.add(attempt.number)
         if not self._digests:

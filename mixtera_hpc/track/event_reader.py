@@ -37,9 +37,10 @@ def read_events(path: Path, *, every_attempt: bool = False) -> list[dict[str, An
 
 def _decode(line: bytes, number: int, path: Path, unpacker: EventUnpacker) -> dict[str, Any] | None:
     # Values that were packed and are damaged end in one of these errors, as damaged JSON does.
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, ValueError, TypeError, KeyError, IndexError):
+    with contextlib.suppress(msgspec.DecodeError, RecursionError, ValueError, TypeError, KeyError, IndexError):
         event = msgspec.json.decode(line)
-        if isinstance(event, dict):
+        numbers = [event.get(name, 0) for name in ("step", "attempt")] if isinstance(event, dict) else []
+        if numbers and all(isinstance(number, int | float) for number in numbers):
             return unpacker.unpack(event)
     _logger.warning("%s line %d is not a metric event and is skipped: %r.", path, number, line[:60])
     return None

@@ -23,7 +23,7 @@ from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import from_omegaconf, prepare_application
 from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.config.convert import from_plain
-from mixtera_hpc.config.file_trust import deny_world_write
+from mixtera_hpc.config.files.file_trust import deny_world_write
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.control import block_time_limit_signal

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mixtera_hpc.config.files.json_text import parse_json
+from mixtera_hpc.config.files.write_errors import explain_write_errors
 from mixtera_hpc.config.run_folder import PLANE_STATE_FILE, RunFolder
 from mixtera_hpc.dataplane.plane_state import unpack_state
 from mixtera_hpc.dataplane.resume.checkpoint_files import CONTENTS_FILE, FORMAT_VERSION, crc32_of, find_damage
@@ -69,6 +71,13 @@ def write_checkpoint(run: RunFolder, checkpoint: Checkpoint, keep: int) -> Path:
     Raises:
         DataError: it cannot be written, for example because the disk is full; earlier checkpoints are as before.
     """
+    safe = "The checkpoints written before are whole; mixtera-hpc resume RUN continues from the newest of them."
+    # torch reports a full disk as a RuntimeError.
+    with explain_write_errors(run.checkpoint(checkpoint.step), safe, others=(RuntimeError,)):
+        return _write_checkpoint(run, checkpoint, keep)
+
+
+def _write_checkpoint(run: RunFolder, checkpoint: Checkpoint, keep: int) -> Path:
     target = run.checkpoint(checkpoint.step)
     try:
         _write_whole(run, target, checkpoint)
@@ -194,7 +203,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return parse_json(path.read_text())
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -137,3 +137,42 @@ def test_a_damaged_checkpoint_does_not_block_the_edits_of_a_run(tmp_path: Path) 
     run.checkpoint_plane_state(10).write_bytes(b"not a state")
     (run.checkpoint(15) / "training.json").write_text(json.dumps(["not", "contents"]))
     assert [state["next_step"] for state in saved_states(run)] == [5]
+
+
+FULL_WHEN_CREATED = """
+import resource, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.dataplane.own_attempt import write_config_if_missing
+from mixtera_hpc.errors import LaunchError
+from mixtera_hpc.launch.prepare import prepare_run
+folder = Path(sys.argv[1])
+config = compose(["data.root=/data", "mixture.unit=samples", f"run.root={folder}", "run.name=n", "run.id=fixed"])
+actions = [
+    lambda: prepare_run(config, [], datetime.now(UTC)),
+    lambda: write_config_if_missing(RunFolder(folder / "own/run"), config),
+]
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+for action in actions:
+    try:
+        action()
+    except LaunchError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+for action in actions:
+    action()
+"""
+
+
+def test_a_run_that_a_full_disk_prevented_is_created_by_the_same_command(tmp_path: Path) -> None:
+    """The message names the file and what is safe, and a fixed `run.id` is free again."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_WHEN_CREATED, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "n/fixed cannot be written: File too large" in done.stdout
+    assert "own/run/config.yaml cannot be written: File too large" in done.stdout
+    assert done.stdout.count("no run yet") == 2
+    assert RunFolder(tmp_path / "n/fixed").config.is_file()

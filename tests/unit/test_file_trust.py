@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtera_hpc.config.file_trust import is_trusted_request
+from mixtera_hpc.config.files.file_trust import is_trusted_request
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.control import RunControl
 

@@ -4,7 +4,6 @@ Energon draws every sample from a data set with the probability of its weight: w
 of `blend_epochized` are passes over a data set, so they are multiplied by its number of samples.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.cli.migration.blend import Blend, BlendEntry, check_weight, merge_entries
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.yaml_files import read_yaml
 from mixtera_hpc.errors import ConfigError
 
@@ -162,7 +162,7 @@ def _num_samples(entry: BlendEntry) -> int:
     for name in (".info.json", ".info.yaml"):
         path = entry.root / META / name
         if path.is_file():
-            plain: Any = json.loads(path.read_text()) if path.suffix == ".json" else read_yaml(path)
+            plain: Any = parse_json(path.read_text()) if path.suffix == ".json" else read_yaml(path)
             counts = plain.get("shard_counts", {})
             if all(shard in counts for shard in entry.include):
                 return sum(int(counts[shard]) for shard in entry.include)

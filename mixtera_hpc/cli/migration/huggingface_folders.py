@@ -3,12 +3,12 @@
 `interleave_datasets` draws every row from a data set with its probability: weights count samples.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.cli.migration.blend import Blend, BlendEntry, merge_entries, parse_weighted_words
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["read_huggingface_folders"]
@@ -78,7 +78,7 @@ def _text_columns(folder: Path) -> tuple[str, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        plain = json.loads(path.read_text())
+        plain = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.\n  Copy the folder again.") from None
     return plain if isinstance(plain, dict) else {}

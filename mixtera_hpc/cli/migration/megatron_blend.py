@@ -3,12 +3,12 @@
 Megatron draws every sequence from a data set with the probability of its weight: weights count packed sequences.
 """
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from mixtera_hpc.cli.migration.blend import Blend, BlendEntry, merge_entries, parse_weighted_words
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.errors import ConfigError
 
 __all__ = ["read_megatron_blend"]
@@ -43,7 +43,7 @@ def _read_file(path: Path) -> tuple[list[str], list[str]]:
     if not text.lstrip().startswith(("{", "[")):
         return shlex.split(text), []
     try:
-        plain = json.loads(text)
+        plain = parse_json(text)
     except ValueError as error:
         raise _file_error(path, f"is not valid JSON: {error}") from None
     others = []

@@ -3,12 +3,12 @@
 `proportion` is a share of the samples, `repeat` and `choose` a number of them: weights count samples.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.cli.migration.blend import Blend, BlendEntry, check_weight, merge_entries, parse_weighted_words
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.yaml_files import read_yaml
 from mixtera_hpc.errors import ConfigError
 
@@ -105,7 +105,7 @@ def _index(folder: Path) -> Any:
     """Return the content of a folder's `index.json`."""
     path = folder / "index.json"
     try:
-        plain = json.loads(path.read_text())
+        plain = parse_json(path.read_text())
         formats = {shard["format"] for shard in plain["shards"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -1,12 +1,12 @@
 """Read values per domain for mixing algorithms: from a JSON file, or from the losses of an earlier run."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.run_folder import RunFolder, runs_root
 from mixtera_hpc.core.mixing.named_parameters import FROM_RUN
 from mixtera_hpc.core.mixing.parameters import CONFIG_KEY
@@ -33,7 +33,7 @@ def load_named_values(parameter: str, place: str) -> Any:
         return reference_losses_of_run(place)
     path = Path(place)
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{CONFIG_KEY}.{parameter} is {place!r}, which cannot be read: {error}.\n"

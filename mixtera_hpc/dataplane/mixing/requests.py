@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.convert import from_plain, raise_problems, to_plain
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.mixture.check_mixture import mixture_problems
 from mixtera_hpc.config.mixture.domain_tree import domain_entries
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig
 from mixtera_hpc.core.domain_keys import canonical_key
 from mixtera_hpc.dataplane.journal import read_lines
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, DataError
 
 __all__ = [
     "MixtureDecision",
@@ -33,6 +34,9 @@ __all__ = [
 
 FIXED_KEYS = ("unit", "on_exhausted", "max_epochs")
 """Keys of a mixture that define the streams of a run; a request cannot change them."""
+
+MAX_CHUNK = 1 << 53
+"""No run has as many chunks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,14 +142,20 @@ def parse_request(text: str) -> MixtureRequest:
         ConfigError: the text is not a valid request.
     """
     try:
-        data = json.loads(text)
-        return MixtureRequest(chunk=data["chunk"], mixture=from_plain(MixtureConfig, data["mixture"], "mixture"))
+        data = parse_json(text)
+        chunk = data["chunk"]
+        if chunk is not None and (type(chunk) is not int or not 0 <= chunk <= MAX_CHUNK):
+            raise ValueError(f"chunk is {chunk!r:.40}, expected a number of a chunk, or null")
+        return MixtureRequest(chunk=chunk, mixture=from_plain(MixtureConfig, data["mixture"], "mixture"))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"The requested mixture cannot be read: {error}") from None
 
 
 def read_decisions(path: Path | None) -> list[MixtureDecision]:
     """Return all decisions on mixtures in `decisions.jsonl`, oldest first."""
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return []
-    return [MixtureDecision.from_dict(line) for line in read_lines(path) if line["kind"] == "mixture"]
+    try:
+        return [MixtureDecision.from_dict(line) for line in read_lines(path) if line["kind"] == "mixture"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} has a line that is no decision ({error}).\n  Restore the file.") from None

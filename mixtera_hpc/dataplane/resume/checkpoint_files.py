@@ -4,7 +4,6 @@
 noticed before anything is read from it.
 """
 
-import json
 import logging
 import zlib
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.run_folder import PLANE_STATE_FILE, RunFolder
 from mixtera_hpc.dataplane.plane_state import unpack_state
 from mixtera_hpc.errors import DataError
@@ -33,7 +33,7 @@ _logger = logging.getLogger("mixtera_hpc")
 def find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, as the end of a sentence, or None if it is complete."""
     try:
-        contents = json.loads((path / CONTENTS_FILE).read_text())
+        contents = parse_json((path / CONTENTS_FILE).read_text())
     except (OSError, ValueError) as error:
         return f"{CONTENTS_FILE} cannot be read ({error})"
     if not isinstance(contents, dict) or not isinstance(contents.get("files"), dict):

@@ -19,6 +19,7 @@ from mixtera_hpc.core.holdout import Split
 from mixtera_hpc.dataplane.journal import append_line, read_lines
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
+from mixtera_hpc.errors import DataError
 
 __all__ = [
     "RunEdit",
@@ -50,10 +51,13 @@ def record_run_edit(path: Path, edit: RunEdit) -> None:
 
 def read_run_edits(path: Path | None) -> list[RunEdit]:
     """Return all edits of a run, oldest first."""
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return []
-    records = [line for line in read_lines(path) if line["kind"] == "run_edit"]
-    return [msgspec.convert({k: v for k, v in line.items() if k != "kind"}, RunEdit) for line in records]
+    try:
+        records = [line for line in read_lines(path) if line["kind"] == "run_edit"]
+        return [msgspec.convert({k: v for k, v in line.items() if k != "kind"}, RunEdit) for line in records]
+    except (KeyError, msgspec.ValidationError) as error:
+        raise DataError(f"{path} has a line that is no decision ({error}).\n  Restore the file.") from None
 
 
 def is_abandoned(state: Mapping[str, Any], edits: Sequence[RunEdit]) -> bool:

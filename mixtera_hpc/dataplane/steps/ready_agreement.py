@@ -87,8 +87,7 @@ class ReadyAgreement:
     def offer(self, position: RankPosition) -> None:
         """Take part early if this rank holds a batch beyond those agreed on. Does not block, and is not collective."""
         self._complete()
-        # The reduction that was complete may have made another one unnecessary for some steps.
-        if self._request is None and position.held_end > self._end and self.needs_offer(position.next_step):
+        if self._request is None and position.held_end > self._end:
             self._start(position)
             self._complete()
 
@@ -140,9 +139,7 @@ class ReadyAgreement:
         here = np.zeros(2, np.int64)
         all_are_here = self._comm.Iallreduce(here[:1], here[1:])
         while not all_are_here.Test():
-            self._complete()
-            if self._request is None and self._end < NO_LIMIT:
-                self._start(everything)
+            self.offer(everything)
             time.sleep(FINISH_POLL_S)
         # A rank that was ahead of the others may not have started all that they have.
         last = int(self._comm.Allreduce(np.array([self._num_started], np.int64), "max")[0])

@@ -1,1 +1,0 @@
-"""Stores of tokens and rows that an index build makes, extends or keeps."""
