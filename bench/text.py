@@ -27,8 +27,8 @@ from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.formats.readers import jsonl
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_tokenizer
 
@@ -189,21 +189,20 @@ def _tokenize(reads: Reads, decoder: "msgspec.json.Decoder[Any]", tokenizer: Tok
 def _recorded_reads(source: Source) -> Reads:
     """Return the rows that some steps read, in our order; the shards stay open."""
     reads: Reads = []
-    descriptors: dict[Path, int] = {}
-    original = jsonl.JsonRowReader._decode_at
+    root = Path(source.index.data_root)
+    descriptors = [os.open(root / path, os.O_RDONLY) for path in source.index.shard_paths]
+    original = RowFiles.read
 
-    def record(self: Any, decode: Any, starts: Any, lengths: Any, *rest: Any) -> Any:
-        if self._path not in descriptors:
-            descriptors[self._path] = os.open(self._path, os.O_RDONLY)
-        descriptor = descriptors[self._path]
-        reads.append([(descriptor, *place) for place in zip(starts.tolist(), lengths.tolist(), strict=True)])
-        return original(self, decode, starts, lengths, *rest)
+    def record(self: Any, shards: Any, starts: Any, lengths: Any, *rest: Any) -> Any:
+        places = zip(shards.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+        reads.append([(descriptors[shard], start, length) for shard, start, length in places])
+        return original(self, shards, starts, lengths, *rest)
 
-    jsonl.JsonRowReader._decode_at = record  # type: ignore[method-assign]
+    RowFiles.read = record  # type: ignore[method-assign]
     try:
         _serve_batches(source)
     finally:
-        jsonl.JsonRowReader._decode_at = original  # type: ignore[method-assign]
+        RowFiles.read = original  # type: ignore[method-assign]
     return reads
 
 

@@ -14,7 +14,7 @@ decodes compressed files and containers, `formats/shard_errors.py` has the error
 The result of an index build must not depend on the number of ranks, so a row belongs to the unit in which it begins.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -37,6 +37,8 @@ __all__ = [
     "PropertyField",
     "RangeReader",
     "RowBatch",
+    "RowDecoder",
+    "RowFormat",
     "ScanSpec",
     "ScanUnit",
     "ShardReader",
@@ -240,6 +242,22 @@ class RangeReader(Protocol):
         ...
 
 
+class RowDecoder(Protocol):
+    """Decodes rows from their bytes alone, whichever file they are in."""
+
+    def documents(self, rows: Sequence[bytes]) -> list[str]:
+        """Return the texts of rows.
+
+        Raises:
+            ValueError: a row is not what it was when it was indexed.
+        """
+        ...
+
+    def payloads(self, rows: Sequence[bytes]) -> list[Any]:
+        """Return the whole rows as dicts. Errors as for `documents`."""
+        ...
+
+
 class Format(Protocol):
     """One file format. Formats are stateless; a `ShardReader` owns the open file."""
 
@@ -288,6 +306,15 @@ class Format(Protocol):
         Raises:
             DataError: the shard cannot be opened.
         """
+        ...
+
+
+@runtime_checkable
+class RowFormat(Protocol):
+    """Additional method of a `Format` whose rows are byte ranges of the file: rows of many shards share one loop."""
+
+    def row_decoder(self, text: str | None) -> RowDecoder:
+        """Return the decoder of rows with documents at the dotted path `text`."""
         ...
 
 

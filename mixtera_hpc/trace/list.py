@@ -224,7 +224,9 @@ def sequences_of_plan(source: Source, documents: SequenceDocuments, plan: ChunkP
                 "position": position,
                 "domain_id": domain,
                 "epoch": start // int(epoch_items[domain]),
-                "segments": _segments(source, documents.documents([(domain, sequences[slot : slot + 1])])),
+                "segments": _segments(
+                    source, documents.documents(slots.domain[slot : slot + 1], sequences[slot : slot + 1])
+                ),
             }
 
 

@@ -163,7 +163,7 @@ def items_of(source: Source, domain: int, ordinals: Ints) -> list[list[Item]]:
     documents = SequenceDocuments(source, source.streams())
     found = []
     for number in source.lanes.sequence(domain, ordinals).tolist():
-        own = documents.documents([(domain, np.array([number]))])
+        own = documents.documents(np.array([domain]), np.array([number]))
         columns = zip(own.block.tolist(), own.row.tolist(), own.first.tolist(), own.last.tolist(), strict=True)
         found.append([(b, r, token) for b, r, first, last in columns for token in range(first, last)])
     return found

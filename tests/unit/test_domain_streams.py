@@ -1,7 +1,8 @@
-"""Streams of one domain: what a lookup reads of the index, and what it refuses."""
+"""Lookups in streams: what they return, what they read of the index, and what they refuse."""
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -56,3 +57,60 @@ def test_samples_that_differ_from_the_counts_of_the_index_are_refused(source: So
     streams = DomainStreams(source.layout, wrong, source.domain_of)
     with pytest.raises(DataError, match=r"items, the index counted \d+: the index file is damaged"):
         streams.documents(0, 0, 1)
+
+
+def base_order(source: Source, domain: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield block, row, size, offset and length of every document of a stream, computed row by row."""
+    layout = source.layout
+    read = source.make_block_reader()
+    for epoch in count():
+        order = layout.epoch_order(domain, epoch)
+        for window in range(len(order.first_block) - 1):
+            rows = []
+            for block in layout.table.block[layout.entries(domain)][order.blocks_of(window)].tolist():
+                samples = read(np.array([block], np.int32))
+                offsets = np.cumsum(samples.length) - samples.length
+                sizes = samples.tokens + layout.added_tokens(np.full(len(samples.tokens), block, np.int32))
+                places = zip(sizes.tolist(), offsets.tolist(), samples.length.tolist(), strict=True)
+                of_block = [(block, row, *place) for row, place in enumerate(places)]
+                rows += [of_block[row] for row in np.flatnonzero(source.domain_of(samples) == domain).tolist()]
+            yield from (rows[i] for i in layout.order.rows(domain, epoch, window, len(rows)).tolist())
+
+
+@pytest.mark.parametrize("setting", ["shuffle=none", "shuffle=block", "window_bytes=5000", "window_bytes=10000000"])
+@pytest.mark.parametrize("window_bytes", [1, 3000, 1 << 20])
+def test_a_lookup_of_many_streams_follows_the_order_of_each(
+    collection: list[str], setting: str, window_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spans of all domains, of up to four epochs, with windows that are dropped and built again meanwhile."""
+    monkeypatch.setattr(domain_streams, "WINDOW_CACHE_BYTES", window_bytes)
+    source = open_source(compose([*collection, f"dataplane.{setting}"]), Local())
+    items = source.layout.epoch_items()
+    expected = []
+    for domain in range(source.num_domains):
+        wanted = 0
+        documents = base_order(source, domain)
+        of_domain = []
+        while wanted < 4 * items[domain]:
+            of_domain.append(next(documents))
+            wanted += of_domain[-1][2]
+        expected.append(of_domain)
+
+    streams = source.streams()
+    # In ascending pieces, so that later lookups return to windows of earlier ones.
+    found: list[list[tuple[int, ...]]] = [[] for _ in items]
+    domains = np.arange(len(items))
+    for piece in range(3):
+        starts = items * 4 * piece // 3
+        stops = items * 4 * (piece + 1) // 3
+        documents = streams.documents_of_spans(domains, starts, stops)
+        ends = np.cumsum(documents.last - documents.first)
+        owner = np.searchsorted(np.cumsum(stops - starts), ends)
+        # A document may be cut by a border of pieces; then it begins in the first of them.
+        columns = (documents.block, documents.row, documents.size, documents.offset, documents.length)
+        places = zip(*(column.tolist() for column in columns), strict=True)
+        for domain, first, place in zip(owner.tolist(), documents.first.tolist(), places, strict=True):
+            if first == 0:
+                found[domain].append(place)
+    for domain, of_domain in enumerate(expected):
+        assert found[domain] == [place for place in of_domain if place[2]]

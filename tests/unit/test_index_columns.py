@@ -75,3 +75,12 @@ def test_the_cache_is_bounded_and_evicts_the_oldest_entry(max_bytes: int) -> Non
     assert read == list(range(20))
     cache.get(("c", 19 - capacity, 64), partial(values, 19 - capacity))
     assert read[-1] == 19 - capacity and len(read) == 21
+
+
+def test_ranges_with_less_than_a_chunk_between_them_share_a_read(index: PropertyIndex) -> None:
+    """The samples between two ranges are read, too, but not returned."""
+    reader = SampleReader(index.path)
+    columns = reader.read_many([0, 40, 124, 900], [10, 20, 6, 5], {"numbers/n"})
+    wanted = [*range(10), *range(40, 60), *range(124, 130), *range(900, 905)]
+    assert columns.numbers["n"].tolist() == wanted
+    assert reader.bytes_read == (60 + 6 + 5) * 8

@@ -164,9 +164,7 @@ class BatchMaker:
             return self._packed_batches(plan, steps, sequences)
         starts = sequences.run_starts
         stops = sequences.run_stops
-        documents = self._streams.documents_of_domains(
-            (domain, starts[runs], stops[runs]) for domain, runs in sequences.domains()
-        )
+        documents = self._streams.documents_of_spans(sequences.run_domain, starts, stops)
         if not self._source.layout.in_tokens:
             return self._sample_batches(plan, steps, sequences, documents)
 
@@ -187,8 +185,7 @@ class BatchMaker:
 
     def _documents_of(self, sequences: StepSequences) -> Documents:
         """Return the documents of sequences, one after the other."""
-        numbers = sequences.numbers(self._source)
-        return self._documents.documents((domain, numbers[own]) for domain, own in sequences.of_domains())
+        return self._documents.documents(sequences.domain, sequences.numbers(self._source))
 
     def _stored_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
         """Copy stored tokens to the sequences of each step."""

@@ -50,9 +50,6 @@ from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
 __all__ = ["Source", "count_samples", "open_source"]
 
-COLUMN_CACHE_BYTES = 128 << 20
-"""Sample columns that a reading thread keeps, compressed as stored: all domains return to the blocks they share."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -177,7 +174,7 @@ class Source:
     def make_block_reader(self) -> Callable[[NDArray[np.int32]], SampleColumns]:
         """Return a function that reads the sample columns of some blocks, one block after the other."""
         # Nothing is opened yet: many ranks never read some of several indexes.
-        reader = open_samples(self.index.sample_sources, COLUMN_CACHE_BYTES)
+        reader = open_samples(self.index.sample_sources)
         blocks = self.blocks
         holdout_keys = self.tables.holdout_keys
 

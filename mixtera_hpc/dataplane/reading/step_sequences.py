@@ -5,7 +5,7 @@ Price per step: a few numpy operations on numbers per domain and per lane, and o
 any number of ranks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,6 @@ from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
-from mixtera_hpc.dataplane.reading.domain_streams import equal_runs
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import balance_slots
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
@@ -171,6 +170,11 @@ class StepSequences:
         starts = self.run_starts[self.run] + grid.stride * self.number_in_run
         return starts, starts + grid.length
 
+    @property
+    def run_domain(self) -> Ints:
+        """Domain of each run; shape (num_runs,)."""
+        return self.domain[np.flatnonzero(self.number_in_run == 0)]
+
     def begins_in_runs(self, grid: SequenceGrid) -> Ints:
         """Return the first token of each sequence where all runs follow each other; shape (n,)."""
         run_tokens = self.run_stops - self.run_starts
@@ -183,14 +187,3 @@ class StepSequences:
         """Return the number of each sequence in the stream of its domain; shape (n,)."""
         starts, _ = self.spans(source.grid)
         return (starts - source.stream_version.origins[self.domain]) // source.grid.stride
-
-    def of_domains(self) -> Iterator[tuple[int, slice]]:
-        """Yield every domain with the slice of its sequences."""
-        for first, last in equal_runs(self.domain):
-            yield int(self.domain[first]), slice(first, last)
-
-    def domains(self) -> Iterator[tuple[int, slice]]:
-        """Yield every domain with the slice of its runs."""
-        run_domain = self.domain[np.flatnonzero(self.number_in_run == 0)]
-        for first, last in equal_runs(run_domain):
-            yield int(run_domain[first]), slice(first, last)

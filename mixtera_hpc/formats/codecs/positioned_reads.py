@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +56,15 @@ def read_each_fully(fd: int, sizes: Sequence[int], offsets: Sequence[int]) -> li
     return contents
 
 
-def merge_nearby(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.intp]:
+def merge_nearby(
+    starts: NDArray[np.int64], stops: NDArray[np.int64], files: NDArray[np.integer[Any]] | None = None
+) -> NDArray[np.intp]:
     """Group rows that are read in one call, given the byte range of each row in ascending order.
+
+    Args:
+        starts: first byte of each row.
+        stops: one past the last byte of each row.
+        files: number of the file of each row, ascending; None if there is one file.
 
     Returns:
         Bounds of the groups: rows [bounds[i], bounds[i + 1]) are read in call i.
@@ -64,6 +72,8 @@ def merge_nearby(starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray
     # Rows of other domains lie between those of one domain. Close the smallest gaps first, and only so many that all
     # reads together have at most 1 + MAX_UNUSED times the bytes of the rows.
     gaps = np.maximum(starts[1:] - stops[:-1], 0)
+    if files is not None:
+        gaps[files[1:] != files[:-1]] = MAX_GAP_BYTES + 1
     ascending = np.argsort(gaps)
     budget = MAX_UNUSED * int((stops - starts).sum())
     num_closed = int(np.searchsorted(np.cumsum(gaps[ascending]), budget, side="right"))

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
-from mixtera_hpc.formats.base import BlockRanges, RowBatch, ScanSpec, ScanUnit, ShardReader
+from mixtera_hpc.formats.base import BlockRanges, RowBatch, RowDecoder, ScanSpec, ScanUnit, ShardReader
 from mixtera_hpc.formats.batching.dict_rows import BadRow, DictRowBatcher
 from mixtera_hpc.formats.batching.json_array_rows import find_array_rows
 from mixtera_hpc.formats.batching.json_payloads import decode_payload
 from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS, json_problem, without_bom
+from mixtera_hpc.formats.batching.json_row_decoder import JsonRowDecoder
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.readers.jsonl import JsonRowReader
 
@@ -73,6 +74,10 @@ class JsonArrayFormat:
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         """Open a shard for random access by row."""
         return JsonRowReader(path, text, after_row=BETWEEN_ROWS)
+
+    def row_decoder(self, text: str | None) -> RowDecoder:
+        """Return the decoder of rows; see `RowFormat`."""
+        return JsonRowDecoder(text, after_row=BETWEEN_ROWS)
 
 
 def _no_array_error(path: Path, data: bytes, problem: str) -> DataError:

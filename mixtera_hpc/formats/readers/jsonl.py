@@ -4,14 +4,12 @@ A unit is a byte range of fixed size; a line belongs to the unit in which it beg
 """
 
 import codecs
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,15 +18,14 @@ from mixtera_hpc.formats.base import (
     BlockRanges,
     BlockRef,
     RowBatch,
+    RowDecoder,
     ScanSpec,
     ScanUnit,
     ShardReader,
     split_evenly,
 )
 from mixtera_hpc.formats.batching.json_lines import JsonLineBatcher, JsonLines, line_ends
-from mixtera_hpc.formats.batching.json_payloads import decode_payloads
-from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
-from mixtera_hpc.formats.batching.row_type import RowType
+from mixtera_hpc.formats.batching.json_row_decoder import JsonRowDecoder
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, merge_nearby, read_each_fully, row_byte_ranges
 from mixtera_hpc.formats.shard_errors import shard_changed_error
@@ -89,6 +86,10 @@ class JsonlFormat:
     def open(self, path: Path, text: str | None, cache: BlockCache) -> ShardReader:
         """Open a shard for random access by row."""
         return JsonRowReader(path, text)
+
+    def row_decoder(self, text: str | None) -> RowDecoder:
+        """Return the decoder of rows; see `RowFormat`."""
+        return JsonRowDecoder(text)
 
 
 class _LineBlocks:
@@ -216,53 +217,35 @@ def _rows_before(path: Path, offset: int) -> int:
     return rows
 
 
-# The type depends on the text only. Making it takes ten times as long as opening a shard.
-@functools.lru_cache(maxsize=64)
-def _typed_decoder(text: str | None) -> tuple[RowType, "msgspec.json.Decoder[Any]"]:
-    row_type = RowType(ScanSpec(text=text))
-    return row_type, msgspec.json.Decoder(row_type.struct)
-
-
 class JsonRowReader:
     """Reads single rows of JSON with `pread`. Threads share nothing but the file descriptor."""
 
     def __init__(self, path: Path, text: str | None, after_row: bytes = b"") -> None:
         self._path = path
-        # Bytes to strip from the end of a row's byte range.
-        self._after_row = after_row
-        self._type, self._decoder = _typed_decoder(text)
+        self._decoder = JsonRowDecoder(text, after_row)
         self._shard = OpenShard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:
         """Return the texts of the named rows; see `ShardReader`."""
         starts, row_lengths = row_byte_ranges(block, lengths, rows)
-        return self._texts(self._decode_at(self._decode_typed, starts, row_lengths, block), block)
+        return self._decode_at(self._decoder.documents, starts, row_lengths, block)
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
         starts, row_lengths = row_byte_ranges(block, lengths, rows)
-        return self._decode_at(decode_payloads, starts, row_lengths, block)
+        return self._decode_at(self._decoder.payloads, starts, row_lengths, block)
 
     def documents_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[str]:
         """Return the texts of the rows at these byte ranges; see `RangeReader`."""
-        return self._texts(self._decode_at(self._decode_typed, starts, lengths))
+        return self._decode_at(self._decoder.documents, starts, lengths)
 
     def payloads_at(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the rows at these byte ranges as dicts; see `RangeReader`."""
-        return self._decode_at(decode_payloads, starts, lengths)
+        return self._decode_at(self._decoder.payloads, starts, lengths)
 
     def close(self) -> None:
         """Release the file descriptor."""
         self._shard.close()
-
-    def _decode_typed(self, rows: Sequence[Row]) -> list[Any]:
-        return list(map(self._decoder.decode, rows))
-
-    def _texts(self, rows: list[Any], block: BlockRef | None = None) -> list[str]:
-        try:
-            return self._type.documents(rows)
-        except ValueError as error:
-            raise shard_changed_error(self._path, block, f"{error}") from None
 
     def _decode_at(
         self,
@@ -274,11 +257,9 @@ class JsonRowReader:
         try:
             rows: list[Any] = []
             for contents in _read_rows(self._shard.fd, starts, starts + lengths):
-                if self._after_row:
-                    contents = [bytes(row).rstrip(self._after_row) for row in contents]
                 rows += decode_each(contents)
             return rows
-        except JSON_ERRORS as error:
+        except ValueError as error:
             raise shard_changed_error(self._path, block, f"{error}") from None
 
 

@@ -6,7 +6,6 @@ Every rank has a `SampleReader`. It opens the file when it reads the first block
 import threading
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +57,7 @@ class SampleReader:
         self._file: h5py.File | None = None
         self._columns: dict[str, Any] = {}
         self._numbers: dict[str, Any] = {}
+        self._chunk_rows = 1
         self.bytes_read = 0
         """Bytes of the column values read so far: decompressed, in their stored types."""
 
@@ -110,6 +110,7 @@ class SampleReader:
         if self._file is None:
             self._file = open_file(self.path)
             self._check_generation(self._file)
+            self._chunk_rows = int(self._file.attrs["chunk_rows"])
             self._columns = open_children(self._file["samples"])
             self._numbers = open_children(self._columns.pop("numbers"))
 
@@ -125,17 +126,17 @@ class SampleReader:
 
     def _read_ranges(self, ranges: Sequence[tuple[int, int]], only: Collection[str] | None) -> SampleColumns:
         rows = sum(stop - start for start, stop in ranges)
-        # The cache works block by block; without one, neighbouring blocks are read in one call.
-        reads = ranges if self._cache.max_bytes else _merge_adjacent(ranges)
+        # The cache works block by block; without one, blocks near each other are read in one call.
+        reads = [] if self._cache.max_bytes else _merge_nearby(ranges, self._chunk_rows)
 
         def column(name: str, stored: Any, dtype: Any, key: str | None = None) -> NDArray[Any]:
             # A column that is not stored (no token counts) or not requested is all zeros.
             if stored is None or not ranges or (only is not None and (key or name) not in only):
                 return np.zeros(rows, dtype)
-            values = [
-                self._cache.get((name, start, stop), partial(self._read_from_file, stored, start, stop))
-                for start, stop in reads
-            ]
+            if self._cache.max_bytes:
+                values = [self._cached(name, stored, *own) for own in ranges]
+            else:
+                values = [part for own in reads for part in self._read_together(stored, own)]
             # Without a copy for the usual case of one range.
             joined = values[0] if len(values) == 1 else np.concatenate(values)
             return joined.astype(dtype, copy=False)
@@ -155,18 +156,31 @@ class SampleReader:
             numbers=numbers,
         )
 
-    def _read_from_file(self, stored: Any, start: int, stop: int) -> NDArray[Any]:
+    def _cached(self, name: str, stored: Any, start: int, stop: int) -> NDArray[Any]:
+        return self._cache.get((name, start, stop), lambda: self._read_together(stored, [(start, stop)])[0])
+
+    def _read_together(self, stored: Any, ranges: Sequence[tuple[int, int]]) -> list[NDArray[Any]]:
+        """Return the values of ascending ranges, which are read in one call."""
         # HDF5 decompresses whole chunks; a block begins at a chunk, so little is decompressed in vain.
-        values: NDArray[Any] = stored[start:stop]
+        first = ranges[0][0]
+        values: NDArray[Any] = stored[first : ranges[-1][1]]
         self.bytes_read += values.nbytes
-        return values
+        return [values[start - first : stop - first] for start, stop in ranges]
 
 
-def _merge_adjacent(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Merge ranges that follow each other without a gap."""
-    merged: list[tuple[int, int]] = []
+def _merge_nearby(ranges: Sequence[tuple[int, int]], chunk_rows: int) -> list[list[tuple[int, int]]]:
+    """Group ascending ranges that are read in one call; ranges without a gap become one.
+
+    Blocks begin at a chunk, so a gap that is shorter than a chunk holds nothing but the rest of a chunk.
+    """
+    reads: list[list[tuple[int, int]]] = []
+    end = None
     for start, stop in ranges:
-        if merged and merged[-1][1] == start:
-            start, _ = merged.pop()
-        merged.append((start, stop))
-    return merged
+        if end is None or not 0 <= start - end < chunk_rows:
+            reads.append([(start, stop)])
+        elif start == end:
+            reads[-1][-1] = reads[-1][-1][0], stop
+        else:
+            reads[-1].append((start, stop))
+        end = stop
+    return reads

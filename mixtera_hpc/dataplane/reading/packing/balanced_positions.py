@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.packing.balance import attention_costs, balanced_order
 from mixtera_hpc.core.slots.segment_order import Slots
-from mixtera_hpc.dataplane.reading.domain_streams import equal_runs
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source
 
@@ -60,9 +59,7 @@ def slot_costs(source: Source, documents: SequenceDocuments, steps: Sequence[Slo
     ordinal = np.concatenate([slots.ordinal for slots in steps])
     number = source.lanes.sequence(domain, ordinal)
     order = np.lexsort((number, domain))
-    by_domain = number[order]
-    runs = equal_runs(domain[order]) if len(order) else ()
-    parts = documents.documents((int(domain[order[first]]), by_domain[first:last]) for first, last in runs)
+    parts = documents.documents(domain[order], number[order])
 
     if source.layout.in_tokens:
         # Every sequence has the same number of tokens, so the position of a part tells its sequence.

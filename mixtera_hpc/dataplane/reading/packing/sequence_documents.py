@@ -6,15 +6,16 @@ costs 3 to 4 µs per document in every process that serves some of its sequences
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.lanes import cut_spans
 from mixtera_hpc.core.packing.best_fit import Fragments, pack_best_fit
-from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams, equal_runs
 from mixtera_hpc.dataplane.reading.packing.sample_costs import SampleCosts
 from mixtera_hpc.dataplane.reading.source import Source
 
@@ -72,19 +73,27 @@ class SequenceDocuments:
         """Return the `dataplane.sample_cost` of every document; shape (n,)."""
         return self._costs.of_documents(documents)
 
-    def documents(self, sequences: Iterable[tuple[int, Ints]]) -> Documents:
-        """Return the documents of (domain, numbers of sequences), one sequence after the other.
+    def documents(self, domain: NDArray[np.integer[Any]], numbers: Ints) -> Documents:
+        """Return the documents of sequences, one sequence after the other.
 
         Neighbouring sequences of a group that follow each other are cheapest.
+
+        Args:
+            domain: of each sequence.
+            numbers: number of each sequence in the stream of its domain.
         """
-        if self.is_packed:
+        if self.is_packed and len(domain):
             # Groups are packed first, which looks up documents itself.
-            parts = [(domain, *self._packed_spans(domain, numbers)) for domain, numbers in sequences]
-            return self._streams.documents_of_domains(parts)
+            own = [int(domain[first]) for first, _ in equal_runs(domain)]
+            packed = [
+                self._packed_spans(value, numbers[first:last])
+                for value, (first, last) in zip(own, equal_runs(domain), strict=True)
+            ]
+            starts, stops = (np.concatenate(ends) for ends in zip(*packed, strict=True))
+            return self._streams.documents_of_spans(np.repeat(own, [len(part) for part, _ in packed]), starts, stops)
         grid = self._source.grid
-        origins = self._source.stream_version.origins
-        spans = ((domain, origins[domain] + numbers * grid.stride) for domain, numbers in sequences)
-        return self._streams.documents_of_domains((domain, start, start + grid.length) for domain, start in spans)
+        starts = self._source.stream_version.origins[domain] + numbers * grid.stride
+        return self._streams.documents_of_spans(domain.astype(np.int64), starts, starts + grid.length)
 
     def spans(self, domain: int, sequence: int) -> list[tuple[int, int]]:
         """Return the items of the stream that a sequence consists of, as (first, one past the last), in its order."""

@@ -1,0 +1,73 @@
+"""Arrays that grow at their end, and ranges of positions in them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["GrowingColumns", "concatenated_ranges", "narrow_type"]
+
+Ints = NDArray[np.int64]
+MIN_CAPACITY = 1024
+
+
+class GrowingColumns:
+    """Columns of equal length. Appending costs O(1) per row on average."""
+
+    def __init__(self, types: Mapping[str, DTypeLike]) -> None:
+        """Hold no rows yet.
+
+        Args:
+            types: name → type of each column.
+        """
+        self._types = {name: np.dtype(dtype) for name, dtype in types.items()}
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._size = 0
+        self._capacity = 0
+        self.row_bytes = sum(dtype.itemsize for dtype in self._types.values())
+        self._reserve(MIN_CAPACITY)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._types
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Return a column; a view that a later `append` does not change."""
+        return self._arrays[name][: self._size]
+
+    def append(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Append rows; `columns` has one array for every column, all of the same length."""
+        stop = self._size + len(next(iter(columns.values())))
+        if stop > self._capacity:
+            self._reserve(max(stop, self._capacity * 3 // 2))
+        for name, values in columns.items():
+            self._arrays[name][self._size : stop] = values
+        self._size = stop
+
+    def clear(self) -> None:
+        """Remove all rows, and free their memory."""
+        self._size = 0
+        self._reserve(MIN_CAPACITY)
+
+    def _reserve(self, capacity: int) -> None:
+        self._capacity = capacity
+        for name, dtype in self._types.items():
+            array = np.empty(capacity, dtype)
+            if self._size:
+                array[: self._size] = self._arrays[name][: self._size]
+            self._arrays[name] = array
+
+
+def concatenated_ranges(first: NDArray[np.integer[Any]], count: NDArray[np.integer[Any]]) -> Ints:
+    """Return the numbers first[0], …, first[0] + count[0] - 1, first[1], … of all ranges."""
+    ends = np.cumsum(count, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(first - (ends - count), count)
+
+
+def narrow_type(maximum: int) -> np.dtype[Any]:
+    """Return the narrowest unsigned integer type that holds `maximum`."""
+    return np.min_scalar_type(maximum)

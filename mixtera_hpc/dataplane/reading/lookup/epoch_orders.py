@@ -1,0 +1,132 @@
+"""The borders of all windows of the epochs in use, in one array: one binary search finds the windows of any streams.
+
+At most two epochs of a domain are in memory, one with an even and one with an odd number. Price: the order of an epoch
+is computed once, O(blocks of the domain); adding an epoch copies the borders of all epochs in memory.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.core.order import EpochOrder
+from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges
+from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
+
+__all__ = ["EpochOrders", "WindowKey", "WindowSpans"]
+
+Ints = NDArray[np.int64]
+
+
+class WindowKey(NamedTuple):
+    """The identity of a window."""
+
+    domain: int
+    epoch: int
+    number: int
+    """Position in the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowSpans:
+    """Parts of spans that lie in one window each; shape (n,) each."""
+
+    cell: Ints
+    """Number of the window among all borders."""
+    begin: Ints
+    """First item, counted from the start of the window."""
+    end: Ints
+
+
+class EpochOrders:
+    """Finds windows by domain, epoch and item."""
+
+    def __init__(self, layout: StreamLayout) -> None:
+        """Order nothing yet."""
+        self._layout = layout
+        # Every (domain, parity of the epoch) has a range of keys of its own, in which its items are counted.
+        sizes = np.repeat(layout.epoch_items() + 1, 2)
+        self._first_key = np.cumsum(sizes) - sizes
+        self._epoch = np.full(len(sizes), -1, np.int64)
+        self._orders: dict[int, EpochOrder] = {}
+        """2 × domain + parity → order of the epoch."""
+        self._first_cell = np.zeros(len(sizes), np.int64)
+        self._keys: Ints = np.zeros(0, np.int64)
+        """The first item of every window and the end of every epoch, as keys; ascending."""
+        self.window: Ints = np.zeros(0, np.int64)
+        """Number in the window table of the window of each cell, -1 if it is not there."""
+
+    def can_hold(self, domain: Ints, epoch: Ints) -> bool:
+        """Return whether all these epochs can be in memory together."""
+        chosen = np.full(len(self._epoch), -1, np.int64)
+        slot = 2 * domain + (epoch & 1)
+        chosen[slot] = epoch
+        return bool((chosen[slot] == epoch).all())
+
+    def find(self, domain: Ints, epoch: Ints, begin: Ints, end: Ints) -> WindowSpans:
+        """Cut spans at the borders of windows; the parts follow in the order of the spans.
+
+        Args:
+            domain: of each span.
+            epoch: of each span; see `can_hold`.
+            begin: first item of each span, counted in the base order of the epoch.
+            end: one past the last item.
+        """
+        slot = 2 * domain + (epoch & 1)
+        is_missing = self._epoch[slot] != epoch
+        if is_missing.any():
+            self._add(slot[is_missing], epoch[is_missing])
+        first_key = self._first_key[slot]
+        begin = begin + first_key
+        end = end + first_key
+        cell = np.searchsorted(self._keys, begin, side="right") - 1
+        # Nearly always each span lies in one window.
+        if (end > self._keys[cell + 1]).any():
+            count = np.searchsorted(self._keys, end, side="left") - cell
+            span = np.repeat(np.arange(len(cell)), count)
+            cell = concatenated_ranges(cell, count)
+            begin = np.maximum(begin[span], self._keys[cell])
+            end = np.minimum(end[span], self._keys[cell + 1])
+            # A span may cross a window without items.
+            filled = np.flatnonzero(begin < end)
+            cell, begin, end = cell[filled], begin[filled], end[filled]
+        start = self._keys[cell]
+        return WindowSpans(cell, begin - start, end - start)
+
+    def window_keys(self, cells: Ints) -> list[tuple[WindowKey, EpochOrder]]:
+        """Return the identity of the windows of some cells, and the order of their epochs."""
+        slots = np.array(list(self._orders), np.int64)
+        own = slots[np.searchsorted(self._first_cell[slots], cells, side="right") - 1]
+        numbers = cells - self._first_cell[own]
+        places = zip(own.tolist(), self._epoch[own].tolist(), numbers.tolist(), strict=True)
+        return [(WindowKey(slot // 2, epoch, number), self._orders[slot]) for slot, epoch, number in places]
+
+    def order(self, domain: int, epoch: int) -> EpochOrder:
+        """Return the order of an epoch."""
+        slot = 2 * domain + (epoch & 1)
+        if self._epoch[slot] != epoch:
+            self._add(np.array([slot]), np.array([epoch]))
+        return self._orders[slot]
+
+    def _add(self, slots: Ints, epochs: Ints) -> None:
+        """Order epochs, which replace those of the same parity."""
+        windows = {slot: self.window[self._cells(slot)] for slot in self._orders}
+        for slot, epoch in set(zip(slots.tolist(), epochs.tolist(), strict=True)):
+            order = self._layout.epoch_order(slot // 2, epoch)
+            self._orders[slot] = order
+            self._epoch[slot] = epoch
+            windows[slot] = np.full(len(order.starts), -1, np.int64)
+
+        # Slots ascend, and so do their keys.
+        self._orders = dict(sorted(self._orders.items()))
+        lengths = np.array([len(order.starts) for order in self._orders.values()])
+        active = np.array(list(self._orders), np.int64)
+        self._first_cell[active] = np.cumsum(lengths) - lengths
+        starts = np.concatenate([order.starts for order in self._orders.values()])
+        self._keys = starts + np.repeat(self._first_key[active], lengths)
+        self.window = np.concatenate([windows[slot] for slot in self._orders])
+
+    def _cells(self, slot: int) -> slice:
+        first = int(self._first_cell[slot])
+        return slice(first, first + len(self._orders[slot].starts))

@@ -1,0 +1,167 @@
+"""The documents of all windows in memory, one window after the other, in one set of columns.
+
+Any documents of any windows are gathered by one index array. Price: about 24 bytes of memory per document.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns, concatenated_ranges
+from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
+
+__all__ = ["StreamWindow", "WindowDocuments", "WindowTable"]
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamWindow:
+    """The documents of one window, in stream order; shape (n,) each."""
+
+    key: WindowKey
+    block: NDArray[np.int32]
+    row: NDArray[np.int32]
+    """Row inside the block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowDocuments:
+    """Columns of documents of several windows, window by window; shape (n,) each."""
+
+    block: NDArray[np.int32]
+    row: NDArray[np.integer[Any]]
+    offset: NDArray[np.integer[Any]]
+    """First byte of the row inside its block."""
+    length: NDArray[np.integer[Any]]
+    """Bytes of the row."""
+    items: Ints | None
+    """Items of each document; None if each has one."""
+
+
+class WindowTable:
+    """Windows by number, in the order in which they were added."""
+
+    def __init__(self, types: Mapping[str, DTypeLike], *, has_unit_items: bool) -> None:
+        """Hold no windows yet.
+
+        Args:
+            types: type of the columns `row`, `offset` and `length`.
+            has_unit_items: whether every document has one item.
+        """
+        self._types = types
+        self._has_unit_items = has_unit_items
+        stops: dict[str, DTypeLike] = {} if has_unit_items else {"stop": np.int64}
+        # `stop` counts the items of all windows up to the end of a document, so that one binary search serves all.
+        self._columns = GrowingColumns({"block": np.int32, **types, **stops})
+        self._windows = GrowingColumns({"first": np.int64, "first_item": np.int64, "last_use": np.int64})
+        self._keys: list[WindowKey] = []
+        self._num_items = 0
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, number: int) -> StreamWindow:
+        """Return a window by its number."""
+        first = int(self._windows["first"][number])
+        documents = slice(first, first + int(self._counts()[number]))
+        row = self._columns["row"][documents].astype(np.int32)
+        return StreamWindow(self._keys[number], self._columns["block"][documents], row)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all documents in memory."""
+        return len(self._columns) * self._columns.row_bytes
+
+    def append(self, keys: list[WindowKey], counts: Ints, documents: WindowDocuments) -> None:
+        """Add windows with so many documents each."""
+        first = len(self._columns) + np.cumsum(counts) - counts
+        columns: dict[str, NDArray[Any]] = {
+            "block": documents.block,
+            "row": documents.row,
+            "offset": documents.offset,
+            "length": documents.length,
+        }
+        first_item = first
+        if documents.items is not None:
+            stop = self._num_items + np.cumsum(documents.items)
+            columns["stop"] = stop
+            before = np.append(self._num_items, stop)
+            first_item = before[first - len(self._columns)]
+            self._num_items = int(before[-1])
+        self._columns.append(columns)
+        self._windows.append({"first": first, "first_item": first_item, "last_use": np.zeros_like(first)})
+        self._keys += keys
+
+    def use(self, windows: Ints, time: int) -> None:
+        """Record when windows were used last."""
+        self._windows["last_use"][windows] = time
+
+    def recently_used(self, max_bytes: int) -> Ints:
+        """Return the windows used last that fit into a budget, and all that were used at the latest time; ascending."""
+        last_use = self._windows["last_use"]
+        newest_first = np.argsort(-last_use, kind="stable")
+        num_bytes = np.cumsum(self._counts()[newest_first]) * self._columns.row_bytes
+        is_chosen = (num_bytes <= max_bytes) | (last_use[newest_first] == last_use.max(initial=0))
+        return np.sort(newest_first[is_chosen])
+
+    def select(self, windows: Ints) -> "WindowTable":
+        """Return a table of some of the windows, in this order."""
+        counts = self._counts()[windows]
+        chosen = concatenated_ranges(self._windows["first"][windows], counts)
+        table = WindowTable(self._types, has_unit_items=self._has_unit_items)
+        table.append(
+            [self._keys[number] for number in windows.tolist()],
+            counts,
+            WindowDocuments(
+                block=self._columns["block"][chosen],
+                row=self._columns["row"][chosen],
+                offset=self._columns["offset"][chosen],
+                length=self._columns["length"][chosen],
+                items=None if self._has_unit_items else self._stops(chosen) - self._stops(chosen - 1),
+            ),
+        )
+        table._windows["last_use"][:] = self._windows["last_use"][windows]
+        return table
+
+    def cover(self, windows: Ints, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
+        """Return the first document that covers each span of items, and the number of documents.
+
+        Args:
+            windows: the window of each span.
+            begin: first item of each span, counted from the start of the window.
+            end: one past the last item; greater than `begin`.
+        """
+        first_item = self._windows["first_item"][windows]
+        if self._has_unit_items:
+            return first_item + begin, end - begin
+        stops = self._columns["stop"]
+        first = np.searchsorted(stops, first_item + begin, side="right")
+        last = np.searchsorted(stops, first_item + end, side="left")
+        return first, last + 1 - first
+
+    def item_ranges(self, windows: Ints, documents: Ints) -> tuple[Ints, Ints]:
+        """Return the first item of documents and one past the last, counted from the start of their windows."""
+        first_item = self._windows["first_item"][windows]
+        if self._has_unit_items:
+            return documents - first_item, documents - first_item + 1
+        return self._stops(documents - 1) - first_item, self._stops(documents) - first_item
+
+    def places(self, windows: Ints, documents: Ints) -> Ints:
+        """Return the position of documents in their windows."""
+        places: Ints = documents - self._windows["first"][windows]
+        return places
+
+    def values(self, column: str, documents: Ints, dtype: DTypeLike) -> NDArray[Any]:
+        """Return a column of some documents."""
+        return self._columns[column][documents].astype(dtype, copy=False)
+
+    def _counts(self) -> Ints:
+        return np.diff(self._windows["first"], append=len(self._columns))
+
+    def _stops(self, documents: Ints) -> Ints:
+        """Return the items up to the end of documents; 0 for document -1."""
+        return np.where(documents < 0, 0, self._columns["stop"][documents])

@@ -1,0 +1,1 @@
+"""Read rows that are byte ranges of files, from many files in one loop."""

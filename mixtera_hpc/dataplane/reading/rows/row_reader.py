@@ -1,0 +1,249 @@
+"""Read rows of shards of any format: raw samples, texts, or token ids.
+
+Formats with byte ranges read only the rows. The others decode whole blocks, whose other rows stay in memory until they
+are served. Rows of formats with a `RowDecoder` are read by one loop over all shards.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, equal_runs
+from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths, max_open_shards
+from mixtera_hpc.dataplane.reading.residency.resident_rows import MAX_ROW_SHARE, PackedRows, ResidentRows
+from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
+from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
+from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
+from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
+from mixtera_hpc.formats.base import BlockRef, RangeReader, RowDecoder, RowFormat, ShardReader, TokenReader
+from mixtera_hpc.formats.batching.json_payloads import decode_payloads
+from mixtera_hpc.formats.codecs.block_cache import BlockCache
+from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
+from mixtera_hpc.formats.composed_text import is_composed, open_reader
+from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlReader
+from mixtera_hpc.formats.registry import load_format
+
+__all__ = ["RowReader"]
+
+# How a shard is read: not known yet, by its reader row by row, by decoding whole blocks; or, from the last on, with the
+# decoder of that number.
+_UNKNOWN, _ROWS, _BLOCKS, _FIRST_DECODER = range(4)
+
+
+class _OpenShard(NamedTuple):
+    """An open data file. The fields after the first are the same reader, where it can do more."""
+
+    reader: ShardReader
+    range_reader: RangeReader | None
+    """Set for formats whose rows have a byte range of their own."""
+    token_reader: TokenReader | None
+    """Set for formats whose rows are token ids."""
+
+
+class RowReader:
+    """Keeps shards open, and rows of blocks that were decoded as a whole. One per reading thread."""
+
+    def __init__(self, source: Source, guard: ShardGuard) -> None:
+        """Open nothing yet; shards are opened when they are needed, and recorded in `guard`."""
+        self._source = source
+        self._guard = guard
+        self.place = ReadPlace()
+        """Where this reader is, for the watchdog."""
+        index = source.index
+        # One half for the readers of single shards, one for files that share a loop.
+        self._max_open_shards = max_open_shards() // 2
+        self._shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._files = RowFiles(index.data_root, index.shard_paths, self._max_open_shards)
+        self._decoders: list[RowDecoder] = []
+        self._kinds: dict[tuple[str, str | None], int] = {}
+        """Format and text path of shards whose kind is known before they are opened → kind."""
+        self._shard_kinds = np.zeros(len(index.shard_paths), np.int16)
+        self._paths = ShardPaths(index.data_root, index.shard_paths)
+        self._formats = ShardFormats(source)
+        self._is_range_reader: dict[type, bool] = {}
+        """Class of a reader → whether it is a `RangeReader`: the check of a protocol is slow."""
+        seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
+        largest_block = source.config.data.largest_block_bytes()
+        self._cache = BlockCache(source.cache_bytes, seek_folders, largest_block)
+        self._resident_rows: dict[bool, ResidentRows] = {}
+        """Whether rows are raw → rows of windows in use."""
+
+    def read(self, documents: Documents, *, raw: bool) -> list[Any]:
+        """Read rows that are sorted by block and row: raw samples, texts, or token ids if the format holds them."""
+        shards = self._source.blocks.shard[documents.block]
+        kinds = self._kinds_of(documents, shards)
+        # The other rows of a block are worth keeping, but not if it has only one.
+        is_block = kinds == _BLOCKS
+        if is_block.any():
+            kinds = np.where(is_block & (self._source.blocks.rows[documents.block] == 1), _ROWS, kinds)
+        distinct = np.unique(kinds).tolist()
+        if len(distinct) == 1:
+            return self._read_kind(distinct[0], documents, shards, raw=raw)
+        rows: list[Any] = [None] * len(shards)
+        for kind in distinct:
+            chosen = np.flatnonzero(kinds == kind)
+            read = self._read_kind(kind, documents.select(chosen), shards[chosen], raw=raw)
+            for number, row in zip(chosen.tolist(), read, strict=True):
+                rows[number] = row
+        return rows
+
+    def close(self) -> None:
+        """Close every shard."""
+        for shard in self._shards.values():
+            shard.reader.close()
+        self._shards.clear()
+        self._files.close()
+
+    def _read_kind(self, kind: int, documents: Documents, shards: NDArray[np.int32], *, raw: bool) -> list[Any]:
+        """Read rows of shards of one kind."""
+        if kind == _BLOCKS:
+            return self._resident(raw).read(documents)
+        if kind >= _FIRST_DECODER:
+            decoder = self._decoders[kind - _FIRST_DECODER]
+            self._guard.use(shards)
+            starts = self._source.blocks.offset[documents.block] + documents.offset
+            decode = decoder.payloads if raw else decoder.documents
+            numbers = (self._source.blocks.first_row[documents.block] + documents.row).tolist()
+
+            def enter(shard: int, first: int, last: int) -> None:
+                self.place.enter(READ, shard, numbers[first], numbers[last])
+
+            try:
+                return self._files.read(shards, starts, documents.length, decode, enter)
+            except (OSError, EOFError, ValueError):
+                # The readers of the shards wait for the rest of short reads, and name the shard that is damaged.
+                pass
+        return self._read_from_shards(documents, shards, raw=raw)
+
+    def _read_from_shards(self, documents: Documents, shards: NDArray[np.int32], *, raw: bool) -> list[Any]:
+        """Read rows that are sorted by block and row, without keeping others."""
+        starts = self._source.blocks.offset[documents.block] + documents.offset
+        rows: list[Any] = []
+        for first, last in equal_runs(shards) if len(shards) else ():
+            self._enter_shard(documents, int(shards[first]), first, last - 1)
+            shard = self._shard(int(shards[first]))
+            of_shard = slice(first, last)
+            if shard.range_reader is None:
+                rows += self._read_by_block(shard, documents.select(of_shard), raw=raw)
+            elif raw:
+                rows += shard.range_reader.payloads_at(starts[of_shard], documents.length[of_shard])
+            else:
+                rows += shard.range_reader.documents_at(starts[of_shard], documents.length[of_shard])
+        return rows
+
+    def _enter_shard(self, documents: Documents, shard: int, first: int, last: int) -> None:
+        """Record that rows of one shard are read, from document `first` to document `last`."""
+        first_rows = self._source.blocks.first_row
+        ends = [int(first_rows[documents.block[i]]) + int(documents.row[i]) for i in (first, last)]
+        self.place.enter(READ, shard, *ends)
+
+    def _kinds_of(self, documents: Documents, shards: NDArray[np.int32]) -> NDArray[np.int16]:
+        """Return how each shard is read. Some shards have to be opened when they are first asked for."""
+        kinds = self._shard_kinds[shards]
+        if (kinds == _UNKNOWN).any():
+            for number in np.unique(shards[kinds == _UNKNOWN]).tolist():
+                self._shard_kinds[number] = self._closed_kind(number) or self._opened_kind(documents, shards, number)
+            kinds = self._shard_kinds[shards]
+        return kinds
+
+    def _closed_kind(self, number: int) -> int:
+        """Return the kind of a shard whose rows have a decoder, else `_UNKNOWN`."""
+        index = self._source.index
+        name = index.shard_formats[number]
+        text = index.shard_texts[number]
+        if (name, text) not in self._kinds:
+            kind = _UNKNOWN
+            row_format = load_format(name)
+            if isinstance(row_format, RowFormat) and not is_composed(text):
+                kind = _FIRST_DECODER + len(self._decoders)
+                self._decoders.append(row_format.row_decoder(text))
+            self._kinds[name, text] = kind
+        return self._kinds[name, text]
+
+    def _opened_kind(self, documents: Documents, shards: NDArray[np.int32], number: int) -> int:
+        """Open a shard, and return its kind."""
+        of_shard = np.flatnonzero(shards == number)
+        self._enter_shard(documents, number, int(of_shard[0]), int(of_shard[-1]))
+        shard = self._shard(number)
+        is_decoded = shard.range_reader is None and shard.token_reader is None
+        return _BLOCKS if is_decoded else _ROWS
+
+    def _resident(self, raw: bool) -> ResidentRows:
+        """Return the rows in memory; texts and whole rows are kept apart."""
+        if raw not in self._resident_rows:
+            max_bytes = int(self._source.cache_bytes * MAX_ROW_SHARE)
+            self._resident_rows[raw] = ResidentRows(
+                max_bytes, partial(self._decode_block, raw), partial(self._pack_block, raw)
+            )
+        # Rows come first. The rest is for blocks, which domains at the same speed need at about the same time.
+        rows_bytes = sum(rows.num_bytes for rows in self._resident_rows.values())
+        self._cache.max_bytes = max(self._source.cache_bytes - rows_bytes, 0)
+        return self._resident_rows[raw]
+
+    def _decode_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> Sequence[Any]:
+        """Decode a block and return the named rows; the lengths of rows have no meaning here."""
+        block, reader = self._enter_block(number)
+        lengths = np.zeros(block.rows, np.int64)
+        return reader.payloads(block, lengths, rows) if raw else reader.documents(block, lengths, rows)
+
+    def _pack_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> PackedRows:
+        """Decode a block and return the named rows as they stay in memory: as lines, where the reader has them."""
+        block, reader = self._enter_block(number)
+        if isinstance(reader, CompressedJsonlReader):
+            return PackedRows(reader.lines(block, rows), decode_payloads if raw else reader.unpack_documents)
+        return PackedRows(self._decode_block(raw, number, rows), None)
+
+    def _enter_block(self, number: int) -> tuple[BlockRef, ShardReader]:
+        """Record that a block is read, and return it with the reader of its shard."""
+        block = BlockRef.of(self._source.blocks, number)
+        shard = int(self._source.blocks.shard[number])
+        first_row = int(self._source.blocks.first_row[number])
+        self.place.enter(READ, shard, first_row, first_row + block.rows - 1)
+        return block, self._shard(shard).reader
+
+    def _read_by_block(self, shard: _OpenShard, documents: Documents, *, raw: bool) -> Iterator[Any]:
+        """Read rows of a format without byte ranges, those of one block together; lengths have no meaning there."""
+        for first, last in equal_runs(documents.block):
+            number = int(documents.block[first])
+            block = BlockRef.of(self._source.blocks, number)
+            lengths = np.zeros(block.rows, np.int64)
+            # A row may occur twice, when two sequences need it.
+            rows, position = np.unique(documents.row[first:last].astype(np.int64), return_inverse=True)
+            results: Sequence[Any]
+            if raw:
+                results = shard.reader.payloads(block, lengths, rows)
+            elif shard.token_reader is not None:
+                results = shard.token_reader.tokens(block, rows)
+            else:
+                results = shard.reader.documents(block, lengths, rows)
+            yield from (results[i] for i in position.tolist())
+
+    def _shard(self, number: int) -> _OpenShard:
+        """Return an open shard; the one that was not used for longest is closed when there are too many."""
+        self._guard.use(number)
+        if number in self._shards:
+            self._shards.move_to_end(number)
+            return self._shards[number]
+
+        index = self._source.index
+        fmt = self._formats.of(number)
+        path = self._paths.get(number)
+        tokenizer = self._source.tokenizer
+        chat = tokenizer.chat if tokenizer is not None else None
+        reader = open_reader(fmt, path, index.shard_texts[number], self._cache, chat)
+        if type(reader) not in self._is_range_reader:
+            self._is_range_reader[type(reader)] = isinstance(reader, RangeReader)
+        range_reader = cast(RangeReader, reader) if self._is_range_reader[type(reader)] else None
+        token_reader = cast(TokenReader, reader) if fmt.holds_tokens else None
+        shard = _OpenShard(reader, range_reader, token_reader)
+        self._shards[number] = shard
+        # Each open shard costs a file descriptor; a run may have many thousands of shards.
+        if len(self._shards) > self._max_open_shards:
+            _, oldest = self._shards.popitem(last=False)
+            oldest.reader.close()
+        return shard

@@ -1,0 +1,93 @@
+"""Rows of many files in one loop: what is read, in which order, and what falls back to the reader of one shard."""
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
+from mixtera_hpc.formats.batching.json_row_decoder import JsonRowDecoder
+
+ROW_BYTES = 12
+NUM_FILES = 9
+
+
+def decode(rows: Sequence[bytes]) -> list[int]:
+    return [int(row) for row in rows]
+
+
+def nothing(shard: int, first: int, last: int) -> None:
+    """Be told the shard that is read next."""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> RowFiles:
+    """Return files whose row i of file f is the number 1000 f + i."""
+    for number in range(NUM_FILES):
+        rows = [f"{1000 * number + row:{ROW_BYTES - 1}}\n" for row in range(400)]
+        (tmp_path / f"{number}").write_text("".join(rows))
+    return RowFiles(f"{tmp_path}", [f"{number}" for number in range(NUM_FILES)], max_open=4)
+
+
+def read(files: RowFiles, places: list[tuple[int, int]], enter: Any = nothing) -> list[int]:
+    """Return the rows at (file, row)."""
+    shards, rows = np.array(sorted(places)).T
+    lengths = np.full(len(rows), ROW_BYTES)
+    return files.read(shards.astype(np.int32), rows * ROW_BYTES, lengths, decode, enter)
+
+
+@pytest.mark.parametrize("share", [0.002, 0.1, 0.9, 1.0])
+def test_rows_come_in_order_whether_or_not_they_share_a_read(files: RowFiles, share: float) -> None:
+    chosen = np.random.default_rng(0).random((NUM_FILES, 400)) < share
+    places = [(int(shard), int(row)) for shard, row in zip(*np.nonzero(chosen), strict=True)]
+    # Some rows are wanted twice.
+    places += places[::7]
+    entered = []
+    rows = read(files, places, lambda *place: entered.append(place))
+    assert rows == sorted(1000 * shard + row for shard, row in places)
+    assert [shard for shard, _, _ in entered] == sorted({shard for shard, _ in places})
+    ends = list(accumulate(sum(shard == own for shard, _ in places) for own, _, _ in entered))
+    assert [(first, last + 1) for _, first, last in entered] == list(zip([0, *ends], ends, strict=False))
+    files.close()
+
+
+def test_no_more_files_are_open_than_allowed(files: RowFiles) -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - the entries change while they are listed.
+    read(files, [(shard, 1) for shard in range(NUM_FILES)])
+    assert len(os.listdir("/proc/self/fd")) <= before + 4  # noqa: PTH208
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
+
+
+def test_a_row_behind_the_end_of_a_file_is_refused(files: RowFiles) -> None:
+    with pytest.raises(EOFError):
+        read(files, [(0, 1), (0, 400)])
+    files.close()
+
+
+ROWS = [b'{"text": "a"}\n', b'\n {"text": "b", "n": [1]}\n', b'{"text": "c"}']
+
+
+def test_rows_that_are_decoded_together_equal_rows_alone() -> None:
+    decoder = JsonRowDecoder("text")
+    assert decoder.documents(ROWS) == ["a", "b", "c"]
+    assert decoder.payloads(ROWS) == [{"text": "a"}, {"text": "b", "n": [1]}, {"text": "c"}]
+    large = [*ROWS, b'{"text": "d", "n": 1e999}']
+    assert decoder.payloads(large)[3] == {"text": "d", "n": float("inf")}
+
+
+@pytest.mark.parametrize(
+    "bad", [[b""], [b"\n"], [b"{}\n{}"], [b'{"text": "a"}, {"text": "b"}'], [b'{"text": "a', b'b"}'], [b'{"text"']]
+)
+def test_bytes_that_are_not_one_row_are_refused(bad: list[bytes]) -> None:
+    """A batch has as many elements as rows only if every row is one element."""
+    decoder = JsonRowDecoder("text")
+    for rows in ([*ROWS, *bad], [*bad, *ROWS], [*bad, *bad]):
+        with pytest.raises(ValueError, match=r"JSON|Expected|truncated|data"):
+            decoder.payloads(rows)
+        with pytest.raises(ValueError, match=r"JSON|Expected|truncated|data|text"):
+            decoder.documents(rows)
