@@ -231,10 +231,9 @@ class DataPlane:
             tokens: which predicted tokens of these sequences the losses belong to; None for all.
             num_tokens: if `loss` has one sum per sequence, shape (B,), the number of tokens in each sum. That of a
                 sample is its weight, of which 0 leaves it out.
-            scalars: numbers of each of these sequences besides the loss, such as a gradient norm or a reward, by the
-                names in `dataplane.scalars`; arrays or torch tensors, shape (B,) each. They are summed per domain like
-                losses: `DomainStatistics.scalars`. Where ranks record parts of sequences, those of a group's first rank
-                count.
+            scalars: numbers of each sequence besides the loss, such as a reward, by the names in `dataplane.scalars`;
+                shape (B,) each. `DomainStatistics.scalars` has their sums per domain. Where ranks record parts of
+                sequences, those of a group's first rank count.
 
         Raises:
             ValueError: the step is finished or was not handed out, or the losses have another shape.

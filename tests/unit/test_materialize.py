@@ -182,6 +182,16 @@ def test_tokenize_extends_a_store_after_a_refresh_without_it(overrides: list[str
     check_stream(overrides)
 
 
+def test_a_derivation_keeps_the_store(overrides: list[str], tmp_path: Path) -> None:
+    assert main(["index", "build", *overrides]) == 0
+    tokens, _ = contents(tmp_path / "i.h5.tokens")
+    function = "{function: mixtera_hpc.index.document_functions.length_bucket}"
+    assert main(["index", "derive", *overrides, f"data.properties.size={function}"]) == 0
+    assert (tmp_path / "i.h5.tokens/tokens.bin").read_bytes() == tokens
+    check_stream(overrides)
+    check_stream(overrides, "mixture.group_by=[size]")
+
+
 def test_conversations_are_stored_with_their_marks(overrides: list[str], tmp_path: Path) -> None:
     chats = tmp_path / "chats"
     chats.mkdir()

@@ -109,3 +109,20 @@ def test_a_rank_that_is_ahead_of_the_others_does_not_wait_for_them() -> None:
     assert counts[0] == counts[1]
     # It waits only a few times in vain.
     assert time.monotonic() - began < (ready_agreement.MAX_RELEASES + 1) * ready_agreement.PATIENCE_S + 1
+
+
+def test_one_reduction_serves_several_steps() -> None:
+    """Four batches are held ahead. The reduction for the next ones starts during the last step of a range."""
+
+    def serve(comm: ThreadCommunicator) -> int:
+        agreement = ReadyAgreement(comm, 0)
+        for step in range(40):
+            wait_for(agreement, step, lambda held_end=step + 4: held_end)
+            if agreement.needs_offer(step + 1):
+                agreement.offer(RankPosition(step + 1, step + 4))
+            comm.Barrier()
+        started = agreement._num_started
+        agreement.finish()
+        return started
+
+    assert max(run_ranks(3, serve)) <= 40 / 2 + 1

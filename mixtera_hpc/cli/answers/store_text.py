@@ -2,7 +2,7 @@
 
 import sys
 
-from mixtera_hpc.index.build.store_maker import StoreEstimate
+from mixtera_hpc.index.build.stores.store_maker import StoreEstimate
 from mixtera_hpc.index.row_store.row_job import RowPlan, RowReport
 from mixtera_hpc.index.token_store.store_job import StoreReport
 from mixtera_hpc.index.token_store.store_state import StorePlan

@@ -87,7 +87,8 @@ class ReadyAgreement:
     def offer(self, position: RankPosition) -> None:
         """Take part early if this rank holds a batch beyond those agreed on. Does not block, and is not collective."""
         self._complete()
-        if self._request is None and position.held_end > self._end:
+        # The reduction that was complete may have made another one unnecessary for some steps.
+        if self._request is None and position.held_end > self._end and self.needs_offer(position.next_step):
             self._start(position)
             self._complete()
 
@@ -139,7 +140,9 @@ class ReadyAgreement:
         here = np.zeros(2, np.int64)
         all_are_here = self._comm.Iallreduce(here[:1], here[1:])
         while not all_are_here.Test():
-            self.offer(everything)
+            self._complete()
+            if self._request is None and self._end < NO_LIMIT:
+                self._start(everything)
             time.sleep(FINISH_POLL_S)
         # A rank that was ahead of the others may not have started all that they have.
         last = int(self._comm.Allreduce(np.array([self._num_started], np.int64), "max")[0])

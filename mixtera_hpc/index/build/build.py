@@ -23,7 +23,7 @@ from mixtera_hpc.formats.shard_scan import scan_spec_of
 from mixtera_hpc.index.build.assemble import BuildReport, BuildRequest, assemble_index
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, follow_index_job, lead_index_job
-from mixtera_hpc.index.build.store_maker import AnnounceStore, StoreMaker
+from mixtera_hpc.index.build.stores.store_maker import AnnounceStore, StoreMaker
 from mixtera_hpc.index.chat_check import check_has_template
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.scan.computed_properties import ComputedProperties

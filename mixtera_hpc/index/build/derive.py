@@ -27,6 +27,7 @@ from mixtera_hpc.index.build.index_job import IndexJob, ScanPlan, UnitRecords, f
 from mixtera_hpc.index.build.merge import MergedTables, merge_results
 from mixtera_hpc.index.build.publish import IndexFacts, PublishedIndex, publish_index
 from mixtera_hpc.index.build.stored_blocks import block_ranges, combo_values
+from mixtera_hpc.index.build.stores.derived_stores import keep_stores
 from mixtera_hpc.index.chat_check import check_chat_template
 from mixtera_hpc.index.data_sets import DataSetFacts, data_set_key
 from mixtera_hpc.index.read.configured import open_written
@@ -95,7 +96,9 @@ def derive_properties(
             return follow_index_job(job, comm, DeriveReport)
         # Positions in changed shards would be those of other rows.
         check_fresh(index)
-        return lead_index_job(job, derivation.plan(), comm, derivation.finish, progress)
+        report = lead_index_job(job, derivation.plan(), comm, derivation.finish, progress)
+        keep_stores(config, index.path, index.fingerprint, report.fingerprint)
+        return report
 
 
 def _new_properties(config: Config, index: PropertyIndex, again: bool) -> dict[str, NewProperties]:

@@ -32,8 +32,8 @@ from mixtera_hpc.index.build.build import plan_shards, scan_settings, shard_scan
 from mixtera_hpc.index.build.discover import discover_shards
 from mixtera_hpc.index.build.index_job import ScanPlan, UnitRecords, follow_index_job, lead_index_job
 from mixtera_hpc.index.build.publish import renew_modification_times
-from mixtera_hpc.index.build.store_maker import AnnounceStore, StoreMaker
 from mixtera_hpc.index.build.stored_blocks import StoredBlocks, block_ranges, combo_values
+from mixtera_hpc.index.build.stores.store_maker import AnnounceStore, StoreMaker
 from mixtera_hpc.index.data_sets import data_set_key
 from mixtera_hpc.index.read.open import PropertyIndex, open_index
 from mixtera_hpc.index.row_store.row_job import RowReport

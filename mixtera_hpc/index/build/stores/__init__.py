@@ -1,0 +1,1 @@
+"""Stores of tokens and rows that an index build makes, extends or keeps."""
