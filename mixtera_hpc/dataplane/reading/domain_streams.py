@@ -7,7 +7,7 @@ once, O(blocks). The first access to a window reads the sample columns of its bl
 read them before. Windows and columns are cached within byte budgets.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from mixtera_hpc.core.lanes import ServedPart, cut_spans
 from mixtera_hpc.dataplane.reading.lookup.block_samples import BlockSamples, ReadBlocks
 from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges
 from mixtera_hpc.dataplane.reading.lookup.epoch_orders import EpochOrders
+from mixtera_hpc.dataplane.reading.lookup.repeated_epochs import RepeatedEpochs
 from mixtera_hpc.dataplane.reading.lookup.window_builder import build_windows
 from mixtera_hpc.dataplane.reading.lookup.window_table import StreamWindow, WindowTable
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
@@ -106,6 +107,7 @@ class DomainStreams:
         sample_bytes = min(SAMPLE_CACHE_BYTES, WINDOW_CACHE_BYTES)
         self._samples = BlockSamples(layout, read_blocks, domain_of, is_not_dropped, sample_bytes)
         self._orders = EpochOrders(layout)
+        self._repeated = RepeatedEpochs(layout, self._samples, self._served)
         types = {name: self._samples.columns[name].dtype for name in ("row", "offset", "length")}
         self._windows = WindowTable(types, has_unit_items=not layout.in_tokens)
         self._num_lookups = 0
@@ -135,14 +137,30 @@ class DomainStreams:
             stops: one past the last item of each span; greater than the first.
         """
         self._begin_lookup()
+        is_repeated = self._repeated.holds(domain, starts, stops)
+        if not is_repeated.any():
+            return self._documents_in(self._parts_of_epochs(domain, starts, stops))
+        # Neighbouring spans of small domains, and of others, in turn.
+        parts = []
+        for first, last in equal_runs(is_repeated):
+            spans = domain[first:last], starts[first:last], stops[first:last]
+            parts.append(self._repeated_parts(*spans) if is_repeated[first] else self._parts_of_epochs(*spans))
+        return self._documents_in(_joined(parts))
+
+    def _parts_of_epochs(self, domain: Ints, starts: Ints, stops: Ints) -> _WindowParts:
+        """Cut spans at the borders of epochs and windows."""
         domain, epoch, begin, end = self._cut_at_epochs(domain, starts, stops)
         if self._orders.can_hold(domain, epoch):
-            return self._documents_in(self._window_parts(domain, epoch, begin, end))
+            return self._window_parts(domain, epoch, begin, end)
         # Spans of more than two epochs of a domain.
         runs = list(equal_runs(domain * (int(epoch.max()) + 1) + epoch))
-        parts = [self._window_parts(domain[a:b], epoch[a:b], begin[a:b], end[a:b]) for a, b in runs]
-        joined = (np.concatenate([getattr(part, name) for part in parts]) for name in ("window", "begin", "end"))
-        return self._documents_in(_WindowParts(*joined))
+        return _joined([self._window_parts(domain[a:b], epoch[a:b], begin[a:b], end[a:b]) for a, b in runs])
+
+    def _repeated_parts(self, domain: Ints, starts: Ints, stops: Ints) -> _WindowParts:
+        """Cut spans of small domains at the borders of groups of epochs."""
+        window, begin, end = self._repeated.parts(self._windows, domain, starts, stops)
+        self._windows.use(window, self._num_lookups)
+        return _WindowParts(window, begin, end)
 
     def window_documents(self, domain: int, epoch: int, number: int, stop: int | None = None) -> Documents:
         """Return the documents of a window in base order, those of its first `stop` items or all; it has some."""
@@ -179,6 +197,7 @@ class DomainStreams:
         numbers[chosen] = np.arange(len(chosen))
         self._windows = self._windows.select(chosen)
         self._orders.window = numbers[self._orders.window]
+        self._repeated.renumber(numbers)
 
     def _cut_at_epochs(self, domain: Ints, starts: Ints, stops: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         """Return domain, epoch, and first and last item in the base order of the epoch, of the parts of spans."""
@@ -236,6 +255,12 @@ class DomainStreams:
         )
         # Documents without items (empty text and no special token) lie inside a span, but nothing is wanted of them.
         return documents.select(np.flatnonzero(starts < stops)) if (starts == stops).any() else documents
+
+
+def _joined(parts: Sequence[_WindowParts]) -> _WindowParts:
+    """Return all parts, in order."""
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("window", "begin", "end"))
+    return _WindowParts(*columns)
 
 
 def equal_runs(values: NDArray[Any]) -> Iterator[tuple[int, int]]:
