@@ -90,6 +90,9 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, posi
         golden_step: distance from one lane to the next one in turn, g.
         positions: of the batch of each step, with both ends; a batch at the end of the data may have fewer sequences.
     """
+    # The plan after the last step of the data has no steps.
+    if not positions:
+        return []
     lanes = len(turns)
     num_steps = len(positions)
     ends = np.cumsum(ranges.per_lane(num_steps, turns), axis=1)
