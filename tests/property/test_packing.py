@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -96,6 +96,7 @@ def test_shuffled_sequences_stay_in_their_epoch(
 
 
 @given(GROUPS)
+@example(((35, 1, 8), {248, 245}))
 def test_a_packed_group_has_the_same_tokens_and_cuts_fewer_documents(
     group: tuple[tuple[int, int, int], set[int]],
 ) -> None:
@@ -115,8 +116,11 @@ def test_a_packed_group_has_the_same_tokens_and_cuts_fewer_documents(
     is_cut = count_cut(packed, len(lengths), stride, stride + overlap)
     for document in range(len(lengths)):
         places = [place for place, (own, _) in enumerate(tokens) if own == document]
-        is_whole = any(k * stride <= places[0] and places[-1] < (k + 1) * stride + overlap for k in range(count))
-        assert is_cut[document] != (is_whole and places[-1] - places[0] + 1 == len(places))
+        in_one_sequence = any(k * stride <= places[0] and places[-1] < (k + 1) * stride + overlap for k in range(count))
+        # Two parts may lie side by side around the token that two sequences share, the later one first.
+        in_order = [tokens[place][1] for place in places] == list(range(lengths[document]))
+        is_whole = in_one_sequence and in_order and places[-1] - places[0] + 1 == len(places)
+        assert is_cut[document] != is_whole
 
 
 def test_best_fit_cuts_a_fraction_of_the_documents() -> None:
