@@ -15,9 +15,13 @@ from mixtera_hpc.dataplane.watchdog.progress import AGREE, RankProgress
 __all__ = ["POLL_S", "BatchWait", "describe_interrupt"]
 
 POLL_S = 5e-4
-"""How often plans and reductions are tested while this rank waits for data."""
+"""How often plans and reductions are tested while this rank waits for a plan, and at first for data."""
+MAX_READ_POLL_S = 2e-3
+"""The longest interval while it waits for its own reading, which takes work from the trainer's thread."""
 FIRST_POLL_S = 5e-5
-"""The same while it waits for other ranks, which usually takes as long as a message; grows to `POLL_S`."""
+"""The first interval while it waits for other ranks, which usually takes as long as a message; grows to `POLL_S`."""
+GROWTH = 1.2
+"""Factor between one interval and the next."""
 
 
 class BatchWait:
@@ -70,6 +74,7 @@ class BatchWait:
         if self._waiting_since is None:
             self._waiting_since = time.monotonic()
         pause_s = FIRST_POLL_S
+        read_pause_s = POLL_S
 
         def open_requests() -> OpenRequests:
             requests = self._flags.poll_waiting()
@@ -79,7 +84,8 @@ class BatchWait:
             # First the statistics: the weights of the next chunk may wait for them.
             is_planned = poll()
             if self._held is None:
-                self._hold(is_planned)
+                self._hold(is_planned, read_pause_s if is_planned else POLL_S)
+                read_pause_s = min(read_pause_s * GROWTH, MAX_READ_POLL_S)
             if self._held is not None and (
                 self._agreement.covers(next_step) or self._agreement.is_released(has_unfinished)
             ):
@@ -94,7 +100,7 @@ class BatchWait:
                 # Not a sign of life: a rank that waits for others does not get on.
                 self._progress.stage = AGREE
                 time.sleep(pause_s)
-                pause_s = min(pause_s * 1.2, POLL_S)
+                pause_s = min(pause_s * GROWTH, POLL_S)
 
     def times_of(self, batch: Batch, plan_s: float, rank: int) -> int:
         """Return how long each stage took for a batch that `next` has just returned; see `pack_times`.
@@ -119,12 +125,12 @@ class BatchWait:
         self._agreement.finish()
         self._feed.finish()
 
-    def _hold(self, is_planned: bool) -> None:
-        """Take the next batch from the feed if it comes soon."""
+    def _hold(self, is_planned: bool, timeout_s: float) -> None:
+        """Take the next batch from the feed if it comes within `timeout_s`."""
         began = time.perf_counter()
         # Waits in the queue, so that the reading thread gets the interpreter.
         with contextlib.suppress(queue.Empty):
-            self._held = (self._feed.get(POLL_S),)
+            self._held = (self._feed.get(timeout_s),)
         waited_s = time.perf_counter() - began
         if is_planned:
             self.read_wait_s += waited_s

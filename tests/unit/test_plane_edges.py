@@ -182,3 +182,35 @@ def test_a_save_request_waits_until_the_trainer_asks(config: Config, tmp_path: P
             if batch.step == 11:
                 break
     assert answers == [True, False, False]
+
+
+def test_a_long_wait_for_a_read_tests_for_messages_less_often(
+    own_collection: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each test takes work from the trainer's thread; 0.5 ms apart there would be 2,000 per second."""
+    function = "def pause(row, sample):\n    time.sleep(0.2)\n    return 1\n"
+    (tmp_path / "slow_rows.py").write_text(f"import time\n\n{function}")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["mixture.unit=samples", "data.transform=slow_rows.pause", "dataplane.workers=0", *SMALL[1:]]
+    num_asked = 0
+    real_get = Prefetcher.get
+
+    def counted(prefetcher: Prefetcher, timeout_s: float) -> Batch | None:
+        nonlocal num_asked
+        num_asked += 1
+        return real_get(prefetcher, timeout_s)
+
+    monkeypatch.setattr(Prefetcher, "get", counted)
+    with DataPlane.open(compose([*own_collection, *words]), comm=Local()) as plane:
+        next(iter(plane))
+        assert plane.data_wait_s > 0.5
+        assert 10 < num_asked < 20 + plane.data_wait_s / 1.8e-3
+
+
+def test_the_first_weights_are_computed_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(config, Local())
+    weights = source.weights
+    monkeypatch.setattr(type(source), "mixer", None)
+    assert source.weights is weights and weights.sum() == pytest.approx(1)
+    with pytest.raises(ValueError, match="read-only"):
+        weights[0] = 1

@@ -6,6 +6,7 @@ and only by the ranks that serve them: a rank opens the index file when it first
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 __all__ = ["Source", "count_samples", "open_source"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Without slots: `cached_property` keeps its value in the dict of the instance.
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """The selected data of one run. Make it with `open_source`."""
 
@@ -111,11 +113,15 @@ class Source:
         """Name of every domain, by domain_id."""
         return self.index.domain_names
 
-    @property
+    @cached_property
     def weights(self) -> NDArray[np.float64]:
-        """The weights of chunk 0; shape (K,)."""
+        """The weights of chunk 0; shape (K,), read-only."""
         weights = self.mixer(learn=False).weights_of(0)
-        return np.zeros(self.num_domains) if weights is None else self.without_dropped_domains(weights)
+        if weights is None:
+            return np.zeros(self.num_domains)
+        weights = self.without_dropped_domains(weights).copy()
+        weights.setflags(write=False)
+        return weights
 
     def without_dropped_domains(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return `weights` with 0 for domains that have nothing left after drops; shape (K,).
