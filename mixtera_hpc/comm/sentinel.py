@@ -49,7 +49,7 @@ CLOSED_GRACE_S = 1.0
 """A node whose connection closed is lost if nobody has reported another cause within this time."""
 FAREWELL = b"F"
 NODE_LOST = -1
-"""Stands for a lost node where positions of ranks are expected."""
+"""The value for a lost node where positions of ranks are expected."""
 
 
 class Link:
@@ -63,7 +63,7 @@ class Link:
         """Name and ranks of the node, sent by its sentinel."""
         self.heard = time.monotonic()
         self.closed: float | None = None
-        """When the connection closed without a farewell."""
+        """Time at which the connection closed without a farewell."""
         self.has_left = False
 
     def receive(self) -> None:

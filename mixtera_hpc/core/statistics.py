@@ -39,7 +39,7 @@ NUM_BUFFER_ROWS = 4
 
 
 STAGES = ("wait", "read", "decode", "tokenize", "pack", "plan", "broadcast", "reduce")
-"""Where the data plane spends the time of a step. `read`, `decode`, `tokenize` and `pack` run beside the trainer."""
+"""The stages of the data plane in a step. `read`, `decode`, `tokenize` and `pack` run beside the trainer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class DomainStatistics:
     num_nonfinite: NDArray[np.int64]
     """Sequences excluded from `loss_sum` and `num_tokens` because their loss was not finite."""
     stages: StageMaxima | None = None
-    """Where the time went; None on ranks other than 0, and for losses that are not those of a step."""
+    """The times of the stages; None on ranks other than 0, and for losses that are not those of a step."""
     weights: NDArray[np.float64] | None = None
     """The mixture that was in force: for a training step, the weights that it was served with; for held-out losses, the
     mean over the steps since the last validation. None if it is not known."""

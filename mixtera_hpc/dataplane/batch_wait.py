@@ -15,7 +15,7 @@ from mixtera_hpc.dataplane.watchdog.progress import AGREE, RankProgress
 __all__ = ["POLL_S", "BatchWait", "describe_interrupt"]
 
 POLL_S = 5e-4
-"""How often plans and reductions are tested while this rank waits for a plan, and at first for data."""
+"""Time between two tests of plans and reductions while this rank waits for a plan, and at first for data."""
 MAX_READ_POLL_S = 2e-3
 """The longest interval while it waits for its own reading, which takes work from the trainer's thread."""
 FIRST_POLL_S = 5e-5
@@ -43,7 +43,7 @@ class BatchWait:
         self._held: tuple[Batch | None] | None = None
         """The batch of the next step, or the end of the data, if it was taken from the feed."""
         self._waiting_since: float | None = None
-        """When this rank began to wait for the next batch; requests may have ended the wait in between."""
+        """Time at which the wait for the next batch began; requests may have ended the wait in between."""
         self.read_wait_s = 0.0
         """Seconds that the last call of `next` waited for this rank's own reading."""
         self.plan_wait_s = 0.0

@@ -110,7 +110,7 @@ class Session:
         self.is_interrupted = False
         """True if the last request for a batch was ended by a request to save or stop."""
         self.pauses_to_save = False
-        """Whether requests to save end a long wait for a batch; equal on all ranks."""
+        """True if requests to save end a long wait for a batch; equal on all ranks."""
         self.data_wait_s = 0.0
         """Seconds that the trainer waited for the last batch."""
         self._planned_end = 0  # One past the last data step of the plans that have arrived.

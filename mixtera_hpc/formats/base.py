@@ -243,7 +243,7 @@ class RangeReader(Protocol):
 
 
 class RowDecoder(Protocol):
-    """Decodes rows from their bytes alone, whichever file they are in."""
+    """A decoder of rows that needs their bytes only, whichever file they are in."""
 
     def documents(self, rows: Sequence[bytes]) -> list[str]:
         """Return the texts of rows.

@@ -24,7 +24,7 @@ ALIGNMENT = 256
 
 
 class DeviceStage:
-    """Copies arrays to one device. Not thread-safe: the thread that trains uses it."""
+    """The copy of arrays to one device. Not thread-safe: the thread that trains uses it."""
 
     def __init__(self, device: torch.device) -> None:
         """Allocate nothing yet."""

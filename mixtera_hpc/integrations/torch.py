@@ -14,7 +14,7 @@ from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.collation import collate_samples
 
-__all__ = ["PlaneDataset", "as_tensors", "budgeted_batches", "micro_batches"]
+__all__ = ["PlaneDataset", "as_tensors", "micro_batches"]
 
 CURE_FOR_HUGGING_FACE = (
     "\n  With the Hugging Face Trainer, use mixtera_hpc.integrations.transformers.PlaneTrainer instead."
@@ -140,7 +140,7 @@ class PlaneDataset(IterableDataset[Any]):
             return
         for batch in self._plane:
             size = self._micro_batch_size or len(batch.positions) // self._num_micro_batches
-            for micro_batch in budgeted_batches(batch) if self._has_budget else micro_batches(batch, size):
+            for micro_batch in _budgeted_batches(batch) if self._has_budget else micro_batches(batch, size):
                 yield self._collate(micro_batch)
             if self._is_at_end:
                 return
@@ -194,7 +194,7 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
         yield _rows_of(batch, slice(start, start + size))
 
 
-def budgeted_batches(batch: Batch) -> Iterator[Batch]:
+def _budgeted_batches(batch: Batch) -> Iterator[Batch]:
     """Yield the micro-batches of `dataplane.sample_budget`, the same number on every rank; the last may be empty."""
     for rows in batch.micro_batches:
         yield _rows_of(batch, rows)

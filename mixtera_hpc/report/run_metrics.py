@@ -136,7 +136,7 @@ class RunMetrics:
     stalls: tuple[Stall, ...]
     """Ranks that kept the others waiting, the most expensive first."""
     learned: LearnedMixture
-    """What a mixing algorithm has learned."""
+    """The learned values of the mixing algorithm."""
     data_end: Mapping[str, Any] | None
     """The newest event of `data_end.jsonl`; None if the end of the data was not planned."""
 
@@ -149,7 +149,7 @@ class RunMetrics:
 
     @property
     def is_counted_in_tokens(self) -> bool:
-        """Whether progress is counted in tokens, because steps have different sizes: a batch ramp, or a run edit."""
+        """True if progress is counted in tokens, because steps have different sizes: a batch ramp, or a run edit."""
         has_ramp = bool(self.config.get("dataplane", {}).get("batch_schedule"))
         sizes = {(attempt.get("seq_len"), attempt.get("global_batch_size")) for attempt in self.attempts}
         return (has_ramp or len(sizes) > 1) and bool(self.steps.tokens.any())

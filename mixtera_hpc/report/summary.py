@@ -108,7 +108,7 @@ class RunSummary:
     train_s: float
     """Total time of all steps, without those that were repeated."""
     warnings: tuple[str, ...]
-    """What a reader should know about the mixture and the held-out losses."""
+    """Warnings about the mixture and the held-out losses."""
     hears_losses: bool | None
     """False if the mixture learns, but no losses were recorded in the last chunks; None if it does not learn."""
     performance: RunPerformance

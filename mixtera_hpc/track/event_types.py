@@ -99,12 +99,12 @@ class MixtureEvent(TypedDict, total=False):
     problem: str
     """The newest of these exceptions."""
     num_nonfinite: list[int]
-    """What the mixing algorithm has learned. An array is recorded only in the events in which it differs from the one
+    """Learned values of the mixing algorithm. An array is recorded only in the events in which it differs from the one
     recorded before, with 6 digits; null for domains of weight 0. This one: sequences whose loss was not finite."""
     credit: list[float]
     """ADO: moving average of the served shares."""
     speed: list[float]
-    """ADO: how fast the loss falls, in nats per sequence of any domain."""
+    """ADO: speed at which the loss falls, in nats per sequence of any domain."""
     epsilon: list[float]
     """ADO: the laws are loss = epsilon + beta · n^-alpha, n in sequences of all domains. Irreducible loss, nats."""
     beta: list[float]
@@ -125,13 +125,13 @@ class MixtureEvent(TypedDict, total=False):
     average_weight: list[float]
     """Exponentiated gradient: mean of all weights so far, which DoReMi gives to the next run."""
     reference_loss: list[float]
-    """Exponentiated gradient: losses that are compared with."""
+    """Exponentiated gradient: losses of the reference."""
     last_loss: list[float]
     """Loss-proportional, Aioli: newest loss."""
     summed_loss: list[float]
     """Skill-It: losses of the last evaluations."""
     influence: list[float]
-    """Aioli: how much each domain lowered the losses of all domains in the last round."""
+    """Aioli: amount by which each domain lowered the losses of all domains in the last round."""
     base_weight: list[float]
     """Aioli: the mixture outside its bursts."""
 

@@ -36,11 +36,11 @@ DERIVED = {"mixture": ("served",)}
 PRECISION: dict[str, str] = {"domain_loss": "<f4", "epochs": "<f4", "weights": "<f8"}
 """List → its numbers; the others are integers."""
 SCALAR_PREFIX = "scalar_"
-"""Begins the names of further lists of a step, with numbers like those of `domain_loss`."""
+"""The prefix of the names of further lists of a step, with numbers like those of `domain_loss`."""
 
 
 class EventPacker:
-    """Packs the events of one stream, in order."""
+    """The encoder of the events of one stream, in order."""
 
     def __init__(self, stream: str) -> None:
         """Begin without an event."""
@@ -83,7 +83,7 @@ class EventPacker:
 
 
 class EventUnpacker:
-    """Restores the events of one stream, in order."""
+    """The decoder of the events of one stream, in order."""
 
     def __init__(self) -> None:
         """Begin without an event."""

@@ -1,4 +1,4 @@
-"""From a batch on the device of the model to the losses of its tokens."""
+"""The losses of the tokens of a batch, computed on the device of the model."""
 
 from typing import Any, Literal, NamedTuple
 

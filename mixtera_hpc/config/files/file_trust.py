@@ -1,4 +1,4 @@
-"""Who may write into the files of a run, and whose control files count."""
+"""The rules for other users: they may not write files of a run, and their control files do not count."""
 
 import os
 import stat

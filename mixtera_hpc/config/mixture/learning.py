@@ -1,4 +1,4 @@
-"""The parts of a mixture that learn: what they learn from, and what a user should know about them before a run."""
+"""The parts of a mixture that learn: their kind of losses, and warnings for users before a run."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -110,10 +110,10 @@ class DataConfig(DataSetKeys):
     """Bytes decoded for every byte served, in files that can only be decoded in large units. `plan`, `submit` and
     every run refuse a job that would need more."""
     materialize: Literal["auto", "always", "never"] = "auto"
-    """Whether `index build` writes what runs read, beside the index: token ids, or with `mixture.unit=samples` the rows
-    of compressed JSON lines, each domain in frames of its own. `auto`: where some files are compressed JSON lines, of
-    which a single row cannot be read. `always`: also token ids of other files. `never`: nothing is written or extended,
-    and runs read no stored rows. `index refresh` extends what is there."""
+    """The store that `index build` writes beside the index for runs to read: token ids, or with `mixture.unit=samples`
+    the rows of compressed JSON lines, each domain in frames of its own. `auto`: a store if some files are compressed
+    JSON lines, of which a single row cannot be read. `always`: also token ids of other files. `never`: no store is
+    written or extended, and runs read no stored rows. `index refresh` extends a store that exists."""
     tokens: str = "auto"
     """Token ids that `index build` or `mixtera-hpc tokenize` has written. `auto`: those beside the index, if there are
     any. `off`: none, documents are tokenized while a run reads. Or the folder that holds them. Cost only: the batches

@@ -58,9 +58,9 @@ class DataPlaneConfig:
     lanes in turn, and those of a step go to ranks by lane. More lanes mix better and need more memory. For
     compressed data, use at least as many lanes as ranks."""
     pack: Literal["concat", "best_fit"] = "concat"
-    """How documents become sequences. `concat`: one after the other, cut where a sequence ends. `best_fit`: the
-    documents of `dataplane.pack_group` sequences are reordered so that few are cut. Nothing is padded or lost
-    (docs/packing.md)."""
+    """The way from documents to sequences. `concat`: one document after the other, cut where a sequence ends.
+    `best_fit`: the documents of `dataplane.pack_group` sequences are reordered so that few are cut. Nothing is padded
+    or lost (docs/packing.md)."""
     pack_group: int = 64
     """Consecutive sequences of a domain that `dataplane.pack=best_fit` packs together, 2 to 4096."""
     balance: Literal["none", "attention", "cost"] = "none"

@@ -23,7 +23,7 @@ class WantedCodes:
     name: str
     codes: Sequence[int]
     null: bool
-    """Whether a combo without a value matches too."""
+    """True if a combo without a value matches too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class _CombosByCode:
 
 
 class ComboIndex:
-    """Finds combos by their values."""
+    """An index from values to combos."""
 
     def __init__(self, combos: ComboTable) -> None:
         """Compute nothing yet."""

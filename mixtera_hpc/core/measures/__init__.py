@@ -1,1 +1,1 @@
-"""What is measured beside losses: scalars of the user's, and how many held-out sequences a validation takes."""
+"""Measures beside losses: scalars of the user's, and the number of held-out sequences of a validation."""

@@ -1,4 +1,4 @@
-"""How many held-out sequences of each domain a validation takes: natural proportions, but a quota of every domain."""
+"""The held-out sequences of each domain in a validation: natural proportions, with a quota of every domain."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -48,7 +48,7 @@ class Aioli(SimpleAlgorithm):
         smoothing: float = 0.75
         """Share of a forced mixture that is distributed evenly; the rest goes to one domain."""
         statistics: StatisticsChoice = "heldout"
-        """Learn from `heldout` losses, or from the losses of `train` steps, which are noisier."""
+        """The losses to learn from: `heldout` losses, or the losses of `train` steps, which are noisier."""
         delta_min: float = 0.01
         """Smallest weight of a domain."""
         floor_share: float = 0.25

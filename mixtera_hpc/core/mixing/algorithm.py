@@ -90,7 +90,7 @@ ALGORITHMS: Mapping[str, Any] = MappingProxyType(
 """Name → class with a nested `Config`."""
 
 REQUIRED_NAMES = ("Config", "describe", "floor", "start", "state_arrays", "state_from_arrays", "update")
-"""What a class of the user's must have."""
+"""Attributes and methods that a class of the user's must have."""
 
 
 def make_algorithm(name: str, parameters: Mapping[str, Any]) -> MixingAlgorithm[Any]:

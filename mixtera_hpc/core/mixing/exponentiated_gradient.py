@@ -64,7 +64,7 @@ class ExponentiatedGradient:
         """Parameters of exponentiated gradient, with the defaults of DoReMi."""
 
         variant: Literal["doremi", "sheared-llama"] = "doremi"
-        """Whose defaults hold for `smoothing` and `statistics`. The score is max(loss - reference, 0) in both."""
+        """The source of the defaults of `smoothing` and `statistics`. The score is max(loss - reference, 0) in both."""
         eta: float = 1.0
         """Step size per nat."""
         smoothing: float | None = None
@@ -96,7 +96,7 @@ class ExponentiatedGradient:
 
     @property
     def statistics(self) -> StatisticsChoice:
-        """Which losses the algorithm learns from."""
+        """The losses that the algorithm learns from."""
         by_variant: StatisticsChoice = "train" if self.config.variant == "doremi" else "heldout"
         return self.config.statistics or by_variant
 

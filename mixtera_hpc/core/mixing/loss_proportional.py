@@ -32,7 +32,7 @@ class LossProportional(SimpleAlgorithm):
         temperature: float | None = None
         """Nats. With it, weights are a softmax of loss / temperature. Null takes the power."""
         statistics: StatisticsChoice = "train"
-        """Learn from the losses of `train` steps, or from `heldout` losses."""
+        """The losses to learn from: the losses of `train` steps, or `heldout` losses."""
         delta_min: float = 0.01
         """Smallest weight of a domain."""
         floor_share: float = 0.25

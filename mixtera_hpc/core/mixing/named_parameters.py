@@ -10,7 +10,7 @@ from typing import Any
 from mixtera_hpc.core.mixing.parameters import CONFIG_KEY
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["FROM_RUN", "NAMED_PARAMETERS", "list_by_name", "named_form", "resolve_named"]
+__all__ = ["FROM_RUN", "NAMED_PARAMETERS", "named_form", "resolve_named"]
 
 NAMED_PARAMETERS = ("reference_losses", "graph")
 """Parameters that may be a mapping of domain names, or the path of a JSON file with one."""
@@ -60,14 +60,14 @@ def resolve_named(
                 _check_known(parameter, value, names)
             mixed_names = [names[domain] for domain in mixed]
             resolved[parameter] = (
-                _graph(value, mixed_names) if parameter == "graph" else list_by_name(parameter, value, mixed_names)
+                _graph(value, mixed_names) if parameter == "graph" else _list_by_name(parameter, value, mixed_names)
             )
         elif isinstance(value, list | tuple):
             resolved[parameter] = _of_mixed(value, len(names), mixed)
     return resolved
 
 
-def list_by_name(parameter: str, values: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+def _list_by_name(parameter: str, values: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     """Return the values in the order of `names`; a domain is named in full (`source=web`), or by its value (`web`).
 
     Raises:

@@ -23,7 +23,7 @@ CONFIG_KEY = "mixture.algorithm"
 """Key of these parameters in the configuration."""
 
 StatisticsChoice = Literal["train", "heldout"]
-"""Which losses an algorithm learns from: those of training steps, or those of held-out samples."""
+"""The losses that an algorithm learns from: those of training steps, or those of held-out samples."""
 
 C = TypeVar("C")
 

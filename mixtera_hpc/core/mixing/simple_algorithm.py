@@ -35,7 +35,7 @@ class ArrayState:
     num_nonfinite: NDArray[np.int64]
     """Sequences so far whose loss was not finite."""
     values: Values
-    """What the algorithm has learned; any shapes."""
+    """The learned values; any shapes."""
 
 
 class SimpleAlgorithm:
@@ -66,7 +66,7 @@ class SimpleAlgorithm:
 
     @property
     def statistics(self) -> StatisticsChoice:
-        """Which losses the algorithm learns from."""
+        """The losses that the algorithm learns from."""
         choice: StatisticsChoice = getattr(self.config, "statistics", "train")
         return choice
 

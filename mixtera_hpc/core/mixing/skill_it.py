@@ -39,7 +39,7 @@ class SkillIt(SimpleAlgorithm):
         window: int = 3
         """Evaluations whose losses are summed."""
         statistics: StatisticsChoice = "heldout"
-        """Learn from `heldout` losses, or from the losses of `train` steps."""
+        """The losses to learn from: `heldout` losses, or the losses of `train` steps."""
         delta_min: float = 0.01
         """Smallest weight of a domain."""
         floor_share: float = 0.25

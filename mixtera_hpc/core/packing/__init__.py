@@ -1,1 +1,1 @@
-"""How the documents of a stream become sequences, and sequences the positions of a batch."""
+"""The ways from documents of a stream to sequences, and from sequences to the positions of a batch."""

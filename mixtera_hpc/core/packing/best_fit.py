@@ -86,7 +86,7 @@ def count_cut(fragments: Fragments, num_documents: int, stride: int, length: int
 
 
 class _GroupPacker:
-    """Packs one group into bins of `stride` tokens.
+    """The packing of one group into bins of `stride` tokens.
 
     Bin i is sequence i without the token that it shares with sequence i - 1.
     """

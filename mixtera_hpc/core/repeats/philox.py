@@ -45,8 +45,10 @@ def philox_words(key: tuple[int, int], counters: Words, num_words: int) -> Words
 
 def _multiply(factor: np.uint64, values: Words) -> tuple[Words, Words]:
     """Return the high and the low 64 bits of products of 128 bits."""
-    low_factor, high_factor = factor & LOW_MASK, factor >> HALF
-    low, high = values & LOW_MASK, values >> HALF
+    low_factor = factor & LOW_MASK
+    high_factor = factor >> HALF
+    low = values & LOW_MASK
+    high = values >> HALF
     # Schoolbook multiplication in halves of 32 bits; no sum below exceeds 64 bits.
     lowest = low_factor * low
     middle = high_factor * low + (lowest >> HALF)

@@ -31,11 +31,6 @@ class BatchSchedule:
         """The largest size of all stages."""
         return max(self.sizes)
 
-    @property
-    def is_ramp(self) -> bool:
-        """Whether the size changes."""
-        return len(self.sizes) > 1
-
     def size_at(self, step: int) -> int:
         """Return the sequences of data step `step`."""
         return self.sizes[bisect.bisect_right(self.starts, step) - 1]
@@ -59,7 +54,8 @@ class BatchSchedule:
                 break
             first += num_sequences
         else:
-            start, size = self.starts[-1], self.sizes[-1]
+            start = self.starts[-1]
+            size = self.sizes[-1]
         steps, position = divmod(sequence - first, size)
         return start + steps, position
 

@@ -32,7 +32,7 @@ class ServedRanges(NamedTuple):
     first: Ints
     size: Ints
     turn: Ints
-    """Which turn the lane of the first number has, in [0, L); every number after it has the next turn.
+    """The turn of the lane of the first number, in [0, L); every number after it has the next turn.
     `END_OF_EPOCH` for numbers that are not dealt out to lanes."""
 
     def per_lane(self, num_steps: int, turns: Ints) -> Ints:
@@ -40,7 +40,9 @@ class ServedRanges(NamedTuple):
         lanes = len(turns)
         width = 2 * lanes + 1
         is_dealt = self.turn >= 0
-        step, size, turn = self.step[is_dealt], self.size[is_dealt], self.turn[is_dealt]
+        step = self.step[is_dealt]
+        size = self.size[is_dealt]
+        turn = self.turn[is_dealt]
         # Whole rounds add one to every lane. The rest of a range adds one to neighbouring turns, counted by its ends.
         begins = step * width + turn
         ends = np.bincount(begins, minlength=num_steps * width)
@@ -103,7 +105,9 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, posi
     begin = np.stack([first, np.maximum(first, size) - size], axis=1).ravel()
     end = np.stack([np.minimum(stop, size), stop - size], axis=1).ravel()
     parts = np.flatnonzero(begin < end)
-    step, begin, end = step[parts], begin[parts], end[parts]
+    step = step[parts]
+    begin = begin[parts]
+    end = end[parts]
     first_lane = (ends[step] <= begin[:, None]).sum(axis=1)
     num_lanes = (ends[step] <= end[:, None] - 1).sum(axis=1) + 1 - first_lane
 

@@ -45,7 +45,7 @@ class MixingProblem:
 
 
 class DynamicMixer:
-    """Returns the weights of a mixing algorithm that is fed the statistics of every step, in order."""
+    """A mixer with the weights of a mixing algorithm, which gets the statistics of every step in order."""
 
     def __init__(self, algorithm: MixingAlgorithm[Any], prior: Weights, chunk_steps: int, feedback_lag: int) -> None:
         """Start with the weights `prior`, which hold for the first `feedback_lag` chunks."""
@@ -193,7 +193,7 @@ class DynamicMixer:
                 for name, values in described.items()
                 if name not in NOT_DESCRIBED
             }
-        except Exception:
+        except Exception:  # The algorithm may be the user's. A report that cannot be made must not stop the training.
             return {}
 
     def _collect(self, wait: bool) -> None:

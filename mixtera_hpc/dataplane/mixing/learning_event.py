@@ -1,4 +1,4 @@
-"""What a mixing algorithm has learned, as the events of chunks record it."""
+"""The learned values of a mixing algorithm, as the events of chunks record them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ class LearningEvent:
     """The state of learning when a chunk begins."""
 
     hears_losses: bool | None
-    """Whether losses were recorded recently; None for a mixture that does not learn."""
+    """True if losses were recorded recently; None for a mixture that does not learn."""
     described: Mapping[str, NDArray[Any]]
-    """What the algorithm had learned when it decided the weights of the chunk; shape (K,) each."""
+    """Learned values at the time when the algorithm decided the weights of the chunk; shape (K,) each."""
     problem: MixingProblem | None
     """Updates of the algorithm that failed."""
 
 
 class LearningLog:
-    """Turns the state of learning into fields of `mixture.jsonl`.
+    """The state of learning as fields of `mixture.jsonl`.
 
     An array is recorded when it differs from the one that was recorded last: laws change at refits only.
     """

@@ -13,7 +13,7 @@ from mixtera_hpc.core.mixing.parameters import CONFIG_KEY
 from mixtera_hpc.errors import ConfigError, LaunchError
 from mixtera_hpc.track.event_reader import read_events
 
-__all__ = ["load_named_values", "reference_losses_of_run"]
+__all__ = ["load_named_values"]
 
 LAST_SHARE = 20
 """Without a validation, the losses of the last twentieth of a run count."""
@@ -30,7 +30,7 @@ def load_named_values(parameter: str, place: str) -> Any:
         ConfigError: the file cannot be read, or the run has no losses.
     """
     if parameter == FROM_RUN:
-        return reference_losses_of_run(place)
+        return _reference_losses_of_run(place)
     path = Path(place)
     try:
         content = parse_json(path.read_text())
@@ -44,7 +44,7 @@ def load_named_values(parameter: str, place: str) -> Any:
     return content
 
 
-def reference_losses_of_run(name: str) -> dict[str, float]:
+def _reference_losses_of_run(name: str) -> dict[str, float]:
     """Return domain name → loss of a run: that of its newest validation, else the mean over its last steps.
 
     Args:

@@ -29,7 +29,7 @@ __all__ = ["RecordedRun", "WeightDifference", "read_recorded_run"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightDifference:
-    """How far a replay is from the recorded weights."""
+    """The distance between a replay and the recorded weights."""
 
     largest: float
     num_chunks: int
@@ -38,7 +38,7 @@ class WeightDifference:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RecordedRun:
-    """What a run recorded about its losses and its mixture."""
+    """The recorded losses and mixture of a run."""
 
     config: Config
     trace: LossTrace

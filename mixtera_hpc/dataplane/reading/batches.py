@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class BatchTimes:
-    """How long it took to make batches; no part of their content, so that all times are equal."""
+    """The time that it took to make batches. Not part of their content: any two values compare as equal."""
 
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     """Seconds of `read` (waiting for storage or for a core), `decode`, `tokenize` and `pack`."""
@@ -55,7 +55,7 @@ class Batch:
     plan_digest: int = 0
     """Digest of the plan that the step was served from."""
     times: BatchTimes = BatchTimes()
-    """How long it took to make the batches that were read together, in the first of them."""
+    """The time that it took to make the batches that were read together, in the first of them."""
 
     @property
     def is_padding(self) -> NDArray[np.bool_]:

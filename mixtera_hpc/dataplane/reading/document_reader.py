@@ -55,7 +55,7 @@ class DocumentReader:
         self._source = source
         index = source.index
         self.guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states)
-        """Knows which shards were read."""
+        """The guard that records the shards that were read."""
         self._rows = RowReader(source, self.guard)
         self._last_documents: OrderedDict[int, Tokens] = OrderedDict()
         """Row key → tokens of documents in which later sequences begin, the newest at the end."""
@@ -67,7 +67,7 @@ class DocumentReader:
 
     @property
     def place(self) -> ReadPlace:
-        """Where this reader is, for the watchdog."""
+        """The place of this reader in the data, for the watchdog."""
         return self._rows.place
 
     @place.setter

@@ -112,10 +112,6 @@ class DomainStreams:
         self._windows = WindowTable(types, has_unit_items=not layout.in_tokens)
         self._num_lookups = 0
 
-    def epoch_of(self, domain: int, item: int) -> int:
-        """Return the epoch that `item` of the stream lies in."""
-        return item // int(self._epoch_items[domain])
-
     def documents(self, domain: int, start: int, stop: int) -> Documents:
         """Return the documents that cover the items [start, stop) of `domain`'s stream, in order.
 

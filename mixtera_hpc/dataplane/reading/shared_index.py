@@ -103,7 +103,7 @@ class SharedTables:
     assigned: NDArray[np.int32]
     """Domain of every combo and bucket, -1 for none (see `core.domain_assignment`); shape (num_combos, num_buckets)."""
     shard_states: NDArray[np.int64]
-    """What shards are compared with while they are read, see `unchanged.shard_guard`; no entries if they are not."""
+    """The states that shards are compared with, see `unchanged.shard_guard`; no entries if they are not compared."""
     holdout_keys: NDArray[np.uint64] | None
     """One hash key per shard when samples are held out (see `core.holdout`), else None; shape (num_shards,)."""
 

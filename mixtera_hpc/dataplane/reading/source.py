@@ -76,7 +76,7 @@ class Source:
     readers_per_node: int = 1
     """Ranks and worker processes of a node, which share `data.cache_bytes`."""
     table_memory: TableMemory | None = None
-    """Holds `tables` for other processes; None if they get a copy."""
+    """Shared memory with `tables`, for other processes; None if they get a copy."""
 
     def __reduce__(self) -> Any:
         """Pickle the configuration and the tables, or where they are. The rest is computed again."""

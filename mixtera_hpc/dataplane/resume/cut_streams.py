@@ -56,7 +56,7 @@ def cut_streams(version: StreamVersion, before: Source, after: Source, served: I
 
 
 class _ServedCarrier:
-    """Carries the items that were served of an epoch over to the streams after an edit.
+    """The conversion of the served items of an epoch to the streams after an edit.
 
     The order of blocks and rows stays; after a drop the stream lacks the dropped rows. So an item of the base order
     corresponds to the number of items in front of it that were not dropped: whole windows, and the rows of one window.

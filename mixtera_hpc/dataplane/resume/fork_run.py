@@ -72,7 +72,7 @@ class Fork:
     """One run to be forked."""
 
     label: str
-    """Ends the id of the new run."""
+    """The end of the id of the new run."""
     content: Any
     """Its mixture, as YAML: the keys below `mixture:`."""
     training: TrainingConfig

@@ -89,7 +89,7 @@ class DeviceSums:
 
     @property
     def has_arrived(self) -> bool:
-        """Whether the copy has ended; starts it if it was not started."""
+        """True if the copy has ended; starts the copy if it was not started."""
         if self._copy is None:
             self.start_copy()
         return self._arrived is None or bool(self._arrived.query())

@@ -36,9 +36,9 @@ class FlagExchange:
         self._early_stop = False
         self._early_save = False
         self._late_save = False
-        """Whether to save, seen while the next batch is waited for."""
+        """True if a request to save was seen during the wait for the next batch."""
         self._has_open_save = False
-        """Whether a save was requested on this rank and not answered."""
+        """True if a save was requested on this rank and not answered."""
         self._look_ahead: int | None = None
 
     def are_early(self, step: int) -> bool:

@@ -26,7 +26,7 @@ MAX_UNDECIDED = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedPart:
-    """What a call of `DataPlane.record` says besides the losses; see there."""
+    """The arguments of a call of `DataPlane.record` besides the losses; see there."""
 
     rows: slice
     tokens: slice | None
@@ -43,7 +43,7 @@ class OpenStep:
         self.plan_digest = batch.plan_digest
         self.contents = tuple(batch.digests or ())
         self.times = times
-        """How long each stage took on this rank; see `pack_times`."""
+        """The time of each stage on this rank; see `pack_times`."""
         self.losses = StepLosses(batch, num_domains, num_parts)
         self.scalars = StepScalars(scales, batch.domain_ids)
         self.was_finished_by_name = False

@@ -23,35 +23,35 @@ __all__ = ["NO_LIMIT", "OpenRequests", "RankPosition", "ReadyAgreement"]
 NO_LIMIT = 1 << 62
 """The end of the steps that a rank holds, if it never waits for a batch itself."""
 PERIOD_S = 1.0
-"""How often a rank without its batch takes part."""
+"""Time between two agreements that a rank without its batch takes part in."""
 INTERRUPT_AFTER_S = 3.0
-"""A request ends the wait for a batch that takes longer than this. Slow reads are shorter."""
+"""Time after which a request ends the wait for a batch. Slow reads are shorter."""
 PATIENCE_S = 2.0
-"""How long a rank whose trainer holds batches waits for ranks that do not ask for one."""
+"""Time for which a rank whose trainer holds batches waits for ranks that do not ask for one."""
 LONG_PATIENCE_S = 10.0
 """The same for a rank whose trainer holds none, if that of another rank does."""
 FINISH_POLL_S = 1e-3
 MAX_RELEASES = 3
-"""After so many waits in vain, a rank whose trainer holds batches does not wait any more."""
+"""Number of waits in vain after which a rank whose trainer holds batches does not wait any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRequests:
-    """What a rank was asked to do and has not done."""
+    """Requests to a rank that it has not answered."""
 
     stop: bool = False
     save: bool = False
 
 
 class RankPosition(NamedTuple):
-    """What one rank holds."""
+    """The batches that one rank holds."""
 
     next_step: int
     """The step of the batch that is handed out next."""
     held_end: int
     """One past the last step whose batch this rank holds."""
     has_unfinished: bool = False
-    """Whether its trainer holds batches."""
+    """True if its trainer holds batches."""
 
 
 class ReadyAgreement:
@@ -63,11 +63,11 @@ class ReadyAgreement:
         # Ranks have started different numbers of these reductions while other collectives run.
         self._ranges = comm.Dup()
         self._end = first_step
-        """Every rank holds the batches of the steps before it."""
+        """The first step whose batch some rank may not hold."""
         self._newest = first_step
-        """A rank has been handed the batches of the steps before it."""
+        """One past the last step whose batch any rank was handed."""
         self._is_ahead = False
-        """Whether the trainer of any rank was seen to hold batches."""
+        """True if the trainer of any rank was seen to hold batches."""
         self._buffer = np.zeros(6, np.int64)
         self._result = np.zeros(6, np.int64)
         self._request: CollectiveRequest | None = None

@@ -1,4 +1,4 @@
-"""Where the time of a step went, on every rank: one byte per stage, in the reduction of the step.
+"""The times of the stages of a step, on every rank: one byte per stage, in the reduction of the step.
 
 A sum over ranks has no maximum. So each rank adds to an integer of its own, whose eight bytes are logarithms of its
 eight times, 8 % apart. Every rank's times arrive, and who was slowest is exact; how slow is known to 4 %.

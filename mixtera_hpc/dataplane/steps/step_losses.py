@@ -17,7 +17,7 @@ from mixtera_hpc.errors import CommError
 if TYPE_CHECKING:
     from mixtera_hpc.dataplane.steps.device_sums import DeviceSums
 
-__all__ = ["StepLosses", "is_on_accelerator", "means_of"]
+__all__ = ["StepLosses", "means_of"]
 
 
 class StepLosses:
@@ -58,7 +58,7 @@ class StepLosses:
 
     @property
     def are_on_host(self) -> bool:
-        """Whether `total` and the like need not wait for an accelerator."""
+        """True if the sums can be read without waiting for an accelerator."""
         return self._on_device is None or self._on_device.has_arrived
 
     def rows_at(self, positions: Any, rows: slice) -> Rows:
@@ -109,7 +109,7 @@ class StepLosses:
         self.are_complete = self._is_enough_recorded()
         self._num_tokens[rows] += recorded.counted
         # Only sums are kept: the losses of a step would be B x T numbers.
-        if is_on_accelerator(loss):
+        if _is_on_accelerator(loss):
             self._add_on_device(rows, recorded)
         else:
             self._on_host.append((rows, _host_sums(recorded)))
@@ -222,19 +222,19 @@ def means_of(quanta: Ints, is_finite: NDArray[np.bool_], num_tokens: Ints) -> ND
 
 
 class _Recorded(NamedTuple):
-    """What one call of `record` adds."""
+    """The losses that one call of `record` adds."""
 
     losses: Any
     """In nats; array or tensor of shape (b, T), or (b, 1) for sums."""
     mask: NDArray[np.bool_]
-    """Which of them count; shape of `losses`."""
+    """Mask of the losses that count; shape of `losses`."""
     counted: Ints
     """Tokens of every row that count; shape (b,)."""
     claimed: Any = None
     """The same as the trainer counted them on an accelerator; None if they were compared already."""
 
 
-def is_on_accelerator(values: Any) -> bool:
+def _is_on_accelerator(values: Any) -> bool:
     """Return whether `values` is a torch tensor on another device than the CPU."""
     return getattr(getattr(values, "device", None), "type", "cpu") != "cpu" and hasattr(values, "detach")
 
@@ -277,7 +277,7 @@ def _given_sums(loss: Any, num_tokens: Any, expected: Ints) -> _Recorded:
             f"with num_tokens both are one number per sequence: {expected.shape}."
         )
     recorded = _Recorded(losses=loss.reshape(-1, 1), mask=np.ones((len(expected), 1), np.bool_), counted=expected)
-    if is_on_accelerator(num_tokens):
+    if _is_on_accelerator(num_tokens):
         # Compared on the device: nothing waits for it here.
         return recorded._replace(claimed=num_tokens)
     counted = on_host(num_tokens).astype(np.int64)

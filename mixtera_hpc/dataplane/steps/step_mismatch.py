@@ -1,4 +1,4 @@
-"""Steps that ranks served from different plans, recorded in part, or were handed different data for: who is at fault.
+"""The ranks at fault for a step: served from another plan, recorded in part, or handed different data.
 
 Price: one all-gather of a few numbers, after a sum that all ranks have found wrong.
 """

@@ -47,7 +47,7 @@ class RankFlags:
     contents: tuple[str, ...] = ()
     """With `dataplane.audit`, the digest of every sequence that it handed out."""
     times: int = 0
-    """How long each stage took; see `pack_times`."""
+    """The time of each stage; see `pack_times`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ class _WaitingStep:
 
     @property
     def is_ready(self) -> bool:
-        """Whether its reduction can start without waiting for the accelerator."""
+        """True if its reduction can start without waiting for the accelerator."""
         return not self.is_counted or self.losses.are_on_host
 
 
@@ -166,7 +166,8 @@ class StepReducer:
     def _post_waiting(self) -> None:
         """Start the reduction of the oldest step that waits for its losses; wait for the device."""
         waiting = self._waiting.popleft()
-        step, losses, flags, is_counted = waiting.step, waiting.losses, waiting.flags, waiting.is_counted
+        losses = waiting.losses
+        is_counted = waiting.is_counted
         scalars = np.zeros((self._num_rows - NUM_BUFFER_ROWS, self._num_domains), np.int64)
         if waiting.scalars is not None and is_counted:
             scalars = waiting.scalars.rows(self._num_domains)
@@ -174,15 +175,15 @@ class StepReducer:
             nothing = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
             num_padding = losses.num_padding if is_counted and losses.has_losses else 0
             rows = np.concatenate([losses.total() if is_counted else nothing, scalars])
-            self.post(step, rows, flags, num_padding=num_padding)
+            self.post(waiting.step, rows, waiting.flags, num_padding=num_padding)
             if self._loss_log and is_counted and losses.has_losses:
-                self._loss_log.write(step, losses.positions, losses.means())
+                self._loss_log.write(waiting.step, losses.positions, losses.means())
         else:
             pending = self._parts.start(losses, is_counted)
             self._merging.append(
                 _Merge(
-                    step=step,
-                    flags=flags,
+                    step=waiting.step,
+                    flags=waiting.flags,
                     pending=pending,
                     scalars=scalars,
                     num_recorded=losses.num_recorded_tokens,

@@ -91,7 +91,9 @@ class ReadPlace:
             self._waited_s += elapsed - busy
             elapsed = busy
         self._busy_s[self._stage] += elapsed
-        self._stage, self._since, self._cpu_since = stage, now, cpu
+        self._stage = stage
+        self._since = now
+        self._cpu_since = cpu
         self._ticks += 1
         _PLACE.pack_into(self._buffer, 0, self._ticks, os.getpid(), stage, self._step, shard, first_row, last_row)
 

@@ -106,7 +106,7 @@ class CompressedJsonlReader:
         self._max_block_bytes = cache.max_block_bytes
         self._codec = codec
         self.unpack_documents = _unpack_documents(text)
-        """Returns the texts of lines; the same function for all shards with the same path of the text."""
+        """A function from lines to texts; the same one for all shards with the same path of the text."""
         self._shard = OpenShard(path)
 
     def documents(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[str]:

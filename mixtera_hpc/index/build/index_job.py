@@ -51,9 +51,9 @@ class ScanPlan(msgspec.Struct, kw_only=True):
     attempt: int = 1
     """Number of this attempt, counted from 1."""
     keeps_tokens: bool = False
-    """Whether the token ids that a scan makes are kept for a token store."""
+    """True if the token ids that a scan makes are kept for a token store."""
     writes_rows: bool = False
-    """Whether rows are written to a row store after the scan."""
+    """True if rows are written to a row store after the scan."""
 
     @property
     def missing_bytes(self) -> int:
@@ -62,7 +62,7 @@ class ScanPlan(msgspec.Struct, kw_only=True):
 
 
 class AfterScan(Protocol):
-    """Makes a store of what a job scans."""
+    """A maker of a store from the rows that a job scans."""
 
     def begin(self, plan: ScanPlan) -> None:
         """Set `plan.keeps_tokens` and `plan.writes_rows`; rank 0 only, before any unit is scanned."""
@@ -86,7 +86,7 @@ class IndexJob:
     scan: Callable[[ScanPlan, int], Iterator[ScanResult]]
     """Yields the results of a unit; several threads call it at once."""
     store: AfterScan | None = None
-    """Makes a store of tokens or rows too; None if none is wanted."""
+    """The maker of a store of tokens or rows; None if no store is wanted."""
 
 
 def lead_index_job(

@@ -71,7 +71,7 @@ class RowReport(msgspec.Struct, kw_only=True):
 
 
 class _RowJob(msgspec.Struct, kw_only=True):
-    """What rank 0 broadcasts to all ranks."""
+    """The work that rank 0 broadcasts to all ranks."""
 
     header: RowStoreHeader
     missing: list[int]
@@ -233,7 +233,7 @@ def _logged_units(files: RowStoreFiles) -> set[int]:
 
 
 class _RowWriter:
-    """Writes units into the file of one rank."""
+    """The writer of units into the file of one rank."""
 
     def __init__(self, index: PropertyIndex, files: RowStoreFiles, job: _RowJob, rank: int) -> None:
         """Open the files."""

@@ -61,7 +61,7 @@ class SpooledResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSources:
-    """What is known about tokens before a job begins; on rank 0."""
+    """The tokens that exist before a job begins; on rank 0."""
 
     results: Sequence[SpooledResult] = ()
     """All scan results of the last blocks of the index, in order."""

@@ -1,4 +1,4 @@
-"""Where every row of an index has its tokens in a store. It follows from the index, so that ranks write in any order.
+"""The place of every row's tokens in a store. It follows from the index, so that ranks write in any order.
 
 A store that grows keeps what it has: the rows of further blocks are laid out behind it.
 
@@ -37,7 +37,7 @@ class StoreLayout:
 
     tables: IndexTables
     is_laid_out: NDArray[np.bool_]
-    """Which blocks belong to shards of text and are not kept from before; shape (num_blocks,)."""
+    """Mask of the blocks of shards of text that are not kept from before; shape (num_blocks,)."""
     cell_starts: Ints
     """First token of every cell of the histogram: the rows of one combination in one block."""
     first_rows: Ints

@@ -46,7 +46,7 @@ class StorePlan:
 
 
 class StoreJob(msgspec.Struct, kw_only=True):
-    """What rank 0 broadcasts to all ranks."""
+    """The work that rank 0 broadcasts to all ranks."""
 
     header: StoreHeader
     missing: list[int]

@@ -46,7 +46,7 @@ class SpooledBlocks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UnitWriter:
-    """Writes units to the files of a store; one per rank."""
+    """The writer of units to the files of a store; one per rank."""
 
     def __init__(
         self,

@@ -39,11 +39,11 @@ _TRANSIENT = (
 
 
 class SubmissionUnknownError(LaunchError):
-    """Slurm may or may not have accepted a job."""
+    """An error after which Slurm may or may not have accepted a job."""
 
 
 class SlurmTimeoutError(LaunchError):
-    """A command of Slurm did not answer in time."""
+    """A command of Slurm that did not answer in time."""
 
 
 class JobState(StrEnum):
@@ -93,11 +93,11 @@ _KEY_OF_WORD: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobInfo:
-    """What Slurm reports about one job."""
+    """The facts that Slurm reports about one job."""
 
     state: JobState
     reason: str | None = None
-    """Why the job waits, or Slurm's own name for how it ended."""
+    """The reason why the job waits, or Slurm's own name for its end."""
     nodes: int | None = None
     elapsed_s: int | None = None
     limit_s: int | None = None

@@ -17,7 +17,7 @@ _MPI_CURES = {
     "build Open MPI using --with-pmi": "the MPI library and the --mpi of srun do not fit",
     "has no PMI support": "the MPI library and the --mpi of srun do not fit",
 }
-"""What MPI libraries and srun print if `--mpi` is wrong, and what it means."""
+"""Messages of MPI libraries and srun if `--mpi` is wrong → their meaning."""
 
 TAIL_BYTES = 16_384
 

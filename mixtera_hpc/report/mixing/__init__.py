@@ -1,1 +1,1 @@
-"""What mixing algorithms have learned."""
+"""Reports on learned mixtures."""

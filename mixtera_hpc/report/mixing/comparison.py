@@ -1,4 +1,4 @@
-"""Several runs side by side: losses and weights of every domain, and where runs were forked from."""
+"""Several runs side by side: losses and weights of every domain, and the parents of forked runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

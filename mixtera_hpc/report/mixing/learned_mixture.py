@@ -1,4 +1,4 @@
-"""What a mixing algorithm has learned: the table of laws or scores, and what a reader should not trust."""
+"""The table of the laws or scores of a mixing algorithm, and warnings about values that are not determined."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Where the time of a run went."""
+"""Reports on the time of a run."""

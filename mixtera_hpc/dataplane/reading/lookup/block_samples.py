@@ -24,7 +24,7 @@ SAMPLES_PER_READ = 1 << 18
 
 
 class BlockSamples:
-    """Reads the samples of blocks, and keeps them within a byte budget."""
+    """A cache of the samples of blocks, within a byte budget."""
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class WindowSpans:
 
 
 class EpochOrders:
-    """Finds windows by domain, epoch and item."""
+    """An index from domain, epoch and item to windows."""
 
     def __init__(self, layout: StreamLayout) -> None:
         """Order nothing yet."""
@@ -90,7 +90,9 @@ class EpochOrders:
             end = np.minimum(end[span], self._keys[cell + 1])
             # A span may cross a window without items.
             filled = np.flatnonzero(begin < end)
-            cell, begin, end = cell[filled], begin[filled], end[filled]
+            cell = cell[filled]
+            begin = begin[filled]
+            end = end[filled]
         start = self._keys[cell]
         return WindowSpans(cell, begin - start, end - start)
 

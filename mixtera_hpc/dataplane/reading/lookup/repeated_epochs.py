@@ -30,14 +30,14 @@ GROUP_ITEMS = 1 << 15
 """Items of a group of epochs, at least."""
 
 UNKNOWN = -1
-"""Stands for whether a domain is small, until somebody asks."""
+"""The value for a domain of which nobody has asked yet if it is small."""
 
 GROUP = -1
 """Number in the key of a window that is a group of epochs; the epoch in the key is the number of the group."""
 
 
 class RepeatedEpochs:
-    """Finds and builds the groups of epochs of small domains."""
+    """The groups of epochs of small domains, built when they are needed."""
 
     def __init__(self, layout: StreamLayout, samples: BlockSamples, served: Mapping[int, ServedPart]) -> None:
         """Build nothing yet; see `DomainStreams` for the arguments."""

@@ -78,7 +78,9 @@ def _build(
     window = np.repeat(np.arange(len(keys)), num_documents)
     if "is_served" in columns:
         is_served = columns["is_served"][position]
-        position, block, window = position[is_served], block[is_served], window[is_served]
+        position = position[is_served]
+        block = block[is_served]
+        window = window[is_served]
         num_documents = np.bincount(window, minlength=len(keys))
 
     items = columns["items"][position] if layout.in_tokens else None

@@ -22,7 +22,7 @@ MAX_BLOCKS_IN_MEMORY = 16384
 
 
 class SampleCosts:
-    """Looks up the costs of samples. Not thread-safe: one per reading thread."""
+    """The costs of samples, read when they are needed. Not thread-safe: one per reading thread."""
 
     def __init__(self, source: Source) -> None:
         """Open nothing yet."""

@@ -1,4 +1,4 @@
-"""Which parts of which documents a sequence consists of, for every way of packing.
+"""The parts of documents that a sequence consists of, for every way of packing.
 
 With `dataplane.pack=best_fit`, `dataplane.pack_group` consecutive sequences of one domain and epoch form a group; the
 last group of an epoch holds the rest. A sequence that lies in two epochs is a group of its own. Price: packing a group
@@ -54,7 +54,7 @@ class PackedGroup:
 
 
 class SequenceDocuments:
-    """Looks up the documents of sequences. Not thread-safe: one per reading thread."""
+    """The look-up of the documents of sequences. Not thread-safe: one per reading thread."""
 
     def __init__(self, source: Source, streams: DomainStreams) -> None:
         """Use the streams of the same thread."""
@@ -62,7 +62,7 @@ class SequenceDocuments:
         self._streams = streams
         plane = source.config.dataplane
         self.is_packed = source.layout.in_tokens and plane.pack == "best_fit"
-        """Whether documents are not in stream order, so that neighbouring sequences are not one span of the stream."""
+        """True if documents are not in stream order, so that neighbouring sequences are not one span of the stream."""
         self._group_size = plane.pack_group
         self._groups: OrderedDict[tuple[int, int], PackedGroup] = OrderedDict()
         """(domain, first sequence) → group, the one used last at the end."""

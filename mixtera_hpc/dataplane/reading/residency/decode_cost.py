@@ -58,7 +58,7 @@ class JobShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeCost:
-    """What all ranks together decode and read."""
+    """The bytes that all ranks together decode and read."""
 
     lower_bound: float
     """Bytes decoded per byte served with one rank and enough memory."""

@@ -1,4 +1,4 @@
-"""How many shards a reading thread keeps open, and where they are."""
+"""The number of shards that a reading thread keeps open, and their paths."""
 
 import resource
 from collections.abc import Sequence

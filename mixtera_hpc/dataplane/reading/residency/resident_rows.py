@@ -35,11 +35,11 @@ class PackedRows(NamedTuple):
 
     values: Sequence[Any]
     unpack: Unpack | None
-    """Returns rows, given some of the values; raises ValueError or one of `JSON_ERRORS`. None: the values are rows."""
+    """A function from some of the values to rows; raises ValueError or one of `JSON_ERRORS`. None: values are rows."""
 
 
 PackBlock = Callable[[int, NDArray[np.int64]], PackedRows]
-"""Decodes a block and returns the named rows of it for the memory, given their ascending positions."""
+"""A function that decodes a block and returns rows of it for the memory, given their ascending positions."""
 
 MAX_ROW_SHARE = 0.75
 """Most of `data.cache_bytes` that rows may take; blocks have the rest."""
@@ -58,7 +58,7 @@ class _WindowRows:
         self.start = start
         self.rows = rows
         self._unpacks = unpacks
-        """How to unpack each row."""
+        """The function that unpacks each row."""
         self.num_remaining = len(rows)
         self.num_bytes = sum(map(_num_bytes, rows))
 

@@ -1,4 +1,4 @@
-"""Which bytes are read to get rows of many files: rows near each other in a file share one read."""
+"""The byte ranges that are read to get rows of many files: rows near each other in a file share one read."""
 
 from collections.abc import Iterator
 from itertools import chain, pairwise

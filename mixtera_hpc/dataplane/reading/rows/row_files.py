@@ -22,7 +22,7 @@ READS_AT_ONCE = 16
 
 Ints = NDArray[np.int64]
 Enter = Callable[[int, int, int], None]
-"""Is told the shard that is read next, and the positions of its first and last row among those requested."""
+"""A function that gets the next shard, and the positions of its first and last row among those requested."""
 
 
 class RowFiles:

@@ -46,14 +46,14 @@ class _OpenShard(NamedTuple):
 
 
 class RowReader:
-    """Keeps shards open, and rows of blocks that were decoded as a whole. One per reading thread."""
+    """Open shards, and rows of blocks that were decoded as a whole. One per reading thread."""
 
     def __init__(self, source: Source, guard: ShardGuard) -> None:
         """Open nothing yet; shards are opened when they are needed, and recorded in `guard`."""
         self._source = source
         self._guard = guard
         self.place = ReadPlace()
-        """Where this reader is, for the watchdog."""
+        """The place of this reader in the data, for the watchdog."""
         index = source.index
         # One half for the readers of single shards, one for files that share a loop.
         self._max_open_shards = max_open_shards() // 2
@@ -71,7 +71,7 @@ class RowReader:
         largest_block = source.config.data.largest_block_bytes()
         self._cache = BlockCache(source.cache_bytes, seek_folders, largest_block)
         self._resident_rows: dict[bool, ResidentRows] = {}
-        """Whether rows are raw → rows of windows in use."""
+        """Rows of windows in use: raw rows (True), and texts (False)."""
 
     def read(self, documents: Documents, *, raw: bool) -> list[Any]:
         """Read rows that are sorted by block and row: raw samples, texts, or token ids if the format holds them."""

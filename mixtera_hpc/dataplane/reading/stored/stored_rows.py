@@ -68,7 +68,7 @@ class ShardFormats:
 
 
 class _StoredRowsFormat:
-    """Opens one shard through its row store."""
+    """A `Format` that opens one shard through its row store."""
 
     holds_tokens = False
 
@@ -129,7 +129,8 @@ class StoredRowsReader:
         return self._cache.get((str(self._folder), key), lambda: self._load(key, size))
 
     def _load(self, key: int, size: int) -> tuple[list[bytes], int]:
-        number, offset = key >> 48, key & ((1 << 48) - 1)
+        number = key >> 48
+        offset = key & ((1 << 48) - 1)
         try:
             if number not in self._files:
                 path = self._folder / f"rows-{number:05d}.zst"

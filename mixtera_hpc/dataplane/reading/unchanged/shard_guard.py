@@ -51,7 +51,7 @@ def no_shard_states() -> Ints:
 
 
 class ShardGuard:
-    """Compares the shards that one reading thread has read. Not thread-safe."""
+    """The comparison of the shards that one reading thread has read. Not thread-safe."""
 
     def __init__(self, data_root: str, shard_paths: Sequence[str], states: Ints) -> None:
         """Look at nothing yet.
@@ -65,7 +65,7 @@ class ShardGuard:
         self._shard_paths = shard_paths
         self._states = states
         self._is_used = np.zeros(len(states), np.bool_)
-        """Which shards were read since the last comparison."""
+        """Mask of the shards that were read since the last comparison."""
         self._accepted = np.zeros((len(states), 3), np.int64)
         """Size, modification and change time with which each shard was accepted; 0 before that."""
         self._problem: DataError | None = None

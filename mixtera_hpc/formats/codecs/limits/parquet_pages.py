@@ -30,7 +30,7 @@ _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _ST
 
 @dataclass(slots=True)
 class ChunkSize:
-    """What the page headers of a column chunk say about its decoded size, in bytes."""
+    """The decoded sizes of a column chunk according to its page headers, in bytes."""
 
     pages: int = 0
     """Of all pages, decompressed."""

@@ -48,11 +48,11 @@ class StoreEstimate:
 
 
 AnnounceStore = Callable[[StoreEstimate | StorePlan | RowPlan], None]
-"""Is told the estimate before the scan, and the exact size before the store is written."""
+"""A function that gets the estimate before the scan, and the exact size before the store is written."""
 
 
 class StoreMaker:
-    """Makes the token store of one build or refresh; one per rank."""
+    """The maker of the store of one build or refresh; one per rank."""
 
     def __init__(
         self,
