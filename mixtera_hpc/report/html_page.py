@@ -1,6 +1,6 @@
 """The report as one self-contained HTML file: no scripts, no network, for light and dark, wide and narrow screens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
@@ -63,9 +63,13 @@ class RenderedPlot:
 
 
 def render_page(
-    metrics: RunMetrics, summary: RunSummary, projection: RunProjection, plots: Mapping[str, RenderedPlot]
+    metrics: RunMetrics,
+    summary: RunSummary,
+    projection: RunProjection,
+    plots: Mapping[str, RenderedPlot],
+    details: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Return the report of one run as HTML text."""
+    """Return the report of one run as HTML text; `details` are further labels and texts about the run."""
     domain_plots = [_plot(plot) for name, plot in plots.items() if name in DOMAIN_PLOTS]
     other_plots = [_plot(plot) for name, plot in plots.items() if name not in DOMAIN_PLOTS]
     body = [
@@ -78,7 +82,7 @@ def render_page(
         learned_section(metrics.learned, [d for group in group_domains(metrics) for d in group.domains]),
         *other_plots,
         *([_projection(projection)] if summary.num_steps else []),
-        _run_details(metrics, summary),
+        _run_details([*_detail_list(metrics, summary), *details]),
         _next_commands(metrics, summary),
         FOOTER,
     ]
@@ -245,10 +249,10 @@ def _projection(projection: RunProjection) -> str:
     return f"<section><h2>Projection</h2><p>{text}</p></section>"
 
 
-def _run_details(metrics: RunMetrics, summary: RunSummary) -> str:
+def _run_details(details: Sequence[tuple[str, str]]) -> str:
     items = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>"
-        for label, value in _detail_list(metrics, summary)
+        for label, value in details
         if not value.startswith(MISSING)
     )
     return f"<section><h2>Run</h2><dl>{items}</dl></section>"

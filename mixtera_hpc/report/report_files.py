@@ -1,6 +1,7 @@
 """Writes the report of a run: `report.html`, and every plot as a PNG file beside it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -30,10 +31,21 @@ class WrittenReport:
     page: Path
     plots: tuple[Path, ...]
     """PNG files."""
+    details: tuple[tuple[str, str], ...]
+    """Label and text of what the caller adds."""
 
 
-def write_report(run: RunFolder, folder: Path | None = None) -> WrittenReport:
+def write_report(
+    run: RunFolder,
+    folder: Path | None = None,
+    describe: Callable[[RunMetrics], list[tuple[str, str]]] = lambda metrics: [],
+) -> WrittenReport:
     """Write the report of `run` into `folder`, by default into `report/` of the run folder.
+
+    Args:
+        run: the run.
+        folder: where the files go.
+        describe: returns what else to say about the run, as label and text.
 
     Raises:
         LaunchError: `run` is not a run folder.
@@ -42,13 +54,21 @@ def write_report(run: RunFolder, folder: Path | None = None) -> WrittenReport:
     metrics = load_run_metrics(run)
     summary = summarize_run(metrics)
     projection = project_run(metrics, summary)
+    details = tuple(describe(metrics))
 
     target = folder or run.report
     target.mkdir(parents=True, exist_ok=True)
     rendered, png_files = _write_plots(metrics, target)
     page = target / "report.html"
-    _replace_file(page, render_page(metrics, summary, projection, rendered))
-    return WrittenReport(metrics=metrics, summary=summary, projection=projection, page=page, plots=tuple(png_files))
+    _replace_file(page, render_page(metrics, summary, projection, rendered, details))
+    return WrittenReport(
+        metrics=metrics,
+        summary=summary,
+        projection=projection,
+        page=page,
+        plots=tuple(png_files),
+        details=details,
+    )
 
 
 def _write_plots(metrics: RunMetrics, folder: Path) -> tuple[dict[str, RenderedPlot], list[Path]]:

@@ -44,7 +44,7 @@ def report_text(report: WrittenReport) -> RenderableType:
     """Return the numbers of a report, its domains and projection, and the commands to run next."""
     summary = report.summary
     title = Text.assemble((summary.name, "bold"), (f"  {summary.run_id} · {describe_progress(summary)}", "dim"))
-    lines: list[RenderableType] = ["", title, "", _numbers(summary), "", _domain_table(summary)]
+    lines: list[RenderableType] = ["", title, "", _numbers(summary, report.details), "", _domain_table(summary)]
     if summary.stalls:
         lines += ["", _stall_table(summary)]
     learned = _learned_table(report)
@@ -85,7 +85,7 @@ def scaling_text(rows: Sequence[ScalingRow]) -> RenderableType:
     return table
 
 
-def _numbers(summary: RunSummary) -> Table:
+def _numbers(summary: RunSummary, details: Sequence[tuple[str, str]]) -> Table:
     performance = summary.performance
     rows = [("loss", _describe_loss(summary))]
     if summary.held_out_loss is not None:
@@ -115,6 +115,7 @@ def _numbers(summary: RunSummary) -> Table:
         rows.append(("mixture", SILENT_MIXTURE))
     if summary.data_end is not None:
         rows.append(("left over at the end", describe_data_end(summary.data_end)))
+    rows += [(label.lower(), text) for label, text in details]
 
     grid = Table.grid(padding=(0, 3))
     for label, value in rows:

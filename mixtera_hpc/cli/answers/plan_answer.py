@@ -6,6 +6,7 @@ import sys
 import msgspec
 import numpy as np
 
+from mixtera_hpc.cli.answers.packing_text import packing_rows
 from mixtera_hpc.cli.console import open_console
 from mixtera_hpc.cli.run_or_overrides import find_optional_run
 from mixtera_hpc.comm.communicator import Local
@@ -21,7 +22,6 @@ from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, MixtureError, pluralize
 from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
-from mixtera_hpc.trace.packing_forecast import forecast_balance, forecast_packing
 
 __all__ = ["print_decode_cost", "print_plan"]
 
@@ -73,20 +73,9 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
 
 def _print_packing(source: Source) -> None:
     """Print what packing cuts, and what balancing changes for the ranks of the job."""
-    plane = source.config.dataplane
-    console = open_console()
-    packing = forecast_packing(source)
-    if packing is not None:
-        console.print(
-            f"Documents cut by sequences: {packing.concat:.1%} with dataplane.pack=concat, {packing.best_fit:.1%} with "
-            f"best_fit ({packing.documents_per_sequence:.1f} documents per sequence). This plan has {plane.pack}."
-        )
-    balance = forecast_balance(source, num_ranks(source.config) // plane.model_parallel_size)
-    if balance is not None:
-        console.print(
-            f"Attention cost of {balance.num_ranks} data-parallel ranks, largest over mean: {balance.planned:.3f} with "
-            f"dataplane.balance=none, {balance.balanced:.3f} with attention. This plan has {plane.balance}."
-        )
+    config = source.config
+    for label, text in packing_rows(source, num_ranks(config) // config.dataplane.model_parallel_size):
+        open_console().print(f"{label}: {text}")
 
 
 def _print_sequences(source: Source) -> None:

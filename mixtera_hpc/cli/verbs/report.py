@@ -83,10 +83,11 @@ def _write_comparison(folders: Sequence[RunFolder], args: Namespace) -> None:
 
 
 def _write_pages(folders: Sequence[RunFolder], out: Path | None) -> None:
-    # Imported here because they import matplotlib, which takes half a second.
+    # Imported here because they import matplotlib, which takes half a second, and h5py.
+    from mixtera_hpc.cli.answers.packing_text import packing_rows_of_run
     from mixtera_hpc.report.report_files import write_report
     from mixtera_hpc.report.terminal import report_text
 
     for folder in folders:
         target = out / folder.run_id if out is not None and len(folders) > 1 else out
-        open_console().print(report_text(write_report(folder, target)))
+        open_console().print(report_text(write_report(folder, target, packing_rows_of_run)))
