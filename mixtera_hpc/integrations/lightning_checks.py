@@ -1,7 +1,10 @@
 """Checks that each optimizer step of a Lightning trainer is a step of the data plane."""
 
+import logging
+
 from lightning.pytorch import Trainer
 
+from mixtera_hpc.dataplane.mixing.loss_weights import describe_loss_weight
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.lightning_batches import LOSS_KEY, HandedOut
@@ -14,7 +17,10 @@ __all__ = [
     "data_parallel_of",
     "num_micro_batches",
     "restart_step",
+    "warn_of_loss_weights",
 ]
+
+logger = logging.getLogger("mixtera_hpc")
 
 PROGRESS_COUNTS = ("ready", "started", "processed", "completed")
 """The counts of batches that Lightning keeps, for the epoch and in total."""
@@ -125,4 +131,17 @@ def check_losses_unneeded(plane: DataPlane) -> None:
             f"The mixture is dynamic, but training_step gave no losses, so the mixture cannot learn.\n"
             f'  Return {{"loss": loss, "{LOSS_KEY}": losses}} with losses of shape (B, T), or call '
             "PlaneDataModule.record() in training_step. Or choose a mixture that does not learn."
+        )
+
+
+def warn_of_loss_weights(trainer: Trainer, plane: DataPlane) -> None:
+    """Warn that only `training_step` can multiply the loss with the factors of the domains, if a domain has one."""
+    written = describe_loss_weight(plane.config.mixture)
+    if written is not None and trainer.is_global_zero:
+        logger.warning(
+            "%s. Lightning does not multiply the loss with it.\n"
+            '  In training_step, multiply the losses of each sequence by batch["loss_weights"], and return the losses '
+            "without the factor under %r.",
+            written,
+            LOSS_KEY,
         )

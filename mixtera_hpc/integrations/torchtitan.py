@@ -36,6 +36,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.dataplane.mixing.loss_weights import refuse_loss_weights
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.domain_metrics import domain_losses
@@ -178,6 +179,7 @@ def _open_plane(config: TitanTrainer.Config, parallel_dims: ParallelDims) -> Dat
     """
     data = compose(config.dataloader.overrides)
     mesh = parallel_dims.get_optional_mesh(MESH_DIMS, include_singleton_axes=True)
+    refuse_loss_weights(data.mixture, "TitanTrainer")
     _check_sizes(data, config.training, mesh["batch"].size())
     folder = RunFolder(Path(config.dump_folder))
     return DataPlane.open(data, folder=folder, mesh=mesh, data_dims=("batch",), loss_parts=("cp",))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mixtera_hpc.dataplane.mixing.loss_weights import refuse_loss_weights
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError, pluralize
 
@@ -54,6 +55,7 @@ def check_trainer_arguments(plane: DataPlane, args: Any, arguments: Mapping[str,
             f"mixture.unit is {plane.config.mixture.unit}, but PlaneTrainer predicts tokens.\n"
             "  Set mixture.unit=tokens, or write the training loop yourself."
         )
+    refuse_loss_weights(plane.config.mixture, "PlaneTrainer")
     if arguments.get("train_dataset") is not None:
         raise ConfigError("PlaneTrainer got a train_dataset, but it trains on the data plane.\n  Leave it out.")
     if arguments.get("compute_loss_func") is not None:

@@ -76,6 +76,7 @@ EXPECTED = {
     "load balancer": "Set it to headtail, or to None",
     "dataset": "select the data with dataloader.overrides",
     "unit": "Set mixture.unit=tokens",
+    "loss weights": "loss_weight is 0.25, but TitanTrainer does not multiply the loss with it",
     "trainer": "Use TitanTrainer.Config instead of Trainer.Config",
 }
 

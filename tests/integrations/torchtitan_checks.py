@@ -30,6 +30,10 @@ from mixtera_hpc.integrations.torchtitan_loss import TokenLosses, context_parall
 
 FOLDER, OVERRIDES = sys.argv[1], sys.argv[2:]
 Options = dict[str, Any]
+LOSS_WEIGHTS = [
+    "mixture.kind=static",
+    "mixture.domains=[{key: {source: 'a*'}, weight: 0.5, loss_weight: 0.25}, {key: {source: enum}, weight: 0.5}]",
+]
 
 
 def configuration(kind: Any = TitanTrainer, **changes: Any) -> Any:
@@ -57,6 +61,7 @@ def refusals() -> dict[str, str]:
     def training(**sizes: int) -> Options:
         return {"training": TrainingConfig(**{"seq_len": 16, "local_batch_size": 4, "global_batch_size": 8, **sizes})}
 
+    plain = [word for word in OVERRIDES if not word.startswith("mixture.group_by")]
     small = torchtitan_on_cpu.tiny_model()
     small.model.vocab_size = 100
     changes: dict[str, Options] = {
@@ -76,6 +81,7 @@ def refusals() -> dict[str, str]:
         },
         "dataset": {"dataloader": PlaneDataLoader.Config(overrides=OVERRIDES, dataset="c4")},
         "unit": {"dataloader": PlaneDataLoader.Config(overrides=[*OVERRIDES, "mixture.unit=samples"])},
+        "loss weights": {"dataloader": PlaneDataLoader.Config(overrides=[*plain, *LOSS_WEIGHTS])},
     }
     texts = {name: refusal(configuration(**change).build) for name, change in changes.items()}
     return {**texts, "trainer": refusal(configuration(Trainer).build)}

@@ -228,6 +228,28 @@ def test_references_come_from_a_file_by_name_or_by_value(tmp_path: Path) -> None
     assert weights(by_list, LAG)[0] != 0.6
 
 
+def test_a_run_keeps_the_references_that_it_began_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "references.json"
+    algorithm = {"name": "exponentiated-gradient", "reference_losses": str(file)}
+    file.write_text(json.dumps({"a": 2.5, "b": 1.5, "c": 0.5}))
+    whole = mixer(algorithm=algorithm)
+    for step in range(CHUNK_STEPS):
+        whole.feed(statistics(step))
+    state = whole.arrays()
+
+    file.write_text(json.dumps({"a": 0.5, "b": 1.5, "c": 2.5}))
+    resumed = mixer(algorithm=algorithm)
+    resumed.load(state)
+    for each in (whole, resumed):
+        for step in range(CHUNK_STEPS, 2 * CHUNK_STEPS):
+            each.feed(statistics(step))
+    assert weights(resumed, LAG + 1).tolist() == weights(whole, LAG + 1).tolist()
+    assert resumed.arrays()["mixer/reference_losses"].tolist() == [2.5, 1.5, 0.5]
+    assert "The run goes on with those that it began with: 2.5, 1.5, 0.5" in caplog.text
+    whole.close()
+    resumed.close()
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

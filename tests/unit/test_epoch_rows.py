@@ -19,7 +19,7 @@ def test_words_are_those_of_numpy(key: tuple[int, int], counters: list[tuple[int
     assert (philox_words(key, streams, count) == np.array(expected)).all()
 
 
-@pytest.mark.parametrize("shuffle", ["none", "block", "window"])
+@pytest.mark.parametrize("shuffle", ["none", "block", "window", "sequence"])
 @pytest.mark.parametrize("rows", [[1], [2], [3, 1, 4], [1, 1, 1, 1, 1]])
 def test_rows_have_the_order_of_every_epoch(shuffle: Shuffle, rows: list[int]) -> None:
     order = ShuffleOrder(seed=5, shuffle=shuffle, window_bytes=100)

@@ -11,6 +11,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.measures.scalars import accumulate_scalar, scalars_from_rows
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import CommError, ConfigError
+from mixtera_hpc.integrations.transformers_arguments import check_trainer_arguments
 from mixtera_hpc.testing.thread_ranks import run_ranks
 
 WORDS = [
@@ -104,3 +105,16 @@ def test_loss_weights_are_in_the_batch_and_not_in_the_statistics(collection: lis
         compose([*plain, *WORDS, "mixture.kind=static", f"mixture.domains={domains.replace('0.25', '-1')}"])
     with DataPlane.open(compose([*plain, *WORDS]), Local()) as plane:
         assert next(iter(plane)).loss_weights is None
+
+
+def test_trainers_that_do_not_multiply_by_loss_weights_refuse_them(collection: list[str]) -> None:
+    plain = [word for word in collection if not word.startswith("mixture.")]
+    domains = "[{key: {source: 'a*'}, weight: 0.5, loss_weight: W}, {key: {source: ['d*', enum]}, weight: 0.5}]"
+    words = [*plain, *WORDS, "mixture.kind=static"]
+    with (
+        DataPlane.open(compose([*words, f"mixture.domains={domains.replace('W', '0.25')}"]), Local()) as plane,
+        pytest.raises(ConfigError, match=r"domains\[0\]\.loss_weight is 0\.25, but PlaneTrainer does not multiply"),
+    ):
+        check_trainer_arguments(plane, None, {"eval_dataset": None}, None)
+    with DataPlane.open(compose([*words, f"mixture.domains={domains.replace('W', '1')}"]), Local()) as plane:
+        check_trainer_arguments(plane, None, {"eval_dataset": None}, None)

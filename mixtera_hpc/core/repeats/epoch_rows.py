@@ -35,7 +35,7 @@ def epoch_rows(
         blocks: that list, as numbers in the index.
     """
     shape = (len(epochs), len(block_of_sample))
-    if order.shuffle == "none":
+    if order.shuffle in ("none", "sequence"):
         return np.broadcast_to(np.arange(shape[1]), shape)
     keys = _words(order, BLOCK_STREAM, epochs, BLOCK_WORDS, 1)
     block_order = np.argsort(block_words(keys, blocks), axis=1)

@@ -5,7 +5,8 @@ apply to the others. Held-out losses of step s are learned from after those of s
 matter when they arrive, so a run is reproducible.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,9 @@ from mixtera_hpc.core.mixing.mixed_domains import STATISTICS_ARRAYS, MixedDomain
 from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["DynamicMixer", "MixingProblem", "strip_prefix"]
+__all__ = ["DynamicMixer", "MixingProblem", "ReadLosses", "strip_prefix"]
+
+logger = logging.getLogger("mixtera_hpc")
 
 Weights = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
@@ -44,12 +47,39 @@ class MixingProblem:
     """Type and message of the newest exception."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLosses:
+    """Reference losses that were read from a file or from a run, which may change while this run lasts."""
+
+    values: Sequence[float]
+    """One per mixed domain."""
+    algorithm_with: Callable[[Sequence[float]], MixingAlgorithm[Any]]
+    """Returns the algorithm with other reference losses."""
+
+
 class DynamicMixer:
     """A mixer with the weights of a mixing algorithm, which gets the statistics of every step in order."""
 
-    def __init__(self, algorithm: MixingAlgorithm[Any], prior: Weights, chunk_steps: int, feedback_lag: int) -> None:
-        """Start with the weights `prior`, which hold for the first `feedback_lag` chunks."""
+    def __init__(
+        self,
+        algorithm: MixingAlgorithm[Any],
+        prior: Weights,
+        chunk_steps: int,
+        feedback_lag: int,
+        read_losses: ReadLosses | None = None,
+    ) -> None:
+        """Start with the weights `prior`, which hold for the first `feedback_lag` chunks.
+
+        Args:
+            algorithm: decides the weights of later chunks.
+            prior: shape (K,).
+            chunk_steps: steps of a chunk.
+            feedback_lag: chunks between the losses and the weights that follow from them.
+            read_losses: reference losses that `algorithm` did not get from the configuration. They are part of the
+                state, so that all attempts of a run use the same.
+        """
         self._algorithm = algorithm
+        self._read_losses = read_losses
         self._learns_from_held_out = learns_from(algorithm) == "heldout"
         self._chunk_steps = chunk_steps
         self._lag = feedback_lag
@@ -103,6 +133,7 @@ class DynamicMixer:
             "mixer/chunks": np.array(chunks, np.int64),
             "mixer/newest": self._newest,
             "mixer/weights": np.stack([self._decided[chunk] for chunk in chunks]),
+            **self._reference_arrays(),
             **self._held_out_arrays(),
             **{f"algorithm/{k}": v for k, v in self._algorithm.state_arrays(self._state).items()},
         }
@@ -112,6 +143,7 @@ class DynamicMixer:
         chunks = arrays["mixer/chunks"].tolist()
         self._decided = dict(zip(chunks, np.array(arrays["mixer/weights"]), strict=True))
         self._newest = np.array(arrays["mixer/newest"])
+        self._restore_reference(arrays)
         self._state = self._algorithm.state_from_arrays(strip_prefix("algorithm/", arrays))
         if self._learns_from_held_out:
             self._in_force = np.array(arrays["mixer/in_force"])
@@ -125,6 +157,26 @@ class DynamicMixer:
     def close(self) -> None:
         """Stop the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _reference_arrays(self) -> dict[str, NDArray[Any]]:
+        if self._read_losses is None:
+            return {}
+        return {"mixer/reference_losses": np.array(self._read_losses.values, np.float64)}
+
+    def _restore_reference(self, arrays: Arrays) -> None:
+        """Continue with the reference losses that the run began with, if the file or the run has others now."""
+        saved = arrays.get("mixer/reference_losses")
+        if saved is None or self._read_losses is None:
+            return
+        if np.array_equal(saved, np.array(self._read_losses.values, np.float64)):
+            return
+        logger.warning(
+            "The file or run that mixture.algorithm takes its reference losses from has changed. The run goes on with "
+            "those that it began with: %s.",
+            ", ".join(f"{loss:.6g}" for loss in saved.tolist()),
+        )
+        self._read_losses = replace(self._read_losses, values=saved.tolist())
+        self._algorithm = self._read_losses.algorithm_with(saved.tolist())
 
     def _held_out_arrays(self) -> dict[str, NDArray[Any]]:
         """Return what only algorithms that learn from held-out losses need."""

@@ -16,11 +16,11 @@ from mixtera_hpc.config.schema import Config, DomainConfig, MixtureConfig, Stage
 from mixtera_hpc.core.domain_keys import DomainKey, KeyValue, canonical_key, parse_domain_key
 from mixtera_hpc.core.mixing.algorithm import make_algorithm
 from mixtera_hpc.core.mixing.bounds import domain_bounds, project_to_bounds
-from mixtera_hpc.core.mixing.named_parameters import resolve_named
+from mixtera_hpc.core.mixing.named_parameters import FROM_RUN, resolve_named
 from mixtera_hpc.core.mixing.weights import WeightNode, WeightRule, check_available, initial_weights
 from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.dataplane.mixing.context import DomainSizes, MixtureContext
-from mixtera_hpc.dataplane.mixing.dynamic_mixer import DynamicMixer
+from mixtera_hpc.dataplane.mixing.dynamic_mixer import DynamicMixer, ReadLosses
 from mixtera_hpc.dataplane.mixing.mixers import BoundedMixer, FixedMixer, Mixer, MixerStage, ScheduledMixer
 from mixtera_hpc.dataplane.mixing.reference_runs import load_named_values
 from mixtera_hpc.errors import MixtureError, did_you_mean
@@ -193,8 +193,17 @@ def _single_mixer(
     parameters = dict(part.algorithm)
     name = str(parameters.pop("name", "ado"))
     mixed = np.flatnonzero(weights > 0).tolist()
-    algorithm = make_algorithm(name, resolve_named(parameters, context.names, mixed, load_named_values))
-    return DynamicMixer(algorithm, weights, context.timeline.chunk_steps, context.feedback_lag)
+    resolved = resolve_named(parameters, context.names, mixed, load_named_values)
+    read_losses = None
+    if FROM_RUN in parameters or isinstance(parameters.get("reference_losses"), str):
+        read_losses = ReadLosses(
+            values=resolved["reference_losses"],
+            algorithm_with=lambda losses: make_algorithm(name, {**resolved, "reference_losses": losses}),
+        )
+    timeline = context.timeline
+    return DynamicMixer(
+        make_algorithm(name, resolved), weights, timeline.chunk_steps, context.feedback_lag, read_losses
+    )
 
 
 def _check_not_all_dropped(mixture: MixtureConfig, context: MixtureContext) -> None:

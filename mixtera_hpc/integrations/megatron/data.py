@@ -19,6 +19,7 @@ from torch import Tensor
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.statistics import DomainStatistics
+from mixtera_hpc.dataplane.mixing.loss_weights import refuse_loss_weights
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.domain_metrics import domain_losses
@@ -365,6 +366,7 @@ def _check_format(plane: DataPlane, form: BatchFormat) -> None:
             f"mixture.unit is {plane.config.mixture.unit}, but Megatron's micro-batches hold tokens.\n"
             "  Set mixture.unit=tokens."
         )
+    refuse_loss_weights(plane.config.mixture, "Megatron")
     if plane.config.dataplane.batch_schedule:
         raise ConfigError(
             "dataplane.batch_schedule is set, but all steps of a Megatron run have the same number of micro-batches.\n"
