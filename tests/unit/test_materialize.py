@@ -17,10 +17,13 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.index.read.configured import open_written
 from mixtera_hpc.index.token_store.store_files import StoreFiles, StoreHeader, read_header
+from mixtera_hpc.index.token_store.store_state import prepare_store
 from mixtera_hpc.testing.chats import CHATS, TEMPLATES, write_tokenizer
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
+from mixtera_hpc.tokens.tokenizer import load_vocabulary
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "again"]
 
@@ -180,6 +183,21 @@ def test_tokenize_extends_a_store_after_a_refresh_without_it(overrides: list[str
     assert main(["tokenize", *overrides]) == 0
     assert header_of(store).kept_tokens == first.tokens
     check_stream(overrides)
+
+
+def test_logs_of_a_complete_store_say_nothing_about_the_next_one(overrides: list[str], tmp_path: Path) -> None:
+    store = tmp_path / "i.h5.tokens"
+    assert main(["index", "build", *overrides]) == 0
+    # What a job leaves that is killed between its last two writes.
+    (store / "done-1-0.log").write_text("0\n1\n2\n")
+    add_shard(tmp_path, 3)
+    assert main(["index", "refresh", *overrides, "data.materialize=never"]) == 0
+    config = compose(overrides)
+    tokenizer = load_vocabulary(config.dataplane)
+    assert tokenizer is not None
+    with open_written(config, announce=False) as index:
+        jobs = [prepare_store(index, StoreFiles(store), tokenizer, "", None, lambda plan: None) for _ in range(2)]
+    assert jobs[0].missing == jobs[1].missing != []
 
 
 def test_a_derivation_keeps_the_store(overrides: list[str], tmp_path: Path) -> None:

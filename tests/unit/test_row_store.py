@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,17 @@ def test_a_refresh_extends_the_store(overrides: list[str], tmp_path: Path) -> No
     assert not decodes(overrides)
     assert served(overrides) == served(overrides, "data.materialize=never")
     assert served(overrides, f"index.generations=[{first.index}]") == stream
+
+
+def test_a_store_that_is_written_anew_has_other_files(overrides: list[str], tmp_path: Path) -> None:
+    """A run that is active would take them for those it has the places of."""
+    assert main(["index", "build", *overrides]) == 0
+    before = {path.name for path in (tmp_path / "i.h5.rows").glob("rows-*.zst")}
+    shutil.rmtree(tmp_path / "data/1")
+    assert main(["index", "refresh", *overrides]) == 0
+    assert header_of(tmp_path).kept_blocks == 0
+    assert not before & {path.name for path in (tmp_path / "i.h5.rows").glob("rows-*.zst")}
+    assert served(overrides) == served(overrides, "data.materialize=never")
 
 
 def test_an_interrupted_store_is_continued(

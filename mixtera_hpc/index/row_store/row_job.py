@@ -169,10 +169,11 @@ def _prepare(index: PropertyIndex, files: RowStoreFiles, announce: Callable[[Row
             f"{plan.free_bytes / 1e9:,.3g} GB are free.\n"
             "  Make room, set index.path to another file system, or set data.materialize=never."
         )
+    # A run that is active may still open the files of before by their names, so no name is used again.
+    numbers = [int(path.stem.split("-")[1]) for path in files.folder.glob("rows-*.zst")]
     if not same:
         _begin(files, wanted, files.folder / old.places if old is not None and earlier else None)
     attempts = [int(path.stem.split("-")[1]) for path in files.logs()]
-    numbers = [int(path.stem.split("-")[1]) for path in files.folder.glob("rows-*.zst")]
     return _RowJob(
         header=wanted,
         missing=missing,
@@ -195,6 +196,9 @@ def _begin(files: RowStoreFiles, header: RowStoreHeader, kept_places: Path | Non
         for path in (files.header, *files.logs(), *files.folder.glob("rows-*.zst"), *files.folder.glob("places-*.bin")):
             path.unlink(missing_ok=True)
     else:
+        # A job that was killed when its store was complete may have left logs, whose units are others now.
+        for path in files.logs():
+            path.unlink()
         shutil.copyfile(kept_places, places)
     with places.open("ab") as file:
         file.truncate(PLACE_BYTES * header.rows)

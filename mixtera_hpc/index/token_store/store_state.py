@@ -200,6 +200,9 @@ def _begin(files: StoreFiles, header: StoreHeader, old: StoreHeader | None, kept
     if old is not None and kept is not None:
         before = np.memmap(files.starts(old), "<i8", "r") if old.rows else np.zeros(0, np.int64)
         _write_starts(starts, [before[first:last] for first, last in kept.rows])
+        # A job that was killed when its store was complete may have left logs, whose units are others now.
+        for path in files.logs():
+            path.unlink()
     else:
         # The header goes first: without it, no run takes what is left for a store.
         for path in (files.header, *files.logs(), files.tokens):
