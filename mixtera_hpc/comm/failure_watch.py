@@ -175,14 +175,14 @@ def _open_link(comm: Communicator, num_nodes: int, *, is_first_of_node: bool) ->
 def _launcher_pid() -> int:
     """Return the process id of the launcher that started this process; 0 if none of its ancestors is one."""
     pid = os.getppid()
-    found = 0
+    launcher = 0
     with contextlib.suppress(OSError, IndexError, ValueError):
         while pid > 1:
             name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
             if name in LAUNCHERS:
-                found = pid
+                launcher = pid
             pid = int(rest.split()[1])
-    return found
+    return launcher
 
 
 def _node_key() -> int:

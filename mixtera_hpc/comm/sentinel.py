@@ -61,7 +61,7 @@ class Link:
         self.connection = connection
         self.node = ""
         """Name and ranks of the node, sent by its sentinel."""
-        self.heard = time.monotonic()
+        self.last_received_s = time.monotonic()
         self.closed: float | None = None
         """Time at which the connection closed without a farewell."""
         self.has_left = False
@@ -74,9 +74,9 @@ class Link:
             return
         except OSError:
             data = b""
-        self.heard = time.monotonic()
+        self.last_received_s = time.monotonic()
         if not data and not self.has_left and self.closed is None:
-            self.closed = self.heard
+            self.closed = self.last_received_s
         self.has_left = self.has_left or data.endswith(FAREWELL)
         first_line, end_of_line, _ = data.partition(b"\n")
         key, _, node = first_line.decode(errors="replace").partition(" ")
@@ -95,7 +95,7 @@ class Link:
             return None
         if self.closed is not None:
             return "its connection closed" if now - self.closed >= CLOSED_GRACE_S else None
-        return f"no sign of life for {silence_s:.0f} s" if now - self.heard >= silence_s else None
+        return f"no sign of life for {silence_s:.0f} s" if now - self.last_received_s >= silence_s else None
 
 
 class Links:

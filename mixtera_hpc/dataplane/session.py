@@ -184,7 +184,7 @@ class Session:
 
     def feed_held_out(self, statistics: DomainStatistics) -> None:
         """Take the held-out losses after `statistics.step` steps, for a mixing algorithm that learns from them."""
-        self._silence.hear_held_out()
+        self._silence.note_held_out()
         if self._comm.rank == 0:
             self._mixture.feed_held_out(statistics)
 
@@ -390,7 +390,7 @@ class Session:
             # Results arrive in order of steps, which the mixing algorithm relies on.
             self._requests.add(result)
             self._wait.reduce_s += result.reduce_s
-            self._silence.hear(result.statistics)
+            self._silence.note_losses(result.statistics)
             if self._comm.rank == 0:
                 self._mixture.feed(result.statistics)
             self._completed.append(result.statistics)

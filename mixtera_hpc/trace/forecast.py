@@ -82,7 +82,7 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
         unit=source.config.mixture.unit,
         steps_asked=num_steps,
         num_steps=state.step,
-        left_over=_left_over(segments, state, schedule),
+        left_over=_unserved_sequences(segments, state, schedule),
         bytes_per_step=float(_bytes_per_item(source) @ served) / max(state.step, 1),
         step=step_footprint(source, served / max(state.step, 1)),
         domains=[
@@ -135,7 +135,7 @@ def _plan_segments(source: Source, num_steps: int) -> tuple[PlannerState, list[_
     return state, segments
 
 
-def _left_over(segments: list[_ConstantRateSegment], state: PlannerState, schedule: BatchSchedule) -> int:
+def _unserved_sequences(segments: list[_ConstantRateSegment], state: PlannerState, schedule: BatchSchedule) -> int:
     """Return the sequences after the last full step, served with padding or not at all."""
     num_sequences = sum(int(segment.counts.sum()) for segment in segments)
     return schedule.locate(num_sequences)[1] if num_sequences != schedule.sequences_before(state.step) else 0

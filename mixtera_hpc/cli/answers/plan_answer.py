@@ -115,7 +115,7 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         )
 
     if forecast.left_over:
-        console.print(_left_over_text(source, forecast))
+        console.print(_unserved_text(source, forecast))
 
     # The weights of these mixtures change during the run.
     if "dynamic" in (mixture.kind, *(stage.kind for stage in mixture.schedule.stages)):
@@ -150,7 +150,7 @@ def _other_policy(mixture: MixtureConfig, num_domains: int) -> str:
     return "" if mixture.on_exhausted == "repeat" else ", or set mixture.on_exhausted=repeat"
 
 
-def _left_over_text(source: Source, forecast: MixtureForecast) -> str:
+def _unserved_text(source: Source, forecast: MixtureForecast) -> str:
     left_over = forecast.left_over
     noun = pluralize(left_over, "sequence" if source.layout.in_tokens else "sample")
     size = source.planner.batch_schedule.size_at(forecast.num_steps)

@@ -22,10 +22,10 @@ from mixtera_hpc.errors import ConfigError, DataError, pluralize
 
 __all__ = ["export_trace", "replay_losses"]
 
-EXACT = 1e-6
+MAX_DIFFERENCE = 1e-6
 """A replay agrees with a run if no weight differs by more."""
 
-MAX_SHOWN = 20
+MAX_DOMAINS = 20
 """Domains in the table."""
 
 
@@ -62,7 +62,7 @@ def export_trace(args: argparse.Namespace) -> None:
     validations = pluralize(len(trace.held_out_step), "validation")
     print(f"{args.out}: {len(trace.loss_mean)} steps and {validations} of {pluralize(len(trace.names), 'domain')}")
     if recorded.steps_per_line > 1:
-        print(_coarse(recorded.steps_per_line))
+        print(_lines_text(recorded.steps_per_line))
 
 
 def _algorithm(args: argparse.Namespace, recorded: RecordedRun | None) -> dict[str, Any]:
@@ -131,15 +131,15 @@ def _print_replay(trace: LossTrace, replayed: ReplayedMixture, written: Mapping[
         table.add_column(heading, justify="left" if heading == "domain" else "right")
     mixtures = replayed.mixture if len(replayed.mixture) else trace.prior[None]
     by_weight = np.argsort(-last, kind="stable")
-    for d in by_weight[:MAX_SHOWN].tolist():
+    for d in by_weight[:MAX_DOMAINS].tolist():
         column = mixtures[:, d]
         table.add_row(
             trace.names[d], f"{trace.prior[d]:.4f}", f"{last[d]:.4f}", f"{column.min():.4f}", f"{column.max():.4f}"
         )
     console = open_console()
     console.print(table)
-    if len(by_weight) > MAX_SHOWN:
-        console.print(f"and {len(by_weight) - MAX_SHOWN} more domains")
+    if len(by_weight) > MAX_DOMAINS:
+        console.print(f"and {len(by_weight) - MAX_DOMAINS} more domains")
     if len(replayed.refit_steps):
         console.print(f"laws were fitted in the steps {', '.join(map(str, replayed.refit_steps.tolist()))}")
 
@@ -149,16 +149,16 @@ def _print_difference(recorded: RecordedRun) -> None:
     if not difference.num_chunks:
         print("No recorded chunk has weights that depend on losses yet.")
         return
-    verdict = "agrees with" if difference.largest <= EXACT else "DIFFERS from"
+    verdict = "agrees with" if difference.largest <= MAX_DIFFERENCE else "DIFFERS from"
     print(
         f"The replay {verdict} the recorded weights of {difference.num_chunks} chunks; the largest difference of a "
         f"weight is {difference.largest:.2g}."
     )
     if recorded.steps_per_line > 1:
-        print(_coarse(recorded.steps_per_line))
+        print(_lines_text(recorded.steps_per_line))
 
 
-def _coarse(steps_per_line: int) -> str:
+def _lines_text(steps_per_line: int) -> str:
     return (
         f"The metrics have one line for {steps_per_line} steps (training.log_every), so losses within a line count as "
         "equal; a run with training.log_every=1 replays exactly."

@@ -39,9 +39,9 @@ def store_line(report: StoreReport) -> str:
     """Describe the result."""
     if not report.units_written:
         return f"{report.folder} is complete: {report.tokens:,} tokens."
-    kept = f", {report.kept_tokens:,} of them from before" if report.kept_tokens else ""
+    earlier = f", {report.kept_tokens:,} of them from before" if report.kept_tokens else ""
     return (
-        f"Wrote {report.folder}: {report.tokens:,} tokens{kept}, {report.num_bytes / 1e9:,.3g} GB, in "
+        f"Wrote {report.folder}: {report.tokens:,} tokens{earlier}, {report.num_bytes / 1e9:,.3g} GB, in "
         f"{report.seconds:,.1f} s. Runs over this index use it (data.tokens=auto)."
     )
 
@@ -57,8 +57,8 @@ def _plan_line(plan: StorePlan) -> str:
     width = int(plan.dtype[-1])
     there = plan.num_units - plan.missing_units
     done = f", {there} of {plan.num_units} units are there" if plan.missing_units and there else ""
-    kept = f", {plan.kept_tokens:,} of them from before" if plan.kept_tokens else ""
+    earlier = f", {plan.kept_tokens:,} of them from before" if plan.kept_tokens else ""
     return (
-        f"{plan.tokens:,} tokens of {width} bytes{kept}: {plan.num_bytes / 1e9:,.3g} GB in {plan.folder}, "
+        f"{plan.tokens:,} tokens of {width} bytes{earlier}: {plan.num_bytes / 1e9:,.3g} GB in {plan.folder}, "
         f"{plan.free_bytes / 1e9:,.3g} GB free{done}"
     )

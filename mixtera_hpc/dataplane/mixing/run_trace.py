@@ -64,7 +64,7 @@ class RecordedRun:
             statistics = steps.get(data_step)
             if statistics is not None and statistics.step in held_out:
                 mixtures.feed_held_out(replace(held_out[statistics.step], step=data_step))
-            mixtures.feed(replace(statistics or self._nothing(), step=data_step))
+            mixtures.feed(replace(statistics or self._empty_statistics(), step=data_step))
             chunk, step_in_chunk = divmod(data_step, plane.chunk_steps)
             decided = chunk + plane.feedback_lag
             if step_in_chunk == plane.chunk_steps - 1 and decided in self.chunk_weights:
@@ -78,7 +78,7 @@ class RecordedRun:
         mixtures.close()
         return WeightDifference(largest=largest, num_chunks=compared)
 
-    def _nothing(self) -> DomainStatistics:
+    def _empty_statistics(self) -> DomainStatistics:
         """Return the statistics of a step that was skipped."""
         zero = np.zeros(len(self.trace.names), np.int64)
         return DomainStatistics(

@@ -50,11 +50,11 @@ class SilenceWatch:
             )
         return self._chunks_without_loss <= self._limit
 
-    def hear(self, statistics: DomainStatistics) -> None:
+    def note_losses(self, statistics: DomainStatistics) -> None:
         """Take the statistics of a step."""
         if np.any(statistics.num_sequences):
             self._chunks_without_loss = 0
 
-    def hear_held_out(self) -> None:
+    def note_held_out(self) -> None:
         """Note that there are held-out losses."""
         self._has_held_out = True

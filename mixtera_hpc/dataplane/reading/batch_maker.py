@@ -122,7 +122,9 @@ class BatchMaker:
             # The number of micro-batches is that of the rank that needs most.
             whole = self._slots_of(plan, data_steps, BatchSlice())
             costs = slot_costs(self._source, self._documents, whole)
-            micro_batches = [self._filled(of_step, size) for of_step, size in zip(costs, sizes, strict=True)]
+            micro_batches = [
+                self._rows_of_micro_batches(of_step, size) for of_step, size in zip(costs, sizes, strict=True)
+            ]
             own = [self._slice.positions(size) for size in sizes]
             slots = [Slots(domain=s.domain[p], ordinal=s.ordinal[p]) for s, p in zip(whole, own, strict=True)]
         domain = np.concatenate([of_step.domain for of_step in slots])
@@ -137,7 +139,7 @@ class BatchMaker:
         order = self._order_of(plan)
         return slots_of_steps(self._source, order, plan.first_step, data_steps, batch_slice, self._documents)
 
-    def _filled(self, costs: NDArray[np.float64], batch_size: int) -> tuple[slice, ...]:
+    def _rows_of_micro_batches(self, costs: NDArray[np.float64], batch_size: int) -> tuple[slice, ...]:
         """Return the rows of the micro-batches of this rank, given the costs of all samples of a step."""
         padded = np.zeros(batch_size)
         padded[: len(costs)] = costs

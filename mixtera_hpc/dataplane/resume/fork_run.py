@@ -119,7 +119,7 @@ def fork_run(point: ForkPoint, fork: Fork, now: datetime) -> RunFolder:
     _copy_if_file(point.parent.journal, child.journal)
     origin = {"kind": FORK_KIND, "parent": str(point.parent.path), "step": point.step, "chunk": point.first_chunk}
     append_line(child.journal, origin)
-    for line in _kept_decisions(point):
+    for line in _decisions_until_checkpoint(point):
         append_line(child.decisions, line)
     append_line(child.decisions, MixtureDecision(chunk=point.first_chunk, mixture=mixture).to_dict())
     # The checkpoint comes last: without it the new run would begin at step 0.
@@ -137,21 +137,21 @@ def _checked_mixture(point: ForkPoint, content: Any) -> MixtureConfig:
     return mixture
 
 
-def _kept_decisions(point: ForkPoint) -> list[Mapping[str, Any]]:
+def _decisions_until_checkpoint(point: ForkPoint) -> list[Mapping[str, Any]]:
     """Return the lines of `decisions.jsonl` that the checkpoint contains."""
     if not point.parent.decisions.is_file():
         return []
     edits = 0
-    kept: list[Mapping[str, Any]] = []
+    decisions: list[Mapping[str, Any]] = []
     for line in read_lines(point.parent.decisions):
         if line["kind"] == "run_edit":
             edits += 1
             # The state says how many edits it contains.
             if edits <= point.state.stream_version.number:
-                kept.append(line)
+                decisions.append(line)
         elif line["kind"] != "mixture" or line["chunk"] < point.first_chunk:
-            kept.append(line)
-    return kept
+            decisions.append(line)
+    return decisions
 
 
 def _link_attempts(parent: RunFolder, child: RunFolder) -> None:

@@ -13,7 +13,7 @@ MAX_WINDOW_BYTES = 1 << 31
 FEED_BYTES = 4 << 10
 MIN_FEED_BYTES = 64
 # A call that decodes more than this is followed by one with less input.
-MUCH_BYTES = 1 << 20
+LARGE_OUTPUT_BYTES = 1 << 20
 
 
 class _ZstdFrame:
@@ -49,7 +49,7 @@ class _ZstdFrame:
             self._pending = self._pending[self._feed_bytes :]
             decoded.append(data)
             size += len(data)
-            if len(data) > MUCH_BYTES:
+            if len(data) > LARGE_OUTPUT_BYTES:
                 self._feed_bytes = max(self._feed_bytes // 2, MIN_FEED_BYTES)
             elif self._feed_bytes < FEED_BYTES:
                 self._feed_bytes *= 2

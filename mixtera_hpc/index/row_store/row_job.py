@@ -103,7 +103,7 @@ def write_rows(
             job = msgspec.json.decode(bcast_bytes(comm, None), type=_RowJob)
             _write_units(index, files, job, comm, None)
         else:
-            with _explained(files):
+            with _explain_disk_errors(files):
                 files.folder.mkdir(parents=True, exist_ok=True)
                 with build_lock(files.folder):
                     job = _prepare(index, files, announce)
@@ -217,7 +217,7 @@ def _write_units(
     missing = [units[number] for number in job.missing]
     if not missing:
         return
-    with _explained(files), _RowWriter(index, files, job, comm.rank) as writer:
+    with _explain_disk_errors(files), _RowWriter(index, files, job, comm.rank) as writer:
 
         def write(position: int) -> int:
             return writer.write(missing[position][:2], job.missing[position])
@@ -317,7 +317,7 @@ def _frames(order: Ints, combos: Ints, lines: list[bytes]) -> Iterator[Ints]:
 
 
 @contextmanager
-def _explained(files: RowStoreFiles) -> Iterator[None]:
+def _explain_disk_errors(files: RowStoreFiles) -> Iterator[None]:
     """Say what to do if the disk does not take the data."""
     try:
         yield

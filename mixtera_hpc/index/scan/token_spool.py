@@ -51,18 +51,18 @@ class TokenSpool:
         """Append the ids of some documents."""
         if tokens:
             joined = np.concatenate(tokens).astype(self.dtype, copy=False)
-            with self._explained():
+            with self._explain_disk_errors():
                 self._file.write(joined.data)
             self.position += len(joined)
 
     def sync(self) -> None:
         """Write everything to the disk: a log that names ids must not reach it before them."""
-        with self._explained():
+        with self._explain_disk_errors():
             self._file.flush()
             os.fdatasync(self._file.fileno())
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_disk_errors(self) -> Iterator[None]:
         """Say what to do if the disk does not take the ids. A scan takes an OSError for one of the shard."""
         try:
             yield

@@ -33,7 +33,7 @@ from mixtera_hpc.index.token_store.store_state import KeptRows, StoreJob, StoreP
 from mixtera_hpc.index.token_store.unit_writer import SpooledBlocks, UnitWriter
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_vocabulary
 
-__all__ = ["SpooledResult", "StoreReport", "StoreSources", "explained", "write_store"]
+__all__ = ["SpooledResult", "StoreReport", "StoreSources", "write_store"]
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -102,7 +102,7 @@ def write_store(
             check_fresh(index)
             sources = sources or StoreSources()
             _make_folder(files)
-            with build_lock(files.folder), explained(files):
+            with build_lock(files.folder), _explain_disk_errors(files):
                 job = prepare_store(index, files, tokenizer, _chat_loss(config, index), sources.kept, announce)
                 job.spooled = _spooled_blocks(files, sources.results, len(index.tables.blocks))
                 bcast_bytes(comm, msgspec.json.encode(job))
@@ -169,7 +169,7 @@ def _write_units(queue: _UnitQueue, comm: Communicator, progress: ProgressCallba
     units = queue.units
     if not units:
         return
-    with explained(queue.files), _open_files(queue, comm.rank) as (tokens, starts, log):
+    with _explain_disk_errors(queue.files), _open_files(queue, comm.rank) as (tokens, starts, log):
 
         def write(position: int) -> int:
             rows = queue.writer.write(units[position], tokens, starts)
@@ -208,7 +208,7 @@ def _make_folder(files: StoreFiles) -> None:
 
 
 @contextmanager
-def explained(files: StoreFiles) -> Iterator[None]:
+def _explain_disk_errors(files: StoreFiles) -> Iterator[None]:
     """Say what to do if the disk does not take the data."""
     try:
         yield

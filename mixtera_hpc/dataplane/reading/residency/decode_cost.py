@@ -82,7 +82,7 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
     budget = source.config.data.cache_bytes / shape.readers_per_node
     single = float(epochs @ sizes.single)
     groups = _groups_by_speed(source)
-    together = np.array([_together(source, sizes, epochs, group) for group in groups])
+    together = np.array([_bytes_of_group(source, sizes, epochs, group) for group in groups])
     bound = (float(together[:, 0].sum()) + single) / served
     # Blocks that all fit into the memory of a process are decoded once and served from there.
     if sizes.collection <= budget / 4:
@@ -95,10 +95,10 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
     share = min(max((per_lane - 1) / (BLOCKS_PER_LANE - 1), 0.0), 1.0)
     weight = epochs * (sizes.own + sizes.single) / served
     weight_of_group = np.array([weight[group].sum() for group in groups])
-    alone = np.stack([epochs * sizes.decoded, epochs * sizes.on_disk]) * _repeats(source, weight, shape)
-    as_groups = together.T * _repeats(source, weight_of_group, shape)
+    alone = np.stack([epochs * sizes.decoded, epochs * sizes.on_disk]) * _decodes_of_domains(source, weight, shape)
+    as_groups = together.T * _decodes_of_domains(source, weight_of_group, shape)
     decoded, on_disk = share * as_groups.sum(axis=1) + (1 - share) * alone.sum(axis=1)
-    repeats = _memory_repeats(source, rows_memory, budget)
+    repeats = _decodes_for_memory(source, rows_memory, budget)
     return DecodeCost(
         lower_bound=bound,
         amplification=(float(decoded) * repeats + single) / served,
@@ -236,7 +236,9 @@ def _groups_by_speed(source: Source) -> list[NDArray[np.intp]]:
     return np.split(order, np.flatnonzero(is_faster) + 1)
 
 
-def _together(source: Source, sizes: _DomainBytes, epochs: Floats, group: NDArray[np.intp]) -> tuple[float, float]:
+def _bytes_of_group(
+    source: Source, sizes: _DomainBytes, epochs: Floats, group: NDArray[np.intp]
+) -> tuple[float, float]:
     """Return the bytes per step of the blocks of a group, each decoded once for all its domains; and those on disk."""
     if len(group) == 1:
         return float((epochs * sizes.decoded)[group[0]]), float((epochs * sizes.on_disk)[group[0]])
@@ -247,7 +249,7 @@ def _together(source: Source, sizes: _DomainBytes, epochs: Floats, group: NDArra
     return speed * float(sizes.block_decoded[is_needed].sum()), speed * float(sizes.block_on_disk[is_needed].sum())
 
 
-def _repeats(source: Source, weight: Floats, shape: JobShape) -> Floats:
+def _decodes_of_domains(source: Source, weight: Floats, shape: JobShape) -> Floats:
     """Return how often a block is decoded for domains with these weights; shape of `weight`."""
     if source.layout.order.shuffle == "sequence":
         return _decodes_per_block(source) * float(shape.copies)
@@ -271,7 +273,7 @@ def _decodes_per_block(source: Source) -> Floats:
     return decodes
 
 
-def _memory_repeats(source: Source, rows_memory: float, budget: float) -> float:
+def _decodes_for_memory(source: Source, rows_memory: float, budget: float) -> float:
     """Return how often a process decodes a block because its rows do not fit."""
     if source.layout.order.shuffle == "sequence":
         return 1.0

@@ -21,7 +21,7 @@ READS_AT_ONCE = 16
 """Reads whose rows are decoded together: their bytes are still in the first cache of a core."""
 
 Ints = NDArray[np.int64]
-Enter = Callable[[int, int, int], None]
+EnterShard = Callable[[int, int, int], None]
 """A function that gets the next shard, and the positions of its first and last row among those requested."""
 
 
@@ -47,7 +47,7 @@ class RowFiles:
         starts: Ints,
         lengths: Ints,
         decode: Callable[[Sequence[bytes]], list[Any]],
-        enter: Enter,
+        enter: EnterShard,
     ) -> list[Any]:
         """Return the decoded rows at some byte ranges, sorted by shard and by their first byte.
 
