@@ -144,6 +144,20 @@ def test_a_shard_with_a_new_time_and_the_same_content_is_read_on(
     assert caplog.text.count("another modification time than in the index") == 1
 
 
+def test_many_touched_shards_write_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (shard,) = written("jsonl", tmp_path / "data")
+    more = shard.with_name(f"more-{shard.name}")
+    shutil.copy(shard, more)
+    config = configured("jsonl", tmp_path / "data")
+
+    def touch() -> None:
+        os.utime(shard)
+        os.utime(more)
+
+    assert not isinstance(served(config, 3, touch)[-1], DataError)
+    assert caplog.text.count("another modification time than in the index") == 1
+
+
 def test_a_restored_modification_time_hides_no_change(tmp_path: Path) -> None:
     """A run compares the change time as well, which no program can set."""
     (shard,) = written("jsonl", tmp_path / "data")

@@ -12,6 +12,7 @@ import pytest
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.lanes import ServedPart
+from mixtera_hpc.core.repeats.epoch_rows import epoch_rows
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
 from mixtera_hpc.dataplane.reading.lookup import repeated_epochs
 from mixtera_hpc.dataplane.reading.source import Source, open_source
@@ -21,7 +22,7 @@ from mixtera_hpc.index.build.build import build_index
 COLUMNS = ("block", "row", "first", "last", "size", "offset", "length")
 
 
-@pytest.fixture(params=["none", "block", "window"])
+@pytest.fixture(params=["none", "block", "window", "sequence"])
 def source(request: pytest.FixtureRequest, collection: list[str], tmp_path: Path) -> Source:
     """Return domains of 1, 3 and 200 documents over blocks of 16 rows."""
     domains = ["one", *["three"] * 3, *["many"] * 200]
@@ -71,6 +72,23 @@ def test_dropped_samples_are_left_out(source: Source, monkeypatch: pytest.Monkey
         dropped.streams().documents_of_spans(*spans(dropped)),
         epoch_by_epoch(dropped, monkeypatch).documents_of_spans(*spans(dropped)),
     )
+
+
+def test_groups_of_many_dropped_samples_are_ordered_in_parts(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped = open_source(source.config, Local(), subset=SampleSubset(drop=("keep == '1'",)))
+    whole = dropped.streams().documents_of_spans(*spans(dropped))
+    sizes = []
+
+    def ordered(*arguments: Any) -> Any:
+        rows = epoch_rows(*arguments)
+        sizes.append(rows.size)
+        return rows
+
+    monkeypatch.setattr(repeated_epochs, "SAMPLES_AT_ONCE", 500)
+    monkeypatch.setattr(repeated_epochs, "epoch_rows", ordered)
+    assert_same(dropped.streams().documents_of_spans(*spans(dropped)), whole)
+    assert len(sizes) > 1
+    assert max(sizes) <= 500
 
 
 def test_an_epoch_that_was_cut_anew_keeps_its_order(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,9 @@ MAX_EPOCH_ITEMS = 4096
 GROUP_ITEMS = 1 << 15
 """Items of a group of epochs, at least."""
 
+SAMPLES_AT_ONCE = 1 << 21
+"""Samples that are ordered together: a drop may leave few items of a domain with many samples."""
+
 UNKNOWN = -1
 """The value for a domain of which nobody has asked yet if it is small."""
 
@@ -109,12 +112,8 @@ class RepeatedEpochs:
 
         num_epochs = int(self._num_epochs[domain])
         epochs = np.arange(group * num_epochs, (group + 1) * num_epochs)
-        block_of_sample = np.repeat(np.arange(len(blocks)), count)
-        rows = epoch_rows(self._layout.order, domain, epochs, block_of_sample, blocks).reshape(-1)
         columns = self._samples.columns
-        if "is_served" in columns:
-            # The permutation covers dropped samples too, so that a drop does not reorder the samples that remain.
-            rows = rows[columns["is_served"][position[rows]]]
+        rows = self._ordered(domain, epochs, blocks, count, position)
         chosen = position[rows]
         items = columns["items"][chosen] if self._layout.in_tokens else None
         num_items = len(chosen) if items is None else int(items.sum())
@@ -136,3 +135,18 @@ class RepeatedEpochs:
                 items=items,
             ),
         )
+
+    def _ordered(self, domain: int, epochs: Ints, blocks: NDArray[np.int32], count: Ints, position: Ints) -> Ints:
+        """Return the samples that are served of each epoch in turn, as numbers of `position`."""
+        columns = self._samples.columns
+        block_of_sample = np.repeat(np.arange(len(blocks)), count)
+        parts = []
+        at_once = max(SAMPLES_AT_ONCE // max(len(position), 1), 1)
+        for first in range(0, len(epochs), at_once):
+            own = epochs[first : first + at_once]
+            rows = epoch_rows(self._layout.order, domain, own, block_of_sample, blocks).reshape(-1)
+            if "is_served" in columns:
+                # The permutation covers dropped samples too, so that a drop does not reorder the samples that remain.
+                rows = rows[columns["is_served"][position[rows]]]
+            parts.append(rows)
+        return np.concatenate(parts)

@@ -69,6 +69,7 @@ class ShardGuard:
         self._accepted = np.zeros((len(states), 3), np.int64)
         """Size, modification and change time with which each shard was accepted; 0 before that."""
         self._problem: DataError | None = None
+        self._has_warned = False
 
     def use(self, shards: int | NDArray[np.integer[Any]]) -> None:
         """Record that shards are read, given their numbers."""
@@ -126,10 +127,12 @@ class ShardGuard:
                 raise _changed_error(path, "its first or last MiB differs from what was indexed")
             after = _stat(path)
             if _size_and_times(after) == _size_and_times(status):
-                if status.st_mtime_ns != int(self._states[number, _MTIME]):
+                if status.st_mtime_ns != int(self._states[number, _MTIME]) and not self._has_warned:
+                    # Once per process: a `touch` of all files must not write a line per file and rank.
+                    self._has_warned = True
                     LOGGER.warning(
                         "%s has another modification time than in the index. Its size, first and last MiB are the "
-                        "same, so the run goes on.",
+                        "same, so the run goes on. Other files of this kind are not named.",
                         path,
                     )
                 return status
