@@ -2,15 +2,17 @@
 
 <root>/<name>/<run_id>/
   config.yaml overrides.txt manifest.json git.diff
-  journal.jsonl                           what was planned, chunk by chunk
-  decisions.jsonl                         what people changed about the run since: edits and mixtures
+  journal.jsonl                           the plan, chunk by chunk
+  decisions.jsonl                         changes by users since the run began: edits and mixtures
   attempts/001/{submit.sh,job.json,exit.json,failure.json,config.yaml,saved}
+  attempts/001/{claim,alive}              the one process that works on the attempt, and its counter
+  attempts/001/{follow_up,checkpoint_before}         id of the job that waits; newest checkpoint at the start
   attempts/001/logs/batch.out rank_00000.{out,err}   beyond 255 ranks node_00000.{out,err}, lines labelled with ranks
   attempts/001/audit/rank_00000.jsonl     digests of what each rank handed to the trainer
-  attempts/001/watchdog/stalled.json      which ranks keep the others waiting, while a run does not get on
+  attempts/001/watchdog/stalled.json      the ranks that keep the others waiting, while the run makes no progress
   attempts/001/watchdog/rank_00000.json   heartbeat of a rank; rank_00000.txt: its stacks when the run stalled
   attempts/001/losses/rank_00000.bin      mean loss of every sequence that each rank recorded
-  metrics/{attempts,steps,mixture,comm,validation}.jsonl tensorboard/
+  metrics/{attempts,steps,hosts,mixture,comm,data_end,validation}.jsonl tensorboard/
   checkpoints/step_00001000/ LATEST
   control/mixture.json                    a requested mixture
   control/{save,stop}                     a touched file is a request; `cancelled` ends the chain of attempts

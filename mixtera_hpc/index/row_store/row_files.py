@@ -45,7 +45,7 @@ class RowStoreHeader(msgspec.Struct, kw_only=True):
     kept_blocks: int = 0
     """First blocks of the index whose rows were there before the last refresh."""
     generations: list[str] = []
-    """Fingerprints of earlier states of the index: their rows are the first of it."""
+    """Fingerprints of earlier states of the index, whose rows come first in it."""
     complete: bool = False
 
 

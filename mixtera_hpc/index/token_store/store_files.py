@@ -57,7 +57,7 @@ class StoreHeader(msgspec.Struct, kw_only=True):
     kept_tokens: int = 0
     """Tokens that were there before the last refresh; the others are laid out behind them."""
     generations: list[str] = []
-    """Fingerprints of earlier states of the index: their rows are the first of it."""
+    """Fingerprints of earlier states of the index, whose rows come first in it."""
     complete: bool = False
 
     @property

@@ -171,7 +171,7 @@ def _kept_rows(
         return None
     if kept is not None and kept.index == old.index:
         return kept
-    # Without being told: the index begins with its earlier states.
+    # The caller may not know that the index was refreshed: the index begins with its earlier states.
     for generation in index.generations[:-1]:
         if generation.fingerprint == old.index:
             return KeptRows(index=old.index, rows=[(0, old.rows)], blocks=generation.blocks)

@@ -33,7 +33,7 @@ SAMPLES_AT_ONCE = 1 << 21
 """Samples that are ordered together: a drop may leave few items of a domain with many samples."""
 
 UNKNOWN = -1
-"""The value for a domain of which nobody has asked yet if it is small."""
+"""The value for a domain whose size was not looked up yet."""
 
 GROUP = -1
 """Number in the key of a window that is a group of epochs; the epoch in the key is the number of the group."""
