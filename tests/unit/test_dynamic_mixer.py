@@ -250,6 +250,21 @@ def test_a_run_keeps_the_references_that_it_began_with(tmp_path: Path, caplog: p
     resumed.close()
 
 
+def test_a_graph_that_has_changed_between_attempts_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "graph.json"
+    algorithm = {"name": "skill-it", "graph": str(file)}
+    file.write_text(json.dumps({"a": {"b": 0.5}}))
+    made = [mixer(algorithm=algorithm), mixer(algorithm=algorithm)]
+    state = made[0].arrays()
+    made[1].load(state)
+    file.write_text(json.dumps({"a": {"b": 0.75}}))
+    made.append(mixer(algorithm=algorithm))
+    with pytest.raises(ConfigError, match=r"mixture\.algorithm\.graph names has changed since the run began"):
+        made[2].load(state)
+    for each in made:
+        each.close()
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.mixing.algorithm import MixingAlgorithm, learns_from
 from mixtera_hpc.core.mixing.mixed_domains import STATISTICS_ARRAYS, MixedDomains
 from mixtera_hpc.core.statistics import DomainStatistics
-from mixtera_hpc.errors import MixtureError
+from mixtera_hpc.errors import ConfigError, MixtureError
 
 __all__ = ["DynamicMixer", "MixingProblem", "ReadLosses", "strip_prefix"]
 
@@ -67,6 +67,7 @@ class DynamicMixer:
         chunk_steps: int,
         feedback_lag: int,
         read_losses: ReadLosses | None = None,
+        graph_digest: int | None = None,
     ) -> None:
         """Start with the weights `prior`, which hold for the first `feedback_lag` chunks.
 
@@ -77,9 +78,11 @@ class DynamicMixer:
             feedback_lag: chunks between the losses and the weights that follow from them.
             read_losses: reference losses that `algorithm` did not get from the configuration. They are part of the
                 state, so that all attempts of a run use the same.
+            graph_digest: of a graph that was read from a file, which must be the same in all attempts of a run.
         """
         self._algorithm = algorithm
         self._read_losses = read_losses
+        self._graph_digest = graph_digest
         self._learns_from_held_out = learns_from(algorithm) == "heldout"
         self._chunk_steps = chunk_steps
         self._lag = feedback_lag
@@ -159,12 +162,26 @@ class DynamicMixer:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _reference_arrays(self) -> dict[str, NDArray[Any]]:
-        if self._read_losses is None:
-            return {}
-        return {"mixer/reference_losses": np.array(self._read_losses.values, np.float64)}
+        arrays: dict[str, NDArray[Any]] = {}
+        if self._read_losses is not None:
+            arrays["mixer/reference_losses"] = np.array(self._read_losses.values, np.float64)
+        if self._graph_digest is not None:
+            arrays["mixer/graph_digest"] = np.array(self._graph_digest)
+        return arrays
 
     def _restore_reference(self, arrays: Arrays) -> None:
-        """Continue with the reference losses that the run began with, if the file or the run has others now."""
+        """Continue with the reference losses that the run began with, if the file or the run has others now.
+
+        Raises:
+            ConfigError: the graph is another one.
+        """
+        digest = arrays.get("mixer/graph_digest")
+        if digest is not None and self._graph_digest is not None and int(digest) != self._graph_digest:
+            raise ConfigError(
+                "The file that mixture.algorithm.graph names has changed since the run began, and a checkpoint does "
+                "not hold it.\n  Restore the file. To use another graph from now on, give it another name and request "
+                "it with mixtera-hpc mixture set."
+            )
         saved = arrays.get("mixer/reference_losses")
         if saved is None or self._read_losses is None:
             return

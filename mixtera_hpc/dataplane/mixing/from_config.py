@@ -5,6 +5,7 @@ run: always from a `MixtureConfig` and the `MixtureContext` of the run. The weig
 themselves are computed in `core.mixing`.
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -200,9 +201,16 @@ def _single_mixer(
             values=resolved["reference_losses"],
             algorithm_with=lambda losses: make_algorithm(name, {**resolved, "reference_losses": losses}),
         )
-    timeline = context.timeline
+    graph_digest = None
+    if isinstance(parameters.get("graph"), str):
+        graph_digest = zlib.crc32(repr(resolved["graph"]).encode())
     return DynamicMixer(
-        make_algorithm(name, resolved), weights, timeline.chunk_steps, context.feedback_lag, read_losses
+        make_algorithm(name, resolved),
+        weights,
+        context.timeline.chunk_steps,
+        context.feedback_lag,
+        read_losses,
+        graph_digest,
     )
 
 
