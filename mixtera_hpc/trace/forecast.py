@@ -1,6 +1,7 @@
 """Forecast what a mixture will serve over a whole run, without expanding a step.
 
-Price: O(domains) per exhausted domain and per change of weights, of which at most `MAX_SAMPLED_CHUNKS` are considered.
+Price: O(domains) per exhausted domain, per change of weights, of which at most `MAX_SAMPLED_CHUNKS` are considered, and
+per two million sequences, of which a forecast has at most `MAX_SEQUENCES`.
 """
 
 from collections.abc import Iterator
@@ -12,9 +13,14 @@ from numpy.typing import NDArray
 from mixtera_hpc.core.planner import Planner, PlannerState
 from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.trace.footprint import StepFootprint, step_footprint
 
-__all__ = ["MixtureDomainForecast", "MixtureForecast", "forecast_mixture", "sampled_chunks"]
+__all__ = ["MixtureDomainForecast", "MixtureForecast", "forecast_mixture", "longest_forecast", "sampled_chunks"]
+
+MAX_SEQUENCES = 1 << 35
+"""Sequences of the longest forecast of data that does not end; it takes some seconds."""
+NO_LIMIT = 1 << 62
 
 MAX_SAMPLED_CHUNKS = 4096
 """Chunks at which the weights of a schedule are computed. A longer run is taken to have the weights of the middle of
@@ -65,7 +71,15 @@ def forecast_mixture(source: Source, num_steps: int) -> MixtureForecast:
 
     Consecutive chunks with the same weights are planned as one. The sequences served until the end of the last chunk do
     not depend on the bounds between them.
+
+    Raises:
+        ConfigError: these are more steps than `longest_forecast`.
     """
+    if num_steps > (limit := longest_forecast(source)):
+        raise ConfigError(
+            f"A forecast of {num_steps} steps is too long: at most {limit} steps of this batch are forecast.\n"
+            f"  Set plan.steps={limit}, or less."
+        )
     state, segments = _plan_segments(source, num_steps)
     items = source.layout.epoch_items()
     weights = source.weights
@@ -167,6 +181,13 @@ def _constant_weights(source: Source, num_steps: int) -> Iterator[tuple[NDArray[
             length = 0
         length += min(stride * chunk_steps, num_steps - first * chunk_steps)
     yield current, length
+
+
+def longest_forecast(source: Source) -> int:
+    """Return the largest number of steps that `forecast_mixture` takes."""
+    num_available = source.planner.capacity.sum(dtype=np.float64)
+    # Data that ends before is forecast to its end, however many steps are asked for.
+    return NO_LIMIT if num_available <= MAX_SEQUENCES else source.planner.batch_schedule.locate(MAX_SEQUENCES)[0]
 
 
 def sampled_chunks(source: Source, num_steps: int) -> int:

@@ -52,12 +52,13 @@ def _check_data(config: Config) -> None:
     from mixtera_hpc.cli.answers.plan_answer import print_decode_cost
     from mixtera_hpc.comm.communicator import Local
     from mixtera_hpc.dataplane.reading.source import open_source
-    from mixtera_hpc.trace.forecast import forecast_mixture
+    from mixtera_hpc.trace.forecast import forecast_mixture, longest_forecast
 
     if config.job.command and not all(Path(path).exists() for path in config.index.paths_to_read):
         return
     source = open_source(config, Local(), check=not config.job.command)
-    print_decode_cost(source, forecast_mixture(source, config.training.num_steps))
+    num_steps = min(config.training.num_steps, longest_forecast(source))
+    print_decode_cost(source, forecast_mixture(source, num_steps))
 
 
 def submit_or_print(config: Config, args: Namespace) -> int:
