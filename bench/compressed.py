@@ -96,7 +96,7 @@ class JobCase:
     scale: float
     """Size of windows and units to those of shards of 41 MB."""
     has_own_speeds: bool
-    """Whether weights are the square roots of the shares, so that domains move at different speeds."""
+    """True if weights are the square roots of the shares, so that domains move at different speeds."""
 
 
 def measure(layout: str, folder: Path, job: JobCase, cache_bytes: int, max_rows: int) -> ReadCost:

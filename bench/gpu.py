@@ -77,7 +77,7 @@ CPU_SIZES = (
 
 @dataclass(slots=True)
 class _Measured:
-    """What was measured of one kind of steps."""
+    """The measurements of one kind of steps."""
 
     rates: list[float] = field(default_factory=list)
     """Tokens per second of every round."""

@@ -37,11 +37,11 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_tokenizer
 
 SEQUENCES = 16
-"""Of a step, per rank."""
+"""Sequences of one rank in a step."""
 ROUNDS = 5
 TOKENS_PER_ROUND = 20_000_000
 TOKENS_PER_ROW = 257
-"""Mean of this corpus with this tokenizer."""
+"""Mean number of tokens of a row of this corpus with this tokenizer."""
 
 
 def main(options: Sequence[str] = ()) -> None:

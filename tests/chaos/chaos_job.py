@@ -23,9 +23,9 @@ COMMAND = [sys.executable, "-m", "mixtera_hpc"]
 WATCHDOG_S = 5
 NAMED_S = WATCHDOG_S + 10
 REQUEST_S = 10
-"""How long a request to save or to stop may take."""
+"""Longest time that a request to save or to stop may take."""
 END_S = 30
-"""How long a job may take to end after a kill."""
+"""Longest time that a job may take to end after a kill."""
 START_S = 120
 ROWS_PER_SHARD = 2
 VARIABLE = "MIXTERA_CHAOS"

@@ -38,9 +38,9 @@ LAB = Path(os.environ.get("LAB", "/tmp/mixtera-slurm"))
 SLURM_NODE = Path(__file__).parents[2] / "slurm/dev-cluster/slurm-node.sh"
 COMMAND = [str(LAB / "in-head"), sys.executable, "-m", "mixtera_hpc"]
 REPORTED_S = 15
-"""How long a failure may take to be reported; a cut network takes three heartbeats and Slurm's own timeout more."""
+"""Longest time until a failure is reported; a cut network takes three heartbeats and Slurm's own timeout more."""
 NEXT_S = 240
-"""How long the next attempt may take to train: queue, start of Python and torch on a busy machine."""
+"""Longest time until the next attempt trains: queue, start of Python and torch on a busy machine."""
 STEPS_BEFORE_FAULT = range(6, 30)
 SETTINGS = [
     "mixture.max_epochs=null",

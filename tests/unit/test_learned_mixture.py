@@ -1,4 +1,4 @@
-"""What the report says about a mixture that learns, and what `plan` says before a run."""
+"""Reports on a mixture that learns, and the warnings of `plan` before a run."""
 
 from typing import Any
 

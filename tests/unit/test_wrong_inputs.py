@@ -36,7 +36,7 @@ counted: dict[str, int] = {}
 
 
 class Outcome:
-    """What a command did."""
+    """The result of a command."""
 
     def __init__(self, code: int, text: str) -> None:
         self.code = code
