@@ -117,7 +117,8 @@ class HeldOutBatches:
             on_exhausted="redistribute",
         )
         self._local_batch_size = batch_slice.size_of(global_batch_size)
-        self._source = replace(source, planner=self._planner)
+        # No process reads held-out samples, so the copy of the tables for processes is freed.
+        self._source = replace(source, planner=self._planner, table_memory=None)
         self._slice = batch_slice
         self._losses: dict[int, StepLosses] = {}
         """Losses of the batches handed out since the last `reduce`, by their step."""

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.processes import table_memory
 from mixtera_hpc.dataplane.reading.processes.table_memory import map_tables, share_tables
+from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.testing.thread_ranks import run_ranks
 
 ARRAYS = [
@@ -35,6 +39,27 @@ def test_every_rank_of_a_node_maps_the_same_memory() -> None:
 
 def test_small_tables_are_sent_as_copies() -> None:
     assert share_tables(Local(), [np.arange(10)]) is None
+
+
+def test_only_a_plane_that_may_read_in_processes_keeps_the_memory(
+    collection: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_memory, "MIN_BYTES", 1)
+    words = ["dataplane.seq_len=16", "dataplane.global_batch_size=8", "dataplane.workers=1"]
+    config = compose([*collection, *words, "query.holdout.fraction=0.2", "training.validate_steps=2"])
+
+    def num_memories() -> int:
+        gc.collect()
+        paths = Path("/proc/self/fd").iterdir()
+        return sum(os.path.realpath(path).startswith("/memfd:mixtera-tables") for path in paths)
+
+    before = num_memories()
+    with DataPlane.open(config, Local()) as plane:
+        assert num_memories() == before + 1
+        held_out = plane.held_out()
+        assert num_memories() == before + 1
+        assert next(iter(held_out.batches())).step < 0
+    assert open_source(config, Local(), check=False).table_memory is None
 
 
 def test_descriptors_are_closed() -> None:

@@ -258,7 +258,8 @@ def open_source(
     source = replace(
         _make_source(config, description, subset, tables, tokenizer),
         readers_per_node=readers,
-        table_memory=share_tables(comm, tables.pack()) if _has_processes(config) else None,
+        # What is not checked is not served, but looked up by a command.
+        table_memory=share_tables(comm, tables.pack()) if check and _has_processes(config) else None,
     )
     if subset.split == "train":
         source.mixer(learn=False)  # Refuses a mixture that cannot be served before anything starts.
