@@ -115,6 +115,8 @@ def _dataplane(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
         problems.append(f"dataplane.feedback_lag is {plane.feedback_lag}, expected at most {MAX_FEEDBACK_LAG} chunks.")
     if plane.seq_len >= 1 << 31:
         problems.append(f"dataplane.seq_len is {plane.seq_len}, expected less than 2**31 tokens.")
+    if plane.window_bytes >= 1 << 62:
+        problems.append(f"dataplane.window_bytes is {plane.window_bytes}, expected less than 2**62 bytes.")
 
     if not 0 <= plane.seed < 2**63:
         problems.append(f"dataplane.seed is {plane.seed}, expected 0 to 2**63 - 1.")

@@ -59,7 +59,9 @@ class SequenceGrid:
         """
         # An infinite number of epochs cannot be converted to an integer, so it is replaced before and handled after.
         endless = np.isinf(max_epochs)
-        items = np.floor(epoch_items * np.where(endless, 0.0, max_epochs)).astype(np.int64) - origins
+        all_items = np.floor(epoch_items * np.where(endless, 0.0, max_epochs))
+        # More than any run serves, and few enough for an integer of 64 bits.
+        items = np.minimum(all_items, Planner.UNLIMITED).astype(np.int64) - origins
         # The first sequence needs `length` items, each further one `stride` more.
         limited = np.where(items >= self.length, (items - self.length) // self.stride + 1, 0)
 

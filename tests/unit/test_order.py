@@ -109,3 +109,5 @@ def test_capacity_counts_only_whole_sequences() -> None:
     assert SequenceGrid.of_tokens(10, overlap=False).capacity(items, np.full(5, 2.0)).tolist() == [0, 1, 2, 3, 3]
     assert SequenceGrid.of_samples().capacity(items, np.full(5, 0.5)).tolist() == [0, 5, 5, 10, 10]
     assert SequenceGrid.of_samples().capacity(items, np.full(5, np.inf)).tolist() == [0, *[Planner.UNLIMITED] * 4]
+    for grid in (SequenceGrid.of_samples(), SequenceGrid.of_tokens(10, overlap=True)):
+        assert (grid.capacity(items, np.full(5, 1e300))[1:] > 1 << 57).all(), "no overflow"
