@@ -28,7 +28,8 @@ class StepFootprint:
     """An upper bound if nothing is shuffled: all domains then pass through the same shards together."""
     read_amplification: float
     """Bytes of these blocks per byte of the documents. This is what formats cost that can read blocks only as a whole
-    (compressed files, Parquet), without a cache. Rows of plain JSONL are read one by one: 1."""
+    (compressed files, Parquet), without a cache. Rows of plain JSONL are read one by one, with small gaps between
+    them: at most 1.25."""
 
 
 def step_footprint(source: Source, served_per_step: Floats) -> StepFootprint:

@@ -20,6 +20,7 @@ from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError, MixtureError, pluralize
+from mixtera_hpc.formats.codecs.positioned_reads import MAX_UNUSED
 from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
 
@@ -101,7 +102,7 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
     )
     console.print(
         f"Read amplification: {step.read_amplification:.1f}× for formats that read whole blocks, without a cache; "
-        "1.0× for formats that read single rows"
+        f"at most {1 + MAX_UNUSED}× for formats that read single rows"
     )
 
     if source.index.counting:
