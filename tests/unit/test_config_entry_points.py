@@ -36,6 +36,10 @@ SPECIAL = {
     "mixture.remainder": {"weight": 0.5},
     "mixture.algorithm": {"name": "odm", "warmup": 3},
     "mixture.schedule.stages": [{"start": 0, "kind": "natural"}],
+    "dataplane.batch_schedule": [{"start": 5, "size": 256}],
+    "dataplane.scalars": {"grad_norm": 0.5},
+    "dataplane.balance": "cost",
+    "dataplane.balance_group": 64,
     "dataplane.eos_id": 2,
     "dataplane.tokenizer": "/tok, 1.json",
     "run.name": "2026",
@@ -56,9 +60,16 @@ APART = [
     {"mixture.temperature"},
     {"mixture.unimax_epochs"},
     {"mixture.schedule.stages"},
+    {"dataplane.pack"},
 ]
 """Keys that exclude others: each set has a configuration to itself."""
-WITH_APART = [[], ["mixture.kind=natural"], ["mixture.kind=natural"], ["mixture.kind=schedule"]]
+WITH_APART = [
+    [],
+    ["mixture.kind=natural"],
+    ["mixture.kind=natural"],
+    ["mixture.kind=schedule"],
+    ["mixture.unit=tokens", "dataplane.tokenizer=/tok, 1.json"],
+]
 """What the configurations of `APART` need besides."""
 BASE = ["data.root=/data", "mixture.unit=samples"]
 KEYS = [key for key in schema_keys() if not key.is_group]
