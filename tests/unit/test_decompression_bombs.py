@@ -1,13 +1,13 @@
 """Small files that decode to large ones: refused before the memory is taken, when indexed and when read.
 
-Each case runs in a process forked from this one, so that its peak of resident memory is its own.
+Each case runs in a process forked from this one, which measures by how much its own peak exceeds what it began with.
 """
 
 import bz2
+import ctypes
 import gzip
 import lzma
 import os
-import resource
 import sys
 import traceback
 from collections.abc import Callable
@@ -32,8 +32,10 @@ pytestmark = pytest.mark.slow
 """Decodes up to 256 MiB per case."""
 
 LIMIT = 256 << 20
-PEAK_BYTES = 2 * LIMIT + (400 << 20)
-"""Allowed peak of resident memory."""
+PEAK_BYTES = 2 * LIMIT + (200 << 20)
+"""Allowed peak above the memory with which a case begins; an interpreter with our packages has 200 MiB."""
+DELTA_PEAK_BYTES = PEAK_BYTES + (100 << 20)
+"""The same for texts that repeat the one before: pyarrow decodes the first of them to see how long they are."""
 BOMB_BYTES = 3 * LIMIT
 PIECE = 1 << 20
 
@@ -203,12 +205,16 @@ READ_CASES = [
 
 
 def in_fork(log: Path, action: Callable[[], int]) -> tuple[int, int]:
-    """Return the exit code of an action in a forked process, and its peak of resident memory in bytes."""
+    """Return the exit code of an action in a forked process, and the bytes by which its peak exceeds its beginning."""
     sys.stdout.flush()
+    peak_file = log.with_suffix(".peak")
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
+            ctypes.CDLL(None).malloc_trim(0)  # What earlier tests freed must not serve the action.
+            Path("/proc/self/clear_refs").write_text("5")  # Begin to measure the peak.
+            start = memory_kb("VmRSS")
             with log.open("w") as file, redirect_stderr(file):
                 try:
                     code = action()
@@ -217,10 +223,16 @@ def in_fork(log: Path, action: Callable[[], int]) -> tuple[int, int]:
                     code = 2
                 except BaseException:
                     traceback.print_exc(file=file)
+            peak_file.write_text(str(memory_kb("VmHWM") - start))
         finally:
             os._exit(code)
-    _, status, usage = os.wait4(pid, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status), int(peak_file.read_text()) * 1024
+
+
+def memory_kb(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def words_of(case: str, folder: Path, limit: int) -> list[str]:
@@ -237,19 +249,20 @@ def test_a_bomb_is_refused_before_it_takes_memory(case: str, tmp_path: Path) -> 
     assert code == 2, text
     assert "data.max_block_bytes" in text or "is damaged" in text
     assert "bomb" in text or ".mds" in text
-    assert peak <= PEAK_BYTES, f"{peak >> 20} MiB"
+    assert peak <= (DELTA_PEAK_BYTES if case == "Parquet, delta" else PEAK_BYTES), f"{peak >> 20} MiB"
 
 
 @pytest.mark.parametrize("case", READ_CASES)
 def test_a_run_refuses_what_a_build_with_a_higher_limit_accepted(case: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     in_fork(tmp_path / "writer", lambda: CASES[case][0](tmp_path / "data") or 0)
-    build = words_of(case, tmp_path, 8 * LIMIT)
+    # The files are read, and not a row store of them.
+    build = [*words_of(case, tmp_path, 8 * LIMIT), "data.materialize=never"]
     code, _ = in_fork(tmp_path / "log", lambda: main(["index", "build", *build]))
     assert code == 0, (tmp_path / "log").read_text()
 
     def read() -> int:
-        with DataPlane.open(compose(words_of(case, tmp_path, LIMIT)), Local()) as plane:
+        with DataPlane.open(compose([*words_of(case, tmp_path, LIMIT), "data.materialize=never"]), Local()) as plane:
             next(iter(plane))
         return 0
 
@@ -273,8 +286,3 @@ def test_an_index_with_a_huge_dataset_is_refused(tmp_path: Path) -> None:
     text = (tmp_path / "log").read_text()
     assert code == 2, text
     assert peak <= PEAK_BYTES, f"{peak >> 20} MiB"
-
-
-def test_this_process_leaves_room_for_the_limit() -> None:
-    """A forked process begins with the memory of this one."""
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < PEAK_BYTES - 2 * LIMIT

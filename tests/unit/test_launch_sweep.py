@@ -17,7 +17,14 @@ MakeCommand = Callable[[str, str], Path]
 
 @pytest.fixture
 def usual(tmp_path: Path) -> list[str]:
-    return ["cluster=dev", "data.root=/data", "mixture.unit=samples", f"run.root={tmp_path}/runs", "run.name=sweep"]
+    return [
+        "cluster=dev",
+        "data.root=/data",
+        "mixture.unit=samples",
+        f"run.root={tmp_path}/runs",
+        "run.name=sweep",
+        "job.command=[echo]",
+    ]
 
 
 @pytest.fixture

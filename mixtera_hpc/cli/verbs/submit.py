@@ -10,7 +10,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.follow import follow_run, run_exit_code
 from mixtera_hpc.launch.submit import Submitted, missing_account_message, script_text, submit_run
 
-__all__ = ["arguments", "follow_submitted", "print_submitted", "run", "submit_or_print"]
+__all__ = ["arguments", "check_data", "follow_submitted", "print_submitted", "run", "submit_or_print"]
 
 _logger = logging.getLogger("mixtera_hpc")
 
@@ -35,15 +35,11 @@ def run(args: Namespace) -> int:
     """Compose the configuration and submit it."""
     config = compose(args.overrides)
     if not args.dry_run:
-        # Imported here because h5py takes longer to import than `--help` may take.
-        from mixtera_hpc.index.read.configured import check_stored_roots
-
-        check_stored_roots(config)
-        _check_data(config)
+        check_data(config)
     return submit_or_print(config, args)
 
 
-def _check_data(config: Config) -> None:
+def check_data(config: Config) -> None:
     """Open the data as the job will, so that what it would refuse is refused before it waits in the queue.
 
     A `job.command` may open other data, and may build its index itself: its indexes are read only if they exist.
@@ -52,8 +48,10 @@ def _check_data(config: Config) -> None:
     from mixtera_hpc.cli.answers.plan_answer import print_decode_cost
     from mixtera_hpc.comm.communicator import Local
     from mixtera_hpc.dataplane.reading.source import open_source
+    from mixtera_hpc.index.read.configured import check_stored_roots
     from mixtera_hpc.trace.forecast import forecast_mixture, longest_forecast
 
+    check_stored_roots(config)
     if config.job.command and not all(Path(path).exists() for path in config.index.paths_to_read):
         return
     source = open_source(config, Local(), check=not config.job.command)

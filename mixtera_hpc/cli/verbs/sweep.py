@@ -1,8 +1,13 @@
 """`mixtera-hpc sweep`: submit one run per combination of values, after printing what the sweep may cost."""
 
+import json
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 
+from mixtera_hpc.cli.verbs.submit import check_data
+from mixtera_hpc.config.convert import to_plain
+from mixtera_hpc.config.schema import JobConfig, RunConfig
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.sweep import SweepPlan, plan_sweep, submit_point
 
@@ -49,10 +54,22 @@ def run(args: Namespace) -> int:
     _print_plan(plan)
     if args.dry_run or not plan.due:
         return 0
+    _check_data(plan)
     _confirm(plan.node_hours_of_one_job, args)
     _submit(plan)
     print("  mixtera-hpc status")
     return 0
+
+
+def _check_data(plan: SweepPlan) -> None:
+    """Check the data of the new points as `submit` does; points that differ in nothing else are checked once."""
+    checked = set()
+    for point in plan.due:
+        data = to_plain(replace(point.config, job=JobConfig(command=point.config.job.command), run=RunConfig()))
+        key = json.dumps(data, sort_keys=True)
+        if point.action == "new" and key not in checked:
+            checked.add(key)
+            check_data(point.config)
 
 
 def _submit(plan: SweepPlan) -> None:

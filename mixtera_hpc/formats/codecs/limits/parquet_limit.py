@@ -43,9 +43,10 @@ def check_row_group(path: Path, file: Any, group: int, columns: Collection[str] 
     # A row group without rows need not have pages.
     if not metadata.num_rows:
         return
-    numbers = [i for i in range(metadata.num_columns) if _is_wanted(metadata.column(i).path_in_schema, columns)]
     descriptor = open_shard(path)
     try:
+        # Names that are no text are a kind of ValueError.
+        numbers = [i for i in range(metadata.num_columns) if _is_wanted(metadata.column(i).path_in_schema, columns)]
         sizes = [_chunk_size(descriptor, file, metadata.column(i), i, limit) for i in numbers]
     except (ValueError, IndexError, TypeError) as error:
         raise unreadable_error(path, f"row group {group}", error) from None

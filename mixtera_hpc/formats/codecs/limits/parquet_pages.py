@@ -125,11 +125,14 @@ def _read_header(fd: int, position: int) -> _Page:
                 raise ValueError(f"the page header at byte {position} is cut off") from None
             size *= 16
     of_values = fields.get(5) or fields.get(8) or {}
+    if not isinstance(of_values, dict):
+        raise ValueError(f"the page header at byte {position} is damaged")
     is_v2 = 8 in fields
-    decoded = int(fields.get(2, -1))
-    stored = int(fields.get(3, -1))
-    num_values = int(of_values.get(1, 0))
-    if min(decoded, stored, num_values) < 0:
+    decoded = fields.get(2, -1)
+    stored = fields.get(3, -1)
+    num_values = of_values.get(1, 0)
+    numbers = (decoded, stored, num_values)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError(f"the page header at byte {position} is damaged")
     return _Page(
         start=position + length,
