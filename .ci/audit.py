@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DATABASE = "https://pypi.org/pypi/numpy/1.24.0/json"
-"""What pip-audit asks for each package."""
+"""Address that pip-audit asks for each package."""
 REACH_LIMIT_S = 5
 INSTALL_LIMIT_S = 120
 AUDIT_LIMIT_S = 300

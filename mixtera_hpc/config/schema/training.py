@@ -26,7 +26,7 @@ class TrainingConfig:
     warmup_steps: int = 10
     """Steps over which the learning rate rises to `training.learning_rate`."""
     anneal_from_step: int | None = None
-    """From this step on, the learning rate falls linearly from `training.anneal_from_rate` to 0 at
+    """Step from which the learning rate falls linearly from `training.anneal_from_rate` to 0 at
     `training.num_steps`; `mixtera-hpc fork` sets both. Null keeps the schedule."""
     anneal_from_rate: float = 0.0
     """Learning rate at `training.anneal_from_step`."""

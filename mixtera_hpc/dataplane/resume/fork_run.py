@@ -74,7 +74,7 @@ class Fork:
     label: str
     """The end of the id of the new run."""
     content: Any
-    """Its mixture, as YAML: the keys below `mixture:`."""
+    """Mixture of the fork, as YAML: the keys below `mixture:`."""
     training: TrainingConfig
     """Settings of its trainer: number of steps and decay."""
 

@@ -158,16 +158,16 @@ class _DomainBytes:
     on_disk: Floats
     """The same blocks on disk."""
     own: Floats
-    """Its own rows in these blocks, decoded."""
+    """Decoded bytes of the domain's own rows in these blocks."""
     single: Floats
-    """Its rows in formats that read single rows."""
+    """Bytes of the domain's rows in formats that read single rows."""
     num_blocks: Floats
     collection: float
     """All blocks of the index that are decoded as a whole."""
     block_decoded: Floats
     """Decoded bytes of every block of the index; 0 in formats that read single rows. Shape (num_blocks,)."""
     block_on_disk: Floats
-    """Its bytes on disk; shape (num_blocks,)."""
+    """Bytes of each block on disk; shape (num_blocks,)."""
 
     @classmethod
     def of_source(cls, source: Source) -> "_DomainBytes":

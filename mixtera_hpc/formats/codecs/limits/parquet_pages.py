@@ -33,9 +33,9 @@ class ChunkSize:
     """The decoded sizes of a column chunk according to its page headers, in bytes."""
 
     pages: int = 0
-    """Of all pages, decompressed."""
+    """Size of all pages, decompressed."""
     values: int = 0
-    """Of values of a fixed size, and of the offsets of texts."""
+    """Size of the values of fixed length, and of the offsets of texts."""
     repeated: int = 0
     """Upper bound of texts that are stored once and occur often."""
     has_deltas: bool = False
