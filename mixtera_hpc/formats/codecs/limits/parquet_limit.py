@@ -78,8 +78,8 @@ def _exact_bytes(path: Path, group: int, column: str, size: ChunkSize, limit: in
     rows = EXACT_BATCH_ROWS
     dictionaries = [column]
     if size.has_deltas:
-        # pyarrow makes no dictionary of them, and each may be as long as all pages.
-        rows = max(1, min(EXACT_BATCH_ROWS, limit // max(size.pages, 1)))
+        # pyarrow makes no dictionary of them, and each may be as long as all pages. Its buffers double as they grow.
+        rows = max(1, min(EXACT_BATCH_ROWS, limit // 4 // max(size.pages, 1)))
         dictionaries = []
     try:
         with pq.ParquetFile(path, read_dictionary=dictionaries) as file:
