@@ -47,6 +47,9 @@ def step_footprint(source: Source, served_per_step: Floats) -> StepFootprint:
     documents = runs + (served_per_step - runs) * rows / np.maximum(source.layout.epoch_items(), 1)
     documents = np.minimum(documents, rows)
     lanes = np.clip(served_per_step / source.grid.length, 1, max_runs)
+    if source.layout.order.shuffle == "window":
+        # Lanes beyond the number of windows read the same blocks.
+        lanes = np.minimum(lanes, np.maximum(num_blocks / _blocks_per_window(source), 1))
     touched = lanes * _touched_blocks(source, documents / lanes, num_blocks, rows)
 
     # Bytes of whole blocks against the share of them that the documents of the domain take.
