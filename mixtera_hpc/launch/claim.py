@@ -45,6 +45,7 @@ class Claim:
                 f"  See mixtera-hpc status {folder.path}"
             ) from None
 
+        self._write(1)
         self._thread.start()
 
     def close(self) -> None:
@@ -53,14 +54,17 @@ class Claim:
         self._thread.join()
 
     def _renew(self) -> None:
-        temporary = self._counter.with_name(f".{self._counter.name}")
-        counter = 0
-        while not self._ended.wait(RENEWAL_S if counter else 0):
+        counter = 1
+        while not self._ended.wait(RENEWAL_S):
             counter += 1
-            # A full disk must not end training; then the owner only looks dead to other hosts.
-            with contextlib.suppress(OSError):
-                temporary.write_text(f"{counter}\n")
-                temporary.rename(self._counter)
+            self._write(counter)
+
+    def _write(self, counter: int) -> None:
+        temporary = self._counter.with_name(f".{self._counter.name}")
+        # A full disk must not end training; then the owner only looks dead to other hosts.
+        with contextlib.suppress(OSError):
+            temporary.write_text(f"{counter}\n")
+            temporary.rename(self._counter)
 
 
 def is_owned_by_other(folder: RunFolder, attempt: int) -> bool:
@@ -80,9 +84,8 @@ def is_owned_by_other(folder: RunFolder, attempt: int) -> bool:
 
 def is_renewed(folder: RunFolder, attempt: int) -> bool:
     """Return True if the owner of an attempt lives; waits up to 12 s for its counter to change."""
+    # An owner that has just claimed the attempt has no counter yet.
     before = _read(folder, attempt)
-    if before is None:
-        return False
     deadline = time.monotonic() + SILENCE_S
     while time.monotonic() < deadline:
         time.sleep(RENEWAL_S / 3)

@@ -162,8 +162,8 @@ def test_a_local_run_on_another_host_is_continued_only_if_it_is_silent(
 ) -> None:
     record = JobRecord.local(make_config())
     record_start(folder, claim_attempt(folder), replace(record, host="another"))
-    monkeypatch.setattr("mixtera_hpc.launch.claim.RENEWAL_S", 0.03)
-    monkeypatch.setattr("mixtera_hpc.launch.claim.SILENCE_S", 0.3)
+    monkeypatch.setattr("mixtera_hpc.launch.claim.RENEWAL_S", 0.05)
+    monkeypatch.setattr("mixtera_hpc.launch.claim.SILENCE_S", 3.0)
     with contextlib.closing(Claim(folder, 1)), pytest.raises(LaunchError, match="running on host another"):
         check_ended(folder)
 
