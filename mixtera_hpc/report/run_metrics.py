@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.yaml_files import load_yaml
+from mixtera_hpc.core.statistics import STAGES
 from mixtera_hpc.errors import DataError, LaunchError
 from mixtera_hpc.report.mixing.learned_mixture import LearnedMixture, read_learned
 from mixtera_hpc.report.safe_text import escape_controls
@@ -58,6 +59,18 @@ class StepHistory:
     """Shape (S, K)."""
     domain_sequences: Ints
     """Shape (S, K)."""
+    stage_s: Mapping[str, Floats]
+    """Stage → seconds per step of the slowest rank; 0 in lines without the stage."""
+
+    @property
+    def is_steady(self) -> NDArray[np.bool_]:
+        """True for lines with the final number of ranks that are not the first of an attempt; shape (S,).
+
+        If there are none, all lines with the final number of ranks.
+        """
+        same_ranks: NDArray[np.bool_] = self.num_ranks == self.num_ranks[-1]
+        steady = same_ranks & ~self.is_attempt_start
+        return steady if steady.any() else same_ranks
 
     @property
     def is_attempt_start(self) -> NDArray[np.bool_]:
@@ -271,7 +284,6 @@ def _read_columns(path: Path) -> _Columns:
 def _step_history(columns: _Columns) -> StepHistory:
     domain_loss = columns.floats("domain_loss", width=-1)
     num_domains = domain_loss.shape[1]
-    slowest_wait_s = np.array([event.get("stage_s", {}).get("wait", 0.0) for event in columns.events], np.float64)
     return StepHistory(
         step=columns.ints("step"),
         attempt=columns.ints("attempt", default=1),
@@ -281,12 +293,17 @@ def _step_history(columns: _Columns) -> StepHistory:
         tokens=columns.ints("tokens"),
         tokens_per_s=columns.floats("tokens_per_s"),
         step_s=columns.floats("step_s"),
-        data_wait_s=np.maximum(columns.floats("data_wait_s"), slowest_wait_s),
+        data_wait_s=np.maximum(columns.floats("data_wait_s"), _stage_seconds(columns.events, "wait")),
         num_nonfinite=columns.ints("num_nonfinite", default=0),
         domain_loss=domain_loss,
         domain_tokens=columns.ints("domain_tokens", width=num_domains),
         domain_sequences=columns.ints("domain_sequences", width=num_domains),
+        stage_s={stage: _stage_seconds(columns.events, stage) for stage in STAGES},
     )
+
+
+def _stage_seconds(events: Events, stage: str) -> Floats:
+    return np.array([event.get("stage_s", {}).get(stage, 0.0) for event in events], np.float64)
 
 
 def _mixture_history(columns: _Columns, num_domains: int) -> MixtureHistory:

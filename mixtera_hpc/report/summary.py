@@ -193,12 +193,9 @@ def _summarize_performance(metrics: RunMetrics) -> RunPerformance:
     comm = metrics.comm
     num_ranks = int(steps.num_ranks[-1])
 
-    # Only lines with the final number of ranks are comparable. If every line is the first of its attempt, use them all.
-    same_ranks = steps.num_ranks == num_ranks
-    starts = same_ranks & steps.is_attempt_start
-    steady = same_ranks & ~steps.is_attempt_start
-    if not steady.any():
-        steady = same_ranks
+    # Only lines with the final number of ranks are comparable.
+    starts = (steps.num_ranks == num_ranks) & steps.is_attempt_start
+    steady = steps.is_steady
 
     step_s = steps.step_s[steady]
     line_s = (steps.step_s * steps.num_steps)[steady]
