@@ -125,9 +125,9 @@ def _variables(job: SbatchJob) -> list[str]:
     job_config = job.config.job
     folder = _new_folder(job.config) if job.folder is None else shlex.quote(str(job.folder))
     last_attempt = job.attempt + job_config.max_attempts - 1
-    depends = '"afternotok:$SLURM_JOB_ID"'
+    depends = '"afternotok:$job_id"'
     if job_config.dependency == "singleton":
-        depends = '"singleton,afternotok:$SLURM_JOB_ID"'
+        depends = '"singleton,afternotok:$job_id"'
     # A wrapper may contain shell code that the ranks run.
     checked = ["# shellcheck disable=SC2016"] if any("$" in word for word in job.config.cluster.wrapper) else []
     return [
@@ -137,6 +137,10 @@ def _variables(job: SbatchJob) -> list[str]:
         "folder=$2 previous_job=$3",
         f'if [ -z "$folder" ]; then folder={folder}; fi',
         f"nodes={job_config.nodes} ranks={num_ranks(job.config)} limit_s={parse_time(job_config.time)}",
+        "# A task of an array is named ARRAY_TASK. Its follow-up job is none, and must not inherit these variables.",
+        "job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "job_id=${job_id:-$SLURM_JOB_ID}",
+        'unset "${!SLURM_ARRAY_@}"',
         f"follow_up={depends}",
     ]
 

@@ -52,7 +52,7 @@ def test_the_row_of_a_stage_names_rate_limit_and_headroom(make_run: RunMaker) ->
         "reading (read 100 %)",
         "0.200 s",
         "400 tokens/s",
-        "1,000 tokens/s",
+        "1.00 k tokens/s",
         "2.50 ×",
         "",
     )

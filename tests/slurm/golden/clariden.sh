@@ -21,7 +21,11 @@ attempt=${1:-1} first_attempt=1 last_attempt=3
 folder=$2 previous_job=$3
 if [ -z "$folder" ]; then folder=/runs/golden/20261123-161004-7f3a; fi
 nodes=2 ranks=8 limit_s=3600
-follow_up="afternotok:$SLURM_JOB_ID"
+# A task of an array is named ARRAY_TASK. Its follow-up job is none, and must not inherit these variables.
+job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job_id=${job_id:-$SLURM_JOB_ID}
+unset "${!SLURM_ARRAY_@}"
+follow_up="afternotok:$job_id"
 umask o-w # Nobody else may write the files of a run. The rest of the user's umask stays.
 attempt_folder() { printf '%s/attempts/%03d' "$folder" "$1"; }
 exit_code_is() { grep -qs "\"exit_code\": $2," "$1/exit.json"; } # Arguments: the attempt's folder, a code.
@@ -48,11 +52,11 @@ newest_checkpoint() { cat "$folder/checkpoints/LATEST" 2>/dev/null; }
 # file `alive`. Another job compares two values of that counter, and no clocks.
 claim() {
   mkdir -p "$here/logs" "$folder/control"
-  (set -o noclobber && echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $HOSTNAME" >"$here/claim") 2>/dev/null
+  (set -o noclobber && echo "$job_id ${SLURM_RESTART_COUNT:-0} $HOSTNAME" >"$here/claim") 2>/dev/null
 }
 is_running() { # Argument: the folder of an attempt. Succeed if another job works on it; a dead owner takes 12 s.
   [ -e "$1/claim" ] && [ ! -e "$1/exit.json" ] || return 1
-  [ "$(cut -d' ' -f1 "$1/claim")" = "$SLURM_JOB_ID" ] && return 1 # Slurm requeued this job.
+  [ "$(cut -d' ' -f1 "$1/claim")" = "$job_id" ] && return 1 # Slurm requeued this job.
   local counter
   counter=$(cat "$1/alive" 2>/dev/null)
   for _ in {1..12}; do
@@ -119,7 +123,7 @@ if [ "$attempt" -ne "$first_attempt" ]; then
   exec >>"$here/logs/batch.out" 2>&1
 fi
 rm -f "$here/saved" "$here/exit.json"
-grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$here/job.json" || record_job "$here" "$SLURM_JOB_ID"
+grep -qs "\"job_id\": \"$job_id\"" "$here/job.json" || record_job "$here" "$job_id"
 newest_checkpoint >"$here/checkpoint_before"
 
 if is_request "$folder/control/cancelled"; then
@@ -140,7 +144,7 @@ count_while_alive >/dev/null 2>&1 &
 queued_follow_up() { # Print the id of a job that Slurm accepted although sbatch reported an error.
   local id script
   squeue --noheader --user="$(id -un)" --format='%i|%o' 2>/dev/null | while IFS='|' read -r id script; do
-    case $script in "$here/submit.sh"*) [ "$id" != "$SLURM_JOB_ID" ] && echo "$id" && break ;; esac
+    case $script in "$here/submit.sh"*) [ "$id" != "$job_id" ] && echo "$id" && break ;; esac
   done
 }
 submit_follow_up() { # Arguments: seconds to wait before each try.
@@ -149,7 +153,7 @@ submit_follow_up() { # Arguments: seconds to wait before each try.
   for delay in "$@"; do
     sleep "$delay"
     if ! id=$(sbatch --parsable --dependency="$follow_up" --kill-on-invalid-dep=yes \
-      --output="${here//%/%%}/logs/follow_up.out" "$here/submit.sh" $((attempt + 1)) "$folder" "$SLURM_JOB_ID"); then
+      --output="${here//%/%%}/logs/follow_up.out" "$here/submit.sh" $((attempt + 1)) "$folder" "$job_id"); then
       id=$(queued_follow_up)
     fi
     if [ -n "$id" ]; then
