@@ -14,6 +14,8 @@ from mixtera_hpc.report.run_metrics import Floats, RunMetrics
 __all__ = ["Canvas", "spread_labels"]
 
 MAX_LABEL_LENGTH = 27
+LABEL_END_LENGTH = 10
+"""Characters at the end of a long name that its label keeps."""
 MAX_MARKED_ATTEMPTS = 8
 """With more attempts, the marks have no text."""
 LABEL_GAP = 0.07
@@ -26,18 +28,18 @@ class Canvas:
 
     wide: bool
 
-    def axes(self, metrics: RunMetrics, y_label: str, *, labels: bool = True) -> tuple[Figure, Any]:
-        """Create a figure with empty axes. With `labels`, it is taller and a wide one leaves room at the right."""
+    def axes(self, metrics: RunMetrics, y_label: str, *, tall: bool = True) -> tuple[Figure, Any]:
+        """Create a figure with empty axes. All wide figures leave the same room for labels, so that steps line up."""
         # All sizes are in inches; axes positions are fractions of the figure.
         if self.wide:
             width = 9.4
-            height = 3.3 if labels else 2.4
+            height = 3.3 if tall else 2.4
         else:
             width = 3.9
-            height = 2.9 if labels else 2.3
+            height = 2.9 if tall else 2.3
         figure = Figure(figsize=(width, height))
         x_min = 0.55 / width
-        x_max = 0.79 if self.wide and labels else 1 - 0.14 / width
+        x_max = 0.79 if self.wide else 1 - 0.14 / width
         axes = figure.add_axes((x_min, 0.36 / height, x_max - x_min, 1 - 0.74 / height))
 
         axes.set_xlim(0, max(int(metrics.progress_before(metrics.steps.step[-1:] + 1)[0]), 1))
@@ -108,4 +110,8 @@ def spread_labels(preferred: Floats, gap: float) -> Floats:
 
 
 def _shorten(name: str) -> str:
-    return name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 1]}…"
+    """Return a long name with its middle left out; names of one project often begin alike."""
+    if len(name) <= MAX_LABEL_LENGTH:
+        return name
+    end = name[-LABEL_END_LENGTH:]
+    return f"{name[: MAX_LABEL_LENGTH - 1 - len(end)]}…{end}"

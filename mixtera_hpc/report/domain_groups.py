@@ -3,21 +3,19 @@
 Every plot of a report uses the same groups, so a color means the same domain everywhere.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.report.mixing.domain_names import shorten_names
 from mixtera_hpc.report.run_metrics import Floats, Ints, RunMetrics
 
 __all__ = [
     "MAX_GROUPS",
     "DomainGroup",
-    "common_property",
     "group_domains",
     "group_loss",
-    "shorten_names",
     "sum_by_group",
 ]
 
@@ -51,18 +49,6 @@ def group_domains(metrics: RunMetrics) -> list[DomainGroup]:
     if others:
         groups.append(DomainGroup(name=f"{len(others)} others", domains=tuple(others), color=MAX_GROUPS))
     return groups
-
-
-def common_property(names: Sequence[str]) -> str | None:
-    """Return the property if all names are of the form `<property>=<value>` with the same property."""
-    properties = {name.partition("=")[0] if "=" in name else None for name in names}
-    return properties.pop() if len(properties) == 1 else None
-
-
-def shorten_names(names: Sequence[str]) -> list[str]:
-    """Remove the common property from domain names: `source=C4`, `source=Book` → `C4`, `Book`."""
-    common = common_property(names)
-    return list(names) if common is None else [name.removeprefix(f"{common}=") for name in names]
 
 
 def sum_by_group(groups: list[DomainGroup], values: NDArray[np.float64]) -> Floats:

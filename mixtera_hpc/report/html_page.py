@@ -7,7 +7,8 @@ from importlib import resources
 from typing import Any
 
 from mixtera_hpc.errors import pluralize
-from mixtera_hpc.report.domain_groups import common_property, group_domains, shorten_names
+from mixtera_hpc.report.domain_groups import group_domains
+from mixtera_hpc.report.mixing.domain_names import common_property, shorten_names
 from mixtera_hpc.report.mixing.learned_mixture import learned_section
 from mixtera_hpc.report.number_format import (
     MISSING,
@@ -33,9 +34,13 @@ from mixtera_hpc.report.plot_style import DARK, LIGHT, css_color, group_color
 from mixtera_hpc.report.projection import RunProjection
 from mixtera_hpc.report.run_metrics import RunMetrics
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
+from mixtera_hpc.report.timing.stage_limits import LIMIT_COLUMNS, limit_cells
 from mixtera_hpc.report.timing.stalls import STALL_COLUMNS
 
 __all__ = ["RenderedPlot", "page_styles", "render_page"]
+
+MAX_ROWS = 30
+"""Rows of the table of domains that are always visible."""
 
 DOMAIN_PLOTS = ("mixture", "loss", "validation")
 """Plots with a band or a curve per domain group; the page shows them above the table of domains."""
@@ -43,6 +48,11 @@ DOMAIN_PLOTS = ("mixture", "loss", "validation")
 LIGHT_PAGE = "#f5f6f8"
 DARK_PAGE = "#0d0f12"
 """Background of the page around the sections."""
+
+LIMITS_CAPTION = (
+    "Throughput that every stage could sustain alone, on the slowest rank. The stages run beside each other, so the "
+    "run is as fast as the slowest one."
+)
 
 FOOTER = (
     "<footer>Mixtera-HPC · All numbers come from <code>metrics/*.jsonl</code> in the run folder. If several attempts "
@@ -78,6 +88,7 @@ def render_page(
         *_notices(summary, projection),
         *domain_plots,
         _domain_table(metrics, summary, projection),
+        _limit_table(summary),
         *([_stall_table(summary)] if summary.stalls else []),
         learned_section(metrics.learned, [d for group in group_domains(metrics) for d in group.domains]),
         *other_plots,
@@ -101,7 +112,7 @@ def page_styles() -> str:
     css = resources.files("mixtera_hpc.report").joinpath("page.css").read_text()
     light = _css_variables({**LIGHT, "page": LIGHT_PAGE})
     dark = _css_variables({**DARK, "page": DARK_PAGE})
-    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{css}"
+    return f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n{css}"
 
 
 def _css_variables(colors: Mapping[str, str]) -> str:
@@ -209,21 +220,38 @@ def _domain_table(metrics: RunMetrics, summary: RunSummary, projection: RunProje
             cells.append(format_loss(domain.held_out_loss))
         rows.append(f"<tr>{_cells('td', cells)}</tr>")
     return (
-        "<section><h2>Domains</h2><p>Weight and loss: first and last value. Served: share of all sequences so far. "
-        "Epochs: passes over the data of the domain so far.</p>"
-        f'<div class="scroll"><table><thead><tr>{_cells("th", columns)}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+        '<section class="domains"><h2>Domains</h2><p>Weight and loss: first and last value. '
+        "Served: share of all sequences so far. Epochs: passes over the data of the domain so far.</p>"
+        f"{_table(columns, rows[:MAX_ROWS])}{_further_rows(columns, rows[MAX_ROWS:])}</section>"
     )
+
+
+def _further_rows(columns: Sequence[str], rows: Sequence[str]) -> str:
+    """Return a table that opens with a click; empty without rows."""
+    if not rows:
+        return ""
+    return f"<details><summary>{pluralize(len(rows), 'smaller domain')}</summary>{_table(columns, rows)}</details>"
+
+
+def _table(columns: Iterable[str], rows: Iterable[str]) -> str:
+    return (
+        f'<div class="scroll"><table><thead><tr>{_cells("th", columns)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _limit_table(summary: RunSummary) -> str:
+    """Return the throughput that each stage could sustain alone."""
+    rows = [f"<tr>{_cells('td', map(escape, limit_cells(limit)))}</tr>" for limit in summary.limits]
+    return f"<section><h2>Limits</h2><p>{LIMITS_CAPTION}</p>{_table(LIMIT_COLUMNS, rows)}</section>"
 
 
 def _stall_table(summary: RunSummary) -> str:
     """Return the ranks that kept the others waiting."""
-    rows = "".join(f"<tr>{_cells('td', map(escape, stall_cells(stall)))}</tr>" for stall in summary.stalls[:MAX_STALLS])
+    rows = [f"<tr>{_cells('td', map(escape, stall_cells(stall)))}</tr>" for stall in summary.stalls[:MAX_STALLS]]
     return (
         "<section><h2>Stalls</h2><p>Steps in which the trainer waited for the data plane, by the rank and stage that "
-        "kept the others waiting.</p>"
-        f'<div class="scroll"><table><thead><tr>{_cells("th", STALL_COLUMNS)}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></section>"
+        f"kept the others waiting.</p>{_table(STALL_COLUMNS, rows)}</section>"
     )
 
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
 from mixtera_hpc.report.canvas import Canvas
 from mixtera_hpc.report.domain_groups import DomainGroup, group_domains, group_loss, sum_by_group
 from mixtera_hpc.report.downsample import even_indices, percentile_ranges, weighted_means
-from mixtera_hpc.report.number_format import format_seconds, format_share
+from mixtera_hpc.report.number_format import format_count, format_percent, format_seconds, format_share
 from mixtera_hpc.report.plot_style import INK, MUTED, PALETTE, SURFACE, group_color
 from mixtera_hpc.report.run_metrics import Floats, Ints, RunMetrics, StepHistory, ValidationHistory
 
@@ -117,16 +117,19 @@ def _mean_group_loss(history: StepHistory | ValidationHistory, group: DomainGrou
 
 def throughput_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     """Draw tokens per second over all ranks: median and range of neighbouring lines."""
-    figure, axes = canvas.axes(metrics, "tokens per second, all ranks", labels=False)
+    figure, axes = canvas.axes(metrics, "tokens per second, all ranks", tall=False)
     _draw_median_and_range(axes, metrics.progress_before(metrics.steps.step), metrics.steps.tokens_per_s, PALETTE[0])
     axes.set_ylim(0, max(float(np.percentile(metrics.steps.tokens_per_s, 99)) * 1.15, 1))
     axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
+    if canvas.wide:
+        median = float(np.median(metrics.steps.tokens_per_s))
+        canvas.label(axes, [f"{format_count(median)}  median"], [median], [PALETTE[0]])
     return figure
 
 
 def data_wait_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
-    """Draw the share of step time that rank 0 waited for data, on a logarithmic axis."""
-    figure, axes = canvas.axes(metrics, "share of step time", labels=False)
+    """Draw the share of step time that the slowest rank waited for data, on a logarithmic axis."""
+    figure, axes = canvas.axes(metrics, "share of step time", tall=False)
     share = np.maximum(metrics.steps.data_wait_s / np.maximum(metrics.steps.step_s, 1e-9), MIN_SHARE)
     _draw_median_and_range(axes, metrics.progress_before(metrics.steps.step), share, PALETTE[3])
     axes.set_yscale("log")
@@ -134,15 +137,19 @@ def data_wait_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     axes.minorticks_off()
     axes.axhline(DATA_WAIT_GOAL, color=MUTED, lw=0.8, ls=(0, (4, 3)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+    if canvas.wide:
+        median = float(np.median(share))
+        canvas.label(axes, [f"{format_percent(median)}  median"], [median], [PALETTE[3]])
     return figure
 
 
 def communication_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     """Draw the durations of planning, broadcasts and waits for reductions on rank 0; None if none was recorded."""
+    # Zero has no logarithm. A chunk that was planned before a restart took no time to plan.
     all_series = (
-        ("planning a chunk", PALETTE[4], metrics.comm.plan),
-        ("broadcast", PALETTE[1], metrics.comm.broadcast),
-        ("wait for reduction", PALETTE[0], metrics.comm.reduce),
+        ("planning a chunk", PALETTE[4], metrics.comm.plan.positive()),
+        ("broadcast", PALETTE[1], metrics.comm.broadcast.positive()),
+        ("wait for reduction", PALETTE[0], metrics.comm.reduce.positive()),
     )
     recorded = [(name, color, series) for name, color, series in all_series if len(series.step)]
     if not recorded:
@@ -151,8 +158,7 @@ def communication_plot(metrics: RunMetrics, canvas: Canvas) -> Figure | None:
     figure, axes = canvas.axes(metrics, "time on rank 0")
     axes.set_yscale("log")
     for _, color, series in recorded:
-        # Zero has no logarithm. A chunk that was planned before a restart took no time to plan.
-        _draw_median_and_range(axes, metrics.progress_before(series.step), np.maximum(series.seconds, 1e-7), color)
+        _draw_median_and_range(axes, metrics.progress_before(series.step), series.seconds, color)
     axes.yaxis.set_major_formatter(EngFormatter("s", sep=" "))
     axes.minorticks_off()
 
@@ -197,7 +203,7 @@ PLOTS: dict[str, Plot] = {
     "data_wait": Plot(
         draw=data_wait_plot,
         title="Data wait",
-        caption="Share of the step time that rank 0 waited for its batch. The dashed line is 0.1 %.",
+        caption="Share of the step time that the slowest rank waited for its batch. The dashed line is 0.1 %.",
     ),
     "communication": Plot(
         draw=communication_plot,

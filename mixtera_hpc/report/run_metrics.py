@@ -6,7 +6,7 @@ Shapes: S lines of `steps.jsonl`, C chunks, V validations, K domains.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,6 +113,11 @@ class TimeSeries:
 
     step: Ints
     seconds: Floats
+
+    def positive(self) -> Self:
+        """Return the series without durations of zero."""
+        is_positive = self.seconds > 0
+        return replace(self, step=self.step[is_positive], seconds=self.seconds[is_positive])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

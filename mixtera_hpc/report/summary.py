@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.report.mixing.learned_mixture import learned_notices
 from mixtera_hpc.report.run_metrics import Floats, RunMetrics, TimeSeries
+from mixtera_hpc.report.timing.stage_limits import StageLimit, stage_limits, wait_notices
 from mixtera_hpc.report.timing.stalls import Stall
 
 __all__ = ["DomainSummary", "RunPerformance", "RunSummary", "summarize_run"]
@@ -108,10 +109,12 @@ class RunSummary:
     train_s: float
     """Total time of all steps, without those that were repeated."""
     warnings: tuple[str, ...]
-    """Warnings about the mixture and the held-out losses."""
+    """Warnings about the mixture, the held-out losses and the waits for data."""
     hears_losses: bool | None
     """False if the mixture learns, but no losses were recorded in the last chunks; None if it does not learn."""
     performance: RunPerformance
+    limits: tuple[StageLimit, ...]
+    """What every stage could sustain alone, the slowest first."""
     stalls: tuple[Stall, ...]
     """Ranks that kept the others waiting, the most expensive first."""
     domains: tuple[DomainSummary, ...]
@@ -122,6 +125,8 @@ class RunSummary:
 def summarize_run(metrics: RunMetrics) -> RunSummary:
     """Compute all numbers of one run."""
     steps = metrics.steps
+    performance = _summarize_performance(metrics)
+    limits = stage_limits(metrics)
     attempts = {*steps.attempt.tolist(), *(event.get("attempt", 1) for event in metrics.attempts)}
     return RunSummary(
         name=metrics.run.name,
@@ -135,9 +140,14 @@ def summarize_run(metrics: RunMetrics) -> RunSummary:
         held_out_loss=_last_value(metrics.validation.loss),
         num_nonfinite=int(steps.num_nonfinite.sum()),
         train_s=float((steps.step_s * steps.num_steps).sum()),
-        warnings=(*learned_notices(metrics.learned, metrics.num_steps), *_held_out_notices(metrics)),
+        warnings=(
+            *learned_notices(metrics.learned, metrics.num_steps),
+            *_held_out_notices(metrics),
+            *wait_notices(limits, performance.data_wait_p99_share),
+        ),
         hears_losses=metrics.mixture.hears_losses,
-        performance=_summarize_performance(metrics),
+        performance=performance,
+        limits=limits,
         stalls=metrics.stalls,
         domains=tuple(_summarize_domain(metrics, i) for i in range(len(metrics.domains))),
         data_end=_data_end(metrics),

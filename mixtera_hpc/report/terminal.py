@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mixtera_hpc.errors import pluralize
-from mixtera_hpc.report.domain_groups import common_property, shorten_names
+from mixtera_hpc.report.mixing.domain_names import common_property, shorten_names
 from mixtera_hpc.report.mixing.learned_mixture import learned_rows
 from mixtera_hpc.report.number_format import (
     MISSING,
@@ -32,6 +32,7 @@ from mixtera_hpc.report.phrases import (
 from mixtera_hpc.report.report_files import WrittenReport
 from mixtera_hpc.report.scaling import ScalingRow
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
+from mixtera_hpc.report.timing.stage_limits import LIMIT_COLUMNS, limit_cells
 from mixtera_hpc.report.timing.stalls import STALL_COLUMNS
 
 __all__ = ["report_text", "scaling_text"]
@@ -45,6 +46,7 @@ def report_text(report: WrittenReport) -> RenderableType:
     summary = report.summary
     title = Text.assemble((summary.name, "bold"), (f"  {summary.run_id} · {describe_progress(summary)}", "dim"))
     lines: list[RenderableType] = ["", title, "", _numbers(summary, report.details), "", _domain_table(summary)]
+    lines += ["", _limit_table(summary)]
     if summary.stalls:
         lines += ["", _stall_table(summary)]
     learned = _learned_table(report)
@@ -157,6 +159,17 @@ def _domain_table(summary: RunSummary) -> Table:
     return table
 
 
+def _limit_table(summary: RunSummary) -> Table:
+    """Return the throughput that each stage could sustain alone."""
+    title = "Limits: throughput that each stage could sustain alone"
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 2), header_style="dim", title=title, title_justify="left")
+    for number, column in enumerate(LIMIT_COLUMNS):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for limit in summary.limits:
+        table.add_row(*map(escape, limit_cells(limit)))
+    return table
+
+
 def _stall_table(summary: RunSummary) -> Table:
     """Return the ranks that kept the others waiting."""
     title = "Stalls: ranks that kept the others waiting"
@@ -174,13 +187,11 @@ def _learned_table(report: WrittenReport) -> Table | None:
     if not rows:
         return None
     table = Table(title="learned", title_justify="left", box=None, pad_edge=False, header_style="dim")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("domain", "law") else "right")
-    short_names = shorten_names([domain.name for domain in report.summary.domains])
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 or heading == "law" else "right")
     by_size = sorted(report.summary.domains, key=lambda domain: -domain.served_share)
     for domain in by_size[:MAX_DOMAINS]:
-        _, *cells = rows[domain.domain_id]
-        table.add_row(escape(short_names[domain.domain_id]), *cells)
+        table.add_row(*map(escape, rows[domain.domain_id]))
     return table
 
 

@@ -1,6 +1,7 @@
 """Damage a run on a real Slurm cluster again and again, without a person, and prove that it lost and doubled nothing.
 
     python tests/chaos/chaos_slurm.py --rounds 20 --seed 0 [--only KIND] [--folder DIR]
+    python tests/chaos/chaos_slurm.py --compare [--folder DIR]
 
 It needs the cluster of `LAB_NETNS=1 slurm/dev-cluster/slurm-up.sh`, where every node has its own network and processes.
 One run trains on 2 nodes × 2 ranks. Every round waits until an attempt trains, and does one of these to it:
@@ -10,10 +11,14 @@ One run trains on 2 nodes × 2 ranks. Every round waits until an attempt trains,
     cut_network                                the node's network is gone; it heals afterwards
     preempt                                    a job of a higher priority takes the nodes
     kill_during_save                           SIGKILL of rank 0 while it writes a checkpoint
+    kill_during_resume                         SIGKILL of a rank of the next attempt before its first step
 
 A round fails if no further attempt trains, or if `failure.json` does not name the cause. At the end the run is stopped
 and `trace --verify` reads everything again. The seed determines the faults, not their moments. Prints one line of JSON
 per round, and a summary.
+
+With `--compare`, the run is preempted twice, then loses a rank and its batch host, and trains to its end. Its losses
+must equal those of a run that nobody disturbed, bit for bit.
 """
 
 import argparse
@@ -33,6 +38,7 @@ from typing import Any
 
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.testing.small_collection import make_collection
+from mixtera_hpc.track.event_reader import read_events
 
 LAB = Path(os.environ.get("LAB", "/tmp/mixtera-slurm"))
 SLURM_NODE = Path(__file__).parents[2] / "slurm/dev-cluster/slurm-node.sh"
@@ -42,6 +48,9 @@ REPORTED_S = 15
 NEXT_S = 240
 """Longest time until the next attempt trains: queue, start of Python and torch on a busy machine."""
 STEPS_BEFORE_FAULT = range(6, 30)
+COMPARED_FAULTS = ("preempt", "preempt", "kill_rank", "kill_batch_host")
+COMPARED_STEPS = 1500
+COMPARED_END_S = 600
 SETTINGS = [
     "mixture.max_epochs=null",
     "dataplane.seq_len=32",
@@ -51,12 +60,10 @@ SETTINGS = [
     "training.num_layers=1",
     "training.num_heads=2",
     "training.embedding_dim=64",
-    "training.num_steps=1000000",
     "training.log_every=1",
     "checkpoint.every_steps=5",
     "checkpoint.keep=3",
     "run.name=chaos",
-    "run.id=slurm",
     "cluster=dev",
     "job.nodes=2",
     'job.time="02:00:00"',
@@ -71,11 +78,12 @@ class Failed(AssertionError):
 class Site:
     """The data and the run, in one folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run_id: str = "slurm", num_steps: int = 1_000_000) -> None:
         self.folder = folder
-        words = make_collection(folder / "data", num_rows=4800)
-        self.run = RunFolder(folder / "runs" / "chaos" / "slurm")
-        self.words = [*words, *SETTINGS, f"run.root={folder / 'runs'}"]
+        words = make_collection(folder / f"data_{run_id}", num_rows=4800)
+        self.run = RunFolder(folder / "runs" / "chaos" / run_id)
+        own = [f"run.root={folder / 'runs'}", f"run.id={run_id}", f"training.num_steps={num_steps}"]
+        self.words = [*words, *SETTINGS, *own]
 
     def call(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, cwd=self.folder)
@@ -159,6 +167,16 @@ def kill_during_save(site: Site, chance: random.Random) -> dict[str, Any]:
     return {"reported_s": site.wait(site.run.failure(attempt).exists, REPORTED_S, "failure.json")}
 
 
+def kill_during_resume(site: Site, chance: random.Random) -> dict[str, Any]:
+    """End the attempt by a kill, and kill a rank of the next one as soon as there is one."""
+    first = kill_rank(site, chance)
+    attempt = site.attempt()
+    site.wait(lambda: site.attempt() > attempt and _has_ranks(site), NEXT_S, "the next attempt's ranks")
+    _check(site.num_lines() == 0, "the next attempt has trained before it could be killed")
+    os.kill(site.rank_pid(chance.randrange(4)), signal.SIGKILL)
+    return {**first, "killed": site.attempt()}
+
+
 def kill_srun(site: Site, chance: random.Random) -> dict[str, Any]:
     attempt = site.attempt()
     _kill_matching(site, lambda words: words[:1] == ["srun"])
@@ -193,9 +211,13 @@ FAULTS = {
     fault.__name__: fault
     for fault in (
         *(kill_rank, kill_srun, kill_batch_shell, kill_node),
-        *(kill_batch_host, cut_network, preempt, kill_during_save),
+        *(kill_batch_host, cut_network, preempt, kill_during_save, kill_during_resume),
     )
 }
+
+
+def _has_ranks(site: Site) -> bool:
+    return len({facts["PMI_RANK"] for facts in site.processes().values() if "PMI_RANK" in facts}) == 4
 
 
 def _lose_node(site: Site, node: str, fault: str, cure: str) -> dict[str, Any]:
@@ -239,12 +261,39 @@ def play(site: Site, kind: str, chance: random.Random) -> dict[str, Any]:
     return {**result, "attempt": attempt, "next_s": site.wait_until_trains(attempt, 1)}
 
 
+def compare(folder: Path) -> str:
+    """Disturb one run of two, and compare what they have trained; return the proof."""
+    chance = random.Random(0)
+    calm = Site(folder, "calm", COMPARED_STEPS)
+    with _submitted(calm):
+        calm.wait(lambda: calm.status()["state"] == "COMPLETED", COMPARED_END_S, "the end of the undisturbed run")
+    site = Site(folder, "disturbed", COMPARED_STEPS)
+    with _submitted(site):
+        for kind in COMPARED_FAULTS:
+            print(json.dumps({"kind": kind, **play(site, kind, chance)}), flush=True)
+        site.wait(lambda: site.status()["state"] == "COMPLETED", COMPARED_END_S, "the end of the disturbed run")
+
+    losses, expected = _losses(site.run), _losses(calm.run)
+    different = [step for step in range(COMPARED_STEPS) if losses.get(step) != expected.get(step)]
+    _check(not different, f"{len(different)} of {COMPARED_STEPS} losses differ, the first in step {different[:1]}")
+    return f"{COMPARED_STEPS} losses are equal bit for bit. {_verified(site)}"
+
+
+def _losses(run: RunFolder) -> dict[int, Any]:
+    """Return the loss and the losses of the domains of every step, as the last attempt has recorded it."""
+    return {event["step"]: (event["loss"], event["domain_loss"]) for event in read_events(run.metric("steps"))}
+
+
 def finish(site: Site) -> str:
     """Let the run save and stop in order, and prove what it served; return the proof."""
     site.wait_until_trains(site.attempt() - 1, STEPS_BEFORE_FAULT[0])
     done = site.call("cancel", str(site.run.path), "--after-save")
     _check(done.returncode == 0, done.stdout + done.stderr)
     site.wait(lambda: site.status()["state"] == "SAVED", 60, "the end")
+    return _verified(site)
+
+
+def _verified(site: Site) -> str:
     done = site.call("trace", str(site.run.path), "--verify")
     _check(done.returncode == 0, done.stdout + done.stderr)
     return done.stdout.strip().splitlines()[-1]
@@ -255,13 +304,25 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=list(FAULTS), help="a single kind of fault")
+    parser.add_argument("--compare", action="store_true", help="compare a disturbed run with an undisturbed one")
     parser.add_argument("--folder", type=Path, help="keeps the run; default: a temporary folder")
     arguments = parser.parse_args()
     if not (LAB / "run/node-node1.pid").exists():
         print("The cluster is not up. Start it with LAB_NETNS=1 slurm/dev-cluster/slurm-up.sh", file=sys.stderr)
         return 2
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
-    with _submitted(folder) as site:
+    if arguments.compare:
+        print(compare(folder))
+    else:
+        _play_rounds(folder, arguments)
+    if arguments.folder is None:
+        shutil.rmtree(folder)
+    return 0
+
+
+def _play_rounds(folder: Path, arguments: argparse.Namespace) -> None:
+    site = Site(folder)
+    with _submitted(site):
         chance = random.Random(arguments.seed)
         kinds = [arguments.only] if arguments.only else list(FAULTS)
         order = [kinds[number % len(kinds)] for number in range(arguments.rounds)]
@@ -273,19 +334,15 @@ def main() -> int:
             facts = {"round": number, "kind": kind, **result, "round_s": round(time.monotonic() - began, 1)}
             print(json.dumps(facts), flush=True)
         print(f"{arguments.rounds} rounds. {finish(site)}")
-    if arguments.folder is None:
-        shutil.rmtree(folder)
-    return 0
 
 
 @contextlib.contextmanager
-def _submitted(folder: Path) -> Iterator[Site]:
+def _submitted(site: Site) -> Iterator[None]:
     """Build the index and submit the run; cancel what is left of it afterwards."""
-    site = Site(folder)
     done = site.call("submit", *site.words)
     _check(done.returncode == 0, done.stdout + done.stderr)
     try:
-        yield site
+        yield
     finally:
         site.call("cancel", str(site.run.path))
 

@@ -10,13 +10,12 @@ from mixtera_hpc.config.yaml_files import dump_yaml, load_yaml
 from mixtera_hpc.report.canvas import Canvas, spread_labels
 from mixtera_hpc.report.domain_groups import (
     MAX_GROUPS,
-    common_property,
     group_domains,
     group_loss,
-    shorten_names,
     sum_by_group,
 )
 from mixtera_hpc.report.downsample import even_indices, percentile_ranges, weighted_means
+from mixtera_hpc.report.mixing.domain_names import common_property, shorten_names
 from mixtera_hpc.report.number_format import format_count, format_duration, format_percent, format_seconds
 from mixtera_hpc.report.plots import loss_plot
 from mixtera_hpc.report.run_metrics import load_run_metrics
@@ -55,6 +54,14 @@ def test_the_common_property_is_removed_from_names() -> None:
     assert common_property(["source=C4", "source=Book"]) == "source"
     assert shorten_names(["source=C4", "language=en"]) == ["source=C4", "language=en"]
     assert shorten_names(["everything"]) == ["everything"]
+
+
+def test_names_with_several_properties_keep_only_the_values() -> None:
+    names = ["source=Stack Exchange language=de", "source=C4 language=en|fr"]
+    assert common_property(names) == "source · language"
+    assert shorten_names(names) == ["Stack Exchange · de", "C4 · en|fr"]
+    assert common_property([*names, "source=C4"]) is None
+    assert shorten_names([*names, "source=C4"]) == [*names, "source=C4"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 13, 30])

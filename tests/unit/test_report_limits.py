@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.report.report_files import write_report
 from mixtera_hpc.report.run_metrics import load_run_metrics
-from mixtera_hpc.report.timing.stage_limits import StageLimit, limit_cells, stage_limits
+from mixtera_hpc.report.timing.stage_limits import StageLimit, limit_cells, stage_limits, wait_notices
 
 RunMaker = Callable[..., RunFolder]
 
@@ -57,3 +58,23 @@ def test_the_row_of_a_stage_names_rate_limit_and_headroom(make_run: RunMaker) ->
         "",
     )
     assert limit_cells(limits["trainer"])[-1] == "binds"
+
+
+def test_a_report_warns_of_long_waits_and_names_the_cure(make_run: RunMaker) -> None:
+    """One step of a hundred waits for a tenth of its time."""
+    run = make_run(["en"], [(0, 8)])
+    slow_reading = limits_with(run, {"wait": 0.4, "decode": 0.5}).values()
+    assert "dataplane.workers" in wait_notices(list(slow_reading), 0.1)[0]
+    fast_reading = limits_with(run, {"wait": 0.05, "decode": 0.01}).values()
+    assert "10.0 % of its time" in wait_notices(list(fast_reading), 0.1)[0]
+    assert "dataplane.prefetch_batches" in wait_notices(list(fast_reading), 0.1)[0]
+    assert wait_notices(list(fast_reading), 0.01) == []
+
+
+def test_the_page_shows_limits_and_long_waits(make_run: RunMaker) -> None:
+    run = make_run(["en"], [(0, 8)])
+    limits_with(run, {"read": 0.2})
+    page = write_report(run).page.read_text()
+    assert "<h2>Limits</h2>" in page
+    assert "<td>reading (read 100 %)</td>" in page
+    assert "One of 100 steps waits for data for 10.0 %" in page

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.mixing.laws.law_objective import BOUND_NAMES
 from mixtera_hpc.errors import pluralize
+from mixtera_hpc.report.mixing.domain_names import common_property, shorten_names
 from mixtera_hpc.report.number_format import MISSING
 
 __all__ = ["LEARNED_FIELDS", "LearnedMixture", "learned_notices", "learned_rows", "learned_section", "read_learned"]
@@ -124,9 +125,9 @@ def learned_notices(learned: LearnedMixture, num_steps: int) -> list[str]:
 
 def learned_rows(learned: LearnedMixture) -> tuple[list[str], list[list[str]]]:
     """Return the headings and the rows of the table, in the order of the domains; empty without fields."""
-    headings = ["domain", *(LEARNED_FIELDS[name] for name in learned.fields)]
+    headings = [common_property(learned.names) or "domain", *(LEARNED_FIELDS[name] for name in learned.fields)]
     rows = []
-    for d, name in enumerate(learned.names):
+    for d, name in enumerate(shorten_names(learned.names)):
         rows.append([name, *(_cell(learned, field, d) for field in learned.fields)])
     return headings, rows if learned.fields else []
 

@@ -4,20 +4,24 @@ Reading, planning, the broadcast of plans and the reduction of losses run beside
 as its slowest stage. Times are means over the steps of the slowest rank, without the first line of each attempt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mixtera_hpc.report.number_format import format_count, format_seconds
+from mixtera_hpc.report.number_format import format_count, format_percent, format_seconds
 from mixtera_hpc.report.run_metrics import Floats, RunMetrics, TimeSeries
 
-__all__ = ["LIMIT_COLUMNS", "StageLimit", "limit_cells", "stage_limits"]
+__all__ = ["LIMIT_COLUMNS", "StageLimit", "limit_cells", "stage_limits", "wait_notices"]
 
 READING = ("read", "decode", "tokenize", "pack")
 """Stages that a reading thread or process does one after the other."""
 
 LIMIT_COLUMNS = ("stage", "time per step", "measured", "limit", "headroom", "")
 """Headings of a table of limits: the last column marks the stage that binds."""
+
+MAX_WAIT_SHARE = 0.01
+"""99th percentile of the waits for data, as a share of the step time, above which a report warns."""
 
 MIN_SECONDS = 1e-9
 """Lower bound of a divisor that is a duration."""
@@ -74,6 +78,20 @@ def stage_limits(metrics: RunMetrics) -> tuple[StageLimit, ...]:
     return tuple(sorted(limits, key=lambda limit: -limit.seconds))
 
 
+def wait_notices(limits: Sequence[StageLimit], data_wait_p99_share: float) -> list[str]:
+    """Return a warning if one of a hundred steps waited long for data, with the cause and a cure; else nothing."""
+    if data_wait_p99_share <= MAX_WAIT_SHARE:
+        return []
+    if any(limit.binds and limit.stage == "reading" for limit in limits):
+        cure = "Reading is the slowest stage: raise dataplane.workers, or write a token store (mixtera-hpc tokenize)."
+    else:
+        cure = "Reading is fast enough on average, so single reads are slow: raise dataplane.prefetch_batches."
+    return [
+        f"One of 100 steps waits for data for {format_percent(data_wait_p99_share)} of its time or longer; more than "
+        f"{format_percent(MAX_WAIT_SHARE)} is a loss of throughput. {cure}"
+    ]
+
+
 def limit_cells(limit: StageLimit, unit: str = "tokens") -> tuple[str, ...]:
     """Return the cells of a row below `LIMIT_COLUMNS`."""
     stage = f"{limit.stage} ({limit.detail})" if limit.detail else limit.stage
@@ -82,7 +100,7 @@ def limit_cells(limit: StageLimit, unit: str = "tokens") -> tuple[str, ...]:
         format_seconds(limit.seconds),
         f"{format_count(limit.measured)} {unit}/s",
         f"{format_count(limit.limit)} {unit}/s",
-        f"{limit.headroom:,.2f} ×",
+        f"{format_count(limit.headroom)} ×",
         "binds" if limit.binds else "",
     )
 
