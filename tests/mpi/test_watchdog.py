@@ -111,8 +111,17 @@ def largest_shard(overrides: list[str]) -> Path:
     return max(data_root(overrides).rglob("*.jsonl"), key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("request_stop", ["file", "SIGTERM", "SIGUSR2"])
+@pytest.mark.parametrize(
+    ("request_stop", "ranks"),
+    [
+        ("file", 2),
+        ("SIGTERM", 1),
+        pytest.param("file", 1, marks=pytest.mark.full),
+        pytest.param("SIGTERM", 2, marks=pytest.mark.full),
+        pytest.param("SIGUSR2", 1, marks=pytest.mark.full),
+        pytest.param("SIGUSR2", 2, marks=pytest.mark.full),
+    ],
+)
 def test_a_hung_read_is_named_and_a_stop_saves(
     ranks: int, request_stop: str, own_collection: list[str], tmp_path: Path
 ) -> None:
@@ -156,7 +165,11 @@ def steps_of(job: Job, ranks: int) -> list[int]:
     return [int((job.run.path / f"steps_{rank}").read_text()) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("words", [[], ["dataplane.prefetch_batches=1"], ["dataplane.workers=1"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [[], pytest.param(["dataplane.prefetch_batches=1"], marks=pytest.mark.full), ["dataplane.workers=1"]],
+    ids=" ".join,
+)
 def test_a_read_that_hangs_later_leaves_all_ranks_at_one_step(
     words: list[str], own_collection: list[str], tmp_path: Path
 ) -> None:
@@ -220,7 +233,7 @@ def test_a_stopped_rank_that_goes_on_is_forgotten(own_collection: list[str], tmp
         assert job.process.returncode == 0 and "ended in order" in job.log()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_trainer_that_is_stuck_is_named(ranks: int, own_collection: list[str], tmp_path: Path) -> None:
     with running("trainer", tmp_path, own_collection, ranks) as job:
         job.wait_for((job.run.path / f"step_3_{ranks - 1}").exists, 60, "three steps")
@@ -244,7 +257,7 @@ def test_a_hung_reading_process_is_named_and_ended(own_collection: list[str], tm
         job.wait_for_end(20)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_slow_run_is_not_reported(ranks: int, own_collection: list[str], tmp_path: Path) -> None:
     with running("slow", tmp_path, [*own_collection, "dataplane.watchdog=abort"], ranks) as job:
         job.wait_for(lambda: job.process.poll() is not None, 60, "five steps")

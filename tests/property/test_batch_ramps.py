@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
@@ -28,7 +28,9 @@ from mixtera_hpc.trace.list import planned_sequences, served_sequences
 from mixtera_hpc.trace.locate import locate_row
 from mixtera_hpc.trace.verify import verify_run
 
-SLOW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+from .examples import whole_runs
+
+SLOW = whole_runs(12)
 STAGES = st.dictionaries(st.integers(1, 17), st.sampled_from([2, 4, 8, 12]), max_size=3)
 DYNAMIC = {"kind": "dynamic", "algorithm": {"name": "ado", "warmup": 4, "refit_interval": 4}}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
@@ -17,6 +17,8 @@ from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import DataError
+
+from .examples import whole_runs
 
 SHUFFLES = ["dataplane.shuffle=none", "dataplane.shuffle=block", "dataplane.window_bytes=20000"]
 
@@ -35,7 +37,7 @@ def items_of(documents: Documents) -> np.ndarray:
     return np.stack([block, row, first + inside], axis=1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@whole_runs(60)
 @given(st.integers(0, 9), st.lists(st.tuples(st.floats(0, 2.5), st.integers(1, 700)), min_size=1, max_size=6))
 def test_many_spans_at_once_equal_one_span_at_a_time(
     source: Source, domain: int, wanted: list[tuple[float, int]]

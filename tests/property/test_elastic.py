@@ -5,7 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -17,6 +17,8 @@ from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.source import Source, open_source
+
+from .examples import whole_runs
 
 BATCH = 12
 Settings = dict[str, object]
@@ -85,7 +87,7 @@ def served(
         return [batch for plan in chosen for batch in maker.batches(plan, first)]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@whole_runs(60)
 @given(MIXTURES, PLANES, st.sampled_from([(2, 1), (3, 1), (4, 2), (12, 1), (6, 3)]), st.integers(0, 12))
 def test_content_does_not_depend_on_ranks_groups_and_restarts(
     plain: dict[str, object], mixture: Settings, plane: Settings, shape: tuple[int, int], stop: int
@@ -107,7 +109,7 @@ def test_content_does_not_depend_on_ranks_groups_and_restarts(
     assert {b.step: content(b) for b in again} == {s: c for s, c in whole.items() if s >= stop}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@whole_runs(40)
 @given(PLANES, st.sampled_from([["source"], []]))
 def test_an_epoch_serves_every_sample_once(plain: dict[str, object], plane: Settings, by: list[str]) -> None:
     mixture = {"group_by": by, "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
@@ -122,7 +124,7 @@ def test_an_epoch_serves_every_sample_once(plain: dict[str, object], plane: Sett
         assert names == [f"source={p['meta']['source']}" for p in payloads]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@whole_runs(40)
 @given(PLANES, st.integers(0, 9))
 def test_sequences_cover_the_stream_of_a_domain_without_gaps(
     plain: dict[str, object], plane: Settings, domain: int
@@ -148,7 +150,7 @@ def test_sequences_cover_the_stream_of_a_domain_without_gaps(
     assert np.array_equal(np.sort(whole[:items]), np.sort(whole[items:]))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@whole_runs(30)
 @given(PLANES)
 def test_all_tokens_count_except_the_first_of_a_document(plain: dict[str, object], plane: Settings) -> None:
     source = source_of(plain, {}, plane)

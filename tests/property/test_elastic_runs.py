@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Communicator, Local
@@ -16,6 +16,8 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import Batch, DataPlane
 from mixtera_hpc.testing.communicators import CHECKS
 from mixtera_hpc.testing.thread_ranks import run_ranks
+
+from .examples import whole_runs
 
 BATCH = 12
 STEPS = 14
@@ -145,7 +147,7 @@ def combine(parts: list[list[tuple[int, list[int], list[str]]]], group: int) -> 
     return served
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@whole_runs(60)
 @given(st.sampled_from(MIXTURES), RUNS, PLANES, ATTEMPTS)
 def test_a_run_of_any_attempts_serves_what_one_rank_serves_in_one_attempt(
     plain: dict[str, Any], mixture: dict[str, Any], run: dict[str, Any], plane: dict[str, Any], attempts: list[Attempt]
@@ -153,7 +155,7 @@ def test_a_run_of_any_attempts_serves_what_one_rank_serves_in_one_attempt(
     check_attempts(plain, {**mixture, **run}, plane, attempts)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@whole_runs(6)
 @given(st.sampled_from(MIXTURES), RUNS, PLANES, WITH_WORKERS)
 def test_content_does_not_depend_on_the_number_of_workers(
     plain: dict[str, Any], mixture: dict[str, Any], run: dict[str, Any], plane: dict[str, Any], attempts: list[Attempt]

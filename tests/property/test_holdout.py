@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
@@ -20,7 +20,9 @@ from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.errors import ConfigError, MixtureError
 from mixtera_hpc.index.build.build import build_index
 
-FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+from .examples import whole_runs
+
+FEW = whole_runs(25)
 ONCE = {"unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
 
 

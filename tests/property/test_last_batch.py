@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
@@ -20,6 +20,8 @@ from mixtera_hpc.testing.thread_ranks import run_ranks
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.list import SequenceFilter, list_sequences
 from mixtera_hpc.trace.verify import verify_run
+
+from .examples import whole_runs
 
 NUM_ROWS = 480
 ONE_EPOCH = ["mixture.on_exhausted=redistribute", "mixture.max_epochs=1", "dataplane.last_batch=pad"]
@@ -50,7 +52,7 @@ def digests_by_position(by_rank: list[list[Batch]]) -> dict[tuple[int, int], str
 
 
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@whole_runs(12)
 @given(groups=st.integers(1, 4), per_rank=st.integers(1, 40), workers=st.sampled_from([0, 0, 0, 1]))
 def test_every_sequence_is_served_once_for_any_number_of_ranks(
     unit: str, groups: int, per_rank: int, workers: int, collection: list[str]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
@@ -19,6 +19,8 @@ from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.verify import verify_run
+
+from .examples import whole_runs
 
 STATIC = {
     "kind": "static",
@@ -85,7 +87,7 @@ def test_the_next_unplanned_chunk_is_served_from_the_request_and_the_run_is_prov
     assert '"kind":"mixture"' in (folder / "journal.jsonl").read_text()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@whole_runs(15)
 @given(st.integers(4, 8), st.integers(6, 23), st.sampled_from([STATIC, LEARNED]), st.booleans())
 def test_a_run_with_a_request_continues_from_any_step(
     config: Config,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -33,8 +33,10 @@ from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.errors import ConfigError
 
+from .examples import whole_runs
+
 Ints = NDArray[np.int64]
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = whole_runs(40)
 GROUPS = st.tuples(st.integers(1, 40), st.integers(0, 1), st.integers(1, 12)).flatmap(
     lambda shape: st.tuples(
         st.just(shape), st.sets(st.integers(1, max(shape[0] * shape[2] + shape[1] - 1, 1)), max_size=40)

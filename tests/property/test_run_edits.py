@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Communicator, Local
@@ -23,6 +23,8 @@ from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.testing.thread_ranks import run_ranks
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.verify import verify_run
+
+from .examples import whole_runs
 
 STATE = dict[str, Any]
 DYNAMIC = {"kind": "dynamic", "group_by": ["source"], "algorithm": {"name": "ado", "warmup": 4, "refit_interval": 4}}
@@ -88,7 +90,7 @@ def new_folder(tmp_path: Path) -> Callable[[], Path]:
     return make
 
 
-SLOW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = whole_runs(25)
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=5), st.integers(0, 80))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
@@ -26,8 +26,10 @@ from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.list import served_sequences
 from mixtera_hpc.trace.verify import verify_run
 
+from .examples import whole_runs
+
 Served = tuple[list[Batch], dict[str, Any]]
-SLOW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = whole_runs(12)
 
 
 @pytest.fixture(scope="module")

@@ -188,7 +188,8 @@ def answers(tmp_path: Path, tiny_tokenizer: str) -> Callable[..., dict[str, str]
             "data": {"root": str(tmp_path / "data"), "text": text} | data,
             "index": {"path": str(tmp_path / "i.h5"), "block_rows": 4},
             "mixture": {"unit": unit, "on_exhausted": "stop"},
-            "dataplane": {"seq_len": 4, "global_batch_size": 1},
+            # Without a reading process, which takes a second to start.
+            "dataplane": {"seq_len": 4, "global_batch_size": 1, "workers": 0},
         }
         if text is not None:
             plain["dataplane"]["tokenizer"] = tiny_tokenizer

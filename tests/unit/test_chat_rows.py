@@ -64,7 +64,7 @@ def configured(root: Path, template: str | None = "chatml_marked", **more: Any) 
     """Return a configuration; `template` is the name of a template, or one."""
     tokenizer = write_tokenizer(root / "tokenizer", TEMPLATES.get(template or "", template))
     data = {"root": str(root / "data"), "include": ["*"], "text": "chat:messages"} | more.pop("data", {})
-    plane = {"tokenizer": str(tokenizer), "seq_len": 32, "global_batch_size": 6, "audit": True}
+    plane = {"tokenizer": str(tokenizer), "seq_len": 32, "global_batch_size": 6, "audit": True, "workers": 0}
     plane |= more.pop("dataplane", {})
     return from_plain(Config, {"data": data, "index": {"path": f"{root}/i.h5"}, "dataplane": plane} | more)
 
@@ -93,7 +93,7 @@ def served_stream(config: Config, **options: Any) -> tuple[list[int], list[bool]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("form", ["messages", "conversations"])
+@pytest.mark.parametrize("form", ["messages", pytest.param("conversations", marks=pytest.mark.full)])
 def test_a_run_is_proven_and_serves_the_rendered_tokens_with_the_prompts_masked(
     suffix: str, form: str, tmp_path: Path, prove_run: Callable[[Config], int]
 ) -> None:

@@ -59,6 +59,12 @@ SHAPES: dict[str, Row] = {
     "a null value": {"meta": {"lang": None}},
     "a text one level deeper": {"meta": {"lang": "de"}},
 }
+PATHS = ["meta.lang", "meta.lang.code", "meta.lang.code.x"]
+KINDS = ["category", "categories", "number"]
+
+
+def has_value(shape: str, path: str) -> bool:
+    return shape == "a text one level deeper" and path == "meta.lang"
 
 
 def build(answers: Answers, tmp_path: Path, ending: str, rows: list[Row], **data: Any) -> dict[str, str]:
@@ -83,14 +89,31 @@ def values(tmp_path: Path, name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-@pytest.mark.parametrize("path", ["meta.lang", "meta.lang.code", "meta.lang.code.x"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_properties_without_values_are_null(shape: str, ending: str, tmp_path: Path, answers: Answers) -> None:
+    # A path has one value or a list of values, so the two kinds of categories need paths of their own.
+    properties = {
+        "number": ("meta.lang.code", "number"),
+        "category": ("meta.lang.code", "category"),
+        "categories": ("meta.more.code", "categories"),
+    }
+    answered = build(answers, tmp_path, ending, [{"text": "one", **SHAPES[shape]}] * 2, properties=properties)
+    assert answered["build"] == "2 samples, 0 bad rows, 0 damaged"
+    assert (answered["verify"], answered["query"], answered["samples"]) == ("fresh", "2 samples", "2 served")
+    for name, (_, kind) in properties.items():
+        assert repr(values(tmp_path, name)) == repr([np.nan if kind == "number" else None] * 2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_property_without_a_value_is_null(
     shape: str, path: str, ending: str, tmp_path: Path, answers: Answers
 ) -> None:
-    if shape == "a text one level deeper" and path == "meta.lang":
+    if has_value(shape, path):
         pytest.skip("this path has a value")
-    for kind in ("category", "categories", "number"):
+    for kind in KINDS:
         answered = build(
             answers, tmp_path, ending, [{"text": "one", **SHAPES[shape]}] * 2, properties={"p": (path, kind)}
         )
@@ -186,7 +209,7 @@ def test_a_path_may_be_both_a_number_and_a_category(ending: str, tmp_path: Path,
     assert values(tmp_path, "bucket") == values(tmp_path, "tops") == ["2019", None, "2020"]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz", "tar"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", pytest.param("jsonl.gz", marks=pytest.mark.full), "tar"])
 @pytest.mark.parametrize(("value", "name"), [("x", "str"), (True, "bool"), (10**400, "int")])
 def test_a_category_that_is_no_number_is_a_bad_row_of_the_number(
     value: Any, name: str, ending: str, tmp_path: Path, answers: Answers

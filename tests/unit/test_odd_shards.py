@@ -70,8 +70,13 @@ def test_a_file_of_lines_or_text_may_be_empty(ending: str, data: Path, answers: 
     assert answered.items() >= THREE_GOOD.items()
 
 
-@pytest.mark.parametrize("kind", POINTERS)
-@pytest.mark.parametrize("ending", [*BINARY[:-1], "jsonl", "txt"])
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [
+        *((kind, ending) for kind in POINTERS for ending in ("parquet", "jsonl")),
+        *(pytest.param(kind, ending, marks=pytest.mark.full) for kind in POINTERS for ending in [*BINARY[1:-1], "txt"]),
+    ],
+)
 def test_a_pointer_is_called_a_pointer(kind: str, ending: str, data: Path, answers: Answers) -> None:
     content, command = POINTERS[kind]
     put(data / f"b.{ending}", content)
@@ -90,9 +95,15 @@ def tar(path: Path, names: list[str]) -> None:
             archive.addfile(info, io.BytesIO(b"{}"))
 
 
-@pytest.mark.parametrize("order", [["jpg", "txt", "json"], ["txt", "json", "jpg"]])
-@pytest.mark.parametrize("text", ["txt", None])
-@pytest.mark.parametrize("on_bad_sample", ["fail", "skip"])
+@pytest.mark.parametrize(
+    ("order", "text", "on_bad_sample"),
+    [
+        (["jpg", "txt", "json"], "txt", "fail"),
+        (["txt", "json", "jpg"], None, "skip"),
+        pytest.param(["txt", "json", "jpg"], "txt", "skip", marks=pytest.mark.full),
+        pytest.param(["jpg", "txt", "json"], None, "fail", marks=pytest.mark.full),
+    ],
+)
 def test_members_that_are_not_next_to_each_other_are_refused(
     order: list[str], text: str | None, on_bad_sample: str, data: Path, answers: Answers
 ) -> None:
@@ -125,10 +136,14 @@ WRITERS: dict[str, Callable[..., list[Path]]] = {
     "mds": write_mds_rows,
     "mds.zstd": partial(write_mds_rows, compression="zstd"),
 }
+FURTHER = {"json", "jsonl.zst", "jsonl.bz2", "jsonl.xz", "mds.zstd"}
+"""Formats whose refresh takes the way of another format."""
 ROWS = [{"text": f"row {i}", "meta": {"language": "en"}, "tags": ["x"]} for i in range(9)]
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in FURTHER else []) for name in WRITERS]
+)
 def test_a_refresh_accepts_the_same_content_at_another_time(
     name: str, tmp_path: Path, answers: Answers, tiny_tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

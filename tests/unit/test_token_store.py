@@ -90,7 +90,14 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("build", [[], ["dataplane.add_bos=true"], ["dataplane.special_tokens_in_text=allow"]])
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param([], marks=pytest.mark.full),
+        ["dataplane.add_bos=true"],
+        pytest.param(["dataplane.special_tokens_in_text=allow"], marks=pytest.mark.full),
+    ],
+)
 def test_the_stream_is_the_one_tokenized_on_the_fly(
     build: list[str], overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

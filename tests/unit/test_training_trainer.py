@@ -51,6 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
             seq_len=16,
             global_batch_size=6,
             chunk_steps=2,
+            workers=0,
         ),
         training=TRAINING,
     )
@@ -106,7 +107,9 @@ def test_a_checkpoint_is_saved_after_the_last_step(whole: RunFolder) -> None:
     assert checkpoint.step == 10
 
 
-@pytest.mark.parametrize("stop_after", [1, 5, 9])
+@pytest.mark.parametrize(
+    "stop_after", [pytest.param(1, marks=pytest.mark.full), 5, pytest.param(9, marks=pytest.mark.full)]
+)
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_run(
     config: Config, whole: RunFolder, tmp_path: Path, stop_after: int
 ) -> None:
