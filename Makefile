@@ -98,9 +98,10 @@ format: setup ## format the code
 bench: setup ## measure, next to peers and physical limits; tables and JSON in bench/out
 	$(BIN)/python -m bench
 
-chaos: setup ## damage a run on a Slurm cluster of 4 nodes 20 times, and prove that nothing is lost or doubled
-	LAB_NETNS=1 slurm/dev-cluster/slurm-up.sh
-	$(BIN)/python tests/chaos/chaos_slurm.py --rounds 20 --seed 0
+ROUNDS ?= 20
+
+chaos: setup ## damage a run on a Slurm cluster of 4 nodes ROUNDS=20 times, and prove that nothing is lost or doubled
+	slurm/dev-cluster/own-cluster.sh $(BIN)/python tests/chaos/chaos_slurm.py --rounds $(ROUNDS) --seed 0
 
 slurm-up: ## start a real Slurm cluster of 4 nodes on this machine (Debian, root)
 	slurm/dev-cluster/slurm-up.sh

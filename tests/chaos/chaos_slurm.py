@@ -3,7 +3,7 @@
     python tests/chaos/chaos_slurm.py --rounds 20 --seed 0 [--only KIND] [--folder DIR]
     python tests/chaos/chaos_slurm.py --compare [--folder DIR]
 
-It needs the cluster of `LAB_NETNS=1 slurm/dev-cluster/slurm-up.sh`, where every node has its own network and processes.
+It needs a cluster whose nodes have their own network and processes: call it by `slurm/dev-cluster/own-cluster.sh`.
 One run trains on 2 nodes × 2 ranks. Every round waits until an attempt trains, and does one of these to it:
 
     kill_rank, kill_srun, kill_batch_shell     SIGKILL
@@ -40,7 +40,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.testing.small_collection import make_collection
 from mixtera_hpc.track.event_reader import read_events
 
-LAB = Path(os.environ.get("LAB", "/tmp/mixtera-slurm"))
+LAB = Path(os.environ.get("LAB", "/tmp/mixtera-own"))
 SLURM_NODE = Path(__file__).parents[2] / "slurm/dev-cluster/slurm-node.sh"
 COMMAND = [str(LAB / "in-head"), sys.executable, "-m", "mixtera_hpc"]
 REPORTED_S = 15
@@ -308,7 +308,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keeps the run; default: a temporary folder")
     arguments = parser.parse_args()
     if not (LAB / "run/node-node1.pid").exists():
-        print("The cluster is not up. Start it with LAB_NETNS=1 slurm/dev-cluster/slurm-up.sh", file=sys.stderr)
+        print("The cluster is not up. Call this script by slurm/dev-cluster/own-cluster.sh", file=sys.stderr)
         return 2
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     if arguments.compare:
@@ -325,9 +325,10 @@ def _play_rounds(folder: Path, arguments: argparse.Namespace) -> None:
     with _submitted(site):
         chance = random.Random(arguments.seed)
         kinds = [arguments.only] if arguments.only else list(FAULTS)
-        order = [kinds[number % len(kinds)] for number in range(arguments.rounds)]
-        chance.shuffle(order)
-        for number, kind in enumerate(order, 1):
+        order: list[str] = []
+        while len(order) < arguments.rounds:
+            order += chance.sample(kinds, len(kinds))
+        for number, kind in enumerate(order[: arguments.rounds], 1):
             began = time.monotonic()
             # A failed round ends the test: the run may not go on by itself any more.
             result = play(site, kind, random.Random(f"{arguments.seed} {number}"))
