@@ -49,7 +49,13 @@ def check_build(config: Config) -> None:
 
 def check_index_job(config: Config) -> None:
     """Check what a job that works on an index needs besides `check_build` or `check_data`."""
-    raise_problems([*_run(config.run), *job_problems(config.job, config.cluster), *script_problems(config)])
+    raise_problems(
+        [
+            *_run(config.run),
+            *job_problems(config.job, config.cluster, config.environment),
+            *script_problems(config),
+        ]
+    )
 
 
 def run_problems(config: Config) -> list[str]:
@@ -63,7 +69,7 @@ def run_problems(config: Config) -> list[str]:
         *_validation(config),
         *_run(config.run),
         *_plan(config.plan),
-        *job_problems(config.job, config.cluster),
+        *job_problems(config.job, config.cluster, config.environment),
         *script_problems(config),
         *_workers(config),
         *_batch_split(config),

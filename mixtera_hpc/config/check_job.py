@@ -1,17 +1,17 @@
-"""Find problems of the groups `job` and `cluster` that can be seen without asking Slurm."""
+"""Find problems of the groups `job`, `cluster` and `environment` that can be seen without asking Slurm."""
 
 import re
 
 from mixtera_hpc.config.check_numbers import at_least
-from mixtera_hpc.config.job_shape import parse_time
-from mixtera_hpc.config.schema import ClusterConfig, JobConfig, PartitionConfig
+from mixtera_hpc.config.job_shape import parse_time, signal_lead_s
+from mixtera_hpc.config.schema import ClusterConfig, EnvironmentConfig, JobConfig, PartitionConfig
 from mixtera_hpc.errors import did_you_mean
 
-__all__ = ["job_problems"]
+__all__ = ["environment_problems", "job_problems"]
 
 
-def job_problems(job: JobConfig, cluster: ClusterConfig) -> list[str]:
-    """Return everything wrong with a job on this cluster, one or two sentences each."""
+def job_problems(job: JobConfig, cluster: ClusterConfig, environment: EnvironmentConfig) -> list[str]:
+    """Return everything wrong with a job on this cluster in this environment, one or two sentences each."""
     return [
         *at_least("job.nodes", job.nodes, 1),
         *at_least("job.max_attempts", job.max_attempts, 1),
@@ -19,7 +19,7 @@ def job_problems(job: JobConfig, cluster: ClusterConfig) -> list[str]:
         *_time(job, cluster),
         *_node_shape(job, cluster),
         *_partition(job, cluster),
-        *_container(job, cluster),
+        *environment_problems(environment, cluster),
     ]
 
 
@@ -40,12 +40,13 @@ def _time(job: JobConfig, cluster: ClusterConfig) -> list[str]:
         return [
             f"job.time is {job.time!r}, expected HH:MM:SS or D-HH:MM:SS, e.g. job.time=12:30:00 (in a file in quotes)."
         ]
-    return _signal_lead(job, seconds) + _limits(job, cluster, seconds)
+    return _signal_lead(job, cluster, seconds) + _limits(job, cluster, seconds)
 
 
-def _signal_lead(job: JobConfig, seconds: int) -> list[str]:
-    if job.signal_lead_s * 3 <= seconds:
-        return at_least("job.signal_lead_s", job.signal_lead_s, 1)
+def _signal_lead(job: JobConfig, cluster: ClusterConfig, seconds: int) -> list[str]:
+    name = "cluster.signal_lead_s" if job.signal_lead_s is None else "job.signal_lead_s"
+    if signal_lead_s(job, cluster) * 3 <= seconds:
+        return at_least(name, cluster.signal_lead_s if job.signal_lead_s is None else job.signal_lead_s, 1)
     return [
         f"job.signal_lead_s is {job.signal_lead_s}, more than a third of job.time={job.time}. Lower it or ask for more "
         "time."
@@ -102,10 +103,29 @@ def _partition(job: JobConfig, cluster: ClusterConfig) -> list[str]:
     return [f"job.partition={job.partition} is not one of cluster {cluster.name!r}.{near}"]
 
 
-def _container(job: JobConfig, cluster: ClusterConfig) -> list[str]:
-    if job.container is None or cluster.container_flag is not None:
+def environment_problems(environment: EnvironmentConfig, cluster: ClusterConfig) -> list[str]:
+    """Return what is missing in the environment, what does not belong to its kind, and what the cluster cannot do."""
+    kind = environment.kind
+    needed = {"venv": "venv", "uenv": "image", "container": "image"}.get(kind)
+    problems = []
+    if needed is not None and not getattr(environment, needed):
+        example = {"venv": "$SCRATCH/venv", "uenv": "pytorch/v2.9.1:v2", "container": "/path/to/environment.toml"}[kind]
+        problems.append(f"environment={kind} needs environment.{needed}, for example environment.{needed}={example}.")
+    if environment.image and kind not in ("uenv", "container"):
+        problems.append(
+            f"environment.image is set, but environment={kind} has none. Add environment=container or uenv."
+        )
+    if environment.view and kind != "uenv":
+        problems.append(f"environment.view is set, but only a uenv has views, and environment.kind is {kind}.")
+    return problems + _srun_flag(kind, cluster)
+
+
+def _srun_flag(kind: str, cluster: ClusterConfig) -> list[str]:
+    flags = {"uenv": cluster.uenv_flag, "container": cluster.container_flag}
+    if flags.get(kind, kind) is not None:
         return []
+    other = "" if kind == "uenv" else ", or put the words that start the container into cluster.wrapper"
     return [
-        f"job.container is set, but cluster {cluster.name!r} has no cluster.container_flag. "
-        "Give srun's flag for containers there, or put the container's exec into cluster.wrapper."
+        f"environment={kind} needs a flag of srun, but cluster {cluster.name!r} has no cluster.{kind}_flag. "
+        f"Set it if srun has such a flag{other}."
     ]

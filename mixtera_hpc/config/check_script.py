@@ -14,8 +14,9 @@ __all__ = ["script_problems"]
 
 _JOB_KEYS = (
     *("name", "account", "partition", "qos", "constraint", "reservation", "mem", "comment", "exclude", "dependency"),
-    "container",
 )
+
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
 
 
 def script_problems(config: Config) -> list[str]:
@@ -26,14 +27,21 @@ def script_problems(config: Config) -> list[str]:
         "cluster.name": config.cluster.name,
         "cluster.mpi": config.cluster.mpi,
         "cluster.container_flag": config.cluster.container_flag,
-        "cluster.python": config.cluster.python,
+        "cluster.container_mpi": config.cluster.container_mpi,
+        "cluster.uenv_flag": config.cluster.uenv_flag,
+        "environment.image": config.environment.image,
+        "environment.mpi": config.environment.mpi,
+        "environment.python": config.environment.python,
+        "environment.venv": config.environment.venv,
+        "environment.view": config.environment.view,
         "cluster.sbatch": config.cluster.sbatch,
         "cluster.srun_args": config.cluster.srun_args,
         "job.srun_args": config.job.srun_args,
     }
     return [
         *(_control_character(path, text) for path, text in _texts(texts) if _has_control_character(text)),
-        *_words("cluster.env", config.cluster.env, r"[A-Za-z_][A-Za-z0-9_]*", "the name of a variable"),
+        *_words("cluster.env", config.cluster.env, _VARIABLE, "the name of a variable"),
+        *_words("cluster.container_env", config.cluster.container_env, _VARIABLE, "the name of a variable"),
         *_words("cluster.sbatch", config.cluster.sbatch, r"[a-z][a-z0-9_-]*", "a parameter of sbatch"),
     ]
 

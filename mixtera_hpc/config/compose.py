@@ -9,6 +9,7 @@ from mixtera_hpc.config.composition.conf_folders import CONFIG_NAME, check_file_
 from mixtera_hpc.config.composition.messages import explain
 from mixtera_hpc.config.composition.override_words import chosen_groups, first_of_sweep, hydra_words
 from mixtera_hpc.config.convert import from_plain
+from mixtera_hpc.config.job_shape import signal_lead_s
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import load_yaml
 from mixtera_hpc.errors import ConfigError
@@ -87,7 +88,8 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
     if sweep:
         _check_one_job_shape(words)
     if _CONFIG_FLAGS.isdisjoint(flag.partition("=")[0] for flag in flags):
-        from_plain(Config, compose_plain(first_of_sweep(words) if sweep else words))
+        config = from_plain(Config, compose_plain(first_of_sweep(words) if sweep else words))
+        words += _launcher_words(words, config)
 
     register_schema()
     find_configs(chosen_groups(words))
@@ -95,12 +97,32 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
     return [*flags, *hydra_words(words, sweep=sweep)]
 
 
+def _launcher_words(words: Sequence[str], config: Config) -> list[str]:
+    """Return overrides of Hydra's launcher for Slurm that need the composed configuration.
+
+    Raises:
+        ConfigError: the launcher would ignore the environment.
+    """
+    if not _uses_slurm_launcher(words):
+        return []
+    if config.environment.kind in ("uenv", "container"):
+        raise ConfigError(
+            f"hydra/launcher=submitit_slurm starts no {config.environment.kind}, but environment.kind is "
+            f"{config.environment.kind}.\n  Use mixtera-hpc submit or mixtera-hpc sweep."
+        )
+    return [f"hydra.launcher.signal_delay_s={signal_lead_s(config.job, config.cluster)}"]
+
+
+def _uses_slurm_launcher(words: Sequence[str]) -> bool:
+    return any(word.partition("=")[::2] == ("hydra/launcher", "submitit_slurm") for word in words)
+
+
 def _check_one_job_shape(words: Sequence[str]) -> None:
     """Refuse Hydra's launcher for Slurm with values of `job` or `cluster` that differ between points.
 
     The launcher submits one job array, whose tasks have the resources of the first point.
     """
-    if not any(word.partition("=")[::2] == ("hydra/launcher", "submitit_slurm") for word in words):
+    if not _uses_slurm_launcher(words):
         return
     first = first_of_sweep(words)
     swept = [word.partition("=")[0] for word, one in zip(words, first, strict=True) if word != one]

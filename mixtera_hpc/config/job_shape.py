@@ -1,10 +1,11 @@
-"""The number of ranks and the time limit of a job, computed from its configuration."""
+"""The number of ranks, the time limit, the interpreter and other facts of a job, computed from its configuration."""
 
 import re
+import sys
 
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import ClusterConfig, Config, JobConfig
 
-__all__ = ["num_ranks", "parse_time"]
+__all__ = ["mpi_plugin", "num_ranks", "parse_time", "python_of_ranks", "signal_lead_s"]
 
 
 def num_ranks(config: Config) -> int:
@@ -19,3 +20,30 @@ def parse_time(text: str) -> int | None:
         return None
     days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def signal_lead_s(job: JobConfig, cluster: ClusterConfig) -> int:
+    """Return the seconds before the time limit at which the job is asked to save."""
+    if job.signal_lead_s is not None:
+        return job.signal_lead_s
+    return min(cluster.signal_lead_s, (parse_time(job.time) or 0) // 3)
+
+
+def python_of_ranks(config: Config) -> str:
+    """Return the interpreter that the ranks of a job start, as a path or a name that their shell looks up."""
+    environment = config.environment
+    if environment.python is not None:
+        return environment.python
+    if environment.venv is not None:
+        return f"{environment.venv}/bin/python"
+    # A uenv or a container has its own interpreter.
+    return "python" if environment.kind in ("uenv", "container") else sys.executable
+
+
+def mpi_plugin(config: Config) -> str | None:
+    """Return the value of `srun --mpi`; None leaves the choice to Slurm."""
+    if config.environment.mpi is not None:
+        return config.environment.mpi
+    if config.environment.kind == "container" and config.cluster.container_mpi is not None:
+        return config.cluster.container_mpi
+    return config.cluster.mpi

@@ -21,7 +21,7 @@ from mixtera_hpc.core.statistics import DomainStatistics
 from mixtera_hpc.dataplane.journal import last_attempt
 from mixtera_hpc.dataplane.steps.step_log import StepLog, StepTiming
 from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, claim_attempt, end_attempt, record_start
+from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, create_attempt, end_attempt, record_start
 from mixtera_hpc.launch.claim import Claim, is_owned_by_other
 from mixtera_hpc.launch.prepare import with_absolute_paths
 from mixtera_hpc.track.tracker import Tracker
@@ -65,7 +65,7 @@ class OwnAttempt:
                 f"Attempt {newest} of {folder.run_id} is running in another process, and a run has one writer.\n  End "
                 f"that process, or give this one a folder of its own. See mixtera-hpc status {folder.path}"
             )
-        number = claim_attempt(folder, newest)
+        number = create_attempt(folder, newest)
         record_start(folder, number, replace(JobRecord.local(config, num_ranks), kind="program"))
         return cls(folder, number)
 

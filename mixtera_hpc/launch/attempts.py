@@ -27,7 +27,7 @@ __all__ = [
     "ExitRecord",
     "JobRecord",
     "batch_script_attempt",
-    "claim_attempt",
+    "create_attempt",
     "end_attempt",
     "is_alive",
     "read_end",
@@ -108,7 +108,7 @@ def batch_script_attempt(folder: RunFolder) -> int | None:
     return int(os.environ["MIXTERA_ATTEMPT"])
 
 
-def claim_attempt(folder: RunFolder, after: int | None = None) -> int:
+def create_attempt(folder: RunFolder, after: int | None = None) -> int:
     """Make the folder of the next attempt, remove earlier requests to stop or save, and return the attempt's number.
 
     One process calls this: rank 0 of a local run, or the process that submits.
@@ -141,13 +141,13 @@ def claim_attempt(folder: RunFolder, after: int | None = None) -> int:
 def start_local_attempt(
     folder: RunFolder, config: Config, *, ranks: int | None = None, after: int | None = None
 ) -> int:
-    """Claim the next attempt for this process and record it; inside the run's batch script return the script's attempt.
+    """Create and record the next attempt for this process; inside the run's batch script return the script's attempt.
 
     Args:
         folder: The run.
         config: The run's configuration.
         ranks: Number of ranks that were started; None takes the number that `config` asks for.
-        after: See `claim_attempt`.
+        after: See `create_attempt`.
 
     Raises:
         LaunchError: Another process starts an attempt of this run at the same time.
@@ -156,7 +156,7 @@ def start_local_attempt(
     if existing is not None:
         return existing
 
-    number = claim_attempt(folder, after)
+    number = create_attempt(folder, after)
     record_start(folder, number, JobRecord.local(config, ranks))
     return number
 

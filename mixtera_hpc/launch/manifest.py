@@ -37,7 +37,7 @@ def collect_manifest(container: str | None = None) -> dict[str, Any]:
     """Return what may explain a result later, as JSON types.
 
     Args:
-        container: `job.container`, if the run uses one.
+        container: `environment.image`, if the run uses one.
     """
     return {
         "command": sys.argv,

@@ -67,11 +67,18 @@ def with_absolute_paths(config: Config) -> Config:
         trusted_roots=[_rooted(root) for root in config.index.trusted_roots],
     )
     tokenizer = config.dataplane.tokenizer
+    environment = replace(
+        config.environment,
+        image=_existing(config.environment.image),
+        venv=_existing(config.environment.venv),
+        python=_existing(config.environment.python),
+    )
     return replace(
         config,
         run=replace(config.run, root=str(Path(config.run.root).absolute())),
         data=replace(config.data, root=_rooted(config.data.root), sets=data_sets),
         index=index,
+        environment=environment,
         dataplane=replace(config.dataplane, tokenizer=_rooted(tokenizer) if tokenizer else None),
     )
 
@@ -83,7 +90,7 @@ def ensure_manifest(folder: RunFolder, config: Config) -> None:
     """
     if folder.manifest.exists():
         return
-    facts = collect_manifest(config.job.container)
+    facts = collect_manifest(config.environment.image)
     if facts["git"] and facts["git"]["dirty"]:
         _write(folder.git_diff, git_diff())
     _write(folder.manifest, json.dumps(facts, indent=1) + "\n")
@@ -127,6 +134,11 @@ def _rooted(path: str) -> str:
         return path
     absolute = Path(path).expanduser().absolute()
     return str(absolute) if absolute.exists() or absolute.parent.exists() else path
+
+
+def _existing(path: str | None) -> str | None:
+    """Return the absolute path if there is such a file or folder; other texts are names, which stay as they are."""
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
 def _write(path: Path, text: str) -> None:

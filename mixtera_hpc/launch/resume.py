@@ -184,7 +184,7 @@ def record_config(folder: RunFolder, config: Config, overrides: Sequence[str]) -
 
 
 def check_ended(folder: RunFolder) -> int:
-    """Return the newest attempt of a run that has ended, for `claim_attempt(after=…)`; refuse an active run.
+    """Return the newest attempt of a run that has ended, for `create_attempt(after=…)`; refuse an active run.
 
     Raises:
         LaunchError: A job or process of the run is pending or running, or another process is starting an attempt.

@@ -7,18 +7,17 @@ ranks, and the script shows what it runs. `batch/prologue.sh` claims the attempt
 """
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.convert import to_plain
-from mixtera_hpc.config.job_shape import num_ranks, parse_time
+from mixtera_hpc.config.job_shape import mpi_plugin, num_ranks, parse_time, python_of_ranks, signal_lead_s
 from mixtera_hpc.config.schema import ClusterConfig, Config
 from mixtera_hpc.config.yaml_files import dump_yaml
 
-__all__ = ["RANKS_WITH_OWN_LOG", "SbatchJob", "render_script"]
+__all__ = ["RANKS_WITH_OWN_LOG", "SbatchJob", "render_script", "render_template"]
 
 RANKS_WITH_OWN_LOG = 255
 """Jobs with more ranks write one labelled log per node, because shared file systems limit the number of files."""
@@ -47,16 +46,51 @@ class SbatchJob:
 
 def render_script(job: SbatchJob) -> str:
     """Return the batch script of `job`; `sbatch` accepts it from a file or from standard input."""
+    options = _log_options(num_ranks(job.config))
+    rank = _rank_command(job.config)
+    if not job.config.job.command:
+        rank += ["--folder", '"$folder"', "--attempt", '"$attempt"']
+    return _sbatch_text(
+        job,
+        command=_srun(job.config, options, rank),
+        setup=[*_variables(job), *_shipped_lines("prologue.sh"), *_make_folder(job), *_environment(job.config)],
+        teardown=[*_shipped_lines("epilogue.sh"), ""],
+    )
+
+
+def render_template(config: Config, introduction: Sequence[str]) -> str:
+    """Return a short batch script that starts the ranks and nothing else, for users to read and change.
+
+    Its arguments are those of `mixtera-hpc` on every rank, for example `run experiment=mine`. No attempt follows by
+    itself.
+
+    Args:
+        config: The job and the cluster. The data and the mixture do not matter.
+        introduction: Comment lines below the first line of the script.
+    """
+    rank = [shlex.quote(python_of_ranks(config)), "-u", "-m", "mixtera_hpc", '"$@"']
+    environment = _environment(config)
+    script = _sbatch_text(
+        SbatchJob(config=config),
+        command=_srun(config, [], rank),
+        setup=[*_shellcheck_directive(config), 'export MIXTERA_SAVED_FILE="$PWD/saved-$SLURM_JOB_ID"', *environment],
+        teardown=[*_shipped_lines("template_end.sh"), ""],
+    )
+    interpreter, *lines = script.replace("export SUBMITIT_EXECUTOR=slurm\n", "").split("\n")
+    return "\n".join([interpreter, *introduction, *lines])
+
+
+def _sbatch_text(job: SbatchJob, *, command: str, setup: list[str], teardown: list[str]) -> str:
     # Imported here because submitit takes 0.1 s, and only verbs that render a script need it.
     from submitit.slurm.slurm import _get_default_parameters, _make_sbatch_string
 
     flags = _flags(job)
     known = {name: flags.pop(name) for name in list(flags) if name in _get_default_parameters()}
     script: str = _make_sbatch_string(
-        command=_srun(job),
+        command=command,
         folder=".",
-        setup=[*_variables(job), *_shipped_lines("prologue.sh"), *_make_folder(job), *_environment(job.config)],
-        teardown=[*_shipped_lines("epilogue.sh"), ""],
+        setup=setup,
+        teardown=teardown,
         stderr_to_stdout=True,
         use_srun=False,
         additional_parameters={name.replace("_", "-"): value for name, value in flags.items()},
@@ -91,7 +125,7 @@ def _fixed_flags(job: SbatchJob) -> dict[str, Any]:
         "ntasks_per_node": num_ranks(config) // config.job.nodes,
         "cpus_per_task": _cpus_per_rank(config),
         "time": config.job.time,
-        "signal": f"USR2@{config.job.signal_lead_s}",
+        "signal": f"USR2@{signal_lead_s(config.job, config.cluster)}",
         "open_mode": "append",
         "output": _batch_log(job),
     }
@@ -128,10 +162,8 @@ def _variables(job: SbatchJob) -> list[str]:
     depends = '"afternotok:$job_id"'
     if job_config.dependency == "singleton":
         depends = '"singleton,afternotok:$job_id"'
-    # A wrapper may contain shell code that the ranks run.
-    checked = ["# shellcheck disable=SC2016"] if any("$" in word for word in job.config.cluster.wrapper) else []
     return [
-        *checked,
+        *_shellcheck_directive(job.config),
         "# The attempt number and the run folder. A follow-up job gets both as arguments, and the job that it follows.",
         f"attempt=${{1:-{job.attempt}}} first_attempt={job.attempt} last_attempt={last_attempt}",
         "folder=$2 previous_job=$3",
@@ -143,6 +175,11 @@ def _variables(job: SbatchJob) -> list[str]:
         'unset "${!SLURM_ARRAY_@}"',
         f"follow_up={depends}",
     ]
+
+
+def _shellcheck_directive(config: Config) -> list[str]:
+    """Return a comment for shellcheck if the wrapper contains shell code that the ranks run."""
+    return ["# shellcheck disable=SC2016"] if any("$" in word for word in config.cluster.wrapper) else []
 
 
 def _new_folder(config: Config) -> str:
@@ -176,39 +213,58 @@ def _make_folder(job: SbatchJob) -> list[str]:
 
 def _environment(config: Config) -> list[str]:
     cluster = config.cluster
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(cluster.env.items())]
-    return ["", f"# cluster {cluster.name}", *lines, *cluster.setup] if lines or cluster.setup else []
+    variables = dict(cluster.env)
+    if config.environment.kind == "container":
+        variables |= cluster.container_env
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(variables.items())]
+    lines += [*cluster.setup, *config.environment.setup]
+    if config.environment.kind == "venv":
+        # A job.command finds the programs of the virtual environment, as if it were activated.
+        folder = shlex.quote(str(config.environment.venv))
+        lines.append(f'export VIRTUAL_ENV={folder} PATH={folder}/bin:"$PATH"')
+    return ["", f"# cluster {cluster.name}", *lines] if lines else []
 
 
-def _srun(job: SbatchJob) -> str:
+def _srun(config: Config, log_options: Sequence[str], rank: Sequence[str]) -> str:
     """Return the srun command. It ends the step when a rank fails, and keeps the rank's exit code.
 
     `--cpus-per-task` is repeated because srun does not inherit it from sbatch since Slurm 22.05.
+
+    Args:
+        config: The job, the cluster and the environment.
+        log_options: Options of srun, quoted for the shell.
+        rank: Words of the command of every rank, quoted for the shell.
     """
-    config = job.config
     cluster = config.cluster
     cpus = _cpus_per_rank(config)
-    options = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *_log_options(num_ranks(config))]
-    if cluster.mpi:
-        options.append(f"--mpi={shlex.quote(cluster.mpi)}")
+    options = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *log_options]
+    if mpi := mpi_plugin(config):
+        options.append(f"--mpi={shlex.quote(mpi)}")
     if cpus:
         options.append(f"--cpus-per-task={cpus}")
-    if config.job.container:
-        options.append(shlex.quote(f"{cluster.container_flag}={config.job.container}"))
+    options += _environment_options(config)
     options += [shlex.quote(word) for word in (*cluster.srun_args, *config.job.srun_args)]
-
-    rank = [shlex.quote(word) for word in (*cluster.wrapper, *_rank_command(config))]
-    if not config.job.command:
-        rank += ["--folder", '"$folder"', "--attempt", '"$attempt"']
-    return " ".join(options) + " \\\n  " + " ".join(rank)
+    wrapper = [shlex.quote(word) for word in cluster.wrapper]
+    return " ".join(options) + " \\\n  " + " ".join([*wrapper, *rank])
 
 
 def _rank_command(config: Config) -> list[str]:
-    if config.job.command:
-        return config.job.command
-    # A container has its own interpreter.
-    python = "python" if config.job.container else sys.executable
-    return [config.cluster.python or python, "-u", "-m", "mixtera_hpc", "run"]
+    """Return the words of the command of every rank, quoted for the shell."""
+    words = config.job.command or [python_of_ranks(config), "-u", "-m", "mixtera_hpc", "run"]
+    return [shlex.quote(word) for word in words]
+
+
+def _environment_options(config: Config) -> list[str]:
+    """Return the flags of srun for the uenv or the container, which sbatch must not get."""
+    environment = config.environment
+    options = []
+    if environment.kind == "container":
+        options.append(f"{config.cluster.container_flag}={environment.image}")
+    if environment.kind == "uenv":
+        options.append(f"{config.cluster.uenv_flag}={environment.image}")
+    if environment.view:
+        options.append(f"--view={environment.view}")
+    return [shlex.quote(option) for option in options]
 
 
 def _log_options(ranks: int) -> list[str]:

@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
+from mixtera_hpc.config.job_shape import python_of_ranks
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.attempts import JobRecord, claim_attempt, record_start
+from mixtera_hpc.errors import ConfigError, LaunchError
+from mixtera_hpc.launch.attempts import JobRecord, create_attempt, record_start
 from mixtera_hpc.launch.prepare import prepare_run, with_absolute_paths
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 from mixtera_hpc.launch.slurm.slurm_commands import SubmissionUnknownError, require_sbatch, sbatch
@@ -49,13 +51,13 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     Args:
         folder: The run.
         config: The run's configuration.
-        after: See `claim_attempt`.
+        after: See `create_attempt`.
 
     Raises:
         LaunchError: See `submit_run`; or another process starts an attempt of this run at the same time.
     """
     check_submittable(config)
-    attempt = claim_attempt(folder, after)
+    attempt = create_attempt(folder, after)
     script = folder.submit_script(attempt)
     script.write_text(render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt)))
     try:
@@ -90,7 +92,25 @@ def check_submittable(config: Config) -> None:
 
     Raises:
         LaunchError: There is no Slurm here, or the cluster needs an account.
+        ConfigError: The environment of the job does not exist.
     """
     if problem := missing_account_message(config):
         raise LaunchError(problem)
     require_sbatch()
+    _check_environment(config)
+
+
+def _check_environment(config: Config) -> None:
+    """Refuse a virtual environment or a definition file that does not exist here, before a job waits in the queue."""
+    environment = config.environment
+    if environment.kind == "venv" and environment.python is None and not Path(python_of_ranks(config)).exists():
+        raise ConfigError(
+            f"environment.venv={environment.venv} has no bin/python, but environment=venv starts it on every node.\n"
+            f"  Correct the path, or make it where all nodes see it: python3 -m venv {environment.venv}"
+        )
+    is_file = environment.kind == "container" and "/" in (environment.image or "")
+    if is_file and str(environment.image).endswith(".toml") and not Path(str(environment.image)).is_file():
+        raise ConfigError(
+            f"environment.image={environment.image} does not exist, but environment=container needs an environment "
+            "definition file there.\n  Correct the path; examples/container.toml is such a file."
+        )

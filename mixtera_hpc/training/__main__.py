@@ -28,7 +28,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.control import block_time_limit_signal
 from mixtera_hpc.errors import ConfigError, MixteraError
-from mixtera_hpc.launch.attempts import JobRecord, claim_attempt, record_start, start_local_attempt
+from mixtera_hpc.launch.attempts import JobRecord, create_attempt, record_start, start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.training.run_attempt import Attempt, run_attempt
 
@@ -86,7 +86,7 @@ def _start_attempt(folder: RunFolder, config: Config, num_ranks: int) -> int:
     if job_id is None:
         return start_local_attempt(folder, config, ranks=num_ranks)
 
-    number = claim_attempt(folder)
+    number = create_attempt(folder)
     nodes = int(os.environ.get("SLURM_NNODES", "1"))
     record_start(folder, number, replace(JobRecord.slurm(config, job_id), nodes=nodes, ranks=num_ranks))
     return number

@@ -49,6 +49,7 @@ SPECIAL = {
     "job.time": "02:00:00",
     "job.partition": "fast",
     "job.mem": "200G",
+    "environment.kind": "uenv",
     "cluster.gpus_per_node": 2,
     "cluster.cpus_per_node": 64,
     "cluster.max_time": "1-00:00:00",

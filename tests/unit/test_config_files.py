@@ -10,7 +10,10 @@ from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.config.composition.schema_store import schema_defaults
 from mixtera_hpc.config.key_paths import groups
 
-GROUPS = ["checkpoint", "cluster", "data", "dataplane", "experiment", "index", "job", "mixture", "track", "training"]
+GROUPS = [
+    *("checkpoint", "cluster", "data", "dataplane", "environment", "experiment", "index", "job", "mixture", "track"),
+    "training",
+]
 FILES = [path for group in groups() for path in sorted((conf_dir() / group).glob("*.yaml"))]
 
 

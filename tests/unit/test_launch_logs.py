@@ -8,7 +8,7 @@ import pytest
 from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, claim_attempt, end_attempt, record_start
+from mixtera_hpc.launch.attempts import ExitRecord, JobRecord, create_attempt, end_attempt, record_start
 from mixtera_hpc.launch.follow import follow_run, run_exit_code
 from mixtera_hpc.launch.logs import LogTail, all_lines
 from mixtera_hpc.launch.prepare import prepare_run
@@ -20,7 +20,7 @@ def folder(make_config: Callable[..., Config]) -> RunFolder:
     config = make_config()
     folder = prepare_run(config, [], datetime.now(UTC))
     for attempt, code in ((1, 75), (2, 0)):
-        record_start(folder, claim_attempt(folder), JobRecord.slurm(config, f"471{attempt}"))
+        record_start(folder, create_attempt(folder), JobRecord.slurm(config, f"471{attempt}"))
         logs = folder.logs(attempt)
         (logs / "batch.out").write_text(f"batch {attempt}\n")
         for rank in (0, 1):

@@ -15,7 +15,7 @@ from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.attempts import (
     ExitRecord,
     JobRecord,
-    claim_attempt,
+    create_attempt,
     end_attempt,
     read_end,
     read_start,
@@ -92,7 +92,7 @@ def test_attempts_are_numbered_and_old_requests_removed(make_config: MakeConfig)
     for name in ("stop", "save", "cancelled"):
         (folder.control / name).touch()
 
-    assert [claim_attempt(folder), claim_attempt(folder)] == [1, 2]
+    assert [create_attempt(folder), create_attempt(folder)] == [1, 2]
     assert folder.logs(2).is_dir()
     assert list(folder.control.iterdir()) == []
 
@@ -122,7 +122,7 @@ def test_inside_a_batch_job_the_attempt_is_that_of_the_script(
 def test_start_and_end_of_an_attempt_are_read_back(make_config: MakeConfig) -> None:
     config = make_config("job.nodes=2", 'job.time="00:30:00"')
     folder = prepare_run(config, [], NOW)
-    attempt = claim_attempt(folder)
+    attempt = create_attempt(folder)
     assert read_start(folder, attempt) is None
 
     record_start(folder, attempt, JobRecord.slurm(config, "4711"))
@@ -136,7 +136,7 @@ def test_start_and_end_of_an_attempt_are_read_back(make_config: MakeConfig) -> N
 
 def test_a_half_written_record_is_ignored(make_config: MakeConfig) -> None:
     folder = prepare_run(make_config(), [], NOW)
-    attempt = claim_attempt(folder)
+    attempt = create_attempt(folder)
     (folder.attempt(attempt) / "exit.json").write_text('{"exit_co')
 
     assert read_end(folder, attempt) is None
@@ -145,7 +145,7 @@ def test_a_half_written_record_is_ignored(make_config: MakeConfig) -> None:
 def test_a_replaced_configuration_is_kept_with_its_attempt(make_config: MakeConfig) -> None:
     folder = prepare_run(make_config(), ["a=1"], NOW)
     before = folder.config.read_text()
-    claim_attempt(folder)
+    create_attempt(folder)
 
     replace_config(folder, {"data": "other"}, ["b=2"])
 

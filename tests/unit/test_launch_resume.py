@@ -17,7 +17,7 @@ from mixtera_hpc.errors import ConfigError, LaunchError
 from mixtera_hpc.launch.attempts import (
     ExitRecord,
     JobRecord,
-    claim_attempt,
+    create_attempt,
     end_attempt,
     record_start,
     start_local_attempt,
@@ -41,7 +41,7 @@ def folder(make_config: MakeConfig) -> RunFolder:
 
 
 def submit(folder: RunFolder, config: Config, job_id: str = "4711") -> None:
-    record_start(folder, claim_attempt(folder), JobRecord.slurm(config, job_id))
+    record_start(folder, create_attempt(folder), JobRecord.slurm(config, job_id))
 
 
 def test_time_nodes_and_length_may_change(folder: RunFolder) -> None:
@@ -161,7 +161,7 @@ def test_a_local_run_on_another_host_is_continued_only_if_it_is_silent(
     folder: RunFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = JobRecord.local(make_config())
-    record_start(folder, claim_attempt(folder), replace(record, host="another"))
+    record_start(folder, create_attempt(folder), replace(record, host="another"))
     monkeypatch.setattr("mixtera_hpc.launch.claim.RENEWAL_S", 0.05)
     monkeypatch.setattr("mixtera_hpc.launch.claim.SILENCE_S", 3.0)
     with contextlib.closing(Claim(folder, 1)), pytest.raises(LaunchError, match="running on host another"):
@@ -177,13 +177,13 @@ def test_one_of_two_processes_that_continue_a_run_at_once_is_refused(
     for _ in range(2):
         end_attempt(folder, start_local_attempt(folder, config), ExitRecord(exit_code=75, elapsed_s=1))
     both = [check_ended(folder), check_ended(folder)]
-    assert claim_attempt(folder, after=both[0]) == 3
+    assert create_attempt(folder, after=both[0]) == 3
     with pytest.raises(LaunchError, match=r"Attempt 3 of .* is being started by another process"):
-        claim_attempt(folder, after=both[1])
+        create_attempt(folder, after=both[1])
 
 
 def test_a_run_whose_next_attempt_is_being_submitted_is_not_continued(folder: RunFolder) -> None:
-    claim_attempt(folder)
+    create_attempt(folder)
     with pytest.raises(LaunchError, match="is being started by another process"):
         check_ended(folder)
     long_ago = 1_700_000_000

@@ -11,6 +11,7 @@ import pytest
 
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 
 MakeConfig = Callable[..., Config]
@@ -85,13 +86,73 @@ def test_many_ranks_share_one_labelled_log_per_node(make_config: MakeConfig, tmp
 
 
 def test_a_container_is_passed_to_srun_only(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config("cluster=clariden", "job.container=/x/mixtera.toml")
+    config = make_config("cluster=clariden", "environment=container", "environment.image=/x/mixtera.toml")
 
     script = render_script(SbatchJob(config=config, folder=tmp_path))
 
     assert "--environment=/x/mixtera.toml" in srun_line(script)
     assert "environment" not in flags(script)
     assert "numactl --membind=0-3 python -u -m mixtera_hpc run" in srun_line(script)
+
+
+def test_a_uenv_and_its_view_are_passed_to_srun_with_the_python_inside(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("cluster=alps_daint", "environment=uenv", "environment.image=pytorch/v2.9.1:v2")
+
+    line = srun_line(render_script(SbatchJob(config=config, folder=tmp_path)))
+
+    assert "--uenv=pytorch/v2.9.1:v2 --view=default" in line
+    assert " python -u -m mixtera_hpc run" in line
+    assert "--mpi" not in line
+
+
+def test_the_environment_chooses_the_mpi_plugin(make_config: MakeConfig, tmp_path: Path) -> None:
+    container = ["environment=container", "environment.image=/x/mixtera.toml"]
+    lines = [
+        srun_line(render_script(SbatchJob(config=make_config(*words), folder=tmp_path)))
+        for words in (
+            ["cluster=clariden", *container],
+            ["cluster=clariden", *container, "environment.mpi=pmi2"],
+            ["cluster=dev", "environment.mpi=pmix"],
+        )
+    ]
+
+    assert [word for line in lines for word in line.split() if word.startswith("--mpi")] == [
+        *("--mpi=pmix", "--mpi=pmi2", "--mpi=pmix")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "signal"),
+    [
+        (["cluster=clariden", "job.time=12:00:00"], "USR2@600"),
+        (["cluster=clariden", "job.time=00:10:00"], "USR2@200"),
+        (["cluster=clariden", "job.signal_lead_s=60"], "USR2@60"),
+        (["cluster=dev", "job.time=01:00:00"], "USR2@120"),
+    ],
+)
+def test_the_signal_comes_as_early_as_the_site_asks_for_but_not_before_two_thirds(
+    make_config: MakeConfig, tmp_path: Path, overrides: list[str], signal: str
+) -> None:
+    script = render_script(SbatchJob(config=make_config(*overrides), folder=tmp_path))
+
+    assert flags(script)["signal"] == signal
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["environment=venv"], "environment=venv needs environment.venv"),
+        (["cluster=clariden", "environment=container"], "environment=container needs environment.image"),
+        (["environment.image=/x"], "environment=none has none"),
+        (["environment.view=default"], "only a uenv has views"),
+        (["environment=uenv", "environment.image=a"], "cluster 'local' has no cluster.uenv_flag"),
+    ],
+)
+def test_an_environment_that_cannot_start_is_refused(
+    make_config: MakeConfig, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(*overrides)
 
 
 UNSAFE_TEXT = "a b'c\"d$(touch pwned)`touch pwned`;touch pwned"

@@ -16,7 +16,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.attempts import (
     ExitRecord,
     JobRecord,
-    claim_attempt,
+    create_attempt,
     end_attempt,
     record_start,
 )
@@ -35,7 +35,7 @@ def folder(make_config: MakeConfig) -> RunFolder:
 
 
 def submit(folder: RunFolder, config: Config, job_id: str = "4711", **fields: str) -> None:
-    record_start(folder, claim_attempt(folder), replace(JobRecord.slurm(config, job_id), **fields))
+    record_start(folder, create_attempt(folder), replace(JobRecord.slurm(config, job_id), **fields))
 
 
 def status(folder: RunFolder) -> RunStatus:
@@ -141,7 +141,7 @@ def test_the_state_is_unknown_if_slurm_does_not_answer(
 def test_a_local_run_is_running_while_its_process_lives(folder: RunFolder, make_config: MakeConfig) -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         start = replace(JobRecord.local(make_config()), pid=process.pid, pid_start_ticks=None)
-        record_start(folder, claim_attempt(folder), start)
+        record_start(folder, create_attempt(folder), start)
         assert status(folder).state == JobState.RUNNING
         process.kill()
 

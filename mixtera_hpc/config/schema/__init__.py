@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from mixtera_hpc.config.schema.data import DataConfig, DataSetConfig, DataSetKeys, IndexConfig, PropertyConfig
 from mixtera_hpc.config.schema.dataplane import BatchStageConfig, DataPlaneConfig
-from mixtera_hpc.config.schema.job import ClusterConfig, JobConfig, PartitionConfig
+from mixtera_hpc.config.schema.job import ClusterConfig, EnvironmentConfig, JobConfig, PartitionConfig
 from mixtera_hpc.config.schema.mixture import DomainConfig, MixtureConfig, ScheduleConfig, StageConfig
 from mixtera_hpc.config.schema.query import HoldoutConfig, QueryConfig
 from mixtera_hpc.config.schema.run import PlanConfig, RunConfig, TrackConfig
@@ -25,6 +25,7 @@ __all__ = [
     "DataSetConfig",
     "DataSetKeys",
     "DomainConfig",
+    "EnvironmentConfig",
     "HoldoutConfig",
     "IndexConfig",
     "JobConfig",
@@ -67,5 +68,7 @@ class Config:
     """What the job requests from Slurm."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """What the nodes of a cluster look like, and how ranks are started on them."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """Where the ranks of a job find Python and its packages."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """What `mixtera-hpc plan` prints."""

@@ -1,11 +1,11 @@
-"""Settings of the groups `job` and `cluster`: what a job requests from Slurm, and what the nodes look like."""
+"""Settings of the groups `job`, `cluster` and `environment`: what a job requests, the nodes, and their software."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mixtera_hpc.config.schema.composed_default import composed_from
 
-__all__ = ["ClusterConfig", "JobConfig", "PartitionConfig"]
+__all__ = ["ClusterConfig", "EnvironmentConfig", "JobConfig", "PartitionConfig"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +34,9 @@ class JobConfig:
     """Cores per rank. Null divides the cores of a node (`cluster.cpus_per_node`) by its ranks."""
     mem: str | None = composed_from("${cluster.mem}", default=None)
     """Memory per node in Slurm's units, for example `460000` (MB) or `200G`. Null means the default of Slurm."""
-    signal_lead_s: int = 120
-    """Seconds before the time limit at which the job is asked to save. At most a third of `job.time`."""
+    signal_lead_s: int | None = None
+    """Seconds before the time limit at which the job is asked to save. At most a third of `job.time`. Null means
+    `cluster.signal_lead_s`, or a third of `job.time` if that is less."""
     max_attempts: int = 10
     """Largest number of jobs in a chain. A job that saved, failed or lost a node is followed by the next one, until the
     run is complete, or two jobs in a row made no new checkpoint."""
@@ -45,8 +46,6 @@ class JobConfig:
     """Nodes that the job must not use, in Slurm's notation, for example `nid[001-004]`."""
     dependency: str | None = None
     """Slurm dependency, for example `afterok:4711`."""
-    container: str | None = None
-    """Value for `cluster.container_flag`: an environment file, an image or a uenv."""
     srun_args: list[str] = field(default_factory=list)
     """Further arguments of srun, after those of the cluster."""
     command: list[str] | None = None
@@ -93,7 +92,9 @@ class ClusterConfig:
     needs_account: bool = False
     """Whether `job.account` must be given."""
     mpi: str | None = None
-    """Value of `srun --mpi`, for example `pmix`. Null means the default of Slurm."""
+    """Value of `srun --mpi`, for example `pmix`. Null means the default of Slurm. `environment.mpi` replaces it."""
+    signal_lead_s: int = 120
+    """Default of `job.signal_lead_s`."""
     srun_args: list[str] = field(default_factory=list)
     """Further arguments of srun."""
     sbatch: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +108,33 @@ class ClusterConfig:
     wrapper: list[str] = field(default_factory=list)
     """Words between srun and the Python interpreter, for example `[numactl, --membind=0-3]`."""
     container_flag: str | None = None
-    """Flag of srun that takes `job.container`. Null: the cluster has no containers."""
+    """Flag of srun that takes the image of `environment=container`. Null: srun cannot start containers."""
+    uenv_flag: str | None = None
+    """Flag of srun that takes the image of `environment=uenv`. Null: the cluster has no uenvs."""
+    container_env: dict[str, str] = field(default_factory=dict)
+    """Environment variables of every rank in a container, beside `cluster.env`."""
+    container_mpi: str | None = None
+    """Default of `environment.mpi` in a container."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentConfig:
+    """Where the ranks of a job find Python and its packages."""
+
+    kind: Literal["none", "venv", "uenv", "container"] = "none"
+    """The interpreter that submits, a virtual environment, a uenv of CSCS, or a container that srun starts."""
+    image: str | None = None
+    """The uenv (`pytorch/v2.9.1:v2`), or the value of `cluster.container_flag`: an environment file or an image."""
+    view: str | None = None
+    """View of the uenv."""
+    venv: str | None = None
+    """Folder of a virtual environment that all nodes see; also one inside of the uenv or the container."""
     python: str | None = None
-    """Python interpreter on the compute nodes. Null means the interpreter that submits, or `python` in a container."""
+    """Python interpreter on the compute nodes. Null means that of `environment.venv`, `python` in a uenv or container,
+    else the interpreter that submits."""
+    mpi: str | None = None
+    """Value of `srun --mpi` in this environment. Null means `cluster.container_mpi` in a container, else
+    `cluster.mpi`."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines of the batch script that run before srun and after those of the cluster, for example
+    `module load Python`."""

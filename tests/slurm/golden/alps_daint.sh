@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=/runs/golden/20261123-161004-7f3a/attempts/001/logs/batch.out
 #SBATCH --partition=normal
-#SBATCH --signal=USR2@120
+#SBATCH --signal=USR2@600
 #SBATCH --time=01:00:00
 
 # setup
@@ -179,9 +179,6 @@ export MPICH_GPU_SUPPORT_ENABLED=0
 export NCCL_CROSS_NIC=1
 export NCCL_NET='AWS Libfabric'
 export NCCL_NET_GDR_LEVEL=PHB
-export OMPI_MCA_mtl=ofi
-export OMPI_MCA_pml=cm
-export PMIX_MCA_psec=native
 ulimit -c 0
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR

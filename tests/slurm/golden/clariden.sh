@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=/runs/golden/20261123-161004-7f3a/attempts/001/logs/batch.out
 #SBATCH --partition=normal
-#SBATCH --signal=USR2@120
+#SBATCH --signal=USR2@600
 #SBATCH --time=01:00:00
 
 # setup
@@ -179,9 +179,6 @@ export MPICH_GPU_SUPPORT_ENABLED=0
 export NCCL_CROSS_NIC=1
 export NCCL_NET='AWS Libfabric'
 export NCCL_NET_GDR_LEVEL=PHB
-export OMPI_MCA_mtl=ofi
-export OMPI_MCA_pml=cm
-export PMIX_MCA_psec=native
 ulimit -c 0
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
@@ -189,7 +186,7 @@ export MASTER_PORT=$((10000 + SLURM_JOB_ID % 1000))
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --kill-on-bad-exit=1 --output="$logs/rank_%05t.out" --error="$logs/rank_%05t.err" --mpi=pmix --cpus-per-task=72 \
+srun --unbuffered --kill-on-bad-exit=1 --output="$logs/rank_%05t.out" --error="$logs/rank_%05t.err" --cpus-per-task=72 \
   numactl --membind=0-3 /opt/venv/bin/python -u -m mixtera_hpc run --folder "$folder" --attempt "$attempt"
 
 

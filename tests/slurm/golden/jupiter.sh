@@ -171,6 +171,7 @@ export MIXTERA_RUN_FOLDER="$folder" MIXTERA_ATTEMPT="$attempt" MIXTERA_SAVED_FIL
 export HDF5_USE_FILE_LOCKING=FALSE
 ulimit -c 0
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+if getent hosts "$MASTER_ADDR"i >/dev/null; then MASTER_ADDR="$MASTER_ADDR"i; fi
 export MASTER_ADDR
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 1000))
 
