@@ -84,13 +84,14 @@ def test_deep_verify_on_several_ranks_names_what_changed(data: Path, tmp_path: P
         os.utime(data / "4.jsonl", ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_a_repeatedly_killed_build_writes_the_same_bytes(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(8, marks=pytest.mark.full)])
+def test_a_repeatedly_killed_build_writes_the_same_bytes(kills: int, data: Path, tmp_path: Path) -> None:
     """SIGKILL every process at random times; each build continues the one before with another number of ranks."""
     expected = tmp_path / "alone.h5"
     run(1, "build", data, expected)
     index = tmp_path / "i.h5"
     rng = random.Random(5)
-    for attempt in range(8):
+    for attempt in range(kills):
         ranks = 1 + attempt % 3
         process = subprocess.Popen(
             command(ranks, "build", data, index),

@@ -158,6 +158,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused(serve: Serve, overrides: lis
     assert "cannot be shared evenly by 5 ranks" in done.stderr
 
 
+@pytest.mark.full
 def test_an_edit_between_attempts_of_different_ranks_is_proven(
     serve: Serve, overrides: list[str], tmp_path: Path
 ) -> None:

@@ -29,7 +29,13 @@ PACKED = ["dataplane.pack=best_fit", "dataplane.pack_group=5", "dataplane.balanc
 ORDERS = {"default": [], "packed": PACKED, "sequences": ["dataplane.shuffle=sequence"]}
 
 
-@pytest.fixture(scope="module", params=ORDERS.values(), ids=ORDERS.keys())
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(words, id=name, marks=() if number == 0 else pytest.mark.full)
+        for number, (name, words) in enumerate(ORDERS.items())
+    ],
+)
 def config(request: pytest.FixtureRequest, collection: list[str]) -> Config:
     sizes = ["dataplane.seq_len=64", "dataplane.global_batch_size=8", "dataplane.chunk_steps=3"]
     return compose([*collection, *sizes, *request.param])

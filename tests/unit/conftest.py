@@ -151,6 +151,8 @@ def prove_run(tmp_path: Path) -> Callable[[Config], int]:
             return plane.state_dict()
 
     def prove(config: Config) -> int:
+        # Four planes, without a reading process for each of them.
+        config = replace(config, dataplane=replace(config.dataplane, workers=0))
         run = RunFolder(tmp_path / "proven")
         state = serve(config, Local(), 1, 4, None)
         run_ranks(3, lambda comm: serve(config, comm, 2, 9, state))

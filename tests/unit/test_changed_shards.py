@@ -109,8 +109,14 @@ def by_rename(source: Path, target: Path) -> None:
     target.with_suffix(".part").rename(target)
 
 
-@pytest.mark.parametrize("replace", [in_place, by_rename])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("kind", "replace"),
+    [
+        *((kind, in_place) for kind in FORMATS),
+        ("jsonl", by_rename),
+        *(pytest.param(kind, by_rename, marks=pytest.mark.full) for kind in FORMATS if kind != "jsonl"),
+    ],
+)
 def test_a_replaced_shard_ends_the_run_before_a_changed_byte_is_served(
     kind: str, replace: Callable[[Path, Path], None], tmp_path: Path
 ) -> None:

@@ -75,7 +75,10 @@ def configured(root: Path, text: str, **more: Any) -> Config:
 
 
 @pytest.mark.parametrize("text", [TEMPLATE, FUNCTION])
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "json"])
+@pytest.mark.parametrize(
+    "suffix",
+    ["jsonl", pytest.param("jsonl.gz", marks=pytest.mark.full), "jsonl.zst", "parquet", "json"],
+)
 def test_a_run_over_composed_texts_is_proven_and_equals_one_over_a_single_field(
     suffix: str, text: str, tmp_path: Path, prove_run: Callable[[Config], int]
 ) -> None:

@@ -216,7 +216,10 @@ def test_a_preset_reads_the_properties_of_its_collection(name: str, tmp_path: Pa
     assert [p for p in report.empty_properties if p != "score"] == []
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize(
+    "ending",
+    [pytest.param("jsonl", marks=pytest.mark.full), pytest.param("jsonl.gz", marks=pytest.mark.full), "jsonl.zst"],
+)
 @pytest.mark.parametrize("name", ["slim_pajama", "red_pajama", "the_pile", "dolma", "generic"])
 def test_a_preset_reads_plain_and_compressed_copies(name: str, ending: str, tmp_path: Path) -> None:
     write, expected = PRESETS[name]

@@ -88,8 +88,11 @@ def num_selected(name: str, capsys: pytest.CaptureFixture[str]) -> int:
 
 @pytest.mark.parametrize(
     "words",
-    [["mixture.unit=samples"], ["mixture.unit=samples", "query.holdout.fraction=0.2"], ["dataplane.seq_len=32"]],
-    ids=["samples", "holdout", "tokens"],
+    [
+        pytest.param(["mixture.unit=samples"], id="samples", marks=pytest.mark.full),
+        pytest.param(["mixture.unit=samples", "query.holdout.fraction=0.2"], id="holdout"),
+        pytest.param(["dataplane.seq_len=32"], id="tokens"),
+    ],
 )
 def test_the_rest_of_the_epoch_is_served_without_the_worst_documents(
     words: list[str], collection: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
