@@ -1,6 +1,10 @@
 """Open an index file without locks; refuse one that is missing, damaged or of another version."""
 
+import contextlib
 import math
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +14,7 @@ import h5py
 from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import FORMAT, VERSION, building_folder, failure_file, read_text
 
-__all__ = ["DAMAGE", "damaged", "open_file"]
+__all__ = ["DAMAGE", "damaged", "explain_locks", "open_file"]
 
 DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, UnicodeDecodeError)
 """Errors that h5py raises for a damaged or foreign file."""
@@ -119,10 +123,40 @@ class _Contents:
 
 def damaged(path: Path, error: Exception) -> PropertyIndexError:
     """Return the error to raise for a file that h5py failed on; `error` is one of `DAMAGE`."""
+    if problem := _lock_problem(path, error):
+        return problem
     lines = str(error).splitlines()
     reason = lines[0] if lines else type(error).__name__
     return PropertyIndexError(
         f"{path} is damaged or truncated: {reason}.\n  Copy it again, or rebuild it with mixtera-hpc index build."
+    )
+
+
+@contextlib.contextmanager
+def explain_locks(path: Path) -> Iterator[None]:
+    """Raise PropertyIndexError in place of h5py's error if the block opens a file that HDF5 cannot lock."""
+    try:
+        yield
+    except OSError as error:
+        problem = _lock_problem(path, error)
+        if problem is None:
+            raise
+        raise problem from None
+
+
+def _lock_problem(path: Path, error: Exception) -> PropertyIndexError | None:
+    """Return the error to raise if HDF5 could not lock a file; None for other errors.
+
+    All files are opened without locks, but the variable of HDF5 overrules this.
+    """
+    match = re.search(r"unable to lock file.*?error message = '([^']*)'", str(error), re.DOTALL)
+    if match is None:
+        return None
+    setting = os.environ.get("HDF5_USE_FILE_LOCKING", "")
+    return PropertyIndexError(
+        f"HDF5 cannot lock {path}: {match[1]}. The file may be sound: an index needs no locks, but "
+        f"HDF5_USE_FILE_LOCKING={setting} demands them, and this file system or another process refuses.\n"
+        "  Set HDF5_USE_FILE_LOCKING=FALSE."
     )
 
 

@@ -1,7 +1,10 @@
 """Opening an index, and reading samples without its tables."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -178,3 +181,33 @@ def test_a_file_that_would_read_other_files_is_refused(
         open_index(copy)
     with pytest.raises(PropertyIndexError, match="would read other files"):
         SampleReader(copy).read(0, 1)
+
+
+LOCKED = """
+import fcntl, sys
+from pathlib import Path
+from mixtera_hpc.errors import PropertyIndexError
+from mixtera_hpc.index.open_file import open_file
+from mixtera_hpc.index.read.stored_sizes import column_sizes
+
+path = Path(sys.argv[1])
+with path.open("rb+") as other:
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for read in (open_file, column_sizes):
+        try:
+            read(path)
+        except PropertyIndexError as error:
+            print(error)
+"""
+
+
+def test_a_file_that_cannot_be_locked_is_not_called_damaged(own_collection: list[str]) -> None:
+    path = next(word.partition("=")[2] for word in own_collection if word.startswith("index.path="))
+    command = [sys.executable, "-c", LOCKED, path]
+
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HDF5_USE_FILE_LOCKING": "TRUE"}, check=True
+    )
+
+    assert done.stdout.count("Set HDF5_USE_FILE_LOCKING=FALSE.") == 2
+    assert "damaged" not in done.stdout

@@ -1,6 +1,7 @@
 """The batch script: its sbatch parameters, shell quoting of any text, and its own shell code."""
 
 import json
+import mmap
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -388,6 +389,22 @@ def test_the_first_failing_rank_is_named_in_the_batch_log(attempt: Attempt) -> N
     done = attempt('echo "{\\"rank\\": 2}" >"$MIXTERA_RUN_FOLDER/attempts/001/failure.json"; exit 1')
 
     assert 'First failure: {"rank": 2}' in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="this system has no /dev/shm")
+def test_shared_memory_of_killed_ranks_is_removed_and_that_of_others_stays(attempt: Attempt) -> None:
+    dead = Path("/dev/shm") / f"mixtera-{os.getpid()}-dead"
+    used = Path("/dev/shm") / f"mixtera-{os.getpid()}-used"
+    try:
+        dead.write_bytes(b"1")
+        used.write_bytes(b"1")
+        with used.open("rb") as file, mmap.mmap(file.fileno(), 1, prot=mmap.PROT_READ):
+            attempt("exit 137")
+
+            assert (dead.exists(), used.exists()) == (False, True)
+    finally:
+        dead.unlink(missing_ok=True)
+        used.unlink(missing_ok=True)
 
 
 def test_a_script_without_a_folder_makes_one(make_config: MakeConfig, command: MakeCommand, tmp_path: Path) -> None:

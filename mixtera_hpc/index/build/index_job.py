@@ -31,6 +31,9 @@ __all__ = ["AfterScan", "IndexJob", "ScanPlan", "UnitRecords", "follow_index_job
 T = TypeVar("T")
 UnitRecords = dict[int, list[LogRecord]]
 """Unit → its logged results, in order."""
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+"""First bytes of every HDF5 file of ours. h5py.is_hdf5 returns False for a file that it cannot lock."""
+
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """The disk is full, over quota, does not take files of this size, or is read-only."""
 
@@ -166,8 +169,10 @@ def _check_place(path: Path) -> None:
 def _is_index(path: Path) -> bool:
     """Return whether a file is an index, perhaps a damaged one."""
     # An empty file has nothing to lose.
-    if not h5py.is_hdf5(path):
-        return path.stat().st_size == 0
+    with path.open("rb") as start:
+        signature = start.read(len(HDF5_SIGNATURE))
+    if signature != HDF5_SIGNATURE:
+        return not signature
     try:
         with h5py.File(path, "r", locking=False) as file:
             return "chunk_rows" in file.attrs

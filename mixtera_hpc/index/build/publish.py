@@ -33,6 +33,7 @@ from mixtera_hpc.index.layout import (
     write_text,
     write_texts,
 )
+from mixtera_hpc.index.open_file import explain_locks
 
 __all__ = ["IndexFacts", "PublishedIndex", "publish_index", "renew_modification_times"]
 
@@ -85,7 +86,7 @@ def renew_modification_times(path: Path, mtime_ns: NDArray[np.int64]) -> None:
     """
     new_file = building_folder(path) / "index.h5"
     shutil.copyfile(path, new_file)
-    with h5py.File(new_file, "r+", libver=("v110", "v110"), locking=False) as file:
+    with explain_locks(new_file), h5py.File(new_file, "r+", libver=("v110", "v110"), locking=False) as file:
         # Deleted and written again, because the stored type may be too narrow.
         del file["shards/mtime_ns"]
         write_column(file["shards"], "mtime_ns", narrow(mtime_ns))
@@ -103,7 +104,8 @@ def _write_file(
         OSError: the disk does not accept the data; h5py reports some of these as RuntimeError.
     """
     # A fixed format version and no recorded creation order or times: equal content gives equal bytes.
-    file = h5py.File(path, "w", libver=("v110", "v110"), track_order=False, locking=False)
+    with explain_locks(path):
+        file = h5py.File(path, "w", libver=("v110", "v110"), track_order=False, locking=False)
     try:
         published = _write_content(file, facts, shards, merged, sources)
     except (OSError, RuntimeError) as error:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import h5py
 
+from mixtera_hpc.index.open_file import explain_locks
+
 __all__ = ["ColumnSize", "column_sizes"]
 
 
@@ -29,6 +31,6 @@ def column_sizes(path: Path) -> list[ColumnSize]:
             stored = int(node.id.get_storage_size())
             sizes.append(ColumnSize(name=name, size_bytes=stored, unpacked_bytes=int(node.nbytes)))
 
-    with h5py.File(path, "r", locking=False) as file:
+    with explain_locks(path), h5py.File(path, "r", locking=False) as file:
         file.visititems(measure)
     return sizes

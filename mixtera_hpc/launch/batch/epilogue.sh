@@ -4,7 +4,10 @@ if [ "$code" -eq 0 ] && [ -e "$MIXTERA_SAVED_FILE" ]; then code=75; fi
 [ "$code" -eq 75 ] && echo "Attempt $attempt saved its state ($(newest_checkpoint)) and stopped."
 case $code in
   0 | 75) ;;
-  *) [ -e "$here/failure.json" ] && echo "First failure: $(cat "$here/failure.json")" ;;
+  *)
+    [ -e "$here/failure.json" ] && echo "First failure: $(cat "$here/failure.json")"
+    clean_nodes
+    ;;
 esac
 
 end=

@@ -46,6 +46,26 @@ is_request() { # Argument: a control file. It counts if it belongs to this user,
   echo "$1 is ignored: it belongs to another user." >&2
   return 1
 }
+# A killed rank leaves shared memory of its MPI library behind. What no process of this user maps is removed.
+remove_dead_memory() {
+  local names used name
+  names=$(find /dev/shm -maxdepth 1 -user "$(id -u)" \( -name 'mpich_shm_*' -o -name 'mixtera-*' \
+    -o -name 'vader_segment.*' -o -name 'sm_segment.*' \) 2>/dev/null)
+  [ -n "$names" ] || return 0
+  sleep 1 # By then a process has mapped what it has just made.
+  used=$(cat /proc/[0-9]*/maps 2>/dev/null | grep -o '/dev/shm/[^ ]*')
+  for name in $names; do
+    case $'\n'$used$'\n' in *$'\n'"$name"$'\n'*) ;; *) rm -f "$name" ;; esac
+  done
+}
+clean_nodes() {
+  if [ "$nodes" -eq 1 ]; then
+    remove_dead_memory
+  else
+    timeout 60 srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task=1 --mpi=none \
+      bash -c "$(declare -f remove_dead_memory); remove_dead_memory" >/dev/null 2>&1
+  fi
+}
 newest_checkpoint() { cat "$folder/checkpoints/LATEST" 2>/dev/null; }
 
 # A run has one writer: the job that creates the file `claim` of the newest attempt. While it lives, it counts in the
@@ -98,6 +118,7 @@ while [ -e "$(attempt_folder $((attempt + 1)))/claim" ]; do attempt=$((attempt +
 here=$(attempt_folder "$attempt")
 if [ -n "$previous_job" ] && cancelled_by_user "$previous_job"; then
   echo "Job $previous_job was cancelled, so no attempt follows. Continue with: mixtera-hpc resume $folder"
+  clean_nodes
   exit 0
 fi
 wait_for $((attempt - 1))
@@ -125,6 +146,7 @@ fi
 rm -f "$here/saved" "$here/exit.json"
 grep -qs "\"job_id\": \"$job_id\"" "$here/job.json" || record_job "$here" "$job_id"
 newest_checkpoint >"$here/checkpoint_before"
+[ "$attempt" -gt 1 ] && clean_nodes # The batch shell of the attempt before may have been killed as well.
 
 if is_request "$folder/control/cancelled"; then
   echo "The run was cancelled before attempt $attempt began. Continue with: mixtera-hpc resume $folder"
@@ -197,7 +219,10 @@ if [ "$code" -eq 0 ] && [ -e "$MIXTERA_SAVED_FILE" ]; then code=75; fi
 [ "$code" -eq 75 ] && echo "Attempt $attempt saved its state ($(newest_checkpoint)) and stopped."
 case $code in
   0 | 75) ;;
-  *) [ -e "$here/failure.json" ] && echo "First failure: $(cat "$here/failure.json")" ;;
+  *)
+    [ -e "$here/failure.json" ] && echo "First failure: $(cat "$here/failure.json")"
+    clean_nodes
+    ;;
 esac
 
 end=
