@@ -1,15 +1,15 @@
 """What was planned and what was consumed, kept on disk.
 
 The journal is one append-only JSONL file per run, written by rank 0: a line when an attempt begins (`open`), one per
-chunk (`chunk`, O(domains) numbers) and one when it ends in order (`close`). The audit log, with `dataplane.audit`, is
-one JSONL file per rank and attempt with a digest of every sequence handed to the trainer. Lines are written whole and
-flushed, so a killed run loses at most its last line, which readers skip.
+chunk (`chunk`, O(domains) numbers) and one when it ends in order (`close`); in a forked run also one where the parent's
+lines end (`fork`). The audit log, with `dataplane.audit`, is one JSONL file per rank and attempt with a digest of every
+sequence handed to the trainer. Lines are written whole and flushed, so a killed run loses at most its last line, which
+readers skip.
 """
 
 import bisect
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,55 +25,20 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.append_file import AppendFile
 
 __all__ = [
-    "PADDING_DIGEST",
+    "FORK_KIND",
     "AttemptRecord",
     "AttemptSetup",
     "AuditLog",
     "History",
     "Journal",
     "append_line",
-    "batch_digests",
     "last_attempt",
     "read_lines",
-    "sample_digest",
-    "sequence_digest",
 ]
 
 
-PADDING_DIGEST = "0" * 16
-"""Stands for the digest of a row without a sequence."""
-
-
-def sequence_digest(tokens: NDArray[np.integer[Any]]) -> str:
-    """Return 16 hex digits that depend on the tokens of one sequence."""
-    return hashlib.blake2b(np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8).hexdigest()
-
-
-def batch_digests(contents: Iterable[Any], is_padding: NDArray[np.bool_], digest: Callable[[Any], str]) -> list[str]:
-    """Return the digest of every row of a batch, `PADDING_DIGEST` for rows that stand for no sequence.
-
-    Args:
-        contents: the tokens or the sample of every row.
-        is_padding: which rows stand for no sequence; shape (B,).
-        digest: `sequence_digest` or `sample_digest`.
-    """
-    rows = zip(contents, is_padding.tolist(), strict=True)
-    return [PADDING_DIGEST if padding else digest(content) for content, padding in rows]
-
-
-def sample_digest(payload: Any) -> str:
-    """Return 16 hex digits that depend on the content of a sample."""
-    try:
-        # Msgpack and not JSON: payloads may hold bytes.
-        raw = msgspec.msgpack.encode(payload, enc_hook=_plain_value)
-    except OverflowError:  # An integer of more than 64 bits.
-        raw = repr(payload).encode()
-    return hashlib.blake2b(raw, digest_size=8).hexdigest()
-
-
-def _plain_value(value: Any) -> Any:
-    """Return what is hashed of an array, or of an object that msgpack cannot encode."""
-    return [value.dtype.str, list(value.shape), value.tobytes()] if isinstance(value, np.ndarray) else repr(value)
+FORK_KIND = "fork"
+"""Kind of the line in the journal of a forked run that names the parent. The lines before it are the parent's."""
 
 
 class AppendOnlyLines:
@@ -353,6 +318,9 @@ class History:
         if record["kind"] == "open":
             self.attempts.append(_parse_attempt(record))
             return
+        if record["kind"] == FORK_KIND:
+            self._cut(record["step"])
+            return
         number = record.get("attempt")
         if number is not None and (not self.attempts or self.attempts[-1].number != number):
             lost = f"line {self.damaged_lines[-1]}" if self.damaged_lines else "the line"
@@ -365,6 +333,13 @@ class History:
         elif record["kind"] == "close":
             # Records are frozen, and an attempt is complete only with its last line.
             self.attempts[-1] = dataclasses.replace(self.attempts[-1], next_step=record["next_step"])
+
+    def _cut(self, step: int) -> None:
+        """Forget what the parent of a forked run served from `step` on."""
+        self.attempts = [attempt for attempt in self.attempts if attempt.first_step < step]
+        if self.attempts:
+            last = self.attempts[-1]
+            self.attempts[-1] = dataclasses.replace(last, next_step=min(last.served_end, step))
 
 
 def _parse_attempt(record: dict[str, Any]) -> AttemptRecord:

@@ -1,6 +1,7 @@
 """Fork a checkpoint onto two mixtures: both runs train to the end, verify, and are compared on one page."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,22 @@ def test_a_checkpoint_continues_on_two_mixtures(
     sets = [word for name in MIXTURES for word in ("--set", str(tmp_path / f"{name}.yaml"))]
     parent = root / "parent" / "p"
     before = {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()}
+    (tmp_path / "wrong.yaml").write_text("kind: static\n")
+    assert main(["fork", str(parent), "--step", "8", *sets, "--set", str(tmp_path / "wrong.yaml")]) == 2
+    assert "wrong.yaml: mixture.kind=static needs" in capsys.readouterr().err
+    assert [run.run_id for run in find_runs(root)] == ["p"], "no run is made if one of the files is wrong"
+
+    assert main(["fork", str(parent), "--step", "8", *sets[:2], "--steps", "8"]) == 0
+    [untrained] = [run for run in find_runs(root) if run.run_id != "p"]
+    capsys.readouterr()
+    assert main(["trace", str(untrained.path), "--verify"]) == 0
+    assert "of 8 steps" in capsys.readouterr().out, "the parent's later steps do not belong to the new run"
+    assert [line["step"] for line in read_events(untrained.metric("steps"))] == list(range(8))
+    shorter = ["--change-seq-len", "8", "--here"]
+    assert main(["resume", str(untrained.path), *shorter]) == 0
+    assert main(["trace", str(untrained.path), "--verify"]) == 0
+    shutil.rmtree(untrained.path)
+
     assert main(["fork", str(parent), "--step", "8", *sets, "--steps", "8", "--run"]) == 0
 
     folders = [run for run in find_runs(root) if run.run_id != "p"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixtera_hpc import DataPlane, compose
-from mixtera_hpc.dataplane.journal import sequence_digest
+from mixtera_hpc.dataplane.steps.digests import sequence_digest
 
 __all__ = ["Place", "Recorded", "ServedStream", "read_records"]
 

@@ -13,9 +13,10 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import PADDING_DIGEST, History
+from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.steps.digests import PADDING_DIGEST
 from mixtera_hpc.testing.thread_ranks import run_ranks
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.list import SequenceFilter, list_sequences

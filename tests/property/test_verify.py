@@ -12,8 +12,9 @@ from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.dataplane.journal import History, sample_digest
+from mixtera_hpc.dataplane.journal import History
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.steps.digests import sample_digest
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.verify import VerifyResult, verify_run

@@ -10,8 +10,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from mixtera_hpc.comm.communicator import Communicator, Local
 from mixtera_hpc.config.compose import compose
-from mixtera_hpc.dataplane.journal import sequence_digest
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.steps.digests import sequence_digest
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.torch import PlaneDataset
 from mixtera_hpc.testing.thread_ranks import run_ranks

@@ -17,12 +17,12 @@ import pytest
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
-from mixtera_hpc.dataplane.journal import sequence_digest
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice, BatchSource
 from mixtera_hpc.dataplane.reading.processes.workers import Workers, default_workers
 from mixtera_hpc.dataplane.reading.source import Source, open_source
+from mixtera_hpc.dataplane.steps.digests import sequence_digest
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.build.build import build_index
 

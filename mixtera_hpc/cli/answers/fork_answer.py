@@ -12,7 +12,7 @@ from mixtera_hpc.cli.run_arguments import find_run
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import TrainingConfig
 from mixtera_hpc.config.yaml_files import read_yaml
-from mixtera_hpc.dataplane.resume.fork_run import Fork, ForkPoint, fork_run, open_fork_point
+from mixtera_hpc.dataplane.resume.fork_run import Fork, ForkPoint, fork_runs, open_fork_point
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.training.schedule import learning_rate
 
@@ -27,11 +27,10 @@ def fork_and_train(args: argparse.Namespace) -> int:
     if len(set(labels)) < len(labels):
         raise ConfigError("Two files of --set have the same name, which would name two runs. Rename one of them.")
     forks = [
-        Fork(label=label, content=read_yaml(path), training=training)
+        Fork(label=label, file=path, content=read_yaml(path), training=training)
         for label, path in zip(labels, args.mixtures, strict=True)
     ]
-    now = datetime.now(UTC)
-    children = [fork_run(point, fork, now) for fork in forks]
+    children = fork_runs(point, forks, datetime.now(UTC))
     for child in children:
         print(f"{child.path}: from step {point.step} of {point.parent.run_id} on, to step {training.num_steps}")
     print(f"The new mixtures serve from step {point.first_step} on; the checkpoint holds the plan of the steps before.")

@@ -17,7 +17,6 @@ from mixtera_hpc.core.packing.micro_batches import fill_micro_batches
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
-from mixtera_hpc.dataplane.journal import batch_digests, sample_digest, sequence_digest
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchTimes
 from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens, take
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
@@ -28,6 +27,7 @@ from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transfo
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import StepContent, StepSequences, slots_of_steps
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
+from mixtera_hpc.dataplane.steps.digests import batch_digests, sample_digest, sequence_digest
 from mixtera_hpc.dataplane.watchdog.progress import IDLE, ReadPlace
 from mixtera_hpc.errors import MixteraError
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.journal import batch_digests, sequence_digest
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
 from mixtera_hpc.dataplane.reading.processes.workers import open_batch_source
 from mixtera_hpc.dataplane.reading.source import Source
+from mixtera_hpc.dataplane.steps.digests import batch_digests, sequence_digest
 from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import CommError, ConfigError, DataError, UserError

@@ -5,14 +5,16 @@ the checkpoint. So `trace`, `verify` and `report` cover the parent's part as wel
 parent. The mixture changes by a decision, as `mixture set` makes one. Files that are never written again are linked.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from mixtera_hpc.comm.communicator import Local
@@ -20,7 +22,7 @@ from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, MixtureConfig, TrainingConfig
-from mixtera_hpc.dataplane.journal import append_line, read_lines
+from mixtera_hpc.dataplane.journal import FORK_KIND, append_line, read_lines
 from mixtera_hpc.dataplane.mixing.from_config import make_mixer
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision, requested_mixture
 from mixtera_hpc.dataplane.plane_state import PlaneState
@@ -28,13 +30,10 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.checkpoint_files import find_damage
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.errors import ConfigError, MixtureError
 from mixtera_hpc.launch.prepare import prepare_run
 
-__all__ = ["Fork", "ForkPoint", "fork_run", "open_fork_point"]
-
-FORK_KIND = "fork"
-"""Kind of the line of a journal that names the parent."""
+__all__ = ["Fork", "ForkPoint", "fork_runs", "open_fork_point"]
 
 METRICS = ("attempts", "steps", "mixture", "comm", "validation", "data_end")
 ATTEMPT_FILES = ("job.json", "exit.json")
@@ -73,6 +72,8 @@ class Fork:
 
     label: str
     """The end of the id of the new run."""
+    file: Path
+    """File of the mixture, for messages."""
     content: Any
     """Mixture of the fork, as YAML: the keys below `mixture:`."""
     training: TrainingConfig
@@ -99,23 +100,41 @@ def open_fork_point(parent: RunFolder, step: int) -> ForkPoint:
     return ForkPoint(parent=parent, config=load_config(parent.config), state=state)
 
 
-def fork_run(point: ForkPoint, fork: Fork, now: datetime) -> RunFolder:
-    """Make the folder of a new run that continues `point`. Price: one open of the index, and links to files.
+def fork_runs(point: ForkPoint, forks: Sequence[Fork], now: datetime) -> list[RunFolder]:
+    """Make the folders of new runs that continue `point`. Price: one open of the index, and links to files.
+
+    All forks are checked before the first folder is made.
 
     Raises:
-        ConfigError: the mixture is invalid or changes more than the weights, or the new run exists.
+        ConfigError: a mixture is invalid or changes more than the weights, or a new run exists.
         MixtureError: the data of the run cannot be served in these proportions.
     """
-    mixture = _checked_mixture(point, fork.content)
-    run = replace(point.config.run, id=f"{point.parent.run_id}-s{point.step}-{fork.label}")
-    config = replace(point.config, training=fork.training, run=run)
+    mixtures = _checked_mixtures(point, forks)
+    configs = [_checked_config(point, fork) for fork in forks]
+    return [_make_run(point, config, mixture, now) for config, mixture in zip(configs, mixtures, strict=True)]
+
+
+def _checked_config(point: ForkPoint, fork: Fork) -> Config:
+    run_id = f"{point.parent.run_id}-s{point.step}-{fork.label}"
+    config = replace(point.config, training=fork.training, run=replace(point.config.run, id=run_id))
     check_run(config)
-    words = [f"fork of {point.parent.path} at step {point.step}"]
+    folder = point.parent.path.with_name(run_id)
+    if folder.exists():
+        raise ConfigError(
+            f"{folder} exists, and --set makes a run of this name.\n"
+            "  Rename the file of --set, or remove the run if it is not needed."
+        )
+    return config
+
+
+def _make_run(point: ForkPoint, config: Config, mixture: MixtureConfig, now: datetime) -> RunFolder:
+    # A later `resume` with changes composes the configuration from these words again.
+    words = point.parent.overrides.read_text().splitlines() if point.parent.overrides.is_file() else []
     child = prepare_run(config, words, now)
 
     _link_attempts(point.parent, child)
     for name in METRICS:
-        _copy_if_file(point.parent.metric(name), child.metric(name))
+        _copy_events(point, name, child)
     _copy_if_file(point.parent.journal, child.journal)
     origin = {"kind": FORK_KIND, "parent": str(point.parent.path), "step": point.step, "chunk": point.first_chunk}
     append_line(child.journal, origin)
@@ -128,13 +147,38 @@ def fork_run(point: ForkPoint, fork: Fork, now: datetime) -> RunFolder:
     return child
 
 
-def _checked_mixture(point: ForkPoint, content: Any) -> MixtureConfig:
-    """Return the mixture of a new run, checked against the data of its parent."""
+def _checked_mixtures(point: ForkPoint, forks: Sequence[Fork]) -> list[MixtureConfig]:
+    """Return the mixtures of new runs, checked against the data of their parent."""
     config = pin_index_generation(point.config, point.parent.journal)
-    mixture = requested_mixture(config.mixture, content)
     source = open_source(config, Local(), subset=subset_of_run(point.parent), check=False)
-    make_mixer(mixture, source.mixture_context, learn=False).close()
-    return mixture
+    mixtures = []
+    for fork in forks:
+        try:
+            mixture = requested_mixture(config.mixture, fork.content)
+            make_mixer(mixture, source.mixture_context, learn=False).close()
+        except (ConfigError, MixtureError) as error:
+            raise type(error)(f"--set {fork.file}: {error}") from None
+        mixtures.append(mixture)
+    return mixtures
+
+
+def _copy_events(point: ForkPoint, stream: str, child: RunFolder) -> None:
+    """Give the new run the events of its parent up to the checkpoint."""
+    path = point.parent.metric(stream)
+    if not path.is_file():
+        return
+    ends = {"mixture": point.first_step, "validation": point.step + 1, "data_end": point.step + 1}
+    end = ends.get(stream, point.step)
+    with child.metric(stream).open("wb") as file:
+        for line in path.read_bytes().splitlines(keepends=True):
+            # Readers skip damaged lines, with a warning.
+            with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
+                if msgspec.json.decode(line, type=_Event).step < end:
+                    file.write(line)
+
+
+class _Event(msgspec.Struct):
+    step: int
 
 
 def _decisions_until_checkpoint(point: ForkPoint) -> list[Mapping[str, Any]]:
