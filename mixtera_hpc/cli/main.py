@@ -35,6 +35,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "run": "train here, in one process or as every rank of mpiexec, srun or torchrun",
         "submit": "submit a run to Slurm; --dry-run prints the script",
         "sweep": "submit one run per combination of values",
+        "swarm": "find a mixture: train small proxies on sampled mixtures, fit their losses, propose the best one",
         "resume": "continue a run in its folder, with any number of ranks",
         "status": "list runs and their state",
         "logs": "print or follow the logs of a run",

@@ -9,6 +9,7 @@ from mixtera_hpc.config.check_numbers import all_at_least, at_least
 from mixtera_hpc.config.check_script import script_problems
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.job_shape import num_ranks
+from mixtera_hpc.config.mixture.check_swarm import swarm_problems
 from mixtera_hpc.config.packing.check_packing import packing_problems
 from mixtera_hpc.config.schema import (
     CheckpointConfig,
@@ -69,6 +70,7 @@ def run_problems(config: Config) -> list[str]:
         *_validation(config),
         *_run(config.run),
         *_plan(config.plan),
+        *swarm_problems(config.swarm),
         *job_problems(config.job, config.cluster, config.environment),
         *script_problems(config),
         *_workers(config),

@@ -25,7 +25,7 @@ from mixtera_hpc.launch.slurm.slurm_commands import JobState
 from mixtera_hpc.launch.status import run_statuses
 from mixtera_hpc.launch.submit import Submitted, submit_attempt, submit_run
 
-__all__ = ["SweepPlan", "SweepPoint", "plan_sweep", "submit_point"]
+__all__ = ["SweepPlan", "SweepPoint", "plan_configs", "plan_sweep", "record_point", "submit_point"]
 
 IDENTITY_GROUPS = ("data", "index", "query", "mixture", "dataplane", "training", "checkpoint")
 """The config groups whose values identify a point."""
@@ -91,7 +91,20 @@ def plan_sweep(overrides: Sequence[str], max_parallel: int | None = None) -> Swe
         ConfigError: A point does not compose or fails a check.
     """
     combinations = expand(overrides)
-    configs = [with_absolute_paths(compose(point)) for point in combinations]
+    return plan_configs([compose(point) for point in combinations], combinations, max_parallel)
+
+
+def plan_configs(
+    configs: Sequence[Config], combinations: Sequence[Sequence[str]], max_parallel: int | None = None
+) -> SweepPlan:
+    """Look up the runs that were submitted for composed points before; see `plan_sweep`.
+
+    Args:
+        configs: The points.
+        combinations: The overrides of each point.
+        max_parallel: Jobs at a time.
+    """
+    configs = [with_absolute_paths(config) for config in configs]
     previous = _previous_runs(configs)
 
     points: list[SweepPoint] = []
@@ -117,7 +130,7 @@ def submit_point(point: SweepPoint) -> Submitted:
     """
     if point.folder is None:
         submitted = submit_run(point.config, point.overrides)
-        _record(point, submitted)
+        record_point(point, submitted.folder)
         return submitted
     config = replace(point.config, run=replace(point.config.run, id=point.folder.run_id))
     replace_config(point.folder, to_plain(config), point.overrides)
@@ -176,8 +189,9 @@ def _fingerprint(config: Config) -> str:
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _record(point: SweepPoint, submitted: Submitted) -> None:
-    entry = {"fingerprint": point.fingerprint, "run_id": submitted.folder.run_id, "overrides": list(point.overrides)}
+def record_point(point: SweepPoint, folder: RunFolder) -> None:
+    """Record the run of a point, so that a repeated sweep finds it."""
+    entry = {"fingerprint": point.fingerprint, "run_id": folder.run_id, "overrides": list(point.overrides)}
     with _record_path(point.config).open("a") as file:
         file.write(json.dumps(entry) + "\n")
 

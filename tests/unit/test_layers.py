@@ -24,9 +24,10 @@ BELOW: dict[str, set[str]] = {
     },
     "report": {"core", "config", "track", "errors"},
     "launch": {"core", "config", "errors"},
+    "swarm": {"core", "config", "comm", "dataplane", "launch", "track", "report", "errors"},
     "cli": {
         *("core", "config", "comm", "index", "formats", "tokens", "track", "dataplane"),
-        *("trace", "training", "report", "launch", "errors"),
+        *("trace", "training", "report", "launch", "swarm", "errors"),
     },
     "testing": {"core", "config", "comm", "index", "formats", "tokens", "track", "dataplane", "errors"},
 }
@@ -49,7 +50,7 @@ ONLY_IN = {
     "torchtitan": ["integrations/torchtitan"],
     "megatron": ["integrations/megatron"],
     "submitit": ["launch/"],
-    "matplotlib": ["report/"],
+    "matplotlib": ["report/", "swarm/swarm_plots.py"],
     "jinja2": ["tokens/chat_template.py"],
     "scipy": [],
     "rich": ["cli/", "report/"],

@@ -11,7 +11,7 @@ from mixtera_hpc.config.schema import JobConfig, RunConfig
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.sweep import SweepPlan, plan_sweep, submit_point
 
-__all__ = ["arguments", "run"]
+__all__ = ["add_submit_arguments", "arguments", "check_max_parallel", "run", "submit_plan"]
 
 _TEXT_OF_ACTION = {
     "new": "new",
@@ -26,6 +26,16 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUES", help="Hydra overrides; commas separate the values of a key"
     )
+    add_submit_arguments(parser)
+    parser.epilog = """\
+Example: 6 runs, at most 2 at a time
+  mixtera-hpc sweep experiment=demo cluster=clariden job.nodes=1,2,4 dataplane.seed=0,1 --max-parallel 2
+A job takes at most nodes × job.time node-hours, and a run at most job.max_attempts jobs. Repeating the command submits
+only runs that are new or have not finished."""
+
+
+def add_submit_arguments(parser: ArgumentParser) -> None:
+    """Declare how the runs of a sweep are submitted."""
     parser.add_argument("--max-parallel", type=int, metavar="N", help="run at most N jobs at a time")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and their node-hours; submit nothing")
     parser.add_argument("--yes", action="store_true", help="submit without asking")
@@ -37,20 +47,28 @@ def arguments(parser: ArgumentParser) -> None:
         help="ask before submitting more node-hours than this, with one job per run (default: 100); without a "
         "terminal, --yes is needed",
     )
-    parser.epilog = """\
-Example: 6 runs, at most 2 at a time
-  mixtera-hpc sweep experiment=demo cluster=clariden job.nodes=1,2,4 dataplane.seed=0,1 --max-parallel 2
-A job takes at most nodes × job.time node-hours, and a run at most job.max_attempts jobs. Repeating the command submits
-only runs that are new or have not finished."""
 
 
 def run(args: Namespace) -> int:
     """Plan the sweep, print it, and submit the points that are due."""
+    check_max_parallel(args)
+    return submit_plan(plan_sweep(args.overrides, args.max_parallel), args)
+
+
+def check_max_parallel(args: Namespace) -> None:
+    """Refuse a --max-parallel below 1.
+
+    Raises:
+        LaunchError: no job could run.
+    """
     if args.max_parallel is not None and args.max_parallel < 1:
         raise LaunchError(
             f"--max-parallel is {args.max_parallel}, but at least 1 job must run at a time.\n  Give 1 or more."
         )
-    plan = plan_sweep(args.overrides, args.max_parallel)
+
+
+def submit_plan(plan: SweepPlan, args: Namespace) -> int:
+    """Print a plan, and submit its due points unless --dry-run is given."""
     _print_plan(plan)
     if args.dry_run or not plan.due:
         return 0

@@ -13,6 +13,7 @@ from mixtera_hpc.config.schema.job import ClusterConfig, EnvironmentConfig, JobC
 from mixtera_hpc.config.schema.mixture import DomainConfig, MixtureConfig, ScheduleConfig, StageConfig
 from mixtera_hpc.config.schema.query import HoldoutConfig, QueryConfig
 from mixtera_hpc.config.schema.run import PlanConfig, RunConfig, TrackConfig
+from mixtera_hpc.config.schema.swarm import SwarmConfig
 from mixtera_hpc.config.schema.training import CheckpointConfig, TrainingConfig
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "StageConfig",
+    "SwarmConfig",
     "TrackConfig",
     "TrainingConfig",
 ]
@@ -72,3 +74,5 @@ class Config:
     """Where the ranks of a job find Python and its packages."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """What `mixtera-hpc plan` prints."""
+    swarm: SwarmConfig = field(default_factory=SwarmConfig)
+    """How `mixtera-hpc swarm` samples mixtures and proposes one."""

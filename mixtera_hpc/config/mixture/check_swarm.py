@@ -1,0 +1,27 @@
+"""Check the settings of a swarm that need neither an index nor proxies."""
+
+import math
+
+from mixtera_hpc.config.check_numbers import all_at_least
+from mixtera_hpc.config.schema import SwarmConfig
+
+__all__ = ["swarm_problems"]
+
+
+def swarm_problems(swarm: SwarmConfig) -> list[str]:
+    """Return everything wrong with the group `swarm`, one sentence each."""
+    problems = all_at_least("swarm", swarm, 0, ("num_proxies", "seed", "penalty"))
+    problems += all_at_least("swarm", swarm, 1, ("target_tokens",))
+    for name in ("temperature", "concentration"):
+        value = getattr(swarm, name)
+        if not 0 < value < math.inf:
+            problems.append(f"swarm.{name} is {value}, expected a number above 0.")
+    if not 0 <= swarm.min_share < 1:
+        problems.append(f"swarm.min_share is {swarm.min_share}, expected a share of at least 0 and below 1.")
+    if not math.isfinite(swarm.penalty):
+        problems.append(f"swarm.penalty is {swarm.penalty}, expected a finite number.")
+    wrong = {name: weight for name, weight in swarm.objective.items() if not 0 <= weight < math.inf}
+    problems += [f"swarm.objective.{name} is {weight}, expected at least 0." for name, weight in wrong.items()]
+    if swarm.objective and not any(swarm.objective.values()):
+        problems.append("swarm.objective has only weights of 0. Give at least one metric a weight.")
+    return problems

@@ -1,0 +1,259 @@
+"""Fit a swarm: gather its tables, validate the regressions, choose one, and propose a mixture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.config.schema import SwarmConfig
+from mixtera_hpc.errors import ConfigError, DataError, did_you_mean
+from mixtera_hpc.swarm.cross_validation import (
+    Validated,
+    choose_regression,
+    constant_rmse,
+    mean_loss,
+    validate_regressions,
+)
+from mixtera_hpc.swarm.mixture_file import written_weights
+from mixtera_hpc.swarm.proposal import Uncertainty, estimate_uncertainty, propose_mixture
+from mixtera_hpc.swarm.regression import LAWS, LossFit, fit_losses
+from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
+from mixtera_hpc.swarm.swarm_runs import SwarmRuns
+from mixtera_hpc.swarm.tables import SwarmTable, check_ratios, join_tables, read_table, table_text
+
+__all__ = ["SwarmFit", "fit_swarm", "range_curves"]
+
+Array = NDArray[np.float64]
+
+MIN_RUNS = 6
+"""Fewer measured runs are refused: a cross-validated error of them means nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SwarmFit:
+    """The result of a fit; M metrics, N measured runs, K domains."""
+
+    record: SwarmRecord
+    runs: tuple[str, ...]
+    """Names of the measured runs."""
+    mixtures: Array
+    """Shape (N, K)."""
+    metrics: tuple[str, ...]
+    losses: Array
+    """Shape (N, M), NaN where a run lacks a metric."""
+    objective: Array
+    """Weights of the metrics; shape (M,)."""
+    num_unfinished: int
+    """Proxies without losses."""
+    validated: tuple[Validated, ...]
+    """All regressions that were tried."""
+    chosen: Validated
+    constant_rmse: float
+    """Error of predicting the mean, for comparison."""
+    fit: LossFit
+    """The chosen regression, fitted to all runs."""
+    checks: SwarmRuns
+    """Natural and uniform mixture and the proposal."""
+    check_losses: SwarmTable
+    """Held-out losses of those of them that have finished."""
+    predicted: Array
+    """Predicted objective of each of them; shape (3,)."""
+    uncertainty: Uncertainty
+    """Of these predictions; the first one is the proposal."""
+
+    @property
+    def proposal(self) -> Array:
+        """The proposed mixture; shape (K,)."""
+        proposed: Array = self.checks.mixtures[-1]
+        return proposed
+
+    def measured_check(self, place: int) -> float | None:
+        """Return the measured objective of one of the checks; None if it has not finished, or lacks a metric."""
+        name = self.checks.names[place]
+        if name not in self.check_losses.runs:
+            return None
+        row = join_tables([self.check_losses], self.metrics, np.nan).rows_of([name])[0]
+        value = float(mean_loss(row, self.objective))
+        return value if np.isfinite(value) else None
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the numbers as JSON."""
+        return {
+            "domains": list(self.record.names),
+            "weights": self.proposal.tolist(),
+            "regression": self.chosen.law.name,
+            "ridge": self.chosen.ridge,
+            "num_runs": len(self.runs),
+            "objective": dict(zip(self.metrics, self.objective.tolist(), strict=True)),
+            "cross_validated_rmse": {candidate.law.name: candidate.rmse for candidate in self.validated},
+            "constant_rmse": self.constant_rmse,
+            "rank_correlation": _known(self.chosen.rank_correlation),
+            "checks": [
+                {
+                    "run": name,
+                    "weights": self.checks.mixtures[place].tolist(),
+                    "predicted": float(self.predicted[place]),
+                    "measured": self.measured_check(place),
+                }
+                for place, name in enumerate(self.checks.names)
+            ],
+            "predicted_deviation": _known(float(self.uncertainty.deviation[0])),
+            "gain_probability": {
+                "natural": _known(float(self.uncertainty.gain_probability[1])),
+                "uniform": _known(float(self.uncertainty.gain_probability[2])),
+            },
+        }
+
+
+def fit_swarm(folder: SwarmFolder, settings: SwarmConfig, outside: Sequence[tuple[Path, Path]] = ()) -> SwarmFit:
+    """Fit the finished proxies of a swarm and rows of other tables; write `metrics.csv`.
+
+    Args:
+        folder: the swarm.
+        settings: regression, objective and penalty; the other settings were used when it was sampled.
+        outside: pairs of a ratios.csv and a metrics.csv of other tools. Their metrics replace those of the same run.
+
+    Raises:
+        DataError: a table is damaged, or too few runs are measured.
+        ConfigError: the objective names a metric that no run has.
+    """
+    record = folder.read()
+    proxies = SwarmRuns.proxies(folder, record)
+    own = proxies.losses()
+    folder.write(folder.metrics, table_text(own))
+    ratios, metrics = _gather(folder, record, proxies, own, outside)
+
+    columns, objective = _objective(settings, metrics)
+    runs = [run for run in metrics if run in ratios]
+    losses = np.array([[metrics[run].get(name, np.nan) for name in columns] for run in runs], np.float64)
+    losses = losses.reshape(len(runs), len(columns))
+    measured = np.flatnonzero(np.isfinite(losses).any(axis=1))
+    runs = [runs[row] for row in measured]
+    losses = losses[measured]
+    _check_losses(folder, runs, losses, columns)
+    mixtures = np.array([ratios[run] for run in runs])
+
+    laws = tuple(LAWS) if settings.regression == "auto" else (settings.regression,)
+    validated = validate_regressions(mixtures, losses, objective, laws)
+    chosen = choose_regression(validated)
+    fit = fit_losses(chosen.law, mixtures, losses, chosen.ridge)
+    proposal = written_weights(propose_mixture(record.space, fit, mixtures, objective, settings.penalty))
+    checks = SwarmRuns.checks(folder, record, proposal)
+    # The first candidate is the one that the others are compared with.
+    order = [2, 0, 1]
+    uncertainty = estimate_uncertainty(chosen, mixtures, losses, objective, checks.mixtures[order])
+    return SwarmFit(
+        record=record,
+        runs=tuple(runs),
+        mixtures=mixtures,
+        metrics=tuple(columns),
+        losses=losses,
+        objective=objective,
+        num_unfinished=len(proxies.names) - sum(name in runs for name in proxies.names),
+        validated=tuple(validated),
+        chosen=chosen,
+        constant_rmse=constant_rmse(losses, objective),
+        fit=fit,
+        checks=checks,
+        check_losses=checks.losses(),
+        predicted=mean_loss(fit.predict(checks.mixtures), objective),
+        uncertainty=uncertainty,
+    )
+
+
+Row = dict[str, float]
+
+
+def _gather(
+    folder: SwarmFolder,
+    record: SwarmRecord,
+    proxies: SwarmRuns,
+    own: SwarmTable,
+    outside: Sequence[tuple[Path, Path]],
+) -> tuple[dict[str, Array], dict[str, Row]]:
+    """Return the mixture and the metrics of every run, by its name."""
+    pairs = list(outside)
+    if folder.earlier_ratios.exists():
+        pairs.insert(0, (folder.earlier_ratios, folder.earlier_metrics))
+    ratios: dict[str, Array] = dict(zip(proxies.names, proxies.mixtures, strict=True))
+    metrics = _rows(own)
+    for ratios_path, metrics_path in pairs:
+        table = check_ratios(ratios_path, read_table(ratios_path), record.names)
+        for run, mixture in zip(table.runs, table.values, strict=True):
+            if run in ratios and not np.allclose(ratios[run], mixture, atol=1e-4):
+                raise DataError(
+                    f"{ratios_path} gives run {run!r} another mixture than this swarm does.\n  Rename the run."
+                )
+            ratios.setdefault(run, mixture)
+        found = _rows(read_table(metrics_path))
+        unknown = [run for run in found if run not in ratios]
+        if unknown:
+            raise DataError(
+                f"{metrics_path} has run {unknown[0]!r}, whose mixture is not known."
+                f"{did_you_mean(unknown[0], list(ratios))}\n  Add it to {ratios_path}."
+            )
+        for run, row in found.items():
+            metrics[run] = {**metrics.get(run, {}), **row}
+    return ratios, metrics
+
+
+def _rows(table: SwarmTable) -> dict[str, Row]:
+    return {
+        run: {name: value for name, value in zip(table.columns, row, strict=True) if np.isfinite(value)}
+        for run, row in zip(table.runs, table.values.tolist(), strict=True)
+    }
+
+
+def _objective(settings: SwarmConfig, metrics: Mapping[str, Row]) -> tuple[list[str], Array]:
+    """Return the metrics that count, and their weights."""
+    known = list(dict.fromkeys(name for row in metrics.values() for name in row))
+    if not settings.objective:
+        return known, np.ones(len(known))
+    for name in settings.objective:
+        if name not in known and known:
+            raise ConfigError(
+                f"swarm.objective names {name!r}, but no run has this metric.{did_you_mean(name, known)}\n"
+                f"  The metrics are {', '.join(known[:10])}."
+            )
+    columns = [name for name, weight in settings.objective.items() if weight > 0]
+    return columns, np.array([settings.objective[name] for name in columns])
+
+
+def _check_losses(folder: SwarmFolder, runs: Sequence[str], losses: Array, columns: Sequence[str]) -> None:
+    if len(runs) < MIN_RUNS:
+        raise DataError(
+            f"{len(runs)} runs of the swarm {folder.name} have losses, and at least {MIN_RUNS} are needed.\n"
+            f"  Train its proxies with mixtera-hpc swarm train {folder.path} (or submit), or add tables with --ratios "
+            "and --metrics."
+        )
+    low = losses <= 0
+    if low.any():
+        row, column = (int(place[0]) for place in np.nonzero(low))
+        raise DataError(
+            f"Metric {columns[column]!r} of run {runs[row]!r} is {losses[row, column]:g}, but the regressions are of "
+            "losses above 0, where smaller is better.\n  Give losses (or bits per byte), or leave the column out."
+        )
+
+
+def _known(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def range_curves(fit: SwarmFit, num_points: int) -> tuple[Array, Array]:
+    """Return how the predicted objective changes with the share of each domain; shapes (K, P) each.
+
+    The other domains keep their ratios in the proposal. Shares cover the measured range of each domain.
+    """
+    shares = np.linspace(fit.mixtures.min(axis=0), fit.mixtures.max(axis=0), num_points, axis=1)
+    values = np.empty_like(shares)
+    for domain in range(len(fit.proposal)):
+        # A proposal of one domain says nothing about the ratios of the others.
+        others = fit.proposal if fit.proposal[domain] < 1 else fit.record.prior + 1e-9
+        others = np.where(np.arange(len(others)) == domain, 0.0, others)
+        mixtures = (1 - shares[domain])[:, None] * others / others.sum()
+        mixtures[:, domain] = shares[domain]
+        values[domain] = mean_loss(fit.fit.predict(mixtures), fit.objective)
+    return shares, values
