@@ -6,7 +6,7 @@ the blocks that stay undecided are read, and no others.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +21,9 @@ from mixtera_hpc.core.properties import ComboTable, Kind, Property
 from mixtera_hpc.core.query import Entries, Predicate
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
-__all__ = ["DomainKey", "DomainTable", "Selection", "keys_for_group_by", "select"]
+__all__ = ["DomainKey", "DomainTable", "LimitDomains", "Selection", "keys_for_group_by", "select"]
+LimitDomains = Callable[[Predicate, DomainAssignment], Predicate]
+"""Returns a predicate that selects fewer samples of some domains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,7 @@ def select(
     predicate: Predicate,
     keys: Sequence[DomainKey],
     read_blocks: ReadBlocks,
+    limit: LimitDomains = lambda predicate, assignment: predicate,
 ) -> Selection:
     """Count the rows and tokens of every domain in every block.
 
@@ -102,6 +105,7 @@ def select(
         predicate: selects the samples.
         keys: one per domain, in the order that decides between them.
         read_blocks: called for the blocks that combos and zones do not decide.
+        limit: applied once the domain of every sample is known.
 
     Raises:
         MixtureError: a key names an unknown property or value, or a range of a category.
@@ -110,6 +114,7 @@ def select(
     combo_index = ComboIndex(tables.combos)
     matches = [_match(key, tables, combo_index, grid) for key in keys]
     assignment = _assign(grid, matches, tables.combos.num_combos)
+    predicate = limit(predicate, assignment)
 
     # An empty key takes the rest by intention, so it does not count as an overlap.
     is_named = [len(key) > 0 for key in keys]

@@ -1,7 +1,10 @@
-"""Hold samples out for validation: a hash of each sample's own identity decides, and nothing else.
+"""Hold samples out for validation, and limit domains to a fraction: a hash of each sample's identity decides.
 
 The identity of a sample is the path of its shard below the data root and its row in the shard. A sample therefore stays
 on its side of the split if shards are added, blocks are cut differently, or domains and queries change.
+
+With `fraction`, a domain consists of the training samples with the smallest hashes. A larger fraction therefore keeps
+all samples of a smaller one, and held-out samples are the same with any fraction.
 
 To a query the hash is one more number property, uniform in [0, 1), whose name no expression can contain.
 
@@ -17,10 +20,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.domain_assignment import DomainAssignment
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns, Zones
 from mixtera_hpc.core.query import Entries, MatchMask, Predicate
 
-__all__ = ["HOLDOUT_HASH", "Split", "add_holdout_hashes", "add_holdout_zones", "restrict_to_split", "shard_hash_keys"]
+__all__ = [
+    "HOLDOUT_HASH",
+    "Split",
+    "add_holdout_hashes",
+    "add_holdout_zones",
+    "restrict_to_fractions",
+    "restrict_to_split",
+    "shard_hash_keys",
+]
 
 Split = Literal["train", "validation"]
 HOLDOUT_HASH = "held out"
@@ -88,6 +100,48 @@ def restrict_to_split(predicate: Predicate, fraction: float, split: Split) -> Pr
         return predicate.evaluate(entries) & (held_out if split == "validation" else ~held_out)
 
     return Predicate(predicate.text, evaluate, predicate.numbers | {HOLDOUT_HASH})
+
+
+def restrict_to_fractions(
+    predicate: Predicate, assignment: DomainAssignment, fractions: Sequence[float], held_out: float
+) -> Predicate:
+    """Return `predicate` restricted to a fraction of the training samples of each domain.
+
+    Args:
+        predicate: selects training samples.
+        assignment: the domain of every sample.
+        fractions: share of the training samples of each domain that is selected, above 0 and at most 1.
+        held_out: share of all samples that is held out; they have the smallest hashes.
+    """
+    # Hashes below the limit are selected. The last entry is that of samples without a domain, which have number -1.
+    limits = [held_out + fraction * (1 - held_out) if fraction < 1 else np.inf for fraction in fractions]
+    limit_of = np.array([*limits, np.inf])[assignment.domain]
+    lowest = limit_of.min(axis=1)
+    highest = limit_of.max(axis=1)
+
+    def evaluate(entries: Entries) -> MatchMask:
+        low_limit = lowest[entries.combo]
+        high_limit = highest[entries.combo]
+        if assignment.grid.cuts:
+            # Where the numbers of an entry decide its bucket, the limit is known.
+            bucket, is_known = _bucket_of_entries(assignment, entries)
+            known = limit_of[entries.combo, bucket]
+            low_limit = np.where(is_known, known, low_limit)
+            high_limit = np.where(is_known, known, high_limit)
+        within = MatchMask(entries.low[HOLDOUT_HASH] < high_limit, entries.high[HOLDOUT_HASH] < low_limit)
+        return predicate.evaluate(entries) & within
+
+    return Predicate(predicate.text, evaluate, predicate.numbers | assignment.numbers | {HOLDOUT_HASH})
+
+
+def _bucket_of_entries(assignment: DomainAssignment, entries: Entries) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Return a possible bucket of every entry, and whether it is the only one; shape (n,) each."""
+    size = len(entries.combo)
+    bucket = assignment.grid.buckets_of_samples(entries.low, size)
+    is_known = bucket == assignment.grid.buckets_of_samples(entries.high, size)
+    for name in assignment.numbers:
+        is_known &= ~entries.has_null[name] | np.isnan(entries.low[name])
+    return bucket, is_known
 
 
 def _mix_in_place(words: HashWords) -> HashWords:

@@ -12,6 +12,7 @@ from mixtera_hpc.cli.run_or_overrides import find_optional_run
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.job_shape import num_ranks
+from mixtera_hpc.config.mixture.domain_tree import domain_fractions
 from mixtera_hpc.config.mixture.learning import learning_warnings
 from mixtera_hpc.config.schema import Config, MixtureConfig
 from mixtera_hpc.dataplane.held_out import MAX_NAMES, domains_without_held_out
@@ -105,6 +106,7 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         f"at most {1 + MAX_UNUSED}× for formats that read single rows"
     )
 
+    _print_fractions(source)
     if source.index.counting:
         console.print(source.index.counting)
         console.print("For a large index, derive a category from the number once: mixtera-hpc index derive.")
@@ -126,6 +128,20 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
         interval = sampled_chunks(source, forecast.steps_asked) * source.planner.chunk_steps
         if interval > source.planner.chunk_steps:
             console.print(f"Its weights are sampled every {interval:,} steps; steps shown may be off by as much.")
+
+
+def _print_fractions(source: Source) -> None:
+    """Print which share of its training samples each domain is limited to."""
+    fractions = domain_fractions(source.config.mixture, source.num_domains)
+    if fractions is None or source.subset.split != "train":
+        return
+    if len(set(fractions)) == 1:
+        text = f"all domains {fractions[0]:g}"
+    else:
+        limited = [f"{name} {f:g}" for name, f in zip(source.names, fractions, strict=True) if f < 1]
+        more = f" and {len(limited) - MAX_NAMES} more" if len(limited) > MAX_NAMES else ""
+        text = ", ".join(limited[:MAX_NAMES]) + more
+    open_console().print(f"Fraction of the training samples: {text}. Sizes, weights and epochs refer to these samples.")
 
 
 def _print_learning(config: Config, subset: SampleSubset) -> None:

@@ -53,7 +53,7 @@ def _domain_problems(domains: Sequence[DomainConfig], path: str) -> list[str]:
         problems += _single_weight(domain, entry_path)
         problems += _key_problems(domain, entry_path)
         problems += _domain_problems(domain.domains, f"{entry_path}.domains")
-        for name in ("floor", "cap", "max_epochs", "loss_weight") if domain.domains else ():
+        for name in ("floor", "cap", "max_epochs", "fraction", "loss_weight") if domain.domains else ():
             if getattr(domain, name) is not None:
                 problems.append(f"{entry_path}.{name} is set on a group. Set it on the members of the group.")
     has_weight = [domain.weight is not None for domain in domains]
@@ -151,6 +151,8 @@ def _bounds_of_place(path: str, place: MixtureConfig | DomainConfig, mixture: Mi
         problems.append(f"{path}.loss_weight is {loss_weight}, expected a number of at least 0, or null.")
     if place.max_epochs is not None and not 0 < place.max_epochs < math.inf:
         problems.append(f"{path}.max_epochs is {place.max_epochs}, expected a number above 0, or null.")
+    if place.fraction is not None and not 0 < place.fraction <= 1:
+        problems.append(f"{path}.fraction is {place.fraction}, expected a share above 0 and at most 1.")
     return problems
 
 

@@ -80,7 +80,7 @@ def _stage_domain_problems(stage: StageConfig, mixture: MixtureConfig, path: str
                 f"{entry.path} is {entry.name}, which is not in mixture.domains. Add it there."
                 f"{did_you_mean(entry.name, list(names.values()))}"
             )
-        for name in ("floor", "cap", "max_epochs", "loss_weight"):
+        for name in ("floor", "cap", "max_epochs", "fraction", "loss_weight"):
             if getattr(entry.domain, name) is not None:
                 problems.append(f"{entry.path}.{name} holds for the whole run. Set it in mixture.domains.")
     return problems

@@ -19,7 +19,16 @@ from mixtera_hpc.core.domain_keys import (
 )
 from mixtera_hpc.errors import MixtureError
 
-__all__ = ["REMAINDER", "DomainEntry", "display_name", "domain_entries", "group_names", "group_ranges", "list_entries"]
+__all__ = [
+    "REMAINDER",
+    "DomainEntry",
+    "display_name",
+    "domain_entries",
+    "domain_fractions",
+    "group_names",
+    "group_ranges",
+    "list_entries",
+]
 
 REMAINDER = "remainder"
 """The name of the domain that holds everything that matches no key."""
@@ -60,6 +69,14 @@ def domain_entries(mixture: MixtureConfig) -> list[DomainEntry]:
     if entries and first_remainder is not None:
         entries.append(DomainEntry(key={}, path="mixture.remainder", domain=first_remainder))
     return entries
+
+
+def domain_fractions(mixture: MixtureConfig, num_domains: int) -> list[float] | None:
+    """Return the share of each domain's training samples that a run uses; None if it uses all of them."""
+    # A mixture without domains has as many as the index gives it, all with the default.
+    own = [entry.domain.fraction for entry in domain_entries(mixture)] or [None] * num_domains
+    fractions = [mixture.fraction if fraction is None else fraction for fraction in own]
+    return fractions if min(fractions) < 1 else None
 
 
 def group_names(group_by: Sequence[Any]) -> list[str]:

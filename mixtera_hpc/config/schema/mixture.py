@@ -24,6 +24,9 @@ class DomainConfig:
     """Largest share of the mixture, between 0 and 1. Null means `mixture.cap`."""
     max_epochs: float | None = None
     """Passes over this domain before it is exhausted. Null means `mixture.max_epochs`."""
+    fraction: float | None = None
+    """Share of the training samples of this domain that the run uses, above 0 and at most 1. Null means
+    `mixture.fraction`."""
     loss_weight: float | None = None
     """Factor on the loss of this domain, apart from how often it is served: batches carry it as `loss_weights`, and the
     reference trainer multiplies the loss with it. Null means 1. At least 0."""
@@ -110,6 +113,10 @@ class MixtureConfig:
     max_epochs: float | None = None
     """Passes over a domain before it is exhausted. Null: unlimited for `repeat`, 1 for `redistribute` and `stop`. Above
     0."""
+    fraction: float = 1.0
+    """Share of the training samples of every domain that the run uses, above 0 and at most 1: a run with a tenth of the
+    budget and a tenth of the samples repeats its data as often as the full run. A hash of each sample decides, with
+    `query.holdout.seed`; a larger share keeps the samples of a smaller one, and held-out samples stay the same."""
     algorithm: dict[str, Any] = field(default_factory=lambda: {"name": "ado"})
     """The mixing algorithm of `mixture.kind=dynamic`: its `name` and its parameters, for example
     `{name: ado, warmup: 200}`, or only its name. The import path of a class, such as `my_package.MyAlgorithm`, is a

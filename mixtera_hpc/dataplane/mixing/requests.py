@@ -32,7 +32,7 @@ __all__ = [
     "write_request",
 ]
 
-FIXED_KEYS = ("unit", "on_exhausted", "max_epochs")
+FIXED_KEYS = ("unit", "on_exhausted", "max_epochs", "fraction")
 """Keys of a mixture that define the streams of a run; a request cannot change them."""
 
 MAX_CHUNK = 1 << 53
@@ -103,11 +103,11 @@ def _changed_streams(current: MixtureConfig, requested: MixtureConfig) -> list[s
         changed.append("mixture.kind=arbitrary")
     if requested.group_by and requested.group_by != current.group_by:
         changed.append("mixture.group_by")
-    # Epoch limits of a domain belong to its stream, loss weights to the run; a request may repeat them.
+    # Epoch limits and fractions of a domain belong to its stream, loss weights to the run; a request may repeat them.
     by_key = {canonical_key(entry.key): entry.domain for entry in domain_entries(current)}
     for entry in domain_entries(requested):
         domain = by_key.get(canonical_key(entry.key), DomainConfig())
-        for name in ("max_epochs", "loss_weight"):
+        for name in ("max_epochs", "fraction", "loss_weight"):
             if getattr(entry.domain, name) not in (None, getattr(domain, name)):
                 changed.append(f"{entry.path}.{name}")
     return changed

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator, bcast_bytes
+from mixtera_hpc.config.mixture.domain_tree import domain_fractions
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_keys import domain_key_to_plain
 from mixtera_hpc.core.holdout import shard_hash_keys
@@ -30,7 +31,7 @@ from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_reader import SampleSource
 from mixtera_hpc.index.read.sample_sizes import add_size_numbers
-from mixtera_hpc.index.read.selection import SelectedDomains, select_domains
+from mixtera_hpc.index.read.selection import SelectedDomains, check_fractions, select_domains
 from mixtera_hpc.index.read.verify import check_fresh
 from mixtera_hpc.index.row_store.row_files import StoredRowBlocks, configured_row_stores
 from mixtera_hpc.index.token_store.store_files import StoredRows, configured_stores
@@ -105,7 +106,8 @@ class SharedTables:
     shard_states: NDArray[np.int64]
     """The states that shards are compared with, see `unchanged.shard_guard`; no entries if they are not compared."""
     holdout_keys: NDArray[np.uint64] | None
-    """One hash key per shard when samples are held out (see `core.holdout`), else None; shape (num_shards,)."""
+    """One hash key per shard when samples are held out or domains are limited to a fraction (see `core.holdout`), else
+    None; shape (num_shards,)."""
 
     def pack(self) -> list[NDArray[Any]]:
         """Return all arrays in the order that `unpack` expects; nothing is copied."""
@@ -199,6 +201,8 @@ def read_shared_index(
 
     # Domains, their names and their weights refer to the data without drops: a drop must not renumber them.
     chosen = select_domains(config, index, subset.split)
+    if subset.split == "train":
+        check_fractions(config, index, chosen)
     tables = index.tables
     full_table = chosen.selection.table
     domains = full_table
@@ -207,6 +211,7 @@ def read_shared_index(
         domains = _with_counts_of(full_table, remaining, len(tables.blocks))
 
     holdout = config.query.holdout
+    is_hashed = holdout.fraction > 0 or domain_fractions(config.mixture, len(chosen.keys)) is not None
     shared = SharedTables(
         # Zones prune blocks of a query; the selection is made.
         blocks=replace(tables.blocks, zones={}),
@@ -214,7 +219,7 @@ def read_shared_index(
         combos=replace(tables.combos, properties=_categorical(tables.properties.values())),
         assigned=chosen.selection.assignment.domain,
         shard_states=shard_states(tables.shards) if check else no_shard_states(),
-        holdout_keys=shard_hash_keys(tables.shards.path, holdout.seed) if holdout.fraction else None,
+        holdout_keys=shard_hash_keys(tables.shards.path, holdout.seed) if is_hashed else None,
     )
     return _describe(config, index, subset, chosen, tokenizer), shared
 

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.batch_ramp import batch_schedule_of
+from mixtera_hpc.config.mixture.domain_tree import domain_fractions
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.domain_assignment import BucketGrid, DomainAssignment
 from mixtera_hpc.core.domain_keys import parse_domain_key
 from mixtera_hpc.core.domains import Selection
-from mixtera_hpc.core.holdout import Split, add_holdout_hashes, restrict_to_split
+from mixtera_hpc.core.holdout import Split, add_holdout_hashes, restrict_to_fractions, restrict_to_split
 from mixtera_hpc.core.index_tables import BlockTable, SampleColumns
 from mixtera_hpc.core.lanes import LaneOrder
 from mixtera_hpc.core.planner import Planner
@@ -332,13 +333,16 @@ def _make_source(
 
 def _selection(config: Config, index: IndexDescription, split: Split, tables: SharedTables) -> Selection:
     """Return rank 0's selection, without the counts that only a query prints."""
+    grid = BucketGrid(cuts={name: tuple(cuts) for name, cuts in index.number_cuts.items()})
+    assignment = DomainAssignment(grid=grid, domain=tables.assigned)
+    predicate = _predicate(config, index, tables, split, index.where)
+    fractions = domain_fractions(config.mixture, len(index.domain_names)) if split == "train" else None
+    if fractions is not None:
+        predicate = restrict_to_fractions(predicate, assignment, fractions, config.query.holdout.fraction)
     return Selection(
         table=tables.domains,
-        predicate=_predicate(config, index, tables, split, index.where),
-        assignment=DomainAssignment(
-            grid=BucketGrid(cuts={name: tuple(cuts) for name, cuts in index.number_cuts.items()}),
-            domain=tables.assigned,
-        ),
+        predicate=predicate,
+        assignment=assignment,
         selected=(0, 0),
         unassigned=(0, 0),
         overlaps=(),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from mixtera_hpc.config.batch_ramp import batch_stages
-from mixtera_hpc.config.mixture.domain_tree import domain_entries
+from mixtera_hpc.config.mixture.domain_tree import domain_entries, domain_fractions
 from mixtera_hpc.config.schema import Config, MixtureConfig, QueryConfig
 from mixtera_hpc.dataplane.reading.packing.sequence_order import packing_identity
 from mixtera_hpc.dataplane.reading.shared_index import IndexDescription
@@ -27,6 +27,7 @@ def source_identity(
         "drop": list(subset.drop),
         "holdout": _holdout_identity(config.query, subset),
         "domains": index.domain_names,
+        "fraction": domain_fractions(mixture, len(index.domain_names)),
         "unit": mixture.unit,
         "on_exhausted": mixture.on_exhausted,
         "max_epochs": _epoch_limits(mixture),

@@ -1,17 +1,32 @@
 """Apply the query and the domains of a configuration to an index."""
 
+import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.config.mixture.domain_tree import display_name, domain_entries, group_names, group_ranges
+from mixtera_hpc.config.mixture.domain_tree import (
+    display_name,
+    domain_entries,
+    domain_fractions,
+    group_names,
+    group_ranges,
+)
 from mixtera_hpc.config.schema import Config, HoldoutConfig
+from mixtera_hpc.core.domain_assignment import DomainAssignment
 from mixtera_hpc.core.domain_keys import DomainKey, domain_name
-from mixtera_hpc.core.domains import Selection, keys_for_group_by, select
-from mixtera_hpc.core.holdout import Split, add_holdout_hashes, add_holdout_zones, restrict_to_split, shard_hash_keys
+from mixtera_hpc.core.domains import LimitDomains, Selection, keys_for_group_by, select
+from mixtera_hpc.core.holdout import (
+    Split,
+    add_holdout_hashes,
+    add_holdout_zones,
+    restrict_to_fractions,
+    restrict_to_split,
+    shard_hash_keys,
+)
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns
 from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
 from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
@@ -24,7 +39,20 @@ from mixtera_hpc.index.read.document_filter import (
 from mixtera_hpc.index.read.open import PropertyIndex
 from mixtera_hpc.index.read.sample_sizes import add_size_numbers
 
-__all__ = ["SampleTest", "SelectedDomains", "SelectionCost", "check_split", "sample_test", "select_domains"]
+__all__ = [
+    "SampleTest",
+    "SelectedDomains",
+    "SelectionCost",
+    "check_fractions",
+    "check_split",
+    "sample_test",
+    "select_domains",
+]
+
+logger = logging.getLogger("mixtera_hpc")
+
+MAX_NAMES = 5
+"""Domain names listed in a message."""
 
 BlockRead = Callable[[NDArray[np.int32]], SampleColumns]
 """Reads the samples of the given blocks."""
@@ -85,7 +113,9 @@ def check_split(config: Config, split: Split) -> None:
         )
 
 
-def select_domains(config: Config, index: PropertyIndex, split: Split = "train") -> SelectedDomains:
+def select_domains(
+    config: Config, index: PropertyIndex, split: Split = "train", *, limited: bool = True
+) -> SelectedDomains:
     """Select the samples of `query`, and count them per domain of `mixture.domains` or `mixture.group_by`.
 
     Without domains, all samples form one.
@@ -94,6 +124,7 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
         config: the keys `query` and `mixture` count.
         index: an open index.
         split: side of the holdout whose samples are counted.
+        limited: count only the fraction of a domain that a run uses.
 
     Raises:
         ConfigError: `query.where` does not parse or names what the index does not have, or nothing is held out.
@@ -114,12 +145,16 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
     if DOCUMENT_NUMBER in predicate.numbers:
         tables = add_document_zones(tables)
         read = _with_document_numbers(read, tables.blocks)
-    if config.query.holdout.fraction:
-        tables, predicate, read = _on_one_side(tables, predicate, read, config.query.holdout, split)
+    holdout = config.query.holdout
+    fractions = domain_fractions(config.mixture, len(keys)) if split == "train" and limited else None
+    if holdout.fraction or fractions is not None:
+        tables, read = _with_hashes(tables, read, holdout.seed)
+    if holdout.fraction:
+        predicate = restrict_to_split(predicate, holdout.fraction, split)
 
     # Blocks that the histogram or the zones decide are not read at all.
     parsed = time.perf_counter()
-    selection = select(tables, predicate, keys, read)
+    selection = select(tables, predicate, keys, read, _limit(fractions, holdout))
     cost = SelectionCost(
         bytes_read=index.samples.bytes_read - bytes_before,
         parse_s=parsed - began,
@@ -128,6 +163,39 @@ def select_domains(config: Config, index: PropertyIndex, split: Split = "train")
     )
     names = tuple(map(display_name if len(keys) > 1 else domain_name, keys))
     return SelectedDomains(selection=selection, keys=tuple(keys), names=names, cost=cost)
+
+
+def check_fractions(config: Config, index: PropertyIndex, selected: SelectedDomains) -> None:
+    """Refuse a fraction that leaves a written domain without samples, and warn of other domains.
+
+    Price: one more count, if a domain has none.
+
+    Args:
+        config: the configuration that `selected` was selected with.
+        index: an open index.
+        selected: the training samples.
+
+    Raises:
+        MixtureError: a domain of `mixture.domains` has samples, but its fraction holds none of them.
+    """
+    fractions = domain_fractions(config.mixture, len(selected.keys))
+    rows, _ = selected.selection.table.totals()
+    if fractions is None or rows.all():
+        return
+    all_rows, _ = select_domains(config, index, limited=False).selection.table.totals()
+    empty = np.flatnonzero((rows == 0) & (all_rows > 0)).tolist()
+    if not empty:
+        return
+    names = ", ".join(selected.names[domain] for domain in empty[:MAX_NAMES])
+    more = f" and {len(empty) - MAX_NAMES} more" if len(empty) > MAX_NAMES else ""
+    text = (
+        f"The fraction {fractions[empty[0]]:g} holds none of the {int(all_rows[empty].sum()):,} training samples of "
+        f"{names}{more}.\n  Raise mixture.fraction, or the fraction of these domains."
+    )
+    if domain_entries(config.mixture):
+        raise MixtureError(text)
+    # A property may have values with very few samples.
+    logger.warning("%s They are not served.", text)
 
 
 def sample_test(where: str | None, index: PropertyIndex) -> SampleTest:
@@ -153,26 +221,25 @@ def sample_test(where: str | None, index: PropertyIndex) -> SampleTest:
     return is_wanted
 
 
-def _on_one_side(
-    tables: IndexTables, predicate: Predicate, read: BlockRead, holdout: HoldoutConfig, split: Split
-) -> tuple[IndexTables, Predicate, BlockRead]:
-    """Restrict a query to one side of the holdout.
-
-    A hash of each sample decides on which side it is. The query sees the hash as one more number.
-    """
-    hash_keys = shard_hash_keys(tables.shards.path, holdout.seed)
-    hashed = add_holdout_zones(tables)
-    restricted = restrict_to_split(predicate, holdout.fraction, split)
-    return hashed, restricted, _with_hashes(read, hash_keys, hashed.blocks)
-
-
-def _with_hashes(read: BlockRead, hash_keys: NDArray[np.uint64], blocks: BlockTable) -> BlockRead:
-    """Return a function that reads like `read` and adds the holdout hash of every sample."""
+def _with_hashes(tables: IndexTables, read: BlockRead, seed: int) -> tuple[IndexTables, BlockRead]:
+    """Return tables and a reader in which the hash of every sample is one more number."""
+    hash_keys = shard_hash_keys(tables.shards.path, seed)
 
     def read_with_hashes(chosen: NDArray[np.int32]) -> SampleColumns:
-        return add_holdout_hashes(read(chosen), hash_keys, blocks, chosen)
+        return add_holdout_hashes(read(chosen), hash_keys, tables.blocks, chosen)
 
-    return read_with_hashes
+    return add_holdout_zones(tables), read_with_hashes
+
+
+def _limit(fractions: Sequence[float] | None, holdout: HoldoutConfig) -> LimitDomains:
+    """Return the function that limits every domain to its fraction."""
+
+    def limit(predicate: Predicate, assignment: DomainAssignment) -> Predicate:
+        if fractions is None:
+            return predicate
+        return restrict_to_fractions(predicate, assignment, fractions, holdout.fraction)
+
+    return limit
 
 
 def _with_document_numbers(read: BlockRead, blocks: BlockTable) -> BlockRead:

@@ -85,6 +85,16 @@ class Prediction:
     residual: NDArray[np.float64]
     """Log of the predicted loss minus log of the observed loss."""
 
+    def take(self, rows: NDArray[np.intp]) -> "Prediction":
+        """Return the prediction for some domains."""
+        return Prediction(self.loss[rows], self.reducible[rows], self.residual[rows])
+
+    def replace_rows(self, rows: NDArray[np.bool_], other: "Prediction") -> None:
+        """Take the values of `other` for the domains where `rows` is set, in place."""
+        self.loss[rows] = other.loss[rows]
+        self.reducible[rows] = other.reducible[rows]
+        self.residual[rows] = other.residual[rows]
+
 
 def predict(theta: NDArray[np.float64], points: LossPoints) -> Prediction:
     """Evaluate the laws `theta`, shape (num_domains, 3), at the points."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.mixing.laws.law_objective import LawBounds, LossPoints, huber_objective, predict
+from mixtera_hpc.core.mixing.laws.law_objective import LawBounds, LossPoints, Prediction, huber_objective, predict
 
 __all__ = ["refine_laws"]
 
@@ -29,7 +29,7 @@ MAX_DAMPING = 1e8
 
 @dataclass(slots=True, eq=False)
 class _DescentState:
-    """The present law of every domain."""
+    """The present laws of the domains that still move."""
 
     theta: Floats
     """Shape (num_domains, 3)."""
@@ -37,66 +37,90 @@ class _DescentState:
     """The objective at `theta`; shape (num_domains,)."""
     damping: Floats
     """Shape (num_domains,)."""
+    present: Prediction
+    """What `theta` predicts, so that a step evaluates the laws only once."""
+
+    def take(self, rows: NDArray[np.intp]) -> "_DescentState":
+        """Return the state of some domains."""
+        return _DescentState(self.theta[rows], self.value[rows], self.damping[rows], self.present.take(rows))
+
+    def accept(self, better: NDArray[np.bool_], theta: Floats, value: Floats, present: Prediction) -> None:
+        """Move the domains where `better` is set."""
+        if better.all():
+            self.theta, self.value, self.present = theta, value, present
+            return
+        self.theta[better] = theta[better]
+        self.value[better] = value[better]
+        self.present.replace_rows(better, present)
 
 
 def refine_laws(theta: Floats, points: LossPoints, bounds: LawBounds) -> Floats:
     """Return laws at least as good as `theta`, shape (num_domains, 3), and within `bounds` if `theta` is."""
-    value = huber_objective(predict(theta, points).residual, points.weight, bounds.huber_delta)
-    descent = _DescentState(theta.copy(), value, np.full(len(theta), FIRST_DAMPING))
+    refined = theta.copy()
+    present = predict(theta, points)
+    value = huber_objective(present.residual, points.weight, bounds.huber_delta)
     moving = np.arange(len(theta))
+    descent = _DescentState(refined[moving], value, np.full(len(theta), FIRST_DAMPING), present)
     for _ in range(MAX_STEPS):
-        moving = moving[_try_step(descent, moving, points.take(moving), bounds)]
+        goes_on = _try_step(descent, points, bounds)
+        if not goes_on.all():
+            # Domains that have arrived leave the arrays, which the price of a step depends on.
+            refined[moving] = descent.theta
+            rows = np.flatnonzero(goes_on)
+            moving = moving[rows]
+            descent = descent.take(rows)
+            points = points.take(rows)
         if not len(moving):
             break
-    return descent.theta
+    refined[moving] = descent.theta
+    return refined
 
 
-def _try_step(
-    descent: _DescentState, rows: NDArray[np.intp], points: LossPoints, bounds: LawBounds
-) -> NDArray[np.bool_]:
-    """Try one step for the domains `rows`, which `points` belong to; return True where another step may help."""
-    theta = descent.theta[rows]
-    damping = descent.damping[rows]
-    gradient, curvature = _derivatives(theta, damping, points, bounds.huber_delta)
+def _try_step(descent: _DescentState, points: LossPoints, bounds: LawBounds) -> NDArray[np.bool_]:
+    """Try one step for every domain; return True where another step may help."""
+    theta = descent.theta
+    damping = descent.damping
+    gradient, curvature = _derivatives(descent, points, bounds.huber_delta)
     candidate = _step_within_box(theta, _newton_step(theta, gradient, curvature, bounds), bounds)
     promise = np.abs(np.einsum("ki,ki->k", gradient, candidate - theta))
 
     # Accept only improvements. Trust the curvature more after one, less after a failure.
-    value = huber_objective(predict(candidate, points).residual, points.weight, bounds.huber_delta)
-    better = value < descent.value[rows]
-    descent.theta[rows[better]] = candidate[better]
-    descent.value[rows[better]] = value[better]
-    descent.damping[rows] = np.maximum(np.where(better, damping / 8, damping * 4), MIN_DAMPING)
-    goes_on: NDArray[np.bool_] = (descent.damping[rows] <= MAX_DAMPING) & (promise > TOLERANCE)
+    predicted = predict(candidate, points)
+    value = huber_objective(predicted.residual, points.weight, bounds.huber_delta)
+    better = value < descent.value
+    descent.accept(better, candidate, value, predicted)
+    descent.damping = np.maximum(np.where(better, damping / 8, damping * 4), MIN_DAMPING)
+    goes_on: NDArray[np.bool_] = (descent.damping <= MAX_DAMPING) & (promise > TOLERANCE)
     return goes_on
 
 
-def _derivatives(theta: Floats, damping: Floats, points: LossPoints, delta: float) -> tuple[Floats, Floats]:
+def _derivatives(descent: _DescentState, points: LossPoints, delta: float) -> tuple[Floats, Floats]:
     """Return gradient (num_domains, 3) and damped curvature (num_domains, 3, 3) of the objective."""
-    present = predict(theta, points)
+    present = descent.present
     size = np.abs(present.residual)
 
     # First and second derivative of the Huber loss in log L: its own curvature near 0, plus `damping` times that of the
     # quadratic that bounds it from above. `- pull` stems from the curvature of the logarithm.
     pull = points.weight * np.clip(present.residual / delta, -1, 1)
     bounding = np.minimum(1.0, delta / np.maximum(size, delta))
-    stiffness = points.weight / delta * ((size <= delta) + damping[:, None] * bounding) - pull
+    stiffness = points.weight / delta * ((size <= delta) + descent.damping[:, None] * bounding) - pull
 
     # Derivatives of log L with respect to log beta, alpha and epsilon.
     share = present.reducible / present.loss
     slopes = (share, -points.log_n * share, 1.0 / present.loss)
     gradient = np.stack([np.einsum("km,km->k", pull, slope) for slope in slopes], axis=1)
 
-    curvature = np.empty((len(theta), 3, 3))
+    curvature = np.empty((len(gradient), 3, 3))
     for i, slope in enumerate(slopes):
         stiff = stiffness * slope
         for j in range(i + 1):
             curvature[:, i, j] = curvature[:, j, i] = np.einsum("km,km->k", stiff, slopes[j])
 
-    # Second derivatives of the law itself: only beta · n^-alpha bends, in log beta and alpha.
-    powers = np.stack([np.ones_like(points.log_n), -points.log_n, points.log_n**2])
-    bend = np.einsum("km,im->ki", pull * share, powers)
-    curvature[:, :2, :2] += bend[:, [[0, 1], [1, 2]]]
+    # Second derivatives of the law itself: only beta · n^-alpha bends, in log beta and alpha. Two of the three sums are
+    # those of the gradient.
+    curvature[:, 0, :2] += gradient[:, :2]
+    curvature[:, 1, 0] += gradient[:, 1]
+    curvature[:, 1, 1] += np.einsum("km,m->k", pull * share, points.log_n**2)
     return gradient, curvature
 
 

@@ -33,6 +33,9 @@ PASSES = (3e-2, 1e-2, 3e-3, 0.0, 0.0, 0.0)
 """Residuals above which losses count linearly, but at least `LawBounds.huber_delta`, one per reweighted pass; the pass
 before them is unweighted."""
 
+GROUP_DOMAINS = 256
+"""Domains that are fitted together: their arrays of 256 points, 0.5 MB each, stay in a core's cache."""
+
 MIN_DETERMINANT = 1e-14
 """Smallest determinant of the normal equations, relative to the product of their diagonal."""
 
@@ -92,10 +95,12 @@ def fit_laws(points: LossPoints, bounds: LawBounds, start: ScalingLaws) -> Scali
     """
     theta = np.full((len(points.log_loss), 3), np.nan)
     rows = np.flatnonzero((points.weight > 0).sum(axis=1) >= MIN_POINTS)
-    if len(rows):
-        chosen = points.take(rows)
-        initial = _better_laws(_search_grid(chosen, bounds), start.theta[rows], chosen, bounds)
-        theta[rows] = refine_laws(initial, chosen, bounds)
+    # Domains are independent of each other, so the size of a group changes no bit of a law.
+    for first in range(0, len(rows), GROUP_DOMAINS):
+        group = rows[first : first + GROUP_DOMAINS]
+        chosen = points.take(group)
+        initial = _better_laws(_search_grid(chosen, bounds), start.theta[group], chosen, bounds)
+        theta[group] = refine_laws(initial, chosen, bounds)
     return ScalingLaws(theta=theta)
 
 
@@ -130,6 +135,8 @@ class _AlphaGrid:
     """Shape (num_alphas,)."""
     powers: Floats
     """(n_last / n)^alpha; shape (num_alphas, num_points)."""
+    upper_squares: Floats
+    """The squares of the upper half of `powers`; those of the lower half are powers of the grid."""
     log_n_last: float
     bounds: LawBounds
 
@@ -137,7 +144,13 @@ class _AlphaGrid:
     def of(cls, points: LossPoints, bounds: LawBounds) -> "_AlphaGrid":
         alphas = bounds.max_alpha * np.arange(1, NUM_ALPHAS + 1) / NUM_ALPHAS
         powers = np.exp(np.outer(alphas, points.log_n[-1] - points.log_n))
-        return cls(alphas=alphas, powers=powers, log_n_last=float(points.log_n[-1]), bounds=bounds)
+        return cls(
+            alphas=alphas,
+            powers=powers,
+            upper_squares=powers[NUM_ALPHAS // 2 :] ** 2,
+            log_n_last=float(points.log_n[-1]),
+            bounds=bounds,
+        )
 
     @property
     def max_last(self) -> Floats:
@@ -149,10 +162,13 @@ def _least_squares(loss: Floats, weight: Floats, grid: _AlphaGrid) -> Floats:
     """Minimise sum weight · (law - loss)² over the laws of the grid, exactly for every alpha; (num_domains, 3)."""
     # Sums over points of the normal equations, with x = power(alpha) and y = loss.
     weighted_loss = weight * loss
+    x = np.einsum("km,am->ka", weight, grid.powers)
+    # Alphas are equally spaced from 0 on, so that the square of power k is power 2k.
+    xx = np.concatenate([x[:, 1::2], np.einsum("km,am->ka", weight, grid.upper_squares)], axis=1)
     sums = _NormalSums(
         one=weight.sum(axis=1)[:, None],
-        x=np.einsum("km,am->ka", weight, grid.powers),
-        xx=np.einsum("km,am->ka", weight, grid.powers**2),
+        x=x,
+        xx=xx,
         y=weighted_loss.sum(axis=1)[:, None],
         xy=np.einsum("km,am->ka", weighted_loss, grid.powers),
     )
