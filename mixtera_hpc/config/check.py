@@ -18,6 +18,7 @@ from mixtera_hpc.config.schema import (
     MixtureConfig,
     PlanConfig,
     RunConfig,
+    SweepConfig,
     TrainingConfig,
 )
 
@@ -70,6 +71,7 @@ def run_problems(config: Config) -> list[str]:
         *_validation(config),
         *_run(config.run),
         *_plan(config.plan),
+        *_sweep(config.sweep),
         *swarm_problems(config.swarm),
         *job_problems(config.job, config.cluster, config.environment),
         *script_problems(config),
@@ -225,6 +227,20 @@ def _plan(plan: PlanConfig) -> list[str]:
         *at_least("plan.first_step", plan.first_step, 0),
         *all_at_least("plan", plan, 1, ("steps",)),
     ]
+
+
+def _sweep(sweep: SweepConfig) -> list[str]:
+    if sweep.scaling == "weak" and sweep.batch_per_node is None:
+        return [
+            "sweep=weak multiplies dataplane.global_batch_size by job.nodes, which only mixtera-hpc sweep does. Use "
+            "it, or remove sweep=weak."
+        ]
+    if sweep.scaling != "weak" and sweep.batch_per_node is not None:
+        return [
+            f"sweep.batch_per_node is {sweep.batch_per_node}, but only a weak sweep has a batch per node. Remove it, "
+            "or add sweep=weak."
+        ]
+    return all_at_least("sweep", sweep, 1, ("batch_per_node",))
 
 
 def _workers(config: Config) -> list[str]:

@@ -17,7 +17,7 @@ from mixtera_hpc.config.job_shape import mpi_plugin, num_ranks, parse_time, pyth
 from mixtera_hpc.config.schema import ClusterConfig, Config
 from mixtera_hpc.config.yaml_files import dump_yaml
 
-__all__ = ["RANKS_WITH_OWN_LOG", "SbatchJob", "render_script", "render_template"]
+__all__ = ["RANKS_WITH_OWN_LOG", "SbatchJob", "escape_percent", "render_script", "render_template"]
 
 RANKS_WITH_OWN_LOG = 255
 """Jobs with more ranks write one labelled log per node, because shared file systems limit the number of files."""
@@ -134,7 +134,7 @@ def _fixed_flags(job: SbatchJob) -> dict[str, Any]:
 def _batch_log(job: SbatchJob) -> str:
     if job.folder is None:
         return "%x-%j.out"
-    return f"{_escape_percent(job.folder)}/attempts/{job.attempt:03d}/logs/batch.out"
+    return f"{escape_percent(job.folder)}/attempts/{job.attempt:03d}/logs/batch.out"
 
 
 def _gpu_flags(cluster: ClusterConfig) -> dict[str, Any]:
@@ -277,6 +277,6 @@ def _shipped_lines(name: str) -> list[str]:
     return (Path(__file__).parent / "batch" / name).read_text().rstrip("\n").split("\n")
 
 
-def _escape_percent(path: Path) -> str:
+def escape_percent(path: Path) -> str:
     """Double each %, which sbatch would expand in file names."""
     return str(path).replace("%", "%%")

@@ -16,7 +16,15 @@ from mixtera_hpc.launch.prepare import prepare_run, with_absolute_paths
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 from mixtera_hpc.launch.slurm.slurm_commands import SubmissionUnknownError, require_sbatch, sbatch
 
-__all__ = ["Submitted", "check_submittable", "missing_account_message", "script_text", "submit_attempt", "submit_run"]
+__all__ = [
+    "Submitted",
+    "check_submittable",
+    "missing_account_message",
+    "prepare_attempt",
+    "script_text",
+    "submit_attempt",
+    "submit_run",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +65,9 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
         LaunchError: See `submit_run`; or another process starts an attempt of this run at the same time.
     """
     check_submittable(config)
-    attempt = create_attempt(folder, after)
-    script = folder.submit_script(attempt)
-    script.write_text(render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt)))
+    attempt = prepare_attempt(folder, config, after)
     try:
-        job_id = sbatch(script)
+        job_id = sbatch(folder.submit_script(attempt))
     except SubmissionUnknownError:
         raise  # The job may run, and then it needs its folder.
     except LaunchError:
@@ -69,6 +75,14 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
         raise
     record_start(folder, attempt, JobRecord.slurm(config, job_id))
     return Submitted(folder=folder, attempt=attempt, job_id=job_id)
+
+
+def prepare_attempt(folder: RunFolder, config: Config, after: int | None = None) -> int:
+    """Create the next attempt of a run, write its batch script, and return its number; see `submit_attempt`."""
+    attempt = create_attempt(folder, after)
+    script = render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt))
+    folder.submit_script(attempt).write_text(script)
+    return attempt
 
 
 def script_text(config: Config, overrides: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ from mixtera_hpc.report.number_format import (
     format_duration,
     format_loss,
     format_percent,
-    format_seconds,
     format_share,
 )
 from mixtera_hpc.report.phrases import (
@@ -30,12 +29,11 @@ from mixtera_hpc.report.phrases import (
     stall_cells,
 )
 from mixtera_hpc.report.report_files import WrittenReport
-from mixtera_hpc.report.scaling import ScalingRow
 from mixtera_hpc.report.summary import DomainSummary, RunSummary
 from mixtera_hpc.report.timing.stage_limits import LIMIT_COLUMNS, limit_cells
 from mixtera_hpc.report.timing.stalls import STALL_COLUMNS
 
-__all__ = ["report_text", "scaling_text"]
+__all__ = ["report_text"]
 
 MAX_DOMAINS = 20
 """Number of domains in the table; the smaller ones share a row."""
@@ -61,30 +59,6 @@ def report_text(report: WrittenReport) -> RenderableType:
         commands.add_row(Text(f"  {command}", no_wrap=True, overflow="ignore"), Text(purpose, style="dim"))
     lines += ["", page, "", Text("Next commands", style="bold"), commands, ""]
     return Group(*lines)
-
-
-def scaling_text(rows: Sequence[ScalingRow]) -> RenderableType:
-    """Return a table with one row per run; pairs of times are median / p95."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    columns = ("run", "nodes", "ranks", "batch", "tokens/s", "per rank", "speed-up", "efficiency")
-    for column in (*columns, "step", "data wait", "broadcast", "wait for reduction"):
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            escape(f"{row.name}/{row.run_id}"),
-            format_count(row.nodes),
-            str(row.ranks),
-            format_count(row.global_batch_size, 4),
-            format_count(row.tokens_per_s),
-            format_count(row.tokens_per_s_per_rank),
-            f"{row.speedup:.2f} ×",
-            format_percent(row.efficiency),
-            _time_pair(row.step_p50_s, row.step_p95_s),
-            format_percent(row.data_wait_share),
-            _time_pair(row.broadcast_p50_s, row.broadcast_p95_s),
-            _time_pair(row.reduce_p50_s, row.reduce_p95_s),
-        )
-    return table
 
 
 def _numbers(summary: RunSummary, details: Sequence[tuple[str, str]]) -> Table:
@@ -203,10 +177,6 @@ def _domain_cells(domain: DomainSummary) -> list[str]:
         MISSING if domain.epochs is None else f"{domain.epochs:.2f}",
         _change(format_loss(domain.loss_first), format_loss(domain.loss_last)),
     ]
-
-
-def _time_pair(median: float | None, p95: float | None) -> str:
-    return f"{format_seconds(median)} / {format_seconds(p95)}"
 
 
 def _change(first: str, last: str) -> str:

@@ -13,7 +13,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, MixtureConfig
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.launch.attempts import read_end
-from mixtera_hpc.launch.sweep import SweepPlan, plan_configs
+from mixtera_hpc.launch.sweep.sweep_plan import SweepPlan, plan_configs
 from mixtera_hpc.swarm.mixture_file import static_mixture, written_weights
 from mixtera_hpc.swarm.proposal import mixture_within, uniform_mixture
 from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord

@@ -199,6 +199,45 @@ def test_a_sweep_over_nodes_gives_every_point_its_own_job(mixtera: Mixtera, runs
     assert "0 of 4 runs to submit" in again.stdout
 
 
+def test_a_task_of_an_array_continues_by_itself_and_is_cancelled_alone(mixtera: Mixtera, runs: Path) -> None:
+    """Three runs of one shape are one array. One is killed, one is cancelled while it waits, and one just ends."""
+    sweep = ["sweep", *words(20, 0.2), "dataplane.seed=0,1,2"]
+
+    submitted = [line.split() for line in mixtera(*sweep).stdout.splitlines() if "_" in line.partition("  ")[0]]
+
+    assert [job.partition("_")[2] for job, _ in submitted] == ["0", "1", "2"]
+    (_, ended), (killed_job, killed), (_, cancelled) = submitted
+    wait_for(lambda: (status_of(mixtera, killed)["step"] or 0) >= 1)
+    raw_id = subprocess.run(
+        ["squeue", "-h", "-j", killed_job, "-o", "%A"], capture_output=True, text=True
+    ).stdout.strip()
+    mixtera("cancel", cancelled)
+    subprocess.run(["pkill", "-KILL", "-f", f"{int(raw_id):05d}/slurm_script"], check=True)
+
+    states = wait_for(lambda: [status_of(mixtera, folder) for folder in (ended, killed, cancelled)], is_over)
+    assert [(state["state"], state["attempt"]) for state in states] == [
+        ("COMPLETED", 1),
+        ("COMPLETED", 2),
+        ("CANCELLED", 1),
+    ]
+
+
+def status_of(mixtera: Mixtera, folder: str) -> dict[str, Any]:
+    return dict(json.loads(mixtera("status", folder, "--json").stdout))
+
+
+def is_over(states: list[dict[str, Any]]) -> bool:
+    return all(state["state"] not in ("PENDING", "RUNNING", "UNKNOWN") for state in states)
+
+
+def wait_for(ask: Callable[[], Any], condition: Callable[[Any], bool] = bool) -> Any:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition(answer := ask()):
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.5)
+    return answer
+
+
 def wait_for_sweep(mixtera: Mixtera, num_points: int) -> list[dict[str, Any]]:
     deadline = time.monotonic() + LIMIT_S
     while True:

@@ -119,3 +119,19 @@ def test_a_requeued_job_is_another_attempt_of_its_run(mixtera: Mixtera, small: l
 
     verdict = json.loads(mixtera("trace", "small", "--verify", "--json").stdout)
     assert verdict["num_attempts"] == 2
+
+
+@pytest.mark.full
+def test_one_command_sweeps_nodes_and_writes_the_curve(mixtera: Mixtera, small: list[str], runs: Path) -> None:
+    points = [word for word in small if word != "job.nodes=2"]
+    sweep = ["sweep", *points, "sweep=strong", "job.nodes=1,2,4", "job.ranks_per_node=1", "--wait"]
+
+    first = mixtera(*sweep)
+
+    assert "efficiency" in first.stdout
+    files = runs / "small" / "scaling"
+    assert len((files / "scaling.csv").read_text().splitlines()) == 4
+    assert (files / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    again = mixtera(*sweep)
+    assert "3 of 3 done, nothing to submit." in again.stdout
+    assert len(list(runs.glob("small/*/config.yaml"))) == 3

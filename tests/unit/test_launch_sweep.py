@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.cli.main import main
-from mixtera_hpc.config.compose import load_config
-from mixtera_hpc.config.sweep import expand
-from mixtera_hpc.errors import ConfigError
+from mixtera_hpc.config.compose import compose, load_config
+from mixtera_hpc.config.composition.sweep_points import expand
+from mixtera_hpc.errors import ConfigError, LaunchError
 from mixtera_hpc.launch.attempts import ExitRecord, end_attempt
-from mixtera_hpc.launch.sweep import plan_sweep, submit_point
+from mixtera_hpc.launch.resume import amended_config
+from mixtera_hpc.launch.sweep.job_array import submit_point, submit_points
+from mixtera_hpc.launch.sweep.sweep_plan import plan_sweep
 
 MakeCommand = Callable[[str, str], Path]
 
@@ -32,6 +34,7 @@ def slurm(command: MakeCommand) -> Path:
     """Install a Slurm that accepts every job and knows none afterwards; return the log of sbatch calls."""
     command("squeue", "echo 'Invalid job id specified' >&2; exit 1")
     command("sacct", "exit 0")
+    command("scontrol", "echo 'MaxArraySize            = 3'")
     return command("sbatch", "echo $RANDOM")
 
 
@@ -78,6 +81,122 @@ def test_lanes_limit_how_many_jobs_run_at_a_time(usual: list[str]) -> None:
 
     assert [point.config.job.name for point in plan.points] == ["sweep.lane0", "sweep.lane1"] * 2
     assert {point.config.job.dependency for point in plan.points} == {"singleton"}
+
+
+@pytest.mark.slow
+def test_points_of_one_shape_are_tasks_of_arrays_of_the_size_that_slurm_allows(usual: list[str], slurm: Path) -> None:
+    plan = plan_sweep([*usual, "job.nodes=1,2", "dataplane.seed=0,1,2,3"])
+
+    submitted = list(submit_points(plan.due))
+
+    # Two shapes of four points each: an array of three tasks, and a single job.
+    assert [job.job_id.partition("_")[2] for job in submitted] == ["0", "1", "2", ""] * 2
+    scripts = [Path(line.split()[-1]) for line in slurm.read_text().splitlines()]
+    assert [script.name for script in scripts] == ["array.sh", "submit.sh"] * 2
+    array = scripts[2].read_text()
+    assert "#SBATCH --array=0-2\n" in array
+    assert "#SBATCH --nodes=2\n" in array
+    for number, job in enumerate(submitted[4:7]):
+        linked = scripts[2].with_name(f"{number}.sh").resolve()
+        assert linked == job.folder.submit_script(1).resolve()
+        assert scripts[2].with_name(f"{number}.out").readlink().parts[-4:] == ("attempts", "001", "logs", "batch.out")
+    assert {point.action for point in plan_sweep([*usual, "job.nodes=1,2", "dataplane.seed=0,1,2,3"]).points} == {
+        "active"
+    }
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_lane_run_one_at_a_time(usual: list[str], slurm: Path) -> None:
+    plan = plan_sweep([*usual, "dataplane.seed=0,1,2,3"], max_parallel=2)
+
+    list(submit_points(plan.due))
+
+    arrays = [Path(line.split()[-1]).read_text() for line in slurm.read_text().splitlines()]
+    for lane, array in enumerate(arrays):
+        for line in ("--array=0-1%1", f"--job-name=sweep.lane{lane}", "--dependency=singleton"):
+            assert f"#SBATCH {line}\n" in array
+    assert len(arrays) == 2
+
+
+@pytest.mark.slow
+def test_an_array_that_slurm_refuses_leaves_nothing(usual: list[str], slurm: Path, command: MakeCommand) -> None:
+    command("sbatch", "echo QOSMaxSubmitJob >&2; exit 1")
+    sweep = [*usual, "dataplane.seed=0,1,2"]
+
+    with pytest.raises(LaunchError, match="Slurm refused the job"):
+        list(submit_points(plan_sweep(sweep).due))
+
+    runs = plan_sweep(sweep).points[0].record.folder
+    assert [path.name for path in runs.rglob("*")] == ["sweep.jsonl", "arrays"]
+    assert {point.action for point in plan_sweep(sweep).points} == {"new"}
+
+
+def test_a_weak_sweep_multiplies_the_batch_by_the_nodes(usual: list[str]) -> None:
+    plan = plan_sweep([*usual, "sweep=weak", "job.nodes=1,2,4", "dataplane.global_batch_size=6"])
+
+    assert [point.config.dataplane.global_batch_size for point in plan.points] == [6, 12, 24]
+    assert {point.config.sweep.batch_per_node for point in plan.points} == {6}
+    assert plan.points[2].overrides[-2:] == ("sweep.batch_per_node=6", "dataplane.global_batch_size=24")
+    strong = plan_sweep([*usual, "sweep=strong", "job.nodes=1,2,4", "dataplane.global_batch_size=24"])
+    assert {point.config.dataplane.global_batch_size for point in strong.points} == {24}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep=strong"], "job.nodes has one value, 1"),
+        (["sweep=weak", "dataplane.seed=1,2"], "job.nodes has one value, 1"),
+        (
+            ["sweep=weak", "job.nodes=1,2", "dataplane.batch_schedule=[{start: 0, size: 8}, {start: 2, size: 16}]"],
+            "batch_schedule has sizes of its own",
+        ),
+    ],
+)
+def test_a_sweep_that_compares_nothing_is_refused(usual: list[str], words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_sweep([*usual, *words])
+
+
+def test_a_weak_batch_outside_of_a_sweep_is_refused(usual: list[str]) -> None:
+    with pytest.raises(ConfigError, match="which only mixtera-hpc sweep does"):
+        compose([*usual, "sweep=weak"])
+
+
+@pytest.mark.slow
+def test_a_run_of_a_weak_sweep_keeps_its_batch_on_other_nodes(usual: list[str], slurm: Path) -> None:
+    [point] = plan_sweep([*usual, "sweep=weak", "job.nodes=1,2", "dataplane.global_batch_size=4"]).points[1:]
+    folder = submit_point(point).folder
+
+    resumed = amended_config(folder, ["job.nodes=1"])
+
+    assert (resumed.job.nodes, resumed.dataplane.global_batch_size) == (1, 8)
+
+
+@pytest.mark.slow
+def test_the_record_names_the_runs_of_the_newest_sweep(usual: list[str], slurm: Path) -> None:
+    for values in ("0,1", "0,1,2"):
+        plan = plan_sweep([*usual, f"dataplane.seed={values}"])
+        plan.record()
+        plan.record()
+        list(submit_points(plan.due))
+
+    record = plan.points[0].record
+    sweep = record.newest_sweep()
+    assert sweep is not None
+    assert (sweep.swept, sweep.num_points, len(set(sweep.runs))) == (("dataplane.seed",), 3, 3)
+    assert sum("points" in line for line in record.path.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_submits_nothing(usual: list[str], slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = [*usual, "sweep=strong", "job.nodes=1,2,4", "dataplane.global_batch_size=8"]
+    for submitted in submit_points(plan_sweep(sweep).due):
+        end_attempt(submitted.folder, 1, ExitRecord(exit_code=0, elapsed_s=1))
+
+    assert main(["sweep", *sweep]) == 0
+
+    assert "3 of 3 done, nothing to submit." in capsys.readouterr().out
+    assert len(slurm.read_text().splitlines()) == 3
 
 
 @pytest.mark.slow
@@ -128,7 +247,7 @@ def test_a_refusal_by_slurm_names_how_many_jobs_were_submitted(
 ) -> None:
     command("sbatch", f'[ "$(wc -l <{slurm})" -le 1 ] && echo 7 || {{ echo QOSMaxSubmitJob >&2; exit 1; }}')
 
-    assert main(["sweep", *usual, "dataplane.seed=0,1,2"]) == 2
+    assert main(["sweep", *usual, "job.nodes=1,2,4"]) == 2
 
     assert "1 of 3 jobs were submitted; the same command submits the rest" in capsys.readouterr().err
-    assert [point.action for point in plan_sweep([*usual, "dataplane.seed=0,1,2"]).points] == ["active", "new", "new"]
+    assert [point.action for point in plan_sweep([*usual, "job.nodes=1,2,4"]).points] == ["active", "new", "new"]

@@ -7,7 +7,7 @@ import pytest
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.report.projection import project_run
 from mixtera_hpc.report.run_metrics import load_run_metrics
-from mixtera_hpc.report.scaling import scaling_table
+from mixtera_hpc.report.scaling.scaling_table import scaling_table
 from mixtera_hpc.report.summary import summarize_run
 
 RunMaker = Callable[..., RunFolder]

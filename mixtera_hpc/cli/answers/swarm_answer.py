@@ -17,7 +17,7 @@ from mixtera_hpc.config.schema import SwarmConfig
 from mixtera_hpc.errors import ConfigError, DataError, LaunchError, pluralize
 from mixtera_hpc.launch.attempts import start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
-from mixtera_hpc.launch.sweep import SweepPoint, record_point
+from mixtera_hpc.launch.sweep.sweep_plan import SweepPoint
 from mixtera_hpc.swarm.mixture_file import mixture_text, static_mixture
 from mixtera_hpc.swarm.swarm_fit import SwarmFit, fit_swarm
 from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
@@ -116,7 +116,7 @@ def _train(point: SweepPoint) -> int:
     def prepare(num_ranks: int) -> Attempt:
         run = prepare_run(point.config, point.overrides, datetime.now(UTC))
         attempt = Attempt(folder=run, number=start_local_attempt(run, point.config, ranks=num_ranks))
-        record_point(point, run)
+        point.record.add_run(point.fingerprint, run.run_id, point.overrides)
         return attempt
 
     return run_attempt(point.config.dataplane.comm, prepare)

@@ -6,7 +6,6 @@ Every step is a command that a user would type. The demo prints each command bef
 import itertools
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -19,6 +18,7 @@ from mixtera_hpc.cli.demo_corpus import collect, write_corpus
 from mixtera_hpc.cli.safe_output import terminal
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.launch.sweep.local_points import find_mpiexec
 from mixtera_hpc.tokens.bpe_training import train_bpe
 from mixtera_hpc.tokens.tokenizer import GigatokenTokenizer, HuggingFaceTokenizer, check_same_encoding
 
@@ -95,7 +95,7 @@ def _train_and_report(overrides: Sequence[str]) -> int:
     num_steps = config.training.num_steps
     run_id = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-demo")
     folder = RunFolder(Path(config.run.root) / config.run.name / run_id)
-    first, second = RANKS if _mpiexec() else (1, 1)
+    first, second = RANKS if find_mpiexec() else (1, 1)
 
     _print_title(6, f"Train: {first} ranks, until half of {num_steps} steps")
     stop_after = max(num_steps // 2, 1)
@@ -120,18 +120,12 @@ def _run_verb(words: list[str]) -> int:
 
 def _run_ranks(num_ranks: int, words: list[str]) -> int:
     """Run a verb on every rank and return the launcher's exit code."""
-    mpiexec = _mpiexec()
+    mpiexec = find_mpiexec()
     prefix = [mpiexec, "-n", str(num_ranks)] if mpiexec is not None and num_ranks > 1 else []
     shown = [Path(word).name if word == mpiexec else word for word in prefix]
     _print_line(f"$ {shlex.join([*shown, 'mixtera-hpc', *words])}")
     command = [*prefix, sys.executable, "-u", "-m", "mixtera_hpc", *words]
     return subprocess.run(command, check=False).returncode
-
-
-def _mpiexec() -> str | None:
-    """Return the mpiexec of this Python environment, else the one on PATH; None if there is neither."""
-    beside_python = Path(sys.executable).with_name("mpiexec")
-    return str(beside_python) if beside_python.exists() else shutil.which("mpiexec")
 
 
 def _print_title(number: int, text: str) -> None:

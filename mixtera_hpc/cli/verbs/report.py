@@ -6,10 +6,9 @@ from pathlib import Path
 
 from mixtera_hpc.cli.console import open_console, print_json
 from mixtera_hpc.cli.run_arguments import add_root_argument, find_run_named
-from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.config.run_folder import RunFolder, runs_root
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.report.run_metrics import load_run_metrics
-from mixtera_hpc.report.scaling import scaling_table
 from mixtera_hpc.report.summary import summarize_run
 
 __all__ = ["arguments", "run"]
@@ -19,7 +18,9 @@ def arguments(parser: ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run id, name or folder; a name means its newest run")
     parser.add_argument(
-        "--scaling", action="store_true", help="print one table that compares the throughput of the runs"
+        "--scaling",
+        action="store_true",
+        help="compare the throughput of the runs, or of all runs of a sweep if one RUN names it: table, CSV and PNG",
     )
     parser.add_argument(
         "--compare", action="store_true", help="write one page that compares the losses and mixtures of the runs"
@@ -38,16 +39,18 @@ def arguments(parser: ArgumentParser) -> None:
 Examples:
   mixtera-hpc report demo
   mixtera-hpc report nodes1 nodes2 nodes4 --scaling
+  mixtera-hpc report my_sweep --scaling
   mixtera-hpc report demo-s200-code demo-s200-prose --compare"""
 
 
 def run(args: Namespace) -> int:
     """Print or write the reports."""
+    if args.scaling and not args.compare:
+        _compare_scaling(args)
+        return 0
     folders = [find_run_named(name, args) for name in args.runs]
     if args.compare:
         _write_comparison(folders, args)
-    elif args.scaling:
-        _print_scaling(folders, args.json)
     elif args.json:
         for folder in folders:
             print_json(summarize_run(load_run_metrics(folder)))
@@ -56,16 +59,17 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _print_scaling(folders: Sequence[RunFolder], as_json: bool) -> None:
-    rows = scaling_table([load_run_metrics(folder) for folder in folders])
-    if as_json:
-        for row in rows:
-            print_json(row)
-        return
-    # Imported here because it imports matplotlib, which takes half a second.
-    from mixtera_hpc.report.terminal import scaling_text
+def _compare_scaling(args: Namespace) -> None:
+    # Imported here because it imports numpy, which takes longer than `--help` may take.
+    from mixtera_hpc.cli.answers.scaling_answer import compare_runs, compare_sweep, find_sweep
 
-    open_console().print(scaling_text(rows))
+    sweep = find_sweep(args.runs[0], args.root or runs_root()) if len(args.runs) == 1 else None
+    if sweep is not None:
+        compare_sweep(sweep, args.out, as_json=args.json)
+        return
+    folders = [find_run_named(name, args) for name in args.runs]
+    runs = [load_run_metrics(folder) for folder in folders]
+    compare_runs(runs, args.out or folders[0].report, as_json=args.json)
 
 
 def _write_comparison(folders: Sequence[RunFolder], args: Namespace) -> None:

@@ -14,6 +14,7 @@ from mixtera_hpc.config.schema.mixture import DomainConfig, MixtureConfig, Sched
 from mixtera_hpc.config.schema.query import HoldoutConfig, QueryConfig
 from mixtera_hpc.config.schema.run import PlanConfig, RunConfig, TrackConfig
 from mixtera_hpc.config.schema.swarm import SwarmConfig
+from mixtera_hpc.config.schema.sweep import SweepConfig
 from mixtera_hpc.config.schema.training import CheckpointConfig, TrainingConfig
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "ScheduleConfig",
     "StageConfig",
     "SwarmConfig",
+    "SweepConfig",
     "TrackConfig",
     "TrainingConfig",
 ]
@@ -72,6 +74,8 @@ class Config:
     """What the nodes of a cluster look like, and how ranks are started on them."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     """Where the ranks of a job find Python and its packages."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """What `mixtera-hpc sweep` compares."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """What `mixtera-hpc plan` prints."""
     swarm: SwarmConfig = field(default_factory=SwarmConfig)

@@ -21,6 +21,7 @@ __all__ = [
     "JobState",
     "SlurmTimeoutError",
     "SubmissionUnknownError",
+    "max_array_size",
     "query_jobs",
     "require_sbatch",
     "sbatch",
@@ -117,11 +118,16 @@ def require_sbatch() -> None:
         )
 
 
-def sbatch(script: Path) -> str:
-    """Submit `script` and return the job id. A transient error of Slurm is tried again.
+def sbatch(script: Path, otherwise: str | None = None) -> str:
+    """Submit `script` and return the job id, or that of the array. A transient error of Slurm is tried again.
 
     After an error that does not say whether Slurm accepted the job, the job is looked up in the queue by its script, so
     that no script is submitted twice.
+
+    Args:
+        script: The batch script.
+        otherwise: What the user does if an error leaves open whether Slurm accepted the job, and it is not in the
+            queue. None: the script is that of an attempt, whose run is resumed.
 
     Raises:
         SubmissionUnknownError: Slurm may have accepted the job, and it does not answer now.
@@ -129,7 +135,7 @@ def sbatch(script: Path) -> str:
     """
     require_sbatch()
     for delay_s in (*RETRY_DELAYS_S, None):
-        problem = _try_sbatch(script)
+        problem = _try_sbatch(script, otherwise)
         if problem.job_id is not None:
             return problem.job_id
         if not problem.is_transient or delay_s is None:
@@ -148,7 +154,7 @@ class _SbatchResult:
     is_transient: bool = False
 
 
-def _try_sbatch(script: Path) -> _SbatchResult:
+def _try_sbatch(script: Path, otherwise: str | None) -> _SbatchResult:
     try:
         done = _run(["sbatch", "--parsable", str(script)])
         error = done.stderr.strip().removeprefix("sbatch: error: ")
@@ -163,8 +169,8 @@ def _try_sbatch(script: Path) -> _SbatchResult:
     except LaunchError as unknown:
         raise SubmissionUnknownError(
             f"sbatch failed with {error!r}, and the queue cannot be read, so the job may or may not wait there.\n"
-            f"  When Slurm answers again, look for {script} with squeue --me --format='%i %o'. Without a job, use\n"
-            f"  mixtera-hpc resume {script.parents[2]}"
+            f"  When Slurm answers again, look for {script} with squeue --me --format='%i %o'. Without a job,\n"
+            f"  {otherwise or f'use mixtera-hpc resume {script.parents[2]}'}"
         ) from unknown
     return _SbatchResult(job_id=job_id, error=error, is_transient=True)
 
@@ -177,8 +183,21 @@ def _queued_job(script: Path) -> str | None:
     for line in done.stdout.splitlines():
         job_id, _, command = line.partition("|")
         if command == str(script):
-            return job_id
+            return job_id.partition("_")[0]  # Tasks of an array are named ARRAY_TASK.
     return None
+
+
+def max_array_size() -> int:
+    """Return the largest number of tasks of a job array; 1 if Slurm has no arrays, or does not say.
+
+    Task numbers begin with 0, and Slurm accepts numbers below its `MaxArraySize`.
+    """
+    try:
+        done = _run(["scontrol", "show", "config"])
+    except LaunchError:
+        return 1
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    return max(int(match.group(1)), 1) if match else 1
 
 
 def scancel(job_ids: Sequence[str]) -> None:
@@ -211,7 +230,9 @@ def query_jobs(job_ids: Iterable[str]) -> dict[str, JobInfo]:
 
 
 def _squeue(ids: Sequence[str]) -> dict[str, JobInfo]:
-    done = _run(["squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%D|%M|%l"])
+    done = _run(
+        ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%r|%D|%M|%l"]
+    )
     if done.returncode:
         if "Invalid job id" in done.stderr:
             return {}

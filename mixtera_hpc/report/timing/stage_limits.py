@@ -26,6 +26,12 @@ MAX_WAIT_SHARE = 0.01
 MIN_SECONDS = 1e-9
 """Lower bound of a divisor that is a duration."""
 
+MIN_WAIT_SHARE = 0.05
+"""Shorter waits for a reduction, as a share of the trainer's time, do not limit the throughput."""
+
+MAX_HEADROOM = 1000
+"""Headroom above this is not told apart."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLimit:
@@ -57,8 +63,8 @@ def stage_limits(metrics: RunMetrics) -> tuple[StageLimit, ...]:
     - reading: `read`, `decode`, `tokenize` and `pack`, divided by the reading processes of a rank.
     - planning and broadcast: the time per chunk, divided by the steps of a chunk. Rank 0 tests broadcasts only when it
       asks for a batch, so the limit of the broadcast is a lower bound.
-    - reduction: it overlaps with the next step. If it was waited for, it takes a step of the trainer plus this wait;
-      otherwise its time is not known, and it is left out.
+    - reduction: it overlaps with the next step. If more than 5 % of a step were waited for it, it takes a step of the
+      trainer plus this wait; otherwise its time is not known, and it is left out.
     """
     stage_seconds = _seconds_of_stages(metrics)
     work = _work_per_step(metrics)
@@ -100,7 +106,7 @@ def limit_cells(limit: StageLimit, unit: str = "tokens") -> tuple[str, ...]:
         format_seconds(limit.seconds),
         f"{format_count(limit.measured)} {unit}/s",
         f"{format_count(limit.limit)} {unit}/s",
-        f"{format_count(limit.headroom)} ×",
+        f"> {MAX_HEADROOM:,} ×" if limit.headroom > MAX_HEADROOM else f"{limit.headroom:.2f} ×",
         "binds" if limit.binds else "",
     )
 
@@ -119,12 +125,13 @@ def _seconds_of_stages(metrics: RunMetrics) -> dict[str, float]:
     reading_s = sum(mean(steps.stage_s[stage]) for stage in READING)
     dataplane = metrics.config.get("dataplane", {})
     chunk_steps = max(int(dataplane.get("chunk_steps") or 1), 1)
+    is_waited_for = reduce_wait_s > MIN_WAIT_SHARE * trainer_s
     seconds = {
         "trainer": trainer_s,
         "reading": reading_s / max(int(dataplane.get("workers") or 1), 1),
         "planning": _mean_seconds(metrics.comm.plan) / chunk_steps,
         "broadcast": _mean_seconds(metrics.comm.broadcast) / chunk_steps,
-        "reduction": trainer_s + reduce_wait_s if reduce_wait_s > 0 else 0.0,
+        "reduction": trainer_s + reduce_wait_s if is_waited_for else 0.0,
     }
     return {stage: value for stage, value in seconds.items() if value > 0}
 

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from mixtera_hpc.config.composition.override_words import is_text_key, sweep_values
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["expand"]
+__all__ = ["expand", "swept_keys"]
+
+
+def swept_keys(overrides: Sequence[str]) -> list[str]:
+    """Return the keys of the overrides that list several values.
+
+    Raises:
+        ConfigError: see `expand`.
+    """
+    return [word.partition("=")[0].lstrip("+") for word in overrides if len(_values(word)) > 1]
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:

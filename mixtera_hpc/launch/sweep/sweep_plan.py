@@ -1,7 +1,7 @@
-"""Submit one run per combination of values, each as a separate job: array tasks could not differ in nodes.
+"""The points of a sweep, and what submitting it now would do with each.
 
-`<runs>/<name>/sweep.jsonl` records what was submitted, with a fingerprint of what each point trains on and where.
-A repeated sweep therefore skips finished, pending and running points, and continues the others.
+Each point is a run. A digest of what it trains on and where identifies it, so a repeated sweep skips finished, pending
+and running points, and continues the others.
 """
 
 import hashlib
@@ -12,23 +12,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mixtera_hpc.config.compose import compose
-from mixtera_hpc.config.convert import to_plain
-from mixtera_hpc.config.files.json_text import parse_json
+from mixtera_hpc.config.check import check_run
+from mixtera_hpc.config.compose import compose, compose_plain
+from mixtera_hpc.config.composition.sweep_points import expand, swept_keys
+from mixtera_hpc.config.convert import from_plain, to_plain
 from mixtera_hpc.config.job_shape import parse_time
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
-from mixtera_hpc.config.sweep import expand
-from mixtera_hpc.errors import LaunchError
-from mixtera_hpc.launch.prepare import replace_config, with_absolute_paths
+from mixtera_hpc.errors import ConfigError, LaunchError
+from mixtera_hpc.launch.prepare import with_absolute_paths
 from mixtera_hpc.launch.slurm.slurm_commands import JobState
 from mixtera_hpc.launch.status import run_statuses
-from mixtera_hpc.launch.submit import Submitted, submit_attempt, submit_run
+from mixtera_hpc.launch.sweep.sweep_record import SweepRecord
 
-__all__ = ["SweepPlan", "SweepPoint", "plan_configs", "plan_sweep", "record_point", "submit_point"]
+__all__ = ["SweepPlan", "SweepPoint", "plan_configs", "plan_sweep"]
 
 IDENTITY_GROUPS = ("data", "index", "query", "mixture", "dataplane", "training", "checkpoint")
 """The config groups whose values identify a point."""
+
+SCALE_KEYS = ("job.nodes", "job.ranks_per_node")
+"""The keys that a scaling sweep varies."""
 
 Action = Literal["new", "continue", "finished", "active"]
 """What submitting the sweep does with a point: `continue` resumes its run; a finished or active point is skipped."""
@@ -44,6 +47,11 @@ class SweepPoint:
     action: Action
     folder: RunFolder | None = None
     """The folder of the run that was submitted for this point before."""
+
+    @property
+    def record(self) -> SweepRecord:
+        """The record of the point's run name."""
+        return SweepRecord(Path(self.config.run.root) / self.config.run.name)
 
     @property
     def node_hours(self) -> float:
@@ -64,11 +72,18 @@ class SweepPlan:
     """All points of a sweep, and what submitting it now would do with each."""
 
     points: tuple[SweepPoint, ...]
+    swept: tuple[str, ...]
+    """The keys that have several values."""
 
     @property
     def due(self) -> list[SweepPoint]:
         """The points to submit."""
         return [point for point in self.points if point.action in ("new", "continue")]
+
+    @property
+    def num_finished(self) -> int:
+        """Number of points whose runs are complete."""
+        return sum(point.action == "finished" for point in self.points)
 
     @property
     def node_hours(self) -> float:
@@ -80,6 +95,14 @@ class SweepPlan:
         """Upper bound of the node hours if one job completes each run."""
         return sum(point.node_hours_of_one_job for point in self.points)
 
+    def record(self) -> None:
+        """Record which points belong together, for the comparison of their runs."""
+        by_name: dict[SweepRecord, list[SweepPoint]] = {}
+        for point in self.points:
+            by_name.setdefault(point.record, []).append(point)
+        for record, points in by_name.items():
+            record.add_sweep([point.fingerprint for point in points], self.swept, points[0].config.sweep.scaling)
+
 
 def plan_sweep(overrides: Sequence[str], max_parallel: int | None = None) -> SweepPlan:
     """Compose and check every point, and look up the run that was submitted for it before.
@@ -90,12 +113,18 @@ def plan_sweep(overrides: Sequence[str], max_parallel: int | None = None) -> Swe
     Raises:
         ConfigError: A point does not compose or fails a check.
     """
-    combinations = expand(overrides)
-    return plan_configs([compose(point) for point in combinations], combinations, max_parallel)
+    swept = swept_keys(overrides)
+    composed = [_compose_point(point) for point in expand(overrides)]
+    configs = [config for _, config in composed]
+    _check_scale(configs, swept)
+    return plan_configs(configs, [words for words, _ in composed], max_parallel, swept)
 
 
 def plan_configs(
-    configs: Sequence[Config], combinations: Sequence[Sequence[str]], max_parallel: int | None = None
+    configs: Sequence[Config],
+    combinations: Sequence[Sequence[str]],
+    max_parallel: int | None = None,
+    swept: Sequence[str] = (),
 ) -> SweepPlan:
     """Look up the runs that were submitted for composed points before; see `plan_sweep`.
 
@@ -103,6 +132,7 @@ def plan_configs(
         configs: The points.
         combinations: The overrides of each point.
         max_parallel: Jobs at a time.
+        swept: The keys that have several values.
     """
     configs = [with_absolute_paths(config) for config in configs]
     previous = _previous_runs(configs)
@@ -119,22 +149,38 @@ def plan_configs(
         points.append(
             SweepPoint(config=config, overrides=tuple(point), fingerprint=fingerprint, action=action, folder=folder)
         )
-    return SweepPlan(points=tuple(points))
+    return SweepPlan(points=tuple(points), swept=tuple(swept))
 
 
-def submit_point(point: SweepPoint) -> Submitted:
-    """Submit one point that is due, and record it.
+def _compose_point(point: Sequence[str]) -> tuple[list[str], Config]:
+    """Return the overrides of a point and its configuration, checked; in a weak sweep with the batch of all its nodes.
 
-    Raises:
-        LaunchError: See `submit_run`.
+    The product is an override of its own, so that a run that is resumed on other nodes keeps its batch.
     """
-    if point.folder is None:
-        submitted = submit_run(point.config, point.overrides)
-        record_point(point, submitted.folder)
-        return submitted
-    config = replace(point.config, run=replace(point.config.run, id=point.folder.run_id))
-    replace_config(point.folder, to_plain(config), point.overrides)
-    return submit_attempt(point.folder, config)
+    config = from_plain(Config, compose_plain(point))
+    if config.sweep.scaling != "weak" or config.sweep.batch_per_node is not None:
+        check_run(config)
+        return list(point), config
+    if config.dataplane.batch_schedule:
+        raise ConfigError(
+            "sweep=weak multiplies dataplane.global_batch_size by job.nodes, but dataplane.batch_schedule has sizes of "
+            "its own.\n  Remove the schedule, or use sweep=strong."
+        )
+    batch = config.dataplane.global_batch_size
+    computed = {"sweep.batch_per_node": batch, "dataplane.global_batch_size": batch * config.job.nodes}
+    others = [word for word in point if word.partition("=")[0] not in computed]
+    words = [*others, *(f"{key}={value}" for key, value in computed.items())]
+    return words, compose(words)
+
+
+def _check_scale(configs: Sequence[Config], swept: Sequence[str]) -> None:
+    """Refuse a scaling sweep in which neither nodes nor ranks vary."""
+    scaling = configs[0].sweep.scaling
+    if scaling != "none" and not set(SCALE_KEYS).intersection(swept):
+        raise ConfigError(
+            f"sweep={scaling} compares numbers of nodes, but job.nodes has one value, {configs[0].job.nodes}.\n"
+            "  Give several, for example job.nodes=1,2,4."
+        )
 
 
 def _in_lane(config: Config, lane: int) -> Config:
@@ -145,20 +191,8 @@ def _in_lane(config: Config, lane: int) -> Config:
 def _previous_runs(configs: Sequence[Config]) -> dict[str, tuple[RunFolder | None, Action]]:
     """Return the latest run of each fingerprint, and what submitting the sweep does with it."""
     folders: dict[str, RunFolder] = {}
-    for path in sorted({_record_path(config) for config in configs}):
-        lines = path.read_text().splitlines() if path.is_file() else []
-        for line in lines:
-            try:
-                entry = parse_json(line)
-                folder = RunFolder(path.parent / entry["run_id"])
-                fingerprint = entry["fingerprint"]
-            except (ValueError, KeyError, TypeError):
-                raise LaunchError(
-                    f"{path} has a damaged line, {line[:60]!r}, so it does not say what was submitted before.\n"
-                    "  Remove the line; the run that it named, if any, may be submitted again."
-                ) from None
-            if folder.config.exists():
-                folders[fingerprint] = folder
+    for folder in sorted({Path(config.run.root) / config.run.name for config in configs}):
+        folders.update(SweepRecord(folder).runs())
 
     statuses = run_statuses(list(folders.values()), datetime.now(UTC))
     unknown = [status for status in statuses if status.may_be_active]
@@ -187,14 +221,3 @@ def _fingerprint(config: Config) -> str:
     identity["where"] = [config.run.name, config.cluster.name, config.job.nodes, config.job.ranks_per_node]
     identity["command"] = config.job.command
     return hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def record_point(point: SweepPoint, folder: RunFolder) -> None:
-    """Record the run of a point, so that a repeated sweep finds it."""
-    entry = {"fingerprint": point.fingerprint, "run_id": folder.run_id, "overrides": list(point.overrides)}
-    with _record_path(point.config).open("a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def _record_path(config: Config) -> Path:
-    return Path(config.run.root) / config.run.name / "sweep.jsonl"

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mixtera_hpc.report.run_metrics import RunMetrics
+from mixtera_hpc.report.scaling.run_groups import check_comparable, group_runs
 from mixtera_hpc.report.summary import RunPerformance, RunSummary, summarize_run
+from mixtera_hpc.report.timing.stage_limits import StageLimit, stage_limits
 
 __all__ = ["ScalingRow", "scaling_table"]
 
@@ -15,6 +17,8 @@ class ScalingRow:
 
     name: str
     run_id: str
+    group: str
+    """Values of the swept keys other than the scale, as `dataplane.seed=1`; empty if there are none."""
     nodes: int | None
     ranks: int
     global_batch_size: int | None
@@ -32,25 +36,44 @@ class ScalingRow:
     broadcast_p95_s: float | None
     reduce_p50_s: float | None
     reduce_p95_s: float | None
+    limits: tuple[StageLimit, ...]
+    """What each stage could sustain, the lowest limit first."""
+
+    @property
+    def binding_stage(self) -> str:
+        """The stage that limits the throughput."""
+        return next(limit.stage for limit in self.limits if limit.binds)
 
 
-def scaling_table(runs: Sequence[RunMetrics]) -> list[ScalingRow]:
-    """Return one row per run, fewest ranks first.
+def scaling_table(runs: Sequence[RunMetrics], swept: Sequence[str] = ()) -> list[ScalingRow]:
+    """Return one row per run, fewest ranks first, group by group.
 
-    The first row is the reference: of the runs with the fewest ranks, the slowest.
+    The first row of a group is its reference: of the runs with the fewest ranks, the slowest.
+
+    Args:
+        runs: the runs.
+        swept: the keys of a sweep that have several values. Runs with other values than those of the scale form groups.
+
+    Raises:
+        ConfigError: runs of one group differ in more than the scale.
     """
-    pairs = [(summarize_run(metrics), metrics) for metrics in runs]
-    pairs.sort(key=lambda pair: (pair[0].performance.num_ranks, pair[0].performance.tokens_per_s))
-    reference = pairs[0][0].performance
-    return [_scaling_row(summary, metrics, reference) for summary, metrics in pairs]
+    rows: list[ScalingRow] = []
+    for group, members in group_runs(runs, swept).items():
+        check_comparable(members)
+        pairs = [(summarize_run(metrics), metrics) for metrics in members]
+        pairs.sort(key=lambda pair: (pair[0].performance.num_ranks, pair[0].performance.tokens_per_s))
+        reference = pairs[0][0].performance
+        rows += [_scaling_row(group, summary, metrics, reference) for summary, metrics in pairs]
+    return rows
 
 
-def _scaling_row(summary: RunSummary, metrics: RunMetrics, reference: RunPerformance) -> ScalingRow:
+def _scaling_row(group: str, summary: RunSummary, metrics: RunMetrics, reference: RunPerformance) -> ScalingRow:
     performance = summary.performance
     speedup = performance.tokens_per_s / max(reference.tokens_per_s, 1e-9)
     return ScalingRow(
         name=summary.name,
         run_id=summary.run_id,
+        group=group,
         nodes=performance.num_nodes,
         ranks=performance.num_ranks,
         global_batch_size=metrics.config.get("dataplane", {}).get("global_batch_size"),
@@ -66,4 +89,5 @@ def _scaling_row(summary: RunSummary, metrics: RunMetrics, reference: RunPerform
         broadcast_p95_s=performance.broadcast_p95_s,
         reduce_p50_s=performance.reduce_p50_s,
         reduce_p95_s=performance.reduce_p95_s,
+        limits=stage_limits(metrics),
     )

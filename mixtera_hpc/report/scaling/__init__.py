@@ -1,0 +1,1 @@
+"""Scaling: throughput against the number of ranks, its files, and a model of larger jobs."""

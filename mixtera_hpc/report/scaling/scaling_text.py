@@ -1,0 +1,56 @@
+"""The comparison of runs as text for a terminal."""
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from mixtera_hpc.report.number_format import format_count, format_percent, format_seconds
+from mixtera_hpc.report.scaling.scaling_table import ScalingRow
+from mixtera_hpc.report.timing.stage_limits import LIMIT_COLUMNS, limit_cells
+
+__all__ = ["limits_text", "scaling_text"]
+
+COLUMNS = ("run", "nodes", "ranks", "batch", "tokens/s", "per rank", "speed-up", "efficiency", "step", "data wait")
+
+
+def scaling_text(rows: Sequence[ScalingRow]) -> RenderableType:
+    """Return a table with one row per run; pairs of times are median / p95."""
+    grouped = any(row.group for row in rows)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in (*COLUMNS, "broadcast", "wait for reduction", *(("point",) if grouped else ())):
+        table.add_column(column, justify="left" if column in ("run", "point") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            escape(f"{row.name}/{row.run_id}"),
+            format_count(row.nodes),
+            str(row.ranks),
+            format_count(row.global_batch_size, 4),
+            format_count(row.tokens_per_s),
+            format_count(row.tokens_per_s_per_rank),
+            f"{row.speedup:.2f} ×",
+            format_percent(row.efficiency),
+            _time_pair(row.step_p50_s, row.step_p95_s),
+            format_percent(row.data_wait_share),
+            _time_pair(row.broadcast_p50_s, row.broadcast_p95_s),
+            _time_pair(row.reduce_p50_s, row.reduce_p95_s),
+            *((escape(row.group),) if grouped else ()),
+        )
+    return table
+
+
+def limits_text(rows: Sequence[ScalingRow]) -> RenderableType:
+    """Return what limits the throughput of each run: its stages, the lowest limit first."""
+    title = "Limits: the rate that each stage could sustain alone; the lowest one binds"
+    table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+    for column in ("ranks", *LIMIT_COLUMNS):
+        table.add_column(column, justify="left" if column in ("stage", "") else "right", no_wrap=True)
+    for row in rows:
+        for number, limit in enumerate(row.limits):
+            table.add_row(str(row.ranks) if number == 0 else "", *limit_cells(limit))
+    return Group("", table)
+
+
+def _time_pair(median: float | None, p95: float | None) -> str:
+    return f"{format_seconds(median)} / {format_seconds(p95)}"
