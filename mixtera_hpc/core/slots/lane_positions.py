@@ -73,14 +73,20 @@ class ServedRanges(NamedTuple):
         count[at_end] = np.where(lane == lanes - 1, size, 0)[at_end]
         return self.first[number] + distance, count, np.where(at_end, 1, lanes)
 
-    def all_positions(self, lanes: int, golden_step: int, positions: slice) -> Slots:
-        """Return the sequences at some positions of the only step, from all its sequences."""
+    def all_positions(self, lanes: int, golden_step: int, positions: Sequence[slice]) -> list[Slots]:
+        """Return the sequences at some positions of every step, from all sequences of the steps."""
         number = _count_up(self.size)
         turn = np.repeat(self.turn, self.size)
         lane = np.where(turn == END_OF_EPOCH, lanes - 1, (turn + number) * golden_step % lanes)
-        chosen = sort_by_lane(lane, lanes)[positions]
         domain = np.repeat(self.domain.astype(np.int32), self.size)
-        return Slots(domain=domain[chosen], ordinal=(np.repeat(self.first, self.size) + number)[chosen])
+        ordinal = np.repeat(self.first, self.size) + number
+        sequences = np.bincount(self.step, self.size, len(positions)).astype(np.int64)
+        borders = np.cumsum(np.append(0, sequences)).tolist()
+        slots = []
+        for (begin, end), own in zip(pairwise(borders), positions, strict=True):
+            chosen = begin + sort_by_lane(lane[begin:end], lanes)[own]
+            slots.append(Slots(domain=domain[chosen], ordinal=ordinal[chosen]))
+        return slots
 
 
 def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, positions: Sequence[slice]) -> list[Slots]:
@@ -116,8 +122,7 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, posi
     num_ranges = np.diff(range_ends)
     if int((num_lanes * num_ranges[step]).sum()) > int(size.sum()):
         # Many lanes of many domains: expanding the batches costs less.
-        each = [ServedRanges(*(column[a:b] for column in ranges)) for a, b in pairwise(range_ends.tolist())]
-        return [of_step.all_positions(lanes, golden_step, own) for of_step, own in zip(each, positions, strict=True)]
+        return ranges.all_positions(lanes, golden_step, positions)
     part = np.repeat(np.arange(len(parts)), num_lanes)
     lane = first_lane[part] + _count_up(num_lanes)
     per_row = num_ranges[step[part]]
@@ -149,4 +154,6 @@ def sort_by_lane(lane: Ints, lanes: int) -> NDArray[np.intp]:
     """
     # Small integers are sorted by their digits, in linear time.
     key = lane.astype(np.uint16) if lanes < 1 << 16 else lane
-    return np.roll(np.argsort(key, kind="stable"), -(len(lane) // (2 * lanes)))
+    order = np.argsort(key, kind="stable")
+    shift = len(lane) // (2 * lanes)
+    return np.concatenate([order[shift:], order[:shift]])

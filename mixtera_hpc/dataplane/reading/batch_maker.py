@@ -193,22 +193,9 @@ class BatchMaker:
         """Copy stored tokens to the sequences of each step."""
         first_rows = np.cumsum([0, *(len(content.domain_ids) for content in steps)])
         documents = self._documents_of(sequences)
-        rows = first_rows[sequences.step_index] + sequences.row
-        stored = self._reader.read_sequences(documents, rows, (int(first_rows[-1]), self._source.grid.length))
-        batches = []
-        for step_index, content in enumerate(steps):
-            own = slice(int(first_rows[step_index]), int(first_rows[step_index + 1]))
-            batches.append(
-                self._batch(
-                    plan,
-                    content,
-                    None,
-                    tokens=stored.tokens[own],
-                    document_ids=stored.document_ids[own],
-                    loss_mask=stored.loss_mask[own],
-                )
-            )
-        return batches
+        arrays = [self._arrays_of(content) for content in steps]
+        self._reader.read_sequences(documents, first_rows[sequences.step_index] + sequences.row, arrays)
+        return [self._batch(plan, content, None, **own._asdict()) for content, own in zip(steps, arrays, strict=True)]
 
     def _token_batches(
         self,

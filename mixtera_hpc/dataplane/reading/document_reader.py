@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.rows.row_reader import RowReader
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
-from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences, read_sequences
+from mixtera_hpc.dataplane.reading.stored.stored_sequences import read_sequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, TOKENIZE, ReadPlace
@@ -91,7 +92,7 @@ class DocumentReader:
         # A collection may mix shards of text with shards of token ids.
         is_stored_token = np.repeat(is_stored, documents.last - documents.first)
         of_stored = np.empty(int(is_stored_token.sum()), np.int32)
-        self._gather.read_into(documents.select(np.flatnonzero(is_stored)), of_stored)
+        self._gather.read_into(documents.select(np.flatnonzero(is_stored)), [of_stored])
         if is_stored.all():
             return self._packed(documents, of_stored)
         position_of_text = np.cumsum(~is_stored) - 1
@@ -106,10 +107,10 @@ class DocumentReader:
         """Whether every document is stored as token ids, so that `read_sequences` can be used."""
         return self._source.layout.in_tokens and self._gather.holds_all
 
-    def read_sequences(self, documents: Documents, rows: Ints, shape: tuple[int, int]) -> StoredSequences:
-        """Return whole sequences of documents that are all stored; see `stored_sequences.read_sequences`."""
+    def read_sequences(self, documents: Documents, rows: Ints, batches: Sequence[TokenArrays]) -> None:
+        """Write whole sequences of documents that are all stored; see `stored_sequences.read_sequences`."""
         self.place.enter(READ)
-        return read_sequences(self._source, self._gather, documents, rows, shape)
+        read_sequences(self._source, self._gather, documents, rows, batches)
 
     def _remember(self, key: int, tokens: Tokens) -> None:
         """Keep the tokens of a document, and forget the oldest ones beyond the budget."""

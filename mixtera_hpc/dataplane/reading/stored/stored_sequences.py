@@ -4,98 +4,88 @@ Documents are cut at the borders of sequences and sorted as the rows of the batc
 where the trainer gets them. Price: beside the copy about 10 bytes written per token.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
 from mixtera_hpc.tokens.chat_tokens import NOT_TRAINED
 
-__all__ = ["StoredSequences", "read_sequences"]
+__all__ = ["read_sequences"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredSequences:
-    """Rows of several batches, one after the other; see `Batch`."""
-
-    tokens: NDArray[np.int64]
-    """Shape (rows, length)."""
-    document_ids: NDArray[np.int32]
-    """Shape (rows, length)."""
-    loss_mask: NDArray[np.bool_]
-    """Shape (rows, length - 1)."""
+Ints = NDArray[np.int64]
 
 
 def read_sequences(
-    source: Source, gather: TokenGather, documents: Documents, rows: NDArray[np.int64], shape: tuple[int, int]
-) -> StoredSequences:
-    """Read the tokens of sequences, special tokens included.
+    source: Source, gather: TokenGather, documents: Documents, rows: Ints, batches: Sequence[TokenArrays]
+) -> None:
+    """Write the tokens of sequences, special tokens included, to the arrays of their batches.
 
     Args:
         source: says which tokens count.
         gather: reads the documents.
         documents: the parts of documents that each sequence consists of, sequence by sequence.
-        rows: row of each sequence, all different; the other rows are zeros.
-        shape: number of rows, and tokens of a sequence.
+        rows: row of each sequence, counted over all batches, all different.
+        batches: the arrays of each batch. Rows that no sequence has, which are the last ones of a batch, become zeros.
 
     Raises:
         DataError: see `TokenGather.read_into`.
     """
-    num_rows, length = shape
+    length = source.grid.length
     # Every sequence has `length` tokens, so the position of a part tells its sequence.
     lengths = documents.last - documents.first
-    sequence, begin = np.divmod(np.cumsum(lengths) - lengths, length)
-    row = rows[sequence]
-    order = np.argsort(row, kind="stable")
+    order = np.argsort(rows[(np.cumsum(lengths) - lengths) // length], kind="stable")
     documents = documents.select(order)
     lengths = lengths[order]
-    begin = begin[order]
-    row = row[order]
-
+    starts = np.cumsum(lengths) - lengths
+    sequence, begin = np.divmod(starts, length)
     # Number of each part in its row: the part that begins a row has the number 0.
-    part = np.arange(len(row))
+    part = np.arange(len(starts))
     number = (part - np.maximum.accumulate(np.where(begin == 0, part, 0))).astype(np.int32)
-    document_ids = np.repeat(number, lengths)
 
-    tokens = np.empty(len(rows) * length, np.int64)
-    gather.read_into(documents, tokens)
+    first_rows = np.cumsum([0, *(len(batch.tokens) for batch in batches)])
+    num_sequences = np.diff(np.searchsorted(np.sort(rows), first_rows))
+    served = [batch.rows(count) for batch, count in zip(batches, num_sequences.tolist(), strict=True)]
+    gather.read_into(documents, [batch.tokens.reshape(-1) for batch in served])
 
-    loss_mask = np.ones((num_rows, length - 1), np.bool_)
+    first_sequences = np.cumsum(np.append(0, num_sequences))
+    borders = np.searchsorted(starts, first_sequences * length).tolist()
+    for batch, first_sequence, (first, last) in zip(
+        served, first_sequences[:-1].tolist(), pairwise(borders), strict=True
+    ):
+        own = slice(first, last)
+        batch.document_ids.reshape(-1)[:] = np.repeat(number[own], lengths[own])
+        _set_loss_mask(source, batch, sequence[own] - first_sequence, begin[own])
+    for batch, count in zip(batches, num_sequences.tolist(), strict=True):
+        for array in batch:
+            array[count:] = 0
+
+
+def _set_loss_mask(source: Source, batch: TokenArrays, row: Ints, begin: Ints) -> None:
+    """Write which tokens count, and clear the marks of conversations.
+
+    Args:
+        source: says which tokens count.
+        batch: the arrays of whole sequences, with all tokens.
+        row: of each part of a document.
+        begin: position of each part in its row.
+    """
     plane = source.config.dataplane
+    tokens = batch.tokens
+    loss_mask = batch.loss_mask
+    loss_mask[...] = True
     if not plane.predict_across_documents:
         # The first token of a row is input only: targets begin one token later.
-        is_beginning = begin > 0
-        loss_mask[row[is_beginning], begin[is_beginning] - 1] = False
-    tokens_of_rows = _with_padding(tokens.reshape(-1, length), rows, num_rows)
-    if source.layout.chat_blocks is not None:
-        # A store may have marks that this run ignores.
-        if plane.chat_loss != "all":
-            loss_mask &= tokens_of_rows[:, 1:] < NOT_TRAINED
-        tokens_of_rows &= NOT_TRAINED - 1
-    return StoredSequences(
-        tokens=tokens_of_rows,
-        document_ids=_with_padding(document_ids.reshape(-1, length), rows, num_rows),
-        loss_mask=_without_padding(loss_mask, rows),
-    )
-
-
-def _with_padding(values: NDArray[Any], rows: NDArray[np.int64], num_rows: int) -> NDArray[Any]:
-    """Return the rows in ascending order, with zeros for those that no sequence has."""
-    if len(rows) == num_rows:
-        return values
-    padded = np.zeros((num_rows, values.shape[1]), values.dtype)
-    padded[np.sort(rows)] = values
-    return padded
-
-
-def _without_padding(loss_mask: NDArray[np.bool_], rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Clear the rows that no sequence has."""
-    if len(rows) < len(loss_mask):
-        is_padding = np.ones(len(loss_mask), np.bool_)
-        is_padding[rows] = False
-        loss_mask[is_padding] = False
-    return loss_mask
+        inside = np.flatnonzero(begin)
+        loss_mask[row[inside], begin[inside] - 1] = False
+    if source.layout.chat_blocks is None:
+        return
+    # A store may have marks that this run ignores.
+    if plane.chat_loss != "all":
+        np.logical_and(loss_mask, tokens[:, 1:] < NOT_TRAINED, out=loss_mask)
+    np.bitwise_and(tokens, NOT_TRAINED - 1, out=tokens)
