@@ -28,6 +28,8 @@ __all__ = ["SwarmFit", "fit_swarm", "range_curves"]
 
 Array = NDArray[np.float64]
 
+EDGE = 1e-5
+"""Shares that differ by less are equal: files have six decimals."""
 MIN_RUNS = 6
 """Fewer measured runs are refused: a cross-validated error of them means nothing."""
 
@@ -78,6 +80,14 @@ class SwarmFit:
         row = join_tables([self.check_losses], self.metrics, np.nan).rows_of([name])[0]
         value = float(mean_loss(row, self.objective))
         return value if np.isfinite(value) else None
+
+    def at_edge(self) -> list[int]:
+        """Return the domains whose proposed share ends at the measured range, though the bounds would allow more."""
+        low = self.mixtures.min(axis=0)
+        high = self.mixtures.max(axis=0)
+        below = (self.proposal <= low + EDGE) & (low > self.record.low + EDGE)
+        above = (self.proposal >= high - EDGE) & (high < self.record.high - EDGE)
+        return np.flatnonzero(below | above).tolist()
 
     def to_plain(self) -> dict[str, Any]:
         """Return the numbers as JSON."""

@@ -18,6 +18,8 @@ __all__ = ["swarm_page"]
 
 MAX_METRICS = 40
 """Metrics with a column of effects; those with the largest effects."""
+MAX_NAMES = 5
+"""Domain names in a sentence."""
 UNSURE = 0.9
 """Below this share of resamples, a gain over the natural mixture is called uncertain."""
 WEAK = 0.7
@@ -100,6 +102,14 @@ def _notices(folder: SwarmFolder, fit: SwarmFit) -> Iterable[str]:
         )
     elif any(other is not None and other < measured for other in (natural, uniform)):
         yield "The proposal is worse than the natural or the uniform mixture in a run of its own. Do not use it."
+    names = shorten_names(fit.record.names)
+    edges = [names[domain] for domain in fit.at_edge()]
+    if edges:
+        yield (
+            f"The proposed share of {escape(', '.join(edges[:MAX_NAMES]))} is the smallest or largest that the proxies "
+            "measured. The best mixture may lie beyond: add proxies with a larger swarm.num_proxies, or sample another "
+            "swarm with a smaller swarm.concentration."
+        )
     if fit.num_unfinished:
         yield f"{pluralize(fit.num_unfinished, 'proxy run')} had no losses when this page was made."
 
@@ -114,7 +124,7 @@ def _plot(fit: SwarmFit, plot: SwarmPlot) -> str:
     legend = "".join(f"<li>{_swatch(color)}{escape(label)}</li>" for label, color in legend_of(narrow))
     return (
         f"<section><h2>{escape(plot.title)}</h2><p>{escape(plot.caption)}</p>"
-        + (f'<ul class="legend narrow">{legend}</ul>' if legend else "")
+        + (f'<ul class="legend{"" if plot.has_legend else " narrow"}">{legend}</ul>' if legend else "")
         + f'<div class="wide">{to_svg(plot.draw(fit, True), plot.title)}</div>'
         + f'<div class="narrow">{to_svg(narrow, plot.title)}</div></section>'
     )
@@ -131,12 +141,12 @@ def _check_table(fit: SwarmFit) -> str:
             [
                 f"{_swatch(CHECK_COLORS[place])}{CHECK_NAMES[place]}",
                 f"{fit.predicted[place]:.4f}",
-                f"{deviation:.4f}",
                 format_loss(fit.measured_check(place), 4),
+                f"{deviation:.4f}",
                 MISSING if place == 2 else f"{probability:.0%}",
             ]
         )
-    columns = ("mixture", "predicted loss", "deviation", "measured loss", "proposal better")
+    columns = ("mixture", "predicted loss", "measured loss", "deviation", "proposal better")
     return _table(
         "Check",
         "Mean loss over the metrics, in nats. Deviation: over fits to resampled runs. Proposal better: share of these "

@@ -36,13 +36,17 @@ class SwarmPlot:
     caption: str
     draw: Callable[[SwarmFit, bool], Figure]
     """Draws it wide, or narrow for a phone."""
+    has_legend: bool = False
+    """Whether the wide plot needs a legend too."""
 
 
-def _axes(wide: bool, height: float, *, left: float = 0.62, right: float = 0.2) -> tuple[Figure, Any]:
+def _axes(
+    wide: bool, height: float, *, top: float = 0.36, left: float = 0.62, right: float = 0.2
+) -> tuple[Figure, Any]:
     """Create a figure with empty axes; margins are in inches."""
     width = 9.4 if wide else 3.9
     figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((left / width, 0.42 / height, 1 - (left + right) / width, 1 - 0.78 / height))
+    axes = figure.add_axes((left / width, 0.42 / height, 1 - (left + right) / width, 1 - (0.42 + top) / height))
     return figure, axes
 
 
@@ -90,7 +94,7 @@ def shares_plot(fit: SwarmFit, wide: bool) -> Figure:
     natural = fit.checks.mixtures[0]
     shown = np.argsort(-np.maximum(natural, fit.proposal), kind="stable")[:MAX_BARS]
     names = [_short(name, 24 if wide else 14) for name in np.array(shorten_names(fit.record.names))[shown]]
-    figure, axes = _axes(wide, 0.9 + 0.27 * len(shown), left=1.75 if wide else 1.1)
+    figure, axes = _axes(wide, 0.62 + 0.27 * len(shown), top=0.08, left=1.75 if wide else 1.1)
     rows = np.arange(len(shown))
     axes.hlines(rows, fit.mixtures.min(axis=0)[shown], fit.mixtures.max(axis=0)[shown], color=LINE, lw=7, zorder=1)
     axes.scatter(natural[shown], rows, s=40, color=CHECK_COLORS[0], zorder=3, label="natural")
@@ -156,6 +160,7 @@ SWARM_PLOTS: Mapping[str, SwarmPlot] = {
         caption="Diamonds are the proposed shares, circles the natural ones. Bars cover the shares that the proxies "
         "measured; the proposal stays inside them.",
         draw=shares_plot,
+        has_legend=True,
     ),
     "sensitivity": SwarmPlot(
         title="Sensitivity per domain",

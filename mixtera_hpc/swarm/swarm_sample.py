@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.schema import Config
@@ -43,7 +44,9 @@ def sample_swarm(
     _check_measurable(config)
     config = with_absolute_paths(replace(config, run=replace(config.run, name=folder.name, id=None)))
     source = open_source(config, Local())
-    space = _space(source)
+    # A query may leave some values of `mixture.group_by` without samples.
+    present = np.flatnonzero(source.mixture_context.domain_sizes.sizes > 0)
+    space = _space(source, present)
     if len(space.names) < 2:
         raise MixtureError(
             f"The mixture has {len(space.names)} domain, and a swarm compares at least two.\n"
@@ -57,8 +60,8 @@ def sample_swarm(
         config=config,
         overrides=tuple(overrides),
         names=space.names,
-        keys=source.mixture_context.domain_sizes.keys,
-        sizes=source.mixture_context.domain_sizes.sizes,
+        keys=tuple(source.mixture_context.domain_sizes.keys[domain] for domain in present),
+        sizes=source.mixture_context.domain_sizes.sizes[present],
         prior=space.prior,
         low=space.low,
         high=space.high,
@@ -85,14 +88,14 @@ def _check_measurable(config: Config) -> None:
         )
 
 
-def _space(source: Source) -> MixtureSpace:
-    """Return the mixtures that the configuration allows, for the proxies and for the final run."""
+def _space(source: Source, present: NDArray[np.int64]) -> MixtureSpace:
+    """Return the mixtures of the domains `present` that are allowed in the proxies and in the final run."""
     config = source.config
     domains = source.mixture_context.domain_sizes
     num_domains = len(domains.sizes)
     bounds = config_bounds(config.mixture, domains)
     if bounds is None:
-        bounds = (np.zeros(num_domains), (domains.sizes > 0).astype(np.float64))
+        bounds = (np.zeros(num_domains), np.ones(num_domains))
     low, high = bounds
 
     limits = max_epochs_per_domain(config.mixture, num_domains)
@@ -102,7 +105,8 @@ def _space(source: Source) -> MixtureSpace:
     if config.swarm.target_tokens is not None:
         high = np.minimum(high, epoch_caps(domains.sizes, limits, config.swarm.target_tokens))
     prior = tempered(np.array(source.weights), config.swarm.temperature)
-    return MixtureSpace.of_domains(tuple(source.names), prior, low, high)
+    names = tuple(source.names[domain] for domain in present)
+    return MixtureSpace.of_domains(names, prior[present], low[present], high[present])
 
 
 def _check_same_domains(record: SwarmRecord) -> None:
