@@ -1,4 +1,4 @@
-"""CPU time of the ADO mixing algorithm on rank 0: per step and per refit, by number of domains and length of the run.
+"""CPU time of the ADO mixing algorithm on rank 0: per step, per refit, and of the whole feedback loop of a run.
 
     python -m bench ado
 
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from bench._mixing.feedback import measure_feedback
 from bench._results import write_results
 from mixtera_hpc.core.mixing.ado import Ado, AdoState
 from mixtera_hpc.core.statistics import DomainStatistics
@@ -20,8 +21,11 @@ NUM_DOMAINS = (3, 22, 200, 1000)
 NUM_STEPS = (100, 10_000)
 SEQ_LEN = 1024
 
-GOALS = {"update_ms at 1000 domains": 1.0, "refit_ms at 22 domains": 30.0, "refit_ms at 1000 domains": 1000.0}
+GOALS = {"update_ms at 1000 domains": 0.5, "refit_ms at 22 domains": 30.0, "refit_ms at 1000 domains": 500.0}
 """Largest time in ms, over all lengths of a run."""
+
+FEEDBACK_GOAL = 0.001
+"""The whole feedback loop, as a share of a step of the reference trainer."""
 
 QUOTED = {
     "refit at 22 domains": "195 s (authors' code, compiles at each refit), 190 s (Mixtera)",
@@ -64,8 +68,14 @@ def main() -> None:
     for name, figure in QUOTED.items():
         print(f"quoted, not measured in this run: {name}: {figure}")
 
-    rows = [asdict(timing) for timing in timings]
-    write_results("ado", {"rows": rows, "worst": worst, "goals": GOALS, "quoted": QUOTED})
+    feedback = measure_feedback()
+    verdict = "" if feedback.ratio <= FEEDBACK_GOAL else "   MISSED"
+    print(
+        f"goal: the feedback loop at most {FEEDBACK_GOAL:.1%} of a step of the reference trainer, measured "
+        f"{feedback.loop_ms:.3g} ms of {feedback.trainer_ms:,.0f} ms = {feedback.ratio:.3%}{verdict}"
+    )
+    content = {"rows": [asdict(timing) for timing in timings], "worst": worst, "goals": GOALS, "quoted": QUOTED}
+    write_results("ado", {**content, "feedback": asdict(feedback)})
 
 
 def measure_all() -> Iterator[AdoTiming]:

@@ -116,8 +116,9 @@ class MixtureEvent(TypedDict, total=False):
     law_status: list[int]
     """ADO: 0 no law yet, 1 fitted in the last refit, 2 older."""
     law_bounds: list[int]
-    """ADO: bounds that the law lies on, as a sum: 1 and 2 beta, 4 and 8 alpha (lower, upper). Above 0 the losses do not
-    determine the law."""
+    """ADO: bounds that the law of the best fit lies on, as a sum: 1 and 2 beta, 4 and 8 alpha (lower, upper). Above 0
+    the losses do not determine the law. With `variant: default`, speeds and the law recorded here have an exponent half
+    of the way to the mean of all that the losses allow."""
     reward: list[float]
     """ODM: decayed mean reward."""
     score: list[float]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mixtera_hpc.core.mixing.laws.law_averaging import average_exponents
 from mixtera_hpc.core.mixing.laws.law_objective import LawBounds, LossPoints, huber_objective, predict
 from mixtera_hpc.core.mixing.laws.scaling_law import ScalingLaws, fit_laws
 
@@ -92,6 +93,31 @@ def test_laws_stay_within_their_bounds() -> None:
     assert (theta <= bounds.high).all()
     assert (theta == bounds.low).any()
     assert (theta == bounds.high).any()
+
+
+def test_averaging_leaves_exact_laws_as_they_are() -> None:
+    points = points_of(random_laws(50))
+    best = fit_laws(points, BOUNDS, unknown(points))
+    averaged = ScalingLaws(theta=average_exponents(best.theta, points, BOUNDS))
+    assert averaged.speed(N[-1]) == pytest.approx(best.speed(N[-1]), rel=1e-3, abs=1e-12)
+
+
+def test_averaged_exponents_bring_speeds_nearer_to_the_truth() -> None:
+    laws = random_laws(300)
+    points = points_of(laws, noise=0.01)
+    bounds = LawBounds(huber_delta=3e-2)
+    best = fit_laws(points, bounds, unknown(points))
+    averaged = ScalingLaws(theta=average_exponents(best.theta, points, bounds))
+    visible = laws.beta * N[-1] ** -laws.alpha > 0.05
+    errors = [np.mean((fit.speed(N[-1]) / laws.speed(N[-1]) - 1)[visible] ** 2) for fit in (best, averaged)]
+    assert errors[1] < 0.8 * errors[0]
+    assert (averaged.theta >= bounds.low).all() and (averaged.theta <= bounds.high).all()
+
+
+def test_unknown_laws_stay_unknown() -> None:
+    points = points_of(random_laws(3))
+    theta = np.full((3, 3), np.nan)
+    assert np.isnan(average_exponents(theta, points, BOUNDS)).all()
 
 
 @pytest.mark.parametrize("trend", [0.0, 0.3], ids=["flat", "rising"])

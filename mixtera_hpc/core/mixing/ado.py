@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.core.mixing.ado_variants import ADO_VARIANTS
 from mixtera_hpc.core.mixing.bounds import project_to_bounds, weight_floor
+from mixtera_hpc.core.mixing.laws.law_averaging import average_exponents
 from mixtera_hpc.core.mixing.laws.law_objective import bounds_reached, rms_residual
 from mixtera_hpc.core.mixing.laws.loss_history import LossHistory
 from mixtera_hpc.core.mixing.laws.loss_series import LossSeries
@@ -52,6 +53,9 @@ class AdoState:
     average: NDArray[np.float64]
     """pi bar: average of all preferences so far."""
     laws: ScalingLaws
+    """The laws that fit best."""
+    averaged: ScalingLaws
+    """The laws that speeds are computed from: with averaged exponents, or equal to `laws` (`AdoVariant.averages`)."""
     residual: NDArray[np.float64]
     """Root mean square of log(predicted loss) - log(observed loss) over the points of the last fit; NaN without one."""
     law_status: NDArray[np.int8]
@@ -145,6 +149,7 @@ class Ado:
             credit=prior,
             average=prior,
             laws=ScalingLaws.unknown(size),
+            averaged=ScalingLaws.unknown(size),
             residual=np.full(size, np.nan),
             law_status=np.full(size, LAW_UNKNOWN, np.int8),
             stale=np.zeros(size, np.bool_),
@@ -172,10 +177,11 @@ class Ado:
         return {
             "weight": state.weights,
             "credit": state.credit,
-            "epsilon": state.laws.epsilon,
-            "beta": state.laws.beta,
-            "alpha": state.laws.alpha,
-            "speed": state.laws.speed(max(state.num_seen, 1), self.variant.min_alpha),
+            "epsilon": state.averaged.epsilon,
+            "beta": state.averaged.beta,
+            "alpha": state.averaged.alpha,
+            "speed": state.averaged.speed(max(state.num_seen, 1), self.variant.min_alpha),
+            # Those of the best law: its bounds show what the losses do not determine.
             "residual": state.residual,
             "law_status": state.law_status,
             "law_bounds": bounds_reached(state.laws.theta, self.variant.bounds),
@@ -188,6 +194,8 @@ class Ado:
         per_domain = {name: getattr(state, name) for name in _PER_DOMAIN}
         scalars = {"origin": np.array(self._origin), "step": np.array(state.step)}
         laws = {"theta": state.laws.theta, "law_unit": np.array(state.laws.unit)}
+        if self.variant.averages:
+            laws["averaged_theta"] = state.averaged.theta
         return {**scalars, **per_domain, **laws, **state.history.arrays()}
 
     def state_from_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> AdoState:
@@ -198,9 +206,11 @@ class Ado:
         """
         check_origin(arrays, self._origin)
         history = LossHistory if self.variant.binned else LossSeries
+        unit = float(arrays["law_unit"])
         return AdoState(
             step=int(arrays["step"]),
-            laws=ScalingLaws(theta=arrays["theta"], unit=float(arrays["law_unit"])),
+            laws=ScalingLaws(theta=arrays["theta"], unit=unit),
+            averaged=ScalingLaws(theta=arrays["averaged_theta" if self.variant.averages else "theta"], unit=unit),
             history=history.from_arrays(arrays),
             **{name: arrays[name] for name in _PER_DOMAIN},
         )
@@ -220,7 +230,9 @@ class Ado:
         )
         if is_first and self.variant.binned and state.num_seen:
             # n is counted in batches, so laws do not depend on what counts as a sequence.
-            state = replace(state, laws=replace(state.laws, unit=float(state.num_seen)))
+            unit = float(state.num_seen)
+            laws = replace(state.laws, unit=unit)
+            state = replace(state, laws=laws, averaged=replace(state.averaged, unit=unit))
         # The smoothing filter of the series needs the early steps too; it drops them after smoothing.
         if not observed.any() or (self.variant.binned and state.step < self.config.first_fitted):
             return state
@@ -231,6 +243,7 @@ class Ado:
         """Fit the laws of all domains with new losses. Where a fit fails, the old law stays."""
         fitted = np.zeros_like(state.stale)
         laws = state.laws
+        averaged = state.averaged
         residual = state.residual
         # Domains without new losses would give the same law again.
         rows = np.flatnonzero(state.stale)
@@ -240,12 +253,23 @@ class Ado:
             new[rows] = fit_laws(points, self.variant.bounds, ScalingLaws(theta=laws.theta[rows])).theta
             fitted = ScalingLaws(theta=new).known
             laws = replace(laws, theta=np.where(fitted[:, None], new, laws.theta))
+            mean = new.copy()
+            if self.variant.averages:
+                mean[rows] = average_exponents(new[rows], points, self.variant.bounds)
+            averaged = replace(averaged, theta=np.where(fitted[:, None], mean, averaged.theta))
             residual = residual.copy()
             residual[rows] = np.where(fitted[rows], rms_residual(new[rows], points), residual[rows])
         # A law of NaN is a failed fit; its domain keeps the law it had.
         older = np.where(laws.known, LAW_OLDER, LAW_UNKNOWN)
         status = np.where(fitted, LAW_FITTED, older).astype(np.int8)
-        return replace(state, laws=laws, residual=residual, law_status=status, stale=np.zeros_like(state.stale))
+        return replace(
+            state,
+            laws=laws,
+            averaged=averaged,
+            residual=residual,
+            law_status=status,
+            stale=np.zeros_like(state.stale),
+        )
 
     def _update_mixture(self, state: AdoState, share: NDArray[np.float64] | None) -> AdoState:
         """Apply equations (2) to (5): credit, preference, mixture and average preference."""
@@ -275,7 +299,7 @@ class Ado:
         """
         rule = self.variant
         known = state.laws.known
-        speed = state.laws.speed(state.num_seen, rule.min_alpha)
+        speed = state.averaged.speed(state.num_seen, rule.min_alpha)
         # `tiny` avoids a division by 0 if no domain with a law has a prior.
         measured = state.prior * known
         typical = (measured * np.where(known, speed, 0.0)).sum() / max(measured.sum(), np.finfo(np.float64).tiny)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.core.mixing.laws.law_grid import AlphaGrid, grid_sums, solve_in_box
 from mixtera_hpc.core.mixing.laws.law_objective import LawBounds, LossPoints, huber_objective, predict
 from mixtera_hpc.core.mixing.laws.law_refinement import refine_laws
 
@@ -26,18 +27,12 @@ Floats = NDArray[np.float64]
 MIN_POINTS = 3
 """A law has three parameters; fewer distinct points do not determine it."""
 
-NUM_ALPHAS = 40
-"""Exponents tried in the global search."""
-
 PASSES = (3e-2, 1e-2, 3e-3, 0.0, 0.0, 0.0)
 """Residuals above which losses count linearly, but at least `LawBounds.huber_delta`, one per reweighted pass; the pass
 before them is unweighted."""
 
 GROUP_DOMAINS = 256
 """Domains that are fitted together: their arrays of 256 points, 0.5 MB each, stay in a core's cache."""
-
-MIN_DETERMINANT = 1e-14
-"""Smallest determinant of the normal equations, relative to the product of their diagonal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,7 +109,7 @@ def _better_laws(theta: Floats, old: Floats, points: LossPoints, bounds: LawBoun
 
 def _search_grid(points: LossPoints, bounds: LawBounds) -> Floats:
     """Return the best laws on a grid of alphas; shape (num_domains, 3)."""
-    grid = _AlphaGrid.of(points, bounds)
+    grid = AlphaGrid.of(points, bounds)
     loss = np.exp(points.log_loss)
     theta = _least_squares(loss, points.weight / loss**2, grid)
     for delta in (max(least, bounds.huber_delta) for least in PASSES):
@@ -127,52 +122,10 @@ def _search_grid(points: LossPoints, bounds: LawBounds) -> Floats:
     return theta
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _AlphaGrid:
-    """Laws epsilon + last · power(alpha), where `last` is the reducible loss at the last point."""
-
-    alphas: Floats
-    """Shape (num_alphas,)."""
-    powers: Floats
-    """(n_last / n)^alpha; shape (num_alphas, num_points)."""
-    upper_squares: Floats
-    """The squares of the upper half of `powers`; those of the lower half are powers of the grid."""
-    log_n_last: float
-    bounds: LawBounds
-
-    @classmethod
-    def of(cls, points: LossPoints, bounds: LawBounds) -> "_AlphaGrid":
-        alphas = bounds.max_alpha * np.arange(1, NUM_ALPHAS + 1) / NUM_ALPHAS
-        powers = np.exp(np.outer(alphas, points.log_n[-1] - points.log_n))
-        return cls(
-            alphas=alphas,
-            powers=powers,
-            upper_squares=powers[NUM_ALPHAS // 2 :] ** 2,
-            log_n_last=float(points.log_n[-1]),
-            bounds=bounds,
-        )
-
-    @property
-    def max_last(self) -> Floats:
-        """The bound on beta, as a bound on `last`; shape (num_alphas,)."""
-        return np.exp(self.bounds.max_log_beta - self.alphas * self.log_n_last)
-
-
-def _least_squares(loss: Floats, weight: Floats, grid: _AlphaGrid) -> Floats:
+def _least_squares(loss: Floats, weight: Floats, grid: AlphaGrid) -> Floats:
     """Minimise sum weight · (law - loss)² over the laws of the grid, exactly for every alpha; (num_domains, 3)."""
-    # Sums over points of the normal equations, with x = power(alpha) and y = loss.
-    weighted_loss = weight * loss
-    x = np.einsum("km,am->ka", weight, grid.powers)
-    # Alphas are equally spaced from 0 on, so that the square of power k is power 2k.
-    xx = np.concatenate([x[:, 1::2], np.einsum("km,am->ka", weight, grid.upper_squares)], axis=1)
-    sums = _NormalSums(
-        one=weight.sum(axis=1)[:, None],
-        x=x,
-        xx=xx,
-        y=weighted_loss.sum(axis=1)[:, None],
-        xy=np.einsum("km,am->ka", weighted_loss, grid.powers),
-    )
-    epsilon, last = _solve_in_box(sums, grid)
+    sums = grid_sums(loss, weight, grid)
+    epsilon, last = solve_in_box(sums, grid.bounds.min_epsilon, grid.max_last)
     best = sums.value(epsilon, last).argmin(axis=1)
 
     # Back from (alpha, last) to (log beta, alpha), with `last` large enough for the lower bound on beta.
@@ -181,45 +134,3 @@ def _least_squares(loss: Floats, weight: Floats, grid: _AlphaGrid) -> Floats:
     min_last = np.exp(grid.bounds.min_log_beta - alpha * grid.log_n_last)
     log_beta = np.log(np.maximum(last[rows, best], min_last)) + alpha * grid.log_n_last
     return np.stack([log_beta, alpha, epsilon[rows, best]], axis=1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _NormalSums:
-    """Weighted sums of the normal equations; shape (num_domains, num_alphas), or (num_domains, 1) without x."""
-
-    one: Floats
-    x: Floats
-    xx: Floats
-    y: Floats
-    xy: Floats
-
-    def value(self, epsilon: Floats, last: Floats) -> Floats:
-        """Return the squared error of the laws epsilon + last · x, up to a constant; (num_domains, num_alphas)."""
-        return epsilon * (epsilon * self.one - 2 * self.y) + last * (
-            2 * epsilon * self.x + last * self.xx - 2 * self.xy
-        )
-
-
-def _solve_in_box(sums: _NormalSums, grid: _AlphaGrid) -> tuple[Floats, Floats]:
-    """Solve least squares over epsilon >= min_epsilon and 0 <= last <= max_last; (num_domains, num_alphas) each.
-
-    The problem is convex: if the unconstrained solution lies outside the box, the minimum lies on an edge of it.
-    """
-    low = grid.bounds.min_epsilon
-    high = grid.max_last[None, :]
-
-    # The unconstrained solution. The determinant vanishes if all powers are equal.
-    determinant = np.maximum(sums.one * sums.xx - sums.x**2, MIN_DETERMINANT * sums.one * sums.xx)
-    last = (sums.one * sums.xy - sums.x * sums.y) / determinant
-    epsilon = (sums.y - last * sums.x) / sums.one
-    inside = (epsilon >= low) & (last >= 0) & (last <= high)
-
-    # The best point of each of the three edges: epsilon at its bound, last at 0, last at its bound.
-    edge_points = [(np.full_like(last, low), np.clip((sums.xy - low * sums.x) / sums.xx, 0, high))]
-    for fixed in (0 * high, high):
-        free = np.maximum((sums.y - fixed * sums.x) / sums.one, low)
-        edge_points.append((free, np.broadcast_to(fixed, last.shape)))
-    best = np.argmin([sums.value(e, b) for e, b in edge_points], axis=0)
-    edge_epsilon = np.choose(best, [e for e, _ in edge_points])
-    edge_last = np.choose(best, [b for _, b in edge_points])
-    return np.where(inside, epsilon, edge_epsilon), np.where(inside, last, edge_last)
