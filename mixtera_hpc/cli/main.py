@@ -37,7 +37,9 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "sweep": "submit one run per combination of values",
         "swarm": "find a mixture: train small proxies on sampled mixtures, fit their losses, propose the best one",
         "resume": "continue a run in its folder, with any number of ranks",
-        "status": "list runs and their state",
+        "status": "list runs and the state of their jobs",
+        "runs": "list runs with what they were started with, and choose among them",
+        "watch": "show the mixture, losses, speed and slowest rank of a run while it trains",
         "logs": "print or follow the logs of a run",
         "cancel": "cancel the jobs of a run",
         "mixture": "show the mixture of a run, change it while the run trains, or replay an algorithm on its losses",
@@ -46,8 +48,9 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "report": "print tables and write plots and an HTML page from recorded metrics",
     },
     "Cluster": {
-        "check": "check that every experiment fits every cluster, without submitting anything",
+        "check": "check a configuration, or that every experiment fits every cluster, without submitting anything",
         "doctor": "report what works on this machine: MPI, HDF5, Slurm, GPUs",
+        "completion": "complete verbs, keys and runs with the Tab key in bash, zsh or fish",
     },
 }
 """Verbs and their summaries, in the order of `--help`."""

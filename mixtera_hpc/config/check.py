@@ -1,5 +1,6 @@
 """Find all problems of a configuration at once. Needs no cluster, no MPI and no index."""
 
+import math
 import re
 
 from mixtera_hpc.config.batch_ramp import batch_schedule_of, ramp_problems, size_keys
@@ -223,10 +224,13 @@ def _run(run: RunConfig) -> list[str]:
 
 
 def _plan(plan: PlanConfig) -> list[str]:
-    return [
+    problems = [
         *at_least("plan.first_step", plan.first_step, 0),
         *all_at_least("plan", plan, 1, ("steps",)),
     ]
+    if plan.step_s is not None and not 0 < plan.step_s < math.inf:
+        problems.append(f"plan.step_s is {plan.step_s}, expected the seconds of a step, a finite number above 0.")
+    return problems
 
 
 def _sweep(sweep: SweepConfig) -> list[str]:

@@ -1,8 +1,11 @@
-"""Check that every experiment fits every cluster: compose and render all pairs, but submit nothing."""
+"""Check that every experiment and every environment fits every cluster: compose and render, but submit nothing.
+
+Price: 0.2 s of CPU time per pair.
+"""
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +13,10 @@ from pathlib import Path
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.composition.conf_folders import conf_folders
 from mixtera_hpc.errors import MixteraError
+from mixtera_hpc.launch.batch.templates import EXAMPLE_ENVIRONMENTS, supports
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 
-__all__ = ["CheckResult", "FailedPair", "check_all_pairs"]
+__all__ = ["CheckResult", "FailedPair", "check_all_pairs", "check_one"]
 
 MINIMAL_OVERRIDES = ("data.root=/data", "mixture.unit=samples")
 """Enough for a configuration without an experiment, so that clusters are checked even if there is no experiment."""
@@ -20,10 +24,11 @@ MINIMAL_OVERRIDES = ("data.root=/data", "mixture.unit=samples")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedPair:
-    """An experiment and a cluster that do not fit."""
+    """An experiment or an environment, and a cluster, that do not fit."""
 
     experiment: str | None
     cluster: str
+    environment: str
     problem: str
 
 
@@ -33,42 +38,66 @@ class CheckResult:
 
     experiments: tuple[str, ...]
     clusters: tuple[str, ...]
+    num_pairs: int
+    """Number of combinations that were tried."""
     failures: tuple[FailedPair, ...]
     unset: tuple[str, ...]
     """Environment variables that the configs need and that are not set here. A placeholder was used for each."""
 
-    @property
-    def num_pairs(self) -> int:
-        """Number of pairs, including one pair without an experiment per cluster."""
-        return (len(self.experiments) + 1) * len(self.clusters)
-
 
 def check_all_pairs() -> CheckResult:
-    """Try every `conf/experiment` (and none) with every `conf/cluster`, including your own configs in MIXTERA_CONF."""
+    """Try every `conf/experiment` (and none) with every `conf/cluster`, including your own configs in MIXTERA_CONF.
+
+    Environments that srun of a cluster can start are tried without an experiment, with paths as examples.
+    """
     folders = conf_folders()
     experiments = _options(folders, "experiment")
     clusters = _options(folders, "cluster")
     unset = sorted(name for name in _needed_variables(folders) if name not in os.environ)
 
-    failures = []
     with _placeholders(unset):
-        for experiment in (None, *experiments):
-            for cluster in clusters:
-                if problem := _problem(experiment, cluster):
-                    failures.append(FailedPair(experiment=experiment, cluster=cluster, problem=problem))
+        pairs = [(experiment, cluster, "none") for experiment in (None, *experiments) for cluster in clusters]
+        pairs += [(None, cluster, environment) for cluster in clusters for environment in _environments(cluster)]
+        failures = [
+            FailedPair(experiment=experiment, cluster=cluster, environment=environment, problem=problem)
+            for experiment, cluster, environment in pairs
+            if (problem := _problem(experiment, cluster, environment))
+        ]
     return CheckResult(
-        experiments=tuple(experiments), clusters=tuple(clusters), failures=tuple(failures), unset=tuple(unset)
+        experiments=tuple(experiments),
+        clusters=tuple(clusters),
+        num_pairs=len(pairs),
+        failures=tuple(failures),
+        unset=tuple(unset),
     )
 
 
-def _problem(experiment: str | None, cluster: str) -> str | None:
-    """Return the error of composing and rendering one pair; None if the pair fits."""
+def check_one(overrides: Sequence[str]) -> None:
+    """Compose one configuration and render its script.
+
+    Raises:
+        ConfigError: it has a problem; the message lists all of them.
+    """
+    render_script(SbatchJob(config=compose(overrides)))
+
+
+def _problem(experiment: str | None, cluster: str, environment: str) -> str | None:
+    """Return the error of composing and rendering one combination; None if it fits."""
     chosen = list(MINIMAL_OVERRIDES) if experiment is None else [f"experiment={experiment}"]
     try:
-        render_script(SbatchJob(config=compose([*chosen, f"cluster={cluster}"])))
+        check_one([*chosen, f"cluster={cluster}", *EXAMPLE_ENVIRONMENTS[environment]])
     except MixteraError as error:
         return str(error)
     return None
+
+
+def _environments(cluster: str) -> list[str]:
+    """Return the environments besides `none` that srun of the cluster can start."""
+    try:
+        config = compose([*MINIMAL_OVERRIDES, f"cluster={cluster}"])
+    except MixteraError:
+        return []  # Reported as the pair without an experiment.
+    return [name for name in EXAMPLE_ENVIRONMENTS if name != "none" and supports(config.cluster, name)]
 
 
 def _options(folders: list[Path], group: str) -> list[str]:

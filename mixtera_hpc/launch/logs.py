@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.launch.attempts import read_start
+from mixtera_hpc.launch.attempts import read_end, read_start
 from mixtera_hpc.launch.slurm.srun_reports import first_failed_rank
 
-__all__ = ["LogTail", "RankSelection", "all_lines", "attempt_heading", "failed_rank_lines"]
+__all__ = ["LogTail", "RankSelection", "all_lines", "attempt_heading", "failed_rank_lines", "why_empty"]
 
 RankSelection = int | Literal["all", "main"]
 """One rank; every rank; or `main`: rank 0, the batch script, and the last lines of the rank that failed first."""
@@ -97,6 +97,32 @@ def attempt_heading(folder: RunFolder, attempt: int) -> str:
     start = read_start(folder, attempt)
     job = f" · job {start.job_id}" if start and start.job_id else ""
     return f"--- {folder.run_id} · attempt {attempt}{job}"
+
+
+def why_empty(folder: RunFolder, ranks: RankSelection) -> str:
+    """Return why nothing was written, and what to do. Ask only if `all_lines` yields nothing."""
+    attempt = max(folder.attempts(), default=0)
+    start = read_start(folder, attempt)
+    if start is None or start.kind != "slurm":
+        return (
+            "A run that was started with mixtera-hpc run, also under mpiexec, writes to its terminal only.\n"
+            f"  See its state with mixtera-hpc status {folder.run_id}"
+        )
+    files = [path for path in folder.logs(attempt).glob("*.*") if _file_source(path) in (str(ranks), "node")]
+    if files:
+        return (
+            f"{', '.join(map(str, sorted(files)))}: empty. Ranks other than 0 write only warnings and errors.\n"
+            f"  See all ranks with mixtera-hpc logs {folder.run_id} --rank all"
+        )
+    if read_end(folder, attempt) is None:
+        return (
+            f"Job {start.job_id} of attempt {attempt} has written nothing: it waits in the queue, or its ranks have "
+            f"not started yet.\n  See mixtera-hpc status {folder.run_id}"
+        )
+    return (
+        f"Attempt {attempt} ended before its ranks started, or its logs were removed.\n"
+        f"  See the batch script's lines with mixtera-hpc logs {folder.run_id}"
+    )
 
 
 def _file_source(path: Path) -> str | None:

@@ -44,6 +44,11 @@ class RunStatus:
     elapsed_s: int | None = None
     limit_s: int | None = None
     step: int | None = None
+    """The last step of which metrics were recorded; the first step of a run is 0."""
+    steps_done: int | None = None
+    """Number of finished steps, as the logs count them: `step` + 1."""
+    num_steps: int | None = None
+    """Number of steps of the whole run."""
     tokens_per_s: float | None = None
     last_log_age_s: int | None = None
     """Seconds since the newest attempt last wrote a log line or a metric."""
@@ -166,12 +171,18 @@ def _status(attempt: _NewestAttempt, answer: _SlurmAnswer, now: datetime) -> Run
         elapsed_s=info.elapsed_s,
         limit_s=limit_s,
         step=event.get("step"),
+        steps_done=_plus_one(event.get("step")),
+        num_steps=_last_event(folder.metric("attempts")).get("num_steps") or None,
         tokens_per_s=event.get("tokens_per_s"),
         last_log_age_s=_log_age_s(attempt, now),
         stalled=stall.get("ranks"),
         folder=str(folder.path),
         may_be_active=_may_be_active(attempt, answer, info),
     )
+
+
+def _plus_one(number: Any) -> int | None:
+    return number + 1 if isinstance(number, int) else None
 
 
 def _may_be_active(attempt: _NewestAttempt, answer: _SlurmAnswer, info: JobInfo) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mixtera_hpc.cli.main import main
 from mixtera_hpc.config.composition.conf_folders import conf_dir
 from mixtera_hpc.launch.check import CheckResult, check_all_pairs
 
@@ -32,6 +33,16 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> CheckResult:
 def test_every_shipped_experiment_fits_every_shipped_cluster(result: CheckResult) -> None:
     assert "demo" in result.experiments
     assert [pair for pair in result.failures if pair.experiment != "bad"] == []
+    assert result.num_pairs > (len(result.experiments) + 1) * len(result.clusters)
+
+
+def test_one_configuration_is_checked_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data.root=/data", "mixture.unit=samples", "cluster=clariden"]
+
+    assert main(["check", *words]) == 0
+    assert main(["check", *words, "job.nodes=0"]) == 2
+    assert "job.nodes is 0" in capsys.readouterr().err
+    assert main(["check", *words, "--all"]) == 2
 
 
 def test_every_problem_of_every_pair_is_listed(result: CheckResult) -> None:

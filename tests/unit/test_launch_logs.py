@@ -95,3 +95,40 @@ def test_logs_of_a_run_without_logs_name_the_terminal(
 
     assert main(["logs", str(folder.path)]) == 2
     assert "terminal" in capsys.readouterr().err
+
+
+def test_a_rank_without_lines_is_explained(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    for attempt in (1, 2):
+        (folder.logs(attempt) / "rank_00000.out").write_text("")
+
+    assert main(["logs", str(folder.path), "--rank", "0"]) == 2
+    assert "rank_00000.err" in (text := capsys.readouterr().err)
+    assert "write only warnings and errors" in text
+    for attempt in (1, 2):
+        for path in folder.logs(attempt).glob("rank_00000.*"):
+            path.unlink()
+    assert main(["logs", str(folder.path), "--rank", "0"]) == 2
+    assert "ended before its ranks started" in capsys.readouterr().err
+
+
+def test_a_rank_of_a_waiting_job_is_explained(
+    make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config("run.name=waits", "cluster=dev", "job.nodes=2")
+    folder = prepare_run(config, [], datetime.now(UTC))
+    record_start(folder, create_attempt(folder), JobRecord.slurm(config, "4711"))
+
+    assert main(["logs", str(folder.path), "--rank", "3"]) == 2
+    assert "waits in the queue" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["4", "-1"])
+def test_a_rank_that_does_not_exist_is_refused(
+    make_config: Callable[..., Config], capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    config = make_config("run.name=small", "cluster=dev", "job.nodes=2")
+    folder = prepare_run(config, [], datetime.now(UTC))
+    record_start(folder, create_attempt(folder), JobRecord.slurm(config, "4711"))
+
+    assert main(["logs", str(folder.path), f"--rank={rank}"]) == 2
+    assert f"--rank is {rank}, but {folder.run_id} has 4 ranks" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import sys
 import msgspec
 import numpy as np
 
+from mixtera_hpc.cli.answers.job_time import JobTime
 from mixtera_hpc.cli.answers.packing_text import packing_rows
 from mixtera_hpc.cli.console import open_console
 from mixtera_hpc.cli.run_or_overrides import find_optional_run
@@ -14,6 +15,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.job_shape import num_ranks
 from mixtera_hpc.config.mixture.domain_tree import domain_fractions
 from mixtera_hpc.config.mixture.learning import learning_warnings
+from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config, MixtureConfig
 from mixtera_hpc.dataplane.held_out import MAX_NAMES, domains_without_held_out
 from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, check_decode_cost, decode_cost
@@ -26,6 +28,13 @@ from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sample
 from mixtera_hpc.trace.list import planned_sequences
 
 __all__ = ["print_decode_cost", "print_plan"]
+
+
+def _job_time(config: Config, folder: RunFolder | None) -> JobTime | None:
+    """Return the given time of a step, or the one that the run has measured; None if there is neither."""
+    if config.plan.step_s is not None:
+        return JobTime.given(config)
+    return JobTime.measured(config, folder) if folder is not None else None
 
 
 def print_plan(args: argparse.Namespace) -> None:
@@ -50,6 +59,8 @@ def print_plan(args: argparse.Namespace) -> None:
         _print_learning(config, subset)
         _print_packing(source)
         print_decode_cost(source, forecast)
+        if (job_time := _job_time(config, folder)) is not None:
+            open_console().print(job_time.text(forecast.num_steps))
 
 
 def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:

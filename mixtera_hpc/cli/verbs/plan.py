@@ -16,7 +16,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """\
 Examples:
   mixtera-hpc plan experiment=demo mixture=unimax
-  mixtera-hpc plan experiment=demo plan.first_step=0 plan.steps=100 --json"""
+  mixtera-hpc plan experiment=demo plan.first_step=0 plan.steps=100 --json
+  mixtera-hpc plan experiment=mine cluster=clariden job.nodes=16 plan.step_s=0.8
+With plan.step_s, or for a run that has recorded steps, the forecast includes time, GPU-hours and node-hours."""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,12 +12,12 @@ from mixtera_hpc.cli.safe_output import terminal
 from mixtera_hpc.config.run_folder import find_runs, runs_root
 from mixtera_hpc.launch.status import RunStatus, run_statuses
 
-__all__ = ["arguments", "format_duration", "run"]
+__all__ = ["arguments", "format_duration", "format_steps", "run"]
 
 NUM_NEWEST = 20
 """Number of runs that are listed if no run is named; --all lists every run."""
 
-HEADER = ("run", "state", "job", "nodes", "time / limit", "step", "tokens/s", "log age", "reason")
+HEADER = ("run", "state", "attempt", "job", "nodes", "time / limit", "steps", "tokens/s", "log age", "reason")
 CLEAR_SCREEN = "\033[2J\033[H"
 
 
@@ -38,6 +38,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="list all runs")
     add_root_argument(parser)
     parser.epilog = """\
+Attempts and steps are numbered as in the logs: the first attempt is 1, and steps are those that have finished.
 States: PENDING, RUNNING, COMPLETED, SAVED (stopped with its state saved), FAILED, CANCELLED, TIMEOUT, NODE_FAIL, and
 UNKNOWN where neither the run folder nor Slurm can tell."""
 
@@ -66,6 +67,13 @@ def format_duration(seconds: int | None) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+def format_steps(status: RunStatus) -> str:
+    """Return `120 of 400`: the finished steps, as in the logs, of all steps; a dash if none was recorded."""
+    if status.steps_done is None:
+        return "-"
+    return f"{status.steps_done} of {status.num_steps}" if status.num_steps else str(status.steps_done)
+
+
 def _statuses(args: Namespace) -> list[RunStatus]:
     if args.runs:
         folders = [find_run_named(name, args) for name in args.runs]
@@ -90,10 +98,11 @@ def _row(status: RunStatus) -> tuple[str, ...]:
     return (
         f"{status.name}/{status.run_id}",
         str(status.state),
+        _or_dash(status.attempt),
         status.job_id or "-",
         _or_dash(status.nodes),
         f"{format_duration(status.elapsed_s)} / {format_duration(status.limit_s)}",
-        _or_dash(status.step),
+        format_steps(status),
         tokens_per_s,
         format_duration(status.last_log_age_s),
         next(iter(reason_lines), ""),

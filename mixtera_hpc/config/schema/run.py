@@ -37,5 +37,8 @@ class PlanConfig:
     """First step to print."""
     steps: int | None = None
     """Number of steps to print. Null: one chunk with `--json`, the whole run for the forecast."""
+    step_s: float | None = None
+    """Seconds that a step takes, for the GPU-hours of the forecast. Null takes the median of the run that `plan` is
+    asked about, and prints no GPU-hours for a configuration."""
     digests: bool = False
     """With `--json`: read the data and add a `digest` of the tokens (or of the sample) to every sequence."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["STALL_COLUMNS", "Stall", "find_stalls"]
+__all__ = ["STALL_COLUMNS", "Stall", "find_stalls", "host_of"]
 
 MIN_STALL_S = 0.1
 MIN_SHARE = 0.1
@@ -48,7 +48,7 @@ def find_stalls(steps: Sequence[Event], hosts: Sequence[Event]) -> tuple[Stall, 
         if is_first:
             continue
         for stage, rank, stall_s in _stalls_of(event):
-            seconds[rank, _host_of(rank, attempt, hosts), stage].append(stall_s)
+            seconds[rank, host_of(rank, attempt, hosts), stage].append(stall_s)
     stalls = (
         Stall(rank=rank, host=host, stage=stage, num_steps=len(each), total_s=sum(each), longest_s=max(each))
         for (rank, host, stage), each in seconds.items()
@@ -77,7 +77,7 @@ def _stalls_of(event: Event) -> list[tuple[str, int, float]]:
     return stalls
 
 
-def _host_of(rank: int, attempt: int | None, hosts: Sequence[Event]) -> str:
+def host_of(rank: int, attempt: int | None, hosts: Sequence[Event]) -> str:
     """Return the node of a rank in an attempt; empty if it was not recorded."""
     event = next((event for event in reversed(hosts) if event.get("attempt") == attempt), None)
     first = 0
