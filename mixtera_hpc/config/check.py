@@ -187,7 +187,8 @@ def _training(training: TrainingConfig) -> list[str]:
         *("log_every", "validate_steps", "validate_min_sequences"),
     )
     problems = all_at_least("training", training, 1, (*positive, "micro_batch_size", "stop_after"))
-    problems += all_at_least("training", training, 0, ("warmup_steps", "validate_every", "weight_decay"))
+    not_negative = ("warmup_steps", "validate_every", "weight_decay", "anneal_from_step", "anneal_from_rate")
+    problems += all_at_least("training", training, 0, not_negative)
     if not -(2**63) <= training.seed < 2**63:
         problems.append(f"training.seed is {training.seed}, expected a number of 64 bits.")
     for name in ("learning_rate", "grad_clip"):

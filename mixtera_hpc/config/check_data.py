@@ -11,6 +11,7 @@ __all__ = ["data_problems", "holdout_problems", "root_problems"]
 BUILT_IN = ("tokens", "bytes")
 """Numbers that every sample has."""
 MAX_BLOCK_ROWS = 1 << 20
+MAX_CACHE_BYTES = 1 << 62
 INDEX_PATH_WITHOUT_ROOT = "/index.h5"
 """What the default of `index.path`, `${data.root}/index.h5`, becomes when `data.root` is empty."""
 
@@ -24,6 +25,7 @@ def data_problems(data: DataConfig, index: IndexConfig) -> list[str]:
         *at_least("index.block_rows", index.block_rows, 1),
         *_block_rows(index),
         *at_least("index.threads", index.threads, 1),
+        *_reading(data),
     ]
     for path, data_set in _places(data):
         problems += at_least(f"{path}.max_block_bytes", data_set.max_block_bytes, 1 << 16)
@@ -50,6 +52,17 @@ def root_problems(data: DataConfig) -> list[str]:
         "data.root is missing; it is the folder that the index is built from. Set it on the command line or in a "
         "config file."
     ]
+
+
+def _reading(data: DataConfig) -> list[str]:
+    problems = []
+    if not 0 <= data.cache_bytes < MAX_CACHE_BYTES:
+        problems.append(f"data.cache_bytes is {data.cache_bytes}, expected 0 to 2**62 - 1 bytes.")
+    if data.max_amplification <= 0:
+        problems.append(
+            f"data.max_amplification is {data.max_amplification:g}, expected above 0. A large number turns it off."
+        )
+    return problems
 
 
 def _index_path(data: DataConfig, index: IndexConfig) -> list[str]:

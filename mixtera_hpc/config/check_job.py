@@ -2,7 +2,7 @@
 
 import re
 
-from mixtera_hpc.config.check_numbers import at_least
+from mixtera_hpc.config.check_numbers import all_at_least, at_least
 from mixtera_hpc.config.job_shape import parse_time, signal_lead_s
 from mixtera_hpc.config.schema import ClusterConfig, EnvironmentConfig, JobConfig, PartitionConfig
 from mixtera_hpc.errors import did_you_mean
@@ -15,6 +15,8 @@ def job_problems(job: JobConfig, cluster: ClusterConfig, environment: Environmen
     return [
         *at_least("job.nodes", job.nodes, 1),
         *at_least("job.max_attempts", job.max_attempts, 1),
+        *at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0),
+        *all_at_least("cluster", cluster, 1, ("ranks_per_node", "cpus_per_node", "max_nodes")),
         *_words(job),
         *_time(job, cluster),
         *_node_shape(job, cluster),

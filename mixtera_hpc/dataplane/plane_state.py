@@ -11,8 +11,9 @@ import json
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +21,7 @@ from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.mixing.requests import MixtureDecision
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
-from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.errors import CommError, ConfigError, DataError
 
 __all__ = ["STATE_KEY", "PlaneState", "check_identity", "pack_state", "unpack_state"]
 
@@ -28,6 +29,7 @@ STATE_KEY = "plane"
 """The only key of `DataPlane.state_dict()`. Its value is one array, which every checkpoint library can store."""
 
 VERSION = 3
+MAX_STEP = (1 << 62) - 1
 
 JSON_ENTRY = "json"
 """Name of the npz entry that holds the JSON text."""
@@ -54,9 +56,7 @@ def unpack_state(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, 
             arrays = dict(entries)
         facts = parse_json(arrays.pop(JSON_ENTRY).tobytes())
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"The saved state of the data plane cannot be read: {error}.\n  Load another checkpoint of the run."
-        ) from error
+        raise _unreadable(str(error)) from error
     return facts, arrays
 
 
@@ -118,24 +118,49 @@ class PlaneState:
             ConfigError: the state was written by another version.
             DataError: the bytes are not a state, or are damaged.
         """
+        plain, arrays = unpack_state(content)
         # Read the version first: the other fields may differ between versions.
-        facts, arrays = unpack_state(content)
-        if facts["version"] != VERSION:
+        version = plain.get("version") if isinstance(plain, dict) else None
+        if isinstance(version, int) and version != VERSION:
             raise ConfigError(
-                f"The saved state has version {facts['version']}, but this code writes and reads version {VERSION}.\n"
+                f"The saved state has version {version}, but this code writes and reads version {VERSION}.\n"
                 "  Resume with the release that wrote it, or start a new run."
             )
+        try:
+            return cls._from_facts(msgspec.convert(plain, _Facts), arrays)
+        except (msgspec.ValidationError, KeyError, TypeError, ValueError, OverflowError, CommError) as error:
+            raise _unreadable(f"{type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _from_facts(cls, facts: "_Facts", arrays: dict[str, NDArray[Any]]) -> "PlaneState":
         # The plan shares the file with the arrays of the mixing algorithms, whose names have a prefix.
         plan = ChunkPlan.from_array(np.asarray(arrays.pop("plan"), np.int64))
         return cls(
-            next_step=facts["next_step"],
+            next_step=facts.next_step,
             plan=plan,
             mixer=arrays,
-            num_fed=facts["num_fed"],
-            decisions=[MixtureDecision.from_dict(line) for line in facts["decisions"]],
-            stream_version=StreamVersion.from_dict(facts["stream_version"]),
-            identity=facts["identity"],
+            num_fed=facts.num_fed,
+            decisions=[MixtureDecision.from_dict(line) for line in facts.decisions],
+            stream_version=StreamVersion.from_dict(facts.stream_version),
+            identity=facts.identity,
         )
+
+
+class _Facts(msgspec.Struct, kw_only=True):
+    """The JSON values of a state."""
+
+    version: int
+    next_step: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+    num_fed: Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+    decisions: list[dict[str, Any]]
+    stream_version: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def _unreadable(reason: str) -> DataError:
+    return DataError(
+        f"The saved state of the data plane cannot be read: {reason}.\n  Load another checkpoint of the run."
+    )
 
 
 def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str] = ()) -> list[str]:

@@ -5,12 +5,13 @@ During a hung read all ranks are at one step, so that a stop saves; otherwise al
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,12 @@ pytestmark = [
 class Job:
     """A running program of some ranks."""
 
-    def __init__(self, mode: str, folder: Path, overrides: list[str], ranks: int, hanging: dict[str, Path]) -> None:
+    def __init__(
+        self, mode: str, folder: Path, overrides: list[str], ranks: int, hanging: dict[str, Path], launcher: str
+    ) -> None:
         folder.mkdir(parents=True)
         self.run = RunFolder(folder)
-        launcher = [str(MPIEXEC), "-n", str(ranks)] if ranks > 1 else []
-        command = [*launcher, sys.executable, str(PROGRAM), mode, str(folder), *overrides]
+        command = [*launch_words(launcher, ranks), str(PROGRAM), mode, str(folder), *overrides]
         self.errors = (folder / "stderr").open("w+")
         environment = os.environ | {"STUCK_RANK": str(ranks - 1)}
         environment |= {name: str(path) for name, path in hanging.items()}
@@ -82,14 +84,31 @@ class Job:
         return Path(self.errors.name).read_text()
 
 
+def launch_words(launcher: str, ranks: int) -> list[str]:
+    """Return the words before the program."""
+    if launcher == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    if launcher == "srun":
+        # As the batch script does: the end of one task is not the end of the others.
+        step = ["srun", "--nodes=2", f"--ntasks={ranks}", "--mpi=pmi2", "--kill-on-bad-exit=0", "--time=5"]
+        return [*step, sys.executable]
+    return [str(MPIEXEC), "-n", str(ranks), sys.executable] if ranks > 1 else [sys.executable]
+
+
 @contextmanager
 def running(
-    mode: str, path: Path, overrides: list[str], ranks: int, shard: Path | None = None, folder: Path | None = None
+    mode: str,
+    path: Path,
+    overrides: list[str],
+    ranks: int,
+    shard: Path | None = None,
+    folder: Path | None = None,
+    launcher: str = "mpiexec",
 ) -> Iterator[Job]:
     """Run a job, until its ranks have their data plane open; kill what remains."""
     hanging = {"HANGING_SHARD": shard, "HANGING_FOLDER": folder}
     known = {name: value for name, value in hanging.items() if value is not None}
-    job = Job(mode, path / "own" / "run", [*WORDS, *overrides], ranks, known)
+    job = Job(mode, path / "own" / "run", [*WORDS, *overrides], ranks, known, launcher)
     try:
         ready = [job.run.path / f"pid_{rank}" for rank in range(ranks)]
         job.wait_for(lambda: all(p.exists() for p in ready) or job.process.poll() is not None, 60, "the start")
@@ -97,7 +116,8 @@ def running(
     finally:
         for path in job.run.path.glob("pid_*"):
             if job.process.poll() is None:
-                os.kill(int(path.read_text()), signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(int(path.read_text()), signal.SIGKILL)
         job.process.kill()
         job.process.wait()
         job.errors.close()
@@ -264,3 +284,49 @@ def test_a_slow_run_is_not_reported(ranks: int, own_collection: list[str], tmp_p
         assert job.process.returncode == 0, job.log()
         assert "No progress" not in job.log()
         assert not job.run.stall_report(1).exists()
+
+
+@pytest.fixture(params=["torchrun", "srun"])
+def launcher(request: pytest.FixtureRequest) -> str:
+    """Return a launcher of several ranks; srun starts them on two nodes."""
+    if request.param == "srun" and (shutil.which("sinfo") is None or subprocess.run(["sinfo", "-h"]).returncode):
+        pytest.skip("no Slurm cluster on this machine; start one with make slurm-up")
+    return str(request.param)
+
+
+@pytest.mark.full
+def test_a_hung_read_is_named_and_saved_under_other_launchers(
+    launcher: str, own_collection: list[str], tmp_path: Path
+) -> None:
+    shard = largest_shard(own_collection)
+    with running("train", tmp_path, own_collection, 4, shard, launcher=launcher) as job:
+        named = job.wait_until_named()["ranks"][0]
+        assert (named["stage"], Path(named["shard"]).name) == ("read", shard.name)
+        request(job, "file")
+        job.wait_for((job.run.path / "state").exists, END_S, "the state")
+        job.wait_for(lambda: job.process.poll() is not None, 3 * END_S, "the end of the launcher")
+        assert job.process.returncode == 0, job.log()
+        assert [state_of(job).next_step, *steps_of(job, 4)] == [0] * 5
+
+
+def test_a_stopped_rank_is_named_under_other_launchers(
+    launcher: str, own_collection: list[str], tmp_path: Path
+) -> None:
+    """The others end on the last checkpoint after a request. The launcher may wait longer for the stopped rank."""
+    with running("train", tmp_path, own_collection, 4, launcher=launcher) as job:
+        job.wait_for((job.run.path / "step_3_3").exists, 60, "three steps")
+        os.kill(job.pid(2), signal.SIGSTOP)
+        verdict = job.wait_until_named()
+        assert [(named["rank"], named["silent"]) for named in verdict["ranks"]] == [(2, True)]
+        request(job, "file")
+        others = [job.pid(rank) for rank in (0, 1, 3)]
+        job.wait_for(lambda: not any(is_running(pid) for pid in others), END_S, "the end of the others")
+        assert "Nothing more is saved" in job.log()
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

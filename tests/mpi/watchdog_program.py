@@ -54,6 +54,10 @@ def main() -> None:
     mode = sys.argv[1]
     folder = Path(sys.argv[2])
     config = compose(sys.argv[3:])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        import torch.distributed  # Only torchrun needs it: importing torch takes seconds.
+
+        torch.distributed.init_process_group("gloo")
     with DataPlane.open(config, folder=RunFolder(folder)) as plane:
         rank = plane._resources.comm.rank
         if "HANGING_SHARD" in os.environ:

@@ -1,5 +1,6 @@
 """The user's scalars: exact sums per domain for any layout of ranks; out of range is counted, never wrapped."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,31 @@ def test_sums_are_the_same_for_every_number_of_ranks(config: Config) -> None:
     assert sum(alone[0][0]) == pytest.approx(8 * 0.1 + 0.7 * 28, abs=1e-7)
     assert serve(config, Local(), is_half=True) == alone
     assert run_ranks(4, lambda comm: serve(config, comm)) == [alone] * 4
+
+
+def serve_peers(config: Config, comm: Communicator, recorders: set[int]) -> Any:
+    """Record losses on every rank, and scalars on `recorders`; return the sums and counts of step 0."""
+    with DataPlane.open(config, comm) as plane:
+        batch = next(iter(plane))
+        losses = np.ones((len(batch.positions), 16))
+        scalars = {"grad_norm": 0.1 + 0.7 * batch.positions} if comm.rank in recorders else None
+        plane.record(batch, losses, scalars=scalars)
+        plane.state_dict()
+        (statistics,) = plane.completed_statistics()
+        scalar = statistics.scalars["grad_norm"]
+        return scalar.total.tolist(), scalar.count.tolist()
+
+
+def test_scalars_of_one_of_two_model_parallel_peers_are_refused(config: Config) -> None:
+    """Copies of losses count once, which would halve scalars that have no copy."""
+    pairs = replace(config, dataplane=replace(config.dataplane, model_parallel_size=2))
+    alone = serve_peers(config, Local(), {0})
+    assert sum(alone[1]) == 8
+    assert run_ranks(4, lambda comm: serve_peers(pairs, comm, {0, 1, 2, 3})) == [alone] * 4
+    assert run_ranks(4, lambda comm: serve_peers(pairs, comm, set()))[0][1] == [0] * len(alone[1])
+    for recorders, values in (({0, 2}, r"\[4, 0\]"), ({0, 1, 3}, r"\[0, 4\]"), ({1}, r"\[0, 4\]")):
+        with pytest.raises(CommError, match=f"recorded the same losses of step 0, but {values} values of scalars"):
+            run_ranks(4, lambda comm, own=recorders: serve_peers(pairs, comm, own))
 
 
 def test_values_out_of_range_are_counted_and_left_out() -> None:

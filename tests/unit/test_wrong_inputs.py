@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 
 from mixtera_hpc.cli.main import VERBS, main
 from mixtera_hpc.comm.communicator import Local
@@ -23,8 +25,10 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.plane_state import pack_state, unpack_state
 from mixtera_hpc.errors import UserError, exit_code_of
 from mixtera_hpc.testing import writers
+from mixtera_hpc.training.checkpoint import Checkpoint, load_newest_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.slow
 """Composes a configuration for every wrong value."""
@@ -125,6 +129,33 @@ def test_a_value_of_another_type_names_its_key() -> None:
             cases.append((f"{key}={value}", partial(compose, [*BASE, f"{key}={value}"]), key.rpartition(".")[2]))
     assert len(cases) > 100
     check_all("types", cases)
+
+
+ACCEPTED_NUMBERS = {
+    **{
+        key: ["0"]
+        for key in (
+            *("data.cache_bytes", "query.holdout.fraction", "dataplane.seed", "dataplane.workers"),
+            *("dataplane.watchdog_s", "mixture.floor", "mixture.cap", "training.warmup_steps", "training.weight_decay"),
+            *("training.anneal_from_step", "training.anneal_from_rate", "training.validate_every"),
+            *("checkpoint.every_steps", "cluster.gpus_per_node", "plan.first_step"),
+        )
+    },
+    "query.holdout.seed": ["-1", "0"],
+    "training.seed": ["-1", "0"],
+}
+"""Number keys → which of -1 and 0 have a meaning there; neither has one for all other keys."""
+
+
+def test_numbers_below_their_range_name_their_key() -> None:
+    numbers = [key for key, hint in keys_of(Config) if {int, float} & {hint, *get_args(hint)}]
+    assert set(ACCEPTED_NUMBERS) <= set(numbers)
+    cases = []
+    for key in numbers:
+        for value in ("-1", "0"):
+            if value not in ACCEPTED_NUMBERS.get(key, []):
+                cases.append((f"{key}={value}", partial(compose, [*BASE, f"{key}={value}"]), key.rpartition(".")[2]))
+    check_all("ranges", cases)
 
 
 def test_numbers_out_of_range_are_refused_or_harmless() -> None:
@@ -381,6 +412,108 @@ def test_wrong_requests_are_refused_in_writing(good_run: tuple[Path, list[str]],
     assert not problems, "\n".join(problems)
     refusals = [line for line in run.decisions.read_text().splitlines() if "refused" in line]
     assert len(refusals) >= len(REQUESTS) // 2
+
+
+# Checkpoints
+
+
+def write_two_checkpoints(path: Path, state: Any) -> RunFolder:
+    run = RunFolder(path)
+    for step in (4, 8):
+        model = {"weight": torch.ones(3)}
+        own = Checkpoint(step=step, model_settings={}, model=model, optimizer={"state": {}}, dataplane=state)
+        write_checkpoint(run, own, keep=9)
+    return run
+
+
+def bad_checkpoint_files(good: Path) -> Iterator[tuple[str, str, bytes | None]]:
+    """Yield what is wrong, and the name and the content of a file of a checkpoint; None stands for a folder."""
+    names = sorted(path.name for path in good.iterdir())
+    assert "training.json" in names and "dataplane.npz" in names
+    for name in names:
+        for kind, content in BAD_CONTENTS.items():
+            yield f"{name}: {kind}", name, content
+        yield f"{name}: half", name, (good / name).read_bytes()[:-9]
+    table = json.loads((good / "training.json").read_text())
+    for kind, changed in {
+        "another version": {"version": 99},
+        "no files": {"files": {}},
+        "files in a list": {"files": []},
+        "a path": {"files": {"../model.pt": {"bytes": 1, "crc32": 1}}},
+        "sizes as text": {"files": {name: {"bytes": "x", "crc32": None} for name in table["files"]}},
+        "a step as text": {"step": "four"},
+        "another step": {"step": 77},
+        "settings in a list": {"model_settings": [1]},
+    }.items():
+        yield f"training.json: {kind}", "training.json", json.dumps({**table, **changed}).encode()
+
+
+def test_damaged_checkpoints_are_skipped_or_refused(good_run: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """An older good one is used; without one, the run does not begin again from step 0."""
+    _, words = good_run
+    with DataPlane.open(compose(words), Local()) as plane:
+        next(iter(plane))
+        state = plane.state_dict()["plane"]
+    run = write_two_checkpoints(tmp_path / "whole", state)
+    assert load_newest_checkpoint(run).step == 8  # type: ignore[union-attr]
+    cases = []
+    for kind, name, content in bad_checkpoint_files(run.checkpoint(8)):
+        folder = tmp_path / kind.replace("/", "-")
+
+        def older_is_used(folder: Path = folder, name: str = name, content: bytes | None = content) -> int:
+            shutil.copytree(run.path, folder)
+            put(RunFolder(folder).checkpoint(8) / name, content)
+            return 0 if load_newest_checkpoint(RunFolder(folder)).step == 4 else 7  # type: ignore[union-attr]
+
+        def none_is_left(folder: Path = folder) -> Any:
+            shutil.rmtree(RunFolder(folder).checkpoint(4))
+            return load_newest_checkpoint(RunFolder(folder))
+
+        outcome = outcome_of(older_is_used)
+        assert outcome.code == 0, f"{kind}: {outcome.text[-600:]}"
+        cases.append((kind, none_is_left, "move that folder away"))
+    check_all("checkpoints", cases)
+
+
+def test_states_that_are_none_are_refused(good_run: tuple[Path, list[str]]) -> None:
+    """A trainer of the user's own gives whatever its checkpoint holds."""
+    _, words = good_run
+    config = compose(words)
+    with DataPlane.open(config, Local()) as plane:
+        next(iter(plane))
+        state = plane.state_dict()["plane"]
+    facts, arrays = unpack_state(state)
+    other = [word for word in words if not word.startswith("dataplane.global_batch_size")]
+    with DataPlane.open(compose([*other, "dataplane.global_batch_size=5"]), Local()) as plane:
+        next(iter(plane))
+        foreign = plane.state_dict()["plane"]
+    changed = {
+        **{f"without {name}": {k: v for k, v in facts.items() if k != name} for name in facts},
+        **{f"{name} is text": {**facts, name: "x"} for name in facts},
+        **{f"{name} is a list": {**facts, name: [1]} for name in facts},
+        "another version": {**facts, "version": 99},
+        "a negative step": {**facts, "next_step": -3},
+        "a huge step": {**facts, "next_step": 10**30},
+    }
+    states = {
+        "nothing": np.zeros(0, np.uint8),
+        "zeros": np.zeros(500, np.uint8),
+        "half": state[: len(state) // 2],
+        "a flipped byte": np.concatenate([state[:-60], state[-60:] ^ 1]),
+        "of another run": foreign,
+        **{name: pack_state(own, arrays) for name, own in changed.items()},
+        "no plan": pack_state(facts, {}),
+        "a plan of zeros": pack_state(facts, {**arrays, "plan": np.zeros(40, np.int64)}),
+        "a short plan": pack_state(facts, {**arrays, "plan": arrays["plan"][:3]}),
+        "a plan of text": pack_state(facts, {**arrays, "plan": np.array(["a", "b"])}),
+    }
+
+    def load(content: Any) -> None:
+        with DataPlane.open(config, Local()) as plane:
+            plane.load_state_dict({"plane": content})
+            next(iter(plane))
+
+    check_all("states", [(name, partial(load, content), "") for name, content in states.items()])
 
 
 def test_more_than_300_wrong_inputs_were_tried() -> None:

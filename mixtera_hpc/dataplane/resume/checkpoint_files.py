@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from mixtera_hpc.config.files.json_text import parse_json
@@ -33,22 +34,49 @@ _logger = logging.getLogger("mixtera_hpc")
 def find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, as the end of a sentence, or None if it is complete."""
     try:
-        contents = parse_json((path / CONTENTS_FILE).read_text())
+        # A pipe in place of the file would wait for ever.
+        plain = parse_json((path / CONTENTS_FILE).read_text()) if (path / CONTENTS_FILE).is_file() else None
     except (OSError, ValueError) as error:
         return f"{CONTENTS_FILE} cannot be read ({error})"
-    if not isinstance(contents, dict) or not isinstance(contents.get("files"), dict):
-        return f"{CONTENTS_FILE} is not the contents of a checkpoint"
-    if contents.get("version") != FORMAT_VERSION:
-        return f"its version is {contents.get('version')}, but this program reads version {FORMAT_VERSION}"
+    if plain is None:
+        return f"{CONTENTS_FILE} cannot be read (there is no such file)"
+    if isinstance(plain, dict) and plain.get("version", FORMAT_VERSION) != FORMAT_VERSION:
+        return f"its version is {plain['version']}, but this program reads version {FORMAT_VERSION}"
+    try:
+        contents = msgspec.convert(plain, _Contents)
+    except msgspec.ValidationError as error:
+        return f"{CONTENTS_FILE} is not the contents of a checkpoint ({error})"
+    if path.name != RunFolder(path.parents[1]).checkpoint(contents.step).name:
+        return f"{CONTENTS_FILE} is of step {contents.step}"
+    if PLANE_STATE_FILE not in contents.files:
+        return f"{CONTENTS_FILE} does not list {PLANE_STATE_FILE}"
+    return next((damage for name, file in contents.files.items() if (damage := _damage_of(path / name, file))), None)
 
-    for name, expected in contents["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
-        if crc32_of(file) != expected["crc32"]:
-            return f"the checksum of {name} does not match"
+
+class _File(msgspec.Struct):
+    """A file of a checkpoint."""
+
+    bytes: int
+    crc32: int
+
+
+class _Contents(msgspec.Struct, kw_only=True):
+    """The values of `training.json`."""
+
+    version: int
+    step: int
+    model_settings: dict[str, Any]
+    files: dict[str, _File]
+
+
+def _damage_of(path: Path, expected: _File) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    if size != expected.bytes:
+        return f"{path.name} has {size} bytes, expected {expected.bytes}"
+    if crc32_of(path) != expected.crc32:
+        return f"the checksum of {path.name} does not match"
     return None
 
 
@@ -65,6 +93,8 @@ def saved_states(run: RunFolder) -> Iterator[dict[str, Any]]:
         damage = find_damage(path) if (path / CONTENTS_FILE).exists() else None
         try:
             state = unpack_state(np.fromfile(path / PLANE_STATE_FILE, np.uint8))[0]
+            if not isinstance(state, dict):
+                damage = damage or f"{PLANE_STATE_FILE} holds no state"
         except DataError as error:
             damage = damage or str(error)
         if damage is None:

@@ -31,6 +31,10 @@ class Reduction:
     contents: tuple[str, ...]
     num_recorded: int
     """Tokens that this rank recorded, of a step whose parts did not fit together."""
+    num_values: int = 0
+    """Values of scalars that this rank recorded."""
+    has_other_scalars: bool = False
+    """Whether peers that recorded the same losses did not record scalars of the same sequences."""
 
 
 def raise_mismatch(comm: Communicator, group: int, reduction: Reduction) -> None:
@@ -48,6 +52,8 @@ def raise_mismatch(comm: Communicator, group: int, reduction: Reduction) -> None
             _raise_misfit(comm, group, reduction)
         if int(reduction.result[-NUM_FLAGS + 3]):
             _raise_other_contents(comm, group, reduction)
+        if reduction.has_other_scalars:
+            _raise_other_scalars(comm, group, reduction)
         _raise_partial(comm, group, reduction)
     raise CommError(
         f"Ranks {differing.tolist()} served step {reduction.step} from another plan: they use "
@@ -65,6 +71,23 @@ def _raise_partial(comm: Communicator, group: int, reduction: Reduction) -> None
     raise CommError(
         f"Step {reduction.step} was recorded in part: ranks {silent.tolist()} did not record their losses, others "
         "did.\n  Call record() for every step in all data-parallel groups, on as many ranks in each, or in none."
+    )
+
+
+def _raise_other_scalars(comm: Communicator, group: int, reduction: Reduction) -> None:
+    """Name the ranks of a group that recorded the same losses and other scalars. **Collective.**"""
+    recorded = int(reduction.buffer[-2] != 0)
+    by_rank = comm.Allgather(np.array([group, recorded, reduction.num_values], np.int64))
+    recorders = by_rank[:, 1] == 1
+    groups = by_rank[recorders, 0]
+    values = by_rank[recorders, 2]
+    mixed = [int(number) for number in np.unique(groups) if len(np.unique(values[groups == number])) > 1]
+    # With equal numbers in every group, the values belong to other sequences.
+    ranks = np.flatnonzero(recorders & (by_rank[:, 0] == (mixed[0] if mixed else group)))
+    raise CommError(
+        f"Ranks {ranks.tolist()} are model-parallel peers and recorded the same losses of step {reduction.step}, but "
+        f"{by_rank[ranks, 2].tolist()} values of scalars.\n"
+        "  Give record(scalars=) for the same sequences on every rank that records their losses."
     )
 
 

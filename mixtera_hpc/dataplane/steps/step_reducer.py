@@ -34,6 +34,9 @@ Ints = NDArray[np.int64]
 
 DIGEST_MASK = (1 << 32) - 1
 """The bits of a digest that are compared: sums of 32-bit numbers over all ranks fit into an int64."""
+NUM_SCALAR_CHECKS = 16
+"""Numbers of 32 bits that depend on which sequences have scalars. If k peers of each group record equal copies, each
+sum of them is a multiple of k; other copies pass all checks with a probability of k^-16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,7 @@ class StepReducer:
         self._num_domains = num_domains
         self._scales = scales or {}
         self._num_rows = NUM_BUFFER_ROWS + ROWS_PER_SCALAR * len(self._scales)
+        self._num_checks = NUM_SCALAR_CHECKS if self._scales else 0
         self._size_of_step = size_of_step
         self._group = batch_slice.group
         # Sums of hashes tell how often each group recorded: unequal numbers of copies give another sum.
@@ -175,7 +179,8 @@ class StepReducer:
             nothing = np.zeros((NUM_BUFFER_ROWS, self._num_domains), np.int64)
             num_padding = losses.num_padding if is_counted and losses.has_losses else 0
             rows = np.concatenate([losses.total() if is_counted else nothing, scalars])
-            self.post(waiting.step, rows, waiting.flags, num_padding=num_padding)
+            checks = _checks_of(scalars) if self._scales and is_counted and losses.has_losses else None
+            self.post(waiting.step, rows, waiting.flags, num_padding=num_padding, checks=checks)
             if self._loss_log and is_counted and losses.has_losses:
                 self._loss_log.write(waiting.step, losses.positions, losses.means())
         else:
@@ -206,6 +211,7 @@ class StepReducer:
         num_padding: int = 0,
         is_partial: bool = False,
         num_recorded: int = 0,
+        checks: Ints | None = None,
     ) -> None:
         """Start the reduction of `step`. Every rank starts those of all steps, in order, at a time of its own.
 
@@ -217,6 +223,7 @@ class StepReducer:
             num_padding: rows of padding that were recorded besides the sequences in `rows`.
             is_partial: whether the parts that the ranks of this group recorded do not fit together.
             num_recorded: tokens that this rank recorded, if so.
+            checks: of the scalars beside losses that may be copies, shape (NUM_SCALAR_CHECKS,); None if there are none.
         """
         vote = self._group_hash if num_padding or rows[2].any() else 0
         content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
@@ -225,11 +232,14 @@ class StepReducer:
         # One buffer, so that times, losses and flags need a single collective.
         times = np.zeros(self._comm.size, np.int64)
         times[self._comm.rank] = flags.times
-        buffer = np.concatenate([times, rows.reshape(-1), np.array(tail, np.int64)])
+        if checks is None:
+            checks = np.zeros(self._num_checks, np.int64)
+        buffer = np.concatenate([times, rows.reshape(-1), checks, np.array(tail, np.int64)])
         result = np.empty_like(buffer)
         request = self._reductions.Iallreduce(buffer, result)
         # MPI owns both arrays until the request is complete; the entry keeps them alive.
-        self._running.append(Reduction(step, buffer, result, request, flags.contents, num_recorded))
+        num_values = int(_values_per_domain(rows[NUM_BUFFER_ROWS:]).sum())
+        self._running.append(Reduction(step, buffer, result, request, flags.contents, num_recorded, num_values))
 
     def poll(self) -> list[StepResult]:
         """Return the results that have become complete since the last call, in order."""
@@ -302,7 +312,9 @@ class StepReducer:
         """Move the oldest reduction to the results."""
         reduction = self._running.popleft()
         num_ranks = self._comm.size
-        rows = reduction.result[num_ranks:-NUM_FLAGS].reshape(self._num_rows, self._num_domains)
+        end_of_rows = num_ranks + self._num_rows * self._num_domains
+        rows = reduction.result[num_ranks:end_of_rows].reshape(self._num_rows, self._num_domains)
+        checks = reduction.result[end_of_rows:-NUM_FLAGS]
         stop, save, num_partial, content_sum, num_padding, votes, digest_sum = reduction.result[-NUM_FLAGS:].tolist()
 
         # Equal digests add up to a multiple of this rank's own.
@@ -318,10 +330,26 @@ class StepReducer:
         statistics = statistics_from_buffer(reduction.step, rows // num_copies, self._scales)
         if self._comm.rank == 0:
             statistics = replace(statistics, stages=maxima_of(reduction.result[:num_ranks]))
-        if (differs or is_partial or num_partial or content_sum) and self._mismatch is None:
+        reduction.has_other_scalars = not is_partial and bool((checks % num_copies).any())
+        is_wrong = differs or is_partial or num_partial or content_sum or reduction.has_other_scalars
+        if is_wrong and self._mismatch is None:
             self._mismatch = reduction
 
         self._results.append(StepResult(statistics=statistics, stop=stop > 0, save=save > 0, reduce_s=reduce_s))
+
+
+def _values_per_domain(rows: Ints) -> Ints:
+    """Return how many values every scalar has in every domain, given all rows of scalars; shape (scalars, K)."""
+    # The sums come first. Their last bits may differ between copies that were computed on several devices.
+    values: Ints = rows.reshape(-1, ROWS_PER_SCALAR, rows.shape[1])[:, 1:].sum(axis=1)
+    return values
+
+
+def _checks_of(rows: Ints) -> Ints:
+    """Return numbers of 32 bits that depend on which domains have how many values."""
+    content = np.ascontiguousarray(_values_per_domain(rows)).tobytes()
+    digest = hashlib.blake2b(content, digest_size=4 * NUM_SCALAR_CHECKS).digest()
+    return np.frombuffer(digest, "<u4").astype(np.int64)
 
 
 def _digest_of(contents: tuple[str, ...]) -> int:
