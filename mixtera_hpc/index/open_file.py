@@ -42,7 +42,7 @@ def open_file(path: Path, max_bytes: int | None = None) -> h5py.File:
         # Another program's HDF5 file has no such attribute.
         file_format = read_text(file, "format") if "format" in file.attrs else None
         version = file.attrs.get("version")
-        contents = _Contents.of(file)
+        contents = _FileContents.of(file)
     except DAMAGE as error:
         raise damaged(path, error) from None
     problem = contents.foreign_problem(path)
@@ -59,7 +59,7 @@ def open_file(path: Path, max_bytes: int | None = None) -> h5py.File:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Contents:
+class _FileContents:
     """What all objects of a file together need.
 
     Every index is looked through when it is opened, so the low-level interface of h5py is used: it takes a third of

@@ -40,6 +40,6 @@ Example:
 def run(args: argparse.Namespace) -> int:
     """Run the verb and return the exit code."""
     # Imported here because h5py and numpy take longer to import than `--help` may take.
-    from mixtera_hpc.cli.answers.fork_answer import fork_and_train
+    from mixtera_hpc.cli.answers.runs.fork_answer import fork_and_train
 
     return fork_and_train(args)

@@ -32,7 +32,7 @@ mixtera-hpc status shows what the jobs of runs are doing."""
 def run(args: Namespace) -> int:
     """Print the runs."""
     # Imported here because msgspec and the reader of metrics take longer to import than `--help` may take.
-    from mixtera_hpc.cli.answers.runs_answer import print_runs
+    from mixtera_hpc.cli.answers.runs.runs_answer import print_runs
 
     print_runs(args)
     return 0

@@ -25,7 +25,7 @@ of metrics/steps.jsonl; `change` compares the loss with the 20 lines before."""
 def run(args: Namespace) -> int:
     """Show the run."""
     # Imported here because numpy takes longer to import than `--help` may take.
-    from mixtera_hpc.cli.answers.watch_answer import watch
+    from mixtera_hpc.cli.answers.runs.watch_answer import watch
 
     watch(args)
     return 0

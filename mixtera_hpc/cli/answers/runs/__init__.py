@@ -1,0 +1,1 @@
+"""What the verbs about several runs answer: `runs`, `watch` and `fork`."""
