@@ -21,7 +21,19 @@ def job_problems(job: JobConfig, cluster: ClusterConfig, environment: Environmen
         *_time(job, cluster),
         *_node_shape(job, cluster),
         *_partition(job, cluster),
+        *_network(cluster),
         *environment_problems(environment, cluster),
+    ]
+
+
+def _network(cluster: ClusterConfig) -> list[str]:
+    values = {
+        "cluster.network_latency_us": cluster.network_latency_us,
+        "cluster.network_gb_per_s": cluster.network_gb_per_s,
+        "cluster.metadata_ops_per_s": cluster.metadata_ops_per_s,
+    }
+    return [
+        f"{key} is {value}, expected a number above 0." for key, value in values.items() if not 0 < value < float("inf")
     ]
 
 

@@ -10,6 +10,7 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.launch.sweep.sweep_record import RecordedSweep, SweepRecord
 from mixtera_hpc.report.run_metrics import RunMetrics, load_run_metrics
 from mixtera_hpc.report.scaling.run_groups import unlike_conditions
+from mixtera_hpc.report.scaling.scaling_model import model_constants, model_scaling
 from mixtera_hpc.report.scaling.scaling_table import scaling_table
 
 __all__ = ["compare_runs", "compare_sweep", "find_sweep"]
@@ -24,7 +25,9 @@ def find_sweep(name: str, root: Path) -> SweepRecord | None:
     return None
 
 
-def compare_sweep(record: SweepRecord, folder: Path | None = None, *, as_json: bool = False) -> None:
+def compare_sweep(
+    record: SweepRecord, folder: Path | None = None, *, as_json: bool = False, model_nodes: int | None = None
+) -> None:
     """Compare the runs of the newest sweep of a run name; files go to `scaling/` of that name by default.
 
     Raises:
@@ -40,30 +43,53 @@ def compare_sweep(record: SweepRecord, folder: Path | None = None, *, as_json: b
         )
     if len(runs) < sweep.num_points and not as_json:
         print(f"{len(runs)} of {sweep.num_points} points have recorded steps.")
-    compare_runs(runs, folder or record.folder / "scaling", swept=sweep.swept, as_json=as_json)
+    compare_runs(runs, folder or record.folder / "scaling", swept=sweep.swept, as_json=as_json, model_nodes=model_nodes)
 
 
-def compare_runs(runs: Sequence[RunMetrics], folder: Path, *, swept: Sequence[str] = (), as_json: bool = False) -> None:
+def compare_runs(
+    runs: Sequence[RunMetrics],
+    folder: Path,
+    *,
+    swept: Sequence[str] = (),
+    as_json: bool = False,
+    model_nodes: int | None = None,
+) -> None:
     """Print the table of the runs and their limits; write CSV and PNG into `folder`, unless `as_json`.
+
+    Args:
+        runs: the runs.
+        folder: where files go.
+        swept: the keys of a sweep that have several values.
+        as_json: print one JSON object per row instead.
+        model_nodes: also print the model of the data plane up to this number of nodes.
 
     Raises:
         ConfigError: runs differ in more than the swept keys.
     """
     rows = scaling_table(runs, swept)
+    # The run with the most ranks is the nearest one to the jobs that are modelled.
+    constants = model_constants(max(runs, key=lambda metrics: int(metrics.steps.num_ranks[-1])))
+    modelled = model_scaling(constants, model_nodes) if model_nodes is not None else []
     if as_json:
         for row in rows:
             print_json({**dataclasses.asdict(row), "binding_stage": row.binding_stage})
+        for model_row in modelled:
+            print_json({"model": dataclasses.asdict(model_row)})
         return
     # Imported here because they import matplotlib and rich, which take half a second.
-    from mixtera_hpc.report.scaling.scaling_files import write_scaling_files
-    from mixtera_hpc.report.scaling.scaling_text import limits_text, scaling_text
+    from mixtera_hpc.report.scaling.scaling_files import write_model, write_scaling_files
+    from mixtera_hpc.report.scaling.scaling_text import limits_text, model_text, scaling_text
 
     console = open_console()
     console.print(scaling_text(rows))
     console.print(limits_text(rows))
+    files = write_scaling_files(rows, folder)
+    if modelled:
+        console.print(model_text(modelled, constants))
+        files.append(write_model(modelled, folder))
     for note in unlike_conditions(runs):
         print(f"note: {note}")
-    for path in write_scaling_files(rows, folder):
+    for path in files:
         print(path)
 
 

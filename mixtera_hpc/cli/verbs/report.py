@@ -23,6 +23,12 @@ def arguments(parser: ArgumentParser) -> None:
         help="compare the throughput of the runs, or of all runs of a sweep if one RUN names it: table, CSV and PNG",
     )
     parser.add_argument(
+        "--model",
+        type=int,
+        metavar="NODES",
+        help="with --scaling: also model the costs of the data plane on up to so many nodes, with the assumptions",
+    )
+    parser.add_argument(
         "--compare", action="store_true", help="write one page that compares the losses and mixtures of the runs"
     )
     parser.add_argument(
@@ -39,12 +45,14 @@ def arguments(parser: ArgumentParser) -> None:
 Examples:
   mixtera-hpc report demo
   mixtera-hpc report nodes1 nodes2 nodes4 --scaling
-  mixtera-hpc report my_sweep --scaling
+  mixtera-hpc report my_sweep --scaling --model 4096
   mixtera-hpc report demo-s200-code demo-s200-prose --compare"""
 
 
 def run(args: Namespace) -> int:
     """Print or write the reports."""
+    if args.model is not None and not args.scaling:
+        raise ConfigError("--model extends the table of --scaling.\n  Add --scaling, or leave --model out.")
     if args.scaling and not args.compare:
         _compare_scaling(args)
         return 0
@@ -63,13 +71,15 @@ def _compare_scaling(args: Namespace) -> None:
     # Imported here because it imports numpy, which takes longer than `--help` may take.
     from mixtera_hpc.cli.answers.scaling_answer import compare_runs, compare_sweep, find_sweep
 
+    if args.model is not None and args.model < 1:
+        raise ConfigError(f"--model is {args.model}, but a job has at least 1 node.")
     sweep = find_sweep(args.runs[0], args.root or runs_root()) if len(args.runs) == 1 else None
     if sweep is not None:
-        compare_sweep(sweep, args.out, as_json=args.json)
+        compare_sweep(sweep, args.out, as_json=args.json, model_nodes=args.model)
         return
     folders = [find_run_named(name, args) for name in args.runs]
     runs = [load_run_metrics(folder) for folder in folders]
-    compare_runs(runs, args.out or folders[0].report, as_json=args.json)
+    compare_runs(runs, args.out or folders[0].report, as_json=args.json, model_nodes=args.model)
 
 
 def _write_comparison(folders: Sequence[RunFolder], args: Namespace) -> None:

@@ -115,6 +115,12 @@ class ClusterConfig:
     """Environment variables of every rank in a container, beside `cluster.env`."""
     container_mpi: str | None = None
     """Default of `environment.mpi` in a container."""
+    network_latency_us: float = 5.0
+    """Time of a small message between two nodes, in microseconds; for `report --scaling --model` only. Above 0."""
+    network_gb_per_s: float = 10.0
+    """Network bandwidth of one rank, in GB/s; for `report --scaling --model` only. Above 0."""
+    metadata_ops_per_s: float = 10_000.0
+    """Metadata operations that the shared file system answers per second, for `report --scaling --model` only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The files of a comparison: `scaling.csv`, `limits.csv` and `scaling.png`."""
+"""The files of a comparison: `scaling.csv`, `limits.csv`, `scaling.png`, and `model.csv` with the model."""
 
 import csv
 from collections.abc import Sequence
@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator, PercentFormatter, ScalarFormatter
 
 from mixtera_hpc.report.plot_style import INK, MUTED, PALETTE, save_png, use_plot_style
+from mixtera_hpc.report.scaling.scaling_model import ModelRow
 from mixtera_hpc.report.scaling.scaling_table import ScalingRow
 from mixtera_hpc.report.timing.stage_limits import StageLimit
 
-__all__ = ["write_scaling_files"]
+__all__ = ["write_model", "write_scaling_files"]
 
 WIDTH_IN = 9.4
 HEIGHT_IN = 3.6
@@ -37,6 +38,13 @@ def write_scaling_files(rows: Sequence[ScalingRow], folder: Path) -> list[Path]:
     with use_plot_style():
         save_png(_draw(rows), plot)
     return [table, limits, plot]
+
+
+def write_model(rows: Sequence[ModelRow], folder: Path) -> Path:
+    """Write the rows of the scaling model into `folder`, and return the path of the file."""
+    path = folder / "model.csv"
+    _write_csv(path, [field.name for field in fields(ModelRow)], [asdict(row) for row in rows])
+    return path
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:

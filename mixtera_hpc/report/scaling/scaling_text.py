@@ -5,12 +5,19 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from mixtera_hpc.report.number_format import format_count, format_percent, format_seconds
+from mixtera_hpc.report.number_format import format_count, format_duration, format_percent, format_seconds
+from mixtera_hpc.report.scaling.scaling_model import ModelConstants, ModelRow, assumptions
 from mixtera_hpc.report.scaling.scaling_table import ScalingRow
 from mixtera_hpc.report.timing.stage_limits import LIMIT_COLUMNS, limit_cells
 
-__all__ = ["limits_text", "scaling_text"]
+__all__ = ["limits_text", "model_text", "scaling_text"]
+
+MODEL_COLUMNS = (
+    *("nodes", "ranks", "plan", "broadcast", "reduction", "takes", "messages", "rank 0 CPU", "step longer by"),
+    *("efficiency", "start", "imports"),
+)
 
 COLUMNS = ("run", "nodes", "ranks", "batch", "tokens/s", "per rank", "speed-up", "efficiency", "step", "data wait")
 
@@ -50,6 +57,31 @@ def limits_text(rows: Sequence[ScalingRow]) -> RenderableType:
         for number, limit in enumerate(row.limits):
             table.add_row(str(row.ranks) if number == 0 else "", *limit_cells(limit))
     return Group("", table)
+
+
+def model_text(rows: Sequence[ModelRow], constants: ModelConstants) -> RenderableType:
+    """Return the modelled costs of the data plane, and what they assume."""
+    title = "Model of the data plane, with the same work per rank"
+    table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
+    for column in MODEL_COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            format_count(row.nodes),
+            format_count(row.ranks),
+            f"{format_count(row.broadcast_bytes)}B",
+            format_seconds(row.broadcast_s),
+            f"{format_count(row.reduction_bytes)}B",
+            format_seconds(row.reduction_s),
+            format_count(row.reduction_messages),
+            format_seconds(row.root_cpu_s),
+            format_seconds(row.exposed_s),
+            format_percent(row.efficiency),
+            format_duration(row.start_s),
+            format_duration(row.import_s),
+        )
+    lines = [Text(f"  - {line}") for line in assumptions(constants)]
+    return Group("", table, "", Text("Assumptions", style="bold"), *lines)
 
 
 def _time_pair(median: float | None, p95: float | None) -> str:
