@@ -177,7 +177,7 @@ def verb_cases(folder: Path) -> Iterator[tuple[list[str], str]]:
     """Yield command lines, and what the message names."""
     for verb in VERBS:
         yield [verb, "--no-such-flag"], "mixtera-hpc"
-        if verb not in ("doctor", "status"):
+        if verb not in ("doctor", "status", "runs"):
             yield [verb, "nonsense!"], ""
     for verb in RUN_VERBS:
         yield [verb], "RUN" if verb != "report" else ""
@@ -222,6 +222,14 @@ def verb_cases(folder: Path) -> Iterator[tuple[list[str], str]]:
     yield ["check", "experiment=nope"], ""
     yield ["resume", "no-such-run", "--skip-steps=x"], ""
     yield ["logs", "no-such-run", "--rank=x"], "--rank"
+    yield ["watch", "no-such-run", "--once"], "no-such-run"
+    yield ["watch", str(folder), "--once"], str(folder)
+    yield ["runs", "--last=x"], "--last"
+    yield ["runs", "--state=LOST"], "LOST"
+    yield ["completion", "tcsh"], "tcsh"
+    yield ["fork", "no-such-run", "--step=1", f"--set={folder}/missing"], ""
+    for action in ("sample", "train", "submit", "fit"):
+        yield ["swarm", action, f"{folder}/no-swarm", "mixture.kind=nope"], ""
     yield ["sweep", "training.seed=1,2", "--max-parallel=0", *BASE], "max-parallel"
     yield ["nonsense"], "nonsense"
     yield ["--nonsense"], "--nonsense"
