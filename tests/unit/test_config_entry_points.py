@@ -50,6 +50,7 @@ SPECIAL = {
     "job.partition": "fast",
     "job.mem": "200G",
     "environment.kind": "uenv",
+    "swarm.objective": {"web": 1.5},
     "cluster.gpus_per_node": 2,
     "cluster.cpus_per_node": 64,
     "cluster.max_time": "1-00:00:00",
