@@ -13,7 +13,7 @@ from mixtera_hpc.config.schema import DomainConfig, MixtureConfig
 from mixtera_hpc.config.yaml_files import dump_yaml
 from mixtera_hpc.core.domain_keys import DomainKey, canonical_key, domain_key_to_plain
 
-__all__ = ["mixture_text", "static_mixture", "written_weights"]
+__all__ = ["mixture_text", "static_mixture", "without_fractions", "written_weights"]
 
 Weights = NDArray[np.float64]
 
@@ -58,6 +58,13 @@ def static_mixture(base: MixtureConfig, keys: Sequence[DomainKey], weights: Weig
         temperature=None,
         unimax_epochs=None,
     )
+
+
+def without_fractions(mixture: MixtureConfig) -> MixtureConfig:
+    """Return a mixture for the final run, which has all samples of the domains."""
+    domains = [replace(domain, fraction=None) for domain in mixture.domains]
+    remainder = mixture.remainder and replace(mixture.remainder, fraction=None)
+    return replace(mixture, fraction=1.0, domains=domains, remainder=remainder)
 
 
 def mixture_text(mixture: MixtureConfig, comment: str) -> str:

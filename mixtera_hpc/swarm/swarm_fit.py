@@ -24,7 +24,7 @@ from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
 from mixtera_hpc.swarm.swarm_runs import SwarmRuns
 from mixtera_hpc.swarm.tables import SwarmTable, check_ratios, join_tables, read_table, table_text
 
-__all__ = ["SwarmFit", "fit_swarm", "range_curves"]
+__all__ = ["MeasuredRuns", "SwarmFit", "fit_swarm", "range_curves"]
 
 Array = NDArray[np.float64]
 
@@ -35,10 +35,9 @@ MIN_RUNS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SwarmFit:
-    """The result of a fit; M metrics, N measured runs, K domains."""
+class MeasuredRuns:
+    """The runs that a fit is made from: N runs, M metrics, K domains."""
 
-    record: SwarmRecord
     runs: tuple[str, ...]
     """Names of the measured runs."""
     mixtures: Array
@@ -48,6 +47,14 @@ class SwarmFit:
     """Shape (N, M), NaN where a run lacks a metric."""
     objective: Array
     """Weights of the metrics; shape (M,)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SwarmFit:
+    """The result of a fit."""
+
+    record: SwarmRecord
+    measured: MeasuredRuns
     num_unfinished: int
     """Proxies without losses."""
     validated: tuple[Validated, ...]
@@ -77,14 +84,14 @@ class SwarmFit:
         name = self.checks.names[place]
         if name not in self.check_losses.runs:
             return None
-        row = join_tables([self.check_losses], self.metrics, np.nan).rows_of([name])[0]
-        value = float(mean_loss(row, self.objective))
+        row = join_tables([self.check_losses], self.measured.metrics, np.nan).rows_of([name])[0]
+        value = float(mean_loss(row, self.measured.objective))
         return value if np.isfinite(value) else None
 
     def at_edge(self) -> list[int]:
         """Return the domains whose proposed share ends at the measured range, though the bounds would allow more."""
-        low = self.mixtures.min(axis=0)
-        high = self.mixtures.max(axis=0)
+        low = self.measured.mixtures.min(axis=0)
+        high = self.measured.mixtures.max(axis=0)
         below = (self.proposal <= low + EDGE) & (low > self.record.low + EDGE)
         above = (self.proposal >= high - EDGE) & (high < self.record.high - EDGE)
         return np.flatnonzero(below | above).tolist()
@@ -96,8 +103,8 @@ class SwarmFit:
             "weights": self.proposal.tolist(),
             "regression": self.chosen.law.name,
             "ridge": self.chosen.ridge,
-            "num_runs": len(self.runs),
-            "objective": dict(zip(self.metrics, self.objective.tolist(), strict=True)),
+            "num_runs": len(self.measured.runs),
+            "objective": dict(zip(self.measured.metrics, self.measured.objective.tolist(), strict=True)),
             "cross_validated_rmse": {candidate.law.name: candidate.rmse for candidate in self.validated},
             "constant_rmse": self.constant_rmse,
             "rank_correlation": _known(self.chosen.rank_correlation),
@@ -132,37 +139,21 @@ def fit_swarm(folder: SwarmFolder, settings: SwarmConfig, outside: Sequence[tupl
     """
     record = folder.read()
     proxies = SwarmRuns.proxies(folder, record)
-    own = proxies.losses()
-    folder.write(folder.metrics, table_text(own))
-    ratios, metrics = _gather(folder, record, proxies, own, outside)
+    measured = _measured_runs(folder, settings, proxies, outside)
+    mixtures = measured.mixtures
+    losses = measured.losses
+    objective = measured.objective
 
-    columns, objective = _objective(settings, metrics)
-    runs = [run for run in metrics if run in ratios]
-    losses = np.array([[metrics[run].get(name, np.nan) for name in columns] for run in runs], np.float64)
-    losses = losses.reshape(len(runs), len(columns))
-    measured = np.flatnonzero(np.isfinite(losses).any(axis=1))
-    runs = [runs[row] for row in measured]
-    losses = losses[measured]
-    _check_losses(folder, runs, losses, columns)
-    mixtures = np.array([ratios[run] for run in runs])
-
-    laws = tuple(LAWS) if settings.regression == "auto" else (settings.regression,)
-    validated = validate_regressions(mixtures, losses, objective, laws)
+    laws = LAWS if settings.regression == "auto" else (settings.regression,)
+    validated = validate_regressions(mixtures, losses, objective, tuple(laws))
     chosen = choose_regression(validated)
     fit = fit_losses(chosen.law, mixtures, losses, chosen.ridge)
     proposal = written_weights(propose_mixture(record.space, fit, mixtures, objective, settings.penalty))
     checks = SwarmRuns.checks(folder, record, proposal)
-    # The first candidate is the one that the others are compared with.
-    order = [2, 0, 1]
-    uncertainty = estimate_uncertainty(chosen, mixtures, losses, objective, checks.mixtures[order])
     return SwarmFit(
         record=record,
-        runs=tuple(runs),
-        mixtures=mixtures,
-        metrics=tuple(columns),
-        losses=losses,
-        objective=objective,
-        num_unfinished=len(proxies.names) - sum(name in runs for name in proxies.names),
+        measured=measured,
+        num_unfinished=len(proxies.names) - sum(name in measured.runs for name in proxies.names),
         validated=tuple(validated),
         chosen=chosen,
         constant_rmse=constant_rmse(losses, objective),
@@ -170,7 +161,26 @@ def fit_swarm(folder: SwarmFolder, settings: SwarmConfig, outside: Sequence[tupl
         checks=checks,
         check_losses=checks.losses(),
         predicted=mean_loss(fit.predict(checks.mixtures), objective),
-        uncertainty=uncertainty,
+        # The first candidate is the one that the others are compared with.
+        uncertainty=estimate_uncertainty(chosen, mixtures, losses, objective, checks.mixtures[[2, 0, 1]]),
+    )
+
+
+def _measured_runs(
+    folder: SwarmFolder, settings: SwarmConfig, proxies: SwarmRuns, outside: Sequence[tuple[Path, Path]]
+) -> MeasuredRuns:
+    """Collect the losses of the proxies, and add the rows of other tables."""
+    own = proxies.losses()
+    folder.write(folder.metrics, table_text(own))
+    ratios, metrics = _gather(folder, proxies, own, outside)
+    columns, objective = _objective(settings, metrics)
+    used = {run: row for run, row in metrics.items() if not row.keys().isdisjoint(columns)}
+    return MeasuredRuns(
+        runs=tuple(used),
+        mixtures=np.array([ratios[run] for run in used]),
+        metrics=tuple(columns),
+        losses=_loss_array(folder, used, columns),
+        objective=objective,
     )
 
 
@@ -178,11 +188,7 @@ Row = dict[str, float]
 
 
 def _gather(
-    folder: SwarmFolder,
-    record: SwarmRecord,
-    proxies: SwarmRuns,
-    own: SwarmTable,
-    outside: Sequence[tuple[Path, Path]],
+    folder: SwarmFolder, proxies: SwarmRuns, own: SwarmTable, outside: Sequence[tuple[Path, Path]]
 ) -> tuple[dict[str, Array], dict[str, Row]]:
     """Return the mixture and the metrics of every run, by its name."""
     pairs = list(outside)
@@ -191,7 +197,7 @@ def _gather(
     ratios: dict[str, Array] = dict(zip(proxies.names, proxies.mixtures, strict=True))
     metrics = _rows(own)
     for ratios_path, metrics_path in pairs:
-        table = check_ratios(ratios_path, read_table(ratios_path), record.names)
+        table = check_ratios(ratios_path, read_table(ratios_path), proxies.record.names)
         for run, mixture in zip(table.runs, table.values, strict=True):
             if run in ratios and not np.allclose(ratios[run], mixture, atol=1e-4):
                 raise DataError(
@@ -232,20 +238,24 @@ def _objective(settings: SwarmConfig, metrics: Mapping[str, Row]) -> tuple[list[
     return columns, np.array([settings.objective[name] for name in columns])
 
 
-def _check_losses(folder: SwarmFolder, runs: Sequence[str], losses: Array, columns: Sequence[str]) -> None:
+def _loss_array(folder: SwarmFolder, metrics: Mapping[str, Row], columns: Sequence[str]) -> Array:
+    """Return the metrics of all runs as an array, shape (N, M); refuse too few runs, and values of at most 0."""
+    runs = list(metrics)
+    losses = np.array([[row.get(name, np.nan) for name in columns] for row in metrics.values()], np.float64)
     if len(runs) < MIN_RUNS:
         raise DataError(
             f"{len(runs)} runs of the swarm {folder.name} have losses, and at least {MIN_RUNS} are needed.\n"
             f"  Train its proxies with mixtera-hpc swarm train {folder.path} (or submit), or add tables with --ratios "
             "and --metrics."
         )
-    low = losses <= 0
+    low = losses <= 0  # False for NaN.
     if low.any():
         row, column = (int(place[0]) for place in np.nonzero(low))
         raise DataError(
             f"Metric {columns[column]!r} of run {runs[row]!r} is {losses[row, column]:g}, but the regressions are of "
             "losses above 0, where smaller is better.\n  Give losses (or bits per byte), or leave the column out."
         )
+    return losses
 
 
 def _known(value: float) -> float | None:
@@ -257,7 +267,7 @@ def range_curves(fit: SwarmFit, num_points: int) -> tuple[Array, Array]:
 
     The other domains keep their ratios in the proposal. Shares cover the measured range of each domain.
     """
-    shares = np.linspace(fit.mixtures.min(axis=0), fit.mixtures.max(axis=0), num_points, axis=1)
+    shares = np.linspace(fit.measured.mixtures.min(axis=0), fit.measured.mixtures.max(axis=0), num_points, axis=1)
     values = np.empty_like(shares)
     for domain in range(len(fit.proposal)):
         # A proposal of one domain says nothing about the ratios of the others.
@@ -265,5 +275,5 @@ def range_curves(fit: SwarmFit, num_points: int) -> tuple[Array, Array]:
         others = np.where(np.arange(len(others)) == domain, 0.0, others)
         mixtures = (1 - shares[domain])[:, None] * others / others.sum()
         mixtures[:, domain] = shares[domain]
-        values[domain] = mean_loss(fit.fit.predict(mixtures), fit.objective)
+        values[domain] = mean_loss(fit.fit.predict(mixtures), fit.measured.objective)
     return shares, values

@@ -52,11 +52,13 @@ def swarm_page(folder: SwarmFolder, fit: SwarmFit) -> str:
 
 
 def _header(folder: SwarmFolder, fit: SwarmFit) -> str:
-    return (
-        f'<header><p class="over">Swarm</p><h1>{escape(folder.name)}</h1><p>{pluralize(len(fit.runs), "run")} · '
-        f"{pluralize(len(fit.record.names), 'domain')} · {pluralize(len(fit.metrics), 'metric')} · regression: "
-        f"{fit.chosen.law.name}</p></header>"
+    facts = (
+        pluralize(len(fit.measured.runs), "run"),
+        pluralize(len(fit.record.names), "domain"),
+        pluralize(len(fit.measured.metrics), "metric"),
+        f"regression: {fit.chosen.law.name}",
     )
+    return f'<header><p class="over">Swarm</p><h1>{escape(folder.name)}</h1><p>{" · ".join(facts)}</p></header>'
 
 
 def _tiles(fit: SwarmFit) -> str:
@@ -158,15 +160,15 @@ def _check_table(fit: SwarmFit) -> str:
 
 def _domain_table(fit: SwarmFit) -> str:
     record = fit.record
-    slopes = fit.fit.gradient(fit.proposal) @ (fit.objective / fit.objective.sum())
+    slopes = fit.fit.gradient(fit.proposal) @ (fit.measured.objective / fit.measured.objective.sum())
     # What one more percent of a domain changes if all others shrink in proportion.
     effect = (slopes - slopes @ fit.proposal) / np.maximum(1 - fit.proposal, 1e-9) / 100
     target = record.config.swarm.target_tokens
     names = shorten_names(record.names)
     rows = []
     for domain in np.argsort(-fit.proposal, kind="stable").tolist():
-        low = float(fit.mixtures[:, domain].min())
-        high = float(fit.mixtures[:, domain].max())
+        low = float(fit.measured.mixtures[:, domain].min())
+        high = float(fit.measured.mixtures[:, domain].max())
         rows.append(
             [
                 escape(names[domain]),
@@ -205,7 +207,7 @@ def _effect_table(fit: SwarmFit) -> str:
     slopes = fit.fit.gradient(fit.proposal)
     effect = (slopes - fit.proposal @ slopes) / np.maximum(1 - fit.proposal, 1e-9)[:, None] * 10
     shown = np.sort(np.argsort(-np.abs(effect).max(axis=0), kind="stable")[:MAX_METRICS])
-    metric_names = shorten_names(fit.metrics)
+    metric_names = shorten_names(fit.measured.metrics)
     names = shorten_names(fit.record.names)
     rows = [
         [escape(names[domain]), *(f"{effect[domain, metric]:+.1f}" for metric in shown.tolist())]

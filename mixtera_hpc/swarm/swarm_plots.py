@@ -58,8 +58,8 @@ def _label(figure: Figure, axes: Any, x: str, y: str) -> None:
 
 def predicted_plot(fit: SwarmFit, wide: bool) -> Figure:
     """Draw the mean loss of every run as measured, over what a fit without it predicts."""
-    measured = mean_loss(fit.losses, fit.objective)
-    predicted = mean_loss(fit.chosen.predictions, fit.objective)
+    measured = mean_loss(fit.measured.losses, fit.measured.objective)
+    predicted = mean_loss(fit.chosen.predictions, fit.measured.objective)
     known = np.isfinite(measured)
     checks = [(place, value) for place in range(3) if (value := fit.measured_check(place)) is not None]
     everything = np.concatenate([measured[known], predicted[known], *[[fit.predicted[p], v] for p, v in checks]])
@@ -96,7 +96,14 @@ def shares_plot(fit: SwarmFit, wide: bool) -> Figure:
     names = [_short(name, 24 if wide else 14) for name in np.array(shorten_names(fit.record.names))[shown]]
     figure, axes = _axes(wide, 0.62 + 0.27 * len(shown), top=0.08, left=1.75 if wide else 1.1)
     rows = np.arange(len(shown))
-    axes.hlines(rows, fit.mixtures.min(axis=0)[shown], fit.mixtures.max(axis=0)[shown], color=LINE, lw=7, zorder=1)
+    axes.hlines(
+        rows,
+        fit.measured.mixtures.min(axis=0)[shown],
+        fit.measured.mixtures.max(axis=0)[shown],
+        color=LINE,
+        lw=7,
+        zorder=1,
+    )
     axes.scatter(natural[shown], rows, s=40, color=CHECK_COLORS[0], zorder=3, label="natural")
     axes.scatter(fit.proposal[shown], rows, s=46, marker="D", color=CHECK_COLORS[2], zorder=4, label="proposal")
     axes.set_yticks(rows, names, color=INK)

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.comm.communicator import Local
+from mixtera_hpc.config.mixture.domain_tree import domain_fractions
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.mixing.from_config import config_bounds, max_epochs_per_domain
 from mixtera_hpc.dataplane.reading.source import Source, open_source
-from mixtera_hpc.errors import ConfigError, DataError, MixtureError
+from mixtera_hpc.errors import ConfigError, DataError, MixtureError, pluralize
 from mixtera_hpc.launch.prepare import with_absolute_paths
 from mixtera_hpc.swarm.mixture_file import mixture_text, static_mixture, written_weights
 from mixtera_hpc.swarm.mixture_space import MixtureSpace, epoch_caps
@@ -47,31 +48,34 @@ def sample_swarm(
     # A query may leave some values of `mixture.group_by` without samples.
     present = np.flatnonzero(source.mixture_context.domain_sizes.sizes > 0)
     space = _space(source, present)
-    if len(space.names) < 2:
-        raise MixtureError(
-            f"The mixture has {len(space.names)} domain, and a swarm compares at least two.\n"
-            "  Set mixture.domains, or mixture.group_by=[PROPERTY]."
-        )
     if earlier is not None:
         space = earlier.grouped(space)
-    settings = config.swarm
-    num = default_num_proxies(space) if settings.num_proxies is None else settings.num_proxies
-    record = SwarmRecord(
+    record = _sampled(source, present, space, overrides)
+    _check_same_domains(record, source.mixture_context.domain_sizes.sizes[present])
+    _check_extends(folder, record)
+    _write(folder, record, earlier)
+    return record
+
+
+def _sampled(source: Source, present: NDArray[np.int64], space: MixtureSpace, overrides: Sequence[str]) -> SwarmRecord:
+    """Return the record of a swarm over the domains `present`, with its sampled mixtures."""
+    config = source.config
+    domains = source.mixture_context.domain_sizes
+    num = config.swarm.num_proxies
+    if num is None:
+        num = default_num_proxies(space)
+    return SwarmRecord(
         config=config,
         overrides=tuple(overrides),
         names=space.names,
-        keys=tuple(source.mixture_context.domain_sizes.keys[domain] for domain in present),
-        sizes=source.mixture_context.domain_sizes.sizes[present],
+        keys=tuple(domains.keys[domain] for domain in present),
+        sizes=_whole_sizes(config, domains.sizes)[present],
         prior=space.prior,
         low=space.low,
         high=space.high,
         basis=space.basis,
-        mixtures=written_weights(sample_mixtures(space, num, settings)),
+        mixtures=written_weights(sample_mixtures(space, num, config.swarm)),
     )
-    _check_same_domains(record)
-    _check_extends(folder, record)
-    _write(folder, record, earlier)
-    return record
 
 
 def _check_measurable(config: Config) -> None:
@@ -90,6 +94,11 @@ def _check_measurable(config: Config) -> None:
 
 def _space(source: Source, present: NDArray[np.int64]) -> MixtureSpace:
     """Return the mixtures of the domains `present` that are allowed in the proxies and in the final run."""
+    if len(present) < 2:
+        raise MixtureError(
+            f"The mixture has {pluralize(len(present), 'domain')} with samples, and a swarm compares at least two.\n"
+            "  Set mixture.domains, or mixture.group_by=[PROPERTY]."
+        )
     config = source.config
     domains = source.mixture_context.domain_sizes
     num_domains = len(domains.sizes)
@@ -103,21 +112,28 @@ def _space(source: Source, present: NDArray[np.int64]) -> MixtureSpace:
     spare = 2 * source.grid.length
     high = np.minimum(high, epoch_caps(domains.sizes, limits, domains.budget, spare))
     if config.swarm.target_tokens is not None:
-        high = np.minimum(high, epoch_caps(domains.sizes, limits, config.swarm.target_tokens))
+        whole = _whole_sizes(config, domains.sizes)
+        high = np.minimum(high, epoch_caps(whole, limits, config.swarm.target_tokens))
     prior = tempered(np.array(source.weights), config.swarm.temperature)
     names = tuple(source.names[domain] for domain in present)
     return MixtureSpace.of_domains(names, prior[present], low[present], high[present])
 
 
-def _check_same_domains(record: SwarmRecord) -> None:
+def _whole_sizes(config: Config, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the items that the domains have without `mixture.fraction`; shape (K,)."""
+    fractions = domain_fractions(config.mixture, len(sizes))
+    return sizes if fractions is None else np.rint(sizes / np.array(fractions)).astype(np.int64)
+
+
+def _check_same_domains(record: SwarmRecord, sizes: NDArray[np.int64]) -> None:
     """Open the data with a mixture as proxies have it, and compare the domains: their keys are written out there."""
     if not len(record.mixtures):
         return
     mixture = static_mixture(record.config.mixture, record.keys, record.mixtures[0])
     source = open_source(replace(record.config, mixture=mixture), Local())
     written = source.mixture_context.domain_sizes.sizes
-    if len(written) != len(record.sizes) or (written != record.sizes).any():
-        different = [n for n, a, b in zip(record.names, record.sizes, written, strict=False) if a != b]
+    if len(written) != len(sizes) or (written != sizes).any():
+        different = [n for n, a, b in zip(record.names, sizes, written, strict=False) if a != b]
         raise MixtureError(
             f"{', '.join(different[:5]) or 'A domain'} has other samples if its key is written out, because samples "
             "have several values of a property.\n  Write the domains in mixture.domains instead of mixture.group_by."

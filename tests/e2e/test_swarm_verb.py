@@ -46,13 +46,16 @@ def test_a_swarm_proposes_a_mixture_that_a_second_one_reuses(
 ) -> None:
     words = [*corpus, *TRAINING, *TINY, "swarm.num_proxies=6", "mixture.cap=0.6"]
     three = [*words, "query.where=source != 'branch'"]
-    assert main(["swarm", "sample", "first", *three, "mixture.max_epochs=2", "swarm.target_tokens=200000"]) == 0
+    # Half of the data, so that the proxies repeat it as often as a run of twice their tokens.
+    limits = ["mixture.fraction=0.5", "mixture.max_epochs=2", "swarm.target_tokens=200000"]
+    assert main(["swarm", "sample", "first", *three, *limits]) == 0
     ratios = read_table(home / "first" / "ratios.csv")
     assert ratios.values.shape == (6, 3)
     assert (ratios.values <= 0.6 + 1e-6).all()
-    # 315 documents of 161 tokens, one in ten held out, twice, of 200,000 tokens.
+    # About 315 documents of 161 tokens in training, twice, of 200,000 tokens.
     chain = ratios.columns.index("source=chain")
-    assert ratios.values[:, chain].max() <= 0.52
+    assert 0.45 < ratios.values[:, chain].max() <= 0.55
+    assert "fraction: 0.5" in (home / "first" / "mixture" / "first-000.yaml").read_text()
     assert main(["swarm", "train", "first"]) == 0
     assert "6 trained, 0 had finished" in capsys.readouterr().out
 
@@ -73,7 +76,8 @@ def test_a_swarm_proposes_a_mixture_that_a_second_one_reuses(
 
     proposal = proposal_of(home / "first")
     assert sum(proposal.values()) == pytest.approx(1)
-    assert proposal["source=chain"] <= 0.52
+    assert proposal["source=chain"] <= 0.55
+    assert "fraction" not in (home / "first" / "mixture" / "first-proposal.yaml").read_text(), "it is for all data"
     monkeypatch.setenv("MIXTERA_CONF", str(home / "first"))
     written = [word for word in three if not word.startswith(("mixture", "swarm"))]
     capsys.readouterr()

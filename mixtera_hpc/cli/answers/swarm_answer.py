@@ -18,10 +18,9 @@ from mixtera_hpc.errors import ConfigError, DataError, LaunchError, pluralize
 from mixtera_hpc.launch.attempts import start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.launch.sweep.sweep_plan import SweepPoint
-from mixtera_hpc.swarm.mixture_file import mixture_text, static_mixture
+from mixtera_hpc.swarm.mixture_file import mixture_text, static_mixture, without_fractions
 from mixtera_hpc.swarm.swarm_fit import SwarmFit, fit_swarm
 from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
-from mixtera_hpc.swarm.swarm_page import swarm_page
 from mixtera_hpc.swarm.swarm_reuse import open_earlier
 from mixtera_hpc.swarm.swarm_runs import SwarmRuns
 from mixtera_hpc.swarm.swarm_sample import sample_swarm
@@ -81,10 +80,13 @@ def fit(args: argparse.Namespace) -> int:
     result = fit_swarm(folder, _fit_settings(folder.read(), args.overrides), outside)
 
     mixture = static_mixture(result.record.config.mixture, result.record.keys, result.proposal)
-    comment = f"Proposed by mixtera-hpc swarm fit from {len(result.runs)} runs; see {folder.page.name}."
+    comment = f"Proposed by mixtera-hpc swarm fit from {len(result.measured.runs)} runs; see {folder.page.name}."
     path = folder.mixture_file(folder.proposal_name)
-    folder.write(path, mixture_text(mixture, comment))
+    folder.write(path, mixture_text(without_fractions(mixture), comment))
     folder.write_json(folder.proposal_record, result.to_plain())
+    # Imported here because it imports matplotlib, which only this action needs.
+    from mixtera_hpc.swarm.swarm_page import swarm_page
+
     folder.write(folder.page, swarm_page(folder, result))
     _print_fit(result)
     print(f"Page      {folder.page}")
@@ -159,7 +161,7 @@ def _print_fit(result: SwarmFit) -> None:
 
     console = open_console()
     unfinished = f"; {pluralize(result.num_unfinished, 'proxy run')} unfinished" if result.num_unfinished else ""
-    console.print(f"{len(result.runs)} runs, {pluralize(len(result.metrics), 'metric')}{unfinished}")
+    console.print(f"{len(result.measured.runs)} runs, {pluralize(len(result.measured.metrics), 'metric')}{unfinished}")
     for candidate in result.validated:
         mark = " (chosen)" if candidate is result.chosen else ""
         console.print(f"{candidate.law.name:<12} cross-validated error {candidate.rmse:.4f}{mark}")

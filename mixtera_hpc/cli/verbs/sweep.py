@@ -68,6 +68,8 @@ def run(args: Namespace) -> int:
     if not args.local:
         plan = plan_sweep(args.overrides, args.max_parallel)
         submit_plan(plan, args)
+        if plan.due and not args.dry_run:
+            print(f"  mixtera-hpc report --scaling {plan.points[0].record.folder}")
         return _wait_and_report(plan) if args.wait and not args.dry_run else 0
     plan = plan_sweep(args.overrides)
     _print_plan(plan, is_local=True)
@@ -105,7 +107,6 @@ def submit_plan(plan: SweepPlan, args: Namespace) -> int:
     if plan.due:
         _submit(plan)
         print("  mixtera-hpc status")
-        print(f"  mixtera-hpc report --scaling {plan.points[0].record.folder}")
     return 0
 
 
