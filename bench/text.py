@@ -27,7 +27,7 @@ from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
-from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
+from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.tokens.tokenizer import Tokenizer, load_tokenizer
@@ -191,18 +191,18 @@ def _recorded_reads(source: Source) -> Reads:
     reads: Reads = []
     root = Path(source.index.data_root)
     descriptors = [os.open(root / path, os.O_RDONLY) for path in source.index.shard_paths]
-    original = RowFiles.read
+    original = ReadPlan.__init__
 
-    def record(self: Any, shards: Any, starts: Any, lengths: Any, *rest: Any) -> Any:
+    def record(self: Any, shards: Any, starts: Any, lengths: Any) -> None:
         places = zip(shards.tolist(), starts.tolist(), lengths.tolist(), strict=True)
         reads.append([(descriptors[shard], start, length) for shard, start, length in places])
-        return original(self, shards, starts, lengths, *rest)
+        original(self, shards, starts, lengths)
 
-    RowFiles.read = record  # type: ignore[method-assign]
+    ReadPlan.__init__ = record  # type: ignore[method-assign]
     try:
         _serve_batches(source)
     finally:
-        RowFiles.read = original  # type: ignore[method-assign]
+        ReadPlan.__init__ = original  # type: ignore[method-assign]
     return reads
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.formats.batching.json_row_decoder import JsonRowDecoder
 
@@ -37,7 +38,10 @@ def read(files: RowFiles, places: list[tuple[int, int]], enter: Any = nothing) -
     """Return the rows at (file, row)."""
     shards, rows = np.array(sorted(places)).T
     lengths = np.full(len(rows), ROW_BYTES)
-    return files.read(shards.astype(np.int32), rows * ROW_BYTES, lengths, decode, enter)
+    plan = ReadPlan(shards.astype(np.int32), rows * ROW_BYTES, lengths)
+    groups = list(files.read(plan, decode, enter))
+    values = [row for wanted in (False, True) for is_shared, rows in groups if is_shared == wanted for row in rows]
+    return [value for _, value in sorted(zip(plan.positions.tolist(), values, strict=True))]
 
 
 @pytest.mark.parametrize("share", [0.002, 0.1, 0.9, 1.0])

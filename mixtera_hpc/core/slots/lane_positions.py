@@ -9,7 +9,7 @@ batch.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,18 +74,20 @@ class ServedRanges(NamedTuple):
         return self.first[number] + distance, count, np.where(at_end, 1, lanes)
 
     def all_positions(self, lanes: int, golden_step: int, positions: Sequence[slice]) -> list[Slots]:
-        """Return the sequences at some positions of every step, from all sequences of the steps."""
+        """Return the sequences at some positions of the batch of each step, from all sequences of these steps."""
         number = _count_up(self.size)
         turn = np.repeat(self.turn, self.size)
         lane = np.where(turn == END_OF_EPOCH, lanes - 1, (turn + number) * golden_step % lanes)
-        domain = np.repeat(self.domain.astype(np.int32), self.size)
-        ordinal = np.repeat(self.first, self.size) + number
-        sequences = np.bincount(self.step, self.size, len(positions)).astype(np.int64)
-        borders = np.cumsum(np.append(0, sequences)).tolist()
+        step = np.repeat(self.step, self.size)
+        # The steps ascend, so a sort by step and lane sorts each step by lane.
+        in_order = _stable_order(step * lanes + lane, len(positions) * lanes)
+        domain = np.repeat(self.domain.astype(np.int32), self.size)[in_order]
+        ordinal = (np.repeat(self.first, self.size) + number)[in_order]
         slots = []
-        for (begin, end), own in zip(pairwise(borders), positions, strict=True):
-            chosen = begin + sort_by_lane(lane[begin:end], lanes)[own]
-            slots.append(Slots(domain=domain[chosen], ordinal=ordinal[chosen]))
+        for (first, stop), own in zip(pairwise(_borders(step, len(positions))), positions, strict=True):
+            of_step = slice(first, stop)
+            rotated = (_rotated(column[of_step], lanes)[own] for column in (domain, ordinal))
+            slots.append(Slots(domain=next(rotated), ordinal=next(rotated)))
         return slots
 
 
@@ -103,6 +105,9 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, posi
         return []
     lanes = len(turns)
     num_steps = len(positions)
+    if 2 * sum(own.stop - own.start for own in positions) >= int(ranges.size.sum()):
+        # The rank gets most of the batches.
+        return ranges.all_positions(lanes, golden_step, positions)
     ends = np.cumsum(ranges.per_lane(num_steps, turns), axis=1)
     size = ends[:, -1]
     first, stop = np.minimum(np.array([(own.start, own.stop) for own in positions]).T, size) + size // (2 * lanes)
@@ -136,7 +141,7 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, posi
     in_order = _count_up(np.bincount(of_part, minlength=len(parts))) + before[of_part]
     own = np.flatnonzero((in_order >= begin[of_part]) & (in_order < end[of_part]))
     domain = np.repeat(ranges.domain[number].astype(np.int32), count)[own]
-    borders = np.searchsorted(step[of_part[own]], np.arange(num_steps + 1)).tolist()
+    borders = _borders(step[of_part[own]], num_steps)
     ordinal = ordinal[own]
     return [Slots(domain=domain[a:b], ordinal=ordinal[a:b]) for a, b in pairwise(borders)]
 
@@ -146,14 +151,28 @@ def _count_up(sizes: Ints) -> Ints:
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
+def _borders(step: Ints, num_steps: int) -> list[int]:
+    """Return where every step begins among ascending numbers of steps, and the number of entries."""
+    borders: list[int] = np.searchsorted(step, np.arange(num_steps + 1)).tolist()
+    return borders
+
+
 def sort_by_lane(lane: Ints, lanes: int) -> NDArray[np.intp]:
     """Return which sequence of a step fills each position of the batch; shape of `lane`.
 
     The sequences are sorted by lane and rotated by half a lane. So the borders between ranks lie in the middle of
     lanes, and the changing number of sequences per lane does not move them into another lane.
     """
+    return _rotated(_stable_order(lane, lanes), lanes)
+
+
+def _rotated(values: NDArray[Any], lanes: int) -> NDArray[Any]:
+    """Return the sequences of a step, sorted by lane, in the order of the positions of its batch."""
+    shift = len(values) // (2 * lanes)
+    return np.concatenate([values[shift:], values[:shift]])
+
+
+def _stable_order(key: Ints, num_keys: int) -> NDArray[np.intp]:
+    """Return the stable order of keys in [0, num_keys)."""
     # Small integers are sorted by their digits, in linear time.
-    key = lane.astype(np.uint16) if lanes < 1 << 16 else lane
-    order = np.argsort(key, kind="stable")
-    shift = len(lane) // (2 * lanes)
-    return np.concatenate([order[shift:], order[:shift]])
+    return np.argsort(key.astype(np.uint16) if num_keys < 1 << 16 else key, kind="stable")

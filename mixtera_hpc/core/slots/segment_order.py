@@ -85,6 +85,8 @@ class SegmentOrder:
         last = np.append(first[1:], len(distinct)) - 1
         spans = np.stack([distinct[first], distinct[last]], axis=1)
         jumped = self._jump(spans[:, 0])
+        if len(first) == len(distinct):
+            return jumped[number]
         counts = np.empty((len(distinct), len(self._lag)), np.int64)
         for begin, end, before, order in zip(first, last + 1, jumped, self._run(spans, jumped), strict=True):
             counts[begin] = before

@@ -67,6 +67,8 @@ class BatchMaker:
         """Step → memory for its batch of tokens; the batches of other steps get memory of their own."""
         self._order: tuple[ChunkPlan, ChunkOrder] | None = None
         """The order of the plan that was used last."""
+        self._plan_digest: tuple[ChunkPlan, int] | None = None
+        """The digest of the plan that was used last."""
 
     @property
     def places(self) -> Sequence[ReadPlace]:
@@ -110,6 +112,11 @@ class BatchMaker:
         if self._order is None or self._order[0] is not plan:
             self._order = plan, self._source.planner.order(plan)
         return self._order[1]
+
+    def _digest_of(self, plan: ChunkPlan) -> int:
+        if self._plan_digest is None or self._plan_digest[0] is not plan:
+            self._plan_digest = plan, plan.digest
+        return self._plan_digest[1]
 
     def _contents_of(self, plan: ChunkPlan, steps: range) -> list[StepContent]:
         version = self._source.stream_version
@@ -242,15 +249,17 @@ class BatchMaker:
         """Distribute the samples of `documents`, one per sequence, to the rows of each step's batch."""
         num_rows = [len(content.domain_ids) for content in steps]
         samples = self._reader.payloads(documents)
-        # Sample of each row of each step; the last one stands for padding.
-        samples.append(None)
-        numbers = np.full((len(steps), max(num_rows)), len(samples) - 1)
-        numbers[sequences.step_index, sequences.row] = np.arange(len(samples) - 1)
+        # Document of each row of each step; the last one stands for padding.
+        num_documents = len(documents.block)
+        numbers = np.full((len(steps), max(num_rows)), num_documents)
+        numbers[sequences.step_index, sequences.row] = np.arange(num_documents)
+        rows = [*samples.rows, None]
+        index = np.append(samples.places, num_documents)
 
         batches = []
         for content, of_step, count in zip(steps, numbers, num_rows, strict=True):
             of_rows = of_step[:count]
-            batch = self._batch(plan, content, payloads=take(samples, of_rows), **_no_tokens(count))
+            batch = self._batch(plan, content, payloads=take(rows, index[of_rows]), **_no_tokens(count))
             # Digests are of the raw rows, so that a proof does not depend on the user's function.
             if self._transform is not None:
                 batch = replace(batch, payloads=self._transformed(self._transform, batch, documents, of_rows))
@@ -307,7 +316,7 @@ class BatchMaker:
             payloads=payloads,
             digests=digests,
             chunk=plan.chunk,
-            plan_digest=plan.digest,
+            plan_digest=self._digest_of(plan),
             micro_batches=content.micro_batches,
             **fields,
         )

@@ -14,20 +14,18 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
-from mixtera_hpc.dataplane.reading.rows.row_reader import RowReader
+from mixtera_hpc.dataplane.reading.rows.row_reader import ReadRows, RowReader
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import read_sequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
-from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, TOKENIZE, ReadPlace
+from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, ReadPlace
 from mixtera_hpc.tokens.chat_tokens import split_marks
 from mixtera_hpc.tokens.definition import AddedTokens
 
-__all__ = ["DocumentReader", "PackedTokens", "take"]
+__all__ = ["DocumentReader", "PackedTokens", "RowsOnDisk", "take"]
 
-DOCUMENTS_PER_ENCODE = 512
-"""Documents that are in memory as text at the same time."""
 LAST_DOCUMENTS_BYTES = 32 << 20
 """Tokens of documents that stay in memory, because a later sequence begins inside them."""
 
@@ -46,6 +44,14 @@ class PackedTokens(NamedTuple):
     """False for the first token of a document, or of the part of it that is wanted."""
     trained: NDArray[np.bool_] | None
     """False for the tokens of a conversation that are not trained; None if there are no conversations."""
+
+
+class RowsOnDisk(NamedTuple):
+    """Rows in the order in which they were read."""
+
+    rows: list[Any]
+    places: NDArray[np.intp]
+    """Position in `rows` of every document; shape (n,)."""
 
 
 class DocumentReader:
@@ -121,53 +127,56 @@ class DocumentReader:
             _, oldest = self._last_documents.popitem(last=False)
             self._last_documents_bytes -= oldest.nbytes
 
-    def payloads(self, documents: Documents) -> list[Any]:
+    def payloads(self, documents: Documents) -> RowsOnDisk:
         """Return the raw rows of `documents`."""
-        return self._rows_in_stream_order(documents, raw=True)
+        return self._rows_on_disk(documents, raw=True)
 
     def texts(self, documents: Documents) -> list[Any]:
         """Return the texts of `documents`, or their token ids where a shard holds these."""
-        return self._rows_in_stream_order(documents, raw=False)
+        texts = self._rows_on_disk(documents, raw=False)
+        return take(texts.rows, texts.places)
 
     def close(self) -> None:
         """Close every shard."""
         self._rows.close()
         self._gather.close()
 
-    def _rows_in_stream_order(self, documents: Documents, *, raw: bool) -> list[Any]:
-        # Rows are read in the order of the disk.
-        disk_order = np.lexsort((documents.row, documents.block))
-        rows = self._rows.read(documents.select(disk_order), raw=raw)
+    def _rows_on_disk(self, documents: Documents, *, raw: bool) -> RowsOnDisk:
+        disk_order = np.argsort(_row_key(documents.block, documents.row))
+        read = self._rows.read(documents.select(disk_order), raw=raw)
         self.place.enter(PACK)
-        place_of = np.empty_like(disk_order)
-        place_of[disk_order] = np.arange(len(disk_order))
-        return take(rows, place_of)
+        index = np.empty_like(disk_order)
+        index[disk_order[read.positions]] = np.arange(len(disk_order))
+        return RowsOnDisk(read.rows, index)
 
     def _read_texts(self, documents: Documents, last_of_run: Sequence[int]) -> NDArray[np.int32]:
         """Tokenize documents, and return their wanted tokens, special tokens and marks of conversations included."""
         tokens = self._tokenize(documents)
-        for last in last_of_run:
-            self._remember(int(_row_key(documents.block[last], documents.row[last])), tokens[last])
+        last_positions = np.array(last_of_run, np.intp)
+        keys = _row_key(documents.block[last_positions], documents.row[last_positions])
+        for key, last in zip(keys.tolist(), last_of_run, strict=True):
+            self._remember(key, tokens[last])
         return self._concatenate(documents, tokens)
 
     def _concatenate(self, documents: Documents, tokens: list[Tokens]) -> NDArray[np.int32]:
         """Concatenate the wanted tokens of each document, with the special tokens that begin and end it."""
         first = documents.first
         last = documents.last
-        # Three segments per document. Most documents are wanted whole; only the others are sliced in Python.
-        segments = [_NO_TOKENS] * (3 * len(tokens))
-        segments[0::3] = [self._before] * len(tokens)
-        segments[1::3] = tokens
-        segments[2::3] = [self._after] * len(tokens)
+        # Two or three segments per document. Most documents are wanted whole; only the others are sliced in Python.
+        fixed = [part for part in ([self._before], None, [self._after]) if part is None or len(part[0])]
+        num_segments = len(fixed)
+        segments = [_NO_TOKENS] * (num_segments * len(tokens))
+        for number, part in enumerate(fixed):
+            segments[number::num_segments] = tokens if part is None else part * len(tokens)
         chat_blocks = self._source.layout.chat_blocks
         if chat_blocks is not None:
             # A chat template writes all special tokens itself.
             for i in np.flatnonzero(chat_blocks[documents.block]).tolist():
-                segments[3 * i] = segments[3 * i + 2] = _NO_TOKENS
-        for i in np.flatnonzero((first > 0) | (last < documents.size)).tolist():
-            begin = int(first[i])
-            end = int(last[i])
-            for segment in range(3 * i, 3 * i + 3):
+                own = slice(num_segments * i, num_segments * (i + 1))
+                segments[own] = [tokens[i] if part is None else _NO_TOKENS for part in fixed]
+        cut = np.flatnonzero((first > 0) | (last < documents.size))
+        for i, begin, end in zip(cut.tolist(), first[cut].tolist(), last[cut].tolist(), strict=True):
+            for segment in range(num_segments * i, num_segments * (i + 1)):
                 whole = segments[segment]
                 segments[segment] = whole[max(begin, 0) : max(end, 0)]
                 begin -= len(whole)
@@ -194,36 +203,45 @@ class DocumentReader:
 
     def _tokenize(self, documents: Documents) -> list[Tokens]:
         """Return all tokens of each document, without specials."""
-        keys, chosen, position = np.unique(
-            _row_key(documents.block, documents.row), return_index=True, return_inverse=True
-        )
-        in_memory = list(map(self._last_documents.get, keys.tolist()))
-        is_missing = np.fromiter((tokens is None for tokens in in_memory), np.bool_, len(in_memory))
+        keys = _row_key(documents.block, documents.row)
+        # Keys ascend as rows lie on disk. Equal keys are the same row.
+        disk_order = np.argsort(keys)
+        keys = keys[disk_order]
+        is_first = np.ones(len(keys), np.bool_)
+        is_first[1:] = keys[1:] != keys[:-1]
+        distinct = keys[is_first].tolist()
+        is_in_memory = np.fromiter(map(self._last_documents.__contains__, distinct), np.bool_, len(distinct))
 
-        # Keys ascend as rows lie on disk, so the unread documents are sorted by block and row.
-        unread = iter(self._read_tokens(documents.select(chosen[is_missing])) if is_missing.any() else [])
-        distinct = [next(unread) if tokens is None else tokens for tokens in in_memory]
-        return take(distinct, position)
+        tokens: list[Tokens] = []
+        index = np.empty(len(distinct), np.intp)
+        unread = np.flatnonzero(~is_in_memory)
+        if len(unread):
+            read = self._read_tokens(documents.select(disk_order[is_first][unread]))
+            tokens += read.rows
+            index[unread[read.positions]] = np.arange(len(unread))
+        in_memory = np.flatnonzero(is_in_memory)
+        index[in_memory] = np.arange(len(unread), len(distinct))
+        tokens += [self._last_documents[distinct[i]] for i in in_memory.tolist()]
 
-    def _read_tokens(self, documents: Documents) -> list[Tokens]:
-        """Read and tokenize documents that are sorted by block and row, some at a time."""
+        place = np.empty_like(disk_order)
+        place[disk_order] = index[np.cumsum(is_first) - 1]
+        return take(tokens, place)
+
+    def _read_tokens(self, documents: Documents) -> ReadRows:
+        """Read and tokenize documents that are sorted by block and row."""
         tokenizer = self._source.tokenizer
         if tokenizer is None:
             raise no_tokenizer_error()
-        tokens: list[Tokens] = []
-        for first in range(0, len(documents.block), DOCUMENTS_PER_ENCODE):
-            group = documents.select(slice(first, first + DOCUMENTS_PER_ENCODE))
-            texts = self._rows.read(group, raw=False)
-            self.place.enter(TOKENIZE)
-            tokens += tokenizer.encode_each(texts)
+        read = self._rows.read(documents, raw=False, convert=tokenizer.encode_each)
         self.place.enter(PACK)
 
         # A wrong count would shift every later sequence of the stream without a sign.
-        sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) + self._source.layout.added_tokens(documents.block)
-        wrong = np.flatnonzero(sizes != documents.size)
+        sizes = np.fromiter(map(len, read.rows), np.int64, len(read.rows))
+        sizes += self._source.layout.added_tokens(documents.block[read.positions])
+        wrong = np.flatnonzero(sizes != documents.size[read.positions])
         if len(wrong):
-            raise token_count_error(self._source, documents, int(wrong[0]), int(sizes[wrong[0]]))
-        return tokens
+            raise token_count_error(self._source, documents, int(read.positions[wrong[0]]), int(sizes[wrong[0]]))
+        return read
 
 
 def take(items: Sequence[Any], positions: NDArray[np.intp]) -> list[Any]:
@@ -231,6 +249,6 @@ def take(items: Sequence[Any], positions: NDArray[np.intp]) -> list[Any]:
     return list(map(items.__getitem__, positions.tolist()))
 
 
-def _row_key(block: Any, row: Any) -> Any:
-    """Return one integer per row, ascending as rows lie on disk; for arrays or for single numbers."""
-    return np.int64(block) << 32 | row
+def _row_key(block: NDArray[np.int32], row: NDArray[np.int32]) -> Ints:
+    """Return one integer per row, ascending as rows lie on disk."""
+    return block.astype(np.int64) << 32 | row

@@ -1,20 +1,38 @@
-"""The byte ranges that are read to get rows of many files: rows near each other in a file share one read."""
+"""The byte ranges that are read to get rows of many files: rows near each other in a file share one read.
 
-from collections.abc import Iterator
-from itertools import chain, pairwise
+Most rows of a shuffled stream have a read of their own, whose bytes are the row. The others are cut out of their reads.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.dataplane.reading.lookup.columns import concatenated_ranges
 from mixtera_hpc.formats.codecs.positioned_reads import merge_nearby
 
-__all__ = ["ReadPlan"]
+__all__ = ["FileReads", "ReadPlan"]
 
 Ints = NDArray[np.int64]
 
 
+class FileReads(NamedTuple):
+    """The reads of one file."""
+
+    shard: int
+    first_row: int
+    """Position of its first row among all rows."""
+    row_stop: int
+    first_single: int
+    """Number of its first read of a single row."""
+    single_stop: int
+    first_shared: int
+    """Number of its first read of several rows."""
+    shared_stop: int
+
+
 class ReadPlan:
-    """The positioned reads of some rows, in the order of the disk. Reads must be cut in ascending order."""
+    """The positioned reads of some rows: those of single rows, and those of several rows."""
 
     def __init__(self, shards: NDArray[np.int32], starts: Ints, lengths: Ints) -> None:
         """Plan reads of rows that are sorted by shard and by their first byte.
@@ -26,51 +44,33 @@ class ReadPlan:
         """
         stops = starts + lengths
         bounds = merge_nearby(starts, stops, shards)
-        first = bounds[:-1]
-        read_starts = starts[first]
+        num_rows = np.diff(bounds)
+        single = bounds[:-1][num_rows == 1]
+        first_shared = bounds[:-1][num_rows > 1]
+        shared = concatenated_ranges(first_shared, num_rows[num_rows > 1])
+        self.positions = np.concatenate([single, shared])
+        """Position of each row among those requested: rows with a read of their own, then the others."""
+        self.offsets: list[int] = starts[single].tolist()
+        """First byte of each read of a single row."""
+        self.sizes: list[int] = lengths[single].tolist()
+        self._plan_shared(starts, stops, first_shared, shared)
+
+        borders = np.append(np.flatnonzero(np.diff(shards, prepend=-1)), len(shards))
+        single_borders = np.searchsorted(single, borders)
+        shared_borders = np.searchsorted(first_shared, borders)
+        ranges = (part.tolist() for all_ in (borders, single_borders, shared_borders) for part in (all_[:-1], all_[1:]))
+        self.files = list(map(FileReads, shards[borders[:-1]].tolist(), *ranges))
+
+    def _plan_shared(self, starts: Ints, stops: Ints, first: NDArray[np.intp], rows: Ints) -> None:
+        """Plan the reads of several rows each, given the first row of each read and all of their rows."""
+        borders = np.searchsorted(rows, first)
+        self.shared_offsets: list[int] = starts[first].tolist()
+        """First byte of each read of several rows."""
         # Rows may repeat, so the last row of a read is not always the one that ends last.
-        sizes = np.maximum.reduceat(stops, first) - read_starts
-        self.offsets: list[int] = read_starts.tolist()
-        self.sizes: list[int] = sizes.tolist()
-        self._bytes_before: list[int] = np.append(0, np.cumsum(sizes)).tolist()
-        # Runs of reads of one shard.
-        of_read = shards[first]
-        borders = [0, *(np.flatnonzero(of_read[1:] != of_read[:-1]) + 1).tolist(), len(first)]
-        self.run_shards: list[int] = of_read[borders[:-1]].tolist()
-        self.runs = list(pairwise(borders))
-        row_borders = bounds[borders]
-        self.run_rows: tuple[Ints, Ints] = row_borders[:-1], row_borders[1:] - 1
-        """First and last row of each run."""
-
-        shared = np.flatnonzero(np.diff(bounds) > 1)
-        self._row_starts: list[int] = starts.tolist() if len(shared) else []
-        self._row_stops: list[int] = stops.tolist() if len(shared) else []
-        of_shared = zip(shared.tolist(), bounds[shared].tolist(), bounds[shared + 1].tolist(), strict=True)
-        # The last entry is behind all reads.
-        self._shared: Iterator[tuple[int, int, int]] = chain(of_shared, [(len(first), 0, 0)])
-        self._next_shared = next(self._shared)
-
-    def rows_of(self, first: int, contents: list[bytes]) -> list[bytes]:
-        """Return the bytes of the rows in the reads from `first` on.
-
-        Raises:
-            EOFError: a read is too short.
-        """
-        end = first + len(contents)
-        if sum(map(len, contents)) != self._bytes_before[end] - self._bytes_before[first]:
-            raise EOFError
-        if self._next_shared[0] >= end:
-            return contents
-        rows: list[bytes] = []
-        next_single = first
-        while self._next_shared[0] < end:
-            read, first_row, row_stop = self._next_shared
-            rows += contents[next_single - first : read - first]
-            content = contents[read - first]
-            begin = self.offsets[read]
-            # Copies of short rows are cheaper than views of them.
-            places = zip(self._row_starts[first_row:row_stop], self._row_stops[first_row:row_stop], strict=True)
-            rows += [content[start - begin : stop - begin] for start, stop in places]
-            next_single = read + 1
-            self._next_shared = next(self._shared)
-        return rows + contents[next_single - first :]
+        ends = np.maximum.reduceat(stops[rows], borders) if len(first) else first
+        self.shared_sizes: list[int] = (ends - starts[first]).tolist()
+        self.shared_borders: list[int] = [*borders.tolist(), len(rows)]
+        """First row of each of these reads among all of their rows, and the number of these rows."""
+        self.row_starts: list[int] = starts[rows].tolist()
+        """First byte of each of these rows inside its shard."""
+        self.row_stops: list[int] = stops[rows].tolist()

@@ -6,21 +6,17 @@ it has to be opened, because not all files fit into the process's file descripto
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 
 __all__ = ["RowFiles"]
 
 READS_AT_ONCE = 16
-"""Reads whose rows are decoded together: their bytes are still in the first cache of a core."""
+"""Rows that are decoded together: their bytes are still in the first cache of a core."""
 
-Ints = NDArray[np.int64]
 EnterShard = Callable[[int, int, int], None]
 """A function that gets the next shard, and the positions of its first and last row among those requested."""
 
@@ -42,38 +38,42 @@ class RowFiles:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def read(
-        self,
-        shards: NDArray[np.int32],
-        starts: Ints,
-        lengths: Ints,
-        decode: Callable[[Sequence[bytes]], list[Any]],
-        enter: EnterShard,
-    ) -> list[Any]:
-        """Return the decoded rows at some byte ranges, sorted by shard and by their first byte.
+        self, plan: ReadPlan, decode: Callable[[Sequence[bytes]], list[Any]], enter: EnterShard
+    ) -> Iterator[tuple[bool, list[Any]]]:
+        """Yield decoded rows, each group with whether they share reads.
+
+        Those that do not, and those that do, each come in the order of `plan.positions`.
 
         Raises:
             OSError: a file cannot be opened or read.
             EOFError: a read was short, as on network file systems or behind the end of a file.
             ValueError: rows cannot be decoded.
         """
-        plan = ReadPlan(shards, starts, lengths)
-        rows: list[Any] = []
-        contents: list[bytes] = []
-        first_content = 0
-        places = zip(plan.run_shards, plan.runs, *(ends.tolist() for ends in plan.run_rows), strict=True)
-        for shard, (first, last), first_row, last_row in places:
-            enter(shard, first_row, last_row)
-            descriptor = self._descriptor(shard)
-            for begin in range(first, last, READS_AT_ONCE):
-                own = slice(begin, min(begin + READS_AT_ONCE, last))
-                contents += map(os.pread, repeat(descriptor), plan.sizes[own], plan.offsets[own])
-                if len(contents) >= READS_AT_ONCE:
-                    rows += decode(plan.rows_of(first_content, contents))
-                    first_content += len(contents)
-                    contents = []
-        if contents:
-            rows += decode(plan.rows_of(first_content, contents))
-        return rows
+        single: list[bytes] = []
+        shared: list[bytes] = []
+        num_checked = 0
+        for file in plan.files:
+            enter(file.shard, file.first_row, file.row_stop - 1)
+            descriptor = self._descriptor(file.shard)
+            for begin in range(file.first_single, file.single_stop, READS_AT_ONCE):
+                own = slice(begin, min(begin + READS_AT_ONCE, file.single_stop))
+                single += map(os.pread, repeat(descriptor), plan.sizes[own], plan.offsets[own])
+                if len(single) >= READS_AT_ONCE:
+                    _check_sizes(single, plan.sizes[num_checked : own.stop])
+                    num_checked = own.stop
+                    yield False, decode(single)
+                    single = []
+            for read in range(file.first_shared, file.shared_stop):
+                for rows in _rows_of_read(descriptor, plan, read):
+                    shared += rows
+                    if len(shared) >= READS_AT_ONCE:
+                        yield True, decode(shared)
+                        shared = []
+        if single:
+            _check_sizes(single, plan.sizes[num_checked:])
+            yield False, decode(single)
+        if shared:
+            yield True, decode(shared)
 
     def close(self) -> None:
         """Close all files."""
@@ -92,3 +92,27 @@ class RowFiles:
         if len(self._descriptors) > self._max_open:
             os.close(self._descriptors.popitem(last=False)[1])
         return descriptor
+
+
+def _check_sizes(contents: Sequence[bytes], sizes: Sequence[int]) -> None:
+    """Raise EOFError if a read is too short."""
+    if sum(map(len, contents)) != sum(sizes):
+        raise EOFError
+
+
+def _rows_of_read(descriptor: int, plan: ReadPlan, number: int) -> Iterator[list[bytes]]:
+    """Yield the bytes of the rows that share a read, some rows at a time.
+
+    Raises:
+        EOFError: the read is too short.
+    """
+    offset = plan.shared_offsets[number]
+    content = os.pread(descriptor, plan.shared_sizes[number], offset)
+    if len(content) != plan.shared_sizes[number]:
+        raise EOFError
+    stop = plan.shared_borders[number + 1]
+    for begin in range(plan.shared_borders[number], stop, READS_AT_ONCE):
+        own = slice(begin, min(begin + READS_AT_ONCE, stop))
+        # Copies of short rows are cheaper than views of them.
+        places = zip(plan.row_starts[own], plan.row_stops[own], strict=True)
+        yield [content[start - offset : end - offset] for start, end in places]

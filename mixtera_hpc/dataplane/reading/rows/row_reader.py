@@ -5,7 +5,7 @@ are served. Rows of formats with a `RowDecoder` are read by one loop over all sh
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, equal_runs
 from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths, max_open_shards
 from mixtera_hpc.dataplane.reading.residency.resident_rows import MAX_ROW_SHARE, PackedRows, ResidentRows
+from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
-from mixtera_hpc.dataplane.watchdog.progress import READ, ReadPlace
+from mixtera_hpc.dataplane.watchdog.progress import READ, TOKENIZE, ReadPlace
 from mixtera_hpc.formats.base import BlockRef, RangeReader, RowDecoder, RowFormat, ShardReader, TokenReader
 from mixtera_hpc.formats.batching.json_payloads import decode_payloads
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
@@ -28,11 +29,26 @@ from mixtera_hpc.formats.composed_text import is_composed, open_reader
 from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlReader
 from mixtera_hpc.formats.registry import load_format
 
-__all__ = ["RowReader"]
+__all__ = ["ReadRows", "RowReader"]
 
 # How a shard is read: not known yet, by its reader row by row, by decoding whole blocks; or, from the last on, with the
 # decoder of that number.
 _UNKNOWN, _ROWS, _BLOCKS, _FIRST_DECODER = range(4)
+
+
+Convert = Callable[[list[Any]], list[Any]]
+CONVERTED_AT_ONCE = 512
+"""Rows of formats without a `RowDecoder` that are in memory before they are converted."""
+CONVERTED_WHILE_CACHED = 64
+"""Decoded rows that are converted together: they are still in the second cache of a core."""
+
+
+class ReadRows(NamedTuple):
+    """Rows in the order in which they were read."""
+
+    rows: list[Any]
+    positions: NDArray[np.intp]
+    """Position of each row among those requested; shape (n,)."""
 
 
 class _OpenShard(NamedTuple):
@@ -73,24 +89,30 @@ class RowReader:
         self._resident_rows: dict[bool, ResidentRows] = {}
         """Rows of windows in use: raw rows (True), and texts (False)."""
 
-    def read(self, documents: Documents, *, raw: bool) -> list[Any]:
-        """Read rows that are sorted by block and row: raw samples, texts, or token ids if the format holds them."""
+    def read(self, documents: Documents, *, raw: bool, convert: Convert | None = None) -> ReadRows:
+        """Read rows that are sorted by block and row: raw samples, texts, or token ids if the format holds them.
+
+        Args:
+            documents: the rows.
+            raw: whether to return raw samples.
+            convert: a function of some rows, which returns one value for each; its values replace the rows.
+        """
         shards = self._source.blocks.shard[documents.block]
         kinds = self._kinds_of(documents, shards)
         # The other rows of a block are worth keeping, but not if it has only one.
         is_block = kinds == _BLOCKS
         if is_block.any():
             kinds = np.where(is_block & (self._source.blocks.rows[documents.block] == 1), _ROWS, kinds)
-        distinct = np.unique(kinds).tolist()
-        if len(distinct) == 1:
-            return self._read_kind(distinct[0], documents, shards, raw=raw)
-        rows: list[Any] = [None] * len(shards)
-        for kind in distinct:
+        if len(kinds) and (kinds == kinds[0]).all():
+            return self._read_kind(int(kinds[0]), documents, shards, raw, convert)
+        rows: list[Any] = []
+        parts = [np.zeros(0, np.intp)]
+        for kind in np.unique(kinds).tolist():
             chosen = np.flatnonzero(kinds == kind)
-            read = self._read_kind(kind, documents.select(chosen), shards[chosen], raw=raw)
-            for number, row in zip(chosen.tolist(), read, strict=True):
-                rows[number] = row
-        return rows
+            read = self._read_kind(kind, documents.select(chosen), shards[chosen], raw, convert)
+            rows += read.rows
+            parts.append(chosen[read.positions])
+        return ReadRows(rows, np.concatenate(parts))
 
     def close(self) -> None:
         """Close every shard."""
@@ -99,26 +121,71 @@ class RowReader:
         self._shards.clear()
         self._files.close()
 
-    def _read_kind(self, kind: int, documents: Documents, shards: NDArray[np.int32], *, raw: bool) -> list[Any]:
+    def _read_kind(
+        self, kind: int, documents: Documents, shards: NDArray[np.int32], raw: bool, convert: Convert | None
+    ) -> ReadRows:
         """Read rows of shards of one kind."""
-        if kind == _BLOCKS:
-            return self._resident(raw).read(documents)
         if kind >= _FIRST_DECODER:
-            decoder = self._decoders[kind - _FIRST_DECODER]
             self._guard.use(shards)
-            starts = self._source.blocks.offset[documents.block] + documents.offset
-            decode = decoder.payloads if raw else decoder.documents
-            numbers = (self._source.blocks.first_row[documents.block] + documents.row).tolist()
-
-            def enter(shard: int, first: int, last: int) -> None:
-                self.place.enter(READ, shard, numbers[first], numbers[last])
-
             try:
-                return self._files.read(shards, starts, documents.length, decode, enter)
+                return self._read_from_files(self._decoders[kind - _FIRST_DECODER], documents, shards, raw, convert)
             except (OSError, EOFError, ValueError):
                 # The readers of the shards wait for the rest of short reads, and name the shard that is damaged.
                 pass
-        return self._read_from_shards(documents, shards, raw=raw)
+        size = len(shards) if convert is None else CONVERTED_AT_ONCE
+        rows: list[Any] = []
+        for first in range(0, len(shards), size):
+            own = slice(first, first + size)
+            some = documents if convert is None else documents.select(own)
+            if kind == _BLOCKS:
+                read = self._resident(raw).read(some)
+            else:
+                read = self._read_from_shards(some, shards[own], raw=raw)
+            rows += read if convert is None else self._converted(convert, read)
+        return ReadRows(rows, np.arange(len(rows)))
+
+    def _read_from_files(
+        self,
+        decoder: RowDecoder,
+        documents: Documents,
+        shards: NDArray[np.int32],
+        raw: bool,
+        convert: Convert | None,
+    ) -> ReadRows:
+        """Read rows that one decoder decodes."""
+        starts = self._source.blocks.offset[documents.block] + documents.offset
+        numbers = (self._source.blocks.first_row[documents.block] + documents.row).tolist()
+        place = (-1, -1, -1)
+
+        def enter(shard: int, first: int, last: int) -> None:
+            nonlocal place
+            place = shard, numbers[first], numbers[last]
+            self.place.enter(READ, *place)
+
+        plan = ReadPlan(shards, starts, documents.length)
+        decode = decoder.payloads if raw else decoder.documents
+        # Rows with a read of their own, and rows that share reads.
+        rows: tuple[list[Any], list[Any]] = [], []
+        if convert is None:
+            for is_shared, decoded in self._files.read(plan, decode, enter):
+                rows[is_shared].extend(decoded)
+            return ReadRows(rows[0] + rows[1], plan.positions)
+
+        unconverted: tuple[list[Any], list[Any]] = [], []
+        for is_shared, decoded in self._files.read(plan, decode, enter):
+            some = unconverted[is_shared]
+            some.extend(decoded)
+            if len(some) >= CONVERTED_WHILE_CACHED:
+                rows[is_shared].extend(self._converted(convert, some))
+                some.clear()
+                self.place.enter(READ, *place)
+        for values, some in zip(rows, unconverted, strict=True):
+            values.extend(self._converted(convert, some))
+        return ReadRows(rows[0] + rows[1], plan.positions)
+
+    def _converted(self, convert: Convert, rows: list[Any]) -> list[Any]:
+        self.place.enter(TOKENIZE)
+        return convert(rows)
 
     def _read_from_shards(self, documents: Documents, shards: NDArray[np.int32], *, raw: bool) -> list[Any]:
         """Read rows that are sorted by block and row, without keeping others."""
