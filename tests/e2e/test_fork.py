@@ -45,6 +45,10 @@ def test_a_checkpoint_continues_on_two_mixtures(
     assert main(["trace", str(untrained.path), "--verify"]) == 0
     assert "of 8 steps" in capsys.readouterr().out, "the parent's later steps do not belong to the new run"
     assert [line["step"] for line in read_events(untrained.metric("steps"))] == list(range(8))
+    assert main(["runs", "--root", str(root), "--json"]) == 0
+    states = {run["run_id"]: run for run in map(json.loads, capsys.readouterr().out.splitlines())}
+    new = states[str(untrained.run_id)]
+    assert (new["state"], new["steps_done"], new["num_steps"]) == ("SAVED", 8, 16)
     shorter = ["--change-seq-len", "8", "--here"]
     assert main(["resume", str(untrained.path), *shorter]) == 0
     assert main(["trace", str(untrained.path), "--verify"]) == 0

@@ -30,7 +30,8 @@ from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.checkpoint_files import find_damage
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
-from mixtera_hpc.errors import ConfigError, MixtureError
+from mixtera_hpc.errors import ConfigError, MixtureError, SavedAndStopped
+from mixtera_hpc.launch.attempts import ExitRecord, end_attempt
 from mixtera_hpc.launch.prepare import prepare_run
 
 __all__ = ["Fork", "ForkPoint", "fork_runs", "open_fork_point"]
@@ -138,6 +139,7 @@ def _make_run(point: ForkPoint, config: Config, mixture: MixtureConfig, now: dat
     _copy_if_file(point.parent.journal, child.journal)
     origin = {"kind": FORK_KIND, "parent": str(point.parent.path), "step": point.step, "chunk": point.first_chunk}
     append_line(child.journal, origin)
+    _end_at_checkpoint(child, config)
     for line in _decisions_until_checkpoint(point):
         append_line(child.decisions, line)
     append_line(child.decisions, MixtureDecision(chunk=point.first_chunk, mixture=mixture).to_dict())
@@ -175,6 +177,17 @@ def _copy_events(point: ForkPoint, stream: str, child: RunFolder) -> None:
             with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
                 if msgspec.json.decode(line, type=_Event).step < end:
                     file.write(line)
+
+
+def _end_at_checkpoint(child: RunFolder, config: Config) -> None:
+    """Let the parent's last attempt end as one that has saved, and is to train to the end of the new run."""
+    attempts = child.attempts()
+    if attempts:
+        end_attempt(child, max(attempts), ExitRecord(exit_code=SavedAndStopped.exit_code, elapsed_s=0))
+    lines = child.metric("attempts").read_bytes().splitlines() if child.metric("attempts").is_file() else []
+    if lines:
+        last = msgspec.json.decode(lines[-1]) | {"num_steps": config.training.num_steps}
+        child.metric("attempts").write_bytes(b"\n".join([*lines[:-1], msgspec.json.encode(last), b""]))
 
 
 class _Event(msgspec.Struct):

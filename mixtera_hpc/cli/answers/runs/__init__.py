@@ -1,1 +1,1 @@
-"""What the verbs about several runs answer: `runs`, `watch` and `fork`."""
+"""Answers of the verbs `runs`, `watch` and `fork`."""
