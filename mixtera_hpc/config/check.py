@@ -23,7 +23,7 @@ from mixtera_hpc.config.schema import (
     TrainingConfig,
 )
 
-__all__ = ["check_build", "check_data", "check_index_job", "check_run", "run_problems"]
+__all__ = ["WORKERS_PER_CORE", "check_build", "check_data", "check_index_job", "check_run", "run_problems"]
 
 WORKERS_PER_CORE = 4
 """Worker processes per core; they wait for files a part of their time."""

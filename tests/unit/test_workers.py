@@ -228,3 +228,12 @@ def test_closing_a_plane_ends_its_workers(collection: list[str]) -> None:
 def test_a_negative_number_of_workers_is_refused(collection: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"dataplane.workers is -1"):
         DataPlane.open(compose([*collection, "dataplane.workers=-1"]), Local())
+
+
+def test_far_more_workers_than_cores_are_refused(collection: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    message = rf"dataplane.workers is {4 * cores + 1}, more than 4 × the {cores} cores"
+    config = compose([*collection, f"dataplane.workers={4 * cores + 1}"])
+    with DataPlane.open(config, Local()) as plane, pytest.raises(ConfigError, match=message):
+        next(iter(plane))

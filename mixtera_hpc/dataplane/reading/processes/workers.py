@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixtera_hpc.config.check import WORKERS_PER_CORE
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, steps_per_read, training_steps_of
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchSource
@@ -30,7 +31,7 @@ from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, Me
 from mixtera_hpc.dataplane.reading.sample_transform import load_transform
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
-from mixtera_hpc.errors import DataError
+from mixtera_hpc.errors import ConfigError, DataError
 
 __all__ = ["Workers", "default_workers", "open_batch_source"]
 
@@ -57,7 +58,7 @@ def open_batch_source(source: Source, batch_slice: BatchSlice, ranks_of_node: in
         ranks_of_node: number of ranks that share the cores of this one's node.
 
     Raises:
-        ConfigError: `data.transform` cannot be imported.
+        ConfigError: `data.transform` cannot be imported, or there are far more processes than cores.
     """
     plane = source.config.dataplane
     # Here, so that the rank names a wrong path, and not the end of a process.
@@ -68,15 +69,26 @@ def open_batch_source(source: Source, batch_slice: BatchSlice, ranks_of_node: in
         count = default_workers(ranks_of_node) if source.layout.in_tokens else 0
     if count == 0:
         return BatchMaker(source, batch_slice, audit=plane.audit)
+    cores = _own_cores() or len(os.sched_getaffinity(0))
+    if count > WORKERS_PER_CORE * cores:
+        raise ConfigError(
+            f"dataplane.workers is {count}, more than {WORKERS_PER_CORE} × the {cores} cores that this rank may use. "
+            "More processes than cores slow each other down. Lower it."
+        )
     return Workers(source, batch_slice, count)
 
 
 def default_workers(ranks_of_node: int) -> int:
     """Return 1 if this rank has a core for a reading process beside that of the trainer, else 0."""
     # Ranks may be bound to cores of their own, or share all that this one may use.
-    own_cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 0)
+    own_cores = _own_cores()
     shared_cores = len(os.sched_getaffinity(0)) // ranks_of_node
     return int(max(own_cores, shared_cores) >= 2)
+
+
+def _own_cores() -> int:
+    """Return the cores that Slurm gave to each task; 0 if it did not say."""
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or 0)
 
 
 class _Worker(NamedTuple):
