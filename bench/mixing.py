@@ -4,7 +4,7 @@
 
 Trains small models one after the other in this process, on one thread. Finished runs are skipped, so the command can be
 ended and repeated at any time. Prints a table per corpus and writes bench/out/mixing.json. All runs together take
-about 40 CPU-minutes; a learned mixture costs no more than a fixed one.
+about 15 CPU-minutes. docs/mixing_evidence.md has the results.
 """
 
 import argparse
@@ -23,7 +23,7 @@ FOLDER = OUT / "mixing"
 
 
 def main() -> None:
-    """Train what is missing, one seed of all mixtures after the other; print the tables after every seed."""
+    """Train what is missing, one seed of all mixtures after the other; then print the tables."""
     options = _parse(sys.argv[1:])
     runs = Runs(root=FOLDER / "runs")
     corpora = [_prepare(name) for name in options.corpus]
@@ -64,6 +64,8 @@ def _prepare(name: str) -> Corpus:
 
 def _proposal(word: str) -> tuple[str, list[Mixture]]:
     corpus, _, path = word.partition("=")
+    if corpus not in CORPORA or not path:
+        raise SystemExit(f"--swarm is {word!r}, expected CORPUS=PATH with one of the corpora {', '.join(CORPORA)}.")
     return corpus, [proposed(Path(path))]
 
 

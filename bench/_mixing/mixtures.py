@@ -76,6 +76,11 @@ MIXTURES = (
     Mixture(
         name="exponentiated gradient", overrides=lambda corpus: _learned("exponentiated-gradient"), needs_reference=True
     ),
+    Mixture(
+        name="exponentiated gradient, eta 0.1",
+        overrides=lambda corpus: _learned("exponentiated-gradient", eta=0.1),
+        needs_reference=True,
+    ),
     Mixture(name="ado, long warm-up", overrides=lambda corpus: _ado(corpus, warmup_share=2)),
     Mixture(
         name="ado, floor",

@@ -62,14 +62,18 @@ def summary(runs: Runs, corpus: Corpus, mixtures: Sequence[str], num_seeds: int)
 
 def lines(corpus: Corpus, rows: Sequence[Row]) -> list[str]:
     """Return two Markdown tables: held-out losses, and the shares that were served."""
-    losses = [["mixture", *corpus.domains, "mean", "gain over natural"]]
+    losses = [["mixture", *corpus.domains, "mean", "gain over natural", "in natural shares"]]
     if corpus.entropy is not None:
         known = [corpus.entropy[kind] for kind in corpus.domains]
-        losses.append(["(entropy)", *(f"{value:.3f}" for value in known), f"{np.mean(known):.3f}", ""])
+        losses.append(["(entropy)", *(f"{value:.3f}" for value in known), f"{np.mean(known):.3f}", "", ""])
     shares = [["mixture", *corpus.domains]]
+    # The first row is the natural mixture.
+    natural = rows[0].weights.mean(axis=0) if rows else np.zeros(len(corpus.domains))
+    natural_loss = rows[0].loss @ natural if rows else np.zeros(0)
     for row in rows:
         mean = row.loss.mean(axis=1)
-        losses.append([row.mixture, *map(_spread, row.loss.T), _spread(mean), _spread(row.gain, "+.3f")])
+        gains = [_spread(row.gain, "+.3f"), _spread(natural_loss - row.loss @ natural, "+.3f")]
+        losses.append([row.mixture, *map(_spread, row.loss.T), _spread(mean), *gains])
         shares.append([row.mixture, *(f"{100 * value:.1f} %" for value in row.weights.mean(axis=0))])
     return [*aligned(losses, markdown=True).splitlines(), "", *aligned(shares, markdown=True).splitlines()]
 
