@@ -21,6 +21,15 @@ GRACE_S = 2.0
 """How long threads and processes that were told to end may take."""
 
 
+LONG_FILES = {"test_wrong_inputs.py", "test_decompression_bombs.py", "test_odd_paths.py", "test_odd_rows.py"}
+"""Unit tests of a minute per file. They come first: one that began last would keep one process busy alone."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 @pytest.fixture(scope="session")
 def collection(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Return overrides that name a small real collection with an index. Tests only read it."""

@@ -106,7 +106,14 @@ def expected(cli: Cli, stored: Callable[..., list[str]], tokenizer: Path) -> lis
     return rows
 
 
-@pytest.mark.parametrize("kind", [k for k in STORED if k not in ("jsonl", "megatron")])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.full if kind in ("gz", "bz2", "xz", "mds.zstd") else [])
+        for kind in STORED
+        if kind not in ("jsonl", "megatron")
+    ],
+)
 def test_every_format_gives_the_same_tokens(
     kind: str, verb: Cli, stored: Callable[..., list[str]], tokenizer: Path, expected: Any
 ) -> None:

@@ -218,7 +218,10 @@ def test_an_error_that_only_rank_0_sees_while_opening_ends_all(collection: list[
     assert "PropertyIndexError" in done.stderr
 
 
-@pytest.mark.parametrize("program", [["--no-python", "mixtera-hpc", "run"], ["-m", "mixtera_hpc.training"]])
+@pytest.mark.parametrize(
+    "program",
+    [["--no-python", "mixtera-hpc", "run"], pytest.param(["-m", "mixtera_hpc.training"], marks=pytest.mark.full)],
+)
 def test_the_reference_trainer_creates_the_group_under_torchrun(
     program: list[str], collection: list[str], tmp_path: Path
 ) -> None:
