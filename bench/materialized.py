@@ -55,7 +55,7 @@ def main(options: Sequence[str] = ()) -> None:
         _build(arguments.build)
         return
     rows_per_shard = int(arguments.shard_mb * 1e6 / 1100)
-    folder = make_layout("zst", make_rows(arguments.shards * rows_per_shard), rows_per_shard)
+    folder = make_layout("zst", make_rows(arguments.shards * rows_per_shard), rows_per_shard, 1.0)
     tokenizer = make_tokenizer()
     settings = [
         f"data.root={folder}",

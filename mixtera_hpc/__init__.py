@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mixtera_hpc.config.run_folder import RunFolder
     from mixtera_hpc.dataplane.plane import DataPlane
     from mixtera_hpc.dataplane.reading.batches import Batch
-    from mixtera_hpc.dataplane.reading.sample_transform import ServedSample
+    from mixtera_hpc.dataplane.reading.sample_transform import CostedSample, ServedSample
     from mixtera_hpc.errors import (
         CommError,
         ConfigError,
@@ -33,6 +33,7 @@ __all__ = [
     "CommError",
     "Communicator",
     "ConfigError",
+    "CostedSample",
     "DataError",
     "DataPlane",
     "LaunchError",
@@ -56,6 +57,7 @@ _MODULE_OF_NAME = {
     "CommError": "mixtera_hpc.errors",
     "Communicator": "mixtera_hpc.comm.communicator",
     "ConfigError": "mixtera_hpc.errors",
+    "CostedSample": "mixtera_hpc.dataplane.reading.sample_transform",
     "DataError": "mixtera_hpc.errors",
     "DataPlane": "mixtera_hpc.dataplane.plane",
     "LaunchError": "mixtera_hpc.errors",

@@ -11,7 +11,7 @@ from mixtera_hpc.config.check_script import script_problems
 from mixtera_hpc.config.convert import raise_problems
 from mixtera_hpc.config.job_shape import num_ranks
 from mixtera_hpc.config.mixture.check_swarm import swarm_problems
-from mixtera_hpc.config.packing.check_packing import packing_problems
+from mixtera_hpc.config.packing.check_packing import cost_problems, packing_problems
 from mixtera_hpc.config.schema import (
     CheckpointConfig,
     Config,
@@ -67,6 +67,7 @@ def run_problems(config: Config) -> list[str]:
         *_data(config),
         *_dataplane(config.dataplane, config.mixture),
         *_transform(config),
+        *cost_problems(config.dataplane, config.data.transform),
         *_training(config.training),
         *_checkpoint(config.checkpoint),
         *_validation(config),

@@ -24,6 +24,7 @@ from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 from mixtera_hpc.core.statistics import NUM_BUFFER_ROWS, DomainStatistics, statistics_from_buffer
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, positions_of, step_of
+from mixtera_hpc.dataplane.reading.packing.agreed_micro_batches import agree_on_micro_batches
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
@@ -127,7 +128,7 @@ class HeldOutBatches:
         """Batches in each pass."""
 
     def batches(self) -> Iterator[Batch]:
-        """Yield this rank's batches, from the first one on; their steps are -1, -2, and so on.
+        """Yield this rank's batches, from the first one on; their steps are -1, -2, and so on. **Collective.**
 
         A negative step never belongs to a batch of the training.
         """
@@ -136,7 +137,8 @@ class HeldOutBatches:
         self._losses.clear()
         try:
             for batch in maker.batches(plan, 0):
-                held_out = replace(batch, step=-1 - batch.step)
+                agreed = agree_on_micro_batches(self._comm, self._source.config.dataplane, batch)
+                held_out = replace(agreed, step=-1 - batch.step)
                 self._losses[held_out.step] = StepLosses(held_out, self.num_domains, self._num_parts)
                 yield held_out
         finally:

@@ -27,6 +27,7 @@ from mixtera_hpc.dataplane.plan_broadcast import PlanBroadcaster
 from mixtera_hpc.dataplane.plane_state import PlaneState
 from mixtera_hpc.dataplane.reading.batches import Batch, positions_of, step_of
 from mixtera_hpc.dataplane.reading.group_delivery import open_feed
+from mixtera_hpc.dataplane.reading.packing.agreed_micro_batches import agree_on_micro_batches
 from mixtera_hpc.dataplane.resources import PlaneResources
 from mixtera_hpc.dataplane.resume.resume_point import ResumePoint, find_resume_point, share_resume_point
 from mixtera_hpc.dataplane.steps.flag_exchange import FlagExchange
@@ -156,7 +157,7 @@ class Session:
             self._interrupt(batch)
             return None
 
-        batch = self._loss_weights.apply(batch)
+        batch = agree_on_micro_batches(self._comm, self._source.config.dataplane, self._loss_weights.apply(batch))
         # Also after a resume inside a chunk: metrics then show its mixture again.
         if batch.chunk != self.ledger.current_chunk:
             self._enter_chunk(batch.chunk)

@@ -22,7 +22,7 @@ from mixtera_hpc.dataplane.plane_state import STATE_KEY
 from mixtera_hpc.dataplane.resume.run_identity import pin_index_generation
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.integrations.lightning_callback import PlaneCallback
-from mixtera_hpc.integrations.lightning_checks import data_parallel_of
+from mixtera_hpc.integrations.lightning_checks import check_no_loss_weights, data_parallel_of
 
 __all__ = ["PlaneDataModule"]
 
@@ -39,16 +39,25 @@ class PlaneDataModule(LightningDataModule):
     `last-requested.ckpt` beside the other checkpoints and ends `fit`; `stopped` is then True.
     """
 
-    def __init__(self, config: Config, folder: RunFolder | None = None, **options: Any) -> None:
+    def __init__(
+        self, config: Config, folder: RunFolder | None = None, *, applies_loss_weights: bool = False, **options: Any
+    ) -> None:
         """Describe the data; nothing is opened yet.
 
         Args:
             config: the composed configuration of the run.
             folder: the folder of the run, for the journal and the control files; None: neither.
+            applies_loss_weights: whether `training_step` multiplies the losses of each sequence by
+                `batch["loss_weights"]`. Lightning does not.
             options: further arguments of `DataPlane.open`. By default the strategy says which ranks get the same
                 batches.
+
+        Raises:
+            ConfigError: a domain has a `loss_weight`, and `applies_loss_weights` is False.
         """
         super().__init__()
+        if not applies_loss_weights:
+            check_no_loss_weights(config.mixture)
         self._config = config
         self._folder = folder
         self._options = options

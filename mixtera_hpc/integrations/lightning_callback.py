@@ -29,7 +29,6 @@ from mixtera_hpc.integrations.lightning_checks import (
     check_losses_unneeded,
     num_micro_batches,
     restart_step,
-    warn_of_loss_weights,
 )
 
 __all__ = ["PlaneCallback", "StopSignals"]
@@ -85,7 +84,6 @@ class PlaneCallback(Callback):
             num_micro = num_micro_batches(self._trainer, self.plane)
             check_begin(self._trainer, self.plane)
             restart_step(self._trainer, num_micro)
-            warn_of_loss_weights(self._trainer, self.plane)
             # With manual optimization, max_steps counts the steps of all optimizers.
             is_known = self._trainer.max_steps > 0 and self._trainer.lightning_module.automatic_optimization
             num_steps = self._trainer.max_steps if is_known else None

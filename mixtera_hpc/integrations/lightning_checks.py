@@ -1,9 +1,8 @@
 """Checks that each optimizer step of a Lightning trainer is a step of the data plane."""
 
-import logging
-
 from lightning.pytorch import Trainer
 
+from mixtera_hpc.config.schema import MixtureConfig
 from mixtera_hpc.dataplane.mixing.loss_weights import describe_loss_weight
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.errors import ConfigError
@@ -14,13 +13,11 @@ __all__ = [
     "check_current_batch",
     "check_epoch",
     "check_losses_unneeded",
+    "check_no_loss_weights",
     "data_parallel_of",
     "num_micro_batches",
     "restart_step",
-    "warn_of_loss_weights",
 ]
-
-logger = logging.getLogger("mixtera_hpc")
 
 PROGRESS_COUNTS = ("ready", "started", "processed", "completed")
 """The counts of batches that Lightning keeps, for the epoch and in total."""
@@ -134,14 +131,12 @@ def check_losses_unneeded(plane: DataPlane) -> None:
         )
 
 
-def warn_of_loss_weights(trainer: Trainer, plane: DataPlane) -> None:
-    """Warn that only `training_step` can multiply the loss with the factors of the domains, if a domain has one."""
-    written = describe_loss_weight(plane.config.mixture)
-    if written is not None and trainer.is_global_zero:
-        logger.warning(
-            "%s. Lightning does not multiply the loss with it.\n"
-            '  In training_step, multiply the losses of each sequence by batch["loss_weights"], and return the losses '
-            "without the factor under %r.",
-            written,
-            LOSS_KEY,
+def check_no_loss_weights(mixture: MixtureConfig) -> None:
+    """Raise ConfigError if a domain has a factor: only `training_step` can multiply the loss with it."""
+    if (written := describe_loss_weight(mixture)) is not None:
+        raise ConfigError(
+            f"{written}, but Lightning does not multiply the loss with it.\n"
+            '  In training_step, multiply the losses of each sequence by batch["loss_weights"], return the losses '
+            f'without the factor under "{LOSS_KEY}", and set PlaneDataModule(applies_loss_weights=True). Or remove '
+            "the factor."
         )

@@ -406,12 +406,15 @@ def test_a_mixture_that_learns_without_losses_is_refused(bench: Bench) -> None:
     assert model.served == micro_batches(0, 6)
 
 
-def test_loss_weights_are_warned_of(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_loss_weights_that_training_step_does_not_apply_are_refused(bench: Bench) -> None:
     bench.overrides = [word for word in bench.overrides if not word.startswith("mixture.")]
     domains = "[{key: {source: 'a*'}, weight: 0.5, loss_weight: 0.25}, {key: {source: ['d*', enum]}, weight: 0.5}]"
-    with caplog.at_level(logging.WARNING, "mixtera_hpc"):
-        bench.fit(data=bench.data("mixture.kind=static", f"mixture.domains={domains}"), max_steps=1)
-    assert "domains[0].loss_weight is 0.25. Lightning does not multiply the loss with it" in caplog.text
+    words = ("mixture.kind=static", f"mixture.domains={domains}")
+    problem = r"domains\[0\]\.loss_weight is 0\.25, but Lightning does not multiply the loss with it"
+    with pytest.raises(ConfigError, match=problem + r".*\n.*applies_loss_weights=True"):
+        bench.data(*words)
+    config = compose([*bench.overrides, *words])
+    bench.fit(data=PlaneDataModule(config, applies_loss_weights=True), max_steps=1)
 
 
 def test_a_data_module_that_no_trainer_has_set_up_is_refused(bench: Bench) -> None:

@@ -168,3 +168,13 @@ def test_damage_is_reported(overrides: list[str], tmp_path: Path) -> None:
     rows.write_bytes(content)
     with pytest.raises(DataError, match=r"The row store .* is damaged"):
         served(overrides)
+
+
+def test_a_frame_beyond_the_limit_is_refused_before_it_is_decoded(overrides: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "data/long"
+    folder.mkdir()
+    write_compressed(folder, [{"text": "x" * 200_000, "meta": {"source": "web"}}], ending="zst")
+    assert main(["index", "build", *overrides]) == 0
+    served(overrides)
+    with pytest.raises(DataError, match=r"a frame decodes to 2\d\d\d\d\d bytes, but data\.max_block_bytes is 65536"):
+        served(overrides, "data.max_block_bytes=65536")

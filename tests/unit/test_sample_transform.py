@@ -24,6 +24,7 @@ from mixtera_hpc.trace.verify import verify_run
 FUNCTIONS = """
 import threading
 import numpy as np
+from mixtera_hpc import CostedSample
 
 def augment(row, sample):
     noise = sample.rng().random(3)
@@ -37,6 +38,9 @@ def fail_at_7(row, sample):
 
 def no_pickle(row, sample):
     return threading.Lock()
+
+def costed(row, sample):
+    return CostedSample(row["id"], cost=row["id"] % 10)
 
 not_a_function = 3
 """
@@ -162,3 +166,53 @@ def test_the_proof_of_a_run_is_of_the_raw_rows(overrides: list[str], tmp_path: P
     # A laptop need not have the function.
     (tmp_path / "code" / "my_transforms.py").unlink()
     assert verify_run(AttemptSources(config), folder, History(folder.journal)).num_sequences == 24
+
+
+COSTED = ["data.transform=my_transforms.costed", "dataplane.sample_cost=transform", "dataplane.sample_budget=9"]
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["dataplane.workers=1"], ["mixture.on_exhausted=stop", "dataplane.last_batch=pad"]]
+)
+def test_the_function_gives_the_costs_of_micro_batches(more: list[str], overrides: list[str]) -> None:
+    plain = serve(overrides, stop=5)
+    config = compose([*overrides, *COSTED, *more])
+
+    def rank(comm: Any) -> list[Batch]:
+        with DataPlane.open(config, comm=comm) as plane:
+            # The last step of an epoch has padding.
+            return [batch for batch, _ in zip(plane, range(7), strict=False)]
+
+    for num_ranks in (1, 2, 3):
+        by_rank = run_ranks(num_ranks, rank)
+        needed = []
+        for batches in zip(*by_rank, strict=True):
+            samples = [sample for batch in batches for sample in batch.payloads or []]
+            if batches[0].step < 5:
+                assert samples == [plain[batches[0].step, position]["id"] for position in range(6)]
+            # All ranks run the same number of micro-batches, which hold all rows of a rank within the budget.
+            assert len({len(batch.micro_batches) for batch in batches}) == 1
+            for batch in batches:
+                parts = [(batch.payloads or [])[rows] for rows in batch.micro_batches]
+                assert [sample for part in parts for sample in part] == batch.payloads
+                assert all(sum((sample or 0) % 10 for sample in part) <= 9 for part in parts)
+                needed.append(sum(bool(part) for part in parts) - len(parts))
+        assert num_ranks == 1 or min(needed) < 0
+
+
+def test_costs_that_the_function_gives_wrongly_are_refused(overrides: list[str]) -> None:
+    for words, problem in (
+        (["data.transform=my_transforms.augment"], r"returned a dict for a\.jsonl row \d+ .*CostedSample"),
+        (["dataplane.sample_budget=8"], r"row \d*9 \(step \d+, position \d\) the cost 9, .*sample_budget=8"),
+    ):
+        with pytest.raises(DataError, match=problem):
+            serve([*overrides, *COSTED, *words])
+    for words, problem in (
+        (["data.transform=null"], r"data\.transform is not set"),
+        (["dataplane.sample_budget=null"], r"sample_budget is not set"),
+        (["dataplane.balance=cost"], r"their cost is known afterwards"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            serve([*overrides, *COSTED, *words])
+    # Without a budget the cost does not matter.
+    assert serve([*overrides, COSTED[0]], stop=3) == {key: row["id"] for key, row in serve(overrides, stop=3).items()}

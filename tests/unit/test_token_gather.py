@@ -200,3 +200,18 @@ def test_a_shard_that_was_replaced_is_refused(overrides: list[str], tmp_path: Pa
         write_megatron(shard, documents)
         list(plane)
     assert re.search(r"has changed since it was indexed: document \d+ lies elsewhere", str(caught.value))
+
+
+def test_samples_of_moved_documents_are_refused(tmp_path: Path) -> None:
+    """An `.idx` file that cuts the same ids elsewhere is found at any document of a block, not only at the first."""
+    path = tmp_path / "a.bin"
+    write_megatron(path, [[1, 2, 3], [4, 5], [6, 7, 8, 9]])
+    size = path.stat().st_size
+    itemsize = size // 9
+    block = BlockRef(offset=0, length=size, first_row=0, rows=3)
+    lengths = np.array([3, 2, 4]) * itemsize
+    served = MegatronReader(path).payloads(block, lengths, np.array([0, 2]))
+    assert [sample["tokens"].tolist() for sample in served] == [[1, 2, 3], [6, 7, 8, 9]]
+    write_megatron(path, [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    with pytest.raises(DataError, match="its documents have other lengths"):
+        MegatronReader(path).payloads(block, lengths, np.array([0, 2]))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, decode
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.build.build import build_index
-from mixtera_hpc.index.token_store.store_files import StoreFiles
+from mixtera_hpc.index.token_store.store_files import StoreFiles, read_header
 from mixtera_hpc.testing.megatron import write_megatron
 from mixtera_hpc.testing.writers import write_compressed
 from mixtera_hpc.tokens.bpe_training import train_bpe
@@ -193,6 +194,65 @@ def test_incomplete_and_missing_stores_are_refused(overrides: list[str], tmp_pat
     files.tokens.write_bytes(files.tokens.read_bytes()[:-2])
     with pytest.raises(DataError, match="it was cut off or removed"):
         served(overrides)
+
+
+def test_a_store_that_is_written_again_ends_the_run(overrides: list[str]) -> None:
+    build_index(compose(overrides))
+    assert tokenize(overrides) == 0
+    files = StoreFiles(Path(f"{compose(overrides).index.path}.tokens"))
+    header = read_header(files)
+    assert header is not None
+    tokens = files.tokens.read_bytes()
+
+    def rewrite() -> None:
+        """Begin the store again, as `mixtera-hpc tokenize` does after another `dataplane.chat_loss`."""
+        files.header.unlink()
+        files.tokens.unlink()
+        files.write_header(msgspec.structs.replace(header, complete=False))
+        files.tokens.write_bytes(bytes(len(tokens)))
+
+    def change() -> None:
+        files.tokens.write_bytes(tokens[:-2] + b"\0\0")
+
+    for damage, problem in (
+        (rewrite, "it is being written again"),
+        (files.header.unlink, "header was removed|cannot be found"),
+        (change, "its tokens have changed"),
+        (files.tokens.unlink, "cannot be found"),
+    ):
+        with DataPlane.open(compose([*overrides, "mixture=natural"]), Local()) as plane:
+            batches = iter(plane)
+            next(batches)
+            damage()
+            with pytest.raises(DataError, match=f"has changed while the run reads it: .*({problem})"):
+                list(batches)
+        files.write_header(header)
+        files.tokens.write_bytes(tokens)
+
+
+def test_a_run_continues_while_a_refresh_extends_its_store(overrides: list[str]) -> None:
+    build_index(compose(overrides))
+    assert tokenize(overrides) == 0
+    files = StoreFiles(Path(f"{compose(overrides).index.path}.tokens"))
+    header = read_header(files)
+    assert header is not None
+    expected = [digests for digests, *_ in served(overrides, "mixture=natural")]
+    extended = {"index": "f" * 32, "generations": [header.index], "kept_tokens": header.tokens}
+    with DataPlane.open(compose([*overrides, "mixture=natural"]), Local()) as plane:
+        digests = []
+        for number, batch in enumerate(plane):
+            digests.append(batch.digests)
+            if number == 1:
+                files.write_header(msgspec.structs.replace(header, **extended, complete=False))
+            elif number == 2:
+                with files.tokens.open("ab") as file:
+                    file.write(bytes(64))
+            elif number == 3:
+                files.write_header(
+                    msgspec.structs.replace(header, **extended, tokens=header.tokens + 32, complete=True)
+                )
+    assert len(digests) > 5
+    assert digests == expected
 
 
 def test_wrong_input_is_refused_with_exit_code_2(overrides: list[str], tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from mixtera_hpc.config.batch_ramp import batch_schedule_of, size_keys
 from mixtera_hpc.config.check_numbers import at_least
 from mixtera_hpc.config.schema import DataPlaneConfig, MixtureConfig
 
-__all__ = ["balance_group", "packing_problems"]
+__all__ = ["COST_OF_TRANSFORM", "balance_group", "cost_problems", "packing_problems"]
+
+COST_OF_TRANSFORM = "transform"
+"""Value of `dataplane.sample_cost` with which the function `data.transform` gives the costs."""
 
 MAX_PACK_GROUP = 4096
 """Sequences. Packing takes 3 to 4 µs per document of the whole group before its first sequence is served."""
@@ -23,6 +26,29 @@ def balance_group(plane: DataPlaneConfig, batch_size: int) -> int:
 def packing_problems(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:
     """Return everything wrong with the settings of packing and balancing."""
     return [*_pack(plane, mixture), *_balance(plane, mixture), *_sample_costs(plane, mixture)]
+
+
+def cost_problems(plane: DataPlaneConfig, transform: str | None) -> list[str]:
+    """Return everything wrong with costs that the function `transform` (`data.transform`) gives."""
+    if plane.sample_cost != COST_OF_TRANSFORM:
+        return []
+    problems = []
+    if transform is None:
+        problems.append(
+            "dataplane.sample_cost is transform, but data.transform is not set. Name the function that returns "
+            "CostedSample(sample, cost), or set dataplane.sample_cost to a number property."
+        )
+    if plane.sample_budget is None:
+        problems.append(
+            "dataplane.sample_cost is transform, but dataplane.sample_budget is not set, so nobody would use the "
+            "costs. Set it, or remove dataplane.sample_cost."
+        )
+    if plane.balance == "cost":
+        problems.append(
+            "dataplane.balance=cost orders samples before they are read, but with dataplane.sample_cost=transform "
+            "their cost is known afterwards. Set dataplane.balance=none, or dataplane.sample_cost to a number property."
+        )
+    return problems
 
 
 def _pack(plane: DataPlaneConfig, mixture: MixtureConfig) -> list[str]:

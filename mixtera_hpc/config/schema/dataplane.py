@@ -73,7 +73,7 @@ class DataPlaneConfig:
     `dataplane.global_batch_size`. Null: the largest divisor up to 64."""
     sample_cost: str | None = None
     """With `mixture.unit=samples`: the number property that is the cost of a sample, for example its text and image
-    tokens; `tokens` and `bytes` are built in."""
+    tokens; `tokens` and `bytes` are built in. `transform`: the function `data.transform` gives the cost."""
     sample_budget: float | None = None
     """With `dataplane.sample_cost`: the samples of a rank are cut into micro-batches that cost at most this. All ranks
     get the same number of micro-batches; those at the end may be empty (docs/packing.md). Null: no micro-batches."""

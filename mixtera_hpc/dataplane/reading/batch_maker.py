@@ -13,7 +13,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from mixtera_hpc.core.packing.micro_batches import fill_micro_batches
+from mixtera_hpc.config.packing.check_packing import COST_OF_TRANSFORM
+from mixtera_hpc.core.packing.micro_batches import cut_by_budget, fill_micro_batches
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
@@ -23,7 +24,14 @@ from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
-from mixtera_hpc.dataplane.reading.sample_transform import ServedSample, Transform, load_transform, transformed
+from mixtera_hpc.dataplane.reading.sample_transform import (
+    CostedSample,
+    ServedSample,
+    Transform,
+    check_cost,
+    load_transform,
+    transformed,
+)
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import StepContent, StepSequences, slots_of_steps
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
@@ -122,9 +130,13 @@ class BatchMaker:
         version = self._source.stream_version
         data_steps = [version.data_step(step) for step in steps]
         sizes = [self._source.planner.batch_schedule.size_at(data_step) for data_step in data_steps]
-        if self._source.config.dataplane.sample_budget is None:
+        plane = self._source.config.dataplane
+        if plane.sample_budget is None or plane.sample_cost == COST_OF_TRANSFORM:
             slots = self._slots_of(plan, data_steps, self._slice)
             micro_batches: list[tuple[slice, ...]] = [()] * len(steps)
+            if plane.sample_budget is not None:
+                # Whole batches, until the function has given the costs.
+                micro_batches = [(slice(0, self._slice.size_of(size)),) for size in sizes]
         else:
             # The number of micro-batches is that of the rank that needs most.
             whole = self._slots_of(plan, data_steps, BatchSlice())
@@ -157,9 +169,9 @@ class BatchMaker:
     def _read_unchanged(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
         """Return the batches of consecutive steps, unless a shard that was read has changed."""
         # Checked before as well: after a change, rows of the changed shard may be in memory.
-        self._reader.guard.check()
+        self._reader.check_unchanged()
         batches = self._read_steps(plan, steps)
-        self._reader.guard.check()
+        self._reader.check_unchanged()
         return batches
 
     def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
@@ -262,15 +274,18 @@ class BatchMaker:
             batch = self._batch(plan, content, payloads=take(rows, index[of_rows]), **_no_tokens(count))
             # Digests are of the raw rows, so that a proof does not depend on the user's function.
             if self._transform is not None:
-                batch = replace(batch, payloads=self._transformed(self._transform, batch, documents, of_rows))
+                batch = self._transformed(self._transform, batch, documents, of_rows)
             batches.append(batch)
         return batches
 
-    def _transformed(self, transform: Transform, batch: Batch, documents: Documents, numbers: Ints) -> list[Any]:
-        """Return the samples of a batch as `data.transform` makes them; None for padding."""
+    def _transformed(self, transform: Transform, batch: Batch, documents: Documents, numbers: Ints) -> Batch:
+        """Return a batch with samples as `data.transform` makes them, in micro-batches if it gives their costs."""
+        plane = self._source.config.dataplane
+        budget = plane.sample_budget if plane.sample_cost == COST_OF_TRANSFORM else None
         index = self._source.index
         blocks = self._source.blocks
         samples: list[Any] = [None] * len(batch.positions)
+        costs = np.zeros(len(batch.positions))
         for row in np.flatnonzero(~batch.is_padding).tolist():
             number = numbers[row]
             block = int(documents.block[number])
@@ -283,8 +298,13 @@ class BatchMaker:
                 row=int(blocks.first_row[block]) + int(documents.row[number]),
                 root=index.root_of(shard),
             )
-            samples[row] = transformed(transform, (batch.payloads or [])[row], served)
-        return samples
+            result = transformed(transform, (batch.payloads or [])[row], served)
+            if budget is not None:
+                check_cost(result, served, budget)
+                costs[row] = result.cost
+            samples[row] = result.sample if isinstance(result, CostedSample) else result
+        micro_batches = batch.micro_batches if budget is None else cut_by_budget(costs, budget)
+        return replace(batch, payloads=samples, micro_batches=micro_batches)
 
     def _padding(self, plan: ChunkPlan, content: StepContent) -> Batch:
         """Return a batch of nothing but padding."""

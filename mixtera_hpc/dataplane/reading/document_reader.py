@@ -61,16 +61,15 @@ class DocumentReader:
         """Open nothing yet; shards are opened when they are needed."""
         self._source = source
         index = source.index
-        self.guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states)
-        """The guard that records the shards that were read."""
-        self._rows = RowReader(source, self.guard)
+        self._guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states)
+        self._rows = RowReader(source, self._guard)
         self._last_documents: OrderedDict[int, Tokens] = OrderedDict()
         """Row key → tokens of documents in which later sequences begin, the newest at the end."""
         self._last_documents_bytes = 0
         added = source.tokenizer.added if source.tokenizer else AddedTokens()
         self._before: Tokens = np.array(added.before, np.uint32)
         self._after: Tokens = np.array(added.after, np.uint32)
-        self._gather = TokenGather(source, self.guard)
+        self._gather = TokenGather(source, self._guard)
 
     @property
     def place(self) -> ReadPlace:
@@ -80,6 +79,11 @@ class DocumentReader:
     @place.setter
     def place(self, place: ReadPlace) -> None:
         self._rows.place = place
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if a shard that was read, or a token store, has changed."""
+        self._guard.check()
+        self._gather.check_unchanged()
 
     def read(self, documents: Documents, last_of_run: Sequence[int]) -> PackedTokens:
         """Return the tokens of `documents`, special tokens included. A document that occurs twice is read once.

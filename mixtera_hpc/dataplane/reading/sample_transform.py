@@ -15,7 +15,7 @@ import numpy as np
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.user_functions import import_function
 
-__all__ = ["ServedSample", "Transform", "load_transform", "transformed"]
+__all__ = ["CostedSample", "ServedSample", "Transform", "check_cost", "load_transform", "transformed"]
 
 _PURPOSE = 2
 """Last word of the counter: these random words are not those of the shuffles, see `core.order`."""
@@ -62,6 +62,16 @@ class ServedSample:
             ) from None
 
 
+@dataclass(frozen=True, slots=True)
+class CostedSample:
+    """A sample and its cost: what a `data.transform` function returns with `dataplane.sample_cost=transform`."""
+
+    sample: Any
+    """What the trainer gets."""
+    cost: float
+    """At least 0 and at most `dataplane.sample_budget`, for example the number of text and image tokens."""
+
+
 Transform = Callable[[Any, ServedSample], Any]
 
 
@@ -91,3 +101,20 @@ def transformed(transform: Transform, payload: Any, sample: ServedSample) -> Any
             f"{sample.position}): {type(error).__name__}: {error}.\n"
             "  Correct the function, or leave the row out with query.where."
         ) from error
+
+
+def check_cost(result: Any, sample: ServedSample, budget: float) -> None:
+    """Raise DataError unless a function has returned a `CostedSample` that a micro-batch can hold."""
+    place = f"{sample.shard} row {sample.row} (step {sample.step}, position {sample.position})"
+    if not isinstance(result, CostedSample):
+        raise DataError(
+            f"data.transform returned a {type(result).__name__} for {place}, but with dataplane.sample_cost=transform "
+            "it has to return mixtera_hpc.CostedSample(sample, cost).\n  Correct the function, or set "
+            "dataplane.sample_cost to a number property."
+        )
+    if not isinstance(result.cost, int | float | np.number) or not 0 <= result.cost <= budget:
+        raise DataError(
+            f"data.transform gave {place} the cost {result.cost!r}, expected a number from 0 to "
+            f"dataplane.sample_budget={budget:g}.\n"
+            "  Raise the budget, make the sample smaller in the function, or leave the row out with query.where."
+        )

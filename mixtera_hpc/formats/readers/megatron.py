@@ -310,7 +310,10 @@ class MegatronReader:
 
     def payloads(self, block: BlockRef, lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return `{"tokens": ids}` for every named document; see `ShardReader`."""
-        return [{"tokens": ids} for ids in self.tokens(block, rows)]
+        documents = self.tokens(block, rows)
+        if [ids.nbytes for ids in documents] != lengths[rows].tolist():
+            raise shard_changed_error(self._path, block, "its documents have other lengths")
+        return [{"tokens": ids} for ids in documents]
 
     def close(self) -> None:
         """Do nothing: mapped memory is released together with the last view of it."""

@@ -24,9 +24,19 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, DataError
 from mixtera_hpc.index.read.open import PropertyIndex
 
-__all__ = ["PLACE_BYTES", "RowStoreFiles", "RowStoreHeader", "StoredRowBlocks", "configured_row_stores"]
+__all__ = [
+    "FRAME_BYTES",
+    "PLACE_BYTES",
+    "RowStoreFiles",
+    "RowStoreHeader",
+    "StoredRowBlocks",
+    "configured_row_stores",
+]
 
 VERSION = 1
+FRAME_BYTES = 1 << 16
+"""Bytes of the lines of a frame: enough to compress well, and little to decode for one row. The last row of a frame may
+begin just below."""
 PLACE_BYTES = 16
 """Bytes of the place of a row."""
 CURE = "Run mixtera-hpc index build or index refresh again, or set data.materialize=never."

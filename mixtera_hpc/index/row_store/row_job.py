@@ -32,15 +32,13 @@ from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlReader
 from mixtera_hpc.formats.registry import load_format
 from mixtera_hpc.index.read.configured import open_written
 from mixtera_hpc.index.read.open import PropertyIndex
-from mixtera_hpc.index.row_store.row_files import PLACE_BYTES, RowStoreFiles, RowStoreHeader
+from mixtera_hpc.index.row_store.row_files import FRAME_BYTES, PLACE_BYTES, RowStoreFiles, RowStoreHeader
 from mixtera_hpc.index.scan.parallel_scan import ProgressCallback
 from mixtera_hpc.index.scan.scan_log import build_lock
 from mixtera_hpc.index.scan.shared_units import share_units
 
 __all__ = ["RowPlan", "RowReport", "write_rows"]
 
-FRAME_BYTES = 1 << 16
-"""Bytes of the lines of a frame: enough to compress well, and little to decode for one row."""
 UNIT_BYTES = 16 << 20
 """Blocks of one file are written together up to this size on disk."""
 EXTRA_SIZE = 1.3

@@ -71,6 +71,8 @@ class StoredRows:
     """A checked store, and the rows of a run's indexes that it holds. Rank 0 sends it to every rank."""
 
     folder: str
+    index: str
+    """Fingerprint of the index."""
     dtype: str
     starts: str
     """Path of the file with the first token of every row."""
@@ -175,6 +177,7 @@ def configured_stores(config: Config, index: PropertyIndex) -> list[StoredRows]:
             stores.append(
                 StoredRows(
                     folder=str(files.folder),
+                    index=source.fingerprint,
                     dtype=header.dtype,
                     starts=str(files.starts(header)),
                     first_block=first_block,

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from mixtera_hpc.config.packing.check_packing import COST_OF_TRANSFORM
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.properties import Kind
 from mixtera_hpc.dataplane.reading.shared_index import select_subset
@@ -22,7 +23,8 @@ def check_sample_costs(config: Config, index: PropertyIndex, subset: SampleSubse
     """
     plane = config.dataplane
     name = plane.sample_cost
-    if name is None:
+    # The costs that data.transform gives are checked when they are known.
+    if name is None or name == COST_OF_TRANSFORM:
         return
     numbers = [n for n, prop in index.tables.properties.items() if prop.kind is Kind.NUMBER]
     if name not in (*numbers, *SIZE_NUMBERS):

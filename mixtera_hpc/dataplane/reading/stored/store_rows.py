@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.mapped_files import map_array
+from mixtera_hpc.dataplane.reading.unchanged.store_watch import StoreWatch
 from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["Places", "StoreRows"]
@@ -40,14 +41,24 @@ class StoreRows:
     """Finds documents in the token stores of a run."""
 
     def __init__(self, source: Source) -> None:
-        """Map the positions of all rows; nothing is read yet."""
+        """Map the positions of all rows; nothing is read yet.
+
+        Raises:
+            DataError: a store has changed since rank 0 has checked it.
+        """
         self._source = source
         self._stores = source.index.token_stores
         self._first_rows = np.concatenate([[0], np.cumsum(source.blocks.rows, dtype=np.int64)])
+        self._watches = [StoreWatch(store) for store in self._stores]
         self._starts = [map_array(Path(store.starts), np.dtype("<i8")) for store in self._stores]
         formats = source.index.shard_formats
         holds_text = {name: not load_format(name).holds_tokens for name in set(formats)}
         self._holds_text = np.array([holds_text[name] for name in formats], np.bool_)
+
+    def check_unchanged(self) -> None:
+        """Raise DataError if a store was written again."""
+        for watch in self._watches:
+            watch.check()
 
     def locate(self, documents: Documents, num_shards: int, places: Places) -> None:
         """Set the places of the documents that a store holds.

@@ -24,6 +24,7 @@ from mixtera_hpc.formats.batching.row_type import RowType
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.decoded_sizes import decodes_files
 from mixtera_hpc.formats.registry import load_format
+from mixtera_hpc.index.row_store.row_files import FRAME_BYTES
 
 __all__ = ["ShardFormats", "StoredRowsReader", "blocks_with_rows"]
 
@@ -135,10 +136,26 @@ class StoredRowsReader:
             if number not in self._files:
                 path = self._folder / f"rows-{number:05d}.zst"
                 self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            content = self._decompress(os.pread(self._files[number], size, offset))
+            content = self._decompress(self._limited(os.pread(self._files[number], size, offset)))
         except (OSError, zstandard.ZstdError) as error:
             raise self._damage(error) from None
         return content.split(b"\n"), len(content)
+
+    def _limited(self, frame: bytes) -> bytes:
+        """Return a frame whose rows have at most `data.max_block_bytes`.
+
+        Raises:
+            DataError: it is larger.
+        """
+        size = zstandard.frame_content_size(frame)
+        # A frame of a row store says its size. Another one must not be decoded to find it out.
+        if not 0 <= size <= self._cache.max_block_bytes + FRAME_BYTES:
+            raise DataError(
+                f"{self._folder}: a frame decodes to {size if size >= 0 else 'an unknown number of'} bytes, but "
+                f"data.max_block_bytes is {self._cache.max_block_bytes}.\n"
+                "  Raise data.max_block_bytes, or set data.materialize=never."
+            )
+        return frame
 
     def _damage(self, error: Exception) -> DataError:
         return DataError(

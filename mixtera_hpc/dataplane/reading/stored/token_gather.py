@@ -57,6 +57,11 @@ class TokenGather:
         """Return which documents are stored as token ids; shape (n,)."""
         return self._is_stored[documents.block]
 
+    def check_unchanged(self) -> None:
+        """Raise DataError if a token store was written again since the run began."""
+        if self._store_rows is not None:
+            self._store_rows.check_unchanged()
+
     def read_into(self, documents: Documents, outputs: Sequence[Tokens]) -> None:
         """Write the wanted tokens of documents that are all stored, special tokens included.
 

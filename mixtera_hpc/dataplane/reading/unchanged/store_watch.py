@@ -1,0 +1,90 @@
+"""Refuse a token store that is written again while a run reads it, before a token of the new files is served.
+
+`mixtera-hpc tokenize` removes the header of a store before it writes the store as a whole, and an `index refresh` only
+appends. So after every read of some steps, the header and the size of the tokens are compared with those at the start.
+Price: two `stat` calls per store and read.
+
+What this cannot see: ids that another program changes in place and whose file keeps its modification time.
+"""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from mixtera_hpc.errors import DataError
+from mixtera_hpc.index.token_store.store_files import StoredRows, StoreFiles, StoreHeader, read_header
+
+__all__ = ["StoreWatch"]
+
+
+class _State(NamedTuple):
+    """The state of a file."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class StoreWatch:
+    """The comparison of one token store with what it was when the run began. Not thread-safe."""
+
+    def __init__(self, store: StoredRows) -> None:
+        """Read the header of a store that rank 0 has checked.
+
+        Raises:
+            DataError: the store has been written again since then.
+        """
+        self._index = store.index
+        self._files = StoreFiles(Path(store.folder))
+        self._header = self._read_header()
+        if not self._header.complete:
+            raise self._error("it is incomplete")
+        self._states = self._current_states()
+
+    def check(self) -> None:
+        """Compare the store.
+
+        Raises:
+            DataError: it was removed or written again.
+        """
+        states = self._current_states()
+        if states == self._states:
+            return
+        before = self._header
+        header = self._read_header()
+        # Tokens that a refresh keeps have their old places.
+        is_extended = header.complete or header.kept_tokens >= before.tokens
+        if not is_extended or _encoding(header) != _encoding(before):
+            raise self._error("it is being written again")
+        if header == before and header.complete and states[-1] != self._states[-1]:
+            raise self._error("its tokens have changed")
+        self._header = header
+        self._states = states
+
+    def _read_header(self) -> StoreHeader:
+        header = read_header(self._files)
+        if header is None:
+            raise self._error("its header was removed")
+        if self._index not in (header.index, *header.generations):
+            raise self._error("it belongs to another index now")
+        return header
+
+    def _current_states(self) -> list[_State]:
+        try:
+            status = [os.stat(path) for path in (self._files.header, self._files.tokens)]  # noqa: PTH116 - faster.
+        except OSError as error:
+            raise self._error(f"{error.filename} cannot be found") from None
+        return [_State(file.st_ino, file.st_size, file.st_mtime_ns) for file in status]
+
+    def _error(self, problem: str) -> DataError:
+        return DataError(
+            f"The token store {self._files.folder} has changed while the run reads it: {problem}. No token of the new "
+            "files was served.\n"
+            "  Wait until mixtera-hpc tokenize has finished, and continue with mixtera-hpc resume; or continue with "
+            "data.tokens=off."
+        )
+
+
+def _encoding(header: StoreHeader) -> tuple[int, str, str, str]:
+    """Return everything beside the index that decides which tokens a store has."""
+    return header.version, header.tokenizer, header.dtype, header.chat_loss
