@@ -93,7 +93,9 @@ def fit(args: argparse.Namespace) -> int:
     print(f"Mixture   {path}")
     print(f"  MIXTERA_CONF={args.folder} mixtera-hpc plan … mixture={folder.proposal_name}")
     if result.measured_check(2) is None:
-        print(f"  mixtera-hpc swarm train {args.folder} --check    # trains the proposal beside natural and uniform")
+        print(
+            f"  mixtera-hpc swarm train {args.folder} --check    # or submit: the proposal beside natural and uniform"
+        )
     return 0
 
 
