@@ -51,6 +51,8 @@ SPECIAL = {
     "job.mem": "200G",
     "environment.kind": "uenv",
     "swarm.objective": {"web": 1.5},
+    "mixture.fraction": 0.5,
+    "sweep.scaling": "weak",
     "cluster.gpus_per_node": 2,
     "cluster.cpus_per_node": 64,
     "cluster.max_time": "1-00:00:00",

@@ -64,8 +64,8 @@ def mpi_problem(folder: RunFolder, attempt: int) -> str | None:
     for words, meaning in _MPI_CURES.items():
         if words in text:
             return (
-                f"{meaning}. List the choices with srun --mpi=list, set cluster.mpi to the "
-                "one of your MPI library (MPICH: pmi2, Open MPI 5: pmix), and check it with mixtera-hpc doctor"
+                f"{meaning}. List the choices with srun --mpi=list, set cluster.mpi (in a container environment.mpi) "
+                "to the one of your MPI library (MPICH: pmi2, Open MPI 5: pmix), and check it with mixtera-hpc doctor"
             )
     return None
 
