@@ -15,7 +15,7 @@ from mixtera_hpc.report.timing.stage_limits import LIMIT_COLUMNS, limit_cells
 __all__ = ["limits_text", "model_text", "scaling_text"]
 
 MODEL_COLUMNS = (
-    *("nodes", "ranks", "plan", "broadcast", "reduction", "takes", "messages", "rank 0 CPU", "step longer by"),
+    *("nodes", "ranks", "plan", "broadcast", "losses", "reduction", "messages", "rank 0 CPU", "step longer by"),
     *("efficiency", "start", "imports"),
 )
 
@@ -69,9 +69,9 @@ def model_text(rows: Sequence[ModelRow], constants: ModelConstants) -> Renderabl
         table.add_row(
             format_count(row.nodes),
             format_count(row.ranks),
-            f"{format_count(row.broadcast_bytes)}B",
+            _format_bytes(row.broadcast_bytes),
             format_seconds(row.broadcast_s),
-            f"{format_count(row.reduction_bytes)}B",
+            _format_bytes(row.reduction_bytes),
             format_seconds(row.reduction_s),
             format_count(row.reduction_messages),
             format_seconds(row.root_cpu_s),
@@ -82,6 +82,11 @@ def model_text(rows: Sequence[ModelRow], constants: ModelConstants) -> Renderabl
         )
     lines = [Text(f"  - {line}") for line in assumptions(constants)]
     return Group("", table, "", Text("Assumptions", style="bold"), *lines)
+
+
+def _format_bytes(count: int) -> str:
+    text = format_count(count)
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"
 
 
 def _time_pair(median: float | None, p95: float | None) -> str:
