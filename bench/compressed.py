@@ -7,8 +7,9 @@ Seven domains in SlimPajama's proportions alternate line by line. Every layout o
 for one epoch. Shards, frames, row groups, windows and the cache are smaller than usual by one factor, which is 1 for
 shards of 41 MB, so the memory has as many units as 2 GiB have units of 41 MB. *Amplification* is the bytes decoded per
 byte served. With `--speeds`, weights are the square roots of the shares: each domain then decodes for itself, and the
-lower bound is the sum over domains of weight / share. The cost of one rank of many is that of its own part of every
-batch. All rows are CPU seconds of one run on one core. Prints a table and writes bench/out/compressed.json.
+lower bound is the sum over domains of weight / share. Of a job of many ranks, the four ranks of one node are measured
+together. They share decoded blocks of JSON lines, and every rank has 64 samples of a step. All rows are CPU seconds of
+one run on one core. Prints a table and writes bench/out/compressed.json.
 """
 
 import argparse
@@ -18,8 +19,9 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -33,11 +35,14 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.processes.block_memory import share_blocks
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.index.build.build import build_index
 
 BUFFER_ROWS = 10_000
-GLOBAL_BATCH = 1024
+LOCAL_BATCH = 64
+"""Samples per rank and step, whatever the number of ranks."""
+RANKS_PER_NODE = 4
 FRAME_ROWS = 256
 UNIT_MB = 41
 """Decoded size of a shard of SlimPajama."""
@@ -47,7 +52,7 @@ CASES = ((1, 16), (4, 16), (16, 16), (64, 16), (1, 64), (4, 64), (16, 64), (64, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadCost:
-    """One layout, read by one rank of several."""
+    """One layout, read by the ranks of one node of several."""
 
     layout: str
     ranks: int
@@ -89,7 +94,7 @@ def main(options: Sequence[str] = ()) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobCase:
-    """A job whose middle rank is measured."""
+    """A job whose middle node is measured."""
 
     ranks: int
     lanes: int
@@ -100,26 +105,32 @@ class JobCase:
 
 
 def measure(layout: str, folder: Path, job: JobCase, cache_bytes: int, max_rows: int) -> ReadCost:
-    """Read one epoch as the middle one of the ranks."""
-    ranks = job.ranks
-    source = open_source(config_of(folder, job, cache_bytes), Local())
-    maker = BatchMaker(source, BatchSlice(group=ranks // 2, num_groups=ranks), audit=False)
+    """Read one epoch as all ranks of the node in the middle, which take turns."""
+    config = config_of(folder, job, cache_bytes)
+    per_node = min(RANKS_PER_NODE, job.ranks)
+    source = open_source(config, Local())
+    memory = share_blocks(Local(), config, source.index.shard_formats, per_node)
+    source = replace(source, readers_per_node=per_node, block_memory=memory)
+    first_rank = job.ranks // 2 // per_node * per_node
+    slices = [BatchSlice(group=first_rank + number, num_groups=job.ranks) for number in range(per_node)]
+    makers = [BatchMaker(source, of_rank, audit=False) for of_rank in slices]
     started = time.process_time()
     first_batch_s = 0.0
     rows = served = 0
-    for payloads in epoch(source, maker):
+    for payloads in chain.from_iterable(zip(*(epoch(source, maker) for maker in makers), strict=True)):
         rows += len(payloads)
         first_batch_s = first_batch_s or time.process_time() - started
-        served += sum(len(_text_of(row)) + 60 for row in payloads)
+        served += sum(len(_text_of(row)) + 60 for row in payloads if row is not None)
         if rows >= max_rows:
             break
     seconds = time.process_time() - started
-    decoded = maker._reader._cache.loaded_bytes
-    maker.close()
+    decoded = sum(maker._reader._rows._cache.loaded_bytes for maker in makers)
+    for maker in makers:
+        maker.close()
     shares = source.layout.epoch_items() / source.layout.epoch_items().sum()
     return ReadCost(
         layout=layout,
-        ranks=ranks,
+        ranks=job.ranks,
         lanes=job.lanes,
         rows=rows,
         rows_per_cpu_s=rows / seconds,
@@ -146,6 +157,7 @@ def config_of(folder: Path, job: JobCase, cache_bytes: int) -> Config:
             if not any(folder.glob("*.tar"))
             else "data.properties.source=json.meta.redpajama_set_name",
             "data.text=null",
+            "data.materialize=never",
             f"index.path={folder}.h5",
             "mixture.unit=samples",
             "mixture.group_by=[source]",
@@ -154,7 +166,7 @@ def config_of(folder: Path, job: JobCase, cache_bytes: int) -> Config:
             "mixture.max_epochs=1",
             f"dataplane.lanes={job.lanes}",
             f"dataplane.window_bytes={int((1 << 23) * job.scale)}",
-            f"dataplane.global_batch_size={GLOBAL_BATCH}",
+            f"dataplane.global_batch_size={LOCAL_BATCH * job.ranks}",
         ]
     )
     if not Path(config.index.path).exists():

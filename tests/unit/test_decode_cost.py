@@ -4,6 +4,7 @@ import json
 import random
 import re
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mixtera_hpc.core.planner import PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.processes.block_memory import share_blocks
 from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, decode_cost
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import ConfigError
@@ -92,6 +94,40 @@ def test_the_estimate_agrees_with_a_counted_run(overrides: list[str], ranks: int
     assert most <= 600_000
     if ranks == 1:
         assert actual <= 1.3 * cost.lower_bound
+
+
+def counted_on_nodes(source: Source, ranks: int, per_node: int) -> float:
+    """Return the bytes decoded per byte served over one epoch, where ranks of a node share what they decode."""
+    decoded = served = 0
+    for first in range(0, ranks, per_node):
+        memory = share_blocks(Local(), source.config, source.index.shard_formats, per_node)
+        on_node = replace(source, readers_per_node=per_node, block_memory=memory)
+        slices = [BatchSlice(group=first + number, num_groups=ranks) for number in range(per_node)]
+        makers = [BatchMaker(on_node, of_rank, audit=False) for of_rank in slices]
+        state = PlannerState.start(source.num_domains)
+        while True:
+            plan, state = source.planner.plan(state, source.weights)
+            for maker in makers:
+                for batch in maker.batches(plan, 0):
+                    served += sum(len(json.dumps(row)) + 1 for row in batch.payloads or [] if row is not None)
+            if plan.last:
+                break
+        for maker in makers:
+            decoded += maker._reader._rows._cache.loaded_bytes
+            maker.close()
+    return decoded / served
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_ranks_of_a_node_count_once(overrides: list[str], nodes: int) -> None:
+    source = open_source(compose([*overrides, "data.cache_bytes=1_600_000"]), Local())
+    forecast = forecast_mixture(source, 10**6)
+    shape = JobShape.of_job(source, nodes * 4, 4)
+    cost = decode_cost(source, per_step(forecast), shape)
+    alone = decode_cost(source, per_step(forecast), replace(shape, num_nodes=None))
+    assert cost is not None and alone is not None
+    assert cost.amplification == pytest.approx(counted_on_nodes(source, nodes * 4, 4), rel=0.35)
+    assert alone.amplification > 1.8 * cost.amplification
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

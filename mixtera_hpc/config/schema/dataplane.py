@@ -56,7 +56,7 @@ class DataPlaneConfig:
     lanes: int = 16
     """Parts into which the windows of an epoch are cut, for `dataplane.shuffle=window`. Sequences are taken from the
     lanes in turn, and those of a step go to ranks by lane. More lanes mix better and need more memory. For
-    compressed data, use at least as many lanes as ranks."""
+    compressed data, use at least as many lanes as nodes."""
     pack: Literal["concat", "best_fit"] = "concat"
     """The way from documents to sequences. `concat`: one document after the other, cut where a sequence ends.
     `best_fit`: the documents of `dataplane.pack_group` sequences are reordered so that few are cut. Nothing is padded

@@ -32,6 +32,7 @@ from mixtera_hpc.dataplane.mixing.mixers import Mixer
 from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
 from mixtera_hpc.dataplane.reading.packing.cost_check import check_sample_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_order import sequence_order
+from mixtera_hpc.dataplane.reading.processes.block_memory import SHARED_SHARE, BlockMemory, share_blocks
 from mixtera_hpc.dataplane.reading.processes.table_memory import TableMemory, share_tables
 from mixtera_hpc.dataplane.reading.shared_index import (
     IndexDescription,
@@ -78,6 +79,8 @@ class Source:
     """Ranks and worker processes of a node, which share `data.cache_bytes`."""
     table_memory: TableMemory | None = None
     """Shared memory with `tables`, for other processes; None if they get a copy."""
+    block_memory: BlockMemory | None = None
+    """Shared memory for decoded blocks; None if every process decodes for itself."""
 
     def __reduce__(self) -> Any:
         """Pickle the configuration and the tables, or where they are. The rest is computed again."""
@@ -88,12 +91,14 @@ class Source:
             self.tables.pack() if self.table_memory is None else self.table_memory,
             self.stream_version,
             self.readers_per_node,
+            self.block_memory,
         )
 
     @property
     def cache_bytes(self) -> int:
         """Memory for decoded rows in each process that reads."""
-        return self.config.data.cache_bytes // self.readers_per_node
+        own_share = 1.0 if self.block_memory is None else 1.0 - SHARED_SHARE
+        return int(self.config.data.cache_bytes * own_share) // self.readers_per_node
 
     @property
     def blocks(self) -> BlockTable:
@@ -261,6 +266,7 @@ def open_source(
         readers_per_node=readers,
         # What is not checked is not served, but looked up by a command.
         table_memory=share_tables(comm, tables.pack()) if check and _has_processes(config) else None,
+        block_memory=share_blocks(comm, config, description.shard_formats, readers) if check else None,
     )
     if subset.split == "train":
         source.mixer(learn=False)  # Refuses a mixture that cannot be served before anything starts.
@@ -291,11 +297,12 @@ def _rebuild_source(
     arrays: list[NDArray[Any]],
     version: StreamVersion,
     readers_per_node: int,
+    block_memory: BlockMemory | None,
 ) -> Source:
     """Restore a pickled source, in another process."""
     tables = SharedTables.unpack(arrays, index.properties)
     source = _make_source(config, index, subset, tables, load_vocabulary(config.dataplane))
-    return replace(source.at_version(version), readers_per_node=readers_per_node)
+    return replace(source.at_version(version), readers_per_node=readers_per_node, block_memory=block_memory)
 
 
 def _make_source(

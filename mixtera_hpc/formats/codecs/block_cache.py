@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
+
 __all__ = ["MAX_BLOCK_BYTES", "BlockCache"]
 
 T = TypeVar("T")
@@ -24,8 +26,14 @@ class BlockCache:
     """Keeps the most recently used blocks. The newest block stays even if it alone exceeds the bound."""
 
     def __init__(
-        self, max_bytes: int = 256 << 20, seek_folders: Sequence[Path] = (), max_block_bytes: int = MAX_BLOCK_BYTES
+        self,
+        max_bytes: int = 256 << 20,
+        seek_folders: Sequence[Path] = (),
+        max_block_bytes: int = MAX_BLOCK_BYTES,
+        shared: SharedBlocks | None = None,
     ) -> None:
+        self.shared = shared
+        """Blocks of JSON lines in memory that the processes of a node share; None if each decodes for itself."""
         self.max_bytes = max_bytes
         self.max_block_bytes = max_block_bytes
         """Largest decoded size of a block; readers refuse larger ones before they take the memory."""

@@ -31,6 +31,7 @@ from mixtera_hpc.formats.codecs.frames import (
     limit_block_bytes,
 )
 from mixtera_hpc.formats.codecs.positioned_reads import OpenShard, read_fully
+from mixtera_hpc.formats.codecs.shared_blocks import DecodedLines
 from mixtera_hpc.formats.shard_errors import shard_changed_error
 
 __all__ = ["CompressedJsonlFormat", "CompressedJsonlReader"]
@@ -96,6 +97,10 @@ class _DecodedLines:
     ends: NDArray[np.int64]
     """End of every row inside `data`."""
 
+    def without_starts(self) -> DecodedLines:
+        """Return what other processes need."""
+        return DecodedLines(self.data, self.ends)
+
 
 class CompressedJsonlReader:
     """Decodes whole blocks into the cache and takes rows out of them."""
@@ -119,7 +124,10 @@ class CompressedJsonlReader:
 
     def lines(self, block: BlockRef, rows: NDArray[np.int64]) -> list[bytes]:
         """Return the named rows as they are in the file, perhaps with white space around them."""
-        decoded = self._cache.get((str(self._path), block.offset), lambda: self._load(block))
+        shared = self._cache.shared
+        if shared is not None:
+            return shared.lines(str(self._path), block.offset, rows, lambda: self._decoded(block).without_starts())
+        decoded = self._decoded(block)
         data = decoded.data
         places = zip(decoded.starts[rows].tolist(), decoded.ends[rows].tolist(), strict=True)
         return [data[start:stop] for start, stop in places]
@@ -134,6 +142,9 @@ class CompressedJsonlReader:
             return unpack(lines)
         except (*JSON_ERRORS, ValueError) as error:
             raise shard_changed_error(self._path, block, f"{error}") from None
+
+    def _decoded(self, block: BlockRef) -> _DecodedLines:
+        return self._cache.get((str(self._path), block.offset), lambda: self._load(block))
 
     def _load(self, block: BlockRef) -> tuple[_DecodedLines, int]:
         """Decode a block for the cache."""

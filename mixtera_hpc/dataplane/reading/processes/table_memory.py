@@ -9,7 +9,8 @@ import contextlib
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.node_memory import machine_key
 
-__all__ = ["TableMemory", "map_tables", "share_tables"]
+__all__ = ["BLOCKS_NAME", "NONCE_BYTES", "TableMemory", "map_tables", "share_memory", "share_tables"]
 
 NAME = "mixtera-tables"
+BLOCKS_NAME = "mixtera-blocks"
 MIN_BYTES = 1 << 20
 """Smaller tables are sent through the pipe."""
 ALIGNMENT = 64
@@ -52,20 +54,31 @@ def share_tables(comm: Communicator, arrays: Sequence[NDArray[Any]]) -> TableMem
     **Collective.**
     """
     specs: list[ArraySpec] = [(array.dtype.str, array.shape) for array in arrays]
+    is_large = sum(array.nbytes for array in arrays) >= MIN_BYTES
+    fd = share_memory(comm, partial(_create, arrays) if is_large else None)
+    return None if fd < 0 else TableMemory(fd, specs)
+
+
+def share_memory(comm: Communicator, create: Callable[[int], int] | None) -> int:
+    """Return a descriptor of memory that the first rank of each node creates; -1 if there is none. **Collective.**
+
+    Args:
+        create: makes the memory, given the number that it begins with; None for no memory.
+    """
     fd = -1
     nonce = 0
-    if comm.local_rank == 0 and sum(array.nbytes for array in arrays) >= MIN_BYTES:
-        # Without room for it, every process gets a copy as before.
+    if comm.local_rank == 0 and create is not None:
+        # Without room for it, every process has its own.
         with contextlib.suppress(OSError):
             nonce = int.from_bytes(os.urandom(NONCE_BYTES), "little") >> 1
-            fd = _create(arrays, nonce)
+            fd = create(nonce)
     own = np.array([machine_key(), comm.local_rank, os.getpid(), fd, nonce], np.int64)
     for key, local_rank, pid, leader_fd, leader_nonce in comm.Allgather(own).tolist():
         if key == own[0] and local_rank == 0 and leader_fd >= 0:
             if comm.local_rank > 0:
                 fd = _open(pid, leader_fd, leader_nonce)
             break
-    return None if fd < 0 else TableMemory(fd, specs)
+    return fd
 
 
 def map_tables(fd: int, specs: Sequence[ArraySpec]) -> list[NDArray[Any]]:
@@ -107,9 +120,9 @@ def _open(pid: int, fd: int, nonce: int) -> int:
     path = Path(f"/proc/{pid}/fd/{fd}")
     try:
         # In another container the same numbers may mean another process, or any file.
-        if not str(path.readlink()).startswith(f"/memfd:{NAME}"):
+        if not str(path.readlink()).startswith((f"/memfd:{NAME}", f"/memfd:{BLOCKS_NAME}")):
             return -1
-        own = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        own = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return -1
     if os.pread(own, NONCE_BYTES, 0) != nonce.to_bytes(NONCE_BYTES, "little"):

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.dataplane.reading.processes.block_memory import SHARED_SHARE
 from mixtera_hpc.dataplane.reading.residency.resident_rows import MAX_ROW_SHARE
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_rows import blocks_with_rows
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.formats.decoded_sizes import decodes_blocks
+from mixtera_hpc.formats.decoded_sizes import decodes_blocks, decodes_files
 
 __all__ = ["DecodeCost", "JobShape", "check_decode_cost", "check_job", "decode_cost"]
 
@@ -42,6 +43,8 @@ class JobShape:
     copies: int
     """Processes that read the same lanes: model-parallel peers, and worker processes."""
     readers_per_node: int
+    num_nodes: int | None = None
+    """Nodes whose processes share decoded blocks, and read lanes that others do not read; None if none are shared."""
 
     @classmethod
     def of_job(cls, source: Source, num_ranks: int, ranks_per_node: int) -> "JobShape":
@@ -49,11 +52,25 @@ class JobShape:
         plane = source.config.dataplane
         workers = plane.workers or 1
         readers = 1 if plane.delivery == "lead" else plane.model_parallel_size
+        ranks_per_node = max(min(ranks_per_node, num_ranks), 1)
+        copies = readers * workers
+        num_nodes: int | None = None
+        decoded = set(filter(decodes_blocks, source.index.shard_formats))
+        if ranks_per_node * workers > 1 and all(map(decodes_files, decoded)):
+            # Peers of a group that are on other nodes read the same lanes.
+            copies = -(-readers // ranks_per_node)
+            num_nodes = max(-(-num_ranks // ranks_per_node) // copies, 1)
         return cls(
             num_groups=max(num_ranks // plane.model_parallel_size, 1),
-            copies=readers * workers,
-            readers_per_node=max(min(ranks_per_node, num_ranks), 1) * workers,
+            copies=copies,
+            readers_per_node=ranks_per_node * workers,
+            num_nodes=num_nodes,
         )
+
+    @property
+    def num_decoders(self) -> int:
+        """Nodes or ranks that decode for themselves."""
+        return self.num_groups if self.num_nodes is None else self.num_nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +96,21 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
     served = float(epochs @ (sizes.own + sizes.single))
     if not sizes.decoded.any() or not served:
         return None
-    budget = source.config.data.cache_bytes / shape.readers_per_node
+    cache_bytes = source.config.data.cache_bytes
+    shared_bytes = 0.0 if shape.num_nodes is None else cache_bytes * SHARED_SHARE
+    budget = (cache_bytes - shared_bytes) / shape.readers_per_node
     single = float(epochs @ sizes.single)
     groups = _groups_by_speed(source)
     together = np.array([_bytes_of_group(source, sizes, epochs, group) for group in groups])
     bound = (float(together[:, 0].sum()) + single) / served
     # Blocks that all fit into the memory of a process are decoded once and served from there.
-    if sizes.collection <= budget / 4:
+    if sizes.collection <= max(budget, shared_bytes) / 4:
         return DecodeCost(lower_bound=bound, amplification=1.0, read_bytes_per_step=0.0, memory_bytes=sizes.collection)
 
     rows_memory = _memory(source, sizes, shape)
     blocks_memory = _blocks_memory(source, sizes, shape)
     # With blocks for one place per lane, domains decode alone; with `BLOCKS_PER_LANE`, together.
-    per_lane = (budget - rows_memory) / blocks_memory * BLOCKS_PER_LANE
+    per_lane = (shared_bytes or budget - rows_memory) / blocks_memory * BLOCKS_PER_LANE
     share = min(max((per_lane - 1) / (BLOCKS_PER_LANE - 1), 0.0), 1.0)
     weight = epochs * (sizes.own + sizes.single) / served
     weight_of_group = np.array([weight[group].sum() for group in groups])
@@ -103,8 +122,16 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
         lower_bound=bound,
         amplification=(float(decoded) * repeats + single) / served,
         read_bytes_per_step=float(on_disk) * repeats + single,
-        memory_bytes=(rows_memory + blocks_memory) * shape.readers_per_node,
+        memory_bytes=_node_memory(rows_memory, blocks_memory, shape),
     )
+
+
+def _node_memory(rows_memory: float, blocks_memory: float, shape: JobShape) -> float:
+    """Return the `data.cache_bytes` with which every block is decoded once, given the memory of a reader."""
+    if shape.num_nodes is None:
+        return (rows_memory + blocks_memory) * shape.readers_per_node
+    # Rows and shared blocks have parts of a fixed size.
+    return max(rows_memory * shape.readers_per_node / (1 - SHARED_SHARE), blocks_memory / SHARED_SHARE)
 
 
 def check_job(source: Source, num_ranks: int, ranks_per_node: int) -> None:
@@ -199,12 +226,12 @@ class _DomainBytes:
         )
 
 
-def _lanes_per_rank(source: Source, shape: JobShape) -> float:
-    """Return the mean number of lanes that a rank touches."""
+def _lanes_per_reader(source: Source, num_readers: int) -> float:
+    """Return the mean number of lanes that each of several readers of different lanes touches."""
     lanes = source.lanes.lanes
-    if shape.num_groups == 1:
+    if num_readers == 1:
         return float(lanes)
-    return min(lanes / shape.num_groups + 1, lanes)
+    return min(lanes / num_readers + 1, lanes)
 
 
 def _memory(source: Source, sizes: _DomainBytes, shape: JobShape) -> float:
@@ -212,16 +239,16 @@ def _memory(source: Source, sizes: _DomainBytes, shape: JobShape) -> float:
     mean_block = sizes.decoded / np.maximum(sizes.num_blocks, 1)
     # A domain has no more windows than blocks.
     window = np.maximum(mean_block, source.layout.order.window_bytes if source.lanes.lanes > 1 else 0)
-    in_use = np.minimum(_lanes_per_rank(source, shape) * window, sizes.decoded)
+    in_use = np.minimum(_lanes_per_reader(source, shape.num_groups) * window, sizes.decoded)
     share = sizes.own / np.maximum(sizes.decoded, 1)
     return float((in_use * share).sum()) * ROW_OVERHEAD
 
 
 def _blocks_memory(source: Source, sizes: _DomainBytes, shape: JobShape) -> float:
-    """Return the memory that one process needs for the blocks that domains decode together."""
+    """Return the memory that one process or node needs for the blocks that domains decode together."""
     mean_block = float(sizes.decoded.sum() / max(sizes.num_blocks.sum(), 1))
     window = max(mean_block, source.layout.order.window_bytes if source.lanes.lanes > 1 else 0)
-    return min(_lanes_per_rank(source, shape) * window * BLOCKS_PER_LANE, sizes.collection)
+    return min(_lanes_per_reader(source, shape.num_decoders) * window * BLOCKS_PER_LANE, sizes.collection)
 
 
 def _groups_by_speed(source: Source) -> list[NDArray[np.intp]]:
@@ -253,13 +280,13 @@ def _decodes_of_domains(source: Source, weight: Floats, shape: JobShape) -> Floa
     """Return how often a block is decoded for domains with these weights; shape of `weight`."""
     if source.layout.order.shuffle == "sequence":
         return _decodes_per_block(source) * float(shape.copies)
-    if shape.num_groups == 1:
+    if shape.num_decoders == 1:
         return np.full(len(weight), float(shape.copies))
     if source.lanes.lanes == 1:
         # Without lanes, every rank needs every block.
-        return np.full(len(weight), float(shape.num_groups * shape.copies))
+        return np.full(len(weight), float(shape.num_decoders * shape.copies))
     # Inside a lane the sequences are sorted by domain, so a border between ranks divides one domain of one lane.
-    borders_per_lane = shape.num_groups / source.lanes.lanes
+    borders_per_lane = shape.num_decoders / source.lanes.lanes
     repeats: Floats = (1 + borders_per_lane * weight) * shape.copies
     return repeats
 

@@ -75,6 +75,18 @@ class RowFiles:
         if shared:
             yield True, decode(shared)
 
+    def read_bytes(self, shard: int, offset: int, size: int) -> bytes:
+        """Return the bytes [offset, offset + size) of a file.
+
+        Raises:
+            OSError: the file cannot be opened or read.
+            EOFError: the read was short.
+        """
+        content = os.pread(self._descriptor(shard), size, offset)
+        if len(content) != size:
+            raise EOFError
+        return content
+
     def close(self) -> None:
         """Close all files."""
         while self._descriptors:

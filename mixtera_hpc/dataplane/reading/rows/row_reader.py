@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, equal_runs
 from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths, max_open_shards
 from mixtera_hpc.dataplane.reading.residency.resident_rows import MAX_ROW_SHARE, PackedRows, ResidentRows
+from mixtera_hpc.dataplane.reading.residency.small_blocks import MAX_SMALL_BLOCK_BYTES, SmallBlocks
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.dataplane.reading.source import Source
@@ -25,6 +26,7 @@ from mixtera_hpc.formats.base import BlockRef, RangeReader, RowDecoder, RowForma
 from mixtera_hpc.formats.batching.json_payloads import decode_payloads
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.seek_points import seek_folder_of
+from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
 from mixtera_hpc.formats.composed_text import is_composed, open_reader
 from mixtera_hpc.formats.readers.compressed_jsonl import CompressedJsonlReader
 from mixtera_hpc.formats.registry import load_format
@@ -32,7 +34,7 @@ from mixtera_hpc.formats.registry import load_format
 __all__ = ["ReadRows", "RowReader"]
 
 # How a shard is read: not known yet, by its reader row by row, by decoding whole blocks; or, from the last on, with the
-# decoder of that number.
+# decoder of that number. The negative kind of a decoder stands for rows of small blocks.
 _UNKNOWN, _ROWS, _BLOCKS, _FIRST_DECODER = range(4)
 
 
@@ -85,7 +87,13 @@ class RowReader:
         """Class of a reader → whether it is a `RangeReader`: the check of a protocol is slow."""
         seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
         largest_block = source.config.data.largest_block_bytes()
-        self._cache = BlockCache(source.cache_bytes, seek_folders, largest_block)
+        memory = source.block_memory
+        self._shared_blocks = SharedBlocks(memory.fd) if memory is not None else None
+        self._cache = BlockCache(source.cache_bytes, seek_folders, largest_block, self._shared_blocks)
+        self._small_blocks: SmallBlocks | None = None
+        """Set if there are more shards than may be open."""
+        if len(index.shard_paths) > self._max_open_shards:
+            self._small_blocks = SmallBlocks(source.cache_bytes // 2, self._block_bytes)
         self._resident_rows: dict[bool, ResidentRows] = {}
         """Rows of windows in use: raw rows (True), and texts (False)."""
 
@@ -103,6 +111,9 @@ class RowReader:
         is_block = kinds == _BLOCKS
         if is_block.any():
             kinds = np.where(is_block & (self._source.blocks.rows[documents.block] == 1), _ROWS, kinds)
+        if self._small_blocks is not None:
+            is_small = self._source.blocks.length[documents.block] <= MAX_SMALL_BLOCK_BYTES
+            kinds = np.where((kinds >= _FIRST_DECODER) & is_small, -kinds, kinds)
         if len(kinds) and (kinds == kinds[0]).all():
             return self._read_kind(int(kinds[0]), documents, shards, raw, convert)
         rows: list[Any] = []
@@ -120,6 +131,8 @@ class RowReader:
             shard.reader.close()
         self._shards.clear()
         self._files.close()
+        if self._shared_blocks is not None:
+            self._shared_blocks.close()
 
     def _read_kind(
         self, kind: int, documents: Documents, shards: NDArray[np.int32], raw: bool, convert: Convert | None
@@ -139,6 +152,8 @@ class RowReader:
             some = documents if convert is None else documents.select(own)
             if kind == _BLOCKS:
                 read = self._resident(raw).read(some)
+            elif kind < 0:
+                read = self._read_from_small_blocks(self._decoders[-kind - _FIRST_DECODER], some, shards[own], raw=raw)
             else:
                 read = self._read_from_shards(some, shards[own], raw=raw)
             rows += read if convert is None else self._converted(convert, read)
@@ -187,6 +202,18 @@ class RowReader:
         self.place.enter(TOKENIZE)
         return convert(rows)
 
+    def _read_from_small_blocks(
+        self, decoder: RowDecoder, documents: Documents, shards: NDArray[np.int32], *, raw: bool
+    ) -> list[Any]:
+        """Read rows of blocks that stay in memory as a whole."""
+        if self._small_blocks is not None:
+            try:
+                return self._small_blocks.read(documents, decoder.payloads if raw else decoder.documents)
+            except (OSError, EOFError, ValueError):
+                # As for other blocks, the readers of the shards name the shard that is damaged.
+                pass
+        return self._read_from_shards(documents, shards, raw=raw)
+
     def _read_from_shards(self, documents: Documents, shards: NDArray[np.int32], *, raw: bool) -> list[Any]:
         """Read rows that are sorted by block and row, without keeping others."""
         starts = self._source.blocks.offset[documents.block] + documents.offset
@@ -202,6 +229,15 @@ class RowReader:
             else:
                 rows += shard.range_reader.documents_at(starts[of_shard], documents.length[of_shard])
         return rows
+
+    def _block_bytes(self, number: int) -> bytes:
+        """Read all bytes of a block; see `ReadBytes`."""
+        blocks = self._source.blocks
+        shard = int(blocks.shard[number])
+        self._guard.use(shard)
+        first_row = int(blocks.first_row[number])
+        self.place.enter(READ, shard, first_row, first_row + int(blocks.rows[number]) - 1)
+        return self._files.read_bytes(shard, int(blocks.offset[number]), int(blocks.length[number]))
 
     def _enter_shard(self, documents: Documents, shard: int, first: int, last: int) -> None:
         """Record that rows of one shard are read, from document `first` to document `last`."""
@@ -249,6 +285,8 @@ class RowReader:
             )
         # Rows come first. The rest is for blocks, which domains at the same speed need at about the same time.
         rows_bytes = sum(rows.num_bytes for rows in self._resident_rows.values())
+        if self._small_blocks is not None:
+            rows_bytes += self._small_blocks.num_bytes
         self._cache.max_bytes = max(self._source.cache_bytes - rows_bytes, 0)
         return self._resident_rows[raw]
 

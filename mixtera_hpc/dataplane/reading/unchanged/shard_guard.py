@@ -90,14 +90,14 @@ class ShardGuard:
         root = self._data_root
         names = self._shard_paths
         try:
-            # A read may touch thousands of shards, so the common case is one comparison.
-            for number, accepted in zip(used.tolist(), self._accepted[used].tolist(), strict=True):
+            # A read may touch thousands of shards, so the common case is three comparisons.
+            for number, size, mtime, ctime in zip(used.tolist(), *self._accepted[used].T.tolist(), strict=True):
                 # The paths of data sets with names are absolute.
                 name = names[number]
-                path = name if name.startswith("/") else f"{root}/{name}"
+                path = name if name[0] == "/" else f"{root}/{name}"
                 status = _stat(path)
-                if [status.st_size, status.st_mtime_ns, status.st_ctime_ns] != accepted:
-                    self._accepted[number] = self._state_to_accept(number, path, status, is_first=not accepted[2])
+                if status.st_ctime_ns != ctime or status.st_mtime_ns != mtime or status.st_size != size:
+                    self._accepted[number] = self._state_to_accept(number, path, status, is_first=not ctime)
         except DataError as error:
             self._problem = error
             raise

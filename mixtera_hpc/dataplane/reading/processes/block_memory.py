@@ -1,0 +1,59 @@
+"""Memory for decoded blocks that all processes which read on a node share; see `formats.codecs.shared_blocks`.
+
+The first rank of a node creates it, without a name, and the others open it as they open the tables of the index. Ranks
+that cannot see each other decode for themselves.
+"""
+
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from mixtera_hpc.comm.communicator import Communicator
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.dataplane.reading.processes.table_memory import BLOCKS_NAME, NONCE_BYTES, share_memory
+from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
+from mixtera_hpc.formats.decoded_sizes import decodes_files
+
+__all__ = ["SHARED_SHARE", "BlockMemory", "share_blocks"]
+
+SHARED_SHARE = 0.5
+"""Part of `data.cache_bytes` that blocks in shared memory may take; the rows of all processes have the rest."""
+
+
+class BlockMemory:
+    """A descriptor of the memory; it is closed when nothing refers to this object any more."""
+
+    def __init__(self, fd: int) -> None:
+        """Own a descriptor."""
+        self.fd = fd
+        weakref.finalize(self, os.close, fd)
+
+    def __reduce__(self) -> Any:
+        """Pickle for a process that inherits the descriptor."""
+        return BlockMemory, (self.fd,)
+
+
+def share_blocks(
+    comm: Communicator, config: Config, formats: Sequence[str], readers_per_node: int
+) -> BlockMemory | None:
+    """Return memory for decoded blocks; None where nothing is decoded, or one process reads. **Collective.**
+
+    Args:
+        formats: of all shards.
+        readers_per_node: processes that read on the node of this rank.
+    """
+    # Blocks of Parquet are Arrow tables, which every process has for itself.
+    if not any(map(decodes_files, set(formats))):
+        return None
+    max_bytes = int(config.data.cache_bytes * SHARED_SHARE)
+
+    def create(nonce: int) -> int:
+        fd = os.memfd_create(BLOCKS_NAME)
+        # Pages are allocated when they are written.
+        os.ftruncate(fd, SharedBlocks.memory_bytes(max_bytes))
+        os.pwrite(fd, nonce.to_bytes(NONCE_BYTES, "little"), 0)
+        return fd
+
+    fd = share_memory(comm, create if readers_per_node > 1 else None)
+    return None if fd < 0 else BlockMemory(fd)

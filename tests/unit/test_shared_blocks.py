@@ -1,0 +1,197 @@
+"""Decoded blocks in memory that processes share: each is decoded once, and no process gets other bytes."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtera_hpc.comm.communicator import Communicator, Local
+from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.core.planner import PlannerState
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import BatchSlice
+from mixtera_hpc.dataplane.reading.processes import block_memory
+from mixtera_hpc.dataplane.reading.processes.block_memory import share_blocks
+from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.formats.codecs.shared_blocks import DecodedLines, SharedBlocks
+from mixtera_hpc.index.build.build import build_index
+from mixtera_hpc.testing import writers
+from mixtera_hpc.testing.thread_ranks import run_ranks
+
+RING_BYTES = 100_000
+ALL_ROWS = np.arange(3)
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    """Yield the descriptor of empty memory."""
+    fd = os.memfd_create("mixtera-test")
+    os.ftruncate(fd, SharedBlocks.memory_bytes(RING_BYTES))
+    yield fd
+    os.close(fd)
+
+
+class Blocks:
+    """Blocks of three lines, and a count of those that were decoded."""
+
+    def __init__(self, blocks: SharedBlocks, line_bytes: int = 3000) -> None:
+        self.blocks = blocks
+        self.line_bytes = line_bytes
+        self.num_decoded = 0
+
+    def lines(self, number: int, rows: np.ndarray = ALL_ROWS) -> list[bytes]:
+        def decode() -> DecodedLines:
+            self.num_decoded += 1
+            data = b"".join(self.expected(number))
+            return DecodedLines(data, np.cumsum([len(line) for line in self.expected(number)]))
+
+        return self.blocks.lines("shard", number, rows, decode)
+
+    def expected(self, number: int) -> list[bytes]:
+        return [f"{number} {row} ".encode() * (self.line_bytes // 8 + row) for row in range(3)]
+
+
+def test_a_block_is_decoded_by_one_reader(memory: int) -> None:
+    first = Blocks(SharedBlocks(memory))
+    second = Blocks(SharedBlocks(memory))
+    for number in range(5):
+        assert first.lines(number) == first.expected(number)
+        assert second.lines(number, np.array([0, 2])) == [first.expected(number)[i] for i in (0, 2)]
+    assert (first.num_decoded, second.num_decoded) == (5, 0)
+
+
+def test_new_blocks_take_the_place_of_the_oldest_ones(memory: int) -> None:
+    readers = [Blocks(SharedBlocks(memory)) for _ in range(2)]
+    random = np.random.default_rng(0)
+    # Blocks of sizes that do not divide the ring, asked for in any order.
+    for number in random.integers(0, 40, 2000).tolist():
+        reader = readers[number % 2]
+        reader.line_bytes = 1000 + 80 * number
+        assert reader.lines(number) == reader.expected(number)
+    assert 40 < sum(reader.num_decoded for reader in readers) < 2000
+
+
+def test_a_block_that_is_too_large_is_decoded_each_time(memory: int) -> None:
+    reader = Blocks(SharedBlocks(memory), RING_BYTES)
+    assert reader.lines(0) == reader.lines(0) == reader.expected(0)
+    assert reader.num_decoded == 2
+
+
+def test_readers_wait_for_the_one_that_decodes(memory: int) -> None:
+    entered = threading.Event()
+    counts: list[int] = []
+
+    def decode() -> DecodedLines:
+        counts.append(1)
+        entered.set()
+        time.sleep(0.2)
+        return DecodedLines(b"abc", np.array([1, 3]))
+
+    def read() -> None:
+        assert SharedBlocks(memory).lines("s", 0, np.array([1]), decode) == [b"bc"]
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    threads[0].start()
+    entered.wait()
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(counts) == 1
+
+
+def test_a_block_that_cannot_be_decoded_is_tried_again(memory: int) -> None:
+    reader = Blocks(SharedBlocks(memory))
+
+    def fail() -> DecodedLines:
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        reader.blocks.lines("shard", 0, ALL_ROWS, fail)
+    assert reader.lines(0) == reader.expected(0)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from mixtera_hpc.formats.codecs.shared_blocks import DecodedLines, SharedBlocks
+
+blocks = SharedBlocks(int(sys.argv[1]))
+if sys.argv[2] == "decoding":
+    blocks.lines("shard", 0, np.arange(3), lambda: os.kill(os.getpid(), signal.SIGKILL))
+# A block whose bytes are not all there.
+blocks._place = lambda start: os.kill(os.getpid(), signal.SIGKILL)
+blocks.lines("shard", 0, np.arange(3), lambda: DecodedLines(b"x" * 20_000, np.array([1, 2, 20_000])))
+"""
+
+
+@pytest.mark.parametrize("when", ["decoding", "writing"])
+def test_a_killed_process_blocks_nobody(memory: int, when: str) -> None:
+    command = [sys.executable, "-c", KILLED, str(memory), when]
+    killed = subprocess.run(command, pass_fds=[memory], timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    reader = Blocks(SharedBlocks(memory))
+    # Twice through the ring, so that the place of the killed process is used again.
+    for number in [*range(30), *range(30)]:
+        assert reader.lines(number) == reader.expected(number)
+    assert Blocks(SharedBlocks(memory)).lines(29) == reader.expected(29)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(12):
+        rows = [{"text": f"{number} {row} ä" * (1 + row), "meta": {"n": row % 3}} for row in range(20)]
+        [path] = writers.write_compressed(folder, rows, ending="zst")
+        path.rename(folder / f"{number:03}.jsonl.zst")
+    words = [f"data.root={folder}", f"index.path={folder / 'i.h5'}", "mixture.unit=samples", "data.materialize=never"]
+    words += ["data.properties.n=meta.n", "mixture.group_by=[n]", "dataplane.global_batch_size=8"]
+    built = compose([*words, "mixture.on_exhausted=redistribute", "mixture.max_epochs=1", "dataplane.lanes=2"])
+    build_index(built)
+    return built
+
+
+def read_epoch(config: Config, comm: Communicator) -> tuple[list[str], int]:
+    """Return the rows of a rank, and the bytes that it decoded."""
+    source = open_source(config, comm)
+    maker = BatchMaker(source, BatchSlice(group=comm.rank, num_groups=comm.size), audit=False)
+    rows: list[str] = []
+    state = PlannerState.start(source.num_domains)
+    while True:
+        plan, state = source.planner.plan(state, source.weights)
+        for batch in maker.batches(plan, 0):
+            rows += map(repr, batch.payloads or [])
+        if plan.last:
+            maker.close()
+            return rows, maker._reader._rows._cache.loaded_bytes
+
+
+def test_ranks_of_a_node_decode_each_block_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = run_ranks(4, lambda comm: read_epoch(config, comm))
+    monkeypatch.setattr(block_memory, "decodes_files", lambda _name: False)
+    alone = run_ranks(4, lambda comm: read_epoch(config, comm))
+    assert [rows for rows, _ in shared] == [rows for rows, _ in alone]
+    [one] = run_ranks(1, lambda comm: read_epoch(config, comm))
+    assert sum(decoded for _, decoded in shared) == one[1]
+    assert sum(decoded for _, decoded in alone) > 2 * one[1]
+
+
+def test_one_reader_shares_nothing_and_no_descriptor_stays_open(config: Config) -> None:
+    def num_open() -> int:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = num_open()
+    assert share_blocks(Local(), config, ["jsonl.zst"], 1) is None
+    assert share_blocks(Local(), config, ["jsonl", "parquet"], 4) is None
+    run_ranks(2, lambda comm: read_epoch(config, comm)[1])
+    assert num_open() == before
