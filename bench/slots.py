@@ -17,6 +17,7 @@ import numpy as np
 from bench._corpus import SHARES
 from bench._results import write_results
 from mixtera_hpc.core.planner import ChunkPlan, Planner, PlannerState
+from mixtera_hpc.core.slots.batch_schedule import BatchSchedule
 
 OWN_SEQUENCES = 8
 STEPS_TOGETHER = 8
@@ -61,7 +62,7 @@ def measure(name: str, weights: np.ndarray, num_ranks: int) -> SlotCost:
     """Measure one mixture with one number of ranks."""
     planner = Planner(
         capacity=np.full(len(weights), Planner.UNLIMITED),
-        global_batch_size=OWN_SEQUENCES * num_ranks,
+        batch_schedule=BatchSchedule.constant(OWN_SEQUENCES * num_ranks),
         chunk_steps=CHUNK_STEPS,
         on_exhausted="repeat",
     )

@@ -10,6 +10,7 @@ from mixtera_hpc.config.convert import to_plain
 from mixtera_hpc.config.schema import JobConfig, RunConfig
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.slurm.slurm_commands import JobState
+from mixtera_hpc.launch.submit import check_submittable
 from mixtera_hpc.launch.sweep.job_array import submit_points
 from mixtera_hpc.launch.sweep.local_points import check_runnable_here, run_points
 from mixtera_hpc.launch.sweep.sweep_plan import SweepPlan, plan_sweep
@@ -101,6 +102,7 @@ def submit_plan(plan: SweepPlan, args: Namespace) -> int:
     if args.dry_run:
         return 0
     if plan.due:
+        check_submittable(plan.due[0].config)
         _check_data(plan)
         _confirm(plan.node_hours_of_one_job, args)
     plan.record()
