@@ -105,9 +105,9 @@ def _launcher_words(words: Sequence[str], config: Config) -> list[str]:
     """
     if not _uses_slurm_launcher(words):
         return []
-    if config.environment.kind in ("uenv", "container"):
+    if config.environment.kind != "none":
         raise ConfigError(
-            f"hydra/launcher=submitit_slurm starts no {config.environment.kind}, but environment.kind is "
+            f"hydra/launcher=submitit_slurm starts the interpreter that submits, but environment.kind is "
             f"{config.environment.kind}.\n  Use mixtera-hpc submit or mixtera-hpc sweep."
         )
     return [f"hydra.launcher.signal_delay_s={signal_lead_s(config.job, config.cluster)}"]

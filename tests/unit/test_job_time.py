@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mixtera_hpc.cli.answers.job_time import JobTime
+from mixtera_hpc.config.compose import prepare_application
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.launch.prepare import prepare_run
@@ -67,3 +68,10 @@ def test_a_job_is_refused_if_its_environment_does_not_exist(
 
     with pytest.raises(ConfigError, match=message):
         check_submittable(make_config(*words))
+
+
+def test_the_launcher_of_hydra_refuses_an_environment_that_it_would_ignore() -> None:
+    words = ["hydra/launcher=submitit_slurm", "-m", "data.root=/data", "mixture.unit=samples", "environment=venv"]
+
+    with pytest.raises(ConfigError, match=r"but environment\.kind is venv"):
+        prepare_application([*words, "environment.venv=/venv", "dataplane.seed=1,2"])
