@@ -139,6 +139,7 @@ ACCEPTED_NUMBERS = {
             *("dataplane.watchdog_s", "mixture.floor", "mixture.cap", "training.warmup_steps", "training.weight_decay"),
             *("training.anneal_from_step", "training.anneal_from_rate", "training.validate_every"),
             *("checkpoint.every_steps", "cluster.gpus_per_node", "plan.first_step"),
+            *("swarm.num_proxies", "swarm.seed", "swarm.min_share", "swarm.penalty"),
         )
     },
     "query.holdout.seed": ["-1", "0"],
