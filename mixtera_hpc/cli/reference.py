@@ -57,7 +57,9 @@ def _rows(parser: argparse.ArgumentParser) -> Iterator[str]:
                 for row in _rows(subparser):
                     yield row.replace("| `", f"| `{name} … ", 1)
             continue
-        meaning = " ".join((action.help or "").split()).replace("|", "\\|")
+        # As argparse does for --help: `%(default)s` is the default of the argument.
+        words = ((action.help or "") % vars(action)).split()
+        meaning = " ".join(words).replace("|", "\\|")
         yield f"| {_usage(action)} | {meaning} |"
 
 
