@@ -26,23 +26,23 @@ def main() -> int:
             subprocess.run(command, check=True, timeout=INSTALL_LIMIT_S)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             return skip(f"pip-audit cannot be installed ({error})")
-        return audit(python, Path(folder) / "found.json")
+        return audit(python, Path(folder) / "result.json")
 
 
-def audit(python: Path, found: Path) -> int:
-    """Run pip-audit and return the exit code; `found` is the file for its result."""
+def audit(python: Path, result: Path) -> int:
+    """Run pip-audit and return the exit code; `result` is the file for its JSON output."""
     # All dependencies are pinned, so nothing is resolved or installed.
     command = [python, "-m", "pip_audit", "--no-deps", "--disable-pip", "--timeout", str(REQUEST_LIMIT_S)]
-    command += ["--format", "json", "--output", found, "-r", ROOT / "constraints.txt"]
+    command += ["--format", "json", "--output", result, "-r", ROOT / "constraints.txt"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=AUDIT_LIMIT_S)
     except subprocess.TimeoutExpired:
         return skip(f"the database did not answer within {AUDIT_LIMIT_S} s")
     # pip-audit ends with 1 for a vulnerability and for a database that cannot be reached; only the first has a result.
-    if not found.is_file():
+    if not result.is_file():
         reason = done.stderr.strip().splitlines() or ["pip-audit wrote no result"]
         return skip(reason[-1])
-    for package in json.loads(found.read_text())["dependencies"]:
+    for package in json.loads(result.read_text())["dependencies"]:
         for known in package.get("vulns", []):
             print(f"{package['name']} {package['version']} has {known['id']}; fixed in {known['fix_versions']}")
     print(done.stderr.strip())

@@ -29,6 +29,9 @@ SETTLE_S = 0.5
 
 COUNTERS = Path("/proc/net/dev")
 
+Action = Callable[[int], None]
+"""One collective operation of all ranks, given its number: 0, 1, 2 and so on."""
+
 
 def main() -> None:
     """Measure and print. **Collective.**"""
@@ -36,42 +39,12 @@ def main() -> None:
     comm = open_communicator()
 
     def body() -> None:
-        planner = Planner(
-            capacity=np.full(num_domains, Planner.UNLIMITED),
-            batch_schedule=BatchSchedule.constant(8 * comm.size),
-            chunk_steps=CHUNK_STEPS,
-            on_exhausted="repeat",
-        )
-        start = PlannerState.start(num_domains)
-        nothing = ChunkPlan(
-            chunk=0, first_step=0, num_steps=0, last=False, cursors=start.cursors, lags=start.lags, weights=start.lags
-        )
-        weights = np.full(num_domains, 1 / num_domains)
-        plans = PlanBroadcaster(comm, planner, lambda chunk: weights, nothing)
-        batch_slice = BatchSlice(group=comm.rank, num_groups=comm.size)
-        reducer = StepReducer(comm, num_domains, lambda step: 8 * comm.size, batch_slice)
-        agreement = ReadyAgreement(comm, 0)
-        rows = np.zeros((NUM_BUFFER_ROWS, num_domains), np.int64)
-
-        def broadcast(number: int) -> None:
-            while plans.poll(number) is None:
-                time.sleep(POLL_S)
-
-        def reduce(number: int) -> None:
-            reducer.post(number, rows, RankFlags(stop=False, save=False, digest=7))
-            while not reducer.poll():
-                time.sleep(POLL_S)
-
-        def agree(number: int) -> None:
-            agreement.offer(RankPosition(number, number + 1))
-            while not agreement.covers(number):
-                agreement.poll(RankPosition(number, number + 1), 0.0, OpenRequests)
-                time.sleep(POLL_S)
-
-        measured = {
-            name: measure(comm, action, repeats)
-            for name, action in (("broadcast", broadcast), ("reduction", reduce), ("agreement", agree))
+        actions = {
+            "broadcast": broadcast_action(comm, num_domains),
+            "reduction": reduction_action(comm, num_domains),
+            "agreement": agreement_action(comm),
         }
+        measured = {name: measure(comm, action, repeats) for name, action in actions.items()}
         if comm.rank == 0:
             print(json.dumps({"ranks": comm.size, "domains": num_domains, **measured}))
         # The broadcasts of all ranks are complete, and so is everything else.
@@ -80,19 +53,68 @@ def main() -> None:
     raise SystemExit(run_guarded(comm, body))
 
 
-def measure(comm: Communicator, action: Callable[[int], None], repeats: int) -> dict[str, float]:
+def broadcast_action(comm: Communicator, num_domains: int) -> Action:
+    """Return a function that waits for the plan of a chunk, given its number."""
+    planner = Planner(
+        capacity=np.full(num_domains, Planner.UNLIMITED),
+        batch_schedule=BatchSchedule.constant(8 * comm.size),
+        chunk_steps=CHUNK_STEPS,
+        on_exhausted="repeat",
+    )
+    start = PlannerState.start(num_domains)
+    empty_plan = ChunkPlan(
+        chunk=0, first_step=0, num_steps=0, last=False, cursors=start.cursors, lags=start.lags, weights=start.lags
+    )
+    weights = np.full(num_domains, 1 / num_domains)
+    plans = PlanBroadcaster(comm, planner, lambda chunk: weights, empty_plan)
+
+    def broadcast(number: int) -> None:
+        while plans.poll(number) is None:
+            time.sleep(POLL_S)
+
+    return broadcast
+
+
+def reduction_action(comm: Communicator, num_domains: int) -> Action:
+    """Return a function that reduces the losses of a step, given its number."""
+    batch_slice = BatchSlice(group=comm.rank, num_groups=comm.size)
+    reducer = StepReducer(comm, num_domains, lambda step: 8 * comm.size, batch_slice)
+    rows = np.zeros((NUM_BUFFER_ROWS, num_domains), np.int64)
+
+    def reduce(number: int) -> None:
+        reducer.post(number, rows, RankFlags(stop=False, save=False, digest=7))
+        while not reducer.poll():
+            time.sleep(POLL_S)
+
+    return reduce
+
+
+def agreement_action(comm: Communicator) -> Action:
+    """Return a function that agrees on a ready batch, given its number."""
+    agreement = ReadyAgreement(comm, 0)
+
+    def agree(number: int) -> None:
+        agreement.offer(RankPosition(number, number + 1))
+        while not agreement.covers(number):
+            agreement.poll(RankPosition(number, number + 1), 0.0, OpenRequests)
+            time.sleep(POLL_S)
+
+    return agree
+
+
+def measure(comm: Communicator, action: Action, repeats: int) -> dict[str, float]:
     """Return CPU seconds of rank 0 and of all ranks, and bytes and packets of all ranks, per action. **Collective.**"""
     action(0)
     comm.Barrier()
     time.sleep(SETTLE_S)
-    bytes_before, packets_before = sent()
+    bytes_before, packets_before = sent_so_far()
     comm.Barrier()
     began = time.process_time()
     for number in range(1, 1 + repeats):
         action(number)
     own_s = time.process_time() - began
     time.sleep(SETTLE_S)
-    bytes_after, packets_after = sent()
+    bytes_after, packets_after = sent_so_far()
     total_us = int(comm.Allreduce(np.array([own_s * 1e6], np.int64))[0])
     return {
         "rank0_cpu_us": own_s / repeats * 1e6,
@@ -102,7 +124,7 @@ def measure(comm: Communicator, action: Callable[[int], None], repeats: int) -> 
     }
 
 
-def sent() -> tuple[int, int]:
+def sent_so_far() -> tuple[int, int]:
     """Return bytes and packets that were sent over the loopback device of this network namespace."""
     line = next(line for line in COUNTERS.read_text().splitlines() if line.strip().startswith("lo:"))
     fields = line.split()

@@ -14,6 +14,7 @@ MixteraError                1   an internal error, or a broken machine
 
 import difflib
 import importlib.util
+from collections.abc import Sequence
 from typing import ClassVar
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "did_you_mean",
     "exit_code_of",
     "is_clean_exit",
+    "list_names",
     "missing_package",
     "pluralize",
     "require_package",
@@ -133,6 +135,12 @@ def did_you_mean(got: str, valid: list[str] | tuple[str, ...]) -> str:
 def pluralize(number: int, noun: str) -> str:
     """Return a number and its noun for a message: `1 row`, `1,234 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def list_names(names: Sequence[str], limit: int) -> str:
+    """Return at most `limit` names for a message: `a, b and 3 more`."""
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
 
 
 def missing_package(error: ModuleNotFoundError) -> UserError | None:

@@ -30,16 +30,16 @@ LEARNED = ("mixture=ado", "+mixture.algorithm={name: ado, warmup: 40, refit_inte
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedbackCost:
-    """CPU seconds per step."""
+    """CPU times per step, in milliseconds."""
 
     loop_ms: float
-    """The feedback loop."""
+    """CPU time of the feedback loop."""
     trainer_ms: float
-    """A step of the reference trainer, on one thread."""
+    """CPU time of a step of the reference trainer, on one thread."""
 
     @property
     def ratio(self) -> float:
-        """The share of the loop."""
+        """Cost of the feedback loop as a fraction of a trainer step."""
         return self.loop_ms / self.trainer_ms
 
 

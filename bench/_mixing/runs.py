@@ -20,7 +20,7 @@ __all__ = ["Result", "Runs"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
-    """What a finished run has measured."""
+    """The measurements of a finished run."""
 
     loss: NDArray[np.float64]
     """Held-out loss of every domain at the end, nats; shape (num_domains,)."""

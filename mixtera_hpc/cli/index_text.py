@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mixtera_hpc.cli.answers.store_text import row_store_line, store_line
 from mixtera_hpc.cli.console import open_console
-from mixtera_hpc.errors import pluralize
+from mixtera_hpc.errors import list_names, pluralize
 from mixtera_hpc.index.build.assemble import BuildReport
 from mixtera_hpc.index.build.derive import DeriveReport
 from mixtera_hpc.index.build.refresh import RefreshReport
@@ -45,9 +45,8 @@ def build_lines(report: BuildReport) -> list[str]:
     if skipped:
         lines.append(f"  skipped: {', '.join(skipped)}; mixtera-hpc index inspect lists them")
     if report.empty_shards:
-        listed = ", ".join(report.empty_shards[:MAX_LISTED])
-        more = f" and {len(report.empty_shards) - MAX_LISTED:,} more" if len(report.empty_shards) > MAX_LISTED else ""
-        lines.append(f"  {pluralize(len(report.empty_shards), 'shard')} without rows: {listed}{more}")
+        listed = list_names(report.empty_shards, MAX_LISTED)
+        lines.append(f"  {pluralize(len(report.empty_shards), 'shard')} without rows: {listed}")
     for dataset, shares in report.null_shares.items():
         if shares:
             listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
@@ -81,8 +80,7 @@ def refresh_lines(report: RefreshReport) -> list[str]:
     lines = [f"  {pluralize(report.unchanged, 'shard')} unchanged"]
     for what, paths in (("added", report.added), ("changed", report.changed), ("deleted", report.deleted)):
         if paths:
-            more = f" and {len(paths) - MAX_LISTED:,} more" if len(paths) > MAX_LISTED else ""
-            lines.append(f"  {len(paths):,} {what}: {', '.join(paths[:MAX_LISTED])}{more}")
+            lines.append(f"  {len(paths):,} {what}: {list_names(paths, MAX_LISTED)}")
     if report.touched:
         lines.append(f"  {touched}")
     if report.token_store is not None:
@@ -128,9 +126,7 @@ def duplicate_lines(report: DuplicateReport) -> list[str]:
             if count
         ]
     for places in report.examples:
-        listed = ", ".join(f"{shard} row {row}" for shard, row in places[:MAX_LISTED])
-        more = f" and {len(places) - MAX_LISTED:,} more" if len(places) > MAX_LISTED else ""
-        lines.append(f"    equal: {listed}{more}")
+        lines.append(f"    equal: {list_names([f'{shard} row {row}' for shard, row in places], MAX_LISTED)}")
     return lines
 
 

@@ -3,7 +3,7 @@
 import re
 
 from mixtera_hpc.config.check_numbers import all_at_least, at_least
-from mixtera_hpc.config.job_shape import parse_time, signal_lead_s
+from mixtera_hpc.config.job_shape import can_start, parse_time
 from mixtera_hpc.config.schema import ClusterConfig, EnvironmentConfig, JobConfig, PartitionConfig
 from mixtera_hpc.errors import did_you_mean
 
@@ -58,9 +58,11 @@ def _time(job: JobConfig, cluster: ClusterConfig) -> list[str]:
 
 
 def _signal_lead(job: JobConfig, cluster: ClusterConfig, seconds: int) -> list[str]:
-    name = "cluster.signal_lead_s" if job.signal_lead_s is None else "job.signal_lead_s"
-    if signal_lead_s(job, cluster) * 3 <= seconds:
-        return at_least(name, cluster.signal_lead_s if job.signal_lead_s is None else job.signal_lead_s, 1)
+    if job.signal_lead_s is None:
+        # The default of the cluster is shortened to a third of job.time.
+        return at_least("cluster.signal_lead_s", cluster.signal_lead_s, 1)
+    if job.signal_lead_s * 3 <= seconds:
+        return at_least("job.signal_lead_s", job.signal_lead_s, 1)
     return [
         f"job.signal_lead_s is {job.signal_lead_s}, more than a third of job.time={job.time}. Lower it or ask for more "
         "time."
@@ -118,7 +120,7 @@ def _partition(job: JobConfig, cluster: ClusterConfig) -> list[str]:
 
 
 def environment_problems(environment: EnvironmentConfig, cluster: ClusterConfig) -> list[str]:
-    """Return what is missing in the environment, what does not belong to its kind, and what the cluster cannot do."""
+    """Return missing settings, settings of another kind of environment, and flags that the cluster lacks."""
     kind = environment.kind
     needed = {"venv": "venv", "uenv": "image", "container": "image"}.get(kind)
     problems = []
@@ -130,13 +132,15 @@ def environment_problems(environment: EnvironmentConfig, cluster: ClusterConfig)
             f"environment.image is set, but environment={kind} has none. Add environment=container or uenv."
         )
     if environment.view and kind != "uenv":
-        problems.append(f"environment.view is set, but only a uenv has views, and environment.kind is {kind}.")
+        problems.append(
+            f"environment.view is set, but only a uenv has views, and environment.kind is {kind}. Remove it, or add "
+            "environment=uenv."
+        )
     return problems + _srun_flag(kind, cluster)
 
 
 def _srun_flag(kind: str, cluster: ClusterConfig) -> list[str]:
-    flags = {"uenv": cluster.uenv_flag, "container": cluster.container_flag}
-    if flags.get(kind, kind) is not None:
+    if can_start(cluster, kind):
         return []
     other = "" if kind == "uenv" else ", or put the words that start the container into cluster.wrapper"
     return [

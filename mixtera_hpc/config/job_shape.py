@@ -5,7 +5,10 @@ import sys
 
 from mixtera_hpc.config.schema import ClusterConfig, Config, JobConfig
 
-__all__ = ["mpi_plugin", "num_ranks", "parse_time", "python_of_ranks", "signal_lead_s"]
+__all__ = ["SCALE_KEYS", "can_start", "mpi_plugin", "num_ranks", "parse_time", "python_of_ranks", "signal_lead_s"]
+
+SCALE_KEYS = ("job.nodes", "job.ranks_per_node")
+"""The keys that a scaling sweep varies, and in which runs of one comparison may differ."""
 
 
 def num_ranks(config: Config) -> int:
@@ -27,6 +30,12 @@ def signal_lead_s(job: JobConfig, cluster: ClusterConfig) -> int:
     if job.signal_lead_s is not None:
         return job.signal_lead_s
     return min(cluster.signal_lead_s, (parse_time(job.time) or 0) // 3)
+
+
+def can_start(cluster: ClusterConfig, environment: str) -> bool:
+    """Return True if srun of the cluster can start ranks in an environment of this kind."""
+    flags = {"uenv": cluster.uenv_flag, "container": cluster.container_flag}
+    return environment not in flags or flags[environment] is not None
 
 
 def python_of_ranks(config: Config) -> str:

@@ -22,8 +22,9 @@ from mixtera_hpc.core.query import Entries, Predicate
 from mixtera_hpc.errors import MixtureError, did_you_mean
 
 __all__ = ["DomainKey", "DomainTable", "LimitDomains", "Selection", "keys_for_group_by", "select"]
+
 LimitDomains = Callable[[Predicate, DomainAssignment], Predicate]
-"""Returns a predicate that selects fewer samples of some domains."""
+"""A function that returns a predicate which selects fewer samples of some domains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from mixtera_hpc.dataplane.resume.run_edits import subset_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
 from mixtera_hpc.dataplane.steps.loss_parts import LossParts, PartLayout
 from mixtera_hpc.dataplane.steps.step_losses import StepLosses
-from mixtera_hpc.errors import CommError, MixtureError
+from mixtera_hpc.errors import CommError, MixtureError, list_names
 
 __all__ = ["MAX_NAMES", "HeldOutBatches", "domains_without_held_out"]
 
@@ -254,11 +254,9 @@ def _warn_without_held_out(names: Sequence[str], has_sequences: NDArray[np.bool_
     """Name the domains whose held-out samples do not fill a sequence."""
     without = [name for name, has in zip(names, has_sequences, strict=True) if not has]
     if without:
-        more = f" and {len(without) - MAX_NAMES} more" if len(without) > MAX_NAMES else ""
         logger.warning(
-            "No held-out loss of %s%s: their held-out samples do not fill a sequence. Raise query.holdout.fraction.",
-            ", ".join(without[:MAX_NAMES]),
-            more,
+            "No held-out loss of %s: their held-out samples do not fill a sequence. Raise query.holdout.fraction.",
+            list_names(without, MAX_NAMES),
         )
 
 

@@ -1,4 +1,4 @@
-"""What was planned and what was consumed, kept on disk.
+"""Record on disk which chunks were planned and which sequences were consumed.
 
 The journal is one append-only JSONL file per run, written by rank 0: a line when an attempt begins (`open`), one per
 chunk (`chunk`, O(domains) numbers) and one when it ends in order (`close`); in a forked run also one where the parent's

@@ -25,6 +25,7 @@ from mixtera_hpc.dataplane.own_attempt import LoopLog, OwnAttempt
 from mixtera_hpc.dataplane.reading.batches import Batch
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.resume.run_edits import RunEdit, read_run_edits
+from mixtera_hpc.errors import list_names
 from mixtera_hpc.track.tracker import NullTracker, Tracker
 
 __all__ = ["RunRecorder"]
@@ -171,12 +172,10 @@ class RunRecorder:
             return
         self._has_warned_of_bounds = True
         names = [name for name, bits in zip(source.names, reached, strict=True) if bits > 0]
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         logger.warning(
-            "ADO: the laws of %s%s lie on a bound, so the losses do not determine them and their speeds may be wrong.\n"
+            "ADO: the laws of %s lie on a bound, so the losses do not determine them and their speeds may be wrong.\n"
             "  A longer mixture.algorithm.warmup gives the fit more losses. mixtera-hpc report lists all laws.",
-            ", ".join(names[:MAX_NAMES]),
-            more,
+            list_names(names, MAX_NAMES),
         )
 
     def _report_problem(self, step: int, learning: LearningEvent) -> None:

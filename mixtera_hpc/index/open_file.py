@@ -60,10 +60,9 @@ def open_file(path: Path, max_bytes: int | None = None) -> h5py.File:
 
 @dataclass(kw_only=True, slots=True)
 class _FileContents:
-    """What all objects of a file together need.
+    """Facts about all objects of a file together.
 
-    Every index is looked through when it is opened, so the low-level interface of h5py is used: it takes a third of
-    the time.
+    All objects are visited whenever an index is opened. The low-level interface of h5py takes a third of the time.
     """
 
     foreign: str = ""
@@ -73,6 +72,7 @@ class _FileContents:
 
     @classmethod
     def of(cls, file: h5py.File) -> Self:
+        """Visit all objects of `file`."""
         contents = cls()
         contents._add_group(file.id, "")
         return contents

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.composition.conf_folders import conf_folders
+from mixtera_hpc.config.job_shape import can_start
 from mixtera_hpc.errors import MixteraError
-from mixtera_hpc.launch.batch.templates import EXAMPLE_ENVIRONMENTS, supports
+from mixtera_hpc.launch.batch.templates import EXAMPLE_ENVIRONMENTS
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 
 __all__ = ["CheckResult", "FailedPair", "check_all_pairs", "check_one"]
@@ -24,7 +25,7 @@ MINIMAL_OVERRIDES = ("data.root=/data", "mixture.unit=samples")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedPair:
-    """An experiment or an environment, and a cluster, that do not fit."""
+    """An experiment, an environment and a cluster that do not fit together."""
 
     experiment: str | None
     cluster: str
@@ -97,7 +98,7 @@ def _environments(cluster: str) -> list[str]:
         config = compose([*MINIMAL_OVERRIDES, f"cluster={cluster}"])
     except MixteraError:
         return []  # Reported as the pair without an experiment.
-    return [name for name in EXAMPLE_ENVIRONMENTS if name != "none" and supports(config.cluster, name)]
+    return [name for name in EXAMPLE_ENVIRONMENTS if name != "none" and can_start(config.cluster, name)]
 
 
 def _options(folders: list[Path], group: str) -> list[str]:

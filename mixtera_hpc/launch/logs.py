@@ -100,7 +100,7 @@ def attempt_heading(folder: RunFolder, attempt: int) -> str:
 
 
 def why_empty(folder: RunFolder, ranks: RankSelection) -> str:
-    """Return why nothing was written, and what to do. Ask only if `all_lines` yields nothing."""
+    """Return why a run has no log lines, and what to do. Call it only if `all_lines` yields nothing."""
     attempt = max(folder.attempts(), default=0)
     start = read_start(folder, attempt)
     if start is None or start.kind != "slurm":

@@ -169,7 +169,8 @@ def _variables(job: SbatchJob) -> list[str]:
         "folder=$2 previous_job=$3",
         f'if [ -z "$folder" ]; then folder={folder}; fi',
         f"nodes={job_config.nodes} ranks={num_ranks(job.config)} limit_s={parse_time(job_config.time)}",
-        "# A task of an array is named ARRAY_TASK. Its follow-up job is none, and must not inherit these variables.",
+        "# A task of an array is named ARRAY_TASK. Its follow-up job is not a task and must not inherit these "
+        "variables.",
         "job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
         "job_id=${job_id:-$SLURM_JOB_ID}",
         'unset "${!SLURM_ARRAY_@}"',

@@ -37,7 +37,7 @@ from mixtera_hpc.report.summary import DomainSummary, RunSummary
 from mixtera_hpc.report.timing.stage_limits import LIMIT_COLUMNS, limit_cells
 from mixtera_hpc.report.timing.stalls import STALL_COLUMNS
 
-__all__ = ["RenderedPlot", "page_styles", "render_page"]
+__all__ = ["RenderedPlot", "page_text", "render_page", "table_text"]
 
 MAX_ROWS = 30
 """Rows of the table of domains that are always visible."""
@@ -97,17 +97,21 @@ def render_page(
         _next_commands(metrics, summary),
         FOOTER,
     ]
-    title = escape(f"{summary.name} · {summary.run_id}")
+    return page_text(f"{summary.name} · {summary.run_id}", body)
+
+
+def page_text(title: str, body: Sequence[str]) -> str:
+    """Return a complete page without scripts, given its title as text and its parts as HTML."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>\n{page_styles()}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{_page_styles()}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def page_styles() -> str:
+def _page_styles() -> str:
     """Return the style sheet of a page, for light and dark screens."""
     css = resources.files("mixtera_hpc.report").joinpath("page.css").read_text()
     light = _css_variables({**LIGHT, "page": LIGHT_PAGE})
@@ -222,7 +226,7 @@ def _domain_table(metrics: RunMetrics, summary: RunSummary, projection: RunProje
     return (
         '<section class="domains"><h2>Domains</h2><p>Weight and loss: first and last value. '
         "Served: share of all sequences so far. Epochs: passes over the data of the domain so far.</p>"
-        f"{_table(columns, rows[:MAX_ROWS])}{_further_rows(columns, rows[MAX_ROWS:])}</section>"
+        f"{table_text(columns, rows[:MAX_ROWS])}{_further_rows(columns, rows[MAX_ROWS:])}</section>"
     )
 
 
@@ -230,10 +234,11 @@ def _further_rows(columns: Sequence[str], rows: Sequence[str]) -> str:
     """Return a table that opens with a click; empty without rows."""
     if not rows:
         return ""
-    return f"<details><summary>{pluralize(len(rows), 'smaller domain')}</summary>{_table(columns, rows)}</details>"
+    return f"<details><summary>{pluralize(len(rows), 'smaller domain')}</summary>{table_text(columns, rows)}</details>"
 
 
-def _table(columns: Iterable[str], rows: Iterable[str]) -> str:
+def table_text(columns: Iterable[str], rows: Iterable[str]) -> str:
+    """Return a table, given the headings and the `<tr>` elements as HTML."""
     return (
         f'<div class="scroll"><table><thead><tr>{_cells("th", columns)}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -243,7 +248,7 @@ def _table(columns: Iterable[str], rows: Iterable[str]) -> str:
 def _limit_table(summary: RunSummary) -> str:
     """Return the throughput that each stage could sustain alone."""
     rows = [f"<tr>{_cells('td', map(escape, limit_cells(limit)))}</tr>" for limit in summary.limits]
-    return f"<section><h2>Limits</h2><p>{LIMITS_CAPTION}</p>{_table(LIMIT_COLUMNS, rows)}</section>"
+    return f"<section><h2>Limits</h2><p>{LIMITS_CAPTION}</p>{table_text(LIMIT_COLUMNS, rows)}</section>"
 
 
 def _stall_table(summary: RunSummary) -> str:
@@ -251,7 +256,7 @@ def _stall_table(summary: RunSummary) -> str:
     rows = [f"<tr>{_cells('td', map(escape, stall_cells(stall)))}</tr>" for stall in summary.stalls[:MAX_STALLS]]
     return (
         "<section><h2>Stalls</h2><p>Steps in which the trainer waited for the data plane, by the rank and stage that "
-        f"kept the others waiting.</p>{_table(STALL_COLUMNS, rows)}</section>"
+        f"kept the others waiting.</p>{table_text(STALL_COLUMNS, rows)}</section>"
     )
 
 

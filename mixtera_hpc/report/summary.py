@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mixtera_hpc.errors import list_names
 from mixtera_hpc.report.mixing.learned_mixture import learned_notices
 from mixtera_hpc.report.run_metrics import Floats, RunMetrics, TimeSeries
 from mixtera_hpc.report.timing.stage_limits import StageLimit, stage_limits, wait_notices
@@ -114,7 +115,7 @@ class RunSummary:
     """False if the mixture learns, but no losses were recorded in the last chunks; None if it does not learn."""
     performance: RunPerformance
     limits: tuple[StageLimit, ...]
-    """What every stage could sustain alone, the slowest first."""
+    """Throughput that each stage could sustain alone, the lowest limit first."""
     stalls: tuple[Stall, ...]
     """Ranks that kept the others waiting, the most expensive first."""
     domains: tuple[DomainSummary, ...]
@@ -162,8 +163,7 @@ def _held_out_notices(metrics: RunMetrics) -> list[str]:
     without = [name for name, is_known in zip(metrics.domains, known, strict=True) if not is_known]
     if not without:
         return []
-    more = f" and {len(without) - MAX_NAMES} more" if len(without) > MAX_NAMES else ""
-    return [f"No held-out loss of {', '.join(without[:MAX_NAMES])}{more}: raise query.holdout.fraction."]
+    return [f"No held-out loss of {list_names(without, MAX_NAMES)}: raise query.holdout.fraction."]
 
 
 def _data_end(metrics: RunMetrics) -> DataEnd | None:

@@ -33,7 +33,7 @@ class Validated:
     rmse: float
     """Root mean square of predicted minus measured, over all runs and the metrics by their weights; in nats."""
     objective_rmse: float
-    """The same of the weighted mean of the metrics; NaN if no run has all of them."""
+    """Root mean square error of the weighted mean of the metrics, in nats; NaN if no run has all of them."""
     rank_correlation: float
     """Spearman's correlation of predicted and measured objective; NaN if no run has all metrics."""
     predictions: Array

@@ -35,7 +35,7 @@ def static_mixture(base: MixtureConfig, keys: Sequence[DomainKey], weights: Weig
 
     Args:
         base: the mixture that the swarm was sampled for.
-        keys: of the domains; an empty one is the remainder.
+        keys: the key of each domain; an empty one is the remainder.
         weights: shape (K,), sum 1.
     """
     settings = {canonical_key(entry.key): entry.domain for entry in domain_entries(base)}

@@ -33,7 +33,7 @@ RESAMPLE_SEED = 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uncertainty:
-    """How the predictions vary over resampled runs."""
+    """Variation of the predictions over resampled runs."""
 
     deviation: Array
     """Standard deviation of the predicted objective of each mixture, in nats."""
@@ -47,7 +47,7 @@ def propose_mixture(space: MixtureSpace, fit: LossFit, mixtures: Array, objectiv
     Args:
         space: domains, bounds and groups.
         fit: the fitted law.
-        mixtures: those that were measured; shape (N, K). The proposal stays between the smallest and the largest share
+        mixtures: the measured mixtures; shape (N, K). The proposal stays between the smallest and the largest share
             of every domain in them, since the law is not known outside.
         objective: weights of the metrics; shape (M,).
         penalty: nats of loss for one nat of relative entropy from the prior.
@@ -69,18 +69,26 @@ def propose_mixture(space: MixtureSpace, fit: LossFit, mixtures: Array, objectiv
     predicted = mean_loss(fit.predict(mixtures), objective)
     starts = [prior, *measured[np.argsort(predicted, kind="stable")[:NUM_STARTS]]]
     allowed = (high > 0) / max(int(np.count_nonzero(high > 0)), 1)
-    found = []
+    minima = []
     for start in starts:
         mixed = (1 - UNIFORM_PART) * start + UNIFORM_PART * allowed
-        found.append(_descend(project_to_bounds(mixed, low, high), low, high, value, gradient))
-    best: Array = min(found, key=value) @ space.basis
+        minima.append(_descend(project_to_bounds(mixed, low, high), low, high, value, gradient))
+    best: Array = min(minima, key=value) @ space.basis
     return best
 
 
 def estimate_uncertainty(
     chosen: Validated, mixtures: Array, losses: Array, objective: Array, candidates: Array
 ) -> Uncertainty:
-    """Return how much the predictions of `candidates`, shape (C, K), depend on which runs were drawn."""
+    """Return the variation of the predictions for `candidates`, shape (C, K), over resampled runs.
+
+    Args:
+        chosen: the regression.
+        mixtures: the measured mixtures; shape (N, K).
+        losses: shape (N, M), NaN where a run lacks a metric.
+        objective: weights of the metrics; shape (M,).
+        candidates: the first one is compared with the others.
+    """
     generator = np.random.Generator(np.random.PCG64(RESAMPLE_SEED))
     predictions = []
     for _ in range(NUM_RESAMPLES):

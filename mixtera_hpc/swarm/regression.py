@@ -41,7 +41,7 @@ class Law:
     name: str
     has_offset: bool
     in_logarithms: bool
-    """Whether the loss depends on the logarithms of the shares, or on the shares."""
+    """True if the loss depends on the logarithms of the shares, False if on the shares."""
 
     def features(self, mixtures: Array) -> Array:
         """Return what the logarithm of the reducible loss is linear in; the shape of `mixtures`."""

@@ -24,9 +24,11 @@ from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
 from mixtera_hpc.swarm.swarm_runs import SwarmRuns
 from mixtera_hpc.swarm.tables import SwarmTable, check_ratios, join_tables, read_table, table_text
 
-__all__ = ["MeasuredRuns", "SwarmFit", "fit_swarm", "range_curves"]
+__all__ = ["MeasuredRuns", "SwarmFit", "finite_or_none", "fit_swarm", "range_curves"]
 
 Array = NDArray[np.float64]
+Row = dict[str, float]
+"""Metric → its value, of one run."""
 
 EDGE = 1e-5
 """Shares that differ by less are equal: files have six decimals."""
@@ -65,13 +67,13 @@ class SwarmFit:
     fit: LossFit
     """The chosen regression, fitted to all runs."""
     checks: SwarmRuns
-    """Natural and uniform mixture and the proposal."""
+    """Runs with the natural mixture, the uniform mixture and the proposal, in this order."""
     check_losses: SwarmTable
-    """Held-out losses of those of them that have finished."""
+    """Held-out losses of the checks that have finished."""
     predicted: Array
-    """Predicted objective of each of them; shape (3,)."""
+    """Predicted objective of each check, in nats; shape (3,)."""
     uncertainty: Uncertainty
-    """Of these predictions; the first one is the proposal."""
+    """Uncertainty of the predictions for the proposal, the natural and the uniform mixture, in this order."""
 
     @property
     def proposal(self) -> Array:
@@ -80,13 +82,12 @@ class SwarmFit:
         return proposed
 
     def measured_check(self, place: int) -> float | None:
-        """Return the measured objective of one of the checks; None if it has not finished, or lacks a metric."""
+        """Return the measured objective of check number `place`; None if it has not finished, or lacks a metric."""
         name = self.checks.names[place]
         if name not in self.check_losses.runs:
             return None
         row = join_tables([self.check_losses], self.measured.metrics, np.nan).rows_of([name])[0]
-        value = float(mean_loss(row, self.measured.objective))
-        return value if np.isfinite(value) else None
+        return finite_or_none(float(mean_loss(row, self.measured.objective)))
 
     def at_edge(self) -> list[int]:
         """Return the domains whose proposed share ends at the measured range, though the bounds would allow more."""
@@ -107,7 +108,7 @@ class SwarmFit:
             "objective": dict(zip(self.measured.metrics, self.measured.objective.tolist(), strict=True)),
             "cross_validated_rmse": {candidate.law.name: candidate.rmse for candidate in self.validated},
             "constant_rmse": self.constant_rmse,
-            "rank_correlation": _known(self.chosen.rank_correlation),
+            "rank_correlation": finite_or_none(self.chosen.rank_correlation),
             "checks": [
                 {
                     "run": name,
@@ -117,10 +118,10 @@ class SwarmFit:
                 }
                 for place, name in enumerate(self.checks.names)
             ],
-            "predicted_deviation": _known(float(self.uncertainty.deviation[0])),
+            "predicted_deviation": finite_or_none(float(self.uncertainty.deviation[0])),
             "gain_probability": {
-                "natural": _known(float(self.uncertainty.gain_probability[1])),
-                "uniform": _known(float(self.uncertainty.gain_probability[2])),
+                "natural": finite_or_none(float(self.uncertainty.gain_probability[1])),
+                "uniform": finite_or_none(float(self.uncertainty.gain_probability[2])),
             },
         }
 
@@ -184,9 +185,6 @@ def _measured_runs(
     )
 
 
-Row = dict[str, float]
-
-
 def _gather(
     folder: SwarmFolder, proxies: SwarmRuns, own: SwarmTable, outside: Sequence[tuple[Path, Path]]
 ) -> tuple[dict[str, Array], dict[str, Row]]:
@@ -204,14 +202,14 @@ def _gather(
                     f"{ratios_path} gives run {run!r} another mixture than this swarm does.\n  Rename the run."
                 )
             ratios.setdefault(run, mixture)
-        found = _rows(read_table(metrics_path))
-        unknown = [run for run in found if run not in ratios]
+        rows = _rows(read_table(metrics_path))
+        unknown = [run for run in rows if run not in ratios]
         if unknown:
             raise DataError(
                 f"{metrics_path} has run {unknown[0]!r}, whose mixture is not known."
                 f"{did_you_mean(unknown[0], list(ratios))}\n  Add it to {ratios_path}."
             )
-        for run, row in found.items():
+        for run, row in rows.items():
             metrics[run] = {**metrics.get(run, {}), **row}
     return ratios, metrics
 
@@ -258,7 +256,8 @@ def _loss_array(folder: SwarmFolder, metrics: Mapping[str, Row], columns: Sequen
     return losses
 
 
-def _known(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """Return `value`; None if it is NaN or infinite, which JSON cannot hold."""
     return value if np.isfinite(value) else None
 
 

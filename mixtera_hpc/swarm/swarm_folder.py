@@ -1,4 +1,4 @@
-"""The folder of a swarm: its files, and the record of what was sampled.
+"""The folder of a swarm: its files, and the record of the sampled mixtures.
 
 <folder>/
   swarm.json                          configuration, domains, bounds and sampled mixtures
@@ -34,7 +34,7 @@ ARRAYS = ("sizes", "prior", "low", "high", "basis", "mixtures")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SwarmRecord:
-    """What was sampled. Two records with the same text are the same swarm."""
+    """The sampled mixtures and their configuration. Two records with the same text are the same swarm."""
 
     config: Config
     """The configuration of all proxies; its mixture is that of the overrides, not of a proxy."""
@@ -44,7 +44,7 @@ class SwarmRecord:
     """Names of the K domains."""
     keys: tuple[DomainKey, ...]
     sizes: NDArray[np.int64]
-    """Items of one epoch of each domain, without `mixture.fraction`; shape (K,)."""
+    """Items of one epoch of each domain. With `mixture.fraction`, an estimate for all samples; shape (K,)."""
     prior: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
@@ -113,7 +113,7 @@ class SwarmFolder:
 
     @property
     def record(self) -> Path:
-        """What was sampled."""
+        """The record of the sampled mixtures."""
         return self.path / "swarm.json"
 
     @property
@@ -160,7 +160,7 @@ class SwarmFolder:
         return [f"{self.name}-{number:03d}" for number in range(num)]
 
     def read(self) -> SwarmRecord:
-        """Return what was sampled.
+        """Return the record of the swarm.
 
         Raises:
             DataError: there is no swarm here, or its record is damaged.

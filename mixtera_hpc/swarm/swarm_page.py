@@ -4,17 +4,20 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mixtera_hpc.errors import pluralize
-from mixtera_hpc.report.html_page import page_styles
+from mixtera_hpc.report.html_page import page_text, table_text
 from mixtera_hpc.report.mixing.domain_names import common_property, shorten_names
 from mixtera_hpc.report.number_format import MISSING, format_count, format_loss, format_share
 from mixtera_hpc.report.plot_style import css_color, to_svg, use_plot_style
-from mixtera_hpc.swarm.swarm_fit import SwarmFit
+from mixtera_hpc.swarm.swarm_fit import SwarmFit, finite_or_none
 from mixtera_hpc.swarm.swarm_folder import SwarmFolder
 from mixtera_hpc.swarm.swarm_plots import CHECK_COLORS, CHECK_NAMES, SWARM_PLOTS, SwarmPlot, legend_of
 
 __all__ = ["swarm_page"]
+
+Array = NDArray[np.float64]
 
 MAX_METRICS = 40
 """Metrics with a column of effects; those with the largest effects."""
@@ -42,13 +45,7 @@ def swarm_page(folder: SwarmFolder, fit: SwarmFit) -> str:
         f"<footer>Mixtera-HPC · All numbers come from <code>{escape(folder.ratios.name)}</code>, "
         f"<code>{escape(folder.metrics.name)}</code> and the runs of the swarm.</footer>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Swarm {escape(folder.name)}</title>\n<style>\n{page_styles()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return page_text(f"Swarm {folder.name}", body)
 
 
 def _header(folder: SwarmFolder, fit: SwarmFit) -> str:
@@ -75,7 +72,7 @@ def _tiles(fit: SwarmFit) -> str:
         tiles.append(("Measured gain", f"{natural - measured:.3f}", "nats, over the natural mixture"))
     tiles += [
         ("Error", f"{fit.chosen.rmse:.3f}", f"nats, cross-validated; constant: {fit.constant_rmse:.3f}"),
-        ("Rank correlation", format_loss(_or_none(fit.chosen.rank_correlation), 2), "predicted and measured"),
+        ("Rank correlation", format_loss(finite_or_none(fit.chosen.rank_correlation), 2), "predicted and measured"),
     ]
     cells = "".join(
         f'<div class="tile"><span>{label}</span><b>{value}</b><span>{note}</span></div>' for label, value, note in tiles
@@ -84,7 +81,7 @@ def _tiles(fit: SwarmFit) -> str:
 
 
 def _notices(folder: SwarmFolder, fit: SwarmFit) -> Iterable[str]:
-    """Yield what a reader must not miss."""
+    """Yield warnings as HTML text, one or two sentences each."""
     if fit.chosen.rmse > WEAK * fit.constant_rmse:
         yield (
             f"The regression predicts little: its error is {fit.chosen.rmse / max(fit.constant_rmse, 1e-12):.0%} of "
@@ -135,8 +132,8 @@ def _plot(fit: SwarmFit, plot: SwarmPlot) -> str:
 def _check_table(fit: SwarmFit) -> str:
     """Return predicted and measured losses of the proposal and of the mixtures that it is compared with."""
     rows = []
-    for place in (2, 0, 1):
-        order = (2, 0, 1).index(place)
+    # The uncertainty has the proposal first, the checks have it last.
+    for order, place in enumerate((2, 0, 1)):
         deviation = float(fit.uncertainty.deviation[order])
         probability = float(fit.uncertainty.gain_probability[order])
         rows.append(
@@ -161,8 +158,7 @@ def _check_table(fit: SwarmFit) -> str:
 def _domain_table(fit: SwarmFit) -> str:
     record = fit.record
     slopes = fit.fit.gradient(fit.proposal) @ (fit.measured.objective / fit.measured.objective.sum())
-    # What one more percent of a domain changes if all others shrink in proportion.
-    effect = (slopes - slopes @ fit.proposal) / np.maximum(1 - fit.proposal, 1e-9) / 100
+    effect = _effects(fit, slopes)
     target = record.config.swarm.target_tokens
     names = shorten_names(record.names)
     rows = []
@@ -176,7 +172,7 @@ def _domain_table(fit: SwarmFit) -> str:
                 format_share(float(fit.checks.mixtures[0, domain])),
                 format_share(float(record.high[domain])),
                 f"{format_share(low)} – {format_share(high)}",
-                f"{effect[domain] * 1000:+.2f}",
+                f"{effect[domain]:+.2f}",
                 _epochs(fit, domain, target),
                 format_count(int(record.sizes[domain])),
             ]
@@ -202,10 +198,24 @@ def _epochs(fit: SwarmFit, domain: int, target: int | None) -> str:
     return f"{float(fit.proposal[domain]) * target / size:.2f}"
 
 
+def _effects(fit: SwarmFit, slopes: Array) -> Array:
+    """Return the change of losses by 1 % more of each domain, if all others shrink in proportion.
+
+    Args:
+        fit: the fit, whose proposal is the point of the derivatives.
+        slopes: derivatives of one or more losses by the shares; shape (K,) or (K, M), nats.
+
+    Returns:
+        Thousandths of a nat; shape of `slopes`.
+    """
+    others = np.maximum(1 - fit.proposal, 1e-9)
+    effects: Array = 10 * ((slopes - fit.proposal @ slopes).T / others).T
+    return effects
+
+
 def _effect_table(fit: SwarmFit) -> str:
-    """Return what one more percent of each domain does to every metric."""
-    slopes = fit.fit.gradient(fit.proposal)
-    effect = (slopes - fit.proposal @ slopes) / np.maximum(1 - fit.proposal, 1e-9)[:, None] * 10
+    """Return the change of every metric by one more percent of each domain."""
+    effect = _effects(fit, fit.fit.gradient(fit.proposal))
     shown = np.sort(np.argsort(-np.abs(effect).max(axis=0), kind="stable")[:MAX_METRICS])
     metric_names = shorten_names(fit.measured.metrics)
     names = shorten_names(fit.record.names)
@@ -227,8 +237,8 @@ def _regression_table(fit: SwarmFit) -> str:
         [
             f"{candidate.law.name}{' (chosen)' if candidate is fit.chosen else ''}",
             f"{candidate.rmse:.4f}",
-            format_loss(_or_none(candidate.objective_rmse), 4),
-            format_loss(_or_none(candidate.rank_correlation), 2),
+            format_loss(finite_or_none(candidate.objective_rmse), 4),
+            format_loss(finite_or_none(candidate.rank_correlation), 2),
             f"{candidate.ridge:g}",
         ]
         for candidate in fit.validated
@@ -256,17 +266,9 @@ def _next_commands(folder: SwarmFolder) -> str:
 
 
 def _table(title: str, caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{column}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return (
-        f"<section><h2>{title}</h2><p>{caption}</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
-    )
+    table_rows = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
+    return f"<section><h2>{title}</h2><p>{caption}</p>{table_text(columns, table_rows)}</section>"
 
 
 def _swatch(color: str) -> str:
     return f'<span class="swatch" style="background: {css_color(color)}"></span>'
-
-
-def _or_none(value: float) -> float | None:
-    return value if np.isfinite(value) else None

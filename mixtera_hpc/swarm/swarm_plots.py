@@ -35,15 +35,15 @@ class SwarmPlot:
     title: str
     caption: str
     draw: Callable[[SwarmFit, bool], Figure]
-    """Draws it wide, or narrow for a phone."""
+    """A function that draws the plot: wide (True), or narrow for a phone (False)."""
     has_legend: bool = False
-    """Whether the wide plot needs a legend too."""
+    """True if the wide plot needs a legend too."""
 
 
 def _axes(
     wide: bool, height: float, *, top: float = 0.36, left: float = 0.62, right: float = 0.2
 ) -> tuple[Figure, Any]:
-    """Create a figure with empty axes; margins are in inches."""
+    """Create a figure with empty axes; height and margins are in inches."""
     width = 9.4 if wide else 3.9
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((left / width, 0.42 / height, 1 - (left + right) / width, 1 - (0.42 + top) / height))
@@ -121,7 +121,10 @@ def sensitivity_plot(fit: SwarmFit, wide: bool) -> Figure:
     shares, values = range_curves(fit, NUM_POINTS)
     shown = np.argsort(-np.ptp(values, axis=1), kind="stable")[:MAX_CURVES]
     names = shorten_names(fit.record.names)
-    figure, axes = _axes(wide, 3.8 if wide else 3.0, right=2.0 if wide else 0.2)
+    if wide:
+        figure, axes = _axes(wide, 3.8, right=2.0)
+    else:
+        figure, axes = _axes(wide, 3.0)
     for place, domain in enumerate(shown.tolist()):
         color = PALETTE[place]
         axes.plot(shares[domain], values[domain], color=color, label=names[domain])

@@ -64,9 +64,8 @@ class EarlierSwarm:
 
         # The group is as likely as its domains were together.
         together = 1 - float(space.prior[new].sum())
-        prior = space.prior.copy()
-        prior[old > 0] = 0.0
-        prior = np.where(np.isin(np.arange(len(prior)), new), space.prior, together * old / old.sum())
+        is_new = np.isin(np.arange(len(space.names)), new)
+        prior = np.where(is_new, space.prior, together * old / old.sum())
         grouped = MixtureSpace(names=space.names, prior=prior, low=space.low, high=space.high, basis=basis)
         grouped.check()
         return grouped
@@ -76,8 +75,8 @@ def open_earlier(folder: SwarmFolder, config: Config) -> EarlierSwarm:
     """Open a swarm that has a proposal.
 
     Args:
-        folder: of the earlier swarm.
-        config: of the new one.
+        folder: the folder of the earlier swarm.
+        config: the configuration of the new swarm.
 
     Raises:
         DataError: there is no swarm, or it has no proposal yet.

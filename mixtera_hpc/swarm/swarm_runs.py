@@ -45,7 +45,7 @@ class SwarmRuns:
 
     @classmethod
     def checks(cls, folder: SwarmFolder, record: SwarmRecord, proposal: NDArray[np.float64]) -> "SwarmRuns":
-        """Return the runs that a proposal is compared with, and its own: natural, uniform, proposal."""
+        """Return the runs that check a proposal: natural mixture, uniform mixture and proposal, in this order."""
         space = record.space
         natural = mixture_within(space, record.sizes / float(record.sizes.sum()))
         mixtures = written_weights(np.stack([natural, uniform_mixture(space), proposal]))
@@ -110,5 +110,6 @@ def _held_out_losses(folder: RunFolder, names: Sequence[str]) -> list[float]:
             f"{folder.path} has finished without a validation, so it has no held-out losses.\n  Set query.holdout."
             "fraction and training.validate_every, or call DataPlane.held_out in your own loop, and sample again."
         )
-    found: Mapping[str, float | None] = dict(zip(chunks[0]["domains"], validations[-1]["domain_loss"], strict=True))
-    return [np.nan if (loss := found.get(name)) is None else loss for name in names]
+    domains = chunks[0]["domains"]
+    losses: Mapping[str, float | None] = dict(zip(domains, validations[-1]["domain_loss"], strict=True))
+    return [np.nan if (loss := losses.get(name)) is None else loss for name in names]

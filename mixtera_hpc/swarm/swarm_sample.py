@@ -34,7 +34,7 @@ def sample_swarm(
     Args:
         folder: where the swarm is written.
         config: the configuration of the proxies. Its mixture gives domains, prior and bounds.
-        overrides: as typed.
+        overrides: the overrides as typed.
         earlier: an earlier swarm over some of the domains, whose proposal keeps its ratios.
 
     Raises:
@@ -120,13 +120,13 @@ def _space(source: Source, present: NDArray[np.int64]) -> MixtureSpace:
 
 
 def _whole_sizes(config: Config, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the items that the domains have without `mixture.fraction`; shape (K,)."""
+    """Return an estimate of the items that the domains have without `mixture.fraction`; shape (K,)."""
     fractions = domain_fractions(config.mixture, len(sizes))
     return sizes if fractions is None else np.rint(sizes / np.array(fractions)).astype(np.int64)
 
 
 def _check_same_domains(record: SwarmRecord, sizes: NDArray[np.int64]) -> None:
-    """Open the data with a mixture as proxies have it, and compare the domains: their keys are written out there."""
+    """Refuse domains whose samples change when their keys are written out, as the mixtures of proxies have them."""
     if not len(record.mixtures):
         return
     mixture = static_mixture(record.config.mixture, record.keys, record.mixtures[0])
@@ -155,7 +155,7 @@ def _check_extends(folder: SwarmFolder, record: SwarmRecord) -> None:
 
 
 def _identity(record: SwarmRecord) -> dict[str, object]:
-    """Return what must stay when proxies are added."""
+    """Return the values that must not change when proxies are added."""
     plain = record.to_plain()
     config = dict(plain["config"])
     for group in ("swarm", "job", "cluster", "run", "plan", "track"):

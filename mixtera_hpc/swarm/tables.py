@@ -44,7 +44,7 @@ def read_table(path: Path) -> SwarmTable:
     """Read `ratios.csv` or `metrics.csv`.
 
     Raises:
-        DataError: the file is missing or damaged, a number is none, or a run occurs twice.
+        DataError: the file is missing or damaged, a cell is not a number, or a run occurs twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -100,7 +100,7 @@ def check_ratios(path: Path, table: SwarmTable, names: Sequence[str]) -> SwarmTa
     """Return the table with the columns `names`, and rows of sum 1; absent columns are 0.
 
     Raises:
-        DataError: a column is no domain, or the shares of a run are none.
+        DataError: a column is not a domain, or the shares of a run are invalid.
     """
     for column in table.columns:
         if column not in names:

@@ -2,9 +2,10 @@
 
     python -m mixtera_hpc.testing.markov_corpus FOLDER
 
-Each source has symbols of its own, so a model knows the source from the first symbol. What the sources need differs:
+Each source has symbols of its own, so a model knows the source from the first symbol. Sources differ in what can be
+learned:
 
-- `noise`: independent uniform symbols. There is nothing to learn but which symbols there are.
+- `noise`: independent uniform symbols. Only the set of symbols can be learned.
 - `cycle`: the alphabet in its order. A model knows it after a few steps.
 - `chain` and `branch`: every symbol has three successors of different probability. The two differ in nothing but
   their symbols and their amount of data, and their loss falls with every sequence of them that is served.

@@ -262,7 +262,7 @@ def play(site: Site, kind: str, chance: random.Random) -> dict[str, Any]:
 
 
 def compare(folder: Path) -> str:
-    """Disturb one run of two, and compare what they have trained; return the proof."""
+    """Disturb one of two runs and compare their losses; return the proof."""
     chance = random.Random(0)
     calm = Site(folder, "calm", COMPARED_STEPS)
     with _submitted(calm):
@@ -273,7 +273,8 @@ def compare(folder: Path) -> str:
             print(json.dumps({"kind": kind, **play(site, kind, chance)}), flush=True)
         site.wait(lambda: site.status()["state"] == "COMPLETED", COMPARED_END_S, "the end of the disturbed run")
 
-    losses, expected = _losses(site.run), _losses(calm.run)
+    losses = _losses(site.run)
+    expected = _losses(calm.run)
     different = [step for step in range(COMPARED_STEPS) if losses.get(step) != expected.get(step)]
     _check(not different, f"{len(different)} of {COMPARED_STEPS} losses differ, the first in step {different[:1]}")
     return f"{COMPARED_STEPS} losses are equal bit for bit. {_verified(site)}"
@@ -321,6 +322,7 @@ def main() -> int:
 
 
 def _play_rounds(folder: Path, arguments: argparse.Namespace) -> None:
+    """Submit one run, damage it in every round, and print what each round measured."""
     site = Site(folder)
     with _submitted(site):
         chance = random.Random(arguments.seed)

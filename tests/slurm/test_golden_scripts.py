@@ -12,9 +12,10 @@ import pytest
 
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.composition.conf_folders import conf_dir
+from mixtera_hpc.config.job_shape import can_start
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.launch.batch.templates import EXAMPLE_ENVIRONMENTS, supports, templates
+from mixtera_hpc.launch.batch.templates import EXAMPLE_ENVIRONMENTS, templates
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -39,7 +40,7 @@ def job(cluster: str, environment: str = "none") -> Config:
 def pairs() -> tuple[tuple[str, str], ...]:
     """Return every cluster with every environment that its srun can start."""
     clusters = [(name, job(name).cluster) for name in CLUSTERS]
-    return tuple((name, kind) for name, shape in clusters for kind in EXAMPLE_ENVIRONMENTS if supports(shape, kind))
+    return tuple((name, kind) for name, shape in clusters for kind in EXAMPLE_ENVIRONMENTS if can_start(shape, kind))
 
 
 def golden_file(cluster: str, environment: str) -> Path:

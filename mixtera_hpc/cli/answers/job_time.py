@@ -21,7 +21,7 @@ class JobTime:
 
     step_s: float
     origin: str
-    """Where the number is from, for people."""
+    """Source of `step_s`, as messages name it."""
     num_nodes: int
     num_devices: int
     """GPUs of the job, or its ranks on a cluster without GPUs."""

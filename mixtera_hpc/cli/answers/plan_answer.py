@@ -22,7 +22,7 @@ from mixtera_hpc.dataplane.reading.residency.decode_cost import JobShape, check_
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.resume.run_identity import data_of_run
 from mixtera_hpc.dataplane.sample_subset import SampleSubset
-from mixtera_hpc.errors import ConfigError, MixtureError, pluralize
+from mixtera_hpc.errors import ConfigError, MixtureError, list_names, pluralize
 from mixtera_hpc.formats.codecs.positioned_reads import MAX_UNUSED
 from mixtera_hpc.trace.forecast import MixtureForecast, forecast_mixture, sampled_chunks
 from mixtera_hpc.trace.list import planned_sequences
@@ -142,16 +142,15 @@ def _print_forecast(source: Source, forecast: MixtureForecast) -> None:
 
 
 def _print_fractions(source: Source) -> None:
-    """Print which share of its training samples each domain is limited to."""
+    """Print the fraction of its training samples that each domain is limited to."""
     fractions = domain_fractions(source.config.mixture, source.num_domains)
     if fractions is None or source.subset.split != "train":
         return
     if len(set(fractions)) == 1:
         text = f"all domains {fractions[0]:g}"
     else:
-        limited = [f"{name} {f:g}" for name, f in zip(source.names, fractions, strict=True) if f < 1]
-        more = f" and {len(limited) - MAX_NAMES} more" if len(limited) > MAX_NAMES else ""
-        text = ", ".join(limited[:MAX_NAMES]) + more
+        pairs = zip(source.names, fractions, strict=True)
+        text = list_names([f"{name} {fraction:g}" for name, fraction in pairs if fraction < 1], MAX_NAMES)
     open_console().print(f"Fraction of the training samples: {text}. Sizes, weights and epochs refer to these samples.")
 
 
@@ -163,10 +162,9 @@ def _print_learning(config: Config, subset: SampleSubset) -> None:
     if subset.split == "train" and config.query.holdout.fraction > 0:
         without = domains_without_held_out(config, subset)
         if without:
-            more = f" and {len(without) - MAX_NAMES} more" if len(without) > MAX_NAMES else ""
             open_console().print(
-                f"No held-out loss of {', '.join(without[:MAX_NAMES])}{more}: their held-out samples do not fill a "
-                "sequence. Raise query.holdout.fraction."
+                f"No held-out loss of {list_names(without, MAX_NAMES)}: their held-out samples do not fill a sequence. "
+                "Raise query.holdout.fraction."
             )
 
 

@@ -10,8 +10,8 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.launch.sweep.sweep_record import RecordedSweep, SweepRecord
 from mixtera_hpc.report.run_metrics import RunMetrics, load_run_metrics
 from mixtera_hpc.report.scaling.run_groups import unlike_conditions
-from mixtera_hpc.report.scaling.scaling_model import model_constants, model_scaling
-from mixtera_hpc.report.scaling.scaling_table import scaling_table
+from mixtera_hpc.report.scaling.scaling_model import ModelConstants, ModelRow, model_constants, model_scaling
+from mixtera_hpc.report.scaling.scaling_table import ScalingRow, scaling_table
 
 __all__ = ["compare_runs", "compare_sweep", "find_sweep"]
 
@@ -71,11 +71,26 @@ def compare_runs(
     constants = model_constants(max(runs, key=lambda metrics: int(metrics.steps.num_ranks[-1])))
     modelled = model_scaling(constants, model_nodes) if model_nodes is not None else []
     if as_json:
-        for row in rows:
-            print_json({**dataclasses.asdict(row), "binding_stage": row.binding_stage})
-        for model_row in modelled:
-            print_json({"model": dataclasses.asdict(model_row)})
+        _print_json(rows, modelled)
         return
+    files = _print_and_write(rows, modelled, constants, folder)
+    for note in unlike_conditions(runs):
+        print(f"note: {note}")
+    for path in files:
+        print(path)
+
+
+def _print_json(rows: Sequence[ScalingRow], modelled: Sequence[ModelRow]) -> None:
+    for row in rows:
+        print_json({**dataclasses.asdict(row), "binding_stage": row.binding_stage})
+    for model_row in modelled:
+        print_json({"model": dataclasses.asdict(model_row)})
+
+
+def _print_and_write(
+    rows: Sequence[ScalingRow], modelled: Sequence[ModelRow], constants: ModelConstants, folder: Path
+) -> list[Path]:
+    """Print the tables, write the files, and return their paths."""
     # Imported here because they import matplotlib and rich, which take half a second.
     from mixtera_hpc.report.scaling.scaling_files import write_model, write_scaling_files
     from mixtera_hpc.report.scaling.scaling_text import limits_text, model_text, scaling_text
@@ -87,10 +102,7 @@ def compare_runs(
     if modelled:
         console.print(model_text(modelled, constants))
         files.append(write_model(modelled, folder))
-    for note in unlike_conditions(runs):
-        print(f"note: {note}")
-    for path in files:
-        print(path)
+    return files
 
 
 def _recorded_runs(sweep: RecordedSweep) -> list[RunMetrics]:

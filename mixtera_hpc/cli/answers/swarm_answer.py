@@ -1,7 +1,6 @@
 """The four actions of `mixtera-hpc swarm`."""
 
 import argparse
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -140,7 +139,7 @@ def _fit_settings(record: SwarmRecord, overrides: list[str]) -> SwarmConfig:
     composed = compose_plain(overrides)["swarm"]
     settings = from_plain(SwarmConfig, {**to_plain(record.config.swarm), **{key: composed[key] for key in keys}})
     raise_problems(swarm_problems(settings))
-    return replace(settings)
+    return settings
 
 
 def _print_mixtures(folder: SwarmFolder, record: SwarmRecord) -> None:

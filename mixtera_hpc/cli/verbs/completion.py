@@ -41,7 +41,7 @@ compdef _mixtera_hpc mixtera-hpc
 complete -c mixtera-hpc -a '(mixtera-hpc completion --line=(commandline -cp) 2>/dev/null)'
 """,
 }
-"""Shell → the code that it has to run."""
+"""Name of a shell → the code that enables completion in it."""
 
 
 def arguments(parser: ArgumentParser) -> None:

@@ -72,7 +72,7 @@ def _compare_scaling(args: Namespace) -> None:
     from mixtera_hpc.cli.answers.scaling_answer import compare_runs, compare_sweep, find_sweep
 
     if args.model is not None and args.model < 1:
-        raise ConfigError(f"--model is {args.model}, but a job has at least 1 node.")
+        raise ConfigError(f"--model is {args.model}, but a job has at least 1 node.\n  Give 1 or more.")
     sweep = find_sweep(args.runs[0], args.root or runs_root()) if len(args.runs) == 1 else None
     if sweep is not None:
         compare_sweep(sweep, args.out, as_json=args.json, model_nodes=args.model)

@@ -37,10 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train, submit: not the proxies, but the proposal, and the natural and the uniform mixture beside it",
     )
-    parser.add_argument(
-        "--ratios", metavar="FILE", type=Path, help="fit: mixtures of other runs (default: those of the proxies)"
-    )
-    parser.add_argument("--metrics", metavar="FILE", type=Path, help="fit: losses that were measured elsewhere")
+    _add_table_arguments(parser)
     add_submit_arguments(parser)
     parser.epilog = """\
 Example:
@@ -51,6 +48,14 @@ Example:
   mixtera-hpc swarm train pilot --check
   MIXTERA_CONF=pilot mixtera-hpc plan experiment=demo mixture=pilot-proposal
 Repeating `train` or `submit` continues with the proxies that have not finished."""
+
+
+def _add_table_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the tables of runs that were trained elsewhere."""
+    parser.add_argument(
+        "--ratios", metavar="FILE", type=Path, help="fit: mixtures of other runs (default: those of the proxies)"
+    )
+    parser.add_argument("--metrics", metavar="FILE", type=Path, help="fit: losses that were measured elsewhere")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,8 +73,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     _check_unused(args, {"--reuse": args.reuse}, ("sample",))
     _check_unused(args, {"--check": args.check}, ("train", "submit"))
     _check_unused(args, {"--ratios": args.ratios, "--metrics": args.metrics}, ("fit",))
-    _check_unused(args, {"--max-parallel": args.max_parallel, "--yes": args.yes}, ("submit",))
-    _check_unused(args, {"--dry-run": args.dry_run}, ("submit",))
+    submit_options = {"--max-parallel": args.max_parallel, "--yes": args.yes, "--dry-run": args.dry_run}
+    _check_unused(args, submit_options, ("submit",))
     if args.overrides and args.action in ("train", "submit"):
         raise ConfigError(
             f"swarm {args.action} takes no overrides, but got {args.overrides[0]!r}: all proxies have those of swarm "

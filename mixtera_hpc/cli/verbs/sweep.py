@@ -144,7 +144,7 @@ def _run_here(plan: SweepPlan) -> int:
 
 
 def _wait_and_report(plan: SweepPlan) -> int:
-    """Wait for all runs of the sweep, compare them, and return 1 if one is not complete."""
+    """Wait for all runs of the sweep, compare them, and return the exit code: 1 if one is not complete, else 0."""
     folders = [folder for point in plan.points if (folder := point.record.runs().get(point.fingerprint))]
     states = {}
     for status in wait_for_runs(folders):
@@ -170,12 +170,8 @@ def _print_plan(plan: SweepPlan, is_local: bool) -> None:
     if not plan.due:
         print(f"{plan.num_finished} of {len(plan.points)} done, nothing to submit.")
     verb = "run" if is_local else "submit"
-    cost = (
-        ""
-        if is_local
-        else (f": {plan.node_hours_of_one_job:g} node-hours with one job per run, at most {plan.node_hours:g}")
-    )
-    print(f"{len(plan.due)} of {len(plan.points)} runs to {verb}{cost}")
+    cost = f": {plan.node_hours_of_one_job:g} node-hours with one job per run, at most {plan.node_hours:g}"
+    print(f"{len(plan.due)} of {len(plan.points)} runs to {verb}{'' if is_local else cost}")
 
 
 def _confirm(node_hours: float, args: Namespace) -> None:

@@ -40,8 +40,8 @@ def cost_problems(plane: DataPlaneConfig, transform: str | None) -> list[str]:
         )
     if plane.sample_budget is None:
         problems.append(
-            "dataplane.sample_cost is transform, but dataplane.sample_budget is not set, so nobody would use the "
-            "costs. Set it, or remove dataplane.sample_cost."
+            "dataplane.sample_cost is transform, but dataplane.sample_budget is not set, so the costs would "
+            "have no effect. Set it, or remove dataplane.sample_cost."
         )
     if plane.balance == "cost":
         problems.append(

@@ -73,10 +73,10 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """What the nodes of a cluster look like, and how ranks are started on them."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    """Where the ranks of a job find Python and its packages."""
+    """The Python interpreter and packages of the ranks of a job."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    """What `mixtera-hpc sweep` compares."""
+    """The comparison that `mixtera-hpc sweep` makes."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """What `mixtera-hpc plan` prints."""
     swarm: SwarmConfig = field(default_factory=SwarmConfig)
-    """How `mixtera-hpc swarm` samples mixtures and proposes one."""
+    """The mixtures that `mixtera-hpc swarm` samples, and the regression that proposes one."""

@@ -125,7 +125,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentConfig:
-    """Where the ranks of a job find Python and its packages."""
+    """The Python interpreter and packages of the ranks of a job."""
 
     kind: Literal["none", "venv", "uenv", "container"] = "none"
     """The interpreter that submits, a virtual environment, a uenv of CSCS, or a container that srun starts."""

@@ -1,4 +1,4 @@
-"""Settings of the group `swarm`: how `mixtera-hpc swarm` samples mixtures and proposes one."""
+"""Settings of the group `swarm`: the mixtures of proxy runs, and the regression that proposes a mixture."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +8,7 @@ __all__ = ["SwarmConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmConfig:
-    """How `mixtera-hpc swarm` samples mixtures for proxy runs, and how it proposes a mixture from their losses."""
+    """The mixtures that `mixtera-hpc swarm` samples for proxy runs, and the regression that proposes a mixture."""
 
     num_proxies: int | None = None
     """Number of proxy runs. Null means three per domain, and at least 8."""

@@ -1,4 +1,4 @@
-"""Settings of the group `sweep`: what `mixtera-hpc sweep` compares."""
+"""Settings of the group `sweep`: the comparison that `mixtera-hpc sweep` makes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,10 +8,11 @@ __all__ = ["SweepConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepConfig:
-    """What `mixtera-hpc sweep` compares."""
+    """The comparison that `mixtera-hpc sweep` makes."""
 
     scaling: Literal["none", "strong", "weak"] = "none"
-    """What stays the same while `job.nodes` or `job.ranks_per_node` grows: with `strong` the global batch, with `weak`
-    the batch of a node, which `dataplane.global_batch_size` gives then. `none`: the values are taken as they are."""
+    """The batch that stays constant while `job.nodes` or `job.ranks_per_node` grows. `strong`: the global batch.
+    `weak`: the batch of a node; `dataplane.global_batch_size` then means the batch of one node. `none`: values are
+    not changed."""
     batch_per_node: int | None = None
     """Sequences per node of a run of a weak sweep; `mixtera-hpc sweep` records it."""

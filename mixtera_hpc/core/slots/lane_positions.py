@@ -85,9 +85,9 @@ class ServedRanges(NamedTuple):
         ordinal = (np.repeat(self.first, self.size) + number)[in_order]
         slots = []
         for (first, stop), own in zip(pairwise(_borders(step, len(positions))), positions, strict=True):
-            of_step = slice(first, stop)
-            rotated = (_rotated(column[of_step], lanes)[own] for column in (domain, ordinal))
-            slots.append(Slots(domain=next(rotated), ordinal=next(rotated)))
+            domain_of_step = _rotated(domain[first:stop], lanes)
+            ordinal_of_step = _rotated(ordinal[first:stop], lanes)
+            slots.append(Slots(domain=domain_of_step[own], ordinal=ordinal_of_step[own]))
         return slots
 
 
@@ -152,7 +152,7 @@ def _count_up(sizes: Ints) -> Ints:
 
 
 def _borders(step: Ints, num_steps: int) -> list[int]:
-    """Return where every step begins among ascending numbers of steps, and the number of entries."""
+    """Return the position at which every step begins in ascending step numbers, then the number of entries."""
     borders: list[int] = np.searchsorted(step, np.arange(num_steps + 1)).tolist()
     return borders
 
@@ -173,6 +173,8 @@ def _rotated(values: NDArray[Any], lanes: int) -> NDArray[Any]:
 
 
 def _stable_order(key: Ints, num_keys: int) -> NDArray[np.intp]:
-    """Return the stable order of keys in [0, num_keys)."""
+    """Return the stable order of keys in [0, num_keys); shape of `key`."""
     # Small integers are sorted by their digits, in linear time.
-    return np.argsort(key.astype(np.uint16) if num_keys < 1 << 16 else key, kind="stable")
+    if num_keys < 1 << 16:
+        key = key.astype(np.uint16)
+    return np.argsort(key, kind="stable")

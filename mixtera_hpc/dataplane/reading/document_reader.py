@@ -24,7 +24,7 @@ from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, ReadPlace
 from mixtera_hpc.tokens.chat_tokens import split_marks
 from mixtera_hpc.tokens.definition import AddedTokens
 
-__all__ = ["DocumentReader", "PackedTokens", "RowsOnDisk", "take"]
+__all__ = ["DocumentReader", "PackedTokens", "RowsInReadOrder", "take"]
 
 LAST_DOCUMENTS_BYTES = 32 << 20
 """Tokens of documents that stay in memory, because a later sequence begins inside them."""
@@ -46,8 +46,8 @@ class PackedTokens(NamedTuple):
     """False for the tokens of a conversation that are not trained; None if there are no conversations."""
 
 
-class RowsOnDisk(NamedTuple):
-    """Rows in the order in which they were read."""
+class RowsInReadOrder(NamedTuple):
+    """Rows in the order in which they were read from disk."""
 
     rows: list[Any]
     places: NDArray[np.intp]
@@ -131,13 +131,13 @@ class DocumentReader:
             _, oldest = self._last_documents.popitem(last=False)
             self._last_documents_bytes -= oldest.nbytes
 
-    def payloads(self, documents: Documents) -> RowsOnDisk:
+    def payloads(self, documents: Documents) -> RowsInReadOrder:
         """Return the raw rows of `documents`."""
-        return self._rows_on_disk(documents, raw=True)
+        return self._read_rows(documents, raw=True)
 
     def texts(self, documents: Documents) -> list[Any]:
         """Return the texts of `documents`, or their token ids where a shard holds these."""
-        texts = self._rows_on_disk(documents, raw=False)
+        texts = self._read_rows(documents, raw=False)
         return take(texts.rows, texts.places)
 
     def close(self) -> None:
@@ -145,13 +145,13 @@ class DocumentReader:
         self._rows.close()
         self._gather.close()
 
-    def _rows_on_disk(self, documents: Documents, *, raw: bool) -> RowsOnDisk:
+    def _read_rows(self, documents: Documents, *, raw: bool) -> RowsInReadOrder:
         disk_order = np.argsort(_row_key(documents.block, documents.row))
         read = self._rows.read(documents.select(disk_order), raw=raw)
         self.place.enter(PACK)
         index = np.empty_like(disk_order)
         index[disk_order[read.positions]] = np.arange(len(disk_order))
-        return RowsOnDisk(read.rows, index)
+        return RowsInReadOrder(read.rows, index)
 
     def _read_texts(self, documents: Documents, last_of_run: Sequence[int]) -> NDArray[np.int32]:
         """Tokenize documents, and return their wanted tokens, special tokens and marks of conversations included."""
@@ -166,18 +166,19 @@ class DocumentReader:
         """Concatenate the wanted tokens of each document, with the special tokens that begin and end it."""
         first = documents.first
         last = documents.last
-        # Two or three segments per document. Most documents are wanted whole; only the others are sliced in Python.
-        fixed = [part for part in ([self._before], None, [self._after]) if part is None or len(part[0])]
-        num_segments = len(fixed)
+        # Segments of a document: special tokens before it, its own tokens (None), special tokens after it. There is no
+        # segment for special tokens that are empty. Most documents are wanted whole; only the others are sliced.
+        template = [part for part in (self._before, None, self._after) if part is None or len(part)]
+        num_segments = len(template)
         segments = [_NO_TOKENS] * (num_segments * len(tokens))
-        for number, part in enumerate(fixed):
-            segments[number::num_segments] = tokens if part is None else part * len(tokens)
+        for number, part in enumerate(template):
+            segments[number::num_segments] = tokens if part is None else [part] * len(tokens)
         chat_blocks = self._source.layout.chat_blocks
         if chat_blocks is not None:
             # A chat template writes all special tokens itself.
             for i in np.flatnonzero(chat_blocks[documents.block]).tolist():
                 own = slice(num_segments * i, num_segments * (i + 1))
-                segments[own] = [tokens[i] if part is None else _NO_TOKENS for part in fixed]
+                segments[own] = [tokens[i] if part is None else _NO_TOKENS for part in template]
         cut = np.flatnonzero((first > 0) | (last < documents.size))
         for i, begin, end in zip(cut.tolist(), first[cut].tolist(), last[cut].tolist(), strict=True):
             for segment in range(num_segments * i, num_segments * (i + 1)):

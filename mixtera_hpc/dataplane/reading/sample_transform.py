@@ -64,10 +64,10 @@ class ServedSample:
 
 @dataclass(frozen=True, slots=True)
 class CostedSample:
-    """A sample and its cost: what a `data.transform` function returns with `dataplane.sample_cost=transform`."""
+    """A sample and its cost. A `data.transform` function returns it with `dataplane.sample_cost=transform`."""
 
     sample: Any
-    """What the trainer gets."""
+    """The sample that the trainer gets."""
     cost: float
     """At least 0 and at most `dataplane.sample_budget`, for example the number of text and image tokens."""
 

@@ -34,7 +34,7 @@ _logger = logging.getLogger("mixtera_hpc")
 def find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, as the end of a sentence, or None if it is complete."""
     try:
-        # A pipe in place of the file would wait for ever.
+        # Reading a pipe in place of the file would block forever.
         plain = parse_json((path / CONTENTS_FILE).read_text()) if (path / CONTENTS_FILE).is_file() else None
     except (OSError, ValueError) as error:
         return f"{CONTENTS_FILE} cannot be read ({error})"
@@ -50,7 +50,8 @@ def find_damage(path: Path) -> str | None:
         return f"{CONTENTS_FILE} is of step {contents.step}"
     if PLANE_STATE_FILE not in contents.files:
         return f"{CONTENTS_FILE} does not list {PLANE_STATE_FILE}"
-    return next((damage for name, file in contents.files.items() if (damage := _damage_of(path / name, file))), None)
+    damages = (_damage_of(path / name, file) for name, file in contents.files.items())
+    return next(filter(None, damages), None)
 
 
 class _File(msgspec.Struct):

@@ -165,7 +165,7 @@ def _checked_mixtures(point: ForkPoint, forks: Sequence[Fork]) -> list[MixtureCo
 
 
 def _copy_events(point: ForkPoint, stream: str, child: RunFolder) -> None:
-    """Give the new run the events of its parent up to the checkpoint."""
+    """Copy the events of the parent up to the checkpoint to the new run."""
     path = point.parent.metric(stream)
     if not path.is_file():
         return
@@ -180,14 +180,15 @@ def _copy_events(point: ForkPoint, stream: str, child: RunFolder) -> None:
 
 
 def _end_at_checkpoint(child: RunFolder, config: Config) -> None:
-    """Let the parent's last attempt end as one that has saved, and is to train to the end of the new run."""
+    """Record that the parent's last attempt saved at the checkpoint, and that the run has the steps of the new one."""
     attempts = child.attempts()
     if attempts:
         end_attempt(child, max(attempts), ExitRecord(exit_code=SavedAndStopped.exit_code, elapsed_s=0))
-    lines = child.metric("attempts").read_bytes().splitlines() if child.metric("attempts").is_file() else []
+    path = child.metric("attempts")
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     if lines:
         last = msgspec.json.decode(lines[-1]) | {"num_steps": config.training.num_steps}
-        child.metric("attempts").write_bytes(b"\n".join([*lines[:-1], msgspec.json.encode(last), b""]))
+        path.write_bytes(b"\n".join([*lines[:-1], msgspec.json.encode(last), b""]))
 
 
 class _Event(msgspec.Struct):

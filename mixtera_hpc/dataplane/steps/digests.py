@@ -1,4 +1,4 @@
-"""Digests of what is handed to the trainer, for audit logs and `plan`."""
+"""Digests of the sequences and samples that the trainer gets, for audit logs and `plan`."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 __all__ = ["PADDING_DIGEST", "batch_digests", "sample_digest", "sequence_digest"]
 
 PADDING_DIGEST = "0" * 16
-"""Stands for the digest of a row without a sequence."""
+"""Digest of a row without a sequence."""
 
 
 def sequence_digest(tokens: NDArray[np.integer[Any]]) -> str:
@@ -42,5 +42,5 @@ def sample_digest(payload: Any) -> str:
 
 
 def _plain_value(value: Any) -> Any:
-    """Return what is hashed of an array, or of an object that msgpack cannot encode."""
+    """Return msgpack types that represent an array, or an object that msgpack cannot encode."""
     return [value.dtype.str, list(value.shape), value.tobytes()] if isinstance(value, np.ndarray) else repr(value)

@@ -34,7 +34,7 @@ class Reduction:
     num_values: int = 0
     """Values of scalars that this rank recorded."""
     has_other_scalars: bool = False
-    """Whether peers that recorded the same losses did not record scalars of the same sequences."""
+    """True if peers that recorded the same losses recorded scalars of other sequences."""
 
 
 def raise_mismatch(comm: Communicator, group: int, reduction: Reduction) -> None:

@@ -223,7 +223,8 @@ class StepReducer:
             num_padding: rows of padding that were recorded besides the sequences in `rows`.
             is_partial: whether the parts that the ranks of this group recorded do not fit together.
             num_recorded: tokens that this rank recorded, if so.
-            checks: of the scalars beside losses that may be copies, shape (NUM_SCALAR_CHECKS,); None if there are none.
+            checks: numbers that show which sequences have scalars (`_checks_of`), shape (NUM_SCALAR_CHECKS,). None if
+                this rank recorded no losses, or the run has no scalars.
         """
         vote = self._group_hash if num_padding or rows[2].any() else 0
         content = _digest_of(flags.contents) * self._content_weight if flags.contents else 0
@@ -346,7 +347,7 @@ def _values_per_domain(rows: Ints) -> Ints:
 
 
 def _checks_of(rows: Ints) -> Ints:
-    """Return numbers of 32 bits that depend on which domains have how many values."""
+    """Return numbers of 32 bits that depend on how many values each domain has; shape (NUM_SCALAR_CHECKS,)."""
     content = np.ascontiguousarray(_values_per_domain(rows)).tobytes()
     digest = hashlib.blake2b(content, digest_size=4 * NUM_SCALAR_CHECKS).digest()
     return np.frombuffer(digest, "<u4").astype(np.int64)

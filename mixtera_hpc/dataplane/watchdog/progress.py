@@ -1,7 +1,7 @@
 """Where a rank is: the stage of its trainer's thread, and the place of each thread or process that reads for it.
 
-The threads write, the watchdog reads; no locks. Price: two microseconds per stage, and half a
-microsecond per shard that is read.
+The threads write, the watchdog reads; no locks. Price: two microseconds per stage, and half a microsecond per shard
+that is read.
 """
 
 import mmap

@@ -41,7 +41,7 @@ class DecodedLines(NamedTuple):
 
     data: bytes
     ends: Ints
-    """End of every row inside `data`; the next one begins there."""
+    """End of every row inside `data`, where the next row begins; shape (rows,)."""
 
 
 class SharedBlocks:
@@ -69,10 +69,10 @@ class SharedBlocks:
         """Return some rows of a block.
 
         Args:
-            name: of the shard.
-            offset: of the block in the shard.
-            rows: positions inside the block.
-            decode: decodes the block; called by one process of the node, most often.
+            name: the path of the shard.
+            offset: the first byte of the block in the shard.
+            rows: positions of the rows inside the block; shape (n,).
+            decode: decodes the block. Usually one process of the node calls it.
         """
         digest = blake2b(f"{offset} {name}".encode(), digest_size=16).digest()
         key, check = (int(value) for value in np.frombuffer(digest, np.int64) & (_MAX_KEY - 1))
@@ -154,7 +154,7 @@ class SharedBlocks:
         return slot
 
     def _is_written(self, slot: int) -> bool:
-        """Return whether the process that writes a block still exists."""
+        """Return True if the process that writes a block still exists."""
         byte = 1 + int(self._columns["key"][slot])
         try:
             self._control(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, byte)

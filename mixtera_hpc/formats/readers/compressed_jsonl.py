@@ -98,7 +98,7 @@ class _DecodedLines:
     """End of every row inside `data`."""
 
     def without_starts(self) -> DecodedLines:
-        """Return what other processes need."""
+        """Return the lines for other processes. They do not need the starts."""
         return DecodedLines(self.data, self.ends)
 
 

@@ -29,7 +29,7 @@ from mixtera_hpc.core.holdout import (
 )
 from mixtera_hpc.core.index_tables import BlockTable, IndexTables, SampleColumns
 from mixtera_hpc.core.query import Entries, Predicate, parse_predicate
-from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean
+from mixtera_hpc.errors import ConfigError, MixtureError, did_you_mean, list_names
 from mixtera_hpc.index.read.document_filter import (
     DOCUMENT_NUMBER,
     NamedDocuments,
@@ -124,7 +124,7 @@ def select_domains(
         config: the keys `query` and `mixture` count.
         index: an open index.
         split: side of the holdout whose samples are counted.
-        limited: count only the fraction of a domain that a run uses.
+        limited: True counts only the fraction of each domain that a run uses, False counts all of its samples.
 
     Raises:
         ConfigError: `query.where` does not parse or names what the index does not have, or nothing is held out.
@@ -186,11 +186,10 @@ def check_fractions(config: Config, index: PropertyIndex, selected: SelectedDoma
     empty = np.flatnonzero((rows == 0) & (all_rows > 0)).tolist()
     if not empty:
         return
-    names = ", ".join(selected.names[domain] for domain in empty[:MAX_NAMES])
-    more = f" and {len(empty) - MAX_NAMES} more" if len(empty) > MAX_NAMES else ""
+    names = list_names([selected.names[domain] for domain in empty], MAX_NAMES)
     text = (
         f"The fraction {fractions[empty[0]]:g} holds none of the {int(all_rows[empty].sum()):,} training samples of "
-        f"{names}{more}.\n  Raise mixture.fraction, or the fraction of these domains."
+        f"{names}.\n  Raise mixture.fraction, or the fraction of these domains."
     )
     if domain_entries(config.mixture):
         raise MixtureError(text)

@@ -35,8 +35,8 @@ __all__ = [
 
 VERSION = 1
 FRAME_BYTES = 1 << 16
-"""Bytes of the lines of a frame: enough to compress well, and little to decode for one row. The last row of a frame may
-begin just below."""
+"""Bytes of the lines of a frame: enough to compress well, and little to decode for one row. The last row of a frame
+begins below this size and may end far behind it."""
 PLACE_BYTES = 16
 """Bytes of the place of a row."""
 CURE = "Run mixtera-hpc index build or index refresh again, or set data.materialize=never."

@@ -18,7 +18,7 @@ is_request() { # Argument: a control file. It counts if it belongs to this user,
   echo "$1 is ignored: it belongs to another user." >&2
   return 1
 }
-# A killed rank leaves shared memory of its MPI library behind. What no process of this user maps is removed.
+# A killed rank leaves shared memory of its MPI library behind. Remove files that no process of this user maps.
 remove_dead_memory() {
   local names used name
   names=$(find /dev/shm -maxdepth 1 -user "$(id -u)" \( -name 'mpich_shm_*' -o -name 'mixtera-*' \

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.composition.conf_folders import group_options
-from mixtera_hpc.config.schema import ClusterConfig
+from mixtera_hpc.config.job_shape import can_start
 from mixtera_hpc.launch.sbatch_script import render_template
 
-__all__ = ["EXAMPLE_ENVIRONMENTS", "Template", "supports", "templates"]
+__all__ = ["EXAMPLE_ENVIRONMENTS", "Template", "templates"]
 
 EXAMPLE_ENVIRONMENTS: Mapping[str, tuple[str, ...]] = {
     "none": (),
@@ -38,12 +38,6 @@ class Template:
     text: str
 
 
-def supports(cluster: ClusterConfig, environment: str) -> bool:
-    """Return True if srun of the cluster can start the environment."""
-    flags = {"uenv": cluster.uenv_flag, "container": cluster.container_flag}
-    return flags.get(environment, environment) is not None
-
-
 def templates() -> Iterator[Template]:
     """Yield the templates of the shipped clusters, except for the environment `none`, which needs no template."""
     for name in group_options("cluster"):
@@ -51,7 +45,7 @@ def templates() -> Iterator[Template]:
             continue
         cluster = compose([*_OVERRIDES, f"cluster={name}"]).cluster
         for environment, overrides in EXAMPLE_ENVIRONMENTS.items():
-            if environment != "none" and supports(cluster, environment):
+            if environment != "none" and can_start(cluster, environment):
                 yield _template(name, environment, overrides)
 
 
@@ -64,7 +58,7 @@ def _template(cluster: str, environment: str, overrides: tuple[str, ...]) -> Tem
         f"# Ranks on {cluster}, environment={environment}. Copy this file and change paths, account, nodes and time:",
         f"#   sbatch {file_name} run experiment=mine",
         f"#   sbatch {file_name} resume RUN",
-        "# mixtera-hpc submit writes the same job with what lets a run continue by itself after every end.",
+        "# mixtera-hpc submit writes the same job, and also submits follow-up jobs until the run is complete.",
         "# Written by python -m mixtera_hpc.launch.batch.templates slurm/templates",
     ]
     return Template(name=file_name, text=render_template(config, introduction))

@@ -118,7 +118,7 @@ def require_sbatch() -> None:
         )
 
 
-def sbatch(script: Path, otherwise: str | None = None) -> str:
+def sbatch(script: Path, *, cure: str | None = None) -> str:
     """Submit `script` and return the job id, or that of the array. A transient error of Slurm is tried again.
 
     After an error that does not say whether Slurm accepted the job, the job is looked up in the queue by its script, so
@@ -126,8 +126,8 @@ def sbatch(script: Path, otherwise: str | None = None) -> str:
 
     Args:
         script: The batch script.
-        otherwise: What the user does if an error leaves open whether Slurm accepted the job, and it is not in the
-            queue. None: the script is that of an attempt, whose run is resumed.
+        cure: What the user should do if Slurm may have accepted the job, but it is not in the queue. None: resume the
+            run that the script belongs to.
 
     Raises:
         SubmissionUnknownError: Slurm may have accepted the job, and it does not answer now.
@@ -135,7 +135,7 @@ def sbatch(script: Path, otherwise: str | None = None) -> str:
     """
     require_sbatch()
     for delay_s in (*RETRY_DELAYS_S, None):
-        problem = _try_sbatch(script, otherwise)
+        problem = _try_sbatch(script, cure)
         if problem.job_id is not None:
             return problem.job_id
         if not problem.is_transient or delay_s is None:
@@ -154,7 +154,7 @@ class _SbatchResult:
     is_transient: bool = False
 
 
-def _try_sbatch(script: Path, otherwise: str | None) -> _SbatchResult:
+def _try_sbatch(script: Path, cure: str | None) -> _SbatchResult:
     try:
         done = _run(["sbatch", "--parsable", str(script)])
         error = done.stderr.strip().removeprefix("sbatch: error: ")
@@ -170,7 +170,7 @@ def _try_sbatch(script: Path, otherwise: str | None) -> _SbatchResult:
         raise SubmissionUnknownError(
             f"sbatch failed with {error!r}, and the queue cannot be read, so the job may or may not wait there.\n"
             f"  When Slurm answers again, look for {script} with squeue --me --format='%i %o'. Without a job,\n"
-            f"  {otherwise or f'use mixtera-hpc resume {script.parents[2]}'}"
+            f"  {cure or f'use mixtera-hpc resume {script.parents[2]}'}"
         ) from unknown
     return _SbatchResult(job_id=job_id, error=error, is_transient=True)
 

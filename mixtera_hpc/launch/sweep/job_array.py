@@ -40,7 +40,7 @@ class _Task:
     attempt: int
 
     def discard(self) -> None:
-        """Remove what was prepared: the attempt, or the whole run if it is new."""
+        """Remove the prepared attempt, or the whole run folder if the run is new."""
         shutil.rmtree(self.folder.path if self.point.folder is None else self.folder.attempt(self.attempt))
 
 
@@ -79,7 +79,7 @@ def submit_point(point: SweepPoint) -> Submitted:
 
 
 def prepare_point(point: SweepPoint) -> RunFolder:
-    """Make and record the run folder of a new point; give the folder of another one the point's configuration."""
+    """Create and record the run folder of a new point, or replace the configuration in the folder of a known one."""
     if point.folder is None:
         folder = prepare_run(point.config, point.overrides, datetime.now(UTC))
         point.record.add_run(point.fingerprint, folder.run_id, point.overrides)
@@ -111,7 +111,7 @@ def _submit_array(points: Sequence[SweepPoint]) -> list[Submitted]:
         for point in points:
             tasks.append(_prepared(point))
         folder = _write_array(tasks)
-        array_id = sbatch(folder / "array.sh", "repeat the sweep.")
+        array_id = sbatch(folder / "array.sh", cure="repeat the sweep.")
     except SubmissionUnknownError:
         raise  # The tasks may run, and then they need their folders.
     except BaseException:

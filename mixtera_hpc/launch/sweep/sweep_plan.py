@@ -1,4 +1,4 @@
-"""The points of a sweep, and what submitting it now would do with each.
+"""Compose the points of a sweep, and find out whether the run of each is new, unfinished, active or finished.
 
 Each point is a run. A digest of what it trains on and where identifies it, so a repeated sweep skips finished, pending
 and running points, and continues the others.
@@ -16,7 +16,7 @@ from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import compose, compose_plain
 from mixtera_hpc.config.composition.sweep_points import expand, swept_keys
 from mixtera_hpc.config.convert import from_plain, to_plain
-from mixtera_hpc.config.job_shape import parse_time
+from mixtera_hpc.config.job_shape import SCALE_KEYS, parse_time
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import ConfigError, LaunchError
@@ -29,9 +29,6 @@ __all__ = ["SweepPlan", "SweepPoint", "plan_configs", "plan_sweep"]
 
 IDENTITY_GROUPS = ("data", "index", "query", "mixture", "dataplane", "training", "checkpoint")
 """The config groups whose values identify a point."""
-
-SCALE_KEYS = ("job.nodes", "job.ranks_per_node")
-"""The keys that a scaling sweep varies."""
 
 Action = Literal["new", "continue", "finished", "active"]
 """What submitting the sweep does with a point: `continue` resumes its run; a finished or active point is skipped."""
@@ -153,9 +150,10 @@ def plan_configs(
 
 
 def _compose_point(point: Sequence[str]) -> tuple[list[str], Config]:
-    """Return the overrides of a point and its configuration, checked; in a weak sweep with the batch of all its nodes.
+    """Return the overrides and the checked configuration of a point.
 
-    The product is an override of its own, so that a run that is resumed on other nodes keeps its batch.
+    In a weak sweep, the batch of a node is multiplied by the nodes. The product is an override of its own, so that a
+    run that is resumed on other nodes keeps its batch.
     """
     config = from_plain(Config, compose_plain(point))
     if config.sweep.scaling != "weak" or config.sweep.batch_per_node is not None:

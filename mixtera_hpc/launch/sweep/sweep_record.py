@@ -1,4 +1,4 @@
-"""What sweeps have submitted: `<runs>/<name>/sweep.jsonl`.
+"""Record the runs that sweeps have submitted, in `<runs>/<name>/sweep.jsonl`.
 
 A line per run gives the fingerprint of its point. A line per sweep lists the points and the keys that it sweeps, which
 `report --scaling` compares. A repeated sweep adds no line.
@@ -41,6 +41,7 @@ class SweepRecord:
 
     @property
     def path(self) -> Path:
+        """The file of the record."""
         return self.folder / FILE_NAME
 
     def runs(self) -> dict[str, RunFolder]:
@@ -80,7 +81,7 @@ class SweepRecord:
         """Add a sweep, unless it is the newest one already.
 
         Args:
-            points: Fingerprints.
+            points: Fingerprints of the points, in order.
             swept: Keys that have several values.
             scaling: `sweep.scaling`.
         """

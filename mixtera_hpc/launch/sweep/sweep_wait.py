@@ -1,4 +1,4 @@
-"""Wait until the runs of a sweep have ended, and say when one changes its state."""
+"""Wait until the runs of a sweep have ended, and report every change of their states."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -32,7 +32,7 @@ class DomainView:
     loss: float | None
     """Mean over the window, weighted by tokens; nats."""
     loss_before: float | None
-    """The same over the window before."""
+    """Mean over the window before, weighted by tokens; nats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class SlowStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What a run looks like at present. None stands for a number that was not recorded."""
+    """The present state of a run. None stands for a number that was not recorded."""
 
     steps_done: int = 0
     num_steps: int = 0
@@ -70,7 +70,7 @@ class Snapshot:
 
 @dataclass(slots=True, kw_only=True)
 class RunView:
-    """What the events so far say about a run."""
+    """Accumulates the events of a run, and computes its present state from them."""
 
     _steps: deque[Event] = field(default_factory=lambda: deque(maxlen=2 * WINDOW))
     _chunk: Event = field(default_factory=dict)
@@ -101,6 +101,8 @@ class RunView:
         done = int(last["step"]) + 1
         step_s = _median([event.get("step_s") for event in window])
         wait_s = _median([event.get("data_wait_s") for event in window])
+        wait_share = wait_s / step_s if step_s and wait_s is not None else None
+        remaining_s = max(num_steps - done, 0) * step_s if num_steps and step_s is not None else None
         return Snapshot(
             steps_done=done,
             num_steps=num_steps,
@@ -110,8 +112,8 @@ class RunView:
             held_out_loss=self._validation.get("loss"),
             tokens_per_s=_median([event.get("tokens_per_s") for event in window]),
             step_s=step_s,
-            wait_share=wait_s / step_s if step_s and wait_s is not None else None,
-            remaining_s=max(num_steps - done, 0) * step_s if num_steps and step_s is not None else None,
+            wait_share=wait_share,
+            remaining_s=remaining_s,
             chunk=self._chunk.get("chunk"),
             domains=self._domains(),
             slowest=self._slowest(window),
@@ -127,10 +129,10 @@ class RunView:
         return [
             DomainView(
                 name=str(name),
-                weight=_at(weights, i),
-                served=_at(served, i),
-                loss=_at(losses, i),
-                loss_before=_at(before, i),
+                weight=_item_or_none(weights, i),
+                served=_item_or_none(served, i),
+                loss=_item_or_none(losses, i),
+                loss_before=_item_or_none(before, i),
             )
             for i, name in enumerate(names)
         ]
@@ -169,5 +171,5 @@ def _domain_losses(events: Sequence[Event]) -> list[float | None]:
     return [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)]
 
 
-def _at(values: Sequence[Any], index: int) -> Any:
+def _item_or_none(values: Sequence[Any], index: int) -> Any:
     return values[index] if index < len(values) else None

@@ -1,4 +1,4 @@
-"""A snapshot of a run as lines of a terminal of some width and height. Names of domains cannot control the terminal."""
+"""Format a snapshot of a run as lines of a terminal. Control characters in names of domains are escaped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ COLUMN_WIDTH = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headline:
-    """What is known about a run besides its metrics."""
+    """Name and job of a run, which are not in its metrics."""
 
     run: str
     state: str

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.report.html_page import page_styles
+from mixtera_hpc.report.html_page import page_text, table_text
 from mixtera_hpc.report.number_format import MISSING, format_loss, format_share
 from mixtera_hpc.report.run_metrics import RunMetrics
 from mixtera_hpc.report.summary import RunSummary, summarize_run
@@ -62,24 +62,19 @@ def comparison_text(comparison: RunComparison) -> Table:
 
 def comparison_page(comparison: RunComparison) -> str:
     """Return the comparison as one self-contained HTML page."""
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in comparison.headings)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in comparison.rows)
+    rows = [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in comparison.rows]
     origins = "".join(
         f"<p>{escape(name)}: {escape(origin)}</p>"
         for name, origin in zip(comparison.names, comparison.origins, strict=True)
         if origin
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Comparison of {len(comparison.names)} runs</title>\n"
-        f"<style>\n{page_styles()}</style>\n</head>\n<body>\n"
-        f'<main><header><p class="over">Comparison</p><h1>{len(comparison.names)} runs</h1></header>'
+    body = [
+        f'<header><p class="over">Comparison</p><h1>{len(comparison.names)} runs</h1></header>',
         "<section><p>Losses in nats per token: the held-out loss of each domain where the runs validate, else the last "
         f"training loss. The domain with the largest difference comes first.</p>{origins}"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>'
-        "</main>\n</body>\n</html>\n"
-    )
+        f"{table_text(map(escape, comparison.headings), rows)}</section>",
+    ]
+    return page_text(f"Comparison of {len(comparison.names)} runs", body)
 
 
 def _origin(run: RunFolder) -> str:

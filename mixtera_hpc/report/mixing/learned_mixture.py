@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.mixing.laws.law_objective import BOUND_NAMES
-from mixtera_hpc.errors import pluralize
+from mixtera_hpc.errors import list_names, pluralize
 from mixtera_hpc.report.mixing.domain_names import common_property, shorten_names
 from mixtera_hpc.report.number_format import MISSING
 
@@ -111,14 +111,15 @@ def learned_notices(learned: LearnedMixture, num_steps: int) -> list[str]:
         at_bound = [n for n, bits in zip(learned.names, learned.fields["law_bounds"], strict=True) if bits > 0]
         if at_bound:
             notices.append(
-                f"The laws of {_listed(at_bound)} lie on a bound: the losses do not determine them, and their speeds "
-                "and weights may be artefacts. A longer mixture.algorithm.warmup gives the fit more losses."
+                f"The laws of {list_names(at_bound, MAX_NAMES)} lie on a bound: the losses do not determine them, and "
+                "their speeds and weights may be artefacts. A longer mixture.algorithm.warmup gives the fit more "
+                "losses."
             )
         wide = [n for n, r in zip(learned.names, learned.fields["residual"], strict=True) if r > LARGE_RESIDUAL]
         if wide:
             notices.append(
-                f"The losses of {_listed(wide)} scatter by more than {LARGE_RESIDUAL:.0%} around their laws: their "
-                "speeds are uncertain."
+                f"The losses of {list_names(wide, MAX_NAMES)} scatter by more than {LARGE_RESIDUAL:.0%} around their "
+                "laws: their speeds are uncertain."
             )
     return notices
 
@@ -172,8 +173,3 @@ def _law(learned: LearnedMixture, domain: int, bounds: float) -> str:
     reached = [name for bit, name in enumerate(BOUND_NAMES) if int(bounds) >> bit & 1]
     text = ", ".join(reached) if reached else "fitted"
     return f"{text} (older)" if status == 2 else text
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-    return f"{', '.join(names[:MAX_NAMES])}{more}"

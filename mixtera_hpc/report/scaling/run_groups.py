@@ -1,17 +1,15 @@
-"""Which runs may be compared: those that differ in nothing but their numbers of nodes and ranks."""
+"""Group runs, and refuse to compare runs that differ in more than their numbers of nodes and ranks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mixtera_hpc.config.files.json_text import parse_json
+from mixtera_hpc.config.job_shape import SCALE_KEYS
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.report.run_metrics import RunMetrics
 
 __all__ = ["check_comparable", "group_runs", "unlike_conditions"]
-
-SCALE_KEYS = ("job.nodes", "job.ranks_per_node")
-"""The keys that runs of one group may differ in."""
 
 IGNORED = (
     *("run", "plan", "track", "sweep", "swarm"),
@@ -64,7 +62,7 @@ def check_comparable(runs: Sequence[RunMetrics]) -> None:
 
 
 def unlike_conditions(runs: Sequence[RunMetrics]) -> list[str]:
-    """Return what differs between the runs beside their settings: the commit, the versions, the device."""
+    """Return a sentence for every fact beside the settings that differs between the runs: commit and device."""
     facts = [_conditions(metrics) for metrics in runs]
     names = sorted({name for fact in facts for name in fact})
     notes = []
@@ -76,7 +74,7 @@ def unlike_conditions(runs: Sequence[RunMetrics]) -> list[str]:
 
 
 def _conditions(metrics: RunMetrics) -> dict[str, Any]:
-    """Return what a run ran on and with, as far as it was recorded."""
+    """Return the device and the commit of a run, as far as they were recorded."""
     newest = metrics.attempts[-1] if metrics.attempts else {}
     # A device is named with its number, such as `cpu × 4`, which follows the number of ranks.
     conditions: dict[str, Any] = {"device": str(newest.get("device", "")).partition(" × ")[0]}
@@ -90,7 +88,7 @@ def _conditions(metrics: RunMetrics) -> dict[str, Any]:
 
 
 def _is_batch_per_node(runs: Sequence[RunMetrics], settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the global batch is proportional to the nodes, or to the ranks."""
+    """Return True if the global batch is proportional to the nodes, or to the ranks."""
     batches = [int(setting.get("dataplane.global_batch_size") or 0) for setting in settings]
     nodes = [int(setting.get("job.nodes") or 1) for setting in settings]
     ranks = [int(metrics.steps.num_ranks[-1]) for metrics in runs]

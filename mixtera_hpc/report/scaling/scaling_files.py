@@ -83,8 +83,8 @@ def _draw(rows: Sequence[ScalingRow]) -> Figure:
 
 def _draw_ideal(axes: Any, members: Sequence[ScalingRow], *, is_labelled: bool) -> None:
     """Draw the throughput of the reference run times the ratio of ranks."""
-    first, last = members[0], members[-1]
-    ends = [first.ranks, last.ranks]
+    first = members[0]
+    ends = [first.ranks, members[-1].ranks]
     ideal = [first.tokens_per_s * ranks / first.ranks for ranks in ends]
     axes.plot(ends, ideal, color=MUTED, lw=0.9, ls="--", label="perfect scaling" if is_labelled else None)
 

@@ -1,4 +1,4 @@
-"""A model of the data plane on many nodes: what planning, broadcast, reduction and metadata cost per step.
+"""Model the cost of the data plane on many nodes: planning, broadcast, reduction and metadata, per step.
 
 Sizes and message counts follow from the code and are checked against real ranks (`python -m bench scaling`). CPU times
 and the time of a step come from a recorded run. Latency, bandwidth and metadata rate are stated constants of the
@@ -50,7 +50,7 @@ RANKS_PER_HEARTBEAT_S = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConstants:
-    """What the model starts from."""
+    """The inputs of the model."""
 
     num_domains: int
     num_scalars: int
@@ -98,7 +98,7 @@ class ModelRow:
     start_s: float
     """Metadata operations of the data plane at the start, at the rate of the file system."""
     import_s: float
-    """Those of Python's imports, if the environment is on the shared file system."""
+    """The same for Python's imports, if the environment is on the shared file system."""
     heartbeats_per_s: float
 
 
@@ -144,7 +144,7 @@ def model_scaling(constants: ModelConstants, max_nodes: int) -> list[ModelRow]:
 
 
 def assumptions(constants: ModelConstants) -> Sequence[str]:
-    """Return what the model takes for granted, one sentence each."""
+    """Return the assumptions of the model as text."""
     return (
         f"Every rank does the work of the recorded run on {constants.base_ranks} ranks: {constants.step_s:.3g} s per "
         "step, with as much reading. The trainer's own communication and the bandwidth of storage are not modelled.",
@@ -175,11 +175,11 @@ def _row(constants: ModelConstants, nodes: int) -> ModelRow:
 
     # Only what does not fit beside the trainer delays it; the CPU time of the recorded run is part of its step.
     chunk_s = constants.chunk_steps * constants.step_s
-    hidden_s = max(constants.plan_s + broadcast_s - chunk_s, 0.0) / constants.chunk_steps
-    hidden_s += max(reduction_s - constants.step_s, 0.0)
-    hidden_s += max(agreement_s - constants.step_s, 0.0) / (constants.prefetch_batches - 1)
+    exposed_s = max(constants.plan_s + broadcast_s - chunk_s, 0.0) / constants.chunk_steps
+    exposed_s += max(reduction_s - constants.step_s, 0.0)
+    exposed_s += max(agreement_s - constants.step_s, 0.0) / (constants.prefetch_batches - 1)
     base_depth = math.ceil(math.log2(constants.base_ranks))
-    exposed_s = hidden_s + max(ranks - constants.base_ranks, 0) * RANK_TIMES_CPU_S
+    exposed_s += max(ranks - constants.base_ranks, 0) * RANK_TIMES_CPU_S
     exposed_s += max(depth - base_depth, 0) * DOUBLING_CPU_S
     return ModelRow(
         nodes=nodes,

@@ -37,7 +37,7 @@ class ScalingRow:
     reduce_p50_s: float | None
     reduce_p95_s: float | None
     limits: tuple[StageLimit, ...]
-    """What each stage could sustain, the lowest limit first."""
+    """Throughput that each stage could sustain alone, the lowest limit first."""
 
     @property
     def binding_stage(self) -> str:

@@ -48,7 +48,7 @@ def scaling_text(rows: Sequence[ScalingRow]) -> RenderableType:
 
 
 def limits_text(rows: Sequence[ScalingRow]) -> RenderableType:
-    """Return what limits the throughput of each run: its stages, the lowest limit first."""
+    """Return a table of the stages of each run and their limits, the lowest limit first."""
     title = "Limits: the rate that each stage could sustain alone; the lowest one binds"
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
     for column in ("ranks", *LIMIT_COLUMNS):
@@ -60,7 +60,7 @@ def limits_text(rows: Sequence[ScalingRow]) -> RenderableType:
 
 
 def model_text(rows: Sequence[ModelRow], constants: ModelConstants) -> RenderableType:
-    """Return the modelled costs of the data plane, and what they assume."""
+    """Return the modelled costs of the data plane, and the assumptions of the model."""
     title = "Model of the data plane, with the same work per rank"
     table = Table(box=None, pad_edge=False, header_style="dim", title=title, title_justify="left")
     for column in MODEL_COLUMNS:

@@ -30,7 +30,7 @@ MIN_WAIT_SHARE = 0.05
 """Shorter waits for a reduction, as a share of the trainer's time, do not limit the throughput."""
 
 MAX_HEADROOM = 1000
-"""Headroom above this is not told apart."""
+"""Larger headroom is shown as `> 1,000 ×`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class StageLimit:
     stage: str
     """`trainer`, `reading`, `planning`, `broadcast` or `reduction`."""
     detail: str
-    """What the time consists of; may be empty."""
+    """Shares of the parts of the time; may be empty."""
     seconds: float
     """Busy time per step."""
     measured: float
@@ -101,12 +101,13 @@ def wait_notices(limits: Sequence[StageLimit], data_wait_p99_share: float) -> li
 def limit_cells(limit: StageLimit, unit: str = "tokens") -> tuple[str, ...]:
     """Return the cells of a row below `LIMIT_COLUMNS`."""
     stage = f"{limit.stage} ({limit.detail})" if limit.detail else limit.stage
+    headroom = f"> {MAX_HEADROOM:,} ×" if limit.headroom > MAX_HEADROOM else f"{limit.headroom:.2f} ×"
     return (
         stage,
         format_seconds(limit.seconds),
         f"{format_count(limit.measured)} {unit}/s",
         f"{format_count(limit.limit)} {unit}/s",
-        f"> {MAX_HEADROOM:,} ×" if limit.headroom > MAX_HEADROOM else f"{limit.headroom:.2f} ×",
+        headroom,
         "binds" if limit.binds else "",
     )
 

@@ -21,7 +21,7 @@ attempt=${1:-1} first_attempt=1 last_attempt=3
 folder=$2 previous_job=$3
 if [ -z "$folder" ]; then folder=/runs/golden/20261123-161004-7f3a; fi
 nodes=2 ranks=8 limit_s=3600
-# A task of an array is named ARRAY_TASK. Its follow-up job is none, and must not inherit these variables.
+# A task of an array is named ARRAY_TASK. Its follow-up job is not a task and must not inherit these variables.
 job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job_id=${job_id:-$SLURM_JOB_ID}
 unset "${!SLURM_ARRAY_@}"
@@ -46,7 +46,7 @@ is_request() { # Argument: a control file. It counts if it belongs to this user,
   echo "$1 is ignored: it belongs to another user." >&2
   return 1
 }
-# A killed rank leaves shared memory of its MPI library behind. What no process of this user maps is removed.
+# A killed rank leaves shared memory of its MPI library behind. Remove files that no process of this user maps.
 remove_dead_memory() {
   local names used name
   names=$(find /dev/shm -maxdepth 1 -user "$(id -u)" \( -name 'mpich_shm_*' -o -name 'mixtera-*' \

@@ -37,7 +37,7 @@ class RunLine:
     loss: float | None
     """Mean loss of the newest recorded steps, in nats."""
     overrides: Sequence[str]
-    """What was typed, in order; a resume appends."""
+    """Overrides as typed, in order; a resume appends to them."""
     folder: str
 
 

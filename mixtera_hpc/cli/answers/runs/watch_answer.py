@@ -25,7 +25,7 @@ QUERY_INTERVAL_S = 10.0
 """Time between two questions to Slurm."""
 
 OPEN_SCREEN = "\033[?1049h\033[?25l"
-"""The alternate screen, without a cursor: what was on the terminal comes back afterwards."""
+"""Switch to the alternate screen and hide the cursor; `CLOSE_SCREEN` restores the terminal's content."""
 CLOSE_SCREEN = "\033[?25h\033[?1049l"
 HOME = "\033[H"
 END_OF_LINE = "\033[K"
@@ -33,7 +33,7 @@ END_OF_SCREEN = "\033[J"
 
 
 class _Watched:
-    """A run, what its events say, and its state."""
+    """A run with its recorded events and the state of its job."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -89,7 +89,7 @@ def _draw(screen: TextIO, lines: list[str]) -> None:
 
 @contextlib.contextmanager
 def _whole_screen(screen: TextIO) -> Iterator[TextIO]:
-    """Give the block the whole terminal, and restore it afterwards. Ctrl-C ends the block."""
+    """Switch to the alternate screen for the block, and restore the terminal afterwards. Ctrl-C ends the block."""
     screen.write(OPEN_SCREEN)
     try:
         with contextlib.suppress(KeyboardInterrupt):

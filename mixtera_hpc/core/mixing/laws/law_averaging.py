@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 NUM_PARAMETERS = 3
 SHIFT_SHARE = 0.5
-"""How far an exponent moves to the mean."""
+"""Fraction of the way to the mean by which an exponent moves."""
 SAME = 1e-9
 """A smaller change of an exponent leaves a law as it is."""
 GROUP_DOMAINS = 256
@@ -45,7 +45,7 @@ def average_exponents(theta: Floats, points: LossPoints, bounds: LawBounds) -> F
 
 
 def _average_group(theta: Floats, points: LossPoints, bounds: LawBounds) -> Floats:
-    """Average the exponents of some domains."""
+    """Return the averaged laws of some domains; shape (num_domains, 3)."""
     # As in the last pass of the fit: residuals of log L near the best law, large ones with less weight.
     present = predict(theta, points)
     size = np.abs(present.residual)

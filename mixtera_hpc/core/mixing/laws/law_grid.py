@@ -36,6 +36,7 @@ class AlphaGrid:
 
     @classmethod
     def of(cls, points: LossPoints, bounds: LawBounds) -> "AlphaGrid":
+        """Return equally spaced exponents up to the largest one allowed, with their powers at `points`."""
         alphas = bounds.max_alpha * np.arange(1, NUM_ALPHAS + 1) / NUM_ALPHAS
         powers = np.exp(np.outer(alphas, points.log_n[-1] - points.log_n))
         return cls(
@@ -90,9 +91,9 @@ def solve_in_box(sums: NormalSums, low: float, high: Floats) -> tuple[Floats, Fl
     The problem is convex: if the unconstrained solution lies outside the box, the minimum lies on an edge of it.
 
     Args:
-        sums: of the normal equations.
+        sums: the sums of the normal equations.
         low: lower bound of epsilon, nats.
-        high: upper bound of `last`, for each alpha or each domain.
+        high: upper bound of `last`; shape (num_alphas,), or (num_domains, 1).
     """
     # The unconstrained solution. The determinant vanishes if all powers are equal.
     determinant = np.maximum(sums.one * sums.xx - sums.x**2, MIN_DETERMINANT * sums.one * sums.xx)

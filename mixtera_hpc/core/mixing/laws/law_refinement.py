@@ -38,7 +38,7 @@ class _DescentState:
     damping: Floats
     """Shape (num_domains,)."""
     present: Prediction
-    """What `theta` predicts, so that a step evaluates the laws only once."""
+    """Prediction of `theta`, stored so that a step evaluates the laws only once."""
 
     def take(self, rows: NDArray[np.intp]) -> "_DescentState":
         """Return the state of some domains."""
@@ -47,7 +47,9 @@ class _DescentState:
     def accept(self, better: NDArray[np.bool_], theta: Floats, value: Floats, present: Prediction) -> None:
         """Move the domains where `better` is set."""
         if better.all():
-            self.theta, self.value, self.present = theta, value, present
+            self.theta = theta
+            self.value = value
+            self.present = present
             return
         self.theta[better] = theta[better]
         self.value[better] = value[better]

@@ -1,4 +1,4 @@
-"""The same number of micro-batches on all ranks, where only the rank that transforms a sample knows its cost.
+"""Agree on the number of micro-batches: only the rank that transforms a sample knows its cost.
 
 Price: one blocking reduction of 8 bytes per step, in the thread of the trainer, when every rank holds its batch.
 """

@@ -40,7 +40,9 @@ def share_blocks(
     """Return memory for decoded blocks; None where nothing is decoded, or one process reads. **Collective.**
 
     Args:
-        formats: of all shards.
+        comm: all ranks of the job.
+        config: the configuration of the run.
+        formats: the format of every shard.
         readers_per_node: processes that read on the node of this rank.
     """
     # Blocks of Parquet are Arrow tables, which every process has for itself.

@@ -110,7 +110,8 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
     rows_memory = _memory(source, sizes, shape)
     blocks_memory = _blocks_memory(source, sizes, shape)
     # With blocks for one place per lane, domains decode alone; with `BLOCKS_PER_LANE`, together.
-    per_lane = (shared_bytes or budget - rows_memory) / blocks_memory * BLOCKS_PER_LANE
+    blocks_budget = budget - rows_memory if shape.num_nodes is None else shared_bytes
+    per_lane = blocks_budget / blocks_memory * BLOCKS_PER_LANE
     share = min(max((per_lane - 1) / (BLOCKS_PER_LANE - 1), 0.0), 1.0)
     weight = epochs * (sizes.own + sizes.single) / served
     weight_of_group = np.array([weight[group].sum() for group in groups])

@@ -38,7 +38,7 @@ class SmallBlocks:
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._num_bytes = 0
         self.num_reads = 0
-        """Blocks that were read so far."""
+        """Number of blocks read so far."""
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +67,7 @@ class SmallBlocks:
         return rows
 
     def _get(self, number: int) -> bytes:
-        """Return a block."""
+        """Return all bytes of a block, from memory if they are there."""
         data = self._blocks.get(number)
         if data is not None:
             self._blocks.move_to_end(number)

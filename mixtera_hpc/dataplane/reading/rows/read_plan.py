@@ -55,11 +55,12 @@ class ReadPlan:
         self.sizes: list[int] = lengths[single].tolist()
         self._plan_shared(starts, stops, first_shared, shared)
 
-        borders = np.append(np.flatnonzero(np.diff(shards, prepend=-1)), len(shards))
-        single_borders = np.searchsorted(single, borders)
-        shared_borders = np.searchsorted(first_shared, borders)
-        ranges = (part.tolist() for all_ in (borders, single_borders, shared_borders) for part in (all_[:-1], all_[1:]))
-        self.files = list(map(FileReads, shards[borders[:-1]].tolist(), *ranges))
+        # For each file: the range of its rows, of its reads of single rows, and of its reads of several rows.
+        row_borders = np.append(np.flatnonzero(np.diff(shards, prepend=-1)), len(shards))
+        fields = [shards[row_borders[:-1]].tolist()]
+        for borders in (row_borders, np.searchsorted(single, row_borders), np.searchsorted(first_shared, row_borders)):
+            fields += [borders[:-1].tolist(), borders[1:].tolist()]
+        self.files = list(map(FileReads, *fields))
 
     def _plan_shared(self, starts: Ints, stops: Ints, first: NDArray[np.intp], rows: Ints) -> None:
         """Plan the reads of several rows each, given the first row of each read and all of their rows."""

@@ -40,9 +40,9 @@ class RowFiles:
     def read(
         self, plan: ReadPlan, decode: Callable[[Sequence[bytes]], list[Any]], enter: EnterShard
     ) -> Iterator[tuple[bool, list[Any]]]:
-        """Yield decoded rows, each group with whether they share reads.
+        """Yield groups of decoded rows, each with True if its rows share reads with others, else False.
 
-        Those that do not, and those that do, each come in the order of `plan.positions`.
+        Rows with a read of their own come in the order of `plan.positions`, and so do rows that share reads.
 
         Raises:
             OSError: a file cannot be opened or read.

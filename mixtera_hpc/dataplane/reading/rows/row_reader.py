@@ -33,8 +33,8 @@ from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["ReadRows", "RowReader"]
 
-# How a shard is read: not known yet, by its reader row by row, by decoding whole blocks; or, from the last on, with the
-# decoder of that number. The negative kind of a decoder stands for rows of small blocks.
+# How a shard is read: not known yet, by its reader row by row, or by decoding whole blocks. A kind of _FIRST_DECODER or
+# more is the number of a decoder. The negative number of a decoder stands for rows of small blocks.
 _UNKNOWN, _ROWS, _BLOCKS, _FIRST_DECODER = range(4)
 
 
@@ -102,8 +102,8 @@ class RowReader:
 
         Args:
             documents: the rows.
-            raw: whether to return raw samples.
-            convert: a function of some rows, which returns one value for each; its values replace the rows.
+            raw: True for raw samples, False for texts or token ids.
+            convert: a function from a list of rows to one value per row. The values replace the rows.
         """
         shards = self._source.blocks.shard[documents.block]
         kinds = self._kinds_of(documents, shards)
@@ -149,13 +149,13 @@ class RowReader:
         rows: list[Any] = []
         for first in range(0, len(shards), size):
             own = slice(first, first + size)
-            some = documents if convert is None else documents.select(own)
+            group = documents if convert is None else documents.select(own)
             if kind == _BLOCKS:
-                read = self._resident(raw).read(some)
+                read = self._resident(raw).read(group)
             elif kind < 0:
-                read = self._read_from_small_blocks(self._decoders[-kind - _FIRST_DECODER], some, shards[own], raw=raw)
+                read = self._read_from_small_blocks(self._decoders[-kind - _FIRST_DECODER], group, shards[own], raw=raw)
             else:
-                read = self._read_from_shards(some, shards[own], raw=raw)
+                read = self._read_from_shards(group, shards[own], raw=raw)
             rows += read if convert is None else self._converted(convert, read)
         return ReadRows(rows, np.arange(len(rows)))
 
@@ -167,7 +167,7 @@ class RowReader:
         raw: bool,
         convert: Convert | None,
     ) -> ReadRows:
-        """Read rows that one decoder decodes."""
+        """Read rows of files with one decoder; rows with a read of their own come first, see `ReadPlan.positions`."""
         starts = self._source.blocks.offset[documents.block] + documents.offset
         numbers = (self._source.blocks.first_row[documents.block] + documents.row).tolist()
         place = (-1, -1, -1)
@@ -188,14 +188,14 @@ class RowReader:
 
         unconverted: tuple[list[Any], list[Any]] = [], []
         for is_shared, decoded in self._files.read(plan, decode, enter):
-            some = unconverted[is_shared]
-            some.extend(decoded)
-            if len(some) >= CONVERTED_WHILE_CACHED:
-                rows[is_shared].extend(self._converted(convert, some))
-                some.clear()
+            waiting = unconverted[is_shared]
+            waiting.extend(decoded)
+            if len(waiting) >= CONVERTED_WHILE_CACHED:
+                rows[is_shared].extend(self._converted(convert, waiting))
+                waiting.clear()
                 self.place.enter(READ, *place)
-        for values, some in zip(rows, unconverted, strict=True):
-            values.extend(self._converted(convert, some))
+        for values, waiting in zip(rows, unconverted, strict=True):
+            values.extend(self._converted(convert, waiting))
         return ReadRows(rows[0] + rows[1], plan.positions)
 
     def _converted(self, convert: Convert, rows: list[Any]) -> list[Any]:

@@ -145,10 +145,10 @@ class StoredRowsReader:
         """Return a frame whose rows have at most `data.max_block_bytes`.
 
         Raises:
-            DataError: it is larger.
+            DataError: the frame is larger, or does not record its size.
         """
         size = zstandard.frame_content_size(frame)
-        # A frame of a row store says its size. Another one must not be decoded to find it out.
+        # Frames of a row store record their decoded size. A frame without it could fill the memory when it is decoded.
         if not 0 <= size <= self._cache.max_block_bytes + FRAME_BYTES:
             raise DataError(
                 f"{self._folder}: a frame decodes to {size if size >= 0 else 'an unknown number of'} bytes, but "

@@ -30,7 +30,7 @@ def read_sequences(
         source: says which tokens count.
         gather: reads the documents.
         documents: the parts of documents that each sequence consists of, sequence by sequence.
-        rows: row of each sequence, counted over all batches, all different.
+        rows: row of each sequence, counted over all batches, all different; shape (sequences,).
         batches: the arrays of each batch. Rows that no sequence has, which are the last ones of a batch, become zeros.
 
     Raises:
@@ -54,14 +54,17 @@ def read_sequences(
     gather.read_into(documents, [batch.tokens.reshape(-1) for batch in served])
 
     first_sequences = np.cumsum(np.append(0, num_sequences))
-    borders = np.searchsorted(starts, first_sequences * length).tolist()
-    for batch, first_sequence, (first, last) in zip(
-        served, first_sequences[:-1].tolist(), pairwise(borders), strict=True
-    ):
+    parts = pairwise(np.searchsorted(starts, first_sequences * length).tolist())
+    for batch, first_sequence, (first, last) in zip(served, first_sequences[:-1].tolist(), parts, strict=True):
         own = slice(first, last)
         batch.document_ids.reshape(-1)[:] = np.repeat(number[own], lengths[own])
         _set_loss_mask(source, batch, sequence[own] - first_sequence, begin[own])
-    for batch, count in zip(batches, num_sequences.tolist(), strict=True):
+    _clear_padding(batches, num_sequences.tolist())
+
+
+def _clear_padding(batches: Sequence[TokenArrays], num_sequences: Sequence[int]) -> None:
+    """Set the rows behind the sequences of each batch to 0."""
+    for batch, count in zip(batches, num_sequences, strict=True):
         for array in batch:
             array[count:] = 0
 
@@ -72,8 +75,8 @@ def _set_loss_mask(source: Source, batch: TokenArrays, row: Ints, begin: Ints) -
     Args:
         source: says which tokens count.
         batch: the arrays of whole sequences, with all tokens.
-        row: of each part of a document.
-        begin: position of each part in its row.
+        row: row of each part of a document in the batch; shape (parts,).
+        begin: position of each part in its row, in tokens; shape (parts,).
     """
     plane = source.config.dataplane
     tokens = batch.tokens

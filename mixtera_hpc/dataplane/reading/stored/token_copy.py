@@ -28,13 +28,14 @@ Tokens = NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, slots=True)
 class TextTokens:
-    """Where the tokens of documents lie, without special tokens at their borders; shape (n,) each."""
+    """Positions of the tokens of documents in memory, without special tokens at their borders; shape (n,) each."""
 
     first: Ints
     """Position of the first token in memory."""
     count: Ints
+    """Number of tokens."""
     ends_with_eos: NDArray[np.bool_]
-    """Whether the token that ends a document is stored behind the text."""
+    """True where the token that ends a document is stored behind the text."""
 
 
 class _Segments(NamedTuple):
@@ -121,7 +122,7 @@ def _segments_of(texts: TextTokens, documents: Documents, added: AddedTokens, ou
 
 
 def _copies(segment_stops: Ints, outputs: Sequence[Tokens]) -> list[list[int]]:
-    """Return for every output one past the last segment of each copy."""
+    """Return, for every output, the number of the segment behind each copy."""
     copies = []
     begin = 0
     for output in outputs:
@@ -146,7 +147,7 @@ def _write_added(texts: TextTokens, documents: Documents, added: AddedTokens, ou
     borders = np.cumsum([0, *map(len, outputs)])
     for positions, token in _added_positions(texts, documents, added):
         first = np.searchsorted(positions, borders).tolist()
-        for output, offset, (begin, end) in zip(outputs, borders.tolist(), pairwise(first), strict=False):
+        for output, offset, (begin, end) in zip(outputs, borders[:-1].tolist(), pairwise(first), strict=True):
             output[positions[begin:end] - offset] = token
 
 

@@ -111,16 +111,16 @@ class TokenGather:
         tokens = _empty_tokens(documents, outputs)
         for number in np.unique(types).tolist():
             is_type = types == number
-            self._read_some(number, documents, places, is_type, tokens)
+            self._read_chosen(number, documents, places, is_type, tokens)
         write_parts(tokens, outputs)
 
-    def _read_some(
+    def _read_chosen(
         self, type_number: int, documents: Documents, places: Places, chosen: NDArray[np.bool_], tokens: Tokens
     ) -> None:
-        """Read some of the documents to their places among the tokens of all."""
-        some = documents.select(np.flatnonzero(chosen))
-        own = _empty_tokens(some, [tokens])
-        self._read_type(type_number, some, places.select(chosen), [own])
+        """Read the documents where `chosen` is set, shape (n,), to their positions in the tokens of all documents."""
+        chosen_documents = documents.select(np.flatnonzero(chosen))
+        own = _empty_tokens(chosen_documents, [tokens])
+        self._read_type(type_number, chosen_documents, places.select(chosen), [own])
         tokens[np.repeat(chosen, documents.last - documents.first)] = own
 
     def close(self) -> None:
@@ -139,7 +139,7 @@ class TokenGather:
             # A chat template writes all special tokens itself, so that nothing is added to conversations.
             tokens = _empty_tokens(documents, outputs)
             for chosen in (is_chat, ~is_chat):
-                self._read_some(type_number, documents, places, chosen, tokens)
+                self._read_chosen(type_number, documents, places, chosen, tokens)
             write_parts(tokens, outputs)
             return
         added = AddedTokens() if is_chat is not None and is_chat.all() else tokenizer.added

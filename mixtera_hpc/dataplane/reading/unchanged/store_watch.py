@@ -4,7 +4,7 @@
 appends. So after every read of some steps, the header and the size of the tokens are compared with those at the start.
 Price: two `stat` calls per store and read.
 
-What this cannot see: ids that another program changes in place and whose file keeps its modification time.
+It does not detect token ids that another program changes in place if the file keeps its modification time.
 """
 
 import os
@@ -26,7 +26,7 @@ class _State(NamedTuple):
 
 
 class StoreWatch:
-    """The comparison of one token store with what it was when the run began. Not thread-safe."""
+    """Compares a token store with its state at the start of the run. Not thread-safe."""
 
     def __init__(self, store: StoredRows) -> None:
         """Read the header of a store that rank 0 has checked.
