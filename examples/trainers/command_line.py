@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mixtera_hpc.dataplane.journal import sequence_digest
+from mixtera_hpc.dataplane.steps.digests import sequence_digest
 
 __all__ = ["TrainingRecord", "parse_arguments"]
 

@@ -43,6 +43,9 @@ FINISHED = 1
 REPORTED = 2
 """The rank failed and has reported it itself."""
 
+ENDING = 0x4
+"""The kernel's flag of a process that is ending (PF_EXITING), in the ninth field of `/proc/PID/stat`."""
+
 BEAT_S = 5.0
 SILENCE_S = 3 * BEAT_S
 CLOSED_GRACE_S = 1.0
@@ -234,10 +237,12 @@ def _facts_of_rank(rank: int, host: str, pid: int, step: "int | None", launcher:
 def _is_alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
-            state = file.read().rpartition(")")[2].split()[0]
+            fields = file.read().rpartition(")")[2].split()
     except OSError:
         return False
-    return state not in "ZX"  # A zombie has ended, but its parent has not asked for its exit code.
+    # A zombie has ended, but its parent has not asked for its exit code. A process that is ending has closed its
+    # connections before it becomes a zombie, and the ranks may die of that first.
+    return fields[0] not in "ZX" and not int(fields[6]) & ENDING
 
 
 def _deaths(processes: "list[tuple[int, int]]", links: Links) -> "Iterator[int]":

@@ -45,7 +45,6 @@ class Claim:
                 f"  See mixtera-hpc status {folder.path}"
             ) from None
 
-        self._write(1)
         self._thread.start()
 
     def close(self) -> None:
@@ -54,17 +53,14 @@ class Claim:
         self._thread.join()
 
     def _renew(self) -> None:
-        counter = 1
-        while not self._ended.wait(RENEWAL_S):
-            counter += 1
-            self._write(counter)
-
-    def _write(self, counter: int) -> None:
         temporary = self._counter.with_name(f".{self._counter.name}")
-        # A full disk must not end training; then the owner only looks dead to other hosts.
-        with contextlib.suppress(OSError):
-            temporary.write_text(f"{counter}\n")
-            temporary.rename(self._counter)
+        counter = 0
+        while not self._ended.wait(RENEWAL_S if counter else 0):
+            counter += 1
+            # A full disk must not end training; then the owner only looks dead to other hosts.
+            with contextlib.suppress(OSError):
+                temporary.write_text(f"{counter}\n")
+                temporary.rename(self._counter)
 
 
 def is_owned_by_other(folder: RunFolder, attempt: int) -> bool:

@@ -89,12 +89,14 @@ PartitionName=debug Nodes=ALL MaxTime=00:30:00 State=UP PriorityTier=10
 EOF
 }
 
-# Slurm's pmi2 plugin reads at most 1,024 bytes of a request. MPICH's address over UCX can be longer, and MPI_Init then
-# aborts or hangs. Fewer transports make it shorter.
+# Slurm's pmi2 plugin reads at most 1,024 bytes of a request. MPICH sends its addresses in compressed parts of a buffer
+# that it has not cleared, and parts with old memory are too long: MPI_Init then aborts or hangs. Fewer transports make
+# the addresses shorter, and the settings of glibc clear the memory.
 task_prolog() {
   cat <<'EOF'
 #!/bin/sh
 echo "export UCX_TLS=tcp,self,sysv"
+echo "export GLIBC_TUNABLES=glibc.malloc.tcache_count=0:glibc.malloc.perturb=255"
 EOF
 }
 

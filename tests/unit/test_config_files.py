@@ -12,7 +12,7 @@ from mixtera_hpc.config.key_paths import groups
 
 GROUPS = [
     *("checkpoint", "cluster", "data", "dataplane", "environment", "experiment", "index", "job", "mixture", "track"),
-    "training",
+    *("sweep", "training"),
 ]
 FILES = [path for group in groups() for path in sorted((conf_dir() / group).glob("*.yaml"))]
 
