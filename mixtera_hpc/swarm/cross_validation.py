@@ -114,7 +114,7 @@ def _rmse(predictions: Array, losses: Array, objective: Array) -> float:
 
 def _rank_correlation(first: Array, second: Array) -> float:
     """Return Spearman's correlation; NaN for fewer than three values, or values that are all equal."""
-    if len(first) < 3:
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return float("nan")
     ranks = np.array([np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (first, second)])
     return float(np.corrcoef(ranks)[0, 1])

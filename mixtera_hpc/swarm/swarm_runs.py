@@ -71,13 +71,13 @@ class SwarmRuns:
         """Return the held-out losses of the finished runs, by domain.
 
         Raises:
-            DataError: a finished run has another mixture, or no held-out losses.
+            DataError: a finished run has another mixture or other settings, or no held-out losses.
         """
         finished = []
-        for name, weights in zip(self.names, self.mixtures, strict=True):
-            folder = RunFolder(Path(self.record.config.run.root) / self.record.config.run.name / name)
+        for name, expected in zip(self.names, self.configs(), strict=True):
+            folder = RunFolder(Path(expected.run.root) / expected.run.name / name)
             if _is_finished(folder):
-                _check_mixture(folder, self._mixture(weights))
+                _check_settings(folder, expected)
                 finished.append((name, _held_out_losses(folder, self.record.names)))
         values = np.array([losses for _, losses in finished], np.float64).reshape(len(finished), len(self.record.names))
         return SwarmTable(runs=tuple(name for name, _ in finished), columns=self.record.names, values=values)
@@ -93,12 +93,14 @@ def _is_finished(folder: RunFolder) -> bool:
     return end is not None and end.exit_code == 0
 
 
-def _check_mixture(folder: RunFolder, mixture: MixtureConfig) -> None:
-    if load_config(folder.config).mixture != mixture:
-        raise DataError(
-            f"{folder.path} is a run with another mixture than the proxy of this name.\n"
-            "  A swarm of this name existed before. Remove its runs, or sample into a folder with another name."
-        )
+def _check_settings(folder: RunFolder, expected: Config) -> None:
+    recorded = load_config(folder.config)
+    for group in ("mixture", "training", "query"):
+        if getattr(recorded, group) != getattr(expected, group):
+            raise DataError(
+                f"{folder.path} is a run with other values of {group} than the proxy of this name.\n"
+                "  A swarm of this name existed before. Remove its runs, or sample into a folder with another name."
+            )
 
 
 def _held_out_losses(folder: RunFolder, names: Sequence[str]) -> list[float]:

@@ -65,6 +65,12 @@ def test_a_swarm_proposes_a_mixture_that_a_second_one_reuses(
     assert "1 trained, 5 had finished" in capsys.readouterr().out
 
     assert main(["swarm", "fit", "first"]) == 0
+    recorded = home / "runs" / "first" / "first-004" / "config.yaml"
+    text = recorded.read_text()
+    recorded.write_text(text.replace("learning_rate: 0.01", "learning_rate: 0.02"))
+    assert main(["swarm", "fit", "first"]) == 2
+    assert "other values of training" in capsys.readouterr().err
+    recorded.write_text(text)
     assert main(["swarm", "train", "first", "--check"]) == 0
     assert main(["swarm", "fit", "first"]) == 0
     checks = json.loads((home / "first" / "proposal.json").read_text())["checks"]

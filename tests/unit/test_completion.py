@@ -77,6 +77,7 @@ def test_installing_writes_where_the_shell_looks(
     for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.delenv(name, raising=False)
 
+    (tmp_path / ".zshrc").write_text("alias ll='ls -l'  ")
     assert main(["completion", "--install"]) == 0
     assert main(["completion", "fish", "--install"]) == 0
     assert main(["completion", "zsh", "--install"]) == main(["completion", "zsh", "--install"]) == 0
@@ -84,6 +85,7 @@ def test_installing_writes_where_the_shell_looks(
     assert (tmp_path / ".local/share/bash-completion/completions/mixtera-hpc").read_text() == SCRIPTS["bash"]
     assert (tmp_path / ".config/fish/completions/mixtera-hpc.fish").read_text() == SCRIPTS["fish"]
     assert (tmp_path / ".zshrc").read_text().count("mixtera-hpc completion zsh") == 1
+    assert (tmp_path / ".zshrc").read_text().startswith("alias ll='ls -l'  \n"), "what was there stays as it is"
     assert str(tmp_path) in capsys.readouterr().out
 
 

@@ -104,7 +104,9 @@ def _add_line(path: Path, line: str) -> Path:
     try:
         text = path.read_text() if path.exists() else ""
         if line not in text.splitlines():
-            path.write_text(f"{text.rstrip()}\n{line}\n".lstrip())
+            # Appended, so that a full disk cannot lose the settings of the user.
+            with path.open("a") as file:
+                file.write(f"{'' if text.endswith(chr(10)) or not text else chr(10)}{line}\n")
     except (OSError, UnicodeDecodeError) as error:
         raise _not_writable(path, error) from None
     return path
