@@ -111,7 +111,7 @@ def test_a_run_continues_after_its_batch_shell_is_killed(mixtera: Mixtera) -> No
 
 
 def test_a_second_job_in_the_folder_of_a_run_is_refused(mixtera: Mixtera) -> None:
-    mixtera("submit", *words(60, 0.2))
+    mixtera("submit", *words(120, 0.2))
     first = wait_until(mixtera, lambda now: (now["step"] or 0) >= 1)
     script = Path(first["folder"]) / "attempts/001/submit.sh"
 
@@ -124,7 +124,7 @@ def test_a_second_job_in_the_folder_of_a_run_is_refused(mixtera: Mixtera) -> Non
 
     assert status(mixtera)["attempt"] == 1
     steps = (Path(first["folder"]) / "metrics/steps.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in steps] == list(range(60))
+    assert [json.loads(line)["step"] for line in steps] == list(range(120))
 
 
 def test_nothing_is_started_while_slurm_does_not_answer(

@@ -342,8 +342,7 @@ class StepReducer:
 def _values_per_domain(rows: Ints) -> Ints:
     """Return how many values every scalar has in every domain, given all rows of scalars; shape (scalars, K)."""
     # The sums come first. Their last bits may differ between copies that were computed on several devices.
-    values: Ints = rows.reshape(-1, ROWS_PER_SCALAR, rows.shape[1])[:, 1:].sum(axis=1)
-    return values
+    return np.asarray(rows.reshape(-1, ROWS_PER_SCALAR, rows.shape[1])[:, 1:].sum(axis=1), np.int64)
 
 
 def _checks_of(rows: Ints) -> Ints:

@@ -114,6 +114,8 @@ def _first_byte(column: Any) -> int:
 
 
 def _read_header(fd: int, position: int) -> _Page:
+    if position < 0:
+        raise ValueError(f"a page begins at byte {position}")
     size = HEADER_BYTES
     while True:
         data = os.pread(fd, size, position)
