@@ -98,7 +98,7 @@ def prepare_application(arguments: Sequence[str]) -> list[str]:
 
 
 def _launcher_words(words: Sequence[str], config: Config) -> list[str]:
-    """Return overrides of Hydra's launcher for Slurm that need the composed configuration.
+    """Return overrides of Hydra's launcher for Slurm that need the composed configuration and were not typed.
 
     Raises:
         ConfigError: the launcher would ignore the environment.
@@ -110,7 +110,10 @@ def _launcher_words(words: Sequence[str], config: Config) -> list[str]:
             f"hydra/launcher=submitit_slurm starts the interpreter that submits, but environment.kind is "
             f"{config.environment.kind}.\n  Use mixtera-hpc submit or mixtera-hpc sweep."
         )
-    return [f"hydra.launcher.signal_delay_s={signal_lead_s(config.job, config.cluster)}"]
+    key = "hydra.launcher.signal_delay_s"
+    if any(word.lstrip("+").partition("=")[0] == key for word in words):
+        return []
+    return [f"{key}={signal_lead_s(config.job, config.cluster)}"]
 
 
 def _uses_slurm_launcher(words: Sequence[str]) -> bool:

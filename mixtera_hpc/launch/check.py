@@ -16,6 +16,7 @@ from mixtera_hpc.config.job_shape import can_start
 from mixtera_hpc.errors import MixteraError
 from mixtera_hpc.launch.batch.templates import EXAMPLE_ENVIRONMENTS
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
+from mixtera_hpc.launch.submit import missing_account_message
 
 __all__ = ["CheckResult", "FailedPair", "check_all_pairs", "check_one"]
 
@@ -73,13 +74,15 @@ def check_all_pairs() -> CheckResult:
     )
 
 
-def check_one(overrides: Sequence[str]) -> None:
-    """Compose one configuration and render its script.
+def check_one(overrides: Sequence[str]) -> str | None:
+    """Compose one configuration and render its script; return what a job would still need, if anything.
 
     Raises:
         ConfigError: it has a problem; the message lists all of them.
     """
-    render_script(SbatchJob(config=compose(overrides)))
+    config = compose(overrides)
+    render_script(SbatchJob(config=config))
+    return missing_account_message(config)
 
 
 def _problem(experiment: str | None, cluster: str, environment: str) -> str | None:

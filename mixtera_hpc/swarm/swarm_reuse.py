@@ -35,7 +35,7 @@ class EarlierSwarm:
     names: tuple[str, ...]
     """Names of its domains."""
     proposal: NDArray[np.float64]
-    """Its proposed mixture; shape (K,)."""
+    """Mixture that the swarm proposed; shape (K,)."""
     ratios: SwarmTable
     metrics: SwarmTable
 

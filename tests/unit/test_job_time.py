@@ -75,3 +75,13 @@ def test_the_launcher_of_hydra_refuses_an_environment_that_it_would_ignore() -> 
 
     with pytest.raises(ConfigError, match=r"but environment\.kind is venv"):
         prepare_application([*words, "environment.venv=/venv", "dataplane.seed=1,2"])
+
+
+def test_a_typed_value_of_the_launcher_of_hydra_is_kept() -> None:
+    words = ["hydra/launcher=submitit_slurm", "-m", "data.root=/data", "mixture.unit=samples", "dataplane.seed=1,2"]
+
+    computed = [word for word in prepare_application(words) if "signal_delay_s" in word]
+    typed = prepare_application([*words, "hydra.launcher.signal_delay_s=7"])
+
+    assert len(computed) == 1
+    assert [word for word in typed if "signal_delay_s" in word] == ["hydra.launcher.signal_delay_s=7"]

@@ -63,3 +63,14 @@ def test_no_shipped_config_contains_an_account_or_a_personal_folder(path: Path) 
 
     assert not re.search(r"^\s*account:\s*(?!null|\$\{)\S", text, re.MULTILINE), "an account"
     assert not re.search(r"(/home/|/users/|/capstor/|/iopsstor/|/pscratch/|/scratch/|~/)\S", text), "an absolute folder"
+
+
+def test_a_missing_account_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["check", "cluster=clariden", "data.root=/data", "mixture.unit=samples"]
+
+    assert main(words) == 0
+    assert "job.account is not set" in capsys.readouterr().out
+    assert main([*words, "job.account=project"]) == 0
+    assert "job.account" not in capsys.readouterr().out

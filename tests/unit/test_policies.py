@@ -1,5 +1,6 @@
 """Rules that concern the whole code base: exports, file sizes, verbs, imports, errors, links."""
 
+import ast
 import importlib
 import json
 import re
@@ -39,6 +40,21 @@ def wrong_exports(path: Path) -> list[str]:
 def test_a_module_defines_the_names_it_exports() -> None:
     wrong = [line for path in MODULES if path not in INTEGRATIONS for line in wrong_exports(path)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_examples_import_names_that_exist() -> None:
+    """Their trainers are not installed here, so the examples themselves cannot be imported."""
+    missing = []
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            # Integrations import their trainers; the tests above check what they export.
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("mixtera_hpc"):
+                continue
+            if (node.module or "").startswith("mixtera_hpc.integrations"):
+                continue
+            module = importlib.import_module(str(node.module))
+            missing += [f"{path}: {node.module}.{each.name}" for each in node.names if not hasattr(module, each.name)]
+    assert not missing
 
 
 @pytest.mark.parametrize("path", INTEGRATIONS, ids=name_of)

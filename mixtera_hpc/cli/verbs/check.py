@@ -34,8 +34,10 @@ def run(args: Namespace) -> int:
                 f"{args.overrides[0]!r} names one configuration, but --all and --json are about every pair.\n"
                 "  Give overrides, or --all."
             )
-        check_one(args.overrides)
+        needed = check_one(args.overrides)
         print("The configuration and its batch script have no problem.")
+        if needed:
+            print(f"Before a job can be submitted: {needed}")
         return 0
     result = check_all_pairs()
     if args.json:
