@@ -4,6 +4,7 @@ import json
 import mmap
 import os
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -395,16 +396,21 @@ def test_the_first_failing_rank_is_named_in_the_batch_log(attempt: Attempt) -> N
 def test_shared_memory_of_killed_ranks_is_removed_and_that_of_others_stays(attempt: Attempt) -> None:
     dead = Path("/dev/shm") / f"mixtera-{os.getpid()}-dead"
     used = Path("/dev/shm") / f"mixtera-{os.getpid()}-used"
+    new = Path("/dev/shm") / f"mixtera-{os.getpid()}-new"
     try:
-        dead.write_bytes(b"1")
-        used.write_bytes(b"1")
+        new.write_bytes(b"1")
+        for path in (dead, used):
+            path.write_bytes(b"1")
+            os.utime(path, (long_ago := time.time() - 60, long_ago))
         with used.open("rb") as file, mmap.mmap(file.fileno(), 1, prot=mmap.PROT_READ):
             attempt("exit 137")
 
             assert (dead.exists(), used.exists()) == (False, True)
+            assert new.exists(), "another job may be about to map it"
     finally:
         dead.unlink(missing_ok=True)
         used.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 def test_a_script_without_a_folder_makes_one(make_config: MakeConfig, command: MakeCommand, tmp_path: Path) -> None:

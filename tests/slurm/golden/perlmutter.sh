@@ -47,13 +47,13 @@ is_request() { # Argument: a control file. It counts if it belongs to this user,
   echo "$1 is ignored: it belongs to another user." >&2
   return 1
 }
-# A killed rank leaves shared memory of its MPI library behind. Remove files that no process of this user maps.
+# A killed rank leaves shared memory of its MPI library behind. Remove files that no process of this user maps; not new
+# ones, which the process that makes them is about to map.
 remove_dead_memory() {
   local names used name
-  names=$(find /dev/shm -maxdepth 1 -user "$(id -u)" \( -name 'mpich_shm_*' -o -name 'mixtera-*' \
-    -o -name 'vader_segment.*' -o -name 'sm_segment.*' \) 2>/dev/null)
+  names=$(find /dev/shm -maxdepth 1 -user "$(id -u)" ! -newermt '10 seconds ago' \( -name 'mpich_shm_*' \
+    -o -name 'mixtera-*' -o -name 'vader_segment.*' -o -name 'sm_segment.*' \) 2>/dev/null)
   [ -n "$names" ] || return 0
-  sleep 1 # By then a process has mapped what it has just made.
   used=$(cat /proc/[0-9]*/maps 2>/dev/null | grep -o '/dev/shm/[^ ]*')
   for name in $names; do
     case $'\n'$used$'\n' in *$'\n'"$name"$'\n'*) ;; *) rm -f "$name" ;; esac
