@@ -4,12 +4,12 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from mixtera_hpc.errors import ConfigError, did_you_mean
 
-__all__ = ["NOT_GIVEN", "from_plain", "missing_key", "raise_problems", "to_plain", "unknown_key"]
+__all__ = ["NOT_GIVEN", "from_plain", "leaves", "missing_key", "raise_problems", "to_plain", "unknown_key"]
 
 T = TypeVar("T")
 
@@ -176,3 +176,12 @@ def _scalar(hint: type, value: Any, path: str, problems: list[str]) -> Any:
 
 def _join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
+
+
+def leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and value of every leaf of nested mappings."""
+    if isinstance(plain, Mapping) and plain:
+        for key, value in plain.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, plain

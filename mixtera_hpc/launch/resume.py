@@ -1,7 +1,7 @@
 """Continue a run in its folder: decide which keys may change, and refuse changes of its data or its model."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from mixtera_hpc.config.check import check_run
 from mixtera_hpc.config.compose import compose_plain
-from mixtera_hpc.config.convert import from_plain, to_plain
+from mixtera_hpc.config.convert import from_plain, leaves, to_plain
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.config.yaml_files import load_yaml
@@ -116,8 +116,8 @@ def check_resume(old: Config, new: Config, request: ResumeRequest = NO_EDITS) ->
     Raises:
         LaunchError: An identity key changed and is not allowed to, or the key of a given flag did not change.
     """
-    before = dict(_leaves(to_plain(old)))
-    after = dict(_leaves(to_plain(new)))
+    before = dict(leaves(to_plain(old)))
+    after = dict(leaves(to_plain(new)))
     changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
 
     if request.change_seq_len and old.mixture.unit == "samples":
@@ -278,12 +278,3 @@ def _copy_value(source: Any, target: Any, path: list[str]) -> None:
         target = target[part]
     if above and isinstance(source, Mapping) and isinstance(target, dict) and name in source:
         target[name] = source[name]
-
-
-def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted path and value of every leaf of nested mappings."""
-    if isinstance(plain, Mapping) and plain:
-        for key, value in plain.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, plain

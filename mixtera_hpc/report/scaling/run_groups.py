@@ -1,8 +1,9 @@
 """Group runs, and refuse to compare runs that differ in more than their numbers of nodes and ranks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mixtera_hpc.config.convert import leaves
 from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.job_shape import SCALE_KEYS
 from mixtera_hpc.config.run_folder import RunFolder
@@ -44,7 +45,7 @@ def check_comparable(runs: Sequence[RunMetrics]) -> None:
     Raises:
         ConfigError: runs differ; the message names every key and its values.
     """
-    settings = [dict(_leaves(metrics.config)) for metrics in runs]
+    settings = [dict(leaves(metrics.config)) for metrics in runs]
     keys = sorted({key for setting in settings for key in setting if not _is_ignored(key)})
     different = {key: [setting.get(key) for setting in settings] for key in keys}
     different = {key: values for key, values in different.items() if any(value != values[0] for value in values)}
@@ -114,12 +115,3 @@ def _overrides(run: RunFolder) -> dict[str, str]:
     """Return key → the last override of that key."""
     lines = run.overrides.read_text().splitlines() if run.overrides.is_file() else []
     return {line.partition("=")[0].lstrip("+~"): line for line in lines}
-
-
-def _leaves(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted path and value of every leaf of nested mappings."""
-    if isinstance(plain, Mapping) and plain:
-        for key, value in plain.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, plain
