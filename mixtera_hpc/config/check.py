@@ -9,7 +9,7 @@ from mixtera_hpc.config.check_job import job_problems
 from mixtera_hpc.config.check_numbers import all_at_least, at_least
 from mixtera_hpc.config.check_script import script_problems
 from mixtera_hpc.config.convert import raise_problems
-from mixtera_hpc.config.job_shape import num_ranks
+from mixtera_hpc.config.job_shape import cpus_per_rank, num_ranks
 from mixtera_hpc.config.mixture.check_swarm import swarm_problems
 from mixtera_hpc.config.packing.check_packing import cost_problems, packing_problems
 from mixtera_hpc.config.schema import (
@@ -27,6 +27,9 @@ __all__ = ["WORKERS_PER_CORE", "check_build", "check_data", "check_index_job", "
 
 WORKERS_PER_CORE = 4
 """Worker processes per core; they wait for files a part of their time."""
+
+MAX_WORKERS = 64
+"""Reading processes of a rank whose cores are not known: as many as 16 cores may have."""
 
 MAX_FEEDBACK_LAG = 1_000_000
 """Chunks. Weights that react later than this do not react."""
@@ -250,14 +253,22 @@ def _sweep(sweep: SweepConfig) -> list[str]:
 
 
 def _workers(config: Config) -> list[str]:
-    """Check the number of worker processes where the cores of a rank are known."""
-    cores = config.job.cpus_per_rank
+    """Check the number of reading processes of a rank. A rank checks it again with the cores that it was given."""
     workers = config.dataplane.workers
-    if workers is None or cores is None or cores < 1 or workers <= WORKERS_PER_CORE * cores:
+    if workers is None or config.job.nodes < 1 or num_ranks(config) < 1:
         return []
+    cores = cpus_per_rank(config)
+    if cores is None and workers > MAX_WORKERS:
+        return [
+            f"dataplane.workers is {workers}, but where the cores of a rank are not known, at most {MAX_WORKERS} are "
+            f"accepted. Lower it, or set job.cpus_per_rank: {WORKERS_PER_CORE} for each core are accepted then."
+        ]
+    if cores is None or cores < 1 or workers <= WORKERS_PER_CORE * cores:
+        return []
+    known = f"job.cpus_per_rank={cores}" if config.job.cpus_per_rank is not None else f"the {cores} cores of a rank"
     return [
-        f"dataplane.workers is {workers}, more than {WORKERS_PER_CORE} × job.cpus_per_rank={cores}. More processes "
-        "than cores slow each other down. Lower it."
+        f"dataplane.workers is {workers}, more than {WORKERS_PER_CORE} × {known}. More processes than cores slow each "
+        "other down. Lower it."
     ]
 
 

@@ -5,7 +5,16 @@ import sys
 
 from mixtera_hpc.config.schema import ClusterConfig, Config, JobConfig
 
-__all__ = ["SCALE_KEYS", "can_start", "mpi_plugin", "num_ranks", "parse_time", "python_of_ranks", "signal_lead_s"]
+__all__ = [
+    "SCALE_KEYS",
+    "can_start",
+    "cpus_per_rank",
+    "mpi_plugin",
+    "num_ranks",
+    "parse_time",
+    "python_of_ranks",
+    "signal_lead_s",
+]
 
 SCALE_KEYS = ("job.nodes", "job.ranks_per_node")
 """The keys that a scaling sweep varies, and in which runs of one comparison may differ."""
@@ -14,6 +23,14 @@ SCALE_KEYS = ("job.nodes", "job.ranks_per_node")
 def num_ranks(config: Config) -> int:
     """Return the number of ranks of the whole job."""
     return config.job.nodes * (config.job.ranks_per_node or config.cluster.ranks_per_node)
+
+
+def cpus_per_rank(config: Config) -> int | None:
+    """Return the cores of each rank of the job, or None if the configuration of the cluster does not say."""
+    if config.job.cpus_per_rank is not None or config.cluster.cpus_per_node is None:
+        return config.job.cpus_per_rank
+    ranks_per_node = num_ranks(config) // config.job.nodes
+    return max(1, config.cluster.cpus_per_node // ranks_per_node)
 
 
 def parse_time(text: str) -> int | None:

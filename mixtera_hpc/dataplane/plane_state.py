@@ -8,7 +8,6 @@ own state.
 
 import io
 import json
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -55,7 +54,8 @@ def unpack_state(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, 
         with np.load(io.BytesIO(content.tobytes()), allow_pickle=False) as entries:
             arrays = dict(entries)
         facts = parse_json(arrays.pop(JSON_ENTRY).tobytes())
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    # numpy, zipfile, zlib and tokenize raise a dozen unrelated types for damaged bytes.
+    except Exception as error:
         raise _unreadable(str(error)) from error
     return facts, arrays
 

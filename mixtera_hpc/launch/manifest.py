@@ -84,7 +84,8 @@ def installed_version(name: str) -> str | None:
 
 def _git(*arguments: str) -> str | None:
     folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), *arguments]
+    # `git status` writes to the index. If it was stopped after the limit, its lock would remain and block the user.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_LIMIT_S)
     except (FileNotFoundError, subprocess.TimeoutExpired):

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mixtera_hpc.config.convert import to_plain
-from mixtera_hpc.config.job_shape import mpi_plugin, num_ranks, parse_time, python_of_ranks, signal_lead_s
+from mixtera_hpc.config.job_shape import (
+    cpus_per_rank,
+    mpi_plugin,
+    num_ranks,
+    parse_time,
+    python_of_ranks,
+    signal_lead_s,
+)
 from mixtera_hpc.config.schema import ClusterConfig, Config
 from mixtera_hpc.config.yaml_files import dump_yaml
 
@@ -123,7 +130,7 @@ def _fixed_flags(job: SbatchJob) -> dict[str, Any]:
         "job_name": config.job.name or config.run.name,
         "nodes": config.job.nodes,
         "ntasks_per_node": num_ranks(config) // config.job.nodes,
-        "cpus_per_task": _cpus_per_rank(config),
+        "cpus_per_task": cpus_per_rank(config),
         "time": config.job.time,
         "signal": f"USR2@{signal_lead_s(config.job, config.cluster)}",
         "open_mode": "append",
@@ -145,13 +152,6 @@ def _gpu_flags(cluster: ClusterConfig) -> dict[str, Any]:
     if cluster.gpu_request == "gpus-per-node":
         return {"gpus_per_node": cluster.gpus_per_node}
     return {"gres": f"gpu:{cluster.gpus_per_node}"}
-
-
-def _cpus_per_rank(config: Config) -> int | None:
-    if config.job.cpus_per_rank is not None or config.cluster.cpus_per_node is None:
-        return config.job.cpus_per_rank
-    ranks_per_node = num_ranks(config) // config.job.nodes
-    return max(1, config.cluster.cpus_per_node // ranks_per_node)
 
 
 def _variables(job: SbatchJob) -> list[str]:
@@ -237,7 +237,7 @@ def _srun(config: Config, log_options: Sequence[str], rank: Sequence[str]) -> st
         rank: Words of the command of every rank, quoted for the shell.
     """
     cluster = config.cluster
-    cpus = _cpus_per_rank(config)
+    cpus = cpus_per_rank(config)
     options = ["srun", "--unbuffered", "--kill-on-bad-exit=1", *log_options]
     if mpi := mpi_plugin(config):
         options.append(f"--mpi={shlex.quote(mpi)}")

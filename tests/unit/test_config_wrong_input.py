@@ -43,6 +43,10 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
         ("mixture.max_epochs=inf", r"mixture\.max_epochs is inf, expected a finite number"),
         ("job.mem=lots", r"^job\.mem is 'lots', expected a number of megabytes, or a number with K, M, G or T\.$"),
         ("job.cpus_per_rank=0", r"^job\.cpus_per_rank is 0, expected at least 1\.$"),
+        (
+            "dataplane.workers=100",
+            r"^dataplane\.workers is 100, but where the cores of a rank are not known, at most 64 are accepted",
+        ),
         ("job.command=[]", r"^job\.command is empty\. Give the words of a command"),
         ("job.comment='a\nb'", r"^job\.comment is 'a\\nb', expected text on one line without control characters\.$"),
         ("+cluster.env={A-B: c}", r"^cluster\.env has the key 'A-B', which is not the name of a variable\.$"),
@@ -76,6 +80,21 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
 def test_a_wrong_override_is_explained(word: str, answer: str) -> None:
     with pytest.raises(ConfigError, match=answer):
         compose([*BASE, word])
+
+
+@pytest.mark.parametrize(
+    ("words", "cores"),
+    [
+        (["job.cpus_per_rank=2", "dataplane.workers=9"], r"job\.cpus_per_rank=2"),
+        (["cluster=clariden", "job.account=a", "dataplane.workers=289"], "the 72 cores of a rank"),
+    ],
+)
+def test_more_reading_processes_than_the_cores_of_a_rank_can_run_are_refused(words: list[str], cores: str) -> None:
+    *words, workers = words
+    count = workers.removeprefix("dataplane.workers=")
+    with pytest.raises(ConfigError, match=rf"^dataplane\.workers is {count}, more than 4 × {cores}\. More processes"):
+        compose([*BASE, *words, workers])
+    compose([*BASE, *words, f"dataplane.workers={int(count) - 1}"])
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mixtera_hpc.cli.main import main
@@ -16,8 +17,9 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.dataplane.control import RunControl
 from mixtera_hpc.dataplane.journal import read_lines
 from mixtera_hpc.dataplane.plane import DataPlane
-from mixtera_hpc.dataplane.plane_state import pack_state
+from mixtera_hpc.dataplane.plane_state import pack_state, unpack_state
 from mixtera_hpc.dataplane.resume.checkpoint_files import saved_states
+from mixtera_hpc.errors import DataError
 from mixtera_hpc.track.append_file import AppendFile
 
 NUM_STEPS = 8
@@ -137,6 +139,26 @@ def test_a_damaged_checkpoint_does_not_block_the_edits_of_a_run(tmp_path: Path) 
     run.checkpoint_plane_state(10).write_bytes(b"not a state")
     (run.checkpoint(15) / "training.json").write_text(json.dumps(["not", "contents"]))
     assert [state["next_step"] for state in saved_states(run)] == [5]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_state_is_refused_wherever_the_damage_is() -> None:
+    """numpy, zipfile, zlib and tokenize answer damage with different exceptions."""
+    state = pack_state({"next_step": 5, "names": [f"name {n}" for n in range(30)]}, {"plan": np.arange(300)})
+    damages = [(place, bits) for bits in (0xFF, 0x01) for place in range(len(state))]
+    contents = [state[:length] for length in range(len(state))]
+    for place, bits in damages:
+        contents.append(state.copy())
+        contents[-1][place] ^= bits
+    num_refused = 0
+    for content in contents:
+        try:
+            unpack_state(content)
+        except DataError as error:
+            assert "Load another checkpoint of the run" in str(error)
+            num_refused += 1
+    # Some bytes of a zip file have no meaning.
+    assert num_refused > 0.8 * len(contents)
 
 
 FULL_WHEN_CREATED = """

@@ -104,7 +104,8 @@ def _read_trace(path: Path) -> LossTrace:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored)
-    except (OSError, ValueError, EOFError) as error:
+    # numpy, zipfile, zlib and tokenize raise a dozen unrelated types for damaged bytes.
+    except Exception as error:
         raise DataError(
             f"{path} cannot be read as an npz file: {error}.\n  Give a trace of losses, or a run."
         ) from None

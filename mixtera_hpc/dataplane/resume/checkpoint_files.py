@@ -92,16 +92,20 @@ def saved_states(run: RunFolder) -> Iterator[dict[str, Any]]:
             continue
         # A training program of the user's may keep the state of the data plane without our table of contents.
         damage = find_damage(path) if (path / CONTENTS_FILE).exists() else None
-        try:
-            state = unpack_state(np.fromfile(path / PLANE_STATE_FILE, np.uint8))[0]
-            if not isinstance(state, dict):
-                damage = damage or f"{PLANE_STATE_FILE} holds no state"
-        except DataError as error:
-            damage = damage or str(error)
-        if damage is None:
+        state = None if damage else _unpacked(path / PLANE_STATE_FILE)
+        if isinstance(state, dict):
             yield state
         else:
-            _logger.warning("Checkpoint %s is skipped: %s.", path, damage)
+            _logger.warning("Checkpoint %s is skipped: %s.", path, damage or state)
+
+
+def _unpacked(path: Path) -> dict[str, Any] | str:
+    """Return the JSON values of a saved state, or what is wrong with it."""
+    try:
+        state = unpack_state(np.fromfile(path, np.uint8))[0]
+    except (DataError, OSError) as error:
+        return str(error)
+    return state if isinstance(state, dict) else f"{path.name} holds no state"
 
 
 def crc32_of(path: Path) -> int:
