@@ -6,6 +6,7 @@ This is the only file that imports mpi4py, and it does so inside functions only,
 import os
 import socket
 import sys
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,11 +20,17 @@ from mixtera_hpc.comm.communicator import (
     byte_segments,
     wait,
 )
+from mixtera_hpc.comm.pipes import wait_until_read
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["Mpi"]
+
+LAST_WORDS_LIMIT_S = 2.0
+"""How long a rank that aborts the job waits for the launcher to read its output."""
+LAST_WORDS_GRACE_S = 0.05
+"""How long the launcher then has to pass this output on."""
 
 
 class Mpi:
@@ -139,6 +146,10 @@ class Mpi:
     def Abort(self, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        # MPICH's mpiexec ends the ranks as soon as it hears of the abort, and drops what it has not read from them.
+        for descriptor in (1, 2):
+            wait_until_read(descriptor, LAST_WORDS_LIMIT_S)
+        time.sleep(LAST_WORDS_GRACE_S)
         self._mpi.COMM_WORLD.Abort(code)
         os._exit(code)  # With MPICH and PMI2, Abort returns. The rank would go on and report success.
 
