@@ -7,6 +7,8 @@ VENV_TORCHTITAN := .venv-torchtitan
 TRAINERS := $(VENV)/.integrations-ready $(VENV_TORCHTITAN)/.ready
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Otherwise each of the many processes that the tests start would compile the package again.
+export PYTHONDONTWRITEBYTECODE :=
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/torchinductor
 

@@ -1,6 +1,9 @@
 """Fixtures that all kinds of tests share."""
 
+import contextlib
 import gc
+import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,8 +20,8 @@ MAX_LEAKED_DESCRIPTORS = 4
 IN_A_THREAD = "dataplane.workers=0"
 """Override that saves most tests the start of a process; `test_workers.py` covers the processes."""
 
-GRACE_S = 2.0
-"""How long threads and processes that were told to end may take."""
+GRACE_S = 60.0
+"""How long threads and processes that were told to end may take. They take milliseconds, unless the machine is busy."""
 
 
 LONG_FILES = {"test_wrong_inputs.py", "test_decompression_bombs.py", "test_odd_paths.py", "test_odd_rows.py"}
@@ -28,6 +31,21 @@ LONG_FILES = {"test_wrong_inputs.py", "test_decompression_bombs.py", "test_odd_p
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of all later collections of garbage, which would visit it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a port that nobody else is given: those that the kernel hands out begin at 32768."""
+    for port in range(20000 + os.getpid() % 12000, 32768):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 @pytest.fixture(scope="session")

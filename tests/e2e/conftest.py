@@ -24,15 +24,21 @@ def only_run(root: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cli() -> Cli:
-    """Return a function that runs `mixtera-hpc` and checks its exit code; several `ranks` run under mpiexec."""
+def cli(verb: Cli) -> Cli:
+    """Return a function that runs `mixtera-hpc` and checks its exit code; several `ranks` run under mpiexec.
+
+    Whatever trains runs in processes of its own. The other verbs need none: their code is the same in this process.
+    """
 
     def call(
         *words: object, ranks: int = 1, cwd: Path | None = None, rc: int | None = 0
     ) -> subprocess.CompletedProcess[str]:
+        trains = words[0] == "run" or (words[0] == "resume" and rc != 2)
+        if ranks == 1 and not trains and rc is not None:
+            return verb(*words, cwd=cwd, rc=rc)
         prefix = [str(MPIEXEC), "-n", str(ranks)] if ranks > 1 else []
         command = [*prefix, *COMMAND, *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=400)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=900)
         if rc is not None:
             assert done.returncode == rc, f"{done.returncode}: {' '.join(command)}\n{done.stdout}\n{done.stderr}"
         return done

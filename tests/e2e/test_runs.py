@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mixtera_hpc.config.run_folder import RunFolder
+from mixtera_hpc.dataplane.journal import read_lines
+
 from .conftest import COMMAND, MPIEXEC, Cli, only_run
 
 STATIC = "kind: static\ndomains:\n  - {key: {source: ast}, weight: 0.75}\n  - {key: {source: enum}, weight: 0.25}\n"
@@ -22,9 +25,9 @@ def test_the_mixture_of_a_running_job_can_be_changed(cli: Cli, small: list[str],
             folder = only_run(tmp_path / "runs")
             assert "not active" not in cli("mixture", "set", folder, tmp_path / "static.yaml").stdout
             wait_for(tmp_path, "runs/small/*/decisions.jsonl", 1, process)
-            time.sleep(2.0)
+            wait_for_chunk(RunFolder(folder), process)
             (folder / "control" / "stop").touch()
-            assert process.wait(timeout=90) == 75, (tmp_path / "out").read_text()
+            assert process.wait(timeout=600) == 75, (tmp_path / "out").read_text()
         finally:
             process.kill()
     lines = [json.loads(line) for line in cli("mixture", "show", folder, "--json").stdout.splitlines()]
@@ -40,8 +43,17 @@ def test_the_mixture_of_a_running_job_can_be_changed(cli: Cli, small: list[str],
     assert "needs a file" in cli("mixture", "set", folder, "--at-chunk", 99, rc=2).stderr
 
 
+def wait_for_chunk(folder: RunFolder, process: subprocess.Popen[str]) -> None:
+    """Wait until the chunk from which a decided mixture is used has been planned."""
+    [decision] = read_lines(folder.decisions)
+    deadline = time.monotonic() + 900
+    while not any(line.get("chunk") == decision["chunk"] for line in read_lines(folder.journal)):
+        assert process.poll() is None and time.monotonic() < deadline, "the chunk was not planned"
+        time.sleep(0.2)
+
+
 def wait_for(root: Path, glob: str, lines: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while time.monotonic() < deadline and process.poll() is None:
         if any(len(path.read_text().splitlines()) >= lines for path in root.glob(glob)):
             return

@@ -17,13 +17,13 @@ MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
 def run(out: Path, *arguments: str, num_ranks: int = 1) -> None:
     launcher = [MPIEXEC, "-n", str(num_ranks)] if num_ranks > 1 else []
     command = [*launcher, sys.executable, EXAMPLE, "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def verify(out: Path) -> str:
     command = [sys.executable, "-m", "mixtera_hpc", "trace", str(out), "--verify"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
 
 def digests(out: Path) -> dict[tuple[int, int], str]:

@@ -11,9 +11,9 @@ What an example must do, beyond the command line and the record of `examples/tra
 - `OUT` is the folder of the run (`RunFolder(out)`); `OUT/control/stop` stops it.
 """
 
+import contextlib
+import io
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from mixtera_hpc import RunFolder
+from mixtera_hpc.cli.main import main
 from mixtera_hpc.dataplane.journal import read_lines
 
 from .failing_rank import FAILED_AT
@@ -247,9 +248,10 @@ class TrainerConformance:
 
 def assert_verified(out: Path) -> None:
     """Check that `mixtera-hpc trace OUT --verify` confirms every sequence of the run."""
-    command = [sys.executable, "-m", "mixtera_hpc", "trace", str(out), "--verify"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        code = main(["trace", str(out), "--verify"])
+    assert code == 0, output.getvalue()
 
 
 def what_the_trainer_logged(out: Path) -> bytes:

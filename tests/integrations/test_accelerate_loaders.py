@@ -19,7 +19,7 @@ def answers(collection: list[str], ranks: int) -> list[dict[str, Any]]:
     """Return the answer of every rank to every setting."""
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *launcher, PROGRAM, *collection, *WORDS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return list(json.loads(done.stdout.splitlines()[-1]))
 

@@ -44,7 +44,7 @@ def answers(collection: list[str], out: Path, ranks: int) -> list[dict[str, Any]
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     words = ["dataplane.seq_len=16", f"dataplane.global_batch_size={4 * ranks}", "dataplane.chunk_steps=2"]
     command = [sys.executable, *launcher, str(ARGUMENTS), str(out), *collection, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
 

@@ -45,7 +45,7 @@ def folder(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("layouts")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(NUM_RANKS), "--rdzv-backend", "c10d"]
     command = [sys.executable, *launcher, "--rdzv-endpoint", "localhost:0", str(PROGRAM), str(folder), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
 

@@ -55,7 +55,7 @@ def checked(collection: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("refusals")
     sizes = ["dataplane.seq_len=16", "dataplane.global_batch_size=8"]
     command = [str(PYTHON), str(REFUSALS), str(folder / "run"), *collection, *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

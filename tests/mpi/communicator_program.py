@@ -7,12 +7,14 @@ With --world only on all ranks together.
 """
 
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.testing.communicators import CHECKS
+
+OPENED: set[str] = set()
+"""Shared memory that this rank has opened by name."""
 
 
 def mpi_groups() -> Iterator[Communicator]:
@@ -44,15 +46,14 @@ def torch_groups() -> Iterator[Communicator]:
     dist.destroy_process_group()
 
 
-def remaining_shared_memory() -> list[str]:
-    """Return the names that do not vanish within some seconds; jobs beside this one have names for milliseconds."""
-    deadline = time.monotonic() + 5
-    while (names := [path.name for path in Path("/dev/shm").glob("mixtera-*")]) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return names
+def record_shared_memory(event: str, arguments: tuple[object, ...]) -> None:
+    """Note the names of shared memory that this process opens, as an audit hook. Other jobs have such names as well."""
+    if event == "open" and str(arguments[0]).startswith("/dev/shm/mixtera-"):
+        OPENED.add(str(arguments[0]))
 
 
 def main() -> None:
+    sys.addaudithook(record_shared_memory)
     groups = {"mpi": mpi_groups, "torch": torch_groups}[sys.argv[1]]
     for comm in groups():
         for check in CHECKS:
@@ -60,7 +61,7 @@ def main() -> None:
             if comm.rank == 0:
                 print(comm.size, check.__name__, flush=True)
         comm.Barrier()
-        assert remaining_shared_memory() == []
+        assert [path for path in OPENED if Path(path).exists()] == []
         if comm.rank == 0:
             print(comm.size, "nodes", comm.size // comm.local_size, flush=True)
         comm.Free()

@@ -1,10 +1,11 @@
-"""Run a program on N ranks with the variables of torchrun; the ranks are forks, so that torch is imported only once.
+"""Run a program on N ranks with the variables of torchrun; the ranks are forks, so that libraries are imported once.
 
 forked_ranks.py N PROGRAM ARGUMENTS…
 
 For tests of what ranks do, not of how torchrun starts them. After the first failure, the other ranks are killed.
 """
 
+import contextlib
 import os
 import runpy
 import signal
@@ -13,12 +14,19 @@ import sys
 import traceback
 from pathlib import Path
 
+import hydra  # noqa: F401 - imported once, like the next ones, instead of by every rank
 import torch.distributed.device_mesh
+
+import mixtera_hpc.dataplane.plane
+import mixtera_hpc.testing.communicators  # noqa: F401
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """Return a port that nobody else is given: those that the kernel hands out begin at 32768."""
+    for port in range(20000 + os.getpid() % 12000, 32768):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
 
 
 def run_rank(rank: int, num_ranks: int, port: int) -> int:

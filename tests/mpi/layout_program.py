@@ -8,20 +8,23 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.plane import DataPlane
 
 STEPS = 5
 HALVES = (slice(0, 8), slice(8, 16))
 
 
-def serve(overrides: list[str], parts: list[slice], **layout: Any) -> dict[str, Any]:
+def serve(config: Config, delivery: str, parts: list[slice], **layout: Any) -> dict[str, Any]:
     served = []
-    with DataPlane.open(compose(overrides), **layout) as plane:
+    config = replace(config, dataplane=replace(config.dataplane, delivery=delivery))
+    with DataPlane.open(config, **layout) as plane:
         for batch in plane:
             served.append([batch.positions.tolist(), batch.digests])
             loss = (1.0 + (batch.tokens[:, 1:] % 97) / (3 + batch.step)).astype(np.float32)
@@ -34,32 +37,32 @@ def serve(overrides: list[str], parts: list[slice], **layout: Any) -> dict[str, 
     return {"served": served, "losses": losses}
 
 
-def torch_layouts(overrides: list[str]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def torch_layouts(config: Config) -> Iterator[tuple[str, int, dict[str, Any]]]:
     from torch.distributed.device_mesh import init_device_mesh
 
     for number, dims in enumerate(itertools.permutations(("dp", "pp", "cp"))):
         mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=dims)
         # Only the last pipeline stage has losses; each of its context-parallel ranks has one half.
         parts = [HALVES[mesh.get_local_rank("cp")]] if mesh.get_local_rank("pp") == 1 else []
-        delivery = f"dataplane.delivery={('each', 'lead')[number % 2]}"
-        answer = serve([*overrides, delivery], parts, mesh=mesh, loss_parts=("cp",))
+        answer = serve(config, ("each", "lead")[number % 2], parts, mesh=mesh, loss_parts=("cp",))
         yield "-".join(dims), mesh.get_local_rank("dp"), answer
 
 
-def mpi_layouts(overrides: list[str], rank: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def mpi_layouts(config: Config, rank: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
     for name, group, peer in (("neighbours", rank // 2, rank % 2), ("apart", rank % 2, rank // 2)):
         parts = list(HALVES) if peer == 1 else []
-        answer = serve([*overrides, "dataplane.delivery=lead"], parts, data_parallel=(group, 2))
+        answer = serve(config, "lead", parts, data_parallel=(group, 2))
         yield name, group, answer
 
 
 def main() -> None:
     kind, *overrides = sys.argv[1:]
+    config = compose(overrides)
     if kind == "torch":
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-        own = list(torch_layouts(overrides))
+        own = list(torch_layouts(config))
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, own)
         rank = dist.get_rank()
@@ -68,7 +71,7 @@ def main() -> None:
         from mpi4py import MPI
 
         rank = MPI.COMM_WORLD.rank
-        gathered = MPI.COMM_WORLD.allgather(list(mpi_layouts(overrides, rank)))
+        gathered = MPI.COMM_WORLD.allgather(list(mpi_layouts(config, rank)))
     if rank == 0:
         print(json.dumps(gathered))
 

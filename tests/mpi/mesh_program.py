@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from mixtera_hpc import DataPlane, RunFolder, compose
+from mixtera_hpc.config.schema import Config
 
 STEPS = 5
 MODEL_PARALLEL = list(itertools.permutations(["dp", "pp", "tp"]))
@@ -43,10 +44,9 @@ def serve(plane: DataPlane, records: bool) -> dict[str, Any]:
     return {"served": served, "statistics": statistics}
 
 
-def serve_layout(out: Path, overrides: list[str], dims: tuple[str, ...]) -> None:
+def serve_layout(out: Path, config: Config, dims: tuple[str, ...]) -> None:
     mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=dims)
     position = dict(zip(dims, map(int, np.unravel_index(dist.get_rank(), (2, 2, 2))), strict=True))
-    config = compose(overrides)
     folder = RunFolder(out / "-".join(dims))
     with DataPlane.open(config, folder=folder, mesh=mesh) as plane:
         own = serve(plane, records=position["pp"] == 1)
@@ -59,9 +59,10 @@ def serve_layout(out: Path, overrides: list[str], dims: tuple[str, ...]) -> None
 
 def main() -> None:
     out = Path(sys.argv[1])
+    config = compose(sys.argv[2:])
     dist.init_process_group("gloo")
     for dims in MODEL_PARALLEL:
-        serve_layout(out, sys.argv[2:], dims)
+        serve_layout(out, config, dims)
     dist.destroy_process_group()
 
 

@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     num_units = 8 * comm.size
 
     def scan(unit: int) -> Iterator[ScanResult]:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while comm.rank == 1 and len(list(folder.glob("done-*"))) < num_units - 1:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"unit {unit} waits for {sorted(p.name for p in folder.glob('done-*'))}")

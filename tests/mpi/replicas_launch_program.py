@@ -1,12 +1,15 @@
 """A user's program with `Replicas` and no argument, for any launcher. Arguments: MODE OVERRIDES…
 
 serve  print the process group, the variables, and the positions of the first batch, as one line of JSON per rank
-fail   rank 1 raises an exception inside `Replicas` and outside of a data plane; the others wait for it
+fail   rank 1 writes the time to $FAILED_AT and raises an exception inside `Replicas` and outside of a data plane; the
+       others wait for it
 """
 
 import json
 import os
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ def main() -> None:
     with Replicas() as replicas:
         if mode == "fail":
             if replicas.comm.rank == 1:
+                Path(os.environ["FAILED_AT"]).write_text(repr(time.time()))
                 raise ValueError("broken on purpose")
             replicas.comm.Barrier()
         total = torch.ones(1)

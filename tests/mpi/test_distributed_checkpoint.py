@@ -15,6 +15,6 @@ WORDS = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chu
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_distributed_checkpoint_resumes_at_the_saved_step(collection: list[str], tmp_path: Path, ranks: int) -> None:
     words = [sys.executable, "-m", "mpi4py", PROGRAM, tmp_path, *collection, *WORDS]
-    done = subprocess.run([MPIEXEC, "-n", str(ranks), *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([MPIEXEC, "-n", str(ranks), *words], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"resumed_at": 5, "same": [True] * ranks}

@@ -32,7 +32,7 @@ def build(root: Path, index: Path, ranks: int, *overrides: str) -> subprocess.Co
         "+data.properties={c:c,n:{path:n,kind:number}}",
     ]
     command = [MPIEXEC, "-n", str(ranks), *VERB, *settings, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=index.parent, env=dict(os.environ))
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=index.parent, env=dict(os.environ))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ BY_TORCHRUN = "torchrun started this process"
 Row = dict[str, Any]
 
 
-def launch(command: list[str], env: dict[str, str] | None = None, limit_s: float = 200) -> Any:
+def launch(command: list[str], env: dict[str, str] | None = None, limit_s: float = 900) -> Any:
     return subprocess.run(
         command, capture_output=True, text=True, timeout=limit_s, env={**os.environ, **(env or {})}, check=False
     )

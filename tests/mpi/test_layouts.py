@@ -37,7 +37,7 @@ def alone(overrides: list[str]) -> tuple[list[list[str]], list[list[float]]]:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_layout_serves_the_same_and_counts_each_loss_once(collection: list[str], launcher: str) -> None:
     words = [*LAUNCHERS[launcher], PROGRAM, launcher, *collection, *WORDS]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     digests, losses = alone([*collection, *WORDS])
     ranks = json.loads(done.stdout.splitlines()[-1])

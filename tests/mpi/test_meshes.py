@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mixtera_hpc import DataPlane, compose
+from mixtera_hpc.cli.main import main
 
 PROGRAM = Path(__file__).with_name("mesh_program.py")
 RANKS = [sys.executable, str(PROGRAM.with_name("forked_ranks.py")), "8"]
@@ -41,7 +42,7 @@ def out(collection: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path
     """Return the folder of what every rank of every layout was given."""
     folder = tmp_path_factory.mktemp("meshes")
     command = [*RANKS, str(PROGRAM), str(folder), *collection, *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
 
@@ -72,11 +73,13 @@ def test_losses_of_some_ranks_give_the_statistics_of_one_rank_bit_for_bit(
 
 @pytest.mark.parametrize("layout", ["pp-dp-tp", "tp-pp-dp"])
 @pytest.mark.parametrize("rank", [1, 6])
-def test_trace_names_what_a_rank_was_given(layout: str, rank: int, out: Path) -> None:
-    words = ["trace", str(out / layout), "--step", "3", "--rank", str(rank), "--json"]
-    done = subprocess.run([sys.executable, "-m", "mixtera_hpc", *words], capture_output=True, text=True, timeout=120)
+def test_trace_names_what_a_rank_was_given(
+    layout: str, rank: int, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["trace", str(out / layout), "--step", "3", "--rank", str(rank), "--json"])
 
-    assert done.returncode == 0, done.stderr
-    traced = sorted(json.loads(line)["position"] for line in done.stdout.splitlines())
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    traced = sorted(json.loads(line)["position"] for line in printed.out.splitlines())
     positions, _ = ranks_of(out, layout)[rank]["served"][3]
     assert traced == positions

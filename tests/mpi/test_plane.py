@@ -52,7 +52,7 @@ def serve(overrides: list[str]) -> Serve:
         if torchrun:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         words = [PROGRAM, folder, str(attempt), str(steps), *overrides, *more]
-        done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-4000:]
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -153,7 +153,7 @@ def test_a_stop_requested_of_one_rank_stops_all_at_the_same_step(serve: Serve, t
 
 def test_a_batch_that_ranks_cannot_share_is_refused(serve: Serve, overrides: list[str], tmp_path: Path) -> None:
     words = [sys.executable, "-m", "mpi4py", PROGRAM, tmp_path / "run", "1", "5", *overrides]
-    done = subprocess.run([MPIEXEC, "-n", "5", *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([MPIEXEC, "-n", "5", *words], capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert "cannot be shared evenly by 5 ranks" in done.stderr
 

@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 PROGRAM = """
 import sys
@@ -14,24 +12,28 @@ from mixtera_hpc.comm.mpi import Mpi
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane import DataPlane
 MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_RETURN)
-given = {"none": None, "mpi4py": MPI.COMM_WORLD, "ours": Mpi(MPI.COMM_WORLD)}[sys.argv[1]]
+given = {"none": None, "mpi4py": MPI.COMM_WORLD, "ours": Mpi(MPI.COMM_WORLD)}
 taken = []
 try:
     while True:
         taken.append(MPI.COMM_WORLD.Dup())
 except MPI.Exception:
-    for comm in taken[-80:]:
+    for comm in taken[-40:]:
         comm.Free()
-config = compose(sys.argv[2:])
-for _ in range(30):
-    with DataPlane.open(config, comm=given) as plane:
-        next(iter(plane))
+config = compose(sys.argv[1:])
+for name, comm in given.items():
+    for _ in range(12):
+        with DataPlane.open(config, comm=comm) as plane:
+            next(iter(plane))
+    if MPI.COMM_WORLD.rank == 0:
+        print(name)
 """
 
 
-@pytest.mark.parametrize("given", ["none", "mpi4py", "ours"])
-def test_a_plane_frees_every_communicator_it_made(given: str, collection: list[str]) -> None:
+def test_a_plane_frees_every_communicator_it_made(collection: list[str]) -> None:
+    """There is room for 40 communicators, of which a plane needs most: one that it left behind would be missed soon."""
     small = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
-    words = [MPIEXEC, "-n", "2", sys.executable, "-m", "mpi4py", "-c", PROGRAM, given, *collection, *small]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    words = [MPIEXEC, "-n", "2", sys.executable, "-m", "mpi4py", "-c", PROGRAM, *collection, *small]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert done.stdout.split() == ["none", "mpi4py", "ours"]

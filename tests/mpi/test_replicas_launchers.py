@@ -18,11 +18,12 @@ COMMANDS = {
 }
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
 FAILURE_LIMIT_S = 20
+"""How long after the exception of one rank the launcher may end."""
 
 
 def launch(launcher: str, mode: str, collection: list[str], **env: str) -> Any:
     command = [*COMMANDS[launcher], str(PROGRAM), mode, *collection, *SMALL]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **env}, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env={**os.environ, **env}, check=False)
 
 
 def rows_of(done: Any) -> list[dict[str, Any]]:
@@ -61,11 +62,13 @@ def test_variables_of_another_launcher_are_refused(collection: list[str]) -> Non
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
-def test_an_exception_outside_of_a_data_plane_ends_all_ranks(launcher: str, collection: list[str]) -> None:
-    started = time.monotonic()
-    done = launch(launcher, "fail", collection)
+def test_an_exception_outside_of_a_data_plane_ends_all_ranks(
+    launcher: str, collection: list[str], tmp_path: Path
+) -> None:
+    done = launch(launcher, "fail", collection, FAILED_AT=str(tmp_path / "failed_at"))
+    ended_at = time.time()
 
     assert done.returncode != 0
-    assert time.monotonic() - started < 2 * FAILURE_LIMIT_S  # The imports of a busy machine included.
+    assert ended_at - float((tmp_path / "failed_at").read_text()) < FAILURE_LIMIT_S
     assert "[rank 1 on" in done.stderr
     assert "ValueError: broken on purpose" in done.stderr

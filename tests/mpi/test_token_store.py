@@ -36,7 +36,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def tokenize(overrides: list[str], ranks: int, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [str(MPIEXEC), "-n", str(ranks), *VERB, *overrides, f"data.tokens={folder}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_any_number_of_ranks_writes_the_same_bytes(overrides: list[str], tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_many_ranks_build_an_index_with_its_store(
         command = [sys.executable, "-m", "mpi4py", "-m", "mixtera_hpc", "index", "build", "--json"]
         own = [*overrides, "data.include=['**/*.jsonl','**/*.zst']", f"index.path={index}", *words]
         done = subprocess.run(
-            [str(MPIEXEC), "-n", str(ranks), *command, *own], capture_output=True, text=True, timeout=120, check=False
+            [str(MPIEXEC), "-n", str(ranks), *command, *own], capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr
         (file,) = Path(f"{index}.{store}").glob(pattern)

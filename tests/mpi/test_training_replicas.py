@@ -14,7 +14,7 @@ MPIEXEC = Path(sys.executable).with_name("mpiexec")
 @pytest.fixture(scope="module", params=[2, 3])
 def outcome(request: pytest.FixtureRequest) -> dict[str, object]:
     command = [MPIEXEC, "-n", str(request.param), sys.executable, "-m", "mpi4py", PROGRAM]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

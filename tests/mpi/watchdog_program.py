@@ -68,7 +68,7 @@ def main() -> None:
         gradients = plane._resources.comm.Dup()
         (folder / f"steps_{rank}").write_text("0")
         for number, batch in enumerate(batches(plane, folder, mode), 1):
-            time.sleep(1.5 if mode == "slow" else 0.05)
+            time.sleep(1 if mode == "slow" else 0.05)
             gradients.Barrier()
             plane.record(batch, 1.0 + batch.tokens[:, 1:] % 7)
             (folder / f"steps_{rank}").write_text(str(number))
@@ -78,7 +78,7 @@ def main() -> None:
                     time.sleep(600)
                 if "HANGING_FOLDER" in os.environ and rank == 0:
                     hang(without_open_files(sorted(Path(os.environ["HANGING_FOLDER"]).rglob("*.jsonl"))))
-            if plane.stop_requested() or number == (5 if mode == "slow" else 100_000):
+            if plane.stop_requested() or number == (10 if mode == "slow" else 100_000):
                 break
         save(plane, folder)
     print("ended in order")

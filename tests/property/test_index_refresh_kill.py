@@ -76,7 +76,7 @@ def kill_after(root: Path, action: str, units: int) -> None:
         process.stdin.flush()
     assert process.stdout.readline() == b"unit\n", process.communicate()
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=600)
 
 
 def finished(root: Path, action: str) -> tuple[bytes, int]:
@@ -118,7 +118,7 @@ def test_a_kill_while_writing_leaves_the_old_index_or_the_new_one(
         process.stdin.flush()
     time.sleep(delay_ms / 1000)
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=600)
     after_kill = (root / "i.h5").read_bytes()
     open_index(root / "i.h5").close()
     if after_kill == old:

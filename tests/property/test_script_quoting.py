@@ -65,7 +65,7 @@ def test_a_configured_text_stays_one_word_or_is_refused(base: Config, place: str
     if script_problems(config):
         return
     script = render_script(SbatchJob(config=config, folder=Path("/runs/trial/1")))
-    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=30)
+    checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, timeout=600)
     assert checked.returncode == 0, checked.stderr
     # The script is read as sbatch and the shell read it: the text is a part of exactly one word.
     parameters = sbatch_parameters(script)

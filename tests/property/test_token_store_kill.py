@@ -75,7 +75,7 @@ def write_and_kill(overrides: list[str], after_units: int) -> None:
         process.stdin.flush()
     assert process.stdout.readline() == b"unit\n"
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=600)
 
 
 @pytest.mark.parametrize("after_units", [0, 3, NUM_SHARDS - 1])

@@ -1,5 +1,7 @@
 """Fixtures for tests that need the real cluster of `make slurm-up`."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mixtera_hpc.cli.main import main
 from mixtera_hpc.launch.slurm.slurm_commands import query_jobs, scancel
 
 MIXTERA = Path(sys.executable).with_name("mixtera-hpc")
@@ -20,7 +23,9 @@ def _missing() -> str | None:
     """Return why there is no usable cluster; None if at least two of its nodes are up."""
     if shutil.which("sinfo") is None:
         return "no Slurm on this machine; start one with make slurm-up"
-    done = subprocess.run(["sinfo", "-h", "-N", "-p", "normal", "-o", "%t"], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        ["sinfo", "-h", "-N", "-p", "normal", "-o", "%t"], capture_output=True, text=True, timeout=600
+    )
     if done.returncode:
         return "the Slurm controller does not answer; start it with make slurm-up"
     usable = [word for word in done.stdout.split() if word in ("idle", "mix", "alloc", "comp")]
@@ -47,13 +52,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def mixtera(runs: Path) -> Mixtera:
+def command(runs: Path) -> Mixtera:
     """Return a function that calls `mixtera-hpc` with its runs below `runs`."""
 
     def call(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "MIXTERA_RUNS": str(runs)}
-        done = subprocess.run([MIXTERA, *words], capture_output=True, text=True, timeout=240, env=environment)
+        done = subprocess.run([MIXTERA, *words], capture_output=True, text=True, timeout=900, env=environment)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
+
+    return call
+
+
+@pytest.fixture
+def mixtera(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Mixtera:
+    """Return a function that does what `command` does, in this process: a test asks for the state many times."""
+    monkeypatch.setenv("MIXTERA_RUNS", str(runs))
+
+    def call(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        out = io.StringIO()
+        err = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(list(words))
+        assert not check or code == 0, out.getvalue() + err.getvalue()
+        return subprocess.CompletedProcess(list(words), code, out.getvalue(), err.getvalue())
 
     return call

@@ -1,6 +1,9 @@
 """A small program that cluster tests run instead of the trainer: its ranks step together, save on request, and stop.
 
-stand_in.py STEPS SECONDS_PER_STEP [FAIL_AT_STEP]
+stand_in.py STEPS SECONDS_PER_STEP FAIL_AT_STEP HOLD_AT_STEP
+
+Rank 1 kills itself at FAIL_AT_STEP. The first attempt waits at HOLD_AT_STEP until a stop is requested or `control/go`
+exists, so that a test can act while the run is under way. Both are -1 for never.
 """
 
 import json
@@ -35,7 +38,12 @@ class StandIn:
     def request_stop(self, *_: object) -> None:
         self.stop_requested = True
 
-    def run(self, num_steps: int, step_s: float, fail_at: int) -> None:
+    def hold(self) -> None:
+        control = self.folder / "control"
+        while not (self.stop_requested or (control / "stop").exists() or (control / "go").exists()):
+            time.sleep(0.05)
+
+    def run(self, num_steps: int, step_s: float, fail_at: int, hold_at: int) -> None:
         for name in ("checkpoints", "metrics"):
             (self.folder / name).mkdir(exist_ok=True)
         self.comm.Barrier()
@@ -46,6 +54,8 @@ class StandIn:
                 time.sleep(step_s)
                 if step == fail_at and self.comm.rank == FAILING_RANK:
                     os.kill(os.getpid(), signal.SIGKILL)
+                if step == hold_at and self.attempt == 1:
+                    self.hold()
                 self.end_step(step)
                 watch.step(step)
 
@@ -63,10 +73,10 @@ class StandIn:
 def main() -> int:
     num_steps = int(sys.argv[1])
     step_s = float(sys.argv[2])
-    fail_at = int(sys.argv[3]) if len(sys.argv) > 3 else -1
+    fail_at, hold_at = map(int, sys.argv[3:5])
     comm = open_communicator()
     rank = StandIn(comm, Path(os.environ["MIXTERA_RUN_FOLDER"]), int(os.environ["MIXTERA_ATTEMPT"]))
-    return run_guarded(comm, lambda: rank.run(num_steps, step_s, fail_at))
+    return run_guarded(comm, lambda: rank.run(num_steps, step_s, fail_at, hold_at))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +10,9 @@ import pytest
 
 PROGRAM = Path(__file__).parents[1] / "mpi/launcher_program.py"
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
-LIMIT_S = 150
-SRUN = ["srun", "--kill-on-bad-exit=1", "--time=2"]
+LIMIT_S = 900
+"""A guard against hanging."""
+SRUN = ["srun", "--kill-on-bad-exit=1", "--time=20"]
 """Without the first option, srun goes on when a task aborts, and the other tasks wait for it."""
 
 pytestmark = pytest.mark.slurm
@@ -49,7 +49,7 @@ def batch(folder: Path, resources: list[str], script: str, arguments: list[str])
     path = folder / "job.sh"
     path.write_text(script)
     output = ["--output", str(folder / "job.out")]
-    return run(["sbatch", "--wait", "--time=2", *resources, *output, str(path), *arguments], folder)
+    return run(["sbatch", "--wait", "--time=20", *resources, *output, str(path), *arguments], folder)
 
 
 @pytest.fixture
@@ -58,10 +58,8 @@ def loop(collection: list[str]) -> list[str]:
     return [str(PROGRAM), "loop", *collection, *SMALL]
 
 
-def test_torchrun_started_by_one_task_per_node_is_one_job(loop: list[str], tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    script = TORCHRUN_ON_EVERY_NODE.format(python=sys.executable, port=port)
+def test_torchrun_started_by_one_task_per_node_is_one_job(loop: list[str], tmp_path: Path, free_port: int) -> None:
+    script = TORCHRUN_ON_EVERY_NODE.format(python=sys.executable, port=free_port)
     printed = batch(tmp_path, ["--nodes=2", "--ntasks-per-node=1"], script, loop)
 
     assert positions(printed) == [[0], [1], [2], [3]]
@@ -82,7 +80,7 @@ def test_srun_with_the_right_plugin_shares_a_batch_through_mpi(loop: list[str], 
 
 def test_srun_with_a_plugin_that_does_not_fit_is_refused(loop: list[str], tmp_path: Path) -> None:
     # Every rank refuses by itself, so srun must not end the other ones first.
-    command = ["srun", "--time=2", "-n2", "--mpi=none", sys.executable, *loop]
+    command = ["srun", "--time=20", "-n2", "--mpi=none", sys.executable, *loop]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, cwd=tmp_path)
 
     assert (done.returncode, done.stdout) == (2, "")
@@ -91,7 +89,7 @@ def test_srun_with_a_plugin_that_does_not_fit_is_refused(loop: list[str], tmp_pa
 
 
 def test_plain_python_inside_salloc_is_one_process(loop: list[str], tmp_path: Path) -> None:
-    printed = run(["salloc", "-n4", "--nodes=2", "--time=2", sys.executable, *loop], tmp_path)
+    printed = run(["salloc", "-n4", "--nodes=2", "--time=20", sys.executable, *loop], tmp_path)
 
     assert positions(printed) == [[0, 1, 2, 3]]
 

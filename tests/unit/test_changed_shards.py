@@ -221,7 +221,7 @@ def test_a_run_ends_with_exit_code_2_and_names_the_shard(collection: list[str], 
             time.sleep(0.2)
         shard = tmp_path / "data/a.jsonl"
         shard.write_bytes(shard.read_bytes().swapcase())
-        process.wait(timeout=120)
+        process.wait(timeout=600)
     finally:
         process.kill()
         process.wait()

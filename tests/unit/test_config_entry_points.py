@@ -228,7 +228,7 @@ def test_values_of_a_sweep_are_quoted_one_by_one(word: str, expected: str) -> No
 
 def hydra_application(*words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "mixtera_hpc.training", "--cfg", "job", "--resolve", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout)
     assert isinstance(printed, dict)
@@ -260,7 +260,7 @@ def hydra_application(*words: str) -> dict[str, Any]:
 )
 def test_the_hydra_application_names_what_is_wrong(words: list[str], answer: str) -> None:
     command = [sys.executable, "-m", "mixtera_hpc.training", "data.root=/data", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
     assert done.returncode == 2
     assert f"ConfigError: {answer}" in done.stderr

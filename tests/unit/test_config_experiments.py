@@ -132,7 +132,7 @@ def test_other_hydra_applications_of_the_process_are_left_alone(own: Path, tmp_p
 def test_the_hydra_application_has_the_same_rule(own: Path) -> None:
     words = ["experiment=based", "mixture=unimax", "dataplane=default", "mixture.unit=samples"]
     command = [sys.executable, "-m", "mixtera_hpc.training", "--cfg", "job", "--resolve", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     printed: dict[str, Any] = yaml.safe_load(done.stdout)
 

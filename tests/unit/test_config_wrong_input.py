@@ -183,7 +183,7 @@ def test_the_hydra_application_prints_no_config_with_an_unknown_key(flags: list[
 
 def _hydra_application(*words: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "mixtera_hpc.training", "--cfg", "job", *BASE, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.parametrize(

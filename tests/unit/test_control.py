@@ -32,5 +32,5 @@ warn = lambda: os.kill(os.getpid(), signal.SIGUSR2)
     ids=["before", "during", "after", "never"],
 )
 def test_the_warning_signal_is_kept_until_it_can_be_handled(program: str, output: str) -> None:
-    done = subprocess.run([sys.executable, "-c", BEGIN + program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", BEGIN + program], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout.strip()) == (0, output)

@@ -47,7 +47,7 @@ lines.write(record)
 
 def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cannot be written: File too large") == 2
     assert [len(line["text"]) for line in read_lines(path)] == [300] * 4
@@ -191,7 +191,7 @@ for action in actions:
 def test_a_run_that_a_full_disk_prevented_is_created_by_the_same_command(tmp_path: Path) -> None:
     """The message names the file and what is safe, and a fixed `run.id` is free again."""
     done = subprocess.run(
-        [sys.executable, "-c", FULL_WHEN_CREATED, str(tmp_path)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", FULL_WHEN_CREATED, str(tmp_path)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert "n/fixed cannot be written: File too large" in done.stdout

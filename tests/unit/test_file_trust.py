@@ -34,7 +34,7 @@ def test_files_of_a_run_follow_the_umask_and_are_never_writable_for_all(
 ) -> None:
     words = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.audit=true", "dataplane.workers=0"]
     run = tmp_path / "mine/run"
-    subprocess.run([sys.executable, "-c", WRITE_RUN, umask, str(run), *collection, *words], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", WRITE_RUN, umask, str(run), *collection, *words], check=True, timeout=600)
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in run.rglob("*")}
     assert len(modes) > 5
     assert {path: oct(mode) for path, mode in modes.items() if mode & ~allowed} == {}

@@ -149,6 +149,6 @@ def test_a_closed_pipe_is_not_an_error(verb: list[str], root: Path) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [sys.executable, "-m", "mixtera_hpc", *verb, *words]
-    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=600)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,10 @@ from mixtera_hpc.comm import sentinel
 from mixtera_hpc.comm.sentinel import FINISHED, RUNNING, SLOT
 
 KEY = "0123456789abcdef"
-LIMIT_S = 20
+LIMIT_S = 600
+"""A guard against hanging. A lost node is named after 15 s."""
+ESTABLISHED = "01"
+"""The state of an open connection in `/proc/net/tcp`."""
 
 
 class Node:
@@ -41,6 +44,19 @@ class Node:
         os.close(read_end)
         os.close(write_end)
 
+    def wait_for_greeting(self, port: int) -> None:
+        """Wait until this sentinel, which listens on `port`, has read the name of the one that connects to it."""
+        wait_for(lambda: self._has_read_greeting(port), "the greeting")
+
+    def _has_read_greeting(self, port: int) -> bool:
+        """Return whether it has accepted a connection, as the descriptor shows, and the kernel holds no bytes of it."""
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            words = line.split()
+            address, state, queues, inode = words[1], words[3], words[4], words[9]
+            if address.endswith(f":{port:04X}") and state == ESTABLISHED and inode != "0":
+                return queues.endswith(":00000000")
+        return False
+
     def set_state(self, state: int) -> None:
         SLOT.pack_into(self.board, 0, 7, state)
 
@@ -53,17 +69,18 @@ class Node:
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
+    """Yield two nodes; the first one knows the name of the second."""
     with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
         first = Node(0, f"fd:{listener.fileno()}:{KEY}", tmp_path / "failure.json", [listener.fileno()])
         stack.callback(first.close)
         second = Node(1, f"127.0.0.1:{listener.getsockname()[1]}:{KEY}", tmp_path / "failure.json", [])
         stack.callback(second.close)
+        first.wait_for_greeting(listener.getsockname()[1])
         yield first, second
 
 
 def test_a_node_whose_processes_are_gone_is_named(nodes: tuple[Node, Node], tmp_path: Path) -> None:
     _, second = nodes
-    time.sleep(0.5)  # The first sentinel has read the name of the second.
     second.sentinel.kill()
 
     failure = wait_for_failure(tmp_path)
@@ -80,7 +97,6 @@ def test_the_other_nodes_name_the_first_one(nodes: tuple[Node, Node], tmp_path: 
 
 def test_a_node_that_does_not_answer_is_named(nodes: tuple[Node, Node], tmp_path: Path) -> None:
     _, second = nodes
-    time.sleep(0.5)
     second.sentinel.send_signal(19)  # SIGSTOP: the connection stays open, as with a cut cable.
 
     assert "no sign of life for 15 s" in wait_for_failure(tmp_path)["reason"]
@@ -100,9 +116,13 @@ def test_a_node_that_ends_on_purpose_is_not_lost(nodes: tuple[Node, Node], tmp_p
 
 
 def wait_for_failure(folder: Path) -> dict[str, str]:
-    deadline = time.monotonic() + LIMIT_S + 10
-    while not (folder / "failure.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(0.1)
-    return dict(json.loads((folder / "failure.json").read_text()))
+    path = folder / "failure.json"
+    wait_for(lambda: path.exists() and path.read_bytes().endswith(b"\n"), "the report")
+    return dict(json.loads(path.read_text()))
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} took over {LIMIT_S} s"
+        time.sleep(0.02)

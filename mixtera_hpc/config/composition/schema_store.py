@@ -24,8 +24,10 @@ SCHEMA_NAME = "mixtera_schema"
 
 
 def register_schema() -> None:
-    """Put the defaults of all keys into Hydra's ConfigStore. Calling it again changes nothing."""
-    ConfigStore.instance().store(name=SCHEMA_NAME, node=_node(Config, schema_defaults()), provider="mixtera_hpc")
+    """Put the defaults of all keys into Hydra's ConfigStore, unless they are there."""
+    store = ConfigStore.instance()
+    if f"{SCHEMA_NAME}.yaml" not in store.list(""):
+        store.store(name=SCHEMA_NAME, node=_node(Config, schema_defaults()), provider="mixtera_hpc")
 
 
 def schema_defaults(cls: type = Config) -> dict[str, Any]:
