@@ -79,10 +79,22 @@ def serve(overrides: list[str], fails: bool) -> None:
                 raise ValueError("broken on purpose")
 
 
+def validate(overrides: list[str]) -> None:
+    if UNDER_TORCHRUN:
+        create_process_group()
+    with DataPlane.open(compose(overrides)) as plane:
+        held_out = plane.held_out()
+        for _ in held_out.batches():
+            pass
+        held_out.reduce(0)
+
+
 def main(environment: Mapping[str, str] = os.environ) -> None:
     mode, *overrides = sys.argv[1:]
     if mode == "table":
         print_table(overrides)
+    elif mode == "validate":
+        validate(overrides)
     else:
         serve(overrides, fails=mode == "fail")
 

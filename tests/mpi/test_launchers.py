@@ -208,6 +208,19 @@ def test_an_exception_in_one_rank_ends_all_and_names_it(launcher: str, collectio
     assert "ValueError: broken on purpose" in done.stderr
 
 
+@pytest.mark.parametrize("launcher", ["mpiexec", pytest.param("torchrun", marks=pytest.mark.full)])
+def test_an_error_in_held_out_samples_of_one_rank_ends_all_and_names_it(launcher: str, collection: list[str]) -> None:
+    """The other ranks are inside a collective, and the watchdog does not end them."""
+    commands = {"mpiexec": [*MPIEXEC, sys.executable], "torchrun": TORCHRUN}
+    words = ["mixture.unit=samples", "dataplane.tokenizer=null", "data.transform=broken_transform.fail_on_rank_1"]
+    words += ["query.holdout.fraction=0.3", "training.validate_steps=3", "dataplane.watchdog_s=600"]
+    done = launch([*commands[launcher], *own_loop("validate", [*collection, *words])])
+
+    assert done.returncode != 0
+    assert "[rank 1 on" in done.stderr
+    assert "DataError: data.transform=broken_transform.fail_on_rank_1 failed for " in done.stderr
+
+
 def test_an_error_that_only_rank_0_sees_while_opening_ends_all(collection: list[str], tmp_path: Path) -> None:
     """Only rank 0 reads the index; the other ranks wait for it."""
     overrides = [*collection, f"index.path={tmp_path / 'missing.h5'}"]

@@ -329,6 +329,22 @@ def test_a_stopped_rank_is_named_under_other_launchers(
         assert "Nothing more is saved" in job.log()
 
 
+@pytest.mark.full
+def test_a_trainer_that_is_stuck_is_named_under_other_launchers(
+    launcher: str, own_collection: list[str], tmp_path: Path
+) -> None:
+    """After a request all ranks end on the last checkpoint, also the one that is stuck in its own code."""
+    with running("trainer", tmp_path, own_collection, 4, launcher=launcher) as job:
+        job.wait_for((job.run.path / "step_3_3").exists, 60, "three steps")
+        verdict = job.wait_until_named()
+        assert [(named["rank"], named["stage"]) for named in verdict["ranks"]] == [(3, "trainer")]
+        request(job, "file")
+        ranks = [job.pid(rank) for rank in range(4)]
+        job.wait_for(lambda: not any(is_running(pid) for pid in ranks), END_S, "the end of all ranks")
+        log = job.log()
+    assert "rank 3 on " in log and "a stop was requested" in log and "Nothing more is saved" in log
+
+
 def is_running(pid: int) -> bool:
     """Return whether a process exists and is no zombie."""
     try:

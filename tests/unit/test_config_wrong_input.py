@@ -32,6 +32,7 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
         ),
         ("dataplane.model_parallel_size=0", r"dataplane\.model_parallel_size is 0, expected at least 1"),
         ("query.were=a > 1", r"^query\.were is not a known key\. Did you mean 'query\.where'"),
+        ("mixture={kind: natural, capp: 1}", r"^mixture\.capp is not a known key\. Did you mean 'mixture\.cap'"),
         ("query.split=validation", r"^query\.split is not a known key\. Use --split of the verbs query and plan\.$"),
         ("+query.drop=a > 1", r"^query\.drop is not a known key\. Use --drop of the verb resume\.$"),
         ("training.keep_checkpoints=3", r"^training\.keep_checkpoints is not a known key\. Use checkpoint\.keep\.$"),

@@ -16,7 +16,7 @@ __all__ = ["explain"]
 def explain(error: Exception, overrides: Sequence[str] = ()) -> str:
     """Return the message for an error of Hydra's or OmegaConf's to which `overrides`, as typed, led."""
     text = str(error).strip()
-    special = _wrong_option(text, overrides) or _wrong_file(error, text)
+    special = _wrong_option(text, overrides) or _wrong_file(error, text) or _unknown_inner_key(error, text)
     if special is not None:
         return special
     for pattern, message in _MESSAGES:
@@ -57,6 +57,13 @@ def _wrong_file(error: Exception, text: str) -> str | None:
         if isinstance(content, list):
             return f"{path} holds a list.\n  Write `key: value` lines."
     return None
+
+
+def _unknown_inner_key(error: Exception, text: str) -> str | None:
+    """Return the message for an override of several keys at once, `group={key: value}`, one of which is unknown."""
+    match = re.search(r"Could not override '([^']+)'", text)
+    key = getattr(error.__cause__, "full_key", None)
+    return _cannot_be_set(key) if match and key and key.startswith(f"{match.group(1)}.") else None
 
 
 def _group_names() -> list[str]:

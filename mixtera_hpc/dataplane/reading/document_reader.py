@@ -61,7 +61,7 @@ class DocumentReader:
         """Open nothing yet; shards are opened when they are needed."""
         self._source = source
         index = source.index
-        self._guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states)
+        self._guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states, source.shard_stamps)
         self._rows = RowReader(source, self._guard)
         self._last_documents: OrderedDict[int, Tokens] = OrderedDict()
         """Row key → tokens of documents in which later sequences begin, the newest at the end."""

@@ -42,6 +42,7 @@ from mixtera_hpc.dataplane.reading.shared_index import (
     share_index,
 )
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
+from mixtera_hpc.dataplane.reading.unchanged.shard_stamps import ShardStamps, share_stamps
 from mixtera_hpc.dataplane.resume.source_identity import source_identity
 from mixtera_hpc.dataplane.resume.stream_version import StreamVersion
 from mixtera_hpc.dataplane.sample_subset import TRAINING_SAMPLES, SampleSubset
@@ -81,6 +82,8 @@ class Source:
     """Shared memory with `tables`, for other processes; None if they get a copy."""
     block_memory: BlockMemory | None = None
     """Shared memory for decoded blocks; None if every process decodes for itself."""
+    shard_stamps: ShardStamps | None = None
+    """Look-ups of shards by the processes of this node; None if every process looks for itself."""
 
     def __reduce__(self) -> Any:
         """Pickle the configuration and the tables, or where they are. The rest is computed again."""
@@ -92,6 +95,7 @@ class Source:
             self.stream_version,
             self.readers_per_node,
             self.block_memory,
+            self.shard_stamps,
         )
 
     @property
@@ -267,6 +271,7 @@ def open_source(
         # What is not checked is not served, but looked up by a command.
         table_memory=share_tables(comm, tables.pack()) if check and _has_processes(config) else None,
         block_memory=share_blocks(comm, config, description.shard_formats, readers) if check else None,
+        shard_stamps=share_stamps(comm, len(description.shard_paths), readers) if check else None,
     )
     if subset.split == "train":
         source.mixer(learn=False)  # Refuses a mixture that cannot be served before anything starts.
@@ -298,11 +303,14 @@ def _rebuild_source(
     version: StreamVersion,
     readers_per_node: int,
     block_memory: BlockMemory | None,
+    stamps: ShardStamps | None,
 ) -> Source:
     """Restore a pickled source, in another process."""
     tables = SharedTables.unpack(arrays, index.properties)
     source = _make_source(config, index, subset, tables, load_vocabulary(config.dataplane))
-    return replace(source.at_version(version), readers_per_node=readers_per_node, block_memory=block_memory)
+    return replace(
+        source.at_version(version), readers_per_node=readers_per_node, block_memory=block_memory, shard_stamps=stamps
+    )
 
 
 def _make_source(

@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.comm.node_memory import machine_key
 
-__all__ = ["BLOCKS_NAME", "NONCE_BYTES", "TableMemory", "map_tables", "share_memory", "share_tables"]
+__all__ = ["BLOCKS_NAME", "NONCE_BYTES", "STAMPS_NAME", "TableMemory", "map_tables", "share_memory", "share_tables"]
 
 NAME = "mixtera-tables"
 BLOCKS_NAME = "mixtera-blocks"
+STAMPS_NAME = "mixtera-stamps"
+NAMES_IN_PROC = tuple(f"/memfd:{name}" for name in (NAME, BLOCKS_NAME, STAMPS_NAME))
+"""What the links to this memory begin with in the file system of processes."""
 MIN_BYTES = 1 << 20
 """Smaller tables are sent through the pipe."""
 ALIGNMENT = 64
@@ -120,7 +123,7 @@ def _open(pid: int, fd: int, nonce: int) -> int:
     path = Path(f"/proc/{pid}/fd/{fd}")
     try:
         # In another container the same numbers may mean another process, or any file.
-        if not str(path.readlink()).startswith((f"/memfd:{NAME}", f"/memfd:{BLOCKS_NAME}")):
+        if not str(path.readlink()).startswith(NAMES_IN_PROC):
             return -1
         own = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

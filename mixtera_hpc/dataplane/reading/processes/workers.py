@@ -117,7 +117,8 @@ class Workers:
         self._source = source
         self._slice = batch_slice
         self._shape = _memory_shape(source, batch_slice, count) if source.layout.in_tokens else None
-        memories = [memory.fd for memory in (source.table_memory, source.block_memory) if memory is not None]
+        shared = (source.table_memory, source.block_memory, source.shard_stamps)
+        memories = [memory.fd for memory in shared if memory is not None]
         self._workers = [_start_process(self._shape, memories) for _ in range(count)]
         self._has_source = False
 

@@ -3,6 +3,7 @@
 After every read of some steps, each file that was read is looked up once and compared with the index: first its size
 and times, and if one of the times is new, its fingerprint (size, first and last MiB). A file with an equal fingerprint
 is accepted with its new times. Because the comparison follows the read, it covers the opening and the read itself.
+Processes of a node share look-ups that cannot miss a change, see `shard_stamps`.
 Price: one `stat` of 2 to 4 µs per file and read, which the file system's client answers from the memory of the node
 while it holds the attributes of the file; two reads of 1 MiB per process and file whose times have changed.
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.core.index_tables import ShardTable
+from mixtera_hpc.dataplane.reading.unchanged.shard_stamps import ShardStamps, now_ticks, state_digest
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.shards import fingerprint_of_shard
 
@@ -53,13 +55,16 @@ def no_shard_states() -> Ints:
 class ShardGuard:
     """The comparison of the shards that one reading thread has read. Not thread-safe."""
 
-    def __init__(self, data_root: str, shard_paths: Sequence[str], states: Ints) -> None:
+    def __init__(
+        self, data_root: str, shard_paths: Sequence[str], states: Ints, stamps: ShardStamps | None = None
+    ) -> None:
         """Look at nothing yet.
 
         Args:
             data_root: the folder that `shard_paths` are relative to.
             shard_paths: of all shards.
             states: see `shard_states`; without entries, nothing is compared.
+            stamps: the look-ups of all processes of this node; None if this one looks for itself.
         """
         self._data_root = data_root
         self._shard_paths = shard_paths
@@ -68,6 +73,8 @@ class ShardGuard:
         """Mask of the shards that were read since the last comparison."""
         self._accepted = np.zeros((len(states), 3), np.int64)
         """Size, modification and change time with which each shard was accepted; 0 before that."""
+        self._stamps = stamps
+        self._shuffle = np.random.default_rng(os.getpid())
         self._problem: DataError | None = None
         self._has_warned = False
 
@@ -87,21 +94,44 @@ class ShardGuard:
         used = np.flatnonzero(self._is_used)
         if not len(used):
             return
-        root = self._data_root
-        names = self._shard_paths
         try:
-            # A read may touch thousands of shards, so the common case is three comparisons.
-            for number, size, mtime, ctime in zip(used.tolist(), *self._accepted[used].T.tolist(), strict=True):
-                # The paths of data sets with names are absolute.
-                name = names[number]
-                path = name if name[0] == "/" else f"{root}/{name}"
-                status = _stat(path)
-                if status.st_ctime_ns != ctime or status.st_mtime_ns != mtime or status.st_size != size:
-                    self._accepted[number] = self._state_to_accept(number, path, status, is_first=not ctime)
+            if self._stamps is None:
+                self._look_up(used)
+            else:
+                self._look_up_together(used, self._stamps)
         except DataError as error:
             self._problem = error
             raise
         self._is_used[used] = False
+
+    def _look_up(self, used: NDArray[np.intp]) -> None:
+        # A read may touch thousands of shards, so the common case is three comparisons.
+        for number, size, mtime, ctime in zip(used.tolist(), *self._accepted[used].T.tolist(), strict=True):
+            path = self._path_of(number)
+            status = _stat(path)
+            if status.st_ctime_ns != ctime or status.st_mtime_ns != mtime or status.st_size != size:
+                self._accepted[number] = self._state_to_accept(number, path, status, is_first=not ctime)
+
+    def _look_up_together(self, used: NDArray[np.intp], stamps: ShardStamps) -> None:
+        """Look up the shards that no other process of this node has looked up since the read ended."""
+        read_end = now_ticks()
+        # In another order in each process: those whose reads end together then find the look-ups of the others.
+        used = self._shuffle.permutation(used)
+        for number, size, mtime, ctime in zip(used.tolist(), *self._accepted[used].T.tolist(), strict=True):
+            if ctime and stamps.proves(number, read_end, state_digest(size, mtime, ctime)):
+                continue
+            path = self._path_of(number)
+            began = now_ticks()
+            status = _stat(path)
+            if status.st_ctime_ns != ctime or status.st_mtime_ns != mtime or status.st_size != size:
+                is_first = not ctime and not stamps.contradicts(number, state_digest(*_size_and_times(status)))
+                self._accepted[number] = self._state_to_accept(number, path, status, is_first=is_first)
+            stamps.record(number, began, state_digest(*self._accepted[number].tolist()))
+
+    def _path_of(self, number: int) -> str:
+        # The paths of data sets with names are absolute.
+        name = self._shard_paths[number]
+        return name if name[0] == "/" else f"{self._data_root}/{name}"
 
     def _state_to_accept(
         self, number: int, path: str, status: os.stat_result, *, is_first: bool
