@@ -22,9 +22,11 @@ the last rank.
 """
 
 import contextlib
+import errno
 import json
 import mmap
 import os
+import resource
 import select
 import socket
 import struct
@@ -58,9 +60,11 @@ NODE_LOST = -1
 class Link:
     """The connection to the sentinel of another node."""
 
-    def __init__(self, connection: socket.socket, key: str = "") -> None:
+    def __init__(self, connection: socket.socket, key: str, reply: bytes = b"") -> None:
         connection.setblocking(False)
         self.key = key
+        self.reply = reply
+        """Sent to the other sentinel after it has given the key."""
         self.connection = connection
         self.node = ""
         """Name and ranks of the node, sent by its sentinel."""
@@ -82,9 +86,10 @@ class Link:
             self.closed = self.last_received_s
         self.has_left = self.has_left or data.endswith(FAREWELL)
         first_line, end_of_line, _ = data.partition(b"\n")
-        key, _, node = first_line.decode(errors="replace").partition(" ")
-        if end_of_line and not self.node and key == self.key:
+        key, _, node = first_line.decode(errors="replace").lstrip(".").partition(" ")
+        if end_of_line and key == self.key:
             self.node = node
+            self.send(self.reply)
 
     def send(self, data: bytes) -> None:
         """Send, or do nothing: a lost connection is noticed by its silence."""
@@ -112,6 +117,7 @@ class Links:
                 are ignored.
             hello: name and ranks of this node.
         """
+        self.hello = hello
         self.epoll = select.epoll()
         self.links: dict[int, Link] = {}
         self.listener: socket.socket | None = None
@@ -127,8 +133,8 @@ class Links:
                 self.epoll.register(self.listener, select.EPOLLIN)
             elif number:
                 self.silence_s += 2 * BEAT_S
-                link = Link(socket.create_connection((host, int(number)), timeout=2))
-                link.node = f"{host}, the first node,"
+                link = Link(socket.create_connection((host, int(number)), timeout=2), self.key)
+                link.node = f"{host}, the first node,"  # Until it has sent the numbers of its ranks.
                 link.send(f"{self.key} {hello}\n".encode())
                 self._add(link)
 
@@ -142,7 +148,7 @@ class Links:
         """Accept and read what has arrived."""
         for fd, _ in self.epoll.poll(0):
             if self.listener is not None and fd == self.listener.fileno():
-                self._add(Link(self.listener.accept()[0], self.key))
+                self._accept(self.listener)
                 continue
             link = self.links[fd]
             link.receive()
@@ -167,6 +173,16 @@ class Links:
         """Tell the other nodes that this sentinel ends on purpose."""
         for link in self.links.values():
             link.send(FAREWELL)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            link = Link(listener.accept()[0], self.key, f"{self.key} {self.hello}, the first node,\n".encode())
+        except OSError as error:
+            # Without free descriptors further nodes are not watched. Other errors concern the one connection.
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.epoll.unregister(listener.fileno())
+            return
+        self._add(link)
 
     def _add(self, link: Link) -> None:
         self.links[link.connection.fileno()] = link
@@ -193,6 +209,10 @@ def record_failure(failure_file: str, facts: "dict[str, object]") -> None:
 
 def main(argv: "list[str]") -> None:
     """Wait until a rank dies without having finished or reported, and report it."""
+    # The sentinel of the first node has a connection to every other node; 1,024 descriptors are the usual soft limit.
+    hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     board = mmap.mmap(int(argv[1]), 0, prot=mmap.PROT_READ)
     failure_file = argv[2]
     host = argv[3]

@@ -202,6 +202,10 @@ class RunFolder:
         """Return the file that says how an attempt ended."""
         return self.attempt(attempt) / "exit.json"
 
+    def saved(self, attempt: int) -> Path:
+        """Return the file that the ranks of an attempt create when they have saved and stop; see `mark_saved`."""
+        return self.attempt(attempt) / "saved"
+
     def claim(self, attempt: int) -> Path:
         """Return the file that the one process or job creates that works on an attempt."""
         return self.attempt(attempt) / "claim"

@@ -2,11 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mixtera_hpc.config.files.write_errors import explain_write_errors
 from mixtera_hpc.config.job_shape import python_of_ranks
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.config.schema import Config
@@ -24,6 +26,7 @@ __all__ = [
     "script_text",
     "submit_attempt",
     "submit_run",
+    "undo_on_error",
 ]
 
 
@@ -44,13 +47,8 @@ def submit_run(config: Config, overrides: Sequence[str]) -> Submitted:
     """
     check_submittable(config)
     folder = prepare_run(config, overrides, datetime.now(UTC))
-    try:
+    with undo_on_error(lambda: shutil.rmtree(folder.path)):
         return submit_attempt(folder, config)
-    except SubmissionUnknownError:
-        raise  # The job may run, and then it needs its folder.
-    except LaunchError:
-        shutil.rmtree(folder.path)
-        raise
 
 
 def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) -> Submitted:
@@ -66,13 +64,8 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     """
     check_submittable(config)
     attempt = prepare_attempt(folder, config, after)
-    try:
+    with undo_on_error(lambda: shutil.rmtree(folder.attempt(attempt))):
         job_id = sbatch(folder.submit_script(attempt))
-    except SubmissionUnknownError:
-        raise  # The job may run, and then it needs its folder.
-    except LaunchError:
-        shutil.rmtree(folder.attempt(attempt))
-        raise
     record_start(folder, attempt, JobRecord.slurm(config, job_id))
     return Submitted(folder=folder, attempt=attempt, job_id=job_id)
 
@@ -80,9 +73,23 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
 def prepare_attempt(folder: RunFolder, config: Config, after: int | None = None) -> int:
     """Create the next attempt of a run, write its batch script, and return its number; see `submit_attempt`."""
     attempt = create_attempt(folder, after)
-    script = render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt))
-    folder.submit_script(attempt).write_text(script)
+    with undo_on_error(lambda: shutil.rmtree(folder.attempt(attempt))):
+        script = render_script(SbatchJob(config=config, folder=folder.path, attempt=attempt))
+        with explain_write_errors(folder.submit_script(attempt), "No job was submitted."):
+            folder.submit_script(attempt).write_text(script)
     return attempt
+
+
+@contextmanager
+def undo_on_error(undo: Callable[[], None]) -> Iterator[None]:
+    """Call `undo` if the block fails, unless Slurm may have accepted a job, which then needs its files."""
+    try:
+        yield
+    except SubmissionUnknownError:
+        raise
+    except Exception:
+        undo()
+        raise
 
 
 def script_text(config: Config, overrides: Sequence[str]) -> str:

@@ -60,11 +60,12 @@ def _project_domains(metrics: RunMetrics, last_step: int, max_epochs: float | No
 
     newest_step = int(mixture.step[-1])
     domains = []
-    for name, epochs, rate in zip(metrics.domains, mixture.epochs[-1].tolist(), epochs_per_step.tolist(), strict=True):
-        final_epochs = epochs + rate * (last_step - newest_step)
+    for name, series, rate in zip(metrics.domains, mixture.epochs.T, epochs_per_step.tolist(), strict=True):
+        final_epochs = float(series[-1]) + rate * (last_step - newest_step)
         exhausted_at_step = None
-        if max_epochs is not None and final_epochs >= max_epochs:
-            steps_until = int(np.ceil((max_epochs - epochs) / rate)) if rate > 0 else last_step - newest_step
-            exhausted_at_step = newest_step + steps_until
+        if max_epochs is not None and series[-1] >= max_epochs:
+            exhausted_at_step = int(mixture.step[np.argmax(series >= max_epochs)])
+        elif max_epochs is not None and final_epochs >= max_epochs:
+            exhausted_at_step = newest_step + int(np.ceil((max_epochs - float(series[-1])) / rate))
         domains.append(DomainProjection(name=name, epochs=final_epochs, exhausted_at_step=exhausted_at_step))
     return tuple(sorted(domains, key=lambda domain: -domain.epochs))

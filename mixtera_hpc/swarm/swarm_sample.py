@@ -158,7 +158,7 @@ def _identity(record: SwarmRecord) -> dict[str, object]:
     """Return the values that must not change when proxies are added."""
     plain = record.to_plain()
     config = dict(plain["config"])
-    for group in ("swarm", "job", "cluster", "run", "plan", "track"):
+    for group in ("swarm", "job", "cluster", "environment", "sweep", "run", "plan", "track"):
         config.pop(group)
     return {**{k: v for k, v in plain.items() if k not in ("mixtures", "overrides")}, "config": config}
 

@@ -30,7 +30,7 @@ from mixtera_hpc.dataplane.control import block_time_limit_signal
 from mixtera_hpc.errors import ConfigError, MixteraError
 from mixtera_hpc.launch.attempts import JobRecord, create_attempt, record_start, start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
-from mixtera_hpc.training.run_attempt import Attempt, run_attempt
+from mixtera_hpc.training.run_attempt import Attempt, check_trained_here, run_attempt
 
 __all__ = ["main"]
 
@@ -57,6 +57,7 @@ def _run_job(composed: Any) -> None:
     def prepare(num_ranks: int) -> Attempt:
         config = from_plain(Config, from_omegaconf(composed))
         check_run(config)
+        check_trained_here(config)
         folder = _run_folder(config, output, overrides)
         return Attempt(folder=folder, number=_start_attempt(folder, config, num_ranks))
 

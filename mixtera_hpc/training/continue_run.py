@@ -12,7 +12,7 @@ from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.attempts import start_local_attempt
 from mixtera_hpc.launch.resume import NO_EDITS, ResumeRequest, amended_config, check_ended, record_config
 from mixtera_hpc.launch.submit import Submitted, check_submittable, submit_attempt
-from mixtera_hpc.training.run_attempt import Attempt, run_attempt
+from mixtera_hpc.training.run_attempt import Attempt, check_trained_here, run_attempt
 
 __all__ = ["continue_run", "submit_next_attempt"]
 
@@ -33,6 +33,7 @@ def continue_run(
         ConfigError: The amended configuration is not valid.
     """
     config = amended_config(folder, overrides, request)
+    check_trained_here(config)
 
     def prepare(num_ranks: int) -> Attempt:
         if attempt is not None:

@@ -16,12 +16,13 @@ from mixtera_hpc.comm.failure_watch import start_failure_watch
 from mixtera_hpc.comm.launcher import open_communicator, run_guarded, wait_for_other_reports
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.errors import MixteraError, SavedAndStopped, exit_code_of, require_package
+from mixtera_hpc.config.schema import Config
+from mixtera_hpc.errors import ConfigError, MixteraError, SavedAndStopped, exit_code_of, require_package
 from mixtera_hpc.launch.attempts import ExitRecord, batch_script_attempt, end_attempt
 from mixtera_hpc.launch.claim import Claim
 from mixtera_hpc.track.progress import ProgressPrinter
 
-__all__ = ["Attempt", "PrepareAttempt", "run_attempt"]
+__all__ = ["Attempt", "PrepareAttempt", "check_trained_here", "run_attempt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,20 @@ class Attempt:
 
 PrepareAttempt = Callable[[int], Attempt]
 """Called on rank 0 with the number of ranks: make the run folder or find it, and claim the attempt."""
+
+
+def check_trained_here(config: Config) -> None:
+    """Refuse a run of another program than the reference trainer.
+
+    Raises:
+        ConfigError: There is a `job.command`.
+    """
+    if config.job.command:
+        raise ConfigError(
+            f"job.command={config.job.command} names the program of this run, but this command trains with the "
+            "reference trainer.\n  Use mixtera-hpc submit, or mixtera-hpc sweep --local, which start the program. For "
+            "the reference trainer, set job.command=null."
+        )
 
 
 def run_attempt(comm_kind: str, prepare: PrepareAttempt) -> int:

@@ -11,10 +11,12 @@ LAB_MPI=${LAB_MPI:-pmi2}                     # default of srun --mpi; the mpich 
 LAB_PORT=${LAB_PORT:-17000}                  # slurmctld +1, slurmdbd +2, mariadb +3, node N +100+N
 LAB_SLURMD_TIMEOUT=${LAB_SLURMD_TIMEOUT:-10} # seconds without an answer until a node counts as down
 LAB_REQUEUE_DELAY=${LAB_REQUEUE_DELAY:-5}    # seconds that a requeued job waits; below 5, Slurm silently uses 120
+LAB_MAX_ARRAY_SIZE=${LAB_MAX_ARRAY_SIZE:-1001} # tasks of a job array, from 0 on
 LAB_LINK_ETC=${LAB_LINK_ETC:-1}              # link the configuration into /etc/slurm, so that SLURM_CONF is not needed
 LAB_HOSTS=${LAB_HOSTS:-1}                    # name the nodes in /etc/hosts (torch's MASTER_ADDR must resolve)
 LAB_NETNS=${LAB_NETNS:-0}                    # 1: every node in namespaces of its own
 LAB_NET=${LAB_NET:-10.77.0}                  # then node N is .N and the head .254
+LAB_NAMESPACES=${LAB_NAMESPACES:-${LAB##*/}} # and the network namespaces are NAME-head, NAME-node1, …
 HOSTS_MARK='# mixtera-slurm'
 
 node_names() { seq -f 'node%g' "$LAB_NODES"; }
@@ -36,6 +38,6 @@ alive() { # pid file
 HEAD=()
 HEAD_ADDRESS=127.0.0.1
 if [ "$LAB_NETNS" = 1 ]; then
-  HEAD=(nsenter --net=/run/netns/lab-head --)
+  HEAD=(nsenter --net="/run/netns/$LAB_NAMESPACES-head" --)
   HEAD_ADDRESS=$LAB_NET.254
 fi

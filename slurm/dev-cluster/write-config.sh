@@ -33,7 +33,7 @@ CredType=cred/munge
 MpiDefault=$LAB_MPI
 TaskProlog=$LAB/etc/task-prolog.sh
 FirstJobId=$(cat "$LAB/etc/first-job-id")
-MaxArraySize=1001
+MaxArraySize=$LAB_MAX_ARRAY_SIZE
 MailProg=/bin/true
 
 SlurmctldPidFile=$LAB/run/slurmctld.pid

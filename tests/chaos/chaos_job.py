@@ -16,7 +16,7 @@ from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing.small_collection import make_collection
 
-__all__ = ["COMMAND", "REQUEST_S", "Failed", "Job", "Site", "check", "num_steps", "send_signal"]
+__all__ = ["COMMAND", "REQUEST_S", "Failed", "Job", "Site", "check", "first_started", "num_steps", "send_signal"]
 
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 COMMAND = [sys.executable, "-m", "mixtera_hpc"]
@@ -28,6 +28,8 @@ END_S = 30
 """Longest time that a job may take to end after a kill."""
 START_S = 120
 ROWS_PER_SHARD = 2
+START_TIME_FIELD = 19
+"""Index of `starttime` in `/proc/PID/stat`, counted behind the process name (proc(5), field 22)."""
 VARIABLE = "MIXTERA_CHAOS"
 """In the environment of all processes of a round."""
 SETTINGS = [
@@ -116,7 +118,7 @@ class Job:
         return found
 
     def rank_pid(self, rank: int) -> int:
-        return min(pid for pid, environment in self.processes().items() if environment.get("PMI_RANK") == str(rank))
+        return first_started(pid for pid, facts in self.processes().items() if facts.get("PMI_RANK") == str(rank))
 
     def wait_until_it_trains(self, num_steps: int) -> None:
         """Wait until this attempt has finished `num_steps` steps."""
@@ -147,6 +149,20 @@ class Job:
 def check(holds: bool, otherwise: str) -> None:
     if not holds:
         raise Failed(otherwise)
+
+
+def first_started(pids: Iterable[int]) -> int:
+    """Return the process that began first. A parent may have a larger id than its children: ids begin again."""
+    return min(pids, key=_start_ticks)
+
+
+def _start_ticks(pid: int) -> tuple[float, int]:
+    """Return when a process began, in clock ticks since boot; a process that has ended comes last."""
+    try:
+        behind_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return float("inf"), pid
+    return float(behind_name[START_TIME_FIELD]), pid
 
 
 def send_signal(pids: Iterable[int], number: signal.Signals) -> None:

@@ -36,11 +36,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from chaos_job import first_started
+
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.testing.small_collection import make_collection
 from mixtera_hpc.track.event_reader import read_events
 
-LAB = Path(os.environ.get("LAB", "/tmp/mixtera-own"))
+LAB = Path(os.environ.get("LAB", ""))
 SLURM_NODE = Path(__file__).parents[2] / "slurm/dev-cluster/slurm-node.sh"
 COMMAND = [str(LAB / "in-head"), sys.executable, "-m", "mixtera_hpc"]
 REPORTED_S = 15
@@ -138,8 +140,7 @@ class Site:
 
     def rank_pid(self, rank: int) -> int:
         """Return the process id of a rank: the first process of its task."""
-        ranks = {pid: facts for pid, facts in self.processes().items() if "PMI_RANK" in facts}
-        return min(pid for pid, facts in ranks.items() if facts["PMI_RANK"] == str(rank))
+        return first_started(pid for pid, facts in self.processes().items() if facts.get("PMI_RANK") == str(rank))
 
     def rank_host(self, rank: int) -> str:
         return self.processes()[self.rank_pid(rank)]["SLURMD_NODENAME"]

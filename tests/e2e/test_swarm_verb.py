@@ -137,7 +137,8 @@ def test_wrong_swarms_are_refused(corpus: list[str], home: Path, capsys: pytest.
 
     assert main(["swarm", "sample", "x", *words]) == 0
     capsys.readouterr()
-    assert main(["swarm", "sample", "x", *words, "swarm.num_proxies=14"]) == 0, "proxies can be added"
+    elsewhere = ["environment=venv", "environment.venv=/venv"]
+    assert main(["swarm", "sample", "x", *words, *elsewhere, "swarm.num_proxies=14"]) == 0, "proxies can be added"
     assert "another configuration" in refused("sample", "x", *words, "swarm.seed=1")
     assert "0 runs of the swarm x have losses" in refused("fit", "x")
     assert "takes no overrides" in refused("train", "x", "dataplane.seed=1")

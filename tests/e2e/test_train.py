@@ -63,17 +63,16 @@ def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None
 
 
 def pid_of_rank(launcher: int, rank: int) -> int:
-    """Return the first descendant of mpiexec with this PMI_RANK."""
+    """Return the rank: the descendant of mpiexec with this PMI_RANK that is found before its own children."""
     waiting = [launcher]
-    matching = []
     while waiting:
         pid = waiting.pop()
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
         waiting += [int(p) for p in children.stdout.split()]
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         if f"PMI_RANK={rank}".encode() in environment:
-            matching.append(pid)
-    return min(matching)
+            return pid
+    raise AssertionError(f"mpiexec has no rank {rank}")
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(killed: tuple[Path, subprocess.CompletedProcess[str], float]) -> None:

@@ -106,9 +106,21 @@ def test_the_rank_that_srun_reports_is_the_reason_for_a_failed_program(
     assert status(folder).reason == "rank 2 on nid7: ValueError: my own error"
 
 
-def test_a_wrong_mpi_option_is_named_with_its_cure(folder: RunFolder, make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, "Runtime environment uses unsupported PMI version PMIx. Aborting."),
+        (0, "LaunchError: srun started 4 processes, but the data plane sees 1. Processes that …\n  Choose …"),
+        (1, "LaunchError: srun started 4 processes, but the data plane sees 1. Processes that …\n  Choose …"),
+    ],
+)
+def test_a_wrong_mpi_option_is_named_with_its_cure(
+    folder: RunFolder, make_config: MakeConfig, rank: int, message: str
+) -> None:
+    """Rank 1 is the one that srun reports."""
     submit(folder, make_config())
-    (folder.logs(1) / "rank_00000.err").write_text("Runtime environment uses unsupported PMI version PMIx. Aborting.\n")
+    folder.batch_log(1).write_text("srun: error: node1: task 1: Exited with exit code 2\n")
+    (folder.logs(1) / f"rank_0000{rank}.err").write_text(f"{message}\n")
     end_attempt(folder, 1, ExitRecord(exit_code=16, elapsed_s=9))
 
     assert "srun --mpi=list" in (status(folder).reason or "")

@@ -1,5 +1,6 @@
 """Sweeps: their points, their price, and repeated sweeps."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,3 +252,78 @@ def test_a_refusal_by_slurm_names_how_many_jobs_were_submitted(
 
     assert "1 of 3 jobs were submitted; the same command submits the rest" in capsys.readouterr().err
     assert [point.action for point in plan_sweep([*usual, "job.nodes=1,2,4"]).points] == ["active", "new", "new"]
+
+
+@pytest.mark.slow
+def test_an_array_that_cannot_be_written_leaves_every_point_as_it_was(
+    usual: list[str], slurm: Path, tmp_path: Path
+) -> None:
+    """One point is new and one is continued with another time limit, when the folder of the array cannot be made."""
+    [first] = plan_sweep([*usual, "dataplane.seed=0"]).due
+    known = submit_point(first).folder
+    end_attempt(known, 1, ExitRecord(exit_code=75, elapsed_s=1))
+    before = {path: path.read_bytes() for path in known.path.rglob("*") if path.is_file()}
+    (tmp_path / "runs/sweep/arrays").write_text("not a folder")
+
+    sweep = [*usual, "dataplane.seed=0,1", 'job.time="00:10:00"']
+    with pytest.raises(LaunchError, match=r"arrays.*cannot be written"):
+        list(submit_points(plan_sweep(sweep).due))
+
+    assert {path: path.read_bytes() for path in known.path.rglob("*") if path.is_file()} == before
+    assert [point.action for point in plan_sweep(sweep).points] == ["continue", "new"]
+    assert len(list(tmp_path.glob("runs/sweep/*/config.yaml"))) == 1
+    assert len(slurm.read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_refused_array_leaves_nothing(usual: list[str], slurm: Path, command: MakeCommand, tmp_path: Path) -> None:
+    command("sbatch", "echo QOSMaxSubmitJob >&2; exit 1")
+
+    with pytest.raises(LaunchError, match="Slurm refused the job"):
+        list(submit_points(plan_sweep([*usual, "dataplane.seed=0,1"]).due))
+
+    assert not list(tmp_path.glob("runs/sweep/*/*"))
+
+
+@pytest.mark.slow
+def test_a_local_sweep_starts_the_program_of_each_point_as_a_batch_script_does(
+    usual: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The program saves and stops at its first attempt with seed 1; the repeated sweep continues this run only."""
+    program = tmp_path / "train.py"
+    program.write_text(PROGRAM)
+    words = [word for word in usual if not word.startswith("job.command")]
+    sweep = ["sweep", *words, f"job.command=[{sys.executable},{program}]", "dataplane.seed=0,1", "--local"]
+    sweep += ["job.ranks_per_node=1"]
+
+    codes = [main(sweep) for _ in range(2)]
+
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines if line.startswith("exit code")] == [
+        *("exit code 0", "exit code 75"),
+        "exit code 0",
+    ]
+    assert codes == [1, 0]
+    attempts = [
+        len(list(folder.parent.glob("attempts/*/exit.json"))) for folder in tmp_path.glob("runs/*/*/config.yaml")
+    ]
+    assert sorted(attempts) == [1, 2]
+
+
+PROGRAM = """
+import json, os, pathlib, yaml
+folder = pathlib.Path(os.environ["MIXTERA_RUN_FOLDER"])
+seed = yaml.safe_load((folder / "config.yaml").read_text())["dataplane"]["seed"]
+if seed == 1 and os.environ["MIXTERA_ATTEMPT"] == "1":
+    pathlib.Path(os.environ["MIXTERA_SAVED_FILE"]).touch()
+"""
+"""A program of a user that reads its configuration in the run folder, and may save and stop."""
+
+
+@pytest.mark.slow
+def test_commands_of_the_reference_trainer_refuse_a_run_of_another_program(
+    usual: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *usual]) == 2
+
+    assert "mixtera-hpc sweep --local, which start the program" in capsys.readouterr().err

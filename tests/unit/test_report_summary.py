@@ -70,6 +70,15 @@ def test_the_projection_continues_at_the_rate_of_the_last_quarter(make_run: RunM
     assert (en.name, en.epochs, en.exhausted_at_step) == ("en", pytest.approx(1.0), None)
 
 
+def test_a_domain_that_has_reached_its_limit_names_the_step_when_it_did(make_run: RunMaker) -> None:
+    """Epochs are recorded every 4 steps: those of `de` grow by 0.02 per step, those of `en` by 0.01."""
+    metrics = load_run_metrics(make_run(["en", "de"], [(0, 20)], num_steps=100, max_epochs=0.1))
+
+    de, en = project_run(metrics, summarize_run(metrics)).domains
+
+    assert (de.exhausted_at_step, en.exhausted_at_step) == (8, 12)
+
+
 def test_a_finished_run_has_no_remaining_steps(make_run: RunMaker) -> None:
     metrics = load_run_metrics(make_run(["en"], [(0, 20)]))
     projection = project_run(metrics, summarize_run(metrics))

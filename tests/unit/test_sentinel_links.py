@@ -4,6 +4,7 @@ import contextlib
 import json
 import mmap
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from mixtera_hpc.comm.sentinel import FINISHED, RUNNING, SLOT
 KEY = "0123456789abcdef"
 LIMIT_S = 600
 """A guard against hanging. A lost node is named after 15 s."""
+FEW_FILES = 64
+"""Soft limit of open files of a sentinel that has to open more."""
 ESTABLISHED = "01"
 """The state of an open connection in `/proc/net/tcp`."""
 
@@ -95,6 +98,34 @@ def test_the_other_nodes_name_the_first_one(nodes: tuple[Node, Node], tmp_path: 
     assert "the first node, was lost" in wait_for_failure(tmp_path)["reason"]
 
 
+def test_the_first_node_is_named_with_its_ranks_once_it_has_sent_them(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        second = Node(1, f"127.0.0.1:{listener.getsockname()[1]}:{KEY}", tmp_path / "failure.json", [])
+        stack.callback(second.close)
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(f"{KEY} node0 with rank 0, the first node,\n".encode())
+
+        reason = wait_for_failure(tmp_path)["reason"]
+    assert reason == "node node0 with rank 0, the first node, was lost: its connection closed"
+
+
+def test_the_first_node_sends_its_ranks_to_those_who_know_the_key(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        first = Node(0, f"fd:{listener.fileno()}:{KEY}", tmp_path / "failure.json", [listener.fileno()])
+        stack.callback(first.close)
+        stranger = stack.enter_context(socket.create_connection(listener.getsockname()))
+        stranger.sendall(b"another key\n")
+        second = stack.enter_context(socket.create_connection(listener.getsockname()))
+        second.settimeout(LIMIT_S)
+        second.sendall(f"{KEY} node1 with rank 1\n".encode())
+
+        with second.makefile() as lines:
+            assert lines.readline().lstrip(".") == f"{KEY} node0 with rank 0, the first node,\n"
+        with contextlib.suppress(BlockingIOError):
+            assert KEY.encode() not in stranger.recv(4096, socket.MSG_DONTWAIT)
+
+
 def test_a_node_that_does_not_answer_is_named(nodes: tuple[Node, Node], tmp_path: Path) -> None:
     _, second = nodes
     second.sentinel.send_signal(19)  # SIGSTOP: the connection stays open, as with a cut cable.
@@ -113,6 +144,23 @@ def test_a_node_that_ends_on_purpose_is_not_lost(nodes: tuple[Node, Node], tmp_p
 
     assert not (tmp_path / "failure.json").exists()
     assert first.sentinel.poll() is None
+
+
+def test_the_first_sentinel_opens_more_connections_than_the_usual_limit_of_files(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FEW_FILES, limits[1]))
+        try:
+            first = Node(0, f"fd:{listener.fileno()}:{KEY}", tmp_path / "failure.json", [listener.fileno()])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        stack.callback(first.close)
+
+        for _ in range(FEW_FILES):
+            stack.enter_context(socket.create_connection(listener.getsockname()))
+
+        descriptors = Path(f"/proc/{first.sentinel.pid}/fd")
+        wait_for(lambda: len(list(descriptors.iterdir())) > FEW_FILES, "opening the connections")
 
 
 def wait_for_failure(folder: Path) -> dict[str, str]:

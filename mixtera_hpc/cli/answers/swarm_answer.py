@@ -24,7 +24,7 @@ from mixtera_hpc.swarm.swarm_reuse import open_earlier
 from mixtera_hpc.swarm.swarm_runs import SwarmRuns
 from mixtera_hpc.swarm.swarm_sample import sample_swarm
 from mixtera_hpc.training.continue_run import continue_run
-from mixtera_hpc.training.run_attempt import Attempt, run_attempt
+from mixtera_hpc.training.run_attempt import Attempt, check_trained_here, run_attempt
 
 __all__ = ["fit", "sample", "submit", "train"]
 
@@ -115,6 +115,7 @@ def _train(point: SweepPoint) -> int:
     """Train one run from its start, or from its newest checkpoint."""
     if point.folder is not None:
         return continue_run(point.folder)
+    check_trained_here(point.config)
 
     def prepare(num_ranks: int) -> Attempt:
         run = prepare_run(point.config, point.overrides, datetime.now(UTC))

@@ -65,9 +65,10 @@ def _check_arguments(args: Namespace) -> None:
 
 def _start_run(overrides: Sequence[str]) -> int:
     # Imported here because it imports numpy, which takes longer than `--help` may take.
-    from mixtera_hpc.training.run_attempt import Attempt, run_attempt
+    from mixtera_hpc.training.run_attempt import Attempt, check_trained_here, run_attempt
 
     config = compose(overrides)
+    check_trained_here(config)
 
     def prepare(num_ranks: int) -> Attempt:
         folder = prepare_run(config, overrides, datetime.now(UTC))

@@ -160,7 +160,10 @@ def _report(plan: SweepPlan) -> None:
     from mixtera_hpc.cli.answers.scaling_answer import compare_sweep
 
     for record in dict.fromkeys(point.record for point in plan.points):
-        compare_sweep(record)
+        if any(folder.metric("steps").exists() for folder in record.runs().values()):
+            compare_sweep(record)
+        else:
+            print("No run has recorded metrics/steps.jsonl, so there is nothing to compare.")
 
 
 def _print_plan(plan: SweepPlan, is_local: bool) -> None:

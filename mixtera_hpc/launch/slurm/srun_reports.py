@@ -16,8 +16,9 @@ _MPI_CURES = {
     "Invalid MPI type": "this Slurm does not have that value of srun --mpi",
     "build Open MPI using --with-pmi": "the MPI library and the --mpi of srun do not fit",
     "has no PMI support": "the MPI library and the --mpi of srun do not fit",
+    "but the data plane sees 1": "the ranks do not see each other: the MPI library and the --mpi of srun do not fit",
 }
-"""Messages of MPI libraries and srun if `--mpi` is wrong → their meaning."""
+"""Messages of MPI libraries, srun and our launcher if `--mpi` is wrong → their meaning."""
 
 TAIL_BYTES = 16_384
 
@@ -59,7 +60,9 @@ def lost_node(folder: RunFolder, attempt: int) -> str | None:
 
 def mpi_problem(folder: RunFolder, attempt: int) -> str | None:
     """Return what is wrong with `srun --mpi` and its cure; None if the logs do not complain about it."""
-    names = ["batch.out", "rank_00000.err", "rank_00000.out"]
+    failed = first_failed_rank(folder, attempt)
+    ranks = {0, failed.rank if failed else 0}
+    names = ["batch.out", *(f"rank_{rank:05d}.{kind}" for rank in ranks for kind in ("err", "out"))]
     text = "".join(_tail(folder, attempt, name) for name in names)
     for words, meaning in _MPI_CURES.items():
         if words in text:

@@ -12,20 +12,21 @@ import hashlib
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mixtera_hpc.config.convert import to_plain
+from mixtera_hpc.config.files.write_errors import explain_write_errors
 from mixtera_hpc.config.run_folder import RunFolder
 from mixtera_hpc.launch.attempts import JobRecord, record_start
-from mixtera_hpc.launch.prepare import prepare_run, replace_config
 from mixtera_hpc.launch.sbatch_script import SbatchJob, escape_percent, render_script
-from mixtera_hpc.launch.slurm.slurm_commands import SubmissionUnknownError, max_array_size, sbatch
-from mixtera_hpc.launch.submit import Submitted, check_submittable, prepare_attempt, submit_attempt
+from mixtera_hpc.launch.slurm.slurm_commands import max_array_size, sbatch
+from mixtera_hpc.launch.submit import Submitted, check_submittable, prepare_attempt, submit_attempt, undo_on_error
+from mixtera_hpc.launch.sweep.prepared_point import NOTHING_SUBMITTED, prepared_point
 from mixtera_hpc.launch.sweep.sweep_plan import SweepPoint
 
-__all__ = ["prepare_point", "submit_point", "submit_points"]
+__all__ = ["submit_point", "submit_points"]
 
 ARRAYS = "arrays"
 """Folder of all arrays, beside the runs."""
@@ -38,10 +39,6 @@ class _Task:
     point: SweepPoint
     folder: RunFolder
     attempt: int
-
-    def discard(self) -> None:
-        """Remove the prepared attempt, or the whole run folder if the run is new."""
-        shutil.rmtree(self.folder.path if self.point.folder is None else self.folder.attempt(self.attempt))
 
 
 def submit_points(points: Sequence[SweepPoint]) -> Iterator[Submitted]:
@@ -67,26 +64,8 @@ def submit_point(point: SweepPoint) -> Submitted:
         LaunchError: See `submit_run`.
     """
     check_submittable(point.config)
-    folder = prepare_point(point)
-    try:
+    with prepared_point(point) as folder:
         return submit_attempt(folder, point.config)
-    except SubmissionUnknownError:
-        raise  # The job may run, and then it needs its folder.
-    except BaseException:
-        if point.folder is None:
-            shutil.rmtree(folder.path)
-        raise
-
-
-def prepare_point(point: SweepPoint) -> RunFolder:
-    """Create and record the run folder of a new point, or replace the configuration in the folder of a known one."""
-    if point.folder is None:
-        folder = prepare_run(point.config, point.overrides, datetime.now(UTC))
-        point.record.add_run(point.fingerprint, folder.run_id, point.overrides)
-        return folder
-    config = replace(point.config, run=replace(point.config.run, id=point.folder.run_id))
-    replace_config(point.folder, to_plain(config), point.overrides)
-    return point.folder
 
 
 def _by_shape(points: Sequence[SweepPoint]) -> list[list[SweepPoint]]:
@@ -105,32 +84,20 @@ def _shape(point: SweepPoint) -> list[str]:
 
 def _submit_array(points: Sequence[SweepPoint]) -> list[Submitted]:
     check_submittable(points[0].config)
-    tasks: list[_Task] = []
-    folder: Path | None = None
-    try:
-        for point in points:
-            tasks.append(_prepared(point))
-        folder = _write_array(tasks)
+    with ExitStack() as undone_on_error:
+        tasks = [undone_on_error.enter_context(_prepared_task(point)) for point in points]
+        folder = undone_on_error.enter_context(_written_array(tasks))
         array_id = sbatch(folder / "array.sh", cure="repeat the sweep.")
-    except SubmissionUnknownError:
-        raise  # The tasks may run, and then they need their folders.
-    except BaseException:
-        for task in tasks:
-            task.discard()
-        if folder is not None:
-            shutil.rmtree(folder)
-        raise
     return [_recorded(task, f"{array_id}_{number}") for number, task in enumerate(tasks)]
 
 
-def _prepared(point: SweepPoint) -> _Task:
-    folder = prepare_point(point)
-    try:
-        return _Task(point=point, folder=folder, attempt=prepare_attempt(folder, point.config))
-    except BaseException:
-        if point.folder is None:
-            shutil.rmtree(folder.path)
-        raise
+@contextmanager
+def _prepared_task(point: SweepPoint) -> Iterator[_Task]:
+    """Prepare a point and its next attempt, and undo both if the block fails."""
+    with prepared_point(point) as folder:
+        attempt = prepare_attempt(folder, point.config)
+        with undo_on_error(lambda: shutil.rmtree(folder.attempt(attempt))):
+            yield _Task(point=point, folder=folder, attempt=attempt)
 
 
 def _recorded(task: _Task, job_id: str) -> Submitted:
@@ -138,20 +105,26 @@ def _recorded(task: _Task, job_id: str) -> Submitted:
     return Submitted(folder=task.folder, attempt=task.attempt, job_id=job_id)
 
 
-def _write_array(tasks: Sequence[_Task]) -> Path:
-    """Write the files of an array and return their folder."""
+@contextmanager
+def _written_array(tasks: Sequence[_Task]) -> Iterator[Path]:
+    """Write the files of an array, yield their folder, and remove it if the block fails."""
     runs = "".join(f"{task.folder.run_id}/{task.attempt}\n" for task in tasks)
     digest = hashlib.blake2b(runs.encode(), digest_size=2).hexdigest()
     name = f"{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}-{digest}"
     folder = tasks[0].folder.path.parent.absolute() / ARRAYS / name
+    with undo_on_error(lambda: shutil.rmtree(folder, ignore_errors=True)):
+        with explain_write_errors(folder, NOTHING_SUBMITTED):
+            _write_array(tasks, folder)
+        yield folder
+
+
+def _write_array(tasks: Sequence[_Task], folder: Path) -> None:
     folder.mkdir(parents=True)
     for number, task in enumerate(tasks):
-        to_run = Path("..", "..", task.folder.run_id)
-        relative = RunFolder(to_run)
+        relative = RunFolder(Path("..", "..", task.folder.run_id))
         (folder / f"{number}.sh").symlink_to(relative.submit_script(task.attempt))
         (folder / f"{number}.out").symlink_to(relative.batch_log(task.attempt))
     (folder / "array.sh").write_text(_array_script(tasks, folder))
-    return folder
 
 
 def _array_script(tasks: Sequence[_Task], folder: Path) -> str:
