@@ -44,6 +44,7 @@ def _parse(arguments: Sequence[str], descriptions: dict[str, str]) -> argparse.N
     parser.add_argument("--only", metavar="SECTION,…", help="peers: only these sections, for example documents,tokens")
     parser.add_argument("--corpus", metavar="NAME", action="append", help="mixing: only this corpus (may be repeated)")
     parser.add_argument("--seeds", metavar="N", type=int, help="mixing: seeds of every mixture (default: 3)")
+    parser.add_argument("--mixture", metavar="NAME", action="append", help="mixing: natural and only this mixture")
     parser.add_argument("--swarm", metavar="CORPUS=PATH", action="append", help="mixing: a proposed mixture.yaml")
     return parser.parse_args(arguments)
 

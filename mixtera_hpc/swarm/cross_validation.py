@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.swarm.regression import LAWS, Law, fit_losses
+from mixtera_hpc.swarm.regression import LAWS, Law, MetricFits, fit_losses, fit_metrics
 
-__all__ = ["Validated", "choose_regression", "constant_rmse", "mean_loss", "validate_regressions"]
+__all__ = ["Validated", "choose_laws", "constant_rmse", "mean_loss", "validate_regressions"]
 
 Array = NDArray[np.float64]
 
@@ -24,20 +24,28 @@ NUM_FOLDS = 10
 FOLD_SEED = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Validated:
-    """The cross-validated error of one law, with its best ridge."""
+    """The cross-validated error of one law, or of a law for every metric."""
 
-    law: Law
-    ridge: float
+    laws: tuple[Law, ...]
+    """Law of every metric."""
+    ridge: Array
+    """Best ridge of every metric; shape (M,)."""
+    metric_rmse: Array
+    """Root mean square of predicted minus measured, of every metric; shape (M,), nats."""
     rmse: float
-    """Root mean square of predicted minus measured, over all runs and the metrics by their weights; in nats."""
+    """The same over all metrics, by their weights."""
     objective_rmse: float
     """Root mean square error of the weighted mean of the metrics, in nats; NaN if no run has all of them."""
     rank_correlation: float
     """Spearman's correlation of predicted and measured objective; NaN if no run has all metrics."""
     predictions: Array
     """Predictions of every run by a fit without it; shape (N, M)."""
+
+    def fit(self, mixtures: Array, losses: Array) -> MetricFits:
+        """Return the fit to all of these runs; see `fit_metrics`."""
+        return fit_metrics(self.laws, mixtures, losses, self.ridge)
 
 
 def mean_loss(losses: Array, objective: Array) -> Array:
@@ -50,7 +58,7 @@ def mean_loss(losses: Array, objective: Array) -> Array:
 def validate_regressions(
     mixtures: Array, losses: Array, objective: Array, laws: Sequence[str] = tuple(LAWS)
 ) -> list[Validated]:
-    """Return the error of every law, with the ridge of its smallest error.
+    """Return the error of every law, where each metric has the ridge of its smallest error.
 
     Args:
         mixtures: shape (N, K).
@@ -63,14 +71,19 @@ def validate_regressions(
     """
     validated = []
     for name in laws:
-        candidates = [_validate(LAWS[name], ridge, mixtures, losses, objective) for ridge in RIDGES]
-        validated.append(min(candidates, key=lambda candidate: candidate.rmse))
+        predictions = [_predict_left_out(LAWS[name], ridge, mixtures, losses) for ridge in RIDGES]
+        tried = [((LAWS[name],) * losses.shape[1], np.full(losses.shape[1], ridge)) for ridge in RIDGES]
+        validated.append(_best_of_metrics(tried, predictions, losses, objective))
     return validated
 
 
-def choose_regression(validated: Sequence[Validated]) -> Validated:
-    """Return the regression with the smallest error."""
-    return min(validated, key=lambda candidate: candidate.rmse)
+def choose_laws(validated: Sequence[Validated], losses: Array, objective: Array) -> Validated:
+    """Return the law with the smallest error for every metric.
+
+    Metrics differ in how they depend on the shares. One may fall smoothly, and another only beyond some share.
+    """
+    tried = [(candidate.laws, candidate.ridge) for candidate in validated]
+    return _best_of_metrics(tried, [candidate.predictions for candidate in validated], losses, objective)
 
 
 def constant_rmse(losses: Array, objective: Array) -> float:
@@ -81,21 +94,41 @@ def constant_rmse(losses: Array, objective: Array) -> float:
     return _rmse(predictions, losses, objective)
 
 
-def _validate(law: Law, ridge: float, mixtures: Array, losses: Array, objective: Array) -> Validated:
+def _predict_left_out(law: Law, ridge: float, mixtures: Array, losses: Array) -> Array:
+    """Return the predictions of every run by a fit without it; shape (N, M)."""
     predictions = np.full_like(losses, np.nan)
     for left_out in _folds(len(losses)):
         fit = fit_losses(law, np.delete(mixtures, left_out, axis=0), np.delete(losses, left_out, axis=0), ridge)
         predictions[left_out] = fit.predict(mixtures[left_out])
-    predicted = mean_loss(predictions, objective)
+    return predictions
+
+
+def _best_of_metrics(
+    tried: Sequence[tuple[tuple[Law, ...], Array]], predictions: Sequence[Array], losses: Array, objective: Array
+) -> Validated:
+    """Combine regressions: every metric takes the one with its smallest error.
+
+    Args:
+        tried: laws and ridges of all metrics, of every regression.
+        predictions: of every regression; shape (N, M) each.
+        losses: shape (N, M), NaN where a run lacks a metric.
+        objective: weights of the metrics; shape (M,).
+    """
+    every = np.arange(losses.shape[1])
+    squares = np.nanmean((np.array(predictions) - losses) ** 2, axis=1)
+    best = squares.argmin(axis=0)
+    combined = np.array(predictions)[best, :, every].T
+    predicted = mean_loss(combined, objective)
     measured = mean_loss(losses, objective)
     known = np.isfinite(measured)
     return Validated(
-        law=law,
-        ridge=ridge,
-        rmse=_rmse(predictions, losses, objective),
+        laws=tuple(tried[choice][0][metric] for metric, choice in enumerate(best.tolist())),
+        ridge=np.array([ridge for _, ridge in tried])[best, every],
+        metric_rmse=np.sqrt(squares[best, every]),
+        rmse=_rmse(combined, losses, objective),
         objective_rmse=float(np.sqrt(np.mean((predicted - measured)[known] ** 2))) if known.any() else np.nan,
         rank_correlation=_rank_correlation(predicted[known], measured[known]),
-        predictions=predictions,
+        predictions=combined,
     )
 
 

@@ -5,7 +5,6 @@ entropy, which is exact (`core.mixing.bounds`). It starts from several mixtures,
 convex. Uncertainty comes from fits to resampled runs (bootstrap).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,8 @@ from mixtera_hpc.core.mixing.bounds import project_to_bounds
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.swarm.cross_validation import Validated, mean_loss
 from mixtera_hpc.swarm.mixture_space import TOLERANCE, MixtureSpace
-from mixtera_hpc.swarm.regression import LossFit, fit_losses
+from mixtera_hpc.swarm.regression import LossFit, MetricFits
+from mixtera_hpc.swarm.training_phases import by_phase
 
 __all__ = ["Uncertainty", "estimate_uncertainty", "mixture_within", "propose_mixture", "uniform_mixture"]
 
@@ -23,6 +23,9 @@ Array = NDArray[np.float64]
 
 MAX_ITERATIONS = 500
 MIN_RATE = 1e-9
+NUM_MULTIPLIER_ROUNDS = 12
+STRENGTH = 30.0
+"""Penalty of a share above its limit, relative to the largest slope of the loss."""
 NUM_STARTS = 3
 """Measured mixtures that the search starts from, those with the smallest predicted losses."""
 UNIFORM_PART = 0.02
@@ -41,50 +44,45 @@ class Uncertainty:
     """Share of the resamples in which the first mixture is better than each one; 0.5 for itself."""
 
 
-def propose_mixture(space: MixtureSpace, fit: LossFit, mixtures: Array, objective: Array, penalty: float) -> Array:
-    """Return the proposed mixture; shape (K,), sum 1.
+def propose_mixture(
+    space: MixtureSpace, fit: LossFit | MetricFits, mixtures: Array, objective: Array, penalty: float
+) -> Array:
+    """Return the proposed mixture; shape (C,), sum 1 in every phase.
 
     Args:
         space: domains, bounds and groups.
-        fit: the fitted law.
-        mixtures: the measured mixtures; shape (N, K). The proposal stays between the smallest and the largest share
+        fit: the fitted laws.
+        mixtures: the measured mixtures; shape (N, C). The proposal stays between the smallest and the largest share
             of every domain in them, since the law is not known outside.
         objective: weights of the metrics; shape (M,).
         penalty: nats of loss for one nat of relative entropy from the prior.
     """
     low, high = _measured_bounds(space, mixtures)
-    prior = project_to_bounds(space.group_shares(space.prior), low, high)
-
-    def value(groups: Array) -> float:
-        divergence = float(np.sum(groups * np.log(np.maximum(groups, 1e-300) / np.maximum(prior, 1e-300))))
-        return float(mean_loss(fit.predict(groups @ space.basis), objective)) + penalty * divergence
-
-    def gradient(groups: Array) -> Array:
-        slopes = fit.gradient(groups @ space.basis) @ (objective / objective.sum())
-        divergence = np.log(np.maximum(groups, 1e-300) / np.maximum(prior, 1e-300))
-        slope: Array = space.basis @ slopes + penalty * divergence
-        return slope
-
+    prior = space.project(space.group_shares(space.prior), low, high)
     measured = space.group_shares(mixtures)
     predicted = mean_loss(fit.predict(mixtures), objective)
     starts = [prior, *measured[np.argsort(predicted, kind="stable")[:NUM_STARTS]]]
-    allowed = (high > 0) / max(int(np.count_nonzero(high > 0)), 1)
-    minima = []
-    for start in starts:
-        mixed = (1 - UNIFORM_PART) * start + UNIFORM_PART * allowed
-        minima.append(_descend(project_to_bounds(mixed, low, high), low, high, value, gradient))
-    best: Array = min(minima, key=value) @ space.basis
-    return best
+    allowed = by_phase((high > 0).astype(np.float64), space.num_phases)
+    uniform = (allowed / np.maximum(allowed.sum(axis=1, keepdims=True), 1)).reshape(-1)
+
+    search = _MixtureSearch(space=space, low=low, high=high, prior=prior, fit=fit, objective=objective, penalty=penalty)
+    minima = [search.minimum((1 - UNIFORM_PART) * start + UNIFORM_PART * uniform) for start in starts]
+    return min(minima, key=search.value)
+
+
+def _log_ratio(shares: Array, prior: Array) -> Array:
+    ratio: Array = np.log(np.maximum(shares, 1e-300) / np.maximum(prior, 1e-300))
+    return ratio
 
 
 def estimate_uncertainty(
     chosen: Validated, mixtures: Array, losses: Array, objective: Array, candidates: Array
 ) -> Uncertainty:
-    """Return the variation of the predictions for `candidates`, shape (C, K), over resampled runs.
+    """Return the variation of the predictions for `candidates`, a row of shares each, over resampled runs.
 
     Args:
-        chosen: the regression.
-        mixtures: the measured mixtures; shape (N, K).
+        chosen: the regressions.
+        mixtures: the measured mixtures; shape (N, C).
         losses: shape (N, M), NaN where a run lacks a metric.
         objective: weights of the metrics; shape (M,).
         candidates: the first one is compared with the others.
@@ -94,7 +92,7 @@ def estimate_uncertainty(
     for _ in range(NUM_RESAMPLES):
         rows = generator.integers(len(mixtures), size=len(mixtures))
         try:
-            fit = fit_losses(chosen.law, mixtures[rows], losses[rows], chosen.ridge)
+            fit = chosen.fit(mixtures[rows], losses[rows])
         except DataError:
             continue  # Too few different runs with a metric were drawn.
         predictions.append(mean_loss(fit.predict(candidates), objective))
@@ -113,40 +111,99 @@ def _measured_bounds(space: MixtureSpace, mixtures: Array) -> tuple[Array, Array
     low = np.maximum(allowed[0], shares.min(axis=0))
     high = np.minimum(allowed[1], shares.max(axis=0))
     # Runs from elsewhere may lie outside the bounds, so that no mixture is left.
-    feasible = low.sum() <= 1 + TOLERANCE and high.sum() >= 1 - TOLERANCE and (low <= high + TOLERANCE).all()
-    return (low, np.maximum(low, high)) if feasible else allowed
+    sums = (by_phase(low, space.num_phases).sum(axis=1), by_phase(high, space.num_phases).sum(axis=1))
+    feasible = (sums[0] <= 1 + TOLERANCE).all() and (sums[1] >= 1 - TOLERANCE).all() and (low <= high + TOLERANCE).all()
+    high = np.maximum(low, high)
+    feasible = feasible and space.is_within_limits(mixtures.mean(axis=0))
+    return (low, high) if feasible else allowed
 
 
-def _descend(
-    start: Array, low: Array, high: Array, value: Callable[[Array], float], gradient: Callable[[Array], Array]
-) -> Array:
-    """Return a local minimum within the bounds, from `start`."""
-    current = start
-    best = value(current)
-    slopes = gradient(current)
-    rate = 1.0 / max(float(np.abs(slopes - slopes @ current).max()), 1e-12)
-    for _ in range(MAX_ITERATIONS):
-        slopes = gradient(current)
-        # Only differences between the domains matter; without their mean the exponents stay small.
-        step = np.clip(-rate * (slopes - slopes @ current), -30.0, 30.0)
-        moved = project_to_bounds(current * np.exp(step), low, high)
-        reached = value(moved)
-        if reached < best:
-            current = moved
-            best = reached
-            rate *= 1.5
-        else:
-            rate *= 0.4
-            if rate < MIN_RATE:
-                break
-    return current
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _MixtureSearch:
+    """The search for a minimum: mirror descent within the bounds, with multipliers for the limits of the whole run."""
+
+    space: MixtureSpace
+    low: Array
+    """Smallest shares of the groups; shape (G,)."""
+    high: Array
+    prior: Array
+    """Where relative entropy is 0; shape (G,)."""
+    fit: LossFit | MetricFits
+    objective: Array
+    penalty: float
+
+    def value(self, mixture: Array) -> float:
+        """Return predicted loss and penalty of a mixture, shape (C,)."""
+        return self._value(self.space.group_shares(mixture), np.zeros(len(self.space.names)), 0.0)
+
+    def minimum(self, start: Array) -> Array:
+        """Return a local minimum, from the shares of the groups `start`; shape (C,)."""
+        multipliers = np.zeros(len(self.space.names))
+        groups = self.space.project(start, self.low, self.high)
+        strength = STRENGTH * max(float(np.abs(self._slope(groups, multipliers, 0.0)).max()), 1e-12)
+        # Method of multipliers. With one phase the bounds have the limits, and one descent is enough.
+        for _ in range(NUM_MULTIPLIER_ROUNDS if self.space.num_phases > 1 else 1):
+            groups = self._descend(groups, multipliers, strength)
+            multipliers = np.maximum(multipliers + strength * self._excess(groups), 0.0)
+        mixture: Array = groups @ self.space.basis
+        return self.space.keep_limits(mixture)
+
+    def _descend(self, start: Array, multipliers: Array, strength: float) -> Array:
+        """Return a local minimum of the loss and its penalties, by mirror descent."""
+        current = start
+        best = self._value(current, multipliers, strength)
+        rate = 1.0 / max(float(np.abs(self._slope(current, multipliers, strength)).max()), 1e-12)
+        for _ in range(MAX_ITERATIONS):
+            step = np.clip(-rate * self._slope(current, multipliers, strength), -30.0, 30.0)
+            moved = self.space.project(current * np.exp(step), self.low, self.high)
+            reached = self._value(moved, multipliers, strength)
+            if reached < best:
+                current = moved
+                best = reached
+                rate *= 1.5
+            else:
+                rate *= 0.4
+                if rate < MIN_RATE:
+                    break
+        return current
+
+    def _value(self, groups: Array, multipliers: Array, strength: float) -> float:
+        loss = float(mean_loss(self.fit.predict(groups @ self.space.basis), self.objective))
+        entropy = self.penalty * float((self.space.group_phases * groups) @ _log_ratio(groups, self.prior))
+        pushed = np.maximum(multipliers + strength * self._excess(groups), 0.0)
+        limits = float((pushed**2).sum()) / (2 * strength) if strength else 0.0
+        return loss + entropy + limits
+
+    def _slope(self, groups: Array, multipliers: Array, strength: float) -> Array:
+        """Return the derivative by every share of a group, with a weighted mean of 0 in every phase; shape (G,)."""
+        pushed = np.maximum(multipliers + strength * self._excess(groups), 0.0)
+        slopes = self.fit.gradient(groups @ self.space.basis) @ (self.objective / self.objective.sum())
+        slopes = slopes + (self.space.phases[:, None] * pushed).reshape(-1)
+        entropy = self.penalty * self.space.group_phases * _log_ratio(groups, self.prior)
+        slope = by_phase(self.space.basis @ slopes + entropy, self.space.num_phases)
+        # Only differences between the domains of a phase matter; without their mean the exponents stay small.
+        mean = (slope * by_phase(groups, self.space.num_phases)).sum(axis=1, keepdims=True)
+        centered: Array = (slope - mean).reshape(-1)
+        return centered
+
+    def _excess(self, groups: Array) -> Array:
+        """Return the share of every domain in the whole run, above its limit; 0 with one phase. Shape (K,)."""
+        if self.space.num_phases == 1:
+            return np.zeros(len(self.space.names))
+        return self.space.whole_run(groups @ self.space.basis) - self.space.limit
 
 
 def uniform_mixture(space: MixtureSpace) -> Array:
-    """Return equal shares of all domains that may have one, within the bounds; shape (K,)."""
+    """Return equal shares of all domains that may have one, within the bounds; shape (C,)."""
     return mixture_within(space, (space.prior > 0).astype(np.float64))
 
 
 def mixture_within(space: MixtureSpace, mixture: Array) -> Array:
-    """Return the nearest mixture within the bounds of the domains; shape (K,). Groups are not kept."""
-    return project_to_bounds(mixture, space.low, np.where(space.prior > 0, space.high, 0.0))
+    """Return the nearest mixture within the bounds of the domains, the same in all phases; shape (C,).
+
+    Groups are not kept.
+    """
+    high = np.where(space.prior > 0, space.high, 0.0)
+    most = np.minimum(by_phase(high, space.num_phases).min(axis=0), space.limit)
+    size = len(space.names)
+    return np.tile(project_to_bounds(mixture[:size], space.low[:size], most), space.num_phases)

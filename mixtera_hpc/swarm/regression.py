@@ -12,7 +12,7 @@ from a grid of fractions of the smallest loss, by the squared error of the losse
 depends on no share. Price of a fit: one singular value decomposition of (N, K), and a product with (N, offsets × M).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError
 
-__all__ = ["LAWS", "Law", "LossFit", "fit_losses"]
+__all__ = ["LAWS", "Law", "LossFit", "MetricFits", "fit_losses", "fit_metrics"]
 
 Array = NDArray[np.float64]
 
@@ -86,19 +86,63 @@ class LossFit:
         return self.law.slopes(mixture)[:, None] * self.coefficients * reducible
 
 
-def fit_losses(law: Law, mixtures: Array, losses: Array, ridge: float) -> LossFit:
-    """Fit a law to every metric.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricFits:
+    """Fits of M metrics, where each metric has a law of its own."""
+
+    num_metrics: int
+    parts: tuple[tuple[NDArray[np.int64], LossFit], ...]
+    """Metrics, and the fit of their law; every metric is in one part."""
+
+    def predict(self, mixtures: Array) -> Array:
+        """Return the losses of mixtures of shape (…, K); shape (…, M)."""
+        losses = np.empty((*mixtures.shape[:-1], self.num_metrics))
+        for metrics, fit in self.parts:
+            losses[..., metrics] = fit.predict(mixtures)
+        return losses
+
+    def gradient(self, mixture: Array) -> Array:
+        """Return the derivative of every loss by every share; shape (K, M)."""
+        slopes = np.empty((len(mixture), self.num_metrics))
+        for metrics, fit in self.parts:
+            slopes[:, metrics] = fit.gradient(mixture)
+        return slopes
+
+
+def fit_metrics(laws: Sequence[Law], mixtures: Array, losses: Array, ridge: Array) -> MetricFits:
+    """Fit every metric with its own law.
+
+    Args:
+        laws: of every metric.
+        mixtures: shares of every run; shape (N, K).
+        losses: see `fit_losses`; shape (N, M).
+        ridge: see `fit_losses`; shape (M,).
+
+    Raises:
+        DataError: a metric has too few values.
+    """
+    parts = []
+    for law in dict.fromkeys(laws):
+        metrics = np.array([metric for metric, own in enumerate(laws) if own == law], np.int64)
+        parts.append((metrics, fit_losses(law, mixtures, losses[:, metrics], ridge[metrics])))
+    return MetricFits(num_metrics=losses.shape[1], parts=tuple(parts))
+
+
+def fit_losses(law: Law, mixtures: Array, losses: Array, ridge: float | Array) -> LossFit:
+    """Fit one law to every metric.
 
     Args:
         law: the form of the regression.
         mixtures: shares of every run; shape (N, K).
         losses: above 0, or NaN where a run lacks a metric; shape (N, M).
-        ridge: strength of the ridge, as a fraction of the largest squared singular value of the features.
+        ridge: strength of the ridge, as a fraction of the largest squared singular value of the features; one number,
+            or one for every metric, shape (M,).
 
     Raises:
         DataError: a metric has too few values.
     """
     num_metrics = losses.shape[1]
+    ridges = np.broadcast_to(np.asarray(ridge, np.float64), num_metrics)
     offset = np.zeros(num_metrics)
     intercept = np.zeros(num_metrics)
     coefficients = np.zeros((mixtures.shape[1], num_metrics))
@@ -114,17 +158,18 @@ def fit_losses(law: Law, mixtures: Array, losses: Array, ridge: float) -> LossFi
                 f"A metric has values of {int(rows.sum())} runs, expected at least {MIN_ROWS} for a regression.\n"
                 "  Train more proxies, or remove the metric from the table or from swarm.objective."
             )
-        fitted = _fit_complete(law, features[rows], losses[np.ix_(rows, metrics)], ridge)
+        fitted = _fit_complete(law, features[rows], losses[np.ix_(rows, metrics)], ridges[metrics])
         offset[metrics], intercept[metrics], coefficients[:, metrics] = fitted
     return LossFit(law=law, offset=offset, intercept=intercept, coefficients=coefficients)
 
 
-def _fit_complete(law: Law, features: Array, losses: Array, ridge: float) -> tuple[Array, Array, Array]:
+def _fit_complete(law: Law, features: Array, losses: Array, ridge: Array) -> tuple[Array, Array, Array]:
     """Return offset (M,), intercept (M,) and coefficients (K, M) of losses without gaps."""
     center = features.mean(axis=0)
     left, singular, right = np.linalg.svd(features - center, full_matrices=False)
     strength = ridge * max(float(singular[0]) ** 2, 1e-300)
-    shrunk = singular / (singular**2 + strength)
+    # One column of factors for every metric.
+    shrunk = singular[:, None] / (singular[:, None] ** 2 + strength)
 
     fractions = np.array(OFFSET_FRACTIONS if law.has_offset else (0.0,))
     offsets = fractions[:, None] * losses.min(axis=0)
@@ -132,7 +177,7 @@ def _fit_complete(law: Law, features: Array, losses: Array, ridge: float) -> tup
     targets = np.log(losses[:, None, :] - offsets)
     means = targets.mean(axis=0)
     columns = (targets - means).reshape(len(losses), -1)
-    solved = right.T @ (shrunk[:, None] * (left.T @ columns))
+    solved = right.T @ (np.tile(shrunk, len(offsets)) * (left.T @ columns))
     deviations = ((features - center) @ solved).reshape(targets.shape)
     errors = ((offsets + np.exp(means + deviations) - losses[:, None, :]) ** 2).sum(axis=0)
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.schema import SwarmConfig
-from mixtera_hpc.core.mixing.bounds import project_to_bounds
 from mixtera_hpc.swarm.mixture_space import MixtureSpace
+from mixtera_hpc.swarm.training_phases import by_phase
 
 __all__ = ["default_num_proxies", "sample_mixtures", "tempered"]
 
@@ -31,21 +31,24 @@ def tempered(weights: Weights, temperature: float) -> Weights:
 
 
 def sample_mixtures(space: MixtureSpace, num: int, settings: SwarmConfig) -> Weights:
-    """Return `num` mixtures within the bounds of `space`; shape (num, K), rows of sum 1.
+    """Return `num` mixtures within the bounds of `space`; shape (num, C), rows of sum 1 for every phase.
 
     The same settings give the same mixtures, and a larger `num` appends to them.
     """
     low, high = space.group_bounds(space.low, space.high)
-    prior = space.group_shares(space.prior)
-    rows = [_sample_groups(prior, low, high, settings, number) for number in range(num)]
-    groups = np.array(rows).reshape(num, space.num_groups)
-    mixtures: Weights = groups @ space.basis
-    return mixtures
+    priors = by_phase(space.group_shares(space.prior), space.num_phases)
+    rows = []
+    for number in range(num):
+        generator = np.random.Generator(np.random.PCG64([settings.seed, number]))
+        # The phases are independent of each other, except for the limits of the whole run.
+        drawn = [_draw_shares(prior, settings, generator) for prior in priors]
+        groups = space.project(np.concatenate(drawn), low, high)
+        rows.append(space.keep_limits(groups @ space.basis))
+    return np.array(rows).reshape(num, len(space.prior))
 
 
-def _sample_groups(prior: Weights, low: Weights, high: Weights, settings: SwarmConfig, number: int) -> Weights:
-    """Return the shares of the groups in proxy `number`; shape (G,)."""
-    generator = np.random.Generator(np.random.PCG64([settings.seed, number]))
+def _draw_shares(prior: Weights, settings: SwarmConfig, generator: np.random.Generator) -> Weights:
+    """Return random shares of the groups in one phase, without bounds; shape of `prior`."""
     used = np.flatnonzero(prior > 0)
     drawn = generator.standard_gamma(settings.concentration * len(used) * prior[used])
     if not drawn.sum() > 0:
@@ -57,4 +60,4 @@ def _sample_groups(prior: Weights, low: Weights, high: Weights, settings: SwarmC
     shares[used] = drawn / drawn.sum()
     small = shares < min(settings.min_share, shares.max())
     shares[small] = 0.0
-    return project_to_bounds(shares, low, high)
+    return shares

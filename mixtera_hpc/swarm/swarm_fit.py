@@ -12,17 +12,18 @@ from mixtera_hpc.config.schema import SwarmConfig
 from mixtera_hpc.errors import ConfigError, DataError, did_you_mean
 from mixtera_hpc.swarm.cross_validation import (
     Validated,
-    choose_regression,
+    choose_laws,
     constant_rmse,
     mean_loss,
     validate_regressions,
 )
 from mixtera_hpc.swarm.mixture_file import written_weights
 from mixtera_hpc.swarm.proposal import Uncertainty, estimate_uncertainty, propose_mixture
-from mixtera_hpc.swarm.regression import LAWS, LossFit, fit_losses
+from mixtera_hpc.swarm.regression import LAWS, MetricFits
 from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
 from mixtera_hpc.swarm.swarm_runs import SwarmRuns
 from mixtera_hpc.swarm.tables import SwarmTable, check_ratios, join_tables, read_table, table_text
+from mixtera_hpc.swarm.training_phases import by_phase
 
 __all__ = ["MeasuredRuns", "SwarmFit", "finite_or_none", "fit_swarm", "range_curves"]
 
@@ -38,12 +39,12 @@ MIN_RUNS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MeasuredRuns:
-    """The runs that a fit is made from: N runs, M metrics, K domains."""
+    """The runs that a fit is made from: N runs, M metrics, C = P × K shares of K domains in P phases."""
 
     runs: tuple[str, ...]
     """Names of the measured runs."""
     mixtures: Array
-    """Shape (N, K)."""
+    """Shape (N, C)."""
     metrics: tuple[str, ...]
     losses: Array
     """Shape (N, M), NaN where a run lacks a metric."""
@@ -60,12 +61,13 @@ class SwarmFit:
     num_unfinished: int
     """Proxies without losses."""
     validated: tuple[Validated, ...]
-    """All regressions that were tried."""
+    """All laws that were tried."""
     chosen: Validated
+    """The best law of every metric."""
     constant_rmse: float
     """Error of predicting the mean, for comparison."""
-    fit: LossFit
-    """The chosen regression, fitted to all runs."""
+    fit: MetricFits
+    """The chosen laws, fitted to all runs."""
     checks: SwarmRuns
     """Runs with the natural mixture, the uniform mixture and the proposal, in this order."""
     check_losses: SwarmTable
@@ -77,7 +79,7 @@ class SwarmFit:
 
     @property
     def proposal(self) -> Array:
-        """The proposed mixture; shape (K,)."""
+        """The proposed mixture; shape (C,)."""
         proposed: Array = self.checks.mixtures[-1]
         return proposed
 
@@ -90,7 +92,7 @@ class SwarmFit:
         return finite_or_none(float(mean_loss(row, self.measured.objective)))
 
     def at_edge(self) -> list[int]:
-        """Return the domains whose proposed share ends at the measured range, though the bounds would allow more."""
+        """Return the shares that end at the measured range in the proposal, though the bounds would allow more."""
         low = self.measured.mixtures.min(axis=0)
         high = self.measured.mixtures.max(axis=0)
         below = (self.proposal <= low + EDGE) & (low > self.record.low + EDGE)
@@ -101,18 +103,28 @@ class SwarmFit:
         """Return the numbers as JSON."""
         return {
             "domains": list(self.record.names),
-            "weights": self.proposal.tolist(),
-            "regression": self.chosen.law.name,
-            "ridge": self.chosen.ridge,
+            "phases": self.record.phases.tolist(),
+            "weights": self._weights(self.proposal),
+            "regression": {
+                metric: {"law": law.name, "ridge": ridge, "cross_validated_rmse": rmse}
+                for metric, law, ridge, rmse in zip(
+                    self.measured.metrics,
+                    self.chosen.laws,
+                    self.chosen.ridge.tolist(),
+                    self.chosen.metric_rmse.tolist(),
+                    strict=True,
+                )
+            },
             "num_runs": len(self.measured.runs),
             "objective": dict(zip(self.measured.metrics, self.measured.objective.tolist(), strict=True)),
-            "cross_validated_rmse": {candidate.law.name: candidate.rmse for candidate in self.validated},
+            "cross_validated_rmse": {candidate.laws[0].name: candidate.rmse for candidate in self.validated},
+            "chosen_rmse": self.chosen.rmse,
             "constant_rmse": self.constant_rmse,
             "rank_correlation": finite_or_none(self.chosen.rank_correlation),
             "checks": [
                 {
                     "run": name,
-                    "weights": self.checks.mixtures[place].tolist(),
+                    "weights": self._weights(self.checks.mixtures[place]),
                     "predicted": float(self.predicted[place]),
                     "measured": self.measured_check(place),
                 }
@@ -124,6 +136,11 @@ class SwarmFit:
                 "uniform": finite_or_none(float(self.uncertainty.gain_probability[2])),
             },
         }
+
+    def _weights(self, mixture: Array) -> list[Any]:
+        """Return the shares of the domains; with several phases, a list of them for each."""
+        rows: list[Any] = by_phase(mixture, self.record.num_phases).tolist()
+        return rows if len(rows) > 1 else rows[0]
 
 
 def fit_swarm(folder: SwarmFolder, settings: SwarmConfig, outside: Sequence[tuple[Path, Path]] = ()) -> SwarmFit:
@@ -147,9 +164,11 @@ def fit_swarm(folder: SwarmFolder, settings: SwarmConfig, outside: Sequence[tupl
 
     laws = LAWS if settings.regression == "auto" else (settings.regression,)
     validated = validate_regressions(mixtures, losses, objective, tuple(laws))
-    chosen = choose_regression(validated)
-    fit = fit_losses(chosen.law, mixtures, losses, chosen.ridge)
-    proposal = written_weights(propose_mixture(record.space, fit, mixtures, objective, settings.penalty))
+    chosen = choose_laws(validated, losses, objective)
+    fit = chosen.fit(mixtures, losses)
+    proposal = written_weights(
+        propose_mixture(record.space, fit, mixtures, objective, settings.penalty), record.num_phases
+    )
     checks = SwarmRuns.checks(folder, record, proposal)
     return SwarmFit(
         record=record,
@@ -195,7 +214,7 @@ def _gather(
     ratios: dict[str, Array] = dict(zip(proxies.names, proxies.mixtures, strict=True))
     metrics = _rows(own)
     for ratios_path, metrics_path in pairs:
-        table = check_ratios(ratios_path, read_table(ratios_path), proxies.record.names)
+        table = check_ratios(ratios_path, read_table(ratios_path), proxies.record.columns, proxies.record.num_phases)
         for run, mixture in zip(table.runs, table.values, strict=True):
             if run in ratios and not np.allclose(ratios[run], mixture, atol=1e-4):
                 raise DataError(
@@ -262,17 +281,20 @@ def finite_or_none(value: float) -> float | None:
 
 
 def range_curves(fit: SwarmFit, num_points: int) -> tuple[Array, Array]:
-    """Return how the predicted objective changes with the share of each domain; shapes (K, P) each.
+    """Return how the predicted objective changes with every share; shapes (C, points) each.
 
-    The other domains keep their ratios in the proposal. Shares cover the measured range of each domain.
+    The other domains of the phase keep their ratios in the proposal. Shares cover the measured range.
     """
     shares = np.linspace(fit.measured.mixtures.min(axis=0), fit.measured.mixtures.max(axis=0), num_points, axis=1)
     values = np.empty_like(shares)
-    for domain in range(len(fit.proposal)):
+    size = len(fit.record.names)
+    for place in range(len(fit.proposal)):
+        phase = slice(place // size * size, place // size * size + size)
         # A proposal of one domain says nothing about the ratios of the others.
-        others = fit.proposal if fit.proposal[domain] < 1 else fit.record.prior + 1e-9
-        others = np.where(np.arange(len(others)) == domain, 0.0, others)
-        mixtures = (1 - shares[domain])[:, None] * others / others.sum()
-        mixtures[:, domain] = shares[domain]
-        values[domain] = mean_loss(fit.fit.predict(mixtures), fit.measured.objective)
+        others = fit.proposal[phase] if fit.proposal[place] < 1 else fit.record.prior[phase] + 1e-9
+        others = np.where(np.arange(size) == place % size, 0.0, others)
+        mixtures = np.tile(fit.proposal, (num_points, 1))
+        mixtures[:, phase] = (1 - shares[place])[:, None] * others / others.sum()
+        mixtures[:, place] = shares[place]
+        values[place] = mean_loss(fit.fit.predict(mixtures), fit.measured.objective)
     return shares, values

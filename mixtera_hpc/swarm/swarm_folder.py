@@ -22,14 +22,18 @@ from numpy.typing import NDArray
 from mixtera_hpc.config.convert import from_plain, to_plain
 from mixtera_hpc.config.files.json_text import parse_json
 from mixtera_hpc.config.files.write_errors import explain_write_errors
-from mixtera_hpc.config.schema import Config
+from mixtera_hpc.config.schema import Config, MixtureConfig, ScheduleConfig, StageConfig
 from mixtera_hpc.core.domain_keys import DomainKey, domain_key_to_plain, parse_domain_key
 from mixtera_hpc.errors import ConfigError, DataError
+from mixtera_hpc.swarm.mixture_file import fixed_mixture, without_fractions
 from mixtera_hpc.swarm.mixture_space import MixtureSpace
+from mixtera_hpc.swarm.training_phases import share_names
 
 __all__ = ["SwarmFolder", "SwarmRecord"]
 
-ARRAYS = ("sizes", "prior", "low", "high", "basis", "mixtures")
+ARRAYS = ("sizes", "prior", "low", "high", "basis", "phases", "limit", "starts", "mixtures")
+COUNTS = ("sizes", "starts")
+"""Arrays of whole numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,19 +48,71 @@ class SwarmRecord:
     """Names of the K domains."""
     keys: tuple[DomainKey, ...]
     sizes: NDArray[np.int64]
-    """Items of one epoch of each domain. With `mixture.fraction`, an estimate for all samples; shape (K,)."""
+    """Items of one epoch of each domain, of all samples also with `mixture.fraction`; shape (K,)."""
     prior: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     basis: NDArray[np.float64]
+    phases: NDArray[np.float64]
+    limit: NDArray[np.float64]
     """See `MixtureSpace`."""
+    starts: NDArray[np.int64]
+    """First step of every phase of a proxy; shape (P,)."""
     mixtures: NDArray[np.float64]
-    """Mixture of every proxy, as its file has it; shape (N, K)."""
+    """Mixture of every proxy, as its file has it; shape (N, C)."""
 
     @property
     def space(self) -> MixtureSpace:
         """The mixtures that are allowed."""
-        return MixtureSpace(names=self.names, prior=self.prior, low=self.low, high=self.high, basis=self.basis)
+        return MixtureSpace(
+            names=self.names,
+            prior=self.prior,
+            low=self.low,
+            high=self.high,
+            basis=self.basis,
+            phases=self.phases,
+            limit=self.limit,
+        )
+
+    @property
+    def num_phases(self) -> int:
+        """Number of phases, P."""
+        return len(self.phases)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of all shares of a mixture; shape (C,)."""
+        return tuple(share_names(self.names, self.num_phases))
+
+    @property
+    def natural(self) -> NDArray[np.float64]:
+        """Natural shares, in every phase; shape (C,)."""
+        return np.tile(self.sizes / max(int(self.sizes.sum()), 1), self.num_phases)
+
+    def mixture_of(self, weights: NDArray[np.float64]) -> MixtureConfig:
+        """Return the mixture of a proxy with these shares, (C,); with several phases, a schedule in its steps."""
+        schedule = None
+        if self.num_phases > 1:
+            schedule = ScheduleConfig(stages=[StageConfig(start=float(start)) for start in self.starts])
+        return fixed_mixture(self.config.mixture, self.keys, weights, schedule)
+
+    def proposed_mixture(self, weights: NDArray[np.float64]) -> MixtureConfig:
+        """Return the mixture of the final run, which has all samples.
+
+        With several phases and `swarm.target_tokens`, it is a schedule in tokens of that run; else in steps of proxies.
+        """
+        base = without_fractions(self.config.mixture)
+        if not self.starts_in_tokens:
+            return without_fractions(self.mixture_of(weights))
+        begins = np.rint(np.cumsum([0.0, *self.config.swarm.phases[:-1]]) * (self.config.swarm.target_tokens or 0))
+        stages = [StageConfig(start=float(begin)) for begin in begins]
+        return fixed_mixture(base, self.keys, weights, ScheduleConfig(unit="tokens", stages=stages))
+
+    @property
+    def starts_in_tokens(self) -> bool:
+        """True if the phases of the final run are known."""
+        in_tokens = self.config.mixture.unit == "tokens"
+        return self.num_phases > 1 and in_tokens and self.config.swarm.target_tokens is not None
 
     def to_plain(self) -> dict[str, Any]:
         """Return the record as JSON."""
@@ -71,8 +127,8 @@ class SwarmRecord:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "SwarmRecord":
         """Return the record that `to_plain` wrote."""
-        arrays = {name: np.array(plain[name], np.float64) for name in ARRAYS if name != "sizes"}
-        size = len(plain["names"])
+        arrays = {name: np.array(plain[name], np.float64) for name in ARRAYS if name not in COUNTS}
+        size = len(arrays["prior"])
         arrays["mixtures"] = arrays["mixtures"].reshape(-1, size)
         arrays["basis"] = arrays["basis"].reshape(-1, size)
         return cls(
@@ -81,6 +137,7 @@ class SwarmRecord:
             names=tuple(plain["names"]),
             keys=tuple(parse_domain_key(key) for key in plain["keys"]),
             sizes=np.array(plain["sizes"], np.int64),
+            starts=np.array(plain["starts"], np.int64),
             **arrays,
         )
 

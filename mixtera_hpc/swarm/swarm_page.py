@@ -13,7 +13,8 @@ from mixtera_hpc.report.number_format import MISSING, format_count, format_loss,
 from mixtera_hpc.report.plot_style import css_color, to_svg, use_plot_style
 from mixtera_hpc.swarm.swarm_fit import SwarmFit, finite_or_none
 from mixtera_hpc.swarm.swarm_folder import SwarmFolder
-from mixtera_hpc.swarm.swarm_plots import CHECK_COLORS, CHECK_NAMES, SWARM_PLOTS, SwarmPlot, legend_of
+from mixtera_hpc.swarm.swarm_plots import CHECK_COLORS, CHECK_NAMES, SWARM_PLOTS, SwarmPlot, legend_of, short_names
+from mixtera_hpc.swarm.training_phases import by_phase
 
 __all__ = ["swarm_page"]
 
@@ -52,8 +53,9 @@ def _header(folder: SwarmFolder, fit: SwarmFit) -> str:
     facts = (
         pluralize(len(fit.measured.runs), "run"),
         pluralize(len(fit.record.names), "domain"),
+        *([pluralize(fit.record.num_phases, "phase")] if fit.record.num_phases > 1 else []),
         pluralize(len(fit.measured.metrics), "metric"),
-        f"regression: {fit.chosen.law.name}",
+        f"regression: {', '.join(sorted({law.name for law in fit.chosen.laws}))}",
     )
     return f'<header><p class="over">Swarm</p><h1>{escape(folder.name)}</h1><p>{" · ".join(facts)}</p></header>'
 
@@ -101,13 +103,18 @@ def _notices(folder: SwarmFolder, fit: SwarmFit) -> Iterable[str]:
         )
     elif any(other is not None and other < measured for other in (natural, uniform)):
         yield "The proposal is worse than the natural or the uniform mixture in a run of its own. Do not use it."
-    names = shorten_names(fit.record.names)
+    names = short_names(fit)
     edges = [names[domain] for domain in fit.at_edge()]
     if edges:
         yield (
             f"The proposed share of {escape(', '.join(edges[:MAX_NAMES]))} is the smallest or largest that the proxies "
             "measured. The best mixture may lie beyond: add proxies with a larger swarm.num_proxies, or sample another "
             "swarm with a smaller swarm.concentration."
+        )
+    if fit.record.num_phases > 1 and not fit.record.starts_in_tokens:
+        yield (
+            "The phases of the proposal begin at the steps of the proxies. Scale <code>start</code> for the final run, "
+            "or sample with swarm.target_tokens, which writes them in tokens of that run."
         )
     if fit.num_unfinished:
         yield f"{pluralize(fit.num_unfinished, 'proxy run')} had no losses when this page was made."
@@ -159,8 +166,7 @@ def _domain_table(fit: SwarmFit) -> str:
     record = fit.record
     slopes = fit.fit.gradient(fit.proposal) @ (fit.measured.objective / fit.measured.objective.sum())
     effect = _effects(fit, slopes)
-    target = record.config.swarm.target_tokens
-    names = shorten_names(record.names)
+    names = short_names(fit)
     rows = []
     for domain in np.argsort(-fit.proposal, kind="stable").tolist():
         low = float(fit.measured.mixtures[:, domain].min())
@@ -173,8 +179,8 @@ def _domain_table(fit: SwarmFit) -> str:
                 format_share(float(record.high[domain])),
                 f"{format_share(low)} – {format_share(high)}",
                 f"{effect[domain]:+.2f}",
-                _epochs(fit, domain, target),
-                format_count(int(record.sizes[domain])),
+                _epochs(fit, domain),
+                format_count(int(record.sizes[domain % len(record.names)])),
             ]
         )
     columns = (
@@ -191,26 +197,31 @@ def _domain_table(fit: SwarmFit) -> str:
     )
 
 
-def _epochs(fit: SwarmFit, domain: int, target: int | None) -> str:
+def _epochs(fit: SwarmFit, place: int) -> str:
+    """Return the passes over a domain in its phase of the final run."""
+    phase, domain = divmod(place, len(fit.record.names))
     size = int(fit.record.sizes[domain])
+    target = fit.record.config.swarm.target_tokens
     if target is None or not size:
         return MISSING
-    return f"{float(fit.proposal[domain]) * target / size:.2f}"
+    return f"{float(fit.proposal[place]) * float(fit.record.phases[phase]) * target / size:.2f}"
 
 
 def _effects(fit: SwarmFit, slopes: Array) -> Array:
-    """Return the change of losses by 1 % more of each domain, if all others shrink in proportion.
+    """Return the change of losses by 1 % more of each domain, if the others of its phase shrink in proportion.
 
     Args:
         fit: the fit, whose proposal is the point of the derivatives.
-        slopes: derivatives of one or more losses by the shares; shape (K,) or (K, M), nats.
+        slopes: derivatives of one or more losses by the shares; shape (C,) or (C, M), nats.
 
     Returns:
         Thousandths of a nat; shape of `slopes`.
     """
-    others = np.maximum(1 - fit.proposal, 1e-9)
-    effects: Array = 10 * ((slopes - fit.proposal @ slopes).T / others).T
-    return effects
+    by_metric = by_phase(slopes.T, fit.record.num_phases)
+    shares = by_phase(fit.proposal, fit.record.num_phases)
+    mean = (by_metric * shares).sum(axis=-1, keepdims=True)
+    effects: Array = 10 * (by_metric - mean) / np.maximum(1 - shares, 1e-9)
+    return effects.reshape(slopes.T.shape).T
 
 
 def _effect_table(fit: SwarmFit) -> str:
@@ -218,7 +229,7 @@ def _effect_table(fit: SwarmFit) -> str:
     effect = _effects(fit, fit.fit.gradient(fit.proposal))
     shown = np.sort(np.argsort(-np.abs(effect).max(axis=0), kind="stable")[:MAX_METRICS])
     metric_names = shorten_names(fit.measured.metrics)
-    names = shorten_names(fit.record.names)
+    names = short_names(fit)
     rows = [
         [escape(names[domain]), *(f"{effect[domain, metric]:+.1f}" for metric in shown.tolist())]
         for domain in np.argsort(-fit.proposal, kind="stable").tolist()
@@ -233,22 +244,24 @@ def _effect_table(fit: SwarmFit) -> str:
 
 
 def _regression_table(fit: SwarmFit) -> str:
-    rows = [
-        [
-            f"{candidate.law.name}{' (chosen)' if candidate is fit.chosen else ''}",
-            f"{candidate.rmse:.4f}",
-            format_loss(finite_or_none(candidate.objective_rmse), 4),
-            format_loss(finite_or_none(candidate.rank_correlation), 2),
-            f"{candidate.ridge:g}",
-        ]
-        for candidate in fit.validated
-    ]
+    rows = []
+    for name, candidate in (*((each.laws[0].name, each) for each in fit.validated), ("chosen", fit.chosen)):
+        chosen_for = sum(law.name == name for law in fit.chosen.laws)
+        rows.append(
+            [
+                name,
+                f"{candidate.rmse:.4f}",
+                format_loss(finite_or_none(candidate.objective_rmse), 4),
+                format_loss(finite_or_none(candidate.rank_correlation), 2),
+                f"{len(fit.chosen.laws) if candidate is fit.chosen else chosen_for}",
+            ]
+        )
     rows.append(["constant", f"{fit.constant_rmse:.4f}", MISSING, MISSING, MISSING])
     return _table(
         "Regressions",
-        "Errors of predictions for runs that were left out, in nats: of all metrics, and of their mean. The regression "
-        "with the smallest error of the metrics is chosen.",
-        ("law", "error", "error of the mean", "rank correlation", "ridge"),
+        "Errors of predictions for runs that were left out, in nats: of all metrics, and of their mean. Every metric "
+        "takes the law with its smallest error.",
+        ("law", "error", "error of the mean", "rank correlation", "metrics"),
         rows,
     )
 

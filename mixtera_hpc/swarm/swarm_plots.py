@@ -14,8 +14,9 @@ from mixtera_hpc.report.mixing.domain_names import shorten_names
 from mixtera_hpc.report.plot_style import INK, LINE, MUTED, PALETTE, SURFACE
 from mixtera_hpc.swarm.cross_validation import mean_loss
 from mixtera_hpc.swarm.swarm_fit import SwarmFit, range_curves
+from mixtera_hpc.swarm.training_phases import share_names
 
-__all__ = ["CHECK_COLORS", "CHECK_NAMES", "SWARM_PLOTS", "SwarmPlot", "legend_of"]
+__all__ = ["CHECK_COLORS", "CHECK_NAMES", "SWARM_PLOTS", "SwarmPlot", "legend_of", "short_names"]
 
 MAX_CURVES = 9
 """Domains with a curve: those on which the loss depends most."""
@@ -93,7 +94,7 @@ def shares_plot(fit: SwarmFit, wide: bool) -> Figure:
     """Draw natural and proposed share of every domain, over the range that the runs measured."""
     natural = fit.checks.mixtures[0]
     shown = np.argsort(-np.maximum(natural, fit.proposal), kind="stable")[:MAX_BARS]
-    names = [_short(name, 24 if wide else 14) for name in np.array(shorten_names(fit.record.names))[shown]]
+    names = [_short(name, 24 if wide else 14) for name in np.array(short_names(fit))[shown]]
     figure, axes = _axes(wide, 0.62 + 0.27 * len(shown), top=0.08, left=1.75 if wide else 1.1)
     rows = np.arange(len(shown))
     axes.hlines(
@@ -120,7 +121,7 @@ def sensitivity_plot(fit: SwarmFit, wide: bool) -> Figure:
     """Draw the predicted mean loss over the share of each domain, the others in the ratios of the proposal."""
     shares, values = range_curves(fit, NUM_POINTS)
     shown = np.argsort(-np.ptp(values, axis=1), kind="stable")[:MAX_CURVES]
-    names = shorten_names(fit.record.names)
+    names = short_names(fit)
     if wide:
         figure, axes = _axes(wide, 3.8, right=2.0)
     else:
@@ -136,6 +137,11 @@ def sensitivity_plot(fit: SwarmFit, wide: bool) -> Figure:
         _label_ends(axes, [(names[d], float(values[d, -1]), PALETTE[i]) for i, d in enumerate(shown.tolist())])
     _label(figure, axes, "share of the domain", "predicted loss")
     return figure
+
+
+def short_names(fit: SwarmFit) -> list[str]:
+    """Return the names of all shares, without the properties that all domains share."""
+    return share_names(shorten_names(fit.record.names), fit.record.num_phases)
 
 
 def legend_of(figure: Figure) -> list[tuple[str, str]]:

@@ -45,6 +45,11 @@ class EarlierSwarm:
         Raises:
             MixtureError: an earlier domain is missing, no domain is new, or the bounds leave no mixture.
         """
+        if space.num_phases > 1:
+            raise MixtureError(
+                f"swarm.phases has {space.num_phases} phases, but the proposal of {self.name} is one mixture for a "
+                "whole run, whose ratios --reuse keeps.\n  Set swarm.phases=[1], or sample without --reuse."
+            )
         missing = [name for name in self.names if name not in space.names]
         if missing:
             raise MixtureError(
@@ -87,6 +92,11 @@ def open_earlier(folder: SwarmFolder, config: Config) -> EarlierSwarm:
         raise DataError(
             f"{folder.path} has no proposal yet.\n  Make it first: mixtera-hpc swarm fit {folder.path}, when its "
             "proxies have finished."
+        )
+    if record.num_phases > 1:
+        raise ConfigError(
+            f"{folder.path} has a mixture for each of {record.num_phases} phases, and --reuse keeps the ratios of one "
+            "mixture.\n  Give a swarm of one phase, or sample without --reuse."
         )
     for group in COMPARED:
         before = _settings(record.config, group)

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.config.compose import load_config
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.config.schema import Config, MixtureConfig
+from mixtera_hpc.config.schema import Config
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.launch.attempts import read_end
 from mixtera_hpc.launch.sweep.sweep_plan import SweepPlan, plan_configs
-from mixtera_hpc.swarm.mixture_file import static_mixture, written_weights
+from mixtera_hpc.swarm.mixture_file import written_weights
 from mixtera_hpc.swarm.proposal import mixture_within, uniform_mixture
 from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
 from mixtera_hpc.swarm.tables import SwarmTable
@@ -35,7 +35,7 @@ class SwarmRuns:
     names: tuple[str, ...]
     """Names of the runs, which are also their run ids."""
     mixtures: NDArray[np.float64]
-    """Shape (runs, K)."""
+    """Shape (runs, C)."""
 
     @classmethod
     def proxies(cls, folder: SwarmFolder, record: SwarmRecord) -> "SwarmRuns":
@@ -47,8 +47,8 @@ class SwarmRuns:
     def checks(cls, folder: SwarmFolder, record: SwarmRecord, proposal: NDArray[np.float64]) -> "SwarmRuns":
         """Return the runs that check a proposal: natural mixture, uniform mixture and proposal, in this order."""
         space = record.space
-        natural = mixture_within(space, record.sizes / float(record.sizes.sum()))
-        mixtures = written_weights(np.stack([natural, uniform_mixture(space), proposal]))
+        natural = mixture_within(space, record.natural)
+        mixtures = written_weights(np.stack([natural, uniform_mixture(space), proposal]), space.num_phases)
         # Another proposal is another run. The other two stay.
         digest = hashlib.blake2b(mixtures[2].tobytes(), digest_size=3).hexdigest()
         names = (NATURAL, UNIFORM, f"{PROPOSAL}-{digest}")
@@ -58,7 +58,7 @@ class SwarmRuns:
         """Return the configuration of every run."""
         base = self.record.config
         return [
-            replace(base, mixture=self._mixture(weights), run=replace(base.run, id=name))
+            replace(base, mixture=self.record.mixture_of(weights), run=replace(base.run, id=name))
             for name, weights in zip(self.names, self.mixtures, strict=True)
         ]
 
@@ -81,9 +81,6 @@ class SwarmRuns:
                 finished.append((name, _held_out_losses(folder, self.record.names)))
         values = np.array([losses for _, losses in finished], np.float64).reshape(len(finished), len(self.record.names))
         return SwarmTable(runs=tuple(name for name, _ in finished), columns=self.record.names, values=values)
-
-    def _mixture(self, weights: NDArray[np.float64]) -> MixtureConfig:
-        return static_mixture(self.record.config.mixture, self.record.keys, weights)
 
 
 def _is_finished(folder: RunFolder) -> bool:

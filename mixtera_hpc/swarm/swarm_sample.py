@@ -13,17 +13,21 @@ from mixtera_hpc.dataplane.mixing.from_config import config_bounds, max_epochs_p
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.errors import ConfigError, DataError, MixtureError, pluralize
 from mixtera_hpc.launch.prepare import with_absolute_paths
-from mixtera_hpc.swarm.mixture_file import mixture_text, static_mixture, written_weights
+from mixtera_hpc.swarm.mixture_file import mixture_text, without_fractions, written_weights
 from mixtera_hpc.swarm.mixture_space import MixtureSpace, epoch_caps
 from mixtera_hpc.swarm.sampling import default_num_proxies, sample_mixtures, tempered
 from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
 from mixtera_hpc.swarm.swarm_reuse import EarlierSwarm
 from mixtera_hpc.swarm.tables import SwarmTable, table_text
+from mixtera_hpc.swarm.training_phases import TrainingPhases
 
 __all__ = ["sample_swarm"]
 
 FIXED_KINDS = ("natural", "static", "hierarchical")
 """Kinds of mixtures that a swarm can be sampled around."""
+
+NOT_IDENTITY = ("swarm", "job", "cluster", "environment", "sweep", "run", "plan", "track")
+"""Groups that change no loss of a proxy. The settings of `swarm` count by the mixtures and bounds that they give."""
 
 
 def sample_swarm(
@@ -47,17 +51,24 @@ def sample_swarm(
     source = open_source(config, Local())
     # A query may leave some values of `mixture.group_by` without samples.
     present = np.flatnonzero(source.mixture_context.domain_sizes.sizes > 0)
-    space = _space(source, present)
+    whole = _whole_sizes(source)
+    space = _space(source, present, whole)
     if earlier is not None:
         space = earlier.grouped(space)
-    record = _sampled(source, present, space, overrides)
+    record = _sampled(source, present, whole, space, overrides)
     _check_same_domains(record, source.mixture_context.domain_sizes.sizes[present])
     _check_extends(folder, record)
     _write(folder, record, earlier)
     return record
 
 
-def _sampled(source: Source, present: NDArray[np.int64], space: MixtureSpace, overrides: Sequence[str]) -> SwarmRecord:
+def _sampled(
+    source: Source,
+    present: NDArray[np.int64],
+    whole: NDArray[np.int64],
+    space: MixtureSpace,
+    overrides: Sequence[str],
+) -> SwarmRecord:
     """Return the record of a swarm over the domains `present`, with its sampled mixtures."""
     config = source.config
     domains = source.mixture_context.domain_sizes
@@ -69,12 +80,15 @@ def _sampled(source: Source, present: NDArray[np.int64], space: MixtureSpace, ov
         overrides=tuple(overrides),
         names=space.names,
         keys=tuple(domains.keys[domain] for domain in present),
-        sizes=_whole_sizes(config, domains.sizes)[present],
+        sizes=whole[present],
         prior=space.prior,
         low=space.low,
         high=space.high,
         basis=space.basis,
-        mixtures=written_weights(sample_mixtures(space, num, config.swarm)),
+        phases=space.phases,
+        limit=space.limit,
+        starts=np.array(TrainingPhases.of(config).starts),
+        mixtures=written_weights(sample_mixtures(space, num, config.swarm), space.num_phases),
     )
 
 
@@ -92,7 +106,7 @@ def _check_measurable(config: Config) -> None:
         )
 
 
-def _space(source: Source, present: NDArray[np.int64]) -> MixtureSpace:
+def _space(source: Source, present: NDArray[np.int64], whole: NDArray[np.int64]) -> MixtureSpace:
     """Return the mixtures of the domains `present` that are allowed in the proxies and in the final run."""
     if len(present) < 2:
         raise MixtureError(
@@ -110,26 +124,35 @@ def _space(source: Source, present: NDArray[np.int64]) -> MixtureSpace:
     limits = max_epochs_per_domain(config.mixture, num_domains)
     # A proxy must not end before its last step because a domain lacks a part of a sequence.
     spare = 2 * source.grid.length
-    high = np.minimum(high, epoch_caps(domains.sizes, limits, domains.budget, spare))
+    most = epoch_caps(domains.sizes, limits, domains.budget, spare)
     if config.swarm.target_tokens is not None:
-        whole = _whole_sizes(config, domains.sizes)
-        high = np.minimum(high, epoch_caps(whole, limits, config.swarm.target_tokens))
+        most = np.minimum(most, epoch_caps(whole, limits, config.swarm.target_tokens))
     prior = tempered(np.array(source.weights), config.swarm.temperature)
-    names = tuple(source.names[domain] for domain in present)
-    return MixtureSpace.of_domains(names, prior[present], low[present], high[present])
+    return MixtureSpace.of_domains(
+        tuple(source.names[domain] for domain in present),
+        prior[present],
+        low[present],
+        high[present],
+        limit=most[present],
+        phases=TrainingPhases.of(config).shares,
+    )
 
 
-def _whole_sizes(config: Config, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return an estimate of the items that the domains have without `mixture.fraction`; shape (K,)."""
-    fractions = domain_fractions(config.mixture, len(sizes))
-    return sizes if fractions is None else np.rint(sizes / np.array(fractions)).astype(np.int64)
+def _whole_sizes(source: Source) -> NDArray[np.int64]:
+    """Return the items that the domains have without `mixture.fraction`; shape (K,)."""
+    config = source.config
+    domains = source.mixture_context.domain_sizes
+    if domain_fractions(config.mixture, len(domains.sizes)) is None:
+        return domains.sizes
+    whole = open_source(replace(config, mixture=without_fractions(config.mixture)), Local())
+    return whole.mixture_context.domain_sizes.sizes
 
 
 def _check_same_domains(record: SwarmRecord, sizes: NDArray[np.int64]) -> None:
     """Refuse domains whose samples change when their keys are written out, as the mixtures of proxies have them."""
     if not len(record.mixtures):
         return
-    mixture = static_mixture(record.config.mixture, record.keys, record.mixtures[0])
+    mixture = record.mixture_of(record.mixtures[0])
     source = open_source(replace(record.config, mixture=mixture), Local())
     written = source.mixture_context.domain_sizes.sizes
     if len(written) != len(sizes) or (written != sizes).any():
@@ -158,7 +181,7 @@ def _identity(record: SwarmRecord) -> dict[str, object]:
     """Return the values that must not change when proxies are added."""
     plain = record.to_plain()
     config = dict(plain["config"])
-    for group in ("swarm", "job", "cluster", "environment", "sweep", "run", "plan", "track"):
+    for group in NOT_IDENTITY:
         config.pop(group)
     return {**{k: v for k, v in plain.items() if k not in ("mixtures", "overrides")}, "config": config}
 
@@ -166,9 +189,9 @@ def _identity(record: SwarmRecord) -> dict[str, object]:
 def _write(folder: SwarmFolder, record: SwarmRecord, earlier: EarlierSwarm | None) -> None:
     runs = folder.proxy_names(len(record.mixtures))
     for run, weights in zip(runs, record.mixtures, strict=True):
-        mixture = static_mixture(record.config.mixture, record.keys, weights)
-        folder.write(folder.mixture_file(run), mixture_text(mixture, f"Proxy {run} of a swarm."))
-    table = SwarmTable(runs=tuple(runs), columns=record.names, values=record.mixtures)
+        text = mixture_text(record.mixture_of(weights), f"Proxy {run} of a swarm.")
+        folder.write(folder.mixture_file(run), text)
+    table = SwarmTable(runs=tuple(runs), columns=record.columns, values=record.mixtures)
     folder.write(folder.ratios, table_text(table))
     if earlier is not None:
         folder.write(folder.earlier_ratios, table_text(earlier.ratios))

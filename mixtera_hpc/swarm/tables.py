@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.errors import DataError, did_you_mean
+from mixtera_hpc.swarm.training_phases import by_phase
 
 __all__ = ["SwarmTable", "check_ratios", "join_tables", "read_table", "table_text"]
 
@@ -96,8 +97,8 @@ def join_tables(tables: Sequence[SwarmTable], columns: Sequence[str], missing: f
     return SwarmTable(runs=runs, columns=tuple(columns), values=values)
 
 
-def check_ratios(path: Path, table: SwarmTable, names: Sequence[str]) -> SwarmTable:
-    """Return the table with the columns `names`, and rows of sum 1; absent columns are 0.
+def check_ratios(path: Path, table: SwarmTable, names: Sequence[str], num_phases: int = 1) -> SwarmTable:
+    """Return the table with the columns `names`, and rows of sum 1 in every phase; absent columns are 0.
 
     Raises:
         DataError: a column is not a domain, or the shares of a run are invalid.
@@ -109,15 +110,17 @@ def check_ratios(path: Path, table: SwarmTable, names: Sequence[str]) -> SwarmTa
                 f"{did_you_mean(column, list(names))}\n  The domains are {', '.join(names[:10])}. Rename the column."
             )
     ratios = join_tables([table], names, 0.0)
-    sums = ratios.values.sum(axis=1)
-    wrong = ~(np.abs(sums - 1) <= SUM_TOLERANCE) | (ratios.values < 0).any(axis=1)
+    shares = by_phase(ratios.values, num_phases)
+    sums = shares.sum(axis=2)
+    wrong = ~(np.abs(sums - 1) <= SUM_TOLERANCE).all(axis=1) | (ratios.values < 0).any(axis=1)
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         raise DataError(
             f"{path}: the shares of run {ratios.runs[first]!r} are {ratios.values[first].tolist()[:10]}, expected "
-            "numbers of at least 0 that sum to 1.\n  Fix the row."
+            f"numbers of at least 0 that sum to 1{' in every phase' if num_phases > 1 else ''}.\n  Fix the row."
         )
-    return SwarmTable(runs=ratios.runs, columns=ratios.columns, values=ratios.values / sums[:, None])
+    scaled = (shares / sums[:, :, None]).reshape(ratios.values.shape)
+    return SwarmTable(runs=ratios.runs, columns=ratios.columns, values=scaled)
 
 
 def _number(path: Path, line: int, column: str, cell: str) -> float:

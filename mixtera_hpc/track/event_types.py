@@ -110,15 +110,19 @@ class MixtureEvent(TypedDict, total=False):
     beta: list[float]
     """ADO: reducible loss at n = 1."""
     alpha: list[float]
-    """ADO: exponents."""
+    """ADO: exponents. With `variant: default` they lie half of the way to the mean of all that the losses allow, and
+    `epsilon`, `beta` and `speed` belong to these exponents."""
+    best_beta: list[float]
+    """ADO with `variant: default`: beta of the best fit."""
+    best_alpha: list[float]
+    """ADO with `variant: default`: alpha of the best fit."""
     residual: list[float]
-    """ADO: root mean square of log(fitted loss) - log(observed loss) in the last fit."""
+    """ADO: root mean square of log(fitted loss) - log(observed loss) of the best fit."""
     law_status: list[int]
     """ADO: 0 no law yet, 1 fitted in the last refit, 2 older."""
     law_bounds: list[int]
-    """ADO: bounds that the law of the best fit lies on, as a sum: 1 and 2 beta, 4 and 8 alpha (lower, upper). Above 0
-    the losses do not determine the law. With `variant: default`, speeds and the law recorded here have an exponent half
-    of the way to the mean of all that the losses allow."""
+    """ADO: bounds that the best fit (`best_beta`, `best_alpha`) lies on, as a sum: 1 and 2 beta, 4 and 8 alpha (lower,
+    upper). Above 0 the losses do not determine the law."""
     reward: list[float]
     """ODM: decayed mean reward."""
     score: list[float]

@@ -56,6 +56,9 @@ def test_a_swarm_proposes_a_mixture_that_a_second_one_reuses(
     chain = ratios.columns.index("source=chain")
     assert 0.45 < ratios.values[:, chain].max() <= 0.55
     assert "fraction: 0.5" in (home / "first" / "mixture" / "first-000.yaml").read_text()
+    assert main(["swarm", "sample", "whole", *three]) == 0
+    sizes = [json.loads((home / name / "swarm.json").read_text())["sizes"] for name in ("first", "whole")]
+    assert sizes[0] == sizes[1], "limits of epochs are those of all samples, not of an estimate"
     assert main(["swarm", "train", "first"]) == 0
     assert "6 trained, 0 had finished" in capsys.readouterr().out
 
@@ -116,6 +119,50 @@ def test_a_swarm_proposes_a_mixture_that_a_second_one_reuses(
     assert result["weights"][new] == pytest.approx(shares.values[:, new].min(), abs=1e-4), "score grows with branch"
 
 
+@pytest.mark.slow
+def test_a_swarm_of_two_phases_proposes_a_schedule(
+    corpus: list[str], home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*corpus, *TRAINING, *TINY, "dataplane.chunk_steps=1"]
+    phases = ["swarm.phases=[0.75,0.25]", "swarm.num_proxies=6", "swarm.target_tokens=4000000", "mixture.max_epochs=20"]
+    assert main(["swarm", "sample", "phased", *words, *phases]) == 0
+    shown = capsys.readouterr().out
+    assert "phase 2: source=chain" in shown
+    ratios = read_table(home / "phased" / "ratios.csv")
+    assert ratios.values.reshape(6, 2, 4).sum(axis=2) == pytest.approx(np.ones((6, 2)), abs=1e-6)
+    text = (home / "phased" / "mixture" / "phased-000.yaml").read_text()
+    assert "kind: schedule" in text
+    assert "start: 3.0" in text, "three of four steps"
+    for step in (["train"], ["fit"], ["train", "--check"], ["fit"]):
+        assert main(["swarm", step[0], "phased", *step[1:]]) == 0
+
+    # The last step was served from the second mixture.
+    events = (home / "runs" / "phased" / "phased-000" / "metrics" / "mixture.jsonl").read_text().splitlines()
+    weights = [json.loads(event).get("weights") for event in events]
+    assert weights[0] == pytest.approx(ratios.values[0, :4], abs=1e-6)
+    assert weights[3] == pytest.approx(ratios.values[0, 4:], abs=1e-6)
+
+    plain = json.loads((home / "phased" / "proposal.json").read_text())
+    assert plain["phases"] == [0.75, 0.25]
+    assert np.array(plain["weights"]).sum(axis=1) == pytest.approx(np.ones(2))
+    assert all(check["measured"] > 0 for check in plain["checks"])
+    page = (home / "phased" / "swarm.html").read_text()
+    assert "phase 2: chain" in page
+    assert "Scale <code>start</code>" not in page
+    proposal = (home / "phased" / "mixture" / "phased-proposal.yaml").read_text()
+    assert "unit: tokens" in proposal
+    assert "start: 3000000.0" in proposal, "three quarters of the tokens of the final run"
+    monkeypatch.setenv("MIXTERA_CONF", str(home / "phased"))
+    written = [word for word in words if not word.startswith("mixture")]
+    assert main(["plan", *written, "mixture=phased-proposal", "training.num_steps=8000"]) == 0
+
+    capsys.readouterr()
+    assert main(["swarm", "sample", "later", *words, *phases, "--reuse", "phased"]) == 2
+    assert "a mixture for each of 2 phases" in capsys.readouterr().err
+    assert main(["swarm", "sample", "short", *words, "swarm.phases=[0.9,0.1]"]) == 2
+    assert "phase 2 has no chunk of its own" in capsys.readouterr().err
+
+
 def test_wrong_swarms_are_refused(corpus: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*corpus, *TRAINING, *TINY]
 
@@ -137,7 +184,7 @@ def test_wrong_swarms_are_refused(corpus: list[str], home: Path, capsys: pytest.
 
     assert main(["swarm", "sample", "x", *words]) == 0
     capsys.readouterr()
-    elsewhere = ["environment=venv", "environment.venv=/venv"]
+    elsewhere = ["environment=venv", "environment.venv=/venv", "sweep.scaling=strong"]
     assert main(["swarm", "sample", "x", *words, *elsewhere, "swarm.num_proxies=14"]) == 0, "proxies can be added"
     assert "another configuration" in refused("sample", "x", *words, "swarm.seed=1")
     assert "0 runs of the swarm x have losses" in refused("fit", "x")

@@ -146,6 +146,18 @@ def test_the_description_says_how_well_the_laws_fit() -> None:
     assert algorithm.describe(algorithm.state_from_arrays(arrays))["law_bounds"].tolist() == [2, 8, 4]
 
 
+def test_a_flagged_bound_is_the_exponent_of_the_best_fit() -> None:
+    algorithm = ado()
+    arrays = algorithm.state_arrays(after(algorithm, 100))
+    arrays["theta"] = np.array([[1.0, 0.3, 1.0], [1.0, 0.8, 1.0], [1.0, 0.0, 1.0]])
+    arrays["averaged_theta"] = np.array([[1.0, 0.35, 1.0], [1.0, 0.6, 1.0], [1.0, 0.2, 1.0]])
+    described = algorithm.describe(algorithm.state_from_arrays(arrays))
+    assert described["alpha"].tolist() == [0.35, 0.6, 0.2], "speeds have averaged exponents"
+    assert described["best_alpha"].tolist() == [0.3, 0.8, 0.0]
+    assert described["law_bounds"].tolist() == [0, 8, 4]
+    assert "best_alpha" not in ado(variant="paper").describe(after(ado(variant="paper"), 50)), "nothing is averaged"
+
+
 def test_authors_speed_has_a_minimum_exponent() -> None:
     algorithm = ado(variant="authors")
     arrays = algorithm.state_arrays(after(algorithm, 41))

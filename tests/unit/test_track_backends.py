@@ -64,3 +64,22 @@ def test_lists_over_domains_are_flattened_by_domain_name_and_undefined_numbers_a
         "steps/domain_tokens/de": 2,
     }
     assert flattener.flatten("comm", {"plan_s": float("nan"), "per_node": [4.0]}) == {"comm/per_node/0": 4.0}
+
+
+def test_laws_and_averages_of_a_mixture_are_numbers_of_every_domain() -> None:
+    flattener = ScalarFlattener()
+    flattener.flatten("attempts", {"step": 0, "domains": ["en", "de"]})
+    learned = {
+        "domains": ["en", "de"],
+        "alpha": np.array([0.3, np.nan]),
+        "law_status": np.array([1, 0], np.int8),
+        "average_weight": np.array([0.25, 0.75]),
+        "hears_losses": True,
+    }
+    assert flattener.flatten("mixture", {"step": 8, **learned}) == {
+        "mixture/alpha/en": 0.3,
+        "mixture/law_status/en": 1.0,
+        "mixture/law_status/de": 0.0,
+        "mixture/average_weight/en": 0.25,
+        "mixture/average_weight/de": 0.75,
+    }

@@ -17,7 +17,7 @@ from mixtera_hpc.errors import ConfigError, DataError, LaunchError, pluralize
 from mixtera_hpc.launch.attempts import start_local_attempt
 from mixtera_hpc.launch.prepare import prepare_run
 from mixtera_hpc.launch.sweep.sweep_plan import SweepPoint
-from mixtera_hpc.swarm.mixture_file import mixture_text, static_mixture, without_fractions
+from mixtera_hpc.swarm.mixture_file import mixture_text
 from mixtera_hpc.swarm.swarm_fit import SwarmFit, fit_swarm
 from mixtera_hpc.swarm.swarm_folder import SwarmFolder, SwarmRecord
 from mixtera_hpc.swarm.swarm_reuse import open_earlier
@@ -78,10 +78,8 @@ def fit(args: argparse.Namespace) -> int:
     outside = [(args.ratios or folder.ratios, args.metrics)] if args.metrics is not None else []
     result = fit_swarm(folder, _fit_settings(folder.read(), args.overrides), outside)
 
-    mixture = static_mixture(result.record.config.mixture, result.record.keys, result.proposal)
-    comment = f"Proposed by mixtera-hpc swarm fit from {len(result.measured.runs)} runs; see {folder.page.name}."
     path = folder.mixture_file(folder.proposal_name)
-    folder.write(path, mixture_text(without_fractions(mixture), comment))
+    folder.write(path, mixture_text(result.record.proposed_mixture(result.proposal), _comment(folder, result)))
     folder.write_json(folder.proposal_record, result.to_plain())
     # Imported here because it imports matplotlib, which only this action needs.
     from mixtera_hpc.swarm.swarm_page import swarm_page
@@ -98,6 +96,15 @@ def fit(args: argparse.Namespace) -> int:
     return 0
 
 
+def _comment(folder: SwarmFolder, result: SwarmFit) -> str:
+    """Return the comment above the proposed mixture."""
+    comment = f"Proposed by mixtera-hpc swarm fit from {len(result.measured.runs)} runs; see {folder.page.name}."
+    if result.record.num_phases > 1 and not result.record.starts_in_tokens:
+        steps = result.record.config.training.num_steps
+        comment += f"\nThe starts are steps of a proxy, which has {steps}. Scale them for the final run."
+    return comment
+
+
 def _runs(folder: SwarmFolder, args: argparse.Namespace) -> SwarmRuns:
     """Return the proxies, or with --check the runs that verify the proposal."""
     record = folder.read()
@@ -108,7 +115,7 @@ def _runs(folder: SwarmFolder, args: argparse.Namespace) -> SwarmRuns:
             f"{folder.path} has no proposal to check.\n  Make it first: mixtera-hpc swarm fit {args.folder}"
         )
     proposal = parse_json(folder.proposal_record.read_text(encoding="utf-8"))
-    return SwarmRuns.checks(folder, record, np.array(proposal["weights"], np.float64))
+    return SwarmRuns.checks(folder, record, np.array(proposal["weights"], np.float64).reshape(-1))
 
 
 def _train(point: SweepPoint) -> int:
@@ -150,10 +157,9 @@ def _print_mixtures(folder: SwarmFolder, record: SwarmRecord) -> None:
     table = Table(title=f"{pluralize(len(record.mixtures), 'proxy run')} in {folder.path}", title_justify="left")
     for heading in ("domain", "natural", "smallest", "mean", "largest", "at most"):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
-    natural = record.sizes / max(int(record.sizes.sum()), 1)
-    mixtures = record.mixtures if len(record.mixtures) else np.full((1, len(record.names)), np.nan)
-    columns = (natural, mixtures.min(axis=0), mixtures.mean(axis=0), mixtures.max(axis=0), record.high)
-    for domain, name in enumerate(record.names):
+    mixtures = record.mixtures if len(record.mixtures) else np.full((1, len(record.columns)), np.nan)
+    columns = (record.natural, mixtures.min(axis=0), mixtures.mean(axis=0), mixtures.max(axis=0), record.high)
+    for domain, name in enumerate(record.columns):
         table.add_row(name, *(f"{column[domain]:.3f}" for column in columns))
     open_console().print(table)
 
@@ -165,8 +171,10 @@ def _print_fit(result: SwarmFit) -> None:
     unfinished = f"; {pluralize(result.num_unfinished, 'proxy run')} unfinished" if result.num_unfinished else ""
     console.print(f"{len(result.measured.runs)} runs, {pluralize(len(result.measured.metrics), 'metric')}{unfinished}")
     for candidate in result.validated:
-        mark = " (chosen)" if candidate is result.chosen else ""
-        console.print(f"{candidate.law.name:<12} cross-validated error {candidate.rmse:.4f}{mark}")
+        law = candidate.laws[0]
+        chosen_for = pluralize(sum(own == law for own in result.chosen.laws), "metric")
+        console.print(f"{law.name:<12} cross-validated error {candidate.rmse:.4f}, chosen for {chosen_for}")
+    console.print(f"{'chosen':<12} cross-validated error {result.chosen.rmse:.4f}")
     console.print(f"{'constant':<12} cross-validated error {result.constant_rmse:.4f}")
 
     table = Table(title="mean loss", title_justify="left")
@@ -179,7 +187,7 @@ def _print_fit(result: SwarmFit) -> None:
     weights = Table(title="proposed mixture", title_justify="left")
     for heading in ("domain", "natural", "proposed"):
         weights.add_column(heading, justify="left" if heading == "domain" else "right")
-    natural = result.record.sizes / result.record.sizes.sum()
-    for name, before, after in zip(result.record.names, natural, result.proposal, strict=True):
+    record = result.record
+    for name, before, after in zip(record.columns, record.natural, result.proposal, strict=True):
         weights.add_row(name, f"{before:.4f}", f"{after:.4f}")
     console.print(weights)

@@ -23,6 +23,9 @@ class SwarmConfig:
     mixtures, larger ones stay close to the middle. Above 0."""
     min_share: float = 0.0
     """Sampled shares below this become 0, if the floor of the domain allows it. Between 0 and 1."""
+    phases: list[float] = field(default_factory=lambda: [1.0])
+    """Shares of the run, such as [0.8, 0.2]. Every phase has a mixture of its own: each proxy samples one per phase,
+    and the proposal is a schedule. Above 0, of sum 1."""
     target_tokens: int | None = None
     """Tokens (or samples) of the run that the mixture is for. With `mixture.max_epochs`, or that of a domain, the share
     of a domain is limited to what it has. Null: only the proxies themselves are limited."""

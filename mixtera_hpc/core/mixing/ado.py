@@ -175,6 +175,8 @@ class Ado:
 
     def describe(self, state: AdoState) -> dict[str, NDArray[Any]]:
         """Return the arrays that a report shows; shape (num_domains,) each."""
+        # The residual and the bounds are those of the best fit: they show what the losses do not determine.
+        best = {"best_beta": state.laws.beta, "best_alpha": state.laws.alpha} if self.variant.averages else {}
         return {
             "weight": state.weights,
             "credit": state.credit,
@@ -182,7 +184,7 @@ class Ado:
             "beta": state.averaged.beta,
             "alpha": state.averaged.alpha,
             "speed": state.averaged.speed(max(state.num_seen, 1), self.variant.min_alpha),
-            # Those of the best law: its bounds show what the losses do not determine.
+            **best,
             "residual": state.residual,
             "law_status": state.law_status,
             "law_bounds": bounds_reached(state.laws.theta, self.variant.bounds),

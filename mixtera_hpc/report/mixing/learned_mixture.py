@@ -21,6 +21,8 @@ LEARNED_FIELDS = {
     "epsilon": "epsilon",
     "beta": "beta",
     "alpha": "alpha",
+    "best_beta": "beta, best fit",
+    "best_alpha": "alpha, best fit",
     "residual": "residual",
     "law_bounds": "law",
     "reward": "reward",
@@ -147,6 +149,11 @@ def learned_section(learned: LearnedMixture, order: Sequence[int]) -> str:
         text += (
             " Laws: loss = epsilon + beta · n^-alpha with n in sequences of all domains; residual: root mean square of "
             "the relative error of the fit. A law on a bound is not determined by the losses."
+        )
+    if "best_alpha" in learned.fields:
+        text += (
+            " Speeds are those of epsilon, beta and alpha, where alpha is averaged over all that the losses allow. The "
+            "residual and the last column are about the best fit."
         )
     return (
         f"<section><h2>Learned by the mixture</h2><p>{text}</p>"
