@@ -24,8 +24,11 @@ GRACE_S = 60.0
 """How long threads and processes that were told to end may take. They take milliseconds, unless the machine is busy."""
 
 
-LONG_FILES = {"test_wrong_inputs.py", "test_decompression_bombs.py", "test_odd_paths.py", "test_odd_rows.py"}
-"""Unit tests of a minute per file. They come first: one that began last would keep one process busy alone."""
+LONG_FILES = {
+    *("test_wrong_inputs.py", "test_decompression_bombs.py", "test_odd_paths.py", "test_odd_rows.py"),
+    *("test_torchtitan.py", "test_huggingface.py", "test_lightning.py", "test_torch.py", "test_megatron_layouts.py"),
+}
+"""Files of a minute or more. They come first: one that began last would keep one process busy alone."""
 
 
 @pytest.hookimpl(trylast=True)

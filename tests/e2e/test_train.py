@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,10 @@ def pid_of_rank(launcher: int, rank: int) -> int:
         pid = waiting.pop()
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
         waiting += [int(p) for p in children.stdout.split()]
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if f"PMI_RANK={rank}".encode() in environment:
-            return pid
+        with suppress(OSError):  # It may have ended meanwhile.
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"PMI_RANK={rank}".encode() in environment:
+                return pid
     raise AssertionError(f"mpiexec has no rank {rank}")
 
 

@@ -24,16 +24,20 @@ def answers(collection: list[str], ranks: int) -> list[dict[str, Any]]:
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_one_process_may_prepare_a_loader_that_fetches_one_batch_ahead(collection: list[str]) -> None:
-    (alone,) = answers(collection, 1)
+@pytest.fixture(scope="module")
+def alone(collection: list[str]) -> dict[str, Any]:
+    (answer,) = answers(collection, 1)
+    return answer
+
+
+def test_one_process_may_prepare_a_loader_that_fetches_one_batch_ahead(alone: dict[str, Any]) -> None:
     assert [step for step, _, _ in alone["unprepared"]] == list(range(6))
     assert alone["dispatch_batches=False"] == alone["unprepared"]
     assert "dispatch_batches=True" in alone["dispatch_batches=True"]
     assert "use_stateful_dataloader=True" in alone["use_stateful_dataloader=True"]
 
 
-def test_two_ranks_are_refused_with_the_correct_set_up(collection: list[str]) -> None:
-    (alone,) = answers(collection, 1)
+def test_two_ranks_are_refused_with_the_correct_set_up(collection: list[str], alone: dict[str, Any]) -> None:
     first, second = answers(collection, 2)
     assert [position for _, position, _ in second["unprepared"]] == [4] * 6
     sums = [a[2] + b[2] for a, b in zip(first["unprepared"], second["unprepared"], strict=True)]

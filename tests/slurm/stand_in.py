@@ -13,12 +13,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+# Slurm may send its warning while this program imports MPI.
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
 
-from mixtera_hpc.comm.communicator import Communicator
-from mixtera_hpc.comm.failure_watch import start_failure_watch
-from mixtera_hpc.comm.launcher import open_communicator, run_guarded
-from mixtera_hpc.errors import SavedAndStopped
+import numpy as np  # noqa: E402
+
+from mixtera_hpc.comm.communicator import Communicator  # noqa: E402
+from mixtera_hpc.comm.failure_watch import start_failure_watch  # noqa: E402
+from mixtera_hpc.comm.launcher import open_communicator, run_guarded  # noqa: E402
+from mixtera_hpc.errors import SavedAndStopped  # noqa: E402
 
 FAILING_RANK = 1
 
@@ -34,6 +37,7 @@ class StandIn:
         self.stop_requested = False
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self.request_stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
 
     def request_stop(self, *_: object) -> None:
         self.stop_requested = True
