@@ -23,9 +23,10 @@ from typing import Any
 from bench._peers import ours
 from bench._peers.corpora import make_corpora
 from bench._peers.environments import PEERS, Missing, interpreter
+from bench._peers.goals import goal_rows
 from bench._peers.page import aligned, write_page
 from bench._peers.ratios import table_rows
-from bench._peers.rounds import ROOT, Rounds, measure
+from bench._peers.rounds import ROOT, Measured, Rounds, measure
 from bench._peers.systems import SECTIONS, Section
 from bench._peers.workload import Workload
 from bench._results import write_results
@@ -57,6 +58,8 @@ def main() -> None:
         content["minutes"] = (time.monotonic() - began_s) / 60
         # A run that is ended early leaves what it has measured.
         write_results("peers-part", content)
+    measured = {section["key"]: [Measured(**s) for s in section["systems"]] for section in content["sections"]}
+    print(f"\nGoals\n{aligned(goal_rows(measured))}", flush=True)
     content["versions"] = _versions()
     write_results("peers-part", content)
     if not options.small and not options.only:

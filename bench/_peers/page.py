@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench._peers.goals import goal_rows
 from bench._peers.ratios import table_rows
 from bench._peers.rounds import Measured
 from bench._results import OUT
@@ -35,8 +36,11 @@ def write_page(content: dict[str, Any]) -> None:
     """Write the page of a complete run."""
     parts = [paragraph.format(**content["settings"]) for paragraph in INTRODUCTION]
     parts.append(_origin(content))
+    by_section = {section["key"]: [Measured(**s) for s in section["systems"]] for section in content["sections"]}
+    parts += ["## Goals", "The ratios that [the design](design.md#12-performance-goals) sets goals for:"]
+    parts.append(aligned(goal_rows(by_section), markdown=True))
     for section in content["sections"]:
-        measured = [Measured(**system) for system in section["systems"]]
+        measured = by_section[section["key"]]
         parts += [f"## {section['title']}", section["text"]]
         parts.append(aligned(table_rows(section["unit"], measured), markdown=True))
         parts += [f"{system.name} was not run: {system.reason}." for system in measured if not system.rates]

@@ -141,7 +141,10 @@ def accumulate_losses(
 
 
 def statistics_from_buffer(
-    step: int, buffer: NDArray[np.int64], scales: Mapping[str, float] | None = None
+    step: int,
+    buffer: NDArray[np.int64],
+    scales: Mapping[str, float] | None = None,
+    stages: StageMaxima | None = None,
 ) -> DomainStatistics:
     """Convert the buffer of `accumulate_losses`, summed over ranks; rows of scalars may follow."""
     loss, tokens, sequences, nonfinite = buffer[:NUM_BUFFER_ROWS].astype(np.int64)
@@ -151,5 +154,6 @@ def statistics_from_buffer(
         num_tokens=tokens,
         num_sequences=sequences,
         num_nonfinite=nonfinite,
+        stages=stages,
         scalars=scalars_from_rows(buffer[NUM_BUFFER_ROWS:], scales or {}),
     )

@@ -10,6 +10,7 @@ import pytest
 from mixtera_hpc.comm.communicator import Local
 from mixtera_hpc.config.check import run_problems
 from mixtera_hpc.config.compose import compose
+from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.source import open_source
 from mixtera_hpc.errors import ConfigError, PropertyIndexError
 from mixtera_hpc.index.build.build import build_index
@@ -73,3 +74,16 @@ def test_an_index_of_another_vocabulary_is_refused(overrides: list[str]) -> None
     build_index(compose([*overrides, "dataplane.vocab_size=50", "dataplane.eos_id=7"]))
     with pytest.raises(PropertyIndexError, match=r"but dataplane\.vocab_size=60 is"):
         open_source(compose([*overrides, "dataplane.vocab_size=60", "dataplane.eos_id=7"]), Local())
+
+
+def test_samples_of_stored_tokens_are_whole_documents(overrides: list[str]) -> None:
+    """A run in samples serves the ids of each document, also where a block has other rows."""
+    settings = ["dataplane.vocab_size=50", "dataplane.eos_id=7", "mixture.unit=samples", "index.block_rows=5"]
+    settings += ["mixture.on_exhausted=redistribute", "mixture.max_epochs=1", "dataplane.global_batch_size=3"]
+    config = compose([*overrides, *settings])
+    build_index(config)
+    with DataPlane.open(config, comm=Local()) as plane:
+        served = [payload["tokens"].tolist() for batch in plane for payload in batch.payloads or [] if payload]
+    rng = np.random.Generator(np.random.Philox(0))
+    documents = [[*rng.integers(10, 50, 40).tolist(), *([7] if i % 2 else [])] for i in range(10)]
+    assert sorted(served) == sorted([*documents, [], [7]])

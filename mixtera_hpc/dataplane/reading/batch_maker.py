@@ -4,7 +4,7 @@ Several steps are read together, domain by domain, so that neighbouring sequence
 read of the document they share.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,7 +19,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchTimes
-from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens, take
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens, RawSamples, take
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
@@ -36,7 +36,7 @@ from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.step_sequences import StepContent, StepSequences, slots_of_steps
 from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.dataplane.steps.digests import batch_digests, sample_digest, sequence_digest
-from mixtera_hpc.dataplane.watchdog.progress import IDLE, ReadPlace
+from mixtera_hpc.dataplane.watchdog.progress import IDLE, PACK, ReadPlace
 from mixtera_hpc.errors import MixteraError
 
 __all__ = ["BatchMaker", "steps_per_read", "training_steps_of"]
@@ -107,9 +107,10 @@ class BatchMaker:
                 for content in together:
                     yield from self._read_unchanged(plan, [content])
             else:
-                self._reader.place.enter(IDLE)
-                yield replace(batches[0], times=BatchTimes(self._reader.place.take_times()))
-                yield from batches[1:]
+                # Batches of samples are made one by one.
+                for batch in batches:
+                    self._reader.place.enter(IDLE)
+                    yield replace(batch, times=BatchTimes(self._reader.place.take_times()))
 
     def close(self) -> None:
         """Close all files."""
@@ -166,7 +167,7 @@ class BatchMaker:
         budget = self._source.config.dataplane.sample_budget or 0.0
         return fill_micro_batches(padded, self._slice.size_of(batch_size), own.start, budget)
 
-    def _read_unchanged(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
+    def _read_unchanged(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterable[Batch]:
         """Return the batches of consecutive steps, unless a shard that was read has changed."""
         # Checked before as well: after a change, rows of the changed shard may be in memory.
         self._reader.check_unchanged()
@@ -174,7 +175,7 @@ class BatchMaker:
         self._reader.check_unchanged()
         return batches
 
-    def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> list[Batch]:
+    def _read_steps(self, plan: ChunkPlan, steps: list[StepContent]) -> Iterable[Batch]:
         """Return the batches of consecutive steps, whose documents are read together."""
         sequences = StepSequences.of_steps(steps, self._source)
         if not len(sequences.domain):
@@ -187,7 +188,7 @@ class BatchMaker:
         stops = sequences.run_stops
         documents = self._streams.documents_of_spans(sequences.run_domain, starts, stops)
         if not self._source.layout.in_tokens:
-            return self._sample_batches(plan, steps, sequences, documents)
+            return self._sample_batches(plan, steps, sequences, documents, self._reader.samples(documents))
 
         # The next sequence of a stream begins in the last document of each run.
         stops_in_documents = np.cumsum(documents.last - documents.first)
@@ -256,27 +257,33 @@ class BatchMaker:
         return batches
 
     def _sample_batches(
-        self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences, documents: Documents
-    ) -> list[Batch]:
+        self,
+        plan: ChunkPlan,
+        steps: list[StepContent],
+        sequences: StepSequences,
+        documents: Documents,
+        samples: RawSamples,
+    ) -> Iterator[Batch]:
         """Distribute the samples of `documents`, one per sequence, to the rows of each step's batch."""
         num_rows = [len(content.domain_ids) for content in steps]
-        samples = self._reader.payloads(documents)
-        # Document of each row of each step; the last one stands for padding.
-        num_documents = len(documents.block)
-        numbers = np.full((len(steps), max(num_rows)), num_documents)
-        numbers[sequences.step_index, sequences.row] = np.arange(num_documents)
-        rows = [*samples.rows, None]
-        index = np.append(samples.places, num_documents)
+        # Document of each row of each step; -1 stands for padding.
+        numbers = np.full((len(steps), max(num_rows)), -1)
+        numbers[sequences.step_index, sequences.row] = np.arange(len(documents.block))
 
-        batches = []
         for content, of_step, count in zip(steps, numbers, num_rows, strict=True):
+            self._reader.place.enter(PACK)
             of_rows = of_step[:count]
-            batch = self._batch(plan, content, payloads=take(rows, index[of_rows]), **_no_tokens(count))
+            is_sample = of_rows >= 0
+            payloads = samples.take(of_rows[is_sample])
+            if len(payloads) < count:
+                # A sample for each row, and None for padding.
+                number = np.where(is_sample, np.cumsum(is_sample) - 1, len(payloads))
+                payloads = take([*payloads, None], number)
+            batch = self._batch(plan, content, payloads=payloads, **_no_tokens(count))
             # Digests are of the raw rows, so that a proof does not depend on the user's function.
             if self._transform is not None:
                 batch = self._transformed(self._transform, batch, documents, of_rows)
-            batches.append(batch)
-        return batches
+            yield batch
 
     def _transformed(self, transform: Transform, batch: Batch, documents: Documents, numbers: Ints) -> Batch:
         """Return a batch with samples as `data.transform` makes them, in micro-batches if it gives their costs."""

@@ -55,7 +55,7 @@ class Batch:
     plan_digest: int = 0
     """Digest of the plan that the step was served from."""
     times: BatchTimes = BatchTimes()
-    """The time that it took to make the batches that were read together, in the first of them."""
+    """The time that it took to make the batch. The first of the batches that are read together has that of the read."""
 
     @property
     def is_padding(self) -> NDArray[np.bool_]:

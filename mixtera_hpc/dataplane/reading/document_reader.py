@@ -7,6 +7,7 @@ document: one positioned read, one JSON decode, one encode, and about a microsec
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +25,10 @@ from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, ReadPlace
 from mixtera_hpc.tokens.chat_tokens import split_marks
 from mixtera_hpc.tokens.definition import AddedTokens
 
-__all__ = ["DocumentReader", "PackedTokens", "RowsInReadOrder", "take"]
+__all__ = ["DocumentReader", "PackedTokens", "RawSamples", "take"]
 
+DECODED_AT_ONCE = 64
+"""Raw samples that one call decodes: a call costs little for each, and what it reads is still in the cache."""
 LAST_DOCUMENTS_BYTES = 32 << 20
 """Tokens of documents that stay in memory, because a later sequence begins inside them."""
 
@@ -46,12 +49,44 @@ class PackedTokens(NamedTuple):
     """False for the tokens of a conversation that are not trained; None if there are no conversations."""
 
 
-class RowsInReadOrder(NamedTuple):
-    """Rows in the order in which they were read from disk."""
+class RawSamples:
+    """Raw samples that were read together. Those of JSON stay bytes until `take` decodes them.
 
-    rows: list[Any]
-    places: NDArray[np.intp]
-    """Position in `rows` of every document; shape (n,)."""
+    So only the samples of a few batches are Python objects at a time: Python's garbage collector visits fewer of them,
+    and their memory stays in the cache. This saves about 1.5 µs per sample.
+    """
+
+    def __init__(self, reader: RowReader, documents: Documents, read: ReadRows, places: NDArray[np.intp]) -> None:
+        """Hold what was read.
+
+        Args:
+            reader: decodes rows that are still bytes.
+            documents: those of the samples.
+            read: the samples, in the order in which they were read.
+            places: position in `read.rows` of every document; shape (n,).
+        """
+        self._reader = reader
+        self._documents = documents
+        self._read = read
+        self._places = places
+
+    def take(self, numbers: NDArray[np.intp]) -> list[Any]:
+        """Return the samples of some documents.
+
+        Raises:
+            DataError: the shard of a sample is damaged.
+        """
+        rows = take(self._read.rows, self._places[numbers])
+        decoder = self._read.decoder
+        if decoder is None:
+            return rows
+        self._reader.place.enter(READ)
+        samples: list[Any] = []
+        for first in range(0, len(rows), DECODED_AT_ONCE):
+            own = slice(first, first + DECODED_AT_ONCE)
+            samples += self._reader.decode(decoder, rows[own], partial(self._documents.select, numbers[own]))
+        self._reader.place.enter(PACK)
+        return samples
 
 
 class DocumentReader:
@@ -131,27 +166,33 @@ class DocumentReader:
             _, oldest = self._last_documents.popitem(last=False)
             self._last_documents_bytes -= oldest.nbytes
 
-    def payloads(self, documents: Documents) -> RowsInReadOrder:
-        """Return the raw rows of `documents`."""
-        return self._read_rows(documents, raw=True)
+    def samples(self, documents: Documents) -> RawSamples:
+        """Read the raw rows of `documents`.
+
+        Raises:
+            DataError: the shard of a row has changed or is damaged.
+        """
+        read, places = self._read_rows(documents, raw=True)
+        return RawSamples(self._rows, documents, read, places)
 
     def texts(self, documents: Documents) -> list[Any]:
         """Return the texts of `documents`, or their token ids where a shard holds these."""
-        texts = self._read_rows(documents, raw=False)
-        return take(texts.rows, texts.places)
+        texts, places = self._read_rows(documents, raw=False)
+        return take(texts.rows, places)
 
     def close(self) -> None:
         """Close every shard."""
         self._rows.close()
         self._gather.close()
 
-    def _read_rows(self, documents: Documents, *, raw: bool) -> RowsInReadOrder:
+    def _read_rows(self, documents: Documents, *, raw: bool) -> tuple[ReadRows, NDArray[np.intp]]:
+        """Read rows in the order of the disk; return them, and the place of every document among them."""
         disk_order = np.argsort(_row_key(documents.block, documents.row))
         read = self._rows.read(documents.select(disk_order), raw=raw)
         self.place.enter(PACK)
-        index = np.empty_like(disk_order)
-        index[disk_order[read.positions]] = np.arange(len(disk_order))
-        return RowsInReadOrder(read.rows, index)
+        places = np.empty_like(disk_order)
+        places[disk_order[read.positions]] = np.arange(len(disk_order))
+        return read, places
 
     def _read_texts(self, documents: Documents, last_of_run: Sequence[int]) -> NDArray[np.int32]:
         """Tokenize documents, and return their wanted tokens, special tokens and marks of conversations included."""

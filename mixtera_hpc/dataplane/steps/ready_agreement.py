@@ -60,6 +60,8 @@ class ReadyAgreement:
     def __init__(self, comm: Communicator, first_step: int) -> None:
         """Begin with no batch. **Collective.**"""
         self._comm = comm
+        self.has_peers = comm.size > 1
+        """Whether there are other ranks, whose messages `poll` waits for."""
         # Ranks have started different numbers of these reductions while other collectives run.
         self._ranges = comm.Dup()
         self._end = first_step

@@ -6,6 +6,7 @@ Price: 8 bytes per rank and step.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,16 +26,16 @@ LOG_RATIO = math.log(RATIO)
 
 def pack_times(seconds: Mapping[str, float]) -> int:
     """Return the times of this rank as one int64; a missing stage took no time."""
-    codes = np.array([_code_of(seconds.get(stage, 0.0)) for stage in STAGES], np.uint8)
-    return int(codes.view(np.int64)[0])
+    codes = bytes([_code_of(seconds.get(stage, 0.0)) for stage in STAGES])
+    return int.from_bytes(codes, sys.byteorder, signed=True)
 
 
 def maxima_of(packed: NDArray[np.int64]) -> StageMaxima:
     """Return the slowest rank of each stage, given the integer of every rank; shape (ranks,)."""
     codes = packed.view(np.uint8).reshape(-1, len(STAGES))
-    ranks = codes.argmax(axis=0)
-    slowest = codes[ranks, np.arange(len(STAGES))].tolist()
-    named = {stage: rank for stage, rank, code in zip(STAGES, ranks.tolist(), slowest, strict=True) if code}
+    ranks = codes.argmax(axis=0).tolist()
+    slowest = codes.max(axis=0).tolist()
+    named = {stage: rank for stage, rank, code in zip(STAGES, ranks, slowest, strict=True) if code}
     seconds = {stage: _seconds_of(code) for stage, code in zip(STAGES, slowest, strict=True) if code}
     return StageMaxima(seconds=seconds, ranks=named)
 

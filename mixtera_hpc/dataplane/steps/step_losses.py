@@ -4,6 +4,7 @@ Arrays and CPU tensors are summed at once. Losses on an accelerator are summed t
 without waiting. The copy is read when the step is reduced, one step later, so that the trainer's stream never stalls.
 """
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -45,9 +46,9 @@ class StepLosses:
         """Rows and their losses, of those that were recorded on the host."""
         self._on_device: DeviceSums | None = None
         """The losses that were recorded on an accelerator."""
-        self._num_tokens = np.zeros(len(self._domain_ids), np.int64)
+        self._num_tokens: Ints = _zeros((len(self._domain_ids),), np.int64)
         """Counted tokens that were recorded of every sequence; shape (B,)."""
-        self._is_recorded: NDArray[np.bool_] = np.zeros(self._loss_mask.shape, np.bool_)
+        self._is_recorded: NDArray[np.bool_] = _zeros(self._loss_mask.shape, np.bool_)
         self.are_complete = False
         """True if every token of every sequence was recorded; with several parts, a part of every sequence."""
 
@@ -208,6 +209,12 @@ class StepLosses:
             return bool(recorded.all())
         # Which tokens other ranks record is not known here. Until the step is reduced, more can be recorded.
         return bool(recorded.any(axis=1).all())
+
+
+def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """Return zeros. `np.zeros` lets go of the interpreter's lock, and a reading thread returns it after 5 ms."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.frombuffer(bytearray(num_bytes), dtype).reshape(shape)
 
 
 def means_of(quanta: Ints, is_finite: NDArray[np.bool_], num_tokens: Ints) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -328,9 +328,8 @@ class StepReducer:
         is_partial = num_sequences > 0 and (
             num_sequences != num_copies * global_batch_size or votes != num_copies * self._all_groups_hash
         )
-        statistics = statistics_from_buffer(reduction.step, rows // num_copies, self._scales)
-        if self._comm.rank == 0:
-            statistics = replace(statistics, stages=maxima_of(reduction.result[:num_ranks]))
+        stages = maxima_of(reduction.result[:num_ranks]) if self._comm.rank == 0 else None
+        statistics = statistics_from_buffer(reduction.step, rows // num_copies, self._scales, stages)
         reduction.has_other_scalars = not is_partial and bool((checks % num_copies).any())
         is_wrong = differs or is_partial or num_partial or content_sum or reduction.has_other_scalars
         if is_wrong and self._mismatch is None:

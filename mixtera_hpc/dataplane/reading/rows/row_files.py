@@ -38,11 +38,16 @@ class RowFiles:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def read(
-        self, plan: ReadPlan, decode: Callable[[Sequence[bytes]], list[Any]], enter: EnterShard
+        self,
+        plan: ReadPlan,
+        decode: Callable[[Sequence[bytes]], list[Any]],
+        enter: EnterShard,
+        at_once: int = READS_AT_ONCE,
     ) -> Iterator[tuple[bool, list[Any]]]:
         """Yield groups of decoded rows, each with True if its rows share reads with others, else False.
 
-        Rows with a read of their own come in the order of `plan.positions`, and so do rows that share reads.
+        Rows with a read of their own come in the order of `plan.positions`, and so do rows that share reads. Groups
+        have about `at_once` rows.
 
         Raises:
             OSError: a file cannot be opened or read.
@@ -55,10 +60,10 @@ class RowFiles:
         for file in plan.files:
             enter(file.shard, file.first_row, file.row_stop - 1)
             descriptor = self._descriptor(file.shard)
-            for begin in range(file.first_single, file.single_stop, READS_AT_ONCE):
-                own = slice(begin, min(begin + READS_AT_ONCE, file.single_stop))
+            for begin in range(file.first_single, file.single_stop, at_once):
+                own = slice(begin, min(begin + at_once, file.single_stop))
                 single += map(os.pread, repeat(descriptor), plan.sizes[own], plan.offsets[own])
-                if len(single) >= READS_AT_ONCE:
+                if len(single) >= at_once:
                     _check_sizes(single, plan.sizes[num_checked : own.stop])
                     num_checked = own.stop
                     yield False, decode(single)
@@ -66,7 +71,7 @@ class RowFiles:
             for read in range(file.first_shared, file.shared_stop):
                 for rows in _rows_of_read(descriptor, plan, read):
                     shared += rows
-                    if len(shared) >= READS_AT_ONCE:
+                    if len(shared) >= at_once:
                         yield True, decode(shared)
                         shared = []
         if single:

@@ -4,6 +4,7 @@ Formats with byte ranges read only the rows. The others decode whole blocks, who
 are served. Rows of formats with a `RowDecoder` are read by one loop over all shards.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -33,6 +34,8 @@ from mixtera_hpc.formats.registry import load_format
 
 __all__ = ["ReadRows", "RowReader"]
 
+logger = logging.getLogger("mixtera_hpc")
+
 # How a shard is read: not known yet, by its reader row by row, or by decoding whole blocks. A kind of _FIRST_DECODER or
 # more is the number of a decoder. The negative number of a decoder stands for rows of small blocks.
 _UNKNOWN, _ROWS, _BLOCKS, _FIRST_DECODER = range(4)
@@ -41,6 +44,8 @@ _UNKNOWN, _ROWS, _BLOCKS, _FIRST_DECODER = range(4)
 Convert = Callable[[list[Any]], list[Any]]
 CONVERTED_AT_ONCE = 512
 """Rows of formats without a `RowDecoder` that are in memory before they are converted."""
+READ_AT_ONCE = 256
+"""Rows in one group of reads, where they are not converted."""
 CONVERTED_WHILE_CACHED = 64
 """Decoded rows that are converted together: they are still in the second cache of a core."""
 
@@ -51,6 +56,8 @@ class ReadRows(NamedTuple):
     rows: list[Any]
     positions: NDArray[np.intp]
     """Position of each row among those requested; shape (n,)."""
+    decoder: RowDecoder | None = None
+    """Set if `rows` are still the bytes of raw samples, which this decodes."""
 
 
 class _OpenShard(NamedTuple):
@@ -100,6 +107,8 @@ class RowReader:
     def read(self, documents: Documents, *, raw: bool, convert: Convert | None = None) -> ReadRows:
         """Read rows that are sorted by block and row: raw samples, texts, or token ids if the format holds them.
 
+        Raw samples stay bytes if all of them have the same `RowDecoder`.
+
         Args:
             documents: the rows.
             raw: True for raw samples, False for texts or token ids.
@@ -120,10 +129,36 @@ class RowReader:
         parts = [np.zeros(0, np.intp)]
         for kind in np.unique(kinds).tolist():
             chosen = np.flatnonzero(kinds == kind)
-            read = self._read_kind(kind, documents.select(chosen), shards[chosen], raw, convert)
-            rows += read.rows
+            of_kind = documents.select(chosen)
+            read = self._read_kind(kind, of_kind, shards[chosen], raw, convert)
+            if read.decoder is None:
+                rows += read.rows
+            else:
+                rows += self.decode(read.decoder, read.rows, partial(of_kind.select, read.positions))
             parts.append(chosen[read.positions])
         return ReadRows(rows, np.concatenate(parts))
+
+    def decode(self, decoder: RowDecoder, rows: Sequence[bytes], documents_of: Callable[[], Documents]) -> list[Any]:
+        """Decode raw samples that were read as bytes.
+
+        Args:
+            decoder: that of `ReadRows`.
+            rows: the bytes of some samples, in any order.
+            documents_of: returns their documents, in the same order.
+
+        Raises:
+            DataError: the shard of a row is damaged.
+        """
+        try:
+            return decoder.payloads(rows)
+        except ValueError as error:
+            documents = documents_of()
+            shards = self._source.blocks.shard[documents.block]
+            self._log_another_read(shards, error)
+        # As for other rows, the readers of the shards name the shard that is damaged.
+        disk_order = np.lexsort((documents.row, documents.block))
+        samples = self._read_from_shards(documents.select(disk_order), shards[disk_order], raw=True)
+        return [samples[i] for i in np.argsort(disk_order).tolist()]
 
     def close(self) -> None:
         """Close every shard."""
@@ -142,9 +177,9 @@ class RowReader:
             self._guard.use(shards)
             try:
                 return self._read_from_files(self._decoders[kind - _FIRST_DECODER], documents, shards, raw, convert)
-            except (OSError, EOFError, ValueError):
+            except (OSError, EOFError, ValueError) as error:
                 # The readers of the shards wait for the rest of short reads, and name the shard that is damaged.
-                pass
+                self._log_another_read(shards, error)
         size = len(shards) if convert is None else CONVERTED_AT_ONCE
         rows: list[Any] = []
         for first in range(0, len(shards), size):
@@ -167,7 +202,10 @@ class RowReader:
         raw: bool,
         convert: Convert | None,
     ) -> ReadRows:
-        """Read rows of files with one decoder; rows with a read of their own come first, see `ReadPlan.positions`."""
+        """Read rows of files with one decoder; rows with a read of their own come first, see `ReadPlan.positions`.
+
+        Raw samples stay bytes. Texts are decoded and converted at once, while they are in the cache.
+        """
         starts = self._source.blocks.offset[documents.block] + documents.offset
         numbers = (self._source.blocks.first_row[documents.block] + documents.row).tolist()
         place = (-1, -1, -1)
@@ -178,16 +216,15 @@ class RowReader:
             self.place.enter(READ, *place)
 
         plan = ReadPlan(shards, starts, documents.length)
-        decode = decoder.payloads if raw else decoder.documents
         # Rows with a read of their own, and rows that share reads.
         rows: tuple[list[Any], list[Any]] = [], []
         if convert is None:
-            for is_shared, decoded in self._files.read(plan, decode, enter):
-                rows[is_shared].extend(decoded)
-            return ReadRows(rows[0] + rows[1], plan.positions)
+            for is_shared, read in self._files.read(plan, list if raw else decoder.documents, enter, READ_AT_ONCE):
+                rows[is_shared].extend(read)
+            return ReadRows(rows[0] + rows[1], plan.positions, decoder if raw else None)
 
         unconverted: tuple[list[Any], list[Any]] = [], []
-        for is_shared, decoded in self._files.read(plan, decode, enter):
+        for is_shared, decoded in self._files.read(plan, decoder.documents, enter):
             waiting = unconverted[is_shared]
             waiting.extend(decoded)
             if len(waiting) >= CONVERTED_WHILE_CACHED:
@@ -197,6 +234,13 @@ class RowReader:
         for values, waiting in zip(rows, unconverted, strict=True):
             values.extend(self._converted(convert, waiting))
         return ReadRows(rows[0] + rows[1], plan.positions)
+
+    def _log_another_read(self, shards: NDArray[np.int32], error: Exception) -> None:
+        """Log that rows are read again, shard by shard: it is slow, and a network file system may be the cause."""
+        first, last = (self._source.index.shard_paths[int(shard)] for shard in (shards[0], shards[-1]))
+        place = first if first == last else f"{first} to {last}"
+        cause = str(error) or "a read was short"
+        logger.warning("Reading %d rows of %s again, one shard after the other: %s.", len(shards), place, cause)
 
     def _converted(self, convert: Convert, rows: list[Any]) -> list[Any]:
         self.place.enter(TOKENIZE)
@@ -209,9 +253,9 @@ class RowReader:
         if self._small_blocks is not None:
             try:
                 return self._small_blocks.read(documents, decoder.payloads if raw else decoder.documents)
-            except (OSError, EOFError, ValueError):
+            except (OSError, EOFError, ValueError) as error:
                 # As for other blocks, the readers of the shards name the shard that is damaged.
-                pass
+                self._log_another_read(shards, error)
         return self._read_from_shards(documents, shards, raw=raw)
 
     def _read_from_shards(self, documents: Documents, shards: NDArray[np.int32], *, raw: bool) -> list[Any]:
@@ -312,11 +356,13 @@ class RowReader:
         return block, self._shard(shard).reader
 
     def _read_by_block(self, shard: _OpenShard, documents: Documents, *, raw: bool) -> Iterator[Any]:
-        """Read rows of a format without byte ranges, those of one block together; lengths have no meaning there."""
+        """Read rows of a format without byte ranges, those of one block together."""
         for first, last in equal_runs(documents.block):
             number = int(documents.block[first])
             block = BlockRef.of(self._source.blocks, number)
+            # Those of other rows are not needed.
             lengths = np.zeros(block.rows, np.int64)
+            lengths[documents.row[first:last]] = documents.length[first:last]
             # A row may occur twice, when two sequences need it.
             rows, position = np.unique(documents.row[first:last].astype(np.int64), return_inverse=True)
             results: Sequence[Any]
