@@ -6,10 +6,11 @@
 Seven domains in SlimPajama's proportions alternate line by line. Every layout of the same rows is read by a data plane
 for one epoch. Shards, frames, row groups, windows and the cache are smaller than usual by one factor, which is 1 for
 shards of 41 MB, so the memory has as many units as 2 GiB have units of 41 MB. *Amplification* is the bytes decoded per
-byte served. With `--speeds`, weights are the square roots of the shares: each domain then decodes for itself, and the
-lower bound is the sum over domains of weight / share. Of a job of many ranks, the four ranks of one node are measured
-together. They share decoded blocks of JSON lines, and every rank has 64 samples of a step. All rows are CPU seconds of
-one run on one core. Prints a table and writes bench/out/compressed.json.
+byte served; for tar archives, whose samples are read one by one, the bytes read. With `--speeds`, weights are the
+square roots of the shares: each domain then decodes for itself, and the lower bound is the sum over domains of weight /
+share. Of a job of many ranks, the four ranks of one node are measured together. They share decoded blocks, and every
+rank has 64 samples of a step. All rows are CPU seconds of one run on one core. Prints a table and writes
+bench/out/compressed.json.
 """
 
 import argparse
@@ -115,6 +116,7 @@ def measure(layout: str, folder: Path, job: JobCase, cache_bytes: int, max_rows:
     slices = [BatchSlice(group=first_rank + number, num_groups=job.ranks) for number in range(per_node)]
     makers = [BatchMaker(source, of_rank, audit=False) for of_rank in slices]
     started = time.process_time()
+    read_before = _bytes_read()
     first_batch_s = 0.0
     rows = served = 0
     for payloads in chain.from_iterable(zip(*(epoch(source, maker) for maker in makers), strict=True)):
@@ -124,7 +126,11 @@ def measure(layout: str, folder: Path, job: JobCase, cache_bytes: int, max_rows:
         if rows >= max_rows:
             break
     seconds = time.process_time() - started
-    decoded = sum(maker._reader._rows._cache.loaded_bytes for maker in makers)
+    decoded = float(sum(maker._reader._rows._cache.loaded_bytes for maker in makers))
+    if layout == "tar":
+        # Nothing is decoded; the members of a sample are read, with their headers.
+        decoded = float(_bytes_read() - read_before)
+        served = int(source.blocks.length.sum() * rows / source.blocks.rows.sum())
     for maker in makers:
         maker.close()
     shares = source.layout.epoch_items() / source.layout.epoch_items().sum()
@@ -139,6 +145,11 @@ def measure(layout: str, folder: Path, job: JobCase, cache_bytes: int, max_rows:
         lower_bound=float((source.weights / shares).sum()) if job.has_own_speeds else 1.0,
         first_batch_s=first_batch_s,
     )
+
+
+def _bytes_read() -> int:
+    """Return the bytes that this process has read from files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def _text_of(row: dict) -> str:

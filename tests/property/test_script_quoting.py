@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mixtera_hpc.config.check_script import script_problems
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.launch.sbatch_script import SbatchJob, render_script
+
+from .examples import FIXTURES_TOO
 
 HOSTILE = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=40),
@@ -56,7 +58,7 @@ def sbatch_parameters(script: str) -> list[str]:
 
 
 @pytest.mark.parametrize("place", ["name", "comment", "command", "srun_args", "env", "wrapper", "sbatch"])
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=FIXTURES_TOO)
 @given(text=HOSTILE)
 @example(text="x\ntouch /tmp/owned")
 @example(text="x'\n#SBATCH --nodes=9")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtera_hpc.comm.communicator import Local
@@ -20,6 +20,8 @@ from mixtera_hpc.trace.attempt_sources import AttemptSources
 from mixtera_hpc.trace.diff import first_difference
 from mixtera_hpc.trace.list import served_sequences
 from mixtera_hpc.trace.locate import locate_row
+
+from .examples import FIXTURES_TOO
 
 Run = tuple[AttemptSources, History]
 SHARDS = [("a.jsonl", 120), ("b.jsonl.gz", 120), ("c.jsonl.zst", 120), ("d.parquet", 120)]
@@ -76,7 +78,7 @@ def edited_run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return run, naive
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=FIXTURES_TOO)
 @given(st.sampled_from(SHARDS), st.integers(0, 119))
 def test_every_service_of_a_row_is_located_and_no_other(
     edited_run: tuple[Run, dict[Any, list[Any]]], shard: tuple[str, int], row: int

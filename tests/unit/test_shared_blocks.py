@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mixtera_hpc.comm.communicator import Communicator, Local
@@ -22,6 +24,7 @@ from mixtera_hpc.dataplane.reading.batches import BatchSlice
 from mixtera_hpc.dataplane.reading.processes import block_memory
 from mixtera_hpc.dataplane.reading.processes.block_memory import share_blocks
 from mixtera_hpc.dataplane.reading.source import open_source
+from mixtera_hpc.formats.codecs import shared_blocks
 from mixtera_hpc.formats.codecs.shared_blocks import DecodedLines, SharedBlocks
 from mixtera_hpc.index.build.build import build_index
 from mixtera_hpc.testing import writers
@@ -146,13 +149,63 @@ def test_a_killed_process_blocks_nobody(memory: int, when: str) -> None:
     assert Blocks(SharedBlocks(memory)).lines(29) == reader.expected(29)
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+STOPPED = """
+import os, signal, sys
+import numpy as np
+from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
+
+def stop():
+    print("decoding", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+SharedBlocks(int(sys.argv[1])).lines("shard", 0, np.arange(3), stop)
+"""
+
+
+def test_a_block_of_a_stopped_process_is_decoded_by_its_readers(memory: int, caplog: pytest.LogCaptureFixture) -> None:
+    command = [sys.executable, "-c", STOPPED, str(memory)]
+    with subprocess.Popen(command, pass_fds=[memory], stdout=subprocess.PIPE, text=True) as stopped:
+        assert stopped.stdout is not None and stopped.stdout.readline() == "decoding\n"
+        reader = Blocks(SharedBlocks(memory, patience_s=0.1))
+        assert reader.lines(0) == reader.lines(0) == reader.expected(0)
+        # It is reported once, and other blocks are still shared.
+        assert reader.lines(1) == reader.lines(1) == reader.expected(1)
+        assert reader.num_decoded == 3
+        assert caplog.text.count("it is stopped or very slow") == 1
+        stopped.kill()
+    assert reader.lines(0) == reader.lines(0) == reader.expected(0)
+    assert reader.num_decoded == 4
+
+
+def test_nobody_waits_for_a_process_that_is_stopped_with_the_directory(memory: int) -> None:
+    owner = SharedBlocks(memory)
+    reader = Blocks(SharedBlocks(memory, patience_s=0.1))
+    with owner._lock(shared_blocks._DIRECTORY):
+        for number in range(3):
+            assert reader.lines(number) == reader.expected(number)
+    assert reader.num_decoded == 3
+
+
+def test_closing_twice_leaves_other_files_alone(memory: int) -> None:
+    blocks = SharedBlocks(memory)
+    blocks.close()
+    # This descriptor gets the number of the one that was closed.
+    other = os.memfd_create("mixtera-test")
+    blocks.close()
+    os.fstat(other)
+    os.close(other)
+
+
+@pytest.fixture(scope="module", params=["zst", "parquet"])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("shards")
     for number in range(12):
         rows = [{"text": f"{number} {row} ä" * (1 + row), "meta": {"n": row % 3}} for row in range(20)]
-        [path] = writers.write_compressed(folder, rows, ending="zst")
-        path.rename(folder / f"{number:03}.jsonl.zst")
+        if request.param == "zst":
+            [path] = writers.write_compressed(folder, rows, ending="zst")
+            path.rename(folder / f"{number:03}.jsonl.zst")
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), folder / f"{number:03}.parquet", row_group_size=10)
     words = [f"data.root={folder}", f"index.path={folder / 'i.h5'}", "mixture.unit=samples", "data.materialize=never"]
     words += ["data.properties.n=meta.n", "mixture.group_by=[n]", "dataplane.global_batch_size=8"]
     built = compose([*words, "mixture.on_exhausted=redistribute", "mixture.max_epochs=1", "dataplane.lanes=2"])
@@ -177,7 +230,7 @@ def read_epoch(config: Config, comm: Communicator) -> tuple[list[str], int]:
 
 def test_ranks_of_a_node_decode_each_block_once(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = run_ranks(4, lambda comm: read_epoch(config, comm))
-    monkeypatch.setattr(block_memory, "decodes_files", lambda _name: False)
+    monkeypatch.setattr(block_memory, "decodes_blocks", lambda _name: False)
     alone = run_ranks(4, lambda comm: read_epoch(config, comm))
     assert [rows for rows, _ in shared] == [rows for rows, _ in alone]
     [one] = run_ranks(1, lambda comm: read_epoch(config, comm))
@@ -192,6 +245,6 @@ def test_one_reader_shares_nothing_and_no_descriptor_stays_open(config: Config) 
 
     before = num_open()
     assert share_blocks(Local(), config, ["jsonl.zst"], 1) is None
-    assert share_blocks(Local(), config, ["jsonl", "parquet"], 4) is None
+    assert share_blocks(Local(), config, ["jsonl", "webdataset"], 4) is None
     run_ranks(2, lambda comm: read_epoch(config, comm)[1])
     assert num_open() == before

@@ -19,7 +19,8 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.core.planner import ChunkPlan, PlannerState
 from mixtera_hpc.dataplane.plane import DataPlane
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
-from mixtera_hpc.dataplane.reading.batches import BatchSlice, BatchSource
+from mixtera_hpc.dataplane.reading.batches import BatchSlice, BatchSource, with_samples
+from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
 from mixtera_hpc.dataplane.reading.processes.workers import Workers, default_workers
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.steps.digests import sequence_digest
@@ -110,8 +111,9 @@ def test_processes_serve_what_the_thread_serves(collection: list[str], unit: str
     for own, other in zip(
         BatchMaker(source, SHARE, audit=True).batches(plan, 0), workers.batches(plan, 0), strict=True
     ):
+        loaded = with_samples(other)
         for field in fields(own):
-            np.testing.assert_equal(getattr(other, field.name), getattr(own, field.name))
+            np.testing.assert_equal(getattr(loaded, field.name), getattr(own, field.name))
     workers.close()
 
 
@@ -123,6 +125,21 @@ def test_a_rank_with_one_core_reads_in_a_thread(monkeypatch: pytest.MonkeyPatch)
     # Slurm has bound the rank to cores of its own, however many ranks the node has.
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
     assert default_workers(num_cores) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "formats", "may"),
+    [
+        (["dataplane.vocab_size=9"], ["webdataset"], True),
+        (["mixture.unit=samples"], ["jsonl", "parquet"], True),
+        (["mixture.unit=samples"], ["jsonl", "webdataset"], False),
+        (["mixture.unit=samples", "data.transform=m:f"], ["jsonl"], False),
+        (["mixture.unit=samples", "data.transform=m:f", "dataplane.workers=1"], ["mds"], True),
+        (["mixture.unit=samples", "dataplane.workers=0"], ["jsonl"], False),
+    ],
+)
+def test_processes_read_what_is_cheap_to_send(words: list[str], formats: list[str], may: bool) -> None:
+    assert may_use_processes(compose(["index.path=i.h5", *words]), formats) == may
 
 
 def test_a_process_does_not_import_torch() -> None:

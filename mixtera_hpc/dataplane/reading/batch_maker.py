@@ -69,7 +69,7 @@ class BatchMaker:
         self._audit = audit
         self._streams = source.streams()
         self._documents = SequenceDocuments(source, self._streams)
-        self._reader = DocumentReader(source)
+        self._reader = DocumentReader(source, self._streams)
         self._transform = None if raw else load_transform(source.config.data.transform)
         self.shared_arrays: Mapping[int, TokenArrays] = {}
         """Step → memory for its batch of tokens; the batches of other steps get memory of their own."""

@@ -1,7 +1,9 @@
 """What a rank gets of every step, and which part of the global batch that is."""
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +15,17 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
 from mixtera_hpc.errors import ConfigError
 
-__all__ = ["Batch", "BatchSlice", "BatchSource", "BatchTimes", "check_shared_evenly", "positions_of", "step_of"]
+__all__ = [
+    "Batch",
+    "BatchSlice",
+    "BatchSource",
+    "BatchTimes",
+    "PickledSamples",
+    "check_shared_evenly",
+    "positions_of",
+    "step_of",
+    "with_samples",
+]
 
 Ints = NDArray[np.int64]
 
@@ -71,6 +83,22 @@ class Batch:
         # The newest beginning of a document so far.
         first = np.maximum.accumulate(np.where(begins, token, 0), axis=1)
         return token - first
+
+
+class PickledSamples(list[Any]):
+    """The samples of a batch as a reading process has sent them: pickles of some samples each."""
+
+
+def with_samples(batch: Batch) -> Batch:
+    """Return a batch with its samples.
+
+    The trainer's thread makes the objects when it takes the batch. Another thread would need the interpreter lock for
+    it while the trainer runs its step.
+    """
+    if not isinstance(batch.payloads, PickledSamples):
+        return batch
+    parts = map(pickle.loads, batch.payloads)  # From our own process.
+    return replace(batch, payloads=list(chain.from_iterable(parts)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

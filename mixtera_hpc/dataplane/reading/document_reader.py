@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.dataplane.reading.domain_streams import Documents
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.rows.row_reader import ReadRows, RowReader
 from mixtera_hpc.dataplane.reading.source import Source
@@ -92,12 +92,17 @@ class RawSamples:
 class DocumentReader:
     """Reads documents. Keeps shards open and the last documents of runs tokenized. One per reading thread."""
 
-    def __init__(self, source: Source) -> None:
-        """Open nothing yet; shards are opened when they are needed."""
+    def __init__(self, source: Source, streams: DomainStreams | None = None) -> None:
+        """Open nothing yet; shards are opened when they are needed.
+
+        Args:
+            source: the data.
+            streams: the streams whose documents are read; None if few are read.
+        """
         self._source = source
         index = source.index
         self._guard = ShardGuard(index.data_root, index.shard_paths, source.tables.shard_states, source.shard_stamps)
-        self._rows = RowReader(source, self._guard)
+        self._rows = RowReader(source, self._guard, streams)
         self._last_documents: OrderedDict[int, Tokens] = OrderedDict()
         """Row key → tokens of documents in which later sequences begin, the newest at the end."""
         self._last_documents_bytes = 0

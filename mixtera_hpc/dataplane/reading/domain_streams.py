@@ -166,6 +166,14 @@ class DomainStreams:
         spans = (np.array([value]) for value in (domain, epoch, start, stop))
         return self._documents_in(self._window_parts(*spans))
 
+    def samples_of(self, blocks: NDArray[np.int32]) -> tuple[NDArray[np.int32], Ints, Ints]:
+        """Return block, domain and row of all samples of some blocks, sorted by block and domain.
+
+        Args:
+            blocks: different blocks.
+        """
+        return self._samples.samples_of(blocks)
+
     def base_items(self, domain: int, epoch: int, starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
         """Return spans of an epoch as spans of its base order, counted from the start of the epoch."""
         items = int(self._epoch_items[domain])

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass
 
 from mixtera_hpc.core.planner import ChunkPlan
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSource
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSource, with_samples
 
 __all__ = ["Prefetcher"]
 
@@ -57,7 +57,7 @@ class Prefetcher:
         # After the end the queue stays empty: waiting for it would be for ever.
         item = self._end or self._ready.get(timeout=timeout_s)
         if isinstance(item, Batch):
-            return item
+            return with_samples(item)
         self._end = item
         if isinstance(item, BaseException):
             raise item

@@ -33,6 +33,7 @@ from mixtera_hpc.dataplane.reading.domain_streams import DomainStreams
 from mixtera_hpc.dataplane.reading.packing.cost_check import check_sample_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_order import sequence_order
 from mixtera_hpc.dataplane.reading.processes.block_memory import SHARED_SHARE, BlockMemory, share_blocks
+from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
 from mixtera_hpc.dataplane.reading.processes.table_memory import TableMemory, share_tables
 from mixtera_hpc.dataplane.reading.shared_index import (
     IndexDescription,
@@ -265,11 +266,12 @@ def open_source(
     # Only rank 0 has read the records of the run.
     subset = replace(subset, drop=tuple(description.drop))
     readers = comm.local_size * (config.dataplane.workers or 1)
+    # What is not checked is not served, but looked up by a command.
+    has_processes = check and may_use_processes(config, description.shard_formats)
     source = replace(
         _make_source(config, description, subset, tables, tokenizer),
         readers_per_node=readers,
-        # What is not checked is not served, but looked up by a command.
-        table_memory=share_tables(comm, tables.pack()) if check and _has_processes(config) else None,
+        table_memory=share_tables(comm, tables.pack()) if has_processes else None,
         block_memory=share_blocks(comm, config, description.shard_formats, readers) if check else None,
         shard_stamps=share_stamps(comm, len(description.shard_paths), readers) if check else None,
     )
@@ -287,12 +289,6 @@ def count_samples(config: Config, subset: SampleSubset = TRAINING_SAMPLES) -> in
     with open_configured(config) as index:
         rows, _ = select_subset(config, index, subset).selection.table.totals()
     return int(rows.sum())
-
-
-def _has_processes(config: Config) -> bool:
-    """Return whether reading processes may be started; samples are read by a thread unless they are asked for."""
-    workers = config.dataplane.workers
-    return bool(workers) if workers is not None else config.mixture.unit == "tokens"
 
 
 def _rebuild_source(

@@ -33,7 +33,7 @@ class BlockCache:
         shared: SharedBlocks | None = None,
     ) -> None:
         self.shared = shared
-        """Blocks of JSON lines in memory that the processes of a node share; None if each decodes for itself."""
+        """Blocks in memory that the processes of a node share; None if each decodes for itself."""
         self.max_bytes = max_bytes
         self.max_block_bytes = max_block_bytes
         """Largest decoded size of a block; readers refuse larger ones before they take the memory."""
@@ -92,10 +92,12 @@ class BlockCache:
 
     def _evict(self, newest: Hashable) -> None:
         """Drop the least recently used blocks until the others fit; blocks that are being decoded stay."""
-        for key in list(self._entries):
+        dropped: list[Hashable] = []
+        for key, (_, size) in self._entries.items():
             if self._size_bytes <= self.max_bytes:
-                return
-            size = self._entries[key][1]
+                break
             if size and key != newest:
-                del self._entries[key]
+                dropped.append(key)
                 self._size_bytes -= size
+        for key in dropped:
+            del self._entries[key]

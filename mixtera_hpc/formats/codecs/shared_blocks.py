@@ -2,28 +2,38 @@
 
 Whoever asks first for a block decodes it, while the others wait for that block. The memory is a ring: a new block takes
 the place of the oldest ones. It has no name and its locks belong to open files, so nothing is left behind by a process
-that is killed, and a block that it was writing is never served. Price: a few microseconds and one copy per row, and
-about 20 µs per decoded block.
+that is killed, and a block that it was writing is never served. Nobody waits for a process that is stopped: after
+`PATIENCE_S` a block is decoded a second time. Price: a few microseconds and one copy per row, and about 20 µs per
+decoded block.
 """
 
 import fcntl
+import logging
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HEADER_BYTES", "DecodedLines", "SharedBlocks"]
+__all__ = ["HEADER_BYTES", "Buffer", "DecodedLines", "SharedBlocks"]
 
+T = TypeVar("T")
 Ints = NDArray[np.int64]
+Buffer = bytes | memoryview
+logger = logging.getLogger(__name__)
 
+PATIENCE_S = 20.0
+"""Time to wait for a process that decodes a block: more than a block takes, less than a trainer waits for a batch."""
+MIN_PAUSE_S = 50e-6
+MAX_PAUSE_S = 0.02
 MAX_ENTRIES = 4096
-_COLUMNS = ("state", "key", "check", "start", "rows")
+_COLUMNS = ("state", "key", "check", "start", "size")
 _EMPTY, _WRITING, _READY = range(3)
 RESERVED_BYTES = 64
 """The memory begins with the end of the ring, behind what its owner writes there."""
@@ -47,10 +57,20 @@ class DecodedLines(NamedTuple):
 class SharedBlocks:
     """The blocks of a node, as one reading thread sees them. Not thread-safe."""
 
-    def __init__(self, fd: int) -> None:
-        """Map the memory behind a descriptor, which may be closed afterwards. New memory is empty."""
+    def __init__(self, fd: int, patience_s: float = PATIENCE_S) -> None:
+        """Map the memory behind a descriptor, which may be closed afterwards. New memory is empty.
+
+        Args:
+            fd: the descriptor.
+            patience_s: time to wait for other processes.
+        """
         # Locks belong to what is opened here, not to the process: two threads exclude each other, too.
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._patience_s = patience_s
+        self._is_usable = True
+        """False after another process had the directory for too long."""
+        self._overdue: set[int] = set()
+        """Keys of blocks that another process has been decoding for too long."""
         size = os.fstat(self._fd).st_size
         self._memory = mmap.mmap(self._fd, size)
         numbers = np.frombuffer(self._memory, np.int64, 1 + MAX_ENTRIES * len(_COLUMNS), RESERVED_BYTES)
@@ -74,28 +94,57 @@ class SharedBlocks:
             rows: positions of the rows inside the block; shape (n,).
             decode: decodes the block. Usually one process of the node calls it.
         """
+
+        def load() -> tuple[list[Buffer], list[bytes]]:
+            decoded = decode()
+            starts = np.concatenate([[0], decoded.ends[:-1]])[rows].tolist()
+            data = decoded.data
+            lines = [data[start:end] for start, end in zip(starts, decoded.ends[rows].tolist(), strict=True)]
+            return [len(decoded.ends).to_bytes(8, "little"), decoded.ends.astype(np.int64).tobytes(), data], lines
+
+        return self.read(name, offset, lambda memory, first, _stop: _lines_in(memory, first, rows), load)
+
+    def read(
+        self,
+        name: str,
+        offset: int,
+        take: Callable[[mmap.mmap, int, int], T],
+        decode: Callable[[], tuple[Sequence[Buffer], T]],
+    ) -> T:
+        """Return a part of a block.
+
+        Args:
+            name: the path of the shard, and what is decoded of it.
+            offset: the first byte of the block in the shard.
+            take: copies the part out of the memory, given the first byte of the block and one past the last.
+            decode: decodes the block; returns what is shared of it, and the part. Usually one process of the node calls
+                it.
+        """
         digest = blake2b(f"{offset} {name}".encode(), digest_size=16).digest()
         key, check = (int(value) for value in np.frombuffer(digest, np.int64) & (_MAX_KEY - 1))
-        lines = self._find(key, check, rows)
-        if lines is not None:
-            return lines
-        with self._lock(1 + key):
-            # Another process may have decoded it meanwhile.
-            lines = self._find(key, check, rows)
-            if lines is not None:
-                return lines
-            decoded = decode()
-            self._store(key, check, decoded)
-        starts = np.concatenate([[0], decoded.ends[:-1]])[rows].tolist()
-        data = decoded.data
-        return [data[start:end] for start, end in zip(starts, decoded.ends[rows].tolist(), strict=True)]
+        try:
+            found = self._find(key, check, take)
+            if found is not None:
+                return found
+            with self._lock(1 + key):
+                # Another process may have decoded it meanwhile.
+                found = self._find(key, check, take)
+                if found is not None:
+                    return found
+                buffers, part = decode()
+                self._store(key, check, buffers)
+                return part
+        except _OverdueError:
+            return decode()[1]
 
     def close(self) -> None:
-        """Close the descriptor; the mapping ends with the last view of it."""
-        os.close(self._fd)
+        """Close the descriptor; the mapping ends with the last view of it. A second call has no effect."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
-    def _find(self, key: int, check: int, rows: Ints) -> list[bytes] | None:
-        """Return rows of a block that is in memory, else None."""
+    def _find(self, key: int, check: int, take: Callable[[mmap.mmap, int, int], T]) -> T | None:
+        """Return a part of a block that is in memory, else None."""
         # While this lock is held, nothing in the ring is given to other blocks.
         with self._lock(_DIRECTORY, is_shared=True):
             columns = self._columns
@@ -104,30 +153,31 @@ class SharedBlocks:
                 return None
             slot = int(slots[0])
             first = self._place(int(columns["start"][slot]))
-            ends = np.frombuffer(self._memory, np.int64, int(columns["rows"][slot]), first)
-            base = first + ends.nbytes
-            starts = np.where(rows > 0, ends[rows - 1], 0) + base
-            places = zip(starts.tolist(), (ends[rows] + base).tolist(), strict=True)
-            memory = self._memory
-            return [memory[start:end] for start, end in places]
+            return take(self._memory, first, first + int(columns["size"][slot]))
 
-    def _store(self, key: int, check: int, decoded: DecodedLines) -> None:
-        """Copy a block into the ring, if there is room for it."""
-        size = -(-(decoded.ends.nbytes + len(decoded.data)) // ALIGNMENT) * ALIGNMENT
+    def _store(self, key: int, check: int, buffers: Sequence[Buffer]) -> None:
+        """Copy a block into the ring, if there is room for it, and nobody has the directory for too long."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        num_bytes = sum(map(len, views))
+        size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         if size > self._ring_bytes * MAX_SHARE:
             return
-        with self._lock(_DIRECTORY):
-            slot = self._reserve(key, size)
-            if slot is None:
-                return
-            for name, value in (("key", key), ("check", check), ("rows", len(decoded.ends))):
-                self._columns[name][slot] = value
-        first = self._place(int(self._columns["start"][slot]))
-        np.frombuffer(self._memory, np.int64, len(decoded.ends), first)[:] = decoded.ends
-        begin = first + decoded.ends.nbytes
-        self._memory[begin : begin + len(decoded.data)] = decoded.data
-        with self._lock(_DIRECTORY):
-            self._columns["state"][slot] = _READY
+        try:
+            with self._lock(_DIRECTORY):
+                slot = self._reserve(key, size)
+                if slot is None:
+                    return
+                for name, value in (("key", key), ("check", check), ("size", num_bytes)):
+                    self._columns[name][slot] = value
+            first = self._place(int(self._columns["start"][slot]))
+            for view in views:
+                self._memory[first : first + len(view)] = view
+                first += len(view)
+            with self._lock(_DIRECTORY):
+                self._columns["state"][slot] = _READY
+        except _OverdueError:
+            # The block is not served from here, and its place is used again like that of a killed process.
+            return
 
     def _reserve(self, key: int, size: int) -> int | None:
         """Return a slot of the directory with `size` bytes of the ring; None if another process writes there."""
@@ -169,13 +219,55 @@ class SharedBlocks:
 
     @contextmanager
     def _lock(self, byte: int, *, is_shared: bool = False) -> Iterator[None]:
-        """Hold the lock of a byte; the kernel releases it when the process ends."""
-        self._control(fcntl.F_OFD_SETLKW, fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK, byte)
+        """Hold the lock of a byte; the kernel releases it when the process ends.
+
+        Raises:
+            _OverdueError: another process holds it for too long.
+        """
+        self._acquire(byte, fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK)
         try:
             yield
         finally:
             self._control(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
 
+    def _acquire(self, byte: int, kind: int) -> None:
+        """Lock a byte. It is asked for again and again: a process that is stopped keeps its locks."""
+        is_overdue = not self._is_usable or byte in self._overdue
+        deadline = time.monotonic() + (0 if is_overdue else self._patience_s)
+        pause_s = MIN_PAUSE_S
+        while True:
+            try:
+                self._control(fcntl.F_OFD_SETLK, kind, byte)
+                return
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= deadline:
+                    break
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
+        if not is_overdue:
+            logger.warning(
+                "Another process of this node has used a shared block for %.0f s: it is stopped or very slow. "
+                "This process decodes what it needs itself.",
+                self._patience_s,
+            )
+        self._overdue.add(byte)
+        self._is_usable = self._is_usable and byte != _DIRECTORY
+        raise _OverdueError
+
     def _control(self, command: int, kind: int, byte: int) -> None:
         # struct flock of 64-bit Linux: type, whence, start, length, process.
         fcntl.fcntl(self._fd, command, struct.pack("@hhqqi4x", kind, os.SEEK_SET, byte, 1, 0))
+
+
+class _OverdueError(Exception):
+    """Raised when another process holds a lock for too long."""
+
+
+def _lines_in(memory: mmap.mmap, first: int, rows: Ints) -> list[bytes]:
+    """Return some rows of a block: the number of its rows, the end of each, and all lines."""
+    num_rows = int.from_bytes(memory[first : first + 8], "little")
+    ends = np.frombuffer(memory, np.int64, num_rows, first + 8)
+    base = first + 8 + ends.nbytes
+    starts = np.where(rows > 0, ends[rows - 1], 0) + base
+    places = zip(starts.tolist(), (ends[rows] + base).tolist(), strict=True)
+    return [memory[start:end] for start, end in places]

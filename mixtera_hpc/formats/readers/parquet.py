@@ -4,6 +4,7 @@ Rows have no byte range: reading one decodes the text column of its row group, w
 objects have the type Any here, because it ships no type information.
 """
 
+import mmap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from mixtera_hpc.formats.batching.arrow_tables import (
 )
 from mixtera_hpc.formats.codecs.block_cache import BlockCache
 from mixtera_hpc.formats.codecs.limits.parquet_limit import check_row_group, row_group_error
+from mixtera_hpc.formats.codecs.shared_blocks import Buffer
 from mixtera_hpc.formats.shard_errors import shard_changed_error, unreadable_error
 
 __all__ = ["ParquetFormat"]
@@ -164,6 +166,11 @@ def _is_never_null(metadata: Any, path: str) -> bool:
     return False
 
 
+def _table_in(memory: mmap.mmap, first: int, stop: int) -> Any:
+    """Return the table that a process has written to shared memory."""
+    return pa.ipc.open_stream(pa.py_buffer(memory[first:stop])).read_all()
+
+
 class ParquetReader:
     """Decodes the text column, or all columns, of a row group into the cache and takes rows out of it."""
 
@@ -178,17 +185,34 @@ class ParquetReader:
     def documents(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[str]:
         """Return the texts of the named rows; see `ShardReader`."""
         text = self._text or ""
-        column = column_at(self._cached_table(block, text), text)
+        column = column_at(self._table(block, text), text)
         return texts_of(column.take(pa.array(rows)), self._path)
 
     def payloads(self, block: BlockRef, lengths: NDArray[Any], rows: NDArray[Any]) -> list[dict[str, Any]]:
         """Return the named rows as dicts; see `ShardReader`."""
-        return payloads_of(self._cached_table(block, None), block, rows, self._path)
+        return payloads_of(self._table(block, None), block, rows, self._path)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._file.close()
+
+    def _table(self, block: BlockRef, column: str | None) -> Any:
+        """Return one column of a row group, or all columns, which another process may have decoded."""
+        shared = self._cache.shared
+        if shared is None:
+            return self._cached_table(block, column)
+
+        def decode() -> tuple[list[Buffer], Any]:
+            table = self._cached_table(block, column)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            return [memoryview(sink.getvalue())], table
+
+        name = f"{self._path}:{'' if column is None else column}"
+        # The memory is given to other blocks later, and parts of an Arrow table may refer to it, so all is copied.
+        return shared.read(name, block.offset, _table_in, decode)
 
     def _cached_table(self, block: BlockRef, column: str | None) -> Any:
         """Return one column of a row group, or all columns."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mixtera_hpc.core.index_tables import SampleColumns
-from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns, narrow_type
+from mixtera_hpc.dataplane.reading.lookup.columns import GrowingColumns, concatenated_ranges, narrow_type
 from mixtera_hpc.dataplane.reading.stream_layout import StreamLayout
 
 __all__ = ["BlockSamples", "ReadBlocks"]
@@ -87,6 +87,19 @@ class BlockSamples:
         stop = self._stop[blocks].astype(np.int64)
         values = self.columns["domain"]
         return _lower_bound(values, first, stop, domain), _lower_bound(values, first, stop, domain + 1)
+
+    def samples_of(self, blocks: NDArray[np.int32]) -> tuple[NDArray[np.int32], Ints, Ints]:
+        """Return block, domain and row of the samples of some blocks that streams have, sorted by block and domain."""
+        self.load(blocks)
+        first = self._first[blocks].astype(np.int64)
+        count = self._stop[blocks] - first
+        chosen = concatenated_ranges(first, count)
+        block = np.repeat(blocks, count)
+        if "is_served" in self.columns:
+            is_served = self.columns["is_served"][chosen]
+            chosen = chosen[is_served]
+            block = block[is_served]
+        return block, self.columns["domain"][chosen].astype(np.int64), self.columns["row"][chosen].astype(np.int64)
 
     def _read(self, blocks: NDArray[np.int32]) -> None:
         """Read blocks, sort their samples by block and domain, and append them."""

@@ -71,6 +71,14 @@ class WindowTable:
         row = self._columns["row"][documents].astype(np.int32)
         return StreamWindow(self._keys[number], self._columns["block"][documents], row)
 
+    def key(self, number: int) -> WindowKey:
+        """Return the identity of a window."""
+        return self._keys[number]
+
+    def num_documents(self, windows: Ints) -> Ints:
+        """Return the documents of some windows."""
+        return self._counts()[windows]
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all documents in memory."""

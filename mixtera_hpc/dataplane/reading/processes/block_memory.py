@@ -13,7 +13,7 @@ from mixtera_hpc.comm.communicator import Communicator
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.dataplane.reading.processes.table_memory import BLOCKS_NAME, NONCE_BYTES, share_memory
 from mixtera_hpc.formats.codecs.shared_blocks import SharedBlocks
-from mixtera_hpc.formats.decoded_sizes import decodes_files
+from mixtera_hpc.formats.decoded_sizes import decodes_blocks
 
 __all__ = ["SHARED_SHARE", "BlockMemory", "share_blocks"]
 
@@ -45,8 +45,7 @@ def share_blocks(
         formats: the format of every shard.
         readers_per_node: processes that read on the node of this rank.
     """
-    # Blocks of Parquet are Arrow tables, which every process has for itself.
-    if not any(map(decodes_files, set(formats))):
+    if not any(map(decodes_blocks, set(formats))):
         return None
     max_bytes = int(config.data.cache_bytes * SHARED_SHARE)
 

@@ -26,8 +26,9 @@ import numpy as np
 from mixtera_hpc.config.check import WORKERS_PER_CORE
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, steps_per_read, training_steps_of
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchSource
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchSource, PickledSamples
 from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape, TokenArrays
+from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
 from mixtera_hpc.dataplane.reading.sample_transform import load_transform
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
@@ -41,7 +42,7 @@ RANK_POLL_S = 1.0
 SPARE_SLOTS = 4
 """Batches that a trainer may hold at a time before further ones are copied."""
 SAMPLES_PER_PICKLE = 32
-"""Samples that are unpickled at once: this must not keep the trainer's thread from running for a millisecond."""
+"""Samples that are pickled together: no message is so large that copying it keeps the trainer's thread from running."""
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 """Parameters of glibc's `mallopt`."""
@@ -65,8 +66,8 @@ def open_batch_source(source: Source, batch_slice: BatchSlice, ranks_of_node: in
     load_transform(source.config.data.transform)
     count = plane.workers
     if count is None:
-        # Samples are Python objects: making them a second time here takes as long as reading them in a thread.
-        count = default_workers(ranks_of_node) if source.layout.in_tokens else 0
+        may = may_use_processes(source.config, source.index.shard_formats)
+        count = default_workers(ranks_of_node) if may else 0
     if count == 0:
         return BatchMaker(source, batch_slice, audit=plane.audit)
     cores = _own_cores() or len(os.sched_getaffinity(0))
@@ -106,7 +107,7 @@ _RangeRequest = tuple[range, dict[int, int]]
 """Steps whose batches are ordered, and step → slot of the shared memory for its batch."""
 _RangeAnswer = tuple[list[Batch], Exception | None]
 """The batches of a step range, and the error after them, if any. Arrays in shared memory are left out, and so are
-samples: those of each batch follow in a message of their own, as pickles of some of them."""
+samples: for each batch follow the number of its pickles, and these, with some samples each."""
 
 
 class Workers:
@@ -172,10 +173,8 @@ class Workers:
         """Return a batch with the arrays or samples that do not travel inside it."""
         memory = self._workers[number].memory
         if memory is None:
-            samples: list[Any] = []
-            for pickled in self._receive(number):
-                samples += pickle.loads(pickled)  # noqa: S301 - from our own process
-            return replace(batch, payloads=samples)
+            num_pickles: int = self._receive(number)
+            return replace(batch, payloads=PickledSamples(self._receive_bytes(number) for _ in range(num_pickles)))
         return batch if slot is None else replace(batch, **memory.lend(slot).rows(len(batch.positions))._asdict())
 
     def _give_back(self, slots: dict[int, int], number: int) -> None:
@@ -214,6 +213,13 @@ class Workers:
         """Return the next message of a process: the answer to its oldest request, or samples."""
         try:
             return self._workers[number].pipe.recv()
+        except (EOFError, OSError):
+            raise self._death(number) from None
+
+    def _receive_bytes(self, number: int) -> bytes:
+        """Return the next message of a process as it is."""
+        try:
+            return self._workers[number].pipe.recv_bytes()
         except (EOFError, OSError):
             raise self._death(number) from None
 
@@ -296,7 +302,9 @@ def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) 
                 answer, samples = _make_batches(maker, plan, message, memory)
                 pipe.send(answer)
                 for of_batch in samples:
-                    pipe.send(of_batch)
+                    pipe.send(len(of_batch))
+                    for pickled in of_batch:
+                        pipe.send_bytes(pickled)
     # The rank has closed its end, or was killed.
     except (EOFError, OSError):
         return

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.processes.block_memory import SHARED_SHARE
 from mixtera_hpc.dataplane.reading.residency.resident_rows import MAX_ROW_SHARE
+from mixtera_hpc.dataplane.reading.residency.rows_ahead import decoded_blocks
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.stored_rows import blocks_with_rows
-from mixtera_hpc.dataplane.reading.stored.token_gather import blocks_with_tokens
 from mixtera_hpc.errors import ConfigError
-from mixtera_hpc.formats.decoded_sizes import decodes_blocks, decodes_files
+from mixtera_hpc.formats.decoded_sizes import decodes_blocks
 
 __all__ = ["DecodeCost", "JobShape", "check_decode_cost", "check_job", "decode_cost"]
 
@@ -30,8 +29,10 @@ ROW_OVERHEAD = 1.2
 SAME_SPEED = 0.02
 """Domains whose epochs per step differ by less, relatively, count as moving together."""
 BLOCKS_PER_LANE = 2.5
-"""Blocks (or windows) in memory per lane with which domains that move together need each of them once: they are not
-exactly at the same place, because their shares differ from block to block."""
+"""Shared blocks (or windows) in memory per lane with which domains that move together need each of them once: they are
+not exactly at the same place, because their shares differ from block to block."""
+AHEAD_PER_LANE = 1.5
+"""The same for a process that decodes for itself and keeps only rows that are needed, counted in blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,7 @@ class JobShape:
         ranks_per_node = max(min(ranks_per_node, num_ranks), 1)
         copies = readers * workers
         num_nodes: int | None = None
-        decoded = set(filter(decodes_blocks, source.index.shard_formats))
-        if ranks_per_node * workers > 1 and all(map(decodes_files, decoded)):
+        if ranks_per_node * workers > 1:
             # Peers of a group that are on other nodes read the same lanes.
             copies = -(-readers // ranks_per_node)
             num_nodes = max(-(-num_ranks // ranks_per_node) // copies, 1)
@@ -109,10 +109,13 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
 
     rows_memory = _memory(source, sizes, shape)
     blocks_memory = _blocks_memory(source, sizes, shape)
-    # With blocks for one place per lane, domains decode alone; with `BLOCKS_PER_LANE`, together.
-    blocks_budget = budget - rows_memory if shape.num_nodes is None else shared_bytes
-    per_lane = blocks_budget / blocks_memory * BLOCKS_PER_LANE
-    share = min(max((per_lane - 1) / (BLOCKS_PER_LANE - 1), 0.0), 1.0)
+    if shape.num_nodes is None:
+        # The rows that are needed first stay, so the first bytes of memory save most.
+        share = math.sqrt(min(max((budget - rows_memory) / blocks_memory, 0.0), 1.0))
+    else:
+        # With shared blocks for one place per lane, domains decode alone; with `BLOCKS_PER_LANE`, together.
+        per_lane = shared_bytes / blocks_memory * BLOCKS_PER_LANE
+        share = min(max((per_lane - 1) / (BLOCKS_PER_LANE - 1), 0.0), 1.0)
     weight = epochs * (sizes.own + sizes.single) / served
     weight_of_group = np.array([weight[group].sum() for group in groups])
     alone = np.stack([epochs * sizes.decoded, epochs * sizes.on_disk]) * _decodes_of_domains(source, weight, shape)
@@ -201,11 +204,7 @@ class _DomainBytes:
     def of_source(cls, source: Source) -> "_DomainBytes":
         table = source.layout.table
         blocks = source.blocks
-        is_decoded = np.array([decodes_blocks(name) for name in source.index.shard_formats], np.bool_)[blocks.shard]
-        # Documents of a token store are copied one by one.
-        is_decoded &= ~blocks_with_tokens(source)
-        # A frame of a row store has rows of one domain only, most often.
-        is_decoded &= ~blocks_with_rows(source)
+        is_decoded = decoded_blocks(source)
         length = blocks.length.astype(np.float64)
         decoded = length * source.layout.expansion[blocks.shard]
         share = table.rows / np.maximum(blocks.rows[table.block], 1)
@@ -249,7 +248,8 @@ def _blocks_memory(source: Source, sizes: _DomainBytes, shape: JobShape) -> floa
     """Return the memory that one process or node needs for the blocks that domains decode together."""
     mean_block = float(sizes.decoded.sum() / max(sizes.num_blocks.sum(), 1))
     window = max(mean_block, source.layout.order.window_bytes if source.lanes.lanes > 1 else 0)
-    return min(_lanes_per_reader(source, shape.num_decoders) * window * BLOCKS_PER_LANE, sizes.collection)
+    per_lane = AHEAD_PER_LANE if shape.num_nodes is None else BLOCKS_PER_LANE
+    return min(_lanes_per_reader(source, shape.num_decoders) * window * per_lane, sizes.collection)
 
 
 def _groups_by_speed(source: Source) -> list[NDArray[np.intp]]:

@@ -11,36 +11,24 @@ window is decoded again for the others: with a budget of half of what is needed,
 per window and read, and two list operations per row.
 """
 
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, StreamWindow, equal_runs
+from mixtera_hpc.dataplane.reading.lookup.epoch_orders import WindowKey
+from mixtera_hpc.dataplane.reading.residency.packed_rows import PackBlock, PackedRows, Unpack, num_bytes
+from mixtera_hpc.dataplane.reading.residency.rows_ahead import RowsAhead
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
 
-__all__ = ["MAX_ROW_SHARE", "PackedRows", "ReadBlock", "ResidentRows"]
+__all__ = ["MAX_ROW_SHARE", "ReadBlock", "ResidentRows"]
 
 ReadBlock = Callable[[int, NDArray[np.int64]], Sequence[Any]]
 """Decodes a block and returns the named rows of it, given their ascending positions."""
-Unpack = Callable[[Sequence[Any]], Sequence[Any]]
-
-
-class PackedRows(NamedTuple):
-    """Rows of a block as they stay in memory."""
-
-    values: Sequence[Any]
-    unpack: Unpack | None
-    """A function from some of the values to rows; raises ValueError or one of `JSON_ERRORS`. None: values are rows."""
-
-
-PackBlock = Callable[[int, NDArray[np.int64]], PackedRows]
-"""A function that decodes a block and returns rows of it for the memory, given their ascending positions."""
-
 MAX_ROW_SHARE = 0.75
 """Most of `data.cache_bytes` that rows may take; blocks have the rest."""
 MIN_SHARE = 1 / 64
@@ -60,7 +48,7 @@ class _WindowRows:
         self._unpacks = unpacks
         """The function that unpacks each row."""
         self.num_remaining = len(rows)
-        self.num_bytes = sum(map(_num_bytes, rows))
+        self.num_bytes = sum(map(num_bytes, rows))
 
     def get(self, positions: list[int]) -> Sequence[Any] | None:
         """Return the rows at these positions of the window; None if one of them is not here.
@@ -86,7 +74,7 @@ class _WindowRows:
         for position in positions:
             row = self.rows[position - self.start]
             if row is not None:
-                freed += _num_bytes(row)
+                freed += num_bytes(row)
                 self.num_remaining -= 1
                 self.rows[position - self.start] = None
         self.num_bytes -= freed
@@ -96,30 +84,35 @@ class _WindowRows:
 class ResidentRows:
     """Serves rows of blocks that are decoded as a whole. One per reading thread."""
 
-    def __init__(self, max_bytes: int, read_block: ReadBlock, pack_block: PackBlock) -> None:
+    def __init__(
+        self, max_bytes: int, read_block: ReadBlock, pack_block: PackBlock, ahead: RowsAhead | None = None
+    ) -> None:
         """Keep nothing yet.
 
         Args:
-            max_bytes: budget for the rows of all windows.
+            max_bytes: budget for all rows.
             read_block: decodes blocks.
             pack_block: the same, for rows that stay in memory.
+            ahead: rows for windows that come later; None keeps none.
         """
         self._max_bytes = max_bytes
+        self._max_window_bytes = int(max_bytes * MAX_ROW_SHARE)
+        self._ahead = ahead
         self._read_block = read_block
         self._pack_block = pack_block
-        self._windows: OrderedDict[tuple[int, int, int], _WindowRows] = OrderedDict()
+        self._windows: OrderedDict[WindowKey, _WindowRows] = OrderedDict()
         """Key of the window → its rows, the one used last at the end."""
         self._num_bytes = 0
         self._share = 1.0
         """Share of a window's rows that is kept when it is decoded."""
-        self._evicted: OrderedDict[tuple[int, int, int], int] = OrderedDict()
+        self._evicted: OrderedDict[WindowKey, int] = OrderedDict()
         """Key of an evicted window → number of windows that had been loaded then."""
         self._num_loads = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all rows in memory."""
-        return self._num_bytes
+        return self._num_bytes + (0 if self._ahead is None else self._ahead.num_bytes)
 
     def read(self, documents: Documents) -> list[Any]:
         """Return the rows of `documents`, in their order.
@@ -127,6 +120,8 @@ class ResidentRows:
         Raises:
             DataError: a block cannot be decoded.
         """
+        if self._ahead is not None:
+            self._ahead.advance(documents)
         rows: list[Any] = [None] * len(documents.block)
         by_window = np.argsort(documents.window, kind="stable")
         for first, last in equal_runs(documents.window[by_window]):
@@ -170,30 +165,37 @@ class ResidentRows:
         self._windows[window.key] = held
         self._num_bytes += held.num_bytes
         self._evict()
+        if self._ahead is not None:
+            self._ahead.limit(self._max_bytes - self._num_bytes)
         return held
 
     def _packed_rows(self, window: StreamWindow, positions: NDArray[np.int64]) -> tuple[list[Any], list[Unpack | None]]:
         """Return the rows at some positions of a window as they stay in memory, and how to unpack each of them."""
         unpack_of_block: dict[int, Unpack | None] = {}
+        if self._ahead is not None:
+            self._ahead.enter(window.key, np.unique(window.block[positions]), self._windows.__contains__)
 
         def read(block: int, rows: NDArray[np.int64]) -> Sequence[Any]:
-            packed = self._pack_block(block, rows)
+            packed = self._pack(window.key.domain, block, rows)
             unpack_of_block[block] = packed.unpack
             return packed.values
 
         values = _read_rows(window, positions, read)
         return values, list(map(unpack_of_block.__getitem__, window.block[positions].tolist()))
 
+    def _pack(self, domain: int, block: int, rows: NDArray[np.int64]) -> PackedRows:
+        return self._pack_block(block, rows) if self._ahead is None else self._ahead.pack(domain, block, rows)
+
     def _evict(self) -> None:
         """Drop the windows that were not used for longest, until the others fit; the newest one stays."""
-        while self._num_bytes > self._max_bytes and len(self._windows) > 1:
+        while self._num_bytes > self._max_window_bytes and len(self._windows) > 1:
             key = next(iter(self._windows))
             self._remove(key)
             self._evicted[key] = self._num_loads
             if len(self._evicted) > MAX_EVICTED:
                 self._evicted.popitem(last=False)
 
-    def _remove(self, key: tuple[int, int, int]) -> None:
+    def _remove(self, key: WindowKey) -> None:
         held = self._windows.pop(key, None)
         if held is not None:
             self._num_bytes -= held.num_bytes
@@ -212,15 +214,3 @@ def _read_rows(window: StreamWindow, positions: NDArray[np.int64], read_block: R
         for number, value in zip(chosen.tolist(), inverse.tolist(), strict=True):
             rows[number] = values[value]
     return rows
-
-
-def _num_bytes(value: Any) -> int:
-    """Return about how much memory a row takes."""
-    # Lines are by far the most frequent kind of rows.
-    if type(value) is bytes:
-        return sys.getsizeof(value)
-    if isinstance(value, Mapping):
-        return sys.getsizeof(value) + sum(map(_num_bytes, value.values()))
-    if isinstance(value, list):
-        return sys.getsizeof(value) + sum(map(_num_bytes, value))
-    return sys.getsizeof(value)

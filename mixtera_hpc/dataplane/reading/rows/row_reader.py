@@ -13,9 +13,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtera_hpc.dataplane.reading.domain_streams import Documents, equal_runs
+from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams, equal_runs
 from mixtera_hpc.dataplane.reading.residency.open_shards import ShardPaths, max_open_shards
-from mixtera_hpc.dataplane.reading.residency.resident_rows import MAX_ROW_SHARE, PackedRows, ResidentRows
+from mixtera_hpc.dataplane.reading.residency.packed_rows import PackedRows
+from mixtera_hpc.dataplane.reading.residency.resident_rows import ResidentRows
+from mixtera_hpc.dataplane.reading.residency.rows_ahead import rows_ahead
 from mixtera_hpc.dataplane.reading.residency.small_blocks import MAX_SMALL_BLOCK_BYTES, SmallBlocks
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
 from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
@@ -73,9 +75,16 @@ class _OpenShard(NamedTuple):
 class RowReader:
     """Open shards, and rows of blocks that were decoded as a whole. One per reading thread."""
 
-    def __init__(self, source: Source, guard: ShardGuard) -> None:
-        """Open nothing yet; shards are opened when they are needed, and recorded in `guard`."""
+    def __init__(self, source: Source, guard: ShardGuard, streams: DomainStreams | None = None) -> None:
+        """Open nothing yet; shards are opened when they are needed, and recorded in `guard`.
+
+        Args:
+            source: the data.
+            guard: notices shards that change.
+            streams: the streams whose documents are read; None if few are read.
+        """
         self._source = source
+        self._streams = streams
         self._guard = guard
         self.place = ReadPlace()
         """The place of this reader in the data, for the watchdog."""
@@ -323,16 +332,19 @@ class RowReader:
     def _resident(self, raw: bool) -> ResidentRows:
         """Return the rows in memory; texts and whole rows are kept apart."""
         if raw not in self._resident_rows:
-            max_bytes = int(self._source.cache_bytes * MAX_ROW_SHARE)
-            self._resident_rows[raw] = ResidentRows(
-                max_bytes, partial(self._decode_block, raw), partial(self._pack_block, raw)
-            )
-        # Rows come first. The rest is for blocks, which domains at the same speed need at about the same time.
+            pack_block = partial(self._pack_block, raw)
+            ahead = rows_ahead(self._source, self._streams, pack_block)
+            max_bytes = self._source.cache_bytes
+            self._resident_rows[raw] = ResidentRows(max_bytes, partial(self._decode_block, raw), pack_block, ahead)
+        self._limit_blocks()
+        return self._resident_rows[raw]
+
+    def _limit_blocks(self) -> None:
+        """Leave the memory that rows do not take to decoded blocks."""
         rows_bytes = sum(rows.num_bytes for rows in self._resident_rows.values())
         if self._small_blocks is not None:
             rows_bytes += self._small_blocks.num_bytes
         self._cache.max_bytes = max(self._source.cache_bytes - rows_bytes, 0)
-        return self._resident_rows[raw]
 
     def _decode_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> Sequence[Any]:
         """Decode a block and return the named rows; the lengths of rows have no meaning here."""
@@ -342,6 +354,7 @@ class RowReader:
 
     def _pack_block(self, raw: bool, number: int, rows: NDArray[np.int64]) -> PackedRows:
         """Decode a block and return the named rows as they stay in memory: as lines, where the reader has them."""
+        self._limit_blocks()
         block, reader = self._enter_block(number)
         if isinstance(reader, CompressedJsonlReader):
             return PackedRows(reader.lines(block, rows), decode_payloads if raw else reader.unpack_documents)
