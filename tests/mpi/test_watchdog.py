@@ -237,7 +237,7 @@ def test_a_stopped_rank_is_named_and_abort_ends_the_run(own_collection: list[str
         os.kill(job.pid(1), signal.SIGSTOP)
         verdict = job.wait_until_named()
         assert [(named["rank"], named["silent"]) for named in verdict["ranks"]] == [(1, True)]
-        log = job.wait_for_end()
+        log = job.wait_for_end(LIMIT_S + END_S)  # After the limit again.
     assert "rank 1 on " in log and "is silent" in log and "dataplane.watchdog=abort" in log
     assert json.loads(job.run.failure(1).read_text())["rank"] == 1
 
@@ -273,11 +273,11 @@ def test_a_trainer_that_is_stuck_is_named(ranks: int, own_collection: list[str],
 def test_a_hung_reading_process_is_named_and_ended(own_collection: list[str], tmp_path: Path) -> None:
     shard = largest_shard(own_collection)
     # Longer than the processes take to start, also on a busy machine.
-    words = [*own_collection, "dataplane.workers=2", "dataplane.watchdog=abort", "dataplane.watchdog_s=30"]
+    words = [*own_collection, "dataplane.workers=2", "dataplane.watchdog=abort", "dataplane.watchdog_s=20"]
     with running("train", tmp_path, words, 1, shard) as job:
-        named = job.wait_until_named(40)["ranks"][0]
+        named = job.wait_until_named(30)["ranks"][0]
         assert (named["stage"], Path(named["shard"]).name) == ("read", shard.name)
-        job.wait_for_end(20)
+        job.wait_for_end(30)  # After the limit again.
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
