@@ -75,9 +75,11 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
     shape = JobShape.of_job(source, ranks, ranks // config.job.nodes)
     cost = decode_cost(source, items / max(forecast.num_steps, 1), shape)
     if cost is not None:
+        # A collection that fits into the memory needs less than its layout would without.
+        least = min(cost.lower_bound, cost.amplification)
         open_console().print(
             f"Decoding, on {pluralize(ranks, 'rank')} of {pluralize(config.job.nodes, 'node')}: "
-            f"{cost.amplification:.1f} bytes per byte served, at least {cost.lower_bound:.1f} with this layout of the "
+            f"{cost.amplification:.1f} bytes per byte served, at least {least:.1f} with this layout of the "
             f"data; {cost.read_bytes_per_step / 1e6:.3g} MB read from the file system per step; "
             f"{cost.memory_bytes / 1e9:.3g} GB of memory per node"
         )
