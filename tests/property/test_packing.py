@@ -25,6 +25,7 @@ from mixtera_hpc.core.sequence_grid import SequenceGrid
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
+from mixtera_hpc.dataplane.reading.packing.sample_costs import SampleCosts
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
 from mixtera_hpc.dataplane.reading.source import Source, open_source
 from mixtera_hpc.dataplane.reading.step_sequences import slots_of_plan
@@ -292,7 +293,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(costs: list[int], r
         assert all(a + b > budget for a, b in pairwise(needed)) or len(needed) == 1 or 0.0 in needed
 
 
-SAMPLES = {"group_by": ["source"], "unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
+SAMPLES = {"unit": "samples", "on_exhausted": "redistribute", "max_epochs": 1.0}
 
 
 def sample_source(plain: dict[str, Any], **plane: object) -> Source:
@@ -340,3 +341,26 @@ def test_a_sample_above_the_budget_is_refused_before_the_first_step(plain: dict[
         sample_source(plain, sample_cost="size")
     with pytest.raises(ConfigError, match="not a number property"):
         sample_source(plain, sample_cost="source")
+
+
+def test_only_samples_that_are_served_need_a_cost_within_the_budget(plain: dict[str, Any]) -> None:
+    def limited(names: list[str], fraction: float) -> dict[str, Any]:
+        domains = [{"key": {"source": name}, "fraction": fraction} for name in names]
+        return {**plain, "mixture": plain["mixture"] | {"domains": domains, "group_by": []}}
+
+    def largest(config: dict[str, Any]) -> float:
+        source = sample_source(config, sample_cost="tokens")
+        streams = source.streams()
+        items = source.layout.epoch_items().tolist()
+        epochs = [streams.documents(domain, 0, count) for domain, count in enumerate(items) if count]
+        return max(float(SampleCosts(source).of_documents(documents).max()) for documents in epochs)
+
+    names = [key["source"] for key in sample_source(plain).index.domain_keys[:3]]
+    budgets = [largest(config) for config in (limited(names, 0.2), limited(names, 1.0), plain)]
+    assert budgets == sorted(set(budgets))
+    sample_source(limited(names, 0.2), sample_cost="tokens", sample_budget=budgets[0])
+    with pytest.raises(ConfigError, match="sample_budget"):
+        sample_source(limited(names, 1.0), sample_cost="tokens", sample_budget=budgets[0])
+    sample_source(limited(names, 1.0), sample_cost="tokens", sample_budget=budgets[1])
+    with pytest.raises(ConfigError, match="sample_budget"):
+        sample_source(plain, sample_cost="tokens", sample_budget=budgets[1])

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -138,6 +139,48 @@ def test_a_store_that_is_written_anew_has_other_files(overrides: list[str], tmp_
     assert header_of(tmp_path).kept_blocks == 0
     assert not before & {path.name for path in (tmp_path / "i.h5.rows").glob("rows-*.zst")}
     assert served(overrides) == served(overrides, "data.materialize=never")
+
+
+def test_a_store_that_changes_under_a_run_ends_it(overrides: list[str], tmp_path: Path) -> None:
+    assert main(["index", "build", *overrides]) == 0
+    header = header_of(tmp_path)
+    files = RowStoreFiles.of_index(tmp_path / "i.h5")
+    saved = tmp_path / "saved"
+    shutil.copytree(files.folder, saved)
+
+    def write_again() -> None:
+        """Replace all files: those of a store that is removed and built again may have the names of before."""
+        shutil.rmtree(files.folder)
+        shutil.copytree(saved, files.folder)
+
+    def begin_another() -> None:
+        files.write_header(msgspec.structs.replace(header, index="f" * 32, places="places-f.bin", complete=False))
+
+    for damage, problem in (
+        (write_again, "it was written again"),
+        (begin_another, "it is being written again"),
+        (files.header.unlink, "cannot be found"),
+        ((files.folder / header.places).unlink, "cannot be found"),
+    ):
+        with DataPlane.open(compose(overrides), Local()) as plane:
+            batches = iter(plane)
+            next(batches)
+            damage()
+            with pytest.raises(DataError, match=f"has changed while the run reads it: .*{problem}"):
+                list(batches)
+        write_again()
+
+
+def test_a_run_continues_while_a_refresh_extends_its_row_store(overrides: list[str], tmp_path: Path) -> None:
+    assert main(["index", "build", *overrides]) == 0
+    stream = [digests for digests, *_ in served(overrides)]
+    with DataPlane.open(compose(overrides), Local()) as plane:
+        batches = iter(plane)
+        digests = [next(batches).digests]
+        add_shard(tmp_path, 4)
+        assert main(["index", "refresh", *overrides]) == 0
+        assert header_of(tmp_path).kept_blocks > 0
+        assert digests + [batch.digests for batch in batches] == stream
 
 
 def test_an_interrupted_store_is_continued(

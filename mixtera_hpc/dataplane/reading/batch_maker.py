@@ -212,9 +212,11 @@ class BatchMaker:
     def _stored_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
         """Copy stored tokens to the sequences of each step."""
         first_rows = np.cumsum([0, *(len(content.domain_ids) for content in steps)])
-        documents = self._documents_of(sequences)
+        rows = first_rows[sequences.step_index] + sequences.row
+        documents = self._documents.documents(sequences.domain, sequences.numbers(self._source), rows)
         arrays = [self._arrays_of(content) for content in steps]
-        self._reader.read_sequences(documents, first_rows[sequences.step_index] + sequences.row, arrays)
+        num_sequences = [int(np.count_nonzero(content.domain_ids >= 0)) for content in steps]
+        self._reader.read_sequences(documents, num_sequences, arrays)
         return [self._batch(plan, content, None, **own._asdict()) for content, own in zip(steps, arrays, strict=True)]
 
     def _token_batches(

@@ -18,7 +18,7 @@ from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.rows.row_reader import ReadRows, RowReader
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
-from mixtera_hpc.dataplane.reading.stored.stored_sequences import read_sequences
+from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences
 from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.dataplane.watchdog.progress import PACK, READ, ReadPlace
@@ -121,8 +121,9 @@ class DocumentReader:
         self._rows.place = place
 
     def check_unchanged(self) -> None:
-        """Raise DataError if a shard that was read, or a token store, has changed."""
+        """Raise DataError if a shard that was read, or a token or row store, has changed."""
         self._guard.check()
+        self._rows.formats.check_unchanged()
         self._gather.check_unchanged()
 
     def read(self, documents: Documents, last_of_run: Sequence[int]) -> PackedTokens:
@@ -142,7 +143,7 @@ class DocumentReader:
         # A collection may mix shards of text with shards of token ids.
         is_stored_token = np.repeat(is_stored, documents.last - documents.first)
         of_stored = np.empty(int(is_stored_token.sum()), np.int32)
-        self._gather.read_into(documents.select(np.flatnonzero(is_stored)), [of_stored])
+        self._gather.read_into(documents.select(np.flatnonzero(is_stored)), of_stored)
         if is_stored.all():
             return self._packed(documents, of_stored)
         position_of_text = np.cumsum(~is_stored) - 1
@@ -157,10 +158,14 @@ class DocumentReader:
         """Whether every document is stored as token ids, so that `read_sequences` can be used."""
         return self._source.layout.in_tokens and self._gather.holds_all
 
-    def read_sequences(self, documents: Documents, rows: Ints, batches: Sequence[TokenArrays]) -> None:
-        """Write whole sequences of documents that are all stored; see `stored_sequences.read_sequences`."""
+    def read_sequences(
+        self, documents: Documents, num_sequences: Sequence[int], batches: Sequence[TokenArrays]
+    ) -> None:
+        """Write whole sequences of documents that are all stored; see `StoredSequences`."""
         self.place.enter(READ)
-        read_sequences(self._source, self._gather, documents, rows, batches)
+        sequences = StoredSequences(self._source, self._gather, documents, num_sequences)
+        for number, batch in enumerate(batches):
+            sequences.write(number, batch)
 
     def _remember(self, key: int, tokens: Tokens) -> None:
         """Keep the tokens of a document, and forget the oldest ones beyond the budget."""

@@ -78,6 +78,10 @@ class _WindowParts:
     """First item, counted from the start of the window."""
     end: Ints
 
+    def select(self, chosen: NDArray[np.intp]) -> "_WindowParts":
+        """Return some of the parts."""
+        return _WindowParts(self.window[chosen], self.begin[chosen], self.end[chosen])
+
 
 class DomainStreams:
     """Looks up any position of any stream. Not thread-safe: one per reading thread."""
@@ -124,24 +128,35 @@ class DomainStreams:
         """Return the documents of several spans of a stream, one span after the other."""
         return self.documents_of_spans(np.full(len(starts), domain), starts, stops)
 
-    def documents_of_spans(self, domain: Ints, starts: Ints, stops: Ints) -> Documents:
+    def documents_of_spans(self, domain: Ints, starts: Ints, stops: Ints, places: Ints | None = None) -> Documents:
         """Return the documents of spans of any streams, one span after the other.
 
         Args:
-            domain: of each span.
+            domain: of each span. Spans are cheapest if they are sorted by domain and item.
             starts: first item of each span.
             stops: one past the last item of each span; greater than the first.
+            places: ascending numbers put the spans into another order; None keeps their order.
         """
         self._begin_lookup()
+        parts = self._parts_of_spans(domain, starts, stops)
+        if places is not None:
+            # The items of the parts add up to those of the spans.
+            first_items = np.cumsum(parts.end - parts.begin) - (parts.end - parts.begin)
+            span = np.searchsorted(np.cumsum(stops - starts), first_items, side="right")
+            parts = parts.select(np.argsort(places[span], kind="stable"))
+        return self._documents_in(parts)
+
+    def _parts_of_spans(self, domain: Ints, starts: Ints, stops: Ints) -> _WindowParts:
+        """Cut spans at the borders of windows."""
         is_repeated = self._repeated.holds(domain, starts, stops)
         if not is_repeated.any():
-            return self._documents_in(self._parts_of_epochs(domain, starts, stops))
+            return self._parts_of_epochs(domain, starts, stops)
         # Neighbouring spans of small domains, and of others, in turn.
         parts = []
         for first, last in equal_runs(is_repeated):
             spans = domain[first:last], starts[first:last], stops[first:last]
             parts.append(self._repeated_parts(*spans) if is_repeated[first] else self._parts_of_epochs(*spans))
-        return self._documents_in(_joined(parts))
+        return _joined(parts)
 
     def _parts_of_epochs(self, domain: Ints, starts: Ints, stops: Ints) -> _WindowParts:
         """Cut spans at the borders of epochs and windows."""

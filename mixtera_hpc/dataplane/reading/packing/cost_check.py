@@ -1,7 +1,5 @@
 """The check that every sample has a cost, and that a micro-batch can hold it."""
 
-from dataclasses import replace
-
 from mixtera_hpc.config.packing.check_packing import COST_OF_TRANSFORM
 from mixtera_hpc.config.schema import Config
 from mixtera_hpc.core.properties import Kind
@@ -36,14 +34,13 @@ def check_sample_costs(config: Config, index: PropertyIndex, subset: SampleSubse
     budget = plane.sample_budget
     wrong = f"{name} is None or {name} < 0" + ("" if budget is None else f" or {name} > {budget!r}")
     restricted = SampleSubset(split=subset.split, drop=(*subset.drop, f"not ({wrong})"))
-    # All selected samples form one domain: a domain without such samples is no error.
-    single = replace(config.mixture, kind="natural", group_by=[], domains=[], remainder=None)
-    rows, _ = select_subset(replace(config, mixture=single), index, restricted).selection.table.totals()
+    # With the domains of the run: samples that no domain has, or beyond the fraction of theirs, are not served.
+    rows, _ = select_subset(config, index, restricted).selection.table.totals()
     if not rows.sum():
         return
     above = "" if budget is None else f" or {name} above dataplane.sample_budget={budget:g}"
     cure = f"{name} >= 0" + ("" if budget is None else f" and {name} <= {budget:g}")
     raise ConfigError(
-        f"{int(rows.sum()):,} of the selected samples have no {name}, {name} below 0{above}.\n"
+        f"{int(rows.sum()):,} of the samples that the run serves have no {name}, {name} below 0{above}.\n"
         f'  Leave them out with query.where="{cure}"' + ("." if budget is None else ", or raise the budget.")
     )

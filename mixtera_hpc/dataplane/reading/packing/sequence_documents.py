@@ -73,7 +73,7 @@ class SequenceDocuments:
         """Return the `dataplane.sample_cost` of every document; shape (n,)."""
         return self._costs.of_documents(documents)
 
-    def documents(self, domain: NDArray[np.integer[Any]], numbers: Ints) -> Documents:
+    def documents(self, domain: NDArray[np.integer[Any]], numbers: Ints, places: Ints | None = None) -> Documents:
         """Return the documents of sequences, one sequence after the other.
 
         Neighbouring sequences of a group that follow each other are cheapest.
@@ -81,6 +81,7 @@ class SequenceDocuments:
         Args:
             domain: of each sequence.
             numbers: number of each sequence in the stream of its domain.
+            places: ascending numbers put the sequences into another order; None keeps their order.
         """
         if self.is_packed and len(domain):
             # Groups are packed first, which looks up documents itself.
@@ -90,10 +91,15 @@ class SequenceDocuments:
                 for value, (first, last) in zip(own, equal_runs(domain), strict=True)
             ]
             starts, stops = (np.concatenate(ends) for ends in zip(*packed, strict=True))
-            return self._streams.documents_of_spans(np.repeat(own, [len(part) for part, _ in packed]), starts, stops)
+            if places is not None:
+                # Every sequence has the same number of items, so the position of a span tells its sequence.
+                first_items = np.cumsum(stops - starts) - (stops - starts)
+                places = places[first_items // self._source.grid.length]
+            of_spans = np.repeat(own, [len(part) for part, _ in packed])
+            return self._streams.documents_of_spans(of_spans, starts, stops, places)
         grid = self._source.grid
         starts = self._source.stream_version.origins[domain] + numbers * grid.stride
-        return self._streams.documents_of_spans(domain.astype(np.int64), starts, starts + grid.length)
+        return self._streams.documents_of_spans(domain.astype(np.int64), starts, starts + grid.length, places)
 
     def spans(self, domain: int, sequence: int) -> list[tuple[int, int]]:
         """Return the items of the stream that a sequence consists of, as (first, one past the last), in its order."""

@@ -98,7 +98,7 @@ class RowReader:
         """Format and text path of shards whose kind is known before they are opened → kind."""
         self._shard_kinds = np.zeros(len(index.shard_paths), np.int16)
         self._paths = ShardPaths(index.data_root, index.shard_paths)
-        self._formats = ShardFormats(source)
+        self.formats = ShardFormats(source)
         self._is_range_reader: dict[type, bool] = {}
         """Class of a reader → whether it is a `RangeReader`: the check of a protocol is slow."""
         seek_folders = [seek_folder_of(path) for path in source.config.index.paths_to_read]
@@ -395,7 +395,7 @@ class RowReader:
             return self._shards[number]
 
         index = self._source.index
-        fmt = self._formats.of(number)
+        fmt = self.formats.of(number)
         path = self._paths.get(number)
         tokenizer = self._source.tokenizer
         chat = tokenizer.chat if tokenizer is not None else None

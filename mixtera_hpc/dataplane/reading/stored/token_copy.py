@@ -1,11 +1,12 @@
 """Copy the wanted tokens of documents from memory to the arrays of several batches.
 
-The bytes of many documents are joined in one call, which then become the integers of the output. Documents that follow
-each other in memory, such as those of a sequence of `dataplane.shuffle=sequence`, are copied as one segment. Price:
-about 1 ns per token and 0.25 µs per segment. One index array over all tokens costs 2 to 3 times as much for documents
-of 250 tokens, and the same for documents of 60.
+What is copied is computed for all batches together. The bytes of many documents are joined in one call, which then
+become the integers of the output. Documents that follow each other in memory, such as those of a sequence of
+`dataplane.shuffle=sequence`, are copied as one segment. Price: about 1 ns per token and 0.25 µs per segment. One index
+array over all tokens costs 2 to 3 times as much for documents of 250 tokens, and the same for documents of 60.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.tokens.definition import AddedTokens
 
-__all__ = ["TextTokens", "copy_tokens", "write_parts"]
+__all__ = ["TextTokens", "TokenCopies"]
 
 TOKENS_PER_COPY = 1 << 16
 """Tokens that are copied in one call: large enough to hide its cost, and small enough for the processor's cache."""
@@ -35,7 +36,9 @@ class TextTokens:
     count: Ints
     """Number of tokens."""
     ends_with_eos: NDArray[np.bool_]
-    """True where the token that ends a document is stored behind the text."""
+    """True where `eos_id` is stored behind the text."""
+    eos_id: int | None
+    """The token that ends a document."""
 
 
 class _Segments(NamedTuple):
@@ -51,50 +54,81 @@ class _Segments(NamedTuple):
     """Position in the output behind each segment and the tokens that are left free."""
 
 
-def copy_tokens(
-    memory: Tokens, texts: TextTokens, documents: Documents, added: AddedTokens, outputs: Sequence[Tokens]
-) -> None:
-    """Copy the wanted tokens of each document, and write the special tokens that begin and end it.
+class TokenCopies:
+    """The wanted tokens of documents, ready to be copied to one output after the other."""
 
-    Args:
-        memory: all tokens.
-        texts: the place of each document in memory.
-        documents: says which tokens are wanted.
-        added: special tokens that are not part of the text.
-        outputs: flat arrays that are filled one after the other. Each begins with the first token of a document's part.
-    """
-    segments = _segments_of(texts, documents, added, np.cumsum(list(map(len, outputs))))
-    view = memory.data
-    begins = segments.begin.tolist()
-    ends = segments.end.tolist()
-    has_gaps = bool(segments.before.any() or segments.after.any())
-    gaps = [bytes(count * memory.itemsize) for count in range(max(len(added.before), len(added.after)) + 1)]
-    first = 0
-    for output, stops in zip(outputs, _copies(segments.stop, outputs), strict=True):
+    def __init__(
+        self, memory: Tokens, texts: TextTokens, documents: Documents, added: AddedTokens, sizes: Sequence[int]
+    ) -> None:
+        """Compute what is copied.
+
+        Args:
+            memory: all tokens.
+            texts: the place of each document in memory.
+            documents: says which tokens are wanted; their parts follow each other in the outputs.
+            added: special tokens that are not part of the text.
+            sizes: tokens of each output. Each output begins with the first token of a document's part.
+        """
+        self._memory = memory
+        self._borders = np.cumsum([0, *sizes])
+        is_eos_stored = added.after == (texts.eos_id,)
+        stored_eos = texts.ends_with_eos if is_eos_stored else np.zeros(len(texts.count), np.bool_)
+        segments = _segments_of(texts, documents, added, stored_eos, self._borders[1:])
+        self._begins: list[int] = segments.begin.tolist()
+        self._ends: list[int] = segments.end.tolist()
+        self._copies = _copies(segments.stop, self._borders)
+        self._gaps: tuple[list[int], list[int]] | None = None
+        if segments.before.any() or segments.after.any():
+            self._gaps = segments.before.tolist(), segments.after.tolist()
+        self._zeros = [bytes(n * memory.itemsize) for n in range(max(len(added.before), len(added.after)) + 1)]
+        self._added = [
+            (positions, np.searchsorted(positions, self._borders).tolist(), token)
+            for positions, token in _added_positions(texts, documents, added, stored_eos)
+        ]
+
+    def write(self, number: int, output: Tokens) -> None:
+        """Copy the tokens of an output, and write the special tokens that begin and end documents."""
         written = 0
-        for last in stops:
-            parts: list[Any] = [
-                view[begin:end] for begin, end in zip(begins[first:last], ends[first:last], strict=True)
-            ]
-            if has_gaps:
-                parts = _with_gaps(parts, segments.before[first:last], segments.after[first:last], gaps)
-            copied = np.frombuffer(b"".join(parts), memory.dtype)
+        first = self._copies[number - 1][-1] if number else 0
+        for last in self._copies[number]:
+            if last == first:  # The next segment is longer than a copy.
+                continue
+            copied = np.frombuffer(b"".join(self._parts(first, last)), self._memory.dtype)
             output[written : written + len(copied)] = copied
             written += len(copied)
             first = last
-    _write_added(texts, documents, added, outputs)
+        for positions, borders, token in self._added:
+            own = positions[borders[number] : borders[number + 1]]
+            if len(own):
+                output[own - self._borders[number]] = token
+
+    def _parts(self, first: int, last: int) -> list[Any]:
+        """Return the bytes of segments, with what is left free before and after each."""
+        view = self._memory.data
+        own = slice(first, last)
+        parts: list[Any] = [view[begin:end] for begin, end in zip(self._begins[own], self._ends[own], strict=True)]
+        if self._gaps is None:
+            return parts
+        before, after = self._gaps
+        spaced: list[Any] = [b""] * (3 * len(parts))
+        spaced[0::3] = [self._zeros[count] for count in before[own]]
+        spaced[1::3] = parts
+        spaced[2::3] = [self._zeros[count] for count in after[own]]
+        return spaced
 
 
-def write_parts(values: Tokens, outputs: Sequence[Tokens]) -> None:
-    """Copy consecutive parts of `values` to the outputs."""
-    begin = 0
-    for output in outputs:
-        output[:] = values[begin : begin + len(output)]
-        begin += len(output)
+def _segments_of(
+    texts: TextTokens, documents: Documents, added: AddedTokens, stored_eos: NDArray[np.bool_], output_stops: Ints
+) -> _Segments:
+    """Return the ranges of memory that hold the wanted tokens; neighbours in memory and in an output are joined.
 
-
-def _segments_of(texts: TextTokens, documents: Documents, added: AddedTokens, output_stops: Ints) -> _Segments:
-    """Return the ranges of memory that hold the wanted tokens; neighbours in memory and in an output are joined."""
+    Args:
+        texts: see `TokenCopies`, as `documents` and `added`.
+        documents: says which tokens are wanted.
+        added: special tokens that are not part of the text.
+        stored_eos: documents whose added token after the text is stored there.
+        output_stops: position behind each output.
+    """
     num_before = len(added.before)
     lengths = documents.last - documents.first
     # The wanted part of the text. The wanted tokens before and after it are written later.
@@ -104,11 +138,10 @@ def _segments_of(texts: TextTokens, documents: Documents, added: AddedTokens, ou
     end = texts.first + text_last
     before = np.minimum(np.maximum(num_before - documents.first, 0), lengths)
     after = lengths - before - (text_last - text_first)
-    if len(added.after) == 1:
-        # The stored token that ends the document is copied with the text.
-        in_place = texts.ends_with_eos & (after == 1)
-        end = end + in_place
-        after = after - in_place
+    # A stored token that ends the document is copied with the text.
+    in_place = stored_eos & (after == 1)
+    end = end + in_place
+    after = after - in_place
 
     stop = np.cumsum(lengths)
     is_border = (end[:-1] != begin[1:]) | (after[:-1] > 0) | (before[1:] > 0)
@@ -121,38 +154,23 @@ def _segments_of(texts: TextTokens, documents: Documents, added: AddedTokens, ou
     return _Segments(begin[first], end[last], before[first], after[last], stop[last])
 
 
-def _copies(segment_stops: Ints, outputs: Sequence[Tokens]) -> list[list[int]]:
-    """Return, for every output, the number of the segment behind each copy."""
-    copies = []
-    begin = 0
-    for output in outputs:
-        end = begin + len(output)
-        targets = np.arange(begin + TOKENS_PER_COPY, end + TOKENS_PER_COPY, TOKENS_PER_COPY)
-        copies.append(np.searchsorted(segment_stops, np.minimum(targets, end), side="right").tolist())
-        begin = end
-    return copies
+def _copies(segment_stops: Ints, borders: Ints) -> list[list[int]]:
+    """Return, for every output, the number of the segment behind each copy; `borders` has the borders of outputs."""
+    targets = [
+        np.append(np.arange(begin + TOKENS_PER_COPY, end, TOKENS_PER_COPY), end)
+        for begin, end in pairwise(borders.tolist())
+    ]
+    numbers = np.searchsorted(segment_stops, np.concatenate(targets), side="right").tolist()
+    ends = itertools.accumulate(map(len, targets), initial=0)
+    return [numbers[begin:end] for begin, end in pairwise(ends)]
 
 
-def _with_gaps(segments: list[Any], before: Ints, after: Ints, gaps: list[bytes]) -> list[Any]:
-    """Return the segments with a gap of so many tokens before and after each; `gaps` has one of every size."""
-    spaced: list[Any] = [b""] * (3 * len(segments))
-    spaced[0::3] = [gaps[count] for count in before.tolist()]
-    spaced[1::3] = segments
-    spaced[2::3] = [gaps[count] for count in after.tolist()]
-    return spaced
-
-
-def _write_added(texts: TextTokens, documents: Documents, added: AddedTokens, outputs: Sequence[Tokens]) -> None:
-    """Write the special tokens that begin and end documents."""
-    borders = np.cumsum([0, *map(len, outputs)])
-    for positions, token in _added_positions(texts, documents, added):
-        first = np.searchsorted(positions, borders).tolist()
-        for output, offset, (begin, end) in zip(outputs, borders[:-1].tolist(), pairwise(first), strict=True):
-            output[positions[begin:end] - offset] = token
-
-
-def _added_positions(texts: TextTokens, documents: Documents, added: AddedTokens) -> Iterator[tuple[Ints, int]]:
-    """Yield every added token with its positions in all outputs together, ascending."""
+def _added_positions(
+    texts: TextTokens, documents: Documents, added: AddedTokens, stored_eos: NDArray[np.bool_]
+) -> Iterator[tuple[Ints, int]]:
+    """Yield every added token with its positions in all outputs together, ascending; without those that are stored."""
+    if not added.before and stored_eos.all():
+        return
     lengths = documents.last - documents.first
     starts = np.cumsum(lengths) - lengths
     # Item of each added token inside its document: first those before the text, then those after it.
@@ -160,4 +178,7 @@ def _added_positions(texts: TextTokens, documents: Documents, added: AddedTokens
     items += [(len(added.before) + texts.count + k, token) for k, token in enumerate(added.after)]
     for item, token in items:
         is_wanted = (documents.first <= item) & (item < documents.last)
+        if item is items[-1][0]:
+            # Documents with a stored token have a single one after the text.
+            is_wanted &= ~stored_eos
         yield (starts + item - documents.first)[is_wanted], token

@@ -1,12 +1,13 @@
 """From documents to tokens for shards that hold token ids: one pass over all documents of a read.
 
-What is wanted of every document is computed for all documents at once, then their tokens are copied (`token_copy`).
+What is wanted of every document is computed for all documents at once; then their tokens are copied, output by output
+(`token_copy`).
 Price: about 0.2 µs per document beside the copy, however many shards the documents lie in.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from mixtera_hpc.dataplane.reading.stored.read_errors import (
     token_count_error,
 )
 from mixtera_hpc.dataplane.reading.stored.store_rows import Places, StoreRows
-from mixtera_hpc.dataplane.reading.stored.token_copy import TextTokens, copy_tokens, write_parts
+from mixtera_hpc.dataplane.reading.stored.token_copy import TextTokens, TokenCopies
 from mixtera_hpc.dataplane.reading.unchanged.shard_guard import ShardGuard
 from mixtera_hpc.formats.base import TokenFormat
 from mixtera_hpc.formats.registry import load_format
@@ -28,10 +29,17 @@ from mixtera_hpc.index.token_store.store_files import StoreFiles
 from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["TokenGather", "blocks_with_tokens"]
+__all__ = ["TokenGather", "TokenWriter", "blocks_with_tokens"]
 
 Ints = NDArray[np.int64]
 Tokens = NDArray[np.integer[Any]]
+
+
+class TokenWriter(Protocol):
+    """The tokens of several outputs, which are copied one after the other."""
+
+    def write(self, number: int, output: Tokens) -> None:
+        """Copy the tokens of an output, given its number, to a flat array."""
 
 
 class TokenGather:
@@ -62,15 +70,23 @@ class TokenGather:
         if self._store_rows is not None:
             self._store_rows.check_unchanged()
 
-    def read_into(self, documents: Documents, outputs: Sequence[Tokens]) -> None:
-        """Write the wanted tokens of documents that are all stored, special tokens included.
+    def read_into(self, documents: Documents, output: Tokens) -> None:
+        """Write the wanted tokens of documents that are all stored, special tokens included, to a flat array.
 
+        Raises:
+            DataError: see `prepare`.
+        """
+        self.prepare(documents, [len(output)]).write(0, output)
+
+    def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
+        """Return the wanted tokens of documents that are all stored, special tokens included, ready to be copied.
+
+        They must be copied before the next call, which may unmap files.
         Tokens of conversations have the bit `NOT_TRAINED` where they are not trained.
 
         Args:
             documents: their parts follow each other in the outputs.
-            outputs: flat arrays of one type, which have room for these tokens together. Each begins with the first
-                token of a part.
+            sizes: tokens of each output. Each begins with the first token of a part.
 
         Raises:
             DataError: a shard cannot be read or has changed, or a document has other tokens than the index counted.
@@ -87,10 +103,14 @@ class TokenGather:
         else:
             self._store_rows.locate(documents, self._num_shards, places)
             self._guard.use(places.file[places.file < self._num_shards])
-        self._read_places(documents, places, outputs)
+        return self._prepare_places(documents, places, sizes)
 
-    def _read_places(self, documents: Documents, places: Places, outputs: Sequence[Tokens]) -> None:
-        """Read documents whose places are known, as many files at a time as can be mapped."""
+    def close(self) -> None:
+        """Unmap all shards."""
+        self._files.close()
+
+    def _prepare_places(self, documents: Documents, places: Places, sizes: Sequence[int]) -> TokenWriter:
+        """Prepare documents whose places are known, as many files at a time as can be mapped."""
         shards = places.file
         limit = self._max_files
         if len(shards) > limit and len(np.unique(shards)) > limit:
@@ -98,37 +118,33 @@ class TokenGather:
             parts = []
             for first in range(0, len(shards), limit):
                 chosen = slice(first, first + limit)
-                parts.append(_empty_tokens(documents.select(chosen), outputs))
-                self._read_places(documents.select(chosen), places.select(chosen), parts[-1:])
-            write_parts(np.concatenate(parts), outputs)
-            return
+                own = documents.select(chosen)
+                parts.append(_empty_tokens(own))
+                self._prepare_places(own, places.select(chosen), [len(parts[-1])]).write(0, parts[-1])
+            return _ReadTokens(np.concatenate(parts), sizes)
 
         types = self._files.map(shards)
         if (types == types[0]).all():
-            self._read_type(int(types[0]), documents, places, outputs)
-            return
+            return self._prepare_type(int(types[0]), documents, places, sizes)
         # Each integer type has an array of its own.
-        tokens = _empty_tokens(documents, outputs)
+        tokens = _empty_tokens(documents)
         for number in np.unique(types).tolist():
-            is_type = types == number
-            self._read_chosen(number, documents, places, is_type, tokens)
-        write_parts(tokens, outputs)
+            self._read_chosen(number, documents, places, types == number, tokens)
+        return _ReadTokens(tokens, sizes)
 
     def _read_chosen(
         self, type_number: int, documents: Documents, places: Places, chosen: NDArray[np.bool_], tokens: Tokens
     ) -> None:
         """Read the documents where `chosen` is set, shape (n,), to their positions in the tokens of all documents."""
         chosen_documents = documents.select(np.flatnonzero(chosen))
-        own = _empty_tokens(chosen_documents, [tokens])
-        self._read_type(type_number, chosen_documents, places.select(chosen), [own])
+        own = _empty_tokens(chosen_documents)
+        self._prepare_type(type_number, chosen_documents, places.select(chosen), [len(own)]).write(0, own)
         tokens[np.repeat(chosen, documents.last - documents.first)] = own
 
-    def close(self) -> None:
-        """Unmap all shards."""
-        self._files.close()
-
-    def _read_type(self, type_number: int, documents: Documents, places: Places, outputs: Sequence[Tokens]) -> None:
-        """Read documents whose shards have the same integer type."""
+    def _prepare_type(
+        self, type_number: int, documents: Documents, places: Places, sizes: Sequence[int]
+    ) -> TokenWriter:
+        """Prepare documents whose shards have the same integer type."""
         source = self._source
         tokenizer = source.tokenizer
         if tokenizer is None:
@@ -137,11 +153,10 @@ class TokenGather:
         is_chat = None if chat_blocks is None else chat_blocks[documents.block]
         if is_chat is not None and is_chat.any() and not is_chat.all():
             # A chat template writes all special tokens itself, so that nothing is added to conversations.
-            tokens = _empty_tokens(documents, outputs)
+            tokens = _empty_tokens(documents)
             for chosen in (is_chat, ~is_chat):
                 self._read_chosen(type_number, documents, places, chosen, tokens)
-            write_parts(tokens, outputs)
-            return
+            return _ReadTokens(tokens, sizes)
         added = AddedTokens() if is_chat is not None and is_chat.all() else tokenizer.added
         first = self._files.first_tokens(places.file, places.start, places.length)
         if first is None:
@@ -150,11 +165,12 @@ class TokenGather:
         memory = self._files.span(type_number)
         texts = _without_added(memory, first, places.length // memory.itemsize, places.may_have_added, tokenizer)
         # A wrong count would shift every later sequence of the stream without a sign.
-        sizes = texts.count + source.layout.added_tokens(documents.block)
-        wrong = np.flatnonzero(sizes != documents.size)
+        counted = documents.size - source.layout.added_tokens(documents.block)
+        wrong = np.flatnonzero(texts.count != counted)
         if len(wrong):
-            raise token_count_error(source, documents, int(wrong[0]), int(sizes[wrong[0]]))
-        copy_tokens(memory, texts, documents, added, outputs)
+            size = int(texts.count[wrong[0]] + documents.size[wrong[0]] - counted[wrong[0]])
+            raise token_count_error(source, documents, int(wrong[0]), size)
+        return TokenCopies(memory, texts, documents, added, sizes)
 
     def _map_file(self, number: int) -> NDArray[Any]:
         """Map the tokens of a store, or a shard after a check that its blocks begin where the index says."""
@@ -181,9 +197,21 @@ def blocks_with_tokens(source: Source) -> NDArray[np.bool_]:
     return is_stored
 
 
-def _empty_tokens(documents: Documents, outputs: Sequence[Tokens]) -> Tokens:
-    """Return an array for the wanted tokens of documents, of the type of the outputs."""
-    return np.empty(int((documents.last - documents.first).sum()), outputs[0].dtype)
+class _ReadTokens:
+    """Tokens that were read to an array of their own; a `TokenWriter`."""
+
+    def __init__(self, tokens: Tokens, sizes: Sequence[int]) -> None:
+        """Take the tokens of all outputs, one output after the other, and the tokens of each."""
+        self._parts = np.split(tokens, np.cumsum(sizes)[:-1])
+
+    def write(self, number: int, output: Tokens) -> None:
+        """Copy the tokens of an output."""
+        output[:] = self._parts[number]
+
+
+def _empty_tokens(documents: Documents) -> Tokens:
+    """Return an array for the wanted tokens of documents and the marks of conversations."""
+    return np.empty(int((documents.last - documents.first).sum()), np.uint32)
 
 
 def _without_added(
@@ -213,4 +241,4 @@ def _without_added(
         count = count.copy()
         first[long_enough] += num_bos * begins_with_bos
         count[long_enough] -= num_bos * begins_with_bos
-    return TextTokens(first, count, ends_with_eos)
+    return TextTokens(first, count, ends_with_eos, tokenizer.eos_id)
