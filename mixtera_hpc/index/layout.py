@@ -186,10 +186,16 @@ def write_texts(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
 
 
 def read_texts(group: h5py.Group, name: str) -> tuple[str, ...]:
-    """Read texts written by `write_texts`."""
+    """Read texts written by `write_texts`.
+
+    Raises:
+        ValueError: the ends of the texts are out of range.
+    """
     data = group[f"{name}_utf8"][...].tobytes()
-    bounds = prepend_zero(read_column(group, f"{name}_end", np.int64)).tolist()
-    return tuple(data[start:stop].decode() for start, stop in pairwise(bounds))
+    bounds = prepend_zero(read_column(group, f"{name}_end", np.int64))
+    if bounds[-1] != len(data) or (np.diff(bounds) < 0).any():
+        raise ValueError(f"{group.name}/{name}_end holds no ascending ends of texts of {len(data)} bytes")
+    return tuple(data[start:stop].decode() for start, stop in pairwise(bounds.tolist()))
 
 
 def function_source(path: str, over_rows: bool) -> str:

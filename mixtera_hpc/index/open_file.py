@@ -16,7 +16,7 @@ from mixtera_hpc.index.layout import FORMAT, VERSION, building_folder, failure_f
 
 __all__ = ["DAMAGE", "damaged", "explain_locks", "open_file"]
 
-DAMAGE = (OSError, KeyError, ValueError, TypeError, RuntimeError, UnicodeDecodeError)
+DAMAGE = (OSError, KeyError, IndexError, ValueError, TypeError, RuntimeError, UnicodeDecodeError)
 """Errors that h5py raises for a damaged or foreign file."""
 MAX_FAILURE_LINES = 12
 MIN_TABLE_BYTES = 256 << 20

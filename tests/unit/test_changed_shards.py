@@ -210,7 +210,8 @@ def test_a_run_ends_with_exit_code_2_and_names_the_shard(collection: list[str], 
     shutil.copytree(source, tmp_path / "data")
     words = [f"data.root={tmp_path / 'data'}", *collection[1:], f"index.path={tmp_path / 'i.h5'}"]
     build_index(compose(words))
-    words += ["dataplane.workers=1", "dataplane.seq_len=32", "dataplane.global_batch_size=4"]
+    # Two processes, which share their look-ups.
+    words += ["dataplane.workers=2", "dataplane.seq_len=32", "dataplane.global_batch_size=4"]
     words += ["training.num_steps=100000", "dataplane.chunk_steps=2", f"run.root={tmp_path / 'runs'}", "run.id=mine"]
     command = [sys.executable, "-m", "mixtera_hpc", "run", *words]
     with (tmp_path / "log").open("w") as log:

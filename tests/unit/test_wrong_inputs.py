@@ -224,6 +224,9 @@ def verb_cases(folder: Path) -> Iterator[tuple[list[str], str]]:
         )
         yield ["index", action, f"data.root={folder}", f"index.path={folder}"], str(folder)
         yield ["index", action, f"data.root={folder}", "index.path=/proc/no/i.h5"], "/proc/no"
+    for key in ('a"b', "a\\b", "a\tb"):
+        words = [f"data.root={folder}", f"index.path={folder}/i.h5", f"data.properties={{k: {json.dumps(key)}}}"]
+        yield ["index", "build", *words], "data.properties"
     yield ["index"], "action"
     yield ["index", "bild"], "bild"
     yield ["index", "inspect", "--deep"], "--deep"

@@ -5,6 +5,7 @@ checked afterwards (`RowType.problems`): a text at a dotted path, and a path tha
 category. `row_paths` has the meaning of dotted paths.
 """
 
+import re
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -35,6 +36,9 @@ _TYPES: dict[frozenset[Kind], Any] = {
 _TEXT = "text"
 # What a row may have in place of an object with the wanted keys.
 _NO_OBJECT = bool | int | float | str | list[Any] | None
+
+# The decoder looks for the bytes of a key as they are, without JSON's escapes.
+_REFUSED_IN_KEYS = re.compile(r'["\\\x00-\x1f]')
 
 # Key → kinds of a value, `_TEXT`, or another tree.
 PathTree = dict[str, Any]
@@ -214,8 +218,17 @@ def _merge_leaves(old: Any, new: Any) -> Any:
 
 
 def _define_struct(name: str, tree: PathTree, *, is_top: bool = False) -> type[msgspec.Struct]:
-    """Define the struct of a tree. Only a text at the top level is required; all other keys may be missing."""
+    """Define the struct of a tree. Only a text at the top level is required; all other keys may be missing.
+
+    Raises:
+        ConfigError: a key has characters that the decoder does not accept.
+    """
     members: list[Any] = []
+    for key in filter(_REFUSED_IN_KEYS.search, tree):
+        raise ConfigError(
+            f"The key {key!r} of rows cannot be read: keys in data.text and data.properties must be without quotation "
+            "marks, backslashes and control characters.\n  Rename the key in the data, or read it with data.parser."
+        )
     for key, value in tree.items():
         if value is _TEXT and is_top and "." not in key:
             members.append((_attribute(key), str))

@@ -1,5 +1,6 @@
 """Positioned reads: threads share one file descriptor without a lock, and rows near each other share one read."""
 
+import errno
 import itertools
 import os
 from collections.abc import Sequence
@@ -48,8 +49,17 @@ def read_fully(fd: int, size: int, offset: int) -> bytes:
 
 
 def read_each_fully(fd: int, sizes: Sequence[int], offsets: Sequence[int]) -> list[bytes]:
-    """Read several byte ranges; see `read_fully`."""
-    contents = list(map(os.pread, itertools.repeat(fd), sizes, offsets))
+    """Read several byte ranges; see `read_fully`.
+
+    Raises:
+        ValueError: a size or an offset is negative. An index that is wrong asks for such ranges.
+    """
+    try:
+        contents = list(map(os.pread, itertools.repeat(fd), sizes, offsets))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError("the index names bytes that no file has") from None
     # Short reads are so rare that reading everything again costs nothing.
     if sum(map(len, contents)) < sum(sizes):
         return list(map(read_fully, itertools.repeat(fd), sizes, offsets))

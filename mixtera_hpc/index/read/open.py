@@ -22,6 +22,7 @@ from mixtera_hpc.index.open_file import DAMAGE, damaged, open_file
 from mixtera_hpc.index.read.generations import tables_of_generation
 from mixtera_hpc.index.read.sample_reader import SampleReader, SampleSource
 from mixtera_hpc.index.read.tables import read_bad_rows, read_data_sets, read_generations, read_tables
+from mixtera_hpc.index.table_values import check_generations, check_range
 
 __all__ = ["DataRoots", "PropertyIndex", "open_index", "read_stored_roots"]
 
@@ -165,6 +166,9 @@ def _read_index(file: h5py.File, path: Path, data_root: DataRoots, generation: s
     roots = _current_roots(sets, data_root, path)
     generations = read_generations(file["generations"])
     tables = read_tables(file, tuple(roots))
+    check_generations(generations, tables)
+    bad = read_bad_rows(file["bad"])
+    check_range("bad/shard", np.array([rows.shard for rows in bad], np.int64), 0, len(tables.shards.path) - 1)
     fingerprint = read_text(file, "fingerprint")
 
     # The newest state is the whole file, also if its own fingerprint is given.
@@ -180,7 +184,7 @@ def _read_index(file: h5py.File, path: Path, data_root: DataRoots, generation: s
         fingerprint=fingerprint,
         sets=sets,
         tokenizer_fingerprint=read_text(file, "tokenizer") or None,
-        bad=read_bad_rows(file["bad"]),
+        bad=bad,
         generations=generations,
         chunk_rows=int(file.attrs["chunk_rows"]),
         samples=SampleReader(path),

@@ -18,6 +18,7 @@ from mixtera_hpc.errors import PropertyIndexError
 from mixtera_hpc.index.layout import SIZE_NUMBERS, open_children, read_texts
 from mixtera_hpc.index.open_file import DAMAGE, damaged, open_file
 from mixtera_hpc.index.read.column_cache import ColumnCache
+from mixtera_hpc.index.table_values import check_range
 
 __all__ = ["SampleReader", "SampleSource"]
 
@@ -58,6 +59,7 @@ class SampleReader:
         self._columns: dict[str, Any] = {}
         self._numbers: dict[str, Any] = {}
         self._chunk_rows = 1
+        self._num_combos = 0
         self.bytes_read = 0
         """Bytes of the column values read so far: decompressed, in their stored types."""
 
@@ -111,6 +113,7 @@ class SampleReader:
             self._file = open_file(self.path)
             self._check_generation(self._file)
             self._chunk_rows = int(self._file.attrs["chunk_rows"])
+            self._num_combos = int(self._file["combos"].attrs["num_combos"])
             self._columns = open_children(self._file["samples"])
             self._numbers = open_children(self._columns.pop("numbers"))
 
@@ -149,8 +152,10 @@ class SampleReader:
                 # Every row has bytes, so 0 means that the format has no byte range for it.
                 numbers[name] = np.where(sizes == 0, np.nan, sizes) if name == "bytes" else sizes
 
+        combo = column("combo", self._columns.get("combo"), np.int32)
+        check_range("samples/combo", combo, 0, self._num_combos - 1)
         return SampleColumns(
-            combo=column("combo", self._columns.get("combo"), np.int32),
+            combo=combo,
             length=column("length", self._columns.get("length"), np.int64),
             tokens=column("tokens", self._columns.get("tokens"), np.int64),
             numbers=numbers,

@@ -21,6 +21,7 @@ from mixtera_hpc.index.layout import (
     read_texts,
 )
 from mixtera_hpc.index.shards import escapes
+from mixtera_hpc.index.table_values import check_range, check_tables
 
 __all__ = ["read_bad_rows", "read_data_sets", "read_generations", "read_tables"]
 
@@ -33,7 +34,8 @@ def read_tables(file: h5py.File, datasets: Sequence[str]) -> IndexTables:
         datasets: the names of the data sets, in stored order.
 
     Raises:
-        ValueError: the tables contradict each other, or the path of a shard leads out of its root.
+        ValueError: the tables contradict each other, a value is out of range, or the path of a shard leads out of its
+            root.
     """
     properties = {
         name: _read_property(name, group) for name, group in sorted(open_children(file["properties"]).items())
@@ -47,7 +49,7 @@ def read_tables(file: h5py.File, datasets: Sequence[str]) -> IndexTables:
     if int(blocks.rows.sum(dtype=np.int64)) != num_samples + num_bad:
         raise ValueError("blocks and samples do not add up")
 
-    return IndexTables(
+    tables = IndexTables(
         properties=properties,
         combos=_read_combos(file["combos"], properties),
         shards=_read_shards(file["shards"], datasets),
@@ -56,6 +58,8 @@ def read_tables(file: h5py.File, datasets: Sequence[str]) -> IndexTables:
         num_samples=num_samples,
         has_tokens=bool(read_text(file, "tokenizer")),
     )
+    check_tables(tables)
+    return tables
 
 
 def read_data_sets(group: h5py.Group) -> dict[str, DataSetFacts]:
@@ -100,6 +104,7 @@ def _read_shards(group: h5py.Group, datasets: Sequence[str]) -> ShardTable:
     for path in paths:
         if escapes(path):
             raise ValueError(f"shard {path!r} is outside the data root")
+    check_range("shards/dataset", group["dataset"][...], 0, len(datasets) - 1)
     # A single unnamed data set needs no column of names.
     is_unnamed = tuple(datasets) == ("",)
     return ShardTable(
