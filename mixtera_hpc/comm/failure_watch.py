@@ -116,7 +116,7 @@ class FailureWatch:
             SLOT.pack_into(self._board, self._offset, self._step, state)
 
 
-def start_failure_watch(comm: Communicator, failure_file: Path | None) -> FailureWatch:
+def start_failure_watch(comm: Communicator, failure_file: Path | None, *, heartbeat_s: float = 5.0) -> FailureWatch:
     """Start the sentinel of every node and return this rank's connection to it. **Collective.**
 
     Without pidfds (kernels before 5.3), or if the ranks of a node cannot see each other's processes, no sentinel is
@@ -125,6 +125,7 @@ def start_failure_watch(comm: Communicator, failure_file: Path | None) -> Failur
     Args:
         comm: the ranks to watch.
         failure_file: receives the first failure of the attempt; None to record nothing.
+        heartbeat_s: seconds between two signs of life of a node, as `job.heartbeat_s`.
     """
     if comm.size == 1:
         return FailureWatch(comm, failure_file)
@@ -141,7 +142,15 @@ def start_failure_watch(comm: Communicator, failure_file: Path | None) -> Failur
     link, listener = _open_link(comm, num_nodes=len(set(rows[:, 0].tolist())), is_first_of_node=comm.rank == first)
     if can_watch and comm.rank == first:
         ranks = [f"{rank}:{rows[rank, 1]}:{rows[rank, 3]}" for rank in node_ranks]
-        facts = [str(own_board), str(failure_file or ""), comm.hostname, link, str(_launcher_pid()), *ranks]
+        facts = [
+            str(own_board),
+            str(failure_file or ""),
+            comm.hostname,
+            link,
+            str(heartbeat_s),
+            str(_launcher_pid()),
+            *ranks,
+        ]
         watch.own(_start_sentinel(facts, [own_board, *([] if listener is None else [listener.fileno()])]))
     comm.Barrier()
     if listener is not None:

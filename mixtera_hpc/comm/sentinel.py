@@ -1,6 +1,6 @@
 """The process that reports which rank of a node died first. `failure_watch.py` starts one per node.
 
-    python -I -S -E sentinel.py BOARD_FD FAILURE_FILE HOST LINK LAUNCHER_PID RANK:PID:PIPE_FD…
+    python -I -S -E sentinel.py BOARD_FD FAILURE_FILE HOST LINK HEARTBEAT_S LAUNCHER_PID RANK:PID:PIPE_FD…
 
 It runs as a script with the standard library only.
 
@@ -13,12 +13,13 @@ Why a process: it runs in a separate session, which the launcher's clean-up does
 would be killed before it could report.
 
 How a lost node is seen: the sentinels of the other nodes are connected to that of the first one by TCP, and both sides
-send one byte every 5 s. A connection that closes without a farewell, or that is silent for three beats, is a lost node.
+send one byte every HEARTBEAT_S. A connection that closes without a farewell, or that is silent for three heartbeats, is
+a lost node.
 
 How a killed launcher is seen: its process is gone when the first rank dies.
 
-Price: one interpreter of 8 MB per node, 10 bytes every 5 s per node, and no CPU time. It ends after its report, or with
-the last rank.
+Price: one interpreter of 8 MB per node, one byte per heartbeat and node, and no CPU time. It ends after its report, or
+with the last rank.
 """
 
 import contextlib
@@ -48,8 +49,6 @@ REPORTED = 2
 ENDING = 0x4
 """The kernel's flag of a process that is ending (PF_EXITING), in the ninth field of `/proc/PID/stat`."""
 
-BEAT_S = 5.0
-SILENCE_S = 3 * BEAT_S
 CLOSED_GRACE_S = 1.0
 """A node whose connection closed is lost if nobody has reported another cause within this time."""
 FAREWELL = b"F"
@@ -103,26 +102,28 @@ class Link:
             return None
         if self.closed is not None:
             return "its connection closed" if now - self.closed >= CLOSED_GRACE_S else None
-        return f"no sign of life for {silence_s:.0f} s" if now - self.last_received_s >= silence_s else None
+        return f"no sign of life for {silence_s:g} s" if now - self.last_received_s >= silence_s else None
 
 
 class Links:
     """The connections of this sentinel. The first node's listens; the others connect to it."""
 
-    def __init__(self, word: str, hello: str) -> None:
+    def __init__(self, word: str, hello: str, heartbeat_s: float) -> None:
         """Open them; without a network there are none.
 
         Args:
             word: `fd:N:KEY` for a listening socket, `HOST:PORT:KEY` to connect to, or `-`. Connections without the key
                 are ignored.
             hello: name and ranks of this node.
+            heartbeat_s: seconds between two signs of life.
         """
         self.hello = hello
+        self.heartbeat_s = heartbeat_s
         self.epoll = select.epoll()
         self.links: dict[int, Link] = {}
         self.listener: socket.socket | None = None
         # The first node sees a lost one earlier than the lost one, if it still runs, misses the first.
-        self.silence_s = SILENCE_S
+        self.silence_s = 3 * heartbeat_s
         self.next_beat = time.monotonic()
         address, _, self.key = word.rpartition(":")
         host, _, number = address.rpartition(":")
@@ -132,7 +133,7 @@ class Links:
                 self.listener.setblocking(False)
                 self.epoll.register(self.listener, select.EPOLLIN)
             elif number:
-                self.silence_s += 2 * BEAT_S
+                self.silence_s += 2 * heartbeat_s
                 link = Link(socket.create_connection((host, int(number)), timeout=2), self.key)
                 link.node = f"{host}, the first node,"  # Until it has sent the numbers of its ranks.
                 link.send(f"{self.key} {hello}\n".encode())
@@ -142,7 +143,7 @@ class Links:
         """Return how long to wait for events."""
         if self.listener is None and not self.links:
             return -1
-        return 0.5 if any(link.closed for link in self.links.values()) else BEAT_S
+        return 0.5 if any(link.closed for link in self.links.values()) else self.heartbeat_s
 
     def handle_events(self) -> None:
         """Accept and read what has arrived."""
@@ -158,7 +159,7 @@ class Links:
     def beat(self) -> None:
         """Send a byte to every other node if it is time."""
         if time.monotonic() >= self.next_beat:
-            self.next_beat = time.monotonic() + BEAT_S
+            self.next_beat = time.monotonic() + self.heartbeat_s
             for link in self.links.values():
                 link.send(b".")
 
@@ -216,10 +217,11 @@ def main(argv: "list[str]") -> None:
     board = mmap.mmap(int(argv[1]), 0, prot=mmap.PROT_READ)
     failure_file = argv[2]
     host = argv[3]
-    launcher = int(argv[5])
-    ranks = [tuple(map(int, word.split(":"))) for word in argv[6:]]
+    heartbeat_s = float(argv[5])
+    launcher = int(argv[6])
+    ranks = [tuple(map(int, word.split(":"))) for word in argv[7:]]
     numbers = ", ".join(str(rank) for rank, _, _ in ranks)
-    links = Links(argv[4], f"{host} with rank{'s' if len(ranks) > 1 else ''} {numbers}")
+    links = Links(argv[4], f"{host} with rank{'s' if len(ranks) > 1 else ''} {numbers}", heartbeat_s)
     try:
         for slot in _deaths([(pid, pipe) for _, pid, pipe in ranks], links):
             slots = [SLOT.unpack_from(board, number * SLOT.size) for number in range(len(ranks))]

@@ -15,6 +15,7 @@ def job_problems(job: JobConfig, cluster: ClusterConfig, environment: Environmen
     return [
         *at_least("job.nodes", job.nodes, 1),
         *at_least("job.max_attempts", job.max_attempts, 1),
+        *at_least("job.heartbeat_s", job.heartbeat_s, 1),
         *at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0),
         *all_at_least("cluster", cluster, 1, ("ranks_per_node", "cpus_per_node", "max_nodes")),
         *_words(job),

@@ -80,7 +80,8 @@ def _train(comm: Communicator, prepare: PrepareAttempt) -> None:
         from mixtera_hpc.training.trainer import run_training
 
         config = load_config(attempt.folder.config)
-        with start_failure_watch(comm, attempt.folder.failure(attempt.number)) as watch:
+        failure_file = attempt.folder.failure(attempt.number)
+        with start_failure_watch(comm, failure_file, heartbeat_s=config.job.heartbeat_s) as watch:
             printer = ProgressPrinter(config.training.num_steps, watch.step)
             run_training(config, comm, attempt.folder, attempt.number, printer)
 

@@ -51,6 +51,7 @@ SPECIAL = {
     "job.mem": "200G",
     "environment.kind": "uenv",
     "swarm.objective": {"web": 1.5},
+    "swarm.phases": [0.75, 0.25],
     "mixture.fraction": 0.5,
     "sweep.scaling": "weak",
     "cluster.gpus_per_node": 2,

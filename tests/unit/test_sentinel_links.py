@@ -19,7 +19,8 @@ from mixtera_hpc.comm.sentinel import FINISHED, RUNNING, SLOT
 
 KEY = "0123456789abcdef"
 LIMIT_S = 600
-"""A guard against hanging. A lost node is named after 15 s."""
+"""A guard against hanging. A lost node is named after three heartbeats."""
+HEARTBEAT_S = 4
 FEW_FILES = 64
 """Soft limit of open files of a sentinel that has to open more."""
 ESTABLISHED = "01"
@@ -36,7 +37,8 @@ class Node:
         self.set_state(RUNNING)
         read_end, write_end = os.pipe()
         self.rank = subprocess.Popen(["sleep", "1000"], pass_fds=[write_end])
-        facts = [str(self.board_fd), str(failure), f"node{rank}", link, "0", f"{rank}:{self.rank.pid}:{write_end}"]
+        pids = ["0", f"{rank}:{self.rank.pid}:{write_end}"]
+        facts = [str(self.board_fd), str(failure), f"node{rank}", link, str(HEARTBEAT_S), *pids]
         self.sentinel = subprocess.Popen(
             [sys.executable, "-I", "-S", "-E", sentinel.__file__, *facts],
             stdout=subprocess.PIPE,
@@ -130,7 +132,7 @@ def test_a_node_that_does_not_answer_is_named(nodes: tuple[Node, Node], tmp_path
     _, second = nodes
     second.sentinel.send_signal(19)  # SIGSTOP: the connection stays open, as with a cut cable.
 
-    assert "no sign of life for 15 s" in wait_for_failure(tmp_path)["reason"]
+    assert f"no sign of life for {3 * HEARTBEAT_S} s" in wait_for_failure(tmp_path)["reason"]
     second.sentinel.send_signal(18)
 
 

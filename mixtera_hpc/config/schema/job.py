@@ -40,6 +40,8 @@ class JobConfig:
     max_attempts: int = 10
     """Largest number of jobs in a chain. A job that saved, failed or lost a node is followed by the next one, until the
     run is complete, or two jobs in a row made no new checkpoint."""
+    heartbeat_s: float = 5
+    """Seconds between two signs of life of a node. A node that is silent for three of them is reported as lost."""
     comment: str | None = None
     """Comment that Slurm stores with the job."""
     exclude: str | None = None

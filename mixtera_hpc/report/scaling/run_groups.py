@@ -15,7 +15,7 @@ __all__ = ["check_comparable", "group_runs", "unlike_conditions"]
 IGNORED = (
     *("run", "plan", "track", "sweep", "swarm"),
     *("job.name", "job.time", "job.account", "job.qos", "job.reservation", "job.comment", "job.dependency"),
-    *("job.max_attempts", "job.signal_lead_s", "job.exclude"),
+    *("job.max_attempts", "job.heartbeat_s", "job.signal_lead_s", "job.exclude"),
 )
 """Keys and groups that do not change the throughput."""
 
