@@ -2,7 +2,7 @@
 
 table  open data planes in many ways, before and after a process group exists, and print what became of each as JSON
 loop   create the process group if torchrun started this process, serve one batch, print who got which positions
-fail   as `loop`, but rank 1 raises an exception after two batches, and the others go on
+fail   as `loop`, but rank 1 writes the time to $FAILED_AT and raises an exception after two batches; the others go on
 """
 
 import contextlib
@@ -10,7 +10,9 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mixtera_hpc import DataPlane, UserError, compose
@@ -76,6 +78,7 @@ def serve(overrides: list[str], fails: bool) -> None:
                 print(json.dumps({"positions": batch.positions.tolist()}) + "\n", end="", flush=True)
                 break
             if batch.step == 2 and rank == 1:
+                Path(os.environ["FAILED_AT"]).write_text(repr(time.time()))
                 raise ValueError("broken on purpose")
 
 
