@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.domain_streams import Documents, DomainStreams
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
-from mixtera_hpc.dataplane.reading.rows.row_reader import ReadRows, RowReader
+from mixtera_hpc.dataplane.reading.rows.read_rows import ReadRows
+from mixtera_hpc.dataplane.reading.rows.row_reader import RowReader
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.read_errors import no_tokenizer_error, token_count_error
 from mixtera_hpc.dataplane.reading.stored.stored_sequences import StoredSequences
