@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.formats.base import RangeReader, RowDecoder, ShardReader, TokenReader
 
-__all__ = ["OpenShard", "ReadRows"]
+__all__ = ["ReadRows", "ReadableShard"]
 
 
 class ReadRows(NamedTuple):
@@ -20,7 +20,7 @@ class ReadRows(NamedTuple):
     """Set if `rows` are still the bytes of raw samples, which this decodes."""
 
 
-class OpenShard(NamedTuple):
+class ReadableShard(NamedTuple):
     """An open data file. The fields after the first are the same reader, where it can do more."""
 
     reader: ShardReader

@@ -20,7 +20,7 @@ from mixtera_hpc.dataplane.reading.residency.resident_rows import ResidentRows
 from mixtera_hpc.dataplane.reading.residency.rows_ahead import rows_ahead
 from mixtera_hpc.dataplane.reading.residency.small_blocks import MAX_SMALL_BLOCK_BYTES, SmallBlocks
 from mixtera_hpc.dataplane.reading.rows.read_plan import ReadPlan
-from mixtera_hpc.dataplane.reading.rows.read_rows import OpenShard, ReadRows
+from mixtera_hpc.dataplane.reading.rows.read_rows import ReadableShard, ReadRows
 from mixtera_hpc.dataplane.reading.rows.row_files import RowFiles
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.reading.stored.stored_rows import ShardFormats
@@ -72,7 +72,7 @@ class RowReader:
         index = source.index
         # One half for the readers of single shards, one for files that share a loop.
         self._max_open_shards = max_open_shards() // 2
-        self._shards: OrderedDict[int, OpenShard] = OrderedDict()
+        self._shards: OrderedDict[int, ReadableShard] = OrderedDict()
         self._files = RowFiles(index.data_root, index.shard_paths, self._max_open_shards)
         self._decoders: list[RowDecoder] = []
         self._kinds: dict[tuple[str, str | None], int] = {}
@@ -349,7 +349,7 @@ class RowReader:
         self.place.enter(READ, shard, first_row, first_row + block.rows - 1)
         return block, self._shard(shard).reader
 
-    def _read_by_block(self, shard: OpenShard, documents: Documents, *, raw: bool) -> Iterator[Any]:
+    def _read_by_block(self, shard: ReadableShard, documents: Documents, *, raw: bool) -> Iterator[Any]:
         """Read rows of a format without byte ranges, those of one block together."""
         for first, last in equal_runs(documents.block):
             number = int(documents.block[first])
@@ -368,7 +368,7 @@ class RowReader:
                 results = shard.reader.documents(block, lengths, rows)
             yield from (results[i] for i in position.tolist())
 
-    def _shard(self, number: int) -> OpenShard:
+    def _shard(self, number: int) -> ReadableShard:
         """Return an open shard; the one that was not used for longest is closed when there are too many."""
         self._guard.use(number)
         if number in self._shards:
@@ -385,7 +385,7 @@ class RowReader:
             self._is_range_reader[type(reader)] = isinstance(reader, RangeReader)
         range_reader = cast(RangeReader, reader) if self._is_range_reader[type(reader)] else None
         token_reader = cast(TokenReader, reader) if fmt.holds_tokens else None
-        shard = OpenShard(reader, range_reader, token_reader)
+        shard = ReadableShard(reader, range_reader, token_reader)
         self._shards[number] = shard
         # Each open shard costs a file descriptor; a run may have many thousands of shards.
         if len(self._shards) > self._max_open_shards:
