@@ -11,7 +11,7 @@ class SwarmConfig:
     """The mixtures that `mixtera-hpc swarm` samples for proxy runs, and the regression that proposes a mixture."""
 
     num_proxies: int | None = None
-    """Number of proxy runs. Null means three per domain, and at least 8."""
+    """Number of proxy runs. Null means three per domain and phase, and at least 8."""
     seed: int = 0
     """Seed of the sampled mixtures. Proxy i has the same mixture for every `swarm.num_proxies`."""
     temperature: float = 2.0
@@ -30,7 +30,8 @@ class SwarmConfig:
     """Tokens (or samples) of the run that the mixture is for. With `mixture.max_epochs`, or that of a domain, the share
     of a domain is limited to what it has. Null: only the proxies themselves are limited."""
     regression: Literal["auto", "log-linear", "exponential", "power"] = "auto"
-    """The law of a loss in the shares (docs/swarm.md). `auto` takes the one with the smallest cross-validated error."""
+    """The law of a loss in the shares (docs/swarm.md). `auto` takes for every metric the one with the smallest
+    cross-validated error."""
     objective: dict[str, float] = field(default_factory=dict)
     """Metric → its weight in the mean that is minimised. Without any, all metrics count equally."""
     penalty: float = 0.0

@@ -1,7 +1,7 @@
 """Rows of windows in use, for formats that decode whole blocks (compressed files, Parquet).
 
 When a domain enters a window, every block of the window is decoded, and the rows of this domain stay in memory until
-they are served. Other domains that move at the same speed find the block in the cache of blocks. A domain that moves at
+they are served. So do the rows that other domains of the same speed need soon (`rows_ahead`). A domain that moves at
 another speed decodes each block once more: the bytes decoded for it are the share of a block that it does not need, and
 no more. Rows of JSON lines stay in memory as lines, which take a third less than objects, and are parsed when they are
 served.
@@ -30,7 +30,7 @@ __all__ = ["MAX_ROW_SHARE", "ReadBlock", "ResidentRows"]
 ReadBlock = Callable[[int, NDArray[np.int64]], Sequence[Any]]
 """Decodes a block and returns the named rows of it, given their ascending positions."""
 MAX_ROW_SHARE = 0.75
-"""Most of `data.cache_bytes` that rows may take; blocks have the rest."""
+"""Largest part of the memory of a process for rows of windows in use; rows for later windows have the rest."""
 MIN_SHARE = 1 / 64
 """Least share of a window's rows that is kept."""
 GROWTH = 1.01
