@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Mpi"]
 
-LAST_WORDS_LIMIT_S = 2.0
-"""How long a rank that aborts the job waits for the launcher to read its output."""
-LAST_WORDS_GRACE_S = 0.05
-"""How long the launcher then has to pass this output on."""
+OUTPUT_LIMIT_S = 2.0
+"""Longest wait of a rank that aborts the job until the launcher has read its output."""
+OUTPUT_GRACE_S = 0.05
+"""Time for the launcher to forward this output."""
 
 
 class Mpi:
@@ -146,10 +146,10 @@ class Mpi:
     def Abort(self, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        # MPICH's mpiexec ends the ranks as soon as it hears of the abort, and drops what it has not read from them.
+        # After an abort, MPICH's mpiexec ends the ranks at once and drops output that it has not read.
         for descriptor in (1, 2):
-            wait_until_read(descriptor, LAST_WORDS_LIMIT_S)
-        time.sleep(LAST_WORDS_GRACE_S)
+            wait_until_read(descriptor, OUTPUT_LIMIT_S)
+        time.sleep(OUTPUT_GRACE_S)
         self._mpi.COMM_WORLD.Abort(code)
         os._exit(code)  # With MPICH and PMI2, Abort returns. The rank would go on and report success.
 

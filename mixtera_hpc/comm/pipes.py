@@ -1,4 +1,4 @@
-"""What a process has written to a pipe, and whether the other end has read it."""
+"""Wait until the other end of a pipe has read everything that was written."""
 
 import fcntl
 import os
@@ -13,9 +13,9 @@ POLL_S = 0.002
 
 
 def wait_until_read(descriptor: int, limit_s: float) -> bool:
-    """Wait until the reader of a pipe has read all that was written to it, at most `limit_s`.
+    """Wait until the reader of a pipe has read everything that was written to it, for at most `limit_s`.
 
-    Returns True if nothing is left in the pipe, or `descriptor` is not a pipe (a file, a terminal, closed).
+    Return True if the pipe is empty, or if `descriptor` is no pipe (a file, a terminal, closed).
     """
     deadline = time.monotonic() + limit_s
     while _unread_bytes(descriptor) > 0:
@@ -30,5 +30,5 @@ def _unread_bytes(descriptor: int) -> int:
         if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
             return 0
         return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0])
-    except OSError:  # Closed, or a system without this request.
+    except OSError:  # Closed, or the system does not support FIONREAD.
         return 0

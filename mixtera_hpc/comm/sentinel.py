@@ -13,8 +13,8 @@ Why a process: it runs in a separate session, which the launcher's clean-up does
 would be killed before it could report.
 
 How a lost node is seen: the sentinels of the other nodes are connected to that of the first one by TCP, and both sides
-send one byte every HEARTBEAT_S. A connection that closes without a farewell, or that is silent for three heartbeats, is
-a lost node.
+send one byte every HEARTBEAT_S seconds. A node is lost if its connection closes without a farewell, or is silent for
+three heartbeats.
 
 How a killed launcher is seen: its process is gone when the first rank dies.
 
@@ -63,7 +63,7 @@ class Link:
         connection.setblocking(False)
         self.key = key
         self.reply = reply
-        """Sent to the other sentinel after it has given the key."""
+        """Message to the other sentinel, sent when its key has arrived."""
         self.connection = connection
         self.node = ""
         """Name and ranks of the node, sent by its sentinel."""
@@ -179,7 +179,7 @@ class Links:
         try:
             link = Link(listener.accept()[0], self.key, f"{self.key} {self.hello}, the first node,\n".encode())
         except OSError as error:
-            # Without free descriptors further nodes are not watched. Other errors concern the one connection.
+            # Without free descriptors, further nodes are not watched. Other errors affect this connection only.
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self.epoll.unregister(listener.fileno())
             return

@@ -19,7 +19,7 @@ POLL_S = 5e-4
 MAX_READ_POLL_S = 2e-3
 """The longest interval while it waits for its own reading, which takes work from the trainer's thread."""
 LONE_READ_POLL_S = 2e-2
-"""The same where there is no other rank: no message can arrive, and a look at everything takes 0.1 ms."""
+"""The interval if there is no other rank: no message can arrive, and one test of everything takes 0.1 ms."""
 FIRST_POLL_S = 5e-5
 """The first interval while it waits for other ranks, which usually takes as long as a message; grows to `POLL_S`."""
 GROWTH = 1.2

@@ -16,7 +16,7 @@ from mixtera_hpc.config.yaml_files import dump_yaml
 from mixtera_hpc.errors import LaunchError
 from mixtera_hpc.launch.manifest import collect_manifest, git_diff
 
-__all__ = ["ensure_manifest", "prepare_run", "replace_config", "with_absolute_paths"]
+__all__ = ["ensure_manifest", "prepare_run", "replace_config", "restore_config", "with_absolute_paths"]
 
 
 def prepare_run(config: Config, overrides: Sequence[str], now: datetime) -> RunFolder:
@@ -106,6 +106,12 @@ def replace_config(folder: RunFolder, plain: dict[str, Any], overrides: Sequence
     _write(folder.config, dump_yaml(plain))
 
 
+def restore_config(folder: RunFolder, text: str) -> None:
+    """Write the content of `config.yaml` back that `replace_config` has replaced."""
+    if folder.config.read_text() != text:
+        _write(folder.config, text)
+
+
 def _make_folder(config: Config, now: datetime) -> RunFolder:
     parent = Path(config.run.root) / config.run.name
     if config.run.id is not None:
@@ -142,6 +148,7 @@ def _existing(path: str | None) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
+    """Replace `path` atomically: on a full disk, the old file stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.rename(path)

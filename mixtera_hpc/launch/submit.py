@@ -23,6 +23,7 @@ __all__ = [
     "check_submittable",
     "missing_account_message",
     "prepare_attempt",
+    "record_job",
     "script_text",
     "submit_attempt",
     "submit_run",
@@ -66,7 +67,23 @@ def submit_attempt(folder: RunFolder, config: Config, after: int | None = None) 
     attempt = prepare_attempt(folder, config, after)
     with undo_on_error(lambda: shutil.rmtree(folder.attempt(attempt))):
         job_id = sbatch(folder.submit_script(attempt))
-    record_start(folder, attempt, JobRecord.slurm(config, job_id))
+    return record_job(folder, attempt, config, job_id)
+
+
+def record_job(folder: RunFolder, attempt: int, config: Config, job_id: str) -> Submitted:
+    """Record that Slurm has accepted a job as an attempt.
+
+    Raises:
+        SubmissionUnknownError: `job.json` cannot be written. The job is in the queue and needs its files.
+    """
+    try:
+        record_start(folder, attempt, JobRecord.slurm(config, job_id))
+    except LaunchError as error:
+        reason = str(error).partition("\n")[0]
+        raise SubmissionUnknownError(
+            f"Slurm has accepted job {job_id}, but this could not be recorded: {reason}\n"
+            f"  The job records itself when it starts. To submit again before that, first cancel it: scancel {job_id}"
+        ) from None
     return Submitted(folder=folder, attempt=attempt, job_id=job_id)
 
 
@@ -82,7 +99,10 @@ def prepare_attempt(folder: RunFolder, config: Config, after: int | None = None)
 
 @contextmanager
 def undo_on_error(undo: Callable[[], None]) -> Iterator[None]:
-    """Call `undo` if the block fails, unless Slurm may have accepted a job, which then needs its files."""
+    """Call `undo` if the block fails, unless Slurm may have accepted a job, which then needs its files.
+
+    An interrupt of the user is no such failure: it may come while Slurm accepts the job.
+    """
     try:
         yield
     except SubmissionUnknownError:

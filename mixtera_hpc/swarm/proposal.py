@@ -70,11 +70,6 @@ def propose_mixture(
     return min(minima, key=search.value)
 
 
-def _log_ratio(shares: Array, prior: Array) -> Array:
-    ratio: Array = np.log(np.maximum(shares, 1e-300) / np.maximum(prior, 1e-300))
-    return ratio
-
-
 def estimate_uncertainty(
     chosen: Validated, mixtures: Array, losses: Array, objective: Array, candidates: Array
 ) -> Uncertainty:
@@ -111,11 +106,13 @@ def _measured_bounds(space: MixtureSpace, mixtures: Array) -> tuple[Array, Array
     low = np.maximum(allowed[0], shares.min(axis=0))
     high = np.minimum(allowed[1], shares.max(axis=0))
     # Runs from elsewhere may lie outside the bounds, so that no mixture is left.
-    sums = (by_phase(low, space.num_phases).sum(axis=1), by_phase(high, space.num_phases).sum(axis=1))
-    feasible = (sums[0] <= 1 + TOLERANCE).all() and (sums[1] >= 1 - TOLERANCE).all() and (low <= high + TOLERANCE).all()
-    high = np.maximum(low, high)
-    feasible = feasible and space.is_within_limits(mixtures.mean(axis=0))
-    return (low, high) if feasible else allowed
+    lowest = by_phase(low, space.num_phases).sum(axis=1).max()
+    highest = by_phase(high, space.num_phases).sum(axis=1).min()
+    has_mixture = lowest <= 1 + TOLERANCE and highest >= 1 - TOLERANCE and (low <= high + TOLERANCE).all()
+    if not has_mixture or not space.is_within_limits(mixtures.mean(axis=0)):
+        return allowed
+    # Rounding may put a lower bound above its upper one.
+    return low, np.maximum(low, high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -191,6 +188,11 @@ class _MixtureSearch:
         if self.space.num_phases == 1:
             return np.zeros(len(self.space.names))
         return self.space.whole_run(groups @ self.space.basis) - self.space.limit
+
+
+def _log_ratio(shares: Array, prior: Array) -> Array:
+    ratio: Array = np.log(np.maximum(shares, 1e-300) / np.maximum(prior, 1e-300))
+    return ratio
 
 
 def uniform_mixture(space: MixtureSpace) -> Array:

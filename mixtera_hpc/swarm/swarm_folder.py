@@ -48,7 +48,7 @@ class SwarmRecord:
     """Names of the K domains."""
     keys: tuple[DomainKey, ...]
     sizes: NDArray[np.int64]
-    """Items of one epoch of each domain, of all samples also with `mixture.fraction`; shape (K,)."""
+    """Items of one epoch of each domain, without `mixture.fraction`; shape (K,)."""
     prior: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]

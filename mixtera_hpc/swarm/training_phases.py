@@ -57,4 +57,4 @@ def share_names(names: tuple[str, ...] | list[str], num_phases: int) -> list[str
 
 def by_phase(shares: NDArray[np.float64], num_phases: int) -> NDArray[np.float64]:
     """Return shares of all phases, shape (…, P × K), with an axis of phases; shape (…, P, K)."""
-    return shares.reshape(*shares.shape[:-1], num_phases, -1)
+    return shares.reshape(*shares.shape[:-1], num_phases, shares.shape[-1] // num_phases)

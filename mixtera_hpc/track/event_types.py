@@ -110,8 +110,8 @@ class MixtureEvent(TypedDict, total=False):
     beta: list[float]
     """ADO: reducible loss at n = 1."""
     alpha: list[float]
-    """ADO: exponents. With `variant: default` they lie half of the way to the mean of all that the losses allow, and
-    `epsilon`, `beta` and `speed` belong to these exponents."""
+    """ADO: exponents. With `variant: default` they lie halfway between the best fit and the mean of all exponents that
+    fit the losses, and `epsilon`, `beta` and `speed` belong to these exponents."""
     best_beta: list[float]
     """ADO with `variant: default`: beta of the best fit."""
     best_alpha: list[float]

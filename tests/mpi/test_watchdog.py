@@ -335,7 +335,7 @@ def test_a_trainer_that_is_stuck_is_named_under_other_launchers(
 ) -> None:
     """After a request all ranks end on the last checkpoint, also the one that is stuck in its own code."""
     with running("trainer", tmp_path, own_collection, 4, launcher=launcher) as job:
-        job.wait_for((job.run.path / "step_3_3").exists, 60, "three steps")
+        job.wait_for((job.run.path / "step_3_3").exists, HANG_S, "three steps")
         verdict = job.wait_until_named()
         assert [(named["rank"], named["stage"]) for named in verdict["ranks"]] == [(3, "trainer")]
         request(job, "file")

@@ -285,6 +285,20 @@ def test_a_refused_array_leaves_nothing(usual: list[str], slurm: Path, command: 
     assert not list(tmp_path.glob("runs/sweep/*/*"))
 
 
+@pytest.mark.parametrize("seeds", ["0", "0,1"])
+def test_a_job_that_slurm_accepted_keeps_its_files(usual: list[str], command: MakeCommand, seeds: str) -> None:
+    """Something stands in the place of `job.json`; a task of an array is a job as well."""
+    root = next(word for word in usual if word.startswith("run.root=")).partition("=")[2]
+    command("scontrol", "echo 'MaxArraySize            = 3'")
+    command("sbatch", f"for attempt in {root}/sweep/*/attempts/*; do mkdir $attempt/job.json; done; echo 17")
+
+    with pytest.raises(LaunchError, match=r"accepted job 17.*could not be recorded"):
+        list(submit_points(plan_sweep([*usual, f"dataplane.seed={seeds}"]).due))
+
+    folders = list(Path(root).glob("sweep/*/attempts/*/submit.sh"))
+    assert len(folders) == len(seeds.split(","))
+
+
 @pytest.mark.slow
 def test_a_local_sweep_starts_the_program_of_each_point_as_a_batch_script_does(
     usual: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -105,6 +105,21 @@ def test_rows_do_not_depend_on_the_memory(overrides: list[str], cache_blocks: fl
     assert read.most_bytes <= source.cache_bytes + 2 * BLOCK_BYTES
 
 
+def test_rows_are_kept_again_after_the_memory_was_full(overrides: list[str]) -> None:
+    source = open_source(compose(overrides), Local())
+    plan, _ = source.planner.plan(PlannerState.start(source.num_domains), source.weights)
+    with closing(BatchMaker(source, BatchSlice(), audit=False)) as maker:
+        ahead = maker._reader._rows._resident(True)._ahead
+        assert ahead is not None
+        for _ in maker.batches(plan, 0):
+            assert ahead.num_bytes
+            # Not even the rows that are needed next fit.
+            ahead.limit(-1)
+            assert not ahead.num_bytes
+            assert ahead._horizon >= 1
+            break
+
+
 def test_a_rank_keeps_only_rows_of_its_own_lanes(overrides: list[str]) -> None:
     # With 16 sequences of every lane in a step, the borders of ranks stay in the middle of lanes.
     source = open_source(compose([*overrides, "dataplane.global_batch_size=64"]), Local())

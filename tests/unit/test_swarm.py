@@ -10,7 +10,7 @@ from mixtera_hpc.config.compose import compose
 from mixtera_hpc.config.schema import DomainConfig, MixtureConfig, ScheduleConfig, StageConfig, SwarmConfig
 from mixtera_hpc.errors import ConfigError, DataError, MixtureError
 from mixtera_hpc.swarm.cross_validation import choose_laws, constant_rmse, mean_loss, validate_regressions
-from mixtera_hpc.swarm.mixture_file import fixed_mixture, mixture_text
+from mixtera_hpc.swarm.mixture_file import fixed_mixture, mixture_text, written_weights
 from mixtera_hpc.swarm.mixture_space import MixtureSpace, epoch_caps
 from mixtera_hpc.swarm.proposal import estimate_uncertainty, propose_mixture, uniform_mixture
 from mixtera_hpc.swarm.regression import LAWS, fit_losses
@@ -68,6 +68,7 @@ def test_every_phase_is_sampled_within_the_limits_of_the_whole_run() -> None:
     assert shares[:, 1, 0].max() > 0.35, "a small domain may be kept for a phase of a fifth of the run"
     assert abs(np.corrcoef(shares[:, 0, 2], shares[:, 1, 2])[0, 1]) < 0.5, "phases have mixtures of their own"
     assert np.array_equal(mixtures[:5], sample_mixtures(space, 5, SwarmConfig()))
+    assert written_weights(sample_mixtures(space, 0, SwarmConfig()), 2).shape == (0, 6), "swarm.num_proxies=0"
     with pytest.raises(MixtureError, match=r"with the limits of epochs, to 0\.9"):
         phases_of(3, [0.1, 0.7, 0.1])
 

@@ -75,7 +75,7 @@ def print_decode_cost(source: Source, forecast: MixtureForecast) -> None:
     shape = JobShape.of_job(source, ranks, ranks // config.job.nodes)
     cost = decode_cost(source, items / max(forecast.num_steps, 1), shape)
     if cost is not None:
-        # A collection that fits into the memory needs less than its layout would without.
+        # The lower bound assumes that blocks do not stay in memory. A collection that fits into it needs less.
         least = min(cost.lower_bound, cost.amplification)
         open_console().print(
             f"Decoding, on {pluralize(ranks, 'rank')} of {pluralize(config.job.nodes, 'node')}: "

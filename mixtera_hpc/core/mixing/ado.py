@@ -86,9 +86,9 @@ class Ado:
 
         variant: Literal["default", "paper", "authors", "authors-first", "mixtera"] = "default"
         """`default`: the equations of the paper, with the known errors of published code fixed. Its speeds are those of
-        laws whose exponents lie half of the way to the mean of all that the losses allow. The others reproduce the
-        paper (arXiv 2410.11820), the code of its `authors`, their first commit (`authors-first`, which they corrected),
-        or the code of `mixtera` (arXiv 2502.19790)."""
+        laws whose exponents lie halfway between the best fit and the mean of all exponents that fit the losses. The
+        others reproduce the paper (arXiv 2410.11820), the code of its `authors`, their first commit (`authors-first`,
+        which they corrected), or the code of `mixtera` (arXiv 2502.19790)."""
         warmup: int = 1000
         """Steps before the mixture begins to change."""
         refit_interval: int = 1000

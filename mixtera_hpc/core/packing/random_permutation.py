@@ -1,8 +1,8 @@
 """Random permutations of [0, size) in closed form, in both directions, without a table.
 
-A Feistel network over two digits, of which the first has about √size values, permutes the numbers below their product
-(the generalized Feistel cipher of Black and Rogaway 2002). The product exceeds `size` by less than √size, and a result
-outside the range is permuted again until it falls inside (cycle walking in the same paper), which is rarely needed.
+A Feistel network over two digits, each with about √size values, permutes the numbers below the product of their bases
+(the generalized Feistel cipher of Black and Rogaway 2002). This product exceeds `size` by less than √size. A result
+outside the range is permuted again until it falls inside (cycle walking, in the same paper), which is rarely needed.
 Price: about 150 numpy calls for any number of values, and no memory. Many permutations are computed in one call,
 because every value has a key and a size of its own.
 """
@@ -18,8 +18,8 @@ Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 NUM_ROUNDS = 8
-"""Four rounds make a pseudo-random permutation (Luby and Rackoff 1988); twice as many for digits of a few values. From
-30 numbers on, all pairs of places are then equally frequent as far as 200,000 permutations tell."""
+"""Four rounds make a pseudo-random permutation (Luby and Rackoff 1988); digits with few values need more. With eight
+rounds and at least 30 numbers, all pairs of places are equally frequent in 200,000 permutations."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
@@ -45,20 +45,20 @@ def unpermute(places: Ints, sizes: Ints, keys: Words) -> Ints:
 
 
 class _Digits(NamedTuple):
-    """The number of values of both digits of the numbers that are permuted; shape (n,) each."""
+    """The bases of both digits: the number of values that each can have; shape (n,) each."""
 
     low: Words
     high: Words
 
     def select(self, chosen: NDArray[np.intp]) -> "_Digits":
-        """Return the digits of some numbers."""
+        """Return the bases at some positions."""
         return _Digits(self.low[chosen], self.high[chosen])
 
 
 def _walk(values: Ints, sizes: Ints, keys: Words, rounds: range) -> Ints:
     """Apply the network until every value lies below its size."""
     limits = sizes.astype(np.uint64)
-    # The square root of a float is rounded alike on every machine.
+    # IEEE 754 defines the rounding of square roots, so the result is the same on every machine.
     low = np.ceil(np.sqrt(sizes.astype(np.float64))).astype(np.uint64)
     digits = _Digits(low, (limits + low - np.uint64(1)) // low)
     current = _apply(values.astype(np.uint64), digits, keys, rounds)
@@ -70,13 +70,13 @@ def _walk(values: Ints, sizes: Ints, keys: Words, rounds: range) -> Ints:
 
 
 def _apply(values: Words, digits: _Digits, keys: Words, rounds: range) -> Words:
-    """Permute the numbers below the product of both digits; the rounds in reverse order undo it."""
+    """Permute the numbers below the product of both bases; the rounds in reverse order undo it."""
     low = values % digits.low
     high = values // digits.low
     is_forward = rounds.step > 0
     for number in rounds:
         changed, other, size = (low, high, digits.low) if number % 2 == 0 else (high, low, digits.high)
-        # Without its last bit, so that the sum does not exceed 64 bits.
+        # The last bit is dropped, so that the sum below does not exceed 64 bits.
         shift = _mix(other + (keys + np.uint64((number + 1) * _GOLDEN % 2**64))) >> np.uint64(1)
         changed = (changed + (shift if is_forward else size - shift % size)) % size
         low, high = (changed, high) if number % 2 == 0 else (low, changed)

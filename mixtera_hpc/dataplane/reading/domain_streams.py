@@ -135,7 +135,7 @@ class DomainStreams:
             domain: of each span. Spans are cheapest if they are sorted by domain and item.
             starts: first item of each span.
             stops: one past the last item of each span; greater than the first.
-            places: ascending numbers put the spans into another order; None keeps their order.
+            places: sort key of each span, which orders the result; None to keep the order of the spans.
         """
         self._begin_lookup()
         parts = self._parts_of_spans(domain, starts, stops)

@@ -84,7 +84,7 @@ class Source:
     block_memory: BlockMemory | None = None
     """Shared memory for decoded blocks; None if every process decodes for itself."""
     shard_stamps: ShardStamps | None = None
-    """Look-ups of shards by the processes of this node; None if every process looks for itself."""
+    """Look-ups of shards by the processes of this node; None if every process makes its own."""
 
     def __reduce__(self) -> Any:
         """Pickle the configuration and the tables, or where they are. The rest is computed again."""
@@ -266,7 +266,7 @@ def open_source(
     # Only rank 0 has read the records of the run.
     subset = replace(subset, drop=tuple(description.drop))
     readers = comm.local_size * (config.dataplane.workers or 1)
-    # What is not checked is not served, but looked up by a command.
+    # Without the check, a command only looks rows up, and no batch is served.
     has_processes = check and may_use_processes(config, description.shard_formats)
     source = replace(
         _make_source(config, description, subset, tables, tokenizer),

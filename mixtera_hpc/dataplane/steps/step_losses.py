@@ -212,7 +212,7 @@ class StepLosses:
 
 
 def _zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    """Return zeros. `np.zeros` lets go of the interpreter's lock, and a reading thread returns it after 5 ms."""
+    """Return zeros without releasing the interpreter lock, which a reading thread would then hold for up to 5 ms."""
     num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     return np.frombuffer(bytearray(num_bytes), dtype).reshape(shape)
 

@@ -2,9 +2,9 @@
 
 Whoever asks first for a block decodes it, while the others wait for that block. The memory is a ring: a new block takes
 the place of the oldest ones. It has no name and its locks belong to open files, so nothing is left behind by a process
-that is killed, and a block that it was writing is never served. Nobody waits for a process that is stopped: after
-`PATIENCE_S` a block is decoded a second time. Price: a few microseconds and one copy per row, and about 20 µs per
-decoded block.
+that is killed, and a block that it was writing is never served. A process that is stopped does not stop the others:
+after `PATIENCE_S` they decode a block themselves. Price: a few microseconds and one copy per row, and about 20 µs per
+decoded block. For Parquet, every read copies the whole column of a row group.
 """
 
 import fcntl
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 20.0
 """Time to wait for a process that decodes a block: more than a block takes, less than a trainer waits for a batch."""
 MIN_PAUSE_S = 50e-6
+"""Pause after the first failed attempt to lock a byte. It doubles up to `MAX_PAUSE_S`."""
 MAX_PAUSE_S = 0.02
 MAX_ENTRIES = 4096
 _COLUMNS = ("state", "key", "check", "start", "size")
@@ -68,14 +69,14 @@ class SharedBlocks:
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         self._patience_s = patience_s
         self._is_usable = True
-        """False after another process had the directory for too long."""
+        """False after another process held the lock of the directory for too long."""
         self._overdue: set[int] = set()
-        """Keys of blocks that another process has been decoding for too long."""
+        """Bytes whose lock another process held for too long. This process does not wait for them again."""
         size = os.fstat(self._fd).st_size
         self._memory = mmap.mmap(self._fd, size)
         numbers = np.frombuffer(self._memory, np.int64, 1 + MAX_ENTRIES * len(_COLUMNS), RESERVED_BYTES)
         self._end = numbers[:1]
-        """Bytes that were ever reserved: the ring continues at the rest of a division by its size."""
+        """Number of bytes reserved so far. The ring continues at this number modulo its size."""
         self._columns = dict(zip(_COLUMNS, numbers[1:].reshape(len(_COLUMNS), MAX_ENTRIES), strict=True))
         self._first_byte = -(-HEADER_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         self._ring_bytes = size - self._first_byte
@@ -117,8 +118,8 @@ class SharedBlocks:
             name: the path of the shard, and what is decoded of it.
             offset: the first byte of the block in the shard.
             take: copies the part out of the memory, given the first byte of the block and one past the last.
-            decode: decodes the block; returns what is shared of it, and the part. Usually one process of the node calls
-                it.
+            decode: decodes the block and returns the bytes to share, and the part. Usually one process of the node
+                calls it.
         """
         digest = blake2b(f"{offset} {name}".encode(), digest_size=16).digest()
         key, check = (int(value) for value in np.frombuffer(digest, np.int64) & (_MAX_KEY - 1))
@@ -156,7 +157,7 @@ class SharedBlocks:
             return take(self._memory, first, first + int(columns["size"][slot]))
 
     def _store(self, key: int, check: int, buffers: Sequence[Buffer]) -> None:
-        """Copy a block into the ring, if there is room for it, and nobody has the directory for too long."""
+        """Copy a block into the ring, unless it is too large or a lock cannot be had in time."""
         views = [memoryview(buffer).cast("B") for buffer in buffers]
         num_bytes = sum(map(len, views))
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
@@ -176,7 +177,7 @@ class SharedBlocks:
             with self._lock(_DIRECTORY):
                 self._columns["state"][slot] = _READY
         except _OverdueError:
-            # The block is not served from here, and its place is used again like that of a killed process.
+            # The block is not shared. Its place is reused like that of a killed process.
             return
 
     def _reserve(self, key: int, size: int) -> int | None:
@@ -222,7 +223,7 @@ class SharedBlocks:
         """Hold the lock of a byte; the kernel releases it when the process ends.
 
         Raises:
-            _OverdueError: another process holds it for too long.
+            _OverdueError: another process has held it for too long.
         """
         self._acquire(byte, fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK)
         try:
@@ -231,7 +232,7 @@ class SharedBlocks:
             self._control(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
 
     def _acquire(self, byte: int, kind: int) -> None:
-        """Lock a byte. It is asked for again and again: a process that is stopped keeps its locks."""
+        """Lock a byte. Try repeatedly instead of blocking, because a process that is stopped keeps its locks."""
         is_overdue = not self._is_usable or byte in self._overdue
         deadline = time.monotonic() + (0 if is_overdue else self._patience_s)
         pause_s = MIN_PAUSE_S

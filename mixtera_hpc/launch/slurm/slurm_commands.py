@@ -40,7 +40,7 @@ _TRANSIENT = (
 
 
 class SubmissionUnknownError(LaunchError):
-    """An error after which Slurm may or may not have accepted a job."""
+    """An error after which a job may be in Slurm's queue."""
 
 
 class SlurmTimeoutError(LaunchError):

@@ -19,10 +19,16 @@ from pathlib import Path
 
 from mixtera_hpc.config.files.write_errors import explain_write_errors
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.launch.attempts import JobRecord, record_start
 from mixtera_hpc.launch.sbatch_script import SbatchJob, escape_percent, render_script
 from mixtera_hpc.launch.slurm.slurm_commands import max_array_size, sbatch
-from mixtera_hpc.launch.submit import Submitted, check_submittable, prepare_attempt, submit_attempt, undo_on_error
+from mixtera_hpc.launch.submit import (
+    Submitted,
+    check_submittable,
+    prepare_attempt,
+    record_job,
+    submit_attempt,
+    undo_on_error,
+)
 from mixtera_hpc.launch.sweep.prepared_point import NOTHING_SUBMITTED, prepared_point
 from mixtera_hpc.launch.sweep.sweep_plan import SweepPoint
 
@@ -88,7 +94,10 @@ def _submit_array(points: Sequence[SweepPoint]) -> list[Submitted]:
         tasks = [undone_on_error.enter_context(_prepared_task(point)) for point in points]
         folder = undone_on_error.enter_context(_written_array(tasks))
         array_id = sbatch(folder / "array.sh", cure="repeat the sweep.")
-    return [_recorded(task, f"{array_id}_{number}") for number, task in enumerate(tasks)]
+    return [
+        record_job(task.folder, task.attempt, task.point.config, f"{array_id}_{number}")
+        for number, task in enumerate(tasks)
+    ]
 
 
 @contextmanager
@@ -98,11 +107,6 @@ def _prepared_task(point: SweepPoint) -> Iterator[_Task]:
         attempt = prepare_attempt(folder, point.config)
         with undo_on_error(lambda: shutil.rmtree(folder.attempt(attempt))):
             yield _Task(point=point, folder=folder, attempt=attempt)
-
-
-def _recorded(task: _Task, job_id: str) -> Submitted:
-    record_start(task.folder, task.attempt, JobRecord.slurm(task.point.config, job_id))
-    return Submitted(folder=task.folder, attempt=task.attempt, job_id=job_id)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Run the points of a sweep on this machine, one after the other, each with mpiexec if it has several ranks.
 
-A `job.command` finds what it finds in a batch script: the run folder and the attempt in its environment.
+As in a batch script, a `job.command` finds the run folder and the attempt in its environment.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from mixtera_hpc.launch.sweep.sweep_plan import SweepPoint
 __all__ = ["check_runnable_here", "find_mpiexec", "run_points"]
 
 SIGNALLED = 128
-"""A program that signal N killed gets the exit code 128 + N, as in a shell."""
+"""The exit code of a program that signal N killed is 128 + N, as in a shell."""
 
 
 def find_mpiexec() -> str | None:
@@ -52,7 +52,7 @@ def run_points(points: Sequence[SweepPoint]) -> Iterator[tuple[RunFolder, int]]:
     for point in points:
         with prepared_point(point) as folder:
             config = point.config
-        command = config.job.command
+            command = config.job.command
         yield folder, _run_program(folder, config, command) if command else _run_trainer(folder, config)
 
 
@@ -65,13 +65,16 @@ def _run_program(folder: RunFolder, config: Config, command: Sequence[str]) -> i
     """Run `job.command` as an attempt of the run, with the environment and the exit codes of a batch script.
 
     Raises:
-        LaunchError: The program is not found.
+        LaunchError: The program cannot be started.
     """
     attempt = create_attempt(folder)
     record_start(folder, attempt, JobRecord.local(config))
     saved = folder.saved(attempt)
-    environment = {"MIXTERA_RUN_FOLDER": str(folder.path), "MIXTERA_ATTEMPT": str(attempt)}
-    environment["MIXTERA_SAVED_FILE"] = str(saved)
+    environment = {
+        "MIXTERA_RUN_FOLDER": str(folder.path),
+        "MIXTERA_ATTEMPT": str(attempt),
+        "MIXTERA_SAVED_FILE": str(saved),
+    }
     began = time.monotonic()
     with contextlib.closing(Claim(folder, attempt)):
         try:

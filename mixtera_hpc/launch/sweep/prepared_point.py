@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from mixtera_hpc.config.convert import to_plain
 from mixtera_hpc.config.files.write_errors import explain_write_errors
 from mixtera_hpc.config.run_folder import RunFolder
-from mixtera_hpc.launch.prepare import prepare_run, replace_config
+from mixtera_hpc.launch.prepare import prepare_run, replace_config, restore_config
 from mixtera_hpc.launch.submit import undo_on_error
 from mixtera_hpc.launch.sweep.sweep_plan import SweepPoint
 
@@ -53,7 +53,6 @@ def _restoration(folder: RunFolder) -> Callable[[], None]:
             copy.unlink(missing_ok=True)
         if folder.overrides.exists():
             os.truncate(folder.overrides, overrides_size)
-        if folder.config.read_text() != config:
-            folder.config.write_text(config)
+        restore_config(folder, config)
 
     return restore

@@ -152,8 +152,8 @@ def learned_section(learned: LearnedMixture, order: Sequence[int]) -> str:
         )
     if "best_alpha" in learned.fields:
         text += (
-            " Speeds are those of epsilon, beta and alpha, where alpha is averaged over all that the losses allow. The "
-            "residual and the last column are about the best fit."
+            " Speeds use epsilon, beta and alpha, where alpha is averaged with all exponents that fit the losses. "
+            "The residual and the last column describe the best fit."
         )
     return (
         f"<section><h2>Learned by the mixture</h2><p>{text}</p>"

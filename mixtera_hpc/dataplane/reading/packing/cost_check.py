@@ -34,7 +34,7 @@ def check_sample_costs(config: Config, index: PropertyIndex, subset: SampleSubse
     budget = plane.sample_budget
     wrong = f"{name} is None or {name} < 0" + ("" if budget is None else f" or {name} > {budget!r}")
     restricted = SampleSubset(split=subset.split, drop=(*subset.drop, f"not ({wrong})"))
-    # With the domains of the run: samples that no domain has, or beyond the fraction of theirs, are not served.
+    # Samples outside of all domains of the run, or beyond the fraction of their domain, are not served.
     rows, _ = select_subset(config, index, restricted).selection.table.totals()
     if not rows.sum():
         return

@@ -81,7 +81,7 @@ class SequenceDocuments:
         Args:
             domain: of each sequence.
             numbers: number of each sequence in the stream of its domain.
-            places: ascending numbers put the sequences into another order; None keeps their order.
+            places: sort key of each sequence, which orders the result; None to keep the order of the sequences.
         """
         if self.is_packed and len(domain):
             # Groups are packed first, which looks up documents itself.

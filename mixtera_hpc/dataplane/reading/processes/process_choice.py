@@ -1,4 +1,4 @@
-"""Whether a rank reads in processes of its own; decision 008 has the reasons."""
+"""The choice between reading processes and a reading thread; decision 008 has the reasons."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ BINARY_FORMATS = frozenset({"mds", "webdataset"})
 
 
 def may_use_processes(config: Config, formats: Sequence[str]) -> bool:
-    """Return whether reading processes may be started, given the format of every shard."""
+    """Return True if reading processes may be started, given the format of every shard."""
     if config.dataplane.workers is not None:
         return config.dataplane.workers > 0
     if config.mixture.unit == "tokens":
         return True
-    # What a function returns perhaps cannot be sent between processes, and sending images takes longer than reading.
+    # The results of a transform may not be picklable, and sending images takes longer than reading them.
     return config.data.transform is None and BINARY_FORMATS.isdisjoint(formats)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mixtera_hpc.dataplane.reading.processes.block_memory import SHARED_SHARE
 from mixtera_hpc.dataplane.reading.residency.resident_rows import MAX_ROW_SHARE
-from mixtera_hpc.dataplane.reading.residency.rows_ahead import decoded_blocks
+from mixtera_hpc.dataplane.reading.residency.rows_ahead import ALL_FIT, decoded_blocks
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.errors import ConfigError
 from mixtera_hpc.formats.decoded_sizes import decodes_blocks
@@ -29,10 +29,10 @@ ROW_OVERHEAD = 1.2
 SAME_SPEED = 0.02
 """Domains whose epochs per step differ by less, relatively, count as moving together."""
 BLOCKS_PER_LANE = 2.5
-"""Shared blocks (or windows) in memory per lane with which domains that move together need each of them once: they are
-not exactly at the same place, because their shares differ from block to block."""
+"""Blocks (or windows) of each lane that the shared memory must hold, so that domains with the same speed decode each
+block once: they are not exactly at the same place, because their shares differ from block to block."""
 AHEAD_PER_LANE = 1.5
-"""The same for a process that decodes for itself and keeps only rows that are needed, counted in blocks."""
+"""The same for a process that decodes for itself, which keeps only rows that are needed; in the size of blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
     together = np.array([_bytes_of_group(source, sizes, epochs, group) for group in groups])
     bound = (float(together[:, 0].sum()) + single) / served
     # Blocks that all fit into the memory of a process are decoded once and served from there.
-    if sizes.collection <= max(budget, shared_bytes) / 4:
+    if sizes.collection <= max(budget, shared_bytes) * ALL_FIT:
         return DecodeCost(lower_bound=bound, amplification=1.0, read_bytes_per_step=0.0, memory_bytes=sizes.collection)
 
     rows_memory = _memory(source, sizes, shape)

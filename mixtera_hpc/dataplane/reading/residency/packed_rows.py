@@ -1,4 +1,4 @@
-"""Rows of blocks as they stay in memory: JSON lines as lines, which take a third less than objects."""
+"""Rows of blocks as they stay in memory: JSON as bytes of lines, which take a third less memory than objects."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ class PackedRows(NamedTuple):
 
     values: Sequence[Any]
     unpack: Unpack | None
-    """A function from some of the values to rows; raises ValueError or one of `JSON_ERRORS`. None: values are rows."""
+    """Converts values to rows; raises ValueError or one of `JSON_ERRORS`. None if the values are the rows."""
 
     def take(self, places: NDArray[np.int64]) -> "PackedRows":
         """Return the rows at some places."""
@@ -25,12 +25,12 @@ class PackedRows(NamedTuple):
 
 
 PackBlock = Callable[[int, NDArray[np.int64]], PackedRows]
-"""A function that decodes a block and returns rows of it for the memory, given their ascending positions."""
+"""Decodes a block and returns the rows at these ascending positions, as they stay in memory."""
 
 
 def num_bytes(value: Any) -> int:
-    """Return about how much memory a row takes."""
-    # Lines are by far the most frequent kind of rows.
+    """Return the approximate memory of a row."""
+    # Most rows are lines.
     if type(value) is bytes:
         return sys.getsizeof(value)
     if isinstance(value, Mapping):

@@ -2,9 +2,8 @@
 
 When a domain enters a window, every block of the window is decoded, and the rows of this domain stay in memory until
 they are served. So do the rows that other domains of the same speed need soon (`rows_ahead`). A domain that moves at
-another speed decodes each block once more: the bytes decoded for it are the share of a block that it does not need, and
-no more. Rows of JSON lines stay in memory as lines, which take a third less than objects, and are parsed when they are
-served.
+another speed decodes each block once more. Rows of JSON lines stay in memory as lines, which take a third less than
+objects, and are parsed when they are served.
 
 If the windows in use do not fit into the budget, only the rows of each window that are served next are kept, and the
 window is decoded again for the others: with a budget of half of what is needed, about twice. Price: a dictionary lookup
@@ -36,7 +35,7 @@ MIN_SHARE = 1 / 64
 GROWTH = 1.01
 """Growth of this share with every window that is loaded while all fit."""
 MAX_EVICTED = 4096
-"""Windows that are remembered after they were evicted with rows that had not been served."""
+"""Number of evicted windows with unserved rows that are remembered."""
 
 
 class _WindowRows:
@@ -93,7 +92,7 @@ class ResidentRows:
             max_bytes: budget for all rows.
             read_block: decodes blocks.
             pack_block: the same, for rows that stay in memory.
-            ahead: rows for windows that come later; None keeps none.
+            ahead: rows that other domains need later; None to keep none.
         """
         self._max_bytes = max_bytes
         self._max_window_bytes = int(max_bytes * MAX_ROW_SHARE)

@@ -1,10 +1,10 @@
 """Rows of decoded blocks that other domains need soon.
 
 Domains with the same speed do not stay at the same block of a lane, because their shares differ from block to block.
-When a block is decoded for one of them, the rows that the others have not reached yet stay in memory, and nothing else:
-rows that were served, or that no domain selects, take no place. If there are too many, those that are needed last are
-given up and decoded again, which is the best choice for a known future (Belady 1966). Price: the rows of a block are
-taken out of it together, and about 5 µs per block and domain.
+When a block is decoded for one of them, only the rows that the others have not reached yet stay in memory: rows that
+were served, or that no domain selects, take no space. If they exceed the memory, those that are needed last are dropped
+and decoded again later, which is optimal if the future is known (Belady 1966). Price: all wanted rows of a block are
+decoded together, and about 5 µs per block and domain.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,17 +24,19 @@ from mixtera_hpc.errors import DataError
 from mixtera_hpc.formats.batching.json_problems import JSON_ERRORS
 from mixtera_hpc.formats.decoded_sizes import decodes_blocks
 
-__all__ = ["RowsAhead", "decoded_blocks", "rows_ahead"]
+__all__ = ["ALL_FIT", "RowsAhead", "decoded_blocks", "rows_ahead"]
 
 Ints = NDArray[np.int64]
 IsResident = Callable[[WindowKey], bool]
 
 HORIZON_GROWTH = 1.05
-"""Growth of the time ahead for which rows are kept, per window that is decoded while memory is left."""
+"""Factor by which the horizon grows with every window that is loaded while memory is left."""
+MIN_HORIZON = 1.0
+"""Reads. A horizon of 0 would never grow again."""
 ALL_FIT = 0.25
-"""Part of the memory in which the blocks of all domains fit, next to the rows in use."""
+"""Share of the memory. Blocks that fit into it together stay decoded, so no rows are kept ahead."""
 FREED_AT_ONCE = 0.05
-"""Part of the memory that is freed when it is full."""
+"""Share of the memory that is freed when it is full."""
 
 
 class _Group(NamedTuple):
@@ -45,7 +47,7 @@ class _Group(NamedTuple):
     packed: PackedRows
     num_bytes: int
     needed: float
-    """Progress of the domain at which it needs them."""
+    """Progress at which the domain needs them."""
 
 
 class _WantedRows(NamedTuple):
@@ -57,7 +59,7 @@ class _WantedRows(NamedTuple):
 
 
 class RowsAhead:
-    """Rows that were decoded, but not yet needed. One per reading thread."""
+    """Decoded rows that domains need later. One per reading thread."""
 
     def __init__(
         self, streams: DomainStreams, progress: StreamProgress, is_decoded: NDArray[np.bool_], pack_block: PackBlock
@@ -65,9 +67,9 @@ class RowsAhead:
         """Keep nothing yet.
 
         Args:
-            streams: knows the samples of blocks.
-            progress: knows when a domain needs a block.
-            is_decoded: which blocks are decoded as a whole; shape (num_blocks,).
+            streams: looks up the samples of blocks.
+            progress: tells when a domain needs a block.
+            is_decoded: mask of the blocks that are decoded as a whole; shape (num_blocks,).
             pack_block: decodes blocks.
         """
         self._streams = streams
@@ -77,19 +79,19 @@ class RowsAhead:
         self._groups: dict[tuple[int, int], _Group] = {}
         """(block, domain) → rows."""
         self._wanted: dict[int, list[_WantedRows]] = {}
-        """Block of the window that is loaded → what else is taken out of it."""
+        """Block of the window that is loaded → rows of other domains to keep."""
         self._horizon = np.inf
-        """Reads ahead for which rows are kept."""
+        """Rows that are needed after more reads than this are not kept."""
         self.num_bytes = 0
         """Bytes of all rows."""
 
     def enter(self, key: WindowKey, blocks: NDArray[np.int32], is_resident: IsResident) -> None:
-        """Find out what else is taken out of the blocks of a window that is loaded next.
+        """Determine which rows of other domains to keep from the blocks of the window that is loaded next.
 
         Args:
             key: the window.
             blocks: its blocks, each once.
-            is_resident: returns whether the rows of a window are in memory already.
+            is_resident: returns True if the rows of a window are in memory already.
         """
         self._wanted.clear()
         decoded = blocks[self._is_decoded[blocks]].tolist()
@@ -123,7 +125,7 @@ class RowsAhead:
                 yield place, float(needed[place])
 
     def pack(self, domain: int, block: int, rows: Ints) -> PackedRows:
-        """Return rows that a domain has in a block of the window that was entered, given their ascending positions.
+        """Return rows of a domain in a block of the entered window, given their ascending positions in the block.
 
         Raises:
             DataError: the block cannot be decoded.
@@ -154,7 +156,7 @@ class RowsAhead:
         return packed.take(places[: len(rows)])
 
     def limit(self, max_bytes: int) -> None:
-        """Give up the rows that are needed last, until the others fit."""
+        """Drop the rows that are needed last, until the others fit."""
         if not self._groups or self.num_bytes <= max_bytes:
             self._horizon *= HORIZON_GROWTH
             return
@@ -165,10 +167,10 @@ class RowsAhead:
             if self.num_bytes <= max_bytes * (1 - FREED_AT_ONCE):
                 break
             self.num_bytes -= self._groups.pop(keys[place]).num_bytes
-            self._horizon = max(float(reads[place]), 0.0)
+            self._horizon = max(float(reads[place]), MIN_HORIZON)
 
     def advance(self, documents: Documents) -> None:
-        """Record the documents of a read, and free rows that their domains passed without asking for them."""
+        """Record the documents of a read, and drop rows that their domains have passed without reading them."""
         self._progress.advance(documents)
         passed = {domain: self._progress.passed(domain) for domain in {domain for _, domain in self._groups}}
         for key in [key for key, group in self._groups.items() if group.needed < passed[key[1]]]:
@@ -181,18 +183,18 @@ class RowsAhead:
 
 
 def decoded_blocks(source: Source) -> NDArray[np.bool_]:
-    """Return which blocks of the index are decoded as a whole to read a row of them; shape (num_blocks,)."""
+    """Return the mask of the blocks that are decoded as a whole to read one row; shape (num_blocks,)."""
     is_decoded = np.array([decodes_blocks(name) for name in source.index.shard_formats], np.bool_)
-    # Documents of a token store are copied one by one. A frame of a row store has rows of one domain only, most often.
+    # Documents of a token store are copied one by one. Most frames of a row store have rows of one domain only.
     return is_decoded[source.blocks.shard] & ~blocks_with_tokens(source) & ~blocks_with_rows(source)
 
 
 def rows_ahead(source: Source, streams: DomainStreams | None, pack_block: PackBlock) -> RowsAhead | None:
-    """Return memory for rows that are needed later; None where it would not help."""
-    # Sequences at random places need a block at any time.
+    """Return memory for rows that are needed later; None if it would not help."""
+    # With single sequences in random order, a block may be needed at any time.
     if streams is None or source.layout.order.shuffle == "sequence":
         return None
-    # Blocks that fit into the memory together are decoded once, whoever needs them.
+    # Blocks that fit into the memory together are decoded once for all domains.
     blocks = source.blocks
     is_decoded = decoded_blocks(source)
     num_bytes = (blocks.length * source.layout.expansion[blocks.shard])[is_decoded].sum()

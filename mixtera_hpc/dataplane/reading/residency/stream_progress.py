@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 PASSED = np.inf
-"""The progress at which a block is needed that is not needed any more."""
+"""Progress of a block that is not needed any more."""
 SPEED_MEMORY = 0.8
 """Weight of earlier reads in the speed of a domain."""
 
@@ -98,22 +98,18 @@ class StreamProgress:
         self.speed = np.where(is_new, np.maximum(speed, self.speed), recent)
 
     def reads_until(self, domain: Ints, needed: Floats) -> Floats:
-        """Return after how many reads each domain reaches some progress; 0 or less if it has passed it."""
+        """Return the number of reads until each domain reaches the progress `needed`; 0 or less if it has passed it."""
         return (needed - self.current[domain]) / np.maximum(self.speed[domain], 1e-12)
 
     def needed(self, domain: int, blocks: NDArray[np.int32], epoch: int) -> tuple[Ints, Floats]:
         """Return the window of each block for a domain, and the progress at which it is needed.
 
         Args:
-            domain: a domain that has rows in all of the blocks.
+            domain: a domain with rows in all of the blocks, whose progress is known.
             blocks: any blocks.
-            epoch: epoch of the domain that decodes the blocks.
+            epoch: epoch of the domain for which the blocks are decoded.
         """
-        current = float(self.current[domain])
-        if np.isnan(current):
-            return np.zeros(len(blocks), np.int64), np.full(len(blocks), PASSED)
-        # A domain at the end of its epoch needs the blocks of the next one.
-        epoch = min(max(epoch, int(current)), int(current) + 1)
+        epoch = self.epoch_of(domain, epoch)
         order = self._epoch(domain, epoch)
         if not order.lane_items:
             return np.zeros(len(blocks), np.int64), np.full(len(blocks), PASSED)
@@ -132,19 +128,20 @@ class StreamProgress:
         return window, np.minimum(own, np.where(is_in_next, following, PASSED))
 
     def passed(self, domain: int) -> float:
-        """Return a progress that `domain` has reached in all lanes, before the last two reads."""
+        """Return the progress that `domain` had reached in all lanes two reads ago."""
         epoch = self._epoch(domain, int(self.current[domain]))
         # Lanes are served in turn, so some of them are a sequence behind.
         return float(self.current[domain] - 2 * self.speed[domain]) - self._lanes.grid.stride / max(epoch.lane_items, 1)
 
     def _needed_in(self, lane: Ints, begin: Floats, end: Floats, passed: float) -> Floats:
-        """Return the progress at which parts of lanes are needed, given those between `begin` and `end`."""
+        """Return the progress at which the parts of lanes from `begin` to `end` are needed; shape of `lane`."""
         is_lane = (lane >= 0) & (lane < len(self._is_read))
         is_read = is_lane & self._is_read[np.where(is_lane, lane, 0)]
         return np.where(is_read & (end > passed), begin, PASSED)
 
     def epoch_of(self, domain: int, epoch: int) -> int:
-        """Return the epoch of `domain` in which it needs blocks that another domain needs in `epoch`."""
+        """Return the epoch in which `domain` needs blocks next that another domain needs in `epoch`."""
+        # A domain at the end of its epoch needs the blocks of the next one.
         current = int(self.current[domain])
         return min(max(epoch, current), current + 1)
 

@@ -1,4 +1,4 @@
-"""What a read of rows returns, and the shards that are open for reads."""
+"""The result of a read of rows, and an open shard."""
 
 from typing import Any, NamedTuple
 
@@ -17,11 +17,11 @@ class ReadRows(NamedTuple):
     positions: NDArray[np.intp]
     """Position of each row among those requested; shape (n,)."""
     decoder: RowDecoder | None = None
-    """Set if `rows` are still the bytes of raw samples, which this decodes."""
+    """Decodes `rows` if they are still the bytes of raw samples; else None."""
 
 
 class ReadableShard(NamedTuple):
-    """An open data file. The fields after the first are the same reader, where it can do more."""
+    """An open data file. The other fields are the same reader if it implements more than `ShardReader`."""
 
     reader: ShardReader
     range_reader: RangeReader | None

@@ -48,7 +48,7 @@ Convert = Callable[[list[Any]], list[Any]]
 CONVERTED_AT_ONCE = 512
 """Rows of formats without a `RowDecoder` that are in memory before they are converted."""
 READ_AT_ONCE = 256
-"""Rows in one group of reads, where they are not converted."""
+"""Rows in one group of reads if they are not converted."""
 CONVERTED_WHILE_CACHED = 64
 """Decoded rows that are converted together: they are still in the second cache of a core."""
 
@@ -137,7 +137,7 @@ class RowReader:
             documents_of: returns their documents, in the same order.
 
         Raises:
-            DataError: the shard of a row is damaged.
+            DataError: the shard of a row is damaged or has changed.
         """
         try:
             return decoder.payloads(rows)
@@ -145,9 +145,11 @@ class RowReader:
             documents = documents_of()
             shards = self._source.blocks.shard[documents.block]
             self._log_another_read(shards, error)
-        # As for other rows, the readers of the shards name the shard that is damaged.
+        # The readers of the shards name the shard that is damaged, as for other rows.
         disk_order = np.lexsort((documents.row, documents.block))
         samples = self._read_from_shards(documents.select(disk_order), shards[disk_order], raw=True)
+        # The bytes were read before the last check, these rows after it.
+        self._guard.check()
         return [samples[i] for i in np.argsort(disk_order).tolist()]
 
     def close(self) -> None:
@@ -354,7 +356,7 @@ class RowReader:
         for first, last in equal_runs(documents.block):
             number = int(documents.block[first])
             block = BlockRef.of(self._source.blocks, number)
-            # Those of other rows are not needed.
+            # Lengths of other rows are not needed.
             lengths = np.zeros(block.rows, np.int64)
             lengths[documents.row[first:last]] = documents.length[first:last]
             # A row may occur twice, when two sequences need it.

@@ -1,26 +1,17 @@
 """Refuse a row store that is written again while a run reads it, before a row of the new files is served.
 
-An `index refresh` only adds files: the places of earlier rows are copied, and no file name is used twice. A store that
-is removed and built again may use the names of before for other content. So after every read of some steps, the header
-and the file of places are compared with those at the start. Price: two `stat` calls per store and read.
+An `index refresh` only adds files: it copies the places of earlier rows and uses new file names. A store that is
+removed and built again may use earlier file names for other content. So after every read of some steps, the header and
+the file of places are compared with those at the start. Price: two `stat` calls per store and read.
 """
 
-import os
 from pathlib import Path
-from typing import NamedTuple
 
+from mixtera_hpc.dataplane.reading.unchanged.file_state import FileState, file_state
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.row_store.row_files import RowStoreFiles, RowStoreHeader, StoredRowBlocks
 
 __all__ = ["RowStoreWatch"]
-
-
-class _FileState(NamedTuple):
-    """The state of a file."""
-
-    inode: int
-    size: int
-    mtime_ns: int
 
 
 class RowStoreWatch:
@@ -34,10 +25,11 @@ class RowStoreWatch:
         """
         self._files = RowStoreFiles(Path(store.folder))
         self._num_blocks = store.last_block - store.first_block
+        # Looked up before the header is read: a later change then differs from this state.
+        self._header_state = self._state(self._files.header)
         self._header = self._read_header()
         if self._files.folder / self._header.places != Path(store.places):
             raise self._error("it belongs to another index now")
-        self._header_state = self._state(self._files.header)
         self._places_inode = self._state(Path(store.places)).inode
 
     def check(self) -> None:
@@ -54,7 +46,7 @@ class RowStoreWatch:
             raise self._error("it was written again")
 
     def _compare_header(self, header: RowStoreHeader) -> None:
-        """Accept a header that is the same or that of a refresh, which keeps the rows of before."""
+        """Accept the same header, or that of a refresh, which keeps the earlier rows."""
         before = self._header
         if header.places == before.places:
             return
@@ -70,12 +62,11 @@ class RowStoreWatch:
             raise self._error("its header was removed")
         return header
 
-    def _state(self, path: Path) -> _FileState:
+    def _state(self, path: Path) -> FileState:
         try:
-            status = os.stat(path)  # noqa: PTH116 - faster.
+            return file_state(path)
         except OSError:
             raise self._error(f"{path} cannot be found") from None
-        return _FileState(status.st_ino, status.st_size, status.st_mtime_ns)
 
     def _error(self, problem: str) -> DataError:
         return DataError(

@@ -3,7 +3,7 @@
 After every read of some steps, each file that was read is looked up once and compared with the index: first its size
 and times, and if one of the times is new, its fingerprint (size, first and last MiB). A file with an equal fingerprint
 is accepted with its new times. Because the comparison follows the read, it covers the opening and the read itself.
-Processes of a node share look-ups that cannot miss a change, see `shard_stamps`.
+Processes of a node share look-ups, see `shard_stamps`.
 Price: one `stat` of 2 to 4 µs per file and read, which the file system's client answers from the memory of the node
 while it holds the attributes of the file; two reads of 1 MiB per process and file whose times have changed.
 
@@ -64,7 +64,7 @@ class ShardGuard:
             data_root: the folder that `shard_paths` are relative to.
             shard_paths: of all shards.
             states: see `shard_states`; without entries, nothing is compared.
-            stamps: the look-ups of all processes of this node; None if this one looks for itself.
+            stamps: the look-ups of all processes of this node; None if this process makes all of its own.
         """
         self._data_root = data_root
         self._shard_paths = shard_paths
@@ -105,6 +105,7 @@ class ShardGuard:
         self._is_used[used] = False
 
     def _look_up(self, used: NDArray[np.intp]) -> None:
+        """Look up every shard."""
         # A read may touch thousands of shards, so the common case is three comparisons.
         for number, size, mtime, ctime in zip(used.tolist(), *self._accepted[used].T.tolist(), strict=True):
             path = self._path_of(number)
@@ -115,7 +116,7 @@ class ShardGuard:
     def _look_up_together(self, used: NDArray[np.intp], stamps: ShardStamps) -> None:
         """Look up the shards that no other process of this node has looked up since the read ended."""
         read_end = now_ticks()
-        # In another order in each process: those whose reads end together then find the look-ups of the others.
+        # The order differs between processes, so that reads that end together use the look-ups of each other.
         used = self._shuffle.permutation(used)
         for number, size, mtime, ctime in zip(used.tolist(), *self._accepted[used].T.tolist(), strict=True):
             if ctime and stamps.proves(number, read_end, state_digest(size, mtime, ctime)):

@@ -1,9 +1,9 @@
 """Times at which the processes of a node found a shard unchanged, so that one look-up can serve several of them.
 
-A look-up proves only reads that ended before it began: the file may have changed after it. So a process trusts the
-look-up of another one only if that began after its own read had ended. It waits for nobody, so reads that end together
-share their look-ups where these take long, and each process looks for itself where they take microseconds. Price: 8
-bytes of memory per shard and node, and one small collective when the data is opened.
+A look-up covers only reads that ended before it began: the file may have changed after it. So a process trusts the
+look-up of another process only if it began after the own read had ended. No process waits for another one. Slow
+look-ups are therefore shared by reads that end together, while look-ups that take microseconds are made by each
+process. Price: 8 bytes of memory per shard and node, and one small collective when the data is opened.
 """
 
 import mmap
@@ -20,7 +20,7 @@ __all__ = ["ShardStamps", "now_ticks", "share_stamps", "state_digest"]
 TICK_BITS = 14
 """Bits of a time in nanoseconds that are dropped: a tick is 16 µs."""
 DIGEST_BITS = 20
-"""A word of 64 bits holds a tick and a digest, so that one store writes both. Ticks end after nine years of uptime."""
+"""A word of 64 bits holds a tick and a digest, so that one store writes both. Ticks fit for nine years of uptime."""
 _DIGEST_MASK = (1 << DIGEST_BITS) - 1
 _WORD_BYTES = 8
 
@@ -42,24 +42,24 @@ class ShardStamps:
         """Own the descriptor of the memory; it is closed when nothing refers to this object any more."""
         self.fd = fd
         weakref.finalize(self, os.close, fd)
-        self._words = memoryview(mmap.mmap(fd, 0))[NONCE_BYTES:].cast("q")
+        self._words = memoryview(mmap.mmap(fd, 0))[NONCE_BYTES:].cast("Q")
 
     def __reduce__(self) -> Any:
         """Pickle for a process that inherits the descriptor."""
         return ShardStamps, (self.fd,)
 
     def proves(self, shard: int, read_end: int, digest: int) -> bool:
-        """Return whether another process found a shard with the state `digest` after the tick `read_end`."""
+        """Return True if a process found a shard in the state `digest`, by a look-up after the tick `read_end`."""
         word = self._words[shard]
         return word >> DIGEST_BITS > read_end and word & _DIGEST_MASK == digest
 
     def contradicts(self, shard: int, digest: int) -> bool:
-        """Return whether another process accepted a shard with another state than `digest`."""
+        """Return True if a process accepted a shard in another state than `digest`."""
         word = self._words[shard]
         return word != 0 and word & _DIGEST_MASK != digest
 
     def record(self, shard: int, began: int, digest: int) -> None:
-        """Record that a shard was accepted with the state `digest`, by a look-up that began at the tick `began`."""
+        """Record that a shard was accepted in the state `digest`, by a look-up that began at the tick `began`."""
         self._words[shard] = began << DIGEST_BITS | digest
 
 

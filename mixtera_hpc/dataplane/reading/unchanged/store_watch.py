@@ -7,22 +7,13 @@ Price: two `stat` calls per store and read.
 It does not detect token ids that another program changes in place if the file keeps its modification time.
 """
 
-import os
 from pathlib import Path
-from typing import NamedTuple
 
+from mixtera_hpc.dataplane.reading.unchanged.file_state import FileState, file_state
 from mixtera_hpc.errors import DataError
 from mixtera_hpc.index.token_store.store_files import StoredRows, StoreFiles, StoreHeader, read_header
 
 __all__ = ["StoreWatch"]
-
-
-class _State(NamedTuple):
-    """The state of a file."""
-
-    inode: int
-    size: int
-    mtime_ns: int
 
 
 class StoreWatch:
@@ -36,10 +27,11 @@ class StoreWatch:
         """
         self._index = store.index
         self._files = StoreFiles(Path(store.folder))
+        # Looked up before the header is read: a later change then differs from these states.
+        self._states = self._current_states()
         self._header = self._read_header()
         if not self._header.complete:
             raise self._error("it is incomplete")
-        self._states = self._current_states()
 
     def check(self) -> None:
         """Compare the store.
@@ -69,12 +61,11 @@ class StoreWatch:
             raise self._error("it belongs to another index now")
         return header
 
-    def _current_states(self) -> list[_State]:
+    def _current_states(self) -> list[FileState]:
         try:
-            status = [os.stat(path) for path in (self._files.header, self._files.tokens)]  # noqa: PTH116 - faster.
+            return [file_state(path) for path in (self._files.header, self._files.tokens)]
         except OSError as error:
             raise self._error(f"{error.filename} cannot be found") from None
-        return [_State(file.st_ino, file.st_size, file.st_mtime_ns) for file in status]
 
     def _error(self, problem: str) -> DataError:
         return DataError(
