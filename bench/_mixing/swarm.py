@@ -8,8 +8,8 @@ from bench._mixing.runs import run_verb
 __all__ = ["train_swarm"]
 
 NUM_PROXIES = 12
-PROXY_SHARE = 2
-"""Proxies have this part of the steps of a run: 1/2."""
+PROXY_DIVISOR = 2
+"""Proxies have the steps of a run divided by this."""
 
 
 def train_swarm(folder: Path, corpus: Corpus) -> Path:
@@ -20,7 +20,7 @@ def train_swarm(folder: Path, corpus: Corpus) -> Path:
     """
     swarm = folder / "swarm" / corpus.name
     log = swarm.with_suffix(".log")
-    num_steps = corpus.num_steps // PROXY_SHARE
+    num_steps = corpus.num_steps // PROXY_DIVISOR
     words = [
         *corpus.overrides,
         "mixture=natural",

@@ -142,16 +142,8 @@ def start_failure_watch(comm: Communicator, failure_file: Path | None, *, heartb
     link, listener = _open_link(comm, num_nodes=len(set(rows[:, 0].tolist())), is_first_of_node=comm.rank == first)
     if can_watch and comm.rank == first:
         ranks = [f"{rank}:{rows[rank, 1]}:{rows[rank, 3]}" for rank in node_ranks]
-        facts = [
-            str(own_board),
-            str(failure_file or ""),
-            comm.hostname,
-            link,
-            str(heartbeat_s),
-            str(_launcher_pid()),
-            *ranks,
-        ]
-        watch.own(_start_sentinel(facts, [own_board, *([] if listener is None else [listener.fileno()])]))
+        facts = [str(own_board), str(failure_file or ""), comm.hostname, link, str(heartbeat_s), str(_launcher_pid())]
+        watch.own(_start_sentinel([*facts, *ranks], [own_board, *([] if listener is None else [listener.fileno()])]))
     comm.Barrier()
     if listener is not None:
         listener.close()

@@ -49,7 +49,7 @@ class CheckResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tried:
+class _CombinationResult:
     """The result of one combination."""
 
     cluster: str
@@ -69,17 +69,17 @@ def check_all_pairs() -> CheckResult:
     unset = sorted(name for name in _needed_variables(folders) if name not in os.environ)
 
     with _placeholders(unset):
-        plain = [_try(None, cluster, "none") for cluster in clusters]
+        plain = [_check_combination(None, cluster, "none") for cluster in clusters]
         combined = [
             *((experiment, cluster, "none") for experiment in experiments for cluster in clusters),
-            *((None, tried.cluster, environment) for tried in plain for environment in tried.environments),
+            *((None, result.cluster, environment) for result in plain for environment in result.environments),
         ]
-        tried = [*plain, *(_try(*combination) for combination in combined)]
+        results = [*plain, *(_check_combination(*combination) for combination in combined)]
     return CheckResult(
         experiments=tuple(experiments),
         clusters=tuple(clusters),
-        num_pairs=len(tried),
-        failures=tuple(one.failure for one in tried if one.failure),
+        num_pairs=len(results),
+        failures=tuple(result.failure for result in results if result.failure),
         unset=tuple(unset),
     )
 
@@ -94,21 +94,22 @@ def check_one(overrides: Sequence[str]) -> str | None:
 
 
 def _rendered(overrides: Sequence[str]) -> Config:
+    """Compose a configuration and render its script; return the configuration."""
     config = compose(overrides)
     render_script(SbatchJob(config=config))
     return config
 
 
-def _try(experiment: str | None, cluster: str, environment: str) -> _Tried:
+def _check_combination(experiment: str | None, cluster: str, environment: str) -> _CombinationResult:
     """Compose and render one combination."""
     chosen = list(MINIMAL_OVERRIDES) if experiment is None else [f"experiment={experiment}"]
     try:
         config = _rendered([*chosen, f"cluster={cluster}", *EXAMPLE_ENVIRONMENTS[environment]])
     except MixteraError as error:
         failure = FailedPair(experiment=experiment, cluster=cluster, environment=environment, problem=str(error))
-        return _Tried(cluster=cluster, failure=failure)
+        return _CombinationResult(cluster=cluster, failure=failure)
     startable = [name for name in EXAMPLE_ENVIRONMENTS if name != "none" and can_start(config.cluster, name)]
-    return _Tried(cluster=cluster, environments=tuple(startable))
+    return _CombinationResult(cluster=cluster, environments=tuple(startable))
 
 
 def _options(folders: list[Path], group: str) -> list[str]:

@@ -49,7 +49,7 @@ class MixtureSpace:
     phases: Weights = field(default_factory=lambda: np.ones(1))
     """Share of the run that every phase has; shape (P,), sum 1."""
     limit: Weights = field(default_factory=lambda: np.ones(1))
-    """Largest share of every domain in the whole run; shape (K,), or (1,) for all. One phase has it in `high`."""
+    """Largest share of every domain in the whole run; shape (K,), or (1,) for all. With one phase, see `high`."""
 
     @classmethod
     def of_domains(
@@ -141,7 +141,7 @@ class MixtureSpace:
         """Return a mixture in which no domain has more than its limit in the whole run; shape (C,).
 
         A domain above its limit is scaled down in all phases, and the others of a phase are scaled up. So a mixture
-        within the limits stays as it is. With one phase, the bounds have the limits.
+        within the limits stays as it is. With one phase, the bounds include the limits.
         """
         if self.num_phases == 1:
             return mixture

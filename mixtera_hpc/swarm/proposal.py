@@ -138,7 +138,7 @@ class _MixtureSearch:
         multipliers = np.zeros(len(self.space.names))
         groups = self.space.project(start, self.low, self.high)
         strength = STRENGTH * max(float(np.abs(self._slope(groups, multipliers, 0.0)).max()), 1e-12)
-        # Method of multipliers. With one phase the bounds have the limits, and one descent is enough.
+        # Method of multipliers. With one phase the bounds include the limits, and one descent is enough.
         for _ in range(NUM_MULTIPLIER_ROUNDS if self.space.num_phases > 1 else 1):
             groups = self._descend(groups, multipliers, strength)
             multipliers = np.maximum(multipliers + strength * self._excess(groups), 0.0)
@@ -172,7 +172,7 @@ class _MixtureSearch:
         return loss + entropy + limits
 
     def _slope(self, groups: Array, multipliers: Array, strength: float) -> Array:
-        """Return the derivative by every share of a group, with a weighted mean of 0 in every phase; shape (G,)."""
+        """Return the derivatives by the shares of groups, with a weighted mean of 0 in every phase; shape (G,)."""
         pushed = np.maximum(multipliers + strength * self._excess(groups), 0.0)
         slopes = self.fit.gradient(groups @ self.space.basis) @ (self.objective / self.objective.sum())
         slopes = slopes + (self.space.phases[:, None] * pushed).reshape(-1)
@@ -203,7 +203,7 @@ def uniform_mixture(space: MixtureSpace) -> Array:
 def mixture_within(space: MixtureSpace, mixture: Array) -> Array:
     """Return the nearest mixture within the bounds of the domains, the same in all phases; shape (C,).
 
-    Groups are not kept.
+    The ratios inside groups may change.
     """
     high = np.where(space.prior > 0, space.high, 0.0)
     most = np.minimum(by_phase(high, space.num_phases).min(axis=0), space.limit)

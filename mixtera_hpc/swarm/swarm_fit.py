@@ -166,9 +166,8 @@ def fit_swarm(folder: SwarmFolder, settings: SwarmConfig, outside: Sequence[tupl
     validated = validate_regressions(mixtures, losses, objective, tuple(laws))
     chosen = choose_laws(validated, losses, objective)
     fit = chosen.fit(mixtures, losses)
-    proposal = written_weights(
-        propose_mixture(record.space, fit, mixtures, objective, settings.penalty), record.num_phases
-    )
+    proposal = propose_mixture(record.space, fit, mixtures, objective, settings.penalty)
+    proposal = written_weights(proposal, record.num_phases)
     checks = SwarmRuns.checks(folder, record, proposal)
     return SwarmFit(
         record=record,

@@ -1,5 +1,6 @@
 """The phases of a run, each with a mixture of its own: where they begin, and their shares of the run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,7 @@ class TrainingPhases:
         return cls(starts=tuple(starts.tolist()), shares=tuple((sequences / sequences.sum()).tolist()))
 
 
-def share_names(names: tuple[str, ...] | list[str], num_phases: int) -> list[str]:
+def share_names(names: Sequence[str], num_phases: int) -> list[str]:
     """Return the names of all shares of a mixture: those of the domains, once for every phase."""
     if num_phases == 1:
         return list(names)
@@ -56,5 +57,5 @@ def share_names(names: tuple[str, ...] | list[str], num_phases: int) -> list[str
 
 
 def by_phase(shares: NDArray[np.float64], num_phases: int) -> NDArray[np.float64]:
-    """Return shares of all phases, shape (…, P × K), with an axis of phases; shape (…, P, K)."""
+    """Return shares of all phases, shape (…, P × K), with an axis for the phases; shape (…, P, K)."""
     return shares.reshape(*shares.shape[:-1], num_phases, shares.shape[-1] // num_phases)

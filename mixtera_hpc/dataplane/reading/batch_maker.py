@@ -268,7 +268,7 @@ class BatchMaker:
     ) -> Iterator[Batch]:
         """Distribute the samples of `documents`, one per sequence, to the rows of each step's batch."""
         num_rows = [len(content.domain_ids) for content in steps]
-        # Document of each row of each step; -1 stands for padding.
+        # Number of the document of each row of each step; -1 stands for padding.
         numbers = np.full((len(steps), max(num_rows)), -1)
         numbers[sequences.step_index, sequences.row] = np.arange(len(documents.block))
 

@@ -124,14 +124,14 @@ class SharedBlocks:
         digest = blake2b(f"{offset} {name}".encode(), digest_size=16).digest()
         key, check = (int(value) for value in np.frombuffer(digest, np.int64) & (_MAX_KEY - 1))
         try:
-            found = self._find(key, check, take)
-            if found is not None:
-                return found
+            part = self._find(key, check, take)
+            if part is not None:
+                return part
             with self._lock(1 + key):
                 # Another process may have decoded it meanwhile.
-                found = self._find(key, check, take)
-                if found is not None:
-                    return found
+                part = self._find(key, check, take)
+                if part is not None:
+                    return part
                 buffers, part = decode()
                 self._store(key, check, buffers)
                 return part

@@ -109,13 +109,7 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
 
     rows_memory = _memory(source, sizes, shape)
     blocks_memory = _blocks_memory(source, sizes, shape)
-    if shape.num_nodes is None:
-        # The rows that are needed first stay, so the first bytes of memory save most.
-        share = math.sqrt(min(max((budget - rows_memory) / blocks_memory, 0.0), 1.0))
-    else:
-        # With shared blocks for one place per lane, domains decode alone; with `BLOCKS_PER_LANE`, together.
-        per_lane = shared_bytes / blocks_memory * BLOCKS_PER_LANE
-        share = min(max((per_lane - 1) / (BLOCKS_PER_LANE - 1), 0.0), 1.0)
+    share = _share_together(shape, budget - rows_memory, shared_bytes, blocks_memory)
     weight = epochs * (sizes.own + sizes.single) / served
     weight_of_group = np.array([weight[group].sum() for group in groups])
     alone = np.stack([epochs * sizes.decoded, epochs * sizes.on_disk]) * _decodes_of_domains(source, weight, shape)
@@ -128,6 +122,23 @@ def decode_cost(source: Source, served_per_step: Floats, shape: JobShape) -> Dec
         read_bytes_per_step=float(on_disk) * repeats + single,
         memory_bytes=_node_memory(rows_memory, blocks_memory, shape),
     )
+
+
+def _share_together(shape: JobShape, ahead_bytes: float, shared_bytes: float, blocks_memory: float) -> float:
+    """Return the share of the decoding that domains with the same speed do together; between 0 and 1.
+
+    Args:
+        shape: the processes that read.
+        ahead_bytes: memory of a process for rows that are needed later.
+        shared_bytes: memory for blocks that the processes of a node share.
+        blocks_memory: see `_blocks_memory`.
+    """
+    if shape.num_nodes is None:
+        # The rows that are needed first stay, so the first bytes of memory save most.
+        return math.sqrt(min(max(ahead_bytes / blocks_memory, 0.0), 1.0))
+    # With shared blocks for one place per lane, domains decode alone; with `BLOCKS_PER_LANE`, together.
+    per_lane = shared_bytes / blocks_memory * BLOCKS_PER_LANE
+    return min(max((per_lane - 1) / (BLOCKS_PER_LANE - 1), 0.0), 1.0)
 
 
 def _node_memory(rows_memory: float, blocks_memory: float, shape: JobShape) -> float:

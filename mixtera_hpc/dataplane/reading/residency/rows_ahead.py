@@ -68,7 +68,7 @@ class RowsAhead:
 
         Args:
             streams: looks up the samples of blocks.
-            progress: tells when a domain needs a block.
+            progress: predicts when a domain needs a block.
             is_decoded: mask of the blocks that are decoded as a whole; shape (num_blocks,).
             pack_block: decodes blocks.
         """

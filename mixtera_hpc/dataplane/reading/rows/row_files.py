@@ -17,6 +17,7 @@ __all__ = ["RowFiles"]
 READS_AT_ONCE = 16
 """Rows that are decoded together: their bytes are still in the first cache of a core."""
 
+DecodeRows = Callable[[Sequence[bytes]], list[Any]]
 EnterShard = Callable[[int, int, int], None]
 """A function that gets the next shard, and the positions of its first and last row among those requested."""
 
@@ -38,16 +39,11 @@ class RowFiles:
         self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     def read(
-        self,
-        plan: ReadPlan,
-        decode: Callable[[Sequence[bytes]], list[Any]],
-        enter: EnterShard,
-        at_once: int = READS_AT_ONCE,
+        self, plan: ReadPlan, decode: DecodeRows, enter: EnterShard, at_once: int = READS_AT_ONCE
     ) -> Iterator[tuple[bool, list[Any]]]:
-        """Yield groups of decoded rows, each with True if its rows share reads with others, else False.
+        """Yield groups of about `at_once` decoded rows, each with True if its rows share reads with others, else False.
 
-        Rows with a read of their own come in the order of `plan.positions`, and so do rows that share reads. Groups
-        have about `at_once` rows.
+        Rows with a read of their own come in the order of `plan.positions`, and so do rows that share reads.
 
         Raises:
             OSError: a file cannot be opened or read.

@@ -126,7 +126,7 @@ def _segments_of(
         texts: see `TokenCopies`, as `documents` and `added`.
         documents: says which tokens are wanted.
         added: special tokens that are not part of the text.
-        stored_eos: documents whose added token after the text is stored there.
+        stored_eos: mask of the documents whose token after the text is stored there.
         output_stops: position behind each output.
     """
     num_before = len(added.before)
@@ -168,7 +168,7 @@ def _copies(segment_stops: Ints, borders: Ints) -> list[list[int]]:
 def _added_positions(
     texts: TextTokens, documents: Documents, added: AddedTokens, stored_eos: NDArray[np.bool_]
 ) -> Iterator[tuple[Ints, int]]:
-    """Yield every added token with its positions in all outputs together, ascending; without those that are stored."""
+    """Yield every added token that is not stored, with its ascending positions in all outputs together."""
     if not added.before and stored_eos.all():
         return
     lengths = documents.last - documents.first
@@ -176,9 +176,9 @@ def _added_positions(
     # Item of each added token inside its document: first those before the text, then those after it.
     items = [(np.full(len(starts), k), token) for k, token in enumerate(added.before)]
     items += [(len(added.before) + texts.count + k, token) for k, token in enumerate(added.after)]
-    for item, token in items:
+    for number, (item, token) in enumerate(items, 1):
         is_wanted = (documents.first <= item) & (item < documents.last)
-        if item is items[-1][0]:
-            # Documents with a stored token have a single one after the text.
+        if number == len(items):
+            # A stored token is the only one after the text, and the last of the items.
             is_wanted &= ~stored_eos
         yield (starts + item - documents.first)[is_wanted], token
