@@ -41,7 +41,7 @@ def test_the_report_shows_laws_and_flags_those_on_a_bound() -> None:
     averaged = read_learned([{**LAWS, "alpha": [0.3, 0.6, None], "best_alpha": [0.3, 0.8, None]}], NAMES, ADO)
     headings, rows = learned_rows(averaged)
     assert dict(zip(headings, rows[1], strict=True))["alpha, best fit"] == "0.8", "a flagged bound is in the table"
-    assert "about the best fit" in learned_section(averaged, [0, 1, 2])
+    assert "describe the best fit" in learned_section(averaged, [0, 1, 2])
     assert any("The losses of b scatter by more than 5%" in notice for notice in notices)
     assert not any("never changes" in notice for notice in notices)
 
