@@ -96,9 +96,8 @@ class DataPlaneConfig:
     """Batches that are prepared ahead of the trainer."""
     workers: int | None = None
     """Processes that read and tokenize for each rank. With 0 a thread of the rank reads, which holds up the trainer's
-    own Python code. Null means 1 where a rank has two cores or more, else 0. For samples it means 0 if there are tar
-    or MDS files or a `data.transform`. At most 4 for each core of a rank (`job.cpus_per_rank`), or 64 where the cores
-    are not known."""
+    own Python code. Null means 1 for tokens where a rank has two cores or more, else 0. At most 4 for each core of a
+    rank (`job.cpus_per_rank`), or 64 where the cores are not known."""
     model_parallel_size: int = 1
     """Number of neighbouring ranks that receive the same batch: tensor × pipeline × context parallel size. Must divide
     the number of ranks."""

@@ -267,7 +267,7 @@ def open_source(
     subset = replace(subset, drop=tuple(description.drop))
     readers = comm.local_size * (config.dataplane.workers or 1)
     # Without the check, a command only looks rows up, and no batch is served.
-    has_processes = check and may_use_processes(config, description.shard_formats)
+    has_processes = check and may_use_processes(config)
     source = replace(
         _make_source(config, description, subset, tables, tokenizer),
         readers_per_node=readers,

@@ -66,7 +66,7 @@ def open_batch_source(source: Source, batch_slice: BatchSlice, ranks_of_node: in
     load_transform(source.config.data.transform)
     count = plane.workers
     if count is None:
-        may = may_use_processes(source.config, source.index.shard_formats)
+        may = may_use_processes(source.config)
         count = default_workers(ranks_of_node) if may else 0
     if count == 0:
         return BatchMaker(source, batch_slice, audit=plane.audit)
