@@ -21,7 +21,7 @@ IN_A_THREAD = "dataplane.workers=0"
 """Override that saves most tests the start of a process; `test_workers.py` covers the processes."""
 
 GRACE_S = 60.0
-"""How long threads and processes that were told to end may take. They take milliseconds, unless the machine is busy."""
+"""Time for threads and processes that were told to end. They take milliseconds, unless the machine is busy."""
 
 
 LONG_FILES = {

@@ -9,13 +9,16 @@ from mixtera_hpc.errors import did_you_mean
 
 __all__ = ["environment_problems", "job_problems"]
 
+MAX_HEARTBEAT_S = 3600
+"""A lost node would cost three hours."""
+
 
 def job_problems(job: JobConfig, cluster: ClusterConfig, environment: EnvironmentConfig) -> list[str]:
     """Return everything wrong with a job on this cluster in this environment, one or two sentences each."""
     return [
         *at_least("job.nodes", job.nodes, 1),
         *at_least("job.max_attempts", job.max_attempts, 1),
-        *at_least("job.heartbeat_s", job.heartbeat_s, 1),
+        *_heartbeat(job),
         *at_least("cluster.gpus_per_node", cluster.gpus_per_node, 0),
         *all_at_least("cluster", cluster, 1, ("ranks_per_node", "cpus_per_node", "max_nodes")),
         *_words(job),
@@ -25,6 +28,12 @@ def job_problems(job: JobConfig, cluster: ClusterConfig, environment: Environmen
         *_network(cluster),
         *environment_problems(environment, cluster),
     ]
+
+
+def _heartbeat(job: JobConfig) -> list[str]:
+    if 1 <= job.heartbeat_s <= MAX_HEARTBEAT_S:
+        return []
+    return [f"job.heartbeat_s is {job.heartbeat_s}, expected 1 to {MAX_HEARTBEAT_S} seconds."]
 
 
 def _network(cluster: ClusterConfig) -> list[str]:

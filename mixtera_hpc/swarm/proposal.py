@@ -124,7 +124,7 @@ class _MixtureSearch:
     """Smallest shares of the groups; shape (G,)."""
     high: Array
     prior: Array
-    """Where relative entropy is 0; shape (G,)."""
+    """The shares at which the relative entropy is 0; shape (G,)."""
     fit: LossFit | MetricFits
     objective: Array
     penalty: float

@@ -18,7 +18,7 @@ COMMANDS = {
 }
 SMALL = ["dataplane.seq_len=16", "dataplane.global_batch_size=4", "dataplane.chunk_steps=2"]
 FAILURE_LIMIT_S = 20
-"""How long after the exception of one rank the launcher may end."""
+"""Longest time from the exception of one rank to the end of the launcher."""
 
 
 def launch(launcher: str, mode: str, collection: list[str], **env: str) -> Any:

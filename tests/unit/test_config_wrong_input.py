@@ -56,6 +56,8 @@ BASE = ["data.root=/data", "mixture.unit=samples"]
             "dataplane.watchdog_s=0.1",
             r"^dataplane\.watchdog_s is 0\.1, expected at least 1 second, or 0 to turn it off",
         ),
+        ("job.heartbeat_s=0.5", r"^job\.heartbeat_s is 0\.5, expected 1 to 3600 seconds"),
+        ("job.heartbeat_s=1e9", r"^job\.heartbeat_s is 1000000000\.0, expected 1 to 3600 seconds"),
         ("dataplane.watchdog_s=-1", r"^dataplane\.watchdog_s is -1.*, expected at least 0"),
         ("dataplane.watchdog_trainer_s=0", r"^dataplane\.watchdog_trainer_s is 0.*, expected at least 1"),
         (

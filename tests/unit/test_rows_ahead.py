@@ -57,7 +57,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 class Epochs(NamedTuple):
-    """What a rank has read until the end of the data."""
+    """The rows and the reads of a rank until the end of the data."""
 
     rows: list[str]
     decoded_bytes: int

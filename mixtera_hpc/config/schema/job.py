@@ -41,7 +41,8 @@ class JobConfig:
     """Largest number of jobs in a chain. A job that saved, failed or lost a node is followed by the next one, until the
     run is complete, or two jobs in a row made no new checkpoint."""
     heartbeat_s: float = 5
-    """Seconds between two signs of life of a node. A node that is silent for three of them is reported as lost."""
+    """Seconds between two signs of life of a node. A node that is silent for three of them is reported as lost. 1 to
+    3600."""
     comment: str | None = None
     """Comment that Slurm stores with the job."""
     exclude: str | None = None

@@ -61,7 +61,7 @@ class ReadyAgreement:
         """Begin with no batch. **Collective.**"""
         self._comm = comm
         self.has_peers = comm.size > 1
-        """Whether there are other ranks, whose messages `poll` waits for."""
+        """True if there are other ranks, whose messages `poll` waits for."""
         # Ranks have started different numbers of these reductions while other collectives run.
         self._ranges = comm.Dup()
         self._end = first_step

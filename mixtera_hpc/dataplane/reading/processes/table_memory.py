@@ -26,7 +26,7 @@ NAME = "mixtera-tables"
 BLOCKS_NAME = "mixtera-blocks"
 STAMPS_NAME = "mixtera-stamps"
 NAMES_IN_PROC = tuple(f"/memfd:{name}" for name in (NAME, BLOCKS_NAME, STAMPS_NAME))
-"""What the links to this memory begin with in the file system of processes."""
+"""Start of the target of the links to this memory in `/proc/PID/fd`."""
 MIN_BYTES = 1 << 20
 """Smaller tables are sent through the pipe."""
 ALIGNMENT = 64

@@ -1,4 +1,4 @@
-"""How far the domains have come, and when each of them needs the rows of a block.
+"""The progress of the domains, and the time at which each of them needs the rows of a block.
 
 All lanes of a domain advance together, so its *progress* is one number: epochs served before, plus the part of every
 lane that was served in this epoch. It is measured from the documents of each read. Price: about 3 µs per window of a
