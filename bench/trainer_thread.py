@@ -1,15 +1,24 @@
 """Disturbance of the trainer's thread by the data plane: a reading thread next to `dataplane.workers`.
 
+    python -m bench trainer_thread
+    python -m bench.trainer_thread --unit tokens --step python --rounds 20
+
 A step of the trainer is 25 pieces of pure Python of 1 ms each, or 15,000 operations on small tensors. While it runs,
-the plane reads the batches of the next steps: 65,536 tokens of text, or 256 samples of 1 kB. The steps without a plane,
-with a reading thread and with a reading process take turns. What is compared are the times of pieces, without the time
-that the trainer waits for data. They do not contain the time in which the thread could run and had no core, so that
-they show the same on a machine with other load. A last figure is the CPU time of the plane in the trainer's thread.
+the plane reads the batches of the next steps: 65,536 tokens of text, or 256 samples of 1 kB. Steps without a plane,
+with a reading thread and with a reading process take turns; before each turn, the planes of others come to rest.
+Compared are the times of pieces, without the time that the trainer waits for data. They do not contain the time in
+which the thread could run and had no core, so that they show the same on a machine with other load.
+
+Steps without a plane have two turns in each round. The ratio of the two is the noise of the measurement. *p99 ratio* is
+the median over all rounds of the ratio of p99, *pooled* the ratio of the p99 of all pieces of all rounds. A reading
+thread that does not get the interpreter lets the trainer wait instead of disturbing it, so the wait is printed as well,
+and the CPU time of the plane in the trainer's thread.
 """
 
-import statistics
+import argparse
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,66 +30,114 @@ from bench._results import write_results
 from bench.text import NUM_ROWS, corpus_settings
 from mixtera_hpc.config.compose import compose
 from mixtera_hpc.dataplane.plane import DataPlane
+from mixtera_hpc.dataplane.reading.batches import Batch
 
-ROUNDS = 20
-STEPS_PER_ROUND = 12
+STEPS_PER_TURN = 12
 PIECES_PER_STEP = 25
 SMALL_OPERATIONS = 15_000
+SETTLE_S = 0.15
+"""Pause before a turn, in which the planes of other turns fill their queues."""
 UNITS = {
-    "text": ["dataplane.seq_len=1024", "dataplane.global_batch_size=64"],
+    "tokens": ["dataplane.seq_len=1024", "dataplane.global_batch_size=64"],
     "samples": ["mixture.unit=samples", "dataplane.global_batch_size=256"],
 }
+NOTHING = "nothing"
+AGAIN = "nothing, again"
 MODES = {"thread": 0, "process": 1}
+"""What reads → `dataplane.workers`."""
+
+Step = Callable[[], list[float]]
+"""A step of the trainer; returns the times of its pieces in seconds."""
 
 
-def main() -> None:
+def main(options: Sequence[str] = ()) -> None:
     """Measure, print and write all figures."""
-    pieces = {"1 ms of Python": _python_pieces(), "15,000 small tensor operations": _tensor_pieces()}
+    steps: dict[str, Callable[[], Step]] = {"python": _python_pieces, "tensors": _tensor_pieces}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--unit", nargs="*", choices=UNITS, default=list(UNITS))
+    parser.add_argument("--step", nargs="*", choices=steps, default=list(steps))
+    parser.add_argument("--rounds", type=int, default=20)
+    arguments = parser.parse_args(options)
     results: list[dict[str, Any]] = []
-    print(f"{'step':32} {'unit':8} {'read by':8} {'p50 ratio':>10} {'p99 ratio':>10} {'call p50':>10} {'p99':>10}")
-    for unit, words in UNITS.items():
-        for name, step in pieces.items():
-            for result in _compare(step, words):
+    print(
+        f"{'step':8} {'what':8} {'read by':15} {'p50 ratio':>9} {'p99 ratio':>9} {'quartiles':>12} {'pooled':>7} "
+        f"{'call p50':>9} {'wait':>8}"
+    )
+    for unit in arguments.unit:
+        for name in arguments.step:
+            for result in _compare(steps[name](), UNITS[unit], arguments.rounds):
                 results.append({"step": name, "unit": unit, **result})
-                ratios = f"{result['p50_ratio']:10.3f} {result['p99_ratio']:10.3f}"
-                calls = f"{result['call_p50_ms']:7.2f} ms {result['call_p99_ms']:7.2f} ms"
-                print(f"{name:32} {unit:8} {result['mode']:8} {ratios} {calls}", flush=True)
+                low, high = result["p99_quartiles"]
+                print(
+                    f"{name:8} {unit:8} {result['mode']:15} {result['p50_ratio']:9.3f} {result['p99_ratio']:9.3f} "
+                    f"{low:5.2f}–{high:<6.2f} {result['pooled_p99_ratio']:7.3f} "
+                    f"{result['call_p50_ms']:6.2f} ms {result['wait_ms']:5.2f} ms",
+                    flush=True,
+                )
     write_results("trainer_thread", {"results": results})
 
 
-def _compare(step: Callable[[], list[float]], words: list[str]) -> Iterator[dict[str, Any]]:
-    """Return the medians over all rounds of the ratios of p50 and p99, with a plane and without."""
+class _Turns:
+    """The turns of one kind of steps."""
+
+    def __init__(self, step: Step, batches: Iterator[Batch] | None) -> None:
+        """Take the batches of a plane, or none."""
+        self._step = step
+        self._batches = batches
+        self.pieces: list[list[float]] = []
+        """Seconds of the pieces of every turn."""
+        self.call_s: list[float] = []
+        """CPU seconds of the plane in this thread, for every step."""
+        self.wait_s: list[float] = []
+        """Seconds until the plane gave a batch, for every step."""
+
+    def take(self) -> None:
+        """Run the steps of one turn."""
+        time.sleep(SETTLE_S)
+        self._step()  # Fills the caches of the core.
+        pieces: list[float] = []
+        for _ in range(STEPS_PER_TURN):
+            began_s, began_cpu_s = time.perf_counter(), time.thread_time()
+            batch = next(self._batches) if self._batches is not None else None
+            self.wait_s.append(time.perf_counter() - began_s)
+            self.call_s.append(time.thread_time() - began_cpu_s)
+            pieces += self._step()
+            del batch
+        self.pieces.append(pieces)
+
+    def result(self, mode: str, base: "_Turns") -> dict[str, Any]:
+        """Return the figures next to those of steps without a plane."""
+        quantiles = [np.quantile(turns.pieces, (0.5, 0.99), axis=1) for turns in (self, base)]
+        p50_ratios, p99_ratios = quantiles[0] / quantiles[1]
+        return {
+            "mode": mode,
+            "p50_ratio": float(np.median(p50_ratios)),
+            "p99_ratio": float(np.median(p99_ratios)),
+            "p99_quartiles": np.quantile(p99_ratios, (0.25, 0.75)).tolist(),
+            "pooled_p99_ratio": float(np.quantile(self.pieces, 0.99) / np.quantile(base.pieces, 0.99)),
+            "p99_without_ms": float(np.median(quantiles[1][1])) * 1e3,
+            "call_p50_ms": float(np.quantile(self.call_s, 0.5)) * 1e3,
+            "call_p99_ms": float(np.quantile(self.call_s, 0.99)) * 1e3,
+            "wait_ms": float(np.mean(self.wait_s)) * 1e3,
+        }
+
+
+def _compare(step: Step, words: list[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield the figures of every mode."""
     settings = corpus_settings(make_rows(NUM_ROWS))
     with ExitStack() as planes:
-        batches = {
-            mode: iter(planes.enter_context(DataPlane.open(compose([*settings, *words, f"dataplane.workers={count}"]))))
-            for mode, count in MODES.items()
-        }
-        for mode in MODES:
-            next(batches[mode])
-        times: dict[str, list[Any]] = {mode: [] for mode in ("none", *MODES)}
-        calls: dict[str, list[float]] = {mode: [] for mode in MODES}
-        for _ in range(ROUNDS):
-            times["none"].append(np.quantile([t for _ in range(STEPS_PER_ROUND) for t in step()], (0.5, 0.99)))
-            for mode in MODES:
-                measured: list[float] = []
-                for _ in range(STEPS_PER_ROUND):
-                    began_s = time.thread_time()
-                    batch = next(batches[mode])
-                    calls[mode].append(time.thread_time() - began_s)
-                    measured += step()
-                    del batch
-                times[mode].append(np.quantile(measured, (0.5, 0.99)))
-    for mode in MODES:
-        ratios = np.median(np.array(times[mode]) / np.array(times["none"]), axis=0)
-        yield {
-            "mode": mode,
-            "p50_ratio": float(ratios[0]),
-            "p99_ratio": float(ratios[1]),
-            "p99_without_ms": statistics.median(t[1] for t in times["none"]) * 1e3,
-            "call_p50_ms": float(np.quantile(calls[mode], 0.5)) * 1e3,
-            "call_p99_ms": float(np.quantile(calls[mode], 0.99)) * 1e3,
-        }
+        turns = {NOTHING: _Turns(step, None), AGAIN: _Turns(step, None)}
+        for mode, count in MODES.items():
+            config = compose([*settings, *words, f"dataplane.workers={count}"])
+            batches = iter(planes.enter_context(DataPlane.open(config)))
+            next(batches)
+            turns[mode] = _Turns(step, batches)
+        for number in range(rounds):
+            # In both directions, so that no mode always follows the same one.
+            for of_mode in list(turns.values())[:: 1 if number % 2 == 0 else -1]:
+                of_mode.take()
+    for mode in (AGAIN, *MODES):
+        yield turns[mode].result(mode, turns[NOTHING])
 
 
 def _clock_s() -> float:
@@ -90,7 +147,7 @@ def _clock_s() -> float:
     return time.perf_counter() - int(waited_ns) / 1e9
 
 
-def _python_pieces() -> Callable[[], list[float]]:
+def _python_pieces() -> Step:
     """Return a step of pure Python, whose pieces take about 1 ms; it returns their times."""
     began_s = time.thread_time()
     _count(1_000_000)
@@ -114,7 +171,7 @@ def _count(iterations: int) -> int:
     return total
 
 
-def _tensor_pieces() -> Callable[[], list[float]]:
+def _tensor_pieces() -> Step:
     """Return a step of operations on small tensors, one piece; it returns its time."""
     import torch  # Heavy, and only this benchmark needs it.
 
@@ -131,4 +188,4 @@ def _tensor_pieces() -> Callable[[], list[float]]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -141,7 +141,7 @@ def test_processes_read_tokens_by_default(words: list[str], may: bool) -> None:
 
 
 def test_a_process_does_not_import_torch() -> None:
-    program = "import sys, mixtera_hpc.dataplane.reading.processes.workers; print('torch' in sys.modules)"
+    program = "import sys, mixtera_hpc.dataplane.reading.processes.worker_program; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -227,7 +227,7 @@ def test_workers_import_modules_from_where_the_rank_does(collection: list[str], 
 
 def is_running(pid: int) -> bool:
     try:
-        return "workers" in Path(f"/proc/{pid}/cmdline").read_text()
+        return "worker_program" in Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return False
 
@@ -235,7 +235,7 @@ def is_running(pid: int) -> bool:
 def test_closing_a_plane_ends_its_workers(collection: list[str]) -> None:
     with DataPlane.open(compose([*collection, *WORDS, "dataplane.workers=2"]), Local()) as plane:
         next(iter(plane))
-        processes = [worker.process for worker in plane._session._feed._maker._workers]  # type: ignore[attr-defined]
+        processes = [worker.process for worker in plane._session._feed._workers._workers]  # type: ignore[attr-defined]
         assert all(process.poll() is None for process in processes)
     assert all(process.poll() is not None for process in processes)
 

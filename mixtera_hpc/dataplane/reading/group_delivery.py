@@ -20,7 +20,8 @@ from mixtera_hpc.comm.communicator import CollectiveRequest, Communicator, wait
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice
 from mixtera_hpc.dataplane.reading.prefetcher import Prefetcher
-from mixtera_hpc.dataplane.reading.processes.workers import open_batch_source
+from mixtera_hpc.dataplane.reading.processes.process_feed import ProcessFeed
+from mixtera_hpc.dataplane.reading.processes.workers import Workers, open_batch_source
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.steps.digests import batch_digests, sequence_digest
 from mixtera_hpc.dataplane.steps.ready_agreement import NO_LIMIT
@@ -37,7 +38,7 @@ BATCH, END, USER_ERROR, ERROR = range(4)
 
 
 class BatchFeed(Protocol):
-    """The origin of the batches of a session: its own reading thread, or the leader of its group."""
+    """The origin of the batches of a session: its own reading thread or processes, or the leader of its group."""
 
     @property
     def places(self) -> Sequence[ReadPlace]:
@@ -89,10 +90,14 @@ def open_feed(source: Source, batch_slice: BatchSlice, group: Communicator | Non
     if group is not None and is_passed_on and not batch_slice.is_group_leader:
         return FollowingFeed(group, source, batch_slice)
     maker = open_batch_source(source, batch_slice, ranks_of_node)
-    prefetcher = Prefetcher(maker, source.config.dataplane.prefetch_batches)
-    if group is not None and is_passed_on:
-        return LeadingFeed(prefetcher, group, source, batch_slice)
-    return prefetcher
+    prefetch_batches = source.config.dataplane.prefetch_batches
+    own: BatchFeed
+    if isinstance(maker, Workers) and source.layout.in_tokens:
+        own = ProcessFeed(maker, prefetch_batches)
+    else:
+        # Samples of processes come through a socket, which a thread empties.
+        own = Prefetcher(maker, prefetch_batches)
+    return LeadingFeed(own, group, source, batch_slice) if group is not None and is_passed_on else own
 
 
 class _Message:
@@ -145,10 +150,10 @@ class _Message:
 class LeadingFeed:
     """The batches of a leader, which passes each of them on to its peers."""
 
-    def __init__(self, prefetcher: Prefetcher, group: Communicator, source: Source, batch_slice: BatchSlice) -> None:
-        """Pass on what `prefetcher` yields, over a duplicate of `group`. **Collective.**"""
-        self._prefetcher = prefetcher
-        self.places = prefetcher.places
+    def __init__(self, own: BatchFeed, group: Communicator, source: Source, batch_slice: BatchSlice) -> None:
+        """Pass on the batches of `own`, over a duplicate of `group`. **Collective.**"""
+        self._own = own
+        self.places = own.places
         self._group = group.Dup()
         self._shape = (batch_slice.size_of(source.planner.batch_schedule.largest), source.grid.length)
         self._ready: deque[Batch] = deque()
@@ -158,23 +163,24 @@ class LeadingFeed:
         self._has_ended = False
 
     def submit(self, plan: ChunkPlan, first_step: int) -> None:
-        self._prefetcher.submit(plan, first_step)
+        self._own.submit(plan, first_step)
 
     def get(self, timeout_s: float) -> Batch | None:
         if not self._ready and not self._has_ended:
             self._pass_on(timeout_s)
-        # After the end, the thread repeats it, or its error.
-        batch = self._ready.popleft() if self._ready else self._prefetcher.get(timeout_s)
+        # After the end, the feed repeats it, or its error.
+        batch = self._ready.popleft() if self._ready else self._own.get(timeout_s)
         self.advance()
         return batch
 
     @property
     def num_ready(self) -> int:
-        return len(self._ready) + self._prefetcher.num_ready
+        return len(self._ready) + self._own.num_ready
 
     def advance(self) -> None:
         while self._sent and self._sent[0][1].Test():
             self._sent.popleft()
+        self._own.advance()
         # One batch ahead of the trainer: its broadcast overlaps with the step.
         if not self._ready and not self._has_ended:
             with contextlib.suppress(queue.Empty):
@@ -191,13 +197,13 @@ class LeadingFeed:
         self._sent.clear()
 
     def close(self, timeout_s: float | None = None) -> None:
-        self._prefetcher.close(timeout_s)
+        self._own.close(timeout_s)
 
     def _pass_on(self, timeout_s: float) -> None:
-        """Take the next batch from the reading thread and start its broadcast, or that of the end or an error."""
+        """Take the next batch of this rank and start its broadcast, or that of the end or an error."""
         message = _Message(*self._shape)
         try:
-            batch = self._prefetcher.get(timeout_s)
+            batch = self._own.get(timeout_s)
         except queue.Empty:
             raise
         except BaseException as error:

@@ -7,28 +7,25 @@ end with their rank. Price: the tables of the index once more per node, 13 bytes
 and a document on the border of two step ranges is read twice. Samples are copied through a socket.
 """
 
-import ctypes
+import contextlib
 import os
-import pickle
+import select
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from mixtera_hpc.config.check import WORKERS_PER_CORE
 from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker, steps_per_read, training_steps_of
-from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchSource, PickledSamples
-from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape, TokenArrays
+from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, PickledSamples
+from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape
 from mixtera_hpc.dataplane.reading.processes.process_choice import may_use_processes
+from mixtera_hpc.dataplane.reading.processes.worker_program import IGNORED_SIGNALS, RangeAnswer, RangeRequest
 from mixtera_hpc.dataplane.reading.sample_transform import load_transform
 from mixtera_hpc.dataplane.reading.source import Source
 from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
@@ -36,23 +33,14 @@ from mixtera_hpc.errors import ConfigError, DataError
 
 __all__ = ["Workers", "default_workers", "open_batch_source"]
 
+PROGRAM = "mixtera_hpc.dataplane.reading.processes.worker_program"
 RANGES_AHEAD = 2
 """Step ranges that each process has been given and not returned."""
-RANK_POLL_S = 1.0
 SPARE_SLOTS = 4
 """Batches that a trainer may hold at a time before further ones are copied."""
-SAMPLES_PER_PICKLE = 32
-"""Samples that are pickled together: no message is so large that copying it keeps the trainer's thread from running."""
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
-"""Parameters of glibc's `mallopt`."""
-NO_TOKENS = TokenArrays(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.bool_))
-"""Stand for the arrays of a batch that is in shared memory."""
-IGNORED_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
-"""Slurm and terminals send these to every process of a job; the rank alone decides what they mean."""
 
 
-def open_batch_source(source: Source, batch_slice: BatchSlice, ranks_of_node: int) -> BatchSource:
+def open_batch_source(source: Source, batch_slice: BatchSlice, ranks_of_node: int) -> "BatchMaker | Workers":
     """Return what makes this rank's batches: this process, or `dataplane.workers` others.
 
     Args:
@@ -97,17 +85,11 @@ class _Worker(NamedTuple):
 
     process: "subprocess.Popen[bytes]"
     pipe: Connection
+    poll: "select.poll"
+    """Tells whether the process has sent something; `Connection.poll` takes ten times as long."""
     place: ReadPlace
     memory: BatchMemory | None
     """For its batches; None if these hold samples."""
-
-
-# Plain tuples: the class of a message would have another module name in a process, where this file is the program.
-_RangeRequest = tuple[range, dict[int, int]]
-"""Steps whose batches are ordered, and step → slot of the shared memory for its batch."""
-_RangeAnswer = tuple[list[Batch], Exception | None]
-"""The batches of a step range, and the error after them, if any. Arrays in shared memory are left out, and so are
-samples: for each batch follow the number of its pickles, and these, with some samples each."""
 
 
 class Workers:
@@ -122,11 +104,22 @@ class Workers:
         memories = [memory.fd for memory in shared if memory is not None]
         self._workers = [_start_process(self._shape, memories) for _ in range(count)]
         self._has_source = False
+        self._ranges: list[range] = []
+        """Step ranges of the plan in progress."""
+        self._requests: list[RangeRequest] = []
+        """Those of `_ranges` that were sent."""
+        self._num_received = 0
+        """Number of answers to `_requests` that were received."""
 
     @property
     def places(self) -> Sequence[ReadPlace]:
         """The place of every process."""
         return [worker.place for worker in self._workers]
+
+    @property
+    def is_idle(self) -> bool:
+        """True if the batches of all plans were received."""
+        return self._num_received == len(self._ranges)
 
     def batches(self, plan: ChunkPlan, first_step: int) -> Iterator[Batch]:
         """See `BatchSource`.
@@ -134,34 +127,68 @@ class Workers:
         Raises:
             DataError: a process has died.
         """
+        self.begin(plan, first_step)
+        while not self.is_idle:
+            yield from self.receive()
+
+    def begin(self, plan: ChunkPlan, first_step: int) -> None:
+        """Order the batches of a plan, from training step `first_step` on; the processes are idle.
+
+        Raises:
+            DataError: a process has died.
+        """
         self._send_source()
-        count = len(self._workers)
-        ranges = self._step_ranges(plan, first_step)
-        for number in range(count):
+        self._ranges = self._step_ranges(plan, first_step)
+        self._requests = []
+        self._num_received = 0
+        for number in range(len(self._workers)):
             self._send(number, plan)
+        self._order_ahead()
 
-        requests: list[_RangeRequest] = []
-        for number in range(len(ranges)):
-            # Keep every process `RANGES_AHEAD` ranges ahead of the one whose batches come next.
-            for steps in ranges[len(requests) : number + RANGES_AHEAD * count]:
-                requests.append(self._request(len(requests) % count, steps))
-            answer: _RangeAnswer = self._receive(number % count)
-            batches, error = answer
-            _, slots = requests[number]
-            for batch in batches:
-                yield self._completed(batch, slots.pop(batch.step, None), number % count)
-            if error is not None:
-                self._give_back(slots, number % count)
-                raise error
+    def can_receive(self, timeout_s: float) -> bool:
+        """Return True if a process answers within `timeout_s`, so that `receive` does not wait for a read."""
+        return bool(self._workers[self._oldest].poll.poll(timeout_s * 1e3))
 
-    def close(self) -> None:
+    def receive(self) -> Iterator[Batch]:
+        """Yield the batches of the oldest request; then raise the error that ended them, if any."""
+        number = self._oldest
+        answer: RangeAnswer = self._receive(number)
+        batches, error = answer
+        _, slots = self._requests[self._num_received]
+        self._num_received += 1
+        self._order_ahead()
+        for batch in batches:
+            yield self._completed(batch, slots.pop(batch.step, None), number)
+        if error is not None:
+            self._give_back(slots, number)
+            raise error
+
+    def kill(self) -> None:
         """Kill the processes in any state: they hold nothing that could be lost."""
         for worker in self._workers:
             worker.process.kill()
-            worker.process.wait()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Kill the processes; wait up to `timeout_s` for the end of each, or without limit."""
+        self.kill()
+        for worker in self._workers:
+            # A process inside a read that a broken file system never answers ends later.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(timeout_s)
             worker.pipe.close()
 
-    def _request(self, number: int, steps: range) -> _RangeRequest:
+    @property
+    def _oldest(self) -> int:
+        """Number of the process that answers next."""
+        return self._num_received % len(self._workers)
+
+    def _order_ahead(self) -> None:
+        """Keep every process `RANGES_AHEAD` step ranges ahead of the batches that come next."""
+        count = len(self._workers)
+        for steps in self._ranges[len(self._requests) : self._num_received + RANGES_AHEAD * count]:
+            self._requests.append(self._request(len(self._requests) % count, steps))
+
+    def _request(self, number: int, steps: range) -> RangeRequest:
         """Ask a process for the batches of some steps, with slots for as many of them as are free."""
         memory = self._workers[number].memory
         slots = memory.take(len(steps)) if memory is not None else []
@@ -191,7 +218,7 @@ class Workers:
         return [steps[i : i + size] for i in range(0, len(steps), size)]
 
     def _send_source(self) -> None:
-        """Send the source once, in the thread that asks for the first batch: pickling it must not delay the trainer."""
+        """Send the source once. The trainer's thread must not do it, because a process first has to start."""
         # Worker processes take most of a second to start; sending here overlaps with what the rank does meanwhile.
         if not self._has_source:
             for number in range(len(self._workers)):
@@ -266,7 +293,7 @@ def _start_process(shape: MemoryShape | None, inherited: Sequence[int]) -> _Work
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
         # -P: the current folder must not shadow modules.
-        command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), *map(str, fds)]
+        command = [sys.executable, "-P", "-m", PROGRAM, str(os.getpid()), *map(str, fds)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, sys.path))}
         process = subprocess.Popen(command, pass_fds=[*fds, *inherited], stdin=subprocess.DEVNULL, env=environment)
         place = ReadPlace.of_memory(fds[1])
@@ -276,95 +303,6 @@ def _start_process(shape: MemoryShape | None, inherited: Sequence[int]) -> _Work
         theirs.close()
         for fd in fds[1:]:
             os.close(fd)
-    return _Worker(process, ours, place, memory)
-
-
-def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) -> None:
-    """Run a process: receive a source and a slice, then plans with their step ranges, until the rank closes."""
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    # The mask was inherited from the rank; blocked signals would stay pending for ever.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
-    threading.Thread(target=_end_with_rank, args=(rank_pid,), daemon=True).start()
-    _keep_freed_memory()
-    try:
-        source, batch_slice = pipe.recv()
-        shape: MemoryShape | None = pipe.recv()
-        memory = BatchMemory(memory_fd, shape) if shape is not None else None
-        maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
-        maker.write_place(ReadPlace.of_memory(place_fd))
-        plan: ChunkPlan = pipe.recv()
-        while True:
-            message = pipe.recv()
-            if isinstance(message, ChunkPlan):
-                plan = message
-            else:
-                answer, samples = _make_batches(maker, plan, message, memory)
-                pipe.send(answer)
-                for of_batch in samples:
-                    pipe.send(len(of_batch))
-                    for pickled in of_batch:
-                        pipe.send_bytes(pickled)
-    # The rank has closed its end, or was killed.
-    except (EOFError, OSError):
-        return
-
-
-def _end_with_rank(rank_pid: int) -> None:
-    """Exit when the rank has ended: a read that hangs never comes back to the pipe, which would say so."""
-    while os.getppid() == rank_pid:
-        time.sleep(RANK_POLL_S)
-    os._exit(1)
-
-
-def _keep_freed_memory() -> None:
-    """Make malloc use freed memory again: the kernel clears every page that it gets anew, which costs more than use."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # Only glibc has it.
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
-
-
-def _make_batches(
-    maker: BatchMaker, plan: ChunkPlan, request: _RangeRequest, memory: BatchMemory | None
-) -> tuple[_RangeAnswer, list[list[bytes]]]:
-    """Return the batches of some steps, with the error that ended them early, if any; and the samples of each batch."""
-    steps, slots = request
-    if memory is not None:
-        maker.shared_arrays = {step: memory.arrays(slot) for step, slot in slots.items()}
-    batches: list[Batch] = []
-    samples: list[list[bytes]] = []
-    try:
-        for batch in maker.batches_of(plan, steps):
-            if batch.payloads is not None:
-                samples.append(_pickled(batch.payloads))
-            shared = maker.shared_arrays.get(batch.step)
-            if shared is not None:
-                shared.store(batch.tokens, batch.document_ids, batch.loss_mask)
-                batch = replace(batch, **NO_TOKENS._asdict())
-            batches.append(replace(batch, payloads=None))
-    except Exception as error:
-        # The error travels after the batches before it, so that it is raised at its step.
-        return (batches, error), samples
-    return (batches, None), samples
-
-
-def _pickled(samples: list[Any]) -> list[bytes]:
-    """Return the samples of a batch, some in every pickle.
-
-    Raises:
-        DataError: a user's function returned what cannot be pickled.
-    """
-    parts = [samples[i : i + SAMPLES_PER_PICKLE] for i in range(0, len(samples), SAMPLES_PER_PICKLE)]
-    try:
-        return [pickle.dumps(part, pickle.HIGHEST_PROTOCOL) for part in parts]
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"data.transform returns what cannot be sent between processes: {error}.\n"
-            "  Return arrays, numbers, texts, and dicts or lists of these; or set dataplane.workers=0."
-        ) from None
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), Connection(int(sys.argv[2])), *map(int, sys.argv[3:]))
+    arrivals = select.poll()
+    arrivals.register(ours.fileno(), select.POLLIN)
+    return _Worker(process, ours, arrivals, place, memory)

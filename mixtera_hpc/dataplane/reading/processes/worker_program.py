@@ -1,0 +1,132 @@
+"""The program of a reading process: it makes batches with a `BatchMaker` when its rank asks for them."""
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from mixtera_hpc.core.planner import ChunkPlan
+from mixtera_hpc.dataplane.reading.batch_maker import BatchMaker
+from mixtera_hpc.dataplane.reading.batches import Batch
+from mixtera_hpc.dataplane.reading.processes.batch_memory import BatchMemory, MemoryShape, TokenArrays
+from mixtera_hpc.dataplane.watchdog.progress import ReadPlace
+from mixtera_hpc.errors import DataError
+
+__all__ = ["IGNORED_SIGNALS", "RangeAnswer", "RangeRequest"]
+
+RANK_POLL_S = 1.0
+SAMPLES_PER_PICKLE = 32
+"""Samples that are pickled together: no message is so large that copying it keeps the trainer's thread from running."""
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+"""Parameters of glibc's `mallopt`."""
+NO_TOKENS = TokenArrays(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.bool_))
+"""Stand for the arrays of a batch that is in shared memory."""
+IGNORED_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
+"""Slurm and terminals send these to every process of a job; the rank alone decides what they mean."""
+
+# Plain tuples: a class of this module would have another module name in the process, whose program this file is.
+RangeRequest = tuple[range, dict[int, int]]
+"""Steps whose batches are ordered, and step → slot of the shared memory for its batch."""
+RangeAnswer = tuple[list[Batch], Exception | None]
+"""The batches of a step range, and the error after them, if any. Arrays in shared memory are left out, and so are
+samples: for each batch follow the number of its pickles, and these, with some samples each."""
+
+
+def _serve(rank_pid: int, pipe: Connection, place_fd: int, memory_fd: int = -1) -> None:
+    """Run a process: receive a source and a slice, then plans with their step ranges, until the rank closes."""
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    # The mask was inherited from the rank; blocked signals would stay pending for ever.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
+    threading.Thread(target=_end_with_rank, args=(rank_pid,), daemon=True).start()
+    _keep_freed_memory()
+    try:
+        source, batch_slice = pipe.recv()
+        shape: MemoryShape | None = pipe.recv()
+        memory = BatchMemory(memory_fd, shape) if shape is not None else None
+        maker = BatchMaker(source, batch_slice, audit=source.config.dataplane.audit)
+        maker.write_place(ReadPlace.of_memory(place_fd))
+        plan: ChunkPlan = pipe.recv()
+        while True:
+            message = pipe.recv()
+            if isinstance(message, ChunkPlan):
+                plan = message
+            else:
+                answer, samples = _make_batches(maker, plan, message, memory)
+                pipe.send(answer)
+                for of_batch in samples:
+                    pipe.send(len(of_batch))
+                    for pickled in of_batch:
+                        pipe.send_bytes(pickled)
+    # The rank has closed its end, or was killed.
+    except (EOFError, OSError):
+        return
+
+
+def _end_with_rank(rank_pid: int) -> None:
+    """Exit when the rank has ended: a read that hangs never comes back to the pipe, which would say so."""
+    while os.getppid() == rank_pid:
+        time.sleep(RANK_POLL_S)
+    os._exit(1)
+
+
+def _keep_freed_memory() -> None:
+    """Make malloc use freed memory again: the kernel clears every page that it gets anew, which costs more than use."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Only glibc has it.
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _make_batches(
+    maker: BatchMaker, plan: ChunkPlan, request: RangeRequest, memory: BatchMemory | None
+) -> tuple[RangeAnswer, list[list[bytes]]]:
+    """Return the batches of some steps, with the error that ended them early, if any; and the samples of each batch."""
+    steps, slots = request
+    if memory is not None:
+        maker.shared_arrays = {step: memory.arrays(slot) for step, slot in slots.items()}
+    batches: list[Batch] = []
+    samples: list[list[bytes]] = []
+    try:
+        for batch in maker.batches_of(plan, steps):
+            if batch.payloads is not None:
+                samples.append(_pickled(batch.payloads))
+            shared = maker.shared_arrays.get(batch.step)
+            if shared is not None:
+                shared.store(batch.tokens, batch.document_ids, batch.loss_mask)
+                batch = replace(batch, **NO_TOKENS._asdict())
+            batches.append(replace(batch, payloads=None))
+    except Exception as error:
+        # The error travels after the batches before it, so that it is raised at its step.
+        return (batches, error), samples
+    return (batches, None), samples
+
+
+def _pickled(samples: list[Any]) -> list[bytes]:
+    """Return the samples of a batch, some in every pickle.
+
+    Raises:
+        DataError: a user's function returned what cannot be pickled.
+    """
+    parts = [samples[i : i + SAMPLES_PER_PICKLE] for i in range(0, len(samples), SAMPLES_PER_PICKLE)]
+    try:
+        return [pickle.dumps(part, pickle.HIGHEST_PROTOCOL) for part in parts]
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"data.transform returns what cannot be sent between processes: {error}.\n"
+            "  Return arrays, numbers, texts, and dicts or lists of these; or set dataplane.workers=0."
+        ) from None
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), Connection(int(sys.argv[2])), *map(int, sys.argv[3:]))
