@@ -18,10 +18,6 @@ from mixtera_hpc.dataplane.reading.processes.workers import Workers
 __all__ = ["ProcessFeed"]
 
 
-class _EndOfData:
-    """Follows the last batch."""
-
-
 class ProcessFeed:
     """A `BatchFeed` of reading processes. Not thread-safe."""
 
@@ -33,8 +29,10 @@ class ProcessFeed:
         self._plans: deque[tuple[ChunkPlan, int]] = deque()
         """Plans that were not sent, each with its first step."""
         self._ready: deque[Batch] = deque()
-        self._end: _EndOfData | BaseException | None = None
-        """What follows after `_ready` instead of another batch."""
+        self._has_ended = False
+        """True if no batch follows after `_ready`."""
+        self._error: Exception | None = None
+        """The error that ended the reading."""
         self._is_last_plan = False
         self._starter: threading.Thread | None = None
         """Sends the source and the first plan, which the processes take when they have started."""
@@ -59,16 +57,16 @@ class ProcessFeed:
             self._take(timeout_s)
         if self._ready:
             return self._ready.popleft()
-        if isinstance(self._end, BaseException):
-            raise self._end
-        if self._end is None:
+        if self._error is not None:
+            raise self._error
+        if not self._has_ended:
             raise queue.Empty
         return None
 
     @property
     def num_ready(self) -> int:
         """Batches that `get` returns without waiting. The end of the data and an error count as one."""
-        return len(self._ready) + int(self._end is not None)
+        return len(self._ready) + int(self._has_ended)
 
     def advance(self) -> None:
         """Take what has arrived, and pass on a plan that the processes wait for; does not block."""
@@ -90,9 +88,7 @@ class ProcessFeed:
 
     def _take(self, timeout_s: float) -> None:
         """Take the next answer if it comes within `timeout_s`."""
-        if self._end is not None:
-            return
-        if not self._has_started(timeout_s):
+        if self._has_ended or not self._has_started(timeout_s):
             return
         self._send_plan()
         if self._workers.is_idle:
@@ -103,7 +99,7 @@ class ProcessFeed:
                 for batch in self._workers.receive():
                     self._ready.append(batch)
             except Exception as error:
-                self._end = error
+                self._fail(error)
             self._send_plan()
 
     def _has_started(self, timeout_s: float) -> bool:
@@ -116,9 +112,9 @@ class ProcessFeed:
 
     def _send_plan(self) -> None:
         """Send the next plan if the processes are idle: only then do they read a message of any size."""
-        while self._workers.is_idle and self._end is None:
+        while self._workers.is_idle and not self._has_ended:
             if self._is_last_plan:
-                self._end = _EndOfData()
+                self._has_ended = True
             elif self._plans:
                 plan, first_step = self._plans.popleft()
                 self._is_last_plan = plan.last
@@ -129,6 +125,10 @@ class ProcessFeed:
     def _begin(self, plan: ChunkPlan, first_step: int) -> None:
         try:
             self._workers.begin(plan, first_step)
-        # Raised by `get`, at the step that it belongs to.
         except Exception as error:
-            self._end = error
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End with an error, which `get` raises after the batches before it."""
+        self._error = error
+        self._has_ended = True
