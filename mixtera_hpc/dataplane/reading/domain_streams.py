@@ -9,6 +9,7 @@ read them before. Windows and columns are cached within byte budgets.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -35,37 +36,62 @@ SAMPLE_CACHE_BYTES = 128 << 20
 """Sample columns that a reading thread keeps: all domains return to the blocks they share."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Documents:
-    """Documents of one or several streams, in stream order; shape (n,) each. Any of them may be wanted only in part."""
+    """Documents of one or several streams, in stream order; shape (n,) each. Any of them may be wanted only in part.
 
-    block: NDArray[np.int32]
-    row: NDArray[np.int32]
-    """Row inside the block."""
+    The columns of the index are gathered when they are first used.
+    """
+
+    windows: WindowTable
+    """The windows that these documents belong to, and others."""
+    number: Ints
+    """Position in `windows`."""
     first: Ints
     """First item of the document that is wanted."""
     last: Ints
     """One past the last item that is wanted."""
-    size: Ints
-    """All items of the document."""
-    offset: Ints
-    """First byte of the row inside its block; meaningless for formats whose rows have no byte range."""
-    length: Ints
-    """Bytes of the row."""
-    window: Ints
-    """Number of the window; the index into `windows`."""
-    place: Ints
-    """Position of the document in its window."""
-    windows: WindowTable
-    """The windows that these documents belong to, and others."""
+
+    @cached_property
+    def block(self) -> NDArray[np.int32]:
+        """Block of each document."""
+        return self.windows.values("block", self.number, np.int32)
+
+    @cached_property
+    def row(self) -> NDArray[np.int32]:
+        """Row inside the block."""
+        return self.windows.values("row", self.number, np.int32)
+
+    @cached_property
+    def size(self) -> Ints:
+        """All items of each document."""
+        return self.windows.items(self.number)
+
+    @cached_property
+    def offset(self) -> Ints:
+        """First byte of the row inside its block; meaningless for formats whose rows have no byte range."""
+        return self.windows.values("offset", self.number, np.int64)
+
+    @cached_property
+    def length(self) -> Ints:
+        """Bytes of the row."""
+        return self.windows.values("length", self.number, np.int64)
+
+    @cached_property
+    def window(self) -> Ints:
+        """Number of the window; the index into `windows`."""
+        return self.windows.windows_of(self.number)
+
+    @cached_property
+    def place(self) -> Ints:
+        """Position of the document in its window."""
+        return self.windows.places(self.window, self.number)
 
     def select(self, chosen: NDArray[np.intp] | slice) -> "Documents":
         """Return some of the documents."""
-        arrays = {name: getattr(self, name)[chosen] for name in _PER_DOCUMENT}
-        return Documents(**arrays, windows=self.windows)
-
-
-_PER_DOCUMENT = ("block", "row", "first", "last", "size", "offset", "length", "window", "place")
+        return Documents(
+            windows=self.windows, number=self.number[chosen], first=self.first[chosen], last=self.last[chosen]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,24 +282,18 @@ class DomainStreams:
     def _documents_in(self, parts: _WindowParts) -> Documents:
         """Return the documents that cover each part in turn."""
         table = self._windows
-        first, count = table.cover(parts.window, parts.begin, parts.end)
-        number = concatenated_ranges(first, count)
-        window = np.repeat(parts.window, count)
-        starts, stops = table.item_ranges(window, number)
-        documents = Documents(
-            block=table.values("block", number, np.int32),
-            row=table.values("row", number, np.int32),
-            first=np.maximum(np.repeat(parts.begin, count) - starts, 0),
-            last=np.minimum(stops, np.repeat(parts.end, count)) - starts,
-            size=stops - starts,
-            offset=table.values("offset", number, np.int64),
-            length=table.values("length", number, np.int64),
-            window=window,
-            place=table.places(window, number),
-            windows=table,
-        )
+        covered, count = table.cover(parts.window, parts.begin, parts.end)
+        number = concatenated_ranges(covered, count)
+        # All documents are wanted as a whole, but the first and the last one of each part.
+        last = table.items(number)
+        first = np.zeros_like(last)
+        of_part = np.cumsum(count)
+        last[of_part - 1] -= table.item_stops(parts.window, number[of_part - 1]) - parts.end
+        of_part -= count
+        first[of_part] = parts.begin - table.item_starts(parts.window, covered)
+        documents = Documents(windows=table, number=number, first=first, last=last)
         # Documents without items (empty text and no special token) lie inside a span, but nothing is wanted of them.
-        return documents.select(np.flatnonzero(starts < stops)) if (starts == stops).any() else documents
+        return documents.select(np.flatnonzero(first < last)) if (first >= last).any() else documents
 
 
 def _joined(parts: Sequence[_WindowParts]) -> _WindowParts:

@@ -57,6 +57,8 @@ class WindowTable:
         stops: dict[str, DTypeLike] = {} if has_unit_items else {"stop": np.int64}
         # `stop` counts the items of all windows up to the end of a document, so that one binary search serves all.
         self._columns = GrowingColumns({"block": np.int32, **types, **stops})
+        # Row 0 is no document, so that every document has a row before it, where its items begin.
+        self._columns.append({name: np.zeros(1, np.int64) for name in ("block", *types, *stops)})
         self._windows = GrowingColumns({"first": np.int64, "first_item": np.int64, "last_use": np.int64})
         self._keys: list[WindowKey] = []
         self._num_items = 0
@@ -129,7 +131,7 @@ class WindowTable:
                 row=self._columns["row"][chosen],
                 offset=self._columns["offset"][chosen],
                 length=self._columns["length"][chosen],
-                items=None if self._has_unit_items else self._stops(chosen) - self._stops(chosen - 1),
+                items=None if self._has_unit_items else self.items(chosen),
             ),
         )
         table._windows["last_use"][:] = self._windows["last_use"][windows]
@@ -151,12 +153,28 @@ class WindowTable:
         last = np.searchsorted(stops, first_item + end, side="left")
         return first, last + 1 - first
 
-    def item_ranges(self, windows: Ints, documents: Ints) -> tuple[Ints, Ints]:
-        """Return the first item of documents and one past the last, counted from the start of their windows."""
-        first_item = self._windows["first_item"][windows]
+    def items(self, documents: Ints) -> Ints:
+        """Return the items of each document."""
         if self._has_unit_items:
-            return documents - first_item, documents - first_item + 1
-        return self._stops(documents - 1) - first_item, self._stops(documents) - first_item
+            return np.ones(len(documents), np.int64)
+        stops = self._columns["stop"]
+        items: Ints = stops[documents] - stops[documents - 1]
+        return items
+
+    def item_starts(self, windows: Ints, documents: Ints) -> Ints:
+        """Return the first item of documents, counted from the start of their windows."""
+        before = documents if self._has_unit_items else self._columns["stop"][documents - 1]
+        starts: Ints = before - self._windows["first_item"][windows]
+        return starts
+
+    def item_stops(self, windows: Ints, documents: Ints) -> Ints:
+        """Return one past the last item of documents, counted from the start of their windows."""
+        return self.item_starts(windows, documents) + self.items(documents)
+
+    def windows_of(self, documents: Ints) -> Ints:
+        """Return the window of each document."""
+        # A window without documents begins where the next one does.
+        return np.searchsorted(self._windows["first"], documents, side="right") - 1
 
     def places(self, windows: Ints, documents: Ints) -> Ints:
         """Return the position of documents in their windows."""
@@ -169,7 +187,3 @@ class WindowTable:
 
     def _counts(self) -> Ints:
         return np.diff(self._windows["first"], append=len(self._columns))
-
-    def _stops(self, documents: Ints) -> Ints:
-        """Return the items up to the end of documents; 0 for document -1."""
-        return np.where(documents < 0, 0, self._columns["stop"][documents])
