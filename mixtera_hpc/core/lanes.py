@@ -79,6 +79,14 @@ class LaneOrder:
         sequence: Ints = np.where(in_lanes, dealt, ordinal)
         return sequence
 
+    def sequences(self, steps: Sequence[Slots]) -> Ints:
+        """Return the numbers in the streams of the sequences of some steps, one step after the other."""
+        known = [slots.sequence for slots in steps if slots.sequence is not None]
+        if len(known) == len(steps):
+            return np.concatenate([np.zeros(0, np.int64), *known])
+        domain = np.concatenate([slots.domain for slots in steps])
+        return self.sequence(domain, np.concatenate([slots.ordinal for slots in steps]))
+
     def ordinal(self, domain: int, sequence: int) -> int:
         """Return the number under which a sequence of the stream is served; the inverse of `sequence`."""
         first, length = (int(value[0]) for value in self._segment(domain, np.array([sequence])))
@@ -95,8 +103,7 @@ class LaneOrder:
             stop: one past the last served number; shape (num_steps, K).
             positions: of each batch, with both ends; see `positions_of_steps`.
         """
-        ranges = self._ranges(first, stop)
-        return positions_of_steps(ranges, _turns(self.lanes), _golden_step(self.lanes), positions)
+        return positions_of_steps(self._ranges(first, stop), _turns(self.lanes), positions)
 
     def served_ranges(self, domain: int, ordinal: int) -> list[tuple[int, int]]:
         """Return the items of the stream served in the segment of `ordinal` before it, as ascending ranges."""
@@ -121,10 +128,32 @@ class LaneOrder:
         return int(_turns(self.lanes)[lane])
 
     def _ranges(self, first: Ints, stop: Ints) -> ServedRanges:
-        """Cut the served numbers of steps where epochs begin and where the lanes of an epoch end."""
+        """Return the served numbers of steps as ranges of one segment each."""
         step, domain = np.nonzero(first < stop)
         first = first[step, domain]
         stop = stop[step, domain]
+        # Nearly always all steps of a domain lie in the lanes of one segment. Steps ascend, and the last write counts.
+        lowest = np.zeros_like(self.epoch_items)
+        lowest[domain[::-1]] = first[::-1]
+        highest = np.zeros_like(self.epoch_items)
+        highest[domain] = stop
+        active = np.flatnonzero(highest)
+        segment = self._segment(active, lowest[active])
+        origin = np.zeros_like(self.epoch_items)
+        origin[active] = segment.first
+        lane_length = np.zeros_like(self.epoch_items)
+        lane_length[active] = segment.lane_length
+        is_cut = (highest > origin + self.lanes * lane_length)[domain]
+        origin = origin[domain]
+        turn = (first - origin) % self.lanes
+        ranges = ServedRanges(step, domain, first, stop - first, turn, origin, lane_length[domain])
+        if not is_cut.any():
+            return ranges
+        cut = self._cut_ranges(*(values[is_cut] for values in (step, domain, first, stop)))
+        return ranges.select(np.flatnonzero(~is_cut)).merged(cut)
+
+    def _cut_ranges(self, step: Ints, domain: Ints, first: Ints, stop: Ints) -> ServedRanges:
+        """Cut ranges of served numbers where epochs begin and where the lanes of an epoch end."""
         items = self.epoch_items[domain]
         starts = self.origins[domain] + np.stack([first, stop - 1]) * self.grid.stride
         first_epoch, last_epoch = starts // items
@@ -145,12 +174,15 @@ class LaneOrder:
         range_first = np.stack([begins, borders], axis=1).ravel()
         range_stop = np.stack([borders, ends], axis=1).ravel()
         filled = np.flatnonzero(range_first < range_stop)
+        of_part = filled // 2
         return ServedRanges(
-            step=step[part].repeat(2)[filled],
-            domain=domain[part].repeat(2)[filled],
+            step=step[part][of_part],
+            domain=domain[part][of_part],
             first=range_first[filled],
             size=(range_stop - range_first)[filled],
             turn=turn[filled],
+            origin=segment.first[of_part],
+            lane_length=segment.lane_length[of_part],
         )
 
     def whole_sequences(self, domain: AnyInts | int, number: Ints) -> tuple[Ints, Ints]:

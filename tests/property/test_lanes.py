@@ -111,6 +111,8 @@ def test_any_positions_of_a_step_are_those_of_all_its_sequences_sorted_by_lane(
         assert not len(none.domain)
         assert part.domain.tolist() == domain[chosen][start:stop].tolist()
         assert part.ordinal.tolist() == ordinal[chosen][start:stop].tolist()
+        assert part.sequence is not None
+        assert part.sequence.tolist() == order.sequence(part.domain, part.ordinal).tolist()
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 60)), min_size=1), st.lists(st.integers(1, 159)))

@@ -37,6 +37,8 @@ class BatchSchedule:
 
     def sequences_before(self, step: int) -> int:
         """Return the sequences of all data steps before `step`."""
+        if len(self.sizes) == 1:
+            return step * self.sizes[0]
         ends = (*self.starts[1:], step)
         stages = zip(self.starts, ends, self.sizes, strict=True)
         return sum((min(end, step) - start) * size for start, end, size in stages if start < step)

@@ -34,6 +34,19 @@ class ServedRanges(NamedTuple):
     turn: Ints
     """The turn of the lane of the first number, in [0, L); every number after it has the next turn.
     `END_OF_EPOCH` for numbers that are not dealt out to lanes."""
+    origin: Ints
+    """The first number of the stream in these lanes, which is also the first one that they serve."""
+    lane_length: Ints
+    """Sequences per lane."""
+
+    def select(self, chosen: NDArray[np.intp]) -> "ServedRanges":
+        """Return some of the ranges."""
+        return ServedRanges(*(values[chosen] for values in self))
+
+    def merged(self, other: "ServedRanges") -> "ServedRanges":
+        """Return these ranges and those of other domains, in order."""
+        every = ServedRanges(*map(np.concatenate, zip(self, other, strict=True)))
+        return every.select(np.argsort(every.step * (every.domain.max() + 1) + every.domain, kind="stable"))
 
     def per_lane(self, num_steps: int, turns: Ints) -> Ints:
         """Return the sequences of each lane in each step; shape (num_steps, L). `turns` has the turn of every lane."""
@@ -73,31 +86,48 @@ class ServedRanges(NamedTuple):
         count[at_end] = np.where(lane == lanes - 1, size, 0)[at_end]
         return self.first[number] + distance, count, np.where(at_end, 1, lanes)
 
-    def all_positions(self, lanes: int, golden_step: int, positions: Sequence[slice]) -> list[Slots]:
+    def all_positions(self, turns: Ints, positions: Sequence[slice]) -> list[Slots]:
         """Return the sequences at some positions of the batch of each step, from all sequences of these steps."""
-        number = _count_up(self.size)
-        turn = np.repeat(self.turn, self.size)
-        lane = np.where(turn == END_OF_EPOCH, lanes - 1, (turn + number) * golden_step % lanes)
-        step = np.repeat(self.step, self.size)
+        lanes = len(turns)
+        number = np.repeat(np.arange(len(self.size)), self.size)
+        ordinal = np.arange(len(number)) + (self.first - (np.cumsum(self.size) - self.size))[number]
+        lane, sequence = self.in_stream(number, ordinal, turns)
         # The steps ascend, so a sort by step and lane sorts each step by lane.
-        in_order = _stable_order(step * lanes + lane, len(positions) * lanes)
-        domain = np.repeat(self.domain.astype(np.int32), self.size)[in_order]
-        ordinal = (np.repeat(self.first, self.size) + number)[in_order]
-        slots = []
-        for (first, stop), own in zip(pairwise(_borders(step, len(positions))), positions, strict=True):
-            domain_of_step = _rotated(domain[first:stop], lanes)
-            ordinal_of_step = _rotated(ordinal[first:stop], lanes)
-            slots.append(Slots(domain=domain_of_step[own], ordinal=ordinal_of_step[own]))
-        return slots
+        step = self.step[number]
+        by_lane = _stable_order(step * lanes + lane, len(positions) * lanes)
+        steps = zip(pairwise(_borders(step, len(positions))), positions, strict=True)
+        chosen = [_rotated(by_lane[first:stop], lanes)[own] for (first, stop), own in steps]
+        in_order = np.concatenate(chosen)
+        domain = self.domain.astype(np.int32)[number[in_order]]
+        every = Slots(domain=domain, ordinal=ordinal[in_order], sequence=sequence[in_order])
+        ends = np.cumsum([len(of_step) for of_step in chosen]).tolist()
+        return [every.select(slice(begin, end)) for begin, end in pairwise([0, *ends])]
+
+    def in_stream(self, number: NDArray[np.intp], ordinal: Ints, turns: Ints) -> tuple[Ints, Ints]:
+        """Return the lanes of served sequences, and their numbers in the streams of their domains.
+
+        Args:
+            number: the range of each sequence; shape (m,).
+            ordinal: the served number of each sequence.
+            turns: the turn of every lane.
+        """
+        lanes = len(turns)
+        rounds, turn = np.divmod(ordinal - self.origin[number], lanes)
+        lane = np.argsort(turns)[turn]
+        sequence = self.origin[number] + lane * self.lane_length[number] + rounds
+        if (self.turn == END_OF_EPOCH).any():
+            at_end = np.flatnonzero(self.turn[number] == END_OF_EPOCH)
+            lane[at_end] = lanes - 1
+            sequence[at_end] = ordinal[at_end]
+        return lane, sequence
 
 
-def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, positions: Sequence[slice]) -> list[Slots]:
+def positions_of_steps(ranges: ServedRanges, turns: Ints, positions: Sequence[slice]) -> list[Slots]:
     """Return the sequences at some positions of the batches of several steps, in their order.
 
     Args:
         ranges: all sequences of the steps.
         turns: the turn of every lane; shape (L,).
-        golden_step: distance from one lane to the next one in turn, g.
         positions: of the batch of each step, with both ends; a batch at the end of the data may have fewer sequences.
     """
     # The plan after the last step of the data has no steps.
@@ -107,7 +137,7 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, posi
     num_steps = len(positions)
     if 2 * sum(own.stop - own.start for own in positions) >= int(ranges.size.sum()):
         # The rank gets most of the batches.
-        return ranges.all_positions(lanes, golden_step, positions)
+        return ranges.all_positions(turns, positions)
     ends = np.cumsum(ranges.per_lane(num_steps, turns), axis=1)
     size = ends[:, -1]
     first, stop = np.minimum(np.array([(own.start, own.stop) for own in positions]).T, size) + size // (2 * lanes)
@@ -127,7 +157,7 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, posi
     num_ranges = np.diff(range_ends)
     if int((num_lanes * num_ranges[step]).sum()) > int(size.sum()):
         # Many lanes of many domains: expanding the batches costs less.
-        return ranges.all_positions(lanes, golden_step, positions)
+        return ranges.all_positions(turns, positions)
     part = np.repeat(np.arange(len(parts)), num_lanes)
     lane = first_lane[part] + _count_up(num_lanes)
     per_row = num_ranges[step[part]]
@@ -140,10 +170,12 @@ def positions_of_steps(ranges: ServedRanges, turns: Ints, golden_step: int, posi
     before = np.where(first_lane > 0, ends[step, first_lane - 1], 0)
     in_order = _count_up(np.bincount(of_part, minlength=len(parts))) + before[of_part]
     own = np.flatnonzero((in_order >= begin[of_part]) & (in_order < end[of_part]))
-    domain = np.repeat(ranges.domain[number].astype(np.int32), count)[own]
     borders = _borders(step[of_part[own]], num_steps)
     ordinal = ordinal[own]
-    return [Slots(domain=domain[a:b], ordinal=ordinal[a:b]) for a, b in pairwise(borders)]
+    number = np.repeat(number, count)[own]
+    _, sequence = ranges.in_stream(number, ordinal, turns)
+    every = Slots(domain=ranges.domain.astype(np.int32)[number], ordinal=ordinal, sequence=sequence)
+    return [every.select(slice(begin, end)) for begin, end in pairwise(borders)]
 
 
 def _count_up(sizes: Ints) -> Ints:

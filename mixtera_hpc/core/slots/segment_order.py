@@ -32,7 +32,14 @@ class Slots:
 
     domain: NDArray[np.int32]
     ordinal: Ints
-    """Position in the domain's stream, counted in sequences from the start of the run."""
+    """Served number: position among the sequences that its domain serves, counted from the start of the run."""
+    sequence: Ints | None = None
+    """Number in the stream of the domain; None if `LaneOrder.sequence` has to tell it."""
+
+    def select(self, chosen: NDArray[np.intp] | slice) -> "Slots":
+        """Return some of the sequences."""
+        sequence = None if self.sequence is None else self.sequence[chosen]
+        return Slots(domain=self.domain[chosen], ordinal=self.ordinal[chosen], sequence=sequence)
 
 
 class SegmentOrder:

@@ -146,9 +146,9 @@ class BatchMaker:
                 self._rows_of_micro_batches(of_step, size) for of_step, size in zip(costs, sizes, strict=True)
             ]
             own = [self._slice.positions(size) for size in sizes]
-            slots = [Slots(domain=s.domain[p], ordinal=s.ordinal[p]) for s, p in zip(whole, own, strict=True)]
+            slots = [of_step.select(positions) for of_step, positions in zip(whole, own, strict=True)]
         domain = np.concatenate([of_step.domain for of_step in slots])
-        number = self._source.lanes.sequence(domain, np.concatenate([of_step.ordinal for of_step in slots]))
+        number = self._source.lanes.sequences(slots)
         ends = np.cumsum([len(of_step.domain) for of_step in slots]).tolist()
         return [
             _content_of(step, self._slice.size_of(size), domain[begin:end], number[begin:end], rows)
@@ -355,6 +355,8 @@ def _content_of(
     step: int, size: int, domain: NDArray[np.int32], number: Ints, micro_batches: tuple[slice, ...]
 ) -> StepContent:
     """Return the content of a step; the last step of the data may have fewer sequences than `size`."""
+    if len(domain) == size:
+        return StepContent(step, domain.astype(np.int64), number, micro_batches)
     domain_ids = np.full(size, -1, np.int64)
     sequence = np.full(size, -1, np.int64)
     domain_ids[: len(domain)] = domain

@@ -45,7 +45,7 @@ def balance_slots(
             # Costs of samples are balanced as integers, so that every machine computes the same order.
             units = of_step if of_step.dtype == np.int64 else np.rint(of_step * UNITS_PER_COST).astype(np.int64)
             chosen[:whole] = (balanced_order(units[:whole].reshape(-1, group_size)) + first).reshape(-1)
-        balanced.append(Slots(domain=slots.domain[chosen], ordinal=slots.ordinal[chosen]))
+        balanced.append(slots.select(chosen))
     return balanced
 
 
@@ -56,8 +56,7 @@ def slot_costs(source: Source, documents: SequenceDocuments, steps: Sequence[Slo
     is its `dataplane.sample_cost`, a float.
     """
     domain = np.concatenate([slots.domain for slots in steps])
-    ordinal = np.concatenate([slots.ordinal for slots in steps])
-    number = source.lanes.sequence(domain, ordinal)
+    number = source.lanes.sequences(steps)
     order = np.lexsort((number, domain))
     parts = documents.documents(domain[order], number[order])
 
