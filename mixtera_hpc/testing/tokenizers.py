@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from mixtera_hpc.tokens.joined_texts import BORDER
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "check_arrays_have_documented_dtypes_and_shapes",
     "check_concurrent_calls_give_equal_tokens",
     "check_documents_are_encoded_independently",
+    "check_encode_documents_adds_special_tokens",
     "check_encode_each_equals_encode_batch",
     "check_ids_are_below_vocab_size",
 ]
@@ -30,6 +32,8 @@ DOCUMENTS = [
     *("", " ", "\x00", "a" * 5000, "é" * 300),
 ]
 """Several scripts, white space, a special token as text, an empty document, a NUL character and long repetitions."""
+BORDER_TEXTS = [BORDER, f"one{BORDER}two"]
+"""Texts with what a tokenizer may put between documents."""
 
 
 def check_arrays_have_documented_dtypes_and_shapes(tokenizer: Tokenizer) -> None:
@@ -55,6 +59,17 @@ def check_encode_each_equals_encode_batch(tokenizer: Tokenizer) -> None:
     assert [tokens.tolist() for tokens in each] == _split_tokens(tokenizer, DOCUMENTS)
     assert tokenizer.count_each(DOCUMENTS).tolist() == [len(tokens) for tokens in each]
     assert tokenizer.encode_each([]) == [] and tokenizer.count_each([]).dtype == np.int64
+
+
+def check_encode_documents_adds_special_tokens(tokenizer: Tokenizer) -> None:
+    """Check that `encode_documents` returns the tokens of `encode_each`, with `added` at both ends of a document."""
+    added = tokenizer.added
+    for documents in ([], [""], ["", " a", "b "], DOCUMENTS, [*DOCUMENTS, *BORDER_TEXTS]):
+        tokens, starts, sizes = tokenizer.encode_documents(documents)
+        each = [tokens[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True)]
+        texts = [ids.tolist() for ids in tokenizer.encode_each(documents)]
+        assert each == [[*added.before, *ids, *added.after] for ids in texts]
+    assert all(tokenizer.vocab_size not in ids for ids in tokenizer.encode_each(BORDER_TEXTS))
 
 
 def check_ids_are_below_vocab_size(tokenizer: Tokenizer) -> None:
@@ -83,6 +98,7 @@ CHECKS: tuple[Callable[[Tokenizer], None], ...] = (
     check_arrays_have_documented_dtypes_and_shapes,
     check_documents_are_encoded_independently,
     check_encode_each_equals_encode_batch,
+    check_encode_documents_adds_special_tokens,
     check_ids_are_below_vocab_size,
     check_concurrent_calls_give_equal_tokens,
 )

@@ -139,8 +139,9 @@ def test_sequences_cover_the_stream_of_a_domain_without_gaps(
     maker = BatchMaker(source, BatchSlice(), audit=False)
 
     def tokens(start: int, stop: int) -> NDArray[np.int32]:
-        documents = maker._streams.documents(domain, start, stop)
-        return maker._reader.read(documents, [len(documents.block) - 1]).tokens
+        output = np.empty(stop - start, np.int32)
+        maker._reader.prepare(maker._streams.documents(domain, start, stop), [len(output)]).write(0, output)
+        return output
 
     with closing(maker):
         stream = np.concatenate([tokens(*grid.span(k, 1))[: grid.stride] for k in range(capacity)])

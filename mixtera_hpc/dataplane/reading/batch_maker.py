@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mixtera_hpc.config.packing.check_packing import COST_OF_TRANSFORM
@@ -19,7 +18,7 @@ from mixtera_hpc.core.planner import ChunkPlan
 from mixtera_hpc.core.slots.chunk_order import ChunkOrder
 from mixtera_hpc.core.slots.segment_order import Slots
 from mixtera_hpc.dataplane.reading.batches import Batch, BatchSlice, BatchTimes
-from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, PackedTokens, RawSamples, take
+from mixtera_hpc.dataplane.reading.document_reader import DocumentReader, RawSamples, take
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.packing.balanced_positions import slot_costs
 from mixtera_hpc.dataplane.reading.packing.sequence_documents import SequenceDocuments
@@ -180,37 +179,13 @@ class BatchMaker:
         sequences = StepSequences.of_steps(steps, self._source)
         if not len(sequences.domain):
             return [self._padding(plan, content) for content in steps]
-        if self._reader.holds_all_tokens:
-            return self._stored_batches(plan, steps, sequences)
-        if self._documents.is_packed:
-            return self._packed_batches(plan, steps, sequences)
-        starts = sequences.run_starts
-        stops = sequences.run_stops
-        documents = self._streams.documents_of_spans(sequences.run_domain, starts, stops)
-        if not self._source.layout.in_tokens:
-            return self._sample_batches(plan, steps, sequences, documents, self._reader.samples(documents))
+        if self._source.layout.in_tokens:
+            return self._token_batches(plan, steps, sequences)
+        documents = self._streams.documents_of_spans(sequences.run_domain, sequences.run_starts, sequences.run_stops)
+        return self._sample_batches(plan, steps, sequences, documents, self._reader.samples(documents))
 
-        # The next sequence of a stream begins in the last document of each run.
-        stops_in_documents = np.cumsum(documents.last - documents.first)
-        last_of_run = np.searchsorted(stops_in_documents, np.cumsum(stops - starts))
-        packed = self._reader.read(documents, last_of_run.tolist())
-        return self._token_batches(plan, steps, sequences, packed, sequences.begins_in_runs(self._source.grid))
-
-    def _packed_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
-        """Read sequences whose documents are not in stream order, one after the other."""
-        documents = self._documents_of(sequences)
-        # The rest of a document that is cut is in a sequence of a later step.
-        is_cut = (documents.first > 0) | (documents.last < documents.size)
-        packed = self._reader.read(documents, np.flatnonzero(is_cut).tolist())
-        begins = np.arange(len(sequences.domain)) * self._source.grid.length
-        return self._token_batches(plan, steps, sequences, packed, begins)
-
-    def _documents_of(self, sequences: StepSequences) -> Documents:
-        """Return the documents of sequences, one after the other."""
-        return self._documents.documents(sequences.domain, sequences.numbers(self._source))
-
-    def _stored_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
-        """Copy stored tokens to the sequences of each step."""
+    def _token_batches(self, plan: ChunkPlan, steps: list[StepContent], sequences: StepSequences) -> list[Batch]:
+        """Write the tokens of the sequences of each step."""
         first_rows = np.cumsum([0, *(len(content.domain_ids) for content in steps)])
         rows = first_rows[sequences.step_index] + sequences.row
         documents = self._documents.documents(sequences.domain, sequences.numbers(self._source), rows)
@@ -218,45 +193,6 @@ class BatchMaker:
         num_sequences = [int(np.count_nonzero(content.domain_ids >= 0)) for content in steps]
         self._reader.read_sequences(documents, num_sequences, arrays)
         return [self._batch(plan, content, None, **own._asdict()) for content, own in zip(steps, arrays, strict=True)]
-
-    def _token_batches(
-        self,
-        plan: ChunkPlan,
-        steps: list[StepContent],
-        sequences: StepSequences,
-        packed: PackedTokens,
-        begins: Ints,
-    ) -> list[Batch]:
-        """Cut packed tokens into the sequences of each step; `begins` has the first token of each of `sequences`."""
-        grid = self._source.grid
-
-        # First token of each row of each step's batch.
-        num_rows = [len(content.domain_ids) for content in steps]
-        starts = np.zeros((len(steps), max(num_rows)), np.int64)
-        starts[sequences.step_index, sequences.row] = begins
-
-        # Views: row i is the window of `length` tokens that begins at token i. Indexing them copies whole sequences.
-        token_windows = sliding_window_view(packed.tokens, grid.length)
-        document_windows = sliding_window_view(packed.document, grid.length)
-        counted = packed.continues_document
-        if self._source.config.dataplane.predict_across_documents:
-            counted = np.ones_like(counted)
-        if packed.trained is not None:
-            counted = counted & packed.trained
-        counted_windows = sliding_window_view(counted, grid.length - 1)
-
-        batches = []
-        for content, of_step, count in zip(steps, starts, num_rows, strict=True):
-            first = of_step[:count]
-            arrays = self._arrays_of(content)
-            arrays.tokens[...] = token_windows[first]
-            np.subtract(document_windows[first], packed.document[first, None], out=arrays.document_ids)
-            # The first token of a sequence is input only: targets begin one token later.
-            arrays.loss_mask[...] = counted_windows[first + 1]
-            for rows in arrays:
-                rows[content.is_padding] = 0
-            batches.append(self._batch(plan, content, None, **arrays._asdict()))
-        return batches
 
     def _sample_batches(
         self,

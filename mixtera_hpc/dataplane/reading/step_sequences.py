@@ -173,14 +173,6 @@ class StepSequences:
         """Domain of each run; shape (num_runs,)."""
         return self.domain[np.flatnonzero(self.number_in_run == 0)]
 
-    def begins_in_runs(self, grid: SequenceGrid) -> Ints:
-        """Return the first token of each sequence where all runs follow each other; shape (n,)."""
-        run_tokens = self.run_stops - self.run_starts
-        run_begins = np.cumsum(run_tokens) - run_tokens
-        # Neighbouring sequences of a run are `stride` tokens apart.
-        begins: Ints = run_begins[self.run] + grid.stride * self.number_in_run
-        return begins
-
     def numbers(self, source: Source) -> Ints:
         """Return the number of each sequence in the stream of its domain; shape (n,)."""
         starts, _ = self.spans(source.grid)

@@ -44,7 +44,7 @@ logger = logging.getLogger("mixtera_hpc")
 _UNKNOWN, _ROWS, _BLOCKS, _FIRST_DECODER = range(4)
 
 
-Convert = Callable[[list[Any]], list[Any]]
+Convert = Callable[[list[Any]], Sequence[Any]]
 CONVERTED_AT_ONCE = 512
 """Rows of formats without a `RowDecoder` that are in memory before they are converted."""
 READ_AT_ONCE = 256
@@ -234,7 +234,7 @@ class RowReader:
         cause = str(error) or "a read was short"
         logger.warning("Reading %d rows of %s again, one shard after the other: %s.", len(shards), place, cause)
 
-    def _converted(self, convert: Convert, rows: list[Any]) -> list[Any]:
+    def _converted(self, convert: Convert, rows: list[Any]) -> Sequence[Any]:
         self.place.enter(TOKENIZE)
         return convert(rows)
 

@@ -1,4 +1,4 @@
-"""From sequences of several steps to the arrays of their batches, where all shards hold token ids.
+"""From sequences of several steps to the arrays of their batches.
 
 The parts of documents of all batches are computed together, in the order of the rows. Tokens are then copied once, to
 where the trainer gets them. Price: beside the copy about 10 bytes written per token.
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mixtera_hpc.dataplane.reading.domain_streams import Documents
 from mixtera_hpc.dataplane.reading.processes.batch_memory import TokenArrays
 from mixtera_hpc.dataplane.reading.source import Source
-from mixtera_hpc.dataplane.reading.stored.token_gather import TokenGather
+from mixtera_hpc.dataplane.reading.stored.token_gather import TokenWriter
 from mixtera_hpc.tokens.chat_tokens import NOT_TRAINED
 
 __all__ = ["StoredSequences"]
@@ -23,22 +23,19 @@ Ints = NDArray[np.int64]
 class StoredSequences:
     """The sequences of several batches, ready to be copied to one batch after the other."""
 
-    def __init__(self, source: Source, gather: TokenGather, documents: Documents, num_sequences: Sequence[int]) -> None:
+    def __init__(self, source: Source, writer: TokenWriter, documents: Documents, num_sequences: Sequence[int]) -> None:
         """Compute what is copied.
 
         Args:
             source: says which tokens count.
-            gather: reads the documents.
+            writer: copies the tokens of each batch.
             documents: the parts of documents that each sequence consists of, row by row of the batches.
             num_sequences: sequences of each batch; the other rows, at its end, are padding.
-
-        Raises:
-            DataError: see `TokenGather.prepare`.
         """
         length = source.grid.length
         self._source = source
         self._num_sequences = num_sequences
-        self._writer = gather.prepare(documents, [count * length for count in num_sequences])
+        self._writer = writer
 
         self._lengths = documents.last - documents.first
         starts = np.cumsum(self._lengths) - self._lengths

@@ -29,7 +29,7 @@ from mixtera_hpc.index.token_store.store_files import StoreFiles
 from mixtera_hpc.tokens.definition import AddedTokens
 from mixtera_hpc.tokens.tokenizer import Tokenizer
 
-__all__ = ["TokenGather", "TokenWriter", "blocks_with_tokens"]
+__all__ = ["ReadTokens", "TokenGather", "TokenWriter", "blocks_with_tokens", "empty_tokens"]
 
 Ints = NDArray[np.int64]
 Tokens = NDArray[np.integer[Any]]
@@ -69,14 +69,6 @@ class TokenGather:
         """Raise DataError if a token store was written again since the run began."""
         if self._store_rows is not None:
             self._store_rows.check_unchanged()
-
-    def read_into(self, documents: Documents, output: Tokens) -> None:
-        """Write the wanted tokens of documents that are all stored, special tokens included, to a flat array.
-
-        Raises:
-            DataError: see `prepare`.
-        """
-        self.prepare(documents, [len(output)]).write(0, output)
 
     def prepare(self, documents: Documents, sizes: Sequence[int]) -> TokenWriter:
         """Return the wanted tokens of documents that are all stored, special tokens included, ready to be copied.
@@ -119,25 +111,25 @@ class TokenGather:
             for first in range(0, len(shards), limit):
                 chosen = slice(first, first + limit)
                 own = documents.select(chosen)
-                parts.append(_empty_tokens(own))
+                parts.append(empty_tokens(own))
                 self._prepare_places(own, places.select(chosen), [len(parts[-1])]).write(0, parts[-1])
-            return _ReadTokens(np.concatenate(parts), sizes)
+            return ReadTokens(np.concatenate(parts), sizes)
 
         types = self._files.map(shards)
         if (types == types[0]).all():
             return self._prepare_type(int(types[0]), documents, places, sizes)
         # Each integer type has an array of its own.
-        tokens = _empty_tokens(documents)
+        tokens = empty_tokens(documents)
         for number in np.unique(types).tolist():
             self._read_chosen(number, documents, places, types == number, tokens)
-        return _ReadTokens(tokens, sizes)
+        return ReadTokens(tokens, sizes)
 
     def _read_chosen(
         self, type_number: int, documents: Documents, places: Places, chosen: NDArray[np.bool_], tokens: Tokens
     ) -> None:
         """Read the documents where `chosen` is set, shape (n,), to their positions in the tokens of all documents."""
         chosen_documents = documents.select(np.flatnonzero(chosen))
-        own = _empty_tokens(chosen_documents)
+        own = empty_tokens(chosen_documents)
         self._prepare_type(type_number, chosen_documents, places.select(chosen), [len(own)]).write(0, own)
         tokens[np.repeat(chosen, documents.last - documents.first)] = own
 
@@ -153,10 +145,10 @@ class TokenGather:
         is_chat = None if chat_blocks is None else chat_blocks[documents.block]
         if is_chat is not None and is_chat.any() and not is_chat.all():
             # A chat template writes all special tokens itself, so that nothing is added to conversations.
-            tokens = _empty_tokens(documents)
+            tokens = empty_tokens(documents)
             for chosen in (is_chat, ~is_chat):
                 self._read_chosen(type_number, documents, places, chosen, tokens)
-            return _ReadTokens(tokens, sizes)
+            return ReadTokens(tokens, sizes)
         added = AddedTokens() if is_chat is not None and is_chat.all() else tokenizer.added
         first = self._files.first_tokens(places.file, places.start, places.length)
         if first is None:
@@ -197,7 +189,7 @@ def blocks_with_tokens(source: Source) -> NDArray[np.bool_]:
     return is_stored
 
 
-class _ReadTokens:
+class ReadTokens:
     """Tokens that were read to an array of their own; a `TokenWriter`."""
 
     def __init__(self, tokens: Tokens, sizes: Sequence[int]) -> None:
@@ -209,7 +201,7 @@ class _ReadTokens:
         output[:] = self._parts[number]
 
 
-def _empty_tokens(documents: Documents) -> Tokens:
+def empty_tokens(documents: Documents) -> Tokens:
     """Return an array for the wanted tokens of documents and the marks of conversations."""
     return np.empty(int((documents.last - documents.first).sum()), np.uint32)
 

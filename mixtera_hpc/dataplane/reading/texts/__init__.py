@@ -1,0 +1,1 @@
+"""Documents of text as tokens."""

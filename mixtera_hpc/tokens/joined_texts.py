@@ -1,0 +1,105 @@
+"""Encode many documents in one call of gigatoken: their texts are joined by a special token that no vocabulary has.
+
+A byte-level BPE cuts a text at special tokens before everything else, and encodes what lies between them by itself. So
+the tokens of a document do not depend on its neighbours, and the borders are found in the result. Price: a copy of the
+texts and a search of the tokens, 0.3 µs per kB. A call per document costs 1 µs more for each, and leaves arrays that
+have to be joined.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtera_hpc.tokens.definition import AddedTokens
+
+__all__ = ["BORDER", "Encode", "EncodedDocuments", "JoinedTexts", "with_border"]
+
+BORDER = "\ue000mixtera-hpc: border of documents\ue001"
+"""The text of the special token."""
+MAX_JOINED_CHARACTERS = 1 << 20
+"""Characters of documents that are joined: the copy holds Python's lock, for less than a millisecond."""
+_PROBES = ["", " ", "  a", "a  ", "\n", "\n\nThe", "'s", "12", "\u0301e\u0301", "\u00a0", "漢字", "🙂", "\r\n/", "a"]
+"""Texts whose tokens would depend on their neighbours if borders did not cut the text."""
+
+Tokens = NDArray[np.uint32]
+Encode = Callable[[str | bytes], Tokens]
+"""A function from a text, or its UTF-8, to its tokens."""
+
+
+class EncodedDocuments(NamedTuple):
+    """The tokens of documents, with the special tokens that begin and end a document."""
+
+    tokens: Tokens
+    """The tokens of all documents, possibly with others between two documents."""
+    starts: NDArray[np.int64]
+    """Position of the first token of each document; shape (num_documents,)."""
+    sizes: NDArray[np.int64]
+    """Tokens of each document."""
+
+
+def with_border(definition: bytes, border_id: int) -> bytes | None:
+    """Return a `tokenizer.json` with the border as one more token; None if tokens may look across it.
+
+    Args:
+        definition: the file.
+        border_id: an id that no token has.
+    """
+    content: dict[str, Any] = json.loads(definition)
+    added: list[Mapping[str, Any]] = content.get("added_tokens") or []
+    flags = ("lstrip", "rstrip", "single_word")
+    # With `byte_fallback`, a text may begin with a space that is added once.
+    if content["model"].get("byte_fallback") or any(token.get(flag) for token in added for flag in flags):
+        return None
+    border = {"id": border_id, "content": BORDER, "special": True, "normalized": False, **dict.fromkeys(flags, False)}
+    return json.dumps({**content, "added_tokens": [*added, border]}).encode()
+
+
+class JoinedTexts:
+    """Encodes documents together."""
+
+    def __init__(self, encode: Encode, border_id: int, added: AddedTokens) -> None:
+        """Take a function that encodes a text with borders.
+
+        Args:
+            encode: it may be called in several threads.
+            border_id: the token that stands for a border.
+            added: special tokens that begin and end a document.
+        """
+        self._encode = encode
+        self._border_id = border_id
+        self._num_before = len(added.before)
+        self._num_after = len(added.after)
+        # Each border becomes one of the added tokens: those that end a document, then those that begin the next one.
+        self._added = np.array([*added.after, *added.before], np.uint32)
+        self._num_borders = max(len(self._added), 1)
+        self._separator = BORDER.encode() * self._num_borders
+
+    def encode(self, documents: Sequence[str]) -> EncodedDocuments | None:
+        """Return the tokens of documents; None if they must be encoded one by one."""
+        if sum(map(len, documents)) > MAX_JOINED_CHARACTERS:
+            return None
+        # Empty texts at both ends, so that there are borders before and after every document.
+        tokens = self._encode(self._separator.join(map(str.encode, ["", *documents, ""])))
+        positions = np.flatnonzero(tokens == self._border_id)
+        if len(positions) != self._num_borders * (len(documents) + 1):
+            return None  # A document contains the text of a border.
+        borders = positions.reshape(-1, self._num_borders)
+        if len(self._added):
+            tokens[borders] = self._added
+        starts = borders[:-1, -1] + 1 - self._num_before
+        return EncodedDocuments(tokens, starts, borders[1:, 0] + self._num_after - starts)
+
+    def agrees(self) -> bool:
+        """Return True if probes have the same tokens together as one by one."""
+        encoded = self.encode(_PROBES)
+        if encoded is None:
+            return False
+        firsts = encoded.starts + self._num_before
+        lasts = encoded.starts + encoded.sizes - self._num_after
+        return all(
+            np.array_equal(encoded.tokens[first:last], self._encode(probe))
+            for probe, first, last in zip(_PROBES, firsts.tolist(), lasts.tolist(), strict=True)
+        )
